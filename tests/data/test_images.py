@@ -1,0 +1,99 @@
+"""Image files of all kinds become upright RGB pixels in -1..1."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_jax.config import ConfigError
+from vlm_jax.data import images
+
+RNG = np.random.default_rng(0)
+PICTURE = RNG.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+
+
+def test_pixels_run_from_minus_one_to_one():
+    picture = np.array([[[0, 127.5, 255]] * 2] * 2).astype(np.uint8)
+    pixels = images.to_pixels(Image.fromarray(picture), 2)
+    assert pixels.dtype == np.float32
+    np.testing.assert_allclose(pixels[0, 0], [-1, 127 / 127.5 - 1, 1], atol=1e-6)
+
+
+def test_images_are_resized_where_they_differ():
+    plain = Image.new("RGB", (30, 20), (255, 0, 0))
+    assert images.to_pixels(plain, 8).shape == (8, 8, 3)
+    np.testing.assert_allclose(images.to_pixels(plain, 8), np.broadcast_to([1.0, -1, -1], (8, 8, 3)))
+    np.testing.assert_array_equal(images.fit(Image.fromarray(PICTURE), 4), PICTURE)
+
+
+def test_a_file_reads_as_it_was_written(tmp_path):
+    Image.fromarray(PICTURE).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(np.asarray(images.read_image(tmp_path / "a.png")), PICTURE)
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it a quarter turn clockwise
+    Image.fromarray(PICTURE).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(np.asarray(images.read_image(tmp_path / "a.png")), np.rot90(PICTURE, -1))
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("RGBA", (2, 2), (255, 0, 0, 0)), (255, 255, 255)),
+        (Image.new("RGBA", (2, 2), (255, 0, 0, 255)), (255, 0, 0)),
+        (Image.new("LA", (2, 2), (9, 0)), (255, 255, 255)),
+        (Image.new("L", (2, 2), 77), (77, 77, 77)),
+        (Image.new("1", (2, 2), 1), (255, 255, 255)),
+        (Image.new("RGB", (2, 2), (1, 2, 3)).quantize(4), (1, 2, 3)),
+        (Image.fromarray(np.full((2, 2), 0x4D00, np.uint16)), (77, 77, 77)),
+    ],
+    ids=["transparent", "opaque", "grey_alpha", "grey", "bits", "palette", "grey16"],
+)
+def test_every_mode_becomes_rgb(image, expected):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    read = images.decode(buffer.getvalue())
+    assert read.mode == "RGB"
+    assert read.getpixel((0, 0)) == expected
+
+
+def test_bad_files_are_named(tmp_path):
+    noise = Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    noise.save(tmp_path / "whole.png")
+    noise.save(tmp_path / "whole.jpg")
+    for kind in ("png", "jpg"):
+        whole = (tmp_path / f"whole.{kind}").read_bytes()
+        (tmp_path / f"cut.{kind}").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    for name in ("missing.png", "cut.png", "cut.jpg", "text.png", "empty.png", "folder"):
+        with pytest.raises(ConfigError, match=name):
+            images.read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize(("kind", "results"), [("none", 1), ("mirror", 2), ("dihedral", 8)])
+def test_augmentation_only_moves_pixels(kind, results):
+    rng = np.random.default_rng(0)
+    seen = {images.augment(PICTURE, kind, rng).tobytes() for _ in range(200)}
+    assert len(seen) == results
+    assert PICTURE.tobytes() in seen
+    for moved in seen:
+        pixels = np.frombuffer(moved, np.uint8).reshape(PICTURE.shape)
+        assert sorted(map(tuple, pixels.reshape(-1, 3))) == sorted(map(tuple, PICTURE.reshape(-1, 3)))
+
+
+def test_a_mirror_turns_left_and_right():
+    rng = np.random.default_rng(0)
+    seen = [images.augment(PICTURE, "mirror", rng) for _ in range(400)]
+    turned = [not np.array_equal(pixels, PICTURE) for pixels in seen]
+    assert 150 < sum(turned) < 250
+    np.testing.assert_array_equal(seen[turned.index(True)], PICTURE[:, ::-1])
+
+
+def test_an_unknown_augmentation_lists_the_choices():
+    with pytest.raises(ConfigError, match=r"data.augment 'mirorr'.*mirror"):
+        images.augment(PICTURE, "mirorr", RNG)

@@ -1,0 +1,168 @@
+"""What comes next is a function of the seed and the step; processes share an epoch; evaluation reads in order."""
+
+import io
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_jax.config import ConfigError, Data, Experiment, Fusion, Train
+from vlm_jax.data import images, pipeline, sources, text
+
+
+@pytest.fixture(scope="module")
+def cfg(datasets_dir) -> Experiment:
+    data = Data(dir=datasets_dir, train_split="train[:24]", augment="dihedral")
+    return Experiment(data=data, train=Train(batch_size=8))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(cfg) -> text.Tokenizer:
+    return pipeline.train_tokenizer(cfg)
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def equal(batches, others) -> bool:
+    same = jax.tree.map(np.array_equal, batches, others)
+    return jax.tree.structure(batches) == jax.tree.structure(others) and all(jax.tree.leaves(same))
+
+
+def image_keys(batches):
+    """One key an image, whatever symmetry of the square it was given."""
+    symmetries = [(turns, flip) for turns in range(4) for flip in (1, -1)]
+    pictures = [picture for batch in batches for picture in batch.images[:, 0]]
+    return [min(np.rot90(p, turns)[:, ::flip].tobytes() for turns, flip in symmetries) for p in pictures]
+
+
+def test_shapes_and_types(cfg, tokenizer):
+    batch = next(pipeline.training_iterator(cfg, tokenizer))
+    rows, length = 8, cfg.row_length
+    shapes = dict.fromkeys(batch.__dict__, (rows, length))
+    shapes |= {"images": (rows, 1, 64, 64, 3), "image_mask": (rows, length, 1)}
+    assert {name: values.shape for name, values in batch.__dict__.items()} == shapes
+    assert batch.images.dtype == np.float32
+    assert batch.images.min() >= -1
+    assert batch.images.max() <= 1
+
+
+def test_a_restored_iterator_continues_exactly(cfg, tokenizer):
+    iterator = pipeline.training_iterator(cfg, tokenizer)
+    take(iterator, 2)
+    state = iterator.get_state()
+    expected = take(iterator, 5)  # across the end of an epoch of 3 batches
+    other = pipeline.training_iterator(cfg, tokenizer)
+    other.set_state(state)
+    assert equal(take(other, 5), expected)
+
+
+def test_the_seed_alone_decides(cfg, tokenizer):
+    four = replace(cfg, data=replace(cfg.data, threads=4, prefetch=1))
+    same, again = (take(pipeline.training_iterator(c, tokenizer), 4) for c in (cfg, four))
+    assert equal(same, again)
+    assert not equal(take(pipeline.training_iterator(replace(cfg, seed=1), tokenizer), 4), same)
+
+
+def test_an_epoch_has_every_image_once_and_the_next_is_shuffled_anew(cfg, tokenizer):
+    iterator = pipeline.training_iterator(cfg, tokenizer)
+    first, second = image_keys(take(iterator, 3)), image_keys(take(iterator, 3))
+    assert len(set(first)) == 24
+    assert set(first) == set(second)
+    assert first != second
+
+
+def test_processes_share_each_batch_of_one_process(cfg, tokenizer):
+    alone = take(pipeline.training_iterator(cfg, tokenizer), 4)
+    shares = [take(pipeline.training_iterator(cfg, tokenizer, i, 2), 4) for i in range(2)]
+    for whole, even, odd in zip(alone, *shares, strict=True):
+        assert equal([jax.tree.map(lambda x: x[0::2], whole)], [even])
+        assert equal([jax.tree.map(lambda x: x[1::2], whole)], [odd])
+
+
+def test_processes_read_disjoint_images(cfg, tokenizer):
+    first, second = (set(image_keys(take(pipeline.training_iterator(cfg, tokenizer, i, 2), 3))) for i in range(2))
+    assert not first & second
+    assert len(first | second) == 24
+
+
+def test_questions_of_a_row_belong_to_its_image_and_are_chosen_anew(cfg, tokenizer):
+    cfg = replace(cfg, data=replace(cfg.data, augment="none", questions_per_row=3))
+    records = pipeline.Decoded(sources.load(cfg.data, cfg.data.train_split), 64)
+    asked = {records[i].image.tobytes(): records[i] for i in range(len(records))}
+    drawn = set()
+    for batch in take(pipeline.training_iterator(cfg, tokenizer), 9):
+        for tokens, branches, picture in zip(batch.tokens, batch.branch_ids, batch.images[:, 0], strict=True):
+            record = asked[np.round((picture + 1) * 127.5).astype(np.uint8).tobytes()]
+            lines = [tokenizer.decode(tokens[branches == b]) for b in range(1, branches.max() + 1)]
+            known = [f"{q}\n{a}" for q, a in zip(record.questions, record.answers, strict=True)]
+            assert len(set(lines)) == len(lines) == min(3, len(set(known)))
+            assert set(lines) <= set(known)
+            drawn.add((record.image_id, *lines))
+    assert len(drawn) > 60  # of 72 rows
+
+
+def test_a_split_smaller_than_a_batch_repeats(cfg, tokenizer):
+    small = replace(cfg, data=replace(cfg.data, train_split="train[:3]"))
+    assert len(set(image_keys(take(pipeline.training_iterator(small, tokenizer), 1)))) == 3
+
+
+def test_bad_settings_are_refused(cfg, tokenizer):
+    with pytest.raises(ConfigError, match="train.batch_size 8"):
+        pipeline.training_iterator(cfg, tokenizer, 0, 3)
+    with pytest.raises(ConfigError, match="data.text_length 4"):
+        next(pipeline.training_iterator(replace(cfg, data=replace(cfg.data, text_length=4)), tokenizer))
+
+
+def test_the_tokenizer_learns_from_the_training_split_alone(cfg, tokenizer, tmp_path):
+    records = sources.load(cfg.data, "train[:24]")
+    lines = [line for i in range(24) for line in records[i].questions + records[i].answers]
+    text.Tokenizer.train(lines, cfg.decoder.vocab_size).save(tmp_path / "expected.json")
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert (tmp_path / "tokenizer.json").read_bytes() == (tmp_path / "expected.json").read_bytes()
+
+
+def test_questions_are_read_in_order(cfg):
+    everything = pipeline.questions(cfg, "test")
+    assert len(everything) == 9_673
+    assert [q.image_id for q in everything] == sorted(q.image_id for q in everything)
+    assert pipeline.questions(cfg, "test", limit=5) == everything[:5]
+    last = everything[-1]
+    record = sources.load(cfg.data, "test")[999]
+    assert (last.question, last.answer, last.type) == (record.questions[-1], record.answers[-1], record.types[-1])
+    picture = np.asarray(Image.open(io.BytesIO(record.image)).convert("RGB"))
+    np.testing.assert_array_equal(last.pixels, images.normalise(picture))
+
+
+def test_prompts_of_a_batch_all_end_in_the_last_slot(cfg, tokenizer):
+    picture = np.full((64, 64, 3), 0.5, np.float32)
+    prompts = ["red?", "is there a red shape in the image?"]
+    batch = pipeline.prompt_batch(cfg, tokenizer, [[picture], [picture]], prompts)
+    for row, prompt in enumerate(prompts):
+        own = batch.tokens[row][batch.branch_ids[row] == 1]
+        assert tokenizer.decode(own) == prompt + "\n"
+        assert batch.segment_ids[row, -1] == 1
+    assert batch.images.shape == (2, 1, 64, 64, 3)
+    assert batch.targets is None
+    assert pipeline.prompt_batch(cfg, tokenizer, [[picture]], ["red?"], length=120).tokens.shape == (1, 120)
+
+
+@pytest.mark.parametrize("kind", ["unified", "cross_attention"])
+def test_rows_may_differ_in_their_number_of_images(cfg, tokenizer, kind):
+    cfg = replace(cfg, fusion=Fusion(kind=kind))
+    picture = np.full((64, 64, 3), 0.5, np.float32)
+    batch = pipeline.prompt_batch(cfg, tokenizer, [[picture, picture], [picture], []], ["a", "a", "a"])
+    assert batch.images.shape == (3, 2, 64, 64, 3)
+    assert batch.images[:, :, 0, 0, 0].tolist() == [[0.5, 0.5], [0.5, 0], [0, 0]]
+    assert batch.image_mask[:, -1].tolist() == [[True, True], [True, False], [False, False]]
+    slots = [128, 64, 0] if kind == "unified" else [0, 0, 0]
+    assert (batch.image_slots >= 0).sum(1).tolist() == slots
+
+
+def test_a_batch_of_text_alone_has_no_images(cfg, tokenizer):
+    batch = pipeline.prompt_batch(cfg, tokenizer, [[], []], ["red?", "is it?"])
+    assert batch.images is None
+    assert batch.image_mask.shape == (*batch.tokens.shape, 0)

@@ -1,0 +1,87 @@
+"""easy-VQA, prepared by TFDS and read by index."""
+
+import io
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from PIL import Image
+
+from vlm_jax.config import ConfigError, Data
+from vlm_jax.data import sources
+
+
+@pytest.mark.parametrize(("split", "images", "questions"), [("train", 4000, 38_575), ("test", 1000, 9_673)])
+def test_counts_and_order(datasets_dir, split, images, questions):
+    records = sources.load(Data(dir=datasets_dir), split)
+    assert len(records) == images
+    read = [records[i] for i in range(len(records))]
+    assert [record.image_id for record in read] == list(range(images))
+    assert sum(len(record.questions) for record in read) == questions
+
+
+def test_a_record_is_that_of_the_package(datasets_dir):
+    import easy_vqa
+
+    record = sources.load(Data(dir=datasets_dir), "test")[17]
+    expected = [(q, a) for q, a, image in zip(*easy_vqa.get_test_questions(), strict=True) if image == 17]
+    assert list(zip(record.questions, record.answers, strict=True)) == expected
+    assert Image.open(io.BytesIO(record.image)).size == (64, 64)
+    with open(easy_vqa.get_test_image_paths()[17], "rb") as file:
+        assert record.image == file.read()
+
+
+def test_types_follow_from_the_answers(datasets_dir):
+    records = sources.load(Data(dir=datasets_dir), "test")
+    answers = {"yes_no": set(), "shape": set(), "color": set()}
+    counts = Counter()
+    for i in range(len(records)):
+        for answer, kind in zip(records[i].answers, records[i].types, strict=True):
+            answers[kind].add(answer)
+            counts[kind] += 1
+    assert answers["yes_no"] == {"yes", "no"}
+    assert answers["shape"] == {"circle", "rectangle", "triangle"}
+    assert answers["color"] == {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
+    assert counts == {"yes_no": 7136, "shape": 1257, "color": 1280}
+
+
+def test_slices(datasets_dir):
+    data = Data(dir=datasets_dir)
+    assert len(sources.load(data, "train[:90%]")) == 3600
+    assert sources.load(data, "train[90%:]")[0].image_id == 3600
+
+
+@pytest.mark.parametrize("split", ["nonsense", "train[", "train[:x]", "", "train[:0]"])
+def test_a_bad_split_names_its_field(datasets_dir, split):
+    with pytest.raises(ConfigError, match="data.train_split"):
+        sources.load(Data(dir=datasets_dir, train_split=split), split)
+    with pytest.raises(ConfigError, match="eval.split"):
+        sources.load(Data(dir=datasets_dir), split)
+
+
+def test_an_unknown_source_lists_the_choices(datasets_dir):
+    with pytest.raises(ConfigError, match=r"data.source 'easy_vqq'.*perhaps you meant easy_vqa.*choose"):
+        sources.load(Data(source="easy_vqq", dir=datasets_dir), "train")
+
+
+def test_an_unusable_directory_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for directory in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=r"data.dir .*file"):
+            sources.load(Data(dir=str(directory)), "train")
+
+
+def test_tensorflow_stays_out_and_tfds_stays_silent(tmp_path):
+    code = (
+        "import sys; from vlm_jax.config import Data; from vlm_jax.data import sources\n"
+        f"assert len(sources.load(Data(dir={str(tmp_path)!r}), 'test')) == 1000\n"
+        "assert 'tensorflow' not in sys.modules and 'torch' not in sys.modules"
+    )
+    path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr) == (f"preparing the dataset easy_vqa in {tmp_path}\n", "")

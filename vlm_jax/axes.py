@@ -1,0 +1,139 @@
+"""The alphabet: one letter per dimension, and the mesh axis it lies on.
+
+The only file that says `PartitionSpec`. A letter has two columns, because the width of a parameter is split over
+`fsdp` while the width of an activation is not. An unknown letter is a KeyError: a misspelt axis must never mean
+"replicated".
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+from flax import struct
+from flax.linen import meta
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # the mesh axes that the rows of a batch are split over
+
+
+@dataclass(frozen=True)
+class Axis:
+    meaning: str
+    parameter: str | None = None
+    activation: str | tuple[str, ...] | None = None
+
+
+ALPHABET = {
+    "B": Axis("batch: rows", activation=ROWS),
+    "I": Axis("images of a row"),
+    "S": Axis("sequence: tokens of a row"),
+    "T": Axis("keys that a sequence attends to (cached ones included)"),
+    "P": Axis("patches of an image"),
+    "C": Axis("numbers of a patch: height x width x channels"),
+    "M": Axis("image tokens that leave the projector"),
+    "Q": Axis("learned queries of the resampler"),
+    "L": Axis("layers, stacked"),
+    "D": Axis("width of a decoder or of the transformer at hand", parameter="fsdp"),
+    "E": Axis("width of the image encoder where it meets D", parameter="fsdp"),
+    "N": Axis("attention heads", parameter="tensor", activation="tensor"),
+    "K": Axis("key/value heads", parameter="tensor", activation="tensor"),
+    "H": Axis("numbers of a head"),
+    "F": Axis("hidden numbers of an MLP", parameter="tensor", activation="tensor"),
+    "V": Axis("vocabulary", parameter="tensor", activation="tensor"),
+    "1": Axis("a dimension of one"),
+}
+
+
+def parameter_spec(letters: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """How a parameter such as `D N H` lies on the mesh. A mesh axis is used once, by the first letter that wants it."""
+    return _spec([ALPHABET[letter].parameter for letter in letters.split()], shape, mesh)
+
+
+def activation_spec(letters: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """How an activation such as `B S D` lies on the mesh."""
+    return _spec([ALPHABET[letter].activation for letter in letters.split()], shape, mesh)
+
+
+def _spec(wanted, shape, mesh) -> PartitionSpec:
+    """A dimension that the mesh axis does not divide (one key/value head, an odd vocabulary) is kept whole."""
+    if len(wanted) != len(shape):
+        raise ValueError(f"{len(wanted)} letters for an array of shape {shape}")
+    used, spec = set(), []
+    for axis, size in zip(wanted, shape):
+        names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
+        split = math.prod(mesh.shape[name] for name in names)
+        free = names and not used & set(names) and size % split == 0
+        spec.append(axis if free else None)
+        used |= set(names) if free else set()
+    return PartitionSpec(*spec)
+
+
+def constrain(x: jax.Array, letters: str) -> jax.Array:
+    """Pins an activation to its place on the mesh of `jax.set_mesh`; without a mesh it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, activation_spec(letters, x.shape, mesh))
+
+
+class Lettered(struct.PyTreeNode, meta.AxisMetadata):
+    """A parameter together with its letters; `nn.scan` puts `L` in front when it stacks layers."""
+
+    value: jax.Array
+    letters: str = struct.field(pytree_node=False)
+
+    def unbox(self):
+        return self.value
+
+    def replace_boxed(self, value):
+        return self.replace(value=value)
+
+    def add_axis(self, index, params):
+        letters = self.letters.split()
+        letters.insert(index, params[meta.PARTITION_NAME])
+        return self.replace(letters=" ".join(letters))
+
+    def remove_axis(self, index, params):
+        letters = self.letters.split()
+        letters.pop(index)
+        return self.replace(letters=" ".join(letters))
+
+
+def lettered(init, letters: str):
+    """An initializer whose parameter remembers its letters."""
+
+    def boxed(key, shape, *rest):
+        if len(shape) != len(letters.split()):
+            raise ValueError(f"letters {letters!r} for a parameter of shape {shape}")
+        return Lettered(init(key, shape, *rest), letters)
+
+    return boxed
+
+
+def parameter_shardings(boxed_params, mesh: Mesh):
+    """Tree of boxed parameters (or their shapes) -> tree of shardings, one per parameter."""
+
+    def sharding(box: Lettered):
+        return NamedSharding(mesh, parameter_spec(box.letters, box.value.shape, mesh))
+
+    return jax.tree.map(sharding, boxed_params, is_leaf=lambda x: isinstance(x, Lettered))
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Whole rows, split over `data` and `fsdp`: where every array of a batch lies."""
+    return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def make_mesh(cfg) -> Mesh:
+    """The devices at hand as `data x fsdp x tensor`; -1 stands for what is left.
+
+    Raises:
+      ConfigError: the three do not multiply to the number of devices.
+    """
+    sizes, devices = cfg.sizes(jax.device_count()), jax.devices()
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)

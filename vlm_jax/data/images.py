@@ -1,0 +1,65 @@
+"""Image files -> pixels of the size and range that the encoder reads."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vlm_jax.config import ConfigError
+
+# What Pillow raises for bytes that are no image, or only the first part of one.
+BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """The image in a file, upright and RGB. ConfigError names the file where there is none."""
+    try:
+        encoded = Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read the image {path}: {error.strerror}") from None
+    return decode(encoded, name=str(path))
+
+
+def decode(encoded: bytes, name: str = "image") -> Image.Image:
+    """The bytes of an image file -> upright RGB; what is transparent becomes white."""
+    try:
+        image = Image.open(io.BytesIO(encoded))
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    except BROKEN as error:
+        raise ConfigError(f"{name} is not a readable image, or is cut short ({type(error).__name__})") from None
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would clip at 255
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def fit(image: Image.Image, image_size_px: int) -> np.ndarray:
+    """Any image -> (image_size_px, image_size_px, 3) uint8, resized (and squeezed to a square) where it differs."""
+    size = (image_size_px, image_size_px)
+    return np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
+
+
+def normalise(pixels: np.ndarray) -> np.ndarray:
+    """uint8 0..255 -> float32 -1..1."""
+    return pixels.astype(np.float32) * np.float32(2 / 255) - 1
+
+
+def to_pixels(image: Image.Image, image_size_px: int) -> np.ndarray:
+    """Any RGB image -> (image_size_px, image_size_px, 3) float32 in -1..1."""
+    return normalise(fit(image, image_size_px))
+
+
+def augment(pixels: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
+    """(H, W, 3) -> (H, W, 3) with its pixels moved: mirrored half of the time, or one of the square's 8 symmetries."""
+    if kind == "none":
+        return pixels
+    if kind not in ("mirror", "dihedral"):
+        raise ConfigError(f"data.augment {kind!r} is unknown: choose none, mirror or dihedral")
+    if kind == "dihedral":
+        pixels = np.rot90(pixels, rng.integers(4))
+    return pixels[:, ::-1] if rng.integers(2) else pixels

@@ -1,0 +1,147 @@
+"""Records -> batches, with Grain: what comes next is a function of `seed` and of the step alone."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import grain
+import numpy as np
+
+from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.data import images as image_files
+from vlm_jax.data import sources, text
+from vlm_jax.data.text import Tokenizer
+from vlm_jax.structs import Batch
+
+CACHE_BYTES = 512 << 20  # decoded images kept in memory: to read and decode a small one takes 0.3 ms of a core
+CACHED_PAIRS = 1 << 16  # questions with answers whose tokens are kept: data sets from templates repeat theirs
+
+
+class Decoded:
+    """Random access to records whose image is pixels, (H, W, 3) uint8; those read last stay in memory."""
+
+    def __init__(self, records: sources.Records, image_size_px: int):
+        self.records = records
+        self._image_size_px = image_size_px
+        self._read = functools.lru_cache(CACHE_BYTES // (3 * image_size_px**2))(self._decode)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> sources.Record:
+        return self._read(index)
+
+    def _decode(self, index: int) -> sources.Record:
+        record = self.records[index]
+        image = image_files.decode(record.image, name=f"image {record.image_id}")
+        return replace(record, image=image_files.fit(image, self._image_size_px))
+
+
+def training_iterator(
+    cfg: Experiment, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator:
+    """Endless `Batch`es of numpy arrays with B = train.batch_size / process_count rows and one image a row.
+
+    `get_state()` and `set_state()` continue exactly. Every process draws every n-th row of one shuffled stream, so
+    batch k of n processes holds together the rows of batch k of one process, augmented alike.
+    """
+    if cfg.train.batch_size % process_count:
+        raise ConfigError(f"train.batch_size {cfg.train.batch_size} is no multiple of the {process_count} processes")
+    records = Decoded(sources.load(cfg.data, cfg.data.train_split), cfg.vision.image_size_px)
+    rows = grain.MapDataset.source(records).seed(cfg.seed).shuffle().random_map(_row_builder(cfg, tokenizer)).repeat()
+    batches = rows[process_index::process_count].batch(
+        cfg.train.batch_size // process_count, drop_remainder=True, batch_fn=_stack
+    )
+    threads = cfg.data.threads
+    return iter(batches.to_iter_dataset(grain.ReadOptions(threads, max(threads, cfg.data.prefetch))))
+
+
+def _row_builder(cfg: Experiment, tokenizer: Tokenizer) -> Callable:
+    @functools.lru_cache(CACHED_PAIRS)
+    def encode(question: str, answer: str) -> text.Pair:
+        return text.prompt_ids(tokenizer, question), text.answer_ids(tokenizer, answer)
+
+    def row(record: sources.Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        chosen = rng.permutation(len(record.questions))[: cfg.data.questions_per_row]
+        packed = text.pack_row(cfg, [encode(record.questions[i], record.answers[i]) for i in chosen])
+        packed["images"] = image_files.augment(record.image, cfg.data.augment, rng)[None]
+        return packed
+
+    return row
+
+
+def _stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
+    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return Batch(**stacked | {"images": image_files.normalise(stacked["images"])})
+
+
+def train_tokenizer(cfg: Experiment) -> Tokenizer:
+    """A tokenizer for the questions and answers of the training split, of at most decoder.vocab_size tokens."""
+    records = sources.load(cfg.data, cfg.data.train_split)
+    texts = (line for i in range(len(records)) for line in records[i].questions + records[i].answers)
+    return Tokenizer.train(texts, cfg.decoder.vocab_size)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question to evaluate; its image is read when it is asked for."""
+
+    image_id: int
+    question: str
+    answer: str
+    type: str
+    image: Callable[[], np.ndarray] = field(repr=False, compare=False)
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """(H, W, 3) float32 in -1..1."""
+        return image_files.normalise(self.image())
+
+
+def questions(cfg: Experiment, split: str, limit: int = 0) -> list[Question]:
+    """The first `limit` questions of a split (0: all), in the data set's order."""
+    decoded = Decoded(sources.load(cfg.data, split), cfg.vision.image_size_px)
+    found = []
+    for index in range(len(decoded)):
+        if limit and len(found) >= limit:
+            break
+        record = decoded.records[index]
+        image = functools.partial(_image, decoded, index)
+        asked = zip(record.questions, record.answers, record.types, strict=True)
+        found += [Question(record.image_id, *parts, image) for parts in asked]
+    return found[:limit] if limit else found
+
+
+def _image(decoded: Decoded, index: int) -> np.ndarray:
+    return decoded[index].image
+
+
+def prompt_batch(
+    cfg: Experiment,
+    tokenizer: Tokenizer,
+    images: Sequence[Sequence[np.ndarray]],
+    prompts: Sequence[str],
+    length: int | None = None,
+) -> Batch:
+    """Prompts and the images of each, (H, W, 3) float32 -> a batch to continue, padded on the left; no targets.
+
+    Rows may have different numbers of images; I is the largest. `length` is S, by default that of the longest row:
+    give it where every batch shall have the same shape, so that nothing is compiled twice.
+    """
+    ids = [text.prompt_ids(tokenizer, prompt) for prompt in prompts]
+    rows = list(zip(ids, map(len, images), strict=True))
+    if length is None:
+        length = max(len(prompt) + count * cfg.image_slots_in_row for prompt, count in rows)
+    most = max(count for _, count in rows)
+    packed = [text.prompt_row(cfg, prompt, count, length) for prompt, count in rows]
+    for row, (_, count) in zip(packed, rows, strict=True):
+        row["image_mask"] = np.pad(row["image_mask"], ((0, 0), (0, most - count)))
+    fields = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
+    return Batch(**fields, images=_filled_up(images, most) if most else None)
+
+
+def _filled_up(images: Sequence[Sequence[np.ndarray]], most: int) -> np.ndarray:
+    """Each row's images -> (B, I, H, W, 3) with I = most; a missing one is grey, and no token reads it."""
+    shape = next(image.shape for row in images for image in row)
+    missing = np.zeros(shape, np.float32)
+    return np.stack([np.stack([*row, *[missing] * (most - len(row))]) for row in images])

@@ -1,0 +1,142 @@
+"""Datasets, prepared on first use and read by index: one record per image, with all its questions."""
+
+import contextlib
+import difflib
+import fcntl
+import io
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import easy_vqa
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+
+from vlm_jax.config import ConfigError, Data
+
+SHAPES = ("circle", "rectangle", "triangle")
+
+
+@dataclass(frozen=True)
+class Record:
+    """An image and what is asked about it: question i has answer i, which is of type i."""
+
+    image_id: int
+    image: bytes  # of an image file
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+    types: tuple[str, ...]
+
+
+class EasyVqa(tfds.core.GeneratorBasedBuilder):
+    """Coloured shapes on 64 x 64 px and questions about them (PyPI: easy-vqa, MIT), in the order of their ids."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    code_path = None  # TFDS 4.9.10 would look for it with importlib_resources, which it does not install
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        texts = tfds.features.Sequence(tfds.features.Text())
+        features = {
+            "image_id": np.int64,
+            "image": tfds.features.Image(shape=(64, 64, 3), encoding_format="png"),
+            **{"questions": texts, "answers": texts, "types": texts},
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _split_generators(self, dl_manager):
+        return {
+            "train": self._generate_examples(easy_vqa.get_train_image_paths(), easy_vqa.get_train_questions()),
+            "test": self._generate_examples(easy_vqa.get_test_image_paths(), easy_vqa.get_test_questions()),
+        }
+
+    def _generate_examples(self, paths, questions):
+        asked = defaultdict(list)
+        for question, answer, image_id in zip(*questions, strict=True):
+            asked[image_id].append((question, answer, _answer_type(answer)))
+        for image_id, path in sorted(paths.items()):  # a path and not pixels: those would import TensorFlow
+            texts, answers, types = zip(*asked[image_id], strict=True)
+            yield (
+                image_id,
+                {"image_id": image_id, "image": path, "questions": texts, "answers": answers, "types": types},
+            )
+
+
+def _answer_type(answer: str) -> str:
+    if answer in ("yes", "no"):
+        return "yes_no"
+    return "shape" if answer in SHAPES else "color"
+
+
+SOURCES = {"easy_vqa": EasyVqa}
+
+
+class Records:
+    """Random access to the records of a split; images stay encoded."""
+
+    def __init__(self, rows):
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Record:
+        row = self._rows[index]
+        texts = {name: tuple(text.decode() for text in row[name]) for name in ("questions", "answers", "types")}
+        return Record(image_id=int(row["image_id"]), image=row["image"], **texts)
+
+
+def load(data: Data, split: str) -> Records:
+    """The records of a split such as 'test' or 'train[:90%]', by index, in a fixed order; prepared if need be.
+
+    Raises ConfigError for an unknown source, an unusable `data.dir`, or a split that does not exist or is empty.
+    """
+    if data.source not in SOURCES:
+        nearest = difflib.get_close_matches(data.source, SOURCES, 1)
+        hint = f" (perhaps you meant {nearest[0]})" if nearest else ""
+        raise ConfigError(f"data.source {data.source!r} is unknown{hint}: choose one of {', '.join(SOURCES)}")
+    directory = Path(data.dir).expanduser()
+    try:
+        builder = _prepared(SOURCES[data.source], directory)
+    except OSError as error:
+        raise ConfigError(f"data.dir {directory} cannot be used for datasets: {error.strerror or error}") from error
+    field = "data.train_split" if split == data.train_split else "eval.split"
+    try:
+        rows = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except (ValueError, KeyError, AssertionError):
+        names = ", ".join(builder.info.splits)
+        raise ConfigError(f"{field} {split!r} is no split: choose {names}, or a slice like 'train[:90%]'") from None
+    if not len(rows):
+        raise ConfigError(f"{field} {split!r} holds no records")
+    return Records(rows)
+
+
+def _prepared(builder_class, directory: Path):
+    """The builder of a dataset that is on disk, made now if it is not. Processes of one machine take turns."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with _quiet():
+        builder = builder_class(data_dir=str(directory), file_format="array_record")
+        if builder.is_prepared():
+            return builder
+        with open(directory / f"{builder.name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            builder = builder_class(data_dir=str(directory), file_format="array_record")
+            if not builder.is_prepared():
+                print(f"preparing the dataset {builder.name} in {directory}", flush=True)
+                with contextlib.redirect_stdout(io.StringIO()):
+                    builder.download_and_prepare()
+    return builder
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without TFDS's progress bars and warnings; its errors are raised all the same."""
+    tfds.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

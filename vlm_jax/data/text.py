@@ -1,0 +1,172 @@
+"""Text -> rows of tokens: the tokenizer, the form of a prompt, the shift of the labels, and which tokens are scored.
+
+A training row is one segment. The image is its trunk, every question with its answer is a branch:
+
+    tokens     <image> <image> | what shape ? \\n  circle <eos> | is it red ? \\n  yes  <eos> | <pad>
+    branch        0       0    |  1     1   1  1     1      1   |  2  2  2  2  2   2     2   |   0
+    position      0       1    |  2     3   4  5     6      7   |  2  3  4  5  6   7     8   |   0
+    scored        .       .    |  .     .   .  x     x      .   |  .  .  .  .  x   x     .   |   .
+
+A position is scored where the *next* token belongs to an answer.
+"""
+
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.structs import NO_IMAGE, PADDING, TRUNK
+
+SPECIALS = ("<pad>", "<image>", "<newline>", "<eos>")
+PAD, IMAGE, NEWLINE, EOS = range(4)
+
+Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a prompt and of its answer
+
+# What stands in a slot that holds no token; the names and types of a row's fields.
+FILL = {
+    "tokens": np.int32(PAD),
+    "positions": np.int32(0),
+    "segment_ids": np.int32(PADDING),
+    "branch_ids": np.int32(TRUNK),
+    "image_slots": np.int32(NO_IMAGE),
+    "image_mask": np.bool_(False),
+    "targets": np.int32(PAD),
+    "loss_weights": np.float32(0),
+}
+
+
+class Tokenizer:
+    """Byte-level BPE (Radford et al. 2019, GPT-2): any text is encodable, and comes back byte for byte."""
+
+    def __init__(self, bpe: tokenizers.Tokenizer):
+        if [bpe.token_to_id(name) for name in SPECIALS] != list(range(len(SPECIALS))):
+            raise ConfigError(f"a tokenizer needs the tokens {' '.join(SPECIALS)} with the ids 0 to 3")
+        bpe.encode_special_tokens = True  # '<eos>' in a user's text is five characters, not the end
+        self._bpe = bpe
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Learns at most `vocab_size` tokens; the same texts give the same tokenizer."""
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        smallest = len(alphabet) + len(SPECIALS)
+        if vocab_size < smallest:
+            raise ConfigError(f"decoder.vocab_size {vocab_size} is too small: bytes and specials take {smallest}")
+        bpe = tokenizers.Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=list(SPECIALS), initial_alphabet=alphabet, show_progress=False
+        )
+        bpe.train_from_iterator(texts, trainer)
+        return cls(bpe)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Tokenizer":
+        try:
+            bpe = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise ConfigError(f"cannot read the tokenizer {path}: {error}") from None
+        return cls(bpe)
+
+    def save(self, path: str | os.PathLike) -> None:
+        self._bpe.save(str(path))
+
+    def __len__(self) -> int:
+        return self._bpe.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self._bpe.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text up to <eos>; special tokens, and ids that the tokenizer does not have, are left out."""
+        ids = itertools.takewhile(lambda i: i != EOS, (int(i) for i in ids))
+        return self._bpe.decode([i for i in ids if len(SPECIALS) <= i < len(self)])
+
+
+def prompt_ids(tokenizer: Tokenizer, question: str) -> list[int]:
+    return tokenizer.encode(question) + tokenizer.encode("\n")
+
+
+def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:
+    return [*tokenizer.encode(answer), EOS]
+
+
+def image_ids(cfg: Experiment) -> np.ndarray:
+    """(cfg.image_slots_in_row,) int32: what stands in the sequence for one image; empty when none stands there.
+
+    A grid of <image>, row after row; with `vision.newline_token` every row ends in a <newline>.
+    """
+    if not cfg.fusion.image_in_sequence:
+        return np.zeros(0, np.int32)
+    rows, columns = cfg.projector.output_grid(cfg.vision)
+    grid = np.full((rows, columns + cfg.vision.newline_token), IMAGE, np.int32)
+    grid[:, columns:] = NEWLINE
+    return grid.reshape(-1)
+
+
+def pack_row(cfg: Experiment, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
+    """One image and its questions -> the fields of a training row of length S = cfg.row_length, image_mask (S, 1).
+
+    Pairs that do not fit any more are left out. ConfigError for a pair that would not fit in a row of its own.
+    """
+    room, kept = cfg.data.text_length, []
+    for prompt, answer in pairs:
+        length = len(prompt) + len(answer)
+        if length > cfg.data.text_length:
+            raise ConfigError(f"data.text_length {cfg.data.text_length} is too short: a question takes {length} tokens")
+        if length <= room:
+            kept.append((prompt, answer))
+            room -= length
+    trunk = image_ids(cfg)
+    row = _segment(trunk, [[*prompt, *answer] for prompt, answer in kept], images=1)
+    same_branch = row["branch_ids"][:-1] == row["branch_ids"][1:]
+    lengths = [len(trunk), *(len(part) for pair in kept for part in pair)]
+    answered = np.repeat([False] + [False, True] * len(kept), lengths)
+    row["targets"] = np.append(np.where(same_branch, row["tokens"][1:], PAD), PAD)
+    row["loss_weights"] = np.append(same_branch & answered[1:], False)
+    return _padded(row, 0, cfg.row_length)
+
+
+def prompt_row(cfg: Experiment, prompt: Sequence[int], images: int = 1, length: int | None = None) -> dict:
+    """The same trunk and one prompt as its branch -> the fields of a row to continue, image_mask (length, images).
+
+    Padded on the left, so that prompts of several lengths all end in the last slot:
+
+        tokens   <pad> <pad> <image> <image> is it red ? \\n
+    """
+    row = _segment(np.tile(image_ids(cfg), images), [prompt], images)
+    needed = len(row["tokens"])
+    length = needed if length is None else length
+    if needed > length:
+        raise ConfigError(f"a prompt takes {needed} tokens with its images, more than the {length} that there are")
+    return _padded(row, length - needed, length)
+
+
+def _segment(trunk: np.ndarray, branches: Sequence[Sequence[int]], images: int) -> dict[str, np.ndarray]:
+    """A trunk and its branches, end to end, without padding."""
+    lengths = np.array([len(trunk), *map(len, branches)])
+    starts = np.cumsum(lengths) - lengths
+    starts[1:] -= len(trunk)  # every branch goes on where the trunk ended
+    tokens = np.array([*trunk, *itertools.chain(*branches)], np.int32)
+    is_image = tokens == IMAGE
+    return {
+        "tokens": tokens,
+        "positions": np.arange(len(tokens)) - np.repeat(starts, lengths),
+        "segment_ids": np.ones_like(tokens),
+        "branch_ids": np.repeat(np.arange(len(lengths)), lengths),
+        "image_slots": np.where(is_image, np.cumsum(is_image) - 1, NO_IMAGE),
+        "image_mask": np.ones((len(tokens), images), np.bool_),
+    }
+
+
+def _padded(row: dict[str, np.ndarray], before: int, length: int) -> dict[str, np.ndarray]:
+    """The row with `before` empty slots in front and as many behind as `length` asks for."""
+    padded = {}
+    for name, values in row.items():
+        padded[name] = np.full((length, *values.shape[1:]), FILL[name])
+        padded[name][before : before + len(values)] = values
+    return padded

@@ -1,0 +1,111 @@
+"""Attention: one module for self- and cross-attention, with grouped-query heads, RoPE and a cache."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from vlm_jax import axes
+from vlm_jax.config import Decoder, Transformer
+from vlm_jax.nn.layers import Dense
+
+KeyValue = tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]
+Rope = tuple[Float[Array, "B S R"], Float[Array, "B S R"]]  # cosines and sines; R = H * rope_fraction
+NEVER = -1e30  # the score of a key that is not seen; finite, so that a row that sees nothing gives no NaN
+
+
+def rope_tables(positions: Int[Array, "B S"], cfg: Decoder) -> Rope:
+    """Cosines and sines of rotary position embedding (Su et al. 2021, eq. 34), halves side by side as in Llama."""
+    turned = int(cfg.head_width * cfg.rope_fraction)
+    frequencies = cfg.rope_theta ** (-jnp.arange(0, turned, 2, dtype=jnp.float32) / turned)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B S N H"], rope: Rope) -> Float[Array, "B S N H"]:
+    """Turns the first R numbers of every head by the angles of its position; the rest passes through."""
+    cos, sin = (table[:, :, None, :].astype(x.dtype) for table in rope)
+    turned, rest = jnp.split(x, [cos.shape[-1]], axis=-1)
+    low, high = jnp.split(turned, 2, axis=-1)
+    turned = turned * cos + jnp.concatenate([-high, low], axis=-1) * sin
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+
+
+def attend(
+    q: Float[Array, "B S N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    mask: Bool[Array, "#B 1 #S T"] | None,
+) -> Float[Array, "B S N H"]:
+    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1); key head j serves query heads jN/K .. (j+1)N/K - 1."""
+    groups = q.shape[2] // k.shape[2]
+    q = (q * q.shape[-1] ** -0.5).swapaxes(1, 2)
+    k, v = (jnp.repeat(x, groups, axis=2).swapaxes(1, 2) if groups > 1 else x.swapaxes(1, 2) for x in (k, v))
+    return _attend(q, k, v, mask).swapaxes(1, 2)
+
+
+@jax.custom_vjp
+def _attend(q, k, v, mask):
+    """(B, N, S, H), (B, N, T, H), (B, N, T, H) -> (B, N, S, H); its own backward pass keeps only the probabilities."""
+    return _attend_forward(q, k, v, mask)[0]
+
+
+def _attend_forward(q, k, v, mask):
+    scores = jnp.einsum("bnsh,bnth->bnst", q, k).astype(jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask, scores, NEVER)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return jnp.einsum("bnst,bnth->bnsh", probabilities, v), (q, k, v, probabilities)
+
+
+def _attend_backward(saved, dy):
+    q, k, v, p = saved
+    dy = jax.lax.optimization_barrier(dy)
+    dv = jnp.einsum("bnst,bnsh->bnth", p, dy)
+    dp = jnp.einsum("bnsh,bnth->bnst", dy, v)
+    ds = p * (dp - jnp.sum(dp * p, axis=-1, keepdims=True))
+    ds = jax.lax.optimization_barrier(ds)
+    return jnp.einsum("bnst,bnth->bnsh", ds, k), jnp.einsum("bnst,bnsh->bnth", ds, q), dv, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+class Attention(nn.Module):
+    """Queries from `x`, keys and values from `source`: self-attention where the two are one.
+
+    With a cache of fixed length T, the keys and values of `source` are written from slot `index` on and all T slots are
+    attended to. Without a source, the cached keys and values are read as they are (cross-attention while decoding).
+    """
+
+    cfg: Transformer
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        source: Float[Array, "B T D"] | None,
+        mask: Bool[Array, "#B 1 #S U"] | None = None,
+        rope: Rope | None = None,
+        cache: KeyValue | None = None,
+        index: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B S D"], KeyValue]:
+        q = axes.constrain(self._project(x, "query", "N"), "B S N H")
+        q = rotate(q, rope) if rope is not None else q
+        if source is None:
+            k, v = cache
+        else:
+            k, v = self._project(source, "key", "K"), self._project(source, "value", "K")
+            k = rotate(k, rope) if rope is not None else k
+            if cache is not None:
+                k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, index, 1) for old, new in zip(cache, (k, v)))
+        y = attend(q, k, v, mask)
+        cfg = self.cfg
+        out = Dense("N H D", (cfg.heads, cfg.head_width, cfg.width), contract=2, bias=cfg.out_bias, name="out")(y)
+        return out, (k, v)
+
+    def _project(self, x, name, heads_letter):
+        cfg = self.cfg
+        heads = cfg.heads if heads_letter == "N" else cfg.num_kv_heads
+        return Dense(f"D {heads_letter} H", (x.shape[-1], heads, cfg.head_width), bias=cfg.qkv_bias, name=name)(x)

@@ -1,0 +1,128 @@
+"""The layers everything is made of: a product, a norm, an MLP, an embedding."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from vlm_jax import axes
+from vlm_jax.config import Transformer
+
+ACTIVATIONS = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "silu": nn.silu,
+    "relu": nn.relu,
+    "relu2": lambda x: jnp.square(nn.relu(x)),
+}
+embedding_init = nn.initializers.normal(0.02)
+
+
+@jax.custom_vjp
+def matmul(x: Float[Array, "... D"], w: Float[Array, "D F"]) -> Float[Array, "... F"]:
+    """`x @ w` whose weight gradient is one product of two matrices.
+
+    In the plain backward pass XLA fuses what comes before into a strided transpose and computes it again; the barrier
+    stops that (CPU: a training step takes 0.7 of the time).
+    """
+    return x @ w
+
+
+def _matmul_forward(x, w):
+    return x @ w, (x, w)
+
+
+def _matmul_backward(saved, dy):
+    x, w = saved
+    flat_x, flat_dy = jax.lax.optimization_barrier((x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])))
+    dw = jax.lax.dot_general(flat_x, flat_dy, (((0,), (0,)), ((), ())))
+    return (flat_dy @ w.T).reshape(x.shape), dw
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+class Dense(nn.Module):
+    """(..., inputs) -> (..., outputs): a product over the first `contract` letters of the kernel, and a bias.
+
+    `Dense("D N H", (128, 4, 32))` maps (B, S, D) to (B, S, N, H); `Dense("N H D", (4, 32, 128), contract=2)` maps back.
+    """
+
+    letters: str
+    shape: tuple[int, ...]
+    contract: int = 1
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        inputs, outputs = self.shape[: self.contract], self.shape[self.contract :]
+        init = nn.initializers.variance_scaling(
+            1.0,
+            "fan_in",
+            "truncated_normal",
+            in_axis=range(self.contract),
+            out_axis=range(self.contract, len(self.shape)),
+        )
+        kernel = self.param("kernel", axes.lettered(init, self.letters), self.shape)
+        leading = x.shape[: x.ndim - self.contract]
+        y = matmul(x.reshape(*leading, math.prod(inputs)), kernel.reshape(math.prod(inputs), math.prod(outputs)))
+        if self.bias:
+            letters = " ".join(self.letters.split()[self.contract :])
+            y += self.param("bias", axes.lettered(nn.initializers.zeros, letters), outputs).reshape(-1)
+        return y.reshape(*leading, *outputs)
+
+
+class Norm(nn.Module):
+    """(..., D) -> (..., D): LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019), computed in float32."""
+
+    kind: str
+    eps: float
+    letters: str = "D"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        wide = x.astype(jnp.float32)
+        if self.kind == "layernorm":
+            wide -= wide.mean(-1, keepdims=True)
+        wide *= jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+        y = wide.astype(x.dtype) * self.param("scale", axes.lettered(nn.initializers.ones, self.letters), x.shape[-1:])
+        if self.kind == "layernorm":
+            y += self.param("bias", axes.lettered(nn.initializers.zeros, self.letters), x.shape[-1:])
+        return y
+
+
+class Mlp(nn.Module):
+    """(B, S, D) -> (B, S, D): up, activation, down; gated, the activation of a second product scales the first."""
+
+    cfg: Transformer
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        cfg, act = self.cfg, ACTIVATIONS[self.cfg.activation]
+        up = Dense("D F", (cfg.width, cfg.mlp_width), bias=cfg.mlp_bias, name="up")(x)
+        if cfg.gated_mlp:
+            hidden = act(Dense("D F", (cfg.width, cfg.mlp_width), bias=cfg.mlp_bias, name="gate")(x)) * up
+        else:
+            hidden = act(up)
+        hidden = axes.constrain(hidden, "B S F")
+        return Dense("F D", (cfg.mlp_width, cfg.width), bias=cfg.mlp_bias, name="down")(hidden)
+
+
+class Embed(nn.Module):
+    """(B, S) ids -> (B, S, D); `attend` is the tied output head, (B, S, D) -> (B, S, V)."""
+
+    num: int
+    width: int
+    letters: str = "V D"
+
+    def setup(self):
+        self.table = self.param("table", axes.lettered(embedding_init, self.letters), (self.num, self.width))
+
+    def __call__(self, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        return jnp.take(self.table, ids, axis=0)
+
+    def attend(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+        return matmul(x, self.table.T)

@@ -1,0 +1,93 @@
+"""From the encoder's tokens to the decoder's width. `config.Projector.num_tokens` says how many come out."""
+
+import einops
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vlm_jax import axes
+from vlm_jax.config import Experiment, Transformer
+from vlm_jax.nn.blocks import Block
+from vlm_jax.nn.layers import ACTIVATIONS, Dense, Norm, embedding_init
+from vlm_jax.structs import Context
+
+Tokens = Float[Array, "B P E"]
+Projected = Float[Array, "B M D"]
+
+
+class Linear(nn.Module):
+    """One product: (B, P, E) -> (B, P, D)."""
+
+    cfg: Experiment
+
+    @nn.compact
+    def __call__(self, x: Tokens) -> Projected:
+        return Dense("E D", (x.shape[-1], self.cfg.decoder.width), name="linear")(x)
+
+
+class Mlp(nn.Module):
+    """Two products with an activation between: (B, P, E) -> (B, P, D) (LLaVA 1.5)."""
+
+    cfg: Experiment
+
+    @nn.compact
+    def __call__(self, x: Tokens) -> Projected:
+        width = self.cfg.decoder.width
+        x = ACTIVATIONS[self.cfg.projector.activation](Dense("E D", (x.shape[-1], width), name="linear_1")(x))
+        return Dense("E D", (width, width), name="linear_2")(x)
+
+
+class PixelShuffle(nn.Module):
+    """Every f x f square of tokens becomes one token f*f times as wide, then a product (Idefics3)."""
+
+    cfg: Experiment
+
+    @nn.compact
+    def __call__(self, x: Tokens) -> Projected:
+        rows, columns = self.cfg.vision.grid
+        f = self.cfg.projector.factor
+        x = einops.rearrange(x, "B (h f w g) E -> B (h w) (f g E)", h=rows // f, w=columns // f, f=f, g=f)
+        return Dense("E D", (x.shape[-1], self.cfg.decoder.width), name="linear")(x)
+
+
+class AveragePool(nn.Module):
+    """The mean of every f x f square of tokens, then a product (Gemma 3)."""
+
+    cfg: Experiment
+
+    @nn.compact
+    def __call__(self, x: Tokens) -> Projected:
+        rows, columns = self.cfg.vision.grid
+        f = self.cfg.projector.factor
+        x = einops.reduce(x, "B (h f w g) E -> B (h w) E", "mean", h=rows // f, w=columns // f, f=f, g=f)
+        return Dense("E D", (x.shape[-1], self.cfg.decoder.width), name="linear")(x)
+
+
+class Resampler(nn.Module):
+    """Learned queries read the tokens: (B, P, E) -> (B, Q, D) (Perceiver resampler of Flamingo, appendix A.1.1).
+
+    Keys and values are those of tokens and queries together.
+    """
+
+    cfg: Experiment
+
+    @nn.compact
+    def __call__(self, x: Tokens) -> Projected:
+        cfg, width = self.cfg.projector, self.cfg.decoder.width
+        settings = Transformer(width=width, heads=cfg.heads, mlp_width=4 * width)
+        memory = Norm("layernorm", settings.norm_eps, name="norm")(Dense("E D", (x.shape[-1], width), name="linear")(x))
+        queries = self.param("queries", axes.lettered(embedding_init, "Q D"), (cfg.queries, width))
+        q = jnp.broadcast_to(queries, (len(x), *queries.shape))
+        for i in range(cfg.depth):
+            context = Context(memory=jnp.concatenate([memory, q], axis=1))
+            q, _ = Block(settings, ("cross", "mlp"), name=f"block_{i}")(q, context, {})
+        return Norm("layernorm", settings.norm_eps, name="final_norm")(q)
+
+
+PROJECTORS = {
+    "linear": Linear,
+    "mlp": Mlp,
+    "pixel_shuffle": PixelShuffle,
+    "average_pool": AveragePool,
+    "resampler": Resampler,
+}

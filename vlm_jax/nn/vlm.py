@@ -1,0 +1,76 @@
+"""The vision-language model: encoder, projector, fusion, decoder."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vlm_jax import axes
+from vlm_jax.config import Experiment
+from vlm_jax.nn.decoder import Decoder, empty_layers
+from vlm_jax.nn.fusion import fuse
+from vlm_jax.nn.projector import PROJECTORS
+from vlm_jax.nn.vit import ViT
+from vlm_jax.structs import Batch, Cache, Output
+
+
+class VLM(nn.Module):
+    """A batch of images and text -> logits of the next token at every position.
+
+    The three children are the parts of an experiment: `vision`, `projector`, `decoder`.
+    """
+
+    cfg: Experiment
+
+    def setup(self):
+        self.vision = ViT(self.cfg.vision)
+        self.projector = PROJECTORS[self.cfg.projector.kind](self.cfg)
+        self.decoder = Decoder(self.cfg.decoder, self.cfg.fusion)
+
+    def image_tokens(self, images: Float[Array, "B I height width channels"]) -> Float[Array, "B T D"]:
+        """The I*M projected tokens of each row's images, image after image."""
+        rows, per_row = images.shape[:2]
+        x = self.projector(self.vision(images.reshape(rows * per_row, *images.shape[2:])))
+        return axes.constrain(x.reshape(rows, per_row * x.shape[1], x.shape[2]), "B M D")
+
+    def __call__(self, batch: Batch, cache: Cache | None = None) -> Output:
+        """With a cache, `batch` is what follows the tokens in it; without `batch.images`, text alone or what follows."""
+        image = None if batch.images is None else self.image_tokens(batch.images)
+        stream = fuse(self.cfg, self.decoder.embed(batch.tokens), image, batch, cache)
+        hidden, layers = self.decoder(stream, cache)
+        if cache is not None:
+            cache = cache.replace(index=cache.index + batch.tokens.shape[1], layers=layers)
+        return Output(axes.constrain(self.decoder.head(hidden), "B S V"), cache)
+
+
+def empty_cache(cfg: Experiment, prompt: Batch, new_tokens: int) -> Cache:
+    """Room for a prompt and the tokens to come, which belong to the segment and branch of the prompt's last token."""
+
+    def continued(ids):
+        return jnp.concatenate([ids, jnp.repeat(ids[:, -1:], new_tokens, axis=1)], axis=1)
+
+    rows, length = prompt.tokens.shape
+    layers = empty_layers(cfg.decoder, cfg.fusion, rows, length + new_tokens)
+    return Cache(jnp.int32(0), continued(prompt.segment_ids), continued(prompt.branch_ids), layers)
+
+
+def init_params(cfg: Experiment, key: jax.Array):
+    """Boxed parameters (`axes.Lettered`) of a new model; under `jax.eval_shape`, their shapes and letters alone."""
+    return VLM(cfg).init(key, example_batch(cfg))["params"]
+
+
+def example_batch(cfg: Experiment, rows: int = 1, length: int | None = None) -> Batch:
+    """Zeros in the shape of a batch of `rows` rows with one image each."""
+    side, length = cfg.vision.image_size_px, length or cfg.row_length
+    ids = jnp.zeros((rows, length), jnp.int32)
+    return Batch(
+        tokens=ids,
+        positions=ids,
+        segment_ids=ids + 1,
+        branch_ids=ids,
+        image_slots=ids,
+        image_mask=jnp.ones((rows, length, 1), bool),
+        images=jnp.zeros((rows, 1, side, side, cfg.vision.channels)),
+        targets=ids,
+        loss_weights=jnp.ones((rows, length)),
+    )

@@ -1,0 +1,79 @@
+"""The doors between rooms: small structs whose every field has its dimension letters (see `axes.py`)."""
+
+from typing import Any
+
+import jax
+from flax import struct
+
+PADDING = 0  # segment id of a slot that holds no token
+TRUNK = 0  # branch id of a token that every later token of its segment sees
+NO_IMAGE = -1  # image slot of a text token
+
+Array = Any  # a numpy array where data makes it, a jax.Array in the model, a shape while compiling
+
+
+@struct.dataclass
+class Batch:
+    """What data hands over. What a token may see travels with it; the model knows nothing of prompts.
+
+    A row is a few *segments* (documents that never see each other). A segment is a trunk followed by branches: a
+    token sees the trunk and its own branch, up to itself. Shared-image packing is one segment whose trunk is the image
+    and whose branches are the questions.
+    """
+
+    tokens: Array  # (B, S) int32
+    positions: Array  # (B, S) int32: restart with every branch at the trunk's length
+    segment_ids: Array  # (B, S) int32: PADDING, or 1, 2, ...
+    branch_ids: Array  # (B, S) int32: TRUNK, or 1, 2, ...
+    image_slots: Array  # (B, S) int32: which of the row's I*M image tokens stands here, or NO_IMAGE
+    image_mask: Array  # (B, S, I) bool: which images the token may read through cross-attention
+    images: Array | None = None  # (B, I, height, width, channels) float32, normalised; None: text only
+    targets: Array | None = None  # (B, S) int32: the next token
+    loss_weights: Array | None = None  # (B, S) float32: 1 where the target is scored
+
+
+@struct.dataclass
+class Stream:
+    """What fusion hands the decoder. `memory` is there only when there is something to cross-attend to."""
+
+    x: jax.Array  # (B, S, D)
+    positions: jax.Array  # (B, S)
+    mask: jax.Array  # (B, 1, S, T) bool: which keys a token sees
+    memory: jax.Array | None = None  # (B, T, D): image tokens for cross-attention
+    memory_mask: jax.Array | None = None  # (B, 1, S, T) bool: which of them a token reads
+
+
+@struct.dataclass
+class Context:
+    """What every block of a stack reads and none changes."""
+
+    mask: jax.Array | None = None  # (B, 1, S, T) bool: which keys a token sees; None: all
+    rope: Any = None  # cosines and sines, (B, S, R) each
+    memory: jax.Array | None = None  # (B, T, D)
+    memory_mask: jax.Array | None = None  # (B, 1, S, T) bool; None: all
+    index: jax.Array | None = None  # () int32: the next free slot of the cache
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of the tokens so far, in a buffer of fixed length T."""
+
+    index: jax.Array  # () int32: the next free slot
+    segment_ids: jax.Array  # (B, T): of every slot, the slots to come included
+    branch_ids: jax.Array  # (B, T)
+    layers: Any  # per block of the repeating period and sublayer: keys and values (L, B, T, K, H)
+
+
+@struct.dataclass
+class Output:
+    logits: jax.Array  # (B, S, V)
+    cache: Cache | None = None
+
+
+@struct.dataclass
+class State:
+    """All that training changes."""
+
+    step: jax.Array  # () int32: optimizer steps done
+    params: Any
+    optimizer: Any

@@ -1,0 +1,75 @@
+"""Which parts are trained, and at which rate."""
+
+import dataclasses
+
+import jax
+import optax
+from flax import traverse_util
+
+from vlm_jax.config import Optim
+
+PARTS = ("vision", "projector", "decoder", "cross_attention")
+FROZEN = "frozen"
+
+
+def part_of(path: tuple[str, ...]) -> str:
+    """The part that a parameter belongs to: cross-attention's sublayers stand inside the decoder's blocks."""
+    if path[0] == "decoder" and any(name.startswith("cross") for name in path):
+        return "cross_attention"
+    return path[0]
+
+
+def parts(params) -> dict:
+    """Tree of parameters -> tree of the parts they belong to."""
+    return traverse_util.path_aware_map(lambda path, _: part_of(path), params)
+
+
+def trained_parts(cfg: Optim) -> set[str]:
+    return {part for part, scale in dataclasses.asdict(cfg.rate_scale).items() if scale > 0}
+
+
+def split(params, cfg: Optim) -> tuple[dict, dict]:
+    """Parameters -> (trained, frozen), two flat dicts by path; `join` puts them together again.
+
+    Only the trained ones are differentiated, so a frozen part costs neither gradient nor optimizer state.
+    """
+    trained = trained_parts(cfg)
+    flat = traverse_util.flatten_dict(params)
+    return (
+        {path: x for path, x in flat.items() if part_of(path) in trained},
+        {path: x for path, x in flat.items() if part_of(path) not in trained},
+    )
+
+
+def join(trained: dict, frozen: dict):
+    return traverse_util.unflatten_dict({**trained, **frozen})
+
+
+def schedule(cfg: Optim, steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then a cosine down to `final_fraction` of the peak."""
+    warmup = min(cfg.warmup_steps, max(steps - 1, 1))
+    return optax.warmup_cosine_decay_schedule(
+        0.0, cfg.learning_rate, warmup, max(steps, warmup + 1), cfg.learning_rate * cfg.final_fraction
+    )
+
+
+def optimizer(cfg: Optim, steps: int) -> optax.GradientTransformation:
+    """AdamW with clipping by the global norm, for the flat dict of trained parameters that `split` makes.
+
+    Weight decay is for matrices; the learning rate of each part is the schedule times its `rate_scale`.
+    """
+    scales = dataclasses.asdict(cfg.rate_scale)
+
+    def is_matrix(params):
+        return jax.tree.map(lambda x: x.ndim > 1, params)
+
+    def scale_parts(updates, _):
+        return {path: update * scales[part_of(path)] for path, update in updates.items()}
+
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.clip_norm),
+        optax.scale_by_adam(cfg.beta1, cfg.beta2),
+        optax.add_decayed_weights(cfg.weight_decay, is_matrix),
+        optax.stateless(scale_parts),
+        optax.scale_by_learning_rate(schedule(cfg, steps)),
+    )

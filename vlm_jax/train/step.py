@@ -1,0 +1,69 @@
+"""One optimizer step, jitted over the mesh."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.linen import meta
+
+from vlm_jax import axes
+from vlm_jax.config import Experiment
+from vlm_jax.nn.vlm import VLM, init_params
+from vlm_jax.structs import Batch, State
+from vlm_jax.train import optim
+from vlm_jax.train.loss import cross_entropy
+
+
+def make_state(cfg: Experiment, key: jax.Array) -> State:
+    """A new run's state; jit it with `state_shardings` so that every parameter is created where it lies."""
+    params = meta.unbox(init_params(cfg, key))
+    trained, _ = optim.split(params, cfg.optim)
+    return State(jnp.int32(0), params, optim.optimizer(cfg.optim, cfg.train.steps).init(trained))
+
+
+def state_shardings(cfg: Experiment, mesh: jax.sharding.Mesh) -> State:
+    """Where every array of the state lies: Adam's moments as their parameters, the rest on every device."""
+    boxed = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+    params = axes.parameter_shardings(boxed, mesh)
+    trained, _ = optim.split(params, cfg.optim)
+    optimizer = optax.tree.map_params(
+        optim.optimizer(cfg.optim, cfg.train.steps),
+        lambda _, sharding: sharding,
+        jax.eval_shape(lambda: make_state(cfg, jax.random.key(0))).optimizer,
+        trained,
+        transform_non_params=lambda _: axes.replicated(mesh),
+    )
+    return State(axes.replicated(mesh), params, optimizer)
+
+
+def train_step(cfg: Experiment, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    """Returns the next state, and `loss` (nats per scored token), `grad_norm` and `learning_rate` of this step."""
+    trained, frozen = optim.split(state.params, cfg.optim)
+
+    def loss(trained):
+        logits = VLM(cfg).apply({"params": optim.join(trained, frozen)}, batch).logits
+        total, count = cross_entropy(logits, batch)
+        return total / jnp.maximum(count, 1)
+
+    value, gradients = jax.value_and_grad(loss)(trained)
+    transform = optim.optimizer(cfg.optim, cfg.train.steps)
+    updates, optimizer = transform.update(gradients, state.optimizer, trained)
+    params = optim.join(optax.apply_updates(trained, updates), frozen)
+    metrics = {
+        "loss": value,
+        "grad_norm": optax.global_norm(gradients),
+        "learning_rate": optim.schedule(cfg.optim, cfg.train.steps)(state.step),
+    }
+    return State(state.step + 1, params, optimizer), metrics
+
+
+def compiled_step(cfg: Experiment, mesh: jax.sharding.Mesh) -> Callable[[State, Batch], tuple[State, dict]]:
+    """`train_step` over the mesh; the state is donated."""
+    state = state_shardings(cfg, mesh)
+    return jax.jit(
+        lambda state, batch: train_step(cfg, state, batch),
+        in_shardings=(state, axes.row_sharding(mesh)),
+        out_shardings=(state, axes.replicated(mesh)),
+        donate_argnums=0,
+    )

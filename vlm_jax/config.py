@@ -1,15 +1,13 @@
-"""What an experiment is: frozen dataclasses, validated as a whole, saved as JSON, compared field by field.
+"""What an experiment is: frozen dataclasses.
 
 Derived values are properties, so an override on the command line can never leave a stale copy behind.
 """
 
-import dataclasses
-import difflib
-import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
+
+CHANNELS = 3  # red, green, blue
 
 
 class ConfigError(ValueError):
@@ -23,7 +21,7 @@ class Data:
     train_split: str = "train"  # TFDS split to learn from; slices such as 'train[:90%]' are allowed
     questions_per_row: int = 8  # questions that share one image in a row; 1: one question a row
     text_length: int = 80  # text tokens in a row
-    augment: Literal["none", "mirror", "dihedral"] = "mirror"  # flips (and quarter turns) of the training images
+    augment: tuple[Literal["mirror", "turn", "shift"], ...] = ("mirror", "shift")  # moves of the training images
     threads: int = 2  # threads that read and build rows
     prefetch: int = 4  # batches made ahead of the step
 
@@ -61,7 +59,6 @@ class Vision(Transformer):
     kind: Literal["vit", "none"] = "vit"  # none: patches go straight to the projector (Fuyu)
     image_size_px: int = 64  # height and width of an image
     patch_size_px: int = 8
-    channels: int = 3
     patch_embed: Literal["linear", "conv"] = "linear"  # the same numbers, computed as a product or a convolution
     patch_bias: bool = True
     positions: Literal["learned", "sincos", "none"] = "learned"
@@ -79,7 +76,7 @@ class Vision(Transformer):
     @property
     def patch_dim(self) -> int:
         """C: numbers of one flattened patch."""
-        return self.patch_size_px**2 * self.channels
+        return self.patch_size_px**2 * CHANNELS
 
     @property
     def output_width(self) -> int:

@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,12 +55,29 @@ def to_pixels(image: Image.Image, image_size_px: int) -> np.ndarray:
     return normalise(fit(image, image_size_px))
 
 
-def augment(pixels: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
-    """(H, W, 3) -> (H, W, 3) with its pixels moved: mirrored half of the time, or one of the square's 8 symmetries."""
-    if kind == "none":
-        return pixels
-    if kind not in ("mirror", "dihedral"):
-        raise ConfigError(f"data.augment {kind!r} is unknown: choose none, mirror or dihedral")
-    if kind == "dihedral":
-        pixels = np.rot90(pixels, rng.integers(4))
+def augment(pixels: np.ndarray, kinds: Sequence[str], rng: np.random.Generator) -> np.ndarray:
+    """(H, W, 3) -> (H, W, 3) with its pixels moved by each of the `AUGMENTATIONS` named in `kinds`, in turn."""
+    for kind in kinds:
+        pixels = AUGMENTATIONS[kind](pixels, rng)
+    return pixels
+
+
+def _mirror(pixels, rng):
     return pixels[:, ::-1] if rng.integers(2) else pixels
+
+
+def _turn(pixels, rng):
+    return np.rot90(pixels, rng.integers(4))
+
+
+def _shift(pixels, rng):
+    """Moves what is on a plain background; only blank lines leave at one side and come back at the other."""
+    blank = (pixels == pixels[0, 0]).all(axis=-1)
+    for axis in (0, 1):
+        lines = np.append(blank.all(axis=1 - axis), False)
+        before, after = lines.argmin(), lines[-2::-1].argmin()
+        pixels = np.roll(pixels, rng.integers(-before, after + 1), axis)
+    return pixels
+
+
+AUGMENTATIONS = {"mirror": _mirror, "turn": _turn, "shift": _shift}

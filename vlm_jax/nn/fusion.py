@@ -37,9 +37,7 @@ def fuse(
     )
 
 
-def place(
-    text: Float[Array, "B S D"], image: Float[Array, "B T D"], slots: Int[Array, "B S"]
-) -> Float[Array, "B S D"]:
+def place(text: Float[Array, "B S D"], image: Float[Array, "B T D"], slots: Int[Array, "B S"]) -> Float[Array, "B S D"]:
     """Puts image token `slots` where it stands in the sequence; text stays where the slot says NO_IMAGE."""
     found = jnp.take_along_axis(image, jnp.maximum(slots, 0)[..., None], axis=1)
     return jnp.where((slots == NO_IMAGE)[..., None], text, found)

@@ -35,9 +35,7 @@ def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
     return np.pad(np.concatenate(parts, axis=1), ((0, 0), (0, width - 4 * quarter))).astype(np.float32)
 
 
-def resample_positions(
-    table: Float[Array, "P D"], old: tuple[int, int], new: tuple[int, int]
-) -> Float[Array, "R D"]:
+def resample_positions(table: Float[Array, "P D"], old: tuple[int, int], new: tuple[int, int]) -> Float[Array, "R D"]:
     """A table of learned positions on another grid, by bicubic interpolation.
 
     Keys' cubic kernel with a = -0.75 at half-pixel centres, clamped at the border and without antialiasing, as
@@ -102,9 +100,7 @@ class _Convolution(nn.Module):
     @nn.compact
     def __call__(self, images):
         cfg, patch = self.cfg, self.cfg.patch_size_px
-        kernel = self.param(
-            "kernel", axes.lettered(nn.initializers.lecun_normal(), "C D"), (cfg.patch_dim, cfg.width)
-        )
+        kernel = self.param("kernel", axes.lettered(nn.initializers.lecun_normal(), "C D"), (cfg.patch_dim, cfg.width))
         tokens = jax.lax.conv_general_dilated(
             images,
             conv_from_linear(kernel, patch),

@@ -6,7 +6,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.config import Experiment
+from vlm_jax.config import CHANNELS, Experiment
 from vlm_jax.nn.decoder import Decoder, empty_layers
 from vlm_jax.nn.fusion import fuse
 from vlm_jax.nn.projector import PROJECTORS
@@ -34,7 +34,7 @@ class VLM(nn.Module):
         return axes.constrain(x.reshape(rows, per_row * x.shape[1], x.shape[2]), "B M D")
 
     def __call__(self, batch: Batch, cache: Cache | None = None) -> Output:
-        """With a cache, `batch` is what follows the tokens in it; without `batch.images`, text alone or what follows."""
+        """With a cache, `batch` is what follows the tokens in it, and then it needs no images any more."""
         image = None if batch.images is None else self.image_tokens(batch.images)
         stream = fuse(self.cfg, self.decoder.embed(batch.tokens), image, batch, cache)
         hidden, layers = self.decoder(stream, cache)
@@ -70,7 +70,7 @@ def example_batch(cfg: Experiment, rows: int = 1, length: int | None = None) -> 
         branch_ids=ids,
         image_slots=ids,
         image_mask=jnp.ones((rows, length, 1), bool),
-        images=jnp.zeros((rows, 1, side, side, cfg.vision.channels)),
+        images=jnp.zeros((rows, 1, side, side, CHANNELS)),
         targets=ids,
         loss_weights=jnp.ones((rows, length)),
     )

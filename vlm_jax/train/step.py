@@ -37,6 +37,16 @@ def state_shardings(cfg: Experiment, mesh: jax.sharding.Mesh) -> State:
     return State(axes.replicated(mesh), params, optimizer)
 
 
+def abstract_state(cfg: Experiment, mesh: jax.sharding.Mesh) -> State:
+    """Shapes and shardings of the state, without making it."""
+    shapes = jax.eval_shape(lambda: make_state(cfg, jax.random.key(0)))
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        state_shardings(cfg, mesh),
+    )
+
+
 def train_step(cfg: Experiment, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
     """Returns the next state, and `loss` (nats per scored token), `grad_norm` and `learning_rate` of this step."""
     trained, frozen = optim.split(state.params, cfg.optim)

@@ -1,0 +1,53 @@
+"""A trained run, ready to be asked."""
+
+import itertools
+
+import jax
+
+from vlm_jax import axes
+from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.data import images as image_files
+from vlm_jax.data import pipeline
+from vlm_jax.data.text import EOS, Tokenizer
+from vlm_jax.infer.generate import generate
+from vlm_jax.train.checkpoint import Checkpoints
+from vlm_jax.train.step import abstract_state
+from vlm_jax.workdir import Workdir
+
+
+def load(cfg: Experiment) -> tuple[dict, Tokenizer]:
+    """Parameters of the run's last whole checkpoint, and its tokenizer.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    workdir = Workdir(cfg.workdir)
+    tokenizer = Tokenizer.load(workdir.tokenizer)
+    if not workdir.checkpoints.is_dir():
+        raise ConfigError(f"--workdir {workdir.path} holds no checkpoint yet.")
+    checkpoints = Checkpoints(workdir.checkpoints, cfg.train)
+    restored = checkpoints.restore(abstract_state(cfg, axes.make_mesh(cfg.mesh)))
+    checkpoints.close()
+    if restored is None:
+        raise ConfigError(f"{workdir.checkpoints} holds no whole checkpoint.")
+    return restored[0].params, tokenizer
+
+
+def ask(cfg: Experiment, files: list[str], prompts: list[str]) -> list[tuple[str, str, str]]:
+    """(image file, prompt, answer) for every prompt about every image, images first.
+
+    Raises:
+      ConfigError: a file is no image, a prompt is too long, or the run has no checkpoint.
+    """
+    pixels = [image_files.to_pixels(image_files.read_image(file), cfg.vision.image_size_px) for file in files]
+    params, tokenizer = load(cfg)
+    pairs = list(itertools.product(range(len(files)), prompts))
+    batch = pipeline.prompt_batch(cfg, tokenizer, [[pixels[i]] for i, _ in pairs], [prompt for _, prompt in pairs])
+    needed = batch.tokens.shape[1] + cfg.eval.max_new_tokens
+    if needed > cfg.decoder.max_positions:
+        raise ConfigError(
+            f"the longest prompt with its image and eval.max_new_tokens takes {needed} positions, more than "
+            f"decoder.max_positions {cfg.decoder.max_positions}."
+        )
+    made = jax.device_get(generate(cfg, params, batch, cfg.eval.max_new_tokens, EOS))
+    return [(files[i], prompt, tokenizer.decode(ids)) for (i, prompt), ids in zip(pairs, made)]

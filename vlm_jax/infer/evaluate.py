@@ -1,0 +1,72 @@
+"""Exact match of generated answers, with the right images and with those of other examples."""
+
+import json
+from collections import defaultdict
+
+import jax
+from tqdm import tqdm
+
+from vlm_jax.config import Experiment
+from vlm_jax.data import pipeline
+from vlm_jax.data.pipeline import Question
+from vlm_jax.data.text import EOS, Tokenizer, prompt_ids
+from vlm_jax.infer.generate import generate
+from vlm_jax.report import draw_samples
+from vlm_jax.workdir import Workdir, write_whole
+
+
+def evaluate(cfg: Experiment, params, tokenizer: Tokenizer) -> dict:
+    """Answers the questions of `eval.split`; writes eval.json, predictions.jsonl and samples.png, returns the first.
+
+    `exact_match` is the share of answers equal to the expected text; `image_shuffled_exact_match` the same where every
+    question is asked about the image of another.
+    """
+    workdir = Workdir(cfg.workdir)
+    asked = pipeline.questions(cfg, cfg.eval.split, cfg.eval.max_examples)
+    answers = answer(cfg, params, tokenizer, asked, asked, "evaluating")
+    half = len(asked) // 2  # far away in a set where the questions about an image stand together
+    blind = answer(cfg, params, tokenizer, asked, asked[half:] + asked[:half], "with shuffled images")
+    scores = {
+        "split": cfg.eval.split,
+        "examples": len(asked),
+        "exact_match": _share(asked, answers),
+        "by_type": _by_type(asked, answers),
+        "image_shuffled_exact_match": _share(asked, blind),
+    }
+    write_whole(workdir.predictions, "".join(_line(*pair) for pair in zip(asked, answers)))
+    draw_samples(workdir.samples, asked, answers)
+    write_whole(workdir.eval, json.dumps(scores, indent=2) + "\n")
+    return scores
+
+
+def answer(
+    cfg: Experiment, params, tokenizer: Tokenizer, asked: list[Question], shown: list[Question], label: str
+) -> list[str]:
+    """One generated answer a question, about the image of `shown` in its place; batches of one shape, compiled once."""
+    rows = cfg.eval.batch_size
+    longest = max(len(prompt_ids(tokenizer, question.question)) for question in asked)
+    length = cfg.image_slots_in_row + longest
+    answers: list[str] = []
+    for start in tqdm(range(0, len(asked), rows), desc=label, unit="batch", disable=None):
+        chosen = [min(i, len(asked) - 1) for i in range(start, start + rows)]
+        prompts = [asked[i].question for i in chosen]
+        batch = pipeline.prompt_batch(cfg, tokenizer, [[shown[i].pixels] for i in chosen], prompts, length)
+        made = jax.device_get(generate(cfg, params, batch, cfg.eval.max_new_tokens, EOS))
+        answers += [tokenizer.decode(ids) for ids in made[: len(asked) - start]]
+    return answers
+
+
+def _share(asked: list[Question], answers: list[str]) -> float:
+    return sum(q.answer == a for q, a in zip(asked, answers)) / len(asked)
+
+
+def _by_type(asked: list[Question], answers: list[str]) -> dict[str, float]:
+    right = defaultdict(list)
+    for question, given in zip(asked, answers):
+        right[question.type].append(question.answer == given)
+    return {kind: sum(found) / len(found) for kind, found in sorted(right.items())}
+
+
+def _line(question: Question, given: str) -> str:
+    row = {name: getattr(question, name) for name in ("image_id", "question", "type", "answer")}
+    return json.dumps({**row, "prediction": given, "correct": given == question.answer}) + "\n"

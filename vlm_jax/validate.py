@@ -1,0 +1,137 @@
+"""Refuses an experiment that cannot work, with a sentence that names the fields and the way out."""
+
+import dataclasses
+
+from vlm_jax.config import ConfigError, Experiment, Transformer
+
+AT_LEAST = {  # smallest allowed value; a field that is not here may be anything of its type
+    "data.questions_per_row": 1,
+    "data.text_length": 1,
+    "data.threads": 0,
+    "data.prefetch": 0,
+    "vision.image_size_px": 1,
+    "vision.patch_size_px": 1,
+    "vision.unroll": 1,
+    "projector.factor": 1,
+    "projector.queries": 1,
+    "projector.depth": 1,
+    "projector.heads": 1,
+    "fusion.cross_every": 1,
+    "decoder.max_positions": 1,
+    "decoder.unroll": 1,
+    "optim.learning_rate": 0,
+    "optim.rate_scale.vision": 0,
+    "optim.rate_scale.projector": 0,
+    "optim.rate_scale.decoder": 0,
+    "optim.rate_scale.cross_attention": 0,
+    "optim.warmup_steps": 0,
+    "optim.weight_decay": 0,
+    "train.steps": 1,
+    "train.batch_size": 1,
+    "train.checkpoint_every_steps": 1,
+    "train.keep_checkpoints": 1,
+    "train.log_every_steps": 1,
+    "eval.max_examples": 0,
+    "eval.batch_size": 1,
+    "eval.max_new_tokens": 1,
+    "seed": 0,
+} | {f"{stack}.{field}": 1 for stack in ("vision", "decoder") for field in ("width", "depth", "heads", "mlp_width")}
+
+
+def validate(cfg: Experiment) -> Experiment:
+    """Returns the experiment as it came.
+
+    Raises:
+      ConfigError: a value, or two together, cannot work.
+    """
+    for path, value in flat(cfg).items():
+        if path in AT_LEAST and value < AT_LEAST[path]:
+            raise ConfigError(f"{path} is {value}: it must be at least {AT_LEAST[path]}.")
+    for check in (_patches, _heads, _projector, _fusion, _room):
+        check(cfg)
+    return cfg
+
+
+def flat(cfg, prefix: str = "") -> dict[str, object]:
+    """Nested dataclasses -> {"section.field": value}."""
+    found = {}
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        nested = dataclasses.is_dataclass(value)
+        found |= flat(value, f"{prefix}{field.name}.") if nested else {f"{prefix}{field.name}": value}
+    return found
+
+
+def _patches(cfg):
+    size, patch = cfg.vision.image_size_px, cfg.vision.patch_size_px
+    if size % patch:
+        fitting = [p for p in range(1, size + 1) if size % p == 0]
+        raise ConfigError(
+            f"vision.image_size_px {size} is not a multiple of vision.patch_size_px {patch}: "
+            f"patches of {', '.join(map(str, fitting))} px fit."
+        )
+
+
+def _heads(cfg):
+    def divides(part: Transformer, name):
+        if not part.head_dim and part.width % part.heads:
+            raise ConfigError(f"{name}.width {part.width} is not a multiple of {name}.heads {part.heads}.")
+        if part.heads % part.num_kv_heads:
+            raise ConfigError(f"{name}.heads {part.heads} is not a multiple of {name}.kv_heads {part.kv_heads}.")
+
+    divides(cfg.decoder, "decoder")
+    if cfg.vision.kind == "vit":
+        divides(cfg.vision, "vision")
+    if cfg.projector.kind == "resampler" and cfg.decoder.width % cfg.projector.heads:
+        raise ConfigError(f"decoder.width {cfg.decoder.width} is not a multiple of projector.heads.")
+    turned = int(cfg.decoder.head_width * cfg.decoder.rope_fraction)
+    if cfg.decoder.positions == "rope" and (turned % 2 or not 0 < turned <= cfg.decoder.head_width):
+        raise ConfigError(
+            f"decoder.rope_fraction {cfg.decoder.rope_fraction} of a head of {cfg.decoder.head_width} is {turned} "
+            "numbers: RoPE turns an even number of them, from 2 to all."
+        )
+
+
+def _projector(cfg):
+    projector, rows = cfg.projector, cfg.vision.grid[0]
+    if projector.kind not in ("pixel_shuffle", "average_pool"):
+        return
+    if rows % projector.factor:
+        raise ConfigError(
+            f"projector.factor {projector.factor} does not divide the {rows} x {rows} patches of vision.image_size_px "
+            f"{cfg.vision.image_size_px} and vision.patch_size_px {cfg.vision.patch_size_px}."
+        )
+    if cfg.vision.extra_tokens:
+        raise ConfigError(
+            f"projector.kind {projector.kind} needs a grid: set vision.keep_class_token to False, or choose "
+            "linear, mlp or resampler."
+        )
+
+
+def _fusion(cfg):
+    fusion = cfg.fusion
+    if cfg.vision.newline_token and not fusion.image_in_sequence:
+        raise ConfigError(
+            f"vision.newline_token True stands in the token sequence, where fusion.kind {fusion.kind} puts no image: "
+            "set it to False, or choose fusion.kind unified."
+        )
+    if fusion.image_in_memory and cfg.vision.kind == "none" and cfg.vision.positions == "none":
+        raise ConfigError(
+            f"vision.kind none with vision.positions none leaves fusion.kind {fusion.kind} no order of the patches: "
+            "set vision.positions to learned or sincos, or choose fusion.kind unified."
+        )
+    outside = [i for i in fusion.cross_layers if not 0 <= i < cfg.decoder.depth]
+    if outside:
+        raise ConfigError(
+            f"fusion.cross_layers {outside} are not among the blocks 0 to {cfg.decoder.depth - 1} of decoder.depth "
+            f"{cfg.decoder.depth}."
+        )
+
+
+def _room(cfg):
+    longest = cfg.row_length
+    if longest > cfg.decoder.max_positions:
+        raise ConfigError(
+            f"decoder.max_positions {cfg.decoder.max_positions} has no room for the {cfg.image_slots_in_row} image "
+            f"tokens of a row and data.text_length {cfg.data.text_length}: it must be at least {longest}."
+        )

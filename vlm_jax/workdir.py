@@ -1,0 +1,56 @@
+"""The folder of a run: what lies where, and whether a run may continue in it."""
+
+import os
+from pathlib import Path
+
+from vlm_jax import config_file
+from vlm_jax.config import ConfigError, Experiment
+
+
+class Workdir:
+    """Paths of a run's files."""
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.tokenizer = self.path / "tokenizer.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.eval = self.path / "eval.json"
+        self.predictions = self.path / "predictions.jsonl"
+        self.samples = self.path / "samples.png"
+
+    def read_config(self) -> Experiment:
+        """The experiment of the run that lies here, with `workdir` where the folder is now."""
+        if not self.config.is_file():
+            raise ConfigError(f"--workdir {self.path} holds no run: there is no {self.config}.")
+        cfg = config_file.from_json(self.config.read_text(), str(self.config))
+        return config_file.dataclasses.replace(cfg, workdir=str(self.path))
+
+    def open(self, cfg: Experiment) -> None:
+        """Makes the folder, or checks that the run in it is this one. The mesh may be another.
+
+        Raises:
+          ConfigError: it cannot be written, or holds a run with another config; nothing is changed then.
+        """
+        if self.config.exists():
+            changed = config_file.differences(self.read_config(), cfg)
+            changed = [line for line in changed if not line.startswith("mesh.")]
+            if changed:
+                raise ConfigError(
+                    f"workdir {self.path} holds a run with another config; choose another --workdir or undo:\n  "
+                    + "\n  ".join(changed)
+                )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_whole(self.config, config_file.to_json(cfg))
+        except OSError as error:
+            raise ConfigError(f"workdir {self.path} cannot be written: {error.strerror}.") from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that it is never seen half-written."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -6,12 +6,15 @@ The only file that says `PartitionSpec`. A letter has two columns, because the w
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 from flax import struct
 from flax.linen import meta
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vlm_jax import config
 
 MESH_AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the mesh axes that the rows of a batch are split over
@@ -129,11 +132,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def make_mesh(cfg) -> Mesh:
-    """The devices at hand as `data x fsdp x tensor`; -1 stands for what is left.
+def make_mesh(cfg: config.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices (default: all there are) as `data x fsdp x tensor`; -1 stands for what is left.
 
     Raises:
       ConfigError: the three do not multiply to the number of devices.
     """
-    sizes, devices = cfg.sizes(jax.device_count()), jax.devices()
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh(cfg.sizes(len(devices)), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)

@@ -15,7 +15,7 @@ class Log:
 
     def __init__(self, workdir: Workdir, start: int, steps: int, every: int):
         self._forget_after(workdir, start)
-        self._file = open(workdir.metrics, "a")  # noqa: SIM115: closed by close()
+        self._file = open(workdir.metrics, "a")  # noqa: SIM115
         self._board = tensorboardX.SummaryWriter(str(workdir.tensorboard), purge_step=start + 1, flush_secs=10)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True) if terminal else None

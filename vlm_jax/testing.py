@@ -1,0 +1,41 @@
+"""A tiny experiment and batches for it, for tests and for trying things out."""
+
+import dataclasses
+
+import numpy as np
+
+from vlm_jax.config import Data, Decoder, Experiment, Fusion, Optim, Projector, Train, Vision
+from vlm_jax.data import text
+from vlm_jax.structs import Batch
+
+KINDS = ("unified", "cross_attention", "encoder_decoder")
+
+
+def tiny(kind: str = "unified", **sections) -> Experiment:
+    """Images of 16 px in 4 patches, two blocks of width 32, a vocabulary of 300; `sections` replace whole sections."""
+    small = {"width": 32, "depth": 2, "heads": 4, "mlp_width": 64}
+    cfg = Experiment(
+        data=Data(questions_per_row=3, text_length=24, augment=()),
+        vision=Vision(image_size_px=16, patch_size_px=8, **small),
+        projector=Projector(kind="linear", heads=4, queries=3, depth=1),
+        fusion=Fusion(kind=kind),
+        decoder=Decoder(**small, kv_heads=2, vocab_size=300, max_positions=64),
+        optim=Optim(warmup_steps=1),
+        train=Train(steps=4, batch_size=8, log_every_steps=1, checkpoint_every_steps=2),
+    )
+    return dataclasses.replace(cfg, **sections)
+
+
+def random_batch(cfg: Experiment, rows: int = 4, seed: int = 0) -> Batch:
+    """Rows of one random image and `questions_per_row` random questions of mixed lengths, packed as training does."""
+    rng = np.random.default_rng(seed)
+
+    def pair():
+        prompt, answer = rng.integers(3, 6), rng.integers(1, 3)
+        ids = rng.integers(len(text.SPECIALS), cfg.decoder.vocab_size, prompt + answer)
+        return list(ids[:prompt]), list(ids[prompt:])
+
+    packed = [text.pack_row(cfg, [pair() for _ in range(cfg.data.questions_per_row)]) for _ in range(rows)]
+    side = cfg.vision.image_size_px
+    images = rng.uniform(-1, 1, (rows, 1, side, side, 3)).astype(np.float32)
+    return Batch(**{name: np.stack([row[name] for row in packed]) for name in packed[0]}, images=images)

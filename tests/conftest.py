@@ -1,4 +1,15 @@
-import pytest
+"""Settled before anything imports JAX: eight CPU devices, and shape annotations that are checked at every call."""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+CHECKED = ["vlm_jax.nn", "vlm_jax.train.loss", "vlm_jax.infer.generate"]  # never `structs`: trees of anything
+install_import_hook(CHECKED, "beartype.beartype")
 
 
 @pytest.fixture(scope="session")

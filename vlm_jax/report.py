@@ -1,5 +1,6 @@
 """Results as pictures."""
 
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -8,7 +9,7 @@ import numpy as np
 from vlm_jax.data.pipeline import Question
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402: after the choice of a backend without a screen
+from matplotlib import pyplot  # noqa: E402 (after the choice of a backend without a screen)
 
 COLUMNS, ROWS = 6, 4
 RIGHT, WRONG = "#1a7f37", "#cf222e"
@@ -26,9 +27,12 @@ def draw_samples(path: Path, asked: list[Question], answers: list[str]) -> None:
         right = given == question.answer
         cell.imshow((question.pixels + 1) / 2, interpolation="nearest")
         verdict = given or "(nothing)" if right else f"{given or '(nothing)'}, not {question.answer}"
-        cell.set_title(f"{_wrapped(question.question)}\n{verdict}", fontsize=8, color=RIGHT if right else WRONG)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+        title, color = f"{_wrapped(question.question)}\n{_printable(verdict)}", RIGHT if right else WRONG
+        cell.set_title(title, fontsize=8, color=color, parse_math=False)  # a model may say anything, "$" too
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # what the font lacks is drawn as a box
+        figure.tight_layout()
+        figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
@@ -44,6 +48,10 @@ def _spread(items: list[int], count: int) -> list[int]:
     if len(items) <= count:
         return items
     return [items[int(i)] for i in np.linspace(0, len(items) - 1, count)]
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
 def _wrapped(text: str, width: int = 26) -> str:

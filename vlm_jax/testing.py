@@ -2,10 +2,14 @@
 
 import dataclasses
 
+import jax
 import numpy as np
+from flax import traverse_util
+from flax.linen import meta
 
 from vlm_jax.config import Data, Decoder, Experiment, Fusion, Optim, Projector, Train, Vision
 from vlm_jax.data import text
+from vlm_jax.nn.vlm import init_params
 from vlm_jax.structs import Batch
 
 KINDS = ("unified", "cross_attention", "encoder_decoder")
@@ -24,6 +28,27 @@ def tiny(kind: str = "unified", **sections) -> Experiment:
         train=Train(steps=4, batch_size=8, log_every_steps=1, checkpoint_every_steps=2),
     )
     return dataclasses.replace(cfg, **sections)
+
+
+def variants() -> dict[str, Experiment]:
+    """A tiny experiment of every fusion kind, and one without an image encoder."""
+    unified = tiny()
+    encoder_free = dataclasses.replace(unified.vision, kind="none", newline_token=True)
+    return {kind: tiny(kind) for kind in KINDS} | {"encoder_free": tiny(vision=encoder_free)}
+
+
+def random_params(cfg: Experiment, spread: float = 0.1, seed: int = 0):
+    """Parameters of the experiment's shapes, scales around 1 and the others around 0; none is 0, so gates are open.
+
+    Nothing is compiled for them.
+    """
+    rng = np.random.default_rng(seed)
+    shapes = meta.unbox(jax.eval_shape(lambda: init_params(cfg, jax.random.key(0))))
+
+    def numbers(path, shape):
+        return rng.normal(float(path[-1] == "scale"), spread, shape.shape).astype(shape.dtype)
+
+    return traverse_util.path_aware_map(numbers, shapes)
 
 
 def random_batch(cfg: Experiment, rows: int = 4, seed: int = 0) -> Batch:

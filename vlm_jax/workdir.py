@@ -28,25 +28,36 @@ class Workdir:
         cfg = config_file.from_json(self.config.read_text(), str(self.config))
         return config_file.dataclasses.replace(cfg, workdir=str(self.path))
 
+    def check(self, cfg: Experiment) -> None:
+        """Raises ConfigError where the folder holds a run with another config. The mesh may be another."""
+        try:
+            if not self.config.exists():
+                return
+        except OSError as error:
+            raise self._unwritable(error) from None
+        changed = config_file.differences(self.read_config(), cfg)
+        changed = [line for line in changed if not line.startswith("mesh.")]
+        if changed:
+            raise ConfigError(
+                f"workdir {self.path} holds a run with another config; choose another --workdir or undo:\n  "
+                + "\n  ".join(changed)
+            )
+
     def open(self, cfg: Experiment) -> None:
-        """Makes the folder, or checks that the run in it is this one. The mesh may be another.
+        """Makes the folder and writes its config, once it is checked.
 
         Raises:
           ConfigError: it cannot be written, or holds a run with another config; nothing is changed then.
         """
-        if self.config.exists():
-            changed = config_file.differences(self.read_config(), cfg)
-            changed = [line for line in changed if not line.startswith("mesh.")]
-            if changed:
-                raise ConfigError(
-                    f"workdir {self.path} holds a run with another config; choose another --workdir or undo:\n  "
-                    + "\n  ".join(changed)
-                )
+        self.check(cfg)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_whole(self.config, config_file.to_json(cfg))
         except OSError as error:
-            raise ConfigError(f"workdir {self.path} cannot be written: {error.strerror}.") from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> ConfigError:
+        return ConfigError(f"workdir {self.path} cannot be written: {error.strerror}.")
 
 
 def write_whole(path: Path, text: str) -> None:

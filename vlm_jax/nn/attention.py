@@ -85,8 +85,8 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        source: Float[Array, "B T D"] | None,
-        mask: Bool[Array, "#B 1 #S U"] | None = None,
+        source: Float[Array, "B length D"] | None,
+        mask: Bool[Array, "#B 1 #S T"] | None = None,
         rope: Rope | None = None,
         cache: KeyValue | None = None,
         index: Int[Array, ""] | None = None,

@@ -13,7 +13,7 @@ import numpy as np
 
 from vlm_jax import axes
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.data import pipeline
+from vlm_jax.data import pipeline, sources
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.structs import PADDING, Batch, State
 from vlm_jax.train.checkpoint import Checkpoints
@@ -30,15 +30,21 @@ def train(cfg: Experiment) -> State:
     """Trains in `cfg.workdir`, from its last checkpoint if it has one, and returns the last state.
 
     Raises:
-      ConfigError: the batch does not fit the devices, or the work folder is another run's.
+      ConfigError: the batch does not fit the devices, the config does not fit the data, or the work folder is another
+        run's; nothing is written then.
       NotFinite: the loss is not finite; the last checkpoint stays.
     """
     mesh = axes.make_mesh(cfg.mesh)
     check_rows(cfg, mesh)
     workdir = Workdir(cfg.workdir)
+    workdir.check(cfg)
+    tokenizer = tokenizer_of(cfg, workdir)
+    data = pipeline.training_iterator(cfg, tokenizer, jax.process_index(), jax.process_count())
+    check_data(cfg, data)
     workdir.open(cfg)
+    if not workdir.tokenizer.exists():
+        tokenizer.save(workdir.tokenizer)
     with jax.set_mesh(mesh):
-        data = pipeline.training_iterator(cfg, tokenizer_of(cfg, workdir), jax.process_index(), jax.process_count())
         checkpoints = Checkpoints(workdir.checkpoints, cfg.train)
         state, start = begin(cfg, mesh, data, checkpoints)
         log = Log(workdir, start, cfg.train.steps, cfg.train.log_every_steps)
@@ -58,12 +64,17 @@ def check_rows(cfg: Experiment, mesh: jax.sharding.Mesh) -> None:
         )
 
 
+def check_data(cfg: Experiment, data) -> None:
+    """Makes the first batch and finds the split of the evaluation: a mistake must not show after the training."""
+    first = data.get_state()
+    next(data)
+    data.set_state(first)
+    sources.load(cfg.data, cfg.eval.split)
+
+
 def tokenizer_of(cfg: Experiment, workdir: Workdir) -> Tokenizer:
-    """The run's tokenizer, trained and kept in the work folder on its first use."""
-    if not workdir.tokenizer.exists():
-        tokenizer = pipeline.train_tokenizer(cfg)
-        tokenizer.save(workdir.tokenizer)
-    return Tokenizer.load(workdir.tokenizer)
+    """The tokenizer that is kept in the work folder, or one trained now."""
+    return Tokenizer.load(workdir.tokenizer) if workdir.tokenizer.exists() else pipeline.train_tokenizer(cfg)
 
 
 def begin(cfg: Experiment, mesh, data, checkpoints: Checkpoints) -> tuple[State, int]:

@@ -2,14 +2,16 @@
 
 import dataclasses
 
-import jax
 import optax
 from flax import traverse_util
 
 from vlm_jax.config import Optim
 
 PARTS = ("vision", "projector", "decoder", "cross_attention")
-FROZEN = "frozen"
+MATRICES = (
+    "kernel",
+    "table",
+)  # parameters that decay; their number of dimensions says nothing where layers are stacked
 
 
 def part_of(path: tuple[str, ...]) -> str:
@@ -61,7 +63,7 @@ def optimizer(cfg: Optim, steps: int) -> optax.GradientTransformation:
     scales = dataclasses.asdict(cfg.rate_scale)
 
     def is_matrix(params):
-        return jax.tree.map(lambda x: x.ndim > 1, params)
+        return {path: path[-1] in MATRICES for path in params}
 
     def scale_parts(updates, _):
         return {path: update * scales[part_of(path)] for path, update in updates.items()}

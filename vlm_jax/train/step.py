@@ -1,5 +1,6 @@
 """One optimizer step, jitted over the mesh."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -22,15 +23,27 @@ def make_state(cfg: Experiment, key: jax.Array) -> State:
     return State(jnp.int32(0), params, optim.optimizer(cfg.optim, cfg.train.steps).init(trained))
 
 
+@functools.cache
+def boxed_shapes(cfg: Experiment):
+    """Shapes and letters of the parameters; the model is traced for them once."""
+    return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+
+
+def state_shapes(cfg: Experiment) -> State:
+    params = meta.unbox(boxed_shapes(cfg))
+    trained, _ = optim.split(params, cfg.optim)
+    optimizer = jax.eval_shape(optim.optimizer(cfg.optim, cfg.train.steps).init, trained)
+    return State(jax.ShapeDtypeStruct((), jnp.int32), params, optimizer)
+
+
 def state_shardings(cfg: Experiment, mesh: jax.sharding.Mesh) -> State:
     """Where every array of the state lies: Adam's moments as their parameters, the rest on every device."""
-    boxed = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
-    params = axes.parameter_shardings(boxed, mesh)
+    params = axes.parameter_shardings(boxed_shapes(cfg), mesh)
     trained, _ = optim.split(params, cfg.optim)
     optimizer = optax.tree.map_params(
         optim.optimizer(cfg.optim, cfg.train.steps),
         lambda _, sharding: sharding,
-        jax.eval_shape(lambda: make_state(cfg, jax.random.key(0))).optimizer,
+        state_shapes(cfg).optimizer,
         trained,
         transform_non_params=lambda _: axes.replicated(mesh),
     )
@@ -39,10 +52,9 @@ def state_shardings(cfg: Experiment, mesh: jax.sharding.Mesh) -> State:
 
 def abstract_state(cfg: Experiment, mesh: jax.sharding.Mesh) -> State:
     """Shapes and shardings of the state, without making it."""
-    shapes = jax.eval_shape(lambda: make_state(cfg, jax.random.key(0)))
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        shapes,
+        state_shapes(cfg),
         state_shardings(cfg, mesh),
     )
 
@@ -62,7 +74,7 @@ def train_step(cfg: Experiment, state: State, batch: Batch) -> tuple[State, dict
     params = optim.join(optax.apply_updates(trained, updates), frozen)
     metrics = {
         "loss": value,
-        "grad_norm": optax.global_norm(gradients),
+        "grad_norm": optax.tree.norm(gradients),
         "learning_rate": optim.schedule(cfg.optim, cfg.train.steps)(state.step),
     }
     return State(state.step + 1, params, optimizer), metrics

@@ -1,0 +1,98 @@
+"""Questions learned from in a second: several that share an image in a row, against one question a row.
+
+    python experiments/benchmarks/packing.py [--config configs/easy_vqa_unified.py ...]
+
+Both sides take the real optimizer step on the real data, with the same number of rows (images) in a batch. Rows of one
+question are cut to the longest question with its answer, so that they carry no needless padding: that is the best that
+a run without packing could do. The two alternate, packed, single, packed, single, in one process, so that a machine
+that slows down slows both; each side's speed is the median of its turns.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from vlm_jax.start import prepare_process
+
+CONFIGS = [f"configs/easy_vqa_{name}.py" for name in ("unified", "cross_attention", "encoder_decoder", "encoder_free")]
+TURNS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", nargs="+", default=CONFIGS, help="default: the four of easy-VQA")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of every turn; a side takes five")
+    arguments = parser.parse_args()
+
+    from vlm_jax import config_file
+
+    print(f"{'config':<40}{'packed':>12}{'one a row':>12}{'ratio':>8}   (questions a second)")
+    for path in arguments.config:
+        packed, single = compare(config_file.load(path), arguments.seconds)
+        print(f"{path:<40}{packed:>12.0f}{single:>12.0f}{packed / single:>8.2f}", flush=True)
+
+
+def compare(cfg, seconds: float) -> tuple[float, float]:
+    """Questions a second packed as configured, and one a row."""
+    from vlm_jax.data import pipeline
+
+    tokenizer = pipeline.train_tokenizer(cfg)
+    data = replace(cfg.data, questions_per_row=1, text_length=longest_question(cfg, tokenizer))
+    sides = [Side(cfg, tokenizer), Side(replace(cfg, data=data), tokenizer)]
+    speeds = [[side.questions_per_second(seconds) for side in sides] for _ in range(TURNS)]
+    return tuple(statistics.median(found) for found in zip(*speeds))
+
+
+def longest_question(cfg, tokenizer) -> int:
+    """Tokens of the longest question with its answer in the training split."""
+    from vlm_jax.data import sources, text
+
+    records = sources.load(cfg.data, cfg.data.train_split)
+    pairs = {pair for i in range(len(records)) for pair in zip(records[i].questions, records[i].answers)}
+    return max(len(text.prompt_ids(tokenizer, asked)) + len(text.answer_ids(tokenizer, said)) for asked, said in pairs)
+
+
+class Side:
+    """A run in memory: its data, state and compiled step."""
+
+    def __init__(self, cfg, tokenizer):
+        import jax
+
+        from vlm_jax import axes
+        from vlm_jax.data import pipeline
+        from vlm_jax.train.step import compiled_step, make_state, state_shardings
+
+        self.mesh = axes.make_mesh(cfg.mesh)
+        with jax.set_mesh(self.mesh):
+            create = jax.jit(lambda key: make_state(cfg, key), out_shardings=state_shardings(cfg, self.mesh))
+            self.state = create(jax.random.key(cfg.seed))
+            self.data = pipeline.training_iterator(cfg, tokenizer)
+            self.step = compiled_step(cfg, self.mesh)
+            for _ in range(2):
+                self.take_step()
+
+    def take_step(self) -> int:
+        """Trains on the next batch; returns its number of questions."""
+        batch = next(self.data)
+        self.state, metrics = self.step(self.state, batch)
+        metrics["loss"].block_until_ready()
+        return int(batch.branch_ids.max(axis=1).sum())
+
+    def questions_per_second(self, seconds: float) -> float:
+        import jax
+
+        begun, questions = time.perf_counter(), 0
+        with jax.set_mesh(self.mesh):
+            while time.perf_counter() - begun < seconds:
+                questions += self.take_step()
+        return questions / (time.perf_counter() - begun)
+
+
+if __name__ == "__main__":
+    prepare_process()
+    main()

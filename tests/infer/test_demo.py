@@ -1,0 +1,159 @@
+"""The command line end to end on a tiny run: train, eval, generate, continue; and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_jax.cli import main
+from vlm_jax.train import loop
+from vlm_jax.workdir import Workdir
+
+CONFIG = """
+from dataclasses import replace
+
+from vlm_jax.config import Data, Eval, Train
+from vlm_jax.testing import tiny
+
+
+def get_config():
+    cfg = tiny("cross_attention")
+    return replace(
+        cfg,
+        data=Data(dir={datasets_dir!r}, train_split="train[:40]", questions_per_row=3, text_length=100),
+        vision=replace(cfg.vision, image_size_px=64, patch_size_px=16),
+        decoder=replace(cfg.decoder, max_positions=128),
+        train=Train(steps=4, batch_size=8, checkpoint_every_steps=2, log_every_steps=1),
+        eval=Eval(split="test", max_examples=20, batch_size=8, max_new_tokens=3),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, datasets_dir):
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "small.py").write_text(CONFIG.format(datasets_dir=datasets_dir))
+    rng = np.random.default_rng(0)
+    for name in ("cat.png", "dog.png"):
+        Image.fromarray(rng.integers(0, 255, (50, 70, 3), np.uint8)).save(folder / name)
+    (folder / "cut.png").write_bytes((folder / "cat.png").read_bytes()[:2000])
+    (folder / "text.png").write_text("not an image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """The work folder of a run that `train` made; tests leave it as it is."""
+    assert main(["--config", str(folder / "small.py"), "--workdir", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy that a test may change."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_train_leaves_everything_in_the_work_folder(trained):
+    workdir = Workdir(str(trained))
+    made = {path.name for path in trained.iterdir()}
+    assert made >= {"config.json", "metrics.jsonl", "checkpoints", "eval.json", "predictions.jsonl", "samples.png"}
+    assert list(workdir.tensorboard.glob("events.*"))
+    assert len(workdir.metrics.read_text().splitlines()) == 4
+    scores = json.loads(workdir.eval.read_text())
+    assert set(scores) == {"split", "examples", "exact_match", "by_type", "image_shuffled_exact_match"}
+    assert scores["examples"] == 20
+    assert Image.open(workdir.samples).size
+
+
+def test_eval_scores_again_and_says_where_the_pictures_are(run, capsys):
+    scores = json.loads((run / "eval.json").read_text())
+    (run / "eval.json").unlink()
+    assert main(["eval", "--workdir", str(run)]) == 0
+    assert json.loads((run / "eval.json").read_text()) == scores
+    score, pictures = capsys.readouterr().out.splitlines()[-2:]
+    assert f"{scores['exact_match']:.4f} on 20 questions of test" in score
+    assert f"{scores['image_shuffled_exact_match']:.4f} with shuffled images" in score
+    assert str(run / "samples.png") in pictures
+
+
+def test_eval_takes_another_split(run, capsys):
+    assert main(["eval", "--workdir", str(run), "--eval.split", "train[:10]", "--eval.max-examples", "5"]) == 0
+    assert json.loads((run / "eval.json").read_text())["split"] == "train[:10]"
+    assert "on 5 questions of train[:10]" in capsys.readouterr().out
+
+
+def test_generate_asks_every_prompt_about_every_image(trained, folder, capsys):
+    images, prompts = [str(folder / "cat.png"), str(folder / "dog.png")], ["is it red ?", "what shape is there in it ?"]
+    arguments = ["generate", "--workdir", str(trained), "--image", *images, "--prompt", *prompts]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out
+    expected = [f"{image}  {prompt}  " for image in images for prompt in prompts]
+    places = [lines.index(start) for start in expected]
+    assert places == sorted(places)
+
+
+def test_generate_needs_no_dataset(run, folder, capsys):
+    cfg = json.loads((run / "config.json").read_text())
+    cfg["data"]["dir"] = "/proc/nowhere"
+    (run / "config.json").write_text(json.dumps(cfg))
+    assert main(["generate", "--workdir", str(run), "--image", str(folder / "cat.png"), "--prompt", "is it ?"]) == 0
+
+
+@pytest.mark.parametrize("name", ["missing.png", "cut.png", "text.png"])
+def test_a_file_that_is_no_image_is_named(name, trained, folder, capsys):
+    files = [str(folder / "cat.png"), str(folder / name)]
+    assert main(["generate", "--workdir", str(trained), "--image", *files, "--prompt", "is it red ?"]) == 2
+    out, err = capsys.readouterr()
+    assert str(folder / name) in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_a_prompt_that_is_too_long_is_refused(trained, folder, capsys):
+    arguments = ["generate", "--workdir", str(trained), "--image", str(folder / "cat.png"), "--prompt", "red " * 200]
+    assert main(arguments) == 2
+    assert "decoder.max_positions 128" in capsys.readouterr().err
+
+
+def test_generate_falls_back_to_the_last_whole_checkpoint(run, folder, capsys):
+    shutil.rmtree(run / "checkpoints" / "4" / "state")
+    assert main(["generate", "--workdir", str(run), "--image", str(folder / "cat.png"), "--prompt", "is it ?"]) == 0
+    assert "checkpoint 4 is not whole" in capsys.readouterr().out
+
+
+def test_starting_again_continues(run, folder, capsys):
+    shutil.rmtree(run / "checkpoints" / "4")
+    assert main(["train", "--config", str(folder / "small.py"), "--workdir", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert f"continuing from step 2 in {run}" in out
+    assert "step 4/4" in out
+    assert "exact match" in out
+    assert main(["--workdir", str(run)]) == 0, "the work folder alone says what to continue"
+
+
+def test_another_config_is_refused_and_the_run_is_kept(run, folder, capsys):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main(["--config", str(folder / "small.py"), "--workdir", str(run), "--train.steps", "9"]) == 2
+    assert "train.steps: 4 -> 9" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_is_not_finite_ends_with_code_1(folder, tmp_path, capsys, monkeypatch):
+    def train(cfg):
+        raise loop.NotFinite("step 2: the loss is nan")
+
+    monkeypatch.setattr(loop, "train", train)
+    assert main(["--config", str(folder / "small.py"), "--workdir", str(tmp_path / "bad")]) == 1
+    assert capsys.readouterr().err == "error: step 2: the loss is nan\n"
+
+
+def test_no_checkpoint_is_a_sentence(run, folder, capsys):
+    shutil.rmtree(run / "checkpoints")
+    assert main(["eval", "--workdir", str(run)]) == 2
+    assert "checkpoint" in capsys.readouterr().err
+    assert not (run / "checkpoints").exists()

@@ -1,0 +1,147 @@
+"""The scores are the shares that they say; every question is asked once, about its own image and about another's."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_jax.config import Data, Eval
+from vlm_jax.data import text
+from vlm_jax.data.pipeline import Question
+from vlm_jax.infer import evaluate
+from vlm_jax.testing import tiny
+from vlm_jax.workdir import Workdir
+
+QUESTIONS = [  # image, question, answer, type
+    (0, "is it red ?", "yes", "yes_no"),
+    (0, "what shape ?", "circle", "shape"),
+    (1, "is it red ?", "no", "yes_no"),
+    (1, "what shape ?", "triangle", "shape"),
+    (1, "is it blue ?", "yes", "yes_no"),
+]
+
+
+def picture(number):
+    return np.full((16, 16, 3), number / 8, np.float32)
+
+
+@pytest.fixture
+def asked():
+    return [
+        Question(*parts, image=lambda number=parts[0]: np.full((16, 16, 3), number, np.uint8)) for parts in QUESTIONS
+    ]
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    return tiny(workdir=str(tmp_path), eval=Eval(split="test", batch_size=2, max_new_tokens=4))
+
+
+@pytest.fixture
+def scores(cfg, asked, monkeypatch):
+    """The scores of answers given here: 3 of 5 right with the images, 2 of 5 with those of others."""
+    answers = {"evaluating": ["yes", "circle", "yes", "triangle", ""], "with shuffled images": ["no"] * 4 + ["yes"]}
+    monkeypatch.setattr(evaluate.pipeline, "questions", lambda cfg, split, limit: asked)
+    monkeypatch.setattr(evaluate, "answer", lambda cfg, params, tok, asked, shown, label: answers[label])
+    return evaluate.evaluate(cfg, None, None)
+
+
+def test_the_scores_are_shares_of_equal_answers(scores, cfg):
+    assert scores == {
+        "split": "test",
+        "examples": 5,
+        "exact_match": 3 / 5,
+        "by_type": {"shape": 2 / 2, "yes_no": 1 / 3},
+        "image_shuffled_exact_match": 2 / 5,
+    }
+    assert json.loads(Workdir(cfg.workdir).eval.read_text()) == scores
+
+
+def test_every_answer_is_a_line_of_the_predictions(scores, cfg):
+    lines = [json.loads(line) for line in Workdir(cfg.workdir).predictions.read_text().splitlines()]
+    assert len(lines) == 5
+    assert lines[2] == {
+        "image_id": 1,
+        "question": "is it red ?",
+        "type": "yes_no",
+        "answer": "no",
+        "prediction": "yes",
+        "correct": False,
+    }
+    assert [line["correct"] for line in lines] == [True, True, False, True, False]
+
+
+def test_the_samples_are_a_picture(scores, cfg):
+    with Image.open(Workdir(cfg.workdir).samples) as image:
+        image.load()
+        colors = {color for _, color in image.convert("RGB").getcolors(1 << 20)}
+    assert min(image.size) > 200
+    assert {(0x1A, 0x7F, 0x37), (0xCF, 0x22, 0x2E)} <= colors, "right answers in green, wrong ones in red"
+
+
+@pytest.mark.parametrize("said", ["$x$ $", "$\\frac$", "", "\n", "\u4e00"])
+def test_a_picture_is_drawn_whatever_the_model_says(said, asked, tmp_path):
+    evaluate.draw_samples(tmp_path / "samples.png", asked, [said] * 5)
+    assert Image.open(tmp_path / "samples.png").size
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 30])
+def test_any_number_of_samples_is_drawn(count, asked, tmp_path):
+    evaluate.draw_samples(tmp_path / "samples.png", (asked * 6)[:count], ["yes"] * count)
+    assert Image.open(tmp_path / "samples.png").size
+
+
+@pytest.fixture
+def tokenizer():
+    return text.Tokenizer.train([line for parts in QUESTIONS for line in parts[1:3]], 300)
+
+
+@pytest.fixture
+def said_image_and_question(monkeypatch, tokenizer):
+    """A model that answers with the number of the image and the question that it was given."""
+
+    def generate(cfg, params, batch, new_tokens, eos):
+        shapes.add(batch.tokens.shape)
+        rows = []
+        for tokens, branch, image in zip(batch.tokens, batch.branch_ids, batch.images):
+            number = round((float(image.mean()) + 1) * 255 / 2)
+            rows.append(tokenizer.encode(f"{number} {tokenizer.decode(tokens[branch > 0])}") + [eos, eos])
+        longest = max(map(len, rows))
+        return np.array([row + [eos] * (longest - len(row)) for row in rows])
+
+    shapes = set()
+    monkeypatch.setattr(evaluate, "generate", generate)
+    return shapes
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_every_question_is_asked_about_the_image_that_is_shown(count, cfg, asked, tokenizer, said_image_and_question):
+    shown = asked[::-1][:count]
+    answers = evaluate.answer(cfg, None, tokenizer, asked[:count], shown, "evaluating")
+    assert answers == [f"{there.image_id} {here.question}\n" for here, there in zip(asked, shown)]
+    assert len(said_image_and_question) == 1, "batches of several shapes are compiled several times"
+
+
+@pytest.mark.parametrize("examples, batch_size", [(6, 4), (3, 8), (1, 8)])
+def test_real_questions_are_asked_once_each(examples, batch_size, cfg, datasets_dir, monkeypatch):
+    limits = Eval(split="test", max_examples=examples, batch_size=batch_size)
+    cfg = replace(cfg, data=Data(dir=datasets_dir), eval=limits)
+    monkeypatch.setattr(evaluate, "answer", lambda cfg, params, tok, asked, shown, label: [q.answer for q in asked])
+    scores = evaluate.evaluate(cfg, None, None)
+    assert (scores["examples"], scores["exact_match"]) == (examples, 1.0)
+    assert len(Workdir(cfg.workdir).predictions.read_text().splitlines()) == examples
+
+
+def test_shuffled_images_are_those_of_other_records(cfg, datasets_dir, monkeypatch):
+    def look(cfg, params, tokenizer, asked, shown, label):
+        seen[label] = [(here.image_id, there.image_id) for here, there in zip(asked, shown)]
+        return [""] * len(asked)
+
+    seen = {}
+    monkeypatch.setattr(evaluate, "answer", look)
+    evaluate.evaluate(replace(cfg, data=Data(dir=datasets_dir), eval=Eval(max_examples=101)), None, None)
+    assert all(here == there for here, there in seen["evaluating"])
+    assert all(here != there for here, there in seen["with shuffled images"])
+    assert sorted(there for _, there in seen["with shuffled images"]) == [here for here, _ in seen["evaluating"]]

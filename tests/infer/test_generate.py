@@ -1,0 +1,119 @@
+"""Cached generation says what the whole sequence, read again for every token, would say."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from vlm_jax.data import pipeline, text
+from vlm_jax.infer.generate import generate
+from vlm_jax.nn.vlm import VLM
+from vlm_jax.structs import NO_IMAGE, PADDING, Batch
+from vlm_jax.testing import random_params, variants
+
+NEW = 6
+NEVER = -1  # no token: generation goes on to the end
+LENGTHS = (2, 7, 4)
+
+
+def untied(cfg):
+    """With a head of its own; a random model whose head is its embedding says the same token for ever."""
+    return replace(cfg, decoder=replace(cfg.decoder, tied_head=False))
+
+
+CONFIGS = {name: untied(cfg) for name, cfg in variants().items()}
+
+
+def prompts(cfg):
+    """Random prompts of three lengths, each with a random image."""
+    rng = np.random.default_rng(0)
+    ids = [list(rng.integers(len(text.SPECIALS), cfg.decoder.vocab_size, length)) for length in LENGTHS]
+    return ids, rng.uniform(-1, 1, (len(ids), 1, 16, 16, 3)).astype(np.float32)
+
+
+def batch_of(cfg, ids, images) -> Batch:
+    length = cfg.image_slots_in_row + max(map(len, ids))
+    rows = [text.prompt_row(cfg, prompt, images.shape[1], length) for prompt in ids]
+    return Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]}, images=images)
+
+
+def generated(cfg, eos=NEVER, only=slice(None)):
+    ids, images = prompts(cfg)
+    batch = batch_of(cfg, ids[only], images[only])
+    return np.asarray(generate(cfg, random_params(cfg, 0.3), batch, NEW, eos))
+
+
+def read_again(cfg):
+    """NEW times: a forward pass over a whole row without a cache, and the most likely token after its last."""
+    params, made = random_params(cfg, 0.3), []
+    forward = jax.jit(lambda params, batch: VLM(cfg).apply({"params": params}, batch).logits)
+    for prompt, image in zip(*prompts(cfg)):
+        answer = []
+        for _ in range(NEW):
+            end = cfg.image_slots_in_row + len(prompt) + len(answer)
+            logits = forward(params, right_padded(cfg, [*prompt, *answer], image))
+            answer.append(int(np.argmax(logits[0, end - 1])))
+        made.append(answer)
+    return made
+
+
+def right_padded(cfg, ids, image) -> Batch:
+    """One row as in training, so that every call has one shape; what is behind the last token is padding."""
+    row = batch_of(cfg, [ids], image[None])
+    room = cfg.row_length - row.tokens.shape[1]
+    padding = {"segment_ids": PADDING, "image_slots": NO_IMAGE}
+    fields = {name: values for name, values in row.__dict__.items() if values is not None and name != "images"}
+    padded = {
+        name: np.pad(values, [(0, 0), (0, room)] + [(0, 0)] * (values.ndim - 2), constant_values=padding.get(name, 0))
+        for name, values in fields.items()
+    }
+    return Batch(**padded, images=row.images)
+
+
+@pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
+def test_generation_is_the_most_likely_token_step_by_step(cfg):
+    made = generated(cfg)
+    assert made.tolist() == read_again(cfg)
+    assert len(np.unique(made)) > 5, "the answers are all alike: the test would show little"
+
+
+@pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
+def test_a_batch_of_mixed_lengths_is_one_by_one(cfg):
+    np.testing.assert_array_equal(generated(cfg, only=slice(0, 1)), generated(cfg)[:1])  # the shortest: padded most
+
+
+@pytest.mark.parametrize("kind", ["unified", "cross_attention"])
+def test_a_batch_of_mixed_numbers_of_images_is_one_by_one(kind):
+    cfg = CONFIGS[kind]
+    tokenizer = text.Tokenizer.train(["is it red ?", "what shape is there ?"], 280)
+    images = list(np.random.default_rng(1).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32))
+    shown, asked = [images[:1], [], images], ["is it red ?", "what shape", "red ?"]
+    params = random_params(cfg, 0.3)
+
+    def made(rows):
+        batch = pipeline.prompt_batch(cfg, tokenizer, [shown[i] for i in rows], [asked[i] for i in rows])
+        return np.asarray(generate(cfg, params, batch, NEW, NEVER))
+
+    np.testing.assert_array_equal(made([0, 1, 2]), np.concatenate([made([i]) for i in range(3)]))
+
+
+def test_a_row_ends_with_eos_and_the_others_go_on():
+    cfg = CONFIGS["cross_attention"]
+    free = generated(cfg)
+    eos = int(free[0, 1])  # the first row says it after one token
+    expected = free.copy()
+    for row in expected:
+        if eos in row:
+            row[list(row).index(eos) :] = eos
+    assert (expected[0] == [free[0, 0], *[eos] * (NEW - 1)]).all()
+    assert (expected != eos).any(axis=1).sum() > 1
+    np.testing.assert_array_equal(generated(cfg, eos=eos), expected)
+
+
+def test_the_image_decides():
+    cfg = CONFIGS["unified"]
+    ids, images = prompts(cfg)
+    params = random_params(cfg, 0.3)
+    made = [generate(cfg, params, batch_of(cfg, ids, picture), NEW, NEVER) for picture in (images, -images)]
+    assert not np.array_equal(*made)

@@ -1,0 +1,46 @@
+"""Models with random numbers in every parameter, and one jitted forward pass for all tests of this folder."""
+
+import functools
+import zlib
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from flax.linen import meta
+
+from vlm_jax.nn.vlm import VLM, init_params
+
+
+@functools.cache
+def shapes(cfg):
+    return meta.unbox(jax.eval_shape(lambda: init_params(cfg, jax.random.key(0))))
+
+
+@functools.cache
+def params_of(cfg, seed=0):
+    """Random everywhere, where `init` has zeros and ones: an ignored bias or gate would show."""
+
+    def numbers(path, shape):
+        rng = np.random.default_rng((seed, zlib.crc32("/".join(path).encode())))
+        around = 1.0 if path[-1].endswith(("scale", "gate")) else 0.0
+        return rng.normal(around, 0.2, shape.shape).astype(np.float32)
+
+    return traverse_util.path_aware_map(numbers, shapes(cfg))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def jitted_forward(cfg, params, batch, cache=None):
+    return VLM(cfg).apply({"params": params}, batch, cache)
+
+
+@pytest.fixture(scope="session")
+def random_params():
+    """`random_params(cfg)`: a tree of random numbers, equal for equal paths and shapes."""
+    return params_of
+
+
+@pytest.fixture(scope="session")
+def forward():
+    """`forward(cfg, params, batch, cache)` -> Output, compiled once for a config and shapes."""
+    return jitted_forward

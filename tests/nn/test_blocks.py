@@ -1,0 +1,139 @@
+"""The loop over depth: what it repeats, and that its form changes nothing."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.linen import meta
+
+from vlm_jax.config import Fusion, Transformer
+from vlm_jax.nn.blocks import Block, Stack, repeating_period
+from vlm_jax.structs import Context
+
+PLAIN = ("self", "mlp")
+CROSSING = ("cross", "cross_mlp", "self", "mlp")
+CFG = Transformer(width=16, depth=4, heads=2, mlp_width=32)
+RNG = np.random.default_rng(0)
+X, MEMORY = (jnp.asarray(RNG.normal(size=(2, n, 16)), jnp.float32) for n in (3, 5))
+
+
+@pytest.mark.parametrize(
+    "blocks, period",
+    [
+        ([PLAIN], [PLAIN]),
+        ([PLAIN] * 6, [PLAIN]),
+        ([CROSSING, PLAIN] * 3, [CROSSING, PLAIN]),
+        ([CROSSING, PLAIN, PLAIN] * 2, [CROSSING, PLAIN, PLAIN]),
+        ([PLAIN, CROSSING, PLAIN], [PLAIN, CROSSING, PLAIN]),  # nothing repeats
+        ([CROSSING, PLAIN, CROSSING], [CROSSING, PLAIN, CROSSING]),  # not a whole number of times
+    ],
+)
+def test_the_period_is_the_shortest_run_that_repeats(blocks, period):
+    assert repeating_period(tuple(blocks)) == tuple(period)
+
+
+def test_a_cross_block_every_k_makes_a_period_of_k():
+    for k in (1, 2, 4):
+        assert repeating_period(Fusion("cross_attention", cross_every=k).sublayers(8)) == (CROSSING,) + (PLAIN,) * (
+            k - 1
+        )
+
+
+def test_an_even_placement_as_in_mllama_is_a_short_period():
+    blocks = Fusion("cross_attention", cross_layers=tuple(range(3, 40, 5))).sublayers(40)
+    assert repeating_period(blocks) == (PLAIN, PLAIN, PLAIN, CROSSING, PLAIN)
+
+
+def test_an_uneven_placement_is_its_own_period():
+    assert len(repeating_period(Fusion("cross_attention", cross_layers=(3, 7, 11, 14)).sublayers(16))) == 16
+
+
+def test_cross_blocks_stand_where_cross_layers_says():
+    blocks = Fusion("cross_attention", cross_layers=(3, 7, 11)).sublayers(12)
+    assert [i for i, block in enumerate(blocks) if "cross" in block] == [3, 7, 11]
+
+
+def random_params(cfg, blocks, gated=False):
+    init = functools.partial(Stack(cfg, blocks, gated).init, jax.random.key(0))
+    shapes = meta.unbox(jax.eval_shape(init, X, Context(memory=MEMORY)))["params"]
+    return jax.tree.map(lambda s: jnp.asarray(RNG.normal(0, 0.3, s.shape), jnp.float32), shapes)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def run(cfg, blocks, gated, params, x, context):
+    return Stack(cfg, blocks, gated).apply({"params": params}, x, context)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def one_block(cfg, sublayers, params, x, context):
+    return Block(cfg, sublayers).apply({"params": params}, x, context, {})[0]
+
+
+def test_the_loop_is_the_blocks_one_after_the_other():
+    blocks = (CROSSING, PLAIN) * 2
+    params, context = random_params(CFG, blocks), Context(memory=MEMORY)
+    x = X
+    for i, sublayers in enumerate(blocks):
+        own = jax.tree.map(lambda stacked, turn=i // 2: stacked[turn], params["layers"][f"block_{i % 2}"])
+        x = one_block(CFG, sublayers, own, x, context)
+    np.testing.assert_allclose(run(CFG, blocks, False, params, X, context), x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("unroll", [2, 4, 9])
+def test_scan_is_unrolled(unroll):
+    """The same parameters and outputs, the loop laid out in part, as a whole, or asked for more than there is."""
+    blocks, unrolled = (CROSSING,) * 4, replace(CFG, unroll=unroll)
+    params, context = random_params(CFG, blocks), Context(memory=MEMORY)
+    assert jax.tree.map(jnp.shape, random_params(unrolled, blocks)) == jax.tree.map(jnp.shape, params)
+    looped = run(CFG, blocks, False, params, X, context)
+    np.testing.assert_allclose(run(unrolled, blocks, False, params, X, context), looped, rtol=1e-4, atol=1e-4)
+
+
+def test_the_program_does_not_grow_with_depth():
+    def program(depth):
+        blocks = (CROSSING, PLAIN) * (depth // 2)
+        params = jax.eval_shape(lambda: random_params(replace(CFG, depth=depth), blocks))
+        return str(run.trace(CFG, blocks, False, params, X, Context(memory=MEMORY)).jaxpr).count("\n")
+
+    assert program(8) == program(2)
+
+
+def test_gates_scale_what_crosses_and_closed_ones_let_nothing_through():
+    blocks, context = (CROSSING,), Context(memory=MEMORY)
+    params = random_params(CFG, blocks, gated=True)
+    block = params["layers"]["block_0"]
+    assert {name for name in block if "gate" in name} == {"cross_gate", "cross_mlp_gate"}
+    closed = {"layers": {"block_0": block | {name: jnp.zeros((1, 1)) for name in block if "gate" in name}}}
+    wide_open = jax.tree.map(lambda x: x, closed)
+    wide_open["layers"]["block_0"] |= {name: jnp.full((1, 1), 100.0) for name in block if "gate" in name}
+    ungated = {"layers": {"block_0": {name: value for name, value in block.items() if "gate" not in name}}}
+    text_only = {"layers": {"block_0": {n: v for n, v in block.items() if not n.startswith("cross")}}}
+    np.testing.assert_array_equal(
+        run(CFG, blocks, True, closed, X, context), run(CFG, (PLAIN,), False, text_only, X, Context())
+    )
+    np.testing.assert_allclose(
+        run(CFG, blocks, True, wide_open, X, context),
+        run(CFG, blocks, False, ungated, X, context),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_without_a_memory_the_sublayers_that_cross_are_not_there():
+    params = random_params(CFG, (CROSSING,))
+    alone = {"layers": {"block_0": {n: v for n, v in params["layers"]["block_0"].items() if not n.startswith("cross")}}}
+    expected = run(CFG, (PLAIN,), False, alone, X, Context())
+    np.testing.assert_array_equal(run(CFG, (CROSSING,), False, params, X, Context()), expected)
+
+
+def test_a_token_that_reads_no_image_gets_nothing_from_crossing():
+    blocks = (("cross", "cross_mlp"),)
+    params = random_params(CFG, blocks)
+    mask = jnp.asarray([[1, 0, 1], [0, 0, 1]], bool)
+    context = Context(memory=MEMORY, memory_mask=jnp.broadcast_to(mask[:, None, :, None], (2, 1, 3, 5)))
+    y = run(CFG, blocks, False, params, X, context)
+    np.testing.assert_array_equal(y[~mask], X[~mask])
+    assert (np.abs(y - X)[mask].max(-1) > 1e-3).all()

@@ -1,0 +1,212 @@
+"""The masks of all fusion styles as pictures: a row a query, a column a key, 1 where the query sees the key."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm_jax.config import Projector, Vision
+from vlm_jax.nn.fusion import fuse, memory_mask, place, sequence_mask
+from vlm_jax.structs import NO_IMAGE, Batch, Cache
+from vlm_jax.testing import tiny
+
+KINDS_WITH_MEMORY = ("cross_attention", "encoder_decoder")
+
+
+def batch(segments, branches, reads=None, slots=None) -> Batch:
+    """One row; `reads` lists the images that each token reads, `slots` the image token that stands there."""
+    ids = jnp.asarray([segments], jnp.int32)
+    reads = jnp.zeros((1, len(segments), 0), bool) if reads is None else jnp.asarray([reads], bool)
+    return Batch(
+        tokens=ids,
+        positions=ids,
+        segment_ids=ids,
+        branch_ids=jnp.asarray([branches], jnp.int32),
+        image_slots=jnp.full_like(ids, NO_IMAGE) if slots is None else jnp.asarray([slots], jnp.int32),
+        image_mask=reads,
+    )
+
+
+def cache(index, segments, branches) -> Cache:
+    return Cache(jnp.int32(index), jnp.asarray([segments]), jnp.asarray([branches]), [])
+
+
+def drawn(mask):
+    """(1, 1, S, T) bool -> lines of 1 and ."""
+    assert mask.shape[:2] == (1, 1)
+    return ["".join(" 1"[int(seen)] for seen in row).replace(" ", ".") for row in np.asarray(mask[0, 0])]
+
+
+def picture(text):
+    return [line.replace(" ", "") for line in text.strip().splitlines()]
+
+
+def two_tokens_an_image(kind):
+    return tiny(kind, vision=Vision(image_size_px=16, patch_size_px=8), projector=Projector("resampler", queries=2))
+
+
+def stream(kind, row, image_rows):
+    """What fusion makes of a row whose images have two tokens each, of width 3."""
+    text = jnp.zeros((*row.tokens.shape, 3))
+    return fuse(two_tokens_an_image(kind), text, jnp.ones((1, image_rows, 3)), row)
+
+
+def test_unified_two_questions_about_one_image():
+    """i i | q q a | q a | padding: the image is the trunk, a question sees it and itself."""
+    row = batch([1, 1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 2, 2, 0], [[1]] * 7 + [[0]], [0, 1, -1, -1, -1, -1, -1, -1])
+    seen = stream("unified", row, 2)
+    assert drawn(seen.mask) == picture("""
+        1 . . . . . . .
+        1 1 . . . . . .
+        1 1 1 . . . . .
+        1 1 1 1 . . . .
+        1 1 1 1 1 . . .
+        1 1 . . . 1 . .
+        1 1 . . . 1 1 .
+        . . . . . . . .
+    """)
+    assert seen.memory is None
+    assert seen.memory_mask is None
+    assert seen.x[0, :, 0].tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS_WITH_MEMORY)
+def test_with_a_memory_two_questions_about_one_image(kind):
+    """q q a | q a | padding: no trunk in the sequence; every question reads all of the image in the memory."""
+    row = batch([1, 1, 1, 1, 1, 0], [1, 1, 1, 2, 2, 0], [[1]] * 5 + [[0]])
+    seen = stream(kind, row, 2)
+    assert drawn(seen.mask) == picture("""
+        1 . . . . .
+        1 1 . . . .
+        1 1 1 . . .
+        . . . 1 . .
+        . . . 1 1 .
+        . . . . . .
+    """)
+    assert drawn(seen.memory_mask) == picture("""
+        1 1
+        1 1
+        1 1
+        1 1
+        1 1
+        . .
+    """)
+    assert seen.memory.shape == (1, 2, 3)
+    assert not seen.x.any()
+
+
+@pytest.mark.parametrize("kind", KINDS_WITH_MEMORY)
+def test_with_a_memory_two_documents_with_an_image_each_and_one_without(kind):
+    row = batch([1, 1, 2, 2, 3], [0, 0, 0, 0, 0], [[1, 0], [1, 0], [0, 1], [0, 1], [0, 0]])
+    seen = stream(kind, row, 4)
+    assert drawn(seen.mask) == picture("""
+        1 . . . .
+        1 1 . . .
+        . . 1 . .
+        . . 1 1 .
+        . . . . 1
+    """)
+    assert drawn(seen.memory_mask) == picture("""
+        1 1 . .
+        1 1 . .
+        . . 1 1
+        . . 1 1
+        . . . .
+    """)
+
+
+def test_unified_two_documents_with_an_image_each():
+    """i i t | i i t: neither text sees the other's image."""
+    row = batch([1, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0], [[1, 0]] * 3 + [[0, 1]] * 3, [0, 1, -1, 2, 3, -1])
+    assert drawn(stream("unified", row, 4).mask) == picture("""
+        1 . . . . .
+        1 1 . . . .
+        1 1 1 . . .
+        . . . 1 . .
+        . . . 1 1 .
+        . . . 1 1 1
+    """)
+
+
+def test_a_packed_row_of_segments_with_branches():
+    """The drawing of `sequence_mask`: a trunk of two with two branches of two, and a second segment."""
+    assert drawn(sequence_mask(batch([1, 1, 1, 1, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2, 0, 0]))) == picture("""
+        1 . . . . . . .
+        1 1 . . . . . .
+        1 1 1 . . . . .
+        1 1 1 1 . . . .
+        1 1 . . 1 . . .
+        1 1 . . 1 1 . .
+        . . . . . . 1 .
+        . . . . . . 1 1
+    """)
+
+
+def test_equal_branches_of_different_segments_do_not_see_each_other():
+    assert drawn(sequence_mask(batch([1, 1, 2, 2], [0, 1, 0, 1]))) == picture("""
+        1 . . .
+        1 1 . .
+        . . 1 .
+        . . 1 1
+    """)
+
+
+def test_a_left_padded_prompt_goes_into_the_cache():
+    """Two slots of padding, a trunk of one and a branch of two, and two slots to come."""
+    prompt = batch([0, 0, 1, 1, 1], [0, 0, 0, 1, 1])
+    assert drawn(sequence_mask(prompt, cache(0, [0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]))) == picture("""
+        . . . . . . .
+        . . . . . . .
+        . . 1 . . . .
+        . . 1 1 . . .
+        . . 1 1 1 . .
+    """)
+
+
+@pytest.mark.parametrize("index, seen", [(5, ". . 1 1 1 1 ."), (6, ". . 1 1 1 1 1")])
+def test_a_decoded_token_sees_the_prompt_and_what_was_decoded(index, seen):
+    slots = cache(index, [0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1])
+    assert drawn(sequence_mask(batch([1], [1]), slots)) == picture(seen)
+
+
+def test_several_tokens_at_once_go_into_the_cache():
+    assert drawn(sequence_mask(batch([1, 1], [1, 1]), cache(2, [0, 1, 1, 1, 1], [0, 0, 1, 1, 1]))) == picture("""
+        . 1 1 . .
+        . 1 1 1 .
+    """)
+
+
+def test_memory_mask_repeats_each_image_for_all_its_tokens():
+    row = batch([1, 1, 1], [0, 0, 0], [[1, 0], [0, 1], [1, 1]])
+    assert drawn(memory_mask(row, 3)) == picture("""
+        1 1 1 . . .
+        . . . 1 1 1
+        1 1 1 1 1 1
+    """)
+
+
+@pytest.mark.parametrize("kind", KINDS_WITH_MEMORY)
+def test_a_row_without_images_has_no_memory(kind):
+    row = batch([1, 1], [0, 0])
+    seen = fuse(two_tokens_an_image(kind), jnp.zeros((1, 2, 3)), None, row)
+    assert seen.memory is None
+    assert seen.memory_mask is None
+
+
+@pytest.mark.parametrize("kind", KINDS_WITH_MEMORY)
+def test_while_decoding_the_mask_of_the_memory_stays_when_the_images_are_gone(kind):
+    row = batch([1], [1], [[0, 1]])
+    seen = fuse(two_tokens_an_image(kind), jnp.zeros((1, 1, 3)), None, row, cache(1, [1, 1], [1, 1]))
+    assert seen.memory is None
+    assert drawn(seen.memory_mask) == [". . 1 1".replace(" ", "")]
+
+
+def test_place_puts_image_tokens_where_they_stand_and_leaves_the_text():
+    text = jnp.asarray([[[1.0], [2.0], [3.0], [4.0]]])
+    image = jnp.asarray([[[-10.0], [-11.0], [-12.0]]])
+    placed = place(text, image, jnp.asarray([[NO_IMAGE, 0, 2, NO_IMAGE]]))
+    assert placed[0, :, 0].tolist() == [1, -10, -12, 4]
+
+
+def test_place_keeps_rows_apart():
+    text, image = jnp.zeros((2, 1, 1)), jnp.asarray([[[1.0]], [[2.0]]])
+    assert place(text, image, jnp.asarray([[0], [0]]))[:, 0, 0].tolist() == [1, 2]

@@ -1,0 +1,116 @@
+"""The command line: a mistake is one sentence that names it, exit code 2, and nothing is written."""
+
+from pathlib import Path
+
+import pytest
+
+from vlm_jax import config_file
+from vlm_jax.cli import main
+from vlm_jax.testing import tiny
+from vlm_jax.workdir import Workdir
+
+CONFIG = str(Path(__file__).parents[1] / "configs" / "easy_vqa_unified.py")
+OTHER = CONFIG.replace("unified", "cross_attention")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An empty folder to stand in, where `runs/` would appear."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(arguments, capsys):
+    """-> (exit code, what was printed, what was complained); tyro ends the program on its own."""
+    try:
+        code = main(arguments)
+    except SystemExit as end:
+        code = end.code
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+MISTAKES = {
+    "an unknown verb": (["tarin", "--config", CONFIG], ["'tarin' is no verb", "perhaps you meant train", "generate"]),
+    "a verb that is nothing like one": (["xyz"], ["'xyz' is no verb", "train, eval, generate, diff"]),
+    "no config": (["train"], ["train needs --config"]),
+    "a config that is not there": (
+        ["train", "--config", CONFIG.replace("unified", "unifid")],
+        ["does not exist", "perhaps you meant", "easy_vqa_unified.py"],
+    ),
+    "an unknown field": (["--config", CONFIG, "--decoder.widht", "32"], ["--decoder.widht", "--decoder.width"]),
+    "an unknown choice": (["--config", CONFIG, "--fusion.kind", "crossattention"], ["fusion.kind", "cross_attention"]),
+    "a value of another type": (["--config", CONFIG, "--train.steps", "many"], ["train.steps", "many"]),
+    "a value that is too small": (["--config", CONFIG, "--train.steps", "0"], ["train.steps is 0", "at least 1"]),
+    "values that do not fit": (
+        ["--config", CONFIG, "--vision.patch-size-px", "7"],
+        ["vision.image_size_px 64", "vision.patch_size_px 7"],
+    ),
+    "a work folder that holds no run": (["train", "--workdir", "nowhere"], ["--workdir nowhere holds no run"]),
+    "eval without a work folder": (["eval"], ["eval needs --workdir"]),
+    "eval of a config": (["eval", "--config", CONFIG], ["eval needs --workdir"]),
+    "eval of nothing": (["eval", "--workdir", "nowhere"], ["nowhere holds no run"]),
+    "generate without a work folder": (
+        ["generate", "--image", "a.png", "--prompt", "hi"],
+        ["generate needs --workdir"],
+    ),
+    "generate without an image": (["generate", "--workdir", "run", "--prompt", "hi"], ["generate needs --image"]),
+    "generate without a prompt": (["generate", "--workdir", "run", "--image", "a.png"], ["--prompt"]),
+    "an image flag without a file": (["generate", "--workdir", "run", "--image", "--prompt", "hi"], ["--image"]),
+    "diff of one file": (["diff", CONFIG], ["diff needs two config files"]),
+    "diff with a missing file": (["diff", CONFIG, "nothing.py"], ["nothing.py does not exist"]),
+}
+
+
+@pytest.mark.parametrize("arguments, said", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_named_with_exit_code_2_and_nothing_is_written(arguments, said, folder, capsys):
+    if "run" in arguments:
+        (folder / "run").mkdir()
+        Workdir("run").config.write_text(config_file.to_json(tiny()))
+    before = sorted(folder.rglob("*"))
+    code, out, err = run(arguments, capsys)
+    assert code == 2
+    for words in said:
+        assert words in err
+    assert "Traceback" not in err
+    assert not out
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"]])
+def test_help_names_every_verb(arguments, capsys):
+    code, out, _ = run(arguments, capsys)
+    assert code == 0
+    for verb in ("train", "eval", "generate", "diff"):
+        assert f"\n  {verb}" in out
+
+
+def test_no_arguments_at_all_show_the_usage_with_exit_code_2(capsys):
+    code, out, _ = run([], capsys)
+    assert code == 2
+    assert "usage:" in out
+
+
+def test_help_of_a_verb_lists_fields_with_the_values_of_the_config(capsys):
+    code, out, _ = run(["train", "--config", CONFIG, "--help"], capsys)
+    assert code == 0
+    assert "--fusion.kind" in out
+    assert "(default: 3000)" in out  # train.steps of this config, not of the class
+
+
+def test_diff_prints_the_fields_that_differ(capsys):
+    assert run(["diff", CONFIG, OTHER], capsys) == (0, "fusion.kind: unified -> cross_attention\n", "")
+
+
+def test_diff_of_equal_configs_says_so(capsys):
+    assert run(["diff", CONFIG, CONFIG], capsys) == (0, "the two configs are equal\n", "")
+
+
+def test_a_work_folder_with_another_run_is_refused_and_left_as_it_is(folder):
+    workdir = Workdir(str(folder / "run"))
+    workdir.open(tiny())
+    written = workdir.config.read_text()
+    with pytest.raises(config_file.ConfigError, match="fusion.kind: unified -> cross_attention"):
+        workdir.open(tiny("cross_attention"))
+    assert workdir.config.read_text() == written
+    assert workdir.read_config().fusion == tiny().fusion

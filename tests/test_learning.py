@@ -1,0 +1,51 @@
+"""A tiny model learns 8 examples exactly, and falls to chance when the images are shuffled, for every fusion kind."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from vlm_jax.config import Data, Optim
+from vlm_jax.data import text
+from vlm_jax.infer.generate import generate
+from vlm_jax.structs import Batch, State
+from vlm_jax.testing import random_params, variants
+from vlm_jax.train import optim
+from vlm_jax.train.step import train_step
+
+QUESTION = [10, 11, 12]  # one for all: it tells nothing about the answer
+ANSWERS = [[20, 21], [30, 31], [40, 41], [50, 51]] * 2  # of the eight images
+STEPS = 150
+
+
+def stacked(rows, images) -> Batch:
+    return Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]}, images=images)
+
+
+def learned(cfg, images):
+    """The parameters after `STEPS` steps over the eight examples."""
+    batch = stacked([text.pack_row(cfg, [(QUESTION, [*answer, text.EOS])]) for answer in ANSWERS], images)
+    params = random_params(cfg)
+    state = State(jax.numpy.int32(0), params, optim.optimizer(cfg.optim, STEPS).init(optim.split(params, cfg.optim)[0]))
+    step = jax.jit(lambda state, batch: train_step(cfg, state, batch), donate_argnums=0)
+    for _ in range(STEPS):
+        state, _ = step(state, batch)
+    return state.params
+
+
+@pytest.mark.parametrize("cfg", variants().values(), ids=variants())
+def test_eight_examples_are_learned_and_lost_when_the_images_are_shuffled(cfg):
+    train = replace(cfg.train, steps=STEPS)
+    cfg = replace(cfg, data=Data(text_length=8), train=train, optim=Optim(learning_rate=5e-3, warmup_steps=20))
+    images = np.random.default_rng(0).uniform(-1, 1, (8, 1, 16, 16, 3)).astype(np.float32)
+    params = learned(cfg, images)
+
+    def exact_match(images):
+        prompt = stacked([text.prompt_row(cfg, QUESTION)] * 8, images)
+        made = np.asarray(generate(cfg, params, prompt, 3, text.EOS))
+        return np.mean([list(row) == [*answer, text.EOS] for row, answer in zip(made, ANSWERS)])
+
+    assert exact_match(images) == 1
+    shuffled = [exact_match(np.roll(images, shift, axis=0)) for shift in range(1, 8)]
+    assert np.mean(shuffled) <= 1 / 4

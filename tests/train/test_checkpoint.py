@@ -1,0 +1,167 @@
+"""A checkpoint comes back as it was saved; one that is not whole is passed over, named, and written anew."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from vlm_jax import axes
+from vlm_jax.config import Mesh, Train
+from vlm_jax.structs import State
+from vlm_jax.train.checkpoint import Checkpoints
+
+SMALL = [((64,), np.float32), ((), np.int32)]
+TRAIN = Train(keep_checkpoints=3)
+PLACE = {"next_index": 12, "inner": [1, 2]}
+
+
+def mesh_of(*shape):
+    return axes.make_mesh(Mesh(*shape))
+
+
+def like(mesh):
+    """The shapes of a small state: a matrix that is sharded and its moment, a vector, and whole numbers."""
+    spec = axes.parameter_spec("D F", (32, 64), mesh)
+    sharded = jax.ShapeDtypeStruct((32, 64), np.float32, sharding=NamedSharding(mesh, spec))
+    vector, count = (jax.ShapeDtypeStruct(shape, kind, sharding=axes.replicated(mesh)) for shape, kind in SMALL)
+    return State(count, {"mlp": {"kernel": sharded, "bias": vector}}, (count, {("mlp", "kernel"): sharded}))
+
+
+@pytest.fixture(scope="module")
+def state():
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: jax.device_put(rng.uniform(0, 9, x.shape).astype(x.dtype), x.sharding), like(mesh_of(2, 2, 2))
+    )
+
+
+def saved(path: Path, state, steps, keep=3) -> None:
+    checkpoints = Checkpoints(path, replace(TRAIN, keep_checkpoints=keep))
+    for step in steps:
+        checkpoints.save(step, at_step(state, step), PLACE | {"next_index": step})
+    checkpoints.close()
+
+
+def at_step(state, step):
+    return state.replace(step=state.step + step)
+
+
+def restored(path: Path, *mesh_shape):
+    checkpoints = Checkpoints(path, TRAIN)
+    found = checkpoints.restore(like(mesh_of(*mesh_shape or (2, 2, 2))))
+    checkpoints.close()
+    return found
+
+
+def equal(state, other) -> bool:
+    return jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(jax.device_get(a), jax.device_get(b)), state, other))
+
+
+def test_what_is_restored_is_what_was_saved(tmp_path, state):
+    saved(tmp_path, state, [7])
+    found, place = restored(tmp_path)
+    assert place == PLACE | {"next_index": 7}
+    assert equal(found, at_step(state, 7))
+    assert jax.tree.map(lambda x: x.sharding, found) == jax.tree.map(lambda x: x.sharding, state)
+
+
+def test_a_checkpoint_comes_back_on_another_mesh(tmp_path, state):
+    saved(tmp_path, state, [7])
+    found, _ = restored(tmp_path, 1, 8, 1)
+    assert equal(found, at_step(state, 7))
+    assert found.params["mlp"]["kernel"].addressable_shards[0].data.shape == (4, 64)
+
+
+def test_nothing_saved_is_none(tmp_path):
+    assert restored(tmp_path) is None
+
+
+def test_the_last_few_are_kept(tmp_path, state):
+    saved(tmp_path, state, [1, 2, 3, 4], keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4"]
+    assert equal(restored(tmp_path)[0], at_step(state, 4))
+
+
+def test_a_step_that_is_there_already_is_left_alone(tmp_path, state):
+    saved(tmp_path, state, [2])
+    before = (tmp_path / "2").stat().st_mtime_ns
+    saved(tmp_path, state, [2])
+    assert (tmp_path / "2").stat().st_mtime_ns == before
+
+
+def cut_the_numbers(step: Path) -> None:
+    for path in (step / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def lose_the_numbers(step: Path) -> None:
+    shutil.rmtree(step / "state")
+
+
+def lose_the_place(step: Path) -> None:
+    shutil.rmtree(step / "data")
+
+
+def cut_the_place(step: Path) -> None:
+    for path in (step / "data").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:3])
+
+
+def lose_everything(step: Path) -> None:
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+DAMAGES = (cut_the_numbers, lose_the_numbers, lose_the_place, cut_the_place, lose_everything)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, state, damage, capsys):
+    saved(tmp_path, state, [1, 2])
+    damage(tmp_path / "2")
+    found, place = restored(tmp_path)
+    assert equal(found, at_step(state, 1))
+    assert place["next_index"] == 1
+    assert "checkpoint 2 is not whole" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_continues_over_a_damaged_checkpoint(tmp_path, state, damage, capsys):
+    saved(tmp_path, state, [1, 2])
+    damage(tmp_path / "2")
+    checkpoints = Checkpoints(tmp_path, TRAIN)
+    found, _ = checkpoints.restore(like(mesh_of(2, 2, 2)))
+    checkpoints.save(2, at_step(found, 1), PLACE | {"next_index": 99})
+    checkpoints.close()
+    capsys.readouterr()
+    again, place = restored(tmp_path)
+    assert equal(again, at_step(state, 2))
+    assert place["next_index"] == 99
+    assert capsys.readouterr().out == ""
+
+
+def test_where_every_checkpoint_is_damaged_there_is_none(tmp_path, state, capsys):
+    saved(tmp_path, state, [1, 2])
+    for step in ("1", "2"):
+        cut_the_numbers(tmp_path / step)
+    assert restored(tmp_path) is None
+    out = capsys.readouterr().out
+    assert "checkpoint 2" in out
+    assert "checkpoint 1" in out
+
+
+def test_what_a_crash_left_while_saving_is_no_checkpoint(tmp_path, state):
+    saved(tmp_path, state, [1, 2])
+    (tmp_path / "2").rename(tmp_path / "2.orbax-checkpoint-tmp")
+    checkpoints = Checkpoints(tmp_path, TRAIN)
+    found, _ = checkpoints.restore(like(mesh_of(2, 2, 2)))
+    assert equal(found, at_step(state, 1))
+    checkpoints.save(2, at_step(state, 2), PLACE)
+    checkpoints.close()
+    assert equal(restored(tmp_path)[0], at_step(state, 2))

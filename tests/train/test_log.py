@@ -1,0 +1,66 @@
+"""What a run says: one JSON object a logged step, a bar on a terminal and plain lines elsewhere."""
+
+import json
+import sys
+
+import pytest
+
+from vlm_jax.train.log import Log
+from vlm_jax.workdir import Workdir
+
+METRICS = {"loss": 0.5, "grad_norm": 2.0, "learning_rate": 1e-3}
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return Workdir(str(tmp_path))
+
+
+def take_steps(workdir, start, stop, steps=10, every=4):
+    log = Log(workdir, start, steps, every)
+    for step in range(start + 1, stop + 1):
+        log.step(step, METRICS | {"loss": float(step)}, tokens=100, examples=7)
+    log.close()
+
+
+def rows(workdir):
+    return [json.loads(line) for line in workdir.metrics.read_text().splitlines()]
+
+
+def test_every_so_many_steps_and_the_last_are_written_with_all_fields(workdir):
+    take_steps(workdir, 0, 10)
+    assert [(row["step"], row["loss"]) for row in rows(workdir)] == [(4, 4.0), (8, 8.0), (10, 10.0)]
+    speeds = {"step_seconds", "tokens_per_second", "examples_per_second"}
+    for row in rows(workdir):
+        assert set(row) == {"step", *METRICS, *speeds}
+        assert row["tokens_per_second"] == pytest.approx(100 / row["step_seconds"])
+        assert row["examples_per_second"] == pytest.approx(7 / row["step_seconds"])
+    assert list(workdir.tensorboard.glob("events.*"))
+
+
+def test_a_run_that_continues_forgets_what_comes_again_and_half_a_line(workdir):
+    take_steps(workdir, 0, 8, every=2)
+    with open(workdir.metrics, "a") as file:
+        file.write('{"step": 3, "lo')
+    take_steps(workdir, 4, 10, every=2)
+    assert [row["step"] for row in rows(workdir)] == [2, 4, 6, 8, 10]
+
+
+def test_plain_lines_where_there_is_no_terminal(workdir, capsys):
+    take_steps(workdir, 0, 10)
+    out, err = capsys.readouterr()
+    assert [line.split("  ")[:2] for line in out.splitlines()] == [
+        ["step 4/10", "loss 4.0000"],
+        ["step 8/10", "loss 8.0000"],
+        ["step 10/10", "loss 10.0000"],
+    ]
+    assert "\r" not in out + err
+
+
+def test_a_bar_on_a_terminal(workdir, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    take_steps(workdir, 0, 10)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "10/10" in err
+    assert "loss 10.0000" in err

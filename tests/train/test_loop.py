@@ -1,0 +1,244 @@
+"""Stopped and continued = never stopped, bit for bit; what cannot work is refused before anything is written."""
+
+import functools
+import json
+import shutil
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from vlm_jax import axes
+from vlm_jax.config import ConfigError, Data, Mesh, Optim, Train
+from vlm_jax.testing import variants
+from vlm_jax.train import loop
+from vlm_jax.workdir import Workdir
+
+SAME = ("step", "loss", "grad_norm", "learning_rate")
+
+
+@pytest.fixture(scope="module")
+def settings(datasets_dir):
+    """`settings(name)`: six steps on 40 images of easy-VQA, saved after steps 2, 4 and 6."""
+
+    def make(name="unified"):
+        cfg = variants()[name]
+        data = Data(dir=datasets_dir, train_split="train[:40]", questions_per_row=3, text_length=100)
+        vision = replace(cfg.vision, image_size_px=64, patch_size_px=16)
+        train = Train(steps=6, batch_size=8, checkpoint_every_steps=2, log_every_steps=1)
+        decoder = replace(cfg.decoder, max_positions=128)
+        return replace(cfg, data=data, vision=vision, decoder=decoder, train=train, optim=Optim(warmup_steps=2))
+
+    return make
+
+
+@pytest.fixture
+def experiment(settings, tmp_path):
+    """`experiment(workdir, **sections)`: one that has not begun."""
+    return lambda workdir="run", **sections: replace(settings(), workdir=str(tmp_path / workdir), **sections)
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    """`whole(name)`: a run that was never stopped, its config and last state; tests leave it as it is."""
+
+    @functools.cache
+    def make(name="unified"):
+        cfg = replace(settings(name), workdir=str(tmp_path_factory.mktemp(name) / "run"))
+        return cfg, loop.train(cfg)
+
+    return make
+
+
+@pytest.fixture
+def finished(whole, tmp_path):
+    """`finished(name)`: a copy of that run which a test may change, and the last state."""
+
+    def make(name="unified"):
+        cfg, state = whole(name)
+        return replace(cfg, workdir=str(shutil.copytree(cfg.workdir, tmp_path / "copy"))), state
+
+    return make
+
+
+def forget_step_6(cfg):
+    """The work folder as a machine leaves it that goes away after step 6, before this step is saved."""
+    shutil.rmtree(Workdir(cfg.workdir).checkpoints / "6")
+
+
+class Stopped(Exception):
+    pass
+
+
+def train_until(cfg, step, monkeypatch):
+    """Trains until step `step` has been written down, as if the machine had then gone away."""
+    note = loop.note
+
+    def note_then_stop(log, number, *rest):
+        note(log, number, *rest)
+        if number == step:
+            raise Stopped
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(loop, "note", note_then_stop)
+        loop.train(cfg)
+
+
+def rows(cfg):
+    return [json.loads(line) for line in Workdir(cfg.workdir).metrics.read_text().splitlines()]
+
+
+def saved_steps(cfg):
+    return sorted(int(path.name) for path in Workdir(cfg.workdir).checkpoints.iterdir())
+
+
+def files(cfg):
+    """Every file of the work folder and what is in it."""
+    folder = Workdir(cfg.workdir).path
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_equal(state, other):
+    for path, value in jax.tree.leaves_with_path(jax.device_get(state)):
+        expected = dict(jax.tree.leaves_with_path(jax.device_get(other)))[path]
+        assert np.array_equal(value, expected), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("name", variants())
+def test_stopped_and_continued_is_never_stopped_bit_for_bit(name, finished, capsys):
+    cfg, expected = finished(name)
+    expected_rows = rows(cfg)
+    forget_step_6(cfg)
+    capsys.readouterr()
+    state = loop.train(cfg)
+    assert f"continuing from step 4 in {cfg.workdir}" in capsys.readouterr().out
+    assert_equal(state, expected)
+    assert [[row[key] for key in SAME] for row in rows(cfg)] == [[row[key] for key in SAME] for row in expected_rows]
+    assert [row["step"] for row in rows(cfg)] == [1, 2, 3, 4, 5, 6]
+    assert len({row["loss"] for row in rows(cfg)}) == 6
+
+
+def test_an_interrupted_run_has_its_last_checkpoint_and_continues_bit_for_bit(experiment, whole, monkeypatch, capsys):
+    cfg = experiment()
+    train_until(cfg, 5, monkeypatch)
+    assert "continuing" not in capsys.readouterr().out
+    assert saved_steps(cfg) == [2, 4]
+    assert [row["step"] for row in rows(cfg)] == [1, 2, 3, 4, 5]
+    assert_equal(loop.train(cfg), whole()[1])
+
+
+def test_a_run_continues_over_a_checkpoint_that_is_half_written(finished, capsys):
+    cfg, expected = finished()
+    for path in (Workdir(cfg.workdir).checkpoints / "6" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    capsys.readouterr()
+    assert_equal(loop.train(cfg), expected)
+    out = capsys.readouterr().out
+    assert "checkpoint 6 is not whole" in out
+    assert "continuing from step 4" in out
+    assert_equal(loop.train(cfg), expected)
+    out = capsys.readouterr().out
+    assert "continuing from step 6" in out, "the step is written anew"
+    assert "not whole" not in out
+
+
+def test_a_finished_run_trains_no_more(finished, capsys):
+    cfg, expected = finished()
+    before = files(cfg)
+    assert_equal(loop.train(cfg), expected)
+    assert "continuing from step 6" in capsys.readouterr().out
+    after = files(cfg)
+    moved = {"config.json"}  # it says where the run lies
+    assert all(after[name] == before[name] for name in set(before) - moved)
+    assert all(name.startswith("tensorboard") for name in set(after) - set(before))
+
+
+def test_another_config_is_refused_with_the_difference_and_nothing_changes(finished):
+    cfg, _ = finished()
+    before = files(cfg)
+    other = replace(cfg, seed=3, train=replace(cfg.train, steps=12))
+    with pytest.raises(ConfigError) as error:
+        loop.train(other)
+    assert "train.steps: 6 -> 12" in str(error.value)
+    assert "seed: 0 -> 3" in str(error.value)
+    assert "optim" not in str(error.value)
+    assert files(cfg) == before
+
+
+def test_a_run_may_continue_on_another_mesh(finished, capsys):
+    cfg, expected = finished()
+    forget_step_6(cfg)
+    state = loop.train(replace(cfg, mesh=Mesh(data=2, fsdp=4)))
+    assert "continuing from step 4" in capsys.readouterr().out
+    for value, expected_value in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params)):
+        np.testing.assert_allclose(value, expected_value, atol=2e-3)
+
+
+@pytest.mark.parametrize("field", ["loss", "grad_norm"])
+@pytest.mark.parametrize("bad_step", [3, 4])  # between two checkpoints, and where one is due
+def test_a_number_that_is_not_finite_stops_the_run_before_it_is_saved(experiment, monkeypatch, field, bad_step):
+    def compiled_step(cfg, mesh):
+        def step(state, batch):  # what the loop sees of a step, without its arithmetic
+            state = state.replace(step=state.step + 1)
+            metrics = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0}
+            return state, metrics | ({field: float("nan")} if int(state.step) == bad_step else {})
+
+        return step
+
+    cfg = experiment()
+    monkeypatch.setattr(loop, "compiled_step", compiled_step)
+    with pytest.raises(loop.NotFinite, match=f"step {bad_step}: the {field} is nan"):
+        loop.train(cfg)
+    assert saved_steps(cfg) == [2]
+    assert [row["step"] for row in rows(cfg)] == list(range(1, bad_step))
+
+
+def test_a_rate_that_is_far_too_high_is_not_finite(experiment):
+    cfg = experiment(optim=Optim(learning_rate=1e38, warmup_steps=0))
+    with pytest.raises(loop.NotFinite, match="step 2"):
+        loop.train(cfg)
+    assert saved_steps(cfg) == []
+
+
+def test_the_metrics_of_a_step_have_every_field(experiment, monkeypatch):
+    cfg = experiment()
+    train_until(cfg, 2, monkeypatch)
+    row = rows(cfg)[0]
+    assert set(row) == {*SAME, "step_seconds", "tokens_per_second", "examples_per_second"}
+    assert row["examples_per_second"] * row["step_seconds"] == pytest.approx(8 * 3)
+    assert row["tokens_per_second"] * row["step_seconds"] < 8 * cfg.row_length
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused_and_nothing_is_written(experiment):
+    cfg = experiment(train=Train(batch_size=12))
+    with pytest.raises(ConfigError, match="train.batch_size 12 .* 8 devices"):
+        loop.train(cfg)
+    assert not Workdir(cfg.workdir).path.exists()
+    loop.check_rows(cfg, axes.make_mesh(Mesh(data=2, fsdp=2, tensor=2)))  # 4 row shards do divide it
+
+
+def test_a_work_folder_that_cannot_be_made_is_refused(experiment, tmp_path):
+    (tmp_path / "file").write_text("keep me")
+    for path in ("file", "file/run"):
+        with pytest.raises(ConfigError, match=f"workdir {tmp_path / path} cannot be written"):
+            loop.train(experiment(workdir=path))
+    assert (tmp_path / "file").read_text() == "keep me"
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda cfg: replace(cfg, data=replace(cfg.data, train_split="trian")), "data.train_split 'trian'"),
+        (lambda cfg: replace(cfg, data=replace(cfg.data, text_length=3)), "data.text_length 3"),
+        (lambda cfg: replace(cfg, eval=replace(cfg.eval, split="tset")), "eval.split 'tset'"),
+        (lambda cfg: replace(cfg, decoder=replace(cfg.decoder, vocab_size=200)), "decoder.vocab_size 200"),
+    ],
+    ids=["train_split", "text_length", "eval.split", "vocab_size"],
+)
+def test_what_does_not_fit_the_data_is_refused_before_anything_is_written(experiment, change, named):
+    cfg = change(experiment())
+    with pytest.raises(ConfigError, match=named):
+        loop.train(cfg)
+    assert not Workdir(cfg.workdir).path.exists()

@@ -1,0 +1,123 @@
+"""Which parts are trained, at which rate; what is decayed and clipped."""
+
+import dataclasses
+from dataclasses import replace
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import traverse_util
+
+from vlm_jax.config import Optim, RateScale
+from vlm_jax.structs import State
+from vlm_jax.testing import KINDS, random_batch, random_params, tiny
+from vlm_jax.train import optim
+from vlm_jax.train.step import make_state, train_step
+
+GATED = tiny("cross_attention")  # has all four parts
+RESAMPLER = tiny("cross_attention", projector=replace(GATED.projector, kind="resampler"))
+
+
+def flat_params(cfg=GATED):
+    return traverse_util.flatten_dict(random_params(cfg))
+
+
+def filled(params, value):
+    return {path: np.full(x.shape, value, np.float32) for path, x in params.items()}
+
+
+def test_the_rate_rises_in_a_line_and_falls_as_a_cosine():
+    cfg = Optim(learning_rate=2.0, warmup_steps=10, final_fraction=0.1)
+    rate = optim.schedule(cfg, steps=110)
+    points = {0: 0.0, 5: 1.0, 10: 2.0, 60: (2.0 + 0.2) / 2, 110: 0.2, 200: 0.2}
+    np.testing.assert_allclose([rate(step) for step in points], list(points.values()), atol=1e-6)
+
+
+def test_a_run_shorter_than_its_warm_up_still_learns():
+    rate = optim.schedule(Optim(warmup_steps=100), steps=4)
+    assert max(float(rate(step)) for step in range(4)) > 0
+    assert np.isfinite(float(optim.schedule(Optim(warmup_steps=100), steps=1)(0)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_belongs_to_exactly_one_part(kind):
+    found = set(jax.tree.leaves(optim.parts(random_params(tiny(kind)))))
+    assert found == set(optim.PARTS) - ({"cross_attention"} if kind == "unified" else set())
+    assert set(optim.PARTS) == {field.name for field in dataclasses.fields(RateScale)}
+
+
+def test_split_and_join_are_inverse():
+    params = random_params(GATED)
+    cfg = Optim(rate_scale=RateScale(vision=0, cross_attention=0))
+    trained, frozen = optim.split(params, cfg)
+    assert not set(trained) & set(frozen)
+    assert {optim.part_of(path) for path in frozen} == {"vision", "cross_attention"}
+    joined = optim.join(trained, frozen)
+    assert jax.tree.structure(joined) == jax.tree.structure(params)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, joined, params))
+
+
+def test_only_matrices_decay():
+    params = flat_params(RESAMPLER)
+    transform = optim.optimizer(Optim(learning_rate=1.0, warmup_steps=0, weight_decay=0.1), 10)
+    updates, _ = jax.jit(transform.update)(filled(params, 0), transform.init(params), params)
+    decayed = {path for path, update in updates.items() if np.any(update)}
+    assert decayed == {path for path in params if path[-1] in ("kernel", "table")}
+    for path in decayed:
+        np.testing.assert_allclose(updates[path], -0.1 * params[path], rtol=1e-5)
+
+
+def test_a_part_learns_at_its_own_rate():
+    params = flat_params()
+
+    def updates(scale: RateScale):
+        transform = optim.optimizer(Optim(rate_scale=scale, warmup_steps=0), 10)
+        return jax.jit(transform.update)(filled(params, 0.1), transform.init(params), params)[0]
+
+    ones, scaled = updates(RateScale()), updates(RateScale(vision=0.5, projector=3, cross_attention=0.25))
+    factors = {"vision": 0.5, "projector": 3, "cross_attention": 0.25, "decoder": 1}
+    for path in params:
+        assert np.any(ones[path])
+        np.testing.assert_allclose(scaled[path], factors[optim.part_of(path)] * ones[path], rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm, clipped", [(100.0, 2.0), (0.5, 0.5)])
+def test_the_gradient_is_clipped_to_a_global_norm(norm, clipped):
+    params = flat_params()
+    gradients = filled(params, norm / np.sqrt(sum(x.size for x in params.values())))
+    cfg = Optim(clip_norm=2.0, beta1=0.9)
+    _, state = optim.optimizer(cfg, 10).update(gradients, optim.optimizer(cfg, 10).init(params), params)
+    seen = optax.tree.get(state, "mu")  # 1 - beta1 of the first gradient
+    np.testing.assert_allclose(optax.tree.norm(seen) / 0.1, clipped, rtol=1e-4)
+
+
+HALVES = [("vision", "cross_attention"), ("projector", "decoder")]  # every part is frozen once and trained once
+
+
+def with_frozen(*parts):
+    return replace(GATED, optim=Optim(warmup_steps=0, rate_scale=replace(RateScale(), **dict.fromkeys(parts, 0))))
+
+
+@pytest.mark.parametrize("frozen", HALVES, ids=" ".join)
+def test_frozen_parts_stay_bit_for_bit_and_the_others_move(frozen):
+    cfg = with_frozen(*frozen)
+    params = random_params(cfg)
+    trained, _ = optim.split(params, cfg.optim)
+    state = State(jax.numpy.int32(0), params, optim.optimizer(cfg.optim, cfg.train.steps).init(trained))
+    step, batch = jax.jit(lambda state, batch: train_step(cfg, state, batch)), random_batch(cfg)
+    for _ in range(3):
+        state, _ = step(state, batch)
+    after = traverse_util.flatten_dict(state.params)
+    for path, before in traverse_util.flatten_dict(params).items():
+        same = np.array_equal(before, after[path])
+        assert same == (optim.part_of(path) in frozen), "/".join(path)
+
+
+@pytest.mark.parametrize("part", optim.PARTS)
+def test_a_frozen_part_has_no_moments(part):
+    cfg = with_frozen(part)
+    state = jax.eval_shape(lambda: make_state(cfg, jax.random.key(0)))
+    for moment in ("mu", "nu"):
+        kept = set(optax.tree.get(state.optimizer, moment))
+        assert kept == {path for path in flat_params() if optim.part_of(path) != part}

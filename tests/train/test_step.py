@@ -1,0 +1,137 @@
+"""One optimizer step: 1 device = 8 devices on every mesh shape; parameters lie where their letters say."""
+
+import functools
+import itertools
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from vlm_jax import axes
+from vlm_jax.config import Mesh, Optim
+from vlm_jax.testing import random_batch, random_params, variants
+from vlm_jax.train.step import abstract_state, compiled_step, make_state, state_shardings
+
+MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)]  # 8 does not divide the 4 heads: they are kept whole
+
+
+def experiment(name: str):
+    """Without biases of keys: their true gradient is 0, and Adam would make steps out of its rounding."""
+    cfg = replace(variants()[name], optim=Optim(warmup_steps=0))
+    vision, decoder = replace(cfg.vision, qkv_bias=False), replace(cfg.decoder, qkv_bias=False)
+    return replace(cfg, vision=vision, decoder=decoder)
+
+
+def mesh_of(shape):
+    count = int(np.prod(shape))
+    return axes.make_mesh(Mesh(*shape), jax.devices()[:count])
+
+
+def new_state(cfg, mesh):
+    create = jax.jit(lambda key: make_state(cfg, key), out_shardings=state_shardings(cfg, mesh))
+    return create(jax.random.key(0))
+
+
+def random_state(cfg, mesh):
+    """Random parameters with open gates, laid out on the mesh; the rest as in a new state."""
+    like = abstract_state(cfg, mesh)
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+    state = state.replace(params=random_params(cfg))
+    return jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), state, like)
+
+
+def three_steps(cfg, shape):
+    mesh, rows = mesh_of(shape), []
+    with jax.set_mesh(mesh):
+        state, step = random_state(cfg, mesh), compiled_step(cfg, mesh)
+        for seed in range(3):
+            batch = jax.device_put(random_batch(cfg, rows=8, seed=seed), axes.row_sharding(mesh))
+            state, metrics = step(state, batch)
+            rows.append({name: float(value) for name, value in metrics.items()})
+    return rows, traverse_util.flatten_dict(jax.device_get(state.params))
+
+
+@functools.cache
+def on_one_device(name):
+    return three_steps(experiment(name), (1, 1, 1))
+
+
+def pairs():
+    """Every kind on 2 x 2 x 2 and one kind on every mesh; all the others take too long for every day."""
+    for name, shape in itertools.product(variants(), MESHES):
+        daily = shape == (2, 2, 2) or name == "cross_attention"
+        yield pytest.param(name, shape, id=f"{name}-{shape}", marks=() if daily else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name, shape", list(pairs()))
+def test_eight_devices_compute_what_one_computes(name, shape):
+    expected_rows, expected = on_one_device(name)
+    rows, params = three_steps(experiment(name), shape)
+    for row, expected_row in zip(rows, expected_rows):
+        for metric in ("loss", "grad_norm", "learning_rate"):
+            np.testing.assert_allclose(row[metric], expected_row[metric], rtol=2e-4, err_msg=metric)
+    for path, value in params.items():
+        np.testing.assert_allclose(value, expected[path], atol=1e-4, err_msg="/".join(path))
+
+
+@functools.cache
+def new_run():
+    """A new state on 2 x 2 x 2 and the state after a step, with what they are asked about."""
+    cfg, mesh = experiment("cross_attention"), mesh_of((2, 2, 2))
+    with jax.set_mesh(mesh):
+        before = new_state(cfg, mesh)
+        shapes = [shard_shapes(before)]
+        described = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), before)
+        after, metrics = compiled_step(cfg, mesh)(before, random_batch(cfg, rows=8))
+    return before, after, metrics, [*shapes, shard_shapes(after)], described
+
+
+def test_a_new_model_knows_nothing():
+    _, after, metrics, _, _ = new_run()
+    assert float(metrics["loss"]) == pytest.approx(np.log(300), rel=0.05)
+    assert int(after.step) == 1
+
+
+def test_the_state_is_donated():
+    before = new_run()[0]
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((before.params, before.optimizer)))
+
+
+SHARDS = {  # on 2 x 2 x 2: width over fsdp, heads, MLP and vocabulary over tensor
+    "vision/patch_embed/projection/kernel": ((192, 32), (192, 16)),
+    "vision/blocks/layers/block_0/mlp/up/kernel": ((2, 32, 64), (2, 16, 32)),
+    "vision/blocks/layers/block_0/self/query/kernel": ((2, 32, 4, 8), (2, 16, 2, 8)),
+    "projector/linear/kernel": ((32, 32), (16, 32)),
+    "decoder/embedding/table": ((300, 32), (150, 16)),
+    "decoder/blocks/layers/block_0/self/key/kernel": ((2, 32, 2, 8), (2, 16, 1, 8)),
+    "decoder/blocks/layers/block_0/cross/out/kernel": ((2, 4, 8, 32), (2, 2, 8, 16)),
+    "decoder/blocks/layers/block_0/cross_gate": ((2, 1), (2, 1)),
+}
+
+
+def shard_shapes(state):
+    """Of the parameters and of both moments: path -> (shape, shape on one device)."""
+    adam = state.optimizer[1]
+    trees = (traverse_util.flatten_dict(state.params), adam.mu, adam.nu)
+    return [{"/".join(p): (x.shape, x.addressable_shards[0].data.shape) for p, x in tree.items()} for tree in trees]
+
+
+@pytest.mark.parametrize("moment", [0, 1], ids=["new", "after a step"])
+def test_every_part_and_its_moments_are_sharded(moment):
+    for shapes in new_run()[3][moment]:
+        assert {name: shapes[name] for name in SHARDS} == SHARDS
+
+
+def test_a_dimension_that_the_axis_does_not_divide_is_kept_whole():
+    cfg = experiment("unified")
+    shapes = shard_shapes(random_state(cfg, mesh_of((1, 1, 8))))[0]
+    assert shapes["decoder/blocks/layers/block_0/self/query/kernel"][1] == (2, 32, 4, 8)
+    assert shapes["decoder/embedding/table"][1] == (300, 32)
+    assert shapes["decoder/blocks/layers/block_0/mlp/up/kernel"][1] == (2, 32, 8)
+
+
+def test_the_abstract_state_is_the_state_without_its_numbers():
+    like = abstract_state(experiment("cross_attention"), mesh_of((2, 2, 2)))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), like) == new_run()[4]

@@ -36,6 +36,7 @@ ALPHABET = {
     "C": Axis("numbers of a patch: height x width x channels"),
     "M": Axis("image tokens that leave the projector"),
     "Q": Axis("learned queries of the resampler"),
+    "R": Axis("numbers of a head that RoPE turns; rows of a resampled grid"),
     "L": Axis("layers, stacked"),
     "D": Axis("width of a decoder or of the transformer at hand", parameter="fsdp"),
     "E": Axis("width of the image encoder where it meets D", parameter="fsdp"),

@@ -168,6 +168,7 @@ class RateScale:
 
 @dataclass(frozen=True)
 class Optim:
+    kind: Literal["adamw", "muon"] = "adamw"  # muon: for kernels; all else is AdamW's as before
     learning_rate: float = 1e-3  # the peak, after warm-up
     rate_scale: RateScale = field(default_factory=RateScale)
     warmup_steps: int = 100

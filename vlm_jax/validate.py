@@ -25,6 +25,10 @@ AT_LEAST = {  # smallest allowed value; a field that is not here may be anything
     "optim.rate_scale.decoder": 0,
     "optim.rate_scale.cross_attention": 0,
     "optim.warmup_steps": 0,
+    "optim.beta1": 0,
+    "optim.beta2": 0,
+    "optim.clip_norm": 0,
+    "optim.final_fraction": 0,
     "optim.weight_decay": 0,
     "train.steps": 1,
     "train.batch_size": 1,
@@ -35,7 +39,11 @@ AT_LEAST = {  # smallest allowed value; a field that is not here may be anything
     "eval.batch_size": 1,
     "eval.max_new_tokens": 1,
     "seed": 0,
-} | {f"{stack}.{field}": 1 for stack in ("vision", "decoder") for field in ("width", "depth", "heads", "mlp_width")}
+} | {
+    f"{stack}.{field}": least
+    for stack in ("vision", "decoder")
+    for field, least in {"width": 1, "depth": 1, "heads": 1, "mlp_width": 1, "kv_heads": 0, "head_dim": 0}.items()
+}
 
 
 def validate(cfg: Experiment) -> Experiment:
@@ -83,7 +91,7 @@ def _heads(cfg):
     if cfg.vision.kind == "vit":
         divides(cfg.vision, "vision")
     if cfg.projector.kind == "resampler" and cfg.decoder.width % cfg.projector.heads:
-        raise ConfigError(f"decoder.width {cfg.decoder.width} is not a multiple of projector.heads.")
+        raise ConfigError(f"decoder.width {cfg.decoder.width} is not a multiple of projector.heads {cfg.projector.heads}.")
     turned = int(cfg.decoder.head_width * cfg.decoder.rope_fraction)
     if cfg.decoder.positions == "rope" and (turned % 2 or not 0 < turned <= cfg.decoder.head_width):
         raise ConfigError(

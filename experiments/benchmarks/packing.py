@@ -26,7 +26,7 @@ TURNS = 5
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", default=CONFIGS, help="default: the four of easy-VQA")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of every turn; a side takes five")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of every turn; a side has five")
     arguments = parser.parse_args()
 
     from vlm_jax import config_file

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 from flax.linen import meta
 
 from vlm_jax import axes
@@ -37,17 +38,17 @@ def state_shapes(cfg: Experiment) -> State:
 
 
 def state_shardings(cfg: Experiment, mesh: jax.sharding.Mesh) -> State:
-    """Where every array of the state lies: Adam's moments as their parameters, the rest on every device."""
-    params = axes.parameter_shardings(boxed_shapes(cfg), mesh)
-    trained, _ = optim.split(params, cfg.optim)
-    optimizer = optax.tree.map_params(
-        optim.optimizer(cfg.optim, cfg.train.steps),
-        lambda _, sharding: sharding,
-        state_shapes(cfg).optimizer,
-        trained,
-        transform_non_params=lambda _: axes.replicated(mesh),
-    )
-    return State(axes.replicated(mesh), params, optimizer)
+    """Where every array of the state lies: what the optimizer keeps of a parameter as the parameter, the rest whole."""
+    boxed = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+    params = axes.parameter_shardings(boxed, mesh)
+    of_path = traverse_util.flatten_dict(params)
+
+    def optimizer_sharding(keys, _):
+        found = [of_path[key.key] for key in keys if getattr(key, "key", None) in of_path]
+        return found[0] if found else axes.replicated(mesh)
+
+    optimizer = jax.eval_shape(lambda: make_state(cfg, jax.random.key(0))).optimizer
+    return State(axes.replicated(mesh), params, jax.tree_util.tree_map_with_path(optimizer_sharding, optimizer))
 
 
 def abstract_state(cfg: Experiment, mesh: jax.sharding.Mesh) -> State:

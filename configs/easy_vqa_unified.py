@@ -1,14 +1,15 @@
 """Unified embedding decoder (method A) on easy-VQA: image tokens stand in the decoder's sequence."""
 
-from vlm_jax.config import Data, Decoder, Experiment, Fusion, Projector, Train, Vision
+from vlm_jax.config import Data, Decoder, Experiment, Fusion, Optim, Projector, Train, Vision
 
 
 def get_config() -> Experiment:
     return Experiment(
-        data=Data(questions_per_row=5, text_length=48),
-        vision=Vision(image_size_px=64, patch_size_px=8, width=128, depth=4, positions="sincos", unroll=4),
+        data=Data(questions_per_row=8, text_length=72, augment=("mirror", "shift")),
+        vision=Vision(depth=4, activation="relu2", positions="sincos", unroll=4),
         projector=Projector(kind="pixel_shuffle", factor=2),
         fusion=Fusion(kind="unified"),
-        decoder=Decoder(width=128, depth=2, unroll=2),
-        train=Train(steps=3000, batch_size=32),
+        decoder=Decoder(depth=3, activation="relu2", unroll=3),
+        optim=Optim(kind="muon", learning_rate=1e-3),
+        train=Train(steps=1000, batch_size=64, checkpoint_every_steps=250),
     )

@@ -99,15 +99,15 @@ def test_a_batch_of_mixed_numbers_of_images_is_one_by_one(kind):
 
 
 def test_a_row_ends_with_eos_and_the_others_go_on():
-    cfg = CONFIGS["cross_attention"]
+    cfg = CONFIGS["encoder_decoder"]
     free = generated(cfg)
-    eos = int(free[0, 1])  # the first row says it after one token
+    eos = int(free[0, 1])  # the first row says it after one token, and would then say something else
+    assert free[0, 2] != eos
     expected = free.copy()
     for row in expected:
         if eos in row:
             row[list(row).index(eos) :] = eos
-    assert (expected[0] == [free[0, 0], *[eos] * (NEW - 1)]).all()
-    assert (expected != eos).any(axis=1).sum() > 1
+    assert (expected != eos).all(axis=1).any(), "a row goes on to the end"
     np.testing.assert_array_equal(generated(cfg, eos=eos), expected)
 
 

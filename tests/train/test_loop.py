@@ -11,6 +11,7 @@ import pytest
 
 from vlm_jax import axes
 from vlm_jax.config import ConfigError, Data, Mesh, Optim, Train
+from vlm_jax.data import pipeline
 from vlm_jax.testing import variants
 from vlm_jax.train import loop
 from vlm_jax.workdir import Workdir
@@ -242,3 +243,11 @@ def test_what_does_not_fit_the_data_is_refused_before_anything_is_written(experi
     with pytest.raises(ConfigError, match=named):
         loop.train(cfg)
     assert not Workdir(cfg.workdir).path.exists()
+
+
+def test_a_look_at_the_data_takes_nothing_from_it(experiment):
+    cfg = experiment()
+    tokenizer = pipeline.train_tokenizer(cfg)
+    data, untouched = (pipeline.training_iterator(cfg, tokenizer) for _ in range(2))
+    loop.check_data(cfg, data)
+    assert jax.tree.all(jax.tree.map(np.array_equal, next(data), next(untouched)))

@@ -38,8 +38,14 @@ MISTAKES = {
         ["train", "--config", CONFIG.replace("unified", "unifid")],
         ["does not exist", "perhaps you meant", "easy_vqa_unified.py"],
     ),
-    "an unknown field": (["--config", CONFIG, "--decoder.widht", "32"], ["--decoder.widht", "--decoder.width"]),
-    "an unknown choice": (["--config", CONFIG, "--fusion.kind", "crossattention"], ["fusion.kind", "cross_attention"]),
+    "an unknown field": (
+        ["--config", CONFIG, "--decoder.widht", "32"],
+        ["--decoder.widht", "perhaps you meant decoder.width"],
+    ),
+    "an unknown choice": (
+        ["--config", CONFIG, "--fusion.kind", "crossattention"],
+        ["fusion.kind", "perhaps you meant cross_attention"],
+    ),
     "a value of another type": (["--config", CONFIG, "--train.steps", "many"], ["train.steps", "many"]),
     "a value that is too small": (["--config", CONFIG, "--train.steps", "0"], ["train.steps is 0", "at least 1"]),
     "values that do not fit": (
@@ -95,7 +101,8 @@ def test_help_of_a_verb_lists_fields_with_the_values_of_the_config(capsys):
     code, out, _ = run(["train", "--config", CONFIG, "--help"], capsys)
     assert code == 0
     assert "--fusion.kind" in out
-    assert "(default: 3000)" in out  # train.steps of this config, not of the class
+    steps = config_file.load(CONFIG).train.steps
+    assert f"(default: {steps})" in out  # of this config, not of the class
 
 
 def test_diff_prints_the_fields_that_differ(capsys):

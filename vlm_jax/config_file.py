@@ -53,8 +53,40 @@ def _module(file: Path):
 
 
 def override(cfg: Experiment, arguments: list[str], program: str) -> Experiment:
-    """The experiment with `--any.field VALUE` applied; a mistake is explained and ends the program with code 2."""
-    return tyro.cli(Experiment, default=cfg, args=arguments, prog=program)
+    """The experiment with `--any.field VALUE` applied; tyro explains a value of a wrong type and exits with code 2.
+
+    Raises:
+      ConfigError: a field or a choice that does not exist.
+    """
+    _refuse_unknown(cfg, arguments)
+    return tyro.cli(Experiment, default=cfg, args=arguments, prog=program, config=(tyro.conf.FlagConversionOff,))
+
+
+def _refuse_unknown(cfg: Experiment, arguments: list[str]) -> None:
+    choices, name = _choices(cfg), ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, _, value = argument[2:].partition("=")
+            name = name.replace("-", "_")
+            if name != "help" and name not in choices:
+                raise ConfigError(f"--{name} is no field{nearest(name, choices)}; --help lists all of them.")
+        else:
+            value = argument
+        allowed = choices.get(name)
+        if allowed and value and value not in allowed:
+            raise ConfigError(f"--{name} {value} is no choice{nearest(value, allowed)}: choose {', '.join(allowed)}.")
+
+
+def _choices(cfg, prefix: str = "") -> dict[str, tuple[str, ...]]:
+    """Every "section.field", with the words that it may be; none where any value of its type may be."""
+    found = {}
+    for name, kind in typing.get_type_hints(type(cfg)).items():
+        if dataclasses.is_dataclass(kind):
+            found |= _choices(getattr(cfg, name), f"{prefix}{name}.")
+        else:
+            inner = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
+            found[prefix + name] = typing.get_args(inner)
+    return found
 
 
 def to_json(cfg: Experiment) -> str:

@@ -91,7 +91,9 @@ def _heads(cfg):
     if cfg.vision.kind == "vit":
         divides(cfg.vision, "vision")
     if cfg.projector.kind == "resampler" and cfg.decoder.width % cfg.projector.heads:
-        raise ConfigError(f"decoder.width {cfg.decoder.width} is not a multiple of projector.heads {cfg.projector.heads}.")
+        raise ConfigError(
+            f"decoder.width {cfg.decoder.width} is not a multiple of projector.heads {cfg.projector.heads}."
+        )
     turned = int(cfg.decoder.head_width * cfg.decoder.rope_fraction)
     if cfg.decoder.positions == "rope" and (turned % 2 or not 0 < turned <= cfg.decoder.head_width):
         raise ConfigError(

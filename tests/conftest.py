@@ -5,6 +5,7 @@ import os
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
@@ -16,3 +17,12 @@ install_import_hook(CHECKED, "beartype.beartype")
 def datasets_dir(tmp_path_factory) -> str:
     """Where this run of the tests prepares its datasets, once."""
     return str(tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Programs are compiled once for all tests: a run that continues another needs the same ones again."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)

@@ -1,5 +1,6 @@
 """The folder of a run: what lies where, and whether a run may continue in it."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -26,7 +27,7 @@ class Workdir:
         if not self.config.is_file():
             raise ConfigError(f"--workdir {self.path} holds no run: there is no {self.config}.")
         cfg = config_file.from_json(self.config.read_text(), str(self.config))
-        return config_file.dataclasses.replace(cfg, workdir=str(self.path))
+        return dataclasses.replace(cfg, workdir=str(self.path))
 
     def check(self, cfg: Experiment) -> None:
         """Raises ConfigError where the folder holds a run with another config. The mesh may be another."""

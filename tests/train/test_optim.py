@@ -42,7 +42,7 @@ def test_a_run_shorter_than_its_warm_up_still_learns():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_belongs_to_exactly_one_part(kind):
-    found = set(jax.tree.leaves(optim.parts(random_params(tiny(kind)))))
+    found = {optim.part_of(path) for path in traverse_util.flatten_dict(random_params(tiny(kind)))}
     assert found == set(optim.PARTS) - ({"cross_attention"} if kind == "unified" else set())
     assert set(optim.PARTS) == {field.name for field in dataclasses.fields(RateScale)}
 
@@ -122,3 +122,30 @@ def test_a_frozen_part_has_no_moments(part):
     for moment in ("mu", "nu"):
         kept = set(optax.tree.get(state.optimizer, moment))
         assert kept == {path for path in flat_params() if optim.part_of(path) != part}
+
+
+@pytest.mark.parametrize("path", [("query", (32, 4, 8), 32), ("out", (4, 8, 32), 32), ("up", (32, 64), 32)], ids=str)
+def test_muon_makes_the_update_of_a_kernel_orthogonal_with_the_learning_rate_as_its_size(path):
+    name, shape, inputs = path
+    cfg = Optim(kind="muon", learning_rate=0.1, warmup_steps=0, weight_decay=0.0)
+    key = ("decoder", "blocks", "layers", name, "kernel")  # two layers, stacked
+    gradient = {key: np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)}
+    transform = optim.optimizer(cfg, 10)
+    update, _ = transform.update(gradient, transform.init(gradient), gradient)
+    for layer in update[key]:
+        assert np.sqrt(np.mean(np.square(layer))) == pytest.approx(0.1, rel=0.2)
+        singular = np.linalg.svd(np.reshape(layer, (inputs, -1)), compute_uv=False)
+        assert singular.max() < 2 * np.quantile(singular, 0.1)  # five Newton-Schulz steps leave the smallest behind
+
+
+def test_muon_leaves_everything_but_kernels_to_adam():
+    adam, muon = (
+        optim.optimizer(Optim(kind=kind, warmup_steps=0, clip_norm=1e9, weight_decay=0.0), 10)
+        for kind in ("adamw", "muon")
+    )
+    params = flat_params()
+    gradients = filled(params, 0.5)
+    by_adam, by_muon = (transform.update(gradients, transform.init(params), params)[0] for transform in (adam, muon))
+    for path in params:
+        same = np.allclose(by_adam[path], by_muon[path])
+        assert same or path[-1] == "kernel"

@@ -20,11 +20,6 @@ def part_of(path: tuple[str, ...]) -> str:
     return path[0]
 
 
-def parts(params) -> dict:
-    """Tree of parameters -> tree of the parts they belong to."""
-    return traverse_util.path_aware_map(lambda path, _: part_of(path), params)
-
-
 def trained_parts(cfg: Optim) -> set[str]:
     return {part for part, scale in dataclasses.asdict(cfg.rate_scale).items() if scale > 0}
 

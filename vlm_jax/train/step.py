@@ -31,6 +31,7 @@ def boxed_shapes(cfg: Experiment):
 
 
 def state_shapes(cfg: Experiment) -> State:
+    """Shapes of what `make_state` makes."""
     params = meta.unbox(boxed_shapes(cfg))
     trained, _ = optim.split(params, cfg.optim)
     optimizer = jax.eval_shape(optim.optimizer(cfg.optim, cfg.train.steps).init, trained)
@@ -39,16 +40,15 @@ def state_shapes(cfg: Experiment) -> State:
 
 def state_shardings(cfg: Experiment, mesh: jax.sharding.Mesh) -> State:
     """Where every array of the state lies: what the optimizer keeps of a parameter as the parameter, the rest whole."""
-    boxed = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
-    params = axes.parameter_shardings(boxed, mesh)
+    params = axes.parameter_shardings(boxed_shapes(cfg), mesh)
     of_path = traverse_util.flatten_dict(params)
 
     def optimizer_sharding(keys, _):
         found = [of_path[key.key] for key in keys if getattr(key, "key", None) in of_path]
         return found[0] if found else axes.replicated(mesh)
 
-    optimizer = jax.eval_shape(lambda: make_state(cfg, jax.random.key(0))).optimizer
-    return State(axes.replicated(mesh), params, jax.tree_util.tree_map_with_path(optimizer_sharding, optimizer))
+    optimizer = jax.tree_util.tree_map_with_path(optimizer_sharding, state_shapes(cfg).optimizer)
+    return State(axes.replicated(mesh), params, optimizer)
 
 
 def abstract_state(cfg: Experiment, mesh: jax.sharding.Mesh) -> State:

@@ -151,6 +151,8 @@ def test_overrides_are_typed():
 # What cannot work
 
 REFUSED = [  # changes of `tiny`, and what the sentence must say
+    ({"fusion_kind": "unifid"}, "fusion.kind 'unifid' .* unified, cross_attention"),
+    ({"data_augment": ("mirror", "shft")}, "data.augment 'shft' .* mirror, turn, shift"),
     ({"vision_image_size_px": 15}, "vision.image_size_px 15 .* vision.patch_size_px 8.*1, 3, 5, 15 px fit"),
     ({"decoder_heads": 5}, "decoder.width 32 .* decoder.heads 5"),
     ({"vision_heads": 5}, "vision.width 32 .* vision.heads 5"),

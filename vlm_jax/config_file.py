@@ -11,7 +11,7 @@ from pathlib import Path
 import tyro
 
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.validate import flat
+from vlm_jax.validate import choices, flat
 
 
 def nearest(word: str, choices) -> str:
@@ -63,30 +63,18 @@ def override(cfg: Experiment, arguments: list[str], program: str) -> Experiment:
 
 
 def _refuse_unknown(cfg: Experiment, arguments: list[str]) -> None:
-    choices, name = _choices(cfg), ""
+    allowed_words, name = choices(cfg), ""
     for argument in arguments:
         if argument.startswith("--"):
             name, _, value = argument[2:].partition("=")
             name = name.replace("-", "_")
-            if name != "help" and name not in choices:
-                raise ConfigError(f"--{name} is no field{nearest(name, choices)}; --help lists all of them.")
+            if name != "help" and name not in allowed_words:
+                raise ConfigError(f"--{name} is no field{nearest(name, allowed_words)}; --help lists all of them.")
         else:
             value = argument
-        allowed = choices.get(name)
+        allowed = allowed_words.get(name)
         if allowed and value and value not in allowed:
             raise ConfigError(f"--{name} {value} is no choice{nearest(value, allowed)}: choose {', '.join(allowed)}.")
-
-
-def _choices(cfg, prefix: str = "") -> dict[str, tuple[str, ...]]:
-    """Every "section.field", with the words that it may be; none where any value of its type may be."""
-    found = {}
-    for name, kind in typing.get_type_hints(type(cfg)).items():
-        if dataclasses.is_dataclass(kind):
-            found |= _choices(getattr(cfg, name), f"{prefix}{name}.")
-        else:
-            inner = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
-            found[prefix + name] = typing.get_args(inner)
-    return found
 
 
 def to_json(cfg: Experiment) -> str:

@@ -1,6 +1,7 @@
 """Refuses an experiment that cannot work, with a sentence that names the fields and the way out."""
 
 import dataclasses
+import typing
 
 from vlm_jax.config import ConfigError, Experiment, Transformer
 
@@ -55,6 +56,11 @@ def validate(cfg: Experiment) -> Experiment:
     for path, value in flat(cfg).items():
         if path in AT_LEAST and value < AT_LEAST[path]:
             raise ConfigError(f"{path} is {value}: it must be at least {AT_LEAST[path]}.")
+    for path, allowed in choices(cfg).items():
+        value = flat(cfg)[path]
+        wrong = [word for word in (value if isinstance(value, tuple) else (value,)) if allowed and word not in allowed]
+        if wrong:
+            raise ConfigError(f"{path} {wrong[0]!r} is no choice: choose {', '.join(allowed)}.")
     for check in (_patches, _heads, _projector, _fusion, _room):
         check(cfg)
     return cfg
@@ -67,6 +73,18 @@ def flat(cfg, prefix: str = "") -> dict[str, object]:
         value = getattr(cfg, field.name)
         nested = dataclasses.is_dataclass(value)
         found |= flat(value, f"{prefix}{field.name}.") if nested else {f"{prefix}{field.name}": value}
+    return found
+
+
+def choices(cfg, prefix: str = "") -> dict[str, tuple[str, ...]]:
+    """Every "section.field", with the words that it may be; none where any value of its type may be."""
+    found = {}
+    for name, kind in typing.get_type_hints(type(cfg)).items():
+        if dataclasses.is_dataclass(kind):
+            found |= choices(getattr(cfg, name), f"{prefix}{name}.")
+        else:
+            inner = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
+            found[prefix + name] = typing.get_args(inner)
     return found
 
 

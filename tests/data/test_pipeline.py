@@ -14,7 +14,7 @@ from vlm_jax.data import images, pipeline, sources, text
 
 @pytest.fixture(scope="module")
 def cfg(datasets_dir) -> Experiment:
-    data = Data(dir=datasets_dir, train_split="train[:24]", augment="dihedral")
+    data = Data(dir=datasets_dir, train_split="train[:24]", augment=("mirror", "turn"))
     return Experiment(data=data, train=Train(batch_size=8))
 
 
@@ -90,7 +90,7 @@ def test_processes_read_disjoint_images(cfg, tokenizer):
 
 
 def test_questions_of_a_row_belong_to_its_image_and_are_chosen_anew(cfg, tokenizer):
-    cfg = replace(cfg, data=replace(cfg.data, augment="none", questions_per_row=3))
+    cfg = replace(cfg, data=replace(cfg.data, augment=(), questions_per_row=3))
     records = pipeline.Decoded(sources.load(cfg.data, cfg.data.train_split), 64)
     asked = {records[i].image.tobytes(): records[i] for i in range(len(records))}
     drawn = set()

@@ -143,9 +143,8 @@ def test_muon_leaves_everything_but_kernels_to_adam():
         optim.optimizer(Optim(kind=kind, warmup_steps=0, clip_norm=1e9, weight_decay=0.0), 10)
         for kind in ("adamw", "muon")
     )
-    params = flat_params()
+    params = {path: x for path, x in flat_params().items() if "blocks" not in path or path[-2] == "mlp_norm"}
     gradients = filled(params, 0.5)
     by_adam, by_muon = (transform.update(gradients, transform.init(params), params)[0] for transform in (adam, muon))
     for path in params:
-        same = np.allclose(by_adam[path], by_muon[path])
-        assert same or path[-1] == "kernel"
+        assert np.allclose(by_adam[path], by_muon[path]) != (path[-1] == "kernel")

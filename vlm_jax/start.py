@@ -9,8 +9,8 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 def prepare_process() -> None:
     """Starts the program again with glibc's allocator on huge pages, where it is not so yet (Linux).
 
-    XLA:CPU takes fresh memory for every step, 250,000 pages of 4 KiB for a small model, and their page faults cost a
-    fifth of the step. The allocator reads this setting only when a process begins.
+    XLA:CPU takes fresh memory for every step, 250,000 pages of 4 KiB for a small model, and page faults
+    take a good part of the step. The allocator reads this setting only when a process begins.
     """
     settings = os.environ.get("GLIBC_TUNABLES", "")
     if sys.platform != "linux" or "glibc.malloc.hugetlb" in settings:

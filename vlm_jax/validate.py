@@ -53,11 +53,12 @@ def validate(cfg: Experiment) -> Experiment:
     Raises:
       ConfigError: a value, or two together, cannot work.
     """
-    for path, value in flat(cfg).items():
+    values = flat(cfg)
+    for path, value in values.items():
         if path in AT_LEAST and value < AT_LEAST[path]:
             raise ConfigError(f"{path} is {value}: it must be at least {AT_LEAST[path]}.")
     for path, allowed in choices(cfg).items():
-        value = flat(cfg)[path]
+        value = values[path]
         wrong = [word for word in (value if isinstance(value, tuple) else (value,)) if allowed and word not in allowed]
         if wrong:
             raise ConfigError(f"{path} {wrong[0]!r} is no choice: choose {', '.join(allowed)}.")

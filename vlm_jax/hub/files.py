@@ -1,0 +1,168 @@
+"""Folders of tensors as Hugging Face's hub holds them: one file, or shards and the index that names them."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.config import ConfigError
+from vlm_jax.hub.safetensors_files import DTYPE_NAMES, json_object, read_safetensors, size_bytes, write_safetensors
+from vlm_jax.hub.stored import StoredTensor, map_file
+from vlm_jax.hub.torch_files import read_torch
+
+WEIGHTS = "model.safetensors"  # what is written; `write_tensors` adds numbers for shards
+READABLE = (WEIGHTS, "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")  # best first
+INDEX = ".index.json"  # added to the name of the file that was split
+
+
+class Tensors(Mapping[str, StoredTensor]):
+    """Names -> tensors in the files of a folder; leaving it as a context closes the files."""
+
+    def __init__(self, stored: dict[str, StoredTensor]):
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        return self._stored[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for data in {stored.data for stored in self.values()}:
+            with contextlib.suppress(BufferError):  # a view that is still held keeps its file until it dies
+                data.close()
+
+
+def open_tensors(folder: str | os.PathLike) -> Tensors:
+    """The tensors of the weights in a folder: `READABLE` lists the names that are looked for, best first.
+
+    Raises:
+      ConfigError: no folder, no weights in it, a shard that is missing or lacks a tensor, a file that is damaged or
+        cut short, or a pickle that wants to run code.
+    """
+    folder = Path(folder).expanduser()
+    if not os.path.isdir(folder):
+        raise ConfigError(f"{folder} is no folder.")
+    found = _find(folder)
+    if found is None:
+        raise ConfigError(f"{folder} holds no weights: there is no {', '.join(READABLE)}, nor {INDEX} of one of them.")
+    return Tensors(_read_shards(found) if found.name.endswith(INDEX) else _read_file(found))
+
+
+def _find(folder: Path) -> Path | None:
+    candidates = (folder / (name + ending) for name in READABLE for ending in ("", INDEX))
+    return next((path for path in candidates if os.path.isfile(path)), None)
+
+
+def _read_shards(index: Path) -> dict[str, StoredTensor]:
+    weight_map = read_json(index).get("weight_map")
+    shards = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(shard, str) and shard == Path(shard).name for shard in shards):
+        raise ConfigError(f"{index} has no weight_map from names of tensors to files beside it.")
+    missing = [shard for shard in sorted(set(shards)) if not os.path.isfile(index.parent / shard)]
+    if missing:
+        raise ConfigError(f"{index} names files that are not there: {', '.join(missing)}.")
+    files = {shard: _read_file(index.parent / shard) for shard in sorted(set(shards))}
+    for name, shard in weight_map.items():
+        if name not in files[shard]:
+            raise ConfigError(f"{index} says that {name} is in {shard}, which does not hold it.")
+    return {name: files[shard][name] for name, shard in weight_map.items()}
+
+
+def _read_file(path: Path) -> dict[str, StoredTensor]:
+    data = map_file(path)
+    return read_torch(path, data) if path.suffix == ".bin" else read_safetensors(path, data)
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """The object in a JSON file. ConfigError names the file where it is missing or holds something else."""
+    try:
+        text = Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    return json_object(text, str(path))
+
+
+def write_tensors(
+    folder: str | os.PathLike,
+    specs: Mapping[str, Any],
+    read: Callable[[str], np.ndarray],
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes `model.safetensors`, or, where that is more than `max_shard_bytes`, shards in the order of `specs`.
+
+    The files get their names when all are complete; until then, and after an error, the folder has no weights.
+
+    Args:
+      specs: name -> whatever has the `shape` and `dtype` of the tensor (an array, a StoredTensor, a ShapeDtypeStruct).
+      read: name -> the tensor; called when it is written, so that one at a time has to be in memory.
+
+    Raises:
+      ConfigError: the folder cannot be written or holds weights already, or safetensors does not know a dtype.
+      ValueError: `read` gave a tensor of another shape or dtype than its spec.
+    """
+    folder = Path(folder).expanduser()
+    unknown = [f"{name} is {spec.dtype}" for name, spec in specs.items() if np.dtype(spec.dtype) not in DTYPE_NAMES]
+    if unknown:
+        raise ConfigError(
+            f"{folder} cannot be written: {', '.join(unknown)}; safetensors knows {', '.join(DTYPE_NAMES.values())}."
+        )
+    found = _find(folder)
+    if found is not None:
+        raise ConfigError(f"{found} is there already: choose another folder, or delete it.")
+    shards = _shards(specs, max_shard_bytes)
+    weight_map = {}
+    with _all_or_none(folder) as create:
+        for number, names in enumerate(shards, start=1):
+            file_name = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            weight_map |= dict.fromkeys(names, file_name)
+            with create(file_name) as file:
+                write_safetensors(file, {name: specs[name] for name in names}, read)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": sum(map(size_bytes, specs.values()))}, "weight_map": weight_map}
+            with create(WEIGHTS + INDEX) as file:
+                file.write(json.dumps(index, indent=2, sort_keys=True).encode())
+
+
+@contextlib.contextmanager
+def _all_or_none(folder: Path):
+    """Gives a function that opens files to write; they get their names at the end, or are removed after an error."""
+    temporary = {}
+
+    def create(name):
+        temporary[name] = folder / (name + ".tmp")
+        return temporary[name].open("wb")
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield create
+        for name, path in temporary.items():
+            os.replace(path, folder / name)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written: {error.strerror}.") from None
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def _shards(specs: Mapping[str, Any], max_shard_bytes: int) -> list[list[str]]:
+    """Names in their order, in lists of at most so many bytes; a larger tensor is alone."""
+    shards, filled = [[]], 0
+    for name, spec in specs.items():
+        size = size_bytes(spec)
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards

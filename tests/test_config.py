@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vlm_jax import config_file
-from vlm_jax.config import ConfigError, Data, Experiment, Fusion, Mesh, Optim, RateScale, Vision
+from vlm_jax.config import ConfigError, Data, Experiment, Fusion, Mesh, Optim, RateScale, Rope, Vision
 from vlm_jax.testing import KINDS, tiny
 from vlm_jax.validate import AT_LEAST, flat, validate
 
@@ -159,9 +159,9 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
     ({"decoder_kv_heads": 3}, "decoder.heads 4 .* decoder.kv_heads 3"),
     ({"vision_kv_heads": 3}, "vision.heads 4 .* vision.kv_heads 3"),
     ({"projector_kind": "resampler", "projector_heads": 5}, "decoder.width 32 .* projector.heads"),
-    ({"decoder_rope_fraction": 0.4}, "decoder.rope_fraction 0.4 .* even"),
-    ({"decoder_rope_fraction": 0.0}, "decoder.rope_fraction 0.0"),
-    ({"decoder_rope_fraction": 1.5}, "decoder.rope_fraction 1.5"),
+    ({"decoder_rope": Rope(fraction=0.4)}, "decoder.rope.fraction 0.4 .* even"),
+    ({"decoder_rope": Rope(fraction=0.0)}, "decoder.rope.fraction 0.0"),
+    ({"decoder_rope": Rope(fraction=1.5)}, "decoder.rope.fraction 1.5"),
     (
         {"projector_kind": "pixel_shuffle", "projector_factor": 3},
         "projector.factor 3 .* vision.image_size_px 16 .* vision.patch_size_px 8",
@@ -178,7 +178,7 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
         {"fusion_kind": "encoder_decoder", "vision_kind": "none", "vision_positions": "none"},
         "vision.kind none .* vision.positions none .* fusion.kind encoder_decoder",
     ),
-    ({"fusion_cross_layers": (1, 2)}, r"fusion.cross_layers \[2\] .* decoder.depth 2"),
+    ({"fusion_cross_layers": (1, 3)}, r"fusion.cross_layers \[3\] .* decoder.depth 2"),
     ({"decoder_max_positions": 27}, "decoder.max_positions 27 .* data.text_length 24: it must be at least 28"),
 ]
 

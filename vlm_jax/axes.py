@@ -29,7 +29,8 @@ class Axis:
 
 ALPHABET = {
     "B": Axis("batch: rows", activation=ROWS),
-    "I": Axis("images of a row"),
+    "I": Axis("images of a row, or with tiles their tiles"),
+    "J": Axis("tiles of an image; ways to lay them out"),
     "S": Axis("sequence: tokens of a row"),
     "T": Axis("keys that a sequence attends to (cached ones included)"),
     "P": Axis("patches of an image"),

@@ -7,7 +7,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-CHANNELS = 3  # red, green, blue
+from vlm_jax.model_config import CHANNELS, Contrastive, Decoder, Fusion, FusionKind, Projector, Rope, Transformer, Vision
+
+__all__ = ["CHANNELS", "Contrastive", "Decoder", "Fusion", "FusionKind", "Projector", "Rope", "Transformer", "Vision"]
 
 
 class ConfigError(ValueError):
@@ -24,136 +26,6 @@ class Data:
     augment: tuple[Literal["mirror", "turn", "shift"], ...] = ("mirror", "shift")  # moves of the training images
     threads: int = 2  # threads that read and build rows
     prefetch: int = 4  # batches made ahead of the step
-
-
-@dataclass(frozen=True)
-class Transformer:
-    """What the image encoder and the decoder have in common; public families are settings of it."""
-
-    width: int = 128  # D: numbers of a token
-    depth: int = 4  # blocks
-    heads: int = 4  # N: attention heads
-    kv_heads: int = 0  # K: key/value heads (grouped-query attention); 0: as many as heads
-    head_dim: int = 0  # H: numbers of a head; 0: width / heads
-    mlp_width: int = 512  # F: hidden numbers of the MLP
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_eps: float = 1e-6  # added to the variance
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu2"] = "gelu_tanh"
-    gated_mlp: bool = False  # down(act(gate x) * up x) instead of down(act(up x))
-    qkv_bias: bool = True  # biases of the query, key and value projections
-    out_bias: bool = True  # bias of attention's output projection
-    mlp_bias: bool = True  # biases of the MLP
-    unroll: int = 1  # blocks (or periods of blocks) laid out per turn of the loop over depth; more: slower to compile
-
-    @property
-    def num_kv_heads(self) -> int:
-        return self.kv_heads or self.heads
-
-    @property
-    def head_width(self) -> int:
-        return self.head_dim or self.width // self.heads
-
-
-@dataclass(frozen=True)
-class Vision(Transformer):
-    kind: Literal["vit", "none"] = "vit"  # none: patches go straight to the projector (Fuyu)
-    image_size_px: int = 64  # height and width of an image
-    patch_size_px: int = 8
-    patch_embed: Literal["linear", "conv"] = "linear"  # the same numbers, computed as a product or a convolution
-    patch_bias: bool = True
-    positions: Literal["learned", "sincos", "none"] = "learned"
-    class_token: bool = False  # a learned token in front of the patches
-    keep_class_token: bool = False  # hand it on to the projector
-    pre_norm: bool = False  # a norm before the first block (CLIP)
-    final_norm: bool = True  # a norm after the last block
-    newline_token: bool = False  # unified: a text token after every row of image tokens (Fuyu)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return (self.image_size_px // self.patch_size_px,) * 2
-
-    @property
-    def patch_dim(self) -> int:
-        """C: numbers of one flattened patch."""
-        return self.patch_size_px**2 * CHANNELS
-
-    @property
-    def output_width(self) -> int:
-        """E: numbers of a token that reaches the projector."""
-        return self.width if self.kind == "vit" else self.patch_dim
-
-    @property
-    def extra_tokens(self) -> int:
-        """Tokens beside the grid that reach the projector."""
-        return int(self.kind == "vit" and self.class_token and self.keep_class_token)
-
-
-@dataclass(frozen=True)
-class Projector:
-    kind: Literal["linear", "mlp", "pixel_shuffle", "average_pool", "resampler"] = "linear"
-    activation: Literal["gelu", "gelu_tanh", "silu"] = "gelu"  # of mlp
-    factor: int = 2  # pixel_shuffle, average_pool: factor x factor tokens become one
-    queries: int = 16  # resampler: tokens that it emits
-    depth: int = 2  # resampler: blocks
-    heads: int = 4  # resampler: attention heads
-
-    def output_grid(self, vision: Vision) -> tuple[int, int]:
-        """Rows and columns of the tokens that the projector emits for one image (one row where there is no grid)."""
-        rows, columns = vision.grid
-        if self.kind == "resampler":
-            return 1, self.queries
-        if self.kind in ("pixel_shuffle", "average_pool"):
-            return rows // self.factor, columns // self.factor
-        return (1, rows * columns + vision.extra_tokens) if vision.extra_tokens else (rows, columns)
-
-    def num_tokens(self, vision: Vision) -> int:
-        """M: tokens that the projector emits for one image."""
-        rows, columns = self.output_grid(vision)
-        return rows * columns
-
-
-FusionKind = Literal["unified", "cross_attention", "encoder_decoder"]
-
-
-@dataclass(frozen=True)
-class Fusion:
-    kind: FusionKind = "unified"  # how image tokens reach the decoder
-    cross_every: int = 1  # cross_attention: a cross block before decoder blocks 0, k, 2k, ...
-    cross_layers: tuple[int, ...] = ()  # cross_attention: before these decoder blocks instead
-    gated: bool = True  # cross_attention: tanh gates that start at 0
-
-    @property
-    def image_in_sequence(self) -> bool:
-        return self.kind == "unified"
-
-    @property
-    def image_in_memory(self) -> bool:
-        return self.kind != "unified"
-
-    @property
-    def has_gates(self) -> bool:
-        return self.kind == "cross_attention" and self.gated
-
-    def sublayers(self, depth: int) -> tuple[tuple[str, ...], ...]:
-        """The decoder's blocks, each a tuple of sublayers in the order in which they run."""
-        if self.kind == "unified":
-            return (("self", "mlp"),) * depth
-        if self.kind == "encoder_decoder":
-            return (("self", "cross", "mlp"),) * depth
-        chosen = self.cross_layers or range(0, depth, self.cross_every)
-        crossing, plain = ("cross", "cross_mlp", "self", "mlp"), ("self", "mlp")
-        return tuple(crossing if i in chosen else plain for i in range(depth))
-
-
-@dataclass(frozen=True)
-class Decoder(Transformer):
-    vocab_size: int = 512  # V: rows of the embedding; the tokenizer has at most as many
-    positions: Literal["rope", "learned"] = "rope"
-    max_positions: int = 256  # the longest sequence
-    rope_theta: float = 10_000.0
-    rope_fraction: float = 1.0  # share of a head's numbers that RoPE turns
-    tied_head: bool = True  # the output head is the embedding
 
 
 @dataclass(frozen=True)

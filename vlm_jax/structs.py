@@ -26,8 +26,12 @@ class Batch:
     segment_ids: Array  # (B, S) int32: PADDING, or 1, 2, ...
     branch_ids: Array  # (B, S) int32: TRUNK, or 1, 2, ...
     image_slots: Array  # (B, S) int32: which of the row's I*M image tokens stands here, or NO_IMAGE
-    image_mask: Array  # (B, S, I) bool: which images the token may read through cross-attention
-    images: Array | None = None  # (B, I, height, width, channels) float32, normalised; None: text only
+    image_mask: Array  # (B, S, I) bool: which images (with tiles: I*J tiles) the token may read in cross-attention
+    images: Array | None = None  # (B, I, height, width, channels) float32, normalised; with tiles (B, I, J, height, ...);
+    #   without an encoder also (B, I, P, C) patches; None: text only
+    tile_layouts: Array | None = None  # (B, I) int32: how each image is cut into tiles; 0: there is none
+    tile_mask: Array | None = None  # (B, I, J) bool: which tiles are there
+    block_ids: Array | None = None  # (B, S) int32: tokens of one block > 0 see each other, later ones too; None: all 0
     targets: Array | None = None  # (B, S) int32: the next token
     loss_weights: Array | None = None  # (B, S) float32: 1 where the target is scored
 
@@ -41,6 +45,8 @@ class Stream:
     mask: jax.Array  # (B, 1, S, T) bool: which keys a token sees
     memory: jax.Array | None = None  # (B, T, D): image tokens for cross-attention
     memory_mask: jax.Array | None = None  # (B, 1, S, T) bool: which of them a token reads
+    reads: jax.Array | None = None  # (B, S) bool: whether it has an image to read
+    local_mask: jax.Array | None = None  # (B, 1, S, T) bool: the mask of blocks with a sliding window
 
 
 @struct.dataclass
@@ -51,6 +57,9 @@ class Context:
     rope: Any = None  # cosines and sines, (B, S, R) each
     memory: jax.Array | None = None  # (B, T, D)
     memory_mask: jax.Array | None = None  # (B, 1, S, T) bool; None: all
+    reads: jax.Array | None = None  # (B, S) bool: whether a token has an image to read; None: every one
+    local_mask: jax.Array | None = None  # (B, 1, S, T) bool: the mask of blocks that slide; None: none does
+    local_rope: Any = None  # cosines and sines of blocks that slide; None: as the others
     index: jax.Array | None = None  # () int32: the next free slot of the cache
 
 
@@ -61,7 +70,18 @@ class Cache:
     index: jax.Array  # () int32: the next free slot
     segment_ids: jax.Array  # (B, T): of every slot, the slots to come included
     branch_ids: jax.Array  # (B, T)
+    positions: jax.Array  # (B, T)
+    block_ids: jax.Array | None  # (B, T)
     layers: Any  # per block of the repeating period and sublayer: keys and values (L, B, T, K, H)
+
+
+@struct.dataclass
+class Encoded:
+    """An encoder's outputs; P counts the class token, too."""
+
+    tokens: jax.Array  # (B, P, E): the last hidden state
+    pooled: jax.Array | None = None  # (B, E): one vector an image
+    features: jax.Array | None = None  # (B, P, E): what the projector reads
 
 
 @struct.dataclass

@@ -2,14 +2,13 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 from flax import traverse_util
 from flax.linen import meta
 
 from vlm_jax.config import Data, Decoder, Experiment, Fusion, Optim, Projector, Train, Vision
 from vlm_jax.data import text
-from vlm_jax.nn.vlm import init_params
+from vlm_jax.nn.models import boxed_params
 from vlm_jax.structs import Batch
 
 KINDS = ("unified", "cross_attention", "encoder_decoder")
@@ -43,7 +42,7 @@ def random_params(cfg: Experiment, spread: float = 0.1, seed: int = 0):
     Nothing is compiled for them.
     """
     rng = np.random.default_rng(seed)
-    shapes = meta.unbox(jax.eval_shape(lambda: init_params(cfg, jax.random.key(0))))
+    shapes = meta.unbox(boxed_params(cfg))
 
     def numbers(path, shape):
         return rng.normal(float(path[-1] == "scale"), spread, shape.shape).astype(shape.dtype)

@@ -113,10 +113,10 @@ def _heads(cfg):
         raise ConfigError(
             f"decoder.width {cfg.decoder.width} is not a multiple of projector.heads {cfg.projector.heads}."
         )
-    turned = int(cfg.decoder.head_width * cfg.decoder.rope_fraction)
+    turned = cfg.decoder.turned
     if cfg.decoder.positions == "rope" and (turned % 2 or not 0 < turned <= cfg.decoder.head_width):
         raise ConfigError(
-            f"decoder.rope_fraction {cfg.decoder.rope_fraction} of a head of {cfg.decoder.head_width} is {turned} "
+            f"decoder.rope.fraction {cfg.decoder.rope.fraction} of a head of {cfg.decoder.head_width} is {turned} "
             "numbers: RoPE turns an even number of them, from 2 to all."
         )
 
@@ -149,11 +149,16 @@ def _fusion(cfg):
             f"vision.kind none with vision.positions none leaves fusion.kind {fusion.kind} no order of the patches: "
             "set vision.positions to learned or sincos, or choose fusion.kind unified."
         )
-    outside = [i for i in fusion.cross_layers if not 0 <= i < cfg.decoder.depth]
+    outside = [i for i in fusion.cross_layers if not 0 <= i <= cfg.decoder.depth]
     if outside:
         raise ConfigError(
             f"fusion.cross_layers {outside} are not among the blocks 0 to {cfg.decoder.depth - 1} of decoder.depth "
-            f"{cfg.decoder.depth}."
+            f"{cfg.decoder.depth}, nor {cfg.decoder.depth} (after the last)."
+        )
+    if fusion.prefix == "bidirectional" and cfg.data.questions_per_row > 1:
+        raise ConfigError(
+            f"fusion.prefix bidirectional lets an image see its question, so data.questions_per_row "
+            f"{cfg.data.questions_per_row} questions cannot share one: set it to 1, or fusion.prefix to causal."
         )
 
 

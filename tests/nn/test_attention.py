@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax.linen import meta
 
-from vlm_jax.config import Decoder
-from vlm_jax.nn.attention import Attention, attend, rope_tables, rotate
+from vlm_jax.config import Decoder, Rope
+from vlm_jax.nn.attention import Attention, attend, rotate
+from vlm_jax.nn.positions import rope_tables
 
 RNG = np.random.default_rng(0)
 CFG = Decoder(width=16, heads=4)
@@ -166,7 +167,7 @@ def turned(cfg, positions, length=6):
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_rope_is_relative(fraction):
-    cfg = Decoder(width=8, heads=1, rope_fraction=fraction)
+    cfg = Decoder(width=8, heads=1, rope=Rope(fraction=fraction))
     positions = np.array([0, 1, 2, 5, 9, 10])
     y = turned(cfg, positions)
     close(turned(cfg, positions + 37), y, atol=1e-4)
@@ -175,7 +176,7 @@ def test_rope_is_relative(fraction):
 
 def test_rope_turns_pairs_of_the_two_halves_by_position_over_theta():
     """Su et al. 2021, eq. 34, as complex numbers."""
-    cfg, x, position = Decoder(width=8, heads=1, rope_theta=100.0), random(1, 1, 1, 8), 3
+    cfg, x, position = Decoder(width=8, heads=1, rope=Rope(theta=100.0)), random(1, 1, 1, 8), 3
     numbers = np.asarray(x[..., :4] + 1j * x[..., 4:])
     turned = numbers * np.exp(1j * position * 100.0 ** (-np.arange(4) / 4))
     expected = np.concatenate([turned.real, turned.imag], axis=-1)
@@ -191,7 +192,7 @@ def test_rope_keeps_lengths_and_leaves_position_zero():
 
 def test_a_fraction_of_rope_passes_the_rest_through():
     x, positions = random(1, 2, 3, 8), jnp.asarray([[4, 9]])
-    y = rotate(x, rope_tables(positions, Decoder(width=24, heads=3, rope_fraction=0.5)))
+    y = rotate(x, rope_tables(positions, Decoder(width=24, heads=3, rope=Rope(fraction=0.5))))
     np.testing.assert_array_equal(y[..., 4:], x[..., 4:])
     assert (np.abs(y - x)[..., :4] > 1e-6).all()
     close(y[..., :4], rotate(x[..., :4], rope_tables(positions, Decoder(width=12, heads=3))))

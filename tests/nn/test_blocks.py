@@ -10,11 +10,12 @@ import pytest
 from flax.linen import meta
 
 from vlm_jax.config import Fusion, Transformer
-from vlm_jax.nn.blocks import Block, Stack, repeating_period
+from vlm_jax.nn.blocks import NOT_FUSED, Block, Stack, repeating_period
 from vlm_jax.structs import Context
 
 PLAIN = ("self", "mlp")
 CROSSING = ("cross", "cross_mlp", "self", "mlp")
+GATED = Fusion("cross_attention")
 CFG = Transformer(width=16, depth=4, heads=2, mlp_width=32)
 RNG = np.random.default_rng(0)
 X, MEMORY = (jnp.asarray(RNG.normal(size=(2, n, 16)), jnp.float32) for n in (3, 5))
@@ -56,20 +57,20 @@ def test_cross_blocks_stand_where_cross_layers_says():
     assert [i for i, block in enumerate(blocks) if "cross" in block] == [3, 7, 11]
 
 
-def random_params(cfg, blocks, gated=False):
-    init = functools.partial(Stack(cfg, blocks, gated).init, jax.random.key(0))
+def random_params(cfg, blocks, fusion=NOT_FUSED):
+    init = functools.partial(Stack(cfg, blocks, fusion).init, jax.random.key(0))
     shapes = meta.unbox(jax.eval_shape(init, X, Context(memory=MEMORY)))["params"]
     return jax.tree.map(lambda s: jnp.asarray(RNG.normal(0, 0.3, s.shape), jnp.float32), shapes)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def run(cfg, blocks, gated, params, x, context):
-    return Stack(cfg, blocks, gated).apply({"params": params}, x, context)[0]
+def run(cfg, blocks, fusion, params, x, context):
+    return Stack(cfg, blocks, fusion).apply({"params": params}, x, context)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def one_block(cfg, sublayers, params, x, context):
-    return Block(cfg, sublayers).apply({"params": params}, x, context, {})[0]
+    return Block(cfg, sublayers).apply({"params": params}, x, context, False, {})[0]
 
 
 def test_the_loop_is_the_blocks_one_after_the_other():
@@ -79,7 +80,7 @@ def test_the_loop_is_the_blocks_one_after_the_other():
     for i, sublayers in enumerate(blocks):
         own = jax.tree.map(lambda stacked, turn=i // 2: stacked[turn], params["layers"][f"block_{i % 2}"])
         x = one_block(CFG, sublayers, own, x, context)
-    np.testing.assert_allclose(run(CFG, blocks, False, params, X, context), x, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(run(CFG, blocks, NOT_FUSED, params, X, context), x, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("unroll", [2, 4, 9])
@@ -88,22 +89,22 @@ def test_scan_is_unrolled(unroll):
     blocks, unrolled = (CROSSING,) * 4, replace(CFG, unroll=unroll)
     params, context = random_params(CFG, blocks), Context(memory=MEMORY)
     assert jax.tree.map(jnp.shape, random_params(unrolled, blocks)) == jax.tree.map(jnp.shape, params)
-    looped = run(CFG, blocks, False, params, X, context)
-    np.testing.assert_allclose(run(unrolled, blocks, False, params, X, context), looped, rtol=1e-4, atol=1e-4)
+    looped = run(CFG, blocks, NOT_FUSED, params, X, context)
+    np.testing.assert_allclose(run(unrolled, blocks, NOT_FUSED, params, X, context), looped, rtol=1e-4, atol=1e-4)
 
 
 def test_the_program_does_not_grow_with_depth():
     def program(depth):
         blocks = (CROSSING, PLAIN) * (depth // 2)
         params = jax.eval_shape(lambda: random_params(replace(CFG, depth=depth), blocks))
-        return str(run.trace(CFG, blocks, False, params, X, Context(memory=MEMORY)).jaxpr).count("\n")
+        return str(run.trace(CFG, blocks, NOT_FUSED, params, X, Context(memory=MEMORY)).jaxpr).count("\n")
 
     assert program(8) == program(2)
 
 
 def test_gates_scale_what_crosses_and_closed_ones_let_nothing_through():
     blocks, context = (CROSSING,), Context(memory=MEMORY)
-    params = random_params(CFG, blocks, gated=True)
+    params = random_params(CFG, blocks, fusion=GATED)
     block = params["layers"]["block_0"]
     assert {name for name in block if "gate" in name} == {"cross_gate", "cross_mlp_gate"}
     closed = {"layers": {"block_0": block | {name: jnp.zeros((1, 1)) for name in block if "gate" in name}}}
@@ -112,11 +113,11 @@ def test_gates_scale_what_crosses_and_closed_ones_let_nothing_through():
     ungated = {"layers": {"block_0": {name: value for name, value in block.items() if "gate" not in name}}}
     text_only = {"layers": {"block_0": {n: v for n, v in block.items() if not n.startswith("cross")}}}
     np.testing.assert_array_equal(
-        run(CFG, blocks, True, closed, X, context), run(CFG, (PLAIN,), False, text_only, X, Context())
+        run(CFG, blocks, GATED, closed, X, context), run(CFG, (PLAIN,), NOT_FUSED, text_only, X, Context())
     )
     np.testing.assert_allclose(
-        run(CFG, blocks, True, wide_open, X, context),
-        run(CFG, blocks, False, ungated, X, context),
+        run(CFG, blocks, GATED, wide_open, X, context),
+        run(CFG, blocks, NOT_FUSED, ungated, X, context),
         rtol=1e-5,
         atol=1e-5,
     )
@@ -125,15 +126,15 @@ def test_gates_scale_what_crosses_and_closed_ones_let_nothing_through():
 def test_without_a_memory_the_sublayers_that_cross_are_not_there():
     params = random_params(CFG, (CROSSING,))
     alone = {"layers": {"block_0": {n: v for n, v in params["layers"]["block_0"].items() if not n.startswith("cross")}}}
-    expected = run(CFG, (PLAIN,), False, alone, X, Context())
-    np.testing.assert_array_equal(run(CFG, (CROSSING,), False, params, X, Context()), expected)
+    expected = run(CFG, (PLAIN,), NOT_FUSED, alone, X, Context())
+    np.testing.assert_array_equal(run(CFG, (CROSSING,), NOT_FUSED, params, X, Context()), expected)
 
 
 def test_a_token_that_reads_no_image_gets_nothing_from_crossing():
     blocks = (("cross", "cross_mlp"),)
     params = random_params(CFG, blocks)
     mask = jnp.asarray([[1, 0, 1], [0, 0, 1]], bool)
-    context = Context(memory=MEMORY, memory_mask=jnp.broadcast_to(mask[:, None, :, None], (2, 1, 3, 5)))
-    y = run(CFG, blocks, False, params, X, context)
+    context = Context(memory=MEMORY, memory_mask=jnp.broadcast_to(mask[:, None, :, None], (2, 1, 3, 5)), reads=mask)
+    y = run(CFG, blocks, NOT_FUSED, params, X, context)
     np.testing.assert_array_equal(y[~mask], X[~mask])
     assert (np.abs(y - X)[mask].max(-1) > 1e-3).all()

@@ -1,11 +1,13 @@
 """The masks of all fusion styles as pictures: a row a query, a column a key, 1 where the query sees the key."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vlm_jax.config import Projector, Vision
-from vlm_jax.nn.fusion import fuse, memory_mask, place, sequence_mask
+from vlm_jax.nn.fusion import fuse, memory_mask, near, place, sequence_mask
 from vlm_jax.structs import NO_IMAGE, Batch, Cache
 from vlm_jax.testing import tiny
 
@@ -27,7 +29,8 @@ def batch(segments, branches, reads=None, slots=None) -> Batch:
 
 
 def cache(index, segments, branches) -> Cache:
-    return Cache(jnp.int32(index), jnp.asarray([segments]), jnp.asarray([branches]), [])
+    positions = jnp.arange(len(segments))[None]
+    return Cache(jnp.int32(index), jnp.asarray([segments]), jnp.asarray([branches]), positions, None, [])
 
 
 def drawn(mask):
@@ -198,6 +201,53 @@ def test_while_decoding_the_mask_of_the_memory_stays_when_the_images_are_gone(ki
     seen = fuse(two_tokens_an_image(kind), jnp.zeros((1, 1, 3)), None, row, cache(1, [1, 1], [1, 1]))
     assert seen.memory is None
     assert drawn(seen.memory_mask) == [". . 1 1".replace(" ", "")]
+
+
+def test_tokens_of_a_block_see_each_other_and_what_follows_sees_them():
+    """The prefix of PaliGemma: image and prompt are one block, the answer comes after it token by token."""
+    row = batch([1] * 5, [0] * 5).replace(block_ids=jnp.asarray([[1, 1, 1, 0, 0]]))
+    assert drawn(sequence_mask(row)) == picture("""
+        1 1 1 . .
+        1 1 1 . .
+        1 1 1 . .
+        1 1 1 1 .
+        1 1 1 1 1
+    """)
+
+
+def test_a_block_does_not_reach_into_another_segment_or_branch():
+    row = batch([1, 1, 1, 2], [0, 1, 2, 0]).replace(block_ids=jnp.ones((1, 4), jnp.int32))
+    assert drawn(sequence_mask(row)) == picture("""
+        1 . . .
+        1 1 . .
+        1 . 1 .
+        . . . 1
+    """)
+
+
+def test_a_sliding_window_counts_positions_and_so_leaves_packed_questions_alone():
+    """Two questions about a trunk of two: the second one's window reaches the trunk over the first question."""
+    row = batch([1] * 6, [0, 0, 1, 1, 2, 2]).replace(positions=jnp.asarray([[0, 1, 2, 3, 2, 3]]))
+    assert drawn(sequence_mask(row) & near(row, 3)) == picture("""
+        1 . . . . .
+        1 1 . . . .
+        1 1 1 . . .
+        . 1 1 1 . .
+        1 1 . . 1 .
+        . 1 . . 1 1
+    """)
+
+
+def test_a_blind_token_reads_everything_where_asked_for_and_is_known_as_blind():
+    row = batch([1, 1], [0, 0], [[1, 0], [0, 0]])
+    cfg = two_tokens_an_image("cross_attention")
+    image = jnp.zeros((1, 4, 3))
+    skipping = fuse(cfg, jnp.zeros((1, 2, 3)), image, row)
+    opened = fuse(replace(cfg, fusion=replace(cfg.fusion, blind_rows="read_all")), jnp.zeros((1, 2, 3)), image, row)
+    assert drawn(skipping.memory_mask) == ["11..", "...."]
+    assert drawn(opened.memory_mask) == ["11..", "1111"]
+    for stream in (skipping, opened):
+        assert stream.reads.tolist() == [[True, False]]
 
 
 def test_place_puts_image_tokens_where_they_stand_and_leaves_the_text():

@@ -69,9 +69,9 @@ def test_images_of_a_batch_do_not_see_each_other():
     np.testing.assert_array_equal(changed[0], encode(TINY, params)[0])
 
 
-@pytest.mark.parametrize("norm", ["pre_norm", "final_norm"])
-def test_a_norm_stands_there_only_where_asked_for(norm):
-    with_norm, without = replace(TINY, **{norm: True}), replace(TINY, **{norm: False})
+@pytest.mark.parametrize("norm, there, gone", [("pre_norm", True, False), ("final_norm", "tokens", "none")])
+def test_a_norm_stands_there_only_where_asked_for(norm, there, gone):
+    with_norm, without = replace(TINY, **{norm: there}), replace(TINY, **{norm: gone})
     params = random_params(with_norm)
     assert norm in params
     assert norm not in random_params(without)

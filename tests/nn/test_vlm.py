@@ -11,7 +11,7 @@ from flax import traverse_util
 from flax.linen import meta
 
 from vlm_jax import axes
-from vlm_jax.config import Experiment, Fusion, Projector
+from vlm_jax.config import Experiment, Fusion, Projector, Rope
 from vlm_jax.data import pipeline, text
 from vlm_jax.nn.vlm import empty_cache, init_params
 from vlm_jax.structs import PADDING, Batch
@@ -272,8 +272,8 @@ def test_a_second_batch_of_the_same_shape_compiles_nothing(forward, random_param
 
 SETTINGS = {
     "learned positions": {"positions": "learned"},
-    "rope on half a head": {"rope_fraction": 0.5},
-    "another rope_theta": {"rope_theta": 100.0},
+    "rope on half a head": {"rope": Rope(fraction=0.5)},
+    "another rope.theta": {"rope": Rope(theta=100.0)},
     "free head": {"tied_head": False},
     "one kv head": {"kv_heads": 1},
     "as many kv heads as heads": {"kv_heads": 0},

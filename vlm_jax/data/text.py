@@ -32,6 +32,7 @@ FILL = {
     "positions": np.int32(0),
     "segment_ids": np.int32(PADDING),
     "branch_ids": np.int32(TRUNK),
+    "block_ids": np.int32(0),
     "image_slots": np.int32(NO_IMAGE),
     "image_mask": np.bool_(False),
     "targets": np.int32(PAD),
@@ -126,6 +127,8 @@ def pack_row(cfg: Experiment, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
     same_branch = row["branch_ids"][:-1] == row["branch_ids"][1:]
     lengths = [len(trunk), *(len(part) for pair in kept for part in pair)]
     answered = np.repeat([False] + [False, True] * len(kept), lengths)
+    if cfg.fusion.prefix == "bidirectional":
+        row["block_ids"] = (~answered).astype(np.int32)
     row["targets"] = np.append(np.where(same_branch, row["tokens"][1:], PAD), PAD)
     row["loss_weights"] = np.append(same_branch & answered[1:], False)
     return _padded(row, 0, cfg.row_length)
@@ -139,6 +142,8 @@ def prompt_row(cfg: Experiment, prompt: Sequence[int], images: int = 1, length: 
         tokens   <pad> <pad> <image> <image> is it red ? \\n
     """
     row = _segment(np.tile(image_ids(cfg), images), [prompt], images)
+    if cfg.fusion.prefix == "bidirectional":
+        row["block_ids"] = np.ones_like(row["tokens"])
     needed = len(row["tokens"])
     length = needed if length is None else length
     if needed > length:

@@ -18,7 +18,8 @@ def generate(cfg: Experiment, params, prompt: Batch, new_tokens: int, eos: int) 
     The loop ends when every row has ended.
     """
     model = VLM(cfg)
-    out = model.apply({"params": params}, prompt, empty_cache(cfg, prompt, new_tokens))
+    dtype = params["decoder"]["embedding"]["table"].dtype
+    out = model.apply({"params": params}, prompt, empty_cache(cfg, prompt, new_tokens, dtype))
     token = jnp.argmax(out.logits[:, -1], axis=-1).astype(jnp.int32)
     made = jnp.full((len(token), new_tokens), eos, jnp.int32).at[:, 0].set(token)
     last = jax.tree.map(lambda x: x[:, -1:], prompt.replace(images=None))
@@ -33,6 +34,7 @@ def generate(cfg: Experiment, params, prompt: Batch, new_tokens: int, eos: int) 
             tokens=token[:, None],
             positions=last.positions + count,
             image_slots=jnp.full_like(last.image_slots, NO_IMAGE),
+            block_ids=None if last.block_ids is None else jnp.zeros_like(last.block_ids),
         )
         out = model.apply({"params": params}, batch, cache)
         following = jnp.argmax(out.logits[:, -1], axis=-1).astype(jnp.int32)

@@ -6,21 +6,12 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import axes
-from vlm_jax.config import Decoder, Transformer
-from vlm_jax.nn.layers import Dense
+from vlm_jax.config import Transformer
+from vlm_jax.nn.layers import Dense, Norm, softcap
 
 KeyValue = tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]
-Rope = tuple[Float[Array, "B S R"], Float[Array, "B S R"]]  # cosines and sines; R = H * rope_fraction
+Rope = tuple[Float[Array, "B S R"], Float[Array, "B S R"]]  # cosines and sines
 NEVER = -1e30  # the score of a key that is not seen; finite, so that a row that sees nothing gives no NaN
-
-
-def rope_tables(positions: Int[Array, "B S"], cfg: Decoder) -> Rope:
-    """Cosines and sines of rotary position embedding (Su et al. 2021, eq. 34), halves side by side as in Llama."""
-    turned = int(cfg.head_width * cfg.rope_fraction)
-    frequencies = cfg.rope_theta ** (-jnp.arange(0, turned, 2, dtype=jnp.float32) / turned)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    angles = jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: Float[Array, "B S N H"], rope: Rope) -> Float[Array, "B S N H"]:
@@ -37,12 +28,18 @@ def attend(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     mask: Bool[Array, "#B 1 #S T"] | None,
+    scale: float = 0.0,
+    cap: float = 0.0,
 ) -> Float[Array, "B S N H"]:
-    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1); key head j serves query heads jN/K .. (j+1)N/K - 1."""
+    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1); key head j serves query heads jN/K .. (j+1)N/K - 1.
+
+    `scale` 0 stands for 1 / sqrt(H); with `cap` c the scores become c tanh(score / c) (Gemma 2).
+    """
     groups = q.shape[2] // k.shape[2]
-    q = (q * q.shape[-1] ** -0.5).swapaxes(1, 2)
+    q = (q * (scale or q.shape[-1] ** -0.5)).swapaxes(1, 2)
     k, v = (jnp.repeat(x, groups, axis=2).swapaxes(1, 2) if groups > 1 else x.swapaxes(1, 2) for x in (k, v))
-    return _attend(q, k, v, mask).swapaxes(1, 2)
+    y = _attend_forward(q, k, v, mask, cap)[0] if cap else _attend(q, k, v, mask)
+    return y.swapaxes(1, 2)
 
 
 @jax.custom_vjp
@@ -51,8 +48,8 @@ def _attend(q, k, v, mask):
     return _attend_forward(q, k, v, mask)[0]
 
 
-def _attend_forward(q, k, v, mask):
-    scores = jnp.einsum("bnsh,bnth->bnst", q, k).astype(jnp.float32)
+def _attend_forward(q, k, v, mask, cap=0.0):
+    scores = softcap(jnp.einsum("bnsh,bnth->bnst", q, k).astype(jnp.float32), cap)
     if mask is not None:
         scores = jnp.where(mask, scores, NEVER)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
@@ -80,6 +77,7 @@ class Attention(nn.Module):
     """
 
     cfg: Transformer
+    qk_norm: bool = False
 
     @nn.compact
     def __call__(
@@ -91,6 +89,7 @@ class Attention(nn.Module):
         cache: KeyValue | None = None,
         index: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B S D"], KeyValue]:
+        cfg = self.cfg
         q = axes.constrain(self._project(x, "query", "N"), "B S N H")
         q = rotate(q, rope) if rope is not None else q
         if source is None:
@@ -100,12 +99,14 @@ class Attention(nn.Module):
             k = rotate(k, rope) if rope is not None else k
             if cache is not None:
                 k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, index, 1) for old, new in zip(cache, (k, v)))
-        y = attend(q, k, v, mask)
-        cfg = self.cfg
+        y = attend(q, k, v, mask, cfg.query_scale, cfg.score_softcap)
         out = Dense("N H D", (cfg.heads, cfg.head_width, cfg.width), contract=2, bias=cfg.out_bias, name="out")(y)
         return out, (k, v)
 
     def _project(self, x, name, heads_letter):
         cfg = self.cfg
         heads = cfg.heads if heads_letter == "N" else cfg.num_kv_heads
-        return Dense(f"D {heads_letter} H", (x.shape[-1], heads, cfg.head_width), bias=cfg.qkv_bias, name=name)(x)
+        x = Dense(f"D {heads_letter} H", (x.shape[-1], heads, cfg.head_width), bias=cfg.qkv_bias, name=name)(x)
+        if self.qk_norm and name != "value":
+            x = Norm(cfg.norm, cfg.norm_eps, letters="H", name=f"{name}_norm")(x)
+        return x

@@ -1,62 +1,82 @@
 """Blocks of sublayers and the loop over depth, shared by the image encoder and the decoder."""
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import meta
 
 from vlm_jax import axes
-from vlm_jax.config import Transformer
+from vlm_jax.config import Fusion, Transformer
 from vlm_jax.nn.attention import Attention
 from vlm_jax.nn.layers import Mlp, Norm
 from vlm_jax.structs import Context
 
 Sublayers = tuple[str, ...]
 ATTENTION = ("self", "cross")
+NOT_FUSED = Fusion(kind="text_only")
 
 
 class Block(nn.Module):
     """x <- x + sublayer(norm(x)) for each of its sublayers; the `cross` ones read the memory.
 
     `self` attends to the sequence, `cross` to the memory, `mlp` and `cross_mlp` are alike but for the part they belong
-    to: `cross` and `cross_mlp` are cross-attention's, behind a tanh gate that starts at 0 where `gated` (Alayrac et al.
-    2022, Flamingo, section 2.2). A token that reads no image gets nothing from them, and without a memory they are not
-    there at all.
+    to: `cross` and `cross_mlp` are cross-attention's, behind a tanh gate that starts at 0 where `fusion.has_gates`
+    (Alayrac et al. 2022, Flamingo, section 2.2). A token that reads no image gets nothing from them (from `cross_mlp`
+    alone where `fusion.blind_rows` is "read_all"), and without a memory they are not there at all.
+    `cfg.norm_order` moves the norm, `cfg.residual_scale` scales what is added.
     """
 
     cfg: Transformer
     sublayers: Sublayers
-    gated: bool = False
+    fusion: Fusion = NOT_FUSED
 
     @nn.compact
-    def __call__(self, x, context: Context, cache: dict):
-        new_cache = {}
+    def __call__(self, x, context: Context, slides, cache: dict):
+        new_cache, order = {}, self.cfg.norm_order
         for name in self.sublayers:
-            crossing = name.startswith("cross")
-            if crossing and context.memory is None and context.memory_mask is None:
+            if name.startswith("cross") and context.memory is None and context.memory_mask is None:
                 continue
-            y = Norm(self.cfg.norm, self.cfg.norm_eps, name=f"{name}_norm")(x)
+            y = x if order == "post" else self._norm(f"{name}_norm", x)
             if name in ATTENTION:
-                y, new_cache[name] = self._attention(name, y, context, cache.get(name))
+                y, new_cache[name] = self._attention(name, y, context, slides, cache.get(name))
             else:
                 y = Mlp(self.cfg, name=name)(y)
-            if crossing:
-                y = self._gate(name, y, context)
-            x = axes.constrain(x + y, "B S D")
-        return x, (new_cache if cache else {})
+            if order == "both":
+                y = self._norm(f"{name}_post_norm", y)
+            x = axes.constrain(x + self._scaled(name, self._seen(name, y, context)), "B S D")
+            if order == "post":
+                x = self._norm(f"{name}_norm", x)
+        return x, (new_cache if context.index is not None else {})
 
-    def _attention(self, name, x, context: Context, cache):
-        attention = Attention(self.cfg, name=name)
-        if name == "self":
-            return attention(x, x, context.mask, context.rope, cache, context.index)
-        return attention(x, context.memory, context.memory_mask, cache=None if context.memory is not None else cache)
+    def _norm(self, name, x):
+        return Norm(self.cfg.norm, self.cfg.norm_eps, name=name)(x)
 
-    def _gate(self, name, y, context: Context):
-        if self.gated:
-            y *= jnp.tanh(self.param(f"{name}_gate", axes.lettered(nn.initializers.zeros, "1"), (1,)))
-        if context.memory_mask is None:
+    def _attention(self, name, x, context: Context, slides, cache):
+        if name == "cross":
+            attention = Attention(self.cfg, self.fusion.qk_norm, name=name)
+            return attention(
+                x, context.memory, context.memory_mask, cache=None if context.memory is not None else cache
+            )
+        mask, rope = context.mask, context.rope
+        if context.local_mask is not None:
+            mask = jnp.where(slides, context.local_mask, mask)
+        if context.local_rope is not None:
+            rope = jax.tree.map(lambda local, whole: jnp.where(slides, local, whole), context.local_rope, rope)
+        return Attention(self.cfg, self.cfg.qk_norm, name=name)(x, x, mask, rope, cache, context.index)
+
+    def _seen(self, name, y, context: Context):
+        """What a token without an image gets from a cross sublayer: nothing."""
+        reads_blindly = self.fusion.blind_rows == "read_all" and name == "cross"
+        if not name.startswith("cross") or context.reads is None or reads_blindly:
             return y
-        reads_an_image = context.memory_mask.any(axis=-1)[:, 0, :, None]
-        return jnp.where(reads_an_image, y, 0)
+        return jnp.where(context.reads[..., None], y, 0)
+
+    def _scaled(self, name, y):
+        if self.cfg.residual_scale == "vector":
+            return y * self.param(f"{name}_scale", axes.lettered(nn.initializers.ones, "D"), y.shape[-1:])
+        if self.cfg.residual_scale == "tanh" or (name.startswith("cross") and self.fusion.has_gates):
+            return y * jnp.tanh(self.param(f"{name}_gate", axes.lettered(nn.initializers.zeros, "1"), (1,)))
+        return y
 
 
 def repeating_period(blocks: tuple[Sublayers, ...]) -> tuple[Sublayers, ...]:
@@ -68,42 +88,56 @@ def repeating_period(blocks: tuple[Sublayers, ...]) -> tuple[Sublayers, ...]:
 
 
 class Period(nn.Module):
-    """One turn of the loop over depth."""
+    """One turn of the loop over depth: its blocks in turn, each output noted where `wanted` asks for it."""
 
     cfg: Transformer
     blocks: tuple[Sublayers, ...]
-    gated: bool
+    fusion: Fusion
+    wanted: tuple[int, ...]
 
     @nn.compact
-    def __call__(self, x, context: Context, cache: list):
-        new_cache = []
+    def __call__(self, carry, context: Context, turn, slides, cache: list):
+        (x, kept), new_cache = carry, []
         for i, sublayers in enumerate(self.blocks):
-            x, block_cache = Block(self.cfg, sublayers, self.gated, name=f"block_{i}")(x, context, cache[i])
+            block = Block(self.cfg, sublayers, self.fusion, name=f"block_{i}")
+            x, block_cache = block(x, context, slides[i], cache[i])
             new_cache.append(block_cache)
-        return x, new_cache
+            self.sow("intermediates", f"block_{i}", x)
+            number = turn * len(self.blocks) + i + 1
+            kept = [jnp.where(number == layer, x, old) for layer, old in zip(self.wanted, kept)]
+        return (x, kept), new_cache
 
 
 class Stack(nn.Module):
     """All blocks: a loop over the repeating period, so that compile time does not grow with depth.
 
-    Parameters and caches of block i of the period are stacked over L, the turns of the loop.
+    Parameters and caches of block i of the period are stacked over L, the turns of the loop. Beside the output it
+    returns the hidden states that `wanted` names: 0 is the input, n the output of block n (from 1), -1 that of the last.
     """
 
     cfg: Transformer
     blocks: tuple[Sublayers, ...]
-    gated: bool = False
+    fusion: Fusion = NOT_FUSED
+    sliding: tuple[int, ...] = ()  # the blocks whose self-attention uses the local mask and RoPE
+    wanted: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(self, x, context: Context, cache: list | None = None):
-        period = repeating_period(self.blocks)
-        turns = len(self.blocks) // len(period)
+        period, count = repeating_period(self.blocks), len(self.blocks)
+        turns = count // len(period)
         loop = nn.scan(
             Period,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
+            in_axes=(nn.broadcast, 0, 0, 0),
             length=turns,
             unroll=min(self.cfg.unroll, turns),
             metadata_params={meta.PARTITION_NAME: "L"},
         )
-        return loop(self.cfg, period, self.gated, name="layers")(x, context, cache or [{} for _ in period])
+        wanted = tuple(layer % (count + 1) for layer in self.wanted)
+        slides = jnp.array([i in self.sliding for i in range(count)]).reshape(turns, len(period))
+        layers = loop(self.cfg, period, self.fusion, wanted, name="layers")
+        (x, kept), cache = layers(
+            (x, [x] * len(wanted)), context, jnp.arange(turns), slides, cache or [{} for _ in period]
+        )
+        return x, kept, cache

@@ -1,14 +1,16 @@
 """One decoder for every fusion style and public family: blocks of sublayers between an embedding and a head."""
 
+import math
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.config import Decoder as DecoderConfig
 from vlm_jax.config import Fusion
-from vlm_jax.nn.attention import rope_tables
 from vlm_jax.nn.blocks import Stack, repeating_period
-from vlm_jax.nn.layers import Dense, Embed, Norm
+from vlm_jax.nn.layers import Dense, Embed, Norm, softcap
+from vlm_jax.nn.positions import local_rope_tables, rope_tables, sincos_rows
 from vlm_jax.structs import Cache, Context, Stream
 
 
@@ -20,39 +22,58 @@ class Decoder(nn.Module):
 
     def setup(self):
         cfg = self.cfg
-        self.embedding = Embed(cfg.vocab_size, cfg.width)
+        self.embedding = Embed(cfg.vocab_size + cfg.extra_tokens, cfg.width)
         if cfg.positions == "learned":
-            self.position_embedding = Embed(cfg.max_positions, cfg.width, letters="S D")
-        self.blocks = Stack(cfg, self.fusion.sublayers(cfg.depth), self.fusion.has_gates)
-        self.final_norm = Norm(cfg.norm, cfg.norm_eps)
+            self.position_embedding = Embed(cfg.max_positions + cfg.position_offset, cfg.width, letters="S D")
+        if cfg.embed_norm:
+            self.embedding_norm = Norm(cfg.norm, cfg.norm_eps)
+        self.blocks = Stack(cfg, self.fusion.sublayers(cfg.depth), self.fusion, self.sliding_blocks())
+        if cfg.final_norm:
+            self.final_norm = Norm(cfg.norm, cfg.norm_eps)
         if not cfg.tied_head:
             self.free_head = Dense("D V", (cfg.width, cfg.vocab_size), bias=False)
 
+    def sliding_blocks(self) -> tuple[int, ...]:
+        """`sliding_layers` count decoder blocks; the stack counts cross-attention blocks that stand alone, too."""
+        with_self = [i for i, block in enumerate(self.fusion.sublayers(self.cfg.depth)) if "self" in block]
+        return tuple(with_self[i] for i in self.cfg.sliding_layers)
+
     def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        return self.embedding(tokens)
+        x = self.embedding(tokens)
+        return x * jnp.asarray(math.sqrt(self.cfg.width), x.dtype) if self.cfg.embed_scale else x
 
     def __call__(self, stream: Stream, cache: Cache | None = None) -> tuple[Float[Array, "B S D"], list]:
         """Returns the hidden numbers after the final norm, and the layers' keys and values where there is a cache."""
-        cfg, x = self.cfg, stream.x
-        if cfg.positions == "learned":
-            x = x + self.position_embedding(stream.positions)
+        cfg, positions = self.cfg, stream.positions
+        x = stream.x + self._positions(positions).astype(stream.x.dtype) if cfg.positions != "rope" else stream.x
+        if cfg.embed_norm:
+            x = self.embedding_norm(x)
         context = Context(
             mask=stream.mask,
-            rope=rope_tables(stream.positions, cfg) if cfg.positions == "rope" else None,
+            rope=rope_tables(positions, cfg) if cfg.positions == "rope" else None,
             memory=stream.memory,
             memory_mask=stream.memory_mask,
+            reads=stream.reads,
+            local_mask=stream.local_mask,
+            local_rope=local_rope_tables(positions, cfg) if cfg.rope.local_theta else None,
             index=cache.index if cache else None,
         )
-        x, layers = self.blocks(x, context, cache.layers if cache else None)
-        return self.final_norm(x), layers
+        self.sow("intermediates", "embeddings", x)
+        x, _, layers = self.blocks(x, context, cache.layers if cache else None)
+        return self.final_norm(x) if cfg.final_norm else x, layers
+
+    def _positions(self, positions):
+        rows = positions + self.cfg.position_offset
+        return self.position_embedding(rows) if self.cfg.positions == "learned" else sincos_rows(rows, self.cfg.width)
 
     def head(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
-        return self.embedding.attend(x) if self.cfg.tied_head else self.free_head(x)
+        logits = self.embedding.attend(x) if self.cfg.tied_head else self.free_head(x)
+        return softcap(logits, self.cfg.logit_softcap)
 
 
-def empty_layers(cfg: DecoderConfig, fusion: Fusion, rows: int, length: int) -> list:
+def empty_layers(cfg: DecoderConfig, fusion: Fusion, rows: int, length: int, dtype=jnp.float32) -> list:
     """Zeroed keys and values of `length` slots for every self-attention, stacked as `Stack` wants them."""
     blocks = fusion.sublayers(cfg.depth)
     period = repeating_period(blocks)
     shape = (len(blocks) // len(period), rows, length, cfg.num_kv_heads, cfg.head_width)
-    return [{"self": (jnp.zeros(shape), jnp.zeros(shape))} for _ in period]
+    return [{"self": (jnp.zeros(shape, dtype),) * 2} if "self" in block else {} for block in period]

@@ -3,6 +3,7 @@
 unified            x: [i i i i t t t]                  memory: none
 cross_attention    x: [t t t]                          memory: [i i i i], behind gates
 encoder_decoder    x: [t t t]                          memory: [i i i i], in every block
+text_only          x: [t t t]                          memory: none
 """
 
 import jax.numpy as jnp
@@ -28,13 +29,19 @@ def fuse(
     """
     reads_memory = cfg.fusion.image_in_memory and batch.image_mask.shape[-1] > 0
     in_sequence = cfg.fusion.image_in_sequence and image is not None
-    return Stream(
+    mask = sequence_mask(batch, cache)
+    window = cfg.decoder.sliding_window if cfg.decoder.sliding_layers else 0
+    stream = Stream(
         x=place(text, image, batch.image_slots) if in_sequence else text,
         positions=batch.positions,
-        mask=sequence_mask(batch, cache),
-        memory=image if reads_memory else None,
-        memory_mask=memory_mask(batch, cfg.image_tokens) if reads_memory else None,
+        mask=mask,
+        local_mask=mask & near(batch, window, cache) if window else None,
     )
+    if not reads_memory:
+        return stream
+    readable = memory_mask(batch, cfg.image_tokens)
+    opened = readable | ~readable.any(-1, keepdims=True) if cfg.fusion.blind_rows == "read_all" else readable
+    return stream.replace(memory=image, memory_mask=opened, reads=batch.image_mask.any(-1))
 
 
 def place(text: Float[Array, "B S D"], image: Float[Array, "B T D"], slots: Int[Array, "B S"]) -> Float[Array, "B S D"]:
@@ -56,14 +63,21 @@ def sequence_mask(batch: Batch, cache: Cache | None = None) -> Bool[Array, "B 1 
                                      1 1 . . 1 1 . .
                                      . . . . . . 1 .
                                      . . . . . . 1 1
+
+    Tokens of one block (`block_ids`) see each other besides, those that come later too.
     """
-    if cache is None:
-        keys, first_slot = batch, 0
-    else:
-        keys, first_slot = cache, cache.index
+    keys, first_slot = (batch, 0) if cache is None else (cache, cache.index)
     slots = first_slot + jnp.arange(batch.tokens.shape[1])
-    earlier = slots[:, None] >= jnp.arange(keys.segment_ids.shape[1])
-    return (earlier & _together(batch.segment_ids, batch.branch_ids, keys.segment_ids, keys.branch_ids))[:, None]
+    visible = (slots[:, None] >= jnp.arange(keys.segment_ids.shape[1]))[None]
+    if batch.block_ids is not None:
+        visible |= (batch.block_ids[:, :, None] == keys.block_ids[:, None]) & (batch.block_ids > 0)[..., None]
+    return (visible & _together(batch.segment_ids, batch.branch_ids, keys.segment_ids, keys.branch_ids))[:, None]
+
+
+def near(batch: Batch, window: int, cache: Cache | None = None) -> Bool[Array, "B 1 S T"]:
+    """Which keys stand less than `window` positions before a token (Beltagy et al. 2020, section 3.1)."""
+    keys = batch if cache is None else cache
+    return (batch.positions[:, :, None] - keys.positions[:, None] < window)[:, None]
 
 
 def _together(segment: Ids, branch: Ids, key_segment: KeyIds, key_branch: KeyIds) -> Bool[Array, "B S T"]:

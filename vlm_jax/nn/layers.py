@@ -21,6 +21,11 @@ ACTIVATIONS = {
 embedding_init = nn.initializers.normal(0.02)
 
 
+def softcap(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
+    """cap * tanh(x / cap); 0 leaves x as it is (Gemma 2, section 2)."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
 @jax.custom_vjp
 def matmul(x: Float[Array, "... D"], w: Float[Array, "D F"]) -> Float[Array, "... F"]:
     """`x @ w` whose weight gradient is one product of two matrices.
@@ -49,6 +54,7 @@ class Dense(nn.Module):
     """(..., inputs) -> (..., outputs): a product over the first `contract` letters of the kernel, and a bias.
 
     `Dense("D N H", (128, 4, 32))` maps (B, S, D) to (B, S, N, H); `Dense("N H D", (4, 32, 128), contract=2)` maps back.
+    It computes in the kernel's dtype.
     """
 
     letters: str
@@ -68,7 +74,8 @@ class Dense(nn.Module):
         )
         kernel = self.param("kernel", axes.lettered(init, self.letters), self.shape)
         leading = x.shape[: x.ndim - self.contract]
-        y = matmul(x.reshape(*leading, math.prod(inputs)), kernel.reshape(math.prod(inputs), math.prod(outputs)))
+        x = x.reshape(*leading, math.prod(inputs)).astype(kernel.dtype)
+        y = matmul(x, kernel.reshape(math.prod(inputs), math.prod(outputs)))
         if self.bias:
             letters = " ".join(self.letters.split()[self.contract :])
             y += self.param("bias", axes.lettered(nn.initializers.zeros, letters), outputs).reshape(-1)
@@ -76,7 +83,10 @@ class Dense(nn.Module):
 
 
 class Norm(nn.Module):
-    """(..., D) -> (..., D): LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019), computed in float32."""
+    """(..., D) -> (..., D): LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019), computed in float32.
+
+    `rmsnorm_centred` keeps its scale minus 1, so that 0 changes nothing (Gemma).
+    """
 
     kind: str
     eps: float
@@ -84,11 +94,16 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        centred = self.kind == "rmsnorm_centred"
+        init = nn.initializers.zeros if centred else nn.initializers.ones
+        scale = self.param("scale", axes.lettered(init, self.letters), x.shape[-1:])
         wide = x.astype(jnp.float32)
         if self.kind == "layernorm":
             wide -= wide.mean(-1, keepdims=True)
         wide *= jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
-        y = wide.astype(x.dtype) * self.param("scale", axes.lettered(nn.initializers.ones, self.letters), x.shape[-1:])
+        if centred:
+            return (wide * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+        y = wide.astype(x.dtype) * scale
         if self.kind == "layernorm":
             y += self.param("bias", axes.lettered(nn.initializers.zeros, self.letters), x.shape[-1:])
         return y

@@ -65,13 +65,16 @@ class PatchEmbed(nn.Module):
     """(B, height, width, channels) -> (B, P, D), as a product over flattened patches or the equal strided convolution.
 
     ViT (Dosovitskiy et al. 2021), eq. 1. The weights of both are kept as (C, D), so that one loads into the other.
+    Patches that are cut already, (B, P, C), pass where there is no encoder.
     """
 
     cfg: Vision
 
     @nn.compact
-    def __call__(self, images: Float[Array, "B height width channels"]) -> Float[Array, "B P D"]:
+    def __call__(self, images: Float[Array, "B height width channels"] | Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         cfg, patch = self.cfg, self.cfg.patch_size_px
+        if images.ndim == 3:
+            return images
         if cfg.kind == "none":
             tokens = patchify(images, patch)
         elif cfg.patch_embed == "linear":

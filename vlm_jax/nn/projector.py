@@ -22,7 +22,8 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Tokens) -> Projected:
-        return Dense("E D", (x.shape[-1], self.cfg.decoder.width), name="linear")(x)
+        bias = self.cfg.projector.bias
+        return Dense("E D", (x.shape[-1], self.cfg.decoder.width), bias=bias, name="linear")(x)
 
 
 class Mlp(nn.Module):
@@ -32,9 +33,18 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Tokens) -> Projected:
-        width = self.cfg.decoder.width
-        x = ACTIVATIONS[self.cfg.projector.activation](Dense("E D", (x.shape[-1], width), name="linear_1")(x))
-        return Dense("E D", (width, width), name="linear_2")(x)
+        cfg, width = self.cfg.projector, self.cfg.decoder.width
+        x = Dense("E D", (x.shape[-1], width), bias=cfg.bias, name="linear_1")(x)
+        return Dense("E D", (width, width), bias=cfg.bias, name="linear_2")(ACTIVATIONS[cfg.activation](x))
+
+
+class Identity(nn.Module):
+    """The tokens as they are, where cross-attention takes them at the encoder's width: (B, P, E) -> (B, P, E)."""
+
+    cfg: Experiment
+
+    def __call__(self, x: Tokens) -> Tokens:
+        return x
 
 
 class PixelShuffle(nn.Module):
@@ -80,7 +90,7 @@ class Resampler(nn.Module):
         q = jnp.broadcast_to(queries, (len(x), *queries.shape))
         for i in range(cfg.depth):
             context = Context(memory=jnp.concatenate([memory, q], axis=1))
-            q, _ = Block(settings, ("cross", "mlp"), name=f"block_{i}")(q, context, {})
+            q, _ = Block(settings, ("cross", "mlp"), name=f"block_{i}")(q, context, False, {})
         return Norm("layernorm", settings.norm_eps, name="final_norm")(q)
 
 
@@ -90,4 +100,5 @@ PROJECTORS = {
     "pixel_shuffle": PixelShuffle,
     "average_pool": AveragePool,
     "resampler": Resampler,
+    "none": Identity,
 }

@@ -2,38 +2,93 @@
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import axes
-from vlm_jax.config import Vision
+from vlm_jax.config import Transformer, Vision
+from vlm_jax.nn.attention import Attention
 from vlm_jax.nn.blocks import Stack
-from vlm_jax.nn.layers import Norm, embedding_init
+from vlm_jax.nn.layers import Dense, Mlp, Norm, embedding_init
 from vlm_jax.nn.patches import PatchEmbed
-from vlm_jax.structs import Context
+from vlm_jax.nn.tiles import TiledBody
+from vlm_jax.structs import Context, Encoded
 
 
 class ViT(nn.Module):
-    """(B, height, width, channels) -> (B, P, E), or (B, 1 + P, E) where the class token is kept.
+    """Images -> what the projector reads: (B, P, E), or (B, 1 + P, E) where the class token is kept.
 
-    With `kind` "none" the tokens are the flattened patches themselves.
+    Images are (B, height, width, channels) of any size that patches fill: positions are resampled to it. With `kind`
+    "none" the tokens are the flattened patches themselves. With `tiles`, images are (B, J, height, width, channels)
+    and the tokens (B, J * (1 + P), E).
     """
 
     cfg: Vision
 
+    def __call__(
+        self,
+        images: Float[Array, "B *dims"],
+        layouts: Int[Array, "B"] | None = None,
+        tile_mask: Bool[Array, "B J"] | None = None,
+    ) -> Float[Array, "B P E"]:
+        return self.encode(images, layouts, tile_mask).features
+
     @nn.compact
-    def __call__(self, images: Float[Array, "B height width channels"]) -> Float[Array, "B P E"]:
+    def encode(self, images, layouts=None, tile_mask=None) -> Encoded:
+        """All outputs: tokens with the class token in front, the pooled vector, and the projector's features."""
         cfg = self.cfg
+        if cfg.tiles > 1:
+            tokens = TiledBody(cfg, name="body")(images, layouts, tile_mask)
+            return Encoded(tokens, features=tokens)
         x = PatchEmbed(cfg, name="patch_embed")(images)
         if cfg.kind == "none":
-            return x
-        if cfg.class_token:
-            token = self.param("class_token", axes.lettered(embedding_init, "D"), (cfg.width,))
-            position = self.param("class_position", axes.lettered(embedding_init, "D"), (cfg.width,))
-            x = jnp.concatenate([jnp.broadcast_to(token + position, (len(x), 1, cfg.width)), x], axis=1)
+            return Encoded(x, features=x)
+        x = self._with_class_token(x)
         if cfg.pre_norm:
-            x = Norm(cfg.norm, cfg.norm_eps, name="pre_norm")(x)
+            x = self._norm("pre_norm", x)
+        self.sow("intermediates", "embeddings", x)
         x = axes.constrain(x, "B P D")
-        x, _ = Stack(cfg, (("self", "mlp"),) * cfg.depth, name="blocks")(x, Context())
-        if cfg.final_norm:
-            x = Norm(cfg.norm, cfg.norm_eps, name="final_norm")(x)
-        return x[:, 1:] if cfg.class_token and not cfg.keep_class_token else x
+        stack = Stack(cfg, (("self", "mlp"),) * cfg.depth, wanted=cfg.feature_layers, name="blocks")
+        x, kept, _ = stack(x, Context())
+        if cfg.final_norm == "tokens":
+            x = self._norm("final_norm", x)
+        features = jnp.concatenate(kept, axis=-1) if kept else x
+        if cfg.class_token and not cfg.keep_class_token:
+            features = features[:, 1:]
+        return Encoded(x, self._pool(x), features)
+
+    def _norm(self, name, x):
+        return Norm(self.cfg.norm, self.cfg.norm_eps, name=name)(x)
+
+    def _with_class_token(self, x):
+        cfg = self.cfg
+        if cfg.mask_token:
+            self.param("mask_token", axes.lettered(nn.initializers.zeros, "D"), (cfg.width,))
+        if not cfg.class_token:
+            return x
+        token = self.param("class_token", axes.lettered(embedding_init, "D"), (cfg.width,))
+        position = self.param("class_position", axes.lettered(embedding_init, "D"), (cfg.width,))
+        return jnp.concatenate([jnp.broadcast_to(token + position, (len(x), 1, cfg.width)), x], axis=1)
+
+    def _pool(self, x):
+        """(B, P, D) -> (B, D)."""
+        cfg = self.cfg
+        if cfg.pool == "attention":
+            return AttentionPool(cfg, name="pool")(x)
+        pooled = x[:, 0]
+        if cfg.final_norm == "pooled":
+            pooled = self._norm("final_norm", pooled)
+        if cfg.pool == "tanh":
+            return jnp.tanh(Dense("D D", (cfg.width, cfg.width), name="pool")(pooled))
+        return pooled if cfg.pool == "class" else None
+
+
+class AttentionPool(nn.Module):
+    """A learned query reads all tokens: (B, P, D) -> (B, D) (MAP head; Zhai et al. 2022, section 3.2)."""
+
+    cfg: Transformer
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B D"]:
+        query = self.param("query", axes.lettered(embedding_init, "D"), (self.cfg.width,))
+        y, _ = Attention(self.cfg, name="attention")(jnp.broadcast_to(query, (len(x), 1, *query.shape)), x)
+        return (y + Mlp(self.cfg, name="mlp")(Norm(self.cfg.norm, self.cfg.norm_eps, name="norm")(y)))[:, 0]

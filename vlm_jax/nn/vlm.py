@@ -6,7 +6,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.config import CHANNELS, Experiment
+from vlm_jax.config import CHANNELS, Experiment, Vision
 from vlm_jax.nn.decoder import Decoder, empty_layers
 from vlm_jax.nn.fusion import fuse
 from vlm_jax.nn.projector import PROJECTORS
@@ -23,19 +23,24 @@ class VLM(nn.Module):
     cfg: Experiment
 
     def setup(self):
-        self.vision = ViT(self.cfg.vision)
-        self.projector = PROJECTORS[self.cfg.projector.kind](self.cfg)
         self.decoder = Decoder(self.cfg.decoder, self.cfg.fusion)
+        if self.cfg.fusion.has_images:
+            self.vision = ViT(self.cfg.vision)
+            self.projector = PROJECTORS[self.cfg.projector.kind](self.cfg)
 
-    def image_tokens(self, images: Float[Array, "B I height width channels"]) -> Float[Array, "B T D"]:
+    def image_tokens(self, batch: Batch) -> Float[Array, "B T D"]:
         """The I*M projected tokens of each row's images, image after image."""
-        rows, per_row = images.shape[:2]
-        x = self.projector(self.vision(images.reshape(rows * per_row, *images.shape[2:])))
+        rows, per_row = batch.images.shape[:2]
+        images, *tiling = (
+            None if x is None else x.reshape(rows * per_row, *x.shape[2:])
+            for x in (batch.images, batch.tile_layouts, batch.tile_mask)
+        )
+        x = self.projector(self.vision(images, *tiling))
         return axes.constrain(x.reshape(rows, per_row * x.shape[1], x.shape[2]), "B M D")
 
     def __call__(self, batch: Batch, cache: Cache | None = None) -> Output:
         """With a cache, `batch` is what follows the tokens in it, and then it needs no images any more."""
-        image = None if batch.images is None else self.image_tokens(batch.images)
+        image = None if batch.images is None else self.image_tokens(batch)
         stream = fuse(self.cfg, self.decoder.embed(batch.tokens), image, batch, cache)
         hidden, layers = self.decoder(stream, cache)
         if cache is not None:
@@ -43,15 +48,23 @@ class VLM(nn.Module):
         return Output(axes.constrain(self.decoder.head(hidden), "B S V"), cache)
 
 
-def empty_cache(cfg: Experiment, prompt: Batch, new_tokens: int) -> Cache:
+def empty_cache(cfg: Experiment, prompt: Batch, new_tokens: int, dtype=jnp.float32) -> Cache:
     """Room for a prompt and the tokens to come, which belong to the segment and branch of the prompt's last token."""
 
-    def continued(ids):
-        return jnp.concatenate([ids, jnp.repeat(ids[:, -1:], new_tokens, axis=1)], axis=1)
+    def continued(ids, step=0):
+        coming = ids[:, -1:] + step * jnp.arange(1, new_tokens + 1)
+        return jnp.concatenate([ids, coming], axis=1)
 
     rows, length = prompt.tokens.shape
-    layers = empty_layers(cfg.decoder, cfg.fusion, rows, length + new_tokens)
-    return Cache(jnp.int32(0), continued(prompt.segment_ids), continued(prompt.branch_ids), layers)
+    blocks = prompt.block_ids
+    return Cache(
+        index=jnp.int32(0),
+        segment_ids=continued(prompt.segment_ids),
+        branch_ids=continued(prompt.branch_ids),
+        positions=continued(prompt.positions, step=1),
+        block_ids=None if blocks is None else jnp.pad(blocks, ((0, 0), (0, new_tokens))),
+        layers=empty_layers(cfg.decoder, cfg.fusion, rows, length + new_tokens, dtype),
+    )
 
 
 def init_params(cfg: Experiment, key: jax.Array):
@@ -61,16 +74,28 @@ def init_params(cfg: Experiment, key: jax.Array):
 
 def example_batch(cfg: Experiment, rows: int = 1, length: int | None = None) -> Batch:
     """Zeros in the shape of a batch of `rows` rows with one image each."""
-    side, length = cfg.vision.image_size_px, length or cfg.row_length
+    length = length or cfg.row_length
     ids = jnp.zeros((rows, length), jnp.int32)
-    return Batch(
+    text = Batch(
         tokens=ids,
         positions=ids,
         segment_ids=ids + 1,
         branch_ids=ids,
         image_slots=ids,
-        image_mask=jnp.ones((rows, length, 1), bool),
-        images=jnp.zeros((rows, 1, side, side, CHANNELS)),
+        image_mask=jnp.ones((rows, length, cfg.vision.tiles), bool),
         targets=ids,
         loss_weights=jnp.ones((rows, length)),
     )
+    return text.replace(**example_images(cfg.vision, rows)) if cfg.fusion.has_images else text
+
+
+def example_images(cfg: Vision, rows: int) -> dict[str, jax.Array]:
+    """The image fields of a batch of `rows` rows with one image each, all zeros."""
+    side = cfg.image_size_px
+    if cfg.tiles == 1:
+        return {"images": jnp.zeros((rows, 1, side, side, CHANNELS))}
+    return {
+        "images": jnp.zeros((rows, 1, cfg.tiles, side, side, CHANNELS)),
+        "tile_layouts": jnp.zeros((rows, 1), jnp.int32),
+        "tile_mask": jnp.ones((rows, 1, cfg.tiles), bool),
+    }

@@ -1,6 +1,5 @@
 """One optimizer step, jitted over the mesh."""
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -11,6 +10,7 @@ from flax.linen import meta
 
 from vlm_jax import axes
 from vlm_jax.config import Experiment
+from vlm_jax.nn.models import boxed_params
 from vlm_jax.nn.vlm import VLM, init_params
 from vlm_jax.structs import Batch, State
 from vlm_jax.train import optim
@@ -24,15 +24,9 @@ def make_state(cfg: Experiment, key: jax.Array) -> State:
     return State(jnp.int32(0), params, optim.optimizer(cfg.optim, cfg.train.steps).init(trained))
 
 
-@functools.cache
-def boxed_shapes(cfg: Experiment):
-    """Shapes and letters of the parameters; the model is traced for them once."""
-    return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
-
-
 def state_shapes(cfg: Experiment) -> State:
     """Shapes of what `make_state` makes."""
-    params = meta.unbox(boxed_shapes(cfg))
+    params = meta.unbox(boxed_params(cfg))
     trained, _ = optim.split(params, cfg.optim)
     optimizer = jax.eval_shape(optim.optimizer(cfg.optim, cfg.train.steps).init, trained)
     return State(jax.ShapeDtypeStruct((), jnp.int32), params, optimizer)
@@ -40,7 +34,7 @@ def state_shapes(cfg: Experiment) -> State:
 
 def state_shardings(cfg: Experiment, mesh: jax.sharding.Mesh) -> State:
     """Where every array of the state lies: what the optimizer keeps of a parameter as the parameter, the rest whole."""
-    params = axes.parameter_shardings(boxed_shapes(cfg), mesh)
+    params = axes.parameter_shardings(boxed_params(cfg), mesh)
     of_path = traverse_util.flatten_dict(params)
 
     def optimizer_sharding(keys, _):

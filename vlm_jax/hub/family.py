@@ -1,0 +1,94 @@
+"""What a family of public checkpoints is: a config mapping and a tensor table, both usable in both directions."""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields, replace
+
+from vlm_jax.config import ConfigError, Contrastive, Experiment, Vision
+from vlm_jax.hub.table import Row
+
+Config = Experiment | Vision | Contrastive  # of a model with a decoder, of an encoder, of two towers
+Json = dict
+
+# Stored in older files though nobody reads them; they are computed from the config.
+BUFFERS = re.compile(
+    r"(rotary_emb\.inv_freq|embeddings\.position_ids|h\.\d+\.(attn|crossattention)\.(bias|masked_bias)|_float_tensor)$"
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """`read` and `write` map config.json to our config and back; `rows` is the table of tensors for a config."""
+
+    model_type: str
+    read: Callable[[Json, Collection[str]], Config]  # config.json and the stored names -> config
+    write: Callable[[Config], Json]  # config -> config.json as transformers 4.x spells it
+    rows: Callable[[Config], list[Row]]
+    renames: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) in turn: other spellings -> those of the table
+    tolerance: float = 1e-4  # absolute, in float32, for `verify`
+
+    def canonical(self, names: Collection[str]) -> dict[str, str]:
+        """Stored names, buffers left out -> {name in the table: stored name}."""
+        found: dict[str, str] = {}
+        for stored in names:
+            if BUFFERS.search(stored):
+                continue
+            name = stored
+            for pattern, replacement in self.renames:
+                name = re.sub(pattern, replacement, name)
+            if name in found:
+                raise ConfigError(f"{stored} and {found[name]} are two spellings of one tensor.")
+            found[name] = stored
+        return found
+
+
+def get(config: Mapping, key: str, default):
+    """The value of a key; missing and null are the default of the family."""
+    value = config.get(key)
+    return default if value is None else value
+
+
+def choose(config: Mapping, key: str, choices: Mapping, default: str):
+    """What a word in config.json stands for. ConfigError lists the words that are known."""
+    word = get(config, key, default)
+    if word not in choices:
+        raise ConfigError(f"config.json: {key} {word!r} is not supported: choose {', '.join(map(str, choices))}.")
+    return choices[word]
+
+
+def refuse(config: Mapping, key: str, *allowed) -> None:
+    """ConfigError where a key has another value than those that are allowed; a missing key is fine."""
+    if key in config and config[key] not in allowed:
+        raise ConfigError(f"config.json: {key} {config[key]!r} is not supported, only {allowed[0]!r}.")
+
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+HUB_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+
+
+def text_experiment(decoder) -> Experiment:
+    """A decoder alone."""
+    base = Experiment()
+    return replace(base, fusion=replace(base.fusion, kind="text_only"), decoder=decoder)
+
+
+def changed_fields(a, b) -> list[str]:
+    """The fields in which two configs of one kind differ."""
+    return [field.name for field in fields(a) if getattr(a, field.name) != getattr(b, field.name)]

@@ -1,0 +1,130 @@
+"""A folder of a public checkpoint -> a model, its parameters on the mesh, and what turns text and images into input."""
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from vlm_jax import axes
+from vlm_jax.config import ConfigError
+from vlm_jax.config import Mesh as MeshSizes
+from vlm_jax.hub.families import family_of
+from vlm_jax.hub.family import Config, Family
+from vlm_jax.hub.files import Tensors, open_tensors, read_json
+from vlm_jax.hub.table import Part, Row
+from vlm_jax.nn.models import boxed_params, model_of
+
+THREADS = 2  # parameters that are assembled at a time: more would hold more memory
+
+
+class Checkpoint(NamedTuple):
+    """A folder whose config is understood and whose tensors are all accounted for."""
+
+    folder: Path
+    family: Family
+    cfg: Config
+    rows: list[Row]
+    stored_names: dict[str, str]  # name in the table -> name in the files
+
+
+def load_params(folder: str | os.PathLike, dtype=None, mesh: Mesh | None = None) -> tuple[nn.Module, dict]:
+    """The model of a folder and its parameters, each assembled where it lies on the mesh.
+
+    Args:
+      dtype: of the parameters; None: as they are stored.
+      mesh: of `axes.make_mesh`; None: all devices along `data`.
+
+    Raises:
+      ConfigError: no config, an unknown `model_type`, damaged files, or tensors that are unknown, missing or of a
+        wrong shape (all of them are listed).
+    """
+    with open_tensors(folder) as tensors:
+        checkpoint = inspect(folder, tensors)
+        params = read_params(checkpoint, tensors, dtype, axes.make_mesh(MeshSizes()) if mesh is None else mesh)
+    return model_of(checkpoint.cfg), params
+
+
+def inspect(folder: str | os.PathLike, tensors: Tensors) -> Checkpoint:
+    """Reads the config and compares the table with what is stored, before anything is loaded."""
+    folder = Path(folder).expanduser()
+    config = read_json(folder / "config.json")
+    family = family_of(config, str(folder / "config.json"))
+    names = family.canonical(tensors)
+    cfg = family.read(config, names)
+    rows = family.rows(cfg)
+    check(rows, {name: tensors[stored].shape for name, stored in names.items()}, shapes_of(cfg), str(folder))
+    return Checkpoint(folder, family, cfg, rows, names)
+
+
+def shapes_of(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every parameter of the model."""
+    boxes = traverse_util.flatten_dict(boxed_params(cfg), sep="/")
+    return {path: box.value.shape for path, box in boxes.items()}
+
+
+def check(rows: list[Row], stored: Mapping[str, tuple[int, ...]], shapes, folder: str) -> None:
+    """Raises ConfigError with every tensor that is missing, unknown or of a wrong shape."""
+    expected = {row.hub: row.stored_shape(shapes) for row in rows}
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - stored.keys())]
+    problems += [f"{name} is unknown" for name in sorted(stored.keys() - expected.keys())]
+    for name in sorted(expected.keys() & stored.keys()):
+        if expected[name] != stored[name]:
+            problems.append(f"{name} has the shape {stored[name]}, not {expected[name]} as config.json says")
+    if problems:
+        raise ConfigError(f"{folder} does not hold the model of its config.json: " + "; ".join(problems) + ".")
+    unfed = shapes.keys() - {part.ours for row in rows for part in row.parts}
+    if unfed:
+        raise AssertionError(f"no row of the table fills {sorted(unfed)}")
+
+
+def read_params(checkpoint: Checkpoint, tensors: Tensors, dtype, mesh: Mesh) -> dict:
+    """Every parameter, assembled from the rows of its table, a shard at a time."""
+    boxed = boxed_params(checkpoint.cfg)
+    shardings = traverse_util.flatten_dict(axes.parameter_shardings(boxed, mesh), sep="/")
+    shapes = shapes_of(checkpoint.cfg)
+    sources: dict[str, list[tuple[Row, Part]]] = {}
+    for row in checkpoint.rows:
+        for part in row.parts:
+            sources.setdefault(part.ours, []).append((row, part))
+
+    def assemble(path):
+        found = sources[path]
+        stored = [tensors[checkpoint.stored_names[row.hub]] for row, _ in found]
+        kind = np.dtype(dtype) if dtype is not None else stored[0].dtype
+
+        def shard(index):
+            return _shard(index, shapes, kind, [(s.read(), *pair) for s, pair in zip(stored, found)])
+
+        array = jax.make_array_from_callback(shapes[path], shardings[path], shard)
+        array.block_until_ready()
+        for tensor in stored:
+            tensor.release()
+        return array
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        params = dict(zip(shapes, pool.map(assemble, shapes)))
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _shard(index, shapes, dtype, sources) -> np.ndarray:
+    """The piece `index` of a parameter, copied out of the files in the order of its own axes."""
+    turns = range(len(sources))[index[0]] if sources[0][2].turn is not None else range(1)
+    inner = index[1:] if sources[0][2].turn is not None else index
+    by_turn = {part.turn or 0: (array, row, part) for array, row, part in sources}
+    first = by_turn[turns[0]]
+    views = (row.take(array, part, shapes)[inner] for array, row, part in (by_turn[turn] for turn in turns))
+    if first[2].turn is None:
+        return np.array(next(views), dtype, order="C")
+    views = list(views)
+    piece = np.empty((len(views), *views[0].shape), dtype)
+    for target, view in zip(piece, views):
+        target[...] = view
+    return piece

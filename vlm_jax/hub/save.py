@@ -1,0 +1,61 @@
+"""A model -> a folder that transformers loads: hub names, a config of transformers 4.x, safetensors."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from vlm_jax.config import ConfigError
+from vlm_jax.hub.families import FAMILIES
+from vlm_jax.hub.family import Config, Family
+from vlm_jax.hub.files import write_tensors
+from vlm_jax.hub.load import shapes_of
+from vlm_jax.hub.table import Row
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+class Spec:
+    """Shape and dtype of a tensor that is not made yet."""
+
+    def __init__(self, shape, dtype):
+        self.shape, self.dtype = shape, np.dtype(dtype)
+
+
+def write_model(
+    folder: str | os.PathLike,
+    family: Family,
+    cfg: Config,
+    params: Mapping,
+    config: Mapping | None = None,
+    dtypes: Mapping[str, np.dtype] | None = None,
+) -> None:
+    """Writes config.json and the weights.
+
+    Args:
+      config: keys of config.json that the family does not know, kept beside those that it writes.
+      dtypes: of the stored tensors by name; the others as the parameters are.
+
+    Raises:
+      ConfigError: the folder cannot be written or holds weights already.
+    """
+    flat, shapes = traverse_util.flatten_dict(params, sep="/"), shapes_of(cfg)
+    rows = {row.hub: row for row in family.rows(cfg)}
+    specs = {
+        name: Spec(row.stored_shape(shapes), (dtypes or {}).get(name, flat[row.parts[0].ours].dtype))
+        for name, row in rows.items()
+    }
+    write_tensors(folder, specs, lambda name: _stored(rows[name], flat, specs[name].dtype), MAX_SHARD_BYTES)
+    text = json.dumps({**(config or {}), **family.write(cfg)}, indent=2) + "\n"
+    (Path(folder).expanduser() / "config.json").write_text(text)
+
+
+def _stored(row: Row, flat: Mapping, dtype: np.dtype) -> np.ndarray:
+    """A stored tensor from the parameters; of a stacked one, only the slice of its layer leaves the device."""
+    parts = [flat[part.ours] if part.turn is None else flat[part.ours][part.turn] for part in row.parts]
+    return row.put([np.asarray(jax.device_get(x)) for x in parts]).astype(dtype)

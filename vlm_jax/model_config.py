@@ -1,0 +1,206 @@
+"""What a model is: the settings of its parts. Every public family is a choice of them, never a class of its own."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+CHANNELS = 3  # red, green, blue
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu2"]
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """What the image encoder and the decoder have in common."""
+
+    width: int = 128  # D: numbers of a token
+    depth: int = 4  # blocks
+    heads: int = 4  # N: attention heads
+    kv_heads: int = 0  # K: key/value heads (grouped-query attention); 0: as many as heads
+    head_dim: int = 0  # H: numbers of a head; 0: width / heads
+    mlp_width: int = 512  # F: hidden numbers of the MLP
+    norm: Literal["layernorm", "rmsnorm", "rmsnorm_centred"] = "layernorm"  # centred: scales are kept minus 1 (Gemma)
+    norm_eps: float = 1e-6  # added to the variance
+    norm_order: Literal["pre", "post", "both"] = "pre"  # x + f(norm x), norm(x + f(x)), or x + norm(f(norm x))
+    activation: Activation = "gelu_tanh"
+    gated_mlp: bool = False  # down(act(gate x) * up x) instead of down(act(up x))
+    qkv_bias: bool = True  # biases of the query, key and value projections
+    out_bias: bool = True  # bias of attention's output projection
+    mlp_bias: bool = True  # biases of the MLP
+    qk_norm: bool = False  # a norm of every query and key head, before RoPE
+    query_scale: float = 0.0  # factor of attention's scores; 0: 1 / sqrt(H)
+    score_softcap: float = 0.0  # c: attention's scores become c tanh(score / c); 0: they stay
+    residual_scale: Literal["none", "vector", "tanh"] = "none"  # what a sublayer adds is times D numbers, or tanh of one
+    unroll: int = 1  # blocks (or periods of blocks) laid out per turn of the loop over depth; more: slower to compile
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.width // self.heads
+
+
+@dataclass(frozen=True)
+class Vision(Transformer):
+    kind: Literal["vit", "none"] = "vit"  # none: patches go straight to the projector (Fuyu)
+    image_size_px: int = 64  # height and width of an image
+    patch_size_px: int = 8
+    patch_embed: Literal["linear", "conv"] = "linear"  # the same numbers, computed as a product or a convolution
+    patch_bias: bool = True
+    positions: Literal["learned", "sincos", "none"] = "learned"
+    class_token: bool = False  # a learned token in front of the patches
+    keep_class_token: bool = False  # hand it on to the projector
+    mask_token: bool = False  # the token that stood for hidden patches in pretraining (DINOv2); carried along
+    pre_norm: bool = False  # a norm before the first block (CLIP)
+    final_norm: Literal["tokens", "pooled", "none"] = "tokens"  # what the norm after the last block is for
+    feature_layers: tuple[int, ...] = ()  # hidden states that go on, side by side; 0: embeddings, -1: last; (): the output
+    pool: Literal["none", "class", "tanh", "attention"] = "none"  # one vector an image: class token, tanh(dense(it)), MAP
+    newline_token: bool = False  # unified: a text token after every row of image tokens (Fuyu)
+    tiles: int = 1  # J: tiles that a large image is cut into, at the most (Llama 3.2 Vision)
+    tile_layouts: int = 0  # ways to lay them out (aspect ratios), each with position embeddings of its own
+    global_depth: int = 0  # gated blocks after the others; `feature_layers` are then those of the others, behind the output
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return (self.image_size_px // self.patch_size_px,) * 2
+
+    @property
+    def patch_dim(self) -> int:
+        """C: numbers of one flattened patch."""
+        return self.patch_size_px**2 * CHANNELS
+
+    @property
+    def output_width(self) -> int:
+        """E: numbers of a token that reaches the projector."""
+        if self.kind == "none":
+            return self.patch_dim
+        return self.width * (len(self.feature_layers) + bool(self.global_depth) or 1)
+
+    @property
+    def extra_tokens(self) -> int:
+        """Tokens beside the grid that reach the projector."""
+        return int(self.kind == "vit" and self.class_token and self.keep_class_token)
+
+
+@dataclass(frozen=True)
+class Projector:
+    kind: Literal["linear", "mlp", "pixel_shuffle", "average_pool", "resampler", "none"] = "linear"
+    activation: Activation = "gelu"  # of mlp
+    bias: bool = True  # biases of linear and mlp
+    factor: int = 2  # pixel_shuffle, average_pool: factor x factor tokens become one
+    queries: int = 16  # resampler: tokens that it emits
+    depth: int = 2  # resampler: blocks
+    heads: int = 4  # resampler: attention heads
+
+    def output_grid(self, vision: Vision) -> tuple[int, int]:
+        """Rows and columns of the tokens that the projector emits for one image (one row where there is no grid)."""
+        rows, columns = vision.grid
+        if self.kind == "resampler":
+            return 1, self.queries
+        if self.kind in ("pixel_shuffle", "average_pool"):
+            return rows // self.factor, columns // self.factor
+        return (1, rows * columns + vision.extra_tokens) if vision.extra_tokens else (rows, columns)
+
+    def num_tokens(self, vision: Vision) -> int:
+        """M: tokens that the projector emits for one image, or for one tile of it."""
+        rows, columns = self.output_grid(vision)
+        return rows * columns
+
+
+FusionKind = Literal["unified", "cross_attention", "encoder_decoder", "text_only"]
+
+
+@dataclass(frozen=True)
+class Fusion:
+    kind: FusionKind = "unified"  # how image tokens reach the decoder
+    prefix: Literal["causal", "bidirectional"] = "causal"  # bidirectional: image and prompt see all of one another
+    cross_every: int = 1  # cross_attention: a cross block before decoder blocks 0, k, 2k, ...
+    cross_layers: tuple[int, ...] = ()  # cross_attention: before these decoder blocks instead; depth: after the last
+    gated: bool = True  # cross_attention: tanh gates that start at 0
+    qk_norm: bool = False  # a norm of every query and key head of cross-attention
+    blind_rows: Literal["skip", "read_all"] = "skip"  # a token with no image to read: gets nothing, or reads every one
+
+    @property
+    def image_in_sequence(self) -> bool:
+        return self.kind == "unified"
+
+    @property
+    def image_in_memory(self) -> bool:
+        return self.kind in ("cross_attention", "encoder_decoder")
+
+    @property
+    def has_images(self) -> bool:
+        return self.image_in_sequence or self.image_in_memory
+
+    @property
+    def has_gates(self) -> bool:
+        return self.kind == "cross_attention" and self.gated
+
+    def sublayers(self, depth: int) -> tuple[tuple[str, ...], ...]:
+        """The decoder's blocks, each a tuple of sublayers in the order in which they run."""
+        plain, crossing = ("self", "mlp"), ("cross", "cross_mlp")
+        if self.kind == "encoder_decoder":
+            return (("self", "cross", "mlp"),) * depth
+        if self.kind != "cross_attention":
+            return (plain,) * depth
+        chosen = self.cross_layers or tuple(range(0, depth, self.cross_every))
+        blocks = []
+        for i in range(depth):
+            count = chosen.count(i)
+            blocks += [crossing] * (count - 1) + [crossing + plain if count else plain]
+        return (*blocks, *[crossing] * chosen.count(depth))
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (Su et al. 2021) and the ways in which it is stretched to longer texts."""
+
+    theta: float = 10_000.0
+    local_theta: float = 0.0  # of the sliding blocks, never stretched; 0: theta, stretched like the others
+    fraction: float = 1.0  # share of a head's numbers that are turned
+    scaling: Literal["none", "linear", "llama3", "longrope"] = "none"
+    factor: float = 1.0  # linear, llama3: long wavelengths are this much longer; longrope: longest text / original
+    low_freq_factor: float = 1.0  # llama3: wavelengths above original_positions / this are stretched
+    high_freq_factor: float = 4.0  # llama3: those below original_positions / this stay
+    original_positions: int = 8192  # llama3, longrope: the longest text before the stretch
+    short_factors: tuple[float, ...] = ()  # longrope: one a frequency, for texts up to original_positions
+    long_factors: tuple[float, ...] = ()  # longrope: for longer ones
+
+
+@dataclass(frozen=True)
+class Decoder(Transformer):
+    vocab_size: int = 512  # V: rows of the output head; the tokenizer has at most as many
+    extra_tokens: int = 0  # tokens that can be read but never written: rows of the embedding beyond the head's (mllama)
+    embed_scale: bool = False  # embeddings times sqrt(D)
+    embed_norm: bool = False  # a norm after embeddings and positions are added
+    positions: Literal["rope", "learned", "sincos"] = "rope"
+    max_positions: int = 256  # the longest sequence
+    position_offset: int = 0  # learned, sincos: the row of position 0
+    rope: Rope = field(default_factory=Rope)
+    sliding_window: int = 0  # tokens, itself included, that a token of a sliding block sees
+    sliding_layers: tuple[int, ...] = ()  # the blocks that slide
+    final_norm: bool = True
+    tied_head: bool = True  # the output head is the embedding
+    logit_softcap: float = 0.0  # c: logits become c tanh(logit / c); 0: they stay
+
+    @property
+    def turned(self) -> int:
+        """R: numbers of a head that RoPE turns."""
+        return int(self.head_width * self.rope.fraction)
+
+
+@dataclass(frozen=True)
+class Contrastive:
+    """Two towers that meet in a dot product alone (CLIP, SigLIP); `text` is a decoder without a head."""
+
+    vision: Vision
+    text: Decoder
+    embed_width: int = 512  # numbers of the vectors that are compared
+    image_projection: bool = True  # a product from the pooled image to embed_width; otherwise it is as wide already
+    text_projection_bias: bool = False
+    causal: bool = True  # whether a text token sees only what stands before it
+    text_pool: Literal["largest_id", "first_eos", "last"] = "largest_id"  # the token that stands for the text
+    eos_id: int = 2  # of first_eos
+    logit_bias: bool = False  # a number added to every logit (SigLIP)

@@ -29,7 +29,7 @@ FORBIDDEN = {  # room: top-level packages or rooms of ours that it must not know
     "data": {"jax", "flax", "optax", "vlm_jax.nn", "vlm_jax.train"},
     "config": {"jax", "flax", "numpy", "tyro"},
     "model_config": {"jax", "flax", "numpy", "tyro"},
-    "hub": {"vlm_jax.train", "vlm_jax.data"},
+    "hub": {"vlm_jax.train"},
 }
 by_name = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 

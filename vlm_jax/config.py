@@ -7,7 +7,17 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vlm_jax.model_config import CHANNELS, Contrastive, Decoder, Fusion, FusionKind, Projector, Rope, Transformer, Vision
+from vlm_jax.model_config import (
+    CHANNELS,
+    Contrastive,
+    Decoder,
+    Fusion,
+    FusionKind,
+    Projector,
+    Rope,
+    Transformer,
+    Vision,
+)
 
 __all__ = ["CHANNELS", "Contrastive", "Decoder", "Fusion", "FusionKind", "Projector", "Rope", "Transformer", "Vision"]
 

@@ -29,7 +29,9 @@ class Transformer:
     qk_norm: bool = False  # a norm of every query and key head, before RoPE
     query_scale: float = 0.0  # factor of attention's scores; 0: 1 / sqrt(H)
     score_softcap: float = 0.0  # c: attention's scores become c tanh(score / c); 0: they stay
-    residual_scale: Literal["none", "vector", "tanh"] = "none"  # what a sublayer adds is times D numbers, or tanh of one
+    residual_scale: Literal["none", "vector", "tanh"] = (
+        "none"  # of what a sublayer adds: D numbers, or tanh of one
+    )
     unroll: int = 1  # blocks (or periods of blocks) laid out per turn of the loop over depth; more: slower to compile
 
     @property
@@ -54,12 +56,18 @@ class Vision(Transformer):
     mask_token: bool = False  # the token that stood for hidden patches in pretraining (DINOv2); carried along
     pre_norm: bool = False  # a norm before the first block (CLIP)
     final_norm: Literal["tokens", "pooled", "none"] = "tokens"  # what the norm after the last block is for
-    feature_layers: tuple[int, ...] = ()  # hidden states that go on, side by side; 0: embeddings, -1: last; (): the output
-    pool: Literal["none", "class", "tanh", "attention"] = "none"  # one vector an image: class token, tanh(dense(it)), MAP
+    feature_layers: tuple[
+        int, ...
+    ] = ()  # hidden states that go on; 0: embeddings, -1: last; (): the output
+    pool: Literal["none", "class", "tanh", "attention"] = (
+        "none"  # one vector an image; tanh: of a product
+    )
     newline_token: bool = False  # unified: a text token after every row of image tokens (Fuyu)
     tiles: int = 1  # J: tiles that a large image is cut into, at the most (Llama 3.2 Vision)
     tile_layouts: int = 0  # ways to lay them out (aspect ratios), each with position embeddings of its own
-    global_depth: int = 0  # gated blocks after the others; `feature_layers` are then those of the others, behind the output
+    global_depth: int = (
+        0  # gated blocks after the others; the features are then the output and `feature_layers`
+    )
 
     @property
     def grid(self) -> tuple[int, int]:

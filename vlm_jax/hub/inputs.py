@@ -85,7 +85,9 @@ def _in_sequence(cfg: Experiment, arrays: Arrays, ids: np.ndarray, image_token: 
     slots = np.where(is_image, np.cumsum(is_image, axis=1) - 1, NO_IMAGE).astype(np.int32)
     rows = np.split(images, np.cumsum(counts)[:-1])
     most = max(1, counts.max())
-    filled = np.stack([np.concatenate([row, np.zeros((most - len(row), *images.shape[1:]), np.float32)]) for row in rows])
+    filled = np.stack(
+        [np.concatenate([row, np.zeros((most - len(row), *images.shape[1:]), np.float32)]) for row in rows]
+    )
     return {"images": filled, "image_slots": slots, "image_mask": np.zeros((*ids.shape, most), bool)}
 
 

@@ -1,8 +1,7 @@
 """A folder of a public checkpoint -> a model, its parameters on the mesh, and what turns text and images into input."""
 
-import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple

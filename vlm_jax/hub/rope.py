@@ -1,4 +1,4 @@
-"""RoPE in config.json, in the spelling of transformers 4.x (`rope_theta`, `rope_scaling`) and 5.x (`rope_parameters`)."""
+"""RoPE in config.json: `rope_theta` and `rope_scaling` of transformers 4.x, `rope_parameters` of 5.x."""
 
 from collections.abc import Mapping
 

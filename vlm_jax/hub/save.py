@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,8 +9,6 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from vlm_jax.config import ConfigError
-from vlm_jax.hub.families import FAMILIES
 from vlm_jax.hub.family import Config, Family
 from vlm_jax.hub.files import write_tensors
 from vlm_jax.hub.load import shapes_of

@@ -76,9 +76,7 @@ class Row:
         """All parts -> the stored tensor."""
         if self.weave:
             return einops.rearrange(np.stack(ours), _inverse(self.weave))
-        cuts = [
-            einops.rearrange(x, _inverse(part.pattern)) if part.pattern else x for part, x in zip(self.parts, ours)
-        ]
+        cuts = [einops.rearrange(x, _inverse(part.pattern)) if part.pattern else x for part, x in zip(self.parts, ours)]
         return np.concatenate(cuts, axis=self.axis) if len(cuts) > 1 else cuts[0]
 
 

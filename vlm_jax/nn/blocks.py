@@ -112,7 +112,7 @@ class Stack(nn.Module):
     """All blocks: a loop over the repeating period, so that compile time does not grow with depth.
 
     Parameters and caches of block i of the period are stacked over L, the turns of the loop. Beside the output it
-    returns the hidden states that `wanted` names: 0 is the input, n the output of block n (from 1), -1 that of the last.
+    returns the hidden states that `wanted` names: 0 is the input, n the output of block n (from 1), -1 of the last.
     """
 
     cfg: Transformer

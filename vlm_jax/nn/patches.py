@@ -71,7 +71,7 @@ class PatchEmbed(nn.Module):
     cfg: Vision
 
     @nn.compact
-    def __call__(self, images: Float[Array, "B height width channels"] | Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+    def __call__(self, images: Float[Array, "B *dims"]) -> Float[Array, "B P D"]:
         cfg, patch = self.cfg, self.cfg.patch_size_px
         if images.ndim == 3:
             return images

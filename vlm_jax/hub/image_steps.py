@@ -1,0 +1,118 @@
+"""What a picture goes through on its way to a model: a function a step, in Pillow until its numbers leave 0..255."""
+
+import io
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vlm_jax.config import ConfigError
+from vlm_jax.data.images import BROKEN
+from vlm_jax.hub.image_settings import ImageSettings
+
+Picture = Image.Image | str | os.PathLike  # an open image, taken as it is, or a file
+
+
+def read(picture: Picture) -> Image.Image:
+    """An open image as it is; the one in a file upright. ConfigError names a file that holds none."""
+    if isinstance(picture, Image.Image):
+        return picture
+    try:
+        image = Image.open(io.BytesIO(Path(picture).expanduser().read_bytes()))
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except BROKEN as error:
+        reason = getattr(error, "strerror", None) or f"it holds no whole image ({type(error).__name__})"
+        raise ConfigError(f"cannot read the image {picture}: {reason}") from None
+
+
+def to_rgb(picture: Picture, whiten: bool) -> Image.Image:
+    """Any picture -> RGB; `whiten`: what is transparent becomes white.
+
+    A file loses its transparency before, as in `transformers.image_utils.load_image`. Processors that do not whiten
+    refuse open images of other modes than RGB; here those are whitened.
+    """
+    image = read(picture)
+    if image is not picture:
+        image = image.convert("RGB")
+    if not whiten and image.mode == "RGB":
+        return image
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def resized_shape(height: int, width: int, size: Mapping[str, int]) -> tuple[int, int]:
+    """The (height, width) that an image gets from `ImageSettings.size`; fractions of a pixel are dropped."""
+    match size:
+        case {"height": new_height, "width": new_width}:
+            return new_height, new_width
+        case {"max_height": most_rows, "max_width": most_columns}:
+            scale = min(most_rows / height, most_columns / width)
+            return int(height * scale), int(width * scale)
+    short, long = min(height, width), max(height, width)
+    edge = size["shortest_edge"]
+    new_short, new_long = edge, int(edge * long / short)
+    if long / short * edge > size.get("longest_edge", math.inf):
+        exact = size["longest_edge"] * short / long
+        new_short, new_long = round(exact), int(exact * long / short)
+    if new_short == short:
+        return height, width
+    return (new_short, new_long) if height <= width else (new_long, new_short)
+
+
+def fitting_shape(height: int, width: int, size: Mapping[str, int]) -> tuple[int, int]:
+    """As `resized_shape`, but only images that are too large change, until they fit."""
+    if height <= size["height"] and width <= size["width"]:
+        return height, width
+    scale = min(size["height"] / height, size["width"] / width)
+    return int(height * scale), int(width * scale)
+
+
+def resize(image: Image.Image, shape: tuple[int, int], resample: int) -> Image.Image:
+    """To (height, width); never less than a pixel, where the reference's processors fail."""
+    height, width = (max(1, side) for side in shape)
+    return image.resize((width, height), resample)
+
+
+def center_crop(image: Image.Image, shape: tuple[int, int], whole: Callable = math.floor) -> Image.Image:
+    """The middle (height, width); black where that is more than the image. `whole` decides about half pixels."""
+    height, width = shape
+    left, top = whole((image.width - width) / 2), whole((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """The image in the middle of a square of this colour."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def pad(pixels: np.ndarray, shape: tuple[int, int], mode: str = "constant", value: float = 0) -> np.ndarray:
+    """(height, width, 3) -> `shape`, more rows below and columns to the right."""
+    rows, columns = (new - old for new, old in zip(shape, pixels.shape))
+    if min(rows, columns) < 0:
+        raise ConfigError(f"an image of {pixels.shape[0]} x {pixels.shape[1]} px cannot be padded to {shape}.")
+    fill = {"constant_values": value} if mode == "constant" else {}
+    return np.pad(pixels, ((0, rows), (0, columns), (0, 0)), mode, **fill)
+
+
+def rescale(pixels: np.ndarray, factor: float) -> np.ndarray:
+    return (pixels * np.float64(factor)).astype(np.float32)
+
+
+def normalise(pixels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    return (pixels - np.float32(mean)) / np.float32(std)
+
+
+def to_values(pixels: Image.Image | np.ndarray, settings: ImageSettings) -> np.ndarray:
+    """An image of 0..255 -> (height, width, 3) float32 as the model reads it."""
+    pixels = np.asarray(pixels)
+    pixels = rescale(pixels, settings.rescale_factor) if settings.do_rescale else pixels.astype(np.float32)
+    return normalise(pixels, settings.image_mean, settings.image_std) if settings.do_normalize else pixels

@@ -1,0 +1,70 @@
+"""Large images as a few square tiles (Llama 3.2 Vision; `transformers.models.mllama.image_processing_mllama`)."""
+
+import math
+from collections.abc import Sequence
+
+import einops
+import numpy as np
+
+from vlm_jax.hub.image_settings import ImageSettings
+from vlm_jax.hub.image_steps import Picture, pad, resize, to_rgb, to_values
+
+
+def layouts(max_tiles: int) -> list[tuple[int, int]]:
+    """All (rows, columns) of at most so many tiles; the place in the list, from 1, is the layout's aspect ratio id."""
+    counts = range(1, max_tiles + 1)
+    return [(rows, columns) for rows in counts for columns in counts if rows * columns <= max_tiles]
+
+
+def best_layout(height: int, width: int, max_tiles: int, tile_px: int) -> tuple[int, int]:
+    """The (rows, columns) of tiles that enlarge an image least, or else shrink it least; of equals, the fewest."""
+
+    def scale(layout):
+        return min(layout[0] * tile_px / height, layout[1] * tile_px / width)
+
+    scales = [scale(layout) for layout in layouts(max_tiles)]
+    chosen = min((s for s in scales if s >= 1), default=max(scales))
+    return min((layout for layout in layouts(max_tiles) if scale(layout) == chosen), key=math.prod)
+
+
+def shape_on_canvas(height: int, width: int, canvas: tuple[int, int], tile_px: int) -> tuple[int, int]:
+    """The (height, width) of an image on its canvas: a side grows to a tile at the most, or shrinks to the canvas."""
+    most_rows = min(max(height, tile_px), canvas[0])
+    most_columns = min(max(width, tile_px), canvas[1])
+    scale_rows, scale_columns = most_rows / height, most_columns / width
+    if scale_columns < scale_rows:
+        return min(math.floor(height * scale_columns), most_rows), most_columns
+    return most_rows, min(math.floor(width * scale_rows), most_columns)
+
+
+def to_tiles(picture: Picture, settings: ImageSettings) -> tuple[np.ndarray, tuple[int, int]]:
+    """A picture -> its tiles (tiles, height, width, 3), row by row, and their (rows, columns)."""
+    image = to_rgb(picture, settings.do_convert_rgb)
+    tile_px = settings.size["height"]
+    rows, columns = best_layout(image.height, image.width, settings.max_image_tiles, tile_px)
+    canvas = (rows * tile_px, columns * tile_px)
+    image = resize(image, shape_on_canvas(image.height, image.width, canvas, tile_px), settings.resample)
+    pixels = to_values(pad(np.asarray(image), canvas), settings)
+    return einops.rearrange(pixels, "(r h) (c w) d -> (r c) h w d", r=rows, c=columns), (rows, columns)
+
+
+def pack_tiles(batch: Sequence[Sequence[Picture]], settings: ImageSettings) -> dict:
+    """Rows of pictures -> arrays as wide as the row with the most images and as deep as the most tiles.
+
+    Returns:
+      pixel_values (B, I, J, height, width, 3) float32: 0 where there is no tile;
+      aspect_ratio_ids (B, I) int32: the place of the layout in `layouts`, from 1; 0: no image;
+      aspect_ratio_mask (B, I, J) int32: 1 where there is a tile, and at the first tile of a missing image too;
+      num_tiles: the number of tiles of every image, in lists of B rows.
+    """
+    ids_of = {layout: number for number, layout in enumerate(layouts(settings.max_image_tiles), start=1)}
+    shape = (len(batch), max(map(len, batch), default=0), settings.max_image_tiles)
+    values = np.zeros((*shape, *settings.size.values(), 3), np.float32)
+    ids, mask = np.zeros(shape[:2], np.int32), np.zeros(shape, np.int32)
+    mask[..., 0] = 1
+    for b, row in enumerate(batch):
+        for i, picture in enumerate(row):
+            tiles, layout = to_tiles(picture, settings)
+            values[b, i, : len(tiles)], mask[b, i, : len(tiles)], ids[b, i] = tiles, 1, ids_of[layout]
+    num_tiles = [mask[b, : len(row)].sum(axis=-1).tolist() for b, row in enumerate(batch)]
+    return {"pixel_values": values, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask, "num_tiles": num_tiles}

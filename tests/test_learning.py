@@ -8,7 +8,7 @@ import pytest
 
 from vlm_jax.config import Data, Optim
 from vlm_jax.data import text
-from vlm_jax.infer.generate import generate
+from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.structs import Batch, State
 from vlm_jax.testing import random_params, variants
 from vlm_jax.train import optim
@@ -43,7 +43,7 @@ def test_eight_examples_are_learned_and_lost_when_the_images_are_shuffled(cfg):
 
     def exact_match(images):
         prompt = stacked([text.prompt_row(cfg, QUESTION)] * 8, images)
-        made = np.asarray(generate(cfg, params, prompt, 3, text.EOS))
+        made = np.asarray(generate(cfg, params, prompt, 3, Decoding(eos=(text.EOS,))))
         return np.mean([list(row) == [*answer, text.EOS] for row, answer in zip(made, ANSWERS)])
 
     assert exact_match(images) == 1

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from vlm_jax.data import pipeline, text
-from vlm_jax.infer.generate import generate
+from vlm_jax.infer.generate import Decoding, choose, generate, stream
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import NO_IMAGE, PADDING, Batch
 from vlm_jax.testing import random_params, variants
 
 NEW = 6
-NEVER = -1  # no token: generation goes on to the end
+NEVER = Decoding()  # no token ends: generation goes on
 LENGTHS = (2, 7, 4)
 
 
@@ -38,10 +38,10 @@ def batch_of(cfg, ids, images) -> Batch:
     return Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]}, images=images)
 
 
-def generated(cfg, eos=NEVER, only=slice(None)):
+def generated(cfg, how=NEVER, only=slice(None)):
     ids, images = prompts(cfg)
     batch = batch_of(cfg, ids[only], images[only])
-    return np.asarray(generate(cfg, random_params(cfg, 0.3), batch, NEW, eos))
+    return np.asarray(generate(cfg, random_params(cfg, 0.3), batch, NEW, how))
 
 
 def read_again(cfg):
@@ -108,7 +108,7 @@ def test_a_row_ends_with_eos_and_the_others_go_on():
         if eos in row:
             row[list(row).index(eos) :] = eos
     assert (expected != eos).all(axis=1).any(), "a row goes on to the end"
-    np.testing.assert_array_equal(generated(cfg, eos=eos), expected)
+    np.testing.assert_array_equal(generated(cfg, Decoding(eos=(eos,))), expected)
 
 
 def test_the_image_decides():
@@ -117,3 +117,47 @@ def test_the_image_decides():
     params = random_params(cfg, 0.3)
     made = [generate(cfg, params, batch_of(cfg, ids, picture), NEW, NEVER) for picture in (images, -images)]
     assert not np.array_equal(*made)
+
+
+# Choosing
+
+
+@pytest.mark.parametrize("how", [NEVER, Decoding(temperature=1.0, top_k=50)], ids=["greedy", "sampled"])
+def test_a_stream_is_the_same_tokens_one_by_one(how):
+    cfg = CONFIGS["cross_attention"]
+    batch, params = batch_of(cfg, *prompts(cfg)), random_params(cfg, 0.3)
+    whole = np.asarray(generate(cfg, params, batch, NEW, how, jax.random.key(1)))
+    np.testing.assert_array_equal(np.stack(list(stream(cfg, params, batch, NEW, how, jax.random.key(1))), 1), whole)
+
+
+def test_a_stream_stops_when_every_row_has_ended():
+    cfg = CONFIGS["encoder_decoder"]
+    batch, params = batch_of(cfg, *prompts(cfg)), random_params(cfg, 0.3)
+    every_token = Decoding(eos=tuple(range(cfg.decoder.vocab_size)))
+    assert len(list(stream(cfg, params, batch, NEW, every_token))) == 1
+
+
+LOGITS = jax.numpy.log(jax.numpy.array([[0.5, 0.3, 0.15, 0.05]]))
+
+
+def chosen(how, draws=2000):
+    keys = jax.random.split(jax.random.key(0), draws)
+    tokens = np.asarray(jax.vmap(lambda key: choose(LOGITS, key, how)[0])(keys))
+    return np.bincount(tokens, minlength=4) / draws
+
+
+@pytest.mark.parametrize(
+    ("how", "shares"),
+    [
+        (Decoding(), [1, 0, 0, 0]),
+        (Decoding(temperature=1.0), [0.5, 0.3, 0.15, 0.05]),
+        (Decoding(temperature=0.5), [0.685, 0.247, 0.062, 0.007]),
+        (Decoding(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0]),
+        (Decoding(temperature=1.0, top_p=0.8), [0.625, 0.375, 0, 0]),
+        (Decoding(temperature=1.0, top_p=0.81), [0.526, 0.316, 0.158, 0]),
+        (Decoding(temperature=1.0, top_p=0.01), [1, 0, 0, 0]),
+    ],
+)
+def test_tokens_are_drawn_as_often_as_they_are_likely(how, shares):
+    np.testing.assert_allclose(chosen(how), shares, atol=0.04)
+    assert ((chosen(how) > 0) == (np.array(shares) > 0)).all()

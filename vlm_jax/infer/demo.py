@@ -9,7 +9,7 @@ from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data import images as image_files
 from vlm_jax.data import pipeline
 from vlm_jax.data.text import EOS, Tokenizer
-from vlm_jax.infer.generate import generate
+from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.step import abstract_state
 from vlm_jax.workdir import Workdir
@@ -49,5 +49,5 @@ def ask(cfg: Experiment, files: list[str], prompts: list[str]) -> list[tuple[str
             f"the longest prompt with its image and eval.max_new_tokens takes {needed} positions, more than "
             f"decoder.max_positions {cfg.decoder.max_positions}."
         )
-    made = jax.device_get(generate(cfg, params, batch, cfg.eval.max_new_tokens, EOS))
+    made = jax.device_get(generate(cfg, params, batch, cfg.eval.max_new_tokens, Decoding(eos=(EOS,))))
     return [(files[i], prompt, tokenizer.decode(ids)) for (i, prompt), ids in zip(pairs, made)]

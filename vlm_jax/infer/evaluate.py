@@ -10,7 +10,7 @@ from vlm_jax.config import Experiment
 from vlm_jax.data import pipeline
 from vlm_jax.data.pipeline import Question
 from vlm_jax.data.text import EOS, Tokenizer, prompt_ids
-from vlm_jax.infer.generate import generate
+from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.report import draw_samples
 from vlm_jax.workdir import Workdir, write_whole
 
@@ -51,7 +51,7 @@ def answer(
         chosen = [min(i, len(asked) - 1) for i in range(start, start + rows)]
         prompts = [asked[i].question for i in chosen]
         batch = pipeline.prompt_batch(cfg, tokenizer, [[shown[i].pixels] for i in chosen], prompts, length)
-        made = jax.device_get(generate(cfg, params, batch, cfg.eval.max_new_tokens, EOS))
+        made = jax.device_get(generate(cfg, params, batch, cfg.eval.max_new_tokens, Decoding(eos=(EOS,))))
         answers += [tokenizer.decode(ids) for ids in made[: len(asked) - start]]
     return answers
 

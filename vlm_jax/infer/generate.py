@@ -1,44 +1,128 @@
-"""Cached generation: one prefill over the prompts, then a compiled loop of single tokens with static shapes."""
+"""Cached generation: one prefill over the prompts, then single tokens with static shapes.
+
+`generate` runs the whole loop on the device, `stream` hands every token over as soon as it is made.
+"""
 
 import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.config import Experiment
 from vlm_jax.nn.vlm import VLM, empty_cache
-from vlm_jax.structs import NO_IMAGE, Batch
+from vlm_jax.structs import NO_IMAGE, Batch, Cache
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "new_tokens", "eos"))
-def generate(cfg: Experiment, params, prompt: Batch, new_tokens: int, eos: int) -> Int[Array, "B new"]:
-    """The most likely next tokens of left-padded prompts, at most `new_tokens` each; after `eos` come only `eos`.
+@dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen, and which tokens end a text."""
 
-    The loop ends when every row has ended.
-    """
-    model = VLM(cfg)
+    eos: tuple[int, ...] = ()  # ids that end a text; after one of them only the first of them follows
+    temperature: float = 0.0  # 0: the most likely token
+    top_k: int = 0  # only the k most likely tokens; 0: all
+    top_p: float = 1.0  # only the most likely tokens that together have this probability (Holtzman et al. 2020)
+
+
+@struct.dataclass
+class Progress:
+    """What changes from token to token."""
+
+    count: jax.Array  # () int32: tokens made
+    token: jax.Array  # (B,) int32: the last of them
+    ended: jax.Array  # (B,) bool
+    cache: Cache
+    key: jax.Array
+
+
+def choose(logits: Float[Array, "B V"], key: jax.Array, how: Decoding) -> Int[Array, "B"]:
+    """One token a row."""
+    if not how.temperature:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits.astype(jnp.float32) / how.temperature
+    if how.top_k:
+        least = jax.lax.top_k(logits, min(how.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if how.top_p < 1:
+        descending = jnp.sort(logits, axis=-1)[:, ::-1]
+        before = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1) - jax.nn.softmax(descending, axis=-1)
+        least = jnp.min(jnp.where(before < how.top_p, descending, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def begin(cfg: Experiment, params, prompt: Batch, new_tokens: int, how: Decoding, key: jax.Array) -> Progress:
+    """Reads the left-padded prompts and makes the first token of each."""
     dtype = params["decoder"]["embedding"]["table"].dtype
-    out = model.apply({"params": params}, prompt, empty_cache(cfg, prompt, new_tokens, dtype))
-    token = jnp.argmax(out.logits[:, -1], axis=-1).astype(jnp.int32)
-    made = jnp.full((len(token), new_tokens), eos, jnp.int32).at[:, 0].set(token)
-    last = jax.tree.map(lambda x: x[:, -1:], prompt.replace(images=None))
+    out = VLM(cfg).apply({"params": params}, prompt, empty_cache(cfg, prompt, new_tokens, dtype))
+    key, now = jax.random.split(key)
+    token = choose(out.logits[:, -1], now, how)
+    return Progress(jnp.int32(1), token, is_end(token, how), out.cache, key)
+
+
+def advance(cfg: Experiment, params, last: Batch, progress: Progress, how: Decoding) -> Progress:
+    """One more token; `last` is what the batch says of the prompts' last tokens."""
+    batch = last.replace(
+        tokens=progress.token[:, None],
+        positions=last.positions + progress.count,
+        image_slots=jnp.full_like(last.image_slots, NO_IMAGE),
+        block_ids=None if last.block_ids is None else jnp.zeros_like(last.block_ids),
+    )
+    out = VLM(cfg).apply({"params": params}, batch, progress.cache)
+    key, now = jax.random.split(progress.key)
+    token = choose(out.logits[:, -1], now, how)
+    token = jnp.where(progress.ended, how.eos[0], token) if how.eos else token
+    return Progress(progress.count + 1, token, progress.ended | is_end(token, how), out.cache, key)
+
+
+def is_end(token: Int[Array, "B"], how: Decoding) -> Bool[Array, "B"]:
+    return jnp.isin(token, jnp.array(how.eos, jnp.int32))
+
+
+def last_tokens(prompt: Batch) -> Batch:
+    """The last slot of every row, without the images that are in the cache by then."""
+    without_images = prompt.replace(images=None, tile_layouts=None, tile_mask=None)
+    return jax.tree.map(lambda x: x[:, -1:], without_images)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "new_tokens", "how"))
+def generate(
+    cfg: Experiment, params, prompt: Batch, new_tokens: int, how: Decoding, key: jax.Array | None = None
+) -> Int[Array, "B new"]:
+    """The next tokens of left-padded prompts, at most `new_tokens` each; the loop ends when every row has ended."""
+    progress = begin(cfg, params, prompt, new_tokens, how, jax.random.key(0) if key is None else key)
+    filler = how.eos[0] if how.eos else 0
+    made = jnp.full((len(progress.token), new_tokens), filler, jnp.int32).at[:, 0].set(progress.token)
+    last = last_tokens(prompt)
 
     def unfinished(carry):
-        count, token, _, _ = carry
-        return (count < new_tokens) & jnp.any(token != eos)
+        return (carry[0].count < new_tokens) & ~carry[0].ended.all()
 
     def one_more(carry):
-        count, token, made, cache = carry
-        batch = last.replace(
-            tokens=token[:, None],
-            positions=last.positions + count,
-            image_slots=jnp.full_like(last.image_slots, NO_IMAGE),
-            block_ids=None if last.block_ids is None else jnp.zeros_like(last.block_ids),
-        )
-        out = model.apply({"params": params}, batch, cache)
-        following = jnp.argmax(out.logits[:, -1], axis=-1).astype(jnp.int32)
-        following = jnp.where(token == eos, eos, following)
-        return count + 1, following, made.at[:, count].set(following), out.cache
+        following = advance(cfg, params, last, carry[0], how)
+        return following, carry[1].at[:, carry[0].count].set(following.token)
 
-    return jax.lax.while_loop(unfinished, one_more, (jnp.int32(1), token, made, out.cache))[2]
+    return jax.lax.while_loop(unfinished, one_more, (progress, made))[1]
+
+
+_begin = jax.jit(begin, static_argnames=("cfg", "new_tokens", "how"))
+_advance = jax.jit(advance, static_argnames=("cfg", "how"), donate_argnames="progress")
+
+
+def stream(
+    cfg: Experiment, params, prompt: Batch, new_tokens: int, how: Decoding, key: jax.Array | None = None
+) -> Iterator[Int[np.ndarray, "B"]]:
+    """The tokens of `generate`, each as soon as it is made."""
+    progress = _begin(cfg, params, prompt, new_tokens, how, jax.random.key(0) if key is None else key)
+    last = last_tokens(prompt)
+    for _ in range(new_tokens - 1):
+        token, ended = jax.device_get((progress.token, progress.ended))
+        yield token
+        if ended.all():
+            return
+        progress = _advance(cfg, params, last, progress, how)
+    yield jax.device_get(progress.token)

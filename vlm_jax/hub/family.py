@@ -26,6 +26,7 @@ class Family:
     rows: Callable[[Config], list[Row]]
     renames: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) in turn: other spellings -> those of the table
     tolerance: float = 1e-4  # absolute, in float32, for `verify`
+    image_token: int | None = None  # the id of an image token where config.json does not say it
 
     def canonical(self, names: Collection[str]) -> dict[str, str]:
         """Stored names, buffers left out -> {name in the table: stored name}."""

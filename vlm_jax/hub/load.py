@@ -16,7 +16,7 @@ from vlm_jax import axes
 from vlm_jax.config import ConfigError
 from vlm_jax.config import Mesh as MeshSizes
 from vlm_jax.hub.families import family_of
-from vlm_jax.hub.family import Config, Family
+from vlm_jax.hub.family import Config, Family, Json, get
 from vlm_jax.hub.files import Tensors, open_tensors, read_json
 from vlm_jax.hub.table import Part, Row
 from vlm_jax.nn.models import boxed_params, model_of
@@ -28,14 +28,35 @@ class Checkpoint(NamedTuple):
     """A folder whose config is understood and whose tensors are all accounted for."""
 
     folder: Path
+    config: Json  # config.json
     family: Family
     cfg: Config
     rows: list[Row]
     stored_names: dict[str, str]  # name in the table -> name in the files
 
+    @property
+    def image_token(self) -> int | None:
+        """The id that stands for an image token in the sequence."""
+        return get(self.config, "image_token_index", get(self.config, "image_token_id", self.family.image_token))
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end a text, of generation_config.json or, where it says nothing, of config.json."""
+        path = self.folder / "generation_config.json"
+        generation = read_json(path) if path.is_file() else {}
+        parts = (generation, self.config, self.config.get("text_config") or {}, self.config.get("decoder") or {})
+        found = next((part["eos_token_id"] for part in parts if part.get("eos_token_id") is not None), ())
+        return (found,) if isinstance(found, int) else tuple(found)
+
 
 def load_params(folder: str | os.PathLike, dtype=None, mesh: Mesh | None = None) -> tuple[nn.Module, dict]:
-    """The model of a folder and its parameters, each assembled where it lies on the mesh.
+    """The model of a folder and its parameters; arguments and errors are those of `load_checkpoint`."""
+    checkpoint, params = load_checkpoint(folder, dtype, mesh)
+    return model_of(checkpoint.cfg), params
+
+
+def load_checkpoint(folder: str | os.PathLike, dtype=None, mesh: Mesh | None = None) -> tuple[Checkpoint, dict]:
+    """A folder and its parameters, each assembled where it lies on the mesh.
 
     Args:
       dtype: of the parameters; None: as they are stored.
@@ -48,7 +69,7 @@ def load_params(folder: str | os.PathLike, dtype=None, mesh: Mesh | None = None)
     with open_tensors(folder) as tensors:
         checkpoint = inspect(folder, tensors)
         params = read_params(checkpoint, tensors, dtype, axes.make_mesh(MeshSizes()) if mesh is None else mesh)
-    return model_of(checkpoint.cfg), params
+    return checkpoint, params
 
 
 def inspect(folder: str | os.PathLike, tensors: Tensors) -> Checkpoint:
@@ -60,7 +81,7 @@ def inspect(folder: str | os.PathLike, tensors: Tensors) -> Checkpoint:
     cfg = family.read(config, names)
     rows = family.rows(cfg)
     check(rows, {name: tensors[stored].shape for name, stored in names.items()}, shapes_of(cfg), str(folder))
-    return Checkpoint(folder, family, cfg, rows, names)
+    return Checkpoint(folder, config, family, cfg, rows, names)
 
 
 def shapes_of(cfg: Config) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,94 @@
+"""`verify` says yes to the reference's own numbers, no to any others, and names what it did not compare."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.hub.parity import SMALL, reference, saved
+from vlm_jax.config import ConfigError
+from vlm_jax.infer.verify import table, verify
+
+IDS = np.random.default_rng(0).integers(1, 64, (2, 9))
+MASK = np.ones_like(IDS)
+MASK[0, :3] = 0
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    return saved(LlamaForCausalLM(LlamaConfig(**SMALL, eos_token_id=None)), folder), folder
+
+
+@pytest.fixture(scope="module")
+def cases(llama):
+    model, _ = llama
+    inputs = {"input_ids": torch.tensor(IDS), "attention_mask": torch.tensor(MASK)}
+    made = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, IDS.shape[1] :].numpy()
+    padded = {"padded/in/input_ids": IDS, "padded/in/attention_mask": MASK, "padded/out/new_ids": made}
+    padded["padded/out/logits"] = reference(model, input_ids=IDS, attention_mask=MASK)
+    return {"plain/in/input_ids": IDS, "plain/out/logits": reference(model, input_ids=IDS)} | padded
+
+
+def run(folder, tmp_path, arrays, **settings):
+    np.savez(tmp_path / "reference.npz", **arrays)
+    return {(r.case, r.output): r for r in verify(folder, tmp_path / "reference.npz", **settings)}
+
+
+def test_the_numbers_of_the_reference_are_ours(llama, cases, tmp_path):
+    results = run(llama[1], tmp_path, cases)
+    assert set(results) == {("plain", "logits"), ("padded", "logits"), ("padded", "new_ids")}
+    assert all(result.ok for result in results.values()), table(list(results.values()))
+    assert 0 < results["plain", "logits"].difference < 1e-4
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x + 1e-3, lambda x: x[:, 1:], lambda x: np.where(x == x.max(), np.nan, x)])
+def test_other_numbers_are_not(llama, cases, tmp_path, wrong):
+    results = run(llama[1], tmp_path, cases | {"plain/out/logits": wrong(cases["plain/out/logits"])})
+    assert not results["plain", "logits"].ok
+    assert results["padded", "logits"].ok
+
+
+def test_a_wrong_token_shows(llama, cases, tmp_path):
+    made = cases["padded/out/new_ids"].copy()
+    made[1, -1] += 1
+    assert run(llama[1], tmp_path, cases | {"padded/out/new_ids": made})["padded", "new_ids"].difference == 1
+
+
+def test_atol_and_outputs_choose_what_is_compared_and_how(llama, cases, tmp_path):
+    shifted = cases | {"plain/out/logits": cases["plain/out/logits"] + 1e-3}
+    results = run(llama[1], tmp_path, shifted, outputs=["logits"], atol=2e-3)
+    assert set(results) == {("plain", "logits"), ("padded", "logits")}
+    assert all(result.ok for result in results.values())
+
+
+def test_only_what_is_valid_is_compared(llama, cases, tmp_path):
+    logits, valid = cases["plain/out/logits"].copy(), np.ones(IDS.shape, bool)
+    logits[0, 2], valid[0, 2] = 7, False
+    arrays = {"plain/in/input_ids": IDS, "plain/out/logits": logits, "plain/valid": valid}
+    assert run(llama[1], tmp_path, arrays)["plain", "logits"].ok
+
+
+def test_what_is_not_supported_is_named_and_not_compared(llama, cases, tmp_path):
+    arrays = cases | {"plain/in/inputs_embeds": np.zeros(1), "plain/out/attentions": np.zeros((2, 3))}
+    results = run(llama[1], tmp_path, arrays)
+    for name in ("inputs_embeds", "attentions"):
+        assert results["plain", name].reason
+        assert not results["plain", name].ok
+        assert name in table(list(results.values()))
+    assert results["plain", "logits"].ok
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", None])
+def test_a_reference_that_is_none_is_named(llama, tmp_path, content):
+    path = tmp_path / "reference.npz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match="reference.npz"):
+        verify(llama[1], path)
+
+
+def test_a_reference_of_pickled_objects_is_refused(llama, tmp_path):
+    np.savez(tmp_path / "reference.npz", **{"a/in/input_ids": np.array([{}], object)})
+    with pytest.raises(ConfigError, match="reference.npz is no .npz file of arrays"):
+        verify(llama[1], tmp_path / "reference.npz")

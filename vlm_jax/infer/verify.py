@@ -1,0 +1,194 @@
+"""Our outputs against those of a reference: the arrays of an .npz file, case by case.
+
+    <case>/in/<argument>    <case>/out/<output>    <case>/valid (optional, bool: compare only there)
+
+Arguments and outputs have the names of transformers.
+"""
+
+import os
+import zipfile
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from vlm_jax.config import ConfigError, Contrastive, Experiment, Vision
+from vlm_jax.hub.inputs import OF_KIND, channels_last, to_batch
+from vlm_jax.hub.load import Checkpoint, load_checkpoint
+from vlm_jax.infer.generate import Decoding, generate
+from vlm_jax.nn.models import model_of
+from vlm_jax.nn.vlm import VLM
+
+
+class Result(NamedTuple):
+    """One output of one case; `reason` says why it was not compared."""
+
+    case: str
+    output: str
+    shape: tuple[int, ...]
+    difference: float | None = None  # the largest, absolute; tokens that differ for new_ids
+    tolerance: float | None = None
+    reason: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.difference is not None and self.difference <= self.tolerance
+
+
+class Case(NamedTuple):
+    name: str
+    inputs: dict[str, np.ndarray]
+    outputs: dict[str, np.ndarray]
+    valid: np.ndarray | None
+
+
+class Model(NamedTuple):
+    """A checkpoint and its parameters in float32."""
+
+    checkpoint: Checkpoint
+    params: dict
+
+    def apply(self, *inputs, method=None):
+        module = model_of(self.checkpoint.cfg)
+        return jax.jit(lambda params, *given: module.apply({"params": params}, *given, method=method))(
+            self.params, *inputs
+        )
+
+
+def verify(
+    folder: str | os.PathLike, reference: str | os.PathLike, outputs: Collection[str] = (), atol: float | None = None
+) -> list[Result]:
+    """Runs every case of the reference; `outputs` restricts what is compared (empty: all).
+
+    Raises:
+      ConfigError: the folder cannot be loaded, or the reference is no .npz file of such arrays.
+    """
+    cases = read_cases(reference)
+    model = Model(*load_checkpoint(folder, np.float32))
+    tolerance = model.checkpoint.family.tolerance if atol is None else atol
+    with jax.default_matmul_precision("highest"):
+        return [result for case in cases for result in compare(model, case, outputs, tolerance)]
+
+
+def read_cases(path: str | os.PathLike) -> list[Case]:
+    try:
+        with np.load(Path(path).expanduser()) as arrays:
+            stored = {name: arrays[name] for name in arrays.files}
+    except OSError as error:
+        raise ConfigError(f"--reference {path} cannot be read: {error.strerror or error}.") from None
+    except (ValueError, zipfile.BadZipFile, AttributeError, EOFError):
+        raise ConfigError(f"--reference {path} is no .npz file of arrays.") from None
+    names = sorted({name.split("/in/")[0] for name in stored if "/in/" in name})
+    if not names:
+        raise ConfigError(f"--reference {path} holds no array <case>/in/<argument>, such as a/in/input_ids.")
+    return [
+        Case(name, _under(stored, f"{name}/in/"), _under(stored, f"{name}/out/"), stored.get(f"{name}/valid"))
+        for name in names
+    ]
+
+
+def _under(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def compare(model: Model, case: Case, wanted: Collection[str], tolerance: float) -> list[Result]:
+    known = arguments_of(model.checkpoint.cfg)
+    results = [
+        Result(case.name, name, array.shape, reason=f"argument not supported: the model takes {', '.join(known)}")
+        for name, array in case.inputs.items()
+        if name not in known
+    ]
+    computed = OUTPUTS[type(model.checkpoint.cfg)]
+    for name, expected in case.outputs.items():
+        if wanted and name not in wanted:
+            continue
+        if name not in computed:
+            reason = f"output not supported: the model has {', '.join(computed)}"
+            results.append(Result(case.name, name, expected.shape, reason=reason))
+            continue
+        found = np.asarray(computed[name](model, case))
+        limit = 0 if name == "new_ids" else tolerance
+        results.append(Result(case.name, name, expected.shape, difference(model, case, name, found), limit))
+    return results
+
+
+def arguments_of(cfg) -> tuple[str, ...]:
+    if isinstance(cfg, Experiment):
+        return OF_KIND[cfg.fusion.kind]
+    return ("pixel_values",) if isinstance(cfg, Vision) else ("input_ids", "attention_mask", "pixel_values")
+
+
+def difference(model: Model, case: Case, name: str, found: np.ndarray) -> float:
+    """The largest absolute difference where the case is valid; infinite where shapes differ or a number is NaN."""
+    expected = case.outputs[name]
+    if found.size == expected.size and name == "image_features":
+        found = found.reshape(expected.shape)
+    if found.shape != expected.shape:
+        return np.inf
+    if name == "new_ids":
+        return float(np.sum((found != expected) & before_end(expected, model.checkpoint.eos_ids)))
+    apart = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+    valid = valid_of(case, expected)
+    apart = apart if valid is None else apart[valid]
+    return float(np.nan_to_num(apart, nan=np.inf).max(initial=0.0))
+
+
+def valid_of(case: Case, expected: np.ndarray) -> np.ndarray | None:
+    """Where to compare: the case's `valid`, or the tokens that its attention mask says are there."""
+    for mask in (case.valid, case.inputs.get("decoder_attention_mask"), case.inputs.get("attention_mask")):
+        if mask is not None and mask.shape == expected.shape[: mask.ndim]:
+            return mask.astype(bool)
+    return None
+
+
+def before_end(ids: np.ndarray, eos_ids: Collection[int]) -> np.ndarray:
+    """(B, n) bool: up to the first end of text, itself included; what follows is filling."""
+    ended = np.cumsum(np.isin(ids, list(eos_ids)), axis=1)
+    return np.pad(ended[:, :-1], ((0, 0), (1, 0))) == 0
+
+
+def _logits(model: Model, case: Case) -> np.ndarray:
+    checkpoint = model.checkpoint
+    return model.apply(to_batch(checkpoint.cfg, case.inputs, checkpoint.image_token)).logits
+
+
+def _image_features(model: Model, case: Case) -> np.ndarray:
+    checkpoint = model.checkpoint
+    return model.apply(image_batch(checkpoint.cfg, case.inputs), method=VLM.image_tokens)
+
+
+def _new_ids(model: Model, case: Case) -> np.ndarray:
+    checkpoint = model.checkpoint
+    prompt = to_batch(checkpoint.cfg, case.inputs, checkpoint.image_token, generating=True)
+    return generate(checkpoint.cfg, model.params, prompt, case.outputs["new_ids"].shape[1], Decoding())
+
+
+def _encoded(field: str) -> Callable:
+    def output(model: Model, case: Case):
+        images = channels_last(case.inputs["pixel_values"])
+        return getattr(model.apply(images, method="encode"), field)
+
+    return output
+
+
+OUTPUTS = {
+    Experiment: {"logits": _logits, "image_features": _image_features, "new_ids": _new_ids},
+    Vision: {"last_hidden_state": _encoded("tokens"), "pooler_output": _encoded("pooled")},
+    Contrastive: {},
+}
+
+
+def table(results: list[Result]) -> str:
+    """The results as lines of text."""
+    rows = [("case", "output", "shape", "largest difference", "tolerance", "ok")]
+    for result in results:
+        shape = "x".join(map(str, result.shape))
+        if result.reason:
+            rows.append((result.case, result.output, shape, "not compared", "", result.reason))
+        else:
+            numbers = (f"{result.difference:.2e}", f"{result.tolerance:.0e}", "yes" if result.ok else "NO")
+            rows.append((result.case, result.output, shape, *numbers))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -34,8 +34,13 @@ class Data:
     questions_per_row: int = 8  # questions that share one image in a row; 1: one question a row
     text_length: int = 80  # text tokens in a row
     augment: tuple[Literal["mirror", "turn", "shift"], ...] = ("mirror", "shift")  # moves of the training images
+    special_ids: tuple[int, int, int, int] = (0, 1, 2, 3)  # tokens that stand for padding, image, newline, end of text
     threads: int = 2  # threads that read and build rows
     prefetch: int = 4  # batches made ahead of the step
+
+    @property
+    def eos_id(self) -> int:
+        return self.special_ids[-1]
 
 
 @dataclass(frozen=True)

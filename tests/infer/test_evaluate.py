@@ -102,14 +102,14 @@ def tokenizer():
 def said_image_and_question(monkeypatch, tokenizer):
     """A model that answers with the number of the image and the question that it was given."""
 
-    def generate(cfg, params, batch, new_tokens, eos):
+    def generate(cfg, params, batch, new_tokens, how):
         shapes.add(batch.tokens.shape)
         rows = []
         for tokens, branch, image in zip(batch.tokens, batch.branch_ids, batch.images):
             number = round((float(image.mean()) + 1) * 255 / 2)
-            rows.append(tokenizer.encode(f"{number} {tokenizer.decode(tokens[branch > 0])}") + [eos, eos])
+            rows.append(tokenizer.encode(f"{number} {tokenizer.decode(tokens[branch > 0])}") + [*how.eos, *how.eos])
         longest = max(map(len, rows))
-        return np.array([row + [eos] * (longest - len(row)) for row in rows])
+        return np.array([row + [*how.eos] * (longest - len(row)) for row in rows])
 
     shapes = set()
     monkeypatch.setattr(evaluate, "generate", generate)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import ConfigError, Vision
 
 # What Pillow raises for bytes that are no image, or only the first part of one.
 BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -45,14 +45,15 @@ def fit(image: Image.Image, image_size_px: int) -> np.ndarray:
     return np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
 
 
-def normalise(pixels: np.ndarray) -> np.ndarray:
-    """uint8 0..255 -> float32 -1..1."""
-    return pixels.astype(np.float32) * np.float32(2 / 255) - 1
+def normalise(pixels: np.ndarray, vision: Vision) -> np.ndarray:
+    """uint8 0..255 -> float32, 0..1 less the mean of every channel over its deviation; by default -1..1."""
+    mean, deviation = np.array(vision.image_mean), np.array(vision.image_std)
+    return pixels.astype(np.float32) * np.float32(1 / (255 * deviation)) - np.float32(mean / deviation)
 
 
-def to_pixels(image: Image.Image, image_size_px: int) -> np.ndarray:
-    """Any RGB image -> (image_size_px, image_size_px, 3) float32 in -1..1."""
-    return normalise(fit(image, image_size_px))
+def to_pixels(image: Image.Image, vision: Vision) -> np.ndarray:
+    """Any RGB image -> (image_size_px, image_size_px, 3) float32 as the encoder reads it."""
+    return normalise(fit(image, vision.image_size_px), vision)
 
 
 def augment(pixels: np.ndarray, kinds: Sequence[str], rng: np.random.Generator) -> np.ndarray:

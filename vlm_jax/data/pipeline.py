@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import grain
 import numpy as np
 
-from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.config import ConfigError, Experiment, Vision
 from vlm_jax.data import images as image_files
 from vlm_jax.data import sources, text
 from vlm_jax.data.text import Tokenizer
@@ -50,7 +50,7 @@ def training_iterator(
     records = Decoded(sources.load(cfg.data, cfg.data.train_split), cfg.vision.image_size_px)
     rows = grain.MapDataset.source(records).seed(cfg.seed).shuffle().random_map(_row_builder(cfg, tokenizer)).repeat()
     batches = rows[process_index::process_count].batch(
-        cfg.train.batch_size // process_count, drop_remainder=True, batch_fn=_stack
+        cfg.train.batch_size // process_count, drop_remainder=True, batch_fn=functools.partial(_stack, cfg.vision)
     )
     threads = cfg.data.threads
     return iter(batches.to_iter_dataset(grain.ReadOptions(threads, max(threads, cfg.data.prefetch))))
@@ -70,9 +70,9 @@ def _row_builder(cfg: Experiment, tokenizer: Tokenizer) -> Callable:
     return row
 
 
-def _stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
+def _stack(vision: Vision, rows: Sequence[dict[str, np.ndarray]]) -> Batch:
     stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return Batch(**stacked | {"images": image_files.normalise(stacked["images"])})
+    return Batch(**stacked | {"images": image_files.normalise(stacked["images"], vision)})
 
 
 def train_tokenizer(cfg: Experiment) -> Tokenizer:
@@ -90,12 +90,7 @@ class Question:
     question: str
     answer: str
     type: str
-    image: Callable[[], np.ndarray] = field(repr=False, compare=False)
-
-    @property
-    def pixels(self) -> np.ndarray:
-        """(H, W, 3) float32 in -1..1."""
-        return image_files.normalise(self.image())
+    image: Callable[[], np.ndarray] = field(repr=False, compare=False)  # gives (H, W, 3) uint8
 
 
 def questions(cfg: Experiment, split: str, limit: int = 0) -> list[Question]:

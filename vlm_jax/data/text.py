@@ -22,20 +22,19 @@ from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.structs import NO_IMAGE, PADDING, TRUNK
 
 SPECIALS = ("<pad>", "<image>", "<newline>", "<eos>")
-PAD, IMAGE, NEWLINE, EOS = range(4)
+PAD, IMAGE, NEWLINE, EOS = SPECIAL_IDS = tuple(range(4))  # of a tokenizer that is trained here
 
+Fields = dict[str, np.ndarray]  # of a row
 Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a prompt and of its answer
 
-# What stands in a slot that holds no token; the names and types of a row's fields.
+# What stands in a slot that holds no token, beside the padding token; the types of a row's fields.
 FILL = {
-    "tokens": np.int32(PAD),
     "positions": np.int32(0),
     "segment_ids": np.int32(PADDING),
     "branch_ids": np.int32(TRUNK),
     "block_ids": np.int32(0),
     "image_slots": np.int32(NO_IMAGE),
     "image_mask": np.bool_(False),
-    "targets": np.int32(PAD),
     "loss_weights": np.float32(0),
 }
 
@@ -43,11 +42,11 @@ FILL = {
 class Tokenizer:
     """Byte-level BPE (Radford et al. 2019, GPT-2): any text is encodable, and comes back byte for byte."""
 
-    def __init__(self, bpe: tokenizers.Tokenizer):
-        if [bpe.token_to_id(name) for name in SPECIALS] != list(range(len(SPECIALS))):
+    def __init__(self, bpe: tokenizers.Tokenizer, special_ids: tuple[int, ...] = SPECIAL_IDS):
+        if special_ids == SPECIAL_IDS and tuple(map(bpe.token_to_id, SPECIALS)) != SPECIAL_IDS:
             raise ConfigError(f"a tokenizer needs the tokens {' '.join(SPECIALS)} with the ids 0 to 3")
         bpe.encode_special_tokens = True  # '<eos>' in a user's text is five characters, not the end
-        self._bpe = bpe
+        self._bpe, self._special_ids = bpe, special_ids
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -66,12 +65,12 @@ class Tokenizer:
         return cls(bpe)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Tokenizer":
+    def load(cls, path: str | os.PathLike, special_ids: tuple[int, ...] = SPECIAL_IDS) -> "Tokenizer":
         try:
             bpe = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
             raise ConfigError(f"cannot read the tokenizer {path}: {error}") from None
-        return cls(bpe)
+        return cls(bpe, special_ids)
 
     def save(self, path: str | os.PathLike) -> None:
         self._bpe.save(str(path))
@@ -84,8 +83,12 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text up to <eos>; special tokens, and ids that the tokenizer does not have, are left out."""
-        ids = itertools.takewhile(lambda i: i != EOS, (int(i) for i in ids))
-        return self._bpe.decode([i for i in ids if len(SPECIALS) <= i < len(self)])
+        ids = itertools.takewhile(lambda i: i != self.eos_id, (int(i) for i in ids))
+        return self._bpe.decode([i for i in ids if i not in self._special_ids and i < len(self)])
+
+    @property
+    def eos_id(self) -> int:
+        return self._special_ids[-1]
 
 
 def prompt_ids(tokenizer: Tokenizer, question: str) -> list[int]:
@@ -93,7 +96,7 @@ def prompt_ids(tokenizer: Tokenizer, question: str) -> list[int]:
 
 
 def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:
-    return [*tokenizer.encode(answer), EOS]
+    return [*tokenizer.encode(answer), tokenizer.eos_id]
 
 
 def image_ids(cfg: Experiment) -> np.ndarray:
@@ -104,12 +107,13 @@ def image_ids(cfg: Experiment) -> np.ndarray:
     if not cfg.fusion.image_in_sequence:
         return np.zeros(0, np.int32)
     rows, columns = cfg.projector.output_grid(cfg.vision)
-    grid = np.full((rows, columns + cfg.vision.newline_token), IMAGE, np.int32)
-    grid[:, columns:] = NEWLINE
+    _, image, newline, _ = cfg.data.special_ids
+    grid = np.full((rows, columns + cfg.vision.newline_token), image, np.int32)
+    grid[:, columns:] = newline
     return grid.reshape(-1)
 
 
-def pack_row(cfg: Experiment, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
+def pack_row(cfg: Experiment, pairs: Sequence[Pair]) -> Fields:
     """One image and its questions -> the fields of a training row of length S = cfg.row_length, image_mask (S, 1).
 
     Pairs that do not fit any more are left out. ConfigError for a pair that would not fit in a row of its own.
@@ -123,41 +127,42 @@ def pack_row(cfg: Experiment, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
             kept.append((prompt, answer))
             room -= length
     trunk = image_ids(cfg)
-    row = _segment(trunk, [[*prompt, *answer] for prompt, answer in kept], images=1)
+    row = _segment(cfg, trunk, [[*prompt, *answer] for prompt, answer in kept], images=1)
     same_branch = row["branch_ids"][:-1] == row["branch_ids"][1:]
     lengths = [len(trunk), *(len(part) for pair in kept for part in pair)]
     answered = np.repeat([False] + [False, True] * len(kept), lengths)
     if cfg.fusion.prefix == "bidirectional":
         row["block_ids"] = (~answered).astype(np.int32)
-    row["targets"] = np.append(np.where(same_branch, row["tokens"][1:], PAD), PAD)
+    pad = cfg.data.special_ids[0]
+    row["targets"] = np.append(np.where(same_branch, row["tokens"][1:], pad), pad)
     row["loss_weights"] = np.append(same_branch & answered[1:], False)
-    return _padded(row, 0, cfg.row_length)
+    return _padded(cfg, row, 0, cfg.row_length)
 
 
-def prompt_row(cfg: Experiment, prompt: Sequence[int], images: int = 1, length: int | None = None) -> dict:
+def prompt_row(cfg: Experiment, prompt: Sequence[int], images: int = 1, length: int | None = None) -> Fields:
     """The same trunk and one prompt as its branch -> the fields of a row to continue, image_mask (length, images).
 
     Padded on the left, so that prompts of several lengths all end in the last slot:
 
         tokens   <pad> <pad> <image> <image> is it red ? \\n
     """
-    row = _segment(np.tile(image_ids(cfg), images), [prompt], images)
+    row = _segment(cfg, np.tile(image_ids(cfg), images), [prompt], images)
     if cfg.fusion.prefix == "bidirectional":
         row["block_ids"] = np.ones_like(row["tokens"])
     needed = len(row["tokens"])
     length = needed if length is None else length
     if needed > length:
         raise ConfigError(f"a prompt takes {needed} tokens with its images, more than the {length} that there are")
-    return _padded(row, length - needed, length)
+    return _padded(cfg, row, length - needed, length)
 
 
-def _segment(trunk: np.ndarray, branches: Sequence[Sequence[int]], images: int) -> dict[str, np.ndarray]:
+def _segment(cfg: Experiment, trunk: np.ndarray, branches: Sequence[Sequence[int]], images: int) -> Fields:
     """A trunk and its branches, end to end, without padding."""
     lengths = np.array([len(trunk), *map(len, branches)])
     starts = np.cumsum(lengths) - lengths
     starts[1:] -= len(trunk)  # every branch goes on where the trunk ended
     tokens = np.array([*trunk, *itertools.chain(*branches)], np.int32)
-    is_image = tokens == IMAGE
+    is_image = (tokens == cfg.data.special_ids[1]) & (np.arange(len(tokens)) < len(trunk))
     return {
         "tokens": tokens,
         "positions": np.arange(len(tokens)) - np.repeat(starts, lengths),
@@ -168,10 +173,10 @@ def _segment(trunk: np.ndarray, branches: Sequence[Sequence[int]], images: int) 
     }
 
 
-def _padded(row: dict[str, np.ndarray], before: int, length: int) -> dict[str, np.ndarray]:
+def _padded(cfg: Experiment, row: Fields, before: int, length: int) -> Fields:
     """The row with `before` empty slots in front and as many behind as `length` asks for."""
-    padded = {}
+    padded, pad = {}, np.int32(cfg.data.special_ids[0])
     for name, values in row.items():
-        padded[name] = np.full((length, *values.shape[1:]), FILL[name])
+        padded[name] = np.full((length, *values.shape[1:]), pad if name in ("tokens", "targets") else FILL[name])
         padded[name][before : before + len(values)] = values
     return padded

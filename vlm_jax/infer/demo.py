@@ -8,7 +8,7 @@ from vlm_jax import axes
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data import images as image_files
 from vlm_jax.data import pipeline
-from vlm_jax.data.text import EOS, Tokenizer
+from vlm_jax.data.text import Tokenizer
 from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.step import abstract_state
@@ -22,7 +22,7 @@ def load(cfg: Experiment) -> tuple[dict, Tokenizer]:
       ConfigError: there is none.
     """
     workdir = Workdir(cfg.workdir)
-    tokenizer = Tokenizer.load(workdir.tokenizer)
+    tokenizer = Tokenizer.load(workdir.tokenizer, cfg.data.special_ids)
     if not workdir.checkpoints.is_dir():
         raise ConfigError(f"--workdir {workdir.path} holds no checkpoint yet.")
     checkpoints = Checkpoints(workdir.checkpoints, cfg.train)
@@ -39,7 +39,7 @@ def ask(cfg: Experiment, files: list[str], prompts: list[str]) -> list[tuple[str
     Raises:
       ConfigError: a file is no image, a prompt is too long, or the run has no checkpoint.
     """
-    pixels = [image_files.to_pixels(image_files.read_image(file), cfg.vision.image_size_px) for file in files]
+    pixels = [image_files.to_pixels(image_files.read_image(file), cfg.vision) for file in files]
     params, tokenizer = load(cfg)
     pairs = list(itertools.product(range(len(files)), prompts))
     batch = pipeline.prompt_batch(cfg, tokenizer, [[pixels[i]] for i, _ in pairs], [prompt for _, prompt in pairs])
@@ -49,5 +49,5 @@ def ask(cfg: Experiment, files: list[str], prompts: list[str]) -> list[tuple[str
             f"the longest prompt with its image and eval.max_new_tokens takes {needed} positions, more than "
             f"decoder.max_positions {cfg.decoder.max_positions}."
         )
-    made = jax.device_get(generate(cfg, params, batch, cfg.eval.max_new_tokens, Decoding(eos=(EOS,))))
+    made = jax.device_get(generate(cfg, params, batch, cfg.eval.max_new_tokens, Decoding(eos=(cfg.data.eos_id,))))
     return [(files[i], prompt, tokenizer.decode(ids)) for (i, prompt), ids in zip(pairs, made)]

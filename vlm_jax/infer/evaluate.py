@@ -9,7 +9,8 @@ from tqdm import tqdm
 from vlm_jax.config import Experiment
 from vlm_jax.data import pipeline
 from vlm_jax.data.pipeline import Question
-from vlm_jax.data.text import EOS, Tokenizer, prompt_ids
+from vlm_jax.data.images import normalise
+from vlm_jax.data.text import Tokenizer, prompt_ids
 from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.report import draw_samples
 from vlm_jax.workdir import Workdir, write_whole
@@ -50,8 +51,10 @@ def answer(
     for start in tqdm(range(0, len(asked), rows), desc=label, unit="batch", disable=None):
         chosen = [min(i, len(asked) - 1) for i in range(start, start + rows)]
         prompts = [asked[i].question for i in chosen]
-        batch = pipeline.prompt_batch(cfg, tokenizer, [[shown[i].pixels] for i in chosen], prompts, length)
-        made = jax.device_get(generate(cfg, params, batch, cfg.eval.max_new_tokens, Decoding(eos=(EOS,))))
+        batch = pipeline.prompt_batch(
+            cfg, tokenizer, [[normalise(shown[i].image(), cfg.vision)] for i in chosen], prompts, length
+        )
+        made = jax.device_get(generate(cfg, params, batch, cfg.eval.max_new_tokens, Decoding(eos=(cfg.data.eos_id,))))
         answers += [tokenizer.decode(ids) for ids in made[: len(asked) - start]]
     return answers
 

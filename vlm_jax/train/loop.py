@@ -74,7 +74,9 @@ def check_data(cfg: Experiment, data) -> None:
 
 def tokenizer_of(cfg: Experiment, workdir: Workdir) -> Tokenizer:
     """The tokenizer that is kept in the work folder, or one trained now."""
-    return Tokenizer.load(workdir.tokenizer) if workdir.tokenizer.exists() else pipeline.train_tokenizer(cfg)
+    if workdir.tokenizer.exists():
+        return Tokenizer.load(workdir.tokenizer, cfg.data.special_ids)
+    return pipeline.train_tokenizer(cfg)
 
 
 def begin(cfg: Experiment, mesh, data, checkpoints: Checkpoints) -> tuple[State, int]:

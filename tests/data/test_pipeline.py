@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vlm_jax.config import ConfigError, Data, Experiment, Fusion, Train
-from vlm_jax.data import images, pipeline, sources, text
+from vlm_jax.data import pipeline, sources, text
 
 
 @pytest.fixture(scope="module")

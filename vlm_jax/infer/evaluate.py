@@ -8,8 +8,8 @@ from tqdm import tqdm
 
 from vlm_jax.config import Experiment
 from vlm_jax.data import pipeline
-from vlm_jax.data.pipeline import Question
 from vlm_jax.data.images import normalise
+from vlm_jax.data.pipeline import Question
 from vlm_jax.data.text import Tokenizer, prompt_ids
 from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.report import draw_samples

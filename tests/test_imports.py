@@ -21,6 +21,7 @@ FLOW = [
     ["train"],
     ["report"],
     ["infer"],
+    ["cli_hub"],
     ["cli"],
 ]
 FORBIDDEN = {  # room: top-level packages or rooms of ours that it must not know

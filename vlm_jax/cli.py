@@ -5,7 +5,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 
-from vlm_jax import config_file
+from vlm_jax import cli_hub, config_file
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.validate import validate
 from vlm_jax.workdir import Workdir
@@ -16,6 +16,9 @@ USAGE = """usage: python run.py [VERB] [--config FILE] [--any.field VALUE ...]
             with --workdir of a run that was stopped, continues it
   eval      --workdir W [--eval.split ...]: evaluates a run again
   generate  --workdir W --image A.png [B.png ...] --prompt "..." ["..." ...]: asks every prompt about every image
+  generate  --checkpoint DIR [--image A.png ...] --prompt "..." [--temperature T ...]: asks a public checkpoint
+  verify    --checkpoint DIR --reference FILE.npz: compares a public checkpoint with a reference's outputs
+  export    --checkpoint DIR_OR_WORKDIR --output DIR: writes a folder that transformers loads
   diff      A.py B.py: prints the fields in which two configs differ
 
 python run.py VERB --config FILE --help lists every field with its value."""
@@ -51,7 +54,12 @@ def experiment(verb: str, arguments: list[str], stored: bool) -> Experiment:
         cfg = dataclasses.replace(cfg, workdir=given.workdir) if given.workdir else cfg
     else:
         raise ConfigError(f"{verb} needs {'--workdir W, the folder of a run' if stored else '--config FILE'}.")
-    return validate(config_file.override(cfg, fields, f"python run.py {verb}"))
+    cfg = config_file.override(cfg, fields, f"python run.py {verb}")
+    if not stored and (cfg.vision.checkpoint or cfg.decoder.checkpoint):
+        from vlm_jax.hub import compose
+
+        cfg = compose.resolved(cfg)
+    return validate(cfg)
 
 
 def train(arguments: list[str]) -> int:
@@ -84,6 +92,8 @@ def _evaluate(cfg: Experiment) -> int:
 
 
 def generate(arguments: list[str]) -> int:
+    if any(argument.split("=")[0] == "--checkpoint" for argument in arguments):
+        return cli_hub.generate(arguments)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--image", nargs="+", action="extend", default=[])
     parser.add_argument("--prompt", nargs="+", action="extend", default=[])
@@ -109,4 +119,11 @@ def diff(arguments: list[str]) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {"train": train, "eval": evaluate, "generate": generate, "diff": diff}
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "eval": evaluate,
+    "generate": generate,
+    "verify": cli_hub.verify,
+    "export": cli_hub.export,
+    "diff": diff,
+}

@@ -15,6 +15,8 @@ from vlm_jax import axes
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data import pipeline, sources
 from vlm_jax.data.text import Tokenizer
+from vlm_jax.hub import compose
+from vlm_jax.hub.tokenizer import HubTokenizer
 from vlm_jax.structs import PADDING, Batch, State
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.log import Log
@@ -76,6 +78,8 @@ def tokenizer_of(cfg: Experiment, workdir: Workdir) -> Tokenizer:
     """The tokenizer that is kept in the work folder, or one trained now."""
     if workdir.tokenizer.exists():
         return Tokenizer.load(workdir.tokenizer, cfg.data.special_ids)
+    if cfg.decoder.checkpoint:
+        return Tokenizer(HubTokenizer.load(cfg.decoder.checkpoint).backend, cfg.data.special_ids)
     return pipeline.train_tokenizer(cfg)
 
 
@@ -84,7 +88,8 @@ def begin(cfg: Experiment, mesh, data, checkpoints: Checkpoints) -> tuple[State,
     restored = checkpoints.restore(abstract_state(cfg, mesh))
     if restored is None:
         create = jax.jit(lambda key: make_state(cfg, key), out_shardings=state_shardings(cfg, mesh))
-        return create(jax.random.key(cfg.seed)), 0
+        state = create(jax.random.key(cfg.seed))
+        return state.replace(params=compose.load_parts(cfg, state.params, mesh)), 0
     state, data_state = restored
     data.set_state(data_state)
     print(f"continuing from step {int(state.step)} in {cfg.workdir}", flush=True)

@@ -1,0 +1,155 @@
+"""Any encoder with any decoder, from folders of their own, under any fusion: settings, weights, tokenizer, pixels."""
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import traverse_util
+from flax.linen import meta
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from tests.hub import tiny_tokenizers
+from tests.hub.parity import SMALL, forward, reference, saved
+from vlm_jax import axes
+from vlm_jax.cli import main
+from vlm_jax.config import ConfigError, Fusion, Mesh, Projector
+from vlm_jax.hub import compose
+from vlm_jax.hub.inputs import to_batch
+from vlm_jax.nn.models import boxed_params, model_of
+from vlm_jax.testing import random_batch, tiny
+from vlm_jax.validate import validate
+
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+TOWER |= {"image_size": 32, "patch_size": 8}
+MEAN = [0.4, 0.5, 0.6]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two encoders and two decoders, each as it is downloaded."""
+    made = {}
+
+    def folder(name):
+        made[name] = tmp_path_factory.mktemp(name)
+        return made[name]
+
+    saved(CLIPVisionModel(CLIPVisionConfig(**TOWER)), folder("clip"))
+    CLIPImageProcessor(image_mean=MEAN, size={"shortest_edge": 32}, crop_size=32).save_pretrained(made["clip"])
+    saved(SiglipVisionModel(SiglipVisionConfig(**TOWER)), folder("siglip"))
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(made["siglip"])
+    tiny_tokenizers.gpt2(folder("gpt2"))
+    gpt2 = GPT2Config(vocab_size=800, n_positions=256, n_embd=32, n_layer=2, n_head=4, eos_token_id=0)
+    made["gpt2 model"] = saved(GPT2LMHeadModel(gpt2), made["gpt2"])
+    tiny_tokenizers.llama3(folder("llama"))
+    llama = LlamaConfig(**SMALL | {"vocab_size": 800, "max_position_embeddings": 256}, eos_token_id=1)
+    made["llama model"] = saved(LlamaForCausalLM(llama), made["llama"])
+    return made
+
+
+def composed(folders, encoder, decoder, fusion):
+    cfg = tiny(fusion, fusion=Fusion(fusion), projector=Projector("mlp"))
+    vision = replace(cfg.vision, checkpoint=str(folders[encoder]), feature_layers=(-2,) if encoder == "clip" else ())
+    cfg = replace(cfg, vision=vision, decoder=replace(cfg.decoder, checkpoint=str(folders[decoder])))
+    return validate(compose.resolved(cfg))
+
+
+def loaded(cfg):
+    """Parameters of a new run, and what composition makes of them."""
+    new = jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), meta.unbox(boxed_params(cfg)))
+    gates = {path: 0 * x if path[-1].endswith("gate") else x for path, x in traverse_util.flatten_dict(new).items()}
+    return compose.load_parts(cfg, traverse_util.unflatten_dict(gates), axes.make_mesh(Mesh()))
+
+
+PAIRS = [("clip", "gpt2", "unified"), ("siglip", "llama", "cross_attention"), ("clip", "llama", "encoder_decoder")]
+every_pair = pytest.mark.parametrize(("encoder", "decoder", "fusion"), PAIRS)
+
+
+@every_pair
+def test_settings_come_from_the_checkpoints_and_every_part_of_theirs_is_loaded(folders, encoder, decoder, fusion):
+    cfg = composed(folders, encoder, decoder, fusion)
+    assert (cfg.vision.width, cfg.vision.depth, cfg.vision.image_size_px) == (32, 3, 32)
+    assert cfg.decoder.vocab_size == 800
+    assert cfg.fusion.kind == fusion
+    for path, x in traverse_util.flatten_dict(loaded(cfg)).items():
+        begins_anew = path[0] == "projector" or any(name.startswith("cross") for name in path)
+        assert (np.asarray(x) == 0.5).all() == (begins_anew and not path[-1].endswith("gate")), path
+
+
+@pytest.mark.parametrize("encoder", ["clip", "siglip"])
+def test_the_encoder_is_that_of_transformers(folders, encoder):
+    cfg = composed(folders, encoder, "llama", "cross_attention")
+    pixels = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    model = (CLIPVisionModel if encoder == "clip" else SiglipVisionModel).from_pretrained(folders[encoder])
+    with torch.no_grad():
+        states = model(torch.tensor(pixels), output_hidden_states=True)
+    expected = states.hidden_states[-2][:, 1:] if encoder == "clip" else states.last_hidden_state
+    found = forward(model_of(cfg.vision), loaded(cfg)["vision"], np.moveaxis(pixels, 1, -1))
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("decoder", ["gpt2", "llama"])
+def test_grafted_cross_attention_leaves_the_text_decoder_as_it_was(folders, decoder):
+    """Bit for bit while the gates are closed; and those logits are transformers'."""
+    cfg = composed(folders, "clip", decoder, "cross_attention")
+    ids = np.random.default_rng(0).integers(0, 800, (2, 12))
+    params, text = loaded(cfg), to_batch(cfg, {"input_ids": ids}, None)
+    pixels = np.random.default_rng(0).normal(size=(2, 1, 32, 32, 3)).astype(np.float32)
+    seen = text.replace(images=pixels, image_mask=np.ones((*ids.shape, 1), bool))
+    alone, grafted = (forward(model_of(cfg), params, batch).logits for batch in (text, seen))
+    np.testing.assert_array_equal(grafted, alone)
+    np.testing.assert_allclose(alone, reference(folders[f"{decoder} model"], input_ids=ids), atol=1e-4)
+    opened = jax.tree_util.tree_map_with_path(lambda path, x: x + 1 if path[-1].key.endswith("gate") else x, params)
+    assert np.abs(forward(model_of(cfg), opened, seen).logits - alone).max() > 1e-3
+
+
+def test_pixels_and_special_tokens_are_the_checkpoints(folders):
+    cfg = composed(folders, "clip", "gpt2", "unified")
+    assert cfg.vision.image_mean == tuple(MEAN)
+    assert cfg.data.eos_id == 0
+    llama = composed(folders, "clip", "llama", "unified")
+    _, image, _, eos = llama.data.special_ids
+    assert image != eos  # it has special tokens to spare
+    assert random_batch(llama).image_slots.max() == 15
+
+
+@pytest.mark.parametrize("part", ["vision", "decoder"])
+def test_a_folder_without_the_part_is_refused(folders, part):
+    cfg, wrong = tiny(), folders["clip" if part == "decoder" else "llama"]
+    cfg = replace(cfg, **{part: replace(getattr(cfg, part), checkpoint=str(wrong))})
+    if part == "decoder":
+        tiny_tokenizers.gpt2(wrong)
+    with pytest.raises(ConfigError, match=f"{part}.checkpoint .* holds no {part} part"):
+        compose.resolved(cfg)
+
+
+def test_a_run_begins_with_the_checkpoints_and_keeps_what_is_frozen(folders, tmp_path, datasets_dir, capsys):
+    config = tmp_path / "composed.py"
+    config.write_text("from vlm_jax.testing import tiny\n\ndef get_config():\n    return tiny()\n")
+    arguments = ["--config", config, "--workdir", tmp_path / "run", "--data.dir", datasets_dir]
+    arguments += ["--vision.checkpoint", folders["siglip"], "--decoder.checkpoint", folders["llama"]]
+    arguments += ["--fusion.kind", "cross_attention", "--optim.rate_scale.decoder", 0, "--optim.rate_scale.vision", 0]
+    arguments += ["--data.text_length", 120, "--eval.max_examples", 8, "--eval.batch_size", 8]
+    assert main(list(map(str, arguments))) == 0
+    from vlm_jax.infer import demo
+    from vlm_jax.workdir import Workdir
+
+    cfg = Workdir(str(tmp_path / "run")).read_config()
+    params, _ = demo.load(cfg)
+    began = compose.load_parts(cfg, params, axes.make_mesh(Mesh()))
+    for path, x in traverse_util.flatten_dict(params).items():
+        assert np.array_equal(x, traverse_util.flatten_dict(began)[path]), path
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["examples"] == 8

@@ -1,0 +1,83 @@
+"""`generate --checkpoint` says what transformers says, and a user's mistake is one sentence."""
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from tests.hub import tiny_tokenizers
+from tests.hub.parity import SMALL, saved
+from vlm_jax import from_pretrained
+from vlm_jax.cli import main
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}User: {{ m['content'] }}\nAssistant: {% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_tokenizers.llama3(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = LlamaConfig(**SMALL | {"vocab_size": len(tokenizer)}, bos_token_id=None, eos_token_id=None)
+    model = saved(LlamaForCausalLM(config), folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return model, AutoTokenizer.from_pretrained(folder), folder
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    code = main(["generate", *map(str, arguments)])
+    return code, *capsys.readouterr()
+
+
+def test_the_answer_is_that_of_transformers(llama, capsys):
+    model, tokenizer, folder = llama
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "what is it?"}], return_tensors="pt")
+    made = model.generate(**asked, max_new_tokens=12, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    code, said, _ = run(capsys, "--checkpoint", folder, "--prompt", "what is it?", "--max-new-tokens", 12)
+    assert code == 0
+    assert said == tokenizer.decode(made, skip_special_tokens=True) + "\n"
+
+
+def test_a_seed_repeats_a_draw_and_another_gives_another(llama, capsys):
+    drawn = [
+        run(capsys, "--checkpoint", llama[2], "--prompt", "hello", "--temperature", 1.0, "--seed", seed, *TEN)[1]
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+TEN = ("--max-new-tokens", 10)
+
+
+def test_prompts_of_mixed_lengths_are_padded_on_the_left(llama):
+    model, params, processor = from_pretrained(llama[2])
+    batch = processor(["what", "what is it ? and the cat"])
+    assert (np.diff(batch.segment_ids.astype(int), axis=1) >= 0).all()
+    assert (batch.segment_ids[:, -1] == 1).all()
+    assert batch.positions[0, batch.segment_ids[0] == 1].tolist() == list(range(batch.segment_ids[0].sum()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "--checkpoint"),
+        (("--prompt", "x", "--temperature", "-1"), "--temperature -1.0: it must be at least 0"),
+        (("--prompt", "x", "--top-p", "0"), "--top-p 0.0: it must be above 0 and at most 1"),
+        (("--prompt", "x", "--max-new-tokens", "many"), "max-new-tokens"),
+        (("--prompt", "x", "--image", "a.png"), "reads no images"),
+        (("--prompt", "x", "--beams", "3"), "--beams"),
+        (("--prompt", "word " * 100,), "--prompt is too long"),
+    ],
+)
+def test_a_mistake_is_one_sentence(llama, capsys, arguments, said):
+    checkpoint = ("--checkpoint", llama[2]) if arguments else ()
+    code, out, error = run(capsys, *checkpoint, *arguments)
+    assert code == 2
+    assert said in error
+    assert error.count("\n") == 1
+    assert not out
+
+
+def test_a_folder_that_is_no_checkpoint_is_named(tmp_path, capsys):
+    code, _, error = run(capsys, "--checkpoint", tmp_path, "--prompt", "x")
+    assert code == 2
+    assert str(tmp_path) in error

@@ -1,0 +1,63 @@
+"""The configs of published models have the published numbers of parameters, and are what the hub's files say."""
+
+import math
+from pathlib import Path
+
+import jax
+import pytest
+from flax.linen import meta
+
+from vlm_jax import config_file
+from vlm_jax.hub.export import comparable
+from vlm_jax.hub.families import FAMILIES
+from vlm_jax.nn.models import boxed_params
+from vlm_jax.validate import validate
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PARAMETERS = {
+    "gpt2": 124_439_808,
+    "llama_3_2_1b": 1_235_814_400,
+    "phi_3_mini": 3_821_079_552,
+    "gemma_2b": 2_506_172_416,
+    "llava_1_5_7b": 7_063_427_072,
+    "paligemma_3b_224": 2_923_466_480,
+    "fuyu_8b": 9_408_238_592,
+    "llama_3_2_11b_vision": 10_642_941_475,
+}
+MODEL_TYPES = {
+    "gpt2": "gpt2",
+    "llama_3_2_1b": "llama",
+    "phi_3_mini": "phi3",
+    "gemma_2b": "gemma",
+    "llava_1_5_7b": "llava",
+    "paligemma_3b_224": "paligemma",
+    "fuyu_8b": "fuyu",
+    "llama_3_2_11b_vision": "mllama",
+}
+
+
+def experiment(name):
+    return validate(config_file.load(str(CONFIGS / f"{name}.py")))
+
+
+def count(boxes) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(meta.unbox(boxes)))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_model_has_its_published_size(name):
+    assert count(boxed_params(experiment(name))) == PARAMETERS[name]
+
+
+def test_parts_that_were_never_trained_together_have_theirs():
+    boxes = boxed_params(experiment("clip_l14_336_gpt2"))
+    assert count(boxes["vision"]) == 303_507_456
+    assert count(boxes["decoder"]) == PARAMETERS["gpt2"]
+
+
+@pytest.mark.parametrize("name", MODEL_TYPES)
+def test_a_config_is_its_public_family(name):
+    """What the family writes for it, and reads again, is the same model."""
+    cfg, family = experiment(name), FAMILIES[MODEL_TYPES[name]]
+    names = {row.hub for row in family.rows(cfg)}
+    assert comparable(family.read(family.write(cfg), names)) == comparable(cfg)

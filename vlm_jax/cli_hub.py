@@ -1,0 +1,114 @@
+"""The verbs about public checkpoints: `verify`, `export`, and `generate --checkpoint`."""
+
+import argparse
+import json
+from pathlib import Path
+
+
+from vlm_jax.config import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """A mistake is a ConfigError."""
+
+    def error(self, message: str):
+        raise ConfigError(f"{self.prog}: {message}.")
+
+
+def parsed(verb: str, arguments: list[str], **options: dict) -> argparse.Namespace:
+    """The options of a verb; each `name=settings` is `--name` with the settings of `add_argument`.
+
+    Raises:
+      ConfigError: an option that does not exist, lacks its value, or has one of a wrong type.
+    """
+    parser = Parser(prog=f"python run.py {verb}", allow_abbrev=False)
+    for name, settings in options.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, **settings)
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise ConfigError(f"{verb} has no option {unknown[0]}: choose {', '.join('--' + name for name in options)}.")
+    return given
+
+
+TAPS = {"choices": ("input", "output"), "help": "Llama 3.2 Vision: intermediate features enter or leave their layers"}
+
+
+def verify(arguments: list[str]) -> int:
+    given = parsed(
+        "verify",
+        arguments,
+        checkpoint={"required": True, "help": "folder of a public checkpoint"},
+        reference={"required": True, "help": ".npz file of <case>/in/<argument> and <case>/out/<output>"},
+        outputs={"default": "", "help": "what to compare, separated by commas; default: all"},
+        atol={"type": float, "help": "largest absolute difference; default: 1e-4, 3e-4 for Gemma and PaliGemma"},
+        taps=TAPS,
+    )
+    from vlm_jax.infer import verify
+
+    outputs = [name for name in given.outputs.split(",") if name]
+    results = verify.verify(given.checkpoint, given.reference, outputs, given.atol, given.taps)
+    print(verify.table(results))
+    compared = [result for result in results if not result.reason]
+    wrong = [result for result in compared if not result.ok]
+    print(f"{len(compared) - len(wrong)} of {len(compared)} compared outputs agree")
+    return 0 if compared and not wrong else 1
+
+
+def export(arguments: list[str]) -> int:
+    given = parsed(
+        "export",
+        arguments,
+        checkpoint={"required": True, "help": "folder of a public checkpoint, or of a run"},
+        output={"required": True, "help": "folder to write"},
+        taps=TAPS,
+    )
+    from vlm_jax.hub import export
+
+    if is_run(given.checkpoint):
+        from vlm_jax.infer import demo
+        from vlm_jax.workdir import Workdir
+
+        workdir = Workdir(given.checkpoint)
+        cfg = workdir.read_config()
+        export.refuse_used(given.output)
+        kind = export.export_run(cfg, demo.load(cfg)[0], workdir.tokenizer, given.output)
+    else:
+        kind = export.export_checkpoint(given.checkpoint, given.output, given.taps)
+    print(f"{given.output} holds a {kind} for transformers")
+    return 0
+
+
+def is_run(folder: str) -> bool:
+    """Whether a folder is one of our runs: its config.json has our sections and no model_type."""
+    try:
+        config = json.loads((Path(folder).expanduser() / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "fusion" in config and "model_type" not in config
+
+
+def generate(arguments: list[str]) -> int:
+    given = parsed(
+        "generate",
+        arguments,
+        checkpoint={"required": True, "help": "folder of a public checkpoint"},
+        image={"nargs": "+", "action": "extend", "default": [], "help": "image files that the prompt is about"},
+        prompt={"required": True, "help": "what to say to the model"},
+        temperature={"type": float, "default": 0.0, "help": "0: the most likely token"},
+        top_k={"type": int, "default": 0, "help": "only the k most likely tokens; 0: all"},
+        top_p={"type": float, "default": 1.0, "help": "only the most likely tokens that have this probability together"},
+        max_new_tokens={"type": int, "default": 256, "help": "the longest answer"},
+        seed={"type": int, "default": 0, "help": "of the draws"},
+        taps=TAPS,
+    )
+    for name, least in {"temperature": 0, "top_k": 0, "max_new_tokens": 1, "seed": 0}.items():
+        if getattr(given, name) < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(given, name)}: it must be at least {least}.")
+    if not 0 < given.top_p <= 1:
+        raise ConfigError(f"--top-p {given.top_p}: it must be above 0 and at most 1.")
+    from vlm_jax.infer import ask
+
+    for text in ask.answer(given):
+        print(text, end="", flush=True)
+    print()
+    return 0

@@ -1,0 +1,111 @@
+"""An experiment whose encoder and decoder begin with public checkpoints, from folders of their own.
+
+`vision.checkpoint` and `decoder.checkpoint` name the folders: their configs say what the parts look like, the fusion is
+the experiment's. What joins the two (projector, cross-attention) begins as in a new run.
+"""
+
+from dataclasses import replace
+
+import jax
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from vlm_jax.config import ConfigError, Decoder, Experiment, Vision
+from vlm_jax.hub.files import open_tensors
+from vlm_jax.hub.image_settings import read_settings
+from vlm_jax.hub.load import Checkpoint, inspect, read_params
+from vlm_jax.hub.table import Row
+from vlm_jax.hub.tokenizer import HubTokenizer
+from vlm_jax.nn.models import boxed_params
+
+# Settings that are no matter of the weights, and stay the experiment's.
+KEPT = {
+    "vision": ("checkpoint", "feature_layers", "keep_class_token", "newline_token", "patch_embed", "unroll"),
+    "decoder": ("checkpoint", "unroll"),
+}
+
+
+def resolved(cfg: Experiment) -> Experiment:
+    """The experiment with the settings of its checkpoints in the place of its own.
+
+    Raises:
+      ConfigError: a folder that is no checkpoint, or holds no such part.
+    """
+    if cfg.vision.checkpoint:
+        cfg = replace(cfg, vision=_resolved_vision(cfg.vision))
+    if cfg.decoder.checkpoint:
+        tokenizer = HubTokenizer.load(cfg.decoder.checkpoint)
+        decoder = replace(_settings(cfg.decoder, "decoder"), **_kept(cfg.decoder, "decoder"))
+        cfg = replace(cfg, decoder=decoder, data=replace(cfg.data, special_ids=special_ids(tokenizer, decoder)))
+    return cfg
+
+
+def _resolved_vision(own: Vision) -> Vision:
+    vision = _settings(own, "vision")
+    if not own.feature_layers and vision.final_norm == "pooled":
+        vision = replace(vision, final_norm="none")  # it is for the pooled vector, which nobody reads here
+    processing = read_settings(own.checkpoint)
+    normalisation = {"image_mean": tuple(processing.image_mean), "image_std": tuple(processing.image_std)}
+    return replace(vision, pool="none", mask_token=False, **normalisation, **_kept(own, "vision"))
+
+
+def _settings(own: Vision | Decoder, part: str):
+    with open_tensors(own.checkpoint) as tensors:
+        cfg = inspect(own.checkpoint, tensors).cfg
+    if part == "vision" and isinstance(cfg, Vision):
+        return cfg
+    found = getattr(cfg, part, None)
+    if found is None or (part == "vision" and isinstance(cfg, Experiment) and not cfg.fusion.has_images):
+        raise ConfigError(f"{part}.checkpoint {own.checkpoint} holds no {part} part.")
+    return found
+
+
+def _kept(own: Vision | Decoder, part: str) -> dict:
+    return {name: getattr(own, name) for name in KEPT[part]}
+
+
+def special_ids(tokenizer: HubTokenizer, decoder: Decoder) -> tuple[int, int, int, int]:
+    """Padding, image, newline and end of text in a tokenizer that may have no tokens for the first three.
+
+    An image token takes a special token that has no name. What stands in a slot of padding or of an image is never
+    read, so the end of text stands there for want of another.
+    """
+    if not tokenizer.eos_ids:
+        raise ConfigError(f"decoder.checkpoint {decoder.checkpoint} names no token that ends a text.")
+    eos = tokenizer.eos_ids[0]
+    image = next((i for i in tokenizer.unnamed_ids if i not in tokenizer.eos_ids), eos)
+    newline = (tokenizer.encode("\n", add_special_tokens=False) or [eos])[-1]
+    return eos if tokenizer.pad_id is None else tokenizer.pad_id, image, newline, eos
+
+
+def load_parts(cfg: Experiment, params: dict, mesh: Mesh) -> dict:
+    """The parameters of a new run with those of its checkpoints in their places, in float32."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    for part in ("vision", "decoder"):
+        if getattr(cfg, part).checkpoint:
+            flat |= _read_part(cfg, part, mesh)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _read_part(cfg: Experiment, part: str, mesh: Mesh) -> dict[str, jax.Array]:
+    folder = getattr(cfg, part).checkpoint
+    boxed = traverse_util.flatten_dict(boxed_params(cfg), sep="/")
+    with open_tensors(folder) as tensors:
+        checkpoint = inspect(folder, tensors)
+        rows = _rows(checkpoint, cfg, part)
+        filled = {piece.ours for row in rows for piece in row.parts}
+        wanted = {path: box for path, box in boxed.items() if path in filled}
+        return read_params(rows, checkpoint.stored(tensors), wanted, "float32", mesh)
+
+
+def _rows(checkpoint: Checkpoint, cfg: Experiment, part: str) -> list[Row]:
+    """The rows of a part, for where it stands in the experiment."""
+    if isinstance(checkpoint.cfg, Vision):
+        return [replace(row, parts=tuple(replace(p, ours=f"vision/{p.ours}") for p in row.parts)) for row in checkpoint.rows]
+    if part == "decoder":
+        return [row for row in checkpoint.family.rows(replace(checkpoint.cfg, fusion=cfg.fusion)) if _is_of(row, part)]
+    return [row for row in checkpoint.rows if _is_of(row, part)]
+
+
+def _is_of(row: Row, part: str) -> bool:
+    return all(piece.ours.startswith(f"{part}/") for piece in row.parts)

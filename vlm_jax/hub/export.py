@@ -1,0 +1,143 @@
+"""A checkpoint, or a run of ours, -> a folder that transformers loads, with tokenizer and processor files along."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+
+from vlm_jax.config import ConfigError, Experiment, Vision
+from vlm_jax.hub.families import KNOWN
+from vlm_jax.hub.family import Family, Json
+from vlm_jax.hub.files import open_tensors
+from vlm_jax.hub.load import Checkpoint, load_checkpoint
+from vlm_jax.hub.save import write_model
+from vlm_jax.validate import flat
+
+ALONG = (  # what is copied as it is, where it is there
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("preprocessor_config.json", "processor_config.json"),
+)
+OF_5X = ("rope_parameters", "dtype", "transformers_version", "layer_types")  # spellings that 4.x does not know
+NOT_OF_THE_MODEL = ("checkpoint", "unroll", "patch_embed", "image_mean", "image_std")  # equal numbers whatever they say
+
+
+def export_checkpoint(folder: str | os.PathLike, output: str | os.PathLike, taps: str | None = None) -> str:
+    """A public checkpoint under the names and config keys of transformers 4.x, byte for byte; returns its model_type.
+
+    Raises:
+      ConfigError: the folder cannot be loaded, or the output cannot be written or holds weights already.
+    """
+    refuse_used(output)
+    checkpoint, params = load_checkpoint(folder, taps=taps)
+    with open_tensors(folder) as tensors:
+        dtypes = {name: tensor.dtype for name, tensor in checkpoint.stored(tensors).items()}
+    write_checkpoint(output, checkpoint, params, dtypes)
+    return checkpoint.family.model_type
+
+
+def write_checkpoint(output: str | os.PathLike, checkpoint: Checkpoint, params: Mapping, dtypes=None) -> None:
+    """Parameters in the layout of the checkpoint that they were loaded from, with the files beside its weights."""
+    refuse_used(output)
+    write_model(output, checkpoint.family, checkpoint.cfg, params, without_5x(checkpoint.config), dtypes)
+    for name in ALONG:
+        if (checkpoint.folder / name).is_file():
+            shutil.copy(checkpoint.folder / name, Path(output).expanduser() / name)
+
+
+def refuse_used(output: str | os.PathLike) -> None:
+    if (Path(output).expanduser() / "config.json").exists():
+        raise ConfigError(f"--output {output} holds a config.json already: choose another folder, or delete it.")
+
+
+def without_5x(config: Mapping) -> Json:
+    """config.json without the keys that only transformers 5.x knows; their 4.x spellings stand beside them."""
+    kept = {key: without_5x(x) if isinstance(x, dict) else x for key, x in config.items() if key not in OF_5X}
+    return kept | ({"torch_dtype": config["dtype"]} if "dtype" in config else {})
+
+
+def export_run(cfg: Experiment, params: Mapping, tokenizer: Path, output: str | os.PathLike) -> str:
+    """A run of ours in the layout of the public family that it is; returns the family's model_type.
+
+    Raises:
+      ConfigError: no family is like it (the nearest is named, with what differs), or the output cannot be written.
+    """
+    refuse_used(output)
+    family = family_like(cfg)
+    pad, image, _, eos = cfg.data.special_ids
+    config = {"pad_token_id": pad, "eos_token_id": eos, "torch_dtype": "float32"}
+    if cfg.fusion.image_in_sequence:
+        config["image_token_index"] = image
+    write_model(output, family, cfg, params, config)
+    folder = Path(output).expanduser()
+    shutil.copy(tokenizer, folder / "tokenizer.json")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
+    if cfg.fusion.has_images:
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor_settings(cfg.vision), indent=2) + "\n")
+    return family.model_type
+
+
+def processor_settings(vision: Vision) -> Json:
+    """What our pipeline does to an image, in the words of transformers."""
+    side = vision.image_size_px
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(vision.image_mean),
+        "image_std": list(vision.image_std),
+    }
+
+
+def family_like(cfg: Experiment) -> Family:
+    """The family whose config.json can say what this experiment is."""
+    mine, nearest = comparable(cfg), []
+    for family in KNOWN:
+        try:
+            again = family.read(family.write(cfg), {row.hub for row in family.rows(cfg)})
+        except (ConfigError, KeyError, AttributeError, TypeError, ValueError):
+            continue  # it has no words for such a model at all
+        if not isinstance(again, Experiment):
+            continue
+        theirs = comparable(again)
+        differing = [f"{n} {mine.get(n)} (not {theirs.get(n)})" for n in mine | theirs if mine.get(n) != theirs.get(n)]
+        if not differing:
+            return family
+        nearest.append((len(differing), family.model_type, differing))
+    if not nearest:
+        raise ConfigError("no public family is like this run.")
+    _, name, differing = min(nearest)
+    raise ConfigError(f"no public family is like this run; the nearest is {name}, but for {', '.join(differing)}.")
+
+
+def comparable(cfg: Experiment) -> dict[str, object]:
+    """What the model is: settings that two equal models share, whatever way they were given."""
+    decoder, fusion = cfg.decoder, cfg.fusion
+    decoder = replace(decoder, kv_heads=decoder.num_kv_heads, head_dim=decoder.head_width)
+    if decoder.positions != "rope":
+        decoder = replace(decoder, rope=type(decoder.rope)())
+    found = {f"decoder.{name}": value for name, value in flat(decoder).items()}
+    found |= {"fusion.kind": fusion.kind, "fusion.prefix": fusion.prefix}
+    found["fusion.sublayers"] = fusion.sublayers(decoder.depth)
+    if fusion.image_in_memory:
+        found |= {"fusion.has_gates": fusion.has_gates, "fusion.qk_norm": fusion.qk_norm}
+        found["fusion.blind_rows"] = fusion.blind_rows
+    if fusion.has_images:
+        vision = replace(cfg.vision, kv_heads=cfg.vision.num_kv_heads, head_dim=cfg.vision.head_width)
+        found |= {f"vision.{name}": value for name, value in flat(vision).items()}
+        found |= {f"projector.{name}": value for name, value in _used(cfg.projector).items()}
+    return {name: value for name, value in found.items() if name.split(".")[1] not in NOT_OF_THE_MODEL}
+
+
+def _used(projector) -> dict[str, object]:
+    """The settings that its kind reads."""
+    names = {"linear": ("bias",), "mlp": ("bias", "activation"), "none": ()}
+    chosen = names.get(projector.kind, tuple(flat(projector)))
+    return {"kind": projector.kind} | {name: getattr(projector, name) for name in chosen}

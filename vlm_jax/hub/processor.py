@@ -1,0 +1,143 @@
+"""Text and images -> what a checkpoint's model reads, as the files beside its weights say."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.hub.chat import ChatTemplate
+from vlm_jax.hub.family import get
+from vlm_jax.hub.image_processor import ImageProcessor, ProcessedImages
+from vlm_jax.hub.image_steps import Picture
+from vlm_jax.hub.inputs import to_batch
+from vlm_jax.hub.load import Checkpoint
+from vlm_jax.hub.prompts import TextFormat, load_prompt_format, stack_prompts
+from vlm_jax.hub.tokenizer import HubTokenizer
+from vlm_jax.structs import Batch
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What a folder says about text and images; a part that the model does not need, or the folder lacks, is None."""
+
+    checkpoint: Checkpoint
+    tokenizer: HubTokenizer | None
+    images: ImageProcessor | None
+    template: ChatTemplate | None
+    form: TextFormat | None
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint) -> "Processor":
+        """Reads the files of a checkpoint's folder.
+
+        Raises:
+          ConfigError: a file that is needed is damaged or says nothing that is understood.
+        """
+        folder = checkpoint.folder
+        tokenizer = _if_there(HubTokenizer.load, folder, TOKENIZER_FILES)
+        return cls(
+            checkpoint,
+            tokenizer,
+            _if_there(ImageProcessor.load, folder, IMAGE_FILES),
+            ChatTemplate.load(folder) if tokenizer else None,
+            load_prompt_format(folder, tokenizer) if tokenizer and isinstance(checkpoint.cfg, Experiment) else None,
+        )
+
+    def __call__(self, prompts: Sequence[str], images: Sequence[Sequence[Picture]] = ()) -> Batch:
+        """Prompts as they are and the images of each, files or open ones -> a batch to continue, padded on the left.
+
+        Raises:
+          ConfigError: the images do not match the prompts, or the folder lacks a tokenizer or an image processor.
+        """
+        cfg, images = self.checkpoint.cfg, images or [()] * len(prompts)
+        if self.form is None:
+            raise ConfigError(f"{self.checkpoint.folder} holds no tokenizer, or its model reads no text.")
+        processed = self.pixels(images)
+        facts = _facts(processed, [len(row) for row in images])
+        if cfg.fusion.kind == "encoder_decoder":
+            arrays = self._started(prompts)
+        else:
+            made = [self.form.prompt(text, row, self._adds_special(text)) for text, row in zip(prompts, facts, strict=True)]
+            arrays = stack_prompts(made, self.tokenizer.pad_id or 0)
+        return to_batch(cfg, arrays | _arrays(processed), self.checkpoint.image_token, generating=True)
+
+    def pixels(self, images: Sequence[Sequence[Picture]]) -> ProcessedImages | None:
+        """The images of every row as the encoder reads them; None where there is none."""
+        if not any(images):
+            return None
+        if self.images is None:
+            raise ConfigError(f"{self.checkpoint.folder} holds no {' or '.join(IMAGE_FILES)}: it says nothing of images.")
+        return self.images([list(row) for row in images])
+
+    def chat(self, prompt: str, images: int) -> str:
+        """What a user says about so many images, as the checkpoint's chat template has it, or with its image tokens."""
+        token = getattr(self.form, "image_token", "")
+        if self.template is None:
+            return prompt if not token or token in prompt else token * images + prompt
+        special = self.tokenizer.special_tokens
+        if self.template.reads_lists(special):
+            content: Any = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
+        else:
+            content = f"{token * images}\n{prompt}" if images else prompt
+        return self.template.render([{"role": "user", "content": content}], special, add_generation_prompt=True)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of an answer, up to the first token that ends it."""
+        ends = set(self.checkpoint.eos_ids)
+        return self.tokenizer.decode(itertools.takewhile(lambda i: i not in ends, map(int, ids)))
+
+    def _adds_special(self, text: str) -> bool:
+        """A chat template has written the token that begins a text already."""
+        bos = self.tokenizer.special_tokens.get("bos_token", "")
+        return not (bos and text.startswith(bos))
+
+    def _started(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Texts behind the token that starts the decoder, padded on the left."""
+        config = self.checkpoint.config
+        start = get(config, "decoder_start_token_id", get(config["decoder"], "decoder_start_token_id", None))
+        start = get(config["decoder"], "bos_token_id", self.tokenizer.bos_id) if start is None else start
+        rows = [[start, *self.tokenizer.encode(text, add_special_tokens=False)] for text in prompts]
+        length = max(map(len, rows))
+        pad = self.tokenizer.pad_id or 0
+        ids = np.array([[pad] * (length - len(row)) + row for row in rows], np.int32)
+        there = np.array([[0] * (length - len(row)) + [1] * len(row) for row in rows], np.int32)
+        return {"decoder_input_ids": ids, "decoder_attention_mask": there}
+
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", "open_clip_config.json")
+
+
+def _if_there(load, folder, names):
+    return load(folder) if any((folder / name).is_file() for name in names) else None
+
+
+def _facts(processed: ProcessedImages | None, counts: Sequence[int]) -> list[list]:
+    """Of every image of every row what counts in the text: its tiles, its grid of patches, or its size in pixels."""
+    if processed is None:
+        return [[] for _ in counts]
+    if processed.num_tiles is not None:
+        return processed.num_tiles
+    if processed.grids is not None:
+        facts = iter([tuple(map(int, grid)) for grid in processed.grids])
+    else:
+        facts = iter([processed.pixel_values.shape[1:3]] * sum(counts))
+    return [list(itertools.islice(facts, count)) for count in counts]
+
+
+def _arrays(processed: ProcessedImages | None) -> dict[str, np.ndarray]:
+    """By the names and in the layout of transformers."""
+    if processed is None:
+        return {}
+    if processed.grids is not None:
+        return {"pixel_values": processed.pixel_values}
+    arrays = {"pixel_values": np.moveaxis(processed.pixel_values, -1, -3)}
+    if processed.num_tiles is None:
+        return arrays
+    return arrays | {
+        "aspect_ratio_ids": processed.aspect_ratio_ids,
+        "aspect_ratio_mask": processed.aspect_ratio_mask,
+    }

@@ -1,0 +1,226 @@
+"""Prompts with images, as the processors of transformers 5.23 write them (`models/*/processing_*.py`).
+
+llava      <s> USER: <image> <image> <image> <image> what is it? ASSISTANT:     N tokens for every <image> of the text
+paligemma  <image> <image> <image> <image> <bos> what is it? \\n                 the same, if only at the start
+fuyu       |SPEAKER| |SPEAKER| |NEWLINE| |SPEAKER| |SPEAKER| |NEWLINE| <s> what is it? <0x04>
+mllama     <|image|> <|begin_of_text|> what is it?                              one token an image, and a mask
+"""
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.config import ConfigError
+from vlm_jax.hub.files import read_json
+from vlm_jax.hub.special_tokens import read_if_there
+from vlm_jax.hub.stored import are_counts
+from vlm_jax.hub.tokenizer import HubTokenizer
+from vlm_jax.hub.tokenizer_files import CONFIG
+
+PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    input_ids: np.ndarray  # (T,) int32
+    token_type_ids: np.ndarray | None = None  # (T,) int32; 0: what sees all of the prompt
+    cross_attention_mask: np.ndarray | None = None  # (T, I, J) int32; 1: this token reads tile J of image I
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """A family whose images, if it reads any, leave no trace in the text."""
+
+    tokenizer: HubTokenizer
+
+    @classmethod
+    def read(cls, tokenizer: HubTokenizer, config: Mapping, processor: Mapping, images: Mapping) -> "TextFormat":
+        """From what is in config.json, processor_config.json and preprocessor_config.json."""
+        return cls(tokenizer)
+
+    def prompt(self, text: str, images: Sequence[Any] = (), add_special_tokens: bool = True) -> Prompt:
+        """A text and its images -> a prompt.
+
+        Args:
+          text: with the family's image token in the place of every image, but see the families.
+          images: what counts of each, which is the family's.
+          add_special_tokens: whether the tokenizer puts its own around the text; a chat template wrote them already.
+
+        Raises:
+          ConfigError: the image tokens in the text are not as many as the images, or the tokenizer has none.
+        """
+        return Prompt(_ids(self.tokenizer.encode(text, add_special_tokens)))
+
+
+@dataclass(frozen=True)
+class LlavaFormat(TextFormat):
+    """Of every image: (height, width) of its pixels."""
+
+    patch_size_px: int
+    tokens_beside_patches: int  # such as the class token
+    image_token: str
+
+    @classmethod
+    def read(cls, tokenizer, config, processor, images):
+        token = tokenizer.special_tokens.get("image_token") or processor.get("image_token", "<image>")
+        patch_size, beside = processor.get("patch_size"), processor.get("num_additional_image_tokens", 0)
+        strategy = processor.get("vision_feature_select_strategy")
+        if patch_size is None:  # older folders leave it to the model's config
+            vision = config["vision_config"]
+            patch_size, beside = vision["patch_size"], int(vision.get("model_type") == "clip_vision_model")
+            strategy = config.get("vision_feature_select_strategy", "default")
+        if not are_counts(patch_size, beside) or patch_size == 0:
+            raise TypeError("patch_size is no number of pixels")
+        return cls(tokenizer, patch_size, beside - (strategy == "default"), token)
+
+    def prompt(self, text, images=(), add_special_tokens=True):
+        _check_count(text, self.image_token, len(images))
+        self.tokenizer.id_of(self.image_token)
+        counts = [height // self.patch_size_px * (width // self.patch_size_px) for height, width in images]
+        tokens = [self.image_token * (count + self.tokens_beside_patches) for count in counts]
+        parts = itertools.zip_longest(text.split(self.image_token), tokens, fillvalue="")
+        return super().prompt("".join(itertools.chain(*parts)), add_special_tokens=add_special_tokens)
+
+
+@dataclass(frozen=True)
+class PaliGemmaFormat(TextFormat):
+    """Nothing counts of an image; a text without image tokens gets them at its start. Special tokens are its own."""
+
+    tokens_per_image: int
+    image_token: str = "<image>"
+
+    @classmethod
+    def read(cls, tokenizer, config, processor, images):
+        count = images.get("image_seq_length")
+        if count is None:
+            vision = config["vision_config"]
+            count = (vision["image_size"] // vision["patch_size"]) ** 2
+        if not are_counts(count):
+            raise TypeError("image_seq_length is no number of tokens")
+        return cls(tokenizer, count)
+
+    def prompt(self, text, images=(), add_special_tokens=True):
+        if self.image_token not in text:
+            text = self.image_token * len(images) + text
+        _check_count(text, self.image_token, len(images))
+        self.tokenizer.id_of(self.image_token)
+        before, last, question = text.rpartition(self.image_token)
+        before = (before + last).replace(self.image_token, self.image_token * self.tokens_per_image)
+        bos = self.tokenizer.special_tokens.get("bos_token", "")
+        ids = _ids(self.tokenizer.encode(f"{before}{bos}{question}\n", add_special_tokens=False))
+        return Prompt(ids, token_type_ids=np.zeros_like(ids))
+
+
+@dataclass(frozen=True)
+class FuyuFormat(TextFormat):
+    """Of the image, of which there is one at the most: (rows, columns) of its patches. The text does not mention it."""
+
+    patch_token: str = "|SPEAKER|"
+
+    def prompt(self, text, images=(), add_special_tokens=True):
+        if not images:
+            return super().prompt(text, add_special_tokens=add_special_tokens)
+        _check_count(self.patch_token + text, self.patch_token, len(images))
+        patch, newline, bos = map(self.tokenizer.id_of, (self.patch_token, "|NEWLINE|", "<s>"))
+        ((rows, columns),) = images
+        question = self.tokenizer.encode(text + "<0x04>", add_special_tokens=False)  # this byte begins an answer
+        return Prompt(_ids([*([patch] * columns + [newline]) * rows, bos, *question]))
+
+
+@dataclass(frozen=True)
+class MllamaFormat(TextFormat):
+    """Of every image: the number of its tiles."""
+
+    max_tiles: int
+    image_token: str = "<|image|>"
+
+    @classmethod
+    def read(cls, tokenizer, config, processor, images):
+        return cls(tokenizer, images.get("max_image_tiles", 4))
+
+    def prompt(self, text, images=(), add_special_tokens=True):
+        _check_count(text, self.image_token, len(images))
+        bos = self.tokenizer.special_tokens.get("bos_token", "")
+        if bos not in text:
+            question = text
+            while question.startswith(self.image_token):
+                question = question.removeprefix(self.image_token)
+            text = text[: len(text) - len(question)] + bos + question
+        ids = _ids(self.tokenizer.encode(text, add_special_tokens))
+        if not images:
+            return Prompt(ids)
+        return Prompt(ids, cross_attention_mask=self._mask(ids == self.tokenizer.id_of(self.image_token), images))
+
+    def _mask(self, is_image: np.ndarray, num_tiles: Sequence[int]) -> np.ndarray:
+        """Tokens read the last image before them, and with it those that stand right before it.
+
+        tokens      A  B  the  C  cat
+        image A     x  x  x    .  .
+        image B     .  x  x    .  .
+        image C     .  .  .    x  x
+        """
+        mask = np.zeros((len(is_image), len(num_tiles), self.max_tiles), np.int32)
+        starts = np.flatnonzero(is_image)
+        ends = np.append(starts[1:], len(is_image))
+        for image in reversed(range(len(starts))):
+            if image + 1 < len(starts) and ends[image] == starts[image] + 1:
+                ends[image] = ends[image + 1]
+            mask[starts[image] : ends[image], image, : num_tiles[image]] = 1
+        return mask
+
+
+FORMATS = {"llava": LlavaFormat, "paligemma": PaliGemmaFormat, "fuyu": FuyuFormat, "mllama": MllamaFormat}
+
+
+def load_prompt_format(folder: str | os.PathLike, tokenizer: HubTokenizer) -> TextFormat:
+    """How the checkpoint in a folder wants prompts.
+
+    Raises:
+      ConfigError: there is no config.json, a file is damaged, or none says how many tokens an image takes.
+    """
+    folder = Path(folder).expanduser()
+    config, processor = read_json(folder / CONFIG), read_if_there(folder / PROCESSOR)
+    images = processor.get("image_processor") or read_if_there(folder / PREPROCESSOR)
+    try:
+        return FORMATS.get(config.get("model_type"), TextFormat).read(tokenizer, config, processor, images)
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError):
+        path = folder / PROCESSOR
+        raise ConfigError(f"{path} does not say how many tokens an image takes, nor does a file beside it.") from None
+
+
+def stack_prompts(prompts: Sequence[Prompt], pad_id: int) -> dict[str, np.ndarray]:
+    """Prompts -> a model's inputs by their names; shorter ones are padded on the left.
+
+    Returns:
+      input_ids, attention_mask and, for a family that has them, token_type_ids (B, T) int32, and cross_attention_mask
+      (B, T, I, J) int32.
+    """
+    length = max(len(prompt.input_ids) for prompt in prompts)
+    ids, there = (np.full((len(prompts), length), fill, np.int32) for fill in (pad_id, 0))
+    masks = [prompt.cross_attention_mask for prompt in prompts if prompt.cross_attention_mask is not None]
+    most = np.max([mask.shape[1:] for mask in masks], axis=0, initial=0) if masks else ()
+    read = np.zeros((len(prompts), length, *most), np.int32)
+    for row, prompt in enumerate(prompts):
+        start = length - len(prompt.input_ids)
+        ids[row, start:], there[row, start:] = prompt.input_ids, 1
+        if prompt.cross_attention_mask is not None:
+            read[row, start:, : prompt.cross_attention_mask.shape[1]] = prompt.cross_attention_mask
+    inputs = {"input_ids": ids, "attention_mask": there}
+    if any(prompt.token_type_ids is not None for prompt in prompts):
+        inputs["token_type_ids"] = np.zeros_like(ids)
+    return inputs | ({"cross_attention_mask": read} if masks else {})
+
+
+def _ids(ids: Sequence[int]) -> np.ndarray:
+    return np.array(ids, np.int32)
+
+
+def _check_count(text: str, token: str, images: int) -> None:
+    found = text.count(token)
+    if found != images:
+        raise ConfigError(f"the prompt has {found} image tokens ({token}), but there are {images} images.")

@@ -1,0 +1,148 @@
+"""Text <-> token ids, as a checkpoint's folder defines them; ids are those of transformers 5.23's AutoTokenizer."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from vlm_jax.config import ConfigError
+from vlm_jax.hub.special_tokens import TOKENIZER_CONFIG, read_if_there
+from vlm_jax.hub.tokenizer_files import CONFIG, read_pipeline
+
+GENERATION_CONFIG = "generation_config.json"
+NO_CHARACTER = "\ufffd"  # what bytes decode to that are no character, or not yet
+LOOSE = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")  # what tidying strips of spaces
+STATED_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class HubTokenizer:
+    """The tokenizer of a checkpoint.
+
+    Attributes:
+      special_tokens: "bos_token" -> its text, for every token that has a name; what a chat template may use.
+      bos_id, pad_id: None where no file names one.
+      eos_ids: the tokens of which each ends an answer; empty where no file names one.
+      tidies: decoding takes spaces before punctuation away.
+    """
+
+    def __init__(
+        self,
+        backend: Tokenizer,
+        special_tokens: dict[str, str],
+        stated_ids: dict[str, Any],
+        end_of_word: str = "",
+        tidies: bool = False,
+    ):
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._end_of_word = end_of_word
+        self.tidies = tidies
+        self.special_tokens = special_tokens
+        bos, eos, pad = (backend.token_to_id(special_tokens.get(f"{name}_token", "")) for name in ("bos", "eos", "pad"))
+        self.bos_id = stated_ids.get("bos_token_id") if bos is None else bos
+        self.pad_id = stated_ids.get("pad_token_id") if pad is None else pad
+        ends = stated_ids.get("eos_token_id", eos)
+        self.eos_ids = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "HubTokenizer":
+        """Reads `tokenizer.json`, `vocab.json` and `merges.txt`, or SentencePiece's `tokenizer.model`.
+
+        What ends an answer is said by `generation_config.json`, else `config.json`, else the tokenizer; what starts a
+        text and what pads it by the tokenizer first.
+
+        Raises:
+          ConfigError: there is no folder, no tokenizer in it, or a file is damaged or does not fit the others.
+        """
+        folder = Path(folder).expanduser()
+        if not os.path.isdir(folder):
+            raise ConfigError(f"{folder} is no folder.")
+        backend, special, kind = read_pipeline(folder)
+        tidies = read_if_there(folder / TOKENIZER_CONFIG).get("clean_up_tokenization_spaces")
+        is_bpe = type(backend.model).__name__ == "BPE"  # whose tokens hold no spaces but those of the text
+        end_of_word = kind.end_of_word if kind else ""
+        return cls(backend, special.texts, _stated_ids(folder), end_of_word, bool(tidies) and not is_bpe)
+
+    @property
+    def backend(self) -> Tokenizer:
+        """What does the work, for a run that keeps a tokenizer of its own."""
+        return self._backend
+
+    @property
+    def unnamed_ids(self) -> tuple[int, ...]:
+        """The special tokens that have no name such as bos_token, in the order of their ids."""
+        named = set(self.special_tokens.values())
+        added = sorted(self._backend.get_added_tokens_decoder().items())
+        return tuple(i for i, token in added if token.special and token.content not in named)
+
+    def __len__(self) -> int:
+        """The number of tokens, added ones included; the model's table of embeddings may have more rows."""
+        return self._backend.get_vocab_size()
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text; special tokens in the text are found, `add_special_tokens` puts others around it."""
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of ids; an id that is no token's is left out."""
+        text = self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        if self._end_of_word:
+            text = text.replace(self._end_of_word, " ").strip()
+        if self.tidies:
+            for loose in LOOSE:
+                text = text.replace(loose, loose.strip())
+        return text
+
+    def id_of(self, token: str) -> int:
+        """The id of a token. ConfigError where it is none."""
+        found = self._backend.token_to_id(token)
+        if found is None:
+            raise ConfigError(f"the tokenizer has no token {token!r}.")
+        return found
+
+    def stream(self, skip_special_tokens: bool = True) -> "TextStream":
+        return TextStream(self, skip_special_tokens)
+
+
+class TextStream:
+    """Ids one after the other -> the text that each adds; a character appears when its last byte is there."""
+
+    def __init__(self, tokenizer: HubTokenizer, skip_special_tokens: bool = True):
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._ids: list[int] = []
+        self._shown = 0  # characters that were returned
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """The new text that more ids make certain; empty while a character is not complete."""
+        self._ids.extend(int(i) for i in ids)
+        text = self._text().rstrip(NO_CHARACTER)
+        if self._tokenizer.tidies:  # two more words may take a space away: "do n ' t" becomes "don't"
+            text = text.rsplit(" ", 2)[0]
+        return self._from_shown(text)
+
+    def end(self) -> str:
+        """What was held back, when no more ids come."""
+        return self._from_shown(self._text())
+
+    def _text(self) -> str:
+        # All ids anew: what a token adds depends on those before it, such as the space that a text does not start with.
+        return self._tokenizer.decode(self._ids, self._skip_special_tokens)
+
+    def _from_shown(self, text: str) -> str:
+        new = text[self._shown :]
+        self._shown = max(self._shown, len(text))
+        return new
+
+
+def _stated_ids(folder: Path) -> dict[str, Any]:
+    """Ids in generation_config.json, else in config.json, else in the part of it that is about text."""
+    config = read_if_there(folder / CONFIG)
+    sources = [config.get("decoder"), config.get("text_config"), config, read_if_there(folder / GENERATION_CONFIG)]
+    stated = {}
+    for source in (source for source in sources if isinstance(source, dict)):
+        stated |= {key: source[key] for key in STATED_IDS if source.get(key) is not None}
+    return stated

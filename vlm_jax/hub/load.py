@@ -15,9 +15,11 @@ from jax.sharding import Mesh
 from vlm_jax import axes
 from vlm_jax.config import ConfigError
 from vlm_jax.config import Mesh as MeshSizes
-from vlm_jax.hub.families import family_of
+from vlm_jax.hub.copying import aligned, copy_into
+from vlm_jax.hub.families import config_path, family_of
 from vlm_jax.hub.family import Config, Family, Json, get
 from vlm_jax.hub.files import Tensors, open_tensors, read_json
+from vlm_jax.hub.stored import StoredTensor
 from vlm_jax.hub.table import Part, Row
 from vlm_jax.nn.models import boxed_params, model_of
 
@@ -28,11 +30,15 @@ class Checkpoint(NamedTuple):
     """A folder whose config is understood and whose tensors are all accounted for."""
 
     folder: Path
-    config: Json  # config.json
+    config: Json  # config.json, or OpenCLIP's
     family: Family
     cfg: Config
     rows: list[Row]
     stored_names: dict[str, str]  # name in the table -> name in the files
+
+    def stored(self, tensors: Tensors) -> dict[str, StoredTensor]:
+        """The tensors by their names in the table."""
+        return {name: tensors[found] for name, found in self.stored_names.items()}
 
     @property
     def image_token(self) -> int | None:
@@ -49,37 +55,52 @@ class Checkpoint(NamedTuple):
         return (found,) if isinstance(found, int) else tuple(found)
 
 
-def load_params(folder: str | os.PathLike, dtype=None, mesh: Mesh | None = None) -> tuple[nn.Module, dict]:
+def load_params(
+    folder: str | os.PathLike, dtype=None, mesh: Mesh | None = None, taps: str | None = None
+) -> tuple[nn.Module, dict]:
     """The model of a folder and its parameters; arguments and errors are those of `load_checkpoint`."""
-    checkpoint, params = load_checkpoint(folder, dtype, mesh)
+    checkpoint, params = load_checkpoint(folder, dtype, mesh, taps)
     return model_of(checkpoint.cfg), params
 
 
-def load_checkpoint(folder: str | os.PathLike, dtype=None, mesh: Mesh | None = None) -> tuple[Checkpoint, dict]:
+def load_checkpoint(
+    folder: str | os.PathLike, dtype=None, mesh: Mesh | None = None, taps: str | None = None
+) -> tuple[Checkpoint, dict]:
     """A folder and its parameters, each assembled where it lies on the mesh.
 
     Args:
       dtype: of the parameters; None: as they are stored.
       mesh: of `axes.make_mesh`; None: all devices along `data`.
+      taps: of `mllama.family_of_taps`; the other families have none.
 
     Raises:
       ConfigError: no config, an unknown `model_type`, damaged files, or tensors that are unknown, missing or of a
         wrong shape (all of them are listed).
     """
     with open_tensors(folder) as tensors:
-        checkpoint = inspect(folder, tensors)
-        params = read_params(checkpoint, tensors, dtype, axes.make_mesh(MeshSizes()) if mesh is None else mesh)
-    return checkpoint, params
+        checkpoint = inspect(folder, tensors, taps)
+        boxed = traverse_util.flatten_dict(boxed_params(checkpoint.cfg), sep="/")
+        mesh = axes.make_mesh(MeshSizes()) if mesh is None else mesh
+        params = read_params(checkpoint.rows, checkpoint.stored(tensors), boxed, dtype, mesh)
+    return checkpoint, traverse_util.unflatten_dict(params, sep="/")
 
 
-def inspect(folder: str | os.PathLike, tensors: Tensors) -> Checkpoint:
+def inspect(folder: str | os.PathLike, tensors: Tensors, taps: str | None = None) -> Checkpoint:
     """Reads the config and compares the table with what is stored, before anything is loaded."""
     folder = Path(folder).expanduser()
-    config = read_json(folder / "config.json")
-    family = family_of(config, str(folder / "config.json"))
+    path = config_path(folder)
+    config = read_json(path)
+    family = family_of(config, str(path), taps)
     names = family.canonical(tensors)
-    cfg = family.read(config, names)
-    rows = family.rows(cfg)
+    try:
+        cfg = family.read(config, names)
+        rows = family.rows(cfg)
+    except KeyError as error:
+        raise ConfigError(f"{path} lacks the key {error}.") from None
+    except (TypeError, ValueError, ArithmeticError) as error:
+        if isinstance(error, ConfigError):
+            raise ConfigError(str(error).replace("config.json:", f"{path}:", 1)) from None
+        raise ConfigError(f"{path} has a value that is not understood: {error}.") from None
     check(rows, {name: tensors[stored].shape for name, stored in names.items()}, shapes_of(cfg), str(folder))
     return Checkpoint(folder, config, family, cfg, rows, names)
 
@@ -105,33 +126,35 @@ def check(rows: list[Row], stored: Mapping[str, tuple[int, ...]], shapes, folder
         raise AssertionError(f"no row of the table fills {sorted(unfed)}")
 
 
-def read_params(checkpoint: Checkpoint, tensors: Tensors, dtype, mesh: Mesh) -> dict:
-    """Every parameter, assembled from the rows of its table, a shard at a time."""
-    boxed = boxed_params(checkpoint.cfg)
-    shardings = traverse_util.flatten_dict(axes.parameter_shardings(boxed, mesh), sep="/")
-    shapes = shapes_of(checkpoint.cfg)
+def read_params(
+    rows: list[Row], stored: Mapping[str, StoredTensor], boxed: Mapping[str, axes.Lettered], dtype, mesh: Mesh
+) -> dict[str, jax.Array]:
+    """The parameters in `boxed` (path -> shape and letters), each assembled from its rows where it lies on the mesh.
+
+    `stored` has the tensors by their names in the table.
+    """
+    shardings = axes.parameter_shardings(boxed, mesh)
+    shapes = {path: box.value.shape for path, box in boxed.items()}
     sources: dict[str, list[tuple[Row, Part]]] = {}
-    for row in checkpoint.rows:
+    for row in rows:
         for part in row.parts:
             sources.setdefault(part.ours, []).append((row, part))
 
     def assemble(path):
-        found = sources[path]
-        stored = [tensors[checkpoint.stored_names[row.hub]] for row, _ in found]
-        kind = np.dtype(dtype) if dtype is not None else stored[0].dtype
+        found = [(stored[row.hub], row, part) for row, part in sources[path]]
+        kind = np.dtype(dtype) if dtype is not None else found[0][0].dtype
 
         def shard(index):
-            return _shard(index, shapes, kind, [(s.read(), *pair) for s, pair in zip(stored, found)])
+            return _shard(index, shapes, kind, [(tensor.read(), row, part) for tensor, row, part in found])
 
         array = jax.make_array_from_callback(shapes[path], shardings[path], shard)
         array.block_until_ready()
-        for tensor in stored:
+        for tensor, _, _ in found:
             tensor.release()
         return array
 
     with ThreadPoolExecutor(THREADS) as pool:
-        params = dict(zip(shapes, pool.map(assemble, shapes)))
-    return traverse_util.unflatten_dict(params, sep="/")
+        return dict(zip(boxed, pool.map(assemble, boxed)))
 
 
 def _shard(index, shapes, dtype, sources) -> np.ndarray:
@@ -139,12 +162,8 @@ def _shard(index, shapes, dtype, sources) -> np.ndarray:
     turns = range(len(sources))[index[0]] if sources[0][2].turn is not None else range(1)
     inner = index[1:] if sources[0][2].turn is not None else index
     by_turn = {part.turn or 0: (array, row, part) for array, row, part in sources}
-    first = by_turn[turns[0]]
-    views = (row.take(array, part, shapes)[inner] for array, row, part in (by_turn[turn] for turn in turns))
-    if first[2].turn is None:
-        return np.array(next(views), dtype, order="C")
-    views = list(views)
-    piece = np.empty((len(views), *views[0].shape), dtype)
+    views = [row.take(array, part, shapes)[inner] for array, row, part in (by_turn[turn] for turn in turns)]
+    piece = aligned((len(views), *views[0].shape), dtype)
     for target, view in zip(piece, views):
-        target[...] = view
-    return piece
+        copy_into(target, view)
+    return piece if sources[0][2].turn is not None else piece[0]

@@ -45,6 +45,7 @@ def test_every_kind_of_value_comes_back_equal_from_json():
     cfg = replace(
         tiny("cross_attention", fusion=Fusion("cross_attention", cross_layers=(0, 1), gated=False)),
         data=Data(augment=("mirror", "turn")),
+        vision=Vision(tile_layouts=((1, 1), (1, 2))),
         optim=Optim(rate_scale=RateScale(vision=0.0), learning_rate=1 / 3),
         seed=7,
         workdir="a folder/ü",
@@ -143,9 +144,11 @@ def test_a_row_has_room_for_the_image_tokens_that_stand_in_it(kind, newline, slo
 
 def test_overrides_are_typed():
     arguments = ["--fusion.kind", "cross_attention", "--fusion.cross-layers", "0", "1", "--optim.learning_rate", "1e-4"]
+    arguments += ["--vision.tile-layouts", "1", "1", "1", "2"]
     cfg = config_file.override(tiny(), arguments, "test")
     assert cfg.fusion == Fusion("cross_attention", cross_layers=(0, 1))
     assert cfg.optim.learning_rate == 1e-4
+    assert cfg.vision.tile_layouts == ((1, 1), (1, 2))
 
 
 # What cannot work

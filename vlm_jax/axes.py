@@ -46,6 +46,7 @@ ALPHABET = {
     "H": Axis("numbers of a head"),
     "F": Axis("hidden numbers of an MLP", parameter="tensor", activation="tensor"),
     "V": Axis("vocabulary", parameter="tensor", activation="tensor"),
+    "W": Axis("numbers of the vectors in which images and texts are compared"),
     "1": Axis("a dimension of one"),
 }
 

@@ -4,7 +4,6 @@ import argparse
 import json
 from pathlib import Path
 
-
 from vlm_jax.config import ConfigError
 
 
@@ -71,7 +70,7 @@ def export(arguments: list[str]) -> int:
         workdir = Workdir(given.checkpoint)
         cfg = workdir.read_config()
         export.refuse_used(given.output)
-        kind = export.export_run(cfg, demo.load(cfg)[0], workdir.tokenizer, given.output)
+        kind = export.export_run(cfg, demo.load(cfg)[0], workdir.tokenizer, given.output, given.taps)
     else:
         kind = export.export_checkpoint(given.checkpoint, given.output, given.taps)
     print(f"{given.output} holds a {kind} for transformers")
@@ -96,7 +95,11 @@ def generate(arguments: list[str]) -> int:
         prompt={"required": True, "help": "what to say to the model"},
         temperature={"type": float, "default": 0.0, "help": "0: the most likely token"},
         top_k={"type": int, "default": 0, "help": "only the k most likely tokens; 0: all"},
-        top_p={"type": float, "default": 1.0, "help": "only the most likely tokens that have this probability together"},
+        top_p={
+            "type": float,
+            "default": 1.0,
+            "help": "only the most likely tokens that have this probability together",
+        },
         max_new_tokens={"type": int, "default": 256, "help": "the longest answer"},
         seed={"type": int, "default": 0, "help": "of the draws"},
         taps=TAPS,

@@ -101,8 +101,13 @@ def _rebuilt(kind, values):
     built = {}
     for name, value in values.items():
         nested = dataclasses.is_dataclass(types[name])
-        built[name] = _rebuilt(types[name], value) if nested else tuple(value) if isinstance(value, list) else value
+        built[name] = _rebuilt(types[name], value) if nested else _tuples(value)
     return kind(**built)
+
+
+def _tuples(value):
+    """Tuples, where JSON has lists."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def differences(a: Experiment, b: Experiment) -> list[str]:

@@ -29,9 +29,7 @@ class Transformer:
     qk_norm: bool = False  # a norm of every query and key head, before RoPE
     query_scale: float = 0.0  # factor of attention's scores; 0: 1 / sqrt(H)
     score_softcap: float = 0.0  # c: attention's scores become c tanh(score / c); 0: they stay
-    residual_scale: Literal["none", "vector", "tanh"] = (
-        "none"  # of what a sublayer adds: D numbers, or tanh of one
-    )
+    residual_scale: Literal["none", "vector", "tanh"] = "none"  # of what a sublayer adds: D numbers, or tanh of one
     unroll: int = 1  # blocks (or periods of blocks) laid out per turn of the loop over depth; more: slower to compile
 
     @property
@@ -46,7 +44,10 @@ class Transformer:
 @dataclass(frozen=True)
 class Vision(Transformer):
     kind: Literal["vit", "none"] = "vit"  # none: patches go straight to the projector (Fuyu)
+    checkpoint: str = ""  # folder of a public checkpoint: its encoder's settings, and its weights to begin with
     image_size_px: int = 64  # height and width of an image
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of red, green and blue in 0..1, taken off ...
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # ... before it is divided by this
     patch_size_px: int = 8
     patch_embed: Literal["linear", "conv"] = "linear"  # the same numbers, computed as a product or a convolution
     patch_bias: bool = True
@@ -56,18 +57,13 @@ class Vision(Transformer):
     mask_token: bool = False  # the token that stood for hidden patches in pretraining (DINOv2); carried along
     pre_norm: bool = False  # a norm before the first block (CLIP)
     final_norm: Literal["tokens", "pooled", "none"] = "tokens"  # what the norm after the last block is for
-    feature_layers: tuple[
-        int, ...
-    ] = ()  # hidden states that go on; 0: embeddings, -1: last; (): the output
-    pool: Literal["none", "class", "tanh", "attention"] = (
-        "none"  # one vector an image; tanh: of a product
-    )
+    feature_layers: tuple[int, ...] = ()  # hidden states that go on; 0: embeddings, -1: last; (): the output
+    pool: Literal["none", "class", "tanh", "attention"] = "none"  # one vector an image; tanh: of a product
+    classes: int = 0  # rows of a classifier that reads the class token, carried along; 0: there is none
     newline_token: bool = False  # unified: a text token after every row of image tokens (Fuyu)
     tiles: int = 1  # J: tiles that a large image is cut into, at the most (Llama 3.2 Vision)
-    tile_layouts: int = 0  # ways to lay them out (aspect ratios), each with position embeddings of its own
-    global_depth: int = (
-        0  # gated blocks after the others; the features are then the output and `feature_layers`
-    )
+    tile_layouts: tuple[tuple[int, int], ...] = ()  # rows and columns of tiles; each has position embeddings of its own
+    global_depth: int = 0  # gated blocks after the others; the features are then the output and `feature_layers`
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -84,7 +80,7 @@ class Vision(Transformer):
         """E: numbers of a token that reaches the projector."""
         if self.kind == "none":
             return self.patch_dim
-        return self.width * (len(self.feature_layers) + bool(self.global_depth) or 1)
+        return self.width * (len(self.feature_layers) + bool(self.tile_layouts) or 1)
 
     @property
     def extra_tokens(self) -> int:
@@ -179,6 +175,9 @@ class Rope:
 
 @dataclass(frozen=True)
 class Decoder(Transformer):
+    checkpoint: str = (
+        ""  # folder of a public checkpoint: its decoder's settings and tokenizer, its weights to begin with
+    )
     vocab_size: int = 512  # V: rows of the output head; the tokenizer has at most as many
     extra_tokens: int = 0  # tokens that can be read but never written: rows of the embedding beyond the head's (mllama)
     embed_scale: bool = False  # embeddings times sqrt(D)
@@ -205,10 +204,12 @@ class Contrastive:
 
     vision: Vision
     text: Decoder
-    embed_width: int = 512  # numbers of the vectors that are compared
+    embed_width: int = 512  # W: numbers of the vectors that are compared
     image_projection: bool = True  # a product from the pooled image to embed_width; otherwise it is as wide already
     text_projection_bias: bool = False
     causal: bool = True  # whether a text token sees only what stands before it
-    text_pool: Literal["largest_id", "first_eos", "last"] = "largest_id"  # the token that stands for the text
+    text_pool: Literal["largest_id", "first_eos", "last"] = (
+        "largest_id"  # the token that stands for the text; last: of the row, be it padding
+    )
     eos_id: int = 2  # of first_eos
     logit_bias: bool = False  # a number added to every logit (SigLIP)

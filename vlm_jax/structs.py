@@ -73,6 +73,7 @@ class Cache:
     positions: jax.Array  # (B, T)
     block_ids: jax.Array | None  # (B, T)
     layers: Any  # per block of the repeating period and sublayer: keys and values (L, B, T, K, H)
+    seen: Stream | None = None  # what was read, slot by slot, without memory: for a RoPE that may turn it all anew
 
 
 @struct.dataclass
@@ -82,6 +83,16 @@ class Encoded:
     tokens: jax.Array  # (B, P, E): the last hidden state
     pooled: jax.Array | None = None  # (B, E): one vector an image
     features: jax.Array | None = None  # (B, P, E): what the projector reads
+    logits: jax.Array | None = None  # (B, V): of the classes that the encoder was trained on
+
+
+@struct.dataclass
+class Compared:
+    """B images and R texts, each a vector of length 1, and their products, scaled."""
+
+    image_embeds: jax.Array  # (B, W)
+    text_embeds: jax.Array  # (R, W)
+    logits_per_image: jax.Array  # (B, R)
 
 
 @struct.dataclass

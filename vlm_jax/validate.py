@@ -84,14 +84,15 @@ def choices(cfg, prefix: str = "") -> dict[str, tuple[str, ...]]:
         if dataclasses.is_dataclass(kind):
             found |= choices(getattr(cfg, name), f"{prefix}{name}.")
         else:
-            inner = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
-            found[prefix + name] = typing.get_args(inner)
+            while typing.get_origin(kind) is tuple:
+                kind = typing.get_args(kind)[0]
+            found[prefix + name] = typing.get_args(kind)
     return found
 
 
 def _patches(cfg):
     size, patch = cfg.vision.image_size_px, cfg.vision.patch_size_px
-    if size % patch:
+    if size % patch and not cfg.vision.checkpoint:  # public ones may leave pixels over at the border
         fitting = [p for p in range(1, size + 1) if size % p == 0]
         raise ConfigError(
             f"vision.image_size_px {size} is not a multiple of vision.patch_size_px {patch}: "

@@ -28,7 +28,8 @@ def randomized(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            middle = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
+            is_norm = "norm" in name.lower() or ".ln_" in name
+            middle = 1.0 if is_norm and name.endswith("weight") else 0.0
             parameter.copy_(middle + 0.2 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
@@ -49,18 +50,18 @@ def ours(folder, image_token: int | None = None, **inputs) -> np.ndarray:
     return np.asarray(forward(model, params, to_batch(model.cfg, inputs, image_token)).logits)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("method", "mutable"))
 def forward(model, params, *inputs, **settings):
     return model.apply({"params": params}, *inputs, **settings)
 
 
-def assert_round_trip(folder, target) -> None:
-    """Load, then export: every tensor keeps its name, dtype and bytes."""
+def assert_round_trip(folder, target, **config) -> None:
+    """Load, then export: every tensor keeps its name, dtype and bytes. `config` goes along into config.json."""
     with open_tensors(folder) as before:
         checkpoint = inspect(folder, before)
         _, params = load_params(folder)
         dtypes = {name: before[stored].dtype for name, stored in checkpoint.stored_names.items()}
-        write_model(target, checkpoint.family, checkpoint.cfg, params, dtypes=dtypes)
+        write_model(target, checkpoint.family, checkpoint.cfg, params, config, dtypes)
         with open_tensors(target) as after:
             assert set(after) == set(checkpoint.stored_names)
             for name, stored in checkpoint.stored_names.items():

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from tests.hub.parity import SMALL, assert_round_trip, ours, reference, reloaded, saved
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -11,6 +10,8 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from tests.hub.parity import SMALL, assert_round_trip, ours, reference, reloaded, saved
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 16}

@@ -65,7 +65,13 @@ def test_prompts_of_mixed_lengths_are_padded_on_the_left(llama):
         (("--prompt", "x", "--max-new-tokens", "many"), "max-new-tokens"),
         (("--prompt", "x", "--image", "a.png"), "reads no images"),
         (("--prompt", "x", "--beams", "3"), "--beams"),
-        (("--prompt", "word " * 100,), "--prompt is too long"),
+        (
+            (
+                "--prompt",
+                "word " * 100,
+            ),
+            "--prompt is too long",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(llama, capsys, arguments, said):

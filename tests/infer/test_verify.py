@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from tests.hub.parity import SMALL, reference, saved
+from vlm_jax.cli import main
 from vlm_jax.config import ConfigError
 from vlm_jax.infer.verify import table, verify
 
@@ -92,3 +93,48 @@ def test_a_reference_of_pickled_objects_is_refused(llama, tmp_path):
     np.savez(tmp_path / "reference.npz", **{"a/in/input_ids": np.array([{}], object)})
     with pytest.raises(ConfigError, match="reference.npz is no .npz file of arrays"):
         verify(llama[1], tmp_path / "reference.npz")
+
+
+def test_a_case_that_lacks_an_argument_says_so(llama, cases, tmp_path):
+    arrays = {"plain/in/attention_mask": MASK, "plain/out/logits": cases["plain/out/logits"]}
+    assert "input_ids" in run(llama[1], tmp_path, arrays)["plain", "logits"].reason
+
+
+def test_the_command_line_prints_a_table_and_its_exit_code_is_the_verdict(llama, cases, tmp_path, capsys):
+    reference = tmp_path / "reference.npz"
+    np.savez(reference, **cases)
+    command = ["verify", "--checkpoint", str(llama[1]), "--reference", str(reference)]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "padded  new_ids" in said
+    assert "3 of 3 compared outputs agree" in said
+    assert main([*command, "--outputs", "logits", "--atol", "1e-12"]) == 1
+    assert "0 of 2 compared outputs agree" in capsys.readouterr().out
+    assert main([*command, "--outputs", "attentions"]) == 1  # nothing compared is no success
+    assert main([*command[:3], "--reference", str(tmp_path / "none.npz")]) == 2
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llava")
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    vision |= {"image_size": 16, "patch_size": 8, "model_type": "clip_vision_model"}
+    text = SMALL | {"model_type": "llama", "eos_token_id": None}
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)
+    return saved(LlavaForConditionalGeneration(config), folder), folder
+
+
+def test_a_model_with_images_is_compared_in_all_its_outputs(llava, tmp_path):
+    model, folder = llava
+    ids = np.array([[1, 63, 63, 63, 63, 5, 6, 7], [0, 0, 1, 63, 63, 63, 63, 9]])
+    inputs = {"input_ids": ids, "attention_mask": (ids > 0).astype(int)}
+    inputs["pixel_values"] = np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32)
+    tensors = {name: torch.tensor(x) for name, x in inputs.items()}
+    features = model.get_image_features(tensors["pixel_values"]).pooler_output
+    arrays = {f"a/in/{name}": x for name, x in inputs.items()}
+    arrays["a/out/logits"] = reference(model, **inputs)
+    arrays["a/out/image_features"] = torch.stack(list(features)).detach().numpy()
+    arrays["a/out/new_ids"] = model.generate(**tensors, max_new_tokens=5, do_sample=False)[:, ids.shape[1] :].numpy()
+    results = run(folder, tmp_path, arrays)
+    assert len(results) == 3
+    assert all(result.ok for result in results.values()), table(list(results.values()))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.config import Projector, Vision
-from vlm_jax.nn.fusion import fuse, memory_mask, near, place, sequence_mask
+from vlm_jax.nn.fusion import fuse, memory_mask, place, sequence_mask, text_mask
 from vlm_jax.structs import NO_IMAGE, Batch, Cache
 from vlm_jax.testing import tiny
 
@@ -225,10 +225,23 @@ def test_a_block_does_not_reach_into_another_segment_or_branch():
     """)
 
 
+def test_a_block_is_seen_whole_through_a_sliding_window():
+    """The sliding layers of PaliGemma 2: the prefix sees itself, what follows the last three tokens."""
+    row = batch([1] * 6, [0] * 6).replace(positions=jnp.arange(6)[None], block_ids=jnp.asarray([[1, 1, 1, 1, 0, 0]]))
+    assert drawn(sequence_mask(row, window=3)) == picture("""
+        1 1 1 1 . .
+        1 1 1 1 . .
+        1 1 1 1 . .
+        1 1 1 1 . .
+        . . 1 1 1 .
+        . . . 1 1 1
+    """)
+
+
 def test_a_sliding_window_counts_positions_and_so_leaves_packed_questions_alone():
     """Two questions about a trunk of two: the second one's window reaches the trunk over the first question."""
     row = batch([1] * 6, [0, 0, 1, 1, 2, 2]).replace(positions=jnp.asarray([[0, 1, 2, 3, 2, 3]]))
-    assert drawn(sequence_mask(row) & near(row, 3)) == picture("""
+    assert drawn(sequence_mask(row, window=3)) == picture("""
         1 . . . . .
         1 1 . . . .
         1 1 1 . . .
@@ -236,6 +249,17 @@ def test_a_sliding_window_counts_positions_and_so_leaves_packed_questions_alone(
         1 1 . . 1 .
         . 1 . . 1 1
     """)
+
+
+def test_a_text_alone_is_seen_up_to_the_token_or_whole_and_never_its_padding():
+    there = jnp.array([[1, 1, 1, 0]]) > 0
+    assert drawn(text_mask(there, causal=True)) == picture("""
+        1 . . .
+        1 1 . .
+        1 1 1 .
+        1 1 1 .
+    """)
+    assert drawn(text_mask(there, causal=False)) == picture("1 1 1 .")
 
 
 def test_a_blind_token_reads_everything_where_asked_for_and_is_known_as_blind():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.linen import meta
 
 from vlm_jax.config import Vision
 from vlm_jax.nn import patches
@@ -45,6 +46,15 @@ def convolve(images, kernel, patch_size_px):
         padding="VALID",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
+
+
+@pytest.mark.parametrize("patch_embed", ["linear", "conv"])
+def test_pixels_that_fill_no_patch_are_not_read(patch_embed):
+    module = patches.PatchEmbed(Vision(width=5, image_size_px=14, patch_size_px=4, patch_embed=patch_embed))
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 14, 14, 3))))["params"]
+    params = jax.tree.map(lambda x: random(*x.shape), meta.unbox(shapes))
+    images = random(2, 10, 15, 3)
+    np.testing.assert_array_equal(run(module, params, images), run(module, params, images[:, :8, :12]))
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -34,8 +34,8 @@ def resolved(cfg: Experiment) -> Experiment:
     if cfg.vision.checkpoint:
         cfg = replace(cfg, vision=_resolved_vision(cfg.vision))
     if cfg.decoder.checkpoint:
-        tokenizer = HubTokenizer.load(cfg.decoder.checkpoint)
         decoder = replace(_settings(cfg.decoder, "decoder"), **_kept(cfg.decoder, "decoder"))
+        tokenizer = HubTokenizer.load(cfg.decoder.checkpoint)
         cfg = replace(cfg, decoder=decoder, data=replace(cfg.data, special_ids=special_ids(tokenizer, decoder)))
     return cfg
 
@@ -46,7 +46,7 @@ def _resolved_vision(own: Vision) -> Vision:
         vision = replace(vision, final_norm="none")  # it is for the pooled vector, which nobody reads here
     processing = read_settings(own.checkpoint)
     normalisation = {"image_mean": tuple(processing.image_mean), "image_std": tuple(processing.image_std)}
-    return replace(vision, pool="none", mask_token=False, **normalisation, **_kept(own, "vision"))
+    return replace(vision, pool="none", classes=0, mask_token=False, **normalisation, **_kept(own, "vision"))
 
 
 def _settings(own: Vision | Decoder, part: str):
@@ -101,7 +101,9 @@ def _read_part(cfg: Experiment, part: str, mesh: Mesh) -> dict[str, jax.Array]:
 def _rows(checkpoint: Checkpoint, cfg: Experiment, part: str) -> list[Row]:
     """The rows of a part, for where it stands in the experiment."""
     if isinstance(checkpoint.cfg, Vision):
-        return [replace(row, parts=tuple(replace(p, ours=f"vision/{p.ours}") for p in row.parts)) for row in checkpoint.rows]
+        return [
+            replace(row, parts=tuple(replace(p, ours=f"vision/{p.ours}") for p in row.parts)) for row in checkpoint.rows
+        ]
     if part == "decoder":
         return [row for row in checkpoint.family.rows(replace(checkpoint.cfg, fusion=cfg.fusion)) if _is_of(row, part)]
     return [row for row in checkpoint.rows if _is_of(row, part)]

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-
 from vlm_jax.config import ConfigError, Experiment, Vision
-from vlm_jax.hub.families import KNOWN
+from vlm_jax.hub.families import KNOWN, family_of
 from vlm_jax.hub.family import Family, Json
 from vlm_jax.hub.files import open_tensors
 from vlm_jax.hub.load import Checkpoint, load_checkpoint
@@ -59,18 +58,22 @@ def without_5x(config: Mapping) -> Json:
     return kept | ({"torch_dtype": config["dtype"]} if "dtype" in config else {})
 
 
-def export_run(cfg: Experiment, params: Mapping, tokenizer: Path, output: str | os.PathLike) -> str:
+def export_run(
+    cfg: Experiment, params: Mapping, tokenizer: Path, output: str | os.PathLike, taps: str | None = None
+) -> str:
     """A run of ours in the layout of the public family that it is; returns the family's model_type.
+
+    A Llama 3.2 Vision is spelt as transformers 5 reads it ("output"), unless `taps` says otherwise.
 
     Raises:
       ConfigError: no family is like it (the nearest is named, with what differs), or the output cannot be written.
     """
     refuse_used(output)
-    family = family_like(cfg)
+    family = family_like(cfg, taps or "output")
     pad, image, _, eos = cfg.data.special_ids
     config = {"pad_token_id": pad, "eos_token_id": eos, "torch_dtype": "float32"}
     if cfg.fusion.image_in_sequence:
-        config["image_token_index"] = image
+        config |= {"image_token_index": image, "image_token_id": image}  # families read the one or the other
     write_model(output, family, cfg, params, config)
     folder = Path(output).expanduser()
     shutil.copy(tokenizer, folder / "tokenizer.json")
@@ -96,10 +99,11 @@ def processor_settings(vision: Vision) -> Json:
     }
 
 
-def family_like(cfg: Experiment) -> Family:
+def family_like(cfg: Experiment, taps: str = "output") -> Family:
     """The family whose config.json can say what this experiment is."""
     mine, nearest = comparable(cfg), []
-    for family in KNOWN:
+    for known in KNOWN:
+        family = family_of({"model_type": known.model_type}, "", taps)
         try:
             again = family.read(family.write(cfg), {row.hub for row in family.rows(cfg)})
         except (ConfigError, KeyError, AttributeError, TypeError, ValueError):

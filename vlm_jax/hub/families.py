@@ -1,17 +1,65 @@
 """The families that are known, by the `model_type` of their config.json."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from vlm_jax.config import ConfigError
-from vlm_jax.hub import gpt2, llama
+from vlm_jax.hub import (
+    clip,
+    dinov2,
+    encoder_decoder,
+    fuyu,
+    gemma,
+    gpt2,
+    llama,
+    llava,
+    mllama,
+    open_clip,
+    paligemma,
+    phi3,
+    siglip,
+    vit,
+)
 from vlm_jax.hub.family import Family
 
-FAMILIES = {family.model_type: family for family in (gpt2.GPT2, llama.LLAMA, llama.MISTRAL, llama.QWEN2)}
+KNOWN = (
+    gpt2.GPT2,
+    llama.LLAMA,
+    llama.MISTRAL,
+    llama.QWEN2,
+    phi3.PHI3,
+    gemma.GEMMA,
+    gemma.GEMMA2,
+    gemma.GEMMA3,
+    llava.LLAVA,
+    paligemma.PALIGEMMA,
+    fuyu.FUYU,
+    mllama.MLLAMA,
+    vit.VIT,
+    clip.CLIP,
+    clip.CLIP_VISION,
+    open_clip.OPEN_CLIP,
+    siglip.SIGLIP,
+    siglip.SIGLIP_VISION,
+    dinov2.DINOV2,
+    encoder_decoder.ENCODER_DECODER,
+)
+FAMILIES = {family.model_type: family for family in KNOWN}
 
 
-def family_of(config: Mapping, name: str) -> Family:
-    """The family of a config.json; `name` says whose it is. ConfigError lists the known ones."""
-    kind = config.get("model_type")
+def config_path(folder: Path) -> Path:
+    """config.json, or where there is none, OpenCLIP's."""
+    path = folder / open_clip.OPEN_CLIP.config_file
+    return path if path.is_file() and not (folder / "config.json").is_file() else folder / "config.json"
+
+
+def family_of(config: Mapping, name: str, taps: str | None = None) -> Family:
+    """The family of a config.json; `name` says whose it is, `taps` is of `mllama.family_of_taps`.
+
+    Raises:
+      ConfigError: no known family (it lists those that are).
+    """
+    kind = config.get("model_type", open_clip.OPEN_CLIP.model_type if "model_cfg" in config else None)
     if kind not in FAMILIES:
         raise ConfigError(f"{name}: model_type {kind!r} is not supported: choose {', '.join(sorted(FAMILIES))}.")
-    return FAMILIES[kind]
+    return mllama.family_of_taps(config, taps) if kind == "mllama" else FAMILIES[kind]

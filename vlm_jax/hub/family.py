@@ -4,10 +4,11 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 
-from vlm_jax.config import ConfigError, Contrastive, Experiment, Vision
+from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.hub.files import WEIGHTS
 from vlm_jax.hub.table import Row
+from vlm_jax.nn.models import Config
 
-Config = Experiment | Vision | Contrastive  # of a model with a decoder, of an encoder, of two towers
 Json = dict
 
 # Stored in older files though nobody reads them; they are computed from the config.
@@ -27,6 +28,8 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) in turn: other spellings -> those of the table
     tolerance: float = 1e-4  # absolute, in float32, for `verify`
     image_token: int | None = None  # the id of an image token where config.json does not say it
+    config_file: str = "config.json"
+    weights_file: str = WEIGHTS  # what is written; `files.READABLE` is what is read
 
     def canonical(self, names: Collection[str]) -> dict[str, str]:
         """Stored names, buffers left out -> {name in the table: stored name}."""

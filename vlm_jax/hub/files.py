@@ -14,8 +14,8 @@ from vlm_jax.hub.safetensors_files import DTYPE_NAMES, json_object, read_safeten
 from vlm_jax.hub.stored import StoredTensor, map_file
 from vlm_jax.hub.torch_files import read_torch
 
-WEIGHTS = "model.safetensors"  # what is written; `write_tensors` adds numbers for shards
-READABLE = (WEIGHTS, "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")  # best first
+WEIGHTS = "model.safetensors"
+READABLE = (WEIGHTS, "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # best first
 INDEX = ".index.json"  # added to the name of the file that was split
 
 
@@ -98,13 +98,15 @@ def write_tensors(
     specs: Mapping[str, Any],
     read: Callable[[str], np.ndarray],
     max_shard_bytes: int = 5_000_000_000,
+    file_name: str = WEIGHTS,
 ) -> None:
-    """Writes `model.safetensors`, or, where that is more than `max_shard_bytes`, shards in the order of `specs`.
+    """Writes `file_name`, or, where that is more than `max_shard_bytes`, shards in the order of `specs`.
 
     The files get their names when all are complete; until then, and after an error, the folder has no weights.
 
     Args:
       specs: name -> whatever has the `shape` and `dtype` of the tensor (an array, a StoredTensor, a ShapeDtypeStruct).
+      file_name: ends with `.safetensors`; shards have a number before that.
       read: name -> the tensor; called when it is written, so that one at a time has to be in memory.
 
     Raises:
@@ -121,16 +123,16 @@ def write_tensors(
     if found is not None:
         raise ConfigError(f"{found} is there already: choose another folder, or delete it.")
     shards = _shards(specs, max_shard_bytes)
-    weight_map = {}
+    weight_map, stem = {}, file_name.removesuffix(".safetensors")
     with _all_or_none(folder) as create:
         for number, names in enumerate(shards, start=1):
-            file_name = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            weight_map |= dict.fromkeys(names, file_name)
-            with create(file_name) as file:
+            shard = file_name if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
+            weight_map |= dict.fromkeys(names, shard)
+            with create(shard) as file:
                 write_safetensors(file, {name: specs[name] for name in names}, read)
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(map(size_bytes, specs.values()))}, "weight_map": weight_map}
-            with create(WEIGHTS + INDEX) as file:
+            with create(file_name + INDEX) as file:
                 file.write(json.dumps(index, indent=2, sort_keys=True).encode())
 
 

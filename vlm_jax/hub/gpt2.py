@@ -22,7 +22,7 @@ def read_decoder(config: Json, names: Collection[str], head: str = "lm_head.weig
         vocab_size=get(config, "vocab_size", 50257),
         positions="learned",
         max_positions=get(config, "n_positions", 1024),
-        tied_head=get(config, "tie_word_embeddings", True) or head not in names,
+        tied_head=bool(get(config, "tie_word_embeddings", True)) and head not in names,
     )
 
 

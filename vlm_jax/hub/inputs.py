@@ -1,23 +1,25 @@
 """Model inputs as transformers names them -> a `Batch`.
 
-`input_ids`, `attention_mask`, `position_ids`, `token_type_ids`, `pixel_values`, `aspect_ratio_ids`, `aspect_ratio_mask`,
-`cross_attention_mask`, `decoder_input_ids`, `decoder_attention_mask`; images are (..., channels, height, width) there.
+`input_ids`, `attention_mask`, `position_ids`, `token_type_ids`, `pixel_values` (or `image_patches`),
+`aspect_ratio_ids`, `aspect_ratio_mask`, `cross_attention_mask`, `decoder_input_ids`, `decoder_attention_mask`,
+`decoder_position_ids`. Images are (..., channels, height, width) there, but for Fuyu's, which are patches flattened in
+the order (row, column, channel).
 """
 
 from collections.abc import Mapping
 
 import numpy as np
 
-from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.config import CHANNELS, ConfigError, Experiment
 from vlm_jax.structs import NO_IMAGE, TRUNK, Batch
 
 Arrays = Mapping[str, np.ndarray]
 TEXT = ("input_ids", "attention_mask", "position_ids")
 OF_KIND = {  # fusion.kind -> the arguments that are understood
     "text_only": TEXT,
-    "unified": (*TEXT, "token_type_ids", "pixel_values"),
+    "unified": (*TEXT, "token_type_ids", "pixel_values", "image_patches"),
     "cross_attention": (*TEXT, "pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask"),
-    "encoder_decoder": ("decoder_input_ids", "decoder_attention_mask", "pixel_values"),
+    "encoder_decoder": ("decoder_input_ids", "decoder_attention_mask", "decoder_position_ids", "pixel_values"),
 }
 
 
@@ -26,33 +28,58 @@ def to_batch(cfg: Experiment, arrays: Arrays, image_token: int | None, generatin
 
     Args:
       image_token: the id that stands for an image token in the sequence.
-      generating: positions count the tokens that are there, as `generate` of transformers has it; otherwise slots.
+      generating: positions count the tokens that are there, as `generate` of transformers has it; otherwise slots, and
+        always slots in an encoder-decoder.
 
     Raises:
-      ConfigError: the image tokens in the text do not match the images.
+      ConfigError: the image tokens in the text do not match the images, or an array is missing or has a wrong shape.
     """
     prefix = "decoder_" if cfg.fusion.kind == "encoder_decoder" else ""
     ids = np.asarray(arrays[f"{prefix}input_ids"], np.int32)
     there = np.asarray(arrays.get(f"{prefix}attention_mask", np.ones_like(ids))).astype(bool)
     text = Batch(
         tokens=ids,
-        positions=_positions(cfg, arrays, there, generating),
+        positions=_positions(cfg, arrays, ids, there, generating),
         segment_ids=there.astype(np.int32),
         branch_ids=np.full_like(ids, TRUNK),
         image_slots=np.full_like(ids, NO_IMAGE),
         image_mask=np.zeros((*ids.shape, 0), bool),
         block_ids=_blocks(arrays, there) if cfg.fusion.prefix == "bidirectional" else None,
     )
-    if "pixel_values" not in arrays:
+    if "image_patches" in arrays:  # Fuyu's older name
+        arrays = {**arrays, "pixel_values": arrays["image_patches"]}
+    if "pixel_values" not in arrays and cfg.fusion.kind != "encoder_decoder":
+        if cfg.fusion.image_in_sequence and (ids == image_token).any():
+            raise ConfigError(f"input_ids hold image tokens (id {image_token}) without an image: give pixel_values.")
         return text
     return text.replace(**IMAGES[cfg.fusion.kind](cfg, arrays, ids, image_token))
 
 
-def _positions(cfg: Experiment, arrays: Arrays, there: np.ndarray, generating: bool) -> np.ndarray:
-    if "position_ids" in arrays:
-        return np.broadcast_to(np.asarray(arrays["position_ids"], np.int32), there.shape)
+def image_batch(cfg: Experiment, arrays: Arrays) -> Batch:
+    """The images alone, for `VLM.image_tokens`: each is a row of its own, with tiles those of a row stay together."""
+    pixels = np.asarray(arrays["pixel_values"])
+    if cfg.fusion.image_in_memory:
+        ids = np.zeros((len(pixels), 1), np.int32)
+        images = _in_memory(cfg, {name: x for name, x in arrays.items() if name != "cross_attention_mask"}, ids, None)
+    else:
+        whole = _patches(cfg, arrays)[None] if cfg.vision.kind == "none" else _whole_images(cfg, arrays)
+        ids, images = np.zeros((len(whole), 1), np.int32), {"images": whole[:, None]}
+        images["image_mask"] = np.zeros((*ids.shape, 1), bool)
+    return Batch(
+        **{"tokens": ids, "positions": ids, "segment_ids": ids + 1, "branch_ids": ids, "image_slots": ids - 1} | images
+    )
+
+
+def _positions(cfg: Experiment, arrays: Arrays, ids: np.ndarray, there: np.ndarray, generating: bool) -> np.ndarray:
+    encoder_decoder = cfg.fusion.kind == "encoder_decoder"
+    given = arrays.get("decoder_position_ids" if encoder_decoder else "position_ids")
+    if given is not None:
+        return np.broadcast_to(np.asarray(given, np.int32), there.shape)
+    if cfg.decoder.positions == "sincos":  # TrOCR skips the padding token, whatever the mask says
+        counted = ids != cfg.decoder.position_offset - 1
+        return np.where(counted, np.cumsum(counted, axis=1) - 1, -1).astype(np.int32)
     first = int(cfg.fusion.prefix == "bidirectional")  # PaliGemma counts from 1
-    if generating:
+    if generating and not encoder_decoder:
         return np.maximum(np.cumsum(there, axis=1) - 1, 0).astype(np.int32) + first
     return np.broadcast_to(np.arange(there.shape[1], dtype=np.int32) + first, there.shape)
 
@@ -69,51 +96,84 @@ def channels_last(images: np.ndarray) -> np.ndarray:
 
 
 def _in_sequence(cfg: Experiment, arrays: Arrays, ids: np.ndarray, image_token: int) -> dict:
-    """Images in reading order over all rows; a row takes as many as its image tokens fill."""
-    patches = np.asarray(arrays["pixel_values"])
-    images = patches if cfg.vision.kind == "none" else channels_last(patches)
+    """Images in reading order over all rows; a row takes as many as its image tokens fill.
+
+    The tokens under them may lie beyond the vocabulary; they become 0.
+    """
     is_image = ids == image_token
-    per_image = images.shape[1] if cfg.vision.kind == "none" else _tokens_of(cfg, images)
-    if cfg.vision.kind == "none":  # one image a row, of which the text may show a part
-        counts = is_image.any(axis=1).astype(int)
-    else:
-        counts = is_image.sum(axis=1) // per_image
-        if is_image.sum() != len(images) * per_image or (is_image.sum(axis=1) % per_image).any():
-            raise ConfigError(
-                f"{is_image.sum()} image tokens do not match {len(images)} images of {per_image} tokens each."
-            )
-    slots = np.where(is_image, np.cumsum(is_image, axis=1) - 1, NO_IMAGE).astype(np.int32)
-    rows = np.split(images, np.cumsum(counts)[:-1])
-    most = max(1, counts.max())
-    filled = np.stack(
-        [np.concatenate([row, np.zeros((most - len(row), *images.shape[1:]), np.float32)]) for row in rows]
-    )
-    return {"images": filled, "image_slots": slots, "image_mask": np.zeros((*ids.shape, most), bool)}
-
-
-def _tokens_of(cfg: Experiment, images: np.ndarray) -> int:
-    """M for images of this size, which may not be that of the config."""
-    rows, columns = (side // cfg.vision.patch_size_px for side in images.shape[1:3])
-    return rows * columns + cfg.vision.extra_tokens if cfg.projector.kind in ("linear", "mlp") else cfg.image_tokens
-
-
-def _in_tiles(cfg: Experiment, arrays: Arrays, ids: np.ndarray, image_token: int | None) -> dict:
-    """Llama 3.2 Vision: (B, I, J, channels, height, width), and per token and tile whether it is read."""
-    images = channels_last(arrays["pixel_values"])
-    everything = np.ones((*ids.shape, *images.shape[1:3]), bool)
-    mask = np.asarray(arrays.get("cross_attention_mask", everything)).astype(bool)
-    there = np.asarray(arrays.get("aspect_ratio_mask", np.ones(images.shape[:3]))).astype(bool)
+    patches_only = cfg.vision.kind == "none"
+    images, tokens_each = (_patches(cfg, arrays), 1) if patches_only else (_whole_images(cfg, arrays), cfg.image_tokens)
+    counts = is_image.sum(axis=1)
+    if counts.sum() != len(images) * tokens_each or (counts % tokens_each).any():
+        raise ConfigError(
+            f"The {' + '.join(map(str, counts))} image tokens (id {image_token}) in the rows of input_ids do not match "
+            f"pixel_values: {len(images)} {'patches' if patches_only else 'images'} of {tokens_each} tokens each."
+        )
+    filled = _row_by_row(images, counts // tokens_each)
+    if patches_only:
+        filled = filled[:, None]
     return {
-        "images": images,
-        "tile_layouts": np.asarray(arrays["aspect_ratio_ids"], np.int32),
-        "tile_mask": there,
-        "image_mask": mask.reshape(*ids.shape, -1),
+        "tokens": np.where(is_image, 0, ids),
+        "images": filled,
+        "image_slots": np.where(is_image, np.cumsum(is_image, axis=1) - 1, NO_IMAGE).astype(np.int32),
+        "image_mask": np.zeros((*ids.shape, filled.shape[1]), bool),
     }
 
 
+def _patches(cfg: Experiment, arrays: Arrays) -> np.ndarray:
+    """Fuyu: (P, C) patches of all images one after another, whatever their sizes."""
+    patches = np.asarray(arrays["pixel_values"])
+    patches = patches.reshape(-1, patches.shape[-1])
+    return _shaped({"pixel_values": patches}, "pixel_values", (None, cfg.vision.patch_dim))
+
+
+def _whole_images(cfg: Experiment, arrays: Arrays) -> np.ndarray:
+    """(images, height, width, channels)."""
+    side = cfg.vision.image_size_px
+    return channels_last(_shaped(arrays, "pixel_values", (None, CHANNELS, side, side)))
+
+
+def _row_by_row(images: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(I of all rows, ...) -> (B, I of the richest row, ...), zeros where a row has fewer; there is room for one."""
+    filled = np.zeros((len(counts), max(1, counts.max()), *images.shape[1:]), np.float32)
+    for target, row in zip(filled, np.split(images, np.cumsum(counts)[:-1])):
+        target[: len(row)] = row
+    return filled
+
+
 def _in_memory(cfg: Experiment, arrays: Arrays, ids: np.ndarray, image_token: int | None) -> dict:
-    """One image a row, which every token reads."""
-    return {"images": channels_last(arrays["pixel_values"])[:, None], "image_mask": np.ones((*ids.shape, 1), bool)}
+    """One image a row, which every token reads; in tiles, as many as there are."""
+    if cfg.vision.tile_layouts:
+        return _in_tiles(cfg, arrays, ids)
+    images = _shaped(arrays, "pixel_values", (len(ids), CHANNELS, None, None))
+    return {"images": channels_last(images)[:, None], "image_mask": np.ones((*ids.shape, 1), bool)}
 
 
-IMAGES = {"unified": _in_sequence, "cross_attention": _in_tiles, "encoder_decoder": _in_memory}
+def _in_tiles(cfg: Experiment, arrays: Arrays, ids: np.ndarray) -> dict:
+    """Llama 3.2 Vision: I images of J tiles, and per token and tile whether it is read (without a mask: all are)."""
+    rows, tiles, side = len(ids), cfg.vision.tiles, cfg.vision.image_size_px
+    images = _shaped(arrays, "pixel_values", (rows, None, tiles, CHANNELS, side, side))
+    shape = images.shape[:3]
+    layouts = _shaped(arrays, "aspect_ratio_ids", shape[:2])
+    if not np.isin(layouts, range(1 + len(cfg.vision.tile_layouts))).all():
+        raise ConfigError(f"aspect_ratio_ids {layouts.tolist()} go beyond the {len(cfg.vision.tile_layouts)} layouts.")
+    arrays = {"cross_attention_mask": np.ones((*ids.shape, *shape[1:])), **arrays}
+    read = _shaped(arrays, "cross_attention_mask", (*ids.shape, *shape[1:]))
+    return {
+        "images": channels_last(images),
+        "tile_layouts": layouts.astype(np.int32),
+        "tile_mask": _shaped(arrays, "aspect_ratio_mask", shape).astype(bool),
+        "image_mask": read.reshape(*ids.shape, -1).astype(bool),
+    }
+
+
+def _shaped(arrays: Arrays, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
+    """The argument; ConfigError where it is missing or of another shape (None: any length)."""
+    found = np.shape(arrays.get(name))
+    if len(found) != len(shape) or any(n not in (None, length) for n, length in zip(shape, found)):
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ConfigError(f"{name} must be there with the shape ({wanted}); found {found or 'none'}.")
+    return np.asarray(arrays[name])
+
+
+IMAGES = {"unified": _in_sequence, "cross_attention": _in_memory, "encoder_decoder": _in_memory}

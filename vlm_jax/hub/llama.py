@@ -1,9 +1,9 @@
 """Llama, and the families that are Llama but for a few settings: Mistral and Qwen2."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
-from vlm_jax.config import Decoder, Experiment, Fusion
+from vlm_jax.config import ConfigError, Decoder, Experiment, Fusion
 from vlm_jax.hub.family import ACTIVATIONS, HUB_ACTIVATIONS, Family, Json, choose, get, text_experiment
 from vlm_jax.hub.rope import read_rope, write_rope
 from vlm_jax.hub.table import Row, places, row, stored_axes
@@ -16,6 +16,7 @@ def read_decoder(config: Json, tied: bool) -> Decoder:
     heads = get(config, "num_attention_heads", 32)
     width = get(config, "hidden_size", 4096)
     bias = get(config, "attention_bias", False)
+    max_positions = get(config, "max_position_embeddings", 2048)
     return Decoder(
         width=width,
         depth=get(config, "num_hidden_layers", 32),
@@ -31,8 +32,8 @@ def read_decoder(config: Json, tied: bool) -> Decoder:
         out_bias=bias,
         mlp_bias=get(config, "mlp_bias", False),
         vocab_size=get(config, "vocab_size", 32000),
-        max_positions=get(config, "max_position_embeddings", 2048),
-        rope=read_rope(config),
+        max_positions=max_positions,
+        rope=read_rope(config, max_positions=max_positions),
         tied_head=tied,
     )
 
@@ -52,13 +53,13 @@ def write_decoder(decoder: Decoder) -> Json:
         "vocab_size": decoder.vocab_size,
         "max_position_embeddings": decoder.max_positions,
         "tie_word_embeddings": decoder.tied_head,
-        **write_rope(decoder.rope),
+        **write_rope(decoder.rope, decoder.max_positions),
     }
 
 
 def is_tied(config: Json, names: Collection[str], default: bool, head: str = HEAD) -> bool:
-    """Whether the output head is the embedding: config.json says so, or there is no head of its own."""
-    return bool(get(config, "tie_word_embeddings", default)) or head not in names
+    """Whether the output head is the embedding: config.json says so, and there is no head of its own beside it."""
+    return bool(get(config, "tie_word_embeddings", default)) and head not in names
 
 
 def norm_row(hub: str, ours: str, turn: int | None = None) -> Row:
@@ -97,15 +98,30 @@ def outer_rows(decoder: Decoder, prefix: str = "model.", head: str = HEAD) -> li
     return rows if decoder.tied_head else [*rows, row(head, "decoder/free_head/kernel", "V D -> D V")]
 
 
-def decoder_rows(decoder: Decoder, fusion: Fusion, prefix: str = "model.", head: str = HEAD) -> list[Row]:
-    """The table of a decoder of Llama's blocks, whatever cross-attention was grafted on it."""
+def block_rows(hub: str, ours: str, decoder: Decoder, turn: int) -> list[Row]:
+    return [
+        *attention_rows(f"{hub}.self_attn", f"{ours}/self", decoder, turn),
+        *mlp_rows(f"{hub}.mlp", f"{ours}/mlp", decoder, turn),
+        *block_norm_rows(hub, ours, turn),
+    ]
+
+
+def block_norm_rows(hub: str, ours: str, turn: int) -> list[Row]:
+    names = {"input_layernorm": "self_norm", "post_attention_layernorm": "mlp_norm"}
+    return [norm_row(f"{hub}.{a}", f"{ours}/{b}", turn) for a, b in names.items()]
+
+
+def decoder_rows(
+    decoder: Decoder,
+    fusion: Fusion,
+    prefix: str = "model.",
+    head: str = HEAD,
+    block_rows: Callable[[str, str, Decoder, int], list[Row]] = block_rows,
+) -> list[Row]:
+    """The table of a decoder of such blocks, whatever cross-attention was grafted on it."""
     rows = outer_rows(decoder, prefix, head)
     for n, (block, turn) in enumerate(places(fusion.sublayers(decoder.depth), "self")):
-        hub, ours = f"{prefix}layers.{n}", f"decoder/{block}"
-        rows += attention_rows(f"{hub}.self_attn", f"{ours}/self", decoder, turn)
-        rows += mlp_rows(f"{hub}.mlp", f"{ours}/mlp", decoder, turn)
-        rows.append(norm_row(f"{hub}.input_layernorm", f"{ours}/self_norm", turn))
-        rows.append(norm_row(f"{hub}.post_attention_layernorm", f"{ours}/mlp_norm", turn))
+        rows += block_rows(f"{prefix}layers.{n}", f"decoder/{block}", decoder, turn)
     return rows
 
 
@@ -123,7 +139,7 @@ def write_llama(cfg: Experiment) -> Json:
 
 def read_mistral(config: Json, names: Collection[str]) -> Experiment:
     defaults = {"num_key_value_heads": 8, "intermediate_size": 14336, "max_position_embeddings": 131072}
-    decoder = read_decoder(defaults | _given(config), is_tied(config, names, False))
+    decoder = read_decoder(defaults | given(config), is_tied(config, names, False))
     window = config.get("sliding_window", 4096) or 0  # null is no window, a missing key the default
     return text_experiment(slide(decoder, window, range(decoder.depth) if window else ()))
 
@@ -136,12 +152,11 @@ def write_mistral(cfg: Experiment) -> Json:
 def read_qwen2(config: Json, names: Collection[str]) -> Experiment:
     defaults = {"num_key_value_heads": 32, "intermediate_size": 22016, "max_position_embeddings": 32768}
     defaults |= {"vocab_size": 151936}
-    decoder = read_decoder(defaults | _given(config), is_tied(config, names, False))
+    decoder = read_decoder(defaults | given(config), is_tied(config, names, False))
     decoder = replace(decoder, qkv_bias=True)
     window = get(config, "sliding_window", 4096) if get(config, "use_sliding_window", False) else 0
     first = get(config, "max_window_layers", 28)
-    kinds = config.get("layer_types") or ["sliding_attention" if i >= first else "" for i in range(decoder.depth)]
-    sliding = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"] if window else ()
+    sliding = sliding_layers(config, decoder.depth, range(first, decoder.depth)) if window else ()
     return text_experiment(slide(decoder, window, sliding))
 
 
@@ -155,7 +170,7 @@ def write_qwen2(cfg: Experiment) -> Json:
         "use_sliding_window": bool(sliding),
         "sliding_window": decoder.sliding_window or None,
         "max_window_layers": min(sliding, default=decoder.depth),
-        "layer_types": [f"{'sliding' if i in sliding else 'full'}_attention" for i in range(decoder.depth)],
+        "layer_types": layer_types(decoder),
     }
     return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **config}
 
@@ -166,7 +181,25 @@ def slide(decoder: Decoder, window: int, layers) -> Decoder:
     return replace(decoder, sliding_window=window if layers else 0, sliding_layers=layers)
 
 
-def _given(config: Json) -> Json:
+SLIDES = {"sliding_attention": True, "full_attention": False}
+
+
+def sliding_layers(config: Json, depth: int, default: Iterable[int]) -> tuple[int, ...]:
+    """The layers that `layer_types` lets slide; without that key, the family's default."""
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return tuple(default)
+    if len(kinds) != depth:
+        raise ConfigError(f"config.json: layer_types has {len(kinds)} words, not {depth} as num_hidden_layers says.")
+    return tuple(i for i, kind in enumerate(kinds) if choose({"layer_types": kind}, "layer_types", SLIDES, kind))
+
+
+def layer_types(decoder: Decoder) -> list[str]:
+    return [f"{'sliding' if i in decoder.sliding_layers else 'full'}_attention" for i in range(decoder.depth)]
+
+
+def given(config: Json) -> Json:
+    """Without the keys that are null, for a family's defaults to stand in their place."""
     return {key: value for key, value in config.items() if value is not None}
 
 

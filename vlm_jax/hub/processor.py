@@ -60,7 +60,9 @@ class Processor:
         if cfg.fusion.kind == "encoder_decoder":
             arrays = self._started(prompts)
         else:
-            made = [self.form.prompt(text, row, self._adds_special(text)) for text, row in zip(prompts, facts, strict=True)]
+            made = [
+                self.form.prompt(text, row, self._adds_special(text)) for text, row in zip(prompts, facts, strict=True)
+            ]
             arrays = stack_prompts(made, self.tokenizer.pad_id or 0)
         return to_batch(cfg, arrays | _arrays(processed), self.checkpoint.image_token, generating=True)
 
@@ -69,7 +71,9 @@ class Processor:
         if not any(images):
             return None
         if self.images is None:
-            raise ConfigError(f"{self.checkpoint.folder} holds no {' or '.join(IMAGE_FILES)}: it says nothing of images.")
+            raise ConfigError(
+                f"{self.checkpoint.folder} holds no {' or '.join(IMAGE_FILES)}: it says nothing of images."
+            )
         return self.images([list(row) for row in images])
 
     def chat(self, prompt: str, images: int) -> str:

@@ -3,19 +3,20 @@
 from collections.abc import Mapping
 
 from vlm_jax.config import ConfigError, Rope
-from vlm_jax.hub.family import Json, get
+from vlm_jax.hub.family import Json, get, refuse
 
-LONGROPE = ("longrope", "su", "yarn")  # Phi-3's first files called it by other names
-KNOWN = ("default", "linear", "llama3", *LONGROPE)
+KNOWN = ("default", "linear", "llama3", "longrope")
 
 
 def read_rope(config: Mapping, theta: float = 10_000.0, fraction: float = 1.0, max_positions: int = 0) -> Rope:
-    """The settings of `config`; `theta` and `fraction` are the family's defaults.
+    """The settings of `config`; the other arguments are the family's defaults and the longest text of the model.
 
     Raises:
       ConfigError: the way of stretching is not supported.
     """
-    scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    parameters = config.get("rope_parameters") or {}
+    parameters = parameters.get("full_attention", parameters) or {}  # Gemma 3 has one for each kind of layer
+    scaling = {**(config.get("rope_scaling") or {}), **parameters}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in KNOWN:
         raise ConfigError(f"config.json: the rope_type {kind!r} is not supported: choose {', '.join(KNOWN)}.")
@@ -39,7 +40,8 @@ def _stretched(rope: Rope, kind: str, scaling: Mapping, config: Mapping, max_pos
             high_freq_factor=float(scaling["high_freq_factor"]),
             original_positions=int(scaling["original_max_position_embeddings"]),
         )
-    if kind in LONGROPE:
+    if kind == "longrope":
+        refuse(scaling, "attention_factor", None)
         nested = get(scaling, "original_max_position_embeddings", max_positions)
         original = int(get(config, "original_max_position_embeddings", nested))
         return Rope(
@@ -53,12 +55,15 @@ def _stretched(rope: Rope, kind: str, scaling: Mapping, config: Mapping, max_pos
     return rope
 
 
-def write_rope(rope: Rope) -> Json:
-    """The keys of transformers 4.x."""
-    return {"rope_theta": rope.theta, "rope_scaling": _scaling(rope)}
+def write_rope(rope: Rope, max_positions: int = 0) -> Json:
+    """The keys of transformers 4.x; `max_positions` is the longest text of the model."""
+    config = {"rope_theta": rope.theta, "rope_scaling": _scaling(rope, max_positions)}
+    if rope.scaling == "longrope":
+        config["original_max_position_embeddings"] = rope.original_positions
+    return config
 
 
-def _scaling(rope: Rope) -> Json | None:
+def _scaling(rope: Rope, max_positions: int) -> Json | None:
     if rope.scaling == "linear":
         return {"rope_type": "linear", "factor": rope.factor}
     if rope.scaling == "llama3":
@@ -74,5 +79,7 @@ def _scaling(rope: Rope) -> Json | None:
             "type": "longrope",
             "short_factor": list(rope.short_factors),
             "long_factor": list(rope.long_factors),
+            # Transformers 4.x takes three keys and no other, and this from the lengths of the texts.
+            **({} if rope.factor == max_positions / rope.original_positions else {"factor": rope.factor}),
         }
     return None

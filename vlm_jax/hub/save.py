@@ -47,14 +47,19 @@ def write_model(
         name: Spec(row.stored_shape(shapes), (dtypes or {}).get(name, flat[row.parts[0].ours].dtype))
         for name, row in rows.items()
     }
-    write_tensors(folder, specs, lambda name: _stored(rows[name], flat, specs[name].dtype), MAX_SHARD_BYTES, family.weights_file)
+    write_tensors(
+        folder, specs, lambda name: _stored(rows[name], flat, specs[name].dtype), MAX_SHARD_BYTES, family.weights_file
+    )
     text = json.dumps(merged(config or {}, family.write(cfg)), indent=2) + "\n"
     (Path(folder).expanduser() / family.config_file).write_text(text)
 
 
 def merged(old: Mapping, new: Mapping) -> dict:
     """The keys of both, nested ones too; where both have one, the new value."""
-    both = {key: merged(old[key], x) if isinstance(x, dict) and isinstance(old.get(key), dict) else x for key, x in new.items()}
+    both = {
+        key: merged(old[key], x) if isinstance(x, dict) and isinstance(old.get(key), dict) else x
+        for key, x in new.items()
+    }
     return {**old, **both}
 
 

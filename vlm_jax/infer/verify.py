@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from vlm_jax.config import ConfigError, Contrastive, Experiment, Vision
-from vlm_jax.hub.inputs import OF_KIND, channels_last, to_batch
+from vlm_jax.hub.inputs import OF_KIND, channels_last, image_batch, to_batch
 from vlm_jax.hub.load import Checkpoint, load_checkpoint
 from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.nn.models import model_of
@@ -114,10 +114,20 @@ def compare(model: Model, case: Case, wanted: Collection[str], tolerance: float)
             reason = f"output not supported: the model has {', '.join(computed)}"
             results.append(Result(case.name, name, expected.shape, reason=reason))
             continue
-        found = np.asarray(computed[name](model, case))
-        limit = 0 if name == "new_ids" else tolerance
-        results.append(Result(case.name, name, expected.shape, difference(model, case, name, found), limit))
+        results.append(one_output(model, case, name, tolerance))
     return results
+
+
+def one_output(model: Model, case: Case, name: str, tolerance: float) -> Result:
+    shape = case.outputs[name].shape
+    try:
+        found = OUTPUTS[type(model.checkpoint.cfg)][name](model, case)
+    except KeyError as missing:
+        return Result(case.name, name, shape, reason=f"the case lacks the argument {missing}")
+    if found is None:
+        return Result(case.name, name, shape, reason="the checkpoint has no tensors for it")
+    limit = 0 if name == "new_ids" else tolerance
+    return Result(case.name, name, shape, difference(model, case, name, np.asarray(found)), limit)
 
 
 def arguments_of(cfg) -> tuple[str, ...]:
@@ -136,14 +146,15 @@ def difference(model: Model, case: Case, name: str, found: np.ndarray) -> float:
     if name == "new_ids":
         return float(np.sum((found != expected) & before_end(expected, model.checkpoint.eos_ids)))
     apart = np.abs(found.astype(np.float64) - expected.astype(np.float64))
-    valid = valid_of(case, expected)
+    valid = valid_of(case, name, expected)
     apart = apart if valid is None else apart[valid]
     return float(np.nan_to_num(apart, nan=np.inf).max(initial=0.0))
 
 
-def valid_of(case: Case, expected: np.ndarray) -> np.ndarray | None:
-    """Where to compare: the case's `valid`, or the tokens that its attention mask says are there."""
-    for mask in (case.valid, case.inputs.get("decoder_attention_mask"), case.inputs.get("attention_mask")):
+def valid_of(case: Case, name: str, expected: np.ndarray) -> np.ndarray | None:
+    """Where to compare: the case's `valid`, or of logits those of tokens that the attention mask says are there."""
+    masks = [case.inputs.get(name) for name in ("decoder_attention_mask", "attention_mask")]
+    for mask in (case.valid, *(masks if name == "logits" else ())):
         if mask is not None and mask.shape == expected.shape[: mask.ndim]:
             return mask.astype(bool)
     return None
@@ -173,16 +184,43 @@ def _new_ids(model: Model, case: Case) -> np.ndarray:
 
 def _encoded(field: str) -> Callable:
     def output(model: Model, case: Case):
-        images = channels_last(case.inputs["pixel_values"])
-        return getattr(model.apply(images, method="encode"), field)
+        return getattr(model.apply(*_images(case), method="encode"), field)
 
     return output
 
 
+def _images(case: Case) -> tuple:
+    return (channels_last(case.inputs["pixel_values"]),)
+
+
+def _texts(case: Case) -> tuple:
+    mask = case.inputs.get("attention_mask")
+    return case.inputs["input_ids"], None if mask is None else mask.astype(bool)
+
+
+def _embedded(inputs: Callable, method: str) -> Callable:
+    return lambda model, case: model.apply(*inputs(case), method=method)
+
+
+def _logits_per_image(model: Model, case: Case):
+    return model.apply(*_images(case), *_texts(case)).logits_per_image
+
+
 OUTPUTS = {
     Experiment: {"logits": _logits, "image_features": _image_features, "new_ids": _new_ids},
-    Vision: {"last_hidden_state": _encoded("tokens"), "pooler_output": _encoded("pooled")},
-    Contrastive: {},
+    Vision: {
+        "last_hidden_state": _encoded("tokens"),
+        "pooler_output": _encoded("pooled"),
+        "logits": _encoded("logits"),
+    },
+    Contrastive: {
+        "image_embeds": _embedded(_images, "image_embeds"),
+        "text_embeds": _embedded(_texts, "text_embeds"),
+        "image_features": _embedded(_images, "image_features"),
+        "text_features": _embedded(_texts, "text_features"),
+        "logits_per_image": _logits_per_image,
+        "logits_per_text": lambda model, case: _logits_per_image(model, case).T,
+    },
 }
 
 

@@ -83,7 +83,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        source: Float[Array, "B length D"] | None,
+        source: Float[Array, "B length E"] | None,
         mask: Bool[Array, "#B 1 #S T"] | None = None,
         rope: Rope | None = None,
         cache: KeyValue | None = None,

@@ -102,7 +102,7 @@ class Period(nn.Module):
             block = Block(self.cfg, sublayers, self.fusion, name=f"block_{i}")
             x, block_cache = block(x, context, slides[i], cache[i])
             new_cache.append(block_cache)
-            self.sow("intermediates", f"block_{i}", x)
+            self.sow("intermediates", f"block_{i}_out", x)
             number = turn * len(self.blocks) + i + 1
             kept = [jnp.where(number == layer, x, old) for layer, old in zip(self.wanted, kept)]
         return (x, kept), new_cache

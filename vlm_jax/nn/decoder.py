@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
@@ -42,8 +43,30 @@ class Decoder(nn.Module):
         x = self.embedding(tokens)
         return x * jnp.asarray(math.sqrt(self.cfg.width), x.dtype) if self.cfg.embed_scale else x
 
-    def __call__(self, stream: Stream, cache: Cache | None = None) -> tuple[Float[Array, "B S D"], list]:
-        """Returns the hidden numbers after the final norm, and the layers' keys and values where there is a cache."""
+    def __call__(self, stream: Stream, cache: Cache | None = None) -> tuple[Float[Array, "B S D"], Cache | None]:
+        """Returns the hidden numbers after the final norm, and the cache with what was read.
+
+        With longrope, the first token beyond `original_positions` makes all of them be read again: from there on other
+        angles turn every token, and the blocks make other keys and values of them (transformers, modeling_phi3.py).
+        """
+        rope = self.cfg.rope
+        if cache is None or rope.scaling != "longrope" or cache.positions.shape[1] < rope.original_positions:
+            return self._read(stream, cache)
+        is_prefill, cache = cache.seen is None, remember(stream, cache)
+        if is_prefill:
+            return self._read(stream, cache)
+        before = jnp.where(jnp.arange(cache.positions.shape[1]) < cache.index, cache.positions, 0).max()
+        outgrown = (before < rope.original_positions) & (stream.positions.max() >= rope.original_positions)
+        return nn.cond(outgrown, Decoder._read_again, Decoder._read, self, stream, cache, variables="params")
+
+    def _read_again(self, stream: Stream, cache: Cache):
+        """As `_read`, after everything that the cache has seen."""
+        hidden, whole = self._read(cache.seen, cache.replace(index=jnp.zeros_like(cache.index)))
+        length = stream.x.shape[1]
+        hidden = jax.lax.dynamic_slice_in_dim(hidden, cache.index, length, axis=1)
+        return hidden, whole.replace(index=cache.index + length)
+
+    def _read(self, stream: Stream, cache: Cache | None):
         cfg, positions = self.cfg, stream.positions
         x = stream.x + self._positions(positions).astype(stream.x.dtype) if cfg.positions != "rope" else stream.x
         if cfg.embed_norm:
@@ -60,15 +83,33 @@ class Decoder(nn.Module):
         )
         self.sow("intermediates", "embeddings", x)
         x, _, layers = self.blocks(x, context, cache.layers if cache else None)
-        return self.final_norm(x) if cfg.final_norm else x, layers
+        if cache is not None:
+            cache = cache.replace(index=cache.index + x.shape[1], layers=layers)
+        return self.final_norm(x) if cfg.final_norm else x, cache
 
     def _positions(self, positions):
         rows = positions + self.cfg.position_offset
-        return self.position_embedding(rows) if self.cfg.positions == "learned" else sincos_rows(rows, self.cfg.width)
+        if self.cfg.positions == "learned":
+            return self.position_embedding(rows)
+        return jnp.where(positions[..., None] < 0, 0.0, sincos_rows(rows, self.cfg.width))
 
     def head(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         logits = self.embedding.attend(x) if self.cfg.tied_head else self.free_head(x)
         return softcap(logits, self.cfg.logit_softcap)
+
+
+def remember(stream: Stream, cache: Cache) -> Cache:
+    """The cache with a stream of all its slots: what was seen before, and `stream` from slot `index` on."""
+    slots = cache.positions.shape[1]
+
+    def written(new, old=None):
+        axis = 1 if new.ndim < 4 else 2  # (B, S, ...), or (B, 1, S, T)
+        if old is None:
+            old = jnp.zeros((*new.shape[:axis], slots, *new.shape[axis + 1 :]), new.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(old, new, cache.index, axis)
+
+    before = [] if cache.seen is None else [cache.seen]
+    return cache.replace(seen=jax.tree.map(written, stream.replace(memory=None), *before))
 
 
 def empty_layers(cfg: DecoderConfig, fusion: Fusion, rows: int, length: int, dtype=jnp.float32) -> list:

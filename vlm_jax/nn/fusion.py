@@ -19,7 +19,7 @@ KeyIds = Int[Array, "B T"]
 def fuse(
     cfg: Experiment,
     text: Float[Array, "B S D"],
-    image: Float[Array, "B T D"] | None,
+    image: Float[Array, "B T E"] | None,
     batch: Batch,
     cache: Cache | None = None,
 ) -> Stream:
@@ -29,13 +29,12 @@ def fuse(
     """
     reads_memory = cfg.fusion.image_in_memory and batch.image_mask.shape[-1] > 0
     in_sequence = cfg.fusion.image_in_sequence and image is not None
-    mask = sequence_mask(batch, cache)
     window = cfg.decoder.sliding_window if cfg.decoder.sliding_layers else 0
     stream = Stream(
         x=place(text, image, batch.image_slots) if in_sequence else text,
         positions=batch.positions,
-        mask=mask,
-        local_mask=mask & near(batch, window, cache) if window else None,
+        mask=sequence_mask(batch, cache),
+        local_mask=sequence_mask(batch, cache, window) if window else None,
     )
     if not reads_memory:
         return stream
@@ -50,7 +49,7 @@ def place(text: Float[Array, "B S D"], image: Float[Array, "B T D"], slots: Int[
     return jnp.where((slots == NO_IMAGE)[..., None], text, found)
 
 
-def sequence_mask(batch: Batch, cache: Cache | None = None) -> Bool[Array, "B 1 S T"]:
+def sequence_mask(batch: Batch, cache: Cache | None = None, window: int = 0) -> Bool[Array, "B 1 S T"]:
     """Which tokens of the sequence, or of the cache's T slots, each token sees.
 
     Drawn for a row of two segments, the first a trunk of two and two branches of two:
@@ -64,20 +63,23 @@ def sequence_mask(batch: Batch, cache: Cache | None = None) -> Bool[Array, "B 1 
                                      . . . . . . 1 .
                                      . . . . . . 1 1
 
-    Tokens of one block (`block_ids`) see each other besides, those that come later too.
+    A `window` leaves only keys less than so many positions before the token (Beltagy et al. 2020, section 3.1; 0: all).
+    Tokens of one block (`block_ids`) see each other besides: those that come later, and those outside the window, too.
     """
     keys, first_slot = (batch, 0) if cache is None else (cache, cache.index)
     slots = first_slot + jnp.arange(batch.tokens.shape[1])
     visible = (slots[:, None] >= jnp.arange(keys.segment_ids.shape[1]))[None]
+    if window:
+        visible &= batch.positions[:, :, None] - keys.positions[:, None] < window
     if batch.block_ids is not None:
         visible |= (batch.block_ids[:, :, None] == keys.block_ids[:, None]) & (batch.block_ids > 0)[..., None]
     return (visible & _together(batch.segment_ids, batch.branch_ids, keys.segment_ids, keys.branch_ids))[:, None]
 
 
-def near(batch: Batch, window: int, cache: Cache | None = None) -> Bool[Array, "B 1 S T"]:
-    """Which keys stand less than `window` positions before a token (Beltagy et al. 2020, section 3.1)."""
-    keys = batch if cache is None else cache
-    return (batch.positions[:, :, None] - keys.positions[:, None] < window)[:, None]
+def text_mask(there: Bool[Array, "B S"], causal: bool) -> Bool[Array, "B 1 #S T"]:
+    """Where there is nothing but one text a row: a token sees what is there, and if `causal`, nothing after itself."""
+    visible = there[:, None, None]
+    return visible & jnp.tri(there.shape[1], dtype=bool) if causal else visible
 
 
 def _together(segment: Ids, branch: Ids, key_segment: KeyIds, key_branch: KeyIds) -> Bool[Array, "B S T"]:

@@ -3,25 +3,29 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
-from vlm_jax.config import Experiment, Vision
+from vlm_jax.config import Contrastive, Experiment, Vision
+from vlm_jax.nn import contrastive
 from vlm_jax.nn.vit import ViT
 from vlm_jax.nn.vlm import VLM, example_batch, example_images
 
-Config = Experiment | Vision
+Config = Experiment | Vision | Contrastive  # of a model with a decoder, of an encoder, of two towers
+MODULES = {Experiment: VLM, Vision: ViT, Contrastive: contrastive.Contrastive}
 
 
 def model_of(cfg: Config) -> nn.Module:
-    """A VLM for an experiment, a ViT for an encoder alone."""
-    return ViT(cfg) if isinstance(cfg, Vision) else VLM(cfg)
+    return MODULES[type(cfg)](cfg)
 
 
 def example_inputs(cfg: Config) -> tuple:
     """Zeros in the shape of what the model is called with."""
+    if isinstance(cfg, Experiment):
+        return (example_batch(cfg),)
     if isinstance(cfg, Vision):
         return (example_images(cfg, 1)["images"][:, 0],)
-    return (example_batch(cfg),)
+    return (*example_inputs(cfg.vision), jnp.zeros((1, cfg.text.max_positions), jnp.int32))
 
 
 @functools.cache

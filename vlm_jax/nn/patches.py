@@ -17,6 +17,14 @@ def patchify(images: Float[Array, "B height width channels"], patch_size_px: int
     return einops.rearrange(images, "B (h p) (w q) c -> B (h w) (p q c)", p=patch_size_px, q=patch_size_px)
 
 
+def whole_patches(
+    images: Float[Array, "B height width channels"], patch_size_px: int
+) -> Float[Array, "B h w channels"]:
+    """Without the pixels at the right and lower border that fill no patch; a strided convolution does not read them."""
+    height, width = (side // patch_size_px * patch_size_px for side in images.shape[1:3])
+    return images[:, :height, :width]
+
+
 def linear_from_conv(kernel: Float[Array, "p q c D"]) -> Float[Array, "C D"]:
     """The weights of a strided convolution as those of a product over flattened patches."""
     return einops.rearrange(kernel, "p q c D -> (p q c) D")
@@ -79,7 +87,7 @@ class PatchEmbed(nn.Module):
             tokens = patchify(images, patch)
         elif cfg.patch_embed == "linear":
             tokens = Dense("C D", (cfg.patch_dim, cfg.width), bias=cfg.patch_bias, name="projection")(
-                patchify(images, patch)
+                patchify(whole_patches(images, patch), patch)
             )
         else:
             tokens = _Convolution(cfg, name="projection")(images)

@@ -10,16 +10,16 @@ from vlm_jax.nn.attention import Attention
 from vlm_jax.nn.blocks import Stack
 from vlm_jax.nn.layers import Dense, Mlp, Norm, embedding_init
 from vlm_jax.nn.patches import PatchEmbed
-from vlm_jax.nn.tiles import TiledBody
+from vlm_jax.nn.tiles import TiledViT
 from vlm_jax.structs import Context, Encoded
 
 
 class ViT(nn.Module):
     """Images -> what the projector reads: (B, P, E), or (B, 1 + P, E) where the class token is kept.
 
-    Images are (B, height, width, channels) of any size that patches fill: positions are resampled to it. With `kind`
-    "none" the tokens are the flattened patches themselves. With `tiles`, images are (B, J, height, width, channels)
-    and the tokens (B, J * (1 + P), E).
+    Images are (B, height, width, channels) of any size: positions are resampled to its grid of patches. With `kind`
+    "none" the tokens are the flattened patches themselves. With `tile_layouts`, images are
+    (B, J, height, width, channels) and the tokens (B, J * (1 + P), E).
     """
 
     cfg: Vision
@@ -36,8 +36,8 @@ class ViT(nn.Module):
     def encode(self, images, layouts=None, tile_mask=None) -> Encoded:
         """All outputs: tokens with the class token in front, the pooled vector, and the projector's features."""
         cfg = self.cfg
-        if cfg.tiles > 1:
-            tokens = TiledBody(cfg, name="body")(images, layouts, tile_mask)
+        if cfg.tile_layouts:
+            tokens = TiledViT(cfg, name="tiled")(images, layouts, tile_mask)
             return Encoded(tokens, features=tokens)
         x = PatchEmbed(cfg, name="patch_embed")(images)
         if cfg.kind == "none":
@@ -54,7 +54,7 @@ class ViT(nn.Module):
         features = jnp.concatenate(kept, axis=-1) if kept else x
         if cfg.class_token and not cfg.keep_class_token:
             features = features[:, 1:]
-        return Encoded(x, self._pool(x), features)
+        return Encoded(x, self._pool(x), features, self._classify(x))
 
     def _norm(self, name, x):
         return Norm(self.cfg.norm, self.cfg.norm_eps, name=name)(x)
@@ -80,6 +80,11 @@ class ViT(nn.Module):
         if cfg.pool == "tanh":
             return jnp.tanh(Dense("D D", (cfg.width, cfg.width), name="pool")(pooled))
         return pooled if cfg.pool == "class" else None
+
+    def _classify(self, x):
+        """(B, P, D) -> (B, V)."""
+        cfg = self.cfg
+        return Dense("D V", (cfg.width, cfg.classes), name="classifier")(x[:, 0]) if cfg.classes else None
 
 
 class AttentionPool(nn.Module):

@@ -42,9 +42,7 @@ class VLM(nn.Module):
         """With a cache, `batch` is what follows the tokens in it, and then it needs no images any more."""
         image = None if batch.images is None else self.image_tokens(batch)
         stream = fuse(self.cfg, self.decoder.embed(batch.tokens), image, batch, cache)
-        hidden, layers = self.decoder(stream, cache)
-        if cache is not None:
-            cache = cache.replace(index=cache.index + batch.tokens.shape[1], layers=layers)
+        hidden, cache = self.decoder(stream, cache)
         return Output(axes.constrain(self.decoder.head(hidden), "B S V"), cache)
 
 
@@ -92,7 +90,7 @@ def example_batch(cfg: Experiment, rows: int = 1, length: int | None = None) -> 
 def example_images(cfg: Vision, rows: int) -> dict[str, jax.Array]:
     """The image fields of a batch of `rows` rows with one image each, all zeros."""
     side = cfg.image_size_px
-    if cfg.tiles == 1:
+    if not cfg.tile_layouts:
         return {"images": jnp.zeros((rows, 1, side, side, CHANNELS))}
     return {
         "images": jnp.zeros((rows, 1, cfg.tiles, side, side, CHANNELS)),

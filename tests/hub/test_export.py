@@ -1,0 +1,201 @@
+"""What we export, transformers loads: public checkpoints byte for byte, and runs of ours with our logits."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    MllamaForConditionalGeneration,
+    VisionEncoderDecoderModel,
+)
+
+from tests.hub import tiny_tokenizers
+from tests.hub.parity import SMALL, forward, randomized, reference
+from vlm_jax import from_pretrained, save_pretrained
+from vlm_jax.cli import main
+from vlm_jax.config import ConfigError, Decoder, Experiment, Fusion, Projector, Vision
+from vlm_jax.data import pipeline
+from vlm_jax.hub import export
+from vlm_jax.hub.files import open_tensors
+from vlm_jax.infer import demo
+from vlm_jax.nn.models import model_of
+from vlm_jax.testing import random_params, tiny
+from vlm_jax.train import loop
+
+IDS = np.random.default_rng(0).integers(0, 64, (2, 9))
+
+
+# ---- checkpoints
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def checkpoint(request, tmp_path_factory):
+    """A Llama in shards as transformers 5 saves it, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_tokenizers.llama3(folder)
+    config = LlamaConfig(**SMALL, rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0})
+    model = randomized(LlamaForCausalLM(config)).to(request.param)
+    model.save_pretrained(folder, max_shard_size="30KB")
+    return folder, model
+
+
+def test_an_exported_checkpoint_has_the_bytes_and_the_files_of_the_first(checkpoint, tmp_path, capsys):
+    folder, _ = checkpoint
+    assert main(["export", "--checkpoint", str(folder), "--output", str(tmp_path / "out")]) == 0
+    with open_tensors(folder) as before, open_tensors(tmp_path / "out") as after:
+        assert set(before) == set(after)
+        for name, tensor in before.items():
+            assert after[name].dtype == tensor.dtype
+            assert after[name].read().tobytes() == tensor.read().tobytes(), name
+    _, report = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values())
+    loaded = [LlamaForCausalLM.from_pretrained(where, dtype=torch.float32) for where in (folder, tmp_path / "out")]
+    expected, found = (reference(model.eval(), input_ids=IDS) for model in loaded)
+    np.testing.assert_array_equal(found, expected)
+    tokenizers = [AutoTokenizer.from_pretrained(where) for where in (folder, tmp_path / "out")]
+    assert tokenizers[0]("hello world").input_ids == tokenizers[1]("hello world").input_ids
+
+
+def test_the_config_is_spelt_as_transformers_4_reads_it(checkpoint, tmp_path):
+    export.export_checkpoint(checkpoint[0], tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_theta"] == 500.0
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert config["torch_dtype"] == str(checkpoint[1].dtype).removeprefix("torch.")
+    assert not {"rope_parameters", "dtype"} & set(config)
+
+
+def test_save_pretrained_writes_changed_parameters(checkpoint, tmp_path):
+    model, params, processor = from_pretrained(checkpoint[0], dtype="float32")
+    params["decoder"]["embedding"]["table"] = params["decoder"]["embedding"]["table"] + 1
+    save_pretrained(tmp_path / "out", params, processor)
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    before = checkpoint[1].model.embed_tokens.weight.float()
+    torch.testing.assert_close(again.model.embed_tokens.weight, before + 1)
+
+
+def test_an_output_that_holds_a_model_is_refused_and_left_as_it_is(checkpoint, tmp_path):
+    export.export_checkpoint(checkpoint[0], tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(ConfigError, match="--output .* holds a config.json already"):
+        export.export_checkpoint(checkpoint[0], tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+# ---- runs
+
+
+def llava_like() -> Experiment:
+    """A CLIP and a Llama, unified."""
+    clip = tiny().vision
+    clip = replace(clip, activation="quick_gelu", patch_bias=False, class_token=True, pre_norm=True, norm_eps=1e-5)
+    clip = replace(clip, final_norm="pooled", feature_layers=(-2,))
+    return tiny(vision=clip, projector=Projector("mlp"), decoder=llama())
+
+
+def llama() -> Decoder:
+    decoder = replace(tiny().decoder, norm="rmsnorm", activation="silu", gated_mlp=True, tied_head=False)
+    return replace(decoder, qkv_bias=False, out_bias=False, mlp_bias=False)
+
+
+def mllama_like() -> Experiment:
+    vision = replace(tiny().vision, activation="gelu", qkv_bias=False, out_bias=False, patch_bias=False, norm_eps=1e-5)
+    vision = replace(vision, class_token=True, keep_class_token=True, pre_norm=True, feature_layers=(1, 2))
+    vision = replace(vision, tiles=2, tile_layouts=((1, 1), (1, 2), (2, 1)), global_depth=1)
+    fusion = Fusion("cross_attention", cross_layers=(1,), qk_norm=True, blind_rows="read_all")
+    decoder = replace(llama(), extra_tokens=8)
+    return tiny("cross_attention", vision=vision, fusion=fusion, decoder=decoder, projector=Projector("linear"))
+
+
+def encoder_decoder_like() -> Experiment:
+    vision = replace(tiny().vision, activation="gelu", class_token=True, keep_class_token=True, norm_eps=1e-12)
+    decoder = replace(tiny().decoder, positions="learned", kv_heads=0, norm_eps=1e-5)
+    return tiny("encoder_decoder", vision=vision, decoder=decoder, projector=Projector("none"))
+
+
+RUNS = {
+    "llava": (llava_like, LlavaForConditionalGeneration),
+    "mllama": (mllama_like, MllamaForConditionalGeneration),
+    "vision-encoder-decoder": (encoder_decoder_like, VisionEncoderDecoderModel),
+}
+
+
+def experiment(kind, tmp_path, datasets_dir) -> Experiment:
+    cfg = RUNS[kind][0]()
+    data = replace(cfg.data, dir=datasets_dir, text_length=40)
+    return replace(cfg, data=data, workdir=str(tmp_path / "run"), decoder=replace(cfg.decoder, max_positions=128))
+
+
+def theirs(kind, model, batch) -> np.ndarray:
+    """The logits of transformers for a row of ours without padding."""
+    images = torch.tensor(np.moveaxis(np.asarray(batch.images), -1, -3))
+    ids = torch.tensor(np.asarray(batch.tokens)).long()
+    if kind == "llava":
+        inputs = {"input_ids": ids, "pixel_values": images[:, 0]}
+    elif kind == "vision-encoder-decoder":
+        inputs = {"decoder_input_ids": ids, "pixel_values": images[:, 0]}
+    else:
+        read = torch.tensor(np.asarray(batch.image_mask)).reshape(*ids.shape, *images.shape[1:3])
+        inputs = {"input_ids": ids, "pixel_values": images, "cross_attention_mask": read.long()}
+        inputs |= {"aspect_ratio_ids": torch.tensor(batch.tile_layouts).long()}
+        inputs |= {"aspect_ratio_mask": torch.tensor(batch.tile_mask).long()}
+    with torch.no_grad():
+        return model(**inputs).logits.numpy()
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_of_ours_has_our_logits_in_transformers(kind, tmp_path, datasets_dir):
+    cfg = experiment(kind, tmp_path, datasets_dir)
+    params, tokenizer = random_params(cfg), pipeline.train_tokenizer(cfg)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert export.export_run(cfg, params, tmp_path / "tokenizer.json", tmp_path / "out") == kind
+    assert_transformers_agrees(kind, cfg, params, tokenizer, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_trained_run_has_our_logits_in_transformers(kind, tmp_path, datasets_dir, capsys):
+    cfg = experiment(kind, tmp_path, datasets_dir)
+    loop.train(replace(cfg, train=replace(cfg.train, steps=20)))
+    assert main(["export", "--checkpoint", cfg.workdir, "--output", str(tmp_path / "out")]) == 0
+    assert kind in capsys.readouterr().out
+    assert_transformers_agrees(kind, cfg, *demo.load(cfg), tmp_path / "out")
+
+
+def assert_transformers_agrees(kind, cfg, params, tokenizer, folder):
+    model, report = RUNS[kind][1].from_pretrained(folder, output_loading_info=True)
+    unused = {name for name in report["missing_keys"] if ".pooler." in name}  # of transformers' ViT; nobody reads it
+    assert not (report["missing_keys"] - unused) | report["unexpected_keys"] | report["mismatched_keys"]
+    asked = pipeline.questions(cfg, "test", 2)
+    pixels = [pipeline.image_files.normalise(question.image(), cfg.vision) for question in asked]
+    batch = pipeline.prompt_batch(cfg, tokenizer, [[x] for x in pixels], ["is it red ?"] * 2)
+    ours = np.asarray(forward(model_of(cfg), params, batch).logits)
+    np.testing.assert_allclose(theirs(kind, model.eval(), batch), ours, atol=1e-4)
+    reread = AutoTokenizer.from_pretrained(folder)
+    assert reread("is it red ?", add_special_tokens=False).input_ids == tokenizer.encode("is it red ?")
+    processed = AutoImageProcessor.from_pretrained(folder)(asked[0].image(), return_tensors="np")
+    np.testing.assert_allclose(np.moveaxis(processed.pixel_values[0], 0, -1), pixels[0], atol=1e-5)
+
+
+def test_a_run_like_no_public_family_is_refused_and_the_nearest_named():
+    with pytest.raises(ConfigError, match="no public family is like this run; the nearest is .* projector.kind"):
+        export.family_like(tiny(projector=Projector("pixel_shuffle")))
+
+
+def test_what_makes_no_difference_does_not_keep_a_run_from_its_family():
+    cfg = llava_like()
+    decoder = replace(cfg.decoder, head_dim=8, unroll=2)
+    other = replace(cfg, decoder=decoder, vision=replace(cfg.vision, patch_embed="conv", kv_heads=4))
+    assert export.family_like(other).model_type == export.family_like(cfg).model_type == "llava"
+
+
+def test_the_run_of_a_plain_decoder_needs_no_images():
+    cfg = tiny(fusion=Fusion("text_only"), decoder=llama(), vision=Vision())
+    assert export.family_like(cfg).model_type == "llama"

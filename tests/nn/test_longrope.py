@@ -1,0 +1,67 @@
+"""Longrope: which factors turn a text depends on its whole length, and a cache does not change that."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from vlm_jax.config import Rope
+from vlm_jax.data import pipeline
+from vlm_jax.nn.vlm import empty_cache
+from vlm_jax.structs import PADDING, Batch
+from vlm_jax.testing import KINDS, tiny
+
+NEW = 5  # tokens that follow the prompt one at a time; the third of them is the first beyond the original length
+
+
+class Letters:
+    """A tokenizer of bytes."""
+
+    def encode(self, text):
+        return list(text.encode())
+
+
+def longrope(kind, original):
+    cfg = tiny(kind)
+    rope = Rope(scaling="longrope", factor=4.0, original_positions=original, short_factors=(1.0, 1.1, 1.2, 1.3))
+    return replace(cfg, decoder=replace(cfg.decoder, rope=replace(rope, long_factors=(1.5, 3.0, 6.0, 9.0))))
+
+
+def prompts(cfg) -> Batch:
+    """Two left-padded questions about an image each."""
+    side = cfg.vision.image_size_px
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 1, side, side, 3)).astype(np.float32)
+    return pipeline.prompt_batch(cfg, Letters(), list(images), ["is it red?", "what shape is it?"])
+
+
+def cut(batch: Batch, length: int) -> Batch:
+    """The first tokens; those behind become padding, so that every length has the same shapes."""
+    there = np.arange(batch.tokens.shape[1]) < length
+    return batch.replace(
+        segment_ids=np.where(there, batch.segment_ids, PADDING), positions=np.where(there, batch.positions, 0)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_is_uncached_on_both_sides_of_the_original_length(kind, forward, random_params):
+    length = prompts(tiny(kind)).tokens.shape[1]
+    cfg = longrope(kind, original=length - 3)
+    params, whole = random_params(cfg), prompts(cfg)
+    text = whole.replace(images=None)
+    prompt = jax.tree.map(lambda x: x[:, : length - NEW], text).replace(images=whole.images)
+    out = forward(cfg, params, prompt, empty_cache(cfg, prompt, NEW))
+    for at in range(length - NEW, length):
+        out = forward(cfg, params, jax.tree.map(lambda x, at=at: x[:, at : at + 1], text), out.cache)
+        uncached = forward(cfg, params, cut(whole, at + 1)).logits[:, at]
+        np.testing.assert_allclose(out.logits[:, 0], uncached, atol=2e-4, err_msg=f"token {at}")
+
+
+def test_the_first_token_beyond_the_original_length_changes_those_before(forward, random_params):
+    length = prompts(tiny()).tokens.shape[1]
+    cfg = longrope("unified", original=length - 1)
+    params, whole = random_params(cfg), prompts(cfg)
+    short, long = (forward(cfg, params, cut(whole, at)).logits for at in (length - 1, length))
+    changed = np.abs(short - long).max(-1) > 1e-3
+    there = (whole.segment_ids != PADDING) & (whole.positions > 0)  # the first token sees itself alone
+    assert changed[:, :-1][there[:, :-1]].all()

@@ -1,4 +1,4 @@
-"""PaliGemma 3B at 224 px (Beyer et al. 2024): SigLIP so400m, one product, Gemma; image and prompt see all of each other."""
+"""PaliGemma 3B at 224 px (Beyer et al. 2024): SigLIP so400m, one product, Gemma; image and prompt see each other."""
 
 from dataclasses import replace
 

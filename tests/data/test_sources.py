@@ -53,7 +53,7 @@ def test_slices(datasets_dir):
     assert sources.load(data, "train[90%:]")[0].image_id == 3600
 
 
-@pytest.mark.parametrize("split", ["nonsense", "train[", "train[:x]", "", "train[:0]"])
+@pytest.mark.parametrize("split", ["nonsense", "train[", "train[:x]", "", "train[:0]", "train[5:2]"])
 def test_a_bad_split_names_its_field(datasets_dir, split):
     with pytest.raises(ConfigError, match="data.train_split"):
         sources.load(Data(dir=datasets_dir, train_split=split), split)

@@ -5,6 +5,7 @@ import difflib
 import fcntl
 import io
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +83,9 @@ class Records:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def __iter__(self) -> Iterator[Record]:
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: int) -> Record:
         row = self._rows[index]
         texts = {name: tuple(text.decode() for text in row[name]) for name in ("questions", "answers", "types")}
@@ -105,10 +109,11 @@ def load(data: Data, split: str) -> Records:
     field = "data.train_split" if split == data.train_split else "eval.split"
     try:
         rows = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        count = len(rows)  # of a slice that ends before it begins: a ValueError
     except (ValueError, KeyError, AssertionError):
         names = ", ".join(builder.info.splits)
         raise ConfigError(f"{field} {split!r} is no split: choose {names}, or a slice like 'train[:90%]'") from None
-    if not len(rows):
+    if not count:
         raise ConfigError(f"{field} {split!r} holds no records")
     return Records(rows)
 

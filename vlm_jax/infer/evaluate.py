@@ -9,7 +9,7 @@ from tqdm import tqdm
 from vlm_jax.config import Experiment
 from vlm_jax.data import pipeline
 from vlm_jax.data.pipeline import Question
-from vlm_jax.data.text import EOS, Tokenizer, prompt_ids
+from vlm_jax.data.text import EOS, Tokenizer
 from vlm_jax.infer.generate import generate
 from vlm_jax.report import draw_samples
 from vlm_jax.workdir import Workdir, write_whole
@@ -20,8 +20,12 @@ def evaluate(cfg: Experiment, params, tokenizer: Tokenizer) -> dict:
 
     `exact_match` is the share of answers equal to the expected text; `image_shuffled_exact_match` the same where every
     question is asked about the image of another.
+
+    Raises:
+      ConfigError: the work folder cannot be written, the split does not exist, or an answer has no room.
     """
     workdir = Workdir(cfg.workdir)
+    workdir.try_writing()
     asked = pipeline.questions(cfg, cfg.eval.split, cfg.eval.max_examples)
     answers = answer(cfg, params, tokenizer, asked, asked, "evaluating")
     half = len(asked) // 2  # far away in a set where the questions about an image stand together
@@ -44,8 +48,7 @@ def answer(
 ) -> list[str]:
     """One generated answer a question, about the image of `shown` in its place; batches of one shape, compiled once."""
     rows = cfg.eval.batch_size
-    longest = max(len(prompt_ids(tokenizer, question.question)) for question in asked)
-    length = cfg.image_slots_in_row + longest
+    length = pipeline.prompt_length(cfg, tokenizer, [question.question for question in asked])
     answers: list[str] = []
     for start in tqdm(range(0, len(asked), rows), desc=label, unit="batch", disable=None):
         chosen = [min(i, len(asked) - 1) for i in range(start, start + rows)]

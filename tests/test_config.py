@@ -237,6 +237,8 @@ def test_a_number_outside_of_its_range_is_refused_by_name(field, value, said):
         ("decoder.width", True, "it must be int"),
         ("optim.learning_rate", "0.1", "it must be float"),
         ("fusion.gated", 1, "it must be bool"),
+        ("fusion", "unified", "it must be Fusion"),
+        ("vision", Fusion(), "it must be Vision"),
         ("fusion.kind", None, "it must be str"),
         ("data.augment", "mirror", "it must be a tuple of str"),
         ("fusion.cross_layers", (0, "1"), "it must be a tuple of int"),

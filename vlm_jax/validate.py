@@ -76,12 +76,14 @@ def validate(cfg: Experiment) -> Experiment:
     return cfg
 
 
-def check_types(cfg: Experiment) -> None:
+def check_types(cfg, prefix: str = "") -> None:
     """Raises ConfigError for a value of another type than its field's: dataclasses take any."""
-    values = flat(cfg)
-    for path, kind in kinds(cfg).items():
-        if not _fits(values[path], kind):
-            raise ConfigError(f"{path} is {values[path]!r}: it must be {_called(kind)}.")
+    for name, kind in typing.get_type_hints(type(cfg)).items():
+        value = getattr(cfg, name)
+        if not _fits(value, kind):
+            raise ConfigError(f"{prefix}{name} is {value!r}: it must be {_called(kind)}.")
+        if dataclasses.is_dataclass(kind):
+            check_types(value, f"{prefix}{name}.")
 
 
 def _fits(value, kind) -> bool:

@@ -191,6 +191,7 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
     ({"fusion_cross_every": 2}, "fusion.cross_every 2 is of fusion.kind cross_attention: with fusion.kind unified"),
     ({"fusion_cross_layers": (1,)}, r"fusion.cross_layers \(1,\) is of fusion.kind cross_attention"),
     ({"fusion_kind": "encoder_decoder", "fusion_gated": False}, "fusion.gated False .* fusion.kind encoder_decoder"),
+    ({"optim_rate_scale": RateScale(0, 0, 0, 0)}, "optim.rate_scale is 0 for vision, .*: nothing would learn"),
     ({"decoder_max_positions": 27}, "decoder.max_positions 27 .* data.text_length 24: it must be at least 28"),
 ]
 

@@ -71,7 +71,7 @@ def validate(cfg: Experiment) -> Experiment:
         if wrong:
             raise ConfigError(f"{path} {wrong[0]!r} is no choice: choose {', '.join(allowed)}.")
     _numbers(values)
-    for check in (_patches, _heads, _projector, _fusion, _room):
+    for check in (_patches, _heads, _projector, _fusion, _room, _rates):
         check(cfg)
     return cfg
 
@@ -227,3 +227,8 @@ def _room(cfg):
             f"decoder.max_positions {cfg.decoder.max_positions} has no room for the {cfg.image_slots_in_row} image "
             f"tokens of a row and data.text_length {cfg.data.text_length}: it must be at least {longest}."
         )
+
+
+def _rates(cfg):
+    if not any(flat(cfg.optim.rate_scale).values()):
+        raise ConfigError(f"optim.rate_scale is 0 for {', '.join(flat(cfg.optim.rate_scale))}: nothing would learn.")

@@ -1,6 +1,7 @@
 """Exact match of generated answers, with the right images and with those of other examples."""
 
 import json
+import sys
 from collections import defaultdict
 
 import jax
@@ -47,6 +48,8 @@ def answer(
     cfg: Experiment, params, tokenizer: Tokenizer, asked: list[Question], shown: list[Question], label: str
 ) -> list[str]:
     """One generated answer a question, about the image of `shown` in its place; batches of one shape, compiled once."""
+    if not sys.stderr.isatty():  # where there is no bar
+        print(f"{label}: {len(asked)} questions", flush=True)
     rows = cfg.eval.batch_size
     length = pipeline.prompt_length(cfg, tokenizer, [question.question for question in asked])
     answers: list[str] = []

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_jax import config_file
+from vlm_jax import cli, config_file
 from vlm_jax.cli import main
 from vlm_jax.testing import tiny
 from vlm_jax.workdir import Workdir
@@ -21,7 +21,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(arguments, capsys):
-    """-> (exit code, what was printed, what was complained); tyro ends the program on its own."""
+    """-> (exit code, what was printed, what was complained); tyro's help ends the program on its own."""
     try:
         code = main(arguments)
     except SystemExit as end:
@@ -46,7 +46,36 @@ MISTAKES = {
         ["--config", CONFIG, "--fusion.kind", "crossattention"],
         ["fusion.kind", "perhaps you meant cross_attention"],
     ),
-    "a value of another type": (["--config", CONFIG, "--train.steps", "many"], ["train.steps", "many"]),
+    "a value of another type": (
+        ["--config", CONFIG, "--train.steps", "many"],
+        ["--train.steps many is not a whole number"],
+    ),
+    "a word for a number": (
+        ["--config", CONFIG, "--seed=0", "--optim.beta1", "x"],
+        ["--optim.beta1 x is not a number"],
+    ),
+    "a word for yes or no": (["--config", CONFIG, "--fusion.gated", "maybe"], ["fusion.gated", "True, False"]),
+    "a choice among several": (
+        ["--config", CONFIG, "--data.augment", "turn", "miror"],
+        ["--data.augment miror", "perhaps you meant mirror"],
+    ),
+    "a field without a value": (["--config", CONFIG, "--train.steps"], ["--train.steps takes one value, not none"]),
+    "two values of one": (["--config", CONFIG, "--seed", "1", "2"], ["--seed takes one value, not 1 2"]),
+    "a value of nothing": (["train", "steps", "--config", CONFIG], ["'steps' stands for nothing"]),
+    "a short option": (["--config", CONFIG, "-x"], ["'-x' stands for nothing"]),
+    "an empty value": (["--config", CONFIG, "--data.dir", ""], ["--data.dir is empty"]),
+    "an empty work folder": (["--config", CONFIG, "--workdir", ""], ["--workdir is empty"]),
+    "a work folder left out": (["--config", CONFIG, "--workdir"], ["--workdir", "expected one argument"]),
+    "a config left out": (["--config"], ["--config", "expected one argument"]),
+    "a folder for a config": (["--config", str(Path(CONFIG).parent)], ["is no config", "Python file"]),
+    "a number that is none": (
+        ["--config", CONFIG, "--optim.learning_rate", "nan"],
+        ["optim.learning_rate is nan: it must be at least 0"],
+    ),
+    "a number without end": (
+        ["--config", CONFIG, "--optim.learning_rate", "inf"],
+        ["optim.learning_rate is inf: it must be a finite number"],
+    ),
     "a value that is too small": (["--config", CONFIG, "--train.steps", "0"], ["train.steps is 0", "at least 1"]),
     "values that do not fit": (
         ["--config", CONFIG, "--vision.patch-size-px", "7"],
@@ -55,6 +84,11 @@ MISTAKES = {
     "a work folder that holds no run": (["train", "--workdir", "nowhere"], ["--workdir nowhere holds no run"]),
     "eval without a work folder": (["eval"], ["eval needs --workdir"]),
     "eval of a config": (["eval", "--config", CONFIG], ["eval needs --workdir"]),
+    "eval of a run and a config": (["eval", "--workdir", "run", "--config", CONFIG], ["and no --config"]),
+    "eval of another model": (
+        ["eval", "--workdir", "run", "--eval.max-examples", "9", "--decoder.width", "64"],
+        ["eval takes a run as it was trained", "decoder.width: 32 -> 64"],
+    ),
     "eval of nothing": (["eval", "--workdir", "nowhere"], ["nowhere holds no run"]),
     "generate without a work folder": (
         ["generate", "--image", "a.png", "--prompt", "hi"],
@@ -78,12 +112,13 @@ def test_a_mistake_is_named_with_exit_code_2_and_nothing_is_written(arguments, s
     assert code == 2
     for words in said:
         assert words in err
-    assert "Traceback" not in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, "a sentence, not a page"
     assert not out
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["-h"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["eval", "--help"], ["train", "-h"]])
 def test_help_names_every_verb(arguments, capsys):
     code, out, _ = run(arguments, capsys)
     assert code == 0
@@ -95,6 +130,21 @@ def test_no_arguments_at_all_show_the_usage_with_exit_code_2(capsys):
     code, out, _ = run([], capsys)
     assert code == 2
     assert "usage:" in out
+
+
+@pytest.mark.parametrize(
+    "raised, code, said",
+    [
+        (KeyboardInterrupt(), 130, "stopped\n"),
+        (OSError(28, "No space left on device", "a.json"), 1, "error: [Errno 28] No space left on device: 'a.json'\n"),
+    ],
+)
+def test_what_is_no_mistake_is_a_line_too(raised, code, said, capsys, monkeypatch):
+    def diff(arguments):
+        raise raised
+
+    monkeypatch.setitem(cli.VERBS, "diff", diff)
+    assert run(["diff", "a", "b"], capsys) == (code, "", said)
 
 
 def test_help_of_a_verb_lists_fields_with_the_values_of_the_config(capsys):
@@ -121,3 +171,23 @@ def test_a_work_folder_with_another_run_is_refused_and_left_as_it_is(folder):
         workdir.open(tiny("cross_attention"))
     assert workdir.config.read_text() == written
     assert workdir.read_config().fusion == tiny().fusion
+
+
+def test_a_work_folder_with_checkpoints_of_nobody_knows_which_run_is_refused(folder):
+    workdir = Workdir(str(folder / "run"))
+    workdir.open(tiny())
+    workdir.config.unlink()
+    workdir.open(tiny())  # an empty folder is anybody's
+    workdir.config.unlink()
+    (workdir.checkpoints / "2").mkdir()
+    with pytest.raises(config_file.ConfigError, match="run holds checkpoints and no config.json"):
+        workdir.open(tiny())
+    assert not workdir.config.exists()
+
+
+def test_a_file_where_the_checkpoints_belong_is_refused_and_left_as_it_is(folder):
+    workdir = Workdir(str(folder))
+    workdir.checkpoints.write_text("mine")
+    with pytest.raises(config_file.ConfigError, match="cannot be written: File exists"):
+        workdir.open(tiny())
+    assert [path.name for path in folder.iterdir()] == ["checkpoints"]

@@ -1,5 +1,6 @@
 """An experiment is data: it comes back equal from JSON, and what cannot work is refused by name."""
 
+import re
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from vlm_jax import config_file
 from vlm_jax.config import ConfigError, Data, Experiment, Fusion, Mesh, Optim, RateScale, Rope, Vision
 from vlm_jax.testing import KINDS, tiny
-from vlm_jax.validate import AT_LEAST, flat, validate
+from vlm_jax.validate import ABOVE, AT_LEAST, AT_MOST, BELOW, kinds, validate
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 named = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -86,6 +87,7 @@ def test_differences_are_lines_with_both_values_and_leave_out_the_work_folder():
         ("{}", "missing or unknown"),
         ('{"typo": 1}', "typo"),
         ("3", "not the config of a run"),
+        (b"\xff\xfe\x00", "not the config of a run"),
     ],
 )
 def test_json_that_is_no_experiment_is_refused_with_the_name_of_the_file(text, said):
@@ -181,7 +183,18 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
         {"fusion_kind": "encoder_decoder", "vision_kind": "none", "vision_positions": "none"},
         "vision.kind none .* vision.positions none .* fusion.kind encoder_decoder",
     ),
-    ({"fusion_cross_layers": (1, 3)}, r"fusion.cross_layers \[3\] .* decoder.depth 2"),
+    (
+        {"fusion_kind": "cross_attention", "fusion_cross_layers": (1, 3)},
+        r"fusion.cross_layers \[3\] .* decoder.depth 2",
+    ),
+    (
+        {"fusion_kind": "cross_attention", "fusion_cross_layers": (1,), "fusion_cross_every": 2},
+        r"fusion.cross_every 2 and fusion.cross_layers \[1\] both",
+    ),
+    ({"fusion_cross_every": 2}, "fusion.cross_every 2 is of fusion.kind cross_attention: with fusion.kind unified"),
+    ({"fusion_cross_layers": (1,)}, r"fusion.cross_layers \(1,\) is of fusion.kind cross_attention"),
+    ({"fusion_kind": "encoder_decoder", "fusion_gated": False}, "fusion.gated False .* fusion.kind encoder_decoder"),
+    ({"optim_rate_scale": RateScale(0, 0, 0, 0)}, "optim.rate_scale is 0 for vision, .*: nothing would learn"),
     ({"decoder_max_positions": 27}, "decoder.max_positions 27 .* data.text_length 24: it must be at least 28"),
 ]
 
@@ -192,19 +205,64 @@ def test_what_cannot_work_together_is_refused_in_a_sentence_that_names_the_field
         validate(changed(tiny(), **values))
 
 
+def with_value(part, field, value):
+    """The dataclass with `value` at "section.field"."""
+    name, _, rest = field.partition(".")
+    return replace(part, **{name: with_value(getattr(part, name), rest, value) if rest else value})
+
+
 @pytest.mark.parametrize("field", AT_LEAST)
 def test_a_value_below_its_least_is_refused_by_name(field):
-    assert field in flat(tiny())
-    *sections, name = field.split(".")
     least = AT_LEAST[field]
-
-    def with_value(part, path):
-        return replace(
-            part, **({path[0]: with_value(getattr(part, path[0]), path[1:])} if path[1:] else {name: least - 1})
-        )
-
     with pytest.raises(ConfigError, match=f"^{field} is {least - 1}: it must be at least {least}"):
-        validate(with_value(tiny(), [*sections, name]))
+        validate(with_value(tiny(), field, least - 1))
+
+
+FLOATS = [field for field, kind in kinds(tiny()).items() if kind is float]
+
+
+@pytest.mark.parametrize(
+    "field, value, said",
+    [(field, 0.0, "above 0") for field in ABOVE]
+    + [(field, most + 1, f"at most {most}") for field, most in AT_MOST.items()]
+    + [(field, 1.0, "below 1") for field in BELOW]
+    + [(field, float(word), "it must be") for field in FLOATS for word in ("nan", "inf")],
+)
+def test_a_number_outside_of_its_range_is_refused_by_name(field, value, said):
+    with pytest.raises(ConfigError, match=f"^{field} is {value}: .*{said}"):
+        validate(with_value(tiny(), field, value))
+
+
+@pytest.mark.parametrize(
+    "field, value, said",
+    [
+        ("train.steps", "many", "it must be int"),
+        ("train.steps", 1e3, "it must be int"),
+        ("decoder.width", True, "it must be int"),
+        ("optim.learning_rate", "0.1", "it must be float"),
+        ("fusion.gated", 1, "it must be bool"),
+        ("fusion", "unified", "it must be Fusion"),
+        ("vision", Fusion(), "it must be Vision"),
+        ("fusion.kind", None, "it must be str"),
+        ("data.augment", "mirror", "it must be a tuple of str"),
+        ("fusion.cross_layers", (0, "1"), "it must be a tuple of int"),
+    ],
+)
+def test_a_value_of_another_type_in_a_config_is_refused_by_name(field, value, said):
+    cfg = with_value(tiny(), field, value)
+    for refuse in (validate, lambda cfg: config_file.override(cfg, [], "test")):
+        with pytest.raises(ConfigError, match=f"^{field} is {re.escape(repr(value))}: {said}"):
+            refuse(cfg)
+
+
+def test_a_whole_number_is_a_number():
+    validate(with_value(tiny(), "optim.learning_rate", 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_fusion_is_one_word_on_the_command_line(kind):
+    cfg = config_file.override(load("easy_vqa_cross_attention"), ["--fusion.kind", kind], "test")
+    assert validate(cfg).fusion == Fusion(kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)

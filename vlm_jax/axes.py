@@ -139,7 +139,10 @@ def make_mesh(cfg: config.Mesh, devices: Sequence[jax.Device] | None = None) -> 
     """The devices (default: all there are) as `data x fsdp x tensor`; -1 stands for what is left.
 
     Raises:
-      ConfigError: the three do not multiply to the number of devices.
+      ConfigError: the three do not multiply to the number of devices, or there is no device of JAX_PLATFORMS.
     """
-    devices = jax.devices() if devices is None else devices
+    try:
+        devices = jax.devices() if devices is None else devices
+    except RuntimeError as error:
+        raise config.ConfigError(f"{error}") from None
     return jax.make_mesh(cfg.sizes(len(devices)), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)

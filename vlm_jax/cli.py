@@ -1,6 +1,5 @@
 """The command line: verbs, and mistakes as one sentence with exit code 2."""
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -22,53 +21,81 @@ USAGE = """usage: python run.py [VERB] [--config FILE] [--any.field VALUE ...]
   diff      A.py B.py: prints the fields in which two configs differ
 
 python run.py VERB --config FILE --help lists every field with its value."""
+OWN_HELP = ("generate", "verify", "export")  # verbs that explain their options themselves
+OPEN = ("data", "mesh", "eval")  # sections that may change after the training
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 1 where a run failed, 2 for a mistake of the user."""
+    """Runs one command; returns the exit code: 0, 1 where a run failed, 2 for a mistake of the user, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if not arguments or arguments == ["--help"] or arguments == ["-h"]:
+        has_verb = bool(arguments) and not arguments[0].startswith("-")
+        verb, rest = (arguments[0], arguments[1:]) if has_verb else ("train", arguments)
+        if not arguments or (verb not in OWN_HELP and _asks_for_usage(rest)):
             print(USAGE)
             return 0 if arguments else 2
-        has_verb = not arguments[0].startswith("-")
-        verb, rest = (arguments[0], arguments[1:]) if has_verb else ("train", arguments)
         if verb not in VERBS:
             raise ConfigError(f"{verb!r} is no verb{config_file.nearest(verb, VERBS)}: choose {', '.join(VERBS)}.")
         return VERBS[verb](rest)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)  # such as a disk that is full: it names the file
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _asks_for_usage(arguments: list[str]) -> bool:
+    """Help is wanted, and there is no experiment whose fields could be listed."""
+    named = any(argument.startswith(("--config", "--workdir")) for argument in arguments)
+    return not named and bool({"-h", "--help"} & set(arguments))
 
 
 def experiment(verb: str, arguments: list[str], stored: bool) -> Experiment:
     """The experiment that the arguments ask for: of --config, or of the run in --workdir where `stored`."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = cli_hub.Parser(add_help=False)
     parser.add_argument("--config")
     parser.add_argument("--workdir")
     given, fields = parser.parse_known_args(arguments)
-    if given.workdir and (stored or not given.config):
-        cfg = Workdir(given.workdir).read_config()
-    elif given.config and not stored:
-        cfg = config_file.load(given.config)
-        cfg = dataclasses.replace(cfg, workdir=given.workdir) if given.workdir else cfg
-    else:
-        raise ConfigError(f"{verb} needs {'--workdir W, the folder of a run' if stored else '--config FILE'}.")
-    cfg = config_file.override(cfg, fields, f"python run.py {verb}")
-    if not stored and (cfg.vision.checkpoint or cfg.decoder.checkpoint):
+    empty = [name for name, value in vars(given).items() if value == ""]
+    if empty:
+        raise ConfigError(f"--{empty[0]} is empty.")
+    if stored and (given.config or not given.workdir):
+        raise ConfigError(f"{verb} needs --workdir W, the folder of a run, and no --config: the run has its own.")
+    if not given.config and not given.workdir:
+        raise ConfigError(f"{verb} needs --config FILE.")
+    cfg = config_file.load(given.config) if given.config else Workdir(given.workdir).read_config()
+    cfg = dataclasses.replace(cfg, workdir=given.workdir or cfg.workdir)
+    asked = config_file.override(cfg, fields, f"python run.py {verb}")
+    if stored:
+        _refuse_another_model(verb, cfg, asked)
+    elif asked.vision.checkpoint or asked.decoder.checkpoint:
         from vlm_jax.hub import compose
 
-        cfg = compose.resolved(cfg)
-    return validate(cfg)
+        asked = compose.resolved(asked)
+    return validate(asked)
+
+
+def _refuse_another_model(verb: str, cfg: Experiment, asked: Experiment) -> None:
+    """A run is asked as it was trained: the shapes of its parameters are those of its config."""
+    changed = [line for line in config_file.differences(cfg, asked) if line.split(".")[0] not in OPEN]
+    if changed:
+        raise ConfigError(
+            f"{verb} takes a run as it was trained, and only fields of {', '.join(OPEN)} may be others: {changed[0]}."
+        )
 
 
 def train(arguments: list[str]) -> int:
     cfg = experiment("train", arguments, stored=False)
     from vlm_jax.train import loop
+    from vlm_jax.train.checkpoint import NotSaved
 
     try:
         loop.train(cfg)
-    except loop.NotFinite as error:
+    except (loop.NotFinite, NotSaved) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return _evaluate(cfg)
@@ -92,15 +119,15 @@ def _evaluate(cfg: Experiment) -> int:
 
 
 def generate(arguments: list[str]) -> int:
-    if any(argument.split("=")[0] == "--checkpoint" for argument in arguments):
+    given = {argument.split("=")[0] for argument in arguments}
+    if "--checkpoint" in given or (given & {"-h", "--help"} and "--workdir" not in given):
         return cli_hub.generate(arguments)
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    if "--workdir" not in given:
+        raise ConfigError("generate needs --workdir W, the folder of a run, or --checkpoint DIR, a public checkpoint.")
+    parser = cli_hub.Parser(add_help=False)
     parser.add_argument("--image", nargs="+", action="extend", default=[])
     parser.add_argument("--prompt", nargs="+", action="extend", default=[])
-    try:
-        given, rest = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"generate: {error}.") from None
+    given, rest = parser.parse_known_args(arguments)
     cfg = experiment("generate", rest, stored=True)
     if not given.image or not given.prompt:
         raise ConfigError('generate needs --image FILE [FILE ...] and --prompt "TEXT" ["TEXT" ...].')

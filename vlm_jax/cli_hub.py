@@ -8,10 +8,13 @@ from vlm_jax.config import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """A mistake is a ConfigError."""
+    """A mistake is a ConfigError; what it does not know can be left to others."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str):
-        raise ConfigError(f"{self.prog}: {message}.")
+        raise ConfigError(f"{message}.")
 
 
 def parsed(verb: str, arguments: list[str], **options: dict) -> argparse.Namespace:
@@ -20,7 +23,7 @@ def parsed(verb: str, arguments: list[str], **options: dict) -> argparse.Namespa
     Raises:
       ConfigError: an option that does not exist, lacks its value, or has one of a wrong type.
     """
-    parser = Parser(prog=f"python run.py {verb}", allow_abbrev=False)
+    parser = Parser(prog=f"python run.py {verb}")
     for name, settings in options.items():
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, **settings)
     given, unknown = parser.parse_known_args(arguments)

@@ -11,7 +11,9 @@ from pathlib import Path
 import tyro
 
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.validate import choices, flat
+from vlm_jax.validate import check_types, element, flat, kinds, words
+
+NUMBERS = {int: "a whole number", float: "a number"}
 
 
 def nearest(word: str, choices) -> str:
@@ -27,6 +29,8 @@ def load(path: str) -> Experiment:
       ConfigError: no such file, or one that does not define an experiment.
     """
     file = Path(path)
+    if file.exists() and (file.is_dir() or file.suffix != ".py"):
+        raise ConfigError(f"--config {path} is no config: that is a Python file, such as one of configs/.")
     if not file.is_file():
         others = sorted(file.parent.glob("*.py")) if file.parent.is_dir() else []
         hint = nearest(str(path), map(str, others)) or (f": there are {', '.join(map(str, others))}" if others else "")
@@ -53,35 +57,58 @@ def _module(file: Path):
 
 
 def override(cfg: Experiment, arguments: list[str], program: str) -> Experiment:
-    """The experiment with `--any.field VALUE` applied; tyro explains a value of a wrong type and exits with code 2.
+    """The experiment with `--any.field VALUE` applied; tyro reads the values and writes the help.
 
     Raises:
-      ConfigError: a field or a choice that does not exist.
+      ConfigError: a field or a choice that does not exist, or a value of another type, in `cfg` too.
     """
-    _refuse_unknown(cfg, arguments)
+    check_types(cfg)
+    fields = kinds(cfg)
+    for name, values in _options(arguments):
+        if name != "help":
+            _check_option(fields, name, values)
     return tyro.cli(Experiment, default=cfg, args=arguments, prog=program, config=(tyro.conf.FlagConversionOff,))
 
 
-def _refuse_unknown(cfg: Experiment, arguments: list[str]) -> None:
-    allowed_words, name = choices(cfg), ""
+def _options(arguments: list[str]) -> list[tuple[str, list[str]]]:
+    """["--a.b", "1", "2", "--c=3"] -> [("a.b", ["1", "2"]), ("c", ["3"])]."""
+    options: list[tuple[str, list[str]]] = []
     for argument in arguments:
         if argument.startswith("--"):
-            name, _, value = argument[2:].partition("=")
-            name = name.replace("-", "_")
-            if name != "help" and name not in allowed_words:
-                raise ConfigError(f"--{name} is no field{nearest(name, allowed_words)}; --help lists all of them.")
+            name, equals, value = argument[2:].partition("=")
+            options.append((name.replace("-", "_"), [value] if equals else []))
+        elif argument == "-h":
+            options.append(("help", []))
+        elif not options:
+            raise ConfigError(f"{argument!r} stands for nothing: a field is given as --section.field VALUE.")
         else:
-            value = argument
-        allowed = allowed_words.get(name)
-        if allowed and value and value not in allowed:
+            options[-1][1].append(argument)
+    return options
+
+
+def _check_option(fields: dict[str, object], name: str, values: list[str]) -> None:
+    if name not in fields:
+        raise ConfigError(f"--{name} is no field{nearest(name, fields)}; --help lists all of them.")
+    kind = element(fields[name])
+    if kind == fields[name] and len(values) != 1:
+        raise ConfigError(f"--{name} takes one value, not {' '.join(values) if values else 'none'}.")
+    if "" in values:
+        raise ConfigError(f"--{name} is empty.")
+    allowed = ("True", "False") if kind is bool else words(kind)
+    for value in values:
+        if allowed and value not in allowed:
             raise ConfigError(f"--{name} {value} is no choice{nearest(value, allowed)}: choose {', '.join(allowed)}.")
+        try:
+            kind(value) if kind in NUMBERS else value
+        except ValueError:
+            raise ConfigError(f"--{name} {value} is not {NUMBERS[kind]}.") from None
 
 
 def to_json(cfg: Experiment) -> str:
     return json.dumps(dataclasses.asdict(cfg), indent=2) + "\n"
 
 
-def from_json(text: str, name: str) -> Experiment:
+def from_json(text: str | bytes, name: str) -> Experiment:
     """The experiment that `to_json` wrote, equal to the one it was given.
 
     Raises:

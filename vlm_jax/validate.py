@@ -1,11 +1,13 @@
 """Refuses an experiment that cannot work, with a sentence that names the fields and the way out."""
 
 import dataclasses
+import math
+import operator
 import typing
 
 from vlm_jax.config import ConfigError, Experiment, Transformer
 
-AT_LEAST = {  # smallest allowed value; a field that is not here may be anything of its type
+AT_LEAST = {  # smallest allowed value; a field in none of these tables may be anything of its type
     "data.questions_per_row": 1,
     "data.text_length": 1,
     "data.threads": 0,
@@ -28,7 +30,6 @@ AT_LEAST = {  # smallest allowed value; a field that is not here may be anything
     "optim.warmup_steps": 0,
     "optim.beta1": 0,
     "optim.beta2": 0,
-    "optim.clip_norm": 0,
     "optim.final_fraction": 0,
     "optim.weight_decay": 0,
     "train.steps": 1,
@@ -45,6 +46,15 @@ AT_LEAST = {  # smallest allowed value; a field that is not here may be anything
     for stack in ("vision", "decoder")
     for field, least in {"width": 1, "depth": 1, "heads": 1, "mlp_width": 1, "kv_heads": 0, "head_dim": 0}.items()
 }
+ABOVE = {"optim.clip_norm": 0, "vision.norm_eps": 0, "decoder.norm_eps": 0, "decoder.rope.theta": 0}
+AT_MOST = {"optim.final_fraction": 1, "seed": 2**32 - 1}
+BELOW = {"optim.beta1": 1, "optim.beta2": 1}
+LIMITS = {  # a number that is none is in no order, so it is refused by each of them
+    "at least": (AT_LEAST, operator.ge),
+    "above": (ABOVE, operator.gt),
+    "at most": (AT_MOST, operator.le),
+    "below": (BELOW, operator.lt),
+}
 
 
 def validate(cfg: Experiment) -> Experiment:
@@ -53,18 +63,49 @@ def validate(cfg: Experiment) -> Experiment:
     Raises:
       ConfigError: a value, or two together, cannot work.
     """
+    check_types(cfg)
     values = flat(cfg)
-    for path, value in values.items():
-        if path in AT_LEAST and value < AT_LEAST[path]:
-            raise ConfigError(f"{path} is {value}: it must be at least {AT_LEAST[path]}.")
-    for path, allowed in choices(cfg).items():
-        value = values[path]
+    for path, kind in kinds(cfg).items():
+        value, allowed = values[path], words(kind)
         wrong = [word for word in (value if isinstance(value, tuple) else (value,)) if allowed and word not in allowed]
         if wrong:
             raise ConfigError(f"{path} {wrong[0]!r} is no choice: choose {', '.join(allowed)}.")
-    for check in (_patches, _heads, _projector, _fusion, _room):
+    _numbers(values)
+    for check in (_patches, _heads, _projector, _fusion, _room, _rates):
         check(cfg)
     return cfg
+
+
+def check_types(cfg, prefix: str = "") -> None:
+    """Raises ConfigError for a value of another type than its field's: dataclasses take any."""
+    for name, kind in typing.get_type_hints(type(cfg)).items():
+        value = getattr(cfg, name)
+        if not _fits(value, kind):
+            raise ConfigError(f"{prefix}{name} is {value!r}: it must be {_called(kind)}.")
+        if dataclasses.is_dataclass(kind):
+            check_types(value, f"{prefix}{name}.")
+
+
+def _fits(value, kind) -> bool:
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(one, element(kind)) for one in value)
+    if kind in (int, float):
+        return type(value) in (int, kind)  # True is no number
+    return isinstance(value, str if words(kind) else kind)
+
+
+def _called(kind) -> str:
+    one = "str" if words(kind) else element(kind).__name__
+    return one if kind == element(kind) else f"a tuple of {one}"
+
+
+def _numbers(values: dict[str, object]) -> None:
+    for path, value in values.items():
+        for said, (limits, holds) in LIMITS.items():
+            if path in limits and not holds(value, limits[path]):
+                raise ConfigError(f"{path} is {value}: it must be {said} {limits[path]}.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{path} is {value}: it must be a finite number.")
 
 
 def flat(cfg, prefix: str = "") -> dict[str, object]:
@@ -77,17 +118,25 @@ def flat(cfg, prefix: str = "") -> dict[str, object]:
     return found
 
 
-def choices(cfg, prefix: str = "") -> dict[str, tuple[str, ...]]:
-    """Every "section.field", with the words that it may be; none where any value of its type may be."""
+def kinds(cfg, prefix: str = "") -> dict[str, object]:
+    """Nested dataclasses -> {"section.field": type}."""
     found = {}
     for name, kind in typing.get_type_hints(type(cfg)).items():
-        if dataclasses.is_dataclass(kind):
-            found |= choices(getattr(cfg, name), f"{prefix}{name}.")
-        else:
-            while typing.get_origin(kind) is tuple:
-                kind = typing.get_args(kind)[0]
-            found[prefix + name] = typing.get_args(kind)
+        nested = dataclasses.is_dataclass(kind)
+        found |= kinds(getattr(cfg, name), f"{prefix}{name}.") if nested else {prefix + name: kind}
     return found
+
+
+def words(kind) -> tuple[str, ...]:
+    """The words that a value of the type, or each of its values, may be; none where anything of its type may be."""
+    while typing.get_origin(kind) is tuple:
+        kind = element(kind)
+    return typing.get_args(kind)
+
+
+def element(kind):
+    """The type of one value: of each value of a tuple."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
 
 
 def _patches(cfg):
@@ -150,6 +199,17 @@ def _fusion(cfg):
             f"vision.kind none with vision.positions none leaves fusion.kind {fusion.kind} no order of the patches: "
             "set vision.positions to learned or sincos, or choose fusion.kind unified."
         )
+    unread = [name for name in ("cross_every", "cross_layers", "gated") if _is_changed(fusion, name)]
+    if unread and fusion.kind != "cross_attention":
+        raise ConfigError(
+            f"fusion.{unread[0]} {getattr(fusion, unread[0])} is of fusion.kind cross_attention: with fusion.kind "
+            f"{fusion.kind} leave it out, or choose that kind."
+        )
+    if fusion.cross_layers and _is_changed(fusion, "cross_every"):
+        raise ConfigError(
+            f"fusion.cross_every {fusion.cross_every} and fusion.cross_layers {list(fusion.cross_layers)} both say "
+            "where the cross blocks stand: leave one of them out."
+        )
     outside = [i for i in fusion.cross_layers if not 0 <= i <= cfg.decoder.depth]
     if outside:
         raise ConfigError(
@@ -163,6 +223,10 @@ def _fusion(cfg):
         )
 
 
+def _is_changed(fusion, name: str) -> bool:
+    return getattr(fusion, name) != getattr(type(fusion)(), name)
+
+
 def _room(cfg):
     longest = cfg.row_length
     if longest > cfg.decoder.max_positions:
@@ -170,3 +234,8 @@ def _room(cfg):
             f"decoder.max_positions {cfg.decoder.max_positions} has no room for the {cfg.image_slots_in_row} image "
             f"tokens of a row and data.text_length {cfg.data.text_length}: it must be at least {longest}."
         )
+
+
+def _rates(cfg):
+    if not any(flat(cfg.optim.rate_scale).values()):
+        raise ConfigError(f"optim.rate_scale is 0 for {', '.join(flat(cfg.optim.rate_scale))}: nothing would learn.")

@@ -24,15 +24,20 @@ class Workdir:
 
     def read_config(self) -> Experiment:
         """The experiment of the run that lies here, with `workdir` where the folder is now."""
-        if not self.config.is_file():
-            raise ConfigError(f"--workdir {self.path} holds no run: there is no {self.config}.")
-        cfg = config_file.from_json(self.config.read_text(), str(self.config))
+        try:
+            text = self.config.read_bytes()
+        except FileNotFoundError:
+            raise ConfigError(f"--workdir {self.path} holds no run: there is no {self.config}.") from None
+        except OSError as error:
+            raise ConfigError(f"--workdir {self.path} holds no run: {self.config}: {error.strerror}.") from None
+        cfg = config_file.from_json(text, str(self.config))
         return dataclasses.replace(cfg, workdir=str(self.path))
 
     def check(self, cfg: Experiment) -> None:
         """Raises ConfigError where the folder holds a run with another config. The mesh may be another."""
         try:
             if not self.config.exists():
+                self._refuse_unknown_run()
                 return
         except OSError as error:
             raise self._unwritable(error) from None
@@ -44,6 +49,13 @@ class Workdir:
                 + "\n  ".join(changed)
             )
 
+    def _refuse_unknown_run(self) -> None:
+        if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
+            raise ConfigError(
+                f"workdir {self.path} holds checkpoints and no {self.config.name} that says of which run: choose "
+                "another --workdir."
+            )
+
     def open(self, cfg: Experiment) -> None:
         """Makes the folder and writes its config, once it is checked.
 
@@ -52,8 +64,17 @@ class Workdir:
         """
         self.check(cfg)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_whole(self.config, config_file.to_json(cfg))
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def try_writing(self) -> None:
+        """Raises ConfigError where nothing can be written: to be known before the work, not after it."""
+        trial = self.path / ".trial"
+        try:
+            trial.touch()
+            trial.unlink()
         except OSError as error:
             raise self._unwritable(error) from None
 

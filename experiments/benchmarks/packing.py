@@ -42,19 +42,11 @@ def compare(cfg, seconds: float) -> tuple[float, float]:
     from vlm_jax.data import pipeline
 
     tokenizer = pipeline.train_tokenizer(cfg)
-    data = replace(cfg.data, questions_per_row=1, text_length=longest_question(cfg, tokenizer))
+    longest = sum(map(len, pipeline.longest_pair(cfg, tokenizer)))
+    data = replace(cfg.data, questions_per_row=1, text_length=longest)
     sides = [Side(cfg, tokenizer), Side(replace(cfg, data=data), tokenizer)]
     speeds = [[side.questions_per_second(seconds) for side in sides] for _ in range(TURNS)]
     return tuple(statistics.median(found) for found in zip(*speeds))
-
-
-def longest_question(cfg, tokenizer) -> int:
-    """Tokens of the longest question with its answer in the training split."""
-    from vlm_jax.data import sources, text
-
-    records = sources.load(cfg.data, cfg.data.train_split)
-    pairs = {pair for i in range(len(records)) for pair in zip(records[i].questions, records[i].answers)}
-    return max(len(text.prompt_ids(tokenizer, asked)) + len(text.answer_ids(tokenizer, said)) for asked, said in pairs)
 
 
 class Side:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -53,7 +54,7 @@ def test_slices(datasets_dir):
     assert sources.load(data, "train[90%:]")[0].image_id == 3600
 
 
-@pytest.mark.parametrize("split", ["nonsense", "train[", "train[:x]", "", "train[:0]"])
+@pytest.mark.parametrize("split", ["nonsense", "train[", "train[:x]", "", "train[:0]", "train[5:2]"])
 def test_a_bad_split_names_its_field(datasets_dir, split):
     with pytest.raises(ConfigError, match="data.train_split"):
         sources.load(Data(dir=datasets_dir, train_split=split), split)
@@ -71,6 +72,20 @@ def test_an_unusable_directory_is_named(tmp_path):
     for directory in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ConfigError, match=r"data.dir .*file"):
             sources.load(Data(dir=str(directory)), "train")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("files", ["*-train.array_record*", "dataset_info.json"])
+@pytest.mark.parametrize("damage", [cut, os.remove])
+def test_a_damaged_dataset_is_named(datasets_dir, tmp_path, files, damage):
+    directory = shutil.copytree(datasets_dir, tmp_path / "copy")
+    for path in directory.rglob(files):
+        damage(path)
+    with pytest.raises(ConfigError, match=str(directory)):
+        list(sources.load(Data(dir=str(directory)), "train"))
 
 
 def test_tensorflow_stays_out_and_tfds_stays_silent(tmp_path):

@@ -179,3 +179,8 @@ def test_bad_tokenizers_are_refused(tmp_path):
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ConfigError, match="bad.json"):
         Tokenizer.load(tmp_path / "bad.json")
+
+
+def test_half_a_character_is_refused(tokenizer):
+    with pytest.raises(ConfigError, match=r"'is it \\udcff' is no text"):
+        tokenizer.encode(b"is it \xff".decode(errors="surrogateescape"))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_jax.config import Data, Eval
-from vlm_jax.data import text
+from vlm_jax.config import ConfigError, Data, Eval
+from vlm_jax.data import pipeline, text
 from vlm_jax.data.pipeline import Question
 from vlm_jax.infer import evaluate
 from vlm_jax.testing import tiny
@@ -57,6 +57,21 @@ def test_the_scores_are_shares_of_equal_answers(scores, cfg):
         "image_shuffled_exact_match": 2 / 5,
     }
     assert json.loads(Workdir(cfg.workdir).eval.read_text()) == scores
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(cfg, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="workdir .*file/run cannot be written"):
+        evaluate.evaluate(replace(cfg, workdir=str(tmp_path / "file" / "run")), None, None)
+
+
+def test_an_answer_that_has_no_room_is_refused(cfg, asked, tokenizer):
+    room = pipeline.prompt_length(cfg, tokenizer, [question.question for question in asked])
+    exact = replace(cfg, eval=replace(cfg.eval, max_new_tokens=cfg.decoder.max_positions - room))
+    assert pipeline.prompt_length(exact, tokenizer, ["is it red ?"]) <= room
+    with pytest.raises(ConfigError, match="decoder.max_positions 64 has no room .* eval.max_new_tokens 64"):
+        too_many = replace(cfg, eval=replace(cfg.eval, max_new_tokens=64))
+        evaluate.answer(too_many, None, tokenizer, asked, asked, "evaluating")
 
 
 def test_every_answer_is_a_line_of_the_predictions(scores, cfg):

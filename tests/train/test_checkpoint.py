@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import NamedSharding
 
 from vlm_jax import axes
-from vlm_jax.config import Mesh, Train
+from vlm_jax.config import ConfigError, Mesh, Train
 from vlm_jax.structs import State
-from vlm_jax.train.checkpoint import Checkpoints
+from vlm_jax.train.checkpoint import Checkpoints, NotSaved
 
 SMALL = [((64,), np.float32), ((), np.int32)]
 TRAIN = Train(keep_checkpoints=3)
@@ -146,14 +146,29 @@ def test_a_run_continues_over_a_damaged_checkpoint(tmp_path, state, damage, caps
     assert capsys.readouterr().out == ""
 
 
-def test_where_every_checkpoint_is_damaged_there_is_none(tmp_path, state, capsys):
+def test_where_every_checkpoint_is_damaged_nothing_is_begun_anew(tmp_path, state, capsys):
     saved(tmp_path, state, [1, 2])
     for step in ("1", "2"):
         cut_the_numbers(tmp_path / step)
-    assert restored(tmp_path) is None
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=f"no checkpoint in {tmp_path} is whole"):
+        restored(tmp_path)
     out = capsys.readouterr().out
     assert "checkpoint 2" in out
     assert "checkpoint 1" in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("moment", ["save", "wait_until_finished"])
+def test_a_checkpoint_that_cannot_be_written_is_said_so(tmp_path, state, moment, monkeypatch):
+    def write(*args, **kwargs):
+        raise ValueError("No space left on device\n and more")
+
+    checkpoints = Checkpoints(tmp_path, TRAIN)
+    monkeypatch.setattr(checkpoints._manager, moment, write)
+    with pytest.raises(NotSaved, match=rf"could not be written to {tmp_path}; .* \(No space left on device\)\.$"):
+        checkpoints.save(1, at_step(state, 1), PLACE)
+        checkpoints.close()
 
 
 def test_what_a_crash_left_while_saving_is_no_checkpoint(tmp_path, state):

@@ -38,10 +38,11 @@ def test_every_so_many_steps_and_the_last_are_written_with_all_fields(workdir):
     assert list(workdir.tensorboard.glob("events.*"))
 
 
-def test_a_run_that_continues_forgets_what_comes_again_and_half_a_line(workdir):
+@pytest.mark.parametrize("left", [b'{"step": 3, "lo', b"\0\0\0\xff\n", b"3\n"])
+def test_a_run_that_continues_forgets_what_comes_again_and_half_a_line(workdir, left):
     take_steps(workdir, 0, 8, every=2)
-    with open(workdir.metrics, "a") as file:
-        file.write('{"step": 3, "lo')
+    with open(workdir.metrics, "ab") as file:
+        file.write(left)
     take_steps(workdir, 4, 10, every=2)
     assert [row["step"] for row in rows(workdir)] == [2, 4, 6, 8, 10]
 

@@ -233,10 +233,12 @@ def test_a_work_folder_that_cannot_be_made_is_refused(experiment, tmp_path):
     [
         (lambda cfg: replace(cfg, data=replace(cfg.data, train_split="trian")), "data.train_split 'trian'"),
         (lambda cfg: replace(cfg, data=replace(cfg.data, text_length=3)), "data.text_length 3"),
+        (lambda cfg: replace(cfg, data=replace(cfg.data, text_length=22, questions_per_row=1)), "takes 23 tokens"),
         (lambda cfg: replace(cfg, eval=replace(cfg.eval, split="tset")), "eval.split 'tset'"),
+        (lambda cfg: replace(cfg, eval=replace(cfg.eval, max_new_tokens=100)), "decoder.max_positions 128 has no room"),
         (lambda cfg: replace(cfg, decoder=replace(cfg.decoder, vocab_size=200)), "decoder.vocab_size 200"),
     ],
-    ids=["train_split", "text_length", "eval.split", "vocab_size"],
+    ids=["train_split", "text_length", "text_length_of_a_later_batch", "eval.split", "max_new_tokens", "vocab_size"],
 )
 def test_what_does_not_fit_the_data_is_refused_before_anything_is_written(experiment, change, named):
     cfg = change(experiment())
@@ -249,5 +251,5 @@ def test_a_look_at_the_data_takes_nothing_from_it(experiment):
     cfg = experiment()
     tokenizer = pipeline.train_tokenizer(cfg)
     data, untouched = (pipeline.training_iterator(cfg, tokenizer) for _ in range(2))
-    loop.check_data(cfg, data)
+    loop.check_data(cfg, tokenizer, data)
     assert jax.tree.all(jax.tree.map(np.array_equal, next(data), next(untouched)))

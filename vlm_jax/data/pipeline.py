@@ -1,7 +1,7 @@
 """Records -> batches, with Grain: what comes next is a function of `seed` and of the step alone."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import grain
@@ -93,8 +93,16 @@ def tiled(vision: Vision, batch: Batch) -> Batch:
 def train_tokenizer(cfg: Experiment) -> Tokenizer:
     """A tokenizer for the questions and answers of the training split, of at most decoder.vocab_size tokens."""
     records = sources.load(cfg.data, cfg.data.train_split)
-    texts = (line for i in range(len(records)) for line in records[i].questions + records[i].answers)
+    texts = (line for record in records for line in record.questions + record.answers)
     return Tokenizer.train(texts, cfg.decoder.vocab_size)
+
+
+def longest_pair(cfg: Experiment, tokenizer: Tokenizer) -> text.Pair:
+    """The question of the training split that takes the most tokens with its answer."""
+    records = sources.load(cfg.data, cfg.data.train_split)
+    pairs = {pair for record in records for pair in zip(record.questions, record.answers)}
+    encoded = ((text.prompt_ids(tokenizer, asked), text.answer_ids(tokenizer, said)) for asked, said in pairs)
+    return max(encoded, key=lambda pair: len(pair[0]) + len(pair[1]))
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,21 @@ def questions(cfg: Experiment, split: str, limit: int = 0) -> list[Question]:
 
 def _image(decoded: Decoded, index: int) -> np.ndarray:
     return decoded[index].image
+
+
+def prompt_length(cfg: Experiment, tokenizer: Tokenizer, prompts: Iterable[str]) -> int:
+    """S of a batch of the prompts with one image each.
+
+    Raises:
+      ConfigError: the longest of them has no room for an answer of `eval.max_new_tokens`.
+    """
+    length = cfg.image_slots_in_row + max(len(text.prompt_ids(tokenizer, prompt)) for prompt in set(prompts))
+    if length + cfg.eval.max_new_tokens > cfg.decoder.max_positions:
+        raise ConfigError(
+            f"decoder.max_positions {cfg.decoder.max_positions} has no room for the longest prompt with its image, "
+            f"{length} tokens, and eval.max_new_tokens {cfg.eval.max_new_tokens}."
+        )
+    return length
 
 
 def prompt_batch(

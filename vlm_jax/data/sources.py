@@ -4,7 +4,9 @@ import contextlib
 import difflib
 import fcntl
 import io
+import os
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,14 +78,21 @@ SOURCES = {"easy_vqa": EasyVqa}
 class Records:
     """Random access to the records of a split; images stay encoded."""
 
-    def __init__(self, rows):
+    def __init__(self, rows, folder: os.PathLike):
         self._rows = rows
+        self._folder = folder
 
     def __len__(self) -> int:
         return len(self._rows)
 
+    def __iter__(self) -> Iterator[Record]:
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: int) -> Record:
-        row = self._rows[index]
+        try:
+            row = self._rows[index]
+        except Exception as error:  # whatever a damaged file makes the readers raise
+            raise _damaged(self._folder, error) from error
         texts = {name: tuple(text.decode() for text in row[name]) for name in ("questions", "answers", "types")}
         return Record(image_id=int(row["image_id"]), image=row["image"], **texts)
 
@@ -100,17 +109,25 @@ def load(data: Data, split: str) -> Records:
     directory = Path(data.dir).expanduser()
     try:
         builder = _prepared(SOURCES[data.source], directory)
-    except OSError as error:
-        raise ConfigError(f"data.dir {directory} cannot be used for datasets: {error.strerror or error}") from error
+    except Exception as error:  # whatever a damaged file makes the readers raise
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"data.dir {directory} cannot be used for datasets: {reason}") from error
+    if not builder.info.splits:
+        raise _damaged(builder.data_path, "it lists no splits")
     field = "data.train_split" if split == data.train_split else "eval.split"
     try:
         rows = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        count = len(rows)  # of a slice that ends before it begins: a ValueError
     except (ValueError, KeyError, AssertionError):
         names = ", ".join(builder.info.splits)
         raise ConfigError(f"{field} {split!r} is no split: choose {names}, or a slice like 'train[:90%]'") from None
-    if not len(rows):
+    if not count:
         raise ConfigError(f"{field} {split!r} holds no records")
-    return Records(rows)
+    return Records(rows, builder.data_path)
+
+
+def _damaged(folder, reason) -> ConfigError:
+    return ConfigError(f"{folder} cannot be read; remove it, to have it prepared again: {reason}")
 
 
 def _prepared(builder_class, directory: Path):

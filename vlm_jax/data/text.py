@@ -79,7 +79,10 @@ class Tokenizer:
         return self._bpe.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        return self._bpe.encode(text, add_special_tokens=False).ids
+        try:
+            return self._bpe.encode(text, add_special_tokens=False).ids
+        except TypeError:  # half a character, as a shell hands over bytes that are no UTF-8
+            raise ConfigError(f"{text!r} is no text in UTF-8") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text up to <eos>; special tokens, and ids that the tokenizer does not have, are left out."""

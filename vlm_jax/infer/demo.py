@@ -19,17 +19,17 @@ def load(cfg: Experiment) -> tuple[dict, Tokenizer]:
     """Parameters of the run's last whole checkpoint, and its tokenizer.
 
     Raises:
-      ConfigError: there is none.
+      ConfigError: there is none, or none is whole.
     """
     workdir = Workdir(cfg.workdir)
     tokenizer = Tokenizer.load(workdir.tokenizer, cfg.data.special_ids)
     if not workdir.checkpoints.is_dir():
-        raise ConfigError(f"--workdir {workdir.path} holds no checkpoint yet.")
+        raise ConfigError(f"--workdir {workdir.path} holds no checkpoint.")
     checkpoints = Checkpoints(workdir.checkpoints, cfg.train)
     restored = checkpoints.restore(abstract_state(cfg, axes.make_mesh(cfg.mesh)))
     checkpoints.close()
     if restored is None:
-        raise ConfigError(f"{workdir.checkpoints} holds no whole checkpoint.")
+        raise ConfigError(f"--workdir {workdir.path} holds no checkpoint yet.")
     return restored[0].params, tokenizer
 
 
@@ -42,12 +42,7 @@ def ask(cfg: Experiment, files: list[str], prompts: list[str]) -> list[tuple[str
     pixels = [image_files.to_pixels(image_files.read_image(file), cfg.vision) for file in files]
     params, tokenizer = load(cfg)
     pairs = list(itertools.product(range(len(files)), prompts))
-    batch = pipeline.prompt_batch(cfg, tokenizer, [[pixels[i]] for i, _ in pairs], [prompt for _, prompt in pairs])
-    needed = batch.tokens.shape[1] + cfg.eval.max_new_tokens
-    if needed > cfg.decoder.max_positions:
-        raise ConfigError(
-            f"the longest prompt with its image and eval.max_new_tokens takes {needed} positions, more than "
-            f"decoder.max_positions {cfg.decoder.max_positions}."
-        )
+    images, asked = [[pixels[i]] for i, _ in pairs], [prompt for _, prompt in pairs]
+    batch = pipeline.prompt_batch(cfg, tokenizer, images, asked, pipeline.prompt_length(cfg, tokenizer, prompts))
     made = jax.device_get(generate(cfg, params, batch, cfg.eval.max_new_tokens, Decoding(eos=(cfg.data.eos_id,))))
     return [(files[i], prompt, tokenizer.decode(ids)) for (i, prompt), ids in zip(pairs, made)]

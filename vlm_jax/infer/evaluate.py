@@ -1,6 +1,7 @@
 """Exact match of generated answers, with the right images and with those of other examples."""
 
 import json
+import sys
 from collections import defaultdict
 
 import jax
@@ -10,7 +11,7 @@ from vlm_jax.config import Experiment
 from vlm_jax.data import pipeline
 from vlm_jax.data.images import normalise
 from vlm_jax.data.pipeline import Question
-from vlm_jax.data.text import Tokenizer, prompt_ids
+from vlm_jax.data.text import Tokenizer
 from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.report import draw_samples
 from vlm_jax.workdir import Workdir, write_whole
@@ -21,8 +22,12 @@ def evaluate(cfg: Experiment, params, tokenizer: Tokenizer) -> dict:
 
     `exact_match` is the share of answers equal to the expected text; `image_shuffled_exact_match` the same where every
     question is asked about the image of another.
+
+    Raises:
+      ConfigError: the work folder cannot be written, the split does not exist, or an answer has no room.
     """
     workdir = Workdir(cfg.workdir)
+    workdir.try_writing()
     asked = pipeline.questions(cfg, cfg.eval.split, cfg.eval.max_examples)
     answers = answer(cfg, params, tokenizer, asked, asked, "evaluating")
     half = len(asked) // 2  # far away in a set where the questions about an image stand together
@@ -44,9 +49,10 @@ def answer(
     cfg: Experiment, params, tokenizer: Tokenizer, asked: list[Question], shown: list[Question], label: str
 ) -> list[str]:
     """One generated answer a question, about the image of `shown` in its place; batches of one shape, compiled once."""
+    if not sys.stderr.isatty():  # where there is no bar
+        print(f"{label}: {len(asked)} questions", flush=True)
     rows = cfg.eval.batch_size
-    longest = max(len(prompt_ids(tokenizer, question.question)) for question in asked)
-    length = cfg.image_slots_in_row + longest
+    length = pipeline.prompt_length(cfg, tokenizer, [question.question for question in asked])
     answers: list[str] = []
     for start in tqdm(range(0, len(asked), rows), desc=label, unit="batch", disable=None):
         chosen = [min(i, len(asked) - 1) for i in range(start, start + rows)]

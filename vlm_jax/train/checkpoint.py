@@ -1,50 +1,82 @@
 """Checkpoints: the state and the place in the data as one unit, through Orbax."""
 
+import contextlib
 import logging
 from pathlib import Path
 
 import orbax.checkpoint as ocp
 
-from vlm_jax.config import Train
+from vlm_jax.config import ConfigError, Train
 from vlm_jax.structs import State
+
+
+class NotSaved(RuntimeError):
+    """A checkpoint could not be written."""
 
 
 class Checkpoints:
     """The last `keep_checkpoints` of a run. A step's folder gets its name when it is complete, never before."""
 
     def __init__(self, path: Path, cfg: Train):
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        for name in ("absl", "asyncio"):  # what they say at length is raised too, and said here in a sentence
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        self._path = path
         options = ocp.CheckpointManagerOptions(max_to_keep=cfg.keep_checkpoints, create=True)
         self._manager = ocp.CheckpointManager(path.resolve(), options=options)
         self._damaged: set[int] = set()  # kept until a whole one of the same step takes its place
 
     def save(self, step: int, state: State, data_state: dict) -> None:
-        """Returns while the files are still being written; `close` waits for them."""
+        """Returns while the files are still being written; `close` waits for them.
+
+        Raises:
+          NotSaved: this one, or the one before, could not be written.
+        """
         if step in self._damaged:
             self._manager.delete(step)
             self._damaged.remove(step)
         if step in self._manager.all_steps():
             return
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state))
-        self._manager.save(step, args=arguments)
+        with self._writing():
+            self._manager.save(step, args=arguments)
 
     def restore(self, like: State) -> tuple[State, dict] | None:
-        """The last whole checkpoint, laid out as `like` (shapes with shardings), or None where there is none.
+        """The last whole checkpoint, laid out as `like` (shapes with shardings), or None where none was saved.
 
         One that cannot be read is named, and the one before it is taken.
+
+        Raises:
+          ConfigError: none of them can be read; to begin anew would overwrite them.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
             try:
                 restored = self._manager.restore(step, args=arguments)
             except Exception as error:  # whatever a damaged file makes the readers raise
-                reason = str(error).strip().splitlines() or [type(error).__name__]
-                print(f"checkpoint {step} is not whole and is passed over ({reason[0][:200]})", flush=True)
+                print(f"checkpoint {step} is not whole and is passed over ({_first_line(error)})", flush=True)
                 self._damaged.add(step)
                 continue
             return restored["state"], restored["data"]
+        if self._damaged:
+            raise ConfigError(f"no checkpoint in {self._path} is whole: move them away to begin anew.")
         return None
 
     def close(self) -> None:
-        self._manager.wait_until_finished()
+        """Waits for the last checkpoint. Raises NotSaved where it could not be written."""
+        with self._writing():
+            self._manager.wait_until_finished()
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except Exception as error:  # whatever a full disk makes the writers raise
+            raise NotSaved(
+                f"a checkpoint could not be written to {self._path}; those before it are kept ({_first_line(error)})."
+            ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0]

@@ -10,6 +10,14 @@ from tqdm import tqdm
 from vlm_jax.workdir import Workdir, write_whole
 
 
+def _is_whole(line: str) -> bool:
+    """False for what a machine leaves that goes away while it writes."""
+    try:
+        return line.endswith("\n") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
 class Log:
     """Sums up the steps since the last logged one, and writes them down every `every` steps."""
 
@@ -25,8 +33,8 @@ class Log:
     def _forget_after(self, workdir: Workdir, start: int) -> None:
         """Drops what was logged after the checkpoint that the run continues from: those steps come again."""
         if workdir.metrics.exists():
-            lines = workdir.metrics.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+            lines = workdir.metrics.read_text(errors="replace").splitlines(keepends=True)
+            kept = [line for line in lines if _is_whole(line) and json.loads(line)["step"] <= start]
             write_whole(workdir.metrics, "".join(kept))
 
     def _begin_window(self):

@@ -13,7 +13,7 @@ import numpy as np
 
 from vlm_jax import axes
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.data import pipeline, sources
+from vlm_jax.data import pipeline, text
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.hub import compose
 from vlm_jax.hub.tokenizer import HubTokenizer
@@ -42,7 +42,7 @@ def train(cfg: Experiment) -> State:
     workdir.check(cfg)
     tokenizer = tokenizer_of(cfg, workdir)
     data = pipeline.training_iterator(cfg, tokenizer, jax.process_index(), jax.process_count())
-    check_data(cfg, data)
+    check_data(cfg, tokenizer, data)
     workdir.open(cfg)
     if not workdir.tokenizer.exists():
         tokenizer.save(workdir.tokenizer)
@@ -66,12 +66,14 @@ def check_rows(cfg: Experiment, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def check_data(cfg: Experiment, data) -> None:
-    """Makes the first batch and finds the split of the evaluation: a mistake must not show after the training."""
+def check_data(cfg: Experiment, tokenizer: Tokenizer, data) -> None:
+    """Makes the first batch and measures every question: a mistake must not show in the midst of the training."""
+    text.pack_row(cfg, [pipeline.longest_pair(cfg, tokenizer)])
+    asked = pipeline.questions(cfg, cfg.eval.split, cfg.eval.max_examples)
+    pipeline.prompt_length(cfg, tokenizer, [question.question for question in asked])
     first = data.get_state()
     next(data)
     data.set_state(first)
-    sources.load(cfg.data, cfg.eval.split)
 
 
 def tokenizer_of(cfg: Experiment, workdir: Workdir) -> Tokenizer:

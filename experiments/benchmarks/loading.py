@@ -1,6 +1,6 @@
 """Loading a checkpoint of 1 GB: seconds and peak memory, ours against transformers.
 
-    python experiments/benchmarks/loading.py [--dtype float32|bfloat16]
+    python experiments/benchmarks/loading.py [--stored float32|bfloat16] [--loaded float32|bfloat16]
 
 A Llama of 267 M random parameters is written once. Then each side loads it in a process of its own, the two in turn;
 imports are not counted, and the file is in the page cache for both. transformers maps the file and reads a tensor when
@@ -55,23 +55,23 @@ def write_checkpoint(folder: Path, dtype: str) -> int:
     return (folder / "model.safetensors").stat().st_size
 
 
-def load_ours(folder: str) -> float:
+def load_ours(folder: str, dtype: str) -> float:
     import jax
 
     from vlm_jax.hub.load import load_params
 
     jax.devices()
     begun = time.perf_counter()
-    jax.block_until_ready(load_params(folder)[1])
+    jax.block_until_ready(load_params(folder, dtype)[1])
     return time.perf_counter() - begun
 
 
-def load_theirs(folder: str) -> float:
+def load_theirs(folder: str, dtype: str) -> float:
     import torch
     from transformers import LlamaForCausalLM
 
     begun = time.perf_counter()
-    model = LlamaForCausalLM.from_pretrained(folder, dtype="auto")
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.view(-1).view(torch.uint8)[::4096].sum()  # every page
@@ -81,29 +81,30 @@ def load_theirs(folder: str) -> float:
 SIDES = {"vlm_jax": load_ours, "transformers": load_theirs}
 
 
-def measure(side: str, folder: str) -> dict[str, float]:
+def measure(side: str, folder: str, dtype: str) -> dict[str, float]:
     """Seconds and bytes of a fresh process that loads the folder once."""
-    command = [sys.executable, __file__, "--side", side, "--folder", folder]
+    command = [sys.executable, __file__, "--side", side, "--folder", folder, "--loaded", dtype]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--stored", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--loaded", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.side:
         begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        seconds = SIDES[given.side](given.folder)
+        seconds = SIDES[given.side](given.folder, given.loaded)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(json.dumps({"seconds": seconds, "peak_bytes": peak * 1024, "before_bytes": begun * 1024}))
         return
     with tempfile.TemporaryDirectory() as folder:
-        size = write_checkpoint(Path(folder), given.dtype)
-        turns = [{side: measure(side, folder) for side in SIDES} for _ in range(TURNS)]
-    print(f"a checkpoint of {size / 1e9:.2f} GB, {given.dtype}; median of {TURNS} turns")
+        size = write_checkpoint(Path(folder), given.stored)
+        turns = [{side: measure(side, folder, given.loaded) for side in SIDES} for _ in range(TURNS)]
+    print(f"a checkpoint of {size / 1e9:.2f} GB in {given.stored}, loaded as {given.loaded}; median of {TURNS} turns")
     print(f"{'':<14}{'seconds':>9}{'peak GB':>9}{'peak / size':>13}")
     for side in SIDES:
         seconds, peak = (statistics.median(turn[side][key] for turn in turns) for key in ("seconds", "peak_bytes"))

@@ -32,6 +32,14 @@ def test_a_copy_is_the_view(view, dtype):
     np.testing.assert_array_equal(target, view.astype(dtype))
 
 
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_bfloat16_becomes_the_float32_of_the_same_value(view):
+    numbers = (view.astype(np.float32) / 7 - 300).astype(ml_dtypes.bfloat16)
+    target = aligned(view.shape, np.float32)
+    copy_into(target, numbers)
+    np.testing.assert_array_equal(target, numbers.astype(np.float32))
+
+
 @pytest.mark.parametrize("name", ["a transposed matrix", "heads out of rows", "heads out of columns"])
 def test_transposed_tensors_are_copied_in_strips(name):
     assert copying._as_matrices(np.empty(VIEWS[name].shape), VIEWS[name]) is not None

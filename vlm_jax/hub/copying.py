@@ -4,6 +4,7 @@ NumPy copies a transposed matrix element by element along one of its rows, and t
 GB/s where a plain copy makes 7. Strips as wide as a cache line use every line that they touch.
 """
 
+import ml_dtypes
 import numpy as np
 
 CACHE_LINE_BYTES = 64
@@ -19,6 +20,12 @@ def aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
 
 def copy_into(target: np.ndarray, view: np.ndarray) -> None:
     """target[...] = view, for a target in C order and a view of any strides; dtypes may differ."""
+    if (view.dtype, target.dtype) == (ml_dtypes.bfloat16, np.float32):
+        # The upper half of a float32's bits: moved as whole numbers, which NumPy does at many times the speed.
+        bits = target.view(np.uint32)
+        copy_into(bits, view.view(np.uint16))
+        bits <<= 16
+        return
     pair = _as_matrices(target, view)
     if pair is None:
         target[...] = view

@@ -241,6 +241,8 @@ def test_a_number_outside_of_its_range_is_refused_by_name(field, value, said):
         ("decoder.width", True, "it must be int"),
         ("optim.learning_rate", "0.1", "it must be float"),
         ("fusion.gated", 1, "it must be bool"),
+        ("vision.image_mean", (0.5, 0.5), "it must be a tuple of 3 float"),
+        ("vision.tile_layouts", ((1, 1, 1),), "it must be a tuple of a tuple of 2 int"),
         ("fusion", "unified", "it must be Fusion"),
         ("vision", Fusion(), "it must be Vision"),
         ("fusion.kind", None, "it must be str"),
@@ -253,6 +255,16 @@ def test_a_value_of_another_type_in_a_config_is_refused_by_name(field, value, sa
     for refuse in (validate, lambda cfg: config_file.override(cfg, [], "test")):
         with pytest.raises(ConfigError, match=f"^{field} is {re.escape(repr(value))}: {said}"):
             refuse(cfg)
+
+
+def test_tuples_of_every_form_are_read():
+    arguments = ["--data.special-ids", "3", "2", "1", "0", "--vision.tile-layouts", "1", "1", "2", "1"]
+    arguments += ["--fusion.cross-layers", "--vision.checkpoint", ""]
+    cfg = config_file.override(tiny(), arguments, "test")
+    assert cfg.data.special_ids == (3, 2, 1, 0)
+    assert cfg.vision.tile_layouts == ((1, 1), (2, 1))
+    assert cfg.fusion.cross_layers == ()
+    assert cfg.vision.checkpoint == ""
 
 
 def test_a_whole_number_is_a_number():

@@ -89,10 +89,12 @@ def _options(arguments: list[str]) -> list[tuple[str, list[str]]]:
 def _check_option(fields: dict[str, object], name: str, values: list[str]) -> None:
     if name not in fields:
         raise ConfigError(f"--{name} is no field{nearest(name, fields)}; --help lists all of them.")
+    each, any_number = _number(fields[name])
+    if len(values) % each if any_number else len(values) != each:
+        wanted = ("one value" if each == 1 else f"{each} values") + " each" * any_number
+        raise ConfigError(f"--{name} takes {wanted}, not {' '.join(values) if values else 'none'}.")
     kind = element(fields[name])
-    if kind == fields[name] and len(values) != 1:
-        raise ConfigError(f"--{name} takes one value, not {' '.join(values) if values else 'none'}.")
-    if "" in values:
+    if "" in values and flat(Experiment())[name] != "":
         raise ConfigError(f"--{name} is empty.")
     allowed = ("True", "False") if kind is bool else words(kind)
     for value in values:
@@ -102,6 +104,16 @@ def _check_option(fields: dict[str, object], name: str, values: list[str]) -> No
             kind(value) if kind in NUMBERS else value
         except ValueError:
             raise ConfigError(f"--{name} {value} is not {NUMBERS[kind]}.") from None
+
+
+def _number(kind) -> tuple[int, bool]:
+    """How many values a field takes, and whether it takes any number of so many."""
+    if typing.get_origin(kind) is not tuple:
+        return 1, False
+    of_each = typing.get_args(kind)
+    if of_each[-1] is Ellipsis:
+        return _number(of_each[0])[0], True
+    return sum(_number(one)[0] for one in of_each), False
 
 
 def to_json(cfg: Experiment) -> str:

@@ -88,15 +88,21 @@ def check_types(cfg, prefix: str = "") -> None:
 
 def _fits(value, kind) -> bool:
     if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_fits(one, element(kind)) for one in value)
+        of_each = typing.get_args(kind)
+        if isinstance(value, tuple) and of_each[-1] is Ellipsis:
+            of_each = of_each[:1] * len(value)
+        return isinstance(value, tuple) and len(value) == len(of_each) and all(map(_fits, value, of_each))
     if kind in (int, float):
         return type(value) in (int, kind)  # True is no number
     return isinstance(value, str if words(kind) else kind)
 
 
 def _called(kind) -> str:
-    one = "str" if words(kind) else element(kind).__name__
-    return one if kind == element(kind) else f"a tuple of {one}"
+    if typing.get_origin(kind) is tuple:
+        of_each = typing.get_args(kind)
+        number = "" if of_each[-1] is Ellipsis else f"{len(of_each)} "
+        return f"a tuple of {number}{_called(of_each[0])}"
+    return "str" if words(kind) else kind.__name__
 
 
 def _numbers(values: dict[str, object]) -> None:
@@ -129,14 +135,14 @@ def kinds(cfg, prefix: str = "") -> dict[str, object]:
 
 def words(kind) -> tuple[str, ...]:
     """The words that a value of the type, or each of its values, may be; none where anything of its type may be."""
-    while typing.get_origin(kind) is tuple:
-        kind = element(kind)
-    return typing.get_args(kind)
+    return typing.get_args(element(kind))
 
 
 def element(kind):
-    """The type of one value: of each value of a tuple."""
-    return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
+    """The type of one value: of each value of a tuple, or of the tuples in it."""
+    while typing.get_origin(kind) is tuple:
+        kind = typing.get_args(kind)[0]
+    return kind
 
 
 def _patches(cfg):

@@ -1,23 +1,21 @@
 """LLaVA 1.5 7B (Liu et al. 2023): CLIP's tokens before the last block, an MLP, Vicuna."""
 
+from dataclasses import replace
+
 import clip_l14_336_gpt2
+import llama_3_2_1b
 
-from vlm_jax.config import Decoder, Experiment, Fusion, Projector
+from vlm_jax.config import Decoder, Experiment, Fusion, Projector, Rope
 
-DECODER = Decoder(
+DECODER: Decoder = replace(
+    llama_3_2_1b.DECODER,
     width=4096,
     depth=32,
-    heads=32,
+    kv_heads=0,
     mlp_width=11_008,
-    norm="rmsnorm",
-    norm_eps=1e-5,
-    activation="silu",
-    gated_mlp=True,
-    qkv_bias=False,
-    out_bias=False,
-    mlp_bias=False,
     vocab_size=32_064,
     max_positions=4096,
+    rope=Rope(),
     tied_head=False,
 )
 

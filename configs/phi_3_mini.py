@@ -1,22 +1,20 @@
 """Phi-3 mini, 4k context: the text decoder alone."""
 
-from vlm_jax.config import Decoder, Experiment, Fusion
+from dataclasses import replace
+
+import llama_3_2_1b
+
+from vlm_jax.config import Decoder, Experiment, Fusion, Rope
 
 DEPTH = 32
-DECODER = Decoder(
+DECODER: Decoder = replace(
+    llama_3_2_1b.DECODER,
     width=3072,
     depth=DEPTH,
-    heads=32,
-    mlp_width=8192,
-    norm="rmsnorm",
-    norm_eps=1e-5,
-    activation="silu",
-    gated_mlp=True,
-    qkv_bias=False,
-    out_bias=False,
-    mlp_bias=False,
+    kv_heads=0,
     vocab_size=32_064,
     max_positions=4096,
+    rope=Rope(),
     sliding_window=2047,
     sliding_layers=tuple(range(DEPTH)),
     tied_head=False,

@@ -215,12 +215,13 @@ def test_tokens_of_a_block_see_each_other_and_what_follows_sees_them():
     """)
 
 
-def test_a_block_does_not_reach_into_another_segment_or_branch():
-    row = batch([1, 1, 1, 2], [0, 1, 2, 0]).replace(block_ids=jnp.ones((1, 4), jnp.int32))
+def test_a_block_reaches_into_a_branch_but_not_into_another_segment():
+    """An image on the trunk and the question on its branch are one block: they see all of each other."""
+    row = batch([1, 1, 1, 2], [0, 1, 1, 0]).replace(block_ids=jnp.asarray([[1, 1, 0, 1]]))
     assert drawn(sequence_mask(row)) == picture("""
-        1 . . .
         1 1 . .
-        1 . 1 .
+        1 1 . .
+        1 1 1 .
         . . . 1
     """)
 

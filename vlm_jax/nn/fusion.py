@@ -64,29 +64,29 @@ def sequence_mask(batch: Batch, cache: Cache | None = None, window: int = 0) -> 
                                      . . . . . . 1 1
 
     A `window` leaves only keys less than so many positions before the token (Beltagy et al. 2020, section 3.1; 0: all).
-    Tokens of one block (`block_ids`) see each other besides: those that come later, and those outside the window, too.
+    Tokens of one block (`block_ids`) see each other besides: later ones, and those of another branch or outside the
+    window, too.
     """
     keys, first_slot = (batch, 0) if cache is None else (cache, cache.index)
     slots = first_slot + jnp.arange(batch.tokens.shape[1])
     visible = (slots[:, None] >= jnp.arange(keys.segment_ids.shape[1]))[None]
+    visible &= _same(batch.branch_ids, keys.branch_ids) | (keys.branch_ids == TRUNK)[:, None]
     if window:
         visible &= batch.positions[:, :, None] - keys.positions[:, None] < window
     if batch.block_ids is not None:
-        visible |= (batch.block_ids[:, :, None] == keys.block_ids[:, None]) & (batch.block_ids > 0)[..., None]
-    return (visible & _together(batch.segment_ids, batch.branch_ids, keys.segment_ids, keys.branch_ids))[:, None]
+        visible |= _same(batch.block_ids, keys.block_ids) & (batch.block_ids > 0)[..., None]
+    visible &= _same(batch.segment_ids, keys.segment_ids) & (keys.segment_ids != PADDING)[:, None]
+    return visible[:, None]
+
+
+def _same(ids: Ids, key_ids: KeyIds) -> Bool[Array, "B S T"]:
+    return ids[:, :, None] == key_ids[:, None]
 
 
 def text_mask(there: Bool[Array, "B S"], causal: bool) -> Bool[Array, "B 1 #S T"]:
     """Where there is nothing but one text a row: a token sees what is there, and if `causal`, nothing after itself."""
     visible = there[:, None, None]
     return visible & jnp.tri(there.shape[1], dtype=bool) if causal else visible
-
-
-def _together(segment: Ids, branch: Ids, key_segment: KeyIds, key_branch: KeyIds) -> Bool[Array, "B S T"]:
-    """Same segment, and the key stands on the trunk or on the token's own branch."""
-    same_segment = (segment[:, :, None] == key_segment[:, None]) & (key_segment != PADDING)[:, None]
-    same_branch = (branch[:, :, None] == key_branch[:, None]) | (key_branch == TRUNK)[:, None]
-    return same_segment & same_branch
 
 
 def memory_mask(batch: Batch, tokens_per_image: int) -> Bool[Array, "B 1 S T"]:

@@ -95,7 +95,7 @@ def generate(arguments: list[str]) -> int:
         arguments,
         checkpoint={"required": True, "help": "folder of a public checkpoint"},
         image={"nargs": "+", "action": "extend", "default": [], "help": "image files that the prompt is about"},
-        prompt={"required": True, "help": "what to say to the model"},
+        prompt={"help": "what to say to the model; one that writes captions needs none"},
         temperature={"type": float, "default": 0.0, "help": "0: the most likely token"},
         top_k={"type": int, "default": 0, "help": "only the k most likely tokens; 0: all"},
         top_p={

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from vlm_jax.hub.copying import aligned, copy_into
 from vlm_jax.hub.families import config_path, family_of
 from vlm_jax.hub.family import Config, Family, Json, get
 from vlm_jax.hub.files import Tensors, open_tensors, read_json
-from vlm_jax.hub.stored import StoredTensor
+from vlm_jax.hub.stored import StoredTensor, are_counts
 from vlm_jax.hub.table import Part, Row
 from vlm_jax.nn.models import boxed_params, model_of
 
@@ -47,12 +47,25 @@ class Checkpoint(NamedTuple):
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end a text, of generation_config.json or, where it says nothing, of config.json."""
+        """The ids that end a text; ConfigError where something else stands for them."""
+        found = self._said("eos_token_id")
+        ids = tuple(found) if isinstance(found, list) else () if found is None else (found,)
+        if not are_counts(*ids):
+            raise ConfigError(f"{self.folder}: eos_token_id is {found!r}, but has to be an id, or a list of ids.")
+        return ids
+
+    @property
+    def start_id(self) -> int | None:
+        """The id that starts the decoder of an encoder-decoder; None where no file names one."""
+        found = self._said("decoder_start_token_id")
+        return self._said("bos_token_id") if found is None else found
+
+    def _said(self, key: str) -> Any:
+        """What generation_config.json says or, where it says nothing, config.json."""
         path = self.folder / "generation_config.json"
         generation = read_json(path) if path.is_file() else {}
         parts = (generation, self.config, self.config.get("text_config") or {}, self.config.get("decoder") or {})
-        found = next((part["eos_token_id"] for part in parts if part.get("eos_token_id") is not None), ())
-        return (found,) if isinstance(found, int) else tuple(found)
+        return next((part[key] for part in parts if part.get(key) is not None), None)
 
 
 def load_params(

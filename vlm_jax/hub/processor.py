@@ -9,13 +9,15 @@ import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.hub.chat import ChatTemplate
-from vlm_jax.hub.family import get
 from vlm_jax.hub.image_processor import ImageProcessor, ProcessedImages
 from vlm_jax.hub.image_steps import Picture
 from vlm_jax.hub.inputs import to_batch
 from vlm_jax.hub.load import Checkpoint
 from vlm_jax.hub.prompts import TextFormat, load_prompt_format, stack_prompts
+from vlm_jax.hub.special_tokens import TOKENIZER
+from vlm_jax.hub.stored import are_counts
 from vlm_jax.hub.tokenizer import HubTokenizer
+from vlm_jax.hub.tokenizer_files import SENTENCEPIECE, VOCAB
 from vlm_jax.structs import Batch
 
 
@@ -36,18 +38,25 @@ class Processor:
         Raises:
           ConfigError: a file that is needed is damaged or says nothing that is understood.
         """
-        folder = checkpoint.folder
+        folder, cfg = checkpoint.folder, checkpoint.cfg
         tokenizer = _if_there(HubTokenizer.load, folder, TOKENIZER_FILES)
+        reads_images = not isinstance(cfg, Experiment) or cfg.fusion.has_images
         return cls(
             checkpoint,
             tokenizer,
-            _if_there(ImageProcessor.load, folder, IMAGE_FILES),
+            _if_there(ImageProcessor.load, folder, IMAGE_FILES) if reads_images else None,
             ChatTemplate.load(folder) if tokenizer else None,
-            load_prompt_format(folder, tokenizer) if tokenizer and isinstance(checkpoint.cfg, Experiment) else None,
+            load_prompt_format(folder, tokenizer) if tokenizer and isinstance(cfg, Experiment) else None,
         )
 
-    def __call__(self, prompts: Sequence[str], images: Sequence[Sequence[Picture]] = ()) -> Batch:
-        """Prompts as they are and the images of each, files or open ones -> a batch to continue, padded on the left.
+    def __call__(
+        self, prompts: Sequence[str], images: Sequence[Sequence[Picture]] = (), add_special_tokens: bool = True
+    ) -> Batch:
+        """Prompts as they are and the images of each -> a batch to continue, padded on the left.
+
+        Args:
+          images: files, or open ones.
+          add_special_tokens: whether the tokenizer puts its own around a prompt that does not begin with them.
 
         Raises:
           ConfigError: the images do not match the prompts, or the folder lacks a tokenizer or an image processor.
@@ -56,15 +65,26 @@ class Processor:
         if self.form is None:
             raise ConfigError(f"{self.checkpoint.folder} holds no tokenizer, or its model reads no text.")
         processed = self.pixels(images)
-        facts = _facts(processed, [len(row) for row in images])
         if cfg.fusion.kind == "encoder_decoder":
             arrays = self._started(prompts)
         else:
+            bos = self.tokenizer.special_tokens.get("bos_token", "")
             made = [
-                self.form.prompt(text, row, self._adds_special(text)) for text, row in zip(prompts, facts, strict=True)
+                self.form.prompt(text, facts, add_special_tokens and not (bos and text.startswith(bos)))
+                for text, facts in zip(prompts, _facts(processed, [len(row) for row in images]), strict=True)
             ]
             arrays = stack_prompts(made, self.tokenizer.pad_id or 0)
         return to_batch(cfg, arrays | _arrays(processed), self.checkpoint.image_token, generating=True)
+
+    def asked(self, prompt: str, images: Sequence[Picture] = ()) -> Batch:
+        """What a user says about images, in the words of the chat template if there is one -> a batch to continue.
+
+        Raises:
+          ConfigError: what `__call__` raises, or the template fails.
+        """
+        # As in transformers, where a tokenizer's template writes all special tokens, and a processor's perhaps not bos.
+        in_template = self.template is not None and not self.checkpoint.cfg.fusion.has_images
+        return self([self.chat(prompt, len(images))], [images], add_special_tokens=not in_template)
 
     def pixels(self, images: Sequence[Sequence[Picture]]) -> ProcessedImages | None:
         """The images of every row as the encoder reads them; None where there is none."""
@@ -77,10 +97,15 @@ class Processor:
         return self.images([list(row) for row in images])
 
     def chat(self, prompt: str, images: int) -> str:
-        """What a user says about so many images, as the checkpoint's chat template has it, or with its image tokens."""
+        """What a user says about so many images, as the checkpoint's chat template has it, or with its image tokens.
+
+        A prompt that has image tokens of its own keeps them where they are, and gets no others.
+        """
         token = getattr(self.form, "image_token", "")
+        if token and token in prompt:
+            images = 0
         if self.template is None:
-            return prompt if not token or token in prompt else token * images + prompt
+            return token * images + prompt
         special = self.tokenizer.special_tokens
         if self.template.reads_lists(special):
             content: Any = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
@@ -93,16 +118,12 @@ class Processor:
         ends = set(self.checkpoint.eos_ids)
         return self.tokenizer.decode(itertools.takewhile(lambda i: i not in ends, map(int, ids)))
 
-    def _adds_special(self, text: str) -> bool:
-        """A chat template has written the token that begins a text already."""
-        bos = self.tokenizer.special_tokens.get("bos_token", "")
-        return not (bos and text.startswith(bos))
-
     def _started(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """Texts behind the token that starts the decoder, padded on the left."""
-        config = self.checkpoint.config
-        start = get(config, "decoder_start_token_id", get(config["decoder"], "decoder_start_token_id", None))
-        start = get(config["decoder"], "bos_token_id", self.tokenizer.bos_id) if start is None else start
+        start = self.checkpoint.start_id
+        start = self.tokenizer.bos_id if start is None else start
+        if not are_counts(start):
+            raise ConfigError(f"{self.checkpoint.folder}: decoder_start_token_id is {start!r}, but has to be an id.")
         rows = [[start, *self.tokenizer.encode(text, add_special_tokens=False)] for text in prompts]
         length = max(map(len, rows))
         pad = self.tokenizer.pad_id or 0
@@ -111,7 +132,7 @@ class Processor:
         return {"decoder_input_ids": ids, "decoder_attention_mask": there}
 
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+TOKENIZER_FILES = (TOKENIZER, VOCAB, *SENTENCEPIECE)
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", "open_clip_config.json")
 
 

@@ -125,7 +125,9 @@ class FuyuFormat(TextFormat):
     def prompt(self, text, images=(), add_special_tokens=True):
         if not images:
             return super().prompt(text, add_special_tokens=add_special_tokens)
-        _check_count(self.patch_token + text, self.patch_token, len(images))
+        if len(images) > 1:
+            raise ConfigError(f"there are {len(images)} images, but Fuyu reads one at the most.")
+        _check_count(self.patch_token + text, self.patch_token, 1)
         patch, newline, bos = map(self.tokenizer.id_of, (self.patch_token, "|NEWLINE|", "<s>"))
         ((rows, columns),) = images
         question = self.tokenizer.encode(text + "<0x04>", add_special_tokens=False)  # this byte begins an answer

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import jax
 
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.hub.load import load_checkpoint
+from vlm_jax.hub.files import open_tensors
+from vlm_jax.hub.load import Checkpoint, inspect, load_params
 from vlm_jax.hub.processor import Processor
 from vlm_jax.infer.generate import Decoding, stream
 
@@ -17,20 +18,31 @@ def answer(given: argparse.Namespace) -> Iterator[str]:
     Raises:
       ConfigError: the checkpoint cannot be loaded or writes no text, an image file is none, or the prompt is too long.
     """
-    checkpoint, params = load_checkpoint(given.checkpoint, taps=given.taps)
-    if not isinstance(checkpoint.cfg, Experiment):
-        raise ConfigError(f"--checkpoint {given.checkpoint} is an encoder: it writes no text.")
-    if given.image and not checkpoint.cfg.fusion.has_images:
-        raise ConfigError(f"--checkpoint {given.checkpoint} reads no images: leave out --image.")
+    with open_tensors(given.checkpoint) as tensors:
+        checkpoint = inspect(given.checkpoint, tensors, given.taps)
+    _refuse_what_it_cannot_read(checkpoint, given)
     processor = Processor.load(checkpoint)
-    prompt = processor([processor.chat(given.prompt, len(given.image))], [given.image])
+    prompt = processor.asked(given.prompt or "", given.image)
     room = checkpoint.cfg.decoder.max_positions - int(prompt.positions.max()) - 1
     if room < 1:
         raise ConfigError(f"--prompt is too long: the model reads {checkpoint.cfg.decoder.max_positions} tokens.")
     how = Decoding(checkpoint.eos_ids, given.temperature, given.top_k, given.top_p)
     text = processor.tokenizer.stream()
+    _, params = load_params(given.checkpoint, taps=given.taps)  # gigabytes perhaps: when all else is well
     tokens = stream(checkpoint.cfg, params, prompt, min(given.max_new_tokens, room), how, jax.random.key(given.seed))
     for (token,) in tokens:
         if token not in checkpoint.eos_ids:
             yield text.feed([token])
     yield text.end()
+
+
+def _refuse_what_it_cannot_read(checkpoint: Checkpoint, given: argparse.Namespace) -> None:
+    if not isinstance(checkpoint.cfg, Experiment):
+        raise ConfigError(f"--checkpoint {given.checkpoint} is an encoder: it writes no text.")
+    fusion = checkpoint.cfg.fusion
+    if given.image and not fusion.has_images:
+        raise ConfigError(f"--checkpoint {given.checkpoint} reads no images: leave out --image.")
+    if fusion.kind == "encoder_decoder" and len(given.image) != 1:
+        raise ConfigError(f"--checkpoint {given.checkpoint} writes about one image: give --image FILE, and no more.")
+    if fusion.kind != "encoder_decoder" and given.prompt is None:
+        raise ConfigError(f'--checkpoint {given.checkpoint} answers a prompt: give --prompt "TEXT".')

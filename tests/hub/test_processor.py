@@ -1,0 +1,228 @@
+"""Folders with all of their files: what is asked of them, and what they answer, is what transformers makes of it."""
+
+import functools
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers.image_utils import load_image
+
+from tests.hub import tiny_checkpoints as tiny
+from tests.hub import tiny_tokenizers
+from tests.hub.tiny_checkpoints import ABOUT_IMAGES, CAPTIONS, OF_TEXT, Folder
+from vlm_jax.cli import main
+from vlm_jax.config import ConfigError
+from vlm_jax.hub.files import open_tensors
+from vlm_jax.hub.load import inspect
+from vlm_jax.hub.processor import Processor
+from vlm_jax.structs import NO_IMAGE
+
+QUESTION = "what is it?"
+NEW = 8
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    @functools.cache
+    def make(name: str) -> Folder:
+        torch.manual_seed(0)
+        return (ABOUT_IMAGES | CAPTIONS | OF_TEXT)[name](tmp_path_factory.mktemp("checkpoint"))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return tiny.pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def processor_of(path) -> Processor:
+    with open_tensors(path) as tensors:
+        return Processor.load(inspect(path, tensors))
+
+
+def asked_of_transformers(name: str, folder: Folder, text: str, files=()) -> dict:
+    """The inputs that transformers makes of a user's question about images."""
+    images = [load_image(str(file)) for file in files]
+    if name in CAPTIONS:
+        return {"pixel_values": folder.reader.image_processor(images=images, return_tensors="pt")["pixel_values"]}
+    if folder.reader.chat_template:
+        parts = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
+        content = text if name in OF_TEXT else parts
+        settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        return dict(folder.reader.apply_chat_template([{"role": "user", "content": content}], **settings))
+    if name == "llava without a template":
+        text = "<image>" * len(images) + text
+    if name in ABOUT_IMAGES and name.startswith("paligemma"):
+        return dict(folder.reader(text=[text], images=[images], return_tensors="pt"))
+    legacy = {"return_legacy_image_output": False} if name == "fuyu" else {}
+    return dict(folder.reader(text=text, **({"images": images} if images else {}), return_tensors="pt", **legacy))
+
+
+def said(capsys, path, *arguments) -> str:
+    """What `generate` prints."""
+    assert main(["generate", "--checkpoint", str(path), "--max-new-tokens", str(NEW), *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def pixels_of(array) -> np.ndarray:
+    """Sorted, as the two sides have different orders of axes, and ours has more room."""
+    flat = np.sort(np.asarray(array).ravel())
+    return flat[flat != 0]
+
+
+@pytest.mark.parametrize("kinds", [["turned", "alpha"], ["colour"], ["tall"], ["grey"], ["palette"], []], ids="+".join)
+@pytest.mark.parametrize("name", ABOUT_IMAGES)
+def test_what_is_asked_is_what_transformers_asks(folder_of, pictures, name, kinds):
+    if (name == "fuyu" and len(kinds) > 1) or (name.startswith("paligemma") and not kinds):
+        pytest.skip("transformers refuses it")
+    folder, files = folder_of(name), [pictures[kind] for kind in kinds]
+    theirs = asked_of_transformers(name, folder, QUESTION, files)
+    ours = processor_of(folder.path).asked(QUESTION, files)
+    ids = theirs["input_ids"][0].numpy()
+    in_text = ours.image_slots[0] == NO_IMAGE
+    np.testing.assert_array_equal(ours.tokens[0][in_text], ids[in_text])
+    assert len(set(ids[~in_text])) <= 1, "images take the places of image tokens"
+    assert ours.tokens.shape == theirs["input_ids"].shape
+    if files:
+        np.testing.assert_allclose(pixels_of(ours.images), pixels_of(theirs["pixel_values"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ABOUT_IMAGES)
+def test_the_answer_about_images_is_that_of_transformers(folder_of, pictures, name, capsys):
+    folder = folder_of(name)
+    files = [pictures["turned"]] if name == "fuyu" else [pictures["turned"], pictures["alpha"]]
+    expected = folder.answer(NEW, **asked_of_transformers(name, folder, QUESTION, files))
+    taps = ("--taps", "output") if name == "mllama" else ()
+    assert said(capsys, folder.path, "--image", *files, "--prompt", QUESTION, *taps) == expected + "\n"
+
+
+@pytest.mark.parametrize("name", OF_TEXT)
+def test_the_answer_to_a_text_is_that_of_transformers(folder_of, name, capsys):
+    folder = folder_of(name)
+    expected = folder.answer(NEW, **asked_of_transformers(name, folder, QUESTION))
+    assert said(capsys, folder.path, "--prompt", QUESTION) == expected + "\n"
+
+
+@pytest.mark.parametrize("name", CAPTIONS)
+def test_a_caption_needs_no_prompt(folder_of, pictures, name, capsys):
+    folder = folder_of(name)
+    expected = folder.answer(NEW, **asked_of_transformers(name, folder, "", [pictures["turned"]]))
+    assert said(capsys, folder.path, "--image", pictures["turned"]) == expected + "\n"
+
+
+def test_a_caption_may_be_begun(folder_of, pictures, capsys):
+    folder = folder_of("trocr")
+    inputs = asked_of_transformers("trocr", folder, "", [pictures["colour"]])
+    begun = [2, *folder.tokenizer(" a photo", add_special_tokens=False).input_ids]
+    inputs["decoder_input_ids"] = torch.tensor([begun])
+    made = folder.model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0, len(begun) :]
+    expected = folder.tokenizer.decode(made, skip_special_tokens=True)
+    assert said(capsys, folder.path, "--image", pictures["colour"], "--prompt", " a photo") == expected + "\n"
+
+
+def test_a_folder_as_transformers_4_saved_it_asks_the_same(folder_of, pictures, tmp_path):
+    folder = folder_of("llava")
+    shutil.copytree(folder.path, tmp_path, dirs_exist_ok=True)
+    processor = json.loads((tmp_path / "processor_config.json").read_text())
+    tiny_tokenizers.write(tmp_path, preprocessor_config=processor.pop("image_processor"), processor_config=processor)
+    (tmp_path / "chat_template.jinja").unlink()
+    tiny_tokenizers.write(tmp_path, chat_template={"chat_template": tiny.LLAVA_CHAT})
+    before, after = (processor_of(path).asked(QUESTION, [pictures["turned"]]) for path in (folder.path, tmp_path))
+    np.testing.assert_array_equal(after.tokens, before.tokens)
+    np.testing.assert_array_equal(after.images, before.images)
+
+
+# ---- where an answer begins and ends
+
+
+def changed(folder: Folder, target, **files: dict):
+    """A copy of a folder with other keys in its files of JSON."""
+    shutil.copytree(folder.path, target, dirs_exist_ok=True)
+    for name, keys in files.items():
+        old = json.loads((target / f"{name}.json").read_text())
+        (target / f"{name}.json").write_text(json.dumps(old | keys))
+    return target
+
+
+def test_the_answer_ends_where_generation_config_says_and_its_end_is_not_printed(folder_of, tmp_path, capsys):
+    folder = folder_of("gemma")
+    inputs = asked_of_transformers("gemma", folder, QUESTION)
+    made = folder.model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    path = changed(folder, tmp_path, generation_config={"eos_token_id": [10_000, int(made[3])]})
+    assert said(capsys, path, "--prompt", QUESTION) == folder.tokenizer.decode(made[:3]) + "\n"
+
+
+def test_the_start_is_that_of_generation_config_before_others(folder_of, pictures, tmp_path):
+    folder = folder_of("trocr")
+    path = changed(folder, tmp_path, generation_config={"decoder_start_token_id": 9})
+    assert processor_of(folder.path).asked("", [pictures["grey"]]).tokens.tolist() == [[2]]
+    assert processor_of(path).asked("", [pictures["grey"]]).tokens.tolist() == [[9]]
+    path = changed(folder, tmp_path, generation_config={"decoder_start_token_id": "<s>"})
+    with pytest.raises(ConfigError, match="decoder_start_token_id is '<s>'"):
+        processor_of(path).asked("", [pictures["grey"]])
+
+
+@pytest.mark.parametrize("end", ["</s>", [1, None], -1, 1.5])
+def test_an_end_that_is_no_id_is_refused(folder_of, tmp_path, end):
+    path = changed(folder_of("gemma"), tmp_path, generation_config={"eos_token_id": end})
+    with pytest.raises(ConfigError, match="eos_token_id is"):
+        _ = processor_of(path).checkpoint.eos_ids
+
+
+# ---- prompts with image tokens, and images that do not match
+
+
+@pytest.mark.parametrize("name, token", [("llava", "<image>"), ("mllama", "<|image|>"), ("paligemma", "<image>")])
+def test_image_tokens_of_the_prompt_stay_where_they_are(folder_of, pictures, name, token):
+    processor, files = processor_of(folder_of(name).path), [pictures["colour"], pictures["tall"]]
+    prompt = f"this {token} or {token}?"
+    assert prompt in processor.chat(prompt, 2)
+    assert processor.chat(prompt, 2).count(token) == 2
+    assert processor.asked(prompt, files).images is not None
+    with pytest.raises(ConfigError, match="3 image tokens .* 2 images"):
+        processor.asked(3 * token, files)
+
+
+def refusal(capsys, path, *arguments) -> str:
+    code = main(["generate", "--checkpoint", str(path), *map(str, arguments)])
+    out, error = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_images_that_a_checkpoint_does_not_read(folder_of, pictures, capsys, tmp_path):
+    two = ("--image", pictures["colour"], pictures["tall"], "--prompt", "x")
+    assert "2 images, but Fuyu reads one" in refusal(capsys, folder_of("fuyu").path, *two)
+    assert "writes about one image" in refusal(capsys, folder_of("trocr").path, *two)
+    assert "writes about one image" in refusal(capsys, folder_of("trocr").path, "--prompt", "x")
+    assert "reads no images" in refusal(capsys, folder_of("gemma").path, *two)
+    assert "give --prompt" in refusal(capsys, folder_of("llava").path, "--image", pictures["colour"])
+    assert "nothing.png" in refusal(capsys, folder_of("llava").path, "--image", "nothing.png", "--prompt", "x")
+    (tmp_path / "half.jpg").write_bytes(pictures["colour"].read_bytes()[:500])
+    assert "half.jpg" in refusal(capsys, folder_of("llava").path, "--image", tmp_path / "half.jpg", "--prompt", "x")
+
+
+# ---- folders that lack a part
+
+
+def without(folder: Folder, target, *names: str):
+    shutil.copytree(folder.path, target, ignore=shutil.ignore_patterns(*names), dirs_exist_ok=True)
+    return target
+
+
+def test_a_folder_without_a_tokenizer_or_an_image_processor(folder_of, pictures, capsys, tmp_path):
+    asks = ("--image", pictures["colour"], "--prompt", "x")
+    path = without(folder_of("llava"), tmp_path / "a", "tokenizer*")
+    assert "holds no tokenizer" in refusal(capsys, path, *asks)
+    path = without(folder_of("llava"), tmp_path / "b", "processor_config.json")
+    assert "says nothing of images" in refusal(capsys, path, *asks)
+
+
+def test_an_image_processor_is_of_no_concern_to_a_text_model(folder_of, tmp_path):
+    path = changed(folder_of("gemma"), tmp_path)
+    (path / "preprocessor_config.json").write_text('{"image_processor_type": "SomeImageProcessor"}')
+    assert processor_of(path).images is None

@@ -1,0 +1,279 @@
+"""Complete folders of public checkpoints, tiny and random: model, tokenizer, image processor and chat template."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer, models, normalizers
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    FuyuConfig,
+    FuyuForCausalLM,
+    FuyuProcessor,
+    Gemma2Config,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    MllamaImageProcessorPil,
+    MllamaProcessor,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    TokenizersBackend,
+    TrOCRConfig,
+    TrOCRProcessor,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+    ViTImageProcessorPil,
+)
+
+from tests.hub import tiny_tokenizers
+from tests.hub.parity import randomized
+
+TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+TOWER = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 40,
+    "image_size": 28,
+    "patch_size": 7,
+}
+VIT = ViTConfig(**TOWER)
+
+# Chat templates as checkpoints have them: with bos and without, of strings, of lists, of both.
+LLAMA_CHAT = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}<|image|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+MISTRAL_CHAT = (
+    "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endfor %}"
+)
+LLAVA_CHAT = (
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for part in m['content'] | selectattr('type', 'equalto', "
+    "'image') %}{{ '<image>\n' }}{% endfor %}{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ part['text'] + ' ' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+class Folder(NamedTuple):
+    """A saved checkpoint; `reader` is transformers' processor, or its tokenizer where there are no images."""
+
+    path: Path
+    model: torch.nn.Module
+    reader: object
+
+    @property
+    def tokenizer(self):
+        return getattr(self.reader, "tokenizer", self.reader)
+
+    def answer(self, new_tokens: int, **inputs) -> str:
+        """What transformers says, most likely tokens only."""
+        made = self.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)[0]
+        skipped = 0 if "input_ids" not in inputs else inputs["input_ids"].shape[1]
+        return self.tokenizer.decode(made[skipped:], skip_special_tokens=True)
+
+
+def _finished(model: torch.nn.Module, reader, path: Path, template: str | None = None) -> Folder:
+    if template:
+        reader.chat_template = template
+    reader.save_pretrained(path)
+    model.generation_config.eos_token_id = None
+    randomized(model)
+    _silence_bytes(model, getattr(reader, "tokenizer", reader))
+    model.save_pretrained(path)
+    return Folder(path, model, reader)
+
+
+def _silence_bytes(model: torch.nn.Module, tokenizer) -> None:
+    """No token is made that is only a part of a character: what follows decides what it was decoded to."""
+    parts = [i for i in range(len(tokenizer)) if "\ufffd" in tokenizer.decode([i])]
+    with torch.no_grad():
+        head = getattr(model, "decoder", model).get_output_embeddings()
+        head.weight[parts] = 0
+
+
+def _tokenizer(path: Path, build: Callable, **options):
+    build(path, **options)
+    return AutoTokenizer.from_pretrained(path)
+
+
+def llama(path: Path, template: str = LLAMA_CHAT) -> Folder:
+    tokenizer = _tokenizer(path, tiny_tokenizers.llama3)
+    model = LlamaForCausalLM(LlamaConfig(**TEXT, vocab_size=len(tokenizer)))
+    return _finished(model, tokenizer, path, template)
+
+
+def mistral_chat(path: Path) -> Folder:
+    tokenizer = _tokenizer(path, tiny_tokenizers.llama)
+    model = LlamaForCausalLM(LlamaConfig(**TEXT, vocab_size=len(tokenizer)))
+    return _finished(model, tokenizer, path, MISTRAL_CHAT)
+
+
+def zephyr_chat(path: Path) -> Folder:
+    """A tokenizer that writes bos, and a template that does not."""
+    tokenizer = _tokenizer(path, tiny_tokenizers.llama)
+    model = LlamaForCausalLM(LlamaConfig(**TEXT, vocab_size=len(tokenizer)))
+    return _finished(model, tokenizer, path, "{% for m in messages %}User: {{ m['content'] }}</s>\n{% endfor %}")
+
+
+def gemma(path: Path) -> Folder:
+    tokenizer = _tokenizer(path, tiny_tokenizers.gemma)
+    model = GemmaForCausalLM(GemmaConfig(**TEXT, head_dim=16, vocab_size=len(tokenizer)))
+    return _finished(model, tokenizer, path)
+
+
+def llava(path: Path, template: str | None = LLAVA_CHAT) -> Folder:
+    tokenizer = _tokenizer(path, tiny_tokenizers.llama)
+    images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    options = {"patch_size": 7, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**TOWER),
+        text_config=LlamaConfig(**TEXT, vocab_size=len(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    return _finished(
+        LlavaForConditionalGeneration(config), LlavaProcessor(images, tokenizer, **options), path, template
+    )
+
+
+def llava_without_a_template(path: Path) -> Folder:
+    return llava(path, None)
+
+
+def paligemma(path: Path, text=GemmaConfig, **settings) -> Folder:
+    added = {"450": tiny_tokenizers.token("<image>")}
+    tokenizer = _tokenizer(path, tiny_tokenizers.gemma, added_tokens_decoder=added)
+    images = SiglipImageProcessorPil(size={"height": 28, "width": 28})
+    images.image_seq_length = 16
+    config = PaliGemmaConfig(
+        vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
+        text_config=text(**TEXT, head_dim=16, vocab_size=1000, **settings),
+        projection_dim=32,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    config._attn_implementation = "eager"
+    return _finished(PaliGemmaForConditionalGeneration(config), PaliGemmaProcessor(images, tokenizer), path)
+
+
+def paligemma2(path: Path) -> Folder:
+    return paligemma(path, Gemma2Config, sliding_window=8, query_pre_attn_scalar=24)
+
+
+class FuyuImageProcessorPil(transformers.FuyuImageProcessorPil):
+    def patchify_image(self, image, patch_size=None):
+        """The processor hands tensors over, which the Pillow backend does not take."""
+        return torch.from_numpy(super().patchify_image(image.numpy(), patch_size))
+
+
+def fuyu(path: Path) -> Folder:
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "|SPEAKER|", "|NEWLINE|"]
+    words = ["▁", *"abcdefghijklmnopqrst", "is", "at", "▁cat", "▁what"]
+    scored = [(piece, 0.0) for piece in pieces] + [(word, -5.0) for word in words]
+    backend = Tokenizer(models.Unigram(scored, unk_id=0, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = TokenizersBackend(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    images = FuyuImageProcessorPil(size={"height": 36, "width": 48}, patch_size={"height": 6, "width": 6})
+    text = {**TEXT, "num_key_value_heads": 4, "vocab_size": 300}
+    image = tokenizer.convert_tokens_to_ids("|SPEAKER|")
+    config = FuyuConfig(text_config=text, patch_size=6, image_size=48, image_token_id=image)
+    return _finished(FuyuForCausalLM(config), FuyuProcessor(images, tokenizer), path)
+
+
+def mllama(path: Path, template: str | None = LLAMA_CHAT) -> Folder:
+    tokenizer = _tokenizer(path, tiny_tokenizers.llama3, model_type="mllama")
+    images = MllamaImageProcessorPil(size={"height": 16, "width": 16}, max_image_tiles=4)
+    text = {**TEXT, "vocab_size": len(tokenizer), "num_hidden_layers": 4, "cross_attention_layers": [1, 3]}
+    vision = {"hidden_size": 16, "num_hidden_layers": 2, "num_global_layers": 2, "attention_heads": 2}
+    vision |= {"intermediate_size": 24, "image_size": 16, "patch_size": 4, "max_num_tiles": 4}
+    vision |= {"intermediate_layers_indices": [1], "vision_output_dim": 32}
+    config = MllamaConfig(
+        text_config=text | {"pad_token_id": 1, "bos_token_id": 0},
+        vision_config=vision,
+        image_token_index=tokenizer.convert_tokens_to_ids("<|image|>"),
+        attn_implementation="eager",
+    )
+    return _finished(MllamaForConditionalGeneration(config), MllamaProcessor(images, tokenizer), path, template)
+
+
+def _encoder_decoder(path: Path, tokenizer, decoder, **special) -> Folder:
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(VIT, decoder, **special)
+    reader = TrOCRProcessor(ViTImageProcessorPil(size={"height": 28, "width": 28}), tokenizer)
+    return _finished(VisionEncoderDecoderModel(config), reader, path)
+
+
+def vit_gpt2(path: Path) -> Folder:
+    tokenizer = _tokenizer(path, tiny_tokenizers.gpt2_whole)
+    decoder = GPT2Config(vocab_size=len(tokenizer), n_embd=24, n_layer=2, n_head=4, n_positions=64)
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    return _encoder_decoder(path, tokenizer, decoder, decoder_start_token_id=end, pad_token_id=end)
+
+
+def trocr(path: Path) -> Folder:
+    tokenizer = _tokenizer(path, tiny_tokenizers.roberta)
+    sizes = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    decoder = TrOCRConfig(
+        vocab_size=len(tokenizer), cross_attention_hidden_size=24, max_position_embeddings=64, **sizes
+    )
+    return _encoder_decoder(path, tokenizer, decoder, decoder_start_token_id=2, pad_token_id=1)
+
+
+ABOUT_IMAGES = {
+    "llava": llava,
+    "llava without a template": llava_without_a_template,
+    "paligemma": paligemma,
+    "paligemma 2": paligemma2,
+    "fuyu": fuyu,
+    "mllama": mllama,
+}
+CAPTIONS = {"vit and gpt2": vit_gpt2, "trocr": trocr}
+OF_TEXT = {"llama": llama, "mistral's chat": mistral_chat, "a chat without bos": zephyr_chat, "gemma": gemma}
+
+
+def pictures(folder: Path) -> dict[str, Path]:
+    """Image files of odd sizes in every mode that cameras and drawings have."""
+    rng = np.random.default_rng(0)
+    colour = Image.fromarray(rng.integers(0, 256, (37, 53, 3), np.uint8))
+    alpha = Image.fromarray(rng.integers(0, 256, (31, 29, 4), np.uint8))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    files = {
+        "colour": (colour, "a.jpg", {}),
+        "tall": (Image.fromarray(rng.integers(0, 256, (91, 17, 3), np.uint8)), "b.png", {}),
+        "grey": (colour.convert("L"), "c.jpg", {}),
+        "palette": (colour.quantize(16), "d.png", {}),
+        "alpha": (alpha, "e.png", {}),
+        "turned": (colour, "f.jpg", {"exif": turned}),
+    }
+    for image, name, options in files.values():
+        image.save(folder / name, **options)
+    return {kind: folder / name for kind, (_, name, _) in files.items()}

@@ -8,8 +8,9 @@ import pytest
 
 from vlm_jax import config_file
 from vlm_jax.config import ConfigError, Data, Experiment, Fusion, Mesh, Optim, RateScale, Rope, Vision
+from vlm_jax.limits import ABOVE, AT_LEAST, AT_MOST, BELOW
 from vlm_jax.testing import KINDS, tiny
-from vlm_jax.validate import ABOVE, AT_LEAST, AT_MOST, BELOW, kinds, validate
+from vlm_jax.validate import kinds, validate
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 named = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -100,6 +101,8 @@ def test_json_that_is_no_experiment_is_refused_with_the_name_of_the_file(text, s
     [
         ("def get_config(:", "SyntaxError"),
         ("x = 1", "get_config"),
+        ("raise SystemExit(0)", "SystemExit: 0"),
+        ("def get_config(): exit('enough')", "SystemExit: enough"),
         ("import no_such_module", "no_such_module"),
         ("def get_config(): return 3", "must return an Experiment, not int"),
     ],

@@ -12,7 +12,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOW = [
     ["model_config", "start"],
     ["config"],
-    ["axes", "structs", "validate"],
+    ["axes", "structs", "limits"],
+    ["validate"],
     ["config_file"],
     ["workdir"],
     ["data"],

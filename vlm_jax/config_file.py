@@ -37,7 +37,7 @@ def load(path: str) -> Experiment:
         raise ConfigError(f"--config {path} does not exist{hint}.")
     try:
         cfg = _module(file).get_config()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a config that calls exit() is no way to end a command either
         raise ConfigError(f"--config {path} could not be loaded: {type(error).__name__}: {error}.") from error
     if not isinstance(cfg, Experiment):
         raise ConfigError(f"--config {path}: get_config() must return an Experiment, not {type(cfg).__name__}.")

@@ -1,60 +1,10 @@
 """Refuses an experiment that cannot work, with a sentence that names the fields and the way out."""
 
 import dataclasses
-import math
-import operator
 import typing
 
-from vlm_jax.config import ConfigError, Experiment, Transformer
-
-AT_LEAST = {  # smallest allowed value; a field in none of these tables may be anything of its type
-    "data.questions_per_row": 1,
-    "data.text_length": 1,
-    "data.threads": 0,
-    "data.prefetch": 0,
-    "vision.image_size_px": 1,
-    "vision.patch_size_px": 1,
-    "vision.unroll": 1,
-    "projector.factor": 1,
-    "projector.queries": 1,
-    "projector.depth": 1,
-    "projector.heads": 1,
-    "fusion.cross_every": 1,
-    "decoder.max_positions": 1,
-    "decoder.unroll": 1,
-    "optim.learning_rate": 0,
-    "optim.rate_scale.vision": 0,
-    "optim.rate_scale.projector": 0,
-    "optim.rate_scale.decoder": 0,
-    "optim.rate_scale.cross_attention": 0,
-    "optim.warmup_steps": 0,
-    "optim.beta1": 0,
-    "optim.beta2": 0,
-    "optim.final_fraction": 0,
-    "optim.weight_decay": 0,
-    "train.steps": 1,
-    "train.batch_size": 1,
-    "train.checkpoint_every_steps": 1,
-    "train.keep_checkpoints": 1,
-    "train.log_every_steps": 1,
-    "eval.max_examples": 0,
-    "eval.batch_size": 1,
-    "eval.max_new_tokens": 1,
-    "seed": 0,
-} | {
-    f"{stack}.{field}": least
-    for stack in ("vision", "decoder")
-    for field, least in {"width": 1, "depth": 1, "heads": 1, "mlp_width": 1, "kv_heads": 0, "head_dim": 0}.items()
-}
-ABOVE = {"optim.clip_norm": 0, "vision.norm_eps": 0, "decoder.norm_eps": 0, "decoder.rope.theta": 0}
-AT_MOST = {"optim.final_fraction": 1, "seed": 2**32 - 1}
-BELOW = {"optim.beta1": 1, "optim.beta2": 1}
-LIMITS = {  # a number that is none is in no order, so it is refused by each of them
-    "at least": (AT_LEAST, operator.ge),
-    "above": (ABOVE, operator.gt),
-    "at most": (AT_MOST, operator.le),
-    "below": (BELOW, operator.lt),
-}
+from vlm_jax.config import ConfigError, Contrastive, Experiment, Transformer, Vision
+from vlm_jax.limits import check_numbers
 
 
 def validate(cfg: Experiment) -> Experiment:
@@ -63,17 +13,38 @@ def validate(cfg: Experiment) -> Experiment:
     Raises:
       ConfigError: a value, or two together, cannot work.
     """
-    check_types(cfg)
-    values = flat(cfg)
-    for path, kind in kinds(cfg).items():
+    check_values(cfg)
+    if not cfg.vision.checkpoint:  # public ones may leave pixels over at the border
+        _patches(cfg.vision)
+    for check in (_projector, _fusion, _room, _rates):
+        check(cfg)
+    return cfg
+
+
+def check_values(cfg: Experiment | Vision | Contrastive) -> None:
+    """Raises ConfigError for a value that its field cannot have, or heads that do not fit the width; `validate` does.
+
+    The sizes of a model alone, as a public checkpoint's config.json states them, are checked by this.
+    """
+    part = "vision." if isinstance(cfg, Vision) else ""
+    check_types(cfg, part)
+    values = flat(cfg, part)
+    for path, kind in kinds(cfg, part).items():
         value, allowed = values[path], words(kind)
         wrong = [word for word in (value if isinstance(value, tuple) else (value,)) if allowed and word not in allowed]
         if wrong:
             raise ConfigError(f"{path} {wrong[0]!r} is no choice: choose {', '.join(allowed)}.")
-    _numbers(values)
-    for check in (_patches, _heads, _projector, _fusion, _room, _rates):
-        check(cfg)
-    return cfg
+    check_numbers({path.replace("text.", "decoder."): value for path, value in values.items()})
+    if isinstance(cfg, Experiment):
+        _heads(cfg.decoder, "decoder")
+        _turns(cfg.decoder)
+    if isinstance(cfg, Contrastive):
+        _heads(cfg.text, "text")
+    vision = cfg if isinstance(cfg, Vision) else cfg.vision
+    if vision.kind == "vit":
+        _heads(vision, "vision")
+    else:
+        _patches(vision)
 
 
 def check_types(cfg, prefix: str = "") -> None:
@@ -103,15 +74,6 @@ def _called(kind) -> str:
         number = "" if of_each[-1] is Ellipsis else f"{len(of_each)} "
         return f"a tuple of {number}{_called(of_each[0])}"
     return "str" if words(kind) else kind.__name__
-
-
-def _numbers(values: dict[str, object]) -> None:
-    for path, value in values.items():
-        for said, (limits, holds) in LIMITS.items():
-            if path in limits and not holds(value, limits[path]):
-                raise ConfigError(f"{path} is {value}: it must be {said} {limits[path]}.")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{path} is {value}: it must be a finite number.")
 
 
 def flat(cfg, prefix: str = "") -> dict[str, object]:
@@ -145,9 +107,9 @@ def element(kind):
     return kind
 
 
-def _patches(cfg):
-    size, patch = cfg.vision.image_size_px, cfg.vision.patch_size_px
-    if size % patch and not cfg.vision.checkpoint:  # public ones may leave pixels over at the border
+def _patches(vision):
+    size, patch = vision.image_size_px, vision.patch_size_px
+    if size % patch:
         fitting = [p for p in range(1, size + 1) if size % p == 0]
         raise ConfigError(
             f"vision.image_size_px {size} is not a multiple of vision.patch_size_px {patch}: "
@@ -155,30 +117,25 @@ def _patches(cfg):
         )
 
 
-def _heads(cfg):
-    def divides(part: Transformer, name):
-        if not part.head_dim and part.width % part.heads:
-            raise ConfigError(f"{name}.width {part.width} is not a multiple of {name}.heads {part.heads}.")
-        if part.heads % part.num_kv_heads:
-            raise ConfigError(f"{name}.heads {part.heads} is not a multiple of {name}.kv_heads {part.kv_heads}.")
+def _heads(part: Transformer, name: str):
+    if not part.head_dim and part.width % part.heads:
+        raise ConfigError(f"{name}.width {part.width} is not a multiple of {name}.heads {part.heads}.")
+    if part.heads % part.num_kv_heads:
+        raise ConfigError(f"{name}.heads {part.heads} is not a multiple of {name}.kv_heads {part.kv_heads}.")
 
-    divides(cfg.decoder, "decoder")
-    if cfg.vision.kind == "vit":
-        divides(cfg.vision, "vision")
-    if cfg.projector.kind == "resampler" and cfg.decoder.width % cfg.projector.heads:
+
+def _turns(decoder):
+    if decoder.positions == "rope" and (decoder.turned % 2 or not 0 < decoder.turned <= decoder.head_width):
         raise ConfigError(
-            f"decoder.width {cfg.decoder.width} is not a multiple of projector.heads {cfg.projector.heads}."
-        )
-    turned = cfg.decoder.turned
-    if cfg.decoder.positions == "rope" and (turned % 2 or not 0 < turned <= cfg.decoder.head_width):
-        raise ConfigError(
-            f"decoder.rope.fraction {cfg.decoder.rope.fraction} of a head of {cfg.decoder.head_width} is {turned} "
+            f"decoder.rope.fraction {decoder.rope.fraction} of a head of {decoder.head_width} is {decoder.turned} "
             "numbers: RoPE turns an even number of them, from 2 to all."
         )
 
 
 def _projector(cfg):
     projector, rows = cfg.projector, cfg.vision.grid[0]
+    if projector.kind == "resampler" and cfg.decoder.width % projector.heads:
+        raise ConfigError(f"decoder.width {cfg.decoder.width} is not a multiple of projector.heads {projector.heads}.")
     if projector.kind not in ("pixel_shuffle", "average_pool"):
         return
     if rows % projector.factor:

@@ -6,6 +6,7 @@ import pytest
 from transformers import MllamaConfig
 
 from vlm_jax.config import ConfigError
+from vlm_jax.hub import mllama_vision
 from vlm_jax.hub.families import family_of
 
 PUBLISHED = MllamaConfig().to_dict()
@@ -65,3 +66,9 @@ def test_what_is_not_supported_is_refused_by_its_key(part, key, value):
 def test_other_taps_are_refused_with_those_that_there_are():
     with pytest.raises(ConfigError, match="input, output"):
         family_of(PUBLISHED, "config.json", "middle")
+
+
+@pytest.mark.parametrize("key, value", [("max_num_tiles", 10**7), ("num_global_layers", 0)])
+def test_sizes_that_no_encoder_has_are_refused_at_once(key, value):
+    with pytest.raises(ConfigError, match="tiles is 10000000|num_global_layers 0"):
+        mllama_vision.read_vision({key: value}, "input")

@@ -60,6 +60,6 @@ def family_of(config: Mapping, name: str, taps: str | None = None) -> Family:
       ConfigError: no known family (it lists those that are).
     """
     kind = config.get("model_type", open_clip.OPEN_CLIP.model_type if "model_cfg" in config else None)
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ConfigError(f"{name}: model_type {kind!r} is not supported: choose {', '.join(sorted(FAMILIES))}.")
     return mllama.family_of_taps(config, taps) if kind == "mllama" else FAMILIES[kind]

@@ -7,6 +7,7 @@ from vlm_jax.config import ConfigError, Decoder, Experiment, Fusion
 from vlm_jax.hub.family import ACTIVATIONS, HUB_ACTIVATIONS, Family, Json, choose, get, text_experiment
 from vlm_jax.hub.rope import read_rope, write_rope
 from vlm_jax.hub.table import Row, places, row, stored_axes
+from vlm_jax.limits import check_numbers
 
 HEAD = "lm_head.weight"
 
@@ -17,9 +18,11 @@ def read_decoder(config: Json, tied: bool) -> Decoder:
     width = get(config, "hidden_size", 4096)
     bias = get(config, "attention_bias", False)
     max_positions = get(config, "max_position_embeddings", 2048)
+    depth = get(config, "num_hidden_layers", 32)
+    check_numbers({"decoder.depth": depth})  # before anything is listed for every layer
     return Decoder(
         width=width,
-        depth=get(config, "num_hidden_layers", 32),
+        depth=depth,
         heads=heads,
         kv_heads=get(config, "num_key_value_heads", heads),
         head_dim=get(config, "head_dim", width // heads),

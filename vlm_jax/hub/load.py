@@ -1,5 +1,6 @@
 """A folder of a public checkpoint -> a model, its parameters on the mesh, and what turns text and images into input."""
 
+import contextlib
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from vlm_jax.hub.files import Tensors, open_tensors, read_json
 from vlm_jax.hub.stored import StoredTensor, are_counts
 from vlm_jax.hub.table import Part, Row
 from vlm_jax.nn.models import boxed_params, model_of
+from vlm_jax.validate import check_values
 
 THREADS = 2  # parameters that are assembled at a time: more would hold more memory
 
@@ -43,7 +45,10 @@ class Checkpoint(NamedTuple):
     @property
     def image_token(self) -> int | None:
         """The id that stands for an image token in the sequence."""
-        return get(self.config, "image_token_index", get(self.config, "image_token_id", self.family.image_token))
+        found = get(self.config, "image_token_index", get(self.config, "image_token_id", self.family.image_token))
+        if found is not None and not are_counts(found):
+            raise ConfigError(f"{self.folder}: image_token_index is {found!r}, but has to be an id.")
+        return found
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -103,19 +108,27 @@ def inspect(folder: str | os.PathLike, tensors: Tensors, taps: str | None = None
     folder = Path(folder).expanduser()
     path = config_path(folder)
     config = read_json(path)
-    family = family_of(config, str(path), taps)
-    names = family.canonical(tensors)
-    try:
+    with _naming(path):
+        family = family_of(config, "config.json", taps)
+        names = family.canonical(tensors)
         cfg = family.read(config, names)
+        check_values(cfg)
         rows = family.rows(cfg)
-    except KeyError as error:
-        raise ConfigError(f"{path} lacks the key {error}.") from None
-    except (TypeError, ValueError, ArithmeticError) as error:
-        if isinstance(error, ConfigError):
-            raise ConfigError(str(error).replace("config.json:", f"{path}:", 1)) from None
-        raise ConfigError(f"{path} has a value that is not understood: {error}.") from None
     check(rows, {name: tensors[stored].shape for name, stored in names.items()}, shapes_of(cfg), str(folder))
     return Checkpoint(folder, config, family, cfg, rows, names)
+
+
+@contextlib.contextmanager
+def _naming(path: Path):
+    """What goes wrong while a config is read, in one sentence that names its file."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
+    except KeyError as error:
+        raise ConfigError(f"{path} lacks the key {error}.") from error
+    except (TypeError, ValueError, ArithmeticError, AttributeError, IndexError) as error:
+        raise ConfigError(f"{path} has a value that is not understood: {error}.") from error
 
 
 def shapes_of(cfg: Config) -> dict[str, tuple[int, ...]]:

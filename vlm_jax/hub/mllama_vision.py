@@ -12,6 +12,7 @@ from vlm_jax.hub.llama import attention_rows, dense_rows
 from vlm_jax.hub.table import Row, row
 from vlm_jax.hub.tiles import layouts
 from vlm_jax.hub.vit import patch_rows, side
+from vlm_jax.limits import check_numbers
 
 TOWER, OURS = "vision_model", "vision/tiled"
 TAPS = "intermediate_taps"  # a key of ours: "input" or "output", which neither transformers nor Meta's code says
@@ -22,6 +23,9 @@ def read_vision(config: Json, taps: str) -> Vision:
     refuse(config, "norm_eps", NORM_EPS)
     refuse(config, "num_channels", CHANNELS)
     tiles, depth = get(config, "max_num_tiles", 4), get(config, "num_hidden_layers", 32)
+    check_numbers({"vision.tiles": tiles})  # before their layouts are listed
+    if get(config, "num_global_layers", 8) == 0:
+        raise ConfigError("config.json: num_global_layers 0 is not supported: it must be at least 1.")
     vision = Vision(
         width=get(config, "hidden_size", 1280),
         depth=depth,

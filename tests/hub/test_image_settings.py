@@ -146,7 +146,10 @@ def test_open_clip_resizes_in_the_images_own_mode(tmp_path, mode):
         ({"resample": 99}, ["resample is 99", "3 (bicubic)"]),
         ({"resample": "bicubic"}, ["resample is 'bicubic'", "3 (bicubic)"]),
         ({"size": {"height": 3}}, ["size is {'height': 3}", "height and width; shortest_edge"]),
-        ({"size": {"height": 3, "width": 0}}, ["size is", "px of 1 or more"]),
+        ({"size": {"height": 3, "width": 0}}, ["size is", "px from 1 to 8192"]),
+        ({"size": 10**7}, ["size is", "px from 1 to 8192"]),
+        ({"padding_value": 256}, ["padding_value is 256", "0 to 255"]),
+        ({"image_std": [0.5, 0, 0.5]}, ["image_std is", "divided by it"]),
         ({"size": {"longest_edge": 3}}, ["size is", "shortest_edge and longest_edge"]),
         ({"size": "224"}, ["size is '224'"]),
         ({"size": True}, ["size is True"]),
@@ -168,7 +171,10 @@ def test_open_clip_resizes_in_the_images_own_mode(tmp_path, mode):
             ["size is", "as high as wide"],
         ),
         ({"image_processor_type": "MllamaImageProcessor", "do_pad": False}, ["do_resize and do_pad"]),
-        ({"image_processor_type": "MllamaImageProcessor", "max_image_tiles": 0}, ["max_image_tiles is 0", "1 or more"]),
+        (
+            {"image_processor_type": "MllamaImageProcessor", "max_image_tiles": 0},
+            ["max_image_tiles is 0", "from 1 to 8192"],
+        ),
     ],
 )
 def test_settings_that_are_not_understood_are_named_with_the_choices(tmp_path, change, words):

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 from transformers.image_utils import load_image
 
 from tests.hub import tiny_checkpoints as tiny
@@ -165,7 +166,7 @@ def test_the_start_is_that_of_generation_config_before_others(folder_of, picture
         processor_of(path).asked("", [pictures["grey"]])
 
 
-@pytest.mark.parametrize("end", ["</s>", [1, None], -1, 1.5])
+@pytest.mark.parametrize("end", ["</s>", [1, None], -1, 1.5, 2**31])
 def test_an_end_that_is_no_id_is_refused(folder_of, tmp_path, end):
     path = changed(folder_of("gemma"), tmp_path, generation_config={"eos_token_id": end})
     with pytest.raises(ConfigError, match="eos_token_id is"):
@@ -206,6 +207,14 @@ def test_images_that_a_checkpoint_does_not_read(folder_of, pictures, capsys, tmp
     assert "half.jpg" in refusal(capsys, folder_of("llava").path, "--image", tmp_path / "half.jpg", "--prompt", "x")
 
 
+def test_a_prompt_without_a_token_is_refused(folder_of):
+    processor = processor_of(folder_of("gemma").path)
+    assert processor([""]).tokens.tolist() == [[processor.tokenizer.bos_id]]
+    for prompts in ([""], ["what", ""]):
+        with pytest.raises(ConfigError, match="prompt is empty"):
+            processor(prompts, add_special_tokens=False)
+
+
 # ---- folders that lack a part
 
 
@@ -220,6 +229,16 @@ def test_a_folder_without_a_tokenizer_or_an_image_processor(folder_of, pictures,
     assert "holds no tokenizer" in refusal(capsys, path, *asks)
     path = without(folder_of("llava"), tmp_path / "b", "processor_config.json")
     assert "says nothing of images" in refusal(capsys, path, *asks)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder_of, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(folder_of("gemma").path)
+    tokenizer.add_tokens("|later|")
+    path = without(folder_of("gemma"), tmp_path, "tokenizer*")
+    tokenizer.save_pretrained(path)
+    processor_of(path).asked("what")
+    with pytest.raises(ConfigError, match=f"id {len(tokenizer) - 1}, but the model has only"):
+        processor_of(path).asked("what |later| is it?")
 
 
 def test_an_image_processor_is_of_no_concern_to_a_text_model(folder_of, tmp_path):

@@ -292,3 +292,15 @@ def test_a_tokenizer_without_the_image_token(tmp_path):
         ours = load_prompt_format(tmp_path, HubTokenizer.load(tmp_path))
         text = "<|image|>" if model_type == "mllama" else "<image>"
         assert "image" in refusal(ours.prompt, text, [1 if model_type == "mllama" else (28, 28)])
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [("image_token", 5, "image_token is 5"), ("num_additional_image_tokens", 10**7, "how many tokens an image takes")],
+)
+def test_llava_refuses_what_is_no_token_or_no_number_of_them(llava, tmp_path, key, value, said):
+    format_of(llava, tmp_path, model_type="llava")
+    tokenizer = HubTokenizer.load(tmp_path)
+    tokenizer.special_tokens.pop("image_token", None)
+    tiny.write(tmp_path, processor_config=tiny.read(tmp_path, "processor_config") | {key: value})
+    assert said in refusal(load_prompt_format, tmp_path, tokenizer)

@@ -84,6 +84,8 @@ OF_MODEL_TYPE = {
     "vit": "ViTImageProcessor",
 }
 
+MOST_PX = 2**13  # an image of this height and width is the largest that Pillow takes for no bomb
+
 SQUARE = ("height", "width")
 SIZE_KEYS = (SQUARE, ("shortest_edge",), ("shortest_edge", "longest_edge"), ("max_height", "max_width"))
 PADDING_MODES = ("constant", "edge", "reflect", "symmetric")
@@ -174,10 +176,12 @@ def _checked(path: Path, key: str, value: Any) -> Any:
         )
     if key == "padding_mode" and value not in PADDING_MODES:
         raise _refusal(path, key, value, f"one of {', '.join(PADDING_MODES)}")
-    if key in ("rescale_factor", "padding_value") and not _are_numbers(value):
+    if key == "rescale_factor" and not _are_numbers(value):
         raise _refusal(path, key, value, "a number")
+    if key == "padding_value" and not (_are_numbers(value) and 0 <= value <= 255):
+        raise _refusal(path, key, value, "a number from 0 to 255")
     if key == "max_image_tiles" and not _are_lengths(value):
-        raise _refusal(path, key, value, "a whole number of 1 or more")
+        raise _refusal(path, key, value, f"a whole number from 1 to {MOST_PX}")
     if key in ("image_mean", "image_std"):
         return _channels(path, key, value)
     if key in ("crop_size", "pad_size", "patch_size"):
@@ -208,7 +212,7 @@ def _size(path: Path, key: str, value: Any, square: bool) -> dict[str, int]:
         if isinstance(value, dict) and set(value) == set(keys) and _are_lengths(*value.values()):
             return {key: value[key] for key in keys}
     choices = "; ".join(" and ".join(keys) for keys in SIZE_KEYS)
-    raise _refusal(path, key, value, f"px of 1 or more, as a number or as an object of {choices}")
+    raise _refusal(path, key, value, f"px from 1 to {MOST_PX}, as a number or as an object of {choices}")
 
 
 def _pair(path: Path, key: str, value: Any) -> tuple[int, int]:
@@ -222,6 +226,8 @@ def _channels(path: Path, key: str, value: Any) -> tuple[float, ...]:
     values = tuple(value) if isinstance(value, list | tuple) else (value,) * 3
     if len(values) != 3 or not _are_numbers(*values):
         raise _refusal(path, key, value, "a number, or one for each of three channels")
+    if key.endswith("std") and 0 in values:
+        raise _refusal(path, key, value, "other than 0, as images are divided by it")
     return values
 
 
@@ -230,7 +236,7 @@ def _are_numbers(*values) -> bool:
 
 
 def _are_lengths(*values) -> bool:
-    return all(type(value) is int and value > 0 for value in values)
+    return all(type(value) is int and 0 < value <= MOST_PX for value in values)
 
 
 def _refusal(path: Path, key: str, value: Any, choices: str) -> ConfigError:

@@ -20,7 +20,7 @@ from vlm_jax.hub.copying import aligned, copy_into
 from vlm_jax.hub.families import config_path, family_of
 from vlm_jax.hub.family import Config, Family, Json, get
 from vlm_jax.hub.files import Tensors, open_tensors, read_json
-from vlm_jax.hub.stored import StoredTensor, are_counts
+from vlm_jax.hub.stored import StoredTensor
 from vlm_jax.hub.table import Part, Row
 from vlm_jax.nn.models import boxed_params, model_of
 from vlm_jax.validate import check_values
@@ -46,7 +46,7 @@ class Checkpoint(NamedTuple):
     def image_token(self) -> int | None:
         """The id that stands for an image token in the sequence."""
         found = get(self.config, "image_token_index", get(self.config, "image_token_id", self.family.image_token))
-        if found is not None and not are_counts(found):
+        if found is not None and not are_ids(found):
             raise ConfigError(f"{self.folder}: image_token_index is {found!r}, but has to be an id.")
         return found
 
@@ -55,7 +55,7 @@ class Checkpoint(NamedTuple):
         """The ids that end a text; ConfigError where something else stands for them."""
         found = self._said("eos_token_id")
         ids = tuple(found) if isinstance(found, list) else () if found is None else (found,)
-        if not are_counts(*ids):
+        if not are_ids(*ids):
             raise ConfigError(f"{self.folder}: eos_token_id is {found!r}, but has to be an id, or a list of ids.")
         return ids
 
@@ -71,6 +71,11 @@ class Checkpoint(NamedTuple):
         generation = read_json(path) if path.is_file() else {}
         parts = (generation, self.config, self.config.get("text_config") or {}, self.config.get("decoder") or {})
         return next((part[key] for part in parts if part.get(key) is not None), None)
+
+
+def are_ids(*values) -> bool:
+    """Whether all can be ids of tokens."""
+    return all(type(value) is int and 0 <= value < 2**31 for value in values)
 
 
 def load_params(

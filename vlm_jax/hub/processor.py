@@ -12,10 +12,9 @@ from vlm_jax.hub.chat import ChatTemplate
 from vlm_jax.hub.image_processor import ImageProcessor, ProcessedImages
 from vlm_jax.hub.image_steps import Picture
 from vlm_jax.hub.inputs import to_batch
-from vlm_jax.hub.load import Checkpoint
+from vlm_jax.hub.load import Checkpoint, are_ids
 from vlm_jax.hub.prompts import TextFormat, load_prompt_format, stack_prompts
 from vlm_jax.hub.special_tokens import TOKENIZER
-from vlm_jax.hub.stored import are_counts
 from vlm_jax.hub.tokenizer import HubTokenizer
 from vlm_jax.hub.tokenizer_files import SENTENCEPIECE, VOCAB
 from vlm_jax.structs import Batch
@@ -74,7 +73,16 @@ class Processor:
                 for text, facts in zip(prompts, _facts(processed, [len(row) for row in images]), strict=True)
             ]
             arrays = stack_prompts(made, self.tokenizer.pad_id or 0)
-        return to_batch(cfg, arrays | _arrays(processed), self.checkpoint.image_token, generating=True)
+        batch = to_batch(cfg, arrays | _arrays(processed), self.checkpoint.image_token, generating=True)
+        if not batch.segment_ids.any(axis=1).all():
+            raise ConfigError("the prompt is empty: there is no token to continue.")
+        rows = cfg.decoder.vocab_size + cfg.decoder.extra_tokens
+        if batch.tokens.max() >= rows:  # a lookup beyond the table would be no error on the device
+            raise ConfigError(
+                f"{self.checkpoint.folder}: the tokenizer gives the id {batch.tokens.max()}, but the model has only "
+                f"{rows} tokens."
+            )
+        return batch
 
     def asked(self, prompt: str, images: Sequence[Picture] = ()) -> Batch:
         """What a user says about images, in the words of the chat template if there is one -> a batch to continue.
@@ -122,7 +130,7 @@ class Processor:
         """Texts behind the token that starts the decoder, padded on the left."""
         start = self.checkpoint.start_id
         start = self.tokenizer.bos_id if start is None else start
-        if not are_counts(start):
+        if not are_ids(start):
             raise ConfigError(f"{self.checkpoint.folder}: decoder_start_token_id is {start!r}, but has to be an id.")
         rows = [[start, *self.tokenizer.encode(text, add_special_tokens=False)] for text in prompts]
         length = max(map(len, rows))

@@ -23,6 +23,7 @@ from vlm_jax.hub.tokenizer import HubTokenizer
 from vlm_jax.hub.tokenizer_files import CONFIG
 
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
+MOST_BESIDE = 1024  # tokens of an image beside those of its patches
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,16 @@ class LlavaFormat(TextFormat):
 
     @classmethod
     def read(cls, tokenizer, config, processor, images):
-        token = tokenizer.special_tokens.get("image_token") or processor.get("image_token", "<image>")
+        token = tokenizer.special_tokens.get("image_token") or processor.get("image_token") or "<image>"
+        if not isinstance(token, str):
+            raise ConfigError(f"{PROCESSOR}: image_token is {token!r}, but has to be text.")
         patch_size, beside = processor.get("patch_size"), processor.get("num_additional_image_tokens", 0)
         strategy = processor.get("vision_feature_select_strategy")
         if patch_size is None:  # older folders leave it to the model's config
             vision = config["vision_config"]
             patch_size, beside = vision["patch_size"], int(vision.get("model_type") == "clip_vision_model")
             strategy = config.get("vision_feature_select_strategy", "default")
-        if not are_counts(patch_size, beside) or patch_size == 0:
+        if not are_counts(patch_size, beside) or patch_size == 0 or beside > MOST_BESIDE:
             raise TypeError("patch_size is no number of pixels")
         return cls(tokenizer, patch_size, beside - (strategy == "default"), token)
 
@@ -143,7 +146,7 @@ class MllamaFormat(TextFormat):
 
     @classmethod
     def read(cls, tokenizer, config, processor, images):
-        return cls(tokenizer, images.get("max_image_tiles", 4))
+        return cls(tokenizer, images.get("max_image_tiles") or 4)
 
     def prompt(self, text, images=(), add_special_tokens=True):
         _check_count(text, self.image_token, len(images))

@@ -1,5 +1,6 @@
 """What we export, transformers loads: public checkpoints byte for byte, and runs of ours with our logits."""
 
+import errno
 import json
 from dataclasses import replace
 
@@ -87,6 +88,36 @@ def test_an_output_that_holds_a_model_is_refused_and_left_as_it_is(checkpoint, t
     with pytest.raises(ConfigError, match="--output .* holds a config.json already"):
         export.export_checkpoint(checkpoint[0], tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_export_is_there_as_a_whole_or_not_at_all(checkpoint, tmp_path, monkeypatch, capsys, error, is_there):
+    """Interrupted while the last files are copied, when weights and config are written."""
+    output = tmp_path / "out"
+    if is_there:
+        (output / ".partial").mkdir(parents=True)  # of an export that was killed
+        (output / ".partial" / "old").touch()
+
+    def copy(*_):
+        assert not {"config.json", "model.safetensors"} & {path.name for path in output.iterdir()}
+        raise error
+
+    monkeypatch.setattr(export.shutil, "copy", copy)
+    assert main(["export", "--checkpoint", str(checkpoint[0]), "--output", str(output)]) in (2, 130)
+    assert capsys.readouterr().err in ("stopped\n", f"error: {output} cannot be written: No space left on device.\n")
+    assert output.exists() == is_there and not (is_there and any(output.iterdir()))
+    monkeypatch.undo()
+    export.export_checkpoint(checkpoint[0], output)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in output.iterdir()}
+    assert not (output / ".partial").exists()
+
+
+def test_an_output_that_cannot_be_written_is_known_before_the_weights_are_read(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "load_checkpoint", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file/out cannot be written: Not a directory"):
+        export.export_checkpoint(checkpoint[0], tmp_path / "file" / "out")
 
 
 # ---- runs

@@ -16,21 +16,29 @@ BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 def read_image(path: str | os.PathLike) -> Image.Image:
     """The image in a file, upright and RGB. ConfigError names the file where there is none."""
+    return decode(read_bytes(path), name=str(path))
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
     try:
-        encoded = Path(path).expanduser().read_bytes()
+        return Path(path).expanduser().read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot read the image {path}: {error.strerror}") from None
-    return decode(encoded, name=str(path))
+        raise ConfigError(f"cannot read the image {path}: {error.strerror}.") from None
+
+
+def upright(encoded: bytes, name: str = "image") -> Image.Image:
+    """The bytes of an image file -> the image as it was seen, in its own mode. ConfigError where there is none."""
+    try:
+        image = Image.open(io.BytesIO(encoded))
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except BROKEN as error:
+        raise ConfigError(f"{name} is not a readable image, or is cut short ({type(error).__name__}).") from None
 
 
 def decode(encoded: bytes, name: str = "image") -> Image.Image:
     """The bytes of an image file -> upright RGB; what is transparent becomes white."""
-    try:
-        image = Image.open(io.BytesIO(encoded))
-        image.load()
-        image = ImageOps.exif_transpose(image)
-    except BROKEN as error:
-        raise ConfigError(f"{name} is not a readable image, or is cut short ({type(error).__name__})") from None
+    image = upright(encoded, name)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would clip at 255
     if image.has_transparency_data:

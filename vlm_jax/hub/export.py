@@ -10,14 +10,15 @@ from pathlib import Path
 from vlm_jax.config import ConfigError, Experiment, Vision
 from vlm_jax.hub.families import KNOWN, family_of
 from vlm_jax.hub.family import Family, Json
-from vlm_jax.hub.files import open_tensors
+from vlm_jax.hub.files import all_or_none, open_tensors
 from vlm_jax.hub.load import Checkpoint, load_checkpoint
 from vlm_jax.hub.save import write_model
 from vlm_jax.validate import flat
 
 ALONG = (  # what is copied as it is, where it is there
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
     *("preprocessor_config.json", "processor_config.json"),
 )
 OF_5X = ("rope_parameters", "dtype", "transformers_version", "layer_types")  # spellings that 4.x does not know
@@ -31,20 +32,22 @@ def export_checkpoint(folder: str | os.PathLike, output: str | os.PathLike, taps
       ConfigError: the folder cannot be loaded, or the output cannot be written or holds weights already.
     """
     refuse_used(output)
-    checkpoint, params = load_checkpoint(folder, taps=taps)
-    with open_tensors(folder) as tensors:
-        dtypes = {name: tensor.dtype for name, tensor in checkpoint.stored(tensors).items()}
-    write_checkpoint(output, checkpoint, params, dtypes)
+    with all_or_none(output) as stage:  # that it cannot be written is known before the weights are read
+        checkpoint, params = load_checkpoint(folder, taps=taps)
+        with open_tensors(folder) as tensors:
+            dtypes = {name: tensor.dtype for name, tensor in checkpoint.stored(tensors).items()}
+        write_checkpoint(stage, checkpoint, params, dtypes)
     return checkpoint.family.model_type
 
 
 def write_checkpoint(output: str | os.PathLike, checkpoint: Checkpoint, params: Mapping, dtypes=None) -> None:
     """Parameters in the layout of the checkpoint that they were loaded from, with the files beside its weights."""
     refuse_used(output)
-    write_model(output, checkpoint.family, checkpoint.cfg, params, without_5x(checkpoint.config), dtypes)
-    for name in ALONG:
-        if (checkpoint.folder / name).is_file():
-            shutil.copy(checkpoint.folder / name, Path(output).expanduser() / name)
+    with all_or_none(output) as stage:
+        write_model(stage, checkpoint.family, checkpoint.cfg, params, without_5x(checkpoint.config), dtypes)
+        for name in ALONG:
+            if (checkpoint.folder / name).is_file():
+                shutil.copy(checkpoint.folder / name, stage / name)
 
 
 def refuse_used(output: str | os.PathLike) -> None:
@@ -74,12 +77,12 @@ def export_run(
     config = {"pad_token_id": pad, "eos_token_id": eos, "torch_dtype": "float32"}
     if cfg.fusion.image_in_sequence:
         config |= {"image_token_index": image, "image_token_id": image}  # families read the one or the other
-    write_model(output, family, cfg, params, config)
-    folder = Path(output).expanduser()
-    shutil.copy(tokenizer, folder / "tokenizer.json")
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
-    if cfg.fusion.has_images:
-        (folder / "preprocessor_config.json").write_text(json.dumps(processor_settings(cfg.vision), indent=2) + "\n")
+    with all_or_none(output) as stage:
+        write_model(stage, family, cfg, params, config)
+        shutil.copy(tokenizer, stage / "tokenizer.json")
+        (stage / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
+        if cfg.fusion.has_images:
+            (stage / "preprocessor_config.json").write_text(json.dumps(processor_settings(cfg.vision), indent=2) + "\n")
     return family.model_type
 
 

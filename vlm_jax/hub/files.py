@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from vlm_jax.hub.torch_files import read_torch
 
 WEIGHTS = "model.safetensors"
 READABLE = (WEIGHTS, "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # best first
+PARTIAL = ".partial"  # a folder of files that are not complete
 INDEX = ".index.json"  # added to the name of the file that was split
 
 
@@ -102,7 +104,7 @@ def write_tensors(
 ) -> None:
     """Writes `file_name`, or, where that is more than `max_shard_bytes`, shards in the order of `specs`.
 
-    The files get their names when all are complete; until then, and after an error, the folder has no weights.
+    They appear when all are complete; until then, and after an error, the folder has no weights.
 
     Args:
       specs: name -> whatever has the `shape` and `dtype` of the tensor (an array, a StoredTensor, a ShapeDtypeStruct).
@@ -119,42 +121,51 @@ def write_tensors(
         raise ConfigError(
             f"{folder} cannot be written: {', '.join(unknown)}; safetensors knows {', '.join(DTYPE_NAMES.values())}."
         )
-    found = _find(folder)
-    if found is not None:
-        raise ConfigError(f"{found} is there already: choose another folder, or delete it.")
     shards = _shards(specs, max_shard_bytes)
     weight_map, stem = {}, file_name.removesuffix(".safetensors")
-    with _all_or_none(folder) as create:
+    with all_or_none(folder) as stage:
         for number, names in enumerate(shards, start=1):
             shard = file_name if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
             weight_map |= dict.fromkeys(names, shard)
-            with create(shard) as file:
+            with (stage / shard).open("wb") as file:
                 write_safetensors(file, {name: specs[name] for name in names}, read)
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(map(size_bytes, specs.values()))}, "weight_map": weight_map}
-            with create(file_name + INDEX) as file:
-                file.write(json.dumps(index, indent=2, sort_keys=True).encode())
+            (stage / (file_name + INDEX)).write_text(json.dumps(index, indent=2, sort_keys=True))
 
 
 @contextlib.contextmanager
-def _all_or_none(folder: Path):
-    """Gives a function that opens files to write; they get their names at the end, or are removed after an error."""
-    temporary = {}
+def all_or_none(folder: str | os.PathLike) -> Iterator[Path]:
+    """Gives a folder to write a model in; its files appear in `folder` at the end, together, or none after an error.
 
-    def create(name):
-        temporary[name] = folder / (name + ".tmp")
-        return temporary[name].open("wb")
+    Within the folder that it gave, it can be used again.
 
+    Raises:
+      ConfigError: the folder cannot be written, or holds weights already.
+    """
+    folder = Path(folder).expanduser()
+    found = _find(folder)
+    if found is not None:
+        raise ConfigError(f"{found} is there already: choose another folder, or delete it.")
+    stage, is_new, moved = folder / PARTIAL, not os.path.exists(folder), []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield create
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be written: {error.strerror}.") from None
-    finally:
-        for path in temporary.values():
+        shutil.rmtree(stage, ignore_errors=True)  # what is left of a process that was killed
+        stage.mkdir(parents=True)
+        yield stage
+        for path in sorted(stage.iterdir(), key=lambda path: path.suffix == ".json"):  # what names others comes last
+            moved.append(folder / path.name)
+            os.replace(path, moved[-1])
+    except BaseException as error:
+        for path in moved:
             path.unlink(missing_ok=True)
+        shutil.rmtree(stage, ignore_errors=True)
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError) and folder.name != PARTIAL:
+            raise ConfigError(f"{folder} cannot be written: {error.strerror}.") from None
+        raise
+    stage.rmdir()
 
 
 def _shards(specs: Mapping[str, Any], max_shard_bytes: int) -> list[list[str]]:

@@ -1,16 +1,14 @@
 """What a picture goes through on its way to a model: a function a step, in Pillow until its numbers leave 0..255."""
 
-import io
 import math
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vlm_jax.config import ConfigError
-from vlm_jax.data.images import BROKEN
+from vlm_jax.data.images import read_bytes, upright
 from vlm_jax.hub.image_settings import ImageSettings
 
 Picture = Image.Image | str | os.PathLike  # an open image, taken as it is, or a file
@@ -18,15 +16,7 @@ Picture = Image.Image | str | os.PathLike  # an open image, taken as it is, or a
 
 def read(picture: Picture) -> Image.Image:
     """An open image as it is; the one in a file upright. ConfigError names a file that holds none."""
-    if isinstance(picture, Image.Image):
-        return picture
-    try:
-        image = Image.open(io.BytesIO(Path(picture).expanduser().read_bytes()))
-        image.load()
-        return ImageOps.exif_transpose(image)
-    except BROKEN as error:
-        reason = getattr(error, "strerror", None) or f"it holds no whole image ({type(error).__name__})"
-        raise ConfigError(f"cannot read the image {picture}: {reason}") from None
+    return picture if isinstance(picture, Image.Image) else upright(read_bytes(picture), str(picture))
 
 
 def to_rgb(picture: Picture, whiten: bool) -> Image.Image:

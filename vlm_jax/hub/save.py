@@ -3,14 +3,13 @@
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import numpy as np
 from flax import traverse_util
 
 from vlm_jax.hub.family import Config, Family
-from vlm_jax.hub.files import write_tensors
+from vlm_jax.hub.files import all_or_none, write_tensors
 from vlm_jax.hub.load import shapes_of
 from vlm_jax.hub.table import Row
 
@@ -32,7 +31,7 @@ def write_model(
     config: Mapping | None = None,
     dtypes: Mapping[str, np.dtype] | None = None,
 ) -> None:
-    """Writes config.json and the weights.
+    """Writes config.json and the weights, all or nothing.
 
     Args:
       config: keys of config.json that the family does not know, kept beside those that it writes.
@@ -47,11 +46,14 @@ def write_model(
         name: Spec(row.stored_shape(shapes), (dtypes or {}).get(name, flat[row.parts[0].ours].dtype))
         for name, row in rows.items()
     }
-    write_tensors(
-        folder, specs, lambda name: _stored(rows[name], flat, specs[name].dtype), MAX_SHARD_BYTES, family.weights_file
-    )
     text = json.dumps(merged(config or {}, family.write(cfg)), indent=2) + "\n"
-    (Path(folder).expanduser() / family.config_file).write_text(text)
+
+    def read(name):
+        return _stored(rows[name], flat, specs[name].dtype)
+
+    with all_or_none(folder) as stage:
+        write_tensors(stage, specs, read, MAX_SHARD_BYTES, family.weights_file)
+        (stage / family.config_file).write_text(text)
 
 
 def merged(old: Mapping, new: Mapping) -> dict:

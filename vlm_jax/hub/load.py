@@ -19,7 +19,7 @@ from vlm_jax.hub.copying import aligned, copy_into
 from vlm_jax.hub.families import config_path, family_of
 from vlm_jax.hub.family import Config, Family, Json, get
 from vlm_jax.hub.files import Tensors, open_tensors, read_json
-from vlm_jax.hub.stored import StoredTensor
+from vlm_jax.hub.stored import StoredTensor, are_equal
 from vlm_jax.hub.table import Part, Row
 from vlm_jax.nn.models import boxed_params, model_of
 
@@ -48,11 +48,19 @@ class Checkpoint(NamedTuple):
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The ids that end a text, of generation_config.json or, where it says nothing, of config.json."""
+        found = self._told("eos_token_id", ())
+        return (found,) if isinstance(found, int) else tuple(found)
+
+    @property
+    def start_token(self) -> int | None:
+        """The id that begins a text in an encoder-decoder."""
+        return self._told("decoder_start_token_id", self._told("bos_token_id", None))
+
+    def _told(self, key: str, default):
         path = self.folder / "generation_config.json"
         generation = read_json(path) if path.is_file() else {}
         parts = (generation, self.config, self.config.get("text_config") or {}, self.config.get("decoder") or {})
-        found = next((part["eos_token_id"] for part in parts if part.get("eos_token_id") is not None), ())
-        return (found,) if isinstance(found, int) else tuple(found)
+        return next((part[key] for part in parts if part.get(key) is not None), default)
 
 
 def load_params(
@@ -93,8 +101,9 @@ def inspect(folder: str | os.PathLike, tensors: Tensors, taps: str | None = None
     family = family_of(config, str(path), taps)
     names = family.canonical(tensors)
     try:
+        names = without_copied_head(family, config, names, tensors)
         cfg = family.read(config, names)
-        rows = family.rows(cfg)
+        rows = family.stored_rows(cfg, names)
     except KeyError as error:
         raise ConfigError(f"{path} lacks the key {error}.") from None
     except (TypeError, ValueError, ArithmeticError) as error:
@@ -103,6 +112,17 @@ def inspect(folder: str | os.PathLike, tensors: Tensors, taps: str | None = None
         raise ConfigError(f"{path} has a value that is not understood: {error}.") from None
     check(rows, {name: tensors[stored].shape for name, stored in names.items()}, shapes_of(cfg), str(folder))
     return Checkpoint(folder, config, family, cfg, rows, names)
+
+
+def without_copied_head(family: Family, config: Json, names: Mapping[str, str], tensors: Tensors) -> Mapping[str, str]:
+    """The names without a head that repeats the embedding that it is tied to: `pytorch_model.bin` holds both."""
+    stored = {part.ours: names.get(row.hub) for row in family.rows(family.read(config, names)) for part in row.parts}
+    head, embedding = stored.get("decoder/free_head/kernel"), stored.get("decoder/embedding/table")
+    if head is None or embedding is None:
+        return names
+    others = {name: found for name, found in names.items() if found != head}
+    is_tied = family.read(config, others).decoder.tied_head and are_equal(tensors[head], tensors[embedding])
+    return others if is_tied else names
 
 
 def shapes_of(cfg: Config) -> dict[str, tuple[int, ...]]:

@@ -9,7 +9,6 @@ import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.hub.chat import ChatTemplate
-from vlm_jax.hub.family import get
 from vlm_jax.hub.image_processor import ImageProcessor, ProcessedImages
 from vlm_jax.hub.image_steps import Picture
 from vlm_jax.hub.inputs import to_batch
@@ -100,9 +99,7 @@ class Processor:
 
     def _started(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """Texts behind the token that starts the decoder, padded on the left."""
-        config = self.checkpoint.config
-        start = get(config, "decoder_start_token_id", get(config["decoder"], "decoder_start_token_id", None))
-        start = get(config["decoder"], "bos_token_id", self.tokenizer.bos_id) if start is None else start
+        start = self.tokenizer.bos_id if self.checkpoint.start_token is None else self.checkpoint.start_token
         rows = [[start, *self.tokenizer.encode(text, add_special_tokens=False)] for text in prompts]
         length = max(map(len, rows))
         pad = self.tokenizer.pad_id or 0

@@ -108,4 +108,4 @@ def rows(vision: Vision) -> list[Row]:
 
 RENAMES = ((r"^dinov2\.", ""), (r"\.mlp\.down_proj\.", ".mlp.weights_out."), *ATTENTION_RENAMES)
 SPLITS = (("mlp.weights_in", ("mlp.gate_proj", "mlp.up_proj")),)  # the modules of transformers 5 in memory
-DINOV2 = Family("dinov2", read_vision, write, rows, RENAMES, SPLITS)
+DINOV2 = Family("dinov2", read_vision, write, rows, RENAMES, splits=SPLITS)

@@ -27,11 +27,11 @@ class Family:
     write: Callable[[Config], Json]  # config -> config.json as transformers 4.x spells it
     rows: Callable[[Config], list[Row]]
     renames: Renames | Callable[[Collection[str]], Renames] = ()  # other spellings -> those of the table, in turn
-    splits: tuple[tuple[str, tuple[str, ...]], ...] = ()  # in a name, and in those of its parts where they are apart
     tolerance: float = 1e-4  # absolute, in float32, for `verify`
     image_token: int | None = None  # the id of an image token where config.json does not say it
     config_file: str = "config.json"
     weights_file: str = WEIGHTS  # what is written; `files.READABLE` is what is read
+    splits: tuple[tuple[str, tuple[str, ...]], ...] = ()  # in a name, and in those of its parts where they are apart
 
     def canonical(self, names: Collection[str]) -> dict[str, str]:
         """Stored names, buffers left out -> {name in the table: stored name}."""

@@ -23,6 +23,7 @@ from vlm_jax.config import ConfigError, Projector
 from vlm_jax.hub.encoder_decoder import ENCODER_DECODER
 from vlm_jax.hub.load import load_checkpoint
 from vlm_jax.infer.generate import Decoding, generate
+from vlm_jax.infer.verify import verify
 
 PAD, START = 1, 2
 LENGTHS = (7, 5, 3)
@@ -175,15 +176,26 @@ def test_an_export_is_what_was_loaded_and_transformers_loads_it(pair_of, kind, t
     np.testing.assert_allclose(reference(again, **arrays), reference(pair.theirs, **arrays), atol=1e-6)
 
 
-def test_a_tied_head_that_is_stored_all_the_same_is_loaded(pair_of, tmp_path):
-    """As in `pytorch_model.bin` of vit-gpt2-image-captioning."""
-    folder = pair_of(TIED).checkpoint.folder
-    tensors = load_file(folder / "model.safetensors")
-    tensors["decoder.lm_head.weight"] = tensors["decoder.transformer.wte.weight"]
+@pytest.mark.parametrize("is_copy", [True, False])
+def test_a_stored_head_is_tied_if_it_is_a_copy_of_the_embedding(pair_of, tmp_path, is_copy):
+    """As in `pytorch_model.bin` of vit-gpt2-image-captioning; another head is loaded whatever config.json says."""
+    pair = pair_of(TIED)
+    tensors = load_file(pair.checkpoint.folder / "model.safetensors")
+    tensors["decoder.lm_head.weight"] = tensors["decoder.transformer.wte.weight"] + (not is_copy)
     save_file(tensors, tmp_path / "model.safetensors")
-    shutil.copy(folder / "config.json", tmp_path)
-    decoder = load_checkpoint(tmp_path)[1]["decoder"]
-    np.testing.assert_array_equal(decoder["free_head"]["kernel"].T, decoder["embedding"]["table"])
+    shutil.copy(pair.checkpoint.folder / "config.json", tmp_path)
+    checkpoint, params = load_checkpoint(tmp_path)
+    if is_copy:
+        assert checkpoint.cfg == pair.cfg
+    else:
+        np.testing.assert_array_equal(params["decoder"]["free_head"]["kernel"].T, tensors["decoder.lm_head.weight"])
+
+
+def test_without_a_prompt_new_tokens_follow_the_one_that_starts_the_decoder(pair_of, tmp_path):
+    pair, arrays = pair_of(GPT2), inputs("left", (1, 1, 1))
+    cases = {"a/in/pixel_values": arrays["pixel_values"], "a/out/new_ids": greedy(pair, **arrays)}
+    np.savez(tmp_path / "reference.npz", **cases)
+    assert all(result.ok for result in verify(pair.checkpoint.folder, tmp_path / "reference.npz"))
 
 
 @pytest.mark.parametrize("part, kind, known", [("encoder", "swin", "vit"), ("decoder", "bert", "gpt2, trocr")])

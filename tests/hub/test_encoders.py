@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -20,6 +21,7 @@ from transformers import (
 
 from tests.hub.parity import assert_round_trip, forward, randomized, reloaded, saved
 from vlm_jax.config import ConfigError
+from vlm_jax.hub.export import export_checkpoint
 from vlm_jax.hub.families import FAMILIES
 from vlm_jax.hub.inputs import channels_last
 from vlm_jax.hub.load import load_params
@@ -106,7 +108,14 @@ def test_an_export_is_what_was_loaded_and_transformers_loads_it(pair_of, tmp_pat
     np.testing.assert_array_equal(forward(again, params_again, images), expected)
 
 
-@pytest.mark.parametrize("kind", ["vit", "clip", "siglip", "dinov2"])
+def test_a_classifier_alone_has_its_encoder_below_a_name(pair_of, tmp_path):
+    """As published: `embeddings.cls_token` of a bare ViT, `vit.embeddings.cls_token` beside a classifier."""
+    for kind, token in {"vit": "embeddings.cls_token", "vit with classes": "vit.embeddings.cls_token"}.items():
+        export_checkpoint(pair_of(kind)[0], tmp_path / kind)
+        assert token in load_file(tmp_path / kind / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["vit", "clip", "siglip", "dinov2", "dinov2 with a gated mlp"])
 def test_names_of_modules_in_memory_load_too(pair_of, tmp_path, kind):
     _, theirs, model, params = pair_of(kind)
     theirs.save_pretrained(tmp_path, save_original_format=False)

@@ -8,6 +8,7 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from tests.hub.parity import assert_round_trip, reference, reloaded, saved
 from tests.hub.unified import NEW, Pair, assert_greedy_tokens_are_equal, assert_logits_are_equal, padded
+from vlm_jax.cli import main
 from vlm_jax.config import ConfigError
 from vlm_jax.hub.families import family_of
 from vlm_jax.hub.load import load_checkpoint
@@ -137,6 +138,22 @@ def test_taps_are_what_enters_a_layer_unless_the_loader_is_told_otherwise(pair_o
     inputs = {**text, **image, **reading(text, image)}
     assert_logits_are_equal(pair, ATOL, **inputs)
     assert np.abs(pair_of(FIRST).logits(**inputs) - pair.logits(**inputs)).max() > 0.01
+
+
+@pytest.mark.parametrize("taps", ["input", "output"])
+def test_verify_finds_the_taps_of_a_reference_where_nobody_tells_them(pair_of, tmp_path, capsys, taps):
+    pair = pair_of(FIRST)
+    text = texts("right")
+    inputs = text | images(pair, IMAGES["one image a row"])
+    logits = Pair(None, *load_checkpoint(pair.checkpoint.folder, taps=taps)).logits(**inputs)
+    reference = tmp_path / "reference.npz"
+    command = ["verify", "--checkpoint", str(pair.checkpoint.folder), "--reference", str(reference)]
+    arguments = {f"a/in/{name}": x for name, x in inputs.items()}
+    np.savez(reference, **arguments, **{"a/out/logits": logits})
+    assert main(command) == 0
+    assert f"1 of 1 compared outputs agree, with --taps {taps}" in capsys.readouterr().out
+    np.savez(reference, **arguments, **{"a/out/logits": logits + 1})
+    assert main(command) == 1
 
 
 def outputs_of_layers(model, inputs) -> dict[str, np.ndarray]:

@@ -1,5 +1,8 @@
 """`verify` says yes to the reference's own numbers, no to any others, and names what it did not compare."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +57,15 @@ def test_a_wrong_token_shows(llama, cases, tmp_path):
     made = cases["padded/out/new_ids"].copy()
     made[1, -1] += 1
     assert run(llama[1], tmp_path, cases | {"padded/out/new_ids": made})["padded", "new_ids"].difference == 1
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_behind_the_end_of_a_text_filling_is_no_mistake_but_a_wrong_token_is(llama, cases, tmp_path, filled):
+    made = cases["padded/out/new_ids"].copy()
+    made[1, 2:] = [0, 0, 0, 0] if filled else [*made[1, 2:5], made[1, 5] + 1]
+    folder = shutil.copytree(llama[1], tmp_path / "with an end")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": int(made[1, 1])}))
+    assert run(folder, tmp_path, cases | {"padded/out/new_ids": made})["padded", "new_ids"].ok == filled
 
 
 def test_atol_and_outputs_choose_what_is_compared_and_how(llama, cases, tmp_path):

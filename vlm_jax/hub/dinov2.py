@@ -106,5 +106,6 @@ def rows(vision: Vision) -> list[Row]:
     return vision_rows(vision, "", "")
 
 
-RENAMES = ((r"^dinov2\.", ""), *ATTENTION_RENAMES)
-DINOV2 = Family("dinov2", read_vision, write, rows, RENAMES)
+RENAMES = ((r"^dinov2\.", ""), (r"\.mlp\.down_proj\.", ".mlp.weights_out."), *ATTENTION_RENAMES)
+SPLITS = (("mlp.weights_in", ("mlp.gate_proj", "mlp.up_proj")),)  # the modules of transformers 5 in memory
+DINOV2 = Family("dinov2", read_vision, write, rows, RENAMES, splits=SPLITS)

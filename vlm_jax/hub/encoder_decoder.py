@@ -78,8 +78,6 @@ def rows(cfg: Experiment) -> list[Row]:
 
 RENAMES = (  # the modules of transformers 5 in memory
     (r"^encoder\.layers\.", "encoder.encoder.layer."),
-    (r"\.mlp\.fc1\.", ".intermediate.dense."),
-    (r"\.mlp\.fc2\.", ".output.dense."),
-    *vit.ATTENTION_RENAMES,
+    *vit.MODULE_RENAMES,
 )
 ENCODER_DECODER = Family("vision-encoder-decoder", read, write, rows, RENAMES)

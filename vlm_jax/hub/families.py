@@ -1,5 +1,6 @@
 """The families that are known, by the `model_type` of their config.json."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,13 +15,15 @@ from vlm_jax.hub import (
     llama,
     llava,
     mllama,
+    mllama_vision,
     open_clip,
     paligemma,
     phi3,
     siglip,
     vit,
 )
-from vlm_jax.hub.family import Family
+from vlm_jax.hub.family import Family, get
+from vlm_jax.hub.files import read_json
 
 KNOWN = (
     gpt2.GPT2,
@@ -63,3 +66,10 @@ def family_of(config: Mapping, name: str, taps: str | None = None) -> Family:
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ConfigError(f"{name}: model_type {kind!r} is not supported: choose {', '.join(sorted(FAMILIES))}.")
     return mllama.family_of_taps(config, taps) if kind == "mllama" else FAMILIES[kind]
+
+
+def possible_taps(folder: str | os.PathLike, taps: str | None) -> tuple[str | None, ...]:
+    """The taps that outputs of a folder may have: both, where neither `taps` nor a Llama 3.2 Vision's config tells."""
+    config = read_json(config_path(Path(folder).expanduser()))
+    told = taps or get(config, "vision_config", {}).get(mllama_vision.TAPS)
+    return ("input", "output") if config.get("model_type") == "mllama" and not told else (taps,)

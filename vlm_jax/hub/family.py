@@ -10,6 +10,7 @@ from vlm_jax.hub.table import Row
 from vlm_jax.nn.models import Config
 
 Json = dict
+Renames = tuple[tuple[str, str], ...]  # pattern and replacement
 
 # Stored in older files though nobody reads them; they are computed from the config.
 BUFFERS = re.compile(
@@ -25,25 +26,38 @@ class Family:
     read: Callable[[Json, Collection[str]], Config]  # config.json and the stored names -> config
     write: Callable[[Config], Json]  # config -> config.json as transformers 4.x spells it
     rows: Callable[[Config], list[Row]]
-    renames: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) in turn: other spellings -> those of the table
+    renames: Renames | Callable[[Collection[str]], Renames] = ()  # other spellings -> those of the table, in turn
     tolerance: float = 1e-4  # absolute, in float32, for `verify`
     image_token: int | None = None  # the id of an image token where config.json does not say it
     config_file: str = "config.json"
     weights_file: str = WEIGHTS  # what is written; `files.READABLE` is what is read
+    splits: tuple[tuple[str, tuple[str, ...]], ...] = ()  # in a name, and in those of its parts where they are apart
 
     def canonical(self, names: Collection[str]) -> dict[str, str]:
         """Stored names, buffers left out -> {name in the table: stored name}."""
         found: dict[str, str] = {}
+        renames = self.renames(names) if callable(self.renames) else self.renames
         for stored in names:
             if BUFFERS.search(stored):
                 continue
             name = stored
-            for pattern, replacement in self.renames:
+            for pattern, replacement in renames:
                 name = re.sub(pattern, replacement, name)
             if name in found:
                 raise ConfigError(f"{stored} and {found[name]} are two spellings of one tensor.")
             found[name] = stored
         return found
+
+    def stored_rows(self, cfg: Config, names: Collection[str]) -> list[Row]:
+        """The table of a folder with such names, in which the parts of a row may be tensors of their own."""
+        return [found for row in self.rows(cfg) for found in self._apart(row, names)]
+
+    def _apart(self, row: Row, names: Collection[str]) -> list[Row]:
+        for whole, parts in self.splits:
+            pieces = [Row(row.hub.replace(whole, name), (part,)) for name, part in zip(parts, row.parts)]
+            if whole in row.hub and any(piece.hub in names for piece in pieces):
+                return pieces
+        return [row]
 
 
 def get(config: Mapping, key: str, default):

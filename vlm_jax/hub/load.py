@@ -20,7 +20,7 @@ from vlm_jax.hub.copying import aligned, copy_into
 from vlm_jax.hub.families import config_path, family_of
 from vlm_jax.hub.family import Config, Family, Json, get
 from vlm_jax.hub.files import Tensors, open_tensors, read_json
-from vlm_jax.hub.stored import StoredTensor
+from vlm_jax.hub.stored import StoredTensor, are_equal
 from vlm_jax.hub.table import Part, Row
 from vlm_jax.nn.models import boxed_params, model_of
 from vlm_jax.validate import check_values
@@ -116,9 +116,10 @@ def inspect(folder: str | os.PathLike, tensors: Tensors, taps: str | None = None
     with _naming(path):
         family = family_of(config, "config.json", taps)
         names = family.canonical(tensors)
+        names = without_copied_head(family, config, names, tensors)
         cfg = family.read(config, names)
         check_values(cfg)
-        rows = family.rows(cfg)
+        rows = family.stored_rows(cfg, names)
     check(rows, {name: tensors[stored].shape for name, stored in names.items()}, shapes_of(cfg), str(folder))
     return Checkpoint(folder, config, family, cfg, rows, names)
 
@@ -134,6 +135,17 @@ def _naming(path: Path):
         raise ConfigError(f"{path} lacks the key {error}.") from error
     except (TypeError, ValueError, ArithmeticError, AttributeError, IndexError) as error:
         raise ConfigError(f"{path} has a value that is not understood: {error}.") from error
+
+
+def without_copied_head(family: Family, config: Json, names: Mapping[str, str], tensors: Tensors) -> Mapping[str, str]:
+    """The names without a head that repeats the embedding that it is tied to: `pytorch_model.bin` holds both."""
+    stored = {part.ours: names.get(row.hub) for row in family.rows(family.read(config, names)) for part in row.parts}
+    head, embedding = stored.get("decoder/free_head/kernel"), stored.get("decoder/embedding/table")
+    if head is None or embedding is None:
+        return names
+    others = {name: found for name, found in names.items() if found != head}
+    is_tied = family.read(config, others).decoder.tied_head and are_equal(tensors[head], tensors[embedding])
+    return others if is_tied else names
 
 
 def shapes_of(cfg: Config) -> dict[str, tuple[int, ...]]:

@@ -38,6 +38,17 @@ class StoredTensor:
             self.data.madvise(mmap.MADV_DONTNEED, self.offset_bytes - into_page, beyond - first + into_page)
 
 
+def are_equal(a: StoredTensor, b: StoredTensor, rows_each: int = 1024) -> bool:
+    """Whether two matrices hold the same numbers; little of them is in memory at a time."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    starts = range(0, len(a.read()), rows_each)
+    same = all(np.array_equal(*(x.read()[i : i + rows_each] for x in (a, b))) for i in starts)
+    a.release()
+    b.release()
+    return same
+
+
 def map_file(path: Path) -> mmap.mmap:
     """A file's bytes, read-only. ConfigError names the file where it cannot be read or was not downloaded."""
     try:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Mapping
 
 from vlm_jax.config import CHANNELS, ConfigError, Transformer, Vision
-from vlm_jax.hub.family import ACTIVATIONS, HUB_ACTIVATIONS, Family, Json, choose, get, refuse
+from vlm_jax.hub.family import ACTIVATIONS, HUB_ACTIVATIONS, Family, Json, Renames, choose, get, refuse
 from vlm_jax.hub.gpt2 import norm_rows
 from vlm_jax.hub.llama import dense_rows
 from vlm_jax.hub.table import Part, Row, row
@@ -168,8 +168,10 @@ def write(vision: Vision) -> Json:
 
 
 def rows(vision: Vision) -> list[Row]:
-    classifier = dense_rows(CLASSIFIER, "classifier", "V D -> D V", True) if vision.classes else []
-    return vision_rows(vision, PREFIX, "") + classifier
+    """The model of a classifier stands below a name of its own."""
+    if not vision.classes:
+        return vision_rows(vision, "", "")
+    return vision_rows(vision, PREFIX, "") + dense_rows(CLASSIFIER, "classifier", "V D -> D V", True)
 
 
 ATTENTION_RENAMES = (  # the modules of transformers 5 in memory
@@ -178,11 +180,17 @@ ATTENTION_RENAMES = (  # the modules of transformers 5 in memory
     (r"\.attention\.v_proj\.", ".attention.attention.value."),
     (r"\.attention\.o_proj\.", ".attention.output.dense."),
 )
-RENAMES = (
-    (rf"^(?!vit\.|{CLASSIFIER}\.)", PREFIX),  # the bare model
-    (r"^vit\.layers\.", "vit.encoder.layer."),
+MODULE_RENAMES = (
     (r"\.mlp\.fc1\.", ".intermediate.dense."),
     (r"\.mlp\.fc2\.", ".output.dense."),
     *ATTENTION_RENAMES,
 )
-VIT = Family("vit", read, write, rows, RENAMES)
+
+
+def renames(names: Collection[str]) -> Renames:
+    prefix = PREFIX if f"{CLASSIFIER}.weight" in names else ""
+    below = ((rf"^{PREFIX}", ""), (r"^layers\.", "encoder.layer."), (rf"^(?!{CLASSIFIER}\.)", prefix))
+    return below + MODULE_RENAMES
+
+
+VIT = Family("vit", read, write, rows, renames)

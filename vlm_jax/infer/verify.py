@@ -144,7 +144,7 @@ def difference(model: Model, case: Case, name: str, found: np.ndarray) -> float:
     if found.shape != expected.shape:
         return np.inf
     if name == "new_ids":
-        return float(np.sum((found != expected) & before_end(expected, model.checkpoint.eos_ids)))
+        return float(np.sum((found != expected) & ~filling(expected, model.checkpoint.eos_ids)))
     apart = np.abs(found.astype(np.float64) - expected.astype(np.float64))
     valid = valid_of(case, name, expected)
     apart = apart if valid is None else apart[valid]
@@ -160,10 +160,11 @@ def valid_of(case: Case, name: str, expected: np.ndarray) -> np.ndarray | None:
     return None
 
 
-def before_end(ids: np.ndarray, eos_ids: Collection[int]) -> np.ndarray:
-    """(B, n) bool: up to the first end of text, itself included; what follows is filling."""
+def filling(ids: np.ndarray, eos_ids: Collection[int]) -> np.ndarray:
+    """(B, n) bool: what follows the first end of text, if it is one token over and over."""
     ended = np.cumsum(np.isin(ids, list(eos_ids)), axis=1)
-    return np.pad(ended[:, :-1], ((0, 0), (1, 0))) == 0
+    follows = np.pad(ended[:, :-1], ((0, 0), (1, 0))) > 0
+    return follows & np.all(~follows | (ids == ids[:, -1:]), axis=1, keepdims=True)
 
 
 def _logits(model: Model, case: Case) -> np.ndarray:
@@ -178,7 +179,10 @@ def _image_features(model: Model, case: Case) -> np.ndarray:
 
 def _new_ids(model: Model, case: Case) -> np.ndarray:
     checkpoint = model.checkpoint
-    prompt = to_batch(checkpoint.cfg, case.inputs, checkpoint.image_token, generating=True)
+    inputs, starts = case.inputs, checkpoint.cfg.fusion.kind == "encoder_decoder"
+    if starts and "decoder_input_ids" not in inputs and checkpoint.start_id is not None:
+        inputs = inputs | {"decoder_input_ids": np.full((len(inputs["pixel_values"]), 1), checkpoint.start_id)}
+    prompt = to_batch(checkpoint.cfg, inputs, checkpoint.image_token, generating=True)
     return generate(checkpoint.cfg, model.params, prompt, case.outputs["new_ids"].shape[1], Decoding())
 
 

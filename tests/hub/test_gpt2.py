@@ -81,15 +81,19 @@ def test_a_model_without_a_head_has_the_tied_one_or_is_incomplete(tmp_path):
         new_pair(GPT2Model(CONFIGS["untied"]), tmp_path / "untied")
 
 
-def test_a_tied_head_that_is_stored_all_the_same_is_loaded(tmp_path):
+def test_a_copy_of_the_tied_embedding_is_no_head_and_another_one_is(tmp_path):
     """As .bin files have it."""
     pair = new_pair(GPT2LMHeadModel(GPT2Config(**TEXT)), tmp_path / "hub")
     tensors = {name: tensor.clone() for name, tensor in pair.theirs.state_dict().items()}
     save_file(tensors, tmp_path / "hub" / WEIGHTS)
     again = Pair.of(pair.theirs, tmp_path / "hub")
-    assert not again.cfg.decoder.tied_head
+    assert again.cfg.decoder.tied_head
     ids = np.arange(9)[None]
     np.testing.assert_allclose(again.logits(input_ids=ids), pair.logits(input_ids=ids), atol=1e-5)
+    save_file(tensors | {"lm_head.weight": 2 * tensors["lm_head.weight"]}, tmp_path / "hub" / WEIGHTS)
+    doubled = Pair.of(pair.theirs, tmp_path / "hub")
+    assert not doubled.cfg.decoder.tied_head
+    np.testing.assert_allclose(doubled.logits(input_ids=ids), 2 * pair.logits(input_ids=ids), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ def write(cfg: Experiment, taps: str) -> Json:
         "num_hidden_layers": len(numbers["self"]) + len(numbers["cross"]),
         "cross_attention_layers": numbers["cross"],
         "tie_word_embeddings": False,
+        "rope_scaling": text["rope_scaling"] or {"rope_type": "default"},  # transformers 4 wants to read its type
         "pad_token_id": None,  # the default, 128004, is beyond a small vocabulary
     }
     return {

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from tests.hub import tiny_tokenizers as tiny
 from vlm_jax.config import ConfigError
-from vlm_jax.hub import chat
+from vlm_jax.hub import sandbox
 from vlm_jax.hub.chat import ChatTemplate
 from vlm_jax.hub.tokenizer import HubTokenizer
 
@@ -158,6 +158,10 @@ def test_which_form_of_messages_a_template_reads(tmp_path):
 # ---- templates that misbehave
 
 
+def growing(step: str) -> str:
+    return "{% set ns = namespace(x='a' * 1000) %}{% for i in range(60) %}{% set ns.x = " + step + " %}{% endfor %}"
+
+
 MISBEHAVING = {
     "syntax": "{% if %}",
     "unknown tag": "\n{% frobnicate %}",
@@ -179,13 +183,30 @@ MISBEHAVING = {
     "output": "{% for i in range(9999) %}{{ 'x' * 9999 }}{% endfor %}",
     "one long text": "{{ 'x' * 10 ** 11 }}",
     "one large number": "{{ 10 ** (10 ** 10) }}",
+    "joined": growing("ns.x ~ ns.x"),
+    "added": growing("ns.x + ns.x"),
+    "lists": growing("[ns.x, ns.x]") + "{{ ns.x | string }}",
+    "written lists": growing("[ns.x, ns.x]") + "{{ ns.x }}",
+    "replaced": growing("ns.x.replace('a', 'aaaaaaaaaa')"),
+    "replaced by a filter": growing("ns.x | replace('a', 'aaaaaaaaaa')"),
+    "joined by a filter": growing("([ns.x] * 10) | join"),
+    "joined from a generator": growing("(ns.x, ns.x) | map('upper') | join"),
+    "formatted": "{{ '%99999999999d' % 1 }}",
+    "formatted by a star": "{{ '%*d' % (10 ** 11, 1) }}",
+    "formatted by a method": "{{ '{:>99999999999}'.format('a') }}",
+    "formatted by a filter": "{{ '%99999999999s' | format('a') }}",
+    "formatted by a value": "{{ '{:>{w}}'.format('a', w=10 ** 11) }}",
+    **{method: f"{{{{ 'a'.{method}(10 ** 11) }}}}" for method in ("center", "ljust", "zfill", "expandtabs")},
+    **{f"{name} as a filter": f"{{{{ 'a' | {name}(10 ** 11) }}}}" for name in ("center", "indent", "batch", "slice")},
+    "indented JSON": "{{ [1] | tojson(indent=10 ** 11) }}",
+    "filler": "{{ lipsum(10 ** 9) }}",
     "constant": "{{ -(9 ** 99999999) }}",
 }
 
 
 @pytest.mark.parametrize("name", MISBEHAVING)
 def test_a_template_that_misbehaves_is_refused_in_one_sentence(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(chat, "MAX_STEPS", 10_000)
+    monkeypatch.setattr(sandbox, "MAX_STEPS", 10_000)
     start = time.monotonic()
     with pytest.raises(ConfigError) as error:
         template(MISBEHAVING[name], tmp_path).render(TEXTS, {})
@@ -199,8 +220,18 @@ def test_the_limits_leave_room_for_long_conversations(tmp_path):
     assert len(template(GEMMA, tmp_path).render(messages, in_llama3)) > 60_000
 
 
+def test_arithmetic_and_short_texts_are_left_alone(tmp_path):
+    source = "{{ 3 * 4 }} {{ 2 ** 10 }} {{ 7 % 4 }} {{ 1 + 2 }} {{ 'ab' * 2 }}{{ 1 ~ none ~ 'x' }} {{ '%3d' % 5 }}"
+    source += " {{ [1, 2] }}"
+    assert template(source, tmp_path).render(TEXTS, {}) == "12 1024 3 3 abab1Nonex   5 [1, 2]"
+    assert (
+        template("{{ 'ab' | center(6) | upper }}{{ ['a', 'b'] | join(', ') }}", tmp_path).render(TEXTS, {})
+        == "  AB  a, b"
+    )
+
+
 def test_a_template_counts_anew_every_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(chat, "MAX_STEPS", 4)
+    monkeypatch.setattr(sandbox, "MAX_STEPS", 4)
     ours = template(CHATML, tmp_path)
     assert ours.render(TEXTS, {}) == ours.render(TEXTS, {})
 

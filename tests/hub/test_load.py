@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.hub import tiny_checkpoints as tiny
 from vlm_jax.config import ConfigError
@@ -68,3 +70,13 @@ def refusal(folder, target, part: str, key: str, value) -> str:
 def test_what_no_model_can_be_is_refused(llava, tmp_path, part, key, value, said):
     error = refusal(llava, tmp_path, part, key, value)
     assert re.search(said, error), error
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool])
+def test_weights_that_are_no_floating_point_numbers_are_named(llava, tmp_path, dtype):
+    tensors = load_file(llava / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("norm.weight"))
+    save_file(tensors | {name: tensors[name].to(dtype)}, tmp_path / "model.safetensors")
+    shutil.copy(llava / "config.json", tmp_path)
+    with pytest.raises(ConfigError, match=f"no floating-point numbers: {name} is "), open_tensors(tmp_path) as stored:
+        inspect(tmp_path, stored)

@@ -1,7 +1,6 @@
 """A checkpoint's chat template: messages -> the text of a prompt, as `apply_chat_template` of transformers 5.23 has it.
 
-Templates are Jinja programs from strangers. They run in Jinja's sandbox, which bounds ranges and keeps them from
-Python's insides; here also the passes of loops, the calls and the output are counted, so that each comes to an end.
+Templates are Jinja programs from strangers: they run in `sandbox.BoundedEnvironment`.
 """
 
 import datetime
@@ -14,17 +13,15 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from vlm_jax.config import ConfigError
 from vlm_jax.hub.files import read_json
+from vlm_jax.hub.sandbox import BoundedEnvironment
 from vlm_jax.hub.special_tokens import TOKENIZER_CONFIG
 
 FILES = ("processor_config.json", "chat_template.json", "chat_template.jinja", TOKENIZER_CONFIG)  # the first counts
 DEFAULT = "default"  # the name of the one to take where a checkpoint has several
-MAX_STEPS = 1_000_000  # passes of loops and calls of macros
 MAX_CHARACTERS = 10_000_000
-MAX_NUMBER = 1e18
 
 # {"role": "user", "content": ...}, with a text, or with [{"type": "image"}, {"type": "text", "text": "what is it?"}]
 Message = Mapping[str, Any]
@@ -34,8 +31,10 @@ class ChatTemplate:
     def __init__(self, source: str, path: Path):
         """Raises ConfigError, which names `path`, where the source is no template."""
         self._path = path
-        self._environment = _Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
-        self._environment.filters["tojson"] = _to_json
+        self._environment = BoundedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+        )
+        self._environment.filters["tojson"] = self._environment.bounded("tojson", _to_json)
         self._environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         try:
             self._template = self._environment.from_string(source)
@@ -71,7 +70,8 @@ class ChatTemplate:
         Raises:
           ConfigError: the template refuses the messages, fails, does what it must not do, or does not come to an end.
         """
-        self._environment.steps = self._characters = 0
+        self._environment.begin()
+        self._characters = 0
         names = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         try:
             return "".join(map(self._counted, self._template.generate({**special_tokens, **names})))
@@ -98,35 +98,6 @@ class ChatTemplate:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         line = f" in line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         return ConfigError(f"the chat template of {self._path} fails{line}: {reason}.")
-
-
-class _Bounded(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset(("*", "**"))  # with which one expression can grow without bounds
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.steps = 0
-
-    def step(self) -> None:
-        self.steps += 1
-        if self.steps > MAX_STEPS:
-            raise jinja2.TemplateRuntimeError(f"it takes more than {MAX_STEPS} steps")
-
-    def _parse(self, source, name, filename):
-        """Every pass of a loop and every call of a macro begins with a step."""
-        tree = super()._parse(source, name, filename)
-        for block in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block)):
-            step = nodes.Call(nodes.EnvironmentAttribute("step"), [], [], None, None)
-            block.body.insert(0, nodes.ExprStmt(step).set_lineno(block.lineno))
-        return tree
-
-    def call_binop(self, context, operator, left, right):
-        sizes = [len(value) if hasattr(value, "__len__") else abs(value) for value in (left, right)]
-        is_number = not any(hasattr(value, "__len__") for value in (left, right))
-        size = float(sizes[0]) ** sizes[1] if operator == "**" else float(sizes[0]) * sizes[1]
-        if size > (MAX_NUMBER if is_number else MAX_CHARACTERS):
-            raise jinja2.TemplateRuntimeError(f"{operator} would make something of size {size:.0e}")
-        return super().call_binop(context, operator, left, right)
 
 
 class _Generation(Extension):

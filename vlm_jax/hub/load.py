@@ -120,8 +120,17 @@ def inspect(folder: str | os.PathLike, tensors: Tensors, taps: str | None = None
         cfg = family.read(config, names)
         check_values(cfg)
         rows = family.stored_rows(cfg, names)
+    _refuse_integers(tensors, names, folder)
     check(rows, {name: tensors[stored].shape for name, stored in names.items()}, shapes_of(cfg), str(folder))
     return Checkpoint(folder, config, family, cfg, rows, names)
+
+
+def _refuse_integers(tensors: Tensors, names: Mapping[str, str], folder: Path) -> None:
+    """Weights that were quantized are numbers only together with their scales."""
+    dtypes = {name: str(tensors[name].dtype) for name in sorted(names.values())}
+    found = [f"{name} is {dtype}" for name, dtype in dtypes.items() if "float" not in dtype]
+    if found:
+        raise ConfigError(f"{folder} holds weights that are no floating-point numbers: {'; '.join(found)}.")
 
 
 @contextlib.contextmanager

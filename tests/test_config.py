@@ -114,6 +114,11 @@ def test_a_file_that_is_no_config_is_refused_with_its_name(tmp_path, text, said)
         config_file.load(str(path))
 
 
+def test_the_config_of_a_public_checkpoint_is_no_run():
+    with pytest.raises(ConfigError, match="some/config.json is of a public checkpoint, not of a run: --checkpoint"):
+        config_file.from_json('{"model_type": "llama", "hidden_size": 32}', "some/config.json")
+
+
 def test_a_missing_config_names_the_nearest_file(tmp_path):
     (tmp_path / "easy_vqa.py").write_text("")
     with pytest.raises(ConfigError, match=r"does not exist \(perhaps you meant .*easy_vqa.py\)"):

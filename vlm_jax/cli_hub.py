@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from vlm_jax.config import ConfigError
+from vlm_jax.limits import AT_MOST
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,6 +31,9 @@ def parsed(verb: str, arguments: list[str], **options: dict) -> argparse.Namespa
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         raise ConfigError(f"{verb} has no option {unknown[0]}: choose {', '.join('--' + name for name in options)}.")
+    empty = [name for name, settings in options.items() if settings.get("required") and getattr(given, name) == ""]
+    if empty:
+        raise ConfigError(f"--{empty[0]} is empty.")
     return given
 
 
@@ -116,6 +121,10 @@ def generate(arguments: list[str]) -> int:
     for name, least in {"temperature": 0, "top_k": 0, "max_new_tokens": 1, "seed": 0}.items():
         if getattr(given, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(given, name)}: it must be at least {least}.")
+    if not math.isfinite(given.temperature):
+        raise ConfigError(f"--temperature {given.temperature}: it must be a finite number.")
+    if given.seed > AT_MOST["seed"]:
+        raise ConfigError(f"--seed {given.seed}: it must be at most {AT_MOST['seed']}.")
     if not 0 < given.top_p <= 1:
         raise ConfigError(f"--top-p {given.top_p}: it must be above 0 and at most 1.")
     from vlm_jax.infer import ask

@@ -127,7 +127,12 @@ def from_json(text: str | bytes, name: str) -> Experiment:
       ConfigError: the text is no JSON, or lacks a field, or has one too many; `name` says whose text it is.
     """
     try:
-        return _rebuilt(Experiment, json.loads(text))
+        values = json.loads(text)
+        if "model_type" in values:
+            raise ConfigError(f"{name} is of a public checkpoint, not of a run: --checkpoint takes its folder.")
+        return _rebuilt(Experiment, values)
+    except ConfigError:
+        raise
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{name} is not the config of a run of this version: {error}.") from None
 

@@ -122,3 +122,29 @@ def test_positions_count_slots_or_while_generating_tokens(cfg, generating, posit
     assert batch.segment_ids.tolist() == LEFT.tolist()
     given = to_batch(cfg, {**arrays, "position_ids": np.array([[9, 8, 7, 6, 5]])}, IMAGE)
     assert given.positions.tolist() == [[9, 8, 7, 6, 5]]
+
+
+@pytest.mark.parametrize(
+    "arrays, said",
+    [
+        ({"input_ids": np.ones((2, 3))}, r"input_ids must be whole numbers .* float64 \(2, 3\)"),
+        ({"input_ids": np.array([["a"]])}, "input_ids must be whole numbers"),
+        ({"input_ids": np.ones(3, int)}, r"input_ids .* \(3,\)"),
+        ({"input_ids": np.ones((1, 2, 3), int)}, r"input_ids .* \(1, 2, 3\)"),
+        ({"input_ids": np.ones((0, 3), int)}, r"input_ids .* \(0, 3\)"),
+        ({"attention_mask": np.ones((2, 4), int)}, r"attention_mask must be there with the shape \(2, 3\)"),
+        ({"position_ids": np.ones((3, 3), int)}, r"position_ids must be there with the shape \(2, 3\)"),
+        ({"position_ids": np.ones(3, int)}, r"position_ids must be there with the shape \(2, 3\)"),
+        ({"token_type_ids": np.ones((2, 1), int)}, r"token_type_ids must be there with the shape \(2, 3\)"),
+        ({"input_ids": np.full((2, 3), 10**6)}, "the id 1000000, but the model has only"),
+        ({"input_ids": np.full((2, 3), -7)}, "the id -7, but the model has only"),
+    ],
+)
+def test_text_of_another_shape_or_beyond_the_vocabulary_is_refused(arrays, said):
+    with pytest.raises(ConfigError, match=said):
+        to_batch(CFG, {"input_ids": np.ones((2, 3), int)} | arrays, IMAGE)
+
+
+def test_padding_may_be_any_number():
+    arrays = {"input_ids": np.array([[-100, 5], [10**6, 5]]), "attention_mask": np.array([[0, 1], [0, 1]])}
+    assert to_batch(CFG, arrays, IMAGE).segment_ids.tolist() == [[0, 1], [0, 1]]

@@ -101,6 +101,19 @@ def test_a_reference_that_is_none_is_named(llama, tmp_path, content):
         verify(llama[1], path)
 
 
+def test_one_array_is_no_reference(llama, tmp_path):
+    with open(tmp_path / "reference.npz", "wb") as file:
+        np.save(file, np.ones(3))
+    with pytest.raises(ConfigError, match="reference.npz is no .npz file of arrays"):
+        verify(llama[1], tmp_path / "reference.npz")
+
+
+def test_what_does_not_fit_names_its_case(llama, tmp_path):
+    np.savez(tmp_path / "reference.npz", **{"a/in/input_ids": np.ones(3, int), "a/out/logits": np.ones(3)})
+    with pytest.raises(ConfigError, match="case a: input_ids must be whole numbers"):
+        verify(llama[1], tmp_path / "reference.npz")
+
+
 def test_a_reference_of_pickled_objects_is_refused(llama, tmp_path):
     np.savez(tmp_path / "reference.npz", **{"a/in/input_ids": np.array([{}], object)})
     with pytest.raises(ConfigError, match="reference.npz is no .npz file of arrays"):

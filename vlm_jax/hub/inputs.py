@@ -35,6 +35,7 @@ def to_batch(cfg: Experiment, arrays: Arrays, image_token: int | None, generatin
       ConfigError: the image tokens in the text do not match the images, or an array is missing or has a wrong shape.
     """
     prefix = "decoder_" if cfg.fusion.kind == "encoder_decoder" else ""
+    _check_text(arrays, prefix)
     ids = np.asarray(arrays[f"{prefix}input_ids"], np.int32)
     there = np.asarray(arrays.get(f"{prefix}attention_mask", np.ones_like(ids))).astype(bool)
     text = Batch(
@@ -51,8 +52,33 @@ def to_batch(cfg: Experiment, arrays: Arrays, image_token: int | None, generatin
     if "pixel_values" not in arrays and cfg.fusion.kind != "encoder_decoder":
         if cfg.fusion.image_in_sequence and (ids == image_token).any():
             raise ConfigError(f"input_ids hold image tokens (id {image_token}) without an image: give pixel_values.")
-        return text
-    return text.replace(**IMAGES[cfg.fusion.kind](cfg, arrays, ids, image_token))
+        batch = text
+    else:
+        batch = text.replace(**IMAGES[cfg.fusion.kind](cfg, arrays, ids, image_token))
+    _check_ids(batch, cfg.decoder.vocab_size + cfg.decoder.extra_tokens)
+    return batch
+
+
+def _check_text(arrays: Arrays, prefix: str) -> None:
+    """Raises ConfigError where what is said of every token has no number for every token."""
+    ids = np.asarray(arrays[f"{prefix}input_ids"])
+    if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
+        raise ConfigError(
+            f"{prefix}input_ids must be whole numbers of the shape (rows, tokens); found {ids.dtype} {ids.shape}."
+        )
+    for name in (f"{prefix}attention_mask", "token_type_ids"):
+        if name in arrays:
+            _shaped(arrays, name, ids.shape)
+    if f"{prefix}position_ids" in arrays:
+        positions = np.shape(arrays[f"{prefix}position_ids"])
+        _shaped(arrays, f"{prefix}position_ids", (1 if positions[:1] == (1,) else len(ids), ids.shape[1]))
+
+
+def _check_ids(batch: Batch, rows: int) -> None:
+    """A lookup beyond the table would be no error on the device. What is padding may be any number."""
+    wrong = batch.tokens[(batch.segment_ids > 0) & ((batch.tokens < 0) | (batch.tokens >= rows))]
+    if wrong.size:
+        raise ConfigError(f"the text has the id {wrong.max()}, but the model has only {rows} tokens.")
 
 
 def image_batch(cfg: Experiment, arrays: Arrays) -> Batch:

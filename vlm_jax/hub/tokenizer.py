@@ -83,8 +83,15 @@ class HubTokenizer:
         return self._backend.get_vocab_size()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a text; special tokens in the text are found, `add_special_tokens` puts others around it."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """The ids of a text; special tokens in the text are found, `add_special_tokens` puts others around it.
+
+        Raises:
+          ConfigError: the text is no valid Unicode.
+        """
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:  # half of a surrogate pair, as bytes become that are no UTF-8
+            raise ConfigError("the text has a character that is none: it is no valid Unicode.") from None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of ids; an id that is no token's is left out."""

@@ -7,6 +7,7 @@ Arguments and outputs have the names of transformers.
 
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -84,7 +85,7 @@ def read_cases(path: str | os.PathLike) -> list[Case]:
             stored = {name: arrays[name] for name in arrays.files}
     except OSError as error:
         raise ConfigError(f"--reference {path} cannot be read: {error.strerror or error}.") from None
-    except (ValueError, zipfile.BadZipFile, AttributeError, EOFError):
+    except (ValueError, zipfile.BadZipFile, zlib.error, TypeError, AttributeError, EOFError):
         raise ConfigError(f"--reference {path} is no .npz file of arrays.") from None
     names = sorted({name.split("/in/")[0] for name in stored if "/in/" in name})
     if not names:
@@ -124,6 +125,8 @@ def one_output(model: Model, case: Case, name: str, tolerance: float) -> Result:
         found = OUTPUTS[type(model.checkpoint.cfg)][name](model, case)
     except KeyError as missing:
         return Result(case.name, name, shape, reason=f"the case lacks the argument {missing}")
+    except ConfigError as error:
+        raise ConfigError(f"case {case.name}: {error}") from None
     if found is None:
         return Result(case.name, name, shape, reason="the checkpoint has no tensors for it")
     limit = 0 if name == "new_ids" else tolerance

@@ -28,19 +28,32 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Data:
-    source: str = "easy_vqa"  # dataset: one of `data.sources.SOURCES`
+    source: str = "easy_vqa"  # dataset: one of `data.sources.SOURCES`, conversations (of `files`), or tfds:NAME
+    files: tuple[str, ...] = ()  # conversations: JSON or JSONL files in LLaVA's format
+    image_dir: str = ""  # conversations: the folder in which their images lie
+    image_field: str = "image"  # tfds: the feature that holds the image; empty: text only
+    question_field: str = "question"  # tfds: the feature that holds the question; empty: the image alone is asked about
+    answer_field: str = "answer"  # tfds: the feature that holds the answer, text or a class
     dir: str = "~/.cache/vlm_jax/datasets"  # where datasets are prepared on first use
     train_split: str = "train"  # TFDS split to learn from; slices such as 'train[:90%]' are allowed
     questions_per_row: int = 8  # questions that share one image in a row; 1: one question a row
-    text_length: int = 80  # text tokens in a row
+    text_length: int = 80  # text tokens in a row; a conversation that is longer than its row is cut
+    images_per_row: int = 1  # I: images in a row of conversations, at the most
+    template: Literal["plain", "vicuna", "caption"] = "plain"  # form of a conversation: data/templates.py
     augment: tuple[Literal["mirror", "turn", "shift"], ...] = ("mirror", "shift")  # moves of the training images
     special_ids: tuple[int, int, int, int] = (0, 1, 2, 3)  # tokens that stand for padding, image, newline, end of text
+    bos_id: int = -1  # token that begins a conversation; -1: none does
     threads: int = 2  # threads that read and build rows
     prefetch: int = 4  # batches made ahead of the step
 
     @property
     def eos_id(self) -> int:
         return self.special_ids[-1]
+
+    @property
+    def is_conversations(self) -> bool:
+        """Whether rows are packed with conversations, and not with one image and its questions."""
+        return self.source == "conversations" or self.source.startswith("tfds:")
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,7 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Eval:
-    split: str = "test"
+    split: str = "test"  # TFDS split to evaluate on; empty: no evaluation
     max_examples: int = 0  # 0: all
     batch_size: int = 256  # questions at a time
     max_new_tokens: int = 8
@@ -136,4 +149,4 @@ class Experiment:
     @property
     def row_length(self) -> int:
         """S: tokens of a training row."""
-        return self.image_slots_in_row + self.data.text_length
+        return self.data.images_per_row * self.image_slots_in_row + self.data.text_length

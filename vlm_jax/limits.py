@@ -14,6 +14,8 @@ def _of_stacks(**limits: float) -> dict[str, float]:
 AT_LEAST = {
     "data.questions_per_row": 1,
     "data.text_length": 1,
+    "data.images_per_row": 1,
+    "data.bos_id": -1,
     "data.threads": 0,
     "data.prefetch": 0,
     **_of_stacks(width=1, depth=1, heads=1, mlp_width=1, kv_heads=0, head_dim=0, score_softcap=0, unroll=1),

@@ -16,7 +16,7 @@ def validate(cfg: Experiment) -> Experiment:
     check_values(cfg)
     if not cfg.vision.checkpoint:  # public ones may leave pixels over at the border
         _patches(cfg.vision)
-    for check in (_projector, _fusion, _room, _rates):
+    for check in (_data, _projector, _fusion, _room, _rates):
         check(cfg)
     return cfg
 
@@ -132,6 +132,30 @@ def _turns(decoder):
         )
 
 
+def _data(cfg):
+    data = cfg.data
+    if data.source == "conversations" and not data.files:
+        raise ConfigError("data.source conversations needs data.files: JSON or JSONL files in LLaVA's format.")
+    if data.source != "conversations" and (data.files or data.image_dir):
+        unread = "data.files" if data.files else "data.image_dir"
+        raise ConfigError(f"{unread} is of data.source conversations, not of {data.source}: leave it out.")
+    if data.is_conversations and data.augment:
+        raise ConfigError(
+            f"data.augment {', '.join(data.augment)} would make what data.source {data.source} says about its images "
+            "untrue: set it to nothing."
+        )
+    if not data.is_conversations and data.images_per_row > 1:
+        raise ConfigError(
+            f"data.images_per_row {data.images_per_row} is of conversations: with data.source {data.source} a row has "
+            "one image."
+        )
+    if data.is_conversations and cfg.fusion.blind_rows == "read_all":
+        raise ConfigError(
+            f"fusion.blind_rows read_all lets a token without an image read those of other conversations in its row: "
+            f"set it to skip for data.source {data.source}."
+        )
+
+
 def _projector(cfg):
     projector, rows = cfg.projector, cfg.vision.grid[0]
     if projector.kind == "resampler" and cfg.decoder.width % projector.heads:
@@ -179,7 +203,8 @@ def _fusion(cfg):
             f"fusion.cross_layers {outside} are not among the blocks 0 to {cfg.decoder.depth - 1} of decoder.depth "
             f"{cfg.decoder.depth}, nor {cfg.decoder.depth} (after the last)."
         )
-    if fusion.prefix == "bidirectional" and cfg.data.questions_per_row > 1:
+    shared = cfg.data.questions_per_row > 1 and not cfg.data.is_conversations
+    if fusion.prefix == "bidirectional" and shared:
         raise ConfigError(
             f"fusion.prefix bidirectional lets an image see its question, so data.questions_per_row "
             f"{cfg.data.questions_per_row} questions cannot share one: set it to 1, or fusion.prefix to causal."
@@ -191,10 +216,10 @@ def _is_changed(fusion, name: str) -> bool:
 
 
 def _room(cfg):
-    longest = cfg.row_length
+    longest, image_slots = cfg.row_length, cfg.row_length - cfg.data.text_length
     if longest > cfg.decoder.max_positions:
         raise ConfigError(
-            f"decoder.max_positions {cfg.decoder.max_positions} has no room for the {cfg.image_slots_in_row} image "
+            f"decoder.max_positions {cfg.decoder.max_positions} has no room for the {image_slots} image "
             f"tokens of a row and data.text_length {cfg.data.text_length}: it must be at least {longest}."
         )
 

@@ -6,7 +6,7 @@ import fcntl
 import io
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,8 +75,8 @@ def _answer_type(answer: str) -> str:
 SOURCES = {"easy_vqa": EasyVqa}
 
 
-class Records:
-    """Random access to the records of a split; images stay encoded."""
+class Rows:
+    """Random access to the rows of a split, as TFDS reads them; images stay encoded."""
 
     def __init__(self, rows, folder: os.PathLike):
         self._rows = rows
@@ -85,14 +85,21 @@ class Records:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator:
         return (self[index] for index in range(len(self)))
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int):
         try:
-            row = self._rows[index]
+            return self._rows[index]
         except Exception as error:  # whatever a damaged file makes the readers raise
             raise _damaged(self._folder, error) from error
+
+
+class Records(Rows):
+    """The rows as records."""
+
+    def __getitem__(self, index: int) -> Record:
+        row = super().__getitem__(index)
         texts = {name: tuple(text.decode() for text in row[name]) for name in ("questions", "answers", "types")}
         return Record(image_id=int(row["image_id"]), image=row["image"], **texts)
 
@@ -103,43 +110,64 @@ def load(data: Data, split: str) -> Records:
     Raises ConfigError for an unknown source, an unusable `data.dir`, or a split that does not exist or is empty.
     """
     if data.source not in SOURCES:
-        nearest = difflib.get_close_matches(data.source, SOURCES, 1)
+        nearest = difflib.get_close_matches(data.source, [*SOURCES, "conversations"], 1)
         hint = f" (perhaps you meant {nearest[0]})" if nearest else ""
-        raise ConfigError(f"data.source {data.source!r} is unknown{hint}: choose one of {', '.join(SOURCES)}")
-    directory = Path(data.dir).expanduser()
-    try:
-        builder = _prepared(SOURCES[data.source], directory)
-    except Exception as error:  # whatever a damaged file makes the readers raise
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"data.dir {directory} cannot be used for datasets: {reason}") from error
+        choices = ", ".join([*SOURCES, "conversations", "tfds:NAME"])
+        raise ConfigError(f"data.source {data.source!r} is unknown{hint}: choose one of {choices}")
+    return Records(*split_rows(prepared(SOURCES[data.source], data), data, split))
+
+
+def split_rows(builder: tfds.core.DatasetBuilder, data: Data, split: str) -> tuple[Sequence, os.PathLike]:
+    """The rows of a split and the folder that they lie in. ConfigError names the field of a split that is none."""
     if not builder.info.splits:
         raise _damaged(builder.data_path, "it lists no splits")
     field = "data.train_split" if split == data.train_split else "eval.split"
+    images = {
+        name: tfds.decode.SkipDecoding()
+        for name, feature in builder.info.features.items()
+        if isinstance(feature, tfds.features.Image)
+    }
     try:
-        rows = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        rows = builder.as_data_source(split, decoders=images)
         count = len(rows)  # of a slice that ends before it begins: a ValueError
     except (ValueError, KeyError, AssertionError):
         names = ", ".join(builder.info.splits)
         raise ConfigError(f"{field} {split!r} is no split: choose {names}, or a slice like 'train[:90%]'") from None
     if not count:
         raise ConfigError(f"{field} {split!r} holds no records")
-    return Records(rows, builder.data_path)
+    return rows, builder.data_path
 
 
 def _damaged(folder, reason) -> ConfigError:
     return ConfigError(f"{folder} cannot be read; remove it, to have it prepared again: {reason}")
 
 
-def _prepared(builder_class, directory: Path):
-    """The builder of a dataset that is on disk, made now if it is not. Processes of one machine take turns."""
+def prepared(make_builder: Callable[..., tfds.core.DatasetBuilder], data: Data) -> tfds.core.DatasetBuilder:
+    """The builder of a dataset that is in `data.dir`, made now if it is not.
+
+    Raises:
+      ConfigError: the folder is unusable, or what the dataset is made from cannot be read.
+    """
+    directory = Path(data.dir).expanduser()
+    try:
+        return _prepared(make_builder, directory)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a damaged file makes the readers raise
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"data.dir {directory} cannot be used for datasets: {reason}") from error
+
+
+def _prepared(make_builder, directory: Path) -> tfds.core.DatasetBuilder:
+    """Processes of one machine take turns."""
     directory.mkdir(parents=True, exist_ok=True)
     with _quiet():
-        builder = builder_class(data_dir=str(directory), file_format="array_record")
+        builder = make_builder(data_dir=str(directory), file_format="array_record")
         if builder.is_prepared():
             return builder
         with open(directory / f"{builder.name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            builder = builder_class(data_dir=str(directory), file_format="array_record")
+            builder = make_builder(data_dir=str(directory), file_format="array_record")
             if not builder.is_prepared():
                 print(f"preparing the dataset {builder.name} in {directory}", flush=True)
                 with contextlib.redirect_stdout(io.StringIO()):

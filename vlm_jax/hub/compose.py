@@ -36,7 +36,9 @@ def resolved(cfg: Experiment) -> Experiment:
     if cfg.decoder.checkpoint:
         decoder = replace(_settings(cfg.decoder, "decoder"), **_kept(cfg.decoder, "decoder"))
         tokenizer = HubTokenizer.load(cfg.decoder.checkpoint)
-        cfg = replace(cfg, decoder=decoder, data=replace(cfg.data, special_ids=special_ids(tokenizer, decoder)))
+        begins = -1 if tokenizer.bos_id is None else tokenizer.bos_id
+        data = replace(cfg.data, special_ids=special_ids(tokenizer, decoder), bos_id=begins)
+        cfg = replace(cfg, decoder=decoder, data=data)
     return cfg
 
 

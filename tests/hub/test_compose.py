@@ -75,7 +75,8 @@ def loaded(cfg):
     return compose.load_parts(cfg, traverse_util.unflatten_dict(gates), axes.make_mesh(Mesh()))
 
 
-PAIRS = [("clip", "gpt2", "unified"), ("siglip", "llama", "cross_attention"), ("clip", "llama", "encoder_decoder")]
+PAIRS = [("clip", "gpt2", "unified"), ("siglip", "llama", "cross_attention")]
+PAIRS += [("clip", "llama", "encoder_decoder"), ("siglip", "gpt2", "encoder_decoder")]
 every_pair = pytest.mark.parametrize(("encoder", "decoder", "fusion"), PAIRS)
 
 

@@ -107,9 +107,8 @@ def _rows(checkpoint: Checkpoint, cfg: Experiment, part: str) -> list[Row]:
             replace(row, parts=tuple(replace(p, ours=f"vision/{p.ours}") for p in row.parts)) for row in checkpoint.rows
         ]
     if part == "decoder":
-        return [row for row in checkpoint.family.rows(replace(checkpoint.cfg, fusion=cfg.fusion)) if _is_of(row, part)]
-    return [row for row in checkpoint.rows if _is_of(row, part)]
-
-
-def _is_of(row: Row, part: str) -> bool:
-    return all(piece.ours.startswith(f"{part}/") for piece in row.parts)
+        rows = checkpoint.family.rows(replace(checkpoint.cfg, fusion=cfg.fusion))
+        rows = [row for row in rows if row.hub in checkpoint.stored_names]  # a family may have cross-attention, too
+    else:
+        rows = checkpoint.rows
+    return [row for row in rows if all(piece.ours.startswith(f"{part}/") for piece in row.parts)]

@@ -131,6 +131,11 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
+def one_a_device(mesh: Mesh) -> NamedSharding:
+    """A vector with one number on every device."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

@@ -1,6 +1,7 @@
 """The command line: verbs, and mistakes as one sentence with exit code 2."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 
@@ -26,7 +27,11 @@ OPEN = ("data", "mesh", "eval")  # sections that may change after the training
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 1 where a run failed, 2 for a mistake of the user, 130 for Ctrl-C."""
+    """Runs one command; returns the exit code.
+
+    0; 1 where a run failed; 2 for a mistake of the user; 75 where SIGTERM stopped a run that the same command
+    continues; 130 for Ctrl-C.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         has_verb = bool(arguments) and not arguments[0].startswith("-")
@@ -90,15 +95,29 @@ def _refuse_another_model(verb: str, cfg: Experiment, asked: Experiment) -> None
 
 def train(arguments: list[str]) -> int:
     cfg = experiment("train", arguments, stored=False)
-    from vlm_jax.train import loop
+    from vlm_jax.train import loop, preemption
     from vlm_jax.train.checkpoint import NotSaved
 
     try:
-        loop.train(cfg)
+        with preemption.handler(preemption.stop_at_once):
+            keep_compiled(cfg)
+            loop.train(cfg)
+            return _evaluate(cfg)
     except (loop.NotFinite, NotSaved) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return _evaluate(cfg)
+    except preemption.Preempted as error:
+        print(error, file=sys.stderr)
+        return preemption.RESUME_ME
+
+
+def keep_compiled(cfg: Experiment) -> None:
+    """Programs are kept on disk, unless the environment says where, and the next start compiles none of them."""
+    import jax
+
+    if cfg.train.compilation_cache_dir and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cfg.train.compilation_cache_dir))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # a start compiles many small ones
 
 
 def evaluate(arguments: list[str]) -> int:

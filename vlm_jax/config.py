@@ -84,8 +84,20 @@ class Train:
     steps: int = 1500
     batch_size: int = 128  # rows in a global batch
     checkpoint_every_steps: int = 500
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = 3  # the last so many
+    keep_best: int = 0  # and so many more: those with the lowest mean training loss since the checkpoint before
+    keep_every_steps: int = 0  # and those of every so many steps, for good; 0: none
     log_every_steps: int = 20
+    profile_steps: str = ""  # "10:13": a jax.profiler trace of steps 10 to 13 in the work folder; empty: none
+    compilation_cache_dir: str = "~/.cache/vlm_jax/compiled"  # what was compiled is found there again; empty: off
+
+    @property
+    def profiled(self) -> range:
+        """The steps of `profile_steps`, once it is validated."""
+        if not self.profile_steps:
+            return range(0)
+        first, last = map(int, self.profile_steps.split(":"))
+        return range(first, last + 1)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,8 @@ AT_LEAST = {
     "train.batch_size": 1,
     "train.checkpoint_every_steps": 1,
     "train.keep_checkpoints": 1,
+    "train.keep_best": 0,
+    "train.keep_every_steps": 0,
     "train.log_every_steps": 1,
     "eval.max_examples": 0,
     "eval.batch_size": 1,

@@ -1,6 +1,7 @@
 """Refuses an experiment that cannot work, with a sentence that names the fields and the way out."""
 
 import dataclasses
+import re
 import typing
 
 from vlm_jax.config import ConfigError, Contrastive, Experiment, Transformer, Vision
@@ -16,7 +17,7 @@ def validate(cfg: Experiment) -> Experiment:
     check_values(cfg)
     if not cfg.vision.checkpoint:  # public ones may leave pixels over at the border
         _patches(cfg.vision)
-    for check in (_data, _projector, _fusion, _room, _rates):
+    for check in (_data, _projector, _fusion, _room, _rates, _profile):
         check(cfg)
     return cfg
 
@@ -227,3 +228,11 @@ def _room(cfg):
 def _rates(cfg):
     if not any(flat(cfg.optim.rate_scale).values()):
         raise ConfigError(f"optim.rate_scale is 0 for {', '.join(flat(cfg.optim.rate_scale))}: nothing would learn.")
+
+
+def _profile(cfg):
+    wanted, steps = cfg.train.profile_steps, cfg.train.steps
+    if wanted and not (re.fullmatch(r"[1-9][0-9]{0,8}:[1-9][0-9]{0,8}", wanted) and cfg.train.profiled):
+        raise ConfigError(f"train.profile_steps {wanted!r} is no range of steps: write FIRST:LAST, such as 10:13.")
+    if wanted and cfg.train.profiled[-1] > steps:
+        raise ConfigError(f"train.profile_steps {wanted} ends after train.steps {steps}.")

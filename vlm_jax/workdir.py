@@ -1,23 +1,45 @@
 """The folder of a run: what lies where, and whether a run may continue in it."""
 
+import contextlib
 import dataclasses
+import fcntl
 import os
 from pathlib import Path
 
 from vlm_jax import config_file
 from vlm_jax.config import ConfigError, Experiment
 
+# Fields that change nothing of what is learnt, but for the order of sums: a run may continue with others.
+FREE = (
+    "mesh.",
+    "data.dir",
+    "data.threads",
+    "data.prefetch",
+    "train.keep_",
+    "train.checkpoint_every_steps",
+    "train.log_every_steps",
+    "train.profile_steps",
+    "train.compilation_cache_dir",
+)
+
 
 class Workdir:
     """Paths of a run's files."""
 
     def __init__(self, path: str):
+        if "://" in path:
+            raise ConfigError(
+                f"workdir {path} is an address: a work folder is a folder of the file system; mount the bucket, for "
+                "instance with gcsfuse, and name the folder."
+            )
         self.path = Path(path)
         self.config = self.path / "config.json"
         self.tokenizer = self.path / "tokenizer.json"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
+        self.profile = self.path / "profile"
+        self._lock = self.path / ".lock"
         self.eval = self.path / "eval.json"
         self.predictions = self.path / "predictions.jsonl"
         self.samples = self.path / "samples.png"
@@ -34,7 +56,7 @@ class Workdir:
         return dataclasses.replace(cfg, workdir=str(self.path))
 
     def check(self, cfg: Experiment) -> None:
-        """Raises ConfigError where the folder holds a run with another config. The mesh may be another."""
+        """Raises ConfigError where the folder holds a run with another config; fields of `FREE` may be others."""
         try:
             if not self.config.exists():
                 self._refuse_unknown_run()
@@ -42,7 +64,7 @@ class Workdir:
         except OSError as error:
             raise self._unwritable(error) from None
         changed = config_file.differences(self.read_config(), cfg)
-        changed = [line for line in changed if not line.startswith("mesh.")]
+        changed = [line for line in changed if not line.startswith(FREE)]
         if changed:
             raise ConfigError(
                 f"workdir {self.path} holds a run with another config; choose another --workdir or undo:\n  "
@@ -68,6 +90,34 @@ class Workdir:
             write_whole(self.config, config_file.to_json(cfg))
         except OSError as error:
             raise self._unwritable(error) from None
+
+    @contextlib.contextmanager
+    def locked(self):
+        """Keeps other processes out of the folder; the system lifts the lock when this process ends, however it ends.
+
+        Raises:
+          ConfigError: another process trains in the folder, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self._lock, "a")  # noqa: SIM115
+        except OSError as error:
+            raise self._unwritable(error) from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"workdir {self.path} is in use: another process trains there; wait for it, or choose another "
+                    "--workdir."
+                ) from None
+            yield
+
+    def refuse_second(self) -> None:
+        """Raises ConfigError where another process trains in the folder; makes nothing."""
+        if self._lock.exists():
+            with self.locked():
+                pass
 
     def try_writing(self) -> None:
         """Raises ConfigError where nothing can be written: to be known before the work, not after it."""

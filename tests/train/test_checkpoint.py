@@ -39,10 +39,10 @@ def state():
     )
 
 
-def saved(path: Path, state, steps, keep=3) -> None:
-    checkpoints = Checkpoints(path, replace(TRAIN, keep_checkpoints=keep))
-    for step in steps:
-        checkpoints.save(step, at_step(state, step), PLACE | {"next_index": step})
+def saved(path: Path, state, steps, losses=None, **kept) -> None:
+    checkpoints = Checkpoints(path, replace(TRAIN, **kept))
+    for step, loss in zip(steps, losses or [1.0] * len(steps)):
+        checkpoints.save(step, at_step(state, step), PLACE | {"next_index": step}, loss)
     checkpoints.close()
 
 
@@ -81,9 +81,21 @@ def test_nothing_saved_is_none(tmp_path):
 
 
 def test_the_last_few_are_kept(tmp_path, state):
-    saved(tmp_path, state, [1, 2, 3, 4], keep=2)
+    saved(tmp_path, state, [1, 2, 3, 4], keep_checkpoints=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4"]
     assert equal(restored(tmp_path)[0], at_step(state, 4))
+
+
+def test_the_best_and_every_so_many_are_kept_too_over_a_restart(tmp_path, state):
+    kept = {"keep_checkpoints": 1, "keep_best": 2, "keep_every_steps": 4}
+    saved(tmp_path, state, [1, 2, 3, 4, 5, 6], losses=[5.0, 0.2, 3.0, 9.0, 0.1, 4.0], **kept)
+    assert steps_in(tmp_path) == [2, 4, 5, 6]
+    saved(tmp_path, state, [7, 8, 9], losses=[0.3, 7.0, 0.15], **kept)
+    assert steps_in(tmp_path) == [4, 5, 8, 9]
+
+
+def steps_in(path: Path) -> list[int]:
+    return sorted(int(folder.name) for folder in path.iterdir())
 
 
 def test_a_step_that_is_there_already_is_left_alone(tmp_path, state):
@@ -137,7 +149,7 @@ def test_a_run_continues_over_a_damaged_checkpoint(tmp_path, state, damage, caps
     damage(tmp_path / "2")
     checkpoints = Checkpoints(tmp_path, TRAIN)
     found, _ = checkpoints.restore(like(mesh_of(2, 2, 2)))
-    checkpoints.save(2, at_step(found, 1), PLACE | {"next_index": 99})
+    checkpoints.save(2, at_step(found, 1), PLACE | {"next_index": 99}, 1.0)
     checkpoints.close()
     capsys.readouterr()
     again, place = restored(tmp_path)
@@ -159,6 +171,15 @@ def test_where_every_checkpoint_is_damaged_nothing_is_begun_anew(tmp_path, state
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_checkpoint_whose_loss_is_damaged_has_no_rank_and_is_whole(tmp_path, state):
+    kept = {"keep_checkpoints": 1, "keep_best": 1}
+    saved(tmp_path, state, [1, 2], losses=[0.1, 9.0], **kept)
+    (tmp_path / "2" / "metrics" / "metrics").write_text("{")
+    assert equal(restored(tmp_path)[0], at_step(state, 2))
+    saved(tmp_path, state, [3], **kept)
+    assert steps_in(tmp_path) == [1, 3]
+
+
 @pytest.mark.parametrize("moment", ["save", "wait_until_finished"])
 def test_a_checkpoint_that_cannot_be_written_is_said_so(tmp_path, state, moment, monkeypatch):
     def write(*args, **kwargs):
@@ -166,8 +187,10 @@ def test_a_checkpoint_that_cannot_be_written_is_said_so(tmp_path, state, moment,
 
     checkpoints = Checkpoints(tmp_path, TRAIN)
     monkeypatch.setattr(checkpoints._manager, moment, write)
-    with pytest.raises(NotSaved, match=rf"could not be written to {tmp_path}; .* \(No space left on device\)\.$"):
-        checkpoints.save(1, at_step(state, 1), PLACE)
+    said = rf"could not be written to {tmp_path} \(No space left on device\); the last whole one is that of step 7\.$"
+    (tmp_path / "7").mkdir()
+    with pytest.raises(NotSaved, match=said):
+        checkpoints.save(1, at_step(state, 1), PLACE, 1.0)
         checkpoints.close()
 
 
@@ -177,6 +200,6 @@ def test_what_a_crash_left_while_saving_is_no_checkpoint(tmp_path, state):
     checkpoints = Checkpoints(tmp_path, TRAIN)
     found, _ = checkpoints.restore(like(mesh_of(2, 2, 2)))
     assert equal(found, at_step(state, 1))
-    checkpoints.save(2, at_step(state, 2), PLACE)
+    checkpoints.save(2, at_step(state, 2), PLACE, 1.0)
     checkpoints.close()
     assert equal(restored(tmp_path)[0], at_step(state, 2))

@@ -16,7 +16,8 @@ from vlm_jax.testing import variants
 from vlm_jax.train import loop
 from vlm_jax.workdir import Workdir
 
-SAME = ("step", "loss", "grad_norm", "learning_rate")
+SAME = ("step", "loss", "grad_norm", "learning_rate", "padding_fraction")
+OF_A_MACHINE = ("step_seconds", "data_wait_seconds", "tokens_per_second", "examples_per_second", "hbm_peak_bytes")
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +77,11 @@ def train_until(cfg, step, monkeypatch):
     """Trains until step `step` has been written down, as if the machine had then gone away."""
     note = loop.note
 
-    def note_then_stop(log, number, *rest):
-        note(log, number, *rest)
+    def note_then_stop(run, number, *rest):
+        loss = note(run, number, *rest)
         if number == step:
             raise Stopped
+        return loss
 
     with monkeypatch.context() as patched, pytest.raises(Stopped):
         patched.setattr(loop, "note", note_then_stop)
@@ -183,7 +185,7 @@ def test_a_number_that_is_not_finite_stops_the_run_before_it_is_saved(experiment
     def compiled_step(cfg, mesh):
         def step(state, batch):  # what the loop sees of a step, without its arithmetic
             state = state.replace(step=state.step + 1)
-            metrics = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0}
+            metrics = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0, "finite": {"decoder/norm/scale": False}}
             return state, metrics | ({field: float("nan")} if int(state.step) == bad_step else {})
 
         return step
@@ -207,9 +209,12 @@ def test_the_metrics_of_a_step_have_every_field(experiment, monkeypatch):
     cfg = experiment()
     train_until(cfg, 2, monkeypatch)
     row = rows(cfg)[0]
-    assert set(row) == {*SAME, "step_seconds", "tokens_per_second", "examples_per_second"}
+    assert set(row) == {*SAME, *OF_A_MACHINE}
+    assert row["hbm_peak_bytes"] is None, "a CPU does not say"
+    assert 0 <= row["data_wait_seconds"] < row["step_seconds"]
     assert row["examples_per_second"] * row["step_seconds"] == pytest.approx(8 * 3)
-    assert row["tokens_per_second"] * row["step_seconds"] < 8 * cfg.row_length
+    tokens = row["tokens_per_second"] * row["step_seconds"]
+    assert row["padding_fraction"] == pytest.approx(1 - tokens / (8 * cfg.row_length))
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused_and_nothing_is_written(experiment):

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
 
 from vlm_jax.config import ConfigError, Train
 from vlm_jax.structs import State
@@ -14,19 +15,33 @@ class NotSaved(RuntimeError):
     """A checkpoint could not be written."""
 
 
+class _Manager(ocp.CheckpointManager):
+    def metrics(self, step: int) -> dict[str, float] | None:
+        """None, too, where the file is damaged: that costs one checkpoint its rank, and not the run its start."""
+        try:
+            return super().metrics(step)
+        except ValueError:
+            return None
+
+
 class Checkpoints:
-    """The last `keep_checkpoints` of a run. A step's folder gets its name when it is complete, never before."""
+    """Those of a run that `train.keep_checkpoints`, `keep_best` and `keep_every_steps` name.
+
+    A step's folder gets its name when it is complete, never before, and others are removed only after that: a crash at
+    any moment leaves the last whole one.
+    """
 
     def __init__(self, path: Path, cfg: Train):
         for name in ("absl", "asyncio"):  # what they say at length is raised too, and said here in a sentence
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._path = path
-        options = ocp.CheckpointManagerOptions(max_to_keep=cfg.keep_checkpoints, create=True)
-        self._manager = ocp.CheckpointManager(path.resolve(), options=options)
+        options = ocp.CheckpointManagerOptions(preservation_policy=_kept(cfg), best_fn=_loss, best_mode="min")
+        with self._writing():
+            self._manager = _Manager(path.resolve(), options=options)
         self._damaged: set[int] = set()  # kept until a whole one of the same step takes its place
 
-    def save(self, step: int, state: State, data_state: dict) -> None:
-        """Returns while the files are still being written; `close` waits for them.
+    def save(self, step: int, state: State, data_state: dict, loss: float) -> None:
+        """Returns while the files are still being written; `close` waits for them. `loss` ranks them, the lowest first.
 
         Raises:
           NotSaved: this one, or the one before, could not be written.
@@ -38,7 +53,7 @@ class Checkpoints:
             return
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state))
         with self._writing():
-            self._manager.save(step, args=arguments)
+            self._manager.save(step, args=arguments, metrics={"loss": loss})
 
     def restore(self, like: State) -> tuple[State, dict] | None:
         """The last whole checkpoint, laid out as `like` (shapes with shardings), or None where none was saved.
@@ -73,8 +88,29 @@ class Checkpoints:
             yield
         except Exception as error:  # whatever a full disk makes the writers raise
             raise NotSaved(
-                f"a checkpoint could not be written to {self._path}; those before it are kept ({_first_line(error)})."
+                f"a checkpoint could not be written to {self._path} ({_first_line(error)}); {self._last_whole()}."
             ) from error
+
+    def _last_whole(self) -> str:
+        steps = [int(path.name) for path in self._path.glob("*") if path.name.isdecimal()]
+        return f"the last whole one is that of step {max(steps)}" if steps else "there is none before it"
+
+
+def _kept(cfg: Train):
+    policies = [checkpoint_managers.LatestN(cfg.keep_checkpoints)]
+    if cfg.keep_best:
+        policies.append(
+            checkpoint_managers.BestN(
+                get_metric_fn=_loss, reverse=True, n=cfg.keep_best, keep_checkpoints_without_metrics=False
+            )
+        )
+    if cfg.keep_every_steps:
+        policies.append(checkpoint_managers.EveryNSteps(cfg.keep_every_steps))
+    return checkpoint_managers.AnyPreservationPolicy(policies)
+
+
+def _loss(metrics: dict[str, float]) -> float:
+    return metrics["loss"]
 
 
 def _first_line(error: Exception) -> str:

@@ -3,7 +3,9 @@
 import json
 import sys
 import time
+from dataclasses import dataclass
 
+import jax
 import tensorboardX
 from tqdm import tqdm
 
@@ -16,6 +18,16 @@ def _is_whole(line: str) -> bool:
         return line.endswith("\n") and isinstance(json.loads(line), dict)
     except ValueError:
         return False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step was given, by all processes."""
+
+    tokens: int
+    slots: int  # B*S: tokens and padding
+    examples: int  # questions
+    data_wait_seconds: float  # what the loop waited for the batch
 
 
 class Log:
@@ -38,15 +50,11 @@ class Log:
             write_whole(workdir.metrics, "".join(kept))
 
     def _begin_window(self):
-        self._since, self._counted, self._tokens, self._examples = time.perf_counter(), 0, 0, 0
+        self._since, self._work = time.perf_counter(), []
 
-    def step(self, step: int, metrics: dict[str, float], tokens: int, examples: int) -> None:
-        """Takes note of step number `step` (from 1), over `tokens` tokens and `examples` questions of all processes."""
-        self._counted, self._tokens, self._examples = (
-            self._counted + 1,
-            self._tokens + tokens,
-            self._examples + examples,
-        )
+    def step(self, step: int, metrics: dict[str, float], work: Work) -> None:
+        """Takes note of step number `step` (from 1)."""
+        self._work.append(work)
         if self._bar is not None:
             self._bar.update()
         if step % self._every and step != self._steps:
@@ -55,9 +63,12 @@ class Log:
         row = {
             "step": step,
             **metrics,
-            "step_seconds": seconds / self._counted,
-            "tokens_per_second": self._tokens / seconds,
-            "examples_per_second": self._examples / seconds,
+            "padding_fraction": 1 - work.tokens / work.slots,  # of this step, as the loss: a run that continues has it
+            "step_seconds": seconds / len(self._work),
+            "data_wait_seconds": sum(one.data_wait_seconds for one in self._work) / len(self._work),
+            "tokens_per_second": sum(one.tokens for one in self._work) / seconds,
+            "examples_per_second": sum(one.examples for one in self._work) / seconds,
+            "hbm_peak_bytes": hbm_peak_bytes(),
         }
         self._begin_window()
         self._write(row)
@@ -66,7 +77,7 @@ class Log:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for name, value in row.items():
-            if name != "step":
+            if name != "step" and value is not None:
                 self._board.add_scalar(f"train/{name}", value, row["step"])
         loss, speed = f"{row['loss']:.4f}", f"{row['examples_per_second']:.0f} examples/s"
         if self._bar is not None:
@@ -80,3 +91,9 @@ class Log:
             self._bar.close()
         self._file.close()
         self._board.close()
+
+
+def hbm_peak_bytes() -> int | None:
+    """The most that any device of this process has held so far; None where the platform does not say (CPU)."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    return max((peak for peak in peaks if peak is not None), default=None)

@@ -1,12 +1,17 @@
 """The one training loop. Its order is a contract:
 
-    next batch -> step -> log the step before -> (when due) check and save -> next batch ...
+    next batch -> step -> log the step before -> (when due, or on SIGTERM) check and save -> (on SIGTERM) stop -> ...
 
 The step before is looked at while the device works on this one, so that it never waits. A loss that is not finite stops
 the run before anything of it is saved.
 """
 
+import contextlib
 import math
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -18,10 +23,25 @@ from vlm_jax.data.text import Tokenizer
 from vlm_jax.hub import compose
 from vlm_jax.hub.tokenizer import HubTokenizer
 from vlm_jax.structs import PADDING, Batch, State
+from vlm_jax.train import optim, preemption
 from vlm_jax.train.checkpoint import Checkpoints
-from vlm_jax.train.log import Log
+from vlm_jax.train.log import Log, Work
+from vlm_jax.train.preemption import Notice, Preempted
+from vlm_jax.train.profile import Profile
 from vlm_jax.train.step import abstract_state, compiled_step, make_state, state_shardings
 from vlm_jax.workdir import Workdir
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the steps need beside the state."""
+
+    cfg: Experiment
+    mesh: jax.sharding.Mesh
+    data: Iterator[Batch]  # with `get_state` and `set_state`
+    checkpoints: Checkpoints
+    log: Log | None  # None on every process but the first
+    notice: Notice
 
 
 class NotFinite(RuntimeError):
@@ -35,26 +55,34 @@ def train(cfg: Experiment) -> State:
       ConfigError: the batch does not fit the devices, the config does not fit the data, or the work folder is another
         run's; nothing is written then.
       NotFinite: the loss is not finite; the last checkpoint stays.
+      NotSaved: a checkpoint could not be written; those before it stay.
+      Preempted: the process had a SIGTERM; the step that ran then is saved.
     """
+    workdir = Workdir(cfg.workdir)
+    workdir.refuse_second()
     mesh = axes.make_mesh(cfg.mesh)
     check_rows(cfg, mesh)
-    workdir = Workdir(cfg.workdir)
     workdir.check(cfg)
     tokenizer = tokenizer_of(cfg, workdir)
     data = pipeline.training_iterator(cfg, tokenizer, jax.process_index(), jax.process_count())
     check_data(cfg, tokenizer, data)
-    workdir.open(cfg)
-    if not workdir.tokenizer.exists():
-        tokenizer.save(workdir.tokenizer)
-    with jax.set_mesh(mesh):
+    is_main = jax.process_index() == 0  # this one alone writes, but for its share of a checkpoint
+    with workdir.locked() if is_main else contextlib.nullcontext(), jax.set_mesh(mesh):
+        if is_main:
+            workdir.open(cfg)
+            if not workdir.tokenizer.exists():
+                tokenizer.save(workdir.tokenizer)
+        notice = Notice(mesh)
         checkpoints = Checkpoints(workdir.checkpoints, cfg.train)
         state, start = begin(cfg, mesh, data, checkpoints)
-        log = Log(workdir, start, cfg.train.steps, cfg.train.log_every_steps)
-        try:
-            return run_steps(cfg, mesh, state, data, checkpoints, log)
-        finally:
-            log.close()
-            checkpoints.close()
+        log = Log(workdir, start, cfg.train.steps, cfg.train.log_every_steps) if is_main else None
+        with preemption.handler(notice.note):  # while the checkpoint is awaited, too
+            try:
+                return run_steps(Run(cfg, mesh, data, checkpoints, log, notice), state)
+            finally:
+                if log is not None:
+                    log.close()
+                checkpoints.close()
 
 
 def check_rows(cfg: Experiment, mesh: jax.sharding.Mesh) -> None:
@@ -98,28 +126,65 @@ def begin(cfg: Experiment, mesh, data, checkpoints: Checkpoints) -> tuple[State,
     return state, int(state.step)
 
 
-def run_steps(cfg: Experiment, mesh, state: State, data, checkpoints: Checkpoints, log: Log) -> State:
+def run_steps(run: Run, state: State) -> State:
     """The steps that are left, in the order that the module states."""
-    step_fn, rows = compiled_step(cfg, mesh), axes.row_sharding(mesh)
-    before = None
-    for step in range(int(state.step) + 1, cfg.train.steps + 1):
-        batch = next(data)
-        on_device = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
-        state, metrics = step_fn(state, on_device)
-        if before is not None:
-            note(log, *before)
-        before = (step, metrics, batch)
-        if step % cfg.train.checkpoint_every_steps == 0 or step == cfg.train.steps:
-            note(log, *before)
-            before = None
-            checkpoints.save(step, state, data.get_state())
+    cfg, rows = run.cfg.train, axes.row_sharding(run.mesh)
+    step_fn = compiled_step(run.cfg, run.mesh)
+    before, losses = None, []  # since the last checkpoint
+    with contextlib.closing(Profile(cfg, Workdir(run.cfg.workdir))) as profile:
+        for step in range(int(state.step) + 1, cfg.steps + 1):
+            asked = time.perf_counter()
+            place = run.data.get_state()
+            batch = next(run.data)
+            waited = time.perf_counter() - asked
+            on_device = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+            profile.before(step)
+            state, metrics = step_fn(state, on_device)
+            profile.after(step, metrics)
+            stop = run.notice.stop()
+            if before is not None:
+                losses.append(note(run, *before))
+            before = (step, metrics, work_of(batch, waited), place)
+            if stop or step % cfg.checkpoint_every_steps == 0 or step == cfg.steps:
+                losses.append(note(run, *before))
+                run.checkpoints.save(step, state, run.data.get_state(), statistics.fmean(losses))
+                before, losses = None, []
+            if stop:
+                raise Preempted(f"stopped by SIGTERM after step {step}, which is saved: the same command continues it.")
     return state
 
 
-def note(log: Log, step: int, metrics: dict, batch: Batch) -> None:
-    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+def work_of(batch: Batch, data_wait_seconds: float) -> Work:
+    tokens, examples = int(np.sum(batch.segment_ids != PADDING)), int(np.sum(batch.branch_ids.max(axis=1)))
+    processes = jax.process_count()
+    return Work(tokens * processes, batch.tokens.size * processes, examples * processes, data_wait_seconds)
+
+
+def note(run: Run, step: int, metrics: dict, work: Work, place: dict) -> float:
+    """Writes the step down and returns its loss; `place` is that of its batch in the data."""
+    metrics = jax.device_get(metrics)
+    finite = metrics.pop("finite")
+    metrics = {name: float(value) for name, value in metrics.items()}
     for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics[name]):
-            raise NotFinite(f"step {step}: the {name} is {metrics[name]}; the last checkpoint is kept.")
-    tokens, examples = np.sum(batch.segment_ids != PADDING), np.sum(batch.branch_ids.max(axis=1))
-    log.step(step, metrics, int(tokens) * jax.process_count(), int(examples) * jax.process_count())
+            raise NotFinite(
+                f"step {step}: the {name} is {metrics[name]}; {first_bad(finite)}. The last checkpoint is kept."
+            )
+    if run.log is not None:
+        run.log.step(step, metrics, work)
+    return metrics["loss"]
+
+
+def first_bad(finite: dict[str, bool]) -> str:
+    """Names the first parameter, in the order of the forward pass, whose gradient is not finite, and its part."""
+    ends = {"patch_embed": 0, "embedding": 0, "final_norm": 2}
+
+    def place(path: str) -> tuple:
+        names = tuple(path.split("/"))
+        return optim.PARTS.index(optim.part_of(names)), ends.get(names[1], 1), path
+
+    bad = sorted((path for path, is_finite in finite.items() if not is_finite), key=place)
+    if not bad:
+        return "each gradient is finite"
+    part = optim.PARTS[place(bad[0])[0]]
+    return f"the first gradient that is not finite is that of {part} ({bad[0]}), {len(bad)} of {len(finite)} are not"

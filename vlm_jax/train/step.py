@@ -55,7 +55,10 @@ def abstract_state(cfg: Experiment, mesh: jax.sharding.Mesh) -> State:
 
 
 def train_step(cfg: Experiment, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-    """Returns the next state, and `loss` (nats per scored token), `grad_norm` and `learning_rate` of this step."""
+    """Returns the next state, and `loss` (nats per scored token), `grad_norm` and `learning_rate` of this step.
+
+    And `finite`: by its path, whether a parameter's gradient is; the sums are those of `grad_norm`.
+    """
     trained, frozen = optim.split(state.params, cfg.optim)
 
     def loss(trained):
@@ -71,6 +74,7 @@ def train_step(cfg: Experiment, state: State, batch: Batch) -> tuple[State, dict
         "loss": value,
         "grad_norm": optax.tree.norm(gradients),
         "learning_rate": optim.schedule(cfg.optim, cfg.train.steps)(state.step),
+        "finite": {"/".join(path): jnp.isfinite(jnp.sum(jnp.square(x))) for path, x in gradients.items()},
     }
     return State(state.step + 1, params, optimizer), metrics
 

@@ -35,6 +35,9 @@ class Data:
     question_field: str = "question"  # tfds: the feature that holds the question; empty: the image alone is asked about
     answer_field: str = "answer"  # tfds: the feature that holds the answer, text or a class
     dir: str = "~/.cache/vlm_jax/datasets"  # where datasets are prepared on first use
+    image_px: int = 64  # glyphs, digits: height and width of an image as it is drawn
+    images: tuple[int, int, int] = (20_000, 1_000, 2_000)  # glyphs, digits: of the splits train, validation and test
+    seed: int = 0  # glyphs, digits: another one draws other images
     train_split: str = "train"  # TFDS split to learn from; slices such as 'train[:90%]' are allowed
     questions_per_row: int = 8  # questions that share one image in a row; 1: one question a row
     text_length: int = 80  # text tokens in a row; a conversation that is longer than its row is cut
@@ -49,6 +52,11 @@ class Data:
     @property
     def eos_id(self) -> int:
         return self.special_ids[-1]
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the images are drawn on first use, as `image_px`, `images` and `seed` say."""
+        return self.source in ("glyphs", "digits")
 
     @property
     def is_conversations(self) -> bool:

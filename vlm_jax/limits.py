@@ -15,6 +15,8 @@ AT_LEAST = {
     "data.questions_per_row": 1,
     "data.text_length": 1,
     "data.images_per_row": 1,
+    "data.image_px": 64,
+    "data.seed": 0,
     "data.bos_id": -1,
     "data.threads": 0,
     "data.prefetch": 0,
@@ -60,6 +62,8 @@ AT_LEAST = {
 ABOVE = {"optim.clip_norm": 0, "decoder.rope.theta": 0, "decoder.rope.factor": 0, **_of_stacks(norm_eps=0)}
 AT_MOST = {
     "data.threads": 256,
+    "data.image_px": 448,
+    "data.seed": 2**32 - 1,
     "data.prefetch": 10_000,
     "optim.final_fraction": 1,
     "seed": 2**32 - 1,

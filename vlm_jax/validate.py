@@ -17,7 +17,7 @@ def validate(cfg: Experiment) -> Experiment:
     check_values(cfg)
     if not cfg.vision.checkpoint:  # public ones may leave pixels over at the border
         _patches(cfg.vision)
-    for check in (_data, _projector, _fusion, _room, _rates, _profile):
+    for check in (_data, _drawn, _projector, _fusion, _room, _rates, _profile):
         check(cfg)
     return cfg
 
@@ -140,7 +140,7 @@ def _data(cfg):
     if data.source != "conversations" and (data.files or data.image_dir):
         unread = "data.files" if data.files else "data.image_dir"
         raise ConfigError(f"{unread} is of data.source conversations, not of {data.source}: leave it out.")
-    if data.is_conversations and data.augment:
+    if (data.is_conversations or data.is_drawn) and data.augment:
         raise ConfigError(
             f"data.augment {', '.join(data.augment)} would make what data.source {data.source} says about its images "
             "untrue: set it to nothing."
@@ -154,6 +154,17 @@ def _data(cfg):
         raise ConfigError(
             f"fusion.blind_rows read_all lets a token without an image read those of other conversations in its row: "
             f"set it to skip for data.source {data.source}."
+        )
+
+
+def _drawn(cfg):
+    data = cfg.data
+    unread = [name for name in ("image_px", "images", "seed") if _is_changed(data, name)]
+    if unread and not data.is_drawn:
+        raise ConfigError(f"data.{unread[0]} is of data.source glyphs and digits, not of {data.source}: leave it out.")
+    if min(data.images) < 1:
+        raise ConfigError(
+            f"data.images is {' '.join(map(str, data.images))}: train, validation and test need at least 1 image each."
         )
 
 
@@ -212,8 +223,8 @@ def _fusion(cfg):
         )
 
 
-def _is_changed(fusion, name: str) -> bool:
-    return getattr(fusion, name) != getattr(type(fusion)(), name)
+def _is_changed(section, name: str) -> bool:
+    return getattr(section, name) != getattr(type(section)(), name)
 
 
 def _room(cfg):

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import fcntl
+import functools
 import io
 import os
 from collections import defaultdict
@@ -11,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import easy_vqa
-import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
 from vlm_jax.config import ConfigError, Data
+from vlm_jax.data.digits import Digits
+from vlm_jax.data.drawn import Drawing, question_info
+from vlm_jax.data.glyphs import Glyphs
 
 SHAPES = ("circle", "rectangle", "triangle")
 
@@ -38,15 +41,7 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
     code_path = None  # TFDS 4.9.10 would look for it with importlib_resources, which it does not install
 
     def _info(self) -> tfds.core.DatasetInfo:
-        texts = tfds.features.Sequence(tfds.features.Text())
-        features = {
-            "image_id": np.int64,
-            "image": tfds.features.Image(shape=(64, 64, 3), encoding_format="png"),
-            **{"questions": texts, "answers": texts, "types": texts},
-        }
-        return tfds.core.DatasetInfo(
-            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
-        )
+        return question_info(self, image_px=64)
 
     def _split_generators(self, dl_manager):
         return {
@@ -72,7 +67,7 @@ def _answer_type(answer: str) -> str:
     return "shape" if answer in SHAPES else "color"
 
 
-SOURCES = {"easy_vqa": EasyVqa}
+SOURCES = {"easy_vqa": EasyVqa, "glyphs": Glyphs, "digits": Digits}
 
 
 class Rows:
@@ -114,7 +109,10 @@ def load(data: Data, split: str) -> Records:
         hint = f" (perhaps you meant {nearest[0]})" if nearest else ""
         choices = ", ".join([*SOURCES, "conversations", "tfds:NAME"])
         raise ConfigError(f"data.source {data.source!r} is unknown{hint}: choose one of {choices}")
-    return Records(*split_rows(prepared(SOURCES[data.source], data), data, split))
+    make_builder = SOURCES[data.source]
+    if data.is_drawn:
+        make_builder = functools.partial(make_builder, config=Drawing.of(data))
+    return Records(*split_rows(prepared(make_builder, data), data, split))
 
 
 def split_rows(builder: tfds.core.DatasetBuilder, data: Data, split: str) -> tuple[Sequence, os.PathLike]:

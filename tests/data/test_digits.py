@@ -40,7 +40,7 @@ def test_digits_are_whole_apart_and_alone(image_px):
         for digit in scene.digits:
             box = slice(digit.top_px, digit.top_px + digit.side_px), slice(digit.left_px, digit.right_px)
             assert min(digit.top_px, digit.left_px) >= 0 and taken[box].shape == (digit.side_px,) * 2
-            assert not taken[box].any()
+            assert not taken[box].any(), "on another digit"
             assert inked[box].mean() > 0.2
             taken[box] = True
         assert not inked[~taken].any()

@@ -79,6 +79,15 @@ def test_every_text_of_the_test_split_is_encodable_by_the_tokenizer_of_the_train
             assert tokenizer.decode(answer_ids(tokenizer, answer)) == answer
 
 
+def test_the_blind_say_one_thing_or_repeat_a_word():
+    asked = ("a or b?", "d or c?", "b or a?", "a or c?")
+    records = [
+        sources.Record(0, b"", asked[:2], ("b", "c"), ("either", "either")),
+        sources.Record(1, b"", asked[2:], ("b", "c"), ("either", "other")),
+    ]
+    assert blind(records) == {"either": (3, 2 / 3, 2 / 3), "other": (1, 1.0, 1.0)}
+
+
 # What is said without looking is right in this share of cases at the most; a deviation of 0.03 is left to chance.
 GUESSED = {
     "glyphs": {"count": 1 / 3, "first": 1 / 2, "present": 1 / 2}

@@ -89,10 +89,10 @@ def scene(rng: np.random.Generator, image_px: int, split: str) -> Scene:
 
 
 def _placed(rng, empty: Scene, value: int, cell: tuple[int, int], split: str) -> Digit:
-    """A digit of random size somewhere in its cell."""
+    """A digit of random size somewhere in its cell, which keeps a pixel free on every side."""
     cell_px = empty.image_px // empty.cells
-    side_px = int(rng.integers(SMALLEST_PX, cell_px + 1))
-    top, left = (int(place * cell_px + rng.integers(cell_px - side_px + 1)) for place in cell)
+    side_px = int(rng.integers(SMALLEST_PX, cell_px - 1))
+    top, left = (int(place * cell_px + rng.integers(1, cell_px - side_px)) for place in cell)
     return Digit(value, int(pick(rng, sources()[1 + (split == "test")][value])), cell, left, top, side_px)
 
 

@@ -125,6 +125,9 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def _evaluate(cfg: Experiment) -> int:
+    if not cfg.eval.split:
+        print("eval.split is empty: nothing to evaluate")
+        return 0
     from vlm_jax.infer import demo, evaluate
 
     scores = evaluate.evaluate(cfg, *demo.load(cfg))

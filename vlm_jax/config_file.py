@@ -13,6 +13,7 @@ import tyro
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.validate import check_types, element, flat, kinds, words
 
+MAY_BE_EMPTY = ("eval.split", "data.image_field", "data.question_field")  # beside what is empty by default
 NUMBERS = {int: "a whole number", float: "a number"}
 
 
@@ -94,7 +95,7 @@ def _check_option(fields: dict[str, object], name: str, values: list[str]) -> No
         wanted = ("one value" if each == 1 else f"{each} values") + " each" * any_number
         raise ConfigError(f"--{name} takes {wanted}, not {' '.join(values) if values else 'none'}.")
     kind = element(fields[name])
-    if "" in values and flat(Experiment())[name] != "":
+    if "" in values and flat(Experiment())[name] != "" and name not in MAY_BE_EMPTY:
         raise ConfigError(f"--{name} is empty.")
     allowed = ("True", "False") if kind is bool else words(kind)
     for value in values:

@@ -25,7 +25,8 @@ def draw_samples(path: Path, asked: list[Question], answers: list[str]) -> None:
     for cell, i in zip(cells.flat, chosen):
         question, given = asked[i], answers[i]
         right = given == question.answer
-        cell.imshow(question.image(), interpolation="nearest")
+        for pixels in question.images()[:1]:
+            cell.imshow(pixels, interpolation="nearest")
         verdict = given or "(nothing)" if right else f"{given or '(nothing)'}, not {question.answer}"
         title, color = f"{_wrapped(question.question)}\n{_printable(verdict)}", RIGHT if right else WRONG
         cell.set_title(title, fontsize=8, color=color, parse_math=False)  # a model may say anything, "$" too

@@ -1,16 +1,20 @@
 """A tiny experiment and batches for it, for tests and for trying things out."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 from flax import traverse_util
 from flax.linen import meta
+from PIL import Image
 
 from vlm_jax.config import Data, Decoder, Experiment, Fusion, Optim, Projector, Train, Vision
 from vlm_jax.data import text
 from vlm_jax.nn.models import boxed_params
 from vlm_jax.structs import Batch
 
+COLORS = {"red": (200, 30, 40), "green": (20, 140, 60), "blue": (40, 60, 200), "white": (250, 250, 250)}
 KINDS = ("unified", "cross_attention", "encoder_decoder")
 
 
@@ -63,3 +67,32 @@ def random_batch(cfg: Experiment, rows: int = 4, seed: int = 0) -> Batch:
     side = cfg.vision.image_size_px
     images = rng.uniform(-1, 1, (rows, 1, side, side, 3)).astype(np.float32)
     return Batch(**{name: np.stack([row[name] for row in packed]) for name in packed[0]}, images=images)
+
+
+def write_conversations(folder: Path, count: int = 12, seed: int = 0) -> Data:
+    """Writes `count` conversations about the colors of 0, 1 or 2 squares in LLaVA's format, and says how to read them.
+
+    The folder takes `talks.json`, the images and the datasets that are prepared of them.
+    """
+    rng, talks = np.random.default_rng(seed), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        colors = [str(color) for color in rng.choice(list(COLORS), i % 3)]
+        files = [f"{i}_{k}.{'png' if k else 'jpg'}" for k in range(len(colors))]
+        for file, color in zip(files, colors):
+            Image.new("RGB", (24, 18), COLORS[color]).save(folder / file)
+        said = ["<image>\n" * len(files) + f"what do you see in {i}?", ", ".join(colors) or "no image"]
+        said += ["is that all?", "yes"] * int(rng.integers(3))
+        turns = [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(said)]
+        image = {} if not files else {"image": files[0] if len(files) == 1 else files}
+        talks.append({"id": f"talk {i}", **image, "conversations": turns})
+    (folder / "talks.json").write_text(json.dumps(talks))
+    return Data(
+        source="conversations",
+        files=(str(folder / "talks.json"),),
+        image_dir=str(folder),
+        dir=str(folder / "datasets"),
+        images_per_row=3,
+        text_length=80,
+        augment=(),
+    )

@@ -136,7 +136,7 @@ def test_questions_are_read_in_order(cfg):
     record = sources.load(cfg.data, "test")[999]
     assert (last.question, last.answer, last.type) == (record.questions[-1], record.answers[-1], record.types[-1])
     picture = np.asarray(Image.open(io.BytesIO(record.image)).convert("RGB"))
-    np.testing.assert_array_equal(last.image(), picture)
+    np.testing.assert_array_equal(last.images()[0], picture)
 
 
 def test_prompts_of_a_batch_all_end_in_the_last_slot(cfg, tokenizer):

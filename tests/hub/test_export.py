@@ -205,13 +205,13 @@ def assert_transformers_agrees(kind, cfg, params, tokenizer, folder):
     unused = {name for name in report["missing_keys"] if ".pooler." in name}  # of transformers' ViT; nobody reads it
     assert not (report["missing_keys"] - unused) | report["unexpected_keys"] | report["mismatched_keys"]
     asked = pipeline.questions(cfg, "test", 2)
-    pixels = [pipeline.image_files.normalise(question.image(), cfg.vision) for question in asked]
+    pixels = [pipeline.image_files.normalise(question.images()[0], cfg.vision) for question in asked]
     batch = pipeline.prompt_batch(cfg, tokenizer, [[x] for x in pixels], ["is it red ?"] * 2)
     ours = np.asarray(forward(model_of(cfg), params, batch).logits)
     np.testing.assert_allclose(theirs(kind, model.eval(), batch), ours, atol=1e-4)
     reread = AutoTokenizer.from_pretrained(folder)
     assert reread("is it red ?", add_special_tokens=False).input_ids == tokenizer.encode("is it red ?")
-    processed = AutoImageProcessor.from_pretrained(folder)(asked[0].image(), return_tensors="np")
+    processed = AutoImageProcessor.from_pretrained(folder)(asked[0].images()[0], return_tensors="np")
     np.testing.assert_allclose(np.moveaxis(processed.pixel_values[0], 0, -1), pixels[0], atol=1e-5)
 
 

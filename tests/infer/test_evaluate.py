@@ -30,7 +30,7 @@ def picture(number):
 @pytest.fixture
 def asked():
     return [
-        Question(*parts, image=lambda number=parts[0]: np.full((16, 16, 3), number, np.uint8)) for parts in QUESTIONS
+        Question(*parts, images=lambda number=parts[0]: [np.full((16, 16, 3), number, np.uint8)]) for parts in QUESTIONS
     ]
 
 

@@ -16,7 +16,7 @@ from vlm_jax.testing import variants
 from vlm_jax.train import loop
 from vlm_jax.workdir import Workdir
 
-SAME = ("step", "loss", "grad_norm", "learning_rate", "padding_fraction")
+SAME = ("step", "loss", "grad_norm", "learning_rate", "padding_fraction", "image_padding_fraction")
 OF_A_MACHINE = ("step_seconds", "data_wait_seconds", "tokens_per_second", "examples_per_second", "hbm_peak_bytes")
 
 

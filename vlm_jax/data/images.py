@@ -10,6 +10,8 @@ from PIL import Image, ImageOps
 
 from vlm_jax.config import ConfigError, Vision
 
+CACHE_BYTES = 512 << 20  # decoded images kept in memory: to read and decode a small one takes 0.3 ms of a core
+
 # What Pillow raises for bytes that are no image, or only the first part of one.
 BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
@@ -26,19 +28,25 @@ def read_bytes(path: str | os.PathLike) -> bytes:
         raise ConfigError(f"cannot read the image {path}: {error.strerror}.") from None
 
 
-def upright(encoded: bytes, name: str = "image") -> Image.Image:
+def upright(encoded: bytes, name: str = "image", needed_px: int = 0) -> Image.Image:
     """The bytes of an image file -> the image as it was seen, in its own mode. ConfigError where there is none."""
     try:
         image = Image.open(io.BytesIO(encoded))
+        if needed_px:
+            image.draft(None, (2 * needed_px, 2 * needed_px))
         image.load()
         return ImageOps.exif_transpose(image)
     except BROKEN as error:
         raise ConfigError(f"{name} is not a readable image, or is cut short ({type(error).__name__}).") from None
 
 
-def decode(encoded: bytes, name: str = "image") -> Image.Image:
-    """The bytes of an image file -> upright RGB; what is transparent becomes white."""
-    image = upright(encoded, name)
+def decode(encoded: bytes, name: str = "image", needed_px: int = 0) -> Image.Image:
+    """The bytes of an image file -> upright RGB; what is transparent becomes white.
+
+    A JPEG of which only `needed_px` rows and columns are needed (0: all) is decoded in an eighth, a quarter or half of
+    its size, as long as that leaves twice as many: several times faster, and hardly another image when it is resized.
+    """
+    image = upright(encoded, name, needed_px)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would clip at 255
     if image.has_transparency_data:

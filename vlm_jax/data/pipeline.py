@@ -7,13 +7,12 @@ from dataclasses import dataclass, field, replace
 import grain
 import numpy as np
 
-from vlm_jax.config import ConfigError, Experiment, Vision
+from vlm_jax.config import CHANNELS, ConfigError, Data, Experiment, Vision
+from vlm_jax.data import conversations, packing, sources, templates, text, tfds_sets
 from vlm_jax.data import images as image_files
-from vlm_jax.data import sources, text
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.structs import Batch
 
-CACHE_BYTES = 512 << 20  # decoded images kept in memory: to read and decode a small one takes 0.3 ms of a core
 CACHED_PAIRS = 1 << 16  # questions with answers whose tokens are kept: data sets from templates repeat theirs
 
 
@@ -23,7 +22,7 @@ class Decoded:
     def __init__(self, records: sources.Records, image_size_px: int):
         self.records = records
         self._image_size_px = image_size_px
-        self._read = functools.lru_cache(CACHE_BYTES // (3 * image_size_px**2))(self._decode)
+        self._read = functools.lru_cache(image_files.CACHE_BYTES // (3 * image_size_px**2))(self._decode)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -40,13 +39,16 @@ class Decoded:
 def training_iterator(
     cfg: Experiment, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
-    """Endless `Batch`es of numpy arrays with B = train.batch_size / process_count rows and one image a row.
+    """Endless `Batch`es of numpy arrays with B = train.batch_size / process_count rows.
 
-    `get_state()` and `set_state()` continue exactly. Every process draws every n-th row of one shuffled stream, so
-    batch k of n processes holds together the rows of batch k of one process, augmented alike.
+    `get_state()` and `set_state()` continue exactly, with another number of processes, too: every process draws every
+    n-th row of one stream, so batch k of n processes holds together the rows of batch k of one process.
     """
     if cfg.train.batch_size % process_count:
         raise ConfigError(f"train.batch_size {cfg.train.batch_size} is no multiple of the {process_count} processes")
+    if cfg.data.is_conversations:
+        source = conversation_source(cfg.data, cfg.data.train_split)
+        return iter(packing.batches(cfg, tokenizer, source, slice(process_index, None, process_count)))
     records = Decoded(sources.load(cfg.data, cfg.data.train_split), cfg.vision.image_size_px)
     rows = grain.MapDataset.source(records).seed(cfg.seed).shuffle().random_map(_row_builder(cfg, tokenizer)).repeat()
     batches = rows[process_index::process_count].batch(
@@ -90,11 +92,28 @@ def tiled(vision: Vision, batch: Batch) -> Batch:
     )
 
 
+def conversation_source(data: Data, split: str) -> conversations.Conversations | tfds_sets.Asked:
+    """Random access to the conversations of a split, and to their images."""
+    return (conversations if data.source == "conversations" else tfds_sets).load(data, split)
+
+
 def train_tokenizer(cfg: Experiment) -> Tokenizer:
-    """A tokenizer for the questions and answers of the training split, of at most decoder.vocab_size tokens."""
-    records = sources.load(cfg.data, cfg.data.train_split)
-    texts = (line for record in records for line in record.questions + record.answers)
+    """A tokenizer for what is said in the training split, of at most decoder.vocab_size tokens."""
+    if cfg.data.is_conversations:
+        talks = conversation_source(cfg.data, cfg.data.train_split)
+        texts = (turn.replace(conversations.MARK, "") for talk in talks for turn in talk.turns)
+    else:
+        records = sources.load(cfg.data, cfg.data.train_split)
+        texts = (line for record in records for line in record.questions + record.answers)
     return Tokenizer.train(texts, cfg.decoder.vocab_size)
+
+
+def check(cfg: Experiment, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError where a question to learn from or to evaluate does not fit; conversations are cut to fit."""
+    if not cfg.data.is_conversations:
+        text.pack_row(cfg, [longest_pair(cfg, tokenizer)])
+    if cfg.eval.split:
+        question_length(cfg, tokenizer, questions(cfg, cfg.eval.split, cfg.eval.max_examples))
 
 
 def longest_pair(cfg: Experiment, tokenizer: Tokenizer) -> text.Pair:
@@ -107,17 +126,20 @@ def longest_pair(cfg: Experiment, tokenizer: Tokenizer) -> text.Pair:
 
 @dataclass(frozen=True)
 class Question:
-    """A question to evaluate; its image is read when it is asked for."""
+    """A question to evaluate; its images are read when they are asked for."""
 
-    image_id: int
+    image_id: int | str  # of a conversation: its id
     question: str
     answer: str
     type: str
-    image: Callable[[], np.ndarray] = field(repr=False, compare=False)  # gives (H, W, 3) uint8
+    images: Callable[[], list[np.ndarray]] = field(repr=False, compare=False)  # gives (H, W, 3) uint8 each
+    image_count: int = 1
 
 
 def questions(cfg: Experiment, split: str, limit: int = 0) -> list[Question]:
-    """The first `limit` questions of a split (0: all), in the data set's order."""
+    """The first `limit` questions of a split (0: all), in the data set's order; of a conversation, its first."""
+    if cfg.data.is_conversations:
+        return _first_questions(cfg, split, limit)
     decoded = Decoded(sources.load(cfg.data, split), cfg.vision.image_size_px)
     found = []
     for index in range(len(decoded)):
@@ -130,8 +152,29 @@ def questions(cfg: Experiment, split: str, limit: int = 0) -> list[Question]:
     return found[:limit] if limit else found
 
 
-def _image(decoded: Decoded, index: int) -> np.ndarray:
-    return decoded[index].image
+def _first_questions(cfg: Experiment, split: str, limit: int) -> list[Question]:
+    source = conversation_source(cfg.data, split)
+    read, found = packing.pixel_reader(cfg, source), []
+    for index in range(min(limit or len(source), len(source))):
+        talk = source[index]
+        asked, said = talk.turns[:2]
+        shown = talk.images[: asked.count(conversations.MARK)]
+        images = functools.partial(_images, read, shown)
+        found.append(Question(talk.id, asked, said, "conversation", images, len(shown)))
+    return found
+
+
+def _images(read: Callable[[int], np.ndarray], numbers: Sequence[int]) -> list[np.ndarray]:
+    return [read(number) for number in numbers]
+
+
+def _image(decoded: Decoded, index: int) -> list[np.ndarray]:
+    return [decoded[index].image]
+
+
+def question_length(cfg: Experiment, tokenizer: Tokenizer, asked: Iterable[Question]) -> int:
+    """`prompt_length` of the questions, each with its images."""
+    return _room(cfg, tokenizer, {(question.question, question.image_count) for question in asked})
 
 
 def prompt_length(cfg: Experiment, tokenizer: Tokenizer, prompts: Iterable[str]) -> int:
@@ -140,13 +183,26 @@ def prompt_length(cfg: Experiment, tokenizer: Tokenizer, prompts: Iterable[str])
     Raises:
       ConfigError: the longest of them has no room for an answer of `eval.max_new_tokens`.
     """
-    length = cfg.image_slots_in_row + max(len(text.prompt_ids(tokenizer, prompt)) for prompt in set(prompts))
+    return _room(cfg, tokenizer, {(prompt, 1) for prompt in prompts})
+
+
+def _room(cfg: Experiment, tokenizer: Tokenizer, asked: set[tuple[str, int]]) -> int:
+    length = max(len(prompt_row(cfg, tokenizer, prompt, images)["tokens"]) for prompt, images in asked)
     if length + cfg.eval.max_new_tokens > cfg.decoder.max_positions:
         raise ConfigError(
             f"decoder.max_positions {cfg.decoder.max_positions} has no room for the longest prompt with its image, "
             f"{length} tokens, and eval.max_new_tokens {cfg.eval.max_new_tokens}."
         )
     return length
+
+
+def prompt_row(
+    cfg: Experiment, tokenizer: Tokenizer, prompt: str, images: int, length: int | None = None
+) -> text.Fields:
+    """A prompt and its images, in the form that the data has -> the fields of a row to continue."""
+    if cfg.data.is_conversations:
+        return templates.prompt_row(cfg, tokenizer, prompt, images, length)
+    return text.prompt_row(cfg, text.prompt_ids(tokenizer, prompt), images, length)
 
 
 def prompt_batch(
@@ -159,22 +215,25 @@ def prompt_batch(
     """Prompts and the images of each, (H, W, 3) float32 -> a batch to continue, padded on the left; no targets.
 
     Rows may have different numbers of images; I is the largest. `length` is S, by default that of the longest row:
-    give it where every batch shall have the same shape, so that nothing is compiled twice.
+    give it where every batch shall have the same shape, so that nothing is compiled twice; I is `data.images_per_row`
+    then, at the least.
     """
-    ids = [text.prompt_ids(tokenizer, prompt) for prompt in prompts]
-    rows = list(zip(ids, map(len, images), strict=True))
+    counts = list(map(len, images))
+    most = max(counts)
     if length is None:
-        length = max(len(prompt) + count * cfg.image_slots_in_row for prompt, count in rows)
-    most = max(count for _, count in rows)
-    packed = [text.prompt_row(cfg, prompt, count, length) for prompt, count in rows]
-    for row, (_, count) in zip(packed, rows, strict=True):
+        asked = zip(prompts, counts, strict=True)
+        length = max(len(prompt_row(cfg, tokenizer, *one)["tokens"]) for one in asked)
+    elif cfg.fusion.has_images:
+        most = max(most, cfg.data.images_per_row)
+    rows = [prompt_row(cfg, tokenizer, *one, length) for one in zip(prompts, counts, strict=True)]
+    for row, count in zip(rows, counts, strict=True):
         row["image_mask"] = np.pad(row["image_mask"], ((0, 0), (0, most - count)))
-    fields = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
-    return tiled(cfg.vision, Batch(**fields, images=_filled_up(images, most) if most else None))
+    fields = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    filled = _filled_up(images, most, cfg.vision.image_size_px) if most else None
+    return tiled(cfg.vision, Batch(**fields, images=filled))
 
 
-def _filled_up(images: Sequence[Sequence[np.ndarray]], most: int) -> np.ndarray:
+def _filled_up(images: Sequence[Sequence[np.ndarray]], most: int, side_px: int) -> np.ndarray:
     """Each row's images -> (B, I, H, W, 3) with I = most; a missing one is grey, and no token reads it."""
-    shape = next(image.shape for row in images for image in row)
-    missing = np.zeros(shape, np.float32)
+    missing = np.zeros((side_px, side_px, CHANNELS), np.float32)
     return np.stack([np.stack([*row, *[missing] * (most - len(row))]) for row in images])

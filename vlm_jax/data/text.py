@@ -79,8 +79,16 @@ class Tokenizer:
         return self._bpe.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
+        return self._encoding(text).ids
+
+    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """The tokens of a text, and the character at which each begins."""
+        encoding = self._encoding(text)
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
+    def _encoding(self, text: str) -> tokenizers.Encoding:
         try:
-            return self._bpe.encode(text, add_special_tokens=False).ids
+            return self._bpe.encode(text, add_special_tokens=False)
         except TypeError:  # half a character, as a shell hands over bytes that are no UTF-8
             raise ConfigError(f"{text!r} is no text in UTF-8") from None
 
@@ -139,7 +147,7 @@ def pack_row(cfg: Experiment, pairs: Sequence[Pair]) -> Fields:
     pad = cfg.data.special_ids[0]
     row["targets"] = np.append(np.where(same_branch, row["tokens"][1:], pad), pad)
     row["loss_weights"] = np.append(same_branch & answered[1:], False)
-    return _padded(cfg, row, 0, cfg.row_length)
+    return padded(cfg, row, 0, cfg.row_length)
 
 
 def prompt_row(cfg: Experiment, prompt: Sequence[int], images: int = 1, length: int | None = None) -> Fields:
@@ -156,7 +164,7 @@ def prompt_row(cfg: Experiment, prompt: Sequence[int], images: int = 1, length: 
     length = needed if length is None else length
     if needed > length:
         raise ConfigError(f"a prompt takes {needed} tokens with its images, more than the {length} that there are")
-    return _padded(cfg, row, length - needed, length)
+    return padded(cfg, row, length - needed, length)
 
 
 def _segment(cfg: Experiment, trunk: np.ndarray, branches: Sequence[Sequence[int]], images: int) -> Fields:
@@ -176,7 +184,7 @@ def _segment(cfg: Experiment, trunk: np.ndarray, branches: Sequence[Sequence[int
     }
 
 
-def _padded(cfg: Experiment, row: Fields, before: int, length: int) -> Fields:
+def padded(cfg: Experiment, row: Fields, before: int, length: int) -> Fields:
     """The row with `before` empty slots in front and as many behind as `length` asks for."""
     padded, pad = {}, np.int32(cfg.data.special_ids[0])
     for name, values in row.items():

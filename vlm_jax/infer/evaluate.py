@@ -30,8 +30,7 @@ def evaluate(cfg: Experiment, params, tokenizer: Tokenizer) -> dict:
     workdir.try_writing()
     asked = pipeline.questions(cfg, cfg.eval.split, cfg.eval.max_examples)
     answers = answer(cfg, params, tokenizer, asked, asked, "evaluating")
-    half = len(asked) // 2  # far away in a set where the questions about an image stand together
-    blind = answer(cfg, params, tokenizer, asked, asked[half:] + asked[:half], "with shuffled images")
+    blind = answer(cfg, params, tokenizer, asked, strangers(asked), "with shuffled images")
     scores = {
         "split": cfg.eval.split,
         "examples": len(asked),
@@ -45,6 +44,17 @@ def evaluate(cfg: Experiment, params, tokenizer: Tokenizer) -> dict:
     return scores
 
 
+def strangers(asked: list[Question]) -> list[Question]:
+    """For every question another with as many images: the one half of these away, for others ask about its image."""
+    shown = list(asked)
+    for count in {question.image_count for question in asked}:
+        alike = [i for i, question in enumerate(asked) if question.image_count == count]
+        half = len(alike) // 2
+        for i, other in zip(alike, alike[half:] + alike[:half]):
+            shown[i] = asked[other]
+    return shown
+
+
 def answer(
     cfg: Experiment, params, tokenizer: Tokenizer, asked: list[Question], shown: list[Question], label: str
 ) -> list[str]:
@@ -52,14 +62,13 @@ def answer(
     if not sys.stderr.isatty():  # where there is no bar
         print(f"{label}: {len(asked)} questions", flush=True)
     rows = cfg.eval.batch_size
-    length = pipeline.prompt_length(cfg, tokenizer, [question.question for question in asked])
+    length = pipeline.question_length(cfg, tokenizer, asked)
     answers: list[str] = []
     for start in tqdm(range(0, len(asked), rows), desc=label, unit="batch", disable=None):
         chosen = [min(i, len(asked) - 1) for i in range(start, start + rows)]
         prompts = [asked[i].question for i in chosen]
-        batch = pipeline.prompt_batch(
-            cfg, tokenizer, [[normalise(shown[i].image(), cfg.vision)] for i in chosen], prompts, length
-        )
+        images = [[normalise(pixels, cfg.vision) for pixels in shown[i].images()] for i in chosen]
+        batch = pipeline.prompt_batch(cfg, tokenizer, images, prompts, length)
         made = jax.device_get(generate(cfg, params, batch, cfg.eval.max_new_tokens, Decoding(eos=(cfg.data.eos_id,))))
         answers += [tokenizer.decode(ids) for ids in made[: len(asked) - start]]
     return answers

@@ -26,7 +26,9 @@ class Work:
 
     tokens: int
     slots: int  # B*S: tokens and padding
-    examples: int  # questions
+    images: int  # with tiles: tiles
+    image_slots: int  # B*I: images, and slots that no token reads
+    examples: int  # questions, or conversations
     data_wait_seconds: float  # what the loop waited for the batch
 
 
@@ -64,6 +66,7 @@ class Log:
             "step": step,
             **metrics,
             "padding_fraction": 1 - work.tokens / work.slots,  # of this step, as the loss: a run that continues has it
+            "image_padding_fraction": 1 - work.images / work.image_slots if work.image_slots else 0.0,
             "step_seconds": seconds / len(self._work),
             "data_wait_seconds": sum(one.data_wait_seconds for one in self._work) / len(self._work),
             "tokens_per_second": sum(one.tokens for one in self._work) / seconds,

@@ -18,7 +18,7 @@ import numpy as np
 
 from vlm_jax import axes
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.data import pipeline, text
+from vlm_jax.data import pipeline
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.hub import compose
 from vlm_jax.hub.tokenizer import HubTokenizer
@@ -96,9 +96,7 @@ def check_rows(cfg: Experiment, mesh: jax.sharding.Mesh) -> None:
 
 def check_data(cfg: Experiment, tokenizer: Tokenizer, data) -> None:
     """Makes the first batch and measures every question: a mistake must not show in the midst of the training."""
-    text.pack_row(cfg, [pipeline.longest_pair(cfg, tokenizer)])
-    asked = pipeline.questions(cfg, cfg.eval.split, cfg.eval.max_examples)
-    pipeline.prompt_length(cfg, tokenizer, [question.question for question in asked])
+    pipeline.check(cfg, tokenizer)
     first = data.get_state()
     next(data)
     data.set_state(first)
@@ -155,9 +153,10 @@ def run_steps(run: Run, state: State) -> State:
 
 
 def work_of(batch: Batch, data_wait_seconds: float) -> Work:
-    tokens, examples = int(np.sum(batch.segment_ids != PADDING)), int(np.sum(batch.branch_ids.max(axis=1)))
-    processes = jax.process_count()
-    return Work(tokens * processes, batch.tokens.size * processes, examples * processes, data_wait_seconds)
+    tokens, seen = int(np.sum(batch.segment_ids != PADDING)), batch.image_mask.any(axis=1)
+    examples = int(np.sum(np.maximum(batch.segment_ids, batch.branch_ids).max(axis=1)))
+    counts = tokens, batch.tokens.size, int(np.sum(seen)), seen.size, examples
+    return Work(*(count * jax.process_count() for count in counts), data_wait_seconds)
 
 
 def note(run: Run, step: int, metrics: dict, work: Work, place: dict) -> float:

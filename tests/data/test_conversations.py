@@ -1,0 +1,112 @@
+"""Conversations in LLaVA's format: read as they are written, and refused by name where they are not."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from vlm_jax.config import ConfigError, Data
+from vlm_jax.data import conversations
+from vlm_jax.testing import write_conversations
+
+
+def talk(*said, **fields):
+    """A record whose speakers take turns, the human first."""
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
+    return {"id": "talk 7", "conversations": turns, **fields}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """`written(records, name)`: the files field of a Data."""
+
+    def write(records, name="talks.json"):
+        lines = "\n".join(json.dumps(record) for record in records)
+        (tmp_path / name).write_text(lines if name.endswith("l") else json.dumps(records))
+        return (str(tmp_path / name),)
+
+    return write
+
+
+def test_conversations_come_back_in_order_with_their_images(tmp_path):
+    source = conversations.load(write_conversations(tmp_path), "train")
+    talks = json.loads((tmp_path / "talks.json").read_text())
+    assert len(source) == len(talks) == 12
+    for read, record in zip(source, talks, strict=True):
+        assert read.id == record["id"]
+        assert list(read.turns) == [turn["value"] for turn in record["conversations"]]
+        named = record.get("image", [])
+        named = [named] if isinstance(named, str) else named
+        assert [source.image(i) for i in read.images] == [(name, (tmp_path / name).read_bytes()) for name in named]
+    assert source.most_images == 2
+
+
+def test_slices_and_what_is_no_split(tmp_path):
+    data = replace(write_conversations(tmp_path), train_split="train[:75%]")
+    assert len(conversations.load(data, data.train_split)) == 9
+    assert conversations.load(data, "train[75%:]")[0].id == "talk 9"
+    with pytest.raises(ConfigError, match="eval.split 'test' is no split: choose train"):
+        conversations.load(data, "test")
+
+
+def test_an_image_of_many_conversations_is_kept_once(tmp_path):
+    data = write_conversations(tmp_path, count=2)
+    talks = json.loads((tmp_path / "talks.json").read_text())
+    (tmp_path / "talks.json").write_text(json.dumps([*talks, *talks]))
+    source = conversations.load(data, "train")
+    assert [talk.images for talk in source] == [(), (0,)] * 2
+
+
+def test_lines_of_jsonl_and_text_without_any_image(written, tmp_path):
+    files = written([talk("a", "b"), talk("c", "d")], "talks.jsonl")
+    source = conversations.load(Data(source="conversations", files=files, dir=str(tmp_path / "sets")), "train")
+    assert [talk.turns for talk in source] == [("a", "b"), ("c", "d")]
+    assert source.most_images == 0
+
+
+def test_changed_files_are_another_dataset(tmp_path):
+    data = write_conversations(tmp_path, count=3)
+    assert len(conversations.load(data, "train")) == 3
+    write_conversations(tmp_path, count=4)
+    assert len(conversations.load(data, "train")) == 4
+
+
+def test_turns_that_make_no_pair_are_left_out(written):
+    greeted = talk("a", "b", "c")
+    greeted["conversations"].insert(0, {"from": "gpt", "value": "hello"})
+    assert [turns for *_, turns in conversations.read_files(written([greeted]))] == [("a", "b")]
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (talk("<image>\na", "b"), "record 'talk 7' has 0 images and 1 marks <image>"),
+        (talk("<image>\na", "b", image=["x.jpg", "y.jpg"]), "record 'talk 7' has 2 images and 1 marks <image>"),
+        (talk("a", "b", image="x.jpg"), "record 'talk 7' has 1 images and 0 marks <image>"),
+        (talk("a"), "record 'talk 7' has no turn"),
+        (talk("a", 7), "record 'talk 7' is no conversation"),
+        (talk("a", "b", image=3), "record 'talk 7' is no conversation"),
+        ({"id": "talk 7"}, "record 'talk 7' is no conversation"),
+        (
+            {"id": "talk 7", "conversations": [{"from": "human", "value": "a"}] * 2},
+            "record 'talk 7' is no conversation",
+        ),
+        (["talk 7"], "record 0 is no conversation"),
+    ],
+)
+def test_what_is_no_conversation_is_named(written, record, said):
+    files = written([record])
+    with pytest.raises(ConfigError, match=f"{files[0]}: {said}"):
+        list(conversations.read_files(files))
+
+
+def test_bad_files_and_missing_images_are_named_and_nothing_is_prepared(tmp_path):
+    data = write_conversations(tmp_path, count=3)
+    (tmp_path / "2_0.jpg").unlink()
+    with pytest.raises(ConfigError, match=f"data.image_dir {tmp_path} lacks 1 of 3 images, such as 2_0.jpg"):
+        conversations.load(data, "train")
+    for text, said in (("{", "is no JSON"), ("{}", "is no list of conversations"), (None, "cannot read")):
+        file = tmp_path / "talks.json"
+        file.unlink() if text is None else file.write_text(text)
+        with pytest.raises(ConfigError, match=f"data.files: .*{said}"):
+            conversations.load(data, "train")

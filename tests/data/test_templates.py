@@ -1,0 +1,103 @@
+"""The form of a conversation: what stands where, and what is scored."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from vlm_jax.config import ConfigError
+from vlm_jax.data import templates
+from vlm_jax.data.text import EOS, IMAGE, PAD, Tokenizer
+from vlm_jax.structs import NO_IMAGE
+from vlm_jax.testing import tiny
+
+TURNS = ["<image>\nwhat is it?", "a cat", "and <image> here?", "a dog"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["USER: what is it? ASSISTANT: a cat", "and here? a dog"] * 4, 300)
+
+
+def experiment(kind="unified", template="plain", **data):
+    cfg = tiny(kind)
+    return replace(cfg, data=replace(cfg.data, template=template, **data))
+
+
+def pieces(tokenizer, fields):
+    """The text of a conversation with i for an image token and $ for the end, and the part of it that is scored."""
+    marks = {IMAGE: "i", EOS: "$"}
+    text = [marks.get(int(i)) or tokenizer.decode([i]) for i in fields["tokens"]]
+    scored = [piece for piece, is_target in zip(text[1:], fields["loss_weights"]) if is_target]
+    return "".join(text), "".join(scored)
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "scored"),
+    [
+        ("plain", "iiii\nwhat is it?\na cat$and iiii here?\na dog$", "a cat$a dog$"),
+        (
+            "vicuna",
+            "USER: iiii\nwhat is it? ASSISTANT: a cat$USER: and iiii here? ASSISTANT: a dog$",
+            " a cat$ a dog$",
+        ),
+        ("caption", "iiiia cat$iiiia dog$", "a cat$a dog$"),
+    ],
+)
+def test_the_templates_written_out(tokenizer, template, text, scored):
+    fields = templates.encode(experiment(template=template), tokenizer, TURNS)
+    assert pieces(tokenizer, fields) == (text, scored)
+    assert fields["targets"].tolist() == [*fields["tokens"][1:], PAD]
+    assert fields["loss_weights"][-1] == 0
+
+
+@pytest.mark.parametrize(("kind", "slots"), [("unified", 8), ("cross_attention", 0), ("encoder_decoder", 0)])
+def test_images_stand_where_their_marks_are(tokenizer, kind, slots):
+    fields = templates.encode(experiment(kind), tokenizer, TURNS)
+    there = fields["image_slots"] != NO_IMAGE
+    assert fields["image_slots"][there].tolist() == list(range(slots))
+    assert (fields["tokens"][there] == IMAGE).all()
+    assert fields["images_seen"][there].tolist() == [1] * (slots // 2) + [2] * (slots // 2)
+    assert fields["images_seen"][[0, -1]].tolist() == [1, 2]
+
+
+def test_before_a_mark_no_image_is_seen(tokenizer):
+    fields = templates.encode(experiment("cross_attention"), tokenizer, ["look <image> here", "a"])
+    before = len(tokenizer.encode("look "))
+    assert fields["images_seen"].tolist() == [0] * before + [1] * (len(fields["tokens"]) - before)
+
+
+def test_a_conversation_begins_with_its_bos(tokenizer):
+    with_bos = templates.encode(experiment(bos_id=7), tokenizer, TURNS)
+    without = templates.encode(experiment(), tokenizer, TURNS)
+    assert with_bos["tokens"].tolist() == [7, *without["tokens"]]
+    assert with_bos["loss_weights"].tolist() == [0, *without["loss_weights"]]
+
+
+def test_a_bidirectional_prefix_ends_where_the_first_answer_begins(tokenizer):
+    cfg = experiment()
+    cfg = replace(cfg, fusion=replace(cfg.fusion, prefix="bidirectional"))
+    fields = templates.encode(cfg, tokenizer, TURNS)
+    prefix = np.argmax(fields["loss_weights"]) + 1
+    assert fields["block_ids"].tolist() == [1] * prefix + [0] * (len(fields["tokens"]) - prefix)
+
+
+def test_a_prompt_is_the_start_of_its_conversation(tokenizer):
+    cfg = experiment(template="vicuna", bos_id=7)
+    fields = templates.encode(cfg, tokenizer, TURNS[:2])
+    row = templates.prompt_row(cfg, tokenizer, TURNS[0], 1)
+    length = len(row["tokens"])
+    for name in ("tokens", "image_slots"):
+        np.testing.assert_array_equal(row[name], fields[name][:length])
+    assert fields["loss_weights"][length - 1] == 1, "its last token is where the answer is scored from"
+    np.testing.assert_array_equal(row["image_mask"][:, 0], fields["images_seen"][:length] > 0)
+    unmarked = templates.prompt_row(cfg, tokenizer, "what is it?", 1, length + 3)
+    np.testing.assert_array_equal(unmarked["tokens"], [PAD] * 3 + row["tokens"].tolist())
+    assert unmarked["segment_ids"].tolist() == [0] * 3 + [1] * length
+
+
+def test_a_prompt_that_does_not_fit_is_refused(tokenizer):
+    with pytest.raises(ConfigError, match="1 marks <image> for 2 images"):
+        templates.prompt_row(experiment(), tokenizer, "<image> a", 2)
+    with pytest.raises(ConfigError, match="more than the 3 that there are"):
+        templates.prompt_row(experiment(), tokenizer, "<image> a", 1, 3)

@@ -1,0 +1,78 @@
+"""Any TFDS set of questions and answers is read as conversations of one question."""
+
+from dataclasses import replace
+
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from vlm_jax.config import ConfigError, Data, Train
+from vlm_jax.data import pipeline
+from vlm_jax.testing import tiny
+
+
+class SmallVqa(tfds.core.GeneratorBasedBuilder):
+    """Six grey squares; registered with TFDS by being defined."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    code_path = None
+    folder = None
+
+    def _info(self):
+        features = tfds.features.FeaturesDict(
+            {
+                "photo": tfds.features.Image(),
+                "question": tfds.features.Text(),
+                "answer": tfds.features.Text(),
+                "label": tfds.features.ClassLabel(names=["dark", "bright"]),
+            }
+        )
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(6):
+            path = f"{self.folder}/{i}.png"
+            Image.new("RGB", (16, 16), (40 * i,) * 3).save(path)
+            asked = {"question": f"is {i} bright?", "answer": "yes" if i > 2 else "no", "label": int(i > 2)}
+            yield i, {"photo": path, **asked}
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.setattr(SmallVqa, "folder", str(tmp_path))
+    return Data(source="tfds:small_vqa", image_field="photo", dir=str(tmp_path), augment=(), images_per_row=2)
+
+
+def test_rows_are_conversations_of_one_question(data):
+    source = pipeline.conversation_source(data, "train")
+    assert [talk.images for talk in source] == [(i,) for i in range(6)]
+    assert source[4].turns == ("<image>\nis 4 bright?", "yes")
+    cfg = tiny(data=replace(data, text_length=60), train=Train(batch_size=2))
+    batch = next(pipeline.training_iterator(cfg, pipeline.train_tokenizer(cfg)))
+    assert batch.images.shape == (2, 2, 16, 16, 3)
+    assert batch.segment_ids.max() == 2
+
+
+def test_a_class_answers_where_nothing_is_asked_and_text_may_stand_alone(data):
+    classes = replace(data, question_field="", answer_field="label")
+    assert pipeline.conversation_source(classes, "train")[0].turns == ("<image>", "dark")
+    text = replace(data, image_field="")
+    source = pipeline.conversation_source(text, "train[:2]")
+    assert (source[1].turns, source[1].images, source.most_images) == (("is 1 bright?", "no"), (), 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"image_field": "image"}, "data.image_field 'image' is no such feature of small_vqa: choose photo"),
+        ({"question_field": "label"}, "data.question_field 'label' .*: choose question, answer"),
+        ({"answer_field": ""}, "data.answer_field '' .*: choose question, answer, label"),
+        ({"source": "tfds:smal_vqa"}, "data.source tfds:smal_vqa is no dataset of TFDS"),
+    ],
+)
+def test_what_the_dataset_lacks_is_said_with_the_choices(data, change, said):
+    with pytest.raises(ConfigError, match=said):
+        pipeline.conversation_source(replace(data, **change), "train")

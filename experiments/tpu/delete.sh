@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+source "$(dirname "$0")/common.sh"
+source "$TPU/slice.sh"
+USAGE="usage: bash experiments/tpu/delete.sh [--job FILE] [--dry-run] [--help]
+
+Stops the training, which saves, and deletes the TPU and its request: from then on it costs nothing. What is in the
+bucket stays. Where nothing is, nothing happens."
+read_options '' "$@"
+
+state=$(slice_state READY)
+if [[ $state == READY ]]; then
+  on_workers all "if [ -f $WORKER ]; then bash $WORKER stop; fi"
+  run "${SSH[@]}" || echo "the training could not be stopped first: it is continued from its last checkpoint" >&2
+fi
+while [[ $state == SUSPENDING || $state == DELETING ]]; do
+  sleep "$POLL_SECONDS"
+  state=$(slice_state READY)
+done
+if [[ $state == NOT_FOUND ]]; then
+  say "there is no TPU $NAME"
+else
+  run gcloud compute tpus queued-resources delete "$NAME" "${WHERE[@]}" --force --quiet
+  [[ $DRY_RUN ]] || say "$NAME: deleted"
+fi

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# One TPU slice, asked for through a queued resource of the same name: its state, its machines. Sourced, never run.
+
+# on_workers ALL_OR_NUMBER COMMAND: the words of a command that runs COMMAND, a shell line, on machines of the slice.
+on_workers() {
+  SSH=(gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" --worker="$1" --quiet --command="$2")
+}
+
+# request_state ASSUMED: WAITING_FOR_RESOURCES, PROVISIONING, ACTIVE, SUSPENDED, FAILED, ... or NOT_FOUND.
+request_state() {
+  query "$1" gcloud compute tpus queued-resources describe "$NAME" "${WHERE[@]}" --format='value(state.state)'
+}
+
+# slice_state ASSUMED: READY; PREEMPTED, where the machines of a granted request are gone; else the state of the request
+# or, where that is granted, of its machines.
+slice_state() {
+  local state
+  state=$(request_state "${1/READY/ACTIVE}")
+  if [[ $state == ACTIVE ]]; then
+    # A request stays ACTIVE for a while after its machines were taken away.
+    state=$(query "$1" gcloud compute tpus tpu-vm describe "$NAME" "${WHERE[@]}" --format='value(state)')
+    case $state in NOT_FOUND | TERMINATED | STOPPED | STOPPING) state=PREEMPTED ;; esac
+  fi
+  echo "$state"
+}
+
+# training_state ASSUMED: what its machines say of the training, in one word: fresh (to be set up), idle (to be
+# launched), running, resume (stopped by SIGTERM on some machine, or gone with a restart of it), failed, or done.
+training_state() {
+  local said
+  on_workers all "if [ -f $WORKER ]; then bash $WORKER status; else echo training: fresh; fi"
+  said=$(query '' "${SSH[@]}")
+  if [[ $DRY_RUN ]]; then
+    echo "$1"
+    return
+  fi
+  said=$(sed -n 's/^training: //p' <<<"$said" | sort -u | tr '\n' ' ')
+  case " $said" in
+  *" fresh "*) echo fresh ;;
+  # Where one machine is taken away, the others fail for want of it: this comes before failed.
+  *" 75 "* | *" lost "*) echo resume ;;
+  *[1-9]*) echo failed ;;
+  " idle ") echo idle ;;
+  *" idle "*) echo resume ;; # a launch did not reach every machine
+  *" running "*) echo running ;;
+  " 0 ") echo 'done' ;;
+  *)
+    echo "no machine of $NAME says what it does" >&2
+    return 1
+    ;;
+  esac
+}

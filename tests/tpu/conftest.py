@@ -1,0 +1,96 @@
+"""A cloud in a folder: fake `gcloud` and `xpk` first in PATH, and two machines whose system is fake, too."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+TPU = HERE.parents[1] / "experiments" / "tpu"
+TOOLS = ("curl", "sudo", "mountpoint", "gcsfuse", "fusermount", "lsb_release", "kubectl")
+SETTINGS = {"PROJECT": "our-project", "ZONE": "us-west4-a", "BUCKET": "our-bucket", "NAME": "first", "CLUSTER": "ours"}
+
+
+class Cloud:
+    def __init__(self, folder: Path):
+        self.folder, self.bin = folder, folder / "bin"
+        self.bin.mkdir()
+        for name in ("gcloud", "xpk"):
+            self._executable(name, f'#!/bin/sh\nexec "{sys.executable}" -IS "{HERE}/fake_{name}.py" "$@"\n')
+        for name in ("tool", *TOOLS):
+            self._executable(name, (HERE / "stubs" / "tool").read_text())
+        self.write("fake_python.py", (HERE / "fake_python.py").read_text(), self.bin)
+        self.write("ahead", "")
+        self.settings(MOUNT=str(folder / "mount"))
+
+    def _executable(self, name: str, text: str) -> None:
+        self.write(name, text, self.bin).chmod(0o755)
+
+    def write(self, name: str, text: str, folder: Path | None = None) -> Path:
+        path = (folder or self.folder) / name
+        path.write_text(text)
+        return path
+
+    def settings(self, **changed: str) -> None:
+        """The job file: the repository's own, filled in."""
+        self.job = self.folder / "job.env"
+        lines = (TPU / "job.env").read_text() + "\n"
+        lines += "".join(f"{name}={shlex.quote(value)}\n" for name, value in {**SETTINGS, **changed}.items())
+        self.job.write_text(lines)
+
+    def environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "CLOUD": str(self.folder),
+            "TEST_PYTHON": sys.executable,
+            "TMPDIR": str(self.folder),
+            "POLL_SECONDS": "0.05",
+        }
+
+    def start(self, script: str, *options: str) -> subprocess.Popen:
+        command = ["bash", str(TPU / f"{script}.sh"), "--job", str(self.job), *options]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, env=self.environment(), **pipes)
+
+    def run(self, script: str, *options: str) -> subprocess.CompletedProcess:
+        process = self.start(script, *options)
+        said, errors = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, said, errors)
+
+    def do(self, *scripts: str) -> str:
+        """Runs scripts that must end well; what the last one said."""
+        for script in scripts:
+            done = self.run(*script.split())
+            assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def calls(self, *words: str) -> list[list[str]]:
+        """What was called so far, of calls that hold all the words."""
+        file = self.folder / "calls"
+        called = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return [call for call in called if set(words) <= set(call)]
+
+    def starts(self) -> list[str]:
+        file = self.folder / "starts"
+        return file.read_text().splitlines() if file.exists() else []
+
+    def until(self, condition) -> None:
+        for _ in range(400):
+            if condition():
+                return
+            time.sleep(0.05)
+        raise AssertionError("it did not come true")
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    one = Cloud(tmp_path)
+    yield one
+    for group in tmp_path.glob("machines/*/job/group"):  # trainings that a test left running
+        subprocess.run(["kill", "-KILL", "--", f"-{group.read_text().strip()}"], stderr=subprocess.DEVNULL)

@@ -1,0 +1,163 @@
+"""A job from nothing to its end on a fake TPU of two machines: whatever is asked twice happens once."""
+
+import signal
+import subprocess
+
+
+def status(cloud) -> set[str]:
+    said = set()
+    for home in (cloud.folder / "machines").iterdir():
+        command = ["bash", "vlm_jax/experiments/tpu/worker.sh", "status"]
+        environment = {**cloud.environment(), "HOME": str(home)}
+        said.add(subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True).stdout.strip())
+    return said
+
+
+def running(cloud) -> None:
+    cloud.write("outcomes", "long")
+    cloud.do("create", "setup", "launch")
+    cloud.until(lambda: len(cloud.starts()) == 2)
+    assert status(cloud) == {"training: running"}
+
+
+def test_creating_waits_and_a_second_time_does_nothing(cloud):
+    cloud.write("ahead", "WAITING_FOR_RESOURCES WAITING_FOR_RESOURCES PROVISIONING ACTIVE")
+    said = cloud.do("create")
+    assert [line.split(": ")[1] for line in said.splitlines()] == [
+        *("NOT_FOUND", "WAITING_FOR_RESOURCES", "PROVISIONING", "ready")
+    ]
+    cloud.do("create")
+    assert len(cloud.calls("create")) == 1
+
+
+def test_a_slice_that_was_taken_away_is_asked_for_again(cloud):
+    for state in ("SUSPENDED", "FAILED"):
+        cloud.write("request", state)
+        cloud.do("create")
+    cloud.write("node", "PREEMPTED")  # the request is ACTIVE still
+    cloud.do("create")
+    assert len(cloud.calls("create")) == len(cloud.calls("delete")) == 3
+
+
+def test_a_request_that_google_refuses_is_an_error_with_the_reason(cloud):
+    cloud.write("ahead", "FAILED")
+    done = cloud.run("create")
+    assert done.returncode == 1 and "could not grant first" in done.stderr
+    assert "--format=yaml(state)" in cloud.calls()[-1] and len(cloud.calls("create")) == 1
+
+
+def test_an_error_is_not_taken_for_absence(cloud):
+    cloud.write("error", "PERMISSION_DENIED: TPU API has not been used")
+    for script in ("create", "setup", "resume", "delete"):
+        done = cloud.run(script)
+        assert done.returncode == 1 and "PERMISSION_DENIED" in done.stderr
+    assert not cloud.calls("create") and not cloud.calls("delete")
+
+
+def test_launching_twice_starts_one_training(cloud):
+    running(cloud)
+    said = cloud.do("launch")
+    assert said.count("runs already") == 2
+    assert len(cloud.starts()) == 2
+    workdir = f"--config configs/easy_vqa_unified.py --workdir {cloud.folder}/mount/runs/first"
+    assert sorted(cloud.starts()) == [f"{machine} tpu,cpu {workdir}" for machine in "01"]
+    mounts = (cloud.folder / "mounts").read_text().splitlines()
+    assert len(mounts) == 1 and mounts[0].endswith(f"our-bucket {cloud.folder}/mount")
+
+
+def test_the_machines_install_what_the_repository_says(cloud):
+    cloud.do("create", "setup")
+    installed = (cloud.folder / "installed").read_text().splitlines()
+    assert len(installed) == 2
+    assert all(line.endswith("/vlm_jax/requirements.txt jax[tpu]") for line in installed)
+
+
+def test_code_is_not_replaced_under_a_training(cloud):
+    running(cloud)
+    done = cloud.run("setup")
+    assert done.returncode == 2 and "the training of first runs" in done.stderr
+
+
+def test_following_ends_with_the_training(cloud):
+    running(cloud)
+    process = cloud.start("follow", "--all")
+    cloud.until(lambda: cloud.calls("--worker=all", "--command=bash vlm_jax/experiments/tpu/worker.sh follow --names"))
+    for group in (cloud.folder / "machines").glob("*/job/group"):
+        subprocess.run(["kill", "-TERM", "--", f"-{group.read_text().strip()}"], check=True)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 0 and said.count(": step 1") == 2  # after the machine's name
+
+
+def test_deleting_lets_the_training_save_and_a_second_time_does_nothing(cloud):
+    running(cloud)
+    homes = cloud.folder / "machines"
+    cloud.do("delete")
+    assert [(homes / one / "job" / "exit_code").read_text() for one in "01"] == ["75\n", "75\n"]
+    assert not (cloud.folder / "request").exists()
+    assert "there is no TPU first" in cloud.do("delete")
+    assert len(cloud.calls("delete")) == 1
+
+
+def test_a_job_is_brought_to_its_end_through_a_preemption_and_a_restart(cloud):
+    """The TPU is taken away, then SIGTERM alone stops the training, then one machine restarts; at last it is done."""
+    cloud.write("outcomes", "gone 75 long 0")
+    process = cloud.start("resume", "--then-delete")
+    cloud.until(lambda: len(cloud.starts()) == 6)
+    cloud.until(lambda: status(cloud) == {"training: running"})
+    group = (cloud.folder / "machines" / "1" / "job" / "group").read_text().strip()
+    subprocess.run(["kill", "-KILL", "--", f"-{group}"], check=True)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, said + errors
+    assert len(cloud.calls("create")) == 2 and len(cloud.calls("delete")) == 2
+    assert (
+        len(cloud.starts()) == 8 and len({start[2:] for start in cloud.starts()}) == 1
+    )  # all with the same work folder
+    uploads = [call for call in cloud.calls("storage", "cp") if call[-1].startswith("gs://")]
+    assert len(uploads) == 1  # what was preempted goes on with the code it began with
+    assert "training done" in said and not (cloud.folder / "request").exists()
+
+
+def test_a_training_that_fails_stops_the_job_and_shows_why(cloud):
+    cloud.write("outcomes", "1")
+    done = cloud.run("resume")
+    assert done.returncode == 1
+    assert done.stdout.count("error: this is why") == 2 and done.stdout.count("exit code 1") == 2
+    assert "the TPU is still there and costs money: bash experiments/tpu/delete.sh --job" in done.stdout
+    assert len(cloud.starts()) == 2 and not cloud.calls("delete")
+
+
+def test_machines_that_fail_for_want_of_one_that_was_told_to_stop_are_resumed(cloud):
+    """Exit code 75 of one machine outweighs the others' aborts."""
+    cloud.write("outcomes", "75 0")
+    cloud.do("create", "setup", "launch")
+    job = cloud.folder / "machines" / "1" / "job"
+    cloud.until(lambda: (job / "exit_code").exists())
+    (job / "exit_code").write_text("134\n")
+    assert cloud.run("resume").returncode == 0
+    assert len(cloud.starts()) == 4
+
+
+def test_a_step_that_keeps_failing_stops_the_job(cloud):
+    cloud.write("sudo", "#!/bin/sh\necho no disk left >&2; exit 100\n", cloud.bin)
+    done = cloud.run("resume")
+    assert done.returncode == 1 and "setup.sh failed, time 3 of 3" in done.stdout and "no disk left" in done.stderr
+    assert len(cloud.calls("create")) == 1 and not cloud.starts()
+
+
+def test_a_tpu_that_the_user_deletes_is_not_created_again(cloud):
+    cloud.write("outcomes", "long")
+    process = cloud.start("resume")
+    cloud.until(lambda: len(cloud.starts()) == 2)
+    (cloud.folder / "request").unlink()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1 and "was deleted meanwhile" in errors
+    assert len(cloud.calls("create")) == 1
+
+
+def test_watching_again_takes_up_a_job_that_runs(cloud):
+    running(cloud)
+    process = cloud.start("resume")
+    cloud.until(lambda: len(cloud.calls("ssh")) > 5)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert len(cloud.starts()) == 2 and status(cloud) == {"training: running"}

@@ -1,6 +1,7 @@
 """What a run says: one JSON object a logged step, a bar on a terminal and plain lines elsewhere."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -39,6 +40,18 @@ def test_every_so_many_steps_and_the_last_are_written_with_all_fields(workdir):
         assert row["tokens_per_second"] == pytest.approx(100 / row["step_seconds"])
         assert row["examples_per_second"] == pytest.approx(7 / row["step_seconds"])
     assert list(workdir.tensorboard.glob("events.*"))
+
+
+def test_a_row_is_on_the_disk_before_the_next_step(workdir, monkeypatch):
+    synced = []
+
+    def note(file):
+        if os.path.samestat(os.fstat(file), workdir.metrics.stat()):  # TensorBoard's writer syncs, too
+            synced.append(len(rows(workdir)))
+
+    monkeypatch.setattr(os, "fsync", note)
+    take_steps(workdir, 0, 10)
+    assert synced == [1, 2, 3]
 
 
 @pytest.mark.parametrize("left", [b'{"step": 3, "lo', b"\0\0\0\xff\n", b"3\n"])

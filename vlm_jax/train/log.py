@@ -1,6 +1,7 @@
 """What a run says while it trains: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
 
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ class Log:
     def _write(self, row: dict) -> None:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # a mounted bucket shows, and keeps, only what was synced
         for name, value in row.items():
             if name != "step" and value is not None:
                 self._board.add_scalar(f"train/{name}", value, row["step"])

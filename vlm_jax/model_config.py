@@ -31,6 +31,8 @@ class Transformer:
     score_softcap: float = 0.0  # c: attention's scores become c tanh(score / c); 0: they stay
     residual_scale: Literal["none", "vector", "tanh"] = "none"  # of what a sublayer adds: D numbers, or tanh of one
     unroll: int = 1  # blocks (or periods of blocks) laid out per turn of the loop over depth; more: slower to compile
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again: nothing, all but products
+    #   with weights, or everything but the inputs of the blocks
 
     @property
     def num_kv_heads(self) -> int:

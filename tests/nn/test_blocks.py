@@ -138,3 +138,39 @@ def test_a_token_that_reads_no_image_gets_nothing_from_crossing():
     y = run(CFG, blocks, NOT_FUSED, params, X, context)
     np.testing.assert_array_equal(y[~mask], X[~mask])
     assert (np.abs(y - X)[mask].max(-1) > 1e-3).all()
+
+
+def loss_gradients(cfg, blocks, params):
+    def loss(params):
+        return jnp.sum(jnp.sin(Stack(cfg, blocks).apply({"params": params}, X, Context(memory=MEMORY))[0]))
+
+    return jax.value_and_grad(loss)(params)
+
+
+@pytest.mark.parametrize("unroll", [1, 4])
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_is_no_remat(remat, unroll):
+    """The same parameters, loss and gradients."""
+    blocks, again = (CROSSING, PLAIN) * 2, replace(CFG, remat=remat, unroll=unroll)
+    params = random_params(CFG, blocks)
+    assert jax.tree.map(jnp.shape, random_params(again, blocks)) == jax.tree.map(jnp.shape, params)
+    (value, gradients), (plain_value, plain) = (
+        jax.jit(loss_gradients, static_argnums=(0, 1))(cfg, blocks, params) for cfg in (again, CFG)
+    )
+    np.testing.assert_allclose(value, plain_value, rtol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), gradients, plain)
+
+
+def test_remat_takes_less_memory_the_more_it_computes_again():
+    cfg, blocks = replace(CFG, depth=8), (PLAIN,) * 8
+    params = jax.eval_shape(lambda: random_params(cfg, blocks))
+
+    def temporary_bytes(remat):
+        def loss(params, x):
+            return jnp.sum(Stack(replace(cfg, remat=remat), blocks).apply({"params": params}, x, Context())[0])
+
+        step = jax.jit(jax.grad(loss)).lower(params, jax.ShapeDtypeStruct((8, 64, 16), jnp.float32)).compile()
+        return step.memory_analysis().temp_size_in_bytes
+
+    none, dots, full = map(temporary_bytes, ("none", "dots", "full"))
+    assert full < 0.5 * dots < 0.5 * none

@@ -20,8 +20,8 @@ from vlm_jax.nn.models import boxed_params
 
 # Settings that are no matter of the weights, and stay the experiment's.
 KEPT = {
-    "vision": ("checkpoint", "feature_layers", "keep_class_token", "newline_token", "patch_embed", "unroll"),
-    "decoder": ("checkpoint", "unroll"),
+    "vision": ("checkpoint", "feature_layers", "keep_class_token", "newline_token", "patch_embed", "unroll", "remat"),
+    "decoder": ("checkpoint", "unroll", "remat"),
 }
 
 

@@ -22,7 +22,14 @@ ALONG = (  # what is copied as it is, where it is there
     *("preprocessor_config.json", "processor_config.json"),
 )
 OF_5X = ("rope_parameters", "dtype", "transformers_version", "layer_types")  # spellings that 4.x does not know
-NOT_OF_THE_MODEL = ("checkpoint", "unroll", "patch_embed", "image_mean", "image_std")  # equal numbers whatever they say
+NOT_OF_THE_MODEL = (
+    "checkpoint",
+    "unroll",
+    "remat",
+    "patch_embed",
+    "image_mean",
+    "image_std",
+)  # equal numbers whatever they say
 
 
 def export_checkpoint(folder: str | os.PathLike, output: str | os.PathLike, taps: str | None = None) -> str:

@@ -14,6 +14,10 @@ from vlm_jax.structs import Context
 Sublayers = tuple[str, ...]
 ATTENTION = ("self", "cross")
 NOT_FUSED = Fusion(kind="text_only")
+SAVED = {  # by `remat`: what of a block is kept beside its input
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class Block(nn.Module):
@@ -97,15 +101,25 @@ class Period(nn.Module):
 
     @nn.compact
     def __call__(self, carry, context: Context, turn, slides, cache: list):
-        (x, kept), new_cache = carry, []
+        (x, kept), new_cache, block_class = carry, [], self._block_class()
         for i, sublayers in enumerate(self.blocks):
-            block = Block(self.cfg, sublayers, self.fusion, name=f"block_{i}")
+            block = block_class(self.cfg, sublayers, self.fusion, name=f"block_{i}")
             x, block_cache = block(x, context, slides[i], cache[i])
             new_cache.append(block_cache)
             self.sow("intermediates", f"block_{i}_out", x)
             number = turn * len(self.blocks) + i + 1
             kept = [jnp.where(number == layer, x, old) for layer, old in zip(self.wanted, kept)]
         return (x, kept), new_cache
+
+    def _block_class(self):
+        """Each block for itself is computed again (Chen et al. 2016), however many a period has.
+
+        Forward and backward pass are loops of their own, so nothing is shared between them by common subexpressions;
+        the barriers that prevent it are needed only where the loop is laid out.
+        """
+        if self.cfg.remat == "none":
+            return Block
+        return nn.remat(Block, policy=SAVED[self.cfg.remat], prevent_cse=self.cfg.unroll > 1)
 
 
 class Stack(nn.Module):

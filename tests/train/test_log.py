@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from vlm_jax.config import Train
 from vlm_jax.train.log import Log, Work
 from vlm_jax.workdir import Workdir
 
@@ -18,7 +19,7 @@ def workdir(tmp_path):
 
 
 def take_steps(workdir, start, stop, steps=10, every=4):
-    log = Log(workdir, start, steps, every)
+    log = Log(workdir, start, Train(steps=steps, log_every_steps=every), seconds_at_peak=0.25)
     for step in range(start + 1, stop + 1):
         log.step(step, METRICS | {"loss": float(step)}, Work(100, 125, 3, 4, 7, data_wait_seconds=0.5))
     log.close()
@@ -33,7 +34,9 @@ def test_every_so_many_steps_and_the_last_are_written_with_all_fields(workdir):
     assert [(row["step"], row["loss"]) for row in rows(workdir)] == [(4, 4.0), (8, 8.0), (10, 10.0)]
     speeds = {"step_seconds", "data_wait_seconds", "tokens_per_second", "examples_per_second"}
     for row in rows(workdir):
-        assert set(row) == {"step", *METRICS, *speeds, "padding_fraction", "image_padding_fraction", "hbm_peak_bytes"}
+        fractions = {"padding_fraction", "image_padding_fraction", "mfu"}
+        assert set(row) == {"step", *METRICS, *speeds, *fractions, "hbm_peak_bytes"}
+        assert row["mfu"] * row["step_seconds"] == pytest.approx(0.25)
         assert row["padding_fraction"] == pytest.approx(0.2)
         assert row["image_padding_fraction"] == pytest.approx(0.25)
         assert row["data_wait_seconds"] == 0.5

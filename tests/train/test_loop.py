@@ -17,7 +17,7 @@ from vlm_jax.train import loop
 from vlm_jax.workdir import Workdir
 
 SAME = ("step", "loss", "grad_norm", "learning_rate", "padding_fraction", "image_padding_fraction")
-OF_A_MACHINE = ("step_seconds", "data_wait_seconds", "tokens_per_second", "examples_per_second", "hbm_peak_bytes")
+TIMES = ("step_seconds", "data_wait_seconds", "tokens_per_second", "examples_per_second", "mfu")
 
 
 @pytest.fixture(scope="module")
@@ -209,8 +209,9 @@ def test_the_metrics_of_a_step_have_every_field(experiment, monkeypatch):
     cfg = experiment()
     train_until(cfg, 2, monkeypatch)
     row = rows(cfg)[0]
-    assert set(row) == {*SAME, *OF_A_MACHINE}
+    assert set(row) == {*SAME, *TIMES, "hbm_peak_bytes"}
     assert row["hbm_peak_bytes"] is None, "a CPU does not say"
+    assert 0 < row["mfu"] < 1
     assert 0 <= row["data_wait_seconds"] < row["step_seconds"]
     assert row["examples_per_second"] * row["step_seconds"] == pytest.approx(8 * 3)
     tokens = row["tokens_per_second"] * row["step_seconds"]

@@ -50,12 +50,28 @@ def training_iterator(
         source = conversation_source(cfg.data, cfg.data.train_split)
         return iter(packing.batches(cfg, tokenizer, source, slice(process_index, None, process_count)))
     records = Decoded(sources.load(cfg.data, cfg.data.train_split), cfg.vision.image_size_px)
-    rows = grain.MapDataset.source(records).seed(cfg.seed).shuffle().random_map(_row_builder(cfg, tokenizer)).repeat()
+    rows = _shuffled(cfg, records).random_map(_row_builder(cfg, tokenizer)).repeat()
     batches = rows[process_index::process_count].batch(
         cfg.train.batch_size // process_count, drop_remainder=True, batch_fn=functools.partial(_stack, cfg.vision)
     )
     threads = cfg.data.threads
     return iter(batches.to_iter_dataset(grain.ReadOptions(threads, max(threads, cfg.data.prefetch))))
+
+
+def _shuffled(cfg: Experiment, source: Sequence) -> grain.MapDataset:
+    return grain.MapDataset.source(source).seed(cfg.seed).shuffle()
+
+
+def image_ids(cfg: Experiment, state: dict) -> list:
+    """Ids of the images in the batch, of all processes, that `training_iterator` gives after its state was `state`.
+
+    None of packed conversations: a row of theirs is known only once those before it are packed.
+    """
+    if cfg.data.is_conversations:
+        return []
+    records = sources.load(cfg.data, cfg.data.train_split)
+    order, first = _shuffled(cfg, range(len(records))).repeat(), state["next_index"] * cfg.train.batch_size
+    return [records[order[row]].image_id for row in range(first, first + cfg.train.batch_size)]
 
 
 def _row_builder(cfg: Experiment, tokenizer: Tokenizer) -> Callable:

@@ -10,6 +10,7 @@ import jax
 import tensorboardX
 from tqdm import tqdm
 
+from vlm_jax.config import Train
 from vlm_jax.workdir import Workdir, write_whole
 
 
@@ -34,15 +35,18 @@ class Work:
 
 
 class Log:
-    """Sums up the steps since the last logged one, and writes them down every `every` steps."""
+    """Sums up the steps since the last logged one, and writes them down every `train.log_every_steps`.
 
-    def __init__(self, workdir: Workdir, start: int, steps: int, every: int):
+    `seconds_at_peak` is what a step would take at the devices' best; None where that is not known.
+    """
+
+    def __init__(self, workdir: Workdir, start: int, cfg: Train, seconds_at_peak: float | None):
         self._forget_after(workdir, start)
         self._file = open(workdir.metrics, "a")  # noqa: SIM115
         self._board = tensorboardX.SummaryWriter(str(workdir.tensorboard), purge_step=start + 1, flush_secs=10)
         terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True) if terminal else None
-        self._steps, self._every = steps, every
+        self._bar = tqdm(total=cfg.steps, initial=start, unit="step", dynamic_ncols=True) if terminal else None
+        self._steps, self._every, self._seconds_at_peak = cfg.steps, cfg.log_every_steps, seconds_at_peak
         self._begin_window()
 
     def _forget_after(self, workdir: Workdir, start: int) -> None:
@@ -63,15 +67,17 @@ class Log:
         if step % self._every and step != self._steps:
             return
         seconds = time.perf_counter() - self._since
+        step_seconds = seconds / len(self._work)
         row = {
             "step": step,
             **metrics,
             "padding_fraction": 1 - work.tokens / work.slots,  # of this step, as the loss: a run that continues has it
             "image_padding_fraction": 1 - work.images / work.image_slots if work.image_slots else 0.0,
-            "step_seconds": seconds / len(self._work),
+            "step_seconds": step_seconds,
             "data_wait_seconds": sum(one.data_wait_seconds for one in self._work) / len(self._work),
             "tokens_per_second": sum(one.tokens for one in self._work) / seconds,
             "examples_per_second": sum(one.examples for one in self._work) / seconds,
+            "mfu": self._seconds_at_peak and self._seconds_at_peak / step_seconds,  # model FLOPs utilization
             "hbm_peak_bytes": hbm_peak_bytes(),
         }
         self._begin_window()

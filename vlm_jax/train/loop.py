@@ -20,12 +20,14 @@ from vlm_jax import axes
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data import pipeline
 from vlm_jax.data.text import Tokenizer
+from vlm_jax.flops import train_flops
 from vlm_jax.hub import compose
 from vlm_jax.hub.tokenizer import HubTokenizer
 from vlm_jax.structs import PADDING, Batch, State
 from vlm_jax.train import optim, preemption
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.log import Log, Work
+from vlm_jax.train.peak import peak_flops_per_second
 from vlm_jax.train.preemption import Notice, Preempted
 from vlm_jax.train.profile import Profile
 from vlm_jax.train.step import abstract_state, compiled_step, make_state, state_shardings
@@ -66,6 +68,7 @@ def train(cfg: Experiment) -> State:
     tokenizer = tokenizer_of(cfg, workdir)
     data = pipeline.training_iterator(cfg, tokenizer, jax.process_index(), jax.process_count())
     check_data(cfg, tokenizer, data)
+    at_peak = seconds_at_peak(cfg)
     is_main = jax.process_index() == 0  # this one alone writes, but for its share of a checkpoint
     with workdir.locked() if is_main else contextlib.nullcontext(), jax.set_mesh(mesh):
         if is_main:
@@ -75,7 +78,7 @@ def train(cfg: Experiment) -> State:
         notice = Notice(mesh)
         checkpoints = Checkpoints(workdir.checkpoints, cfg.train)
         state, start = begin(cfg, mesh, data, checkpoints)
-        log = Log(workdir, start, cfg.train.steps, cfg.train.log_every_steps) if is_main else None
+        log = Log(workdir, start, cfg.train, at_peak) if is_main else None
         with preemption.handler(notice.note):  # while the checkpoint is awaited, too
             try:
                 return run_steps(Run(cfg, mesh, data, checkpoints, log, notice), state)
@@ -83,6 +86,12 @@ def train(cfg: Experiment) -> State:
                 if log is not None:
                     log.close()
                 checkpoints.close()
+
+
+def seconds_at_peak(cfg: Experiment) -> float | None:
+    """What a step would take if all devices multiplied matrices at their best rate all the time."""
+    peak = peak_flops_per_second("float32")
+    return peak and train_flops(cfg) / peak
 
 
 def check_rows(cfg: Experiment, mesh: jax.sharding.Mesh) -> None:
@@ -139,9 +148,9 @@ def run_steps(run: Run, state: State) -> State:
             profile.before(step)
             state, metrics = step_fn(state, on_device)
             profile.after(step, metrics)
-            stop = run.notice.stop()
             if before is not None:
                 losses.append(note(run, *before))
+            stop = run.notice.stop()
             before = (step, metrics, work_of(batch, waited), place)
             if stop or step % cfg.checkpoint_every_steps == 0 or step == cfg.steps:
                 losses.append(note(run, *before))
@@ -167,7 +176,8 @@ def note(run: Run, step: int, metrics: dict, work: Work, place: dict) -> float:
     for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics[name]):
             raise NotFinite(
-                f"step {step}: the {name} is {metrics[name]}; {first_bad(finite)}. The last checkpoint is kept."
+                f"step {step}: the {name} is {metrics[name]}; {first_bad(finite)}. The last checkpoint is kept. The batch "
+                f"held the images {', '.join(map(str, pipeline.image_ids(run.cfg, place)))}."
             )
     if run.log is not None:
         run.log.step(step, metrics, work)

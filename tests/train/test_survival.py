@@ -1,0 +1,286 @@
+"""A run that is stopped loses nothing, however it is stopped: by a signal, a full disk, or a machine that goes away."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from vlm_jax import axes, cli, config_file
+from vlm_jax.config import ConfigError, Data, Mesh, Optim, Train
+from vlm_jax.data import images as image_files
+from vlm_jax.data import pipeline, sources
+from vlm_jax.testing import tiny
+from vlm_jax.train import loop, preemption
+from vlm_jax.train.checkpoint import Checkpoints, NotSaved
+from vlm_jax.train.step import abstract_state
+from vlm_jax.workdir import Workdir
+
+ROOT = Path(__file__).parents[2]
+SAME = ("step", "loss", "grad_norm", "learning_rate", "padding_fraction")
+
+
+@pytest.fixture
+def experiment(datasets_dir, tmp_path):
+    """`experiment(workdir, **train)`: a tiny one of 8 steps on 40 images, saved after every third."""
+
+    def make(workdir="run", **train):
+        cfg = tiny()
+        return replace(
+            cfg,
+            data=Data(dir=datasets_dir, train_split="train[:40]", questions_per_row=3, text_length=100, augment=()),
+            vision=replace(cfg.vision, image_size_px=64, patch_size_px=16),
+            decoder=replace(cfg.decoder, max_positions=128),
+            train=replace(Train(steps=8, batch_size=8, checkpoint_every_steps=3, log_every_steps=1), **train),
+            optim=Optim(warmup_steps=2),
+            eval=replace(cfg.eval, max_examples=8),
+            workdir=str(tmp_path / workdir),
+        )
+
+    return make
+
+
+def rows(cfg):
+    lines = Workdir(cfg.workdir).metrics.read_text().splitlines()
+    return [[json.loads(line)[key] for key in SAME] for line in lines]
+
+
+def saved_steps(cfg):
+    return sorted(int(path.name) for path in Workdir(cfg.workdir).checkpoints.iterdir() if path.name.isdecimal())
+
+
+def last_state(cfg):
+    checkpoints = Checkpoints(Workdir(cfg.workdir).checkpoints, cfg.train)
+    restored = checkpoints.restore(abstract_state(cfg, axes.make_mesh(Mesh())))
+    checkpoints.close()
+    return restored
+
+
+def assert_same_run(cfg, other):
+    (state, place), (expected, expected_place) = last_state(cfg), last_state(other)
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), state, expected))
+    assert place == expected_place
+    assert rows(cfg) == rows(other)
+
+
+def signals_at(step, monkeypatch, number=1):
+    """SIGTERM comes `number` times while step `step` is written down."""
+    note = loop.note
+
+    def note_then_signal(run, noted, *rest):
+        loss = note(run, noted, *rest)
+        for _ in range(number if noted == step else 0):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    monkeypatch.setattr(loop, "note", note_then_signal)
+
+
+def test_sigterm_saves_the_running_step_and_the_run_continues_bit_for_bit(experiment, monkeypatch):
+    whole, cfg = experiment("whole"), experiment("stopped")
+    loop.train(whole)
+    with monkeypatch.context() as patched:
+        signals_at(4, patched)
+        with pytest.raises(preemption.Preempted, match="after step 5, which is saved"):
+            loop.train(cfg)
+    assert saved_steps(cfg) == [3, 5]
+    loop.train(cfg)
+    assert_same_run(cfg, whole)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_second_sigterm_while_saving_changes_nothing(experiment, monkeypatch):
+    cfg = experiment()
+    save, close = Checkpoints.save, Checkpoints.close
+
+    def signalled(method):
+        def call(self, *arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+            method(self, *arguments)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        signals_at(4, patched, number=2)
+        patched.setattr(Checkpoints, "save", signalled(save))
+        patched.setattr(Checkpoints, "close", signalled(close))
+        with pytest.raises(preemption.Preempted):
+            loop.train(cfg)
+    steps = saved_steps(cfg)
+    state, place = last_state(cfg)
+    assert int(state.step) == steps[-1] == place["next_index"]
+
+
+def test_the_exit_code_of_a_stopped_run_says_resume_me(experiment, tmp_path, monkeypatch, capsys):
+    cfg = experiment()
+    signals_at(2, monkeypatch)
+    monkeypatch.setattr(cli, "experiment", lambda *_, **__: cfg)
+    monkeypatch.setattr(cli, "keep_compiled", lambda cfg: None)
+    assert cli.main(["train"]) == 75
+    assert (
+        capsys.readouterr().err == "stopped by SIGTERM after step 3, which is saved: the same command continues it.\n"
+    )
+
+
+def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_checkpoint(experiment, monkeypatch):
+    cfg = experiment(keep_checkpoints=1)
+    note, limits = loop.note, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_up(run, step, *rest):
+        if step == 4:
+            run.checkpoints._manager.wait_until_finished()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        return note(run, step, *rest)
+
+    try:
+        with monkeypatch.context() as patched, pytest.raises(NotSaved, match="the last whole one is that of step 3"):
+            patched.setattr(loop, "note", fill_up)
+            loop.train(cfg)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert saved_steps(cfg) == [3]
+    assert int(last_state(cfg)[0].step) == 3
+    loop.train(cfg)
+    assert saved_steps(cfg) == [8]
+
+
+def test_a_second_process_in_a_work_folder_is_refused_and_a_dead_one_is_not(experiment):
+    cfg = experiment()
+    holder = (
+        "import sys; from vlm_jax.workdir import Workdir\n"
+        "with Workdir(sys.argv[1]).locked(): print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", holder, cfg.workdir]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigError, match="run is in use: another process trains there"):
+            loop.train(cfg)
+        assert [path.name for path in Path(cfg.workdir).iterdir()] == [".lock"]
+        process.kill()
+    with Workdir(cfg.workdir).locked():
+        pass
+
+
+def test_a_work_folder_in_a_bucket_is_refused(experiment):
+    with pytest.raises(ConfigError, match="workdir gs://bucket/run is an address"):
+        loop.train(replace(experiment(), workdir="gs://bucket/run"))
+
+
+def test_a_trace_of_the_steps_that_were_asked_for(experiment):
+    cfg = experiment(steps=4, profile_steps="2:3")
+    loop.train(cfg)
+    assert list(Workdir(cfg.workdir).profile.rglob("*.xplane.pb"))
+
+
+def test_what_is_not_finite_is_named_with_the_images_of_its_batch(experiment):
+    cfg = replace(experiment(), optim=Optim(learning_rate=1e38, warmup_steps=0))
+    with pytest.raises(loop.NotFinite) as error:
+        loop.train(cfg)
+    said = str(error.value)
+    assert said.startswith("step 2: the loss is nan; the first gradient that is not finite is that of vision (vision/")
+    ids = pipeline.image_ids(cfg, {"next_index": 1})
+    assert said.endswith(f"The batch held the images {', '.join(map(str, ids))}.")
+
+
+def test_the_first_bad_gradient_is_that_of_the_earliest_part_of_the_forward_pass():
+    finite = dict.fromkeys(
+        ["vision/patch_embed/positions", "projector/linear/kernel", "decoder/final_norm/scale"], True
+    )
+    finite |= {"decoder/blocks/layers/block_0/cross/key/kernel": False, "decoder/final_norm/scale": False}
+    assert loop.first_bad(finite | {"decoder/embedding/table": False}) == (
+        "the first gradient that is not finite is that of decoder (decoder/embedding/table), 3 of 5 are not"
+    )
+    assert "projector (projector/linear/kernel)" in loop.first_bad(finite | {"projector/linear/kernel": False})
+
+
+def test_the_ids_of_a_batch_are_those_of_its_images(experiment):
+    cfg = experiment()
+    data = pipeline.training_iterator(cfg, pipeline.train_tokenizer(cfg))
+    by_id = {record.image_id: record for record in sources.load(cfg.data, cfg.data.train_split)}
+    for _ in range(7):  # over the end of the 40 images
+        state = data.get_state()
+        batch = next(data)
+        for image, image_id in zip(batch.images[:, 0], pipeline.image_ids(cfg, state), strict=True):
+            pixels = image_files.fit(image_files.decode(by_id[image_id].image, "image"), 64)
+            assert np.array_equal(image, image_files.normalise(pixels, cfg.vision))
+
+
+def test_the_place_in_the_data_is_the_same_for_any_number_of_processes(experiment):
+    cfg = experiment()
+    tokenizer = pipeline.train_tokenizer(cfg)
+    alone, first, second = (pipeline.training_iterator(cfg, tokenizer, *of) for of in [(0, 1), (0, 2), (1, 2)])
+    for _ in range(3):
+        next(alone), next(first)
+    assert alone.get_state() == first.get_state()
+    second.set_state(alone.get_state())
+    expected, shares = next(alone).tokens, (next(first).tokens, next(second).tokens)
+    assert np.array_equal(np.stack(shares, 1).reshape(expected.shape), expected)
+
+
+def start(cfg):
+    """`run.py` in a process of its own, its output read line by line."""
+    path = Path(cfg.workdir).parent / f"{Path(cfg.workdir).name}.py"
+    path.write_text(
+        "import json\nfrom vlm_jax import config_file\n"
+        f"def get_config(): return config_file.from_json({config_file.to_json(cfg)!r}, 'config')\n"
+    )
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(Path(cfg.workdir).parent / "compiled")}
+    command = [sys.executable, "run.py", "--config", str(path)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def kill_after(process, cfg, step, seconds):
+    """`kill -9` some time after a step was said, wherever it is by then."""
+    for line in process.stdout:
+        if line.startswith(f"step {step}/"):
+            break
+    time.sleep(seconds)
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_a_run_ends_as_one_that_was_not(experiment):
+    steps = {"steps": 40, "checkpoint_every_steps": 1}  # it is saving nearly always
+    whole, cfg = experiment("whole", **steps), experiment("killed", **steps)
+    loop.train(whole)
+    chance = random.Random(0)
+    for step in (3, 9, 15, 21, 27):
+        kill_after(start(cfg), cfg, step, chance.uniform(0, 0.5))
+    process = start(cfg)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "continuing from step" in output
+    assert_same_run(cfg, whole)
+
+
+@pytest.mark.slow
+def test_a_process_that_has_two_sigterms_saves_and_exits_with_75(experiment):
+    whole, cfg = experiment("whole", steps=200), experiment("stopped", steps=200)
+    loop.train(whole)
+    process = start(cfg)
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 75, output
+    assert output.splitlines()[-1].endswith("which is saved: the same command continues it.")
+    process = start(cfg)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert_same_run(cfg, whole)

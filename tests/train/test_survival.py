@@ -143,7 +143,10 @@ def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_checkpoint(experi
         return note(run, step, *rest)
 
     try:
-        with monkeypatch.context() as patched, pytest.raises(NotSaved, match="the last whole one is that of step 3"):
+        with (
+            monkeypatch.context() as patched,
+            pytest.raises(NotSaved, match="the last whole checkpoint is that of step 3"),
+        ):
             patched.setattr(loop, "note", fill_up)
             loop.train(cfg)
     finally:

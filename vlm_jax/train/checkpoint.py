@@ -88,12 +88,13 @@ class Checkpoints:
             yield
         except Exception as error:  # whatever a full disk makes the writers raise
             raise NotSaved(
-                f"a checkpoint could not be written to {self._path} ({_first_line(error)}); {self._last_whole()}."
+                f"a checkpoint could not be written to {self._path} ({_first_line(error)}); {self.last_whole()}."
             ) from error
 
-    def _last_whole(self) -> str:
+    def last_whole(self) -> str:
+        """Says which there is to continue from."""
         steps = [int(path.name) for path in self._path.glob("*") if path.name.isdecimal()]
-        return f"the last whole one is that of step {max(steps)}" if steps else "there is none before it"
+        return f"the last whole checkpoint is that of step {max(steps)}" if steps else "there is no checkpoint"
 
 
 def _kept(cfg: Train):

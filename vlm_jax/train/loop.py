@@ -25,7 +25,7 @@ from vlm_jax.hub import compose
 from vlm_jax.hub.tokenizer import HubTokenizer
 from vlm_jax.structs import PADDING, Batch, State
 from vlm_jax.train import optim, preemption
-from vlm_jax.train.checkpoint import Checkpoints
+from vlm_jax.train.checkpoint import Checkpoints, NotSaved
 from vlm_jax.train.log import Log, Work
 from vlm_jax.train.peak import peak_flops_per_second
 from vlm_jax.train.preemption import Notice, Preempted
@@ -80,12 +80,27 @@ def train(cfg: Experiment) -> State:
         state, start = begin(cfg, mesh, data, checkpoints)
         log = Log(workdir, start, cfg.train, at_peak) if is_main else None
         with preemption.handler(notice.note):  # while the checkpoint is awaited, too
-            try:
+            with closing(log, checkpoints):
                 return run_steps(Run(cfg, mesh, data, checkpoints, log, notice), state)
-            finally:
-                if log is not None:
-                    log.close()
-                checkpoints.close()
+
+
+@contextlib.contextmanager
+def closing(log: Log | None, checkpoints: Checkpoints):
+    """Closes both; what stopped the run is what is said, whatever else a full disk makes of the closing."""
+    try:
+        yield
+        if log is not None:
+            log.close()
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            if log is not None:
+                log.close()
+        with contextlib.suppress(NotSaved):
+            checkpoints.close()
+        if isinstance(error, OSError):
+            raise NotSaved(f"the run cannot go on ({error}); {checkpoints.last_whole()}.") from error
+        raise
+    checkpoints.close()
 
 
 def seconds_at_peak(cfg: Experiment) -> float | None:
@@ -176,8 +191,8 @@ def note(run: Run, step: int, metrics: dict, work: Work, place: dict) -> float:
     for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics[name]):
             raise NotFinite(
-                f"step {step}: the {name} is {metrics[name]}; {first_bad(finite)}. The last checkpoint is kept. The batch "
-                f"held the images {', '.join(map(str, pipeline.image_ids(run.cfg, place)))}."
+                f"step {step}: the {name} is {metrics[name]}; {first_bad(finite)}. The last checkpoint is "
+                f"kept. The batch held the images {', '.join(map(str, pipeline.image_ids(run.cfg, place)))}."
             )
     if run.log is not None:
         run.log.step(step, metrics, work)

@@ -86,6 +86,14 @@ MISTAKES = {
         ["optim.learning_rate is inf: it must be a finite number"],
     ),
     "a value that is too small": (["--config", CONFIG, "--train.steps", "0"], ["train.steps is 0", "at least 1"]),
+    "steps that are no range": (
+        ["--config", CONFIG, "--train.profile-steps", "13:10"],
+        ["train.profile_steps '13:10' is no range of steps", "10:13"],
+    ),
+    "steps that never come": (
+        ["--config", CONFIG, "--train.steps", "9", "--train.profile-steps", "8:10"],
+        ["train.profile_steps 8:10 ends after train.steps 9"],
+    ),
     "values that do not fit": (
         ["--config", CONFIG, "--vision.patch-size-px", "7"],
         ["vision.image_size_px 64", "vision.patch_size_px 7"],

@@ -79,9 +79,8 @@ def train(cfg: Experiment) -> State:
         checkpoints = Checkpoints(workdir.checkpoints, cfg.train)
         state, start = begin(cfg, mesh, data, checkpoints)
         log = Log(workdir, start, cfg.train, at_peak) if is_main else None
-        with preemption.handler(notice.note):  # while the checkpoint is awaited, too
-            with closing(log, checkpoints):
-                return run_steps(Run(cfg, mesh, data, checkpoints, log, notice), state)
+        with preemption.handler(notice.note), closing(log, checkpoints):  # while a checkpoint is awaited, too
+            return run_steps(Run(cfg, mesh, data, checkpoints, log, notice), state)
 
 
 @contextlib.contextmanager

@@ -189,9 +189,10 @@ def note(run: Run, step: int, metrics: dict, work: Work, place: dict) -> float:
     metrics = {name: float(value) for name, value in metrics.items()}
     for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics[name]):
+            ids = ", ".join(map(str, pipeline.image_ids(run.cfg, place)))
             raise NotFinite(
-                f"step {step}: the {name} is {metrics[name]}; {first_bad(finite)}. The last checkpoint is "
-                f"kept. The batch held the images {', '.join(map(str, pipeline.image_ids(run.cfg, place)))}."
+                f"step {step}: the {name} is {metrics[name]}; {first_bad(finite)}. The last checkpoint is kept."
+                + (f" The batch held the images {ids}." if ids else "")
             )
     if run.log is not None:
         run.log.step(step, metrics, work)

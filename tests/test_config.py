@@ -156,6 +156,8 @@ def test_overrides_are_typed():
     arguments = ["--fusion.kind", "cross_attention", "--fusion.cross-layers", "0", "1", "--optim.learning_rate", "1e-4"]
     arguments += ["--vision.tile-layouts", "1", "1", "1", "2"]
     cfg = config_file.override(tiny(), arguments, "test")
+    cfg = config_file.override(cfg, ["--eval.split", "", "--data.files", "a.json", "b.json"], "test")
+    assert (cfg.eval.split, cfg.data.files) == ("", ("a.json", "b.json"))
     assert cfg.fusion == Fusion("cross_attention", cross_layers=(0, 1))
     assert cfg.optim.learning_rate == 1e-4
     assert cfg.vision.tile_layouts == ((1, 1), (1, 2))
@@ -203,6 +205,16 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
     ({"fusion_cross_layers": (1,)}, r"fusion.cross_layers \(1,\) is of fusion.kind cross_attention"),
     ({"fusion_kind": "encoder_decoder", "fusion_gated": False}, "fusion.gated False .* fusion.kind encoder_decoder"),
     ({"optim_rate_scale": RateScale(0, 0, 0, 0)}, "optim.rate_scale is 0 for vision, .*: nothing would learn"),
+    ({"data_source": "conversations"}, "data.source conversations needs data.files"),
+    ({"data_files": ("a.json",)}, "data.files is of data.source conversations, not of easy_vqa"),
+    ({"data_image_dir": "a"}, "data.image_dir is of data.source conversations, not of easy_vqa"),
+    ({"data_source": "tfds:vqa", "data_augment": ("mirror",)}, "data.augment mirror .* data.source tfds:vqa .* untrue"),
+    ({"data_images_per_row": 2}, "data.images_per_row 2 is of conversations: with data.source easy_vqa .* one"),
+    ({"data_source": "tfds:vqa", "fusion_blind_rows": "read_all"}, "fusion.blind_rows read_all .* other conversations"),
+    (
+        {"data_source": "tfds:vqa", "data_images_per_row": 3, "decoder_max_positions": 35},
+        "decoder.max_positions 35 has no room for the 12 image tokens .* at least 36",
+    ),
     ({"decoder_max_positions": 27}, "decoder.max_positions 27 .* data.text_length 24: it must be at least 28"),
 ]
 

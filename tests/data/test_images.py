@@ -113,3 +113,14 @@ def test_a_shift_moves_what_stands_on_a_plain_background_to_every_place_and_neve
 def test_a_shift_leaves_an_image_without_a_plain_border_as_it_is():
     seen = images.augment(PICTURE, ("shift",), np.random.default_rng(0))
     np.testing.assert_array_equal(seen, PICTURE)
+
+
+@pytest.mark.parametrize(("side", "exact"), [(48, True), (128, False)])
+def test_a_large_jpeg_is_decoded_smaller_and_hardly_differs(side, exact):
+    smooth = Image.fromarray(RNG.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    smooth.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+    whole, fast = images.decode(buffer.getvalue()), images.decode(buffer.getvalue(), needed_px=16)
+    assert fast.size == ((side, side) if exact else (side // 4, side // 4))
+    difference = np.abs(images.fit(whole, 16).astype(int) - images.fit(fast, 16))
+    assert difference.max() == 0 if exact else 0 < difference.mean() < 4

@@ -10,6 +10,7 @@ from PIL import Image
 
 from vlm_jax.config import ConfigError, Data, Experiment, Fusion, Train
 from vlm_jax.data import pipeline, sources, text
+from vlm_jax.testing import tiny, write_conversations
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +169,21 @@ def test_a_batch_of_text_alone_has_no_images(cfg, tokenizer):
     batch = pipeline.prompt_batch(cfg, tokenizer, [[], []], ["red?", "is it?"])
     assert batch.images is None
     assert batch.image_mask.shape == (*batch.tokens.shape, 0)
+
+
+def test_the_first_question_of_a_conversation_is_evaluated_with_its_images(tmp_path):
+    cfg = tiny(data=write_conversations(tmp_path))
+    asked = pipeline.questions(cfg, "train")
+    assert [question.image_count for question in asked] == [0, 1, 2] * 4
+    assert [len(question.images()) for question in asked[:3]] == [0, 1, 2]
+    assert asked[2].question.startswith("<image>\n<image>\nwhat do you see")
+    assert asked[0].answer == "no image"
+    assert pipeline.questions(cfg, "train", limit=2) == asked[:2]
+    tokenizer = pipeline.train_tokenizer(cfg)
+    length = pipeline.question_length(cfg, tokenizer, asked[:3])
+    for question in asked[:3]:
+        pixels = [picture.astype(np.float32) for picture in question.images()]
+        batch = pipeline.prompt_batch(cfg, tokenizer, [pixels], [question.question], length)
+        assert batch.tokens.shape == (1, length)
+        assert batch.images.shape == (1, 3, 16, 16, 3), "of one shape, to be compiled once"
+        assert batch.image_mask[0, -1].sum() == question.image_count

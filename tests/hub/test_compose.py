@@ -125,6 +125,7 @@ def test_pixels_and_special_tokens_are_the_checkpoints(folders):
     llama = composed(folders, "clip", "llama", "unified")
     _, image, _, eos = llama.data.special_ids
     assert image != eos  # it has special tokens to spare
+    assert llama.data.bos_id == HubTokenizer.load(folders["llama"]).bos_id
     assert random_batch(llama).image_slots.max() == 15
 
 

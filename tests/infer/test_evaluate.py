@@ -135,7 +135,7 @@ def said_image_and_question(monkeypatch, tokenizer):
 def test_every_question_is_asked_about_the_image_that_is_shown(count, cfg, asked, tokenizer, said_image_and_question):
     shown = asked[::-1][:count]
     answers = evaluate.answer(cfg, None, tokenizer, asked[:count], shown, "evaluating")
-    assert answers == [f"{there.image_id} {here.question}\n" for here, there in zip(asked, shown)]
+    assert answers == [f"{there.image_id} {here.question}" for here, there in zip(asked, shown)]
     assert len(said_image_and_question) == 1, "batches of several shapes are compiled several times"
 
 
@@ -160,3 +160,11 @@ def test_shuffled_images_are_those_of_other_records(cfg, datasets_dir, monkeypat
     assert all(here == there for here, there in seen["evaluating"])
     assert all(here != there for here, there in seen["with shuffled images"])
     assert sorted(there for _, there in seen["with shuffled images"]) == [here for here, _ in seen["evaluating"]]
+
+
+def test_a_question_is_asked_about_the_images_of_another_with_as_many():
+    asked = [Question(i, "", "", "", list, image_count=count) for i, count in enumerate([0, 1, 2, 1, 2, 1, 1, 2])]
+    shown = evaluate.strangers(asked)
+    assert [question.image_count for question in shown] == [question.image_count for question in asked]
+    assert sorted(question.image_id for question in shown) == list(range(8))
+    assert [i for i, question in enumerate(shown) if question.image_id == i] == [0], "it is alone with no image"

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from vlm_jax import axes
-from vlm_jax.config import ConfigError, Data, Mesh, Optim, Train
+from vlm_jax.config import ConfigError, Data, Eval, Mesh, Optim, Train
 from vlm_jax.data import pipeline
-from vlm_jax.testing import variants
+from vlm_jax.testing import tiny, variants, write_conversations
 from vlm_jax.train import loop
 from vlm_jax.workdir import Workdir
 
@@ -120,6 +120,17 @@ def test_stopped_and_continued_is_never_stopped_bit_for_bit(name, finished, caps
     assert [[row[key] for key in SAME] for row in rows(cfg)] == [[row[key] for key in SAME] for row in expected_rows]
     assert [row["step"] for row in rows(cfg)] == [1, 2, 3, 4, 5, 6]
     assert len({row["loss"] for row in rows(cfg)}) == 6
+
+
+def test_a_run_on_conversations_continues_bit_for_bit(tmp_path):
+    cfg = replace(tiny(data=write_conversations(tmp_path)), eval=Eval(split=""), workdir=str(tmp_path / "run"))
+    cfg = replace(cfg, decoder=replace(cfg.decoder, max_positions=128))
+    expected = loop.train(cfg)
+    before = rows(cfg)
+    assert before[0]["examples_per_second"] * before[0]["step_seconds"] > 8 * 1.5, "a row holds some conversations"
+    shutil.rmtree(Workdir(cfg.workdir).checkpoints / "4")
+    assert_equal(loop.train(cfg), expected)
+    assert [[row[key] for key in SAME] for row in rows(cfg)] == [[row[key] for key in SAME] for row in before]
 
 
 def test_an_interrupted_run_has_its_last_checkpoint_and_continues_bit_for_bit(experiment, whole, monkeypatch, capsys):

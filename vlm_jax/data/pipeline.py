@@ -176,7 +176,7 @@ def _first_questions(cfg: Experiment, split: str, limit: int) -> list[Question]:
         asked, said = talk.turns[:2]
         shown = talk.images[: asked.count(conversations.MARK)]
         images = functools.partial(_images, read, shown)
-        found.append(Question(talk.id, asked, said, "conversation", images, len(shown)))
+        found.append(Question(talk.id, asked, said.strip(), "conversation", images, len(shown)))
     return found
 
 

@@ -45,4 +45,4 @@ def ask(cfg: Experiment, files: list[str], prompts: list[str]) -> list[tuple[str
     images, asked = [[pixels[i]] for i, _ in pairs], [prompt for _, prompt in pairs]
     batch = pipeline.prompt_batch(cfg, tokenizer, images, asked, pipeline.prompt_length(cfg, tokenizer, prompts))
     made = jax.device_get(generate(cfg, params, batch, cfg.eval.max_new_tokens, Decoding(eos=(cfg.data.eos_id,))))
-    return [(files[i], prompt, tokenizer.decode(ids)) for (i, prompt), ids in zip(pairs, made)]
+    return [(files[i], prompt, tokenizer.decode(ids).strip()) for (i, prompt), ids in zip(pairs, made)]

@@ -70,7 +70,9 @@ def answer(
         images = [[normalise(pixels, cfg.vision) for pixels in shown[i].images()] for i in chosen]
         batch = pipeline.prompt_batch(cfg, tokenizer, images, prompts, length)
         made = jax.device_get(generate(cfg, params, batch, cfg.eval.max_new_tokens, Decoding(eos=(cfg.data.eos_id,))))
-        answers += [tokenizer.decode(ids) for ids in made[: len(asked) - start]]
+        answers += [
+            tokenizer.decode(ids).strip() for ids in made[: len(asked) - start]
+        ]  # a template may begin with a space
     return answers
 
 

@@ -20,7 +20,7 @@ delete_request() {
   run gcloud compute tpus queued-resources delete "$NAME" "${WHERE[@]}" --force --quiet
 }
 
-last='' asked='' assumed=NOT_FOUND
+last='' asked='' may_ask=1 assumed=NOT_FOUND
 while true; do
   state=$(slice_state "$assumed")
   [[ $state != READY ]] || break
@@ -28,9 +28,9 @@ while true; do
   last=$state
   case $state in
   NOT_FOUND)
-    [[ -z $asked ]] || fail "$NAME was deleted while it was waited for."
+    [[ $may_ask ]] || fail "$NAME was deleted while it was waited for."
     request
-    asked=1 assumed=READY
+    asked=1 may_ask='' assumed=READY
     ;;
   FAILED)
     if [[ $asked ]]; then
@@ -39,12 +39,17 @@ while true; do
       exit 1
     fi
     delete_request
+    may_ask=1
     ;;
   SUSPENDED | PREEMPTED)
     delete_request
-    asked=''
+    asked='' may_ask=1
     ;;
-  *) sleep "$POLL_SECONDS" ;;
+  DELETING) sleep "$POLL_SECONDS" ;;
+  *)
+    may_ask=''
+    sleep "$POLL_SECONDS"
+    ;;
   esac
 done
 [[ $DRY_RUN ]] || say "$NAME: ready"

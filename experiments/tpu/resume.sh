@@ -71,6 +71,7 @@ while true; do
     echo "error: the TPU $NAME was deleted meanwhile; its run is in gs://$BUCKET/runs/$NAME." >&2
     exit 1
     ;;
+  DELETING) ;; # by the user: it is not asked for again
   *)
     say "$NAME: $state"
     step create.sh

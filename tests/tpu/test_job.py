@@ -148,10 +148,29 @@ def test_a_tpu_that_the_user_deletes_is_not_created_again(cloud):
     cloud.write("outcomes", "long")
     process = cloud.start("resume")
     cloud.until(lambda: len(cloud.starts()) == 2)
-    (cloud.folder / "request").unlink()
+    cloud.do("delete")
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1 and "was deleted meanwhile" in errors
     assert len(cloud.calls("create")) == 1
+
+
+def test_a_request_that_the_user_deletes_is_not_made_again(cloud):
+    for script in ("create", "resume"):
+        cloud.write("request", "WAITING_FOR_RESOURCES")
+        before = len(cloud.calls())
+        process = cloud.start(script)
+        cloud.until(lambda: len(cloud.calls()) > before + 2)  # noqa: B023
+        cloud.do("delete")
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode and "first was deleted" in errors
+    assert not cloud.calls("create")
+
+
+def test_a_request_that_google_refuses_three_times_stops_the_job(cloud):
+    cloud.write("ahead", " ".join(["FAILED"] * 20))
+    done = cloud.run("resume")
+    assert done.returncode == 1 and "create.sh failed, time 3 of 3" in done.stdout
+    assert len(cloud.calls("create")) == 3
 
 
 def test_watching_again_takes_up_a_job_that_runs(cloud):

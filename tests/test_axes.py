@@ -134,3 +134,26 @@ def test_a_platform_that_is_not_there_is_refused_in_a_sentence(monkeypatch):
 def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_its_fields(sizes):
     with pytest.raises(ConfigError, match="mesh.data x mesh.fsdp x mesh.tensor .* 8 device"):
         mesh(*sizes)
+
+
+@pytest.mark.parametrize("vocab", [12, 13], ids=["a split vocabulary", "one that does not divide"])
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2), (4, 2, 1)])
+def test_a_lookup_over_the_mesh_is_take_and_so_is_its_gradient(sizes, vocab):
+    rng, shape = np.random.default_rng(0), mesh(*sizes)
+    table, ids = jnp.asarray(rng.normal(size=(vocab, 8)), jnp.float32), jnp.asarray(rng.integers(0, vocab, (8, 5)))
+    weights = jnp.asarray(rng.normal(size=(8, 5, 8)), jnp.float32)
+
+    def compiled(lookup):
+        total = jax.jit(jax.value_and_grad(lambda table, ids: jnp.sum(lookup(table, ids) * weights)))
+        return total(table, jax.device_put(ids, axes.row_sharding(shape)))
+
+    with jax.set_mesh(shape):
+        found = compiled(axes.lookup)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), found, compiled(lambda t, i: t[i])
+    )
+
+
+def test_a_single_row_is_looked_up_on_a_mesh_that_does_not_divide_it():
+    with jax.set_mesh(mesh(4, 2, 1)):
+        np.testing.assert_array_equal(axes.lookup(jnp.eye(4), jnp.array([[2, 1]])), np.eye(4)[[[2, 1]]])

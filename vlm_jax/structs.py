@@ -72,7 +72,7 @@ class Cache:
     branch_ids: jax.Array  # (B, T)
     positions: jax.Array  # (B, T)
     block_ids: jax.Array | None  # (B, T)
-    layers: Any  # per block of the repeating period and sublayer: keys and values (L, B, T, K, H)
+    layers: Any  # per block of the repeating period and sublayer: keys and values (L, B, K, T, H)
     seen: Stream | None = None  # what was read, slot by slot, without memory: for a RoPE that may turn it all anew
 
 

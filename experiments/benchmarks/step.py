@@ -9,12 +9,11 @@ of its turns, its ratio the median over the turns of its time to that of the ste
 """
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
+
+import turns
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -67,53 +66,17 @@ def main() -> None:
             print(f"{name:<40}{middle:>16.4f}{ratio:>8.2f}{min(ratios):>8.2f}{max(ratios):>9.2f}", flush=True)
 
 
-def measure(config: str, variants: list[str], turns: int, seconds: float) -> dict[str, list[float]]:
+def measure(config: str, variants: list[str], count: int, seconds: float) -> dict[str, list[float]]:
     """Seconds a step of each variant, turn by turn."""
-    servers = {name: Server(config, name) for name in variants}
-    try:
-        times = {name: [] for name in variants}
-        for _ in range(turns):
-            for name, server in servers.items():
-                times[name].append(server.seconds_per_step(seconds))
-        return times
-    finally:
-        for server in servers.values():
-            server.close()
-
-
-class Server:
-    """The process of a variant; it has compiled its step when this returns, and rests until it is asked."""
-
-    def __init__(self, config: str, variant: str):
-        pages = f"glibc.malloc.hugetlb={int(variant != 'small pages')}"
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, "--config", config, "--serve", variant],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"GLIBC_TUNABLES": pages},
-        )
-        self._answer()
-
-    def _answer(self) -> float:
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("a variant's process ended: what it said is above")
-        return float(line)
-
-    def seconds_per_step(self, seconds: float) -> float:
-        self._process.stdin.write(f"{seconds}\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+    servers = {}
+    for name in variants:
+        pages = {"GLIBC_TUNABLES": f"glibc.malloc.hugetlb={int(name != 'small pages')}"}
+        servers[name] = turns.Server("--config", config, "--serve", name, env=pages)
+    answers = turns.take_turns(servers, count, seconds)
+    return {name: [answer["seconds"] for answer in found] for name, found in answers.items()}
 
 
 def serve(config: str, variant: str) -> None:
-    """Says 0 when the step is compiled; then, for every line with a number of seconds, the seconds a step took."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever else is said must not look like an answer
     for change in VARIANTS[variant]:
         change()
     import jax
@@ -124,14 +87,8 @@ def serve(config: str, variant: str) -> None:
 
     cfg = config_file.load(config)
     side = Side(cfg, pipeline.train_tokenizer(cfg))
-    print(0, file=answers, flush=True)
     with jax.set_mesh(side.mesh):
-        for line in sys.stdin:
-            begun, steps = time.perf_counter(), 0
-            while steps < 2 or time.perf_counter() - begun < float(line):
-                side.take_step()
-                steps += 1
-            print((time.perf_counter() - begun) / steps, file=answers, flush=True)
+        turns.serve({}, lambda seconds: turns.times(side.take_step, seconds))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,11 @@ def reference(q, k, v, mask):
     return out
 
 
+def heads_first(x):
+    """(B, T, K, H) -> (B, K, T, H), as keys and values are kept."""
+    return jnp.swapaxes(x, 1, 2)
+
+
 def masks(rows, queries, keys):
     some = RNG.random((rows, 1, queries, keys)) < 0.5
     some[..., 0] = True
@@ -61,7 +66,7 @@ def masks(rows, queries, keys):
 def test_attend_is_softmax_attention_query_by_query(kv_heads, mask):
     q, k, v = random(2, 3, 4, 8), random(2, 5, kv_heads, 8), random(2, 5, kv_heads, 8)
     mask = masks(2, 3, 5)[mask]
-    close(attend(q, k, v, mask), reference(*map(np.asarray, (q, k, v)), mask))
+    close(attend(q, heads_first(k), heads_first(v), mask), reference(*map(np.asarray, (q, k, v)), mask))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -76,13 +81,14 @@ def test_attend_has_the_gradients_of_dot_product_attention(kv_heads, mask):
     q, k, v, dy = random(2, 3, 4, 8), random(2, 5, kv_heads, 8), random(2, 5, kv_heads, 8), random(2, 3, 4, 8)
     mask = masks(2, 3, 5)[mask]
     expected = output_and_gradients(jax.nn.dot_product_attention, q, k, v, mask, dy)
-    for ours, theirs in zip(output_and_gradients(attend, q, k, v, mask, dy), expected):
+    y, *gradients = output_and_gradients(attend, q, heads_first(k), heads_first(v), mask, dy)
+    for ours, theirs in zip((y, gradients[0], *map(heads_first, gradients[1:])), expected):
         close(ours, theirs)
 
 
 def test_a_query_that_sees_nothing_gives_numbers_and_finite_gradients():
     q, mask = random(1, 2, 1, 4), jnp.zeros((1, 1, 2, 2), bool)
-    value, gradient = jax.value_and_grad(lambda q: attend(q, q, q, mask).sum())(q)
+    value, gradient = jax.value_and_grad(lambda q: attend(q, heads_first(q), heads_first(q), mask).sum())(q)
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
 
@@ -106,7 +112,7 @@ def test_the_two_sequences_may_differ_in_length(kv_heads):
     x1, x2 = random(2, 3, 16), random(2, 7, 16)
     y, (k, v) = attention(cfg, random_params(cfg), x1, x2)
     assert y.shape == x1.shape
-    assert k.shape == v.shape == (2, 7, cfg.num_kv_heads, 4)
+    assert k.shape == v.shape == (2, cfg.num_kv_heads, 7, 4)
 
 
 def test_queries_come_from_x_and_keys_and_values_from_the_source():
@@ -138,7 +144,7 @@ def test_tokens_one_by_one_through_a_cache_are_all_at_once():
     cfg, x = replace(CFG, kv_heads=2), random(2, 5, 16)
     params, positions = random_params(cfg), jnp.tile(jnp.arange(5), (2, 1))
     whole, _ = attention(cfg, params, x, x, causal(5, 5), rope_tables(positions, cfg))
-    cache, steps = (jnp.zeros((2, 8, 2, 4)),) * 2, []
+    cache, steps = (jnp.zeros((2, 2, 8, 4)),) * 2, []
     for i in range(5):
         rope = rope_tables(positions[:, i : i + 1], cfg)
         token = x[:, i : i + 1]
@@ -162,7 +168,7 @@ def turned(cfg, positions, length=6):
     numbers = np.random.default_rng(1)
     q, k, v = (jnp.asarray(numbers.normal(size=(1, length, 1, 8)), jnp.float32) for _ in range(3))
     rope = rope_tables(positions[None], cfg)
-    return attend(rotate(q, rope), rotate(k, rope), v, None)
+    return attend(rotate(q, rope), heads_first(rotate(k, rope)), heads_first(v), None)
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])

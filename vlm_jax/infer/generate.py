@@ -5,7 +5,7 @@
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -58,25 +58,64 @@ def choose(logits: Float[Array, "B V"], key: jax.Array, how: Decoding) -> Int[Ar
 def begin(cfg: Experiment, params, prompt: Batch, new_tokens: int, how: Decoding, key: jax.Array) -> Progress:
     """Reads the left-padded prompts and makes the first token of each."""
     dtype = params["decoder"]["embedding"]["table"].dtype
-    out = VLM(cfg).apply({"params": params}, prompt, empty_cache(cfg, prompt, new_tokens, dtype))
+    cache = empty_cache(cfg, prompt, new_tokens, dtype)
+    logits, cache = VLM(cfg).apply({"params": params}, prompt, cache, method=VLM.next_logits)
+    if reads_in_place(cfg):
+        cache = cache.replace(layers=lay_out(cache.layers))
     key, now = jax.random.split(key)
-    token = choose(out.logits[:, -1], now, how)
-    return Progress(jnp.int32(1), token, is_end(token, how), out.cache, key)
+    token = choose(logits, now, how)
+    return Progress(jnp.int32(1), token, is_end(token, how), cache, key)
 
 
-def advance(cfg: Experiment, params, last: Batch, progress: Progress, how: Decoding) -> Progress:
-    """One more token; `last` is what the batch says of the prompts' last tokens."""
+def advance(cfg: Experiment, blocks, params, last: Batch, progress: Progress, how: Decoding) -> Progress:
+    """One more token; `blocks` of `decoder_blocks`, `last` is what the batch says of the prompts' last tokens."""
     batch = last.replace(
         tokens=progress.token[:, None],
         positions=last.positions + progress.count,
         image_slots=jnp.full_like(last.image_slots, NO_IMAGE),
         block_ids=None if last.block_ids is None else jnp.zeros_like(last.block_ids),
     )
-    out = VLM(cfg).apply({"params": params}, batch, progress.cache)
+    logits, cache = read(cfg, blocks, params, batch, progress.cache)
     key, now = jax.random.split(progress.key)
-    token = choose(out.logits[:, -1], now, how)
+    token = choose(logits, now, how)
     token = jnp.where(progress.ended, how.eos[0], token) if how.eos else token
-    return Progress(progress.count + 1, token, progress.ended | is_end(token, how), out.cache, key)
+    return Progress(progress.count + 1, token, progress.ended | is_end(token, how), cache, key)
+
+
+def reads_in_place(cfg: Experiment) -> bool:
+    """Whether the blocks are laid out for decoding. A loop over stacked blocks copies each before it is read.
+
+    XLA on the CPU does so, and reading weights is what a token costs there. With longrope, a token may read all again
+    (`Decoder`), which is a branch that takes its weights stacked.
+    """
+    return jax.default_backend() == "cpu" and cfg.decoder.rope.scaling != "longrope"
+
+
+def decoder_blocks(cfg: Experiment, params):
+    """The decoder's blocks as `advance` wants them; where they are laid out it is a copy, made once for all tokens."""
+    blocks = params["decoder"]["blocks"]
+    return lay_out(blocks) if reads_in_place(cfg) else blocks
+
+
+def read(cfg: Experiment, blocks, params, batch: Batch, cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
+    """`VLM.next_logits`; nothing is copied where blocks and cache are laid out: XLA takes the stacks apart again."""
+    apart = reads_in_place(cfg)
+    if apart:
+        cfg = replace(cfg, decoder=replace(cfg.decoder, unroll=cfg.decoder.depth + len(blocks)))
+        blocks, cache = stack(blocks), cache.replace(layers=stack(cache.layers))
+    params = {**params, "decoder": {**params["decoder"], "blocks": blocks}}
+    logits, cache = VLM(cfg).apply({"params": params}, batch, cache, method=VLM.next_logits)
+    return logits, cache.replace(layers=lay_out(cache.layers)) if apart else cache
+
+
+def lay_out(stacked) -> list:
+    """A tree of arrays that are stacked over L -> L trees, every array in a buffer of its own."""
+    turns = len(jax.tree.leaves(stacked)[0])
+    return [jax.tree.map(lambda x, turn=turn: x[turn], stacked) for turn in range(turns)]
+
+
+def stack(layers: list):
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
 
 
 def is_end(token: Int[Array, "B"], how: Decoding) -> Bool[Array, "B"]:
@@ -97,19 +136,20 @@ def generate(
     progress = begin(cfg, params, prompt, new_tokens, how, jax.random.key(0) if key is None else key)
     filler = how.eos[0] if how.eos else 0
     made = jnp.full((len(progress.token), new_tokens), filler, jnp.int32).at[:, 0].set(progress.token)
-    last = last_tokens(prompt)
+    last, blocks = last_tokens(prompt), jax.lax.optimization_barrier(decoder_blocks(cfg, params))
 
     def unfinished(carry):
         return (carry[0].count < new_tokens) & ~carry[0].ended.all()
 
     def one_more(carry):
-        following = advance(cfg, params, last, carry[0], how)
+        following = advance(cfg, blocks, params, last, carry[0], how)
         return following, carry[1].at[:, carry[0].count].set(following.token)
 
     return jax.lax.while_loop(unfinished, one_more, (progress, made))[1]
 
 
 _begin = jax.jit(begin, static_argnames=("cfg", "new_tokens", "how"))
+_decoder_blocks = jax.jit(decoder_blocks, static_argnames="cfg")
 _advance = jax.jit(advance, static_argnames=("cfg", "how"), donate_argnames="progress")
 
 
@@ -118,11 +158,11 @@ def stream(
 ) -> Iterator[Int[np.ndarray, "B"]]:
     """The tokens of `generate`, each as soon as it is made."""
     progress = _begin(cfg, params, prompt, new_tokens, how, jax.random.key(0) if key is None else key)
-    last = last_tokens(prompt)
+    last, blocks = last_tokens(prompt), _decoder_blocks(cfg, params)
     for _ in range(new_tokens - 1):
         token, ended = jax.device_get((progress.token, progress.ended))
         yield token
         if ended.all():
             return
-        progress = _advance(cfg, params, last, progress, how)
+        progress = _advance(cfg, blocks, params, last, progress, how)
     yield jax.device_get(progress.token)

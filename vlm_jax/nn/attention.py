@@ -9,7 +9,7 @@ from vlm_jax import axes
 from vlm_jax.config import Transformer
 from vlm_jax.nn.layers import Dense, Norm, softcap
 
-KeyValue = tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]
+KeyValue = tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]  # as they are cached: a head's keys lie together
 Rope = tuple[Float[Array, "B S R"], Float[Array, "B S R"]]  # cosines and sines
 NEVER = -1e30  # the score of a key that is not seen; finite, so that a row that sees nothing gives no NaN
 
@@ -25,45 +25,52 @@ def rotate(x: Float[Array, "B S N H"], rope: Rope) -> Float[Array, "B S N H"]:
 
 def attend(
     q: Float[Array, "B S N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
     mask: Bool[Array, "#B 1 #S T"] | None,
     scale: float = 0.0,
     cap: float = 0.0,
 ) -> Float[Array, "B S N H"]:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1); key head j serves query heads jN/K .. (j+1)N/K - 1.
 
-    `scale` 0 stands for 1 / sqrt(H); with `cap` c the scores become c tanh(score / c) (Gemma 2).
+    The queries of all heads that share a key head are rows of one product, so that no key is repeated. `scale` 0 stands
+    for 1 / sqrt(H); with `cap` c the scores become c tanh(score / c) (Gemma 2).
     """
-    groups = q.shape[2] // k.shape[2]
-    q = (q * (scale or q.shape[-1] ** -0.5)).swapaxes(1, 2)
-    k, v = (jnp.repeat(x, groups, axis=2).swapaxes(1, 2) if groups > 1 else x.swapaxes(1, 2) for x in (k, v))
+    rows, length, heads, width = q.shape
+    grouped = rows, length, k.shape[1], heads // k.shape[1], width
+    q = (q * (scale or width**-0.5)).reshape(grouped).transpose(0, 2, 3, 1, 4)
+    q, by_group = q.reshape(rows, k.shape[1], -1, width), q.shape
+    if mask is not None and mask.shape[2] > 1:
+        mask = jnp.tile(mask, (1, 1, grouped[3], 1))
     y = _attend_forward(q, k, v, mask, cap)[0] if cap else _attend(q, k, v, mask)
-    return y.swapaxes(1, 2)
+    return y.reshape(by_group).transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, width)
 
 
 @jax.custom_vjp
 def _attend(q, k, v, mask):
-    """(B, N, S, H), (B, N, T, H), (B, N, T, H) -> (B, N, S, H); its own backward pass keeps only the probabilities."""
+    """(B, K, R, H), (B, K, T, H), (B, K, T, H) -> (B, K, R, H), R queries a key head; its backward pass keeps only the
+    probabilities beside its inputs and output."""
     return _attend_forward(q, k, v, mask)[0]
 
 
 def _attend_forward(q, k, v, mask, cap=0.0):
-    scores = softcap(jnp.einsum("bnsh,bnth->bnst", q, k).astype(jnp.float32), cap)
+    scores = softcap(jnp.einsum("bkrh,bkth->bkrt", q, k).astype(jnp.float32), cap)
     if mask is not None:
         scores = jnp.where(mask, scores, NEVER)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bnst,bnth->bnsh", probabilities, v), (q, k, v, probabilities)
+    y = jnp.einsum("bkrt,bkth->bkrh", probabilities, v)
+    return y, (q, k, v, probabilities, y)
 
 
 def _attend_backward(saved, dy):
-    q, k, v, p = saved
+    """Dao et al. 2022 (FlashAttention), section B.2: the sum over dp * p is that over dy * y, which is shorter."""
+    q, k, v, p, y = saved
     dy = jax.lax.optimization_barrier(dy)
-    dv = jnp.einsum("bnst,bnsh->bnth", p, dy)
-    dp = jnp.einsum("bnsh,bnth->bnst", dy, v)
-    ds = p * (dp - jnp.sum(dp * p, axis=-1, keepdims=True))
-    ds = jax.lax.optimization_barrier(ds)
-    return jnp.einsum("bnst,bnth->bnsh", ds, k), jnp.einsum("bnst,bnsh->bnth", ds, q), dv, None
+    total = jnp.sum((dy * y).astype(jnp.float32), axis=-1, keepdims=True).astype(dy.dtype)
+    dv = jnp.einsum("bkrt,bkrh->bkth", p, dy)
+    dp = jnp.einsum("bkrh,bkth->bkrt", dy, v)
+    ds = jax.lax.optimization_barrier(p * (dp - total))
+    return jnp.einsum("bkrt,bkth->bkrh", ds, k), jnp.einsum("bkrt,bkrh->bkth", ds, q), dv, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -97,8 +104,9 @@ class Attention(nn.Module):
         else:
             k, v = self._project(source, "key", "K"), self._project(source, "value", "K")
             k = rotate(k, rope) if rope is not None else k
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
             if cache is not None:
-                k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, index, 1) for old, new in zip(cache, (k, v)))
+                k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, index, 2) for old, new in zip(cache, (k, v)))
         y = attend(q, k, v, mask, cfg.query_scale, cfg.score_softcap)
         out = Dense("N H D", (cfg.heads, cfg.head_width, cfg.width), contract=2, bias=cfg.out_bias, name="out")(y)
         return out, (k, v)

@@ -116,5 +116,5 @@ def empty_layers(cfg: DecoderConfig, fusion: Fusion, rows: int, length: int, dty
     """Zeroed keys and values of `length` slots for every self-attention, stacked as `Stack` wants them."""
     blocks = fusion.sublayers(cfg.depth)
     period = repeating_period(blocks)
-    shape = (len(blocks) // len(period), rows, length, cfg.num_kv_heads, cfg.head_width)
+    shape = (len(blocks) // len(period), rows, cfg.num_kv_heads, length, cfg.head_width)
     return [{"self": (jnp.zeros(shape, dtype),) * 2} if "self" in block else {} for block in period]

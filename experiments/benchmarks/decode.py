@@ -1,0 +1,88 @@
+"""Greedy generation with the 39 M model, ours against transformers' `generate`: milliseconds a token.
+
+    python experiments/benchmarks/decode.py [--rows 1 8] [--turns 7]
+
+Float32, the same weights and prompts (an image of 196 tokens and 16 text tokens a row), 128 new tokens, no token ends a
+text. The time is that of the whole call, prefill included. The tokens of both sides are compared.
+"""
+
+import argparse
+import tempfile
+
+import numpy as np
+import probe
+import turns
+
+from vlm_jax.start import prepare_process
+
+PROMPT_TOKENS, NEW_TOKENS = 16, 128
+
+
+def ours(folder: str, rows: int):
+    import jax
+
+    from vlm_jax.infer.generate import Decoding, generate
+
+    model = probe.Ours.load(folder)
+    batch = model.batch(probe.inputs("llava", rows, PROMPT_TOKENS)).replace(targets=None, loss_weights=None)
+    batch, how = jax.device_put(batch), Decoding()
+    return lambda: np.asarray(generate(model.cfg, model.params, batch, NEW_TOKENS, how))
+
+
+def theirs(folder: str, rows: int):
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    batch = {name: torch.tensor(array) for name, array in probe.inputs("llava", rows, PROMPT_TOKENS).items()}
+    length = batch["input_ids"].shape[1]
+
+    def generate():
+        with torch.inference_mode():
+            made = model.generate(**batch, do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+        return made[:, length:].numpy()
+
+    return generate
+
+
+SIDES = {"vlm_jax": ours, "transformers": theirs}
+
+
+def serve(side: str, folder: str, rows: int) -> None:
+    generate = SIDES[side](folder, rows)
+    first = {"tokens": generate().tolist()}
+    turns.serve(first, lambda seconds: turns.times(generate, seconds))
+
+
+def compare(rows: int, count: int, seconds: float) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        probe.torch_model("llava").save_pretrained(folder)
+        arguments = ("--folder", folder, "--rows", str(rows))
+        servers = {side: turns.Server("--serve", side, *arguments) for side in SIDES}
+        tokens = [np.array(server.first["tokens"]) for server in servers.values()]
+        answers = turns.take_turns(servers, count, seconds)
+    print(f"batch {rows}: {np.mean(tokens[0] == tokens[1]):.1%} of the tokens are the same")
+    for side, found in answers.items():
+        middle, best = (1e3 * x / NEW_TOKENS for x in (turns.middle(found, "seconds"), turns.best(found)))
+        print(f"{side:<16}{middle:>8.2f} ms a token, fastest {best:.2f}")
+    print(f"{'speed, ours over theirs':<28}{turns.speed(*answers.values())}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of every turn, at least")
+    parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.serve:
+        serve(given.serve, given.folder, given.rows[0])
+        return
+    for rows in given.rows:
+        compare(rows, given.turns, given.seconds)
+
+
+if __name__ == "__main__":
+    prepare_process()
+    main()

@@ -15,7 +15,7 @@ FLOW = [
     ["axes", "structs", "limits", "chips"],
     ["validate"],
     ["config_file"],
-    ["workdir"],
+    ["workdir", "distributed"],
     ["data"],
     ["nn"],
     ["hub", "testing"],

@@ -156,6 +156,37 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
+def share_of_rows(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which of so many equal shares of a batch's rows this process holds.
+
+    Processes hold the same share where `tensor` reaches over them.
+
+    Raises:
+      ConfigError: the rows of two processes are neither the same nor apart.
+    """
+    shards = math.prod(mesh.shape[name] for name in ROWS)
+    held: dict[int, set[int]] = {}
+    for device, (rows,) in row_sharding(mesh).devices_indices_map((shards,)).items():
+        held.setdefault(device.process_index, set()).add(rows.start or 0)
+    shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, shares)) != shards or len({len(share) for share in shares}) > 1:
+        raise config.ConfigError(
+            f"mesh.data x mesh.fsdp x mesh.tensor = {' x '.join(map(str, mesh.shape.values()))} cuts rows between "
+            "processes unevenly: mesh.tensor must divide the devices of a process, or be a multiple of them."
+        )
+    return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
+
+
+def place_rows(tree, mesh: Mesh):
+    """Arrays that every process has whole, laid out by rows; where the rows do not divide, whole on every device."""
+
+    def placed(x):
+        spec = _spec([ROWS] + [None] * (x.ndim - 1), x.shape, mesh)
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
+
+    return jax.tree.map(placed, tree)
+
+
 def one_a_device(mesh: Mesh) -> NamedSharding:
     """A vector with one number on every device."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))

@@ -23,7 +23,7 @@ USAGE = """usage: python run.py [VERB] [--config FILE] [--any.field VALUE ...]
 
 python run.py VERB --config FILE --help lists every field with its value."""
 OWN_HELP = ("generate", "verify", "export")  # verbs that explain their options themselves
-OPEN = ("data", "mesh", "eval")  # sections that may change after the training
+OPEN = ("data", "mesh", "distributed", "eval")  # sections that may change after the training
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -95,11 +95,13 @@ def _refuse_another_model(verb: str, cfg: Experiment, asked: Experiment) -> None
 
 def train(arguments: list[str]) -> int:
     cfg = experiment("train", arguments, stored=False)
+    from vlm_jax import distributed
     from vlm_jax.train import loop, preemption
     from vlm_jax.train.checkpoint import NotSaved
 
     try:
         with preemption.handler(preemption.stop_at_once):
+            distributed.start(cfg)
             keep_compiled(cfg)
             loop.train(cfg)
             return _evaluate(cfg)
@@ -121,7 +123,11 @@ def keep_compiled(cfg: Experiment) -> None:
 
 
 def evaluate(arguments: list[str]) -> int:
-    return _evaluate(experiment("eval", arguments, stored=True))
+    cfg = experiment("eval", arguments, stored=True)
+    from vlm_jax import distributed
+
+    distributed.start(cfg)
+    return _evaluate(cfg)
 
 
 def _evaluate(cfg: Experiment) -> int:

@@ -4,6 +4,7 @@ Derived values are properties, so an override on the command line can never leav
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -108,6 +109,12 @@ class Train:
         return range(first, last + 1)
 
 
+def factorizations(number: int) -> list[tuple[int, int, int]]:
+    """Every (a, b, c) whose product is the number, the largest a first."""
+    divisors = [d for d in range(number, 0, -1) if number % d == 0]
+    return [(a, b, number // (a * b)) for a in divisors for b in divisors if number % (a * b) == 0]
+
+
 @dataclass(frozen=True)
 class Mesh:
     data: int = -1  # devices along each axis; -1: what is left
@@ -125,10 +132,45 @@ class Mesh:
         free = axes.count(-1)
         if free <= 1 and known > 0 and devices % known == 0 and (free or known == devices):
             return tuple(devices // known if size == -1 else size for size in axes)
+        choices = [f"{a} x {b} x {c}" for a, b, c in factorizations(devices)]
+        named = f": choose one of {', '.join(choices)}" if len(choices) <= 12 else ""
         raise ConfigError(
             f"mesh.data x mesh.fsdp x mesh.tensor = {' x '.join(map(str, axes))} does not fit {devices} device(s): "
-            f"the three must multiply to {devices}, and at most one may be -1 (what is left)."
+            f"the three must multiply to {devices}, and at most one may be -1 (what is left){named}."
         )
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """Which processes train together; on TPU VMs, GKE and Slurm they know it without these fields."""
+
+    coordinator_address: str = ""  # HOST:PORT at which process 0 awaits the others
+    num_processes: int = 0  # 0: what the cluster says, one process where there is none; 1: this one alone
+    process_id: int = -1  # of this process, from 0; -1: what the cluster says
+    timeout_seconds: int = 300  # how long the processes wait for each other at the start
+
+    def check(self) -> None:
+        """Raises ConfigError for fields that do not fit each other."""
+        address, count, index = self.coordinator_address, self.num_processes, self.process_id
+        if count == 1 and not address and index < 1:
+            return
+        named = {"coordinator_address": bool(address), "num_processes": count > 0, "process_id": index >= 0}
+        missing = [f"distributed.{name}" for name, is_given in named.items() if not is_given]
+        if len(missing) == len(named):
+            return
+        if missing:
+            raise ConfigError(
+                f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: "
+                "distributed.coordinator_address, distributed.num_processes and distributed.process_id are given "
+                "together, or none of them, where the cluster says them."
+            )
+        _, _, port = address.rpartition(":")
+        if not re.fullmatch(r"[^\s/]+:[0-9]{1,5}", address) or not 0 < int(port) < 2**16:
+            raise ConfigError(f"distributed.coordinator_address {address!r} is no HOST:PORT, such as 10.0.0.2:8476.")
+        if index >= count:
+            raise ConfigError(
+                f"distributed.process_id {index} is not among 0 to {count - 1} of distributed.num_processes {count}."
+            )
 
 
 @dataclass(frozen=True)
@@ -149,6 +191,7 @@ class Experiment:
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     mesh: Mesh = field(default_factory=Mesh)
+    distributed: Distributed = field(default_factory=Distributed)
     eval: Eval = field(default_factory=Eval)
     workdir: str = ""  # where the run is kept; empty: runs/<config name>
     seed: int = 0

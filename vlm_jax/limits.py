@@ -54,6 +54,9 @@ AT_LEAST = {
     "train.keep_best": 0,
     "train.keep_every_steps": 0,
     "train.log_every_steps": 1,
+    "distributed.num_processes": 0,
+    "distributed.process_id": -1,
+    "distributed.timeout_seconds": 1,
     "eval.max_examples": 0,
     "eval.batch_size": 1,
     "eval.max_new_tokens": 1,
@@ -65,6 +68,8 @@ AT_MOST = {
     "data.image_px": 448,
     "data.seed": 2**32 - 1,
     "data.prefetch": 10_000,
+    "distributed.num_processes": 2**20,
+    "distributed.timeout_seconds": 86_400,
     "optim.final_fraction": 1,
     "seed": 2**32 - 1,
     # Of models, far above all that were published: a config.json can say anything, and its model is traced at once.

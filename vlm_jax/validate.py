@@ -19,6 +19,7 @@ def validate(cfg: Experiment) -> Experiment:
         _patches(cfg.vision)
     for check in (_data, _drawn, _projector, _fusion, _room, _rates, _profile):
         check(cfg)
+    cfg.distributed.check()
     return cfg
 
 

@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 
 from vlm_jax import config_file
-from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.config import ConfigError, Distributed, Experiment
 
 # Fields that change nothing of what is learnt, but for the order of sums: a run may continue with others.
 FREE = (
     "mesh.",
+    "distributed.",
     "data.dir",
     "data.threads",
     "data.prefetch",
@@ -87,7 +88,8 @@ class Workdir:
         self.check(cfg)
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_whole(self.config, config_file.to_json(cfg))
+            of_any_process = dataclasses.replace(cfg, distributed=Distributed())  # the run may go on with others
+            write_whole(self.config, config_file.to_json(of_any_process))
         except OSError as error:
             raise self._unwritable(error) from None
 

@@ -5,8 +5,10 @@ import sys
 from collections import defaultdict
 
 import jax
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from vlm_jax import axes, distributed
 from vlm_jax.config import Experiment
 from vlm_jax.data import pipeline
 from vlm_jax.data.images import normalise
@@ -18,7 +20,9 @@ from vlm_jax.workdir import Workdir, write_whole
 
 
 def evaluate(cfg: Experiment, params, tokenizer: Tokenizer) -> dict:
-    """Answers the questions of `eval.split`; writes eval.json, predictions.jsonl and samples.png, returns the first.
+    """Answers the questions of `eval.split`, on all processes together, and returns the scores.
+
+    The first process writes them to eval.json, and predictions.jsonl and samples.png.
 
     `exact_match` is the share of answers equal to the expected text; `image_shuffled_exact_match` the same where every
     question is asked about the image of another.
@@ -27,7 +31,9 @@ def evaluate(cfg: Experiment, params, tokenizer: Tokenizer) -> dict:
       ConfigError: the work folder cannot be written, the split does not exist, or an answer has no room.
     """
     workdir = Workdir(cfg.workdir)
-    workdir.try_writing()
+    with distributed.together():
+        if not jax.process_index():
+            workdir.try_writing()
     asked = pipeline.questions(cfg, cfg.eval.split, cfg.eval.max_examples)
     answers = answer(cfg, params, tokenizer, asked, asked, "evaluating")
     blind = answer(cfg, params, tokenizer, asked, strangers(asked), "with shuffled images")
@@ -38,6 +44,8 @@ def evaluate(cfg: Experiment, params, tokenizer: Tokenizer) -> dict:
         "by_type": _by_type(asked, answers),
         "image_shuffled_exact_match": _share(asked, blind),
     }
+    if jax.process_index():
+        return scores
     write_whole(workdir.predictions, "".join(_line(*pair) for pair in zip(asked, answers)))
     draw_samples(workdir.samples, asked, answers)
     write_whole(workdir.eval, json.dumps(scores, indent=2) + "\n")
@@ -63,13 +71,16 @@ def answer(
         print(f"{label}: {len(asked)} questions", flush=True)
     rows = cfg.eval.batch_size
     length = pipeline.question_length(cfg, tokenizer, asked)
+    mesh, how = axes.make_mesh(cfg.mesh), Decoding(eos=(cfg.data.eos_id,))
     answers: list[str] = []
     for start in tqdm(range(0, len(asked), rows), desc=label, unit="batch", disable=None):
         chosen = [min(i, len(asked) - 1) for i in range(start, start + rows)]
         prompts = [asked[i].question for i in chosen]
         images = [[normalise(pixels, cfg.vision) for pixels in shown[i].images()] for i in chosen]
         batch = pipeline.prompt_batch(cfg, tokenizer, images, prompts, length)
-        made = jax.device_get(generate(cfg, params, batch, cfg.eval.max_new_tokens, Decoding(eos=(cfg.data.eos_id,))))
+        with jax.set_mesh(mesh):
+            made = generate(cfg, params, axes.place_rows(batch, mesh), cfg.eval.max_new_tokens, how)
+        made = multihost_utils.process_allgather(made, tiled=True)
         answers += [
             tokenizer.decode(ids).strip() for ids in made[: len(asked) - start]
         ]  # a template may begin with a space

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
-from vlm_jax import axes
+from vlm_jax import axes, distributed
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data import pipeline
 from vlm_jax.data.text import Tokenizer
@@ -61,20 +61,25 @@ def train(cfg: Experiment) -> State:
       Preempted: the process had a SIGTERM; the step that ran then is saved.
     """
     workdir = Workdir(cfg.workdir)
-    workdir.refuse_second()
-    mesh = axes.make_mesh(cfg.mesh)
-    check_rows(cfg, mesh)
-    workdir.check(cfg)
-    tokenizer = tokenizer_of(cfg, workdir)
-    data = pipeline.training_iterator(cfg, tokenizer, jax.process_index(), jax.process_count())
-    check_data(cfg, tokenizer, data)
-    at_peak = seconds_at_peak(cfg)
     is_main = jax.process_index() == 0  # this one alone writes, but for its share of a checkpoint
-    with workdir.locked() if is_main else contextlib.nullcontext(), jax.set_mesh(mesh):
-        if is_main:
-            workdir.open(cfg)
-            if not workdir.tokenizer.exists():
-                tokenizer.save(workdir.tokenizer)
+    with contextlib.ExitStack() as stack:
+        with distributed.together():
+            if is_main:
+                workdir.refuse_second()
+            mesh = axes.make_mesh(cfg.mesh)
+            check_rows(cfg, mesh)
+            workdir.check(cfg)
+            tokenizer = tokenizer_of(cfg, workdir)
+            data = pipeline.training_iterator(cfg, tokenizer, *axes.share_of_rows(mesh))
+            check_data(cfg, tokenizer, data)
+            at_peak = seconds_at_peak(cfg)
+        with distributed.together():
+            if is_main:
+                stack.enter_context(workdir.locked())
+                workdir.open(cfg)
+                if not workdir.tokenizer.exists():
+                    tokenizer.save(workdir.tokenizer)
+        stack.enter_context(jax.set_mesh(mesh))
         notice = Notice(mesh)
         checkpoints = Checkpoints(workdir.checkpoints, cfg.train)
         state, start = begin(cfg, mesh, data, checkpoints)
@@ -165,7 +170,7 @@ def run_steps(run: Run, state: State) -> State:
             if before is not None:
                 losses.append(note(run, *before))
             stop = run.notice.stop()
-            before = (step, metrics, work_of(batch, waited), place)
+            before = (step, metrics | {"counts": counts_of(on_device)}, waited, place)
             if stop or step % cfg.checkpoint_every_steps == 0 or step == cfg.steps:
                 losses.append(note(run, *before))
                 run.checkpoints.save(step, state, run.data.get_state(), statistics.fmean(losses))
@@ -175,17 +180,18 @@ def run_steps(run: Run, state: State) -> State:
     return state
 
 
-def work_of(batch: Batch, data_wait_seconds: float) -> Work:
-    tokens, seen = int(np.sum(batch.segment_ids != PADDING)), batch.image_mask.any(axis=1)
-    examples = int(np.sum(np.maximum(batch.segment_ids, batch.branch_ids).max(axis=1)))
-    counts = tokens, batch.tokens.size, int(np.sum(seen)), seen.size, examples
-    return Work(*(count * jax.process_count() for count in counts), data_wait_seconds)
+@jax.jit
+def counts_of(batch: Batch) -> tuple:
+    """Tokens, slots, images, image slots and examples of a batch, over all processes: the first fields of `Work`."""
+    seen = batch.image_mask.any(axis=1)
+    examples = jnp.sum(jnp.maximum(batch.segment_ids, batch.branch_ids).max(axis=1))
+    return jnp.sum(batch.segment_ids != PADDING), batch.tokens.size, jnp.sum(seen), seen.size, examples
 
 
-def note(run: Run, step: int, metrics: dict, work: Work, place: dict) -> float:
+def note(run: Run, step: int, metrics: dict, data_wait_seconds: float, place: dict) -> float:
     """Writes the step down and returns its loss; `place` is that of its batch in the data."""
     metrics = jax.device_get(metrics)
-    finite = metrics.pop("finite")
+    finite, counts = metrics.pop("finite"), metrics.pop("counts")
     metrics = {name: float(value) for name, value in metrics.items()}
     for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics[name]):
@@ -195,7 +201,7 @@ def note(run: Run, step: int, metrics: dict, work: Work, place: dict) -> float:
                 + (f" The batch held the images {ids}." if ids else "")
             )
     if run.log is not None:
-        run.log.step(step, metrics, work)
+        run.log.step(step, metrics, Work(*map(int, counts), data_wait_seconds))
     return metrics["loss"]
 
 

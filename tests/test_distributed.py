@@ -1,0 +1,245 @@
+"""Two processes compute what one computes; what keeps them from meeting is one sentence and exit code 2."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from vlm_jax import axes, distributed
+from vlm_jax.config import ConfigError, Data, Distributed, Eval, Mesh, Optim, Train
+from vlm_jax.testing import tiny
+from vlm_jax.train import loop
+from vlm_jax.validate import validate
+from vlm_jax.workdir import Workdir
+
+ROOT = Path(__file__).parents[1]
+CONFIG = "from tests.test_distributed import experiment\n\ndef get_config():\n    return experiment()\n"
+LIMIT_SECONDS = 300
+
+
+def experiment():
+    """Six steps on 40 images of easy-VQA, saved after steps 2, 4 and 6."""
+    cfg = tiny()
+    return replace(
+        cfg,
+        data=Data(train_split="train[:40]", questions_per_row=3, text_length=100),
+        vision=replace(cfg.vision, image_size_px=64, patch_size_px=16),
+        decoder=replace(cfg.decoder, max_positions=128),
+        optim=Optim(warmup_steps=1),
+        train=Train(steps=6, batch_size=8, log_every_steps=1, checkpoint_every_steps=2),
+        eval=Eval(max_examples=12, batch_size=8, max_new_tokens=2),
+    )
+
+
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def begin(arguments, devices=4, **environment):
+    """A process of its own with so many CPU devices."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def ended(process) -> tuple[int, str, str]:
+    """-> (exit code, what it printed, what it complained), without what gloo says of its connections."""
+    try:
+        out, err = process.communicate(timeout=LIMIT_SECONDS)
+    finally:
+        process.kill()
+    out, err = ("".join(line for line in text.splitlines(True) if "[Gloo]" not in line) for text in (out, err))
+    return process.returncode, out, err
+
+
+def fields(address, index, seconds=LIMIT_SECONDS):
+    given = {"coordinator_address": address, "num_processes": 2, "process_id": index, "timeout_seconds": seconds}
+    return [part for name, value in given.items() for part in (f"--distributed.{name}", value)]
+
+
+def pair(arguments, *of_each):
+    """Two processes of `run.py` at the same time -> what each came to; `of_each`: what only one of them is given."""
+    address = free_address()
+    extras = of_each or ([], [])
+    running = [begin(["run.py", *arguments, *fields(address, i), *extras[i]]) for i in range(2)]
+    return [ended(process) for process in running]
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory, datasets_dir):
+    """`arguments(workdir)` of a run of the experiment."""
+    config = tmp_path_factory.mktemp("config") / "small.py"
+    config.write_text(CONFIG)
+    cache = tmp_path_factory.mktemp("compiled")
+    common = ["--config", config, "--data.dir", datasets_dir, "--train.compilation_cache_dir", cache]
+    return lambda workdir: [*common, "--workdir", workdir]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, datasets_dir, arguments):
+    """The run of one process with eight devices: its config."""
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    given = dict(zip(*[iter(map(str, arguments(workdir)))] * 2))
+    cfg = experiment()
+    cfg = replace(
+        cfg,
+        workdir=str(workdir),
+        data=replace(cfg.data, dir=datasets_dir),
+        train=replace(cfg.train, compilation_cache_dir=given["--train.compilation_cache_dir"]),
+    )
+    loop.train(cfg)
+    return cfg
+
+
+def logged(workdir):
+    return [json.loads(line) for line in Workdir(str(workdir)).metrics.read_text().splitlines()]
+
+
+def assert_alike(found, expected):
+    assert [row["step"] for row in found] == [row["step"] for row in expected] == list(range(1, 7))
+    for row, other in zip(found, expected):
+        for name in ("loss", "grad_norm", "learning_rate", "padding_fraction"):
+            np.testing.assert_allclose(row[name], other[name], rtol=1e-4, err_msg=f"{name} of step {row['step']}")
+
+
+def forget_step_6(workdir, to):
+    """A copy of a run as it was after step 4."""
+    shutil.copytree(workdir, to)
+    shutil.rmtree(Workdir(str(to)).checkpoints / "6")
+    return to
+
+
+def test_two_processes_train_what_one_trains_and_one_goes_on_with_it(one_process, arguments, tmp_path):
+    """Logs and results are written once, by the first process; the second says nothing."""
+    workdir = tmp_path / "two"
+    (code, out, err), (second_code, second_out, second_err) = pair(arguments(workdir))
+    assert (code, second_code) == (0, 0), err + second_err
+    assert "step 6/6" in out
+    assert not second_out
+    assert_alike(logged(workdir), logged(one_process.workdir))
+    assert json.loads(Workdir(str(workdir)).eval.read_text())["examples"] == 12
+    cfg = replace(one_process, workdir=str(forget_step_6(workdir, tmp_path / "continued")))
+    assert Workdir(cfg.workdir).read_config() == cfg, "what a run is does not say on how many processes it ran"
+    loop.train(cfg)
+    assert_alike(logged(cfg.workdir), logged(one_process.workdir))
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_what_one_began(one_process, arguments, tmp_path):
+    workdir = forget_step_6(one_process.workdir, tmp_path / "continued")
+    (code, out, err), _ = pair(arguments(workdir), ["--mesh.fsdp", "2"], ["--mesh.fsdp", "2"])
+    assert code == 0, err
+    assert "continuing from step 4" in out
+    assert_alike(logged(workdir), logged(one_process.workdir))
+
+
+SHARES = """
+import sys
+from dataclasses import replace
+from vlm_jax import axes, distributed
+from vlm_jax.config import ConfigError, Distributed, Mesh
+from vlm_jax.testing import tiny
+
+distributed.start(replace(tiny(), distributed=Distributed(sys.argv[1], 2, int(sys.argv[2]), 300)))
+for sizes in ((8, 1, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)):
+    print(*axes.share_of_rows(axes.make_mesh(Mesh(*sizes))), file=sys.stderr)
+print("printed")
+try:
+    with distributed.together():
+        if sys.argv[2] == "1":
+            raise ConfigError("no disk here.")
+except ConfigError as error:
+    print(error, file=sys.stderr)
+"""
+
+
+def test_each_process_knows_its_share_of_the_rows_and_what_the_other_refuses():
+    """Where tensor reaches over both, they hold the same rows: one share."""
+    address = free_address()
+    running = [begin(["-c", SHARES, address, i]) for i in range(2)]
+    (_, out, err), (_, second_out, second_err) = map(ended, running)
+    assert err.splitlines() == ["0 2", "0 2", "0 2", "0 1", "process 1 says: no disk here."]
+    assert second_err.splitlines() == ["1 2", "1 2", "1 2", "0 1", "no disk here."]
+    assert (out, second_out) == ("printed\n", "")
+
+
+def assert_refused(result, *said):
+    code, out, err = result
+    assert code == 2, err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, "a sentence, not a page"
+    for words in said:
+        assert words in err
+
+
+def test_processes_with_different_configs_are_refused_on_both_sides_and_nothing_is_written(arguments, tmp_path):
+    results = pair(arguments(tmp_path / "run"), [], ["--seed", "3", "--mesh.fsdp", "2"])
+    for result in results:
+        assert_refused(result, "process 1 was started with another config", "seed: 0 -> 3", "mesh.fsdp: 1 -> 2")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "index, said", [(0, "not all of the 2 processes"), (1, "could not be reached within 1 seconds")]
+)
+def test_who_waits_in_vain_gives_up_with_a_sentence(index, said, arguments, tmp_path):
+    address = free_address()
+    process = begin(["run.py", *arguments(tmp_path / "run"), *fields(address, index, seconds=1)])
+    assert_refused(ended(process), said, address)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (Distributed("host:1", 2), "distributed.process_id is missing"),
+        (Distributed(num_processes=2), "distributed.coordinator_address and distributed.process_id are missing"),
+        (Distributed(process_id=0), "distributed.coordinator_address and distributed.num_processes are missing"),
+        (Distributed("host:1", 2, 2), "distributed.process_id 2 is not among 0 to 1"),
+        (Distributed("host", 2, 0), "'host' is no HOST:PORT"),
+        (Distributed("host:99999", 2, 0), "'host:99999' is no HOST:PORT"),
+        (Distributed("host:1", 2, 0, 0), "distributed.timeout_seconds is 0"),
+        (Distributed("host:1", 2, -2), "distributed.process_id is -2"),
+    ],
+)
+def test_fields_that_do_not_fit_are_refused(given, said):
+    with pytest.raises(ConfigError, match=said):
+        validate(replace(tiny(), distributed=given))
+
+
+SLURM = {"JOB_ID": "7", "STEP_NODELIST": "node[003-004]", "NTASKS": "2", "PROCID": "1", "LOCALID": "0"}
+
+
+def test_the_processes_of_slurm_find_each_other_without_fields(monkeypatch):
+    assert distributed.members(Distributed()).num_processes == 1, "no cluster: one process"
+    for name, value in SLURM.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    found = distributed.members(Distributed())
+    assert (found.coordinator_address.split(":")[0], found.num_processes, found.process_id) == ("node003", 2, 1)
+    assert distributed.members(Distributed(num_processes=1)).num_processes == 1, "unless one alone is asked for"
+
+
+def test_one_process_holds_all_rows():
+    assert axes.share_of_rows(axes.make_mesh(Mesh(2, 2, 2))) == (0, 1)
+
+
+@pytest.mark.parametrize("rows", [8, 6])
+def test_rows_are_placed_as_they_are_split_or_whole(rows):
+    mesh = axes.make_mesh(Mesh(2, 2, 2))
+    placed = axes.place_rows({"x": np.arange(rows * 3).reshape(rows, 3)}, mesh)["x"]
+    np.testing.assert_array_equal(placed, np.arange(rows * 3).reshape(rows, 3))
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3) if rows == 8 else (6, 3)}
+    assert jax.process_count() == 1

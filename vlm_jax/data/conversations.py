@@ -13,7 +13,7 @@ process of a job reads all texts, because what packs into a row depends on all l
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,16 +71,19 @@ def load(data: Data, split: str) -> Conversations:
     Raises:
       ConfigError: a file is not of the format, an image is missing, or the split does not exist or is empty.
     """
+    texts = prepared(builder_of(ConversationTexts, data), data)
+    most_images = texts.info.metadata["most_images"]
+    images = None
+    if most_images:
+        images = Rows(*split_rows(prepared(builder_of(ConversationImages, data), data), data, "images"))
+    return Conversations(Rows(*split_rows(texts, data, split)), images, most_images)
+
+
+def builder_of(kind: type, data: Data) -> Callable[..., tfds.core.DatasetBuilder]:
+    """Makes a builder of `data.files`, given where it is to lie."""
     files = tuple(str(Path(file).expanduser()) for file in data.files)
     config = tfds.core.BuilderConfig(name=_fingerprint(files, data.image_dir))
-    make_texts, make_images = (
-        functools.partial(builder, files, data.image_dir, config=config)
-        for builder in (ConversationTexts, ConversationImages)
-    )
-    texts = prepared(make_texts, data)
-    most_images = texts.info.metadata["most_images"]
-    images = Rows(*split_rows(prepared(make_images, data), data, "images")) if most_images else None
-    return Conversations(Rows(*split_rows(texts, data, split)), images, most_images)
+    return functools.partial(kind, files, data.image_dir, config=config)
 
 
 class _OfFiles(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -132,8 +135,22 @@ class ConversationImages(_OfFiles):
         return {"images": self._generate_examples(paths)}
 
     def _generate_examples(self, paths):
-        for index, path in enumerate(paths):
-            yield index, {"path": path, "image": read_bytes(self._image_dir / path)}
+        return map(functools.partial(_read, self._image_dir), enumerate(paths))
+
+
+class ConversationImagesOnBeam(ConversationImages, skip_registration=True):
+    """The same dataset, of which Beam's workers read the image files: see data/prepare.py."""
+
+    name = "conversation_images"
+
+    def _generate_examples(self, paths):
+        beam = tfds.core.lazy_imports.apache_beam
+        return beam.Create(list(enumerate(paths))) | beam.Map(functools.partial(_read, self._image_dir))
+
+
+def _read(image_dir: Path, numbered: tuple[int, str]) -> tuple[int, dict]:
+    index, path = numbered
+    return index, {"path": path, "image": read_bytes(image_dir / path)}
 
 
 def read_files(files: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...]]]:

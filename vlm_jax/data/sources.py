@@ -140,15 +140,19 @@ def _damaged(folder, reason) -> ConfigError:
     return ConfigError(f"{folder} cannot be read; remove it, to have it prepared again: {reason}")
 
 
-def prepared(make_builder: Callable[..., tfds.core.DatasetBuilder], data: Data) -> tfds.core.DatasetBuilder:
-    """The builder of a dataset that is in `data.dir`, made now if it is not.
+def prepared(
+    make_builder: Callable[..., tfds.core.DatasetBuilder],
+    data: Data,
+    how: tfds.download.DownloadConfig | None = None,
+) -> tfds.core.DatasetBuilder:
+    """The builder of a dataset that is in `data.dir`, made now if it is not; `how` has the options of Beam.
 
     Raises:
       ConfigError: the folder is unusable, or what the dataset is made from cannot be read.
     """
     directory = Path(data.dir).expanduser()
     try:
-        return _prepared(make_builder, directory)
+        return _prepared(make_builder, directory, how)
     except ConfigError:
         raise
     except Exception as error:  # whatever a damaged file makes the readers raise
@@ -156,7 +160,7 @@ def prepared(make_builder: Callable[..., tfds.core.DatasetBuilder], data: Data) 
         raise ConfigError(f"data.dir {directory} cannot be used for datasets: {reason}") from error
 
 
-def _prepared(make_builder, directory: Path) -> tfds.core.DatasetBuilder:
+def _prepared(make_builder, directory: Path, how) -> tfds.core.DatasetBuilder:
     """Processes of one machine take turns."""
     directory.mkdir(parents=True, exist_ok=True)
     with _quiet():
@@ -169,7 +173,7 @@ def _prepared(make_builder, directory: Path) -> tfds.core.DatasetBuilder:
             if not builder.is_prepared():
                 print(f"preparing the dataset {builder.name} in {directory}", flush=True)
                 with contextlib.redirect_stdout(io.StringIO()):
-                    builder.download_and_prepare()
+                    builder.download_and_prepare(download_config=how)
     return builder
 
 

@@ -23,7 +23,7 @@ from vlm_jax.data.conversations import Conversation, Conversations
 from vlm_jax.data.text import FILL, Fields, Tokenizer
 from vlm_jax.structs import NO_IMAGE, TRUNK, Batch
 
-WINDOW_ROWS = 64  # open at a time, at the least: fewer waste more (measured: docs/data.md)
+WINDOW_ROWS = 64  # open at a time, at the least: fewer waste more (measured: docs/conversations.md)
 NO_CONVERSATION = 0  # owner of an image slot that is not filled
 
 

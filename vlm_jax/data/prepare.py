@@ -2,8 +2,8 @@
 
     python -m vlm_jax.data.prepare --config FILE [--any.field VALUE ...] [-- --runner=R ...]
 
-What stands behind -- are options of Beam. Needs requirements-beam.txt. The dataset is the one that a training would make
-for itself, and finds.
+What stands behind -- are options of Beam. Needs requirements-beam.txt. The dataset is the one that a training would
+make for itself, and finds.
 """
 
 import argparse

@@ -67,6 +67,7 @@ read_settings() {
     fail "BUCKET=$BUCKET in $1 must be the name of a bucket, without gs:// and folders."
   [[ $CAPACITY =~ ^(spot|on-demand|reserved)$ ]] || fail "CAPACITY=$CAPACITY in $1: choose spot, on-demand or reserved."
   [[ -f $ROOT/$CONFIG ]] || fail "CONFIG=$CONFIG in $1 is no file of $ROOT."
+  CODE=gs://$BUCKET/code/$NAME.tar.gz # what the machines run, as long as the job lasts
   WHERE=(--project="$PROJECT" --zone="$ZONE")
   TRAINING=(--config "$CONFIG" --workdir "$MOUNT/runs/$NAME" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"})
 }

@@ -3,8 +3,9 @@ source "$(dirname "$0")/common.sh"
 source "$TPU/slice.sh"
 USAGE="usage: bash experiments/tpu/delete.sh [--job FILE] [--dry-run] [--help]
 
-Stops the training, which saves, and deletes the TPU and its request: from then on it costs nothing. What is in the
-bucket stays. Where nothing is, nothing happens."
+Stops the training, which saves, and deletes the TPU and its request: from then on it costs nothing. The run stays in
+the bucket; the job's code is removed there, so that the next job sends what is here then. Where nothing is, nothing
+happens."
 read_options '' "$@"
 
 state=$(slice_state READY)
@@ -21,4 +22,7 @@ if [[ $state == NOT_FOUND ]]; then
 else
   run gcloud compute tpus queued-resources delete "$NAME" "${WHERE[@]}" --force --quiet
   [[ $DRY_RUN ]] || say "$NAME: deleted"
+fi
+if [[ $(query "$CODE" gcloud storage objects describe "$CODE" --format='value(name)') != NOT_FOUND ]]; then
+  run gcloud storage rm "$CODE"
 fi

@@ -16,7 +16,7 @@ STOP_SECONDS=${STOP_SECONDS:-120} # for the last checkpoint
 
 install() { # BUCKET MOUNT
   mkdir -p "$JOB"
-  rm -f "$JOB/installed"
+  rm -f "$JOB/installed" "$JOB/group" # what ran before is of no interest to what comes
   # The system's Python is older than what we need, and its gcsfuse may be, too.
   curl -fLsS "https://astral.sh/uv/$UV/install.sh" | sh
   "$HOME/.local/bin/uv" venv --quiet --allow-existing --python 3.12 "$HOME/venv"

@@ -39,6 +39,7 @@ FLAGS = {  # of `gcloud compute tpus` and `gcloud storage`
     "tpu-vm ssh": {"--worker", "--command"},
     "storage cp": set(),
     "storage objects": set(),
+    "storage rm": set(),
 }
 
 
@@ -61,6 +62,7 @@ def main(words: list[str]) -> int:
         "tpu-vm describe": describe_node,
         "tpu-vm ssh": lambda: ssh(flags["--worker"], flags["--command"]),
         "storage cp": lambda: copy(*names[2:]),
+        "storage rm": lambda: in_bucket(names[-1]).unlink() or 0,
         "storage objects": lambda: 0 if in_bucket(names[-1]).exists() else refuse(f"{names[-1]} not found: 404."),
     }[command]()
 

@@ -117,6 +117,18 @@ def test_a_job_is_brought_to_its_end_through_a_preemption_and_a_restart(cloud):
     assert "training done" in said and not (cloud.folder / "request").exists()
 
 
+def test_what_is_mended_is_set_up_and_runs(cloud):
+    """The same slice after a failure; the code of a job that was deleted is not that of the next."""
+    cloud.write("outcomes", "1 0 0")
+    assert cloud.run("resume").returncode == 1
+    cloud.do("setup", "resume")
+    assert len(cloud.starts()) == 4
+    code = cloud.folder / "buckets" / "our-bucket" / "code" / "first.tar.gz"
+    assert code.exists()
+    cloud.do("delete")
+    assert not code.exists()
+
+
 def test_a_training_that_fails_stops_the_job_and_shows_why(cloud):
     cloud.write("outcomes", "1")
     done = cloud.run("resume")

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from vlm_jax.config import ConfigError
 from vlm_jax.data import templates
@@ -49,6 +51,35 @@ def test_the_templates_written_out(tokenizer, template, text, scored):
     assert pieces(tokenizer, fields) == (text, scored)
     assert fields["targets"].tolist() == [*fields["tokens"][1:], PAD]
     assert fields["loss_weights"][-1] == 0
+
+
+def a_space_before_a_text() -> Tokenizer:
+    """As SentencePiece has it."""
+    bpe = tokenizers.Tokenizer(models.Unigram())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=["<unk>", "<s>", "</s>", "<im>"], unk_token="<unk>")
+    bpe.train_from_iterator(["USER: what is it? ASSISTANT: a cat", "and here? a dog"], trainer)
+    return Tokenizer(bpe, (0, 3, 0, 2))
+
+
+def trimmed_offsets() -> Tokenizer:
+    """A byte-level one that says a token begins after its space, and that white space is nowhere."""
+    bpe = Tokenizer.train(["what is it?\n a cat"] * 4, 300)._bpe
+    bpe.post_processor = processors.ByteLevel(trim_offsets=True)
+    return Tokenizer(bpe)
+
+
+@pytest.mark.parametrize("make", [a_space_before_a_text, trimmed_offsets])
+@pytest.mark.parametrize("template", ["plain", "vicuna"])
+def test_the_answers_alone_are_scored_with_any_tokenizer(make, template):
+    tokenizer = make()
+    cfg = experiment(template=template, special_ids=tokenizer._special_ids)
+    fields = templates.encode(cfg, tokenizer, ["<image>\nwhat is it?", "a cat"])
+    scored = fields["targets"][fields["loss_weights"] == 1]
+    assert tokenizer.decode(scored).strip() == "a cat"
+    assert scored[-1] == tokenizer.eos_id
+    prompt = templates.prompt_row(cfg, tokenizer, "<image>\nwhat is it?", 1)["tokens"]
+    assert len(prompt) + len(scored) == len(fields["tokens"])
 
 
 @pytest.mark.parametrize(("kind", "slots"), [("unified", 8), ("cross_attention", 0), ("encoder_decoder", 0)])

@@ -70,14 +70,17 @@ def encode(cfg: Experiment, tokenizer: Tokenizer, turns: Sequence[str]) -> Field
 
 
 def _text(tokenizer: Tokenizer, text: str, scored_from: int, in_place: np.ndarray):
-    """A text, its marks replaced by image tokens; what begins at the character `scored_from` or later is scored."""
+    """A text, its marks replaced by image tokens; a token is scored that has something of what follows `scored_from`.
+
+    The whole text is one to the tokenizer, since one that puts a space before a text would put it before an answer.
+    """
     parts, begin = [], 0
     for number, piece in enumerate(text.split(MARK)):
         if number:
             parts.append((in_place, [False] * len(in_place), 1))
             begin += len(MARK)
-        ids, starts = tokenizer.encode_with_starts(piece) if piece else ([], [])
-        parts.append((ids, [begin + start >= scored_from for start in starts], 0))
+        ids, ends = tokenizer.encode_with_ends(piece) if piece else ([], [])
+        parts.append((ids, [begin + end > scored_from for end in ends], 0))
         begin += len(piece)
     return parts
 

@@ -81,10 +81,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self._encoding(text).ids
 
-    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
-        """The tokens of a text, and the character at which each begins."""
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """The tokens of a text, and the number of characters up to the end of each."""
         encoding = self._encoding(text)
-        return encoding.ids, [start for start, _ in encoding.offsets]
+        return encoding.ids, [end for _, end in encoding.offsets]
 
     def _encoding(self, text: str) -> tokenizers.Encoding:
         try:

@@ -252,3 +252,13 @@ def test_text_alone_takes_no_images(experiments, tokenizer):
     batch = next(pipeline.training_iterator(cfg, tokenizer))
     assert batch.images is None
     assert not batch.image_mask.any()
+
+
+def test_an_encoder_with_tiles_is_given_each_image_as_its_first(experiments, tokenizer):
+    whole = experiments["cross_attention"]
+    cut = replace(whole, vision=replace(whole.vision, tiles=4, tile_layouts=((1, 1), (2, 2)), class_token=True))
+    plain, tiles = (next(pipeline.training_iterator(cfg, tokenizer)) for cfg in (whole, cut))
+    assert tiles.images.shape == (8, 3, 4, 16, 16, 3)
+    np.testing.assert_array_equal(tiles.images[:, :, 0], plain.images)
+    np.testing.assert_array_equal(tiles.image_mask[..., ::4], plain.image_mask)
+    assert tiles.image_mask.sum() == plain.image_mask.sum()

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grain
 import numpy as np
 
-from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.config import ConfigError, Experiment, Vision
 from vlm_jax.data import images as image_files
 from vlm_jax.data import templates
 from vlm_jax.data.conversations import Conversation, Conversations
@@ -54,7 +54,7 @@ def batches(cfg: Experiment, tokenizer: Tokenizer, source: Conversations, shard:
     pool, read = ThreadPoolExecutor(max(threads, 1)), pixel_reader(cfg, source)
 
     def batch(rows: Sequence[Fields]) -> Batch:
-        return to_batch(cfg, rows[shard], lambda numbers: pool.map(read, numbers))
+        return tiled(cfg.vision, to_batch(cfg, rows[shard], lambda numbers: pool.map(read, numbers)))
 
     made = packed.batch(rows, drop_remainder=True, batch_fn=batch)
     return grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=cfg.data.prefetch)
@@ -119,3 +119,18 @@ def _images(cfg: Experiment, numbers: np.ndarray, filled: np.ndarray, read: Call
     for place, pixels in zip(places, read(numbers[filled].tolist()), strict=True):
         images[place] = image_files.normalise(pixels, cfg.vision)
     return images
+
+
+def tiled(vision: Vision, batch: Batch) -> Batch:
+    """The batch as an encoder with tiles reads it: every image is its own first tile, and the others are not there."""
+    if not vision.tile_layouts or batch.images is None:
+        return batch
+    layout = vision.tile_layouts.index((1, 1)) + 1
+    missing = [(0, vision.tiles - 1)]
+    first_of_each = np.arange(batch.image_mask.shape[-1] * vision.tiles) % vision.tiles == 0
+    return batch.replace(
+        images=np.pad(batch.images[:, :, None], [(0, 0)] * 2 + missing + [(0, 0)] * 3),
+        tile_layouts=np.full(batch.images.shape[:2], layout, np.int32),
+        tile_mask=np.pad(np.ones((*batch.images.shape[:2], 1), bool), [(0, 0)] * 2 + missing),
+        image_mask=np.repeat(batch.image_mask, vision.tiles, axis=-1) & first_of_each,
+    )

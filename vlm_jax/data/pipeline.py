@@ -90,22 +90,7 @@ def _row_builder(cfg: Experiment, tokenizer: Tokenizer) -> Callable:
 
 def _stack(vision: Vision, rows: Sequence[dict[str, np.ndarray]]) -> Batch:
     stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return tiled(vision, Batch(**stacked | {"images": image_files.normalise(stacked["images"], vision)}))
-
-
-def tiled(vision: Vision, batch: Batch) -> Batch:
-    """The batch as an encoder with tiles reads it: every image is its own first tile, and the others are not there."""
-    if not vision.tile_layouts or batch.images is None:
-        return batch
-    layout = vision.tile_layouts.index((1, 1)) + 1
-    missing = [(0, vision.tiles - 1)]
-    first_of_each = np.arange(batch.image_mask.shape[-1] * vision.tiles) % vision.tiles == 0
-    return batch.replace(
-        images=np.pad(batch.images[:, :, None], [(0, 0)] * 2 + missing + [(0, 0)] * 3),
-        tile_layouts=np.full(batch.images.shape[:2], layout, np.int32),
-        tile_mask=np.pad(np.ones((*batch.images.shape[:2], 1), bool), [(0, 0)] * 2 + missing),
-        image_mask=np.repeat(batch.image_mask, vision.tiles, axis=-1) & first_of_each,
-    )
+    return packing.tiled(vision, Batch(**stacked | {"images": image_files.normalise(stacked["images"], vision)}))
 
 
 def conversation_source(data: Data, split: str) -> conversations.Conversations | tfds_sets.Asked:
@@ -246,7 +231,7 @@ def prompt_batch(
         row["image_mask"] = np.pad(row["image_mask"], ((0, 0), (0, most - count)))
     fields = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     filled = _filled_up(images, most, cfg.vision.image_size_px) if most else None
-    return tiled(cfg.vision, Batch(**fields, images=filled))
+    return packing.tiled(cfg.vision, Batch(**fields, images=filled))
 
 
 def _filled_up(images: Sequence[Sequence[np.ndarray]], most: int, side_px: int) -> np.ndarray:

@@ -80,13 +80,13 @@ def special_ids(tokenizer: HubTokenizer, decoder: Decoder) -> tuple[int, int, in
     return eos if tokenizer.pad_id is None else tokenizer.pad_id, image, newline, eos
 
 
-def load_parts(cfg: Experiment, params: dict, mesh: Mesh) -> dict:
-    """The parameters of a new run with those of its checkpoints in their places, in float32."""
-    flat = traverse_util.flatten_dict(params, sep="/")
+def load_parts(cfg: Experiment, mesh: Mesh) -> dict[str, jax.Array]:
+    """Path -> parameter of what the checkpoints hold, in float32, each assembled where it lies; of no others."""
+    found = {}
     for part in ("vision", "decoder"):
         if getattr(cfg, part).checkpoint:
-            flat |= _read_part(cfg, part, mesh)
-    return traverse_util.unflatten_dict(flat, sep="/")
+            found |= _read_part(cfg, part, mesh)
+    return found
 
 
 def _read_part(cfg: Experiment, part: str, mesh: Mesh) -> dict[str, jax.Array]:

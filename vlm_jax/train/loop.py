@@ -30,7 +30,7 @@ from vlm_jax.train.log import Log, Work
 from vlm_jax.train.peak import peak_flops_per_second
 from vlm_jax.train.preemption import Notice, Preempted
 from vlm_jax.train.profile import Profile
-from vlm_jax.train.step import abstract_state, compiled_step, make_state, state_shardings
+from vlm_jax.train.step import abstract_state, compiled_step, new_state
 from vlm_jax.workdir import Workdir
 
 
@@ -143,9 +143,7 @@ def begin(cfg: Experiment, mesh, data, checkpoints: Checkpoints) -> tuple[State,
     """A new state, every parameter made where it lies, or that of the last whole checkpoint; and its step."""
     restored = checkpoints.restore(abstract_state(cfg, mesh))
     if restored is None:
-        create = jax.jit(lambda key: make_state(cfg, key), out_shardings=state_shardings(cfg, mesh))
-        state = create(jax.random.key(cfg.seed))
-        return state.replace(params=compose.load_parts(cfg, state.params, mesh)), 0
+        return new_state(cfg, mesh, compose.load_parts(cfg, mesh)), 0
     state, data_state = restored
     data.set_state(data_state)
     print(f"continuing from step {int(state.step)} in {cfg.workdir}", flush=True)

@@ -18,10 +18,23 @@ from vlm_jax.train.loss import cross_entropy
 
 
 def make_state(cfg: Experiment, key: jax.Array) -> State:
-    """A new run's state; jit it with `state_shardings` so that every parameter is created where it lies."""
+    """A new run's state, all at random; `new_state` jits it so that every parameter is created where it lies."""
     params = meta.unbox(init_params(cfg, key))
     trained, _ = optim.split(params, cfg.optim)
     return State(jnp.int32(0), params, optim.optimizer(cfg.optim, cfg.train.steps).init(trained))
+
+
+def new_state(cfg: Experiment, mesh: jax.sharding.Mesh, loaded: dict[str, jax.Array]) -> State:
+    """A new run's state with the parameters that are `loaded` (by their paths); the others are made, where they lie."""
+
+    def without_loaded(state: State) -> State:
+        flat = traverse_util.flatten_dict(state.params, sep="/")
+        return state.replace(params={path: x for path, x in flat.items() if path not in loaded})
+
+    shardings = without_loaded(state_shardings(cfg, mesh))
+    create = jax.jit(lambda key: without_loaded(make_state(cfg, key)), out_shardings=shardings)
+    state = create(jax.random.key(cfg.seed))
+    return state.replace(params=traverse_util.unflatten_dict(state.params | loaded, sep="/"))
 
 
 def state_shapes(cfg: Experiment) -> State:

@@ -1,0 +1,81 @@
+"""Where every parameter of two published models lies, as committed tables: a change of it is seen as a diff.
+
+`python -m tests.test_shardings` writes them anew, on purpose.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+from flax import traverse_util
+from jax.sharding import AbstractMesh
+
+from vlm_jax import axes, config_file
+from vlm_jax.nn.models import boxed_params
+from vlm_jax.train.optim import PARTS, part_of
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+MODELS = ("llava_1_5_7b", "llama_3_2_11b_vision")
+MESHES = ((1, 8, 2), (1, 64, 1))  # data x fsdp x tensor
+FLOAT32_BYTES = 4
+COLUMNS = ("parameter", "letters", "shape", "split over", "bytes a device")
+every_table = pytest.mark.parametrize("sizes", MESHES, ids=str)
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def rows(name, sizes):
+    """(path, letters, shape, spec, bytes on one device, in float32) of every parameter, in the order of the paths."""
+    mesh = AbstractMesh(sizes, axes.MESH_AXES)
+    boxes = traverse_util.flatten_dict(boxed_params(config_file.load(str(ROOT / "configs" / f"{name}.py"))), sep="/")
+    for path, box in sorted(boxes.items()):
+        shape, spec = box.value.shape, axes.parameter_spec(box.letters, box.value.shape, mesh)
+        parts = math.prod(mesh.shape[axis] for axis in spec if axis)
+        yield path, box.letters, shape, spec, FLOAT32_BYTES * math.prod(shape) // parts
+
+
+def table(name, sizes):
+    lines = [COLUMNS]
+    for path, letters, shape, spec, size in rows(name, sizes):
+        lines.append((path, letters, " ".join(map(str, shape)), " ".join(axis or "-" for axis in spec), f"{size:,}"))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() + "\n" for line in lines)
+
+
+def file(name, sizes):
+    data, fsdp, tensor = sizes
+    return GOLDEN / f"{name}_data{data}_fsdp{fsdp}_tensor{tensor}.txt"
+
+
+@every_model
+@every_table
+def test_every_parameter_lies_where_the_committed_table_says(name, sizes):
+    assert table(name, sizes) == file(name, sizes).read_text()
+
+
+@every_model
+@every_table
+def test_nearly_all_bytes_are_divided_by_all_devices(name, sizes):
+    whole = {path: FLOAT32_BYTES * math.prod(shape) for path, _, shape, _, _ in rows(name, sizes)}
+    divided = sum(whole[path] for path, _, _, _, size in rows(name, sizes) if size * math.prod(sizes) == whole[path])
+    assert divided > 0.99 * sum(whole.values())
+
+
+@every_model
+@every_table
+def test_every_part_is_divided_by_fsdp_at_least(name, sizes):
+    """Biases and gates, which are not, are a few percent of a part."""
+    held = {}
+    for path, _, shape, _, size in rows(name, sizes):
+        whole, on_one = held.get(part_of(tuple(path.split("/"))), (0, 0))
+        held[part_of(tuple(path.split("/")))] = whole + FLOAT32_BYTES * math.prod(shape), on_one + size
+    assert held.keys() == {*PARTS[:3], *(PARTS[3:] if name == "llama_3_2_11b_vision" else ())}
+    for part, (whole, on_one) in held.items():
+        assert on_one < 1.05 * whole / sizes[1], part
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for model in MODELS:
+        for mesh_sizes in MESHES:
+            file(model, mesh_sizes).write_text(table(model, mesh_sizes))

@@ -92,12 +92,12 @@ class PatchEmbed(nn.Module):
         else:
             tokens = _Convolution(cfg, name="projection")(images)
         grid = images.shape[1] // patch, images.shape[2] // patch
-        return tokens + self._positions(grid, tokens.shape[-1])
+        if cfg.positions == "none":
+            return tokens
+        return tokens + self._positions(grid, tokens.shape[-1]).astype(tokens.dtype)
 
     def _positions(self, grid, width):
         cfg = self.cfg
-        if cfg.positions == "none":
-            return 0.0
         if cfg.positions == "sincos":
             return jnp.asarray(sincos_positions(grid, width))
         shape = (cfg.grid[0] * cfg.grid[1], width)

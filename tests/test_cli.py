@@ -32,7 +32,10 @@ def run(arguments, capsys):
 
 MISTAKES = {
     "an unknown verb": (["tarin", "--config", CONFIG], ["'tarin' is no verb", "perhaps you meant train", "generate"]),
-    "a verb that is nothing like one": (["xyz"], ["'xyz' is no verb", "train, eval, generate, verify, export, diff"]),
+    "a verb that is nothing like one": (
+        ["xyz"],
+        ["'xyz' is no verb", "train, eval, generate, verify, export, plan, diff"],
+    ),
     "no config": (["train"], ["train needs --config"]),
     "a config that is not there": (
         ["train", "--config", CONFIG.replace("unified", "unifid")],

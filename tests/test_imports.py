@@ -20,6 +20,7 @@ FLOW = [
     ["nn"],
     ["hub", "testing"],
     ["train", "flops"],
+    ["plan"],
     ["report"],
     ["infer"],
     ["cli_hub"],

@@ -1,6 +1,7 @@
 """The command line: verbs, and mistakes as one sentence with exit code 2."""
 
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ USAGE = """usage: python run.py [VERB] [--config FILE] [--any.field VALUE ...]
   generate  --checkpoint DIR [--image A.png ...] --prompt "..." [--temperature T ...]: asks a public checkpoint
   verify    --checkpoint DIR --reference FILE.npz: compares a public checkpoint with a reference's outputs
   export    --checkpoint DIR_OR_WORKDIR --output DIR: writes a folder that transformers loads
+  plan      --config FILE [--topology v5e:8x8 | --devices N] [--json]: says what a step will cost, before any of it runs
   diff      A.py B.py: prints the fields in which two configs differ
 
 python run.py VERB --config FILE --help lists every field with its value."""
@@ -166,6 +168,22 @@ def generate(arguments: list[str]) -> int:
     return 0
 
 
+def plan(arguments: list[str]) -> int:
+    parser = cli_hub.Parser(add_help=False)
+    parser.add_argument("--topology", default="")
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
+    given, rest = parser.parse_known_args(arguments)
+    cfg = experiment("plan", rest, stored=False)
+    if given.devices < 1:
+        raise ConfigError(f"--devices is {given.devices}: it must be at least 1.")
+    from vlm_jax.plan import document, table
+
+    made = document.make(cfg, given.topology, given.devices)
+    print(json.dumps(made, indent=1) if given.json else table.text(cfg, made))
+    return 0
+
+
 def diff(arguments: list[str]) -> int:
     if len(arguments) != 2:
         raise ConfigError("diff needs two config files: python run.py diff A.py B.py.")
@@ -180,5 +198,6 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "generate": generate,
     "verify": cli_hub.verify,
     "export": cli_hub.export,
+    "plan": plan,
     "diff": diff,
 }

@@ -1,0 +1,93 @@
+"""A compiled program's text is read as what runs, as often as it runs."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vlm_jax.plan import hlo
+
+PRODUCT = """
+ENTRY %main (x: bf16[LEFT], y: bf16[RIGHT]) -> f32[OUT] {
+  %x = bf16[LEFT]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %y = bf16[RIGHT]{2,1,0:T(8,128)(2,1)S(1)} parameter(1)
+  ROOT %c = f32[OUT]{1,2,0:T(8,128)} convolution(%x, %y), window={WINDOW
+}
+"""
+# Shapes and windows of attention's scores and of a query projection, as the compiler for v5p writes them.
+SCORES = ("32,1024,128", "32,1024,128", "32,1024,1024", "size=32 stride=31 lhs_dilate=32}, dim_labels=0bf_0oi->0bf")
+QUERIES = ("1024,4096,1", "32,128,4096", "1024,32,128", "size=32 pad=31_31 rhs_reversal=1}, dim_labels=bf0_0oi->b0f")
+
+
+def product(*parts) -> str:
+    text = PRODUCT
+    for name, part in zip(("LEFT", "RIGHT", "OUT", "WINDOW"), parts):
+        text = text.replace(name, part)
+    return text
+
+
+def compiled(function, *shapes, **settings):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.jit(function, **settings).lower(*arguments).compile().as_text()
+
+
+def test_a_loop_counts_as_often_as_it_turns():
+    def loops(x):
+        def inner(x, _):
+            return jnp.tanh(x @ x), None
+
+        def outer(x, _):
+            return jax.lax.scan(inner, x, length=3)[0], None
+
+        return jax.lax.scan(outer, x, length=5)[0]
+
+    assert hlo.read(compiled(loops, (64, 64)), 1).flops == 3 * 5 * 2 * 64**3
+
+
+@pytest.mark.parametrize("parts, flops", [(SCORES, 2 * 32 * 1024 * 1024 * 128), (QUERIES, 2 * 1024 * 4096 * 32 * 128)])
+def test_products_that_the_tpu_compiler_writes_as_convolutions_count_without_their_padding(parts, flops):
+    assert hlo.read(product(*parts), 1).flops == flops
+
+
+def test_what_lies_in_the_fast_memory_is_not_read_from_hbm():
+    assert hlo.read(product(*SCORES), 1).hbm_bytes == 32 * 1024 * 128 * 2 + 32 * 1024 * 1024 * 4
+
+
+def test_a_loop_that_reads_slices_moves_its_operand_once():
+    def total(xs):
+        return jax.lax.scan(lambda sofar, x: (sofar + jnp.tanh(x), None), jnp.zeros(1000), xs)[0]
+
+    moved = hlo.read(compiled(total, (100, 1000)), 1).hbm_bytes
+    assert moved == pytest.approx(3 * 100 * 1000 * 4, rel=0.5)  # a slice, the sum before and the sum after, each turn
+
+
+def test_collectives_count_their_chips_bytes_and_turns():
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    place = NamedSharding(mesh, P(None, "fsdp", None))
+
+    def layers(x, weights):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    text = compiled(
+        layers, (16, 64), (6, 64, 64), in_shardings=(NamedSharding(mesh, P("fsdp")), place), out_shardings=None
+    )
+    gathers = [c for c in hlo.read(text, 8).collectives if c.times == 6]
+    assert [(c.kind, c.chips, c.bytes) for c in gathers] == [("all-gather", 8, 64 * 64 * 4)]
+    assert gathers[0].sent_bytes == 64 * 64 * 4 * 7 / 8
+
+
+@pytest.mark.parametrize(
+    "groups, chips",
+    [
+        ("replica_groups=mesh['a'=8,'b'=4] {'b'}", 4),
+        ("replica_groups=[8,4]<=[32]", 4),
+        ("replica_groups={{0,1},{2,3}}", 2),
+        ("replica_groups={}", 32),
+    ],
+)
+def test_every_way_of_writing_who_takes_part(groups, chips):
+    head = "ENTRY %m (x: f32[8]) -> f32[8] {\n  %x = f32[8]{0} parameter(0)\n"
+    text = f"{head}  ROOT %r = f32[8]{{0}} all-reduce(%x), {groups}\n}}"
+    (found,) = hlo.read(text, 32).collectives
+    assert (found.chips, found.bytes, found.times) == (chips, 32, 1)

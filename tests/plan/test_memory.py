@@ -1,0 +1,75 @@
+"""What a step is said to hold at its peak is what the compiler reserves, within 15 %."""
+
+import dataclasses
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh
+
+from vlm_jax import axes, testing
+from vlm_jax.config import Mesh, Optim, RateScale
+from vlm_jax.plan import memory
+from vlm_jax.train.step import abstract_state, compiled_step
+
+SHAPES = {  # kind, width, text tokens, rows, trained
+    "activations": ("unified", 128, 96, 8, RateScale()),
+    "weights": ("cross_attention", 512, 24, 2, RateScale()),
+    "attention": ("encoder_decoder", 64, 384, 4, RateScale()),
+    "frozen_decoder": ("unified", 256, 64, 4, RateScale(0, 1, 0, 0)),
+    "frozen_encoder": ("unified", 128, 160, 8, RateScale(0, 1, 1, 1)),
+}
+
+
+def experiment(kind, width, text, rows, rates):
+    cfg = testing.tiny(kind)
+    stack = {"width": width, "depth": 4, "heads": 4, "mlp_width": 4 * width}
+    return dataclasses.replace(
+        cfg,
+        vision=dataclasses.replace(cfg.vision, image_size_px=64, **stack),
+        decoder=dataclasses.replace(cfg.decoder, **stack, max_positions=512, gated_mlp=True),
+        data=dataclasses.replace(cfg.data, text_length=text),
+        train=dataclasses.replace(cfg.train, batch_size=rows),
+        optim=Optim(rate_scale=rates),
+    )
+
+
+def reserved(cfg, mesh) -> int:
+    rows = axes.row_sharding(mesh)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), memory.batch_shapes(cfg))
+    with jax.set_mesh(mesh):
+        found = compiled_step(cfg, mesh).lower(abstract_state(cfg, mesh), batch).compile().memory_analysis()
+    outputs = found.output_size_in_bytes - found.alias_size_in_bytes
+    return found.argument_size_in_bytes + outputs + found.temp_size_in_bytes
+
+
+QUICK = ("activations", "frozen_decoder")  # the others compile for seconds each
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SHAPES])
+def test_the_peak_on_one_device(name):
+    cfg = experiment(*SHAPES[name])
+    predicted = memory.predicted(cfg, AbstractMesh((1, 1, 1), axes.MESH_AXES)).total
+    assert predicted == pytest.approx(reserved(cfg, axes.make_mesh(Mesh(), jax.devices()[:1])), rel=0.15)
+
+
+def test_state_and_batch_are_what_goes_into_the_program():
+    cfg = experiment(*SHAPES["weights"])
+    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=4))
+    mesh = axes.make_mesh(Mesh(1, 4, 2))
+    found = memory.predicted(cfg, AbstractMesh((1, 4, 2), axes.MESH_AXES))
+    state = jax.tree.leaves(abstract_state(cfg, mesh))
+    held = sum(jax.numpy.prod(jax.numpy.array(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in state)
+    assert found.parameters + found.optimizer == pytest.approx(int(held), abs=8)
+
+
+def test_frozen_parts_have_no_moments_and_no_gradients():
+    mesh = AbstractMesh((1, 1, 1), axes.MESH_AXES)
+    found = memory.predicted(experiment(*SHAPES["frozen_decoder"]), mesh)
+    assert found.gradients < found.parameters / 100
+    assert found.optimizer < found.parameters / 50
+
+
+def test_fewer_rows_on_a_device_need_less():
+    cfg = experiment(*SHAPES["activations"])
+    one, four = (memory.predicted(cfg, AbstractMesh((n, 1, 1), axes.MESH_AXES)).activations for n in (1, 4))
+    assert four < one / 2

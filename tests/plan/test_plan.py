@@ -1,0 +1,85 @@
+"""`python run.py plan`: what it says, in what form, and which mistakes it refuses."""
+
+import importlib.util
+import json
+
+import pytest
+
+from vlm_jax import cli, config_file, flops
+
+CONFIG = """
+from vlm_jax import testing
+
+def get_config():
+    return testing.tiny({kind!r})
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "tiny.py"
+    path.write_text(CONFIG.format(kind="unified"))
+    return str(path)
+
+
+def planned(capsys, *arguments) -> dict:
+    assert cli.main(["plan", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_is_the_only_thing_on_stdout_and_adds_up(capsys, config):
+    plan = planned(capsys, "--config", config, "--optim.rate_scale.vision", "0")
+    sizes = plan["bytes_per_device"]
+    assert sizes.pop("total") == sum(sizes.values())
+    work = [part["forward_flops"] + part["backward_flops"] for part in plan["parts"].values()]
+    assert sum(work) == plan["train_flops"]
+    assert not plan["parts"]["vision"]["trained"] and plan["parts"]["vision"]["backward_flops"] == 0
+    assert plan["tokens"] == {
+        "images": 1, "tiles": 1, "patches": 4, "encoder": 4, "features": 4, "projected": 4, "sequence": 28, "memory": 0
+    }  # fmt: skip
+
+
+def test_the_table_names_every_part_and_size(capsys, config):
+    assert cli.main(["plan", "--config", config, "--fusion.kind", "cross_attention"]) == 0
+    text = capsys.readouterr().out
+    for word in ("vision", "projector", "decoder", "cross_attention", "trained", "activations", "optimizer", "GiB"):
+        assert word in text
+    assert "16 x 16 px -> 4 patches of 8 px -> encoder: 4 tokens -> projector: 4 -> 4 tokens" in text
+    assert "24 tokens a row that read 4 image tokens" in text
+
+
+def test_more_devices_hold_less_each(capsys, config):
+    one = planned(capsys, "--config", config)
+    eight = planned(capsys, "--config", config, "--devices", "8", "--mesh.data", "1", "--mesh.fsdp", "-1")
+    assert eight["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert eight["bytes_per_device"]["parameters"] < one["bytes_per_device"]["parameters"] / 4
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--topology", "v5e:7x7"], "v5e:1x1 2x2 2x4"),
+        (["--devices", "3", "--mesh.data", "2"], "the three must multiply to 3"),
+        (["--devices", "3"], "choose a multiple of 3"),
+        (["--devices", "0"], "at least 1"),
+    ],
+)
+def test_mistakes_are_one_sentence(capsys, config, arguments, said):
+    assert cli.main(["plan", "--config", config, *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_without_the_compiler_it_says_how_to_get_it(capsys, config, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["plan", "--config", config, "--topology", "v5e:2x2"]) == 2
+    assert "pip install -r requirements-tpu.txt" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs requirements-tpu.txt")
+def test_a_step_is_compiled_for_a_slice_of_tpus(capsys, config):
+    plan = planned(capsys, "--config", config, "--topology", "v5e:2x2", "--mesh.data", "1", "--mesh.fsdp", "-1")
+    found = plan["topology"]
+    assert found["fits"] and found["devices"] == 4
+    assert found["xla_flops"] == pytest.approx(flops.train_flops(config_file.load(config)), rel=0.03)
+    assert {"all-reduce", "all-gather"} <= {collective["kind"] for collective in found["collectives"]}
+    assert found["overlapped"]["step_seconds"] <= found["serial"]["step_seconds"]

@@ -1,0 +1,67 @@
+"""The real training step, compiled ahead of time for a slice of TPUs that is not there."""
+
+import importlib.util
+import logging
+import os
+import re
+import time
+from dataclasses import dataclass
+
+import jax
+from jax.experimental import topologies
+
+from vlm_jax import axes
+from vlm_jax.chips import slice_of
+from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.plan import hlo
+from vlm_jax.plan.memory import batch_shapes
+from vlm_jax.train.step import abstract_state, compiled_step
+
+
+@dataclass(frozen=True)
+class Compiled:
+    compile_seconds: float
+    hbm_bytes: int  # on a device, at the peak; as far as the compiler tells where it does not fit
+    fits: bool
+    program: hlo.Program | None  # None where it does not fit
+
+
+def devices_of(topology: str) -> list[jax.Device]:
+    """The devices of a slice, as the TPU compiler knows them.
+
+    Raises:
+      ConfigError: the compiler is not installed, or there is no such slice.
+    """
+    slice_of(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError("--topology needs XLA's TPU compiler: pip install -r requirements-tpu.txt.")
+    # Without these it asks a metadata server, which is only on TPU VMs, and logs that there is none.
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # any that exists: the topology is given
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
+def compile_step(cfg: Experiment, mesh: jax.sharding.Mesh) -> Compiled:
+    """Nothing is put on a device: shapes and shardings are all that is needed."""
+    rows, start = axes.row_sharding(mesh), time.perf_counter()
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch_shapes(cfg))
+    try:
+        with jax.set_mesh(mesh):
+            program = compiled_step(cfg, mesh).lower(abstract_state(cfg, mesh), batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"Used ([\d.]+)([MGT]) of", str(error))
+        if used is None:
+            raise
+        size = int(float(used[1]) * 2 ** {"M": 20, "G": 30, "T": 40}[used[2]])
+        return Compiled(time.perf_counter() - start, size, False, None)
+    seconds, memory = time.perf_counter() - start, program.memory_analysis()
+    size = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    return Compiled(seconds, size, True, hlo.read(program.as_text(), mesh.size))

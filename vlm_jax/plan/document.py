@@ -1,0 +1,105 @@
+"""A plan as plain numbers: what `--json` prints and what `table` writes out."""
+
+import dataclasses
+import math
+from collections import Counter
+
+import jax
+from flax import traverse_util
+from jax.sharding import AbstractMesh
+
+from vlm_jax import axes
+from vlm_jax.chips import Chip, slice_of
+from vlm_jax.config import Experiment
+from vlm_jax.flops import flops_by_part, token_flow, train_flops
+from vlm_jax.plan import compiled, memory
+from vlm_jax.plan.roofline import roofline
+from vlm_jax.train import optim
+from vlm_jax.train.loop import check_rows
+from vlm_jax.train.step import state_shapes
+
+
+def make(cfg: Experiment, topology: str = "", devices: int = 1) -> dict:
+    """The plan of an experiment for `devices` devices, or compiled for a slice of TPUs.
+
+    Raises:
+      ConfigError: the mesh or the batch does not fit the devices, or the slice or its compiler is unknown.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    places = compiled.devices_of(topology) if topology else None
+    sizes = cfg.mesh.sizes(len(places) if topology else devices)
+    abstract = AbstractMesh(sizes, axes.MESH_AXES)
+    check_rows(cfg, abstract)
+    document = {
+        "mesh": dict(zip(axes.MESH_AXES, sizes)),
+        "rows": cfg.train.batch_size,
+        "parts": _parts(cfg),
+        "tokens": dataclasses.asdict(token_flow(cfg)),
+        "train_flops": train_flops(cfg),
+        "bytes_per_device": dataclasses.asdict(memory.predicted(cfg, abstract)),
+        "cache_bytes_per_row": memory.cache_bytes(cfg),
+    }
+    document["bytes_per_device"]["total"] = sum(document["bytes_per_device"].values())
+    if topology:
+        document["topology"] = _topology(cfg, topology, places, document)
+    return document
+
+
+def _parts(cfg: Experiment) -> dict:
+    flat = traverse_util.flatten_dict(state_shapes(cfg).params)
+    count = Counter()
+    for path, x in flat.items():
+        count[optim.part_of(path)] += math.prod(x.shape)
+    trained, flops = optim.trained_parts(cfg.optim), flops_by_part(cfg)
+    return {
+        part: {
+            "parameters": count[part],
+            "trained": part in trained,
+            "forward_flops": flops[part].forward,
+            "backward_flops": flops[part].backward,
+        }
+        for part in optim.PARTS
+        if count[part]
+    }
+
+
+def _topology(cfg: Experiment, topology: str, places: list, document: dict) -> dict:
+    chip, chips = slice_of(topology)
+    chip = chip.share(len(places) // chips)
+    found = compiled.compile_step(cfg, axes.make_mesh(cfg.mesh, places))
+    result = {
+        "name": topology,
+        "devices": len(places),
+        "compile_seconds": found.compile_seconds,
+        "compiled_bytes": found.hbm_bytes,
+        "hbm_bytes": chip.hbm_bytes,
+        "fits": found.fits,
+    }
+    if not found.fits:
+        return result
+    return result | _speed(cfg, chip, found.program, len(places), document["train_flops"])
+
+
+def _speed(cfg: Experiment, chip: Chip, program, devices: int, model_flops: float) -> dict:
+    limits = roofline(program, chip, "float32")
+    rows, tokens = cfg.train.batch_size, token_flow(cfg)
+
+    def at(seconds: float) -> dict:
+        return {
+            "step_seconds": seconds,
+            "mfu": model_flops / (devices * chip.flops_per_second("float32") * seconds),
+            "tokens_per_second": rows * tokens.sequence / seconds,
+            "images_per_second": rows * tokens.images / seconds,
+        }
+
+    return {
+        "xla_flops": program.flops * devices,
+        "moved_bytes": program.hbm_bytes,
+        "collectives": [
+            dataclasses.asdict(collective) | {"sent_bytes": collective.sent_bytes}
+            for collective in sorted(program.collectives, key=lambda x: -x.sent_bytes * x.times)
+        ],
+        "roofline_seconds": dataclasses.asdict(limits),
+        "overlapped": at(limits.overlapped),
+        "serial": at(limits.serial),
+    }

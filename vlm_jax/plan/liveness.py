@@ -1,0 +1,135 @@
+"""The most that a traced program (a jaxpr) holds at once, by the lives of its values.
+
+A value lives from the operation that makes it to the last one that reads it. What XLA fuses is not held: a value that
+is computed number by number lives on as what it is computed from, unless a loop takes it in. A loop holds what it
+stacks over its turns, and in a turn what its body holds, the slices of what it goes through included.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from jax.extend import core
+
+FUSED = {  # primitives whose result XLA computes where it is read
+    "add", "add_any", "sub", "mul", "div", "neg", "max", "min", "exp", "log", "tanh", "logistic", "erf", "rsqrt",
+    "sqrt", "square", "integer_pow", "pow", "sign", "abs", "select_n", "convert_element_type", "broadcast_in_dim",
+    "reshape", "squeeze", "expand_dims", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "iota",
+    "stop_gradient", "copy", "is_finite", "clamp", "rem", "floor", "slice", "name", "sharding_constraint",
+    "optimization_barrier", "transpose", "cos", "sin", "exp2", "log1p", "pad", "dynamic_slice", "rev",
+}  # fmt: skip
+
+
+CALLS = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2"}
+LOOPS = {"scan", "while", "cond"}
+IN_PLACE = {"dynamic_update_slice", "scatter", "scatter-add"}  # written into their first input
+ONE_OF = IN_PLACE | {"optimization_barrier"}  # their n-th result is their n-th input
+Split = Callable[[tuple[int, ...]], int]  # shape -> devices that share an array of it
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """An array of the program; one program that is called twice makes two of each of its arrays."""
+
+    shape: tuple[int, ...]
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class Operation:
+    name: str
+    reads: tuple[Value, ...]
+    makes: tuple[Value, ...]
+    params: dict
+
+
+def peak_bytes(program: core.Jaxpr, split: Split, slices: int = 0) -> float:
+    """Peak of what `program` makes; what goes into it is held by who calls it, and written over in place.
+
+    Args:
+      slices: how many of its inputs, the last ones, are slices that are cut out for it.
+    """
+    inputs = [_value(var) for var in program.invars]
+    operations, outputs = _flat(program, inputs)
+    held_from = dict.fromkeys(inputs[len(inputs) - slices :], 0)
+    last = _lives(operations, outputs, held_from)
+    return _sweep(operations, held_from, last, split)
+
+
+def _sweep(operations: list[Operation], held_from: dict[Value, int], last: dict[Value, int], split: Split) -> float:
+    change = [0.0] * (len(operations) + 1)
+    for value, start in held_from.items():
+        if value in last:
+            size = math.prod(value.shape) * value.itemsize / split(value.shape)
+            change[start] += size
+            change[last[value] + 1] -= size
+    now = peak = 0.0
+    for operation, difference in zip(operations, change):
+        now += difference
+        peak = max(peak, now + _inside(operation, split))
+    return peak
+
+
+def _inside(operation: Operation, split: Split) -> float:
+    """Peak within one turn of a loop."""
+    if operation.name not in LOOPS:
+        return 0.0
+    carried, constant = (operation.params.get(name, 0) for name in ("num_carry", "num_consts"))
+    peaks = []
+    for program in core.jaxprs_in_params(operation.params):
+        slices = len(program.invars) - carried - constant if operation.name == "scan" else 0
+        peaks.append(peak_bytes(program, split, slices))
+    return max(peaks)
+
+
+def _lives(operations: list[Operation], outputs: list[Value], held_from: dict[Value, int]) -> dict[Value, int]:
+    """Value -> index of the operation that reads it last, by way of fused ones, too; notes in `held_from` what is held.
+
+    What a loop takes in is held, even where a fused operation makes it.
+    """
+    taken = {value for operation in operations if operation.name in LOOPS for value in operation.reads}
+    roots: dict[Value, tuple[Value, ...]] = {}
+    last: dict[Value, int] = {}
+
+    def read(values: Iterable[Value], i: int):
+        last.update((root, i) for value in values for root in roots.get(value, (value,)))
+
+    for i, operation in enumerate(operations):
+        read(operation.reads, i)
+        for place, value in enumerate(operation.makes):
+            sources = operation.reads[place : place + 1] if operation.name in ONE_OF else operation.reads
+            found = tuple({root for source in sources for root in roots.get(source, (source,))})
+            is_in_place = operation.name in IN_PLACE and found
+            if is_in_place or (operation.name in FUSED and value not in taken):
+                roots[value] = found
+            else:
+                held_from[value] = i
+    read(outputs, len(operations) - 1)
+    return last
+
+
+def _flat(program: core.Jaxpr, inputs: list[Value]) -> tuple[list[Operation], list[Value]]:
+    """The operations of a program and its results, with the programs that it calls in place of the calls."""
+    values: dict = dict(zip(program.invars, inputs))
+    operations: list[Operation] = []
+
+    def known(variables):
+        return [values.setdefault(var, _value(var)) for var in variables if not isinstance(var, core.Literal)]
+
+    for equation in program.eqns:
+        name = equation.primitive.name
+        if name not in CALLS:
+            makes = tuple(values.setdefault(var, _value(var)) for var in equation.outvars)
+            operations.append(Operation(name, tuple(known(equation.invars)), makes, equation.params))
+            continue
+        called = next(iter(core.jaxprs_in_params(equation.params)))
+        given = [_value(var) if isinstance(var, core.Literal) else known([var])[0] for var in equation.invars]
+        inner, results = _flat(called, given)
+        operations += inner
+        values.update(zip(equation.outvars, results))
+    return operations, [_value(var) if isinstance(var, core.Literal) else known([var])[0] for var in program.outvars]
+
+
+def _value(var) -> Value:
+    dtype = getattr(var.aval, "dtype", None)
+    return Value(getattr(var.aval, "shape", ()), getattr(dtype, "itemsize", 0))

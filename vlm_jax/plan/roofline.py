@@ -1,0 +1,35 @@
+"""How long a step takes at the least, from what a chip must do and what it can do (Williams et al. 2009)."""
+
+from dataclasses import dataclass
+
+from vlm_jax.chips import Chip
+from vlm_jax.plan.hlo import Program
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds of one step; each resource at its peak rate."""
+
+    compute: float
+    hbm: float
+    interconnect: float
+
+    @property
+    def overlapped(self) -> float:
+        """All three at the same time."""
+        return max(self.compute, self.hbm, self.interconnect)
+
+    @property
+    def serial(self) -> float:
+        """Collectives that nothing hides."""
+        return max(self.compute, self.hbm) + self.interconnect
+
+
+def roofline(program: Program, chip: Chip, dtype: str) -> Roofline:
+    """Collectives are counted as if all links of a chip carried them in one direction."""
+    sent = sum(collective.sent_bytes * collective.times for collective in program.collectives)
+    return Roofline(
+        program.flops / chip.flops_per_second(dtype),
+        program.hbm_bytes / chip.hbm_bytes_per_second,
+        sent / chip.interconnect_bytes_per_second,
+    )

@@ -108,6 +108,17 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
     return jax.shard_map(local, in_specs=specs, out_specs=activation_spec("B S D", shape, mesh))(table, ids)
 
 
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """The same for an array of rows, whatever else its dimensions are."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS))
+
+
+def row_shards() -> int:
+    """Parts that the rows of a batch are split into on the mesh of `jax.set_mesh`; without a mesh 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 class Lettered(struct.PyTreeNode, meta.AxisMetadata):
     """A parameter together with its letters; `nn.scan` puts `L` in front when it stacks layers."""
 

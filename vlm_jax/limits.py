@@ -49,6 +49,8 @@ AT_LEAST = {
     "optim.weight_decay": 0,
     "train.steps": 1,
     "train.batch_size": 1,
+    "train.microbatches": 1,
+    "train.loss_chunk": 0,
     "train.checkpoint_every_steps": 1,
     "train.keep_checkpoints": 1,
     "train.keep_best": 0,

@@ -17,7 +17,7 @@ def validate(cfg: Experiment) -> Experiment:
     check_values(cfg)
     if not cfg.vision.checkpoint:  # public ones may leave pixels over at the border
         _patches(cfg.vision)
-    for check in (_data, _drawn, _projector, _fusion, _room, _rates, _profile):
+    for check in (_data, _drawn, _projector, _fusion, _room, _rates, _microbatches, _profile):
         check(cfg)
     cfg.distributed.check()
     return cfg
@@ -240,6 +240,13 @@ def _room(cfg):
 def _rates(cfg):
     if not any(flat(cfg.optim.rate_scale).values()):
         raise ConfigError(f"optim.rate_scale is 0 for {', '.join(flat(cfg.optim.rate_scale))}: nothing would learn.")
+
+
+def _microbatches(cfg):
+    if cfg.train.batch_size % cfg.train.microbatches:
+        raise ConfigError(
+            f"train.batch_size {cfg.train.batch_size} is not divisible by train.microbatches {cfg.train.microbatches}."
+        )
 
 
 def _profile(cfg):

@@ -73,7 +73,9 @@ def loaded(cfg):
     new = jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), meta.unbox(boxed_params(cfg)))
     gates = {path: 0 * x if path[-1].endswith("gate") else x for path, x in traverse_util.flatten_dict(new).items()}
     new = traverse_util.flatten_dict(traverse_util.unflatten_dict(gates), sep="/")
-    return traverse_util.unflatten_dict(new | compose.load_parts(cfg, axes.make_mesh(Mesh())), sep="/")
+    return traverse_util.unflatten_dict(
+        new | compose.load_parts(cfg, meta.unbox(boxed_params(cfg)), axes.make_mesh(Mesh())), sep="/"
+    )
 
 
 PAIRS = [("clip", "gpt2", "unified"), ("siglip", "llama", "cross_attention")]
@@ -149,7 +151,7 @@ def test_a_run_begins_with_the_checkpoints_and_keeps_what_is_frozen(folders, tmp
     loop.train(cfg)
     params, tokenizer = demo.load(cfg)
     assert tokenizer.encode("what is it?") == HubTokenizer.load(folders["llama"]).encode("what is it?", False)
-    began = compose.load_parts(cfg, axes.make_mesh(Mesh()))
+    began = compose.load_parts(cfg, meta.unbox(boxed_params(cfg)), axes.make_mesh(Mesh()))
     flat = traverse_util.flatten_dict(params, sep="/")
     assert {path.split("/")[0] for path in began} == {"vision", "decoder"}
     for path, x in began.items():

@@ -233,7 +233,9 @@ def test_the_image_tower_may_be_taken_alone(tmp_path, kind):
     folder = open_clip_folder(tmp_path)[0] if kind == "open_clip" else with_processor(tmp_path, kind)
     cfg = tiny("unified", fusion=Fusion("unified"), projector=Projector("mlp"))
     cfg = validate(compose.resolved(replace(cfg, vision=replace(cfg.vision, checkpoint=str(folder)))))
-    params = traverse_util.unflatten_dict(compose.load_parts(cfg, axes.make_mesh(Mesh())), sep="/")["vision"]
+    params = traverse_util.unflatten_dict(
+        compose.load_parts(cfg, meta.unbox(boxed_params(cfg)), axes.make_mesh(Mesh())), sep="/"
+    )["vision"]
     images = inputs()["pixel_values"].transpose(0, 2, 3, 1)
     whole, towers = load_params(folder)
     expected = forward(model_of(whole.cfg.vision), towers["vision"], images)

@@ -80,24 +80,31 @@ def special_ids(tokenizer: HubTokenizer, decoder: Decoder) -> tuple[int, int, in
     return eos if tokenizer.pad_id is None else tokenizer.pad_id, image, newline, eos
 
 
-def load_parts(cfg: Experiment, mesh: Mesh) -> dict[str, jax.Array]:
-    """Path -> parameter of what the checkpoints hold, in float32, each assembled where it lies; of no others."""
-    found = {}
+def load_parts(cfg: Experiment, shapes: dict, mesh: Mesh) -> dict[str, jax.Array]:
+    """Path -> parameter of what the checkpoints hold, each assembled where it lies; of no others.
+
+    `shapes` is the tree of all parameters' shapes: each gets the dtype that stands there.
+    """
+    found, flat = {}, traverse_util.flatten_dict(shapes, sep="/")
     for part in ("vision", "decoder"):
         if getattr(cfg, part).checkpoint:
-            found |= _read_part(cfg, part, mesh)
+            found |= _read_part(cfg, part, flat, mesh)
     return found
 
 
-def _read_part(cfg: Experiment, part: str, mesh: Mesh) -> dict[str, jax.Array]:
+def _read_part(cfg: Experiment, part: str, shapes: dict, mesh: Mesh) -> dict[str, jax.Array]:
     folder = getattr(cfg, part).checkpoint
     boxed = traverse_util.flatten_dict(boxed_params(cfg), sep="/")
     with open_tensors(folder) as tensors:
         checkpoint = inspect(folder, tensors)
         rows = _rows(checkpoint, cfg, part)
         filled = {piece.ours for row in rows for piece in row.parts}
-        wanted = {path: box for path, box in boxed.items() if path in filled}
-        return read_params(rows, checkpoint.stored(tensors), wanted, "float32", mesh)
+        by_dtype = {}
+        for path in (path for path in boxed if path in filled):
+            by_dtype.setdefault(shapes[path].dtype, {})[path] = boxed[path]
+        stored = checkpoint.stored(tensors)
+        read = [read_params(rows, stored, wanted, dtype, mesh) for dtype, wanted in by_dtype.items()]
+        return {path: x for part in read for path, x in part.items()}
 
 
 def _rows(checkpoint: Checkpoint, cfg: Experiment, part: str) -> list[Row]:

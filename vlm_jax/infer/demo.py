@@ -11,11 +11,17 @@ from vlm_jax.data import pipeline
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.train.checkpoint import Checkpoints
-from vlm_jax.train.step import abstract_state
+from vlm_jax.train.step import abstract_state, narrowed
 from vlm_jax.workdir import Workdir
 
 
 def load(cfg: Experiment) -> tuple[dict, Tokenizer]:
+    """As `load_stored`, in the dtype that the run computes in."""
+    params, tokenizer = load_stored(cfg)
+    return narrowed(cfg, params), tokenizer
+
+
+def load_stored(cfg: Experiment) -> tuple[dict, Tokenizer]:
     """Parameters of the run's last whole checkpoint, and its tokenizer.
 
     Raises:

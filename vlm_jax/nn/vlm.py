@@ -41,18 +41,21 @@ class VLM(nn.Module):
     def __call__(self, batch: Batch, cache: Cache | None = None) -> Output:
         """With a cache, `batch` is what follows the tokens in it, and then it needs no images any more."""
         hidden, cache = self.hidden(batch, cache)
-        return Output(axes.constrain(self.decoder.head(hidden), "B S V"), cache)
+        return Output(axes.constrain(self.head(hidden), "B S V"), cache)
 
     def next_logits(self, batch: Batch, cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
         """Logits of what follows the last slot of every row, and no others."""
         hidden, cache = self.hidden(batch, cache)
-        return axes.constrain(self.decoder.head(hidden[:, -1:]), "B S V")[:, 0], cache
+        return axes.constrain(self.head(hidden[:, -1:]), "B S V")[:, 0], cache
 
     def hidden(self, batch: Batch, cache: Cache | None = None) -> tuple[Float[Array, "B S D"], Cache | None]:
         """What the head reads, and the cache with what was read."""
         image = None if batch.images is None else self.image_tokens(batch)
         stream = fuse(self.cfg, self.decoder.embed(batch.tokens), image, batch, cache)
         return self.decoder(stream, cache)
+
+    def head(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+        return self.decoder.head(hidden)
 
 
 def empty_cache(cfg: Experiment, prompt: Batch, new_tokens: int, dtype=jnp.float32) -> Cache:

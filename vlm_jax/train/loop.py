@@ -30,7 +30,7 @@ from vlm_jax.train.log import Log, Work
 from vlm_jax.train.peak import peak_flops_per_second
 from vlm_jax.train.preemption import Notice, Preempted
 from vlm_jax.train.profile import Profile
-from vlm_jax.train.step import abstract_state, compiled_step, new_state
+from vlm_jax.train.step import abstract_state, compiled_step, new_state, state_shapes
 from vlm_jax.workdir import Workdir
 
 
@@ -115,10 +115,12 @@ def seconds_at_peak(cfg: Experiment) -> float | None:
 
 def check_rows(cfg: Experiment, mesh: jax.sharding.Mesh) -> None:
     shards = math.prod(mesh.shape[axis] for axis in axes.ROWS)
-    if cfg.train.batch_size % shards:
+    parts = shards * cfg.train.microbatches
+    if cfg.train.batch_size % parts:
+        times = f" times train.microbatches {cfg.train.microbatches}" if cfg.train.microbatches > 1 else ""
         raise ConfigError(
             f"train.batch_size {cfg.train.batch_size} is not divisible by the {shards} devices of mesh.data x "
-            f"mesh.fsdp: choose a multiple of {shards}."
+            f"mesh.fsdp{times}: choose a multiple of {parts}."
         )
 
 
@@ -143,7 +145,7 @@ def begin(cfg: Experiment, mesh, data, checkpoints: Checkpoints) -> tuple[State,
     """A new state, every parameter made where it lies, or that of the last whole checkpoint; and its step."""
     restored = checkpoints.restore(abstract_state(cfg, mesh))
     if restored is None:
-        return new_state(cfg, mesh, compose.load_parts(cfg, mesh)), 0
+        return new_state(cfg, mesh, compose.load_parts(cfg, state_shapes(cfg).params, mesh)), 0
     state, data_state = restored
     data.set_state(data_state)
     print(f"continuing from step {int(state.step)} in {cfg.workdir}", flush=True)

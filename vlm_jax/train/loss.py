@@ -1,15 +1,119 @@
-"""Masked cross-entropy as a pair (sum, count), divided once after every reduction."""
+"""Masked cross-entropy as a sum and a count, divided once after every reduction; a batch's logits are never whole."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vlm_jax import axes
 from vlm_jax.structs import Batch
+
+CHUNK_BYTES = 64 * 2**20  # logits that a device holds at once, unless `train.loss_chunk` says otherwise
+Params = dict[tuple[str, ...], jax.Array]
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The output head as a function of its own parameters, by path: (B, S, D) -> logits (B, S, V)."""
+
+    apply: Callable[[Params, jax.Array], jax.Array]
+    letters: dict[tuple[str, ...], str]
+    vocab_size: int
+
+    def logits(self, params: Params, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+        """In float32, whatever the dtype of parameters and hidden numbers."""
+        wide = {path: value.astype(jnp.float32) for path, value in params.items()}
+        return self.apply(wide, x.astype(jnp.float32))
 
 
 def cross_entropy(logits: Float[Array, "B S V"], batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum of -log p(target) in nats over the scored tokens, and their number; computed in float32."""
+    return _nats(logits, batch.targets, batch.loss_weights), jnp.sum(batch.loss_weights)
+
+
+def _nats(logits, targets, weights) -> Float[Array, ""]:
     logits = logits.astype(jnp.float32)
-    target_logits = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
-    nats = jax.nn.logsumexp(logits, axis=-1) - target_logits
-    return jnp.sum(nats * batch.loss_weights), jnp.sum(batch.loss_weights)
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - target_logits) * weights)
+
+
+def head_cross_entropy(
+    head: Head, trained: Params, frozen: Params, hidden: Float[Array, "B S D"], batch: Batch, chunk: int = 0
+) -> Float[Array, ""]:
+    """The sum of `cross_entropy`, with logits of at most `chunk` scored tokens a device at a time.
+
+    The scored tokens of each device's rows are packed to the front, and a loop runs as far as they reach on the fullest
+    device: its cost grows with their number, whatever that is. A chunk's gradients are made together with its logits,
+    so that the backward pass holds no others. With `chunk` 0 it is what fits CHUNK_BYTES; what fits one chunk needs no
+    loop. `trained` and `frozen` are the head's parameters; only the first get a gradient.
+    """
+    shards = axes.row_shards()
+    tokens = batch.targets.size // shards
+    chunk = chunk or max(1, CHUNK_BYTES // (4 * head.vocab_size))
+    if tokens <= chunk:
+        logits = axes.constrain(head.logits({**trained, **frozen}, hidden), "B S V")
+        return _nats(logits, batch.targets, batch.loss_weights)
+    unscored = batch.loss_weights.reshape(shards, tokens) == 0
+    order = jnp.argsort(unscored, axis=1, stable=True)
+    order = jnp.pad(order, ((0, 0), (0, -tokens % chunk)), constant_values=tokens)  # out of bounds: filled with 0
+    packed = [_packed(x, order) for x in (hidden, batch.targets, batch.loss_weights)]
+    chunks = jnp.max(jnp.sum(~unscored, axis=1) + chunk - 1) // chunk
+    gathered = ({path: axes.constrain(x, head.letters[path]) for path, x in part.items()} for part in (trained, frozen))
+    return _chunked(head, chunk, *gathered, *packed, chunks)
+
+
+def _packed(x, order):
+    """(B, S, ...) -> (shards, slots, ...), each device's tokens in their order."""
+    shards, trailing = len(order), x.shape[2:]
+    x = axes.constrain_rows(x.reshape(shards, -1, *trailing))
+    index = order.reshape(*order.shape, *(1 for _ in trailing))
+    return axes.constrain_rows(jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0))
+
+
+def _shard_nats(head, trained, frozen, x, targets, weights):
+    """Of one shard's chunk: (chunk, D), (chunk,), (chunk,)."""
+    return _nats(head.logits({**trained, **frozen}, x[None])[0], targets, weights)
+
+
+def _piece(arrays, i, chunk):
+    return [jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1) for x in arrays]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(head, chunk, trained, frozen, x, targets, weights, chunks):
+    shard_nats = jax.vmap(functools.partial(_shard_nats, head), in_axes=(None, None, 0, 0, 0))
+
+    def body(i, totals):
+        return totals + shard_nats(trained, frozen, *_piece((x, targets, weights), i, chunk))
+
+    return jnp.sum(jax.lax.fori_loop(0, chunks, body, axes.constrain_rows(jnp.zeros(len(x)))))
+
+
+def _chunked_forward(head, chunk, trained, frozen, x, targets, weights, chunks):
+    """Every shard sums its own gradient of the head, and they meet once, after the loop."""
+    gradient = jax.value_and_grad(functools.partial(_shard_nats, head), argnums=(0, 2))
+    gradient = jax.vmap(gradient, in_axes=(None, None, 0, 0, 0))
+    zeros = {
+        path: axes.constrain(jnp.zeros((len(x), *w.shape)), f"B {head.letters[path]}") for path, w in trained.items()
+    }
+
+    def body(i, sums):
+        totals, d_trained, dx = sums
+        nats, (d_head, d_piece) = gradient(trained, frozen, *_piece((x, targets, weights), i, chunk))
+        dx = jax.lax.dynamic_update_slice_in_dim(dx, d_piece, i * chunk, axis=1)
+        return totals + nats, jax.tree.map(jnp.add, d_trained, d_head), dx
+
+    start = (axes.constrain_rows(jnp.zeros(len(x))), zeros, jnp.zeros_like(x))
+    totals, d_trained, dx = jax.lax.fori_loop(0, chunks, body, start)
+    return jnp.sum(totals), (jax.tree.map(lambda d: jnp.sum(d, axis=0), d_trained), dx)
+
+
+def _chunked_backward(head, chunk, saved, dy):
+    d_trained, dx = saved
+    return {path: dy * d for path, d in d_trained.items()}, None, (dy * dx).astype(dx.dtype), None, None, None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)

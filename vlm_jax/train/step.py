@@ -14,12 +14,12 @@ from vlm_jax.nn.models import boxed_params
 from vlm_jax.nn.vlm import VLM, init_params
 from vlm_jax.structs import Batch, State
 from vlm_jax.train import optim
-from vlm_jax.train.loss import cross_entropy
+from vlm_jax.train.loss import Head, Params, head_cross_entropy
 
 
 def make_state(cfg: Experiment, key: jax.Array) -> State:
     """A new run's state, all at random; `new_state` jits it so that every parameter is created where it lies."""
-    params = meta.unbox(init_params(cfg, key))
+    params = stored(cfg, meta.unbox(init_params(cfg, key)))
     trained, _ = optim.split(params, cfg.optim)
     return State(jnp.int32(0), params, optim.optimizer(cfg.optim, cfg.train.steps).init(trained))
 
@@ -37,9 +37,20 @@ def new_state(cfg: Experiment, mesh: jax.sharding.Mesh, loaded: dict[str, jax.Ar
     return state.replace(params=traverse_util.unflatten_dict(state.params | loaded, sep="/"))
 
 
+def stored(cfg: Experiment, params):
+    """Parameters as a run keeps them: in float32, frozen ones in the compute dtype, since nothing is added to them."""
+    trained, frozen = optim.split(params, cfg.optim)
+    return optim.join(trained, narrowed(cfg, frozen))
+
+
+def narrowed(cfg: Experiment, tree):
+    """A tree of floating-point arrays in the compute dtype."""
+    return jax.tree.map(lambda x: x.astype(cfg.train.compute_dtype), tree)
+
+
 def state_shapes(cfg: Experiment) -> State:
     """Shapes of what `make_state` makes."""
-    params = meta.unbox(boxed_params(cfg))
+    params = jax.eval_shape(lambda params: stored(cfg, params), meta.unbox(boxed_params(cfg)))
     trained, _ = optim.split(params, cfg.optim)
     optimizer = jax.eval_shape(optim.optimizer(cfg.optim, cfg.train.steps).init, trained)
     return State(jax.ShapeDtypeStruct((), jnp.int32), params, optimizer)
@@ -67,19 +78,57 @@ def abstract_state(cfg: Experiment, mesh: jax.sharding.Mesh) -> State:
     )
 
 
+def batch_nats(cfg: Experiment, trained: Params, frozen: Params, batch: Batch) -> jax.Array:
+    """The sum of the loss over the scored tokens, in nats; everything but the head computes in the compute dtype."""
+    params = optim.join(narrowed(cfg, trained), narrowed(cfg, frozen))
+    images = narrowed(cfg, batch.images)
+    hidden, _ = VLM(cfg).apply({"params": params}, batch.replace(images=images), method="hidden")
+    head = head_of(cfg)
+    of_head = [{path: x for path, x in part.items() if path in head.letters} for part in (trained, frozen)]
+    return head_cross_entropy(head, *of_head, hidden, batch, cfg.train.loss_chunk)
+
+
+def head_of(cfg: Experiment) -> Head:
+    name = "embedding" if cfg.decoder.tied_head else "free_head"
+    boxes = traverse_util.flatten_dict(boxed_params(cfg))
+
+    def apply(params, x):
+        return VLM(cfg).apply({"params": traverse_util.unflatten_dict(params)}, x, method="head")
+
+    letters = {path: box.letters for path, box in boxes.items() if path[:2] == ("decoder", name)}
+    return Head(apply, letters, cfg.decoder.vocab_size)
+
+
+def summed(gradient: Callable, batch: Batch, parts: int):
+    """The sum of `gradient`, a tree of float32 arrays, over `parts` microbatches.
+
+    Each takes every `parts`-th row, so that rows stay on their devices.
+    """
+    if parts == 1:
+        return gradient(batch)
+    interleaved = jax.tree.map(lambda x: x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(sums, part):
+        return jax.tree.map(jnp.add, sums, gradient(jax.tree.map(axes.constrain_rows, part))), None
+
+    shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], interleaved))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, interleaved)[0]
+
+
 def train_step(cfg: Experiment, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
     """Returns the next state, and `loss` (nats per scored token), `grad_norm` and `learning_rate` of this step.
 
-    And `finite`: by its path, whether a parameter's gradient is; the sums are those of `grad_norm`.
+    And `finite`: by its path, whether a parameter's gradient is; the sums are those of `grad_norm`. The loss is divided
+    by the scored tokens of the whole batch, so that microbatches with few and with many of them count as they should.
     """
     trained, frozen = optim.split(state.params, cfg.optim)
+    count = jnp.maximum(jnp.sum(batch.loss_weights), 1)
 
-    def loss(trained):
-        logits = VLM(cfg).apply({"params": optim.join(trained, frozen)}, batch).logits
-        total, count = cross_entropy(logits, batch)
-        return total / jnp.maximum(count, 1)
+    def gradient(part):
+        return jax.value_and_grad(lambda trained: batch_nats(cfg, trained, frozen, part) / count)(trained)
 
-    value, gradients = jax.value_and_grad(loss)(trained)
+    value, gradients = summed(gradient, batch, cfg.train.microbatches)
     transform = optim.optimizer(cfg.optim, cfg.train.steps)
     updates, optimizer = transform.update(gradients, state.optimizer, trained)
     params = optim.join(optax.apply_updates(trained, updates), frozen)

@@ -1,0 +1,130 @@
+"""The loss in chunks is the plain one, its gradients too, and never holds all logits."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from vlm_jax import axes
+from vlm_jax.config import Mesh
+from vlm_jax.testing import random_batch, random_params, tiny
+from vlm_jax.train.loss import cross_entropy, head_cross_entropy
+from vlm_jax.train.step import head_of
+
+ROWS, LENGTH = 8, 28
+RNG = np.random.default_rng(0)
+WEIGHTS = {
+    "none": np.zeros((ROWS, LENGTH)),
+    "all": np.ones((ROWS, LENGTH)),
+    "one row": np.eye(ROWS)[3][:, None] * np.ones(LENGTH),
+    "one token": np.eye(ROWS * LENGTH)[-1].reshape(ROWS, LENGTH),
+    "some, weighted": RNG.choice([0, 0.5, 1, 2], (ROWS, LENGTH), p=[0.7, 0.1, 0.1, 0.1]),
+}
+
+
+def experiment(tied=True, softcap=0.0):
+    cfg = tiny()
+    return replace(cfg, decoder=replace(cfg.decoder, tied_head=tied, logit_softcap=softcap))
+
+
+def inputs(cfg, weights, dtype=np.float32):
+    batch = random_batch(cfg, ROWS).replace(loss_weights=np.float32(weights))
+    hidden = np.random.default_rng(1).normal(0, 2, (ROWS, LENGTH, cfg.decoder.width)).astype(dtype)
+    params = traverse_util.flatten_dict(random_params(cfg))
+    return {path: params[path] for path in head_of(cfg).letters}, hidden, batch
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def chunked(cfg, chunk, params, hidden, batch):
+    """Value and gradients of the head and the hidden numbers."""
+
+    def loss(params, hidden):
+        return 3 * head_cross_entropy(head_of(cfg), params, {}, hidden, batch, chunk)
+
+    return jax.value_and_grad(loss, argnums=(0, 1))(params, hidden)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def plain(cfg, params, hidden, batch):
+    def loss(params, hidden):
+        return 3 * cross_entropy(head_of(cfg).logits(params, hidden), batch)[0]
+
+    return jax.value_and_grad(loss, argnums=(0, 1))(params, hidden)
+
+
+def assert_equal(found, expected, rtol=1e-4):
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.float32(x), np.float32(y), rtol=rtol, atol=rtol * (np.abs(y).max() + 1e-9))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("chunk", [1000, 50])
+def test_in_chunks_is_plain_whatever_is_scored(chunk, weights):
+    cfg = experiment()
+    given = inputs(cfg, weights)
+    assert_equal(chunked(cfg, chunk, *given), plain(cfg, *given))
+    assert_equal(
+        jax.jit(lambda *given: 3 * head_cross_entropy(head_of(cfg), given[0], {}, *given[1:], chunk))(*given),
+        plain(cfg, *given)[0],
+    )
+
+
+@pytest.mark.parametrize("tied, softcap", [(True, 5.0), (False, 0.0)])
+def test_every_form_of_the_head(tied, softcap):
+    cfg = experiment(tied, softcap)
+    given = inputs(cfg, WEIGHTS["some, weighted"])
+    assert_equal(chunked(cfg, 16, *given), plain(cfg, *given))
+
+
+def test_narrow_hidden_numbers_have_logits_in_float32():
+    cfg = experiment(tied=False)
+    params, hidden, batch = inputs(cfg, WEIGHTS["some, weighted"], jnp.bfloat16)
+    value, (_, d_hidden) = chunked(cfg, 16, params, hidden, batch)
+    expected, (_, d_expected) = plain(cfg, params, hidden.astype(np.float32), batch)
+    assert value.dtype == jnp.float32 and d_hidden.dtype == jnp.bfloat16
+    assert_equal(value, expected)
+    assert_equal(d_hidden, d_expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_on_eight_devices_rows_stay_where_they_are(shape):
+    cfg, mesh = experiment(), axes.make_mesh(Mesh(*shape))
+    params, hidden, batch = inputs(cfg, WEIGHTS["some, weighted"])
+    with jax.set_mesh(mesh):
+        hidden, batch = jax.device_put((hidden, batch), axes.row_sharding(mesh))
+        compiled = chunked.lower(cfg, 6, params, hidden, batch).compile()
+        assert_equal(compiled(params, hidden, batch), plain(cfg, *inputs(cfg, WEIGHTS["some, weighted"])))
+    moved = [line for line in compiled.as_text().splitlines() if "all-to-all(" in line or "collective-permute(" in line]
+    gathered = [line for line in compiled.as_text().splitlines() if " all-gather(" in line]
+    assert not moved and not gathered
+
+
+def temporary_bytes(function, *shapes) -> int:
+    return jax.jit(function).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
+def test_the_logits_of_a_large_vocabulary_are_never_all_there(trained):
+    """Forward and backward: beside the head's gradient there is room for a part of (B, S, V) alone."""
+    vocabulary, rows, length = 128_256, 8, 512
+    cfg = experiment()
+    cfg = replace(cfg, decoder=replace(cfg.decoder, vocab_size=vocabulary))
+    head, like = head_of(cfg), jax.ShapeDtypeStruct
+    params = {path: like((vocabulary, 32), jnp.float32) for path in head.letters}
+    hidden = like((rows, length, 32), jnp.float32)
+    text = like((rows, length), jnp.int32)
+    batch = jax.eval_shape(lambda: random_batch(tiny(), 1)).replace(
+        targets=text, loss_weights=like((rows, length), jnp.float32)
+    )
+
+    def loss(params, hidden, batch):
+        return head_cross_entropy(head, *((params, {}) if trained else ({}, params)), hidden, batch)
+
+    whole = rows * length * vocabulary * 4
+    assert temporary_bytes(loss, params, hidden, batch) < 0.2 * whole
+    gradient = jax.grad(loss, argnums=(0, 1) if trained else 1)
+    assert temporary_bytes(gradient, params, hidden, batch) < 0.2 * whole

@@ -1,0 +1,122 @@
+"""What saves memory changes no result: microbatches, remat, chunks of the loss; and what bfloat16 computes is near."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import traverse_util
+
+from tests.train.test_step import experiment, mesh_of, random_state
+from vlm_jax import axes
+from vlm_jax.config import ConfigError, Optim, RateScale
+from vlm_jax.testing import random_batch, variants
+from vlm_jax.train import loop, optim
+from vlm_jax.train.step import compiled_step, make_state, summed
+from vlm_jax.validate import validate
+
+ONE, EIGHT = (1, 1, 1), (2, 2, 2)
+SAVING = {"microbatches": 2, "loss_chunk": 40}
+
+
+def uneven(cfg, rows=8):
+    """A batch whose rows have very different numbers of scored tokens, one of them none."""
+    batch = random_batch(cfg, rows)
+    scale = np.linspace(0, 1, rows)[:, None] > np.random.default_rng(0).uniform(size=batch.loss_weights.shape)
+    return batch.replace(loss_weights=batch.loss_weights * scale)
+
+
+def one_step(cfg, shape=ONE):
+    """Loss and gradients: those that the first moment of Adam has seen, over 1 - beta1."""
+    cfg, mesh = replace(cfg, optim=replace(cfg.optim, clip_norm=1e9)), mesh_of(shape)
+    with jax.set_mesh(mesh):
+        batch = jax.device_put(uneven(cfg), axes.row_sharding(mesh))
+        state, metrics = compiled_step(cfg, mesh)(random_state(cfg, mesh), batch)
+    return float(metrics["loss"]), jax.device_get(optax.tree.get(state.optimizer, "mu"))
+
+
+def assert_same(found, expected):
+    (loss, gradients), (expected_loss, expected_gradients) = found, expected
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    for path, gradient in expected_gradients.items():
+        np.testing.assert_allclose(gradients[path], gradient, rtol=1e-3, atol=1e-6, err_msg="/".join(path))
+
+
+@pytest.mark.parametrize("name", variants())
+def test_four_microbatches_are_one(name):
+    cfg = experiment(name)
+    assert_same(one_step(replace(cfg, train=replace(cfg.train, microbatches=4))), one_step(cfg))
+
+
+@pytest.mark.parametrize("name", variants())
+def test_all_that_saves_memory_together_on_eight_devices_is_the_plain_step_on_one(name):
+    cfg = experiment(name)
+    vision, decoder = replace(cfg.vision, remat="full"), replace(cfg.decoder, remat="dots")
+    saving = replace(cfg, train=replace(cfg.train, **SAVING), vision=vision, decoder=decoder)
+    assert_same(one_step(saving, EIGHT), one_step(cfg))
+
+
+def test_rows_stay_on_their_devices_when_a_batch_is_cut_into_microbatches():
+    cfg, mesh = experiment("unified"), mesh_of((4, 2, 1))
+    with jax.set_mesh(mesh):
+        rows = axes.row_sharding(mesh)
+        batch = jax.device_put(random_batch(cfg, rows=32), rows)
+        cut = jax.jit(lambda batch: summed(lambda part: jnp.sum(part.images**2), batch, 4), in_shardings=rows)
+        program = cut.lower(batch).compile().as_text()
+    assert not any(word in program for word in ("all-to-all(", "collective-permute(", "all-gather("))
+    assert "all-reduce" in program
+
+
+def test_microbatches_take_less_memory():
+    def temporary_bytes(parts):
+        cfg = experiment("unified")
+        cfg = replace(cfg, train=replace(cfg.train, microbatches=parts))
+        mesh = mesh_of(ONE)
+        state, batch = jax.eval_shape(lambda: make_state(cfg, jax.random.key(0))), random_batch(cfg, rows=64)
+        return compiled_step(cfg, mesh).lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(8) < 0.4 * temporary_bytes(1)
+
+
+@pytest.mark.parametrize(
+    "batch_size, microbatches, said", [(8, 3, "8 .* train.microbatches 3"), (8, 4, "8 .* multiple of 16")]
+)
+def test_a_batch_that_cannot_be_cut_is_refused(batch_size, microbatches, said):
+    cfg = experiment("unified")
+    cfg = replace(cfg, train=replace(cfg.train, batch_size=batch_size, microbatches=microbatches))
+    with pytest.raises(ConfigError, match=f"train.batch_size {said}"):
+        loop.check_rows(validate(cfg), mesh_of((2, 2, 2)))
+
+
+FROZEN = Optim(warmup_steps=0, rate_scale=RateScale(vision=0, decoder=0))
+
+
+@pytest.mark.parametrize("name", variants())
+def test_in_bfloat16_loss_and_gradients_are_near_and_arrive_in_float32(name):
+    cfg = experiment(name)
+    loss, gradients = one_step(replace(cfg, train=replace(cfg.train, compute_dtype="bfloat16")), EIGHT)
+    expected_loss, expected = one_step(cfg)
+    assert loss == pytest.approx(expected_loss, rel=0.02)
+    assert {x.dtype for x in gradients.values()} == {np.dtype("float32")}
+    cosine = optax.tree.vdot(gradients, expected) / optax.tree.norm(gradients) / optax.tree.norm(expected)
+    assert cosine > 0.98
+
+
+def test_frozen_parts_are_kept_in_the_compute_dtype_and_stay_bit_for_bit():
+    cfg, mesh = replace(experiment("cross_attention"), optim=FROZEN), mesh_of(EIGHT)
+    cfg = replace(cfg, train=replace(cfg.train, compute_dtype="bfloat16"))
+    with jax.set_mesh(mesh):
+        before = jax.device_get(random_state(cfg, mesh))
+        before = before.replace(params=jax.tree.map(lambda x, s: np.asarray(x, s.dtype), before.params, kept(cfg)))
+        after, _ = compiled_step(cfg, mesh)(before, uneven(cfg))
+    new = traverse_util.flatten_dict(jax.device_get(after.params))
+    for path, old in traverse_util.flatten_dict(before.params).items():
+        frozen = optim.part_of(path) in ("vision", "decoder")
+        assert new[path].dtype == (jnp.bfloat16 if frozen else jnp.float32), path
+        assert np.array_equal(new[path], old) == frozen, path
+
+
+def kept(cfg):
+    return jax.eval_shape(lambda: make_state(cfg, jax.random.key(0))).params

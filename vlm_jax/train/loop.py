@@ -109,7 +109,7 @@ def closing(log: Log | None, checkpoints: Checkpoints):
 
 def seconds_at_peak(cfg: Experiment) -> float | None:
     """What a step would take if all devices multiplied matrices at their best rate all the time."""
-    peak = peak_flops_per_second("float32")
+    peak = peak_flops_per_second(cfg.train.compute_dtype)
     return peak and train_flops(cfg) / peak
 
 

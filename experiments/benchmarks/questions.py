@@ -1,0 +1,142 @@
+"""Questions learned from in a second on easy-VQA: ours with shared-image packing, transformers with one a row.
+
+    python experiments/benchmarks/questions.py [--turns 7]
+
+One LLaVA-like model on both sides (a CLIP of 4 layers and a Llama of 3, 128 wide, 64 tokens an image), the same weights
+to begin with, AdamW with clipping, 64 rows a batch, real batches made while the step runs. The rows of one question are
+cut to the longest question with its answer: that is the best that a run without packing could do.
+"""
+
+import argparse
+import tempfile
+from dataclasses import replace
+
+import numpy as np
+import probe
+import turns
+
+from vlm_jax.start import prepare_process
+
+CONFIG, IMAGE_ID = "configs/easy_vqa_unified.py", 1
+SMALL = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
+
+
+def torch_model():
+    import torch
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    ids = {"vocab_size": 512, "bos_token_id": 0, "eos_token_id": 3, "pad_token_id": 0}
+    vision = {"num_hidden_layers": 4, "image_size": 64, "patch_size": 8}
+    config = LlavaConfig(
+        text_config={"model_type": "llama", "num_hidden_layers": 3, "max_position_embeddings": 256, **SMALL, **ids},
+        vision_config={"model_type": "clip_vision_model", **vision, **SMALL},
+        vision_feature_layer=-1,
+        image_token_index=IMAGE_ID,
+        tie_word_embeddings=True,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def experiment(folder: str):
+    """The model of the folder with data and optimizer of easy-VQA's main job."""
+    from vlm_jax import config_file
+
+    main = config_file.load(CONFIG)
+    sections = {"data": main.data, "train": main.train, "optim": replace(main.optim, kind="adamw")}
+    return probe.Ours.load(folder, **sections)
+
+
+def ours(folder: str):
+    """A function that takes a step on the next batch and returns its number of questions."""
+    from packing import Side
+
+    from vlm_jax.data import pipeline
+
+    model = experiment(folder)
+    side = Side(model.cfg, pipeline.train_tokenizer(model.cfg))
+
+    def step() -> int:
+        import jax
+
+        with jax.set_mesh(side.mesh):
+            return side.take_step()
+
+    return step
+
+
+def theirs(folder: str):
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    from vlm_jax.data import pipeline
+
+    cfg = experiment(folder).cfg
+    tokenizer = pipeline.train_tokenizer(cfg)
+    longest = sum(map(len, pipeline.longest_pair(cfg, tokenizer)))
+    cfg = replace(cfg, data=replace(cfg.data, questions_per_row=1, text_length=longest))
+    data = pipeline.training_iterator(cfg, tokenizer)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa").train()
+    optim = cfg.optim
+    optimizer = torch.optim.AdamW(
+        model.parameters(), optim.learning_rate, (optim.beta1, optim.beta2), weight_decay=optim.weight_decay, fused=True
+    )
+
+    def step() -> int:
+        batch = next(data)
+        scored = np.pad(batch.loss_weights[:, :-1] > 0, ((0, 0), (1, 0)))
+        loss = model(
+            input_ids=torch.tensor(batch.tokens, dtype=torch.long),
+            attention_mask=torch.tensor(batch.segment_ids, dtype=torch.long),
+            pixel_values=torch.tensor(batch.images[:, 0].transpose(0, 3, 1, 2)),
+            labels=torch.tensor(np.where(scored, batch.tokens, -100), dtype=torch.long),
+            use_cache=False,
+        ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        return len(batch.tokens)
+
+    return step
+
+
+SIDES = {"vlm_jax": ours, "transformers": theirs}
+
+
+def serve(side: str, folder: str) -> None:
+    step = SIDES[side](folder)
+    step()
+
+    def answer(seconds: float) -> dict[str, float]:
+        asked = []
+        found = turns.times(lambda: asked.append(step()), seconds)
+        questions = sum(asked) / len(asked)
+        return {name: value / questions for name, value in found.items()}  # seconds a question
+
+    turns.serve({}, answer)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of every turn, at least")
+    parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.serve:
+        serve(given.serve, given.folder)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        torch_model().save_pretrained(folder)
+        servers = {side: turns.Server("--serve", side, "--folder", folder) for side in SIDES}
+        answers = turns.take_turns(servers, given.turns, given.seconds)
+    for side, found in answers.items():
+        print(f"{side:<16}{1 / turns.middle(found, 'seconds'):>8.0f} questions a second")
+    print(f"{'ours over theirs':<28}{turns.speed(*answers.values())}")
+
+
+if __name__ == "__main__":
+    prepare_process()
+    main()

@@ -106,7 +106,7 @@ class Ours:
         """`sections` replace those of the experiment; the loop over depth is laid out."""
         from vlm_jax.hub.load import load_checkpoint
 
-        checkpoint, params = load_checkpoint(folder)
+        checkpoint, params = load_checkpoint(folder, taps="output")  # as transformers 5 takes those of an mllama
         cfg = checkpoint.cfg
         unrolled = {"vision": replace(cfg.vision, unroll=64), "decoder": replace(cfg.decoder, unroll=64)}
         return cls(replace(cfg, **unrolled, **sections), params, checkpoint.image_token)

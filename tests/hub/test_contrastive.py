@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flax import traverse_util
+from flax.linen import meta
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
@@ -22,7 +23,7 @@ from vlm_jax.hub.load import load_params
 from vlm_jax.hub.open_clip import OPEN_CLIP
 from vlm_jax.hub.siglip import SIGLIP
 from vlm_jax.infer.verify import verify
-from vlm_jax.nn.models import model_of
+from vlm_jax.nn.models import boxed_params, model_of
 from vlm_jax.testing import tiny
 from vlm_jax.validate import validate
 

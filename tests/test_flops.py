@@ -24,7 +24,7 @@ def wide(kind: str, rates: RateScale, vision: dict | None = None, **sections):
     return dataclasses.replace(
         cfg,
         vision=dataclasses.replace(cfg.vision, **tower),
-        decoder=dataclasses.replace(cfg.decoder, **WIDE, vocab_size=2048, max_positions=512),
+        decoder=dataclasses.replace(cfg.decoder, **WIDE, vocab_size=256, max_positions=512),
         data=dataclasses.replace(cfg.data, text_length=128),
         optim=Optim(rate_scale=rates),
         **sections,
@@ -81,6 +81,13 @@ def test_forward_and_backward_with_frozen_parts(kind, trained):
 )
 def test_every_projector_and_encoder(cfg):
     assert flops.train_flops(cfg) == pytest.approx(of_step(cfg), rel=0.03)
+
+
+def test_the_head_counts_the_text_of_a_row():
+    cfg = wide("unified", ALL)
+    larger = dataclasses.replace(cfg, decoder=dataclasses.replace(cfg.decoder, vocab_size=2 * 256))
+    more = flops.train_flops(larger) - flops.train_flops(cfg)
+    assert more == 3 * 2 * cfg.train.batch_size * cfg.data.text_length * 512 * 256
 
 
 def test_an_encoder_by_hand():

@@ -3,7 +3,8 @@
 A product of n tokens with a kernel takes 2 n size FLOPs forward, as many for its weights' gradient and as many for its
 input's (Kaplan et al. 2020, section 2.1). The last two are there only where they are needed: a frozen kernel has no
 gradient, and nothing flows back to where nothing trained lies. Attention counts every pair of query and key, masked
-ones too, as the program computes them. What remat computes again is no work of the model and not in it.
+ones too, as the program computes them. The output head counts as if all text of a row were scored. What remat computes
+again is no work of the model and not in it.
 """
 
 import math
@@ -128,6 +129,8 @@ def _products(cfg: Experiment, tokens: Tokens, gradients: Gradients) -> Iterator
 def _rows(cfg: Experiment, path: Path, tokens: Tokens) -> int:
     """How many tokens of a row a kernel reads."""
     reads_memory = "cross" in path and path[-2] in ("key", "value")
+    if path[:2] in (("decoder", "embedding"), ("decoder", "free_head")):
+        return cfg.data.text_length
     if path[0] == "decoder":
         return tokens.memory if reads_memory else tokens.sequence
     if path[0] == "projector":

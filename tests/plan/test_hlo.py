@@ -45,6 +45,48 @@ def test_a_loop_counts_as_often_as_it_turns():
     assert hlo.read(compiled(loops, (64, 64)), 1).flops == 3 * 5 * 2 * 64**3
 
 
+def test_a_loop_whose_end_the_data_decides_counts_as_often_as_one_is_told():
+    def loop(x, end):
+        return jax.lax.fori_loop(0, end[0].astype(int), lambda i, x: jnp.tanh(x @ x), x)
+
+    text = compiled(loop, (64, 64), (1,))
+    assert [hlo.read(text, 1, turns).flops for turns in (1, 7)] == [2 * 64**3, 7 * 2 * 64**3]
+
+
+def test_a_loop_of_two_turns_in_one_counts_half_as_often():
+    text = """
+%cond (p: (u32[], f32[8,8])) -> pred[] {
+  %end = u32[] constant(8)
+  %p = (u32[], f32[8,8]{1,0}) parameter(0)
+  %i = u32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %end), direction=LT
+}
+
+%body (q: (u32[], f32[8,8])) -> (u32[], f32[8,8]) {
+  %two = u32[] constant(2)
+  %q = (u32[], f32[8,8]{1,0}) parameter(0)
+  %j = u32[] get-tuple-element(%q), index=0
+  %x = f32[8,8]{1,0} get-tuple-element(%q), index=1
+  %y = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %next = u32[] add(%j, %two)
+  ROOT %t = (u32[], f32[8,8]{1,0}) tuple(%next, %y)
+}
+
+ENTRY %main (a: (u32[], f32[8,8])) -> (u32[], f32[8,8]) {
+  %a = (u32[], f32[8,8]{1,0}) parameter(0)
+  ROOT %w = (u32[], f32[8,8]{1,0}) while(%a), condition=%cond, body=%body
+}
+"""
+    assert hlo.read(text, 1).flops == 4 * 2 * 8**3
+
+
+def test_a_collective_that_passes_through_a_loop_is_one():
+    piece = "  ROOT %g = f32[8]{0} all-gather(%x), channel_id=7, replica_groups={{0,1}}\n"
+    text = "ENTRY %m (x: f32[4]) -> f32[8] {\n  %x = f32[4]{0} parameter(0)\n" + piece.replace("ROOT ", "")
+    text += piece.replace("%g", "%h") + "}"
+    assert len(hlo.read(text, 2).collectives) == 1
+
+
 @pytest.mark.parametrize("parts, flops", [(SCORES, 2 * 32 * 1024 * 1024 * 128), (QUERIES, 2 * 1024 * 4096 * 32 * 128)])
 def test_products_that_the_tpu_compiler_writes_as_convolutions_count_without_their_padding(parts, flops):
     assert hlo.read(product(*parts), 1).flops == flops

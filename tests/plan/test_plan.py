@@ -2,10 +2,16 @@
 
 import importlib.util
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from vlm_jax import cli, config_file, flops
+from vlm_jax.train import optim
+from vlm_jax.validate import validate
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 CONFIG = """
 from vlm_jax import testing
@@ -75,11 +81,39 @@ def test_without_the_compiler_it_says_how_to_get_it(capsys, config, monkeypatch)
     assert "pip install -r requirements-tpu.txt" in capsys.readouterr().err
 
 
+@pytest.fixture
+def crossing(tmp_path):
+    path = tmp_path / "crossing.py"
+    path.write_text(CONFIG.format(kind="cross_attention"))
+    return str(path)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs requirements-tpu.txt")
-def test_a_step_is_compiled_for_a_slice_of_tpus(capsys, config):
-    plan = planned(capsys, "--config", config, "--topology", "v5e:2x2", "--mesh.data", "1", "--mesh.fsdp", "-1")
+def test_a_step_is_compiled_for_a_slice_of_tpus(capsys, crossing):
+    plan = planned(capsys, "--config", crossing, "--topology", "v5e:2x2", "--mesh.data", "1", "--mesh.fsdp", "-1")
     found = plan["topology"]
     assert found["fits"] and found["devices"] == 4
-    assert found["xla_flops"] == pytest.approx(flops.train_flops(config_file.load(config)), rel=0.03)
+    assert found["xla_flops"] == pytest.approx(flops.train_flops(config_file.load(crossing)), rel=0.03)
     assert {"all-reduce", "all-gather"} <= {collective["kind"] for collective in found["collectives"]}
     assert found["overlapped"]["step_seconds"] <= found["serial"]["step_seconds"]
+
+
+@pytest.mark.parametrize(
+    "name, trained",
+    [
+        ("llava_1_5_7b_stage_1", {"projector"}),
+        ("llava_1_5_7b_stage_2", {"projector", "decoder"}),
+        ("paligemma_3b_224_transfer", {"vision", "projector", "decoder"}),
+        ("llama_3_2_11b_vision_train", {"vision", "projector", "cross_attention"}),
+    ],
+)
+def test_training_configs_train_their_parts_of_the_published_model(name, trained):
+    cfg = validate(config_file.load(str(CONFIGS / f"{name}.py")))
+    base = config_file.load(str(CONFIGS / f"{name[: name.rindex('_')].removesuffix('_stage')}.py"))
+    parts = {"vision", "projector", "decoder"} | (
+        {"cross_attention"} if cfg.fusion.kind == "cross_attention" else set()
+    )
+    assert optim.trained_parts(cfg.optim) & parts == trained
+    assert replace(cfg.decoder, remat="none") == base.decoder
+    assert replace(cfg.vision, remat="none") == base.vision
+    assert cfg.projector == base.projector

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import math
 import os
 import re
 import time
@@ -15,6 +16,7 @@ from vlm_jax.chips import slice_of
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.plan import hlo
 from vlm_jax.plan.memory import batch_shapes
+from vlm_jax.train.loss import chunk_tokens
 from vlm_jax.train.step import abstract_state, compiled_step
 
 
@@ -22,6 +24,7 @@ from vlm_jax.train.step import abstract_state, compiled_step
 class Compiled:
     compile_seconds: float
     hbm_bytes: int  # on a device, at the peak; as far as the compiler tells where it does not fit
+    code_bytes: int  # of the program itself, contained in hbm_bytes
     fits: bool
     program: hlo.Program | None  # None where it does not fit
 
@@ -35,6 +38,7 @@ def devices_of(topology: str) -> list[jax.Device]:
     slice_of(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("--topology needs XLA's TPU compiler: pip install -r requirements-tpu.txt.")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a lock file is for those who hold chips
     # Without these it asks a metadata server, which is only on TPU VMs, and logs that there is none.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -55,7 +59,7 @@ def compile_step(cfg: Experiment, mesh: jax.sharding.Mesh) -> Compiled:
         if used is None:
             raise
         size = int(float(used[1]) * 2 ** {"M": 20, "G": 30, "T": 40}[used[2]])
-        return Compiled(time.perf_counter() - start, size, False, None)
+        return Compiled(time.perf_counter() - start, size, 0, False, None)
     seconds, memory = time.perf_counter() - start, program.memory_analysis()
     size = (
         memory.argument_size_in_bytes
@@ -64,4 +68,17 @@ def compile_step(cfg: Experiment, mesh: jax.sharding.Mesh) -> Compiled:
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
-    return Compiled(seconds, size, True, hlo.read(program.as_text(), mesh.size))
+    return Compiled(
+        seconds,
+        size,
+        memory.generated_code_size_in_bytes,
+        True,
+        hlo.read(program.as_text(), mesh.size, loss_turns(cfg, mesh)),
+    )
+
+
+def loss_turns(cfg: Experiment, mesh: jax.sharding.Mesh) -> int:
+    """Chunks of the loss on a device in one microbatch, if all text of a row is scored."""
+    rows = cfg.train.batch_size // math.prod(mesh.shape[axis] for axis in axes.ROWS)
+    chunk = chunk_tokens(cfg.decoder.vocab_size, cfg.train.loss_chunk)
+    return math.ceil(rows * cfg.data.text_length / cfg.train.microbatches / chunk)

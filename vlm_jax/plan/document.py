@@ -81,13 +81,13 @@ def _topology(cfg: Experiment, topology: str, places: list, document: dict) -> d
 
 
 def _speed(cfg: Experiment, chip: Chip, program, devices: int, model_flops: float) -> dict:
-    limits = roofline(program, chip, "float32")
+    limits = roofline(program, chip, cfg.train.compute_dtype)
     rows, tokens = cfg.train.batch_size, token_flow(cfg)
 
     def at(seconds: float) -> dict:
         return {
             "step_seconds": seconds,
-            "mfu": model_flops / (devices * chip.flops_per_second("float32") * seconds),
+            "mfu": model_flops / (devices * chip.flops_per_second(cfg.train.compute_dtype) * seconds),
             "tokens_per_second": rows * tokens.sequence / seconds,
             "images_per_second": rows * tokens.images / seconds,
         }

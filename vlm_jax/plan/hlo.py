@@ -1,4 +1,4 @@
-"""Reads a compiled program's text (HLO): what runs how often, its FLOPs, bytes and collectives, on one chip.
+"""Reads a compiled program's text: what runs how often, its FLOPs, bytes and collectives, on one chip.
 
 XLA's own `cost_analysis` counts the body of a loop once. Here a computation counts as often as it is entered: bodies of
 `while` times the loop's turns, which its condition compares with a constant.
@@ -9,41 +9,14 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
-BYTES |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8}
+from vlm_jax.plan.hlo_text import NAME, Computation, Instruction, parse
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "iota"}
 FREE |= {"after-all", "copy-done", "all-gather-done", "all-reduce-done", "collective-permute-done", "async-done"}
 FREE |= {"partition-id", "optimization-barrier"}
 INTEGERS = ("s32", "u32", "s64", "u64")
-ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 CALLED = re.compile(r"(?:calls|body|condition|to_apply)=%?([\w.-]+)|branch_computations=\{([^}]*)\}")
-NAME = re.compile(r"%([\w.-]+)")
-
-
-@dataclass(frozen=True)
-class Shape:
-    dtype: str
-    sizes: tuple[int, ...]
-    in_hbm: bool  # False where the compiler keeps it in the chip's fast memory
-
-    @property
-    def bytes(self) -> int:
-        return BYTES.get(self.dtype, 0) * math.prod(self.sizes)
-
-
-@dataclass
-class Instruction:
-    name: str
-    shapes: tuple[Shape, ...]  # of the result, the parts of a tuple one by one
-    opcode: str
-    operands: tuple[str, ...]
-    rest: str  # attributes, as they are written
-    is_root: bool = False
-
-    @property
-    def hbm_bytes(self) -> int:
-        return sum(shape.bytes for shape in self.shapes if shape.in_hbm)
 
 
 @dataclass(frozen=True)
@@ -69,17 +42,17 @@ class Program:
     collectives: list[Collective] = field(default_factory=list)
 
 
-Computation = dict[str, Instruction]
+def read(text: str, chips: int, unknown_turns: int = 1) -> Program:
+    """What one chip does in a step of a compiled program over `chips` chips.
 
-
-def read(text: str, chips: int) -> Program:
-    """What one chip does in a step of a compiled program over `chips` chips."""
+    A loop whose end depends on the data is counted as `unknown_turns`.
+    """
     computations, entry = parse(text)
     program, found = Program(), {}
     fused = {
         name for body in computations.values() for i in body.values() if i.opcode == "fusion" for name in _called(i)
     }
-    for name, times in entered(computations, entry).items():
+    for name, times in entered(computations, entry, unknown_turns).items():
         for instruction in computations[name].values():
             program.flops += times * _flops(instruction, computations[name])
             if name not in fused:
@@ -92,44 +65,6 @@ def read(text: str, chips: int) -> Program:
     return program
 
 
-def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Every computation by its name, and the name of the one that the program begins with."""
-    computations, entry, body = {}, "", {}
-    for line in text.splitlines():
-        header = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
-        if header:
-            body = computations.setdefault(header[2], {})
-            entry = header[2] if header[1] else entry
-        elif " = " in line and line.startswith("  "):
-            instruction = _instruction(line)
-            body[instruction.name] = instruction
-    return computations, entry
-
-
-def _instruction(line: str) -> Instruction:
-    name, value = line.strip().split(" = ", 1)
-    kind, rest = _balanced(value) if value.startswith("(") else value.split(" ", 1)
-    opcode, rest = rest.strip().split("(", 1)
-    operands, rest = _balanced("(" + rest)
-    shapes = tuple(
-        Shape(dtype, tuple(map(int, filter(None, sizes.split(",")))), "S(" not in layout or "S(0)" in layout)
-        for dtype, sizes, layout in ARRAY.findall(kind)
-    )
-    name = name.removeprefix("ROOT ")
-    found = tuple(NAME.findall(operands)) if opcode != "constant" else (operands[1:-1],)
-    return Instruction(name.lstrip("%"), shapes, opcode, found or (operands[1:-1],), rest, "ROOT " in line[:8])
-
-
-def _balanced(text: str) -> tuple[str, str]:
-    """Splits behind the parenthesis that closes the first one."""
-    depth = 0
-    for i, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if depth == 0:
-            return text[: i + 1], text[i + 1 :]
-    return text, ""
-
-
 def _called(instruction: Instruction) -> list[str]:
     if instruction.opcode in (*COLLECTIVES, "reduce", "reduce-window", "scatter", "sort", "select-and-scatter", "map"):
         return []  # what joins two numbers; its work is counted with the instruction
@@ -137,14 +72,14 @@ def _called(instruction: Instruction) -> list[str]:
     return [name for one, several in found for name in ([one] if one else NAME.findall(several))]
 
 
-def entered(computations: dict[str, Computation], entry: str) -> dict[str, int]:
+def entered(computations: dict[str, Computation], entry: str, unknown_turns: int = 1) -> dict[str, int]:
     """How often each computation runs in one run of the program."""
     times: dict[str, int] = defaultdict(int)
 
     def enter(name: str, count: int):
         times[name] += count
         for instruction in computations[name].values():
-            turns = _turns(instruction, computations) if instruction.opcode == "while" else 1
+            turns = _turns(instruction, computations) or unknown_turns if instruction.opcode == "while" else 1
             for called in _called(instruction):
                 enter(called, count * turns)
 
@@ -153,7 +88,7 @@ def entered(computations: dict[str, Computation], entry: str) -> dict[str, int]:
 
 
 def _turns(loop: Instruction, computations: dict[str, Computation]) -> int:
-    """Turns of a loop that counts from 0 to a constant."""
+    """Turns of a loop that counts from 0 to a constant; 0 where its end is no constant."""
     known = re.search(r'known_trip_count"?[:=]\{"?n"?:"?(\d+)', loop.rest)
     if known:
         return int(known[1])
@@ -161,7 +96,7 @@ def _turns(loop: Instruction, computations: dict[str, Computation]) -> int:
     ends = [_number(i) for i in condition.values() if i.opcode == "constant" and i.shapes[0].dtype in INTEGERS]
     counters = [i for i in condition.values() if i.opcode == "get-tuple-element"]
     if not ends or not counters:
-        return 1
+        return 0
     place = int(re.search(r"index=(\d+)", counters[0].rest)[1])
     root = next(i for i in body.values() if i.is_root)
     return max(ends) // (_step(body.get(root.operands[place]), body) or 1)

@@ -6,6 +6,7 @@ stacks over its turns, and in a turn what its body holds, the slices of what it 
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ ONE_OF = IN_PLACE | {"optimization_barrier"}  # their n-th result is their n-th 
 Split = Callable[[tuple[int, ...]], int]  # shape -> devices that share an array of it
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Value:
     """An array of the program; one program that is called twice makes two of each of its arrays."""
 
@@ -40,6 +41,7 @@ class Operation:
     name: str
     reads: tuple[Value, ...]
     makes: tuple[Value, ...]
+    carried: tuple[Value, ...]  # of a loop: what it reads to change it turn by turn
     params: dict
 
 
@@ -51,8 +53,10 @@ def peak_bytes(program: core.Jaxpr, split: Split, slices: int = 0) -> float:
     """
     inputs = [_value(var) for var in program.invars]
     operations, outputs = _flat(program, inputs)
+    readers = _readers(operations)
+    _widen(operations, readers)
     held_from = dict.fromkeys(inputs[len(inputs) - slices :], 0)
-    last = _lives(operations, outputs, held_from)
+    last = _lives(operations, outputs, held_from, _kept(operations, readers))
     return _sweep(operations, held_from, last, split)
 
 
@@ -82,12 +86,44 @@ def _inside(operation: Operation, split: Split) -> float:
     return max(peaks)
 
 
-def _lives(operations: list[Operation], outputs: list[Value], held_from: dict[Value, int]) -> dict[Value, int]:
+def _readers(operations: list[Operation]) -> dict[Value, list[Operation]]:
+    readers = defaultdict(list)
+    for operation in operations:
+        for value in operation.reads:
+            readers[value].append(operation)
+    return readers
+
+
+def _widen(operations: list[Operation], readers: dict[Value, list[Operation]]) -> None:
+    """A product in bfloat16 that is read in float32 is made in float32: XLA keeps what it has summed up."""
+    for operation in operations:
+        for value in operation.makes if operation.name == "dot_general" else ():
+            into = [result.itemsize for reader in readers[value] for result in reader.makes]
+            if {reader.name for reader in readers[value]} == {"convert_element_type"}:
+                value.itemsize = max(into)
+
+
+def _kept(operations: list[Operation], readers: dict[Value, list[Operation]]) -> set[Value]:
+    """Results of fused operations that are held all the same.
+
+    What a loop takes in, and an exponential that is summed up and read again, as in softmax: XLA computes it once.
+    """
+    kept = {value for operation in operations if operation.name in LOOPS for value in operation.reads}
+    for operation in operations:
+        for value in operation.makes if operation.name == "exp" else ():
+            names = {reader.name for reader in readers[value]}
+            if "reduce_sum" in names and len(names) > 1:
+                kept.add(value)
+    return kept
+
+
+def _lives(
+    operations: list[Operation], outputs: list[Value], held_from: dict[Value, int], taken: set[Value]
+) -> dict[Value, int]:
     """Value -> index of the operation that reads it last, by way of fused ones, too; notes in `held_from` what is held.
 
-    What a loop takes in is held, even where a fused operation makes it.
+    What is in `taken` is held, even where a fused operation makes it.
     """
-    taken = {value for operation in operations if operation.name in LOOPS for value in operation.reads}
     roots: dict[Value, tuple[Value, ...]] = {}
     last: dict[Value, int] = {}
 
@@ -105,7 +141,19 @@ def _lives(operations: list[Operation], outputs: list[Value], held_from: dict[Va
             else:
                 held_from[value] = i
     read(outputs, len(operations) - 1)
+    for i, operation in enumerate(operations):
+        for value in operation.carried:
+            if value in held_from and last[value] == i:
+                last[value] = i - 1  # the loop's result lies in its place
     return last
+
+
+def _carried(equation) -> list:
+    """What a loop takes in to change it turn by turn."""
+    params, name = equation.params, equation.primitive.name
+    if name == "scan":
+        return equation.invars[params["num_consts"] :][: params["num_carry"]]
+    return equation.invars[params["cond_nconsts"] + params["body_nconsts"] :] if name == "while" else []
 
 
 def _flat(program: core.Jaxpr, inputs: list[Value]) -> tuple[list[Operation], list[Value]]:
@@ -120,7 +168,8 @@ def _flat(program: core.Jaxpr, inputs: list[Value]) -> tuple[list[Operation], li
         name = equation.primitive.name
         if name not in CALLS:
             makes = tuple(values.setdefault(var, _value(var)) for var in equation.outvars)
-            operations.append(Operation(name, tuple(known(equation.invars)), makes, equation.params))
+            reads, carried = (tuple(known(values)) for values in (equation.invars, _carried(equation)))
+            operations.append(Operation(name, reads, makes, carried, equation.params))
             continue
         called = next(iter(core.jaxprs_in_params(equation.params)))
         given = [_value(var) if isinstance(var, core.Literal) else known([var])[0] for var in equation.invars]

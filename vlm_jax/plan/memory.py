@@ -17,6 +17,7 @@ from vlm_jax.nn.decoder import empty_layers
 from vlm_jax.nn.models import boxed_params
 from vlm_jax.nn.vlm import example_batch
 from vlm_jax.plan import liveness
+from vlm_jax.structs import Batch
 from vlm_jax.train import optim
 from vlm_jax.train.step import state_shapes, state_shardings, train_step
 
@@ -98,8 +99,17 @@ def local(cfg: Experiment, mesh) -> Experiment:
     )
 
 
-def batch_shapes(cfg: Experiment):
-    return jax.eval_shape(lambda: example_batch(cfg, cfg.train.batch_size))
+def batch_shapes(cfg: Experiment) -> Batch:
+    """Of a training batch whose rows have as many images as they have room for."""
+    batch, count = jax.eval_shape(lambda: example_batch(cfg, cfg.train.batch_size)), cfg.data.images_per_row
+
+    def many(x, axis):
+        sizes = (*x.shape[:axis], x.shape[axis] * count, *x.shape[axis + 1 :])
+        return jax.ShapeDtypeStruct(sizes, x.dtype)
+
+    fields = ("images", "tile_layouts", "tile_mask")
+    found = {name: many(getattr(batch, name), 1) for name in fields if getattr(batch, name) is not None}
+    return batch.replace(**found, image_mask=many(batch.image_mask, 2))
 
 
 def _splits(cfg: Experiment, mesh) -> dict[tuple[int, ...], int]:

@@ -9,7 +9,7 @@ UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k
 
 def text(cfg: Experiment, plan: dict) -> str:
     """What `python run.py plan` prints."""
-    sections = [_parts(plan), _flow(cfg, plan["tokens"]), _memory(plan)]
+    sections = [_parts(cfg, plan), _flow(cfg, plan["tokens"]), _memory(plan)]
     if "topology" in plan:
         sections.append(_topology(plan))
     return "\n\n".join(sections)
@@ -40,7 +40,7 @@ def _rows(lines: list[list[str]]) -> str:
     return "\n".join(map(padded, lines))
 
 
-def _parts(plan: dict) -> str:
+def _parts(cfg: Experiment, plan: dict) -> str:
     lines = [["part", "parameters", "", "forward", "backward"]]
     for name, part in plan["parts"].items():
         state = "trained" if part["trained"] else "frozen"
@@ -50,7 +50,8 @@ def _parts(plan: dict) -> str:
     forward, backward = (sum(part[f"{way}_flops"] for part in parts) for way in ("forward", "backward"))
     total = f"{sum(part['parameters'] for part in parts):,}"
     lines.append(["all", total, "", short(forward, "FLOP"), short(backward, "FLOP")])
-    return f"A step of {plan['rows']} rows; the output head at every position of a row\n" + _rows(lines)
+    head = f"A step of {plan['rows']} rows, if all {cfg.data.text_length} text tokens of each are scored"
+    return f"{head}\n{_rows(lines)}"
 
 
 def _flow(cfg: Experiment, tokens: dict) -> str:
@@ -153,7 +154,7 @@ def _advice(plan: dict) -> str:
     """What to change, in terms of fields, the largest consumer first."""
     sizes = plan["bytes_per_device"]
     ways = {
-        "activations": "a smaller train.batch_size or data.text_length",
+        "activations": "decoder.remat and vision.remat full, train.compute_dtype bfloat16, more train.microbatches",
         "gradients": "a larger mesh.fsdp, or fewer trained parts (optim.rate_scale.PART 0)",
         "optimizer": "a larger mesh.fsdp, or fewer trained parts (optim.rate_scale.PART 0)",
         "parameters": "a larger mesh.fsdp or mesh.tensor",

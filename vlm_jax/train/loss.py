@@ -52,7 +52,7 @@ def head_cross_entropy(
     """
     shards = axes.row_shards()
     tokens = batch.targets.size // shards
-    chunk = chunk or max(1, CHUNK_BYTES // (4 * head.vocab_size))
+    chunk = chunk_tokens(head.vocab_size, chunk)
     if tokens <= chunk:
         logits = axes.constrain(head.logits({**trained, **frozen}, hidden), "B S V")
         return _nats(logits, batch.targets, batch.loss_weights)
@@ -63,6 +63,11 @@ def head_cross_entropy(
     chunks = jnp.max(jnp.sum(~unscored, axis=1) + chunk - 1) // chunk
     gathered = ({path: axes.constrain(x, head.letters[path]) for path, x in part.items()} for part in (trained, frozen))
     return _chunked(head, chunk, *gathered, *packed, chunks)
+
+
+def chunk_tokens(vocab_size: int, chunk: int = 0) -> int:
+    """Tokens of a device whose logits are there at once."""
+    return chunk or max(1, CHUNK_BYTES // (4 * vocab_size))
 
 
 def _packed(x, order):

@@ -1,0 +1,32 @@
+"""A transfer of PaliGemma at 224 px (Beyer et al. 2024, 3.2.4): everything learns, here from questions of VQAv2.
+
+Begins with --vision.checkpoint and --decoder.checkpoint; the file has the questions in LLaVA's format.
+Chosen for 256 chips of TPU v5e, see `experiments/plans/`.
+"""
+
+from dataclasses import replace
+
+import paligemma_3b_224
+
+from vlm_jax.config import Data, Experiment, Mesh, Optim, Train
+
+DATA = Data(
+    source="conversations",
+    files=("data/vqav2/train.json",),
+    image_dir="data/coco/train2014",
+    text_length=64,
+    augment=(),
+    special_ids=(0, 257_152, 108, 1),
+    bos_id=2,
+)
+
+
+def get_config() -> Experiment:
+    cfg = paligemma_3b_224.get_config()
+    return replace(
+        cfg,
+        data=DATA,
+        optim=Optim(learning_rate=1e-5, warmup_steps=350, beta2=0.999, weight_decay=0.0),
+        train=Train(steps=17_300, batch_size=256, compute_dtype="bfloat16"),
+        mesh=Mesh(data=-1, fsdp=16),  # a width of 1152 is no multiple of 256 devices
+    )

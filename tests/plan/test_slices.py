@@ -1,0 +1,54 @@
+"""What is said of slices of TPUs, held against the TPU compiler. Runs where requirements-tpu.txt is installed."""
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+from jax.sharding import AbstractMesh
+
+from vlm_jax import axes, testing
+from vlm_jax.config import Mesh, Optim, RateScale, Train
+from vlm_jax.plan import compiled, memory
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs requirements-tpu.txt")
+
+
+def experiment(kind="unified", depth=4, remat="none", rates=None):
+    cfg = testing.tiny(kind)
+    stack = {"width": 512, "depth": depth, "heads": 4, "mlp_width": 2048, "remat": remat}
+    return replace(
+        cfg,
+        vision=replace(cfg.vision, image_size_px=256, patch_size_px=16, **stack),
+        decoder=replace(cfg.decoder, **stack, vocab_size=4096, max_positions=1024, gated_mlp=True),
+        data=replace(cfg.data, text_length=512),
+        optim=Optim(rate_scale=rates or RateScale()),
+        train=Train(batch_size=16, compute_dtype="bfloat16"),
+        mesh=Mesh(data=1, fsdp=-1),
+    )
+
+
+def on_four_chips(cfg) -> compiled.Compiled:
+    return compiled.compile_step(cfg, axes.make_mesh(cfg.mesh, compiled.devices_of("v5e:2x2")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rates", [RateScale(), RateScale(vision=0, decoder=0)], ids=["all", "frozen"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("kind", testing.KINDS)
+def test_the_predicted_peak_is_the_compilers(kind, remat, rates):
+    cfg = experiment(kind, remat=remat, rates=rates)
+    predicted = memory.predicted(cfg, AbstractMesh((1, 4, 1), axes.MESH_AXES)).total
+    assert predicted == pytest.approx(on_four_chips(cfg).hbm_bytes, rel=0.15)
+
+
+@pytest.mark.slow
+def test_compile_time_and_size_of_the_program_do_not_grow_with_depth():
+    sizes, seconds = [], []
+    for depth in (12, 48):
+        cfg = experiment(depth=depth, remat="full")
+        mesh = axes.make_mesh(cfg.mesh, compiled.devices_of("v5e:2x2"))
+        found = compiled.compile_step(cfg, mesh)
+        seconds.append(found.compile_seconds)
+        sizes.append(found.code_bytes)
+    assert sizes[1] < 1.3 * sizes[0]
+    assert seconds[1] < 1.3 * seconds[0]

@@ -148,7 +148,7 @@ def test_a_lookup_over_the_mesh_is_take_and_so_is_its_gradient(sizes, vocab):
         return total(table, jax.device_put(ids, axes.row_sharding(shape)))
 
     with jax.set_mesh(shape):
-        found = compiled(axes.lookup)
+        found = compiled(lambda table, ids: axes.lookup(table, ids, "V D"))
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), found, compiled(lambda t, i: t[i])
     )
@@ -156,4 +156,4 @@ def test_a_lookup_over_the_mesh_is_take_and_so_is_its_gradient(sizes, vocab):
 
 def test_a_single_row_is_looked_up_on_a_mesh_that_does_not_divide_it():
     with jax.set_mesh(mesh(4, 2, 1)):
-        np.testing.assert_array_equal(axes.lookup(jnp.eye(4), jnp.array([[2, 1]])), np.eye(4)[[[2, 1]]])
+        np.testing.assert_array_equal(axes.lookup(jnp.eye(4), jnp.array([[2, 1]]), "V D"), np.eye(4)[[[2, 1]]])

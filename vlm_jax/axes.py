@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from flax.linen import meta
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax import config
 
@@ -84,8 +84,19 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, activation_spec(letters, x.shape, mesh))
 
 
-def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """table[ids], (V, D) and (B, S) -> (B, S, D): every device looks up its own rows in its share of the vocabulary.
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """The same for an array of rows, whatever else its dimensions are."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS))
+
+
+def row_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Parts that the rows of a batch are split into on a mesh, by default that of `jax.set_mesh`; without one 1."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def lookup(table: jax.Array, ids: jax.Array, letters: str) -> jax.Array:
+    """table[ids], for instance (V, D) and (B, S) -> (B, S, D): every device looks up its own rows in its share of V.
 
     Left to itself XLA splits the gradient of `take` by the table's D and gathers all rows of the batch for it.
     """
@@ -93,7 +104,7 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return jnp.take(table, ids, axis=0)
     shape = (*ids.shape, table.shape[1])
-    table_spec = activation_spec("V D", table.shape, mesh)
+    table_spec = activation_spec(letters, table.shape, mesh)
     split = table_spec[0]
 
     def local(table, ids):
@@ -106,17 +117,6 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
 
     specs = (table_spec, activation_spec("B S", ids.shape, mesh))
     return jax.shard_map(local, in_specs=specs, out_specs=activation_spec("B S D", shape, mesh))(table, ids)
-
-
-def constrain_rows(x: jax.Array) -> jax.Array:
-    """The same for an array of rows, whatever else its dimensions are."""
-    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS))
-
-
-def row_shards() -> int:
-    """Parts that the rows of a batch are split into on the mesh of `jax.set_mesh`; without a mesh 1."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 class Lettered(struct.PyTreeNode, meta.AxisMetadata):
@@ -175,7 +175,7 @@ def share_of_rows(mesh: Mesh) -> tuple[int, int]:
     Raises:
       ConfigError: the rows of two processes are neither the same nor apart.
     """
-    shards = math.prod(mesh.shape[name] for name in ROWS)
+    shards = row_shards(mesh)
     held: dict[int, set[int]] = {}
     for device, (rows,) in row_sharding(mesh).devices_indices_map((shards,)).items():
         held.setdefault(device.process_index, set()).add(rows.start or 0)

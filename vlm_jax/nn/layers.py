@@ -137,7 +137,7 @@ class Embed(nn.Module):
         self.table = self.param("table", axes.lettered(embedding_init, self.letters), (self.num, self.width))
 
     def __call__(self, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        return axes.lookup(self.table, ids) if self.letters == "V D" else jnp.take(self.table, ids, axis=0)
+        return axes.lookup(self.table, ids, self.letters)
 
     def attend(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         return matmul(x, self.table.T)

@@ -79,6 +79,6 @@ def compile_step(cfg: Experiment, mesh: jax.sharding.Mesh) -> Compiled:
 
 def loss_turns(cfg: Experiment, mesh: jax.sharding.Mesh) -> int:
     """Chunks of the loss on a device in one microbatch, if all text of a row is scored."""
-    rows = cfg.train.batch_size // math.prod(mesh.shape[axis] for axis in axes.ROWS)
+    rows = cfg.train.batch_size // axes.row_shards(mesh)
     chunk = chunk_tokens(cfg.decoder.vocab_size, cfg.train.loss_chunk)
     return math.ceil(rows * cfg.data.text_length / cfg.train.microbatches / chunk)

@@ -81,7 +81,7 @@ def cache_bytes(cfg: Experiment) -> int:
 def local(cfg: Experiment, mesh) -> Experiment:
     """The experiment as one device sees it; a size that the mesh does not divide stays whole, as in `axes`."""
     tensor = mesh.shape["tensor"]
-    rows = cfg.train.batch_size // math.prod(mesh.shape[axis] for axis in axes.ROWS)
+    rows = cfg.train.batch_size // axes.row_shards(mesh)
 
     def share(size: int) -> int:
         return size // tensor if size % tensor == 0 else size

@@ -114,7 +114,7 @@ def seconds_at_peak(cfg: Experiment) -> float | None:
 
 
 def check_rows(cfg: Experiment, mesh: jax.sharding.Mesh) -> None:
-    shards = math.prod(mesh.shape[axis] for axis in axes.ROWS)
+    shards = axes.row_shards(mesh)
     parts = shards * cfg.train.microbatches
     if cfg.train.batch_size % parts:
         times = f" times train.microbatches {cfg.train.microbatches}" if cfg.train.microbatches > 1 else ""

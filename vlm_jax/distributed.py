@@ -21,9 +21,8 @@ from vlm_jax import config_file
 from vlm_jax.config import ConfigError, Distributed, Experiment
 
 OWN = ("distributed.", "data.dir")  # fields that may differ between the processes of a run
-FAREWELL_SECONDS = (
-    3  # process 0 waits longer by so much: the others lose their coordinator with it, and say so at length
-)
+# Process 0 waits longer by so much: the others lose their coordinator with it, and say so at length.
+FAREWELL_SECONDS = 3
 
 
 def start(cfg: Experiment) -> None:
@@ -147,15 +146,14 @@ def together():
     Raises:
       ConfigError: that of this process, or the first of the others'.
     """
-    mine = ""
+    own = None
     try:
         yield
     except ConfigError as error:
-        mine, own = str(error), error
-    if jax.process_count() > 1:
-        said = [text.decode() for text in _gathered(mine.encode())]
-        for index, text in enumerate(said):
-            if text and not mine:
-                raise ConfigError(f"process {index} says: {text}")
-    if mine:
+        own = error
+    said = _gathered(str(own or "").encode()) if jax.process_count() > 1 else []
+    if own is not None:
         raise own
+    for index, text in enumerate(said):
+        if text:
+            raise ConfigError(f"process {index} says: {text.decode()}")

@@ -57,12 +57,11 @@ class Side:
 
         from vlm_jax import axes
         from vlm_jax.data import pipeline
-        from vlm_jax.train.step import compiled_step, make_state, state_shardings
+        from vlm_jax.train.step import compiled_step, new_state
 
         self.mesh = axes.make_mesh(cfg.mesh)
         with jax.set_mesh(self.mesh):
-            create = jax.jit(lambda key: make_state(cfg, key), out_shardings=state_shardings(cfg, self.mesh))
-            self.state = create(jax.random.key(cfg.seed))
+            self.state = new_state(cfg, self.mesh, {})
             self.data = pipeline.training_iterator(cfg, tokenizer)
             self.step = compiled_step(cfg, self.mesh)
             for _ in range(2):

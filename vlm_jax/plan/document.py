@@ -30,16 +30,16 @@ def make(cfg: Experiment, topology: str = "", devices: int = 1) -> dict:
     sizes = cfg.mesh.sizes(len(places) if topology else devices)
     abstract = AbstractMesh(sizes, axes.MESH_AXES)
     check_rows(cfg, abstract)
+    held = memory.predicted(cfg, abstract)
     document = {
         "mesh": dict(zip(axes.MESH_AXES, sizes)),
         "rows": cfg.train.batch_size,
         "parts": _parts(cfg),
         "tokens": dataclasses.asdict(token_flow(cfg)),
         "train_flops": train_flops(cfg),
-        "bytes_per_device": dataclasses.asdict(memory.predicted(cfg, abstract)),
+        "bytes_per_device": dataclasses.asdict(held) | {"total": held.total},
         "cache_bytes_per_row": memory.cache_bytes(cfg),
     }
-    document["bytes_per_device"]["total"] = sum(document["bytes_per_device"].values())
     if topology:
         document["topology"] = _topology(cfg, topology, places, document)
     return document

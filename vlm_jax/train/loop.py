@@ -30,7 +30,7 @@ from vlm_jax.train.log import Log, Work
 from vlm_jax.train.peak import peak_flops_per_second
 from vlm_jax.train.preemption import Notice, Preempted
 from vlm_jax.train.profile import Profile
-from vlm_jax.train.step import abstract_state, compiled_step, new_state, state_shapes
+from vlm_jax.train.step import abstract_state, compiled_step, new_state
 from vlm_jax.workdir import Workdir
 
 
@@ -143,9 +143,10 @@ def tokenizer_of(cfg: Experiment, workdir: Workdir) -> Tokenizer:
 
 def begin(cfg: Experiment, mesh, data, checkpoints: Checkpoints) -> tuple[State, int]:
     """A new state, every parameter made where it lies, or that of the last whole checkpoint; and its step."""
-    restored = checkpoints.restore(abstract_state(cfg, mesh))
+    like = abstract_state(cfg, mesh)
+    restored = checkpoints.restore(like)
     if restored is None:
-        return new_state(cfg, mesh, compose.load_parts(cfg, state_shapes(cfg).params, mesh)), 0
+        return new_state(cfg, mesh, compose.load_parts(cfg, like.params, mesh)), 0
     state, data_state = restored
     data.set_state(data_state)
     print(f"continuing from step {int(state.step)} in {cfg.workdir}", flush=True)

@@ -55,7 +55,7 @@ def head_cross_entropy(
     chunk = chunk_tokens(head.vocab_size, chunk)
     if tokens <= chunk:
         logits = axes.constrain(head.logits({**trained, **frozen}, hidden), "B S V")
-        return _nats(logits, batch.targets, batch.loss_weights)
+        return cross_entropy(logits, batch)[0]
     unscored = batch.loss_weights.reshape(shards, tokens) == 0
     order = jnp.argsort(unscored, axis=1, stable=True)
     order = jnp.pad(order, ((0, 0), (0, -tokens % chunk)), constant_values=tokens)  # out of bounds: filled with 0

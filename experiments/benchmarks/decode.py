@@ -7,7 +7,6 @@ text. The time is that of the whole call, prefill included. The tokens of both s
 """
 
 import argparse
-import tempfile
 
 import numpy as np
 import probe
@@ -54,13 +53,9 @@ def serve(side: str, folder: str, rows: int) -> None:
     turns.serve(first, lambda seconds: turns.times(generate, seconds))
 
 
-def compare(rows: int, count: int, seconds: float) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        probe.torch_model("llava").save_pretrained(folder)
-        arguments = ("--folder", folder, "--rows", str(rows))
-        servers = {side: turns.Server("--serve", side, *arguments) for side in SIDES}
-        tokens = [np.array(server.first["tokens"]) for server in servers.values()]
-        answers = turns.take_turns(servers, count, seconds)
+def compare(rows: int, given: argparse.Namespace) -> None:
+    first, answers = turns.with_one_model(probe.torch_model("llava"), given, "--rows", str(rows))
+    tokens = [np.array(said["tokens"]) for said in first]
     print(f"batch {rows}: {np.mean(tokens[0] == tokens[1]):.1%} of the tokens are the same")
     for side, found in answers.items():
         middle, best = (1e3 * x / NEW_TOKENS for x in (turns.middle(found, "seconds"), turns.best(found)))
@@ -69,18 +64,14 @@ def compare(rows: int, count: int, seconds: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = turns.parser(__doc__, seconds=3.0)
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of every turn, at least")
-    parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
         serve(given.serve, given.folder, given.rows[0])
         return
     for rows in given.rows:
-        compare(rows, given.turns, given.seconds)
+        compare(rows, given)
 
 
 if __name__ == "__main__":

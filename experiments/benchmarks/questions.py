@@ -7,8 +7,6 @@ to begin with, AdamW with clipping, 64 rows a batch, real batches made while the
 cut to the longest question with its answer: that is the best that a run without packing could do.
 """
 
-import argparse
-import tempfile
 from dataclasses import replace
 
 import numpy as np
@@ -119,19 +117,11 @@ def serve(side: str, folder: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of every turn, at least")
-    parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = turns.parser(__doc__, seconds=3.0).parse_args()
     if given.serve:
         serve(given.serve, given.folder)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        torch_model().save_pretrained(folder)
-        servers = {side: turns.Server("--serve", side, "--folder", folder) for side in SIDES}
-        answers = turns.take_turns(servers, given.turns, given.seconds)
+    _, answers = turns.with_one_model(torch_model(), given)
     for side, found in answers.items():
         print(f"{side:<16}{1 / turns.middle(found, 'seconds'):>8.0f} questions a second")
     print(f"{'ours over theirs':<28}{turns.speed(*answers.values())}")

@@ -11,7 +11,6 @@ for both sides alike. Both have glibc's huge pages, as `run.py` has.
 
 import argparse
 import math
-import tempfile
 
 import probe
 import turns
@@ -122,14 +121,9 @@ def counted(step) -> int:
     return counter.get_total_flops()
 
 
-def compare(kind: str, count: int, seconds: float) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        probe.torch_model(kind).save_pretrained(folder)
-        arguments = ("--model", kind, "--folder", folder)
-        servers = {side: turns.Server("--serve", side, *arguments) for side in SIDES}
-        losses = {side: server.first["losses"] for side, server in servers.items()}
-        flops = servers["transformers"].first["flops"]
-        answers = turns.take_turns(servers, count, seconds)
+def compare(kind: str, given: argparse.Namespace) -> None:
+    first, answers = turns.with_one_model(probe.torch_model(kind), given, "--model", kind)
+    losses, flops = {side: said["losses"] for side, said in zip(answers, first)}, first[-1]["flops"]
     mine, other = answers.values()
     for side, found in losses.items():
         print(f"{kind}: losses of the first steps, {side:<13}", *(f"{loss:.5f}" for loss in found))
@@ -148,18 +142,14 @@ def compare(kind: str, count: int, seconds: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = turns.parser(__doc__, seconds=4.0)
     parser.add_argument("--model", nargs="+", choices=probe.KINDS, default=probe.KINDS)
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of every turn, at least")
-    parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
         serve(given.serve, given.model[0], given.folder)
         return
     for kind in given.model:
-        compare(kind, given.turns, given.seconds)
+        compare(kind, given)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,17 @@
 What a machine does beside a benchmark then slows all sides alike, and a ratio is the median over the turns.
 """
 
+import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+
+SIDES = ("vlm_jax", "transformers")  # of a comparison that holds one model
 
 
 class Server:
@@ -43,6 +47,25 @@ def serve(first: dict, answer: Callable[..., dict]) -> None:
     print(json.dumps(first), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
+
+
+def parser(description: str, seconds: float) -> argparse.ArgumentParser:
+    """The options of a benchmark whose sides hold one model, and of the processes that serve them."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--turns", type=int, default=7)
+    made.add_argument("--seconds", type=float, default=seconds, help="of every turn, at least")
+    made.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
+    made.add_argument("--folder", help=argparse.SUPPRESS)
+    return made
+
+
+def with_one_model(model, given: argparse.Namespace, *arguments: str) -> tuple[list[dict], dict[str, list[dict]]]:
+    """What vlm_jax and transformers say first, and their answers, turn by turn; both load what `model` is saved as."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        servers = {side: Server("--serve", side, "--folder", folder, *arguments) for side in SIDES}
+        first = [server.first for server in servers.values()]
+        return first, take_turns(servers, given.turns, given.seconds)
 
 
 def take_turns(servers: Mapping[str, Server], turns: int, question) -> dict[str, list[dict]]:

@@ -10,7 +10,7 @@ read_options '' "$@"
 
 state=$(slice_state READY)
 if [[ $state == READY ]]; then
-  on_workers all "if [ -f $WORKER ]; then bash $WORKER stop; fi"
+  on_workers all "if [ -f $WORKER ]; then bash $WORKER end; fi"
   run "${SSH[@]}" || echo "the training could not be stopped first: it is continued from its last checkpoint" >&2
 fi
 while [[ $state == SUSPENDING || $state == DELETING ]]; do

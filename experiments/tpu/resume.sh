@@ -47,6 +47,7 @@ watch() { # what the training does, and what follows from it
   idle) step launch.sh ;;
   resume) relaunch ;;
   running) failures=0 ;;
+  ending) ;; # by the user: the TPU is about to go
   unknown) count_failure "asking the machines" ;;
   failed)
     on_workers all "bash $WORKER report"

@@ -25,7 +25,8 @@ slice_state() {
 }
 
 # training_state ASSUMED: what its machines say of the training, in one word: fresh (to be set up), idle (to be
-# launched), running, resume (stopped by SIGTERM on some machine, or gone with a restart of it), failed, or done.
+# launched), running, resume (stopped by SIGTERM on some machine, or gone with a restart of it), ending (delete.sh stops
+# it), failed, or done.
 training_state() {
   local said
   on_workers all "if [ -f $WORKER ]; then bash $WORKER status; else echo training: fresh; fi"
@@ -36,6 +37,7 @@ training_state() {
   fi
   said=$(sed -n 's/^training: //p' <<<"$said" | sort -u | tr '\n' ' ')
   case " $said" in
+  *" ending "*) echo ending ;;
   *" fresh "*) echo fresh ;;
   # Where one machine is taken away, the others fail for want of it: this comes before failed.
   *" 75 "* | *" lost "*) echo resume ;;

@@ -4,6 +4,7 @@
 #   ~/job/lock       held as long as it runs
 #   ~/job/group      the number of its process group
 #   ~/job/exit_code  written when it ends; where it is missing, the machine went down with it
+#   ~/job/ending     there once the TPU is to be deleted: nothing is started any more, until it is set up again
 #   ~/job/log        what all its starts printed
 set -euo pipefail
 
@@ -16,7 +17,7 @@ STOP_SECONDS=${STOP_SECONDS:-120} # for the last checkpoint
 
 install() { # BUCKET MOUNT
   mkdir -p "$JOB"
-  rm -f "$JOB/installed" "$JOB/group" # what ran before is of no interest to what comes
+  rm -f "$JOB/installed" "$JOB/group" "$JOB/ending" # what ran before is of no interest to what comes
   # The system's Python is older than what we need, and its gcsfuse may be, too.
   curl -fLsS "https://astral.sh/uv/$UV/install.sh" | sh
   "$HOME/.local/bin/uv" venv --quiet --allow-existing --python 3.12 "$HOME/venv"
@@ -45,6 +46,10 @@ mount_bucket() { # BUCKET MOUNT
 running() { ! flock -n "$JOB/lock" true; }
 
 start() { # BUCKET MOUNT OPTIONS_OF_RUN_PY...
+  if [[ -f $JOB/ending ]]; then
+    echo "$(hostname): the TPU is being deleted; setup.sh makes it usable again" >&2
+    return 1
+  fi
   mount_bucket "$1" "$2"
   exec 9>>"$JOB/lock"
   if ! flock -n 9; then
@@ -76,6 +81,8 @@ container() { # OPTIONS_OF_RUN_PY...: in a container, which has nothing but Pyth
 status() {
   if [[ ! -f $JOB/installed ]]; then
     echo "training: fresh"
+  elif [[ -f $JOB/ending ]]; then
+    echo "training: ending"
   elif [[ ! -f $JOB/group ]]; then
     echo "training: idle"
   elif running; then
@@ -94,6 +101,11 @@ stop() {
     sleep 1
   done
   kill -KILL -- "-$(cat "$JOB/group")"
+}
+
+end() { # whoever watches the job must not start it again while it is stopped for good
+  touch "$JOB/ending"
+  stop
 }
 
 follow() { # [--names]

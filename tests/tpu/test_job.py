@@ -4,13 +4,17 @@ import signal
 import subprocess
 
 
-def status(cloud) -> set[str]:
+def on_machines(cloud, word: str) -> set[str]:
     said = set()
     for home in (cloud.folder / "machines").iterdir():
-        command = ["bash", "vlm_jax/experiments/tpu/worker.sh", "status"]
+        command = ["bash", "vlm_jax/experiments/tpu/worker.sh", word]
         environment = {**cloud.environment(), "HOME": str(home)}
         said.add(subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True).stdout.strip())
     return said
+
+
+def status(cloud) -> set[str]:
+    return on_machines(cloud, "status")
 
 
 def running(cloud) -> None:
@@ -164,6 +168,18 @@ def test_a_tpu_that_the_user_deletes_is_not_created_again(cloud):
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1 and "was deleted meanwhile" in errors
     assert len(cloud.calls("create")) == 1
+
+
+def test_what_is_stopped_to_be_deleted_is_started_by_nobody_until_it_is_set_up(cloud):
+    running(cloud)
+    on_machines(cloud, "end")
+    assert status(cloud) == {"training: ending"}
+    done = cloud.run("launch")
+    assert done.returncode and done.stderr.count("is being deleted") == 2
+    assert len(cloud.starts()) == 2
+    cloud.write("outcomes", "0 0")
+    cloud.do("setup", "launch")
+    cloud.until(lambda: len(cloud.starts()) == 4)
 
 
 def test_a_request_that_the_user_deletes_is_not_made_again(cloud):

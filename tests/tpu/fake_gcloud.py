@@ -84,15 +84,16 @@ def create() -> int:
 
 def describe() -> int:
     request, ahead = CLOUD / "request", CLOUD / "ahead"
-    if not request.exists():
+    try:
+        now = request.read_text()  # once: another call may delete it at any moment
+    except FileNotFoundError:
         return refuse("NOT_FOUND: Resource 'queuedResources/x' was not found")
     states = ahead.read_text().split()
-    if states:
-        request.write_text(states.pop(0))
+    if states or now == "CREATING":
+        now = states.pop(0) if states else "ACTIVE"
         ahead.write_text(" ".join(states))
-    elif request.read_text() == "CREATING":
-        request.write_text("ACTIVE")
-    print(request.read_text())
+        request.write_text(now)
+    print(now)
     return 0
 
 

@@ -18,6 +18,8 @@ from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.report import draw_samples
 from vlm_jax.workdir import Workdir, write_whole
 
+SCORES = ("exact_match", "image_shuffled_exact_match")  # in eval.json, beside `by_type`
+
 
 def evaluate(cfg: Experiment, params, tokenizer: Tokenizer) -> dict:
     """Answers the questions of `eval.split`, on all processes together, and returns the scores.

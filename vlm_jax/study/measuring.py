@@ -1,0 +1,122 @@
+"""What a model costs where it runs, by a short run: `python -m vlm_jax.study.measuring CONFIG.json OUT.json`.
+
+Random parameters do as well as trained ones. The step is the one that the runs will want: it is compiled here.
+"""
+
+import hashlib
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+
+from vlm_jax import axes, cli, config_file
+from vlm_jax.config import Experiment
+from vlm_jax.data import pipeline, sources
+from vlm_jax.data.images import normalise
+from vlm_jax.data.text import Tokenizer
+from vlm_jax.hub import compose
+from vlm_jax.infer.generate import Decoding, generate
+from vlm_jax.structs import State
+from vlm_jax.train import loop
+from vlm_jax.train.log import hbm_peak_bytes
+from vlm_jax.train.step import abstract_state, compiled_step, narrowed, new_state
+from vlm_jax.workdir import Workdir, write_whole
+
+STEPS, UNTIMED_STEPS = 12, 2
+DECODED_ROWS, DECODED_TOKENS, DECODINGS = 32, 64, 3
+
+
+def measure(cfg: Experiment) -> dict:
+    """Seconds of a step, examples a second, peak memory, decoded tokens a second; on what device, with which data."""
+    mesh = axes.make_mesh(cfg.mesh)
+    tokenizer = loop.tokenizer_of(cfg, Workdir(cfg.workdir))
+    state = new_state(cfg, mesh, compose.load_parts(cfg, abstract_state(cfg, mesh).params, mesh))
+    state, of_steps = _measure_steps(cfg, mesh, tokenizer, state)
+    return {
+        **of_steps,
+        "decoded_tokens_per_second": _decoding_speed(cfg, mesh, tokenizer, narrowed(cfg, state.params)),
+        "data_sha256": data_hash(cfg),
+        "devices": jax.device_count(),
+        "device_kind": jax.devices()[0].device_kind,
+    }
+
+
+def _measure_steps(cfg: Experiment, mesh, tokenizer: Tokenizer, state: State) -> tuple[State, dict]:
+    rows, step_fn = axes.row_sharding(mesh), compiled_step(cfg, mesh)
+    data, taken, count = pipeline.training_iterator(cfg, tokenizer), [], 0
+    for _ in range(UNTIMED_STEPS + STEPS):
+        batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), next(data))
+        count = int(loop.counts_of(batch)[-1])
+        begun = time.perf_counter()
+        state, metrics = step_fn(state, batch)
+        jax.block_until_ready(metrics)
+        taken.append(time.perf_counter() - begun)
+    seconds = statistics.median(taken[UNTIMED_STEPS:])
+    on_device = hbm_peak_bytes()
+    memory = on_device or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return state, {
+        "step_seconds": seconds,
+        "examples_per_second": count / seconds,
+        "peak_memory_bytes": memory,
+        "memory_of": "device" if on_device else "process",
+    }
+
+
+def _decoding_speed(cfg: Experiment, mesh, tokenizer: Tokenizer, params) -> float:
+    """Tokens a second of all rows together, the prompts read before."""
+    asked = pipeline.questions(cfg, cfg.eval.split or cfg.data.train_split, DECODED_ROWS)
+    images = [[normalise(pixels, cfg.vision) for pixels in question.images()] for question in asked]
+    batch = pipeline.prompt_batch(cfg, tokenizer, images, [question.question for question in asked])
+    count = min(DECODED_TOKENS, cfg.decoder.max_positions - batch.tokens.shape[1])
+    rows = -(-len(asked) // axes.row_shards(mesh)) * axes.row_shards(mesh)
+    batch = jax.tree.map(lambda x: x[[i % len(asked) for i in range(rows)]], batch)
+
+    def seconds(tokens: int) -> float:
+        with jax.set_mesh(mesh):
+            placed = axes.place_rows(batch, mesh)
+            return _seconds(lambda: generate(cfg, params, placed, tokens, Decoding()))
+
+    return rows * (count - 1) / max(seconds(count) - seconds(1), 1e-9)
+
+
+def _seconds(work: Callable[[], jax.Array]) -> float:
+    """Of the fastest call, after one that compiles."""
+    jax.block_until_ready(work())
+    taken = []
+    for _ in range(DECODINGS):
+        begun = time.perf_counter()
+        jax.block_until_ready(work())
+        taken.append(time.perf_counter() - begun)
+    return min(taken)
+
+
+def data_hash(cfg: Experiment) -> str:
+    """SHA-256 over the splits that are learned from and asked: texts and encoded images; of conversations the texts."""
+    digest = hashlib.sha256()
+    for split in filter(None, (cfg.data.train_split, cfg.eval.split)):
+        for part in _contents(cfg, split):
+            digest.update(part if isinstance(part, bytes) else repr(part).encode())
+    return digest.hexdigest()
+
+
+def _contents(cfg: Experiment, split: str) -> Iterable[bytes | tuple[str, ...]]:
+    if cfg.data.is_conversations:
+        yield from (talk.turns for talk in pipeline.conversation_source(cfg.data, split))
+        return
+    for record in sources.load(cfg.data, split):
+        yield from (record.image, record.questions, record.answers, record.types)
+
+
+def main(config: str, out: str) -> None:
+    cfg = config_file.from_json(Path(config).read_text(), config)
+    cli.keep_compiled(cfg)
+    write_whole(Path(out), json.dumps(measure(cfg), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,67 @@
+"""What is done once, before the runs: what arms build on is trained, and what every model costs is measured."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from vlm_jax.config import Experiment
+from vlm_jax.config_file import to_json
+from vlm_jax.study import record, running
+from vlm_jax.study.definition import Study
+from vlm_jax.study.folder import Folder
+from vlm_jax.train.preemption import RESUME_ME
+from vlm_jax.workdir import Workdir, write_whole
+
+
+class Failed(Exception):
+    """Something that the runs need could not be made."""
+
+
+def train_first(name: str, cfg: Experiment, exported: Path) -> None:
+    """Trains a run that arms build on and writes it as a checkpoint folder, unless that is there.
+
+    Raises:
+      ConfigError: its work folder cannot be written or holds another run.
+      Failed: the run or its export ended with an error.
+    """
+    if (exported / "config.json").exists():
+        return
+    Workdir(cfg.workdir).open(cfg)
+    log = Path(cfg.workdir) / record.LOG
+    print(f"training {name}, which arms build on", flush=True)
+    for arguments in (
+        ("train", "--workdir", cfg.workdir),
+        ("export", "--checkpoint", cfg.workdir, "--output", exported),
+    ):
+        _call(running.command(*map(str, arguments)), log, f"first {name}")
+
+
+def measure(place: Folder, models: Mapping[str, Experiment]) -> None:
+    """Measures every model that was not measured yet, one after the other; each is a few steps in its own process.
+
+    Raises:
+      Failed: one could not be measured.
+    """
+    place.measured.mkdir(parents=True, exist_ok=True)
+    for name, cfg in models.items():
+        if place.read_measurement(name) is None:
+            print(f"measuring {name}", flush=True)
+            config, out = place.measured / f"{name}.config.json", place.measurement(name)
+            scratch = replace(running.resolved(cfg), workdir=str(place.measured / name))
+            write_whole(config, to_json(scratch))
+            arguments = [sys.executable, "-m", "vlm_jax.study.measuring", str(config), str(out)]
+            _call(arguments, place.measured / f"{name}.log", f"measuring {name}")
+
+
+def _call(arguments: list[str], log: Path, what: str) -> None:
+    while (code := running.call(arguments, log)) == RESUME_ME:
+        pass
+    if code:
+        raise Failed(f"{what} failed with exit code {code}: {record.last_error(log)} (all it said: {log})")
+
+
+def step_seconds(place: Folder, study: Study) -> dict[str, float]:
+    """Arm -> measured seconds of a step of its own model, of those that were measured."""
+    found = {arm: place.read_measurement(arm) for arm in study.arms}
+    return {arm: values["step_seconds"] for arm, values in found.items() if values}

@@ -1,0 +1,69 @@
+"""With what a run was made: kept beside its results."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+from vlm_jax.workdir import write_whole
+
+ROOT = Path(__file__).parents[2]  # of the repository
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "grain", "tensorflow-datasets", "tokenizers", "scipy")
+RECORD, LOG = "run.json", "log.txt"  # in a work folder: its attempts, and all that they printed
+
+
+def environment() -> dict:
+    """The commit and whether files differ from it, versions, and the processor."""
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "changed_files": _git("status", "--porcelain", "--untracked-files=no").splitlines(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+    }
+
+
+def _git(*arguments: str) -> str:
+    """What git says about this program; nothing where it was installed without its history."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip() if not done.returncode else ""
+
+
+def _processor() -> str:
+    """The name of the CPU, where the system says it (Linux)."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def read(workdir: str) -> dict:
+    """What `add` wrote about a run; {} where it was not started yet."""
+    file = Path(workdir) / RECORD
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def add(workdir: str, command: list[str], seconds: float, exit_code: int) -> dict:
+    """Writes down that a run was tried once more, and returns all that is known of it."""
+    attempt = {"ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": seconds, "exit_code": exit_code}
+    record = {
+        **environment(),
+        "command": command,
+        "attempts": [*read(workdir).get("attempts", []), attempt],
+        "error": last_error(Path(workdir) / LOG) if exit_code else "",
+    }
+    write_whole(Path(workdir) / RECORD, json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def last_error(log: Path) -> str:
+    """The line that says why a process ended: its last `error: ...`, or the last of all."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+    named = [line for line in lines[-20:] if line.startswith("error:")]
+    return (named or lines or [""])[-1].strip()

@@ -1,0 +1,95 @@
+"""What the runs of a study left behind."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlm_jax.config import ConfigError
+from vlm_jax.study import record, running
+from vlm_jax.study.planning import Plan, Run
+from vlm_jax.workdir import Workdir
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of a finished run."""
+
+    score: float  # the study's metric
+    by_type: Mapping[str, float]
+    predictions: tuple[Mapping[str, object], ...]  # a line of predictions.jsonl each
+    metrics: tuple[Mapping[str, float], ...]  # a line of metrics.jsonl each
+    record: Mapping[str, object]
+
+    @property
+    def asked(self) -> list[tuple]:
+        """The questions, to see whether two runs were asked the same."""
+        return [(line["image_id"], line["question"], line["answer"]) for line in self.predictions]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Of all runs."""
+
+    plan: Plan
+    found: Mapping[tuple[str, str, int], Result]  # axis, arm, seed
+    missing: Mapping[str, str]  # name of a run -> why there is nothing of it
+    broken: Mapping[str, str]  # name of a finished run -> what it lacks
+
+    def of(self, axis: str, arm: str) -> dict[int, Result]:
+        """Seed -> result."""
+        return {seed: result for (one, other, seed), result in self.found.items() if (one, other) == (axis, arm)}
+
+    def scores(self, axis: str, arm: str) -> dict[int, float]:
+        return {seed: result.score for seed, result in self.of(axis, arm).items()}
+
+
+def read(plan: Plan) -> Results:
+    """Reads every run that is done; a run that answers on several axes stands for all of them."""
+    read_once: dict[Run, Result] = {}
+    missing, broken = {}, {}
+    for run in plan.runs():
+        if not running.is_done(run):
+            missing[run.name] = _why_missing(run)
+            continue
+        try:
+            read_once[run] = _read(run, plan.study.metric)
+        except ConfigError as error:
+            broken[run.name] = str(error)
+    wanted = [(axis, arm, seed) for seed in range(plan.study.seeds) for axis, arm in plan.arms]
+    found = {key: read_once[plan.run(*key)] for key in wanted if plan.run(*key) in read_once}
+    return Results(plan, found, missing, broken)
+
+
+def _read(run: Run, metric: str) -> Result:
+    """Raises ConfigError where a file of a finished run is missing or damaged, or has no such metric."""
+    workdir = Workdir(run.cfg.workdir)
+    scores = _json(workdir.eval)[0]
+    score = scores
+    for name in metric.split(".", 1):
+        if not isinstance(score, Mapping) or name not in score:
+            raise ConfigError(f"{workdir.eval} has no {metric}: it has {', '.join(_numbers(scores))}.")
+        score = score[name]
+    lines = {name: tuple(_json(file)) for name, file in (("p", workdir.predictions), ("m", workdir.metrics))}
+    return Result(score, scores["by_type"], lines["p"], lines["m"], record.read(run.cfg.workdir))
+
+
+def _json(file: Path) -> list[dict]:
+    """A line each, or the whole of the file."""
+    try:
+        text = file.read_text()
+        return [json.loads(text)] if file.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+
+
+def _numbers(scores: Mapping) -> list[str]:
+    nested = [f"by_type.{name}" for name in scores.get("by_type", {})]
+    return [name for name, value in scores.items() if isinstance(value, float)] + nested
+
+
+def _why_missing(run: Run) -> str:
+    known = record.read(run.cfg.workdir)
+    if known.get("error"):
+        return f"failed: {known['error']}"
+    return "stopped, to be continued" if Path(run.cfg.workdir).exists() else "not run yet"

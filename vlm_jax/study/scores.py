@@ -1,0 +1,115 @@
+"""The sections of a report about what was reached."""
+
+import numpy as np
+
+from vlm_jax.study import statistics
+from vlm_jax.study.page import Cell, Section, Table
+from vlm_jax.study.results import Results
+from vlm_jax.study.statistics import Estimate, Pair
+
+TESTS = (
+    "Intervals are 95 %. Over seeds: Student's t of the scores, or of the differences seed by seed; it assumes that "
+    "these are independent and normal, and holds for other seeds and these test questions.",
+    "Over images: a bootstrap of the test images, and a sign-flip test of them; they assume that the images are "
+    "independent draws, and hold for other images and these trained models.",
+    "p values are corrected for the number of pairs (Holm). A pair is told apart only where both are below 0.05; with "
+    'few seeds only a large and steady difference is, and "not told apart" does not mean equal.',
+)
+
+
+def number(text: str) -> Cell:
+    return Cell(text, is_number=True)
+
+
+def interval(estimate: Estimate | None, sign: str = "") -> str:
+    if estimate is None:
+        return "-"
+    mean = f"{estimate.mean:{sign}.3f}"
+    return mean if estimate.low is None else f"{mean} ({estimate.low:{sign}.3f} to {estimate.high:{sign}.3f})"
+
+
+def p_value(p: float | None) -> str:
+    return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def score_section(results: Results, axis: str) -> Section:
+    """Scores of all arms, and the tests of every pair."""
+    return Section(
+        f"Score at matched {axis}",
+        TESTS,
+        tables=[score_table(results, axis), pair_table(statistics.pairs(results, axis))],
+    )
+
+
+def score_table(results: Results, axis: str) -> Table:
+    study, rows = results.plan.study, []
+    for arm in study.arms:
+        scores = results.scores(axis, arm)
+        each = ", ".join(f"{score:.3f}" for _, score in sorted(scores.items()))
+        mean = interval(statistics.estimate(list(scores.values()))) if scores else "-"
+        rows.append([Cell(arm), number(mean), number(f"{len(scores)} of {study.seeds}"), number(each or "-")])
+    return Table(["arm", f"{study.metric}, mean over seeds", "seeds", "each"], rows)
+
+
+def pair_table(pairs: list[Pair]) -> Table:
+    rows = [
+        [
+            Cell(f"{pair.a} - {pair.b}"),
+            number(interval(pair.seeds, "+")),
+            number(p_value(pair.seeds_p)),
+            number(interval(pair.questions, "+")),
+            number(p_value(pair.questions_p)),
+            Cell(pair.verdict),
+        ]
+        for pair in pairs
+    ]
+    columns = ["pair", "difference (over seeds)", "p, seeds", "difference (over images)", "p, images", "verdict"]
+    return Table(columns, rows)
+
+
+def matching_section(results: Results) -> Section:
+    """How near every arm came to the reference."""
+    rows = [
+        [
+            Cell(match.axis),
+            Cell(match.arm),
+            Cell(match.field or "-"),
+            number("-" if match.number is None else f"{match.number:,}"),
+            number(f"{match.value:.6g}"),
+            number(f"{match.residual:+.2%}"),
+        ]
+        for match in results.plan.matches
+    ]
+    study = results.plan.study
+    text = f"All arms are matched to {study.reference}; {study.tolerance:.1%} is the largest miss that is allowed."
+    return Section("Matching", [text], tables=[Table(["axis", "arm", "solved for", "found", "value", "miss"], rows)])
+
+
+def type_section(results: Results) -> Section:
+    """Exact match by the type of the question, mean over seeds."""
+    tables = []
+    for axis in results.plan.study.matched:
+        means = {arm: _type_means(results, axis, arm) for arm in results.plan.study.arms}
+        kinds = list(dict.fromkeys(kind for found in means.values() for kind in found))
+        rows = [[Cell(kind), *(_shaded(means[arm].get(kind)) for arm in means)] for kind in kinds]
+        tables.append(Table(["type", *means], rows, f"At matched {axis}"))
+    return Section("Score by type of question", ["Exact match, mean over seeds."], tables=tables)
+
+
+def _type_means(results: Results, axis: str, arm: str) -> dict[str, float]:
+    found = [result.by_type for result in results.of(axis, arm).values()]
+    return {kind: float(np.mean([one[kind] for one in found])) for kind in (found[0] if found else ())}
+
+
+def _shaded(share: float | None) -> Cell:
+    return Cell("-") if share is None else Cell(f"{share:.3f}", shade=share, is_number=True)
+
+
+def missing_section(results: Results) -> Section | None:
+    """What the report could not show; None where that is nothing."""
+    rows = [[Cell(name), Cell(why)] for name, why in (results.missing | results.broken).items()]
+    if not rows:
+        return None
+    total = len(results.plan.runs())
+    text = f"{len(rows)} of {total} runs are missing; all that is said here is of the others."
+    return Section("Missing runs", [text], tables=[Table(["run", "why"], rows)])

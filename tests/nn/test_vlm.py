@@ -181,6 +181,12 @@ def test_the_image_matters_where_it_is_read(cfg, forward, random_params):
     assert differ(logits[reads], other[reads])
 
 
+def test_a_text_only_model_looks_at_no_image_that_it_is_given(forward, random_params):
+    cfg = tiny("text_only")
+    batch, params = random_batch(cfg), random_params(cfg)
+    np.testing.assert_array_equal(*(forward(cfg, params, b).logits for b in (batch, without_images(batch))))
+
+
 def gates_of(params):
     flat = traverse_util.flatten_dict(params)
     return {path: value for path, value in flat.items() if path[-1].endswith("gate")}

@@ -50,7 +50,8 @@ class VLM(nn.Module):
 
     def hidden(self, batch: Batch, cache: Cache | None = None) -> tuple[Float[Array, "B S D"], Cache | None]:
         """What the head reads, and the cache with what was read."""
-        image = None if batch.images is None else self.image_tokens(batch)
+        looks = self.cfg.fusion.has_images and batch.images is not None
+        image = self.image_tokens(batch) if looks else None
         stream = fuse(self.cfg, self.decoder.embed(batch.tokens), image, batch, cache)
         return self.decoder(stream, cache)
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -63,7 +64,8 @@ def add(workdir: str, command: list[str], seconds: float, exit_code: int) -> dic
 
 
 def last_error(log: Path) -> str:
-    """The line that says why a process ended: its last `error: ...`, or the last of all."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
-    named = [line for line in lines[-20:] if line.startswith("error:")]
-    return (named or lines or [""])[-1].strip()
+    """The line that says why a process ended: its last `error: ...` or `SomeError: ...`, or the last of all."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()] if log.exists() else []
+    lines = [line for line in lines if line]
+    named = [line for line in lines[-40:] if re.match(r"error:|[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return (named or lines or [""])[-1]

@@ -201,8 +201,11 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
         {"fusion_kind": "cross_attention", "fusion_cross_layers": (1,), "fusion_cross_every": 2},
         r"fusion.cross_every 2 and fusion.cross_layers \[1\] both",
     ),
-    ({"fusion_cross_every": 2}, "fusion.cross_every 2 is of fusion.kind cross_attention: with fusion.kind unified"),
-    ({"fusion_cross_layers": (1,)}, r"fusion.cross_layers \(1,\) is of fusion.kind cross_attention"),
+    (
+        {"fusion_cross_every": 2},
+        "fusion.cross_every 2 is of fusion.kind cross_attention and hybrid: with .* unified",
+    ),
+    ({"fusion_cross_layers": (1,)}, r"fusion.cross_layers \(1,\) is of fusion.kind cross_attention and hybrid"),
     ({"fusion_kind": "encoder_decoder", "fusion_gated": False}, "fusion.gated False .* fusion.kind encoder_decoder"),
     ({"optim_rate_scale": RateScale(0, 0, 0, 0)}, "optim.rate_scale is 0 for vision, .*: nothing would learn"),
     ({"data_source": "conversations"}, "data.source conversations needs data.files"),
@@ -215,6 +218,28 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
         {"data_source": "tfds:vqa", "data_images_per_row": 3, "decoder_max_positions": 35},
         "decoder.max_positions 35 has no room for the 12 image tokens .* at least 36",
     ),
+    (
+        {"fusion_kind": "hybrid", "vision_tiles": 2, "vision_thumbnail": False},
+        "vision.thumbnail False leaves fusion.kind hybrid .* vision.tiles to 1",
+    ),
+    (
+        {"fusion_kind": "hybrid", "vision_kind": "none", "vision_positions": "none"},
+        "vision.kind none .* vision.positions none .* fusion.kind hybrid",
+    ),
+    (
+        {"fusion_kind": "hybrid", "vision_tiles": 2, "fusion_blind_rows": "read_all"},
+        "fusion.blind_rows read_all .* vision.tiles 2",
+    ),
+    (
+        {"fusion_kind": "hybrid", "fusion_prefix": "bidirectional"},
+        "fusion.prefix bidirectional .* data.questions_per_row 3",
+    ),
+    (
+        {"vision_tiles": 8},
+        r"decoder.max_positions 64 has no room for the 45 image tokens of a row \(vision.tiles 8\) .* at least 69",
+    ),
+    ({"data_tag_ids": ((4,), (5,))}, "data.tag_ids names the tags of tiles, .* vision.tiles 1 and vision.tile_tags 1d"),
+    ({"vision_tiles": 2, "data_tag_ids": ((4,), (5,))}, "data.tag_ids has 2 tags for the 3 views of vision.tiles 2"),
     ({"decoder_max_positions": 27}, "decoder.max_positions 27 .* data.text_length 24: it must be at least 28"),
 ]
 

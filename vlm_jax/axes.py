@@ -30,8 +30,8 @@ class Axis:
 
 ALPHABET = {
     "B": Axis("batch: rows", activation=ROWS),
-    "I": Axis("images of a row, or with tiles their tiles"),
-    "J": Axis("tiles of an image; ways to lay them out"),
+    "I": Axis("images of a row, or with tiles all their views"),
+    "J": Axis("views of an image: tiles, thumbnail; ways to lay tiles out"),
     "S": Axis("sequence: tokens of a row"),
     "T": Axis("keys that a sequence attends to (cached ones included)"),
     "P": Axis("patches of an image"),

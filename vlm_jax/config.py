@@ -46,6 +46,8 @@ class Data:
     template: Literal["plain", "vicuna", "caption"] = "plain"  # form of a conversation: data/templates.py
     augment: tuple[Literal["mirror", "turn", "shift"], ...] = ("mirror", "shift")  # moves of the training images
     special_ids: tuple[int, int, int, int] = (0, 1, 2, 3)  # tokens that stand for padding, image, newline, end of text
+    tag_ids: tuple[tuple[int, ...], ...] = ()  # tokens of every tile tag, and last of the thumbnail's; empty: one each,
+    #   behind the special ones
     bos_id: int = -1  # token that begins a conversation; -1: none does
     threads: int = 2  # threads that read and build rows
     prefetch: int = 4  # batches made ahead of the step
@@ -202,16 +204,29 @@ class Experiment:
 
     @property
     def image_tokens(self) -> int:
-        """M: tokens of one image after the projector."""
+        """M: tokens of one image, or of one view of it, after the projector."""
         return self.projector.num_tokens(self.vision)
 
     @property
-    def image_slots_in_row(self) -> int:
-        """Slots that one image takes in the decoder's sequence, newlines included."""
+    def views_in_sequence(self) -> int:
+        """Views of an image whose tokens stand in the decoder's sequence, at the most; of hybrid the whole image."""
         if not self.fusion.image_in_sequence:
             return 0
+        return 1 if self.fusion.kind == "hybrid" else self.vision.views
+
+    @property
+    def tile_tags(self) -> tuple[tuple[int, ...], ...]:
+        """The tokens that name each of the J views of an image in the text; empty where there are no tags."""
+        if not (self.vision.has_tags and self.fusion.has_images):
+            return ()
+        first = max(self.data.special_ids) + 1
+        return self.data.tag_ids or tuple((first + view,) for view in range(self.vision.views))
+
+    @property
+    def image_slots_in_row(self) -> int:
+        """Slots that one image takes in the decoder's sequence at the most, newlines and tile tags included."""
         newlines = self.projector.output_grid(self.vision)[0] if self.vision.newline_token else 0
-        return self.image_tokens + newlines
+        return self.views_in_sequence * (self.image_tokens + newlines) + sum(map(len, self.tile_tags))
 
     @property
     def row_length(self) -> int:

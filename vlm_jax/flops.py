@@ -26,10 +26,11 @@ Path = tuple[str, ...]
 class Tokens:
     """Tokens of one training row at every stage of the flow; of all its images where it says so."""
 
-    images: int  # I
-    tiles: int  # J of each
+    images: int
+    tiles: int  # J: pictures of each that the encoder reads, the thumbnail among them
     patches: int  # P of each tile
-    encoder: int  # that attend to each other in the encoder: of one image, class tokens and filling included
+    encoder: int  # that attend to each other in the encoder: class tokens and filling included
+    encoded: int  # runs of the encoder over so many
     features: int  # that reach the projector, of all images
     projected: int  # that leave it, of all images
     sequence: int  # S: rows of the decoder
@@ -65,22 +66,25 @@ class Gradients:
 
 def token_flow(cfg: Experiment) -> Tokens:
     """Tokens of a row with as many images as it has room for."""
-    vision, tiles = cfg.vision, cfg.vision.tiles
+    vision, together = cfg.vision, bool(cfg.vision.tile_layouts)
+    tiles = vision.tiles if together else vision.views
     if not cfg.fusion.has_images:
-        return Tokens(0, 0, 0, 0, 0, 0, cfg.row_length, 0)
+        return Tokens(0, 0, 0, 0, 0, 0, 0, cfg.row_length, 0)
     images, patches = cfg.data.images_per_row, math.prod(vision.grid)
     encoder = patches + int(vision.kind == "vit" and vision.class_token)
-    if vision.tile_layouts:
+    if together:
         encoder = tiles * math.ceil(encoder / MULTIPLE) * MULTIPLE
+    read = vision.cut_tiles if cfg.fusion.kind == "hybrid" else tiles
     return Tokens(
         images=images,
         tiles=tiles,
         patches=patches,
         encoder=encoder,
+        encoded=images if together else images * tiles,
         features=images * tiles * (patches + vision.extra_tokens),
         projected=images * tiles * cfg.image_tokens,
         sequence=cfg.row_length,
-        memory=images * tiles * cfg.image_tokens if cfg.fusion.image_in_memory else 0,
+        memory=images * read * cfg.image_tokens if cfg.fusion.image_in_memory else 0,
     )
 
 
@@ -142,7 +146,7 @@ def _rows(cfg: Experiment, path: Path, tokens: Tokens) -> int:
         return tokens.images * tokens.tiles * tokens.patches
     if path[1] in ("pool", "classifier"):  # no projector reads them
         return 0
-    return tokens.images * tokens.encoder
+    return tokens.encoded * tokens.encoder
 
 
 def _has_input_gradient(path: Path, gradients: Gradients) -> bool:
@@ -159,7 +163,7 @@ def _attentions(cfg: Experiment, tokens: Tokens, gradients: Gradients) -> Iterat
     """The two products of every attention, scores and mix, with the FLOPs of one row."""
     vision, decoder, projector = cfg.vision, cfg.decoder, cfg.projector
     if tokens.images and vision.kind == "vit":
-        pairs = tokens.images * tokens.encoder**2 * (vision.depth + vision.global_depth)
+        pairs = tokens.encoded * tokens.encoder**2 * (vision.depth + vision.global_depth)
         back = 2 * gradients.features
         yield ("vision",), _attention(pairs * vision.heads * vision.head_width, back)
     if tokens.images and projector.kind == "resampler":

@@ -63,14 +63,31 @@ class Vision(Transformer):
     pool: Literal["none", "class", "tanh", "attention"] = "none"  # one vector an image; tanh: of a product
     classes: int = 0  # rows of a classifier that reads the class token, carried along; 0: there is none
     newline_token: bool = False  # unified: a text token after every row of image tokens (Fuyu)
-    tiles: int = 1  # J: tiles that a large image is cut into, at the most (Llama 3.2 Vision)
-    tile_layouts: tuple[tuple[int, int], ...] = ()  # rows and columns of tiles; each has position embeddings of its own
+    tiles: int = 1  # tiles of image_size_px that a large image is cut into, at the most; 1: it is squeezed to a square
+    thumbnail: bool = True  # an image of several tiles has a picture of the whole of it besides
+    tile_tags: Literal["1d", "none"] = "1d"  # tokens that name the tiles of an image in the text, <tile_1> and so on
+    tile_layouts: tuple[tuple[int, int], ...] = ()  # the encoder of Llama 3.2 Vision: rows and columns of tiles that
+    #   it sees together; each layout has position embeddings of its own
     global_depth: int = 0  # gated blocks after the others; the features are then the output and `feature_layers`
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         return (self.image_size_px // self.patch_size_px,) * 2
+
+    @property
+    def cut_tiles(self) -> int:
+        """Tiles that the data cuts an image into, at the most: each is an image of its own to the encoder."""
+        return 1 if self.tile_layouts else self.tiles
+
+    @property
+    def views(self) -> int:
+        """J: pictures of one image that the encoder reads, at the most: its tiles and then its thumbnail."""
+        return self.cut_tiles + int(self.thumbnail and self.cut_tiles > 1)
+
+    @property
+    def has_tags(self) -> bool:
+        return self.tile_tags != "none" and self.views > 1
 
     @property
     def patch_dim(self) -> int:
@@ -110,31 +127,36 @@ class Projector:
         return (1, rows * columns + vision.extra_tokens) if vision.extra_tokens else (rows, columns)
 
     def num_tokens(self, vision: Vision) -> int:
-        """M: tokens that the projector emits for one image, or for one tile of it."""
+        """M: tokens that the projector emits for one image, or for one tile of it or its thumbnail."""
         rows, columns = self.output_grid(vision)
         return rows * columns
 
 
-FusionKind = Literal["unified", "cross_attention", "encoder_decoder", "text_only"]
+FusionKind = Literal["unified", "cross_attention", "encoder_decoder", "hybrid", "text_only"]
 
 
 @dataclass(frozen=True)
 class Fusion:
     kind: FusionKind = "unified"  # how image tokens reach the decoder
     prefix: Literal["causal", "bidirectional"] = "causal"  # bidirectional: image and prompt see all of one another
-    cross_every: int = 1  # cross_attention: a cross block before decoder blocks 0, k, 2k, ...
-    cross_layers: tuple[int, ...] = ()  # cross_attention: before these decoder blocks instead; depth: after the last
-    gated: bool = True  # cross_attention: tanh gates that start at 0
+    cross_every: int = 1  # cross_attention, hybrid: a cross block before decoder blocks 0, k, 2k, ...
+    cross_layers: tuple[int, ...] = ()  # cross_attention, hybrid: before these blocks instead; depth: after the last
+    gated: bool = True  # cross_attention, hybrid: tanh gates that start at 0
     qk_norm: bool = False  # a norm of every query and key head of cross-attention
     blind_rows: Literal["skip", "read_all"] = "skip"  # a token with no image to read: gets nothing, or reads every one
 
     @property
     def image_in_sequence(self) -> bool:
-        return self.kind == "unified"
+        return self.kind in ("unified", "hybrid")
 
     @property
     def image_in_memory(self) -> bool:
-        return self.kind in ("cross_attention", "encoder_decoder")
+        return self.kind in ("cross_attention", "encoder_decoder", "hybrid")
+
+    @property
+    def has_cross_blocks(self) -> bool:
+        """Whether blocks of cross-attention stand between those of the decoder."""
+        return self.kind in ("cross_attention", "hybrid")
 
     @property
     def has_images(self) -> bool:
@@ -142,14 +164,14 @@ class Fusion:
 
     @property
     def has_gates(self) -> bool:
-        return self.kind == "cross_attention" and self.gated
+        return self.has_cross_blocks and self.gated
 
     def sublayers(self, depth: int) -> tuple[tuple[str, ...], ...]:
         """The decoder's blocks, each a tuple of sublayers in the order in which they run."""
         plain, crossing = ("self", "mlp"), ("cross", "cross_mlp")
         if self.kind == "encoder_decoder":
             return (("self", "cross", "mlp"),) * depth
-        if self.kind != "cross_attention":
+        if not self.has_cross_blocks:
             return (plain,) * depth
         chosen = self.cross_layers or tuple(range(0, depth, self.cross_every))
         blocks = []

@@ -26,8 +26,9 @@ class Batch:
     segment_ids: Array  # (B, S) int32: PADDING, or 1, 2, ...
     branch_ids: Array  # (B, S) int32: TRUNK, or 1, 2, ...
     image_slots: Array  # (B, S) int32: which of the row's I*M image tokens stands here, or NO_IMAGE
-    image_mask: Array  # (B, S, I) bool: which images (with tiles: I*J tiles) the token may read in cross-attention
-    images: Array | None = None  # (B, I, height, width, channels) float32, normalised; with tiles (B, I, J, ...);
+    image_mask: Array  # (B, S, I) bool: which images the token may read in cross-attention
+    images: Array | None = None  # (B, I, height, width, channels) float32, normalised; I counts every view of an image:
+    #   its tiles, then its thumbnail; with `vision.tile_layouts` (B, I, J, ...), and image_mask (B, S, I*J);
     #   without an encoder also (B, I, P, C) patches; None: text only
     tile_layouts: Array | None = None  # (B, I) int32: how each image is cut into tiles; 0: there is none
     tile_mask: Array | None = None  # (B, I, J) bool: which tiles are there

@@ -10,12 +10,12 @@ from flax.linen import meta
 from PIL import Image
 
 from vlm_jax.config import Data, Decoder, Experiment, Fusion, Optim, Projector, Train, Vision
-from vlm_jax.data import text
+from vlm_jax.data import text, tiles
 from vlm_jax.nn.models import boxed_params
 from vlm_jax.structs import Batch
 
 COLORS = {"red": (200, 30, 40), "green": (20, 140, 60), "blue": (40, 60, 200), "white": (250, 250, 250)}
-KINDS = ("unified", "cross_attention", "encoder_decoder")
+KINDS = ("unified", "cross_attention", "encoder_decoder", "hybrid")
 
 
 def tiny(kind: str = "unified", **sections) -> Experiment:
@@ -55,7 +55,10 @@ def random_params(cfg: Experiment, spread: float = 0.1, seed: int = 0):
 
 
 def random_batch(cfg: Experiment, rows: int = 4, seed: int = 0) -> Batch:
-    """Rows of one random image and `questions_per_row` random questions of mixed lengths, packed as training does."""
+    """Rows of one random image and `questions_per_row` random questions of mixed lengths, packed as training does.
+
+    Where images are cut into tiles, row i has the i-th layout.
+    """
     rng = np.random.default_rng(seed)
 
     def pair():
@@ -63,10 +66,14 @@ def random_batch(cfg: Experiment, rows: int = 4, seed: int = 0) -> Batch:
         ids = rng.integers(len(text.SPECIALS), cfg.decoder.vocab_size, prompt + answer)
         return list(ids[:prompt]), list(ids[prompt:])
 
-    packed = [text.pack_row(cfg, [pair() for _ in range(cfg.data.questions_per_row)]) for _ in range(rows)]
-    side = cfg.vision.image_size_px
-    images = rng.uniform(-1, 1, (rows, 1, side, side, 3)).astype(np.float32)
-    return Batch(**{name: np.stack([row[name] for row in packed]) for name in packed[0]}, images=images)
+    side, shapes = cfg.vision.image_size_px, tiles.layouts(cfg.vision.cut_tiles)
+    packed = []
+    for row in range(rows):
+        height, width = shapes[row % len(shapes)]
+        pixels = rng.uniform(-1, 1, (height * side, width * side, 3)).astype(np.float32)
+        fields = text.pack_row(cfg, [pair() for _ in range(cfg.data.questions_per_row)], height * width)
+        packed.append(fields | {"images": tiles.stacked([pixels], cfg.vision)})
+    return Batch(**{name: np.stack([row[name] for row in packed]) for name in packed[0]})
 
 
 def write_conversations(folder: Path, count: int = 12, seed: int = 0) -> Data:

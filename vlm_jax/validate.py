@@ -17,7 +17,7 @@ def validate(cfg: Experiment) -> Experiment:
     check_values(cfg)
     if not cfg.vision.checkpoint:  # public ones may leave pixels over at the border
         _patches(cfg.vision)
-    for check in (_data, _drawn, _projector, _fusion, _room, _rates, _microbatches, _profile):
+    for check in (_data, _drawn, _projector, _fusion, _tiles, _room, _rates, _microbatches, _profile):
         check(cfg)
     cfg.distributed.check()
     return cfg
@@ -200,10 +200,10 @@ def _fusion(cfg):
             "set vision.positions to learned or sincos, or choose fusion.kind unified."
         )
     unread = [name for name in ("cross_every", "cross_layers", "gated") if _is_changed(fusion, name)]
-    if unread and fusion.kind != "cross_attention":
+    if unread and not fusion.has_cross_blocks:
         raise ConfigError(
-            f"fusion.{unread[0]} {getattr(fusion, unread[0])} is of fusion.kind cross_attention: with fusion.kind "
-            f"{fusion.kind} leave it out, or choose that kind."
+            f"fusion.{unread[0]} {getattr(fusion, unread[0])} is of fusion.kind cross_attention and hybrid: with "
+            f"fusion.kind {fusion.kind} leave it out, or choose one of those."
         )
     if fusion.cross_layers and _is_changed(fusion, "cross_every"):
         raise ConfigError(
@@ -224,16 +224,41 @@ def _fusion(cfg):
         )
 
 
+def _tiles(cfg):
+    vision, fusion, tags = cfg.vision, cfg.fusion, cfg.data.tag_ids
+    if fusion.kind == "hybrid" and vision.cut_tiles > 1 and not vision.thumbnail:
+        raise ConfigError(
+            "vision.thumbnail False leaves fusion.kind hybrid nothing to put into the sequence for an image in tiles: "
+            "set it to True, or vision.tiles to 1."
+        )
+    if fusion.blind_rows == "read_all" and fusion.image_in_memory and vision.cut_tiles > 1:
+        raise ConfigError(
+            f"fusion.blind_rows read_all lets a token without a tile read those that are not there: set it to skip for "
+            f"vision.tiles {vision.tiles}."
+        )
+    if tags and not cfg.tile_tags:
+        raise ConfigError(
+            f"data.tag_ids names the tags of tiles, of which there are none with vision.tiles {vision.tiles} and "
+            f"vision.tile_tags {vision.tile_tags}: leave it out."
+        )
+    if tags and len(tags) != vision.views:
+        raise ConfigError(
+            f"data.tag_ids has {len(tags)} tags for the {vision.views} views of vision.tiles {vision.tiles}, the "
+            "thumbnail among them: it must have one for each."
+        )
+
+
 def _is_changed(section, name: str) -> bool:
     return getattr(section, name) != getattr(type(section)(), name)
 
 
 def _room(cfg):
     longest, image_slots = cfg.row_length, cfg.row_length - cfg.data.text_length
+    tiles = f" (vision.tiles {cfg.vision.tiles})" if cfg.vision.cut_tiles > 1 else ""
     if longest > cfg.decoder.max_positions:
         raise ConfigError(
             f"decoder.max_positions {cfg.decoder.max_positions} has no room for the {image_slots} image "
-            f"tokens of a row and data.text_length {cfg.data.text_length}: it must be at least {longest}."
+            f"tokens of a row{tiles} and data.text_length {cfg.data.text_length}: it must be at least {longest}."
         )
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vlm_jax.config import ConfigError, Vision
-from vlm_jax.data import images
+from vlm_jax.data import images, tiles
 
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(0, 256, (4, 4, 3), dtype=np.uint8)
@@ -15,16 +15,16 @@ PICTURE = RNG.integers(0, 256, (4, 4, 3), dtype=np.uint8)
 
 def test_pixels_run_from_minus_one_to_one():
     picture = np.array([[[0, 127.5, 255]] * 2] * 2).astype(np.uint8)
-    pixels = images.to_pixels(Image.fromarray(picture), Vision(image_size_px=2))
+    pixels = tiles.to_pixels(Image.fromarray(picture), Vision(image_size_px=2))
     assert pixels.dtype == np.float32
     np.testing.assert_allclose(pixels[0, 0], [-1, 127 / 127.5 - 1, 1], atol=1e-6)
 
 
 def test_images_are_resized_where_they_differ():
     plain = Image.new("RGB", (30, 20), (255, 0, 0))
-    assert images.to_pixels(plain, Vision(image_size_px=8)).shape == (8, 8, 3)
+    assert tiles.to_pixels(plain, Vision(image_size_px=8)).shape == (8, 8, 3)
     np.testing.assert_allclose(
-        images.to_pixels(plain, Vision(image_size_px=8)), np.broadcast_to([1.0, -1, -1], (8, 8, 3))
+        tiles.to_pixels(plain, Vision(image_size_px=8)), np.broadcast_to([1.0, -1, -1], (8, 8, 3))
     )
     np.testing.assert_array_equal(images.fit(Image.fromarray(PICTURE), 4), PICTURE)
 

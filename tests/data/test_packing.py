@@ -82,7 +82,7 @@ def loss_of(cfg, batch):
 
 
 def elements_of(cfg, tokenizer, source):
-    return [packing.element(cfg, tokenizer, talk) for talk in source]
+    return [packing.element(cfg, tokenizer, packing.tile_counter(cfg, source), talk) for talk in source]
 
 
 def random_rows(cfg, elements, rng):

@@ -94,7 +94,7 @@ def test_processes_read_disjoint_images(cfg, tokenizer):
 
 def test_questions_of_a_row_belong_to_its_image_and_are_chosen_anew(cfg, tokenizer):
     cfg = replace(cfg, data=replace(cfg.data, augment=(), questions_per_row=3))
-    records = pipeline.Decoded(sources.load(cfg.data, cfg.data.train_split), 64)
+    records = pipeline.Decoded(sources.load(cfg.data, cfg.data.train_split), cfg.vision)
     asked = {records[i].image.tobytes(): records[i] for i in range(len(records))}
     drawn = set()
     for batch in take(pipeline.training_iterator(cfg, tokenizer), 9):

@@ -47,7 +47,7 @@ def pieces(tokenizer, fields):
     ],
 )
 def test_the_templates_written_out(tokenizer, template, text, scored):
-    fields = templates.encode(experiment(template=template), tokenizer, TURNS)
+    fields = templates.encode(experiment(template=template), tokenizer, TURNS, (1, 1))
     assert pieces(tokenizer, fields) == (text, scored)
     assert fields["targets"].tolist() == [*fields["tokens"][1:], PAD]
     assert fields["loss_weights"][-1] == 0
@@ -74,17 +74,17 @@ def trimmed_offsets() -> Tokenizer:
 def test_the_answers_alone_are_scored_with_any_tokenizer(make, template):
     tokenizer = make()
     cfg = experiment(template=template, special_ids=tokenizer._special_ids)
-    fields = templates.encode(cfg, tokenizer, ["<image>\nwhat is it?", "a cat"])
+    fields = templates.encode(cfg, tokenizer, ["<image>\nwhat is it?", "a cat"], (1,))
     scored = fields["targets"][fields["loss_weights"] == 1]
     assert tokenizer.decode(scored).strip() == "a cat"
     assert scored[-1] == tokenizer.eos_id
-    prompt = templates.prompt_row(cfg, tokenizer, "<image>\nwhat is it?", 1)["tokens"]
+    prompt = templates.prompt_row(cfg, tokenizer, "<image>\nwhat is it?", (1,))["tokens"]
     assert len(prompt) + len(scored) == len(fields["tokens"])
 
 
 @pytest.mark.parametrize(("kind", "slots"), [("unified", 8), ("cross_attention", 0), ("encoder_decoder", 0)])
 def test_images_stand_where_their_marks_are(tokenizer, kind, slots):
-    fields = templates.encode(experiment(kind), tokenizer, TURNS)
+    fields = templates.encode(experiment(kind), tokenizer, TURNS, (1, 1))
     there = fields["image_slots"] != NO_IMAGE
     assert fields["image_slots"][there].tolist() == list(range(slots))
     assert (fields["tokens"][there] == IMAGE).all()
@@ -93,14 +93,14 @@ def test_images_stand_where_their_marks_are(tokenizer, kind, slots):
 
 
 def test_before_a_mark_no_image_is_seen(tokenizer):
-    fields = templates.encode(experiment("cross_attention"), tokenizer, ["look <image> here", "a"])
+    fields = templates.encode(experiment("cross_attention"), tokenizer, ["look <image> here", "a"], (1,))
     before = len(tokenizer.encode("look "))
     assert fields["images_seen"].tolist() == [0] * before + [1] * (len(fields["tokens"]) - before)
 
 
 def test_a_conversation_begins_with_its_bos(tokenizer):
-    with_bos = templates.encode(experiment(bos_id=7), tokenizer, TURNS)
-    without = templates.encode(experiment(), tokenizer, TURNS)
+    with_bos = templates.encode(experiment(bos_id=7), tokenizer, TURNS, (1, 1))
+    without = templates.encode(experiment(), tokenizer, TURNS, (1, 1))
     assert with_bos["tokens"].tolist() == [7, *without["tokens"]]
     assert with_bos["loss_weights"].tolist() == [0, *without["loss_weights"]]
 
@@ -108,27 +108,27 @@ def test_a_conversation_begins_with_its_bos(tokenizer):
 def test_a_bidirectional_prefix_ends_where_the_first_answer_begins(tokenizer):
     cfg = experiment()
     cfg = replace(cfg, fusion=replace(cfg.fusion, prefix="bidirectional"))
-    fields = templates.encode(cfg, tokenizer, TURNS)
+    fields = templates.encode(cfg, tokenizer, TURNS, (1, 1))
     prefix = np.argmax(fields["loss_weights"]) + 1
     assert fields["block_ids"].tolist() == [1] * prefix + [0] * (len(fields["tokens"]) - prefix)
 
 
 def test_a_prompt_is_the_start_of_its_conversation(tokenizer):
     cfg = experiment(template="vicuna", bos_id=7)
-    fields = templates.encode(cfg, tokenizer, TURNS[:2])
-    row = templates.prompt_row(cfg, tokenizer, TURNS[0], 1)
+    fields = templates.encode(cfg, tokenizer, TURNS[:2], (1,))
+    row = templates.prompt_row(cfg, tokenizer, TURNS[0], (1,))
     length = len(row["tokens"])
     for name in ("tokens", "image_slots"):
         np.testing.assert_array_equal(row[name], fields[name][:length])
     assert fields["loss_weights"][length - 1] == 1, "its last token is where the answer is scored from"
     np.testing.assert_array_equal(row["image_mask"][:, 0], fields["images_seen"][:length] > 0)
-    unmarked = templates.prompt_row(cfg, tokenizer, "what is it?", 1, length + 3)
+    unmarked = templates.prompt_row(cfg, tokenizer, "what is it?", (1,), length + 3)
     np.testing.assert_array_equal(unmarked["tokens"], [PAD] * 3 + row["tokens"].tolist())
     assert unmarked["segment_ids"].tolist() == [0] * 3 + [1] * length
 
 
 def test_a_prompt_that_does_not_fit_is_refused(tokenizer):
     with pytest.raises(ConfigError, match="1 marks <image> for 2 images"):
-        templates.prompt_row(experiment(), tokenizer, "<image> a", 2)
+        templates.prompt_row(experiment(), tokenizer, "<image> a", (1, 1))
     with pytest.raises(ConfigError, match="more than the 3 that there are"):
-        templates.prompt_row(experiment(), tokenizer, "<image> a", 1, 3)
+        templates.prompt_row(experiment(), tokenizer, "<image> a", (1,), 3)

@@ -74,7 +74,7 @@ def test_newlines_end_the_rows_of_the_grid_and_take_no_image_token():
 @pytest.mark.parametrize("fusion", ["unified", "cross_attention"])
 def test_an_image_takes_the_slots_that_the_config_says(projector, newline, fusion):
     cfg = replace(experiment(fusion, newline), projector=projector)
-    ids = text.image_ids(cfg)
+    ids = text.image_fields(cfg)["tokens"]
     assert len(ids) == cfg.image_slots_in_row
     assert np.sum(ids == IMAGE) == (cfg.image_tokens if fusion == "unified" else 0)
     assert len(text.pack_row(cfg, PAIRS)["tokens"]) == cfg.row_length
@@ -133,10 +133,10 @@ def test_a_prompt_is_the_start_of_its_training_row():
 
 
 def test_prompts_with_no_image_and_with_two():
-    none = text.prompt_row(experiment(), [10], images=0)
+    none = text.prompt_row(experiment(), [10], tiles=())
     assert none["tokens"].tolist() == [10]
     assert none["image_mask"].shape == (1, 0)
-    two = text.prompt_row(experiment(newline=True), [10], images=2)
+    two = text.prompt_row(experiment(newline=True), [10], tiles=(1, 1))
     assert two["image_slots"].tolist() == [0, 1, -1, 2, 3, -1, 4, 5, -1, 6, 7, -1, -1]
     assert two["positions"].tolist() == list(range(13))
     assert two["image_mask"].shape == (13, 2)

@@ -34,7 +34,7 @@ def prompts(cfg):
 
 def batch_of(cfg, ids, images) -> Batch:
     length = cfg.image_slots_in_row + max(map(len, ids))
-    rows = [text.prompt_row(cfg, prompt, images.shape[1], length) for prompt in ids]
+    rows = [text.prompt_row(cfg, prompt, (1,) * images.shape[1], length) for prompt in ids]
     return Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]}, images=images)
 
 

@@ -1,5 +1,7 @@
 """The masks of every fusion style, drawn for one training row: an image of four tokens, and two questions about it.
 
+Where the image is cut into tiles, it has three at the most and is two and their thumbnail, of one token each.
+
 The first question is `q q a` (two tokens and an answer), the second `Q A`; a row of the picture is a query, a column a
 key, 1 where the query sees the key.
 """
@@ -56,6 +58,61 @@ PREFIX = """
     q  1 1 1 1 1 1 .
     a  1 1 1 1 1 1 1
 """
+UNIFIED_TILES = """
+    1  1 . . . . . . . . . .
+    i  1 1 . . . . . . . . .
+    2  1 1 1 . . . . . . . .
+    i  1 1 1 1 . . . . . . .
+    T  1 1 1 1 1 . . . . . .
+    i  1 1 1 1 1 1 . . . . .
+    q  1 1 1 1 1 1 1 . . . .
+    q  1 1 1 1 1 1 1 1 . . .
+    a  1 1 1 1 1 1 1 1 1 . .
+    Q  1 1 1 1 1 1 . . . 1 .
+    A  1 1 1 1 1 1 . . . 1 1
+"""
+HYBRID_TILES = """
+    1  1 . . . . . . . .
+    2  1 1 . . . . . . .
+    T  1 1 1 . . . . . .
+    i  1 1 1 1 . . . . .
+    q  1 1 1 1 1 . . . .
+    q  1 1 1 1 1 1 . . .
+    a  1 1 1 1 1 1 1 . .
+    Q  1 1 1 1 . . . 1 .
+    A  1 1 1 1 . . . 1 1
+"""
+TEXT_TILES = """
+    1  1 . . . . . . .
+    2  1 1 . . . . . .
+    T  1 1 1 . . . . .
+    q  1 1 1 1 . . . .
+    q  1 1 1 1 1 . . .
+    a  1 1 1 1 1 1 . .
+    Q  1 1 1 . . . 1 .
+    A  1 1 1 . . . 1 1
+"""
+MEMORY_HYBRID = """
+    1  1 . .
+    2  . 1 .
+    T  . . .
+    i  1 1 .
+    q  1 1 .
+    q  1 1 .
+    a  1 1 .
+    Q  1 1 .
+    A  1 1 .
+"""
+MEMORY_TILES = """
+    1  1 . . .
+    2  . 1 . .
+    T  . . . 1
+    q  1 1 . 1
+    q  1 1 . 1
+    a  1 1 . 1
+    Q  1 1 . 1
+    A  1 1 . 1
+"""
 IMAGE = """
     q  1 1 1 1
     q  1 1 1 1
@@ -63,6 +120,7 @@ IMAGE = """
     Q  1 1 1 1
     A  1 1 1 1
 """
+IMAGE_TOO = "i 1 1 1 1\n" * 3 + "i 1 1 1 1"
 PAIRS = [([10, 11], [12]), ([13], [14])]
 STYLES = variants() | {"text_only": tiny(fusion=Fusion("text_only"), projector=Projector("linear"))}
 DRAWN = {
@@ -70,7 +128,14 @@ DRAWN = {
     "encoder_free": (ENCODER_FREE, None),
     "cross_attention": (TEXT, IMAGE),
     "encoder_decoder": (TEXT, IMAGE),
+    "hybrid": (UNIFIED, IMAGE_TOO + IMAGE),
     "text_only": (TEXT, None),
+}
+IN_TILES = {
+    "unified": (UNIFIED_TILES, None),
+    "cross_attention": (TEXT_TILES, MEMORY_TILES),
+    "encoder_decoder": (TEXT_TILES, MEMORY_TILES),
+    "hybrid": (HYBRID_TILES, MEMORY_HYBRID),
 }
 
 
@@ -85,9 +150,10 @@ def drawn(mask) -> list[str]:
 
 def stream_of(cfg, pairs):
     cfg = replace(cfg, data=Data(questions_per_row=len(pairs), text_length=sum(len(p) + len(a) for p, a in pairs)))
-    row = text.pack_row(cfg, pairs)
+    row = text.pack_row(cfg, pairs, min(cfg.vision.tiles, 2))
     batch = Batch(**{name: jnp.asarray(values)[None] for name, values in row.items()})
-    return fuse(cfg, jnp.zeros((1, cfg.row_length, 8)), jnp.zeros((1, 4, 8)), batch)
+    image = jnp.zeros((1, cfg.vision.views * cfg.image_tokens, 8))
+    return fuse(cfg, jnp.zeros((1, cfg.row_length, 8)), image, batch)
 
 
 @pytest.mark.parametrize("style", DRAWN)
@@ -103,3 +169,36 @@ def test_the_masks_of_all_styles(style):
 def test_the_mask_of_a_prefix_that_sees_all_of_itself():
     cfg = tiny(fusion=Fusion("unified", prefix="bidirectional"))
     assert drawn(stream_of(cfg, PAIRS[:1]).mask) == picture(PREFIX)
+
+
+def in_tiles(kind, **settings):
+    """Three tiles of a token each at the most."""
+    cfg = tiny(kind, projector=Projector("resampler", queries=1))
+    return replace(cfg, vision=replace(cfg.vision, tiles=3, **settings))
+
+
+@pytest.mark.parametrize("kind", IN_TILES)
+def test_the_masks_of_an_image_in_tiles(kind):
+    """A tag (1, 2; T: the thumbnail's) reads its own tile, and all else reads every view that is there."""
+    cfg = in_tiles(kind)
+    sequence, memory = IN_TILES[kind]
+    stream = stream_of(cfg, PAIRS)
+    there = len(picture(sequence))  # what is left is the room that a third tile would take
+    assert [line[:there] for line in drawn(stream.mask)[:there]] == picture(sequence)
+    assert not any("1" in line for line in drawn(stream.mask)[there:])
+    if memory is None:
+        assert stream.memory_mask is None
+        return
+    assert drawn(stream.memory_mask)[:there] == picture(memory)
+    assert not any("1" in line for line in drawn(stream.memory_mask)[there:])
+    assert stream.reads[0].tolist() == ["1" in line for line in drawn(stream.memory_mask)]
+
+
+@pytest.mark.parametrize("kind", IN_TILES)
+def test_without_tags_every_token_reads_every_view(kind):
+    stream, tagged = (stream_of(in_tiles(kind, tile_tags=tags), PAIRS) for tags in ("none", "1d"))
+    assert tagged.x.shape[1] - stream.x.shape[1] == 4
+    if stream.memory_mask is not None:
+        memory = picture(IN_TILES[kind][1])
+        untagged = [line for line in drawn(stream.memory_mask) if "1" in line]
+        assert set(untagged) == {memory[-1]}

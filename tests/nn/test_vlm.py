@@ -12,7 +12,7 @@ from flax.linen import meta
 
 from vlm_jax import axes
 from vlm_jax.config import Experiment, Fusion, Projector, Rope
-from vlm_jax.data import pipeline, text
+from vlm_jax.data import pipeline, text, tiles
 from vlm_jax.nn.vlm import empty_cache, init_params
 from vlm_jax.structs import PADDING, Batch
 from vlm_jax.testing import KINDS, random_batch, tiny
@@ -26,11 +26,17 @@ def raw_patches(cfg, newline=False):
     return replace(cfg, vision=replace(cfg.vision, kind="none", newline_token=newline))
 
 
+def in_tiles(cfg):
+    """Images of at most two tiles, with a thumbnail and tags."""
+    return replace(cfg, vision=replace(cfg.vision, tiles=2))
+
+
 EXPERIMENTS = {
     "unified": tiny("unified"),
     "fuyu": raw_patches(tiny("unified"), newline=True),
     "cross_attention": raw_patches(tiny("cross_attention")),
     "encoder_decoder": tiny("encoder_decoder"),
+    "hybrid": raw_patches(in_tiles(tiny("hybrid"))),
 }
 # Four training rows wherever possible: one shape, compiled once a style.
 every_style = pytest.mark.parametrize("cfg", EXPERIMENTS.values(), ids=EXPERIMENTS)
@@ -47,12 +53,18 @@ def pair(prompt=4, answer=2, seed=0):
 
 
 def rows(cfg, *pairs_of_rows, seed=0) -> Batch:
-    """A training row for every list of pairs, all about one image."""
-    packed = [text.pack_row(cfg, pairs) for pairs in pairs_of_rows]
-    side = cfg.vision.image_size_px
-    image = np.random.default_rng(seed).uniform(-1, 1, (side, side, 3)).astype(np.float32)
+    """A training row for every list of pairs, all about one image of as many tiles as there may be."""
+    tiles_of_it = cfg.vision.cut_tiles
+    packed = [text.pack_row(cfg, pairs, tiles_of_it) for pairs in pairs_of_rows]
+    image = tiles.stacked([picture(cfg, tiles_of_it, np.random.default_rng(seed))], cfg.vision)
     fields = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
-    return Batch(**fields, images=np.broadcast_to(image, (len(packed), 1, side, side, 3)))
+    return Batch(**fields, images=np.broadcast_to(image, (len(packed), *image.shape)))
+
+
+def picture(cfg, tiles_of_it, rng):
+    """So many tiles side by side."""
+    side = cfg.vision.image_size_px
+    return rng.uniform(-1, 1, (side, tiles_of_it * side, 3)).astype(np.float32)
 
 
 def close(actual, expected):
@@ -71,12 +83,15 @@ class Letters:
         return list(text.encode())
 
 
+def pictures(cfg, images_of_each=(2, 0)):
+    """Images for every row, the last of each of as many tiles as there may be, those before it of one."""
+    rng, most = np.random.default_rng(1), cfg.vision.cut_tiles
+    return [[picture(cfg, 1 if i < n - 1 else most, rng) for i in range(n)] for n in images_of_each]
+
+
 def prompts(cfg, images_of_each=(2, 0), questions=("two?", "no image at all?")):
     """A left-padded batch of questions, with as many images each as asked for."""
-    side = cfg.vision.image_size_px
-    rng = np.random.default_rng(1)
-    images = [rng.uniform(-1, 1, (n, side, side, 3)).astype(np.float32) for n in images_of_each]
-    return pipeline.prompt_batch(cfg, Letters(), images, questions)
+    return pipeline.prompt_batch(cfg, Letters(), pictures(cfg, images_of_each), questions)
 
 
 def without_images(batch: Batch) -> Batch:
@@ -147,14 +162,15 @@ def documents(cfg):
     def joined(a, b):
         return np.concatenate([a, b], axis=1)
 
-    is_image = two.image_slots >= 0
+    is_image, views = two.image_slots >= 0, cfg.vision.views
+    moved = two.image_slots + views * cfg.image_tokens
     fields = {name: joined(getattr(one, name), getattr(two, name)) for name in ("tokens", "positions", "branch_ids")}
     both = Batch(
         **fields,
         segment_ids=joined(one.segment_ids, 2 * two.segment_ids),
-        image_slots=joined(one.image_slots, np.where(is_image, two.image_slots + cfg.image_tokens, two.image_slots)),
+        image_slots=joined(one.image_slots, np.where(is_image, moved, two.image_slots)),
         image_mask=joined(
-            np.pad(one.image_mask, ((0, 0), (0, 0), (0, 1))), np.pad(two.image_mask, ((0, 0), (0, 0), (1, 0)))
+            np.pad(one.image_mask, ((0, 0), (0, 0), (0, views))), np.pad(two.image_mask, ((0, 0), (0, 0), (views, 0)))
         ),
         images=joined(one.images, two.images),
     )
@@ -260,8 +276,8 @@ def test_cached_is_uncached_and_compiled_once(cfg, forward, random_params):
 def test_a_batch_of_mixed_lengths_and_image_counts_is_one_by_one(cfg, forward, random_params):
     batch, params = prompts(cfg), random_params(cfg)
     logits = forward(cfg, params, batch).logits
-    for i, (count, question) in enumerate([(2, "two?"), (0, "no image at all?")]):
-        alone = pipeline.prompt_batch(cfg, Letters(), [batch.images[i, :count]], [question])
+    for i, (images, question) in enumerate(zip(pictures(cfg), ["two?", "no image at all?"])):
+        alone = pipeline.prompt_batch(cfg, Letters(), [images], [question])
         close(logits[i, -alone.tokens.shape[1] :], forward(cfg, params, alone).logits[0])
 
 

@@ -12,6 +12,8 @@ from vlm_jax.config import ConfigError, Vision
 
 CACHE_BYTES = 512 << 20  # decoded images kept in memory: to read and decode a small one takes 0.3 ms of a core
 
+ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 are turned by a quarter
+
 # What Pillow raises for bytes that are no image, or only the first part of one.
 BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
@@ -37,7 +39,7 @@ def upright(encoded: bytes, name: str = "image", needed_px: int = 0) -> Image.Im
         image.load()
         return ImageOps.exif_transpose(image)
     except BROKEN as error:
-        raise ConfigError(f"{name} is not a readable image, or is cut short ({type(error).__name__}).") from None
+        raise unreadable(name, error) from None
 
 
 def decode(encoded: bytes, name: str = "image", needed_px: int = 0) -> Image.Image:
@@ -55,9 +57,27 @@ def decode(encoded: bytes, name: str = "image", needed_px: int = 0) -> Image.Ima
     return image.convert("RGB")
 
 
-def fit(image: Image.Image, image_size_px: int) -> np.ndarray:
-    """Any image -> (image_size_px, image_size_px, 3) uint8, resized (and squeezed to a square) where it differs."""
-    size = (image_size_px, image_size_px)
+def upright_size(encoded: bytes, name: str = "image") -> tuple[int, int]:
+    """The width and height of `upright`, of which only the first bytes of the file are decoded."""
+    try:
+        image = Image.open(io.BytesIO(encoded))
+        is_turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+    except BROKEN as error:
+        raise unreadable(name, error) from None
+    return image.size[::-1] if is_turned else image.size
+
+
+def unreadable(name: str, error: Exception) -> ConfigError:
+    return ConfigError(f"{name} is not a readable image, or is cut short ({type(error).__name__}).")
+
+
+def fit(image: Image.Image, image_size_px: int, layout: tuple[int, int] = (1, 1)) -> np.ndarray:
+    """Any image -> (rows * image_size_px, columns * image_size_px, 3) uint8, resized (and squeezed) where it differs.
+
+    By default a square; `layout` is the rows and columns of squares.
+    """
+    rows, columns = layout
+    size = (columns * image_size_px, rows * image_size_px)
     return np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
 
 
@@ -65,11 +85,6 @@ def normalise(pixels: np.ndarray, vision: Vision) -> np.ndarray:
     """uint8 0..255 -> float32, 0..1 less the mean of every channel over its deviation; by default -1..1."""
     mean, deviation = np.array(vision.image_mean), np.array(vision.image_std)
     return pixels.astype(np.float32) * np.float32(1 / (255 * deviation)) - np.float32(mean / deviation)
-
-
-def to_pixels(image: Image.Image, vision: Vision) -> np.ndarray:
-    """Any RGB image -> (image_size_px, image_size_px, 3) float32 as the encoder reads it."""
-    return normalise(fit(image, vision.image_size_px), vision)
 
 
 def augment(pixels: np.ndarray, kinds: Sequence[str], rng: np.random.Generator) -> np.ndarray:

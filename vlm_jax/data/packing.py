@@ -18,9 +18,9 @@ import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment, Vision
 from vlm_jax.data import images as image_files
-from vlm_jax.data import templates
+from vlm_jax.data import templates, tiles
 from vlm_jax.data.conversations import Conversation, Conversations
-from vlm_jax.data.text import FILL, Fields, Tokenizer
+from vlm_jax.data.text import FILL, Fields, Tokenizer, moved, only_own_tile
 from vlm_jax.structs import NO_IMAGE, TRUNK, Batch
 
 WINDOW_ROWS = 64  # open at a time, at the least: fewer waste more (measured: docs/conversations.md)
@@ -41,7 +41,7 @@ def batches(cfg: Experiment, tokenizer: Tokenizer, source: Conversations, shard:
     check(cfg, source)
     threads, rows = cfg.data.threads, cfg.train.batch_size
     stream = grain.MapDataset.source(source).seed(cfg.seed).shuffle()
-    encoded = stream.map(functools.partial(element, cfg, tokenizer)).repeat()
+    encoded = stream.map(functools.partial(element, cfg, tokenizer, tile_counter(cfg, source))).repeat()
     lengths, padding = capacity(cfg)
     packed = grain.experimental.FirstFitPackIterDataset(
         encoded.to_iter_dataset(grain.ReadOptions(threads, max(threads, WINDOW_ROWS))),
@@ -60,9 +60,11 @@ def batches(cfg: Experiment, tokenizer: Tokenizer, source: Conversations, shard:
     return grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=cfg.data.prefetch)
 
 
-def element(cfg: Experiment, tokenizer: Tokenizer, conversation: Conversation) -> Fields:
+def element(
+    cfg: Experiment, tokenizer: Tokenizer, tiles_of: Callable[[int], int], conversation: Conversation
+) -> Fields:
     """What the packer packs of a conversation, cut to the length of a row."""
-    fields = templates.encode(cfg, tokenizer, conversation.turns)
+    fields = templates.encode(cfg, tokenizer, conversation.turns, [tiles_of(number) for number in conversation.images])
     numbers = conversation.images if cfg.fusion.has_images else ()
     cut = {name: values[: cfg.row_length] for name, values in fields.items()}
     return cut | {"images": np.array(numbers, np.int32)}
@@ -72,53 +74,72 @@ def capacity(cfg: Experiment) -> tuple[dict[str, int], dict[str, int]]:
     """How much of each field of an element a row holds, and what stands where there is nothing."""
     pad = cfg.data.special_ids[0]
     padding = {"tokens": pad, "targets": pad, "images_seen": 0, "images": NO_IMAGE}
-    padding |= {name: FILL[name] for name in ("image_slots", "loss_weights")}
+    padding |= {name: FILL[name] for name in ("image_slots", "image_tags", "loss_weights")}
     if cfg.fusion.prefix == "bidirectional":
         padding["block_ids"] = FILL["block_ids"]
     return dict.fromkeys(padding, cfg.row_length) | {"images": cfg.data.images_per_row}, padding
 
 
 def pixel_reader(cfg: Experiment, source: Conversations) -> Callable[[int], np.ndarray]:
-    """The number of an image -> (H, W, 3) uint8; those read last stay in memory."""
-    side = cfg.vision.image_size_px
+    """The number of an image -> (H, W, 3) uint8, laid out in tiles; those read last stay in memory."""
+    vision, side = cfg.vision, cfg.vision.image_size_px
+    needed_px = side if vision.cut_tiles == 1 else 0  # the layout is that of an image's own size
 
-    @functools.lru_cache(image_files.CACHE_BYTES // (3 * side**2))
+    @functools.lru_cache(image_files.CACHE_BYTES // (3 * side**2 * vision.cut_tiles))
     def read(number: int) -> np.ndarray:
         name, encoded = source.image(number)
-        return image_files.fit(image_files.decode(encoded, f"image {name}", side), side)
+        return tiles.lay_out(image_files.decode(encoded, f"image {name}", needed_px), vision)
 
     return read
 
 
-def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Callable) -> Batch:
-    """Rows as the packer makes them -> a batch with I = data.images_per_row, its images not yet cut into tiles.
+def tile_counter(cfg: Experiment, source: Conversations) -> Callable[[int], int]:
+    """The number of an image -> how many tiles it has; where that may be several, its file is opened once to know."""
+    if cfg.vision.cut_tiles == 1 or not cfg.fusion.has_images:
+        return lambda number: 1
 
-    `read` takes the numbers of images and gives the pixels of each, (H, W, 3) uint8.
+    @functools.cache
+    def count(number: int) -> int:
+        name, encoded = source.image(number)
+        return tiles.tile_count(*image_files.upright_size(encoded, f"image {name}"), cfg.vision)
+
+    return count
+
+
+def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Callable) -> Batch:
+    """Rows as the packer makes them -> a batch with all views of data.images_per_row images.
+
+    `read` takes the numbers of images and gives the pixels of each, (H, W, 3) uint8, laid out in tiles.
     """
     fields = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     segment_ids, owners = fields["tokens_segment_ids"], fields["images_segment_ids"]
-    own = (segment_ids[..., None] == owners[:, None]) & (owners != NO_CONVERSATION)[:, None]  # (B, S, I)
+    own = (segment_ids[..., None] == owners[:, None]) & (owners != NO_CONVERSATION)[:, None]  # (B, S, images)
     is_before = fields["images_positions"][:, None] < fields["images_seen"][..., None]
-    slots, first = fields["image_slots"], own.argmax(-1)
+    views, first = cfg.vision.views, own.argmax(-1)
+    images, there = _images(cfg, fields["images"], owners != NO_CONVERSATION, read)
+    may_read = np.repeat(own & is_before, views, axis=-1) & there[:, None]
     return Batch(
         **{name: fields[name] for name in ("tokens", "targets", "loss_weights", "block_ids") if name in fields},
         positions=fields["tokens_positions"],
         segment_ids=segment_ids,
         branch_ids=np.full_like(segment_ids, TRUNK),
-        image_slots=np.where(slots == NO_IMAGE, NO_IMAGE, slots + first * cfg.image_tokens).astype(np.int32),
-        image_mask=own & is_before,
-        images=_images(cfg, fields["images"], owners != NO_CONVERSATION, read) if cfg.fusion.has_images else None,
+        image_slots=moved(fields["image_slots"], first * views * cfg.image_tokens),
+        image_mask=only_own_tile(may_read, moved(fields["image_tags"], first * views)),
+        images=images if cfg.fusion.has_images else None,
     )
 
 
-def _images(cfg: Experiment, numbers: np.ndarray, filled: np.ndarray, read: Callable) -> np.ndarray:
-    """(B, I) numbers -> (B, I, H, W, 3) float32, normalised; zeros where a slot is not filled."""
-    side = cfg.vision.image_size_px
-    images = np.zeros((*numbers.shape, side, side, 3), np.float32)
+def _images(cfg: Experiment, numbers: np.ndarray, filled: np.ndarray, read: Callable) -> tuple[np.ndarray, np.ndarray]:
+    """(B, images) numbers -> (B, I, H, W, 3) float32, normalised, and (B, I) bool: which of all views are there."""
+    vision, side, views = cfg.vision, cfg.vision.image_size_px, cfg.vision.views
+    images = np.zeros((*numbers.shape, views, side, side, 3), np.float32)
+    there = np.zeros((*numbers.shape, views), bool)
     places = zip(*np.nonzero(filled), strict=True)
     for place, pixels in zip(places, read(numbers[filled].tolist()), strict=True):
-        images[place] = image_files.normalise(pixels, cfg.vision)
-    return images
+        images[place] = tiles.stacked([image_files.normalise(pixels, vision)], vision)
+        there[place] = tiles.views_there([tiles.tiles_of(pixels, vision)], vision)
+    rows = len(numbers)
+    return images.reshape(rows, -1, *images.shape[3:]), there.reshape(rows, -1)
 
 
 def tiled(vision: Vision, batch: Batch) -> Batch:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 import grain
 import numpy as np
 
-from vlm_jax.config import CHANNELS, ConfigError, Data, Experiment, Vision
-from vlm_jax.data import conversations, packing, sources, templates, text, tfds_sets
+from vlm_jax.config import ConfigError, Data, Experiment, Vision
+from vlm_jax.data import conversations, packing, sources, templates, text, tfds_sets, tiles
 from vlm_jax.data import images as image_files
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.structs import Batch
@@ -17,12 +17,16 @@ CACHED_PAIRS = 1 << 16  # questions with answers whose tokens are kept: data set
 
 
 class Decoded:
-    """Random access to records whose image is pixels, (H, W, 3) uint8; those read last stay in memory."""
+    """Random access to records whose image is pixels, (H, W, 3) uint8, laid out in tiles.
 
-    def __init__(self, records: sources.Records, image_size_px: int):
+    Those read last stay in memory.
+    """
+
+    def __init__(self, records: sources.Records, vision: Vision):
         self.records = records
-        self._image_size_px = image_size_px
-        self._read = functools.lru_cache(image_files.CACHE_BYTES // (3 * image_size_px**2))(self._decode)
+        self._vision = vision
+        most_bytes = 3 * vision.cut_tiles * vision.image_size_px**2
+        self._read = functools.lru_cache(image_files.CACHE_BYTES // most_bytes)(self._decode)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -33,7 +37,7 @@ class Decoded:
     def _decode(self, index: int) -> sources.Record:
         record = self.records[index]
         image = image_files.decode(record.image, name=f"image {record.image_id}")
-        return replace(record, image=image_files.fit(image, self._image_size_px))
+        return replace(record, image=tiles.lay_out(image, self._vision))
 
 
 def training_iterator(
@@ -49,7 +53,7 @@ def training_iterator(
     if cfg.data.is_conversations:
         source = conversation_source(cfg.data, cfg.data.train_split)
         return iter(packing.batches(cfg, tokenizer, source, slice(process_index, None, process_count)))
-    records = Decoded(sources.load(cfg.data, cfg.data.train_split), cfg.vision.image_size_px)
+    records = Decoded(sources.load(cfg.data, cfg.data.train_split), cfg.vision)
     rows = _shuffled(cfg, records).random_map(_row_builder(cfg, tokenizer)).repeat()
     batches = rows[process_index::process_count].batch(
         cfg.train.batch_size // process_count, drop_remainder=True, batch_fn=functools.partial(_stack, cfg.vision)
@@ -81,8 +85,10 @@ def _row_builder(cfg: Experiment, tokenizer: Tokenizer) -> Callable:
 
     def row(record: sources.Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
         chosen = rng.permutation(len(record.questions))[: cfg.data.questions_per_row]
-        packed = text.pack_row(cfg, [encode(record.questions[i], record.answers[i]) for i in chosen])
-        packed["images"] = image_files.augment(record.image, cfg.data.augment, rng)[None]
+        pixels = image_files.augment(record.image, cfg.data.augment, rng)
+        pairs = [encode(record.questions[i], record.answers[i]) for i in chosen]
+        packed = text.pack_row(cfg, pairs, tiles.tiles_of(pixels, cfg.vision))
+        packed["images"] = tiles.stacked([image_files.normalise(pixels, cfg.vision)], cfg.vision)
         return packed
 
     return row
@@ -90,7 +96,7 @@ def _row_builder(cfg: Experiment, tokenizer: Tokenizer) -> Callable:
 
 def _stack(vision: Vision, rows: Sequence[dict[str, np.ndarray]]) -> Batch:
     stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return packing.tiled(vision, Batch(**stacked | {"images": image_files.normalise(stacked["images"], vision)}))
+    return packing.tiled(vision, Batch(**stacked))
 
 
 def conversation_source(data: Data, split: str) -> conversations.Conversations | tfds_sets.Asked:
@@ -106,7 +112,7 @@ def train_tokenizer(cfg: Experiment) -> Tokenizer:
     else:
         records = sources.load(cfg.data, cfg.data.train_split)
         texts = (line for record in records for line in record.questions + record.answers)
-    return Tokenizer.train(texts, cfg.decoder.vocab_size)
+    return Tokenizer.train(texts, cfg.decoder.vocab_size, tiles.tag_names(cfg.vision) if cfg.tile_tags else ())
 
 
 def check(cfg: Experiment, tokenizer: Tokenizer) -> None:
@@ -133,7 +139,7 @@ class Question:
     question: str
     answer: str
     type: str
-    images: Callable[[], list[np.ndarray]] = field(repr=False, compare=False)  # gives (H, W, 3) uint8 each
+    images: Callable[[], list[np.ndarray]] = field(repr=False, compare=False)  # gives (H, W, 3) uint8 each, laid out
     image_count: int = 1
 
 
@@ -141,7 +147,7 @@ def questions(cfg: Experiment, split: str, limit: int = 0) -> list[Question]:
     """The first `limit` questions of a split (0: all), in the data set's order; of a conversation, its first."""
     if cfg.data.is_conversations:
         return _first_questions(cfg, split, limit)
-    decoded = Decoded(sources.load(cfg.data, split), cfg.vision.image_size_px)
+    decoded = Decoded(sources.load(cfg.data, split), cfg.vision)
     found = []
     for index in range(len(decoded)):
         if limit and len(found) >= limit:
@@ -174,7 +180,7 @@ def _image(decoded: Decoded, index: int) -> list[np.ndarray]:
 
 
 def question_length(cfg: Experiment, tokenizer: Tokenizer, asked: Iterable[Question]) -> int:
-    """`prompt_length` of the questions, each with its images."""
+    """`prompt_length` of the questions, each with its images, as if all were of the most tiles."""
     return _room(cfg, tokenizer, {(question.question, question.image_count) for question in asked})
 
 
@@ -188,7 +194,8 @@ def prompt_length(cfg: Experiment, tokenizer: Tokenizer, prompts: Iterable[str])
 
 
 def _room(cfg: Experiment, tokenizer: Tokenizer, asked: set[tuple[str, int]]) -> int:
-    length = max(len(prompt_row(cfg, tokenizer, prompt, images)["tokens"]) for prompt, images in asked)
+    most = cfg.vision.cut_tiles
+    length = max(len(prompt_row(cfg, tokenizer, prompt, [most] * images)["tokens"]) for prompt, images in asked)
     if length + cfg.eval.max_new_tokens > cfg.decoder.max_positions:
         raise ConfigError(
             f"decoder.max_positions {cfg.decoder.max_positions} has no room for the longest prompt with its image, "
@@ -198,12 +205,12 @@ def _room(cfg: Experiment, tokenizer: Tokenizer, asked: set[tuple[str, int]]) ->
 
 
 def prompt_row(
-    cfg: Experiment, tokenizer: Tokenizer, prompt: str, images: int, length: int | None = None
+    cfg: Experiment, tokenizer: Tokenizer, prompt: str, tiles: Sequence[int], length: int | None = None
 ) -> text.Fields:
-    """A prompt and its images, in the form that the data has -> the fields of a row to continue."""
+    """A prompt and its images of so many tiles, in the form that the data has -> the fields of a row to continue."""
     if cfg.data.is_conversations:
-        return templates.prompt_row(cfg, tokenizer, prompt, images, length)
-    return text.prompt_row(cfg, text.prompt_ids(tokenizer, prompt), images, length)
+        return templates.prompt_row(cfg, tokenizer, prompt, tiles, length)
+    return text.prompt_row(cfg, text.prompt_ids(tokenizer, prompt), tiles, length)
 
 
 def prompt_batch(
@@ -215,26 +222,27 @@ def prompt_batch(
 ) -> Batch:
     """Prompts and the images of each, (H, W, 3) float32 -> a batch to continue, padded on the left; no targets.
 
-    Rows may have different numbers of images; I is the largest. `length` is S, by default that of the longest row:
-    give it where every batch shall have the same shape, so that nothing is compiled twice; I is `data.images_per_row`
-    then, at the least.
+    Images are laid out in tiles (`data/tiles.py`). Rows may have different numbers of images; I is all views of the
+    largest. `length` is S, by default that of the longest row: give it where every batch shall have the same shape, so
+    that nothing is compiled twice; I is of `data.images_per_row` images then, at the least. A missing view is grey, and
+    no token reads it.
     """
-    counts = list(map(len, images))
-    most = max(counts)
+    counts = [[tiles.tiles_of(pixels, cfg.vision) for pixels in row] for row in images]
+    most = max(map(len, counts))
     if length is None:
         asked = zip(prompts, counts, strict=True)
         length = max(len(prompt_row(cfg, tokenizer, *one)["tokens"]) for one in asked)
     elif cfg.fusion.has_images:
         most = max(most, cfg.data.images_per_row)
     rows = [prompt_row(cfg, tokenizer, *one, length) for one in zip(prompts, counts, strict=True)]
-    for row, count in zip(rows, counts, strict=True):
-        row["image_mask"] = np.pad(row["image_mask"], ((0, 0), (0, most - count)))
-    fields = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    filled = _filled_up(images, most, cfg.vision.image_size_px) if most else None
-    return packing.tiled(cfg.vision, Batch(**fields, images=filled))
+    views = most * cfg.vision.views
+    for row, pixels in zip(rows, images, strict=True):
+        row["image_mask"] = _filled(row["image_mask"], 1, views)
+        if most:
+            row["images"] = _filled(tiles.stacked(pixels, cfg.vision), 0, views)
+    return packing.tiled(cfg.vision, Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]}))
 
 
-def _filled_up(images: Sequence[Sequence[np.ndarray]], most: int, side_px: int) -> np.ndarray:
-    """Each row's images -> (B, I, H, W, 3) with I = most; a missing one is grey, and no token reads it."""
-    missing = np.zeros((side_px, side_px, CHANNELS), np.float32)
-    return np.stack([np.stack([*row, *[missing] * (most - len(row))]) for row in images])
+def _filled(x: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """Zeros behind it, up to the size."""
+    return np.pad(x, [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])

@@ -7,9 +7,17 @@ A training row is one segment. The image is its trunk, every question with its a
     position      0       1    |  2     3   4  5     6      7   |  2  3  4  5  6   7     8   |   0
     scored        .       .    |  .     .   .  x     x      .   |  .  .  .  .  x   x     .   |   .
 
-A position is scored where the *next* token belongs to an answer.
+A position is scored where the *next* token belongs to an answer. Where images are cut into tiles (data/tiles.py), the
+trunk has a tag for each of them and behind it, where images stand in the sequence, its tokens:
+
+    unified           <tile_1> <image> <image> <tile_2> <image> <image> <tile_global_thumbnail> <image> <image>
+    hybrid            <tile_1> <tile_2> <tile_global_thumbnail> <image> <image>
+    cross_attention   <tile_1> <tile_2> <tile_global_thumbnail>
+
+A tag may read the view that it names, and no other; all other tokens may read every view of their images.
 """
 
+import functools
 import itertools
 import os
 from collections.abc import Iterable, Sequence
@@ -19,6 +27,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.data.tiles import views_there
 from vlm_jax.structs import NO_IMAGE, PADDING, TRUNK
 
 SPECIALS = ("<pad>", "<image>", "<newline>", "<eos>")
@@ -29,6 +38,7 @@ Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a prompt and of its answ
 
 # What stands in a slot that holds no token, beside the padding token; the types of a row's fields.
 FILL = {
+    "image_tags": np.int32(NO_IMAGE),
     "positions": np.int32(0),
     "segment_ids": np.int32(PADDING),
     "branch_ids": np.int32(TRUNK),
@@ -49,17 +59,20 @@ class Tokenizer:
         self._bpe, self._special_ids = bpe, special_ids
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learns at most `vocab_size` tokens; the same texts give the same tokenizer."""
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        smallest = len(alphabet) + len(SPECIALS)
+    def train(cls, texts: Iterable[str], vocab_size: int, tags: Sequence[str] = ()) -> "Tokenizer":
+        """Learns at most `vocab_size` tokens, `tags` among them; the same texts give the same tokenizer."""
+        alphabet, specials = sorted(pre_tokenizers.ByteLevel.alphabet()), [*SPECIALS, *tags]
+        smallest = len(alphabet) + len(specials)
         if vocab_size < smallest:
-            raise ConfigError(f"decoder.vocab_size {vocab_size} is too small: bytes and specials take {smallest}")
+            raise ConfigError(
+                f"decoder.vocab_size {vocab_size} is too small: bytes and specials take {smallest}"
+                + (f", the tags of vision.tiles among them ({len(tags)})" if tags else "")
+            )
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=list(SPECIALS), initial_alphabet=alphabet, show_progress=False
+            vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
         )
         bpe.train_from_iterator(texts, trainer)
         return cls(bpe)
@@ -110,22 +123,58 @@ def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:
     return [*tokenizer.encode(answer), tokenizer.eos_id]
 
 
-def image_ids(cfg: Experiment) -> np.ndarray:
-    """(cfg.image_slots_in_row,) int32: what stands in the sequence for one image; empty when none stands there.
+@functools.lru_cache
+def image_fields(cfg: Experiment, tiles: int = 1, number: int = 0) -> Fields:
+    """What stands in the sequence for the `number`-th image, one of so many tiles; (N,) int32 each, not to be changed:
 
-    A grid of <image>, row after row; with `vision.newline_token` every row ends in a <newline>.
+    tokens: tags of the views that are there and grids of <image>, row after row, the tags alone where the fusion puts
+      no image into the sequence; with `vision.newline_token` every row of a grid ends in a <newline>;
+    image_slots: which of the I * M image tokens stands there, or NO_IMAGE;
+    image_tags: which of the I views the token is a tag of, or NO_IMAGE.
     """
-    if not cfg.fusion.image_in_sequence:
-        return np.zeros(0, np.int32)
     rows, columns = cfg.projector.output_grid(cfg.vision)
     _, image, newline, _ = cfg.data.special_ids
-    grid = np.full((rows, columns + cfg.vision.newline_token), image, np.int32)
+    grid = np.full((rows, columns + cfg.vision.newline_token), image)
     grid[:, columns:] = newline
-    return grid.reshape(-1)
+    slots = np.full_like(grid, NO_IMAGE)
+    slots[:, :columns] = np.arange(rows * columns).reshape(rows, columns)
+    views = np.flatnonzero(views_there([tiles], cfg.vision)).tolist()
+    shown = views[len(views) - min(cfg.views_in_sequence, len(views)) :]
+    parts = [plain_fields([])]
+    for view in views:
+        place = number * cfg.vision.views + view
+        tag = plain_fields(cfg.tile_tags[view] if cfg.tile_tags else [])
+        parts.append(tag | {"image_tags": np.full_like(tag["tokens"], place)})
+        if view in shown:
+            own = moved(slots.reshape(-1), place * cfg.image_tokens)
+            parts.append(plain_fields(grid.reshape(-1)) | {"image_slots": own})
+    return joined(parts)
 
 
-def pack_row(cfg: Experiment, pairs: Sequence[Pair]) -> Fields:
-    """One image and its questions -> the fields of a training row of length S = cfg.row_length, image_mask (S, 1).
+def plain_fields(ids: Sequence[int]) -> Fields:
+    """`image_fields` of tokens of text."""
+    tokens = np.array(ids, np.int32)
+    return {"tokens": tokens, **dict.fromkeys(("image_slots", "image_tags"), np.full_like(tokens, NO_IMAGE))}
+
+
+def joined(parts: Sequence[Fields]) -> Fields:
+    """Fields one after the other."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def moved(numbers: np.ndarray, by: np.ndarray | int) -> np.ndarray:
+    """Numbers of image tokens or of views, counted from another place; NO_IMAGE stays."""
+    return np.where(numbers == NO_IMAGE, NO_IMAGE, numbers + by).astype(np.int32)
+
+
+def only_own_tile(image_mask: np.ndarray, image_tags: np.ndarray) -> np.ndarray:
+    """(..., S, I * J) bool and (..., S): the views that a token may read, of a tag none but its own."""
+    views, tags = np.arange(image_mask.shape[-1]), image_tags[..., None]
+    return image_mask & ((tags == NO_IMAGE) | (tags == views))
+
+
+def pack_row(cfg: Experiment, pairs: Sequence[Pair], tiles: int = 1) -> Fields:
+    """One image and its questions -> the fields of a training row of length S = cfg.row_length, image_mask (S, J).
 
     Pairs that do not fit any more are left out. ConfigError for a pair that would not fit in a row of its own.
     """
@@ -137,10 +186,9 @@ def pack_row(cfg: Experiment, pairs: Sequence[Pair]) -> Fields:
         if length <= room:
             kept.append((prompt, answer))
             room -= length
-    trunk = image_ids(cfg)
-    row = _segment(cfg, trunk, [[*prompt, *answer] for prompt, answer in kept], images=1)
+    row = _segment(cfg, [tiles], [[*prompt, *answer] for prompt, answer in kept])
     same_branch = row["branch_ids"][:-1] == row["branch_ids"][1:]
-    lengths = [len(trunk), *(len(part) for pair in kept for part in pair)]
+    lengths = [np.sum(row["branch_ids"] == TRUNK), *(len(part) for pair in kept for part in pair)]
     answered = np.repeat([False] + [False, True] * len(kept), lengths)
     if cfg.fusion.prefix == "bidirectional":
         row["block_ids"] = (~answered).astype(np.int32)
@@ -150,14 +198,17 @@ def pack_row(cfg: Experiment, pairs: Sequence[Pair]) -> Fields:
     return padded(cfg, row, 0, cfg.row_length)
 
 
-def prompt_row(cfg: Experiment, prompt: Sequence[int], images: int = 1, length: int | None = None) -> Fields:
-    """The same trunk and one prompt as its branch -> the fields of a row to continue, image_mask (length, images).
+def prompt_row(
+    cfg: Experiment, prompt: Sequence[int], tiles: Sequence[int] = (1,), length: int | None = None
+) -> Fields:
+    """The same trunk and one prompt as its branch -> the fields of a row to continue, image_mask (length, I * J).
 
-    Padded on the left, so that prompts of several lengths all end in the last slot:
+    `tiles` has the number of tiles of every image. Padded on the left, so that prompts of several lengths all end in
+    the last slot:
 
         tokens   <pad> <pad> <image> <image> is it red ? \\n
     """
-    row = _segment(cfg, np.tile(image_ids(cfg), images), [prompt], images)
+    row = _segment(cfg, tiles, [prompt])
     if cfg.fusion.prefix == "bidirectional":
         row["block_ids"] = np.ones_like(row["tokens"])
     needed = len(row["tokens"])
@@ -167,20 +218,23 @@ def prompt_row(cfg: Experiment, prompt: Sequence[int], images: int = 1, length: 
     return padded(cfg, row, length - needed, length)
 
 
-def _segment(cfg: Experiment, trunk: np.ndarray, branches: Sequence[Sequence[int]], images: int) -> Fields:
-    """A trunk and its branches, end to end, without padding."""
-    lengths = np.array([len(trunk), *map(len, branches)])
+def _segment(cfg: Experiment, tiles: Sequence[int], branches: Sequence[Sequence[int]]) -> Fields:
+    """Images as a trunk, and its branches, end to end, without padding."""
+    images = [image_fields(cfg, count, number) for number, count in enumerate(tiles)]
+    size = sum(len(image["tokens"]) for image in images)
+    lengths = np.array([size, *map(len, branches)])
     starts = np.cumsum(lengths) - lengths
-    starts[1:] -= len(trunk)  # every branch goes on where the trunk ended
-    tokens = np.array([*trunk, *itertools.chain(*branches)], np.int32)
-    is_image = (tokens == cfg.data.special_ids[1]) & (np.arange(len(tokens)) < len(trunk))
+    starts[1:] -= size  # every branch goes on where the trunk ended
+    fields = joined([*images, plain_fields(list(itertools.chain(*branches)))])
+    tokens, slots, tags = fields.values()
+    there = np.broadcast_to(views_there(tiles, cfg.vision), (len(tokens), len(tiles) * cfg.vision.views))
     return {
         "tokens": tokens,
         "positions": np.arange(len(tokens)) - np.repeat(starts, lengths),
         "segment_ids": np.ones_like(tokens),
         "branch_ids": np.repeat(np.arange(len(lengths)), lengths),
-        "image_slots": np.where(is_image, np.cumsum(is_image) - 1, NO_IMAGE),
-        "image_mask": np.ones((len(tokens), images), np.bool_),
+        "image_slots": slots,
+        "image_mask": only_own_tile(there, tags),
     }
 
 

@@ -11,6 +11,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from vlm_jax.config import ConfigError, Decoder, Experiment, Vision
+from vlm_jax.data.tiles import tag_names
 from vlm_jax.hub.files import open_tensors
 from vlm_jax.hub.image_settings import read_settings
 from vlm_jax.hub.load import Checkpoint, inspect, read_params
@@ -23,6 +24,7 @@ KEPT = {
     "vision": ("checkpoint", "feature_layers", "keep_class_token", "newline_token", "patch_embed", "unroll", "remat"),
     "decoder": ("checkpoint", "unroll", "remat"),
 }
+TILING = ("tiles", "thumbnail", "tile_tags")  # too, of an encoder that does not read tiles together
 
 
 def resolved(cfg: Experiment) -> Experiment:
@@ -38,6 +40,9 @@ def resolved(cfg: Experiment) -> Experiment:
         tokenizer = HubTokenizer.load(cfg.decoder.checkpoint)
         begins = -1 if tokenizer.bos_id is None else tokenizer.bos_id
         data = replace(cfg.data, special_ids=special_ids(tokenizer, decoder), bos_id=begins)
+        if cfg.tile_tags:
+            tags = (tokenizer.encode(name, add_special_tokens=False) for name in tag_names(cfg.vision))
+            data = replace(data, tag_ids=tuple(map(tuple, tags)))
         cfg = replace(cfg, decoder=decoder, data=data)
     return cfg
 
@@ -48,7 +53,8 @@ def _resolved_vision(own: Vision) -> Vision:
         vision = replace(vision, final_norm="none")  # it is for the pooled vector, which nobody reads here
     processing = read_settings(own.checkpoint)
     normalisation = {"image_mean": tuple(processing.image_mean), "image_std": tuple(processing.image_std)}
-    return replace(vision, pool="none", classes=0, mask_token=False, **normalisation, **_kept(own, "vision"))
+    vision = replace(vision, pool="none", classes=0, mask_token=False, **normalisation, **_kept(own, "vision"))
+    return vision if vision.tile_layouts else replace(vision, **{name: getattr(own, name) for name in TILING})
 
 
 def _settings(own: Vision | Decoder, part: str):

@@ -79,6 +79,8 @@ def export_run(
       ConfigError: no family is like it (the nearest is named, with what differs), or the output cannot be written.
     """
     refuse_used(output)
+    if cfg.fusion.kind == "hybrid":
+        raise ConfigError("fusion.kind hybrid is of no public family: such a run cannot be exported.")
     family = family_like(cfg, taps or "output")
     pad, image, _, eos = cfg.data.special_ids
     config = {"pad_token_id": pad, "eos_token_id": eos, "torch_dtype": "float32"}

@@ -6,11 +6,11 @@ leaves them.
 """
 
 from vlm_jax.config import CHANNELS, ConfigError, Vision
+from vlm_jax.data.tiles import layouts
 from vlm_jax.hub.family import ACTIVATIONS, HUB_ACTIVATIONS, Json, choose, get, refuse
 from vlm_jax.hub.gpt2 import norm_rows
 from vlm_jax.hub.llama import attention_rows, dense_rows
 from vlm_jax.hub.table import Row, row
-from vlm_jax.hub.tiles import layouts
 from vlm_jax.hub.vit import patch_rows, side
 from vlm_jax.limits import check_numbers
 

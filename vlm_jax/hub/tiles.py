@@ -6,14 +6,9 @@ from collections.abc import Sequence
 import einops
 import numpy as np
 
+from vlm_jax.data.tiles import layouts
 from vlm_jax.hub.image_settings import ImageSettings
 from vlm_jax.hub.image_steps import Picture, pad, resize, to_rgb, to_values
-
-
-def layouts(max_tiles: int) -> list[tuple[int, int]]:
-    """All (rows, columns) of at most so many tiles; the place in the list, from 1, is the layout's aspect ratio id."""
-    counts = range(1, max_tiles + 1)
-    return [(rows, columns) for rows in counts for columns in counts if rows * columns <= max_tiles]
 
 
 def best_layout(height: int, width: int, max_tiles: int, tile_px: int) -> tuple[int, int]:
@@ -57,6 +52,7 @@ def pack_tiles(batch: Sequence[Sequence[Picture]], settings: ImageSettings) -> d
       aspect_ratio_mask (B, I, J) int32: 1 where there is a tile, and at the first tile of a missing image too;
       num_tiles: the number of tiles of every image, in lists of B rows.
     """
+    # The place in the list of layouts, from 1, is the aspect ratio id.
     ids_of = {layout: number for number, layout in enumerate(layouts(settings.max_image_tiles), start=1)}
     shape = (len(batch), max(map(len, batch), default=0), settings.max_image_tiles)
     values = np.zeros((*shape, *settings.size.values(), 3), np.float32)

@@ -9,6 +9,7 @@ from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data import images as image_files
 from vlm_jax.data import pipeline
 from vlm_jax.data.text import Tokenizer
+from vlm_jax.data.tiles import to_pixels
 from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.step import abstract_state, narrowed
@@ -45,7 +46,7 @@ def ask(cfg: Experiment, files: list[str], prompts: list[str]) -> list[tuple[str
     Raises:
       ConfigError: a file is no image, a prompt is too long, or the run has no checkpoint.
     """
-    pixels = [image_files.to_pixels(image_files.read_image(file), cfg.vision) for file in files]
+    pixels = [to_pixels(image_files.read_image(file), cfg.vision) for file in files]
     params, tokenizer = load(cfg)
     pairs = list(itertools.product(range(len(files)), prompts))
     images, asked = [[pixels[i]] for i, _ in pairs], [prompt for _, prompt in pairs]

@@ -3,9 +3,14 @@
 unified            x: [i i i i t t t]                  memory: none
 cross_attention    x: [t t t]                          memory: [i i i i], behind gates
 encoder_decoder    x: [t t t]                          memory: [i i i i], in every block
+hybrid             x: [i i t t t]                      memory: [i i i i], behind gates
 text_only          x: [t t t]                          memory: none
+
+Of an image in tiles, hybrid has the thumbnail in x and the tiles in memory (NVLM-H; Dai et al. 2024, section 4), the
+others have both in one place. An image that is one tile is in both places of hybrid.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -23,7 +28,7 @@ def fuse(
     batch: Batch,
     cache: Cache | None = None,
 ) -> Stream:
-    """Embedded text and the I*M image tokens of each row -> what the decoder sees.
+    """Embedded text and the I*M image tokens of each row -> what the decoder sees; I counts every view of an image.
 
     While decoding, `image` is None: its tokens, or their keys and values, are in the cache already.
     """
@@ -38,9 +43,20 @@ def fuse(
     )
     if not reads_memory:
         return stream
+    if cfg.fusion.kind == "hybrid":
+        image = None if image is None else without_thumbnails(cfg, image, 1, cfg.image_tokens)
+        batch = batch.replace(image_mask=without_thumbnails(cfg, batch.image_mask, 2))
     readable = memory_mask(batch, cfg.image_tokens)
     opened = readable | ~readable.any(-1, keepdims=True) if cfg.fusion.blind_rows == "read_all" else readable
     return stream.replace(memory=image, memory_mask=opened, reads=batch.image_mask.any(-1))
+
+
+def without_thumbnails(cfg: Experiment, x: Array, axis: int, each: int = 1) -> Array:
+    """Keeps what belongs to tiles along an axis of `each` entries for every view of every image."""
+    vision = cfg.vision
+    apart = x.reshape(*x.shape[:axis], -1, vision.views, each, *x.shape[axis + 1 :])
+    tiles = jax.lax.slice_in_dim(apart, 0, vision.cut_tiles, axis=axis + 1)
+    return tiles.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
 
 def place(text: Float[Array, "B S D"], image: Float[Array, "B T D"], slots: Int[Array, "B S"]) -> Float[Array, "B S D"]:

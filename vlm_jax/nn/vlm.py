@@ -29,7 +29,7 @@ class VLM(nn.Module):
             self.projector = PROJECTORS[self.cfg.projector.kind](self.cfg)
 
     def image_tokens(self, batch: Batch) -> Float[Array, "B T D"]:
-        """The I*M projected tokens of each row's images, image after image."""
+        """The I*M projected tokens of each row's images, image after image, view after view."""
         rows, per_row = batch.images.shape[:2]
         images, *tiling = (
             None if x is None else x.reshape(rows * per_row, *x.shape[2:])
@@ -93,7 +93,7 @@ def example_batch(cfg: Experiment, rows: int = 1, length: int | None = None) -> 
         segment_ids=ids + 1,
         branch_ids=ids,
         image_slots=ids,
-        image_mask=jnp.ones((rows, length, cfg.vision.tiles), bool),
+        image_mask=jnp.ones((rows, length, cfg.vision.tiles if cfg.vision.tile_layouts else cfg.vision.views), bool),
         targets=ids,
         loss_weights=jnp.ones((rows, length)),
     )
@@ -104,7 +104,7 @@ def example_images(cfg: Vision, rows: int) -> dict[str, jax.Array]:
     """The image fields of a batch of `rows` rows with one image each, all zeros."""
     side = cfg.image_size_px
     if not cfg.tile_layouts:
-        return {"images": jnp.zeros((rows, 1, side, side, CHANNELS))}
+        return {"images": jnp.zeros((rows, cfg.views, side, side, CHANNELS))}
     return {
         "images": jnp.zeros((rows, 1, cfg.tiles, side, side, CHANNELS)),
         "tile_layouts": jnp.zeros((rows, 1), jnp.int32),

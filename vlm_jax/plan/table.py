@@ -55,20 +55,27 @@ def _parts(cfg: Experiment, plan: dict) -> str:
 
 
 def _flow(cfg: Experiment, tokens: dict) -> str:
-    sequence = f"decoder: {tokens['sequence']} tokens a row"
     if not tokens["images"]:
-        return f"Tokens\ntext -> {sequence}"
+        return f"Tokens\ntext -> {_decoder(cfg, tokens)}"
     vision, side = cfg.vision, cfg.vision.image_size_px
-    tiles = f" in {tokens['tiles']} tiles" if tokens["tiles"] > 1 else ""
+    whole = " and a thumbnail" if vision.views > vision.cut_tiles else ""
+    tiles = f" in {vision.tiles} tiles{whole}" if tokens["tiles"] > 1 else ""
     encoder = f"encoder: {tokens['encoder']} tokens" if vision.kind == "vit" else "no encoder"
     steps = [
-        f"{tokens['images']} image(s) a row of {side} x {side} px{tiles}",
-        f"{tokens['patches']} patches of {vision.patch_size_px} px" + (" a tile" if tiles else ""),
+        f"{tokens['images']} image(s) a row{tiles} of {side} x {side} px",
+        f"{tokens['patches']} patches of {vision.patch_size_px} px" + (" each" if tiles else ""),
         encoder,
         f"projector: {tokens['features']} -> {tokens['projected']} tokens",
-        sequence + (f" that read {tokens['memory']} image tokens" if tokens["memory"] else ", image tokens among them"),
+        _decoder(cfg, tokens),
     ]
     return "Tokens\n" + " -> ".join(steps)
+
+
+def _decoder(cfg: Experiment, tokens: dict) -> str:
+    said = f"decoder: {tokens['sequence']} tokens a row"
+    if cfg.fusion.image_in_sequence:
+        said += ", image tokens among them" + ("," if tokens["memory"] else "")
+    return said + (f" that read {tokens['memory']} image tokens" if tokens["memory"] else "")
 
 
 def _memory(plan: dict) -> str:

@@ -1,0 +1,137 @@
+"""Images in tiles, for every fusion style: what of an image reaches which token."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from vlm_jax.config import Projector
+from vlm_jax.data import pipeline, text, tiles
+from vlm_jax.nn.vlm import empty_cache
+from vlm_jax.structs import NO_IMAGE, PADDING, Batch
+from vlm_jax.testing import KINDS, tiny
+from vlm_jax.train.optim import part_of
+
+MOST = 3  # tiles; its images have 1 to 3
+THUMBNAIL = MOST
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def experiment(kind, **settings):
+    """Without an encoder, which takes half of the time to compile; two image tokens a view."""
+    cfg = tiny(kind, projector=Projector("resampler", heads=4, queries=2, depth=1))
+    vision = replace(cfg.vision, kind="none", tiles=MOST, **settings)
+    return replace(cfg, vision=vision, decoder=replace(cfg.decoder, depth=1))
+
+
+def picture(count, seed=0):
+    """So many tiles of 16 px, side by side."""
+    return np.random.default_rng((count, seed)).uniform(-1, 1, (16, 16 * count, 3)).astype(np.float32)
+
+
+def rows(cfg, *counts) -> Batch:
+    """A row with two questions about an image of so many tiles, for every count."""
+    pairs = [([20, 21, 22], [23, 24]), ([30, 31], [32])]
+    packed = [
+        text.pack_row(cfg, pairs, count) | {"images": tiles.stacked([picture(count)], cfg.vision)} for count in counts
+    ]
+    return Batch(**{name: np.stack([row[name] for row in packed]) for name in packed[0]})
+
+
+def with_noise_in(batch, row, view):
+    images = np.array(batch.images)
+    images[row, view] = np.random.default_rng(9).uniform(-1, 1, images.shape[2:])
+    return batch.replace(images=images)
+
+
+def moves(forward, cfg, params, batch, row, view):
+    """(S,) bool: the tokens of a row whose logits are others when a view is another."""
+    logits, other = (forward(cfg, params, b).logits[row] for b in (batch, with_noise_in(batch, row, view)))
+    return np.abs(np.subtract(logits, other)).max(-1) > 1e-4
+
+
+def tags(cfg, batch, row):
+    """Where the tag of every view stands in a row."""
+    ids = [tag for (tag,) in cfg.tile_tags]
+    return [int(np.flatnonzero(batch.tokens[row] == tag)[0]) if tag in batch.tokens[row] else None for tag in ids]
+
+
+@every_kind
+def test_every_view_that_is_there_reaches_the_questions_and_no_other_view_does(kind, forward, random_params):
+    cfg = experiment(kind)
+    batch, params = rows(cfg, 2, 3, 1, 2), random_params(cfg)
+    for row, there in [(0, (0, 1, THUMBNAIL)), (2, (0,))]:
+        asked = batch.branch_ids[row] > 0
+        for view in range(cfg.vision.views):
+            moved = moves(forward, cfg, params, batch, row, view)
+            assert moved[asked].all() == moved.any() == (view in there), (row, view)
+
+
+@every_kind
+def test_a_tag_does_not_know_the_tiles_after_its_own(kind, forward, random_params):
+    """What a tag reads itself is drawn in test_masks.py; it also hears of what stands before it in the sequence."""
+    cfg = experiment(kind)
+    batch, params = rows(cfg, 3, 3, 3, 3), random_params(cfg)
+    first, second, third, whole = tags(cfg, batch, 0)
+    moved = {view: moves(forward, cfg, params, batch, 0, view) for view in range(cfg.vision.views)}
+    reads_own = kind != "unified"  # where it stands in front of its tile's tokens
+    assert moved[1][first] == moved[2][first] == moved[2][second] == False  # noqa: E712
+    assert moved[0][first] == moved[1][second] == moved[2][third] == reads_own
+    assert moved[THUMBNAIL][whole] == (kind in ("cross_attention", "encoder_decoder"))
+
+
+@every_kind
+def test_without_tags_all_text_reads_all_tiles(kind, forward, random_params):
+    cfg = experiment(kind, tile_tags="none")
+    batch, params = rows(cfg, 3, 3, 3, 3), random_params(cfg)
+    asked = batch.branch_ids[0] > 0
+    for view in range(cfg.vision.views):
+        assert moves(forward, cfg, params, batch, 0, view)[asked].all(), view
+
+
+@every_kind
+def test_a_batch_of_mixed_tile_counts_is_one_by_one_and_cached_is_uncached(kind, forward, random_params):
+    cfg, params = experiment(kind), random_params(experiment(kind))
+    shown, asked = [[picture(2)], [picture(3)], [picture(1)], []], ["which of the two?", "what?", "small?", "nothing?"]
+    batch = pipeline.prompt_batch(cfg, Letters(), shown, asked)
+    logits, length = forward(cfg, params, batch).logits, batch.tokens.shape[1]
+    for row, (images, question) in enumerate(zip(shown, asked)):
+        alone = pipeline.prompt_batch(cfg, Letters(), [images], [question], length)
+        there = alone.segment_ids[0] != PADDING
+        expected = forward(cfg, params, alone).logits[0]
+        np.testing.assert_allclose(logits[row][there], expected[there], rtol=1e-4, atol=2e-4)
+    text_fields, length = batch.replace(images=None), length - 1
+    prompt = jax.tree.map(lambda x: x[:, :length], text_fields).replace(images=batch.images)
+    cache = forward(cfg, params, prompt, empty_cache(cfg, prompt, 1)).cache
+    last = forward(cfg, params, jax.tree.map(lambda x: x[:, length:], text_fields), cache).logits
+    np.testing.assert_allclose(last[:, 0], logits[:, -1], rtol=1e-4, atol=2e-4)
+
+
+class Letters:
+    """A tokenizer of bytes."""
+
+    def encode(self, said):
+        return list(said.encode())
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_with_closed_gates_hybrid_is_unified_with_the_thumbnail_alone_bit_for_bit(count, forward, random_params):
+    """Of an image that is one tile, with that tile."""
+    cfg, batch = experiment("hybrid"), rows(experiment("hybrid"), count, count)
+    flat = traverse_util.flatten_dict(random_params(cfg))
+    closed = {path: np.zeros_like(x) if path[-1].endswith("gate") else x for path, x in flat.items()}
+    hidden = forward(cfg, traverse_util.unflatten_dict(closed), batch).logits
+    view, plain = THUMBNAIL if count > 1 else 0, experiment("unified")
+    plain = replace(plain, vision=replace(plain.vision, tiles=1))
+    slots = np.where(batch.image_slots == NO_IMAGE, NO_IMAGE, batch.image_slots - view * cfg.image_tokens)
+    alone = batch.replace(
+        images=batch.images[:, view : view + 1], image_slots=slots, image_mask=batch.image_mask[..., :1]
+    )
+    own = {path: x for path, x in flat.items() if part_of(path) != "cross_attention"}
+    expected = forward(plain, traverse_util.unflatten_dict(own), alone).logits
+    np.testing.assert_array_equal(hidden, expected)
+    there = batch.segment_ids != PADDING
+    opened = forward(cfg, random_params(cfg), batch).logits
+    assert (np.abs(np.subtract(opened, expected)).max(-1) > 1e-3)[there].any()

@@ -1,0 +1,97 @@
+"""Images in tiles: any image as a grid of squares and a thumbnail, each of them an ordinary image to the encoder.
+
+    +---+---+---+        +---+ +---+ +---+ +---+ +---+ +---+ +---+
+    | 1 | 2 | 3 |   ->   | 1 | | 2 | | 3 | | 4 | | 5 | | 6 | |all|     views of an image, J = tiles + 1
+    +---+---+---+        +---+ +---+ +---+ +---+ +---+ +---+ +---+
+    | 4 | 5 | 6 |
+    +---+---+---+
+
+The rule that picks the grid is that of InternVL 1.5 (Chen et al. 2024, section 3.3), which NVLM took over. An image of
+one tile has no thumbnail: it is one. Views that are not there are grey; no token stands for them or reads them.
+"""
+
+import math
+from collections.abc import Sequence
+
+import einops
+import numpy as np
+from PIL import Image
+
+from vlm_jax.config import Vision
+from vlm_jax.data.images import fit, normalise
+
+
+def layouts(most: int) -> list[tuple[int, int]]:
+    """All (rows, columns) of at most so many tiles."""
+    counts = range(1, most + 1)
+    return [(rows, columns) for rows in counts for columns in counts if rows * columns <= most]
+
+
+def best_layout(width: int, height: int, vision: Vision) -> tuple[int, int]:
+    """The (rows, columns) for an image of so many pixels.
+
+    Of all with at most `vision.tiles` tiles the one whose shape is the nearest; of those equally near the one with the
+    most tiles of which the image fills more than half (`find_closest_aspect_ratio` of OpenGVLab/InternVL).
+    """
+    chosen, nearest = (1, 1), math.inf
+    for rows, columns in sorted(layouts(vision.cut_tiles), key=math.prod):
+        off = abs(width / height - columns / rows)
+        is_filled = width * height > 0.5 * rows * columns * vision.image_size_px**2
+        if off < nearest or (off == nearest and is_filled):
+            chosen, nearest = (rows, columns), off
+    return chosen
+
+
+def tile_count(width: int, height: int, vision: Vision) -> int:
+    """Tiles of an image of so many pixels, from 1 to `vision.tiles`."""
+    return math.prod(best_layout(width, height, vision))
+
+
+def lay_out(image: Image.Image, vision: Vision) -> np.ndarray:
+    """Any RGB image -> (rows * image_size_px, columns * image_size_px, 3) uint8: resized to its best layout."""
+    return fit(image, vision.image_size_px, best_layout(*image.size, vision))
+
+
+def to_pixels(image: Image.Image, vision: Vision) -> np.ndarray:
+    """The same as float32, as the encoder reads it."""
+    return normalise(lay_out(image, vision), vision)
+
+
+def tiles_of(pixels: np.ndarray, vision: Vision) -> int:
+    """The number of tiles of an image that is laid out."""
+    return math.prod(side // vision.image_size_px for side in pixels.shape[:2])
+
+
+def cut(pixels: np.ndarray, vision: Vision) -> np.ndarray:
+    """An image that is laid out, (height, width, 3) float32 -> its tiles row by row, then its thumbnail, if it has one.
+
+    The thumbnail is the mean of rows x columns pixels.
+    """
+    rows, columns = (side // vision.image_size_px for side in pixels.shape[:2])
+    tiles = einops.rearrange(pixels, "(r h) (c w) d -> (r c) h w d", r=rows, c=columns)
+    if len(tiles) == 1 or not vision.thumbnail:
+        return tiles
+    whole = einops.reduce(pixels, "(h r) (w c) d -> 1 h w d", "mean", r=rows, c=columns)
+    return np.concatenate([tiles, whole])
+
+
+def stacked(images: Sequence[np.ndarray], vision: Vision) -> np.ndarray:
+    """Images that are laid out -> all their views, (I * J, image_size_px, image_size_px, 3) float32."""
+    side, filled = vision.image_size_px, views_there([tiles_of(pixels, vision) for pixels in images], vision)
+    views = np.zeros((len(filled), side, side, 3), np.float32)
+    if images:
+        views[filled] = np.concatenate([cut(pixels, vision) for pixels in images])
+    return views
+
+
+def views_there(tiles: Sequence[int], vision: Vision) -> np.ndarray:
+    """The number of tiles of every image (0: it is missing) -> (I * J,) bool: which of all the views are there."""
+    number, views = np.array(tiles, np.int32)[:, None], np.arange(vision.views)
+    is_thumbnail = views >= vision.cut_tiles
+    return np.where(is_thumbnail, number > 1, views < number).reshape(-1)
+
+
+def tag_names(vision: Vision) -> list[str]:
+    """The tag of each view, in words (Dai et al. 2024, NVLM, and its modeling_nvlm_d.py)."""
+    names = [f"<tile_{number}>" for number in range(1, vision.cut_tiles + 1)]
+    return (names + ["<tile_global_thumbnail>"])[: vision.views]

@@ -75,9 +75,11 @@ def test_forward_and_backward_with_frozen_parts(kind, trained):
         wide("unified", ALL, {"kind": "none", "newline_token": True}),
         wide("unified", ALL, {"class_token": True, "patch_embed": "conv", "pool": "attention"}),
         wide("cross_attention", ALL, {**TILED, "class_token": True, "keep_class_token": True}),
+        wide("hybrid", ALL, {"tiles": 2}, projector=Projector("resampler", queries=64, heads=8)),
+        wide("unified", ALL, {"tiles": 2, "image_size_px": 64}),
         wide("text_only", ALL),
     ],
-    ids=["mlp", "pixel_shuffle", "resampler", "encoder_free", "conv", "tiles", "text_only"],
+    ids=["mlp", "pixel_shuffle", "resampler", "encoder_free", "conv", "tiles", "hybrid", "views", "text_only"],
 )
 def test_every_projector_and_encoder(cfg):
     assert flops.train_flops(cfg) == pytest.approx(of_step(cfg), rel=0.03)

@@ -1,4 +1,7 @@
-"""A tiny model learns 8 examples exactly, and falls to chance when the images are shuffled, for every fusion kind."""
+"""A tiny model learns 8 examples exactly, and falls to chance when the images are shuffled, for every fusion kind.
+
+Where hybrid cuts images into tiles, their thumbnails are all alike, so that the tiles alone tell them apart.
+"""
 
 from dataclasses import replace
 
@@ -7,10 +10,10 @@ import numpy as np
 import pytest
 
 from vlm_jax.config import Data, Optim
-from vlm_jax.data import text
+from vlm_jax.data import text, tiles
 from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.structs import Batch, State
-from vlm_jax.testing import random_params, variants
+from vlm_jax.testing import random_params, tiny, variants
 from vlm_jax.train import optim
 from vlm_jax.train.step import train_step
 
@@ -23,9 +26,19 @@ def stacked(rows, images) -> Batch:
     return Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]}, images=images)
 
 
+def pictures(vision) -> np.ndarray:
+    """Eight images, each of as many tiles side by side as there may be: all views of each."""
+    side, count = vision.image_size_px, vision.cut_tiles
+    pixels = np.random.default_rng(0).uniform(-1, 1, (8, side, count * side, 3)).astype(np.float32)
+    if count > 1:
+        pixels[:, :, 1::2] = -pixels[:, :, ::2]  # a thumbnail is the mean of neighbours
+    return np.stack([tiles.stacked([image], vision) for image in pixels])
+
+
 def learned(cfg, images):
     """The parameters after `STEPS` steps over the eight examples."""
-    batch = stacked([text.pack_row(cfg, [(QUESTION, [*answer, text.EOS])]) for answer in ANSWERS], images)
+    count = cfg.vision.cut_tiles
+    batch = stacked([text.pack_row(cfg, [(QUESTION, [*answer, text.EOS])], count) for answer in ANSWERS], images)
     params = random_params(cfg)
     state = State(jax.numpy.int32(0), params, optim.optimizer(cfg.optim, STEPS).init(optim.split(params, cfg.optim)[0]))
     step = jax.jit(lambda state, batch: train_step(cfg, state, batch), donate_argnums=0)
@@ -34,15 +47,19 @@ def learned(cfg, images):
     return state.params
 
 
-@pytest.mark.parametrize("cfg", variants().values(), ids=variants())
+TILED = tiny("hybrid", vision=replace(tiny().vision, tiles=2))
+EVERY = variants() | {"hybrid in tiles": TILED}
+
+
+@pytest.mark.parametrize("cfg", EVERY.values(), ids=EVERY)
 def test_eight_examples_are_learned_and_lost_when_the_images_are_shuffled(cfg):
     train = replace(cfg.train, steps=STEPS)
     cfg = replace(cfg, data=Data(text_length=8), train=train, optim=Optim(learning_rate=5e-3, warmup_steps=20))
-    images = np.random.default_rng(0).uniform(-1, 1, (8, 1, 16, 16, 3)).astype(np.float32)
+    images = pictures(cfg.vision)
     params = learned(cfg, images)
 
     def exact_match(images):
-        prompt = stacked([text.prompt_row(cfg, QUESTION)] * 8, images)
+        prompt = stacked([text.prompt_row(cfg, QUESTION, (cfg.vision.cut_tiles,))] * 8, images)
         made = np.asarray(generate(cfg, params, prompt, 3, Decoding(eos=(text.EOS,))))
         return np.mean([list(row) == [*answer, text.EOS] for row, answer in zip(made, ANSWERS)])
 

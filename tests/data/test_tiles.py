@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_jax.config import ConfigError, Data, Experiment, Fusion, Projector, Vision
+from vlm_jax.config import ConfigError, Data, Decoder, Experiment, Fusion, Projector, Train, Vision
 from vlm_jax.data import images, packing, pipeline, text, tiles
 from vlm_jax.data.text import EOS, IMAGE, PAD, Tokenizer
 from vlm_jax.testing import tiny, write_conversations
@@ -205,6 +205,24 @@ def test_prompts_about_images_of_all_sizes(kind):
     assert batch.image_mask[:, -1].sum(-1).tolist() == [6, 4, 0]
     last = batch.image_slots.max(1).tolist()
     assert last == ([9, 4, -1] if cfg.fusion.image_in_sequence else [-1] * 3)
+
+
+def test_a_question_is_evaluated_with_the_views_that_it_is_trained_with(datasets_dir):
+    data = Data(dir=datasets_dir, train_split="test[:8]", augment=("turn",), questions_per_row=1)
+    vision = Vision(image_size_px=32, tiles=4)
+    cfg = Experiment(data=data, vision=vision, train=Train(batch_size=8), decoder=Decoder(max_positions=512))
+    tokenizer = pipeline.train_tokenizer(cfg)
+    trained = next(pipeline.training_iterator(cfg, tokenizer)).images
+    assert trained.shape == (8, 5, 32, 32, 3)
+    asked = {question.image_id: question for question in pipeline.questions(cfg, "test[:8]")}
+    shown = [[images.normalise(question.images()[0], vision)] for question in asked.values()]
+    assert shown[0][0].shape == (64, 64, 3)
+    asked_about = pipeline.prompt_batch(cfg, tokenizer, shown, ["red?"] * 8).images
+
+    def symmetries(thumbnails):
+        return {min(np.rot90(one, k).round(4).tobytes() for k in range(4)) for one in thumbnails[:, -1]}
+
+    assert symmetries(trained) == symmetries(asked_about)
 
 
 @pytest.mark.parametrize("kind", DRAWN)

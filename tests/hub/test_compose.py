@@ -25,6 +25,7 @@ from tests.hub import tiny_tokenizers
 from tests.hub.parity import SMALL, forward, reference, saved
 from vlm_jax import axes, cli
 from vlm_jax.config import ConfigError, Fusion, Mesh, Projector
+from vlm_jax.data.tiles import tag_names
 from vlm_jax.hub import compose
 from vlm_jax.hub.inputs import to_batch
 from vlm_jax.hub.tokenizer import HubTokenizer
@@ -130,6 +131,19 @@ def test_pixels_and_special_tokens_are_the_checkpoints(folders):
     assert image != eos  # it has special tokens to spare
     assert llama.data.bos_id == HubTokenizer.load(folders["llama"]).bos_id
     assert random_batch(llama).image_slots.max() == 15
+
+
+def test_tags_of_tiles_are_spelt_by_the_tokenizer_of_the_decoder(folders):
+    cfg = tiny("hybrid", projector=Projector("mlp"))
+    vision = replace(cfg.vision, checkpoint=str(folders["siglip"]), tiles=2)
+    decoder = replace(cfg.decoder, checkpoint=str(folders["llama"]))
+    cfg = validate(compose.resolved(replace(cfg, vision=vision, decoder=decoder)))
+    tokenizer = HubTokenizer.load(folders["llama"])
+    assert [tokenizer.decode(ids) for ids in cfg.data.tag_ids] == tag_names(cfg.vision)
+    assert cfg.image_slots_in_row == 16 + sum(map(len, cfg.data.tag_ids)) > 16 + 3
+    tags = np.concatenate(cfg.data.tag_ids)
+    row = random_batch(cfg)
+    np.testing.assert_array_equal(row.tokens[1, : len(tags)], tags)
 
 
 @pytest.mark.parametrize("part", ["vision", "decoder"])

@@ -227,6 +227,14 @@ def test_what_makes_no_difference_does_not_keep_a_run_from_its_family():
     assert export.family_like(other).model_type == export.family_like(cfg).model_type == "llava"
 
 
+def test_a_hybrid_and_a_model_of_tiles_are_like_no_public_one():
+    with pytest.raises(ConfigError, match="fusion.kind hybrid cannot be exported"):
+        export.family_like(tiny("hybrid"))
+    cfg = tiny("unified")
+    with pytest.raises(ConfigError, match="vision.tiles 2"):
+        export.family_like(replace(cfg, vision=replace(cfg.vision, tiles=2)))
+
+
 def test_the_run_of_a_plain_decoder_needs_no_images():
     cfg = tiny(fusion=Fusion("text_only"), decoder=llama(), vision=Vision())
     assert export.family_like(cfg).model_type == "llama"

@@ -41,7 +41,8 @@ def test_json_is_the_only_thing_on_stdout_and_adds_up(capsys, config):
     assert sum(work) == plan["train_flops"]
     assert not plan["parts"]["vision"]["trained"] and plan["parts"]["vision"]["backward_flops"] == 0
     assert plan["tokens"] == {
-        "images": 1, "tiles": 1, "patches": 4, "encoder": 4, "features": 4, "projected": 4, "sequence": 28, "memory": 0
+        "images": 1, "tiles": 1, "patches": 4, "encoder": 4, "encoded": 1, "features": 4, "projected": 4,
+        "sequence": 28, "memory": 0,
     }  # fmt: skip
 
 

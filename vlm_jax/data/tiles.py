@@ -79,7 +79,7 @@ def stacked(images: Sequence[np.ndarray], vision: Vision) -> np.ndarray:
     """Images that are laid out -> all their views, (I * J, image_size_px, image_size_px, 3) float32."""
     side, filled = vision.image_size_px, views_there([tiles_of(pixels, vision) for pixels in images], vision)
     views = np.zeros((len(filled), side, side, 3), np.float32)
-    if images:
+    if len(images):
         views[filled] = np.concatenate([cut(pixels, vision) for pixels in images])
     return views
 

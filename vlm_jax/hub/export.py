@@ -79,8 +79,6 @@ def export_run(
       ConfigError: no family is like it (the nearest is named, with what differs), or the output cannot be written.
     """
     refuse_used(output)
-    if cfg.fusion.kind == "hybrid":
-        raise ConfigError("fusion.kind hybrid is of no public family: such a run cannot be exported.")
     family = family_like(cfg, taps or "output")
     pad, image, _, eos = cfg.data.special_ids
     config = {"pad_token_id": pad, "eos_token_id": eos, "torch_dtype": "float32"}
@@ -113,6 +111,8 @@ def processor_settings(vision: Vision) -> Json:
 
 def family_like(cfg: Experiment, taps: str = "output") -> Family:
     """The family whose config.json can say what this experiment is."""
+    if cfg.fusion.kind == "hybrid":
+        raise ConfigError("fusion.kind hybrid cannot be exported: no public checkpoint is of that kind.")
     mine, nearest = comparable(cfg), []
     for known in KNOWN:
         family = family_of({"model_type": known.model_type}, "", taps)

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from vlm_jax import axes, distributed
+from vlm_jax import axes, config_file, distributed
 from vlm_jax.config import ConfigError, Data, Distributed, Eval, Mesh, Optim, Train
-from vlm_jax.testing import tiny
+from vlm_jax.testing import tiny, write_conversations
 from vlm_jax.train import loop
 from vlm_jax.validate import validate
 from vlm_jax.workdir import Workdir
@@ -122,7 +123,7 @@ def forget_step_6(workdir, to):
     return to
 
 
-def test_two_processes_train_what_one_trains_and_one_goes_on_with_it(one_process, arguments, tmp_path):
+def test_two_processes_train_what_one_trains(one_process, arguments, tmp_path):
     """Logs and results are written once, by the first process; the second says nothing."""
     workdir = tmp_path / "two"
     (code, out, err), (second_code, second_out, second_err) = pair(arguments(workdir))
@@ -131,10 +132,113 @@ def test_two_processes_train_what_one_trains_and_one_goes_on_with_it(one_process
     assert not second_out
     assert_alike(logged(workdir), logged(one_process.workdir))
     assert json.loads(Workdir(str(workdir)).eval.read_text())["examples"] == 12
-    cfg = replace(one_process, workdir=str(forget_step_6(workdir, tmp_path / "continued")))
-    assert Workdir(cfg.workdir).read_config() == cfg, "what a run is does not say on how many processes it ran"
+    kept = Workdir(str(workdir)).read_config()
+    assert kept == replace(one_process, workdir=str(workdir)), "what a run is does not say on how many processes it ran"
+
+
+SIGNALLED = """
+import os, signal, sys
+from vlm_jax import cli
+from vlm_jax.train import loop
+from vlm_jax.train.checkpoint import Checkpoints
+
+note, save, mine = loop.note, Checkpoints.save, int(sys.argv[1])
+
+def note_then_signal(run, step, *rest):
+    loss = note(run, step, *rest)
+    if (step, mine) == (1, 1):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return loss
+
+def signal_and_save(self, step, *rest):
+    for _ in range(2 if step == 3 else 0):
+        os.kill(os.getpid(), signal.SIGTERM)
+    save(self, step, *rest)
+
+loop.note, Checkpoints.save = note_then_signal, signal_and_save
+raise SystemExit(cli.main(sys.argv[2:]))
+"""
+
+
+def stopped_pair(arguments):
+    """Two processes, of which the second alone has SIGTERM, and both have it again while they save."""
+    address = free_address()
+    running = [begin(["-c", SIGNALLED, i, *arguments, *fields(address, i)]) for i in range(2)]
+    for code, _, err in map(ended, running):
+        assert (code, err) == (75, "stopped by SIGTERM after step 3, which is saved: the same command continues it.\n")
+
+
+def saved_steps(workdir):
+    return sorted(int(path.name) for path in Workdir(str(workdir)).checkpoints.iterdir() if path.name.isdecimal())
+
+
+def test_sigterm_of_one_process_stops_both_after_one_step_and_one_goes_on(one_process, arguments, tmp_path):
+    cfg = replace(one_process, workdir=str(tmp_path / "stopped"))
+    stopped_pair(arguments(cfg.workdir))
+    assert saved_steps(cfg.workdir) == [2, 3]
     loop.train(cfg)
     assert_alike(logged(cfg.workdir), logged(one_process.workdir))
+
+
+SAME = ("step", "loss", "grad_norm", "learning_rate", "padding_fraction", "image_padding_fraction")
+
+
+@pytest.fixture
+def talks(tmp_path, arguments):
+    """`talks(workdir)`: arguments of a run on packed conversations."""
+    cfg = replace(experiment(), data=write_conversations(tmp_path / "talks"), eval=Eval(split=""))
+    config = tmp_path / "talks.py"
+    config.write_text(
+        "from vlm_jax import config_file\n"
+        f"def get_config(): return config_file.from_json({config_file.to_json(cfg)!r}, 'config')\n"
+    )
+    cache = arguments("")[arguments("").index("--train.compilation_cache_dir") + 1]
+    return lambda workdir: ["--config", config, "--train.compilation_cache_dir", cache, "--workdir", workdir]
+
+
+def exact(workdir):
+    return [[row[name] for name in SAME] for row in logged(workdir)]
+
+
+@pytest.mark.slow
+def test_two_processes_that_were_stopped_go_on_as_if_never_stopped_and_so_does_one(talks, tmp_path):
+    """Of packed conversations, whose place in the data is that of the packer."""
+    whole, stopped, alone = (tmp_path / name for name in ("whole", "stopped", "alone"))
+    assert [code for code, _, _ in pair(talks(whole))] == [0, 0]
+    stopped_pair(talks(stopped))
+    shutil.copytree(stopped, alone)
+    (code, out, err), (second_code, _, _) = pair(talks(stopped))
+    assert (code, second_code) == (0, 0), err
+    assert "continuing from step 3" in out
+    assert exact(stopped) == exact(whole)
+    code, out, err = ended(begin(["run.py", *talks(alone)], devices=8))
+    assert code == 0, err
+    assert "continuing from step 3" in out
+    assert_alike(logged(alone), logged(whole))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_where_one_process_is_killed_the_other_ends_and_both_go_on(killed, talks, tmp_path):
+    """It ends within `distributed.heartbeat_seconds`, or soon after; here by what gloo, or by what JAX sees."""
+    workdir, address = tmp_path / "run", free_address()
+    beat = ["--distributed.heartbeat_seconds", "10"]
+    running = [begin(["run.py", *talks(workdir), *fields(address, i), *beat]) for i in range(2)]
+    for line in running[0].stdout:
+        if line.startswith("step 3/"):
+            break
+    running[killed].kill()
+    since = time.monotonic()
+    code, _, err = ended(running[1 - killed])
+    assert time.monotonic() - since < 30
+    assert code not in (0, 75), "not `resume me`: that is for who was killed to say"
+    assert "another process ended" in err or "another task died" in err or "could not be written" in err, err
+    ended(running[killed])
+    assert saved_steps(workdir)[0] == 2
+    (code, out, err), _ = pair(talks(workdir))
+    assert code == 0, err
+    assert "continuing from step" in out
+    assert [row["step"] for row in logged(workdir)] == list(range(1, 7))
 
 
 @pytest.mark.slow

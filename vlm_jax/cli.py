@@ -109,9 +109,14 @@ def train(arguments: list[str]) -> int:
             return _evaluate(cfg)
     except (loop.NotFinite, NotSaved) as error:
         print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, NotSaved):  # of this process alone
+            distributed.leave(1)
         return 1
     except preemption.Preempted as error:
+        preemption.ignore()
         print(error, file=sys.stderr)
+        if isinstance(error, preemption.StoppedAlone):
+            distributed.leave(preemption.RESUME_ME)
         return preemption.RESUME_ME
 
 

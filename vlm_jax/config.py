@@ -154,6 +154,7 @@ class Distributed:
     num_processes: int = 0  # 0: what the cluster says, one process where there is none; 1: this one alone
     process_id: int = -1  # of this process, from 0; -1: what the cluster says
     timeout_seconds: int = 300  # how long the processes wait for each other at the start
+    heartbeat_seconds: int = 60  # one that gave no sign for so long is lost, and the others end
 
     def check(self) -> None:
         """Raises ConfigError for fields that do not fit each other."""

@@ -59,6 +59,7 @@ AT_LEAST = {
     "distributed.num_processes": 0,
     "distributed.process_id": -1,
     "distributed.timeout_seconds": 1,
+    "distributed.heartbeat_seconds": 10,
     "eval.max_examples": 0,
     "eval.batch_size": 1,
     "eval.max_new_tokens": 1,
@@ -72,6 +73,7 @@ AT_MOST = {
     "data.prefetch": 10_000,
     "distributed.num_processes": 2**20,
     "distributed.timeout_seconds": 86_400,
+    "distributed.heartbeat_seconds": 86_400,
     "optim.final_fraction": 1,
     "seed": 2**32 - 1,
     # Of models, far above all that were published: a config.json can say anything, and its model is traced at once.

@@ -126,7 +126,9 @@ def test_the_exit_code_of_a_stopped_run_says_resume_me(experiment, tmp_path, mon
     signals_at(2, monkeypatch)
     monkeypatch.setattr(cli, "experiment", lambda *_, **__: cfg)
     monkeypatch.setattr(cli, "keep_compiled", lambda cfg: None)
+    before = signal.getsignal(signal.SIGTERM)
     assert cli.main(["train"]) == 75
+    assert signal.signal(signal.SIGTERM, before) is signal.SIG_IGN, "another one must not change the exit code"
     assert (
         capsys.readouterr().err == "stopped by SIGTERM after step 3, which is saved: the same command continues it.\n"
     )

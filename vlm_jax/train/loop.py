@@ -103,6 +103,11 @@ def closing(log: Log | None, checkpoints: Checkpoints):
             checkpoints.close()
         if isinstance(error, OSError):
             raise NotSaved(f"the run cannot go on ({error}); {checkpoints.last_whole()}.") from error
+        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            raise NotSaved(
+                f"the run cannot go on ({str(error).splitlines()[0]}): where another process ended, its output says "
+                f"why; {checkpoints.last_whole()}."
+            ) from error
         raise
     checkpoints.close()
 

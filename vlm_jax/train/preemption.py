@@ -16,6 +16,10 @@ class Preempted(RuntimeError):
     """The run was asked to stop; the same command continues it."""
 
 
+class StoppedAlone(Preempted):
+    """This process stopped where it was, without the others."""
+
+
 @contextlib.contextmanager
 def handler(action):
     """SIGTERM calls `action()` meanwhile. Signals come to the main thread alone: in another one nothing is changed."""
@@ -31,7 +35,13 @@ def handler(action):
 
 def stop_at_once():
     """An `action` for where nothing is to be saved."""
-    raise Preempted("stopped by SIGTERM: the same command continues the run.")
+    raise StoppedAlone("stopped by SIGTERM: the same command continues the run.")
+
+
+def ignore() -> None:
+    """For a process that is about to end: another signal must not change the code with which it does."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Notice:

@@ -64,6 +64,11 @@ STYLES = {
 }
 
 
+def test_the_hybrid_on_glyphs_differs_in_its_fusion_and_in_the_size_of_its_pages():
+    lines = config_file.differences(load("glyphs_unified"), load("glyphs_hybrid"))
+    assert {line.split(":")[0] for line in lines} == {"fusion.kind", "data.image_px", "vision.tiles"}
+
+
 @pytest.mark.parametrize("name", STYLES)
 def test_the_fusion_styles_of_easy_vqa_differ_in_the_fusion_alone(name):
     lines = config_file.differences(load("easy_vqa_unified"), load(name))

@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOW = [
     ["model_config", "start"],
     ["config"],
-    ["axes", "structs", "limits", "chips"],
+    ["axes", "structs", "limits", "combinations", "chips"],
     ["validate"],
     ["config_file"],
     ["workdir", "distributed"],

@@ -29,6 +29,8 @@ NOT_OF_THE_MODEL = (
     "patch_embed",
     "image_mean",
     "image_std",
+    "thumbnail",
+    "tile_tags",
 )  # equal numbers whatever they say
 
 

@@ -26,6 +26,8 @@ def get_config() -> Experiment:
     return replace(
         cfg,
         data=DATA,
+        vision=replace(cfg.vision, remat="dots"),
+        decoder=replace(cfg.decoder, remat="dots"),
         optim=Optim(learning_rate=1e-5, warmup_steps=350, beta2=0.999, weight_decay=0.0),
         train=Train(steps=17_300, batch_size=256, compute_dtype="bfloat16"),
         mesh=Mesh(data=-1, fsdp=16),  # a width of 1152 is no multiple of 256 devices

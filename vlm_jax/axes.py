@@ -6,7 +6,7 @@ The only file that says `PartitionSpec`. A letter has two columns, because the w
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -44,6 +44,7 @@ ALPHABET = {
     "E": Axis("width of the image encoder where it meets D", parameter="fsdp"),
     "N": Axis("attention heads", parameter="tensor", activation="tensor"),
     "K": Axis("key/value heads", parameter="tensor", activation="tensor"),
+    "G": Axis("attention heads that share a key/value head"),
     "H": Axis("numbers of a head"),
     "F": Axis("hidden numbers of an MLP", parameter="tensor", activation="tensor"),
     "V": Axis("vocabulary", parameter="tensor", activation="tensor"),
@@ -87,6 +88,33 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
 def constrain_rows(x: jax.Array) -> jax.Array:
     """The same for an array of rows, whatever else its dimensions are."""
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS))
+
+
+def on_each_device(function: Callable, letters: Sequence[str], out: str) -> Callable:
+    """`function` of arrays with these letters, on every device for its share: for kernels that XLA cannot split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+
+    def split(*arrays):
+        specs = tuple(activation_spec(names, x.shape, mesh) for names, x in zip(letters, arrays))
+        shape = jax.eval_shape(function, *arrays).shape
+        out_specs = activation_spec(out, shape, mesh)
+        return jax.shard_map(function, in_specs=specs, out_specs=out_specs, check_vma=False)(*arrays)
+
+    return split
+
+
+def platform() -> str:
+    """What computes: `cpu`, `gpu` or `tpu`; the devices of the mesh of `jax.set_mesh` need not be there."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
+def one_of(mesh: Mesh | AbstractMesh) -> AbstractMesh:
+    """A mesh of one device of the kind that `mesh` has."""
+    axis_types = (AxisType.Auto,) * 3
+    return AbstractMesh((1, 1, 1), MESH_AXES, axis_types=axis_types, abstract_device=mesh.abstract_device)
 
 
 def row_shards(mesh: Mesh | AbstractMesh | None = None) -> int:

@@ -92,6 +92,17 @@ def test_products_that_the_tpu_compiler_writes_as_convolutions_count_without_the
     assert hlo.read(product(*parts), 1).flops == flops
 
 
+def test_attention_by_a_kernel_counts_its_products():
+    text = """
+ENTRY %main (q: bf16[4,512,64], k: bf16[2,768,64]) -> bf16[4,512,64] {
+  %q = bf16[4,512,64]{2,1,0} parameter(0)
+  %k = bf16[2,768,64]{2,1,0} parameter(1)
+  ROOT %splash_mha_dq_no_residuals.1 = bf16[4,512,64]{2,1,0} custom-call(%q, %k), custom_call_target="tpu_custom_call"
+}
+"""
+    assert hlo.read(text, 1).flops == 3 * 2 * 4 * 512 * 768 * 64
+
+
 def test_what_lies_in_the_fast_memory_is_not_read_from_hbm():
     assert hlo.read(product(*SCORES), 1).hbm_bytes == 32 * 1024 * 128 * 2 + 32 * 1024 * 1024 * 4
 

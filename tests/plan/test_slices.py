@@ -1,6 +1,7 @@
 """What is said of slices of TPUs, held against the TPU compiler. Runs where requirements-tpu.txt is installed."""
 
 import importlib.util
+import re
 from dataclasses import replace
 
 import pytest
@@ -22,7 +23,7 @@ def experiment(kind="unified", depth=4, remat="none", rates=None):
         decoder=replace(cfg.decoder, **stack, vocab_size=4096, max_positions=1024, gated_mlp=True),
         data=replace(cfg.data, text_length=512),
         optim=Optim(rate_scale=rates or RateScale()),
-        train=Train(batch_size=16, compute_dtype="bfloat16"),
+        train=Train(batch_size=128, compute_dtype="bfloat16"),  # the 128 MiB of fast memory hold a small share
         mesh=Mesh(data=1, fsdp=-1),
     )
 
@@ -31,14 +32,31 @@ def on_four_chips(cfg) -> compiled.Compiled:
     return compiled.compile_step(cfg, axes.make_mesh(cfg.mesh, compiled.devices_of("v5e:2x2")))
 
 
+FROZEN = RateScale(vision=0, decoder=0)
+CASES = [(kind, remat, RateScale()) for kind in testing.KINDS for remat in ("none", "dots", "full")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("rates", [RateScale(), RateScale(vision=0, decoder=0)], ids=["all", "frozen"])
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-@pytest.mark.parametrize("kind", testing.KINDS)
-def test_the_predicted_peak_is_the_compilers(kind, remat, rates):
+@pytest.mark.parametrize("kind, remat, rates", [*CASES, ("unified", "none", FROZEN), ("unified", "full", FROZEN)])
+def test_the_predicted_peak_is_near_the_compilers(kind, remat, rates):
     cfg = experiment(kind, remat=remat, rates=rates)
     predicted = memory.predicted(cfg, AbstractMesh((1, 4, 1), axes.MESH_AXES)).total
-    assert predicted == pytest.approx(on_four_chips(cfg).hbm_bytes, rel=0.15)
+    assert predicted == pytest.approx(on_four_chips(cfg).hbm_bytes, rel=0.25)
+
+
+def test_attention_is_a_kernel_that_holds_no_scores():
+    cfg, small = experiment(), {"width": 128, "depth": 2, "heads": 2, "mlp_width": 128}
+    cfg = replace(
+        cfg,
+        vision=replace(cfg.vision, **small),
+        decoder=replace(cfg.decoder, **small, head_dim=64, vocab_size=128),
+        train=replace(cfg.train, batch_size=4),
+    )
+    mesh = axes.make_mesh(cfg.mesh, compiled.devices_of("v5e:2x2"))
+    text = compiled.lowered(cfg, mesh).compile().as_text()
+    assert {"fwd", "dq", "dkv"} == set(re.findall(r"%splash_mha_(fwd|dq|dkv)\w*[.\d]* = ", text))
+    length = -(-cfg.row_length // 128) * 128
+    assert not re.search(rf"(bf16|f32)\[[\d,]*{length},{length}\]", text)
 
 
 @pytest.mark.slow

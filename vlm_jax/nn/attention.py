@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import axes
 from vlm_jax.config import Transformer
+from vlm_jax.nn.kernels import kernel_for
 from vlm_jax.nn.layers import Dense, Norm, softcap
 
 KeyValue = tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]  # as they are cached: a head's keys lie together
@@ -34,11 +35,16 @@ def attend(
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1); key head j serves query heads jN/K .. (j+1)N/K - 1.
 
     The queries of all heads that share a key head are rows of one product, so that no key is repeated. `scale` 0 stands
-    for 1 / sqrt(H); with `cap` c the scores become c tanh(score / c) (Gemma 2).
+    for 1 / sqrt(H); with `cap` c the scores become c tanh(score / c) (Gemma 2). On accelerators kernels of libraries
+    compute the same without holding the scores.
     """
     rows, length, heads, width = q.shape
+    scale = scale or width**-0.5
+    kernel = kernel_for(q, k, mask, cap)
+    if kernel is not None:
+        return kernel(q, k, v, mask, scale, cap)
     grouped = rows, length, k.shape[1], heads // k.shape[1], width
-    q = (q * (scale or width**-0.5)).reshape(grouped).transpose(0, 2, 3, 1, 4)
+    q = (q * scale).reshape(grouped).transpose(0, 2, 3, 1, 4)
     q, by_group = q.reshape(rows, k.shape[1], -1, width), q.shape
     if mask is not None and mask.shape[2] > 1:
         mask = jnp.tile(mask, (1, 1, grouped[3], 1))

@@ -48,12 +48,9 @@ def devices_of(topology: str) -> list[jax.Device]:
 
 
 def compile_step(cfg: Experiment, mesh: jax.sharding.Mesh) -> Compiled:
-    """Nothing is put on a device: shapes and shardings are all that is needed."""
-    rows, start = axes.row_sharding(mesh), time.perf_counter()
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch_shapes(cfg))
+    start = time.perf_counter()
     try:
-        with jax.set_mesh(mesh):
-            program = compiled_step(cfg, mesh).lower(abstract_state(cfg, mesh), batch).compile()
+        program = lowered(cfg, mesh).compile()
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"Used ([\d.]+)([MGT]) of", str(error))
         if used is None:
@@ -75,6 +72,14 @@ def compile_step(cfg: Experiment, mesh: jax.sharding.Mesh) -> Compiled:
         True,
         hlo.read(program.as_text(), mesh.size, loss_turns(cfg, mesh)),
     )
+
+
+def lowered(cfg: Experiment, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    """Nothing is put on a device: shapes and shardings are all that is needed."""
+    rows = axes.row_sharding(mesh)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch_shapes(cfg))
+    with jax.set_mesh(mesh):
+        return compiled_step(cfg, mesh).lower(abstract_state(cfg, mesh), batch)
 
 
 def loss_turns(cfg: Experiment, mesh: jax.sharding.Mesh) -> int:

@@ -28,7 +28,7 @@ def make(cfg: Experiment, topology: str = "", devices: int = 1) -> dict:
     jax.config.update("jax_platforms", "cpu")
     places = compiled.devices_of(topology) if topology else None
     sizes = cfg.mesh.sizes(len(places) if topology else devices)
-    abstract = AbstractMesh(sizes, axes.MESH_AXES)
+    abstract = axes.make_mesh(cfg.mesh, places).abstract_mesh if places else AbstractMesh(sizes, axes.MESH_AXES)
     check_rows(cfg, abstract)
     held = memory.predicted(cfg, abstract)
     document = {

@@ -64,7 +64,7 @@ def _sweep(operations: list[Operation], held_from: dict[Value, int], last: dict[
     change = [0.0] * (len(operations) + 1)
     for value, start in held_from.items():
         if value in last:
-            size = math.prod(value.shape) * value.itemsize / split(value.shape)
+            size = _bytes(value) / split(value.shape)
             change[start] += size
             change[last[value] + 1] -= size
     now = peak = 0.0
@@ -74,16 +74,24 @@ def _sweep(operations: list[Operation], held_from: dict[Value, int], last: dict[
     return peak
 
 
+def _bytes(value: Value) -> int:
+    return math.prod(value.shape) * value.itemsize
+
+
 def _inside(operation: Operation, split: Split) -> float:
     """Peak within one turn of a loop."""
     if operation.name not in LOOPS:
         return 0.0
     carried, constant = (operation.params.get(name, 0) for name in ("num_carry", "num_consts"))
+    gathered = 0.0
+    if operation.name == "while":  # what every turn of a chunked loss reads is gathered before it, and stays
+        constant_values = (value for value in operation.reads if value not in operation.carried)
+        gathered = sum(_bytes(value) * (1 - 1 / split(value.shape)) for value in constant_values)
     peaks = []
     for program in core.jaxprs_in_params(operation.params):
         slices = len(program.invars) - carried - constant if operation.name == "scan" else 0
         peaks.append(peak_bytes(program, split, slices))
-    return max(peaks)
+    return gathered + max(peaks)
 
 
 def _readers(operations: list[Operation]) -> dict[Value, list[Operation]]:

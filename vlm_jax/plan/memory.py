@@ -41,7 +41,8 @@ def predicted(cfg: Experiment, mesh: jax.sharding.AbstractMesh) -> Memory:
     """The state's and the batch's bytes as they lie on the mesh, and the peak of what a step holds besides."""
     seen = local(cfg, mesh)
     state, batch = state_shapes(seen), batch_shapes(seen)
-    program = jax.make_jaxpr(lambda state, batch: train_step(seen, state, batch))(state, batch).jaxpr
+    with jax.sharding.use_abstract_mesh(axes.one_of(mesh)):
+        program = jax.make_jaxpr(lambda state, batch: train_step(seen, state, batch))(state, batch).jaxpr
     program, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))  # XLA drops what nobody reads, too
     split = _splits(seen, mesh)
     peak = liveness.peak_bytes(program, lambda shape: split.get(shape, 1))

@@ -4,6 +4,7 @@ import errno
 import json
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.hub import tiny_tokenizers
 from tests.hub.parity import SMALL, forward, randomized, reference
 from vlm_jax import from_pretrained, save_pretrained
 from vlm_jax.cli import main
-from vlm_jax.config import ConfigError, Decoder, Experiment, Fusion, Projector, Vision
+from vlm_jax.config import ConfigError, Decoder, Experiment, Fusion, Projector, RateScale, Vision
 from vlm_jax.data import pipeline
 from vlm_jax.hub import export
 from vlm_jax.hub.files import open_tensors
@@ -29,6 +30,7 @@ from vlm_jax.infer import demo
 from vlm_jax.nn.models import model_of
 from vlm_jax.testing import random_params, tiny
 from vlm_jax.train import loop
+from vlm_jax.train.step import make_state
 
 IDS = np.random.default_rng(0).integers(0, 64, (2, 9))
 
@@ -188,6 +190,23 @@ def test_a_run_of_ours_has_our_logits_in_transformers(kind, tmp_path, datasets_d
     tokenizer.save(tmp_path / "tokenizer.json")
     assert export.export_run(cfg, params, tmp_path / "tokenizer.json", tmp_path / "out") == kind
     assert_transformers_agrees(kind, cfg, params, tokenizer, tmp_path / "out")
+
+
+def test_frozen_parts_of_a_run_are_written_in_the_bfloat16_that_they_are_kept_in(tmp_path, datasets_dir):
+    """And what was trained in its float32; transformers, told float32, widens the first exactly."""
+    cfg = experiment("llava", tmp_path, datasets_dir)
+    cfg = replace(cfg, train=replace(cfg.train, compute_dtype="bfloat16"))
+    cfg = replace(cfg, optim=replace(cfg.optim, rate_scale=RateScale(vision=0, decoder=0)))
+    params, tokenizer = make_state(cfg, jax.random.key(0)).params, pipeline.train_tokenizer(cfg)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    export.export_run(cfg, params, tmp_path / "tokenizer.json", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
+    with open_tensors(tmp_path / "out") as tensors:
+        trained = {name for name, tensor in tensors.items() if tensor.dtype == np.float32}
+        assert {"multi_modal_projector" in name for name in trained} == {True}
+        assert len(trained) == sum("multi_modal_projector" in name for name in tensors) < len(tensors)
+    widened = jax.tree.map(lambda x: x.astype(np.float32), params)
+    assert_transformers_agrees("llava", cfg, widened, tokenizer, tmp_path / "out")
 
 
 @pytest.mark.slow

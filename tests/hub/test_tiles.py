@@ -1,4 +1,4 @@
-"""Llama 3.2 Vision's tiles and Fuyu's patches are those of transformers' processors."""
+"""Llama 3.2 Vision's tiles, InternVL's grids and Fuyu's patches are those of transformers' processors."""
 
 import json
 from types import SimpleNamespace
@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor
 from transformers.models.fuyu.processing_fuyu import FuyuProcessor
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import ConfigError, Vision
+from vlm_jax.data import tiles
 from vlm_jax.hub.image_processor import ImageProcessor
 from vlm_jax.hub.tiles import best_layout, layouts, shape_on_canvas
 
@@ -53,6 +55,15 @@ def assert_tiles_same(folder, rows):
     np.testing.assert_array_equal(ours.aspect_ratio_ids, reference["aspect_ratio_ids"])
     np.testing.assert_array_equal(ours.aspect_ratio_mask, reference["aspect_ratio_mask"])
     assert ours.num_tiles == reference["num_tiles"]
+
+
+@pytest.mark.parametrize("most", [1, 2, 4, 6, 12, 16])
+def test_the_grid_of_tiles_is_that_of_internvl(most):
+    """Its processor in transformers is GOT-OCR2's. Small numbers, so that shapes are often equally near."""
+    vision = Vision(image_size_px=8, tiles=most)
+    for width, height in RNG.integers(1, 40, (2000, 2)).tolist():
+        columns, rows = get_optimal_tiled_canvas((height, width), (8, 8), 1, most)
+        assert tiles.best_layout(width, height, vision) == (rows, columns), (width, height)
 
 
 @pytest.mark.parametrize("max_tiles", [1, 4, 6])

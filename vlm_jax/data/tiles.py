@@ -31,10 +31,11 @@ def best_layout(width: int, height: int, vision: Vision) -> tuple[int, int]:
     """The (rows, columns) for an image of so many pixels.
 
     Of all with at most `vision.tiles` tiles the one whose shape is the nearest; of those equally near the one with the
-    most tiles of which the image fills more than half (`find_closest_aspect_ratio` of OpenGVLab/InternVL).
+    most tiles of which the image fills more than half (`find_closest_aspect_ratio` of OpenGVLab/InternVL, with the
+    order of transformers, models/got_ocr2/image_processing_got_ocr2.py, where two have as many tiles).
     """
     chosen, nearest = (1, 1), math.inf
-    for rows, columns in sorted(layouts(vision.cut_tiles), key=math.prod):
+    for rows, columns in sorted(layouts(vision.cut_tiles), key=lambda layout: (math.prod(layout), layout[1])):
         off = abs(width / height - columns / rows)
         is_filled = width * height > 0.5 * rows * columns * vision.image_size_px**2
         if off < nearest or (off == nearest and is_filled):

@@ -142,7 +142,7 @@ def report(arguments: list[str]) -> int:
     found = results.read(plan)
     to = given.to or given.folder / "report"
     page.write(reporting.page(found, given.file), to)
-    print(f"{len(plan.runs()) - len(found.missing)} of {len(plan.runs())} runs are done: {to}/report.md")
+    print(f"{len(plan.runs()) - len(found.missing)} of {len(plan.runs())} runs are done: {to}/report.html, report.md")
     for name, why in found.broken.items():
         raise ConfigError(f"the report is without {name}: {why} Remove the folder of the run, and run it again.")
     return 0

@@ -64,7 +64,7 @@ def difference_section(results: Results) -> Section:
     for (axis, arm), cfg in plan.arms.items():
         reference = as_json(plan.arms[axis, plan.study.reference])
         lines = differences(reference, as_json(cfg))
-        rows += [[Cell(axis), Cell(arm), Cell(line)] for line in lines]
+        rows.append([Cell(axis), Cell(arm), Cell("; ".join(lines) or "nothing")])
     text = (
         f"Every field in which an arm differs from {plan.study.reference}, matched fields included; nothing else does."
     )

@@ -64,6 +64,13 @@ AXES = {
     "examples": examples,
     "seconds": seconds,
 }
+
+
+def spelt(axis: str) -> str:
+    """An axis as it stands in a sentence."""
+    return axis.replace("_", " ").replace("flops", "FLOPs")
+
+
 Value = Callable[[Experiment], float]
 
 

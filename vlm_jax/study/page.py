@@ -66,7 +66,7 @@ def write(page: Page, folder: Path) -> None:
     for section in page.sections:
         for picture in (*section.pictures, *(sample.picture for sample in section.samples)):
             (folder / picture.name).write_bytes(picture.png)
-    for name in ("report.md",):
+    for name in ("report.html", "report.md"):
         write_whole(folder / name, _template(name).render(page=page))
 
 

@@ -1,6 +1,6 @@
 """All that a report says, in its order."""
 
-from vlm_jax.study import costs, scores
+from vlm_jax.study import costs, samples, scores, statistics
 from vlm_jax.study.page import Page
 from vlm_jax.study.results import Results
 
@@ -8,17 +8,20 @@ from vlm_jax.study.results import Results
 def page(results: Results, file: str) -> Page:
     """The report of what there is; `file` is that of the study."""
     study = results.plan.study
+    pairs = {axis: statistics.pairs(results, axis) for axis in study.matched}
+    lead = [
+        f"{len(study.arms)} arms, {study.seeds} seeds, {len(results.plan.runs())} runs.",
+        *(scores.summary(results, *pair) for pair in pairs.items()),
+    ]
     sections = [
         scores.missing_section(results),
-        *(scores.score_section(results, axis) for axis in study.matched),
+        *(scores.score_section(results, *pair) for pair in pairs.items()),
+        scores.curve_section(results),
         costs.cost_section(results),
         scores.type_section(results),
+        samples.sample_section(results),
         scores.matching_section(results),
         costs.difference_section(results),
         costs.reproduction_section(results, file),
-    ]
-    lead = [
-        f"{len(study.arms)} arms, {study.seeds} seeds, {len(results.plan.runs())} runs; "
-        f"compared at matched {' and at matched '.join(study.matched)}."
     ]
     return Page(study.question, lead, [section for section in sections if section])

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from vlm_jax.study import statistics
+from vlm_jax.study import figures, statistics
+from vlm_jax.study.matching import spelt
 from vlm_jax.study.page import Cell, Section, Table
 from vlm_jax.study.results import Results
 from vlm_jax.study.statistics import Estimate, Pair
@@ -32,13 +33,42 @@ def p_value(p: float | None) -> str:
     return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def score_section(results: Results, axis: str) -> Section:
+def score_section(results: Results, axis: str, pairs: list[Pair]) -> Section:
     """Scores of all arms, and the tests of every pair."""
-    return Section(
-        f"Score at matched {axis}",
-        TESTS,
-        tables=[score_table(results, axis), pair_table(statistics.pairs(results, axis))],
+    explained = TESTS if axis == next(iter(results.plan.study.matched)) else ()  # once
+    tables = [score_table(results, axis), pair_table(pairs)]
+    return Section(f"Score at matched {spelt(axis)}", explained, [figures.score_picture(results, axis)], tables)
+
+
+def summary(results: Results, axis: str, pairs: list[Pair]) -> str:
+    """The finding on an axis, in a sentence."""
+    study = results.plan.study
+    means = {
+        arm: statistics.estimate(list(found)) for arm in study.arms if (found := results.scores(axis, arm).values())
+    }
+    if not means:
+        return f"At matched {spelt(axis)} no run is done yet."
+    best = max(means, key=lambda arm: means[arm].mean)
+    behind: dict[str, list[str]] = {}
+    for pair in pairs:
+        if pair.worse:
+            behind.setdefault(pair.better, []).append(pair.worse)
+    told = "; ".join(f"{arm} is better than {', '.join(others)}" for arm, others in behind.items())
+    return (
+        f"At matched {spelt(axis)}, the highest {study.metric.replace('_', ' ')} is that of {best}, "
+        f"{interval(means[best])}. {told and f'Told apart: {told}' or f'None of {len(pairs)} pairs is told apart'}."
     )
+
+
+def curve_section(results: Results) -> Section:
+    """How the loss falls, over what was spent."""
+    axes = results.plan.study.matched
+    text = (
+        "Loss on the training batches, smoothed over a twentieth of the run: the mean over seeds, and a band from the "
+        "lowest to the highest. Seconds are those of the runs, beside whatever else the machine did."
+    )
+    pictures = [picture for axis in axes for picture in figures.curve_pictures(results, axis)]
+    return Section("Learning curves", [text], pictures)
 
 
 def score_table(results: Results, axis: str) -> Table:
@@ -92,7 +122,7 @@ def type_section(results: Results) -> Section:
         means = {arm: _type_means(results, axis, arm) for arm in results.plan.study.arms}
         kinds = list(dict.fromkeys(kind for found in means.values() for kind in found))
         rows = [[Cell(kind), *(_shaded(means[arm].get(kind)) for arm in means)] for kind in kinds]
-        tables.append(Table(["type", *means], rows, f"At matched {axis}"))
+        tables.append(Table(["type", *means], rows, f"At matched {spelt(axis)}"))
     return Section("Score by type of question", ["Exact match, mean over seeds."], tables=tables)
 
 

@@ -39,10 +39,20 @@ class Pair:
         """What may be said of the pair."""
         if self.seeds_p is None:
             return "needs 2 seeds"
+        return f"{self.better} is better" if self.worse else "not told apart"
+
+    @property
+    def better(self) -> str:
+        """The arm with the higher mean."""
+        return self.a if self.seeds.mean > 0 else self.b
+
+    @property
+    def worse(self) -> str:
+        """The arm that is behind for other seeds, and for other questions where that can be told; "" where neither."""
         known = [p for p in (self.seeds_p, self.questions_p) if p is not None]
-        if max(known) >= LEVEL:
-            return "not told apart"
-        return f"{self.a if self.seeds.mean > 0 else self.b} is better"
+        if self.seeds_p is None or max(known) >= LEVEL:
+            return ""
+        return self.b if self.better == self.a else self.a
 
 
 def estimate(values: Sequence[float]) -> Estimate:

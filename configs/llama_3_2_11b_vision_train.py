@@ -1,4 +1,4 @@
-"""Llama 3.2 11B Vision with its language frozen, as it was made (Dubey et al. 2024, section 7.3): vision, projector and
+"""Llama 3.2 11B Vision with its language frozen, as it was made (Dubey et al. 2024, section 7.4): vision, projector and
 cross-attention learn.
 
 Begins with --vision.checkpoint and --decoder.checkpoint. Chosen for 64 chips of TPU v5p, see `experiments/plans/`.

@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh
 
 from vlm_jax import axes, testing
 from vlm_jax.config import Mesh, Optim, RateScale
-from vlm_jax.plan import memory
+from vlm_jax.plan import liveness, memory
 from vlm_jax.train.step import abstract_state, compiled_step
 
 SHAPES = {  # kind, width, text tokens, rows, trained
@@ -67,6 +67,13 @@ def test_frozen_parts_have_no_moments_and_no_gradients():
     found = memory.predicted(experiment(*SHAPES["frozen_decoder"]), mesh)
     assert found.gradients < found.parameters / 100
     assert found.optimizer < found.parameters / 50
+
+
+def test_what_each_device_sums_over_its_rows_is_whole_before_it_is_shared():
+    program = jax.make_jaxpr(lambda x: jax.lax.reduce_sum(x, (0,)))(jax.ShapeDtypeStruct((3, 64, 64), "float32")).jaxpr
+    whole, share = 64 * 64 * 4, 64 * 64
+    peak = liveness.peak_bytes(program, lambda shape: 4 if shape == (64, 64) else 1)
+    assert peak == share + 2 * (whole - share)  # its own sum and that of all, of which each keeps its share
 
 
 def test_fewer_rows_on_a_device_need_less():

@@ -25,6 +25,7 @@ CALLS = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_v
 LOOPS = {"scan", "while", "cond"}
 IN_PLACE = {"dynamic_update_slice", "scatter", "scatter-add"}  # written into their first input
 ONE_OF = IN_PLACE | {"optimization_barrier"}  # their n-th result is their n-th input
+ON_ROWS = {"dot_general", "gather", "scatter-add", "reduce_sum"}  # between a batch's rows and parameters
 Split = Callable[[tuple[int, ...]], int]  # shape -> devices that share an array of it
 
 
@@ -70,8 +71,20 @@ def _sweep(operations: list[Operation], held_from: dict[Value, int], last: dict[
     now = peak = 0.0
     for operation, difference in zip(operations, change):
         now += difference
-        peak = max(peak, now + _inside(operation, split))
+        peak = max(peak, now + _inside(operation, split) + _whole(operation, split))
     return peak
+
+
+def _whole(operation: Operation, split: Split) -> float:
+    """What of shared arrays a device holds besides its share while an operation on rows reads or makes one.
+
+    It reads the whole, gathered before; and it makes a whole one of its own rows, which then is summed up over the
+    devices before each takes its share: two more.
+    """
+    if operation.name not in ON_ROWS:
+        return 0.0
+    values = (*operation.reads, *(value for value in operation.makes for _ in range(2)))
+    return sum(_bytes(value) * (1 - 1 / split(value.shape)) for value in values)
 
 
 def _bytes(value: Value) -> int:

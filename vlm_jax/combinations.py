@@ -5,6 +5,8 @@ import re
 
 from vlm_jax.config import ConfigError, Experiment
 
+SMALLEST_CELL_PX = 6  # of typewritten letters, to be legible
+
 
 def _data(cfg: Experiment) -> None:
     data = cfg.data
@@ -35,6 +37,13 @@ def _drawn(cfg: Experiment) -> None:
     unread = [name for name in ("image_px", "images", "seed") if _is_changed(data, name)]
     if unread and not data.is_drawn:
         raise ConfigError(f"data.{unread[0]} is of data.source glyphs and digits, not of {data.source}: leave it out.")
+    unread = [name for name in ("cell_px", "transcript") if _is_changed(data, name)]
+    if unread and data.source != "glyphs":
+        raise ConfigError(f"data.{unread[0]} is of data.source glyphs, not of {data.source}: leave it out.")
+    if 0 < data.cell_px < SMALLEST_CELL_PX:
+        raise ConfigError(
+            f"data.cell_px is {data.cell_px}: choose {SMALLEST_CELL_PX} to 8, or 0 for letters set freely."
+        )
     if min(data.images) < 1:
         raise ConfigError(
             f"data.images is {' '.join(map(str, data.images))}: train, validation and test need at least 1 image each."

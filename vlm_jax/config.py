@@ -39,6 +39,8 @@ class Data:
     image_px: int = 64  # glyphs, digits: height and width of an image as it is drawn
     images: tuple[int, int, int] = (20_000, 1_000, 2_000)  # glyphs, digits: of the splits train, validation and test
     seed: int = 0  # glyphs, digits: another one draws other images
+    cell_px: int = 0  # glyphs: letters are typewritten, each in a cell of so many pixels, 6 to 8; 0: set freely
+    transcript: bool = False  # glyphs: what stands on the page is said before every question
     train_split: str = "train"  # TFDS split to learn from; slices such as 'train[:90%]' are allowed
     questions_per_row: int = 8  # questions that share one image in a row; 1: one question a row
     text_length: int = 80  # text tokens in a row; a conversation that is longer than its row is cut

@@ -17,6 +17,7 @@ AT_LEAST = {
     "data.images_per_row": 1,
     "data.image_px": 64,
     "data.seed": 0,
+    "data.cell_px": 0,
     "data.bos_id": -1,
     "data.threads": 0,
     "data.prefetch": 0,
@@ -70,6 +71,7 @@ AT_MOST = {
     "data.threads": 256,
     "data.image_px": 448,
     "data.seed": 2**32 - 1,
+    "data.cell_px": 8,  # then the longest words, as many as a page of any size has, find room in its lines
     "data.prefetch": 10_000,
     "distributed.num_processes": 2**20,
     "distributed.timeout_seconds": 86_400,

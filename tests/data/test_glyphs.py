@@ -1,20 +1,24 @@
 """Pages of words: nothing hidden, cut off or ambiguous; answers found once more from where the words stand."""
 
+import itertools
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from vlm_jax.data import glyphs
+from vlm_jax.data.drawn import Drawing
 
 SIZES_PX = (64, 200, 448)
 every_size = pytest.mark.parametrize("image_px", SIZES_PX)
+every_page = pytest.mark.parametrize("image_px, cell_px", [*((px, 0) for px in SIZES_PX), (64, 6), (64, 8), (448, 8)])
 
 
-def pages(image_px, split="train", count=60):
+def pages(image_px, split="train", count=60, cell_px=0):
     for index in range(count):
         rng = np.random.default_rng([7, index])
-        page = glyphs.page(rng, image_px, split)
+        page = glyphs.page(rng, image_px, split, cell_px)
         yield page, glyphs.questions(rng, page, glyphs.pool(split))
 
 
@@ -22,9 +26,9 @@ def overlap(a, b):
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-@every_size
-def test_no_word_leaves_the_page_or_touches_another(image_px):
-    for page, _ in pages(image_px):
+@every_page
+def test_no_word_leaves_the_page_or_touches_another(image_px, cell_px):
+    for page, _ in pages(image_px, cell_px=cell_px):
         boxes = [word.box for word in page.words]
         assert all(0 <= l < r <= image_px and 0 <= t < b <= image_px for l, t, r, b in boxes)  # noqa: E741
         assert not any(overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
@@ -46,6 +50,25 @@ def test_ink_is_in_the_boxes_alone_and_of_the_words_color(image_px):
         assert not inked.any()
 
 
+@pytest.mark.parametrize("cell_px", (6, 8))
+def test_typewritten_letters_stand_in_cells_of_their_own(cell_px):
+    """Every word in whole cells, each of which holds one letter's ink, and at the very edge, too."""
+    lefts = set()
+    for page, _ in pages(64, cell_px=cell_px, count=100):
+        pixels = np.asarray(glyphs.draw(page)).astype(int)
+        inked = (pixels != page.background).any(axis=-1)
+        for word in page.words:
+            left, top, right, bottom = word.box
+            lefts.add(left)
+            assert not (left % cell_px or top % (2 * cell_px)) and bottom - top == 2 * cell_px
+            assert right - left == cell_px * len(word.text)
+            cells = inked[top:bottom, left:right].reshape(bottom - top, -1, cell_px)
+            assert cells.any(axis=(0, 2)).all()
+            inked[top:bottom, max(left - 1, 0) : right + 1] = False  # slanted letters lean over by a pixel
+        assert not inked.any()
+    assert {0, cell_px} < lefts
+
+
 def by_place(page):
     """The words in reading order, from their boxes alone: those whose heights overlap stand on one line."""
     lines = []
@@ -62,6 +85,8 @@ def answered(page, question):
     words = [word for line in lines for word in line]
     if question == "how many words are there?":
         return str(len(words))
+    if question == "what does it say?":
+        return " ".join(word.text for word in words)
     if found := re.fullmatch(r"what is word (\d+)\?", question):
         return words[int(found[1]) - 1].text
     if found := re.fullmatch(r"is (\w+) there\?", question):
@@ -80,29 +105,41 @@ def answered(page, question):
     return line[0 if horizontal == "left" else -1].text
 
 
-@every_size
-def test_the_answers_follow_from_where_the_words_stand(image_px):
+@every_page
+def test_the_answers_follow_from_where_the_words_stand(image_px, cell_px):
     kinds = set()
-    for page, asked in pages(image_px):
+    for page, asked in pages(image_px, cell_px=cell_px):
         for each in asked:
             assert answered(page, each.question) == each.answer, each
             kinds.add(each.type)
-    assert len(kinds) == 8
+    assert len(kinds) == (7 if cell_px else 9)  # typewritten words are all of one size
+
+
+def test_a_transcript_says_what_stands_on_the_page():
+    """So that a decoder can answer from it, without the image."""
+    drawing = Drawing(name="x", image_px=64, images=(1, 1, 1), cell_px=8, transcript=True)
+    for index in range(5):
+        _, asked = glyphs.Glyphs.example(SimpleNamespace(builder_config=drawing), np.random.default_rng(index), "train")
+        page = glyphs.page(np.random.default_rng(index), 64, "train", 8)
+        said = "\n".join(" ".join(f"{word.color} {word.text}" for word in line) for line in by_place(page))
+        for each in asked:
+            transcript, _, question = each.question.rpartition("\n")
+            assert transcript == said
+            assert answered(page, question) == each.answer
 
 
 def test_test_pages_have_words_and_a_font_that_are_never_seen():
     seen, held_out = map(set, glyphs.words())
     assert not seen & held_out
-    assert not set(glyphs.SEEN_FONTS) & set(glyphs.HELD_OUT_FONTS)
-    for split, vocabulary, fonts in (
-        ("train", seen, glyphs.SEEN_FONTS),
-        ("validation", seen, glyphs.SEEN_FONTS),
-        ("test", held_out, glyphs.HELD_OUT_FONTS),
-    ):
-        for page, asked in pages(64, split):
-            assert page.font in fonts
+    for cell_px in (0, 8):
+        assert not set(glyphs.fonts("train", cell_px)) & set(glyphs.fonts("test", cell_px))
+        assert glyphs.fonts("validation", cell_px) == glyphs.fonts("train", cell_px)
+    for split, cell_px in itertools.product(("train", "validation", "test"), (0, 8)):
+        vocabulary = held_out if split == "test" else seen
+        for page, asked in pages(64, split, cell_px=cell_px):
+            assert page.font in glyphs.fonts(split, cell_px)
             assert {word.text for word in page.words} <= vocabulary
-            assert all(each.answer in vocabulary for each in asked if each.type.startswith("read"))
+            assert all(set(each.answer.split()) <= vocabulary for each in asked if each.type.startswith("read"))
             assert all(each.question.split()[1] in vocabulary for each in asked if each.type == "present")
 
 

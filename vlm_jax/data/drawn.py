@@ -13,6 +13,7 @@ from tqdm import tqdm
 from vlm_jax.config import Data
 
 SPLITS = ("train", "validation", "test")
+DRAWN_FIELDS = ("image_px", "images", "seed", "cell_px", "transcript")  # of `Data`
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,14 @@ class Drawing(tfds.core.BuilderConfig):
     image_px: int = 64
     images: tuple[int, int, int] = (0, 0, 0)  # of each of SPLITS
     seed: int = 0
+    cell_px: int = 0
+    transcript: bool = False
 
     @classmethod
     def of(cls, data: Data) -> "Drawing":
-        name = f"px{data.image_px}_seed{data.seed}_{'_'.join(map(str, data.images))}"
-        return cls(name=name, image_px=data.image_px, images=data.images, seed=data.seed)
+        kind = f"_cell{data.cell_px}" * bool(data.cell_px) + "_transcript" * data.transcript
+        name = f"px{data.image_px}{kind}_seed{data.seed}_{'_'.join(map(str, data.images))}"
+        return cls(name=name, **{field: getattr(data, field) for field in DRAWN_FIELDS})
 
 
 def question_info(builder: tfds.core.DatasetBuilder, image_px: int) -> tfds.core.DatasetInfo:
@@ -51,7 +55,7 @@ def question_info(builder: tfds.core.DatasetBuilder, image_px: int) -> tfds.core
 class Drawn(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Makes the splits that its `Drawing` asks for, out of what `example` draws."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     code_path = None  # as in `sources.EasyVqa`
 
     @abc.abstractmethod

@@ -2,15 +2,16 @@
 
 The words are syllables that mean nothing ("lat", "domir"), so that a word that was never seen can be read only letter
 by letter. A small page holds a few words; a larger one more of them and in more sizes, the smallest always
-`SMALLEST_PX`: what an encoder with fewer pixels than the page cannot resolve it cannot read. The words and the font of
-the test split are in no page of training or validation.
+`SMALLEST_PX`: what an encoder with fewer pixels than the page cannot resolve it cannot read. Or the page is
+typewritten: every letter in a cell of its own, all of one size, which a small encoder learns to read in minutes. The
+words and the font of the test split are in no page of training or validation.
 """
 
 import functools
 import itertools
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -25,6 +26,8 @@ HELD_OUT_ONE_IN = 5
 
 SEEN_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold")
 HELD_OUT_FONTS = ("DejaVuSerif",)
+TYPEWRITTEN_FONTS = ("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique")
+HELD_OUT_TYPEWRITTEN_FONTS = ("DejaVuSansMono-BoldOblique",)
 COLORS = {
     "black": (0, 0, 0),
     "red": (215, 0, 20),
@@ -39,8 +42,9 @@ CORNERS = {"top left": (0, 0), "top right": (0, -1), "bottom left": (-1, 0), "bo
 
 SMALLEST_PX = 10
 SIZE_STEP = 1.4  # from one size of letters to the next: enough to see which is larger
-FEWEST_WORDS = 2
 LINE_GAP_PX = 2
+LETTER_OF_CELL = 1.6  # height of typewritten letters over the width of their cells, which they then fill
+BASELINE_OF_CELL = 0.75  # where they stand, over the height of the cells
 TRIES = 8  # layouts with one largest size, before it is given up
 
 
@@ -75,23 +79,53 @@ class Word:
 
 @dataclass(frozen=True)
 class Page:
+    """Words, and the room and the units in which they are set: pixels, or cells of `cell_px` x 2 `cell_px`."""
+
     image_px: int
+    cell_px: int  # 0: letters stand where their font puts them
     font: str
     background: tuple[int, int, int]
-    lines: tuple[tuple[Word, ...], ...]  # from top to bottom, each from left to right
+    lines: tuple[tuple[Word, ...], ...] = ()  # from top to bottom, each from left to right
 
     @property
     def words(self) -> tuple[Word, ...]:
         """In reading order."""
         return tuple(itertools.chain(*self.lines))
 
+    @property
+    def unit_px(self) -> tuple[int, int]:
+        """Width and height of a unit."""
+        return (self.cell_px, 2 * self.cell_px) if self.cell_px else (1, 1)
+
+    @property
+    def room(self) -> tuple[int, int]:
+        """Width and height in units."""
+        width_px, height_px = self.unit_px
+        return self.image_px // width_px, self.image_px // height_px
+
+    def ink(self, text: str, size_px: int) -> tuple[int, int, int, int]:
+        """The box of a word, in units, around the point where its line begins."""
+        return (0, 0, len(text), 1) if self.cell_px else _ink(self.font, text, size_px)
+
+    def gap(self, size_px: int) -> int:
+        """Units that a word keeps from the one before it in its line."""
+        return 1 if self.cell_px else size_px // 2
+
+    @property
+    def line_gap(self) -> int:
+        return 0 if self.cell_px else LINE_GAP_PX
+
 
 class Glyphs(Drawn):
     """Pages of words, and questions about what stands where."""
 
     def example(self, rng, split):
-        described = page(rng, self.builder_config.image_px, split)
-        return draw(described), questions(rng, described, pool(split))
+        config = self.builder_config
+        described = page(rng, config.image_px, split, config.cell_px)
+        asked = questions(rng, described, pool(split))
+        if config.transcript:
+            asked = [replace(each, question=f"{transcript(described)}\n{each.question}") for each in asked]
+        return draw(described), asked
 
 
 def pool(split: str) -> tuple[str, ...]:
@@ -99,62 +133,70 @@ def pool(split: str) -> tuple[str, ...]:
     return words()[split == "test"]
 
 
-def page(rng: np.random.Generator, image_px: int, split: str) -> Page:
+def fonts(split: str, cell_px: int) -> tuple[str, ...]:
+    seen, held_out = (TYPEWRITTEN_FONTS, HELD_OUT_TYPEWRITTEN_FONTS) if cell_px else (SEEN_FONTS, HELD_OUT_FONTS)
+    return held_out if split == "test" else seen
+
+
+def page(rng: np.random.Generator, image_px: int, split: str, cell_px: int = 0) -> Page:
     """A random page; the largest sizes are given up where its words do not fit."""
-    count = rng.integers(FEWEST_WORDS, most_words(image_px) + 1)
-    font = pick(rng, HELD_OUT_FONTS if split == "test" else SEEN_FONTS)
+    count = rng.integers(1, most_words(image_px) + 1)
+    font = pick(rng, fonts(split, cell_px))
     background = tuple(int(channel) for channel in rng.integers(225, 256, 3))
     texts = [pool(split)[i] for i in rng.choice(len(pool(split)), count, replace=False)]
     colors = [list(COLORS)[i] for i in rng.choice(len(COLORS), count, replace=count > len(COLORS))]
-    sizes = sizes_px(image_px)
+    sizes = [int(cell_px * LETTER_OF_CELL)] if cell_px else sizes_px(image_px)
+    empty = Page(image_px, cell_px, font, background)
     for tried in itertools.count():
         allowed = sizes[: max(1, len(sizes) - tried // TRIES)]
         chosen = [pick(rng, allowed) for _ in texts]
-        lines = _layout(rng, image_px, font, list(zip(texts, chosen, colors, strict=True)))
+        lines = _layout(rng, empty, list(zip(texts, chosen, colors, strict=True)))
         if lines:
-            return Page(image_px, font, background, lines)
+            return replace(empty, lines=lines)
 
 
-def _layout(rng, image_px, font, items):
+def _layout(rng, empty: Page, items):
     """Lines of words with random space between them, or None where they do not fit."""
-    lines = _broken(rng, image_px, font, items)
+    lines = _broken(rng, empty, items)
     ups, downs = (
-        [max(abs(_ink(font, text, size_px)[side]) for text, size_px, _ in line) for line in lines] for side in (1, 3)
+        [max(abs(empty.ink(text, size)[side]) for text, size, _ in line) for line in lines] for side in (1, 3)
     )
-    tops = _spread(rng, image_px, list(map(sum, zip(ups, downs))), [LINE_GAP_PX] * len(lines))
+    tops = _spread(rng, empty.room[1], list(map(sum, zip(ups, downs))), [empty.line_gap] * len(lines))
     if tops is None:
         return None
-    placed = [_line(rng, image_px, font, line, top + up) for line, top, up in zip(lines, tops, ups)]
+    placed = [_line(rng, empty, line, top + up) for line, top, up in zip(lines, tops, ups)]
     return None if None in placed else tuple(placed)
 
 
-def _broken(rng, image_px, font, items):
+def _broken(rng, empty: Page, items):
     """The items in lines that are full, or that end by chance."""
-    lines, used_px = [], 0
+    lines, used = [], 0
     for text, size_px, color in items:
-        left, _, right, _ = _ink(font, text, size_px)
-        needed_px = right - left + size_px // 2
-        if not lines or used_px + needed_px > image_px or rng.random() < 1 / 3:
+        left, _, right, _ = empty.ink(text, size_px)
+        needed = right - left + empty.gap(size_px)
+        if not lines or used + needed > empty.room[0] or rng.random() < 1 / 3:
             lines.append([])
-            used_px = 0
+            used = 0
         lines[-1].append((text, size_px, color))
-        used_px += needed_px
+        used += needed
     return lines
 
 
-def _line(rng, image_px, font, items, baseline_px) -> tuple[Word, ...] | None:
-    inks = [_ink(font, text, size_px) for text, size_px, _ in items]
-    lefts = _spread(rng, image_px, [ink[2] - ink[0] for ink in inks], [size_px // 2 for _, size_px, _ in items])
+def _line(rng, empty: Page, items, start_y) -> tuple[Word, ...] | None:
+    inks = [empty.ink(text, size_px) for text, size_px, _ in items]
+    gaps = [empty.gap(size_px) for _, size_px, _ in items]
+    gaps[0] *= not empty.cell_px  # a typewritten line may begin at the very edge
+    lefts = _spread(rng, empty.room[0], [ink[2] - ink[0] for ink in inks], gaps)
     if lefts is None:
         return None
     starts = [left - ink[0] for left, ink in zip(lefts, inks)]
-    boxes = [(x + i[0], baseline_px + i[1], x + i[2], baseline_px + i[3]) for x, i in zip(starts, inks)]
-    return tuple(Word(*item, box) for item, box in zip(items, boxes))
+    boxes = [(x + i[0], start_y + i[1], x + i[2], start_y + i[3]) for x, i in zip(starts, inks)]
+    return tuple(Word(*item, tuple(np.multiply(box, empty.unit_px * 2).tolist())) for item, box in zip(items, boxes))
 
 
-def _spread(rng, room_px: int, lengths: list[int], gaps: list[int]) -> list[int] | None:
+def _spread(rng, room: int, lengths: list[int], gaps: list[int]) -> list[int] | None:
     """Where each of the lengths begins: in order, each after at least its gap, the rest of the room at random."""
-    slack = room_px - sum(lengths) - sum(gaps)
+    slack = room - sum(lengths) - sum(gaps)
     if slack < 0:
         return None
     before = np.sort(rng.integers(0, slack + 1, len(lengths)))
@@ -179,10 +221,21 @@ def draw(described: Page) -> Image.Image:
     image = Image.new("RGB", (described.image_px,) * 2, described.background)
     pen = ImageDraw.Draw(image)
     for word in described.words:
-        ink = _ink(described.font, word.text, word.size_px)
-        start = (word.box[0] - ink[0], word.box[1] - ink[1])
-        pen.text(start, word.text, COLORS[word.color], _font(described.font, word.size_px), anchor="ls")
+        font, color, (left, top, *_) = _font(described.font, word.size_px), COLORS[word.color], word.box
+        if not described.cell_px:
+            ink = _ink(described.font, word.text, word.size_px)
+            pen.text((left - ink[0], top - ink[1]), word.text, color, font, anchor="ls")
+            continue
+        width_px, height_px = described.unit_px
+        for i, letter in enumerate(word.text):
+            at = left + (i + 0.5) * width_px, top + int(height_px * BASELINE_OF_CELL)
+            pen.text(at, letter, color, font, anchor="ms")
     return image
+
+
+def transcript(described: Page) -> str:
+    """The words of a page with their colors, a line a line."""
+    return "\n".join(" ".join(f"{word.color} {word.text}" for word in line) for line in described.lines)
 
 
 def questions(rng: np.random.Generator, described: Page, vocabulary: tuple[str, ...]) -> list[Asked]:
@@ -192,15 +245,17 @@ def questions(rng: np.random.Generator, described: Page, vocabulary: tuple[str, 
     number = rng.integers(len(shown))
     asked = [
         Asked("how many words are there?", str(len(shown)), "count"),
+        Asked("what does it say?", " ".join(texts), "read_all"),
         Asked(f"what is word {number + 1}?", texts[number], "read_nth"),
         _present(rng, texts, vocabulary),
-        _first(rng, texts),
     ]
+    if len(shown) > 1:
+        asked.append(_first(rng, texts))
     once = [word for word in shown if Counter(other.color for other in shown)[word.color] == 1]
     if once:
         word = pick(rng, once)
         asked.append(Asked(f"what is the {word.color} word?", word.text, "read_color"))
-    for said, extreme in (("largest", max), ("smallest", min)):
+    for said, extreme in (("largest", max), ("smallest", min)) if len(shown) > 1 else ():
         size_px = extreme(word.size_px for word in shown)
         of_size = [word.text for word in shown if word.size_px == size_px]
         if len(of_size) == 1:

@@ -99,7 +99,7 @@ class Train:
     microbatches: int = 1  # parts of a batch that are computed one after the other, their gradients added
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward and backward pass and of frozen parts;
     #   trained parameters, the optimizer and the loss are float32
-    loss_chunk: int = 0  # scored tokens of a device whose logits are there at once; 0: as many as fit 64 MiB
+    loss_chunk: int = 0  # scored tokens of a device whose logits are there at once; 0: all, or 512, as fits 64 MiB
     checkpoint_every_steps: int = 500
     keep_checkpoints: int = 3  # the last so many
     keep_best: int = 0  # and so many more: those with the lowest mean training loss since the checkpoint before

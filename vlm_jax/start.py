@@ -1,5 +1,6 @@
-"""What must be settled before a process imports JAX."""
+"""What a process settles with its allocator: pages before it imports JAX, and memory that it needs no more."""
 
+import ctypes
 import os
 import sys
 
@@ -17,3 +18,14 @@ def prepare_process() -> None:
         return
     os.environ["GLIBC_TUNABLES"] = f"{settings}:{HUGE_PAGES}".strip(":")
     os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+def give_back_memory() -> None:
+    """Gives the memory that glibc keeps for later back to the system (Linux).
+
+    Freed small pieces stay with the process: XLA's compiler leaves about 400 MB for a step of 39 M parameters, beside
+    which the step then takes its own.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -29,7 +29,7 @@ def ours(kind: str, folder: str):
     from vlm_jax.config import Mesh, Optim, Train
     from vlm_jax.structs import State
     from vlm_jax.train import optim as optimizers
-    from vlm_jax.train.step import compiled_step, state_shardings
+    from vlm_jax.train.step import ready_step, state_shardings
 
     optim = Optim("adamw", RATE, warmup_steps=1, beta1=BETAS[0], beta2=BETAS[1], weight_decay=DECAY, clip_norm=CLIP)
     model = probe.Ours.load(folder, optim=optim, train=Train(steps=STEPS, batch_size=probe.ROWS))
@@ -40,8 +40,8 @@ def ours(kind: str, folder: str):
         state = State(jax.numpy.int32(0), model.params, jax.jit(begin)(trained))
         held = {"state": jax.device_put(state, state_shardings(cfg, mesh))}
         del state, trained, model
-        step = compiled_step(cfg, mesh)
         batch = jax.device_put(batch, axes.row_sharding(mesh))
+        step = ready_step(cfg, mesh, held["state"], batch)
 
     def take() -> float:
         with jax.set_mesh(mesh):

@@ -12,7 +12,7 @@ from flax import traverse_util
 from vlm_jax import axes
 from vlm_jax.config import Mesh
 from vlm_jax.testing import random_batch, random_params, tiny
-from vlm_jax.train.loss import cross_entropy, head_cross_entropy
+from vlm_jax.train.loss import chunk_tokens, cross_entropy, head_cross_entropy
 from vlm_jax.train.step import head_of
 
 ROWS, LENGTH = 8, 28
@@ -71,6 +71,13 @@ def test_in_chunks_is_plain_whatever_is_scored(chunk, weights):
         jax.jit(lambda *given: 3 * head_cross_entropy(head_of(cfg), given[0], {}, *given[1:], chunk))(*given),
         plain(cfg, *given)[0],
     )
+
+
+def test_what_does_not_fit_at_once_is_cut_into_chunks_that_few_scored_tokens_fill():
+    assert chunk_tokens(2048, 8192) == 2048, "64 MiB of logits: no loop"
+    assert chunk_tokens(2080, 8192) == 512
+    assert chunk_tokens(2080, 128_256) == 130, "as many as fit"
+    assert chunk_tokens(2048, 8192, chunk=7) == 7
 
 
 @pytest.mark.parametrize("tied, softcap", [(True, 5.0), (False, 0.0)])

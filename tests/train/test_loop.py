@@ -193,7 +193,7 @@ def test_a_run_may_continue_on_another_mesh(finished, capsys):
 @pytest.mark.parametrize("field", ["loss", "grad_norm"])
 @pytest.mark.parametrize("bad_step", [3, 4])  # between two checkpoints, and where one is due
 def test_a_number_that_is_not_finite_stops_the_run_before_it_is_saved(experiment, monkeypatch, field, bad_step):
-    def compiled_step(cfg, mesh):
+    def ready_step(cfg, mesh, state, batch):
         def step(state, batch):  # what the loop sees of a step, without its arithmetic
             state = state.replace(step=state.step + 1)
             metrics = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0, "finite": {"decoder/norm/scale": False}}
@@ -202,7 +202,7 @@ def test_a_number_that_is_not_finite_stops_the_run_before_it_is_saved(experiment
         return step
 
     cfg = experiment()
-    monkeypatch.setattr(loop, "compiled_step", compiled_step)
+    monkeypatch.setattr(loop, "ready_step", ready_step)
     with pytest.raises(loop.NotFinite, match=f"step {bad_step}: the {field} is nan"):
         loop.train(cfg)
     assert saved_steps(cfg) == [2]

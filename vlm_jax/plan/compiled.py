@@ -85,5 +85,6 @@ def lowered(cfg: Experiment, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
 def loss_turns(cfg: Experiment, mesh: jax.sharding.Mesh) -> int:
     """Chunks of the loss on a device in one microbatch, if all text of a row is scored."""
     rows = cfg.train.batch_size // axes.row_shards(mesh)
-    chunk = chunk_tokens(cfg.decoder.vocab_size, cfg.train.loss_chunk)
-    return math.ceil(rows * cfg.data.text_length / cfg.train.microbatches / chunk)
+    rows //= cfg.train.microbatches
+    chunk = chunk_tokens(rows * cfg.row_length, cfg.decoder.vocab_size, cfg.train.loss_chunk)
+    return math.ceil(rows * cfg.data.text_length / chunk)

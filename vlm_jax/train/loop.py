@@ -30,7 +30,7 @@ from vlm_jax.train.log import Log, Work
 from vlm_jax.train.peak import peak_flops_per_second
 from vlm_jax.train.preemption import Notice, Preempted
 from vlm_jax.train.profile import Profile
-from vlm_jax.train.step import abstract_state, compiled_step, new_state
+from vlm_jax.train.step import abstract_state, new_state, ready_step
 from vlm_jax.workdir import Workdir
 
 
@@ -161,7 +161,7 @@ def begin(cfg: Experiment, mesh, data, checkpoints: Checkpoints) -> tuple[State,
 def run_steps(run: Run, state: State) -> State:
     """The steps that are left, in the order that the module states."""
     cfg, rows = run.cfg.train, axes.row_sharding(run.mesh)
-    step_fn = compiled_step(run.cfg, run.mesh)
+    step_fn = None
     before, losses = None, []  # since the last checkpoint
     with contextlib.closing(Profile(cfg, Workdir(run.cfg.workdir))) as profile:
         for step in range(int(state.step) + 1, cfg.steps + 1):
@@ -170,6 +170,7 @@ def run_steps(run: Run, state: State) -> State:
             batch = next(run.data)
             waited = time.perf_counter() - asked
             on_device = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+            step_fn = step_fn or ready_step(run.cfg, run.mesh, state, on_device)
             profile.before(step)
             state, metrics = step_fn(state, on_device)
             profile.after(step, metrics)

@@ -12,6 +12,7 @@ from vlm_jax import axes
 from vlm_jax.structs import Batch
 
 CHUNK_BYTES = 64 * 2**20  # logits that a device holds at once, unless `train.loss_chunk` says otherwise
+CHUNK_TOKENS = 512  # of a chunk where one is not enough: a product's best rate, and few slots that no token fills
 Params = dict[tuple[str, ...], jax.Array]
 
 
@@ -47,12 +48,12 @@ def head_cross_entropy(
 
     The scored tokens of each device's rows are packed to the front, and a loop runs as far as they reach on the fullest
     device: its cost grows with their number, whatever that is. A chunk's gradients are made together with its logits,
-    so that the backward pass holds no others. With `chunk` 0 it is what fits CHUNK_BYTES; what fits one chunk needs no
-    loop. `trained` and `frozen` are the head's parameters; only the first get a gradient.
+    so that the backward pass holds no others. With `chunk` 0 it is that of `chunk_tokens`; what fits one needs no loop.
+    `trained` and `frozen` are the head's parameters; only the first get a gradient.
     """
     shards = axes.row_shards()
     tokens = batch.targets.size // shards
-    chunk = chunk_tokens(head.vocab_size, chunk)
+    chunk = chunk_tokens(tokens, head.vocab_size, chunk)
     if tokens <= chunk:
         logits = axes.constrain(head.logits({**trained, **frozen}, hidden), "B S V")
         return cross_entropy(logits, batch)[0]
@@ -65,9 +66,10 @@ def head_cross_entropy(
     return _chunked(head, chunk, *gathered, *packed, chunks)
 
 
-def chunk_tokens(vocab_size: int, chunk: int = 0) -> int:
-    """Tokens of a device whose logits are there at once."""
-    return chunk or max(1, CHUNK_BYTES // (4 * vocab_size))
+def chunk_tokens(tokens: int, vocab_size: int, chunk: int = 0) -> int:
+    """How many of a device's tokens have their logits at once: `chunk`, or all that fit, or chunks that do."""
+    fitting = max(1, CHUNK_BYTES // (4 * vocab_size))
+    return chunk or (tokens if tokens <= fitting else min(fitting, CHUNK_TOKENS))
 
 
 def _packed(x, order):

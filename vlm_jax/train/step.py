@@ -12,6 +12,7 @@ from vlm_jax import axes
 from vlm_jax.config import Experiment
 from vlm_jax.nn.models import boxed_params
 from vlm_jax.nn.vlm import VLM, init_params
+from vlm_jax.start import give_back_memory
 from vlm_jax.structs import Batch, State
 from vlm_jax.train import optim
 from vlm_jax.train.loss import Head, Params, head_cross_entropy
@@ -150,3 +151,10 @@ def compiled_step(cfg: Experiment, mesh: jax.sharding.Mesh) -> Callable[[State, 
         out_shardings=(state, axes.replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def ready_step(cfg: Experiment, mesh: jax.sharding.Mesh, state: State, batch: Batch) -> jax.stages.Compiled:
+    """`compiled_step` of arrays like these; what the compiler held is free before the first step takes its memory."""
+    program = compiled_step(cfg, mesh).lower(state, batch).compile()
+    give_back_memory()
+    return program

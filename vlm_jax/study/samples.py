@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from PIL import Image
 
+from vlm_jax.config import Experiment
 from vlm_jax.data import pipeline
 from vlm_jax.study.matching import spelt
 from vlm_jax.study.page import Picture, Sample, Section
@@ -28,13 +29,18 @@ def sample_section(results: Results) -> Section:
     if any(other.asked != first.asked for other in others):
         return Section(title, ["The arms were asked about different images."])
     chosen = _chosen(answered)
-    cfg = results.plan.arms[axis, study.reference]
+    cfg = max((results.plan.arms[axis, arm] for arm in study.arms), key=_pixels)
     questions = pipeline.questions(cfg, cfg.eval.split, cfg.eval.max_examples)
     made = [_sample(number, i, answered, questions[i].images()) for number, i in enumerate(chosen)]
     text = (
         f"From the {cfg.eval.split} split, at matched {spelt(axis)}, seed {seed}: some arms are right, and some wrong."
     )
     return Section(title, [text], samples=made)
+
+
+def _pixels(cfg: Experiment) -> int:
+    """The side of what an arm sees at the most: the sharpest pictures are shown."""
+    return cfg.vision.image_size_px * cfg.vision.tiles
 
 
 def _chosen(answered: Mapping[str, Result]) -> list[int]:

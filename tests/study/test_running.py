@@ -1,0 +1,137 @@
+"""A study that is run really: killed in the middle it goes on, and a failed arm stops no other."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.study import studies
+from vlm_jax.study import cli, measuring, planning, record, running
+from vlm_jax.study.folder import Folder
+from vlm_jax.study.running import Queue
+from vlm_jax.workdir import Workdir
+
+FILE = """
+from tests.study import studies
+
+
+def get_study():
+    study = studies.study({datasets!r}, matched={{"examples": ""}})
+    return studies.with_cache(study, {cache!r})
+"""
+PATIENCE_SECONDS = 300
+
+
+@pytest.fixture
+def file(tmp_path, datasets_dir, monkeypatch):
+    """A study of two arms and two seeds whose costs are known already: it is `measuring` that finds them out."""
+    monkeypatch.chdir(tmp_path)
+    flags = os.environ["XLA_FLAGS"].split()  # for a run, one device is enough, and compiles faster
+    monkeypatch.setenv("XLA_FLAGS", " ".join(flag for flag in flags if "device_count" not in flag))
+    file = tmp_path / "mine.py"
+    file.write_text(FILE.format(datasets=datasets_dir, cache=str(tmp_path / "compiled")))
+    for name in ("linear", "shuffle"):
+        measured = Folder(tmp_path / "runs/studies/mine").measurement(name)
+        measured.parent.mkdir(parents=True, exist_ok=True)
+        measured.write_text(json.dumps(studies.MEASURED))
+    return file
+
+
+def test_a_study_that_is_killed_goes_on_where_it_was(file, tmp_path, capsys):
+    command = [sys.executable, str(record.ROOT / "experiments/study.py"), "run", str(file), "--jobs", "2"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(record.ROOT)})
+    runs = tmp_path / "runs/studies/mine/examples"
+    first = runs / "linear/seed_0/eval.json"
+    begun = time.monotonic()
+    while not first.exists() and time.monotonic() < begun + PATIENCE_SECONDS and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 75
+    done = first.stat().st_mtime_ns
+    assert not (runs / "shuffle/seed_1/eval.json").exists()
+
+    assert cli.main(["run", str(file), "--jobs", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "of 4 runs are done\n" in printed and "[4/4]" in printed
+    assert first.stat().st_mtime_ns == done
+    for arm in ("linear", "shuffle"):
+        for seed in (0, 1):
+            workdir = Workdir(str(runs / arm / f"seed_{seed}"))
+            lines = [json.loads(line)["step"] for line in workdir.metrics.read_text().splitlines()]
+            assert lines == list(range(1, 7))
+            assert workdir.predictions.exists()
+    assert cli.main(["report", str(file)]) == 0
+    assert "| linear |" in (tmp_path / "runs/studies/mine/report/report.md").read_text()
+
+
+def test_what_a_model_costs_is_measured(datasets_dir, tmp_path):
+    cfg = dataclasses.replace(studies.base(datasets_dir), workdir=str(tmp_path / "none"))
+    found = measuring.measure(cfg)
+    assert set(found) == set(studies.MEASURED)
+    assert found["examples_per_second"] == pytest.approx(24 / found["step_seconds"])
+    assert found["decoded_tokens_per_second"] > 0
+    assert found["peak_memory_bytes"] > 2**26
+    assert found["data_sha256"] == measuring.data_hash(cfg)
+    other = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seed=1))
+    assert measuring.data_hash(other) != found["data_sha256"]
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.fixture
+def queue(datasets_dir, tmp_path, monkeypatch):
+    """`queue(script)`: the runs of a study whose processes are a line of Python; `W` is the work folder."""
+
+    def make(script):
+        plan = planning.plan(studies.study(datasets_dir, matched={"examples": ""}, seeds=1), tmp_path, False, {})
+        monkeypatch.setattr(
+            running, "command", lambda *words: [sys.executable, "-c", f"import sys; W = {words[-1]!r}\n{script}"]
+        )
+        return Queue(plan.runs(), dict.fromkeys(plan.runs(), 1.0)), plan
+
+    return make
+
+
+SUCCEED = "open(W + '/eval.json', 'w').close()"
+
+
+def test_a_failed_arm_stops_no_other_and_is_noted_with_its_error(queue, capsys):
+    made, plan = queue(f"if 'linear' in W: sys.exit('error: the loss is nan.')\n{SUCCEED}")
+    made.work(jobs=1)
+    assert [run.arm for run in made.failed] == ["linear"]
+    assert running.is_done(plan.runs()[1])
+    printed = capsys.readouterr().out
+    assert "[1/2] examples/linear/seed_0  failed: exit code 1: error: the loss is nan." in printed
+    assert "[2/2] examples/shuffle/seed_0  done" in printed
+    assert record.read(plan.runs()[0].cfg.workdir)["error"] == "error: the loss is nan."
+
+
+def test_a_run_that_was_preempted_is_continued(queue):
+    made, plan = queue(f"import os\nif not os.path.exists(W + '/t'): open(W + '/t', 'w'); sys.exit(75)\n{SUCCEED}")
+    made.work(jobs=2)
+    assert not made.failed
+    codes = [[one["exit_code"] for one in record.read(run.cfg.workdir)["attempts"]] for run in plan.runs()]
+    assert codes == [[75, 0], [75, 0]]
+
+
+def test_a_run_that_another_process_trains_is_left_alone(queue, capsys):
+    made, plan = queue(SUCCEED)
+    workdir = Workdir(plan.runs()[0].cfg.workdir)
+    with workdir.locked():
+        made.work(jobs=1)
+    assert [run.arm for run in made.failed] == ["linear"]
+    assert "is in use: another process trains there" in capsys.readouterr().out
+    assert not workdir.config.exists()
+
+
+def test_an_error_is_found_in_what_a_process_said(tmp_path):
+    log = tmp_path / "log.txt"
+    assert record.last_error(log) == ""
+    log.write_text("step 1\nTraceback\n  x\nValueError: no\n----\nFor simplicity, JAX has removed\n")
+    assert record.last_error(log) == "ValueError: no"
+    log.write_text("step 1\nKilled\n\n")
+    assert record.last_error(log) == "Killed"

@@ -83,15 +83,6 @@ def test_a_tag_does_not_know_the_tiles_after_its_own(kind, forward, random_param
 
 
 @every_kind
-def test_without_tags_all_text_reads_all_tiles(kind, forward, random_params):
-    cfg = experiment(kind, tile_tags="none")
-    batch, params = rows(cfg, 3, 3, 3, 3), random_params(cfg)
-    asked = batch.branch_ids[0] > 0
-    for view in range(cfg.vision.views):
-        assert moves(forward, cfg, params, batch, 0, view)[asked].all(), view
-
-
-@every_kind
 def test_a_batch_of_mixed_tile_counts_is_one_by_one_and_cached_is_uncached(kind, forward, random_params):
     cfg, params = experiment(kind), random_params(experiment(kind))
     shown, asked = [[picture(2)], [picture(3)], [picture(1)], []], ["which of the two?", "what?", "small?", "nothing?"]

@@ -2,16 +2,26 @@
 
 from vlm_jax.config import Data, Decoder, Eval, Experiment, Fusion, Optim, Projector, Train, Vision
 
-SMALL = {"width": 96, "heads": 4, "mlp_width": 384, "activation": "relu2", "unroll": 3}
-
 
 def get_config() -> Experiment:
     return Experiment(
         data=Data(source="glyphs", cell_px=8, text_length=116, augment=()),
-        vision=Vision(**SMALL, depth=3, positions="sincos"),
+        vision=Vision(width=96, mlp_width=384, depth=3, activation="relu2", positions="sincos", unroll=3),
         projector=Projector(kind="linear"),
         fusion=Fusion(kind="unified"),
-        decoder=Decoder(**SMALL, depth=3, vocab_size=300),
+        decoder=Decoder(  # a small Llama
+            width=96,
+            mlp_width=256,
+            depth=4,
+            norm="rmsnorm",
+            activation="silu",
+            gated_mlp=True,
+            qkv_bias=False,
+            out_bias=False,
+            mlp_bias=False,
+            vocab_size=300,
+            unroll=4,
+        ),
         optim=Optim(kind="muon", learning_rate=2e-3, warmup_steps=50),
         train=Train(steps=600, batch_size=32),
         eval=Eval(split="validation", max_examples=2000),

@@ -1,0 +1,24 @@
+"""Which fusion style reads better, and what does it cost?
+
+At 64 px a page is one tile: hybrid has its tokens in the sequence and reads them by cross-attention besides.
+"""
+
+from configs.glyphs_typewritten_unified import get_config
+from vlm_jax.study import Study, changed
+
+
+def get_study() -> Study:
+    return Study(
+        question="Which fusion style reads better, at the same examples and at the same training FLOPs?",
+        base=changed(get_config(), {"eval.split": "test"}),
+        arms={
+            "unified": {},
+            "cross_attention": {"fusion.kind": "cross_attention"},
+            "hybrid": {"fusion.kind": "hybrid"},
+            "encoder_decoder": {"fusion.kind": "encoder_decoder"},
+            "encoder_free": {"vision.kind": "none"},
+        },
+        matched={"examples": "", "training_flops": "train.steps"},
+        reference="unified",
+        quick={"train.steps": 8, "data.images": (200, 50, 50), "eval.max_examples": 40},
+    )

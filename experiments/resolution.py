@@ -1,0 +1,33 @@
+"""How do score, memory and speed grow with image tokens?
+
+Pages of 64, 128 and 224 px in tiles of 32 px and a thumbnail, letters always of one size: a larger page holds more.
+"""
+
+from configs.glyphs_typewritten_unified import get_config
+from vlm_jax.study import Study, changed
+
+TILES = {64: 4, 128: 16, 224: 49}
+KINDS = ("unified", "cross_attention", "hybrid")
+
+
+def get_study() -> Study:
+    fields = {
+        "eval.split": "test",
+        "vision.image_size_px": 32,
+        "projector.kind": "pixel_shuffle",
+        "data.text_length": 200,
+        "decoder.max_positions": 512,
+        "train.batch_size": 16,
+    }
+    return Study(
+        question="How do score, memory and speed grow with image tokens?",
+        base=changed(get_config(), fields),
+        arms={
+            f"{kind}_{px}": {"fusion.kind": kind, "data.image_px": px, "vision.tiles": TILES[px]}
+            for px in TILES
+            for kind in KINDS
+        },
+        matched={"examples": ""},
+        reference="unified_64",
+        quick={"train.steps": 4, "data.images": (200, 50, 50), "eval.max_examples": 20},
+    )

@@ -196,7 +196,8 @@ def test_a_number_that_is_not_finite_stops_the_run_before_it_is_saved(experiment
     def ready_step(cfg, mesh, state, batch):
         def step(state, batch):  # what the loop sees of a step, without its arithmetic
             state = state.replace(step=state.step + 1)
-            metrics = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0, "finite": {"decoder/norm/scale": False}}
+            metrics = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0}
+            metrics |= {"finite": {"decoder/norm/scale": False}, "largest": {"decoder/norm/scale": 1.0}}
             return state, metrics | ({field: float("nan")} if int(state.step) == bad_step else {})
 
         return step

@@ -47,7 +47,7 @@ def three_steps(cfg, shape):
             batch = batch if cfg.fusion.has_images else batch.replace(images=None)
             batch = jax.device_put(batch, axes.row_sharding(mesh))
             state, metrics = step(state, batch)
-            rows.append({name: float(value) for name, value in metrics.items() if name != "finite"})
+            rows.append({name: float(value) for name, value in metrics.items() if name not in ("finite", "largest")})
     params, gradients = jax.device_get((state.params, state.optimizer[1].mu))
     return rows, traverse_util.flatten_dict(params), gradients
 

@@ -14,15 +14,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from vlm_jax import axes, cli, config_file
 from vlm_jax.config import ConfigError, Data, Mesh, Optim, Train
 from vlm_jax.data import images as image_files
 from vlm_jax.data import pipeline, sources
-from vlm_jax.testing import tiny
+from vlm_jax.testing import random_batch, random_params, tiny
 from vlm_jax.train import loop, preemption
 from vlm_jax.train.checkpoint import Checkpoints, NotSaved
-from vlm_jax.train.step import abstract_state
+from vlm_jax.train.step import abstract_state, make_state, train_step
 from vlm_jax.workdir import Workdir
 
 ROOT = Path(__file__).parents[2]
@@ -192,20 +193,45 @@ def test_what_is_not_finite_is_named_with_the_images_of_its_batch(experiment):
     with pytest.raises(loop.NotFinite) as error:
         loop.train(cfg)
     said = str(error.value)
-    assert said.startswith("step 2: the loss is nan; the first gradient that is not finite is that of vision (vision/")
+    assert said.startswith(
+        "step 2: the loss is nan; the parameters are finite and no gradient is; the largest number, "
+    )
     ids = pipeline.image_ids(cfg, {"next_index": 1})
     assert said.endswith(f"The batch held the images {', '.join(map(str, ids))}.")
 
 
-def test_the_first_bad_gradient_is_that_of_the_earliest_part_of_the_forward_pass():
-    finite = dict.fromkeys(
-        ["vision/patch_embed/positions", "projector/linear/kernel", "decoder/final_norm/scale"], True
-    )
-    finite |= {"decoder/blocks/layers/block_0/cross/key/kernel": False, "decoder/final_norm/scale": False}
-    assert loop.first_bad(finite | {"decoder/embedding/table": False}) == (
-        "the first gradient that is not finite is that of decoder (decoder/embedding/table), 3 of 5 are not"
-    )
-    assert "projector (projector/linear/kernel)" in loop.first_bad(finite | {"projector/linear/kernel": False})
+PLANTED = {
+    "vision": "vision/patch_embed/positions",
+    "projector": "projector/linear/kernel",
+    "decoder": "decoder/final_norm/scale",
+    "cross_attention": "decoder/blocks/layers/block_0/cross/value/kernel",
+}
+
+
+@pytest.mark.parametrize("part", PLANTED)
+def test_a_parameter_that_is_not_finite_is_named_and_no_other(part):
+    cfg = tiny("cross_attention")
+    with jax.set_mesh(axes.make_mesh(cfg.mesh, jax.devices()[:1])):
+        params = traverse_util.flatten_dict(random_params(cfg), sep="/")
+        params[PLANTED[part]] = params[PLANTED[part]] * np.nan
+        state = make_state(cfg, jax.random.key(0)).replace(params=traverse_util.unflatten_dict(params, sep="/"))
+        _, metrics = jax.jit(train_step, static_argnums=0)(cfg, state, random_batch(cfg))
+    said = loop.first_bad(jax.device_get(metrics["finite"]), jax.device_get(metrics["largest"]))
+    assert said == f"the first parameter that is not finite is of {part} ({PLANTED[part]}), 1 of {len(params)} are not"
+
+
+def test_a_gradient_is_spoilt_from_where_the_backward_pass_comes():
+    paths = [
+        "vision/patch_embed/kernel",
+        "projector/linear/kernel",
+        "decoder/embedding/table",
+        "decoder/final_norm/scale",
+    ]
+    sizes = dict.fromkeys(paths, 1.0)
+    said = loop.first_bad(dict(zip(paths, (False, False, True, True))), sizes)
+    assert said == "the backward pass spoils that of projector (projector/linear/kernel) first, 2 of 4 gradients"
+    said = loop.first_bad(dict.fromkeys(paths, False), sizes | {"projector/linear/kernel": 1e30})
+    assert said.endswith("no gradient is; the largest number, 1e+30, is of projector (projector/linear/kernel)")
 
 
 def test_the_ids_of_a_batch_are_those_of_its_images(experiment):

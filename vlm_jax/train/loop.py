@@ -198,13 +198,13 @@ def counts_of(batch: Batch) -> tuple:
 def note(run: Run, step: int, metrics: dict, data_wait_seconds: float, place: dict) -> float:
     """Writes the step down and returns its loss; `place` is that of its batch in the data."""
     metrics = jax.device_get(metrics)
-    finite, counts = metrics.pop("finite"), metrics.pop("counts")
+    finite, largest, counts = (metrics.pop(name) for name in ("finite", "largest", "counts"))
     metrics = {name: float(value) for name, value in metrics.items()}
     for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics[name]):
-            ids = ", ".join(map(str, pipeline.image_ids(run.cfg, place)))
+            ids, where = ", ".join(map(str, pipeline.image_ids(run.cfg, place))), first_bad(finite, largest)
             raise NotFinite(
-                f"step {step}: the {name} is {metrics[name]}; {first_bad(finite)}. The last checkpoint is kept."
+                f"step {step}: the {name} is {metrics[name]}; {where}. The last checkpoint is kept."
                 + (f" The batch held the images {ids}." if ids else "")
             )
     if run.log is not None:
@@ -212,16 +212,32 @@ def note(run: Run, step: int, metrics: dict, data_wait_seconds: float, place: di
     return metrics["loss"]
 
 
-def first_bad(finite: dict[str, bool]) -> str:
-    """Names the first parameter, in the order of the forward pass, whose gradient is not finite, and its part."""
-    ends = {"patch_embed": 0, "embedding": 0, "final_norm": 2}
+def first_bad(finite: dict[str, bool], largest: dict[str, float]) -> str:
+    """Names the parameter where it began, and its part, out of which gradients are finite and the parameters' sizes.
 
-    def place(path: str) -> tuple:
-        names = tuple(path.split("/"))
-        return optim.PARTS.index(optim.part_of(names)), ends.get(names[1], 1), path
-
-    bad = sorted((path for path, is_finite in finite.items() if not is_finite), key=place)
-    if not bad:
+    That is the first bad parameter of the forward pass, or else the first gradient that the backward pass spoils. Where
+    all of those are spoilt the forward pass was: there the largest number is named.
+    """
+    bad = sorted((path for path, size in largest.items() if not math.isfinite(size)), key=_place)
+    if bad:
+        return f"the first parameter that is not finite is of {_named(bad[0])}, {len(bad)} of {len(largest)} are not"
+    spoilt = sorted((path for path, is_finite in finite.items() if not is_finite), key=_place)
+    if not spoilt:
         return "each gradient is finite"
-    part = optim.PARTS[place(bad[0])[0]]
-    return f"the first gradient that is not finite is that of {part} ({bad[0]}), {len(bad)} of {len(finite)} are not"
+    if len(spoilt) < len(finite):
+        return f"the backward pass spoils that of {_named(spoilt[-1])} first, {len(spoilt)} of {len(finite)} gradients"
+    path = max(largest, key=largest.get)
+    return (
+        f"the parameters are finite and no gradient is; the largest number, {largest[path]:.3g}, is of {_named(path)}"
+    )
+
+
+def _place(path: str) -> tuple:
+    """Where a parameter is read in the forward pass."""
+    names = tuple(path.split("/"))
+    ends = {"patch_embed": 0, "embedding": 0, "final_norm": 2, "free_head": 3}
+    return optim.PARTS.index(optim.part_of(names)), ends.get(names[1], 1), path
+
+
+def _named(path: str) -> str:
+    return f"{optim.part_of(tuple(path.split('/')))} ({path})"

@@ -120,8 +120,9 @@ def summed(gradient: Callable, batch: Batch, parts: int):
 def train_step(cfg: Experiment, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
     """Returns the next state, and `loss` (nats per scored token), `grad_norm` and `learning_rate` of this step.
 
-    And `finite`: by its path, whether a parameter's gradient is; the sums are those of `grad_norm`. The loss is divided
-    by the scored tokens of the whole batch, so that microbatches with few and with many of them count as they should.
+    And by the path of a parameter `finite`, whether its gradient is (the sums are those of `grad_norm`), and `largest`,
+    its `magnitudes` before the step. The loss is divided by the scored tokens of the whole batch, so that microbatches
+    with few and with many of them count as they should.
     """
     trained, frozen = optim.split(state.params, cfg.optim)
     count = jnp.maximum(jnp.sum(batch.loss_weights), 1)
@@ -133,13 +134,24 @@ def train_step(cfg: Experiment, state: State, batch: Batch) -> tuple[State, dict
     transform = optim.optimizer(cfg.optim, cfg.train.steps)
     updates, optimizer = transform.update(gradients, state.optimizer, trained)
     params = optim.join(optax.apply_updates(trained, updates), frozen)
+    norm = optax.tree.norm(gradients)
     metrics = {
         "loss": value,
-        "grad_norm": optax.tree.norm(gradients),
+        "grad_norm": norm,
         "learning_rate": optim.schedule(cfg.optim, cfg.train.steps)(state.step),
         "finite": {"/".join(path): jnp.isfinite(jnp.sum(jnp.square(x))) for path, x in gradients.items()},
+        "largest": magnitudes(trained | frozen, ~jnp.isfinite(value + norm)),
     }
     return State(state.step + 1, params, optimizer), metrics
+
+
+def magnitudes(params: Params, wanted: jax.Array) -> dict[str, jax.Array]:
+    """The largest absolute number of every parameter, by its path; 0, and nothing is read, unless they are `wanted`."""
+
+    def largest():
+        return {"/".join(path): jnp.max(jnp.abs(x)).astype(jnp.float32) for path, x in params.items()}
+
+    return jax.lax.cond(wanted, largest, lambda: {"/".join(path): jnp.float32(0) for path in params})
 
 
 def compiled_step(cfg: Experiment, mesh: jax.sharding.Mesh) -> Callable[[State, Batch], tuple[State, dict]]:

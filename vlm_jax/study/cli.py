@@ -106,7 +106,8 @@ def _run(given: argparse.Namespace, study: Study, choose: Callable[[list[Run]], 
         preparing.measure(place, {name: cfg for name, cfg in plan.models().items() if name in wanted})
     queue = running.Queue(runs, {one: _expected_seconds(place, plan, one) for one in runs})
     queue.work(given.jobs)
-    print(f"python experiments/study.py report {given.file} writes down what there is")
+    again = f"{given.file} --folder {given.folder}" + " --quick" * given.quick
+    print(f"python experiments/study.py report {again} writes down what there is")
     return int(bool(queue.failed))
 
 
@@ -136,7 +137,8 @@ def report(arguments: list[str]) -> int:
     place = Folder(given.folder)
     if not place.definition.exists():
         raise ConfigError(f"folder {place.path} holds no study: run it first, or name its --folder.")
-    study = replace(asked(given), seeds=place.seeds())
+    study = asked(given)
+    study = replace(study, seeds=max(study.seeds, place.seeds()))
     plan = planning.plan(study, given.folder, given.quick, preparing.step_seconds(place, study))
     place.check(plan)
     found = results.read(plan)

@@ -7,7 +7,7 @@ def get_config() -> Experiment:
     return Experiment(
         data=Data(source="glyphs", cell_px=8, text_length=116, augment=()),
         vision=Vision(width=96, mlp_width=384, depth=3, activation="relu2", positions="sincos", unroll=3),
-        projector=Projector(kind="linear"),
+        projector=Projector(kind="pixel_shuffle", factor=2),
         fusion=Fusion(kind="unified"),
         decoder=Decoder(  # a small Llama
             width=96,
@@ -22,7 +22,7 @@ def get_config() -> Experiment:
             vocab_size=300,
             unroll=4,
         ),
-        optim=Optim(kind="muon", learning_rate=2e-3, warmup_steps=50),
+        optim=Optim(kind="muon", learning_rate=3e-3, warmup_steps=50),
         train=Train(steps=600, batch_size=32),
         eval=Eval(split="validation", max_examples=2000),
     )

@@ -10,7 +10,6 @@ def get_study() -> Study:
         "fusion.kind": "cross_attention",
         "decoder.depth": 8,
         "decoder.unroll": 8,
-        "projector.kind": "pixel_shuffle",
     }
     return Study(
         question="How many layers of cross-attention does reading need, and do their gates help?",
@@ -21,8 +20,6 @@ def get_study() -> Study:
             "every_4th": {"fusion.cross_every": 4},
             "once": {"fusion.cross_layers": (4,)},
             "every_no_gate": {"fusion.gated": False},
-            "every_2nd_no_gate": {"fusion.cross_every": 2, "fusion.gated": False},
-            "every_4th_no_gate": {"fusion.cross_every": 4, "fusion.gated": False},
             "once_no_gate": {"fusion.cross_layers": (4,), "fusion.gated": False},
         },
         matched={"examples": ""},

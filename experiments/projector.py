@@ -13,7 +13,7 @@ def get_study() -> Study:
         question="Does the connector matter at an equal count of image tokens?",
         base=changed(get_config(), {"eval.split": "test", "projector.queries": 16}),
         arms={
-            "pixel_shuffle": {"projector.kind": "pixel_shuffle"},
+            "pixel_shuffle": {},
             "average_pool": {"projector.kind": "average_pool"},
             "resampler": {"projector.kind": "resampler"},
             "linear": {"projector.kind": "linear", "vision.patch_size_px": 16},

@@ -14,10 +14,10 @@ def get_study() -> Study:
     fields = {
         "eval.split": "test",
         "vision.image_size_px": 32,
-        "projector.kind": "pixel_shuffle",
         "data.text_length": 200,
         "decoder.max_positions": 512,
         "train.batch_size": 16,
+        "train.steps": 500,
     }
     return Study(
         question="How do score, memory and speed grow with image tokens?",

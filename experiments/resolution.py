@@ -16,6 +16,7 @@ def get_study() -> Study:
         "vision.image_size_px": 32,
         "data.text_length": 200,
         "decoder.max_positions": 512,
+        "decoder.vocab_size": 350,  # of which up to 50 are the tags of tiles
         "train.batch_size": 16,
         "train.steps": 500,
     }

@@ -20,7 +20,7 @@ from vlm_jax import axes, cli, config_file
 from vlm_jax.config import ConfigError, Data, Mesh, Optim, Train
 from vlm_jax.data import images as image_files
 from vlm_jax.data import pipeline, sources
-from vlm_jax.testing import random_batch, random_params, tiny
+from vlm_jax.testing import random_batch, random_params, tiny, variants
 from vlm_jax.train import loop, preemption
 from vlm_jax.train.checkpoint import Checkpoints, NotSaved
 from vlm_jax.train.step import abstract_state, make_state, train_step
@@ -32,10 +32,10 @@ SAME = ("step", "loss", "grad_norm", "learning_rate", "padding_fraction")
 
 @pytest.fixture
 def experiment(datasets_dir, tmp_path):
-    """`experiment(workdir, **train)`: a tiny one of 8 steps on 40 images, saved after every third."""
+    """`experiment(workdir, kind, **train)`: a tiny one of 8 steps on 40 images, saved after every third."""
 
-    def make(workdir="run", **train):
-        cfg = tiny()
+    def make(workdir="run", kind="unified", **train):
+        cfg = variants()[kind]
         return replace(
             cfg,
             data=Data(dir=datasets_dir, train_split="train[:40]", questions_per_row=3, text_length=100, augment=()),
@@ -283,12 +283,13 @@ def kill_after(process, cfg, step, seconds):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_a_run_ends_as_one_that_was_not(experiment):
-    steps = {"steps": 40, "checkpoint_every_steps": 1}  # it is saving nearly always
-    whole, cfg = experiment("whole", **steps), experiment("killed", **steps)
+@pytest.mark.parametrize("kind", variants())
+def test_killed_at_random_moments_a_run_ends_as_one_that_was_not(experiment, kind):
+    steps = {"steps": 30, "checkpoint_every_steps": 1}  # it is saving nearly always
+    whole, cfg = experiment("whole", kind, **steps), experiment("killed", kind, **steps)
     loop.train(whole)
     chance = random.Random(0)
-    for step in (3, 9, 15, 21, 27):
+    for step in (3, 10, 17):
         kill_after(start(cfg), cfg, step, chance.uniform(0, 0.5))
     process = start(cfg)
     output, _ = process.communicate()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.data import glyphs
+from vlm_jax.data import pages as paper
 from vlm_jax.data.drawn import Drawing
 
 SIZES_PX = (64, 200, 448)
@@ -18,8 +19,8 @@ every_page = pytest.mark.parametrize("image_px, cell_px", [*((px, 0) for px in S
 def pages(image_px, split="train", count=60, cell_px=0):
     for index in range(count):
         rng = np.random.default_rng([7, index])
-        page = glyphs.page(rng, image_px, split, cell_px)
-        yield page, glyphs.questions(rng, page, glyphs.pool(split))
+        page = paper.page(rng, image_px, split, cell_px)
+        yield page, glyphs.questions(rng, page, paper.pool(split))
 
 
 def overlap(a, b):
@@ -37,12 +38,12 @@ def test_no_word_leaves_the_page_or_touches_another(image_px, cell_px):
 @every_size
 def test_ink_is_in_the_boxes_alone_and_of_the_words_color(image_px):
     for page, _ in pages(image_px, count=20):
-        pixels = np.asarray(glyphs.draw(page)).astype(int)
+        pixels = np.asarray(paper.draw(page)).astype(int)
         inked = (pixels != page.background).any(axis=-1)
         for word in page.words:
             left, top, right, bottom = word.box
             inside = pixels[top:bottom, left:right].reshape(-1, 3)
-            assert np.abs(inside - glyphs.COLORS[word.color]).sum(axis=-1).min() < 60
+            assert np.abs(inside - paper.COLORS[word.color]).sum(axis=-1).min() < 60
             assert inked[top:bottom, left:right].any()
             edges = inked[top:bottom, [left, right - 1]], inked[[top, bottom - 1], left:right]
             assert not any(edge.any() for edge in edges)
@@ -55,7 +56,7 @@ def test_typewritten_letters_stand_in_cells_of_their_own(cell_px):
     """Every word in whole cells, each of which holds one letter's ink, and at the very edge, too."""
     lefts = set()
     for page, _ in pages(64, cell_px=cell_px, count=100):
-        pixels = np.asarray(glyphs.draw(page)).astype(int)
+        pixels = np.asarray(paper.draw(page)).astype(int)
         inked = (pixels != page.background).any(axis=-1)
         for word in page.words:
             left, top, right, bottom = word.box
@@ -120,7 +121,7 @@ def test_a_transcript_says_what_stands_on_the_page():
     drawing = Drawing(name="x", image_px=64, images=(1, 1, 1), cell_px=8, transcript=True)
     for index in range(5):
         _, asked = glyphs.Glyphs.example(SimpleNamespace(builder_config=drawing), np.random.default_rng(index), "train")
-        page = glyphs.page(np.random.default_rng(index), 64, "train", 8)
+        page = paper.page(np.random.default_rng(index), 64, "train", 8)
         said = "\n".join(" ".join(f"{word.color} {word.text}" for word in line) for line in by_place(page))
         for each in asked:
             transcript, _, question = each.question.rpartition("\n")
@@ -129,15 +130,15 @@ def test_a_transcript_says_what_stands_on_the_page():
 
 
 def test_test_pages_have_words_and_a_font_that_are_never_seen():
-    seen, held_out = map(set, glyphs.words())
+    seen, held_out = map(set, paper.words())
     assert not seen & held_out
     for cell_px in (0, 8):
-        assert not set(glyphs.fonts("train", cell_px)) & set(glyphs.fonts("test", cell_px))
-        assert glyphs.fonts("validation", cell_px) == glyphs.fonts("train", cell_px)
+        assert not set(paper.fonts("train", cell_px)) & set(paper.fonts("test", cell_px))
+        assert paper.fonts("validation", cell_px) == paper.fonts("train", cell_px)
     for split, cell_px in itertools.product(("train", "validation", "test"), (0, 8)):
         vocabulary = held_out if split == "test" else seen
         for page, asked in pages(64, split, cell_px=cell_px):
-            assert page.font in glyphs.fonts(split, cell_px)
+            assert page.font in paper.fonts(split, cell_px)
             assert {word.text for word in page.words} <= vocabulary
             assert all(set(each.answer.split()) <= vocabulary for each in asked if each.type.startswith("read"))
             assert all(each.question.split()[1] in vocabulary for each in asked if each.type == "present")
@@ -145,11 +146,11 @@ def test_test_pages_have_words_and_a_font_that_are_never_seen():
 
 def test_every_letter_of_a_held_out_word_is_learned_at_its_place():
     """So that a reader of letters can read them."""
-    seen, held_out = ({(len(word), i, word[i]) for word in words for i in range(len(word))} for words in glyphs.words())
+    seen, held_out = ({(len(word), i, word[i]) for word in words for i in range(len(word))} for words in paper.words())
     assert held_out <= seen
 
 
 def test_a_larger_page_holds_more_words_in_more_sizes():
-    assert [glyphs.most_words(px) for px in (64, 224, 448)] == [4, 9, 16]
-    assert [len(glyphs.sizes_px(px)) for px in (64, 224, 448)] == [2, 4, 6]
-    assert {glyphs.sizes_px(px)[0] for px in (64, 224, 448)} == {glyphs.SMALLEST_PX}
+    assert [paper.most_words(px) for px in (64, 224, 448)] == [4, 9, 16]
+    assert [len(paper.sizes_px(px)) for px in (64, 224, 448)] == [2, 4, 6]
+    assert {paper.sizes_px(px)[0] for px in (64, 224, 448)} == {paper.SMALLEST_PX}

@@ -127,9 +127,11 @@ def _widen(operations: list[Operation], readers: dict[Value, list[Operation]]) -
 def _kept(operations: list[Operation], readers: dict[Value, list[Operation]]) -> set[Value]:
     """Results of fused operations that are held all the same.
 
-    What a loop takes in, and an exponential that is summed up and read again, as in softmax: XLA computes it once.
+    What a loop takes in, what stands before a barrier, and an exponential that is summed up and read again, as in
+    softmax: XLA computes it once.
     """
-    kept = {value for operation in operations if operation.name in LOOPS for value in operation.reads}
+    stored = LOOPS | {"optimization_barrier"}
+    kept = {value for operation in operations if operation.name in stored for value in operation.reads}
     for operation in operations:
         for value in operation.makes if operation.name == "exp" else ():
             names = {reader.name for reader in readers[value]}

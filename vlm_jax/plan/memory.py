@@ -21,8 +21,8 @@ from vlm_jax.structs import Batch
 from vlm_jax.train import optim
 from vlm_jax.train.step import state_shapes, state_shardings, train_step
 
-# Of what comes and goes, the share that the TPU compiler leaves empty in between. It reserved 1.00, 1.16 and 1.23 of the
-# sum that is predicted for the training configs of LLaVA's two stages and of PaliGemma (libtpu 0.0.42).
+# Of what comes and goes, the share that the TPU compiler leaves empty in between. It reserved 1.00, 1.16 and 1.23 of
+# the sum that is predicted for the training configs of LLaVA's two stages and of PaliGemma (libtpu 0.0.42).
 HOLES = 0.1
 
 

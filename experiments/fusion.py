@@ -1,6 +1,7 @@
 """Which fusion style reads better, and what does it cost?
 
-At 64 px a page is one tile: hybrid has its tokens in the sequence and reads them by cross-attention besides.
+At 64 px a page is one tile: hybrid has its tokens in the sequence and reads them by cross-attention besides. There are
+no gates: they protect a decoder that can speak already, and this one learns from nothing (`placement.py` has both).
 """
 
 from configs.glyphs_typewritten_unified import get_config
@@ -10,7 +11,7 @@ from vlm_jax.study import Study, changed
 def get_study() -> Study:
     return Study(
         question="Which fusion style reads better, at the same examples and at the same training FLOPs?",
-        base=changed(get_config(), {"eval.split": "test"}),
+        base=changed(get_config(), {"eval.split": "test", "fusion.gated": False}),
         arms={
             "unified": {},
             "cross_attention": {"fusion.kind": "cross_attention"},

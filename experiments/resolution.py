@@ -13,6 +13,7 @@ KINDS = ("unified", "cross_attention", "hybrid")
 def get_study() -> Study:
     fields = {
         "eval.split": "test",
+        "fusion.gated": False,
         "vision.image_size_px": 32,
         "data.text_length": 200,
         "decoder.max_positions": 512,

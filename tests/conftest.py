@@ -31,3 +31,10 @@ def compiled_once(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     yield
     jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_let_go():
+    """A program holds memory maps, and Linux allows a process 65,530: with those of all modules XLA would crash."""
+    yield
+    jax.clear_caches()

@@ -102,14 +102,14 @@ class Ours:
     image_id: int
 
     @classmethod
-    def load(cls, folder: str, **sections) -> "Ours":
-        """`sections` replace those of the experiment; the loop over depth is laid out."""
+    def load(cls, folder: str, unroll: int = 64, remat: str = "none", **sections) -> "Ours":
+        """`sections` replace those of the experiment; the loops over depth are laid out, unless `unroll` is less."""
         from vlm_jax.hub.load import load_checkpoint
 
         checkpoint, params = load_checkpoint(folder, taps="output")  # as transformers 5 takes those of an mllama
         cfg = checkpoint.cfg
-        unrolled = {"vision": replace(cfg.vision, unroll=64), "decoder": replace(cfg.decoder, unroll=64)}
-        return cls(replace(cfg, **unrolled, **sections), params, checkpoint.image_token)
+        loops = {name: replace(getattr(cfg, name), unroll=unroll, remat=remat) for name in ("vision", "decoder")}
+        return cls(replace(cfg, **loops, **sections), params, checkpoint.image_token)
 
     def batch(self, arrays: dict[str, np.ndarray]):
         """With the targets of `labels`, shifted as ours are."""

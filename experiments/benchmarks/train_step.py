@@ -6,7 +6,8 @@ Float32, batch 8, one image of 196 tokens and 64 text tokens a row, AdamW with c
 weights, inputs and rates; transformers with scaled-dot-product attention and torch's fused AdamW. The losses of the
 first steps are printed side by side and have to agree. The peak is the best of a few products of 2048 x 2048
 matrices, measured by each side in its own turns; the share counts what torch's operators compute (`FlopCounterMode`),
-for both sides alike. Both have glibc's huge pages, as `run.py` has.
+for both sides alike. In the backward pass ours computes all but the products with weights again (`remat` "dots", in
+loops that are not laid out): that takes less time than keeping it does. Both have glibc's huge pages, as `run.py` has.
 """
 
 import argparse
@@ -32,7 +33,8 @@ def ours(kind: str, folder: str):
     from vlm_jax.train.step import ready_step, state_shardings
 
     optim = Optim("adamw", RATE, warmup_steps=1, beta1=BETAS[0], beta2=BETAS[1], weight_decay=DECAY, clip_norm=CLIP)
-    model = probe.Ours.load(folder, optim=optim, train=Train(steps=STEPS, batch_size=probe.ROWS))
+    train = Train(steps=STEPS, batch_size=probe.ROWS)
+    model = probe.Ours.load(folder, unroll=1, remat="dots", optim=optim, train=train)
     cfg, mesh, batch = model.cfg, axes.make_mesh(Mesh()), model.batch(probe.inputs(kind))
     with jax.set_mesh(mesh):
         trained, _ = optimizers.split(model.params, cfg.optim)

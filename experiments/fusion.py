@@ -11,11 +11,11 @@ from vlm_jax.study import Study, changed
 def get_study() -> Study:
     return Study(
         question="Which fusion style reads better, at the same examples and at the same training FLOPs?",
-        base=changed(get_config(), {"eval.split": "test", "fusion.gated": False}),
+        base=changed(get_config(), {"eval.split": "test"}),
         arms={
             "unified": {},
-            "cross_attention": {"fusion.kind": "cross_attention"},
-            "hybrid": {"fusion.kind": "hybrid"},
+            "cross_attention": {"fusion.kind": "cross_attention", "fusion.gated": False},
+            "hybrid": {"fusion.kind": "hybrid", "fusion.gated": False},
             "encoder_decoder": {"fusion.kind": "encoder_decoder"},
             "encoder_free": {"vision.kind": "none"},
         },

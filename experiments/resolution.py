@@ -7,13 +7,16 @@ from configs.glyphs_typewritten_unified import get_config
 from vlm_jax.study import Study, changed
 
 TILES = {64: 4, 128: 16, 224: 49}
-KINDS = ("unified", "cross_attention", "hybrid")
+KINDS = {  # without gates, as in `fusion.py`
+    "unified": {},
+    "cross_attention": {"fusion.kind": "cross_attention", "fusion.gated": False},
+    "hybrid": {"fusion.kind": "hybrid", "fusion.gated": False},
+}
 
 
 def get_study() -> Study:
     fields = {
         "eval.split": "test",
-        "fusion.gated": False,
         "vision.image_size_px": 32,
         "data.text_length": 200,
         "decoder.max_positions": 512,
@@ -25,9 +28,9 @@ def get_study() -> Study:
         question="How do score, memory and speed grow with image tokens?",
         base=changed(get_config(), fields),
         arms={
-            f"{kind}_{px}": {"fusion.kind": kind, "data.image_px": px, "vision.tiles": TILES[px]}
+            f"{kind}_{px}": {**fusion, "data.image_px": px, "vision.tiles": TILES[px]}
             for px in TILES
-            for kind in KINDS
+            for kind, fusion in KINDS.items()
         },
         matched={"examples": ""},
         reference="unified_64",

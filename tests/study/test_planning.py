@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from tests.study import studies
 from vlm_jax.config import ConfigError
 from vlm_jax.study import changed, planning
+from vlm_jax.study.definition import files, load
 from vlm_jax.study.folder import Folder, as_json, definition, differences
 from vlm_jax.testing import tiny
+
+ROOT = Path(__file__).parents[2]
 
 
 def plan(tmp_path, quick=False, seconds=None, **fields):
@@ -99,3 +103,10 @@ def test_where_data_lies_is_no_matter_of_the_study(tmp_path):
     found = json.dumps(definition(plan(tmp_path)))
     moved = planning.plan(studies.study("elsewhere"), tmp_path / "other", False, {})
     assert json.dumps(definition(moved)) == found
+
+
+@pytest.mark.parametrize("quick", [False, True], ids=["whole", "quick"])
+@pytest.mark.parametrize("file", files(ROOT / "experiments"), ids=lambda file: file.stem)
+def test_a_study_that_is_here_can_be_planned(file, quick, tmp_path):
+    made = planning.plan(load(str(file)), tmp_path, quick, {})
+    assert made.runs()

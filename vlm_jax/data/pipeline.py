@@ -88,15 +88,15 @@ def _row_builder(cfg: Experiment, tokenizer: Tokenizer) -> Callable:
         pixels = image_files.augment(record.image, cfg.data.augment, rng)
         pairs = [encode(record.questions[i], record.answers[i]) for i in chosen]
         packed = text.pack_row(cfg, pairs, tiles.tiles_of(pixels, cfg.vision))
-        packed["images"] = tiles.stacked([image_files.normalise(pixels, cfg.vision)], cfg.vision)
-        return packed
+        return packed | {"images": pixels}
 
     return row
 
 
 def _stack(vision: Vision, rows: Sequence[dict[str, np.ndarray]]) -> Batch:
-    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return packing.tiled(vision, Batch(**stacked))
+    images = tiles.one_a_row([row["images"] for row in rows], vision)
+    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "images"}
+    return packing.tiled(vision, Batch(**stacked, images=images))
 
 
 def conversation_source(data: Data, split: str) -> conversations.Conversations | tfds_sets.Asked:

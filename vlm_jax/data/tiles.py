@@ -85,6 +85,16 @@ def stacked(images: Sequence[np.ndarray], vision: Vision) -> np.ndarray:
     return views
 
 
+def one_a_row(images: Sequence[np.ndarray], vision: Vision) -> np.ndarray:
+    """Images that are laid out, (height, width, 3) uint8 -> (B, J, image_size_px, image_size_px, 3), normalised.
+
+    Those that are all of one size are normalised at once: NumPy lets other threads run meanwhile.
+    """
+    if vision.views == 1:
+        return normalise(np.stack(images), vision)[:, None]
+    return np.stack([stacked([normalise(pixels, vision)], vision) for pixels in images])
+
+
 def views_there(tiles: Sequence[int], vision: Vision) -> np.ndarray:
     """The number of tiles of every image (0: it is missing) -> (I * J,) bool: which of all the views are there."""
     number, views = np.array(tiles, np.int32)[:, None], np.arange(vision.views)

@@ -77,13 +77,16 @@ class Word:
 
 @dataclass(frozen=True)
 class Page:
-    """Words, and the room and the units in which they are set: pixels, or cells of `cell_px` x 2 `cell_px`."""
+    """Words whose letters stand where their font puts them; they are set in units of a pixel."""
 
     image_px: int
-    cell_px: int  # 0: letters stand where their font puts them
     font: str
     background: tuple[int, int, int]
     lines: tuple[tuple[Word, ...], ...] = ()  # from top to bottom, each from left to right
+
+    unit_px = (1, 1)  # width and height of a unit
+    line_gap = LINE_GAP_PX
+    has_margin = True  # whether a line keeps off the edge
 
     @property
     def words(self) -> tuple[Word, ...]:
@@ -91,9 +94,9 @@ class Page:
         return tuple(itertools.chain(*self.lines))
 
     @property
-    def unit_px(self) -> tuple[int, int]:
-        """Width and height of a unit."""
-        return (self.cell_px, 2 * self.cell_px) if self.cell_px else (1, 1)
+    def sizes_px(self) -> list[int]:
+        """Heights that its letters may have."""
+        return sizes_px(self.image_px)
 
     @property
     def room(self) -> tuple[int, int]:
@@ -103,15 +106,47 @@ class Page:
 
     def ink(self, text: str, size_px: int) -> tuple[int, int, int, int]:
         """The box of a word, in units, around the point where its line begins."""
-        return (0, 0, len(text), 1) if self.cell_px else _ink(self.font, text, size_px)
+        return _ink(self.font, text, size_px)
 
     def gap(self, size_px: int) -> int:
         """Units that a word keeps from the one before it in its line."""
-        return 1 if self.cell_px else size_px // 2
+        return size_px // 2
+
+    def write(self, pen: ImageDraw.ImageDraw, word: Word) -> None:
+        ink, (left, top, *_) = self.ink(word.text, word.size_px), word.box
+        at, font = (left - ink[0], top - ink[1]), _font(self.font, word.size_px)
+        pen.text(at, word.text, COLORS[word.color], font, anchor="ls")
+
+
+@dataclass(frozen=True)
+class Typewritten(Page):
+    """Every letter in a cell of `cell_px` x 2 `cell_px`, all of one size; a cell is a unit."""
+
+    cell_px: int = 8
+
+    line_gap = 0
+    has_margin = False
 
     @property
-    def line_gap(self) -> int:
-        return 0 if self.cell_px else LINE_GAP_PX
+    def unit_px(self) -> tuple[int, int]:
+        return self.cell_px, 2 * self.cell_px
+
+    @property
+    def sizes_px(self) -> list[int]:
+        return [int(self.cell_px * LETTER_OF_CELL)]
+
+    def ink(self, text, size_px):
+        return 0, 0, len(text), 1
+
+    def gap(self, size_px):
+        return 1
+
+    def write(self, pen, word):
+        width_px, height_px = self.unit_px
+        baseline_px = word.box[1] + int(height_px * BASELINE_OF_CELL)
+        for i, letter in enumerate(word.text):
+            at, font = (word.box[0] + (i + 0.5) * width_px, baseline_px), _font(self.font, word.size_px)
+            pen.text(at, letter, COLORS[word.color], font, anchor="ms")
 
 
 def pool(split: str) -> tuple[str, ...]:
@@ -131,8 +166,8 @@ def page(rng: np.random.Generator, image_px: int, split: str, cell_px: int = 0) 
     background = tuple(int(channel) for channel in rng.integers(225, 256, 3))
     texts = [pool(split)[i] for i in rng.choice(len(pool(split)), count, replace=False)]
     colors = [list(COLORS)[i] for i in rng.choice(len(COLORS), count, replace=count > len(COLORS))]
-    sizes = [int(cell_px * LETTER_OF_CELL)] if cell_px else sizes_px(image_px)
-    empty = Page(image_px, cell_px, font, background)
+    empty = Typewritten(image_px, font, background, cell_px=cell_px) if cell_px else Page(image_px, font, background)
+    sizes = empty.sizes_px
     for tried in itertools.count():
         allowed = sizes[: max(1, len(sizes) - tried // TRIES)]
         chosen = [pick(rng, allowed) for _ in texts]
@@ -171,7 +206,7 @@ def _broken(rng, empty: Page, items):
 def _line(rng, empty: Page, items, start_y) -> tuple[Word, ...] | None:
     inks = [empty.ink(text, size_px) for text, size_px, _ in items]
     gaps = [empty.gap(size_px) for _, size_px, _ in items]
-    gaps[0] *= not empty.cell_px  # a typewritten line may begin at the very edge
+    gaps[0] *= empty.has_margin
     lefts = _spread(rng, empty.room[0], [ink[2] - ink[0] for ink in inks], gaps)
     if lefts is None:
         return None
@@ -207,13 +242,5 @@ def draw(described: Page) -> Image.Image:
     image = Image.new("RGB", (described.image_px,) * 2, described.background)
     pen = ImageDraw.Draw(image)
     for word in described.words:
-        font, color, (left, top, *_) = _font(described.font, word.size_px), COLORS[word.color], word.box
-        if not described.cell_px:
-            ink = _ink(described.font, word.text, word.size_px)
-            pen.text((left - ink[0], top - ink[1]), word.text, color, font, anchor="ls")
-            continue
-        width_px, height_px = described.unit_px
-        for i, letter in enumerate(word.text):
-            at = left + (i + 0.5) * width_px, top + int(height_px * BASELINE_OF_CELL)
-            pen.text(at, letter, color, font, anchor="ms")
+        described.write(pen, word)
     return image

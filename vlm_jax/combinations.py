@@ -6,6 +6,7 @@ import re
 from vlm_jax.config import ConfigError, Experiment
 
 SMALLEST_CELL_PX = 6  # of typewritten letters, to be legible
+DRAWN_FIELDS = {("image_px", "images", "seed"): ("glyphs", "digits"), ("cell_px", "transcript"): ("glyphs",)}
 
 
 def _data(cfg: Experiment) -> None:
@@ -34,12 +35,11 @@ def _data(cfg: Experiment) -> None:
 
 def _drawn(cfg: Experiment) -> None:
     data = cfg.data
-    unread = [name for name in ("image_px", "images", "seed") if _is_changed(data, name)]
-    if unread and not data.is_drawn:
-        raise ConfigError(f"data.{unread[0]} is of data.source glyphs and digits, not of {data.source}: leave it out.")
-    unread = [name for name in ("cell_px", "transcript") if _is_changed(data, name)]
-    if unread and data.source != "glyphs":
-        raise ConfigError(f"data.{unread[0]} is of data.source glyphs, not of {data.source}: leave it out.")
+    for names, sources in DRAWN_FIELDS.items():
+        unread = [name for name in names if _is_changed(data, name)]
+        if unread and data.source not in sources:
+            of = " and ".join(sources)
+            raise ConfigError(f"data.{unread[0]} is of data.source {of}, not of {data.source}: leave it out.")
     if 0 < data.cell_px < SMALLEST_CELL_PX:
         raise ConfigError(
             f"data.cell_px is {data.cell_px}: choose {SMALLEST_CELL_PX} to 8, or 0 for letters set freely."

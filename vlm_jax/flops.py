@@ -66,8 +66,7 @@ class Gradients:
 
 def token_flow(cfg: Experiment) -> Tokens:
     """Tokens of a row with as many images as it has room for."""
-    vision, together = cfg.vision, bool(cfg.vision.tile_layouts)
-    tiles = vision.tiles if together else vision.views
+    vision, together, tiles = cfg.vision, bool(cfg.vision.tile_layouts), cfg.vision.pictures
     if not cfg.fusion.has_images:
         return Tokens(0, 0, 0, 0, 0, 0, 0, cfg.row_length, 0)
     images, patches = cfg.data.images_per_row, math.prod(vision.grid)

@@ -82,8 +82,13 @@ class Vision(Transformer):
 
     @property
     def views(self) -> int:
-        """J: pictures of one image that the encoder reads, at the most: its tiles and then its thumbnail."""
+        """J: pictures that the data makes of one image, at the most: its tiles and then its thumbnail."""
         return self.cut_tiles + int(self.thumbnail and self.cut_tiles > 1)
+
+    @property
+    def pictures(self) -> int:
+        """Pictures of one image that the encoder reads at the most, one by one or all together."""
+        return self.tiles if self.tile_layouts else self.views
 
     @property
     def has_tags(self) -> bool:

@@ -13,7 +13,6 @@ from tqdm import tqdm
 from vlm_jax.config import Data
 
 SPLITS = ("train", "validation", "test")
-DRAWN_FIELDS = ("image_px", "images", "seed", "cell_px", "transcript")  # of `Data`
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Asked:
 
 @dataclass(eq=False)
 class Drawing(tfds.core.BuilderConfig):
-    """What is drawn. Its name is a folder, so that sizes and seeds lie side by side."""
+    """What is drawn, by fields of `Data`. Its name is a folder, so that sizes and seeds lie side by side."""
 
     name: str = ""
     image_px: int = 64
@@ -38,7 +37,8 @@ class Drawing(tfds.core.BuilderConfig):
     def of(cls, data: Data) -> "Drawing":
         kind = f"_cell{data.cell_px}" * bool(data.cell_px) + "_transcript" * data.transcript
         name = f"px{data.image_px}{kind}_seed{data.seed}_{'_'.join(map(str, data.images))}"
-        return cls(name=name, **{field: getattr(data, field) for field in DRAWN_FIELDS})
+        fields = {field: getattr(data, field) for field in cls.__annotations__ if field != "name"}
+        return cls(name=name, **fields)
 
 
 def question_info(builder: tfds.core.DatasetBuilder, image_px: int) -> tfds.core.DatasetInfo:

@@ -93,7 +93,7 @@ def example_batch(cfg: Experiment, rows: int = 1, length: int | None = None) -> 
         segment_ids=ids + 1,
         branch_ids=ids,
         image_slots=ids,
-        image_mask=jnp.ones((rows, length, cfg.vision.tiles if cfg.vision.tile_layouts else cfg.vision.views), bool),
+        image_mask=jnp.ones((rows, length, cfg.vision.pictures), bool),
         targets=ids,
         loss_weights=jnp.ones((rows, length)),
     )

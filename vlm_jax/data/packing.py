@@ -85,12 +85,11 @@ def pixel_reader(cfg: Experiment, source: Conversations) -> Callable[[int], np.n
     vision, side = cfg.vision, cfg.vision.image_size_px
     needed_px = side if vision.cut_tiles == 1 else 0  # the layout is that of an image's own size
 
-    @functools.lru_cache(image_files.CACHE_BYTES // (3 * side**2 * vision.cut_tiles))
     def read(number: int) -> np.ndarray:
         name, encoded = source.image(number)
         return tiles.lay_out(image_files.decode(encoded, f"image {name}", needed_px), vision)
 
-    return read
+    return tiles.kept(read, vision)
 
 
 def tile_counter(cfg: Experiment, source: Conversations) -> Callable[[int], int]:

@@ -25,8 +25,7 @@ class Decoded:
     def __init__(self, records: sources.Records, vision: Vision):
         self.records = records
         self._vision = vision
-        most_bytes = 3 * vision.cut_tiles * vision.image_size_px**2
-        self._read = functools.lru_cache(image_files.CACHE_BYTES // most_bytes)(self._decode)
+        self._read = tiles.kept(self._decode, vision)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -241,6 +240,18 @@ def prompt_batch(
         if most:
             row["images"] = _filled(tiles.stacked(pixels, cfg.vision), 0, views)
     return packing.tiled(cfg.vision, Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]}))
+
+
+def question_batch(
+    cfg: Experiment,
+    tokenizer: Tokenizer,
+    asked: Sequence[Question],
+    shown: Sequence[Question],
+    length: int | None = None,
+) -> Batch:
+    """`prompt_batch` of questions, each about the images of the one that is `shown` in its place."""
+    images = [[image_files.normalise(pixels, cfg.vision) for pixels in question.images()] for question in shown]
+    return prompt_batch(cfg, tokenizer, images, [question.question for question in asked], length)
 
 
 def _filled(x: np.ndarray, axis: int, size: int) -> np.ndarray:

@@ -10,15 +10,17 @@ The rule that picks the grid is that of InternVL 1.5 (Chen et al. 2024, section 
 one tile has no thumbnail: it is one. Views that are not there are grey; no token stands for them or reads them.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import einops
 import numpy as np
 from PIL import Image
 
-from vlm_jax.config import Vision
-from vlm_jax.data.images import fit, normalise
+from vlm_jax.config import CHANNELS, Vision
+from vlm_jax.data.images import CACHE_BYTES, fit, normalise
 
 
 def layouts(most: int) -> list[tuple[int, int]]:
@@ -51,6 +53,12 @@ def tile_count(width: int, height: int, vision: Vision) -> int:
 def lay_out(image: Image.Image, vision: Vision) -> np.ndarray:
     """Any RGB image -> (rows * image_size_px, columns * image_size_px, 3) uint8: resized to its best layout."""
     return fit(image, vision.image_size_px, best_layout(*image.size, vision))
+
+
+def kept(read: Callable[[int], Any], vision: Vision) -> Callable[[int], Any]:
+    """What `read` gives for a number, something with an image that is laid out; those read last stay in memory."""
+    most_bytes = CHANNELS * vision.cut_tiles * vision.image_size_px**2
+    return functools.lru_cache(CACHE_BYTES // most_bytes)(read)
 
 
 def to_pixels(image: Image.Image, vision: Vision) -> np.ndarray:

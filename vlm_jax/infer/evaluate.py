@@ -11,7 +11,6 @@ from tqdm import tqdm
 from vlm_jax import axes, distributed
 from vlm_jax.config import Experiment
 from vlm_jax.data import pipeline
-from vlm_jax.data.images import normalise
 from vlm_jax.data.pipeline import Question
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.infer.generate import Decoding, generate
@@ -77,9 +76,8 @@ def answer(
     answers: list[str] = []
     for start in tqdm(range(0, len(asked), rows), desc=label, unit="batch", disable=None):
         chosen = [min(i, len(asked) - 1) for i in range(start, start + rows)]
-        prompts = [asked[i].question for i in chosen]
-        images = [[normalise(pixels, cfg.vision) for pixels in shown[i].images()] for i in chosen]
-        batch = pipeline.prompt_batch(cfg, tokenizer, images, prompts, length)
+        pairs = [[those[i] for i in chosen] for those in (asked, shown)]
+        batch = pipeline.question_batch(cfg, tokenizer, *pairs, length)
         with jax.set_mesh(mesh):
             made = generate(cfg, params, axes.place_rows(batch, mesh), cfg.eval.max_new_tokens, how)
         made = multihost_utils.process_allgather(made, tiled=True)

@@ -17,7 +17,6 @@ import jax
 from vlm_jax import axes, cli, config_file
 from vlm_jax.config import Experiment
 from vlm_jax.data import pipeline, sources
-from vlm_jax.data.images import normalise
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.hub import compose
 from vlm_jax.infer.generate import Decoding, generate
@@ -70,8 +69,7 @@ def _measure_steps(cfg: Experiment, mesh, tokenizer: Tokenizer, state: State) ->
 def _decoding_speed(cfg: Experiment, mesh, tokenizer: Tokenizer, params) -> float:
     """Tokens a second of all rows together, the prompts read before."""
     asked = pipeline.questions(cfg, cfg.eval.split or cfg.data.train_split, DECODED_ROWS)
-    images = [[normalise(pixels, cfg.vision) for pixels in question.images()] for question in asked]
-    batch = pipeline.prompt_batch(cfg, tokenizer, images, [question.question for question in asked])
+    batch = pipeline.question_batch(cfg, tokenizer, asked, asked)
     count = min(DECODED_TOKENS, cfg.decoder.max_positions - batch.tokens.shape[1])
     rows = -(-len(asked) // axes.row_shards(mesh)) * axes.row_shards(mesh)
     batch = jax.tree.map(lambda x: x[[i % len(asked) for i in range(rows)]], batch)

@@ -226,6 +226,12 @@ def place_rows(tree, mesh: Mesh):
     return jax.tree.map(placed, tree)
 
 
+def place_own_rows(tree, mesh: Mesh):
+    """Arrays of which every process has its own share of the rows, laid out by rows."""
+    rows = row_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), tree)
+
+
 def one_a_device(mesh: Mesh) -> NamedSharding:
     """A vector with one number on every device."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))

@@ -8,8 +8,8 @@ from jax.sharding import AbstractMesh
 
 from vlm_jax import axes, testing
 from vlm_jax.config import Mesh, Optim, RateScale
-from vlm_jax.plan import liveness, memory
-from vlm_jax.train.step import abstract_state, compiled_step
+from vlm_jax.plan import compiled, liveness, memory
+from vlm_jax.train.step import abstract_state
 
 SHAPES = {  # kind, width, text tokens, rows, trained
     "activations": ("unified", 128, 96, 8, RateScale()),
@@ -34,10 +34,7 @@ def experiment(kind, width, text, rows, rates):
 
 
 def reserved(cfg, mesh) -> int:
-    rows = axes.row_sharding(mesh)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), memory.batch_shapes(cfg))
-    with jax.set_mesh(mesh):
-        found = compiled_step(cfg, mesh).lower(abstract_state(cfg, mesh), batch).compile().memory_analysis()
+    found = compiled.lowered(cfg, mesh).compile().memory_analysis()
     outputs = found.output_size_in_bytes - found.alias_size_in_bytes
     return found.argument_size_in_bytes + outputs + found.temp_size_in_bytes
 

@@ -34,7 +34,7 @@ def make(cfg: Experiment, topology: str = "", devices: int = 1) -> dict:
     document = {
         "mesh": dict(zip(axes.MESH_AXES, sizes)),
         "rows": cfg.train.batch_size,
-        "parts": _parts(cfg),
+        "parts": parts(cfg),
         "tokens": dataclasses.asdict(token_flow(cfg)),
         "train_flops": train_flops(cfg),
         "bytes_per_device": dataclasses.asdict(held) | {"total": held.total},
@@ -45,7 +45,8 @@ def make(cfg: Experiment, topology: str = "", devices: int = 1) -> dict:
     return document
 
 
-def _parts(cfg: Experiment) -> dict:
+def parts(cfg: Experiment) -> dict[str, dict]:
+    """Parameters of every part of the model, whether they are trained, and the FLOPs of a step."""
     flat = traverse_util.flatten_dict(state_shapes(cfg).params)
     count = Counter()
     for path, x in flat.items():

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from vlm_jax.chips import GIB
 from vlm_jax.config import Experiment
 
 UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -24,7 +25,7 @@ def short(value: float, unit: str = "") -> str:
 
 
 def gib(value: float) -> str:
-    return f"{value / 2**30:.2f} GiB"
+    return f"{value / GIB:.2f} GiB"
 
 
 def _rows(lines: list[list[str]]) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 
+from vlm_jax.chips import GIB
 from vlm_jax.config import Experiment, Fusion
 from vlm_jax.flops import token_flow
 from vlm_jax.plan import document, memory
@@ -11,8 +12,6 @@ from vlm_jax.study.folder import Folder, as_json, differences
 from vlm_jax.study.page import Cell, Section, Table
 from vlm_jax.study.results import Results
 from vlm_jax.study.scores import number
-
-GIBIBYTE = 2**30
 
 
 def cost_section(results: Results) -> Section:
@@ -33,21 +32,20 @@ def cost_section(results: Results) -> Section:
 
 
 def _row(name: str, cfg: Experiment, measured: dict | None) -> list[Cell]:
-    made = document.make(cfg, devices=measured["devices"] if measured else 1)
-    parts, examples = made["parts"].values(), matching.examples_a_step(cfg)
+    parts, tokens, examples = document.parts(cfg).values(), token_flow(cfg), matching.examples_a_step(cfg)
     forward, backward = (sum(part[f"{way}_flops"] for part in parts) / examples for way in ("forward", "backward"))
     numbers = [
         f"{sum(part['parameters'] for part in parts):,}",
         f"{sum(part['parameters'] for part in parts if part['trained']):,}",
         f"{forward / 1e6:,.1f}",
         f"{backward / 1e6:,.1f}",
-        f"{made['tokens']['sequence']:,}",
-        f"{token_flow(cfg).projected:,}",
+        f"{tokens.sequence:,}",
+        f"{tokens.projected:,}",
         f"{image_cache_bytes(cfg) / 1024:,.1f}",
     ]
     speeds = ["-"] * 3
     if measured:
-        decoded, peak = measured["decoded_tokens_per_second"], measured["peak_memory_bytes"] / GIBIBYTE
+        decoded, peak = measured["decoded_tokens_per_second"], measured["peak_memory_bytes"] / GIB
         speeds = [f"{peak:.2f}", f"{measured['examples_per_second']:,.0f}", f"{decoded:,.0f}"]
     return [Cell(name), *map(number, numbers + speeds)]
 

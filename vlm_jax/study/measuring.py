@@ -23,7 +23,7 @@ from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.structs import State
 from vlm_jax.train import loop
 from vlm_jax.train.log import hbm_peak_bytes
-from vlm_jax.train.step import abstract_state, compiled_step, narrowed, new_state
+from vlm_jax.train.step import abstract_state, narrowed, new_state, ready_step
 from vlm_jax.workdir import Workdir, write_whole
 
 STEPS, UNTIMED_STEPS = 12, 2
@@ -46,11 +46,12 @@ def measure(cfg: Experiment) -> dict:
 
 
 def _measure_steps(cfg: Experiment, mesh, tokenizer: Tokenizer, state: State) -> tuple[State, dict]:
-    rows, step_fn = axes.row_sharding(mesh), compiled_step(cfg, mesh)
+    step_fn = None
     data, taken, count = pipeline.training_iterator(cfg, tokenizer), [], 0
     for _ in range(UNTIMED_STEPS + STEPS):
-        batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), next(data))
+        batch = axes.place_own_rows(next(data), mesh)
         count = int(loop.counts_of(batch)[-1])
+        step_fn = step_fn or ready_step(cfg, mesh, state, batch)
         begun = time.perf_counter()
         state, metrics = step_fn(state, batch)
         jax.block_until_ready(metrics)

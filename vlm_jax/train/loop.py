@@ -160,7 +160,7 @@ def begin(cfg: Experiment, mesh, data, checkpoints: Checkpoints) -> tuple[State,
 
 def run_steps(run: Run, state: State) -> State:
     """The steps that are left, in the order that the module states."""
-    cfg, rows = run.cfg.train, axes.row_sharding(run.mesh)
+    cfg = run.cfg.train
     step_fn = None
     before, losses = None, []  # since the last checkpoint
     with contextlib.closing(Profile(cfg, Workdir(run.cfg.workdir))) as profile:
@@ -169,7 +169,7 @@ def run_steps(run: Run, state: State) -> State:
             place = run.data.get_state()
             batch = next(run.data)
             waited = time.perf_counter() - asked
-            on_device = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+            on_device = axes.place_own_rows(batch, run.mesh)
             step_fn = step_fn or ready_step(run.cfg, run.mesh, state, on_device)
             profile.before(step)
             state, metrics = step_fn(state, on_device)

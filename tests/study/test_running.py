@@ -11,7 +11,7 @@ import time
 import pytest
 
 from tests.study import studies
-from vlm_jax.study import cli, measuring, planning, record, running
+from vlm_jax.study import cli, measuring, planning, record, results, running
 from vlm_jax.study.folder import Folder
 from vlm_jax.study.running import Queue
 from vlm_jax.workdir import Workdir
@@ -116,6 +116,16 @@ def test_a_run_that_was_preempted_is_continued(queue):
     assert not made.failed
     codes = [[one["exit_code"] for one in record.read(run.cfg.workdir)["attempts"]] for run in plan.runs()]
     assert codes == [[75, 0], [75, 0]]
+
+
+def test_a_run_that_was_stopped_is_no_failure_to_the_report(queue):
+    _, plan = queue("print('error: stopped by SIGTERM.'); sys.exit(75)")
+    run = plan.runs()[0]
+    process = running.Process(run)
+    while process.exit_code() is None:
+        time.sleep(0.01)
+    process.note()
+    assert results.read(plan).missing[run.name] == "stopped, to be continued"
 
 
 def test_a_run_that_another_process_trains_is_left_alone(queue, capsys):

@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from vlm_jax.train.preemption import RESUME_ME
 from vlm_jax.workdir import write_whole
 
 ROOT = Path(__file__).parents[2]  # of the repository
@@ -57,7 +58,7 @@ def add(workdir: str, command: list[str], seconds: float, exit_code: int) -> dic
         **environment(),
         "command": command,
         "attempts": [*read(workdir).get("attempts", []), attempt],
-        "error": last_error(Path(workdir) / LOG) if exit_code else "",
+        "error": "" if exit_code in (0, RESUME_ME) else last_error(Path(workdir) / LOG),
     }
     write_whole(Path(workdir) / RECORD, json.dumps(record, indent=1) + "\n")
     return record

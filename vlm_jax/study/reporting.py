@@ -10,7 +10,7 @@ def page(results: Results, file: str) -> Page:
     study = results.plan.study
     pairs = {axis: statistics.pairs(results, axis) for axis in study.matched}
     lead = [
-        f"{len(study.arms)} arms, {study.seeds} seeds, {len(results.plan.runs())} runs.",
+        f"{len(study.arms)} arms, {study.seeds} seed{'s' * (study.seeds > 1)}, {len(results.plan.runs())} runs.",
         *(scores.summary(results, *pair) for pair in pairs.items()),
     ]
     sections = [

@@ -1,21 +1,28 @@
 """Does the ranking of A and B flip when the decoder is frozen? As in Idefics2 (Laurencon et al. 2024, Table 3).
 
-The decoder first learns to answer from what the pages say, as text; then it gets the pages as images.
+The decoder first learns to answer from what the pages say, as text; then it gets the pages as images. An image token is
+a letter, as a token of the text was: a frozen decoder cannot learn to read four letters from one.
 """
 
 from configs.glyphs_typewritten_unified import get_config
 from vlm_jax.study import Study, changed
 
+KINDS = {
+    "unified": {},
+    "cross_attention": {"fusion.kind": "cross_attention", "fusion.gated": False},
+    "cross_attention_gated": {"fusion.kind": "cross_attention"},
+}
+FROZEN = {"optim.rate_scale.decoder": 0.0}
+
 
 def get_study() -> Study:
+    fields = {"eval.split": "test", "projector.kind": "linear", "decoder.checkpoint": "{text}"}
     return Study(
         question="Does the ranking of A and B flip when a decoder that was trained on text is frozen?",
-        base=changed(get_config(), {"eval.split": "test", "decoder.checkpoint": "{text}"}),
+        base=changed(get_config(), fields),
         arms={
-            "unified_trained": {},
-            "unified_frozen": {"optim.rate_scale.decoder": 0.0},
-            "cross_attention_trained": {"fusion.kind": "cross_attention"},
-            "cross_attention_frozen": {"fusion.kind": "cross_attention", "optim.rate_scale.decoder": 0.0},
+            **{f"{kind}_trained": fusion for kind, fusion in KINDS.items()},
+            **{f"{kind}_frozen": fusion | FROZEN for kind, fusion in KINDS.items()},
         },
         matched={"examples": ""},
         reference="unified_trained",

@@ -1,4 +1,8 @@
-"""Where should cross-attention stand, and does its gate matter? After Flamingo's Table 3 (Alayrac et al. 2022)."""
+"""Where should cross-attention stand, and does its gate matter? After Flamingo's Table 3 (Alayrac et al. 2022).
+
+Flamingo's decoder could speak already and was frozen; this one has eight layers and learns from nothing. `freezing.py`
+has the gate on a decoder that was trained before.
+"""
 
 from configs.glyphs_typewritten_unified import get_config
 from vlm_jax.study import Study, changed
@@ -8,6 +12,7 @@ def get_study() -> Study:
     fields = {
         "eval.split": "test",
         "fusion.kind": "cross_attention",
+        "fusion.gated": False,
         "decoder.depth": 8,
         "decoder.unroll": 8,
     }
@@ -19,8 +24,8 @@ def get_study() -> Study:
             "every_2nd": {"fusion.cross_every": 2},
             "every_4th": {"fusion.cross_every": 4},
             "once": {"fusion.cross_layers": (4,)},
-            "every_no_gate": {"fusion.gated": False},
-            "once_no_gate": {"fusion.cross_layers": (4,), "fusion.gated": False},
+            "every_gated": {"fusion.gated": True},
+            "once_gated": {"fusion.cross_layers": (4,), "fusion.gated": True},
         },
         matched={"examples": ""},
         reference="every",

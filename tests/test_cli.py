@@ -64,10 +64,13 @@ MISTAKES = {
     ),
     "a field without a value": (["--config", CONFIG, "--train.steps"], ["--train.steps takes one value, not none"]),
     "two values of one": (["--config", CONFIG, "--seed", "1", "2"], ["--seed takes one value, not 1 2"]),
-    "too few values": (["--config", CONFIG, "--data.special_ids", "1"], ["--data.special_ids takes 4 values, not 1"]),
+    "too few values": (
+        ["--config", CONFIG, "--data.special_ids", "1"],
+        ["--data.special_ids takes 4 values, with spaces between them, not 1"],
+    ),
     "half a pair": (
         ["--config", CONFIG, "--vision.tile_layouts", "1", "1", "2"],
-        ["--vision.tile_layouts takes 2 values each, not 1 1 2"],
+        ["--vision.tile_layouts takes 2 values each, with spaces between them, not 1 1 2"],
     ),
     "a word in a pair": (
         ["--config", CONFIG, "--vision.tile_layouts", "1", "x"],

@@ -93,6 +93,7 @@ def _check_option(fields: dict[str, object], name: str, values: list[str]) -> No
     each, any_number = _number(fields[name])
     if len(values) % each if any_number else len(values) != each:
         wanted = ("one value" if each == 1 else f"{each} values") + " each" * any_number
+        wanted += ", with spaces between them" * (each > 1)
         raise ConfigError(f"--{name} takes {wanted}, not {' '.join(values) if values else 'none'}.")
     kind = element(fields[name])
     if "" in values and flat(Experiment())[name] != "" and name not in MAY_BE_EMPTY:

@@ -1,102 +1,28 @@
 """The whole model: what may reach a token's logits and what may not, for every fusion style."""
 
-from collections.abc import Iterator
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import traverse_util
 from flax.linen import meta
 
-from vlm_jax import axes
-from vlm_jax.config import Experiment, Fusion, Projector, Rope
-from vlm_jax.data import pipeline, text, tiles
+from tests.nn.models import (
+    Letters,
+    close,
+    differ,
+    every_style,
+    pair,
+    pictures,
+    prompts,
+    rows,
+    with_memory,
+    without_images,
+)
+from vlm_jax.data import pipeline
 from vlm_jax.nn.vlm import empty_cache, init_params
 from vlm_jax.structs import PADDING, Batch
-from vlm_jax.testing import KINDS, random_batch, tiny
-from vlm_jax.train.optim import PARTS, part_of
-
-WITH_MEMORY = ("cross_attention", "encoder_decoder")
-
-
-def raw_patches(cfg, newline=False):
-    """Without an encoder, which half of the styles below have: it takes half of the time to compile."""
-    return replace(cfg, vision=replace(cfg.vision, kind="none", newline_token=newline))
-
-
-def in_tiles(cfg):
-    """Images of at most two tiles, with a thumbnail and tags."""
-    return replace(cfg, vision=replace(cfg.vision, tiles=2))
-
-
-EXPERIMENTS = {
-    "unified": tiny("unified"),
-    "fuyu": raw_patches(tiny("unified"), newline=True),
-    "cross_attention": raw_patches(tiny("cross_attention")),
-    "encoder_decoder": tiny("encoder_decoder"),
-    "hybrid": raw_patches(in_tiles(tiny("hybrid"))),
-}
-# Four training rows wherever possible: one shape, compiled once a style.
-every_style = pytest.mark.parametrize("cfg", EXPERIMENTS.values(), ids=EXPERIMENTS)
-with_memory = pytest.mark.parametrize("cfg", [EXPERIMENTS[kind] for kind in WITH_MEMORY], ids=WITH_MEMORY)
-
-
-def decoder(cfg, **settings):
-    return replace(cfg, decoder=replace(cfg.decoder, **settings))
-
-
-def pair(prompt=4, answer=2, seed=0):
-    ids = np.random.default_rng(seed).integers(len(text.SPECIALS), 300, prompt + answer).tolist()
-    return ids[:prompt], ids[prompt:]
-
-
-def rows(cfg, *pairs_of_rows, seed=0) -> Batch:
-    """A training row for every list of pairs, all about one image of as many tiles as there may be."""
-    tiles_of_it = cfg.vision.cut_tiles
-    packed = [text.pack_row(cfg, pairs, tiles_of_it) for pairs in pairs_of_rows]
-    image = tiles.stacked([picture(cfg, tiles_of_it, np.random.default_rng(seed))], cfg.vision)
-    fields = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
-    return Batch(**fields, images=np.broadcast_to(image, (len(packed), *image.shape)))
-
-
-def picture(cfg, tiles_of_it, rng):
-    """So many tiles side by side."""
-    side = cfg.vision.image_size_px
-    return rng.uniform(-1, 1, (side, tiles_of_it * side, 3)).astype(np.float32)
-
-
-def close(actual, expected):
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=2e-4)
-
-
-def differ(a, b):
-    """Every token's logits are visibly others."""
-    return (np.abs(np.subtract(a, b)).max(-1) > 1e-3).all()
-
-
-class Letters:
-    """A tokenizer of bytes."""
-
-    def encode(self, text):
-        return list(text.encode())
-
-
-def pictures(cfg, images_of_each=(2, 0)):
-    """Images for every row, the last of each of as many tiles as there may be, those before it of one."""
-    rng, most = np.random.default_rng(1), cfg.vision.cut_tiles
-    return [[picture(cfg, 1 if i < n - 1 else most, rng) for i in range(n)] for n in images_of_each]
-
-
-def prompts(cfg, images_of_each=(2, 0), questions=("two?", "no image at all?")):
-    """A left-padded batch of questions, with as many images each as asked for."""
-    return pipeline.prompt_batch(cfg, Letters(), pictures(cfg, images_of_each), questions)
-
-
-def without_images(batch: Batch) -> Batch:
-    return batch.replace(images=None, image_mask=batch.image_mask[..., :0])
-
+from vlm_jax.testing import random_batch, tiny
+from vlm_jax.train.optim import part_of
 
 # What a token sees
 
@@ -287,85 +213,3 @@ def test_a_second_batch_of_the_same_shape_compiles_nothing(forward, random_param
     compiled = forward._cache_size()
     forward(cfg, random_params(cfg), random_batch(cfg, seed=2))
     assert forward._cache_size() == compiled
-
-
-# Settings
-
-
-SETTINGS = {
-    "learned positions": {"positions": "learned"},
-    "rope on half a head": {"rope": Rope(fraction=0.5)},
-    "another rope.theta": {"rope": Rope(theta=100.0)},
-    "free head": {"tied_head": False},
-    "one kv head": {"kv_heads": 1},
-    "as many kv heads as heads": {"kv_heads": 0},
-    "wide heads": {"head_dim": 16},
-    "rmsnorm": {"norm": "rmsnorm"},
-    "gated mlp": {"gated_mlp": True},
-    "no biases": {"qkv_bias": False, "out_bias": False, "mlp_bias": False},
-    "silu": {"activation": "silu"},
-}
-
-
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_a_setting_of_the_decoder_runs_and_changes_the_logits(settings, forward, random_params):
-    base = decoder(tiny("cross_attention"), depth=1)
-    cfg, batch = decoder(base, **settings), without_images(random_batch(base))
-    there = batch.segment_ids != PADDING
-    logits = forward(cfg, random_params(cfg), batch).logits[there]
-    assert np.isfinite(logits).all()
-    assert np.abs(logits - forward(base, random_params(base), batch).logits[there]).max() > 1e-3
-
-
-def test_positions_tell_equal_tokens_apart_under_both_schemes(forward, random_params):
-    for positions in ("rope", "learned"):
-        cfg = decoder(tiny("cross_attention"), positions=positions, depth=1)
-        a, b = [11, 22, 33, 44, 55, 66], [22, 11, 33, 44, 55, 66]
-        batch = without_images(rows(cfg, [(a[:5], a[5:])], [(b[:5], b[5:])]))
-        logits = forward(cfg, random_params(cfg), batch).logits[:, 5]
-        assert differ(logits[:1], logits[1:])
-
-
-# Parameters
-
-
-def all_sorts() -> Iterator[Experiment]:
-    for kind in KINDS:
-        yield tiny(kind)
-        yield tiny(kind, fusion=Fusion(kind=kind, gated=False, cross_layers=(1,)))
-    for projector in ("mlp", "pixel_shuffle", "average_pool", "resampler"):
-        yield tiny(projector=Projector(kind=projector, heads=4))
-    yield EXPERIMENTS["fuyu"]
-    cfg = decoder(tiny(), positions="learned", tied_head=False, gated_mlp=True, norm="rmsnorm")
-    yield cfg
-    yield replace(cfg, vision=replace(cfg.vision, class_token=True, pre_norm=True, patch_embed="conv"))
-
-
-def boxes(cfg):
-    boxed = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
-    return traverse_util.flatten_dict(boxed)
-
-
-@pytest.mark.parametrize("cfg", list(all_sorts()), ids=lambda cfg: f"{cfg.fusion.kind}-{cfg.projector.kind}")
-def test_every_parameter_has_a_letter_for_each_dimension_and_belongs_to_one_part(cfg):
-    found = boxes(cfg)
-    for path, box in found.items():
-        assert isinstance(box, axes.Lettered), path
-        letters = box.letters.split()
-        assert len(letters) == len(box.value.shape), path
-        assert set(letters) <= set(axes.ALPHABET), path
-        assert ("layers" in path) == (letters[0] == "L"), path
-        assert part_of(path) in PARTS, path
-    crossing = {path for path in found if part_of(path) == "cross_attention"}
-    assert bool(crossing) == cfg.fusion.image_in_memory
-    assert {part_of(path) for path in found} >= {"projector", "decoder"}
-
-
-def test_every_letter_has_one_size_in_the_decoder():
-    """Two letters swapped in a parameter would show as a size that is not the letter's."""
-    cfg = decoder(tiny("cross_attention"), head_dim=7, positions="learned")
-    d = cfg.decoder
-    sizes = {"V": 300, "D": 32, "S": 64, "N": 4, "K": 2, "H": 7, "F": 64, "L": d.depth, "1": 1}
-    for path, box in boxes(cfg).items():
-        if path[0] == "decoder":
-            assert box.value.shape == tuple(sizes[letter] for letter in box.letters.split()), path

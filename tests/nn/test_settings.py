@@ -1,0 +1,95 @@
+"""Settings of the decoder do what they say, and every parameter is laid out by its letters."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from tests.nn.models import EXPERIMENTS, decoder, differ, rows, without_images
+from vlm_jax import axes
+from vlm_jax.config import Experiment, Fusion, Projector, Rope
+from vlm_jax.nn.vlm import init_params
+from vlm_jax.structs import PADDING
+from vlm_jax.testing import KINDS, random_batch, tiny
+from vlm_jax.train.optim import PARTS, part_of
+
+SETTINGS = {
+    "learned positions": {"positions": "learned"},
+    "rope on half a head": {"rope": Rope(fraction=0.5)},
+    "another rope.theta": {"rope": Rope(theta=100.0)},
+    "free head": {"tied_head": False},
+    "one kv head": {"kv_heads": 1},
+    "as many kv heads as heads": {"kv_heads": 0},
+    "wide heads": {"head_dim": 16},
+    "rmsnorm": {"norm": "rmsnorm"},
+    "gated mlp": {"gated_mlp": True},
+    "no biases": {"qkv_bias": False, "out_bias": False, "mlp_bias": False},
+    "silu": {"activation": "silu"},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_setting_of_the_decoder_runs_and_changes_the_logits(settings, forward, random_params):
+    base = decoder(tiny("cross_attention"), depth=1)
+    cfg, batch = decoder(base, **settings), without_images(random_batch(base))
+    there = batch.segment_ids != PADDING
+    logits = forward(cfg, random_params(cfg), batch).logits[there]
+    assert np.isfinite(logits).all()
+    assert np.abs(logits - forward(base, random_params(base), batch).logits[there]).max() > 1e-3
+
+
+def test_positions_tell_equal_tokens_apart_under_both_schemes(forward, random_params):
+    for positions in ("rope", "learned"):
+        cfg = decoder(tiny("cross_attention"), positions=positions, depth=1)
+        a, b = [11, 22, 33, 44, 55, 66], [22, 11, 33, 44, 55, 66]
+        batch = without_images(rows(cfg, [(a[:5], a[5:])], [(b[:5], b[5:])]))
+        logits = forward(cfg, random_params(cfg), batch).logits[:, 5]
+        assert differ(logits[:1], logits[1:])
+
+
+# Parameters
+
+
+def all_sorts() -> Iterator[Experiment]:
+    for kind in KINDS:
+        yield tiny(kind)
+        yield tiny(kind, fusion=Fusion(kind=kind, gated=False, cross_layers=(1,)))
+    for projector in ("mlp", "pixel_shuffle", "average_pool", "resampler"):
+        yield tiny(projector=Projector(kind=projector, heads=4))
+    yield EXPERIMENTS["fuyu"]
+    cfg = decoder(tiny(), positions="learned", tied_head=False, gated_mlp=True, norm="rmsnorm")
+    yield cfg
+    yield replace(cfg, vision=replace(cfg.vision, class_token=True, pre_norm=True, patch_embed="conv"))
+
+
+def boxes(cfg):
+    boxed = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+    return traverse_util.flatten_dict(boxed)
+
+
+@pytest.mark.parametrize("cfg", list(all_sorts()), ids=lambda cfg: f"{cfg.fusion.kind}-{cfg.projector.kind}")
+def test_every_parameter_has_a_letter_for_each_dimension_and_belongs_to_one_part(cfg):
+    found = boxes(cfg)
+    for path, box in found.items():
+        assert isinstance(box, axes.Lettered), path
+        letters = box.letters.split()
+        assert len(letters) == len(box.value.shape), path
+        assert set(letters) <= set(axes.ALPHABET), path
+        assert ("layers" in path) == (letters[0] == "L"), path
+        assert part_of(path) in PARTS, path
+    crossing = {path for path in found if part_of(path) == "cross_attention"}
+    assert bool(crossing) == cfg.fusion.image_in_memory
+    assert {part_of(path) for path in found} >= {"projector", "decoder"}
+
+
+def test_every_letter_has_one_size_in_the_decoder():
+    """Two letters swapped in a parameter would show as a size that is not the letter's."""
+    cfg = decoder(tiny("cross_attention"), head_dim=7, positions="learned")
+    d = cfg.decoder
+    sizes = {"V": 300, "D": 32, "S": 64, "N": 4, "K": 2, "H": 7, "F": 64, "L": d.depth, "1": 1}
+    for path, box in boxes(cfg).items():
+        if path[0] == "decoder":
+            assert box.value.shape == tuple(sizes[letter] for letter in box.letters.split()), path

@@ -1,0 +1,169 @@
+"""What cannot work is refused by name, and what just can is not."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from vlm_jax import config_file
+from vlm_jax.config import ConfigError, Experiment, Fusion, RateScale, Rope
+from vlm_jax.limits import ABOVE, AT_LEAST, AT_MOST, BELOW
+from vlm_jax.testing import tiny
+from vlm_jax.validate import kinds, validate
+
+
+def changed(cfg: Experiment, **values) -> Experiment:
+    """`section_field=value`, the section up to the first underscore."""
+    for name, value in values.items():
+        section, field = name.split("_", 1)
+        cfg = replace(cfg, **{section: replace(getattr(cfg, section), **{field: value})})
+    return cfg
+
+
+REFUSED = [  # changes of `tiny`, and what the sentence must say
+    ({"fusion_kind": "unifid"}, "fusion.kind 'unifid' .* unified, cross_attention"),
+    ({"data_augment": ("mirror", "shft")}, "data.augment 'shft' .* mirror, turn, shift"),
+    ({"vision_image_size_px": 15}, "vision.image_size_px 15 .* vision.patch_size_px 8.*1, 3, 5, 15 px fit"),
+    ({"decoder_heads": 5}, "decoder.width 32 .* decoder.heads 5"),
+    ({"vision_heads": 5}, "vision.width 32 .* vision.heads 5"),
+    ({"decoder_kv_heads": 3}, "decoder.heads 4 .* decoder.kv_heads 3"),
+    ({"vision_kv_heads": 3}, "vision.heads 4 .* vision.kv_heads 3"),
+    ({"projector_kind": "resampler", "projector_heads": 5}, "decoder.width 32 .* projector.heads"),
+    ({"decoder_rope": Rope(fraction=0.4)}, "decoder.rope.fraction 0.4 .* even"),
+    ({"decoder_rope": Rope(fraction=0.0)}, "decoder.rope.fraction 0.0"),
+    ({"decoder_rope": Rope(fraction=1.5)}, "decoder.rope.fraction 1.5"),
+    (
+        {"projector_kind": "pixel_shuffle", "projector_factor": 3},
+        "projector.factor 3 .* vision.image_size_px 16 .* vision.patch_size_px 8",
+    ),
+    (
+        {"projector_kind": "average_pool", "vision_class_token": True, "vision_keep_class_token": True},
+        "projector.kind average_pool .* vision.keep_class_token",
+    ),
+    (
+        {"fusion_kind": "cross_attention", "vision_newline_token": True},
+        "vision.newline_token True .* fusion.kind cross_attention",
+    ),
+    (
+        {"fusion_kind": "encoder_decoder", "vision_kind": "none", "vision_positions": "none"},
+        "vision.kind none .* vision.positions none .* fusion.kind encoder_decoder",
+    ),
+    (
+        {"fusion_kind": "cross_attention", "fusion_cross_layers": (1, 3)},
+        r"fusion.cross_layers \[3\] .* decoder.depth 2",
+    ),
+    (
+        {"fusion_kind": "cross_attention", "fusion_cross_layers": (1,), "fusion_cross_every": 2},
+        r"fusion.cross_every 2 and fusion.cross_layers \[1\] both",
+    ),
+    (
+        {"fusion_cross_every": 2},
+        "fusion.cross_every 2 is of fusion.kind cross_attention and hybrid: with .* unified",
+    ),
+    ({"fusion_cross_layers": (1,)}, r"fusion.cross_layers \(1,\) is of fusion.kind cross_attention and hybrid"),
+    ({"fusion_kind": "encoder_decoder", "fusion_gated": False}, "fusion.gated False .* fusion.kind encoder_decoder"),
+    ({"optim_rate_scale": RateScale(0, 0, 0, 0)}, "optim.rate_scale is 0 for vision, .*: nothing would learn"),
+    ({"data_source": "conversations"}, "data.source conversations needs data.files"),
+    ({"data_files": ("a.json",)}, "data.files is of data.source conversations, not of easy_vqa"),
+    ({"data_image_dir": "a"}, "data.image_dir is of data.source conversations, not of easy_vqa"),
+    ({"data_source": "tfds:vqa", "data_augment": ("mirror",)}, "data.augment mirror .* data.source tfds:vqa .* untrue"),
+    ({"data_images_per_row": 2}, "data.images_per_row 2 is of conversations: with data.source easy_vqa .* one"),
+    ({"data_source": "tfds:vqa", "fusion_blind_rows": "read_all"}, "fusion.blind_rows read_all .* other conversations"),
+    (
+        {"data_source": "tfds:vqa", "data_images_per_row": 3, "decoder_max_positions": 35},
+        "decoder.max_positions 35 has no room for the 12 image tokens .* at least 36",
+    ),
+    (
+        {"fusion_kind": "hybrid", "vision_tiles": 2, "vision_thumbnail": False},
+        "vision.thumbnail False leaves fusion.kind hybrid .* vision.tiles to 1",
+    ),
+    (
+        {"fusion_kind": "hybrid", "vision_kind": "none", "vision_positions": "none"},
+        "vision.kind none .* vision.positions none .* fusion.kind hybrid",
+    ),
+    (
+        {"fusion_kind": "hybrid", "vision_tiles": 2, "fusion_blind_rows": "read_all"},
+        "fusion.blind_rows read_all .* vision.tiles 2",
+    ),
+    (
+        {"fusion_kind": "hybrid", "fusion_prefix": "bidirectional"},
+        "fusion.prefix bidirectional .* data.questions_per_row 3",
+    ),
+    (
+        {"vision_tiles": 8},
+        r"decoder.max_positions 64 has no room for the 45 image tokens of a row \(vision.tiles 8\) .* at least 69",
+    ),
+    ({"data_tag_ids": ((4,), (5,))}, "data.tag_ids names the tags of tiles, .* vision.tiles 1 and vision.tile_tags 1d"),
+    ({"vision_tiles": 2, "data_tag_ids": ((4,), (5,))}, "data.tag_ids has 2 tags for the 3 views of vision.tiles 2"),
+    ({"decoder_max_positions": 27}, "decoder.max_positions 27 .* data.text_length 24: it must be at least 28"),
+]
+
+
+@pytest.mark.parametrize("values, said", REFUSED, ids=lambda value: " ".join(value) if isinstance(value, dict) else "")
+def test_what_cannot_work_together_is_refused_in_a_sentence_that_names_the_fields(values, said):
+    with pytest.raises(ConfigError, match=said):
+        validate(changed(tiny(), **values))
+
+
+def with_value(part, field, value):
+    """The dataclass with `value` at "section.field"."""
+    name, _, rest = field.partition(".")
+    return replace(part, **{name: with_value(getattr(part, name), rest, value) if rest else value})
+
+
+@pytest.mark.parametrize("field", AT_LEAST)
+def test_a_value_below_its_least_is_refused_by_name(field):
+    least = AT_LEAST[field]
+    with pytest.raises(ConfigError, match=f"^{field} is {least - 1}: it must be at least {least}"):
+        validate(with_value(tiny(), field, least - 1))
+
+
+FLOATS = [field for field, kind in kinds(tiny()).items() if kind is float]
+
+
+@pytest.mark.parametrize(
+    "field, value, said",
+    [(field, 0.0, "above 0") for field in ABOVE]
+    + [(field, most + 1, f"at most {most}") for field, most in AT_MOST.items()]
+    + [(field, 1.0, "below 1") for field in BELOW]
+    + [(field, float(word), "it must be") for field in FLOATS for word in ("nan", "inf")],
+)
+def test_a_number_outside_of_its_range_is_refused_by_name(field, value, said):
+    with pytest.raises(ConfigError, match=f"^{field} is {value}: .*{said}"):
+        validate(with_value(tiny(), field, value))
+
+
+@pytest.mark.parametrize(
+    "field, value, said",
+    [
+        ("train.steps", "many", "it must be int"),
+        ("train.steps", 1e3, "it must be int"),
+        ("decoder.width", True, "it must be int"),
+        ("optim.learning_rate", "0.1", "it must be float"),
+        ("fusion.gated", 1, "it must be bool"),
+        ("vision.image_mean", (0.5, 0.5), "it must be a tuple of 3 float"),
+        ("vision.tile_layouts", ((1, 1, 1),), "it must be a tuple of a tuple of 2 int"),
+        ("fusion", "unified", "it must be Fusion"),
+        ("vision", Fusion(), "it must be Vision"),
+        ("fusion.kind", None, "it must be str"),
+        ("data.augment", "mirror", "it must be a tuple of str"),
+        ("fusion.cross_layers", (0, "1"), "it must be a tuple of int"),
+    ],
+)
+def test_a_value_of_another_type_in_a_config_is_refused_by_name(field, value, said):
+    cfg = with_value(tiny(), field, value)
+    for refuse in (validate, lambda cfg: config_file.override(cfg, [], "test")):
+        with pytest.raises(ConfigError, match=f"^{field} is {re.escape(repr(value))}: {said}"):
+            refuse(cfg)
+
+
+def test_a_whole_number_is_a_number():
+    validate(with_value(tiny(), "optim.learning_rate", 1))
+
+
+def test_room_for_exactly_the_row_is_enough():
+    validate(changed(tiny(), decoder_max_positions=28))
+
+
+def test_fields_of_an_encoder_that_is_not_there_are_not_judged():
+    validate(changed(tiny(), vision_kind="none", vision_heads=5))

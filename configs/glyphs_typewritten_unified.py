@@ -9,13 +9,14 @@ def get_config() -> Experiment:
         vision=Vision(width=96, mlp_width=384, depth=3, activation="relu2", positions="sincos", unroll=3),
         projector=Projector(kind="pixel_shuffle", factor=2),
         fusion=Fusion(kind="unified"),
-        decoder=Decoder(  # a small Llama
+        decoder=Decoder(  # a small Llama with norms of queries and keys
             width=96,
             mlp_width=256,
             depth=4,
             norm="rmsnorm",
             activation="silu",
             gated_mlp=True,
+            qk_norm=True,
             qkv_bias=False,
             out_bias=False,
             mlp_bias=False,

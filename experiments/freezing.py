@@ -1,7 +1,8 @@
 """Does the ranking of A and B flip when the decoder is frozen? As in Idefics2 (Laurencon et al. 2024, Table 3).
 
 The decoder first learns to answer from what the pages say, as text; then it gets the pages as images. An image token is
-a letter, as a token of the text was: a frozen decoder cannot learn to read four letters from one.
+a letter, as a token of the text was: a frozen decoder cannot learn to read four letters from one. The decoder is a
+Llama, whose checkpoints have no norms of queries and keys.
 """
 
 from configs.glyphs_typewritten_unified import get_config
@@ -9,14 +10,19 @@ from vlm_jax.study import Study, changed
 
 KINDS = {
     "unified": {},
-    "cross_attention": {"fusion.kind": "cross_attention", "fusion.gated": False},
-    "cross_attention_gated": {"fusion.kind": "cross_attention"},
+    "cross_attention": {"fusion.kind": "cross_attention", "fusion.qk_norm": True, "fusion.gated": False},
+    "cross_attention_gated": {"fusion.kind": "cross_attention", "fusion.qk_norm": True},
 }
 FROZEN = {"optim.rate_scale.decoder": 0.0}
 
 
 def get_study() -> Study:
-    fields = {"eval.split": "test", "projector.kind": "linear", "decoder.checkpoint": "{text}"}
+    fields = {
+        "eval.split": "test",
+        "projector.kind": "linear",
+        "decoder.qk_norm": False,
+        "decoder.checkpoint": "{text}",
+    }
     return Study(
         question="Does the ranking of A and B flip when a decoder that was trained on text is frozen?",
         base=changed(get_config(), fields),

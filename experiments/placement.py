@@ -1,4 +1,4 @@
-"""Where should cross-attention stand, and does its gate matter? After Flamingo's Table 3 (Alayrac et al. 2022).
+"""Where should cross-attention stand, and what do gates and norms do? After Flamingo's Table 3 (Alayrac et al. 2022).
 
 Flamingo's decoder could speak already and was frozen; this one has eight layers and learns from nothing. `freezing.py`
 has the gate on a decoder that was trained before.
@@ -13,11 +13,12 @@ def get_study() -> Study:
         "eval.split": "test",
         "fusion.kind": "cross_attention",
         "fusion.gated": False,
+        "fusion.qk_norm": True,
         "decoder.depth": 8,
         "decoder.unroll": 8,
     }
     return Study(
-        question="How many layers of cross-attention does reading need, and do their gates help?",
+        question="How many layers of cross-attention does reading need, and do gates and norms help?",
         base=changed(get_config(), fields),
         arms={
             "every": {},
@@ -26,6 +27,7 @@ def get_study() -> Study:
             "once": {"fusion.cross_layers": (4,)},
             "every_gated": {"fusion.gated": True},
             "once_gated": {"fusion.cross_layers": (4,), "fusion.gated": True},
+            "every_no_qk_norm": {"fusion.qk_norm": False},
         },
         matched={"examples": ""},
         reference="every",

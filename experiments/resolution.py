@@ -7,10 +7,11 @@ from configs.glyphs_typewritten_unified import get_config
 from vlm_jax.study import Study, changed
 
 TILES = {64: 4, 128: 16, 224: 49}
-KINDS = {  # without gates, as in `fusion.py`
+CROSS = {"fusion.gated": False, "fusion.qk_norm": True}  # as in `fusion.py`
+KINDS = {
     "unified": {},
-    "cross_attention": {"fusion.kind": "cross_attention", "fusion.gated": False},
-    "hybrid": {"fusion.kind": "hybrid", "fusion.gated": False},
+    "cross_attention": {"fusion.kind": "cross_attention", **CROSS},
+    "hybrid": {"fusion.kind": "hybrid", **CROSS},
 }
 
 

@@ -25,5 +25,5 @@ def get_config() -> Experiment:
         ),
         optim=Optim(kind="muon", learning_rate=3e-3, warmup_steps=50),
         train=Train(steps=600, batch_size=32),
-        eval=Eval(split="validation", max_examples=2000),
+        eval=Eval(split="validation", max_examples=2000, max_new_tokens=24),
     )

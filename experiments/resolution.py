@@ -20,6 +20,7 @@ def get_study() -> Study:
         "eval.split": "test",
         "vision.image_size_px": 32,
         "data.text_length": 200,
+        "eval.max_new_tokens": 56,  # the longest page has nine words
         "decoder.max_positions": 512,
         "decoder.vocab_size": 350,  # of which up to 50 are the tags of tiles
         "train.batch_size": 16,

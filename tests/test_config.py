@@ -67,7 +67,8 @@ def test_the_fusion_styles_of_easy_vqa_differ_in_the_fusion_alone(name):
 
 def test_differences_are_lines_with_both_values_and_leave_out_the_work_folder():
     a = tiny()
-    b = replace(changed(a, fusion_kind="cross_attention", optim_learning_rate=0.5), workdir="elsewhere")
+    fusion, optim = replace(a.fusion, kind="cross_attention"), replace(a.optim, learning_rate=0.5)
+    b = replace(a, fusion=fusion, optim=optim, workdir="elsewhere")
     assert config_file.differences(a, b) == [
         "fusion.kind: unified -> cross_attention",
         "optim.learning_rate: 0.001 -> 0.5",

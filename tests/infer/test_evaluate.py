@@ -40,12 +40,12 @@ def cfg(tmp_path):
 
 
 @pytest.fixture
-def scores(cfg, asked, monkeypatch):
+def scores(cfg, asked, tokenizer, monkeypatch):
     """The scores of answers given here: 3 of 5 right with the images, 2 of 5 with those of others."""
     answers = {"evaluating": ["yes", "circle", "yes", "triangle", ""], "with shuffled images": ["no"] * 4 + ["yes"]}
     monkeypatch.setattr(evaluate.pipeline, "questions", lambda cfg, split, limit: asked)
     monkeypatch.setattr(evaluate, "answer", lambda cfg, params, tok, asked, shown, label: answers[label])
-    return evaluate.evaluate(cfg, None, None)
+    return evaluate.evaluate(cfg, None, tokenizer)
 
 
 def test_the_scores_are_shares_of_equal_answers(scores, cfg):
@@ -72,6 +72,15 @@ def test_an_answer_that_has_no_room_is_refused(cfg, asked, tokenizer):
     with pytest.raises(ConfigError, match="decoder.max_positions 64 has no room .* eval.max_new_tokens 64"):
         too_many = replace(cfg, eval=replace(cfg.eval, max_new_tokens=64))
         evaluate.answer(too_many, None, tokenizer, asked, asked, "evaluating")
+
+
+def test_answers_longer_than_what_is_generated_are_counted(cfg, asked, tokenizer):
+    lengths = [len(tokenizer.encode(question.answer)) for question in asked]
+    longest = max(lengths)
+    assert evaluate.too_long(replace(cfg, eval=replace(cfg.eval, max_new_tokens=longest)), tokenizer, asked) == ""
+    short = replace(cfg, eval=replace(cfg.eval, max_new_tokens=longest - 1))
+    said = f"{lengths.count(longest)} of 5 answers are longer than eval.max_new_tokens {longest - 1} "
+    assert evaluate.too_long(short, tokenizer, asked).startswith(said)
 
 
 def test_every_answer_is_a_line_of_the_predictions(scores, cfg):
@@ -140,23 +149,23 @@ def test_every_question_is_asked_about_the_image_that_is_shown(count, cfg, asked
 
 
 @pytest.mark.parametrize("examples, batch_size", [(6, 4), (3, 8), (1, 8)])
-def test_real_questions_are_asked_once_each(examples, batch_size, cfg, datasets_dir, monkeypatch):
+def test_real_questions_are_asked_once_each(examples, batch_size, cfg, tokenizer, datasets_dir, monkeypatch):
     limits = Eval(split="test", max_examples=examples, batch_size=batch_size)
     cfg = replace(cfg, data=Data(dir=datasets_dir), eval=limits)
     monkeypatch.setattr(evaluate, "answer", lambda cfg, params, tok, asked, shown, label: [q.answer for q in asked])
-    scores = evaluate.evaluate(cfg, None, None)
+    scores = evaluate.evaluate(cfg, None, tokenizer)
     assert (scores["examples"], scores["exact_match"]) == (examples, 1.0)
     assert len(Workdir(cfg.workdir).predictions.read_text().splitlines()) == examples
 
 
-def test_shuffled_images_are_those_of_other_records(cfg, datasets_dir, monkeypatch):
+def test_shuffled_images_are_those_of_other_records(cfg, tokenizer, datasets_dir, monkeypatch):
     def look(cfg, params, tokenizer, asked, shown, label):
         seen[label] = [(here.image_id, there.image_id) for here, there in zip(asked, shown)]
         return [""] * len(asked)
 
     seen = {}
     monkeypatch.setattr(evaluate, "answer", look)
-    evaluate.evaluate(replace(cfg, data=Data(dir=datasets_dir), eval=Eval(max_examples=101)), None, None)
+    evaluate.evaluate(replace(cfg, data=Data(dir=datasets_dir), eval=Eval(max_examples=101)), None, tokenizer)
     assert all(here == there for here, there in seen["evaluating"])
     assert all(here != there for here, there in seen["with shuffled images"])
     assert sorted(there for _, there in seen["with shuffled images"]) == [here for here, _ in seen["evaluating"]]

@@ -36,6 +36,8 @@ def evaluate(cfg: Experiment, params, tokenizer: Tokenizer) -> dict:
         if not jax.process_index():
             workdir.try_writing()
     asked = pipeline.questions(cfg, cfg.eval.split, cfg.eval.max_examples)
+    if not jax.process_index() and (said := too_long(cfg, tokenizer, asked)):
+        print(said, flush=True)
     answers = answer(cfg, params, tokenizer, asked, asked, "evaluating")
     blind = answer(cfg, params, tokenizer, asked, strangers(asked), "with shuffled images")
     scores = {
@@ -51,6 +53,19 @@ def evaluate(cfg: Experiment, params, tokenizer: Tokenizer) -> dict:
     draw_samples(workdir.samples, asked, answers)
     write_whole(workdir.eval, json.dumps(scores, indent=2) + "\n")
     return scores
+
+
+def too_long(cfg: Experiment, tokenizer: Tokenizer, asked: list[Question]) -> str:
+    """A sentence about the answers that have no room in what is generated; "" where all have."""
+    most = cfg.eval.max_new_tokens
+    lengths = [len(tokenizer.encode(question.answer)) for question in asked]
+    cut = sum(length > most for length in lengths)
+    if not cut:
+        return ""
+    return (
+        f"{cut} of {len(asked)} answers are longer than eval.max_new_tokens {most} and cannot be reached: the longest "
+        f"has {max(lengths)} tokens."
+    )
 
 
 def strangers(asked: list[Question]) -> list[Question]:

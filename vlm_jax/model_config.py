@@ -30,7 +30,7 @@ class Transformer:
     query_scale: float = 0.0  # factor of attention's scores; 0: 1 / sqrt(H)
     score_softcap: float = 0.0  # c: attention's scores become c tanh(score / c); 0: they stay
     residual_scale: Literal["none", "vector", "tanh"] = "none"  # of what a sublayer adds: D numbers, or tanh of one
-    unroll: int = 1  # blocks (or periods of blocks) laid out per turn of the loop over depth; more: slower to compile
+    unroll: int = 1  # blocks (or periods of them) laid out per turn of the loop: slower to compile, remat saves less
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again: nothing, all but products
     #   with weights, or everything but the inputs of the blocks
 

@@ -21,8 +21,9 @@ from vlm_jax.structs import Batch
 from vlm_jax.train import optim
 from vlm_jax.train.step import state_shapes, state_shardings, train_step
 
-# Of what comes and goes, the share that the TPU compiler leaves empty in between: so large that the four training configs
-# of `configs/` are predicted within 15 % of what it reserves (libtpu 0.0.42: from -15 % for Llama to +12 % for LLaVA).
+# Of what comes and goes, the share that the TPU compiler leaves empty in between: so large that the four training
+# configs of `configs/` are predicted within 15 % of what it reserves (libtpu 0.0.42: from -15 % for Llama to +12 % for
+# the first stage of LLaVA).
 HOLES = 0.12
 
 

@@ -74,7 +74,8 @@ def test_eval_scores_again_and_says_where_the_pictures_are(run, capsys):
     (run / "eval.json").unlink()
     assert main(["eval", "--workdir", str(run)]) == 0
     assert json.loads((run / "eval.json").read_text()) == scores
-    right, shuffled, score, pictures = capsys.readouterr().out.splitlines()
+    cut, right, shuffled, score, pictures = capsys.readouterr().out.splitlines()
+    assert "of 20 answers are longer than eval.max_new_tokens" in cut
     assert (right, shuffled) == ("evaluating: 20 questions", "with shuffled images: 20 questions")
     assert f"{scores['exact_match']:.4f} on 20 questions of test" in score
     assert f"{scores['image_shuffled_exact_match']:.4f} with shuffled images" in score

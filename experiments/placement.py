@@ -1,7 +1,8 @@
 """Where should cross-attention stand, and what do gates and norms do? After Flamingo's Table 3 (Alayrac et al. 2022).
 
 Flamingo's decoder could speak already and was frozen; this one has eight layers and learns from nothing. `freezing.py`
-has the gate on a decoder that was trained before.
+has the gate on a decoder that was trained before. Embeddings are scaled as Gemma's: beside vectors as small as they are
+initialized, what a gate lets through in its first steps is large, and gated arms do not learn.
 """
 
 from configs.glyphs_typewritten_unified import get_config
@@ -16,6 +17,7 @@ def get_study() -> Study:
         "fusion.qk_norm": True,
         "decoder.depth": 8,
         "decoder.unroll": 8,
+        "decoder.embed_scale": True,
     }
     return Study(
         question="How many layers of cross-attention does reading need, and do gates and norms help?",

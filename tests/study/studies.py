@@ -13,8 +13,8 @@ from vlm_jax.testing import tiny
 from vlm_jax.workdir import Workdir
 
 MEASURED = {
-    **{"step_seconds": 0.1, "examples_per_second": 240.0, "peak_memory_bytes": 2**30, "memory_of": "process"},
-    **{"decoded_tokens_per_second": 5000.0, "data_sha256": "d0d0", "devices": 1, "device_kind": "cpu"},
+    **{"step_seconds": 0.1, "peak_memory_bytes": 2**30, "decoded_tokens_per_second": 5000.0, "data_sha256": "d0d0"},
+    **{"devices": 1, "device_kind": "cpu", "processor": "a fast one", "cores": 2},
 }
 
 
@@ -49,7 +49,7 @@ def study(datasets_dir: str, **fields) -> Study:
 def pretend(run: Run, right: float) -> None:
     """Leaves in the work folder what a run leaves there of which a share of the answers is right."""
     workdir, cfg = Workdir(run.cfg.workdir), run.cfg
-    workdir.path.mkdir(parents=True)
+    workdir.open(cfg)
     asked = pipeline.questions(cfg, cfg.eval.split, cfg.eval.max_examples)
     count = round(right * len(asked))
     lines = [

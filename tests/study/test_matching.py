@@ -49,9 +49,18 @@ def test_an_arm_that_is_equal_already_stays():
     assert matching.solve(cfg, "train.steps", matching.examples, matching.examples(cfg)) == cfg
 
 
+@pytest.mark.parametrize("free", ["optim.warmup_steps", "vision.patch_size_px"])
+def test_a_field_with_which_the_value_does_not_grow_is_refused(free):
+    """The first changes no token, of the second a larger one makes fewer."""
+    cfg = tiny()
+    assert matching.solve(cfg, free, matching.image_tokens, matching.image_tokens(cfg)) == cfg
+    with pytest.raises(ConfigError, match=f"{free} cannot be solved for: .* which is no more"):
+        matching.solve(cfg, free, matching.image_tokens, 2 * matching.image_tokens(cfg))
+
+
 def test_the_axes_say_what_they_say():
-    cfg = tiny()  # 4 steps of 8 rows of 3 questions, 4 patches
-    assert matching.examples(cfg) == 4 * 8 * 3
+    cfg = tiny()  # 4 steps of 8 rows, 4 patches
+    assert matching.examples(cfg) == 4 * 8
     assert matching.image_tokens(cfg) == 4
     assert matching.image_tokens(changed(cfg, {"projector.kind": "resampler"})) == 3
     assert matching.training_flops(cfg) == 4 * train_flops(cfg)

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (OSError, preparing.Failed) as error:
+    except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except running.Stopped as error:
@@ -81,7 +81,7 @@ def run(arguments: list[str]) -> int:
     study = asked(given)
     chosen, share = _chosen_arms(given.arms, study), _share(given.shard)
     with running.stoppable():
-        return _run(given, study, lambda runs: [one for one in runs if one.arm in chosen][share])
+        return _run(given, study, lambda runs: planning.share([one for one in runs if one.arm in chosen], *share))
 
 
 def asked(given: argparse.Namespace) -> Study:
@@ -112,8 +112,9 @@ def _run(given: argparse.Namespace, study: Study, choose: Callable[[list[Run]], 
 
 
 def _expected_seconds(place: Folder, plan: Plan, one: Run) -> float:
-    """Of its steps alone, which is enough to compare runs."""
-    return one.cfg.train.steps * place.read_measurement(plan.model_name(one.axis, one.arm))["step_seconds"]
+    """Of its steps alone, which is enough to compare runs; a step is taken for a second where it was not measured."""
+    measured = place.read_measurement(plan.model_name(one.axis, one.arm)) or {"step_seconds": 1.0}
+    return one.cfg.train.steps * measured["step_seconds"]
 
 
 def _chosen_arms(given: str | None, study: Study) -> list[str]:
@@ -124,12 +125,12 @@ def _chosen_arms(given: str | None, study: Study) -> list[str]:
     return chosen
 
 
-def _share(given: str | None) -> slice:
-    """'2/8' -> every eighth run from the second on."""
+def _share(given: str | None) -> tuple[int, int]:
+    """'2/8' -> (2, 8)."""
     number, _, count = (given or "1/1").partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise ConfigError(f"--shard {given} is no share: 2/8 is the second of eight.")
-    return slice(int(number) - 1, None, int(count))
+    return int(number), int(count)
 
 
 def report(arguments: list[str]) -> int:

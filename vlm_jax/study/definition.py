@@ -15,6 +15,15 @@ from vlm_jax.validate import kinds
 
 LONGEST_LINES = 60  # of a study file: what is longer is no longer a question and a few differences
 QUICK_SEEDS = 1
+KINDS = {  # field -> what it must be, and how that is called
+    "question": (str, "a text"),
+    "base": (Experiment, "an Experiment"),
+    **dict.fromkeys(("arms", "matched", "quick", "first"), (Mapping, "a dict")),
+    "reference": (str, "the name of an arm"),
+    "tolerance": (float | int, "a number"),
+    "seeds": (int, "a whole number"),
+    "metric": (str, "the name of a score"),
+}
 
 
 @dataclass(frozen=True)
@@ -84,10 +93,16 @@ def check(study: Study) -> Study:
     Raises:
       ConfigError: a name, a field, an axis or a number that cannot be; which experiments cannot work is known later.
     """
+    for name, (kind, called) in KINDS.items():
+        _check_kind(name, getattr(study, name), kind, called)
+    for where, values in _all_differences(study).items():
+        _check_kind(where, values, Mapping, "a dict of fields and values")
+    if not study.base.eval.split:
+        raise ConfigError("base has no eval.split: the arms are compared by what they answer in it.")
     if len(study.arms) < 2:
         raise ConfigError(f"arms has {len(study.arms)} entries: a comparison needs 2.")
     for name in (*study.arms, *study.first):
-        if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
             raise ConfigError(f"the name {name!r} is to be a folder: use letters, digits and . _ + - only.")
     _one_of(study.reference, study.arms, "reference", "arm")
     if not study.matched:
@@ -104,6 +119,11 @@ def check(study: Study) -> Study:
     if study.metric not in SCORES and not study.metric.startswith("by_type."):
         raise ConfigError(f"metric {study.metric!r} is none: choose {', '.join(SCORES)} or by_type.NAME.")
     return study
+
+
+def _check_kind(name: str, value, kind, called: str) -> None:
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name} is {value!r}: it must be {called}.")
 
 
 def _one_of(name: str, choices: Iterable[str], where: str, what: str) -> None:

@@ -78,7 +78,7 @@ def curve_pictures(results: Results, axis: str) -> list[Picture]:
     plan = results.plan
 
     def flops(arm: str) -> Callable[[Result], np.ndarray]:
-        a_step = matching.flops_a_step(plan.arms[axis, arm])
+        a_step = matching.flops_a_step(plan.built(plan.arms[axis, arm]))
         return lambda result: _column(result, "step") * a_step
 
     ways = {
@@ -94,14 +94,13 @@ def curve_pictures(results: Results, axis: str) -> list[Picture]:
         Picture(
             f"loss_over_{label.split()[-1].lower()}_{axis}.png",
             f"Loss over {label}, at matched {spelt(axis)}",
-            _curves(found, label, way),
+            _curves(found, _looks(list(plan.study.arms)), label, way),
         )
         for label, way in ways.items()
     ]
 
 
-def _curves(found: Mapping[str, Sequence[Result]], label: str, x_of: Callable) -> bytes:
-    looks = _looks(list(found))
+def _curves(found: Mapping[str, Sequence[Result]], looks: Mapping, label: str, x_of: Callable) -> bytes:
     with _figure() as (axes, file):
         for arm, runs in found.items():
             points = min(len(run.metrics) for run in runs)

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.study import record
 from vlm_jax.study.planning import Plan
 from vlm_jax.validate import flat
 from vlm_jax.workdir import FREE, write_whole
 
-OF_A_RUN = ("seed", "workdir", *FREE)  # fields that make no other study
+OF_A_RUN = ("workdir", *FREE)  # fields that make no other study
 
 
 class Folder:
@@ -28,17 +29,23 @@ class Folder:
     def read_measurement(self, model: str) -> dict | None:
         """What was measured of a model (`measuring`); None where nothing was yet."""
         file = self.measurement(model)
-        return json.loads(file.read_text()) if file.exists() else None
+        return record.read_json(file) if file.exists() else None
 
     def seeds(self) -> int:
-        """With how many the study was run last."""
-        return json.loads(self.definition.read_text())["seeds"]
+        """With how many the study was run so far; 0 where it was not."""
+        return self._defined("seeds") if self.definition.exists() else 0
+
+    def _defined(self, name: str):
+        found = record.read_json(self.definition)
+        if name not in found:
+            raise ConfigError(f"{self.definition} names no {name}: it is no study's.")
+        return found[name]
 
     def check(self, plan: Plan) -> None:
         """Raises ConfigError where the folder holds another version of the study; arms, axes and seeds may be added."""
         if not self.definition.exists():
             return
-        old, new = json.loads(self.definition.read_text())["experiments"], definition(plan)["experiments"]
+        old, new = self._defined("experiments"), definition(plan)["experiments"]
         changed = [f"{name}: is gone" for name in old if name not in new]
         for name in old.keys() & new.keys():
             changed += [f"{name}: {line}" for line in differences(old[name], new[name])]
@@ -57,7 +64,8 @@ class Folder:
         self.check(plan)
         try:
             self.measured.mkdir(parents=True, exist_ok=True)
-            write_whole(self.definition, json.dumps(definition(plan), indent=1) + "\n")
+            seeds = max(plan.study.seeds, self.seeds())
+            write_whole(self.definition, json.dumps(definition(plan) | {"seeds": seeds}, indent=1) + "\n")
         except OSError as error:
             raise ConfigError(f"folder {self.path} cannot be written: {error.strerror}.") from None
 

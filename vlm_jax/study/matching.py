@@ -1,7 +1,7 @@
 """Axes on which arms are made equal, and the field that is solved for.
 
-A value of an axis must not fall while the field grows; it is found by doubling and halving, then by bisection over the
-integers, among experiments that are valid.
+A value of an axis must grow with the field; it is found by doubling and halving, then by bisection over the integers,
+among experiments that are valid.
 """
 
 import functools
@@ -37,14 +37,9 @@ def flops_a_step(cfg: Experiment) -> float:
 _flops_a_step = functools.cache(train_flops)
 
 
-def examples_a_step(cfg: Experiment) -> int:
-    """Questions of a batch, where every image has as many; of conversations, rows."""
-    return cfg.train.batch_size * (1 if cfg.data.is_conversations else cfg.data.questions_per_row)
-
-
 def examples(cfg: Experiment) -> int:
-    """Questions that are seen in training, repeated ones too."""
-    return cfg.train.steps * examples_a_step(cfg)
+    """Rows that are seen in training, repeated ones too: an image with its questions, or packed conversations."""
+    return cfg.train.steps * cfg.train.batch_size
 
 
 def image_tokens(cfg: Experiment) -> int:
@@ -98,7 +93,14 @@ class Match:
 
 
 def solve(cfg: Experiment, free: str, value: Value, target: float) -> Experiment:
-    """The experiment, valid as `cfg` is, whose whole-numbered field `free` brings `value` nearest to the target."""
+    """The experiment, valid as `cfg` is, whose whole-numbered field `free` brings `value` nearest to the target.
+
+    Raises:
+      ConfigError: a larger number is no larger value.
+    """
+    if value(cfg) == target:
+        return cfg
+    _check_growth(cfg, free, value)
 
     def reaches(one: Experiment | None) -> bool:
         return one is None or value(one) > target
@@ -116,6 +118,17 @@ def solve(cfg: Experiment, free: str, value: Value, target: float) -> Experiment
             below = middle
     found = [one for number in (below, above) if (one := _with(cfg, free, number))]
     return min(found, key=lambda one: abs(value(one) - target))
+
+
+def _check_growth(cfg: Experiment, free: str, value: Value) -> None:
+    start = flat(cfg)[free]
+    numbers = (max(start, 1) << doublings for doublings in range(1, LARGEST.bit_length()))
+    larger = next((one for number in numbers if (one := _with(cfg, free, number))), None)
+    if larger and value(larger) <= value(cfg):
+        raise ConfigError(
+            f"{free} cannot be solved for: with {flat(larger)[free]} in the place of {start}, {value(cfg):.6g} becomes "
+            f"{value(larger):.6g}, which is no more."
+        )
 
 
 def _valid_between(cfg: Experiment, free: str, below: int, above: int) -> int | None:

@@ -5,8 +5,8 @@ Random parameters do as well as trained ones. The step is the one that the runs 
 
 import hashlib
 import json
+import os
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -21,6 +21,7 @@ from vlm_jax.data.text import Tokenizer
 from vlm_jax.hub import compose
 from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.structs import State
+from vlm_jax.study import record
 from vlm_jax.train import loop
 from vlm_jax.train.log import hbm_peak_bytes
 from vlm_jax.train.step import abstract_state, narrowed, new_state, ready_step
@@ -31,7 +32,10 @@ DECODED_ROWS, DECODED_TOKENS, DECODINGS = 32, 64, 3
 
 
 def measure(cfg: Experiment) -> dict:
-    """Seconds of a step, examples a second, peak memory, decoded tokens a second; on what device, with which data."""
+    """Seconds of a step, peak memory, decoded tokens a second; on what machine, with which data.
+
+    Speeds are those of the fastest turn, which other work on the machine disturbs least.
+    """
     mesh = axes.make_mesh(cfg.mesh)
     tokenizer = loop.tokenizer_of(cfg, Workdir(cfg.workdir))
     state = new_state(cfg, mesh, compose.load_parts(cfg, abstract_state(cfg, mesh).params, mesh))
@@ -42,29 +46,23 @@ def measure(cfg: Experiment) -> dict:
         "data_sha256": data_hash(cfg),
         "devices": jax.device_count(),
         "device_kind": jax.devices()[0].device_kind,
+        "processor": record.processor(),
+        "cores": os.cpu_count(),
     }
 
 
 def _measure_steps(cfg: Experiment, mesh, tokenizer: Tokenizer, state: State) -> tuple[State, dict]:
     step_fn = None
-    data, taken, count = pipeline.training_iterator(cfg, tokenizer), [], 0
+    data, taken = pipeline.training_iterator(cfg, tokenizer), []
     for _ in range(UNTIMED_STEPS + STEPS):
         batch = axes.place_own_rows(next(data), mesh)
-        count = int(loop.counts_of(batch)[-1])
         step_fn = step_fn or ready_step(cfg, mesh, state, batch)
         begun = time.perf_counter()
         state, metrics = step_fn(state, batch)
         jax.block_until_ready(metrics)
         taken.append(time.perf_counter() - begun)
-    seconds = statistics.median(taken[UNTIMED_STEPS:])
-    on_device = hbm_peak_bytes()
-    memory = on_device or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return state, {
-        "step_seconds": seconds,
-        "examples_per_second": count / seconds,
-        "peak_memory_bytes": memory,
-        "memory_of": "device" if on_device else "process",
-    }
+    memory = hbm_peak_bytes() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return state, {"step_seconds": min(taken[UNTIMED_STEPS:]), "peak_memory_bytes": memory}
 
 
 def _decoding_speed(cfg: Experiment, mesh, tokenizer: Tokenizer, params) -> float:
@@ -107,8 +105,8 @@ def _contents(cfg: Experiment, split: str) -> Iterable[bytes | tuple[str, ...]]:
     if cfg.data.is_conversations:
         yield from (talk.turns for talk in pipeline.conversation_source(cfg.data, split))
         return
-    for record in sources.load(cfg.data, split):
-        yield from (record.image, record.questions, record.answers, record.types)
+    for one in sources.load(cfg.data, split):
+        yield from (one.image, one.questions, one.answers, one.types)
 
 
 def main(config: str, out: str) -> None:

@@ -1,11 +1,12 @@
 """A study -> the experiments that answer it, matched and in the order in which they are run."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.config import ConfigError, Decoder, Experiment
+from vlm_jax.hub import compose
 from vlm_jax.study import matching
 from vlm_jax.study.changes import Differences, changed, with_exports
 from vlm_jax.study.definition import Study
@@ -59,9 +60,24 @@ class Plan:
             found.setdefault(self.model_name(axis, arm), cfg)
         return found
 
+    def built(self, cfg: Experiment) -> Experiment:
+        """The experiment with the model that it trains, be that of its config or of a checkpoint."""
+        return built(cfg, _decoders(self.first, self.folder))
+
     def model_name(self, axis: str, arm: str) -> str:
         steps_alone = self.study.matched[axis] in ("", "train.steps")
         return arm if steps_alone else f"{arm}_{axis}"
+
+
+def share(runs: list[Run], number: int, count: int) -> list[Run]:
+    """The `number`th of `count` shares; the seeds of an arm go to different ones, as far as there are enough.
+
+    Were an arm always on one machine, what differs between machines would differ between arms.
+    """
+    by_seed: dict[int, list[Run]] = {}
+    for run in runs:
+        by_seed.setdefault(run.seed, []).append(run)
+    return [run for seed, some in by_seed.items() for i, run in enumerate(some) if (i + seed) % count == number - 1]
 
 
 def own(study: Study, folder: Path, quick: bool) -> dict[str, Experiment]:
@@ -76,6 +92,28 @@ def own(study: Study, folder: Path, quick: bool) -> dict[str, Experiment]:
         name: with_exports(_valid(study, f"arm {name}", differences, overrides), folders)
         for name, differences in study.arms.items()
     }
+
+
+def resolved(cfg: Experiment) -> Experiment:
+    """With the settings of the checkpoints that it begins with."""
+    return compose.resolved(cfg) if cfg.vision.checkpoint or cfg.decoder.checkpoint else cfg
+
+
+@functools.cache
+def _resolved_once(cfg: Experiment) -> Experiment:
+    return resolved(cfg)
+
+
+def built(cfg: Experiment, decoders: Mapping[str, Decoder]) -> Experiment:
+    """As `resolved`, where `decoders` are of folders that are not there before the runs."""
+    if cfg.decoder.checkpoint not in decoders:
+        return _resolved_once(cfg)
+    cfg = replace(cfg, decoder=replace(decoders[cfg.decoder.checkpoint], unroll=cfg.decoder.unroll))
+    return _resolved_once(cfg)
+
+
+def _decoders(first: Mapping[str, Experiment], folder: Path) -> dict[str, Decoder]:
+    return {str(export_folder(folder, name)): cfg.decoder for name, cfg in first.items()}
 
 
 def export_folder(folder: Path, name: str) -> Path:
@@ -98,39 +136,49 @@ def plan(study: Study, folder: Path, quick: bool, step_seconds: Mapping[str, flo
     Raises:
       ConfigError: an arm cannot work, two are equal, or one cannot be matched.
     """
-    arms = own(study, folder, quick)
+    arms, first = own(study, folder, quick), _first(study, folder, quick)
+    decoders = _decoders(first, folder)
     found, matches = {}, []
     for axis, free in study.matched.items():
         for arm, cfg in arms.items():
-            of, of_reference = (_measure(axis, step_seconds.get(name)) for name in (arm, study.reference))
+            of, of_reference = (_measure(axis, step_seconds.get(name), decoders) for name in (arm, study.reference))
             target = of_reference(arms[study.reference])
-            matched = matching.solve(cfg, free, of, target) if free else cfg
+            matched = _solved(axis, arm, cfg, free, of, target) if free else cfg
             found[axis, arm] = matched
             matches.append(Match(axis, arm, free, flat(matched)[free] if free else None, of(matched), target))
-        _refuse_equal(axis, {arm: found[axis, arm] for arm in arms})
+        _refuse_equal(axis, {arm: found[axis, arm] for arm in arms}, decoders)
     matching.check(matches, float("inf") if quick else study.tolerance)
-    workdirs = folder / "first"
-    first = {
-        name: replace(
-            _valid(study, f"first {name}", fields, study.quick if quick else {}), workdir=str(workdirs / name)
-        )
-        for name, fields in study.first.items()
-    }
     return Plan(study, folder, first, found, tuple(matches))
 
 
-def _measure(axis: str, step_seconds: float | None) -> Callable[[Experiment], float]:
+def _first(study: Study, folder: Path, quick: bool) -> dict[str, Experiment]:
+    overrides = study.quick if quick else {}
+    return {
+        name: replace(_valid(study, f"first {name}", fields, overrides), workdir=str(folder / "first" / name))
+        for name, fields in study.first.items()
+    }
+
+
+def _solved(axis: str, arm: str, cfg: Experiment, free: str, value: matching.Value, target: float) -> Experiment:
+    try:
+        return matching.solve(cfg, free, value, target)
+    except ConfigError as error:
+        raise ConfigError(f"arm {arm} cannot be matched in {axis}: {error}") from None
+
+
+def _measure(axis: str, step_seconds: float | None, decoders: Mapping[str, Decoder]) -> matching.Value:
     value = matching.AXES[axis]
     if axis != "seconds":
-        return value
+        return lambda cfg: value(built(cfg, decoders))
     if step_seconds is None:
         raise ConfigError("seconds are matched once a step of every arm is measured: run the study first.")
     return functools.partial(value, step_seconds=step_seconds)
 
 
-def _refuse_equal(axis: str, arms: Mapping[str, Experiment]) -> None:
-    seen: dict[Experiment, str] = {}
+def _refuse_equal(axis: str, arms: Mapping[str, Experiment], decoders: Mapping[str, Decoder]) -> None:
+    seen: dict[tuple, str] = {}
     for arm, cfg in arms.items():
-        if cfg in seen:
-            raise ConfigError(f"arms {seen[cfg]} and {arm} are the same experiment at matched {axis}: remove one.")
-        seen[cfg] = arm
+        key = built(cfg, decoders), cfg.decoder.checkpoint
+        if key in seen:
+            raise ConfigError(f"arms {seen[key]} and {arm} are the same experiment at matched {axis}: remove one.")
+        seen[key] = arm

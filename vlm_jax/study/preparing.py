@@ -5,25 +5,23 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from vlm_jax.config import Experiment
+from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.config_file import to_json
 from vlm_jax.study import record, running
 from vlm_jax.study.definition import Study
 from vlm_jax.study.folder import Folder
+from vlm_jax.study.planning import resolved
 from vlm_jax.train.preemption import RESUME_ME
 from vlm_jax.workdir import Workdir, write_whole
-
-
-class Failed(Exception):
-    """Something that the runs need could not be made."""
 
 
 def train_first(name: str, cfg: Experiment, exported: Path) -> None:
     """Trains a run that arms build on and writes it as a checkpoint folder, unless that is there.
 
+    Where that fails it says so, and so will the runs that need it; the others do without.
+
     Raises:
       ConfigError: its work folder cannot be written or holds another run.
-      Failed: the run or its export ended with an error.
     """
     if (exported / "config.json").exists():
         return
@@ -34,31 +32,39 @@ def train_first(name: str, cfg: Experiment, exported: Path) -> None:
         ("train", "--workdir", cfg.workdir),
         ("export", "--checkpoint", cfg.workdir, "--output", exported),
     ):
-        _call(running.command(*map(str, arguments)), log, f"first {name}")
+        if not _works(running.command(*map(str, arguments)), log, f"first {name}"):
+            return
 
 
 def measure(place: Folder, models: Mapping[str, Experiment]) -> None:
     """Measures every model that was not measured yet, one after the other; each is a few steps in its own process.
 
-    Raises:
-      Failed: one could not be measured.
+    One that cannot be measured is named, and its costs are left out.
     """
     place.measured.mkdir(parents=True, exist_ok=True)
     for name, cfg in models.items():
         if place.read_measurement(name) is None:
             print(f"measuring {name}", flush=True)
-            config, out = place.measured / f"{name}.config.json", place.measurement(name)
-            scratch = replace(running.resolved(cfg), workdir=str(place.measured / name))
-            write_whole(config, to_json(scratch))
-            arguments = [sys.executable, "-m", "vlm_jax.study.measuring", str(config), str(out)]
-            _call(arguments, place.measured / f"{name}.log", f"measuring {name}")
+            try:
+                _measure(place, name, cfg)
+            except ConfigError as error:  # what it builds on is not there
+                print(f"measuring {name} failed: {error}", flush=True)
 
 
-def _call(arguments: list[str], log: Path, what: str) -> None:
+def _measure(place: Folder, name: str, cfg: Experiment) -> None:
+    config, out = place.measured / f"{name}.config.json", place.measurement(name)
+    write_whole(config, to_json(replace(resolved(cfg), workdir=str(place.measured / name))))
+    arguments = [sys.executable, "-m", "vlm_jax.study.measuring", str(config), str(out)]
+    _works(arguments, place.measured / f"{name}.log", f"measuring {name}")
+
+
+def _works(arguments: list[str], log: Path, what: str) -> bool:
+    """Runs a process to its end; says so where it failed."""
     while (code := running.call(arguments, log)) == RESUME_ME:
         pass
     if code:
-        raise Failed(f"{what} failed with exit code {code}: {record.last_error(log)} (all it said: {log})")
+        print(f"{what} failed with exit code {code}: {record.last_error(log)} (all it said: {log})", flush=True)
+    return not code
 
 
 def step_seconds(place: Folder, study: Study) -> dict[str, float]:

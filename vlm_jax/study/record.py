@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from vlm_jax.config import ConfigError
 from vlm_jax.train.preemption import RESUME_ME
 from vlm_jax.workdir import write_whole
 
@@ -24,7 +25,7 @@ def environment() -> dict:
         "changed_files": _git("status", "--porcelain", "--untracked-files=no").splitlines(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
     }
 
@@ -38,7 +39,7 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip() if not done.returncode else ""
 
 
-def _processor() -> str:
+def processor() -> str:
     """The name of the CPU, where the system says it (Linux)."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
@@ -46,20 +47,41 @@ def _processor() -> str:
 
 
 def read(workdir: str) -> dict:
-    """What `add` wrote about a run; {} where it was not started yet."""
+    """What is known of a run: its `attempts`, each with its `environment`, and the last `error`; {} where nothing is.
+
+    Raises:
+      ConfigError: the file is damaged.
+    """
     file = Path(workdir) / RECORD
-    return json.loads(file.read_text()) if file.exists() else {}
+    return read_json(file) if file.exists() else {}
+
+
+def read_json(file: Path) -> dict:
+    """Raises ConfigError where the file is not there or holds no JSON object."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file} holds no JSON object.")
+    return found
 
 
 def add(workdir: str, command: list[str], seconds: float, exit_code: int) -> dict:
     """Writes down that a run was tried once more, and returns all that is known of it."""
     attempt = {"ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": seconds, "exit_code": exit_code}
-    record = {
-        **environment(),
-        "command": command,
-        "attempts": [*read(workdir).get("attempts", []), attempt],
-        "error": "" if exit_code in (0, RESUME_ME) else last_error(Path(workdir) / LOG),
-    }
+    attempts = [*read(workdir).get("attempts", []), attempt | {"command": command} | environment()]
+    error = "" if exit_code in (0, RESUME_ME) else last_error(Path(workdir) / LOG)
+    return _write(workdir, {"attempts": attempts, "error": error})
+
+
+def refuse(workdir: str, error: str) -> None:
+    """Writes down that a run could not begin."""
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    _write(workdir, {"attempts": read(workdir).get("attempts", []), "error": error})
+
+
+def _write(workdir: str, record: dict) -> dict:
     write_whole(Path(workdir) / RECORD, json.dumps(record, indent=1) + "\n")
     return record
 

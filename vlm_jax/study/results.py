@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vlm_jax.config import ConfigError
 from vlm_jax.study import record, running
-from vlm_jax.study.planning import Plan, Run
+from vlm_jax.study.planning import Plan, Run, resolved
 from vlm_jax.workdir import Workdir
 
 
@@ -62,25 +62,29 @@ def read(plan: Plan) -> Results:
 
 
 def _read(run: Run, metric: str) -> Result:
-    """Raises ConfigError where a file of a finished run is missing or damaged, or has no such metric."""
+    """Raises ConfigError where a finished run is not this one, or a file of it is missing or damaged."""
     workdir = Workdir(run.cfg.workdir)
-    scores = _json(workdir.eval)[0]
+    workdir.check(resolved(run.cfg))
+    scores = record.read_json(workdir.eval)
     score = scores
     for name in metric.split(".", 1):
         if not isinstance(score, Mapping) or name not in score:
             raise ConfigError(f"{workdir.eval} has no {metric}: it has {', '.join(_numbers(scores))}.")
         score = score[name]
-    lines = {name: tuple(_json(file)) for name, file in (("p", workdir.predictions), ("m", workdir.metrics))}
-    return Result(score, scores["by_type"], lines["p"], lines["m"], record.read(run.cfg.workdir))
+    predictions = _lines(workdir.predictions, {"image_id", "question", "type", "answer", "prediction", "correct"})
+    metrics = _lines(workdir.metrics, {"step", "loss", "step_seconds"})
+    return Result(score, scores["by_type"], predictions, metrics, record.read(run.cfg.workdir))
 
 
-def _json(file: Path) -> list[dict]:
-    """A line each, or the whole of the file."""
+def _lines(file: Path, fields: set[str]) -> tuple[dict, ...]:
+    """An object a line, each with at least these fields."""
     try:
-        text = file.read_text()
-        return [json.loads(text)] if file.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+        lines = tuple(json.loads(line) for line in file.read_text().splitlines())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    if not lines or not all(isinstance(line, dict) and fields <= line.keys() for line in lines):
+        raise ConfigError(f"{file} is damaged: it must have lines, each with {', '.join(sorted(fields))}.")
+    return lines
 
 
 def _numbers(scores: Mapping) -> list[str]:

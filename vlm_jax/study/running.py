@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.hub import compose
+from vlm_jax.config import ConfigError
 from vlm_jax.study import record
-from vlm_jax.study.planning import Run
+from vlm_jax.study.planning import Run, resolved
 from vlm_jax.train.preemption import RESUME_ME
 from vlm_jax.workdir import Workdir
 
@@ -33,6 +32,8 @@ def stoppable() -> Iterator[None]:
     """SIGTERM and Ctrl-C raise `Stopped` meanwhile."""
 
     def stop(number, _):
+        for one in before:  # a second one is not heard: the runs are saving
+            signal.signal(one, signal.SIG_IGN)
         raise Stopped(number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -69,19 +70,14 @@ class Process:
         """None while it runs; -15 where a signal 15 ended it."""
         return self._process.poll()
 
-    def stop(self) -> None:
-        """Lets it save what it has."""
+    def ask_to_stop(self) -> None:
+        """It saves what it has, and ends."""
         self._process.terminate()
-        self._process.wait()
 
     def note(self) -> dict:
-        seconds = time.monotonic() - self.began
-        return record.add(self.run.cfg.workdir, self.command, seconds, self._process.returncode)
-
-
-def resolved(cfg: Experiment) -> Experiment:
-    """With the settings of the checkpoints that it begins with."""
-    return compose.resolved(cfg) if cfg.vision.checkpoint or cfg.decoder.checkpoint else cfg
+        """Waits for its end, and writes down how it went."""
+        code = self._process.wait()
+        return record.add(self.run.cfg.workdir, self.command, time.monotonic() - self.began, code)
 
 
 def spawn(arguments: list[str], log: Path) -> subprocess.Popen:
@@ -132,14 +128,23 @@ class Queue:
                     self._end(process)
         finally:
             for process in self._active:
-                process.stop()
+                process.ask_to_stop()
+            for process in self._active:
                 process.note()
 
     def _start(self, run: Run) -> None:
+        if is_done(run):  # by a process beside this one
+            self._say(run, "is done")
+            return
         try:
             Workdir(run.cfg.workdir).refuse_second()
+        except ConfigError as error:  # another process trains it
+            self._fail(run, str(error))
+            return
+        try:
             self._active.append(Process(run))
-        except ConfigError as error:  # as of a folder in which another process trains
+        except ConfigError as error:  # it cannot begin, as where what it builds on is not there
+            record.refuse(run.cfg.workdir, str(error))
             self._fail(run, str(error))
 
     def _end(self, process: Process) -> None:

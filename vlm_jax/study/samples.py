@@ -16,7 +16,10 @@ SMALLEST_PX = 224  # a smaller image is enlarged, pixel by pixel
 
 
 def sample_section(results: Results) -> Section:
-    """Of the first axis and the first seed that all arms have, types of questions in turn."""
+    """Of the first axis and the first seed that all arms have, types of questions in turn.
+
+    Where arms were asked about different images, of those that were asked what the reference was.
+    """
     study, title = results.plan.study, "Where the arms disagree"
     axis = next(iter(study.matched))
     runs = {arm: results.of(axis, arm) for arm in study.arms}
@@ -24,18 +27,18 @@ def sample_section(results: Results) -> Section:
     if not shared:
         return Section(title, ["No seed is done by all arms yet."])
     seed = min(shared)
-    answered = {arm: found[seed] for arm, found in runs.items()}
-    first, *others = answered.values()
-    if any(other.asked != first.asked for other in others):
-        return Section(title, ["The arms were asked about different images."])
+    asked = runs[study.reference][seed].asked
+    answered = {arm: found[seed] for arm, found in runs.items() if found[seed].asked == asked}
     chosen = _chosen(answered)
-    cfg = max((results.plan.arms[axis, arm] for arm in study.arms), key=_pixels)
+    cfg = max((results.plan.arms[axis, arm] for arm in answered), key=_pixels)
     questions = pipeline.questions(cfg, cfg.eval.split, cfg.eval.max_examples)
     made = [_sample(number, i, answered, questions[i].images()) for number, i in enumerate(chosen)]
     text = (
         f"From the {cfg.eval.split} split, at matched {spelt(axis)}, seed {seed}: some arms are right, and some wrong."
     )
-    return Section(title, [text], samples=made)
+    others = [arm for arm in study.arms if arm not in answered]
+    note = [f"Asked about other images: {', '.join(others)}."] if others else []
+    return Section(title, [text, *note], samples=made)
 
 
 def _pixels(cfg: Experiment) -> int:

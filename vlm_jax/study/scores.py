@@ -1,6 +1,7 @@
 """The sections of a report about what was reached."""
 
-import numpy as np
+from collections import Counter
+from collections.abc import Mapping
 
 from vlm_jax.study import figures, statistics
 from vlm_jax.study.matching import spelt
@@ -13,8 +14,9 @@ TESTS = (
     "these are independent and normal, and holds for other seeds and these test questions.",
     "Over images: a bootstrap of the test images, and a sign-flip test of them; they assume that the images are "
     "independent draws, and hold for other images and these trained models.",
-    "p values are corrected for the number of pairs (Holm). A pair is told apart only where both are below 0.05; with "
-    'few seeds only a large and steady difference is, and "not told apart" does not mean equal.',
+    "Pairs are of arms that were asked the same. p values are corrected for the number of pairs (Holm); intervals are "
+    "not, each is for its pair alone. A pair is told apart only where both p values are below 0.05: with few seeds "
+    'only a large and steady difference is, and "not told apart" does not mean equal.',
 )
 
 
@@ -29,8 +31,9 @@ def interval(estimate: Estimate | None, sign: str = "") -> str:
     return mean if estimate.low is None else f"{mean} ({estimate.low:{sign}.3f} to {estimate.high:{sign}.3f})"
 
 
-def p_value(p: float | None) -> str:
-    return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+def p_value(p: float | None, smallest: float = 0.001) -> str:
+    """`smallest` is what can be told at the least."""
+    return "-" if p is None else f"< {smallest:.3f}" if p < smallest else f"{p:.3f}"
 
 
 def score_section(results: Results, axis: str, pairs: list[Pair]) -> Section:
@@ -82,13 +85,14 @@ def score_table(results: Results, axis: str) -> Table:
 
 
 def pair_table(pairs: list[Pair]) -> Table:
+    least = max(0.001, 1.001 * len(pairs) * statistics.SMALLEST_P)  # of the smallest of all, after correction
     rows = [
         [
             Cell(f"{pair.a} - {pair.b}"),
             number(interval(pair.seeds, "+")),
             number(p_value(pair.seeds_p)),
-            number(interval(pair.questions, "+")),
-            number(p_value(pair.questions_p)),
+            number(interval(pair.images, "+")),
+            number(p_value(pair.images_p, least)),
             Cell(pair.verdict),
         ]
         for pair in pairs
@@ -116,23 +120,40 @@ def matching_section(results: Results) -> Section:
 
 
 def type_section(results: Results) -> Section:
-    """Exact match by the type of the question, mean over seeds."""
+    """Exact match by the type of the question, mean over seeds with its interval."""
     tables = []
     for axis in results.plan.study.matched:
-        means = {arm: _type_means(results, axis, arm) for arm in results.plan.study.arms}
-        kinds = list(dict.fromkeys(kind for found in means.values() for kind in found))
-        rows = [[Cell(kind), *(_shaded(means[arm].get(kind)) for arm in means)] for kind in kinds]
-        tables.append(Table(["type", *means], rows, f"At matched {spelt(axis)}"))
-    return Section("Score by type of question", ["Exact match, mean over seeds."], tables=tables)
+        found = {arm: _of_types(results, axis, arm) for arm in results.plan.study.arms}
+        counts = {arm: _counts(results, axis, arm) for arm in found}
+        kinds = list(dict.fromkeys(kind for one in counts.values() for kind in one))
+        rows = [
+            [Cell(kind), number(_range(counts, kind)), *(_shaded(found[arm].get(kind)) for arm in found)]
+            for kind in kinds
+        ]
+        tables.append(Table(["type", "questions", *found], rows, f"At matched {spelt(axis)}"))
+    text = "Exact match, mean over seeds with its 95 % interval (Student's t), for each type and arm alone."
+    return Section("Score by type of question", [text], tables=tables)
 
 
-def _type_means(results: Results, axis: str, arm: str) -> dict[str, float]:
+def _of_types(results: Results, axis: str, arm: str) -> dict[str, Estimate]:
     found = [result.by_type for result in results.of(axis, arm).values()]
-    return {kind: float(np.mean([one[kind] for one in found])) for kind in (found[0] if found else ())}
+    return {kind: statistics.estimate([one[kind] for one in found]) for kind in (found[0] if found else ())}
 
 
-def _shaded(share: float | None) -> Cell:
-    return Cell("-") if share is None else Cell(f"{share:.3f}", shade=share, is_number=True)
+def _counts(results: Results, axis: str, arm: str) -> Counter:
+    """Type -> questions that an arm was asked of it."""
+    runs = list(results.of(axis, arm).values())
+    return Counter(line["type"] for line in (runs[0].predictions if runs else ()))
+
+
+def _range(counts: Mapping[str, Counter], kind: str) -> str:
+    """How many questions of a type there are; from the fewest to the most where arms were asked differently."""
+    found = sorted({one[kind] for one in counts.values() if one})
+    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
+
+
+def _shaded(found: Estimate | None) -> Cell:
+    return Cell("-") if found is None else Cell(interval(found), shade=found.mean, is_number=True)
 
 
 def missing_section(results: Results) -> Section | None:

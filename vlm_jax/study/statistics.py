@@ -11,7 +11,8 @@ from scipy import stats
 from vlm_jax.study.results import Result, Results
 
 CONFIDENCE, LEVEL = 0.95, 0.05
-RESAMPLES, AT_ONCE = 4999, 500
+RESAMPLES, AT_ONCE = 9999, 500
+SMALLEST_P = 2 / (RESAMPLES + 1)  # that resampling can tell
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,14 @@ class Pair:
     b: str
     seeds: Estimate  # score of a - score of b; bounds over seeds
     seeds_p: float | None  # of no difference; corrected for the number of pairs, as the other one
-    questions: Estimate | None  # the same difference; bounds over test images
-    questions_p: float | None
+    images: Estimate | None  # the same difference; bounds over test images
+    images_p: float | None
 
     @property
     def verdict(self) -> str:
         """What may be said of the pair."""
         if self.seeds_p is None:
-            return "needs 2 seeds"
+            return "needs more seeds"
         return f"{self.better} is better" if self.worse else "not told apart"
 
     @property
@@ -48,8 +49,8 @@ class Pair:
 
     @property
     def worse(self) -> str:
-        """The arm that is behind for other seeds, and for other questions where that can be told; "" where neither."""
-        known = [p for p in (self.seeds_p, self.questions_p) if p is not None]
+        """The arm that is behind for other seeds, and for other images where that can be told; "" where neither."""
+        known = [p for p in (self.seeds_p, self.images_p) if p is not None]
         if self.seeds_p is None or max(known) >= LEVEL:
             return ""
         return self.b if self.better == self.a else self.a
@@ -65,17 +66,19 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def pairs(results: Results, axis: str) -> list[Pair]:
-    """Every pair of arms that share a seed, in the order of the arms; p values are Holm's, of all pairs of the axis."""
+    """Every pair of arms that share a seed and were asked the same, in the order of the arms.
+
+    p values are Holm's, of all these pairs of the axis.
+    """
     arms = [arm for one, arm in results.plan.arms if one == axis]
     shared = {(a, b): _shared(results.of(axis, a), results.of(axis, b)) for a, b in combinations(arms, 2)}
-    shared = {names: runs for names, runs in shared.items() if runs}
+    shared = {names: runs for names, runs in shared.items() if runs and were_asked_the_same(runs)}
     over_seeds = {names: over_seeds_of(runs) for names, runs in shared.items()}
-    over_questions = {names: over_questions_of(runs, results.plan.study.metric) for names, runs in shared.items()}
+    over_images = {names: over_images_of(runs, results.plan.study.metric) for names, runs in shared.items()}
     seeds_p = holm({names: p for names, (_, p) in over_seeds.items()})
-    questions_p = holm({names: p for names, (_, p) in over_questions.items()})
+    images_p = holm({names: p for names, (_, p) in over_images.items()})
     return [
-        Pair(*names, over_seeds[names][0], seeds_p[names], over_questions[names][0], questions_p[names])
-        for names in shared
+        Pair(*names, over_seeds[names][0], seeds_p[names], over_images[names][0], images_p[names]) for names in shared
     ]
 
 
@@ -91,20 +94,23 @@ def over_seeds_of(runs: Runs) -> tuple[Estimate, float | None]:
     found = [a.score - b.score for a, b in runs]
     if len(found) < 2:
         return estimate(found), None
-    if np.ptp(found) == 0:  # t divides by their spread
-        return estimate(found), float(found[0] == 0)
+    if np.ptp(found) == 0:  # t divides by their spread: without any, it cannot tell
+        return estimate(found), None if found[0] else 1.0
     return estimate(found), float(stats.ttest_1samp(found, 0).pvalue)
 
 
-def over_questions_of(runs: Runs, metric: str) -> tuple[Estimate | None, float | None]:
+def were_asked_the_same(runs: Runs) -> bool:
+    """Whether all runs answered the same questions about the same images."""
+    return all(run.asked == runs[0][0].asked for pair in runs for run in pair)
+
+
+def over_images_of(runs: Runs, metric: str) -> tuple[Estimate | None, float | None]:
     """The difference with the interval of a bootstrap over test images, and the p value of a sign-flip test over them.
 
     Questions about one image are right or wrong together more often than others, so images are resampled, and within
-    each the two arms change places. None where the arms were not asked the same, or no single answer has the metric.
+    each the two arms change places. None where no single answer has the metric.
     """
     if metric != "exact_match" and not metric.startswith("by_type."):
-        return None, None
-    if any(a.asked != b.asked or a.asked != runs[0][0].asked for a, b in runs):
         return None, None
     gain, count = by_image(runs, metric.removeprefix("by_type.") if metric != "exact_match" else None)
     mean = float(gain.sum() / count.sum())

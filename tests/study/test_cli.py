@@ -1,5 +1,7 @@
 """A mistake in a study is one sentence that names it, exit code 2, and nothing is written."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.study import studies
@@ -53,6 +55,16 @@ FIELDS = {
     "an unknown metric": ("metric='accuracy'", ["metric 'accuracy'", "exact_match"]),
     "a run that is not first": ("arms={'linear': {}, 'b': {'decoder.checkpoint': '{text}'}}", ["names no run of"]),
     "a tolerance that is none": ("tolerance=2", ["tolerance is 2"]),
+    "seeds in words": ("seeds='3'", ["seeds is '3'", "a whole number"]),
+    "a tolerance in words": ("tolerance='0.1'", ["tolerance is '0.1'", "a number"]),
+    "arms without fields": ("arms=['linear', 'mlp']", ["arms is ['linear', 'mlp']", "a dict"]),
+    "an arm that is a list": ("arms={'linear': {}, 'b': ['mlp']}", ["arm b is ['mlp']", "a dict of fields"]),
+    "a number for a name": ("arms={'linear': {}, 3: {}}", ["the name 3 is to be a folder"]),
+    "a field that no axis grows with": (
+        "matched={'image_tokens': 'train.steps'}, arms={'linear': {}, 'b': {'projector.kind': 'pixel_shuffle'}}",
+        ["arm b cannot be matched in image_tokens", "train.steps cannot be solved for"],
+    ),
+    "no split to be asked about": ("base=studies.changed(studies.base('d'), {'eval.split': ''})", ["no eval.split"]),
     "equal arms": ("arms={'linear': {}, 'b': {'projector.kind': 'linear'}}", ["linear and b are the same"]),
     "an arm that cannot be matched": (
         "arms={'linear': {}, 'b': {'train.batch_size': 16}}",
@@ -123,6 +135,38 @@ def test_a_run_without_its_metrics_is_named_and_the_others_are_reported(write, f
     assert code == 2
     assert "without examples/linear/seed_0" in error and "metrics.jsonl cannot be read" in error
     assert "metrics.jsonl" in (folder / "out/report.md").read_text()
+
+
+DAMAGES = {
+    "config.json": (lambda text: text.replace('"learning_rate": 0.001', '"learning_rate": 0.77'), "another config"),
+    "predictions.jsonl": (lambda text: "", "is damaged: it must have lines, each with answer, correct"),
+    "metrics.jsonl": (lambda text: text.replace('"loss"', '"los"'), "is damaged: it must have lines, each with loss"),
+    "eval.json": (lambda text: text[:9], "cannot be read"),
+    "run.json": (lambda text: "[]", "holds no JSON object"),
+}
+
+
+@pytest.mark.parametrize(("name", "damage", "words"), [(name, *rest) for name, rest in DAMAGES.items()], ids=DAMAGES)
+def test_a_run_that_is_another_or_damaged_is_named_and_left_out(
+    name, damage, words, write, folder, datasets_dir, capsys
+):
+    plan = studies.pretended(studies.study(datasets_dir), folder / "runs/studies/mine")
+    file = Path(plan.runs()[0].cfg.workdir, name)
+    before = file.read_text()
+    file.write_text(damage(before))
+    assert file.read_text() != before
+    code, error = said(["report", write(), "--to", "out"], capsys)
+    assert code == 2
+    assert "without examples/linear/seed_0" in error and words in error, error
+    assert words in (folder / "out/report.md").read_text()
+
+
+def test_a_damaged_study_is_named(write, folder, datasets_dir, capsys):
+    studies.pretended(studies.study(datasets_dir), folder / "runs/studies/mine")
+    (folder / "runs/studies/mine/study.json").write_text("{}")
+    for verb in ("run", "report"):
+        code, error = said([verb, write()], capsys)
+        assert code == 2 and "study.json names no" in error
 
 
 def test_a_metric_that_no_run_has_is_refused_with_those_that_there_are(write, folder, datasets_dir, capsys):

@@ -67,6 +67,35 @@ def test_a_placeholder_is_the_exported_folder(tmp_path):
     assert made.first["text"].workdir == str(tmp_path / "study/first/text")
 
 
+def test_an_arm_has_the_size_of_what_it_builds_on(tmp_path):
+    """Its config says nothing of that: the checkpoint decides."""
+    first = {"text": {"fusion.kind": "text_only", "decoder.depth": 4}}
+    arms = {"new": {"decoder.depth": 4}, "taught": {"decoder.checkpoint": "{text}"}}
+    made = plan(tmp_path, first=first, arms=arms, reference="new", matched={"parameters": ""})
+    assert [match.residual for match in made.matches] == [0.0, 0.0]
+    assert made.built(made.arms["parameters", "taught"]).decoder.depth == 4
+
+
+def test_arms_that_differ_in_what_a_checkpoint_decides_are_equal(tmp_path):
+    first = {"text": {"fusion.kind": "text_only"}, "other": {"fusion.kind": "text_only"}}
+    taught = {"decoder.checkpoint": "{text}"}
+    arms = {"a": taught, "b": {"decoder.checkpoint": "{other}"}}
+    settings = {"first": first, "reference": "a", "matched": {"examples": ""}}
+    plan(tmp_path, arms=arms, **settings)
+    with pytest.raises(ConfigError, match="arms a and c are the same experiment"):
+        plan(tmp_path, arms=arms | {"c": taught | {"decoder.depth": 4}}, **settings)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_shares_are_all_runs_and_the_seeds_of_an_arm_are_in_different_ones(tmp_path, count):
+    runs = plan(tmp_path, seeds=3).runs()
+    shares = [planning.share(runs, number, count) for number in range(1, count + 1)]
+    assert sorted(run.name for share in shares for run in share) == sorted(run.name for run in runs)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 3
+    of_an_arm = [{run.seed: i for i, share in enumerate(shares) for run in share if run.arm == "linear"}]
+    assert all(len(set(places.values())) == min(3, count) for places in of_an_arm)
+
+
 def test_equal_arms_are_refused_by_their_names(tmp_path):
     with pytest.raises(ConfigError, match="arms linear and same are the same experiment"):
         plan(tmp_path, arms={"linear": {}, "same": {"projector.kind": "linear"}})
@@ -90,6 +119,22 @@ def test_a_folder_takes_more_seeds_and_arms_and_no_other_version(tmp_path):
     with pytest.raises(ConfigError, match="examples/shuffle: is gone"):
         place.open(plan(tmp_path, arms={"linear": {}, "mlp": {"projector.kind": "mlp"}}))
     assert place.definition.read_text() == before
+
+
+def test_a_folder_keeps_its_seeds(tmp_path):
+    """Fewer are run again; all that are there are reported."""
+    place = Folder(tmp_path / "study")
+    assert place.seeds() == 0
+    for seeds in (5, 2):
+        place.open(plan(tmp_path, seeds=seeds))
+        assert place.seeds() == 5
+
+
+def test_another_seed_of_the_base_is_another_version(tmp_path):
+    place = Folder(tmp_path / "study")
+    place.open(plan(tmp_path))
+    with pytest.raises(ConfigError, match="linear: seed: 0 -> 1000"):
+        place.check(plan(tmp_path, base=changed(studies.base("data"), {"seed": 1000})))
 
 
 def test_a_field_that_only_a_later_program_has_is_its_default():

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.study import studies
-from vlm_jax.study import cli, measuring, planning, record, results, running
+from vlm_jax.study import cli, definition, measuring, planning, preparing, record, results, running
 from vlm_jax.study.folder import Folder
 from vlm_jax.study.running import Queue
 from vlm_jax.workdir import Workdir
@@ -108,6 +110,42 @@ def test_a_failed_arm_stops_no_other_and_is_noted_with_its_error(queue, capsys):
     assert "[1/2] examples/linear/seed_0  failed: exit code 1: error: the loss is nan." in printed
     assert "[2/2] examples/shuffle/seed_0  done" in printed
     assert record.read(plan.runs()[0].cfg.workdir)["error"] == "error: the loss is nan."
+
+
+def test_what_cannot_be_made_ready_stops_no_run(datasets_dir, tmp_path, monkeypatch, capsys):
+    """A model that cannot be measured, and a first run that fails: the runs that need it fail, and say why."""
+    first, arms = {"text": {"fusion.kind": "text_only"}}, {"new": {}, "taught": {"decoder.checkpoint": "{text}"}}
+    settings = {"first": first, "arms": arms, "reference": "new", "matched": {"examples": ""}, "seeds": 1}
+    study = studies.study(datasets_dir, **settings)
+    script = f"import sys; W = sys.argv[-1]\nif '/first/' in W: sys.exit('error: no room.')\n{SUCCEED}"
+    monkeypatch.setattr(running, "command", lambda *words: [sys.executable, "-c", script, words[-1]])
+    monkeypatch.setattr(preparing, "sys", SimpleNamespace(executable="false"))
+    monkeypatch.setattr(definition, "load", lambda file: study)
+    assert cli.main(["run", "mine.py", "--folder", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert "first text failed with exit code 1: error: no room." in printed
+    assert "measuring new failed" in printed and "measuring taught failed" in printed
+    plan = planning.plan(study, tmp_path, False, {})
+    new, taught = plan.runs()
+    assert running.is_done(new) and not running.is_done(taught)
+    found = results.read(plan).missing[taught.name]
+    assert found.startswith("failed: ") and "text_exported" in found
+
+
+def test_every_attempt_is_kept_with_the_commit_that_it_was_made_at(tmp_path, monkeypatch):
+    for commit in ("one", "two"):
+        monkeypatch.setattr(record, "environment", lambda: {"commit": commit})
+        record.add(str(tmp_path), ["run.py"], 1.0, 75)
+    assert [one["commit"] for one in record.read(str(tmp_path))["attempts"]] == ["one", "two"]
+
+
+def test_a_run_that_another_process_finished_is_not_run_again(queue, capsys):
+    made, plan = queue("raise SystemExit('it ran')")
+    for run in plan.runs():
+        Path(run.cfg.workdir).mkdir(parents=True)
+        Workdir(run.cfg.workdir).eval.write_text("{}")
+    made.work(jobs=1)
+    assert not made.failed and capsys.readouterr().out.count("is done") == 2
 
 
 def test_a_run_that_was_preempted_is_continued(queue):

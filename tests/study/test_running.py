@@ -133,8 +133,9 @@ def test_what_cannot_be_made_ready_stops_no_run(datasets_dir, tmp_path, monkeypa
 
 
 def test_every_attempt_is_kept_with_the_commit_that_it_was_made_at(tmp_path, monkeypatch):
-    for commit in ("one", "two"):
-        monkeypatch.setattr(record, "environment", lambda: {"commit": commit})
+    commits = iter(("one", "two"))
+    monkeypatch.setattr(record, "environment", lambda: {"commit": next(commits)})
+    for _ in range(2):
         record.add(str(tmp_path), ["run.py"], 1.0, 75)
     assert [one["commit"] for one in record.read(str(tmp_path))["attempts"]] == ["one", "two"]
 

@@ -21,7 +21,8 @@ USAGE = """usage: python experiments/study.py VERB ...
   run FILE      trains and evaluates every arm with every seed; the same command goes on where it stopped
       --seeds N       instead of the study's own number     --jobs N        runs at a time (default 1)
       --arms A,B      these alone                           --shard 2/8     the second of eight shares of the runs
-      --quick         a few steps, one seed, in a folder of its own: shows that everything works
+      --quick         a few steps, one seed, in a folder of its own: shows that everything works; of costs, only
+                      those of the reference are measured
       --folder DIR    where the study is kept (default runs/studies/NAME)
   report FILE   writes report.md of what there is [--to DIR] [--folder DIR] [--quick]
   list          the studies of experiments/: what they ask, their arms, and how many runs are done"""
@@ -102,7 +103,7 @@ def _run(given: argparse.Namespace, study: Study, choose: Callable[[list[Run]], 
     with place.alone():
         for name, cfg in plan.first.items():
             preparing.train_first(name, cfg, planning.export_folder(given.folder, name))
-        wanted = {plan.model_name(one.axis, one.arm) for one in runs}
+        wanted = {plan.model_name(one.axis, one.arm) for one in runs if not given.quick or one.arm == study.reference}
         preparing.measure(place, {name: cfg for name, cfg in plan.models().items() if name in wanted})
     queue = running.Queue(runs, {one: _expected_seconds(place, plan, one) for one in runs})
     queue.work(given.jobs)

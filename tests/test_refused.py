@@ -8,7 +8,7 @@ import pytest
 from vlm_jax import config_file
 from vlm_jax.config import ConfigError, Experiment, Fusion, RateScale, Rope
 from vlm_jax.limits import ABOVE, AT_LEAST, AT_MOST, BELOW
-from vlm_jax.testing import tiny
+from vlm_jax.testing import KINDS, tiny
 from vlm_jax.validate import kinds, validate
 
 
@@ -20,6 +20,8 @@ def changed(cfg: Experiment, **values) -> Experiment:
     return cfg
 
 
+TILED = {"vision_tiles": 2, "vision_tile_layouts": ((1, 1), (1, 2)), "vision_global_depth": 1}
+TILED |= {"vision_class_token": True, "vision_keep_class_token": True}
 REFUSED = [  # changes of `tiny`, and what the sentence must say
     ({"fusion_kind": "unifid"}, "fusion.kind 'unifid' .* unified, cross_attention"),
     ({"data_augment": ("mirror", "shft")}, "data.augment 'shft' .* mirror, turn, shift"),
@@ -95,6 +97,35 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
     ),
     ({"data_tag_ids": ((4,), (5,))}, "data.tag_ids names the tags of tiles, .* vision.tiles 1 and vision.tile_tags 1d"),
     ({"vision_tiles": 2, "data_tag_ids": ((4,), (5,))}, "data.tag_ids has 2 tags for the 3 views of vision.tiles 2"),
+    (
+        {"data_special_ids": (0, 1, 2, 300)},
+        "data.special_ids 300 is none of the tokens 0 to 299 of decoder.vocab_size 300",
+    ),
+    ({"data_special_ids": (-1, 1, 2, 3)}, "data.special_ids -1 is none of the tokens 0 to 299"),
+    ({"data_bos_id": 300}, "data.bos_id 300 is none of the tokens 0 to 299"),
+    ({"vision_tiles": 2, "data_tag_ids": ((4,), (5, 300), (6,))}, "data.tag_ids 300 is none of the tokens 0 to 299"),
+    ({"vision_tiles": 2, "data_tag_ids": ((4,), (-5,), (6,))}, "data.tag_ids -5 is none of the tokens 0 to 299"),
+    ({"vision_tiles": 2, "data_tag_ids": ((4,), (5, 1), (6,))}, "data.tag_ids 1 is one of data.special_ids, too"),
+    (
+        {"decoder_extra_tokens": 8, "data_special_ids": (0, 308, 2, 3)},
+        "data.special_ids 308 .* 0 to 307 of decoder.vocab_size 300 and decoder.extra_tokens 8",
+    ),
+    (
+        {"decoder_extra_tokens": 8, "data_special_ids": (0, 1, 2, 300)},
+        r"data.special_ids ends in 300, the end of text, .* 0 to 299 \(decoder.vocab_size 300\)",
+    ),
+    (TILED | {"vision_kind": "none"}, "vision.tile_layouts .* vision.kind none .* set that to vit"),
+    (
+        TILED | {"vision_class_token": False, "vision_keep_class_token": False},
+        "vision.tile_layouts .* vision.class_token False .* set that to True",
+    ),
+    (TILED | {"vision_keep_class_token": False}, "vision.tile_layouts .* vision.keep_class_token False .* to True"),
+    (TILED | {"vision_global_depth": 0}, "vision.tile_layouts needs vision.global_depth of at least 1, not 0"),
+    (TILED | {"vision_tile_layouts": ((1, 2),)}, "vision.tile_layouts lacks 1 1"),
+    (TILED | {"vision_tiles": 1}, "vision.tile_layouts 1 2 is no layout: .* 1 to vision.tiles 1"),
+    (TILED | {"vision_tile_layouts": ((1, 1), (-1, -1))}, "vision.tile_layouts -1 -1 is no layout: .* 1 to"),
+    (TILED | {"projector_kind": "resampler"}, "projector.kind resampler .* vision.tile_layouts .* linear, mlp or none"),
+    (TILED | {"projector_kind": "pixel_shuffle"}, "projector.kind pixel_shuffle .* choose linear, mlp or none"),
     ({"decoder_max_positions": 27}, "decoder.max_positions 27 .* data.text_length 24: it must be at least 28"),
 ]
 
@@ -159,6 +190,16 @@ def test_a_value_of_another_type_in_a_config_is_refused_by_name(field, value, sa
 
 def test_a_whole_number_is_a_number():
     validate(with_value(tiny(), "optim.learning_rate", 1))
+
+
+def test_an_encoder_that_reads_tiles_together_is_not_refused():
+    for kind in KINDS:
+        validate(changed(tiny(kind), **TILED))
+
+
+def test_tokens_that_are_read_alone_may_lie_behind_the_vocabulary():
+    """As the image token of Llama 3.2 Vision does."""
+    validate(changed(tiny(), decoder_extra_tokens=8, data_special_ids=(0, 307, 2, 299)))
 
 
 def test_room_for_exactly_the_row_is_enough():

@@ -1,6 +1,7 @@
 """What the settings of an experiment cannot be together: each check refuses with a sentence that names the fields."""
 
 import dataclasses
+import math
 import re
 
 from vlm_jax.config import ConfigError, Experiment
@@ -44,9 +45,63 @@ def _drawn(cfg: Experiment) -> None:
         raise ConfigError(
             f"data.cell_px is {data.cell_px}: choose {SMALLEST_CELL_PX} to 8, or 0 for letters set freely."
         )
+    if data.transcript and not data.cell_px:
+        raise ConfigError(
+            "data.transcript True does not say how large words are, which is asked of letters that are set freely: set "
+            f"data.cell_px to {SMALLEST_CELL_PX} to 8, or data.transcript to False."
+        )
     if min(data.images) < 1:
         raise ConfigError(
             f"data.images is {' '.join(map(str, data.images))}: train, validation and test need at least 1 image each."
+        )
+
+
+def _tokens(cfg: Experiment) -> None:
+    data, vocab = cfg.data, cfg.decoder.vocab_size
+    known, tags = vocab + cfg.decoder.extra_tokens, sum(data.tag_ids, ())
+    bos = (data.bos_id,) if data.bos_id >= 0 else ()
+    for name, ids in (("special_ids", data.special_ids), ("tag_ids", tags), ("bos_id", bos)):
+        outside = [i for i in ids if not 0 <= i < known]
+        if outside:
+            more = f" and decoder.extra_tokens {known - vocab}" if known > vocab else ""
+            raise ConfigError(
+                f"data.{name} {outside[0]} is none of the tokens 0 to {known - 1} of decoder.vocab_size {vocab}{more}."
+            )
+    if data.eos_id >= vocab:
+        raise ConfigError(
+            f"data.special_ids ends in {data.eos_id}, the end of text, which the decoder must be able to write: choose "
+            f"a token of 0 to {vocab - 1} (decoder.vocab_size {vocab})."
+        )
+    both = [i for i in tags if i in data.special_ids]
+    if both:
+        raise ConfigError(
+            f"data.tag_ids {both[0]} is one of data.special_ids, too: tags must be of tokens that mean nothing else."
+        )
+
+
+def _tiled_encoder(cfg: Experiment) -> None:
+    vision, layouts, kind = cfg.vision, cfg.vision.tile_layouts, cfg.projector.kind
+    if not layouts:
+        return
+    for name, needed in (("kind", "vit"), ("class_token", True), ("keep_class_token", True)):
+        if getattr(vision, name) != needed:
+            raise ConfigError(
+                f"vision.tile_layouts is of the encoder of Llama 3.2 Vision, which vision.{name} "
+                f"{getattr(vision, name)} does not go with: set that to {needed}, or leave the layouts out."
+            )
+    if vision.global_depth < 1:
+        raise ConfigError(f"vision.tile_layouts needs vision.global_depth of at least 1, not {vision.global_depth}.")
+    if (1, 1) not in layouts:
+        raise ConfigError("vision.tile_layouts lacks 1 1, the layout that every image is given in training: add it.")
+    wrong = [layout for layout in layouts if min(layout) < 1 or math.prod(layout) > vision.tiles]
+    if wrong:
+        raise ConfigError(
+            f"vision.tile_layouts {' '.join(map(str, wrong[0]))} is no layout: rows times columns must be 1 to "
+            f"vision.tiles {vision.tiles}."
+        )
+    if kind not in ("linear", "mlp", "none"):
+        raise ConfigError(
+            f"projector.kind {kind} does not keep the tokens of vision.tile_layouts apart: choose linear, mlp or none."
         )
 
 
@@ -164,4 +219,4 @@ def _profile(cfg: Experiment) -> None:
         raise ConfigError(f"train.profile_steps {wanted} ends after train.steps {steps}.")
 
 
-CHECKS = (_data, _drawn, _projector, _fusion, _tiles, _room, _rates, _microbatches, _profile)
+CHECKS = (_data, _drawn, _tokens, _tiled_encoder, _projector, _fusion, _tiles, _room, _rates, _microbatches, _profile)

@@ -25,7 +25,8 @@ class Batch:
     positions: Array  # (B, S) int32: restart with every branch at the trunk's length
     segment_ids: Array  # (B, S) int32: PADDING, or 1, 2, ...
     branch_ids: Array  # (B, S) int32: TRUNK, or 1, 2, ...
-    image_slots: Array  # (B, S) int32: which of the row's I*M image tokens stands here, or NO_IMAGE
+    image_slots: Array  # (B, S) int32: which of the row's I*M image tokens (with `vision.tile_layouts` I*J*M) stands
+    #   here, or NO_IMAGE
     image_mask: Array  # (B, S, I) bool: which images the token may read in cross-attention
     images: Array | None = None  # (B, I, height, width, channels) float32, normalised; I counts every view of an image:
     #   its tiles, then its thumbnail; with `vision.tile_layouts` (B, I, J, ...), and image_mask (B, S, I*J);

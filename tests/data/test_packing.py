@@ -13,10 +13,11 @@ from vlm_jax.config import ConfigError, Train
 from vlm_jax.data import conversations, packing, pipeline
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import NO_IMAGE
-from vlm_jax.testing import random_params, tiny, variants, write_conversations
+from vlm_jax.testing import KINDS, hybrid_in_tiles, random_params, tiny, variants, write_conversations
 from vlm_jax.train.loss import cross_entropy
+from vlm_jax.validate import validate
 
-BIDIRECTIONAL = "unified, bidirectional prefix"
+BIDIRECTIONAL, TILES = "unified, bidirectional prefix", "hybrid in tiles"
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,7 @@ def source(data):
 def experiments(data):
     found = variants() | {BIDIRECTIONAL: tiny()}
     found[BIDIRECTIONAL] = replace(tiny(), fusion=replace(tiny().fusion, prefix="bidirectional"))
+    found[TILES] = replace(hybrid_in_tiles(), vision=replace(hybrid_in_tiles().vision, tiles=6))  # all images have six
     longer = {name: replace(cfg.decoder, max_positions=128) for name, cfg in found.items()}
     return {name: replace(cfg, data=data, decoder=longer[name]) for name, cfg in found.items()}
 
@@ -100,7 +102,7 @@ def random_rows(cfg, elements, rng):
     return rows
 
 
-@every_kind
+@pytest.mark.parametrize("name", [*variants(), BIDIRECTIONAL, TILES])
 def test_packed_loss_is_unpacked_loss_in_any_order(name, experiments, tokenizer, source):
     cfg = experiments[name]
     elements = elements_of(cfg, tokenizer, source)[:12]
@@ -254,11 +256,33 @@ def test_text_alone_takes_no_images(experiments, tokenizer):
     assert not batch.image_mask.any()
 
 
-def test_an_encoder_with_tiles_is_given_each_image_as_its_first(experiments, tokenizer):
-    whole = experiments["cross_attention"]
-    cut = replace(whole, vision=replace(whole.vision, tiles=4, tile_layouts=((1, 1), (2, 2)), class_token=True))
+TILED = {"tiles": 4, "tile_layouts": ((1, 1), (2, 2)), "global_depth": 1, "class_token": True, "keep_class_token": True}
+
+
+def with_tiled_encoder(cfg):
+    return validate(replace(cfg, vision=replace(cfg.vision, **TILED)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_encoder_with_tiles_is_given_each_image_as_its_first(kind, experiments, tokenizer):
+    cut = with_tiled_encoder(experiments[kind])
+    whole = replace(cut, vision=replace(cut.vision, tiles=1, tile_layouts=()))
     plain, tiles = (next(pipeline.training_iterator(cfg, tokenizer)) for cfg in (whole, cut))
     assert tiles.images.shape == (8, 3, 4, 16, 16, 3)
     np.testing.assert_array_equal(tiles.images[:, :, 0], plain.images)
     np.testing.assert_array_equal(tiles.image_mask[..., ::4], plain.image_mask)
     assert tiles.image_mask.sum() == plain.image_mask.sum()
+    image, token = np.divmod(plain.image_slots, whole.image_tokens)
+    expected = np.where(plain.image_slots == NO_IMAGE, NO_IMAGE, image * 4 * whole.image_tokens + token)
+    np.testing.assert_array_equal(tiles.image_slots, expected)
+    assert (image.max() > 0) == cut.fusion.image_in_sequence, "a row has several images"
+
+
+def test_of_an_encoder_with_tiles_the_tokens_of_an_images_first_tile_stand_in_the_sequence(experiments, tokenizer):
+    cfg = with_tiled_encoder(experiments["unified"])
+    batch, params, size = next(pipeline.training_iterator(cfg, tokenizer)), random_params(cfg), cfg.image_tokens
+    read = jax.jit(lambda batch: VLM(cfg).apply({"params": params}, batch, method="image_tokens"))
+    for made, slots, mask in zip(np.asarray(read(batch)), batch.image_slots, batch.image_mask, strict=True):
+        shown = mask.any(0)[::4]
+        placed = made[slots[slots != NO_IMAGE]]
+        np.testing.assert_array_equal(placed, made.reshape(3, 4, size, -1)[shown, 0].reshape(placed.shape))

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grain
 import numpy as np
 
-from vlm_jax.config import ConfigError, Experiment, Vision
+from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data import images as image_files
 from vlm_jax.data import templates, tiles
 from vlm_jax.data.conversations import Conversation, Conversations
@@ -54,7 +54,7 @@ def batches(cfg: Experiment, tokenizer: Tokenizer, source: Conversations, shard:
     pool, read = ThreadPoolExecutor(max(threads, 1)), pixel_reader(cfg, source)
 
     def batch(rows: Sequence[Fields]) -> Batch:
-        return tiled(cfg.vision, to_batch(cfg, rows[shard], lambda numbers: pool.map(read, numbers)))
+        return tiled(cfg, to_batch(cfg, rows[shard], lambda numbers: pool.map(read, numbers)))
 
     made = packed.batch(rows, drop_remainder=True, batch_fn=batch)
     return grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=cfg.data.prefetch)
@@ -141,10 +141,15 @@ def _images(cfg: Experiment, numbers: np.ndarray, filled: np.ndarray, read: Call
     return images.reshape(rows, -1, *images.shape[3:]), there.reshape(rows, -1)
 
 
-def tiled(vision: Vision, batch: Batch) -> Batch:
-    """The batch as an encoder with tiles reads it: every image is its own first tile, and the others are not there."""
+def tiled(cfg: Experiment, batch: Batch) -> Batch:
+    """The batch as an encoder with tiles reads it: every image is its own first tile, and the others are not there.
+
+    The encoder emits M tokens for every tile, there or not, so those of image k begin at k * vision.tiles * M.
+    """
+    vision = cfg.vision
     if not vision.tile_layouts or batch.images is None:
         return batch
+    images_before = batch.image_slots // cfg.image_tokens
     layout = vision.tile_layouts.index((1, 1)) + 1
     missing = [(0, vision.tiles - 1)]
     first_of_each = np.arange(batch.image_mask.shape[-1] * vision.tiles) % vision.tiles == 0
@@ -153,4 +158,5 @@ def tiled(vision: Vision, batch: Batch) -> Batch:
         tile_layouts=np.full(batch.images.shape[:2], layout, np.int32),
         tile_mask=np.pad(np.ones((*batch.images.shape[:2], 1), bool), [(0, 0)] * 2 + missing),
         image_mask=np.repeat(batch.image_mask, vision.tiles, axis=-1) & first_of_each,
+        image_slots=moved(batch.image_slots, images_before * (vision.tiles - 1) * cfg.image_tokens),
     )

@@ -9,5 +9,10 @@ from vlm_jax.config import Experiment, Fusion
 
 def get_config() -> Experiment:
     unified = glyphs_unified.get_config()
-    data, vision = replace(unified.data, image_px=128), replace(unified.vision, tiles=4)
-    return replace(unified, data=data, vision=vision, fusion=Fusion(kind="hybrid"))
+    return replace(
+        unified,
+        data=replace(unified.data, image_px=128, text_length=144),
+        vision=replace(unified.vision, tiles=4),
+        fusion=Fusion(kind="hybrid"),
+        eval=replace(unified.eval, max_new_tokens=36),  # six words of six tokens
+    )

@@ -6,18 +6,23 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from vlm_jax import config_file
 from vlm_jax.config import ConfigError, Data
-from vlm_jax.data import sources
+from vlm_jax.data import pipeline, sources
 from vlm_jax.data.baselines import blind
-from vlm_jax.data.text import Tokenizer, answer_ids, prompt_ids
+from vlm_jax.data.text import Tokenizer, answer_ids, fitting, prompt_ids
+from vlm_jax.infer.evaluate import too_long
 from vlm_jax.testing import tiny
 from vlm_jax.validate import validate
 
 NAMES = ("glyphs", "digits")
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+DRAWN = [path for path in CONFIGS if config_file.load(str(path)).data.is_drawn]
 by_name = pytest.mark.parametrize("name", NAMES)
 
 
@@ -79,6 +84,23 @@ def test_every_text_of_the_test_split_is_encodable_by_the_tokenizer_of_the_train
             assert tokenizer.decode(answer_ids(tokenizer, answer)) == answer
 
 
+def small(path, datasets_dir):
+    """The experiment of a config, on few images."""
+    cfg = config_file.load(str(path))
+    return replace(cfg, data=replace(cfg.data, dir=datasets_dir, images=(400, 100, 100)))
+
+
+@pytest.mark.parametrize("path", DRAWN, ids=lambda path: path.stem)
+def test_the_rows_of_a_config_have_room_for_nearly_all_questions_and_its_answers_can_be_reached(path, datasets_dir):
+    cfg = small(path, datasets_dir)
+    tokenizer = pipeline.train_tokenizer(cfg)
+    rows = pipeline.sampled_rows(cfg, tokenizer)
+    assert len(rows) == 400
+    assert sum(len(fitting(cfg, row)) for row in rows) > 0.98 * sum(map(len, rows))
+    for split in ("train", "validation", "test"):
+        assert too_long(cfg, tokenizer, pipeline.questions(cfg, split)) == ""
+
+
 def test_the_blind_say_one_thing_or_repeat_a_word():
     asked = ("a or b?", "d or c?", "b or a?", "a or c?")
     records = [
@@ -117,6 +139,7 @@ def test_questions_alone_are_answered_by_chance(name, datasets_dir):
         ({"cell_px": 5}, "data.cell_px is 5: choose 6 to 8, or 0"),
         ({"cell_px": 9}, "data.cell_px is 9: it must be at most 8"),
         ({"source": "digits", "transcript": True}, "data.transcript is of data.source glyphs, not of digits"),
+        ({"transcript": True}, "data.transcript True does not say how large words are, .* set data.cell_px to 6 to 8"),
         ({"source": "easy_vqa", "seed": 3}, "data.seed is of data.source glyphs and digits"),
     ],
 )

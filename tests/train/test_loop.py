@@ -265,6 +265,18 @@ def test_what_does_not_fit_the_data_is_refused_before_anything_is_written(experi
     assert not Workdir(cfg.workdir).path.exists()
 
 
+def test_what_is_left_out_of_the_rows_is_said_before_the_training(experiment, capsys):
+    cfg = experiment()
+    tokenizer = pipeline.train_tokenizer(cfg)
+    capsys.readouterr()
+    for text_length, lines in ((100, 0), (40, 1)):
+        shorter = replace(cfg, data=replace(cfg.data, text_length=text_length))
+        loop.check_data(shorter, tokenizer, pipeline.training_iterator(shorter, tokenizer))
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) == lines
+        assert all("120 questions in 40 training rows" in line and "data.text_length 40" in line for line in said)
+
+
 def test_a_look_at_the_data_takes_nothing_from_it(experiment):
     cfg = experiment()
     tokenizer = pipeline.train_tokenizer(cfg)

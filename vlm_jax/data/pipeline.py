@@ -14,6 +14,7 @@ from vlm_jax.data.text import Tokenizer
 from vlm_jax.structs import Batch
 
 CACHED_PAIRS = 1 << 16  # questions with answers whose tokens are kept: data sets from templates repeat theirs
+SAMPLED_ROWS = 500  # from which it is told, before the training, how many questions do not fit into its rows
 
 
 class Decoded:
@@ -55,7 +56,7 @@ def training_iterator(
     records = Decoded(sources.load(cfg.data, cfg.data.train_split), cfg.vision)
     rows = _shuffled(cfg, records).random_map(_row_builder(cfg, tokenizer)).repeat()
     batches = rows[process_index::process_count].batch(
-        cfg.train.batch_size // process_count, drop_remainder=True, batch_fn=functools.partial(_stack, cfg.vision)
+        cfg.train.batch_size // process_count, drop_remainder=True, batch_fn=functools.partial(_stack, cfg)
     )
     threads = cfg.data.threads
     return iter(batches.to_iter_dataset(grain.ReadOptions(threads, max(threads, cfg.data.prefetch))))
@@ -78,27 +79,38 @@ def image_ids(cfg: Experiment, state: dict) -> list:
 
 
 def _row_builder(cfg: Experiment, tokenizer: Tokenizer) -> Callable:
-    @functools.lru_cache(CACHED_PAIRS)
-    def encode(question: str, answer: str) -> text.Pair:
-        return text.prompt_ids(tokenizer, question), text.answer_ids(tokenizer, answer)
+    choose = _chooser(cfg, tokenizer)
 
     def row(record: sources.Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        chosen = rng.permutation(len(record.questions))[: cfg.data.questions_per_row]
+        pairs = choose(record, rng)
         pixels = image_files.augment(record.image, cfg.data.augment, rng)
-        pairs = [encode(record.questions[i], record.answers[i]) for i in chosen]
         packed = text.pack_row(cfg, pairs, tiles.tiles_of(pixels, cfg.vision))
         return packed | {"images": pixels}
 
     return row
 
 
-def _stack(vision: Vision, rows: Sequence[dict[str, np.ndarray]]) -> Batch:
-    images = tiles.one_a_row([row["images"] for row in rows], vision)
+def _chooser(cfg: Experiment, tokenizer: Tokenizer) -> Callable[[sources.Record, np.random.Generator], list[text.Pair]]:
+    """A record and a generator -> the questions that are chosen for a row, with their answers."""
+
+    @functools.lru_cache(CACHED_PAIRS)
+    def encode(question: str, answer: str) -> text.Pair:
+        return text.prompt_ids(tokenizer, question), text.answer_ids(tokenizer, answer)
+
+    def choose(record: sources.Record, rng: np.random.Generator) -> list[text.Pair]:
+        chosen = rng.permutation(len(record.questions))[: cfg.data.questions_per_row]
+        return [encode(record.questions[i], record.answers[i]) for i in chosen]
+
+    return choose
+
+
+def _stack(cfg: Experiment, rows: Sequence[dict[str, np.ndarray]]) -> Batch:
+    images = tiles.one_a_row([row["images"] for row in rows], cfg.vision)
     stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "images"}
-    return packing.tiled(vision, Batch(**stacked, images=images))
+    return packing.tiled(cfg, Batch(**stacked, images=images))
 
 
-def conversation_source(data: Data, split: str) -> conversations.Conversations | tfds_sets.Asked:
+def conversation_source(data: Data, split: str) -> conversations.Conversations | tfds_sets.AskedRows:
     """Random access to the conversations of a split, and to their images."""
     return (conversations if data.source == "conversations" else tfds_sets).load(data, split)
 
@@ -120,6 +132,27 @@ def check(cfg: Experiment, tokenizer: Tokenizer) -> None:
         text.pack_row(cfg, [longest_pair(cfg, tokenizer)])
     if cfg.eval.split:
         question_length(cfg, tokenizer, questions(cfg, cfg.eval.split, cfg.eval.max_examples))
+
+
+def left_out(cfg: Experiment, tokenizer: Tokenizer) -> str:
+    """A sentence about the questions that do not fit into their training rows, of `sampled_rows`; "" where all do."""
+    rows = [] if cfg.data.is_conversations else sampled_rows(cfg, tokenizer)
+    asked = sum(map(len, rows))
+    left = asked - sum(len(text.fitting(cfg, row)) for row in rows)
+    if not left:
+        return ""
+    longest = max(sum(len(part) for pair in row for part in pair) for row in rows)
+    return (
+        f"{left} of {asked} questions in {len(rows)} training rows ({left / asked:.1%}) do not fit data.text_length "
+        f"{cfg.data.text_length} and are left out, others in every pass: the longest row has {longest} tokens."
+    )
+
+
+def sampled_rows(cfg: Experiment, tokenizer: Tokenizer) -> list[list[text.Pair]]:
+    """What is chosen for at most `SAMPLED_ROWS` training rows, spread over the split, whether it fits or not."""
+    records = sources.load(cfg.data, cfg.data.train_split)
+    choose, rng = _chooser(cfg, tokenizer), np.random.default_rng(cfg.seed)
+    return [choose(records[index], rng) for index in range(0, len(records), -(-len(records) // SAMPLED_ROWS))]
 
 
 def longest_pair(cfg: Experiment, tokenizer: Tokenizer) -> text.Pair:
@@ -239,7 +272,7 @@ def prompt_batch(
         row["image_mask"] = _filled(row["image_mask"], 1, views)
         if most:
             row["images"] = _filled(tiles.stacked(pixels, cfg.vision), 0, views)
-    return packing.tiled(cfg.vision, Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]}))
+    return packing.tiled(cfg, Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]}))
 
 
 def question_batch(

@@ -173,10 +173,11 @@ def only_own_tile(image_mask: np.ndarray, image_tags: np.ndarray) -> np.ndarray:
     return image_mask & ((tags == NO_IMAGE) | (tags == views))
 
 
-def pack_row(cfg: Experiment, pairs: Sequence[Pair], tiles: int = 1) -> Fields:
-    """One image and its questions -> the fields of a training row of length S = cfg.row_length, image_mask (S, J).
+def fitting(cfg: Experiment, pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs that a row takes: those that do not fit any more are left out.
 
-    Pairs that do not fit any more are left out. ConfigError for a pair that would not fit in a row of its own.
+    Raises:
+      ConfigError: a pair would not fit in a row of its own.
     """
     room, kept = cfg.data.text_length, []
     for prompt, answer in pairs:
@@ -186,6 +187,15 @@ def pack_row(cfg: Experiment, pairs: Sequence[Pair], tiles: int = 1) -> Fields:
         if length <= room:
             kept.append((prompt, answer))
             room -= length
+    return kept
+
+
+def pack_row(cfg: Experiment, pairs: Sequence[Pair], tiles: int = 1) -> Fields:
+    """One image and its questions -> the fields of a training row of length S = cfg.row_length, image_mask (S, J).
+
+    It has those of the pairs that are `fitting`.
+    """
+    kept = fitting(cfg, pairs)
     row = _segment(cfg, [tiles], [[*prompt, *answer] for prompt, answer in kept])
     same_branch = row["branch_ids"][:-1] == row["branch_ids"][1:]
     lengths = [np.sum(row["branch_ids"] == TRUNK), *(len(part) for pair in kept for part in pair)]

@@ -130,8 +130,13 @@ def check_rows(cfg: Experiment, mesh: jax.sharding.Mesh) -> None:
 
 
 def check_data(cfg: Experiment, tokenizer: Tokenizer, data) -> None:
-    """Makes the first batch and measures every question: a mistake must not show in the midst of the training."""
+    """Makes the first batch and measures every question: a mistake must not show in the midst of the training.
+
+    The first process says how many questions are left out of their rows, if any are.
+    """
     pipeline.check(cfg, tokenizer)
+    if not jax.process_index() and (said := pipeline.left_out(cfg, tokenizer)):
+        print(said, flush=True)
     first = data.get_state()
     next(data)
     data.set_state(first)

@@ -40,6 +40,11 @@ def variants() -> dict[str, Experiment]:
     return {kind: tiny(kind) for kind in KINDS} | {"encoder_free": tiny(vision=encoder_free)}
 
 
+def hybrid_in_tiles() -> Experiment:
+    """Images of at most two tiles with tags: a thumbnail in the sequence, the tiles in cross-attention."""
+    return tiny("hybrid", vision=dataclasses.replace(tiny().vision, tiles=2))
+
+
 def random_params(cfg: Experiment, spread: float = 0.1, seed: int = 0):
     """Parameters of the experiment's shapes, scales around 1 and the others around 0; none is 0, so gates are open.
 

@@ -31,6 +31,18 @@ def test_a_fifth_of_every_digits_images_is_kept_for_the_test_split():
             assert all(digit.source in allowed[digit.value] for digit in scene.digits)
 
 
+def test_a_held_out_image_is_as_like_a_seen_one_as_the_docs_say():
+    """As images of one writer are."""
+    images, seen, held_out = digits.sources()
+    pixels = images.reshape(len(images), -1).astype(float)
+    known, asked = (
+        [(i, value) for value, found in enumerate(images_of) for i in found] for images_of in (seen, held_out)
+    )
+    (known, values), (asked, expected) = (np.transpose(pairs) for pairs in (known, asked))
+    squares = (pixels[known] ** 2).sum(-1) - 2 * pixels[asked] @ pixels[known].T
+    assert round(float(np.mean(values[squares.argmin(-1)] == expected)), 3) == 0.986
+
+
 @every_size
 def test_digits_are_whole_apart_and_alone(image_px):
     for scene, _ in scenes(image_px):

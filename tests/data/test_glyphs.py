@@ -2,6 +2,8 @@
 
 import itertools
 import re
+from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -148,6 +150,48 @@ def test_every_letter_of_a_held_out_word_is_learned_at_its_place():
     """So that a reader of letters can read them."""
     seen, held_out = ({(len(word), i, word[i]) for word in words for i in range(len(word))} for words in paper.words())
     assert held_out <= seen
+
+
+def fixed_by(letters, words):
+    """The share of the words that no other begins like, in so many letters."""
+    begun = Counter(word[:letters] for word in words)
+    return sum(begun[word[:letters]] == 1 for word in words) / len(words)
+
+
+def test_what_the_list_of_words_gives_away_is_what_the_docs_say():
+    seen, held_out = ({size: [w for w in words if len(w) == size] for size in (3, 5)} for words in paper.words())
+    assert (len(seen[5]), len(held_out[5]), len(held_out[3])) == (1176, 276, 109)
+    assert fixed_by(4, seen[5]) == 1
+    assert round(fixed_by(3, seen[5]), 2) == 0.64
+    assert not {word[:4] for word in held_out[5]} & {word[:4] for word in seen[5]}
+    assert sum(any(word in longer for longer in seen[5]) for word in held_out[3]) == 109
+    assert sum(any(longer.endswith(word) for longer in seen[5]) for word in held_out[3]) == 105
+
+
+@pytest.mark.parametrize("font", paper.SEEN_FONTS + paper.HELD_OUT_FONTS)
+def test_the_smallest_letters_are_as_high_as_the_docs_say(font):
+    for letter, height_px in (("x", 5), ("d", 8)):
+        _, top, _, bottom = paper._font(font, paper.SMALLEST_PX).getbbox(letter, anchor="ls")
+        assert bottom - top == height_px
+
+
+@pytest.mark.parametrize("cell_px", (6, 7, 8))
+def test_typewritten_letters_leave_their_cells_by_hardly_any_ink(cell_px):
+    fonts, letters = paper.fonts("train", cell_px) + paper.fonts("test", cell_px), "".join(paper.words()[0])
+    most = {font: max(ink_outside(font, cell_px, letter) for letter in set(letters)) for font in fonts}
+    assert max(most.values()) < 0.013
+    assert not any(most[font] for font in fonts if "Oblique" not in font)
+
+
+def ink_outside(font, cell_px, letter):
+    """The share of a letter's ink that is outside of its cell."""
+    page = paper.Typewritten(6 * cell_px, font, (0, 0, 0), cell_px=cell_px)
+    (size_px,) = page.sizes_px
+    cell = (2 * cell_px, 2 * cell_px, 3 * cell_px, 4 * cell_px)  # left, top, right, bottom
+    ink = np.asarray(paper.draw(replace(page, lines=((paper.Word(letter, size_px, "red", cell),),))))[..., 0].astype(
+        int
+    )
+    return 1 - ink[cell[1] : cell[3], cell[0] : cell[2]].sum() / ink.sum()
 
 
 def test_a_larger_page_holds_more_words_in_more_sizes():

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,11 +55,15 @@ def test_slices(datasets_dir):
     assert sources.load(data, "train[90%:]")[0].image_id == 3600
 
 
-@pytest.mark.parametrize("split", ["nonsense", "train[", "train[:x]", "", "train[:0]", "train[5:2]"])
-def test_a_bad_split_names_its_field(datasets_dir, split):
-    with pytest.raises(ConfigError, match="data.train_split"):
+NO_SPLITS = dict.fromkeys(["nonsense", "train[", "train[:x]", ""], "no split: choose train, test, or a")
+EMPTY = dict.fromkeys(["train[:0]", "train[5:2]", "test[:0%]"], "an empty split: .* train 4000, test 1000")
+
+
+@pytest.mark.parametrize("split, said", (NO_SPLITS | EMPTY).items(), ids=NO_SPLITS | EMPTY)
+def test_a_bad_split_names_its_field(datasets_dir, split, said):
+    with pytest.raises(ConfigError, match=f"data.train_split {re.escape(repr(split))} is {said}"):
         sources.load(Data(dir=datasets_dir, train_split=split), split)
-    with pytest.raises(ConfigError, match="eval.split"):
+    with pytest.raises(ConfigError, match=f"eval.split {re.escape(repr(split))} is {said}"):
         sources.load(Data(dir=datasets_dir), split)
 
 

@@ -14,7 +14,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optim
 from vlm_jax.config import ConfigError, Vision
 from vlm_jax.data import tiles
 from vlm_jax.hub.image_processor import ImageProcessor
-from vlm_jax.hub.tiles import best_layout, layouts, shape_on_canvas
+from vlm_jax.hub.tiles import best_canvas, layouts, shape_on_canvas
 
 RNG = np.random.default_rng(0)
 MLLAMA = {"image_processor_type": "MllamaImageProcessor", "size": {"height": 12, "width": 12}, "resample": 2}
@@ -87,9 +87,9 @@ def test_rows_with_none_one_and_more_images_and_a_flat_list(tmp_path):
 
 def test_the_layouts_of_the_published_models():
     assert layouts(4) == [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1)]
-    assert best_layout(560, 560, 4, 560) == (1, 1)
-    assert best_layout(561, 561, 4, 560) == (2, 2)
-    assert best_layout(300, 2000, 4, 560) == (1, 4)
+    assert best_canvas(560, 560, 4, 560) == (1, 1)
+    assert best_canvas(561, 561, 4, 560) == (2, 2)
+    assert best_canvas(300, 2000, 4, 560) == (1, 4)
     assert shape_on_canvas(300, 2000, (560, 2240), 560) == (300, 2000)  # larger than a tile: not enlarged
     assert shape_on_canvas(50, 100, (560, 560), 560) == (280, 560)
 

@@ -1,16 +1,17 @@
 """Cached generation says what the whole sequence, read again for every token, would say."""
 
+import itertools
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
-from vlm_jax.data import pipeline, text
+from vlm_jax.data import pipeline, text, tiles
 from vlm_jax.infer.generate import Decoding, choose, generate, stream
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import NO_IMAGE, PADDING, Batch
-from vlm_jax.testing import random_params, variants
+from vlm_jax.testing import hybrid_in_tiles, random_params, variants
 
 NEW = 6
 NEVER = Decoding()  # no token ends: generation goes on
@@ -22,20 +23,27 @@ def untied(cfg):
     return replace(cfg, decoder=replace(cfg.decoder, tied_head=False))
 
 
-CONFIGS = {name: untied(cfg) for name, cfg in variants().items()}
+CONFIGS = {name: untied(cfg) for name, cfg in (variants() | {"hybrid in tiles": hybrid_in_tiles()}).items()}
 
 
 def prompts(cfg):
-    """Random prompts of three lengths, each with a random image."""
-    rng = np.random.default_rng(0)
+    """Random prompts of three lengths, each with a random image; where those are cut into tiles, of several shapes."""
+    rng, side = np.random.default_rng(0), cfg.vision.image_size_px
     ids = [list(rng.integers(len(text.SPECIALS), cfg.decoder.vocab_size, length)) for length in LENGTHS]
-    return ids, rng.uniform(-1, 1, (len(ids), 1, 16, 16, 3)).astype(np.float32)
+    shapes = itertools.islice(itertools.cycle(tiles.layouts(cfg.vision.cut_tiles)), len(ids))
+    images = [rng.uniform(-1, 1, (rows * side, columns * side, 3)).astype(np.float32) for rows, columns in shapes]
+    return ids, images
 
 
 def batch_of(cfg, ids, images) -> Batch:
+    """A row a prompt, which has one image."""
     length = cfg.image_slots_in_row + max(map(len, ids))
-    rows = [text.prompt_row(cfg, prompt, (1,) * images.shape[1], length) for prompt in ids]
-    return Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]}, images=images)
+    rows = [
+        text.prompt_row(cfg, prompt, (tiles.tiles_of(image, cfg.vision),), length)
+        | {"images": tiles.stacked([image], cfg.vision)}
+        for prompt, image in zip(ids, images, strict=True)
+    ]
+    return Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
 
 
 def generated(cfg, how=NEVER, only=slice(None)):
@@ -60,7 +68,7 @@ def read_again(cfg):
 
 def right_padded(cfg, ids, image) -> Batch:
     """One row as in training, so that every call has one shape; what is behind the last token is padding."""
-    row = batch_of(cfg, [ids], image[None])
+    row = batch_of(cfg, [ids], [image])
     room = cfg.row_length - row.tokens.shape[1]
     padding = {"segment_ids": PADDING, "image_slots": NO_IMAGE}
     fields = {name: values for name, values in row.__dict__.items() if values is not None and name != "images"}
@@ -115,7 +123,10 @@ def test_the_image_decides():
     cfg = CONFIGS["unified"]
     ids, images = prompts(cfg)
     params = random_params(cfg, 0.3)
-    made = [generate(cfg, params, batch_of(cfg, ids, picture), NEW, NEVER) for picture in (images, -images)]
+    made = [
+        generate(cfg, params, batch_of(cfg, ids, picture), NEW, NEVER)
+        for picture in (images, [-image for image in images])
+    ]
     assert not np.array_equal(*made)
 
 

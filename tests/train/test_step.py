@@ -11,16 +11,16 @@ from flax import traverse_util
 
 from vlm_jax import axes
 from vlm_jax.config import Mesh, Optim, factorizations
-from vlm_jax.testing import random_batch, random_params, tiny, variants
+from vlm_jax.testing import hybrid_in_tiles, random_batch, random_params, tiny, variants
 from vlm_jax.train.step import abstract_state, compiled_step, new_state
 
 MESHES = factorizations(8)  # 8 does not divide the 4 heads: they are kept whole
-KINDS = (*variants(), "text_only")
+CONFIGS = variants() | {"text_only": tiny("text_only"), "hybrid in tiles": hybrid_in_tiles()}
 
 
 def experiment(name: str):
     """Without biases of keys: their true gradient is 0, and Adam would make steps out of its rounding."""
-    cfg = replace((variants() | {"text_only": tiny("text_only")})[name], optim=Optim(warmup_steps=0))
+    cfg = replace(CONFIGS[name], optim=Optim(warmup_steps=0))
     vision, decoder = replace(cfg.vision, qkv_bias=False), replace(cfg.decoder, qkv_bias=False)
     return replace(cfg, vision=vision, decoder=decoder)
 
@@ -59,8 +59,8 @@ def on_one_device(name):
 
 def pairs():
     """Every kind on 2 x 2 x 2 and every mesh with one kind, in turns; all the others take too long for every day."""
-    for (i, shape), (j, name) in itertools.product(enumerate(MESHES), enumerate(KINDS)):
-        daily = shape == (2, 2, 2) or i % len(KINDS) == j
+    for (i, shape), (j, name) in itertools.product(enumerate(MESHES), enumerate(CONFIGS)):
+        daily = shape == (2, 2, 2) or i % len(CONFIGS) == j
         yield pytest.param(name, shape, id=f"{name}-{shape}", marks=() if daily else pytest.mark.slow)
 
 

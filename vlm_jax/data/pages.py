@@ -1,10 +1,10 @@
 """Pages of words to be read, drawn with the fonts that matplotlib ships.
 
-The words are syllables that mean nothing ("lat", "domir"), so that a word that was never seen can be read only letter
-by letter. A small page holds a few words; a larger one more of them and in more sizes, the smallest always
-`SMALLEST_PX`: what an encoder with fewer pixels than the page cannot resolve it cannot read. Or the page is
-typewritten: every letter in a cell of its own, all of one size, which a small encoder learns to read in minutes. The
-words and the font of the test split are in no page of training or validation.
+The words are syllables that mean nothing ("lat", "domir"), so that each is as likely as any other. A small page holds a
+few words; a larger one more of them and in more sizes, the smallest always `SMALLEST_PX`: what an encoder with fewer
+pixels than the page cannot resolve it cannot read. Or the page is typewritten: every letter in a cell of its own, all
+of one size, which a small encoder learns to read in minutes. The words and the font of the test split are in no page
+of training or validation.
 """
 
 import functools
@@ -26,7 +26,7 @@ HELD_OUT_ONE_IN = 5
 SEEN_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold")
 HELD_OUT_FONTS = ("DejaVuSerif",)
 TYPEWRITTEN_FONTS = ("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique")
-HELD_OUT_TYPEWRITTEN_FONTS = ("DejaVuSansMono-BoldOblique",)
+HELD_OUT_TYPEWRITTEN_FONTS = ("DejaVuSansMono-BoldOblique",)  # of which bold and oblique are seen, each alone
 COLORS = {
     "black": (0, 0, 0),
     "red": (215, 0, 20),
@@ -38,10 +38,10 @@ COLORS = {
     "teal": (0, 130, 140),
 }
 
-SMALLEST_PX = 10
+SMALLEST_PX = 10  # of a font: an "x" is 5 px high, a "d" 8
 SIZE_STEP = 1.4  # from one size of letters to the next: enough to see which is larger
 LINE_GAP_PX = 2
-LETTER_OF_CELL = 1.6  # height of typewritten letters over the width of their cells, which they then fill
+LETTER_OF_CELL = 1.6  # font size of typewritten letters over the width of their cells, which they then fill
 BASELINE_OF_CELL = 0.75  # where they stand, over the height of the cells
 TRIES = 8  # layouts with one largest size, before it is given up
 
@@ -57,7 +57,7 @@ def words() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def sizes_px(image_px: int) -> list[int]:
-    """Heights of letters, from the smallest to those that a page of this size has room for."""
+    """Font sizes, from the smallest to those that a page of so many pixels has room for; an "x" is half as high."""
     largest = 8 + image_px // 8
     sizes = (SMALLEST_PX * SIZE_STEP**step for step in itertools.count())
     return [int(size) for size in itertools.takewhile(lambda size: size <= largest, sizes)]
@@ -95,7 +95,7 @@ class Page:
 
     @property
     def sizes_px(self) -> list[int]:
-        """Heights that its letters may have."""
+        """Font sizes that its words may have."""
         return sizes_px(self.image_px)
 
     @property

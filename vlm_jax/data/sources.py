@@ -126,13 +126,14 @@ def split_rows(builder: tfds.core.DatasetBuilder, data: Data, split: str) -> tup
         if isinstance(feature, tfds.features.Image)
     }
     try:
-        rows = builder.as_data_source(split, decoders=images)
-        count = len(rows)  # of a slice that ends before it begins: a ValueError
+        count = builder.info.splits[split].num_examples  # of a slice that ends before it begins: below 0
+        rows = builder.as_data_source(split, decoders=images) if count > 0 else ()
     except (ValueError, KeyError, AssertionError):
         names = ", ".join(builder.info.splits)
         raise ConfigError(f"{field} {split!r} is no split: choose {names}, or a slice like 'train[:90%]'") from None
-    if not count:
-        raise ConfigError(f"{field} {split!r} holds no records")
+    if count <= 0:
+        sizes = ", ".join(f"{name} {info.num_examples}" for name, info in builder.info.splits.items())
+        raise ConfigError(f"{field} {split!r} is an empty split: take more of the records that there are, {sizes}")
     return rows, builder.data_path
 
 

@@ -10,7 +10,7 @@ from vlm_jax.data.conversations import MARK, Conversation
 from vlm_jax.data.sources import Rows, prepared, split_rows
 
 
-class Asked:
+class AskedRows:
     """Rows as conversations of one question; the image of a row has the row's number.
 
     Attributes:
@@ -39,7 +39,7 @@ class Asked:
         return f"of row {index}", self._rows[index][self._data.image_field]
 
 
-def load(data: Data, split: str) -> Asked:
+def load(data: Data, split: str) -> AskedRows:
     """The rows of a split; prepared if need be, which may download them.
 
     Raises:
@@ -58,7 +58,7 @@ def load(data: Data, split: str) -> Asked:
             )
     answer = features[data.answer_field]
     read_answer = answer.int2str if isinstance(answer, tfds.features.ClassLabel) else bytes.decode
-    return Asked(Rows(*split_rows(builder, data, split)), data, read_answer)
+    return AskedRows(Rows(*split_rows(builder, data, split)), data, read_answer)
 
 
 def _builder(name: str, **given) -> tfds.core.DatasetBuilder:

@@ -11,7 +11,7 @@ from vlm_jax.hub.image_settings import ImageSettings
 from vlm_jax.hub.image_steps import Picture, pad, resize, to_rgb, to_values
 
 
-def best_layout(height: int, width: int, max_tiles: int, tile_px: int) -> tuple[int, int]:
+def best_canvas(height: int, width: int, max_tiles: int, tile_px: int) -> tuple[int, int]:
     """The (rows, columns) of tiles that enlarge an image least, or else shrink it least; of equals, the fewest."""
 
     def scale(layout):
@@ -36,7 +36,7 @@ def to_tiles(picture: Picture, settings: ImageSettings) -> tuple[np.ndarray, tup
     """A picture -> its tiles (tiles, height, width, 3), row by row, and their (rows, columns)."""
     image = to_rgb(picture, settings.do_convert_rgb)
     tile_px = settings.size["height"]
-    rows, columns = best_layout(image.height, image.width, settings.max_image_tiles, tile_px)
+    rows, columns = best_canvas(image.height, image.width, settings.max_image_tiles, tile_px)
     canvas = (rows * tile_px, columns * tile_px)
     image = resize(image, shape_on_canvas(image.height, image.width, canvas, tile_px), settings.resample)
     pixels = to_values(pad(np.asarray(image), canvas), settings)

@@ -28,7 +28,7 @@ class Work:
 
     tokens: int
     slots: int  # B*S: tokens and padding
-    images: int  # with tiles: tiles
+    images: int  # in tiles: views, the thumbnail among them
     image_slots: int  # B*I: images, and slots that no token reads
     examples: int  # questions, or conversations
     data_wait_seconds: float  # what the loop waited for the batch

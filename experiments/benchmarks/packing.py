@@ -39,10 +39,10 @@ def main() -> None:
 
 def compare(cfg, seconds: float) -> tuple[float, float]:
     """Questions a second packed as configured, and one a row."""
-    from vlm_jax.data import pipeline
+    from vlm_jax.data import pipeline, room
 
     tokenizer = pipeline.train_tokenizer(cfg)
-    longest = sum(map(len, pipeline.longest_pair(cfg, tokenizer)))
+    longest = sum(map(len, room.longest_pair(cfg, tokenizer)))
     data = replace(cfg.data, questions_per_row=1, text_length=longest)
     sides = [Side(cfg, tokenizer), Side(replace(cfg, data=data), tokenizer)]
     speeds = [[side.questions_per_second(seconds) for side in sides] for _ in range(TURNS)]

@@ -67,11 +67,11 @@ def theirs(folder: str):
     import torch
     from transformers import LlavaForConditionalGeneration
 
-    from vlm_jax.data import pipeline
+    from vlm_jax.data import pipeline, room
 
     cfg = experiment(folder).cfg
     tokenizer = pipeline.train_tokenizer(cfg)
-    longest = sum(map(len, pipeline.longest_pair(cfg, tokenizer)))
+    longest = sum(map(len, room.longest_pair(cfg, tokenizer)))
     cfg = replace(cfg, data=replace(cfg.data, questions_per_row=1, text_length=longest))
     data = pipeline.training_iterator(cfg, tokenizer)
     model = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa").train()

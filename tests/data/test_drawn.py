@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlm_jax import config_file
 from vlm_jax.config import ConfigError, Data
-from vlm_jax.data import pipeline, sources
+from vlm_jax.data import pipeline, room, sources
 from vlm_jax.data.baselines import blind
 from vlm_jax.data.text import Tokenizer, answer_ids, fitting, prompt_ids
 from vlm_jax.infer.evaluate import too_long
@@ -94,7 +94,7 @@ def small(path, datasets_dir):
 def test_the_rows_of_a_config_have_room_for_nearly_all_questions_and_its_answers_can_be_reached(path, datasets_dir):
     cfg = small(path, datasets_dir)
     tokenizer = pipeline.train_tokenizer(cfg)
-    rows = pipeline.sampled_rows(cfg, tokenizer)
+    rows = room.sampled_rows(cfg, tokenizer)
     assert len(rows) == 400
     assert sum(len(fitting(cfg, row)) for row in rows) > 0.98 * sum(map(len, rows))
     for split in ("train", "validation", "test"):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vlm_jax.config import ConfigError, Data, Experiment, Fusion, Train
-from vlm_jax.data import pipeline, sources, text
+from vlm_jax.data import pipeline, room, sources, text
 from vlm_jax.testing import tiny, write_conversations
 
 
@@ -123,32 +123,33 @@ def test_bad_settings_are_refused(cfg, tokenizer):
 def test_questions_that_do_not_fit_their_rows_are_counted(cfg, tokenizer):
     """A row that is one token too long leaves out its last question alone."""
     all_asked = replace(cfg, data=replace(cfg.data, questions_per_row=100))
-    rows = pipeline.sampled_rows(all_asked, tokenizer)
+    rows = room.sampled_rows(all_asked, tokenizer)
     lengths = [sum(len(prompt) + len(answer) for prompt, answer in row) for row in rows]
     longest = max(lengths)
     assert len(rows) == 24
 
     def said(text_length):
-        return pipeline.left_out(replace(all_asked, data=replace(all_asked.data, text_length=text_length)), tokenizer)
+        return room.left_out(replace(all_asked, data=replace(all_asked.data, text_length=text_length)), tokenizer)
 
     assert said(longest) == ""
     expected = f"{lengths.count(longest)} of {sum(map(len, rows))} questions in 24 training rows (0."
     assert said(longest - 1).startswith(expected)
     assert said(longest - 1).endswith(
-        f"do not fit data.text_length {longest - 1} and are left out, others in every pass: the longest row has {longest} tokens."
+        f"do not fit data.text_length {longest - 1} and are left out, others in every pass: the longest row has "
+        f"{longest} tokens."
     )
 
 
 def test_a_sample_of_rows_is_spread_over_the_split(cfg, tokenizer, monkeypatch):
     every = replace(cfg, data=replace(cfg.data, questions_per_row=100))
-    rows = pipeline.sampled_rows(every, tokenizer)
-    monkeypatch.setattr(pipeline, "SAMPLED_ROWS", 10)
-    assert list(map(len, pipeline.sampled_rows(every, tokenizer))) == list(map(len, rows[::3]))
+    rows = room.sampled_rows(every, tokenizer)
+    monkeypatch.setattr(room, "SAMPLED_ROWS", 10)
+    assert list(map(len, room.sampled_rows(every, tokenizer))) == list(map(len, rows[::3]))
 
 
 def test_of_conversations_none_is_left_out(tmp_path):
     cfg = tiny(data=write_conversations(tmp_path))
-    assert pipeline.left_out(cfg, pipeline.train_tokenizer(cfg)) == ""
+    assert room.left_out(cfg, pipeline.train_tokenizer(cfg)) == ""
 
 
 def test_the_tokenizer_learns_from_the_training_split_alone(cfg, tokenizer, tmp_path):

@@ -14,7 +14,6 @@ from vlm_jax.data.text import Tokenizer
 from vlm_jax.structs import Batch
 
 CACHED_PAIRS = 1 << 16  # questions with answers whose tokens are kept: data sets from templates repeat theirs
-SAMPLED_ROWS = 500  # from which it is told, before the training, how many questions do not fit into its rows
 
 
 class Decoded:
@@ -79,7 +78,7 @@ def image_ids(cfg: Experiment, state: dict) -> list:
 
 
 def _row_builder(cfg: Experiment, tokenizer: Tokenizer) -> Callable:
-    choose = _chooser(cfg, tokenizer)
+    choose = chooser(cfg, tokenizer)
 
     def row(record: sources.Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
         pairs = choose(record, rng)
@@ -90,7 +89,7 @@ def _row_builder(cfg: Experiment, tokenizer: Tokenizer) -> Callable:
     return row
 
 
-def _chooser(cfg: Experiment, tokenizer: Tokenizer) -> Callable[[sources.Record, np.random.Generator], list[text.Pair]]:
+def chooser(cfg: Experiment, tokenizer: Tokenizer) -> Callable[[sources.Record, np.random.Generator], list[text.Pair]]:
     """A record and a generator -> the questions that are chosen for a row, with their answers."""
 
     @functools.lru_cache(CACHED_PAIRS)
@@ -124,43 +123,6 @@ def train_tokenizer(cfg: Experiment) -> Tokenizer:
         records = sources.load(cfg.data, cfg.data.train_split)
         texts = (line for record in records for line in record.questions + record.answers)
     return Tokenizer.train(texts, cfg.decoder.vocab_size, tiles.tag_names(cfg.vision) if cfg.tile_tags else ())
-
-
-def check(cfg: Experiment, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError where a question to learn from or to evaluate does not fit; conversations are cut to fit."""
-    if not cfg.data.is_conversations:
-        text.pack_row(cfg, [longest_pair(cfg, tokenizer)])
-    if cfg.eval.split:
-        question_length(cfg, tokenizer, questions(cfg, cfg.eval.split, cfg.eval.max_examples))
-
-
-def left_out(cfg: Experiment, tokenizer: Tokenizer) -> str:
-    """A sentence about the questions that do not fit into their training rows, of `sampled_rows`; "" where all do."""
-    rows = [] if cfg.data.is_conversations else sampled_rows(cfg, tokenizer)
-    asked = sum(map(len, rows))
-    left = asked - sum(len(text.fitting(cfg, row)) for row in rows)
-    if not left:
-        return ""
-    longest = max(sum(len(part) for pair in row for part in pair) for row in rows)
-    return (
-        f"{left} of {asked} questions in {len(rows)} training rows ({left / asked:.1%}) do not fit data.text_length "
-        f"{cfg.data.text_length} and are left out, others in every pass: the longest row has {longest} tokens."
-    )
-
-
-def sampled_rows(cfg: Experiment, tokenizer: Tokenizer) -> list[list[text.Pair]]:
-    """What is chosen for at most `SAMPLED_ROWS` training rows, spread over the split, whether it fits or not."""
-    records = sources.load(cfg.data, cfg.data.train_split)
-    choose, rng = _chooser(cfg, tokenizer), np.random.default_rng(cfg.seed)
-    return [choose(records[index], rng) for index in range(0, len(records), -(-len(records) // SAMPLED_ROWS))]
-
-
-def longest_pair(cfg: Experiment, tokenizer: Tokenizer) -> text.Pair:
-    """The question of the training split that takes the most tokens with its answer."""
-    records = sources.load(cfg.data, cfg.data.train_split)
-    pairs = {pair for record in records for pair in zip(record.questions, record.answers)}
-    encoded = ((text.prompt_ids(tokenizer, asked), text.answer_ids(tokenizer, said)) for asked, said in pairs)
-    return max(encoded, key=lambda pair: len(pair[0]) + len(pair[1]))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from vlm_jax import axes, distributed
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.data import pipeline
+from vlm_jax.data import pipeline, room
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.flops import train_flops
 from vlm_jax.hub import compose
@@ -134,8 +134,8 @@ def check_data(cfg: Experiment, tokenizer: Tokenizer, data) -> None:
 
     The first process says how many questions are left out of their rows, if any are.
     """
-    pipeline.check(cfg, tokenizer)
-    if not jax.process_index() and (said := pipeline.left_out(cfg, tokenizer)):
+    room.check(cfg, tokenizer)
+    if not jax.process_index() and (said := room.left_out(cfg, tokenizer)):
         print(said, flush=True)
     first = data.get_state()
     next(data)

@@ -153,7 +153,8 @@ def _range(counts: Mapping[str, Counter], kind: str) -> str:
 
 
 def _shaded(found: Estimate | None) -> Cell:
-    return Cell("-") if found is None else Cell(interval(found), shade=found.mean, is_number=True)
+    """The interval stands below the mean, where a table has room for it."""
+    return Cell("-") if found is None else Cell(interval(found).replace(" (", "\n("), shade=found.mean, is_number=True)
 
 
 def missing_section(results: Results) -> Section | None:

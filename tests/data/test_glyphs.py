@@ -188,9 +188,8 @@ def ink_outside(font, cell_px, letter):
     page = paper.Typewritten(6 * cell_px, font, (0, 0, 0), cell_px=cell_px)
     (size_px,) = page.sizes_px
     cell = (2 * cell_px, 2 * cell_px, 3 * cell_px, 4 * cell_px)  # left, top, right, bottom
-    ink = np.asarray(paper.draw(replace(page, lines=((paper.Word(letter, size_px, "red", cell),),))))[..., 0].astype(
-        int
-    )
+    drawn = paper.draw(replace(page, lines=((paper.Word(letter, size_px, "red", cell),),)))
+    ink = np.asarray(drawn)[..., 0].astype(int)
     return 1 - ink[cell[1] : cell[3], cell[0] : cell[2]].sum() / ink.sum()
 
 

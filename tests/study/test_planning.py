@@ -92,8 +92,8 @@ def test_shares_are_all_runs_and_the_seeds_of_an_arm_are_in_different_ones(tmp_p
     shares = [planning.share(runs, number, count) for number in range(1, count + 1)]
     assert sorted(run.name for share in shares for run in share) == sorted(run.name for run in runs)
     assert max(map(len, shares)) - min(map(len, shares)) <= 3
-    of_an_arm = [{run.seed: i for i, share in enumerate(shares) for run in share if run.arm == "linear"}]
-    assert all(len(set(places.values())) == min(3, count) for places in of_an_arm)
+    places = {run.seed: i for i, share in enumerate(shares) for run in share if run.arm == "linear"}
+    assert len(set(places.values())) == min(3, count)
 
 
 def test_equal_arms_are_refused_by_their_names(tmp_path):

@@ -108,8 +108,8 @@ def built(cfg: Experiment, decoders: Mapping[str, Decoder]) -> Experiment:
     """As `resolved`, where `decoders` are of folders that are not there before the runs."""
     if cfg.decoder.checkpoint not in decoders:
         return _resolved_once(cfg)
-    cfg = replace(cfg, decoder=replace(decoders[cfg.decoder.checkpoint], unroll=cfg.decoder.unroll))
-    return _resolved_once(cfg)
+    own = {name: getattr(cfg.decoder, name) for name in compose.KEPT["decoder"] if name != "checkpoint"}
+    return _resolved_once(replace(cfg, decoder=replace(decoders[cfg.decoder.checkpoint], **own)))
 
 
 def _decoders(first: Mapping[str, Experiment], folder: Path) -> dict[str, Decoder]:

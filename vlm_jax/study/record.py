@@ -7,7 +7,9 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from vlm_jax.config import ConfigError
 from vlm_jax.train.preemption import RESUME_ME
@@ -58,13 +60,18 @@ def read(workdir: str) -> dict:
 
 def read_json(file: Path) -> dict:
     """Raises ConfigError where the file is not there or holds no JSON object."""
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    found = parsed(file, json.loads)
     if not isinstance(found, dict):
         raise ConfigError(f"{file} holds no JSON object.")
     return found
+
+
+def parsed(file: Path, parse: Callable[[str], Any]):
+    """What `parse` makes of a file; ConfigError where that is not there or damaged (a ValueError of `parse`)."""
+    try:
+        return parse(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
 
 
 def add(workdir: str, command: list[str], seconds: float, exit_code: int) -> dict:

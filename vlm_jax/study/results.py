@@ -1,5 +1,6 @@
 """What the runs of a study left behind."""
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ class Result:
     metrics: tuple[Mapping[str, float], ...]  # a line of metrics.jsonl each
     record: Mapping[str, object]
 
-    @property
+    @functools.cached_property
     def asked(self) -> list[tuple]:
         """The questions, to see whether two runs were asked the same."""
         return [(line["image_id"], line["question"], line["answer"]) for line in self.predictions]
@@ -78,10 +79,7 @@ def _read(run: Run, metric: str) -> Result:
 
 def _lines(file: Path, fields: set[str]) -> tuple[dict, ...]:
     """An object a line, each with at least these fields."""
-    try:
-        lines = tuple(json.loads(line) for line in file.read_text().splitlines())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    lines = record.parsed(file, lambda text: tuple(map(json.loads, text.splitlines())))
     if not lines or not all(isinstance(line, dict) and fields <= line.keys() for line in lines):
         raise ConfigError(f"{file} is damaged: it must have lines, each with {', '.join(sorted(fields))}.")
     return lines

@@ -85,7 +85,7 @@ def score_table(results: Results, axis: str) -> Table:
 
 
 def pair_table(pairs: list[Pair]) -> Table:
-    least = max(0.001, 1.001 * len(pairs) * statistics.SMALLEST_P)  # of the smallest of all, after correction
+    least = max(0.001, 1.001 * len(pairs) * statistics.SMALLEST_P)  # just above the smallest of all, corrected
     rows = [
         [
             Cell(f"{pair.a} - {pair.b}"),

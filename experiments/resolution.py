@@ -1,9 +1,13 @@
 """How do score, memory and speed grow with image tokens?
 
 Pages of 64, 128 and 224 px in tiles of 32 px and a thumbnail, letters always of one size: a larger page holds more.
+
+The decoder is the small Gemma 3 of `freezing.py`, which begins to read sooner. Every size has a vocabulary with room for
+the tags of its tiles, so that words are cut into as many learned tokens at each.
 """
 
 from configs.glyphs_typewritten_unified import get_config
+from experiments.freezing import GEMMA_3
 from vlm_jax.study import Study, changed
 
 TILES = {64: 4, 128: 16, 224: 49}
@@ -16,22 +20,28 @@ KINDS = {
 
 
 def get_study() -> Study:
+    base = get_config()
     fields = {
+        **GEMMA_3,
         "eval.split": "test",
         "vision.image_size_px": 32,
         "data.text_length": 200,
         "eval.max_new_tokens": 56,  # the longest page has nine words
         "decoder.max_positions": 512,
-        "decoder.vocab_size": 350,  # of which up to 50 are the tags of tiles
         "train.batch_size": 16,
         "train.steps": 500,
     }
     return Study(
         question="How do score, memory and speed grow with image tokens?",
-        base=changed(get_config(), fields),
+        base=changed(base, fields),
         arms={
-            f"{kind}_{px}": {**fusion, "data.image_px": px, "vision.tiles": TILES[px]}
-            for px in TILES
+            f"{kind}_{px}": {
+                **fusion,
+                "data.image_px": px,
+                "vision.tiles": tiles,
+                "decoder.vocab_size": base.decoder.vocab_size + tiles + 1,
+            }
+            for px, tiles in TILES.items()
             for kind, fusion in KINDS.items()
         },
         matched={"examples": ""},

@@ -2,8 +2,8 @@
 
 Pages of 64, 128 and 224 px in tiles of 32 px and a thumbnail, letters always of one size: a larger page holds more.
 
-The decoder is the small Gemma 3 of `freezing.py`, which begins to read sooner. Every size has a vocabulary with room for
-the tags of its tiles, so that words are cut into as many learned tokens at each.
+The decoder is the small Gemma 3 of `freezing.py`, which begins to read sooner. Every size has a vocabulary with room
+for the tags of its tiles, so that words are cut into as many learned tokens at each.
 """
 
 from configs.glyphs_typewritten_unified import get_config

@@ -10,15 +10,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
-from vlm_jax import axes, config_file, distributed
-from vlm_jax.config import ConfigError, Data, Distributed, Eval, Mesh, Optim, Train
+from vlm_jax import config_file
+from vlm_jax.config import Data, Eval, Optim, Train
 from vlm_jax.testing import tiny, write_conversations
 from vlm_jax.train import loop
-from vlm_jax.validate import validate
 from vlm_jax.workdir import Workdir
 
 ROOT = Path(__file__).parents[1]
@@ -304,46 +302,3 @@ def test_who_waits_in_vain_gives_up_with_a_sentence(index, said, arguments, tmp_
     process = begin(["run.py", *arguments(tmp_path / "run"), *fields(address, index, seconds=1)])
     assert_refused(ended(process), said, address)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    "given, said",
-    [
-        (Distributed("host:1", 2), "distributed.process_id is missing"),
-        (Distributed(num_processes=2), "distributed.coordinator_address and distributed.process_id are missing"),
-        (Distributed(process_id=0), "distributed.coordinator_address and distributed.num_processes are missing"),
-        (Distributed("host:1", 2, 2), "distributed.process_id 2 is not among 0 to 1"),
-        (Distributed("host", 2, 0), "'host' is no HOST:PORT"),
-        (Distributed("host:99999", 2, 0), "'host:99999' is no HOST:PORT"),
-        (Distributed("host:1", 2, 0, 0), "distributed.timeout_seconds is 0"),
-        (Distributed("host:1", 2, -2), "distributed.process_id is -2"),
-    ],
-)
-def test_fields_that_do_not_fit_are_refused(given, said):
-    with pytest.raises(ConfigError, match=said):
-        validate(replace(tiny(), distributed=given))
-
-
-SLURM = {"JOB_ID": "7", "STEP_NODELIST": "node[003-004]", "NTASKS": "2", "PROCID": "1", "LOCALID": "0"}
-
-
-def test_the_processes_of_slurm_find_each_other_without_fields(monkeypatch):
-    assert distributed.members(Distributed()).num_processes == 1, "no cluster: one process"
-    for name, value in SLURM.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    found = distributed.members(Distributed())
-    assert (found.coordinator_address.split(":")[0], found.num_processes, found.process_id) == ("node003", 2, 1)
-    assert distributed.members(Distributed(num_processes=1)).num_processes == 1, "unless one alone is asked for"
-
-
-def test_one_process_holds_all_rows():
-    assert axes.share_of_rows(axes.make_mesh(Mesh(2, 2, 2))) == (0, 1)
-
-
-@pytest.mark.parametrize("rows", [8, 6])
-def test_rows_are_placed_as_they_are_split_or_whole(rows):
-    mesh = axes.make_mesh(Mesh(2, 2, 2))
-    placed = axes.place_rows({"x": np.arange(rows * 3).reshape(rows, 3)}, mesh)["x"]
-    np.testing.assert_array_equal(placed, np.arange(rows * 3).reshape(rows, 3))
-    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3) if rows == 8 else (6, 3)}
-    assert jax.process_count() == 1

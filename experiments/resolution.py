@@ -8,10 +8,10 @@ for the tags of its tiles, so that words are cut into as many learned tokens at 
 
 from configs.glyphs_typewritten_unified import get_config
 from experiments.freezing import GEMMA_3
+from experiments.fusion import CROSS
 from vlm_jax.study import Study, changed
 
 TILES = {64: 4, 128: 16, 224: 49}
-CROSS = {"fusion.gated": False, "fusion.qk_norm": True}  # as in `fusion.py`
 KINDS = {
     "unified": {},
     "cross_attention": {"fusion.kind": "cross_attention", **CROSS},

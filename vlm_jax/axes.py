@@ -123,6 +123,12 @@ def row_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ROWS)
 
 
+def filled_rows(count: int, mesh: Mesh) -> int:
+    """At least `count` rows, and as many in each of the `row_shards`."""
+    shards = row_shards(mesh)
+    return -(-count // shards) * shards
+
+
 def lookup(table: jax.Array, ids: jax.Array, letters: str) -> jax.Array:
     """table[ids], for instance (V, D) and (B, S) -> (B, S, D): every device looks up its own rows in its share of V.
 

@@ -31,6 +31,10 @@ class Batch:
     images: Array | None = None  # (B, I, height, width, channels) float32, normalised; I counts every view of an image:
     #   its tiles, then its thumbnail; with `vision.tile_layouts` (B, I, J, ...), and image_mask (B, S, I*J);
     #   without an encoder also (B, I, P, C) patches; None: text only
+    image_rows: Array | None = (
+        None  # (B,) int32: which row of `images`, and of what says how they are tiled, belongs to
+    )
+    #   each row of tokens, where several ask about the same images; those have then a B of their own; None: its own
     tile_layouts: Array | None = None  # (B, I) int32: how each image is cut into tiles; 0: there is none
     tile_mask: Array | None = None  # (B, I, J) bool: which tiles are there
     block_ids: Array | None = None  # (B, S) int32: tokens of one block > 0 see each other, later ones too; None: all 0

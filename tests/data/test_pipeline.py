@@ -47,7 +47,7 @@ def test_shapes_and_types(cfg, tokenizer):
     shapes = dict.fromkeys(there, (rows, length))
     shapes |= {"images": (rows, 1, 64, 64, 3), "image_mask": (rows, length, 1)}
     assert {name: values.shape for name, values in there.items()} == shapes
-    assert batch.__dict__.keys() - there.keys() == {"tile_layouts", "tile_mask", "block_ids"}
+    assert batch.__dict__.keys() - there.keys() == {"image_rows", "tile_layouts", "tile_mask", "block_ids"}
     assert batch.images.dtype == np.float32
     assert batch.images.min() >= -1
     assert batch.images.max() <= 1

@@ -29,9 +29,8 @@ def picture(number):
 
 @pytest.fixture
 def asked():
-    return [
-        Question(*parts, images=lambda number=parts[0]: [np.full((16, 16, 3), number, np.uint8)]) for parts in QUESTIONS
-    ]
+    readers = [lambda number=number: [np.full((16, 16, 3), number, np.uint8)] for number in range(2)]
+    return [Question(*parts, images=readers[parts[0]]) for parts in QUESTIONS]
 
 
 @pytest.fixture
@@ -42,9 +41,9 @@ def cfg(tmp_path):
 @pytest.fixture
 def scores(cfg, asked, tokenizer, monkeypatch):
     """The scores of answers given here: 3 of 5 right with the images, 2 of 5 with those of others."""
-    answers = {"evaluating": ["yes", "circle", "yes", "triangle", ""], "with shuffled images": ["no"] * 4 + ["yes"]}
+    answers = [["yes", "circle", "yes", "triangle", ""], ["no"] * 4 + ["yes"]]
     monkeypatch.setattr(evaluate.pipeline, "questions", lambda cfg, split, limit: asked)
-    monkeypatch.setattr(evaluate, "answer", lambda cfg, params, tok, asked, shown, label: answers[label])
+    monkeypatch.setattr(evaluate, "answer", lambda cfg, params, tok, asked, shown: answers)
     return evaluate.evaluate(cfg, None, tokenizer)
 
 
@@ -71,7 +70,7 @@ def test_an_answer_that_has_no_room_is_refused(cfg, asked, tokenizer):
     assert pipeline.prompt_length(exact, tokenizer, ["is it red ?"]) <= room
     with pytest.raises(ConfigError, match="decoder.max_positions 64 has no room .* eval.max_new_tokens 64"):
         too_many = replace(cfg, eval=replace(cfg.eval, max_new_tokens=64))
-        evaluate.answer(too_many, None, tokenizer, asked, asked, "evaluating")
+        evaluate.answer(too_many, None, tokenizer, asked, {"evaluating": asked})
 
 
 def test_answers_longer_than_what_is_generated_are_counted(cfg, asked, tokenizer):
@@ -127,9 +126,9 @@ def said_image_and_question(monkeypatch, tokenizer):
     """A model that answers with the number of the image and the question that it was given."""
 
     def generate(cfg, params, batch, new_tokens, how):
-        shapes.add(batch.tokens.shape)
+        shapes.add((batch.tokens.shape, batch.images.shape))
         rows = []
-        for tokens, branch, image in zip(batch.tokens, batch.branch_ids, batch.images):
+        for tokens, branch, image in zip(batch.tokens, batch.branch_ids, batch.images[batch.image_rows]):
             number = round((float(image.mean()) + 1) * 255 / 2)
             rows.append(tokenizer.encode(f"{number} {tokenizer.decode(tokens[branch > 0])}") + [*how.eos, *how.eos])
         longest = max(map(len, rows))
@@ -143,25 +142,33 @@ def said_image_and_question(monkeypatch, tokenizer):
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_every_question_is_asked_about_the_image_that_is_shown(count, cfg, asked, tokenizer, said_image_and_question):
     shown = asked[::-1][:count]
-    answers = evaluate.answer(cfg, None, tokenizer, asked[:count], shown, "evaluating")
+    (answers,) = evaluate.answer(cfg, None, tokenizer, asked[:count], {"evaluating": shown})
     assert answers == [f"{there.image_id} {here.question}" for here, there in zip(asked, shown)]
     assert len(said_image_and_question) == 1, "batches of several shapes are compiled several times"
+
+
+def test_an_image_that_questions_of_a_batch_share_is_encoded_once(cfg, asked, tokenizer, said_image_and_question):
+    cfg = replace(cfg, eval=replace(cfg.eval, batch_size=16))
+    evaluate.answer(cfg, None, tokenizer, asked, {"evaluating": asked, "with shuffled images": asked[::-1]})
+    ((tokens, images),) = said_image_and_question
+    assert (tokens[0], images[0]) == (16, 8), "2 images, and as many more as give each of 8 devices one"
 
 
 @pytest.mark.parametrize("examples, batch_size", [(6, 4), (3, 8), (1, 8)])
 def test_real_questions_are_asked_once_each(examples, batch_size, cfg, tokenizer, datasets_dir, monkeypatch):
     limits = Eval(split="test", max_examples=examples, batch_size=batch_size)
     cfg = replace(cfg, data=Data(dir=datasets_dir), eval=limits)
-    monkeypatch.setattr(evaluate, "answer", lambda cfg, params, tok, asked, shown, label: [q.answer for q in asked])
+    monkeypatch.setattr(evaluate, "answer", lambda cfg, params, tok, asked, shown: [[q.answer for q in asked]] * 2)
     scores = evaluate.evaluate(cfg, None, tokenizer)
     assert (scores["examples"], scores["exact_match"]) == (examples, 1.0)
     assert len(Workdir(cfg.workdir).predictions.read_text().splitlines()) == examples
 
 
 def test_shuffled_images_are_those_of_other_records(cfg, tokenizer, datasets_dir, monkeypatch):
-    def look(cfg, params, tokenizer, asked, shown, label):
-        seen[label] = [(here.image_id, there.image_id) for here, there in zip(asked, shown)]
-        return [""] * len(asked)
+    def look(cfg, params, tokenizer, asked, shown):
+        for label, those in shown.items():
+            seen[label] = [(here.image_id, there.image_id) for here, there in zip(asked, those)]
+        return [[""] * len(asked)] * 2
 
     seen = {}
     monkeypatch.setattr(evaluate, "answer", look)

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+from vlm_jax import axes
+from vlm_jax.config import Mesh
 from vlm_jax.data import pipeline, text, tiles
 from vlm_jax.infer.generate import Decoding, choose, generate, stream
 from vlm_jax.nn.vlm import VLM
@@ -104,6 +106,23 @@ def test_a_batch_of_mixed_numbers_of_images_is_one_by_one(kind):
         return np.asarray(generate(cfg, params, batch, NEW, NEVER))
 
     np.testing.assert_array_equal(made([0, 1, 2]), np.concatenate([made([i]) for i in range(3)]))
+
+
+SHARED = (1, 0, 1, 1, 0, 0, 0, 1)
+
+
+@pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
+def test_rows_that_share_an_image_say_what_they_say_with_one_each(cfg):
+    """On eight devices, where the rows of images are not on the devices of the rows of tokens that read them."""
+    ids, images = prompts(cfg)
+    asked = [ids[row % len(ids)] for row in range(len(SHARED))]
+    alone = batch_of(cfg, asked, [images[row] for row in SHARED])
+    shared = alone.replace(images=alone.images[[1, 0, 1, 1]], image_rows=np.array(SHARED, np.int32))
+    params, mesh = random_params(cfg, 0.3), axes.make_mesh(Mesh(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        made = [generate(cfg, params, axes.place_rows(batch, mesh), NEW, NEVER) for batch in (alone, shared)]
+    np.testing.assert_array_equal(*made)
+    assert len(np.unique(made)) > 5, "the answers are all alike: the test would show little"
 
 
 def test_a_row_ends_with_eos_and_the_others_go_on():

@@ -1,12 +1,16 @@
 """The whole model: what may reach a token's logits and what may not, for every fusion style."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import traverse_util
 from flax.linen import meta
 
 from tests.nn.models import (
+    EXPERIMENTS,
     Letters,
     close,
     differ,
@@ -18,6 +22,7 @@ from tests.nn.models import (
     with_memory,
     without_images,
 )
+from vlm_jax.config import Experiment
 from vlm_jax.data import pipeline
 from vlm_jax.nn.vlm import empty_cache, init_params
 from vlm_jax.structs import PADDING, Batch
@@ -205,6 +210,24 @@ def test_a_batch_of_mixed_lengths_and_image_counts_is_one_by_one(cfg, forward, r
     for i, (images, question) in enumerate(zip(pictures(cfg), ["two?", "no image at all?"])):
         alone = pipeline.prompt_batch(cfg, Letters(), [images], [question])
         close(logits[i, -alone.tokens.shape[1] :], forward(cfg, params, alone).logits[0])
+
+
+def encoder_of_tiles() -> Experiment:
+    """An encoder that reads all tiles of an image together, as that of Llama 3.2 Vision."""
+    tiled = {"tiles": 2, "tile_layouts": ((1, 1), (1, 2), (2, 1)), "global_depth": 1}
+    vision = replace(tiny().vision, class_token=True, keep_class_token=True, pre_norm=True, **tiled)
+    return tiny("cross_attention", vision=vision)
+
+
+@pytest.mark.parametrize("cfg", [*EXPERIMENTS.values(), encoder_of_tiles()], ids=[*EXPERIMENTS, "encoder_of_tiles"])
+def test_prompts_that_share_images_read_what_they_read_with_their_own(cfg, forward, random_params):
+    images, owners, asked = pictures(cfg, (1, 2, 1)), [2, 0, 2, 1], ["two?", "one?", "no image at all?", "and here?"]
+    own = pipeline.prompt_batch(cfg, Letters(), [images[row] for row in owners], asked)
+    shared, params = pipeline.prompt_batch(cfg, Letters(), images, asked, image_rows=owners), random_params(cfg)
+    assert (len(own.images), len(shared.images)) == (4, 3)
+    close(forward(cfg, params, shared).logits, forward(cfg, params, own).logits)
+    swapped = shared.replace(image_rows=np.array([0, 2, 2, 1], np.int32))
+    assert differ(forward(cfg, params, swapped).logits[:2, -1], forward(cfg, params, own).logits[:2, -1])
 
 
 def test_a_second_batch_of_the_same_shape_compiles_nothing(forward, random_params):

@@ -213,8 +213,11 @@ def prompt_batch(
     images: Sequence[Sequence[np.ndarray]],
     prompts: Sequence[str],
     length: int | None = None,
+    image_rows: Sequence[int] | None = None,
 ) -> Batch:
     """Prompts and the images of each, (H, W, 3) float32 -> a batch to continue, padded on the left; no targets.
+
+    `image_rows` says for every prompt which of `images` it is about, so that what several share is encoded once.
 
     Images are laid out in tiles (`data/tiles.py`). Rows may have different numbers of images; I is all views of the
     largest. `length` is S, by default that of the longest row: give it where every batch shall have the same shape, so
@@ -223,18 +226,22 @@ def prompt_batch(
     """
     counts = [[tiles.tiles_of(pixels, cfg.vision) for pixels in row] for row in images]
     most = max(map(len, counts))
+    counts = counts if image_rows is None else [counts[row] for row in image_rows]
+    asked = list(zip(prompts, counts, strict=True))
     if length is None:
-        asked = zip(prompts, counts, strict=True)
         length = max(len(prompt_row(cfg, tokenizer, *one)["tokens"]) for one in asked)
     elif cfg.fusion.has_images:
         most = max(most, cfg.data.images_per_row)
-    rows = [prompt_row(cfg, tokenizer, *one, length) for one in zip(prompts, counts, strict=True)]
+    rows = [prompt_row(cfg, tokenizer, *one, length) for one in asked]
     views = most * cfg.vision.views
-    for row, pixels in zip(rows, images, strict=True):
+    for row in rows:
         row["image_mask"] = _filled(row["image_mask"], 1, views)
-        if most:
-            row["images"] = _filled(tiles.stacked(pixels, cfg.vision), 0, views)
-    return packing.tiled(cfg, Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]}))
+    batch = Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
+    if not most:
+        return batch
+    pixels = np.stack([_filled(tiles.stacked(row, cfg.vision), 0, views) for row in images])
+    own = None if image_rows is None else np.array(image_rows, np.int32)
+    return packing.tiled(cfg, batch.replace(images=pixels, image_rows=own))
 
 
 def question_batch(
@@ -243,10 +250,18 @@ def question_batch(
     asked: Sequence[Question],
     shown: Sequence[Question],
     length: int | None = None,
+    image_rows: int = 0,
 ) -> Batch:
-    """`prompt_batch` of questions, each about the images of the one that is `shown` in its place."""
-    images = [[image_files.normalise(pixels, cfg.vision) for pixels in question.images()] for question in shown]
-    return prompt_batch(cfg, tokenizer, images, [question.question for question in asked], length)
+    """`prompt_batch` of questions, each about the images of the one that is `shown` in its place.
+
+    Images that several questions share are there once. `image_rows` is how many rows of images there are at the least:
+    give it, too, where every batch shall have the same shape.
+    """
+    readers = list(dict.fromkeys(question.images for question in shown))
+    images = [[image_files.normalise(pixels, cfg.vision) for pixels in read()] for read in readers]
+    images += images[-1:] * (image_rows - len(images))
+    prompts, owners = [question.question for question in asked], [readers.index(question.images) for question in shown]
+    return prompt_batch(cfg, tokenizer, images, prompts, length, owners)
 
 
 def _filled(x: np.ndarray, axis: int, size: int) -> np.ndarray:

@@ -49,7 +49,8 @@ def ask(cfg: Experiment, files: list[str], prompts: list[str]) -> list[tuple[str
     pixels = [to_pixels(image_files.read_image(file), cfg.vision) for file in files]
     params, tokenizer = load(cfg)
     pairs = list(itertools.product(range(len(files)), prompts))
-    images, asked = [[pixels[i]] for i, _ in pairs], [prompt for _, prompt in pairs]
-    batch = pipeline.prompt_batch(cfg, tokenizer, images, asked, pipeline.prompt_length(cfg, tokenizer, prompts))
+    rows, asked = zip(*pairs)
+    length = pipeline.prompt_length(cfg, tokenizer, prompts)
+    batch = pipeline.prompt_batch(cfg, tokenizer, [[image] for image in pixels], asked, length, rows)
     made = jax.device_get(generate(cfg, params, batch, cfg.eval.max_new_tokens, Decoding(eos=(cfg.data.eos_id,))))
     return [(files[i], prompt, tokenizer.decode(ids).strip()) for (i, prompt), ids in zip(pairs, made)]

@@ -1,8 +1,10 @@
 """Exact match of generated answers, with the right images and with those of other examples."""
 
+import itertools
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 
 import jax
 from jax.experimental import multihost_utils
@@ -38,8 +40,8 @@ def evaluate(cfg: Experiment, params, tokenizer: Tokenizer) -> dict:
     asked = pipeline.questions(cfg, cfg.eval.split, cfg.eval.max_examples)
     if not jax.process_index() and (said := too_long(cfg, tokenizer, asked)):
         print(said, flush=True)
-    answers = answer(cfg, params, tokenizer, asked, asked, "evaluating")
-    blind = answer(cfg, params, tokenizer, asked, strangers(asked), "with shuffled images")
+    shown = {"evaluating": asked, "with shuffled images": strangers(asked)}
+    answers, blind = answer(cfg, params, tokenizer, asked, shown)
     scores = {
         "split": cfg.eval.split,
         "examples": len(asked),
@@ -80,25 +82,32 @@ def strangers(asked: list[Question]) -> list[Question]:
 
 
 def answer(
-    cfg: Experiment, params, tokenizer: Tokenizer, asked: list[Question], shown: list[Question], label: str
-) -> list[str]:
-    """One generated answer a question, about the image of `shown` in its place; batches of one shape, compiled once."""
-    if not sys.stderr.isatty():  # where there is no bar
-        print(f"{label}: {len(asked)} questions", flush=True)
-    rows = cfg.eval.batch_size
-    length = pipeline.question_length(cfg, tokenizer, asked)
-    mesh, how = axes.make_mesh(cfg.mesh), Decoding(eos=(cfg.data.eos_id,))
-    answers: list[str] = []
-    for start in tqdm(range(0, len(asked), rows), desc=label, unit="batch", disable=None):
-        chosen = [min(i, len(asked) - 1) for i in range(start, start + rows)]
-        pairs = [[those[i] for i in chosen] for those in (asked, shown)]
-        batch = pipeline.question_batch(cfg, tokenizer, *pairs, length)
+    cfg: Experiment, params, tokenizer: Tokenizer, asked: list[Question], shown: Mapping[str, list[Question]]
+) -> list[list[str]]:
+    """For each of the labelled lists `shown`: one generated answer a question, about the images of the one there.
+
+    All batches are of one shape, which is compiled once.
+    """
+    mesh, size = axes.make_mesh(cfg.mesh), cfg.eval.batch_size
+    starts = range(0, len(asked), size)
+    batches = [[min(i, len(asked) - 1) for i in range(start, start + size)] for start in starts]
+    most = max(len({those[i].images for i in chosen}) for those in shown.values() for chosen in batches)
+    shape = pipeline.question_length(cfg, tokenizer, asked), axes.filled_rows(most, mesh)
+
+    def ask(chosen: list[int], those: list[Question]) -> list[str]:
+        pairs = [[questions[i] for i in chosen] for questions in (asked, those)]
+        batch = pipeline.question_batch(cfg, tokenizer, *pairs, *shape)
         with jax.set_mesh(mesh):
             made = generate(cfg, params, axes.place_rows(batch, mesh), cfg.eval.max_new_tokens, how)
         made = multihost_utils.process_allgather(made, tiled=True)
-        answers += [
-            tokenizer.decode(ids).strip() for ids in made[: len(asked) - start]
-        ]  # a template may begin with a space
+        return [tokenizer.decode(ids).strip() for ids in made]  # a template may begin with a space
+
+    how, answers = Decoding(eos=(cfg.data.eos_id,)), []
+    for label, those in shown.items():
+        if not sys.stderr.isatty():  # where there is no bar
+            print(f"{label}: {len(asked)} questions", flush=True)
+        given = [ask(chosen, those) for chosen in tqdm(batches, desc=label, unit="batch", disable=None)]
+        answers.append(list(itertools.chain(*given))[: len(asked)])
     return answers
 
 

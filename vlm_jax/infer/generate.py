@@ -124,7 +124,7 @@ def is_end(token: Int[Array, "B"], how: Decoding) -> Bool[Array, "B"]:
 
 def last_tokens(prompt: Batch) -> Batch:
     """The last slot of every row, without the images that are in the cache by then."""
-    without_images = prompt.replace(images=None, tile_layouts=None, tile_mask=None)
+    without_images = prompt.replace(images=None, image_rows=None, tile_layouts=None, tile_mask=None)
     return jax.tree.map(lambda x: x[:, -1:], without_images)
 
 

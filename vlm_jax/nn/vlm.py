@@ -36,7 +36,8 @@ class VLM(nn.Module):
             for x in (batch.images, batch.tile_layouts, batch.tile_mask)
         )
         x = self.projector(self.vision(images, *tiling))
-        return axes.constrain(x.reshape(rows, per_row * x.shape[1], x.shape[2]), "B M D")
+        x = axes.constrain(x.reshape(rows, per_row * x.shape[1], x.shape[2]), "B M D")
+        return x if batch.image_rows is None else axes.constrain(x[batch.image_rows], "B M D")
 
     def __call__(self, batch: Batch, cache: Cache | None = None) -> Output:
         """With a cache, `batch` is what follows the tokens in it, and then it needs no images any more."""

@@ -14,6 +14,7 @@ from vlm_jax.study.page import Picture
 from vlm_jax.study.results import Result, Results
 
 WIDTH_INCHES, HEIGHT_INCHES, DPI = 4.6, 3.3, 160
+LEGEND_COLUMNS, LEGEND_ROW_INCHES = 2, 0.18
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -101,7 +102,8 @@ def curve_pictures(results: Results, axis: str) -> list[Picture]:
 
 
 def _curves(found: Mapping[str, Sequence[Result]], looks: Mapping, label: str, x_of: Callable) -> bytes:
-    with _figure() as (axes, file):
+    legend_rows = -(-len(found) // LEGEND_COLUMNS)
+    with _figure(HEIGHT_INCHES + LEGEND_ROW_INCHES * legend_rows) as (axes, file):
         for arm, runs in found.items():
             points = min(len(run.metrics) for run in runs)
             x = np.mean([x_of(arm)(run)[:points] for run in runs], axis=0)
@@ -114,7 +116,7 @@ def _curves(found: Mapping[str, Sequence[Result]], looks: Mapping, label: str, x
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
         axes.set_xlabel(label)
         axes.set_ylabel("training loss, nats")
-        axes.legend()
+        axes.figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS)  # inside, many arms would hide a curve
     return file.getvalue()
 
 

@@ -68,10 +68,10 @@ def _measure_steps(cfg: Experiment, mesh, tokenizer: Tokenizer, state: State) ->
 def _decoding_speed(cfg: Experiment, mesh, tokenizer: Tokenizer, params) -> float:
     """Tokens a second of all rows together, the prompts read before."""
     asked = pipeline.questions(cfg, cfg.eval.split or cfg.data.train_split, DECODED_ROWS)
+    rows = axes.filled_rows(len(asked), mesh)
+    asked = [asked[i % len(asked)] for i in range(rows)]
     batch = pipeline.question_batch(cfg, tokenizer, asked, asked)
     count = min(DECODED_TOKENS, cfg.decoder.max_positions - batch.tokens.shape[1])
-    rows = -(-len(asked) // axes.row_shards(mesh)) * axes.row_shards(mesh)
-    batch = jax.tree.map(lambda x: x[[i % len(asked) for i in range(rows)]], batch)
 
     def seconds(tokens: int) -> float:
         with jax.set_mesh(mesh):

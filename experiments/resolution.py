@@ -3,7 +3,8 @@
 Pages of 64, 128 and 224 px in tiles of 32 px and a thumbnail, letters always of one size: a larger page holds more.
 
 The decoder is the small Gemma 3 of `freezing.py`, which begins to read sooner. Every size has a vocabulary with room
-for the tags of its tiles, so that words are cut into as many learned tokens at each.
+for the tags of its tiles, so that words are cut into as many learned tokens at each, and rows in which all questions
+about a page have room, and no more: padding is no cost of the size.
 """
 
 from configs.glyphs_typewritten_unified import get_config
@@ -11,7 +12,7 @@ from experiments.freezing import GEMMA_3
 from experiments.fusion import CROSS
 from vlm_jax.study import Study, changed
 
-TILES = {64: 4, 128: 16, 224: 49}
+SIZES = {64: (4, 130), 128: (16, 160), 224: (49, 176)}  # px: tiles, tokens of text
 KINDS = {
     "unified": {},
     "cross_attention": {"fusion.kind": "cross_attention", **CROSS},
@@ -25,7 +26,6 @@ def get_study() -> Study:
         **GEMMA_3,
         "eval.split": "test",
         "vision.image_size_px": 32,
-        "data.text_length": 200,
         "eval.max_new_tokens": 56,  # the longest page has nine words
         "decoder.max_positions": 512,
         "train.batch_size": 16,
@@ -39,9 +39,10 @@ def get_study() -> Study:
                 **fusion,
                 "data.image_px": px,
                 "vision.tiles": tiles,
+                "data.text_length": length,
                 "decoder.vocab_size": base.decoder.vocab_size + tiles + 1,
             }
-            for px, tiles in TILES.items()
+            for px, (tiles, length) in SIZES.items()
             for kind, fusion in KINDS.items()
         },
         matched={"examples": ""},

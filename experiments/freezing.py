@@ -6,6 +6,7 @@ small Gemma 3: at this learning rate a trained Llama, without its norms, learns 
 """
 
 from configs.glyphs_typewritten_unified import get_config
+from experiments.fusion import CROSS
 from vlm_jax.study import Study, changed
 
 GEMMA_3 = {
@@ -16,7 +17,7 @@ GEMMA_3 = {
 }
 KINDS = {
     "unified": {},
-    "cross_attention": {"fusion.kind": "cross_attention", "fusion.qk_norm": True, "fusion.gated": False},
+    "cross_attention": {"fusion.kind": "cross_attention", **CROSS},
     "cross_attention_gated": {"fusion.kind": "cross_attention", "fusion.qk_norm": True},
 }
 FROZEN = {"optim.rate_scale.decoder": 0.0}

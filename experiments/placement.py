@@ -6,6 +6,7 @@ initialized, what a gate lets through in its first steps is large, and gated arm
 """
 
 from configs.glyphs_typewritten_unified import get_config
+from experiments.fusion import CROSS
 from vlm_jax.study import Study, changed
 
 
@@ -13,8 +14,7 @@ def get_study() -> Study:
     fields = {
         "eval.split": "test",
         "fusion.kind": "cross_attention",
-        "fusion.gated": False,
-        "fusion.qk_norm": True,
+        **CROSS,
         "decoder.depth": 8,
         "decoder.unroll": 8,
         "decoder.embed_scale": True,

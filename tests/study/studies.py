@@ -66,7 +66,7 @@ def pretend(run: Run, right: float) -> None:
     metrics = [{"step": i, "loss": 5.0 - 0.1 * i, "step_seconds": 0.1} for i in range(1, cfg.train.steps + 1)]
     workdir.metrics.write_text("".join(json.dumps(line) + "\n" for line in metrics))
     workdir.eval.write_text(json.dumps(scores))
-    record.add(cfg.workdir, ["python", "run.py", cfg.workdir], 60.0, 0)
+    record.add(cfg.workdir, ["python", "run.py", cfg.workdir], 60.0, 0, record.environment())
 
 
 def pretended(study: Study, folder: Path) -> Plan:

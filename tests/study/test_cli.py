@@ -133,7 +133,8 @@ def test_a_run_without_its_metrics_is_named_and_the_others_are_reported(write, f
     Workdir(plan.runs()[0].cfg.workdir).metrics.unlink()
     code, error = said(["report", write(), "--to", "out"], capsys)
     assert code == 2
-    assert "without examples/linear/seed_0" in error and "metrics.jsonl cannot be read" in error
+    assert "without these runs" in error and "  examples/linear/seed_0: " in error
+    assert "metrics.jsonl cannot be read" in error
     assert "metrics.jsonl" in (folder / "out/report.md").read_text()
 
 
@@ -141,7 +142,7 @@ DAMAGES = {
     "config.json": (lambda text: text.replace('"learning_rate": 0.001', '"learning_rate": 0.77'), "another config"),
     "predictions.jsonl": (lambda text: "", "is damaged: it must have lines, each with answer, correct"),
     "metrics.jsonl": (lambda text: text.replace('"loss"', '"los"'), "is damaged: it must have lines, each with loss"),
-    "eval.json": (lambda text: text[:9], "cannot be read"),
+    "eval.json": (lambda text: text.replace("by_type", "type"), "is damaged: it must have by_type"),
     "run.json": (lambda text: "[]", "holds no JSON object"),
 }
 
@@ -157,7 +158,7 @@ def test_a_run_that_is_another_or_damaged_is_named_and_left_out(
     assert file.read_text() != before
     code, error = said(["report", write(), "--to", "out"], capsys)
     assert code == 2
-    assert "without examples/linear/seed_0" in error and words in error, error
+    assert "  examples/linear/seed_0: " in error and words in error, error
     assert words in (folder / "out/report.md").read_text()
 
 

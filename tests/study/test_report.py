@@ -1,11 +1,12 @@
 """A report says what there is, and what is missing."""
 
+import dataclasses
 import re
 
 import pytest
 
 from tests.study import studies
-from vlm_jax.study import page, reporting, results
+from vlm_jax.study import changed, costs, page, planning, reporting, results, samples, scores
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,32 @@ def test_scores_and_tests_are_there(markdown):
     assert "| linear | 0.531 (" in markdown
     assert "| linear - shuffle | -0.2" in markdown
     assert "needs more seeds" in markdown
+
+
+def test_the_score_with_shuffled_images_is_beside_it(markdown):
+    assert "| exact match with shuffled images |" in markdown
+    assert re.search(r"^\| linear \| 0.531 .* \| 0.000 \(0.000 to 0.000\) \|$", markdown, re.MULTILINE)
+
+
+def test_what_arms_build_on_is_reported_with_its_score_and_its_hours(datasets_dir, tmp_path):
+    plan = studies.pretended(studies.study(datasets_dir, matched={"examples": ""}), tmp_path)
+    hours = costs.reproduction_section(results.read(plan), "mine.py").tables[0].rows[-1][1].text
+    text = planning.Run("first", "text", 0, changed(plan.study.base, {"workdir": str(tmp_path / "first/text")}))
+    for _ in range(60):  # a minute each
+        studies.pretend(text, 0.75)
+    found = results.read(dataclasses.replace(plan, first={"text": text.cfg}))
+    (row,) = scores.first_section(found).tables[0].rows
+    assert [cell.text for cell in row] == ["text", "6", "0.750"]
+    assert float(costs.reproduction_section(found, "mine.py").tables[0].rows[-1][1].text) == float(hours) + 1
+    assert scores.first_section(results.read(plan)) is None
+
+
+def test_samples_are_of_arms_that_were_asked_the_same(datasets_dir, tmp_path):
+    plan = studies.pretended(studies.study(datasets_dir), tmp_path)
+    result = results.read(plan).of("examples", "linear")[0]
+    other = dataclasses.replace(result, predictions=result.predictions[::-1])
+    groups = samples.asked_the_same({"a": result, "b": other, "c": result})
+    assert [list(group) for group in groups] == [["a", "c"]]
 
 
 def test_a_missing_run_is_named(markdown):

@@ -132,12 +132,27 @@ def test_what_cannot_be_made_ready_stops_no_run(datasets_dir, tmp_path, monkeypa
     assert found.startswith("failed: ") and "text_exported" in found
 
 
-def test_every_attempt_is_kept_with_the_commit_that_it_was_made_at(tmp_path, monkeypatch):
-    commits = iter(("one", "two"))
-    monkeypatch.setattr(record, "environment", lambda: {"commit": next(commits)})
-    for _ in range(2):
-        record.add(str(tmp_path), ["run.py"], 1.0, 75)
-    assert [one["commit"] for one in record.read(str(tmp_path))["attempts"]] == ["one", "two"]
+def test_every_attempt_is_kept_with_the_commit_that_it_began_at(queue, monkeypatch):
+    _, plan = queue(SUCCEED)
+    for commit in ("one", "two"):
+        monkeypatch.setattr(record, "environment", lambda commit=commit: {"commit": commit})
+        process = running.Process(plan.runs()[0])
+        monkeypatch.setattr(record, "environment", lambda: {"commit": "made while it ran"})
+        process.note()
+    assert [one["commit"] for one in record.read(plan.runs()[0].cfg.workdir)["attempts"]] == ["one", "two"]
+
+
+def test_a_run_whose_record_is_damaged_fails_alone_and_keeps_it(queue, capsys):
+    made, plan = queue(SUCCEED)
+    first, second = plan.runs()
+    file = Path(first.cfg.workdir) / record.RECORD
+    file.parent.mkdir(parents=True)
+    file.write_text("[")
+    made.work(jobs=1)
+    assert made.failed == [first] and running.is_done(second)
+    assert "run.json cannot be read" in capsys.readouterr().out
+    assert file.read_text() == "["
+    assert "run.json cannot be read" in results.read(plan).missing[first.name]
 
 
 def test_a_run_that_another_process_finished_is_not_run_again(queue, capsys):

@@ -17,7 +17,7 @@ def result(right, images=None):
         {"image_id": image, "question": f"{i}?", "answer": "yes", "type": "ab"[i % 2], "correct": bool(one)}
         for i, (one, image) in enumerate(zip(right, images))
     ]
-    return Result(float(np.mean(right)), {}, tuple(lines), (), {})
+    return Result(float(np.mean(right)), 0.0, {}, tuple(lines), (), {})
 
 
 def test_an_interval_is_students():

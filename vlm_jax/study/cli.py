@@ -146,9 +146,13 @@ def report(arguments: list[str]) -> int:
     found = results.read(plan)
     to = given.to or given.folder / "report"
     page.write(reporting.page(found, given.file), to)
-    print(f"{len(plan.runs()) - len(found.missing)} of {len(plan.runs())} runs are done: {to}/report.html, report.md")
-    for name, why in found.broken.items():
-        raise ConfigError(f"the report is without {name}: {why} Remove the folder of the run, and run it again.")
+    whole = len(plan.runs()) - len(found.missing) - len(found.broken)
+    print(f"{whole} of {len(plan.runs())} runs are done: {to}/report.html, report.md")
+    if found.broken:
+        raise ConfigError(
+            "the report is without these runs; remove the folder of each, and run it again.\n  "
+            + "\n  ".join(f"{name}: {why}" for name, why in found.broken.items())
+        )
     return 0
 
 

@@ -8,6 +8,7 @@ from vlm_jax.chips import GIB
 from vlm_jax.config import Experiment, Fusion
 from vlm_jax.flops import token_flow
 from vlm_jax.plan import document, memory
+from vlm_jax.study import record
 from vlm_jax.study.folder import Folder, as_json, definition, differences
 from vlm_jax.study.page import Cell, Section, Table
 from vlm_jax.study.results import Results
@@ -74,10 +75,11 @@ def reproduction_section(results: Results, file: str) -> Section:
     plan, place = results.plan, Folder(results.plan.folder)
     made = _attempts(results)
     measured = [found for name in plan.models() if (found := place.read_measurement(name))]
+    configs = json.dumps(definition(plan)["experiments"]).replace(f"{plan.folder}/", "")  # wherever the folder is
     facts = {
         "command": [f"python experiments/study.py run {file} --seeds {plan.study.seeds}"],
         "commit": [one["commit"] + " with changes" * bool(one["changed_files"]) for one in made],
-        "SHA-256 of all configs": [hashlib.sha256(json.dumps(definition(plan)["experiments"]).encode()).hexdigest()],
+        "SHA-256 of all configs": [hashlib.sha256(configs.encode()).hexdigest()],
         "SHA-256 of the data": [one["data_sha256"] for one in measured],
         "device": [f"{one['devices']} x {one['device_kind']}" for one in measured],
         "processor": [f"{one['processor']}, {one['cores']} cores" for one in (*made, *measured)],
@@ -90,6 +92,7 @@ def reproduction_section(results: Results, file: str) -> Section:
 
 
 def _attempts(results: Results) -> list[dict]:
-    """Of every run once, whichever axes it answers for."""
+    """Of every run once, whichever axes it answers for, and of what arms build on."""
     records = {id(result): result.record for result in results.found.values()}
-    return [attempt for one in records.values() for attempt in one.get("attempts", ())]
+    first = [record.read(cfg.workdir) for cfg in results.plan.first.values()]
+    return [attempt for one in (*first, *records.values()) for attempt in one.get("attempts", ())]

@@ -12,6 +12,7 @@ from vlm_jax.study.planning import Plan
 from vlm_jax.validate import flat
 from vlm_jax.workdir import FREE, write_whole
 
+MEASURED = {"step_seconds", "peak_memory_bytes", "decoded_tokens_per_second", "data_sha256"}  # of a model, at least
 OF_A_RUN = ("workdir", *FREE)  # fields that make no other study
 
 
@@ -29,7 +30,14 @@ class Folder:
     def read_measurement(self, model: str) -> dict | None:
         """What was measured of a model (`measuring`); None where nothing was yet."""
         file = self.measurement(model)
-        return record.read_json(file) if file.exists() else None
+        if not file.exists():
+            return None
+        found = record.read_json(file)
+        if missing := MEASURED - found.keys():
+            raise ConfigError(
+                f"{file} has no {', '.join(sorted(missing))}: remove it to have the model measured again."
+            )
+        return found
 
     def seeds(self) -> int:
         """With how many the study was run so far; 0 where it was not."""

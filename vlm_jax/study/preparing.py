@@ -1,6 +1,7 @@
 """What is done once, before the runs: what arms build on is trained, and what every model costs is measured."""
 
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,10 @@ def train_first(name: str, cfg: Experiment, exported: Path) -> None:
         ("train", "--workdir", cfg.workdir),
         ("export", "--checkpoint", cfg.workdir, "--output", exported),
     ):
-        if not _works(running.command(*map(str, arguments)), log, f"first {name}"):
+        command, began, environment = running.command(*map(str, arguments)), time.monotonic(), record.environment()
+        code = _exit_code(command, log, f"first {name}")
+        record.add(cfg.workdir, command, time.monotonic() - began, code, environment)
+        if code:
             return
 
 
@@ -55,16 +59,16 @@ def _measure(place: Folder, name: str, cfg: Experiment) -> None:
     config, out = place.measured / f"{name}.config.json", place.measurement(name)
     write_whole(config, to_json(replace(resolved(cfg), workdir=str(place.measured / name))))
     arguments = [sys.executable, "-m", "vlm_jax.study.measuring", str(config), str(out)]
-    _works(arguments, place.measured / f"{name}.log", f"measuring {name}")
+    _exit_code(arguments, place.measured / f"{name}.log", f"measuring {name}")
 
 
-def _works(arguments: list[str], log: Path, what: str) -> bool:
+def _exit_code(arguments: list[str], log: Path, what: str) -> int:
     """Runs a process to its end; says so where it failed."""
     while (code := running.call(arguments, log)) == RESUME_ME:
         pass
     if code:
         print(f"{what} failed with exit code {code}: {record.last_error(log)} (all it said: {log})", flush=True)
-    return not code
+    return code
 
 
 def step_seconds(place: Folder, study: Study) -> dict[str, float]:

@@ -74,10 +74,10 @@ def parsed(file: Path, parse: Callable[[str], Any]):
         raise ConfigError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
 
 
-def add(workdir: str, command: list[str], seconds: float, exit_code: int) -> dict:
-    """Writes down that a run was tried once more, and returns all that is known of it."""
+def add(workdir: str, command: list[str], seconds: float, exit_code: int, environment: dict) -> dict:
+    """Writes down that a run was tried once more, in the `environment` of then; returns all that is known of it."""
     attempt = {"ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": seconds, "exit_code": exit_code}
-    attempts = [*read(workdir).get("attempts", []), attempt | {"command": command} | environment()]
+    attempts = [*read(workdir).get("attempts", []), attempt | {"command": command} | environment]
     error = "" if exit_code in (0, RESUME_ME) else last_error(Path(workdir) / LOG)
     return _write(workdir, {"attempts": attempts, "error": error})
 

@@ -16,6 +16,7 @@ def page(results: Results, file: str) -> Page:
     sections = [
         scores.missing_section(results),
         *(scores.score_section(results, *pair) for pair in pairs.items()),
+        scores.first_section(results),
         scores.curve_section(results),
         costs.cost_section(results),
         scores.type_section(results),

@@ -17,6 +17,7 @@ class Result:
     """Of a finished run."""
 
     score: float  # the study's metric
+    blind: float  # exact match with shuffled images
     by_type: Mapping[str, float]
     predictions: tuple[Mapping[str, object], ...]  # a line of predictions.jsonl each
     metrics: tuple[Mapping[str, float], ...]  # a line of metrics.jsonl each
@@ -66,15 +67,17 @@ def _read(run: Run, metric: str) -> Result:
     """Raises ConfigError where a finished run is not this one, or a file of it is missing or damaged."""
     workdir = Workdir(run.cfg.workdir)
     workdir.check(resolved(run.cfg))
-    scores = record.read_json(workdir.eval)
-    score = scores
+    scores = score = record.read_json(workdir.eval)
+    if not {"by_type", "image_shuffled_exact_match"} <= scores.keys():
+        raise ConfigError(f"{workdir.eval} is damaged: it must have by_type and image_shuffled_exact_match.")
     for name in metric.split(".", 1):
         if not isinstance(score, Mapping) or name not in score:
             raise ConfigError(f"{workdir.eval} has no {metric}: it has {', '.join(_numbers(scores))}.")
         score = score[name]
     predictions = _lines(workdir.predictions, {"image_id", "question", "type", "answer", "prediction", "correct"})
     metrics = _lines(workdir.metrics, {"step", "loss", "step_seconds"})
-    return Result(score, scores["by_type"], predictions, metrics, record.read(run.cfg.workdir))
+    blind, by_type = scores["image_shuffled_exact_match"], scores["by_type"]
+    return Result(score, blind, by_type, predictions, metrics, record.read(run.cfg.workdir))
 
 
 def _lines(file: Path, fields: set[str]) -> tuple[dict, ...]:
@@ -91,7 +94,10 @@ def _numbers(scores: Mapping) -> list[str]:
 
 
 def _why_missing(run: Run) -> str:
-    known = record.read(run.cfg.workdir)
+    try:
+        known = record.read(run.cfg.workdir)
+    except ConfigError as error:
+        return str(error)
     if known.get("error"):
         return f"failed: {known['error']}"
     return "stopped, to be continued" if Path(run.cfg.workdir).exists() else "not run yet"

@@ -64,6 +64,7 @@ class Process:
         cfg = resolved(self.run.cfg)
         Workdir(cfg.workdir).open(cfg)
         self.command = command("train", "--workdir", cfg.workdir)
+        self._environment = record.environment()  # of now: files may change while it runs
         self._process = spawn(self.command, Path(cfg.workdir) / record.LOG)
 
     def exit_code(self) -> int | None:
@@ -77,7 +78,7 @@ class Process:
     def note(self) -> dict:
         """Waits for its end, and writes down how it went."""
         code = self._process.wait()
-        return record.add(self.run.cfg.workdir, self.command, time.monotonic() - self.began, code)
+        return record.add(self.run.cfg.workdir, self.command, time.monotonic() - self.began, code, self._environment)
 
 
 def spawn(arguments: list[str], log: Path) -> subprocess.Popen:
@@ -138,7 +139,8 @@ class Queue:
             return
         try:
             Workdir(run.cfg.workdir).refuse_second()
-        except ConfigError as error:  # another process trains it
+            record.read(run.cfg.workdir)
+        except ConfigError as error:  # another process trains it, or what is written of it is damaged
             self._fail(run, str(error))
             return
         try:

@@ -18,7 +18,7 @@ SMALLEST_PX = 224  # a smaller image is enlarged, pixel by pixel
 def sample_section(results: Results) -> Section:
     """Of the first axis and the first seed that all arms have, types of questions in turn.
 
-    Where arms were asked about different images, of those that were asked what the reference was.
+    As many are of every group of arms that were asked the same.
     """
     study, title = results.plan.study, "Where the arms disagree"
     axis = next(iter(study.matched))
@@ -27,27 +27,38 @@ def sample_section(results: Results) -> Section:
     if not shared:
         return Section(title, ["No seed is done by all arms yet."])
     seed = min(shared)
-    asked = runs[study.reference][seed].asked
-    answered = {arm: found[seed] for arm, found in runs.items() if found[seed].asked == asked}
-    chosen = _chosen(answered)
-    cfg = max((results.plan.arms[axis, arm] for arm in answered), key=_pixels)
-    questions = pipeline.questions(cfg, cfg.eval.split, cfg.eval.max_examples)
-    made = [_sample(number, i, answered, questions[i].images()) for number, i in enumerate(chosen)]
+    groups = asked_the_same({arm: found[seed] for arm, found in runs.items()})
+    made: list[Sample] = []
+    for answered in groups:
+        cfg = max((results.plan.arms[axis, arm] for arm in answered), key=_pixels)
+        questions = pipeline.questions(cfg, cfg.eval.split, cfg.eval.max_examples)
+        chosen = _chosen(answered, SHOWN // len(groups))
+        made += [_sample(number, i, answered, questions[i].images()) for number, i in enumerate(chosen, len(made))]
     text = (
-        f"From the {cfg.eval.split} split, at matched {spelt(axis)}, seed {seed}: some arms are right, and some wrong."
+        f"From the {study.base.eval.split} split, at matched {spelt(axis)}, seed {seed}: some arms are right, and some "
+        "wrong, of those that were asked the same."
     )
-    others = [arm for arm in study.arms if arm not in answered]
-    note = [f"Asked about other images: {', '.join(others)}."] if others else []
-    return Section(title, [text, *note], samples=made)
+    return Section(title, [text], samples=made)
+
+
+def asked_the_same(answered: Mapping[str, Result]) -> list[dict[str, Result]]:
+    """Groups of at least two arms; there are at most `SHOWN` of them."""
+    groups: list[dict[str, Result]] = []
+    for arm, result in answered.items():
+        group = next((one for one in groups if next(iter(one.values())).asked == result.asked), None)
+        if group is None:
+            groups.append(group := {})
+        group[arm] = result
+    return [group for group in groups if len(group) > 1][:SHOWN]
 
 
 def _pixels(cfg: Experiment) -> int:
-    """The side of what an arm sees at the most: the sharpest pictures are shown."""
-    return cfg.vision.image_size_px * cfg.vision.tiles
+    """What an arm sees at the most: the sharpest pictures are shown."""
+    return cfg.vision.image_size_px**2 * cfg.vision.tiles
 
 
-def _chosen(answered: Mapping[str, Result]) -> list[int]:
-    """Indices of questions, at most one an image, the types taking turns."""
+def _chosen(answered: Mapping[str, Result], most: int) -> list[int]:
+    """Indices of so many questions, at most one an image, the types taking turns."""
     by_type: dict[str, list[int]] = {}
     seen = set()
     for i, lines in enumerate(zip(*(result.predictions for result in answered.values()))):
@@ -55,11 +66,11 @@ def _chosen(answered: Mapping[str, Result]) -> list[int]:
             by_type.setdefault(lines[0]["type"], []).append(i)
     chosen: list[int] = []
     first = next(iter(answered.values()))
-    while len(chosen) < SHOWN and any(by_type.values()):
+    while len(chosen) < most and any(by_type.values()):
         for waiting in by_type.values():
             fresh = [i for i in waiting if first.predictions[i]["image_id"] not in seen]
             waiting[:] = fresh[1:]
-            if fresh and len(chosen) < SHOWN:
+            if fresh and len(chosen) < most:
                 chosen.append(fresh[0])
                 seen.add(first.predictions[fresh[0]]["image_id"])
     return chosen

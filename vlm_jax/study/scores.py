@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from vlm_jax.study import figures, statistics
+from vlm_jax.study import figures, record, statistics
 from vlm_jax.study.matching import spelt
 from vlm_jax.study.page import Cell, Section, Table
 from vlm_jax.study.results import Results
 from vlm_jax.study.statistics import Estimate, Pair
+from vlm_jax.workdir import Workdir
 
 TESTS = (
     "Intervals are 95 %. Over seeds: Student's t of the scores, or of the differences seed by seed; it assumes that "
@@ -79,9 +80,27 @@ def score_table(results: Results, axis: str) -> Table:
     for arm in study.arms:
         scores = results.scores(axis, arm)
         each = ", ".join(f"{score:.3f}" for _, score in sorted(scores.items()))
-        mean = interval(statistics.estimate(list(scores.values()))) if scores else "-"
-        rows.append([Cell(arm), number(mean), number(f"{len(scores)} of {study.seeds}"), number(each or "-")])
-    return Table(["arm", f"{study.metric}, mean over seeds", "seeds", "each"], rows)
+        blind = [result.blind for result in results.of(axis, arm).values()]
+        means = [interval(statistics.estimate(found)) if found else "-" for found in (list(scores.values()), blind)]
+        texts = [means[0], f"{len(scores)} of {study.seeds}", each or "-", means[1]]
+        rows.append([Cell(arm), *map(number, texts)])
+    columns = ["arm", f"{study.metric}, mean over seeds", "seeds", "each", "exact match with shuffled images"]
+    return Table(columns, rows)
+
+
+def first_section(results: Results) -> Section | None:
+    """How well what arms build on answers; None where they build on nothing."""
+    rows = []
+    for name, cfg in results.plan.first.items():
+        file = Workdir(cfg.workdir).eval
+        score = record.read_json(file).get("exact_match") if file.exists() else None
+        rows.append([Cell(name), number(f"{cfg.train.steps:,}"), number("-" if score is None else f"{score:.3f}")])
+    text = (
+        "Trained once, with one seed, for all arms and seeds: what is said of other seeds holds for arms that build on "
+        "this very run."
+    )
+    table = Table(["run", "steps", "exact match"], rows)
+    return Section("What arms build on", [text], tables=[table]) if rows else None
 
 
 def pair_table(pairs: list[Pair]) -> Table:

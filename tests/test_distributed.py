@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from vlm_jax import config_file
-from vlm_jax.config import Data, Eval, Optim, Train
-from vlm_jax.testing import tiny, write_conversations
+from vlm_jax.config import Data, Eval, Train
+from vlm_jax.testing import hybrid_in_tiles, on_easy_vqa, write_conversations
 from vlm_jax.train import loop
 from vlm_jax.workdir import Workdir
 
@@ -25,14 +25,11 @@ LIMIT_SECONDS = 300
 
 
 def experiment():
-    """Six steps on 40 images of easy-VQA, saved after steps 2, 4 and 6."""
-    cfg = tiny()
+    """Six steps on 40 images of easy-VQA, in the sequence and in cross-attention, saved after steps 2, 4 and 6."""
+    cfg = on_easy_vqa(hybrid_in_tiles())
     return replace(
         cfg,
-        data=Data(train_split="train[:40]", questions_per_row=3, text_length=100),
-        vision=replace(cfg.vision, image_size_px=64, patch_size_px=16),
-        decoder=replace(cfg.decoder, max_positions=128),
-        optim=Optim(warmup_steps=1),
+        data=replace(cfg.data, augment=Data().augment),
         train=Train(steps=6, batch_size=8, log_every_steps=1, checkpoint_every_steps=2),
         eval=Eval(max_examples=12, batch_size=8, max_new_tokens=2),
     )

@@ -13,7 +13,7 @@ from vlm_jax.config import Data, Optim
 from vlm_jax.data import text, tiles
 from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.structs import Batch, State
-from vlm_jax.testing import hybrid_in_tiles, random_params, variants
+from vlm_jax.testing import random_params, variants_and_tiles
 from vlm_jax.train import optim
 from vlm_jax.train.step import train_step
 
@@ -47,7 +47,7 @@ def learned(cfg, images):
     return state.params
 
 
-EVERY = variants() | {"hybrid in tiles": hybrid_in_tiles()}
+EVERY = variants_and_tiles()
 
 
 @pytest.mark.parametrize("cfg", EVERY.values(), ids=EVERY)

@@ -45,6 +45,21 @@ def hybrid_in_tiles() -> Experiment:
     return tiny("hybrid", vision=dataclasses.replace(tiny().vision, tiles=2))
 
 
+def on_easy_vqa(cfg: Experiment) -> Experiment:
+    """The tiny experiment with images of 64 px, where it cuts them in four tiles, and with room for their questions."""
+    tiles = {"image_size_px": 32, "tiles": 4} if cfg.vision.tiles > 1 else {"image_size_px": 64}
+    return dataclasses.replace(
+        cfg,
+        data=dataclasses.replace(cfg.data, train_split="train[:40]", text_length=100),
+        vision=dataclasses.replace(cfg.vision, patch_size_px=16, **tiles),
+        decoder=dataclasses.replace(cfg.decoder, max_positions=128),
+    )
+
+
+def variants_and_tiles() -> dict[str, Experiment]:
+    return variants() | {"hybrid in tiles": hybrid_in_tiles()}
+
+
 def random_params(cfg: Experiment, spread: float = 0.1, seed: int = 0):
     """Parameters of the experiment's shapes, scales around 1 and the others around 0; none is 0, so gates are open.
 

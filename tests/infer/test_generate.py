@@ -13,7 +13,7 @@ from vlm_jax.data import pipeline, text, tiles
 from vlm_jax.infer.generate import Decoding, choose, generate, stream
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import NO_IMAGE, PADDING, Batch
-from vlm_jax.testing import hybrid_in_tiles, random_params, variants
+from vlm_jax.testing import random_params, variants_and_tiles
 
 NEW = 6
 NEVER = Decoding()  # no token ends: generation goes on
@@ -25,7 +25,7 @@ def untied(cfg):
     return replace(cfg, decoder=replace(cfg.decoder, tied_head=False))
 
 
-CONFIGS = {name: untied(cfg) for name, cfg in (variants() | {"hybrid in tiles": hybrid_in_tiles()}).items()}
+CONFIGS = {name: untied(cfg) for name, cfg in variants_and_tiles().items()}
 
 
 def prompts(cfg):

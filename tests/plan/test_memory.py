@@ -8,6 +8,7 @@ from jax.sharding import AbstractMesh
 
 from vlm_jax import axes, testing
 from vlm_jax.config import Mesh, Optim, RateScale
+from vlm_jax.nn.vlm import VLM, empty_cache, example_batch
 from vlm_jax.plan import compiled, liveness, memory
 from vlm_jax.train.step import abstract_state
 
@@ -15,13 +16,14 @@ SHAPES = {  # kind, width, text tokens, rows, trained
     "activations": ("unified", 128, 96, 8, RateScale()),
     "weights": ("cross_attention", 512, 24, 2, RateScale()),
     "attention": ("encoder_decoder", 64, 384, 4, RateScale()),
+    "tiles": ("hybrid", 128, 96, 8, RateScale()),
     "frozen_decoder": ("unified", 256, 64, 4, RateScale(0, 1, 0, 0)),
     "frozen_encoder": ("unified", 128, 160, 8, RateScale(0, 1, 1, 1)),
 }
 
 
 def experiment(kind, width, text, rows, rates):
-    cfg = testing.tiny(kind)
+    cfg = testing.hybrid_in_tiles() if kind == "hybrid" else testing.tiny(kind)
     stack = {"width": width, "depth": 4, "heads": 4, "mlp_width": 4 * width}
     return dataclasses.replace(
         cfg,
@@ -64,6 +66,16 @@ def test_frozen_parts_have_no_moments_and_no_gradients():
     found = memory.predicted(experiment(*SHAPES["frozen_decoder"]), mesh)
     assert found.gradients < found.parameters / 100
     assert found.optimizer < found.parameters / 50
+
+
+@pytest.mark.parametrize("cfg", testing.variants_and_tiles().values(), ids=testing.variants_and_tiles())
+def test_the_cache_of_a_row_is_what_decoding_keeps(cfg):
+    def read(params):
+        prompt = example_batch(cfg)
+        return VLM(cfg).apply({"params": params}, prompt, empty_cache(cfg, prompt, 0), method=VLM.next_logits)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(read, testing.random_params(cfg)).layers)
+    assert memory.cache_bytes(cfg) == sum(x.size * x.dtype.itemsize for x in kept)
 
 
 def test_what_each_device_sums_over_its_rows_is_whole_before_it_is_shared():

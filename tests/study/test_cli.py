@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.study import studies
-from vlm_jax.study import cli
+from vlm_jax.study import cli, definition, record
 from vlm_jax.workdir import Workdir
 
 STUDY = """
@@ -117,6 +117,14 @@ def test_a_mistake_in_a_command_is_refused(arguments, words, write, folder, caps
     assert code == 2
     assert words in error
     assert not (folder / "runs").exists()
+
+
+def test_all_studies_are_listed_with_what_they_ask_and_how_far_they_are(folder, capsys):
+    assert cli.main(["list"]) == 0
+    listed = capsys.readouterr().out
+    for file in definition.files(record.ROOT / "experiments"):
+        study = definition.load(str(file))
+        assert f"{file.name}: {study.question}\n  arms {', '.join(study.arms)}\n  0 of " in listed
 
 
 def test_another_version_of_the_study_is_refused_with_the_difference(write, folder, datasets_dir, capsys):

@@ -12,7 +12,7 @@ import pytest
 from vlm_jax import axes
 from vlm_jax.config import ConfigError, Data, Eval, Mesh, Optim, Train
 from vlm_jax.data import pipeline
-from vlm_jax.testing import tiny, variants, write_conversations
+from vlm_jax.testing import on_easy_vqa, tiny, variants_and_tiles, write_conversations
 from vlm_jax.train import loop
 from vlm_jax.workdir import Workdir
 
@@ -25,12 +25,10 @@ def settings(datasets_dir):
     """`settings(name)`: six steps on 40 images of easy-VQA, saved after steps 2, 4 and 6."""
 
     def make(name="unified"):
-        cfg = variants()[name]
-        data = Data(dir=datasets_dir, train_split="train[:40]", questions_per_row=3, text_length=100)
-        vision = replace(cfg.vision, image_size_px=64, patch_size_px=16)
+        cfg = on_easy_vqa(variants_and_tiles()[name])
+        data = replace(cfg.data, dir=datasets_dir, augment=Data().augment)
         train = Train(steps=6, batch_size=8, checkpoint_every_steps=2, log_every_steps=1)
-        decoder = replace(cfg.decoder, max_positions=128)
-        return replace(cfg, data=data, vision=vision, decoder=decoder, train=train, optim=Optim(warmup_steps=2))
+        return replace(cfg, data=data, train=train, optim=Optim(warmup_steps=2))
 
     return make
 
@@ -108,7 +106,7 @@ def assert_equal(state, other):
         assert np.array_equal(value, expected), jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("name", variants())
+@pytest.mark.parametrize("name", variants_and_tiles())
 def test_stopped_and_continued_is_never_stopped_bit_for_bit(name, finished, capsys):
     cfg, expected = finished(name)
     expected_rows = rows(cfg)

@@ -12,7 +12,7 @@ from flax import traverse_util
 from tests.train.test_step import experiment, mesh_of, random_state
 from vlm_jax import axes
 from vlm_jax.config import ConfigError, Optim, RateScale
-from vlm_jax.testing import random_batch, variants
+from vlm_jax.testing import random_batch, variants_and_tiles
 from vlm_jax.train import loop, optim
 from vlm_jax.train.step import compiled_step, make_state, summed
 from vlm_jax.validate import validate
@@ -44,13 +44,13 @@ def assert_same(found, expected):
         np.testing.assert_allclose(gradients[path], gradient, rtol=1e-3, atol=1e-6, err_msg="/".join(path))
 
 
-@pytest.mark.parametrize("name", variants())
+@pytest.mark.parametrize("name", variants_and_tiles())
 def test_four_microbatches_are_one(name):
     cfg = experiment(name)
     assert_same(one_step(replace(cfg, train=replace(cfg.train, microbatches=4))), one_step(cfg))
 
 
-@pytest.mark.parametrize("name", variants())
+@pytest.mark.parametrize("name", variants_and_tiles())
 def test_all_that_saves_memory_together_on_eight_devices_is_the_plain_step_on_one(name):
     cfg = experiment(name)
     vision, decoder = replace(cfg.vision, remat="full"), replace(cfg.decoder, remat="dots")
@@ -93,7 +93,7 @@ def test_a_batch_that_cannot_be_cut_is_refused(batch_size, microbatches, said):
 FROZEN = Optim(warmup_steps=0, rate_scale=RateScale(vision=0, decoder=0))
 
 
-@pytest.mark.parametrize("name", variants())
+@pytest.mark.parametrize("name", variants_and_tiles())
 def test_in_bfloat16_loss_and_gradients_are_near_and_arrive_in_float32(name):
     cfg = experiment(name)
     loss, gradients = one_step(replace(cfg, train=replace(cfg.train, compute_dtype="bfloat16")), EIGHT)

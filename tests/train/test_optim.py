@@ -11,7 +11,7 @@ from flax import traverse_util
 
 from vlm_jax.config import Optim, RateScale
 from vlm_jax.structs import State
-from vlm_jax.testing import KINDS, random_batch, random_params, tiny
+from vlm_jax.testing import KINDS, hybrid_in_tiles, random_batch, random_params, tiny
 from vlm_jax.train import optim
 from vlm_jax.train.step import make_state, train_step
 
@@ -96,13 +96,14 @@ def test_the_gradient_is_clipped_to_a_global_norm(norm, clipped):
 HALVES = [("vision", "cross_attention"), ("projector", "decoder")]  # every part is frozen once and trained once
 
 
-def with_frozen(*parts):
-    return replace(GATED, optim=Optim(warmup_steps=0, rate_scale=replace(RateScale(), **dict.fromkeys(parts, 0))))
+def with_frozen(*parts, cfg=GATED):
+    return replace(cfg, optim=Optim(warmup_steps=0, rate_scale=replace(RateScale(), **dict.fromkeys(parts, 0))))
 
 
+@pytest.mark.parametrize("cfg", [GATED, hybrid_in_tiles()], ids=["cross_attention", "hybrid in tiles"])
 @pytest.mark.parametrize("frozen", HALVES, ids=" ".join)
-def test_frozen_parts_stay_bit_for_bit_and_the_others_move(frozen):
-    cfg = with_frozen(*frozen)
+def test_frozen_parts_stay_bit_for_bit_and_the_others_move(frozen, cfg):
+    cfg = with_frozen(*frozen, cfg=cfg)
     params = random_params(cfg)
     trained, _ = optim.split(params, cfg.optim)
     state = State(jax.numpy.int32(0), params, optim.optimizer(cfg.optim, cfg.train.steps).init(trained))

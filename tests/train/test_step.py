@@ -11,11 +11,11 @@ from flax import traverse_util
 
 from vlm_jax import axes
 from vlm_jax.config import Mesh, Optim, factorizations
-from vlm_jax.testing import hybrid_in_tiles, random_batch, random_params, tiny, variants
+from vlm_jax.testing import random_batch, random_params, tiny, variants_and_tiles
 from vlm_jax.train.step import abstract_state, compiled_step, new_state
 
 MESHES = factorizations(8)  # 8 does not divide the 4 heads: they are kept whole
-CONFIGS = variants() | {"text_only": tiny("text_only"), "hybrid in tiles": hybrid_in_tiles()}
+CONFIGS = variants_and_tiles() | {"text_only": tiny("text_only")}
 
 
 def experiment(name: str):

@@ -17,10 +17,10 @@ import pytest
 from flax import traverse_util
 
 from vlm_jax import axes, cli, config_file
-from vlm_jax.config import ConfigError, Data, Mesh, Optim, Train
+from vlm_jax.config import ConfigError, Mesh, Optim, Train
 from vlm_jax.data import images as image_files
 from vlm_jax.data import pipeline, sources
-from vlm_jax.testing import random_batch, random_params, tiny, variants
+from vlm_jax.testing import on_easy_vqa, random_batch, random_params, tiny, variants_and_tiles
 from vlm_jax.train import loop, preemption
 from vlm_jax.train.checkpoint import Checkpoints, NotSaved
 from vlm_jax.train.step import abstract_state, make_state, train_step
@@ -35,12 +35,10 @@ def experiment(datasets_dir, tmp_path):
     """`experiment(workdir, kind, **train)`: a tiny one of 8 steps on 40 images, saved after every third."""
 
     def make(workdir="run", kind="unified", **train):
-        cfg = variants()[kind]
+        cfg = on_easy_vqa(variants_and_tiles()[kind])
         return replace(
             cfg,
-            data=Data(dir=datasets_dir, train_split="train[:40]", questions_per_row=3, text_length=100, augment=()),
-            vision=replace(cfg.vision, image_size_px=64, patch_size_px=16),
-            decoder=replace(cfg.decoder, max_positions=128),
+            data=replace(cfg.data, dir=datasets_dir),
             train=replace(Train(steps=8, batch_size=8, checkpoint_every_steps=3, log_every_steps=1), **train),
             optim=Optim(warmup_steps=2),
             eval=replace(cfg.eval, max_examples=8),
@@ -283,7 +281,7 @@ def kill_after(process, cfg, step, seconds):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", variants())
+@pytest.mark.parametrize("kind", variants_and_tiles())
 def test_killed_at_random_moments_a_run_ends_as_one_that_was_not(experiment, kind):
     steps = {"steps": 30, "checkpoint_every_steps": 1}  # it is saving nearly always
     whole, cfg = experiment("whole", kind, **steps), experiment("killed", kind, **steps)

@@ -136,6 +136,20 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_its_fields(sizes):
         mesh(*sizes)
 
 
+@pytest.mark.parametrize(
+    ("devices", "sizes", "said"),
+    [
+        (4, (3, 1, 1), "choose 4 x 1 x 1, 2 x 2 x 1, 2 x 1 x 2, 1 x 4 x 1, 1 x 1 x 4, 1 x 2 x 2."),
+        (64, (16, 8, 1), "choose 16 x 4 x 1, 8 x 8 x 1, 64 x 1 x 1, "),
+    ],
+)
+def test_the_meshes_that_would_fit_are_named_the_nearest_first(devices, sizes, said):
+    with pytest.raises(ConfigError) as error:
+        config.Mesh(*sizes).sizes(devices)
+    assert said in str(error.value)
+    assert str(error.value).endswith(", or another.") == (devices == 64)
+
+
 @pytest.mark.parametrize("vocab", [12, 13], ids=["a split vocabulary", "one that does not divide"])
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2), (4, 2, 1)])
 def test_a_lookup_over_the_mesh_is_take_and_so_is_its_gradient(sizes, vocab):

@@ -140,11 +140,12 @@ class Mesh:
         free = axes.count(-1)
         if free <= 1 and known > 0 and devices % known == 0 and (free or known == devices):
             return tuple(devices // known if size == -1 else size for size in axes)
-        choices = [f"{a} x {b} x {c}" for a, b, c in factorizations(devices)]
-        named = f": choose one of {', '.join(choices)}" if len(choices) <= 12 else ""
+        nearest = sorted(factorizations(devices), key=lambda sizes: sum(a != b for a, b in zip(sizes, axes)))
+        choices = [" x ".join(map(str, sizes)) for sizes in nearest[:12]]  # those first that keep what was given
         raise ConfigError(
             f"mesh.data x mesh.fsdp x mesh.tensor = {' x '.join(map(str, axes))} does not fit {devices} device(s): "
-            f"the three must multiply to {devices}, and at most one may be -1 (what is left){named}."
+            f"the three must multiply to {devices}, and at most one may be -1 (what is left): choose "
+            f"{', '.join(choices)}{', or another' * (len(nearest) > 12)}."
         )
 
 

@@ -158,6 +158,26 @@ def test_a_run_continues_over_a_damaged_checkpoint(tmp_path, state, damage, caps
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("keep", [1, 3])
+def test_a_run_that_stops_before_it_reaches_damaged_checkpoints_is_saved(tmp_path, state, keep):
+    saved(tmp_path, state, [1, 3, 4])
+    for step in ("3", "4"):
+        cut_the_numbers(tmp_path / step)
+    checkpoints = Checkpoints(tmp_path, replace(TRAIN, keep_checkpoints=keep))
+    found, _ = checkpoints.restore(like(mesh_of(2, 2, 2)))
+    checkpoints.save(2, at_step(found, 1), PLACE, 1.0)
+    checkpoints.close()
+    assert equal(restored(tmp_path)[0], at_step(state, 2))
+    assert steps_in(tmp_path) == [1, 2][-keep:]
+
+
+def test_a_checkpoint_that_orbax_leaves_out_is_said_so(tmp_path, state, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, TRAIN)
+    monkeypatch.setattr(checkpoints._manager, "save", lambda *args, **kwargs: False)
+    with pytest.raises(NotSaved, match="could not be written"):
+        checkpoints.save(1, state, PLACE, 1.0)
+
+
 def test_where_every_checkpoint_is_damaged_nothing_is_begun_anew(tmp_path, state, capsys):
     saved(tmp_path, state, [1, 2])
     for step in ("1", "2"):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -131,6 +132,19 @@ def test_the_exit_code_of_a_stopped_run_says_resume_me(experiment, tmp_path, mon
     assert (
         capsys.readouterr().err == "stopped by SIGTERM after step 3, which is saved: the same command continues it.\n"
     )
+
+
+def test_a_step_that_cannot_be_saved_after_sigterm_is_not_said_to_be(experiment, monkeypatch):
+    def save(self, step, *rest):
+        self._manager.wait_until_finished = full
+
+    def full():
+        raise ValueError("No space left on device")
+
+    signals_at(2, monkeypatch)
+    monkeypatch.setattr(Checkpoints, "save", save)
+    with pytest.raises(NotSaved, match="No space left on device.*there is no checkpoint"):
+        loop.train(experiment())
 
 
 def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_checkpoint(experiment, monkeypatch):
@@ -271,13 +285,14 @@ def start(cfg):
 
 
 def kill_after(process, cfg, step, seconds):
-    """`kill -9` some time after a step was said, wherever it is by then."""
+    """`kill -9` some time after this step or a later one was said, wherever it is by then."""
     for line in process.stdout:
-        if line.startswith(f"step {step}/"):
+        if (said := re.match(r"step (\d+)/", line)) and int(said[1]) >= step:
             break
     time.sleep(seconds)
     process.kill()
     process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it had ended before"
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(preservation_policy=_kept(cfg), best_fn=_loss, best_mode="min")
         with self._writing():
             self._manager = _Manager(path.resolve(), options=options)
-        self._damaged: set[int] = set()  # kept until a whole one of the same step takes its place
+        self._damaged: set[int] = set()  # kept until one of the same step or of an earlier one is saved
 
     def save(self, step: int, state: State, data_state: dict, loss: float) -> None:
         """Returns while the files are still being written; `close` waits for them. `loss` ranks them, the lowest first.
@@ -46,14 +46,15 @@ class Checkpoints:
         Raises:
           NotSaved: this one, or the one before, could not be written.
         """
-        if step in self._damaged:
-            self._manager.delete(step)
-            self._damaged.remove(step)
+        for damaged in [one for one in self._damaged if one >= step]:  # Orbax saves nothing before its latest step
+            self._manager.delete(damaged)
+            self._damaged.remove(damaged)
         if step in self._manager.all_steps():
             return
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state))
         with self._writing():
-            self._manager.save(step, args=arguments, metrics={"loss": loss})
+            if not self._manager.save(step, args=arguments, metrics={"loss": loss}):
+                raise ValueError(f"Orbax wants none of step {step}")
 
     def restore(self, like: State) -> tuple[State, dict] | None:
         """The last whole checkpoint, laid out as `like` (shapes with shardings), or None where none was saved.

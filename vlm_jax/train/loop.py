@@ -57,7 +57,7 @@ def train(cfg: Experiment) -> State:
       ConfigError: the batch does not fit the devices, the config does not fit the data, or the work folder is another
         run's; nothing is written then.
       NotFinite: the loss is not finite; the last checkpoint stays.
-      NotSaved: a checkpoint could not be written; those before it stay.
+      NotSaved: a checkpoint could not be written, that after a SIGTERM among them; those before it stay.
       Preempted: the process had a SIGTERM; the step that ran then is saved.
     """
     workdir = Workdir(cfg.workdir)
@@ -90,7 +90,10 @@ def train(cfg: Experiment) -> State:
 
 @contextlib.contextmanager
 def closing(log: Log | None, checkpoints: Checkpoints):
-    """Closes both; what stopped the run is what is said, whatever else a full disk makes of the closing."""
+    """Closes both; what stopped the run is what is said, whatever else a full disk makes of the closing.
+
+    But where SIGTERM stopped it and the step could not be saved, that is said: it was promised.
+    """
     try:
         yield
         if log is not None:
@@ -99,7 +102,7 @@ def closing(log: Log | None, checkpoints: Checkpoints):
         with contextlib.suppress(OSError):
             if log is not None:
                 log.close()
-        with contextlib.suppress(NotSaved):
+        with contextlib.nullcontext() if isinstance(error, Preempted) else contextlib.suppress(NotSaved):
             checkpoints.close()
         if isinstance(error, OSError):
             raise NotSaved(f"the run cannot go on ({error}); {checkpoints.last_whole()}.") from error

@@ -1,6 +1,7 @@
 """LLaVA 1.5's second stage (Liu et al. 2023, table 9): projector and decoder learn from 665k conversations.
 
-Begins with the weights that the first stage ended with. Chosen for 64 chips of TPU v5e, see `experiments/plans/`.
+Begins with the first stage: --vision.checkpoint, --projector.checkpoint and --decoder.checkpoint name the folder that
+`run.py export` made of it. Chosen for 64 chips of TPU v5e, see `experiments/plans/`.
 """
 
 from dataclasses import replace

@@ -1,7 +1,8 @@
 """A transfer of PaliGemma at 224 px (Beyer et al. 2024, 3.2.4): everything learns, here from questions of VQAv2, with
 the settings of big_vision's `proj/paligemma/transfers/vqav2.py`: ten epochs, 5 % of them to warm up.
 
-Begins with --vision.checkpoint and --decoder.checkpoint; the file has the questions in LLaVA's format.
+Begins with PaliGemma: --vision.checkpoint, --projector.checkpoint and --decoder.checkpoint name its folder; the file
+has the questions in LLaVA's format.
 Chosen for 256 chips of TPU v5e, see `experiments/plans/`.
 """
 

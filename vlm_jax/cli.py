@@ -79,7 +79,7 @@ def experiment(verb: str, arguments: list[str], stored: bool) -> Experiment:
     asked = config_file.override(cfg, fields, f"python run.py {verb}")
     if stored:
         _refuse_another_model(verb, cfg, asked)
-    elif asked.vision.checkpoint or asked.decoder.checkpoint:
+    elif asked.begins_with:
         from vlm_jax.hub import compose
 
         asked = compose.resolved(asked)

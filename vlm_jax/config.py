@@ -207,6 +207,11 @@ class Experiment:
     seed: int = 0
 
     @property
+    def begins_with(self) -> tuple[str, ...]:
+        """Parts that begin with a public checkpoint."""
+        return tuple(part for part in ("vision", "projector", "decoder") if getattr(self, part).checkpoint)
+
+    @property
     def image_tokens(self) -> int:
         """M: tokens of one image, or of one view of it, after the projector."""
         return self.projector.num_tokens(self.vision)

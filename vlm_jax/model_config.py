@@ -115,6 +115,7 @@ class Vision(Transformer):
 @dataclass(frozen=True)
 class Projector:
     kind: Literal["linear", "mlp", "pixel_shuffle", "average_pool", "resampler", "none"] = "linear"
+    checkpoint: str = ""  # folder of a public checkpoint: its projector's settings, and its weights to begin with
     activation: Activation = "gelu"  # of mlp
     bias: bool = True  # biases of linear and mlp
     factor: int = 2  # pixel_shuffle, average_pool: factor x factor tokens become one

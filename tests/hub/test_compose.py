@@ -146,7 +146,7 @@ def test_tags_of_tiles_are_spelt_by_the_tokenizer_of_the_decoder(folders):
     np.testing.assert_array_equal(row.tokens[1, : len(tags)], tags)
 
 
-@pytest.mark.parametrize("part", ["vision", "decoder"])
+@pytest.mark.parametrize("part", ["vision", "projector", "decoder"])
 def test_a_folder_without_the_part_is_refused(folders, part):
     cfg, wrong = tiny(), folders["clip" if part == "decoder" else "llama"]
     cfg = replace(cfg, **{part: replace(getattr(cfg, part), checkpoint=str(wrong))})

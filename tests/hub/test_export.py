@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import pytest
 import torch
+from flax import traverse_util
+from flax.linen import meta
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -20,17 +22,18 @@ from transformers import (
 
 from tests.hub import tiny_tokenizers
 from tests.hub.parity import SMALL, forward, randomized, reference
-from vlm_jax import from_pretrained, save_pretrained
+from vlm_jax import axes, from_pretrained, save_pretrained
 from vlm_jax.cli import main
-from vlm_jax.config import ConfigError, Decoder, Experiment, Fusion, Projector, RateScale, Vision
+from vlm_jax.config import ConfigError, Decoder, Experiment, Fusion, Mesh, Projector, RateScale, Vision
 from vlm_jax.data import pipeline
-from vlm_jax.hub import export
+from vlm_jax.hub import compose, export
 from vlm_jax.hub.files import open_tensors
 from vlm_jax.infer import demo
-from vlm_jax.nn.models import model_of
+from vlm_jax.nn.models import boxed_params, model_of
 from vlm_jax.testing import random_params, tiny
 from vlm_jax.train import loop
 from vlm_jax.train.step import make_state
+from vlm_jax.validate import validate
 
 IDS = np.random.default_rng(0).integers(0, 64, (2, 9))
 
@@ -207,6 +210,36 @@ def test_frozen_parts_of_a_run_are_written_in_the_bfloat16_that_they_are_kept_in
         assert len(trained) == sum("multi_modal_projector" in name for name in tensors) < len(tensors)
     widened = jax.tree.map(lambda x: x.astype(np.float32), params)
     assert_transformers_agrees("llava", cfg, widened, tokenizer, tmp_path / "out")
+
+
+def next_stage(cfg, folder):
+    """The experiment anew, all its parts from a folder."""
+    cfg = replace(cfg, projector=Projector(), workdir="")
+    parts = {part: replace(getattr(cfg, part), checkpoint=str(folder)) for part in ("vision", "projector", "decoder")}
+    return validate(compose.resolved(replace(cfg, **parts)))
+
+
+def test_a_run_begins_with_all_that_another_ended_with(tmp_path, datasets_dir):
+    """As LLaVA's second stage with its first."""
+    cfg = experiment("llava", tmp_path, datasets_dir)
+    params = random_params(cfg)
+    pipeline.train_tokenizer(cfg).save(tmp_path / "tokenizer.json")
+    export.export_run(cfg, params, tmp_path / "tokenizer.json", tmp_path / "out")
+    then = next_stage(cfg, tmp_path / "out")
+    assert replace(then.projector, checkpoint="") == cfg.projector
+    begun = compose.load_parts(then, meta.unbox(boxed_params(then)), axes.make_mesh(Mesh()))
+    assert begun.keys() == traverse_util.flatten_dict(params, sep="/").keys()
+    for path, x in traverse_util.flatten_dict(params, sep="/").items():
+        np.testing.assert_array_equal(begun[path], x, err_msg=path)
+
+
+def test_a_projector_between_other_widths_is_refused(tmp_path, datasets_dir):
+    cfg = experiment("llava", tmp_path, datasets_dir)
+    pipeline.train_tokenizer(cfg).save(tmp_path / "tokenizer.json")
+    export.export_run(cfg, random_params(cfg), tmp_path / "tokenizer.json", tmp_path / "out")
+    wider = replace(cfg, vision=replace(cfg.vision, width=64), projector=Projector(checkpoint=str(tmp_path / "out")))
+    with pytest.raises(ConfigError, match="leads from 32 numbers a token to 32, where vision .* have 64 and 32"):
+        compose.resolved(wider)
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
-"""An experiment whose encoder and decoder begin with public checkpoints, from folders of their own.
+"""An experiment whose parts begin with public checkpoints, from folders of their own.
 
-`vision.checkpoint` and `decoder.checkpoint` name the folders: their configs say what the parts look like, the fusion is
-the experiment's. What joins the two (projector, cross-attention) begins as in a new run.
+`vision.checkpoint`, `projector.checkpoint` and `decoder.checkpoint` name the folders: their configs say what the parts
+look like, the fusion is the experiment's. A part without one, and cross-attention, begins as in a new run.
 """
 
 from dataclasses import replace
@@ -10,18 +10,20 @@ import jax
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from vlm_jax.config import ConfigError, Decoder, Experiment, Vision
+from vlm_jax.config import ConfigError, Decoder, Experiment, Projector, Vision
 from vlm_jax.data.tiles import tag_names
 from vlm_jax.hub.files import open_tensors
 from vlm_jax.hub.image_settings import read_settings
 from vlm_jax.hub.load import Checkpoint, inspect, read_params
 from vlm_jax.hub.table import Row
 from vlm_jax.hub.tokenizer import HubTokenizer
-from vlm_jax.nn.models import boxed_params
+from vlm_jax.nn.models import Config, boxed_params
 
+Part = Vision | Projector | Decoder
 # Settings that are no matter of the weights, and stay the experiment's.
 KEPT = {
     "vision": ("checkpoint", "feature_layers", "keep_class_token", "newline_token", "patch_embed", "unroll", "remat"),
+    "projector": ("checkpoint",),
     "decoder": ("checkpoint", "unroll", "remat"),
 }
 TILING = ("tiles", "thumbnail", "tile_tags")  # too, of an encoder that does not read tiles together
@@ -31,7 +33,7 @@ def resolved(cfg: Experiment) -> Experiment:
     """The experiment with the settings of its checkpoints in the place of its own.
 
     Raises:
-      ConfigError: a folder that is no checkpoint, or holds no such part.
+      ConfigError: a folder that is no checkpoint, or holds no such part; a projector between other widths.
     """
     if cfg.vision.checkpoint:
         cfg = replace(cfg, vision=_resolved_vision(cfg.vision))
@@ -44,7 +46,7 @@ def resolved(cfg: Experiment) -> Experiment:
             tags = (tokenizer.encode(name, add_special_tokens=False) for name in tag_names(cfg.vision))
             data = replace(data, tag_ids=tuple(map(tuple, tags)))
         cfg = replace(cfg, decoder=decoder, data=data)
-    return cfg
+    return replace(cfg, projector=_resolved_projector(cfg)) if cfg.projector.checkpoint else cfg
 
 
 def _resolved_vision(own: Vision) -> Vision:
@@ -57,18 +59,37 @@ def _resolved_vision(own: Vision) -> Vision:
     return vision if vision.tile_layouts else replace(vision, **{name: getattr(own, name) for name in TILING})
 
 
-def _settings(own: Vision | Decoder, part: str):
-    with open_tensors(own.checkpoint) as tensors:
-        cfg = inspect(own.checkpoint, tensors).cfg
+def _resolved_projector(cfg: Experiment) -> Projector:
+    own, there = cfg.projector, _inspected(cfg.projector.checkpoint)
+    projector = replace(_part_of(there, own, "projector"), **_kept(own, "projector"))
+    widths, wanted = ((one.vision.output_width, one.decoder.width) for one in (there, cfg))
+    if widths != wanted:
+        raise ConfigError(
+            f"projector.checkpoint {own.checkpoint} leads from {widths[0]} numbers a token to {widths[1]}, where "
+            f"vision and decoder of this experiment have {wanted[0]} and {wanted[1]}."
+        )
+    return projector
+
+
+def _settings(own: Part, part: str) -> Part:
+    return _part_of(_inspected(own.checkpoint), own, part)
+
+
+def _inspected(folder: str) -> Config:
+    with open_tensors(folder) as tensors:
+        return inspect(folder, tensors).cfg
+
+
+def _part_of(cfg: Config, own: Part, part: str) -> Part:
     if part == "vision" and isinstance(cfg, Vision):
         return cfg
     found = getattr(cfg, part, None)
-    if found is None or (part == "vision" and isinstance(cfg, Experiment) and not cfg.fusion.has_images):
+    if found is None or (part != "decoder" and isinstance(cfg, Experiment) and not cfg.fusion.has_images):
         raise ConfigError(f"{part}.checkpoint {own.checkpoint} holds no {part} part.")
     return found
 
 
-def _kept(own: Vision | Decoder, part: str) -> dict:
+def _kept(own: Part, part: str) -> dict:
     return {name: getattr(own, name) for name in KEPT[part]}
 
 
@@ -92,9 +113,8 @@ def load_parts(cfg: Experiment, shapes: dict, mesh: Mesh) -> dict[str, jax.Array
     `shapes` is the tree of all parameters' shapes: each gets the dtype that stands there.
     """
     found, flat = {}, traverse_util.flatten_dict(shapes, sep="/")
-    for part in ("vision", "decoder"):
-        if getattr(cfg, part).checkpoint:
-            found |= _read_part(cfg, part, flat, mesh)
+    for part in cfg.begins_with:
+        found |= _read_part(cfg, part, flat, mesh)
     return found
 
 

@@ -198,6 +198,17 @@ def test_rows_hold_whole_conversations_each_equally_often(cfg, expected, tokeniz
     assert max(found.values()) - min(found.values()) <= 1
 
 
+@pytest.mark.parametrize("done", [0, 1, 4])
+def test_the_ids_of_a_batch_are_those_of_its_conversations(done, cfg, expected, tokenizer, source):
+    known = {source[i].id: e["tokens"].tolist() for i, e in enumerate(elements_of(cfg, tokenizer, source))}
+    iterator = pipeline.training_iterator(cfg, tokenizer)
+    take(iterator, done)
+    state, batch = iterator.get_state(), expected[done]
+    rows = zip(batch.tokens, batch.segment_ids, strict=True)
+    held = [tokens[ids == segment].tolist() for tokens, ids in rows for segment in range(1, ids.max() + 1)]
+    assert [known[one] for one in pipeline.ids(cfg, tokenizer, state)] == held
+
+
 def test_rows_are_filled(expected):
     ids = np.concatenate([batch.segment_ids for batch in expected[:9]])
     assert np.sum(ids > 0) > 1.8 * np.sum(ids == 1)

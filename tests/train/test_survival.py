@@ -208,7 +208,7 @@ def test_what_is_not_finite_is_named_with_the_images_of_its_batch(experiment):
     assert said.startswith(
         "step 2: the loss is nan; the parameters are finite and no gradient is; the largest number, "
     )
-    ids = pipeline.image_ids(cfg, {"next_index": 1})
+    ids = pipeline.ids(cfg, None, {"next_index": 1})
     assert said.endswith(f"The batch held the images {', '.join(map(str, ids))}.")
 
 
@@ -253,7 +253,7 @@ def test_the_ids_of_a_batch_are_those_of_its_images(experiment):
     for _ in range(7):  # over the end of the 40 images
         state = data.get_state()
         batch = next(data)
-        for image, image_id in zip(batch.images[:, 0], pipeline.image_ids(cfg, state), strict=True):
+        for image, image_id in zip(batch.images[:, 0], pipeline.ids(cfg, None, state), strict=True):
             pixels = image_files.fit(image_files.decode(by_id[image_id].image, "image"), 64)
             assert np.array_equal(image, image_files.normalise(pixels, cfg.vision))
 

@@ -39,6 +39,23 @@ def check(cfg: Experiment, source: Conversations) -> None:
 def batches(cfg: Experiment, tokenizer: Tokenizer, source: Conversations, shard: slice) -> grain.IterDataset:
     """Endless `Batch`es of the rows `shard` of each global batch of `train.batch_size` rows."""
     check(cfg, source)
+    pool, read = ThreadPoolExecutor(max(cfg.data.threads, 1)), pixel_reader(cfg, source)
+
+    def batch(rows: Sequence[Fields]) -> Batch:
+        return tiled(cfg, to_batch(cfg, rows[shard], lambda numbers: pool.map(read, numbers)))
+
+    return _made(cfg, tokenizer, source, batch)
+
+
+def ids(cfg: Experiment, tokenizer: Tokenizer, source: Conversations, state: dict) -> list:
+    """Ids of the conversations in the batch, of all processes, that `batches` give after their state was `state`."""
+    iterator = iter(_made(cfg, tokenizer, source, lambda rows: [one for row in rows for one in row["id"]]))
+    iterator.set_state(state)
+    return next(iterator)
+
+
+def _made(cfg: Experiment, tokenizer: Tokenizer, source: Conversations, batch: Callable) -> grain.IterDataset:
+    """What `batch` makes of the rows of each global batch; its place in the data is the same whatever it makes."""
     threads, rows = cfg.data.threads, cfg.train.batch_size
     stream = grain.MapDataset.source(source).seed(cfg.seed).shuffle()
     encoded = stream.map(functools.partial(element, cfg, tokenizer, tile_counter(cfg, source))).repeat()
@@ -47,15 +64,10 @@ def batches(cfg: Experiment, tokenizer: Tokenizer, source: Conversations, shard:
         encoded.to_iter_dataset(grain.ReadOptions(threads, max(threads, WINDOW_ROWS))),
         length_struct=lengths,
         padding_struct=padding,
-        meta_features=[name for name in lengths if name not in ("tokens", "images")],
+        meta_features=["id", *(name for name in lengths if name not in ("tokens", "images"))],
         num_packing_bins=rows * -(-WINDOW_ROWS // rows),
         seed=cfg.seed,
     )
-    pool, read = ThreadPoolExecutor(max(threads, 1)), pixel_reader(cfg, source)
-
-    def batch(rows: Sequence[Fields]) -> Batch:
-        return tiled(cfg, to_batch(cfg, rows[shard], lambda numbers: pool.map(read, numbers)))
-
     made = packed.batch(rows, drop_remainder=True, batch_fn=batch)
     return grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=cfg.data.prefetch)
 
@@ -67,7 +79,7 @@ def element(
     fields = templates.encode(cfg, tokenizer, conversation.turns, [tiles_of(number) for number in conversation.images])
     numbers = conversation.images if cfg.fusion.has_images else ()
     cut = {name: values[: cfg.row_length] for name, values in fields.items()}
-    return cut | {"images": np.array(numbers, np.int32)}
+    return cut | {"images": np.array(numbers, np.int32), "id": conversation.id}
 
 
 def capacity(cfg: Experiment) -> tuple[dict[str, int], dict[str, int]]:
@@ -110,7 +122,7 @@ def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Callable) -> Batch:
 
     `read` takes the numbers of images and gives the pixels of each, (H, W, 3) uint8, laid out in tiles.
     """
-    fields = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    fields = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "id"}
     segment_ids, owners = fields["tokens_segment_ids"], fields["images_segment_ids"]
     own = (segment_ids[..., None] == owners[:, None]) & (owners != NO_CONVERSATION)[:, None]  # (B, S, images)
     is_before = fields["images_positions"][:, None] < fields["images_seen"][..., None]

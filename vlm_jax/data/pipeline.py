@@ -65,13 +65,13 @@ def _shuffled(cfg: Experiment, source: Sequence) -> grain.MapDataset:
     return grain.MapDataset.source(source).seed(cfg.seed).shuffle()
 
 
-def image_ids(cfg: Experiment, state: dict) -> list:
-    """Ids of the images in the batch, of all processes, that `training_iterator` gives after its state was `state`.
+def ids(cfg: Experiment, tokenizer: Tokenizer, state: dict) -> list:
+    """Ids of what is in the batch, of all processes, that `training_iterator` gives after its state was `state`.
 
-    None of packed conversations: a row of theirs is known only once those before it are packed.
+    Of conversations, or else of images.
     """
     if cfg.data.is_conversations:
-        return []
+        return packing.ids(cfg, tokenizer, conversation_source(cfg.data, cfg.data.train_split), state)
     records = sources.load(cfg.data, cfg.data.train_split)
     order, first = _shuffled(cfg, range(len(records))).repeat(), state["next_index"] * cfg.train.batch_size
     return [records[order[row]].image_id for row in range(first, first + cfg.train.batch_size)]

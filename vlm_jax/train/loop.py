@@ -210,10 +210,11 @@ def note(run: Run, step: int, metrics: dict, data_wait_seconds: float, place: di
     metrics = {name: float(value) for name, value in metrics.items()}
     for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics[name]):
-            ids, where = ", ".join(map(str, pipeline.image_ids(run.cfg, place))), first_bad(finite, largest)
+            held = pipeline.ids(run.cfg, tokenizer_of(run.cfg, Workdir(run.cfg.workdir)), place)
             raise NotFinite(
-                f"step {step}: the {name} is {metrics[name]}; {where}. The last checkpoint is kept."
-                + (f" The batch held the images {ids}." if ids else "")
+                f"step {step}: the {name} is {metrics[name]}; {first_bad(finite, largest)}. The last checkpoint is "
+                f"kept. The batch held the {'conversations' if run.cfg.data.is_conversations else 'images'} "
+                f"{', '.join(map(str, held))}."
             )
     if run.log is not None:
         run.log.step(step, metrics, Work(*map(int, counts), data_wait_seconds))

@@ -21,6 +21,9 @@ FREE = (
     "train.log_every_steps",
     "train.profile_steps",
     "train.compilation_cache_dir",
+    "train.microbatches",
+    "train.loss_chunk",
+    *(f"{part}.{name}" for part in ("vision", "decoder") for name in ("remat", "unroll")),
 )
 
 

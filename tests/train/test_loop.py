@@ -179,11 +179,22 @@ def test_another_config_is_refused_with_the_difference_and_nothing_changes(finis
     assert files(cfg) == before
 
 
-def test_a_run_may_continue_on_another_mesh(finished, capsys):
+def on_another_mesh(cfg):
+    return replace(cfg, mesh=Mesh(data=2, fsdp=4))
+
+
+def in_less_memory(cfg):
+    vision, decoder = replace(cfg.vision, remat="full"), replace(cfg.decoder, remat="dots", unroll=2)
+    train = replace(cfg.train, microbatches=2, loss_chunk=40)
+    return replace(cfg, vision=vision, decoder=decoder, train=train, mesh=Mesh(data=2, fsdp=2, tensor=2))
+
+
+@pytest.mark.parametrize("otherwise", [on_another_mesh, in_less_memory])
+def test_a_run_may_continue_otherwise(otherwise, finished, capsys):
     cfg, _ = finished()
     before = rows(cfg)
     forget_step_6(cfg)
-    loop.train(replace(cfg, mesh=Mesh(data=2, fsdp=4)))
+    loop.train(otherwise(cfg))
     assert "continuing from step 4" in capsys.readouterr().out
     assert [row["step"] for row in rows(cfg)] == [1, 2, 3, 4, 5, 6]
     for row, other in zip(rows(cfg)[4:], before[4:]):

@@ -20,7 +20,8 @@ USAGE = """usage: python run.py [VERB] [--config FILE] [--any.field VALUE ...]
   generate  --checkpoint DIR [--image A.png ...] --prompt "..." [--temperature T ...]: asks a public checkpoint
   verify    --checkpoint DIR --reference FILE.npz: compares a public checkpoint with a reference's outputs
   export    --checkpoint DIR_OR_WORKDIR --output DIR: writes a folder that transformers loads
-  plan      --config FILE [--topology v5e:8x8 | --devices N] [--json]: says what a step will cost, before any of it runs
+  plan      --config FILE [--topology v5e:8x8 [--no-compile] | --devices N] [--json]: says what a step will cost, before
+            any of it runs
   diff      A.py B.py: prints the fields in which two configs differ
 
 python run.py VERB --config FILE --help lists every field with its value."""
@@ -178,13 +179,14 @@ def plan(arguments: list[str]) -> int:
     parser.add_argument("--topology", default="")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--no-compile", action="store_true")
     given, rest = parser.parse_known_args(arguments)
     cfg = experiment("plan", rest, stored=False)
     if given.devices < 1:
         raise ConfigError(f"--devices is {given.devices}: it must be at least 1.")
     from vlm_jax.plan import document, table
 
-    made = document.make(cfg, given.topology, given.devices)
+    made = document.make(cfg, given.topology, given.devices, not given.no_compile)
     print(json.dumps(made, indent=1) if given.json else table.text(cfg, made))
     return 0
 

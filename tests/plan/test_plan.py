@@ -5,13 +5,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 
-from vlm_jax import cli, config_file, flops
+from vlm_jax import chips, cli, config_file, flops
+from vlm_jax.plan import compiled
 from vlm_jax.train import optim
 from vlm_jax.validate import validate
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS, PLANS = ROOT / "configs", ROOT / "experiments/plans"
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs requirements-tpu.txt")
 
 CONFIG = """
 from vlm_jax import testing
@@ -89,7 +93,7 @@ def crossing(tmp_path):
     return str(path)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs requirements-tpu.txt")
+@needs_libtpu
 def test_a_step_is_compiled_for_a_slice_of_tpus(capsys, crossing):
     plan = planned(capsys, "--config", crossing, "--topology", "v5e:2x2", "--mesh.data", "1", "--mesh.fsdp", "-1")
     found = plan["topology"]
@@ -97,6 +101,49 @@ def test_a_step_is_compiled_for_a_slice_of_tpus(capsys, crossing):
     assert found["xla_flops"] == pytest.approx(flops.train_flops(config_file.load(crossing)), rel=0.03)
     assert {"all-reduce", "all-gather"} <= {collective["kind"] for collective in found["collectives"]}
     assert found["overlapped"]["step_seconds"] <= found["serial"]["step_seconds"]
+
+
+SLICES = [f"{chip.name}:{layout}" for chip in chips.CHIPS for layout in chip.slices]
+
+
+@needs_libtpu
+def test_the_compiler_knows_every_slice_that_is_offered():
+    for topology in SLICES:
+        chip, count = chips.slice_of(topology)
+        assert len(compiled.devices_of(topology)) in (count, 2 * count), topology  # a v4 has two cores
+
+
+@needs_libtpu
+def test_what_does_not_fit_is_said_with_what_to_change(capsys, config):
+    arguments = ["--config", config, "--topology", "v5e:1x1", "--train.batch_size", "65536", "--no-compile"]
+    plan = planned(capsys, *arguments)
+    assert plan["topology"] == {"name": "v5e:1x1", "devices": 1, "hbm_bytes": 16 * 2**30, "fits": False}
+    assert cli.main(["plan", *arguments]) == 0
+    text = capsys.readouterr().out
+    assert "v5e:1x1, predicted and not compiled\ndoes not fit: " in text and " of 16.00 GiB a chip" in text
+    advice = text[text.index("what would make room") :].splitlines()[1:]
+    assert advice[0].startswith("activations") and "more train.microbatches" in advice[0]
+
+
+@needs_libtpu
+def test_what_the_compiler_says_does_not_fit_is_said(capsys, config, monkeypatch):
+    def refuse(cfg, mesh):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: XLA ran out. Used 20.50G of 15.75G hbm.")
+
+    monkeypatch.setattr(compiled, "lowered", refuse)
+    assert cli.main(["plan", "--config", config, "--topology", "v5e:1x1"]) == 0
+    assert "does not fit: 20.50 GiB of 16.00 GiB a chip\nwhat would make room" in capsys.readouterr().out
+
+
+@needs_libtpu
+@pytest.mark.parametrize("file", sorted(PLANS.glob("*.txt")), ids=lambda file: file.stem)
+def test_what_is_kept_of_a_training_config_is_what_is_planned_today(capsys, file):
+    """All but what takes minutes to compile."""
+    command, _, kept = file.read_text().partition("\n")
+    assert cli.main([*command.replace("configs/", f"{CONFIGS}/").split()[3:], "--no-compile"]) == 0
+    said, compiled_part = capsys.readouterr().out.split("\n\n" + command.split()[-1])
+    assert kept.startswith(said + "\n\nCompiled for "), f"plan it again: {command}"
+    assert "\nfits: " in compiled_part
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from vlm_jax.train.loop import check_rows
 from vlm_jax.train.step import state_shapes
 
 
-def make(cfg: Experiment, topology: str = "", devices: int = 1) -> dict:
-    """The plan of an experiment for `devices` devices, or compiled for a slice of TPUs.
+def make(cfg: Experiment, topology: str = "", devices: int = 1, is_compiled: bool = True) -> dict:
+    """The plan of an experiment for `devices` devices, or for a slice of TPUs, compiled for it if `is_compiled`.
 
     Raises:
       ConfigError: the mesh or the batch does not fit the devices, or the slice or its compiler is unknown.
@@ -41,7 +41,9 @@ def make(cfg: Experiment, topology: str = "", devices: int = 1) -> dict:
         "cache_bytes_per_row": memory.cache_bytes(cfg),
     }
     if topology:
-        document["topology"] = _topology(cfg, topology, places, document)
+        document["topology"] = _slice(topology, places, held.total)
+        if is_compiled:
+            document["topology"] |= _compiled(cfg, topology, places, document)
     return document
 
 
@@ -64,21 +66,23 @@ def parts(cfg: Experiment) -> dict[str, dict]:
     }
 
 
-def _topology(cfg: Experiment, topology: str, places: list, document: dict) -> dict:
+def _chip(topology: str, places: list) -> Chip:
+    """What one device of the slice has."""
     chip, chips = slice_of(topology)
-    chip = chip.share(len(places) // chips)
+    return chip.share(len(places) // chips)
+
+
+def _slice(topology: str, places: list, predicted_bytes: int) -> dict:
+    room = _chip(topology, places).hbm_bytes
+    return {"name": topology, "devices": len(places), "hbm_bytes": room, "fits": predicted_bytes <= room}
+
+
+def _compiled(cfg: Experiment, topology: str, places: list, document: dict) -> dict:
     found = compiled.compile_step(cfg, axes.make_mesh(cfg.mesh, places))
-    result = {
-        "name": topology,
-        "devices": len(places),
-        "compile_seconds": found.compile_seconds,
-        "compiled_bytes": found.hbm_bytes,
-        "hbm_bytes": chip.hbm_bytes,
-        "fits": found.fits,
-    }
+    result = {"compile_seconds": found.compile_seconds, "compiled_bytes": found.hbm_bytes, "fits": found.fits}
     if not found.fits:
         return result
-    return result | _speed(cfg, chip, found.program, len(places), document["train_flops"])
+    return result | _speed(cfg, _chip(topology, places), found.program, len(places), document["train_flops"])
 
 
 def _speed(cfg: Experiment, chip: Chip, program, devices: int, model_flops: float) -> dict:

@@ -88,10 +88,19 @@ def _memory(plan: dict) -> str:
 
 def _topology(plan: dict) -> str:
     found = plan["topology"]
-    used, room = gib(found["compiled_bytes"]), gib(found["hbm_bytes"])
-    head = f"Compiled for {found['name']} in {found['compile_seconds']:.0f} s"
+    is_compiled = "compiled_bytes" in found
+    used = gib(found["compiled_bytes"] if is_compiled else plan["bytes_per_device"]["total"])
+    head = f"{found['name']}, predicted and not compiled"
+    if is_compiled:
+        head = f"Compiled for {found['name']} in {found['compile_seconds']:.0f} s"
+    head += f"\n{'fits' if found['fits'] else 'does not fit'}: {used} of {gib(found['hbm_bytes'])} a chip\n"
     if not found["fits"]:
-        return f"{head}\ndoes not fit: {used} of {room} a chip\n{_advice(plan)}"
+        return head + _advice(plan)
+    return head + _costs(plan, found) if is_compiled else head.rstrip()
+
+
+def _costs(plan: dict, found: dict) -> str:
+    """What a compiled step costs."""
     work = [
         ["", "seconds a step", "MFU", "tokens/s", "images/s"],
         *(
@@ -103,7 +112,7 @@ def _topology(plan: dict) -> str:
     ratio = found["xla_flops"] / plan["train_flops"]
     return "\n".join(
         [
-            f"{head}\nfits: {used} of {room} a chip\n",
+            "",
             _rows(
                 [
                     ["a step", "", "at peak"],

@@ -52,7 +52,8 @@ def compare(cfg, seconds: float) -> tuple[float, float]:
 class Side:
     """A run in memory: its data, state and compiled step."""
 
-    def __init__(self, cfg, tokenizer):
+    def __init__(self, cfg, tokenizer, params=None):
+        """`params`: path -> parameter, of those to begin with."""
         import jax
 
         from vlm_jax import axes
@@ -61,7 +62,7 @@ class Side:
 
         self.mesh = axes.make_mesh(cfg.mesh)
         with jax.set_mesh(self.mesh):
-            self.state = new_state(cfg, self.mesh, {})
+            self.state = new_state(cfg, self.mesh, params or {})
             self.data = pipeline.training_iterator(cfg, tokenizer)
             self.step = compiled_step(cfg, self.mesh)
             for _ in range(2):

@@ -3,10 +3,12 @@
     python experiments/benchmarks/questions.py [--turns 7]
 
 One LLaVA-like model on both sides (a CLIP of 4 layers and a Llama of 3, 128 wide, 64 tokens an image), the same weights
-to begin with, AdamW with clipping, 64 rows a batch, real batches made while the step runs. The rows of one question are
-cut to the longest question with its answer: that is the best that a run without packing could do.
+to begin with, AdamW with clipping and the same rates, 64 rows a batch, real batches made while the step runs. Rows of
+one question are cut to the longest question with its answer: that is the best that a run without packing could do. The
+losses of both on the first such batch are printed, and have to agree.
 """
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -45,66 +47,82 @@ def experiment(folder: str):
     return probe.Ours.load(folder, **sections)
 
 
+def one_a_row(cfg):
+    """The experiment with rows of one question, its tokenizer, and its batches."""
+    from vlm_jax.data import pipeline, room
+
+    tokenizer = pipeline.train_tokenizer(cfg)
+    longest = sum(map(len, room.longest_pair(cfg, tokenizer)))
+    cfg = replace(cfg, data=replace(cfg.data, questions_per_row=1, text_length=longest))
+    return cfg, tokenizer, pipeline.training_iterator(cfg, tokenizer)
+
+
 def ours(folder: str):
-    """A function that takes a step on the next batch and returns its number of questions."""
+    """The loss of the first batch, and a function that takes a step on the next one and returns its questions."""
+    import jax
+    from flax import traverse_util
     from packing import Side
 
-    from vlm_jax.data import pipeline
+    from vlm_jax.nn.vlm import VLM
+    from vlm_jax.train.loss import cross_entropy
 
     model = experiment(folder)
-    side = Side(model.cfg, pipeline.train_tokenizer(model.cfg))
+    cfg, tokenizer, data = one_a_row(model.cfg)
+    batch = next(data)
+    total, count = cross_entropy(VLM(cfg).apply({"params": model.params}, batch).logits, batch)
+    side = Side(model.cfg, tokenizer, traverse_util.flatten_dict(model.params, sep="/"))
 
     def step() -> int:
-        import jax
-
         with jax.set_mesh(side.mesh):
             return side.take_step()
 
-    return step
+    return float(total / count), step
 
 
 def theirs(folder: str):
     import torch
     from transformers import LlavaForConditionalGeneration
 
-    from vlm_jax.data import pipeline, room
+    from vlm_jax.train.optim import schedule
 
-    cfg = experiment(folder).cfg
-    tokenizer = pipeline.train_tokenizer(cfg)
-    longest = sum(map(len, room.longest_pair(cfg, tokenizer)))
-    cfg = replace(cfg, data=replace(cfg.data, questions_per_row=1, text_length=longest))
-    data = pipeline.training_iterator(cfg, tokenizer)
+    cfg, _, data = one_a_row(experiment(folder).cfg)
     model = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa").train()
-    optim = cfg.optim
-    optimizer = torch.optim.AdamW(
-        model.parameters(), optim.learning_rate, (optim.beta1, optim.beta2), weight_decay=optim.weight_decay, fused=True
-    )
+    optim, rate = cfg.optim, schedule(cfg.optim, cfg.train.steps)
+    matrices, others = ([p for p in model.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (True, False))
+    groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, 1.0, (optim.beta1, optim.beta2), fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(rate(step)))
 
-    def step() -> int:
-        batch = next(data)
+    def loss_of(batch):
         scored = np.pad(batch.loss_weights[:, :-1] > 0, ((0, 0), (1, 0)))
-        loss = model(
+        return model(
             input_ids=torch.tensor(batch.tokens, dtype=torch.long),
             attention_mask=torch.tensor(batch.segment_ids, dtype=torch.long),
             pixel_values=torch.tensor(batch.images[:, 0].transpose(0, 3, 1, 2)),
             labels=torch.tensor(np.where(scored, batch.tokens, -100), dtype=torch.long),
             use_cache=False,
         ).loss
+
+    def step() -> int:
+        batch = next(data)
+        loss = loss_of(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
+        scheduler.step()
         loss.item()
         return len(batch.tokens)
 
-    return step
+    with torch.no_grad():
+        return loss_of(next(data)).item(), step
 
 
 SIDES = {"vlm_jax": ours, "transformers": theirs}
 
 
 def serve(side: str, folder: str) -> None:
-    step = SIDES[side](folder)
+    loss, step = SIDES[side](folder)
     step()
 
     def answer(seconds: float) -> dict[str, float]:
@@ -113,7 +131,7 @@ def serve(side: str, folder: str) -> None:
         questions = sum(asked) / len(asked)
         return {name: value / questions for name, value in found.items()}  # seconds a question
 
-    turns.serve({}, answer)
+    turns.serve({"loss": loss}, answer)
 
 
 def main() -> None:
@@ -121,7 +139,11 @@ def main() -> None:
     if given.serve:
         serve(given.serve, given.folder)
         return
-    _, answers = turns.with_one_model(torch_model(), given)
+    first, answers = turns.with_one_model(torch_model(), given)
+    losses = [said["loss"] for said in first]
+    print("losses of the first batch: ours {:.5f}, theirs {:.5f}".format(*losses))
+    if not math.isclose(*losses, rel_tol=1e-4):
+        raise SystemExit("the losses do not agree")
     for side, found in answers.items():
         print(f"{side:<16}{1 / turns.middle(found, 'seconds'):>8.0f} questions a second")
     print(f"{'ours over theirs':<28}{turns.speed(*answers.values())}")

@@ -31,6 +31,15 @@ def test_following_shows_the_first_machine_or_all(cloud):
     assert cloud.do("xpk/follow --all").endswith("workload=first\n")
 
 
+def test_a_dry_run_of_following_prints_both_commands_and_calls_none(cloud):
+    listed, logs = map(shlex.split, cloud.do("xpk/follow --dry-run").splitlines())
+    assert not cloud.calls()
+    cloud.do("xpk/follow")
+    assert cloud.calls("workload", "list") == [listed]
+    assert logs[:3] == ["kubectl", "logs", "--follow"]
+    assert logs[-1] == "--selector=xpk.google.com/workload=first,batch.kubernetes.io/job-completion-index=0"
+
+
 def test_deleting_a_job_and_deleting_none(cloud):
     cloud.do("xpk/launch", "xpk/delete")
     assert "there is no job first" in cloud.do("xpk/delete")

@@ -1,5 +1,6 @@
 """An experiment is data: it comes back equal from JSON, and a field is changed by name."""
 
+import json
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
@@ -91,6 +92,16 @@ def test_differences_are_lines_with_both_values_and_leave_out_the_work_folder():
 def test_json_that_is_no_experiment_is_refused_with_the_name_of_the_file(text, said):
     with pytest.raises(ConfigError, match=f"(?s)some/config.json .*{said}"):
         config_file.from_json(text, "some/config.json")
+
+
+def test_a_field_that_only_a_later_version_has_is_its_default():
+    cfg = tiny(projector=replace(tiny().projector, kind="mlp"))
+    values = json.loads(config_file.to_json(cfg))
+    del values["projector"]["checkpoint"]
+    assert config_file.from_json(json.dumps(values), "config.json") == cfg
+    values["projector"]["gone"] = 1
+    with pytest.raises(ConfigError, match="the fields \\['gone'\\] of Projector"):
+        config_file.from_json(json.dumps(values), "config.json")
 
 
 @pytest.mark.parametrize(

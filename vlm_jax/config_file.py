@@ -125,8 +125,10 @@ def to_json(cfg: Experiment) -> str:
 def from_json(text: str | bytes, name: str) -> Experiment:
     """The experiment that `to_json` wrote, equal to the one it was given.
 
+    A field of a section that is missing has its default: a run stays one of a later version that has more fields.
+
     Raises:
-      ConfigError: the text is no JSON, or lacks a field, or has one too many; `name` says whose text it is.
+      ConfigError: the text is no JSON, or lacks a section, or has a field too many; `name` says whose text it is.
     """
     try:
         values = json.loads(text)
@@ -141,8 +143,9 @@ def from_json(text: str | bytes, name: str) -> Experiment:
 
 def _rebuilt(kind, values):
     names = {field.name for field in dataclasses.fields(kind)}
-    if names != set(values):
-        raise ValueError(f"the fields {sorted(names ^ set(values))} of {kind.__name__} are missing or unknown")
+    wrong = names ^ set(values) if kind is Experiment else set(values) - names
+    if wrong:
+        raise ValueError(f"the fields {sorted(wrong)} of {kind.__name__} are missing or unknown")
     types = typing.get_type_hints(kind)
     built = {}
     for name, value in values.items():

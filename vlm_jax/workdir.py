@@ -10,7 +10,7 @@ from vlm_jax import config_file
 from vlm_jax.config import ConfigError, Distributed, Experiment
 
 # Fields that change nothing of what is learnt, but for the order of sums: a run may continue with others.
-FREE = (
+OF_THE_MACHINE = (
     "mesh.",
     "distributed.",
     "data.dir",
@@ -21,6 +21,9 @@ FREE = (
     "train.log_every_steps",
     "train.profile_steps",
     "train.compilation_cache_dir",
+)
+FREE = (
+    *OF_THE_MACHINE,
     "train.microbatches",
     "train.loss_chunk",
     *(f"{part}.{name}" for part in ("vision", "decoder") for name in ("remat", "unroll")),

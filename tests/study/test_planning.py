@@ -144,6 +144,12 @@ def test_a_field_that_only_a_later_program_has_is_its_default():
     assert differences(old, new | {"decoder.unroll": 2}) == ["decoder.unroll: 1 -> 2"]
 
 
+def test_how_a_step_is_computed_is_a_matter_of_the_study(tmp_path):
+    """It changes what an arm costs."""
+    changed_cfg = changed(studies.base("data"), {"train.microbatches": 2})
+    assert "train.microbatches" in as_json(changed_cfg)
+
+
 def test_where_data_lies_is_no_matter_of_the_study(tmp_path):
     found = json.dumps(definition(plan(tmp_path)))
     moved = planning.plan(studies.study("elsewhere"), tmp_path / "other", False, {})

@@ -10,10 +10,10 @@ from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.study import record
 from vlm_jax.study.planning import Plan
 from vlm_jax.validate import flat
-from vlm_jax.workdir import FREE, write_whole
+from vlm_jax.workdir import OF_THE_MACHINE, write_whole
 
 MEASURED = {"step_seconds", "peak_memory_bytes", "decoded_tokens_per_second", "data_sha256"}  # of a model, at least
-OF_A_RUN = ("workdir", *FREE)  # fields that make no other study
+OF_A_RUN = ("workdir", *OF_THE_MACHINE)  # fields that make no other study
 
 
 class Folder:

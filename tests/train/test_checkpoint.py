@@ -1,5 +1,6 @@
 """A checkpoint comes back as it was saved; one that is not whole is passed over, named, and written anew."""
 
+import contextlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from vlm_jax import axes
+from vlm_jax import axes, distributed
 from vlm_jax.config import ConfigError, Mesh, Train
 from vlm_jax.structs import State
 from vlm_jax.train.checkpoint import Checkpoints, NotSaved
@@ -156,6 +157,20 @@ def test_a_run_continues_over_a_damaged_checkpoint(tmp_path, state, damage, caps
     assert equal(again, at_step(state, 2))
     assert place["next_index"] == 99
     assert capsys.readouterr().out == ""
+
+
+def test_a_checkpoint_that_another_process_cannot_read_is_passed_over_by_all(tmp_path, state, monkeypatch, capsys):
+    @contextlib.contextmanager
+    def together():
+        yield
+        if refused:
+            raise ConfigError(refused.pop())
+
+    refused = ["process 1 says: cut short"]
+    saved(tmp_path, state, [1, 2])
+    monkeypatch.setattr(distributed, "together", together)
+    assert equal(restored(tmp_path)[0], at_step(state, 1))
+    assert "checkpoint 2 is not whole and is passed over (process 1 says: cut short)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("keep", [1, 3])

@@ -7,6 +7,7 @@ from pathlib import Path
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from vlm_jax import distributed
 from vlm_jax.config import ConfigError, Train
 from vlm_jax.structs import State
 
@@ -59,7 +60,7 @@ class Checkpoints:
     def restore(self, like: State) -> tuple[State, dict] | None:
         """The last whole checkpoint, laid out as `like` (shapes with shardings), or None where none was saved.
 
-        One that cannot be read is named, and the one before it is taken.
+        One that cannot be read, by this process or by another, is named, and the one before it is taken.
 
         Raises:
           ConfigError: none of them can be read; to begin anew would overwrite them.
@@ -67,15 +68,22 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
             try:
-                restored = self._manager.restore(step, args=arguments)
-            except Exception as error:  # whatever a damaged file makes the readers raise
-                print(f"checkpoint {step} is not whole and is passed over ({_first_line(error)})", flush=True)
+                with distributed.together():
+                    restored = self._read(step, arguments)
+            except ConfigError as error:
+                print(f"checkpoint {step} is not whole and is passed over ({error})", flush=True)
                 self._damaged.add(step)
                 continue
             return restored["state"], restored["data"]
         if self._damaged:
             raise ConfigError(f"no checkpoint in {self._path} is whole: move them away to begin anew.")
         return None
+
+    def _read(self, step: int, arguments: ocp.args.Composite):
+        try:
+            return self._manager.restore(step, args=arguments)
+        except Exception as error:  # whatever a damaged file makes the readers raise
+            raise ConfigError(_first_line(error)) from error
 
     def close(self) -> None:
         """Waits for the last checkpoint. Raises NotSaved where it could not be written."""

@@ -24,7 +24,7 @@ def _is_whole(line: str) -> bool:
 
 @dataclass(frozen=True)
 class Work:
-    """What a step was given, by all processes."""
+    """What a step was given: counts are of all processes, the wait is that of the first."""
 
     tokens: int
     slots: int  # B*S: tokens and padding

@@ -7,10 +7,13 @@ from vlm_jax.workdir import Workdir
 
 
 class Profile:
-    """Writes `train.profile_steps` into the work folder's `profile`; of a run that continues, those that are left."""
+    """Writes `train.profile_steps` of the first process into the work folder's `profile`.
+
+    Of a run that continues, those that are left.
+    """
 
     def __init__(self, cfg: Train, workdir: Workdir):
-        self._steps = cfg.profiled
+        self._steps = range(0) if jax.process_index() else cfg.profiled
         self._folder = str(workdir.profile)
         self._running = False
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from jax._src.clusters import cloud_tpu_cluster
 
 from vlm_jax import axes, distributed
 from vlm_jax.config import ConfigError, Distributed, Mesh
@@ -40,6 +41,30 @@ def test_the_processes_of_slurm_find_each_other_without_fields(monkeypatch):
     found = distributed.members(Distributed())
     assert (found.coordinator_address.split(":")[0], found.num_processes, found.process_id) == ("node003", 2, 1)
     assert distributed.members(Distributed(num_processes=1)).num_processes == 1, "unless one alone is asked for"
+
+
+@pytest.fixture
+def tpu_vm(monkeypatch):
+    """A machine of TPUs whose metadata server says what stands in the dict."""
+    said = {}
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (said.get(key, ""), 200 if key in said else 404))
+    for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return said
+
+
+def test_the_machines_of_a_tpu_slice_find_each_other_without_fields(tpu_vm):
+    tpu_vm |= {"agent-worker-number": "1", "worker-network-endpoints": "a:0:127.0.0.1,b:1:127.0.0.2"}
+    found = distributed.members(Distributed())
+    assert (found.coordinator_address.split(":")[0], found.num_processes, found.process_id) == ("127.0.0.1", 2, 1)
+
+
+def test_the_pods_of_gke_find_each_other_without_fields(tpu_vm, monkeypatch):
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "127.0.0.1,127.0.0.2,127.0.0.3")
+    monkeypatch.setenv("TPU_WORKER_ID", "2")
+    found = distributed.members(Distributed())
+    assert (found.coordinator_address.split(":")[0], found.num_processes, found.process_id) == ("127.0.0.1", 3, 2)
 
 
 def test_one_process_holds_all_rows():

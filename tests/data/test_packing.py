@@ -54,7 +54,8 @@ def row(cfg, elements):
     built |= {f"{name}_{kind}": np.zeros(lengths[name], np.int32) for name in ("tokens", "images") for kind in IDS}
     ends = Counter()
     for segment, element in enumerate(elements, 1):
-        for name, values in element.items():
+        for name in lengths:
+            values = element[name]
             place = slice(ends[name], ends[name] + len(values))
             built[name][place] = values
             if name in ("tokens", "images"):

@@ -22,7 +22,8 @@ class Server:
     def __init__(self, *arguments: str, env: Mapping[str, str] | None = None):
         command = [sys.executable, sys.argv[0], *arguments]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._process = subprocess.Popen(command, env=os.environ | (env or {}), **pipes)
+        # On the CPU, unless told otherwise: two processes that look for a TPU get in each other's way.
+        self._process = subprocess.Popen(command, env={"JAX_PLATFORMS": "cpu"} | os.environ | (env or {}), **pipes)
         self.first = self._answer()
 
     def _answer(self) -> dict:

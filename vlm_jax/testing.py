@@ -57,6 +57,7 @@ def on_easy_vqa(cfg: Experiment) -> Experiment:
 
 
 def variants_and_tiles() -> dict[str, Experiment]:
+    """`variants`, and `hybrid_in_tiles`."""
     return variants() | {"hybrid in tiles": hybrid_in_tiles()}
 
 

@@ -39,14 +39,20 @@ def main() -> None:
 
 def compare(cfg, seconds: float) -> tuple[float, float]:
     """Questions a second packed as configured, and one a row."""
-    from vlm_jax.data import pipeline, room
+    from vlm_jax.data import pipeline
 
     tokenizer = pipeline.train_tokenizer(cfg)
-    longest = sum(map(len, room.longest_pair(cfg, tokenizer)))
-    data = replace(cfg.data, questions_per_row=1, text_length=longest)
-    sides = [Side(cfg, tokenizer), Side(replace(cfg, data=data), tokenizer)]
+    sides = [Side(cfg, tokenizer), Side(one_a_row(cfg, tokenizer), tokenizer)]
     speeds = [[side.questions_per_second(seconds) for side in sides] for _ in range(TURNS)]
     return tuple(statistics.median(found) for found in zip(*speeds))
+
+
+def one_a_row(cfg, tokenizer):
+    """The experiment with rows of one question, as long as the longest with its answer."""
+    from vlm_jax.data import room
+
+    longest = sum(map(len, room.longest_pair(cfg, tokenizer)))
+    return replace(cfg, data=replace(cfg.data, questions_per_row=1, text_length=longest))
 
 
 class Side:

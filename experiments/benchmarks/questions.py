@@ -47,13 +47,14 @@ def experiment(folder: str):
     return probe.Ours.load(folder, **sections)
 
 
-def one_a_row(cfg):
+def single(cfg):
     """The experiment with rows of one question, its tokenizer, and its batches."""
-    from vlm_jax.data import pipeline, room
+    from packing import one_a_row
+
+    from vlm_jax.data import pipeline
 
     tokenizer = pipeline.train_tokenizer(cfg)
-    longest = sum(map(len, room.longest_pair(cfg, tokenizer)))
-    cfg = replace(cfg, data=replace(cfg.data, questions_per_row=1, text_length=longest))
+    cfg = one_a_row(cfg, tokenizer)
     return cfg, tokenizer, pipeline.training_iterator(cfg, tokenizer)
 
 
@@ -67,7 +68,7 @@ def ours(folder: str):
     from vlm_jax.train.loss import cross_entropy
 
     model = experiment(folder)
-    cfg, tokenizer, data = one_a_row(model.cfg)
+    cfg, tokenizer, data = single(model.cfg)
     batch = next(data)
     total, count = cross_entropy(VLM(cfg).apply({"params": model.params}, batch).logits, batch)
     side = Side(model.cfg, tokenizer, traverse_util.flatten_dict(model.params, sep="/"))
@@ -85,7 +86,7 @@ def theirs(folder: str):
 
     from vlm_jax.train.optim import schedule
 
-    cfg, _, data = one_a_row(experiment(folder).cfg)
+    cfg, _, data = single(experiment(folder).cfg)
     model = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa").train()
     optim, rate = cfg.optim, schedule(cfg.optim, cfg.train.steps)
     matrices, others = ([p for p in model.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (True, False))

@@ -28,7 +28,6 @@ def get_study() -> Study:
             "every_4th": {"fusion.cross_every": 4},
             "once": {"fusion.cross_layers": (4,)},
             "every_gated": {"fusion.gated": True},
-            "once_gated": {"fusion.cross_layers": (4,), "fusion.gated": True},
             "every_no_qk_norm": {"fusion.qk_norm": False},
         },
         matched={"examples": ""},

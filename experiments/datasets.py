@@ -13,7 +13,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from vlm_jax.config import Data, Experiment, Vision
-from vlm_jax.data import pipeline, sources
+from vlm_jax.data import questions, sources
 from vlm_jax.data.baselines import blind
 from vlm_jax.report import draw_samples
 
@@ -31,7 +31,7 @@ def main(show: Show) -> None:
     data = Data(
         source=show.source, image_px=show.image_px, cell_px=show.cell_px, images=(show.images, 100, 100), augment=()
     )
-    asked = pipeline.questions(Experiment(data=data, vision=Vision(image_size_px=show.image_px)), "train", 200)
+    asked = questions.load(Experiment(data=data, vision=Vision(image_size_px=show.image_px)), "train", 200)
     draw_samples(show.sheet, asked, [question.answer for question in asked])
     print("| type | questions | best single answer | best word of the question |\n|---|---|---|---|")
     for kind, (count, constant, repeated) in blind(sources.load(data, "train")).items():

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from vlm_jax.data.pipeline import Question
+from vlm_jax.data.questions import Question
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 (after the choice of a backend without a screen)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlm_jax import config_file
 from vlm_jax.config import ConfigError, Data
-from vlm_jax.data import pipeline, room, sources
+from vlm_jax.data import pipeline, questions, room, sources
 from vlm_jax.data.baselines import blind
 from vlm_jax.data.text import Tokenizer, answer_ids, fitting, prompt_ids
 from vlm_jax.infer.evaluate import too_long
@@ -98,7 +98,7 @@ def test_the_rows_of_a_config_have_room_for_nearly_all_questions_and_its_answers
     assert len(rows) == 400
     assert sum(len(fitting(cfg, row)) for row in rows) > 0.98 * sum(map(len, rows))
     for split in ("train", "validation", "test"):
-        assert too_long(cfg, tokenizer, pipeline.questions(cfg, split)) == ""
+        assert too_long(cfg, tokenizer, questions.load(cfg, split)) == ""
 
 
 def test_the_blind_say_one_thing_or_repeat_a_word():

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vlm_jax.config import ConfigError, Data, Experiment, Fusion, Train
-from vlm_jax.data import pipeline, room, sources, text
+from vlm_jax.data import pipeline, questions, room, sources, text
 from vlm_jax.testing import tiny, write_conversations
 
 
@@ -161,10 +161,10 @@ def test_the_tokenizer_learns_from_the_training_split_alone(cfg, tokenizer, tmp_
 
 
 def test_questions_are_read_in_order(cfg):
-    everything = pipeline.questions(cfg, "test")
+    everything = questions.load(cfg, "test")
     assert len(everything) == 9_673
     assert [q.image_id for q in everything] == sorted(q.image_id for q in everything)
-    assert pipeline.questions(cfg, "test", limit=5) == everything[:5]
+    assert questions.load(cfg, "test", limit=5) == everything[:5]
     last = everything[-1]
     record = sources.load(cfg.data, "test")[999]
     assert (last.question, last.answer, last.type) == (record.questions[-1], record.answers[-1], record.types[-1])
@@ -175,21 +175,21 @@ def test_questions_are_read_in_order(cfg):
 def test_prompts_of_a_batch_all_end_in_the_last_slot(cfg, tokenizer):
     picture = np.full((64, 64, 3), 0.5, np.float32)
     prompts = ["red?", "is there a red shape in the image?"]
-    batch = pipeline.prompt_batch(cfg, tokenizer, [[picture], [picture]], prompts)
+    batch = questions.prompt_batch(cfg, tokenizer, [[picture], [picture]], prompts)
     for row, prompt in enumerate(prompts):
         own = batch.tokens[row][batch.branch_ids[row] == 1]
         assert tokenizer.decode(own) == prompt + "\n"
         assert batch.segment_ids[row, -1] == 1
     assert batch.images.shape == (2, 1, 64, 64, 3)
     assert batch.targets is None
-    assert pipeline.prompt_batch(cfg, tokenizer, [[picture]], ["red?"], length=120).tokens.shape == (1, 120)
+    assert questions.prompt_batch(cfg, tokenizer, [[picture]], ["red?"], length=120).tokens.shape == (1, 120)
 
 
 @pytest.mark.parametrize("kind", ["unified", "cross_attention"])
 def test_rows_may_differ_in_their_number_of_images(cfg, tokenizer, kind):
     cfg = replace(cfg, fusion=Fusion(kind=kind))
     picture = np.full((64, 64, 3), 0.5, np.float32)
-    batch = pipeline.prompt_batch(cfg, tokenizer, [[picture, picture], [picture], []], ["a", "a", "a"])
+    batch = questions.prompt_batch(cfg, tokenizer, [[picture, picture], [picture], []], ["a", "a", "a"])
     assert batch.images.shape == (3, 2, 64, 64, 3)
     assert batch.images[:, :, 0, 0, 0].tolist() == [[0.5, 0.5], [0.5, 0], [0, 0]]
     assert batch.image_mask[:, -1].tolist() == [[True, True], [True, False], [False, False]]
@@ -198,24 +198,24 @@ def test_rows_may_differ_in_their_number_of_images(cfg, tokenizer, kind):
 
 
 def test_a_batch_of_text_alone_has_no_images(cfg, tokenizer):
-    batch = pipeline.prompt_batch(cfg, tokenizer, [[], []], ["red?", "is it?"])
+    batch = questions.prompt_batch(cfg, tokenizer, [[], []], ["red?", "is it?"])
     assert batch.images is None
     assert batch.image_mask.shape == (*batch.tokens.shape, 0)
 
 
 def test_the_first_question_of_a_conversation_is_evaluated_with_its_images(tmp_path):
     cfg = tiny(data=write_conversations(tmp_path))
-    asked = pipeline.questions(cfg, "train")
+    asked = questions.load(cfg, "train")
     assert [question.image_count for question in asked] == [0, 1, 2] * 4
     assert [len(question.images()) for question in asked[:3]] == [0, 1, 2]
     assert asked[2].question.startswith("<image>\n<image>\nwhat do you see")
     assert asked[0].answer == "no image"
-    assert pipeline.questions(cfg, "train", limit=2) == asked[:2]
+    assert questions.load(cfg, "train", limit=2) == asked[:2]
     tokenizer = pipeline.train_tokenizer(cfg)
-    length = pipeline.question_length(cfg, tokenizer, asked[:3])
+    length = questions.row_length(cfg, tokenizer, asked[:3])
     for question in asked[:3]:
         pixels = [picture.astype(np.float32) for picture in question.images()]
-        batch = pipeline.prompt_batch(cfg, tokenizer, [pixels], [question.question], length)
+        batch = questions.prompt_batch(cfg, tokenizer, [pixels], [question.question], length)
         assert batch.tokens.shape == (1, length)
         assert batch.images.shape == (1, 3, 16, 16, 3), "of one shape, to be compiled once"
         assert batch.image_mask[0, -1].sum() == question.image_count

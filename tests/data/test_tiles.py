@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vlm_jax.config import ConfigError, Data, Decoder, Experiment, Fusion, Projector, Train, Vision
-from vlm_jax.data import images, packing, pipeline, text, tiles
+from vlm_jax.data import images, packing, pipeline, questions, text, tiles
 from vlm_jax.data.text import EOS, IMAGE, PAD, Tokenizer
 from vlm_jax.testing import tiny, write_conversations
 
@@ -200,7 +200,7 @@ class Letters:
 def test_prompts_about_images_of_all_sizes(kind):
     cfg = experiment(kind)
     shown = [[picture(1, 1), picture(2, 2)], [picture(1, 3)], []]
-    batch = pipeline.prompt_batch(cfg, Letters(), shown, ["a", "b", "c"])
+    batch = questions.prompt_batch(cfg, Letters(), shown, ["a", "b", "c"])
     assert batch.images.shape == (3, 10, 16, 16, 3)
     np.testing.assert_array_equal(batch.images[0, 5:9], tiles.cut(shown[0][1], cfg.vision)[:4])
     assert batch.image_mask[:, -1].sum(-1).tolist() == [6, 4, 0]
@@ -215,10 +215,10 @@ def test_a_question_is_evaluated_with_the_views_that_it_is_trained_with(datasets
     tokenizer = pipeline.train_tokenizer(cfg)
     trained = next(pipeline.training_iterator(cfg, tokenizer)).images
     assert trained.shape == (8, 5, 32, 32, 3)
-    asked = {question.image_id: question for question in pipeline.questions(cfg, "test[:8]")}
+    asked = {question.image_id: question for question in questions.load(cfg, "test[:8]")}
     shown = [[images.normalise(question.images()[0], vision)] for question in asked.values()]
     assert shown[0][0].shape == (64, 64, 3)
-    asked_about = pipeline.prompt_batch(cfg, tokenizer, shown, ["red?"] * 8).images
+    asked_about = questions.prompt_batch(cfg, tokenizer, shown, ["red?"] * 8).images
 
     def symmetries(thumbnails):
         return {min(np.rot90(one, k).round(4).tobytes() for k in range(4)) for one in thumbnails[:, -1]}

@@ -25,7 +25,7 @@ from tests.hub.parity import SMALL, forward, randomized, reference
 from vlm_jax import axes, from_pretrained, save_pretrained
 from vlm_jax.cli import main
 from vlm_jax.config import ConfigError, Decoder, Experiment, Fusion, Mesh, Projector, RateScale, Vision
-from vlm_jax.data import pipeline
+from vlm_jax.data import pipeline, questions
 from vlm_jax.hub import compose, export
 from vlm_jax.hub.files import open_tensors
 from vlm_jax.infer import demo
@@ -256,9 +256,9 @@ def assert_transformers_agrees(kind, cfg, params, tokenizer, folder):
     model, report = RUNS[kind][1].from_pretrained(folder, output_loading_info=True)
     unused = {name for name in report["missing_keys"] if ".pooler." in name}  # of transformers' ViT; nobody reads it
     assert not (report["missing_keys"] - unused) | report["unexpected_keys"] | report["mismatched_keys"]
-    asked = pipeline.questions(cfg, "test", 2)
+    asked = questions.load(cfg, "test", 2)
     pixels = [pipeline.image_files.normalise(question.images()[0], cfg.vision) for question in asked]
-    batch = pipeline.prompt_batch(cfg, tokenizer, [[x] for x in pixels], ["is it red ?"] * 2)
+    batch = questions.prompt_batch(cfg, tokenizer, [[x] for x in pixels], ["is it red ?"] * 2)
     ours = np.asarray(forward(model_of(cfg), params, batch).logits)
     np.testing.assert_allclose(theirs(kind, model.eval(), batch), ours, atol=1e-4)
     reread = AutoTokenizer.from_pretrained(folder)

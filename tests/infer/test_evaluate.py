@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from vlm_jax.config import ConfigError, Data, Eval
-from vlm_jax.data import pipeline, text
-from vlm_jax.data.pipeline import Question
+from vlm_jax.data import questions, text
+from vlm_jax.data.questions import Question
 from vlm_jax.infer import evaluate
 from vlm_jax.testing import tiny
 from vlm_jax.workdir import Workdir
@@ -42,7 +42,7 @@ def cfg(tmp_path):
 def scores(cfg, asked, tokenizer, monkeypatch):
     """The scores of answers given here: 3 of 5 right with the images, 2 of 5 with those of others."""
     answers = [["yes", "circle", "yes", "triangle", ""], ["no"] * 4 + ["yes"]]
-    monkeypatch.setattr(evaluate.pipeline, "questions", lambda cfg, split, limit: asked)
+    monkeypatch.setattr(evaluate.questions, "load", lambda cfg, split, limit: asked)
     monkeypatch.setattr(evaluate, "answer", lambda cfg, params, tok, asked, shown: answers)
     return evaluate.evaluate(cfg, None, tokenizer)
 
@@ -65,9 +65,9 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(cfg, tmp_pat
 
 
 def test_an_answer_that_has_no_room_is_refused(cfg, asked, tokenizer):
-    room = pipeline.prompt_length(cfg, tokenizer, [question.question for question in asked])
+    room = questions.prompt_length(cfg, tokenizer, [question.question for question in asked])
     exact = replace(cfg, eval=replace(cfg.eval, max_new_tokens=cfg.decoder.max_positions - room))
-    assert pipeline.prompt_length(exact, tokenizer, ["is it red ?"]) <= room
+    assert questions.prompt_length(exact, tokenizer, ["is it red ?"]) <= room
     with pytest.raises(ConfigError, match="decoder.max_positions 64 has no room .* eval.max_new_tokens 64"):
         too_many = replace(cfg, eval=replace(cfg.eval, max_new_tokens=64))
         evaluate.answer(too_many, None, tokenizer, asked, {"evaluating": asked})

@@ -9,7 +9,7 @@ import pytest
 
 from vlm_jax import axes
 from vlm_jax.config import Mesh
-from vlm_jax.data import pipeline, text, tiles
+from vlm_jax.data import questions, text, tiles
 from vlm_jax.infer.generate import Decoding, choose, generate, stream
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import NO_IMAGE, PADDING, Batch
@@ -102,7 +102,7 @@ def test_a_batch_of_mixed_numbers_of_images_is_one_by_one(kind):
     params = random_params(cfg, 0.3)
 
     def made(rows):
-        batch = pipeline.prompt_batch(cfg, tokenizer, [shown[i] for i in rows], [asked[i] for i in rows])
+        batch = questions.prompt_batch(cfg, tokenizer, [shown[i] for i in rows], [asked[i] for i in rows])
         return np.asarray(generate(cfg, params, batch, NEW, NEVER))
 
     np.testing.assert_array_equal(made([0, 1, 2]), np.concatenate([made([i]) for i in range(3)]))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vlm_jax.data import pipeline, text, tiles
+from vlm_jax.data import questions, text, tiles
 from vlm_jax.structs import Batch
 from vlm_jax.testing import tiny
 
@@ -80,9 +80,9 @@ def pictures(cfg, images_of_each=(2, 0)):
     return [[picture(cfg, 1 if i < n - 1 else most, rng) for i in range(n)] for n in images_of_each]
 
 
-def prompts(cfg, images_of_each=(2, 0), questions=("two?", "no image at all?")):
+def prompts(cfg, images_of_each=(2, 0), asked=("two?", "no image at all?")):
     """A left-padded batch of questions, with as many images each as asked for."""
-    return pipeline.prompt_batch(cfg, Letters(), pictures(cfg, images_of_each), questions)
+    return questions.prompt_batch(cfg, Letters(), pictures(cfg, images_of_each), asked)
 
 
 def without_images(batch: Batch) -> Batch:

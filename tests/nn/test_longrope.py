@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.config import Rope
-from vlm_jax.data import pipeline
+from vlm_jax.data import questions
 from vlm_jax.nn.vlm import empty_cache
 from vlm_jax.structs import PADDING, Batch
 from vlm_jax.testing import KINDS, tiny
@@ -32,7 +32,7 @@ def prompts(cfg) -> Batch:
     """Two left-padded questions about an image each."""
     side = cfg.vision.image_size_px
     images = np.random.default_rng(0).uniform(-1, 1, (2, 1, side, side, 3)).astype(np.float32)
-    return pipeline.prompt_batch(cfg, Letters(), list(images), ["is it red?", "what shape is it?"])
+    return questions.prompt_batch(cfg, Letters(), list(images), ["is it red?", "what shape is it?"])
 
 
 def cut(batch: Batch, length: int) -> Batch:

@@ -8,7 +8,7 @@ import pytest
 from flax import traverse_util
 
 from vlm_jax.config import Projector
-from vlm_jax.data import pipeline, text, tiles
+from vlm_jax.data import questions, text, tiles
 from vlm_jax.nn.vlm import empty_cache
 from vlm_jax.structs import NO_IMAGE, PADDING, Batch
 from vlm_jax.testing import KINDS, tiny
@@ -86,10 +86,10 @@ def test_a_tag_does_not_know_the_tiles_after_its_own(kind, forward, random_param
 def test_a_batch_of_mixed_tile_counts_is_one_by_one_and_cached_is_uncached(kind, forward, random_params):
     cfg, params = experiment(kind), random_params(experiment(kind))
     shown, asked = [[picture(2)], [picture(3)], [picture(1)], []], ["which of the two?", "what?", "small?", "nothing?"]
-    batch = pipeline.prompt_batch(cfg, Letters(), shown, asked)
+    batch = questions.prompt_batch(cfg, Letters(), shown, asked)
     logits, length = forward(cfg, params, batch).logits, batch.tokens.shape[1]
     for row, (images, question) in enumerate(zip(shown, asked)):
-        alone = pipeline.prompt_batch(cfg, Letters(), [images], [question], length)
+        alone = questions.prompt_batch(cfg, Letters(), [images], [question], length)
         there = alone.segment_ids[0] != PADDING
         expected = forward(cfg, params, alone).logits[0]
         np.testing.assert_allclose(logits[row][there], expected[there], rtol=1e-4, atol=2e-4)

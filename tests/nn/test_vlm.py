@@ -23,7 +23,7 @@ from tests.nn.models import (
     without_images,
 )
 from vlm_jax.config import Experiment
-from vlm_jax.data import pipeline
+from vlm_jax.data import questions
 from vlm_jax.nn.vlm import empty_cache, init_params
 from vlm_jax.structs import PADDING, Batch
 from vlm_jax.testing import random_batch, tiny
@@ -208,7 +208,7 @@ def test_a_batch_of_mixed_lengths_and_image_counts_is_one_by_one(cfg, forward, r
     batch, params = prompts(cfg), random_params(cfg)
     logits = forward(cfg, params, batch).logits
     for i, (images, question) in enumerate(zip(pictures(cfg), ["two?", "no image at all?"])):
-        alone = pipeline.prompt_batch(cfg, Letters(), [images], [question])
+        alone = questions.prompt_batch(cfg, Letters(), [images], [question])
         close(logits[i, -alone.tokens.shape[1] :], forward(cfg, params, alone).logits[0])
 
 
@@ -222,8 +222,8 @@ def encoder_of_tiles() -> Experiment:
 @pytest.mark.parametrize("cfg", [*EXPERIMENTS.values(), encoder_of_tiles()], ids=[*EXPERIMENTS, "encoder_of_tiles"])
 def test_prompts_that_share_images_read_what_they_read_with_their_own(cfg, forward, random_params):
     images, owners, asked = pictures(cfg, (1, 2, 1)), [2, 0, 2, 1], ["two?", "one?", "no image at all?", "and here?"]
-    own = pipeline.prompt_batch(cfg, Letters(), [images[row] for row in owners], asked)
-    shared, params = pipeline.prompt_batch(cfg, Letters(), images, asked, image_rows=owners), random_params(cfg)
+    own = questions.prompt_batch(cfg, Letters(), [images[row] for row in owners], asked)
+    shared, params = questions.prompt_batch(cfg, Letters(), images, asked, image_rows=owners), random_params(cfg)
     assert (len(own.images), len(shared.images)) == (4, 3)
     close(forward(cfg, params, shared).logits, forward(cfg, params, own).logits)
     swapped = shared.replace(image_rows=np.array([0, 2, 2, 1], np.int32))

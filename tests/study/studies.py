@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlm_jax.config import Experiment
-from vlm_jax.data import pipeline
+from vlm_jax.data import questions
 from vlm_jax.study import Study, changed, planning, record
 from vlm_jax.study.folder import Folder
 from vlm_jax.study.planning import Plan, Run
@@ -50,7 +50,7 @@ def pretend(run: Run, right: float) -> None:
     """Leaves in the work folder what a run leaves there of which a share of the answers is right."""
     workdir, cfg = Workdir(run.cfg.workdir), run.cfg
     workdir.open(cfg)
-    asked = pipeline.questions(cfg, cfg.eval.split, cfg.eval.max_examples)
+    asked = questions.load(cfg, cfg.eval.split, cfg.eval.max_examples)
     count = round(right * len(asked))
     lines = [
         {

@@ -3,7 +3,7 @@
 import numpy as np
 
 from vlm_jax.config import Experiment
-from vlm_jax.data import pipeline, sources, text
+from vlm_jax.data import pipeline, questions, sources, text
 from vlm_jax.data.text import Tokenizer
 
 SAMPLED_ROWS = 500  # of training, from which it is told how many questions do not fit
@@ -14,7 +14,7 @@ def check(cfg: Experiment, tokenizer: Tokenizer) -> None:
     if not cfg.data.is_conversations:
         text.pack_row(cfg, [longest_pair(cfg, tokenizer)])
     if cfg.eval.split:
-        pipeline.question_length(cfg, tokenizer, pipeline.questions(cfg, cfg.eval.split, cfg.eval.max_examples))
+        questions.row_length(cfg, tokenizer, questions.load(cfg, cfg.eval.split, cfg.eval.max_examples))
 
 
 def left_out(cfg: Experiment, tokenizer: Tokenizer) -> str:

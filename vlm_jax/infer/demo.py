@@ -7,7 +7,7 @@ import jax
 from vlm_jax import axes
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data import images as image_files
-from vlm_jax.data import pipeline
+from vlm_jax.data import questions
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.data.tiles import to_pixels
 from vlm_jax.infer.generate import Decoding, generate
@@ -50,7 +50,7 @@ def ask(cfg: Experiment, files: list[str], prompts: list[str]) -> list[tuple[str
     params, tokenizer = load(cfg)
     pairs = list(itertools.product(range(len(files)), prompts))
     rows, asked = zip(*pairs)
-    length = pipeline.prompt_length(cfg, tokenizer, prompts)
-    batch = pipeline.prompt_batch(cfg, tokenizer, [[image] for image in pixels], asked, length, rows)
+    length = questions.prompt_length(cfg, tokenizer, prompts)
+    batch = questions.prompt_batch(cfg, tokenizer, [[image] for image in pixels], asked, length, rows)
     made = jax.device_get(generate(cfg, params, batch, cfg.eval.max_new_tokens, Decoding(eos=(cfg.data.eos_id,))))
     return [(files[i], prompt, tokenizer.decode(ids).strip()) for (i, prompt), ids in zip(pairs, made)]

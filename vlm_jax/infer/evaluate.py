@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from vlm_jax import axes, distributed
 from vlm_jax.config import Experiment
-from vlm_jax.data import pipeline
-from vlm_jax.data.pipeline import Question
+from vlm_jax.data import questions
+from vlm_jax.data.questions import Question
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.report import draw_samples
@@ -37,7 +37,7 @@ def evaluate(cfg: Experiment, params, tokenizer: Tokenizer) -> dict:
     with distributed.together():
         if not jax.process_index():
             workdir.try_writing()
-    asked = pipeline.questions(cfg, cfg.eval.split, cfg.eval.max_examples)
+    asked = questions.load(cfg, cfg.eval.split, cfg.eval.max_examples)
     if not jax.process_index() and (said := too_long(cfg, tokenizer, asked)):
         print(said, flush=True)
     shown = {"evaluating": asked, "with shuffled images": strangers(asked)}
@@ -92,11 +92,11 @@ def answer(
     starts = range(0, len(asked), size)
     batches = [[min(i, len(asked) - 1) for i in range(start, start + size)] for start in starts]
     most = max(len({those[i].images for i in chosen}) for those in shown.values() for chosen in batches)
-    shape = pipeline.question_length(cfg, tokenizer, asked), axes.filled_rows(most, mesh)
+    shape = questions.row_length(cfg, tokenizer, asked), axes.filled_rows(most, mesh)
 
     def ask(chosen: list[int], those: list[Question]) -> list[str]:
-        pairs = [[questions[i] for i in chosen] for questions in (asked, those)]
-        batch = pipeline.question_batch(cfg, tokenizer, *pairs, *shape)
+        pairs = [[rows[i] for i in chosen] for rows in (asked, those)]
+        batch = questions.batch_of(cfg, tokenizer, *pairs, *shape)
         with jax.set_mesh(mesh):
             made = generate(cfg, params, axes.place_rows(batch, mesh), cfg.eval.max_new_tokens, how)
         made = multihost_utils.process_allgather(made, tiled=True)

@@ -16,7 +16,7 @@ import jax
 
 from vlm_jax import axes, cli, config_file
 from vlm_jax.config import Experiment
-from vlm_jax.data import pipeline, sources
+from vlm_jax.data import pipeline, questions, sources
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.hub import compose
 from vlm_jax.infer.generate import Decoding, generate
@@ -67,10 +67,10 @@ def _measure_steps(cfg: Experiment, mesh, tokenizer: Tokenizer, state: State) ->
 
 def _decoding_speed(cfg: Experiment, mesh, tokenizer: Tokenizer, params) -> float:
     """Tokens a second of all rows together, the prompts read before."""
-    asked = pipeline.questions(cfg, cfg.eval.split or cfg.data.train_split, DECODED_ROWS)
+    asked = questions.load(cfg, cfg.eval.split or cfg.data.train_split, DECODED_ROWS)
     rows = axes.filled_rows(len(asked), mesh)
     asked = [asked[i % len(asked)] for i in range(rows)]
-    batch = pipeline.question_batch(cfg, tokenizer, asked, asked)
+    batch = questions.batch_of(cfg, tokenizer, asked, asked)
     count = min(DECODED_TOKENS, cfg.decoder.max_positions - batch.tokens.shape[1])
 
     def seconds(tokens: int) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from PIL import Image
 
 from vlm_jax.config import Experiment
-from vlm_jax.data import pipeline
+from vlm_jax.data import questions
 from vlm_jax.study.matching import spelt
 from vlm_jax.study.page import Picture, Sample, Section
 from vlm_jax.study.results import Result, Results
@@ -31,9 +31,9 @@ def sample_section(results: Results) -> Section:
     made: list[Sample] = []
     for answered in groups:
         cfg = max((results.plan.arms[axis, arm] for arm in answered), key=_pixels)
-        questions = pipeline.questions(cfg, cfg.eval.split, cfg.eval.max_examples)
+        asked = questions.load(cfg, cfg.eval.split, cfg.eval.max_examples)
         chosen = _chosen(answered, SHOWN // len(groups))
-        made += [_sample(number, i, answered, questions[i].images()) for number, i in enumerate(chosen, len(made))]
+        made += [_sample(number, i, answered, asked[i].images()) for number, i in enumerate(chosen, len(made))]
     text = (
         f"From the {study.base.eval.split} split, at matched {spelt(axis)}, seed {seed}: some arms are right, and some "
         "wrong, of those that were asked the same."

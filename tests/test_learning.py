@@ -11,6 +11,7 @@ import pytest
 
 from vlm_jax.config import Data, Optim
 from vlm_jax.data import text, tiles
+from vlm_jax.data.tokenizer import EOS
 from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.structs import Batch, State
 from vlm_jax.testing import random_params, variants_and_tiles
@@ -38,7 +39,7 @@ def pictures(vision) -> np.ndarray:
 def learned(cfg, images):
     """The parameters after `STEPS` steps over the eight examples."""
     count = cfg.vision.cut_tiles
-    batch = stacked([text.pack_row(cfg, [(QUESTION, [*answer, text.EOS])], count) for answer in ANSWERS], images)
+    batch = stacked([text.pack_row(cfg, [(QUESTION, [*answer, EOS])], count) for answer in ANSWERS], images)
     params = random_params(cfg)
     state = State(jax.numpy.int32(0), params, optim.optimizer(cfg.optim, STEPS).init(optim.split(params, cfg.optim)[0]))
     step = jax.jit(lambda state, batch: train_step(cfg, state, batch), donate_argnums=0)
@@ -59,8 +60,8 @@ def test_eight_examples_are_learned_and_lost_when_the_images_are_shuffled(cfg):
 
     def exact_match(images):
         prompt = stacked([text.prompt_row(cfg, QUESTION, (cfg.vision.cut_tiles,))] * 8, images)
-        made = np.asarray(generate(cfg, params, prompt, 3, Decoding(eos=(text.EOS,))))
-        return np.mean([list(row) == [*answer, text.EOS] for row, answer in zip(made, ANSWERS)])
+        made = np.asarray(generate(cfg, params, prompt, 3, Decoding(eos=(EOS,))))
+        return np.mean([list(row) == [*answer, EOS] for row, answer in zip(made, ANSWERS)])
 
     assert exact_match(images) == 1
     shuffled = [exact_match(np.roll(images, shift, axis=0)) for shift in range(1, 8)]

@@ -11,6 +11,7 @@ from PIL import Image
 
 from vlm_jax.config import Data, Decoder, Experiment, Fusion, Optim, Projector, Train, Vision
 from vlm_jax.data import text, tiles
+from vlm_jax.data.tokenizer import SPECIALS
 from vlm_jax.nn.models import boxed_params
 from vlm_jax.structs import Batch
 
@@ -84,7 +85,7 @@ def random_batch(cfg: Experiment, rows: int = 4, seed: int = 0) -> Batch:
 
     def pair():
         prompt, answer = rng.integers(3, 6), rng.integers(1, 3)
-        ids = rng.integers(len(text.SPECIALS), cfg.decoder.vocab_size, prompt + answer)
+        ids = rng.integers(len(SPECIALS), cfg.decoder.vocab_size, prompt + answer)
         return list(ids[:prompt]), list(ids[prompt:])
 
     side, shapes = cfg.vision.image_size_px, tiles.layouts(cfg.vision.cut_tiles)

@@ -15,7 +15,8 @@ from vlm_jax import config_file
 from vlm_jax.config import ConfigError, Data
 from vlm_jax.data import pipeline, questions, room, sources
 from vlm_jax.data.baselines import blind
-from vlm_jax.data.text import Tokenizer, answer_ids, fitting, prompt_ids
+from vlm_jax.data.text import answer_ids, fitting, prompt_ids
+from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer.evaluate import too_long
 from vlm_jax.testing import tiny
 from vlm_jax.validate import validate

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from vlm_jax.config import ConfigError, Data, Experiment, Fusion, Train
-from vlm_jax.data import pipeline, questions, room, sources, text
+from vlm_jax.data import pipeline, questions, room, sources
+from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.testing import tiny, write_conversations
 
 
@@ -20,7 +21,7 @@ def cfg(datasets_dir) -> Experiment:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(cfg) -> text.Tokenizer:
+def tokenizer(cfg) -> Tokenizer:
     return pipeline.train_tokenizer(cfg)
 
 
@@ -155,7 +156,7 @@ def test_of_conversations_none_is_left_out(tmp_path):
 def test_the_tokenizer_learns_from_the_training_split_alone(cfg, tokenizer, tmp_path):
     records = sources.load(cfg.data, "train[:24]")
     lines = [line for i in range(24) for line in records[i].questions + records[i].answers]
-    text.Tokenizer.train(lines, cfg.decoder.vocab_size).save(tmp_path / "expected.json")
+    Tokenizer.train(lines, cfg.decoder.vocab_size).save(tmp_path / "expected.json")
     tokenizer.save(tmp_path / "tokenizer.json")
     assert (tmp_path / "tokenizer.json").read_bytes() == (tmp_path / "expected.json").read_bytes()
 

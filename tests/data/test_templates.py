@@ -9,7 +9,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from vlm_jax.config import ConfigError
 from vlm_jax.data import templates
-from vlm_jax.data.text import EOS, IMAGE, PAD, Tokenizer
+from vlm_jax.data.tokenizer import EOS, IMAGE, PAD, Tokenizer
 from vlm_jax.structs import NO_IMAGE
 from vlm_jax.testing import tiny
 

@@ -7,7 +7,7 @@ import pytest
 
 from vlm_jax.config import ConfigError, Data, Experiment, Fusion, Projector, Vision
 from vlm_jax.data import text
-from vlm_jax.data.text import EOS, IMAGE, NEWLINE, PAD, Tokenizer
+from vlm_jax.data.tokenizer import EOS, IMAGE, NEWLINE, PAD, SPECIALS, Tokenizer
 
 TEXTS = ["is there a red shape in the image?", "what color is the circle?", "yes", "no", "red"] * 3
 
@@ -147,7 +147,7 @@ def test_prompts_with_no_image_and_with_two():
 def test_any_text_comes_back(tokenizer, line):
     ids = tokenizer.encode(line)
     assert tokenizer.decode(ids) == line
-    assert all(len(text.SPECIALS) <= i < len(tokenizer) for i in ids)
+    assert all(len(SPECIALS) <= i < len(tokenizer) for i in ids)
 
 
 def test_decoding_stops_at_eos_and_skips_what_is_no_text(tokenizer):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from vlm_jax.config import ConfigError, Data, Decoder, Experiment, Fusion, Projector, Train, Vision
 from vlm_jax.data import images, packing, pipeline, questions, text, tiles
-from vlm_jax.data.text import EOS, IMAGE, PAD, Tokenizer
+from vlm_jax.data.tokenizer import EOS, IMAGE, PAD, Tokenizer
 from vlm_jax.testing import tiny, write_conversations
 
 SMALL = Vision(image_size_px=64, tiles=16)

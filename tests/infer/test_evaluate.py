@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from vlm_jax.config import ConfigError, Data, Eval
-from vlm_jax.data import questions, text
+from vlm_jax.data import questions
 from vlm_jax.data.questions import Question
+from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer import evaluate
 from vlm_jax.testing import tiny
 from vlm_jax.workdir import Workdir
@@ -118,7 +119,7 @@ def test_any_number_of_samples_is_drawn(count, asked, tmp_path):
 
 @pytest.fixture
 def tokenizer():
-    return text.Tokenizer.train([line for parts in QUESTIONS for line in parts[1:3]], 300)
+    return Tokenizer.train([line for parts in QUESTIONS for line in parts[1:3]], 300)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 from vlm_jax import axes
 from vlm_jax.config import Mesh
 from vlm_jax.data import questions, text, tiles
+from vlm_jax.data.tokenizer import SPECIALS, Tokenizer
 from vlm_jax.infer.generate import Decoding, choose, generate, stream
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import NO_IMAGE, PADDING, Batch
@@ -31,7 +32,7 @@ CONFIGS = {name: untied(cfg) for name, cfg in variants_and_tiles().items()}
 def prompts(cfg):
     """Random prompts of three lengths, each with a random image; where those are cut into tiles, of several shapes."""
     rng, side = np.random.default_rng(0), cfg.vision.image_size_px
-    ids = [list(rng.integers(len(text.SPECIALS), cfg.decoder.vocab_size, length)) for length in LENGTHS]
+    ids = [list(rng.integers(len(SPECIALS), cfg.decoder.vocab_size, length)) for length in LENGTHS]
     shapes = itertools.islice(itertools.cycle(tiles.layouts(cfg.vision.cut_tiles)), len(ids))
     images = [rng.uniform(-1, 1, (rows * side, columns * side, 3)).astype(np.float32) for rows, columns in shapes]
     return ids, images
@@ -96,7 +97,7 @@ def test_a_batch_of_mixed_lengths_is_one_by_one(cfg):
 @pytest.mark.parametrize("kind", ["unified", "cross_attention"])
 def test_a_batch_of_mixed_numbers_of_images_is_one_by_one(kind):
     cfg = CONFIGS[kind]
-    tokenizer = text.Tokenizer.train(["is it red ?", "what shape is there ?"], 280)
+    tokenizer = Tokenizer.train(["is it red ?", "what shape is there ?"], 280)
     images = list(np.random.default_rng(1).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32))
     shown, asked = [images[:1], [], images], ["is it red ?", "what shape", "red ?"]
     params = random_params(cfg, 0.3)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.data import questions, text, tiles
+from vlm_jax.data.tokenizer import SPECIALS
 from vlm_jax.structs import Batch
 from vlm_jax.testing import tiny
 
@@ -39,7 +40,7 @@ def decoder(cfg, **settings):
 
 
 def pair(prompt=4, answer=2, seed=0):
-    ids = np.random.default_rng(seed).integers(len(text.SPECIALS), 300, prompt + answer).tolist()
+    ids = np.random.default_rng(seed).integers(len(SPECIALS), 300, prompt + answer).tolist()
     return ids[:prompt], ids[prompt:]
 
 

@@ -20,7 +20,8 @@ from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data import images as image_files
 from vlm_jax.data import templates, tiles
 from vlm_jax.data.conversations import Conversation, Conversations
-from vlm_jax.data.text import FILL, Fields, Tokenizer, moved, only_own_tile
+from vlm_jax.data.text import FILL, Fields, moved, only_own_tile
+from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import NO_IMAGE, TRUNK, Batch
 
 WINDOW_ROWS = 64  # open at a time, at the least: fewer waste more (measured: docs/conversations.md)

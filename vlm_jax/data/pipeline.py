@@ -10,7 +10,7 @@ import numpy as np
 from vlm_jax.config import ConfigError, Data, Experiment, Vision
 from vlm_jax.data import conversations, packing, sources, text, tfds_sets, tiles
 from vlm_jax.data import images as image_files
-from vlm_jax.data.text import Tokenizer
+from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import Batch
 
 CACHED_PAIRS = 1 << 16  # questions with answers whose tokens are kept: data sets from templates repeat theirs

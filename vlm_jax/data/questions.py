@@ -9,7 +9,7 @@ import numpy as np
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data import conversations, packing, pipeline, sources, templates, text, tiles
 from vlm_jax.data import images as image_files
-from vlm_jax.data.text import Tokenizer
+from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import Batch
 
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from vlm_jax.config import Experiment
 from vlm_jax.data import pipeline, questions, sources, text
-from vlm_jax.data.text import Tokenizer
+from vlm_jax.data.tokenizer import Tokenizer
 
 SAMPLED_ROWS = 500  # of training, from which it is told how many questions do not fit
 

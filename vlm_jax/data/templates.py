@@ -16,8 +16,9 @@ import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data.conversations import MARK
-from vlm_jax.data.text import Fields, Tokenizer, image_fields, joined, only_own_tile, padded, plain_fields
+from vlm_jax.data.text import Fields, image_fields, joined, only_own_tile, padded, plain_fields
 from vlm_jax.data.tiles import views_there
+from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import TRUNK
 
 

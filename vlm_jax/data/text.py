@@ -1,4 +1,4 @@
-"""Text -> rows of tokens: the tokenizer, the form of a prompt, the shift of the labels, and which tokens are scored.
+"""Text -> rows of tokens: the form of a prompt, the shift of the labels, and which tokens are scored.
 
 A training row is one segment. The image is its trunk, every question with its answer is a branch:
 
@@ -19,19 +19,14 @@ A tag may read the view that it names, and no other; all other tokens may read e
 
 import functools
 import itertools
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data.tiles import views_there
+from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import NO_IMAGE, PADDING, TRUNK
-
-SPECIALS = ("<pad>", "<image>", "<newline>", "<eos>")
-PAD, IMAGE, NEWLINE, EOS = SPECIAL_IDS = tuple(range(4))  # of a tokenizer that is trained here
 
 Fields = dict[str, np.ndarray]  # of a row
 Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a prompt and of its answer
@@ -47,72 +42,6 @@ FILL = {
     "image_mask": np.bool_(False),
     "loss_weights": np.float32(0),
 }
-
-
-class Tokenizer:
-    """Byte-level BPE (Radford et al. 2019, GPT-2): any text is encodable, and comes back byte for byte."""
-
-    def __init__(self, bpe: tokenizers.Tokenizer, special_ids: tuple[int, ...] = SPECIAL_IDS):
-        if special_ids == SPECIAL_IDS and tuple(map(bpe.token_to_id, SPECIALS)) != SPECIAL_IDS:
-            raise ConfigError(f"a tokenizer needs the tokens {' '.join(SPECIALS)} with the ids 0 to 3")
-        bpe.encode_special_tokens = True  # '<eos>' in a user's text is five characters, not the end
-        self._bpe, self._special_ids = bpe, special_ids
-
-    @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, tags: Sequence[str] = ()) -> "Tokenizer":
-        """Learns at most `vocab_size` tokens, `tags` among them; the same texts give the same tokenizer."""
-        alphabet, specials = sorted(pre_tokenizers.ByteLevel.alphabet()), [*SPECIALS, *tags]
-        smallest = len(alphabet) + len(specials)
-        if vocab_size < smallest:
-            raise ConfigError(
-                f"decoder.vocab_size {vocab_size} is too small: bytes and specials take {smallest}"
-                + (f", the tags of vision.tiles among them ({len(tags)})" if tags else "")
-            )
-        bpe = tokenizers.Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bpe.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-        )
-        bpe.train_from_iterator(texts, trainer)
-        return cls(bpe)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike, special_ids: tuple[int, ...] = SPECIAL_IDS) -> "Tokenizer":
-        try:
-            bpe = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exceptions
-            raise ConfigError(f"cannot read the tokenizer {path}: {error}") from None
-        return cls(bpe, special_ids)
-
-    def save(self, path: str | os.PathLike) -> None:
-        self._bpe.save(str(path))
-
-    def __len__(self) -> int:
-        return self._bpe.get_vocab_size()
-
-    def encode(self, text: str) -> list[int]:
-        return self._encoding(text).ids
-
-    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """The tokens of a text, and the number of characters up to the end of each."""
-        encoding = self._encoding(text)
-        return encoding.ids, [end for _, end in encoding.offsets]
-
-    def _encoding(self, text: str) -> tokenizers.Encoding:
-        try:
-            return self._bpe.encode(text, add_special_tokens=False)
-        except TypeError:  # half a character, as a shell hands over bytes that are no UTF-8
-            raise ConfigError(f"{text!r} is no text in UTF-8") from None
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text up to <eos>; special tokens, and ids that the tokenizer does not have, are left out."""
-        ids = itertools.takewhile(lambda i: i != self.eos_id, (int(i) for i in ids))
-        return self._bpe.decode([i for i in ids if i not in self._special_ids and i < len(self)])
-
-    @property
-    def eos_id(self) -> int:
-        return self._special_ids[-1]
 
 
 def prompt_ids(tokenizer: Tokenizer, question: str) -> list[int]:

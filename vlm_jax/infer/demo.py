@@ -8,8 +8,8 @@ from vlm_jax import axes
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data import images as image_files
 from vlm_jax.data import questions
-from vlm_jax.data.text import Tokenizer
 from vlm_jax.data.tiles import to_pixels
+from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.step import abstract_state, narrowed

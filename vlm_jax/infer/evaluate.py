@@ -14,7 +14,7 @@ from vlm_jax import axes, distributed
 from vlm_jax.config import Experiment
 from vlm_jax.data import questions
 from vlm_jax.data.questions import Question
-from vlm_jax.data.text import Tokenizer
+from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.report import draw_samples
 from vlm_jax.workdir import Workdir, write_whole

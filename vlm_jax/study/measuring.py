@@ -17,7 +17,7 @@ import jax
 from vlm_jax import axes, cli, config_file
 from vlm_jax.config import Experiment
 from vlm_jax.data import pipeline, questions, sources
-from vlm_jax.data.text import Tokenizer
+from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub import compose
 from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.structs import State

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from vlm_jax import axes, distributed
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data import pipeline, room
-from vlm_jax.data.text import Tokenizer
+from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.flops import train_flops
 from vlm_jax.hub import compose
 from vlm_jax.hub.tokenizer import HubTokenizer

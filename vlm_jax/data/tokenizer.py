@@ -1,0 +1,79 @@
+"""The tokenizer: one that is trained here on the words of a data set, or one that is read from its file."""
+
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from vlm_jax.config import ConfigError
+
+SPECIALS = ("<pad>", "<image>", "<newline>", "<eos>")
+PAD, IMAGE, NEWLINE, EOS = SPECIAL_IDS = tuple(range(4))  # of a tokenizer that is trained here
+
+
+class Tokenizer:
+    """Byte-level BPE (Radford et al. 2019, GPT-2): any text is encodable, and comes back byte for byte."""
+
+    def __init__(self, bpe: tokenizers.Tokenizer, special_ids: tuple[int, ...] = SPECIAL_IDS):
+        if special_ids == SPECIAL_IDS and tuple(map(bpe.token_to_id, SPECIALS)) != SPECIAL_IDS:
+            raise ConfigError(f"a tokenizer needs the tokens {' '.join(SPECIALS)} with the ids 0 to 3")
+        bpe.encode_special_tokens = True  # '<eos>' in a user's text is five characters, not the end
+        self._bpe, self._special_ids = bpe, special_ids
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, tags: Sequence[str] = ()) -> "Tokenizer":
+        """Learns at most `vocab_size` tokens, `tags` among them; the same texts give the same tokenizer."""
+        alphabet, specials = sorted(pre_tokenizers.ByteLevel.alphabet()), [*SPECIALS, *tags]
+        smallest = len(alphabet) + len(specials)
+        if vocab_size < smallest:
+            raise ConfigError(
+                f"decoder.vocab_size {vocab_size} is too small: bytes and specials take {smallest}"
+                + (f", the tags of vision.tiles among them ({len(tags)})" if tags else "")
+            )
+        bpe = tokenizers.Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+        )
+        bpe.train_from_iterator(texts, trainer)
+        return cls(bpe)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, special_ids: tuple[int, ...] = SPECIAL_IDS) -> "Tokenizer":
+        try:
+            bpe = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise ConfigError(f"cannot read the tokenizer {path}: {error}") from None
+        return cls(bpe, special_ids)
+
+    def save(self, path: str | os.PathLike) -> None:
+        self._bpe.save(str(path))
+
+    def __len__(self) -> int:
+        return self._bpe.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoding(text).ids
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """The tokens of a text, and the number of characters up to the end of each."""
+        encoding = self._encoding(text)
+        return encoding.ids, [end for _, end in encoding.offsets]
+
+    def _encoding(self, text: str) -> tokenizers.Encoding:
+        try:
+            return self._bpe.encode(text, add_special_tokens=False)
+        except TypeError:  # half a character, as a shell hands over bytes that are no UTF-8
+            raise ConfigError(f"{text!r} is no text in UTF-8") from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text up to <eos>; special tokens, and ids that the tokenizer does not have, are left out."""
+        ids = itertools.takewhile(lambda i: i != self.eos_id, (int(i) for i in ids))
+        return self._bpe.decode([i for i in ids if i not in self._special_ids and i < len(self)])
+
+    @property
+    def eos_id(self) -> int:
+        return self._special_ids[-1]

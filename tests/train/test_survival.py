@@ -172,6 +172,27 @@ def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_checkpoint(experi
     assert saved_steps(cfg) == [8]
 
 
+def test_a_folder_that_goes_away_stops_the_run_and_leaves_the_last_checkpoint(experiment, monkeypatch):
+    cfg = experiment()
+    folder, aside, note = Workdir(cfg.workdir).checkpoints, Path(cfg.workdir, "aside"), loop.note
+
+    def go_away(run, step, *rest):
+        if step == 4:  # as a bucket that is mounted there and is no longer
+            run.checkpoints._manager.wait_until_finished()
+            folder.rename(aside)
+            folder.touch()
+        return note(run, step, *rest)
+
+    with monkeypatch.context() as patched, pytest.raises(NotSaved, match="could not be written to .*checkpoints"):
+        patched.setattr(loop, "note", go_away)
+        loop.train(cfg)
+    folder.unlink()
+    aside.rename(folder)
+    assert saved_steps(cfg) == [3]
+    loop.train(cfg)
+    assert saved_steps(cfg)[-1] == 8
+
+
 def test_a_second_process_in_a_work_folder_is_refused_and_a_dead_one_is_not(experiment):
     cfg = experiment()
     holder = (

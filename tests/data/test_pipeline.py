@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from vlm_jax.config import ConfigError, Data, Experiment, Fusion, Train
+from vlm_jax.data import images as image_files
 from vlm_jax.data import pipeline, questions, room, sources
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.testing import tiny, write_conversations
@@ -151,6 +152,28 @@ def test_a_sample_of_rows_is_spread_over_the_split(cfg, tokenizer, monkeypatch):
 def test_of_conversations_none_is_left_out(tmp_path):
     cfg = tiny(data=write_conversations(tmp_path))
     assert room.left_out(cfg, pipeline.train_tokenizer(cfg)) == ""
+
+
+def test_the_ids_of_a_batch_are_those_of_its_images(cfg, tokenizer):
+    cfg = replace(cfg, data=replace(cfg.data, augment=()))
+    data = pipeline.training_iterator(cfg, tokenizer)
+    by_id = {record.image_id: record for record in sources.load(cfg.data, cfg.data.train_split)}
+    for _ in range(5):  # over the end of the 24 images
+        state = data.get_state()
+        batch = next(data)
+        for image, image_id in zip(batch.images[:, 0], pipeline.ids(cfg, None, state), strict=True):
+            pixels = image_files.fit(image_files.decode(by_id[image_id].image, "image"), 64)
+            assert np.array_equal(image, image_files.normalise(pixels, cfg.vision))
+
+
+def test_the_place_in_the_data_is_the_same_for_any_number_of_processes(cfg, tokenizer):
+    alone, first, second = (pipeline.training_iterator(cfg, tokenizer, *of) for of in [(0, 1), (0, 2), (1, 2)])
+    for _ in range(3):
+        next(alone), next(first)
+    assert alone.get_state() == first.get_state()
+    second.set_state(alone.get_state())
+    expected, shares = next(alone).tokens, (next(first).tokens, next(second).tokens)
+    assert np.array_equal(np.stack(shares, 1).reshape(expected.shape), expected)
 
 
 def test_the_tokenizer_learns_from_the_training_split_alone(cfg, tokenizer, tmp_path):

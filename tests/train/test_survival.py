@@ -15,16 +15,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flax import traverse_util
 
 from vlm_jax import axes, cli, config_file
-from vlm_jax.config import ConfigError, Mesh, Optim, Train
-from vlm_jax.data import images as image_files
-from vlm_jax.data import pipeline, sources
-from vlm_jax.testing import on_easy_vqa, random_batch, random_params, tiny, variants_and_tiles
+from vlm_jax.config import ConfigError, Mesh
+from vlm_jax.testing import variants_and_tiles
 from vlm_jax.train import loop, preemption
 from vlm_jax.train.checkpoint import Checkpoints, NotSaved
-from vlm_jax.train.step import abstract_state, make_state, train_step
+from vlm_jax.train.step import abstract_state
 from vlm_jax.workdir import Workdir
 
 ROOT = Path(__file__).parents[2]
@@ -32,19 +29,11 @@ SAME = ("step", "loss", "grad_norm", "learning_rate", "padding_fraction")
 
 
 @pytest.fixture
-def experiment(datasets_dir, tmp_path):
-    """`experiment(workdir, kind, **train)`: a tiny one of 8 steps on 40 images, saved after every third."""
+def experiment(short_run, tmp_path):
+    """`experiment(workdir, kind, **train)`: 8 steps, saved after every third."""
 
     def make(workdir="run", kind="unified", **train):
-        cfg = on_easy_vqa(variants_and_tiles()[kind])
-        return replace(
-            cfg,
-            data=replace(cfg.data, dir=datasets_dir),
-            train=replace(Train(steps=8, batch_size=8, checkpoint_every_steps=3, log_every_steps=1), **train),
-            optim=Optim(warmup_steps=2),
-            eval=replace(cfg.eval, max_examples=8),
-            workdir=str(tmp_path / workdir),
-        )
+        return short_run(kind, tmp_path / workdir, **{"steps": 8, "checkpoint_every_steps": 3, **train})
 
     return make
 
@@ -219,76 +208,6 @@ def test_a_trace_of_the_steps_that_were_asked_for(experiment):
     cfg = experiment(steps=4, profile_steps="2:3")
     loop.train(cfg)
     assert list(Workdir(cfg.workdir).profile.rglob("*.xplane.pb"))
-
-
-def test_what_is_not_finite_is_named_with_the_images_of_its_batch(experiment):
-    cfg = replace(experiment(), optim=Optim(learning_rate=1e38, warmup_steps=0))
-    with pytest.raises(loop.NotFinite) as error:
-        loop.train(cfg)
-    said = str(error.value)
-    assert said.startswith(
-        "step 2: the loss is nan; the parameters are finite and no gradient is; the largest number, "
-    )
-    ids = pipeline.ids(cfg, None, {"next_index": 1})
-    assert said.endswith(f"The batch held the images {', '.join(map(str, ids))}.")
-
-
-PLANTED = {
-    "vision": "vision/patch_embed/positions",
-    "projector": "projector/linear/kernel",
-    "decoder": "decoder/final_norm/scale",
-    "cross_attention": "decoder/blocks/layers/block_0/cross/value/kernel",
-}
-
-
-@pytest.mark.parametrize("part", PLANTED)
-def test_a_parameter_that_is_not_finite_is_named_and_no_other(part):
-    cfg = tiny("cross_attention")
-    with jax.set_mesh(axes.make_mesh(cfg.mesh, jax.devices()[:1])):
-        params = traverse_util.flatten_dict(random_params(cfg), sep="/")
-        params[PLANTED[part]] = params[PLANTED[part]] * np.nan
-        state = make_state(cfg, jax.random.key(0)).replace(params=traverse_util.unflatten_dict(params, sep="/"))
-        _, metrics = jax.jit(train_step, static_argnums=0)(cfg, state, random_batch(cfg))
-    said = loop.first_bad(jax.device_get(metrics["finite"]), jax.device_get(metrics["largest"]))
-    assert said == f"the first parameter that is not finite is of {part} ({PLANTED[part]}), 1 of {len(params)} are not"
-
-
-def test_a_gradient_is_spoilt_from_where_the_backward_pass_comes():
-    paths = [
-        "vision/patch_embed/kernel",
-        "projector/linear/kernel",
-        "decoder/embedding/table",
-        "decoder/final_norm/scale",
-    ]
-    sizes = dict.fromkeys(paths, 1.0)
-    said = loop.first_bad(dict(zip(paths, (False, False, True, True))), sizes)
-    assert said == "the backward pass spoils that of projector (projector/linear/kernel) first, 2 of 4 gradients"
-    said = loop.first_bad(dict.fromkeys(paths, False), sizes | {"projector/linear/kernel": 1e30})
-    assert said.endswith("no gradient is; the largest number, 1e+30, is of projector (projector/linear/kernel)")
-
-
-def test_the_ids_of_a_batch_are_those_of_its_images(experiment):
-    cfg = experiment()
-    data = pipeline.training_iterator(cfg, pipeline.train_tokenizer(cfg))
-    by_id = {record.image_id: record for record in sources.load(cfg.data, cfg.data.train_split)}
-    for _ in range(7):  # over the end of the 40 images
-        state = data.get_state()
-        batch = next(data)
-        for image, image_id in zip(batch.images[:, 0], pipeline.ids(cfg, None, state), strict=True):
-            pixels = image_files.fit(image_files.decode(by_id[image_id].image, "image"), 64)
-            assert np.array_equal(image, image_files.normalise(pixels, cfg.vision))
-
-
-def test_the_place_in_the_data_is_the_same_for_any_number_of_processes(experiment):
-    cfg = experiment()
-    tokenizer = pipeline.train_tokenizer(cfg)
-    alone, first, second = (pipeline.training_iterator(cfg, tokenizer, *of) for of in [(0, 1), (0, 2), (1, 2)])
-    for _ in range(3):
-        next(alone), next(first)
-    assert alone.get_state() == first.get_state()
-    second.set_state(alone.get_state())
-    expected, shares = next(alone).tokens, (next(first).tokens, next(second).tokens)
-    assert np.array_equal(np.stack(shares, 1).reshape(expected.shape), expected)
 
 
 def start(cfg):

@@ -1,0 +1,26 @@
+"""Runs that take seconds."""
+
+from dataclasses import replace
+
+import pytest
+
+from vlm_jax.config import Data, Experiment, Optim, Train
+from vlm_jax.testing import on_easy_vqa, variants_and_tiles
+
+
+@pytest.fixture(scope="session")
+def short_run(datasets_dir):
+    """`short_run(name, workdir, **train)`: a tiny experiment on 40 images of easy-VQA that has not begun."""
+
+    def make(name="unified", workdir="", **train) -> Experiment:
+        cfg = on_easy_vqa(variants_and_tiles()[name])
+        return replace(
+            cfg,
+            data=replace(cfg.data, dir=datasets_dir, augment=Data().augment),
+            train=Train(batch_size=8, log_every_steps=1, **train),
+            optim=Optim(warmup_steps=2),
+            eval=replace(cfg.eval, max_examples=8),
+            workdir=str(workdir),
+        )
+
+    return make

@@ -6,12 +6,14 @@ Float32, batch 8, one image of 196 tokens and 64 text tokens a row, AdamW with c
 weights, inputs and rates; transformers with scaled-dot-product attention and torch's fused AdamW. The losses of the
 first steps are printed side by side and have to agree. The peak is the best of a few products of 2048 x 2048
 matrices, measured by each side in its own turns; the share counts what torch's operators compute (`FlopCounterMode`),
-for both sides alike. In the backward pass ours computes all but the products with weights again (`remat` "dots", in
+for both sides alike. Below it stands ours without what is not computed here: the head where nothing is scored. In the
+backward pass ours computes all but the products with weights again (`remat` "dots", in
 loops that are not laid out): that takes less time than keeping it does. Both have glibc's huge pages, as `run.py` has.
 """
 
 import argparse
 import math
+from dataclasses import replace
 
 import probe
 import turns
@@ -23,11 +25,12 @@ RATE, BETAS, DECAY, CLIP = 1e-4, (0.9, 0.99), 1e-4, 1.0
 
 
 def ours(kind: str, folder: str):
-    """A function that takes a step and returns its loss."""
+    """A function that takes a step and returns its loss, and one that counts the FLOPs of a step."""
     import jax
 
     from vlm_jax import axes
     from vlm_jax.config import Mesh, Optim, Train
+    from vlm_jax.flops import train_flops
     from vlm_jax.structs import State
     from vlm_jax.train import optim as optimizers
     from vlm_jax.train.step import ready_step, state_shardings
@@ -50,7 +53,7 @@ def ours(kind: str, folder: str):
             held["state"], metrics = step(held["state"], batch)
             return float(metrics["loss"])
 
-    return take
+    return take, lambda: train_flops(replace(cfg, data=replace(cfg.data, text_length=probe.TEXT_TOKENS)))
 
 
 def theirs(kind: str, folder: str):
@@ -81,7 +84,7 @@ def theirs(kind: str, folder: str):
         schedule.step()
         return float(loss.detach())
 
-    return take
+    return take, lambda: counted(take)
 
 
 def jax_product():
@@ -103,10 +106,9 @@ SIDES = {"vlm_jax": (ours, jax_product), "transformers": (theirs, torch_product)
 
 
 def serve(side: str, kind: str, folder: str) -> None:
-    step, product = (make(kind, folder) if make in (ours, theirs) else make() for make in SIDES[side])
-    first = {"losses": [step() for _ in range(COMPARED)]}
-    if side == "transformers":
-        first["flops"] = counted(step)
+    make_step, make_product = SIDES[side]
+    (step, count), product = make_step(kind, folder), make_product()
+    first = {"losses": [step() for _ in range(COMPARED)], "flops": count()}
 
     def answer(seconds: float) -> dict:
         found = turns.times(step, seconds) | {"peak_bytes": turns.peak_bytes(step)}
@@ -125,7 +127,8 @@ def counted(step) -> int:
 
 def compare(kind: str, given: argparse.Namespace) -> None:
     first, answers = turns.with_one_model(probe.torch_model(kind), given, "--model", kind)
-    losses, flops = {side: said["losses"] for side, said in zip(answers, first)}, first[-1]["flops"]
+    losses = {side: said["losses"] for side, said in zip(answers, first)}
+    own, flops = (said["flops"] for said in first)
     mine, other = answers.values()
     for side, found in losses.items():
         print(f"{kind}: losses of the first steps, {side:<13}", *(f"{loss:.5f}" for loss in found))
@@ -138,6 +141,7 @@ def compare(kind: str, given: argparse.Namespace) -> None:
         middle, best = turns.middle(found, "seconds"), turns.best(found)
         shares = f"{flops / middle / peak:>9.2f}{flops / best / peak:>9.2f}"
         print(f"{side:<16}{middle:>9.2f}{best:>9.2f}{shares}{turns.middle(found, 'peak_bytes') / 1e9:>9.2f}")
+    print(f"{'of peak, by FLOPs of ours':<28}{own / turns.middle(mine, 'seconds') / peak:.2f} ({own / 1e9:.0f} GFLOP)")
     print(f"{'speed, ours over theirs':<28}{turns.speed(mine, other)}")
     memory = turns.middle(mine, "peak_bytes") / turns.middle(other, "peak_bytes")
     print(f"{'memory, ours over theirs':<28}{memory:.2f}", flush=True)

@@ -161,27 +161,6 @@ def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_checkpoint(experi
     assert saved_steps(cfg) == [8]
 
 
-def test_a_folder_that_goes_away_stops_the_run_and_leaves_the_last_checkpoint(experiment, monkeypatch):
-    cfg = experiment()
-    folder, aside, note = Workdir(cfg.workdir).checkpoints, Path(cfg.workdir, "aside"), loop.note
-
-    def go_away(run, step, *rest):
-        if step == 4:  # as a bucket that is mounted there and is no longer
-            run.checkpoints._manager.wait_until_finished()
-            folder.rename(aside)
-            folder.touch()
-        return note(run, step, *rest)
-
-    with monkeypatch.context() as patched, pytest.raises(NotSaved, match="could not be written to .*checkpoints"):
-        patched.setattr(loop, "note", go_away)
-        loop.train(cfg)
-    folder.unlink()
-    aside.rename(folder)
-    assert saved_steps(cfg) == [3]
-    loop.train(cfg)
-    assert saved_steps(cfg)[-1] == 8
-
-
 def test_a_second_process_in_a_work_folder_is_refused_and_a_dead_one_is_not(experiment):
     cfg = experiment()
     holder = (
@@ -210,18 +189,53 @@ def test_a_trace_of_the_steps_that_were_asked_for(experiment):
     assert list(Workdir(cfg.workdir).profile.rglob("*.xplane.pb"))
 
 
-def start(cfg):
-    """`run.py` in a process of its own, its output read line by line."""
+def start(cfg, *program):
+    """`run.py`, or else this program, in a process of its own, its output read line by line."""
     path = Path(cfg.workdir).parent / f"{Path(cfg.workdir).name}.py"
     path.write_text(
         "import json\nfrom vlm_jax import config_file\n"
         f"def get_config(): return config_file.from_json({config_file.to_json(cfg)!r}, 'config')\n"
     )
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(Path(cfg.workdir).parent / "compiled")}
-    command = [sys.executable, "run.py", "--config", str(path)]
+    command = [sys.executable, *(program or ["run.py"]), "--config", str(path)]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+
+
+WITHOUT_FOLDER = """
+import sys
+from pathlib import Path
+from vlm_jax import cli
+from vlm_jax.train import loop
+
+note = loop.note
+
+def go_away(run, step, *rest):
+    if step == 4:  # as a bucket that is mounted there and is no longer
+        run.checkpoints._manager.wait_until_finished()
+        folder = Path(run.cfg.workdir, "checkpoints")
+        folder.rename(folder.with_name("aside"))
+        folder.touch()
+    return note(run, step, *rest)
+
+loop.note = go_away
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_folder_that_goes_away_ends_the_process_and_leaves_the_last_checkpoint(experiment):
+    cfg = experiment()
+    process = start(cfg, "-c", WITHOUT_FOLDER)
+    output, _ = process.communicate(timeout=120)  # the threads of what cannot be saved wait for ten minutes
+    assert process.returncode == 1, output
+    assert re.search("error: a checkpoint could not be written to .*checkpoints .*Not a directory", output), output
+    folder = Workdir(cfg.workdir).checkpoints
+    folder.unlink()
+    folder.with_name("aside").rename(folder)
+    assert saved_steps(cfg) == [3]
+    loop.train(cfg)
+    assert saved_steps(cfg)[-1] == 8
 
 
 def kill_after(process, cfg, step, seconds):

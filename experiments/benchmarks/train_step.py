@@ -6,9 +6,10 @@ Float32, batch 8, one image of 196 tokens and 64 text tokens a row, AdamW with c
 weights, inputs and rates; transformers with scaled-dot-product attention and torch's fused AdamW. The losses of the
 first steps are printed side by side and have to agree. The peak is the best of a few products of 2048 x 2048
 matrices, measured by each side in its own turns; the share counts what torch's operators compute (`FlopCounterMode`),
-for both sides alike. Below it stands ours without what is not computed here: the head where nothing is scored. In the
-backward pass ours computes all but the products with weights again (`remat` "dots", in
-loops that are not laid out): that takes less time than keeping it does. Both have glibc's huge pages, as `run.py` has.
+for both sides alike. Below it stands that of ours by `vlm_jax/flops.py`: without the head where nothing is scored, with
+attention, which torch's counter leaves out on a CPU. In the backward pass ours computes all but the products with
+weights again (`remat` "dots", in loops that are not laid out): that takes less time than keeping it does. Both have
+glibc's huge pages, as `run.py` has.
 """
 
 import argparse

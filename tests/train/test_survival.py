@@ -227,7 +227,10 @@ sys.exit(cli.main(sys.argv[1:]))
 def test_a_folder_that_goes_away_ends_the_process_and_leaves_the_last_checkpoint(experiment):
     cfg = experiment()
     process = start(cfg, "-c", WITHOUT_FOLDER)
-    output, _ = process.communicate(timeout=120)  # the threads of what cannot be saved wait for ten minutes
+    try:
+        output, _ = process.communicate(timeout=120)  # the threads of what cannot be saved wait for ten minutes
+    finally:
+        process.kill()
     assert process.returncode == 1, output
     assert re.search("error: a checkpoint could not be written to .*checkpoints .*Not a directory", output), output
     folder = Workdir(cfg.workdir).checkpoints

@@ -31,8 +31,8 @@ class Transformer:
     score_softcap: float = 0.0  # c: attention's scores become c tanh(score / c); 0: they stay
     residual_scale: Literal["none", "vector", "tanh"] = "none"  # of what a sublayer adds: D numbers, or tanh of one
     unroll: int = 1  # blocks (or periods of them) laid out per turn of the loop: slower to compile, remat saves less
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again: nothing, all but products
-    #   with weights, or everything but the inputs of the blocks
+    remat: Literal["none", "attention", "dots", "full"] = "none"  # what the backward pass computes again: nothing, all
+    #   but attention and products with weights, all but those products, or everything but the inputs of the blocks
 
     @property
     def num_kv_heads(self) -> int:

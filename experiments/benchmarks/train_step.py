@@ -7,9 +7,9 @@ weights, inputs and rates; transformers with scaled-dot-product attention and to
 first steps are printed side by side and have to agree. The peak is the best of a few products of 2048 x 2048
 matrices, measured by each side in its own turns; the share counts what torch's operators compute (`FlopCounterMode`),
 for both sides alike. Below it stands that of ours by `vlm_jax/flops.py`: without the head where nothing is scored, with
-attention, which torch's counter leaves out on a CPU. In the backward pass ours computes all but the products with
-weights again (`remat` "dots", in loops that are not laid out): that takes less time than keeping it does. Both have
-glibc's huge pages, as `run.py` has.
+attention, which torch's counter leaves out on a CPU. In the backward pass ours computes all but attention and the
+products with weights again (`remat` "attention", in loops that are not laid out): that takes less time than keeping it
+does. Both have glibc's huge pages, as `run.py` has.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def ours(kind: str, folder: str):
 
     optim = Optim("adamw", RATE, warmup_steps=1, beta1=BETAS[0], beta2=BETAS[1], weight_decay=DECAY, clip_norm=CLIP)
     train = Train(steps=STEPS, batch_size=probe.ROWS)
-    model = probe.Ours.load(folder, unroll=1, remat="dots", optim=optim, train=train)
+    model = probe.Ours.load(folder, unroll=1, remat="attention", optim=optim, train=train)
     cfg, mesh, batch = model.cfg, axes.make_mesh(Mesh()), model.batch(probe.inputs(kind))
     with jax.set_mesh(mesh):
         trained, _ = optimizers.split(model.params, cfg.optim)

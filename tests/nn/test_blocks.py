@@ -148,7 +148,7 @@ def loss_gradients(cfg, blocks, params):
 
 
 @pytest.mark.parametrize("unroll", [1, 4])
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["attention", "dots", "full"])
 def test_remat_is_no_remat(remat, unroll):
     """The same parameters, loss and gradients."""
     blocks, again = (CROSSING, PLAIN) * 2, replace(CFG, remat=remat, unroll=unroll)
@@ -172,5 +172,5 @@ def test_remat_takes_less_memory_the_more_it_computes_again():
         step = jax.jit(jax.grad(loss)).lower(params, jax.ShapeDtypeStruct((8, 64, 16), jnp.float32)).compile()
         return step.memory_analysis().temp_size_in_bytes
 
-    none, dots, full = map(temporary_bytes, ("none", "dots", "full"))
-    assert full < 0.5 * dots < 0.5 * none
+    none, attention, dots, full = map(temporary_bytes, ("none", "attention", "dots", "full"))
+    assert full < 0.5 * dots < 0.5 * attention < 0.5 * none

@@ -33,9 +33,9 @@ def _boxes(tree):
     return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, meta.AxisMetadata))[0]
 
 
-@pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
-def test_matmul_has_the_value_and_the_gradients_of_a_plain_product(leading):
-    x, w, dy = random(*leading, 4), random(4, 5), random(*leading, 5)
+@pytest.mark.parametrize("leading, outputs", [((), 5), ((3,), 5), ((2, 3), 5), ((2, 3), 3)])
+def test_matmul_has_the_value_and_the_gradients_of_a_plain_product(leading, outputs):
+    x, w, dy = random(*leading, 4), random(4, outputs), random(*leading, outputs)
     expected, plain = jax.vjp(lambda x, w: x @ w, x, w)
     actual, custom = jax.vjp(layers.matmul, x, w)
     np.testing.assert_allclose(actual, expected, rtol=1e-6)

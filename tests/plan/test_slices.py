@@ -44,18 +44,31 @@ def test_the_predicted_peak_is_near_the_compilers(kind, remat, rates):
     assert predicted == pytest.approx(compiled.compile_step(cfg, mesh).hbm_bytes, rel=0.15)
 
 
-def test_attention_is_a_kernel_that_holds_no_scores():
-    cfg, small = experiment(), {"width": 128, "depth": 2, "heads": 2, "mlp_width": 128}
+def compiled_text(remat):
+    cfg, small = experiment(remat=remat), {"width": 128, "depth": 2, "heads": 2, "mlp_width": 128}
     cfg = replace(
         cfg,
         vision=replace(cfg.vision, **small),
         decoder=replace(cfg.decoder, **small, head_dim=64, vocab_size=128),
         train=replace(cfg.train, batch_size=4),
     )
-    text = compiled.lowered(cfg, four_chips(cfg)).compile().as_text()
-    assert {"fwd", "dq", "dkv"} == set(re.findall(r"%splash_mha_(fwd|dq|dkv)\w*[.\d]* = ", text))
-    length = -(-cfg.row_length // 128) * 128
+    return cfg.row_length, compiled.lowered(cfg, four_chips(cfg)).compile().as_text()
+
+
+def kernels_of_attention(text):
+    return re.findall(r"%splash_mha_(fwd|dq|dkv)\w*[.\d]* = ", text)
+
+
+def test_attention_is_a_kernel_that_holds_no_scores():
+    row_length, text = compiled_text("none")
+    assert {"fwd", "dq", "dkv"} == set(kernels_of_attention(text))
+    length = -(-row_length // 128) * 128
     assert not re.search(rf"(bf16|f32)\[[\d,]*{length},{length}\]", text)
+
+
+def test_what_the_kernel_gave_is_kept_by_remat_attention_and_computed_again_by_remat_dots():
+    counts = {remat: kernels_of_attention(compiled_text(remat)[1]).count("fwd") for remat in ("attention", "dots")}
+    assert counts == {"attention": 2, "dots": 4}  # of the encoder and of the decoder
 
 
 @pytest.mark.slow

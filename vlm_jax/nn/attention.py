@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import axes
 from vlm_jax.config import Transformer
-from vlm_jax.nn.kernels import kernel_for
+from vlm_jax.nn.kernels import KEPT, kernel_for
 from vlm_jax.nn.layers import Dense, Norm, softcap
 
 KeyValue = tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]  # as they are cached: a head's keys lie together
@@ -39,7 +40,7 @@ def attend(
     compute the same without holding the scores.
     """
     rows, length, heads, width = q.shape
-    scale = scale or width**-0.5
+    q, k, scale = checkpoint_name(q, KEPT), checkpoint_name(k, KEPT), scale or width**-0.5
     kernel = kernel_for(q, k, mask, cap)
     if kernel is not None:
         return kernel(q, k, v, mask, scale, cap)
@@ -63,8 +64,8 @@ def _attend_forward(q, k, v, mask, cap=0.0):
     scores = softcap(jnp.einsum("bkrh,bkth->bkrt", q, k).astype(jnp.float32), cap)
     if mask is not None:
         scores = jnp.where(mask, scores, NEVER)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    y = jnp.einsum("bkrt,bkth->bkrh", probabilities, v)
+    probabilities = checkpoint_name(jax.nn.softmax(scores, axis=-1).astype(q.dtype), KEPT)
+    y = checkpoint_name(jnp.einsum("bkrt,bkth->bkrh", probabilities, v), KEPT)
     return y, (q, k, v, probabilities, y)
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from vlm_jax import axes
 
+KEPT = "attention"  # the name of what `remat` "attention" keeps of it; cuDNN's sums have none, so it computes again
 LANES = 128  # a block's sides are multiples of it
 LARGEST_BLOCK = 640  # scores of a block, float32, and what they are made from fit the fast memory of a core
 SHORTEST = 256  # queries and keys: below, the padding to blocks costs more than the scores in memory
@@ -68,7 +69,7 @@ def _row(q, k, v, mask, cap: float, interpret: bool):
         block_q_dq=block_q,
         block_kv_dq=block_kv,
     )
-    settings = {"attn_logits_soft_cap": cap or None, "interpret": interpret}
+    settings = {"attn_logits_soft_cap": cap or None, "interpret": interpret, "residual_checkpoint_name": KEPT}
     kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, **settings)
     # Traced, the mark has become an array that Python cannot ask.
     kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)

@@ -52,6 +52,29 @@ def test_the_kernel_for_tpus_is_attend(name):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("on", ["tpu", "gpu"])
+def test_in_bfloat16_a_kernel_is_as_near_to_float32_as_attend(on, name):
+    arrays, dy, cap = case(*CASES[name])
+    cap = 0.0 if on == "gpu" else cap
+    narrow = [x if x is None or x.dtype == bool else x.astype(jnp.bfloat16) for x in arrays]
+    settings = {"tpu": {"interpret": True}, "gpu": {"implementation": "xla"}}[on]
+    kernel = {"tpu": kernels.on_tpu, "gpu": kernels.on_gpu}[on]
+
+    def plain(*x):
+        return attend(*x, scale=0.1, cap=cap)
+
+    exact = value_and_gradients(plain, arrays, dy)[1]
+    found = value_and_gradients(lambda *x: kernel(*x, 0.1, cap, **settings), narrow, dy)[1]
+    for wide, ours, theirs in zip(exact, found, value_and_gradients(plain, narrow, dy)[1]):
+        assert ours.dtype == jnp.bfloat16
+        assert error(ours, wide) < 1.5 * error(theirs, wide) + 1e-3
+
+
+def error(x, exact):
+    return float(jnp.linalg.norm(x.astype(jnp.float32) - exact) / jnp.linalg.norm(exact))
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_what_cudnn_is_asked_for_is_attend(name):
     arrays, dy, _ = case(*CASES[name])
     assert_same(lambda *x: kernels.on_gpu(*x, 0.1, implementation="xla"), lambda *x: attend(*x, scale=0.1), arrays, dy)

@@ -14,7 +14,7 @@ from vlm_jax import axes
 from vlm_jax.config import ConfigError, Optim, RateScale
 from vlm_jax.testing import random_batch, variants_and_tiles
 from vlm_jax.train import loop, optim
-from vlm_jax.train.step import compiled_step, make_state, summed
+from vlm_jax.train.step import compiled_step, make_state, state_shardings, summed
 from vlm_jax.validate import validate
 
 ONE, EIGHT = (1, 1, 1), (2, 2, 2)
@@ -67,6 +67,22 @@ def test_rows_stay_on_their_devices_when_a_batch_is_cut_into_microbatches():
         program = cut.lower(batch).compile().as_text()
     assert not any(word in program for word in ("all-to-all(", "collective-permute(", "all-gather("))
     assert "all-reduce" in program
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 2, 4), (2, 2, 2)], ids=str)
+def test_a_state_is_made_where_it_lies_and_whole_nowhere(shape):
+    cfg = experiment("unified")
+    cfg = replace(cfg, decoder=replace(cfg.decoder, width=256, vocab_size=8192, mlp_width=1024))
+
+    def bytes_of_each_device(shape):
+        mesh = mesh_of(shape)
+        with jax.set_mesh(mesh):
+            make = jax.jit(lambda key: make_state(cfg, key), out_shardings=state_shardings(cfg, mesh))
+            found = make.lower(jax.random.key(0)).compile().memory_analysis()
+        return found.output_size_in_bytes + found.temp_size_in_bytes
+
+    data, fsdp, tensor = shape
+    assert bytes_of_each_device(shape) < 1.1 * bytes_of_each_device((8, 1, 1)) / (fsdp * tensor)
 
 
 def test_microbatches_take_less_memory():

@@ -101,6 +101,7 @@ def train(arguments: list[str]) -> int:
     from vlm_jax import distributed
     from vlm_jax.train import loop, preemption
     from vlm_jax.train.checkpoint import NotSaved
+    from vlm_jax.train.not_finite import NotFinite
 
     try:
         with preemption.handler(preemption.stop_at_once):
@@ -108,7 +109,7 @@ def train(arguments: list[str]) -> int:
             keep_compiled(cfg)
             loop.train(cfg)
             return _evaluate(cfg)
-    except (loop.NotFinite, NotSaved) as error:
+    except (NotFinite, NotSaved) as error:
         print(f"error: {error}", file=sys.stderr)
         if isinstance(error, NotSaved):  # of this process alone
             distributed.leave(1)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from vlm_jax.cli import main
 from vlm_jax.train import loop
+from vlm_jax.train.not_finite import NotFinite
 from vlm_jax.workdir import Workdir
 
 CONFIG = """
@@ -147,7 +148,7 @@ def test_another_config_is_refused_and_the_run_is_kept(run, folder, capsys):
 
 def test_a_run_that_is_not_finite_ends_with_code_1(folder, tmp_path, capsys, monkeypatch):
     def train(cfg):
-        raise loop.NotFinite("step 2: the loss is nan")
+        raise NotFinite("step 2: the loss is nan")
 
     monkeypatch.setattr(loop, "train", train)
     assert main(["--config", str(folder / "small.py"), "--workdir", str(tmp_path / "bad")]) == 1

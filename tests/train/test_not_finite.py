@@ -13,6 +13,7 @@ from vlm_jax.config import Optim
 from vlm_jax.data import pipeline
 from vlm_jax.testing import random_batch, random_params, tiny
 from vlm_jax.train import loop
+from vlm_jax.train.not_finite import NotFinite, first_bad
 from vlm_jax.train.step import make_state, train_step
 from vlm_jax.workdir import Workdir
 
@@ -35,7 +36,7 @@ def test_a_number_that_is_not_finite_stops_the_run_before_it_is_saved(cfg, monke
         return step
 
     monkeypatch.setattr(loop, "ready_step", ready_step)
-    with pytest.raises(loop.NotFinite, match=f"step {bad_step}: the {field} is nan"):
+    with pytest.raises(NotFinite, match=f"step {bad_step}: the {field} is nan"):
         loop.train(cfg)
     workdir = Workdir(cfg.workdir)
     assert [path.name for path in workdir.checkpoints.iterdir()] == ["2"]
@@ -45,7 +46,7 @@ def test_a_number_that_is_not_finite_stops_the_run_before_it_is_saved(cfg, monke
 
 def test_what_is_not_finite_is_named_with_the_images_of_its_batch(cfg):
     cfg = replace(cfg, optim=Optim(learning_rate=1e38, warmup_steps=0))
-    with pytest.raises(loop.NotFinite) as error:
+    with pytest.raises(NotFinite) as error:
         loop.train(cfg)
     assert not list(Workdir(cfg.workdir).checkpoints.iterdir())
     said = str(error.value)
@@ -72,7 +73,7 @@ def test_a_parameter_that_is_not_finite_is_named_and_no_other(part):
         params[PLANTED[part]] = params[PLANTED[part]] * np.nan
         state = make_state(cfg, jax.random.key(0)).replace(params=traverse_util.unflatten_dict(params, sep="/"))
         _, metrics = jax.jit(train_step, static_argnums=0)(cfg, state, random_batch(cfg))
-    said = loop.first_bad(jax.device_get(metrics["finite"]), jax.device_get(metrics["largest"]))
+    said = first_bad(jax.device_get(metrics["finite"]), jax.device_get(metrics["largest"]))
     assert said == f"the first parameter that is not finite is of {part} ({PLANTED[part]}), 1 of {len(params)} are not"
 
 
@@ -84,7 +85,7 @@ def test_a_gradient_is_spoilt_from_where_the_backward_pass_comes():
         "decoder/final_norm/scale",
     ]
     sizes = dict.fromkeys(paths, 1.0)
-    said = loop.first_bad(dict(zip(paths, (False, False, True, True))), sizes)
+    said = first_bad(dict(zip(paths, (False, False, True, True))), sizes)
     assert said == "the backward pass spoils that of projector (projector/linear/kernel) first, 2 of 4 gradients"
-    said = loop.first_bad(dict.fromkeys(paths, False), sizes | {"projector/linear/kernel": 1e30})
+    said = first_bad(dict.fromkeys(paths, False), sizes | {"projector/linear/kernel": 1e30})
     assert said.endswith("no gradient is; the largest number, 1e+30, is of projector (projector/linear/kernel)")

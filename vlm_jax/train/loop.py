@@ -24,9 +24,10 @@ from vlm_jax.flops import train_flops
 from vlm_jax.hub import compose
 from vlm_jax.hub.tokenizer import HubTokenizer
 from vlm_jax.structs import PADDING, Batch, State
-from vlm_jax.train import optim, preemption
+from vlm_jax.train import preemption
 from vlm_jax.train.checkpoint import Checkpoints, NotSaved
 from vlm_jax.train.log import Log, Work
+from vlm_jax.train.not_finite import NotFinite, first_bad
 from vlm_jax.train.peak import peak_flops_per_second
 from vlm_jax.train.preemption import Notice, Preempted
 from vlm_jax.train.profile import Profile
@@ -44,10 +45,6 @@ class Run:
     checkpoints: Checkpoints
     log: Log | None  # None on every process but the first
     notice: Notice
-
-
-class NotFinite(RuntimeError):
-    """The loss or its gradient became NaN or infinite."""
 
 
 def train(cfg: Experiment) -> State:
@@ -219,34 +216,3 @@ def note(run: Run, step: int, metrics: dict, data_wait_seconds: float, place: di
     if run.log is not None:
         run.log.step(step, metrics, Work(*map(int, counts), data_wait_seconds))
     return metrics["loss"]
-
-
-def first_bad(finite: dict[str, bool], largest: dict[str, float]) -> str:
-    """Names the parameter where it began, and its part, out of which gradients are finite and the parameters' sizes.
-
-    That is the first bad parameter of the forward pass, or else the first gradient that the backward pass spoils. Where
-    all of those are spoilt the forward pass was: there the largest number is named.
-    """
-    bad = sorted((path for path, size in largest.items() if not math.isfinite(size)), key=_place)
-    if bad:
-        return f"the first parameter that is not finite is of {_named(bad[0])}, {len(bad)} of {len(largest)} are not"
-    spoilt = sorted((path for path, is_finite in finite.items() if not is_finite), key=_place)
-    if not spoilt:
-        return "each gradient is finite"
-    if len(spoilt) < len(finite):
-        return f"the backward pass spoils that of {_named(spoilt[-1])} first, {len(spoilt)} of {len(finite)} gradients"
-    path = max(largest, key=largest.get)
-    return (
-        f"the parameters are finite and no gradient is; the largest number, {largest[path]:.3g}, is of {_named(path)}"
-    )
-
-
-def _place(path: str) -> tuple:
-    """Where a parameter is read in the forward pass."""
-    names = tuple(path.split("/"))
-    ends = {"patch_embed": 0, "embedding": 0, "final_norm": 2, "free_head": 3}
-    return optim.PARTS.index(optim.part_of(names)), ends.get(names[1], 1), path
-
-
-def _named(path: str) -> str:
-    return f"{optim.part_of(tuple(path.split('/')))} ({path})"

@@ -13,16 +13,18 @@ from vlm_jax.plan import compiled, memory
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs requirements-tpu.txt")
 
 
-def experiment(kind="unified", depth=4, remat="none", rates=None):
-    cfg = testing.tiny(kind)
-    stack = {"width": 512, "depth": depth, "heads": 4, "mlp_width": 2048, "remat": remat}
+ROWS = {"none": 32, "attention": 96, "dots": 128, "full": 256}  # by `remat`: they fill half a chip's memory and more
+
+
+def experiment(kind="unified", remat="none", rates=None, **sizes):
+    cfg, stack = testing.tiny(kind), {"width": 2048, "depth": 4, "heads": 16, "mlp_width": 8192, "remat": remat} | sizes
     return replace(
         cfg,
         vision=replace(cfg.vision, image_size_px=256, patch_size_px=16, **stack),
-        decoder=replace(cfg.decoder, **stack, vocab_size=4096, max_positions=1024, gated_mlp=True),
+        decoder=replace(cfg.decoder, **stack, vocab_size=32000, max_positions=1024, gated_mlp=True),
         data=replace(cfg.data, text_length=512),
         optim=Optim(rate_scale=rates or RateScale()),
-        train=Train(batch_size=128, compute_dtype="bfloat16"),  # the 128 MiB of fast memory hold a small share
+        train=Train(batch_size=ROWS[remat], compute_dtype="bfloat16"),
         mesh=Mesh(data=1, fsdp=-1),
     )
 
@@ -32,7 +34,7 @@ def four_chips(cfg):
 
 
 FROZEN = RateScale(vision=0, decoder=0)
-CASES = [(kind, remat, RateScale()) for kind in testing.KINDS for remat in ("none", "dots", "full")]
+CASES = [(kind, remat, RateScale()) for kind in testing.KINDS for remat in ROWS]
 
 
 @pytest.mark.slow
@@ -45,11 +47,10 @@ def test_the_predicted_peak_is_near_the_compilers(kind, remat, rates):
 
 
 def compiled_text(remat):
-    cfg, small = experiment(remat=remat), {"width": 128, "depth": 2, "heads": 2, "mlp_width": 128}
+    cfg = experiment(remat=remat, width=128, depth=2, heads=2, mlp_width=128)
     cfg = replace(
         cfg,
-        vision=replace(cfg.vision, **small),
-        decoder=replace(cfg.decoder, **small, head_dim=64, vocab_size=128),
+        decoder=replace(cfg.decoder, head_dim=64, vocab_size=128),
         train=replace(cfg.train, batch_size=4),
     )
     return cfg.row_length, compiled.lowered(cfg, four_chips(cfg)).compile().as_text()
@@ -75,7 +76,7 @@ def test_what_the_kernel_gave_is_kept_by_remat_attention_and_computed_again_by_r
 def test_compile_time_and_size_of_the_program_do_not_grow_with_depth():
     sizes, seconds = [], []
     for depth in (12, 48):
-        cfg = experiment(depth=depth, remat="full")
+        cfg = experiment(remat="full", depth=depth, width=512, heads=4, mlp_width=2048)
         found = compiled.compile_step(cfg, four_chips(cfg))
         seconds.append(found.compile_seconds)
         sizes.append(found.code_bytes)

@@ -126,9 +126,10 @@ def test_what_does_not_fit_is_said_with_what_to_change(capsys, config):
 
 
 @needs_libtpu
-def test_what_the_compiler_says_does_not_fit_is_said(capsys, config, monkeypatch):
+@pytest.mark.parametrize("said", ["Used 20.50G of 15.75G hbm.", "for HLO temporaries (20.50G) exceeds HBM (15.75G)."])
+def test_what_the_compiler_says_does_not_fit_is_said(capsys, config, monkeypatch, said):
     def refuse(cfg, mesh):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: XLA ran out. Used 20.50G of 15.75G hbm.")
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: Ran out of memory. {said}")
 
     monkeypatch.setattr(compiled, "lowered", refuse)
     assert cli.main(["plan", "--config", config, "--topology", "v5e:1x1"]) == 0

@@ -2,7 +2,7 @@
 
 A value lives from the operation that makes it to the last one that reads it. What XLA fuses is not held: a value that
 is computed number by number lives on as what it is computed from, unless a loop takes it in. A loop holds what it
-stacks over its turns, and in a turn what its body holds, the slices of what it goes through included.
+stacks over its turns, and in a turn what its body holds, with the slices that more than fused operations read.
 """
 
 import math
@@ -56,7 +56,8 @@ def peak_bytes(program: core.Jaxpr, split: Split, slices: int = 0) -> float:
     operations, outputs = _flat(program, inputs)
     readers = _readers(operations)
     _widen(operations, readers)
-    held_from = dict.fromkeys(inputs[len(inputs) - slices :], 0)
+    cut = inputs[len(inputs) - slices :]
+    held_from = {value: 0 for value in cut if not {reader.name for reader in readers[value]} <= FUSED}
     last = _lives(operations, outputs, held_from, _kept(operations, readers))
     return _sweep(operations, held_from, last, split)
 

@@ -23,7 +23,7 @@ from vlm_jax.train.step import state_shapes, state_shardings, train_step
 
 # Of what comes and goes, the share that the TPU compiler leaves empty in between: so large that the four training
 # configs of `configs/` and the cases of tests/plan/test_slices.py are predicted within 15 % of what it reserves.
-HOLES = 0.05
+HOLES = 0.1
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     python experiments/benchmarks/packing_window.py [--conversations 20000]
 
 Lengths are drawn: log-normal text of 280 tokens on average and, for 94 of 100 conversations, an image of 576 tokens, as
-in LLaVA's second stage. They are packed by the packer that training uses (`vlm_jax/data/packing.py`).
+in LLaVA's second stage. Grain's packer packs them, which training uses, too (`vlm_jax/data/packing.py`).
 """
 
 import argparse

@@ -57,8 +57,10 @@ def test_in_bfloat16_a_kernel_is_as_near_to_float32_as_attend(on, name):
     arrays, dy, cap = case(*CASES[name])
     cap = 0.0 if on == "gpu" else cap
     narrow = [x if x is None or x.dtype == bool else x.astype(jnp.bfloat16) for x in arrays]
-    settings = {"tpu": {"interpret": True}, "gpu": {"implementation": "xla"}}[on]
-    kernel = {"tpu": kernels.on_tpu, "gpu": kernels.on_gpu}[on]
+    kernel, settings = {
+        "tpu": (kernels.on_tpu, {"interpret": True}),
+        "gpu": (kernels.on_gpu, {"implementation": "xla"}),
+    }[on]
 
     def plain(*x):
         return attend(*x, scale=0.1, cap=cap)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 from flax import traverse_util
@@ -11,7 +10,7 @@ from flax import traverse_util
 from tests.nn.models import EXPERIMENTS, decoder, differ, rows, without_images
 from vlm_jax import axes
 from vlm_jax.config import Experiment, Fusion, Projector, Rope
-from vlm_jax.nn.vlm import init_params
+from vlm_jax.nn.models import boxed_params
 from vlm_jax.structs import PADDING
 from vlm_jax.testing import KINDS, random_batch, tiny
 from vlm_jax.train.optim import PARTS, part_of
@@ -66,8 +65,7 @@ def all_sorts() -> Iterator[Experiment]:
 
 
 def boxes(cfg):
-    boxed = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
-    return traverse_util.flatten_dict(boxed)
+    return traverse_util.flatten_dict(boxed_params(cfg))
 
 
 @pytest.mark.parametrize("cfg", list(all_sorts()), ids=lambda cfg: f"{cfg.fusion.kind}-{cfg.projector.kind}")

@@ -24,7 +24,8 @@ from tests.nn.models import (
 )
 from vlm_jax.config import Experiment
 from vlm_jax.data import questions
-from vlm_jax.nn.vlm import empty_cache, init_params
+from vlm_jax.nn.models import initializer
+from vlm_jax.nn.vlm import empty_cache
 from vlm_jax.structs import PADDING, Batch
 from vlm_jax.testing import random_batch, tiny
 from vlm_jax.train.optim import part_of
@@ -141,7 +142,7 @@ def gates_of(params):
 
 def test_the_gates_of_a_new_model_are_closed():
     cfg = tiny("cross_attention")
-    gates = jax.jit(lambda key: list(gates_of(meta.unbox(init_params(cfg, key))).values()))(jax.random.key(0))
+    gates = list(gates_of(meta.unbox(initializer(cfg)(jax.random.key(0)))).values())
     assert len(gates) == 2
     assert not np.any(gates)
 

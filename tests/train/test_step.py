@@ -11,7 +11,9 @@ from flax import traverse_util
 
 from vlm_jax import axes
 from vlm_jax.config import Mesh, Optim, factorizations
+from vlm_jax.nn.vlm import VLM
 from vlm_jax.testing import random_batch, random_params, tiny, variants_and_tiles
+from vlm_jax.train.loop import seconds_at_peak
 from vlm_jax.train.step import abstract_state, compiled_step, new_state
 
 MESHES = factorizations(8)  # 8 does not divide the 4 heads: they are kept whole
@@ -95,6 +97,17 @@ def test_parameters_that_are_loaded_are_never_made(monkeypatch):
     flat = traverse_util.flatten_dict(state.params, sep="/")
     assert flat.keys() == params.keys()
     assert all(flat[path] is x for path, x in loaded.items())
+
+
+def test_a_new_run_traces_the_initialization_once(monkeypatch):
+    """FLOPs, shardings and parameters ask for it: it is a good part of a second start."""
+    cfg, mesh, traced = replace(experiment("unified"), seed=7), mesh_of((1, 1, 1)), []
+    init = VLM.init
+    monkeypatch.setattr(VLM, "init", lambda *args: traced.append(args) or init(*args))
+    seconds_at_peak(cfg, mesh)
+    with jax.set_mesh(mesh):
+        new_state(cfg, mesh, {})
+    assert len(traced) == 1
 
 
 @functools.cache

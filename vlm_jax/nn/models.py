@@ -1,6 +1,7 @@
-"""Which module a config builds, and the shapes of its parameters."""
+"""Which module a config builds, and its parameters: new ones, or their shapes."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,12 @@ def example_inputs(cfg: Config) -> tuple:
 
 
 @functools.cache
+def initializer(cfg: Config) -> Callable:
+    """From a key to the boxed parameters (`axes.Lettered`) of a new model; jitted, so that one mesh traces it once."""
+    return jax.jit(lambda key: model_of(cfg).init(key, *example_inputs(cfg))["params"])
+
+
+@functools.cache
 def boxed_params(cfg: Config):
-    """Shapes and letters (`axes.Lettered`) of the parameters; nothing is computed, and the model is traced once."""
-    return jax.eval_shape(lambda: model_of(cfg).init(jax.random.key(0), *example_inputs(cfg))["params"])
+    """Shapes and letters (`axes.Lettered`) of the parameters; nothing is computed."""
+    return jax.eval_shape(initializer(cfg), jax.random.key(0))

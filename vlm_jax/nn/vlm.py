@@ -79,11 +79,6 @@ def empty_cache(cfg: Experiment, prompt: Batch, new_tokens: int, dtype=jnp.float
     )
 
 
-def init_params(cfg: Experiment, key: jax.Array):
-    """Boxed parameters (`axes.Lettered`) of a new model; under `jax.eval_shape`, their shapes and letters alone."""
-    return VLM(cfg).init(key, example_batch(cfg))["params"]
-
-
 def example_batch(cfg: Experiment, rows: int = 1, length: int | None = None) -> Batch:
     """Zeros in the shape of a batch of `rows` rows with one image each."""
     length = length or cfg.row_length

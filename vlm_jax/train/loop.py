@@ -69,7 +69,7 @@ def train(cfg: Experiment) -> State:
             tokenizer = tokenizer_of(cfg, workdir)
             data = pipeline.training_iterator(cfg, tokenizer, *axes.share_of_rows(mesh))
             check_data(cfg, tokenizer, data)
-            at_peak = seconds_at_peak(cfg)
+            at_peak = seconds_at_peak(cfg, mesh)
         with distributed.together():
             if is_main:
                 stack.enter_context(workdir.locked())
@@ -112,10 +112,11 @@ def closing(log: Log | None, checkpoints: Checkpoints):
     checkpoints.close()
 
 
-def seconds_at_peak(cfg: Experiment) -> float | None:
+def seconds_at_peak(cfg: Experiment, mesh: jax.sharding.Mesh) -> float | None:
     """What a step would take if all devices multiplied matrices at their best rate all the time."""
     peak = peak_flops_per_second(cfg.train.compute_dtype)
-    return peak and train_flops(cfg) / peak
+    with jax.set_mesh(mesh):  # where the parameters are made later: their shapes are traced once
+        return peak and train_flops(cfg) / peak
 
 
 def check_rows(cfg: Experiment, mesh: jax.sharding.Mesh) -> None:

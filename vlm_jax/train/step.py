@@ -10,8 +10,8 @@ from flax.linen import meta
 
 from vlm_jax import axes
 from vlm_jax.config import Experiment
-from vlm_jax.nn.models import boxed_params
-from vlm_jax.nn.vlm import VLM, init_params
+from vlm_jax.nn.models import boxed_params, initializer
+from vlm_jax.nn.vlm import VLM
 from vlm_jax.start import give_back_memory
 from vlm_jax.structs import Batch, State
 from vlm_jax.train import optim
@@ -20,7 +20,7 @@ from vlm_jax.train.loss import Head, Params, head_cross_entropy
 
 def make_state(cfg: Experiment, key: jax.Array) -> State:
     """A new run's state, all at random; `new_state` jits it so that every parameter is created where it lies."""
-    params = stored(cfg, meta.unbox(init_params(cfg, key)))
+    params = stored(cfg, meta.unbox(initializer(cfg)(key)))
     trained, _ = optim.split(params, cfg.optim)
     return State(jnp.int32(0), params, optim.optimizer(cfg.optim, cfg.train.steps).init(trained))
 

@@ -130,7 +130,9 @@ def test_a_platform_that_is_not_there_is_refused_in_a_sentence(monkeypatch):
         mesh()
 
 
-@pytest.mark.parametrize("sizes", [(3, 1, 1), (2, 2, 1), (-1, -1, 1), (-1, 3, 1), (16, 1, 1), (0, 1, -1)])
+@pytest.mark.parametrize(
+    "sizes", [(3, 1, 1), (2, 2, 1), (-1, -1, 1), (-1, 3, 1), (16, 1, 1), (0, 1, -1), (-2, -4, 1), (-1, -2, -2)]
+)
 def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_its_fields(sizes):
     with pytest.raises(ConfigError, match="mesh.data x mesh.fsdp x mesh.tensor .* 8 device"):
         mesh(*sizes)

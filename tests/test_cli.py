@@ -88,8 +88,8 @@ MISTAKES = {
         ["optim.learning_rate is nan: it must be at least 0"],
     ),
     "a number without end": (
-        ["--config", CONFIG, "--optim.learning_rate", "inf"],
-        ["optim.learning_rate is inf: it must be a finite number"],
+        ["--config", CONFIG, "--optim.clip_norm", "inf"],
+        ["optim.clip_norm is inf: it must be a finite number"],
     ),
     "a value that is too small": (["--config", CONFIG, "--train.steps", "0"], ["train.steps is 0", "at least 1"]),
     "steps that are no range": (

@@ -9,7 +9,7 @@ import pytest
 from vlm_jax import config_file
 from vlm_jax.config import ConfigError, Data, Experiment, Fusion, Mesh, Optim, RateScale, Vision
 from vlm_jax.testing import KINDS, tiny
-from vlm_jax.validate import validate
+from vlm_jax.validate import flat, validate
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 named = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -169,6 +169,11 @@ def test_overrides_are_typed():
     assert cfg.fusion == Fusion("cross_attention", cross_layers=(0, 1))
     assert cfg.optim.learning_rate == 1e-4
     assert cfg.vision.tile_layouts == ((1, 1), (1, 2))
+
+
+def test_a_field_that_may_be_empty_is_emptied():
+    for field in config_file.MAY_BE_EMPTY:
+        assert flat(config_file.override(Experiment(), [f"--{field}", ""], "test"))[field] == ""
 
 
 def test_tuples_of_every_form_are_read():

@@ -260,16 +260,17 @@ print("printed")
 try:
     with distributed.together():
         if sys.argv[2] == "1":
-            raise ConfigError("no disk here.")
-except ConfigError as error:
+            raise REFUSED("no disk here.")
+except (ConfigError, OSError) as error:
     print(error, file=sys.stderr)
 """
 
 
-def test_each_process_knows_its_share_of_the_rows_and_what_the_other_refuses():
+@pytest.mark.parametrize("refused", ["ConfigError", "OSError"])
+def test_each_process_knows_its_share_of_the_rows_and_what_the_other_refuses(refused):
     """Where tensor reaches over both, they hold the same rows: one share."""
     address = free_address()
-    running = [begin(["-c", SHARES, address, i]) for i in range(2)]
+    running = [begin(["-c", SHARES.replace("REFUSED", refused), address, i]) for i in range(2)]
     (_, out, err), (_, second_out, second_err) = map(ended, running)
     assert err.splitlines() == ["0 2", "0 2", "0 2", "0 1", "process 1 says: no disk here."]
     assert second_err.splitlines() == ["1 2", "1 2", "1 2", "0 1", "no disk here."]
@@ -299,4 +300,12 @@ def test_who_waits_in_vain_gives_up_with_a_sentence(index, said, arguments, tmp_
     address = free_address()
     process = begin(["run.py", *arguments(tmp_path / "run"), *fields(address, index, seconds=1)])
     assert_refused(ended(process), said, address)
+    assert not (tmp_path / "run").exists()
+
+
+def test_where_the_port_is_taken_process_0_says_so(arguments, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        result = ended(begin(["run.py", *arguments(tmp_path / "run"), *fields(address, 0)]))
+    assert_refused(result, f"distributed.coordinator_address {address}", "Address already in use", "another port")
     assert not (tmp_path / "run").exists()

@@ -7,7 +7,7 @@ import pytest
 
 from vlm_jax import config_file
 from vlm_jax.config import ConfigError, Experiment, Fusion, RateScale, Rope
-from vlm_jax.limits import ABOVE, AT_LEAST, AT_MOST, BELOW
+from vlm_jax.limits import ABOVE, AT_LEAST, AT_MOST, BELOW, PATHS
 from vlm_jax.testing import KINDS, tiny
 from vlm_jax.validate import kinds, validate
 
@@ -161,6 +161,14 @@ FLOATS = [field for field, kind in kinds(tiny()).items() if kind is float]
 )
 def test_a_number_outside_of_its_range_is_refused_by_name(field, value, said):
     with pytest.raises(ConfigError, match=f"^{field} is {value}: .*{said}"):
+        validate(with_value(tiny(), field, value))
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/a", "gs:/bucket/a"])
+@pytest.mark.parametrize("field", PATHS)
+def test_an_address_in_the_place_of_a_path_is_refused_by_name(field, address):
+    value = (address,) if field == "data.files" else address
+    with pytest.raises(ConfigError, match=f"^{field} {address} is an address"):
         validate(with_value(tiny(), field, value))
 
 

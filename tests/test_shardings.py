@@ -6,12 +6,17 @@
 import math
 from pathlib import Path
 
+import jax
 import pytest
 from flax import traverse_util
 from jax.sharding import AbstractMesh
 
+from tests.nn.programs import equations
 from vlm_jax import axes, config_file
+from vlm_jax.config import Mesh
 from vlm_jax.nn.models import boxed_params
+from vlm_jax.nn.vlm import VLM
+from vlm_jax.testing import KINDS, random_batch, random_params, tiny
 from vlm_jax.train.optim import PARTS, part_of
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +77,35 @@ def test_every_part_is_divided_by_fsdp_at_least(name, sizes):
     assert held.keys() == {*PARTS[:3], *(PARTS[3:] if name == "llama_3_2_11b_vision" else ())}
     for part, (whole, on_one) in held.items():
         assert on_one < 1.05 * whole / sizes[1], part
+
+
+def pinned(cfg) -> set[tuple[str, str, str]]:
+    """(part, module, place on the mesh) of all activations that are pinned there."""
+    with jax.set_mesh(axes.make_mesh(Mesh(2, 2, 2))):
+        program = jax.make_jaxpr(VLM(cfg).apply)({"params": random_params(cfg)}, random_batch(cfg, rows=8))
+    found = set()
+    for path, equation in equations(program.jaxpr):
+        if equation.primitive.name == "sharding_constraint":
+            names = path.split("/")
+            part = next((part for part in ("vision", "decoder") if part in names), "")
+            found.add((part, names[-1], " ".join(map(str, equation.params["sharding"].spec))))
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_of_every_part_are_pinned_to_the_mesh(kind):
+    """The compiler carries placements on from the parameters, but need not choose these."""
+    cfg = tiny(kind)
+    rows = "('data', 'fsdp') None"
+    whole, wide, heads = f"{rows} None", f"{rows} tensor", f"{rows} tensor None"
+    of_block = {("self", heads), ("mlp", wide), ("block_0", whole)}
+    of_cross = {("cross", heads), ("cross_mlp", wide)} if cfg.fusion.has_gates else {("cross", heads)}
+    expected = {("decoder", *pin) for pin in of_block | (of_cross if cfg.fusion.image_in_memory else set())}
+    expected |= {("", "VLM", wide)}  # the logits
+    if cfg.fusion.has_images:
+        expected |= {("vision", *pin) for pin in of_block | {("vision.encode", whole)}}
+        expected |= {("", "VLM.image_tokens", whole)}  # what the projector gives
+    assert pinned(cfg) == expected
 
 
 if __name__ == "__main__":

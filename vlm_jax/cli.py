@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from vlm_jax import cli_hub, config_file
 from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.start import leave
+from vlm_jax.train import preemption
 from vlm_jax.validate import validate
 from vlm_jax.workdir import Workdir
 
@@ -97,11 +99,12 @@ def _refuse_another_model(verb: str, cfg: Experiment, asked: Experiment) -> None
 
 
 def train(arguments: list[str]) -> int:
-    cfg = experiment("train", arguments, stored=False)
-    from vlm_jax import distributed
-    from vlm_jax.train import loop, preemption
-    from vlm_jax.train.checkpoint import NotSaved
-    from vlm_jax.train.not_finite import NotFinite
+    with preemption.handler(preemption.leave_at_once):
+        cfg = experiment("train", arguments, stored=False)
+        from vlm_jax import distributed
+        from vlm_jax.train import loop
+        from vlm_jax.train.checkpoint import NotSaved
+        from vlm_jax.train.not_finite import NotFinite
 
     try:
         with preemption.handler(preemption.stop_at_once):
@@ -112,13 +115,13 @@ def train(arguments: list[str]) -> int:
     except (NotFinite, NotSaved) as error:
         print(f"error: {error}", file=sys.stderr)
         if isinstance(error, NotSaved):  # of this process alone
-            distributed.leave(1)
+            leave(1)
         return 1
     except preemption.Preempted as error:
         preemption.ignore()
         print(error, file=sys.stderr)
         if isinstance(error, preemption.StoppedAlone):
-            distributed.leave(preemption.RESUME_ME)
+            leave(preemption.RESUME_ME)
         return preemption.RESUME_ME
 
 

@@ -138,7 +138,8 @@ class Mesh:
         axes = (self.data, self.fsdp, self.tensor)
         known = math.prod(size for size in axes if size != -1)
         free = axes.count(-1)
-        if free <= 1 and known > 0 and devices % known == 0 and (free or known == devices):
+        positive = all(size > 0 for size in axes if size != -1)
+        if free <= 1 and positive and devices % known == 0 and (free or known == devices):
             return tuple(devices // known if size == -1 else size for size in axes)
         nearest = sorted(factorizations(devices), key=lambda sizes: sum(a != b for a, b in zip(sizes, axes)))
         choices = [" x ".join(map(str, sizes)) for sizes in nearest[:12]]  # those first that keep what was given

@@ -13,7 +13,12 @@ import tyro
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.validate import check_types, element, flat, kinds, words
 
-MAY_BE_EMPTY = ("eval.split", "data.image_field", "data.question_field")  # beside what is empty by default
+MAY_BE_EMPTY = (  # beside what is empty by default
+    "eval.split",
+    "data.image_field",
+    "data.question_field",
+    "train.compilation_cache_dir",
+)
 NUMBERS = {int: "a whole number", float: "a number"}
 
 

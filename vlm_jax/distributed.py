@@ -42,6 +42,8 @@ def start(cfg: Experiment) -> None:
     with _patience(found):
         if found.process_id:
             _await_coordinator(found)
+        else:
+            _refuse_taken_port(found)
         _join(found)
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -65,6 +67,19 @@ def members(cfg: Distributed) -> Distributed:
     if not count:
         return replace(cfg, num_processes=1, process_id=0)
     return replace(cfg, coordinator_address=address, num_processes=count, process_id=index)
+
+
+def _refuse_taken_port(cfg: Distributed) -> None:
+    """Raises ConfigError where process 0 cannot await the others at its port: XLA would end it with a crash."""
+    port, both = int(cfg.coordinator_address.rpartition(":")[2]), socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        raise ConfigError(
+            f"distributed.coordinator_address {cfg.coordinator_address}: process 0 cannot await the others at port "
+            f"{port} of this machine ({error.strerror}): choose another port."
+        ) from None
 
 
 def _await_coordinator(cfg: Distributed) -> None:
@@ -100,17 +115,6 @@ def _join(cfg: Distributed) -> None:
         raise ConfigError(f"the processes of distributed.coordinator_address could not be joined: {error}") from error
 
 
-def leave(code: int) -> None:
-    """Ends this process at once.
-
-    An ordinary end waits for other processes, who may wait for this one, and minutes for the threads of a checkpoint
-    that will never be whole.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 @contextlib.contextmanager
 def _patience(cfg: Distributed):
     """Ends this process where the others do not come in time: JAX waits in C++, where no exception can reach."""
@@ -119,7 +123,7 @@ def _patience(cfg: Distributed):
         print(
             f"error: not all of the {cfg.num_processes} processes (distributed.num_processes) came to "
             f"distributed.coordinator_address {cfg.coordinator_address} within {cfg.timeout_seconds} seconds "
-            "(distributed.timeout_seconds).",
+            "(distributed.timeout_seconds), or two came with the same distributed.process_id.",
             file=sys.stderr,
             flush=True,
         )
@@ -159,11 +163,12 @@ def together():
 
     Raises:
       ConfigError: that of this process, or the first of the others'.
+      OSError: a file of this process; the others raise ConfigError.
     """
     own = None
     try:
         yield
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         own = error
     said = _gathered(str(own or "").encode()) if jax.process_count() > 1 else []
     if own is not None:

@@ -1,7 +1,8 @@
-"""The numbers that the fields of an experiment may have; a field in none of the tables may be any of its type."""
+"""The numbers and paths that the fields of an experiment may have; one in none of the tables may be any of its type."""
 
 import math
 import operator
+import re
 
 from vlm_jax.config import ConfigError
 
@@ -76,6 +77,7 @@ AT_MOST = {
     "distributed.num_processes": 2**20,
     "distributed.timeout_seconds": 86_400,
     "distributed.heartbeat_seconds": 86_400,
+    "optim.learning_rate": 1000,  # far above any that learns; much higher ones leave float32 in a step
     "optim.final_fraction": 1,
     "seed": 2**32 - 1,
     # Of models, far above all that were published: a config.json can say anything, and its model is traced at once.
@@ -96,6 +98,15 @@ AT_MOST = {
     "decoder.rope.original_positions": 2**24,
 }
 BELOW = {"optim.beta1": 1, "optim.beta2": 1}
+PATHS = (
+    "workdir",
+    "data.dir",
+    "data.files",
+    "data.image_dir",
+    *(f"{part}.checkpoint" for part in ("vision", "projector", "decoder")),
+    "train.compilation_cache_dir",
+)
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 LIMITS = {  # a number that is none is in no order, so it is refused by each of them
     "at least": (AT_LEAST, operator.ge),
     "above": (ABOVE, operator.gt),
@@ -112,3 +123,12 @@ def check_numbers(values: dict[str, object]) -> None:
                 raise ConfigError(f"{path} is {value}: it must be {said} {limits[path]}.")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{path} is {value}: it must be a finite number.")
+
+
+def check_path(path: str, value: str) -> None:
+    """Raises ConfigError for a value, by its field, that is an address such as gs://bucket/run."""
+    if ADDRESS.match(value):
+        raise ConfigError(
+            f"{path} {value} is an address, where a path of the file system belongs: mount the bucket, for instance "
+            "with gcsfuse, and name the path below it."
+        )

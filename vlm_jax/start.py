@@ -1,4 +1,4 @@
-"""What a process settles with its allocator: pages before it imports JAX, and memory that it needs no more."""
+"""How a process begins and ends, and what it settles with its allocator."""
 
 import ctypes
 import os
@@ -29,3 +29,14 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def leave(code: int) -> None:
+    """Ends this process at once.
+
+    An ordinary end waits for other processes, who may wait for this one, and minutes for the threads of a checkpoint
+    that will never be whole.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -5,7 +5,7 @@ import typing
 
 from vlm_jax.combinations import CHECKS
 from vlm_jax.config import ConfigError, Contrastive, Experiment, Transformer, Vision
-from vlm_jax.limits import check_numbers
+from vlm_jax.limits import PATHS, check_numbers, check_path
 
 
 def validate(cfg: Experiment) -> Experiment:
@@ -15,6 +15,10 @@ def validate(cfg: Experiment) -> Experiment:
       ConfigError: a value, or two together, cannot work.
     """
     check_values(cfg)
+    for path in PATHS:
+        value = flat(cfg)[path]
+        for one in value if isinstance(value, tuple) else (value,):
+            check_path(path, one)
     if not cfg.vision.checkpoint:  # public ones may leave pixels over at the border
         _patches(cfg.vision)
     for check in CHECKS:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vlm_jax import config_file
 from vlm_jax.config import ConfigError, Distributed, Experiment
+from vlm_jax.limits import check_path
 
 # Fields that change nothing of what is learnt, but for the order of sums: a run may continue with others.
 OF_THE_MACHINE = (
@@ -34,11 +35,7 @@ class Workdir:
     """Paths of a run's files."""
 
     def __init__(self, path: str):
-        if "://" in path:
-            raise ConfigError(
-                f"workdir {path} is an address: a work folder is a folder of the file system; mount the bucket, for "
-                "instance with gcsfuse, and name the folder."
-            )
+        check_path("workdir", path)
         self.path = Path(path)
         self.config = self.path / "config.json"
         self.tokenizer = self.path / "tokenizer.json"
@@ -64,12 +61,10 @@ class Workdir:
 
     def check(self, cfg: Experiment) -> None:
         """Raises ConfigError where the folder holds a run with another config; fields of `FREE` may be others."""
-        try:
+        with self.writing():
             if not self.config.exists():
                 self._refuse_unknown_run()
                 return
-        except OSError as error:
-            raise self._unwritable(error) from None
         changed = config_file.differences(self.read_config(), cfg)
         changed = [line for line in changed if not line.startswith(FREE)]
         if changed:
@@ -92,12 +87,10 @@ class Workdir:
           ConfigError: it cannot be written, or holds a run with another config; nothing is changed then.
         """
         self.check(cfg)
-        try:
+        with self.writing():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             of_any_process = dataclasses.replace(cfg, distributed=Distributed())  # the run may go on with others
             write_whole(self.config, config_file.to_json(of_any_process))
-        except OSError as error:
-            raise self._unwritable(error) from None
 
     @contextlib.contextmanager
     def locked(self):
@@ -106,11 +99,9 @@ class Workdir:
         Raises:
           ConfigError: another process trains in the folder, or it cannot be written.
         """
-        try:
+        with self.writing():
             self.path.mkdir(parents=True, exist_ok=True)
             file = open(self._lock, "a")  # noqa: SIM115
-        except OSError as error:
-            raise self._unwritable(error) from None
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,18 +121,25 @@ class Workdir:
     def try_writing(self) -> None:
         """Raises ConfigError where nothing can be written: to be known before the work, not after it."""
         trial = self.path / ".trial"
-        try:
+        with self.writing():
             trial.touch()
             trial.unlink()
-        except OSError as error:
-            raise self._unwritable(error) from None
 
-    def _unwritable(self, error: OSError) -> ConfigError:
-        return ConfigError(f"workdir {self.path} cannot be written: {error.strerror}.")
+    @contextlib.contextmanager
+    def writing(self):
+        """Raises ConfigError where a file of the folder cannot be written meanwhile."""
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(f"workdir {self.path} cannot be written: {error.strerror}.") from None
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is never seen half-written."""
+    """Writes a file so that it is never seen half-written, by whom comes after a crash neither."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

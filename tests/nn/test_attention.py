@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax.linen import meta
 
+from tests.nn.programs import equations
 from vlm_jax.config import Decoder, Rope
 from vlm_jax.nn.attention import Attention, attend, rotate
 from vlm_jax.nn.positions import rope_tables
@@ -67,6 +68,14 @@ def test_attend_is_softmax_attention_query_by_query(kv_heads, mask):
     q, k, v = random(2, 3, 4, 8), random(2, 5, kv_heads, 8), random(2, 5, kv_heads, 8)
     mask = masks(2, 3, 5)[mask]
     close(attend(q, heads_first(k), heads_first(v), mask), reference(*map(np.asarray, (q, k, v)), mask))
+
+
+def test_the_softmax_is_in_float32_whatever_is_computed():
+    x = random(2, 3, 4, 8).astype(jnp.bfloat16)
+    program = jax.make_jaxpr(attend)(x, heads_first(x), heads_first(x), None)
+    kinds = {of.invars[0].aval.dtype.name for _, of in equations(program.jaxpr) if of.primitive.name == "exp"}
+    assert kinds == {"float32"}
+    assert program.out_avals[0].dtype == jnp.bfloat16
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from orbax.checkpoint._src.path import atomicity
 
 from vlm_jax import axes, distributed
 from vlm_jax.config import ConfigError, Mesh, Train
@@ -215,7 +217,7 @@ def test_a_checkpoint_whose_loss_is_damaged_has_no_rank_and_is_whole(tmp_path, s
     assert steps_in(tmp_path) == [1, 3]
 
 
-@pytest.mark.parametrize("moment", ["save", "wait_until_finished"])
+@pytest.mark.parametrize("moment", ["save", "wait_until_finished", "close"])
 def test_a_checkpoint_that_cannot_be_written_is_said_so(tmp_path, state, moment, monkeypatch):
     def write(*args, **kwargs):
         raise ValueError("No space left on device\n and more")
@@ -227,6 +229,22 @@ def test_a_checkpoint_that_cannot_be_written_is_said_so(tmp_path, state, moment,
     with pytest.raises(NotSaved, match=said):
         checkpoints.save(1, at_step(state, 1), PLACE, 1.0)
         checkpoints.close()
+
+
+def test_the_next_step_need_not_wait_until_the_files_are_written(tmp_path, state, monkeypatch):
+    go_on, finalize = threading.Event(), atomicity.AtomicRenameTemporaryPath.finalize
+
+    async def finalize_late(*arguments, **named):
+        go_on.wait(10)
+        await finalize(*arguments, **named)
+
+    monkeypatch.setattr(atomicity.AtomicRenameTemporaryPath, "finalize", finalize_late)
+    checkpoints = Checkpoints(tmp_path, TRAIN)
+    checkpoints.save(1, at_step(state, 1), PLACE, 1.0)
+    assert not (tmp_path / "1").exists()
+    go_on.set()
+    checkpoints.close()
+    assert steps_in(tmp_path) == [1]
 
 
 def test_what_a_crash_left_while_saving_is_no_checkpoint(tmp_path, state):

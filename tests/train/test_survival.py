@@ -18,6 +18,7 @@ import pytest
 
 from vlm_jax import axes, cli, config_file
 from vlm_jax.config import ConfigError, Mesh
+from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.testing import variants_and_tiles
 from vlm_jax.train import loop, preemption
 from vlm_jax.train.checkpoint import Checkpoints, NotSaved
@@ -181,6 +182,48 @@ def test_a_second_process_in_a_work_folder_is_refused_and_a_dead_one_is_not(expe
 def test_a_work_folder_in_a_bucket_is_refused(experiment):
     with pytest.raises(ConfigError, match="workdir gs://bucket/run is an address"):
         loop.train(replace(experiment(), workdir="gs://bucket/run"))
+
+
+SIGNALLED_IN_IMPORT = """
+import os, signal, sys
+from vlm_jax import cli
+
+class Finder:
+    def find_spec(name, *_):
+        if name == "jax":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+sys.meta_path.insert(0, Finder)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_sigterm_while_jax_is_imported_says_resume_me(experiment):
+    process = start(experiment(), "-c", SIGNALLED_IN_IMPORT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert output == "stopped by SIGTERM: the same command continues the run.\n"
+
+
+def test_a_full_disk_where_the_run_begins_is_a_sentence_and_the_run_may_begin_again(experiment, monkeypatch):
+    cfg, limits = experiment(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = Tokenizer.save
+
+    def save_on_full_disk(*arguments):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+        save(*arguments)
+
+    try:
+        with (
+            monkeypatch.context() as patched,
+            pytest.raises(ConfigError, match="cannot be written: File too large"),
+        ):
+            patched.setattr(Tokenizer, "save", save_on_full_disk)
+            loop.train(cfg)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(Path(cfg.workdir).glob("tokenizer.json*"))
+    loop.train(cfg)
 
 
 def test_a_trace_of_the_steps_that_were_asked_for(experiment):

@@ -3,11 +3,13 @@
 import itertools
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from vlm_jax.config import ConfigError
+from vlm_jax.workdir import write_whole
 
 SPECIALS = ("<pad>", "<image>", "<newline>", "<eos>")
 PAD, IMAGE, NEWLINE, EOS = SPECIAL_IDS = tuple(range(4))  # of a tokenizer that is trained here
@@ -50,7 +52,7 @@ class Tokenizer:
         return cls(bpe, special_ids)
 
     def save(self, path: str | os.PathLike) -> None:
-        self._bpe.save(str(path))
+        write_whole(Path(path), self._bpe.to_str(pretty=True))
 
     def __len__(self) -> int:
         return self._bpe.get_vocab_size()

@@ -89,7 +89,7 @@ class Checkpoints:
         """Waits for the last checkpoint. Raises NotSaved where it could not be written."""
         with self._writing():
             self._manager.wait_until_finished()
-        self._manager.close()
+            self._manager.close()  # says what went wrong once more
 
     @contextlib.contextmanager
     def _writing(self):

@@ -28,8 +28,9 @@ from vlm_jax.train import preemption
 from vlm_jax.train.checkpoint import Checkpoints, NotSaved
 from vlm_jax.train.log import Log, Work
 from vlm_jax.train.not_finite import NotFinite, first_bad
+from vlm_jax.train.notice import Notice
 from vlm_jax.train.peak import peak_flops_per_second
-from vlm_jax.train.preemption import Notice, Preempted
+from vlm_jax.train.preemption import Preempted
 from vlm_jax.train.profile import Profile
 from vlm_jax.train.step import abstract_state, new_state, ready_step
 from vlm_jax.workdir import Workdir
@@ -74,8 +75,9 @@ def train(cfg: Experiment) -> State:
             if is_main:
                 stack.enter_context(workdir.locked())
                 workdir.open(cfg)
-                if not workdir.tokenizer.exists():
-                    tokenizer.save(workdir.tokenizer)
+                with workdir.writing():
+                    if not workdir.tokenizer.exists():
+                        tokenizer.save(workdir.tokenizer)
         stack.enter_context(jax.set_mesh(mesh))
         notice = Notice(mesh)
         checkpoints = Checkpoints(workdir.checkpoints, cfg.train)
@@ -210,7 +212,7 @@ def note(run: Run, step: int, metrics: dict, data_wait_seconds: float, place: di
         if not math.isfinite(metrics[name]):
             held = pipeline.ids(run.cfg, tokenizer_of(run.cfg, Workdir(run.cfg.workdir)), place)
             raise NotFinite(
-                f"step {step}: the {name} is {metrics[name]}; {first_bad(finite, largest)}. The last checkpoint is "
+                f"step {step}: the {name} is {metrics[name]}; {first_bad(finite, largest)}. What was saved before is "
                 f"kept. The batch held the {'conversations' if run.cfg.data.is_conversations else 'images'} "
                 f"{', '.join(map(str, held))}."
             )

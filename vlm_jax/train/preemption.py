@@ -1,13 +1,14 @@
-"""SIGTERM, by which a machine that is taken away says so: the run saves, stops, and may be started again."""
+"""SIGTERM, by which a machine that is taken away says so: the run saves, stops, and may be started again.
+
+Imports no JAX: the signal may come while that is imported.
+"""
 
 import contextlib
 import signal
+import sys
 import threading
 
-import jax
-import numpy as np
-
-from vlm_jax import axes
+from vlm_jax.start import leave
 
 RESUME_ME = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
 
@@ -33,38 +34,21 @@ def handler(action):
         signal.signal(signal.SIGTERM, before)
 
 
+STOPPED = "stopped by SIGTERM: the same command continues the run."
+
+
 def stop_at_once():
     """An `action` for where nothing is to be saved."""
-    raise StoppedAlone("stopped by SIGTERM: the same command continues the run.")
+    raise StoppedAlone(STOPPED)
+
+
+def leave_at_once():
+    """An `action` for where nothing has begun: a module that is being imported may catch what is raised in it."""
+    print(STOPPED, file=sys.stderr)
+    leave(RESUME_ME)
 
 
 def ignore() -> None:
     """For a process that is about to end: another signal must not change the code with which it does."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-class Notice:
-    """Whether the run shall stop after this step, the same on every process."""
-
-    def __init__(self, mesh: jax.sharding.Mesh):
-        self._came = False
-        self._flags = axes.one_a_device(mesh)
-        self._any = jax.jit(jax.numpy.max, out_shardings=axes.replicated(mesh))
-        self._agreed = None
-
-    def note(self) -> None:
-        """Takes note of a signal; another one changes nothing."""
-        self._came = True
-
-    def stop(self) -> bool:
-        """To be asked by every process once a step.
-
-        With several processes the answer is that to the question of the step before, when any of them had its signal:
-        that is computed beside the steps, so that no process waits for another, and all stop at the same step.
-        """
-        if jax.process_count() == 1:
-            return self._came
-        mine = np.full(len(jax.local_devices()), self._came, np.int32)
-        before, self._agreed = self._agreed, self._any(jax.make_array_from_process_local_data(self._flags, mine))
-        return before is not None and int(before) > 0

@@ -18,7 +18,7 @@ SCRIPTS = {
     "packing_window": ["--conversations", "500"],
     "input_pipeline": ["--seconds", "0"],
     "loading": [],
-    "start": [],
+    "start": ["--pairs", "1"],
 }
 PARTS = {"probe", "turns"}  # of the others
 

@@ -53,11 +53,11 @@ class Photographs:
 
 def show_photographs() -> None:
     """From here on every data set is one of photographs."""
-    from vlm_jax.data import images, sources
+    from vlm_jax.data import sources, tiles
 
     load = sources.load
     sources.load = lambda *arguments: Photographs(load(*arguments))
-    images.CACHE_BYTES = 0
+    tiles.CACHE_BYTES = 0
 
 
 def photograph_config(cfg):

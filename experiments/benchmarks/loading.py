@@ -107,11 +107,10 @@ def main() -> None:
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.side:
-        begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         seconds, compute_logits = SIDES[given.side](given.folder, given.loaded)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         compute_logits()
-        print(json.dumps({"seconds": seconds, "peak_bytes": peak * 1024, "before_bytes": begun * 1024}))
+        print(json.dumps({"seconds": seconds, "peak_bytes": peak * 1024}))
         return
     with tempfile.TemporaryDirectory() as folder:
         size = write_checkpoint(Path(folder), given.stored)

@@ -21,7 +21,7 @@ import turns
 
 from vlm_jax.start import prepare_process
 
-STEPS, COMPARED = 10_000, 4  # of the schedule; whose losses are compared
+STEPS, COMPARED = 10_000, 8  # of the schedule; whose losses are compared
 RATE, BETAS, DECAY, CLIP = 1e-4, (0.9, 0.99), 1e-4, 1.0
 
 
@@ -133,7 +133,7 @@ def compare(kind: str, given: argparse.Namespace) -> None:
     mine, other = answers.values()
     for side, found in losses.items():
         print(f"{kind}: losses of the first steps, {side:<13}", *(f"{loss:.5f}" for loss in found))
-    if not all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(*losses.values())):
+    if not all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(*losses.values())):
         raise SystemExit("the losses do not agree")
     peak = max(answer["peak_flops"] for answer in mine + other)
     print(f"{kind}: {flops / 1e9:.0f} GFLOP a step; the best matrix product reached {peak / 1e9:.0f} GFLOP/s")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.config import ConfigError, Train
-from vlm_jax.data import conversations, packing, pipeline
+from vlm_jax.data import conversations, packing, pipeline, tiles
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import NO_IMAGE
 from vlm_jax.testing import KINDS, hybrid_in_tiles, random_params, tiny, variants, write_conversations
@@ -247,7 +247,7 @@ def test_a_process_reads_the_images_of_its_rows_only(cfg, tokenizer, monkeypatch
     read = []
     image = conversations.Conversations.image
     monkeypatch.setattr(conversations.Conversations, "image", lambda self, i: read.append(i) or image(self, i))
-    monkeypatch.setattr(packing.image_files, "CACHE_BYTES", 0)
+    monkeypatch.setattr(tiles, "CACHE_BYTES", 0)
     cfg = replace(cfg, data=replace(cfg.data, prefetch=0))
     share = next(pipeline.training_iterator(cfg, tokenizer, 1, 2))
     assert len(read) == np.sum(share.image_mask.any(1))

@@ -10,8 +10,6 @@ from PIL import Image, ImageOps
 
 from vlm_jax.config import ConfigError, Vision
 
-CACHE_BYTES = 512 << 20  # decoded images kept in memory: to read and decode a small one takes 0.3 ms of a core
-
 ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 are turned by a quarter
 
 # What Pillow raises for bytes that are no image, or only the first part of one.

@@ -20,7 +20,9 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.config import CHANNELS, Vision
-from vlm_jax.data.images import CACHE_BYTES, fit, normalise
+from vlm_jax.data.images import fit, normalise
+
+CACHE_BYTES = 512 << 20  # decoded images kept in memory: to read and decode a small one takes 0.3 ms of a core
 
 
 def layouts(most: int) -> list[tuple[int, int]]:

@@ -48,10 +48,8 @@ def main():
         for pair in map(str, range(given.pairs)):
             runs = (folder / pair / name for name in ("first", "second"))
             first, second = (seconds_to_first_step(given.config, run, folder / pair / "cache") for run in runs)
-            print(
-                f"first start {first:.1f} s, second {second:.1f} s to the first step: {second / first:.2f}", flush=True
-            )
             ratios.append(second / first)
+            print(f"first start {first:.1f} s, second {second:.1f} s to the first step: {ratios[-1]:.2f}", flush=True)
     print(f"median {statistics.median(ratios):.2f}")
 
 

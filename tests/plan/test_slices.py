@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import time
 from dataclasses import replace
 
 import pytest
@@ -74,11 +75,13 @@ def test_what_the_kernel_gave_is_kept_by_remat_attention_and_computed_again_by_r
 
 @pytest.mark.slow
 def test_compile_time_and_size_of_the_program_do_not_grow_with_depth():
+    """Seconds of the processor, which other work does not lengthen."""
     sizes, seconds = [], []
     for depth in (12, 48):
         cfg = experiment(remat="full", depth=depth, width=512, heads=4, mlp_width=2048)
+        begun = time.process_time()
         found = compiled.compile_step(cfg, four_chips(cfg))
-        seconds.append(found.compile_seconds)
+        seconds.append(time.process_time() - begun)
         sizes.append(found.code_bytes)
     assert sizes[1] < 1.3 * sizes[0]
     assert seconds[1] < 1.3 * seconds[0]

@@ -38,4 +38,4 @@ def initializer(cfg: Config) -> Callable:
 @functools.cache
 def boxed_params(cfg: Config):
     """Shapes and letters (`axes.Lettered`) of the parameters; nothing is computed."""
-    return jax.eval_shape(initializer(cfg), jax.random.key(0))
+    return jax.eval_shape(initializer(cfg), jax.eval_shape(jax.random.key, 0))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import traverse_util
 from flax.linen import meta
@@ -33,8 +34,8 @@ def new_state(cfg: Experiment, mesh: jax.sharding.Mesh, loaded: dict[str, jax.Ar
         return state.replace(params={path: x for path, x in flat.items() if path not in loaded})
 
     shardings = without_loaded(state_shardings(cfg, mesh))
-    create = jax.jit(lambda key: without_loaded(make_state(cfg, key)), out_shardings=shardings)
-    state = create(jax.random.key(cfg.seed))
+    create = jax.jit(lambda seed: without_loaded(make_state(cfg, jax.random.key(seed))), out_shardings=shardings)
+    state = create(np.uint32(cfg.seed))
     return state.replace(params=traverse_util.unflatten_dict(state.params | loaded, sep="/"))
 
 

@@ -51,13 +51,20 @@ read_options() {
   read_settings "$job"
 }
 
+need_command() { # COMMAND HOW_TO_INSTALL_IT: a dry run only prints it
+  [[ $DRY_RUN ]] || command -v "$1" >/dev/null || fail "$1 is not installed: $2."
+}
+
 read_settings() {
   PROJECT='' ZONE='' BUCKET='' NAME='' CONFIG='' ACCELERATOR_TYPE='' VERSION='' CAPACITY='' SERVICE_ACCOUNT='' MOUNT=''
   CLUSTER='' ARGUMENTS=()
   [[ -f $1 ]] || fail "--job $1 is no file: copy experiments/tpu/job.env and fill in the copy."
+  # Tried in a shell of its own: an error in it would end this one before it could say what to do.
+  bash -eu "$1" >/dev/null || fail "--job $1 is no file of settings: bash's reason is above; a value that holds spaces \
+needs quotes, a list ( )."
   # shellcheck source=/dev/null
   source "$1"
-  local setting
+  local setting word
   for setting in PROJECT ZONE BUCKET NAME CONFIG ACCELERATOR_TYPE VERSION CAPACITY MOUNT; do
     need "$setting" "$1"
   done
@@ -67,9 +74,15 @@ read_settings() {
     fail "BUCKET=$BUCKET in $1 must be the name of a bucket, without gs:// and folders."
   [[ $CAPACITY =~ ^(spot|on-demand|reserved)$ ]] || fail "CAPACITY=$CAPACITY in $1: choose spot, on-demand or reserved."
   [[ -f $ROOT/$CONFIG ]] || fail "CONFIG=$CONFIG in $1 is no file of $ROOT."
+  [[ $MOUNT == /* ]] || fail "MOUNT=$MOUNT in $1 must be the whole path of a folder: it starts with /."
+  for word in "${ARGUMENTS[@]}"; do
+    [[ ! $word =~ ^--[^=[:space:]]*[[:space:]] ]] ||
+      fail "ARGUMENTS=$word in $1 is one word: write a list with an option and its value apart, (--mesh.fsdp 16)."
+  done
   CODE=gs://$BUCKET/code/$NAME.tar.gz # what the machines run, as long as the job lasts
   WHERE=(--project="$PROJECT" --zone="$ZONE")
-  TRAINING=(--config "$CONFIG" --workdir "$MOUNT/runs/$NAME" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"})
+  # Left empty, ARGUMENTS= is a list of one empty word, and no option.
+  TRAINING=(--config "$CONFIG" --workdir "$MOUNT/runs/$NAME" ${ARGUMENTS[*]:+"${ARGUMENTS[@]}"})
 }
 
 need() { # SETTING FILE
@@ -89,7 +102,7 @@ run() { # a command that changes something
 }
 
 # query ANSWER COMMAND...: what a command prints that only looks; NOT_FOUND where its object is not there. A dry run
-# prints the command and goes on as if the answer were ANSWER.
+# prints the command and goes on as if the answer were ANSWER. Every error is shown: it may be one that no retry mends.
 query() {
   local answer=$1 attempt
   shift
@@ -98,7 +111,7 @@ query() {
     echo "$answer"
     return
   fi
-  for ((attempt = 1; attempt <= QUERY_ATTEMPTS; attempt++)); do
+  for ((attempt = 1; ; attempt++)); do
     if answer=$("$@" 2>"$errors"); then
       echo "$answer"
       return
@@ -106,10 +119,10 @@ query() {
       echo NOT_FOUND
       return
     fi
+    cat "$errors" >&2
+    ((attempt < QUERY_ATTEMPTS)) || return 1
     sleep "$POLL_SECONDS"
   done
-  cat "$errors" >&2
-  return 1
 }
 
 # archive_code FILE: the repository's tracked files as they are, uncommitted changes included.

@@ -5,7 +5,7 @@ USAGE="usage: bash experiments/tpu/create.sh [--job FILE] [--dry-run] [--help]
 
 Asks for the TPU slice of a job and waits until it is there, which may take hours. Where it is there, nothing happens;
 where it was taken away, it is asked for again. Ctrl-C ends the waiting and leaves the request in the queue."
-read_options '' "$@"
+read_slice_options '' "$@"
 
 request() {
   local capacity=()

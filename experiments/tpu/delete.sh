@@ -6,7 +6,7 @@ USAGE="usage: bash experiments/tpu/delete.sh [--job FILE] [--dry-run] [--help]
 Stops the training, which saves, and deletes the TPU and its request: from then on it costs nothing. The run stays in
 the bucket; the job's code is removed there, so that the next job sends what is here then. Where nothing is, nothing
 happens."
-read_options '' "$@"
+read_slice_options '' "$@"
 
 state=$(slice_state READY)
 if [[ $state == READY ]]; then

@@ -5,7 +5,7 @@ USAGE="usage: bash experiments/tpu/follow.sh [--job FILE] [--all] [--dry-run] [-
 
 Shows what the training prints on the first machine, until it ends. --all: on every machine, lines with the machine's
 name before them. Ctrl-C ends the showing, not the training."
-read_options --all "$@"
+read_slice_options --all "$@"
 
-if [[ $ASKED ]]; then on_workers all "bash $WORKER follow --names"; else on_workers 0 "bash $WORKER follow"; fi
+if [[ $ASKED ]]; then on_workers all "$(where_set_up "follow --names")"; else on_workers 0 "$(where_set_up follow)"; fi
 run "${SSH[@]}"

@@ -5,7 +5,7 @@ USAGE="usage: bash experiments/tpu/launch.sh [--job FILE] [--dry-run] [--help]
 
 Starts the training on every machine of the slice and returns; it goes on without this computer. Machines on which it
 runs already are left alone. A run that is in the bucket is continued from its last checkpoint."
-read_options '' "$@"
+read_slice_options '' "$@"
 
-on_workers all "bash $WORKER start $(quoted "$BUCKET" "$MOUNT" "${TRAINING[@]}")"
+on_workers all "$(where_set_up "start $(quoted "$BUCKET" "$MOUNT" "${TRAINING[@]}")")"
 run "${SSH[@]}"

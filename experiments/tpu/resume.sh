@@ -6,21 +6,27 @@ USAGE="usage: bash experiments/tpu/resume.sh [--job FILE] [--then-delete] [--dry
 Brings a job to its end: creates the TPU, sets it up, launches, and watches. Where the TPU is taken away, all this is
 done again, and the run goes on from its last checkpoint, with the code it began with. Ends with 0 when the training is
 done, and with 1 when it failed, its last lines shown. --then-delete: deletes the TPU at the end, whichever it is."
-read_options --then-delete "$@"
+read_slice_options --then-delete "$@"
 export QUERY_ATTEMPTS=5 # a connection may break in hours of watching
 
 end() { # CODE
-  if [[ $ASKED ]]; then bash "$TPU/delete.sh" "${SAME_JOB[@]}"; fi
+  local code=$1 deleted=''
+  if [[ $ASKED ]]; then
+    if bash "$TPU/delete.sh" "${SAME_JOB[@]}"; then deleted=1; else code=1; fi
+  fi
   if [[ $DRY_RUN ]]; then exit; fi
-  [[ $ASKED ]] || say "the TPU is still there and costs money: bash experiments/tpu/delete.sh ${SAME_JOB[*]}"
-  exit "$1"
+  [[ $deleted ]] || say "the TPU is still there and costs money: bash experiments/tpu/delete.sh ${SAME_JOB[*]}"
+  exit "$code"
 }
 
 failures=0 # since the training last ran
 count_failure() { # WHAT: it may have failed because the TPU is taken away, so what is there now is looked at again
   failures=$((failures + 1))
   say "$1 failed, time $failures of 3"
-  if ((failures == 3)); then end 1; fi
+  if ((failures == 3)); then
+    say "resume.sh ends here; started again, it takes up the job where it is"
+    end 1
+  fi
 }
 
 step() { # SCRIPT OPTIONS...
@@ -65,9 +71,10 @@ if [[ $DRY_RUN ]]; then # one round of each kind
 fi
 step create.sh
 while true; do
-  state=$(slice_state READY)
+  state=$(slice_state READY) || state=unknown
   case $state in
   READY) watch running ;;
+  unknown) count_failure "asking Google Cloud" ;;
   NOT_FOUND)
     echo "error: the TPU $NAME was deleted meanwhile; its run is in gs://$BUCKET/runs/$NAME." >&2
     exit 1

@@ -6,9 +6,10 @@ USAGE="usage: bash experiments/tpu/setup.sh [--job FILE] [--keep-code] [--dry-ru
 Sends the repository's tracked files, uncommitted changes included, to gs://BUCKET/code/NAME.tar.gz, and installs them
 with what they need on every machine of the slice, where the bucket is mounted, too. --keep-code: installs what is in
 the bucket, if something is, so that a job goes on with the code it began with; delete.sh ends a job."
-read_options --keep-code "$@"
+read_slice_options --keep-code "$@"
 
-if [[ $(training_state fresh) == running ]]; then
+state=$(training_state fresh) # not within the condition, which would take an error for "no"
+if [[ $state == running ]]; then
   fail "the training of $NAME runs: its code cannot be replaced now; delete.sh stops it."
 fi
 stored=NOT_FOUND
@@ -19,5 +20,6 @@ if [[ $stored == NOT_FOUND ]]; then
   run gcloud storage cp "$archive" "$CODE"
 fi
 on_workers all "if [ -f $WORKER ]; then bash $WORKER stop; fi && gcloud storage cp $CODE code.tar.gz && \
-rm -rf vlm_jax && mkdir vlm_jax && tar -xzf code.tar.gz -C vlm_jax && bash $WORKER install $(quoted "$BUCKET" "$MOUNT")"
+rm -rf vlm_jax job/installed && mkdir vlm_jax && tar -xzf code.tar.gz -C vlm_jax && \
+bash $WORKER install $(quoted "$BUCKET" "$MOUNT")"
 run "${SSH[@]}"

@@ -1,9 +1,20 @@
 #!/usr/bin/env bash
 # One TPU slice, asked for through a queued resource of the same name: its state, its machines. Sourced, never run.
 
+read_slice_options() { # as read_options
+  read_options "$@"
+  need_command gcloud "cloud.google.com/sdk/docs/install says how to install it"
+}
+
 # on_workers ALL_OR_NUMBER COMMAND: the words of a command that runs COMMAND, a shell line, on machines of the slice.
 on_workers() {
   SSH=(gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" --worker="$1" --quiet --command="$2")
+}
+
+# where_set_up WORDS [ELSE]: the shell line that runs worker.sh with WORDS on a machine, and ELSE on one not set up.
+where_set_up() {
+  local refuse="echo \"error: \$(hostname) is not set up: run setup.sh first.\" >&2; exit 2"
+  echo "if [ -f job/installed ]; then bash $WORKER $1; else ${2:-$refuse}; fi"
 }
 
 # request_state ASSUMED: WAITING_FOR_RESOURCES, PROVISIONING, ACTIVE, SUSPENDED, FAILED, ... or NOT_FOUND.
@@ -13,12 +24,13 @@ request_state() {
 
 # slice_state ASSUMED: READY; PREEMPTED, where the machines of a granted request are gone; else the state of the request
 # or, where that is granted, of its machines.
+# Here and below, `|| return` is for callers that survive an error: set -e is off in what they call.
 slice_state() {
   local state
-  state=$(request_state "${1/READY/ACTIVE}")
+  state=$(request_state "${1/READY/ACTIVE}") || return
   if [[ $state == ACTIVE ]]; then
     # A request stays ACTIVE for a while after its machines were taken away.
-    state=$(query "$1" gcloud compute tpus tpu-vm describe "$NAME" "${WHERE[@]}" --format='value(state)')
+    state=$(query "$1" gcloud compute tpus tpu-vm describe "$NAME" "${WHERE[@]}" --format='value(state)') || return
     case $state in NOT_FOUND | TERMINATED | STOPPED | STOPPING) state=PREEMPTED ;; esac
   fi
   echo "$state"
@@ -29,8 +41,8 @@ slice_state() {
 # it), failed, or done.
 training_state() {
   local said
-  on_workers all "if [ -f $WORKER ]; then bash $WORKER status; else echo training: fresh; fi"
-  said=$(query '' "${SSH[@]}")
+  on_workers all "$(where_set_up status 'echo training: fresh')"
+  said=$(query '' "${SSH[@]}") || return
   if [[ $DRY_RUN ]]; then
     echo "$1"
     return

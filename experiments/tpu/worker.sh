@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What happens on a machine of the TPU; the other scripts call it. One training at a time, in a process group:
-#   ~/job/installed  there once all it needs is
+#   ~/job/installed  there once all it needs is; slice.sh looks for it
 #   ~/job/lock       held as long as it runs
 #   ~/job/group      the number of its process group
 #   ~/job/exit_code  written when it ends; where it is missing, the machine went down with it
@@ -79,9 +79,7 @@ container() { # OPTIONS_OF_RUN_PY...: in a container, which has nothing but Pyth
 }
 
 status() {
-  if [[ ! -f $JOB/installed ]]; then
-    echo "training: fresh"
-  elif [[ -f $JOB/ending ]]; then
+  if [[ -f $JOB/ending ]]; then
     echo "training: ending"
   elif [[ ! -f $JOB/group ]]; then
     echo "training: idle"
@@ -109,6 +107,10 @@ end() { # whoever watches the job must not start it again while it is stopped fo
 }
 
 follow() { # [--names]
+  if [[ ! -f $JOB/group ]]; then
+    echo "error: nothing was launched on $(hostname): run launch.sh first." >&2
+    return 2
+  fi
   local before=''
   [[ $# == 0 ]] || before="$(hostname): "
   tail -n 40 -F --pid="$(cat "$JOB/group")" "$JOB/log" | sed -u "s/^/$before/"

@@ -25,6 +25,7 @@ class Cloud:
         for name in ("tool", *TOOLS):
             self._executable(name, (HERE / "stubs" / "tool").read_text())
         self.write("fake_python.py", (HERE / "fake_python.py").read_text(), self.bin)
+        self.path = f"{self.bin}:{os.environ['PATH']}"
         self.write("ahead", "")
         self.settings(MOUNT=str(folder / "mount"))
 
@@ -46,7 +47,7 @@ class Cloud:
     def environment(self) -> dict[str, str]:
         return {
             **os.environ,
-            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "PATH": self.path,
             "CLOUD": str(self.folder),
             "TEST_PYTHON": sys.executable,
             "TMPDIR": str(self.folder),

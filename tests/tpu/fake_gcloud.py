@@ -6,6 +6,7 @@ Its world is the folder $CLOUD:
   ahead     states that it goes through when it is looked at, one a look
   node      the state of the machines, where it is not READY
   error     what every call fails with
+  outage    how many calls fail from now on
   machines  their home folders, empty after every creation
   buckets   what is in gs://
 """
@@ -49,6 +50,8 @@ def main(words: list[str]) -> int:
             calls.write(json.dumps(["gcloud", *words]) + "\n")
     if (CLOUD / "error").exists():
         return refuse((CLOUD / "error").read_text())
+    if outage():
+        return refuse("Could not reach metadata service")
     command = " ".join(words[2:4] if words[0] == "compute" else words[:2])
     flags = dict(word.partition("=")[::2] for word in words if word.startswith("--"))
     unknown = set(flags) - FLAGS[command] - EVERYWHERE
@@ -70,6 +73,14 @@ def main(words: list[str]) -> int:
 def refuse(error: str) -> int:
     print(f"ERROR: (gcloud) {error}", file=sys.stderr)
     return 1
+
+
+def outage() -> bool:
+    file = CLOUD / "outage"
+    left = int(file.read_text()) if file.exists() else 0
+    if left:
+        file.write_text(str(left - 1))
+    return left > 0
 
 
 def create() -> int:

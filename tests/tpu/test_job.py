@@ -3,6 +3,8 @@
 import signal
 import subprocess
 
+import pytest
+
 
 def on_machines(cloud, word: str) -> set[str]:
     said = set()
@@ -82,10 +84,50 @@ def test_code_is_not_replaced_under_a_training(cloud):
     assert done.returncode == 2 and "the training of first runs" in done.stderr
 
 
+def test_code_is_not_replaced_where_the_machines_cannot_be_asked(cloud):
+    running(cloud)
+    uploads = len(cloud.calls("storage", "cp"))
+    cloud.write("outage", "1")
+    done = cloud.run("setup")
+    assert done.returncode == 1 and done.stderr == "ERROR: (gcloud) Could not reach metadata service\n"
+    assert len(cloud.calls("storage", "cp")) == uploads and status(cloud) == {"training: running"}
+
+
+def refuses(cloud, script: str, machines: int, said: str) -> None:
+    """With one sentence a machine, and 2."""
+    done = cloud.run(*script.split())
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", machines)
+    assert done.stderr.count(said) == machines
+
+
+@pytest.mark.parametrize("script, machines", [("launch", 2), ("follow", 1), ("follow --all", 2)])
+def test_machines_that_are_not_set_up_say_so(cloud, script, machines):
+    """After no setup.sh, after one that fails while it installs, and after one that fails with the old code gone."""
+    said = " is not set up: run setup.sh first.\n"
+    cloud.do("create")
+    refuses(cloud, script, machines, said)
+    system = (cloud.bin / "sudo").read_text()
+    cloud.write("sudo", "#!/bin/sh\nexit 1\n", cloud.bin)
+    assert cloud.run("setup").returncode == 1
+    refuses(cloud, script, machines, said)
+    cloud.write("sudo", system, cloud.bin)
+    cloud.do("setup")
+    cloud.write("tar", "#!/bin/sh\nexit 1\n", cloud.bin).chmod(0o755)
+    assert cloud.run("setup").returncode == 1
+    refuses(cloud, script, machines, said)
+
+
+def test_following_what_was_not_launched_says_so(cloud):
+    cloud.do("create", "setup")
+    said = ": run launch.sh first.\n"
+    refuses(cloud, "follow", 1, said)
+    refuses(cloud, "follow --all", 2, said)
+
+
 def test_following_ends_with_the_training(cloud):
     running(cloud)
     process = cloud.start("follow", "--all")
-    cloud.until(lambda: cloud.calls("--worker=all", "--command=bash vlm_jax/experiments/tpu/worker.sh follow --names"))
+    cloud.until(lambda: any("worker.sh follow --names" in call[-1] for call in cloud.calls("--worker=all")))
     for group in (cloud.folder / "machines").glob("*/job/group"):
         subprocess.run(["kill", "-TERM", "--", f"-{group.read_text().strip()}"], check=True)
     said, _ = process.communicate(timeout=30)
@@ -158,6 +200,46 @@ def test_a_step_that_keeps_failing_stops_the_job(cloud):
     done = cloud.run("resume")
     assert done.returncode == 1 and "setup.sh failed, time 3 of 3" in done.stdout and "no disk left" in done.stderr
     assert len(cloud.calls("create")) == 1 and not cloud.starts()
+
+
+def test_an_error_is_shown_at_once_and_nothing_waits_after_the_last(cloud):
+    cloud.write("sleep", "#!/bin/sh\necho slept >&2\n", cloud.bin).chmod(0o755)
+    cloud.write("error", "PERMISSION_DENIED")
+    error = "ERROR: (gcloud) PERMISSION_DENIED"
+    assert cloud.run("create").stderr.splitlines() == [error]
+    five_attempts = [error, "slept"] * 4 + [error]
+    assert cloud.run("resume").stderr.splitlines() == [*five_attempts, *five_attempts, "slept", *five_attempts]
+
+
+def test_watching_survives_outages(cloud):
+    """Two of them, each of fewer than three looks in which every attempt fails, together of more."""
+    cloud.write("outcomes", "long 0")
+    process = cloud.start("resume")
+    cloud.until(lambda: len(cloud.starts()) == 2)
+    for _ in range(2):
+        cloud.write("outage", "12")
+        cloud.until(lambda: (cloud.folder / "outage").read_text() == "0")
+        before = len(cloud.calls())
+        cloud.until(lambda: len(cloud.calls()) > before + 6)  # noqa: B023
+    group = (cloud.folder / "machines" / "1" / "job" / "group").read_text().strip()
+    subprocess.run(["kill", "-TERM", "--", f"-{group}"], check=True)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, said + errors
+    assert said.count("asking Google Cloud failed, time 2 of 3") == 2 and len(cloud.starts()) == 4
+
+
+@pytest.mark.parametrize("calls, options", [(1000, ()), (1000, ("--then-delete",)), (15, ("--then-delete",))])
+def test_an_outage_of_three_looks_stops_the_watching(cloud, calls, options):
+    """Of five attempts each; where it is over then, the TPU can be deleted."""
+    cloud.write("outcomes", "long")
+    process = cloud.start("resume", *options)
+    cloud.until(lambda: len(cloud.starts()) == 2)
+    cloud.write("outage", str(calls))
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, said + errors
+    assert "asking Google Cloud failed, time 3 of 3" in said and "started again, it takes up the job" in said
+    left = calls > 15
+    assert (cloud.folder / "request").exists() == ("the TPU is still there and costs money" in said) == left
 
 
 def test_a_tpu_that_the_user_deletes_is_not_created_again(cloud):

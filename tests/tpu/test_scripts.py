@@ -19,7 +19,7 @@ def test_shellcheck_finds_nothing():
     shellcheck = shutil.which("shellcheck", path=path)
     assert shellcheck, "pip install -r requirements-dev.txt"
     scripts = sorted(map(str, TPU.rglob("*.sh")))
-    assert len(scripts) == len(SLICE) + len(CLUSTER) + 3  # common, slice, worker
+    assert len(scripts) == len(SLICE) + len(CLUSTER) + 4  # common, slice, cluster, worker
     done = subprocess.run([shellcheck, "-x", "-P", "SCRIPTDIR", *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -63,6 +63,8 @@ def test_a_cluster_has_a_name(cloud, script):
         ("NAME", "My_Run", "lower-case letters, digits and -"),
         ("CAPACITY", "cheap", "choose spot, on-demand or reserved"),
         ("CONFIG", "configs/none.py", "is no file of"),
+        ("MOUNT", "mnt/bucket", "starts with /"),
+        ("ARGUMENTS", "--mesh.fsdp 16", "write a list with an option and its value apart"),
     ],
 )
 def test_a_setting_that_cannot_be(cloud, setting, value, said):
@@ -70,6 +72,35 @@ def test_a_setting_that_cannot_be(cloud, setting, value, said):
     done = cloud.run("create")
     assert done.returncode == 2 and f"{setting}={value}" in done.stderr and said in done.stderr
     assert not cloud.calls()
+
+
+@pytest.mark.parametrize("line", ["ARGUMENTS=--mesh.fsdp 16", "ARGUMENTS=(--mesh.fsdp 16", "ZONE=$NONE"])
+def test_a_job_that_the_shell_cannot_read(cloud, line):
+    """Also where more lines follow, as all the settings do here."""
+    cloud.job.write_text(f"{line}\n{cloud.job.read_text()}")
+    done = cloud.run("resume")
+    assert done.returncode == 2 and f"error: --job {cloud.job} is no file of settings" in done.stderr
+    assert not cloud.calls()
+
+
+def test_arguments_left_empty_are_none(cloud):
+    none = cloud.do("launch --dry-run")
+    cloud.settings(MOUNT=str(cloud.folder / "mount"), ARGUMENTS="")
+    assert cloud.do("launch --dry-run") == none
+
+
+@pytest.mark.parametrize("script", SLICE + CLUSTER)
+def test_a_command_that_is_not_installed_is_named_and_a_dry_run_needs_none(cloud, script):
+    system = cloud.folder / "system"
+    system.mkdir()
+    for tool in ("bash", "date", "dirname", "git", "grep", "mktemp", "rm", "sed"):
+        (system / tool).symlink_to(shutil.which(tool))
+    cloud.path = str(system)
+    done = cloud.run(script)
+    command, how = ("xpk", "pip install") if script in CLUSTER else ("gcloud", "cloud.google.com/sdk/docs/install")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert f"error: {command} is not installed: {how}" in done.stderr
+    assert command in cloud.do(f"{script} --dry-run")
 
 
 def words(said: str) -> list[list[str]]:
@@ -110,12 +141,12 @@ def test_a_slice_is_asked_for_as_the_job_says(cloud, capacity, flags):
 
 
 def test_arguments_with_spaces_and_quotes_arrive_as_they_are(cloud):
-    odd = "it's a 'b' $HOME; #"
+    odd, equal = "it's a 'b' $HOME; #", "--run.note=a b"
     cloud.write("outcomes", "0")
-    cloud.job.write_text(cloud.job.read_text() + f"ARGUMENTS=(--data.dir {shlex.quote(odd)})\n")
+    cloud.job.write_text(cloud.job.read_text() + f"ARGUMENTS=({shlex.quote(equal)} --data.dir {shlex.quote(odd)})\n")
     cloud.do("create", "setup", "launch")
     cloud.until(lambda: len(cloud.starts()) == 2)
-    assert all(start.endswith(f"--data.dir {odd}") for start in cloud.starts())
+    assert all(start.endswith(f"{equal} --data.dir {odd}") for start in cloud.starts())
 
 
 def test_a_dry_run_of_resume_shows_every_step(cloud):

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 source "$(dirname "$0")/../common.sh"
+source "$(dirname "$0")/cluster.sh"
 USAGE="usage: bash experiments/tpu/xpk/create.sh [--job FILE] [--dry-run] [--help]
 
 Makes a GKE cluster with one TPU slice, whose jobs see the bucket in the folder MOUNT. Where the cluster is there, xpk
 brings in line what differs."
-read_options '' "$@"
-need CLUSTER "${SAME_JOB[1]}"
+read_cluster_options '' "$@"
 [[ $CAPACITY != reserved ]] || fail "CAPACITY=reserved is not supported on GKE: choose spot or on-demand."
 
 run xpk cluster create --cluster="$CLUSTER" "${WHERE[@]}" --tpu-type="$ACCELERATOR_TYPE" --num-slices=1 "--$CAPACITY" \

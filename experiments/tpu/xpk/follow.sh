@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 source "$(dirname "$0")/../common.sh"
+source "$(dirname "$0")/cluster.sh"
 USAGE="usage: bash experiments/tpu/xpk/follow.sh [--job FILE] [--all] [--dry-run] [--help]
 
 Shows the state of the job, and what its first machine prints, until it ends. --all: what every machine prints."
-read_options --all "$@"
-need CLUSTER "${SAME_JOB[1]}"
+read_cluster_options --all "$@"
 
 # xpk also tells kubectl which cluster is meant.
 run xpk workload list --cluster="$CLUSTER" "${WHERE[@]}" --filter-by-job="^$NAME\$"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 source "$(dirname "$0")/../common.sh"
+source "$(dirname "$0")/cluster.sh"
 USAGE="usage: bash experiments/tpu/xpk/launch.sh [--job FILE] [--dry-run] [--help]
 
 Starts the training on a cluster, with the repository's tracked files, uncommitted changes included. Kubernetes starts
 it again where its machines were taken away or it says \"resume me\" (exit code 75); it goes on from its last
 checkpoint. Where it runs or waits already, nothing happens."
-read_options '' "$@"
-need CLUSTER "${SAME_JOB[1]}"
+read_cluster_options '' "$@"
 
 for status in RUNNING QUEUED; do
   jobs=$(query '' xpk workload list --cluster="$CLUSTER" "${WHERE[@]}" --filter-by-status="$status" \

@@ -39,6 +39,18 @@ def experiment(short_run, tmp_path):
     return make
 
 
+@pytest.fixture
+def file_size():
+    """`file_size(bytes)`: no file may be larger, as on a full disk; `file_size()`: any may again."""
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size=before):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+
+    yield limit
+    limit()
+
+
 def rows(cfg):
     lines = Workdir(cfg.workdir).metrics.read_text().splitlines()
     return [[json.loads(line)[key] for key in SAME] for line in lines]
@@ -137,25 +149,19 @@ def test_a_step_that_cannot_be_saved_after_sigterm_is_not_said_to_be(experiment,
         loop.train(experiment())
 
 
-def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_checkpoint(experiment, monkeypatch):
-    cfg = experiment(keep_checkpoints=1)
-    note, limits = loop.note, resource.getrlimit(resource.RLIMIT_FSIZE)
+def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_checkpoint(experiment, monkeypatch, file_size):
+    cfg, note = experiment(keep_checkpoints=1), loop.note
 
     def fill_up(run, step, *rest):
         if step == 4:
             run.checkpoints._manager.wait_until_finished()
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+            file_size(4096)
         return note(run, step, *rest)
 
-    try:
-        with (
-            monkeypatch.context() as patched,
-            pytest.raises(NotSaved, match="the last whole checkpoint is that of step 3"),
-        ):
-            patched.setattr(loop, "note", fill_up)
-            loop.train(cfg)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with monkeypatch.context() as patched, pytest.raises(NotSaved, match="last whole checkpoint is that of step 3"):
+        patched.setattr(loop, "note", fill_up)
+        loop.train(cfg)
+    file_size()
     assert saved_steps(cfg) == [3]
     assert int(last_state(cfg)[0].step) == 3
     loop.train(cfg)
@@ -205,23 +211,17 @@ def test_sigterm_while_jax_is_imported_says_resume_me(experiment):
     assert output == "stopped by SIGTERM: the same command continues the run.\n"
 
 
-def test_a_full_disk_where_the_run_begins_is_a_sentence_and_the_run_may_begin_again(experiment, monkeypatch):
-    cfg, limits = experiment(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    save = Tokenizer.save
+def test_a_full_disk_where_the_run_begins_is_a_sentence_and_the_run_may_begin_again(experiment, monkeypatch, file_size):
+    cfg, save = experiment(), Tokenizer.save
 
     def save_on_full_disk(*arguments):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+        file_size(1024)
         save(*arguments)
 
-    try:
-        with (
-            monkeypatch.context() as patched,
-            pytest.raises(ConfigError, match="cannot be written: File too large"),
-        ):
-            patched.setattr(Tokenizer, "save", save_on_full_disk)
-            loop.train(cfg)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with monkeypatch.context() as patched, pytest.raises(ConfigError, match="cannot be written: File too large"):
+        patched.setattr(Tokenizer, "save", save_on_full_disk)
+        loop.train(cfg)
+    file_size()
     assert not list(Path(cfg.workdir).glob("tokenizer.json*"))
     loop.train(cfg)
 

@@ -6,7 +6,7 @@ GPUs: NVIDIA's datasheets of the SXM boards, dense rates; NVLink is stated for b
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from vlm_jax.config import ConfigError
 
@@ -28,11 +28,6 @@ class Chip:
     hbm_bytes_per_second: float
     interconnect_bytes_per_second: float  # that leave the chip, over all its links
     slices: tuple[str, ...] = ()  # layouts that are rented, of which the TPU compiler knows the topology
-
-    def share(self, cores: int) -> "Chip":
-        """What one of so many cores has that the TPU compiler takes for devices of their own (v4)."""
-        rates = {name: value / cores for name, value in vars(self).items() if isinstance(value, (int, float))}
-        return replace(self, **rates)
 
     def flops_per_second(self, dtype: str) -> float:
         return {"bfloat16": self.bfloat16_flops, "float32": self.float32_flops}[dtype]

@@ -41,9 +41,11 @@ def make(cfg: Experiment, topology: str = "", devices: int = 1, is_compiled: boo
         "cache_bytes_per_row": memory.cache_bytes(cfg),
     }
     if topology:
-        document["topology"] = _slice(topology, places, held.total)
+        chip, chips = slice_of(topology)
+        room = chip.hbm_bytes
+        document["topology"] = {"name": topology, "devices": chips, "hbm_bytes": room, "fits": held.total <= room}
         if is_compiled:
-            document["topology"] |= _compiled(cfg, topology, places, document)
+            document["topology"] |= _compiled(cfg, chip, places, document["train_flops"])
     return document
 
 
@@ -66,23 +68,12 @@ def parts(cfg: Experiment) -> dict[str, dict]:
     }
 
 
-def _chip(topology: str, places: list) -> Chip:
-    """What one device of the slice has."""
-    chip, chips = slice_of(topology)
-    return chip.share(len(places) // chips)
-
-
-def _slice(topology: str, places: list, predicted_bytes: int) -> dict:
-    room = _chip(topology, places).hbm_bytes
-    return {"name": topology, "devices": len(places), "hbm_bytes": room, "fits": predicted_bytes <= room}
-
-
-def _compiled(cfg: Experiment, topology: str, places: list, document: dict) -> dict:
+def _compiled(cfg: Experiment, chip: Chip, places: list, model_flops: float) -> dict:
     found = compiled.compile_step(cfg, axes.make_mesh(cfg.mesh, places))
     result = {"compile_seconds": found.compile_seconds, "compiled_bytes": found.hbm_bytes, "fits": found.fits}
     if not found.fits:
         return result
-    return result | _speed(cfg, _chip(topology, places), found.program, len(places), document["train_flops"])
+    return result | _speed(cfg, chip, found.program, len(places), model_flops)
 
 
 def _speed(cfg: Experiment, chip: Chip, program, devices: int, model_flops: float) -> dict:

@@ -1,5 +1,6 @@
 """The command line: verbs, and mistakes as one sentence with exit code 2."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -28,6 +29,12 @@ USAGE = """usage: python run.py [VERB] [--config FILE] [--any.field VALUE ...]
 
 python run.py VERB --config FILE --help lists every field with its value."""
 OWN_HELP = ("generate", "verify", "export")  # verbs that explain their options themselves
+PLAN_OPTIONS = {
+    "topology": {"help": "the slice of TPUs to plan for, CHIP:LAYOUT such as v5e:8x8; the step is compiled for it"},
+    "no-compile": {"action": "store_true", "help": "with --topology: what is predicted for the slice, in seconds"},
+    "devices": {"type": int, "help": "in the place of --topology: how many devices, of any kind (default: 1)"},
+    "json": {"action": "store_true", "help": "the plan for machines"},
+}
 OPEN = ("data", "mesh", "distributed", "eval")  # sections that may change after the training
 
 
@@ -64,8 +71,11 @@ def _asks_for_usage(arguments: list[str]) -> bool:
     return not named and bool({"-h", "--help"} & set(arguments))
 
 
-def experiment(verb: str, arguments: list[str], stored: bool) -> Experiment:
-    """The experiment that the arguments ask for: of --config, or of the run in --workdir where `stored`."""
+def experiment(verb: str, arguments: list[str], stored: bool, options: dict[str, str] | None = None) -> Experiment:
+    """The experiment that the arguments ask for: of --config, or of the run in --workdir where `stored`.
+
+    `options` as in `config_file.override`.
+    """
     parser = cli_hub.Parser(add_help=False)
     parser.add_argument("--config")
     parser.add_argument("--workdir")
@@ -79,7 +89,7 @@ def experiment(verb: str, arguments: list[str], stored: bool) -> Experiment:
         raise ConfigError(f"{verb} needs --config FILE.")
     cfg = config_file.load(given.config) if given.config else Workdir(given.workdir).read_config()
     cfg = dataclasses.replace(cfg, workdir=given.workdir or cfg.workdir)
-    asked = config_file.override(cfg, fields, f"python run.py {verb}")
+    asked = config_file.override(cfg, fields, f"python run.py {verb}", options)
     if stored:
         _refuse_another_model(verb, cfg, asked)
     elif asked.begins_with:
@@ -180,19 +190,29 @@ def generate(arguments: list[str]) -> int:
 
 def plan(arguments: list[str]) -> int:
     parser = cli_hub.Parser(add_help=False)
-    parser.add_argument("--topology", default="")
-    parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--no-compile", action="store_true")
+    for name, settings in PLAN_OPTIONS.items():
+        parser.add_argument(f"--{name}", **settings)
     given, rest = parser.parse_known_args(arguments)
-    cfg = experiment("plan", rest, stored=False)
-    if given.devices < 1:
-        raise ConfigError(f"--devices is {given.devices}: it must be at least 1.")
+    said = {name: settings["help"] for name, settings in PLAN_OPTIONS.items()}
+    cfg = experiment("plan", rest, stored=False, options=said)
+    _check_plan_options(given)
     from vlm_jax.plan import document, table
 
-    made = document.make(cfg, given.topology, given.devices, not given.no_compile)
+    made = document.make(cfg, given.topology, given.devices or 1, not given.no_compile)
     print(json.dumps(made, indent=1) if given.json else table.text(cfg, made))
     return 0
+
+
+def _check_plan_options(given: argparse.Namespace) -> None:
+    if given.devices is not None and given.devices < 1:
+        raise ConfigError(f"--devices is {given.devices}: it must be at least 1.")
+    if given.topology is None and given.no_compile:
+        raise ConfigError("--no-compile goes with --topology: name a slice, such as v5e:8x8, or leave it out.")
+    if given.topology is not None and given.devices is not None:
+        raise ConfigError(
+            f"--topology {given.topology} says how many devices there are, and so does --devices {given.devices}: "
+            "choose one of the two."
+        )
 
 
 def diff(arguments: list[str]) -> int:

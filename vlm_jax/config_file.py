@@ -62,18 +62,27 @@ def _module(file: Path):
     return module
 
 
-def override(cfg: Experiment, arguments: list[str], program: str) -> Experiment:
+def override(cfg: Experiment, arguments: list[str], program: str, options: dict[str, str] | None = None) -> Experiment:
     """The experiment with `--any.field VALUE` applied; tyro reads the values and writes the help.
+
+    `options` are what else the program takes and what the help says of each; they are not among the arguments.
 
     Raises:
       ConfigError: a field or a choice that does not exist, or a value of another type, in `cfg` too.
     """
     check_types(cfg)
-    fields = kinds(cfg)
+    fields, options = kinds(cfg), options or {}
     for name, values in _options(arguments):
         if name != "help":
-            _check_option(fields, name, values)
-    return tyro.cli(Experiment, default=cfg, args=arguments, prog=program, config=(tyro.conf.FlagConversionOff,))
+            _check_option(fields, name, values, options)
+    said = {"prog": program, "description": _described(options)}
+    return tyro.cli(Experiment, default=cfg, args=arguments, config=(tyro.conf.FlagConversionOff,), **said)
+
+
+def _described(options: dict[str, str]) -> str | None:
+    """A line for each; None where there are none: tyro then says nothing."""
+    width = max(map(len, options), default=0)
+    return "\n".join(f"--{name:{width}}  {said}" for name, said in options.items()) or None
 
 
 def _options(arguments: list[str]) -> list[tuple[str, list[str]]]:
@@ -92,9 +101,9 @@ def _options(arguments: list[str]) -> list[tuple[str, list[str]]]:
     return options
 
 
-def _check_option(fields: dict[str, object], name: str, values: list[str]) -> None:
+def _check_option(fields: dict[str, object], name: str, values: list[str], options: dict[str, str]) -> None:
     if name not in fields:
-        raise ConfigError(f"--{name} is no field{nearest(name, fields)}; --help lists all of them.")
+        raise ConfigError(f"--{name} is no field{nearest(name, [*fields, *options])}; --help lists all of them.")
     each, any_number = _number(fields[name])
     if len(values) % each if any_number else len(values) != each:
         wanted = ("one value" if each == 1 else f"{each} values") + " each" * any_number

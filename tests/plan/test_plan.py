@@ -74,11 +74,27 @@ def test_more_devices_hold_less_each(capsys, config):
         (["--devices", "3", "--mesh.data", "2"], "the three must multiply to 3"),
         (["--devices", "3"], "choose a multiple of 3"),
         (["--devices", "0"], "at least 1"),
+        (["--topology", ""], "--topology '' is no slice of TPUs: choose CHIP:LAYOUT"),
+        (["--topology", "v5e:2x2", "--devices", "64"], "--topology v5e:2x2 says how many devices there are"),
+        (["--topology", "v5e:2x2", "--devices", "1"], "and so does --devices 1: choose one of the two."),
+        (["--no-compile"], "--no-compile goes with --topology: name a slice"),
+        (["--no-compile", "--devices", "2"], "--no-compile goes with --topology: name a slice"),
+        (["--toplogy", "v5e:8x8"], "--toplogy is no field (perhaps you meant topology); --help lists all of them."),
+        (["--no_compile"], "perhaps you meant no-compile"),
     ],
 )
 def test_mistakes_are_one_sentence(capsys, config, arguments, said):
     assert cli.main(["plan", "--config", config, *arguments]) == 2
-    assert said in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
+def test_help_lists_the_options_of_plan_beside_the_fields(capsys, config):
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--config", config, "--help"])
+    out = capsys.readouterr().out
+    for option in (*cli.PLAN_OPTIONS, "fusion.kind"):
+        assert f"--{option} " in out
 
 
 def test_without_the_compiler_it_says_how_to_get_it(capsys, config, monkeypatch):

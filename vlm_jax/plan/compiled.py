@@ -46,7 +46,7 @@ def devices_of(topology: str) -> list[jax.Device]:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # any that exists: the topology is given
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
-    hosts: dict = {"chips_per_host_bounds": (1, 1, 1)} if chips == 1 else {}  # by default a host has four
+    hosts = {"chips_per_host_bounds": (1, 1, 1)} if chips == 1 else {}  # by default a host has four
     if chip.name == "v4":
         hosts["chip_config_name"] = "megacore"  # as TPU VMs run it; else each of its two cores is a device
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, **hosts).devices

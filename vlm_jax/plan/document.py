@@ -19,15 +19,15 @@ from vlm_jax.train.loop import check_rows
 from vlm_jax.train.step import state_shapes
 
 
-def make(cfg: Experiment, topology: str = "", devices: int = 1, is_compiled: bool = True) -> dict:
+def make(cfg: Experiment, topology: str | None = None, devices: int = 1, is_compiled: bool = True) -> dict:
     """The plan of an experiment for `devices` devices, or for a slice of TPUs, compiled for it if `is_compiled`.
 
     Raises:
       ConfigError: the mesh or the batch does not fit the devices, or the slice or its compiler is unknown.
     """
     jax.config.update("jax_platforms", "cpu")
-    places = compiled.devices_of(topology) if topology else None
-    sizes = cfg.mesh.sizes(len(places) if topology else devices)
+    places = compiled.devices_of(topology) if topology is not None else None
+    sizes = cfg.mesh.sizes(len(places) if places else devices)
     abstract = axes.make_mesh(cfg.mesh, places).abstract_mesh if places else AbstractMesh(sizes, axes.MESH_AXES)
     check_rows(cfg, abstract)
     held = memory.predicted(cfg, abstract)
@@ -40,7 +40,7 @@ def make(cfg: Experiment, topology: str = "", devices: int = 1, is_compiled: boo
         "bytes_per_device": dataclasses.asdict(held) | {"total": held.total},
         "cache_bytes_per_row": memory.cache_bytes(cfg),
     }
-    if topology:
+    if places:
         chip, chips = slice_of(topology)
         room = chip.hbm_bytes
         document["topology"] = {"name": topology, "devices": chips, "hbm_bytes": room, "fits": held.total <= room}

@@ -10,7 +10,7 @@ import pytest
 
 from vlm_jax import axes, chips, cli, config_file, flops
 from vlm_jax.config import Mesh
-from vlm_jax.plan import compiled
+from vlm_jax.plan import compiled, table
 from vlm_jax.train import optim
 from vlm_jax.validate import validate
 
@@ -65,6 +65,39 @@ def test_more_devices_hold_less_each(capsys, config):
     eight = planned(capsys, "--config", config, "--devices", "8", "--mesh.data", "1", "--mesh.fsdp", "-1")
     assert eight["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
     assert eight["bytes_per_device"]["parameters"] < one["bytes_per_device"]["parameters"] / 4
+
+
+@pytest.mark.parametrize(
+    "seconds, said",
+    [(0, "0 s"), (2.3e-7, "2.3e-07 s"), (3.127e-5, "31.3 us"), (0.024, "24 ms"), (0.9996, "1 s"), (1.4902, "1.49 s")],
+)
+def test_any_time_has_three_digits(seconds, said):
+    assert table.short(seconds, "s") == said
+
+
+TIMES = """
+a step                                       at peak
+products, by XLA's program  12 GFLOP a chip  60.9 us
+read and written in HBM       115 MB a chip   140 us
+sent between chips               0 B a chip      0 s
+XLA's FLOPs are 3.000 of the model's
+
+                    time of a step   MFU    tokens/s  images/s
+collectives hidden          140 us  0.25  40,000,000   500,000
+not hidden                 1.23 ms  0.03   4,535,000    56,700
+"""
+
+
+def test_times_of_a_small_step_are_said_too_in_columns(capsys, config):
+    plan = planned(capsys, "--config", config) | {"train_flops": 8e9}
+    plan["topology"] = {
+        "name": "v5e:1x2", "devices": 2, "hbm_bytes": 2e10, "fits": True, "compile_seconds": 9, "compiled_bytes": 1e9,
+        "xla_flops": 2.4e10, "moved_bytes": 115e6, "collectives": [],
+        "roofline_seconds": {"compute": 6.09e-5, "hbm": 1.4e-4, "interconnect": 0},
+        "overlapped": {"step_seconds": 1.4e-4, "mfu": 0.25, "tokens_per_second": 4e7, "images_per_second": 5e5},
+        "serial": {"step_seconds": 1.234e-3, "mfu": 0.028, "tokens_per_second": 4.535e6, "images_per_second": 5.67e4},
+    }  # fmt: skip
+    assert TIMES in table.text(config_file.load(config), plan)
 
 
 @pytest.mark.parametrize(

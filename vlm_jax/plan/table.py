@@ -5,7 +5,7 @@ from collections import Counter
 from vlm_jax.chips import GIB
 from vlm_jax.config import Experiment
 
-UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "u"))
 
 
 def text(cfg: Experiment, plan: dict) -> str:
@@ -19,8 +19,8 @@ def text(cfg: Experiment, plan: dict) -> str:
 def short(value: float, unit: str = "") -> str:
     """12.3 G: three digits and a power of ten."""
     for size, letter in UNITS:
-        if value >= size:
-            return f"{value / size:.3g} {letter}{unit}"
+        if float(f"{value:.3g}") >= size:
+            return f"{value / size:.3g} {letter}{unit}".rstrip()
     return f"{value:.3g} {unit}".rstrip()
 
 
@@ -102,7 +102,7 @@ def _topology(plan: dict) -> str:
 def _costs(plan: dict, found: dict) -> str:
     """What a compiled step costs."""
     work = [
-        ["", "seconds a step", "MFU", "tokens/s", "images/s"],
+        ["", "time of a step", "MFU", "tokens/s", "images/s"],
         *(
             [name, *_speed(found[key])]
             for name, key in (("collectives hidden", "overlapped"), ("not hidden", "serial"))
@@ -119,10 +119,10 @@ def _costs(plan: dict, found: dict) -> str:
                     [
                         "products, by XLA's program",
                         short(found["xla_flops"] / found["devices"], "FLOP a chip"),
-                        f"{roof['compute']:.3f} s",
+                        short(roof["compute"], "s"),
                     ],
-                    ["read and written in HBM", short(found["moved_bytes"], "B a chip"), f"{roof['hbm']:.3f} s"],
-                    ["sent between chips", short(_sent(found), "B a chip"), f"{roof['interconnect']:.3f} s"],
+                    ["read and written in HBM", short(found["moved_bytes"], "B a chip"), short(roof["hbm"], "s")],
+                    ["sent between chips", short(_sent(found), "B a chip"), short(roof["interconnect"], "s")],
                 ]
             ),
             f"XLA's FLOPs are {ratio:.3f} of the model's\n",
@@ -134,7 +134,7 @@ def _costs(plan: dict, found: dict) -> str:
 
 def _speed(at: dict) -> list[str]:
     return [
-        f"{at['step_seconds']:.3f}",
+        short(at["step_seconds"], "s"),
         f"{at['mfu']:.2f}",
         f"{at['tokens_per_second']:,.0f}",
         f"{at['images_per_second']:,.0f}",

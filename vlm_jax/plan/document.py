@@ -13,6 +13,7 @@ from vlm_jax.chips import Chip, slice_of
 from vlm_jax.config import Experiment
 from vlm_jax.flops import flops_by_part, token_flow, train_flops
 from vlm_jax.plan import compiled, memory
+from vlm_jax.plan.hlo import Program
 from vlm_jax.plan.roofline import roofline
 from vlm_jax.train import optim
 from vlm_jax.train.loop import check_rows
@@ -73,10 +74,11 @@ def _compiled(cfg: Experiment, chip: Chip, places: list, model_flops: float) -> 
     result = {"compile_seconds": found.compile_seconds, "compiled_bytes": found.hbm_bytes, "fits": found.fits}
     if not found.fits:
         return result
-    return result | _speed(cfg, chip, found.program, len(places), model_flops)
+    return result | speed(cfg, chip, found.program, len(places), model_flops)
 
 
-def _speed(cfg: Experiment, chip: Chip, program, devices: int, model_flops: float) -> dict:
+def speed(cfg: Experiment, chip: Chip, program: Program, devices: int, model_flops: float) -> dict:
+    """What a step takes on each of `devices` chips, and what they do in a second together."""
     limits = roofline(program, chip, cfg.train.compute_dtype)
     rows, tokens = cfg.train.batch_size, token_flow(cfg)
 

@@ -3,7 +3,9 @@
 import json
 import os
 import sys
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from vlm_jax.config import Train
@@ -43,6 +45,15 @@ def test_every_so_many_steps_and_the_last_are_written_with_all_fields(workdir):
         assert row["tokens_per_second"] == pytest.approx(100 / row["step_seconds"])
         assert row["examples_per_second"] == pytest.approx(7 / row["step_seconds"])
     assert list(workdir.tensorboard.glob("events.*"))
+
+
+@pytest.mark.parametrize("peaks, most", [([3, 7, 5], 7), ([3, None], 3), ([None, None], None)])
+def test_the_memory_in_a_row_is_that_of_the_fullest_device(workdir, monkeypatch, peaks, most):
+    stats = [peak and {"peak_bytes_in_use": peak, "bytes_in_use": 1, "bytes_limit": 100} for peak in peaks]
+    devices = [SimpleNamespace(memory_stats=lambda held=held: held) for held in stats]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    take_steps(workdir, 0, 10)
+    assert [row["hbm_peak_bytes"] for row in rows(workdir)] == [most] * 3
 
 
 def test_a_row_is_on_the_disk_before_the_next_step(workdir, monkeypatch):

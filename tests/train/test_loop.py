@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+import time
 from dataclasses import replace
 
 import jax
@@ -204,6 +205,24 @@ def test_the_metrics_of_a_step_have_every_field(experiment, monkeypatch):
     assert row["examples_per_second"] * row["step_seconds"] == pytest.approx(8 * 3)
     tokens = row["tokens_per_second"] * row["step_seconds"]
     assert row["padding_fraction"] == pytest.approx(1 - tokens / (8 * cfg.row_length))
+
+
+class Slow:
+    """An iterator whose every batch takes a tenth of a second more."""
+
+    def __init__(self, data):
+        self.data, self.get_state, self.set_state = data, data.get_state, data.set_state
+
+    def __next__(self):
+        time.sleep(0.1)
+        return next(self.data)
+
+
+def test_the_wait_for_a_batch_is_in_the_metrics(experiment, monkeypatch):
+    cfg, iterator = experiment(), pipeline.training_iterator
+    monkeypatch.setattr(pipeline, "training_iterator", lambda *arguments: Slow(iterator(*arguments)))
+    train_until(cfg, 2, monkeypatch)
+    assert all(row["data_wait_seconds"] >= 0.1 for row in rows(cfg))
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused_and_nothing_is_written(experiment):

@@ -15,10 +15,7 @@ def validate(cfg: Experiment) -> Experiment:
       ConfigError: a value, or two together, cannot work.
     """
     check_values(cfg)
-    for path in PATHS:
-        value = flat(cfg)[path]
-        for one in value if isinstance(value, tuple) else (value,):
-            check_path(path, one)
+    _paths(flat(cfg))
     if not cfg.vision.checkpoint:  # public ones may leave pixels over at the border
         _patches(cfg.vision)
     for check in CHECKS:
@@ -111,6 +108,13 @@ def element(kind):
     while typing.get_origin(kind) is tuple:
         kind = typing.get_args(kind)[0]
     return kind
+
+
+def _paths(values: dict[str, object]):
+    for path in PATHS:
+        value = values[path]
+        for one in value if isinstance(value, tuple) else (value,):
+            check_path(path, one)
 
 
 def _patches(vision):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vlm_jax.config import ConfigError, Data, Experiment, Fusion, Train
 from vlm_jax.data import images as image_files
-from vlm_jax.data import pipeline, questions, room, sources
+from vlm_jax.data import pipeline, questions, room, sources, tiles
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.testing import tiny, write_conversations
 
@@ -92,6 +92,15 @@ def test_processes_read_disjoint_images(cfg, tokenizer):
     first, second = (set(image_keys(take(pipeline.training_iterator(cfg, tokenizer, i, 2), 3))) for i in range(2))
     assert not first & second
     assert len(first | second) == 24
+
+
+def test_a_process_decodes_the_images_of_its_rows_only(cfg, tokenizer, monkeypatch):
+    decoded, decode = [], image_files.decode
+    monkeypatch.setattr(image_files, "decode", lambda encoded, name: decoded.append(name) or decode(encoded, name))
+    monkeypatch.setattr(tiles, "CACHE_BYTES", 0)
+    cfg = replace(cfg, data=replace(cfg.data, prefetch=0, threads=0))
+    share = next(pipeline.training_iterator(cfg, tokenizer, 1, 2))
+    assert len(decoded) == len(share.tokens) == cfg.train.batch_size // 2
 
 
 def test_questions_of_a_row_belong_to_its_image_and_are_chosen_anew(cfg, tokenizer):

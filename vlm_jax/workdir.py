@@ -135,7 +135,7 @@ class Workdir:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is never seen half-written, by whom comes after a crash neither."""
+    """Writes a file that is seen whole or not at all, and leaves nothing beside it where it cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_text(text)

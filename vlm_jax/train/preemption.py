@@ -11,6 +11,7 @@ import threading
 from vlm_jax.start import leave
 
 RESUME_ME = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
+STOPPED = "stopped by SIGTERM: the same command continues the run."
 
 
 class Preempted(RuntimeError):
@@ -32,9 +33,6 @@ def handler(action):
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-STOPPED = "stopped by SIGTERM: the same command continues the run."
 
 
 def stop_at_once():

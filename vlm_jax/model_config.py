@@ -50,6 +50,12 @@ class Vision(Transformer):
     image_size_px: int = 64  # height and width of an image
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of red, green and blue in 0..1, taken off ...
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # ... before it is divided by this
+    resize: Literal["squash", "crop", "pad"] = (
+        "squash"  # how an image becomes a square: its sides are scaled apart; the
+    )
+    #   shorter side is scaled and the middle cut out; or it is padded. With `tile_layouts`: pad fits it onto tiles
+    resize_px: int = 0  # crop: length of the shorter side before the middle is cut out; 0: image_size_px
+    resample: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] = "bicubic"  # filter of the resize
     patch_size_px: int = 8
     patch_embed: Literal["linear", "conv"] = "linear"  # the same numbers, computed as a product or a convolution
     patch_bias: bool = True
@@ -89,6 +95,11 @@ class Vision(Transformer):
     def pictures(self) -> int:
         """Pictures of one image that the encoder reads at the most, one by one or all together."""
         return self.tiles if self.tile_layouts else self.views
+
+    @property
+    def keeps_aspect_in_tiles(self) -> bool:
+        """Whether an image is fitted onto the tiles of `tile_layouts`, and not squashed into one of them."""
+        return bool(self.tile_layouts) and self.resize == "pad"
 
     @property
     def has_tags(self) -> bool:

@@ -69,14 +69,16 @@ def unreadable(name: str, error: Exception) -> ConfigError:
     return ConfigError(f"{name} is not a readable image, or is cut short ({type(error).__name__}).")
 
 
-def fit(image: Image.Image, image_size_px: int, layout: tuple[int, int] = (1, 1)) -> np.ndarray:
-    """Any image -> (rows * image_size_px, columns * image_size_px, 3) uint8, resized (and squeezed) where it differs.
+def fit(
+    image: Image.Image, image_size_px: int, layout: tuple[int, int] = (1, 1), resample: str = "bicubic"
+) -> np.ndarray:
+    """Any image -> (rows * image_size_px, columns * image_size_px, 3) uint8, its sides scaled apart where they differ.
 
     By default a square; `layout` is the rows and columns of squares.
     """
     rows, columns = layout
     size = (columns * image_size_px, rows * image_size_px)
-    return np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
+    return np.asarray(image if image.size == size else image.resize(size, Image.Resampling[resample.upper()]))
 
 
 def normalise(pixels: np.ndarray, vision: Vision) -> np.ndarray:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from vlm_jax.config import CHANNELS, Vision
 from vlm_jax.data.images import fit, normalise
+from vlm_jax.data.resize import resize, to_square
 
 CACHE_BYTES = 512 << 20  # decoded images kept in memory: to read and decode a small one takes 0.3 ms of a core
 
@@ -52,9 +53,51 @@ def tile_count(width: int, height: int, vision: Vision) -> int:
     return math.prod(best_layout(width, height, vision))
 
 
+def best_canvas(height: int, width: int, max_tiles: int, tile_px: int) -> tuple[int, int]:
+    """The (rows, columns) of tiles that enlarge an image least, or else shrink it least; of equals, the fewest.
+
+    Source: transformers, `get_optimal_tiled_canvas` of models/mllama/image_processing_mllama.py.
+    """
+
+    def scale(layout):
+        return min(layout[0] * tile_px / height, layout[1] * tile_px / width)
+
+    scales = [scale(layout) for layout in layouts(max_tiles)]
+    chosen = min((s for s in scales if s >= 1), default=max(scales))
+    return min((layout for layout in layouts(max_tiles) if scale(layout) == chosen), key=math.prod)
+
+
+def shape_on_canvas(height: int, width: int, canvas: tuple[int, int], tile_px: int) -> tuple[int, int]:
+    """The (height, width) of an image on its canvas: a side grows to at most a tile, or shrinks to the canvas."""
+    most_rows = min(max(height, tile_px), canvas[0])
+    most_columns = min(max(width, tile_px), canvas[1])
+    scale_rows, scale_columns = most_rows / height, most_columns / width
+    if scale_columns < scale_rows:
+        return min(math.floor(height * scale_columns), most_rows), most_columns
+    return most_rows, min(math.floor(width * scale_rows), most_columns)
+
+
+def on_canvas(image: Image.Image, vision: Vision) -> np.ndarray:
+    """An RGB image -> (rows * image_size_px, columns * image_size_px, 3) uint8, on the canvas that fits it best.
+
+    The aspect ratio is kept; the right and lower borders are black (Llama 3.2 Vision).
+    """
+    side = vision.image_size_px
+    rows, columns = best_canvas(image.height, image.width, vision.tiles, side)
+    canvas = rows * side, columns * side
+    shape = shape_on_canvas(image.height, image.width, canvas, side)
+    pixels = np.asarray(resize(image, shape, Image.Resampling[vision.resample.upper()]))
+    below, right = (whole - part for whole, part in zip(canvas, pixels.shape))
+    return np.pad(pixels, ((0, below), (0, right), (0, 0)))
+
+
 def lay_out(image: Image.Image, vision: Vision) -> np.ndarray:
     """Any RGB image -> (rows * image_size_px, columns * image_size_px, 3) uint8: resized to its best layout."""
-    return fit(image, vision.image_size_px, best_layout(*image.size, vision))
+    if vision.keeps_aspect_in_tiles:
+        return on_canvas(image, vision)
+    if vision.cut_tiles > 1:
+        return fit(image, vision.image_size_px, best_layout(*image.size, vision), vision.resample)
+    return np.asarray(to_square(image, vision))
 
 
 def kept(read: Callable[[int], Any], vision: Vision) -> Callable[[int], Any]:

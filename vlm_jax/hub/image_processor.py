@@ -13,15 +13,13 @@ import einops
 import numpy as np
 
 from vlm_jax.config import ConfigError
+from vlm_jax.data.resize import center_crop, pad_to_square, resize
 from vlm_jax.hub.image_settings import OPEN_CLIP, SQUARE, ImageSettings, read_settings
 from vlm_jax.hub.image_steps import (
     Picture,
-    center_crop,
     fitting_shape,
     pad,
-    pad_to_square,
     read,
-    resize,
     resized_shape,
     to_rgb,
     to_values,

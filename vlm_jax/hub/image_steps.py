@@ -2,13 +2,14 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
 
 from vlm_jax.config import ConfigError
 from vlm_jax.data.images import read_bytes, upright
+from vlm_jax.data.resize import shortest_edge_shape
 from vlm_jax.hub.image_settings import ImageSettings
 
 Picture = Image.Image | str | os.PathLike  # an open image, taken as it is, or a file
@@ -46,13 +47,13 @@ def resized_shape(height: int, width: int, size: Mapping[str, int]) -> tuple[int
             return int(height * scale), int(width * scale)
     short, long = min(height, width), max(height, width)
     edge = size["shortest_edge"]
-    new_short, new_long = edge, int(edge * long / short)
     if long / short * edge > size.get("longest_edge", math.inf):
         exact = size["longest_edge"] * short / long
         new_short, new_long = round(exact), int(exact * long / short)
-    if new_short == short:
-        return height, width
-    return (new_short, new_long) if height <= width else (new_long, new_short)
+        if new_short == short:
+            return height, width
+        return (new_short, new_long) if height <= width else (new_long, new_short)
+    return shortest_edge_shape(height, width, edge)
 
 
 def fitting_shape(height: int, width: int, size: Mapping[str, int]) -> tuple[int, int]:
@@ -61,27 +62,6 @@ def fitting_shape(height: int, width: int, size: Mapping[str, int]) -> tuple[int
         return height, width
     scale = min(size["height"] / height, size["width"] / width)
     return int(height * scale), int(width * scale)
-
-
-def resize(image: Image.Image, shape: tuple[int, int], resample: int) -> Image.Image:
-    """To (height, width); never less than a pixel, where the reference's processors fail."""
-    height, width = (max(1, side) for side in shape)
-    return image.resize((width, height), resample)
-
-
-def center_crop(image: Image.Image, shape: tuple[int, int], whole: Callable = math.floor) -> Image.Image:
-    """The middle (height, width); black where that is more than the image. `whole` decides about half pixels."""
-    height, width = shape
-    left, top = whole((image.width - width) / 2), whole((image.height - height) / 2)
-    return image.crop((left, top, left + width, top + height))
-
-
-def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """The image in the middle of a square of this colour."""
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
 
 
 def pad(pixels: np.ndarray, shape: tuple[int, int], mode: str = "constant", value: float = 0) -> np.ndarray:

@@ -1,35 +1,14 @@
 """Large images as a few square tiles (Llama 3.2 Vision; `transformers.models.mllama.image_processing_mllama`)."""
 
-import math
 from collections.abc import Sequence
 
 import einops
 import numpy as np
 
-from vlm_jax.data.tiles import layouts
+from vlm_jax.data.resize import resize
+from vlm_jax.data.tiles import best_canvas, layouts, shape_on_canvas
 from vlm_jax.hub.image_settings import ImageSettings
-from vlm_jax.hub.image_steps import Picture, pad, resize, to_rgb, to_values
-
-
-def best_canvas(height: int, width: int, max_tiles: int, tile_px: int) -> tuple[int, int]:
-    """The (rows, columns) of tiles that enlarge an image least, or else shrink it least; of equals, the fewest."""
-
-    def scale(layout):
-        return min(layout[0] * tile_px / height, layout[1] * tile_px / width)
-
-    scales = [scale(layout) for layout in layouts(max_tiles)]
-    chosen = min((s for s in scales if s >= 1), default=max(scales))
-    return min((layout for layout in layouts(max_tiles) if scale(layout) == chosen), key=math.prod)
-
-
-def shape_on_canvas(height: int, width: int, canvas: tuple[int, int], tile_px: int) -> tuple[int, int]:
-    """The (height, width) of an image on its canvas: a side grows to a tile at the most, or shrinks to the canvas."""
-    most_rows = min(max(height, tile_px), canvas[0])
-    most_columns = min(max(width, tile_px), canvas[1])
-    scale_rows, scale_columns = most_rows / height, most_columns / width
-    if scale_columns < scale_rows:
-        return min(math.floor(height * scale_columns), most_rows), most_columns
-    return most_rows, min(math.floor(width * scale_rows), most_columns)
+from vlm_jax.hub.image_steps import Picture, pad, to_rgb, to_values
 
 
 def to_tiles(picture: Picture, settings: ImageSettings) -> tuple[np.ndarray, tuple[int, int]]:

@@ -79,6 +79,8 @@ def experiment(verb: str, arguments: list[str], stored: bool, options: dict[str,
     parser = cli_hub.Parser(add_help=False)
     parser.add_argument("--config")
     parser.add_argument("--workdir")
+    if not stored:
+        parser.add_argument("--checkpoint", "--init_from", "--init-from", dest="init_from")
     given, fields = parser.parse_known_args(arguments)
     empty = [name for name, value in vars(given).items() if value == ""]
     if empty:
@@ -89,13 +91,15 @@ def experiment(verb: str, arguments: list[str], stored: bool, options: dict[str,
         raise ConfigError(f"{verb} needs --config FILE.")
     cfg = config_file.load(given.config) if given.config else Workdir(given.workdir).read_config()
     cfg = dataclasses.replace(cfg, workdir=given.workdir or cfg.workdir)
+    if not stored and given.init_from:
+        fields = [*fields, "--init_from", given.init_from]
     asked = config_file.override(cfg, fields, f"python run.py {verb}", options)
     if stored:
         _refuse_another_model(verb, cfg, asked)
-    elif asked.begins_with:
+    elif asked.begins_with_any:
         from vlm_jax.hub import compose
 
-        asked = compose.resolved(asked)
+        asked = compose.resolved(asked, config_file.explicit_fields(cfg, fields))
     return validate(asked)
 
 

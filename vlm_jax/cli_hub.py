@@ -1,12 +1,11 @@
 """The verbs about public checkpoints: `verify`, `export`, and `generate --checkpoint`."""
 
 import argparse
-import json
 import math
-from pathlib import Path
 
 from vlm_jax.config import ConfigError
 from vlm_jax.limits import AT_MOST
+from vlm_jax.workdir import Workdir, is_run
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,7 +78,6 @@ def export(arguments: list[str]) -> int:
 
     if is_run(given.checkpoint):
         from vlm_jax.infer import demo
-        from vlm_jax.workdir import Workdir
 
         workdir = Workdir(given.checkpoint)
         cfg = workdir.read_config()
@@ -89,15 +87,6 @@ def export(arguments: list[str]) -> int:
         kind = export.export_checkpoint(given.checkpoint, given.output, given.taps)
     print(f"{given.output} holds a {kind} for transformers")
     return 0
-
-
-def is_run(folder: str) -> bool:
-    """Whether a folder is one of our runs: its config.json has our sections and no model_type."""
-    try:
-        config = json.loads((Path(folder).expanduser() / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and "fusion" in config and "model_type" not in config
 
 
 def generate(arguments: list[str]) -> int:

@@ -79,6 +79,20 @@ def override(cfg: Experiment, arguments: list[str], program: str, options: dict[
     return tyro.cli(Experiment, default=cfg, args=arguments, config=(tyro.conf.FlagConversionOff,), **said)
 
 
+def explicit_fields(cfg: Experiment, arguments: list[str]) -> set[str]:
+    """The fields that the user set beside a checkpoint.
+
+    Those of the command line, and those that a config sets in a section whose checkpoint it names itself. Where the
+    checkpoint comes from the command line alone, the config's settings of that part are not meant for it.
+    """
+    named = {name for name, _ in _options(arguments)}
+    values, defaults = flat(cfg), flat(Experiment())
+    for section in ("vision", "projector", "decoder"):
+        if cfg.init_from or values[f"{section}.checkpoint"]:
+            named |= {x for x in values if x.startswith(f"{section}.") and values[x] != defaults[x]}
+    return named
+
+
 def _described(options: dict[str, str]) -> str | None:
     """A line for each; None where there are none: tyro then says nothing."""
     width = max(map(len, options), default=0)
@@ -139,7 +153,7 @@ def to_json(cfg: Experiment) -> str:
 def from_json(text: str | bytes, name: str) -> Experiment:
     """The experiment that `to_json` wrote, equal to the one it was given.
 
-    A field of a section that is missing has its default: a run stays one of a later version that has more fields.
+    A field that is missing has its default, so that later versions with more fields read older runs.
 
     Raises:
       ConfigError: the text is no JSON, or lacks a section, or has a field too many; `name` says whose text it is.
@@ -156,8 +170,10 @@ def from_json(text: str | bytes, name: str) -> Experiment:
 
 
 def _rebuilt(kind, values):
-    names = {field.name for field in dataclasses.fields(kind)}
-    wrong = names ^ set(values) if kind is Experiment else set(values) - names
+    fields = dataclasses.fields(kind)
+    names = {field.name for field in fields}
+    sections = {field.name for field in fields if field.default is dataclasses.MISSING}
+    wrong = (sections - set(values)) | (set(values) - names)
     if wrong:
         raise ValueError(f"the fields {sorted(wrong)} of {kind.__name__} are missing or unknown")
     types = typing.get_type_hints(kind)

@@ -100,6 +100,7 @@ AT_MOST = {
 BELOW = {"optim.beta1": 1, "optim.beta2": 1}
 PATHS = (
     "workdir",
+    "init_from",
     "data.dir",
     "data.files",
     "data.image_dir",

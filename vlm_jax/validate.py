@@ -89,6 +89,19 @@ def flat(cfg, prefix: str = "") -> dict[str, object]:
     return found
 
 
+def with_fields(cfg, values: typing.Mapping[str, object]):
+    """The experiment, or one of its sections, with other values of some fields, named as in `flat`."""
+    for name, value in values.items():
+        cfg = _with_field(cfg, name.split("."), value)
+    return cfg
+
+
+def _with_field(section, path: list[str], value):
+    name, *deeper = path
+    inner = _with_field(getattr(section, name), deeper, value) if deeper else value
+    return dataclasses.replace(section, **{name: inner})
+
+
 def kinds(cfg, prefix: str = "") -> dict[str, object]:
     """Nested dataclasses -> {"section.field": type}."""
     found = {}

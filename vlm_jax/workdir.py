@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import json
 import os
 from pathlib import Path
 
@@ -39,6 +40,7 @@ class Workdir:
         self.path = Path(path)
         self.config = self.path / "config.json"
         self.tokenizer = self.path / "tokenizer.json"
+        self.processor = self.path / "processor"  # files beside the weights of the checkpoint that the run began with
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
@@ -132,6 +134,15 @@ class Workdir:
             yield
         except OSError as error:
             raise ConfigError(f"workdir {self.path} cannot be written: {error.strerror}.") from None
+
+
+def is_run(folder: str | os.PathLike) -> bool:
+    """Whether a folder is a run of ours: its config.json has our sections and no model_type."""
+    try:
+        config = json.loads((Path(folder).expanduser() / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "fusion" in config and "model_type" not in config
 
 
 def write_whole(path: Path, text: str) -> None:

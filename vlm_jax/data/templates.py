@@ -3,6 +3,7 @@
     plain      question \\n answer <eos> question \\n answer <eos>
     vicuna     USER: question ASSISTANT: answer <eos> USER: question ASSISTANT: answer <eos>
     caption    answer <eos>
+    checkpoint what the chat template or the prompt form of the checkpoint makes of it (hub/dialogue.py)
 
 vicuna is that of LLaVA 1.5 (Liu et al. 2023, as its published tokenizer folder spells it). caption drops what the human
 says but for the images, as LLaVA's first stage does. Scored are the answers and the <eos> after each. An image stands
@@ -20,6 +21,8 @@ from vlm_jax.data.text import Fields, image_fields, joined, only_own_tile, padde
 from vlm_jax.data.tiles import views_there
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import TRUNK
+
+Part = tuple[Fields, Sequence[bool], int]  # fields, which of them are scored, and how many images they are
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,11 @@ def encode(cfg: Experiment, tokenizer: Tokenizer, turns: Sequence[str], tiles: S
     `tiles` has the number of tiles of every marked image. `image_slots` and `image_tags` count the image tokens and the
     views of this conversation alone; `images_seen` says how many of its images stand before a token or at it.
     """
-    template, eos = TEMPLATES[cfg.data.template], [tokenizer.eos_id]
-    begin = [] if cfg.data.bos_id < 0 else [cfg.data.bos_id]
     images = (image_fields(cfg, count, number) for number, count in enumerate(tiles))
-    parts = [(plain_fields(begin), [False] * len(begin), 0)]  # fields, what is scored, how many images they are
-    for question, answer in zip(turns[::2], [*turns[1::2], None]):
-        asked = template.asked(question)
-        said = "" if answer is None else template.gap + answer
-        parts += _text(tokenizer, asked + said, len(asked), images)
-        parts += [(plain_fields(eos), [True], 0)] * (answer is not None)
+    if cfg.data.template == "checkpoint":
+        parts = _checkpoint_parts(cfg, tokenizer, turns, images)
+    else:
+        parts = _template_parts(cfg, tokenizer, turns, images)
     scored = np.concatenate([np.asarray(those, bool) for _, those, _ in parts])
     lengths, shown = [len(those) for _, those, _ in parts], [number for _, _, number in parts]
     fields = joined([fields for fields, _, _ in parts])
@@ -66,6 +65,40 @@ def encode(cfg: Experiment, tokenizer: Tokenizer, turns: Sequence[str], tiles: S
     if cfg.fusion.prefix == "bidirectional":  # all that stands before the first answer
         fields["block_ids"] = (np.cumsum(scored) == 0).astype(np.int32)
     return fields
+
+
+def _template_parts(
+    cfg: Experiment, tokenizer: Tokenizer, turns: Sequence[str], images: Iterator[Fields]
+) -> list[Part]:
+    template, eos = TEMPLATES[cfg.data.template], [tokenizer.eos_id]
+    begin = [] if cfg.data.bos_id < 0 else [cfg.data.bos_id]
+    parts = [(plain_fields(begin), [False] * len(begin), 0)]
+    for question, answer in zip(turns[::2], [*turns[1::2], None]):
+        asked = template.asked(question)
+        said = "" if answer is None else template.gap + answer
+        parts += _text(tokenizer, asked + said, len(asked), images)
+        parts += [(plain_fields(eos), [True], 0)] * (answer is not None)
+    return parts
+
+
+def _checkpoint_parts(
+    cfg: Experiment, tokenizer: Tokenizer, turns: Sequence[str], images: Iterator[Fields]
+) -> list[Part]:
+    """Tokens as the checkpoint's own processor writes them, with `image_fields` at the placeholder of every image.
+
+    A placeholder stays in the text, before the fields, where the fusion puts no image into the sequence.
+    """
+    ids, scored, is_image = tokenizer.dialogue.encode(turns)
+    keeps_placeholder = cfg.fusion.has_images and not cfg.fusion.image_in_sequence
+    parts, begin = [], 0
+    for position in np.flatnonzero(is_image):
+        parts.append((plain_fields(ids[begin:position]), scored[begin:position], 0))
+        image = next(images, plain_fields([]))  # there are none for a model that reads no images
+        if keeps_placeholder and ids[position] >= 0:
+            image = joined([plain_fields([ids[position]]), image])
+        parts.append((image, [False] * len(image["tokens"]), 1))
+        begin = position + 1
+    return [*parts, (plain_fields(ids[begin:]), scored[begin:], 0)]
 
 
 def _text(tokenizer: Tokenizer, text: str, scored_from: int, images: Iterator[Fields]):

@@ -4,6 +4,7 @@ import itertools
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -18,11 +19,12 @@ PAD, IMAGE, NEWLINE, EOS = SPECIAL_IDS = tuple(range(4))  # of a tokenizer that 
 class Tokenizer:
     """Byte-level BPE (Radford et al. 2019, GPT-2): any text is encodable, and comes back byte for byte."""
 
-    def __init__(self, bpe: tokenizers.Tokenizer, special_ids: tuple[int, ...] = SPECIAL_IDS):
+    def __init__(self, bpe: tokenizers.Tokenizer, special_ids: tuple[int, ...] = SPECIAL_IDS, dialogue: Any = None):
+        """`dialogue` is the `hub.dialogue.Dialogue` of a run whose data.template is checkpoint."""
         if special_ids == SPECIAL_IDS and tuple(map(bpe.token_to_id, SPECIALS)) != SPECIAL_IDS:
             raise ConfigError(f"a tokenizer needs the tokens {' '.join(SPECIALS)} with the ids 0 to 3")
         bpe.encode_special_tokens = True  # '<eos>' in a user's text is five characters, not the end
-        self._bpe, self._special_ids = bpe, special_ids
+        self._bpe, self._special_ids, self.dialogue = bpe, special_ids, dialogue
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, tags: Sequence[str] = ()) -> "Tokenizer":
@@ -44,12 +46,14 @@ class Tokenizer:
         return cls(bpe)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, special_ids: tuple[int, ...] = SPECIAL_IDS) -> "Tokenizer":
+    def load(
+        cls, path: str | os.PathLike, special_ids: tuple[int, ...] = SPECIAL_IDS, dialogue: Any = None
+    ) -> "Tokenizer":
         try:
             bpe = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
             raise ConfigError(f"cannot read the tokenizer {path}: {error}") from None
-        return cls(bpe, special_ids)
+        return cls(bpe, special_ids, dialogue)
 
     def save(self, path: str | os.PathLike) -> None:
         write_whole(Path(path), self._bpe.to_str(pretty=True))
@@ -72,9 +76,9 @@ class Tokenizer:
             raise ConfigError(f"{text!r} is no text in UTF-8") from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text up to <eos>; special tokens, and ids that the tokenizer does not have, are left out."""
-        ids = itertools.takewhile(lambda i: i != self.eos_id, (int(i) for i in ids))
-        return self._bpe.decode([i for i in ids if i not in self._special_ids and i < len(self)])
+        """The text up to <eos>, without the tokenizer's special tokens and ids that it does not have."""
+        ids = itertools.takewhile(lambda i: i != self.eos_id, map(int, ids))
+        return self._bpe.decode(list(ids), skip_special_tokens=True)
 
     @property
     def eos_id(self) -> int:

@@ -45,10 +45,7 @@ class Checkpoint(NamedTuple):
     @property
     def image_token(self) -> int | None:
         """The id that stands for an image token in the sequence."""
-        found = get(self.config, "image_token_index", get(self.config, "image_token_id", self.family.image_token))
-        if found is not None and not are_ids(found):
-            raise ConfigError(f"{self.folder}: image_token_index is {found!r}, but has to be an id.")
-        return found
+        return _image_token(self.config, self.family, self.folder)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -62,15 +59,38 @@ class Checkpoint(NamedTuple):
     @property
     def start_id(self) -> int | None:
         """The id that starts the decoder of an encoder-decoder; None where no file names one."""
-        found = self._said("decoder_start_token_id")
-        return self._said("bos_token_id") if found is None else found
+        return start_id_of(self.folder, self.config)
 
     def _said(self, key: str) -> Any:
-        """What generation_config.json says or, where it says nothing, config.json."""
-        path = self.folder / "generation_config.json"
-        generation = read_json(path) if path.is_file() else {}
-        parts = (generation, self.config, self.config.get("text_config") or {}, self.config.get("decoder") or {})
-        return next((part[key] for part in parts if part.get(key) is not None), None)
+        return _stated(self.folder, self.config, key)
+
+
+def _stated(folder: Path, config: Json, key: str) -> Any:
+    """The value of a key in generation_config.json or, where that has none, in config.json."""
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    parts = (generation, config, config.get("text_config") or {}, config.get("decoder") or {})
+    return next((part[key] for part in parts if part.get(key) is not None), None)
+
+
+def start_id_of(folder: Path, config: Json) -> int | None:
+    """The id that starts the decoder of an encoder-decoder; None where no file names one."""
+    found = _stated(folder, config, "decoder_start_token_id")
+    return _stated(folder, config, "bos_token_id") if found is None else found
+
+
+def image_token_of(folder: str | os.PathLike) -> int | None:
+    """The id that stands for an image token in the sequence of the checkpoint in a folder."""
+    path = config_path(Path(folder).expanduser())
+    config = read_json(path)
+    return _image_token(config, family_of(config, str(path)), path.parent)
+
+
+def _image_token(config: Json, family: Family, folder: Path) -> int | None:
+    found = get(config, "image_token_index", get(config, "image_token_id", family.image_token))
+    if found is not None and not are_ids(found):
+        raise ConfigError(f"{folder}: image_token_index is {found!r}, but has to be an id.")
+    return found
 
 
 def are_ids(*values) -> bool:

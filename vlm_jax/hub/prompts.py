@@ -39,10 +39,25 @@ class TextFormat:
 
     tokenizer: HubTokenizer
 
+    # The text of the token that stands for an image in a text; "": images come before the text.
+    image_token = ""
+    # Whether the tokenizer may put its own tokens around the text; otherwise `frame` writes all of them.
+    takes_bos = True
+    # Whether a prompt without a chat template is more than its text and its images.
+    has_own_form = False
+
     @classmethod
     def read(cls, tokenizer: HubTokenizer, config: Mapping, processor: Mapping, images: Mapping) -> "TextFormat":
         """From what is in config.json, processor_config.json and preprocessor_config.json."""
         return cls(tokenizer)
+
+    def frame(self, text: str, has_images: bool = True) -> str:
+        """A text with one image token an image -> the same with what the family puts around it."""
+        return text
+
+    def following(self, text: str) -> str:
+        """What stands for a later question of a conversation, where there is no chat template."""
+        return text
 
     def prompt(self, text: str, images: Sequence[Any] = (), add_special_tokens: bool = True) -> Prompt:
         """A text and its images -> a prompt.
@@ -96,6 +111,8 @@ class PaliGemmaFormat(TextFormat):
 
     tokens_per_image: int
     image_token: str = "<image>"
+    takes_bos = False
+    has_own_form = True
 
     @classmethod
     def read(cls, tokenizer, config, processor, images):
@@ -112,11 +129,16 @@ class PaliGemmaFormat(TextFormat):
             text = self.image_token * len(images) + text
         _check_count(text, self.image_token, len(images))
         self.tokenizer.id_of(self.image_token)
-        before, last, question = text.rpartition(self.image_token)
-        before = (before + last).replace(self.image_token, self.image_token * self.tokens_per_image)
-        bos = self.tokenizer.special_tokens.get("bos_token", "")
-        ids = _ids(self.tokenizer.encode(f"{before}{bos}{question}\n", add_special_tokens=False))
+        framed = self.frame(text).replace(self.image_token, self.image_token * self.tokens_per_image)
+        ids = _ids(self.tokenizer.encode(framed, add_special_tokens=False))
         return Prompt(ids, token_type_ids=np.zeros_like(ids))
+
+    def frame(self, text, has_images=True):
+        before, last, question = text.rpartition(self.image_token)
+        return f"{before}{last}{self.tokenizer.special_tokens.get('bos_token', '')}{self.following(question)}"
+
+    def following(self, text):
+        return f"{text}\n"
 
 
 @dataclass(frozen=True)
@@ -124,6 +146,13 @@ class FuyuFormat(TextFormat):
     """Of the image, of which there is one at the most: (rows, columns) of its patches. The text does not mention it."""
 
     patch_token: str = "|SPEAKER|"
+    has_own_form = True
+
+    def frame(self, text, has_images=True):
+        return f"<s>{text}<0x04>" if has_images else text  # this byte begins an answer about an image
+
+    def following(self, text):
+        return text + "\n"
 
     def prompt(self, text, images=(), add_special_tokens=True):
         if not images:
@@ -131,10 +160,10 @@ class FuyuFormat(TextFormat):
         if len(images) > 1:
             raise ConfigError(f"there are {len(images)} images, but Fuyu reads one at the most.")
         _check_count(self.patch_token + text, self.patch_token, 1)
-        patch, newline, bos = map(self.tokenizer.id_of, (self.patch_token, "|NEWLINE|", "<s>"))
+        patch, newline = map(self.tokenizer.id_of, (self.patch_token, "|NEWLINE|"))
         ((rows, columns),) = images
-        question = self.tokenizer.encode(text + "<0x04>", add_special_tokens=False)  # this byte begins an answer
-        return Prompt(_ids([*([patch] * columns + [newline]) * rows, bos, *question]))
+        question = self.tokenizer.encode(self.frame(text), add_special_tokens=False)
+        return Prompt(_ids([*([patch] * columns + [newline]) * rows, *question]))
 
 
 @dataclass(frozen=True)
@@ -143,6 +172,7 @@ class MllamaFormat(TextFormat):
 
     max_tiles: int
     image_token: str = "<|image|>"
+    has_own_form = True
 
     @classmethod
     def read(cls, tokenizer, config, processor, images):
@@ -150,16 +180,20 @@ class MllamaFormat(TextFormat):
 
     def prompt(self, text, images=(), add_special_tokens=True):
         _check_count(text, self.image_token, len(images))
-        bos = self.tokenizer.special_tokens.get("bos_token", "")
-        if bos not in text:
-            question = text
-            while question.startswith(self.image_token):
-                question = question.removeprefix(self.image_token)
-            text = text[: len(text) - len(question)] + bos + question
-        ids = _ids(self.tokenizer.encode(text, add_special_tokens))
+        ids = _ids(self.tokenizer.encode(self.frame(text), add_special_tokens))
         if not images:
             return Prompt(ids)
         return Prompt(ids, cross_attention_mask=self._mask(ids == self.tokenizer.id_of(self.image_token), images))
+
+    def frame(self, text, has_images=True):
+        """bos behind the image tokens at the start, unless the text has one."""
+        bos = self.tokenizer.special_tokens.get("bos_token", "")
+        if bos in text:
+            return text
+        question = text
+        while question.startswith(self.image_token):
+            question = question.removeprefix(self.image_token)
+        return text[: len(text) - len(question)] + bos + question
 
     def _mask(self, is_image: np.ndarray, num_tiles: Sequence[int]) -> np.ndarray:
         """Tokens read the last image before them, and with it those that stand right before it.
@@ -179,7 +213,27 @@ class MllamaFormat(TextFormat):
         return mask
 
 
-FORMATS = {"llava": LlavaFormat, "paligemma": PaliGemmaFormat, "fuyu": FuyuFormat, "mllama": MllamaFormat}
+@dataclass(frozen=True)
+class EncoderDecoderFormat(TextFormat):
+    """The text follows a token that starts the decoder; the image leaves no trace in it."""
+
+    takes_bos = False
+    has_own_form = True
+
+
+FORMATS = {
+    "llava": LlavaFormat,
+    "paligemma": PaliGemmaFormat,
+    "fuyu": FuyuFormat,
+    "mllama": MllamaFormat,
+    "vision-encoder-decoder": EncoderDecoderFormat,
+}
+
+
+def has_own_form(folder: str | os.PathLike) -> bool:
+    """Whether the family in a folder writes prompts in a form of its own, without a chat template."""
+    config = read_json(Path(folder).expanduser() / CONFIG)
+    return FORMATS.get(config.get("model_type"), TextFormat).has_own_form
 
 
 def load_prompt_format(folder: str | os.PathLike, tokenizer: HubTokenizer) -> TextFormat:

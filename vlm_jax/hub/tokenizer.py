@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from vlm_jax.config import ConfigError
 from vlm_jax.hub.special_tokens import TOKENIZER_CONFIG, read_if_there
@@ -14,6 +14,8 @@ from vlm_jax.hub.tokenizer_files import CONFIG, read_pipeline
 GENERATION_CONFIG = "generation_config.json"
 NO_CHARACTER = "\ufffd"  # what bytes decode to that are no character, or not yet
 LOOSE = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")  # what tidying strips of spaces
+IMAGE_TOKENS = ("<image>", "<|image|>")  # of published families; the first is added where a run needs one
+NEWLINE_TOKEN = "|NEWLINE|"  # Fuyu's
 STATED_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -72,11 +74,22 @@ class HubTokenizer:
         return self._backend
 
     @property
-    def unnamed_ids(self) -> tuple[int, ...]:
-        """The special tokens that have no name such as bos_token, in the order of their ids."""
-        named = set(self.special_tokens.values())
-        added = sorted(self._backend.get_added_tokens_decoder().items())
-        return tuple(i for i, token in added if token.special and token.content not in named)
+    def image_id(self) -> int | None:
+        """The token that stands for an image; None where the tokenizer has none."""
+        named = self.special_tokens.get("image_token")
+        found = map(self._backend.token_to_id, (named, *IMAGE_TOKENS) if named else IMAGE_TOKENS)
+        return next((i for i in found if i is not None), None)
+
+    @property
+    def newline_id(self) -> int | None:
+        """The token that ends a row of image tokens: the checkpoint's own, or that of a line end."""
+        own = self._backend.token_to_id(NEWLINE_TOKEN)
+        return own if own is not None else next(iter(self.encode("\n", False)[-1:]), None)
+
+    @property
+    def next_id(self) -> int:
+        """The id that a token added now would get."""
+        return max(self._backend.get_vocab().values(), default=-1) + 1
 
     def __len__(self) -> int:
         """The number of tokens, added ones included; the model's table of embeddings may have more rows."""
@@ -88,10 +101,22 @@ class HubTokenizer:
         Raises:
           ConfigError: the text is no valid Unicode.
         """
+        return self._encoding(text, add_special_tokens).ids
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of a text without others around it, and the number of characters up to the end of each.
+
+        Raises:
+          ConfigError: the text is not valid Unicode.
+        """
+        encoding = self._encoding(text, add_special_tokens=False)
+        return encoding.ids, [end for _, end in encoding.offsets]
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> Encoding:
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except TypeError:  # half of a surrogate pair, as bytes become that are no UTF-8
-            raise ConfigError("the text has a character that is none: it is no valid Unicode.") from None
+            return self._backend.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError:  # half of a surrogate pair, as bytes become that are not UTF-8
+            raise ConfigError("the text is not valid Unicode.") from None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of ids; an id that is no token's is left out."""
@@ -109,6 +134,10 @@ class HubTokenizer:
         if found is None:
             raise ConfigError(f"the tokenizer has no token {token!r}.")
         return found
+
+    def id_to_token(self, number: int) -> str:
+        """The text of a token, special ones included."""
+        return self._backend.id_to_token(number) or ""
 
     def stream(self, skip_special_tokens: bool = True) -> "TextStream":
         return TextStream(self, skip_special_tokens)

@@ -4,15 +4,14 @@ import itertools
 
 import jax
 
-from vlm_jax import axes
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data import images as image_files
 from vlm_jax.data import questions
 from vlm_jax.data.tiles import to_pixels
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer.generate import Decoding, generate
-from vlm_jax.train.checkpoint import Checkpoints
-from vlm_jax.train.step import abstract_state, narrowed
+from vlm_jax.train import initial
+from vlm_jax.train.step import narrowed
 from vlm_jax.workdir import Workdir
 
 
@@ -28,16 +27,10 @@ def load_stored(cfg: Experiment) -> tuple[dict, Tokenizer]:
     Raises:
       ConfigError: there is none, or none is whole.
     """
-    workdir = Workdir(cfg.workdir)
-    tokenizer = Tokenizer.load(workdir.tokenizer, cfg.data.special_ids)
-    if not workdir.checkpoints.is_dir():
-        raise ConfigError(f"--workdir {workdir.path} holds no checkpoint.")
-    checkpoints = Checkpoints(workdir.checkpoints, cfg.train)
-    restored = checkpoints.restore(abstract_state(cfg, axes.make_mesh(cfg.mesh)))
-    checkpoints.close()
-    if restored is None:
-        raise ConfigError(f"--workdir {workdir.path} holds no checkpoint yet.")
-    return restored[0].params, tokenizer
+    params, workdir = initial.load_params(cfg), Workdir(cfg.workdir)
+    if not workdir.tokenizer.exists():
+        raise ConfigError(f"--workdir {workdir.path} holds no {workdir.tokenizer.name}.")
+    return params, initial.load_tokenizer(cfg)
 
 
 def ask(cfg: Experiment, files: list[str], prompts: list[str]) -> list[tuple[str, str, str]]:

@@ -1,12 +1,11 @@
 """Experiments as differences from another one."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.config_file import nearest
-from vlm_jax.validate import flat, kinds
+from vlm_jax.validate import flat, kinds, with_fields
 
 Differences = Mapping[str, object]  # "section.field" -> value
 
@@ -18,16 +17,10 @@ def changed(cfg: Experiment, differences: Differences) -> Experiment:
       ConfigError: no such field.
     """
     known = kinds(cfg)
-    for name, value in differences.items():
+    for name in differences:
         if name not in known:
             raise ConfigError(f"{name!r} is no field{nearest(str(name), known)}.")
-        cfg = _with(cfg, name.split("."), value)
-    return cfg
-
-
-def _with(section, path: list[str], value):
-    name, *deeper = path
-    return replace(section, **{name: _with(getattr(section, name), deeper, value) if deeper else value})
+    return with_fields(cfg, differences)
 
 
 def is_placeholder(value) -> bool:

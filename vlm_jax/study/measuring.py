@@ -18,14 +18,13 @@ from vlm_jax import axes, cli, config_file
 from vlm_jax.config import Experiment
 from vlm_jax.data import pipeline, questions, sources
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.hub import compose
 from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.structs import State
 from vlm_jax.study import record
-from vlm_jax.train import loop
+from vlm_jax.train import initial
 from vlm_jax.train.log import hbm_peak_bytes
 from vlm_jax.train.step import abstract_state, narrowed, new_state, ready_step
-from vlm_jax.workdir import Workdir, write_whole
+from vlm_jax.workdir import write_whole
 
 STEPS, UNTIMED_STEPS = 12, 2
 DECODED_ROWS, DECODED_TOKENS, DECODINGS = 32, 64, 3
@@ -37,8 +36,8 @@ def measure(cfg: Experiment) -> dict:
     Speeds are those of the fastest turn, which other work on the machine disturbs least.
     """
     mesh = axes.make_mesh(cfg.mesh)
-    tokenizer = loop.tokenizer_of(cfg, Workdir(cfg.workdir))
-    state = new_state(cfg, mesh, compose.load_parts(cfg, abstract_state(cfg, mesh).params, mesh))
+    tokenizer = initial.load_tokenizer(cfg)
+    state = new_state(cfg, mesh, initial.load_parts(cfg, abstract_state(cfg, mesh), mesh))
     state, of_steps = _measure_steps(cfg, mesh, tokenizer, state)
     return {
         **of_steps,

@@ -96,7 +96,7 @@ def own(study: Study, folder: Path, quick: bool) -> dict[str, Experiment]:
 
 def resolved(cfg: Experiment) -> Experiment:
     """With the settings of the checkpoints that it begins with."""
-    return compose.resolved(cfg) if cfg.begins_with else cfg
+    return compose.resolved(cfg) if cfg.begins_with_any else cfg
 
 
 @functools.cache

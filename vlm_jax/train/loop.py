@@ -21,10 +21,8 @@ from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data import pipeline, room
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.flops import train_flops
-from vlm_jax.hub import compose
-from vlm_jax.hub.tokenizer import HubTokenizer
 from vlm_jax.structs import PADDING, Batch, State
-from vlm_jax.train import preemption
+from vlm_jax.train import initial, preemption
 from vlm_jax.train.checkpoint import Checkpoints, NotSaved
 from vlm_jax.train.log import Log, Work
 from vlm_jax.train.not_finite import NotFinite, first_bad
@@ -67,7 +65,7 @@ def train(cfg: Experiment) -> State:
             mesh = axes.make_mesh(cfg.mesh)
             check_rows(cfg, mesh)
             workdir.check(cfg)
-            tokenizer = tokenizer_of(cfg, workdir)
+            tokenizer = initial.load_tokenizer(cfg)
             data = pipeline.training_iterator(cfg, tokenizer, *axes.share_of_rows(mesh))
             check_data(cfg, tokenizer, data)
             at_peak = seconds_at_peak(cfg, mesh)
@@ -78,6 +76,7 @@ def train(cfg: Experiment) -> State:
                 with workdir.writing():
                     if not workdir.tokenizer.exists():
                         tokenizer.save(workdir.tokenizer)
+                    initial.keep_processor(cfg, workdir)
         stack.enter_context(jax.set_mesh(mesh))
         notice = Notice(mesh)
         checkpoints = Checkpoints(workdir.checkpoints, cfg.train)
@@ -145,21 +144,12 @@ def check_data(cfg: Experiment, tokenizer: Tokenizer, data) -> None:
     data.set_state(first)
 
 
-def tokenizer_of(cfg: Experiment, workdir: Workdir) -> Tokenizer:
-    """The tokenizer that is kept in the work folder, or one trained now."""
-    if workdir.tokenizer.exists():
-        return Tokenizer.load(workdir.tokenizer, cfg.data.special_ids)
-    if cfg.decoder.checkpoint:
-        return Tokenizer(HubTokenizer.load(cfg.decoder.checkpoint).backend, cfg.data.special_ids)
-    return pipeline.train_tokenizer(cfg)
-
-
 def begin(cfg: Experiment, mesh, data, checkpoints: Checkpoints) -> tuple[State, int]:
     """A new state, every parameter made where it lies, or that of the last whole checkpoint; and its step."""
     like = abstract_state(cfg, mesh)
     restored = checkpoints.restore(like)
     if restored is None:
-        return new_state(cfg, mesh, compose.load_parts(cfg, like.params, mesh)), 0
+        return new_state(cfg, mesh, initial.load_parts(cfg, like, mesh)), 0
     state, data_state = restored
     data.set_state(data_state)
     print(f"continuing from step {int(state.step)} in {cfg.workdir}", flush=True)
@@ -210,7 +200,7 @@ def note(run: Run, step: int, metrics: dict, data_wait_seconds: float, place: di
     metrics = {name: float(value) for name, value in metrics.items()}
     for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics[name]):
-            held = pipeline.ids(run.cfg, tokenizer_of(run.cfg, Workdir(run.cfg.workdir)), place)
+            held = pipeline.ids(run.cfg, initial.load_tokenizer(run.cfg), place)
             raise NotFinite(
                 f"step {step}: the {name} is {metrics[name]}; {first_bad(finite, largest)}. What was saved before is "
                 f"kept. The batch held the {'conversations' if run.cfg.data.is_conversations else 'images'} "

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from vlm_jax.config import ConfigError
-from vlm_jax.data import templates
+from vlm_jax.data import templates, text
 from vlm_jax.data.tokenizer import EOS, IMAGE, PAD, Tokenizer
 from vlm_jax.structs import NO_IMAGE
 from vlm_jax.testing import tiny
@@ -103,6 +103,59 @@ def test_a_conversation_begins_with_its_bos(tokenizer):
     without = templates.encode(experiment(), tokenizer, TURNS, (1, 1))
     assert with_bos["tokens"].tolist() == [7, *without["tokens"]]
     assert with_bos["loss_weights"].tolist() == [0, *without["loss_weights"]]
+
+
+@pytest.mark.parametrize("question", ["<image>", "<image><image>", "hello", ""])
+@pytest.mark.parametrize("bos_id", [-1, 7])
+@pytest.mark.parametrize("template", ["plain", "vicuna", "caption"])
+@pytest.mark.parametrize("kind", ["unified", "cross_attention", "encoder_decoder", "hybrid", "text_only"])
+def test_the_first_token_of_an_answer_is_predicted_from_the_prompt_and_all_its_images(
+    tokenizer, kind, template, bos_id, question
+):
+    cfg, tiles = experiment(kind, template, bos_id=bos_id), (1,) * question.count("<image>")
+    fields = templates.encode(cfg, tokenizer, [question, "a cat"], tiles)
+    row = templates.prompt_row(cfg, tokenizer, question, tiles)
+    length = len(row["tokens"])
+    assert length
+    np.testing.assert_array_equal(row["tokens"], fields["tokens"][:length])
+    scored = fields["loss_weights"] == 1
+    assert scored.tolist() == [False] * (length - 1) + [True] * (len(scored) - length) + [False]
+    assert fields["images_seen"][length - 1] == len(tiles)
+    assert row["image_mask"][-1].all()
+
+
+def test_a_begin_token_stands_only_where_a_prompt_has_no_other(tokenizer):
+    def text(kind, template, turns, **data):
+        fields = templates.encode(experiment(kind, template, **data), tokenizer, turns, (1, 1))
+        return pieces(tokenizer, fields)[0]
+
+    assert text("cross_attention", "caption", TURNS) == "$a cat$a dog$"
+    assert text("unified", "caption", ["hello", "hi", *TURNS[:2]]) == "$hi$iiiia cat$"
+    assert text("cross_attention", "caption", TURNS, bos_id=EOS) == "$a cat$a dog$"
+    assert text("unified", "caption", TURNS) == "iiiia cat$iiiia dog$"
+    assert text("cross_attention", "plain", ["<image>", "a cat"]) == "\na cat$"
+
+
+def test_every_caption_is_predicted_with_its_own_image(tokenizer):
+    fields = templates.encode(experiment("cross_attention", "caption", bos_id=7), tokenizer, TURNS, (1, 1))
+    first = 1 + len(tokenizer.encode("a cat"))  # <bos> a cat <eos> a dog <eos>
+    assert fields["images_seen"].tolist() == [1] * first + [2] * (len(fields["tokens"]) - first)
+
+
+def test_the_tag_before_a_caption_reads_the_whole_image(tokenizer):
+    cfg = experiment("cross_attention", "caption")
+    cfg = replace(cfg, vision=replace(cfg.vision, tiles=2))
+    row = templates.prompt_row(cfg, tokenizer, "", (2,))
+    views = np.eye(cfg.vision.views, dtype=bool)
+    np.testing.assert_array_equal(row["image_mask"], [*views[:-1], [True] * cfg.vision.views])
+
+
+def test_a_tokenizer_without_white_space_begins_too():
+    bpe = Tokenizer.train(["a cat"] * 4, 300)._bpe
+    bpe.normalizer = normalizers.Strip()
+    assert text.prompt_ids(Tokenizer(bpe), "") == [EOS]
+    row = templates.prompt_row(experiment("cross_attention"), Tokenizer(bpe), "", (1,))
+    assert row["tokens"].tolist() == [EOS]
 
 
 def test_a_bidirectional_prefix_ends_where_the_first_answer_begins(tokenizer):

@@ -182,5 +182,5 @@ def test_bad_tokenizers_are_refused(tmp_path):
 
 
 def test_half_a_character_is_refused(tokenizer):
-    with pytest.raises(ConfigError, match=r"'is it \\udcff' is no text"):
+    with pytest.raises(ConfigError, match=r"'is it \\udcff' is not text"):
         tokenizer.encode(b"is it \xff".decode(errors="surrogateescape"))

@@ -8,8 +8,13 @@
 vicuna is that of LLaVA 1.5 (Liu et al. 2023, as its published tokenizer folder spells it). caption drops what the human
 says but for the images, as LLaVA's first stage does. Scored are the answers and the <eos> after each. An image stands
 where its mark is, and is seen from there on: in the sequence as its tokens, otherwise as nothing but what may be read.
+
+A conversation begins with `data.bos_id`. Without one, a begin token (`Tokenizer.begin_id`) precedes a first question
+that has no token of its own, so that the first token of every answer has a token that predicts it: a caption of an
+image that is not in the sequence, or of no image, is `<eos> answer <eos>`.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +25,7 @@ from vlm_jax.data.conversations import MARK
 from vlm_jax.data.text import Fields, image_fields, joined, only_own_tile, padded, plain_fields
 from vlm_jax.data.tiles import views_there
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.structs import TRUNK
+from vlm_jax.structs import NO_IMAGE, TRUNK
 
 Part = tuple[Fields, Sequence[bool], int]  # fields, which of them are scored, and how many images they are
 
@@ -47,7 +52,8 @@ def encode(cfg: Experiment, tokenizer: Tokenizer, turns: Sequence[str], tiles: S
     """Turns -> the fields of their tokens, (N,) each; the last turn may be a question that is to be answered.
 
     `tiles` has the number of tiles of every marked image. `image_slots` and `image_tags` count the image tokens and the
-    views of this conversation alone; `images_seen` says how many of its images stand before a token or at it.
+    views of this conversation alone; `images_seen` is the number of images that a token may read: those up to it and,
+    of a token that predicts an answer, all before the predicted token.
     """
     images = (image_fields(cfg, count, number) for number, count in enumerate(tiles))
     if cfg.data.template == "checkpoint":
@@ -57,8 +63,13 @@ def encode(cfg: Experiment, tokenizer: Tokenizer, turns: Sequence[str], tiles: S
     scored = np.concatenate([np.asarray(those, bool) for _, those, _ in parts])
     lengths, shown = [len(those) for _, those, _ in parts], [number for _, _, number in parts]
     fields = joined([fields for fields, _, _ in parts])
+    predicts_answer = np.append(scored[1:], True)  # the last token, of an answer that is still to come
+    seen = np.repeat(np.cumsum(shown), lengths)
+    seen_next = np.append(seen[1:], sum(shown))
     fields |= {
-        "images_seen": np.repeat(np.cumsum(shown), lengths).astype(np.int32),
+        # An image that is not in the sequence may stand between these two tokens.
+        "images_seen": np.where(predicts_answer, seen_next, seen).astype(np.int32),
+        "image_tags": np.where(predicts_answer, np.int32(NO_IMAGE), fields["image_tags"]),
         "targets": np.append(fields["tokens"][1:], np.int32(cfg.data.special_ids[0])),
         "loss_weights": np.append(scored[1:], False).astype(np.float32),
     }
@@ -71,51 +82,60 @@ def _template_parts(
     cfg: Experiment, tokenizer: Tokenizer, turns: Sequence[str], images: Iterator[Fields]
 ) -> list[Part]:
     template, eos = TEMPLATES[cfg.data.template], [tokenizer.eos_id]
-    begin = [] if cfg.data.bos_id < 0 else [cfg.data.bos_id]
-    parts = [(plain_fields(begin), [False] * len(begin), 0)]
+    parts: list[Part] = []
     for question, answer in zip(turns[::2], [*turns[1::2], None]):
         asked = template.asked(question)
         said = "" if answer is None else template.gap + answer
+        if not parts:
+            parts += _begin(cfg, tokenizer, asked)
         parts += _text(tokenizer, asked + said, len(asked), images)
         parts += [(plain_fields(eos), [True], 0)] * (answer is not None)
     return parts
 
 
+def _begin(cfg: Experiment, tokenizer: Tokenizer, asked: str) -> list[Part]:
+    """The token before a conversation whose first question is `asked`; none where none is needed."""
+    begin = cfg.data.bos_id
+    if begin < 0:
+        images = itertools.repeat(image_fields(cfg))
+        parts = _text(tokenizer, asked, len(asked), images)
+        if any(len(fields["tokens"]) for fields, _, _ in parts):
+            return []
+        begin = tokenizer.begin_id
+    return [(plain_fields([begin]), [False], 0)]
+
+
 def _checkpoint_parts(
     cfg: Experiment, tokenizer: Tokenizer, turns: Sequence[str], images: Iterator[Fields]
 ) -> list[Part]:
-    """Tokens as the checkpoint's own processor writes them, with `image_fields` at the placeholder of every image.
-
-    A placeholder stays in the text, before the fields, where the fusion puts no image into the sequence.
-    """
+    """Tokens as the checkpoint's own processor writes them, with `image_fields` at the placeholder of every image."""
     ids, scored, is_image = tokenizer.dialogue.encode(turns)
-    keeps_placeholder = cfg.fusion.has_images and not cfg.fusion.image_in_sequence
     parts, begin = [], 0
     for position in np.flatnonzero(is_image):
         parts.append((plain_fields(ids[begin:position]), scored[begin:position], 0))
         image = next(images, plain_fields([]))  # there are none for a model that reads no images
-        if keeps_placeholder and ids[position] >= 0:
-            image = joined([plain_fields([ids[position]]), image])
         parts.append((image, [False] * len(image["tokens"]), 1))
         begin = position + 1
     return [*parts, (plain_fields(ids[begin:]), scored[begin:], 0)]
 
 
-def _text(tokenizer: Tokenizer, text: str, scored_from: int, images: Iterator[Fields]):
-    """A text, with the next image at every mark; a token is scored that has something of what follows `scored_from`.
+def _text(tokenizer: Tokenizer, text: str, scored_from: int, images: Iterator[Fields]) -> list[Part]:
+    """A text, with the next image at every mark; a token is scored if part of it lies beyond `scored_from`.
 
-    The whole text is one to the tokenizer, since one that puts a space before a text would put it before an answer.
+    The whole text is tokenized at once, since a tokenizer may put a space before a text.
     """
+    ids, ends = tokenizer.encode_marked(text, MARK)
     parts, begin = [], 0
-    for number, piece in enumerate(text.split(MARK)):
-        if number:
-            image = next(images)
-            parts.append((image, [False] * len(image["tokens"]), 1))
-            begin += len(MARK)
-        ids, ends = tokenizer.encode_with_ends(piece) if piece else ([], [])
-        parts.append((plain_fields(ids), [begin + end > scored_from for end in ends], 0))
-        begin += len(piece)
-    return parts
+    for position in [i for i, token in enumerate(ids) if token is None]:
+        parts.append(_words(ids, ends, begin, position, scored_from))
+        image = next(images)
+        parts.append((image, [False] * len(image["tokens"]), 1))
+        begin = position + 1
+    return [*parts, _words(ids, ends, begin, len(ids), scored_from)]
+
+
+def _words(ids: list[int], ends: list[int], begin: int, end: int, scored_from: int) -> Part:
+    return plain_fields(ids[begin:end]), [last > scored_from for last in ends[begin:end]], 0
 
 
 def prompt_row(

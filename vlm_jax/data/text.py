@@ -45,7 +45,8 @@ FILL = {
 
 
 def prompt_ids(tokenizer: Tokenizer, question: str) -> list[int]:
-    return tokenizer.encode(question) + tokenizer.encode("\n")
+    """The tokens of a question: at least one, also where the tokenizer has none for white space."""
+    return tokenizer.encode(question) + tokenizer.encode("\n") or [tokenizer.begin_id]
 
 
 def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:

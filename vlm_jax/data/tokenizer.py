@@ -1,5 +1,6 @@
 """The tokenizer: one that is trained here on the words of a data set, or one that is read from its file."""
 
+import functools
 import itertools
 import os
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,7 @@ from vlm_jax.workdir import write_whole
 
 SPECIALS = ("<pad>", "<image>", "<newline>", "<eos>")
 PAD, IMAGE, NEWLINE, EOS = SPECIAL_IDS = tuple(range(4))  # of a tokenizer that is trained here
+STAND_IN = "\ue000"  # a private character of Unicode, which no text uses
 
 
 class Tokenizer:
@@ -64,16 +66,30 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self._encoding(text).ids
 
-    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """The tokens of a text, and the number of characters up to the end of each."""
-        encoding = self._encoding(text)
-        return encoding.ids, [end for _, end in encoding.offsets]
+    def encode_marked(self, text: str, mark: str) -> tuple[list[int | None], list[int]]:
+        """The tokens of a text, None for every mark in it, and the number of characters up to the end of each.
+
+        The text is tokenized with a special token in place of every mark, as transformers does with image tokens.
+        """
+        if mark not in text:
+            encoding = self._encoding(text)
+            return encoding.ids, [end for _, end in encoding.offsets]
+        stand_in = STAND_IN * len(mark)
+        tokenizer = self._with_token(stand_in)
+        encoding = _encoding(tokenizer, text.replace(mark, stand_in))
+        marked = tokenizer.token_to_id(stand_in)
+        return [None if i == marked else i for i in encoding.ids], [end for _, end in encoding.offsets]
+
+    @functools.cache  # noqa: B019 (there are a few tokenizers in a process)
+    def _with_token(self, token: str) -> tokenizers.Tokenizer:
+        """A copy of the tokenizer with one more token."""
+        copied = tokenizers.Tokenizer.from_str(self._bpe.to_str())
+        copied.encode_special_tokens = True
+        copied.add_tokens([tokenizers.AddedToken(token, normalized=False)])
+        return copied
 
     def _encoding(self, text: str) -> tokenizers.Encoding:
-        try:
-            return self._bpe.encode(text, add_special_tokens=False)
-        except TypeError:  # half a character, as a shell hands over bytes that are no UTF-8
-            raise ConfigError(f"{text!r} is no text in UTF-8") from None
+        return _encoding(self._bpe, text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text up to <eos>, without the tokenizer's special tokens and ids that it does not have."""
@@ -83,3 +99,15 @@ class Tokenizer:
     @property
     def eos_id(self) -> int:
         return self._special_ids[-1]
+
+    @property
+    def begin_id(self) -> int:
+        """The token that begins a text which nothing else begins: the end-of-text token, as in GPT-2."""
+        return self.eos_id
+
+
+def _encoding(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except TypeError:  # half a character, as a shell hands over bytes that are not UTF-8
+        raise ConfigError(f"{text!r} is not text in UTF-8") from None

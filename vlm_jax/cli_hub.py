@@ -82,7 +82,9 @@ def export(arguments: list[str]) -> int:
         workdir = Workdir(given.checkpoint)
         cfg = workdir.read_config()
         export.refuse_used(given.output)
-        kind = export.export_run(cfg, demo.load_stored(cfg)[0], workdir.tokenizer, given.output, given.taps)
+        params, _ = demo.load_stored(cfg)
+        kind = export.export_run(cfg, params, workdir.tokenizer, given.output, given.taps, workdir.processor)
+        print(export.exportable(cfg))
     else:
         kind = export.export_checkpoint(given.checkpoint, given.output, given.taps)
     print(f"{given.output} holds a {kind} for transformers")

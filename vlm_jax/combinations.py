@@ -105,6 +105,20 @@ def _tiled_encoder(cfg: Experiment) -> None:
         )
 
 
+def _resize(cfg: Experiment) -> None:
+    vision = cfg.vision
+    if vision.resize != "squash" and vision.cut_tiles > 1:
+        raise ConfigError(
+            f"vision.resize {vision.resize} makes one square of an image, where vision.tiles {vision.tiles} cuts it "
+            "into several: set it to squash, or vision.tiles to 1."
+        )
+    if vision.resize_px and (vision.resize != "crop" or vision.resize_px < vision.image_size_px):
+        raise ConfigError(
+            f"vision.resize_px {vision.resize_px} is the shorter side before the middle of an image is cut out: it "
+            f"needs vision.resize crop, and at least vision.image_size_px {vision.image_size_px}."
+        )
+
+
 def _projector(cfg: Experiment) -> None:
     projector, rows = cfg.projector, cfg.vision.grid[0]
     if projector.kind == "resampler" and cfg.decoder.width % projector.heads:
@@ -134,6 +148,16 @@ def _fusion(cfg: Experiment) -> None:
         raise ConfigError(
             f"vision.kind none with vision.positions none leaves fusion.kind {fusion.kind} no order of the patches: "
             "set vision.positions to learned or sincos, or choose fusion.kind unified."
+        )
+    if fusion.placeholder and (fusion.image_in_sequence or not fusion.image_in_memory):
+        raise ConfigError(
+            f"fusion.placeholder True marks images that are not in the sequence, which fusion.kind {fusion.kind} does "
+            "not have: leave it out, or choose fusion.kind cross_attention or encoder_decoder."
+        )
+    if cfg.vision.keeps_aspect_in_tiles and fusion.image_in_sequence:
+        raise ConfigError(
+            f"vision.resize pad with vision.tile_layouts is for cross-attention alone, not for fusion.kind "
+            f"{fusion.kind}: set it to squash."
         )
     unread = [name for name in ("cross_every", "cross_layers", "gated") if _is_changed(fusion, name)]
     if unread and not fusion.has_cross_blocks:
@@ -219,4 +243,7 @@ def _profile(cfg: Experiment) -> None:
         raise ConfigError(f"train.profile_steps {wanted} ends after train.steps {steps}.")
 
 
-CHECKS = (_data, _drawn, _tokens, _tiled_encoder, _projector, _fusion, _tiles, _room, _rates, _microbatches, _profile)
+CHECKS = (
+    *(_data, _drawn, _tokens, _tiled_encoder, _resize, _projector, _fusion, _tiles),
+    *(_room, _rates, _microbatches, _profile),
+)

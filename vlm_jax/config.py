@@ -246,9 +246,10 @@ class Experiment:
 
     @property
     def image_slots_in_row(self) -> int:
-        """Slots that one image takes in the decoder's sequence at the most, newlines and tile tags included."""
+        """Slots that one image takes in the decoder's sequence at most: newlines, tags and placeholder included."""
         newlines = self.projector.output_grid(self.vision)[0] if self.vision.newline_token else 0
-        return self.views_in_sequence * (self.image_tokens + newlines) + sum(map(len, self.tile_tags))
+        beside = sum(map(len, self.tile_tags)) + self.fusion.placeholder
+        return self.views_in_sequence * (self.image_tokens + newlines) + beside
 
     @property
     def row_length(self) -> int:

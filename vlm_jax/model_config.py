@@ -160,6 +160,8 @@ class Fusion:
     cross_layers: tuple[int, ...] = ()  # cross_attention, hybrid: before these blocks instead; depth: after the last
     gated: bool = True  # cross_attention, hybrid: tanh gates that start at 0
     qk_norm: bool = False  # a norm of every query and key head of cross-attention
+    placeholder: bool = False  # cross_attention, encoder_decoder: a token in the text marks the place of each image
+    #   (Llama 3.2 Vision, Flamingo)
     blind_rows: Literal["skip", "read_all"] = "skip"  # a token with no image to read: gets nothing, or reads every one
 
     @property

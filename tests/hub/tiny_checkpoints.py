@@ -233,8 +233,9 @@ def _encoder_decoder(path: Path, tokenizer, decoder, **special) -> Folder:
 
 def vit_gpt2(path: Path) -> Folder:
     tokenizer = _tokenizer(path, tiny_tokenizers.gpt2_whole)
-    decoder = GPT2Config(vocab_size=len(tokenizer), n_embd=24, n_layer=2, n_head=4, n_positions=64)
     end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    sizes = {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    decoder = GPT2Config(vocab_size=len(tokenizer), eos_token_id=end, bos_token_id=end, **sizes)
     return _encoder_decoder(path, tokenizer, decoder, decoder_start_token_id=end, pad_token_id=end)
 
 

@@ -49,6 +49,11 @@ def prompt_ids(tokenizer: Tokenizer, question: str) -> list[int]:
     return tokenizer.encode(question) + tokenizer.encode("\n") or [tokenizer.begin_id]
 
 
+def begin_ids(cfg: Experiment) -> list[int]:
+    """The token that begins every row, if there is one."""
+    return [] if cfg.data.bos_id < 0 else [cfg.data.bos_id]
+
+
 def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:
     return [*tokenizer.encode(answer), tokenizer.eos_id]
 
@@ -57,8 +62,9 @@ def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:
 def image_fields(cfg: Experiment, tiles: int = 1, number: int = 0) -> Fields:
     """What stands in the sequence for the `number`-th image, one of so many tiles; (N,) int32 each, not to be changed:
 
-    tokens: tags of the views that are there and grids of <image>, row after row, the tags alone where the fusion puts
-      no image into the sequence; with `vision.newline_token` every row of a grid ends in a <newline>;
+    tokens: with `fusion.placeholder` one <image>; tags of the views and grids of <image>, row after row, the tags alone
+      where the fusion puts no image into the sequence; with `vision.newline_token` every row of a grid ends in a
+      <newline>;
     image_slots: which of the I * M image tokens stands there, or NO_IMAGE;
     image_tags: which of the I views the token is a tag of, or NO_IMAGE.
     """
@@ -70,7 +76,7 @@ def image_fields(cfg: Experiment, tiles: int = 1, number: int = 0) -> Fields:
     slots[:, :columns] = np.arange(rows * columns).reshape(rows, columns)
     views = np.flatnonzero(views_there([tiles], cfg.vision)).tolist()
     shown = views[len(views) - min(cfg.views_in_sequence, len(views)) :]
-    parts = [plain_fields([])]
+    parts = [plain_fields([image] if cfg.fusion.placeholder else [])]
     for view in views:
         place = number * cfg.vision.views + view
         tag = plain_fields(cfg.tile_tags[view] if cfg.tile_tags else [])
@@ -109,11 +115,14 @@ def fitting(cfg: Experiment, pairs: Sequence[Pair]) -> list[Pair]:
     Raises:
       ConfigError: a pair would not fit in a row of its own.
     """
-    room, kept = cfg.data.text_length, []
+    begin, kept = len(begin_ids(cfg)), []
+    room = cfg.data.text_length - begin
     for prompt, answer in pairs:
         length = len(prompt) + len(answer)
-        if length > cfg.data.text_length:
-            raise ConfigError(f"data.text_length {cfg.data.text_length} is too short: a question takes {length} tokens")
+        if begin + length > cfg.data.text_length:
+            raise ConfigError(
+                f"data.text_length {cfg.data.text_length} is too short: a question takes {begin + length} tokens"
+            )
         if length <= room:
             kept.append((prompt, answer))
             room -= length
@@ -161,11 +170,13 @@ def prompt_row(
 def _segment(cfg: Experiment, tiles: Sequence[int], branches: Sequence[Sequence[int]]) -> Fields:
     """Images as a trunk, and its branches, end to end, without padding."""
     images = [image_fields(cfg, count, number) for number, count in enumerate(tiles)]
-    size = sum(len(image["tokens"]) for image in images)
+    begin = plain_fields(begin_ids(cfg))
+    trunk = [*images, begin] if cfg.fusion.placeholder else [begin, *images]  # as the models of each kind have it
+    size = sum(len(part["tokens"]) for part in trunk)
     lengths = np.array([size, *map(len, branches)])
     starts = np.cumsum(lengths) - lengths
     starts[1:] -= size  # every branch goes on where the trunk ended
-    fields = joined([*images, plain_fields(list(itertools.chain(*branches)))])
+    fields = joined([*trunk, plain_fields(list(itertools.chain(*branches)))])
     tokens, slots, tags = fields.values()
     there = np.broadcast_to(views_there(tiles, cfg.vision), (len(tokens), len(tiles) * cfg.vision.views))
     return {

@@ -19,7 +19,7 @@ from vlm_jax.data.tiles import tag_names
 from vlm_jax.hub.chat import ChatTemplate
 from vlm_jax.hub.dialogue import Dialogue
 from vlm_jax.hub.files import open_tensors
-from vlm_jax.hub.image_settings import SQUARE, ImageSettings, read_settings
+from vlm_jax.hub.image_settings import read_settings, vision_settings
 from vlm_jax.hub.load import Checkpoint, image_token_of, inspect, read_params, shapes_of
 from vlm_jax.hub.prompts import has_own_form
 from vlm_jax.hub.table import Row
@@ -83,7 +83,7 @@ def _vision(own: Vision, whole: bool) -> Vision:
     vision = _part_of(source, own, "vision")
     if is_run(own.checkpoint):
         return _kept(vision, own, "vision")
-    vision = replace(vision, **_pixels(own.checkpoint, vision))
+    vision = replace(vision, **vision_settings(read_settings(own.checkpoint), vision))
     if isinstance(source, Experiment):
         vision = _kept(vision, own, "vision")
     else:
@@ -95,33 +95,6 @@ def _vision(own: Vision, whole: bool) -> Vision:
         return vision
     vision = replace(vision, **{name: getattr(own, name) for name in TILING})
     return replace(vision, resize="squash", resize_px=0) if vision.cut_tiles > 1 else vision
-
-
-def _pixels(folder: str, vision: Vision) -> dict[str, object]:
-    """The settings of `Vision` for how the checkpoint's processor resizes and normalises images."""
-    settings = read_settings(folder)
-    resize, resize_px = _resize(settings, vision)
-    return {
-        "image_mean": tuple(settings.image_mean),
-        "image_std": tuple(settings.image_std),
-        "resample": RESAMPLE_NAMES[settings.resample],
-        "resize": resize,
-        "resize_px": resize_px,
-    }
-
-
-RESAMPLE_NAMES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's `Resampling`
-
-
-def _resize(settings: ImageSettings, vision: Vision) -> tuple[str, int]:
-    """`Vision.resize` and `resize_px` of a processor."""
-    if vision.tile_layouts or settings.pads_to_square:
-        return "pad", 0
-    if not settings.do_center_crop or tuple(settings.size) == SQUARE:
-        return "squash", 0
-    edge = settings.size.get("shortest_edge", 0)
-    crop = (settings.crop_size or (edge,))[0]
-    return "crop", 0 if edge == crop else round(edge * vision.image_size_px / crop)
 
 
 def _projector(cfg: Experiment) -> Projector:
@@ -188,7 +161,7 @@ def _token_settings(cfg: Experiment, folder: str, whole: bool) -> dict[str, obje
     tokenizer = HubTokenizer.load(folder)
     values: dict[str, object] = {"bos_id": -1 if tokenizer.bos_id is None else tokenizer.bos_id}
     eos_id = None
-    if whole and has_template(folder):
+    if whole and has_template(folder) and config_of(folder).fusion.kind == cfg.fusion.kind:
         values["template"] = "checkpoint"
         eos_id = Dialogue.load(folder, cfg.fusion.has_images).eos_id
     values["special_ids"] = special_ids(tokenizer, cfg.decoder, image_token_of(folder), eos_id)

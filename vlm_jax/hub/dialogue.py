@@ -41,6 +41,7 @@ class Dialogue:
     form: TextFormat
     begin: tuple[int, ...]  # tokens before the text
     eos_id: int  # ends an answer
+    ends: tuple[int, ...]  # all tokens that do
 
     @classmethod
     def load(cls, folder: str | os.PathLike, has_images: bool) -> "Dialogue":
@@ -54,10 +55,11 @@ class Dialogue:
           ConfigError: a file is missing or damaged, or none names a token that ends a text.
         """
         tokenizer, template = HubTokenizer.load(folder), ChatTemplate.load(folder)
-        if not tokenizer.eos_ids:
+        ends = tuple(i for i in tokenizer.eos_ids if tokenizer.id_to_token(i))
+        if not ends:
             raise ConfigError(f"{folder} names no token that ends a text: set eos_token in tokenizer_config.json.")
         form = load_prompt_format(folder, tokenizer)
-        found = cls(tokenizer, template, form, (), tokenizer.eos_ids[0])
+        found = cls(tokenizer, template, form, (), ends[0], ends)
         begin = _start(folder, tokenizer) if isinstance(form, EncoderDecoderFormat) else found._bos(has_images)
         return replace(found, begin=begin, eos_id=found._closing_id())
 
@@ -139,7 +141,7 @@ class Dialogue:
 
     def _closes(self, text: str) -> bool:
         """Whether a text ends with a token that ends an answer, up to white space."""
-        names = tuple(self.tokenizer.id_to_token(i) for i in self.tokenizer.eos_ids)
+        names = tuple(map(self.tokenizer.id_to_token, self.ends))
         return text.rstrip().endswith(names)
 
     @functools.cached_property
@@ -160,10 +162,10 @@ class Dialogue:
         """The token that ends an answer in the chat template, or else the first that the checkpoint names."""
         if self.template is not None:
             text = self._render([self._message(0, "question"), self._message(1, "answer")]).rstrip()
-            for i in self.tokenizer.eos_ids:
+            for i in self.ends:
                 if text.endswith(self.tokenizer.id_to_token(i)):
                     return i
-        return self.tokenizer.eos_ids[0]
+        return self.ends[0]
 
 
 def _start(folder: str | os.PathLike, tokenizer: HubTokenizer) -> tuple[int, ...]:

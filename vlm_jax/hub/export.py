@@ -1,26 +1,34 @@
 """A checkpoint, or a run of ours, -> a folder that transformers loads, with tokenizer and processor files along."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from vlm_jax.config import ConfigError, Experiment, Vision
+import jax
+import numpy as np
+from flax import traverse_util
+
+from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.hub.families import KNOWN, family_of
 from vlm_jax.hub.family import Family, Json
-from vlm_jax.hub.files import all_or_none, open_tensors
+from vlm_jax.hub.files import all_or_none, open_tensors, read_json
 from vlm_jax.hub.load import Checkpoint, load_checkpoint
+from vlm_jax.hub.run_files import (
+    PREPROCESSOR,
+    PROCESSOR,
+    TEXT_FILES,
+    keeps_form,
+    prompt_differences,
+    reads_image_tokens,
+    write_run_files,
+)
 from vlm_jax.hub.save import write_model
+from vlm_jax.hub.tokenizer import GENERATION_CONFIG
 from vlm_jax.validate import flat
 
-ALONG = (  # what is copied as it is, where it is there
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
-    *("preprocessor_config.json", "processor_config.json"),
-)
+ALONG = (*TEXT_FILES, GENERATION_CONFIG, PREPROCESSOR, PROCESSOR)  # copied as they are
 OF_5X = ("rope_parameters", "dtype", "transformers_version", "layer_types")  # spellings that 4.x does not know
 NOT_OF_THE_MODEL = (
     "checkpoint",
@@ -29,9 +37,15 @@ NOT_OF_THE_MODEL = (
     "patch_embed",
     "image_mean",
     "image_std",
+    "resize",
+    "resize_px",
+    "resample",
     "thumbnail",
     "tile_tags",
 )  # equal numbers whatever they say
+
+
+SHOWN_REASONS = 4  # of why a run has no family
 
 
 def export_checkpoint(folder: str | os.PathLike, output: str | os.PathLike, taps: str | None = None) -> str:
@@ -71,44 +85,60 @@ def without_5x(config: Mapping) -> Json:
 
 
 def export_run(
-    cfg: Experiment, params: Mapping, tokenizer: Path, output: str | os.PathLike, taps: str | None = None
+    cfg: Experiment,
+    params: Mapping,
+    tokenizer: Path,
+    output: str | os.PathLike,
+    taps: str | None = None,
+    processor: Path | None = None,
 ) -> str:
-    """A run of ours in the layout of the public family that it is; returns the family's model_type.
+    """Writes a run as a checkpoint of the public family that it is; returns the family's model_type.
 
-    A Llama 3.2 Vision is spelt as transformers 5 reads it ("output"), unless `taps` says otherwise.
+    transformers' `AutoProcessor` and `generate` answer as the run does, but for `run_files.prompt_differences`. A
+    Llama 3.2 Vision is spelt as transformers 5 reads it ("output"), unless `taps` names the other way.
+
+    Args:
+      tokenizer: tokenizer.json of the run.
+      processor: the files of the checkpoint that the run began with, `Workdir.processor`.
 
     Raises:
       ConfigError: no family is like it (the nearest is named, with what differs), or the output cannot be written.
     """
     refuse_used(output)
     family = family_like(cfg, taps or "output")
-    pad, image, _, eos = cfg.data.special_ids
-    config = {"pad_token_id": pad, "eos_token_id": eos, "torch_dtype": "float32"}
-    if cfg.fusion.image_in_sequence:
-        config |= {"image_token_index": image, "image_token_id": image}  # families read the one or the other
     with all_or_none(output) as stage:
+        ids = write_run_files(stage, cfg, family.model_type, tokenizer, processor)
+        config = {"pad_token_id": ids.pad, "eos_token_id": ids.eos, "torch_dtype": "float32"}
+        if ids.begin is not None:
+            config |= {"bos_token_id": ids.begin, "decoder_start_token_id": ids.begin}
+        if reads_image_tokens(cfg):
+            config |= {
+                "image_token_index": ids.image,
+                "image_token_id": ids.image,
+            }  # families read the one or the other
+            cfg, params = with_embedding_row(cfg, params, ids.image)
+        if keeps_form(cfg, processor):
+            config = without_5x(read_json(processor / "config.json")) | {"torch_dtype": "float32"}
         write_model(stage, family, cfg, params, config)
-        shutil.copy(tokenizer, stage / "tokenizer.json")
-        (stage / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
-        if cfg.fusion.has_images:
-            (stage / "preprocessor_config.json").write_text(json.dumps(processor_settings(cfg.vision), indent=2) + "\n")
     return family.model_type
 
 
-def processor_settings(vision: Vision) -> Json:
-    """What our pipeline does to an image, in the words of transformers."""
-    side = vision.image_size_px
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": side, "width": side},
-        "resample": 3,  # bicubic
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(vision.image_mean),
-        "image_std": list(vision.image_std),
-    }
+def with_embedding_row(cfg: Experiment, params: Mapping, image: int) -> tuple[Experiment, Mapping]:
+    """The model with a row of embedding and head for an image token beyond its vocabulary.
+
+    The row is the mean of the others, so that its logit is never above the largest of theirs.
+    """
+    rows = cfg.decoder.vocab_size
+    if image < rows + cfg.decoder.extra_tokens:
+        return cfg, params
+    grown = replace(cfg, decoder=replace(cfg.decoder, vocab_size=image + 1))
+    flat, more = traverse_util.flatten_dict(params, sep="/"), image + 1 - rows
+    for path, axis in {"decoder/embedding/table": 0, "decoder/free_head/kernel": 1}.items():
+        if path in flat:
+            table = np.asarray(jax.device_get(flat[path]))
+            mean = table.mean(axis, keepdims=True, dtype=np.float32).astype(table.dtype)
+            flat[path] = np.concatenate([table, *[mean] * more], axis)
+    return grown, traverse_util.unflatten_dict(flat, sep="/")
 
 
 def family_like(cfg: Experiment, taps: str = "output") -> Family:
@@ -133,6 +163,20 @@ def family_like(cfg: Experiment, taps: str = "output") -> Family:
         raise ConfigError("no public family is like this run.")
     _, name, differing = min(nearest)
     raise ConfigError(f"no public family is like this run; the nearest is {name}, but for {', '.join(differing)}.")
+
+
+def exportable(cfg: Experiment) -> str:
+    """A sentence on the family as which a run of this experiment can be exported, or why there is none."""
+    try:
+        family = family_like(cfg).model_type
+    except ConfigError as error:
+        reasons = str(error).rstrip(".").split(", ")
+        more = f", and {len(reasons) - SHOWN_REASONS} more" if len(reasons) > SHOWN_REASONS else ""
+        return f"export: none, {', '.join(reasons[:SHOWN_REASONS])}{more}"
+    wrong = prompt_differences(cfg, family)
+    if not wrong:
+        return f"export: {family}"
+    return f"export: {family}, but its processor in transformers writes other prompts than {' and '.join(wrong)}"
 
 
 def comparable(cfg: Experiment) -> dict[str, object]:

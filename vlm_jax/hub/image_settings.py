@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import ConfigError, Vision
 from vlm_jax.hub.files import read_json
 
 PREPROCESSOR, PROCESSOR, OPEN_CLIP = "preprocessor_config.json", "processor_config.json", "open_clip_config.json"
@@ -113,6 +113,60 @@ def read_settings(folder: str | os.PathLike) -> ImageSettings:
         f"{folder} does not say how images are prepared: there is no {PREPROCESSOR}, {PROCESSOR} with an "
         f"image_processor, or {OPEN_CLIP}."
     )
+
+
+def vision_settings(settings: ImageSettings, vision: Vision) -> dict[str, object]:
+    """The fields of `Vision` for how a processor resizes and normalises images; `vision` has their size."""
+    resize, resize_px = _resize(settings, vision)
+    return {
+        "image_mean": tuple(settings.image_mean),
+        "image_std": tuple(settings.image_std),
+        "resample": Image.Resampling(settings.resample).name.lower(),
+        "resize": resize,
+        "resize_px": resize_px,
+    }
+
+
+def _resize(settings: ImageSettings, vision: Vision) -> tuple[str, int]:
+    """`Vision.resize` and `resize_px` of a processor."""
+    if vision.tile_layouts or settings.pads_to_square:
+        return "pad", 0
+    if not settings.do_center_crop or tuple(settings.size) == SQUARE:
+        return "squash", 0
+    edge = settings.size.get("shortest_edge", 0)
+    crop = (settings.crop_size or (edge,))[0]
+    return "crop", 0 if edge == crop else round(edge * vision.image_size_px / crop)
+
+
+def processor_config(vision: Vision) -> dict[str, Any]:
+    """The preprocessor_config.json of transformers for how the data pipeline prepares images."""
+    side = vision.image_size_px
+    square = {"height": side, "width": side}
+    config: dict[str, Any] = {
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": square,
+        "resample": int(Image.Resampling[vision.resample.upper()]),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(vision.image_mean),
+        "image_std": list(vision.image_std),
+    }
+    if vision.keeps_aspect_in_tiles:
+        kind = {"image_processor_type": "MllamaImageProcessor", "do_pad": True, "max_image_tiles": vision.tiles}
+    elif vision.resize == "squash":
+        kind = {"image_processor_type": "ViTImageProcessor"}
+    else:
+        pads = vision.resize == "pad"
+        kind = {
+            "image_processor_type": "LlavaImageProcessor" if pads else "CLIPImageProcessor",
+            "size": {"shortest_edge": vision.resize_px or side},
+            "do_center_crop": True,
+            "crop_size": square,
+        }
+        kind |= {"do_pad": True} if pads else {}
+    return config | kind
 
 
 def _of_transformers(path: Path, given: dict) -> ImageSettings:

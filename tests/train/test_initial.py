@@ -1,0 +1,225 @@
+"""What a run begins with: a whole public checkpoint, another run, or parts of them, and settings beside them."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import traverse_util
+
+from tests.hub.tiny_checkpoints import ABOUT_IMAGES, CAPTIONS, OF_TEXT
+from vlm_jax import axes, cli
+from vlm_jax.config import ConfigError, Fusion, Mesh
+from vlm_jax.hub.load import load_checkpoint
+from vlm_jax.nn.patches import resample_positions
+from vlm_jax.structs import State
+from vlm_jax.testing import random_params, tiny
+from vlm_jax.train import initial
+from vlm_jax.train.checkpoint import Checkpoints
+from vlm_jax.train.step import abstract_state, make_state
+from vlm_jax.workdir import Workdir
+
+MODEL = ("vision", "projector", "fusion", "decoder")
+EVERY = ABOUT_IMAGES | CAPTIONS | OF_TEXT
+CONFIG = """
+import dataclasses
+from vlm_jax.testing import tiny
+
+def get_config():
+    cfg = tiny()
+    data = dataclasses.replace(cfg.data, source="conversations", files=("talks.json",), images_per_row=1)
+    return dataclasses.replace(cfg, data=data)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    @functools.cache
+    def make(name: str) -> str:
+        torch.manual_seed(0)
+        return str(EVERY[name](tmp_path_factory.mktemp("checkpoint")).path)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "tiny.py"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+def experiment(config, *options):
+    return cli.experiment("train", ["--config", config, *map(str, options)], stored=False)
+
+
+def loaded(cfg) -> dict:
+    mesh = axes.make_mesh(Mesh())
+    return initial.load_parts(cfg, abstract_state(cfg, mesh), mesh)
+
+
+def without_folder(section):
+    return replace(section, checkpoint="") if hasattr(section, "checkpoint") else section
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_whole_checkpoint_is_the_model_of_from_pretrained(folder_of, config, name):
+    """All settings that decide about logits, and every parameter, bit for bit: so the logits of step 0 are equal."""
+    folder = folder_of(name)
+    cfg = experiment(config, "--checkpoint", folder)
+    checkpoint, params = load_checkpoint(folder, np.float32)
+    for section in MODEL if name not in OF_TEXT else ("fusion", "decoder"):
+        found, expected = getattr(cfg, section), getattr(checkpoint.cfg, section)
+        pixels = ("image_mean", "image_std", "resize", "resize_px", "resample") if section == "vision" else ()
+        found = replace(without_folder(found), **{name: getattr(expected, name) for name in pixels})
+        assert found == expected
+    flat, expected = loaded(cfg), traverse_util.flatten_dict(params, sep="/")
+    assert flat.keys() == expected.keys()
+    for path, x in expected.items():
+        np.testing.assert_array_equal(flat[path], x, err_msg=path)
+
+
+def test_the_prompt_form_of_a_checkpoint_is_that_of_the_run(folder_of, config):
+    assert experiment(config, "--checkpoint", folder_of("llava")).data.template == "checkpoint"
+    assert experiment(config, "--checkpoint", folder_of("paligemma")).data.template == "checkpoint"
+    assert experiment(config, "--checkpoint", folder_of("gemma")).data.template == "plain"
+    chosen = experiment(config, "--checkpoint", folder_of("llava"), "--data.template", "vicuna")
+    assert chosen.data.template == "vicuna"
+
+
+def test_three_fields_of_one_folder_take_what_belongs_to_each_part(folder_of, config):
+    folder = folder_of("llava")
+    fields = [x for part in ("vision", "projector", "decoder") for x in (f"--{part}.checkpoint", folder)]
+    cfg, whole = experiment(config, *fields), experiment(config, "--checkpoint", folder)
+    assert cfg.vision == whole.vision
+    assert cfg.vision.feature_layers == (-2,)
+    assert (cfg.projector, cfg.decoder) == (whole.projector, whole.decoder)
+
+
+def test_an_encoder_alone_is_not_a_whole_model(folder_of, config, tmp_path):
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    CLIPVisionModel(CLIPVisionConfig(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="is an encoder without a decoder: name it with --vision.checkpoint"):
+        experiment(config, "--checkpoint", tmp_path)
+
+
+# ---- settings beside a checkpoint
+
+
+def test_another_image_size_interpolates_the_positions(folder_of, config):
+    folder = folder_of("llava")
+    cfg = experiment(config, "--checkpoint", folder, "--vision.image_size_px", 42)
+    assert (cfg.vision.image_size_px, cfg.image_tokens) == (42, 36)
+    _, params = load_checkpoint(folder, np.float32)
+    table = params["vision"]["patch_embed"]["positions"]
+    found = loaded(cfg)["vision/patch_embed/positions"]
+    np.testing.assert_allclose(found, resample_positions(table, (4, 4), (6, 6)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("decoder.max_positions", 128),
+        ("vision.remat", "full"),
+        ("decoder.rope.theta", 500.0),
+        ("vision.norm_eps", 1e-3),
+    ],
+)
+def test_a_setting_that_the_weights_fit_is_used(folder_of, config, option, value):
+    cfg = experiment(config, "--checkpoint", folder_of("llava"), f"--{option}", value)
+    section, *names = option.split(".")
+    found = functools.reduce(getattr, names, getattr(cfg, section))
+    assert found == value
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("vision.depth", 9, "vision.depth 9 does not fit the weights of vision.checkpoint"),
+        ("decoder.vocab_size", 1000, "decoder.vocab_size 1000 does not fit the weights"),
+        ("decoder.gated_mlp", False, "decoder.gated_mlp False does not fit"),
+        ("decoder.heads", 3, "not a multiple of"),
+        ("vision.feature_layers", -1, None),
+    ],
+)
+def test_a_setting_that_the_weights_do_not_fit_is_refused_by_name(folder_of, config, option, value, reason):
+    arguments = (config, "--checkpoint", folder_of("llava"), f"--{option}", value)
+    if reason is None:
+        assert experiment(*arguments).vision.feature_layers == (value,)
+        return
+    with pytest.raises(ConfigError, match=reason):
+        experiment(*arguments)
+
+
+def test_settings_that_a_config_names_beside_its_own_checkpoint_count_too(folder_of, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from vlm_jax.config import Decoder, Experiment, Fusion\n\n\ndef get_config():\n"
+        f"    decoder = Decoder(checkpoint={folder_of('llama')!r}, depth=9)\n"
+        "    return Experiment(fusion=Fusion('text_only'), decoder=decoder)\n"
+    )
+    with pytest.raises(ConfigError, match="decoder.depth 9 does not fit the weights of decoder.checkpoint"):
+        cli.experiment("plan", ["--config", str(path)], stored=False)
+
+
+# ---- runs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with one checkpoint of random parameters."""
+    cfg = replace(tiny(), workdir=str(tmp_path_factory.mktemp("runs") / "first"))
+    workdir, params = Workdir(cfg.workdir), random_params(cfg)
+    workdir.open(cfg)
+    workdir.tokenizer.write_text("{}")
+    state = jax.jit(lambda: make_state(cfg, jax.random.key(0)))()
+    checkpoints = Checkpoints(workdir.checkpoints, cfg.train)
+    checkpoints.save(1, State(state.step, params, state.optimizer), {}, 1.0)
+    checkpoints.close()
+    return cfg, traverse_util.flatten_dict(params, sep="/")
+
+
+def test_a_run_begins_with_all_of_another(run, config):
+    source, params = run
+    cfg = experiment(config, "--init_from", source.workdir)
+    assert [without_folder(getattr(cfg, name)) for name in MODEL] == [getattr(source, name) for name in MODEL]
+    found = loaded(cfg)
+    assert found.keys() == params.keys()
+    for path, x in params.items():
+        np.testing.assert_array_equal(found[path], x, err_msg=path)
+
+
+@pytest.mark.parametrize("options", [("--init_parts", "vision"), ("--vision.checkpoint",)])
+def test_a_run_begins_with_a_part_of_another(run, config, options):
+    source, params = run
+    named = ("--init_from", source.workdir, *options) if len(options) == 2 else (*options, source.workdir)
+    found = loaded(experiment(config, *named, "--decoder.depth", 3))
+    assert {path.split("/")[0] for path in found} == {"vision"}
+    for path, x in found.items():
+        np.testing.assert_array_equal(x, params[path])
+
+
+@pytest.mark.parametrize("kind", ["cross_attention", "encoder_decoder"])
+def test_the_decoder_of_a_run_keeps_its_layers_under_another_fusion(run, config, kind):
+    """The stacks are others, and cross-attention begins anew."""
+    source, params = run
+    options = ("--decoder.checkpoint", source.workdir, "--fusion.kind", kind)
+    cfg = replace(experiment(config, *options), fusion=Fusion(kind, cross_every=2 if kind == "cross_attention" else 1))
+    found = loaded(cfg)
+    assert not any("/cross" in path for path in found)
+    layer = "decoder/blocks/layers/block_{}/mlp/up/kernel"
+    if kind == "encoder_decoder":
+        np.testing.assert_array_equal(found[layer.format(0)], params[layer.format(0)])
+        return
+    for number in (0, 1):
+        np.testing.assert_array_equal(found[layer.format(number)][0], params[layer.format(0)][number])
+
+
+def test_a_folder_without_a_checkpoint_is_named(tmp_path, config):
+    Workdir(str(tmp_path / "run")).open(replace(tiny(), workdir=str(tmp_path / "run")))
+    with pytest.raises(ConfigError, match="holds no checkpoint yet"):
+        loaded(experiment(config, "--vision.checkpoint", tmp_path / "run"))

@@ -63,7 +63,7 @@ def test_prompts_of_mixed_lengths_are_padded_on_the_left(llama):
         (("--prompt", "x", "--temperature", "-1"), "--temperature -1.0: it must be at least 0"),
         (("--prompt", "x", "--temperature", "nan"), "--temperature nan: it must be a finite number"),
         (("--prompt", "x", "--seed", str(2**70)), "it must be at most 4294967295"),
-        (("--prompt", "a\udcffb"), "no valid Unicode"),
+        (("--prompt", "a\udcffb"), "not valid Unicode"),
         (("--prompt", "x", "--checkpoint", ""), "--checkpoint is empty"),
         (("--prompt", "x", "--top-p", "0"), "--top-p 0.0: it must be above 0 and at most 1"),
         (("--prompt", "x", "--max-new-tokens", "many"), "max-new-tokens"),

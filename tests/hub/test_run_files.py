@@ -1,0 +1,215 @@
+"""An exported run in transformers: AutoProcessor makes our prompt and pixels, and generate makes our tokens."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, VisionEncoderDecoderModel
+
+from tests.hub import tiny_checkpoints, tiny_tokenizers
+from tests.hub.parity import SMALL, saved
+from tests.hub.test_export import encoder_decoder_like, llava_like, mllama_like
+from vlm_jax import cli
+from vlm_jax.cli import main
+from vlm_jax.config import Experiment, Fusion
+from vlm_jax.data import images, questions, tiles
+from vlm_jax.data.tokenizer import Tokenizer
+from vlm_jax.hub import compose, export
+from vlm_jax.infer.generate import Decoding, generate
+from vlm_jax.testing import random_params
+from vlm_jax.train import initial
+from vlm_jax.workdir import Workdir
+
+NEW = 5
+QUESTION = "what do you see in 3?"
+TEXTS = [QUESTION, "what is it?", "a red car", "is that all?", "yes"]
+
+
+def from_scratch(make, **data) -> callable:
+    """A run of a public layout with its own tokenizer, on conversations or questions."""
+
+    def experiment(tmp_path) -> Experiment:
+        cfg = make()
+        cfg = replace(cfg, data=replace(cfg.data, text_length=90, **data))
+        return replace(cfg, decoder=replace(cfg.decoder, max_positions=256))
+
+    return experiment
+
+
+def composed(kind: str):
+    """A CLIP tower and a Llama whose tokenizer has no image token, and no spare row of the embedding."""
+
+    def experiment(tmp_path) -> Experiment:
+        from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+        tower, text = tmp_path / "tower", tmp_path / "text"
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+        for folder in (tower, text):
+            folder.mkdir()
+        saved(CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=8)), tower)
+        CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size=32).save_pretrained(tower)
+        getattr(tiny_tokenizers, kind)(text)
+        if kind == "llama":
+            for name in ("added_tokens.json",):
+                (text / name).unlink(missing_ok=True)
+        from vlm_jax.hub.tokenizer import HubTokenizer
+
+        tokenizer = HubTokenizer.load(text)
+        eos = 1 if kind == "llama3" else 2
+        rows = tokenizer.next_id
+        config = LlamaConfig(**SMALL | {"vocab_size": rows, "max_position_embeddings": 256}, eos_token_id=eos)
+        saved(LlamaForCausalLM(config), tmp_path)
+        for name in ("config.json", "model.safetensors"):
+            (tmp_path / name).replace(text / name)
+        cfg = from_scratch(llava_like, source="conversations", template="vicuna")(tmp_path)
+        vision = replace(cfg.vision, checkpoint=str(tower), feature_layers=(-2,))
+        cfg = replace(cfg, vision=vision, decoder=replace(cfg.decoder, checkpoint=str(text)))
+        return compose.resolved(cfg)
+
+    return experiment
+
+
+def whole(name: str, **fields):
+    """A public checkpoint of every file."""
+
+    def experiment(tmp_path) -> Experiment:
+        folder = tmp_path / "whole"
+        folder.mkdir()
+        torch.manual_seed(0)
+        getattr(tiny_checkpoints, name)(folder)
+        base = Experiment(init_from=str(folder))
+        base = replace(base, data=replace(base.data, source="conversations", text_length=90, augment=()))
+        return compose.resolved(base)
+
+    return experiment
+
+
+def with_placeholder() -> Experiment:
+    cfg = mllama_like()
+    return replace(cfg, fusion=replace(cfg.fusion, placeholder=True), vision=replace(cfg.vision, resize="pad"))
+
+
+RUNS = {
+    "llava, conversations": from_scratch(llava_like, source="conversations"),
+    "llava, vicuna": from_scratch(llava_like, source="conversations", template="vicuna"),
+    "llava, captions": from_scratch(llava_like, source="conversations", template="caption"),
+    "llava, questions": from_scratch(llava_like),
+    "llava of a llama 2": composed("llama"),
+    "llava of a llama 3": composed("llama3"),
+    "whole llava": whole("llava"),
+    "whole llava without a template": whole("llava_without_a_template"),
+    "whole paligemma": whole("paligemma"),
+    "whole mllama": whole("mllama"),
+    "whole vit and gpt2": whole("vit_gpt2"),
+    "mllama, conversations": from_scratch(with_placeholder, source="conversations", bos_id=3),
+    "encoder-decoder, conversations": from_scratch(encoder_decoder_like, source="conversations", bos_id=3),
+    "encoder-decoder, captions": from_scratch(encoder_decoder_like, source="conversations", template="caption"),
+    "encoder-decoder, questions": from_scratch(encoder_decoder_like, bos_id=3),
+}
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("picture") / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (41, 67, 3), np.uint8)).save(path)
+    return path
+
+
+def exported(cfg: Experiment, tmp_path):
+    """A run of random parameters, as it would lie in its work folder, and its export."""
+    cfg = replace(cfg, workdir=str(tmp_path / "run"))
+    workdir = Workdir(cfg.workdir)
+    workdir.path.mkdir()
+    if cfg.decoder.checkpoint:
+        tokenizer = initial.load_tokenizer(cfg)
+    else:
+        tokenizer = Tokenizer.train(TEXTS, cfg.decoder.vocab_size)
+    tokenizer.save(workdir.tokenizer)
+    initial.keep_processor(cfg, workdir)
+    params, out = random_params(cfg, 0.2), tmp_path / "out"
+    family = export.export_run(cfg, params, workdir.tokenizer, out, processor=workdir.processor)
+    return family, params, initial.load_tokenizer(cfg), out
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_transformers_answers_as_the_run_does(name, tmp_path, picture):
+    cfg = RUNS[name](tmp_path)
+    family, params, tokenizer, out = exported(cfg, tmp_path)
+    assert export.exportable(cfg) == f"export: {family}"
+    pixels = tiles.to_pixels(images.read_image(picture), cfg.vision)
+    prompt = "" if "captions" in name else QUESTION
+    batch = questions.prompt_batch(cfg, tokenizer, [[pixels]], [prompt])
+    ours = np.asarray(generate(cfg, params, batch, NEW, Decoding()))[0]
+    processor = AutoProcessor.from_pretrained(out)
+    image = Image.open(picture).convert("RGB")
+    inputs = asked_of_transformers(processor, family, name, image, prompt)
+    cls = VisionEncoderDecoderModel if family == "vision-encoder-decoder" else AutoModelForImageTextToText
+    model, report = cls.from_pretrained(out, output_loading_info=True, dtype=torch.float32)
+    assert not report["unexpected_keys"] and not {x for x in report["missing_keys"] if ".pooler." not in x}
+    model.generation_config.eos_token_id = None
+    made = model.eval().generate(**inputs, max_new_tokens=NEW, do_sample=False)[0].tolist()
+    assert made[-NEW:] == ours.tolist()
+    assert len(set(made[-NEW:])) > 1, "the tokens are all alike: the test would show little"
+
+
+def asked_of_transformers(processor, family, name, image, prompt) -> dict:
+    if family == "vision-encoder-decoder":
+        text = {"encoder-decoder, captions": "", "whole vit and gpt2": prompt}.get(name)
+        text = f"{prompt}\n" if text is None else text
+        if "conversations" in name:
+            text = f"\n{text}"
+        ids = processor.tokenizer(text, return_tensors="pt").input_ids
+        if name == "whole vit and gpt2":
+            ids = torch.cat([torch.tensor([[0]]), ids], 1)
+        return {
+            "pixel_values": processor.image_processor(image, return_tensors="pt").pixel_values,
+            "decoder_input_ids": ids.long(),
+        }
+    if processor.chat_template is None:
+        return processor(text=prompt, images=image, return_tensors="pt")
+    parts = [{"type": "image"}, {"type": "text", "text": prompt}]
+    text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+    return processor(text=text, images=image, return_tensors="pt")
+
+
+@pytest.mark.parametrize("name", ["llava of a llama 2", "whole llava"])
+def test_our_own_generate_asks_the_exported_folder(name, tmp_path, picture, capsys):
+    *_, out = exported(RUNS[name](tmp_path), tmp_path)
+    arguments = ["generate", "--checkpoint", out, "--image", picture, "--prompt", QUESTION, "--max-new-tokens", 2]
+    assert main(list(map(str, arguments))) == 0
+    assert capsys.readouterr().out
+
+
+def test_an_image_token_is_added_with_a_row_that_never_wins(tmp_path):
+    """Its logit is the mean of the others."""
+    cfg = RUNS["llava of a llama 2"](tmp_path)
+    rows = cfg.decoder.vocab_size
+    family, params, _, out = exported(cfg, tmp_path)
+    config = json.loads((out / "config.json").read_text())
+    assert config["image_token_index"] == rows
+    assert config["text_config"]["vocab_size"] == rows + 1
+    model = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32)
+    head = model.get_output_embeddings().weight.detach()
+    torch.testing.assert_close(head[rows], head[:rows].mean(0))
+
+
+def test_another_image_size_is_that_of_the_exported_processor(tmp_path):
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    torch.manual_seed(0)
+    tiny_checkpoints.llava(folder)
+    config = tmp_path / "config.py"
+    config.write_text("from vlm_jax.config import Experiment\n\ndef get_config():\n    return Experiment()\n")
+    arguments = ["--config", config, "--checkpoint", folder, "--vision.image_size_px", 42]
+    cfg = cli.experiment("train", list(map(str, arguments)), stored=False)
+    *_, out = exported(cfg, tmp_path)
+    assert AutoProcessor.from_pretrained(out).image_processor.crop_size["height"] == 42
+
+
+def test_what_keeps_transformers_from_the_same_prompts_is_named():
+    assert "fusion.placeholder False" in export.exportable(mllama_like())
+    assert "data.bos_id -1" in export.exportable(encoder_decoder_like())
+    assert export.exportable(replace(llava_like(), fusion=Fusion("hybrid"))).startswith("export: none, fusion.kind")

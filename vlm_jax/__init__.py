@@ -2,6 +2,8 @@
 
 import os
 
+__version__ = "0.1.0"
+
 
 def from_pretrained(folder: str | os.PathLike, dtype=None, mesh=None, taps: str | None = None):
     """A folder of a public checkpoint -> (model, params, processor).
@@ -25,6 +27,64 @@ def from_pretrained(folder: str | os.PathLike, dtype=None, mesh=None, taps: str 
 
     checkpoint, params = load_checkpoint(folder, dtype, mesh, taps)
     return model_of(checkpoint.cfg), params, Processor.load(checkpoint)
+
+
+def from_run(workdir: str | os.PathLike, step: int | None = None, mesh=None):
+    """A work folder of a training run -> (model, params, processor), used like those of `from_pretrained`.
+
+    Parameters have the dtype that the run computes in. The processor puts prompts in the form of the training data.
+
+    Args:
+      workdir: the run's `--workdir`.
+      step: of the checkpoint to load; None: the last one.
+      mesh: of `vlm_jax.axes.make_mesh`, independent of that of the training; None: all devices along `data`.
+
+    Raises:
+      ConfigError: the folder does not hold a run, or no checkpoint of it (of this step).
+    """
+    from vlm_jax.infer.demo import load_model
+
+    return load_model(workdir, step, mesh)
+
+
+def generate(
+    model,
+    params,
+    processor,
+    prompts,
+    images=(),
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    chat: bool = True,
+) -> list[str]:
+    """Generates the answer to each prompt; by default the text that `vlm-jax generate` prints.
+
+    An answer ends at a token that ends a text, after `max_new_tokens`, or where the model has no more positions.
+
+    Args:
+      model, params, processor: of `from_pretrained` or `from_run`.
+      prompts: texts; a single `str` is a batch of one.
+      images: one list per prompt of files, open Pillow images or uint8 arrays (height, width, 3); for a single `str`
+        the list of its images.
+      max_new_tokens: the most tokens of an answer.
+      temperature: 0 takes the most likely token; otherwise tokens are sampled.
+      top_k: samples from the k most likely tokens only; 0: from all.
+      top_p: samples from the most likely tokens that together have this probability.
+      seed: of the sampling.
+      chat: whether prompts are formatted by the chat template of a public checkpoint that has one. A run always
+        formats prompts as its training data.
+
+    Raises:
+      ConfigError: an option is out of range, a prompt is too long, or the images do not match the prompts.
+    """
+    from vlm_jax.infer.answers import answer
+
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    return answer(model, params, processor, prompts, images, max_new_tokens=max_new_tokens, chat=chat, **sampling)
 
 
 def save_pretrained(folder: str | os.PathLike, params, processor) -> None:

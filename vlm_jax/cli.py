@@ -19,7 +19,7 @@ USAGE = """usage: python run.py [VERB] [--config FILE] [--any.field VALUE ...]
   train     (the default) trains the experiment of --config in its work folder and evaluates it;
             with --workdir of a run that was stopped, continues it
   eval      --workdir W [--eval.split ...]: evaluates a run again
-  generate  --workdir W --image A.png [B.png ...] --prompt "..." ["..." ...]: asks every prompt about every image
+  generate  --workdir W [--image A.png ...] --prompt "..." ["..." ...]: asks every prompt about every image
   generate  --checkpoint DIR [--image A.png ...] --prompt "..." [--temperature T ...]: asks a public checkpoint
   verify    --checkpoint DIR --reference FILE.npz: compares a public checkpoint with a reference's outputs
   export    --checkpoint DIR_OR_WORKDIR --output DIR: writes a folder that transformers loads
@@ -183,12 +183,13 @@ def generate(arguments: list[str]) -> int:
     parser.add_argument("--prompt", nargs="+", action="extend", default=[])
     given, rest = parser.parse_known_args(arguments)
     cfg = experiment("generate", rest, stored=True)
-    if not given.image or not given.prompt:
+    always_has_image = cfg.fusion.has_images and not cfg.data.is_conversations
+    if not given.prompt or (always_has_image and not given.image):
         raise ConfigError('generate needs --image FILE [FILE ...] and --prompt "TEXT" ["TEXT" ...].')
     from vlm_jax.infer import demo
 
-    for image, prompt, answer in demo.ask(cfg, given.image, given.prompt):
-        print(f"{image}  {prompt}  {answer}")
+    for parts in demo.ask(cfg, given.image, given.prompt):
+        print("  ".join(parts))
     return 0
 
 

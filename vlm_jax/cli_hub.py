@@ -1,10 +1,9 @@
 """The verbs about public checkpoints: `verify`, `export`, and `generate --checkpoint`."""
 
 import argparse
-import math
 
 from vlm_jax.config import ConfigError
-from vlm_jax.limits import AT_MOST
+from vlm_jax.limits import check_sampling
 from vlm_jax.workdir import Workdir, is_run
 
 
@@ -109,15 +108,8 @@ def generate(arguments: list[str]) -> int:
         seed={"type": int, "default": 0, "help": "of the draws"},
         taps=TAPS,
     )
-    for name, least in {"temperature": 0, "top_k": 0, "max_new_tokens": 1, "seed": 0}.items():
-        if getattr(given, name) < least:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(given, name)}: it must be at least {least}.")
-    if not math.isfinite(given.temperature):
-        raise ConfigError(f"--temperature {given.temperature}: it must be a finite number.")
-    if given.seed > AT_MOST["seed"]:
-        raise ConfigError(f"--seed {given.seed}: it must be at most {AT_MOST['seed']}.")
-    if not 0 < given.top_p <= 1:
-        raise ConfigError(f"--top-p {given.top_p}: it must be above 0 and at most 1.")
+    sampling = {name: getattr(given, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    check_sampling(**sampling, named=lambda option: f"--{option.replace('_', '-')}")
     from vlm_jax.infer import ask
 
     for text in ask.answer(given):

@@ -3,6 +3,7 @@
 import math
 import operator
 import re
+from collections.abc import Callable
 
 from vlm_jax.config import ConfigError
 
@@ -126,6 +127,27 @@ def check_numbers(values: dict[str, object]) -> None:
                 raise ConfigError(f"{path} is {value}: it must be {said} {limits[path]}.")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{path} is {value}: it must be a finite number.")
+
+
+def check_sampling(
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    named: Callable[[str], str] = lambda option: option,
+) -> None:
+    """Raises ConfigError for an option of `infer.generate.Decoding` that is out of range; `named` spells its name."""
+    at_least = {"max_new_tokens": (max_new_tokens, 1), "temperature": (temperature, 0), "top_k": (top_k, 0)}
+    for option, (value, least) in (at_least | {"seed": (seed, 0)}).items():
+        if value < least:
+            raise ConfigError(f"{named(option)} {value}: it must be at least {least}.")
+    if not math.isfinite(temperature):
+        raise ConfigError(f"{named('temperature')} {temperature}: it must be a finite number.")
+    if seed > AT_MOST["seed"]:
+        raise ConfigError(f"{named('seed')} {seed}: it must be at most {AT_MOST['seed']}.")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"{named('top_p')} {top_p}: it must be above 0 and at most 1.")
 
 
 def check_path(path: str, value: str) -> None:

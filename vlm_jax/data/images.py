@@ -21,6 +21,17 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     return decode(read_bytes(path), name=str(path))
 
 
+def from_array(pixels: np.ndarray) -> Image.Image:
+    """(height, width), or (height, width, 1, 3 or 4) uint8 -> an open image. ConfigError for any other array."""
+    channels = pixels.shape[2:] or (1,)
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or not pixels.size or channels[0] not in (1, 3, 4):
+        raise ConfigError(
+            f"an image array is {pixels.dtype} of shape {pixels.shape}: it must be uint8 of shape (height, width), or "
+            "(height, width, channels) with 1, 3 or 4 channels."
+        )
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
+
+
 def read_bytes(path: str | os.PathLike) -> bytes:
     try:
         return Path(path).expanduser().read_bytes()
@@ -46,7 +57,11 @@ def decode(encoded: bytes, name: str = "image", needed_px: int = 0) -> Image.Ima
     A JPEG of which only `needed_px` rows and columns are needed (0: all) is decoded in an eighth, a quarter or half of
     its size, as long as that leaves twice as many: several times faster, and hardly another image when it is resized.
     """
-    image = upright(encoded, name, needed_px)
+    return to_rgb(upright(encoded, name, needed_px))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An open image -> RGB; what is transparent becomes white."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would clip at 255
     if image.has_transparency_data:

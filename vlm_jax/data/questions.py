@@ -66,13 +66,13 @@ def row_length(cfg: Experiment, tokenizer: Tokenizer, asked: Iterable[Question])
     return _room(cfg, tokenizer, {(question.question, question.image_count) for question in asked})
 
 
-def prompt_length(cfg: Experiment, tokenizer: Tokenizer, prompts: Iterable[str]) -> int:
-    """S of a batch of the prompts with one image each.
+def prompt_length(cfg: Experiment, tokenizer: Tokenizer, prompts: Iterable[str], images: int = 1) -> int:
+    """S of a batch of the prompts with `images` images each.
 
     Raises:
       ConfigError: the longest of them has no room for an answer of `eval.max_new_tokens`.
     """
-    return _room(cfg, tokenizer, {(prompt, 1) for prompt in prompts})
+    return _room(cfg, tokenizer, {(prompt, images) for prompt in prompts})
 
 
 def _room(cfg: Experiment, tokenizer: Tokenizer, asked: set[tuple[str, int]]) -> int:

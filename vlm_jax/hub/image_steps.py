@@ -8,15 +8,17 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.config import ConfigError
-from vlm_jax.data.images import read_bytes, upright
+from vlm_jax.data.images import from_array, read_bytes, upright
 from vlm_jax.data.resize import shortest_edge_shape
 from vlm_jax.hub.image_settings import ImageSettings
 
-Picture = Image.Image | str | os.PathLike  # an open image, taken as it is, or a file
+Picture = Image.Image | np.ndarray | str | os.PathLike  # an open image, taken as it is, its pixels, or a file
 
 
 def read(picture: Picture) -> Image.Image:
     """An open image as it is; the one in a file upright. ConfigError names a file that holds none."""
+    if isinstance(picture, np.ndarray):
+        return from_array(picture)
     return picture if isinstance(picture, Image.Image) else upright(read_bytes(picture), str(picture))
 
 

@@ -49,13 +49,18 @@ class Processor:
         )
 
     def __call__(
-        self, prompts: Sequence[str], images: Sequence[Sequence[Picture]] = (), add_special_tokens: bool = True
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Sequence[Picture]] = (),
+        add_special_tokens: bool = True,
+        chat: bool = False,
     ) -> Batch:
         """Prompts as they are and the images of each -> a batch to continue, padded on the left.
 
         Args:
           images: files, or open ones.
           add_special_tokens: whether the tokenizer puts its own around a prompt that does not begin with them.
+          chat: whether prompts are messages of a user, to be formatted by the chat template if the folder has one.
 
         Raises:
           ConfigError: the images do not match the prompts, or the folder lacks a tokenizer or an image processor.
@@ -63,6 +68,10 @@ class Processor:
         cfg, images = self.checkpoint.cfg, images or [()] * len(prompts)
         if self.form is None:
             raise ConfigError(f"{self.checkpoint.folder} holds no tokenizer, or its model reads no text.")
+        if chat:
+            prompts = [self.chat(prompt, len(row)) for prompt, row in zip(prompts, images, strict=True)]
+            # As in transformers: a tokenizer's template writes all special tokens, a processor's perhaps not bos.
+            add_special_tokens = self.template is None or cfg.fusion.has_images
         processed = self.pixels(images)
         if cfg.fusion.kind == "encoder_decoder":
             arrays = self._started(prompts)
@@ -83,9 +92,7 @@ class Processor:
         Raises:
           ConfigError: what `__call__` raises, or the template fails.
         """
-        # As in transformers, where a tokenizer's template writes all special tokens, and a processor's perhaps not bos.
-        in_template = self.template is not None and not self.checkpoint.cfg.fusion.has_images
-        return self([self.chat(prompt, len(images))], [images], add_special_tokens=not in_template)
+        return self([prompt], [images], chat=True)
 
     def pixels(self, images: Sequence[Sequence[Picture]]) -> ProcessedImages | None:
         """The images of every row as the encoder reads them; None where there is none."""
@@ -114,9 +121,14 @@ class Processor:
             content = f"{token * images}\n{prompt}" if images else prompt
         return self.template.render([{"role": "user", "content": content}], special, add_generation_prompt=True)
 
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens of which each ends an answer."""
+        return self.checkpoint.eos_ids
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of an answer, up to the first token that ends it."""
-        ends = set(self.checkpoint.eos_ids)
+        ends = set(self.eos_ids)
         return self.tokenizer.decode(itertools.takewhile(lambda i: i not in ends, map(int, ids)))
 
     def _started(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:

@@ -1,18 +1,86 @@
 """A trained run, ready to be asked."""
 
 import itertools
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import jax
+import numpy as np
+from PIL import Image
 
+from vlm_jax import axes
 from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.config import Mesh as MeshSizes
 from vlm_jax.data import images as image_files
 from vlm_jax.data import questions
 from vlm_jax.data.tiles import to_pixels
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.infer.generate import Decoding, generate
+from vlm_jax.infer import answers
+from vlm_jax.nn.models import model_of
+from vlm_jax.nn.vlm import VLM
+from vlm_jax.structs import Batch
 from vlm_jax.train import initial
 from vlm_jax.train.step import narrowed
+from vlm_jax.validate import validate
 from vlm_jax.workdir import Workdir
+
+Picture = Image.Image | np.ndarray | str | os.PathLike  # an open image, its pixels, or a file
+
+
+@dataclass(frozen=True)
+class RunProcessor:
+    """Text and images -> what the model of a run reads; the same calls as those of `hub.processor.Processor`."""
+
+    cfg: Experiment
+    tokenizer: Tokenizer
+
+    def __call__(self, prompts: Sequence[str], images: Sequence[Sequence[Picture]] = (), *, chat: bool = True) -> Batch:
+        """Prompts and the images of each -> a batch to continue, padded on the left.
+
+        An image that several prompts share is encoded once if their rows hold the same objects.
+
+        Args:
+          chat: unused: a prompt always takes the form that the questions had in training.
+
+        Raises:
+          ConfigError: the images do not match the prompts, or an image cannot be read.
+        """
+        images = images or [()] * len(prompts)
+        is_nested = all(isinstance(row, list | tuple) for row in images)
+        if not is_nested or len(images) != len(prompts):
+            raise ConfigError(f"images must be {len(prompts)} lists, the images of each prompt, not {images!r:.80}.")
+        keys = [tuple(map(id, row)) for row in images]
+        shared = dict(zip(keys, images))
+        pixels = [[self._pixels(picture) for picture in row] for row in shared.values()]
+        owners = [list(shared).index(key) for key in keys]
+        return questions.prompt_batch(self.cfg, self.tokenizer, pixels, prompts, image_rows=owners)
+
+    def _pixels(self, picture: Picture) -> np.ndarray:
+        """(H, W, 3) float32, laid out in tiles and normalised."""
+        if isinstance(picture, np.ndarray):
+            picture = image_files.from_array(picture)
+        is_open = isinstance(picture, Image.Image)
+        return to_pixels(image_files.to_rgb(picture) if is_open else image_files.read_image(picture), self.cfg.vision)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The token that ends an answer."""
+        return (self.tokenizer.eos_id,)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of an answer, up to the token that ends it, without the spaces around it."""
+        return self.tokenizer.decode(ids).strip()
+
+
+def load_model(
+    workdir: str | os.PathLike, step: int | None = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[VLM, dict, RunProcessor]:
+    """`vlm_jax.from_run`."""
+    cfg = validate(Workdir(str(Path(workdir).expanduser())).read_config())
+    params, tokenizer = load_stored(cfg, step, axes.make_mesh(MeshSizes()) if mesh is None else mesh)
+    return model_of(cfg), narrowed(cfg, params), RunProcessor(cfg, tokenizer)
 
 
 def load(cfg: Experiment) -> tuple[dict, Tokenizer]:
@@ -21,29 +89,30 @@ def load(cfg: Experiment) -> tuple[dict, Tokenizer]:
     return narrowed(cfg, params), tokenizer
 
 
-def load_stored(cfg: Experiment) -> tuple[dict, Tokenizer]:
-    """Parameters of the run's last whole checkpoint, and its tokenizer.
+def load_stored(
+    cfg: Experiment, step: int | None = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[dict, Tokenizer]:
+    """Parameters of a checkpoint of the run, of its last whole one by default, and its tokenizer.
 
     Raises:
-      ConfigError: there is none, or none is whole.
+      ConfigError: no checkpoint exists, or none is whole.
     """
-    params, workdir = initial.load_params(cfg), Workdir(cfg.workdir)
+    params, workdir = initial.load_params(cfg, step, mesh), Workdir(cfg.workdir)
     if not workdir.tokenizer.exists():
         raise ConfigError(f"--workdir {workdir.path} holds no {workdir.tokenizer.name}.")
     return params, initial.load_tokenizer(cfg)
 
 
-def ask(cfg: Experiment, files: list[str], prompts: list[str]) -> list[tuple[str, str, str]]:
-    """(image file, prompt, answer) for every prompt about every image, images first.
+def ask(cfg: Experiment, files: list[str], prompts: list[str]) -> list[tuple[str, ...]]:
+    """(image file, prompt, answer) for every prompt about every image, images first; (prompt, answer) without images.
 
     Raises:
-      ConfigError: a file is no image, a prompt is too long, or the run has no checkpoint.
+      ConfigError: a file is not an image, a prompt is too long, or the run has no checkpoint.
     """
-    pixels = [to_pixels(image_files.read_image(file), cfg.vision) for file in files]
     params, tokenizer = load(cfg)
-    pairs = list(itertools.product(range(len(files)), prompts))
-    rows, asked = zip(*pairs)
-    length = questions.prompt_length(cfg, tokenizer, prompts)
-    batch = questions.prompt_batch(cfg, tokenizer, [[image] for image in pixels], asked, length, rows)
-    made = jax.device_get(generate(cfg, params, batch, cfg.eval.max_new_tokens, Decoding(eos=(cfg.data.eos_id,))))
-    return [(files[i], prompt, tokenizer.decode(ids).strip()) for (i, prompt), ids in zip(pairs, made)]
+    questions.prompt_length(cfg, tokenizer, prompts, images=min(len(files), 1))
+    pairs = list(itertools.product([[file] for file in files] or [[]], prompts))
+    images, asked = map(list, zip(*pairs))
+    processor = RunProcessor(cfg, tokenizer)
+    texts = answers.answer(model_of(cfg), params, processor, asked, images, max_new_tokens=cfg.eval.max_new_tokens)
+    return [(*shown, prompt, text) for (shown, prompt), text in zip(pairs, texts)]

@@ -57,22 +57,31 @@ class Checkpoints:
             if not self._manager.save(step, args=arguments, metrics={"loss": loss}):
                 raise ValueError(f"Orbax wants none of step {step}")
 
-    def restore(self, like: State) -> tuple[State, dict] | None:
+    def restore(self, like: State, step: int | None = None) -> tuple[State, dict] | None:
         """The last whole checkpoint, laid out as `like` (shapes with shardings), or None where none was saved.
 
         One that cannot be read, by this process or by another, is named, and the one before it is taken.
 
+        Args:
+          step: of the only checkpoint to read; None: any.
+
         Raises:
-          ConfigError: none of them can be read; to begin anew would overwrite them.
+          ConfigError: none of them can be read, in which case a new run would overwrite them; or `step` was not saved.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        saved = sorted(self._manager.all_steps(), reverse=True)
+        candidates = [one for one in saved if step in (None, one)]
+        if saved and not candidates:
+            raise ConfigError(f"{self._path} holds no checkpoint of step {step}: choose {', '.join(map(str, saved))}.")
+        for candidate in candidates:
             arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
             try:
                 with distributed.together():
-                    restored = self._read(step, arguments)
+                    restored = self._read(candidate, arguments)
             except ConfigError as error:
-                print(f"checkpoint {step} is not whole and is passed over ({error})", flush=True)
-                self._damaged.add(step)
+                if step is not None:
+                    raise ConfigError(f"checkpoint {step} in {self._path} is not whole ({error}).") from None
+                print(f"checkpoint {candidate} is not whole and is passed over ({error})", flush=True)
+                self._damaged.add(candidate)
                 continue
             return restored["state"], restored["data"]
         if self._damaged:

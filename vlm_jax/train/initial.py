@@ -47,8 +47,12 @@ def _of_run(cfg: Experiment, folder: str, parts: list[str], wanted: Mapping, mes
     return {path: jax.device_put(x.astype(wanted[path].dtype), wanted[path].sharding) for path, x in found.items()}
 
 
-def load_params(cfg: Experiment) -> dict:
-    """Parameters of the last whole checkpoint of a run, in the dtypes in which it keeps them.
+def load_params(cfg: Experiment, step: int | None = None, mesh: Mesh | None = None) -> dict:
+    """Parameters of a checkpoint of a run, of the last whole one by default, in the dtypes in which it keeps them.
+
+    Args:
+      step: of the checkpoint; None: the last one.
+      mesh: where the parameters lie; None: that of the run.
 
     Raises:
       ConfigError: there is none, or none is whole.
@@ -57,7 +61,8 @@ def load_params(cfg: Experiment) -> dict:
     if not workdir.checkpoints.is_dir():
         raise ConfigError(f"--workdir {workdir.path} holds no checkpoint.")
     checkpoints = Checkpoints(workdir.checkpoints, cfg.train)
-    restored = checkpoints.restore(abstract_state(cfg, axes.make_mesh(cfg.mesh)))
+    like = abstract_state(cfg, axes.make_mesh(cfg.mesh) if mesh is None else mesh)
+    restored = checkpoints.restore(like, step)
     checkpoints.close()
     if restored is None:
         raise ConfigError(f"--workdir {workdir.path} holds no checkpoint yet.")

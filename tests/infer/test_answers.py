@@ -1,0 +1,190 @@
+"""`vlm_jax.generate` for runs and public checkpoints: equal to the command line, and a batch equal to one by one."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import vlm_jax
+from tests.hub import tiny_checkpoints, tiny_tokenizers
+from tests.hub.parity import saved
+from vlm_jax.cli import main
+from vlm_jax.config import ConfigError
+from vlm_jax.data.tokenizer import Tokenizer
+from vlm_jax.infer.demo import RunProcessor
+from vlm_jax.nn.vlm import VLM
+from vlm_jax.testing import random_params, tiny
+from vlm_jax.train.checkpoint import Checkpoints
+from vlm_jax.train.step import state_shapes
+from vlm_jax.workdir import Workdir
+
+NEW = 6
+PROMPTS = ["what is it?", "is there a cat, and where does it sit?", ""]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["what is it?", "is there a cat, and where does it sit?"] * 4, 300)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    files = [str(folder / name) for name in ("a.png", "b.png", "c.png")]
+    for file in files:
+        Image.fromarray(rng.integers(0, 255, (50, 70, 3), np.uint8)).save(file)
+    return files
+
+
+def experiment(kind="unified", template="plain", **data):
+    """A run of conversations with a free head: a tied one repeats the last token."""
+    cfg = tiny(kind)
+    data = replace(cfg.data, source="conversations", files=("t.json",), images_per_row=2, template=template, **data)
+    decoder = replace(cfg.decoder, tied_head=False, max_positions=128)
+    return replace(cfg, data=data, decoder=decoder, eval=replace(cfg.eval, max_new_tokens=NEW))
+
+
+def in_memory(cfg, tokenizer):
+    """What `from_run` returns, with random parameters."""
+    return VLM(cfg), random_params(cfg, 0.3), RunProcessor(cfg, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tokenizer):
+    """The work folder of a run with two checkpoints, without a training."""
+    cfg = replace(experiment(), workdir=str(tmp_path_factory.mktemp("runs") / "run"))
+    workdir = Workdir(cfg.workdir)
+    workdir.open(cfg)
+    tokenizer.save(workdir.tokenizer)
+    checkpoints = Checkpoints(workdir.checkpoints, cfg.train)
+    empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state_shapes(cfg))
+    for step in (2, 4):
+        checkpoints.save(step, empty.replace(params=random_params(cfg, 0.3, seed=step)), {}, loss=1.0)
+    checkpoints.close()
+    return cfg.workdir
+
+
+def printed(capsys, *arguments) -> str:
+    assert main(["generate", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("template", ["plain", "caption"])
+@pytest.mark.parametrize("kind", ["unified", "cross_attention", "encoder_decoder", "text_only"])
+def test_a_batch_of_prompts_and_images_of_a_run_is_answered_as_one_by_one(kind, template, tokenizer, pictures):
+    run = in_memory(experiment(kind, template), tokenizer)
+    images = [[pictures[0]], pictures[1:], []]
+    together = vlm_jax.generate(*run, PROMPTS, images, max_new_tokens=NEW)
+    alone = [vlm_jax.generate(*run, *one, max_new_tokens=NEW) for one in zip(PROMPTS, images)]
+    assert [[text] for text in together] == alone
+
+
+def test_a_run_is_answered_as_the_command_line_does(run, pictures, capsys):
+    model, params, processor = vlm_jax.from_run(run)
+    for files in (pictures[:2], []):
+        shown = [[file] for file in files] or [[]]
+        images = [row for row in shown for _ in PROMPTS]
+        texts = vlm_jax.generate(model, params, processor, PROMPTS * len(shown), images, max_new_tokens=NEW)
+        lines = ["  ".join([*row, *pair]) for row, *pair in zip(images, PROMPTS * len(shown), texts)]
+        options = ["--image", *files] if files else []
+        assert printed(capsys, "--workdir", run, *options, "--prompt", *PROMPTS) == "\n".join(lines) + "\n"
+
+
+def test_a_checkpoint_of_a_run_is_named_by_its_step(run, tokenizer):
+    cfg = Workdir(run).read_config()
+    for step, found in ((2, vlm_jax.from_run(run, step=2)), (4, vlm_jax.from_run(run))):
+        jax.tree.map(np.testing.assert_array_equal, found[1], random_params(cfg, 0.3, seed=step))
+    with pytest.raises(ConfigError, match="no checkpoint of step 3: choose 4, 2"):
+        vlm_jax.from_run(run, step=3)
+    with pytest.raises(ConfigError, match="holds no run"):
+        vlm_jax.from_run(run + "/nowhere")
+
+
+def test_files_open_images_and_arrays_are_one(tokenizer, pictures):
+    processor = RunProcessor(experiment(), tokenizer)
+    opened = Image.open(pictures[0])
+    batches = [processor(["what?"], [[image]]) for image in (pictures[0], opened, np.asarray(opened))]
+    for batch in batches[1:]:
+        np.testing.assert_array_equal(batch.images, batches[0].images)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "images", "said"),
+    [
+        (["a", "b"], [["x.png"]], "images must be 2 lists"),
+        (["a", "b"], ["x.png", "y.png"], "images must be 2 lists"),
+        ("<image> a <image>", [Image.new("RGB", (4, 4))], "2 marks <image> for 1 images"),
+        ("a", ["nowhere.png"], "cannot read the image nowhere.png"),
+        ("a", [np.zeros((4, 4, 3))], "float64 of shape .* must be uint8"),
+        ("word " * 100, (), "is too long: decoder.max_positions 128"),
+    ],
+)
+def test_a_mistake_is_a_sentence(prompts, images, said, tokenizer):
+    with pytest.raises(ConfigError, match=said):
+        vlm_jax.generate(*in_memory(experiment(), tokenizer), prompts, images)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"temperature": -1}, "temperature -1: it must be at least 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0: it must be at least 1"),
+        ({"top_p": 2.0}, "top_p 2.0: it must be above 0 and at most 1"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(option, said, tokenizer):
+    with pytest.raises(ConfigError, match=said):
+        vlm_jax.generate(*in_memory(experiment(), tokenizer), "a", **option)
+
+
+def test_a_long_prompt_does_not_shorten_the_other_answers(tokenizer, pictures):
+    model, params, processor = in_memory(experiment("cross_attention"), tokenizer)
+    prompts, images = ["a " * 122, "is it?"], [[pictures[0]], [pictures[1]]]
+    together = vlm_jax.generate(model, params, processor, prompts, images, max_new_tokens=NEW)
+    alone = [vlm_jax.generate(model, params, processor, *one, max_new_tokens=NEW)[0] for one in zip(prompts, images)]
+    assert together == alone
+    room = 128 - len(tokenizer.encode(prompts[0] + "\n"))
+    assert 0 < room < NEW
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("gpt2")
+    tiny_tokenizers.gpt2(folder)
+    config = GPT2Config(vocab_size=800, n_positions=64, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=False)
+    saved(GPT2LMHeadModel(config), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    torch.manual_seed(0)
+    return tiny_checkpoints.llava(tmp_path_factory.mktemp("llava")).path
+
+
+def test_a_decoder_answers_as_the_command_line_does(gpt2, capsys):
+    model, params, processor = vlm_jax.from_pretrained(gpt2)
+    sampled = {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "seed": 3}
+    for sampling in ({}, sampled):
+        options = [word for name, value in sampling.items() for word in (f"--{name.replace('_', '-')}", value)]
+        command = printed(capsys, "--checkpoint", gpt2, "--prompt", "hello", "--max-new-tokens", NEW, *options)
+        answers = vlm_jax.generate(model, params, processor, "hello", max_new_tokens=NEW, **sampling)
+        assert [command] == [text + "\n" for text in answers]
+
+
+def test_a_llava_answers_as_the_command_line_does_with_or_without_its_template(llava, pictures, capsys):
+    model, params, processor = vlm_jax.from_pretrained(llava)
+    asked = ["what is it?", "and what is this one?"]
+    images = [[pictures[0]], [pictures[1]]]
+    texts = vlm_jax.generate(model, params, processor, asked, images, max_new_tokens=NEW)
+    for prompt, (file,), text in zip(asked, images, texts):
+        options = ("--image", file, "--prompt", prompt, "--max-new-tokens", NEW)
+        assert printed(capsys, "--checkpoint", llava, *options) == text + "\n"
+    formatted = [processor.chat(prompt, 1) for prompt in asked]
+    assert formatted != asked
+    assert vlm_jax.generate(model, params, processor, formatted, images, max_new_tokens=NEW, chat=False) == texts

@@ -25,6 +25,7 @@ FLOW = [
     ["infer"],
     ["cli_hub"],
     ["cli"],
+    ["__main__"],
     ["study"],
 ]
 FORBIDDEN = {  # room: top-level packages or rooms of ours that it must not know

@@ -17,7 +17,7 @@ def prepare_process() -> None:
     if sys.platform != "linux" or "glibc.malloc.hugetlb" in settings:
         return
     os.environ["GLIBC_TUNABLES"] = f"{settings}:{HUGE_PAGES}".strip(":")
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # -m and options of Python included
 
 
 def give_back_memory() -> None:

@@ -1,13 +1,20 @@
 """Image files of all kinds become upright RGB pixels in -1..1."""
 
 import io
+import random
+import struct
+import subprocess
+import sys
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from vlm_jax.config import ConfigError, Vision
 from vlm_jax.data import images, tiles
+from vlm_jax.hub import image_steps
 
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(0, 256, (4, 4, 3), dtype=np.uint8)
@@ -39,6 +46,151 @@ def test_exif_orientation_is_applied(tmp_path):
     exif[0x0112] = 6  # the camera was turned: show it a quarter turn clockwise
     Image.fromarray(PICTURE).save(tmp_path / "a.png", exif=exif)
     np.testing.assert_array_equal(np.asarray(images.read_image(tmp_path / "a.png")), np.rot90(PICTURE, -1))
+
+
+SHORT, ASCII, LONG, UNDEFINED = 3, 2, 4, 7
+TURNED = (0x0112, SHORT, 1, struct.pack("<HH", 6, 0))
+
+
+def exif_block(*entries) -> bytes:
+    """EXIF of (tag, type, count, 4 bytes of value) entries, and two more that are sound."""
+    sound = [(0x0128, SHORT, 1, b"\2\0\0\0"), (0x0213, SHORT, 1, b"\1\0\0\0")]
+    entries = sorted({entry[0]: entry for entry in [*sound, *entries]}.values())
+    packed = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + packed + b"\0\0\0\0"
+
+
+def with_exif(block: bytes, kind: str = "JPEG") -> bytes:
+    """A photo of 8 x 4 px with an EXIF block, in a file."""
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(1).integers(0, 256, (4, 8, 3), dtype=np.uint8)
+    frames = {"save_all": True, "append_images": [Image.new("RGB", (8, 4))]} if kind == "MPO" else {}
+    Image.fromarray(pixels).save(buffer, kind, exif=block, **frames)
+    return buffer.getvalue()
+
+
+def tiff(*entries) -> bytes:
+    """An uncompressed TIFF of 8 x 4 px with more (tag, type, count, 4 bytes of value) entries."""
+    pixels, count = bytes(range(96)), 9 + len(entries)
+    bits = 8 + 2 + 12 * count + 4  # where the bits per sample are, and behind them the pixels
+    longs = {0x100: 8, 0x101: 4, 0x111: bits + 6, 0x116: 4, 0x117: len(pixels)}
+    fields = [(tag, LONG, 1, struct.pack("<I", value)) for tag, value in longs.items()]
+    fields += [(tag, SHORT, 1, struct.pack("<HH", value, 0)) for tag, value in {0x103: 1, 0x106: 2, 0x115: 3}.items()]
+    fields += [(0x102, SHORT, 3, struct.pack("<I", bits)), *entries]
+    packed = b"".join(struct.pack("<HHI", *field[:3]) + field[3] for field in sorted(fields))
+    head = b"II*\0\x08\0\0\0" + struct.pack("<H", count)
+    return head + packed + b"\0\0\0\0" + struct.pack("<HHH", 8, 8, 8) + pixels
+
+
+MALFORMED = {
+    "ResolutionUnit as text": (0x0128, ASCII, 3, b"in\0\0"),
+    "XResolution as text": (0x011A, ASCII, 3, b"72\0\0"),
+    "ImageWidth as bytes": (0x0100, UNDEFINED, 4, b"\0\0\0\x28"),
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "MPO"])
+@pytest.mark.parametrize("entry", MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_exif_entry_changes_nothing(entry, kind, tmp_path):
+    odd, sound = with_exif(exif_block(TURNED, entry), kind), with_exif(exif_block(TURNED), kind)
+    assert images.upright_size(odd) == images.decode(odd).size == (4, 8)
+    np.testing.assert_array_equal(np.asarray(images.decode(odd)), np.asarray(images.decode(sound)))
+    (tmp_path / "photo").write_bytes(odd)
+    np.testing.assert_array_equal(np.asarray(image_steps.read(tmp_path / "photo")), np.asarray(images.decode(sound)))
+
+
+UPRIGHT = {
+    "none": (0x010E, ASCII, 1, b"\0\0\0\0"),
+    "text": (0x0112, ASCII, 2, b"6\0\0\0"),
+    "bytes": (0x0112, UNDEFINED, 4, b"\6\0\0\0"),
+    "float": (0x0112, 11, 1, struct.pack("<f", 6)),
+    "0": (0x0112, SHORT, 1, b"\0\0\0\0"),
+    "9": (0x0112, SHORT, 1, b"\x09\0\0\0"),
+    "unknown type": (0x0112, 99, 1, b"\6\0\0\0"),
+    "beyond the end": (0x0112, ASCII, 99, b"\xff\xff\xff\x7f"),
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "MPO"])
+@pytest.mark.parametrize("entry", UPRIGHT.values(), ids=UPRIGHT)
+def test_without_a_valid_orientation_an_image_is_upright(entry, kind):
+    encoded = with_exif(exif_block(entry), kind)
+    assert images.upright_size(encoded) == images.decode(encoded).size == (8, 4)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "MPO", "TIFF"])
+def test_every_orientation_is_that_of_pillow(kind, orientation):
+    entry = (0x0112, SHORT, 1, struct.pack("<HH", orientation, 0))
+    encoded = tiff(entry) if kind == "TIFF" else with_exif(exif_block(entry), kind)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
+    assert images.upright_size(encoded) == expected.size
+    np.testing.assert_array_equal(np.asarray(images.decode(encoded)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "MPO"])
+def test_no_bytes_in_exif_make_an_image_unreadable(kind):
+    """A PNG has a checksum of its EXIF, which is written anew."""
+    whole = with_exif(exif_block(TURNED, (0x011A, ASCII, 3, b"72\0\0")), kind)
+    turned = np.asarray(images.decode(with_exif(exif_block(TURNED), kind)))
+    block = exif_block(TURNED, (0x011A, ASCII, 3, b"72\0\0"))[6:]
+    start, rng = whole.index(block), random.Random(0)
+    end = start + len(block)
+    for _ in range(300):
+        changed = bytearray(whole)
+        for _ in range(rng.randint(1, 3)):
+            changed[rng.randrange(start, end)] = rng.randrange(256)
+        if kind == "PNG":
+            changed[end : end + 4] = struct.pack(">I", zlib.crc32(changed[start - 4 : end]))
+        image = images.decode(bytes(changed))
+        assert image.size == images.upright_size(bytes(changed))
+        assert image.size == (8, 4) or np.array_equal(np.asarray(image), turned)
+
+
+def test_a_malformed_pointer_in_a_tiff_changes_nothing():
+    odd, sound = tiff(TURNED, (0x8769, 9, 1, struct.pack("<i", -20))), tiff(TURNED)
+    assert images.upright_size(odd) == (4, 8)
+    np.testing.assert_array_equal(np.asarray(images.decode(odd)), np.asarray(images.decode(sound)))
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """The header of a PNG in one bit a pixel, and no pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    checksum = struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header) - 4) + header + checksum + b"\0\0\1\0IDAT"
+
+
+@pytest.mark.parametrize("read", [images.decode, images.upright_size, images.check])
+def test_an_image_of_too_many_pixels_is_refused_with_the_limit(read):
+    with pytest.raises(ConfigError, match=r"scan.png is too large: .*196000000 pixels.* 178956970 pixels; scale it"):
+        read(png_of_size(14_000, 14_000), "scan.png")
+
+
+def test_metadata_beyond_a_limit_of_pillow_is_named():
+    buffer, text = io.BytesIO(), PngInfo()
+    text.add_text("workflow", "x" * (2 << 20), zip=True)
+    Image.new("RGB", (2, 2)).save(buffer, "PNG", pnginfo=text)
+    with pytest.raises(ConfigError, match="a.png has metadata beyond a limit of Pillow .*; save it without metadata"):
+        images.decode(buffer.getvalue(), "a.png")
+
+
+def test_a_large_image_is_read_without_a_warning(tmp_path):
+    Image.new("1", (9_500, 9_500)).save(tmp_path / "scan.png")
+    code = "import sys; from vlm_jax.data import images; print(images.read_image(sys.argv[1]).size)"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "scan.png"], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("(9500, 9500)\n", "")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_the_check_finds_every_file_that_is_cut_short(kind):
+    noise = Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    noise.save(buffer, kind)
+    whole = buffer.getvalue()
+    images.check(whole)
+    for length in (0, 9, len(whole) // 3, len(whole) * 9 // 10):
+        with pytest.raises(ConfigError, match="7.img is not a readable image"):
+            images.check(whole[:length], "7.img")
 
 
 @pytest.mark.parametrize(

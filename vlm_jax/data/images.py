@@ -1,23 +1,36 @@
 """Image files -> pixels of the size and range that the encoder reads."""
 
+import contextlib
 import io
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
 from vlm_jax.config import ConfigError, Vision
 
-ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 are turned by a quarter
+ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 5 to 8 swap width and height
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PNG_TEXT_LIMITS = ("MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY")  # as Pillow names them in its errors
 
-# What Pillow raises for bytes that are no image, or only the first part of one.
-BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# Pillow warns about malformed metadata and about large images. The pixels are decoded all the same,
+# and an image that cannot be decoded is an error.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def read_image(path: str | os.PathLike) -> Image.Image:
-    """The image in a file, upright and RGB. ConfigError names the file where there is none."""
+    """Returns the image in a file, upright and RGB. ConfigError names a file that cannot be read."""
     return decode(read_bytes(path), name=str(path))
 
 
@@ -33,31 +46,94 @@ def from_array(pixels: np.ndarray) -> Image.Image:
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
+    """Returns the content of an image file. ConfigError names a file that cannot be read."""
     try:
         return Path(path).expanduser().read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read the image {path}: {error.strerror}.") from None
 
 
-def upright(encoded: bytes, name: str = "image", needed_px: int = 0) -> Image.Image:
-    """The bytes of an image file -> the image as it was seen, in its own mode. ConfigError where there is none."""
+@contextlib.contextmanager
+def decoding(name: str) -> Iterator[None]:
+    """Turns whatever Pillow raises for malformed bytes into a ConfigError that names the image."""
     try:
+        yield
+    except Exception as error:  # of any type: a decoder meets arbitrary bytes
+        raise _refusal(name, error) from None
+
+
+def _refusal(name: str, error: Exception) -> ConfigError:
+    reason = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
+    match error:
+        case Image.DecompressionBombError():
+            size = reason.partition(",")[0]  # both numbers of pixels
+            return ConfigError(f"{name} is too large: {size}; scale it down.")
+        case MemoryError():
+            return ConfigError(f"{name} is too large for the memory of this machine; scale it down.")
+        case UnidentifiedImageError():
+            return ConfigError(f"{name} is not a readable image: its format is unknown, or its header is damaged.")
+    if any(limit in reason for limit in PNG_TEXT_LIMITS):
+        return ConfigError(f"{name} has metadata beyond a limit of Pillow ({reason}); save it without metadata.")
+    return ConfigError(f"{name} is not a readable image: {reason}.")
+
+
+def upright(encoded: bytes, name: str = "image", needed_px: int = 0) -> Image.Image:
+    """Decodes an image file and applies its EXIF orientation; keeps the image's own mode.
+
+    Args:
+      encoded: the content of the file.
+      name: the image in error messages.
+      needed_px: as in `decode`.
+
+    Raises:
+      ConfigError: the file is not an image, is damaged, or is beyond a limit of Pillow.
+    """
+    with decoding(name):
         image = Image.open(io.BytesIO(encoded))
         if needed_px:
             image.draft(None, (2 * needed_px, 2 * needed_px))
+        if image.format == "TIFF":
+            _forget_exif(image)
         image.load()
-        return ImageOps.exif_transpose(image)
-    except BROKEN as error:
-        raise unreadable(name, error) from None
+        transposition = TRANSPOSITIONS.get(_orientation(image))
+        return image if transposition is None else image.transpose(transposition)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1 where EXIF has none, or is malformed.
+
+    `ImageOps.exif_transpose` would also write all other entries anew, which fails for an entry whose
+    value does not fit its tag.
+    """
+    try:
+        orientation = image.getexif().get(ORIENTATION)
+    except Exception:  # of any type: EXIF may hold arbitrary bytes
+        return 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+
+
+def _forget_exif(image: Image.Image) -> None:
+    """Drops all EXIF entries of a TIFF but the orientation, which Pillow applies in `load`.
+
+    `load` would also follow the pointers among them, and fail where those are malformed.
+    """
+    exif = image.getexif()
+    for tag in set(exif) - {ORIENTATION}:
+        del exif[tag]
 
 
 def decode(encoded: bytes, name: str = "image", needed_px: int = 0) -> Image.Image:
-    """The bytes of an image file -> upright RGB; what is transparent becomes white.
+    """Decodes an image file to upright RGB; transparent pixels become white.
 
     A JPEG of which only `needed_px` rows and columns are needed (0: all) is decoded in an eighth, a quarter or half of
     its size, as long as that leaves twice as many: several times faster, and hardly another image when it is resized.
+
+    Raises:
+      ConfigError: as `upright`.
     """
-    return to_rgb(upright(encoded, name, needed_px))
+    image = upright(encoded, name, needed_px)
+    with decoding(name):
+        return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -70,18 +146,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def check(encoded: bytes, name: str = "image") -> None:
+    """Raises ConfigError as `decode` would; a JPEG is read to its end, but at an eighth of its size."""
+    decode(encoded, name, needed_px=1)
+
+
 def upright_size(encoded: bytes, name: str = "image") -> tuple[int, int]:
-    """The width and height of `upright`, of which only the first bytes of the file are decoded."""
-    try:
+    """Width and height of `upright`, in px, from the header of the file alone where that tells them."""
+    with decoding(name):
         image = Image.open(io.BytesIO(encoded))
-        is_turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
-    except BROKEN as error:
-        raise unreadable(name, error) from None
+    is_turned = _orientation(image) >= 5 and image.format != "TIFF"  # Pillow turns the size of a TIFF
     return image.size[::-1] if is_turned else image.size
-
-
-def unreadable(name: str, error: Exception) -> ConfigError:
-    return ConfigError(f"{name} is not a readable image, or is cut short ({type(error).__name__}).")
 
 
 def fit(

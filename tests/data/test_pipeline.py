@@ -1,6 +1,7 @@
 """What comes next is a function of the seed and the step; processes share an epoch; evaluation reads in order."""
 
 import io
+import threading
 from dataclasses import replace
 
 import jax
@@ -95,12 +96,28 @@ def test_processes_read_disjoint_images(cfg, tokenizer):
 
 
 def test_a_process_decodes_the_images_of_its_rows_only(cfg, tokenizer, monkeypatch):
-    decoded, decode = [], image_files.decode
-    monkeypatch.setattr(image_files, "decode", lambda encoded, name: decoded.append(name) or decode(encoded, name))
+    """Without threads of its own; those of earlier iterators may still decode what they read ahead."""
+    decoded, decode, own = [], image_files.decode, threading.get_ident()
+
+    def counted(encoded, name):
+        if threading.get_ident() == own:
+            decoded.append(name)
+        return decode(encoded, name)
+
+    monkeypatch.setattr(image_files, "decode", counted)
     monkeypatch.setattr(tiles, "CACHE_BYTES", 0)
     cfg = replace(cfg, data=replace(cfg.data, prefetch=0, threads=0))
     share = next(pipeline.training_iterator(cfg, tokenizer, 1, 2))
     assert len(decoded) == len(share.tokens) == cfg.train.batch_size // 2
+
+
+def test_a_broken_image_is_named_by_its_dataset_split_and_row(cfg, monkeypatch):
+    records = sources.load(cfg.data, "test[10:]")
+    read = sources.Records.__getitem__
+    monkeypatch.setattr(sources.Records, "__getitem__", lambda rows, i: replace(read(rows, i), image=b"GIF89a"))
+    said = r"the image of row 7 of data.source easy_vqa, split 'test\[10:\]' is not a readable image"
+    with pytest.raises(ConfigError, match=said):
+        pipeline.Decoded(records, cfg.vision)[7]
 
 
 def test_questions_of_a_row_belong_to_its_image_and_are_chosen_anew(cfg, tokenizer):

@@ -1,18 +1,21 @@
 """easy-VQA, prepared by TFDS and read by index."""
 
+import contextlib
 import io
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 
 import pytest
 from PIL import Image
 
 from vlm_jax.config import ConfigError, Data
-from vlm_jax.data import sources
+from vlm_jax.data import conversations, sources
+from vlm_jax.testing import write_conversations
 
 
 @pytest.mark.parametrize(("split", "images", "questions"), [("train", 4000, 38_575), ("test", 1000, 9_673)])
@@ -91,6 +94,17 @@ def test_a_damaged_dataset_is_named(datasets_dir, tmp_path, files, damage):
         damage(path)
     with pytest.raises(ConfigError, match=str(directory)):
         list(sources.load(Data(dir=str(directory)), "train"))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_temporary_folder_is_left(fails, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    data = write_conversations(tmp_path / "talks", 3)
+    if fails:
+        (tmp_path / "talks" / "1_0.jpg").write_bytes(b"")
+    with contextlib.suppress(ConfigError):
+        conversations.load(data, "train")
+    assert [path.name for path in tmp_path.iterdir()] == ["talks"]
 
 
 def test_tensorflow_stays_out_and_tfds_stays_silent(tmp_path):

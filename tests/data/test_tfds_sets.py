@@ -50,6 +50,7 @@ def test_rows_are_conversations_of_one_question(data):
     source = pipeline.conversation_source(data, "train")
     assert [talk.images for talk in source] == [(i,) for i in range(6)]
     assert source[4].turns == ("<image>\nis 4 bright?", "yes")
+    assert source.image(3)[0] == "the image of row 3 of data.source tfds:small_vqa, split 'train'"
     cfg = tiny(data=replace(data, text_length=60), train=Train(batch_size=2))
     batch = next(pipeline.training_iterator(cfg, pipeline.train_tokenizer(cfg)))
     assert batch.images.shape == (2, 2, 16, 16, 3)

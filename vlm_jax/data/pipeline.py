@@ -35,7 +35,8 @@ class Decoded:
 
     def _decode(self, index: int) -> sources.Record:
         record = self.records[index]
-        image = image_files.decode(record.image, name=f"image {record.image_id}")
+        name = f"the image of row {index} of {self.records.title}"
+        image = image_files.decode(record.image, name)
         return replace(record, image=tiles.lay_out(image, self._vision))
 
 

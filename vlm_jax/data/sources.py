@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import easy_vqa
 import tensorflow_datasets as tfds
@@ -71,11 +72,16 @@ SOURCES = {"easy_vqa": EasyVqa, "glyphs": Glyphs, "digits": Digits}
 
 
 class Rows:
-    """Random access to the rows of a split, as TFDS reads them; images stay encoded."""
+    """Random access to the rows of a split, as TFDS reads them; images stay encoded.
 
-    def __init__(self, rows, folder: os.PathLike):
+    Attributes:
+      title: the dataset and the split, for error messages.
+    """
+
+    def __init__(self, rows, folder: os.PathLike, title: str):
         self._rows = rows
         self._folder = folder
+        self.title = title
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -115,8 +121,8 @@ def load(data: Data, split: str) -> Records:
     return Records(*split_rows(prepared(make_builder, data), data, split))
 
 
-def split_rows(builder: tfds.core.DatasetBuilder, data: Data, split: str) -> tuple[Sequence, os.PathLike]:
-    """The rows of a split and the folder that they lie in. ConfigError names the field of a split that is none."""
+def split_rows(builder: tfds.core.DatasetBuilder, data: Data, split: str) -> tuple[Sequence, os.PathLike, str]:
+    """Arguments of `Rows` for a split. ConfigError names the field of a split that does not exist."""
     if not builder.info.splits:
         raise _damaged(builder.data_path, "it lists no splits")
     field = "data.train_split" if split == data.train_split else "eval.split"
@@ -134,7 +140,7 @@ def split_rows(builder: tfds.core.DatasetBuilder, data: Data, split: str) -> tup
     if count <= 0:
         sizes = ", ".join(f"{name} {info.num_examples}" for name, info in builder.info.splits.items())
         raise ConfigError(f"{field} {split!r} is an empty split: take more of the records that there are, {sizes}")
-    return rows, builder.data_path
+    return rows, builder.data_path, f"data.source {data.source}, split {split!r}"
 
 
 def _damaged(folder, reason) -> ConfigError:
@@ -164,7 +170,7 @@ def prepared(
 def _prepared(make_builder, directory: Path, how) -> tfds.core.DatasetBuilder:
     """Processes of one machine take turns."""
     directory.mkdir(parents=True, exist_ok=True)
-    with _quiet():
+    with _quiet(), _without_bucket():
         builder = make_builder(data_dir=str(directory), file_format="array_record")
         if builder.is_prepared():
             return builder
@@ -176,6 +182,14 @@ def _prepared(make_builder, directory: Path, how) -> tfds.core.DatasetBuilder:
                 with contextlib.redirect_stdout(io.StringIO()):
                     builder.download_and_prepare(download_config=how)
     return builder
+
+
+def _without_bucket():
+    """Keeps TFDS from looking for the description of a dataset in Google's bucket.
+
+    The look-up would leave an empty temporary folder behind for every dataset that is not prepared.
+    """
+    return mock.patch.object(tfds.core.DatasetInfo, "initialize_from_bucket", lambda info: None)
 
 
 @contextlib.contextmanager

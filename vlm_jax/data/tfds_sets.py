@@ -35,8 +35,9 @@ class AskedRows:
         return Conversation(str(index), (index,) * self.most_images, turns)
 
     def image(self, index: int) -> tuple[str, bytes]:
-        """The name and the bytes of an image file."""
-        return f"of row {index}", self._rows[index][self._data.image_field]
+        """The name of an image in error messages, and the content of its file."""
+        name = f"the image of row {index} of {self._rows.title}"
+        return name, self._rows[index][self._data.image_field]
 
 
 def load(data: Data, split: str) -> AskedRows:

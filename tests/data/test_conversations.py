@@ -1,6 +1,7 @@
 """Conversations in LLaVA's format: read as they are written, and refused by name where they are not."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -37,7 +38,8 @@ def test_conversations_come_back_in_order_with_their_images(tmp_path):
         assert list(read.turns) == [turn["value"] for turn in record["conversations"]]
         named = record.get("image", [])
         named = [named] if isinstance(named, str) else named
-        assert [source.image(i) for i in read.images] == [(name, (tmp_path / name).read_bytes()) for name in named]
+        images = [(f"image {name} (record {read.id!r})", (tmp_path / name).read_bytes()) for name in named]
+        assert [source.image(i) for i in read.images] == images
     assert source.most_images == 2
 
 
@@ -103,10 +105,71 @@ def test_what_is_no_conversation_is_named(written, record, said):
 def test_bad_files_and_missing_images_are_named_and_nothing_is_prepared(tmp_path):
     data = write_conversations(tmp_path, count=3)
     (tmp_path / "2_0.jpg").unlink()
-    with pytest.raises(ConfigError, match=f"data.image_dir {tmp_path} lacks 1 of 3 images, such as 2_0.jpg"):
+    (tmp_path / "2_1.png").unlink()
+    names = r"2_0.jpg \(record 'talk 2'\); 2_1.png \(record 'talk 2'\)"
+    with pytest.raises(ConfigError, match=f"data.image_dir {tmp_path} lacks 2 of 3 images: {names}.$"):
         conversations.load(data, "train")
     for text, said in (("{", "is no JSON"), ("{}", "is no list of conversations"), (None, "cannot read")):
         file = tmp_path / "talks.json"
         file.unlink() if text is None else file.write_text(text)
         with pytest.raises(ConfigError, match=f"data.files: .*{said}"):
             conversations.load(data, "train")
+
+
+def cut(path, size_bytes=100):
+    """Cuts a file short, and returns its whole content."""
+    whole = path.read_bytes()
+    path.write_bytes(whole[:size_bytes])
+    return whole
+
+
+def test_all_broken_images_are_named_at_once_and_after_the_repair_the_set_is_prepared(tmp_path):
+    data = write_conversations(tmp_path)
+    whole = {name: cut(tmp_path / name) for name in ("1_0.jpg", "4_0.jpg")}
+    (tmp_path / "8_1.png").write_text("not an image")
+    whole["8_1.png"] = (tmp_path / "5_1.png").read_bytes()
+    with pytest.raises(ConfigError) as refused:
+        conversations.load(data, "train")
+    message = str(refused.value)
+    assert message.startswith(f"3 of 12 images in data.image_dir {tmp_path} cannot be used: ")
+    for name, talk in (("1_0.jpg", 1), ("4_0.jpg", 4), ("8_1.png", 8)):
+        assert f"image {name} (record 'talk {talk}') is not a readable image: " in message
+    assert not list((tmp_path / "datasets" / "conversation_images").rglob("*.array_record*"))
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content)
+    source = conversations.load(data, "train")
+    assert source.image(0)[1] == whole["1_0.jpg"]
+
+
+def test_of_many_broken_images_ten_are_named(tmp_path):
+    data = write_conversations(tmp_path, count=36)
+    for path in tmp_path.glob("*.jpg"):
+        cut(path)
+    with pytest.raises(ConfigError, match=r"^24 of 36 images .* cannot be used: .*, and 14 more; repair") as refused:
+        conversations.load(data, "train")
+    assert str(refused.value).count(".jpg (record ") == 10
+
+
+def test_an_image_that_was_replaced_under_its_name_is_seen(tmp_path):
+    data = write_conversations(tmp_path)
+    before = conversations.load(data, "train")
+    path = tmp_path / "1_0.jpg"
+    path.write_bytes((tmp_path / "2_0.jpg").read_bytes())
+    os.utime(path, ns=(0, 10**18))
+    after = conversations.load(data, "train")
+    assert after.image(0)[1] == path.read_bytes() != before.image(0)[1]
+    assert [after.image(i) for i in range(1, 12)] == [before.image(i) for i in range(1, 12)]
+    assert list(after) == list(before)
+
+
+def test_a_prepared_set_is_found_again_and_serves_without_the_image_files(tmp_path, capsys):
+    data = write_conversations(tmp_path)
+    prepared = [conversations.load(data, "train").image(i) for i in range(12)]
+    assert "preparing the dataset conversation_images" in capsys.readouterr().out
+    conversations.load(data, "train")
+    assert capsys.readouterr().out == ""
+    (tmp_path / "2_0.jpg").unlink()
+    assert [conversations.load(data, "train").image(i) for i in range(12)] == prepared
+    conversations.load(data, "train")
+    said = f"data.image_dir {tmp_path} lacks 1 of 12 images: 2_0.jpg (record 'talk 2'); the set that was prepared"
+    assert capsys.readouterr().out == f"{said} before is used\n"

@@ -12,20 +12,28 @@ process of a job reads all texts, because what packs into a row depends on all l
 
 import functools
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import grain
 import numpy as np
 import tensorflow_datasets as tfds
+from tqdm import tqdm
 
 from vlm_jax.config import ConfigError, Data
-from vlm_jax.data.images import read_bytes
+from vlm_jax.data.images import check
 from vlm_jax.data.sources import Rows, prepared, split_rows
 
 MARK = "<image>"
+MOST_NAMED = 10  # images in an error message
+STAT_THREADS = 16  # a mounted bucket takes milliseconds for the size of a file
+STAT_BATCH = 1000
 
 
 @dataclass(frozen=True)
@@ -61,49 +69,67 @@ class Conversations:
         return Conversation(row["id"].decode(), tuple(map(int, row["images"])), turns)
 
     def image(self, index: int) -> tuple[str, bytes]:
-        """The name and the bytes of an image file."""
+        """The name of an image in error messages, and the content of its file."""
         row = self._images[index]
-        return row["path"].decode(), row["image"]
+        return _image_name(row["path"].decode(), row["record"].decode()), row["image"]
 
 
-def load(data: Data, split: str) -> Conversations:
+def load(
+    data: Data,
+    split: str,
+    kind: type["ConversationImages"] | None = None,
+    how: tfds.download.DownloadConfig | None = None,
+) -> Conversations:
     """The conversations of a split, in the order of the files; prepared if need be.
 
+    Args:
+      data: the files and folders.
+      split: a TFDS split, such as "train[:90%]".
+      kind: the builder of the images, by default `ConversationImages`.
+      how: options of that builder.
+
     Raises:
-      ConfigError: a file is not of the format, an image is missing, or the split does not exist or is empty.
+      ConfigError: a file is not of the format, images are missing or cannot be decoded, or the split does not exist
+        or is empty.
     """
-    texts = prepared(builder_of(ConversationTexts, data), data)
-    most_images = texts.info.metadata["most_images"]
+    texts = prepared(_texts_builder(data), data)
+    records = texts.info.metadata["image_records"]
     images = None
-    if most_images:
-        images = Rows(*split_rows(prepared(builder_of(ConversationImages, data), data), data, "images"))
-    return Conversations(Rows(*split_rows(texts, data, split)), images, most_images)
+    if records:
+        name = _image_set(texts.builder_config.name, data, records)
+        config = tfds.core.BuilderConfig(name=name)
+        builder = functools.partial(kind or ConversationImages, records, data.image_dir, config=config)
+        images = Rows(*split_rows(prepared(builder, data, how), data, "images"))
+    return Conversations(Rows(*split_rows(texts, data, split)), images, texts.info.metadata["most_images"])
 
 
-def builder_of(kind: type, data: Data) -> Callable[..., tfds.core.DatasetBuilder]:
-    """Makes a builder of `data.files`, given where it is to lie."""
+def _texts_builder(data: Data) -> Callable[..., tfds.core.DatasetBuilder]:
     files = tuple(str(Path(file).expanduser()) for file in data.files)
     config = tfds.core.BuilderConfig(name=_fingerprint(files, data.image_dir))
-    return functools.partial(kind, files, data.image_dir, config=config)
+    return functools.partial(ConversationTexts, files, config=config)
 
 
-class _OfFiles(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A dataset that is made of JSON files; of which, its config's name says."""
+class _InOrder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A dataset whose content its config's name identifies; its rows keep the order in which they are made."""
 
-    VERSION = tfds.core.Version("1.0.0")
     code_path = None  # as for EasyVqa
-
-    def __init__(self, files: tuple[str, ...], image_dir: str, **given):
-        self._files, self._image_dir = files, Path(image_dir).expanduser()
-        super().__init__(**given)
 
     def _described(self, **features) -> tfds.core.DatasetInfo:
         features, metadata = tfds.features.FeaturesDict(features), tfds.core.MetadataDict()
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True, metadata=metadata)
 
 
-class ConversationTexts(_OfFiles):
-    """Split 'train': the conversations in the order of the files, with the numbers of their images."""
+class ConversationTexts(_InOrder):
+    """Split 'train': the conversations in the order of the files, with the numbers of their images.
+
+    The metadata has `most_images`, and in `image_records` the path of every image with the first record that names it.
+    """
+
+    VERSION = tfds.core.Version("1.1.0")
+
+    def __init__(self, files: tuple[str, ...], **settings):
+        self._files = files
+        super().__init__(**settings)
 
     def _info(self):
         texts, numbers = tfds.features.Sequence(tfds.features.Text()), tfds.features.Sequence(np.int64)
@@ -111,32 +137,50 @@ class ConversationTexts(_OfFiles):
 
     def _split_generators(self, dl_manager):
         read = list(read_files(self._files))
+        records: dict[str, str] = {}
+        for name, paths, _ in read:
+            for path in paths:
+                records.setdefault(path, name)
+        self.info.metadata["image_records"] = records
         self.info.metadata["most_images"] = max((len(paths) for _, paths, _ in read), default=0)
-        return {"train": self._generate_examples(read)}
+        return {"train": self._generate_examples(read, records)}
 
-    def _generate_examples(self, read):
-        numbers = {path: i for i, path in enumerate(_image_paths(read))}
+    def _generate_examples(self, read, records):
+        numbers = {path: i for i, path in enumerate(records)}
         for index, (name, paths, turns) in enumerate(read):
             yield index, {"id": name, "images": [numbers[path] for path in paths], "turns": turns}
 
 
-class ConversationImages(_OfFiles):
-    """Split 'images': every image file that the conversations name, once, in the order in which they do."""
+class ConversationImages(_InOrder):
+    """Split 'images': every image file that the conversations name, once, in the order in which they do.
+
+    All files are decoded before the dataset exists, and all that cannot be decoded are named in one ConfigError.
+    """
+
+    VERSION = tfds.core.Version("2.0.0")
+
+    def __init__(self, records: Mapping[str, str], image_dir: str, **settings):
+        self._records, self._image_dir = dict(records), Path(image_dir).expanduser()
+        super().__init__(**settings)
 
     def _info(self):
-        return self._described(path=tfds.features.Text(), image=tfds.features.Image())
+        text, image = tfds.features.Text(), tfds.features.Image()
+        return self._described(path=text, record=text, image=image)
 
     def _split_generators(self, dl_manager):
-        paths = _image_paths(read_files(self._files))
-        missing = [path for path in paths if not (self._image_dir / path).is_file()]
-        if missing:
-            raise ConfigError(
-                f"data.image_dir {self._image_dir} lacks {len(missing)} of {len(paths)} images, such as {missing[0]}."
-            )
-        return {"images": self._generate_examples(paths)}
+        return {"images": self._generate_examples()}
 
-    def _generate_examples(self, paths):
-        return map(functools.partial(_read, self._image_dir), enumerate(paths))
+    def _generate_examples(self):
+        cores = os.cpu_count() or 1
+        read = grain.MapDataset.source(list(self._records.items())).map(functools.partial(_read, self._image_dir))
+        rows = read.to_iter_dataset(grain.ReadOptions(num_threads=cores, prefetch_buffer_size=2 * cores))
+        problems = []
+        for index, row in enumerate(tqdm(rows, "reading images", len(read), unit="image", disable=None)):
+            if "problem" in row:
+                problems.append(row["problem"])
+            elif not problems:
+                yield index, row
+        _refuse(self._image_dir, len(self._records), problems)
 
 
 class ConversationImagesOnBeam(ConversationImages, skip_registration=True):
@@ -144,14 +188,97 @@ class ConversationImagesOnBeam(ConversationImages, skip_registration=True):
 
     name = "conversation_images"
 
-    def _generate_examples(self, paths):
+    def _split_generators(self, dl_manager, pipeline):
+        return {"images": self._generate_examples(pipeline)}
+
+    def _generate_examples(self, pipeline):
         beam = tfds.core.lazy_imports.apache_beam
-        return beam.Create(list(enumerate(paths))) | beam.Map(functools.partial(_read, self._image_dir))
+        read = functools.partial(_read, self._image_dir)
+        refuse = functools.partial(_refuse, self._image_dir, len(self._records))
+        listed = pipeline | beam.Create(list(enumerate(self._records.items())))
+        rows = listed | beam.MapTuple(lambda index, item: (index, read(item)))
+        problems = rows | beam.FlatMapTuple(lambda index, row: [row["problem"]] if "problem" in row else [])
+        _ = problems | beam.combiners.ToList() | beam.Map(refuse)
+        return rows | beam.Filter(lambda item: "problem" not in item[1])
 
 
-def _read(image_dir: Path, numbered: tuple[int, str]) -> tuple[int, dict]:
-    index, path = numbered
-    return index, {"path": path, "image": read_bytes(image_dir / path)}
+def _read(image_dir: Path, item: tuple[str, str]) -> dict:
+    """The row of an image, or its `problem` where it cannot be decoded."""
+    path, record = item
+    name = _image_name(path, record)
+    try:
+        encoded = (image_dir / path).read_bytes()
+        check(encoded, name)
+    except OSError as error:
+        return {"problem": f"{name} cannot be read: {error.strerror}"}
+    except ConfigError as error:
+        return {"problem": str(error).rstrip(".")}
+    return {"path": path, "record": record, "image": encoded}
+
+
+def _refuse(image_dir: Path, count: int, problems: Sequence[str]) -> None:
+    """Raises ConfigError where any of the `count` images has a problem."""
+    if problems:
+        raise ConfigError(
+            f"{len(problems)} of {count} images in data.image_dir {image_dir} cannot be used: {_listed(problems)}; "
+            "repair or replace them, and the same command continues."
+        )
+
+
+def _image_name(path: str, record: str) -> str:
+    return f"image {path} (record {record!r})"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first ten names, and how many there are besides."""
+    more = f", and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return "; ".join(names[:MOST_NAMED]) + more
+
+
+def _image_set(texts_name: str, data: Data, records: Mapping[str, str]) -> str:
+    """The name of the set of images: that of the texts, and a digest of the sizes and times of the image files.
+
+    Where image files are missing, as on a machine that only has the prepared sets, it is the set prepared last.
+
+    Raises:
+      ConfigError: image files are missing, and no set was prepared.
+    """
+    image_dir = Path(data.image_dir).expanduser()
+    states = _states(image_dir, list(records))
+    missing = [path for path, state in zip(records, states) if state is None]
+    if not missing:
+        return f"{texts_name}_{hashlib.sha256(repr(states).encode()).hexdigest()[:16]}"
+    names = _listed([f"{path} (record {records[path]!r})" for path in missing])
+    lack = f"data.image_dir {image_dir} lacks {len(missing)} of {len(records)} images: {names}"
+    sets = Path(data.dir).expanduser() / ConversationImages.name
+    kept = list(sets.glob(f"{texts_name}_*/{ConversationImages.VERSION}/dataset_info.json"))
+    if not kept:
+        raise ConfigError(f"{lack}.")
+    _print_once(f"{lack}; the set that was prepared before is used")
+    return max(kept, key=os.path.getmtime).parents[1].name
+
+
+@functools.cache
+def _print_once(text: str) -> None:
+    """Prints a line; a start loads the same set several times."""
+    print(text, flush=True)
+
+
+def _states(image_dir: Path, paths: Sequence[str]) -> list[tuple[int, int] | None]:
+    """`_state` of every image file."""
+    parts = [paths[start : start + STAT_BATCH] for start in range(0, len(paths), STAT_BATCH)]
+    with ThreadPoolExecutor(STAT_THREADS) as pool:
+        states = pool.map(lambda part: [_state(image_dir, path) for path in part], parts)
+        return list(itertools.chain.from_iterable(states))
+
+
+def _state(image_dir: Path, path: str) -> tuple[int, int] | None:
+    """Size in bytes and modification time in ns of an image file; None where it does not exist."""
+    try:
+        status = os.stat(os.path.join(image_dir, path))
+    except (OSError, ValueError):  # ValueError: a path with a null character
+        return None
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
 
 
 def read_files(files: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...]]]:
@@ -203,17 +330,13 @@ def _turns(record: dict) -> tuple[str, ...]:
     return tuple(text for _, text in said)
 
 
-def _image_paths(read) -> list[str]:
-    return list(dict.fromkeys(path for _, paths, _ in read for path in paths))
-
-
 def _fingerprint(files: tuple[str, ...], image_dir: str) -> str:
     """A name for what the files say and where their images lie."""
     digest = hashlib.sha256(str(Path(image_dir).expanduser().resolve()).encode())
     for file in files:
         try:
-            stat = os.stat(file)
-            digest.update(_digest(file, stat.st_size, stat.st_mtime_ns))
+            status = os.stat(file)
+            digest.update(_digest(file, status.st_size, status.st_mtime_ns))
         except OSError as error:
             raise ConfigError(f"data.files: cannot read {file}: {error.strerror}.") from None
     return digest.hexdigest()[:16]

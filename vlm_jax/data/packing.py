@@ -100,7 +100,7 @@ def pixel_reader(cfg: Experiment, source: Conversations) -> Callable[[int], np.n
 
     def read(number: int) -> np.ndarray:
         name, encoded = source.image(number)
-        return tiles.lay_out(image_files.decode(encoded, f"image {name}", needed_px), vision)
+        return tiles.lay_out(image_files.decode(encoded, name, needed_px), vision)
 
     return tiles.kept(read, vision)
 
@@ -113,7 +113,7 @@ def tile_counter(cfg: Experiment, source: Conversations) -> Callable[[int], int]
     @functools.cache
     def count(number: int) -> int:
         name, encoded = source.image(number)
-        return tiles.tile_count(*image_files.upright_size(encoded, f"image {name}"), cfg.vision)
+        return tiles.tile_count(*image_files.upright_size(encoded, name), cfg.vision)
 
     return count
 

@@ -7,13 +7,14 @@ make for itself, and finds.
 """
 
 import argparse
+import logging
 import sys
 
 import tensorflow_datasets as tfds
 
 from vlm_jax import config_file
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.data import conversations, sources
+from vlm_jax.data import conversations
 from vlm_jax.validate import validate
 
 
@@ -30,8 +31,9 @@ def prepare(cfg: Experiment, beam_options: list[str]) -> conversations.Conversat
     except ImportError:
         raise ConfigError("Apache Beam is not installed: pip install -r requirements-beam.txt.") from None
     how = tfds.download.DownloadConfig(beam_options=PipelineOptions(beam_options))
-    sources.prepared(conversations.builder_of(conversations.ConversationImagesOnBeam, cfg.data), cfg.data, how)
-    return conversations.load(cfg.data, cfg.data.train_split)
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # a worker's error is raised here, too
+    kind = conversations.ConversationImagesOnBeam
+    return conversations.load(cfg.data, cfg.data.train_split, kind, how)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
         cfg = config_file.override(config_file.load(given.config), fields, parser.prog)
         found = prepare(validate(cfg), arguments[end + 1 :])
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        message = str(error).partition(" [while running")[0]  # Beam appends the step
+        print(f"error: {message}", file=sys.stderr)
         return 2
     print(f"{len(found)} conversations are prepared in {cfg.data.dir}")
     return 0

@@ -277,6 +277,52 @@ def test_each_process_knows_its_share_of_the_rows_and_what_the_other_refuses(ref
     assert (out, second_out) == ("printed\n", "")
 
 
+FAILING = """
+import sys
+from vlm_jax import cli
+from vlm_jax.config import ConfigError
+from vlm_jax.infer import evaluate
+from vlm_jax.train import loop
+
+where, mine, failing = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+module, name = {"step": (loop, "note"), "answer": (evaluate, "answer"), "end": (evaluate, "_share")}[where]
+function = getattr(module, name)
+
+def fail(*arguments):
+    if mine == failing and (where != "step" or arguments[1] == 3):
+        raise ERROR
+    return function(*arguments)
+
+setattr(module, name, fail)
+raise SystemExit(cli.main(sys.argv[4:]))
+"""
+BROKEN, NO_DISK = "ConfigError('image 7.jpg is broken.')", "OSError(28, 'No space left on device', '7.jpg')"
+ALONE = [
+    pytest.param("step", 0, "TypeError('7.jpg is None')", 1, id="TypeError in a step"),
+    pytest.param("answer", 1, BROKEN, 2, id="ConfigError in the evaluation"),
+    pytest.param("step", 0, BROKEN, 2, id="ConfigError in a step, process 0", marks=pytest.mark.slow),
+    pytest.param("step", 1, BROKEN, 2, id="ConfigError in a step, process 1", marks=pytest.mark.slow),
+    pytest.param("step", 1, NO_DISK, 1, id="OSError in a step", marks=pytest.mark.slow),
+    pytest.param("step", 1, "KeyboardInterrupt()", 130, id="Ctrl-C in a step", marks=pytest.mark.slow),
+    pytest.param("end", 0, NO_DISK, 1, id="OSError after the evaluation", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("where, failing, error, expected", ALONE)
+def test_where_one_process_fails_alone_all_end_with_a_sentence(where, failing, error, expected, arguments, tmp_path):
+    """Soon, with the same exit code, and none of them is aborted."""
+    address, code = free_address(), FAILING.replace("ERROR", error)
+    fixed = [*arguments(tmp_path / "run"), "--distributed.heartbeat_seconds", 30]
+    running = [begin(["-c", code, where, i, failing, *fixed, *fields(address, i)]) for i in range(2)]
+    results = [ended(process) for process in running]
+    assert [code for code, _, _ in results] == [expected, expected], results
+    own, other = results[failing][2], results[1 - failing][2]
+    message = own.splitlines()[-1]
+    assert ("7.jpg" in message) == (expected != 130)
+    assert other == f"error: process {failing} ended: {message.removeprefix('error: ')}\n"
+    assert ("Traceback" in own) == ("TypeError" in error)
+
+
 def assert_refused(result, *said):
     code, out, err = result
     assert code == 2, err

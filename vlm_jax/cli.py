@@ -1,14 +1,16 @@
 """The command line: verbs, and mistakes as one sentence with exit code 2."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 
 from vlm_jax import cli_hub, config_file
-from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.config import ConfigError, Experiment, RunError
 from vlm_jax.start import leave
 from vlm_jax.train import preemption
 from vlm_jax.validate import validate
@@ -54,15 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
         if verb not in VERBS:
             raise ConfigError(f"{verb!r} is no verb{config_file.nearest(verb, VERBS)}: choose {', '.join(VERBS)}.")
         return VERBS[verb](rest)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)  # such as a disk that is full: it names the file
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    except (ConfigError, OSError, KeyboardInterrupt) as error:
+        code, message = _failure(error)
+        print(message, file=sys.stderr)
+        return code
 
 
 def _asks_for_usage(arguments: list[str]) -> bool:
@@ -117,26 +114,21 @@ def train(arguments: list[str]) -> int:
         cfg = experiment("train", arguments, stored=False)
         from vlm_jax import distributed
         from vlm_jax.train import loop
-        from vlm_jax.train.checkpoint import NotSaved
-        from vlm_jax.train.not_finite import NotFinite
 
     try:
         with preemption.handler(preemption.stop_at_once):
             distributed.start(cfg)
             keep_compiled(cfg)
-            loop.train(cfg)
-            return _evaluate(cfg)
-    except (NotFinite, NotSaved) as error:
-        print(f"error: {error}", file=sys.stderr)
-        if isinstance(error, NotSaved):  # of this process alone
-            leave(1)
-        return 1
-    except preemption.Preempted as error:
+            with _ending_together():
+                loop.train(cfg)
+                return _evaluate(cfg)
+    except (RunError, preemption.Preempted) as error:
         preemption.ignore()
-        print(error, file=sys.stderr)
-        if isinstance(error, preemption.StoppedAlone):
-            leave(preemption.RESUME_ME)
-        return preemption.RESUME_ME
+        code, message = _failure(error)
+        print(message, file=sys.stderr)
+        if not error.on_all_processes:
+            leave(code)
+        return code
 
 
 def keep_compiled(cfg: Experiment) -> None:
@@ -153,7 +145,43 @@ def evaluate(arguments: list[str]) -> int:
     from vlm_jax import distributed
 
     distributed.start(cfg)
-    return _evaluate(cfg)
+    with _ending_together():
+        return _evaluate(cfg)
+
+
+@contextlib.contextmanager
+def _ending_together() -> Iterator[None]:
+    """Ends all processes of a run where one of them fails alone: the others would wait for it."""
+    from vlm_jax import distributed
+
+    try:
+        yield
+        distributed.finish()
+    except (Exception, KeyboardInterrupt) as error:
+        if distributed.is_alone(error):
+            preemption.ignore()
+            distributed.leave_alone(*_failure(error))
+        raise
+
+
+def _failure(error: BaseException) -> tuple[int, str]:
+    """Returns the exit code and the message of an error; prints the traceback of an unexpected one."""
+    match error:
+        case ConfigError():
+            return 2, f"error: {error}"
+        case OSError() | RunError():  # OSError: such as a full disk; it names the file
+            return 1, f"error: {error}"
+        case preemption.Preempted():
+            return preemption.RESUME_ME, str(error)
+        case KeyboardInterrupt():
+            return 130, "stopped"
+    import jax
+
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        reason = str(error).splitlines()[0]
+        return 1, f"error: the run cannot go on ({reason}): where another process ended, its output says why."
+    traceback.print_exception(error)
+    return 1, f"error: {type(error).__name__}: {error}"
 
 
 def _evaluate(cfg: Experiment) -> int:

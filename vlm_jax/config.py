@@ -27,6 +27,12 @@ class ConfigError(ValueError):
     """A mistake of the user, in one sentence that names the field and the valid choices."""
 
 
+class RunError(RuntimeError):
+    """A run that cannot continue, in one sentence that gives the reason."""
+
+    on_all_processes = False  # whether every process of the run raises it at the same point
+
+
 @dataclass(frozen=True)
 class Data:
     source: str = "easy_vqa"  # dataset: one of `data.sources.SOURCES`, conversations (of `files`), or tfds:NAME

@@ -4,7 +4,9 @@
 before is checked here, and a wait that is in vain ends with a sentence.
 """
 
+import atexit
 import contextlib
+import json
 import os
 import socket
 import sys
@@ -15,14 +17,20 @@ from dataclasses import replace
 import jax
 import numpy as np
 from jax._src import clusters  # nothing public says whether there is a cluster
+from jax._src.distributed import global_state  # nothing public gives the processes' common store
 from jax.experimental import multihost_utils
 
 from vlm_jax import config_file
 from vlm_jax.config import ConfigError, Distributed, Experiment
+from vlm_jax.start import leave
 
 OWN = ("distributed.", "data.dir")  # fields that may differ between the processes of a run
 # Process 0 waits longer by so much: the others lose their coordinator with it, and say so at length.
 FAREWELL_SECONDS = 3
+POLL_SECONDS = 0.5  # how often a process asks whether another one failed
+FAILURES = "vlm_jax/failures/"  # in the store of the coordinator: a key for every process that failed alone
+
+_leaving = threading.Lock()  # held by the thread that ends this process
 
 
 def start(cfg: Experiment) -> None:
@@ -47,6 +55,7 @@ def start(cfg: Experiment) -> None:
         _join(found)
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    _watch_others()
     check_same(cfg)
 
 
@@ -172,7 +181,76 @@ def together():
         own = error
     said = _gathered(str(own or "").encode()) if jax.process_count() > 1 else []
     if own is not None:
-        raise own
+        raise _known_to_all(own)
     for index, text in enumerate(said):
         if text:
-            raise ConfigError(f"process {index} says: {text.decode()}")
+            raise _known_to_all(ConfigError(f"process {index} says: {text.decode()}"))
+
+
+def _known_to_all(error: Exception) -> Exception:
+    """Marks an error that every process raises at this point."""
+    error.on_all_processes = True
+    return error
+
+
+def is_alone(error: BaseException) -> bool:
+    """Returns whether this process has an error that the other processes of the run do not know.
+
+    An error that all processes raise has the attribute `on_all_processes`.
+    """
+    return global_state.client is not None and not getattr(error, "on_all_processes", False)
+
+
+def leave_alone(code: int, message: str) -> None:
+    """Prints the message and ends this process; the others end with the same code and a sentence."""
+    with _leaving:
+        print(message, file=sys.stderr, flush=True)
+        told = threading.Thread(target=_tell_others, args=(code, message), daemon=True)
+        told.start()  # a coordinator that is lost would never answer
+        told.join(FAREWELL_SECONDS)
+        _leave_after_others(code)
+
+
+def _tell_others(code: int, message: str) -> None:
+    index = jax.process_index()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is lost
+        global_state.client.key_value_set(f"{FAILURES}{index}", json.dumps([index, code, message]))
+
+
+def _leave_after_others(code: int) -> None:
+    """Ends this process; process 0 last, since a process that loses its coordinator is aborted."""
+    if not jax.process_index():
+        time.sleep(FAREWELL_SECONDS)
+    leave(code)
+
+
+def _watch_others() -> None:
+    """Ends this process soon after another one called `leave_alone`, also where it waits for that one in C++."""
+    ended = threading.Event()
+
+    def watch():
+        while not ended.wait(POLL_SECONDS):
+            try:
+                failures = global_state.client.key_value_dir_get(FAILURES)
+            except jax.errors.JaxRuntimeError:  # the coordinator is lost
+                return
+            if failures:
+                index, code, message = json.loads(failures[0][1])
+                with _leaving:
+                    message = message.removeprefix("error: ")
+                    print(f"error: process {index} ended: {message}", file=sys.stderr, flush=True)
+                    _leave_after_others(code)
+
+    def stop():
+        ended.set()
+        thread.join(FAREWELL_SECONDS)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    atexit.register(stop)  # before JAX closes its connection
+
+
+def finish() -> None:
+    """Waits until all processes are done, so that the failure of one still reaches the others."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("finished")

@@ -8,11 +8,11 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from vlm_jax import distributed
-from vlm_jax.config import ConfigError, Train
+from vlm_jax.config import ConfigError, RunError, Train
 from vlm_jax.structs import State
 
 
-class NotSaved(RuntimeError):
+class NotSaved(RunError):
     """A checkpoint could not be written."""
 
 

@@ -100,8 +100,9 @@ def closing(log: Log | None, checkpoints: Checkpoints):
         with contextlib.suppress(OSError):
             if log is not None:
                 log.close()
-        with contextlib.nullcontext() if isinstance(error, Preempted) else contextlib.suppress(NotSaved):
-            checkpoints.close()
+        if not distributed.is_alone(error):  # of a checkpoint the other processes would have to write their share
+            with contextlib.nullcontext() if isinstance(error, Preempted) else contextlib.suppress(NotSaved):
+                checkpoints.close()
         if isinstance(error, OSError):
             raise NotSaved(f"the run cannot go on ({error}); {checkpoints.last_whole()}.") from error
         if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:

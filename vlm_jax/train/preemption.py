@@ -17,9 +17,13 @@ STOPPED = "stopped by SIGTERM: the same command continues the run."
 class Preempted(RuntimeError):
     """The run was asked to stop; the same command continues it."""
 
+    on_all_processes = True
+
 
 class StoppedAlone(Preempted):
     """This process stopped where it was, without the others."""
+
+    on_all_processes = False
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -133,7 +134,7 @@ def test_all_broken_images_are_named_at_once_and_after_the_repair_the_set_is_pre
     message = str(refused.value)
     assert message.startswith(f"3 of 12 images in data.image_dir {tmp_path} cannot be used: ")
     for name, talk in (("1_0.jpg", 1), ("4_0.jpg", 4), ("8_1.png", 8)):
-        assert f"image {name} (record 'talk {talk}') is not a readable image: " in message
+        assert re.search(f"image {name} is not a readable image: [^;]* \\(record 'talk {talk}'\\)", message)
     assert not list((tmp_path / "datasets" / "conversation_images").rglob("*.array_record*"))
     for name, content in whole.items():
         (tmp_path / name).write_bytes(content)
@@ -147,7 +148,7 @@ def test_of_many_broken_images_ten_are_named(tmp_path):
         cut(path)
     with pytest.raises(ConfigError, match=r"^24 of 36 images .* cannot be used: .*, and 14 more; repair") as refused:
         conversations.load(data, "train")
-    assert str(refused.value).count(".jpg (record ") == 10
+    assert str(refused.value).count(".jpg is not a readable image") == 10
 
 
 def test_an_image_that_was_replaced_under_its_name_is_seen(tmp_path):

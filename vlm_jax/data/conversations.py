@@ -27,7 +27,7 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from vlm_jax.config import ConfigError, Data
-from vlm_jax.data.images import check
+from vlm_jax.data.images import check, read_bytes
 from vlm_jax.data.sources import Rows, prepared, split_rows
 
 MARK = "<image>"
@@ -71,7 +71,7 @@ class Conversations:
     def image(self, index: int) -> tuple[str, bytes]:
         """The name of an image in error messages, and the content of its file."""
         row = self._images[index]
-        return _image_name(row["path"].decode(), row["record"].decode()), row["image"]
+        return f"image {row['path'].decode()} (record {row['record'].decode()!r})", row["image"]
 
 
 def load(
@@ -205,14 +205,11 @@ class ConversationImagesOnBeam(ConversationImages, skip_registration=True):
 def _read(image_dir: Path, item: tuple[str, str]) -> dict:
     """The row of an image, or its `problem` where it cannot be decoded."""
     path, record = item
-    name = _image_name(path, record)
     try:
-        encoded = (image_dir / path).read_bytes()
-        check(encoded, name)
-    except OSError as error:
-        return {"problem": f"{name} cannot be read: {error.strerror}"}
+        encoded = read_bytes(image_dir / path)
+        check(encoded, f"image {path}")
     except ConfigError as error:
-        return {"problem": str(error).rstrip(".")}
+        return {"problem": f"{str(error).rstrip('.')} (record {record!r})"}
     return {"path": path, "record": record, "image": encoded}
 
 
@@ -223,10 +220,6 @@ def _refuse(image_dir: Path, count: int, problems: Sequence[str]) -> None:
             f"{len(problems)} of {count} images in data.image_dir {image_dir} cannot be used: {_listed(problems)}; "
             "repair or replace them, and the same command continues."
         )
-
-
-def _image_name(path: str, record: str) -> str:
-    return f"image {path} (record {record!r})"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOW = [
     ["model_config", "start"],
     ["config"],
-    ["axes", "structs", "limits", "combinations", "chips"],
+    ["axes", "structs", "limits", "combinations", "chips", "lfs"],
     ["validate"],
     ["config_file"],
     ["workdir", "distributed"],

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from vlm_jax.config import ConfigError, Data
 from vlm_jax.data.images import check, read_bytes
 from vlm_jax.data.sources import Rows, prepared, split_rows
+from vlm_jax.lfs import refuse_pointer
 
 MARK = "<image>"
 MOST_NAMED = 10  # images in an error message
@@ -302,6 +303,7 @@ def _records(file: str) -> list:
     except OSError as error:
         raise ConfigError(f"data.files: cannot read {file}: {error.strerror}.") from None
     except ValueError as error:
+        refuse_pointer(file, Path(file).read_bytes())
         raise ConfigError(f"data.files: {file} is no JSON: {error}.") from None
     if not isinstance(records, list):
         raise ConfigError(f"data.files: {file} is no list of conversations.")

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vlm_jax.config import ConfigError, Vision
+from vlm_jax.lfs import refuse_pointer
 
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 5 to 8 swap width and height
 TRANSPOSITIONS = {
@@ -48,9 +49,11 @@ def from_array(pixels: np.ndarray) -> Image.Image:
 def read_bytes(path: str | os.PathLike) -> bytes:
     """Returns the content of an image file. ConfigError names a file that cannot be read."""
     try:
-        return Path(path).expanduser().read_bytes()
+        encoded = Path(path).expanduser().read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read the image {path}: {error.strerror}.") from None
+    refuse_pointer(path, encoded)
+    return encoded
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Templates are Jinja programs from strangers: they run in `sandbox.BoundedEnviron
 """
 
 import datetime
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 
 from vlm_jax.config import ConfigError
-from vlm_jax.hub.files import read_json
+from vlm_jax.hub.files import read_bytes, read_json
 from vlm_jax.hub.sandbox import BoundedEnvironment
 from vlm_jax.hub.special_tokens import TOKENIZER_CONFIG
 
@@ -112,8 +113,8 @@ class _Generation(Extension):
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return io.StringIO(read_bytes(path).decode(), newline=None).read()
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} cannot be read: {error}.") from None
 
 

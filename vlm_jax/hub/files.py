@@ -14,6 +14,7 @@ from vlm_jax.config import ConfigError
 from vlm_jax.hub.safetensors_files import DTYPE_NAMES, json_object, read_safetensors, size_bytes, write_safetensors
 from vlm_jax.hub.stored import StoredTensor, map_file
 from vlm_jax.hub.torch_files import read_torch
+from vlm_jax.lfs import refuse_pointer
 
 WEIGHTS = "model.safetensors"
 READABLE = (WEIGHTS, "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # best first
@@ -86,13 +87,19 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
     return read_torch(path, data) if path.suffix == ".bin" else read_safetensors(path, data)
 
 
-def read_json(path: str | os.PathLike) -> dict:
-    """The object in a JSON file. ConfigError names the file where it is missing or holds something else."""
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """Content of a file. ConfigError names a file that is missing or a Git LFS pointer."""
     try:
-        text = Path(path).expanduser().read_bytes()
+        data = Path(path).expanduser().read_bytes()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
-    return json_object(text, str(path))
+    refuse_pointer(path, data)
+    return data
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """Object of a JSON file. ConfigError names a file that cannot be read or holds something else."""
+    return json_object(read_bytes(path), str(path))
 
 
 def write_tensors(

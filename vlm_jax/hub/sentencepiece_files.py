@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_jax.config import ConfigError
+from vlm_jax.hub.files import read_bytes
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of pieces; the others are unknown 2, unused 5, byte 6
 UNIGRAM, BPE = 1, 2  # algorithms; the others are words 3 and characters 4
@@ -43,10 +44,9 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     Raises:
       ConfigError: the file cannot be read, is cut short, or is no SentencePiece model of the kinds unigram and BPE.
     """
+    data = read_bytes(path)
     try:
-        model = _model(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+        model = _model(data)
     except (ValueError, IndexError, TypeError, AttributeError, struct.error):
         raise ConfigError(f"{path} is damaged, or no SentencePiece model.") from None
     if not model.pieces or model.algorithm not in (UNIGRAM, BPE):

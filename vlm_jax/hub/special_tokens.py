@@ -47,12 +47,13 @@ def read_special_tokens(folder: Path, settings: dict, whole: dict) -> SpecialTok
     lists_added = "added_tokens_decoder" in settings
     older = {} if lists_added else read_if_there(folder / SPECIAL_TOKENS)
     older = {key: value | {"special": True} if isinstance(value, dict) else value for key, value in older.items()}
+    older_added = {} if lists_added else read_if_there(folder / ADDED_TOKENS)
     try:
         special = SpecialTokens(_named(settings | older), _unnamed(settings, older))
         if lists_added:
             special.added = {int(number): to_token(token) for number, token in settings["added_tokens_decoder"].items()}
         else:
-            special.added = _added(read_if_there(folder / ADDED_TOKENS), whole, special)
+            special.added = _added(older_added, whole, special)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         path = folder / TOKENIZER_CONFIG
         raise ConfigError(f"{path}, or a file beside it, lists a token that is none: {error}.") from None

@@ -8,8 +8,7 @@ import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
 from vlm_jax.config import ConfigError
-
-LFS_POINTER = b"version https://git-lfs"  # what stands for a file that Git has not downloaded
+from vlm_jax.lfs import refuse_pointer
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +57,7 @@ def map_file(path: Path) -> mmap.mmap:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError:
         raise ConfigError(f"{path} is empty.") from None
-    if data[: len(LFS_POINTER)] == LFS_POINTER:
-        raise ConfigError(f"{path} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`.")
+    refuse_pointer(path, data)
     return data
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from vlm_jax.config import ConfigError
+from vlm_jax.hub.files import read_bytes
 from vlm_jax.hub.sentencepiece_files import BPE, CONTROL, USER_DEFINED, SentencePieceModel, read_sentencepiece
 from vlm_jax.hub.special_tokens import (
     TOKENIZER,
@@ -97,6 +98,8 @@ def _of_whole(whole: dict) -> Vocabulary:
 def _of_parts(folder: Path, kind: Kind, special: SpecialTokens) -> Vocabulary:
     """The vocabulary that a class has without a tokenizer.json."""
     if kind.merges_file and os.path.isfile(folder / VOCAB):
+        for name in (VOCAB, MERGES):
+            read_bytes(folder / name)  # names a file that is missing or a Git LFS pointer
         return Vocabulary(*models.BPE.read_file(str(folder / VOCAB), str(folder / MERGES)))
     model = _sentencepiece(folder)
     _list_pieces(model, special)

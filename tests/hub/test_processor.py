@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from transformers.image_utils import load_image
 
@@ -159,6 +160,24 @@ def test_the_answer_ends_where_generation_config_says_and_its_end_is_not_printed
     made = folder.model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     path = changed(folder, tmp_path, generation_config={"eos_token_id": [10_000, int(made[3])]})
     assert said(capsys, path, "--prompt", QUESTION) == folder.tokenizer.decode(made[:3]) + "\n"
+
+
+def test_an_end_that_only_the_tokenizer_states_ends_the_answer(folder_of, tmp_path, capsys):
+    folder = folder_of("mistral's chat")
+    answer = said(capsys, folder.path, "--prompt", QUESTION)
+    config = json.loads((folder.path / "config.json").read_text())
+    path = without(folder, tmp_path, "generation_config.json", "config.json", "model.safetensors")
+    silent = {key: value for key, value in config.items() if not key.endswith("_token_id")}
+    (path / "config.json").write_text(json.dumps(silent))
+    tensors, end = load_file(folder.path / "model.safetensors"), folder.tokenizer.eos_token_id
+    third = folder.tokenizer.convert_tokens_to_ids(folder.tokenizer.tokenize(answer)[2])
+    tensors["lm_head.weight"][[third, end]] = tensors["lm_head.weight"][[end, third]]
+    save_file(tensors, path / "model.safetensors")
+    processor = processor_of(path)
+    assert processor.checkpoint.eos_ids == processor.tokenizer.eos_ids == (end,)
+    cut = said(capsys, path, "--prompt", QUESTION)
+    assert answer.startswith(cut.rstrip("\n"))
+    assert len(cut) < len(answer)
 
 
 def test_the_start_is_that_of_generation_config_before_others(folder_of, pictures, tmp_path):

@@ -101,6 +101,8 @@ def test_ends_of_answers_are_those_of_the_generation_config_first(tmp_path):
     assert HubTokenizer.load(tmp_path).eos_ids == (3,)
     tiny.write(tmp_path, config={"model_type": "llama"})
     assert HubTokenizer.load(tmp_path).eos_ids == (HubTokenizer.load(tmp_path).id_of("<|eot_id|>"),)
+    tiny.write(tmp_path, config={"model_type": "llama"}, generation_config={"eos_token_id": []})
+    assert HubTokenizer.load(tmp_path).eos_ids == (HubTokenizer.load(tmp_path).id_of("<|eot_id|>"),)
 
 
 def test_padding_is_the_tokenizers_first(tmp_path):

@@ -16,9 +16,9 @@ from vlm_jax.config import ConfigError
 from vlm_jax.data.conversations import MARK
 from vlm_jax.hub.chat import ChatTemplate
 from vlm_jax.hub.files import read_json
-from vlm_jax.hub.load import are_ids, start_id_of
+from vlm_jax.hub.load import start_id_of
 from vlm_jax.hub.prompts import EncoderDecoderFormat, TextFormat, load_prompt_format
-from vlm_jax.hub.tokenizer import HubTokenizer
+from vlm_jax.hub.tokenizer import HubTokenizer, are_ids
 from vlm_jax.hub.tokenizer_files import CONFIG
 
 NO_TOKEN = -1  # id of an image that has no token in the text

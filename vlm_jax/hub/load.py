@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from vlm_jax.hub.family import Config, Family, Json, get
 from vlm_jax.hub.files import Tensors, open_tensors, read_json
 from vlm_jax.hub.stored import StoredTensor, are_equal
 from vlm_jax.hub.table import Part, Row
+from vlm_jax.hub.tokenizer import HubTokenizer, are_ids, has_tokenizer, stated_ids, to_tuple
 from vlm_jax.nn.models import boxed_params, model_of
 from vlm_jax.validate import check_values
 
@@ -49,34 +50,20 @@ class Checkpoint(NamedTuple):
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end a text; ConfigError where something else stands for them."""
-        found = self._said("eos_token_id")
-        ids = tuple(found) if isinstance(found, list) else () if found is None else (found,)
-        if not are_ids(*ids):
-            raise ConfigError(f"{self.folder}: eos_token_id is {found!r}, but has to be an id, or a list of ids.")
-        return ids
+        """`HubTokenizer.eos_ids` of the folder. The tokenizer is read only if no config file states them."""
+        ids = to_tuple(stated_ids(self.folder, self.config).get("eos_token_id"))
+        return ids or (HubTokenizer.load(self.folder).eos_ids if has_tokenizer(self.folder) else ())
 
     @property
     def start_id(self) -> int | None:
         """The id that starts the decoder of an encoder-decoder; None where no file names one."""
         return start_id_of(self.folder, self.config)
 
-    def _said(self, key: str) -> Any:
-        return _stated(self.folder, self.config, key)
-
-
-def _stated(folder: Path, config: Json, key: str) -> Any:
-    """The value of a key in generation_config.json or, where that has none, in config.json."""
-    path = folder / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
-    parts = (generation, config, config.get("text_config") or {}, config.get("decoder") or {})
-    return next((part[key] for part in parts if part.get(key) is not None), None)
-
 
 def start_id_of(folder: Path, config: Json) -> int | None:
     """The id that starts the decoder of an encoder-decoder; None where no file names one."""
-    found = _stated(folder, config, "decoder_start_token_id")
-    return _stated(folder, config, "bos_token_id") if found is None else found
+    stated = stated_ids(folder, config)
+    return stated.get("decoder_start_token_id", stated.get("bos_token_id"))
 
 
 def image_token_of(folder: str | os.PathLike) -> int | None:
@@ -91,11 +78,6 @@ def _image_token(config: Json, family: Family, folder: Path) -> int | None:
     if found is not None and not are_ids(found):
         raise ConfigError(f"{folder}: image_token_index is {found!r}, but has to be an id.")
     return found
-
-
-def are_ids(*values) -> bool:
-    """Whether all can be ids of tokens."""
-    return all(type(value) is int and 0 <= value < 2**31 for value in values)
 
 
 def load_params(

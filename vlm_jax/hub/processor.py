@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,9 @@ from vlm_jax.hub.chat import ChatTemplate
 from vlm_jax.hub.image_processor import ImageProcessor, ProcessedImages
 from vlm_jax.hub.image_steps import Picture
 from vlm_jax.hub.inputs import to_batch
-from vlm_jax.hub.load import Checkpoint, are_ids
+from vlm_jax.hub.load import Checkpoint
 from vlm_jax.hub.prompts import TextFormat, load_prompt_format, stack_prompts
-from vlm_jax.hub.special_tokens import TOKENIZER
-from vlm_jax.hub.tokenizer import HubTokenizer
-from vlm_jax.hub.tokenizer_files import SENTENCEPIECE, VOCAB
+from vlm_jax.hub.tokenizer import HubTokenizer, are_ids, has_tokenizer
 from vlm_jax.structs import Batch
 
 
@@ -38,12 +37,12 @@ class Processor:
           ConfigError: a file that is needed is damaged or says nothing that is understood.
         """
         folder, cfg = checkpoint.folder, checkpoint.cfg
-        tokenizer = _if_there(HubTokenizer.load, folder, TOKENIZER_FILES)
+        tokenizer = HubTokenizer.load(folder) if has_tokenizer(folder) else None
         reads_images = not isinstance(cfg, Experiment) or cfg.fusion.has_images
         return cls(
             checkpoint,
             tokenizer,
-            _if_there(ImageProcessor.load, folder, IMAGE_FILES) if reads_images else None,
+            ImageProcessor.load(folder) if reads_images and _holds_any(folder, IMAGE_FILES) else None,
             ChatTemplate.load(folder) if tokenizer else None,
             load_prompt_format(folder, tokenizer) if tokenizer and isinstance(cfg, Experiment) else None,
         )
@@ -124,11 +123,11 @@ class Processor:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The tokens of which each ends an answer."""
-        return self.checkpoint.eos_ids
+        return self.tokenizer.eos_ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of an answer, up to the first token that ends it."""
-        ends = set(self.eos_ids)
+        ends = self.eos_ids
         return self.tokenizer.decode(itertools.takewhile(lambda i: i not in ends, map(int, ids)))
 
     def _started(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -145,12 +144,11 @@ class Processor:
         return {"decoder_input_ids": ids, "decoder_attention_mask": there}
 
 
-TOKENIZER_FILES = (TOKENIZER, VOCAB, *SENTENCEPIECE)
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", "open_clip_config.json")
 
 
-def _if_there(load, folder, names):
-    return load(folder) if any((folder / name).is_file() for name in names) else None
+def _holds_any(folder: Path, names: Sequence[str]) -> bool:
+    return any((folder / name).is_file() for name in names)
 
 
 def _facts(processed: ProcessedImages | None, counts: Sequence[int]) -> list[list]:

@@ -1,22 +1,21 @@
 """Text <-> token ids, as a checkpoint's folder defines them; ids are those of transformers 5.23's AutoTokenizer."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
 from vlm_jax.config import ConfigError
-from vlm_jax.hub.special_tokens import TOKENIZER_CONFIG, read_if_there
-from vlm_jax.hub.tokenizer_files import CONFIG, read_pipeline
+from vlm_jax.hub.special_tokens import TOKENIZER, TOKENIZER_CONFIG, read_if_there
+from vlm_jax.hub.tokenizer_files import CONFIG, SENTENCEPIECE, VOCAB, read_pipeline
 
 GENERATION_CONFIG = "generation_config.json"
 NO_CHARACTER = "\ufffd"  # what bytes decode to that are no character, or not yet
 LOOSE = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")  # what tidying strips of spaces
 IMAGE_TOKENS = ("<image>", "<|image|>")  # of published families; the first is added where a run needs one
 NEWLINE_TOKEN = "|NEWLINE|"  # Fuyu's
-STATED_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class HubTokenizer:
@@ -25,7 +24,7 @@ class HubTokenizer:
     Attributes:
       special_tokens: "bos_token" -> its text, for every token that has a name; what a chat template may use.
       bos_id, pad_id: None where no file names one.
-      eos_ids: the tokens of which each ends an answer; empty where no file names one.
+      eos_ids: tokens that end an answer; empty if no file names one.
       tidies: decoding takes spaces before punctuation away.
     """
 
@@ -33,7 +32,7 @@ class HubTokenizer:
         self,
         backend: Tokenizer,
         special_tokens: dict[str, str],
-        stated_ids: dict[str, Any],
+        stated_ids: Mapping[str, Any],
         end_of_word: str = "",
         tidies: bool = False,
     ):
@@ -46,8 +45,7 @@ class HubTokenizer:
         bos, eos, pad = (backend.token_to_id(special_tokens.get(f"{name}_token", "")) for name in ("bos", "eos", "pad"))
         self.bos_id = stated_ids.get("bos_token_id") if bos is None else bos
         self.pad_id = stated_ids.get("pad_token_id") if pad is None else pad
-        ends = stated_ids.get("eos_token_id", eos)
-        self.eos_ids = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+        self.eos_ids = to_tuple(stated_ids.get("eos_token_id")) or to_tuple(eos)
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "HubTokenizer":
@@ -66,7 +64,8 @@ class HubTokenizer:
         tidies = read_if_there(folder / TOKENIZER_CONFIG).get("clean_up_tokenization_spaces")
         is_bpe = type(backend.model).__name__ == "BPE"  # whose tokens hold no spaces but those of the text
         end_of_word = kind.end_of_word if kind else ""
-        return cls(backend, special.texts, _stated_ids(folder), end_of_word, bool(tidies) and not is_bpe)
+        stated = stated_ids(folder, read_if_there(folder / CONFIG))
+        return cls(backend, special.texts, stated, end_of_word, bool(tidies) and not is_bpe)
 
     @property
     def backend(self) -> Tokenizer:
@@ -174,11 +173,31 @@ class TextStream:
         return new
 
 
-def _stated_ids(folder: Path) -> dict[str, Any]:
-    """Ids in generation_config.json, else in config.json, else in the part of it that is about text."""
-    config = read_if_there(folder / CONFIG)
+def stated_ids(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the keys `..._token_id`: of generation_config.json, else of `config`, else of its part about text.
+
+    Raises:
+      ConfigError: eos_token_id is neither an id nor a list of ids.
+    """
     sources = [config.get("decoder"), config.get("text_config"), config, read_if_there(folder / GENERATION_CONFIG)]
     stated = {}
     for source in (source for source in sources if isinstance(source, dict)):
-        stated |= {key: source[key] for key in STATED_IDS if source.get(key) is not None}
+        stated |= {key: value for key, value in source.items() if key.endswith("_token_id") and value is not None}
+    end = stated.get("eos_token_id")
+    if not are_ids(*to_tuple(end)):
+        raise ConfigError(f"{folder}: eos_token_id is {end!r}, but has to be an id, or a list of ids.")
     return stated
+
+
+def to_tuple(ids: int | list[int] | None) -> tuple[int, ...]:
+    """Token ids of a value that holds one, several or none."""
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+
+
+def are_ids(*values) -> bool:
+    """Whether all values can be token ids."""
+    return all(type(value) is int and 0 <= value < 2**31 for value in values)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (TOKENIZER, VOCAB, *SENTENCEPIECE))

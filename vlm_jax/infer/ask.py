@@ -26,12 +26,12 @@ def answer(given: argparse.Namespace) -> Iterator[str]:
     room = checkpoint.cfg.decoder.max_positions - int(prompt.positions.max()) - 1
     if room < 1:
         raise ConfigError(f"--prompt is too long: the model reads {checkpoint.cfg.decoder.max_positions} tokens.")
-    how = Decoding(checkpoint.eos_ids, given.temperature, given.top_k, given.top_p)
+    how = Decoding(processor.tokenizer.eos_ids, given.temperature, given.top_k, given.top_p)
     text = processor.tokenizer.stream()
     _, params = load_params(given.checkpoint, taps=given.taps)  # gigabytes perhaps: when all else is well
     tokens = stream(checkpoint.cfg, params, prompt, min(given.max_new_tokens, room), how, jax.random.key(given.seed))
     for (token,) in tokens:
-        if token not in checkpoint.eos_ids:
+        if token not in how.eos:
             yield text.feed([token])
     yield text.end()
 

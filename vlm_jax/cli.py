@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         if verb not in VERBS:
             raise ConfigError(f"{verb!r} is no verb{config_file.nearest(verb, VERBS)}: choose {', '.join(VERBS)}.")
         return VERBS[verb](rest)
-    except (ConfigError, OSError, KeyboardInterrupt) as error:
+    except (ConfigError, RunError, OSError, KeyboardInterrupt) as error:
         code, message = _failure(error)
         print(message, file=sys.stderr)
         return code

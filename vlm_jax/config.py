@@ -33,6 +33,12 @@ class RunError(RuntimeError):
     on_all_processes = False  # whether every process of the run raises it at the same point
 
 
+class NotFinite(RunError):
+    """A number that became NaN or infinite, in one sentence: a run that failed without a mistake of the user."""
+
+    on_all_processes = True
+
+
 @dataclass(frozen=True)
 class Data:
     source: str = "easy_vqa"  # dataset: one of `data.sources.SOURCES`, conversations (of `files`), or tfds:NAME

@@ -1,7 +1,10 @@
 """`generate --checkpoint` says what transformers says, and a user's mistake is one sentence."""
 
+import shutil
+
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.hub import tiny_tokenizers
@@ -85,6 +88,18 @@ def test_a_mistake_is_one_sentence(llama, capsys, arguments, said):
     assert said in error
     assert error.count("\n") == 1
     assert not out
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_logits_that_are_not_finite_are_one_sentence(llama, tmp_path, capsys, temperature):
+    shutil.copytree(llama[2], tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"][0] = np.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    options = ("--prompt", "hello", "--temperature", temperature, *TEN)
+    code, out, error = run(capsys, "--checkpoint", tmp_path, *options)
+    assert (code, out) == (1, "")
+    assert error == "error: the logits of token 1 of row 1 are NaN or infinite: the weights are damaged.\n"
 
 
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path, capsys):

@@ -4,13 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from vlm_jax.cli import main
+from vlm_jax.config import NotFinite
+from vlm_jax.infer import demo
 from vlm_jax.train import loop
-from vlm_jax.train.not_finite import NotFinite
 from vlm_jax.workdir import Workdir
 
 CONFIG = """
@@ -153,6 +155,24 @@ def test_a_run_that_is_not_finite_ends_with_code_1(folder, tmp_path, capsys, mon
     monkeypatch.setattr(loop, "train", train)
     assert main(["--config", str(folder / "small.py"), "--workdir", str(tmp_path / "bad")]) == 1
     assert capsys.readouterr().err == "error: step 2: the loss is nan\n"
+
+
+@pytest.mark.parametrize("verb", ["eval", "generate"])
+def test_logits_that_are_not_finite_end_with_code_1_and_name_the_prompt(run, folder, capsys, monkeypatch, verb):
+    load = demo.load
+
+    def load_damaged(cfg):
+        params, tokenizer = load(cfg)
+        return jax.tree.map(lambda x: x * np.nan, params), tokenizer
+
+    monkeypatch.setattr(demo, "load", load_damaged)
+    before = (run / "eval.json").read_bytes()
+    asks = ["--image", str(folder / "cat.png"), "--prompt", "is it red ?"] if verb == "generate" else []
+    assert main([verb, "--workdir", str(run), *asks]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the logits of token 1 of '")
+    assert "are NaN or infinite" in error
+    assert (run / "eval.json").read_bytes() == before
 
 
 def test_no_checkpoint_is_a_sentence(run, folder, capsys):

@@ -1,5 +1,6 @@
 """Cached generation says what the whole sequence, read again for every token, would say."""
 
+import functools
 import itertools
 from dataclasses import replace
 
@@ -8,10 +9,10 @@ import numpy as np
 import pytest
 
 from vlm_jax import axes
-from vlm_jax.config import Mesh
+from vlm_jax.config import Mesh, NotFinite
 from vlm_jax.data import questions, text, tiles
 from vlm_jax.data.tokenizer import SPECIALS, Tokenizer
-from vlm_jax.infer.generate import Decoding, choose, generate, stream
+from vlm_jax.infer.generate import Decoding, NonFiniteLogits, choose, generate, stream
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import NO_IMAGE, PADDING, Batch
 from vlm_jax.testing import random_params, variants_and_tiles
@@ -192,3 +193,49 @@ def chosen(how, draws=2000):
 def test_tokens_are_drawn_as_often_as_they_are_likely(how, shares):
     np.testing.assert_allclose(chosen(how), shares, atol=0.04)
     assert ((chosen(how) > 0) == (np.array(shares) > 0)).all()
+
+
+# Numbers that are not finite
+
+
+def poisoned(cfg, path: tuple[str, ...], where, value=np.nan):
+    """Random parameters with one value that is not finite."""
+    params = random_params(cfg, 0.3)
+    parameter = functools.reduce(lambda tree, name: tree[name], path, params)
+    parameter[where] = value
+    return params
+
+
+@pytest.mark.parametrize("how", [NEVER, Decoding(temperature=1.0, top_k=50)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_an_error(how, value):
+    cfg = CONFIGS["cross_attention"]
+    batch, params = batch_of(cfg, *prompts(cfg)), poisoned(cfg, ("decoder", "free_head", "kernel"), (0, 0), value)
+    with pytest.raises(NonFiniteLogits, match="token 1 of row 1 are NaN or infinite: the weights are damaged") as error:
+        generate(cfg, params, batch, NEW, how)
+    assert isinstance(error.value, NotFinite)
+    with pytest.raises(NonFiniteLogits, match="token 1 of row 1"):
+        list(stream(cfg, params, batch, NEW, how))
+
+
+def test_the_token_and_the_row_are_named_and_rows_that_have_ended_do_not_count():
+    """The embedding of a token is NaN that only the third row makes, as its second."""
+    cfg = CONFIGS["cross_attention"]
+    free = generated(cfg)
+    ids, images = prompts(cfg)
+    token = next(i for i in free[2, :-1] if i not in free[:2] and not any(i in prompt for prompt in ids))
+    number = free[2].tolist().index(token) + 2  # the token after it
+    params = poisoned(cfg, ("decoder", "embedding", "table"), token)
+    batch = batch_of(cfg, ids, images)
+    for run in (generate, lambda *args: list(stream(*args))):
+        with pytest.raises(NonFiniteLogits, match=f"token {number} of row 3 ") as error:
+            run(cfg, params, batch, NEW, NEVER)
+        assert (error.value.token, error.value.row) == (number, 2)
+    ends = Decoding(eos=(int(token),))
+    np.testing.assert_array_equal(generate(cfg, params, batch, NEW, ends), generated(cfg, ends))
+
+
+def test_half_precision_is_named_where_it_may_be_the_reason():
+    assert "overflow float16: load the parameters in float32" in str(NonFiniteLogits(2, 0, np.dtype("float16")))
+    assert "overflow" not in str(NonFiniteLogits(2, 0, np.dtype("float32")))
+    assert "token 2 of 'why?' are" in str(NonFiniteLogits(2, 0, np.dtype("float32")).about("why?"))

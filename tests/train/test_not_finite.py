@@ -9,11 +9,11 @@ import pytest
 from flax import traverse_util
 
 from vlm_jax import axes
-from vlm_jax.config import Optim
+from vlm_jax.config import NotFinite, Optim
 from vlm_jax.data import pipeline
 from vlm_jax.testing import random_batch, random_params, tiny
 from vlm_jax.train import loop
-from vlm_jax.train.not_finite import NotFinite, first_bad
+from vlm_jax.train.not_finite import first_bad
 from vlm_jax.train.step import make_state, train_step
 from vlm_jax.workdir import Workdir
 

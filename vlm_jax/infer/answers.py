@@ -5,7 +5,7 @@ import numpy as np
 from flax import linen as nn
 
 from vlm_jax.config import ConfigError
-from vlm_jax.infer.generate import Decoding, generate
+from vlm_jax.infer.generate import Decoding, NonFiniteLogits, generate
 from vlm_jax.limits import check_sampling
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import Batch
@@ -47,7 +47,10 @@ def answer(
     for length in np.unique(lengths):  # a long prompt does not shorten the answers to others
         rows = np.flatnonzero(lengths == length)
         part = batch if len(rows) == len(prompts) else _rows_of(batch, rows)
-        made = generate(model.cfg, params, part, int(length), how, jax.random.key(seed))
+        try:
+            made = generate(model.cfg, params, part, int(length), how, jax.random.key(seed))
+        except NonFiniteLogits as error:
+            raise error.about(prompts[rows[error.row]]) from None
         texts |= dict(zip(rows.tolist(), map(processor.decode, jax.device_get(made))))
     return [texts[row] for row in range(len(prompts))]
 

@@ -108,6 +108,7 @@ def ask(cfg: Experiment, files: list[str], prompts: list[str]) -> list[tuple[str
 
     Raises:
       ConfigError: a file is not an image, a prompt is too long, or the run has no checkpoint.
+      NonFiniteLogits: the model computes NaN for a prompt.
     """
     params, tokenizer = load(cfg)
     questions.prompt_length(cfg, tokenizer, prompts, images=min(len(files), 1))

@@ -15,7 +15,7 @@ from vlm_jax.config import Experiment
 from vlm_jax.data import questions
 from vlm_jax.data.questions import Question
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.infer.generate import Decoding, generate
+from vlm_jax.infer.generate import Decoding, NonFiniteLogits, generate
 from vlm_jax.report import draw_samples
 from vlm_jax.workdir import Workdir, write_whole
 
@@ -32,6 +32,7 @@ def evaluate(cfg: Experiment, params, tokenizer: Tokenizer) -> dict:
 
     Raises:
       ConfigError: the work folder cannot be written, the split does not exist, or an answer has no room.
+      NonFiniteLogits: the model computes NaN for a question; nothing is written then.
     """
     workdir = Workdir(cfg.workdir)
     with distributed.together():
@@ -97,8 +98,11 @@ def answer(
     def ask(chosen: list[int], those: list[Question]) -> list[str]:
         pairs = [[rows[i] for i in chosen] for rows in (asked, those)]
         batch = questions.batch_of(cfg, tokenizer, *pairs, *shape)
-        with jax.set_mesh(mesh):
-            made = generate(cfg, params, axes.place_rows(batch, mesh), cfg.eval.max_new_tokens, how)
+        try:
+            with jax.set_mesh(mesh):
+                made = generate(cfg, params, axes.place_rows(batch, mesh), cfg.eval.max_new_tokens, how)
+        except NonFiniteLogits as error:
+            raise error.about(asked[chosen[error.row]].question) from None
         made = multihost_utils.process_allgather(made, tiled=True)
         return [tokenizer.decode(ids).strip() for ids in made]  # a template may begin with a space
 

@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.config import Experiment
+from vlm_jax.config import Experiment, NotFinite
 from vlm_jax.nn.vlm import VLM, empty_cache
 from vlm_jax.structs import NO_IMAGE, Batch, Cache
 
@@ -35,8 +35,30 @@ class Progress:
     count: jax.Array  # () int32: tokens made
     token: jax.Array  # (B,) int32: the last of them
     ended: jax.Array  # (B,) bool
+    failed: jax.Array  # (B,) int32: the first token, from 1, whose logits are not finite; 0: none
     cache: Cache
     key: jax.Array
+
+
+class NonFiniteLogits(NotFinite):
+    """Logits that are NaN or infinite: no token can be chosen.
+
+    Attributes:
+      token: number of the token, from 1.
+      row: row of the batch, from 0.
+    """
+
+    def __init__(self, token: int, row: int, dtype: np.dtype, prompt: str = ""):
+        place = prompt or f"row {row + 1}"
+        reason = "the weights are damaged"
+        if dtype != np.float32:
+            reason += f", or hidden states overflow {dtype}: load the parameters in float32"
+        super().__init__(f"the logits of token {token} of {place} are NaN or infinite: {reason}.")
+        self.token, self.row, self.dtype = token, row, dtype
+
+    def about(self, prompt: str) -> "NonFiniteLogits":
+        """The same failure, with the prompt named instead of the row."""
+        return NonFiniteLogits(self.token, self.row, self.dtype, repr(prompt))
 
 
 def choose(logits: Float[Array, "B V"], key: jax.Array, how: Decoding) -> Int[Array, "B"]:
@@ -57,14 +79,12 @@ def choose(logits: Float[Array, "B V"], key: jax.Array, how: Decoding) -> Int[Ar
 
 def begin(cfg: Experiment, params, prompt: Batch, new_tokens: int, how: Decoding, key: jax.Array) -> Progress:
     """Reads the left-padded prompts and makes the first token of each."""
-    dtype = params["decoder"]["embedding"]["table"].dtype
-    cache = empty_cache(cfg, prompt, new_tokens, dtype)
+    cache = empty_cache(cfg, prompt, new_tokens, dtype_of(params))
     logits, cache = VLM(cfg).apply({"params": params}, prompt, cache, method=VLM.next_logits)
     if reads_in_place(cfg):
         cache = cache.replace(layers=lay_out(cache.layers))
-    key, now = jax.random.split(key)
-    token = choose(logits, now, how)
-    return Progress(jnp.int32(1), token, is_end(token, how), cache, key)
+    none = jnp.zeros(len(prompt.tokens), jnp.int32)
+    return following(logits, Progress(jnp.int32(0), none, none > 0, none, cache, key), how)
 
 
 def advance(cfg: Experiment, blocks, params, last: Batch, progress: Progress, how: Decoding) -> Progress:
@@ -76,10 +96,41 @@ def advance(cfg: Experiment, blocks, params, last: Batch, progress: Progress, ho
         block_ids=None if last.block_ids is None else jnp.zeros_like(last.block_ids),
     )
     logits, cache = read(cfg, blocks, params, batch, progress.cache)
+    return following(logits, progress.replace(cache=cache), how)
+
+
+def following(logits: Float[Array, "B V"], progress: Progress, how: Decoding) -> Progress:
+    """Chooses the next token of every row. Logits that are not finite end their row."""
     key, now = jax.random.split(progress.key)
     token = choose(logits, now, how)
     token = jnp.where(progress.ended, how.eos[0], token) if how.eos else token
-    return Progress(progress.count + 1, token, progress.ended | is_end(token, how), cache, key)
+    fails = ~jnp.isfinite(logits).all(axis=-1) & ~progress.ended
+    return progress.replace(
+        count=progress.count + 1,
+        token=token,
+        ended=progress.ended | fails | is_end(token, how),
+        failed=jnp.where(fails, progress.count + 1, progress.failed),
+        key=key,
+    )
+
+
+def first_failure(failed: Int[Array, "B"]) -> Int[Array, "2"]:
+    """(token, row) of the earliest failure; token 0: there is none. Every process has it."""
+    row = jnp.argmin(jnp.where(failed > 0, failed, jnp.iinfo(failed.dtype).max))
+    return jnp.stack([failed[row], row.astype(failed.dtype)])
+
+
+def check_finite(failure: Int[Array, "2"] | Int[np.ndarray, "2"], params) -> None:
+    """Raises NonFiniteLogits for a `first_failure`; a traced one, of a call within `jax.jit`, is not checked."""
+    if isinstance(failure, jax.core.Tracer):
+        return
+    token, row = np.asarray(failure).tolist()
+    if token:
+        raise NonFiniteLogits(token, row, dtype_of(params))
+
+
+def dtype_of(params) -> np.dtype:
+    return params["decoder"]["embedding"]["table"].dtype
 
 
 def reads_in_place(cfg: Experiment) -> bool:
@@ -128,12 +179,24 @@ def last_tokens(prompt: Batch) -> Batch:
     return jax.tree.map(lambda x: x[:, -1:], without_images)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "new_tokens", "how"))
 def generate(
     cfg: Experiment, params, prompt: Batch, new_tokens: int, how: Decoding, key: jax.Array | None = None
 ) -> Int[Array, "B new"]:
-    """The next tokens of left-padded prompts, at most `new_tokens` each; the loop ends when every row has ended."""
-    progress = begin(cfg, params, prompt, new_tokens, how, jax.random.key(0) if key is None else key)
+    """Generates at most `new_tokens` tokens for each of the left-padded prompts; stops when every row has ended.
+
+    Raises:
+      NonFiniteLogits: the logits of a token are NaN or infinite.
+      ConfigError: the prompts and the new tokens are longer than the model's table of positions.
+    """
+    made, failure = _generate(cfg, params, prompt, new_tokens, how, jax.random.key(0) if key is None else key)
+    check_finite(failure, params)
+    return made
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "new_tokens", "how"))
+def _generate(cfg: Experiment, params, prompt: Batch, new_tokens: int, how: Decoding, key: jax.Array):
+    """Tokens (B, new), and the `first_failure`."""
+    progress = begin(cfg, params, prompt, new_tokens, how, key)
     filler = how.eos[0] if how.eos else 0
     made = jnp.full((len(progress.token), new_tokens), filler, jnp.int32).at[:, 0].set(progress.token)
     last, blocks = last_tokens(prompt), jax.lax.optimization_barrier(decoder_blocks(cfg, params))
@@ -145,7 +208,8 @@ def generate(
         following = advance(cfg, blocks, params, last, carry[0], how)
         return following, carry[1].at[:, carry[0].count].set(following.token)
 
-    return jax.lax.while_loop(unfinished, one_more, (progress, made))[1]
+    progress, made = jax.lax.while_loop(unfinished, one_more, (progress, made))
+    return made, first_failure(progress.failed)
 
 
 _begin = jax.jit(begin, static_argnames=("cfg", "new_tokens", "how"))
@@ -156,13 +220,14 @@ _advance = jax.jit(advance, static_argnames=("cfg", "how"), donate_argnames="pro
 def stream(
     cfg: Experiment, params, prompt: Batch, new_tokens: int, how: Decoding, key: jax.Array | None = None
 ) -> Iterator[Int[np.ndarray, "B"]]:
-    """The tokens of `generate`, each as soon as it is made."""
+    """Yields the tokens of `generate`, each as soon as it is made. Raises what `generate` raises."""
     progress = _begin(cfg, params, prompt, new_tokens, how, jax.random.key(0) if key is None else key)
     last, blocks = last_tokens(prompt), _decoder_blocks(cfg, params)
-    for _ in range(new_tokens - 1):
-        token, ended = jax.device_get((progress.token, progress.ended))
+    for number in range(1, new_tokens + 1):
+        token, ended, failed = jax.device_get((progress.token, progress.ended, progress.failed))
+        if failed.any():
+            check_finite(np.array([number, failed.argmax()]), params)
         yield token
-        if ended.all():
+        if ended.all() or number == new_tokens:
             return
         progress = _advance(cfg, blocks, params, last, progress, how)
-    yield jax.device_get(progress.token)

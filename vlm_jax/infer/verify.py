@@ -18,7 +18,7 @@ import numpy as np
 from vlm_jax.config import ConfigError, Contrastive, Experiment, Vision
 from vlm_jax.hub.inputs import OF_KIND, channels_last, image_batch, to_batch
 from vlm_jax.hub.load import Checkpoint, load_checkpoint
-from vlm_jax.infer.generate import Decoding, generate
+from vlm_jax.infer.generate import Decoding, NonFiniteLogits, generate
 from vlm_jax.nn.models import model_of
 from vlm_jax.nn.vlm import VLM
 
@@ -127,6 +127,8 @@ def one_output(model: Model, case: Case, name: str, tolerance: float) -> Result:
         return Result(case.name, name, shape, reason=f"the case lacks the argument {missing}")
     except ConfigError as error:
         raise ConfigError(f"case {case.name}: {error}") from None
+    except NonFiniteLogits:
+        return Result(case.name, name, shape, np.inf, 0)
     if found is None:
         return Result(case.name, name, shape, reason="the checkpoint has no tensors for it")
     limit = 0 if name == "new_ids" else tolerance

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax import axes, distributed
-from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.config import ConfigError, Experiment, NotFinite
 from vlm_jax.data import pipeline, room
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.flops import train_flops
@@ -25,7 +25,7 @@ from vlm_jax.structs import PADDING, Batch, State
 from vlm_jax.train import initial, preemption
 from vlm_jax.train.checkpoint import Checkpoints, NotSaved
 from vlm_jax.train.log import Log, Work
-from vlm_jax.train.not_finite import NotFinite, first_bad
+from vlm_jax.train.not_finite import first_bad
 from vlm_jax.train.notice import Notice
 from vlm_jax.train.peak import peak_flops_per_second
 from vlm_jax.train.preemption import Preempted

@@ -2,14 +2,7 @@
 
 import math
 
-from vlm_jax.config import RunError
 from vlm_jax.train import optim
-
-
-class NotFinite(RunError):
-    """The loss or its gradient became NaN or infinite."""
-
-    on_all_processes = True
 
 
 def first_bad(finite: dict[str, bool], largest: dict[str, float]) -> str:

@@ -70,5 +70,5 @@ def test_other_taps_are_refused_with_those_that_there_are():
 
 @pytest.mark.parametrize("key, value", [("max_num_tiles", 10**7), ("num_global_layers", 0)])
 def test_sizes_that_no_encoder_has_are_refused_at_once(key, value):
-    with pytest.raises(ConfigError, match="tiles is 10000000|num_global_layers 0"):
+    with pytest.raises(ConfigError, match="tiles is 10000000|num_global_layers is 0"):
         mllama_vision.read_vision({key: value}, "input")

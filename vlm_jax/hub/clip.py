@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from vlm_jax.config import ConfigError, Contrastive, Decoder, Vision
-from vlm_jax.hub.family import ACTIVATIONS, HUB_ACTIVATIONS, Family, Json, choose, get
+from vlm_jax.hub.family import ACTIVATIONS, HUB_ACTIVATIONS, Family, Json, choose, get, size
 from vlm_jax.hub.gpt2 import norm_rows
 from vlm_jax.hub.llama import given
 from vlm_jax.hub.table import Part, Row, row
@@ -36,7 +36,7 @@ TEXT_DEFAULTS = {
 def read_vision(config: Json) -> Vision:
     return Vision(
         **read_shape(config, 32, "quick_gelu"),
-        mlp_width=get(config, "intermediate_size", 3072),
+        mlp_width=size(config, "intermediate_size", 3072),
         norm_eps=get(config, "layer_norm_eps", 1e-5),
         patch_bias=False,
         class_token=True,
@@ -67,15 +67,15 @@ def vision_rows(vision: Vision, hub_prefix: str, ours: str) -> list[Row]:
 def read_text(config: Json) -> Decoder:
     """A text tower; `config` has the defaults of its family filled in."""
     return Decoder(
-        width=config["hidden_size"],
-        depth=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        mlp_width=config["intermediate_size"],
+        width=size(config, "hidden_size"),
+        depth=size(config, "num_hidden_layers"),
+        heads=size(config, "num_attention_heads"),
+        mlp_width=size(config, "intermediate_size"),
         norm_eps=config["layer_norm_eps"],
         activation=choose(config, "hidden_act", ACTIVATIONS, ""),
-        vocab_size=config["vocab_size"],
+        vocab_size=size(config, "vocab_size"),
         positions="learned",
-        max_positions=config["max_position_embeddings"],
+        max_positions=size(config, "max_position_embeddings"),
     )
 
 
@@ -115,7 +115,7 @@ def read(config: Json, names: Collection[str]) -> Contrastive:
     return Contrastive(
         vision=read_vision(tower(config, "vision")),
         text=read_text(text),
-        embed_width=get(config, "projection_dim", 512),
+        embed_width=size(config, "projection_dim", 512),
         **end,
     )
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from vlm_jax.config import ConfigError, Vision
-from vlm_jax.hub.family import Family, Json, get
+from vlm_jax.hub.family import Family, Json, get, number
 from vlm_jax.hub.gpt2 import norm_rows
 from vlm_jax.hub.table import Part, Row, row
 from vlm_jax.hub.vit import (
@@ -27,7 +27,7 @@ def read_vision(config: Json, names: Collection[str]) -> Vision:
     """`names` are the stored tensors of the encoder, without its prefix: the mask token may be missing."""
     gated = get(config, "use_swiglu_ffn", False)
     shape = read_shape(config, 14, "gelu")
-    mlp_width = int(shape["width"] * get(config, "mlp_ratio", 4))
+    mlp_width = int(shape["width"] * number(config, "mlp_ratio", 4))
     return Vision(
         **shape | ({"activation": "silu"} if gated else {}),
         mlp_width=gated_width(mlp_width) if gated else mlp_width,

@@ -1,5 +1,6 @@
 """What a family of public checkpoints is: a config mapping and a tensor table, both usable in both directions."""
 
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
@@ -64,6 +65,31 @@ def get(config: Mapping, key: str, default):
     """The value of a key; missing and null are the default of the family."""
     value = config.get(key)
     return default if value is None else value
+
+
+def size(config: Mapping, key: str, default: int | None = None, least: int = 1) -> int:
+    """The whole number of a key, at least `least`; missing and null are the default. ConfigError names the key."""
+    value = get(config, key, default)
+    if type(value) is not int or value < least:
+        raise ConfigError(f"config.json: {key} is {value!r}: it must be a whole number of at least {least}.")
+    return value
+
+
+def number(config: Mapping, key: str, default: float | None = None) -> float:
+    """The number of a key, above 0; missing and null are the default. ConfigError names the key."""
+    value = get(config, key, default)
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ConfigError(f"config.json: {key} is {value!r}: it must be a number above 0.")
+    return value
+
+
+def unaliased(config: Json, names: Mapping[str, str]) -> Json:
+    """The config with the keys of `names` under the names they stand for (`attribute_map` of transformers).
+
+    As there, an alias overrides the key that it stands for.
+    """
+    given = {name: config[alias] for alias, name in names.items() if config.get(alias) is not None}
+    return config | given
 
 
 def choose(config: Mapping, key: str, choices: Mapping, default: str):

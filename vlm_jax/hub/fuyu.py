@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from vlm_jax.config import Decoder, Experiment, Fusion, Projector, Vision
-from vlm_jax.hub.family import ACTIVATIONS, HUB_ACTIVATIONS, Family, Json, choose, get, refuse
+from vlm_jax.hub.family import ACTIVATIONS, HUB_ACTIVATIONS, Family, Json, choose, get, refuse, size
 from vlm_jax.hub.gpt2 import norm_rows
 from vlm_jax.hub.llama import dense_rows, is_tied
 from vlm_jax.hub.llava import HEAD, RENAMES, TEXT
@@ -31,16 +31,16 @@ def read(config: Json, names: Collection[str]) -> Experiment:
 def read_decoder(config: Json, tied: bool) -> Decoder:
     """Persimmon's settings; the defaults are those of Fuyu."""
     return Decoder(
-        width=get(config, "hidden_size", 4096),
-        depth=get(config, "num_hidden_layers", 36),
-        heads=get(config, "num_attention_heads", 64),
-        mlp_width=get(config, "intermediate_size", 16384),
+        width=size(config, "hidden_size", 4096),
+        depth=size(config, "num_hidden_layers", 36),
+        heads=size(config, "num_attention_heads", 64),
+        mlp_width=size(config, "intermediate_size", 16384),
         norm="layernorm",
         norm_eps=get(config, "layer_norm_eps", 1e-5),
         activation=choose(config, "hidden_act", ACTIVATIONS, "relu2"),
         qk_norm=get(config, "qk_layernorm", True),
-        vocab_size=get(config, "vocab_size", 262144),
-        max_positions=get(config, "max_position_embeddings", 16384),
+        vocab_size=size(config, "vocab_size", 262144),
+        max_positions=size(config, "max_position_embeddings", 16384),
         rope=read_rope(config, theta=25_000.0, fraction=0.5),
         tied_head=tied,
     )

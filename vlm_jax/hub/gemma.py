@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from vlm_jax.config import Decoder, Experiment, Fusion
 from vlm_jax.hub import llama
-from vlm_jax.hub.family import Family, Json, get, refuse, text_experiment
+from vlm_jax.hub.family import Family, Json, get, number, refuse, size, text_experiment
 from vlm_jax.hub.table import Row
 
 GEMMA_DEFAULTS = {
@@ -63,7 +63,7 @@ def read_gemma2_decoder(config: Json, tied: bool) -> Decoder:
 def read_gemma3_decoder(config: Json, tied: bool) -> Decoder:
     """Gemma 3's settings: all blocks but every sixth slide, with a RoPE of their own. No softcap of the scores."""
     config = GEMMA3_DEFAULTS | llama.given(config)
-    decoder = _read_with_both_norms(config, tied, every=config["sliding_window_pattern"])
+    decoder = _read_with_both_norms(config, tied, every=size(config, "sliding_window_pattern"))
     local = get(config, "rope_parameters", {}).get("sliding_attention") or {}
     refuse(local, "rope_type", "default")
     local_theta = float(get(local, "rope_theta", config["rope_local_base_freq"]))
@@ -84,7 +84,7 @@ def _read_shared(config: Json, tied: bool) -> Decoder:
 def _read_with_both_norms(config: Json, tied: bool, every: int) -> Decoder:
     """What Gemma 2 and 3 share: a norm before and after each sublayer, and sliding blocks but for every n-th."""
     decoder = _read_shared(config | {"hidden_act": config["hidden_activation"]}, tied)
-    scalar = config["query_pre_attn_scalar"]
+    scalar = number(config, "query_pre_attn_scalar")
     query_scale = 0.0 if scalar == decoder.head_width else scalar**-0.5
     local = [i for i in range(decoder.depth) if (i + 1) % every]
     decoder = replace(decoder, norm_order="both", query_scale=query_scale)

@@ -3,25 +3,44 @@
 from collections.abc import Collection
 
 from vlm_jax.config import Decoder, Experiment, Fusion
-from vlm_jax.hub.family import ACTIVATIONS, HUB_ACTIVATIONS, Family, Json, choose, get, refuse, text_experiment
+from vlm_jax.hub.family import (
+    ACTIVATIONS,
+    HUB_ACTIVATIONS,
+    Family,
+    Json,
+    choose,
+    get,
+    refuse,
+    size,
+    text_experiment,
+    unaliased,
+)
 from vlm_jax.hub.table import Part, Row, places, row
+
+ALIASES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
 
 
 def read_decoder(config: Json, names: Collection[str], head: str = "lm_head.weight") -> Decoder:
+    config = unaliased(config, ALIASES)
     refuse(config, "scale_attn_weights", True)
     refuse(config, "scale_attn_by_inverse_layer_idx", False)
-    width = get(config, "n_embd", 768)
+    width = size(config, "n_embd", 768)
     return Decoder(
         width=width,
-        depth=get(config, "n_layer", 12),
-        heads=get(config, "n_head", 12),
-        mlp_width=get(config, "n_inner", 4 * width),
+        depth=size(config, "n_layer", 12),
+        heads=size(config, "n_head", 12),
+        mlp_width=size(config, "n_inner", 4 * width),
         norm="layernorm",
         norm_eps=get(config, "layer_norm_epsilon", 1e-5),
         activation=choose(config, "activation_function", ACTIVATIONS, "gelu_new"),
-        vocab_size=get(config, "vocab_size", 50257),
+        vocab_size=size(config, "vocab_size", 50257),
         positions="learned",
-        max_positions=get(config, "n_positions", 1024),
+        max_positions=size(config, "n_positions", 1024),
         tied_head=bool(get(config, "tie_word_embeddings", True)) and head not in names,
     )
 

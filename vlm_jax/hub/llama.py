@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
 from vlm_jax.config import ConfigError, Decoder, Experiment, Fusion
-from vlm_jax.hub.family import ACTIVATIONS, HUB_ACTIVATIONS, Family, Json, choose, get, text_experiment
+from vlm_jax.hub.family import ACTIVATIONS, HUB_ACTIVATIONS, Family, Json, choose, get, size, text_experiment
 from vlm_jax.hub.rope import read_rope, write_rope
 from vlm_jax.hub.table import Row, places, row, stored_axes
 from vlm_jax.limits import check_numbers
@@ -14,19 +14,19 @@ HEAD = "lm_head.weight"
 
 def read_decoder(config: Json, tied: bool) -> Decoder:
     """The settings that all families of Llama's block share. `config` has the defaults of LlamaConfig filled in."""
-    heads = get(config, "num_attention_heads", 32)
-    width = get(config, "hidden_size", 4096)
+    heads = size(config, "num_attention_heads", 32)
+    width = size(config, "hidden_size", 4096)
     bias = get(config, "attention_bias", False)
-    max_positions = get(config, "max_position_embeddings", 2048)
-    depth = get(config, "num_hidden_layers", 32)
+    max_positions = size(config, "max_position_embeddings", 2048)
+    depth = size(config, "num_hidden_layers", 32)
     check_numbers({"decoder.depth": depth})  # before anything is listed for every layer
     return Decoder(
         width=width,
         depth=depth,
         heads=heads,
-        kv_heads=get(config, "num_key_value_heads", heads),
-        head_dim=get(config, "head_dim", width // heads),
-        mlp_width=get(config, "intermediate_size", 11008),
+        kv_heads=size(config, "num_key_value_heads", heads),
+        head_dim=size(config, "head_dim", width // heads),
+        mlp_width=size(config, "intermediate_size", 11008),
         norm="rmsnorm",
         norm_eps=get(config, "rms_norm_eps", 1e-6),
         activation=choose(config, "hidden_act", ACTIVATIONS, "silu"),
@@ -34,7 +34,7 @@ def read_decoder(config: Json, tied: bool) -> Decoder:
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=get(config, "mlp_bias", False),
-        vocab_size=get(config, "vocab_size", 32000),
+        vocab_size=size(config, "vocab_size", 32000),
         max_positions=max_positions,
         rope=read_rope(config, max_positions=max_positions),
         tied_head=tied,

@@ -30,7 +30,9 @@ def read_tower(config: Json) -> Vision:
     tower = get(config, "vision_config", {})
     vision = choose_nested("vision_config", tower, TOWERS, "clip_vision_model").read_vision(tower)
     layers = get(config, "vision_feature_layer", -2)
-    layers = (layers,) if isinstance(layers, int) else tuple(layers)
+    layers = tuple(layers) if isinstance(layers, list | tuple) else (layers,)
+    if not all(type(layer) is int for layer in layers):
+        raise ConfigError(f"config.json: vision_feature_layer {layers} is not a whole number, or a list of them.")
     if not all(-vision.depth - 1 <= layer <= vision.depth for layer in layers):
         raise ConfigError(
             f"config.json: vision_feature_layer {layers} goes beyond the encoder's {vision.depth + 1} hidden states."

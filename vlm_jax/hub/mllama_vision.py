@@ -7,7 +7,7 @@ leaves them.
 
 from vlm_jax.config import CHANNELS, ConfigError, Vision
 from vlm_jax.data.tiles import layouts
-from vlm_jax.hub.family import ACTIVATIONS, HUB_ACTIVATIONS, Json, choose, get, refuse
+from vlm_jax.hub.family import ACTIVATIONS, HUB_ACTIVATIONS, Json, choose, get, refuse, size, unaliased
 from vlm_jax.hub.gpt2 import norm_rows
 from vlm_jax.hub.llama import attention_rows, dense_rows
 from vlm_jax.hub.table import Row, row
@@ -16,21 +16,21 @@ from vlm_jax.limits import check_numbers
 
 TOWER, OURS = "vision_model", "vision/tiled"
 TAPS = "intermediate_taps"  # a key of ours: "input" or "output", which neither transformers nor Meta's code says
+ALIASES = {"num_attention_heads": "attention_heads"}
 NORM_EPS = 1e-5  # of the norms before and after the blocks whatever config.json says, so of those in the blocks, too
 
 
 def read_vision(config: Json, taps: str) -> Vision:
+    config = unaliased(config, ALIASES)
     refuse(config, "norm_eps", NORM_EPS)
     refuse(config, "num_channels", CHANNELS)
-    tiles, depth = get(config, "max_num_tiles", 4), get(config, "num_hidden_layers", 32)
+    tiles, depth = size(config, "max_num_tiles", 4), size(config, "num_hidden_layers", 32)
     check_numbers({"vision.tiles": tiles})  # before their layouts are listed
-    if get(config, "num_global_layers", 8) == 0:
-        raise ConfigError("config.json: num_global_layers 0 is not supported: it must be at least 1.")
     vision = Vision(
-        width=get(config, "hidden_size", 1280),
+        width=size(config, "hidden_size", 1280),
         depth=depth,
-        heads=get(config, "attention_heads", 16),
-        mlp_width=get(config, "intermediate_size", 5120),
+        heads=size(config, "attention_heads", 16),
+        mlp_width=size(config, "intermediate_size", 5120),
         norm_eps=NORM_EPS,
         activation=choose(config, "hidden_act", ACTIVATIONS, "gelu"),
         qkv_bias=False,
@@ -44,7 +44,7 @@ def read_vision(config: Json, taps: str) -> Vision:
         feature_layers=read_taps(get(config, "intermediate_layers_indices", [3, 7, 15, 23, 30]), depth, taps),
         tiles=tiles,
         tile_layouts=tuple(map(tuple, get(config, "supported_aspect_ratios", layouts(tiles)))),
-        global_depth=get(config, "num_global_layers", 8),
+        global_depth=size(config, "num_global_layers", 8),
     )
     refuse({"vision_output_dim": 7680} | config, "vision_output_dim", vision.output_width)
     return vision

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from vlm_jax.config import ConfigError, Contrastive, Decoder, Transformer, Vision
-from vlm_jax.hub.family import Family, Json, choose, get, refuse
+from vlm_jax.hub.family import Family, Json, choose, get, number, refuse, size
 from vlm_jax.hub.gpt2 import norm_rows
 from vlm_jax.hub.table import Part, Row, row
 from vlm_jax.hub.vit import block_rows, fused_rows, mlp_ratio, patch_rows, side
@@ -46,21 +46,21 @@ def read(config: Json, names: Collection[str]) -> Contrastive:
     return Contrastive(
         vision=replace(read_vision(vision), activation=activation),
         text=replace(read_text(text), activation=activation),
-        embed_width=get(model, "embed_dim", 512),
+        embed_width=size(model, "embed_dim", 512),
         causal=not get(text, "no_causal_mask", False),
         text_pool=choose(text, "pool_type", POOLED, "argmax"),
     )
 
 
 def read_vision(config: Json) -> Vision:
-    width, layers = get(config, "width", 768), get(config, "layers", 12)
-    if not isinstance(layers, int):
+    width, layers = size(config, "width", 768), get(config, "layers", 12)
+    if isinstance(layers, list):
         raise ConfigError(f"open_clip_config.json: layers {layers} are those of a ResNet, which is not supported.")
     return Vision(
         width=width,
-        depth=layers,
-        heads=width // get(config, "head_width", 64),
-        mlp_width=int(width * get(config, "mlp_ratio", 4)),
+        depth=size(config, "layers", 12),
+        heads=width // size(config, "head_width", 64),
+        mlp_width=int(width * number(config, "mlp_ratio", 4)),
         norm_eps=EPS,
         image_size_px=side(config, "image_size", 224),
         patch_size_px=side(config, "patch_size", 16),
@@ -73,16 +73,16 @@ def read_vision(config: Json) -> Vision:
 
 
 def read_text(config: Json) -> Decoder:
-    width = get(config, "width", 512)
+    width = size(config, "width", 512)
     return Decoder(
         width=width,
-        depth=get(config, "layers", 12),
-        heads=get(config, "heads", 8),
-        mlp_width=int(width * get(config, "mlp_ratio", 4)),
+        depth=size(config, "layers", 12),
+        heads=size(config, "heads", 8),
+        mlp_width=int(width * number(config, "mlp_ratio", 4)),
         norm_eps=EPS,
-        vocab_size=get(config, "vocab_size", 49408),
+        vocab_size=size(config, "vocab_size", 49408),
         positions="learned",
-        max_positions=get(config, "context_length", 77),
+        max_positions=size(config, "context_length", 77),
     )
 
 

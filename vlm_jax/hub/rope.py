@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from vlm_jax.config import ConfigError, Rope
-from vlm_jax.hub.family import Json, get, refuse
+from vlm_jax.hub.family import Json, get, refuse, size
 
 KNOWN = ("default", "linear", "llama3", "longrope")
 
@@ -43,7 +43,7 @@ def _stretched(rope: Rope, kind: str, scaling: Mapping, config: Mapping, max_pos
     if kind == "longrope":
         refuse(scaling, "attention_factor", None)
         nested = get(scaling, "original_max_position_embeddings", max_positions)
-        original = int(get(config, "original_max_position_embeddings", nested))
+        original = size(config, "original_max_position_embeddings", nested)
         return Rope(
             **shared,
             scaling="longrope",

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from vlm_jax.config import ConfigError, Contrastive, Vision
 from vlm_jax.hub import clip
-from vlm_jax.hub.family import Family, Json, get
+from vlm_jax.hub.family import Family, Json, get, size
 from vlm_jax.hub.gpt2 import norm_rows
 from vlm_jax.hub.llama import dense_rows
 from vlm_jax.hub.table import Row, row
@@ -26,7 +26,7 @@ TEXT_DEFAULTS = {
 def read_vision(config: Json) -> Vision:
     return Vision(
         **read_shape(config, 16, "gelu_pytorch_tanh"),
-        mlp_width=get(config, "intermediate_size", 3072),
+        mlp_width=size(config, "intermediate_size", 3072),
         norm_eps=get(config, "layer_norm_eps", 1e-6),
         pool="attention" if get(config, "vision_use_head", True) else "none",
     )

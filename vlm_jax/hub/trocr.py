@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from vlm_jax.config import Decoder, Fusion
-from vlm_jax.hub.family import ACTIVATIONS, HUB_ACTIVATIONS, Json, choose, get
+from vlm_jax.hub.family import ACTIVATIONS, HUB_ACTIVATIONS, Json, choose, get, size, unaliased
 from vlm_jax.hub.gpt2 import norm_rows
 from vlm_jax.hub.llama import attention_rows, dense_rows, is_tied
 from vlm_jax.hub.table import Row, places, row
@@ -12,21 +12,29 @@ HEAD = "output_projection.weight"
 LEARNED_OFFSET = 2  # rows of the position table before that of the first token
 
 
+ALIASES = {
+    "hidden_size": "d_model",
+    "num_hidden_layers": "decoder_layers",
+    "num_attention_heads": "decoder_attention_heads",
+}
+
+
 def read_decoder(config: Json, names: Collection[str], head: str = HEAD) -> Decoder:
+    config = unaliased(config, ALIASES)
     learned = get(config, "use_learned_position_embeddings", True)
     return Decoder(
-        width=get(config, "d_model", 1024),
-        depth=get(config, "decoder_layers", 12),
-        heads=get(config, "decoder_attention_heads", 16),
-        mlp_width=get(config, "decoder_ffn_dim", 4096),
+        width=size(config, "d_model", 1024),
+        depth=size(config, "decoder_layers", 12),
+        heads=size(config, "decoder_attention_heads", 16),
+        mlp_width=size(config, "decoder_ffn_dim", 4096),
         norm_eps=1e-5,
         norm_order="post",
         activation=choose(config, "activation_function", ACTIVATIONS, "gelu"),
-        vocab_size=get(config, "vocab_size", 50265),
+        vocab_size=size(config, "vocab_size", 50265),
         embed_scale=get(config, "scale_embedding", False),
         embed_norm=get(config, "layernorm_embedding", True),
         positions="learned" if learned else "sincos",
-        max_positions=get(config, "max_position_embeddings", 512),
+        max_positions=size(config, "max_position_embeddings", 512),
         position_offset=LEARNED_OFFSET if learned else get(config, "pad_token_id", 1) + 1,
         final_norm=False,
         tied_head=is_tied(config, names, True, head),

@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Mapping
 
 from vlm_jax.config import CHANNELS, ConfigError, Transformer, Vision
-from vlm_jax.hub.family import ACTIVATIONS, HUB_ACTIVATIONS, Family, Json, Renames, choose, get, refuse
+from vlm_jax.hub.family import ACTIVATIONS, HUB_ACTIVATIONS, Family, Json, Renames, choose, get, refuse, size
 from vlm_jax.hub.gpt2 import norm_rows
 from vlm_jax.hub.llama import dense_rows
 from vlm_jax.hub.table import Part, Row, row
@@ -37,9 +37,9 @@ def read_shape(config: Json, patch: int, activation: str) -> dict:
     """The fields of a Vision that all these encoders spell alike; `patch` and `activation` are a family's defaults."""
     refuse(config, "num_channels", CHANNELS)
     return {
-        "width": get(config, "hidden_size", 768),
-        "depth": get(config, "num_hidden_layers", 12),
-        "heads": get(config, "num_attention_heads", 12),
+        "width": size(config, "hidden_size", 768),
+        "depth": size(config, "num_hidden_layers", 12),
+        "heads": size(config, "num_attention_heads", 12),
         "activation": choose(config, "hidden_act", ACTIVATIONS, activation),
         "image_size_px": side(config, "image_size", 224),
         "patch_size_px": side(config, "patch_size", patch),
@@ -49,10 +49,10 @@ def read_shape(config: Json, patch: int, activation: str) -> dict:
 def side(config: Json, key: str, default: int) -> int:
     """The side of a square, which may be given twice."""
     value = get(config, key, default)
-    sides = set(value) if isinstance(value, list) else {value}
-    if len(sides) != 1:
+    sides = value if isinstance(value, list) else [value]
+    if not sides or any(length != sides[0] for length in sides):
         raise ConfigError(f"config.json: {key} {value} is not supported: images and patches have to be square.")
-    return sides.pop()
+    return size({key: sides[0]}, key)
 
 
 def write_shape(vision: Vision) -> Json:
@@ -74,7 +74,7 @@ def read_vision(config: Json, names: Collection[str]) -> Vision:
     pools = f"{POOLER}.weight" in names
     vision = Vision(
         **read_shape(config, 16, "gelu"),
-        mlp_width=get(config, "intermediate_size", 3072),
+        mlp_width=size(config, "intermediate_size", 3072),
         norm_eps=get(config, "layer_norm_eps", 1e-12),
         qkv_bias=get(config, "qkv_bias", True),
         class_token=True,
@@ -89,7 +89,7 @@ def read_vision(config: Json, names: Collection[str]) -> Vision:
 
 def num_classes(config: Json) -> int:
     """config.json names the classes, or counts them; two go without saying."""
-    return len(get(config, "id2label", {})) or get(config, "num_labels", 2)
+    return len(get(config, "id2label", {})) or size(config, "num_labels", 2)
 
 
 def write_vision(vision: Vision) -> Json:

@@ -74,7 +74,7 @@ def image_token_of(folder: str | os.PathLike) -> int | None:
 
 
 def _image_token(config: Json, family: Family, folder: Path) -> int | None:
-    found = get(config, "image_token_index", get(config, "image_token_id", family.image_token))
+    found = get(config, "image_token_id", get(config, "image_token_index", family.image_token))
     if found is not None and not are_ids(found):
         raise ConfigError(f"{folder}: image_token_index is {found!r}, but has to be an id.")
     return found
@@ -95,7 +95,9 @@ def load_checkpoint(
 
     Args:
       dtype: of the parameters; None: as they are stored.
-      mesh: of `axes.make_mesh`; None: all devices along `data`.
+      mesh: of `axes.make_mesh`; None: all devices along `data`. With one device and no mesh, the parameters are
+        committed to no device, as `model.init` returns them: outputs of `jax.jit` then lie as its inputs do, so that a
+        training step that takes its own outputs compiles once.
       taps: of `mllama.family_of_taps`; the other families have none.
 
     Raises:
@@ -105,7 +107,8 @@ def load_checkpoint(
     with open_tensors(folder) as tensors:
         checkpoint = inspect(folder, tensors, taps)
         boxed = traverse_util.flatten_dict(boxed_params(checkpoint.cfg), sep="/")
-        mesh = axes.make_mesh(MeshSizes()) if mesh is None else mesh
+        if mesh is None and jax.device_count() > 1:
+            mesh = axes.make_mesh(MeshSizes())
         params = read_params(checkpoint.rows, checkpoint.stored(tensors), boxed, dtype, mesh)
     return checkpoint, traverse_util.unflatten_dict(params, sep="/")
 
@@ -181,13 +184,13 @@ def check(rows: list[Row], stored: Mapping[str, tuple[int, ...]], shapes, folder
 
 
 def read_params(
-    rows: list[Row], stored: Mapping[str, StoredTensor], boxed: Mapping[str, axes.Lettered], dtype, mesh: Mesh
+    rows: list[Row], stored: Mapping[str, StoredTensor], boxed: Mapping[str, axes.Lettered], dtype, mesh: Mesh | None
 ) -> dict[str, jax.Array]:
     """The parameters in `boxed` (path -> shape and letters), each assembled from its rows where it lies on the mesh.
 
-    `stored` has the tensors by their names in the table.
+    `stored` has the tensors by their names in the table. `mesh` None: whole, and committed to no device.
     """
-    shardings = axes.parameter_shardings(boxed, mesh)
+    shardings = None if mesh is None else axes.parameter_shardings(boxed, mesh)
     shapes = {path: box.value.shape for path, box in boxed.items()}
     sources: dict[str, list[tuple[Row, Part]]] = {}
     for row in rows:
@@ -201,7 +204,10 @@ def read_params(
         def shard(index):
             return _shard(index, shapes, kind, [(tensor.read(), row, part) for tensor, row, part in found])
 
-        array = jax.make_array_from_callback(shapes[path], shardings[path], shard)
+        if shardings is None:
+            array = jax.device_put(shard((slice(None),) * len(shapes[path])))
+        else:
+            array = jax.make_array_from_callback(shapes[path], shardings[path], shard)
         array.block_until_ready()
         for tensor, _, _ in found:
             tensor.release()

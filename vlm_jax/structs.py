@@ -28,6 +28,8 @@ class Batch:
     image_slots: Array  # (B, S) int32: which of the row's I*M image tokens (with `vision.tile_layouts` I*J*M) stands
     #   here, or NO_IMAGE
     image_mask: Array  # (B, S, I) bool: which images the token may read in cross-attention
+    blind_mask: Array | None = None  # (B, S, I) bool: with `fusion.blind_rows` read_all, which images a token reads
+    #   whose image_mask has none, such as one before the image; none here, either: it skips cross-attention; None: all
     images: Array | None = None  # (B, I, height, width, channels) float32, normalised; I counts every view of an image:
     #   its tiles, then its thumbnail; with `vision.tile_layouts` (B, I, J, ...), and image_mask (B, S, I*J);
     #   without an encoder also (B, I, P, C) patches; None: text only
@@ -52,6 +54,7 @@ class Stream:
     memory: jax.Array | None = None  # (B, T, D): image tokens for cross-attention
     memory_mask: jax.Array | None = None  # (B, 1, S, T) bool: which of them a token reads
     reads: jax.Array | None = None  # (B, S) bool: whether it has an image to read
+    attends: jax.Array | None = None  # (B, S) bool: whether it passes cross-attention; None: as `reads`
     local_mask: jax.Array | None = None  # (B, 1, S, T) bool: the mask of blocks with a sliding window
 
 
@@ -64,6 +67,7 @@ class Context:
     memory: jax.Array | None = None  # (B, T, D)
     memory_mask: jax.Array | None = None  # (B, 1, S, T) bool; None: all
     reads: jax.Array | None = None  # (B, S) bool: whether a token has an image to read; None: every one
+    attends: jax.Array | None = None  # (B, S) bool: whether it passes cross-attention; None: as `reads`
     local_mask: jax.Array | None = None  # (B, 1, S, T) bool: the mask of blocks that slide; None: none does
     local_rope: Any = None  # cosines and sines of blocks that slide; None: as the others
     index: jax.Array | None = None  # () int32: the next free slot of the cache

@@ -147,4 +147,26 @@ def test_text_of_another_shape_or_beyond_the_vocabulary_is_refused(arrays, said)
 
 def test_padding_may_be_any_number():
     arrays = {"input_ids": np.array([[-100, 5], [10**6, 5]]), "attention_mask": np.array([[0, 1], [0, 1]])}
-    assert to_batch(CFG, arrays, IMAGE).segment_ids.tolist() == [[0, 1], [0, 1]]
+    batch = to_batch(CFG, arrays, IMAGE)
+    assert batch.segment_ids.tolist() == [[0, 1], [0, 1]]
+    assert batch.tokens.tolist() == [[0, 5], [CFG.decoder.vocab_size - 1, 5]]  # NaN is looked up nowhere
+
+
+LEARNED = replace(tiny("text_only"), decoder=replace(CFG.decoder, positions="learned", max_positions=4))
+
+
+@pytest.mark.parametrize("position", [4, -1])
+def test_a_position_outside_a_learned_table_is_refused(position):
+    ids, positions = np.ones((1, 3), int), np.array([[0, 1, position]])
+    with pytest.raises(ConfigError, match=f"at position {position}, counted from 0, but the model has only 4"):
+        to_batch(LEARNED, {"input_ids": ids, "position_ids": positions}, None)
+    mask = np.array([[1, 1, 0]])
+    batch = to_batch(LEARNED, {"input_ids": ids, "position_ids": positions, "attention_mask": mask}, None)
+    assert batch.positions.tolist() == [[0, 1, min(max(position, 0), 3)]]
+
+
+def test_a_text_longer_than_a_learned_table_is_refused_and_rope_has_no_end():
+    ids = {"input_ids": np.ones((1, 100), int)}
+    with pytest.raises(ConfigError, match="at position 99"):
+        to_batch(LEARNED, ids, None, generating=True)
+    assert to_batch(CFG, ids, IMAGE, generating=True).positions.max() == 99

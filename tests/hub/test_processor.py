@@ -4,9 +4,11 @@ import functools
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from transformers.image_utils import load_image
@@ -14,11 +16,13 @@ from transformers.image_utils import load_image
 from tests.hub import tiny_checkpoints as tiny
 from tests.hub import tiny_tokenizers
 from tests.hub.tiny_checkpoints import ABOUT_IMAGES, CAPTIONS, OF_TEXT, Folder
+from vlm_jax import from_pretrained
 from vlm_jax.cli import main
 from vlm_jax.config import ConfigError
 from vlm_jax.hub.files import open_tensors
 from vlm_jax.hub.load import inspect
 from vlm_jax.hub.processor import Processor
+from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.structs import NO_IMAGE
 
 QUESTION = "what is it?"
@@ -269,3 +273,80 @@ def test_an_image_processor_is_of_no_concern_to_a_text_model(folder_of, tmp_path
     path = changed(folder_of("gemma"), tmp_path)
     (path / "preprocessor_config.json").write_text('{"image_processor_type": "SomeImageProcessor"}')
     assert processor_of(path).images is None
+
+
+# ---- a batch is one by one
+
+
+MIXED = {"text": [], "one": ["colour"], "two": ["turned", "tall"]}  # images of each row
+
+
+@pytest.mark.parametrize("name", ["llava", "paligemma", "fuyu", "mllama"])
+def test_a_row_does_not_depend_on_the_images_of_the_others(folder_of, pictures, name):
+    """Chat templates put tokens before the image; they must not read what fills the rows of fewer images."""
+    model, params, processor = from_pretrained(folder_of(name).path)
+    shown = [[pictures[kind] for kind in kinds][: 1 if name == "fuyu" else 2] for kinds in MIXED.values()]
+    prompts = [processor.chat(f"what is {number}?", len(files)) for number, files in enumerate(shown)]
+    apply = jax.jit(lambda batch: model.apply({"params": params}, batch).logits)
+    together = processor(prompts, shown)
+    logits, made = apply(together), generate(model.cfg, params, together, 3, Decoding())
+    for row, (prompt, files) in enumerate(zip(prompts, shown)):
+        alone = processor(prompt, files)
+        length = alone.tokens.shape[1]
+        np.testing.assert_allclose(logits[row, -length:], apply(alone)[0], atol=1e-4)
+        if row == 0:
+            np.testing.assert_array_equal(made[row], generate(model.cfg, params, alone, 3, Decoding())[0])
+
+
+# ---- nestings of images
+
+
+@pytest.mark.parametrize("name, token", [("llava", "<image>"), ("mllama", "<|image|>"), ("paligemma", "")])
+def test_images_may_be_nested_as_transformers_takes_them(folder_of, pictures, name, token):
+    processor, file = processor_of(folder_of(name).path), pictures["colour"]
+    opened, prompt, other = Image.open(file), f"{token}hello", f"{token}what is it?"
+    expected = processor([prompt], [[file]])
+    pixels = np.asarray(opened)
+    for images in (file, str(file), opened, pixels, [file], (pixels,), [[opened]], ([pixels],)):
+        for prompts in (prompt, [prompt]):
+            batch = processor(prompts, images)
+            np.testing.assert_array_equal(batch.tokens, expected.tokens)
+            np.testing.assert_array_equal(batch.images, expected.images)
+    two = processor([prompt, other], [[file], [pictures["tall"]]])
+    for images in ([file, pictures["tall"]], [[file], pictures["tall"]]):
+        np.testing.assert_array_equal(processor([prompt, other], images).images, two.images)
+    for images in (file, [file], [[file]]):
+        assert processor.asked("what is it?", images).images is not None
+    for images in (None, (), [], [[]]):
+        assert processor("hello", images).images is None
+    np.testing.assert_array_equal(processor.images(file).pixel_values, processor.images([file]).pixel_values)
+
+
+@pytest.mark.parametrize(
+    "prompts, images, message",
+    [
+        (2, lambda file: [[file]], "1 lists for 2 prompts: give one list of images for each prompt"),
+        (2, lambda file: [file, file, file], "flat list of 3 images does not match 2 prompts that need 2"),
+        (2, lambda file: [None, [file]], "images holds None: give one list of images for each prompt"),
+        (1, lambda file: {"image": file}, "images is of the type dict: give one list of images"),
+        (1, lambda file: [[[file]]], "list is not a kind of image"),
+        (1, lambda file: [[b"abc"]], "bytes is not a kind of image"),
+        (1, lambda file: np.zeros((8, 8, 3)), r"an array of float64 \(8, 8, 3\) is not an image"),
+        (1, lambda file: np.zeros((2, 8, 8, 3), np.uint8), r"an array of uint8 \(2, 8, 8, 3\) is not an image"),
+        (1, lambda file: np.zeros((3, 8, 8), np.uint8), r"an array of uint8 \(3, 8, 8\) is not an image"),
+        (0, lambda file: [], "prompts is .*: it must be text"),
+    ],
+)
+def test_another_nesting_is_refused_by_what_is_wrong(folder_of, pictures, prompts, images, message):
+    processor = processor_of(folder_of("llava").path)
+    with pytest.raises(ConfigError, match=message):
+        processor(["<image>hello"] * prompts, images(pictures["colour"]))
+
+
+# ---- texts longer than the model's positions
+
+
+def test_a_text_of_more_tokens_than_learned_positions_is_refused(folder_of, pictures):
+    processor = processor_of(folder_of("vit and gpt2").path)  # 64 positions
+    with pytest.raises(ConfigError, match="too long: .* but the model has only 64 positions"):
+        processor(["cat " * 200], [[pictures["colour"]]])

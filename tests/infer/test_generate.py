@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vlm_jax import axes
-from vlm_jax.config import Mesh, NotFinite
+from vlm_jax.config import ConfigError, Mesh, NotFinite
 from vlm_jax.data import questions, text, tiles
 from vlm_jax.data.tokenizer import SPECIALS, Tokenizer
 from vlm_jax.infer.generate import Decoding, NonFiniteLogits, choose, generate, stream
@@ -193,6 +193,17 @@ def chosen(how, draws=2000):
 def test_tokens_are_drawn_as_often_as_they_are_likely(how, shares):
     np.testing.assert_allclose(chosen(how), shares, atol=0.04)
     assert ((chosen(how) > 0) == (np.array(shares) > 0)).all()
+
+
+def test_generation_beyond_learned_positions_is_refused():
+    cfg = CONFIGS["encoder_decoder"]
+    ids, images = prompts(cfg)
+    length = max(map(len, ids))
+    cfg = replace(cfg, decoder=replace(cfg.decoder, positions="learned", max_positions=length + 1))
+    batch = batch_of(cfg, ids, images)
+    generate(cfg, random_params(cfg, 0.3), batch, 2, NEVER)  # the last token is not read
+    with pytest.raises(ConfigError, match=f"{length + 2} tokens are too many: the model has {length + 1} positions"):
+        generate(cfg, random_params(cfg, 0.3), batch, 3, NEVER)
 
 
 # Numbers that are not finite

@@ -10,7 +10,7 @@ from flax import traverse_util
 from flax.linen import meta
 
 from vlm_jax.axes import make_mesh, parameter_shardings
-from vlm_jax.config import Contrastive, Decoder, Mesh, Vision
+from vlm_jax.config import ConfigError, Contrastive, Decoder, Mesh, Vision
 from vlm_jax.nn.models import boxed_params, model_of
 
 STACK = {"width": 16, "depth": 2, "heads": 2, "mlp_width": 24}
@@ -79,6 +79,23 @@ def test_without_a_direction_every_token_counts_unless_it_is_padding():
     there[:, 3] = False
     masked, masked_changed = (run(SIGLIP, ids, there, method="text_features") for ids in (IDS, changed))
     np.testing.assert_allclose(masked, masked_changed, atol=1e-6)
+
+
+@both
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        (np.ones((1, 9), int), "9 tokens are too many: the model has 8 positions"),
+        (np.array([[1, 32]]), "id 32 is outside the table of 32 rows"),
+        (np.array([[1, -1]]), "id -1 is outside"),
+    ],
+)
+def test_a_text_outside_the_tables_is_refused(cfg, ids, message):
+    with pytest.raises(ConfigError, match=message):
+        model_of(cfg).apply({"params": params_of(cfg)}, jnp.asarray(ids), method="text_features")
+    if ids.shape[1] > 8:
+        with pytest.raises(ConfigError, match=message):
+            run(cfg, ids, method="text_features")  # a length is known while tracing
 
 
 @both

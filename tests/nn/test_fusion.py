@@ -273,6 +273,18 @@ def test_a_blind_token_reads_everything_where_asked_for_and_is_known_as_blind():
     assert drawn(opened.memory_mask) == ["11..", "1111"]
     for stream in (skipping, opened):
         assert stream.reads.tolist() == [[True, False]]
+    assert opened.attends.tolist() == [[True, True]]
+
+
+def test_a_blind_token_reads_what_its_blind_mask_allows():
+    row = batch([1, 1, 1], [0, 0, 0], [[1, 0], [0, 0], [0, 0]])
+    row = row.replace(blind_mask=jnp.asarray([[[0, 1], [0, 1], [0, 0]]], bool))
+    cfg = two_tokens_an_image("cross_attention")
+    cfg = replace(cfg, fusion=replace(cfg.fusion, blind_rows="read_all"))
+    stream = fuse(cfg, jnp.zeros((1, 3, 3)), jnp.zeros((1, 4, 3)), row)
+    assert drawn(stream.memory_mask) == ["11..", "..11", "...."]
+    assert stream.reads.tolist() == [[True, False, False]]
+    assert stream.attends.tolist() == [[True, True, False]]
 
 
 def test_place_puts_image_tokens_where_they_stand_and_leaves_the_text():

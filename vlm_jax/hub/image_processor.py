@@ -6,7 +6,7 @@ backend="pil")`), and open_clip's transform for inference. Tests compare the two
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import einops
@@ -17,7 +17,9 @@ from vlm_jax.data.resize import center_crop, pad_to_square, resize
 from vlm_jax.hub.image_settings import OPEN_CLIP, SQUARE, ImageSettings, read_settings
 from vlm_jax.hub.image_steps import (
     Picture,
+    Pictures,
     fitting_shape,
+    is_picture,
     pad,
     read,
     resized_shape,
@@ -55,16 +57,17 @@ class ImageProcessor:
         """
         return cls(read_settings(folder))
 
-    def __call__(self, images: Sequence[Picture] | Sequence[Sequence[Picture]]) -> ProcessedImages:
-        """Pictures, or rows of them, -> pixels.
+    def __call__(self, images: Pictures) -> ProcessedImages:
+        """One picture, a list of pictures, or rows of them -> pixels.
 
         Args:
-          images: image files, which are turned upright, or open Pillow images, which are taken as they are. Only for
-            mllama do rows matter: each is an example, and a flat list is one.
+          images: image files, which are turned upright, or open Pillow images or uint8 arrays (height, width, 3), which
+            are taken as they are. Only for mllama do rows matter: each is an example, and a flat list is one.
 
         Raises:
           ConfigError: a file that holds no image, or images that do not fit the settings or one another.
         """
+        images = [images] if is_picture(images) else images
         if self.settings.kind == "MllamaImageProcessor":
             rows = images if all(isinstance(row, list | tuple) for row in images) else [images]
             return ProcessedImages(**pack_tiles(rows, self.settings))

@@ -1,8 +1,9 @@
 """What a picture goes through on its way to a model: a function a step, in Pillow until its numbers leave 0..255."""
 
+import itertools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -12,14 +13,70 @@ from vlm_jax.data.images import from_array, read_bytes, upright
 from vlm_jax.data.resize import shortest_edge_shape
 from vlm_jax.hub.image_settings import ImageSettings
 
-Picture = Image.Image | np.ndarray | str | os.PathLike  # an open image, taken as it is, its pixels, or a file
+Picture = Image.Image | np.ndarray | str | os.PathLike  # an open image or its pixels, taken as they are, or a file
+Pictures = Picture | Sequence[Picture] | Sequence[Sequence[Picture]] | None
+
+
+def is_picture(value) -> bool:
+    return isinstance(value, Image.Image | str | os.PathLike) or hasattr(value, "__array__")
+
+
+def to_rows(images: Pictures, prompts: Sequence[str], image_token: str = "") -> list[list[Picture]]:
+    """Images of each prompt, from any nesting that the processors of transformers accept.
+
+    Args:
+      images: one list for each prompt; or a flat list, of which each prompt takes one image for each of its image
+        tokens, or one where no prompt has any; or a single image. A single prompt takes all images of a flat list.
+      image_token: text of the placeholder; "" if the family has none.
+
+    Raises:
+      ConfigError: the images cannot be divided among the prompts.
+    """
+    images = [images] if is_picture(images) else () if images is None else images
+    if not isinstance(images, list | tuple):
+        raise ConfigError(f"images is of the type {type(images).__name__}: give one list of images for each prompt.")
+    if not images:
+        return [[] for _ in prompts]
+    if all(map(is_picture, images)):
+        return _divide(images, prompts, image_token)
+    rows = [[row] if is_picture(row) else row for row in images]
+    wrong = [row for row in rows if not isinstance(row, list | tuple)]
+    if wrong:
+        raise ConfigError(f"images holds {wrong[0]!r}: give one list of images for each prompt, [] where it has none.")
+    if len(rows) != len(prompts):
+        raise ConfigError(
+            f"images has {len(rows)} lists for {len(prompts)} prompts: give one list of images for each prompt, [] "
+            "where it has none."
+        )
+    return [list(row) for row in rows]
+
+
+def _divide(images: Sequence[Picture], prompts: Sequence[str], image_token: str) -> list[list[Picture]]:
+    """A flat list of images -> those of each prompt."""
+    counts = [prompt.count(image_token) if image_token else 0 for prompt in prompts]
+    if len(prompts) == 1:
+        counts = [len(images)]
+    elif not any(counts):
+        counts = [1] * len(prompts)
+    if sum(counts) != len(images):
+        raise ConfigError(
+            f"a flat list of {len(images)} images does not match {len(prompts)} prompts that need {sum(counts)}: give "
+            "one list of images for each prompt, [] where it has none."
+        )
+    following = iter(images)
+    return [list(itertools.islice(following, count)) for count in counts]
 
 
 def read(picture: Picture) -> Image.Image:
-    """An open image as it is; the one in a file upright. ConfigError names a file that holds none."""
-    if isinstance(picture, np.ndarray):
-        return from_array(picture)
-    return picture if isinstance(picture, Image.Image) else upright(read_bytes(picture), str(picture))
+    """An open image as it is; the one in a file upright. ConfigError names a file or an array that holds none."""
+    if isinstance(picture, Image.Image):
+        return picture
+    if isinstance(picture, str | os.PathLike):
+        return upright(read_bytes(picture), str(picture))
+    if not is_picture(picture):
+        kind = type(picture).__name__
+        raise ConfigError(f"{kind} is not a kind of image: give a file, an open PIL image or an array of pixels.")
+    return from_array(np.asarray(picture))
 
 
 def to_rgb(picture: Picture, whiten: bool) -> Image.Image:

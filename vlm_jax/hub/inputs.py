@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vlm_jax.config import CHANNELS, ConfigError, Experiment
+from vlm_jax.config import CHANNELS, ConfigError, Decoder, Experiment
 from vlm_jax.structs import NO_IMAGE, TRUNK, Batch
 
 Arrays = Mapping[str, np.ndarray]
@@ -32,7 +32,8 @@ def to_batch(cfg: Experiment, arrays: Arrays, image_token: int | None, generatin
         always slots in an encoder-decoder.
 
     Raises:
-      ConfigError: the image tokens in the text do not match the images, or an array is missing or has a wrong shape.
+      ConfigError: the image tokens in the text do not match the images, an array is missing or has a wrong shape, or
+        an id or a position is outside the model's tables.
     """
     prefix = "decoder_" if cfg.fusion.kind == "encoder_decoder" else ""
     _check_text(arrays, prefix)
@@ -55,8 +56,7 @@ def to_batch(cfg: Experiment, arrays: Arrays, image_token: int | None, generatin
         batch = text
     else:
         batch = text.replace(**IMAGES[cfg.fusion.kind](cfg, arrays, ids, image_token))
-    _check_ids(batch, cfg.decoder.vocab_size + cfg.decoder.extra_tokens)
-    return batch
+    return _within_tables(cfg.decoder, batch)
 
 
 def _check_text(arrays: Arrays, prefix: str) -> None:
@@ -74,11 +74,41 @@ def _check_text(arrays: Arrays, prefix: str) -> None:
         _shaped(arrays, f"{prefix}position_ids", (1 if positions[:1] == (1,) else len(ids), ids.shape[1]))
 
 
-def _check_ids(batch: Batch, rows: int) -> None:
-    """A lookup beyond the table would be no error on the device. What is padding may be any number."""
-    wrong = batch.tokens[(batch.segment_ids > 0) & ((batch.tokens < 0) | (batch.tokens >= rows))]
+def _within_tables(decoder: Decoder, batch: Batch) -> Batch:
+    """The batch with the numbers of padding, which may be any, moved into the model's tables.
+
+    A look-up outside a table gives NaN, which attention spreads over the whole row even from padding.
+
+    Raises:
+      ConfigError: an id or a learned position of a token is outside its table.
+    """
+    is_token, rows = batch.segment_ids > 0, decoder.vocab_size + decoder.extra_tokens
+    wrong = batch.tokens[is_token & ((batch.tokens < 0) | (batch.tokens >= rows))]
     if wrong.size:
         raise ConfigError(f"the text has the id {wrong.max()}, but the model has only {rows} tokens.")
+    batch = batch.replace(tokens=batch.tokens.clip(0, rows - 1))
+    if decoder.positions != "learned":  # the others are computed, so that they have no end
+        return batch
+    most, positions = decoder.max_positions, batch.positions
+    wrong = positions[is_token & ((positions < 0) | (positions >= most))]
+    if wrong.size:
+        raise ConfigError(
+            f"the text is too long: it has a token at position {wrong.max()}, counted from 0, but the model has only "
+            f"{most} positions."
+        )
+    return batch.replace(positions=positions.clip(0, most - 1))
+
+
+def reading_own_images(batch: Batch) -> Batch:
+    """A batch of Llama 3.2 Vision in which no row depends on the images of the others.
+
+    In transformers, a token that stands before its image, or whose row has none, reads every tile of the batch's
+    largest row, blank ones included. Here it reads those of its own row, as it does where the row is alone: all tiles
+    of its images, or none.
+    """
+    tiles = batch.image_mask.shape[-1] // batch.tile_layouts.shape[1]
+    own = np.repeat(batch.tile_layouts > 0, tiles, axis=1)
+    return batch.replace(blind_mask=np.broadcast_to(own[:, None], batch.image_mask.shape))
 
 
 def image_batch(cfg: Experiment, arrays: Arrays) -> Batch:

@@ -11,8 +11,8 @@ import numpy as np
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.hub.chat import ChatTemplate
 from vlm_jax.hub.image_processor import ImageProcessor, ProcessedImages
-from vlm_jax.hub.image_steps import Picture
-from vlm_jax.hub.inputs import to_batch
+from vlm_jax.hub.image_steps import Picture, Pictures, to_rows
+from vlm_jax.hub.inputs import reading_own_images, to_batch
 from vlm_jax.hub.load import Checkpoint
 from vlm_jax.hub.prompts import TextFormat, load_prompt_format, stack_prompts
 from vlm_jax.hub.tokenizer import HubTokenizer, are_ids, has_tokenizer
@@ -49,24 +49,30 @@ class Processor:
 
     def __call__(
         self,
-        prompts: Sequence[str],
-        images: Sequence[Sequence[Picture]] = (),
+        prompts: str | Sequence[str],
+        images: Pictures = (),
         add_special_tokens: bool = True,
         chat: bool = False,
     ) -> Batch:
         """Prompts as they are and the images of each -> a batch to continue, padded on the left.
 
+        A row gives the same outputs whatever the other rows are.
+
         Args:
-          images: files, or open ones.
+          images: one list for each prompt, or another nesting that `image_steps.to_rows` accepts. An image is a file,
+            an open PIL image, or a uint8 array (height, width, 3).
           add_special_tokens: whether the tokenizer puts its own around a prompt that does not begin with them.
           chat: whether prompts are messages of a user, to be formatted by the chat template if the folder has one.
 
         Raises:
           ConfigError: the images do not match the prompts, or the folder lacks a tokenizer or an image processor.
         """
-        cfg, images = self.checkpoint.cfg, images or [()] * len(prompts)
+        cfg, prompts = self.checkpoint.cfg, [prompts] if isinstance(prompts, str) else prompts
         if self.form is None:
             raise ConfigError(f"{self.checkpoint.folder} holds no tokenizer, or its model reads no text.")
+        if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(text, str) for text in prompts):
+            raise ConfigError(f"prompts is {prompts!r}: it must be text, or a list of texts.")
+        images = to_rows(images, prompts, self.image_token)
         if chat:
             prompts = [self.chat(prompt, len(row)) for prompt, row in zip(prompts, images, strict=True)]
             # As in transformers: a tokenizer's template writes all special tokens, a processor's perhaps not bos.
@@ -83,32 +89,38 @@ class Processor:
             if not all(len(prompt.input_ids) for prompt in made):
                 raise ConfigError("the prompt is empty: there is no token to continue.")
             arrays = stack_prompts(made, self.tokenizer.pad_id or 0)
-        return to_batch(cfg, arrays | _arrays(processed), self.checkpoint.image_token, generating=True)
+        batch = to_batch(cfg, arrays | _arrays(processed), self.checkpoint.image_token, generating=True)
+        return batch if batch.tile_layouts is None else reading_own_images(batch)
 
-    def asked(self, prompt: str, images: Sequence[Picture] = ()) -> Batch:
+    def asked(self, prompt: str, images: Pictures = ()) -> Batch:
         """What a user says about images, in the words of the chat template if there is one -> a batch to continue.
 
         Raises:
           ConfigError: what `__call__` raises, or the template fails.
         """
-        return self([prompt], [images], chat=True)
+        return self([prompt], to_rows(images, [prompt]), chat=True)
+
+    @property
+    def image_token(self) -> str:
+        """Text of the placeholder of an image; "" if the family has none."""
+        return getattr(self.form, "image_token", "")
 
     def pixels(self, images: Sequence[Sequence[Picture]]) -> ProcessedImages | None:
-        """The images of every row as the encoder reads them; None where there is none."""
+        """Images of every row as the encoder reads them; None if no row has any."""
         if not any(images):
             return None
         if self.images is None:
             raise ConfigError(
                 f"{self.checkpoint.folder} holds no {' or '.join(IMAGE_FILES)}: it says nothing of images."
             )
-        return self.images([list(row) for row in images])
+        return self.images(images)
 
     def chat(self, prompt: str, images: int) -> str:
         """What a user says about so many images, as the checkpoint's chat template has it, or with its image tokens.
 
         A prompt that has image tokens of its own keeps them where they are, and gets no others.
         """
-        token = getattr(self.form, "image_token", "")
+        token = self.image_token
         if token and token in prompt:
             images = 0
         if self.template is None:

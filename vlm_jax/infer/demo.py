@@ -8,15 +8,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image
 
 from vlm_jax import axes
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.config import Mesh as MeshSizes
 from vlm_jax.data import images as image_files
 from vlm_jax.data import questions
+from vlm_jax.data.conversations import MARK
 from vlm_jax.data.tiles import to_pixels
 from vlm_jax.data.tokenizer import Tokenizer
+from vlm_jax.hub.image_steps import Picture, Pictures, read, to_rows
 from vlm_jax.infer import answers
 from vlm_jax.nn.models import model_of
 from vlm_jax.nn.vlm import VLM
@@ -26,8 +27,6 @@ from vlm_jax.train.step import narrowed
 from vlm_jax.validate import validate
 from vlm_jax.workdir import Workdir
 
-Picture = Image.Image | np.ndarray | str | os.PathLike  # an open image, its pixels, or a file
-
 
 @dataclass(frozen=True)
 class RunProcessor:
@@ -36,7 +35,7 @@ class RunProcessor:
     cfg: Experiment
     tokenizer: Tokenizer
 
-    def __call__(self, prompts: Sequence[str], images: Sequence[Sequence[Picture]] = (), *, chat: bool = True) -> Batch:
+    def __call__(self, prompts: str | Sequence[str], images: Pictures = (), *, chat: bool = True) -> Batch:
         """Prompts and the images of each -> a batch to continue, padded on the left.
 
         An image that several prompts share is encoded once if their rows hold the same objects.
@@ -47,10 +46,8 @@ class RunProcessor:
         Raises:
           ConfigError: the images do not match the prompts, or an image cannot be read.
         """
-        images = images or [()] * len(prompts)
-        is_nested = all(isinstance(row, list | tuple) for row in images)
-        if not is_nested or len(images) != len(prompts):
-            raise ConfigError(f"images must be {len(prompts)} lists, the images of each prompt, not {images!r:.80}.")
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        images = to_rows(images, prompts, MARK)
         keys = [tuple(map(id, row)) for row in images]
         shared = dict(zip(keys, images))
         pixels = [[self._pixels(picture) for picture in row] for row in shared.values()]
@@ -59,10 +56,7 @@ class RunProcessor:
 
     def _pixels(self, picture: Picture) -> np.ndarray:
         """(H, W, 3) float32, laid out in tiles and normalised."""
-        if isinstance(picture, np.ndarray):
-            picture = image_files.from_array(picture)
-        is_open = isinstance(picture, Image.Image)
-        return to_pixels(image_files.to_rgb(picture) if is_open else image_files.read_image(picture), self.cfg.vision)
+        return to_pixels(image_files.to_rgb(read(picture)), self.cfg.vision)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

@@ -73,11 +73,13 @@ class Block(nn.Module):
         return Attention(self.cfg, self.cfg.qk_norm, name=name)(x, x, mask, rope, cache, context.index)
 
     def _seen(self, name, y, context: Context):
-        """What a token without an image gets from a cross sublayer: nothing."""
-        reads_blindly = self.fusion.blind_rows == "read_all" and name == "cross"
-        if not name.startswith("cross") or context.reads is None or reads_blindly:
+        """Zeroes what a cross sublayer would add to a token that does not pass it."""
+        passes = context.reads
+        if name == "cross" and context.attends is not None:
+            passes = context.attends
+        if not name.startswith("cross") or passes is None:
             return y
-        return jnp.where(context.reads[..., None], y, 0)
+        return jnp.where(passes[..., None], y, 0)
 
     def _scaled(self, name, y):
         if self.cfg.residual_scale == "vector":

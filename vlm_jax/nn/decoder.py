@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from vlm_jax.config import ConfigError, Fusion
 from vlm_jax.config import Decoder as DecoderConfig
-from vlm_jax.config import Fusion
 from vlm_jax.nn.blocks import Stack, repeating_period
 from vlm_jax.nn.layers import Dense, Embed, Norm, softcap
 from vlm_jax.nn.positions import local_rope_tables, rope_tables, sincos_rows
@@ -77,6 +77,7 @@ class Decoder(nn.Module):
             memory=stream.memory,
             memory_mask=stream.memory_mask,
             reads=stream.reads,
+            attends=stream.attends,
             local_mask=stream.local_mask,
             local_rope=local_rope_tables(positions, cfg) if cfg.rope.local_theta else None,
             index=cache.index if cache else None,
@@ -90,12 +91,19 @@ class Decoder(nn.Module):
     def _positions(self, positions):
         rows = positions + self.cfg.position_offset
         if self.cfg.positions == "learned":
+            check_length(self.cfg, positions.shape[1])
             return self.position_embedding(rows)
         return jnp.where(positions[..., None] < 0, 0.0, sincos_rows(rows, self.cfg.width))
 
     def head(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         logits = self.embedding.attend(x) if self.cfg.tied_head else self.free_head(x)
         return softcap(logits, self.cfg.logit_softcap)
+
+
+def check_length(cfg: DecoderConfig, length: int) -> None:
+    """Raises ConfigError if a table of learned positions has fewer rows than `length`; other positions have no end."""
+    if cfg.positions == "learned" and length > cfg.max_positions:
+        raise ConfigError(f"{length} tokens are too many: the model has {cfg.max_positions} positions.")
 
 
 def remember(stream: Stream, cache: Cache) -> Cache:

@@ -46,9 +46,17 @@ def fuse(
     if cfg.fusion.kind == "hybrid":
         image = None if image is None else without_thumbnails(cfg, image, 1, cfg.image_tokens)
         batch = batch.replace(image_mask=without_thumbnails(cfg, batch.image_mask, 2))
-    readable = memory_mask(batch, cfg.image_tokens)
-    opened = readable | ~readable.any(-1, keepdims=True) if cfg.fusion.blind_rows == "read_all" else readable
-    return stream.replace(memory=image, memory_mask=opened, reads=batch.image_mask.any(-1))
+    stream = stream.replace(memory=image, reads=batch.image_mask.any(-1))
+    if cfg.fusion.blind_rows == "read_all":
+        batch = batch.replace(image_mask=open_blind(batch))
+        stream = stream.replace(attends=batch.image_mask.any(-1))
+    return stream.replace(memory_mask=memory_mask(batch, cfg.image_tokens))
+
+
+def open_blind(batch: Batch) -> Bool[Array, "B S I"]:
+    """`image_mask`, in which a token that may read no image reads those of its `blind_mask`."""
+    is_blind = ~batch.image_mask.any(-1, keepdims=True)
+    return batch.image_mask | (is_blind if batch.blind_mask is None else is_blind & batch.blind_mask)
 
 
 def without_thumbnails(cfg: Experiment, x: Array, axis: int, each: int = 1) -> Array:

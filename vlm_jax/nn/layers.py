@@ -4,11 +4,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from vlm_jax import axes
-from vlm_jax.config import Transformer
+from vlm_jax.config import ConfigError, Transformer
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -137,7 +138,10 @@ class Mlp(nn.Module):
 
 
 class Embed(nn.Module):
-    """(B, S) ids -> (B, S, D); `attend` is the tied output head, (B, S, D) -> (B, S, V)."""
+    """(B, S) ids -> (B, S, D); `attend` is the tied output head, (B, S, D) -> (B, S, V).
+
+    Ids outside the table raise ConfigError, unless they are traced: within `jax.jit` their embeddings are NaN.
+    """
 
     num: int
     width: int
@@ -147,7 +151,18 @@ class Embed(nn.Module):
         self.table = self.param("table", axes.lettered(embedding_init, self.letters), (self.num, self.width))
 
     def __call__(self, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        check_ids(ids, self.num, axes.ALPHABET[self.letters.split()[0]].meaning)
         return axes.lookup(self.table, ids, self.letters)
 
     def attend(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         return matmul(x, self.table.T)
+
+
+def check_ids(ids, rows: int, table: str) -> None:
+    """Raises ConfigError for ids that are not among the rows of a table. Values that a trace hides are not checked."""
+    if isinstance(ids, jax.core.Tracer) or not getattr(ids, "is_fully_addressable", True):
+        return
+    ids = np.asarray(ids)
+    outside = ids[(ids < 0) | (ids >= rows)]
+    if outside.size:
+        raise ConfigError(f"id {outside[0]} is outside the table of {rows} rows ({table}).")

@@ -23,7 +23,8 @@ def model_of(cfg: Config) -> nn.Module:
 def example_inputs(cfg: Config) -> tuple:
     """Zeros in the shape of what the model is called with."""
     if isinstance(cfg, Experiment):
-        return (example_batch(cfg),)
+        length = min(cfg.row_length, cfg.decoder.max_positions)  # a public model may have fewer positions
+        return (example_batch(cfg, length=length),)
     if isinstance(cfg, Vision):
         return (example_images(cfg, 1)["images"][:, 0],)
     return (*example_inputs(cfg.vision), jnp.zeros((1, cfg.text.max_positions), jnp.int32))

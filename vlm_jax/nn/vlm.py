@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax import axes
 from vlm_jax.config import CHANNELS, Experiment, Vision
-from vlm_jax.nn.decoder import Decoder, empty_layers
+from vlm_jax.nn.decoder import Decoder, check_length, empty_layers
 from vlm_jax.nn.fusion import fuse
 from vlm_jax.nn.projector import PROJECTORS
 from vlm_jax.nn.vit import ViT
@@ -61,13 +61,18 @@ class VLM(nn.Module):
 
 
 def empty_cache(cfg: Experiment, prompt: Batch, new_tokens: int, dtype=jnp.float32) -> Cache:
-    """Room for a prompt and the tokens to come, which belong to the segment and branch of the prompt's last token."""
+    """Room for a prompt and the tokens to come, which belong to the segment and branch of the prompt's last token.
+
+    Raises:
+      ConfigError: the tokens that will be read, all but the last new one, are more than the positions of the model.
+    """
 
     def continued(ids, step=0):
         coming = ids[:, -1:] + step * jnp.arange(1, new_tokens + 1)
         return jnp.concatenate([ids, coming], axis=1)
 
     rows, length = prompt.tokens.shape
+    check_length(cfg.decoder, length + new_tokens - 1)
     blocks = prompt.block_ids
     return Cache(
         index=jnp.int32(0),

@@ -29,9 +29,7 @@ def answer(
     check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     if not isinstance(model, VLM):
         raise ConfigError("the model is an encoder: it writes no text.")
-    if isinstance(prompts, str):
-        is_nested = any(isinstance(row, list | tuple) for row in images)
-        prompts, images = [prompts], images if is_nested or not len(images) else [images]
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts:
         return []
     batch = processor(prompts, images, chat=chat)

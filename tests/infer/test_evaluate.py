@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_jax import report
 from vlm_jax.config import ConfigError, Data, Eval
 from vlm_jax.data import questions
 from vlm_jax.data.questions import Question
@@ -107,13 +108,36 @@ def test_the_samples_are_a_picture(scores, cfg):
 
 @pytest.mark.parametrize("said", ["$x$ $", "$\\frac$", "", "\n", "\u4e00"])
 def test_a_picture_is_drawn_whatever_the_model_says(said, asked, tmp_path):
-    evaluate.draw_samples(tmp_path / "samples.png", asked, [said] * 5)
+    evaluate.draw_samples(tmp_path / "samples.png", asked, [said] * 5, "test")
     assert Image.open(tmp_path / "samples.png").size
+
+
+def test_a_cell_shows_the_answer_and_of_a_wrong_one_the_right_one_too():
+    assert report.verdict("rectangle", "rectangle") == "rectangle"
+    assert report.verdict("rectangle", "circle") == "said circle, is rectangle"
+    assert report.verdict("rectangle", "") == "said nothing, is rectangle"
+    long = report.verdict("rectangle", "a b c d e f g " * 30)
+    assert long.startswith("said a b c ") and long.endswith(" …,\nis rectangle")
+
+
+def test_the_heading_counts_what_is_drawn_of_what_there_is():
+    is_right = [i % 50 != 0 for i in range(1000)]
+    wrong, right = report.choose_samples(is_right)
+    assert (len(wrong), len(right)) == (12, 12)
+    assert not any(is_right[i] for i in wrong) and all(is_right[i] for i in right)
+    text = report.heading(is_right, len(wrong), len(right), "test")
+    assert text == (
+        "test: exact match 0.9800 on 1,000 questions\n"
+        "drawn here: 12 of 20 errors (red), 12 of 980 right answers (green)"
+    )
+    wrong, right = report.choose_samples([True] * 30)
+    text = report.heading([True] * 30, len(wrong), len(right), "test")
+    assert "no errors, 24 of 30 right answers" in text
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 30])
 def test_any_number_of_samples_is_drawn(count, asked, tmp_path):
-    evaluate.draw_samples(tmp_path / "samples.png", (asked * 6)[:count], ["yes"] * count)
+    evaluate.draw_samples(tmp_path / "samples.png", (asked * 6)[:count], ["yes"] * count, "test")
     assert Image.open(tmp_path / "samples.png").size
 
 

@@ -53,7 +53,7 @@ def evaluate(cfg: Experiment, params, tokenizer: Tokenizer) -> dict:
     if jax.process_index():
         return scores
     write_whole(workdir.predictions, "".join(_line(*pair) for pair in zip(asked, answers)))
-    draw_samples(workdir.samples, asked, answers)
+    draw_samples(workdir.samples, asked, answers, cfg.eval.split)
     write_whole(workdir.eval, json.dumps(scores, indent=2) + "\n")
     return scores
 

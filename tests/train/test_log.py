@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import sys
+import time
 from types import SimpleNamespace
 
 import jax
@@ -31,9 +33,9 @@ def rows(workdir):
     return [json.loads(line) for line in workdir.metrics.read_text().splitlines()]
 
 
-def test_every_so_many_steps_and_the_last_are_written_with_all_fields(workdir):
+def test_the_first_step_every_nth_and_the_last_are_written_with_all_fields_and_the_mean_loss(workdir):
     take_steps(workdir, 0, 10)
-    assert [(row["step"], row["loss"]) for row in rows(workdir)] == [(4, 4.0), (8, 8.0), (10, 10.0)]
+    assert [(row["step"], row["loss"]) for row in rows(workdir)] == [(1, 1.0), (4, 3.0), (8, 6.5), (10, 9.5)]
     speeds = {"step_seconds", "data_wait_seconds", "tokens_per_second", "examples_per_second"}
     for row in rows(workdir):
         fractions = {"padding_fraction", "image_padding_fraction", "mfu"}
@@ -53,7 +55,7 @@ def test_the_memory_in_a_row_is_that_of_the_fullest_device(workdir, monkeypatch,
     devices = [SimpleNamespace(memory_stats=lambda held=held: held) for held in stats]
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
     take_steps(workdir, 0, 10)
-    assert [row["hbm_peak_bytes"] for row in rows(workdir)] == [most] * 3
+    assert [row["hbm_peak_bytes"] for row in rows(workdir)] == [most] * 4
 
 
 def test_a_row_is_on_the_disk_before_the_next_step(workdir, monkeypatch):
@@ -65,7 +67,7 @@ def test_a_row_is_on_the_disk_before_the_next_step(workdir, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", note)
     take_steps(workdir, 0, 10)
-    assert synced == [1, 2, 3]
+    assert synced == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("left", [b'{"step": 3, "lo', b"\0\0\0\xff\n", b"3\n"])
@@ -74,16 +76,17 @@ def test_a_run_that_continues_forgets_what_comes_again_and_half_a_line(workdir, 
     with open(workdir.metrics, "ab") as file:
         file.write(left)
     take_steps(workdir, 4, 10, every=2)
-    assert [row["step"] for row in rows(workdir)] == [2, 4, 6, 8, 10]
+    assert [row["step"] for row in rows(workdir)] == [1, 2, 4, 6, 8, 10]
 
 
 def test_plain_lines_where_there_is_no_terminal(workdir, capsys):
     take_steps(workdir, 0, 10)
     out, err = capsys.readouterr()
     assert [line.split("  ")[:2] for line in out.splitlines()] == [
-        ["step 4/10", "loss 4.0000"],
-        ["step 8/10", "loss 8.0000"],
-        ["step 10/10", "loss 10.0000"],
+        ["step 1/10", "loss 1.0000"],
+        ["step 4/10", "loss 3.0000"],
+        ["step 8/10", "loss 6.5000"],
+        ["step 10/10", "loss 9.5000"],
     ]
     assert "\r" not in out + err
 
@@ -94,4 +97,14 @@ def test_a_bar_on_a_terminal(workdir, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert out == ""
     assert "10/10" in err
-    assert "loss 10.0000" in err
+    assert "loss 9.5000" in err
+
+
+def test_the_compilation_is_reported_and_left_out_of_the_speed(workdir, capsys):
+    log = Log(workdir, 0, Train(steps=2), seconds_at_peak=0.25)
+    with log.compiling():
+        time.sleep(0.3)
+    log.step(1, METRICS, Work(100, 125, 3, 4, 7, data_wait_seconds=0.0))
+    log.close()
+    assert rows(workdir)[0]["step_seconds"] < 0.3
+    assert re.match(r"compiling the training step ...\ncompiled in 0.[34] s\nstep 1/2 ", capsys.readouterr().out)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 
 from vlm_jax import axes
-from vlm_jax.config import ConfigError, Eval, Mesh, Train
+from vlm_jax.config import ConfigError, Eval, Mesh, Optim, RateScale, Train
 from vlm_jax.data import pipeline
 from vlm_jax.testing import tiny, variants_and_tiles, write_conversations
-from vlm_jax.train import loop
+from vlm_jax.train import loop, optim, summary
+from vlm_jax.train.step import state_shapes
 from vlm_jax.workdir import Workdir
 
 SAME = ("step", "loss", "grad_norm", "learning_rate", "padding_fraction", "image_padding_fraction")
@@ -109,6 +111,65 @@ def test_stopped_and_continued_is_never_stopped_bit_for_bit(name, finished, caps
     assert [[row[key] for key in SAME] for row in rows(cfg)] == [[row[key] for key in SAME] for row in expected_rows]
     assert [row["step"] for row in rows(cfg)] == [1, 2, 3, 4, 5, 6]
     assert len({row["loss"] for row in rows(cfg)}) == 6
+
+
+def test_a_mean_loss_over_a_checkpoint_is_the_same_in_a_continued_run(experiment, capsys):
+    """Logged after steps 1, 5 and 6, saved after 2, 4 and 6: the losses of steps 2 to 4 come from the checkpoint."""
+    cfg = experiment()
+    cfg = replace(cfg, train=replace(cfg.train, log_every_steps=5))
+    loop.train(cfg)
+    before = rows(cfg)
+    assert [row["step"] for row in before] == [1, 5, 6]
+    for last in ("6", "4"):
+        shutil.rmtree(Workdir(cfg.workdir).checkpoints / last)
+        loop.train(cfg)
+        assert [[row[key] for key in SAME] for row in rows(cfg)] == [[row[key] for key in SAME] for row in before]
+
+
+def test_the_logged_loss_is_the_mean_since_the_last_row(experiment, whole):
+    cfg, _ = whole()
+    of_each_step = [row["loss"] for row in rows(cfg)]
+    sparse = experiment("sparse")
+    sparse = replace(sparse, train=replace(sparse.train, log_every_steps=4))
+    loop.train(sparse)
+    means = [row["loss"] for row in rows(sparse)]
+    assert means == pytest.approx([of_each_step[0], np.mean(of_each_step[1:4]), np.mean(of_each_step[4:])])
+
+
+def test_a_block_about_the_run_and_the_compilation_come_before_the_first_step(experiment, monkeypatch, capsys):
+    cfg = experiment()
+    train_until(cfg, 1, monkeypatch)
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split("  ")[0] for line in lines]
+    first = names.index("model")
+    block = ["model", "parameters", "devices", "data", "steps", "work folder", "curves"]
+    assert names[first : first + 7] == block
+    stages = ["an image (64 px)", "ViT 2 x 32", "linear projector", "16 tokens", "decoder 2 x 32 (blocks x width)"]
+    assert lines[first].endswith(f"unified: {' -> '.join(stages)}")
+    assert lines[first + 1].endswith(", all trained")
+    assert lines[first + 2].endswith("8 x cpu, mesh data 8 x fsdp 1 x tensor 1")
+    assert "5.0 steps" in lines[first + 3], "40 images in batches of 8"
+    assert lines[first + 6].endswith(f"tensorboard --logdir {cfg.workdir}")
+    assert lines[first + 7] == "compiling the training step ..."
+    assert re.match(r"compiled in \d+\.\d s", lines[first + 8])
+    assert lines[first + 9].startswith("step 1/6  loss ")
+
+
+def test_the_block_names_the_frozen_parts_and_their_share():
+    cfg = tiny("cross_attention", optim=Optim(rate_scale=RateScale(vision=0, decoder=0)))
+    params = state_shapes(cfg).params
+    trained, frozen = optim.split(params, cfg.optim)
+    sizes = [sum(x.size for x in part.values()) for part in (trained, frozen)]
+    expected = f"{sum(sizes):,}, {sizes[0] / sum(sizes):.1%} trained; frozen: vision, decoder"
+    assert summary.describe_parameters(cfg, params) == expected
+
+
+@pytest.mark.parametrize("kind", ["text_only", "hybrid"])
+def test_the_block_describes_models_without_images_and_with_tiles(kind):
+    cfg = variants_and_tiles()["hybrid"] if kind == "hybrid" else tiny(kind)
+    text = summary.describe_model(cfg)
+    assert text.startswith(f"{kind}: ")
+    assert ("px" in text) == (kind == "hybrid")
 
 
 def test_a_run_on_conversations_continues_bit_for_bit(tmp_path):

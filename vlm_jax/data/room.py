@@ -27,7 +27,8 @@ def left_out(cfg: Experiment, tokenizer: Tokenizer) -> str:
     longest = max(sum(len(part) for pair in row for part in pair) for row in rows)
     return (
         f"{left} of {asked} questions in {len(rows)} training rows ({left / asked:.1%}) do not fit data.text_length "
-        f"{cfg.data.text_length} and are left out, others in every pass: the longest row has {longest} tokens."
+        f"{cfg.data.text_length} and are left out. Every epoch draws other questions for a row, so none is lost for "
+        f"good; rows of {longest} tokens would fit all of these, and make every step slower."
     )
 
 

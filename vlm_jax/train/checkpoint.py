@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
@@ -11,9 +12,21 @@ from vlm_jax import distributed
 from vlm_jax.config import ConfigError, RunError, Train
 from vlm_jax.structs import State
 
+LOSS_SUM = "loss_sum"  # key of a checkpoint's metrics
+
 
 class NotSaved(RunError):
     """A checkpoint could not be written."""
+
+
+class LossSum(NamedTuple):
+    """Sum of the training losses since the last logged step, saved so that a resumed run logs the same mean."""
+
+    total: float = 0.0
+    steps: int = 0
+
+
+NO_LOSSES = LossSum()
 
 
 class _Manager(ocp.CheckpointManager):
@@ -41,7 +54,7 @@ class Checkpoints:
             self._manager = _Manager(path.resolve(), options=options)
         self._damaged: set[int] = set()  # kept until one of the same step or of an earlier one is saved
 
-    def save(self, step: int, state: State, data_state: dict, loss: float) -> None:
+    def save(self, step: int, state: State, data_state: dict, loss: float, loss_sum: LossSum = NO_LOSSES) -> None:
         """Returns while the files are still being written; `close` waits for them. `loss` ranks them, the lowest first.
 
         Raises:
@@ -53,8 +66,9 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state))
+        metrics = {"loss": loss, LOSS_SUM: list(loss_sum)}
         with self._writing():
-            if not self._manager.save(step, args=arguments, metrics={"loss": loss}):
+            if not self._manager.save(step, args=arguments, metrics=metrics):
                 raise ValueError(f"Orbax wants none of step {step}")
 
     def restore(self, like: State, step: int | None = None) -> tuple[State, dict] | None:
@@ -87,6 +101,11 @@ class Checkpoints:
         if self._damaged:
             raise ConfigError(f"no checkpoint in {self._path} is whole: move them away to begin anew.")
         return None
+
+    def loss_sum(self, step: int) -> LossSum:
+        """The losses up to a saved step that no row of the log has; none for step 0 and for older checkpoints."""
+        metrics = (self._manager.metrics(step) if step else None) or {}
+        return LossSum(*metrics.get(LOSS_SUM, ()))
 
     def _read(self, step: int, arguments: ocp.args.Composite):
         try:

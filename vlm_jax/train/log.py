@@ -1,5 +1,6 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
+"""Metrics of a training run: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
 
+import contextlib
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ import tensorboardX
 from tqdm import tqdm
 
 from vlm_jax.config import Train
+from vlm_jax.train.checkpoint import NO_LOSSES, LossSum
 from vlm_jax.workdir import Workdir, write_whole
 
 
@@ -35,18 +37,29 @@ class Work:
 
 
 class Log:
-    """Sums up the steps since the last logged one, and writes them down every `train.log_every_steps`.
+    """Summarizes the steps since the last logged one after step 1, every `train.log_every_steps` and the last step.
 
-    `seconds_at_peak` is what a step would take at the devices' best; None where that is not known.
+    Args:
+      start: the step of the checkpoint that the run continues from; 0 for a new run.
+      seconds_at_peak: seconds of a step at the peak rate of the devices; None where that is not known.
+      loss_sum: the losses up to `start` that no row has yet.
     """
 
-    def __init__(self, workdir: Workdir, start: int, cfg: Train, seconds_at_peak: float | None):
+    def __init__(
+        self,
+        workdir: Workdir,
+        start: int,
+        cfg: Train,
+        seconds_at_peak: float | None,
+        loss_sum: LossSum = NO_LOSSES,
+    ):
         self._forget_after(workdir, start)
         self._file = open(workdir.metrics, "a")  # noqa: SIM115
         self._board = tensorboardX.SummaryWriter(str(workdir.tensorboard), purge_step=start + 1, flush_secs=10)
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=cfg.steps, initial=start, unit="step", dynamic_ncols=True) if terminal else None
-        self._steps, self._every, self._seconds_at_peak = cfg.steps, cfg.log_every_steps, seconds_at_peak
+        self._bar = None
+        self._start, self._steps, self._every = start, cfg.steps, cfg.log_every_steps
+        self._seconds_at_peak = seconds_at_peak
+        self.loss_sum = loss_sum
         self._begin_window()
 
     def _forget_after(self, workdir: Workdir, start: int) -> None:
@@ -59,19 +72,30 @@ class Log:
     def _begin_window(self):
         self._since, self._work = time.perf_counter(), []
 
+    @contextlib.contextmanager
+    def compiling(self):
+        """Reports how long the compilation takes; it is left out of the speed of the steps."""
+        print("compiling the training step ...", flush=True)
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        print(f"compiled in {seconds:.1f} s", flush=True)
+        self._since += seconds
+
     def step(self, step: int, metrics: dict[str, float], work: Work) -> None:
-        """Takes note of step number `step` (from 1)."""
+        """Takes note of step number `step` (from 1); `metrics` are those of this step alone."""
         self._work.append(work)
-        if self._bar is not None:
-            self._bar.update()
-        if step % self._every and step != self._steps:
+        self.loss_sum = LossSum(self.loss_sum.total + metrics["loss"], self.loss_sum.steps + 1)
+        self._advance_bar()
+        if step % self._every and step not in (1, self._steps):
             return
         seconds = time.perf_counter() - self._since
         step_seconds = seconds / len(self._work)
         row = {
             "step": step,
             **metrics,
-            "padding_fraction": 1 - work.tokens / work.slots,  # of this step, as the loss: a run that continues has it
+            "loss": self.loss_sum.total / self.loss_sum.steps,
+            "padding_fraction": 1 - work.tokens / work.slots,  # of this step alone, so that a resumed run logs the same
             "image_padding_fraction": 1 - work.images / work.image_slots if work.image_slots else 0.0,
             "step_seconds": step_seconds,
             "data_wait_seconds": sum(one.data_wait_seconds for one in self._work) / len(self._work),
@@ -81,7 +105,15 @@ class Log:
             "hbm_peak_bytes": hbm_peak_bytes(),
         }
         self._begin_window()
+        self.loss_sum = NO_LOSSES
         self._write(row)
+
+    def _advance_bar(self) -> None:
+        """The bar appears with the first step: lines printed before would tear it apart."""
+        if self._bar is None and sys.stderr.isatty():
+            self._bar = tqdm(total=self._steps, initial=self._start, unit="step", dynamic_ncols=True)
+        if self._bar is not None:
+            self._bar.update()
 
     def _write(self, row: dict) -> None:
         self._file.write(json.dumps(row) + "\n")

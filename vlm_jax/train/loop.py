@@ -1,16 +1,16 @@
 """The one training loop. Its order is a contract:
 
-    next batch -> step -> log the step before -> (when due, or on SIGTERM) check and save -> (on SIGTERM) stop -> ...
+    next batch -> step -> log the previous step -> (when due, or on SIGTERM) check and save -> (on SIGTERM) stop -> ...
 
-The step before is looked at while the device works on this one, so that it never waits. A loss that is not finite stops
-the run before anything of it is saved.
+The metrics of the previous step are read while the device works on this one, so that it never waits; only the first
+step is logged as soon as it is done. A loss that is not finite stops the run before anything of it is saved.
 """
 
 import contextlib
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import jax
@@ -23,7 +23,7 @@ from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.flops import train_flops
 from vlm_jax.structs import PADDING, Batch, State
 from vlm_jax.train import initial, preemption
-from vlm_jax.train.checkpoint import Checkpoints, NotSaved
+from vlm_jax.train.checkpoint import NO_LOSSES, Checkpoints, NotSaved
 from vlm_jax.train.log import Log, Work
 from vlm_jax.train.not_finite import first_bad
 from vlm_jax.train.notice import Notice
@@ -31,6 +31,7 @@ from vlm_jax.train.peak import peak_flops_per_second
 from vlm_jax.train.preemption import Preempted
 from vlm_jax.train.profile import Profile
 from vlm_jax.train.step import abstract_state, new_state, ready_step
+from vlm_jax.train.summary import summarize
 from vlm_jax.workdir import Workdir
 
 
@@ -81,7 +82,9 @@ def train(cfg: Experiment) -> State:
         notice = Notice(mesh)
         checkpoints = Checkpoints(workdir.checkpoints, cfg.train)
         state, start = begin(cfg, mesh, data, checkpoints)
-        log = Log(workdir, start, cfg.train, at_peak) if is_main else None
+        if is_main:
+            print(summarize(cfg, mesh, state.params, start), flush=True)
+        log = Log(workdir, start, cfg.train, at_peak, checkpoints.loss_sum(start)) if is_main else None
         with preemption.handler(notice.note), closing(log, checkpoints):  # while a checkpoint is awaited, too
             return run_steps(Run(cfg, mesh, data, checkpoints, log, notice), state)
 
@@ -160,16 +163,16 @@ def begin(cfg: Experiment, mesh, data, checkpoints: Checkpoints) -> tuple[State,
 def run_steps(run: Run, state: State) -> State:
     """The steps that are left, in the order that the module states."""
     cfg = run.cfg.train
-    step_fn = None
+    first, step_fn = int(state.step) + 1, None
     before, losses = None, []  # since the last checkpoint
     with contextlib.closing(Profile(cfg, Workdir(run.cfg.workdir))) as profile:
-        for step in range(int(state.step) + 1, cfg.steps + 1):
+        for step in range(first, cfg.steps + 1):
             asked = time.perf_counter()
             place = run.data.get_state()
             batch = next(run.data)
             waited = time.perf_counter() - asked
             on_device = axes.place_own_rows(batch, run.mesh)
-            step_fn = step_fn or ready_step(run.cfg, run.mesh, state, on_device)
+            step_fn = step_fn or compile_step(run, state, on_device)
             profile.before(step)
             state, metrics = step_fn(state, on_device)
             profile.after(step, metrics)
@@ -177,13 +180,23 @@ def run_steps(run: Run, state: State) -> State:
                 losses.append(note(run, *before))
             stop = run.notice.stop()
             before = (step, metrics | {"counts": counts_of(on_device)}, waited, place)
-            if stop or step % cfg.checkpoint_every_steps == 0 or step == cfg.steps:
+            is_saved = stop or step % cfg.checkpoint_every_steps == 0 or step == cfg.steps
+            if is_saved or step == first:
                 losses.append(note(run, *before))
-                run.checkpoints.save(step, state, run.data.get_state(), statistics.fmean(losses))
-                before, losses = None, []
+                before = None
+            if is_saved:
+                loss_sum = run.log.loss_sum if run.log else NO_LOSSES  # only the process that logs writes it
+                run.checkpoints.save(step, state, run.data.get_state(), statistics.fmean(losses), loss_sum)
+                losses = []
             if stop:
                 raise Preempted(f"stopped by SIGTERM after step {step}, which is saved: the same command continues it.")
     return state
+
+
+def compile_step(run: Run, state: State, batch: Batch) -> Callable[[State, Batch], tuple[State, dict]]:
+    """`ready_step`, with a line about the compilation on the process that logs."""
+    with run.log.compiling() if run.log else contextlib.nullcontext():
+        return ready_step(run.cfg, run.mesh, state, batch)
 
 
 @jax.jit

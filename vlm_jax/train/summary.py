@@ -1,0 +1,66 @@
+"""What a run prints before its first step: model, data, devices and work folder."""
+
+import jax
+
+from vlm_jax.config import Experiment
+from vlm_jax.data import pipeline, sources
+from vlm_jax.train import optim
+
+
+def summarize(cfg: Experiment, mesh: jax.sharding.Mesh, params, start: int) -> str:
+    """Aligned lines `name  value` about a run that continues from step `start` (0: a new run)."""
+    facts = {
+        "model": describe_model(cfg),
+        "parameters": describe_parameters(cfg, params),
+        "devices": describe_devices(mesh),
+        "data": describe_data(cfg),
+        "steps": describe_steps(cfg, start),
+        "work folder": cfg.workdir,
+        "curves": f"tensorboard --logdir {cfg.workdir}",
+    }
+    width = max(map(len, facts))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in facts.items())
+
+
+def describe_model(cfg: Experiment) -> str:
+    vision, decoder = cfg.vision, cfg.decoder
+    stages = [f"decoder {decoder.depth} x {decoder.width}"]
+    if cfg.fusion.has_images:
+        images = "an image" if vision.pictures == 1 else f"each of at most {vision.pictures} views of an image"
+        encoder = f"ViT {vision.depth} x {vision.width}" if vision.kind == "vit" else "no encoder"
+        projector = f"{cfg.projector.kind} projector"
+        tokens = f"{cfg.image_tokens} tokens"
+        stages = [f"{images} ({vision.image_size_px} px)", encoder, projector, tokens, *stages]
+    return f"{cfg.fusion.kind}: {' -> '.join(stages)} (blocks x width)"
+
+
+def describe_parameters(cfg: Experiment, params) -> str:
+    trained, frozen = optim.split(params, cfg.optim)
+    trained_size, frozen_size = sum(x.size for x in trained.values()), sum(x.size for x in frozen.values())
+    total = trained_size + frozen_size
+    if not frozen:
+        return f"{total:,}, all trained"
+    frozen_parts = [part for part in optim.PARTS if part in {optim.part_of(path) for path in frozen}]
+    return f"{total:,}, {trained_size / total:.1%} trained; frozen: {', '.join(frozen_parts)}"
+
+
+def describe_devices(mesh: jax.sharding.Mesh) -> str:
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    kind = mesh.devices.flat[0].device_kind
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{mesh.size} x {kind}{processes}, mesh {sizes}"
+
+
+def describe_data(cfg: Experiment) -> str:
+    name = f"{cfg.data.source} {cfg.data.train_split}"
+    if cfg.data.is_conversations:
+        source = pipeline.conversation_source(cfg.data, cfg.data.train_split)
+        return f"{name}: {len(source):,} conversations, packed into rows of {cfg.row_length:,} tokens"
+    images = len(sources.load(cfg.data, cfg.data.train_split))
+    steps = images / cfg.train.batch_size
+    return f"{name}: {images:,} images, one a row of {cfg.row_length:,} tokens; an epoch is {steps:,.1f} steps"
+
+
+def describe_steps(cfg: Experiment, start: int) -> str:
+    first = f", continuing after step {start:,}" if start else ""
+    return f"{cfg.train.steps:,} of {cfg.train.batch_size:,} rows{first}"

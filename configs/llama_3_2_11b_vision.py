@@ -44,6 +44,12 @@ def get_config() -> Experiment:
     return Experiment(
         vision=VISION,
         projector=Projector("linear"),
-        fusion=Fusion("cross_attention", cross_layers=tuple(range(3, 32, 4)), qk_norm=True, blind_rows="read_all"),
+        fusion=Fusion(
+            kind="cross_attention",
+            cross_layers=tuple(range(3, 32, 4)),
+            gated=True,
+            qk_norm=True,
+            blind_rows="read_all",
+        ),
         decoder=decoder,
     )

@@ -18,7 +18,7 @@ GEMMA_3 = {
 KINDS = {
     "unified": {},
     "cross_attention": {"fusion.kind": "cross_attention", **CROSS},
-    "cross_attention_gated": {"fusion.kind": "cross_attention", "fusion.qk_norm": True},
+    "cross_attention_gated": {"fusion.kind": "cross_attention", "fusion.gated": True},
 }
 FROZEN = {"optim.rate_scale.decoder": 0.0}
 

@@ -10,6 +10,7 @@ from vlm_jax import config_file
 from vlm_jax.config import ConfigError, Data, Experiment, Fusion, Mesh, Optim, RateScale, Vision
 from vlm_jax.testing import KINDS, tiny
 from vlm_jax.validate import flat, validate
+from vlm_jax.workdir import Workdir
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 named = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -102,6 +103,25 @@ def test_a_field_that_only_a_later_version_has_is_its_default():
     values["projector"]["gone"] = 1
     with pytest.raises(ConfigError, match="the fields \\['gone'\\] of Projector"):
         config_file.from_json(json.dumps(values), "config.json")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_made_with_the_defaults_of_old_keeps_its_model_and_continues(kind, tmp_path):
+    """Its config.json has gates and no norms, which only cross-attention reads, or lacks the norms altogether."""
+    cfg = tiny(kind)
+    values = json.loads(config_file.to_json(cfg))
+    values["fusion"] |= {"gated": True, "qk_norm": False}
+    old = config_file.from_json(json.dumps(values), "config.json")
+    assert old.fusion.has_gates == cfg.fusion.has_cross_blocks
+    assert not (old.fusion.image_in_memory and old.fusion.qk_norm)
+    assert validate(old) == old
+    del values["fusion"]["qk_norm"]
+    assert config_file.from_json(json.dumps(values), "config.json") == old
+    workdir = Workdir(str(tmp_path))
+    workdir.config.write_text(json.dumps(values))
+    workdir.check(old)
+    if not cfg.fusion.image_in_memory:
+        workdir.check(cfg)  # the same model, so that the same command continues it
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOW = [
     ["model_config", "start"],
     ["config"],
-    ["axes", "structs", "limits", "combinations", "chips", "lfs"],
+    ["axes", "structs", "limits", "combinations", "chips", "lfs", "hints"],
     ["validate"],
     ["config_file"],
     ["workdir", "distributed"],

@@ -60,10 +60,14 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
     ),
     (
         {"fusion_cross_every": 2},
-        "fusion.cross_every 2 is of fusion.kind cross_attention and hybrid: with .* unified",
+        "fusion.cross_every 2 has no effect with fusion.kind unified: .* choose fusion.kind cross_attention or hybrid",
     ),
-    ({"fusion_cross_layers": (1,)}, r"fusion.cross_layers \(1,\) is of fusion.kind cross_attention and hybrid"),
-    ({"fusion_kind": "encoder_decoder", "fusion_gated": False}, "fusion.gated False .* fusion.kind encoder_decoder"),
+    ({"fusion_cross_layers": (1,)}, r"fusion.cross_layers \(1,\) has no effect with fusion.kind unified"),
+    ({"fusion_kind": "encoder_decoder", "fusion_gated": True}, "fusion.gated True .* fusion.kind encoder_decoder"),
+    (
+        {"fusion_qk_norm": False},
+        "fusion.qk_norm False has no effect .* cross_attention or encoder_decoder or hybrid",
+    ),
     ({"optim_rate_scale": RateScale(0, 0, 0, 0)}, "optim.rate_scale is 0 for vision, .*: nothing would learn"),
     ({"data_source": "conversations"}, "data.source conversations needs data.files"),
     ({"data_files": ("a.json",)}, "data.files is of data.source conversations, not of easy_vqa"),

@@ -99,7 +99,7 @@ def test_activations_of_every_part_are_pinned_to_the_mesh(kind):
     rows = "('data', 'fsdp') None"
     whole, wide, heads = f"{rows} None", f"{rows} tensor", f"{rows} tensor None"
     of_block = {("self", heads), ("mlp", wide), ("block_0", whole)}
-    of_cross = {("cross", heads), ("cross_mlp", wide)} if cfg.fusion.has_gates else {("cross", heads)}
+    of_cross = {("cross", heads), ("cross_mlp", wide)} if cfg.fusion.has_cross_blocks else {("cross", heads)}
     expected = {("decoder", *pin) for pin in of_block | (of_cross if cfg.fusion.image_in_memory else set())}
     expected |= {("", "VLM", wide)}  # the logits
     if cfg.fusion.has_images:

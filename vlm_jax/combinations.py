@@ -3,8 +3,9 @@
 import dataclasses
 import math
 import re
+import typing
 
-from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.config import ConfigError, Experiment, Fusion, FusionKind
 
 SMALLEST_CELL_PX = 6  # of typewritten letters, to be legible
 DRAWN_FIELDS = {("image_px", "images", "seed"): ("glyphs", "digits"), ("cell_px", "transcript"): ("glyphs",)}
@@ -159,11 +160,13 @@ def _fusion(cfg: Experiment) -> None:
             f"vision.resize pad with vision.tile_layouts is for cross-attention alone, not for fusion.kind "
             f"{fusion.kind}: set it to squash."
         )
-    unread = [name for name in ("cross_every", "cross_layers", "gated") if _is_changed(fusion, name)]
-    if unread and not fusion.has_cross_blocks:
+    unused = [name for name in fusion.unused if _is_changed(fusion, name)]
+    if unused:
+        name, kinds = unused[0], typing.get_args(FusionKind)
+        users = [kind for kind in kinds if name not in Fusion(kind).unused]
         raise ConfigError(
-            f"fusion.{unread[0]} {getattr(fusion, unread[0])} is of fusion.kind cross_attention and hybrid: with "
-            f"fusion.kind {fusion.kind} leave it out, or choose one of those."
+            f"fusion.{name} {getattr(fusion, name)} has no effect with fusion.kind {fusion.kind}: leave it out, or "
+            f"choose fusion.kind {' or '.join(users)}."
         )
     if fusion.cross_layers and _is_changed(fusion, "cross_every"):
         raise ConfigError(

@@ -4,28 +4,35 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import os
 import sys
 import typing
 from pathlib import Path
 
 import tyro
 
-from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.config import ConfigError, Experiment, Fusion
+from vlm_jax.hints import nearest, nearest_field, suggestion
 from vlm_jax.validate import check_types, element, flat, kinds, words
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 MAY_BE_EMPTY = (  # beside what is empty by default
     "eval.split",
     "data.image_field",
     "data.question_field",
     "train.compilation_cache_dir",
 )
+OLD_DEFAULTS = {Fusion: {"qk_norm": False}}  # of fields that older config files lack, where the default has changed
+FORMS = """Every field is an option, --section.field VALUE; the default is the value in the config or in the run.
+
+examples:
+  {program} ... --optim.learning_rate 5e-4        a number
+  {program} ... --fusion.gated True               True or False
+  {program} ... --data.augment mirror shift       several values
+  {program} ... --data.augment                    no value of several
+  {program} ... --eval.split ""                   an empty text
+"""
 NUMBERS = {int: "a whole number", float: "a number"}
-
-
-def nearest(word: str, choices) -> str:
-    """' (perhaps you meant X)' where a choice is close to the word."""
-    close = difflib.get_close_matches(word, list(choices), 1)
-    return f" (perhaps you meant {close[0]})" if close else ""
 
 
 def load(path: str) -> Experiment:
@@ -36,11 +43,9 @@ def load(path: str) -> Experiment:
     """
     file = Path(path)
     if file.exists() and (file.is_dir() or file.suffix != ".py"):
-        raise ConfigError(f"--config {path} is no config: that is a Python file, such as one of configs/.")
+        raise ConfigError(f"--config {path} is not a config: {_use_of(file)}.")
     if not file.is_file():
-        others = sorted(file.parent.glob("*.py")) if file.parent.is_dir() else []
-        hint = nearest(str(path), map(str, others)) or (f": there are {', '.join(map(str, others))}" if others else "")
-        raise ConfigError(f"--config {path} does not exist{hint}.")
+        raise ConfigError(f"--config {path} does not exist{_existing_configs(file)}.")
     try:
         cfg = _module(file).get_config()
     except (Exception, SystemExit) as error:  # a config that calls exit() is no way to end a command either
@@ -48,6 +53,29 @@ def load(path: str) -> Experiment:
     if not isinstance(cfg, Experiment):
         raise ConfigError(f"--config {path}: get_config() must return an Experiment, not {type(cfg).__name__}.")
     return cfg if cfg.workdir else dataclasses.replace(cfg, workdir=f"runs/{file.stem}")
+
+
+def _use_of(path: Path) -> str:
+    """What an existing folder or file is for that is not a Python file."""
+    folder = path if path.is_dir() else path.parent
+    if (folder / "config.json").is_file():
+        return f"a run is continued with --workdir {folder}, and a public checkpoint is named by --checkpoint {folder}"
+    return f"choose a Python file, such as {CONFIGS.name}/easy_vqa_unified.py"
+
+
+def _existing_configs(missing: Path) -> str:
+    """The configs that may have been meant: of the same name in `configs`, or those beside the missing file."""
+    known = {file.stem: _relative(file) for file in sorted(CONFIGS.glob("*.py"))}
+    if missing.stem in known:
+        return suggestion([known[missing.stem]])
+    beside = sorted(missing.parent.glob("*.py")) if missing.parent.name else []
+    known |= {file.stem: str(file) for file in beside}
+    close = difflib.get_close_matches(missing.stem, known, 1)
+    return suggestion([known[close[0]]]) if close else f": choose one of {', '.join(known.values())}"
+
+
+def _relative(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _module(file: Path):
@@ -75,8 +103,8 @@ def override(cfg: Experiment, arguments: list[str], program: str, options: dict[
     for name, values in _options(arguments):
         if name != "help":
             _check_option(fields, name, values, options)
-    said = {"prog": program, "description": _described(options)}
-    return tyro.cli(Experiment, default=cfg, args=arguments, config=(tyro.conf.FlagConversionOff,), **said)
+    texts = {"prog": program, "description": _described(program, options)}
+    return tyro.cli(Experiment, default=cfg, args=arguments, config=(tyro.conf.FlagConversionOff,), **texts)
 
 
 def explicit_fields(cfg: Experiment, arguments: list[str]) -> set[str]:
@@ -93,10 +121,11 @@ def explicit_fields(cfg: Experiment, arguments: list[str]) -> set[str]:
     return named
 
 
-def _described(options: dict[str, str]) -> str | None:
-    """A line for each; None where there are none: tyro then says nothing."""
+def _described(program: str, options: dict[str, str]) -> str:
+    """What the help shows above the fields: how they are given, and a line for each of the other options."""
     width = max(map(len, options), default=0)
-    return "\n".join(f"--{name:{width}}  {said}" for name, said in options.items()) or None
+    lines = [f"--{name:{width}}  {text}" for name, text in options.items()]
+    return "\n".join([FORMS.format(program=program), *lines])
 
 
 def _options(arguments: list[str]) -> list[tuple[str, list[str]]]:
@@ -109,7 +138,7 @@ def _options(arguments: list[str]) -> list[tuple[str, list[str]]]:
         elif argument == "-h":
             options.append(("help", []))
         elif not options:
-            raise ConfigError(f"{argument!r} stands for nothing: a field is given as --section.field VALUE.")
+            raise ConfigError(f"{argument!r} is not an option: fields are given as --section.field VALUE.")
         else:
             options[-1][1].append(argument)
     return options
@@ -117,7 +146,8 @@ def _options(arguments: list[str]) -> list[tuple[str, list[str]]]:
 
 def _check_option(fields: dict[str, object], name: str, values: list[str], options: dict[str, str]) -> None:
     if name not in fields:
-        raise ConfigError(f"--{name} is no field{nearest(name, [*fields, *options])}; --help lists all of them.")
+        hint = nearest_field(name, [*fields, *options])
+        raise ConfigError(f"--{name} is not a field{hint}; --help lists all of them.")
     each, any_number = _number(fields[name])
     if len(values) % each if any_number else len(values) != each:
         wanted = ("one value" if each == 1 else f"{each} values") + " each" * any_number
@@ -162,11 +192,17 @@ def from_json(text: str | bytes, name: str) -> Experiment:
         values = json.loads(text)
         if "model_type" in values:
             raise ConfigError(f"{name} is of a public checkpoint, not of a run: --checkpoint takes its folder.")
-        return _rebuilt(Experiment, values)
+        return _without_unused(_rebuilt(Experiment, values))
     except ConfigError:
         raise
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{name} is not the config of a run of this version: {error}.") from None
+
+
+def _without_unused(cfg: Experiment) -> Experiment:
+    """Sets the fusion fields that have no effect to their defaults, which were others in older versions."""
+    defaults = {name: getattr(Fusion(), name) for name in cfg.fusion.unused}
+    return dataclasses.replace(cfg, fusion=dataclasses.replace(cfg.fusion, **defaults))
 
 
 def _rebuilt(kind, values):
@@ -178,7 +214,7 @@ def _rebuilt(kind, values):
         raise ValueError(f"the fields {sorted(wrong)} of {kind.__name__} are missing or unknown")
     types = typing.get_type_hints(kind)
     built = {}
-    for name, value in values.items():
+    for name, value in (OLD_DEFAULTS.get(kind, {}) | values).items():
         nested = dataclasses.is_dataclass(types[name])
         built[name] = _rebuilt(types[name], value) if nested else _tuples(value)
     return kind(**built)

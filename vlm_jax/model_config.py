@@ -21,7 +21,7 @@ class Transformer:
     norm: Literal["layernorm", "rmsnorm", "rmsnorm_centred"] = "layernorm"  # centred: scales are kept minus 1 (Gemma)
     norm_eps: float = 1e-6  # added to the variance
     norm_order: Literal["pre", "post", "both"] = "pre"  # x + f(norm x), norm(x + f(x)), or x + norm(f(norm x))
-    activation: Activation = "gelu_tanh"
+    activation: Activation = "gelu_tanh"  # of the MLP
     gated_mlp: bool = False  # down(act(gate x) * up x) instead of down(act(up x))
     qkv_bias: bool = True  # biases of the query, key and value projections
     out_bias: bool = True  # bias of attention's output projection
@@ -31,8 +31,9 @@ class Transformer:
     score_softcap: float = 0.0  # c: attention's scores become c tanh(score / c); 0: they stay
     residual_scale: Literal["none", "vector", "tanh"] = "none"  # of what a sublayer adds: D numbers, or tanh of one
     unroll: int = 1  # blocks (or periods of them) laid out per turn of the loop: slower to compile, remat saves less
-    remat: Literal["none", "attention", "dots", "full"] = "none"  # what the backward pass computes again: nothing, all
-    #   but attention and products with weights, all but those products, or everything but the inputs of the blocks
+    #: what the backward pass computes again: nothing, all but attention and products with weights, all but those
+    #: products, or everything but the inputs of the blocks
+    remat: Literal["none", "attention", "dots", "full"] = "none"
 
     @property
     def num_kv_heads(self) -> int:
@@ -45,21 +46,20 @@ class Transformer:
 
 @dataclass(frozen=True)
 class Vision(Transformer):
-    kind: Literal["vit", "none"] = "vit"  # none: patches go straight to the projector (Fuyu)
+    kind: Literal["vit", "none"] = "vit"  # the encoder; none: patches go straight to the projector (Fuyu)
     checkpoint: str = ""  # folder of a public checkpoint: its encoder's settings, and its weights to begin with
     image_size_px: int = 64  # height and width of an image
-    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of red, green and blue in 0..1, taken off ...
-    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # ... before it is divided by this
-    resize: Literal["squash", "crop", "pad"] = (
-        "squash"  # how an image becomes a square: its sides are scaled apart; the
-    )
-    #   shorter side is scaled and the middle cut out; or it is padded. With `tile_layouts`: pad fits it onto tiles
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of red, green and blue in 0..1: subtracted from a pixel
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of red, green and blue: what a pixel is divided by then
+    #: how an image becomes a square: its sides are scaled apart; the shorter side is scaled and the middle cut out; or
+    #: it is padded. With `tile_layouts`: pad fits it onto tiles
+    resize: Literal["squash", "crop", "pad"] = "squash"
     resize_px: int = 0  # crop: length of the shorter side before the middle is cut out; 0: image_size_px
     resample: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] = "bicubic"  # filter of the resize
-    patch_size_px: int = 8
+    patch_size_px: int = 8  # height and width of a patch
     patch_embed: Literal["linear", "conv"] = "linear"  # the same numbers, computed as a product or a convolution
-    patch_bias: bool = True
-    positions: Literal["learned", "sincos", "none"] = "learned"
+    patch_bias: bool = True  # bias of the patch embedding
+    positions: Literal["learned", "sincos", "none"] = "learned"  # position embeddings that are added to the patches
     class_token: bool = False  # a learned token in front of the patches
     keep_class_token: bool = False  # hand it on to the projector
     mask_token: bool = False  # the token that stood for hidden patches in pretraining (DINOv2); carried along
@@ -72,8 +72,9 @@ class Vision(Transformer):
     tiles: int = 1  # tiles of image_size_px that a large image is cut into, at the most; 1: it is squeezed to a square
     thumbnail: bool = True  # an image of several tiles has a picture of the whole of it besides
     tile_tags: Literal["1d", "none"] = "1d"  # tokens that name the tiles of an image in the text, <tile_1> and so on
-    tile_layouts: tuple[tuple[int, int], ...] = ()  # the encoder of Llama 3.2 Vision: rows and columns of tiles that
-    #   it sees together; each layout has position embeddings of its own
+    #: the encoder of Llama 3.2 Vision: rows and columns of tiles that it sees together; each layout has position
+    #: embeddings of its own
+    tile_layouts: tuple[tuple[int, int], ...] = ()
     global_depth: int = 0  # gated blocks after the others; the features are then the output and `feature_layers`
 
     @property
@@ -125,6 +126,7 @@ class Vision(Transformer):
 
 @dataclass(frozen=True)
 class Projector:
+    #: how image tokens of the encoder become those of the decoder
     kind: Literal["linear", "mlp", "pixel_shuffle", "average_pool", "resampler", "none"] = "linear"
     checkpoint: str = ""  # folder of a public checkpoint: its projector's settings, and its weights to begin with
     activation: Activation = "gelu"  # of mlp
@@ -158,10 +160,10 @@ class Fusion:
     prefix: Literal["causal", "bidirectional"] = "causal"  # bidirectional: image and prompt see all of one another
     cross_every: int = 1  # cross_attention, hybrid: a cross block before decoder blocks 0, k, 2k, ...
     cross_layers: tuple[int, ...] = ()  # cross_attention, hybrid: before these blocks instead; depth: after the last
-    gated: bool = True  # cross_attention, hybrid: tanh gates that start at 0
-    qk_norm: bool = False  # a norm of every query and key head of cross-attention
-    placeholder: bool = False  # cross_attention, encoder_decoder: a token in the text marks the place of each image
-    #   (Llama 3.2 Vision, Flamingo)
+    gated: bool = False  # cross_attention, hybrid: tanh gates that start at 0 and so keep a trained decoder at first
+    qk_norm: bool = True  # cross_attention, encoder_decoder, hybrid: a norm of every query and key head
+    #: cross_attention, encoder_decoder: a token in the text marks the place of each image (Llama 3.2 Vision, Flamingo)
+    placeholder: bool = False
     blind_rows: Literal["skip", "read_all"] = "skip"  # a token with no image to read: gets nothing, or reads every one
 
     @property
@@ -185,6 +187,12 @@ class Fusion:
     def has_gates(self) -> bool:
         return self.has_cross_blocks and self.gated
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of the fields that have no effect with this kind."""
+        placement = () if self.has_cross_blocks else ("cross_every", "cross_layers", "gated")
+        return placement if self.image_in_memory else (*placement, "qk_norm")
+
     def sublayers(self, depth: int) -> tuple[tuple[str, ...], ...]:
         """The decoder's blocks, each a tuple of sublayers in the order in which they run."""
         plain, crossing = ("self", "mlp"), ("cross", "cross_mlp")
@@ -204,10 +212,10 @@ class Fusion:
 class Rope:
     """Rotary position embedding (Su et al. 2021) and the ways in which it is stretched to longer texts."""
 
-    theta: float = 10_000.0
+    theta: float = 10_000.0  # the base of the wavelengths
     local_theta: float = 0.0  # of the sliding blocks, never stretched; 0: theta, stretched like the others
     fraction: float = 1.0  # share of a head's numbers that are turned
-    scaling: Literal["none", "linear", "llama3", "longrope"] = "none"
+    scaling: Literal["none", "linear", "llama3", "longrope"] = "none"  # how it is stretched to longer texts
     factor: float = 1.0  # linear, llama3: long wavelengths are this much longer; longrope: longest text / original
     low_freq_factor: float = 1.0  # llama3: wavelengths above original_positions / this are stretched
     high_freq_factor: float = 4.0  # llama3: those below original_positions / this stay
@@ -218,20 +226,19 @@ class Rope:
 
 @dataclass(frozen=True)
 class Decoder(Transformer):
-    checkpoint: str = (
-        ""  # folder of a public checkpoint: its decoder's settings and tokenizer, its weights to begin with
-    )
+    #: folder of a public checkpoint: its decoder's settings and tokenizer, and its weights to begin with
+    checkpoint: str = ""
     vocab_size: int = 512  # V: rows of the output head; the tokenizer has at most as many
     extra_tokens: int = 0  # tokens that can be read but never written: rows of the embedding beyond the head's (mllama)
     embed_scale: bool = False  # embeddings times sqrt(D)
     embed_norm: bool = False  # a norm after embeddings and positions are added
-    positions: Literal["rope", "learned", "sincos"] = "rope"
+    positions: Literal["rope", "learned", "sincos"] = "rope"  # rotary, or position embeddings that are added
     max_positions: int = 256  # the longest sequence
     position_offset: int = 0  # learned, sincos: the row of position 0
     rope: Rope = field(default_factory=Rope)
     sliding_window: int = 0  # tokens, itself included, that a token of a sliding block sees
     sliding_layers: tuple[int, ...] = ()  # the blocks that slide
-    final_norm: bool = True
+    final_norm: bool = True  # a norm after the last block
     tied_head: bool = True  # the output head is the embedding
     logit_softcap: float = 0.0  # c: logits become c tanh(logit / c); 0: they stay
 
@@ -249,10 +256,9 @@ class Contrastive:
     text: Decoder
     embed_width: int = 512  # W: numbers of the vectors that are compared
     image_projection: bool = True  # a product from the pooled image to embed_width; otherwise it is as wide already
-    text_projection_bias: bool = False
+    text_projection_bias: bool = False  # of the product from the text's token to embed_width
     causal: bool = True  # whether a text token sees only what stands before it
-    text_pool: Literal["largest_id", "first_eos", "last"] = (
-        "largest_id"  # the token that stands for the text; last: of the row, be it padding
-    )
+    #: the token that stands for the text; last: of the row, be it padding
+    text_pool: Literal["largest_id", "first_eos", "last"] = "largest_id"
     eos_id: int = 2  # of first_eos
     logit_bias: bool = False  # a number added to every logit (SigLIP)

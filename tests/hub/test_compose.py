@@ -63,7 +63,7 @@ def folders(tmp_path_factory):
 
 
 def composed(folders, encoder, decoder, fusion):
-    cfg = tiny(fusion, fusion=Fusion(fusion), projector=Projector("mlp"))
+    cfg = tiny(fusion, fusion=Fusion(fusion, gated=fusion == "cross_attention"), projector=Projector("mlp"))
     vision = replace(cfg.vision, checkpoint=str(folders[encoder]), feature_layers=(-2,) if encoder == "clip" else ())
     cfg = replace(cfg, vision=vision, decoder=replace(cfg.decoder, checkpoint=str(folders[decoder])))
     return validate(compose.resolved(cfg))

@@ -15,7 +15,7 @@ from vlm_jax.structs import Context
 
 PLAIN = ("self", "mlp")
 CROSSING = ("cross", "cross_mlp", "self", "mlp")
-GATED = Fusion("cross_attention")
+GATED = Fusion("cross_attention", gated=True)
 CFG = Transformer(width=16, depth=4, heads=2, mlp_width=32)
 RNG = np.random.default_rng(0)
 X, MEMORY = (jnp.asarray(RNG.normal(size=(2, n, 16)), jnp.float32) for n in (3, 5))

@@ -110,7 +110,9 @@ class Letters:
 @pytest.mark.parametrize("count", [1, 3])
 def test_with_closed_gates_hybrid_is_unified_with_the_thumbnail_alone_bit_for_bit(count, forward, random_params):
     """Of an image that is one tile, with that tile."""
-    cfg, batch = experiment("hybrid"), rows(experiment("hybrid"), count, count)
+    cfg = experiment("hybrid")
+    cfg = replace(cfg, fusion=replace(cfg.fusion, gated=True))
+    batch = rows(cfg, count, count)
     flat = traverse_util.flatten_dict(random_params(cfg))
     closed = {path: np.zeros_like(x) if path[-1].endswith("gate") else x for path, x in flat.items()}
     hidden = forward(cfg, traverse_util.unflatten_dict(closed), batch).logits

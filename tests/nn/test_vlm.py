@@ -22,13 +22,15 @@ from tests.nn.models import (
     with_memory,
     without_images,
 )
-from vlm_jax.config import Experiment
+from vlm_jax.config import Experiment, Fusion
 from vlm_jax.data import questions
 from vlm_jax.nn.models import initializer
 from vlm_jax.nn.vlm import empty_cache
 from vlm_jax.structs import PADDING, Batch
 from vlm_jax.testing import random_batch, tiny
 from vlm_jax.train.optim import part_of
+
+GATED = tiny(fusion=Fusion("cross_attention", gated=True))
 
 # What a token sees
 
@@ -141,7 +143,7 @@ def gates_of(params):
 
 
 def test_the_gates_of_a_new_model_are_closed():
-    cfg = tiny("cross_attention")
+    cfg = GATED
     gates = list(gates_of(meta.unbox(initializer(cfg)(jax.random.key(0)))).values())
     assert len(gates) == 2
     assert not np.any(gates)
@@ -149,7 +151,7 @@ def test_the_gates_of_a_new_model_are_closed():
 
 def test_with_closed_gates_cross_attention_is_the_text_only_decoder_bit_for_bit(forward, random_params):
     """The decoder without cross-attention is `unified` given text alone."""
-    cfg, plain, batch = tiny("cross_attention"), tiny("unified"), random_batch(tiny("cross_attention"))
+    cfg, plain, batch = GATED, tiny("unified"), random_batch(GATED)
     flat = traverse_util.flatten_dict(random_params(cfg))
     own = {path: value for path, value in flat.items() if part_of(path) != "cross_attention"}
     expected = forward(plain, traverse_util.unflatten_dict(own), without_images(batch)).logits

@@ -42,7 +42,7 @@ def read(config: Json, names: Collection[str]) -> Experiment:
     return Experiment(
         vision=replace(vision, keep_class_token=True),
         projector=Projector("linear" if is_projected else "none"),
-        fusion=Fusion("encoder_decoder"),
+        fusion=Fusion("encoder_decoder", qk_norm=False),
         decoder=decoder,
     )
 

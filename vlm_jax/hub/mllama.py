@@ -44,7 +44,9 @@ def read_fusion(text: Json, layers: int) -> Fusion:
     if not numbers:
         raise ConfigError(f"config.json: cross_attention_layers names none of the {layers} layers of text_config.")
     before = tuple(n - crossed for crossed, n in enumerate(numbers))
-    return Fusion("cross_attention", cross_layers=before, qk_norm=True, placeholder=True, blind_rows="read_all")
+    return Fusion(
+        "cross_attention", cross_layers=before, gated=True, qk_norm=True, placeholder=True, blind_rows="read_all"
+    )
 
 
 def write(cfg: Experiment, taps: str) -> Json:

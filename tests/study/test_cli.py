@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.study import studies
-from vlm_jax.study import cli, definition, record
+from vlm_jax.study import cli, definition, preparing, record, running
 from vlm_jax.workdir import Workdir
 
 STUDY = """
@@ -144,6 +144,21 @@ def test_a_run_without_its_metrics_is_named_and_the_others_are_reported(write, f
     assert "without these runs" in error and "  examples/linear/seed_0: " in error
     assert "metrics.jsonl cannot be read" in error
     assert "metrics.jsonl" in (folder / "out/report.md").read_text()
+
+
+def test_the_report_repeats_the_command_with_every_option_that_was_given(write, folder, monkeypatch, capsys):
+    monkeypatch.setattr(preparing, "measure", lambda *_: None)
+    monkeypatch.setattr(running.Queue, "work", lambda *_: None)
+    given = ["run", write(), "--quick", "--folder", "my runs", "--arms", "linear", "--seeds", "2", "--jobs", "3"]
+    assert cli.main([*given, "--shard=1/2"]) == 0
+    report = f"python experiments/study.py report {given[1]} --quick --folder 'my runs'"
+    assert f"{report} writes a report" in capsys.readouterr().out
+    assert cli.main(["report", given[1], "--quick", "--folder", "my runs", "--to", "out"]) == 0
+    markdown = (folder / "out/report.md").read_text()
+    options = "--quick --folder 'my runs' --arms linear --seeds 2 --jobs 3 --shard=1/2"
+    assert f"| runs | python experiments/study.py run {given[1]} {options} |" in markdown
+    assert f"| report | {report} |" in markdown
+    assert markdown.startswith("# Does the connector matter? (quick)")
 
 
 DAMAGES = {

@@ -2,11 +2,13 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
 from tests.study import studies
 from vlm_jax.study import changed, costs, page, planning, reporting, results, samples, scores
+from vlm_jax.study.folder import Folder
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,35 @@ def test_what_arms_build_on_is_reported_with_its_score_and_its_hours(datasets_di
     assert [cell.text for cell in row] == ["text", "6", "0.750"]
     assert float(costs.reproduction_section(found, "mine.py").tables[0].rows[-1][1].text) == float(hours) + 1
     assert scores.first_section(results.read(plan)) is None
+
+
+def facts(made):
+    """The rows of "How to make it again"."""
+    return {name.text: value.text for name, value in made.sections[-1].tables[0].rows}
+
+
+def test_a_quick_report_says_so_and_its_commands_have_every_option(datasets_dir, tmp_path):
+    plan = planning.plan(studies.study(datasets_dir), tmp_path, True, {})
+    made = reporting.page(results.read(plan), "mine.py")
+    assert made.title == "Does the connector matter? (quick)"
+    assert made.lead[0].startswith("This is a quick study (--quick: train.steps 2).")
+    options = f"mine.py --quick --folder {tmp_path}"
+    assert facts(made)["runs"] == f"python experiments/study.py run {options} --seeds 2"
+    assert facts(made)["report"] == f"python experiments/study.py report {options}"
+    for command in ("run mine.py --shard 1/2", "run mine.py --shard 2/2", "run mine.py --shard 1/2"):
+        Folder(tmp_path).open(plan, command)
+    assert facts(reporting.page(results.read(plan), "mine.py"))["runs"] == (
+        "run mine.py --shard 1/2; run mine.py --shard 2/2"
+    )
+
+
+def test_a_whole_report_in_its_own_folder_needs_no_option(datasets_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = planning.plan(studies.study(datasets_dir), Path("runs/studies/mine"), False, {})
+    made = reporting.page(results.read(plan), "mine.py")
+    assert "quick" not in made.title + made.lead[0]
+    assert facts(made)["runs"] == "python experiments/study.py run mine.py --seeds 2"
+    assert facts(made)["report"] == "python experiments/study.py report mine.py"
 
 
 def test_samples_are_of_arms_that_were_asked_the_same(datasets_dir, tmp_path):

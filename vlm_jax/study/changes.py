@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.config_file import nearest
+from vlm_jax.hints import nearest
 from vlm_jax.validate import flat, kinds, with_fields
 
 Differences = Mapping[str, object]  # "section.field" -> value

@@ -1,6 +1,7 @@
 """The command line of studies; a mistake is one sentence, exit code 2."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,10 +11,10 @@ import jax
 
 from vlm_jax.cli_hub import Parser
 from vlm_jax.config import ConfigError
-from vlm_jax.config_file import nearest
-from vlm_jax.study import definition, page, planning, preparing, record, reporting, results, running
+from vlm_jax.hints import nearest
+from vlm_jax.study import costs, definition, page, planning, preparing, record, reporting, results, running
 from vlm_jax.study.definition import Study
-from vlm_jax.study.folder import Folder
+from vlm_jax.study.folder import Folder, default_folder
 from vlm_jax.study.planning import Plan, Run
 
 USAGE = """usage: python experiments/study.py VERB ...
@@ -72,8 +73,8 @@ def options(verb: str, arguments: list[str], *names: str) -> argparse.Namespace:
         number = getattr(given, name, None)
         if number is not None and number < 1:
             raise ConfigError(f"--{name} is {number}: it must be at least 1.")
-    stem = Path(given.file).stem + "_quick" * given.quick
-    given.folder = given.folder or Path("runs", "studies", stem)
+    given.command = shlex.join(["python", "experiments/study.py", verb, *arguments])
+    given.folder = given.folder or default_folder(given.file, given.quick)
     return given
 
 
@@ -98,7 +99,7 @@ def _run(given: argparse.Namespace, study: Study, choose: Callable[[list[Run]], 
         with place.alone():
             preparing.measure(place, planning.own(study, given.folder, given.quick))
     plan = planning.plan(study, given.folder, given.quick, preparing.step_seconds(place, study))
-    place.open(plan)
+    place.open(plan, given.command)
     runs = choose(plan.runs())
     with place.alone():
         for name, cfg in plan.first.items():
@@ -107,8 +108,7 @@ def _run(given: argparse.Namespace, study: Study, choose: Callable[[list[Run]], 
         preparing.measure(place, {name: cfg for name, cfg in plan.models().items() if name in wanted})
     queue = running.Queue(runs, {one: _expected_seconds(place, plan, one) for one in runs})
     queue.work(given.jobs)
-    again = f"{given.file} --folder {given.folder}" + " --quick" * given.quick
-    print(f"python experiments/study.py report {again} writes down what there is")
+    print(f"{costs.command('report', given.file, plan)} writes a report of the runs that are done")
     return int(bool(queue.failed))
 
 

@@ -3,14 +3,16 @@
 import dataclasses
 import hashlib
 import json
+import shlex
 
 from vlm_jax.chips import GIB
 from vlm_jax.config import Experiment, Fusion
 from vlm_jax.flops import token_flow
 from vlm_jax.plan import document, memory
 from vlm_jax.study import record
-from vlm_jax.study.folder import Folder, as_json, definition, differences
+from vlm_jax.study.folder import Folder, as_json, default_folder, definition, differences
 from vlm_jax.study.page import Cell, Section, Table
+from vlm_jax.study.planning import Plan
 from vlm_jax.study.results import Results
 from vlm_jax.study.scores import number
 
@@ -70,14 +72,23 @@ def difference_section(results: Results) -> Section:
     return Section("What differs", [text], tables=[Table(["axis", "arm", "field: reference -> arm"], rows)])
 
 
+def command(verb: str, file: str, plan: Plan) -> str:
+    """The command for a whole study: every option that differs from its default."""
+    options = ["--quick"] if plan.quick else []
+    if plan.folder != default_folder(file, plan.quick):
+        options += ["--folder", str(plan.folder)]
+    return shlex.join(["python", "experiments/study.py", verb, file, *options])
+
+
 def reproduction_section(results: Results, file: str) -> Section:
-    """With what the runs were made, and the command that makes them again."""
+    """With what the runs were made, and the commands that make them again."""
     plan, place = results.plan, Folder(results.plan.folder)
     made = _attempts(results)
     measured = [found for name in plan.models() if (found := place.read_measurement(name))]
     configs = json.dumps(definition(plan)["experiments"]).replace(f"{plan.folder}/", "")  # wherever the folder is
     facts = {
-        "command": [f"python experiments/study.py run {file} --seeds {plan.study.seeds}"],
+        "runs": place.commands() or [f"{command('run', file, plan)} --seeds {plan.study.seeds}"],
+        "report": [command("report", file, plan)],
         "commit": [one["commit"] + " with changes" * bool(one["changed_files"]) for one in made],
         "SHA-256 of all configs": [hashlib.sha256(configs.encode()).hexdigest()],
         "SHA-256 of the data": [one["data_sha256"] for one in measured],

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.config_file import nearest
+from vlm_jax.hints import nearest
 from vlm_jax.infer.evaluate import SCORES
 from vlm_jax.study.changes import Differences, changed, is_placeholder
 from vlm_jax.study.matching import AXES

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.config import ConfigError, Experiment, Fusion
 from vlm_jax.study import record
 from vlm_jax.study.planning import Plan
 from vlm_jax.validate import flat
@@ -14,6 +14,11 @@ from vlm_jax.workdir import OF_THE_MACHINE, write_whole
 
 MEASURED = {"step_seconds", "peak_memory_bytes", "decoded_tokens_per_second", "data_sha256"}  # of a model, at least
 OF_A_RUN = ("workdir", *OF_THE_MACHINE)  # fields that make no other study
+
+
+def default_folder(file: str, quick: bool) -> Path:
+    """Where the study of a file is kept without --folder."""
+    return Path("runs", "studies", Path(file).stem + ("_quick" if quick else ""))
 
 
 class Folder:
@@ -43,6 +48,10 @@ class Folder:
         """With how many the study was run so far; 0 where it was not."""
         return self._defined("seeds") if self.definition.exists() else 0
 
+    def commands(self) -> list[str]:
+        """The different commands that ran the study here, in their order; none in folders of older versions."""
+        return record.read_json(self.definition).get("commands", []) if self.definition.exists() else []
+
     def _defined(self, name: str):
         found = record.read_json(self.definition)
         if name not in found:
@@ -63,8 +72,8 @@ class Folder:
                 + "\n  ".join(sorted(changed))
             )
 
-    def open(self, plan: Plan) -> None:
-        """Makes the folder and writes down what the study is, once it is checked.
+    def open(self, plan: Plan, command: str = "") -> None:
+        """Makes the folder and writes down what the study is and by which command it is run, once it is checked.
 
         Raises:
           ConfigError: it cannot be written, or holds another version; nothing is changed then.
@@ -72,8 +81,9 @@ class Folder:
         self.check(plan)
         try:
             self.measured.mkdir(parents=True, exist_ok=True)
-            seeds = max(plan.study.seeds, self.seeds())
-            write_whole(self.definition, json.dumps(definition(plan) | {"seeds": seeds}, indent=1) + "\n")
+            commands = dict.fromkeys(filter(None, (*self.commands(), command)))
+            kept = {"seeds": max(plan.study.seeds, self.seeds()), "commands": list(commands)}
+            write_whole(self.definition, json.dumps(definition(plan) | kept, indent=1) + "\n")
         except OSError as error:
             raise ConfigError(f"folder {self.path} cannot be written: {error.strerror}.") from None
 
@@ -105,8 +115,9 @@ def as_json(cfg: Experiment) -> dict[str, object]:
 
 
 def differences(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
-    """A line for every field that differs; one that only one version of the program knows counts as its default."""
+    """A line for every field that differs and has an effect; a field that is missing counts as its default."""
     defaults = as_json(Experiment())
-    names = dict.fromkeys((*old, *new))
+    unused = {f"fusion.{name}" for name in Fusion(new["fusion.kind"]).unused}
+    names = dict.fromkeys(name for name in (*old, *new) if name not in unused)
     pairs = [(name, old.get(name, defaults.get(name)), new.get(name, defaults.get(name))) for name in names]
     return [f"{name}: {was} -> {is_now}" for name, was, is_now in pairs if was != is_now]

@@ -37,6 +37,7 @@ class Plan:
     first: Mapping[str, Experiment]  # runs that arms build on
     arms: Mapping[tuple[str, str], Experiment]  # (axis, arm) -> the matched experiment, without seed and work folder
     matches: tuple[Match, ...]
+    quick: bool = False  # with the few steps of `Study.quick`: its scores answer nothing
 
     def run(self, axis: str, arm: str, seed: int) -> Run:
         """The run that answers for an arm on an axis: where an axis before it asks for the same experiment, its run."""
@@ -148,7 +149,7 @@ def plan(study: Study, folder: Path, quick: bool, step_seconds: Mapping[str, flo
             matches.append(Match(axis, arm, free, flat(matched)[free] if free else None, of(matched), target))
         _refuse_equal(axis, {arm: found[axis, arm] for arm in arms}, decoders)
     matching.check(matches, float("inf") if quick else study.tolerance)
-    return Plan(study, folder, first, found, tuple(matches))
+    return Plan(study, folder, first, found, tuple(matches), quick)
 
 
 def _first(study: Study, folder: Path, quick: bool) -> dict[str, Experiment]:

@@ -2,6 +2,7 @@
 
 from vlm_jax.study import costs, samples, scores, statistics
 from vlm_jax.study.page import Page
+from vlm_jax.study.planning import Plan
 from vlm_jax.study.results import Results
 
 
@@ -10,6 +11,7 @@ def page(results: Results, file: str) -> Page:
     study = results.plan.study
     pairs = {axis: statistics.pairs(results, axis) for axis in study.matched}
     lead = [
+        *quick_warning(results.plan),
         f"{len(study.arms)} arms, {study.seeds} seed{'s' * (study.seeds > 1)}, {len(results.plan.runs())} runs.",
         *(scores.summary(results, *pair) for pair in pairs.items()),
     ]
@@ -25,4 +27,16 @@ def page(results: Results, file: str) -> Page:
         costs.difference_section(results),
         costs.reproduction_section(results, file),
     ]
-    return Page(study.question, lead, [section for section in sections if section])
+    title = f"{study.question} (quick)" if results.plan.quick else study.question
+    return Page(title, lead, [section for section in sections if section])
+
+
+def quick_warning(plan: Plan) -> list[str]:
+    """A paragraph for the report of a study that was run with --quick."""
+    if not plan.quick:
+        return []
+    settings = ", ".join(f"{name} {value}" for name, value in plan.study.quick.items())
+    return [
+        f"This is a quick study (--quick: {settings}). It shows that every run works; its scores do not answer the "
+        "question, and its arms need not be matched."
+    ]

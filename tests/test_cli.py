@@ -1,11 +1,16 @@
 """The command line: a mistake is one sentence that names it, exit code 2, and nothing is written."""
 
+import dataclasses
+import inspect
+import re
+import typing
 from pathlib import Path
 
 import pytest
 
-from vlm_jax import cli, config_file
+from vlm_jax import cli, config, config_file, hints, validate
 from vlm_jax.cli import main
+from vlm_jax.infer import ask
 from vlm_jax.testing import tiny
 from vlm_jax.workdir import Workdir
 
@@ -31,10 +36,13 @@ def run(arguments, capsys):
 
 
 MISTAKES = {
-    "an unknown verb": (["tarin", "--config", CONFIG], ["'tarin' is no verb", "perhaps you meant train", "generate"]),
+    "an unknown verb": (
+        ["tarin", "--config", CONFIG],
+        ["'tarin' is not a verb", "perhaps you meant train", "generate"],
+    ),
     "a verb that is nothing like one": (
         ["xyz"],
-        ["'xyz' is no verb", "train, eval, generate, verify, export, plan, diff"],
+        ["'xyz' is not a verb", "train, eval, generate, verify, export, plan, diff"],
     ),
     "no config": (["train"], ["train needs --config"]),
     "a config that is not there": (
@@ -44,6 +52,24 @@ MISTAKES = {
     "an unknown field": (
         ["--config", CONFIG, "--decoder.widht", "32"],
         ["--decoder.widht", "perhaps you meant decoder.width"],
+    ),
+    "a file without --config": ([CONFIG], [f"'{CONFIG}' is not a verb", f"perhaps you meant --config {CONFIG}"]),
+    "a config without its folder": (
+        ["train", "--config", "easy_vqa_unified"],
+        ["--config easy_vqa_unified does not exist", f"perhaps you meant {CONFIG}"],
+    ),
+    "a folder of a run for a config": (["--config", "run"], ["--workdir run", "--checkpoint run"]),
+    "a name on the hub for a folder": (
+        ["generate", "--checkpoint", "llava-hf/llava-1.5-7b-hf", "--prompt", "hi"],
+        ["is not a folder", "hf download llava-hf/llava-1.5-7b-hf --local-dir checkpoints/llava-1.5-7b-hf"],
+    ),
+    "a name on the hub for a part": (
+        ["plan", "--config", CONFIG, "--vision.checkpoint", "openai/clip-vit-base-patch32"],
+        ["is not a folder", "hf download openai/clip-vit-base-patch32 --local-dir checkpoints/clip-vit-base-patch32"],
+    ),
+    "an unknown option of a checkpoint's verb": (
+        ["verify", "--model", "x"],
+        ["verify has no option --model (perhaps you meant checkpoint)", "--reference"],
     ),
     "an unknown choice": (
         ["--config", CONFIG, "--fusion.kind", "crossattention"],
@@ -76,13 +102,13 @@ MISTAKES = {
         ["--config", CONFIG, "--vision.tile_layouts", "1", "x"],
         ["--vision.tile_layouts x is not a whole number"],
     ),
-    "a value of nothing": (["train", "steps", "--config", CONFIG], ["'steps' stands for nothing"]),
-    "a short option": (["--config", CONFIG, "-x"], ["'-x' stands for nothing"]),
+    "a value of nothing": (["train", "steps", "--config", CONFIG], ["'steps' is not an option"]),
+    "a short option": (["--config", CONFIG, "-x"], ["'-x' is not an option"]),
     "an empty value": (["--config", CONFIG, "--data.dir", ""], ["--data.dir is empty"]),
     "an empty work folder": (["--config", CONFIG, "--workdir", ""], ["--workdir is empty"]),
     "a work folder left out": (["--config", CONFIG, "--workdir"], ["--workdir", "expected one argument"]),
     "a config left out": (["--config"], ["--config", "expected one argument"]),
-    "a folder for a config": (["--config", str(Path(CONFIG).parent)], ["is no config", "Python file"]),
+    "a folder for a config": (["--config", str(Path(CONFIG).parent)], ["is not a config", "Python file"]),
     "a number that is none": (
         ["--config", CONFIG, "--optim.learning_rate", "nan"],
         ["optim.learning_rate is nan: it must be at least 0"],
@@ -141,12 +167,91 @@ def test_a_mistake_is_named_with_exit_code_2_and_nothing_is_written(arguments, s
     assert sorted(folder.rglob("*")) == before
 
 
+HINTS = {  # option: what was meant
+    **dict.fromkeys(("--lr", "--train.lr", "--learning_rate", "--learning-rate", "--LR"), "optim.learning_rate"),
+    **dict.fromkeys(("--optim.learning_rat", "--vision.learning_rate"), "optim.learning_rate"),
+    **dict.fromkeys(("--batch_size", "--bs", "--optim.batch_size"), "train.batch_size"),
+    **dict.fromkeys(("--epochs", "--steps", "--train.epochs", "--max-steps"), "train.steps"),
+    **dict.fromkeys(("--output_dir", "--work_dir"), "workdir"),
+    **dict.fromkeys(("--wd", "--train.weight_decay"), "optim.weight_decay"),
+    **dict.fromkeys(("--warmup", "--optim.warmup"), "optim.warmup_steps"),
+    "--fusion": "fusion.kind",
+    "--train.seed": "seed or data.seed",
+    "--vision.layers": "vision.depth",
+    "--decoder.layers": "decoder.depth",
+    "--decode.width": "decoder.width",
+    "--width": "vision.width or decoder.width",
+    "--mesh": "mesh.data, mesh.fsdp or mesh.tensor",
+}
+
+
+@pytest.mark.parametrize("option, meant", HINTS.items())
+def test_a_synonym_or_another_section_of_a_field_gets_a_hint(option, meant, capsys):
+    code, _, err = run(["--config", CONFIG, option, "1"], capsys)
+    name = option[2:].replace("-", "_")
+    assert (code, err) == (
+        2,
+        f"error: --{name} is not a field (perhaps you meant {meant}); --help lists all of them.\n",
+    )
+
+
+def test_every_synonym_is_of_a_field_and_is_not_a_field_itself():
+    fields = validate.kinds(config.Experiment())
+    assert set(hints.SYNONYMS.values()) <= set(fields)
+    assert not set(hints.SYNONYMS) & set(fields)
+
+
+def test_an_option_of_a_verb_is_spelled_with_hyphens_or_underscores(monkeypatch):
+    monkeypatch.setattr(ask, "answer", lambda given: [str(given.max_new_tokens)])
+    for option in ("--max-new-tokens", "--max_new_tokens"):
+        assert main(["generate", "--checkpoint", "c", option, "3"]) == 0
+
+
+@pytest.mark.parametrize("verb", ["generate", "verify", "export"])
+def test_the_help_of_a_verb_about_checkpoints_has_examples(verb, capsys):
+    code, out, _ = run([verb, "--help"], capsys)
+    assert code == 0
+    assert f"python run.py {verb} --" in out
+
+
+def comments(kind) -> dict[str, str]:
+    """Field -> all that the source says about it: beside it, below it with `#   `, or above it."""
+    texts, above, name = {}, [], None
+    for line in inspect.getsource(kind).splitlines():
+        code, _, comment = line.partition("  # ")
+        if match := re.match(r"    (\w+): ", line):
+            name = match[1]
+            texts[name], above = [*above, comment.strip()], []
+        elif line.strip().startswith("#:"):
+            above.append(line.strip()[2:].strip())
+        elif line.strip().startswith("#") and name:
+            texts[name].append(line.strip()[1:].strip())
+        else:
+            above = []
+    return {name: " ".join(filter(None, parts)) for name, parts in texts.items()}
+
+
+def test_the_help_has_the_whole_comment_of_every_field(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    _, out, _ = run(["train", "--config", CONFIG, "--help"], capsys)
+    text = " ".join(out.replace("│", " ").split())
+    sections = {config.Experiment} | {kind for kind in typing.get_type_hints(config.Experiment).values()}
+    sections = {kind for kind in sections if dataclasses.is_dataclass(kind)}
+    for kind in {*sections, config.Transformer, config.Rope, config.RateScale}:
+        found, hints_of = comments(kind), typing.get_type_hints(kind)
+        for field in kind.__annotations__:
+            if not dataclasses.is_dataclass(hints_of[field]):
+                assert found[field], f"{kind.__name__}.{field} has no comment"
+                assert " ".join(found[field].split()) in text, f"{kind.__name__}.{field}"
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["eval", "--help"], ["train", "-h"]])
 def test_help_names_every_verb(arguments, capsys):
     code, out, _ = run(arguments, capsys)
     assert code == 0
     for verb in ("train", "eval", "generate", "diff"):
         assert f"\n  {verb}" in out
+    assert "\nexamples:\n  python run.py --config configs/easy_vqa_unified.py\n" in out
 
 
 def test_no_arguments_at_all_show_the_usage_with_exit_code_2(capsys):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from vlm_jax import cli_hub, config_file
 from vlm_jax.config import ConfigError, Experiment, RunError
+from vlm_jax.hints import nearest, suggestion
 from vlm_jax.start import leave
 from vlm_jax.train import preemption
 from vlm_jax.validate import validate
@@ -29,7 +30,16 @@ USAGE = """usage: python run.py [VERB] [--config FILE] [--any.field VALUE ...]
             any of it runs
   diff      A.py B.py: prints the fields in which two configs differ
 
-python run.py VERB --config FILE --help lists every field with its value."""
+python run.py VERB --config FILE --help lists every field with its value.
+
+examples:
+  python run.py --config configs/easy_vqa_unified.py
+  python run.py --config configs/easy_vqa_unified.py --fusion.kind cross_attention --optim.learning_rate 5e-4 \\
+      --workdir runs/mine
+  python run.py eval --workdir runs/mine --eval.max_examples 500
+  python run.py generate --workdir runs/mine --image a.png --prompt "what color is the shape?" "is there a circle?"
+  python run.py generate --checkpoint checkpoints/llava-1.5-7b-hf --image a.jpg --prompt "what is this?"
+  python run.py plan --config configs/llava_1_5_7b_stage_2.py --devices 64"""
 OWN_HELP = ("generate", "verify", "export")  # verbs that explain their options themselves
 PLAN_OPTIONS = {
     "topology": {"help": "the slice of TPUs to plan for, CHIP:LAYOUT such as v5e:8x8; the step is compiled for it"},
@@ -54,7 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(USAGE)
             return 0 if arguments else 2
         if verb not in VERBS:
-            raise ConfigError(f"{verb!r} is no verb{config_file.nearest(verb, VERBS)}: choose {', '.join(VERBS)}.")
+            hint = suggestion([f"--config {verb}"]) if verb.endswith(".py") else nearest(verb, VERBS)
+            raise ConfigError(f"{verb!r} is not a verb{hint}: choose {', '.join(VERBS)}.")
         return VERBS[verb](rest)
     except (ConfigError, RunError, OSError, KeyboardInterrupt) as error:
         code, message = _failure(error)

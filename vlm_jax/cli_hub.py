@@ -3,6 +3,7 @@
 import argparse
 
 from vlm_jax.config import ConfigError
+from vlm_jax.hints import nearest_field
 from vlm_jax.limits import check_sampling
 from vlm_jax.workdir import Workdir, is_run
 
@@ -17,22 +18,63 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}.")
 
 
+SYNONYMS = {  # what other programs call an option -> the option
+    **dict.fromkeys(("model", "model_path", "model_name_or_path", "pretrained", "folder", "dir"), "checkpoint"),
+    **dict.fromkeys(("images", "image_file", "image_path", "img", "file"), "image"),
+    **dict.fromkeys(("text", "question", "query", "input", "prompts"), "prompt"),
+    **dict.fromkeys(("max_tokens", "max_length", "max_new", "new_tokens", "length"), "max-new-tokens"),
+    **dict.fromkeys(("temp", "t"), "temperature"),
+    **dict.fromkeys(("out", "out_dir", "output_dir", "save_dir"), "output"),
+    **dict.fromkeys(("tol", "tolerance", "rtol"), "atol"),
+}
+EXAMPLES = {  # by verb, for its --help
+    "generate": """examples:
+  python run.py generate --checkpoint checkpoints/llava-1.5-7b-hf --image a.jpg --prompt "what is this?"
+  python run.py generate --checkpoint checkpoints/gpt2 --prompt "Once upon a time" --temperature 0.7 --top-p 0.9
+  python run.py generate --workdir runs/mine --image a.png b.png --prompt "is there a circle?" "is it red?"
+
+With --workdir, the folder of a run, instead of --checkpoint, every prompt is asked about every image, and fields of
+the experiment such as --eval.max_new_tokens are the other options.""",
+    "verify": """example:
+  python run.py verify --checkpoint checkpoints/gpt2 --reference gpt2.npz --outputs logits""",
+    "export": """examples:
+  python run.py export --checkpoint runs/mine --output exported
+  python run.py export --checkpoint checkpoints/gpt2 --output copy""",
+}
+
+
 def parsed(verb: str, arguments: list[str], **options: dict) -> argparse.Namespace:
     """The options of a verb; each `name=settings` is `--name` with the settings of `add_argument`.
 
     Raises:
       ConfigError: an option that does not exist, lacks its value, or has one of a wrong type.
     """
-    parser = Parser(prog=f"python run.py {verb}")
-    for name, settings in options.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, **settings)
-    given, unknown = parser.parse_known_args(arguments)
+    parser = Parser(
+        prog=f"python run.py {verb}", epilog=EXAMPLES[verb], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    spelled = {name.replace("_", "-"): name for name in options}
+    for option, name in spelled.items():
+        parser.add_argument(f"--{option}", dest=name, **options[name])
+    arguments = [_hyphenated(argument) for argument in arguments]
+    names = [argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")]
+    unknown = [name for name in names if name not in (*spelled, "help")]
     if unknown:
-        raise ConfigError(f"{verb} has no option {unknown[0]}: choose {', '.join('--' + name for name in options)}.")
+        hint = nearest_field(unknown[0], spelled, SYNONYMS)
+        choices = ", ".join(f"--{option}" for option in spelled)
+        raise ConfigError(f"{verb} has no option --{unknown[0]}{hint}: choose {choices}.")
+    given = parser.parse_args(arguments)
     empty = [name for name, settings in options.items() if settings.get("required") and getattr(given, name) == ""]
     if empty:
         raise ConfigError(f"--{empty[0]} is empty.")
     return given
+
+
+def _hyphenated(argument: str) -> str:
+    """--max_new_tokens=3 -> --max-new-tokens=3; fields of an experiment have either spelling, too."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
 
 
 TAPS = {"choices": ("input", "output"), "help": "Llama 3.2 Vision: intermediate features enter or leave their layers"}

@@ -63,8 +63,8 @@ class Data:
     #   checkpoint: the chat template or prompt form of the checkpoint that `init_from` names
     augment: tuple[Literal["mirror", "turn", "shift"], ...] = ("mirror", "shift")  # moves of the training images
     special_ids: tuple[int, int, int, int] = (0, 1, 2, 3)  # tokens that stand for padding, image, newline, end of text
-    tag_ids: tuple[tuple[int, ...], ...] = ()  # tokens of every tile tag, and last of the thumbnail's; empty: one each,
-    #   behind the special ones
+    #: tokens of every tile tag, and last of the thumbnail's; empty: one each, after the special ones
+    tag_ids: tuple[tuple[int, ...], ...] = ()
     bos_id: int = -1  # token that begins a conversation; -1: none does
     threads: int = 2  # threads that read and build rows
     prefetch: int = 4  # batches made ahead of the step
@@ -88,10 +88,10 @@ class Data:
 class RateScale:
     """Learning rate of a part as a multiple of `optim.learning_rate`; 0 freezes the part."""
 
-    vision: float = 1.0
-    projector: float = 1.0
-    decoder: float = 1.0
-    cross_attention: float = 1.0
+    vision: float = 1.0  # of the image encoder's learning rate; 0 freezes it
+    projector: float = 1.0  # of the projector's learning rate; 0 freezes it
+    decoder: float = 1.0  # of the decoder's learning rate, cross-attention apart; 0 freezes it
+    cross_attention: float = 1.0  # of cross-attention's learning rate; 0 freezes it
 
 
 @dataclass(frozen=True)
@@ -99,27 +99,27 @@ class Optim:
     kind: Literal["adamw", "muon"] = "adamw"  # muon: for kernels; all else is AdamW's as before
     learning_rate: float = 1e-3  # the peak, after warm-up
     rate_scale: RateScale = field(default_factory=RateScale)
-    warmup_steps: int = 100
+    warmup_steps: int = 100  # steps in which the learning rate rises from 0 to its peak
     final_fraction: float = 0.0  # the cosine ends at this share of the peak
-    beta1: float = 0.9
-    beta2: float = 0.99
+    beta1: float = 0.9  # decay of the mean of the gradients
+    beta2: float = 0.99  # AdamW: decay of the mean of their squares
     weight_decay: float = 1e-4  # of matrices only
     clip_norm: float = 1.0  # global norm of the gradient
 
 
 @dataclass(frozen=True)
 class Train:
-    steps: int = 1500
+    steps: int = 1500  # optimizer steps, each on a batch of batch_size rows
     batch_size: int = 128  # rows in a global batch
     microbatches: int = 1  # parts of a batch that are computed one after the other, their gradients added
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward and backward pass and of frozen parts;
-    #   trained parameters, the optimizer and the loss are float32
+    #: of the forward and backward pass and of frozen parts; trained parameters, the optimizer and the loss are float32
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
     loss_chunk: int = 0  # scored tokens of a device whose logits are there at once; 0: all, or 512, as fits 64 MiB
-    checkpoint_every_steps: int = 500
+    checkpoint_every_steps: int = 500  # steps from one checkpoint to the next
     keep_checkpoints: int = 3  # the last so many
     keep_best: int = 0  # and so many more: those with the lowest mean training loss since the checkpoint before
     keep_every_steps: int = 0  # and those of every so many steps, for good; 0: none
-    log_every_steps: int = 20
+    log_every_steps: int = 20  # steps from one logged row to the next
     profile_steps: str = ""  # "10:13": a jax.profiler trace of steps 10 to 13 in the work folder; empty: none
     compilation_cache_dir: str = "~/.cache/vlm_jax/compiled"  # what was compiled is found there again; empty: off
 
@@ -140,9 +140,9 @@ def factorizations(number: int) -> list[tuple[int, int, int]]:
 
 @dataclass(frozen=True)
 class Mesh:
-    data: int = -1  # devices along each axis; -1: what is left
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # devices along the axis of data parallelism; -1: what is left
+    fsdp: int = 1  # devices along the axis that shards rows and parameters; -1: what is left
+    tensor: int = 1  # devices along the axis of tensor parallelism; -1: what is left
 
     def sizes(self, devices: int) -> tuple[int, int, int]:
         """The axes with -1 filled in.
@@ -204,7 +204,7 @@ class Eval:
     split: str = "test"  # TFDS split to evaluate on; empty: no evaluation
     max_examples: int = 0  # 0: all
     batch_size: int = 256  # questions at a time
-    max_new_tokens: int = 8
+    max_new_tokens: int = 8  # the longest answer
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class Experiment:
         Literal["vision", "projector", "decoder"], ...
     ] = ()  # only these parts of init_from; (): all of it
     workdir: str = ""  # where the run is kept; empty: runs/<config name>
-    seed: int = 0
+    seed: int = 0  # of new parameters and of the order of the data
 
     @property
     def begins_with_any(self) -> bool:

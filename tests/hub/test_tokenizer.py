@@ -156,7 +156,7 @@ def refusal(folder) -> str:
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):
-    assert "no folder" in refusal(tmp_path / "none")
+    assert "not a folder" in refusal(tmp_path / "none")
     assert "tokenizer.json" in refusal(tmp_path) and "tokenizer.model" in refusal(tmp_path)
 
 

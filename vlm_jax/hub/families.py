@@ -23,7 +23,7 @@ from vlm_jax.hub import (
     vit,
 )
 from vlm_jax.hub.family import Family, get
-from vlm_jax.hub.files import read_json
+from vlm_jax.hub.files import existing_folder, read_json
 
 KNOWN = (
     gpt2.GPT2,
@@ -70,6 +70,6 @@ def family_of(config: Mapping, name: str, taps: str | None = None) -> Family:
 
 def possible_taps(folder: str | os.PathLike, taps: str | None) -> tuple[str | None, ...]:
     """The taps that outputs of a folder may have: both, where neither `taps` nor a Llama 3.2 Vision's config tells."""
-    config = read_json(config_path(Path(folder).expanduser()))
+    config = read_json(config_path(existing_folder(folder)))
     told = taps or get(config, "vision_config", {}).get(mllama_vision.TAPS)
     return ("input", "output") if config.get("model_type") == "mllama" and not told else (taps,)

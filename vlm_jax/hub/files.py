@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,8 +19,28 @@ from vlm_jax.lfs import refuse_pointer
 
 WEIGHTS = "model.safetensors"
 READABLE = (WEIGHTS, "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # best first
+HUB_NAME = re.compile(  # OWNER/NAME, NAME, or the address of its page
+    r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?(\w[\w.-]*(?:/\w[\w.-]*)?)/?(?:tree/.*)?"
+)
 PARTIAL = ".partial"  # a folder of files that are not complete
 INDEX = ".index.json"  # added to the name of the file that was split
+
+
+def existing_folder(folder: str | os.PathLike) -> Path:
+    """The path of a folder. ConfigError where there is none, with the way to it where it may be a name on the hub."""
+    path, text = Path(folder).expanduser(), str(folder)
+    if os.path.isdir(path):
+        return path
+    if path.exists():
+        raise ConfigError(f"{path} is a file: name the folder that holds the checkpoint.")
+    name = HUB_NAME.fullmatch(text)
+    if name is None:
+        raise ConfigError(f"{path} is not a folder: it does not exist.")
+    local = f"checkpoints/{name[1].rpartition('/')[2]}"
+    raise ConfigError(
+        f"{text} is not a folder: if it is a model on the Hugging Face hub, download it first with "
+        f"`hf download {name[1]} --local-dir {local}`, and name {local} instead."
+    )
 
 
 class Tensors(Mapping[str, StoredTensor]):
@@ -53,9 +74,7 @@ def open_tensors(folder: str | os.PathLike) -> Tensors:
       ConfigError: no folder, no weights in it, a shard that is missing or lacks a tensor, a file that is damaged or
         cut short, or a pickle that wants to run code.
     """
-    folder = Path(folder).expanduser()
-    if not os.path.isdir(folder):
-        raise ConfigError(f"{folder} is no folder.")
+    folder = existing_folder(folder)
     found = _find(folder)
     if found is None:
         raise ConfigError(f"{folder} holds no weights: there is no {', '.join(READABLE)}, nor {INDEX} of one of them.")

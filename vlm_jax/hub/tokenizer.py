@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers import Encoding, Tokenizer
 
 from vlm_jax.config import ConfigError
+from vlm_jax.hub.files import existing_folder
 from vlm_jax.hub.special_tokens import TOKENIZER, TOKENIZER_CONFIG, read_if_there
 from vlm_jax.hub.tokenizer_files import CONFIG, SENTENCEPIECE, VOCAB, read_pipeline
 
@@ -57,9 +58,7 @@ class HubTokenizer:
         Raises:
           ConfigError: there is no folder, no tokenizer in it, or a file is damaged or does not fit the others.
         """
-        folder = Path(folder).expanduser()
-        if not os.path.isdir(folder):
-            raise ConfigError(f"{folder} is no folder.")
+        folder = existing_folder(folder)
         backend, special, kind = read_pipeline(folder)
         tidies = read_if_there(folder / TOKENIZER_CONFIG).get("clean_up_tokenization_spaces")
         is_bpe = type(backend.model).__name__ == "BPE"  # whose tokens hold no spaces but those of the text

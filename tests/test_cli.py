@@ -235,7 +235,7 @@ def test_the_help_has_the_whole_comment_of_every_field(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     _, out, _ = run(["train", "--config", CONFIG, "--help"], capsys)
     text = " ".join(out.replace("│", " ").split())
-    sections = {config.Experiment} | {kind for kind in typing.get_type_hints(config.Experiment).values()}
+    sections = {config.Experiment} | set(typing.get_type_hints(config.Experiment).values())
     sections = {kind for kind in sections if dataclasses.is_dataclass(kind)}
     for kind in {*sections, config.Transformer, config.Rope, config.RateScale}:
         found, hints_of = comments(kind), typing.get_type_hints(kind)

@@ -57,10 +57,9 @@ class Data:
     questions_per_row: int = 8  # questions that share one image in a row; 1: one question a row
     text_length: int = 80  # text tokens in a row; a conversation that is longer than its row is cut
     images_per_row: int = 1  # I: images in a row of conversations, at the most
-    template: Literal["plain", "vicuna", "caption", "checkpoint"] = (
-        "plain"  # form of a conversation: data/templates.py;
-    )
-    #   checkpoint: the chat template or prompt form of the checkpoint that `init_from` names
+    #: form of a conversation: data/templates.py; checkpoint: the chat template or prompt form of the checkpoint that
+    #: `init_from` names
+    template: Literal["plain", "vicuna", "caption", "checkpoint"] = "plain"
     augment: tuple[Literal["mirror", "turn", "shift"], ...] = ("mirror", "shift")  # moves of the training images
     special_ids: tuple[int, int, int, int] = (0, 1, 2, 3)  # tokens that stand for padding, image, newline, end of text
     #: tokens of every tile tag, and last of the thumbnail's; empty: one each, after the special ones
@@ -220,9 +219,8 @@ class Experiment:
     distributed: Distributed = field(default_factory=Distributed)
     eval: Eval = field(default_factory=Eval)
     init_from: str = ""  # folder of a public checkpoint or of a run: its model, tokenizer and weights to begin with
-    init_parts: tuple[
-        Literal["vision", "projector", "decoder"], ...
-    ] = ()  # only these parts of init_from; (): all of it
+    #: only these parts of init_from; (): all of it
+    init_parts: tuple[Literal["vision", "projector", "decoder"], ...] = ()
     workdir: str = ""  # where the run is kept; empty: runs/<config name>
     seed: int = 0  # of new parameters and of the order of the data
 

@@ -45,9 +45,9 @@ SYNONYMS = {  # what other programs call a field -> the field
     **dict.fromkeys(("vision", "encoder", "vision_tower", "vision_model", "image_encoder"), "vision.checkpoint"),
     **dict.fromkeys(("image_size", "img_size", "resolution"), "vision.image_size_px"),
     **dict.fromkeys(("patch", "patch_size"), "vision.patch_size_px"),
-    **dict.fromkeys(
-        ("decoder", "llm", "model", "language_model", "model_name_or_path", "pretrained"), "decoder.checkpoint"
-    ),
+    **dict.fromkeys(("decoder", "llm", "language_model", "text_model"), "decoder.checkpoint"),
+    **dict.fromkeys(("model", "model_name_or_path", "model_path", "pretrained", "finetune_from"), "init_from"),
+    **dict.fromkeys(("resume", "resume_from", "resume_from_checkpoint"), "workdir"),
     **dict.fromkeys(("hidden_size", "d_model", "dim", "n_embd", "embed_dim"), "decoder.width"),
     **dict.fromkeys(("layers", "num_layers", "num_hidden_layers", "n_layer", "n_layers"), "decoder.depth"),
     **dict.fromkeys(("num_heads", "n_head", "n_heads", "num_attention_heads"), "decoder.heads"),

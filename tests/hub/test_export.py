@@ -145,7 +145,7 @@ def mllama_like() -> Experiment:
     vision = replace(tiny().vision, activation="gelu", qkv_bias=False, out_bias=False, patch_bias=False, norm_eps=1e-5)
     vision = replace(vision, class_token=True, keep_class_token=True, pre_norm=True, feature_layers=(1, 2))
     vision = replace(vision, tiles=2, tile_layouts=((1, 1), (1, 2), (2, 1)), global_depth=1)
-    fusion = Fusion("cross_attention", cross_layers=(1,), qk_norm=True, blind_rows="read_all")
+    fusion = Fusion("cross_attention", cross_layers=(1,), gated=True, blind_rows="read_all")
     decoder = replace(llama(), extra_tokens=8)
     return tiny("cross_attention", vision=vision, fusion=fusion, decoder=decoder, projector=Projector("linear"))
 
@@ -153,7 +153,8 @@ def mllama_like() -> Experiment:
 def encoder_decoder_like() -> Experiment:
     vision = replace(tiny().vision, activation="gelu", class_token=True, keep_class_token=True, norm_eps=1e-12)
     decoder = replace(tiny().decoder, positions="learned", kv_heads=0, norm_eps=1e-5)
-    return tiny("encoder_decoder", vision=vision, decoder=decoder, projector=Projector("none"))
+    fusion = Fusion("encoder_decoder", qk_norm=False)
+    return tiny(fusion=fusion, vision=vision, decoder=decoder, projector=Projector("none"))
 
 
 RUNS = {

@@ -146,7 +146,7 @@ def with_value(part, field, value):
     return replace(part, **{name: with_value(getattr(part, name), rest, value) if rest else value})
 
 
-@pytest.mark.parametrize("field", AT_LEAST)
+@pytest.mark.parametrize("field", [field for field in AT_LEAST if field in kinds(tiny())])
 def test_a_value_below_its_least_is_refused_by_name(field):
     least = AT_LEAST[field]
     with pytest.raises(ConfigError, match=f"^{field} is {least - 1}: it must be at least {least}"):
@@ -159,7 +159,7 @@ FLOATS = [field for field, kind in kinds(tiny()).items() if kind is float]
 @pytest.mark.parametrize(
     "field, value, said",
     [(field, 0.0, "above 0") for field in ABOVE]
-    + [(field, most + 1, f"at most {most}") for field, most in AT_MOST.items()]
+    + [(field, most + 1, f"at most {most}") for field, most in AT_MOST.items() if field in kinds(tiny())]
     + [(field, 1.0, "below 1") for field in BELOW]
     + [(field, float(word), "it must be") for field in FLOATS for word in ("nan", "inf")],
 )

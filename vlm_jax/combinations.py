@@ -28,7 +28,7 @@ def _data(cfg: Experiment) -> None:
             f"data.images_per_row {data.images_per_row} is of conversations: with data.source {data.source} a row has "
             "one image."
         )
-    if data.is_conversations and cfg.fusion.blind_rows == "read_all":
+    if data.is_conversations and cfg.fusion.blind_rows == "read_all" and not cfg.vision.keeps_aspect_in_tiles:
         raise ConfigError(
             f"fusion.blind_rows read_all lets a token without an image read those of other conversations in its row: "
             f"set it to skip for data.source {data.source}."

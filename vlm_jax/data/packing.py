@@ -10,7 +10,7 @@ of its own only. So batches are the same for any number of processes, and one pl
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grain
@@ -88,6 +88,8 @@ def capacity(cfg: Experiment) -> tuple[dict[str, int], dict[str, int]]:
     pad = cfg.data.special_ids[0]
     padding = {"tokens": pad, "targets": pad, "images_seen": 0, "images": NO_IMAGE}
     padding |= {name: FILL[name] for name in ("image_slots", "image_tags", "loss_weights")}
+    if cfg.fusion.placeholder:
+        padding["images_from"] = 0
     if cfg.fusion.prefix == "bidirectional":
         padding["block_ids"] = FILL["block_ids"]
     return dict.fromkeys(padding, cfg.row_length) | {"images": cfg.data.images_per_row}, padding
@@ -126,11 +128,21 @@ def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Callable) -> Batch:
     fields = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "id"}
     segment_ids, owners = fields["tokens_segment_ids"], fields["images_segment_ids"]
     own = (segment_ids[..., None] == owners[:, None]) & (owners != NO_CONVERSATION)[:, None]  # (B, S, images)
-    is_before = fields["images_positions"][:, None] < fields["images_seen"][..., None]
+    numbers = fields["images_positions"][:, None]
+    is_read = own & (numbers < fields["images_seen"][..., None])
+    if cfg.fusion.placeholder:
+        is_read &= numbers >= fields["images_from"][..., None]
     views, first = cfg.vision.views, own.argmax(-1)
-    images, there = _images(cfg, fields["images"], owners != NO_CONVERSATION, read)
-    may_read = np.repeat(own & is_before, views, axis=-1) & there[:, None]
-    return Batch(
+    filled = owners != NO_CONVERSATION
+    if cfg.vision.keeps_aspect_in_tiles:
+        places = zip(*np.nonzero(filled), strict=True)
+        uint8 = zip(places, read(fields["images"][filled].tolist()), strict=True)
+        pixels = {place: image_files.normalise(x, cfg.vision) for place, x in uint8}
+        images, may_read = None, is_read
+    else:
+        images, there = _images(cfg, fields["images"], filled, read)
+        may_read = np.repeat(is_read, views, axis=-1) & there[:, None]
+    batch = Batch(
         **{name: fields[name] for name in ("tokens", "targets", "loss_weights", "block_ids") if name in fields},
         positions=fields["tokens_positions"],
         segment_ids=segment_ids,
@@ -139,6 +151,7 @@ def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Callable) -> Batch:
         image_mask=only_own_tile(may_read, moved(fields["image_tags"], first * views)),
         images=images if cfg.fusion.has_images else None,
     )
+    return on_tiles(cfg, batch, pixels, filled.shape, own) if cfg.vision.keeps_aspect_in_tiles else batch
 
 
 def _images(cfg: Experiment, numbers: np.ndarray, filled: np.ndarray, read: Callable) -> tuple[np.ndarray, np.ndarray]:
@@ -152,6 +165,36 @@ def _images(cfg: Experiment, numbers: np.ndarray, filled: np.ndarray, read: Call
         there[place] = tiles.views_there([tiles.tiles_of(pixels, vision)], vision)
     rows = len(numbers)
     return images.reshape(rows, -1, *images.shape[3:]), there.reshape(rows, -1)
+
+
+def on_tiles(
+    cfg: Experiment,
+    batch: Batch,
+    images: Mapping[tuple[int, int], np.ndarray],
+    shape: tuple[int, int],
+    own: np.ndarray,
+) -> Batch:
+    """The batch with images on the tiles of `vision.tile_layouts`, as the encoder of Llama 3.2 Vision reads them.
+
+    Args:
+      batch: its `image_mask` is (B, S, I), which images each token reads.
+      images: (row, number) -> (rows * side, columns * side, 3) float32, normalised, of `tiles.on_canvas`.
+      shape: rows of images, and I, images of a row.
+      own: (B, S, I) bool, which images are of each token's own conversation.
+    """
+    vision, side = cfg.vision, cfg.vision.image_size_px
+    pixels = np.zeros((*shape, vision.tiles, side, side, 3), np.float32)
+    layouts, there = np.zeros(shape, np.int32), np.zeros((*shape, vision.tiles), bool)
+    for place, image in images.items():
+        parts = tiles.cut_tiles(image, vision)
+        pixels[place][: len(parts)], there[place][: len(parts)] = parts, True
+        layouts[place] = vision.tile_layouts.index(tiles.layout_of(image, vision)) + 1
+    shown = there if batch.image_rows is None else there[batch.image_rows]
+    mask = np.repeat(batch.image_mask, vision.tiles, axis=-1) & shown.reshape(len(shown), 1, -1)
+    blind = np.repeat(own, vision.tiles, axis=-1) if cfg.fusion.blind_rows == "read_all" else None
+    # The first tile of a missing image is read by no token, but keeps the encoder's softmax finite.
+    tile_mask = there | (np.arange(vision.tiles) == 0)
+    return batch.replace(images=pixels, tile_layouts=layouts, tile_mask=tile_mask, image_mask=mask, blind_mask=blind)
 
 
 def tiled(cfg: Experiment, batch: Batch) -> Batch:

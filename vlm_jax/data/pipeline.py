@@ -105,8 +105,12 @@ def chooser(cfg: Experiment, tokenizer: Tokenizer) -> Callable[[sources.Record, 
 
 
 def _stack(cfg: Experiment, rows: Sequence[dict[str, np.ndarray]]) -> Batch:
-    images = tiles.one_a_row([row["images"] for row in rows], cfg.vision)
     stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "images"}
+    if cfg.vision.keeps_aspect_in_tiles:
+        placed = {(row, 0): image_files.normalise(fields["images"], cfg.vision) for row, fields in enumerate(rows)}
+        own = np.ones_like(stacked["image_mask"])
+        return packing.on_tiles(cfg, Batch(**stacked), placed, (len(rows), 1), own)
+    images = tiles.one_a_row([row["images"] for row in rows], cfg.vision)
     return packing.tiled(cfg, Batch(**stacked, images=images))
 
 

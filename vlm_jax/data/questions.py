@@ -127,9 +127,14 @@ def prompt_batch(
     batch = Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
     if not most:
         return batch
+    batch = batch.replace(image_rows=None if image_rows is None else np.array(image_rows, np.int32))
+    if cfg.vision.keeps_aspect_in_tiles:
+        placed = {(row, number): x for row, shown in enumerate(images) for number, x in enumerate(shown)}
+        own = np.arange(most) < np.array(list(map(len, counts)))[:, None, None]
+        own = np.broadcast_to(own, batch.image_mask.shape)
+        return packing.on_tiles(cfg, batch, placed, (len(images), most), own)
     pixels = np.stack([_filled(tiles.stacked(row, cfg.vision), 0, views) for row in images])
-    own = None if image_rows is None else np.array(image_rows, np.int32)
-    return packing.tiled(cfg, batch.replace(images=pixels, image_rows=own))
+    return packing.tiled(cfg, batch.replace(images=pixels))
 
 
 def batch_of(

@@ -53,7 +53,9 @@ def encode(cfg: Experiment, tokenizer: Tokenizer, turns: Sequence[str], tiles: S
 
     `tiles` has the number of tiles of every marked image. `image_slots` and `image_tags` count the image tokens and the
     views of this conversation alone; `images_seen` is the number of images that a token may read: those up to it and,
-    of a token that predicts an answer, all before the predicted token.
+    of a token that predicts an answer, all before the predicted token. With `fusion.placeholder`, it reads the last of
+    them only, and those whose placeholders stand right before it, from number `images_from` on (Alayrac et al. 2022,
+    Flamingo, section 2.3; transformers' `get_cross_attention_token_mask` of mllama).
     """
     images = (image_fields(cfg, count, number) for number, count in enumerate(tiles))
     if cfg.data.template == "checkpoint":
@@ -73,9 +75,24 @@ def encode(cfg: Experiment, tokenizer: Tokenizer, turns: Sequence[str], tiles: S
         "targets": np.append(fields["tokens"][1:], np.int32(cfg.data.special_ids[0])),
         "loss_weights": np.append(scored[1:], False).astype(np.float32),
     }
+    if cfg.fusion.placeholder:
+        fields["images_from"] = _first_read(shown, lengths, fields["images_seen"])
     if cfg.fusion.prefix == "bidirectional":  # all that stands before the first answer
         fields["block_ids"] = (np.cumsum(scored) == 0).astype(np.int32)
     return fields
+
+
+def _first_read(shown: Sequence[int], lengths: Sequence[int], seen: np.ndarray) -> np.ndarray:
+    """The number of the first image that each token reads, given how many images it has seen."""
+    starts: list[int] = []
+    is_adjacent = False
+    for is_image, length in zip(shown, lengths, strict=True):
+        if is_image:
+            starts.append(starts[-1] if is_adjacent else len(starts))
+            is_adjacent = True
+        elif length:
+            is_adjacent = False
+    return np.array([0, *starts], np.int32)[seen]
 
 
 def _template_parts(
@@ -155,12 +172,15 @@ def prompt_row(
         raise ConfigError(f"a prompt has {prompt.count(MARK)} marks {MARK} for {images} images: {prompt!r}")
     row = encode(cfg, tokenizer, [prompt], tiles)
     seen, tags = row.pop("images_seen"), row.pop("image_tags")
-    is_before = np.repeat(np.arange(images) < seen[:, None], views, axis=1)
+    is_read = np.arange(images) < seen[:, None]
+    if cfg.fusion.placeholder:
+        is_read &= np.arange(images) >= row.pop("images_from")[:, None]
+    is_read = np.repeat(is_read, views, axis=1)
     row = {name: values for name, values in row.items() if name not in ("targets", "loss_weights")} | {
         "positions": np.arange(len(seen), dtype=np.int32),
         "segment_ids": np.ones_like(seen),
         "branch_ids": np.full_like(seen, TRUNK),
-        "image_mask": only_own_tile(is_before & views_there(tiles, cfg.vision), tags),
+        "image_mask": only_own_tile(is_read & views_there(tiles, cfg.vision), tags),
     }
     length = len(seen) if length is None else length
     if len(seen) > length:

@@ -111,9 +111,21 @@ def to_pixels(image: Image.Image, vision: Vision) -> np.ndarray:
     return normalise(lay_out(image, vision), vision)
 
 
+def layout_of(pixels: np.ndarray, vision: Vision) -> tuple[int, int]:
+    """The rows and columns of tiles of an image that is laid out."""
+    height, width = pixels.shape[:2]
+    return height // vision.image_size_px, width // vision.image_size_px
+
+
 def tiles_of(pixels: np.ndarray, vision: Vision) -> int:
     """The number of tiles of an image that is laid out."""
-    return math.prod(side // vision.image_size_px for side in pixels.shape[:2])
+    return math.prod(layout_of(pixels, vision))
+
+
+def cut_tiles(pixels: np.ndarray, vision: Vision) -> np.ndarray:
+    """An image that is laid out, (height, width, 3) -> its tiles row by row."""
+    rows, columns = layout_of(pixels, vision)
+    return einops.rearrange(pixels, "(r h) (c w) d -> (r c) h w d", r=rows, c=columns)
 
 
 def cut(pixels: np.ndarray, vision: Vision) -> np.ndarray:
@@ -121,8 +133,7 @@ def cut(pixels: np.ndarray, vision: Vision) -> np.ndarray:
 
     The thumbnail is the mean of rows x columns pixels.
     """
-    rows, columns = (side // vision.image_size_px for side in pixels.shape[:2])
-    tiles = einops.rearrange(pixels, "(r h) (c w) d -> (r c) h w d", r=rows, c=columns)
+    tiles, (rows, columns) = cut_tiles(pixels, vision), layout_of(pixels, vision)
     if len(tiles) == 1 or not vision.thumbnail:
         return tiles
     whole = einops.reduce(pixels, "(h r) (w c) d -> 1 h w d", "mean", r=rows, c=columns)

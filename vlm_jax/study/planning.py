@@ -109,7 +109,7 @@ def built(cfg: Experiment, decoders: Mapping[str, Decoder]) -> Experiment:
     """As `resolved`, where `decoders` are of folders that are not there before the runs."""
     if cfg.decoder.checkpoint not in decoders:
         return _resolved_once(cfg)
-    own = {name: getattr(cfg.decoder, name) for name in compose.KEPT["decoder"] if name != "checkpoint"}
+    own = {name: getattr(cfg.decoder, name) for name in compose.COMPUTED_AS["decoder"]}
     return _resolved_once(replace(cfg, decoder=replace(decoders[cfg.decoder.checkpoint], **own)))
 
 

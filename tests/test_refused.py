@@ -71,6 +71,7 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
     ({"optim_rate_scale": RateScale(0, 0, 0, 0)}, "optim.rate_scale is 0 for vision, .*: nothing would learn"),
     ({"data_source": "conversations"}, "data.source conversations needs data.files"),
     ({"data_files": ("a.json",)}, "data.files is of data.source conversations, not of easy_vqa"),
+    ({"eval_files": ("a.json",)}, "eval.files is of data.source conversations, not of easy_vqa: leave it out"),
     ({"data_image_dir": "a"}, "data.image_dir is of data.source conversations, not of easy_vqa"),
     ({"data_source": "tfds:vqa", "data_augment": ("mirror",)}, "data.augment mirror .* data.source tfds:vqa .* untrue"),
     ({"data_images_per_row": 2}, "data.images_per_row 2 is of conversations: with data.source easy_vqa .* one"),
@@ -171,7 +172,7 @@ def test_a_number_outside_of_its_range_is_refused_by_name(field, value, said):
 @pytest.mark.parametrize("address", ["gs://bucket/a", "gs:/bucket/a"])
 @pytest.mark.parametrize("field", PATHS)
 def test_an_address_in_the_place_of_a_path_is_refused_by_name(field, address):
-    value = (address,) if field == "data.files" else address
+    value = (address,) if field.endswith(".files") else address
     with pytest.raises(ConfigError, match=f"^{field} {address} is an address"):
         validate(with_value(tiny(), field, value))
 

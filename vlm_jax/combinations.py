@@ -18,6 +18,8 @@ def _data(cfg: Experiment) -> None:
     if data.source != "conversations" and (data.files or data.image_dir):
         unread = "data.files" if data.files else "data.image_dir"
         raise ConfigError(f"{unread} is of data.source conversations, not of {data.source}: leave it out.")
+    if data.source != "conversations" and cfg.eval.files:
+        raise ConfigError(f"eval.files is of data.source conversations, not of {data.source}: leave it out.")
     if (data.is_conversations or data.is_drawn) and data.augment:
         raise ConfigError(
             f"data.augment {', '.join(data.augment)} would make what data.source {data.source} says about its images "

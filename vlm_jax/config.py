@@ -5,7 +5,7 @@ Derived values are properties, so an override on the command line can never leav
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from vlm_jax.model_config import (
@@ -201,9 +201,17 @@ class Distributed:
 @dataclass(frozen=True)
 class Eval:
     split: str = "test"  # TFDS split to evaluate on; empty: no evaluation
+    files: tuple[str, ...] = ()  # conversations: JSON files to evaluate on instead of data.files
     max_examples: int = 0  # 0: all
     batch_size: int = 256  # questions at a time
     max_new_tokens: int = 8  # the longest answer
+
+    @property
+    def read_split(self) -> str:
+        """The split to evaluate on: all of `files` unless `split` is a part of 'train'; empty: no evaluation."""
+        if self.files and self.split in ("", Eval.split):
+            return "train"
+        return self.split
 
 
 @dataclass(frozen=True)
@@ -233,6 +241,11 @@ class Experiment:
     def begins_with(self) -> tuple[str, ...]:
         """Parts that begin with a checkpoint."""
         return tuple(part for part in ("vision", "projector", "decoder") if getattr(self, part).checkpoint)
+
+    @property
+    def eval_data(self) -> Data:
+        """The dataset that `eval.read_split` is a split of."""
+        return replace(self.data, files=self.eval.files) if self.eval.files else self.data
 
     @property
     def image_tokens(self) -> int:

@@ -109,6 +109,7 @@ PATHS = (
     "data.dir",
     "data.files",
     "data.image_dir",
+    "eval.files",
     *(f"{part}.checkpoint" for part in ("vision", "projector", "decoder")),
     "train.compilation_cache_dir",
 )

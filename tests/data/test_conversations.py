@@ -74,35 +74,6 @@ def test_changed_files_are_another_dataset(tmp_path):
     assert len(conversations.load(data, "train")) == 4
 
 
-def test_turns_that_make_no_pair_are_left_out(written):
-    greeted = talk("a", "b", "c")
-    greeted["conversations"].insert(0, {"from": "gpt", "value": "hello"})
-    assert [turns for *_, turns in conversations.read_files(written([greeted]))] == [("a", "b")]
-
-
-@pytest.mark.parametrize(
-    ("record", "said"),
-    [
-        (talk("<image>\na", "b"), "record 'talk 7' has 0 images and 1 marks <image>"),
-        (talk("<image>\na", "b", image=["x.jpg", "y.jpg"]), "record 'talk 7' has 2 images and 1 marks <image>"),
-        (talk("a", "b", image="x.jpg"), "record 'talk 7' has 1 images and 0 marks <image>"),
-        (talk("a"), "record 'talk 7' has no turn"),
-        (talk("a", 7), "record 'talk 7' is no conversation"),
-        (talk("a", "b", image=3), "record 'talk 7' is no conversation"),
-        ({"id": "talk 7"}, "record 'talk 7' is no conversation"),
-        (
-            {"id": "talk 7", "conversations": [{"from": "human", "value": "a"}] * 2},
-            "record 'talk 7' is no conversation",
-        ),
-        (["talk 7"], "record 0 is no conversation"),
-    ],
-)
-def test_what_is_no_conversation_is_named(written, record, said):
-    files = written([record])
-    with pytest.raises(ConfigError, match=f"{files[0]}: {said}"):
-        list(conversations.read_files(files))
-
-
 def test_bad_files_and_missing_images_are_named_and_nothing_is_prepared(tmp_path):
     data = write_conversations(tmp_path, count=3)
     (tmp_path / "2_0.jpg").unlink()
@@ -110,10 +81,10 @@ def test_bad_files_and_missing_images_are_named_and_nothing_is_prepared(tmp_path
     names = r"2_0.jpg \(record 'talk 2'\); 2_1.png \(record 'talk 2'\)"
     with pytest.raises(ConfigError, match=f"data.image_dir {tmp_path} lacks 2 of 3 images: {names}.$"):
         conversations.load(data, "train")
-    for text, said in (("{", "is no JSON"), ("{}", "is no list of conversations"), (None, "cannot read")):
-        file = tmp_path / "talks.json"
+    file = tmp_path / "talks.json"
+    for text, message in (("[{", "is not valid JSON"), ("", "is empty"), (None, "No such file")):
         file.unlink() if text is None else file.write_text(text)
-        with pytest.raises(ConfigError, match=f"data.files: .*{said}"):
+        with pytest.raises(ConfigError, match=f"{file}.*{message}"):
             conversations.load(data, "train")
 
 
@@ -174,3 +145,16 @@ def test_a_prepared_set_is_found_again_and_serves_without_the_image_files(tmp_pa
     conversations.load(data, "train")
     said = f"data.image_dir {tmp_path} lacks 1 of 12 images: 2_0.jpg (record 'talk 2'); the set that was prepared"
     assert capsys.readouterr().out == f"{said} before is used\n"
+
+
+def test_a_conversation_has_its_type_and_its_place(tmp_path):
+    data = write_conversations(tmp_path, count=3)
+    talks = json.loads((tmp_path / "talks.json").read_text())
+    talks[1]["type"] = "colors"
+    (tmp_path / "talks.json").write_text(json.dumps(talks))
+    (tmp_path / "more.jsonl").write_text("\n" + json.dumps(talks[0]))
+    data = replace(data, files=(*data.files, str(tmp_path / "more.jsonl")))
+    source = conversations.load(data, "train")
+    assert [talk.type for talk in source] == ["conversation", "colors", "conversation", "conversation"]
+    assert source.place(1) == f"{tmp_path}/talks.json: record 1 (id 'talk 1')"
+    assert conversations.Selection(source, [3]).place(0) == f"{tmp_path}/more.jsonl: line 2 (id 'talk 0')"

@@ -57,6 +57,67 @@ def test_rows_are_conversations_of_one_question(data):
     assert batch.segment_ids.max() == 2
 
 
+class PartlyLabelled(tfds.core.GeneratorBasedBuilder):
+    """Six rows of text, of which the last `unlabelled` of a split have no label, which TFDS writes as -1."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    code_path = None
+
+    def _info(self):
+        label = tfds.features.ClassLabel(names=["dark", "bright"])
+        features = tfds.features.FeaturesDict({"asked": tfds.features.Text(), "label": label})
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        unlabelled = {"train": 0, "some": 2, "test": 6}
+        return {split: self._generate_examples(count) for split, count in unlabelled.items()}
+
+    def _generate_examples(self, unlabelled):
+        for i in range(6):
+            yield i, {"asked": f"is {i} bright?", "label": i % 2 if i < 6 - unlabelled else -1}
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    fields = {"image_field": "", "question_field": "asked", "answer_field": "label"}
+    return Data(source="tfds:partly_labelled", **fields, dir=str(tmp_path), augment=())
+
+
+def test_rows_without_a_label_are_left_out_and_counted(labelled, capsys):
+    source = pipeline.conversation_source(labelled, "some")
+    assert [talk.turns[1] for talk in source] == ["dark", "bright"] * 2
+    assert [talk.id for talk in source] == ["0", "1", "2", "3"]
+    assert (
+        "2 of the 6 rows of data.source tfds:partly_labelled, split 'some' have no label in 'label' and are left out"
+        in capsys.readouterr().out
+    )
+    pipeline.conversation_source(labelled, "some")
+    assert len(pipeline.conversation_source(labelled, "train")) == 6
+    assert capsys.readouterr().out == "", "printed once, and only where rows are left out"
+
+
+@pytest.mark.parametrize(
+    "split, field", [("test", "eval.split"), ("some[4:]", "eval.split"), ("test", "data.train_split")]
+)
+def test_a_split_without_any_label_is_refused(split, field, labelled):
+    if field == "data.train_split":
+        labelled = replace(labelled, train_split=split)
+    with pytest.raises(
+        ConfigError, match=f"{field} .*: all of the . rows of data.source tfds:partly_labelled, .* no label"
+    ):
+        pipeline.conversation_source(labelled, split)
+
+
+def test_a_text_that_is_not_utf_8_is_named_with_its_row(labelled, monkeypatch):
+    source = pipeline.conversation_source(labelled, "train")
+    monkeypatch.setattr(source._rows, "_rows", [{"asked": b"a", "label": 0}, {"asked": b"\xff", "label": 0}])
+    with pytest.raises(
+        ConfigError,
+        match="row 1 of data.source tfds:partly_labelled, split 'train': the feature 'asked' .data.question_field. is",
+    ):
+        list(source)
+
+
 def test_a_class_answers_where_nothing_is_asked_and_text_may_stand_alone(data):
     classes = replace(data, question_field="", answer_field="label")
     assert pipeline.conversation_source(classes, "train")[0].turns == ("<image>", "dark")

@@ -1,19 +1,20 @@
 """Conversations about images: LLaVA's published JSON, or a VQA-like set of TFDS, prepared by TFDS and read by index.
 
-A file of LLaVA's format is a list (or, in a .jsonl file, a line each) of
+A file of LLaVA's format is a list (or JSON Lines, one record per line) of
 
     {"id": "7", "image": "coco/7.jpg", "conversations": [
         {"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A cat."}, ...]}
 
 `image` is a path below `data.image_dir`, a list of paths, or absent; every <image> in the texts stands for the next of
-them. Two TFDS datasets are made of the files, one of the texts and one of the image files, each image once: every
-process of a job reads all texts, because what packs into a row depends on all lengths, and only the images of its rows.
+them. A record may have a `type`, a name by which an evaluation groups the questions.
+
+Two TFDS datasets are made of the files, one of the texts and one of the image files, each image once: every process of
+a job reads all texts, because what packs into a row depends on all lengths, and only the images of its rows.
 """
 
 import functools
 import hashlib
 import itertools
-import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,11 +28,10 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from vlm_jax.config import ConfigError, Data
+from vlm_jax.data.conversation_files import DEFAULT_TYPE, read_files
 from vlm_jax.data.images import check, read_bytes
 from vlm_jax.data.sources import Rows, prepared, split_rows
-from vlm_jax.lfs import refuse_pointer
 
-MARK = "<image>"
 MOST_NAMED = 10  # images in an error message
 STAT_THREADS = 16  # a mounted bucket takes milliseconds for the size of a file
 STAT_BATCH = 1000
@@ -44,6 +44,7 @@ class Conversation:
     id: str
     images: tuple[int, ...]  # which images of the dataset, in the order of their marks
     turns: tuple[str, ...]
+    type: str = DEFAULT_TYPE  # of its question, in evaluation
 
 
 class Conversations:
@@ -53,7 +54,8 @@ class Conversations:
       most_images: the number of images of the conversation that has the most.
     """
 
-    def __init__(self, texts: Rows, images: Rows | None, most_images: int):
+    def __init__(self, files: tuple[str, ...], texts: Rows, images: Rows | None, most_images: int):
+        self._files = files
         self._texts = texts
         self._images = images
         self.most_images = most_images
@@ -67,12 +69,40 @@ class Conversations:
     def __getitem__(self, index: int) -> Conversation:
         row = self._texts[index]
         turns = tuple(turn.decode() for turn in row["turns"])
-        return Conversation(row["id"].decode(), tuple(map(int, row["images"])), turns)
+        return Conversation(row["id"].decode(), tuple(map(int, row["images"])), turns, row["type"].decode())
+
+    def place(self, index: int) -> str:
+        """Returns the words that point to a conversation: its file, and where in it."""
+        row = self._texts[index]
+        return f"{self._files[row['file']]}: {row['place'].decode()}"
 
     def image(self, index: int) -> tuple[str, bytes]:
         """The name of an image in error messages, and the content of its file."""
         row = self._images[index]
         return f"image {row['path'].decode()} (record {row['record'].decode()!r})", row["image"]
+
+
+class Selection:
+    """Some of the conversations of a source; images keep their numbers."""
+
+    def __init__(self, source: "Conversations", indices: Sequence[int]):
+        self._source = source
+        self._indices = indices
+        self.most_images = source.most_images
+        self.image = source.image
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Conversation:
+        return self._source[self._indices[index]]
+
+    def place(self, index: int) -> str:
+        """Returns the words that point to a conversation."""
+        return self._source.place(self._indices[index])
 
 
 def load(
@@ -101,7 +131,8 @@ def load(
         config = tfds.core.BuilderConfig(name=name)
         builder = functools.partial(kind or ConversationImages, records, data.image_dir, config=config)
         images = Rows(*split_rows(prepared(builder, data, how), data, "images"))
-    return Conversations(Rows(*split_rows(texts, data, split)), images, texts.info.metadata["most_images"])
+    rows = Rows(*split_rows(texts, data, split))
+    return Conversations(data.files, rows, images, texts.info.metadata["most_images"])
 
 
 def _texts_builder(data: Data) -> Callable[..., tfds.core.DatasetBuilder]:
@@ -126,7 +157,7 @@ class ConversationTexts(_InOrder):
     The metadata has `most_images`, and in `image_records` the path of every image with the first record that names it.
     """
 
-    VERSION = tfds.core.Version("1.1.0")
+    VERSION = tfds.core.Version("1.2.0")  # versions before had no file, place and type
 
     def __init__(self, files: tuple[str, ...], **settings):
         self._files = files
@@ -134,22 +165,24 @@ class ConversationTexts(_InOrder):
 
     def _info(self):
         texts, numbers = tfds.features.Sequence(tfds.features.Text()), tfds.features.Sequence(np.int64)
-        return self._described(id=tfds.features.Text(), images=numbers, turns=texts)
+        one_text = dict.fromkeys(("place", "id", "type"), tfds.features.Text())
+        return self._described(file=np.int64, images=numbers, turns=texts, **one_text)
 
     def _split_generators(self, dl_manager):
         read = list(read_files(self._files))
         records: dict[str, str] = {}
-        for name, paths, _ in read:
-            for path in paths:
-                records.setdefault(path, name)
+        for record in read:
+            for path in record.image_paths:
+                records.setdefault(path, record.id)
         self.info.metadata["image_records"] = records
-        self.info.metadata["most_images"] = max((len(paths) for _, paths, _ in read), default=0)
+        self.info.metadata["most_images"] = max(len(record.image_paths) for record in read)
         return {"train": self._generate_examples(read, records)}
 
     def _generate_examples(self, read, records):
         numbers = {path: i for i, path in enumerate(records)}
-        for index, (name, paths, turns) in enumerate(read):
-            yield index, {"id": name, "images": [numbers[path] for path in paths], "turns": turns}
+        for index, record in enumerate(read):
+            fields = {name: getattr(record, name) for name in ("file", "place", "id", "turns", "type")}
+            yield index, fields | {"images": [numbers[path] for path in record.image_paths]}
 
 
 class ConversationImages(_InOrder):
@@ -275,66 +308,22 @@ def _state(image_dir: Path, path: str) -> tuple[int, int] | None:
     return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
 
 
-def read_files(files: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...]]]:
-    """The id, the image paths and the turns of every conversation.
-
-    Raises:
-      ConfigError: a file or one of its records is not of the format; it names both.
-    """
-    for file in files:
-        for index, record in enumerate(_records(file)):
-            name = record.get("id", index) if isinstance(record, dict) else index
-            try:
-                paths, turns = _images(record), _turns(record)
-            except (KeyError, TypeError, AttributeError):
-                raise ConfigError(f"{file}: record {name!r} is no conversation in LLaVA's format.") from None
-            marks = sum(turn.count(MARK) for turn in turns)
-            if marks != len(paths):
-                raise ConfigError(f"{file}: record {name!r} has {len(paths)} images and {marks} marks {MARK} for them.")
-            if not turns:
-                raise ConfigError(f"{file}: record {name!r} has no turn of a human that is answered.")
-            yield str(name), paths, turns
-
-
-def _records(file: str) -> list:
-    try:
-        with open(file, encoding="utf-8") as opened:
-            records = [json.loads(line) for line in opened] if file.endswith(".jsonl") else json.load(opened)
-    except OSError as error:
-        raise ConfigError(f"data.files: cannot read {file}: {error.strerror}.") from None
-    except ValueError as error:
-        refuse_pointer(file, Path(file).read_bytes())
-        raise ConfigError(f"data.files: {file} is no JSON: {error}.") from None
-    if not isinstance(records, list):
-        raise ConfigError(f"data.files: {file} is no list of conversations.")
-    return records
-
-
-def _images(record: dict) -> tuple[str, ...]:
-    found = record.get("image") or []
-    return (found,) if isinstance(found, str) else tuple(Path(path).as_posix() for path in found)
-
-
-def _turns(record: dict) -> tuple[str, ...]:
-    """Human and assistant in turn; an answer before the first question and a question without one are left out."""
-    said = [(turn["from"], turn["value"]) for turn in record["conversations"]]
-    said = said[1:] if said and said[0][0] == "gpt" else said
-    said = said[: len(said) // 2 * 2]
-    if any(speaker != ("human", "gpt")[i % 2] or not isinstance(text, str) for i, (speaker, text) in enumerate(said)):
-        raise TypeError("human and gpt must take turns")
-    return tuple(text for _, text in said)
-
-
 def _fingerprint(files: tuple[str, ...], image_dir: str) -> str:
-    """A name for what the files say and where their images lie."""
+    """Returns a name for the contents of the files and the folder of their images."""
     digest = hashlib.sha256(str(Path(image_dir).expanduser().resolve()).encode())
     for file in files:
-        try:
-            status = os.stat(file)
-            digest.update(_digest(file, status.st_size, status.st_mtime_ns))
-        except OSError as error:
-            raise ConfigError(f"data.files: cannot read {file}: {error.strerror}.") from None
+        digest.update(file_digest(file))
     return digest.hexdigest()[:16]
+
+
+def file_digest(file: str) -> bytes:
+    """Returns the SHA-256 of a file's contents; a file that has not changed is read once by a process."""
+    path = Path(file).expanduser()
+    try:
+        stat = path.stat()
+        return _digest(str(path), stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise ConfigError(f"cannot read the conversations of {file}: {error.strerror}.") from None
 
 
 @functools.cache

@@ -39,7 +39,6 @@ def check(cfg: Experiment, source: Conversations) -> None:
 
 def batches(cfg: Experiment, tokenizer: Tokenizer, source: Conversations, shard: slice) -> grain.IterDataset:
     """Endless `Batch`es of the rows `shard` of each global batch of `train.batch_size` rows."""
-    check(cfg, source)
     pool, read = ThreadPoolExecutor(max(cfg.data.threads, 1)), pixel_reader(cfg, source)
 
     def batch(rows: Sequence[Fields]) -> Batch:
@@ -76,11 +75,12 @@ def _made(cfg: Experiment, tokenizer: Tokenizer, source: Conversations, batch: C
 def element(
     cfg: Experiment, tokenizer: Tokenizer, tiles_of: Callable[[int], int], conversation: Conversation
 ) -> Fields:
-    """What the packer packs of a conversation, cut to the length of a row."""
-    fields = templates.encode(cfg, tokenizer, conversation.turns, [tiles_of(number) for number in conversation.images])
-    numbers = conversation.images if cfg.fusion.has_images else ()
-    cut = {name: values[: cfg.row_length] for name, values in fields.items()}
-    return cut | {"images": np.array(numbers, np.int32), "id": conversation.id}
+    """What the packer packs of a conversation: cut to the length of a row, with the images before the cut."""
+    tile_counts = [tiles_of(number) for number in conversation.images]
+    fields = templates.encode(cfg, tokenizer, conversation.turns, tile_counts)
+    fields = templates.cut(cfg, fields, tile_counts, cfg.row_length)
+    seen = fields["images_seen"].max(initial=0) if cfg.fusion.has_images else 0
+    return fields | {"images": np.array(conversation.images[:seen], np.int32), "id": conversation.id}
 
 
 def capacity(cfg: Experiment) -> tuple[dict[str, int], dict[str, int]]:

@@ -8,7 +8,7 @@ import grain
 import numpy as np
 
 from vlm_jax.config import ConfigError, Data, Experiment, Vision
-from vlm_jax.data import conversations, packing, sources, text, tfds_sets, tiles
+from vlm_jax.data import conversation_files, conversations, cuts, packing, sources, text, tfds_sets, tiles
 from vlm_jax.data import images as image_files
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import Batch
@@ -51,7 +51,7 @@ def training_iterator(
     if cfg.train.batch_size % process_count:
         raise ConfigError(f"train.batch_size {cfg.train.batch_size} is no multiple of the {process_count} processes")
     if cfg.data.is_conversations:
-        source = conversation_source(cfg.data, cfg.data.train_split)
+        source, _ = learnable(cfg, tokenizer)
         return iter(packing.batches(cfg, tokenizer, source, slice(process_index, None, process_count)))
     records = Decoded(sources.load(cfg.data, cfg.data.train_split), cfg.vision)
     rows = _shuffled(cfg, records).random_map(_row_builder(cfg, tokenizer)).repeat()
@@ -72,7 +72,7 @@ def ids(cfg: Experiment, tokenizer: Tokenizer, state: dict) -> list:
     Of conversations, or else of images.
     """
     if cfg.data.is_conversations:
-        return packing.ids(cfg, tokenizer, conversation_source(cfg.data, cfg.data.train_split), state)
+        return packing.ids(cfg, tokenizer, learnable(cfg, tokenizer)[0], state)
     records = sources.load(cfg.data, cfg.data.train_split)
     order, first = _shuffled(cfg, range(len(records))).repeat(), state["next_index"] * cfg.train.batch_size
     return [records[order[row]].image_id for row in range(first, first + cfg.train.batch_size)]
@@ -119,11 +119,51 @@ def conversation_source(data: Data, split: str) -> conversations.Conversations |
     return (conversations if data.source == "conversations" else tfds_sets).load(data, split)
 
 
+def learnable(
+    cfg: Experiment, tokenizer: Tokenizer
+) -> tuple[conversations.Conversations | conversations.Selection, cuts.Cuts]:
+    """Returns the conversations that are learned from, and what the length of a row cuts.
+
+    Raises:
+      ConfigError: there are none, or one has more images than a row.
+    """
+    return _learnable(cfg, tokenizer, tuple(fingerprint(cfg.data).items()))
+
+
+@functools.lru_cache(maxsize=1)
+def _learnable(cfg: Experiment, tokenizer: Tokenizer, contents: tuple):
+    """Reads and tokenizes all texts once per process; other `contents` are other texts."""
+    del contents
+    source = conversation_source(cfg.data, cfg.data.train_split)
+    packing.check(cfg, source)
+    return cuts.learnable(cfg, tokenizer, source)
+
+
+def contents(cfg: Experiment, tokenizer: Tokenizer) -> dict[str, str]:
+    """Returns the fingerprint of the data that is learned from; of a TFDS set it has the SHA-256 of the texts, too."""
+    found = fingerprint(cfg.data)
+    if cfg.data.source.startswith("tfds:"):
+        found[f"texts of {cfg.data.source}"] = learnable(cfg, tokenizer)[1].digest
+    return found
+
+
+def fingerprint(data: Data) -> dict[str, str]:
+    """Returns what identifies the contents of a dataset, whatever folder it is prepared in.
+
+    Of conversations, the SHA-256 of each file; of other datasets, the name, version, configuration and size.
+    """
+    if data.source == "conversations":
+        return {file: conversations.file_digest(file).hex() for file in data.files}
+    info = (tfds_sets if data.is_conversations else sources).builder(data).info
+    sizes = {f"{info.name}, split {name}": str(split.num_examples) for name, split in info.splits.items()}
+    return {data.source: info.full_name} | sizes
+
+
 def train_tokenizer(cfg: Experiment) -> Tokenizer:
     """A tokenizer for what is said in the training split, of at most decoder.vocab_size tokens."""
     if cfg.data.is_conversations:
         talks = conversation_source(cfg.data, cfg.data.train_split)
-        texts = (turn.replace(conversations.MARK, "") for talk in talks for turn in talk.turns)
+        texts = (turn.replace(conversation_files.MARK, "") for talk in talks for turn in talk.turns)
     else:
         records = sources.load(cfg.data, cfg.data.train_split)
         texts = (line for record in records for line in record.questions + record.answers)

@@ -2,12 +2,12 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.data import conversations, packing, pipeline, sources, templates, text, tiles
+from vlm_jax.data import conversation_files, packing, pipeline, sources, templates, text, tiles
 from vlm_jax.data import images as image_files
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import Batch
@@ -23,6 +23,11 @@ class Question:
     type: str
     images: Callable[[], list[np.ndarray]] = field(repr=False, compare=False)  # gives (H, W, 3) uint8 each, laid out
     image_count: int = 1
+
+
+def to_evaluate(cfg: Experiment) -> list[Question]:
+    """The questions that `eval` asks for: the first `eval.max_examples` of its split or files."""
+    return load(replace(cfg, data=cfg.eval_data), cfg.eval.read_split, cfg.eval.max_examples)
 
 
 def load(cfg: Experiment, split: str, limit: int = 0) -> list[Question]:
@@ -47,9 +52,9 @@ def _first_questions(cfg: Experiment, split: str, limit: int) -> list[Question]:
     for index in range(min(limit or len(source), len(source))):
         talk = source[index]
         asked, said = talk.turns[:2]
-        shown = talk.images[: asked.count(conversations.MARK)]
+        shown = talk.images[: asked.count(conversation_files.MARK)]
         images = functools.partial(_images, read, shown)
-        found.append(Question(talk.id, asked, said.strip(), "conversation", images, len(shown)))
+        found.append(Question(talk.id, asked, said.strip(), talk.type, images, len(shown)))
     return found
 
 

@@ -3,23 +3,31 @@
 import numpy as np
 
 from vlm_jax.config import Experiment
-from vlm_jax.data import pipeline, questions, sources, text
+from vlm_jax.data import cuts, pipeline, questions, sources, text
 from vlm_jax.data.tokenizer import Tokenizer
 
 SAMPLED_ROWS = 500  # of training, from which it is told how many questions do not fit
 
 
 def check(cfg: Experiment, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError where a question to learn from or to evaluate does not fit; conversations are cut to fit."""
+    """Raises ConfigError where a question to learn from or to evaluate does not fit.
+
+    Conversations are cut to fit (`data/cuts.py`).
+    """
     if not cfg.data.is_conversations:
         text.pack_row(cfg, [longest_pair(cfg, tokenizer)])
-    if cfg.eval.split:
-        questions.row_length(cfg, tokenizer, questions.load(cfg, cfg.eval.split, cfg.eval.max_examples))
+    if cfg.eval.read_split:
+        questions.row_length(cfg, tokenizer, questions.to_evaluate(cfg))
 
 
 def left_out(cfg: Experiment, tokenizer: Tokenizer) -> str:
-    """A sentence about the questions that do not fit into their training rows, of `sampled_rows`; "" where all do."""
-    rows = [] if cfg.data.is_conversations else sampled_rows(cfg, tokenizer)
+    """A sentence about what does not fit into the training rows; "" where all does.
+
+    Of conversations all are counted, of other datasets the questions of `sampled_rows`.
+    """
+    if cfg.data.is_conversations:
+        return cuts.sentence(cfg, pipeline.learnable(cfg, tokenizer)[1])
+    rows = sampled_rows(cfg, tokenizer)
     asked = sum(map(len, rows))
     left = asked - sum(len(text.fitting(cfg, row)) for row in rows)
     if not left:

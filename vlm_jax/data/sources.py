@@ -110,6 +110,15 @@ def load(data: Data, split: str) -> Records:
 
     Raises ConfigError for an unknown source, an unusable `data.dir`, or a split that does not exist or is empty.
     """
+    return Records(*split_rows(builder(data), data, split))
+
+
+def builder(data: Data) -> tfds.core.DatasetBuilder:
+    """Returns the builder of the dataset that `data.source` names in `SOURCES`, prepared.
+
+    Raises:
+      ConfigError: the source is unknown, or `data.dir` is unusable.
+    """
     if data.source not in SOURCES:
         nearest = difflib.get_close_matches(data.source, [*SOURCES, "conversations"], 1)
         hint = f" (perhaps you meant {nearest[0]})" if nearest else ""
@@ -118,14 +127,14 @@ def load(data: Data, split: str) -> Records:
     make_builder = SOURCES[data.source]
     if data.is_drawn:
         make_builder = functools.partial(make_builder, config=Drawing.of(data))
-    return Records(*split_rows(prepared(make_builder, data), data, split))
+    return prepared(make_builder, data)
 
 
 def split_rows(builder: tfds.core.DatasetBuilder, data: Data, split: str) -> tuple[Sequence, os.PathLike, str]:
     """Arguments of `Rows` for a split. ConfigError names the field of a split that does not exist."""
     if not builder.info.splits:
         raise _damaged(builder.data_path, "it lists no splits")
-    field = "data.train_split" if split == data.train_split else "eval.split"
+    field = split_field(data, split)
     images = {
         name: tfds.decode.SkipDecoding()
         for name, feature in builder.info.features.items()
@@ -141,6 +150,11 @@ def split_rows(builder: tfds.core.DatasetBuilder, data: Data, split: str) -> tup
         sizes = ", ".join(f"{name} {info.num_examples}" for name, info in builder.info.splits.items())
         raise ConfigError(f"{field} {split!r} is an empty split: take more of the records that there are, {sizes}")
     return rows, builder.data_path, f"data.source {data.source}, split {split!r}"
+
+
+def split_field(data: Data, split: str) -> str:
+    """Returns the field that names a split."""
+    return "data.train_split" if split == data.train_split else "eval.split"
 
 
 def _damaged(folder, reason) -> ConfigError:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.data.conversations import MARK
+from vlm_jax.data.conversation_files import MARK
 from vlm_jax.data.text import Fields, image_fields, joined, only_own_tile, padded, plain_fields
 from vlm_jax.data.tiles import views_there
 from vlm_jax.data.tokenizer import Tokenizer
@@ -95,18 +95,56 @@ def _first_read(shown: Sequence[int], lengths: Sequence[int], seen: np.ndarray) 
     return np.array([0, *starts], np.int32)[seen]
 
 
+def cut(cfg: Experiment, fields: Fields, tiles: Sequence[int], length: int) -> Fields:
+    """Cuts the fields of `encode` to at most `length` tokens; an image that does not fit is cut away as a whole."""
+    seen = fields["images_seen"]
+    if len(seen) <= length:
+        return fields
+    number = int(seen[length])  # of the image that the first token beyond the cut belongs to, or comes after
+    start = int(np.searchsorted(seen, number))
+    is_within_image = number > 0 and length < start + len(image_fields(cfg, tiles[number - 1])["tokens"])
+    end = start if is_within_image else length
+    return {name: values[:end] for name, values in fields.items()}
+
+
+def most_tokens(cfg: Experiment, tokenizer: Tokenizer, conversations: Sequence[Sequence[str]]) -> list[int]:
+    """Returns an upper bound on the tokens of each conversation, as if it needed a begin token and all images had the
+    most tiles. The texts are tokenized together, on all cores."""
+    more_per_mark = cfg.image_slots_in_row - 1  # a mark is counted as one token
+    if cfg.data.template == "checkpoint":
+        encoded = [tokenizer.dialogue.encode(turns) for turns in conversations]
+        return [len(ids) + int(np.sum(is_image)) * more_per_mark for ids, _, is_image in encoded]
+    template = TEMPLATES[cfg.data.template]
+    exchanges = [_exchanges(template, turns) for turns in conversations]
+    counts = iter(tokenizer.count_tokens([text for talk in exchanges for _, text, _ in talk], MARK))
+    lengths = []
+    for talk in exchanges:
+        slots = sum(text.count(MARK) for _, text, _ in talk) * more_per_mark
+        ends = sum(is_answered for _, _, is_answered in talk)
+        lengths.append(1 + slots + ends + sum(next(counts) for _ in talk))
+    return lengths
+
+
+def _exchanges(template: Template, turns: Sequence[str]) -> list[tuple[str, str, bool]]:
+    """Returns each question, the question with its answer as one text, and whether it has an answer."""
+    exchanges = []
+    for question, answer in zip(turns[::2], [*turns[1::2], None]):
+        asked = template.asked(question)
+        answered = "" if answer is None else template.gap + answer
+        exchanges.append((asked, asked + answered, answer is not None))
+    return exchanges
+
+
 def _template_parts(
     cfg: Experiment, tokenizer: Tokenizer, turns: Sequence[str], images: Iterator[Fields]
 ) -> list[Part]:
     template, eos = TEMPLATES[cfg.data.template], [tokenizer.eos_id]
     parts: list[Part] = []
-    for question, answer in zip(turns[::2], [*turns[1::2], None]):
-        asked = template.asked(question)
-        said = "" if answer is None else template.gap + answer
+    for asked, text, is_answered in _exchanges(template, turns):
         if not parts:
             parts += _begin(cfg, tokenizer, asked)
-        parts += _text(tokenizer, asked + said, len(asked), images)
-        parts += [(plain_fields(eos), [True], 0)] * (answer is not None)
+        parts += _text(tokenizer, text, len(asked), images)
+        parts += [(plain_fields(eos), [True], 0)] * is_answered
     return parts
 
 

@@ -88,6 +88,13 @@ class Tokenizer:
         copied.add_tokens([tokenizers.AddedToken(token, normalized=False)])
         return copied
 
+    def count_tokens(self, texts: Sequence[str], mark: str) -> list[int]:
+        """Returns the number of tokens of each text, a mark among them as one; the texts are tokenized on all cores."""
+        stand_in = STAND_IN * len(mark)
+        marked = [text.replace(mark, stand_in) for text in texts]
+        encodings = self._with_token(stand_in).encode_batch_fast(marked, add_special_tokens=False)
+        return [len(encoding) for encoding in encodings]
+
     def _encoding(self, text: str) -> tokenizers.Encoding:
         return _encoding(self._bpe, text)
 

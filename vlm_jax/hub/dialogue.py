@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_jax.config import ConfigError
-from vlm_jax.data.conversations import MARK
+from vlm_jax.data.conversation_files import MARK
 from vlm_jax.hub.chat import ChatTemplate
 from vlm_jax.hub.files import read_json
 from vlm_jax.hub.load import start_id_of

@@ -21,7 +21,7 @@ USAGE = """usage: python run.py [VERB] [--config FILE] [--any.field VALUE ...]
 
   train     (the default) trains the experiment of --config in its work folder and evaluates it;
             with --workdir of a run that was stopped, continues it
-  eval      --workdir W [--eval.split ...]: evaluates a run again
+  eval      --workdir W [--eval.split ...]: evaluates a run again, into W/eval/NAME
   generate  --workdir W [--image A.png ...] --prompt "..." ["..." ...]: asks every prompt about every image
   generate  --checkpoint DIR [--image A.png ...] --prompt "..." [--temperature T ...]: asks a public checkpoint
   verify    --checkpoint DIR --reference FILE.npz: compares a public checkpoint with a reference's outputs
@@ -132,7 +132,7 @@ def train(arguments: list[str]) -> int:
             keep_compiled(cfg)
             with _ending_together():
                 loop.train(cfg)
-                return _evaluate(cfg)
+                return _evaluate(cfg, is_later=False)
     except (RunError, preemption.Preempted) as error:
         preemption.ignore()
         code, message = _failure(error)
@@ -157,7 +157,7 @@ def evaluate(arguments: list[str]) -> int:
 
     distributed.start(cfg)
     with _ending_together():
-        return _evaluate(cfg)
+        return _evaluate(cfg, is_later=True)
 
 
 @contextlib.contextmanager
@@ -195,18 +195,23 @@ def _failure(error: BaseException) -> tuple[int, str]:
     return 1, f"error: {type(error).__name__}: {error}"
 
 
-def _evaluate(cfg: Experiment) -> int:
-    if not cfg.eval.split:
+def _evaluate(cfg: Experiment, is_later: bool) -> int:
+    """Evaluates the run's last checkpoint: into its work folder after the training, later into a folder of its own."""
+    if not cfg.eval.read_split:
         print("eval.split is empty: nothing to evaluate")
         return 0
+    from vlm_jax.data import pipeline
     from vlm_jax.infer import demo, evaluate
 
-    scores = evaluate.evaluate(cfg, *demo.load(cfg))
-    workdir = Workdir(cfg.workdir)
+    params, tokenizer, step = demo.load_with_step(cfg)
+    folder = Workdir(cfg.workdir)
+    if is_later:
+        folder = folder.later_evaluation(cfg, step, pipeline.fingerprint(cfg.eval_data))
+    scores = evaluate.evaluate(cfg, params, tokenizer, step, folder)
     print(
-        f"exact match {scores['exact_match']:.4f} on {scores['examples']} questions of {scores['split']}, "
+        f"exact match {scores['exact_match']:.4f} on {scores['examples']} questions of {cfg.eval.title}, "
         f"{scores['image_shuffled_exact_match']:.4f} with shuffled images\n"
-        f"pictures: {workdir.samples}   scores: {workdir.eval}   every answer: {workdir.predictions}"
+        f"pictures: {folder.samples}   scores: {folder.eval}   every answer: {folder.predictions}"
     )
     return 0
 

@@ -213,6 +213,11 @@ class Eval:
             return "train"
         return self.split
 
+    @property
+    def title(self) -> str:
+        """What is evaluated on, for messages."""
+        return f"{self.read_split} of {', '.join(self.files)}" if self.files else self.read_split
+
 
 @dataclass(frozen=True)
 class Experiment:

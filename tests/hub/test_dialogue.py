@@ -11,7 +11,7 @@ from PIL import Image
 from tests.hub.test_processor import processor_of
 from tests.hub.tiny_checkpoints import ABOUT_IMAGES, CAPTIONS, OF_TEXT, Folder
 from vlm_jax.config import ConfigError
-from vlm_jax.data.conversations import MARK
+from vlm_jax.data.conversation_files import MARK
 from vlm_jax.hub.dialogue import NO_TOKEN, Dialogue, content_parts
 from vlm_jax.structs import NO_IMAGE
 

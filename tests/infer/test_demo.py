@@ -67,28 +67,42 @@ def test_train_leaves_everything_in_the_work_folder(trained):
     assert list(workdir.tensorboard.glob("events.*"))
     assert len(workdir.metrics.read_text().splitlines()) == 4
     scores = json.loads(workdir.eval.read_text())
-    assert set(scores) == {"split", "examples", "exact_match", "by_type", "image_shuffled_exact_match"}
-    assert scores["examples"] == 20
+    described = {"split", "files", "examples", "step", "max_new_tokens"}
+    assert set(scores) == described | {"exact_match", "by_type", "image_shuffled_exact_match"}
+    assert (scores["examples"], scores["step"], scores["max_new_tokens"]) == (20, 4, 3)
     assert Image.open(workdir.samples).size
 
 
-def test_eval_scores_again_and_says_where_the_pictures_are(run, capsys):
-    scores = json.loads((run / "eval.json").read_text())
-    (run / "eval.json").unlink()
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_eval_scores_again_in_a_folder_of_its_own_and_says_where_the_pictures_are(run, capsys):
+    before = files_of(run)
     assert main(["eval", "--workdir", str(run)]) == 0
-    assert json.loads((run / "eval.json").read_text()) == scores
+    assert files_of(run) == before
+    scores = json.loads((run / "eval" / "test_20" / "eval.json").read_text())
+    assert scores == json.loads((run / "eval.json").read_text())
+    assert (run / "eval" / "test_20" / "predictions.jsonl").read_bytes() == before["predictions.jsonl"]
     cut, right, shuffled, score, pictures = capsys.readouterr().out.splitlines()
     assert "of 20 answers are longer than eval.max_new_tokens" in cut
     assert (right, shuffled) == ("evaluating: 20 questions", "with shuffled images: 20 questions")
     assert f"{scores['exact_match']:.4f} on 20 questions of test" in score
     assert f"{scores['image_shuffled_exact_match']:.4f} with shuffled images" in score
-    assert str(run / "samples.png") in pictures
+    assert str(run / "eval" / "test_20" / "samples.png") in pictures
 
 
-def test_eval_takes_another_split(run, capsys):
-    assert main(["eval", "--workdir", str(run), "--eval.split", "train[:10]", "--eval.max-examples", "5"]) == 0
-    assert json.loads((run / "eval.json").read_text())["split"] == "train[:10]"
+def test_eval_takes_another_split_and_keeps_every_evaluation_with_other_settings(run, capsys):
+    command = ["eval", "--workdir", str(run), "--eval.split", "train[:10]", "--eval.max-examples", "5"]
+    assert main(command) == 0
     assert "on 5 questions of train[:10]" in capsys.readouterr().out
+    assert json.loads((run / "eval" / "train_-10_5" / "eval.json").read_text())["split"] == "train[:10]"
+    before = files_of(run / "eval" / "train_-10_5")
+    assert main([*command, "--eval.max_new_tokens", "2"]) == 0
+    assert json.loads((run / "eval" / "train_-10_5-2" / "eval.json").read_text())["max_new_tokens"] == 2
+    assert main([*command, "--eval.batch_size", "4"]) == 0, "the same questions in other batches"
+    assert files_of(run / "eval" / "train_-10_5")["settings.json"] == before["settings.json"]
+    assert sorted(path.name for path in (run / "eval").iterdir()) == ["train_-10_5", "train_-10_5-2"]
 
 
 def test_generate_asks_every_prompt_about_every_image(trained, folder, capsys):

@@ -44,15 +44,18 @@ def cfg(tmp_path):
 def scores(cfg, asked, tokenizer, monkeypatch):
     """The scores of answers given here: 3 of 5 right with the images, 2 of 5 with those of others."""
     answers = [["yes", "circle", "yes", "triangle", ""], ["no"] * 4 + ["yes"]]
-    monkeypatch.setattr(evaluate.questions, "load", lambda cfg, split, limit: asked)
+    monkeypatch.setattr(evaluate.questions, "to_evaluate", lambda cfg: asked)
     monkeypatch.setattr(evaluate, "answer", lambda cfg, params, tok, asked, shown: answers)
-    return evaluate.evaluate(cfg, None, tokenizer)
+    return evaluate.evaluate(cfg, None, tokenizer, step=7)
 
 
 def test_the_scores_are_shares_of_equal_answers(scores, cfg):
     assert scores == {
         "split": "test",
+        "files": [],
         "examples": 5,
+        "step": 7,
+        "max_new_tokens": 4,
         "exact_match": 3 / 5,
         "by_type": {"shape": 2 / 2, "yes_no": 1 / 3},
         "image_shuffled_exact_match": 2 / 5,

@@ -50,7 +50,7 @@ def pretend(run: Run, right: float) -> None:
     """Leaves in the work folder what a run leaves there of which a share of the answers is right."""
     workdir, cfg = Workdir(run.cfg.workdir), run.cfg
     workdir.open(cfg)
-    asked = questions.load(cfg, cfg.eval.split, cfg.eval.max_examples)
+    asked = questions.to_evaluate(cfg)
     count = round(right * len(asked))
     lines = [
         {

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from tokenizers import AddedToken, Tokenizer
 
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.data.conversations import MARK
+from vlm_jax.data.conversation_files import MARK
 from vlm_jax.data.templates import TEMPLATES
 from vlm_jax.hub.family import Json
 from vlm_jax.hub.image_settings import processor_config, read_settings, vision_settings

@@ -14,14 +14,14 @@ from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.config import Mesh as MeshSizes
 from vlm_jax.data import images as image_files
 from vlm_jax.data import questions
-from vlm_jax.data.conversations import MARK
+from vlm_jax.data.conversation_files import MARK
 from vlm_jax.data.tiles import to_pixels
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub.image_steps import Picture, Pictures, read, to_rows
 from vlm_jax.infer import answers
 from vlm_jax.nn.models import model_of
 from vlm_jax.nn.vlm import VLM
-from vlm_jax.structs import Batch
+from vlm_jax.structs import Batch, State
 from vlm_jax.train import initial
 from vlm_jax.train.step import narrowed
 from vlm_jax.validate import validate
@@ -79,8 +79,14 @@ def load_model(
 
 def load(cfg: Experiment) -> tuple[dict, Tokenizer]:
     """As `load_stored`, in the dtype that the run computes in."""
-    params, tokenizer = load_stored(cfg)
-    return narrowed(cfg, params), tokenizer
+    params, tokenizer, _ = load_with_step(cfg)
+    return params, tokenizer
+
+
+def load_with_step(cfg: Experiment) -> tuple[dict, Tokenizer, int]:
+    """As `load`, with the step of the checkpoint."""
+    state, tokenizer = _load_state(cfg)
+    return narrowed(cfg, state.params), tokenizer, int(state.step)
 
 
 def load_stored(
@@ -91,10 +97,17 @@ def load_stored(
     Raises:
       ConfigError: no checkpoint exists, or none is whole.
     """
-    params, workdir = initial.load_params(cfg, step, mesh), Workdir(cfg.workdir)
+    state, tokenizer = _load_state(cfg, step, mesh)
+    return state.params, tokenizer
+
+
+def _load_state(
+    cfg: Experiment, step: int | None = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[State, Tokenizer]:
+    state, workdir = initial.load_state(cfg, step, mesh), Workdir(cfg.workdir)
     if not workdir.tokenizer.exists():
         raise ConfigError(f"--workdir {workdir.path} holds no {workdir.tokenizer.name}.")
-    return params, initial.load_tokenizer(cfg)
+    return state, initial.load_tokenizer(cfg)
 
 
 def ask(cfg: Experiment, files: list[str], prompts: list[str]) -> list[tuple[str, ...]]:

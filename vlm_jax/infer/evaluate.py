@@ -17,15 +17,18 @@ from vlm_jax.data.questions import Question
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer.generate import Decoding, NonFiniteLogits, generate
 from vlm_jax.report import draw_samples
-from vlm_jax.workdir import Workdir, write_whole
+from vlm_jax.workdir import EvaluationFolder, Workdir, write_whole
 
 SCORES = ("exact_match", "image_shuffled_exact_match")  # in eval.json, beside `by_type`
 
 
-def evaluate(cfg: Experiment, params, tokenizer: Tokenizer) -> dict:
-    """Answers the questions of `eval.split`, on all processes together, and returns the scores.
+def evaluate(
+    cfg: Experiment, params, tokenizer: Tokenizer, step: int | None = None, folder: EvaluationFolder | None = None
+) -> dict:
+    """Answers the questions of `eval.split` or `eval.files`, on all processes together, and returns the scores.
 
-    The first process writes them to eval.json, and predictions.jsonl and samples.png.
+    The first process writes eval.json, predictions.jsonl and samples.png to `folder`, by default the run's work folder.
+    `step` is the step of the checkpoint, for eval.json.
 
     `exact_match` is the share of answers equal to the expected text; `image_shuffled_exact_match` the same where every
     question is asked about the image of another.
@@ -34,27 +37,31 @@ def evaluate(cfg: Experiment, params, tokenizer: Tokenizer) -> dict:
       ConfigError: the work folder cannot be written, the split does not exist, or an answer has no room.
       NonFiniteLogits: the model computes NaN for a question; nothing is written then.
     """
-    workdir = Workdir(cfg.workdir)
+    folder = folder or Workdir(cfg.workdir)
     with distributed.together():
         if not jax.process_index():
-            workdir.try_writing()
-    asked = questions.load(cfg, cfg.eval.split, cfg.eval.max_examples)
+            folder.try_writing()
+    asked = questions.to_evaluate(cfg)
     if not jax.process_index() and (said := too_long(cfg, tokenizer, asked)):
         print(said, flush=True)
     shown = {"evaluating": asked, "with shuffled images": strangers(asked)}
     answers, blind = answer(cfg, params, tokenizer, asked, shown)
     scores = {
-        "split": cfg.eval.split,
+        "split": cfg.eval.read_split,
+        "files": list(cfg.eval_data.files),
         "examples": len(asked),
+        "step": step,
+        "max_new_tokens": cfg.eval.max_new_tokens,
         "exact_match": _share(asked, answers),
         "by_type": _by_type(asked, answers),
         "image_shuffled_exact_match": _share(asked, blind),
     }
     if jax.process_index():
         return scores
-    write_whole(workdir.predictions, "".join(_line(*pair) for pair in zip(asked, answers)))
-    draw_samples(workdir.samples, asked, answers, cfg.eval.split)
-    write_whole(workdir.eval, json.dumps(scores, indent=2) + "\n")
+    folder.keep_settings()
+    write_whole(folder.predictions, "".join(_line(*pair) for pair in zip(asked, answers)))
+    draw_samples(folder.samples, asked, answers, cfg.eval.title)
+    write_whole(folder.eval, json.dumps(scores, indent=2) + "\n")
     return scores
 
 

@@ -97,7 +97,7 @@ def check(study: Study) -> Study:
         _check_kind(name, getattr(study, name), kind, called)
     for where, values in _all_differences(study).items():
         _check_kind(where, values, Mapping, "a dict of fields and values")
-    if not study.base.eval.split:
+    if not study.base.eval.read_split:
         raise ConfigError("base has no eval.split: the arms are compared by what they answer in it.")
     if len(study.arms) < 2:
         raise ConfigError(f"arms has {len(study.arms)} entries: a comparison needs 2.")

@@ -10,12 +10,13 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 
 from vlm_jax import axes, cli, config_file
-from vlm_jax.config import Experiment
+from vlm_jax.config import Data, Experiment
 from vlm_jax.data import pipeline, questions, sources
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer.generate import Decoding, generate
@@ -66,7 +67,10 @@ def _measure_steps(cfg: Experiment, mesh, tokenizer: Tokenizer, state: State) ->
 
 def _decoding_speed(cfg: Experiment, mesh, tokenizer: Tokenizer, params) -> float:
     """Tokens a second of all rows together, the prompts read before."""
-    asked = questions.load(cfg, cfg.eval.split or cfg.data.train_split, DECODED_ROWS)
+    if cfg.eval.read_split:
+        asked = questions.to_evaluate(replace(cfg, eval=replace(cfg.eval, max_examples=DECODED_ROWS)))
+    else:
+        asked = questions.load(cfg, cfg.data.train_split, DECODED_ROWS)
     rows = axes.filled_rows(len(asked), mesh)
     asked = [asked[i % len(asked)] for i in range(rows)]
     batch = questions.batch_of(cfg, tokenizer, asked, asked)
@@ -94,17 +98,18 @@ def _seconds(work: Callable[[], jax.Array]) -> float:
 def data_hash(cfg: Experiment) -> str:
     """SHA-256 over the splits that are learned from and asked: texts and encoded images; of conversations the texts."""
     digest = hashlib.sha256()
-    for split in filter(None, (cfg.data.train_split, cfg.eval.split)):
-        for part in _contents(cfg, split):
+    splits = [(cfg.data, cfg.data.train_split), (cfg.eval_data, cfg.eval.read_split)]
+    for data, split in [pair for pair in splits if pair[1]]:
+        for part in _contents(data, split):
             digest.update(part if isinstance(part, bytes) else repr(part).encode())
     return digest.hexdigest()
 
 
-def _contents(cfg: Experiment, split: str) -> Iterable[bytes | tuple[str, ...]]:
-    if cfg.data.is_conversations:
-        yield from (talk.turns for talk in pipeline.conversation_source(cfg.data, split))
+def _contents(data: Data, split: str) -> Iterable[bytes | tuple[str, ...]]:
+    if data.is_conversations:
+        yield from (talk.turns for talk in pipeline.conversation_source(data, split))
         return
-    for one in sources.load(cfg.data, split):
+    for one in sources.load(data, split):
         yield from (one.image, one.questions, one.answers, one.types)
 
 

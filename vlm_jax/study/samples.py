@@ -31,12 +31,12 @@ def sample_section(results: Results) -> Section:
     made: list[Sample] = []
     for answered in groups:
         cfg = max((results.plan.arms[axis, arm] for arm in answered), key=_pixels)
-        asked = questions.load(cfg, cfg.eval.split, cfg.eval.max_examples)
+        asked = questions.to_evaluate(cfg)
         chosen = _chosen(answered, SHOWN // len(groups))
         made += [_sample(number, i, answered, asked[i].images()) for number, i in enumerate(chosen, len(made))]
     text = (
-        f"From the {study.base.eval.split} split, at matched {spelt(axis)}, seed {seed}: some arms are right, and some "
-        "wrong, of those that were asked the same."
+        f"From the {study.base.eval.read_split} split, at matched {spelt(axis)}, seed {seed}: some arms are right, and "
+        "some wrong, of those that were asked the same."
     )
     return Section(title, [text], samples=made)
 

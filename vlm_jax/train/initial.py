@@ -47,8 +47,13 @@ def _of_run(cfg: Experiment, folder: str, parts: list[str], wanted: Mapping, mes
     return {path: jax.device_put(x.astype(wanted[path].dtype), wanted[path].sharding) for path, x in found.items()}
 
 
-def load_params(cfg: Experiment, step: int | None = None, mesh: Mesh | None = None) -> dict:
-    """Parameters of a checkpoint of a run, of the last whole one by default, in the dtypes in which it keeps them.
+def load_params(cfg: Experiment) -> dict:
+    """Parameters of `load_state`."""
+    return load_state(cfg).params
+
+
+def load_state(cfg: Experiment, step: int | None = None, mesh: Mesh | None = None) -> State:
+    """The state of a checkpoint of a run, of the last whole one by default, in the dtypes in which it keeps them.
 
     Args:
       step: of the checkpoint; None: the last one.
@@ -66,7 +71,7 @@ def load_params(cfg: Experiment, step: int | None = None, mesh: Mesh | None = No
     checkpoints.close()
     if restored is None:
         raise ConfigError(f"--workdir {workdir.path} holds no checkpoint yet.")
-    return restored[0].params
+    return restored[0]
 
 
 def restacked(params: Mapping, source: Experiment, target: Experiment) -> dict:

@@ -68,12 +68,15 @@ def train(cfg: Experiment) -> State:
             workdir.check(cfg)
             tokenizer = initial.load_tokenizer(cfg)
             data = pipeline.training_iterator(cfg, tokenizer, *axes.share_of_rows(mesh))
+            contents = pipeline.contents(cfg, tokenizer)
+            workdir.check_data(contents)
             check_data(cfg, tokenizer, data)
             at_peak = seconds_at_peak(cfg, mesh)
         with distributed.together():
             if is_main:
                 stack.enter_context(workdir.locked())
                 workdir.open(cfg)
+                workdir.keep_data(contents)
                 with workdir.writing():
                     if not workdir.tokenizer.exists():
                         tokenizer.save(workdir.tokenizer)

@@ -8,9 +8,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from vlm_jax import cli_hub, config_file
-from vlm_jax.config import ConfigError, Experiment, RunError
+from vlm_jax.config import ConfigError, Data, Experiment, RunError
 from vlm_jax.hints import nearest, suggestion
 from vlm_jax.start import leave
 from vlm_jax.train import preemption
@@ -47,6 +48,7 @@ PLAN_OPTIONS = {
     "devices": {"type": int, "help": "in the place of --topology: how many devices, of any kind (default: 1)"},
     "json": {"action": "store_true", "help": "the plan for machines"},
 }
+BEGINNINGS = ("--checkpoint", "--init_from", "--init-from")  # one option under several names
 OPEN = ("data", "mesh", "distributed", "eval")  # sections that may change after the training
 
 
@@ -88,16 +90,14 @@ def experiment(verb: str, arguments: list[str], stored: bool, options: dict[str,
     parser.add_argument("--config")
     parser.add_argument("--workdir")
     if not stored:
-        parser.add_argument("--checkpoint", "--init_from", "--init-from", dest="init_from")
+        parser.add_argument(*BEGINNINGS, dest="init_from")
     given, fields = parser.parse_known_args(arguments)
     empty = [name for name, value in vars(given).items() if value == ""]
     if empty:
         raise ConfigError(f"--{empty[0]} is empty.")
     if stored and (given.config or not given.workdir):
         raise ConfigError(f"{verb} needs --workdir W, the folder of a run, and no --config: the run has its own.")
-    if not given.config and not given.workdir:
-        raise ConfigError(f"{verb} needs --config FILE.")
-    cfg = config_file.load(given.config) if given.config else Workdir(given.workdir).read_config()
+    cfg = _base(verb, given)
     cfg = dataclasses.replace(cfg, workdir=given.workdir or cfg.workdir)
     if not stored and given.init_from:
         fields = [*fields, "--init_from", given.init_from]
@@ -107,8 +107,21 @@ def experiment(verb: str, arguments: list[str], stored: bool, options: dict[str,
     elif asked.begins_with_any:
         from vlm_jax.hub import compose
 
-        asked = compose.resolved(asked, config_file.explicit_fields(cfg, fields))
+        explicit = config_file.explicit_fields(cfg, fields)
+        asked = Workdir(asked.workdir).as_begun(compose.resolved(asked, explicit), explicit)
     return validate(asked)
+
+
+def _base(verb: str, given: argparse.Namespace) -> Experiment:
+    """The experiment that the fields of the command line change: of --config, of the run in --workdir, or a new one."""
+    begins = getattr(given, "init_from", None)
+    if given.config:
+        return config_file.load(given.config)
+    if given.workdir and not (begins and not Workdir(given.workdir).config.exists()):
+        return Workdir(given.workdir).read_config()
+    if not begins:
+        raise ConfigError(f"{verb} needs --config FILE.")
+    return Experiment(data=Data(source="conversations", augment=()), workdir=f"runs/{Path(begins).name}")
 
 
 def _refuse_another_model(verb: str, cfg: Experiment, asked: Experiment) -> None:
@@ -152,12 +165,22 @@ def keep_compiled(cfg: Experiment) -> None:
 
 
 def evaluate(arguments: list[str]) -> int:
-    cfg = experiment("eval", arguments, stored=True)
+    is_checkpoint = any(argument.split("=")[0] in BEGINNINGS for argument in arguments)
+    cfg = _of_checkpoint(arguments) if is_checkpoint else experiment("eval", arguments, stored=True)
     from vlm_jax import distributed
 
     distributed.start(cfg)
     with _ending_together():
         return _evaluate(cfg, is_later=True)
+
+
+def _of_checkpoint(arguments: list[str]) -> Experiment:
+    """The experiment of `eval --checkpoint`: a checkpoint before any training, on conversations by default."""
+    cfg = experiment("eval", arguments, stored=False)
+    data = cfg.data
+    if data.source == "conversations" and not cfg.eval.files:  # of which the only split is train
+        cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, files=data.files))
+    return cfg
 
 
 @contextlib.contextmanager
@@ -203,8 +226,9 @@ def _evaluate(cfg: Experiment, is_later: bool) -> int:
     from vlm_jax.data import pipeline
     from vlm_jax.infer import demo, evaluate
 
-    params, tokenizer, step = demo.load_with_step(cfg)
     folder = Workdir(cfg.workdir)
+    load = demo.load_with_step if folder.config.exists() else demo.load_untrained
+    params, tokenizer, step = load(cfg)
     if is_later:
         folder = folder.later_evaluation(cfg, step, pipeline.fingerprint(cfg.eval_data))
     scores = evaluate.evaluate(cfg, params, tokenizer, step, folder)

@@ -125,7 +125,8 @@ def export(arguments: list[str]) -> int:
         export.refuse_used(given.output)
         params, _ = demo.load_stored(cfg)
         kind = export.export_run(cfg, params, workdir.tokenizer, given.output, given.taps, workdir.processor)
-        print(export.exportable(cfg))
+        if prompts := export.prompt_differences(cfg, kind):
+            print(f"the processor of transformers writes other prompts than {' and '.join(prompts)}")
     else:
         kind = export.export_checkpoint(given.checkpoint, given.output, given.taps)
     print(f"{given.output} holds a {kind} for transformers")

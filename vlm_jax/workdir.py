@@ -7,13 +7,13 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from vlm_jax import config_file
 from vlm_jax.config import ConfigError, Distributed, Eval, Experiment
 from vlm_jax.limits import check_path
-from vlm_jax.validate import flat
+from vlm_jax.validate import flat, with_fields
 
 # Fields that change nothing of what is learnt, but for the order of sums: a run may continue with others.
 OF_THE_MACHINE = (
@@ -36,6 +36,8 @@ FREE = (
 )
 NAMED_FILES = 3  # of eval.files, in the name of an evaluation
 LONGEST_NAME = 60
+# Fields that a checkpoint decides, to which earlier versions gave other values.
+TAKEN_OVER = ("vision.resize", "vision.resize_px", "vision.resample", "data.special_ids")
 
 
 class EvaluationFolder:
@@ -118,6 +120,20 @@ class Workdir(EvaluationFolder):
             raise ConfigError(f"--workdir {self.path} holds no run: {self.config}: {error.strerror}.") from None
         cfg = config_file.from_json(text, str(self.config))
         return dataclasses.replace(cfg, workdir=str(self.path))
+
+    def as_begun(self, cfg: Experiment, explicit: Collection[str]) -> Experiment:
+        """The experiment with what an earlier version took over from its checkpoints, where the run began with that.
+
+        Fields in `explicit` keep their values.
+        """
+        if not self.config.exists():
+            return cfg
+        stored = self.read_config()
+        folders = ("init_from", *(f"{part}.checkpoint" for part in ("vision", "projector", "decoder")))
+        old, new = flat(stored), flat(cfg)
+        if any(old[name] != new[name] for name in folders):
+            return cfg
+        return with_fields(cfg, {name: old[name] for name in TAKEN_OVER if name not in explicit})
 
     def check(self, cfg: Experiment) -> None:
         """Raises ConfigError where the folder holds a run with another config; fields of `FREE` may be others."""

@@ -102,3 +102,32 @@ def test_a_template_that_rewrites_questions_is_refused(folder_of, tmp_path):
     changed = replace(dialogue, template=template)
     with pytest.raises(ConfigError, match="answers cannot be marked: set data.template"):
         changed.encode([QUESTION, ANSWER])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_training_batch_scores_the_answers_behind_the_prompts(folder_of, name):
+    """Two prompts of other lengths; the tokens are those of a prompt to continue and of the conversation's answer."""
+    folder = folder_of(name).path
+    processor, dialogue = processor_of(folder), dialogue_of(name, folder)
+    picture = Image.new("RGB", (40, 30), (200, 30, 40))
+    images = [[], []] if name in OF_TEXT else [[picture], [picture]]
+    prompts, answers = [QUESTION, "what colour is the sky?"], [ANSWER, "blue"]
+    batch = processor(prompts, images, chat=True, answers=answers)
+    asked = processor(prompts[:1], images[:1], chat=True)
+    targets, weights = np.asarray(batch.targets), np.asarray(batch.loss_weights) > 0
+    turns = [QUESTION if name in OF_TEXT else f"{MARK}\n{QUESTION}", ANSWER]
+    tokens = dialogue.encode(turns)
+    ids = [i for i, is_scored in zip(tokens.ids, tokens.is_scored) if is_scored]
+    if processor.template is None:
+        ids = [*processor.tokenizer.encode(ANSWER, add_special_tokens=False), dialogue.eos_id]
+    assert targets[0][weights[0]].tolist() == ids
+    row = np.asarray(batch.tokens[0])[np.asarray(batch.segment_ids[0]) > 0]
+    assert row.tolist() == [*np.asarray(asked.tokens[0]).tolist(), *ids]
+    if batch.block_ids is not None:  # an answer is causal
+        assert not np.asarray(batch.block_ids[0])[-len(ids) :].any()
+
+
+def test_answers_that_do_not_match_are_refused(folder_of):
+    processor = processor_of(folder_of("llama").path)
+    with pytest.raises(ConfigError, match="answers must be a list of 2 texts"):
+        processor(["a", "b"], answers=["c"])

@@ -40,7 +40,7 @@ def from_array(pixels: np.ndarray) -> Image.Image:
     channels = pixels.shape[2:] or (1,)
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or not pixels.size or channels[0] not in (1, 3, 4):
         raise ConfigError(
-            f"an image array is {pixels.dtype} of shape {pixels.shape}: it must be uint8 of shape (height, width), or "
+            f"an array of {pixels.dtype} {pixels.shape} is not an image: it must be uint8 of shape (height, width), or "
             "(height, width, channels) with 1, 3 or 4 channels."
         )
     return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)

@@ -95,10 +95,14 @@ def capacity(cfg: Experiment) -> tuple[dict[str, int], dict[str, int]]:
     return dict.fromkeys(padding, cfg.row_length) | {"images": cfg.data.images_per_row}, padding
 
 
-def pixel_reader(cfg: Experiment, source: Conversations) -> Callable[[int], np.ndarray]:
-    """The number of an image -> (H, W, 3) uint8, laid out in tiles; those read last stay in memory."""
+def pixel_reader(cfg: Experiment, source: Conversations, is_exact: bool = False) -> Callable[[int], np.ndarray]:
+    """The number of an image -> (H, W, 3) uint8, laid out in tiles; those read last stay in memory.
+
+    `is_exact` decodes all pixels of a large JPEG, as the processors of public checkpoints do.
+    """
     vision, side = cfg.vision, cfg.vision.image_size_px
-    needed_px = side if vision.cut_tiles == 1 else 0  # the layout is that of an image's own size
+    keeps_size = is_exact or vision.cut_tiles > 1 or vision.keeps_aspect_in_tiles
+    needed_px = 0 if keeps_size else side  # the layout is that of an image's own size
 
     def read(number: int) -> np.ndarray:
         name, encoded = source.image(number)

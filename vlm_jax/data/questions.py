@@ -48,7 +48,7 @@ def load(cfg: Experiment, split: str, limit: int = 0) -> list[Question]:
 
 def _first_questions(cfg: Experiment, split: str, limit: int) -> list[Question]:
     source = pipeline.conversation_source(cfg.data, split)
-    read, found = packing.pixel_reader(cfg, source), []
+    read, found = packing.pixel_reader(cfg, source, is_exact=True), []
     for index in range(min(limit or len(source), len(source))):
         talk = source[index]
         asked, said = talk.turns[:2]

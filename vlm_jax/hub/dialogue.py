@@ -60,7 +60,7 @@ class Dialogue:
             raise ConfigError(f"{folder} names no token that ends a text: set eos_token in tokenizer_config.json.")
         form = load_prompt_format(folder, tokenizer)
         found = cls(tokenizer, template, form, (), ends[0], ends)
-        begin = _start(folder, tokenizer) if isinstance(form, EncoderDecoderFormat) else found._bos(has_images)
+        begin = start_of(folder, tokenizer) if isinstance(form, EncoderDecoderFormat) else found._bos(has_images)
         return replace(found, begin=begin, eos_id=found._closing_id())
 
     def encode(self, turns: Sequence[str]) -> Tokens:
@@ -168,7 +168,7 @@ class Dialogue:
         return self.ends[0]
 
 
-def _start(folder: str | os.PathLike, tokenizer: HubTokenizer) -> tuple[int, ...]:
+def start_of(folder: str | os.PathLike, tokenizer: HubTokenizer) -> tuple[int, ...]:
     """The token that starts the decoder of an encoder-decoder."""
     folder = Path(folder).expanduser()
     start = start_id_of(folder, read_json(folder / CONFIG))

@@ -6,7 +6,7 @@
 the order (row, column, channel).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -109,6 +109,16 @@ def reading_own_images(batch: Batch) -> Batch:
     tiles = batch.image_mask.shape[-1] // batch.tile_layouts.shape[1]
     own = np.repeat(batch.tile_layouts > 0, tiles, axis=1)
     return batch.replace(blind_mask=np.broadcast_to(own[:, None], batch.image_mask.shape))
+
+
+def scored(batch: Batch, counts: Sequence[int]) -> Batch:
+    """A batch padded on the left, with targets, of which the last `counts` tokens of each row are scored."""
+    slots, length = np.arange(batch.tokens.shape[1]), batch.tokens.shape[1]
+    first = length - np.array(counts)[:, None] - 1  # the token that predicts the first of an answer
+    return batch.replace(
+        targets=np.roll(batch.tokens, -1, axis=1),
+        loss_weights=((slots >= first) & (slots < length - 1)).astype(np.float32),
+    )
 
 
 def image_batch(cfg: Experiment, arrays: Arrays) -> Batch:

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.data.conversation_files import MARK
 from vlm_jax.hub.chat import ChatTemplate
+from vlm_jax.hub.dialogue import Dialogue, start_of
 from vlm_jax.hub.image_processor import ImageProcessor, ProcessedImages
 from vlm_jax.hub.image_steps import Picture, Pictures, to_rows
-from vlm_jax.hub.inputs import reading_own_images, to_batch
+from vlm_jax.hub.inputs import reading_own_images, scored, to_batch
 from vlm_jax.hub.load import Checkpoint
-from vlm_jax.hub.prompts import TextFormat, load_prompt_format, stack_prompts
-from vlm_jax.hub.tokenizer import HubTokenizer, are_ids, has_tokenizer
+from vlm_jax.hub.prompts import Prompt, TextFormat, load_prompt_format, stack_prompts
+from vlm_jax.hub.tokenizer import HubTokenizer, has_tokenizer
 from vlm_jax.structs import Batch
 
 
@@ -53,8 +55,9 @@ class Processor:
         images: Pictures = (),
         add_special_tokens: bool = True,
         chat: bool = False,
+        answers: Sequence[str] | None = None,
     ) -> Batch:
-        """Prompts as they are and the images of each -> a batch to continue, padded on the left.
+        """Prompts as they are and the images of each -> a batch to continue, or to train on, padded on the left.
 
         A row gives the same outputs whatever the other rows are.
 
@@ -63,9 +66,12 @@ class Processor:
             an open PIL image, or a uint8 array (height, width, 3).
           add_special_tokens: whether the tokenizer puts its own around a prompt that does not begin with them.
           chat: whether prompts are messages of a user, to be formatted by the chat template if the folder has one.
+          answers: one for each prompt: the batch has them and an end of text behind the prompts, and `targets` and
+            `loss_weights` that score them.
 
         Raises:
-          ConfigError: the images do not match the prompts, or the folder lacks a tokenizer or an image processor.
+          ConfigError: the images or answers do not match the prompts, or the folder lacks a tokenizer or an image
+            processor.
         """
         cfg, prompts = self.checkpoint.cfg, [prompts] if isinstance(prompts, str) else prompts
         if self.form is None:
@@ -73,24 +79,51 @@ class Processor:
         if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(text, str) for text in prompts):
             raise ConfigError(f"prompts is {prompts!r}: it must be text, or a list of texts.")
         images = to_rows(images, prompts, self.image_token)
+        ends = None if answers is None else self._answer_ids(prompts, images, answers, chat)
         if chat:
             prompts = [self.chat(prompt, len(row)) for prompt, row in zip(prompts, images, strict=True)]
             # As in transformers: a tokenizer's template writes all special tokens, a processor's perhaps not bos.
             add_special_tokens = self.template is None or cfg.fusion.has_images
         processed = self.pixels(images)
+        made = self._prompts(prompts, _facts(processed, [len(row) for row in images]), add_special_tokens)
+        if ends is not None:
+            made = [prompt.with_answer(ids) for prompt, ids in zip(made, ends, strict=True)]
+        arrays = stack_prompts(made, self.tokenizer.pad_id or 0)
         if cfg.fusion.kind == "encoder_decoder":
-            arrays = self._started(prompts)
-        else:
-            bos = self.tokenizer.special_tokens.get("bos_token", "")
-            made = [
-                self.form.prompt(text, facts, add_special_tokens and not (bos and text.startswith(bos)))
-                for text, facts in zip(prompts, _facts(processed, [len(row) for row in images]), strict=True)
-            ]
-            if not all(len(prompt.input_ids) for prompt in made):
-                raise ConfigError("the prompt is empty: there is no token to continue.")
-            arrays = stack_prompts(made, self.tokenizer.pad_id or 0)
+            arrays = {f"decoder_{name}": x for name, x in arrays.items()}
         batch = to_batch(cfg, arrays | _arrays(processed), self.checkpoint.image_token, generating=True)
-        return batch if batch.tile_layouts is None else reading_own_images(batch)
+        batch = batch if batch.tile_layouts is None else reading_own_images(batch)
+        return batch if ends is None else scored(batch, list(map(len, ends)))
+
+    def _prompts(self, prompts: Sequence[str], facts: list[list], add_special_tokens: bool) -> list[Prompt]:
+        """Tokens of each prompt, given what counts of its images."""
+        if self.checkpoint.cfg.fusion.kind == "encoder_decoder":
+            start = start_of(self.checkpoint.folder, self.tokenizer)
+            rows = ([*start, *self.tokenizer.encode(text, add_special_tokens=False)] for text in prompts)
+            return [Prompt(np.array(row, np.int32)) for row in rows]
+        bos = self.tokenizer.special_tokens.get("bos_token", "")
+        made = [
+            self.form.prompt(text, images, add_special_tokens and not (bos and text.startswith(bos)))
+            for text, images in zip(prompts, facts, strict=True)
+        ]
+        if not all(len(prompt.input_ids) for prompt in made):
+            raise ConfigError("the prompt is empty: there is no token to continue.")
+        return made
+
+    def _answer_ids(
+        self, prompts: Sequence[str], images: Sequence[Sequence[Picture]], answers: Sequence[str], chat: bool
+    ) -> list[list[int]]:
+        """Tokens of each answer and what ends it, as training on the checkpoint's conversations has them."""
+        if isinstance(answers, str) or len(answers) != len(prompts):
+            raise ConfigError(f"answers must be a list of {len(prompts)} texts, one for each prompt.")
+        dialogue = Dialogue.load(self.checkpoint.folder, self.checkpoint.cfg.fusion.has_images)
+        if not chat or self.template is None:
+            return [[*self.tokenizer.encode(text, add_special_tokens=False), dialogue.eos_id] for text in answers]
+        ends = []
+        for prompt, row, answer in zip(prompts, images, answers, strict=True):
+            tokens = dialogue.encode([f"{MARK}\n" * len(row) + prompt, answer])
+            ends.append([i for i, is_scored in zip(tokens.ids, tokens.is_scored) if is_scored])
+        return ends
 
     def asked(self, prompt: str, images: Pictures = ()) -> Batch:
         """What a user says about images, in the words of the chat template if there is one -> a batch to continue.
@@ -141,19 +174,6 @@ class Processor:
         """The text of an answer, up to the first token that ends it."""
         ends = self.eos_ids
         return self.tokenizer.decode(itertools.takewhile(lambda i: i not in ends, map(int, ids)))
-
-    def _started(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Texts behind the token that starts the decoder, padded on the left."""
-        start = self.checkpoint.start_id
-        start = self.tokenizer.bos_id if start is None else start
-        if not are_ids(start):
-            raise ConfigError(f"{self.checkpoint.folder}: decoder_start_token_id is {start!r}, but has to be an id.")
-        rows = [[start, *self.tokenizer.encode(text, add_special_tokens=False)] for text in prompts]
-        length = max(map(len, rows))
-        pad = self.tokenizer.pad_id or 0
-        ids = np.array([[pad] * (length - len(row)) + row for row in rows], np.int32)
-        there = np.array([[0] * (length - len(row)) + [1] * len(row) for row in rows], np.int32)
-        return {"decoder_input_ids": ids, "decoder_attention_mask": there}
 
 
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", "open_clip_config.json")

@@ -32,6 +32,15 @@ class Prompt:
     token_type_ids: np.ndarray | None = None  # (T,) int32; 0: what sees all of the prompt
     cross_attention_mask: np.ndarray | None = None  # (T, I, J) int32; 1: this token reads tile J of image I
 
+    def with_answer(self, ids: Sequence[int]) -> "Prompt":
+        """The prompt and the tokens of its answer, which read what the last token of the prompt reads."""
+        types, mask, count = self.token_type_ids, self.cross_attention_mask, len(ids)
+        return Prompt(
+            np.concatenate([self.input_ids, _ids(ids)]),
+            None if types is None else np.pad(types, (0, count), constant_values=1),
+            None if mask is None else np.concatenate([mask, np.repeat(mask[-1:], count, axis=0)]),
+        )
+
 
 @dataclass(frozen=True)
 class TextFormat:
@@ -264,14 +273,17 @@ def stack_prompts(prompts: Sequence[Prompt], pad_id: int) -> dict[str, np.ndarra
     masks = [prompt.cross_attention_mask for prompt in prompts if prompt.cross_attention_mask is not None]
     most = np.max([mask.shape[1:] for mask in masks], axis=0, initial=0) if masks else ()
     read = np.zeros((len(prompts), length, *most), np.int32)
+    types = np.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         start = length - len(prompt.input_ids)
         ids[row, start:], there[row, start:] = prompt.input_ids, 1
+        if prompt.token_type_ids is not None:
+            types[row, start:] = prompt.token_type_ids
         if prompt.cross_attention_mask is not None:
             read[row, start:, : prompt.cross_attention_mask.shape[1]] = prompt.cross_attention_mask
     inputs = {"input_ids": ids, "attention_mask": there}
     if any(prompt.token_type_ids is not None for prompt in prompts):
-        inputs["token_type_ids"] = np.zeros_like(ids)
+        inputs["token_type_ids"] = types
     return inputs | ({"cross_attention_mask": read} if masks else {})
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from vlm_jax import axes
 from vlm_jax.config import ConfigError, Experiment
@@ -23,7 +24,7 @@ from vlm_jax.nn.models import model_of
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import Batch, State
 from vlm_jax.train import initial
-from vlm_jax.train.step import narrowed
+from vlm_jax.train.step import abstract_state, narrowed
 from vlm_jax.validate import validate
 from vlm_jax.workdir import Workdir
 
@@ -87,6 +88,24 @@ def load_with_step(cfg: Experiment) -> tuple[dict, Tokenizer, int]:
     """As `load`, with the step of the checkpoint."""
     state, tokenizer = _load_state(cfg)
     return narrowed(cfg, state.params), tokenizer, int(state.step)
+
+
+def load_untrained(cfg: Experiment) -> tuple[dict, Tokenizer, int]:
+    """As `load_with_step`, of the checkpoint that `init_from` names, before any training.
+
+    Raises:
+      ConfigError: the experiment has parameters that the checkpoint does not hold.
+    """
+    mesh = axes.make_mesh(cfg.mesh)
+    like = abstract_state(cfg, mesh)
+    params = initial.load_parts(cfg, like, mesh)
+    missing = traverse_util.flatten_dict(like.params, sep="/").keys() - params.keys()
+    if missing:
+        raise ConfigError(
+            f"init_from {cfg.init_from} does not hold the whole model: {len(missing)} parameters are missing, such as "
+            f"{min(missing)}."
+        )
+    return narrowed(cfg, traverse_util.unflatten_dict(params, sep="/")), initial.load_tokenizer(cfg), 0
 
 
 def load_stored(

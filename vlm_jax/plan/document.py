@@ -12,6 +12,7 @@ from vlm_jax import axes
 from vlm_jax.chips import Chip, slice_of
 from vlm_jax.config import Experiment
 from vlm_jax.flops import flops_by_part, token_flow, train_flops
+from vlm_jax.hub.export import exportable
 from vlm_jax.plan import compiled, memory
 from vlm_jax.plan.hlo import Program
 from vlm_jax.plan.roofline import roofline
@@ -40,6 +41,7 @@ def make(cfg: Experiment, topology: str | None = None, devices: int = 1, is_comp
         "train_flops": train_flops(cfg),
         "bytes_per_device": dataclasses.asdict(held) | {"total": held.total},
         "cache_bytes_per_row": memory.cache_bytes(cfg),
+        "export": exportable(cfg).removeprefix("export: "),
     }
     if places:
         chip, chips = slice_of(topology)

@@ -13,6 +13,7 @@ def text(cfg: Experiment, plan: dict) -> str:
     sections = [_parts(cfg, plan), _flow(cfg, plan["tokens"]), _memory(plan)]
     if "topology" in plan:
         sections.append(_topology(plan))
+    sections.append(f"export: {plan['export']}")
     return "\n\n".join(sections)
 
 

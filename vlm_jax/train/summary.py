@@ -4,6 +4,7 @@ import jax
 
 from vlm_jax.config import Experiment
 from vlm_jax.data import pipeline, sources
+from vlm_jax.hub.export import exportable
 from vlm_jax.train import optim
 
 
@@ -15,9 +16,12 @@ def summarize(cfg: Experiment, mesh: jax.sharding.Mesh, params, start: int) -> s
         "devices": describe_devices(mesh),
         "data": describe_data(cfg),
         "steps": describe_steps(cfg, start),
+        "begins with": describe_beginning(cfg),
+        "export": exportable(cfg).removeprefix("export: "),
         "work folder": cfg.workdir,
         "curves": f"tensorboard --logdir {cfg.workdir}",
     }
+    facts = {name: value for name, value in facts.items() if value}
     width = max(map(len, facts))
     return "\n".join(f"{name:{width}}  {value}" for name, value in facts.items())
 
@@ -64,3 +68,11 @@ def describe_data(cfg: Experiment) -> str:
 def describe_steps(cfg: Experiment, start: int) -> str:
     first = f", continuing after step {start:,}" if start else ""
     return f"{cfg.train.steps:,} of {cfg.train.batch_size:,} rows{first}"
+
+
+def describe_beginning(cfg: Experiment) -> str:
+    """The folder of each part that begins with a checkpoint; "" for a model from scratch."""
+    folders: dict[str, list[str]] = {}
+    for part in cfg.begins_with:
+        folders.setdefault(getattr(cfg, part).checkpoint, []).append(part)
+    return "; ".join(f"{folder} ({', '.join(parts)})" for folder, parts in folders.items())

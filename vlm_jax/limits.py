@@ -24,7 +24,6 @@ AT_LEAST = {
     "data.threads": 0,
     "data.prefetch": 0,
     **_of_stacks(width=1, depth=1, heads=1, mlp_width=1, kv_heads=0, head_dim=0, score_softcap=0, unroll=1),
-    "embed_width": 1,
     "vision.image_size_px": 1,
     "vision.patch_size_px": 1,
     "vision.resize_px": 0,
@@ -86,7 +85,6 @@ AT_MOST = {
     # Of models, far above all that were published: a config.json can say anything, and its model is traced at once.
     **_of_stacks(width=2**20, depth=4096, heads=2**16, mlp_width=2**22, kv_heads=2**16, head_dim=2**16),
     **_of_stacks(norm_eps=1, score_softcap=1e6),
-    "embed_width": 2**20,
     "vision.image_size_px": 2**14,
     "vision.patch_size_px": 2**14,
     "vision.resize_px": 2**14,

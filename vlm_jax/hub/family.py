@@ -11,6 +11,7 @@ from vlm_jax.hub.table import Row
 from vlm_jax.nn.models import Config
 
 Json = dict
+MOST = 2**31 - 1  # of a size in config.json: a larger one overflows the shapes of arrays
 Renames = tuple[tuple[str, str], ...]  # pattern and replacement
 
 # Stored in older files though nobody reads them; they are computed from the config.
@@ -67,11 +68,11 @@ def get(config: Mapping, key: str, default):
     return default if value is None else value
 
 
-def size(config: Mapping, key: str, default: int | None = None, least: int = 1) -> int:
-    """The whole number of a key, at least `least`; missing and null are the default. ConfigError names the key."""
+def size(config: Mapping, key: str, default: int | None = None) -> int:
+    """The whole number of a key, from 1 on; missing and null are the default. ConfigError names the key."""
     value = get(config, key, default)
-    if type(value) is not int or value < least:
-        raise ConfigError(f"config.json: {key} is {value!r}: it must be a whole number of at least {least}.")
+    if type(value) is not int or not 1 <= value <= MOST:
+        raise ConfigError(f"config.json: {key} is {value!r}: it must be a whole number from 1 to {MOST}.")
     return value
 
 

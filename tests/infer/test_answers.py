@@ -115,8 +115,8 @@ def test_files_open_images_and_arrays_are_one(tokenizer, pictures):
 @pytest.mark.parametrize(
     ("prompts", "images", "said"),
     [
-        (["a", "b"], [["x.png"]], "images must be 2 lists"),
-        (["a", "b"], ["x.png", "y.png"], "images must be 2 lists"),
+        (["a", "b"], [["x.png"]], "images has 1 lists for 2 prompts"),
+        (["a", "b"], ["x.png"] * 3, "flat list of 3 images does not match 2 prompts"),
         ("<image> a <image>", [Image.new("RGB", (4, 4))], "2 marks <image> for 1 images"),
         ("a", ["nowhere.png"], "cannot read the image nowhere.png"),
         ("a", [np.zeros((4, 4, 3))], "float64 of shape .* must be uint8"),
@@ -188,3 +188,21 @@ def test_a_llava_answers_as_the_command_line_does_with_or_without_its_template(l
     formatted = [processor.chat(prompt, 1) for prompt in asked]
     assert formatted != asked
     assert vlm_jax.generate(model, params, processor, formatted, images, max_new_tokens=NEW, chat=False) == texts
+
+
+@pytest.mark.parametrize("kind", ["unified", "cross_attention"])
+@pytest.mark.parametrize("is_conversation", [True, False])
+def test_a_run_scores_answers_behind_its_prompts(tokenizer, pictures, kind, is_conversation):
+    """The tokens are those of the prompt to continue, the answer and <eos>, and these alone are scored."""
+    cfg = experiment(kind) if is_conversation else replace(tiny(kind), eval=experiment().eval)
+    processor = RunProcessor(cfg, tokenizer)
+    prompts, images = PROMPTS[:2], [[pictures[0]], [pictures[1]]]
+    batch = processor(prompts, images, answers=["a cat", "it"])
+    asked = processor(prompts[:1], images[:1])
+    row = np.asarray(batch.tokens[0])[np.asarray(batch.segment_ids[0]) > 0].tolist()
+    answer = [*tokenizer.encode("a cat"), tokenizer.eos_id]
+    assert row == [*np.asarray(asked.tokens[0]).tolist(), *answer]
+    weights = np.asarray(batch.loss_weights[0]) > 0
+    assert np.asarray(batch.targets[0])[weights].tolist() == answer
+    with pytest.raises(ConfigError, match="answers must be a list of 2 texts"):
+        processor(prompts, images, answers=["one"])

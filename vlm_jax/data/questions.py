@@ -92,12 +92,18 @@ def _room(cfg: Experiment, tokenizer: Tokenizer, asked: set[tuple[str, int]]) ->
 
 
 def prompt_row(
-    cfg: Experiment, tokenizer: Tokenizer, prompt: str, tiles: Sequence[int], length: int | None = None
+    cfg: Experiment,
+    tokenizer: Tokenizer,
+    prompt: str,
+    tiles: Sequence[int],
+    length: int | None = None,
+    answer: str | None = None,
 ) -> text.Fields:
     """A prompt and its images of so many tiles, in the form that the data has -> the fields of a row to continue."""
     if cfg.data.is_conversations:
-        return templates.prompt_row(cfg, tokenizer, prompt, tiles, length)
-    return text.prompt_row(cfg, text.prompt_ids(tokenizer, prompt), tiles, length)
+        return templates.prompt_row(cfg, tokenizer, prompt, tiles, length, answer)
+    ids = () if answer is None else text.answer_ids(tokenizer, answer)
+    return text.prompt_row(cfg, text.prompt_ids(tokenizer, prompt), tiles, length, ids)
 
 
 def prompt_batch(
@@ -107,10 +113,12 @@ def prompt_batch(
     prompts: Sequence[str],
     length: int | None = None,
     image_rows: Sequence[int] | None = None,
+    answers: Sequence[str] | None = None,
 ) -> Batch:
-    """Prompts and the images of each, (H, W, 3) float32 -> a batch to continue, padded on the left; no targets.
+    """Prompts and the images of each, (H, W, 3) float32 -> a batch to continue, padded on the left.
 
-    `image_rows` says for every prompt which of `images` it is about, so that what several share is encoded once.
+    With `answers`, one for each prompt, it is a batch to train on, with `targets` and `loss_weights`. `image_rows` says
+    for every prompt which of `images` it is about, so that what several share is encoded once.
 
     Images are laid out in tiles (`data/tiles.py`). Rows may have different numbers of images; I is all views of the
     largest. `length` is S, by default that of the longest row: give it where every batch shall have the same shape, so
@@ -120,12 +128,13 @@ def prompt_batch(
     counts = [[tiles.tiles_of(pixels, cfg.vision) for pixels in row] for row in images]
     most = max(map(len, counts))
     counts = counts if image_rows is None else [counts[row] for row in image_rows]
-    asked = list(zip(prompts, counts, strict=True))
+    ends = [None] * len(prompts) if answers is None else answers
+    asked = list(zip(prompts, counts, ends, strict=True))
     if length is None:
-        length = max(len(prompt_row(cfg, tokenizer, *one)["tokens"]) for one in asked)
+        length = max(len(prompt_row(cfg, tokenizer, prompt, n, answer=end)["tokens"]) for prompt, n, end in asked)
     elif cfg.fusion.has_images:
         most = max(most, cfg.data.images_per_row)
-    rows = [prompt_row(cfg, tokenizer, *one, length) for one in asked]
+    rows = [prompt_row(cfg, tokenizer, prompt, n, length, end) for prompt, n, end in asked]
     views = most * cfg.vision.views
     for row in rows:
         row["image_mask"] = _filled(row["image_mask"], 1, views)

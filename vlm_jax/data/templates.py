@@ -194,12 +194,17 @@ def _words(ids: list[int], ends: list[int], begin: int, end: int, scored_from: i
 
 
 def prompt_row(
-    cfg: Experiment, tokenizer: Tokenizer, prompt: str, tiles: Sequence[int], length: int | None = None
+    cfg: Experiment,
+    tokenizer: Tokenizer,
+    prompt: str,
+    tiles: Sequence[int],
+    length: int | None = None,
+    answer: str | None = None,
 ) -> Fields:
     """A question -> the fields of a row to continue, image_mask (length, I * J); padded on the left.
 
-    `tiles` has the number of tiles of every image. Images that have no mark in the prompt stand before it, each in a
-    line of its own.
+    With an `answer`, the row has it, too, and `targets` and `loss_weights` that score it. `tiles` has the number of
+    tiles of every image. Images that have no mark in the prompt stand before it, each in a line of its own.
 
     Raises:
       ConfigError: the prompt has another number of marks, or is longer than `length`.
@@ -208,13 +213,14 @@ def prompt_row(
     prompt = prompt if MARK in prompt else f"{MARK}\n" * images + prompt
     if prompt.count(MARK) != images:
         raise ConfigError(f"a prompt has {prompt.count(MARK)} marks {MARK} for {images} images: {prompt!r}")
-    row = encode(cfg, tokenizer, [prompt], tiles)
+    row = encode(cfg, tokenizer, [prompt] if answer is None else [prompt, answer], tiles)
     seen, tags = row.pop("images_seen"), row.pop("image_tags")
     is_read = np.arange(images) < seen[:, None]
     if cfg.fusion.placeholder:
         is_read &= np.arange(images) >= row.pop("images_from")[:, None]
     is_read = np.repeat(is_read, views, axis=1)
-    row = {name: values for name, values in row.items() if name not in ("targets", "loss_weights")} | {
+    unused = ("targets", "loss_weights") if answer is None else ()
+    row = {name: values for name, values in row.items() if name not in unused} | {
         "positions": np.arange(len(seen), dtype=np.int32),
         "segment_ids": np.ones_like(seen),
         "branch_ids": np.full_like(seen, TRUNK),

@@ -148,7 +148,11 @@ def pack_row(cfg: Experiment, pairs: Sequence[Pair], tiles: int = 1) -> Fields:
 
 
 def prompt_row(
-    cfg: Experiment, prompt: Sequence[int], tiles: Sequence[int] = (1,), length: int | None = None
+    cfg: Experiment,
+    prompt: Sequence[int],
+    tiles: Sequence[int] = (1,),
+    length: int | None = None,
+    answer: Sequence[int] = (),
 ) -> Fields:
     """The same trunk and one prompt as its branch -> the fields of a row to continue, image_mask (length, I * J).
 
@@ -156,10 +160,16 @@ def prompt_row(
     the last slot:
 
         tokens   <pad> <pad> <image> <image> is it red ? \\n
+
+    With an `answer`, the row has it, too, and `targets` and `loss_weights` that score it.
     """
-    row = _segment(cfg, tiles, [prompt])
+    row = _segment(cfg, tiles, [[*prompt, *answer]])
+    slots, first = np.arange(len(row["tokens"])), len(row["tokens"]) - len(answer)
     if cfg.fusion.prefix == "bidirectional":
-        row["block_ids"] = np.ones_like(row["tokens"])
+        row["block_ids"] = (slots < first).astype(np.int32)
+    if answer:
+        row["targets"] = np.append(row["tokens"][1:], cfg.data.special_ids[0])
+        row["loss_weights"] = (slots >= first - 1) & (slots < len(slots) - 1)
     needed = len(row["tokens"])
     length = needed if length is None else length
     if needed > length:

@@ -36,24 +36,34 @@ class RunProcessor:
     cfg: Experiment
     tokenizer: Tokenizer
 
-    def __call__(self, prompts: str | Sequence[str], images: Pictures = (), *, chat: bool = True) -> Batch:
-        """Prompts and the images of each -> a batch to continue, padded on the left.
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        images: Pictures = (),
+        *,
+        chat: bool = True,
+        answers: Sequence[str] | None = None,
+    ) -> Batch:
+        """Prompts and the images of each -> a batch to continue, or to train on, padded on the left.
 
         An image that several prompts share is encoded once if their rows hold the same objects.
 
         Args:
           chat: unused: a prompt always takes the form that the questions had in training.
+          answers: one for each prompt: the batch has them, and `targets` and `loss_weights` that score them.
 
         Raises:
-          ConfigError: the images do not match the prompts, or an image cannot be read.
+          ConfigError: the images or answers do not match the prompts, or an image cannot be read.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         images = to_rows(images, prompts, MARK)
+        if answers is not None and (isinstance(answers, str) or len(answers) != len(prompts)):
+            raise ConfigError(f"answers must be a list of {len(prompts)} texts, one for each prompt.")
         keys = [tuple(map(id, row)) for row in images]
         shared = dict(zip(keys, images))
         pixels = [[self._pixels(picture) for picture in row] for row in shared.values()]
         owners = [list(shared).index(key) for key in keys]
-        return questions.prompt_batch(self.cfg, self.tokenizer, pixels, prompts, image_rows=owners)
+        return questions.prompt_batch(self.cfg, self.tokenizer, pixels, prompts, image_rows=owners, answers=answers)
 
     def _pixels(self, picture: Picture) -> np.ndarray:
         """(H, W, 3) float32, laid out in tiles and normalised."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vlm_jax import cli_hub, config_file
-from vlm_jax.config import ConfigError, Data, Experiment, RunError
+from vlm_jax.config import ConfigError, Data, Eval, Experiment, Optim, RunError, Train
 from vlm_jax.hints import nearest, suggestion
 from vlm_jax.start import leave
 from vlm_jax.train import preemption
@@ -49,6 +49,12 @@ PLAN_OPTIONS = {
     "json": {"action": "store_true", "help": "the plan for machines"},
 }
 BEGINNINGS = ("--checkpoint", "--init_from", "--init-from")  # one option under several names
+FINE_TUNING = Experiment(  # what --checkpoint begins with where there is no --config
+    data=Data(source="conversations", augment=(), text_length=256),
+    optim=Optim(learning_rate=2e-5, warmup_steps=30, weight_decay=0.0),
+    train=Train(steps=1000, batch_size=16),
+    eval=Eval(split="", batch_size=16, max_new_tokens=64),
+)
 OPEN = ("data", "mesh", "distributed", "eval")  # sections that may change after the training
 
 
@@ -121,7 +127,7 @@ def _base(verb: str, given: argparse.Namespace) -> Experiment:
         return Workdir(given.workdir).read_config()
     if not begins:
         raise ConfigError(f"{verb} needs --config FILE.")
-    return Experiment(data=Data(source="conversations", augment=()), workdir=f"runs/{Path(begins).name}")
+    return dataclasses.replace(FINE_TUNING, workdir=f"runs/{Path(begins).name}")
 
 
 def _refuse_another_model(verb: str, cfg: Experiment, asked: Experiment) -> None:

@@ -173,13 +173,10 @@ def test_a_run_that_is_not_finite_ends_with_code_1(folder, tmp_path, capsys, mon
 
 @pytest.mark.parametrize("verb", ["eval", "generate"])
 def test_logits_that_are_not_finite_end_with_code_1_and_name_the_prompt(run, folder, capsys, monkeypatch, verb):
-    load = demo.load
+    def damaged(cfg, params):
+        return jax.tree.map(lambda x: x * np.nan, params)
 
-    def load_damaged(cfg):
-        params, tokenizer = load(cfg)
-        return jax.tree.map(lambda x: x * np.nan, params), tokenizer
-
-    monkeypatch.setattr(demo, "load", load_damaged)
+    monkeypatch.setattr(demo, "narrowed", damaged)
     before = (run / "eval.json").read_bytes()
     asks = ["--image", str(folder / "cat.png"), "--prompt", "is it red ?"] if verb == "generate" else []
     assert main([verb, "--workdir", str(run), *asks]) == 1
@@ -187,6 +184,7 @@ def test_logits_that_are_not_finite_end_with_code_1_and_name_the_prompt(run, fol
     assert error.startswith("error: the logits of token 1 of '")
     assert "are NaN or infinite" in error
     assert (run / "eval.json").read_bytes() == before
+    assert not list(run.glob("eval/*/*")), "nothing is written"
 
 
 def test_no_checkpoint_is_a_sentence(run, folder, capsys):

@@ -15,6 +15,7 @@ KINDS = variants() | {
     "hybrid in tiles": hybrid_in_tiles(),
     "unified in tiles": tiny(vision=replace(tiny().vision, tiles=2)),
     "text alone": replace(tiny(), fusion=replace(tiny().fusion, kind="text_only")),
+    "placeholder": tiny("cross_attention", fusion=replace(tiny("cross_attention").fusion, placeholder=True)),
     "bidirectional": replace(tiny(), fusion=replace(tiny().fusion, prefix="bidirectional")),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)

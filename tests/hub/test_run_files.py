@@ -7,18 +7,29 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, VisionEncoderDecoderModel
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    VisionEncoderDecoderModel,
+)
 
 from tests.hub import tiny_checkpoints, tiny_tokenizers
 from tests.hub.parity import SMALL, saved
 from tests.hub.test_export import encoder_decoder_like, llava_like, mllama_like
+from tests.hub.test_processor import processor_of
 from vlm_jax import cli
-from vlm_jax.cli import main
 from vlm_jax.config import Experiment, Fusion
 from vlm_jax.data import images, questions, tiles
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub import compose, export
+from vlm_jax.hub.tokenizer import HubTokenizer
 from vlm_jax.infer.generate import Decoding, generate
+from vlm_jax.structs import NO_IMAGE
 from vlm_jax.testing import random_params
 from vlm_jax.train import initial
 from vlm_jax.workdir import Workdir
@@ -43,8 +54,6 @@ def composed(kind: str):
     """A CLIP tower and a Llama whose tokenizer has no image token, and no spare row of the embedding."""
 
     def experiment(tmp_path) -> Experiment:
-        from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
-
         tower, text = tmp_path / "tower", tmp_path / "text"
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
         for folder in (tower, text):
@@ -52,14 +61,9 @@ def composed(kind: str):
         saved(CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=8)), tower)
         CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size=32).save_pretrained(tower)
         getattr(tiny_tokenizers, kind)(text)
-        if kind == "llama":
-            for name in ("added_tokens.json",):
-                (text / name).unlink(missing_ok=True)
-        from vlm_jax.hub.tokenizer import HubTokenizer
-
-        tokenizer = HubTokenizer.load(text)
+        (text / "added_tokens.json").unlink(missing_ok=True)
         eos = 1 if kind == "llama3" else 2
-        rows = tokenizer.next_id
+        rows = HubTokenizer.load(text).next_id
         config = LlamaConfig(**SMALL | {"vocab_size": rows, "max_position_embeddings": 256}, eos_token_id=eos)
         saved(LlamaForCausalLM(config), tmp_path)
         for name in ("config.json", "model.safetensors"):
@@ -72,7 +76,7 @@ def composed(kind: str):
     return experiment
 
 
-def whole(name: str, **fields):
+def whole(name: str):
     """A public checkpoint of every file."""
 
     def experiment(tmp_path) -> Experiment:
@@ -157,11 +161,11 @@ def test_transformers_answers_as_the_run_does(name, tmp_path, picture):
 
 def asked_of_transformers(processor, family, name, image, prompt) -> dict:
     if family == "vision-encoder-decoder":
-        text = {"encoder-decoder, captions": "", "whole vit and gpt2": prompt}.get(name)
-        text = f"{prompt}\n" if text is None else text
-        if "conversations" in name:
-            text = f"\n{text}"
-        ids = processor.tokenizer(text, return_tensors="pt").input_ids
+        if processor.tokenizer.chat_template:
+            parts = [{"type": "image"}, {"type": "text", "text": prompt}]
+            messages = [{"role": "user", "content": parts}]
+            prompt = processor.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = processor.tokenizer(prompt, return_tensors="pt").input_ids
         if name == "whole vit and gpt2":
             ids = torch.cat([torch.tensor([[0]]), ids], 1)
         return {
@@ -175,12 +179,18 @@ def asked_of_transformers(processor, family, name, image, prompt) -> dict:
     return processor(text=text, images=image, return_tensors="pt")
 
 
-@pytest.mark.parametrize("name", ["llava of a llama 2", "whole llava"])
-def test_our_own_generate_asks_the_exported_folder(name, tmp_path, picture, capsys):
-    *_, out = exported(RUNS[name](tmp_path), tmp_path)
-    arguments = ["generate", "--checkpoint", out, "--image", picture, "--prompt", QUESTION, "--max-new-tokens", 2]
-    assert main(list(map(str, arguments))) == 0
-    assert capsys.readouterr().out
+@pytest.mark.parametrize("name", RUNS)
+def test_our_own_processor_asks_the_exported_folder_as_the_run_is_asked(name, tmp_path, picture):
+    """The same tokens and pixels: so `generate --checkpoint` answers as `generate --workdir` does."""
+    cfg = RUNS[name](tmp_path)
+    _, _, tokenizer, out = exported(cfg, tmp_path)
+    prompt = "" if "captions" in name else QUESTION
+    pixels = tiles.to_pixels(images.read_image(picture), cfg.vision)
+    run = questions.prompt_batch(cfg, tokenizer, [[pixels]], [prompt])
+    asked = processor_of(out).asked(prompt, [picture])
+    texts = [np.asarray(batch.tokens[0])[np.asarray(batch.image_slots[0]) == NO_IMAGE] for batch in (asked, run)]
+    np.testing.assert_array_equal(*texts)
+    np.testing.assert_allclose(np.asarray(asked.images), np.asarray(run.images), atol=1e-5)
 
 
 def test_an_image_token_is_added_with_a_row_that_never_wins(tmp_path):

@@ -185,7 +185,8 @@ class MllamaFormat(TextFormat):
 
     @classmethod
     def read(cls, tokenizer, config, processor, images):
-        return cls(tokenizer, images.get("max_image_tiles") or 4)
+        token = tokenizer.special_tokens.get("image_token") or cls.image_token
+        return cls(tokenizer, images.get("max_image_tiles") or 4, token)
 
     def prompt(self, text, images=(), add_special_tokens=True):
         _check_count(text, self.image_token, len(images))

@@ -133,7 +133,7 @@ def chat_template(cfg: Experiment, image: str, bos: str, eos: str) -> str:
     if cfg.data.is_conversations:
         form = TEMPLATES[cfg.data.template]
         before, after, gap, keeps_question = form.before, form.after, form.gap, form.keeps_question
-        mark = f"{image}\n" if image and keeps_question else image
+        mark = f"{image}\n" if keeps_question else image
     else:
         before, after, gap, keeps_question, mark = "", "\n", "", True, image
     whole = f"replace({_quoted(MARK)}, {_quoted(image)})"

@@ -110,7 +110,7 @@ def experiment(verb: str, arguments: list[str], stored: bool, options: dict[str,
     asked = config_file.override(cfg, fields, f"python run.py {verb}", options)
     if stored:
         _refuse_another_model(verb, cfg, asked)
-    elif asked.begins_with_any:
+    elif asked.begins_with_any and not _continues(given):
         from vlm_jax.hub import compose
 
         explicit = config_file.explicit_fields(cfg, fields)
@@ -118,12 +118,17 @@ def experiment(verb: str, arguments: list[str], stored: bool, options: dict[str,
     return validate(asked)
 
 
+def _continues(given: argparse.Namespace) -> bool:
+    """Whether the experiment is that of a run, which needs the folders that it began with no more."""
+    return not given.config and bool(given.workdir) and Workdir(given.workdir).config.exists()
+
+
 def _base(verb: str, given: argparse.Namespace) -> Experiment:
     """The experiment that the fields of the command line change: of --config, of the run in --workdir, or a new one."""
     begins = getattr(given, "init_from", None)
     if given.config:
         return config_file.load(given.config)
-    if given.workdir and not (begins and not Workdir(given.workdir).config.exists()):
+    if given.workdir and (_continues(given) or not begins):
         return Workdir(given.workdir).read_config()
     if not begins:
         raise ConfigError(f"{verb} needs --config FILE.")

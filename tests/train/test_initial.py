@@ -1,6 +1,7 @@
 """What a run begins with: a whole public checkpoint, another run, or parts of them, and settings beside them."""
 
 import functools
+import shutil
 from dataclasses import replace
 
 import jax
@@ -223,3 +224,19 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path, config):
     Workdir(str(tmp_path / "run")).open(replace(tiny(), workdir=str(tmp_path / "run")))
     with pytest.raises(ConfigError, match="holds no checkpoint yet"):
         loaded(experiment(config, "--vision.checkpoint", tmp_path / "run"))
+
+
+def test_a_run_is_continued_without_the_folder_that_it_began_with(folder_of, config, tmp_path):
+    """Its work folder holds the settings, and the files beside the weights."""
+    folder, workdir = tmp_path / "checkpoint", tmp_path / "run"
+    shutil.copytree(folder_of("llava"), folder)
+    cfg = experiment(config, "--checkpoint", folder, "--workdir", workdir)
+    kept = Workdir(cfg.workdir)
+    kept.open(cfg)
+    initial.load_tokenizer(cfg).save(kept.tokenizer)
+    initial.keep_processor(cfg, kept)
+    shutil.rmtree(folder)
+    again = cli.experiment("train", ["--workdir", str(workdir)], stored=False)
+    assert again == cfg
+    turns = ["<image>\nwhat is it?", "a car"]
+    assert initial.load_tokenizer(again).dialogue.encode(turns)

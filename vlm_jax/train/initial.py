@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Mapping
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from flax import traverse_util
 from jax.sharding import Mesh
 
@@ -40,16 +40,11 @@ def load_parts(cfg: Experiment, like: State, mesh: Mesh) -> dict[str, jax.Array]
 
 def _of_run(cfg: Experiment, folder: str, parts: list[str], wanted: Mapping, mesh: Mesh) -> dict[str, jax.Array]:
     source = Workdir(folder).read_config()
-    flat = traverse_util.flatten_dict(load_params(source), sep="/")
+    flat = traverse_util.flatten_dict(load_state(source, mesh=mesh).params, sep="/")
     flat = {path: x for path, x in flat.items() if path.split("/")[0] in parts}
     flat = compose.with_positions(cfg, restacked(flat, source, cfg), mesh)
     found = {path: x for path, x in flat.items() if path in wanted}
     return {path: jax.device_put(x.astype(wanted[path].dtype), wanted[path].sharding) for path, x in found.items()}
-
-
-def load_params(cfg: Experiment) -> dict:
-    """Parameters of `load_state`."""
-    return load_state(cfg).params
 
 
 def load_state(cfg: Experiment, step: int | None = None, mesh: Mesh | None = None) -> State:
@@ -87,7 +82,7 @@ def restacked(params: Mapping, source: Experiment, target: Experiment) -> dict:
     for path, stack in params.items():
         if path.startswith(LAYERS):
             _restack(path, stack, blocks, layers)
-    return found | {path: np.stack([slices[turn] for turn in sorted(slices)]) for path, slices in layers.items()}
+    return found | {path: jnp.stack([slices[turn] for turn in sorted(slices)]) for path, slices in layers.items()}
 
 
 def _restack(path: str, stack, blocks, layers: dict[str, dict[int, object]]) -> None:
@@ -99,7 +94,7 @@ def _restack(path: str, stack, blocks, layers: dict[str, dict[int, object]]) -> 
         return
     for (source, turn), (target, other_turn) in zip(old, new, strict=True):
         if source == f"blocks/layers/{block}":
-            layers.setdefault(f"decoder/{target}/{rest}", {})[other_turn] = np.asarray(stack[turn])
+            layers.setdefault(f"decoder/{target}/{rest}", {})[other_turn] = stack[turn]
 
 
 def load_tokenizer(cfg: Experiment) -> Tokenizer:

@@ -202,12 +202,14 @@ def on_tiles(
 
 
 def tiled(cfg: Experiment, batch: Batch) -> Batch:
-    """The batch as an encoder with tiles reads it: every image is its own first tile, and the others are not there.
+    """The batch as an encoder with tiles reads it: every image is its own first tile, and the others are missing.
+
+    A batch of `on_tiles` stays as it is.
 
     The encoder emits M tokens for every tile, there or not, so those of image k begin at k * vision.tiles * M.
     """
     vision = cfg.vision
-    if not vision.tile_layouts or batch.images is None:
+    if not vision.tile_layouts or batch.images is None or batch.tile_layouts is not None:
         return batch
     images_before = batch.image_slots // cfg.image_tokens
     layout = vision.tile_layouts.index((1, 1)) + 1

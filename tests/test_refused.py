@@ -100,6 +100,10 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
         {"vision_tiles": 8},
         r"decoder.max_positions 64 has no room for the 45 image tokens of a row \(vision.tiles 8\) .* at least 69",
     ),
+    (
+        {"vision_feature_layers": (-1, 3)},
+        "vision.feature_layers 3 is not a hidden state .* vision.depth 2: choose -3 to 2",
+    ),
     ({"data_tag_ids": ((4,), (5,))}, "data.tag_ids names the tags of tiles, .* vision.tiles 1 and vision.tile_tags 1d"),
     ({"vision_tiles": 2, "data_tag_ids": ((4,), (5,))}, "data.tag_ids has 2 tags for the 3 views of vision.tiles 2"),
     (

@@ -108,6 +108,16 @@ def _tiled_encoder(cfg: Experiment) -> None:
         )
 
 
+def _feature_layers(cfg: Experiment) -> None:
+    vision = cfg.vision
+    outside = [i for i in vision.feature_layers if not -vision.depth - 1 <= i <= vision.depth]
+    if outside:
+        raise ConfigError(
+            f"vision.feature_layers {outside[0]} is not a hidden state of an encoder of vision.depth {vision.depth}: "
+            f"choose {-vision.depth - 1} to {vision.depth}."
+        )
+
+
 def _resize(cfg: Experiment) -> None:
     vision = cfg.vision
     if vision.resize != "squash" and vision.cut_tiles > 1:
@@ -249,6 +259,6 @@ def _profile(cfg: Experiment) -> None:
 
 
 CHECKS = (
-    *(_data, _drawn, _tokens, _tiled_encoder, _resize, _projector, _fusion, _tiles),
-    *(_room, _rates, _microbatches, _profile),
+    *(_data, _drawn, _tokens, _tiled_encoder, _feature_layers, _resize, _projector, _fusion),
+    *(_tiles, _room, _rates, _microbatches, _profile),
 )

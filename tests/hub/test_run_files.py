@@ -223,3 +223,13 @@ def test_what_keeps_transformers_from_the_same_prompts_is_named():
     assert "fusion.placeholder False" in export.exportable(mllama_like())
     assert "data.bos_id -1" in export.exportable(encoder_decoder_like())
     assert export.exportable(replace(llava_like(), fusion=Fusion("hybrid"))).startswith("export: none, fusion.kind")
+
+
+def test_that_fuyus_processor_keeps_the_size_of_images_is_named(tmp_path):
+    assert export.exportable(whole("fuyu")(tmp_path)).endswith("other prompts than vision.image_size_px 48")
+
+
+def test_why_a_run_has_no_family_is_said_in_whole_fields():
+    message = export.exportable(replace(llava_like(), fusion=Fusion("cross_attention")))
+    assert message.count("(") == message.count(")")
+    assert message.endswith(" more")

@@ -43,9 +43,7 @@ NOT_OF_THE_MODEL = (
     "thumbnail",
     "tile_tags",
 )  # equal numbers whatever they say
-
-
-SHOWN_REASONS = 4  # of why a run has no family
+SHOWN_DIFFERENCES = 3  # of a run from its nearest family, in one line
 
 
 def export_checkpoint(folder: str | os.PathLike, output: str | os.PathLike, taps: str | None = None) -> str:
@@ -141,8 +139,15 @@ def with_embedding_row(cfg: Experiment, params: Mapping, image: int) -> tuple[Ex
     return grown, traverse_util.unflatten_dict(flat, sep="/")
 
 
-def family_like(cfg: Experiment, taps: str = "output") -> Family:
-    """The family whose config.json can say what this experiment is."""
+def family_like(cfg: Experiment, taps: str = "output", shown: int | None = None) -> Family:
+    """The family whose config.json can say what this experiment is.
+
+    Args:
+      shown: how many of the nearest family's differences an error names; None: all.
+
+    Raises:
+      ConfigError: there is none.
+    """
     if cfg.fusion.kind == "hybrid":
         raise ConfigError("fusion.kind hybrid cannot be exported: no public checkpoint is of that kind.")
     mine, nearest = comparable(cfg), []
@@ -161,18 +166,17 @@ def family_like(cfg: Experiment, taps: str = "output") -> Family:
         nearest.append((len(differing), family.model_type, differing))
     if not nearest:
         raise ConfigError("no public family is like this run.")
-    _, name, differing = min(nearest)
-    raise ConfigError(f"no public family is like this run; the nearest is {name}, but for {', '.join(differing)}.")
+    count, name, differing = min(nearest)
+    named = ", ".join(differing[:shown]) + (f" and {count - shown} more" if shown and count > shown else "")
+    raise ConfigError(f"no public family is like this run; the nearest is {name}, but for {named}.")
 
 
 def exportable(cfg: Experiment) -> str:
     """A sentence on the family as which a run of this experiment can be exported, or why there is none."""
     try:
-        family = family_like(cfg).model_type
+        family = family_like(cfg, shown=SHOWN_DIFFERENCES).model_type
     except ConfigError as error:
-        reasons = str(error).rstrip(".").split(", ")
-        more = f", and {len(reasons) - SHOWN_REASONS} more" if len(reasons) > SHOWN_REASONS else ""
-        return f"export: none, {', '.join(reasons[:SHOWN_REASONS])}{more}"
+        return f"export: none, {str(error).rstrip('.')}"
     wrong = prompt_differences(cfg, family)
     if not wrong:
         return f"export: {family}"

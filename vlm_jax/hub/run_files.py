@@ -227,9 +227,11 @@ def _write_json(path: Path, content: Json) -> None:
 
 def prompt_differences(cfg: Experiment, model_type: str) -> list[str]:
     """What of a run's prompts and pixels the processor of a family in transformers does otherwise, in fields."""
-    if cfg.data.template == "checkpoint" or not cfg.fusion.has_images:
+    if not cfg.fusion.has_images:
         return []
-    wrong = []
+    wrong = [f"vision.image_size_px {cfg.vision.image_size_px}"] if model_type == "fuyu" else []  # theirs has any size
+    if cfg.data.template == "checkpoint":
+        return wrong
     if model_type in ("mllama", "vision-encoder-decoder") and _begin_id(cfg) is None:
         wrong.append("data.bos_id -1")
     if model_type == "mllama" and not cfg.fusion.placeholder:

@@ -104,6 +104,15 @@ def test_an_evaluation_with_other_settings_is_another_folder(workdir):
     assert first.eval.read_text() == "first"
 
 
+def test_evaluations_of_two_checkpoints_are_two_folders(workdir):
+    cfg = replace(tiny(), init_from="a")
+    first = evaluated(workdir.later_evaluation(cfg, 0, PRINTS), "first")
+    larger = replace(cfg, vision=replace(cfg.vision, image_size_px=64))
+    for number, other in enumerate((replace(cfg, init_from="b"), larger), 2):
+        assert evaluated(workdir.later_evaluation(other, 0, PRINTS), "another").path.name == f"test-{number}"
+    assert workdir.later_evaluation(cfg, 0, PRINTS).path == first.path
+
+
 @pytest.mark.parametrize("name", ["eval.json", "settings.json", "notes.txt"])
 def test_a_folder_of_anything_else_is_never_written_to(name, workdir):
     (workdir.path / "eval" / "test").mkdir(parents=True)

@@ -186,8 +186,17 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def _of_checkpoint(arguments: list[str]) -> Experiment:
-    """The experiment of `eval --checkpoint`: a checkpoint before any training, on conversations by default."""
+    """The experiment of `eval --checkpoint`: a checkpoint before any training, on conversations by default.
+
+    Raises:
+      ConfigError: the work folder holds a run, whose parameters and tokenizer are others.
+    """
     cfg = experiment("eval", arguments, stored=False)
+    if Workdir(cfg.workdir).config.exists():
+        raise ConfigError(
+            f"workdir {cfg.workdir} holds a run: choose another --workdir for the evaluation of --checkpoint "
+            f"{cfg.init_from}, or leave out --checkpoint to evaluate the run."
+        )
     data = cfg.data
     if data.source == "conversations" and not cfg.eval.files:  # of which the only split is train
         cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, files=data.files))

@@ -186,6 +186,9 @@ class Workdir(EvaluationFolder):
             for name, value in flat(cfg).items()
             if name.startswith(("data.", "eval.")) and not name.startswith((*OF_THE_MACHINE, "eval.batch_size"))
         }
+        if not self.config.exists():  # a checkpoint before any training, which config.json does not name
+            model = ("init_", "vision.", "projector.", "decoder.", "fusion.")
+            settings |= {name: value for name, value in flat(cfg).items() if name.startswith(model)}
         settings |= {"step": step, "contents": fingerprint}
         name = evaluation_name(cfg.eval)
         numbered = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))

@@ -3,6 +3,7 @@
 import functools
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from flax import traverse_util
 
 from tests.hub.tiny_checkpoints import ABOUT_IMAGES, CAPTIONS, OF_TEXT
-from vlm_jax import axes, cli
+from vlm_jax import axes, cli, config_file
 from vlm_jax.config import ConfigError, Fusion, Mesh
 from vlm_jax.hub.load import load_checkpoint
 from vlm_jax.nn.patches import resample_positions
@@ -154,6 +155,18 @@ def test_a_setting_that_the_weights_do_not_fit_is_refused_by_name(folder_of, con
         return
     with pytest.raises(ConfigError, match=reason):
         experiment(*arguments)
+
+
+def test_eval_of_a_checkpoint_never_takes_the_run_in_its_work_folder(folder_of, tmp_path, monkeypatch, capsys):
+    """The default work folder of `train --checkpoint` and `eval --checkpoint` is the same, runs/NAME."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.json").write_text("[]")
+    command = ["eval", "--checkpoint", folder_of("llava"), "--data.files", "a.json"]
+    workdir = Workdir(f"runs/{Path(folder_of('llava')).name}")
+    workdir.path.mkdir(parents=True)
+    workdir.config.write_text(config_file.to_json(tiny()))
+    assert cli.main(command) == 2
+    assert f"workdir {workdir.path} holds a run: choose another --workdir" in capsys.readouterr().err
 
 
 def test_settings_that_a_config_names_beside_its_own_checkpoint_count_too(folder_of, tmp_path):

@@ -138,6 +138,10 @@ MISTAKES = {
         ["eval", "--workdir", "run", "--eval.max-examples", "9", "--decoder.width", "64"],
         ["eval takes a run as it was trained", "decoder.width: 32 -> 64"],
     ),
+    "two folders to begin with": (
+        ["train", "--checkpoint", "a", "--init_from", "b"],
+        ["--checkpoint and --init_from name one folder, not a and b"],
+    ),
     "eval of nothing": (["eval", "--workdir", "nowhere"], ["nowhere holds no run"]),
     "generate without a work folder": (
         ["generate", "--image", "a.png", "--prompt", "hi"],

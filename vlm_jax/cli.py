@@ -96,7 +96,7 @@ def experiment(verb: str, arguments: list[str], stored: bool, options: dict[str,
     parser.add_argument("--config")
     parser.add_argument("--workdir")
     if not stored:
-        parser.add_argument(*BEGINNINGS, dest="init_from")
+        parser.add_argument(*BEGINNINGS, dest="init_from", action=_Once)
     given, fields = parser.parse_known_args(arguments)
     empty = [name for name, value in vars(given).items() if value == ""]
     if empty:
@@ -121,6 +121,16 @@ def experiment(verb: str, arguments: list[str], stored: bool, options: dict[str,
 def _continues(given: argparse.Namespace) -> bool:
     """Whether the experiment is that of a run, which needs the folders that it began with no more."""
     return not given.config and bool(given.workdir) and Workdir(given.workdir).config.exists()
+
+
+class _Once(argparse.Action):
+    """An option of several names that is given once."""
+
+    def __call__(self, parser, given, value, option_string=None):
+        first = getattr(given, self.dest)
+        if first is not None:
+            raise ConfigError(f"--checkpoint and --init_from name one folder, not {first} and {value}: leave one out.")
+        setattr(given, self.dest, value)
 
 
 def _base(verb: str, given: argparse.Namespace) -> Experiment:

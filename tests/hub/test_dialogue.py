@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tests.hub.test_processor import processor_of
 from tests.hub.tiny_checkpoints import ABOUT_IMAGES, CAPTIONS, OF_TEXT, Folder
 from vlm_jax.config import ConfigError
 from vlm_jax.data.conversation_files import MARK
+from vlm_jax.hub.chat import ChatTemplate
 from vlm_jax.hub.dialogue import NO_TOKEN, Dialogue, content_parts
 from vlm_jax.structs import NO_IMAGE
 
@@ -131,3 +133,14 @@ def test_answers_that_do_not_match_are_refused(folder_of):
     processor = processor_of(folder_of("llama").path)
     with pytest.raises(ConfigError, match="answers must be a list of 2 texts"):
         processor(["a", "b"], answers=["c"])
+
+
+def test_a_template_that_leaves_out_images_is_refused(folder_of):
+    """A run would be trained without its images."""
+    dialogue = dialogue_of("llava", folder_of("llava").path)
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | length }}{% endfor %}", Path("chat_template.jinja")
+    )
+    said = replace(dialogue, template=template)
+    with pytest.raises(ConfigError, match="writes 0 image tokens .* for the 1 images"):
+        said.encode([f"{MARK}\nwhat is it?", "a car"])

@@ -67,7 +67,8 @@ class Dialogue:
         """Turns of a human and an assistant -> tokens; the last turn may be a question to be answered.
 
         Raises:
-          ConfigError: the chat template fails, or its text up to an answer is not the beginning of the whole text.
+          ConfigError: the chat template fails, does not write one token for each image, or its text up to an answer is
+            not the beginning of the whole text.
         """
         text, spans = self.script(turns)
         ids, ends = self.tokenizer.encode_with_ends(text)
@@ -76,6 +77,12 @@ class Dialogue:
         image_id = self.tokenizer.id_of(self.form.image_token) if self.form.image_token else None
         scored = [any(first < end <= last for first, last in spans) for end in ends]
         is_image = [i == image_id for i in ids]
+        marks = sum(turn.count(MARK) for turn in turns)
+        if image_id is not None and sum(is_image) != marks:
+            raise ConfigError(
+                f"the chat template writes {sum(is_image)} image tokens ({self.form.image_token}) for the {marks} "
+                "images of a conversation: set data.template to plain or vicuna."
+            )
         if len(turns) % 2 == 0 and not self._closes(text[spans[-1][0] :]):
             ids, scored, is_image = [*ids, self.eos_id], [*scored, True], [*is_image, False]
         before = len(images) + len(begin)

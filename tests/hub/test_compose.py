@@ -143,7 +143,8 @@ def test_tags_of_tiles_are_spelt_by_the_tokenizer_of_the_decoder(folders):
     assert cfg.image_slots_in_row == 16 + sum(map(len, cfg.data.tag_ids)) > 16 + 3
     tags = np.concatenate(cfg.data.tag_ids)
     row = random_batch(cfg)
-    np.testing.assert_array_equal(row.tokens[1, : len(tags)], tags)
+    assert row.tokens[1, 0] == tokenizer.bos_id
+    np.testing.assert_array_equal(row.tokens[1, 1 : 1 + len(tags)], tags)
 
 
 @pytest.mark.parametrize("part", ["vision", "projector", "decoder"])

@@ -156,7 +156,7 @@ class Workdir(EvaluationFolder):
         """
         try:
             stored = json.loads(self._data.read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self._data} cannot be read ({error}): choose another --workdir.") from None

@@ -21,12 +21,12 @@ CONFIGS = variants_and_tiles() | {"text_only": tiny("text_only")}
 
 
 def experiment(name: str):
-    """Without biases of keys: their true gradient is 0, and Adam would make steps out of its rounding.
+    """Without biases of keys and of their norms: their true gradient is 0, and Adam makes steps out of its rounding.
 
     With gates where the fusion has any.
     """
     cfg = replace(CONFIGS[name], optim=Optim(warmup_steps=0))
-    cfg = replace(cfg, fusion=replace(cfg.fusion, gated=cfg.fusion.has_cross_blocks))
+    cfg = replace(cfg, fusion=replace(cfg.fusion, gated=cfg.fusion.has_cross_blocks, qk_norm=False))
     vision, decoder = replace(cfg.vision, qkv_bias=False), replace(cfg.decoder, qkv_bias=False)
     return replace(cfg, vision=vision, decoder=decoder)
 

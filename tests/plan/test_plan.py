@@ -112,7 +112,7 @@ def test_times_of_a_small_step_are_said_too_in_columns(capsys, config):
         (["--topology", "v5e:2x2", "--devices", "1"], "and so does --devices 1: choose one of the two."),
         (["--no-compile"], "--no-compile goes with --topology: name a slice"),
         (["--no-compile", "--devices", "2"], "--no-compile goes with --topology: name a slice"),
-        (["--toplogy", "v5e:8x8"], "--toplogy is no field (perhaps you meant topology); --help lists all of them."),
+        (["--toplogy", "v5e:8x8"], "--toplogy is not a field (perhaps you meant topology); --help lists all of them."),
         (["--no_compile"], "perhaps you meant no-compile"),
     ],
 )

@@ -80,7 +80,8 @@ def test_eight_devices_compute_what_one_computes(name, shape):
             np.testing.assert_allclose(row[metric], expected_row[metric], rtol=2e-4, err_msg=metric)
     for path, value in params.items():
         np.testing.assert_allclose(gradients[path], expected_gradients[path], atol=2e-6, err_msg="/".join(path))
-        np.testing.assert_allclose(value, expected[path], atol=1e-4, err_msg="/".join(path))
+        # Adam divides by the gradient's size, so that the rounding of small ones shows: a step is 1e-3.
+        np.testing.assert_allclose(value, expected[path], atol=2e-4, err_msg="/".join(path))
 
 
 def test_parameters_that_are_loaded_are_never_made(monkeypatch):

@@ -72,12 +72,12 @@ class Dialogue:
         """
         text, spans = self.script(turns)
         ids, ends = self.tokenizer.encode_with_ends(text)
-        images = [] if self.form.image_token else [True] * sum(turn.count(MARK) for turn in turns)
+        marks = sum(turn.count(MARK) for turn in turns)
+        images = [] if self.form.image_token else [True] * marks
         begin = list(self.begin)
         image_id = self.tokenizer.id_of(self.form.image_token) if self.form.image_token else None
         scored = [any(first < end <= last for first, last in spans) for end in ends]
         is_image = [i == image_id for i in ids]
-        marks = sum(turn.count(MARK) for turn in turns)
         if image_id is not None and sum(is_image) != marks:
             raise ConfigError(
                 f"the chat template writes {sum(is_image)} image tokens ({self.form.image_token}) for the {marks} "

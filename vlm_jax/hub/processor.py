@@ -1,5 +1,6 @@
 """Text and images -> what a checkpoint's model reads, as the files beside its weights say."""
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from vlm_jax.hub.image_processor import ImageProcessor, ProcessedImages
 from vlm_jax.hub.image_steps import Picture, Pictures, to_rows
 from vlm_jax.hub.inputs import reading_own_images, scored, to_batch
 from vlm_jax.hub.load import Checkpoint
-from vlm_jax.hub.prompts import Prompt, TextFormat, load_prompt_format, stack_prompts
+from vlm_jax.hub.prompts import Prompt, TextFormat, check_answers, load_prompt_format, stack_prompts
 from vlm_jax.hub.tokenizer import HubTokenizer, has_tokenizer
 from vlm_jax.structs import Batch
 
@@ -114,9 +115,8 @@ class Processor:
         self, prompts: Sequence[str], images: Sequence[Sequence[Picture]], answers: Sequence[str], chat: bool
     ) -> list[list[int]]:
         """Tokens of each answer and what ends it, as training on the checkpoint's conversations has them."""
-        if isinstance(answers, str) or len(answers) != len(prompts):
-            raise ConfigError(f"answers must be a list of {len(prompts)} texts, one for each prompt.")
-        dialogue = Dialogue.load(self.checkpoint.folder, self.checkpoint.cfg.fusion.has_images)
+        check_answers(answers, prompts)
+        dialogue = self._dialogue
         if not chat or self.template is None:
             return [[*self.tokenizer.encode(text, add_special_tokens=False), dialogue.eos_id] for text in answers]
         ends = []
@@ -124,6 +124,11 @@ class Processor:
             tokens = dialogue.encode([f"{MARK}\n" * len(row) + prompt, answer])
             ends.append([i for i, is_scored in zip(tokens.ids, tokens.is_scored) if is_scored])
         return ends
+
+    @functools.cached_property
+    def _dialogue(self) -> Dialogue:
+        """Read once: a training loop asks for every batch."""
+        return Dialogue.load(self.checkpoint.folder, self.checkpoint.cfg.fusion.has_images)
 
     def asked(self, prompt: str, images: Pictures = ()) -> Batch:
         """What a user says about images, in the words of the chat template if there is one -> a batch to continue.

@@ -240,6 +240,12 @@ FORMATS = {
 }
 
 
+def check_answers(answers: Sequence[str], prompts: Sequence[str]) -> None:
+    """Raises ConfigError if there is not one answer for each prompt."""
+    if isinstance(answers, str) or len(answers) != len(prompts):
+        raise ConfigError(f"answers must be a list of {len(prompts)} texts, one for each prompt.")
+
+
 def has_own_form(folder: str | os.PathLike) -> bool:
     """Whether the family in a folder writes prompts in a form of its own, without a chat template."""
     config = read_json(Path(folder).expanduser() / CONFIG)

@@ -19,6 +19,7 @@ from vlm_jax.data.conversation_files import MARK
 from vlm_jax.data.tiles import to_pixels
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub.image_steps import Picture, Pictures, read, to_rows
+from vlm_jax.hub.prompts import check_answers
 from vlm_jax.infer import answers
 from vlm_jax.nn.models import model_of
 from vlm_jax.nn.vlm import VLM
@@ -57,8 +58,8 @@ class RunProcessor:
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         images = to_rows(images, prompts, MARK)
-        if answers is not None and (isinstance(answers, str) or len(answers) != len(prompts)):
-            raise ConfigError(f"answers must be a list of {len(prompts)} texts, one for each prompt.")
+        if answers is not None:
+            check_answers(answers, prompts)
         keys = [tuple(map(id, row)) for row in images]
         shared = dict(zip(keys, images))
         pixels = [[self._pixels(picture) for picture in row] for row in shared.values()]

@@ -24,7 +24,6 @@ from vlm_jax.workdir import Workdir, is_run
 
 SUBLAYERS = ("cross_mlp", "cross", "self", "mlp")  # the longest name first
 LAYERS = "decoder/blocks/layers/"
-CONFIGS = ("config.json", "generation_config.json")
 
 
 def load_parts(cfg: Experiment, like: State, mesh: Mesh) -> dict[str, jax.Array]:
@@ -130,7 +129,7 @@ def keep_processor(cfg: Experiment, workdir: Workdir) -> None:
     stage = workdir.processor.with_name(workdir.processor.name + ".tmp")
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir()
-    for name in dict.fromkeys((*CONFIGS, *ALONG)):
+    for name in ("config.json", *ALONG):
         if (source / name).is_file():
             shutil.copy(source / name, stage / name)
     stage.rename(workdir.processor)

@@ -1,7 +1,6 @@
 """Datasets, prepared on first use and read by index: one record per image, with all its questions."""
 
 import contextlib
-import difflib
 import fcntl
 import functools
 import io
@@ -20,6 +19,7 @@ from vlm_jax.config import ConfigError, Data
 from vlm_jax.data.digits import Digits
 from vlm_jax.data.drawn import Drawing, question_info
 from vlm_jax.data.glyphs import Glyphs
+from vlm_jax.hints import nearest
 
 SHAPES = ("circle", "rectangle", "triangle")
 
@@ -120,8 +120,7 @@ def builder(data: Data) -> tfds.core.DatasetBuilder:
       ConfigError: the source is unknown, or `data.dir` is unusable.
     """
     if data.source not in SOURCES:
-        nearest = difflib.get_close_matches(data.source, [*SOURCES, "conversations"], 1)
-        hint = f" (perhaps you meant {nearest[0]})" if nearest else ""
+        hint = nearest(data.source, [*SOURCES, "conversations"])
         choices = ", ".join([*SOURCES, "conversations", "tfds:NAME"])
         raise ConfigError(f"data.source {data.source!r} is unknown{hint}: choose one of {choices}")
     make_builder = SOURCES[data.source]

@@ -1,6 +1,7 @@
 """Settled before anything imports JAX: eight CPU devices, and shape annotations that are checked at every call."""
 
 import os
+import signal
 
 FLAGS = (
     "--xla_force_host_platform_device_count=8",
@@ -38,3 +39,11 @@ def programs_let_go():
     """A program holds memory maps, and Linux allows a process 65,530: with those of all modules XLA would crash."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers_restored():
+    """A command run in this process leaves SIGTERM ignored: the next test must not inherit that."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)

@@ -130,7 +130,7 @@ def test_following_ends_with_the_training(cloud):
     cloud.until(lambda: any("worker.sh follow --names" in call[-1] for call in cloud.calls("--worker=all")))
     for group in (cloud.folder / "machines").glob("*/job/group"):
         subprocess.run(["kill", "-TERM", "--", f"-{group.read_text().strip()}"], check=True)
-    said, _ = process.communicate(timeout=30)
+    said, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and said.count(": step 1") == 2  # after the machine's name
 
 
@@ -152,7 +152,7 @@ def test_a_job_is_brought_to_its_end_through_a_preemption_and_a_restart(cloud):
     cloud.until(lambda: status(cloud) == {"training: running"})
     group = (cloud.folder / "machines" / "1" / "job" / "group").read_text().strip()
     subprocess.run(["kill", "-KILL", "--", f"-{group}"], check=True)
-    said, errors = process.communicate(timeout=60)
+    said, errors = process.communicate(timeout=120)
     assert process.returncode == 0, said + errors
     assert len(cloud.calls("create")) == 2 and len(cloud.calls("delete")) == 2
     assert (
@@ -223,7 +223,7 @@ def test_watching_survives_outages(cloud):
         cloud.until(lambda: len(cloud.calls()) > before + 6)  # noqa: B023
     group = (cloud.folder / "machines" / "1" / "job" / "group").read_text().strip()
     subprocess.run(["kill", "-TERM", "--", f"-{group}"], check=True)
-    said, errors = process.communicate(timeout=60)
+    said, errors = process.communicate(timeout=120)
     assert process.returncode == 0, said + errors
     assert said.count("asking Google Cloud failed, time 2 of 3") == 2 and len(cloud.starts()) == 4
 
@@ -235,7 +235,7 @@ def test_an_outage_of_three_looks_stops_the_watching(cloud, calls, options):
     process = cloud.start("resume", *options)
     cloud.until(lambda: len(cloud.starts()) == 2)
     cloud.write("outage", str(calls))
-    said, errors = process.communicate(timeout=60)
+    said, errors = process.communicate(timeout=120)
     assert process.returncode == 1, said + errors
     assert "asking Google Cloud failed, time 3 of 3" in said and "started again, it takes up the job" in said
     left = calls > 15
@@ -247,7 +247,7 @@ def test_a_tpu_that_the_user_deletes_is_not_created_again(cloud):
     process = cloud.start("resume")
     cloud.until(lambda: len(cloud.starts()) == 2)
     cloud.do("delete")
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 1 and "was deleted meanwhile" in errors
     assert len(cloud.calls("create")) == 1
 
@@ -271,7 +271,7 @@ def test_a_request_that_the_user_deletes_is_not_made_again(cloud):
         process = cloud.start(script)
         cloud.until(lambda: len(cloud.calls()) > before + 2)  # noqa: B023
         cloud.do("delete")
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
         assert process.returncode and "first was deleted" in errors
     assert not cloud.calls("create")
 
@@ -288,5 +288,5 @@ def test_watching_again_takes_up_a_job_that_runs(cloud):
     process = cloud.start("resume")
     cloud.until(lambda: len(cloud.calls("ssh")) > 5)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert len(cloud.starts()) == 2 and status(cloud) == {"training: running"}

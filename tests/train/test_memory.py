@@ -15,7 +15,6 @@ from vlm_jax.config import ConfigError, Optim, RateScale
 from vlm_jax.testing import random_batch, variants_and_tiles
 from vlm_jax.train import loop, optim
 from vlm_jax.train.step import compiled_step, make_state, state_shardings, summed
-from vlm_jax.validate import validate
 
 ONE, EIGHT = (1, 1, 1), (2, 2, 2)
 SAVING = {"microbatches": 2, "loss_chunk": 40}
@@ -103,7 +102,7 @@ def test_a_batch_that_cannot_be_cut_is_refused(batch_size, microbatches, said):
     cfg = experiment("unified")
     cfg = replace(cfg, train=replace(cfg.train, batch_size=batch_size, microbatches=microbatches))
     with pytest.raises(ConfigError, match=f"train.batch_size {said}"):
-        loop.check_rows(validate(cfg), mesh_of((2, 2, 2)))
+        loop.check_rows(cfg, mesh_of((2, 2, 2)))
 
 
 FROZEN = Optim(warmup_steps=0, rate_scale=RateScale(vision=0, decoder=0))

@@ -89,6 +89,7 @@ def signals_at(step, monkeypatch, number=1):
 
 def test_sigterm_saves_the_running_step_and_the_run_continues_bit_for_bit(experiment, monkeypatch):
     whole, cfg = experiment("whole"), experiment("stopped")
+    handler = signal.getsignal(signal.SIGTERM)
     loop.train(whole)
     with monkeypatch.context() as patched:
         signals_at(4, patched)
@@ -97,7 +98,7 @@ def test_sigterm_saves_the_running_step_and_the_run_continues_bit_for_bit(experi
     assert saved_steps(cfg) == [3, 5]
     loop.train(cfg)
     assert_same_run(cfg, whole)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_a_second_sigterm_while_saving_changes_nothing(experiment, monkeypatch):

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from vlm_jax.config import Data, Experiment, Vision
 from vlm_jax.data import questions, sources
-from vlm_jax.data.baselines import blind
-from vlm_jax.report import draw_samples
+from vlm_jax.data.blind_baselines import blind
+from vlm_jax.infer.samples import draw_samples
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,19 @@ class Show:
 
 def main(show: Show) -> None:
     data = Data(
-        source=show.source, image_px=show.image_px, cell_px=show.cell_px, images=(show.images, 100, 100), augment=()
+        source=show.source,
+        image_px=show.image_px,
+        cell_px=show.cell_px,
+        images=(show.images, 100, 100),
+        augment=(),
     )
-    asked = questions.load(Experiment(data=data, vision=Vision(image_size_px=show.image_px)), "train", 200)
+    asked = questions.load(
+        Experiment(data=data, vision=Vision(image_size_px=show.image_px)), "train", 200
+    )
     draw_samples(show.sheet, asked, [question.answer for question in asked])
-    print("| type | questions | best single answer | best word of the question |\n|---|---|---|---|")
+    print(
+        "| type | questions | best single answer | best word of the question |\n|---|---|---|---|"
+    )
     for kind, (count, constant, repeated) in blind(sources.load(data, "train")).items():
         print(f"| `{kind}` | {count} | {constant:.3f} | {repeated:.3f} |")
 

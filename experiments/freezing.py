@@ -5,7 +5,7 @@ a letter, as a token of the text was: a frozen decoder cannot learn to read four
 small Gemma 3: at this learning rate a trained Llama, without its norms, learns from some seeds and not from others.
 """
 
-from configs.glyphs_typewritten_unified import get_config
+from configs.synthetic.glyphs_typewritten_unified import get_config
 from experiments.fusion import CROSS
 from vlm_jax.study import Study, changed
 

@@ -5,7 +5,7 @@ Cross-attention has norms of its queries and keys, as in Llama 3.2 Vision and as
 they protect a decoder that can speak already, and this one learns from nothing (`placement.py` has gates and norms).
 """
 
-from configs.glyphs_typewritten_unified import get_config
+from configs.synthetic.glyphs_typewritten_unified import get_config
 from vlm_jax.study import Study, changed
 
 CROSS = {"fusion.gated": False, "fusion.qk_norm": True}

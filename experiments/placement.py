@@ -5,7 +5,7 @@ has the gate on a decoder that was trained before. Embeddings are scaled as Gemm
 initialized, what a gate lets through in its first steps is large, and gated arms do not learn.
 """
 
-from configs.glyphs_typewritten_unified import get_config
+from configs.synthetic.glyphs_typewritten_unified import get_config
 from experiments.fusion import CROSS
 from vlm_jax.study import Study, changed
 

@@ -4,7 +4,7 @@ MM1 (McKinzie et al. 2024, section 3.2) and PaliGemma (Beyer et al. 2024) found:
 encoder's tokens, so here its patches are 16 px for them and 8 px for those that make one token of four.
 """
 
-from configs.glyphs_typewritten_unified import get_config
+from configs.synthetic.glyphs_typewritten_unified import get_config
 from vlm_jax.study import Study, changed
 
 

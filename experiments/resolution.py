@@ -7,7 +7,7 @@ for the tags of its tiles, so that words are cut into as many learned tokens at 
 about a page have room, and no more: padding is no cost of the size.
 """
 
-from configs.glyphs_typewritten_unified import get_config
+from configs.synthetic.glyphs_typewritten_unified import get_config
 from experiments.freezing import GEMMA_3
 from experiments.fusion import CROSS
 from vlm_jax.study import Study, changed

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from vlm_jax.start import prepare_process  # noqa: E402
+from vlm_jax.runtime.process import prepare_process  # noqa: E402
 
 if __name__ == "__main__":
     prepare_process()

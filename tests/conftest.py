@@ -15,7 +15,11 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-CHECKED = ["vlm_jax.nn", "vlm_jax.train.loss", "vlm_jax.infer.generate"]  # never `structs`: trees of anything
+CHECKED = [
+    "vlm_jax.nn",
+    "vlm_jax.train.loss",
+    "vlm_jax.infer.generate",
+]  # never `structs`: trees of anything
 install_import_hook(CHECKED, "beartype.beartype")
 
 

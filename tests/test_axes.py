@@ -44,12 +44,18 @@ def test_the_width_of_a_parameter_is_split_over_fsdp_and_that_of_an_activation_i
 def test_heads_vocabulary_and_hidden_numbers_are_split_over_tensor_in_both():
     for letter in "NKFV":
         assert parameter(f"D {letter}", 8, 8) == PartitionSpec("fsdp", "tensor")
-        assert activation(f"B S {letter}", 8, 6, 8) == PartitionSpec(("data", "fsdp"), None, "tensor")
+        assert activation(f"B S {letter}", 8, 6, 8) == PartitionSpec(
+            ("data", "fsdp"), None, "tensor"
+        )
 
 
 @pytest.mark.parametrize(
     "letters, expected",
-    [("E D", ("fsdp", None)), ("N F", ("tensor", None)), ("L D N H", (None, "fsdp", "tensor", None))],
+    [
+        ("E D", ("fsdp", None)),
+        ("N F", ("tensor", None)),
+        ("L D N H", (None, "fsdp", "tensor", None)),
+    ],
 )
 def test_a_mesh_axis_is_used_once_by_the_first_letter_that_wants_it(letters, expected):
     assert parameter(letters, *[8] * len(expected)) == PartitionSpec(*expected)
@@ -59,7 +65,9 @@ def test_what_the_mesh_does_not_divide_is_whole_and_leaves_the_axis_to_the_next_
     assert parameter("D K H", 8, 1, 4) == PartitionSpec("fsdp", None, None)
     assert parameter("V D", 301, 8) == PartitionSpec(None, "fsdp")
     assert parameter("E D", 7, 8) == PartitionSpec(None, "fsdp")
-    assert activation("B S D", 6, 4, 8) == PartitionSpec(None, None, None)  # 6 rows on 2 x 2 devices
+    assert activation("B S D", 6, 4, 8) == PartitionSpec(
+        None, None, None
+    )  # 6 rows on 2 x 2 devices
 
 
 def test_constrain_pins_to_the_mesh():
@@ -93,7 +101,11 @@ class Stacked(nn.Module):
     def __call__(self, x):
         metadata = {nn.meta.PARTITION_NAME: "L"}
         loop = nn.scan(
-            Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3, metadata_params=metadata
+            Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=3,
+            metadata_params=metadata,
         )
         return loop(name="loop")(x, None)[0]
 
@@ -116,7 +128,9 @@ def test_rows_of_a_batch_are_split_over_data_and_fsdp():
     assert {shard.data.shape for shard in rows.addressable_shards} == {(2,)}
 
 
-@pytest.mark.parametrize("cfg, sizes", [((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 4, 2), (1, 4, 2))])
+@pytest.mark.parametrize(
+    "cfg, sizes", [((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 4, 2), (1, 4, 2))]
+)
 def test_the_mesh_takes_all_devices(cfg, sizes):
     assert tuple(mesh(*cfg).shape[name] for name in axes.MESH_AXES) == sizes
 
@@ -131,7 +145,17 @@ def test_a_platform_that_is_not_there_is_refused_in_a_sentence(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "sizes", [(3, 1, 1), (2, 2, 1), (-1, -1, 1), (-1, 3, 1), (16, 1, 1), (0, 1, -1), (-2, -4, 1), (-1, -2, -2)]
+    "sizes",
+    [
+        (3, 1, 1),
+        (2, 2, 1),
+        (-1, -1, 1),
+        (-1, 3, 1),
+        (16, 1, 1),
+        (0, 1, -1),
+        (-2, -4, 1),
+        (-1, -2, -2),
+    ],
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_its_fields(sizes):
     with pytest.raises(ConfigError, match="mesh.data x mesh.fsdp x mesh.tensor .* 8 device"):
@@ -156,20 +180,29 @@ def test_the_meshes_that_would_fit_are_named_the_nearest_first(devices, sizes, s
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2), (4, 2, 1)])
 def test_a_lookup_over_the_mesh_is_take_and_so_is_its_gradient(sizes, vocab):
     rng, shape = np.random.default_rng(0), mesh(*sizes)
-    table, ids = jnp.asarray(rng.normal(size=(vocab, 8)), jnp.float32), jnp.asarray(rng.integers(0, vocab, (8, 5)))
+    table, ids = (
+        jnp.asarray(rng.normal(size=(vocab, 8)), jnp.float32),
+        jnp.asarray(rng.integers(0, vocab, (8, 5))),
+    )
     weights = jnp.asarray(rng.normal(size=(8, 5, 8)), jnp.float32)
 
     def compiled(lookup):
-        total = jax.jit(jax.value_and_grad(lambda table, ids: jnp.sum(lookup(table, ids) * weights)))
+        total = jax.jit(
+            jax.value_and_grad(lambda table, ids: jnp.sum(lookup(table, ids) * weights))
+        )
         return total(table, jax.device_put(ids, axes.row_sharding(shape)))
 
     with jax.set_mesh(shape):
         found = compiled(lambda table, ids: axes.lookup(table, ids, "V D"))
     jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), found, compiled(lambda t, i: t[i])
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+        found,
+        compiled(lambda t, i: t[i]),
     )
 
 
 def test_a_single_row_is_looked_up_on_a_mesh_that_does_not_divide_it():
     with jax.set_mesh(mesh(4, 2, 1)):
-        np.testing.assert_array_equal(axes.lookup(jnp.eye(4), jnp.array([[2, 1]]), "V D"), np.eye(4)[[[2, 1]]])
+        np.testing.assert_array_equal(
+            axes.lookup(jnp.eye(4), jnp.array([[2, 1]]), "V D"), np.eye(4)[[[2, 1]]]
+        )

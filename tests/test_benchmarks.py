@@ -24,7 +24,9 @@ PARTS = {"probe", "turns"}  # of the others
 
 
 def test_all_benchmarks_are_here():
-    assert {path.stem for path in (ROOT / "experiments" / "benchmarks").glob("*.py")} == SCRIPTS.keys() | PARTS
+    assert {
+        path.stem for path in (ROOT / "experiments" / "benchmarks").glob("*.py")
+    } == SCRIPTS.keys() | PARTS
 
 
 @pytest.mark.slow
@@ -32,6 +34,8 @@ def test_all_benchmarks_are_here():
 def test_it_runs(name):
     command = [sys.executable, f"experiments/benchmarks/{name}.py", *SCRIPTS[name]]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r"\d\.\d", done.stdout), done.stdout

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.config import Data, Optim
-from vlm_jax.data import text, tiles
+from vlm_jax.data import text, tiling
 from vlm_jax.data.tokenizer import EOS
 from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.structs import Batch, State
@@ -33,15 +33,21 @@ def pictures(vision) -> np.ndarray:
     pixels = np.random.default_rng(0).uniform(-1, 1, (8, side, count * side, 3)).astype(np.float32)
     if count > 1:
         pixels[:, :, 1::2] = -pixels[:, :, ::2]  # a thumbnail is the mean of neighbours
-    return np.stack([tiles.stacked([image], vision) for image in pixels])
+    return np.stack([tiling.stacked([image], vision) for image in pixels])
 
 
 def learned(cfg, images):
     """The parameters after `STEPS` steps over the eight examples."""
     count = cfg.vision.cut_tiles
-    batch = stacked([text.pack_row(cfg, [(QUESTION, [*answer, EOS])], count) for answer in ANSWERS], images)
+    batch = stacked(
+        [text.pack_row(cfg, [(QUESTION, [*answer, EOS])], count) for answer in ANSWERS], images
+    )
     params = random_params(cfg)
-    state = State(jax.numpy.int32(0), params, optim.optimizer(cfg.optim, STEPS).init(optim.split(params, cfg.optim)[0]))
+    state = State(
+        jax.numpy.int32(0),
+        params,
+        optim.optimizer(cfg.optim, STEPS).init(optim.split(params, cfg.optim)[0]),
+    )
     step = jax.jit(lambda state, batch: train_step(cfg, state, batch), donate_argnums=0)
     for _ in range(STEPS):
         state, _ = step(state, batch)
@@ -54,7 +60,9 @@ EVERY = variants_and_tiles()
 @pytest.mark.parametrize("cfg", EVERY.values(), ids=EVERY)
 def test_eight_examples_are_learned_and_lost_when_the_images_are_shuffled(cfg):
     train = replace(cfg.train, steps=STEPS)
-    cfg = replace(cfg, data=Data(text_length=8), train=train, optim=Optim(learning_rate=5e-3, warmup_steps=20))
+    cfg = replace(
+        cfg, data=Data(text_length=8), train=train, optim=Optim(learning_rate=5e-3, warmup_steps=20)
+    )
     images = pictures(cfg.vision)
     params = learned(cfg, images)
 

@@ -11,10 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PROMISES = {  # config: (exact match, minutes on two cores)
-    "easy_vqa_unified": (0.99, 20),
-    "easy_vqa_cross_attention": (0.99, 20),
-    "easy_vqa_encoder_decoder": (0.99, 20),
-    "easy_vqa_encoder_free": (0.97, 25),
+    "easy_vqa/unified": (0.99, 20),
+    "easy_vqa/cross_attention": (0.99, 20),
+    "easy_vqa/encoder_decoder": (0.99, 20),
+    "easy_vqa/encoder_free": (0.97, 25),
 }
 
 
@@ -24,7 +24,9 @@ def test_a_config_keeps_its_promise(name, tmp_path, datasets_dir):
     exact_match, minutes = PROMISES[name]
     command = [sys.executable, "run.py", "--config", f"configs/{name}.py"]
     command += ["--workdir", str(tmp_path / name), "--data.dir", datasets_dir]
-    of_a_user = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}  # not the tests' 8 devices
+    of_a_user = {
+        key: value for key, value in os.environ.items() if key != "XLA_FLAGS"
+    }  # not the tests' 8 devices
     begun = time.monotonic()
     subprocess.run(command, cwd=ROOT, env=of_a_user, check=True)
     took = (time.monotonic() - begun) / 60

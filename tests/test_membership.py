@@ -7,18 +7,25 @@ import numpy as np
 import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
-from vlm_jax import axes, distributed
+from vlm_jax import axes
 from vlm_jax.config import ConfigError, Distributed, Mesh
+from vlm_jax.config.validate import validate
+from vlm_jax.runtime import distributed
 from vlm_jax.testing import tiny
-from vlm_jax.validate import validate
 
 
 @pytest.mark.parametrize(
     "given, said",
     [
         (Distributed("host:1", 2), "distributed.process_id is missing"),
-        (Distributed(num_processes=2), "distributed.coordinator_address and distributed.process_id are missing"),
-        (Distributed(process_id=0), "distributed.coordinator_address and distributed.num_processes are missing"),
+        (
+            Distributed(num_processes=2),
+            "distributed.coordinator_address and distributed.process_id are missing",
+        ),
+        (
+            Distributed(process_id=0),
+            "distributed.coordinator_address and distributed.num_processes are missing",
+        ),
         (Distributed("host:1", 2, 2), "distributed.process_id 2 is not among 0 to 1"),
         (Distributed("host", 2, 0), "'host' is no HOST:PORT"),
         (Distributed("host:99999", 2, 0), "'host:99999' is no HOST:PORT"),
@@ -31,7 +38,13 @@ def test_fields_that_do_not_fit_are_refused(given, said):
         validate(replace(tiny(), distributed=given))
 
 
-SLURM = {"JOB_ID": "7", "STEP_NODELIST": "node[003-004]", "NTASKS": "2", "PROCID": "1", "LOCALID": "0"}
+SLURM = {
+    "JOB_ID": "7",
+    "STEP_NODELIST": "node[003-004]",
+    "NTASKS": "2",
+    "PROCID": "1",
+    "LOCALID": "0",
+}
 
 
 def test_the_processes_of_slurm_find_each_other_without_fields(monkeypatch):
@@ -39,8 +52,14 @@ def test_the_processes_of_slurm_find_each_other_without_fields(monkeypatch):
     for name, value in SLURM.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     found = distributed.members(Distributed())
-    assert (found.coordinator_address.split(":")[0], found.num_processes, found.process_id) == ("node003", 2, 1)
-    assert distributed.members(Distributed(num_processes=1)).num_processes == 1, "unless one alone is asked for"
+    assert (found.coordinator_address.split(":")[0], found.num_processes, found.process_id) == (
+        "node003",
+        2,
+        1,
+    )
+    assert distributed.members(Distributed(num_processes=1)).num_processes == 1, (
+        "unless one alone is asked for"
+    )
 
 
 @pytest.fixture
@@ -48,23 +67,38 @@ def tpu_vm(monkeypatch):
     """A machine of TPUs whose metadata server says what stands in the dict."""
     said = {}
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
-    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (said.get(key, ""), 200 if key in said else 404))
+    monkeypatch.setattr(
+        cloud_tpu_cluster,
+        "get_metadata",
+        lambda key: (said.get(key, ""), 200 if key in said else 404),
+    )
     for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"):
         monkeypatch.delenv(name, raising=False)
     return said
 
 
 def test_the_machines_of_a_tpu_slice_find_each_other_without_fields(tpu_vm):
-    tpu_vm |= {"agent-worker-number": "1", "worker-network-endpoints": "a:0:127.0.0.1,b:1:127.0.0.2"}
+    tpu_vm |= {
+        "agent-worker-number": "1",
+        "worker-network-endpoints": "a:0:127.0.0.1,b:1:127.0.0.2",
+    }
     found = distributed.members(Distributed())
-    assert (found.coordinator_address.split(":")[0], found.num_processes, found.process_id) == ("127.0.0.1", 2, 1)
+    assert (found.coordinator_address.split(":")[0], found.num_processes, found.process_id) == (
+        "127.0.0.1",
+        2,
+        1,
+    )
 
 
 def test_the_pods_of_gke_find_each_other_without_fields(tpu_vm, monkeypatch):
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "127.0.0.1,127.0.0.2,127.0.0.3")
     monkeypatch.setenv("TPU_WORKER_ID", "2")
     found = distributed.members(Distributed())
-    assert (found.coordinator_address.split(":")[0], found.num_processes, found.process_id) == ("127.0.0.1", 3, 2)
+    assert (found.coordinator_address.split(":")[0], found.num_processes, found.process_id) == (
+        "127.0.0.1",
+        3,
+        2,
+    )
 
 
 def test_one_process_holds_all_rows():
@@ -76,5 +110,7 @@ def test_rows_are_placed_as_they_are_split_or_whole(rows):
     mesh = axes.make_mesh(Mesh(2, 2, 2))
     placed = axes.place_rows({"x": np.arange(rows * 3).reshape(rows, 3)}, mesh)["x"]
     np.testing.assert_array_equal(placed, np.arange(rows * 3).reshape(rows, 3))
-    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3) if rows == 8 else (6, 3)}
+    assert {shard.data.shape for shard in placed.addressable_shards} == {
+        (2, 3) if rows == 8 else (6, 3)
+    }
     assert jax.process_count() == 1

@@ -15,7 +15,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 def ended(*command, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -31,8 +36,10 @@ def test_the_import_loads_no_numerical_library():
 
 
 def test_the_command_restarts_as_it_was_started():
-    config = "configs/easy_vqa_unified.py"
-    done = ended("-X", "utf8", "-m", "vlm_jax", "diff", config, config)  # without GLIBC_TUNABLES it starts again
+    config = "configs/easy_vqa/unified.py"
+    done = ended(
+        "-X", "utf8", "-m", "vlm_jax", "diff", config, config
+    )  # without GLIBC_TUNABLES it starts again
     assert (done.returncode, done.stdout, done.stderr) == (0, "the two configs are equal\n", "")
 
 
@@ -50,4 +57,6 @@ def test_every_file_of_the_package_is_in_the_wheel():
         package = path.parent
         assert (package / "__init__.py").is_file(), path
         name = ".".join(package.relative_to(ROOT).parts)
-        assert path.suffix == ".py" or any(fnmatch(path.name, pattern) for pattern in data.get(name, [])), path
+        assert path.suffix == ".py" or any(
+            fnmatch(path.name, pattern) for pattern in data.get(name, [])
+        ), path

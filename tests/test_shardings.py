@@ -12,11 +12,16 @@ from flax import traverse_util
 from jax.sharding import AbstractMesh
 
 from tests.nn.programs import equations
-from vlm_jax import axes, config_file
-from vlm_jax.config import Mesh
+from vlm_jax import axes
+from vlm_jax.config import Mesh, files
 from vlm_jax.nn.models import boxed_params
 from vlm_jax.nn.vlm import VLM
-from vlm_jax.testing import KINDS, random_batch, random_params, tiny
+from vlm_jax.testing import (
+    KINDS,
+    random_batch,
+    random_params,
+    tiny,
+)
 from vlm_jax.train.optim import PARTS, part_of
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +37,8 @@ every_model = pytest.mark.parametrize("name", MODELS)
 def rows(name, sizes):
     """(path, letters, shape, spec, bytes on one device, in float32) of every parameter, in the order of the paths."""
     mesh = AbstractMesh(sizes, axes.MESH_AXES)
-    boxes = traverse_util.flatten_dict(boxed_params(config_file.load(str(ROOT / "configs" / f"{name}.py"))), sep="/")
+    cfg = files.load(str(ROOT / "configs" / "published" / f"{name}.py"))
+    boxes = traverse_util.flatten_dict(boxed_params(cfg), sep="/")
     for path, box in sorted(boxes.items()):
         shape, spec = box.value.shape, axes.parameter_spec(box.letters, box.value.shape, mesh)
         parts = math.prod(mesh.shape[axis] for axis in spec if axis)
@@ -42,9 +48,20 @@ def rows(name, sizes):
 def table(name, sizes):
     lines = [COLUMNS]
     for path, letters, shape, spec, size in rows(name, sizes):
-        lines.append((path, letters, " ".join(map(str, shape)), " ".join(axis or "-" for axis in spec), f"{size:,}"))
+        lines.append(
+            (
+                path,
+                letters,
+                " ".join(map(str, shape)),
+                " ".join(axis or "-" for axis in spec),
+                f"{size:,}",
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() + "\n" for line in lines)
+    return "".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() + "\n"
+        for line in lines
+    )
 
 
 def file(name, sizes):
@@ -62,7 +79,11 @@ def test_every_parameter_lies_where_the_committed_table_says(name, sizes):
 @every_table
 def test_nearly_all_bytes_are_divided_by_all_devices(name, sizes):
     whole = {path: FLOAT32_BYTES * math.prod(shape) for path, _, shape, _, _ in rows(name, sizes)}
-    divided = sum(whole[path] for path, _, _, _, size in rows(name, sizes) if size * math.prod(sizes) == whole[path])
+    divided = sum(
+        whole[path]
+        for path, _, _, _, size in rows(name, sizes)
+        if size * math.prod(sizes) == whole[path]
+    )
     assert divided > 0.99 * sum(whole.values())
 
 
@@ -73,7 +94,10 @@ def test_every_part_is_divided_by_fsdp_at_least(name, sizes):
     held = {}
     for path, _, shape, _, size in rows(name, sizes):
         whole, on_one = held.get(part_of(tuple(path.split("/"))), (0, 0))
-        held[part_of(tuple(path.split("/")))] = whole + FLOAT32_BYTES * math.prod(shape), on_one + size
+        held[part_of(tuple(path.split("/")))] = (
+            whole + FLOAT32_BYTES * math.prod(shape),
+            on_one + size,
+        )
     assert held.keys() == {*PARTS[:3], *(PARTS[3:] if name == "llama_3_2_11b_vision" else ())}
     for part, (whole, on_one) in held.items():
         assert on_one < 1.05 * whole / sizes[1], part
@@ -82,7 +106,9 @@ def test_every_part_is_divided_by_fsdp_at_least(name, sizes):
 def pinned(cfg) -> set[tuple[str, str, str]]:
     """(part, module, place on the mesh) of all activations that are pinned there."""
     with jax.set_mesh(axes.make_mesh(Mesh(2, 2, 2))):
-        program = jax.make_jaxpr(VLM(cfg).apply)({"params": random_params(cfg)}, random_batch(cfg, rows=8))
+        program = jax.make_jaxpr(VLM(cfg).apply)(
+            {"params": random_params(cfg)}, random_batch(cfg, rows=8)
+        )
     found = set()
     for path, equation in equations(program.jaxpr):
         if equation.primitive.name == "sharding_constraint":
@@ -99,8 +125,14 @@ def test_activations_of_every_part_are_pinned_to_the_mesh(kind):
     rows = "('data', 'fsdp') None"
     whole, wide, heads = f"{rows} None", f"{rows} tensor", f"{rows} tensor None"
     of_block = {("self", heads), ("mlp", wide), ("block_0", whole)}
-    of_cross = {("cross", heads), ("cross_mlp", wide)} if cfg.fusion.has_cross_blocks else {("cross", heads)}
-    expected = {("decoder", *pin) for pin in of_block | (of_cross if cfg.fusion.image_in_memory else set())}
+    of_cross = (
+        {("cross", heads), ("cross_mlp", wide)}
+        if cfg.fusion.has_cross_blocks
+        else {("cross", heads)}
+    )
+    expected = {
+        ("decoder", *pin) for pin in of_block | (of_cross if cfg.fusion.image_in_memory else set())
+    }
     expected |= {("", "VLM", wide)}  # the logits
     if cfg.fusion.has_images:
         expected |= {("vision", *pin) for pin in of_block | {("vision.encode", whole)}}

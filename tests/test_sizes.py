@@ -7,13 +7,13 @@ import jax
 import pytest
 from flax.linen import meta
 
-from vlm_jax import config_file
+from vlm_jax.config import files
+from vlm_jax.config.validate import validate
 from vlm_jax.hub.export import comparable
-from vlm_jax.hub.families import FAMILIES
+from vlm_jax.hub.families.registry import FAMILIES
 from vlm_jax.nn.models import boxed_params
-from vlm_jax.validate import validate
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs" / "published"
 PARAMETERS = {
     "gpt2": 124_439_808,
     "llama_3_2_1b": 1_235_814_400,
@@ -37,7 +37,7 @@ MODEL_TYPES = {
 
 
 def experiment(name):
-    return validate(config_file.load(str(CONFIGS / f"{name}.py")))
+    return validate(files.load(str(CONFIGS / f"{name}.py")))
 
 
 def count(boxes) -> int:

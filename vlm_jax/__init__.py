@@ -84,7 +84,16 @@ def generate(
     from vlm_jax.infer.answers import answer
 
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    return answer(model, params, processor, prompts, images, max_new_tokens=max_new_tokens, chat=chat, **sampling)
+    return answer(
+        model,
+        params,
+        processor,
+        prompts,
+        images,
+        max_new_tokens=max_new_tokens,
+        chat=chat,
+        **sampling,
+    )
 
 
 def save_pretrained(folder: str | os.PathLike, params, processor) -> None:

@@ -1,15 +1,15 @@
 """The command line: `vlm-jax`, `python -m vlm_jax` and `python run.py`."""
 
-from vlm_jax.start import prepare_process
+from vlm_jax.runtime.process import prepare_process
 
 
 def main() -> int:
     """Runs one command in a prepared process; returns the exit code."""
     prepare_process()  # before the imports below: it may start the program again
 
-    from vlm_jax import cli
+    from vlm_jax.cli import commands
 
-    return cli.main()
+    return commands.main()
 
 
 if __name__ == "__main__":

@@ -87,7 +87,11 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
 
 def constrain_rows(x: jax.Array) -> jax.Array:
     """The same for an array of rows, whatever else its dimensions are."""
-    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS))
+    return (
+        x
+        if jax.sharding.get_abstract_mesh().empty
+        else jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS))
+    )
 
 
 def on_each_device(function: Callable, letters: Sequence[str], out: str) -> Callable:
@@ -100,7 +104,9 @@ def on_each_device(function: Callable, letters: Sequence[str], out: str) -> Call
         specs = tuple(activation_spec(names, x.shape, mesh) for names, x in zip(letters, arrays))
         shape = jax.eval_shape(function, *arrays).shape
         out_specs = activation_spec(out, shape, mesh)
-        return jax.shard_map(function, in_specs=specs, out_specs=out_specs, check_vma=False)(*arrays)
+        return jax.shard_map(function, in_specs=specs, out_specs=out_specs, check_vma=False)(
+            *arrays
+        )
 
     return split
 
@@ -114,7 +120,9 @@ def platform() -> str:
 def one_of(mesh: Mesh | AbstractMesh) -> AbstractMesh:
     """A mesh of one device of the kind that `mesh` has."""
     axis_types = (AxisType.Auto,) * 3
-    return AbstractMesh((1, 1, 1), MESH_AXES, axis_types=axis_types, abstract_device=mesh.abstract_device)
+    return AbstractMesh(
+        (1, 1, 1), MESH_AXES, axis_types=axis_types, abstract_device=mesh.abstract_device
+    )
 
 
 def row_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
@@ -150,7 +158,9 @@ def lookup(table: jax.Array, ids: jax.Array, letters: str) -> jax.Array:
         return jax.lax.psum(jnp.where(is_mine[..., None], found, 0), split)
 
     specs = (table_spec, activation_spec("B S", ids.shape, mesh))
-    return jax.shard_map(local, in_specs=specs, out_specs=activation_spec("B S D", shape, mesh))(table, ids)
+    return jax.shard_map(local, in_specs=specs, out_specs=activation_spec("B S D", shape, mesh))(
+        table, ids
+    )
 
 
 class Lettered(struct.PyTreeNode, meta.AxisMetadata):
@@ -227,7 +237,9 @@ def place_rows(tree, mesh: Mesh):
 
     def placed(x):
         spec = _spec([ROWS] + [None] * (x.ndim - 1), x.shape, mesh)
-        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
+        return jax.make_array_from_callback(
+            x.shape, NamedSharding(mesh, spec), lambda index: x[index]
+        )
 
     return jax.tree.map(placed, tree)
 
@@ -257,4 +269,6 @@ def make_mesh(cfg: config.Mesh, devices: Sequence[jax.Device] | None = None) -> 
         devices = jax.devices() if devices is None else devices
     except RuntimeError as error:
         raise config.ConfigError(f"{error}") from None
-    return jax.make_mesh(cfg.sizes(len(devices)), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(
+        cfg.sizes(len(devices)), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    )

@@ -22,24 +22,30 @@ class Batch:
     """
 
     tokens: Array  # (B, S) int32
-    positions: Array  # (B, S) int32: restart with every branch at the trunk's length
+    positions: Array  # (B, S) int32: every branch continues from the length of the trunk
     segment_ids: Array  # (B, S) int32: PADDING, or 1, 2, ...
     branch_ids: Array  # (B, S) int32: TRUNK, or 1, 2, ...
-    image_slots: Array  # (B, S) int32: which of the row's I*M image tokens (with `vision.tile_layouts` I*J*M) stands
-    #   here, or NO_IMAGE
-    image_mask: Array  # (B, S, I) bool: which images the token may read in cross-attention
-    blind_mask: Array | None = None  # (B, S, I) bool: with `fusion.blind_rows` read_all, which images a token reads
-    #   whose image_mask has none, such as one before the image; none here, either: it skips cross-attention; None: all
-    images: Array | None = None  # (B, I, height, width, channels) float32, normalised; I counts every view of an image:
-    #   its tiles, then its thumbnail; with `vision.tile_layouts` (B, I, J, ...), and image_mask (B, S, I*J);
-    #   without an encoder also (B, I, P, C) patches; None: text only
-    image_rows: Array | None = (
-        None  # (B,) int32: which row of `images`, and of what says how they are tiled, belongs to
-    )
-    #   each row of tokens, where several ask about the same images; those have then a B of their own; None: its own
-    tile_layouts: Array | None = None  # (B, I) int32: how each image is cut into tiles; 0: there is none
-    tile_mask: Array | None = None  # (B, I, J) bool: which tiles are there
-    block_ids: Array | None = None  # (B, S) int32: tokens of one block > 0 see each other, later ones too; None: all 0
+    #: (B, S) int32: index into the row's I*M image tokens (with `vision.tile_layouts` I*J*M), or
+    #: NO_IMAGE for a text token
+    image_slots: Array
+    image_mask: Array  # (B, S, I) bool: the images that a token attends to in cross-attention
+    #: (B, S, I) bool: with `fusion.blind_rows` read_all, the images that a token attends to if its
+    #: row of `image_mask` is empty (such as a token before the first image). Empty here as well:
+    #: the token skips cross-attention. None: all images
+    blind_mask: Array | None = None
+    #: (B, I, height, width, channels) float32, normalised. I counts every view of an image: its
+    #: tiles, then its thumbnail. With `vision.tile_layouts` (B, I, J, ...), and `image_mask` is
+    #: (B, S, I*J). Without an encoder it may be (B, I, P, C) patches. None: text only
+    images: Array | None = None
+    #: (B,) int32: the row of `images` (and of `tile_layouts` and `tile_mask`) that belongs to each
+    #: row of tokens. Questions that share images set it; `images` then has a B of its own.
+    #: None: one to one
+    image_rows: Array | None = None
+    #: (B, I) int32: the layout of tiles of each image; 0: no image
+    tile_layouts: Array | None = None
+    tile_mask: Array | None = None  # (B, I, J) bool: False for tiles of padding
+    #: (B, S) int32: tokens of one block > 0 attend to each other in both directions; None: all 0
+    block_ids: Array | None = None
     targets: Array | None = None  # (B, S) int32: the next token
     loss_weights: Array | None = None  # (B, S) float32: 1 where the target is scored
 
@@ -54,8 +60,10 @@ class Stream:
     memory: jax.Array | None = None  # (B, T, D): image tokens for cross-attention
     memory_mask: jax.Array | None = None  # (B, 1, S, T) bool: which of them a token reads
     reads: jax.Array | None = None  # (B, S) bool: whether it has an image to read
-    attends: jax.Array | None = None  # (B, S) bool: whether it passes cross-attention; None: as `reads`
-    local_mask: jax.Array | None = None  # (B, 1, S, T) bool: the mask of blocks with a sliding window
+    #: (B, S) bool: whether it passes cross-attention; None: as `reads`
+    attends: jax.Array | None = None
+    #: (B, 1, S, T) bool: the mask of blocks with a sliding window
+    local_mask: jax.Array | None = None
 
 
 @struct.dataclass
@@ -66,9 +74,12 @@ class Context:
     rope: Any = None  # cosines and sines, (B, S, R) each
     memory: jax.Array | None = None  # (B, T, D)
     memory_mask: jax.Array | None = None  # (B, 1, S, T) bool; None: all
-    reads: jax.Array | None = None  # (B, S) bool: whether a token has an image to read; None: every one
-    attends: jax.Array | None = None  # (B, S) bool: whether it passes cross-attention; None: as `reads`
-    local_mask: jax.Array | None = None  # (B, 1, S, T) bool: the mask of blocks that slide; None: none does
+    #: (B, S) bool: whether a token has an image to read; None: every one
+    reads: jax.Array | None = None
+    #: (B, S) bool: whether it passes cross-attention; None: as `reads`
+    attends: jax.Array | None = None
+    #: (B, 1, S, T) bool: the mask of blocks that slide; None: none does
+    local_mask: jax.Array | None = None
     local_rope: Any = None  # cosines and sines of blocks that slide; None: as the others
     index: jax.Array | None = None  # () int32: the next free slot of the cache
 
@@ -83,7 +94,8 @@ class Cache:
     positions: jax.Array  # (B, T)
     block_ids: jax.Array | None  # (B, T)
     layers: Any  # per block of the repeating period and sublayer: keys and values (L, B, K, T, H)
-    seen: Stream | None = None  # what was read, slot by slot, without memory: for a RoPE that may turn it all anew
+    #: what was read, slot by slot, without memory: for a RoPE that may turn it all anew
+    seen: Stream | None = None
 
 
 @struct.dataclass

@@ -9,13 +9,28 @@ from flax import traverse_util
 from flax.linen import meta
 from PIL import Image
 
-from vlm_jax.config import Data, Decoder, Experiment, Fusion, Optim, Projector, Train, Vision
-from vlm_jax.data import text, tiles
+from vlm_jax.config import (
+    Data,
+    Decoder,
+    Experiment,
+    Fusion,
+    Optim,
+    Projector,
+    Train,
+    Vision,
+)
+from vlm_jax.data import text
+from vlm_jax.data import tiling as tiles
 from vlm_jax.data.tokenizer import SPECIALS
 from vlm_jax.nn.models import boxed_params
 from vlm_jax.structs import Batch
 
-COLORS = {"red": (200, 30, 40), "green": (20, 140, 60), "blue": (40, 60, 200), "white": (250, 250, 250)}
+COLORS = {
+    "red": (200, 30, 40),
+    "green": (20, 140, 60),
+    "blue": (40, 60, 200),
+    "white": (250, 250, 250),
+}
 KINDS = ("unified", "cross_attention", "encoder_decoder", "hybrid")
 
 
@@ -93,7 +108,9 @@ def random_batch(cfg: Experiment, rows: int = 4, seed: int = 0) -> Batch:
     for row in range(rows):
         height, width = shapes[row % len(shapes)]
         pixels = rng.uniform(-1, 1, (height * side, width * side, 3)).astype(np.float32)
-        fields = text.pack_row(cfg, [pair() for _ in range(cfg.data.questions_per_row)], height * width)
+        fields = text.pack_row(
+            cfg, [pair() for _ in range(cfg.data.questions_per_row)], height * width
+        )
         packed.append(fields | {"images": tiles.stacked([pixels], cfg.vision)})
     return Batch(**{name: np.stack([row[name] for row in packed]) for name in packed[0]})
 
@@ -110,7 +127,10 @@ def write_conversations(folder: Path, count: int = 12, seed: int = 0) -> Data:
         files = [f"{i}_{k}.{'png' if k else 'jpg'}" for k in range(len(colors))]
         for file, color in zip(files, colors):
             Image.new("RGB", (24, 18), COLORS[color]).save(folder / file)
-        said = ["<image>\n" * len(files) + f"what do you see in {i}?", ", ".join(colors) or "no image"]
+        said = [
+            "<image>\n" * len(files) + f"what do you see in {i}?",
+            ", ".join(colors) or "no image",
+        ]
         said += ["is that all?", "yes"] * int(rng.integers(3))
         turns = [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(said)]
         image = {} if not files else {"image": files[0] if len(files) == 1 else files}

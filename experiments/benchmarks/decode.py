@@ -12,10 +12,12 @@ import numpy as np
 import probe
 import turns
 
-from vlm_jax.start import prepare_process
+from vlm_jax.runtime.process import prepare_process
 
 PROMPT_TOKENS, NEW_TOKENS = 16, 128
-SAME = 0.99  # of the tokens, at the least: what two are all but equal for may be told apart otherwise
+SAME = (
+    0.99  # of the tokens, at the least: what two are all but equal for may be told apart otherwise
+)
 
 
 def ours(folder: str, rows: int):
@@ -24,7 +26,9 @@ def ours(folder: str, rows: int):
     from vlm_jax.infer.generate import Decoding, generate
 
     model = probe.Ours.load(folder)
-    batch = model.batch(probe.inputs("llava", rows, PROMPT_TOKENS)).replace(targets=None, loss_weights=None)
+    batch = model.batch(probe.inputs("llava", rows, PROMPT_TOKENS)).replace(
+        targets=None, loss_weights=None
+    )
     batch, how = jax.device_put(batch), Decoding()
     return lambda: np.asarray(generate(model.cfg, model.params, batch, NEW_TOKENS, how))
 
@@ -33,13 +37,20 @@ def theirs(folder: str, rows: int):
     import torch
     from transformers import AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
-    batch = {name: torch.tensor(array) for name, array in probe.inputs("llava", rows, PROMPT_TOKENS).items()}
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
+    batch = {
+        name: torch.tensor(array)
+        for name, array in probe.inputs("llava", rows, PROMPT_TOKENS).items()
+    }
     length = batch["input_ids"].shape[1]
 
     def generate():
         with torch.inference_mode():
-            made = model.generate(**batch, do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+            made = model.generate(
+                **batch, do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS
+            )
         return made[:, length:].numpy()
 
     return generate
@@ -62,7 +73,9 @@ def compare(rows: int, given: argparse.Namespace) -> None:
     if same < SAME:
         raise SystemExit("the tokens do not agree")
     for side, found in answers.items():
-        middle, best = (1e3 * x / NEW_TOKENS for x in (turns.middle(found, "seconds"), turns.best(found)))
+        middle, best = (
+            1e3 * x / NEW_TOKENS for x in (turns.middle(found, "seconds"), turns.best(found))
+        )
         print(f"{side:<16}{middle:>8.2f} ms a token, fastest {best:.2f}")
     print(f"{'speed, ours over theirs':<28}{turns.speed(*answers.values())}", flush=True)
 

@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/input_pipeline.py [--seconds 10]
 
-easy-VQA with `configs/easy_vqa_unified.py`, and photographs: JPEGs of 640 x 480 px with the same questions, squeezed to
+easy-VQA with `configs/easy_vqa/unified.py`, and photographs: JPEGs of 640 x 480 px with the same questions, squeezed to
 336 px for a model of 35 M parameters, batch 8. Nothing decoded is kept of the photographs, so that every row pays
 for its image. Step and pipeline alternate in one process.
 """
@@ -21,7 +21,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from vlm_jax.start import prepare_process
+from vlm_jax.runtime.process import prepare_process
 
 TURNS, PHOTOGRAPHS = 5, 64
 
@@ -29,7 +29,9 @@ TURNS, PHOTOGRAPHS = 5, 64
 def photograph(seed: int) -> bytes:
     """A JPEG as heavy as a photograph: smooth, with some noise."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize(
+        (640, 480), Image.Resampling.BICUBIC
+    )
     pixels = np.clip(np.asarray(coarse) + rng.normal(0, 8, (480, 640, 3)), 0, 255).astype(np.uint8)
     encoded = io.BytesIO()
     Image.fromarray(pixels).save(encoded, "JPEG", quality=90)
@@ -53,16 +55,30 @@ class Photographs:
 
 def show_photographs() -> None:
     """From here on every data set is one of photographs."""
-    from vlm_jax.data import sources, tiles
+    from vlm_jax.data import sources, tiling
 
     load = sources.load
     sources.load = lambda *arguments: Photographs(load(*arguments))
-    tiles.CACHE_BYTES = 0
+    tiling.CACHE_BYTES = 0
 
 
 def photograph_config(cfg):
-    vision = {"image_size_px": 336, "patch_size_px": 14, "width": 384, "depth": 6, "heads": 6, "mlp_width": 1536}
-    decoder = {"width": 512, "depth": 8, "heads": 8, "kv_heads": 4, "mlp_width": 1376, "gated_mlp": True}
+    vision = {
+        "image_size_px": 336,
+        "patch_size_px": 14,
+        "width": 384,
+        "depth": 6,
+        "heads": 6,
+        "mlp_width": 1536,
+    }
+    decoder = {
+        "width": 512,
+        "depth": 8,
+        "heads": 8,
+        "kv_heads": 4,
+        "mlp_width": 1376,
+        "gated_mlp": True,
+    }
     return replace(
         cfg,
         data=replace(cfg.data, augment=("mirror",)),
@@ -100,13 +116,15 @@ def compare(name: str, cfg, seconds: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=3.0, help="of every turn, at least")
     seconds = parser.parse_args().seconds
 
-    from vlm_jax import config_file
+    from vlm_jax.config import files
 
-    cfg = config_file.load("configs/easy_vqa_unified.py")
+    cfg = files.load("configs/easy_vqa/unified.py")
     print(f"{'rows a second':<24}{'step':>12}{'pipeline':>12}{'ratio':>8}")
     compare("easy-VQA, 64 px", cfg, seconds)
     show_photographs()

@@ -45,16 +45,18 @@ def write_checkpoint(folder: Path, dtype: str) -> int:
     import ml_dtypes
     import numpy as np
 
-    from vlm_jax.hub.families import FAMILIES
-    from vlm_jax.hub.files import write_tensors
+    from vlm_jax.hub.families.registry import FAMILIES
     from vlm_jax.hub.load import shapes_of
     from vlm_jax.hub.save import Spec
+    from vlm_jax.hub.tensors.folder import write_tensors
 
     family, rng = FAMILIES["llama"], np.random.default_rng(0)
     cfg = family.read(CONFIG, ["lm_head.weight"])
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     specs = {row.hub: Spec(row.stored_shape(shapes_of(cfg)), kind) for row in family.rows(cfg)}
-    write_tensors(folder, specs, lambda name: rng.standard_normal(specs[name].shape, np.float32).astype(kind))
+    write_tensors(
+        folder, specs, lambda name: rng.standard_normal(specs[name].shape, np.float32).astype(kind)
+    )
     (folder / "config.json").write_text(json.dumps(CONFIG | {"torch_dtype": dtype}))
     return (folder / "model.safetensors").stat().st_size
 
@@ -71,7 +73,9 @@ def load_ours(folder: str, dtype: str) -> tuple[float, Callable]:
     model, params = jax.block_until_ready(load_params(folder, dtype))
     seconds = time.perf_counter() - begun
     logits = jax.jit(lambda params, batch: model.apply({"params": params}, batch).logits)
-    return seconds, lambda: logits(params, example_batch(model.cfg, length=PROMPT_TOKENS)).block_until_ready()
+    return seconds, lambda: logits(
+        params, example_batch(model.cfg, length=PROMPT_TOKENS)
+    ).block_until_ready()
 
 
 def load_theirs(folder: str, dtype: str) -> tuple[float, Callable]:
@@ -96,11 +100,15 @@ def measure(side: str, folder: str, dtype: str) -> dict[str, float]:
     command = [sys.executable, __file__, "--side", side, "--folder", folder, "--loaded", dtype]
     begun = time.perf_counter()
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return {"process_seconds": time.perf_counter() - begun} | json.loads(done.stdout.splitlines()[-1])
+    return {"process_seconds": time.perf_counter() - begun} | json.loads(
+        done.stdout.splitlines()[-1]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--stored", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--loaded", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -114,14 +122,21 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         size = write_checkpoint(Path(folder), given.stored)
-        turns = [{side: measure(side, folder, given.loaded) for side in SIDES} for _ in range(TURNS)]
-    print(f"a checkpoint of {size / 1e9:.2f} GB in {given.stored}, loaded as {given.loaded}; median of {TURNS} turns")
+        turns = [
+            {side: measure(side, folder, given.loaded) for side in SIDES} for _ in range(TURNS)
+        ]
+    print(
+        f"a checkpoint of {size / 1e9:.2f} GB in {given.stored}, loaded as {given.loaded}; median of {TURNS} turns"
+    )
     print(f"{'':<24}{'load s':>8}{'process s':>11}{'peak GB':>9}{'peak / size':>13}")
     for side in SIDES:
-        load, process, peak = (statistics.median(turn[side][key] for turn in turns) for key in MEASURED)
+        load, process, peak = (
+            statistics.median(turn[side][key] for turn in turns) for key in MEASURED
+        )
         print(f"{side:<24}{load:>8.2f}{process:>11.2f}{peak / 1e9:>9.2f}{peak / size:>13.2f}")
     load, process, peak = (
-        statistics.median(turn["vlm_jax"][key] / turn["transformers"][key] for turn in turns) for key in MEASURED
+        statistics.median(turn["vlm_jax"][key] / turn["transformers"][key] for turn in turns)
+        for key in MEASURED
     )
     print(f"{'vlm_jax / transformers':<24}{load:>8.2f}{process:>11.2f}{peak:>9.2f}")
 

@@ -1,6 +1,6 @@
 """Questions learned from in a second: several that share an image in a row, against one question a row.
 
-    python experiments/benchmarks/packing.py [--config configs/easy_vqa_unified.py ...]
+    python experiments/benchmarks/packing.py [--config configs/easy_vqa/unified.py ...]
 
 Both sides take the real optimizer step on the real data, with the same number of rows (images) in a batch. Rows of one
 question are cut to the longest question with its answer, so that they carry no needless padding: that is the best that
@@ -17,23 +17,30 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from vlm_jax.start import prepare_process
+from vlm_jax.runtime.process import prepare_process
 
-CONFIGS = [f"configs/easy_vqa_{name}.py" for name in ("unified", "cross_attention", "encoder_decoder", "encoder_free")]
+CONFIGS = [
+    f"configs/easy_vqa/{name}.py"
+    for name in ("unified", "cross_attention", "encoder_decoder", "encoder_free")
+]
 TURNS = 5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", nargs="+", default=CONFIGS, help="default: the four of easy-VQA")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", nargs="+", default=CONFIGS, help="default: the four of easy-VQA"
+    )
     parser.add_argument("--seconds", type=float, default=3.0, help="of every turn; a side has five")
     arguments = parser.parse_args()
 
-    from vlm_jax import config_file
+    from vlm_jax.config import files
 
     print(f"{'config':<40}{'packed':>12}{'one a row':>12}{'ratio':>8}   (questions a second)")
     for path in arguments.config:
-        packed, single = compare(config_file.load(path), arguments.seconds)
+        packed, single = compare(files.load(path), arguments.seconds)
         print(f"{path:<40}{packed:>12.0f}{single:>12.0f}{packed / single:>8.2f}", flush=True)
 
 
@@ -49,9 +56,9 @@ def compare(cfg, seconds: float) -> tuple[float, float]:
 
 def one_a_row(cfg, tokenizer):
     """The experiment with rows of one question, as long as the longest with its answer."""
-    from vlm_jax.data import room
+    from vlm_jax.data import length_check
 
-    longest = sum(map(len, room.longest_pair(cfg, tokenizer)))
+    longest = sum(map(len, length_check.longest_pair(cfg, tokenizer)))
     return replace(cfg, data=replace(cfg.data, questions_per_row=1, text_length=longest))
 
 

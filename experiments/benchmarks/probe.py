@@ -25,20 +25,34 @@ TEXT = {
     "eos_token_id": None,
     "pad_token_id": 1,
 }
-VISION = {"hidden_size": 384, "intermediate_size": 1536, "image_size": IMAGE_SIZE_PX, "patch_size": PATCH_SIZE_PX}
+VISION = {
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "image_size": IMAGE_SIZE_PX,
+    "patch_size": PATCH_SIZE_PX,
+}
 KINDS = ("llava", "mllama")
 
 
 def torch_model(kind: str):
     import torch
-    from transformers import LlavaConfig, LlavaForConditionalGeneration, MllamaConfig, MllamaForConditionalGeneration
+    from transformers import (
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        MllamaConfig,
+        MllamaForConditionalGeneration,
+    )
 
     torch.manual_seed(0)
     if kind == "llava":
         config = LlavaConfig(
             text_config={"model_type": "llama", "num_hidden_layers": 8, **TEXT},
             vision_config={
-                **{"model_type": "clip_vision_model", "num_hidden_layers": 6, "num_attention_heads": 6},
+                **{
+                    "model_type": "clip_vision_model",
+                    "num_hidden_layers": 6,
+                    "num_attention_heads": 6,
+                },
                 **VISION,
             },
             vision_feature_layer=-1,
@@ -53,20 +67,34 @@ def torch_model(kind: str):
         "rope_scaling": {"rope_type": "default"},
     }
     vision = {
-        **{"num_hidden_layers": 4, "num_global_layers": 2, "attention_heads": 6, "max_num_tiles": 1, **VISION},
-        **{"supported_aspect_ratios": [[1, 1]], "intermediate_layers_indices": [1, 3], "vision_output_dim": 384 * 3},
+        **{
+            "num_hidden_layers": 4,
+            "num_global_layers": 2,
+            "attention_heads": 6,
+            "max_num_tiles": 1,
+            **VISION,
+        },
+        **{
+            "supported_aspect_ratios": [[1, 1]],
+            "intermediate_layers_indices": [1, 3],
+            "vision_output_dim": 384 * 3,
+        },
     }
     model = MllamaForConditionalGeneration(
         MllamaConfig(text_config=text, vision_config=vision, image_token_index=VOCAB)
     )
-    with torch.no_grad():  # open gates, which are all that is a single number, so that the image counts
+    with (
+        torch.no_grad()
+    ):  # open gates, which are all that is a single number, so that the image counts
         for parameter in model.parameters():
             if parameter.numel() == 1:
                 parameter.fill_(0.5)
     return model
 
 
-def inputs(kind: str, rows: int = ROWS, text_tokens: int = TEXT_TOKENS, seed: int = 0) -> dict[str, np.ndarray]:
+def inputs(
+    kind: str, rows: int = ROWS, text_tokens: int = TEXT_TOKENS, seed: int = 0
+) -> dict[str, np.ndarray]:
     """Arguments as transformers names them: one image a row and `text_tokens` random tokens, no padding."""
     rng = np.random.default_rng(seed)
     text = rng.integers(2, IMAGE_ID, (rows, text_tokens))
@@ -106,9 +134,14 @@ class Ours:
         """`sections` replace those of the experiment; the loops over depth are laid out, unless `unroll` is less."""
         from vlm_jax.hub.load import load_checkpoint
 
-        checkpoint, params = load_checkpoint(folder, taps="output")  # as transformers 5 takes those of an mllama
+        checkpoint, params = load_checkpoint(
+            folder, taps="output"
+        )  # as transformers 5 takes those of an mllama
         cfg = checkpoint.cfg
-        loops = {name: replace(getattr(cfg, name), unroll=unroll, remat=remat) for name in ("vision", "decoder")}
+        loops = {
+            name: replace(getattr(cfg, name), unroll=unroll, remat=remat)
+            for name in ("vision", "decoder")
+        }
         return cls(replace(cfg, **loops, **sections), params, checkpoint.image_token)
 
     def batch(self, arrays: dict[str, np.ndarray]):
@@ -118,5 +151,6 @@ class Ours:
         wanted = np.pad(labels(arrays)[:, 1:], ((0, 0), (0, 1)), constant_values=-100)
         batch = to_batch(self.cfg, arrays, self.image_id)
         return batch.replace(
-            targets=np.maximum(wanted, 0).astype(np.int32), loss_weights=(wanted >= 0).astype(np.float32)
+            targets=np.maximum(wanted, 0).astype(np.int32),
+            loss_weights=(wanted >= 0).astype(np.float32),
         )

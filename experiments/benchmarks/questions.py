@@ -15,9 +15,9 @@ import numpy as np
 import probe
 import turns
 
-from vlm_jax.start import prepare_process
+from vlm_jax.runtime.process import prepare_process
 
-CONFIG, IMAGE_ID = "configs/easy_vqa_unified.py", 1
+CONFIG, IMAGE_ID = "configs/easy_vqa/unified.py", 1
 SMALL = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
 
 
@@ -29,7 +29,13 @@ def torch_model():
     ids = {"vocab_size": 512, "bos_token_id": 0, "eos_token_id": 3, "pad_token_id": 0}
     vision = {"num_hidden_layers": 4, "image_size": 64, "patch_size": 8}
     config = LlavaConfig(
-        text_config={"model_type": "llama", "num_hidden_layers": 3, "max_position_embeddings": 256, **SMALL, **ids},
+        text_config={
+            "model_type": "llama",
+            "num_hidden_layers": 3,
+            "max_position_embeddings": 256,
+            **SMALL,
+            **ids,
+        },
         vision_config={"model_type": "clip_vision_model", **vision, **SMALL},
         vision_feature_layer=-1,
         image_token_index=IMAGE_ID,
@@ -40,9 +46,9 @@ def torch_model():
 
 def experiment(folder: str):
     """The model of the folder with data and optimizer of easy-VQA's main job."""
-    from vlm_jax import config_file
+    from vlm_jax.config import files
 
-    main = config_file.load(CONFIG)
+    main = files.load(CONFIG)
     sections = {"data": main.data, "train": main.train, "optim": replace(main.optim, kind="adamw")}
     return probe.Ours.load(folder, **sections)
 
@@ -87,10 +93,17 @@ def theirs(folder: str):
     from vlm_jax.train.optim import schedule
 
     cfg, _, data = single(experiment(folder).cfg)
-    model = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa").train()
+    model = LlavaForConditionalGeneration.from_pretrained(
+        folder, attn_implementation="sdpa"
+    ).train()
     optim, rate = cfg.optim, schedule(cfg.optim, cfg.train.steps)
-    matrices, others = ([p for p in model.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (True, False))
-    groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    matrices, others = (
+        [p for p in model.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (True, False)
+    )
+    groups = [
+        {"params": matrices, "weight_decay": optim.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, 1.0, (optim.beta1, optim.beta2), fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(rate(step)))
 

@@ -19,11 +19,26 @@ ROOT = Path(__file__).parents[2]
 
 
 def seconds_to_first_step(config: str, folder: Path, cache: Path) -> float:
-    command = [sys.executable, "run.py", "--config", config, "--workdir", str(folder), "--train.steps", "2"]
+    command = [
+        sys.executable,
+        "run.py",
+        "--config",
+        config,
+        "--workdir",
+        str(folder),
+        "--train.steps",
+        "2",
+    ]
     command += ["--train.log-every-steps", "1", "--train.compilation-cache-dir", str(cache)]
     begun = time.monotonic()
-    environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}  # in a terminal it draws a bar
+    environment = {
+        key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"
+    }
+    pipes = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+    }  # in a terminal it draws a bar
     process, said = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes), ""
     for line in process.stdout:
         said += line
@@ -39,7 +54,7 @@ def seconds_to_first_step(config: str, folder: Path, cache: Path) -> float:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/easy_vqa_unified.py")
+    parser.add_argument("--config", default="configs/easy_vqa/unified.py")
     parser.add_argument("--pairs", type=int, default=5)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -47,9 +62,14 @@ def main():
         seconds_to_first_step(given.config, folder / "prepared", folder / "unused")
         for pair in map(str, range(given.pairs)):
             runs = (folder / pair / name for name in ("first", "second"))
-            first, second = (seconds_to_first_step(given.config, run, folder / pair / "cache") for run in runs)
+            first, second = (
+                seconds_to_first_step(given.config, run, folder / pair / "cache") for run in runs
+            )
             ratios.append(second / first)
-            print(f"first start {first:.1f} s, second {second:.1f} s to the first step: {ratios[-1]:.2f}", flush=True)
+            print(
+                f"first start {first:.1f} s, second {second:.1f} s to the first step: {ratios[-1]:.2f}",
+                flush=True,
+            )
     print(f"median {statistics.median(ratios):.2f}")
 
 

@@ -1,6 +1,6 @@
 """What the custom gradients and the huge pages buy: seconds of a training step, with each of them taken away.
 
-    python experiments/benchmarks/step.py [--config configs/easy_vqa_unified.py ...]
+    python experiments/benchmarks/step.py [--config configs/easy_vqa/unified.py ...]
 
 Each variant is a process of its own, because the allocator reads its setting when a process begins and a jitted step
 keeps what it was traced with. All take the real optimizer step on the real data. They are started and compiled first;
@@ -17,7 +17,7 @@ import turns
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-CONFIG = "configs/easy_vqa_unified.py"
+CONFIG = "configs/easy_vqa/unified.py"
 AS_IT_IS = "as it is"
 
 
@@ -46,7 +46,9 @@ VARIANTS = {  # name: what is done before the model is traced
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", nargs="+", default=[CONFIG])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--turns", type=int, default=7)
@@ -63,7 +65,10 @@ def main() -> None:
         for name in variants:
             ratios = [time / base for time, base in zip(times[name], times[AS_IT_IS])]
             middle, ratio = statistics.median(times[name]), statistics.median(ratios)
-            print(f"{name:<40}{middle:>16.4f}{ratio:>8.2f}{min(ratios):>8.2f}{max(ratios):>9.2f}", flush=True)
+            print(
+                f"{name:<40}{middle:>16.4f}{ratio:>8.2f}{min(ratios):>8.2f}{max(ratios):>9.2f}",
+                flush=True,
+            )
 
 
 def measure(config: str, variants: list[str], count: int, seconds: float) -> dict[str, list[float]]:
@@ -82,10 +87,10 @@ def serve(config: str, variant: str) -> None:
     import jax
     from packing import Side
 
-    from vlm_jax import config_file
+    from vlm_jax.config import files
     from vlm_jax.data import pipeline
 
-    cfg = config_file.load(config)
+    cfg = files.load(config)
     side = Side(cfg, pipeline.train_tokenizer(cfg))
     with jax.set_mesh(side.mesh):
         turns.serve({}, lambda seconds: turns.times(side.take_step, seconds))

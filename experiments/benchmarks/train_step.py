@@ -1,15 +1,17 @@
-"""A training step of the 39 M models, ours against transformers: seconds, share of the machine's peak, memory.
+"""A training step of the 39 M models, ours against transformers: seconds, share of the machine's
+peak, memory.
 
     python experiments/benchmarks/train_step.py [--model llava mllama] [--turns 7]
 
-Float32, batch 8, one image of 196 tokens and 64 text tokens a row, AdamW with clipping by the global norm, the same
-weights, inputs and rates; transformers with scaled-dot-product attention and torch's fused AdamW. The losses of the
-first steps are printed side by side and have to agree. The peak is the best of a few products of 2048 x 2048
-matrices, measured by each side in its own turns; the share counts what torch's operators compute (`FlopCounterMode`),
-for both sides alike. Below it stands that of ours by `vlm_jax/flops.py`: without the head where nothing is scored, with
-attention, which torch's counter leaves out on a CPU. In the backward pass ours computes all but attention and the
-products with weights again (`remat` "attention", in loops that are not laid out): that takes less time than keeping it
-does. Both have glibc's huge pages, as `run.py` has.
+Float32, batch 8, one image of 196 tokens and 64 text tokens a row, AdamW with clipping by the
+global norm, the same weights, inputs and rates; transformers with scaled-dot-product attention
+and torch's fused AdamW. The losses of the first steps are printed side by side and have to agree.
+The peak is the best of a few products of 2048 x 2048 matrices, measured by each side in its own
+turns; the share counts what torch's operators compute (`FlopCounterMode`), for both sides alike.
+Below it stands that of ours by `vlm_jax/cost/flops.py`: without the head where nothing is scored,
+with attention, which torch's counter leaves out on a CPU. In the backward pass ours computes all
+but attention and the products with weights again (`remat` "attention", in loops that are not laid
+out): that takes less time than keeping it does. Both have glibc's huge pages, as `run.py` has.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from dataclasses import replace
 import probe
 import turns
 
-from vlm_jax.start import prepare_process
+from vlm_jax.runtime.process import prepare_process
 
 STEPS, COMPARED = 10_000, 8  # of the schedule; whose losses are compared
 RATE, BETAS, DECAY, CLIP = 1e-4, (0.9, 0.99), 1e-4, 1.0
@@ -31,12 +33,20 @@ def ours(kind: str, folder: str):
 
     from vlm_jax import axes
     from vlm_jax.config import Mesh, Optim, Train
-    from vlm_jax.flops import train_flops
+    from vlm_jax.cost.flops import train_flops
     from vlm_jax.structs import State
     from vlm_jax.train import optim as optimizers
     from vlm_jax.train.step import ready_step, state_shardings
 
-    optim = Optim("adamw", RATE, warmup_steps=1, beta1=BETAS[0], beta2=BETAS[1], weight_decay=DECAY, clip_norm=CLIP)
+    optim = Optim(
+        "adamw",
+        RATE,
+        warmup_steps=1,
+        beta1=BETAS[0],
+        beta2=BETAS[1],
+        weight_decay=DECAY,
+        clip_norm=CLIP,
+    )
     train = Train(steps=STEPS, batch_size=probe.ROWS)
     model = probe.Ours.load(folder, unroll=1, remat="attention", optim=optim, train=train)
     cfg, mesh, batch = model.cfg, axes.make_mesh(Mesh()), model.batch(probe.inputs(kind))
@@ -54,14 +64,18 @@ def ours(kind: str, folder: str):
             held["state"], metrics = step(held["state"], batch)
             return float(metrics["loss"])
 
-    return take, lambda: train_flops(replace(cfg, data=replace(cfg.data, text_length=probe.TEXT_TOKENS)))
+    return take, lambda: train_flops(
+        replace(cfg, data=replace(cfg.data, text_length=probe.TEXT_TOKENS))
+    )
 
 
 def theirs(kind: str, folder: str):
     import torch
     from transformers import AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    )
     model.train()
     arrays = probe.inputs(kind)
     batch = {name: torch.tensor(array) for name, array in arrays.items()}
@@ -136,13 +150,19 @@ def compare(kind: str, given: argparse.Namespace) -> None:
     if not all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(*losses.values())):
         raise SystemExit("the losses do not agree")
     peak = max(answer["peak_flops"] for answer in mine + other)
-    print(f"{kind}: {flops / 1e9:.0f} GFLOP a step; the best matrix product reached {peak / 1e9:.0f} GFLOP/s")
+    print(
+        f"{kind}: {flops / 1e9:.0f} GFLOP a step; the best matrix product reached {peak / 1e9:.0f} GFLOP/s"
+    )
     print(f"{kind:<16}{'seconds':>9}{'fastest':>9}{'of peak':>9}{'fastest':>9}{'peak GB':>9}")
     for side, found in answers.items():
         middle, best = turns.middle(found, "seconds"), turns.best(found)
         shares = f"{flops / middle / peak:>9.2f}{flops / best / peak:>9.2f}"
-        print(f"{side:<16}{middle:>9.2f}{best:>9.2f}{shares}{turns.middle(found, 'peak_bytes') / 1e9:>9.2f}")
-    print(f"{'of peak, by FLOPs of ours':<28}{own / turns.middle(mine, 'seconds') / peak:.2f} ({own / 1e9:.0f} GFLOP)")
+        print(
+            f"{side:<16}{middle:>9.2f}{best:>9.2f}{shares}{turns.middle(found, 'peak_bytes') / 1e9:>9.2f}"
+        )
+    print(
+        f"{'of peak, by FLOPs of ours':<28}{own / turns.middle(mine, 'seconds') / peak:.2f} ({own / 1e9:.0f} GFLOP)"
+    )
     print(f"{'speed, ours over theirs':<28}{turns.speed(mine, other)}")
     memory = turns.middle(mine, "peak_bytes") / turns.middle(other, "peak_bytes")
     print(f"{'memory, ours over theirs':<28}{memory:.2f}", flush=True)

@@ -23,7 +23,9 @@ class Server:
         command = [sys.executable, sys.argv[0], *arguments]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         # On the CPU, unless told otherwise: two processes that look for a TPU get in each other's way.
-        self._process = subprocess.Popen(command, env={"JAX_PLATFORMS": "cpu"} | os.environ | (env or {}), **pipes)
+        self._process = subprocess.Popen(
+            command, env={"JAX_PLATFORMS": "cpu"} | os.environ | (env or {}), **pipes
+        )
         self.first = self._answer()
 
     def _answer(self) -> dict:
@@ -52,7 +54,9 @@ def serve(first: dict, answer: Callable[..., dict]) -> None:
 
 def parser(description: str, seconds: float) -> argparse.ArgumentParser:
     """The options of a benchmark whose sides hold one model, and of the processes that serve them."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("--turns", type=int, default=7)
     made.add_argument("--seconds", type=float, default=seconds, help="of every turn, at least")
     made.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
@@ -60,7 +64,9 @@ def parser(description: str, seconds: float) -> argparse.ArgumentParser:
     return made
 
 
-def with_one_model(model, given: argparse.Namespace, *arguments: str) -> tuple[list[dict], dict[str, list[dict]]]:
+def with_one_model(
+    model, given: argparse.Namespace, *arguments: str
+) -> tuple[list[dict], dict[str, list[dict]]]:
     """What vlm_jax and transformers say first, and their answers, turn by turn; both load what `model` is saved as."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -72,7 +78,9 @@ def with_one_model(model, given: argparse.Namespace, *arguments: str) -> tuple[l
 def take_turns(servers: Mapping[str, Server], turns: int, question) -> dict[str, list[dict]]:
     """The answers of every side, turn by turn; then the processes end."""
     try:
-        answers = [{name: server.ask(question) for name, server in servers.items()} for _ in range(turns)]
+        answers = [
+            {name: server.ask(question) for name, server in servers.items()} for _ in range(turns)
+        ]
         return {name: [turn[name] for turn in answers] for name in servers}
     finally:
         for server in servers.values():

@@ -23,7 +23,9 @@ def record(*turns, **fields):
     return {"id": "a7", "conversations": list(turns) or [human("a"), gpt("b")], **fields}
 
 
-LINES = [json.dumps(record(human(f"question {i}"), gpt(f"answer {i}"), id=f"a{i}")) for i in range(4)]
+LINES = [
+    json.dumps(record(human(f"question {i}"), gpt(f"answer {i}"), id=f"a{i}")) for i in range(4)
+]
 LIST = f"[{','.join(LINES)}]"
 SOUND = {
     "a list": LIST,
@@ -35,7 +37,9 @@ SOUND = {
     "empty lines from Windows": "\r\n\r\n".join(["", *LINES, ""]),
     "a byte order mark": MARK_BYTES.decode() + LIST,
     "a byte order mark before lines": MARK_BYTES.decode() + "\n".join(LINES),
-    "joined files with a byte order mark each": "\n".join(MARK_BYTES.decode() + line for line in LINES),
+    "joined files with a byte order mark each": "\n".join(
+        MARK_BYTES.decode() + line for line in LINES
+    ),
 }
 
 
@@ -64,16 +68,28 @@ UNREADABLE = {
     ),
     "UTF-16": (LIST.encode("utf-16"), "not text in UTF-8"),
     "zeros at the end": (("\n".join(LINES) + "\n\0\0").encode(), "line 5 has a NUL byte"),
-    "an object": (json.dumps({"data": json.loads(LIST)}).encode(), "single JSON object with the keys 'data'"),
-    "an object over many lines": (json.dumps({"data": []}, indent=1).encode(), "single JSON object"),
+    "an object": (
+        json.dumps({"data": json.loads(LIST)}).encode(),
+        "single JSON object with the keys 'data'",
+    ),
+    "an object over many lines": (
+        json.dumps({"data": []}, indent=1).encode(),
+        "single JSON object",
+    ),
     "a list cut short": (LIST[:-5].encode(), "is not valid JSON: .*line 1 column"),
     "a damaged line": (
         "\n".join([*LINES[:2], DAMAGED, LINES[3]]).encode(),
         ": line 3 is not valid JSON",
     ),
     "a damaged first line": ("\n".join([DAMAGED, *LINES]).encode(), ": line 1 is not valid JSON"),
-    "a damaged line after empty ones": (("\n\n" + DAMAGED + "\n").encode(), ": line 3 is not valid JSON"),
-    "a line without its end": (f"{LINES[0]}\n{LINES[1][:-3]}\n{LINES[2]}".encode(), ": line 2 is not valid JSON"),
+    "a damaged line after empty ones": (
+        ("\n\n" + DAMAGED + "\n").encode(),
+        ": line 3 is not valid JSON",
+    ),
+    "a line without its end": (
+        f"{LINES[0]}\n{LINES[1][:-3]}\n{LINES[2]}".encode(),
+        ": line 2 is not valid JSON",
+    ),
     "a table": (b"id,text\n7,a\n", ": line 1 is not valid JSON"),
     "too deep a list": (b"[" * 100_000, "nested too deeply"),
 }
@@ -95,39 +111,74 @@ MALFORMED = {
         record(human("a"), gpt("b"), {"from": "system", "value": ""}),
         "from 'system' .turn 3.",
     ),
-    "user and assistant": (record({"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}), "from 'user'"),
+    "user and assistant": (
+        record({"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}),
+        "from 'user'",
+    ),
     "two questions in a row": (
         record(human("a"), human("b"), gpt("c")),
         "turn from human where gpt must follow .turn 2.",
     ),
-    "two answers in a row": (record(human("a"), gpt("b"), gpt("c")), "turn from gpt where human must follow .turn 3."),
+    "two answers in a row": (
+        record(human("a"), gpt("b"), gpt("c")),
+        "turn from gpt where human must follow .turn 3.",
+    ),
     "a number": (record(human("a"), gpt(3)), "has the number 3 as the value of turn 2, not text"),
-    "no number": (record(human("a"), gpt(float("nan"))), "has the number NaN as the value of turn 2"),
+    "no number": (
+        record(human("a"), gpt(float("nan"))),
+        "has the number NaN as the value of turn 2",
+    ),
     "null": (record(human("a"), gpt(None)), "has null as the value of turn 2"),
     "yes": (record(human("a"), gpt(True)), "has the truth value true as the value of turn 2"),
     "parts": (record(human([{"type": "text"}]), gpt("a")), "has a list as the value of turn 1"),
-    "half a character": (record(human("a\ud800"), gpt("b")), "half a character, .* in the value of turn 1"),
-    "messages": ({"id": "a7", "messages": []}, "has the keys 'id', 'messages', not a list 'conversations'"),
-    "roles": (record({"role": "user", "content": "a"}), "the keys 'role', 'content' .turn 1., not 'from' and 'value'"),
+    "half a character": (
+        record(human("a\ud800"), gpt("b")),
+        "half a character, .* in the value of turn 1",
+    ),
+    "messages": (
+        {"id": "a7", "messages": []},
+        "has the keys 'id', 'messages', not a list 'conversations'",
+    ),
+    "roles": (
+        record({"role": "user", "content": "a"}),
+        "the keys 'role', 'content' .turn 1., not 'from' and 'value'",
+    ),
     "a text for a turn": (record("a"), "has a text as turn 1"),
-    "an object for the turns": ({"id": "a7", "conversations": {}}, "has an object as 'conversations'"),
+    "an object for the turns": (
+        {"id": "a7", "conversations": {}},
+        "has an object as 'conversations'",
+    ),
     "no answer": (record(human("a")), "no turn from human that gpt answers"),
     "no turns": ({"id": "a7", "conversations": []}, "no turn from human that gpt answers"),
     "a mark too many": (record(human("<image>a"), gpt("b")), "has 0 images and 1 marks <image>"),
     "a mark too few": (record(image="x.jpg"), "has 1 images and 0 marks <image>"),
-    "an image too many": (record(human("<image>a"), gpt("b"), image=["x.jpg", "y.jpg"]), "has 2 images and 1 marks"),
-    "a number for an image": (record(human("<image>a"), gpt("b"), image=3), "has the number 3 as 'image', not text"),
+    "an image too many": (
+        record(human("<image>a"), gpt("b"), image=["x.jpg", "y.jpg"]),
+        "has 2 images and 1 marks",
+    ),
+    "a number for an image": (
+        record(human("<image>a"), gpt("b"), image=3),
+        "has the number 3 as 'image', not text",
+    ),
     "no number for an image": (record(image=float("nan")), "has the number NaN as 'image'"),
-    "a path that is none": (record(human("<image>a"), gpt("b"), image="x\0.jpg"), "NUL character in 'image'"),
+    "a path that is none": (
+        record(human("<image>a"), gpt("b"), image="x\0.jpg"),
+        "NUL character in 'image'",
+    ),
     "a number for the type": (record(type=3), "has the number 3 as 'type', not text"),
 }
 
 
 @pytest.mark.parametrize("bad, message", MALFORMED.values(), ids=MALFORMED)
 def test_a_record_that_is_not_a_conversation_is_named_with_its_fault(bad, message, tmp_path):
-    for name, content, place in (("a.json", [record(), bad], "record 1"), ("a.jsonl", [record(), bad], "line 2")):
+    for name, content, place in (
+        ("a.json", [record(), bad], "record 1"),
+        ("a.jsonl", [record(), bad], "line 2"),
+    ):
         text = "\n".join(map(json.dumps, content)) if name == "a.jsonl" else json.dumps(content)
-        with pytest.raises(ConfigError, match=f"1 of 2 records are not .*{name}: {place} .id 'a7'. .*{message}"):
+        with pytest.raises(
+            ConfigError, match=f"1 of 2 records are not .*{name}: {place} .id 'a7'. .*{message}"
+        ):
             read(tmp_path / name, text)
 
 
@@ -139,9 +190,9 @@ def test_the_first_bad_records_of_all_files_are_named_and_all_are_counted(tmp_pa
         list(read_files((str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))))
     message = str(raised.value)
     assert message.startswith("8 of 10 records are not conversations: ")
-    assert re.findall(r"\w\.jsonl: line \d", message) == [f"a.jsonl: line {i}" for i in range(1, 5)] + [
-        "b.jsonl: line 2"
-    ]
+    assert re.findall(r"\w\.jsonl: line \d", message) == [
+        f"a.jsonl: line {i}" for i in range(1, 5)
+    ] + ["b.jsonl: line 2"]
     assert "and 3 more" in message
     assert "\n" not in message
 
@@ -156,23 +207,36 @@ def test_a_record_without_an_object_is_named_by_its_number(tmp_path):
 
 
 def test_turns_that_make_no_pair_are_left_out(tmp_path):
-    (one,) = read(tmp_path / "a.json", json.dumps([record(gpt("hello"), human("a"), gpt("b"), human("c"))]))
+    (one,) = read(
+        tmp_path / "a.json", json.dumps([record(gpt("hello"), human("a"), gpt("b"), human("c"))])
+    )
     assert one.turns == ("a", "b")
 
 
 def test_one_record_is_a_list_of_one(tmp_path):
-    for content, place in ((LINES[0], "line 1"), (json.dumps(json.loads(LINES[0]), indent=1), "record 0")):
+    for content, place in (
+        (LINES[0], "line 1"),
+        (json.dumps(json.loads(LINES[0]), indent=1), "record 0"),
+    ):
         (one,) = read(tmp_path / "a.json", content)
         assert (one.turns, one.place) == (("question 0", "answer 0"), f"{place} (id 'a0')")
 
 
 def test_fields_that_are_not_read_may_hold_anything(tmp_path):
-    (one,) = read(tmp_path / "a.json", json.dumps([record(score=float("nan"), image=None, model=["x"])]))
+    (one,) = read(
+        tmp_path / "a.json", json.dumps([record(score=float("nan"), image=None, model=["x"])])
+    )
     assert (one.image_paths, one.type) == ((), DEFAULT_TYPE)
 
 
 def test_a_record_has_its_type_place_and_number_as_id(tmp_path):
     first, second = read(
-        tmp_path / "a.jsonl", f"\n{json.dumps(record(type='ocr'))}\n" + LINES[0].replace('"id"', '"key"')
+        tmp_path / "a.jsonl",
+        f"\n{json.dumps(record(type='ocr'))}\n" + LINES[0].replace('"id"', '"key"'),
     )
-    assert (first.type, first.place, second.id, second.place) == ("ocr", "line 2 (id 'a7')", "1", "line 3")
+    assert (first.type, first.place, second.id, second.place) == (
+        "ocr",
+        "line 2 (id 'a7')",
+        "1",
+        "line 3",
+    )

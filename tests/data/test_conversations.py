@@ -39,7 +39,9 @@ def test_conversations_come_back_in_order_with_their_images(tmp_path):
         assert list(read.turns) == [turn["value"] for turn in record["conversations"]]
         named = record.get("image", [])
         named = [named] if isinstance(named, str) else named
-        images = [(f"image {name} (record {read.id!r})", (tmp_path / name).read_bytes()) for name in named]
+        images = [
+            (f"image {name} (record {read.id!r})", (tmp_path / name).read_bytes()) for name in named
+        ]
         assert [source.image(i) for i in read.images] == images
     assert source.most_images == 2
 
@@ -62,7 +64,9 @@ def test_an_image_of_many_conversations_is_kept_once(tmp_path):
 
 def test_lines_of_jsonl_and_text_without_any_image(written, tmp_path):
     files = written([talk("a", "b"), talk("c", "d")], "talks.jsonl")
-    source = conversations.load(Data(source="conversations", files=files, dir=str(tmp_path / "sets")), "train")
+    source = conversations.load(
+        Data(source="conversations", files=files, dir=str(tmp_path / "sets")), "train"
+    )
     assert [talk.turns for talk in source] == [("a", "b"), ("c", "d")]
     assert source.most_images == 0
 
@@ -79,7 +83,9 @@ def test_bad_files_and_missing_images_are_named_and_nothing_is_prepared(tmp_path
     (tmp_path / "2_0.jpg").unlink()
     (tmp_path / "2_1.png").unlink()
     names = r"2_0.jpg \(record 'talk 2'\); 2_1.png \(record 'talk 2'\)"
-    with pytest.raises(ConfigError, match=f"data.image_dir {tmp_path} lacks 2 of 3 images: {names}.$"):
+    with pytest.raises(
+        ConfigError, match=f"data.image_dir {tmp_path} lacks 2 of 3 images: {names}.$"
+    ):
         conversations.load(data, "train")
     file = tmp_path / "talks.json"
     for text, message in (("[{", "is not valid JSON"), ("", "is empty"), (None, "No such file")):
@@ -105,7 +111,9 @@ def test_all_broken_images_are_named_at_once_and_after_the_repair_the_set_is_pre
     message = str(refused.value)
     assert message.startswith(f"3 of 12 images in data.image_dir {tmp_path} cannot be used: ")
     for name, talk in (("1_0.jpg", 1), ("4_0.jpg", 4), ("8_1.png", 8)):
-        assert re.search(f"image {name} is not a readable image: [^;]* \\(record 'talk {talk}'\\)", message)
+        assert re.search(
+            f"image {name} is not a readable image: [^;]* \\(record 'talk {talk}'\\)", message
+        )
     assert not list((tmp_path / "datasets" / "conversation_images").rglob("*.array_record*"))
     for name, content in whole.items():
         (tmp_path / name).write_bytes(content)
@@ -117,7 +125,9 @@ def test_of_many_broken_images_ten_are_named(tmp_path):
     data = write_conversations(tmp_path, count=36)
     for path in tmp_path.glob("*.jpg"):
         cut(path)
-    with pytest.raises(ConfigError, match=r"^24 of 36 images .* cannot be used: .*, and 14 more; repair") as refused:
+    with pytest.raises(
+        ConfigError, match=r"^24 of 36 images .* cannot be used: .*, and 14 more; repair"
+    ) as refused:
         conversations.load(data, "train")
     assert str(refused.value).count(".jpg is not a readable image") == 10
 
@@ -155,6 +165,14 @@ def test_a_conversation_has_its_type_and_its_place(tmp_path):
     (tmp_path / "more.jsonl").write_text("\n" + json.dumps(talks[0]))
     data = replace(data, files=(*data.files, str(tmp_path / "more.jsonl")))
     source = conversations.load(data, "train")
-    assert [talk.type for talk in source] == ["conversation", "colors", "conversation", "conversation"]
+    assert [talk.type for talk in source] == [
+        "conversation",
+        "colors",
+        "conversation",
+        "conversation",
+    ]
     assert source.place(1) == f"{tmp_path}/talks.json: record 1 (id 'talk 1')"
-    assert conversations.Selection(source, [3]).place(0) == f"{tmp_path}/more.jsonl: line 2 (id 'talk 0')"
+    assert (
+        conversations.Selection(source, [3]).place(0)
+        == f"{tmp_path}/more.jsonl: line 2 (id 'talk 0')"
+    )

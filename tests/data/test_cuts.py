@@ -7,15 +7,28 @@ import numpy as np
 import pytest
 
 from vlm_jax.config import ConfigError, Train
-from vlm_jax.data import conversations, cuts, packing, pipeline, templates
+from vlm_jax.data import (
+    conversations,
+    cuts,
+    packing,
+    pipeline,
+    templates,
+)
 from vlm_jax.structs import NO_IMAGE
-from vlm_jax.testing import hybrid_in_tiles, tiny, variants, write_conversations
+from vlm_jax.testing import (
+    hybrid_in_tiles,
+    tiny,
+    variants,
+    write_conversations,
+)
 
 KINDS = variants() | {
     "hybrid in tiles": hybrid_in_tiles(),
     "unified in tiles": tiny(vision=replace(tiny().vision, tiles=2)),
     "text alone": replace(tiny(), fusion=replace(tiny().fusion, kind="text_only")),
-    "placeholder": tiny("cross_attention", fusion=replace(tiny("cross_attention").fusion, placeholder=True)),
+    "placeholder": tiny(
+        "cross_attention", fusion=replace(tiny("cross_attention").fusion, placeholder=True)
+    ),
     "bidirectional": replace(tiny(), fusion=replace(tiny().fusion, prefix="bidirectional")),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -78,14 +91,18 @@ def test_an_element_has_the_images_whose_tokens_or_readers_it_has(kind, experime
         assert element["images"].tolist() == [5, 6, 7, 8][:seen]
         slots = element["image_slots"][element["image_slots"] != NO_IMAGE]
         if cfg.fusion.image_in_sequence and cfg.vision.cut_tiles == 1:
-            assert slots.tolist() == list(range(seen * cfg.image_tokens)), "a placeholder without its image"
+            assert slots.tolist() == list(range(seen * cfg.image_tokens)), (
+                "a placeholder without its image"
+            )
         counts.add(int(seen))
     assert max(counts) == (4 if cfg.fusion.has_images else 0)
 
 
 @every_kind
 @pytest.mark.parametrize("bos_id", [-1, 5])
-def test_most_tokens_are_those_of_the_encoded_conversations_and_of_a_begin_token(kind, bos_id, experiments, tokenizer):
+def test_most_tokens_are_those_of_the_encoded_conversations_and_of_a_begin_token(
+    kind, bos_id, experiments, tokenizer
+):
     tiles = 2 if experiments[kind].vision.cut_tiles > 1 else 1
     talks = [TURNS, TURNS[:2], ["a", ""], ["", "<image>"], ["a \n b", "c"]]
     for template in templates.TEMPLATES:
@@ -99,7 +116,9 @@ def test_most_tokens_are_those_of_the_encoded_conversations_and_of_a_begin_token
 
 @every_kind
 @pytest.mark.parametrize("text_length", [1, 10, 20, 40, 80, 200])
-def test_counts_are_those_of_all_encoded_conversations(kind, text_length, experiments, tokenizer, data, monkeypatch):
+def test_counts_are_those_of_all_encoded_conversations(
+    kind, text_length, experiments, tokenizer, data, monkeypatch
+):
     cfg = with_text_length(experiments[kind], text_length)
     source = conversations.load(data, "train")
     counter = packing.tile_counter(cfg, source)
@@ -123,7 +142,10 @@ def test_counts_are_those_of_all_encoded_conversations(kind, text_length, experi
 
 
 def question(index, length):
-    turns = [{"from": "human", "value": "word " * length}, {"from": "gpt", "value": f"answer {index}"}]
+    turns = [
+        {"from": "human", "value": "word " * length},
+        {"from": "gpt", "value": f"answer {index}"},
+    ]
     return {"id": f"a{index}", "conversations": turns}
 
 
@@ -136,7 +158,8 @@ def short(data, tmp_path, tokenizer):
         (tmp_path / "talks.json").write_text(json.dumps(talks))
         files = (str(tmp_path / "talks.json"),)
         return tiny(
-            data=replace(data, files=files, dir=str(tmp_path / "sets"), text_length=60), train=Train(batch_size=2)
+            data=replace(data, files=files, dir=str(tmp_path / "sets"), text_length=60),
+            train=Train(batch_size=2),
         )
 
     return make
@@ -156,12 +179,18 @@ def test_what_has_no_scored_token_left_is_never_learned_from(short, tokenizer, t
     assert "5 have no scored token left and are left out" in message
     named = [f"{tmp_path}/talks.json: record {i} (id 'a{i}')" for i in (1, 3, 4)]
     assert f"{', '.join(named)} and 2 more." in message
-    assert f"With data.text_length {cfg.data.text_length + counted.longest - cfg.row_length} nothing" in message
+    assert (
+        f"With data.text_length {cfg.data.text_length + counted.longest - cfg.row_length} nothing"
+        in message
+    )
 
 
 def test_nothing_to_learn_from_is_refused(short, tokenizer):
     cfg = short([400, 500])
-    with pytest.raises(ConfigError, match="data.text_length 60 leaves nothing to learn from: none of the 2 .* is cut"):
+    with pytest.raises(
+        ConfigError,
+        match="data.text_length 60 leaves nothing to learn from: none of the 2 .* is cut",
+    ):
         pipeline.training_iterator(cfg, tokenizer)
 
 
@@ -171,4 +200,6 @@ def test_a_cut_answer_has_no_end(short, tokenizer):
     cut = templates.cut(cfg, whole, [], 60)
     assert cfg.data.eos_id in whole["targets"]
     assert cfg.data.eos_id not in cut["targets"]
-    assert cut["loss_weights"][-1] == 1, "the last token is scored for the token that comes next in the answer"
+    assert cut["loss_weights"][-1] == 1, (
+        "the last token is scored for the token that comes next in the answer"
+    )

@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from vlm_jax.config import ConfigError, Vision
-from vlm_jax.data import images, tiles
-from vlm_jax.hub import image_steps
+from vlm_jax.data import images, tiling
+from vlm_jax.hub.images import steps
 
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(0, 256, (4, 4, 3), dtype=np.uint8)
@@ -22,16 +22,16 @@ PICTURE = RNG.integers(0, 256, (4, 4, 3), dtype=np.uint8)
 
 def test_pixels_run_from_minus_one_to_one():
     picture = np.array([[[0, 127.5, 255]] * 2] * 2).astype(np.uint8)
-    pixels = tiles.to_pixels(Image.fromarray(picture), Vision(image_size_px=2))
+    pixels = tiling.to_pixels(Image.fromarray(picture), Vision(image_size_px=2))
     assert pixels.dtype == np.float32
     np.testing.assert_allclose(pixels[0, 0], [-1, 127 / 127.5 - 1, 1], atol=1e-6)
 
 
 def test_images_are_resized_where_they_differ():
     plain = Image.new("RGB", (30, 20), (255, 0, 0))
-    assert tiles.to_pixels(plain, Vision(image_size_px=8)).shape == (8, 8, 3)
+    assert tiling.to_pixels(plain, Vision(image_size_px=8)).shape == (8, 8, 3)
     np.testing.assert_allclose(
-        tiles.to_pixels(plain, Vision(image_size_px=8)), np.broadcast_to([1.0, -1, -1], (8, 8, 3))
+        tiling.to_pixels(plain, Vision(image_size_px=8)), np.broadcast_to([1.0, -1, -1], (8, 8, 3))
     )
     np.testing.assert_array_equal(images.fit(Image.fromarray(PICTURE), 4), PICTURE)
 
@@ -45,7 +45,9 @@ def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: show it a quarter turn clockwise
     Image.fromarray(PICTURE).save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(np.asarray(images.read_image(tmp_path / "a.png")), np.rot90(PICTURE, -1))
+    np.testing.assert_array_equal(
+        np.asarray(images.read_image(tmp_path / "a.png")), np.rot90(PICTURE, -1)
+    )
 
 
 SHORT, ASCII, LONG, UNDEFINED = 3, 2, 4, 7
@@ -64,7 +66,9 @@ def with_exif(block: bytes, kind: str = "JPEG") -> bytes:
     """A photo of 8 x 4 px with an EXIF block, in a file."""
     buffer = io.BytesIO()
     pixels = np.random.default_rng(1).integers(0, 256, (4, 8, 3), dtype=np.uint8)
-    frames = {"save_all": True, "append_images": [Image.new("RGB", (8, 4))]} if kind == "MPO" else {}
+    frames = (
+        {"save_all": True, "append_images": [Image.new("RGB", (8, 4))]} if kind == "MPO" else {}
+    )
     Image.fromarray(pixels).save(buffer, kind, exif=block, **frames)
     return buffer.getvalue()
 
@@ -75,7 +79,10 @@ def tiff(*entries) -> bytes:
     bits = 8 + 2 + 12 * count + 4  # where the bits per sample are, and behind them the pixels
     longs = {0x100: 8, 0x101: 4, 0x111: bits + 6, 0x116: 4, 0x117: len(pixels)}
     fields = [(tag, LONG, 1, struct.pack("<I", value)) for tag, value in longs.items()]
-    fields += [(tag, SHORT, 1, struct.pack("<HH", value, 0)) for tag, value in {0x103: 1, 0x106: 2, 0x115: 3}.items()]
+    fields += [
+        (tag, SHORT, 1, struct.pack("<HH", value, 0))
+        for tag, value in {0x103: 1, 0x106: 2, 0x115: 3}.items()
+    ]
     fields += [(0x102, SHORT, 3, struct.pack("<I", bits)), *entries]
     packed = b"".join(struct.pack("<HHI", *field[:3]) + field[3] for field in sorted(fields))
     head = b"II*\0\x08\0\0\0" + struct.pack("<H", count)
@@ -96,7 +103,9 @@ def test_a_malformed_exif_entry_changes_nothing(entry, kind, tmp_path):
     assert images.upright_size(odd) == images.decode(odd).size == (4, 8)
     np.testing.assert_array_equal(np.asarray(images.decode(odd)), np.asarray(images.decode(sound)))
     (tmp_path / "photo").write_bytes(odd)
-    np.testing.assert_array_equal(np.asarray(image_steps.read(tmp_path / "photo")), np.asarray(images.decode(sound)))
+    np.testing.assert_array_equal(
+        np.asarray(steps.read(tmp_path / "photo")), np.asarray(images.decode(sound))
+    )
 
 
 UPRIGHT = {
@@ -157,12 +166,20 @@ def png_of_size(width: int, height: int) -> bytes:
     """The header of a PNG in one bit a pixel, and no pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     checksum = struct.pack(">I", zlib.crc32(header))
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header) - 4) + header + checksum + b"\0\0\1\0IDAT"
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", len(header) - 4)
+        + header
+        + checksum
+        + b"\0\0\1\0IDAT"
+    )
 
 
 @pytest.mark.parametrize("read", [images.decode, images.upright_size, images.check])
 def test_an_image_of_too_many_pixels_is_refused_with_the_limit(read):
-    with pytest.raises(ConfigError, match=r"scan.png is too large: .*196000000 pixels.* 178956970 pixels; scale it"):
+    with pytest.raises(
+        ConfigError, match=r"scan.png is too large: .*196000000 pixels.* 178956970 pixels; scale it"
+    ):
         read(png_of_size(14_000, 14_000), "scan.png")
 
 
@@ -170,14 +187,19 @@ def test_metadata_beyond_a_limit_of_pillow_is_named():
     buffer, text = io.BytesIO(), PngInfo()
     text.add_text("workflow", "x" * (2 << 20), zip=True)
     Image.new("RGB", (2, 2)).save(buffer, "PNG", pnginfo=text)
-    with pytest.raises(ConfigError, match="a.png has metadata beyond a limit of Pillow .*; save it without metadata"):
+    with pytest.raises(
+        ConfigError,
+        match="a.png has metadata beyond a limit of Pillow .*; save it without metadata",
+    ):
         images.decode(buffer.getvalue(), "a.png")
 
 
 def test_a_large_image_is_read_without_a_warning(tmp_path):
     Image.new("1", (9_500, 9_500)).save(tmp_path / "scan.png")
     code = "import sys; from vlm_jax.data import images; print(images.read_image(sys.argv[1]).size)"
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "scan.png"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "scan.png"], capture_output=True, text=True
+    )
     assert (done.stdout, done.stderr) == ("(9500, 9500)\n", "")
 
 
@@ -237,7 +259,9 @@ def test_augmentation_only_moves_pixels(kinds, results):
     assert PICTURE.tobytes() in seen
     for moved in seen:
         pixels = np.frombuffer(moved, np.uint8).reshape(PICTURE.shape)
-        assert sorted(map(tuple, pixels.reshape(-1, 3))) == sorted(map(tuple, PICTURE.reshape(-1, 3)))
+        assert sorted(map(tuple, pixels.reshape(-1, 3))) == sorted(
+            map(tuple, PICTURE.reshape(-1, 3))
+        )
 
 
 def test_a_mirror_turns_left_and_right():
@@ -249,7 +273,10 @@ def test_a_mirror_turns_left_and_right():
 
 
 def test_a_shift_moves_what_stands_on_a_plain_background_to_every_place_and_never_cuts_it():
-    background, thing = np.full((6, 8, 3), 9, np.uint8), np.arange(18, dtype=np.uint8).reshape(2, 3, 3) + 20
+    background, thing = (
+        np.full((6, 8, 3), 9, np.uint8),
+        np.arange(18, dtype=np.uint8).reshape(2, 3, 3) + 20,
+    )
     background[1:3, 4:7] = thing
     rng = np.random.default_rng(0)
     seen = {images.augment(background, ("shift",), rng).tobytes() for _ in range(600)}

@@ -35,8 +35,14 @@ def run(tmp_path_factory):
         records.append({"id": str(number), "image": names, "conversations": turns})
     (folder / "t.json").write_text(json.dumps(records))
     cfg = with_placeholder()
-    files = {"files": (str(folder / "t.json"),), "image_dir": str(folder), "dir": str(folder / "sets")}
-    data = replace(cfg.data, source="conversations", images_per_row=5, text_length=120, bos_id=3, **files)
+    files = {
+        "files": (str(folder / "t.json"),),
+        "image_dir": str(folder),
+        "dir": str(folder / "sets"),
+    }
+    data = replace(
+        cfg.data, source="conversations", images_per_row=5, text_length=120, bos_id=3, **files
+    )
     cfg = replace(cfg, data=data, decoder=replace(cfg.decoder, max_positions=256))
     cfg = replace(cfg, train=replace(cfg.train, batch_size=2))
     texts = [text for talk in TALKS for text in talk[1:]]
@@ -57,7 +63,8 @@ def test_a_packed_conversation_has_the_logits_that_it_has_alone(run):
             (batch, row, slots)
             for batch in batches
             for row, slots in segments_of(batch)
-            if np.asarray(batch.tokens)[row, slots].tolist() == tokens and len(set(batch.segment_ids[row])) > 2
+            if np.asarray(batch.tokens)[row, slots].tolist() == tokens
+            and len(set(batch.segment_ids[row])) > 2
         )
         found, own = (np.asarray(forward(model, params, x).logits) for x in (batch, alone))
         np.testing.assert_allclose(found[row, slots], own[0], atol=1e-4)

@@ -10,19 +10,32 @@ import numpy as np
 import pytest
 
 from vlm_jax.config import ConfigError, Train
-from vlm_jax.data import conversations, packing, pipeline, tiles
+from vlm_jax.config.validate import validate
+from vlm_jax.data import (
+    conversations,
+    packing,
+    pipeline,
+)
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import NO_IMAGE
-from vlm_jax.testing import KINDS, hybrid_in_tiles, random_params, tiny, variants, write_conversations
+from vlm_jax.testing import (
+    KINDS,
+    hybrid_in_tiles,
+    random_params,
+    tiny,
+    variants,
+    write_conversations,
+)
 from vlm_jax.train.loss import cross_entropy
-from vlm_jax.validate import validate
 
 BIDIRECTIONAL, TILES = "unified, bidirectional prefix", "hybrid in tiles"
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return write_conversations(tmp_path_factory.mktemp("talks"), count=48)  # Grain shuffles a few records slowly
+    return write_conversations(
+        tmp_path_factory.mktemp("talks"), count=48
+    )  # Grain shuffles a few records slowly
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +47,9 @@ def source(data):
 def experiments(data):
     found = variants() | {BIDIRECTIONAL: tiny()}
     found[BIDIRECTIONAL] = replace(tiny(), fusion=replace(tiny().fusion, prefix="bidirectional"))
-    found[TILES] = replace(hybrid_in_tiles(), vision=replace(hybrid_in_tiles().vision, tiles=6))  # all images have six
+    found[TILES] = replace(
+        hybrid_in_tiles(), vision=replace(hybrid_in_tiles().vision, tiles=6)
+    )  # all images have six
     longer = {name: replace(cfg.decoder, max_positions=128) for name, cfg in found.items()}
     return {name: replace(cfg, data=data, decoder=longer[name]) for name, cfg in found.items()}
 
@@ -51,7 +66,11 @@ def row(cfg, elements):
     """A row with the conversations, as the packer's contract has it."""
     lengths, padding = packing.capacity(cfg)
     built = {name: np.full(lengths[name], padding[name]) for name in lengths}
-    built |= {f"{name}_{kind}": np.zeros(lengths[name], np.int32) for name in ("tokens", "images") for kind in IDS}
+    built |= {
+        f"{name}_{kind}": np.zeros(lengths[name], np.int32)
+        for name in ("tokens", "images")
+        for kind in IDS
+    }
     ends = Counter()
     for segment, element in enumerate(elements, 1):
         for name in lengths:
@@ -72,7 +91,9 @@ def to_batch(cfg, source, rows):
     """Twelve rows, the last of them empty: of one shape, so that a model is compiled once for all tests."""
     rows = [*rows, *[[]] * (12 - len(rows))]
     read = packing.pixel_reader(cfg, source)
-    return packing.to_batch(cfg, [row(cfg, elements) for elements in rows], functools.partial(map, read))
+    return packing.to_batch(
+        cfg, [row(cfg, elements) for elements in rows], functools.partial(map, read)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -85,7 +106,9 @@ def loss_of(cfg, batch):
 
 
 def elements_of(cfg, tokenizer, source):
-    return [packing.element(cfg, tokenizer, packing.tile_counter(cfg, source), talk) for talk in source]
+    return [
+        packing.element(cfg, tokenizer, packing.tile_counter(cfg, source), talk) for talk in source
+    ]
 
 
 def random_rows(cfg, elements, rng):
@@ -119,7 +142,9 @@ def test_packed_loss_is_unpacked_loss_in_any_order(name, experiments, tokenizer,
 
 
 @every_kind
-def test_what_another_conversation_says_and_shows_changes_nothing(name, experiments, tokenizer, source):
+def test_what_another_conversation_says_and_shows_changes_nothing(
+    name, experiments, tokenizer, source
+):
     cfg = experiments[name]
     elements = elements_of(cfg, tokenizer, source)
     batch = to_batch(cfg, source, [elements[:3]])  # 0, 1 and 2 images
@@ -131,13 +156,17 @@ def test_what_another_conversation_says_and_shows_changes_nothing(name, experime
         said = rng.integers(4, cfg.decoder.vocab_size, batch.tokens.shape)
         shown = np.array(batch.images)
         shown[:, images] = rng.normal(size=shown[:, images].shape)
-        other = batch.replace(tokens=np.where(own, said, batch.tokens).astype(np.int32), images=shown)
+        other = batch.replace(
+            tokens=np.where(own, said, batch.tokens).astype(np.int32), images=shown
+        )
         after = logits_of(cfg, random_params(cfg), other)
         others = (batch.segment_ids != changed) & (batch.segment_ids > 0)
         np.testing.assert_array_equal(after[others], before[others])
         assert not np.array_equal(after[own], before[own])
         shown = batch.replace(images=shown)
-        assert np.array_equal(logits_of(cfg, random_params(cfg), shown)[own], before[own]) == (not images)
+        assert np.array_equal(logits_of(cfg, random_params(cfg), shown)[own], before[own]) == (
+            not images
+        )
 
 
 @every_kind
@@ -147,7 +176,9 @@ def test_a_slot_without_an_image_is_read_by_nobody(name, experiments, tokenizer,
     assert not batch.images[:, 1:].any()
     assert batch.image_mask.any(1).sum() == 1
     filled = np.where(batch.image_mask.any(1)[..., None, None, None], batch.images, np.float32(9))
-    before, after = (logits_of(cfg, random_params(cfg), b) for b in (batch, batch.replace(images=filled)))
+    before, after = (
+        logits_of(cfg, random_params(cfg), b) for b in (batch, batch.replace(images=filled))
+    )
     there = batch.segment_ids > 0
     np.testing.assert_array_equal(after[there], before[there])
 
@@ -158,7 +189,10 @@ def test_images_of_a_row_follow_one_another(experiments, tokenizer, source):
     there = batch.image_slots != NO_IMAGE
     assert batch.image_slots[there].tolist() == list(range(3 * cfg.image_tokens))
     assert batch.segment_ids[there].tolist() == [2] * cfg.image_tokens + [3] * 2 * cfg.image_tokens
-    seen = [batch.image_mask[0][batch.segment_ids[0] == segment].any(0).tolist() for segment in (1, 2, 3)]
+    seen = [
+        batch.image_mask[0][batch.segment_ids[0] == segment].any(0).tolist()
+        for segment in (1, 2, 3)
+    ]
     assert seen == [[False] * 3, [True, False, False], [False, True, True]]
     assert not batch.image_mask[batch.segment_ids == 0].any()
 
@@ -190,23 +224,34 @@ def expected(cfg, tokenizer):
 
 
 def test_rows_hold_whole_conversations_each_equally_often(cfg, expected, tokenizer, source):
-    known = {tuple(e["tokens"].tolist()): i for i, e in enumerate(elements_of(cfg, tokenizer, source))}
+    known = {
+        tuple(e["tokens"].tolist()): i for i, e in enumerate(elements_of(cfg, tokenizer, source))
+    }
     found = Counter()
     for batch in expected[:9]:
         for tokens, ids in zip(batch.tokens, batch.segment_ids, strict=True):
-            found.update(known[tuple(tokens[ids == segment].tolist())] for segment in range(1, ids.max() + 1))
+            found.update(
+                known[tuple(tokens[ids == segment].tolist())] for segment in range(1, ids.max() + 1)
+            )
     assert len(found) == 48
     assert max(found.values()) - min(found.values()) <= 1
 
 
 @pytest.mark.parametrize("done", [0, 1, 4])
 def test_the_ids_of_a_batch_are_those_of_its_conversations(done, cfg, expected, tokenizer, source):
-    known = {source[i].id: e["tokens"].tolist() for i, e in enumerate(elements_of(cfg, tokenizer, source))}
+    known = {
+        source[i].id: e["tokens"].tolist()
+        for i, e in enumerate(elements_of(cfg, tokenizer, source))
+    }
     iterator = pipeline.training_iterator(cfg, tokenizer)
     take(iterator, done)
     state, batch = iterator.get_state(), expected[done]
     rows = zip(batch.tokens, batch.segment_ids, strict=True)
-    held = [tokens[ids == segment].tolist() for tokens, ids in rows for segment in range(1, ids.max() + 1)]
+    held = [
+        tokens[ids == segment].tolist()
+        for tokens, ids in rows
+        for segment in range(1, ids.max() + 1)
+    ]
     assert [known[one] for one in pipeline.ids(cfg, tokenizer, state)] == held
 
 
@@ -215,7 +260,9 @@ def test_rows_are_filled(expected):
     assert np.sum(ids > 0) > 1.8 * np.sum(ids == 1)
 
 
-@pytest.mark.parametrize("done", [0, 1, 2, 3, 4])  # within a window of rows, at its end, and behind it
+@pytest.mark.parametrize(
+    "done", [0, 1, 2, 3, 4]
+)  # within a window of rows, at its end, and behind it
 def test_a_restored_iterator_continues_exactly(cfg, expected, tokenizer, done):
     iterator = pipeline.training_iterator(cfg, tokenizer)
     take(iterator, done)
@@ -229,10 +276,14 @@ def test_a_restored_iterator_continues_exactly(cfg, expected, tokenizer, done):
 def test_the_seed_alone_decides(cfg, expected, tokenizer):
     other_threads = replace(cfg, data=replace(cfg.data, threads=0, prefetch=0))
     assert equal(take(pipeline.training_iterator(other_threads, tokenizer), 4), expected[:4])
-    assert not equal(take(pipeline.training_iterator(replace(cfg, seed=1), tokenizer), 1), expected[:1])
+    assert not equal(
+        take(pipeline.training_iterator(replace(cfg, seed=1), tokenizer), 1), expected[:1]
+    )
 
 
-def test_processes_share_each_batch_of_one_process_and_any_number_of_them_continues(cfg, expected, tokenizer):
+def test_processes_share_each_batch_of_one_process_and_any_number_of_them_continues(
+    cfg, expected, tokenizer
+):
     shares = [pipeline.training_iterator(cfg, tokenizer, i, 2) for i in range(2)]
     for batch in expected[:3]:
         for i, share in enumerate(shares):
@@ -246,7 +297,9 @@ def test_processes_share_each_batch_of_one_process_and_any_number_of_them_contin
 def test_a_process_reads_the_images_of_its_rows_only(cfg, tokenizer, monkeypatch):
     read = []
     image = conversations.Conversations.image
-    monkeypatch.setattr(conversations.Conversations, "image", lambda self, i: read.append(i) or image(self, i))
+    monkeypatch.setattr(
+        conversations.Conversations, "image", lambda self, i: read.append(i) or image(self, i)
+    )
     monkeypatch.setattr(tiles, "CACHE_BYTES", 0)
     cfg = replace(cfg, data=replace(cfg.data, prefetch=0))
     share = next(pipeline.training_iterator(cfg, tokenizer, 1, 2))
@@ -258,17 +311,27 @@ def test_a_long_conversation_is_cut_and_too_many_images_are_refused(cfg, tokeniz
     batch = next(pipeline.training_iterator(short, tokenizer))
     assert batch.tokens.shape == (4, 20)
     with pytest.raises(ConfigError, match="data.images_per_row 1 is too small: .* has 2 images"):
-        pipeline.training_iterator(replace(cfg, data=replace(cfg.data, images_per_row=1)), tokenizer)
+        pipeline.training_iterator(
+            replace(cfg, data=replace(cfg.data, images_per_row=1)), tokenizer
+        )
 
 
 def test_text_alone_takes_no_images(experiments, tokenizer):
-    cfg = replace(experiments["unified"], fusion=replace(experiments["unified"].fusion, kind="text_only"))
+    cfg = replace(
+        experiments["unified"], fusion=replace(experiments["unified"].fusion, kind="text_only")
+    )
     batch = next(pipeline.training_iterator(cfg, tokenizer))
     assert batch.images is None
     assert not batch.image_mask.any()
 
 
-TILED = {"tiles": 4, "tile_layouts": ((1, 1), (2, 2)), "global_depth": 1, "class_token": True, "keep_class_token": True}
+TILED = {
+    "tiles": 4,
+    "tile_layouts": ((1, 1), (2, 2)),
+    "global_depth": 1,
+    "class_token": True,
+    "keep_class_token": True,
+}
 
 
 def with_tiled_encoder(cfg):
@@ -285,16 +348,28 @@ def test_an_encoder_with_tiles_is_given_each_image_as_its_first(kind, experiment
     np.testing.assert_array_equal(tiles.image_mask[..., ::4], plain.image_mask)
     assert tiles.image_mask.sum() == plain.image_mask.sum()
     image, token = np.divmod(plain.image_slots, whole.image_tokens)
-    expected = np.where(plain.image_slots == NO_IMAGE, NO_IMAGE, image * 4 * whole.image_tokens + token)
+    expected = np.where(
+        plain.image_slots == NO_IMAGE, NO_IMAGE, image * 4 * whole.image_tokens + token
+    )
     np.testing.assert_array_equal(tiles.image_slots, expected)
     assert (image.max() > 0) == cut.fusion.image_in_sequence, "a row has several images"
 
 
-def test_of_an_encoder_with_tiles_the_tokens_of_an_images_first_tile_stand_in_the_sequence(experiments, tokenizer):
+def test_of_an_encoder_with_tiles_the_tokens_of_an_images_first_tile_stand_in_the_sequence(
+    experiments, tokenizer
+):
     cfg = with_tiled_encoder(experiments["unified"])
-    batch, params, size = next(pipeline.training_iterator(cfg, tokenizer)), random_params(cfg), cfg.image_tokens
+    batch, params, size = (
+        next(pipeline.training_iterator(cfg, tokenizer)),
+        random_params(cfg),
+        cfg.image_tokens,
+    )
     read = jax.jit(lambda batch: VLM(cfg).apply({"params": params}, batch, method="image_tokens"))
-    for made, slots, mask in zip(np.asarray(read(batch)), batch.image_slots, batch.image_mask, strict=True):
+    for made, slots, mask in zip(
+        np.asarray(read(batch)), batch.image_slots, batch.image_mask, strict=True
+    ):
         shown = mask.any(0)[::4]
         placed = made[slots[slots != NO_IMAGE]]
-        np.testing.assert_array_equal(placed, made.reshape(3, 4, size, -1)[shown, 0].reshape(placed.shape))
+        np.testing.assert_array_equal(
+            placed, made.reshape(3, 4, size, -1)[shown, 0].reshape(placed.shape)
+        )

@@ -9,9 +9,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_jax.config import ConfigError, Data, Experiment, Fusion, Train
+from vlm_jax.config import (
+    ConfigError,
+    Data,
+    Experiment,
+    Fusion,
+    Train,
+)
 from vlm_jax.data import images as image_files
-from vlm_jax.data import pipeline, questions, room, sources, tiles
+from vlm_jax.data import (
+    length_check,
+    pipeline,
+    questions,
+    sources,
+    tiling,
+)
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.testing import tiny, write_conversations
 
@@ -40,7 +52,9 @@ def image_keys(batches):
     """One key an image, whatever symmetry of the square it was given."""
     symmetries = [(turns, flip) for turns in range(4) for flip in (1, -1)]
     pictures = [picture for batch in batches for picture in batch.images[:, 0]]
-    return [min(np.rot90(p, turns)[:, ::flip].tobytes() for turns, flip in symmetries) for p in pictures]
+    return [
+        min(np.rot90(p, turns)[:, ::flip].tobytes() for turns, flip in symmetries) for p in pictures
+    ]
 
 
 def test_shapes_and_types(cfg, tokenizer):
@@ -96,7 +110,9 @@ def test_processes_share_each_batch_of_one_process(cfg, tokenizer):
 
 
 def test_processes_read_disjoint_images(cfg, tokenizer):
-    first, second = (set(image_keys(take(pipeline.training_iterator(cfg, tokenizer, i, 2), 3))) for i in range(2))
+    first, second = (
+        set(image_keys(take(pipeline.training_iterator(cfg, tokenizer, i, 2), 3))) for i in range(2)
+    )
     assert not first & second
     assert len(first | second) == 24
 
@@ -111,7 +127,7 @@ def test_a_process_decodes_the_images_of_its_rows_only(cfg, tokenizer, monkeypat
         return decode(encoded, name)
 
     monkeypatch.setattr(image_files, "decode", counted)
-    monkeypatch.setattr(tiles, "CACHE_BYTES", 0)
+    monkeypatch.setattr(tiling, "CACHE_BYTES", 0)
     cfg = replace(cfg, data=replace(cfg.data, prefetch=0, threads=0))
     share = next(pipeline.training_iterator(cfg, tokenizer, 1, 2))
     assert len(decoded) == len(share.tokens) == cfg.train.batch_size // 2
@@ -120,8 +136,12 @@ def test_a_process_decodes_the_images_of_its_rows_only(cfg, tokenizer, monkeypat
 def test_a_broken_image_is_named_by_its_dataset_split_and_row(cfg, monkeypatch):
     records = sources.load(cfg.data, "test[10:]")
     read = sources.Records.__getitem__
-    monkeypatch.setattr(sources.Records, "__getitem__", lambda rows, i: replace(read(rows, i), image=b"GIF89a"))
-    said = r"the image of row 7 of data.source easy_vqa, split 'test\[10:\]' is not a readable image"
+    monkeypatch.setattr(
+        sources.Records, "__getitem__", lambda rows, i: replace(read(rows, i), image=b"GIF89a")
+    )
+    said = (
+        r"the image of row 7 of data.source easy_vqa, split 'test\[10:\]' is not a readable image"
+    )
     with pytest.raises(ConfigError, match=said):
         pipeline.Decoded(records, cfg.vision)[7]
 
@@ -132,7 +152,9 @@ def test_questions_of_a_row_belong_to_its_image_and_are_chosen_anew(cfg, tokeniz
     asked = {records[i].image.tobytes(): records[i] for i in range(len(records))}
     drawn = set()
     for batch in take(pipeline.training_iterator(cfg, tokenizer), 9):
-        for tokens, branches, picture in zip(batch.tokens, batch.branch_ids, batch.images[:, 0], strict=True):
+        for tokens, branches, picture in zip(
+            batch.tokens, batch.branch_ids, batch.images[:, 0], strict=True
+        ):
             record = asked[np.round((picture + 1) * 127.5).astype(np.uint8).tobytes()]
             lines = [tokenizer.decode(tokens[branches == b]) for b in range(1, branches.max() + 1)]
             known = [f"{q}\n{a}" for q, a in zip(record.questions, record.answers, strict=True)]
@@ -151,22 +173,30 @@ def test_bad_settings_are_refused(cfg, tokenizer):
     with pytest.raises(ConfigError, match="train.batch_size 8"):
         pipeline.training_iterator(cfg, tokenizer, 0, 3)
     with pytest.raises(ConfigError, match="data.text_length 4"):
-        next(pipeline.training_iterator(replace(cfg, data=replace(cfg.data, text_length=4)), tokenizer))
+        next(
+            pipeline.training_iterator(
+                replace(cfg, data=replace(cfg.data, text_length=4)), tokenizer
+            )
+        )
 
 
 def test_questions_that_do_not_fit_their_rows_are_counted(cfg, tokenizer):
     """A row that is one token too long leaves out its last question alone."""
     all_asked = replace(cfg, data=replace(cfg.data, questions_per_row=100))
-    rows = room.sampled_rows(all_asked, tokenizer)
+    rows = length_check.sampled_rows(all_asked, tokenizer)
     lengths = [sum(len(prompt) + len(answer) for prompt, answer in row) for row in rows]
     longest = max(lengths)
     assert len(rows) == 24
 
     def said(text_length):
-        return room.left_out(replace(all_asked, data=replace(all_asked.data, text_length=text_length)), tokenizer)
+        return length_check.left_out(
+            replace(all_asked, data=replace(all_asked.data, text_length=text_length)), tokenizer
+        )
 
     assert said(longest) == ""
-    expected = f"{lengths.count(longest)} of {sum(map(len, rows))} questions in 24 training rows (0."
+    expected = (
+        f"{lengths.count(longest)} of {sum(map(len, rows))} questions in 24 training rows (0."
+    )
     assert said(longest - 1).startswith(expected)
     assert f"do not fit data.text_length {longest - 1} and are left out" in said(longest - 1)
     assert f"rows of {longest} tokens would fit all of these" in said(longest - 1)
@@ -174,14 +204,14 @@ def test_questions_that_do_not_fit_their_rows_are_counted(cfg, tokenizer):
 
 def test_a_sample_of_rows_is_spread_over_the_split(cfg, tokenizer, monkeypatch):
     every = replace(cfg, data=replace(cfg.data, questions_per_row=100))
-    rows = room.sampled_rows(every, tokenizer)
-    monkeypatch.setattr(room, "SAMPLED_ROWS", 10)
-    assert list(map(len, room.sampled_rows(every, tokenizer))) == list(map(len, rows[::3]))
+    rows = length_check.sampled_rows(every, tokenizer)
+    monkeypatch.setattr(length_check, "SAMPLED_ROWS", 10)
+    assert list(map(len, length_check.sampled_rows(every, tokenizer))) == list(map(len, rows[::3]))
 
 
 def test_of_conversations_none_is_left_out(tmp_path):
     cfg = tiny(data=write_conversations(tmp_path))
-    assert room.left_out(cfg, pipeline.train_tokenizer(cfg)) == ""
+    assert length_check.left_out(cfg, pipeline.train_tokenizer(cfg)) == ""
 
 
 def test_the_ids_of_a_batch_are_those_of_its_images(cfg, tokenizer):
@@ -197,7 +227,9 @@ def test_the_ids_of_a_batch_are_those_of_its_images(cfg, tokenizer):
 
 
 def test_the_place_in_the_data_is_the_same_for_any_number_of_processes(cfg, tokenizer):
-    alone, first, second = (pipeline.training_iterator(cfg, tokenizer, *of) for of in [(0, 1), (0, 2), (1, 2)])
+    alone, first, second = (
+        pipeline.training_iterator(cfg, tokenizer, *of) for of in [(0, 1), (0, 2), (1, 2)]
+    )
     for _ in range(3):
         next(alone), next(first)
     assert alone.get_state() == first.get_state()
@@ -221,7 +253,11 @@ def test_questions_are_read_in_order(cfg):
     assert questions.load(cfg, "test", limit=5) == everything[:5]
     last = everything[-1]
     record = sources.load(cfg.data, "test")[999]
-    assert (last.question, last.answer, last.type) == (record.questions[-1], record.answers[-1], record.types[-1])
+    assert (last.question, last.answer, last.type) == (
+        record.questions[-1],
+        record.answers[-1],
+        record.types[-1],
+    )
     picture = np.asarray(Image.open(io.BytesIO(record.image)).convert("RGB"))
     np.testing.assert_array_equal(last.images()[0], picture)
 
@@ -236,14 +272,18 @@ def test_prompts_of_a_batch_all_end_in_the_last_slot(cfg, tokenizer):
         assert batch.segment_ids[row, -1] == 1
     assert batch.images.shape == (2, 1, 64, 64, 3)
     assert batch.targets is None
-    assert questions.prompt_batch(cfg, tokenizer, [[picture]], ["red?"], length=120).tokens.shape == (1, 120)
+    assert questions.prompt_batch(
+        cfg, tokenizer, [[picture]], ["red?"], length=120
+    ).tokens.shape == (1, 120)
 
 
 @pytest.mark.parametrize("kind", ["unified", "cross_attention"])
 def test_rows_may_differ_in_their_number_of_images(cfg, tokenizer, kind):
     cfg = replace(cfg, fusion=Fusion(kind=kind))
     picture = np.full((64, 64, 3), 0.5, np.float32)
-    batch = questions.prompt_batch(cfg, tokenizer, [[picture, picture], [picture], []], ["a", "a", "a"])
+    batch = questions.prompt_batch(
+        cfg, tokenizer, [[picture, picture], [picture], []], ["a", "a", "a"]
+    )
     assert batch.images.shape == (3, 2, 64, 64, 3)
     assert batch.images[:, :, 0, 0, 0].tolist() == [[0.5, 0.5], [0.5, 0], [0, 0]]
     assert batch.image_mask[:, -1].tolist() == [[True, True], [True, False], [False, False]]

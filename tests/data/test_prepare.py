@@ -31,9 +31,19 @@ def test_a_source_that_needs_no_beam_is_refused(tmp_path, capsys):
 def on_beam(config):
     """Runs the preparation of a config by Beam's local runner."""
     pytest.importorskip("apache_beam", reason="pip install -r requirements-beam.txt")
-    command = [sys.executable, "-m", "vlm_jax.data.prepare", "--config", str(config), "--", "--runner=DirectRunner"]
+    command = [
+        sys.executable,
+        "-m",
+        "vlm_jax.data.prepare",
+        "--config",
+        str(config),
+        "--",
+        "--runner=DirectRunner",
+    ]
     path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
 
 
 def test_beam_names_all_broken_images_at_once(tmp_path):
@@ -47,10 +57,14 @@ def test_beam_names_all_broken_images_at_once(tmp_path):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     message = done.stderr.splitlines()[-1]
-    assert message.startswith(f"error: 2 of 6 images in data.image_dir {tmp_path} cannot be used: image ")
+    assert message.startswith(
+        f"error: 2 of 6 images in data.image_dir {tmp_path} cannot be used: image "
+    )
     assert message.endswith("; repair or replace them, and the same command continues.")
     for name, talk in (("1_0.jpg", 1), ("5_1.png", 5)):
-        assert re.search(f"image {name} is not a readable image: [^;]* \\(record 'talk {talk}'\\)", message)
+        assert re.search(
+            f"image {name} is not a readable image: [^;]* \\(record 'talk {talk}'\\)", message
+        )
 
 
 def test_what_beam_prepares_is_found(tmp_path):
@@ -60,7 +74,10 @@ def test_what_beam_prepares_is_found(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "6 conversations are prepared" in done.stdout
     talks = tmp_path / "talks"
-    files, folders = (str(talks / "talks.json"),), {"image_dir": str(talks), "dir": str(talks / "datasets")}
+    files, folders = (
+        (str(talks / "talks.json"),),
+        {"image_dir": str(talks), "dir": str(talks / "datasets")},
+    )
     from_beam = conversations.load(Data(source="conversations", files=files, **folders), "train")
     elsewhere = conversations.load(write_conversations(tmp_path / "plain", 6), "train")
     assert list(from_beam) == list(elsewhere)

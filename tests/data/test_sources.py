@@ -18,7 +18,9 @@ from vlm_jax.data import conversations, sources
 from vlm_jax.testing import write_conversations
 
 
-@pytest.mark.parametrize(("split", "images", "questions"), [("train", 4000, 38_575), ("test", 1000, 9_673)])
+@pytest.mark.parametrize(
+    ("split", "images", "questions"), [("train", 4000, 38_575), ("test", 1000, 9_673)]
+)
 def test_counts_and_order(datasets_dir, split, images, questions):
     records = sources.load(Data(dir=datasets_dir), split)
     assert len(records) == images
@@ -31,7 +33,9 @@ def test_a_record_is_that_of_the_package(datasets_dir):
     import easy_vqa
 
     record = sources.load(Data(dir=datasets_dir), "test")[17]
-    expected = [(q, a) for q, a, image in zip(*easy_vqa.get_test_questions(), strict=True) if image == 17]
+    expected = [
+        (q, a) for q, a, image in zip(*easy_vqa.get_test_questions(), strict=True) if image == 17
+    ]
     assert list(zip(record.questions, record.answers, strict=True)) == expected
     assert Image.open(io.BytesIO(record.image)).size == (64, 64)
     with open(easy_vqa.get_test_image_paths()[17], "rb") as file:
@@ -58,8 +62,12 @@ def test_slices(datasets_dir):
     assert sources.load(data, "train[90%:]")[0].image_id == 3600
 
 
-NO_SPLITS = dict.fromkeys(["nonsense", "train[", "train[:x]", ""], "no split: choose train, test, or a")
-EMPTY = dict.fromkeys(["train[:0]", "train[5:2]", "test[:0%]"], "an empty split: .* train 4000, test 1000")
+NO_SPLITS = dict.fromkeys(
+    ["nonsense", "train[", "train[:x]", ""], "no split: choose train, test, or a"
+)
+EMPTY = dict.fromkeys(
+    ["train[:0]", "train[5:2]", "test[:0%]"], "an empty split: .* train 4000, test 1000"
+)
 
 
 @pytest.mark.parametrize("split, said", (NO_SPLITS | EMPTY).items(), ids=NO_SPLITS | EMPTY)
@@ -71,7 +79,9 @@ def test_a_bad_split_names_its_field(datasets_dir, split, said):
 
 
 def test_an_unknown_source_lists_the_choices(datasets_dir):
-    with pytest.raises(ConfigError, match=r"data.source 'easy_vqq'.*perhaps you meant easy_vqa.*choose"):
+    with pytest.raises(
+        ConfigError, match=r"data.source 'easy_vqq'.*perhaps you meant easy_vqa.*choose"
+    ):
         sources.load(Data(source="easy_vqq", dir=datasets_dir), "train")
 
 
@@ -115,7 +125,10 @@ def test_tensorflow_stays_out_and_tfds_stays_silent(tmp_path):
     )
     path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stderr
     assert (done.stdout, done.stderr) == (f"preparing the dataset easy_vqa in {tmp_path}\n", "")

@@ -9,7 +9,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from vlm_jax.config import ConfigError
 from vlm_jax.data import templates, text
-from vlm_jax.data.tokenizer import EOS, IMAGE, PAD, Tokenizer
+from vlm_jax.data.tokenizer import (
+    EOS,
+    IMAGE,
+    PAD,
+    Tokenizer,
+)
 from vlm_jax.structs import NO_IMAGE
 from vlm_jax.testing import tiny
 
@@ -57,7 +62,9 @@ def a_space_before_a_text() -> Tokenizer:
     """As SentencePiece has it."""
     bpe = tokenizers.Tokenizer(models.Unigram())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=["<unk>", "<s>", "</s>", "<im>"], unk_token="<unk>")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=60, special_tokens=["<unk>", "<s>", "</s>", "<im>"], unk_token="<unk>"
+    )
     bpe.train_from_iterator(["USER: what is it? ASSISTANT: a cat", "and here? a dog"], trainer)
     return Tokenizer(bpe, (0, 3, 0, 2))
 
@@ -82,7 +89,9 @@ def test_the_answers_alone_are_scored_with_any_tokenizer(make, template):
     assert len(prompt) + len(scored) == len(fields["tokens"])
 
 
-@pytest.mark.parametrize(("kind", "slots"), [("unified", 8), ("cross_attention", 0), ("encoder_decoder", 0)])
+@pytest.mark.parametrize(
+    ("kind", "slots"), [("unified", 8), ("cross_attention", 0), ("encoder_decoder", 0)]
+)
 def test_images_stand_where_their_marks_are(tokenizer, kind, slots):
     fields = templates.encode(experiment(kind), tokenizer, TURNS, (1, 1))
     there = fields["image_slots"] != NO_IMAGE
@@ -93,7 +102,9 @@ def test_images_stand_where_their_marks_are(tokenizer, kind, slots):
 
 
 def test_before_a_mark_no_image_is_seen(tokenizer):
-    fields = templates.encode(experiment("cross_attention"), tokenizer, ["look <image> here", "a"], (1,))
+    fields = templates.encode(
+        experiment("cross_attention"), tokenizer, ["look <image> here", "a"], (1,)
+    )
     before = len(tokenizer.encode("look "))
     assert fields["images_seen"].tolist() == [0] * before + [1] * (len(fields["tokens"]) - before)
 
@@ -108,7 +119,9 @@ def test_a_conversation_begins_with_its_bos(tokenizer):
 @pytest.mark.parametrize("question", ["<image>", "<image><image>", "hello", ""])
 @pytest.mark.parametrize("bos_id", [-1, 7])
 @pytest.mark.parametrize("template", ["plain", "vicuna", "caption"])
-@pytest.mark.parametrize("kind", ["unified", "cross_attention", "encoder_decoder", "hybrid", "text_only"])
+@pytest.mark.parametrize(
+    "kind", ["unified", "cross_attention", "encoder_decoder", "hybrid", "text_only"]
+)
 def test_the_first_token_of_an_answer_is_predicted_from_the_prompt_and_all_its_images(
     tokenizer, kind, template, bos_id, question
 ):
@@ -137,7 +150,9 @@ def test_a_begin_token_stands_only_where_a_prompt_has_no_other(tokenizer):
 
 
 def test_every_caption_is_predicted_with_its_own_image(tokenizer):
-    fields = templates.encode(experiment("cross_attention", "caption", bos_id=7), tokenizer, TURNS, (1, 1))
+    fields = templates.encode(
+        experiment("cross_attention", "caption", bos_id=7), tokenizer, TURNS, (1, 1)
+    )
     first = 1 + len(tokenizer.encode("a cat"))  # <bos> a cat <eos> a dog <eos>
     assert fields["images_seen"].tolist() == [1] * first + [2] * (len(fields["tokens"]) - first)
 
@@ -173,7 +188,9 @@ def test_a_prompt_is_the_start_of_its_conversation(tokenizer):
     length = len(row["tokens"])
     for name in ("tokens", "image_slots"):
         np.testing.assert_array_equal(row[name], fields[name][:length])
-    assert fields["loss_weights"][length - 1] == 1, "its last token is where the answer is scored from"
+    assert fields["loss_weights"][length - 1] == 1, (
+        "its last token is where the answer is scored from"
+    )
     np.testing.assert_array_equal(row["image_mask"][:, 0], fields["images_seen"][:length] > 0)
     unmarked = templates.prompt_row(cfg, tokenizer, "what is it?", (1,), length + 3)
     np.testing.assert_array_equal(unmarked["tokens"], [PAD] * 3 + row["tokens"].tolist())

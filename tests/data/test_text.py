@@ -5,9 +5,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vlm_jax.config import ConfigError, Data, Experiment, Fusion, Projector, Vision
+from vlm_jax.config import (
+    ConfigError,
+    Data,
+    Experiment,
+    Fusion,
+    Projector,
+    Vision,
+)
 from vlm_jax.data import text
-from vlm_jax.data.tokenizer import EOS, IMAGE, NEWLINE, PAD, SPECIALS, Tokenizer
+from vlm_jax.data.tokenizer import (
+    EOS,
+    IMAGE,
+    NEWLINE,
+    PAD,
+    SPECIALS,
+    Tokenizer,
+)
 
 TEXTS = ["is there a red shape in the image?", "what color is the circle?", "yes", "no", "red"] * 3
 
@@ -45,7 +59,9 @@ def test_a_packed_row_drawn_by_hand():
     }
     assert {name: values.tolist() for name, values in row.items()} == drawn
     types = {"image_mask": np.bool_, "loss_weights": np.float32}
-    assert {name: values.dtype for name, values in row.items()} == {n: types.get(n, np.int32) for n in drawn}
+    assert {name: values.dtype for name, values in row.items()} == {
+        n: types.get(n, np.int32) for n in drawn
+    }
 
 
 @pytest.mark.parametrize("kind", ["cross_attention", "encoder_decoder"])
@@ -68,7 +84,9 @@ def test_newlines_end_the_rows_of_the_grid_and_take_no_image_token():
 
 
 @pytest.mark.parametrize(
-    "projector", [Projector(), Projector("pixel_shuffle"), Projector("resampler", queries=5)], ids=lambda p: p.kind
+    "projector",
+    [Projector(), Projector("pixel_shuffle"), Projector("resampler", queries=5)],
+    ids=lambda p: p.kind,
 )
 @pytest.mark.parametrize("newline", [False, True])
 @pytest.mark.parametrize("fusion", ["unified", "cross_attention"])
@@ -81,7 +99,9 @@ def test_an_image_takes_the_slots_that_the_config_says(projector, newline, fusio
 
 
 def test_pairs_that_do_not_fit_are_left_out_whole():
-    row = text.pack_row(experiment("cross_attention", text_length=8), [PAIRS[0], ([7] * 4, [8]), PAIRS[1]])
+    row = text.pack_row(
+        experiment("cross_attention", text_length=8), [PAIRS[0], ([7] * 4, [8]), PAIRS[1]]
+    )
     assert row["tokens"].tolist() == [10, 11, 12, EOS, 20, 21, 22, EOS]
     with pytest.raises(ConfigError, match=r"data.text_length 3 .* 4 tokens"):
         text.pack_row(experiment(text_length=3), PAIRS)
@@ -100,7 +120,10 @@ def test_a_row_without_questions_scores_nothing():
 
 
 def test_scored_tokens_decode_to_the_answers(tokenizer):
-    questions = [("is there a red shape in the image?", "yes"), ("what color is the circle?", "dark red")]
+    questions = [
+        ("is there a red shape in the image?", "yes"),
+        ("what color is the circle?", "dark red"),
+    ]
     pairs = [(text.prompt_ids(tokenizer, q), text.answer_ids(tokenizer, a)) for q, a in questions]
     row = text.pack_row(experiment(text_length=80), pairs)
     for branch, (question, answer) in enumerate(questions, 1):
@@ -143,7 +166,9 @@ def test_prompts_with_no_image_and_with_two():
     assert two["image_mask"].all()
 
 
-@pytest.mark.parametrize("line", ["is there a red shape?", "Ünïcødé 图像 🙂\n\ttab", "<eos><image> <pad>", ""])
+@pytest.mark.parametrize(
+    "line", ["is there a red shape?", "Ünïcødé 图像 🙂\n\ttab", "<eos><image> <pad>", ""]
+)
 def test_any_text_comes_back(tokenizer, line):
     ids = tokenizer.encode(line)
     assert tokenizer.decode(ids) == line

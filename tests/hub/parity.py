@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from flax import traverse_util
 
-from vlm_jax.hub.files import open_tensors
 from vlm_jax.hub.inputs import to_batch
 from vlm_jax.hub.load import inspect, load_params
 from vlm_jax.hub.save import write_model
+from vlm_jax.hub.tensors.folder import open_tensors
 
 SMALL = {
     "vocab_size": 64,
@@ -41,7 +41,9 @@ def saved(model: torch.nn.Module, folder) -> torch.nn.Module:
 
 def reference(model: torch.nn.Module, output: str = "logits", **inputs) -> np.ndarray:
     with torch.no_grad():
-        return getattr(model(**{name: torch.tensor(x) for name, x in inputs.items()}), output).numpy()
+        return getattr(
+            model(**{name: torch.tensor(x) for name, x in inputs.items()}), output
+        ).numpy()
 
 
 def ours(folder, image_token: int | None = None, **inputs) -> np.ndarray:

@@ -23,19 +23,30 @@ from transformers import (
 
 from tests.hub import tiny_tokenizers
 from tests.hub.parity import SMALL, forward, reference, saved
-from vlm_jax import axes, cli
-from vlm_jax.config import ConfigError, Fusion, Mesh, Projector
-from vlm_jax.data.tiles import tag_names
+from vlm_jax import axes
+from vlm_jax.cli import commands
+from vlm_jax.config import (
+    ConfigError,
+    Fusion,
+    Mesh,
+    Projector,
+)
+from vlm_jax.config.validate import validate
+from vlm_jax.data.tiling import tag_names
 from vlm_jax.hub import compose
 from vlm_jax.hub.inputs import to_batch
-from vlm_jax.hub.tokenizer import HubTokenizer
+from vlm_jax.hub.text.tokenizer import HubTokenizer
 from vlm_jax.infer import demo
 from vlm_jax.nn.models import boxed_params, model_of
 from vlm_jax.testing import random_batch, tiny
 from vlm_jax.train import loop
-from vlm_jax.validate import validate
 
-TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
 TOWER |= {"image_size": 32, "patch_size": 8}
 MEAN = [0.4, 0.5, 0.6]
 
@@ -50,32 +61,50 @@ def folders(tmp_path_factory):
         return made[name]
 
     saved(CLIPVisionModel(CLIPVisionConfig(**TOWER)), folder("clip"))
-    CLIPImageProcessor(image_mean=MEAN, size={"shortest_edge": 32}, crop_size=32).save_pretrained(made["clip"])
+    CLIPImageProcessor(image_mean=MEAN, size={"shortest_edge": 32}, crop_size=32).save_pretrained(
+        made["clip"]
+    )
     saved(SiglipVisionModel(SiglipVisionConfig(**TOWER)), folder("siglip"))
     SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(made["siglip"])
     tiny_tokenizers.gpt2(folder("gpt2"))
-    gpt2 = GPT2Config(vocab_size=800, n_positions=256, n_embd=32, n_layer=2, n_head=4, eos_token_id=0)
+    gpt2 = GPT2Config(
+        vocab_size=800, n_positions=256, n_embd=32, n_layer=2, n_head=4, eos_token_id=0
+    )
     made["gpt2 model"] = saved(GPT2LMHeadModel(gpt2), made["gpt2"])
     tiny_tokenizers.llama3(folder("llama"))
-    llama = LlamaConfig(**SMALL | {"vocab_size": 800, "max_position_embeddings": 256}, eos_token_id=1)
+    llama = LlamaConfig(
+        **SMALL | {"vocab_size": 800, "max_position_embeddings": 256}, eos_token_id=1
+    )
     made["llama model"] = saved(LlamaForCausalLM(llama), made["llama"])
     return made
 
 
 def composed(folders, encoder, decoder, fusion):
-    cfg = tiny(fusion, fusion=Fusion(fusion, gated=fusion == "cross_attention"), projector=Projector("mlp"))
-    vision = replace(cfg.vision, checkpoint=str(folders[encoder]), feature_layers=(-2,) if encoder == "clip" else ())
-    cfg = replace(cfg, vision=vision, decoder=replace(cfg.decoder, checkpoint=str(folders[decoder])))
+    cfg = tiny(
+        fusion, fusion=Fusion(fusion, gated=fusion == "cross_attention"), projector=Projector("mlp")
+    )
+    vision = replace(
+        cfg.vision,
+        checkpoint=str(folders[encoder]),
+        feature_layers=(-2,) if encoder == "clip" else (),
+    )
+    cfg = replace(
+        cfg, vision=vision, decoder=replace(cfg.decoder, checkpoint=str(folders[decoder]))
+    )
     return validate(compose.resolved(cfg))
 
 
 def loaded(cfg):
     """Parameters of a new run, and what composition makes of them."""
     new = jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), meta.unbox(boxed_params(cfg)))
-    gates = {path: 0 * x if path[-1].endswith("gate") else x for path, x in traverse_util.flatten_dict(new).items()}
+    gates = {
+        path: 0 * x if path[-1].endswith("gate") else x
+        for path, x in traverse_util.flatten_dict(new).items()
+    }
     new = traverse_util.flatten_dict(traverse_util.unflatten_dict(gates), sep="/")
     return traverse_util.unflatten_dict(
-        new | compose.load_parts(cfg, meta.unbox(boxed_params(cfg)), axes.make_mesh(Mesh())), sep="/"
+        new | compose.load_parts(cfg, meta.unbox(boxed_params(cfg)), axes.make_mesh(Mesh())),
+        sep="/",
     )
 
 
@@ -85,7 +114,9 @@ every_pair = pytest.mark.parametrize(("encoder", "decoder", "fusion"), PAIRS)
 
 
 @every_pair
-def test_settings_come_from_the_checkpoints_and_every_part_of_theirs_is_loaded(folders, encoder, decoder, fusion):
+def test_settings_come_from_the_checkpoints_and_every_part_of_theirs_is_loaded(
+    folders, encoder, decoder, fusion
+):
     cfg = composed(folders, encoder, decoder, fusion)
     assert (cfg.vision.width, cfg.vision.depth, cfg.vision.image_size_px) == (32, 3, 32)
     assert cfg.decoder.vocab_size == 800
@@ -99,7 +130,9 @@ def test_settings_come_from_the_checkpoints_and_every_part_of_theirs_is_loaded(f
 def test_the_encoder_is_that_of_transformers(folders, encoder):
     cfg = composed(folders, encoder, "llama", "cross_attention")
     pixels = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
-    model = (CLIPVisionModel if encoder == "clip" else SiglipVisionModel).from_pretrained(folders[encoder])
+    model = (CLIPVisionModel if encoder == "clip" else SiglipVisionModel).from_pretrained(
+        folders[encoder]
+    )
     with torch.no_grad():
         states = model(torch.tensor(pixels), output_hidden_states=True)
     expected = states.hidden_states[-2][:, 1:] if encoder == "clip" else states.last_hidden_state
@@ -117,8 +150,12 @@ def test_grafted_cross_attention_leaves_the_text_decoder_as_it_was(folders, deco
     seen = text.replace(images=pixels, image_mask=np.ones((*ids.shape, 1), bool))
     alone, grafted = (forward(model_of(cfg), params, batch).logits for batch in (text, seen))
     np.testing.assert_array_equal(grafted, alone)
-    np.testing.assert_allclose(alone, reference(folders[f"{decoder} model"], input_ids=ids), atol=1e-4)
-    opened = jax.tree_util.tree_map_with_path(lambda path, x: x + 1 if path[-1].key.endswith("gate") else x, params)
+    np.testing.assert_allclose(
+        alone, reference(folders[f"{decoder} model"], input_ids=ids), atol=1e-4
+    )
+    opened = jax.tree_util.tree_map_with_path(
+        lambda path, x: x + 1 if path[-1].key.endswith("gate") else x, params
+    )
     assert np.abs(forward(model_of(cfg), opened, seen).logits - alone).max() > 1e-3
 
 
@@ -155,17 +192,44 @@ def test_a_folder_without_the_part_is_refused(folders, part):
         compose.resolved(cfg)
 
 
-def test_a_run_begins_with_the_checkpoints_and_keeps_what_is_frozen(folders, tmp_path, datasets_dir):
+def test_a_run_begins_with_the_checkpoints_and_keeps_what_is_frozen(
+    folders, tmp_path, datasets_dir
+):
     """From the command line to the last checkpoint of the run, and its tokenizer is the decoder's."""
     config = tmp_path / "composed.py"
     config.write_text("from vlm_jax.testing import tiny\n\ndef get_config():\n    return tiny()\n")
-    arguments = ["--config", config, "--workdir", tmp_path / "run", "--data.dir", datasets_dir, "--train.steps", 1]
-    arguments += ["--vision.checkpoint", folders["siglip"], "--decoder.checkpoint", folders["llama"]]
-    arguments += ["--fusion.kind", "cross_attention", "--optim.rate_scale.decoder", 0, "--optim.rate_scale.vision", 0]
-    cfg = cli.experiment("train", [*map(str, arguments), "--data.text_length", "120"], stored=False)
+    arguments = [
+        "--config",
+        config,
+        "--workdir",
+        tmp_path / "run",
+        "--data.dir",
+        datasets_dir,
+        "--train.steps",
+        1,
+    ]
+    arguments += [
+        "--vision.checkpoint",
+        folders["siglip"],
+        "--decoder.checkpoint",
+        folders["llama"],
+    ]
+    arguments += [
+        "--fusion.kind",
+        "cross_attention",
+        "--optim.rate_scale.decoder",
+        0,
+        "--optim.rate_scale.vision",
+        0,
+    ]
+    cfg = commands.experiment(
+        "train", [*map(str, arguments), "--data.text_length", "120"], stored=False
+    )
     loop.train(cfg)
     params, tokenizer = demo.load(cfg)
-    assert tokenizer.encode("what is it?") == HubTokenizer.load(folders["llama"]).encode("what is it?", False)
+    assert tokenizer.encode("what is it?") == HubTokenizer.load(folders["llama"]).encode(
+        "what is it?", False
+    )
     began = compose.load_parts(cfg, meta.unbox(boxed_params(cfg)), axes.make_mesh(Mesh()))
     flat = traverse_util.flatten_dict(params, sep="/")
     assert {path.split("/")[0] for path in began} == {"vision", "decoder"}

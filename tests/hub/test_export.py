@@ -23,17 +23,26 @@ from transformers import (
 from tests.hub import tiny_tokenizers
 from tests.hub.parity import SMALL, forward, randomized, reference
 from vlm_jax import axes, from_pretrained, save_pretrained
-from vlm_jax.cli import main
-from vlm_jax.config import ConfigError, Decoder, Experiment, Fusion, Mesh, Projector, RateScale, Vision
+from vlm_jax.cli.commands import main
+from vlm_jax.config import (
+    ConfigError,
+    Decoder,
+    Experiment,
+    Fusion,
+    Mesh,
+    Projector,
+    RateScale,
+    Vision,
+)
+from vlm_jax.config.validate import validate
 from vlm_jax.data import pipeline, questions
 from vlm_jax.hub import compose, export
-from vlm_jax.hub.files import open_tensors
+from vlm_jax.hub.tensors.folder import open_tensors
 from vlm_jax.infer import demo
 from vlm_jax.nn.models import boxed_params, model_of
 from vlm_jax.testing import random_params, tiny
 from vlm_jax.train import loop
 from vlm_jax.train.step import make_state
-from vlm_jax.validate import validate
 
 IDS = np.random.default_rng(0).integers(0, 64, (2, 9))
 
@@ -46,13 +55,17 @@ def checkpoint(request, tmp_path_factory):
     """A Llama in shards as transformers 5 saves it, with its tokenizer."""
     folder = tmp_path_factory.mktemp("llama")
     tiny_tokenizers.llama3(folder)
-    config = LlamaConfig(**SMALL, rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0})
+    config = LlamaConfig(
+        **SMALL, rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
+    )
     model = randomized(LlamaForCausalLM(config)).to(request.param)
     model.save_pretrained(folder, max_shard_size="30KB")
     return folder, model
 
 
-def test_an_exported_checkpoint_has_the_bytes_and_the_files_of_the_first(checkpoint, tmp_path, capsys):
+def test_an_exported_checkpoint_has_the_bytes_and_the_files_of_the_first(
+    checkpoint, tmp_path, capsys
+):
     folder, _ = checkpoint
     assert main(["export", "--checkpoint", str(folder), "--output", str(tmp_path / "out")]) == 0
     with open_tensors(folder) as before, open_tensors(tmp_path / "out") as after:
@@ -62,7 +75,10 @@ def test_an_exported_checkpoint_has_the_bytes_and_the_files_of_the_first(checkpo
             assert after[name].read().tobytes() == tensor.read().tobytes(), name
     _, report = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values())
-    loaded = [LlamaForCausalLM.from_pretrained(where, dtype=torch.float32) for where in (folder, tmp_path / "out")]
+    loaded = [
+        LlamaForCausalLM.from_pretrained(where, dtype=torch.float32)
+        for where in (folder, tmp_path / "out")
+    ]
     expected, found = (reference(model.eval(), input_ids=IDS) for model in loaded)
     np.testing.assert_array_equal(found, expected)
     tokenizers = [AutoTokenizer.from_pretrained(where) for where in (folder, tmp_path / "out")]
@@ -95,9 +111,13 @@ def test_an_output_that_holds_a_model_is_refused_and_left_as_it_is(checkpoint, t
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device")]
+)
 @pytest.mark.parametrize("is_there", [True, False])
-def test_an_export_is_there_as_a_whole_or_not_at_all(checkpoint, tmp_path, monkeypatch, capsys, error, is_there):
+def test_an_export_is_there_as_a_whole_or_not_at_all(
+    checkpoint, tmp_path, monkeypatch, capsys, error, is_there
+):
     """Interrupted while the last files are copied, when weights and config are written."""
     output = tmp_path / "out"
     if is_there:
@@ -110,15 +130,22 @@ def test_an_export_is_there_as_a_whole_or_not_at_all(checkpoint, tmp_path, monke
 
     monkeypatch.setattr(export.shutil, "copy", copy)
     assert main(["export", "--checkpoint", str(checkpoint[0]), "--output", str(output)]) in (2, 130)
-    assert capsys.readouterr().err in ("stopped\n", f"error: {output} cannot be written: No space left on device.\n")
+    assert capsys.readouterr().err in (
+        "stopped\n",
+        f"error: {output} cannot be written: No space left on device.\n",
+    )
     assert output.exists() == is_there and not (is_there and any(output.iterdir()))
     monkeypatch.undo()
     export.export_checkpoint(checkpoint[0], output)
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in output.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in output.iterdir()
+    }
     assert not (output / ".partial").exists()
 
 
-def test_an_output_that_cannot_be_written_is_known_before_the_weights_are_read(checkpoint, tmp_path, monkeypatch):
+def test_an_output_that_cannot_be_written_is_known_before_the_weights_are_read(
+    checkpoint, tmp_path, monkeypatch
+):
     monkeypatch.setattr(export, "load_checkpoint", None)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="file/out cannot be written: Not a directory"):
@@ -131,27 +158,53 @@ def test_an_output_that_cannot_be_written_is_known_before_the_weights_are_read(c
 def llava_like() -> Experiment:
     """A CLIP and a Llama, unified."""
     clip = tiny().vision
-    clip = replace(clip, activation="quick_gelu", patch_bias=False, class_token=True, pre_norm=True, norm_eps=1e-5)
+    clip = replace(
+        clip,
+        activation="quick_gelu",
+        patch_bias=False,
+        class_token=True,
+        pre_norm=True,
+        norm_eps=1e-5,
+    )
     clip = replace(clip, final_norm="pooled", feature_layers=(-2,))
     return tiny(vision=clip, projector=Projector("mlp"), decoder=llama())
 
 
 def llama() -> Decoder:
-    decoder = replace(tiny().decoder, norm="rmsnorm", activation="silu", gated_mlp=True, tied_head=False)
+    decoder = replace(
+        tiny().decoder, norm="rmsnorm", activation="silu", gated_mlp=True, tied_head=False
+    )
     return replace(decoder, qkv_bias=False, out_bias=False, mlp_bias=False)
 
 
 def mllama_like() -> Experiment:
-    vision = replace(tiny().vision, activation="gelu", qkv_bias=False, out_bias=False, patch_bias=False, norm_eps=1e-5)
-    vision = replace(vision, class_token=True, keep_class_token=True, pre_norm=True, feature_layers=(1, 2))
+    vision = replace(
+        tiny().vision,
+        activation="gelu",
+        qkv_bias=False,
+        out_bias=False,
+        patch_bias=False,
+        norm_eps=1e-5,
+    )
+    vision = replace(
+        vision, class_token=True, keep_class_token=True, pre_norm=True, feature_layers=(1, 2)
+    )
     vision = replace(vision, tiles=2, tile_layouts=((1, 1), (1, 2), (2, 1)), global_depth=1)
     fusion = Fusion("cross_attention", cross_layers=(1,), gated=True, blind_rows="read_all")
     decoder = replace(llama(), extra_tokens=8)
-    return tiny("cross_attention", vision=vision, fusion=fusion, decoder=decoder, projector=Projector("linear"))
+    return tiny(
+        "cross_attention",
+        vision=vision,
+        fusion=fusion,
+        decoder=decoder,
+        projector=Projector("linear"),
+    )
 
 
 def encoder_decoder_like() -> Experiment:
-    vision = replace(tiny().vision, activation="gelu", class_token=True, keep_class_token=True, norm_eps=1e-12)
+    vision = replace(
+        tiny().vision, activation="gelu", class_token=True, keep_class_token=True, norm_eps=1e-12
+    )
     decoder = replace(tiny().decoder, positions="learned", kv_heads=0, norm_eps=1e-5)
     fusion = Fusion("encoder_decoder", qk_norm=False)
     return tiny(fusion=fusion, vision=vision, decoder=decoder, projector=Projector("none"))
@@ -167,7 +220,12 @@ RUNS = {
 def experiment(kind, tmp_path, datasets_dir) -> Experiment:
     cfg = RUNS[kind][0]()
     data = replace(cfg.data, dir=datasets_dir, text_length=40)
-    return replace(cfg, data=data, workdir=str(tmp_path / "run"), decoder=replace(cfg.decoder, max_positions=128))
+    return replace(
+        cfg,
+        data=data,
+        workdir=str(tmp_path / "run"),
+        decoder=replace(cfg.decoder, max_positions=128),
+    )
 
 
 def theirs(kind, model, batch) -> np.ndarray:
@@ -196,7 +254,9 @@ def test_a_run_of_ours_has_our_logits_in_transformers(kind, tmp_path, datasets_d
     assert_transformers_agrees(kind, cfg, params, tokenizer, tmp_path / "out")
 
 
-def test_frozen_parts_of_a_run_are_written_in_the_bfloat16_that_they_are_kept_in(tmp_path, datasets_dir):
+def test_frozen_parts_of_a_run_are_written_in_the_bfloat16_that_they_are_kept_in(
+    tmp_path, datasets_dir
+):
     """And what was trained in its float32; transformers, told float32, widens the first exactly."""
     cfg = experiment("llava", tmp_path, datasets_dir)
     cfg = replace(cfg, train=replace(cfg.train, compute_dtype="bfloat16"))
@@ -208,7 +268,9 @@ def test_frozen_parts_of_a_run_are_written_in_the_bfloat16_that_they_are_kept_in
     with open_tensors(tmp_path / "out") as tensors:
         trained = {name for name, tensor in tensors.items() if tensor.dtype == np.float32}
         assert {"multi_modal_projector" in name for name in trained} == {True}
-        assert len(trained) == sum("multi_modal_projector" in name for name in tensors) < len(tensors)
+        assert (
+            len(trained) == sum("multi_modal_projector" in name for name in tensors) < len(tensors)
+        )
     widened = jax.tree.map(lambda x: x.astype(np.float32), params)
     assert_transformers_agrees("llava", cfg, widened, tokenizer, tmp_path / "out")
 
@@ -216,7 +278,10 @@ def test_frozen_parts_of_a_run_are_written_in_the_bfloat16_that_they_are_kept_in
 def next_stage(cfg, folder):
     """The experiment anew, all its parts from a folder."""
     cfg = replace(cfg, projector=Projector(), workdir="")
-    parts = {part: replace(getattr(cfg, part), checkpoint=str(folder)) for part in ("vision", "projector", "decoder")}
+    parts = {
+        part: replace(getattr(cfg, part), checkpoint=str(folder))
+        for part in ("vision", "projector", "decoder")
+    }
     return validate(compose.resolved(replace(cfg, **parts)))
 
 
@@ -238,8 +303,14 @@ def test_a_projector_between_other_widths_is_refused(tmp_path, datasets_dir):
     cfg = experiment("llava", tmp_path, datasets_dir)
     pipeline.train_tokenizer(cfg).save(tmp_path / "tokenizer.json")
     export.export_run(cfg, random_params(cfg), tmp_path / "tokenizer.json", tmp_path / "out")
-    wider = replace(cfg, vision=replace(cfg.vision, width=64), projector=Projector(checkpoint=str(tmp_path / "out")))
-    with pytest.raises(ConfigError, match="leads from 32 numbers a token to 32, where vision .* have 64 and 32"):
+    wider = replace(
+        cfg,
+        vision=replace(cfg.vision, width=64),
+        projector=Projector(checkpoint=str(tmp_path / "out")),
+    )
+    with pytest.raises(
+        ConfigError, match="leads from 32 numbers a token to 32, where vision .* have 64 and 32"
+    ):
         compose.resolved(wider)
 
 
@@ -255,28 +326,44 @@ def test_a_trained_run_has_our_logits_in_transformers(kind, tmp_path, datasets_d
 
 def assert_transformers_agrees(kind, cfg, params, tokenizer, folder):
     model, report = RUNS[kind][1].from_pretrained(folder, output_loading_info=True)
-    unused = {name for name in report["missing_keys"] if ".pooler." in name}  # of transformers' ViT; nobody reads it
-    assert not (report["missing_keys"] - unused) | report["unexpected_keys"] | report["mismatched_keys"]
+    unused = {
+        name for name in report["missing_keys"] if ".pooler." in name
+    }  # of transformers' ViT; nobody reads it
+    assert (
+        not (report["missing_keys"] - unused)
+        | report["unexpected_keys"]
+        | report["mismatched_keys"]
+    )
     asked = questions.load(cfg, "test", 2)
-    pixels = [pipeline.image_files.normalise(question.images()[0], cfg.vision) for question in asked]
+    pixels = [
+        pipeline.image_files.normalise(question.images()[0], cfg.vision) for question in asked
+    ]
     batch = questions.prompt_batch(cfg, tokenizer, [[x] for x in pixels], ["is it red ?"] * 2)
     ours = np.asarray(forward(model_of(cfg), params, batch).logits)
     np.testing.assert_allclose(theirs(kind, model.eval(), batch), ours, atol=1e-4)
     reread = AutoTokenizer.from_pretrained(folder)
-    assert reread("is it red ?", add_special_tokens=False).input_ids == tokenizer.encode("is it red ?")
-    processed = AutoImageProcessor.from_pretrained(folder)(asked[0].images()[0], return_tensors="np")
+    assert reread("is it red ?", add_special_tokens=False).input_ids == tokenizer.encode(
+        "is it red ?"
+    )
+    processed = AutoImageProcessor.from_pretrained(folder)(
+        asked[0].images()[0], return_tensors="np"
+    )
     np.testing.assert_allclose(np.moveaxis(processed.pixel_values[0], 0, -1), pixels[0], atol=1e-5)
 
 
 def test_a_run_like_no_public_family_is_refused_and_the_nearest_named():
-    with pytest.raises(ConfigError, match="no public family is like this run; the nearest is .* projector.kind"):
+    with pytest.raises(
+        ConfigError, match="no public family is like this run; the nearest is .* projector.kind"
+    ):
         export.family_like(tiny(projector=Projector("pixel_shuffle")))
 
 
 def test_what_makes_no_difference_does_not_keep_a_run_from_its_family():
     cfg = llava_like()
     decoder = replace(cfg.decoder, head_dim=8, unroll=2)
-    other = replace(cfg, decoder=decoder, vision=replace(cfg.vision, patch_embed="conv", kv_heads=4))
+    other = replace(
+        cfg, decoder=decoder, vision=replace(cfg.vision, patch_embed="conv", kv_heads=4)
+    )
     assert export.family_like(other).model_type == export.family_like(cfg).model_type == "llava"
 
 

@@ -24,7 +24,9 @@ def ids_of(*rows: str) -> np.ndarray:
 
 def images_of(count: int) -> np.ndarray:
     """Image number n, from 1, is n all over."""
-    return np.broadcast_to(np.arange(1, count + 1, dtype=np.float32).reshape(-1, 1, 1, 1), (count, 3, 16, 16))
+    return np.broadcast_to(
+        np.arange(1, count + 1, dtype=np.float32).reshape(-1, 1, 1, 1), (count, 3, 16, 16)
+    )
 
 
 def test_every_row_takes_the_images_that_its_tokens_fill_in_reading_order():
@@ -61,7 +63,11 @@ def test_patches_without_an_encoder_are_shared_out_one_by_one():
     [
         (["iiiit", "iiiit"], 1, "4 [+] 4 image tokens .* 1 images of 4 tokens"),
         (["iiiit"], 2, "4 image tokens .* 2 images of 4 tokens"),
-        (["iiitt", "iiiii"], 2, "3 [+] 5 image tokens .* 2 images"),  # the sum is right, the rows are not
+        (
+            ["iiitt", "iiiii"],
+            2,
+            "3 [+] 5 image tokens .* 2 images",
+        ),  # the sum is right, the rows are not
         (["iiiit"], 0, "image tokens .* without an image"),
     ],
 )
@@ -73,7 +79,11 @@ def test_image_tokens_that_do_not_match_the_images_are_refused(rows, count, foun
 
 def test_patches_that_do_not_match_the_image_tokens_are_refused():
     with pytest.raises(ConfigError, match="2 image tokens .* 3 patches"):
-        to_batch(FUYU, {"input_ids": ids_of("iit"), "pixel_values": np.zeros((1, 3, 192), np.float32)}, IMAGE)
+        to_batch(
+            FUYU,
+            {"input_ids": ids_of("iit"), "pixel_values": np.zeros((1, 3, 192), np.float32)},
+            IMAGE,
+        )
 
 
 @pytest.mark.parametrize(
@@ -86,7 +96,9 @@ def test_patches_that_do_not_match_the_image_tokens_are_refused():
 )
 def test_images_of_another_shape_are_refused(cfg, shape, found):
     with pytest.raises(ConfigError, match=found):
-        to_batch(cfg, {"input_ids": ids_of("iiiit"), "pixel_values": np.zeros(shape, np.float32)}, IMAGE)
+        to_batch(
+            cfg, {"input_ids": ids_of("iiiit"), "pixel_values": np.zeros(shape, np.float32)}, IMAGE
+        )
 
 
 LEFT = np.array([[0, 0, 1, 1, 1]])
@@ -132,10 +144,19 @@ def test_positions_count_slots_or_while_generating_tokens(cfg, generating, posit
         ({"input_ids": np.ones(3, int)}, r"input_ids .* \(3,\)"),
         ({"input_ids": np.ones((1, 2, 3), int)}, r"input_ids .* \(1, 2, 3\)"),
         ({"input_ids": np.ones((0, 3), int)}, r"input_ids .* \(0, 3\)"),
-        ({"attention_mask": np.ones((2, 4), int)}, r"attention_mask must be there with the shape \(2, 3\)"),
-        ({"position_ids": np.ones((3, 3), int)}, r"position_ids must be there with the shape \(2, 3\)"),
+        (
+            {"attention_mask": np.ones((2, 4), int)},
+            r"attention_mask must be there with the shape \(2, 3\)",
+        ),
+        (
+            {"position_ids": np.ones((3, 3), int)},
+            r"position_ids must be there with the shape \(2, 3\)",
+        ),
         ({"position_ids": np.ones(3, int)}, r"position_ids must be there with the shape \(2, 3\)"),
-        ({"token_type_ids": np.ones((2, 1), int)}, r"token_type_ids must be there with the shape \(2, 3\)"),
+        (
+            {"token_type_ids": np.ones((2, 1), int)},
+            r"token_type_ids must be there with the shape \(2, 3\)",
+        ),
         ({"input_ids": np.full((2, 3), 10**6)}, "the id 1000000, but the model has only"),
         ({"input_ids": np.full((2, 3), -7)}, "the id -7, but the model has only"),
     ],
@@ -146,22 +167,34 @@ def test_text_of_another_shape_or_beyond_the_vocabulary_is_refused(arrays, said)
 
 
 def test_padding_may_be_any_number():
-    arrays = {"input_ids": np.array([[-100, 5], [10**6, 5]]), "attention_mask": np.array([[0, 1], [0, 1]])}
+    arrays = {
+        "input_ids": np.array([[-100, 5], [10**6, 5]]),
+        "attention_mask": np.array([[0, 1], [0, 1]]),
+    }
     batch = to_batch(CFG, arrays, IMAGE)
     assert batch.segment_ids.tolist() == [[0, 1], [0, 1]]
-    assert batch.tokens.tolist() == [[0, 5], [CFG.decoder.vocab_size - 1, 5]]  # NaN is looked up nowhere
+    assert batch.tokens.tolist() == [
+        [0, 5],
+        [CFG.decoder.vocab_size - 1, 5],
+    ]  # NaN is looked up nowhere
 
 
-LEARNED = replace(tiny("text_only"), decoder=replace(CFG.decoder, positions="learned", max_positions=4))
+LEARNED = replace(
+    tiny("text_only"), decoder=replace(CFG.decoder, positions="learned", max_positions=4)
+)
 
 
 @pytest.mark.parametrize("position", [4, -1])
 def test_a_position_outside_a_learned_table_is_refused(position):
     ids, positions = np.ones((1, 3), int), np.array([[0, 1, position]])
-    with pytest.raises(ConfigError, match=f"at position {position}, counted from 0, but the model has only 4"):
+    with pytest.raises(
+        ConfigError, match=f"at position {position}, counted from 0, but the model has only 4"
+    ):
         to_batch(LEARNED, {"input_ids": ids, "position_ids": positions}, None)
     mask = np.array([[1, 1, 0]])
-    batch = to_batch(LEARNED, {"input_ids": ids, "position_ids": positions, "attention_mask": mask}, None)
+    batch = to_batch(
+        LEARNED, {"input_ids": ids, "position_ids": positions, "attention_mask": mask}, None
+    )
     assert batch.positions.tolist() == [[0, 1, min(max(position, 0), 3)]]
 
 

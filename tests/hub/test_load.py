@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.hub import tiny_checkpoints as tiny
 from vlm_jax.config import ConfigError
-from vlm_jax.hub import gpt2, mllama_vision, trocr
-from vlm_jax.hub.families import family_of
-from vlm_jax.hub.files import open_tensors
+from vlm_jax.config.validate import check_values
+from vlm_jax.hub.families import gpt2, mllama_vision, trocr
+from vlm_jax.hub.families.registry import family_of
 from vlm_jax.hub.load import inspect
-from vlm_jax.validate import check_values
+from vlm_jax.hub.tensors.folder import open_tensors
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,12 @@ def refusal(folder, target, part: str, key: str, value) -> str:
         ("text_config", "num_key_value_heads", 3, "kv_heads 3"),
         ("text_config", "num_hidden_layers", 0, "num_hidden_layers is 0"),
         ("text_config", "num_hidden_layers", 2**70, "num_hidden_layers is .* from 1 to 2147483647"),
-        ("text_config", "num_attention_heads", 3, "decoder.heads 3 is not a multiple of decoder.kv_heads 2"),
+        (
+            "text_config",
+            "num_attention_heads",
+            3,
+            "decoder.heads 3 is not a multiple of decoder.kv_heads 2",
+        ),
         ("text_config", "num_key_value_heads", "2", "num_key_value_heads is '2'"),
         ("text_config", "head_dim", -1, "head_dim is -1"),
         ("text_config", "vocab_size", "abc", "vocab_size is 'abc'"),
@@ -85,12 +90,18 @@ def test_weights_that_are_no_floating_point_numbers_are_named(llava, tmp_path, d
     name = next(name for name in tensors if name.endswith("norm.weight"))
     save_file(tensors | {name: tensors[name].to(dtype)}, tmp_path / "model.safetensors")
     shutil.copy(llava / "config.json", tmp_path)
-    with pytest.raises(ConfigError, match=f"no floating-point numbers: {name} is "), open_tensors(tmp_path) as stored:
+    with (
+        pytest.raises(ConfigError, match=f"no floating-point numbers: {name} is "),
+        open_tensors(tmp_path) as stored,
+    ):
         inspect(tmp_path, stored)
 
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-TEXT, VISION = (*SIZES, "vocab_size", "max_position_embeddings"), (*SIZES, "image_size", "patch_size")
+TEXT, VISION = (
+    (*SIZES, "vocab_size", "max_position_embeddings"),
+    (*SIZES, "image_size", "patch_size"),
+)
 KEYS = {  # part of config.json -> keys that hold a size
     "gpt2": {"": ("n_embd", "n_layer", "n_head", "n_inner", "n_positions", "vocab_size")},
     "llama": {"": (*TEXT, "num_key_value_heads", "head_dim")},
@@ -100,11 +111,21 @@ KEYS = {  # part of config.json -> keys that hold a size
     "siglip": {"text_config": TEXT, "vision_config": VISION},
     "vit": {"": VISION},
     "dinov2": {"": (*SIZES[:3], "mlp_ratio", "image_size", "patch_size")},
-    "mllama": {"text_config": TEXT, "vision_config": ("attention_heads", "num_global_layers", "max_num_tiles")},
+    "mllama": {
+        "text_config": TEXT,
+        "vision_config": ("attention_heads", "num_global_layers", "max_num_tiles"),
+    },
     "fuyu": {"": ("image_size", "patch_size"), "text_config": TEXT},
-    "vision-encoder-decoder": {"decoder": ("d_model", "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim")},
+    "vision-encoder-decoder": {
+        "decoder": ("d_model", "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim")
+    },
 }
-PARTS = [(kind, part, key) for kind, parts in KEYS.items() for part, keys in parts.items() for key in keys]
+PARTS = [
+    (kind, part, key)
+    for kind, parts in KEYS.items()
+    for part, keys in parts.items()
+    for key in keys
+]
 
 
 @pytest.mark.parametrize("kind, part, key", PARTS, ids=lambda x: x or "-")
@@ -114,7 +135,9 @@ def test_a_size_that_is_not_a_whole_number_above_0_is_refused_by_its_key(kind, p
         parts["decoder"] = {"model_type": "trocr"}
     for value in (0, -1, 2**70, "7", [3, 4], {}, True, *(() if key == "mlp_ratio" else (1.5,))):
         config = {**parts, part: {**parts[part], key: value}} if part else parts | {key: value}
-        with pytest.raises(ConfigError, match=rf"\b{key}\b|(mlp_width|image_size_px|patch_size_px) is"):
+        with pytest.raises(
+            ConfigError, match=rf"\b{key}\b|(mlp_width|image_size_px|patch_size_px) is"
+        ):
             check_values(family_of(config, "config.json").read(config, ()))
     check_values(family_of(parts, "config.json").read(parts, ()))
 
@@ -170,7 +193,9 @@ print("compiled", step._cache_size(), "devices", jax.device_count())
 
 def test_a_training_step_compiles_once_on_one_device(llava):
     """Its outputs lie as its inputs do, whatever is trained beside the parameters."""
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"PYTHONPATH": os.getcwd()}
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {
+        "PYTHONPATH": os.getcwd()
+    }
     command = [sys.executable, "-c", STEPS, str(llava)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert "compiled 1 devices 1" in done.stdout, done.stderr

@@ -17,11 +17,11 @@ from tests.hub import tiny_checkpoints as tiny
 from tests.hub import tiny_tokenizers
 from tests.hub.tiny_checkpoints import ABOUT_IMAGES, CAPTIONS, OF_TEXT, Folder
 from vlm_jax import from_pretrained
-from vlm_jax.cli import main
+from vlm_jax.cli.commands import main
 from vlm_jax.config import ConfigError
-from vlm_jax.hub.files import open_tensors
 from vlm_jax.hub.load import inspect
 from vlm_jax.hub.processor import Processor
+from vlm_jax.hub.tensors.folder import open_tensors
 from vlm_jax.infer.generate import Decoding, generate
 from vlm_jax.structs import NO_IMAGE
 
@@ -53,23 +53,52 @@ def asked_of_transformers(name: str, folder: Folder, text: str, files=()) -> dic
     """The inputs that transformers makes of a user's question about images."""
     images = [load_image(str(file)) for file in files]
     if name in CAPTIONS:
-        return {"pixel_values": folder.reader.image_processor(images=images, return_tensors="pt")["pixel_values"]}
+        return {
+            "pixel_values": folder.reader.image_processor(images=images, return_tensors="pt")[
+                "pixel_values"
+            ]
+        }
     if folder.reader.chat_template:
-        parts = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
+        parts = [{"type": "image", "image": image} for image in images] + [
+            {"type": "text", "text": text}
+        ]
         content = text if name in OF_TEXT else parts
-        settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        return dict(folder.reader.apply_chat_template([{"role": "user", "content": content}], **settings))
+        settings = {
+            "add_generation_prompt": True,
+            "tokenize": True,
+            "return_dict": True,
+            "return_tensors": "pt",
+        }
+        return dict(
+            folder.reader.apply_chat_template([{"role": "user", "content": content}], **settings)
+        )
     if name == "llava without a template":
         text = "<image>" * len(images) + text
     if name in ABOUT_IMAGES and name.startswith("paligemma"):
         return dict(folder.reader(text=[text], images=[images], return_tensors="pt"))
     legacy = {"return_legacy_image_output": False} if name == "fuyu" else {}
-    return dict(folder.reader(text=text, **({"images": images} if images else {}), return_tensors="pt", **legacy))
+    return dict(
+        folder.reader(
+            text=text, **({"images": images} if images else {}), return_tensors="pt", **legacy
+        )
+    )
 
 
 def said(capsys, path, *arguments) -> str:
     """What `generate` prints."""
-    assert main(["generate", "--checkpoint", str(path), "--max-new-tokens", str(NEW), *map(str, arguments)]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "--checkpoint",
+                str(path),
+                "--max-new-tokens",
+                str(NEW),
+                *map(str, arguments),
+            ]
+        )
+        == 0
+    )
     return capsys.readouterr().out
 
 
@@ -84,10 +113,17 @@ def transformers_takes(name: str, images: int) -> bool:
 
 
 SHOWN = [["turned", "alpha"], ["colour"], ["tall"], ["grey"], ["palette"], []]
-ASKED = [(name, kinds) for name in ABOUT_IMAGES for kinds in SHOWN if transformers_takes(name, len(kinds))]
+ASKED = [
+    (name, kinds)
+    for name in ABOUT_IMAGES
+    for kinds in SHOWN
+    if transformers_takes(name, len(kinds))
+]
 
 
-@pytest.mark.parametrize(("name", "kinds"), ASKED, ids=lambda x: x if isinstance(x, str) else "+".join(x) or "no image")
+@pytest.mark.parametrize(
+    ("name", "kinds"), ASKED, ids=lambda x: x if isinstance(x, str) else "+".join(x) or "no image"
+)
 def test_what_is_asked_is_what_transformers_asks(folder_of, pictures, name, kinds):
     folder, files = folder_of(name), [pictures[kind] for kind in kinds]
     theirs = asked_of_transformers(name, folder, QUESTION, files)
@@ -98,7 +134,9 @@ def test_what_is_asked_is_what_transformers_asks(folder_of, pictures, name, kind
     assert len(set(ids[~in_text])) <= 1, "images take the places of image tokens"
     assert ours.tokens.shape == theirs["input_ids"].shape
     if files:
-        np.testing.assert_allclose(pixels_of(ours.images), pixels_of(theirs["pixel_values"]), atol=1e-5)
+        np.testing.assert_allclose(
+            pixels_of(ours.images), pixels_of(theirs["pixel_values"]), atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", ABOUT_IMAGES)
@@ -107,7 +145,9 @@ def test_the_answer_about_images_is_that_of_transformers(folder_of, pictures, na
     files = [pictures["turned"]] if name == "fuyu" else [pictures["turned"], pictures["alpha"]]
     expected = folder.answer(NEW, **asked_of_transformers(name, folder, QUESTION, files))
     taps = ("--taps", "output") if name == "mllama" else ()
-    assert said(capsys, folder.path, "--image", *files, "--prompt", QUESTION, *taps) == expected + "\n"
+    assert (
+        said(capsys, folder.path, "--image", *files, "--prompt", QUESTION, *taps) == expected + "\n"
+    )
 
 
 @pytest.mark.parametrize("name", OF_TEXT)
@@ -131,17 +171,24 @@ def test_a_caption_may_be_begun(folder_of, pictures, capsys):
     inputs["decoder_input_ids"] = torch.tensor([begun])
     made = folder.model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0, len(begun) :]
     expected = folder.tokenizer.decode(made, skip_special_tokens=True)
-    assert said(capsys, folder.path, "--image", pictures["colour"], "--prompt", " a photo") == expected + "\n"
+    assert (
+        said(capsys, folder.path, "--image", pictures["colour"], "--prompt", " a photo")
+        == expected + "\n"
+    )
 
 
 def test_a_folder_as_transformers_4_saved_it_asks_the_same(folder_of, pictures, tmp_path):
     folder = folder_of("llava")
     shutil.copytree(folder.path, tmp_path, dirs_exist_ok=True)
     processor = json.loads((tmp_path / "processor_config.json").read_text())
-    tiny_tokenizers.write(tmp_path, preprocessor_config=processor.pop("image_processor"), processor_config=processor)
+    tiny_tokenizers.write(
+        tmp_path, preprocessor_config=processor.pop("image_processor"), processor_config=processor
+    )
     (tmp_path / "chat_template.jinja").unlink()
     tiny_tokenizers.write(tmp_path, chat_template={"chat_template": tiny.LLAVA_CHAT})
-    before, after = (processor_of(path).asked(QUESTION, [pictures["turned"]]) for path in (folder.path, tmp_path))
+    before, after = (
+        processor_of(path).asked(QUESTION, [pictures["turned"]]) for path in (folder.path, tmp_path)
+    )
     np.testing.assert_array_equal(after.tokens, before.tokens)
     np.testing.assert_array_equal(after.images, before.images)
 
@@ -158,10 +205,14 @@ def changed(folder: Folder, target, **files: dict):
     return target
 
 
-def test_the_answer_ends_where_generation_config_says_and_its_end_is_not_printed(folder_of, tmp_path, capsys):
+def test_the_answer_ends_where_generation_config_says_and_its_end_is_not_printed(
+    folder_of, tmp_path, capsys
+):
     folder = folder_of("gemma")
     inputs = asked_of_transformers("gemma", folder, QUESTION)
-    made = folder.model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    made = folder.model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[
+        0, inputs["input_ids"].shape[1] :
+    ]
     path = changed(folder, tmp_path, generation_config={"eos_token_id": [10_000, int(made[3])]})
     assert said(capsys, path, "--prompt", QUESTION) == folder.tokenizer.decode(made[:3]) + "\n"
 
@@ -204,7 +255,9 @@ def test_an_end_that_is_no_id_is_refused(folder_of, tmp_path, end):
 # ---- prompts with image tokens, and images that do not match
 
 
-@pytest.mark.parametrize("name, token", [("llava", "<image>"), ("mllama", "<|image|>"), ("paligemma", "<image>")])
+@pytest.mark.parametrize(
+    "name, token", [("llava", "<image>"), ("mllama", "<|image|>"), ("paligemma", "<image>")]
+)
 def test_image_tokens_of_the_prompt_stay_where_they_are(folder_of, pictures, name, token):
     processor, files = processor_of(folder_of(name).path), [pictures["colour"], pictures["tall"]]
     prompt = f"this {token} or {token}?"
@@ -229,10 +282,16 @@ def test_images_that_a_checkpoint_does_not_read(folder_of, pictures, capsys, tmp
     assert "writes about one image" in refusal(capsys, folder_of("trocr").path, *two)
     assert "writes about one image" in refusal(capsys, folder_of("trocr").path, "--prompt", "x")
     assert "reads no images" in refusal(capsys, folder_of("gemma").path, *two)
-    assert "give --prompt" in refusal(capsys, folder_of("llava").path, "--image", pictures["colour"])
-    assert "nothing.png" in refusal(capsys, folder_of("llava").path, "--image", "nothing.png", "--prompt", "x")
+    assert "give --prompt" in refusal(
+        capsys, folder_of("llava").path, "--image", pictures["colour"]
+    )
+    assert "nothing.png" in refusal(
+        capsys, folder_of("llava").path, "--image", "nothing.png", "--prompt", "x"
+    )
     (tmp_path / "half.jpg").write_bytes(pictures["colour"].read_bytes()[:500])
-    assert "half.jpg" in refusal(capsys, folder_of("llava").path, "--image", tmp_path / "half.jpg", "--prompt", "x")
+    assert "half.jpg" in refusal(
+        capsys, folder_of("llava").path, "--image", tmp_path / "half.jpg", "--prompt", "x"
+    )
 
 
 def test_a_prompt_without_a_token_is_refused(folder_of):
@@ -285,8 +344,12 @@ MIXED = {"text": [], "one": ["colour"], "two": ["turned", "tall"]}  # images of 
 def test_a_row_does_not_depend_on_the_images_of_the_others(folder_of, pictures, name):
     """Chat templates put tokens before the image; they must not read what fills the rows of fewer images."""
     model, params, processor = from_pretrained(folder_of(name).path)
-    shown = [[pictures[kind] for kind in kinds][: 1 if name == "fuyu" else 2] for kinds in MIXED.values()]
-    prompts = [processor.chat(f"what is {number}?", len(files)) for number, files in enumerate(shown)]
+    shown = [
+        [pictures[kind] for kind in kinds][: 1 if name == "fuyu" else 2] for kinds in MIXED.values()
+    ]
+    prompts = [
+        processor.chat(f"what is {number}?", len(files)) for number, files in enumerate(shown)
+    ]
     apply = jax.jit(lambda batch: model.apply({"params": params}, batch).logits)
     together = processor(prompts, shown)
     logits, made = apply(together), generate(model.cfg, params, together, 3, Decoding())
@@ -295,13 +358,17 @@ def test_a_row_does_not_depend_on_the_images_of_the_others(folder_of, pictures, 
         length = alone.tokens.shape[1]
         np.testing.assert_allclose(logits[row, -length:], apply(alone)[0], atol=1e-4)
         if row == 0:
-            np.testing.assert_array_equal(made[row], generate(model.cfg, params, alone, 3, Decoding())[0])
+            np.testing.assert_array_equal(
+                made[row], generate(model.cfg, params, alone, 3, Decoding())[0]
+            )
 
 
 # ---- nestings of images
 
 
-@pytest.mark.parametrize("name, token", [("llava", "<image>"), ("mllama", "<|image|>"), ("paligemma", "")])
+@pytest.mark.parametrize(
+    "name, token", [("llava", "<image>"), ("mllama", "<|image|>"), ("paligemma", "")]
+)
 def test_images_may_be_nested_as_transformers_takes_them(folder_of, pictures, name, token):
     processor, file = processor_of(folder_of(name).path), pictures["colour"]
     opened, prompt, other = Image.open(file), f"{token}hello", f"{token}what is it?"
@@ -319,21 +386,43 @@ def test_images_may_be_nested_as_transformers_takes_them(folder_of, pictures, na
         assert processor.asked("what is it?", images).images is not None
     for images in (None, (), [], [[]]):
         assert processor("hello", images).images is None
-    np.testing.assert_array_equal(processor.images(file).pixel_values, processor.images([file]).pixel_values)
+    np.testing.assert_array_equal(
+        processor.images(file).pixel_values, processor.images([file]).pixel_values
+    )
 
 
 @pytest.mark.parametrize(
     "prompts, images, message",
     [
-        (2, lambda file: [[file]], "1 lists for 2 prompts: give one list of images for each prompt"),
-        (2, lambda file: [file, file, file], "flat list of 3 images does not match 2 prompts that need 2"),
-        (2, lambda file: [None, [file]], "images holds None: give one list of images for each prompt"),
+        (
+            2,
+            lambda file: [[file]],
+            "1 lists for 2 prompts: give one list of images for each prompt",
+        ),
+        (
+            2,
+            lambda file: [file, file, file],
+            "flat list of 3 images does not match 2 prompts that need 2",
+        ),
+        (
+            2,
+            lambda file: [None, [file]],
+            "images holds None: give one list of images for each prompt",
+        ),
         (1, lambda file: {"image": file}, "images is of the type dict: give one list of images"),
         (1, lambda file: [[[file]]], "list is not a kind of image"),
         (1, lambda file: [[b"abc"]], "bytes is not a kind of image"),
         (1, lambda file: np.zeros((8, 8, 3)), r"an array of float64 \(8, 8, 3\) is not an image"),
-        (1, lambda file: np.zeros((2, 8, 8, 3), np.uint8), r"an array of uint8 \(2, 8, 8, 3\) is not an image"),
-        (1, lambda file: np.zeros((3, 8, 8), np.uint8), r"an array of uint8 \(3, 8, 8\) is not an image"),
+        (
+            1,
+            lambda file: np.zeros((2, 8, 8, 3), np.uint8),
+            r"an array of uint8 \(2, 8, 8, 3\) is not an image",
+        ),
+        (
+            1,
+            lambda file: np.zeros((3, 8, 8), np.uint8),
+            r"an array of uint8 \(3, 8, 8\) is not an image",
+        ),
         (0, lambda file: [], "prompts is .*: it must be text"),
     ],
 )

@@ -22,17 +22,17 @@ from tests.hub import tiny_checkpoints, tiny_tokenizers
 from tests.hub.parity import SMALL, saved
 from tests.hub.test_export import encoder_decoder_like, llava_like, mllama_like
 from tests.hub.test_processor import processor_of
-from vlm_jax import cli
+from vlm_jax.cli import commands
 from vlm_jax.config import Experiment, Fusion
-from vlm_jax.data import images, questions, tiles
+from vlm_jax.data import images, questions, tiling
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub import compose, export
-from vlm_jax.hub.tokenizer import HubTokenizer
+from vlm_jax.hub.text.tokenizer import HubTokenizer
 from vlm_jax.infer.generate import Decoding, generate
+from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.structs import NO_IMAGE
 from vlm_jax.testing import random_params
 from vlm_jax.train import initial
-from vlm_jax.workdir import Workdir
 
 NEW = 5
 QUESTION = "what do you see in 3?"
@@ -55,7 +55,12 @@ def composed(kind: str):
 
     def experiment(tmp_path) -> Experiment:
         tower, text = tmp_path / "tower", tmp_path / "text"
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+        sizes = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+        }
         for folder in (tower, text):
             folder.mkdir()
         saved(CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=8)), tower)
@@ -64,7 +69,9 @@ def composed(kind: str):
         (text / "added_tokens.json").unlink(missing_ok=True)
         eos = 1 if kind == "llama3" else 2
         rows = HubTokenizer.load(text).next_id
-        config = LlamaConfig(**SMALL | {"vocab_size": rows, "max_position_embeddings": 256}, eos_token_id=eos)
+        config = LlamaConfig(
+            **SMALL | {"vocab_size": rows, "max_position_embeddings": 256}, eos_token_id=eos
+        )
         saved(LlamaForCausalLM(config), tmp_path)
         for name in ("config.json", "model.safetensors"):
             (tmp_path / name).replace(text / name)
@@ -85,7 +92,9 @@ def whole(name: str):
         torch.manual_seed(0)
         getattr(tiny_checkpoints, name)(folder)
         base = Experiment(init_from=str(folder))
-        base = replace(base, data=replace(base.data, source="conversations", text_length=90, augment=()))
+        base = replace(
+            base, data=replace(base.data, source="conversations", text_length=90, augment=())
+        )
         return compose.resolved(base)
 
     return experiment
@@ -93,7 +102,9 @@ def whole(name: str):
 
 def with_placeholder() -> Experiment:
     cfg = mllama_like()
-    return replace(cfg, fusion=replace(cfg.fusion, placeholder=True), vision=replace(cfg.vision, resize="pad"))
+    return replace(
+        cfg, fusion=replace(cfg.fusion, placeholder=True), vision=replace(cfg.vision, resize="pad")
+    )
 
 
 RUNS = {
@@ -109,8 +120,12 @@ RUNS = {
     "whole mllama": whole("mllama"),
     "whole vit and gpt2": whole("vit_gpt2"),
     "mllama, conversations": from_scratch(with_placeholder, source="conversations", bos_id=3),
-    "encoder-decoder, conversations": from_scratch(encoder_decoder_like, source="conversations", bos_id=3),
-    "encoder-decoder, captions": from_scratch(encoder_decoder_like, source="conversations", template="caption"),
+    "encoder-decoder, conversations": from_scratch(
+        encoder_decoder_like, source="conversations", bos_id=3
+    ),
+    "encoder-decoder, captions": from_scratch(
+        encoder_decoder_like, source="conversations", template="caption"
+    ),
     "encoder-decoder, questions": from_scratch(encoder_decoder_like, bos_id=3),
 }
 
@@ -143,16 +158,22 @@ def test_transformers_answers_as_the_run_does(name, tmp_path, picture):
     cfg = RUNS[name](tmp_path)
     family, params, tokenizer, out = exported(cfg, tmp_path)
     assert export.exportable(cfg) == f"export: {family}"
-    pixels = tiles.to_pixels(images.read_image(picture), cfg.vision)
+    pixels = tiling.to_pixels(images.read_image(picture), cfg.vision)
     prompt = "" if "captions" in name else QUESTION
     batch = questions.prompt_batch(cfg, tokenizer, [[pixels]], [prompt])
     ours = np.asarray(generate(cfg, params, batch, NEW, Decoding()))[0]
     processor = AutoProcessor.from_pretrained(out)
     image = Image.open(picture).convert("RGB")
     inputs = asked_of_transformers(processor, family, name, image, prompt)
-    cls = VisionEncoderDecoderModel if family == "vision-encoder-decoder" else AutoModelForImageTextToText
+    cls = (
+        VisionEncoderDecoderModel
+        if family == "vision-encoder-decoder"
+        else AutoModelForImageTextToText
+    )
     model, report = cls.from_pretrained(out, output_loading_info=True, dtype=torch.float32)
-    assert not report["unexpected_keys"] and not {x for x in report["missing_keys"] if ".pooler." not in x}
+    assert not report["unexpected_keys"] and not {
+        x for x in report["missing_keys"] if ".pooler." not in x
+    }
     model.generation_config.eos_token_id = None
     made = model.eval().generate(**inputs, max_new_tokens=NEW, do_sample=False)[0].tolist()
     assert made[-NEW:] == ours.tolist()
@@ -164,7 +185,9 @@ def asked_of_transformers(processor, family, name, image, prompt) -> dict:
         if processor.tokenizer.chat_template:
             parts = [{"type": "image"}, {"type": "text", "text": prompt}]
             messages = [{"role": "user", "content": parts}]
-            prompt = processor.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            prompt = processor.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
         ids = processor.tokenizer(prompt, return_tensors="pt").input_ids
         if name == "whole vit and gpt2":
             ids = torch.cat([torch.tensor([[0]]), ids], 1)
@@ -175,7 +198,9 @@ def asked_of_transformers(processor, family, name, image, prompt) -> dict:
     if processor.chat_template is None:
         return processor(text=prompt, images=image, return_tensors="pt")
     parts = [{"type": "image"}, {"type": "text", "text": prompt}]
-    text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": parts}], add_generation_prompt=True
+    )
     return processor(text=text, images=image, return_tensors="pt")
 
 
@@ -185,10 +210,13 @@ def test_our_own_processor_asks_the_exported_folder_as_the_run_is_asked(name, tm
     cfg = RUNS[name](tmp_path)
     _, _, tokenizer, out = exported(cfg, tmp_path)
     prompt = "" if "captions" in name else QUESTION
-    pixels = tiles.to_pixels(images.read_image(picture), cfg.vision)
+    pixels = tiling.to_pixels(images.read_image(picture), cfg.vision)
     run = questions.prompt_batch(cfg, tokenizer, [[pixels]], [prompt])
     asked = processor_of(out).asked(prompt, [picture])
-    texts = [np.asarray(batch.tokens[0])[np.asarray(batch.image_slots[0]) == NO_IMAGE] for batch in (asked, run)]
+    texts = [
+        np.asarray(batch.tokens[0])[np.asarray(batch.image_slots[0]) == NO_IMAGE]
+        for batch in (asked, run)
+    ]
     np.testing.assert_array_equal(*texts)
     np.testing.assert_allclose(np.asarray(asked.images), np.asarray(run.images), atol=1e-5)
 
@@ -212,9 +240,11 @@ def test_another_image_size_is_that_of_the_exported_processor(tmp_path):
     torch.manual_seed(0)
     tiny_checkpoints.llava(folder)
     config = tmp_path / "config.py"
-    config.write_text("from vlm_jax.config import Experiment\n\ndef get_config():\n    return Experiment()\n")
+    config.write_text(
+        "from vlm_jax.config import Experiment\n\ndef get_config():\n    return Experiment()\n"
+    )
     arguments = ["--config", config, "--checkpoint", folder, "--vision.image_size_px", 42]
-    cfg = cli.experiment("train", list(map(str, arguments)), stored=False)
+    cfg = commands.experiment("train", list(map(str, arguments)), stored=False)
     *_, out = exported(cfg, tmp_path)
     assert AutoProcessor.from_pretrained(out).image_processor.crop_size["height"] == 42
 
@@ -222,11 +252,15 @@ def test_another_image_size_is_that_of_the_exported_processor(tmp_path):
 def test_what_keeps_transformers_from_the_same_prompts_is_named():
     assert "fusion.placeholder False" in export.exportable(mllama_like())
     assert "data.bos_id -1" in export.exportable(encoder_decoder_like())
-    assert export.exportable(replace(llava_like(), fusion=Fusion("hybrid"))).startswith("export: none, fusion.kind")
+    assert export.exportable(replace(llava_like(), fusion=Fusion("hybrid"))).startswith(
+        "export: none, fusion.kind"
+    )
 
 
 def test_that_fuyus_processor_keeps_the_size_of_images_is_named(tmp_path):
-    assert export.exportable(whole("fuyu")(tmp_path)).endswith("other prompts than vision.image_size_px 48")
+    assert export.exportable(whole("fuyu")(tmp_path)).endswith(
+        "other prompts than vision.image_size_px 48"
+    )
 
 
 def test_why_a_run_has_no_family_is_said_in_whole_fields():

@@ -143,7 +143,9 @@ def zephyr_chat(path: Path) -> Folder:
     """A tokenizer that writes bos, and a template that does not."""
     tokenizer = _tokenizer(path, tiny_tokenizers.llama)
     model = LlamaForCausalLM(LlamaConfig(**TEXT, vocab_size=len(tokenizer)))
-    return _finished(model, tokenizer, path, "{% for m in messages %}User: {{ m['content'] }}</s>\n{% endfor %}")
+    return _finished(
+        model, tokenizer, path, "{% for m in messages %}User: {{ m['content'] }}</s>\n{% endfor %}"
+    )
 
 
 def gemma(path: Path) -> Folder:
@@ -154,15 +156,24 @@ def gemma(path: Path) -> Folder:
 
 def llava(path: Path, template: str | None = LLAVA_CHAT) -> Folder:
     tokenizer = _tokenizer(path, tiny_tokenizers.llama)
-    images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    options = {"patch_size": 7, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+    )
+    options = {
+        "patch_size": 7,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    }
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**TOWER),
         text_config=LlamaConfig(**TEXT, vocab_size=len(tokenizer)),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     return _finished(
-        LlavaForConditionalGeneration(config), LlavaProcessor(images, tokenizer, **options), path, template
+        LlavaForConditionalGeneration(config),
+        LlavaProcessor(images, tokenizer, **options),
+        path,
+        template,
     )
 
 
@@ -182,7 +193,9 @@ def paligemma(path: Path, text=GemmaConfig, **settings) -> Folder:
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     config._attn_implementation = "eager"
-    return _finished(PaliGemmaForConditionalGeneration(config), PaliGemmaProcessor(images, tokenizer), path)
+    return _finished(
+        PaliGemmaForConditionalGeneration(config), PaliGemmaProcessor(images, tokenizer), path
+    )
 
 
 def paligemma2(path: Path) -> Folder:
@@ -196,13 +209,26 @@ class FuyuImageProcessorPil(transformers.FuyuImageProcessorPil):
 
 
 def fuyu(path: Path) -> Folder:
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "|SPEAKER|", "|NEWLINE|"]
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "|SPEAKER|",
+        "|NEWLINE|",
+    ]
     words = ["▁", *"abcdefghijklmnopqrst", "is", "at", "▁cat", "▁what"]
     scored = [(piece, 0.0) for piece in pieces] + [(word, -5.0) for word in words]
     backend = Tokenizer(models.Unigram(scored, unk_id=0, byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer = TokenizersBackend(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
-    images = FuyuImageProcessorPil(size={"height": 36, "width": 48}, patch_size={"height": 6, "width": 6})
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer = TokenizersBackend(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    images = FuyuImageProcessorPil(
+        size={"height": 36, "width": 48}, patch_size={"height": 6, "width": 6}
+    )
     text = {**TEXT, "num_key_value_heads": 4, "vocab_size": 300}
     image = tokenizer.convert_tokens_to_ids("|SPEAKER|")
     config = FuyuConfig(text_config=text, patch_size=6, image_size=48, image_token_id=image)
@@ -212,8 +238,18 @@ def fuyu(path: Path) -> Folder:
 def mllama(path: Path, template: str | None = LLAMA_CHAT) -> Folder:
     tokenizer = _tokenizer(path, tiny_tokenizers.llama3, model_type="mllama")
     images = MllamaImageProcessorPil(size={"height": 16, "width": 16}, max_image_tiles=4)
-    text = {**TEXT, "vocab_size": len(tokenizer), "num_hidden_layers": 4, "cross_attention_layers": [1, 3]}
-    vision = {"hidden_size": 16, "num_hidden_layers": 2, "num_global_layers": 2, "attention_heads": 2}
+    text = {
+        **TEXT,
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": 4,
+        "cross_attention_layers": [1, 3],
+    }
+    vision = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_global_layers": 2,
+        "attention_heads": 2,
+    }
     vision |= {"intermediate_size": 24, "image_size": 16, "patch_size": 4, "max_num_tiles": 4}
     vision |= {"intermediate_layers_indices": [1], "vision_output_dim": 32}
     config = MllamaConfig(
@@ -222,7 +258,9 @@ def mllama(path: Path, template: str | None = LLAMA_CHAT) -> Folder:
         image_token_index=tokenizer.convert_tokens_to_ids("<|image|>"),
         attn_implementation="eager",
     )
-    return _finished(MllamaForConditionalGeneration(config), MllamaProcessor(images, tokenizer), path, template)
+    return _finished(
+        MllamaForConditionalGeneration(config), MllamaProcessor(images, tokenizer), path, template
+    )
 
 
 def _encoder_decoder(path: Path, tokenizer, decoder, **special) -> Folder:
@@ -241,9 +279,17 @@ def vit_gpt2(path: Path) -> Folder:
 
 def trocr(path: Path) -> Folder:
     tokenizer = _tokenizer(path, tiny_tokenizers.roberta)
-    sizes = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    sizes = {
+        "d_model": 32,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 48,
+    }
     decoder = TrOCRConfig(
-        vocab_size=len(tokenizer), cross_attention_hidden_size=24, max_position_embeddings=64, **sizes
+        vocab_size=len(tokenizer),
+        cross_attention_hidden_size=24,
+        max_position_embeddings=64,
+        **sizes,
     )
     return _encoder_decoder(path, tokenizer, decoder, decoder_start_token_id=2, pad_token_id=1)
 
@@ -257,7 +303,12 @@ ABOUT_IMAGES = {
     "mllama": mllama,
 }
 CAPTIONS = {"vit and gpt2": vit_gpt2, "trocr": trocr}
-OF_TEXT = {"llama": llama, "mistral's chat": mistral_chat, "a chat without bos": zephyr_chat, "gemma": gemma}
+OF_TEXT = {
+    "llama": llama,
+    "mistral's chat": mistral_chat,
+    "a chat without bos": zephyr_chat,
+    "gemma": gemma,
+}
 
 
 def pictures(folder: Path) -> dict[str, Path]:

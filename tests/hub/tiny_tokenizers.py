@@ -6,7 +6,15 @@ import tempfile
 from pathlib import Path
 
 import sentencepiece
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 CORPUS = 20 * [
     "a photo of the cat that sat on the mat, isn't it? yes!",
@@ -29,7 +37,13 @@ def read(folder: Path, name: str) -> dict:
 
 
 def token(text: str, **flags: bool) -> dict:
-    defaults = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    defaults = {
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "single_word": False,
+        "special": True,
+    }
     return {"content": text, **defaults, **flags}
 
 
@@ -76,7 +90,11 @@ def _sentencepiece(kind: str, options: tuple) -> bytes:
 
 def sentencepiece_model(path: Path, kind: str = "bpe", **options) -> None:
     """Trains a model with Llama 2's options, unless others are given."""
-    options = {"byte_fallback": True, "normalization_rule_name": "identity", "split_digits": True} | options
+    options = {
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "split_digits": True,
+    } | options
     options = {"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True} | options
     path.write_bytes(_sentencepiece(kind, tuple(sorted(options.items()))))
 
@@ -91,7 +109,9 @@ def gpt2(folder: Path) -> None:
 
 def gpt2_whole(folder: Path) -> None:
     byte_level("<|endoftext|>").save(str(folder / "tokenizer.json"))
-    write(folder, config={"model_type": "gpt2"}, tokenizer_config={"tokenizer_class": "GPT2Tokenizer"})
+    write(
+        folder, config={"model_type": "gpt2"}, tokenizer_config={"tokenizer_class": "GPT2Tokenizer"}
+    )
 
 
 def gpt2_with_older_files(folder: Path) -> None:
@@ -99,9 +119,17 @@ def gpt2_with_older_files(folder: Path) -> None:
     settings = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "add_prefix_space": True}
     write(
         folder,
-        config={"model_type": "vision-encoder-decoder", "encoder": {"model_type": "vit"}, "decoder": {}},
+        config={
+            "model_type": "vision-encoder-decoder",
+            "encoder": {"model_type": "vit"},
+            "decoder": {},
+        },
         tokenizer_config=settings | {"clean_up_tokenization_spaces": True},
-        special_tokens_map={"pad_token": token("<pad>"), "unk_token": "<unk>", UNNAMED: ["<|im_start|>"]},
+        special_tokens_map={
+            "pad_token": token("<pad>"),
+            "unk_token": "<unk>",
+            UNNAMED: ["<|im_start|>"],
+        },
         added_tokens={"<image>": 702, "<pad>": 700, "<|image|>": 701},
     )
 
@@ -116,53 +144,95 @@ def roberta(folder: Path) -> None:
 
 def clip(folder: Path) -> None:
     byte_level("<|startoftext|>", "<|endoftext|>", end_of_word="</w>").model.save(str(folder))
-    write(folder, config={"model_type": "clip"}, tokenizer_config={"tokenizer_class": "CLIPTokenizer"})
+    write(
+        folder, config={"model_type": "clip"}, tokenizer_config={"tokenizer_class": "CLIPTokenizer"}
+    )
 
 
 def clip_whole(folder: Path) -> None:
     """As OpenCLIP's folders have it: without transformers' config."""
-    byte_level("<|startoftext|>", "<|endoftext|>", end_of_word="</w>").save(str(folder / "tokenizer.json"))
+    byte_level("<|startoftext|>", "<|endoftext|>", end_of_word="</w>").save(
+        str(folder / "tokenizer.json")
+    )
     write(folder, tokenizer_config={"tokenizer_class": "CLIPTokenizerFast", "pad_token": "!"})
 
 
 def qwen2(folder: Path) -> None:
     byte_level("<|endoftext|>").model.save(str(folder))
-    added = {"0": token("<|endoftext|>"), "700": token("<|im_start|>"), "701": token("<image>", special=False)}
-    settings = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added, "bos_token": None}
-    settings |= {"eos_token": "<|im_start|>", "pad_token": "<|endoftext|>", UNNAMED: ["<|im_start|>"]}
+    added = {
+        "0": token("<|endoftext|>"),
+        "700": token("<|im_start|>"),
+        "701": token("<image>", special=False),
+    }
+    settings = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "added_tokens_decoder": added,
+        "bos_token": None,
+    }
+    settings |= {
+        "eos_token": "<|im_start|>",
+        "pad_token": "<|endoftext|>",
+        UNNAMED: ["<|im_start|>"],
+    }
     write(folder, config={"model_type": "qwen2"}, tokenizer_config=settings)
 
 
 def llama3(folder: Path, model_type: str = "llama") -> None:
-    specials = ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
+    specials = (
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|eot_id|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+    )
     backend = byte_level(*specials, "<|image|>")
     backend.post_processor = processors.TemplateProcessing(
         single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
     )
     backend.save(str(folder / "tokenizer.json"))
-    named = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|end_of_text|>"}
+    named = {
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": "<|eot_id|>",
+        "pad_token": "<|end_of_text|>",
+    }
     write(
         folder,
         config={"model_type": model_type, "eos_token_id": 1},
         generation_config={"eos_token_id": [1, 2]},
-        tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False, **named},
+        tokenizer_config={
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_bos_token": False,
+            **named,
+        },
     )
 
 
 def llama3_called_llama(folder: Path) -> None:
     llama3(folder)
-    write(folder, tokenizer_config={"tokenizer_class": "LlamaTokenizer", "bos_token": "<|begin_of_text|>"})
+    write(
+        folder,
+        tokenizer_config={"tokenizer_class": "LlamaTokenizer", "bos_token": "<|begin_of_text|>"},
+    )
 
 
 def llama(folder: Path, config: dict | None = None, **settings) -> None:
     sentencepiece_model(folder / "tokenizer.model")
-    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "pad_token": "<pad>"} | settings
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "pad_token": "<pad>",
+    } | settings
     write(folder, config=config or {"model_type": "llama"}, tokenizer_config=settings)
     write(folder, added_tokens={"<image>": 420, "<pad>": 421})
 
 
 def llama_legacy(folder: Path) -> None:
-    llama(folder, legacy=True, add_eos_token=True, unk_token={"__type": "AddedToken", **token("<unk>")})
+    llama(
+        folder,
+        legacy=True,
+        add_eos_token=True,
+        unk_token={"__type": "AddedToken", **token("<unk>")},
+    )
 
 
 def llama_without_prefix_space(folder: Path) -> None:
@@ -171,30 +241,58 @@ def llama_without_prefix_space(folder: Path) -> None:
 
 def llava(folder: Path) -> None:
     """A SentencePiece model of which later tokens took a place."""
-    added = {"1": token("<s>"), "2": token("</s>"), "3": token("<|image|>"), "420": token("<image>")}
+    added = {
+        "1": token("<s>"),
+        "2": token("</s>"),
+        "3": token("<|image|>"),
+        "420": token("<image>"),
+    }
     llama(folder, {"model_type": "llava"}, added_tokens_decoder=added, image_token="<image>")
 
 
 def phi3(folder: Path) -> None:
     """Tokens that take the spaces around them along."""
-    added = {"1": token("<s>"), "2": token("</s>", rstrip=True, special=False), "420": token("<unused>")}
-    added |= {"421": token("<|endoftext|>", rstrip=True), "422": token("<|im_start|>", rstrip=True, lstrip=True)}
-    llama(folder, {"model_type": "phi3"}, added_tokens_decoder=added, eos_token="<|endoftext|>", pad_token="</s>")
+    added = {
+        "1": token("<s>"),
+        "2": token("</s>", rstrip=True, special=False),
+        "420": token("<unused>"),
+    }
+    added |= {
+        "421": token("<|endoftext|>", rstrip=True),
+        "422": token("<|im_start|>", rstrip=True, lstrip=True),
+    }
+    llama(
+        folder,
+        {"model_type": "phi3"},
+        added_tokens_decoder=added,
+        eos_token="<|endoftext|>",
+        pad_token="</s>",
+    )
 
 
 def mistral_unigram(folder: Path) -> None:
     """Without a token for the start."""
     ids = {"bos_id": -1, "eos_id": 1}
-    sentencepiece_model(folder / "tokenizer.model", "unigram", normalization_rule_name="nmt_nfkc", **ids)
-    settings = {"tokenizer_class": "LlamaTokenizer", "add_eos_token": True, "clean_up_tokenization_spaces": True}
+    sentencepiece_model(
+        folder / "tokenizer.model", "unigram", normalization_rule_name="nmt_nfkc", **ids
+    )
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_eos_token": True,
+        "clean_up_tokenization_spaces": True,
+    }
     write(folder, config={"model_type": "mistral"}, tokenizer_config=settings)
 
 
 def gemma(folder: Path, **settings) -> None:
     names = ("pad", "eos", "bos", "unk")
-    own = {f"{name}_piece": f"<{name}>" for name in names} | {f"{name}_id": i for i, name in enumerate(names)}
+    own = {f"{name}_piece": f"<{name}>" for name in names} | {
+        f"{name}_id": i for i, name in enumerate(names)
+    }
     symbols = "<mask>,\n,\n\n,▁▁,▁▁▁,<start_of_turn>,<end_of_turn>"
-    sentencepiece_model(folder / "tokenizer.model", add_dummy_prefix=False, user_defined_symbols=symbols, **own)
+    sentencepiece_model(
+        folder / "tokenizer.model", add_dummy_prefix=False, user_defined_symbols=symbols, **own
+    )
     settings = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True} | settings
     write(folder, config={"model_type": "gemma"}, tokenizer_config=settings)
 
@@ -203,18 +301,30 @@ def xlm_roberta(folder: Path) -> None:
     """TrOCR's small ones."""
     path = folder / "sentencepiece.bpe.model"
     sentencepiece_model(path, "unigram", normalization_rule_name="nmt_nfkc", byte_fallback=False)
-    write(folder, config={"model_type": "trocr"}, tokenizer_config={"tokenizer_class": "XLMRobertaTokenizer"})
+    write(
+        folder,
+        config={"model_type": "trocr"},
+        tokenizer_config={"tokenizer_class": "XLMRobertaTokenizer"},
+    )
 
 
 def wordpiece(folder: Path) -> None:
     """Nothing but a tokenizer.json and its settings; padding and truncation in it are not ours."""
     backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    backend.normalizer, backend.pre_tokenizer = (
+        normalizers.BertNormalizer(),
+        pre_tokenizers.BertPreTokenizer(),
+    )
     backend.decoder = decoders.WordPiece(cleanup=False)
-    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[UNK]", "[PAD]"], show_progress=False)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=300, special_tokens=["[UNK]", "[PAD]"], show_progress=False
+    )
     backend.train_from_iterator(CORPUS, trainer)
     backend.enable_padding(length=12, pad_id=1)
     backend.enable_truncation(3)
     backend.save(str(folder / "tokenizer.json"))
     new = {"mask_token": "[MASK]", "sep_token": "[SEP]"}
-    write(folder, tokenizer_config=new | {"clean_up_tokenization_spaces": True, "split_special_tokens": True})
+    write(
+        folder,
+        tokenizer_config=new | {"clean_up_tokenization_spaces": True, "split_special_tokens": True},
+    )

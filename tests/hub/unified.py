@@ -17,7 +17,11 @@ from vlm_jax.structs import NO_IMAGE, Batch
 PAD = 0
 NEW = 5
 TEXT_LENGTHS = (7, 12, 4)  # of the rows
-IMAGE_COUNTS = {"text only": (0, 0, 0), "one image a row": (1, 1, 1), "two, none and one": (2, 0, 1)}
+IMAGE_COUNTS = {
+    "text only": (0, 0, 0),
+    "one image a row": (1, 1, 1),
+    "two, none and one": (2, 0, 1),
+}
 
 
 class Pair(NamedTuple):
@@ -42,7 +46,9 @@ class Pair(NamedTuple):
         return np.asarray(forward(VLM(self.cfg), self.params, self.batch(**inputs)).logits)
 
     def applied(self, batch: Batch, **settings):
-        run = jax.jit(lambda params, batch: VLM(self.cfg).apply({"params": params}, batch, **settings))
+        run = jax.jit(
+            lambda params, batch: VLM(self.cfg).apply({"params": params}, batch, **settings)
+        )
         return run(self.params, batch)
 
 
@@ -76,7 +82,11 @@ def rows_of(counts: tuple[int, ...], image: list[int]) -> list[list[int]]:
 def images_of(counts: tuple[int, ...], *shape: int) -> dict[str, np.ndarray]:
     """Random `pixel_values` of all rows, if there are images."""
     count = sum(counts)
-    return {"pixel_values": np.random.default_rng(1).normal(size=(count, *shape)).astype(np.float32)} if count else {}
+    return (
+        {"pixel_values": np.random.default_rng(1).normal(size=(count, *shape)).astype(np.float32)}
+        if count
+        else {}
+    )
 
 
 def assert_logits_are_equal(pair: Pair, atol: float, **inputs) -> None:
@@ -89,20 +99,30 @@ def assert_blocks_are_equal(pair: Pair, atol: float, **inputs) -> None:
     """What goes into the decoder's blocks, and what comes out of each: the first that differs names itself."""
     tensors = {name: torch.tensor(x) for name, x in inputs.items()}
     with torch.no_grad():
-        *expected, _ = pair.theirs(**tensors, output_hidden_states=True).hidden_states  # the last is after the norm
-    states = pair.applied(pair.batch(**inputs), mutable=["intermediates"])[1]["intermediates"]["decoder"]
+        *expected, _ = pair.theirs(
+            **tensors, output_hidden_states=True
+        ).hidden_states  # the last is after the norm
+    states = pair.applied(pair.batch(**inputs), mutable=["intermediates"])[1]["intermediates"][
+        "decoder"
+    ]
     found = [states["embeddings"][0], *states["blocks"]["layers"]["block_0_out"][0]]
     there = inputs["attention_mask"] == 1
     for i, (ours, theirs) in enumerate(zip(found, expected)):
         name = f"after block {i - 1}" if i else "embeddings"
-        np.testing.assert_allclose(np.asarray(ours)[there], theirs.numpy()[there], atol=atol, err_msg=name)
+        np.testing.assert_allclose(
+            np.asarray(ours)[there], theirs.numpy()[there], atol=atol, err_msg=name
+        )
 
 
-def assert_image_features_are_equal(pair: Pair, features: torch.Tensor, atol: float, **inputs) -> None:
+def assert_image_features_are_equal(
+    pair: Pair, features: torch.Tensor, atol: float, **inputs
+) -> None:
     """`features` are the projected tokens of all images in reading order, (tokens, D)."""
     batch = pair.batch(**inputs)
     found = np.asarray(pair.applied(batch, method="image_tokens"))
-    found = np.concatenate([row[slots[slots != NO_IMAGE]] for row, slots in zip(found, batch.image_slots)])
+    found = np.concatenate(
+        [row[slots[slots != NO_IMAGE]] for row, slots in zip(found, batch.image_slots)]
+    )
     np.testing.assert_allclose(found, features.detach().numpy(), atol=atol)
 
 
@@ -110,16 +130,22 @@ def assert_greedy_tokens_are_equal(pair: Pair, **inputs) -> None:
     """For left-padded prompts; every row makes NEW tokens, and not all the same."""
     pair.theirs.generation_config.eos_token_id = None
     tensors = {name: torch.tensor(x) for name, x in inputs.items()}
-    made = pair.theirs.generate(**tensors, do_sample=False, max_new_tokens=NEW)[:, inputs["input_ids"].shape[1] :]
+    made = pair.theirs.generate(**tensors, do_sample=False, max_new_tokens=NEW)[
+        :, inputs["input_ids"].shape[1] :
+    ]
     assert len(np.unique(made)) > 3, "the answers are all alike: the test would show little"
     batch = pair.batch(generating=True, **inputs)
     np.testing.assert_array_equal(generate(pair.cfg, pair.params, batch, NEW, Decoding()), made)
 
 
-def assert_an_export_is_what_was_loaded(pair: Pair, folder: Path, atol: float, inputs: dict, **config) -> None:
+def assert_an_export_is_what_was_loaded(
+    pair: Pair, folder: Path, atol: float, inputs: dict, **config
+) -> None:
     """In the names of transformers 4.x; it loads there and here with equal logits."""
     assert_round_trip(pair.checkpoint.folder, folder, **config)
     again = Pair.of(reloaded(type(pair.theirs), folder, pair.theirs), folder)
     assert again.cfg == pair.cfg
-    np.testing.assert_allclose(reference(again.theirs, **inputs), reference(pair.theirs, **inputs), atol=atol)
+    np.testing.assert_allclose(
+        reference(again.theirs, **inputs), reference(pair.theirs, **inputs), atol=atol
+    )
     assert_logits_are_equal(again, atol, **inputs)

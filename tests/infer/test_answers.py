@@ -12,15 +12,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import vlm_jax
 from tests.hub import tiny_checkpoints, tiny_tokenizers
 from tests.hub.parity import saved
-from vlm_jax.cli import main
+from vlm_jax.cli.commands import main
 from vlm_jax.config import ConfigError
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer.demo import RunProcessor
 from vlm_jax.nn.vlm import VLM
+from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.testing import random_params, tiny
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.step import state_shapes
-from vlm_jax.workdir import Workdir
 
 NEW = 6
 PROMPTS = ["what is it?", "is there a cat, and where does it sit?", ""]
@@ -43,7 +43,14 @@ def pictures(tmp_path_factory):
 def experiment(kind="unified", template="plain", **data):
     """A run of conversations with a free head: a tied one repeats the last token."""
     cfg = tiny(kind)
-    data = replace(cfg.data, source="conversations", files=("t.json",), images_per_row=2, template=template, **data)
+    data = replace(
+        cfg.data,
+        source="conversations",
+        files=("t.json",),
+        images_per_row=2,
+        template=template,
+        **data,
+    )
     decoder = replace(cfg.decoder, tied_head=False, max_positions=128)
     return replace(cfg, data=data, decoder=decoder, eval=replace(cfg.eval, max_new_tokens=NEW))
 
@@ -63,7 +70,9 @@ def run(tmp_path_factory, tokenizer):
     checkpoints = Checkpoints(workdir.checkpoints, cfg.train)
     empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state_shapes(cfg))
     for step in (2, 4):
-        checkpoints.save(step, empty.replace(params=random_params(cfg, 0.3, seed=step)), {}, loss=1.0)
+        checkpoints.save(
+            step, empty.replace(params=random_params(cfg, 0.3, seed=step)), {}, loss=1.0
+        )
     checkpoints.close()
     return cfg.workdir
 
@@ -75,7 +84,9 @@ def printed(capsys, *arguments) -> str:
 
 @pytest.mark.parametrize("template", ["plain", "caption"])
 @pytest.mark.parametrize("kind", ["unified", "cross_attention", "encoder_decoder", "text_only"])
-def test_a_batch_of_prompts_and_images_of_a_run_is_answered_as_one_by_one(kind, template, tokenizer, pictures):
+def test_a_batch_of_prompts_and_images_of_a_run_is_answered_as_one_by_one(
+    kind, template, tokenizer, pictures
+):
     run = in_memory(experiment(kind, template), tokenizer)
     images = [[pictures[0]], pictures[1:], []]
     together = vlm_jax.generate(*run, PROMPTS, images, max_new_tokens=NEW)
@@ -88,10 +99,17 @@ def test_a_run_is_answered_as_the_command_line_does(run, pictures, capsys):
     for files in (pictures[:2], []):
         shown = [[file] for file in files] or [[]]
         images = [row for row in shown for _ in PROMPTS]
-        texts = vlm_jax.generate(model, params, processor, PROMPTS * len(shown), images, max_new_tokens=NEW)
-        lines = ["  ".join([*row, *pair]) for row, *pair in zip(images, PROMPTS * len(shown), texts)]
+        texts = vlm_jax.generate(
+            model, params, processor, PROMPTS * len(shown), images, max_new_tokens=NEW
+        )
+        lines = [
+            "  ".join([*row, *pair]) for row, *pair in zip(images, PROMPTS * len(shown), texts)
+        ]
         options = ["--image", *files] if files else []
-        assert printed(capsys, "--workdir", run, *options, "--prompt", *PROMPTS) == "\n".join(lines) + "\n"
+        assert (
+            printed(capsys, "--workdir", run, *options, "--prompt", *PROMPTS)
+            == "\n".join(lines) + "\n"
+        )
 
 
 def test_a_checkpoint_of_a_run_is_named_by_its_step(run, tokenizer):
@@ -107,7 +125,9 @@ def test_a_checkpoint_of_a_run_is_named_by_its_step(run, tokenizer):
 def test_files_open_images_and_arrays_are_one(tokenizer, pictures):
     processor = RunProcessor(experiment(), tokenizer)
     opened = Image.open(pictures[0])
-    batches = [processor(["what?"], [[image]]) for image in (pictures[0], opened, np.asarray(opened))]
+    batches = [
+        processor(["what?"], [[image]]) for image in (pictures[0], opened, np.asarray(opened))
+    ]
     for batch in batches[1:]:
         np.testing.assert_array_equal(batch.images, batches[0].images)
 
@@ -145,7 +165,10 @@ def test_a_long_prompt_does_not_shorten_the_other_answers(tokenizer, pictures):
     model, params, processor = in_memory(experiment("cross_attention"), tokenizer)
     prompts, images = ["a " * 122, "is it?"], [[pictures[0]], [pictures[1]]]
     together = vlm_jax.generate(model, params, processor, prompts, images, max_new_tokens=NEW)
-    alone = [vlm_jax.generate(model, params, processor, *one, max_new_tokens=NEW)[0] for one in zip(prompts, images)]
+    alone = [
+        vlm_jax.generate(model, params, processor, *one, max_new_tokens=NEW)[0]
+        for one in zip(prompts, images)
+    ]
     assert together == alone
     room = 128 - len(tokenizer.encode(prompts[0] + "\n"))
     assert 0 < room < NEW
@@ -156,7 +179,9 @@ def gpt2(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("gpt2")
     tiny_tokenizers.gpt2(folder)
-    config = GPT2Config(vocab_size=800, n_positions=64, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=False)
+    config = GPT2Config(
+        vocab_size=800, n_positions=64, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=False
+    )
     saved(GPT2LMHeadModel(config), folder)
     return folder
 
@@ -171,13 +196,23 @@ def test_a_decoder_answers_as_the_command_line_does(gpt2, capsys):
     model, params, processor = vlm_jax.from_pretrained(gpt2)
     sampled = {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "seed": 3}
     for sampling in ({}, sampled):
-        options = [word for name, value in sampling.items() for word in (f"--{name.replace('_', '-')}", value)]
-        command = printed(capsys, "--checkpoint", gpt2, "--prompt", "hello", "--max-new-tokens", NEW, *options)
-        answers = vlm_jax.generate(model, params, processor, "hello", max_new_tokens=NEW, **sampling)
+        options = [
+            word
+            for name, value in sampling.items()
+            for word in (f"--{name.replace('_', '-')}", value)
+        ]
+        command = printed(
+            capsys, "--checkpoint", gpt2, "--prompt", "hello", "--max-new-tokens", NEW, *options
+        )
+        answers = vlm_jax.generate(
+            model, params, processor, "hello", max_new_tokens=NEW, **sampling
+        )
         assert [command] == [text + "\n" for text in answers]
 
 
-def test_a_llava_answers_as_the_command_line_does_with_or_without_its_template(llava, pictures, capsys):
+def test_a_llava_answers_as_the_command_line_does_with_or_without_its_template(
+    llava, pictures, capsys
+):
     model, params, processor = vlm_jax.from_pretrained(llava)
     asked = ["what is it?", "and what is this one?"]
     images = [[pictures[0]], [pictures[1]]]
@@ -187,7 +222,12 @@ def test_a_llava_answers_as_the_command_line_does_with_or_without_its_template(l
         assert printed(capsys, "--checkpoint", llava, *options) == text + "\n"
     formatted = [processor.chat(prompt, 1) for prompt in asked]
     assert formatted != asked
-    assert vlm_jax.generate(model, params, processor, formatted, images, max_new_tokens=NEW, chat=False) == texts
+    assert (
+        vlm_jax.generate(
+            model, params, processor, formatted, images, max_new_tokens=NEW, chat=False
+        )
+        == texts
+    )
 
 
 @pytest.mark.parametrize("kind", ["unified", "cross_attention"])

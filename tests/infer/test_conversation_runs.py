@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_jax.cli import main
+from vlm_jax.cli.commands import main
 from vlm_jax.testing import write_conversations
 
 CONFIG = """
@@ -43,7 +43,10 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("talks")
     write_conversations(folder, count=6)
     talks = json.loads((folder / "talks.json").read_text())
-    talks.append(talks[0] | {"id": "long", "conversations": [{**talks[0]["conversations"][0], "value": "a " * 300}]})
+    talks.append(
+        talks[0]
+        | {"id": "long", "conversations": [{**talks[0]["conversations"][0], "value": "a " * 300}]}
+    )
     talks[-1]["conversations"] += talks[0]["conversations"][1:2]
     (folder / "talks.json").write_text(json.dumps(talks))
     held_out = [talks[1] | {"type": "colors"}, talks[2], talks[3]]
@@ -65,25 +68,53 @@ def run(trained, tmp_path):
 
 
 def test_what_is_cut_is_printed_before_the_training(folder, tmp_path, capsys):
-    assert main(["--config", str(folder / "config.py"), "--workdir", str(tmp_path / "run"), "--eval.split", ""]) == 0
+    assert (
+        main(
+            [
+                "--config",
+                str(folder / "config.py"),
+                "--workdir",
+                str(tmp_path / "run"),
+                "--eval.split",
+                "",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     message = out[: out.index("step 1/2")]
     assert "of 7 conversations are longer than a row (data.text_length 40) and are cut" in message
-    assert f"1 have no scored token left and are left out: {folder}/talks.json: record 6 (id 'long')." in message
+    assert (
+        f"1 have no scored token left and are left out: {folder}/talks.json: record 6 (id 'long')."
+        in message
+    )
 
 
-def test_eval_of_other_files_has_a_folder_of_its_own_and_the_types_of_its_records(run, folder, capsys):
+def test_eval_of_other_files_has_a_folder_of_its_own_and_the_types_of_its_records(
+    run, folder, capsys
+):
     before = (run / "eval.json").read_bytes()
     mine = str(folder / "mine.json")
     command = ["eval", "--workdir", str(run), "--eval.files", mine, "--eval.split", "train"]
     assert main(command) == 0
     assert f"on 3 questions of train of {mine}" in capsys.readouterr().out
     scores = json.loads((run / "eval" / "mine" / "eval.json").read_text())
-    assert (scores["files"], scores["split"], scores["examples"], scores["step"]) == ([mine], "train", 3, 2)
+    assert (scores["files"], scores["split"], scores["examples"], scores["step"]) == (
+        [mine],
+        "train",
+        3,
+        2,
+    )
     assert set(scores["by_type"]) == {"colors", "conversation"}
     predictions = (run / "eval" / "mine" / "predictions.jsonl").read_text().splitlines()
-    assert [json.loads(line)["type"] for line in predictions] == ["colors", "conversation", "conversation"]
-    assert main([*command[:-1], "test"]) == 0, "with the default of eval.split all of the files are asked"
+    assert [json.loads(line)["type"] for line in predictions] == [
+        "colors",
+        "conversation",
+        "conversation",
+    ]
+    assert main([*command[:-1], "test"]) == 0, (
+        "with the default of eval.split all of the files are asked"
+    )
     assert json.loads((run / "eval" / "mine-2" / "eval.json").read_text())["examples"] == 3
     assert main([*command[:-1], "train[:1]"]) == 0
     assert json.loads((run / "eval" / "mine+train_-1" / "eval.json").read_text())["examples"] == 1
@@ -93,22 +124,36 @@ def test_eval_of_other_files_has_a_folder_of_its_own_and_the_types_of_its_record
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--eval.files", "MINE", "--eval.split", "validation"], "eval.split 'validation' is no split: choose train"),
-        (["--eval.files", "nowhere.json"], "cannot read the conversations of nowhere.json: No such file"),
+        (
+            ["--eval.files", "MINE", "--eval.split", "validation"],
+            "eval.split 'validation' is no split: choose train",
+        ),
+        (
+            ["--eval.files", "nowhere.json"],
+            "cannot read the conversations of nowhere.json: No such file",
+        ),
         (["--eval.files", "EMPTY"], "empty.json is empty"),
     ],
 )
-def test_files_that_cannot_be_evaluated_are_refused_before_anything_is_written(options, message, run, folder, capsys):
+def test_files_that_cannot_be_evaluated_are_refused_before_anything_is_written(
+    options, message, run, folder, capsys
+):
     (folder / "empty.json").write_text("\n")
     paths = {"MINE": str(folder / "mine.json"), "EMPTY": str(folder / "empty.json")}
-    assert main(["eval", "--workdir", str(run), *(paths.get(option, option) for option in options)]) == 2
+    assert (
+        main(["eval", "--workdir", str(run), *(paths.get(option, option) for option in options)])
+        == 2
+    )
     assert message in capsys.readouterr().err
     assert not list((run / "eval").glob("*/eval.json"))
 
 
 def test_a_training_is_evaluated_on_the_files_that_are_asked_for(folder, tmp_path):
     options = ["--eval.files", str(folder / "mine.json"), "--eval.split", ""]
-    assert main(["--config", str(folder / "config.py"), "--workdir", str(tmp_path / "run"), *options]) == 0
+    assert (
+        main(["--config", str(folder / "config.py"), "--workdir", str(tmp_path / "run"), *options])
+        == 0
+    )
     scores = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert (scores["files"], scores["examples"]) == ([str(folder / "mine.json")], 3)
 
@@ -126,7 +171,19 @@ def test_other_data_under_the_same_name_is_refused_and_the_same_data_continues(r
     finally:
         (folder / "talks.json").write_text(text)
     assert not (run / "checkpoints" / "2").exists()
-    assert main(["--config", str(folder / "config.py"), "--workdir", str(run), "--data.dir", str(run / "sets")]) == 0
+    assert (
+        main(
+            [
+                "--config",
+                str(folder / "config.py"),
+                "--workdir",
+                str(run),
+                "--data.dir",
+                str(run / "sets"),
+            ]
+        )
+        == 0
+    )
     assert "continuing from step 1" in capsys.readouterr().out
 
 

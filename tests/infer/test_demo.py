@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_jax.cli import main
+from vlm_jax.cli.commands import main
 from vlm_jax.config import NotFinite
 from vlm_jax.infer import demo
+from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.train import loop
-from vlm_jax.workdir import Workdir
 
 CONFIG = """
 from dataclasses import replace
@@ -63,7 +63,14 @@ def run(trained, tmp_path):
 def test_train_leaves_everything_in_the_work_folder(trained):
     workdir = Workdir(str(trained))
     made = {path.name for path in trained.iterdir()}
-    assert made >= {"config.json", "metrics.jsonl", "checkpoints", "eval.json", "predictions.jsonl", "samples.png"}
+    assert made >= {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "eval.json",
+        "predictions.jsonl",
+        "samples.png",
+    }
     assert list(workdir.tensorboard.glob("events.*"))
     assert len(workdir.metrics.read_text().splitlines()) == 4
     scores = json.loads(workdir.eval.read_text())
@@ -83,7 +90,9 @@ def test_eval_scores_again_in_a_folder_of_its_own_and_says_where_the_pictures_ar
     assert files_of(run) == before
     scores = json.loads((run / "eval" / "test_20" / "eval.json").read_text())
     assert scores == json.loads((run / "eval.json").read_text())
-    assert (run / "eval" / "test_20" / "predictions.jsonl").read_bytes() == before["predictions.jsonl"]
+    assert (run / "eval" / "test_20" / "predictions.jsonl").read_bytes() == before[
+        "predictions.jsonl"
+    ]
     cut, right, shuffled, score, pictures = capsys.readouterr().out.splitlines()
     assert "of 20 answers are longer than eval.max_new_tokens" in cut
     assert (right, shuffled) == ("evaluating: 20 questions", "with shuffled images: 20 questions")
@@ -93,20 +102,40 @@ def test_eval_scores_again_in_a_folder_of_its_own_and_says_where_the_pictures_ar
 
 
 def test_eval_takes_another_split_and_keeps_every_evaluation_with_other_settings(run, capsys):
-    command = ["eval", "--workdir", str(run), "--eval.split", "train[:10]", "--eval.max-examples", "5"]
+    command = [
+        "eval",
+        "--workdir",
+        str(run),
+        "--eval.split",
+        "train[:10]",
+        "--eval.max-examples",
+        "5",
+    ]
     assert main(command) == 0
     assert "on 5 questions of train[:10]" in capsys.readouterr().out
-    assert json.loads((run / "eval" / "train_-10_5" / "eval.json").read_text())["split"] == "train[:10]"
+    assert (
+        json.loads((run / "eval" / "train_-10_5" / "eval.json").read_text())["split"]
+        == "train[:10]"
+    )
     before = files_of(run / "eval" / "train_-10_5")
     assert main([*command, "--eval.max_new_tokens", "2"]) == 0
-    assert json.loads((run / "eval" / "train_-10_5-2" / "eval.json").read_text())["max_new_tokens"] == 2
+    assert (
+        json.loads((run / "eval" / "train_-10_5-2" / "eval.json").read_text())["max_new_tokens"]
+        == 2
+    )
     assert main([*command, "--eval.batch_size", "4"]) == 0, "the same questions in other batches"
     assert files_of(run / "eval" / "train_-10_5")["settings.json"] == before["settings.json"]
-    assert sorted(path.name for path in (run / "eval").iterdir()) == ["train_-10_5", "train_-10_5-2"]
+    assert sorted(path.name for path in (run / "eval").iterdir()) == [
+        "train_-10_5",
+        "train_-10_5-2",
+    ]
 
 
 def test_generate_asks_every_prompt_about_every_image(trained, folder, capsys):
-    images, prompts = [str(folder / "cat.png"), str(folder / "dog.png")], ["is it red ?", "what shape is there in it ?"]
+    images, prompts = (
+        [str(folder / "cat.png"), str(folder / "dog.png")],
+        ["is it red ?", "what shape is there in it ?"],
+    )
     arguments = ["generate", "--workdir", str(trained), "--image", *images, "--prompt", *prompts]
     assert main(arguments) == 0
     lines = capsys.readouterr().out
@@ -119,13 +148,29 @@ def test_generate_needs_no_dataset(run, folder, capsys):
     cfg = json.loads((run / "config.json").read_text())
     cfg["data"]["dir"] = "/proc/nowhere"
     (run / "config.json").write_text(json.dumps(cfg))
-    assert main(["generate", "--workdir", str(run), "--image", str(folder / "cat.png"), "--prompt", "is it ?"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "--workdir",
+                str(run),
+                "--image",
+                str(folder / "cat.png"),
+                "--prompt",
+                "is it ?",
+            ]
+        )
+        == 0
+    )
 
 
 @pytest.mark.parametrize("name", ["missing.png", "cut.png", "text.png"])
 def test_a_file_that_is_no_image_is_named(name, trained, folder, capsys):
     files = [str(folder / "cat.png"), str(folder / name)]
-    assert main(["generate", "--workdir", str(trained), "--image", *files, "--prompt", "is it red ?"]) == 2
+    assert (
+        main(["generate", "--workdir", str(trained), "--image", *files, "--prompt", "is it red ?"])
+        == 2
+    )
     out, err = capsys.readouterr()
     assert str(folder / name) in err
     assert err.startswith("error: ")
@@ -134,14 +179,35 @@ def test_a_file_that_is_no_image_is_named(name, trained, folder, capsys):
 
 
 def test_a_prompt_that_is_too_long_is_refused(trained, folder, capsys):
-    arguments = ["generate", "--workdir", str(trained), "--image", str(folder / "cat.png"), "--prompt", "red " * 200]
+    arguments = [
+        "generate",
+        "--workdir",
+        str(trained),
+        "--image",
+        str(folder / "cat.png"),
+        "--prompt",
+        "red " * 200,
+    ]
     assert main(arguments) == 2
     assert "decoder.max_positions 128" in capsys.readouterr().err
 
 
 def test_generate_falls_back_to_the_last_whole_checkpoint(run, folder, capsys):
     shutil.rmtree(run / "checkpoints" / "4" / "state")
-    assert main(["generate", "--workdir", str(run), "--image", str(folder / "cat.png"), "--prompt", "is it ?"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "--workdir",
+                str(run),
+                "--image",
+                str(folder / "cat.png"),
+                "--prompt",
+                "is it ?",
+            ]
+        )
+        == 0
+    )
     assert "checkpoint 4 is not whole" in capsys.readouterr().out
 
 
@@ -157,7 +223,10 @@ def test_starting_again_continues(run, folder, capsys):
 
 def test_another_config_is_refused_and_the_run_is_kept(run, folder, capsys):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    assert main(["--config", str(folder / "small.py"), "--workdir", str(run), "--train.steps", "9"]) == 2
+    assert (
+        main(["--config", str(folder / "small.py"), "--workdir", str(run), "--train.steps", "9"])
+        == 2
+    )
     assert "train.steps: 4 -> 9" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
@@ -172,13 +241,19 @@ def test_a_run_that_is_not_finite_ends_with_code_1(folder, tmp_path, capsys, mon
 
 
 @pytest.mark.parametrize("verb", ["eval", "generate"])
-def test_logits_that_are_not_finite_end_with_code_1_and_name_the_prompt(run, folder, capsys, monkeypatch, verb):
+def test_logits_that_are_not_finite_end_with_code_1_and_name_the_prompt(
+    run, folder, capsys, monkeypatch, verb
+):
     def damaged(cfg, params):
         return jax.tree.map(lambda x: x * np.nan, params)
 
     monkeypatch.setattr(demo, "narrowed", damaged)
     before = (run / "eval.json").read_bytes()
-    asks = ["--image", str(folder / "cat.png"), "--prompt", "is it red ?"] if verb == "generate" else []
+    asks = (
+        ["--image", str(folder / "cat.png"), "--prompt", "is it red ?"]
+        if verb == "generate"
+        else []
+    )
     assert main([verb, "--workdir", str(run), *asks]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: the logits of token 1 of '")

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_jax import report
 from vlm_jax.config import ConfigError, Data, Eval
 from vlm_jax.data import questions
 from vlm_jax.data.questions import Question
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.infer import evaluate
+from vlm_jax.infer import evaluate, samples
+from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.testing import tiny
-from vlm_jax.workdir import Workdir
 
 QUESTIONS = [  # image, question, answer, type
     (0, "is it red ?", "yes", "yes_no"),
@@ -31,7 +30,9 @@ def picture(number):
 
 @pytest.fixture
 def asked():
-    readers = [lambda number=number: [np.full((16, 16, 3), number, np.uint8)] for number in range(2)]
+    readers = [
+        lambda number=number: [np.full((16, 16, 3), number, np.uint8)] for number in range(2)
+    ]
     return [Question(*parts, images=readers[parts[0]]) for parts in QUESTIONS]
 
 
@@ -73,7 +74,9 @@ def test_an_answer_that_has_no_room_is_refused(cfg, asked, tokenizer):
     room = questions.prompt_length(cfg, tokenizer, [question.question for question in asked])
     exact = replace(cfg, eval=replace(cfg.eval, max_new_tokens=cfg.decoder.max_positions - room))
     assert questions.prompt_length(exact, tokenizer, ["is it red ?"]) <= room
-    with pytest.raises(ConfigError, match="decoder.max_positions 64 has no room .* eval.max_new_tokens 64"):
+    with pytest.raises(
+        ConfigError, match="decoder.max_positions 64 has no room .* eval.max_new_tokens 64"
+    ):
         too_many = replace(cfg, eval=replace(cfg.eval, max_new_tokens=64))
         evaluate.answer(too_many, None, tokenizer, asked, {"evaluating": asked})
 
@@ -81,9 +84,16 @@ def test_an_answer_that_has_no_room_is_refused(cfg, asked, tokenizer):
 def test_answers_longer_than_what_is_generated_are_counted(cfg, asked, tokenizer):
     lengths = [len(tokenizer.encode(question.answer)) for question in asked]
     longest = max(lengths)
-    assert evaluate.too_long(replace(cfg, eval=replace(cfg.eval, max_new_tokens=longest)), tokenizer, asked) == ""
+    assert (
+        evaluate.too_long(
+            replace(cfg, eval=replace(cfg.eval, max_new_tokens=longest)), tokenizer, asked
+        )
+        == ""
+    )
     short = replace(cfg, eval=replace(cfg.eval, max_new_tokens=longest - 1))
-    said = f"{lengths.count(longest)} of 5 answers are longer than eval.max_new_tokens {longest - 1} "
+    said = (
+        f"{lengths.count(longest)} of 5 answers are longer than eval.max_new_tokens {longest - 1} "
+    )
     assert evaluate.too_long(short, tokenizer, asked).startswith(said)
 
 
@@ -106,7 +116,9 @@ def test_the_samples_are_a_picture(scores, cfg):
         image.load()
         colors = {color for _, color in image.convert("RGB").getcolors(1 << 20)}
     assert min(image.size) > 200
-    assert {(0x1A, 0x7F, 0x37), (0xCF, 0x22, 0x2E)} <= colors, "right answers in green, wrong ones in red"
+    assert {(0x1A, 0x7F, 0x37), (0xCF, 0x22, 0x2E)} <= colors, (
+        "right answers in green, wrong ones in red"
+    )
 
 
 @pytest.mark.parametrize("said", ["$x$ $", "$\\frac$", "", "\n", "\u4e00"])
@@ -116,25 +128,25 @@ def test_a_picture_is_drawn_whatever_the_model_says(said, asked, tmp_path):
 
 
 def test_a_cell_shows_the_answer_and_of_a_wrong_one_the_right_one_too():
-    assert report.verdict("rectangle", "rectangle") == "rectangle"
-    assert report.verdict("rectangle", "circle") == "said circle, is rectangle"
-    assert report.verdict("rectangle", "") == "said nothing, is rectangle"
-    long = report.verdict("rectangle", "a b c d e f g " * 30)
+    assert samples.verdict("rectangle", "rectangle") == "rectangle"
+    assert samples.verdict("rectangle", "circle") == "said circle, is rectangle"
+    assert samples.verdict("rectangle", "") == "said nothing, is rectangle"
+    long = samples.verdict("rectangle", "a b c d e f g " * 30)
     assert long.startswith("said a b c ") and long.endswith(" …,\nis rectangle")
 
 
 def test_the_heading_counts_what_is_drawn_of_what_there_is():
     is_right = [i % 50 != 0 for i in range(1000)]
-    wrong, right = report.choose_samples(is_right)
+    wrong, right = samples.choose_samples(is_right)
     assert (len(wrong), len(right)) == (12, 12)
     assert not any(is_right[i] for i in wrong) and all(is_right[i] for i in right)
-    text = report.heading(is_right, len(wrong), len(right), "test")
+    text = samples.heading(is_right, len(wrong), len(right), "test")
     assert text == (
         "test: exact match 0.9800 on 1,000 questions\n"
         "drawn here: 12 of 20 errors (red), 12 of 980 right answers (green)"
     )
-    wrong, right = report.choose_samples([True] * 30)
-    text = report.heading([True] * 30, len(wrong), len(right), "test")
+    wrong, right = samples.choose_samples([True] * 30)
+    text = samples.heading([True] * 30, len(wrong), len(right), "test")
     assert "no errors, 24 of 30 right answers" in text
 
 
@@ -156,9 +168,14 @@ def said_image_and_question(monkeypatch, tokenizer):
     def generate(cfg, params, batch, new_tokens, how):
         shapes.add((batch.tokens.shape, batch.images.shape))
         rows = []
-        for tokens, branch, image in zip(batch.tokens, batch.branch_ids, batch.images[batch.image_rows]):
+        for tokens, branch, image in zip(
+            batch.tokens, batch.branch_ids, batch.images[batch.image_rows]
+        ):
             number = round((float(image.mean()) + 1) * 255 / 2)
-            rows.append(tokenizer.encode(f"{number} {tokenizer.decode(tokens[branch > 0])}") + [*how.eos, *how.eos])
+            rows.append(
+                tokenizer.encode(f"{number} {tokenizer.decode(tokens[branch > 0])}")
+                + [*how.eos, *how.eos]
+            )
         longest = max(map(len, rows))
         return np.array([row + [*how.eos] * (longest - len(row)) for row in rows])
 
@@ -168,25 +185,37 @@ def said_image_and_question(monkeypatch, tokenizer):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_every_question_is_asked_about_the_image_that_is_shown(count, cfg, asked, tokenizer, said_image_and_question):
+def test_every_question_is_asked_about_the_image_that_is_shown(
+    count, cfg, asked, tokenizer, said_image_and_question
+):
     shown = asked[::-1][:count]
     (answers,) = evaluate.answer(cfg, None, tokenizer, asked[:count], {"evaluating": shown})
     assert answers == [f"{there.image_id} {here.question}" for here, there in zip(asked, shown)]
     assert len(said_image_and_question) == 1, "batches of several shapes are compiled several times"
 
 
-def test_an_image_that_questions_of_a_batch_share_is_encoded_once(cfg, asked, tokenizer, said_image_and_question):
+def test_an_image_that_questions_of_a_batch_share_is_encoded_once(
+    cfg, asked, tokenizer, said_image_and_question
+):
     cfg = replace(cfg, eval=replace(cfg.eval, batch_size=16))
-    evaluate.answer(cfg, None, tokenizer, asked, {"evaluating": asked, "with shuffled images": asked[::-1]})
+    evaluate.answer(
+        cfg, None, tokenizer, asked, {"evaluating": asked, "with shuffled images": asked[::-1]}
+    )
     ((tokens, images),) = said_image_and_question
-    assert (tokens[0], images[0]) == (16, 8), "2 images, and as many more as give each of 8 devices one"
+    assert (tokens[0], images[0]) == (16, 8), (
+        "2 images, and as many more as give each of 8 devices one"
+    )
 
 
 @pytest.mark.parametrize("examples, batch_size", [(6, 4), (3, 8), (1, 8)])
-def test_real_questions_are_asked_once_each(examples, batch_size, cfg, tokenizer, datasets_dir, monkeypatch):
+def test_real_questions_are_asked_once_each(
+    examples, batch_size, cfg, tokenizer, datasets_dir, monkeypatch
+):
     limits = Eval(split="test", max_examples=examples, batch_size=batch_size)
     cfg = replace(cfg, data=Data(dir=datasets_dir), eval=limits)
-    monkeypatch.setattr(evaluate, "answer", lambda cfg, params, tok, asked, shown: [[q.answer for q in asked]] * 2)
+    monkeypatch.setattr(
+        evaluate, "answer", lambda cfg, params, tok, asked, shown: [[q.answer for q in asked]] * 2
+    )
     scores = evaluate.evaluate(cfg, None, tokenizer)
     assert (scores["examples"], scores["exact_match"]) == (examples, 1.0)
     assert len(Workdir(cfg.workdir).predictions.read_text().splitlines()) == examples
@@ -200,15 +229,26 @@ def test_shuffled_images_are_those_of_other_records(cfg, tokenizer, datasets_dir
 
     seen = {}
     monkeypatch.setattr(evaluate, "answer", look)
-    evaluate.evaluate(replace(cfg, data=Data(dir=datasets_dir), eval=Eval(max_examples=101)), None, tokenizer)
+    evaluate.evaluate(
+        replace(cfg, data=Data(dir=datasets_dir), eval=Eval(max_examples=101)), None, tokenizer
+    )
     assert all(here == there for here, there in seen["evaluating"])
     assert all(here != there for here, there in seen["with shuffled images"])
-    assert sorted(there for _, there in seen["with shuffled images"]) == [here for here, _ in seen["evaluating"]]
+    assert sorted(there for _, there in seen["with shuffled images"]) == [
+        here for here, _ in seen["evaluating"]
+    ]
 
 
 def test_a_question_is_asked_about_the_images_of_another_with_as_many():
-    asked = [Question(i, "", "", "", list, image_count=count) for i, count in enumerate([0, 1, 2, 1, 2, 1, 1, 2])]
+    asked = [
+        Question(i, "", "", "", list, image_count=count)
+        for i, count in enumerate([0, 1, 2, 1, 2, 1, 1, 2])
+    ]
     shown = evaluate.strangers(asked)
-    assert [question.image_count for question in shown] == [question.image_count for question in asked]
+    assert [question.image_count for question in shown] == [
+        question.image_count for question in asked
+    ]
     assert sorted(question.image_id for question in shown) == list(range(8))
-    assert [i for i, question in enumerate(shown) if question.image_id == i] == [0], "it is alone with no image"
+    assert [i for i, question in enumerate(shown) if question.image_id == i] == [0], (
+        "it is alone with no image"
+    )

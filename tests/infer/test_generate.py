@@ -10,9 +10,15 @@ import pytest
 
 from vlm_jax import axes
 from vlm_jax.config import ConfigError, Mesh, NotFinite
-from vlm_jax.data import questions, text, tiles
+from vlm_jax.data import questions, text, tiling
 from vlm_jax.data.tokenizer import SPECIALS, Tokenizer
-from vlm_jax.infer.generate import Decoding, NonFiniteLogits, choose, generate, stream
+from vlm_jax.infer.generate import (
+    Decoding,
+    NonFiniteLogits,
+    choose,
+    generate,
+    stream,
+)
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import NO_IMAGE, PADDING, Batch
 from vlm_jax.testing import random_params, variants_and_tiles
@@ -29,7 +35,9 @@ def untied(cfg):
 
 def gated(cfg):
     """With gates, whose random values leave the text some weight: without them, all answers repeat one token."""
-    return replace(cfg, fusion=replace(cfg.fusion, gated=cfg.fusion.has_cross_blocks, qk_norm=False))
+    return replace(
+        cfg, fusion=replace(cfg.fusion, gated=cfg.fusion.has_cross_blocks, qk_norm=False)
+    )
 
 
 CONFIGS = {name: gated(untied(cfg)) for name, cfg in variants_and_tiles().items()}
@@ -39,8 +47,11 @@ def prompts(cfg):
     """Random prompts of three lengths, each with a random image; where those are cut into tiles, of several shapes."""
     rng, side = np.random.default_rng(0), cfg.vision.image_size_px
     ids = [list(rng.integers(len(SPECIALS), cfg.decoder.vocab_size, length)) for length in LENGTHS]
-    shapes = itertools.islice(itertools.cycle(tiles.layouts(cfg.vision.cut_tiles)), len(ids))
-    images = [rng.uniform(-1, 1, (rows * side, columns * side, 3)).astype(np.float32) for rows, columns in shapes]
+    shapes = itertools.islice(itertools.cycle(tiling.layouts(cfg.vision.cut_tiles)), len(ids))
+    images = [
+        rng.uniform(-1, 1, (rows * side, columns * side, 3)).astype(np.float32)
+        for rows, columns in shapes
+    ]
     return ids, images
 
 
@@ -48,8 +59,8 @@ def batch_of(cfg, ids, images) -> Batch:
     """A row a prompt, which has one image."""
     length = cfg.image_slots_in_row + max(map(len, ids))
     rows = [
-        text.prompt_row(cfg, prompt, (tiles.tiles_of(image, cfg.vision),), length)
-        | {"images": tiles.stacked([image], cfg.vision)}
+        text.prompt_row(cfg, prompt, (tiling.tiles_of(image, cfg.vision),), length)
+        | {"images": tiling.stacked([image], cfg.vision)}
         for prompt, image in zip(ids, images, strict=True)
     ]
     return Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
@@ -80,9 +91,17 @@ def right_padded(cfg, ids, image) -> Batch:
     row = batch_of(cfg, [ids], [image])
     room = cfg.row_length - row.tokens.shape[1]
     padding = {"segment_ids": PADDING, "image_slots": NO_IMAGE}
-    fields = {name: values for name, values in row.__dict__.items() if values is not None and name != "images"}
+    fields = {
+        name: values
+        for name, values in row.__dict__.items()
+        if values is not None and name != "images"
+    }
     padded = {
-        name: np.pad(values, [(0, 0), (0, room)] + [(0, 0)] * (values.ndim - 2), constant_values=padding.get(name, 0))
+        name: np.pad(
+            values,
+            [(0, 0), (0, room)] + [(0, 0)] * (values.ndim - 2),
+            constant_values=padding.get(name, 0),
+        )
         for name, values in fields.items()
     }
     return Batch(**padded, images=row.images)
@@ -97,7 +116,9 @@ def test_generation_is_the_most_likely_token_step_by_step(cfg):
 
 @pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
 def test_a_batch_of_mixed_lengths_is_one_by_one(cfg):
-    np.testing.assert_array_equal(generated(cfg, only=slice(0, 1)), generated(cfg)[:1])  # the shortest: padded most
+    np.testing.assert_array_equal(
+        generated(cfg, only=slice(0, 1)), generated(cfg)[:1]
+    )  # the shortest: padded most
 
 
 @pytest.mark.parametrize("kind", ["unified", "cross_attention"])
@@ -109,7 +130,9 @@ def test_a_batch_of_mixed_numbers_of_images_is_one_by_one(kind):
     params = random_params(cfg, 0.3)
 
     def made(rows):
-        batch = questions.prompt_batch(cfg, tokenizer, [shown[i] for i in rows], [asked[i] for i in rows])
+        batch = questions.prompt_batch(
+            cfg, tokenizer, [shown[i] for i in rows], [asked[i] for i in rows]
+        )
         return np.asarray(generate(cfg, params, batch, NEW, NEVER))
 
     np.testing.assert_array_equal(made([0, 1, 2]), np.concatenate([made([i]) for i in range(3)]))
@@ -127,7 +150,10 @@ def test_rows_that_share_an_image_say_what_they_say_with_one_each(cfg):
     shared = alone.replace(images=alone.images[[1, 0, 1, 1]], image_rows=np.array(SHARED, np.int32))
     params, mesh = random_params(cfg, 0.3), axes.make_mesh(Mesh(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        made = [generate(cfg, params, axes.place_rows(batch, mesh), NEW, NEVER) for batch in (alone, shared)]
+        made = [
+            generate(cfg, params, axes.place_rows(batch, mesh), NEW, NEVER)
+            for batch in (alone, shared)
+        ]
     np.testing.assert_array_equal(*made)
     assert len(np.unique(made)) > 5, "the answers are all alike: the test would show little"
 
@@ -135,7 +161,9 @@ def test_rows_that_share_an_image_say_what_they_say_with_one_each(cfg):
 def test_a_row_ends_with_eos_and_the_others_go_on():
     cfg = CONFIGS["encoder_decoder"]
     free = generated(cfg)
-    eos = int(free[0, 1])  # the first row says it after one token, and would then say something else
+    eos = int(
+        free[0, 1]
+    )  # the first row says it after one token, and would then say something else
     assert free[0, 2] != eos
     expected = free.copy()
     for row in expected:
@@ -159,12 +187,16 @@ def test_the_image_decides():
 # Choosing
 
 
-@pytest.mark.parametrize("how", [NEVER, Decoding(temperature=1.0, top_k=50)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "how", [NEVER, Decoding(temperature=1.0, top_k=50)], ids=["greedy", "sampled"]
+)
 def test_a_stream_is_the_same_tokens_one_by_one(how):
     cfg = CONFIGS["cross_attention"]
     batch, params = batch_of(cfg, *prompts(cfg)), random_params(cfg, 0.3)
     whole = np.asarray(generate(cfg, params, batch, NEW, how, jax.random.key(1)))
-    np.testing.assert_array_equal(np.stack(list(stream(cfg, params, batch, NEW, how, jax.random.key(1))), 1), whole)
+    np.testing.assert_array_equal(
+        np.stack(list(stream(cfg, params, batch, NEW, how, jax.random.key(1))), 1), whole
+    )
 
 
 def test_a_stream_stops_when_every_row_has_ended():
@@ -207,7 +239,9 @@ def test_generation_beyond_learned_positions_is_refused():
     cfg = replace(cfg, decoder=replace(cfg.decoder, positions="learned", max_positions=length + 1))
     batch = batch_of(cfg, ids, images)
     generate(cfg, random_params(cfg, 0.3), batch, 2, NEVER)  # the last token is not read
-    with pytest.raises(ConfigError, match=f"{length + 2} tokens are too many: the model has {length + 1} positions"):
+    with pytest.raises(
+        ConfigError, match=f"{length + 2} tokens are too many: the model has {length + 1} positions"
+    ):
         generate(cfg, random_params(cfg, 0.3), batch, 3, NEVER)
 
 
@@ -222,12 +256,19 @@ def poisoned(cfg, path: tuple[str, ...], where, value=np.nan):
     return params
 
 
-@pytest.mark.parametrize("how", [NEVER, Decoding(temperature=1.0, top_k=50)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "how", [NEVER, Decoding(temperature=1.0, top_k=50)], ids=["greedy", "sampled"]
+)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_logits_that_are_not_finite_are_an_error(how, value):
     cfg = CONFIGS["cross_attention"]
-    batch, params = batch_of(cfg, *prompts(cfg)), poisoned(cfg, ("decoder", "free_head", "kernel"), (0, 0), value)
-    with pytest.raises(NonFiniteLogits, match="token 1 of row 1 are NaN or infinite: the weights are damaged") as error:
+    batch, params = (
+        batch_of(cfg, *prompts(cfg)),
+        poisoned(cfg, ("decoder", "free_head", "kernel"), (0, 0), value),
+    )
+    with pytest.raises(
+        NonFiniteLogits, match="token 1 of row 1 are NaN or infinite: the weights are damaged"
+    ) as error:
         generate(cfg, params, batch, NEW, how)
     assert isinstance(error.value, NotFinite)
     with pytest.raises(NonFiniteLogits, match="token 1 of row 1"):
@@ -239,7 +280,9 @@ def test_the_token_and_the_row_are_named_and_rows_that_have_ended_do_not_count()
     cfg = CONFIGS["cross_attention"]
     free = generated(cfg)
     ids, images = prompts(cfg)
-    token = next(i for i in free[2, :-1] if i not in free[:2] and not any(i in prompt for prompt in ids))
+    token = next(
+        i for i in free[2, :-1] if i not in free[:2] and not any(i in prompt for prompt in ids)
+    )
     number = free[2].tolist().index(token) + 2  # the token after it
     params = poisoned(cfg, ("decoder", "embedding", "table"), token)
     batch = batch_of(cfg, ids, images)
@@ -252,6 +295,8 @@ def test_the_token_and_the_row_are_named_and_rows_that_have_ended_do_not_count()
 
 
 def test_half_precision_is_named_where_it_may_be_the_reason():
-    assert "overflow float16: load the parameters in float32" in str(NonFiniteLogits(2, 0, np.dtype("float16")))
+    assert "overflow float16: load the parameters in float32" in str(
+        NonFiniteLogits(2, 0, np.dtype("float16"))
+    )
     assert "overflow" not in str(NonFiniteLogits(2, 0, np.dtype("float32")))
     assert "token 2 of 'why?' are" in str(NonFiniteLogits(2, 0, np.dtype("float32")).about("why?"))

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from tests.hub.parity import SMALL, reference, saved
-from vlm_jax.cli import main
+from vlm_jax.cli.commands import main
 from vlm_jax.config import ConfigError
 from vlm_jax.infer.verify import table, verify
 
@@ -29,7 +29,11 @@ def cases(llama):
     model, _ = llama
     inputs = {"input_ids": torch.tensor(IDS), "attention_mask": torch.tensor(MASK)}
     made = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, IDS.shape[1] :].numpy()
-    padded = {"padded/in/input_ids": IDS, "padded/in/attention_mask": MASK, "padded/out/new_ids": made}
+    padded = {
+        "padded/in/input_ids": IDS,
+        "padded/in/attention_mask": MASK,
+        "padded/out/new_ids": made,
+    }
     padded["padded/out/logits"] = reference(model, input_ids=IDS, attention_mask=MASK)
     return {"plain/in/input_ids": IDS, "plain/out/logits": reference(model, input_ids=IDS)} | padded
 
@@ -46,9 +50,13 @@ def test_the_numbers_of_the_reference_are_ours(llama, cases, tmp_path):
     assert 0 < results["plain", "logits"].difference < 1e-4
 
 
-@pytest.mark.parametrize("wrong", [lambda x: x + 1e-3, lambda x: x[:, 1:], lambda x: np.where(x == x.max(), np.nan, x)])
+@pytest.mark.parametrize(
+    "wrong", [lambda x: x + 1e-3, lambda x: x[:, 1:], lambda x: np.where(x == x.max(), np.nan, x)]
+)
 def test_other_numbers_are_not(llama, cases, tmp_path, wrong):
-    results = run(llama[1], tmp_path, cases | {"plain/out/logits": wrong(cases["plain/out/logits"])})
+    results = run(
+        llama[1], tmp_path, cases | {"plain/out/logits": wrong(cases["plain/out/logits"])}
+    )
     assert not results["plain", "logits"].ok
     assert results["padded", "logits"].ok
 
@@ -56,16 +64,26 @@ def test_other_numbers_are_not(llama, cases, tmp_path, wrong):
 def test_a_wrong_token_shows(llama, cases, tmp_path):
     made = cases["padded/out/new_ids"].copy()
     made[1, -1] += 1
-    assert run(llama[1], tmp_path, cases | {"padded/out/new_ids": made})["padded", "new_ids"].difference == 1
+    assert (
+        run(llama[1], tmp_path, cases | {"padded/out/new_ids": made})[
+            "padded", "new_ids"
+        ].difference
+        == 1
+    )
 
 
 @pytest.mark.parametrize("filled", [True, False])
-def test_behind_the_end_of_a_text_filling_is_no_mistake_but_a_wrong_token_is(llama, cases, tmp_path, filled):
+def test_behind_the_end_of_a_text_filling_is_no_mistake_but_a_wrong_token_is(
+    llama, cases, tmp_path, filled
+):
     made = cases["padded/out/new_ids"].copy()
     made[1, 2:] = [0, 0, 0, 0] if filled else [*made[1, 2:5], made[1, 5] + 1]
     folder = shutil.copytree(llama[1], tmp_path / "with an end")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": int(made[1, 1])}))
-    assert run(folder, tmp_path, cases | {"padded/out/new_ids": made})["padded", "new_ids"].ok == filled
+    assert (
+        run(folder, tmp_path, cases | {"padded/out/new_ids": made})["padded", "new_ids"].ok
+        == filled
+    )
 
 
 def test_atol_and_outputs_choose_what_is_compared_and_how(llama, cases, tmp_path):
@@ -83,7 +101,10 @@ def test_only_what_is_valid_is_compared(llama, cases, tmp_path):
 
 
 def test_what_is_not_supported_is_named_and_not_compared(llama, cases, tmp_path):
-    arrays = cases | {"plain/in/inputs_embeds": np.zeros(1), "plain/out/attentions": np.zeros((2, 3))}
+    arrays = cases | {
+        "plain/in/inputs_embeds": np.zeros(1),
+        "plain/out/attentions": np.zeros((2, 3)),
+    }
     results = run(llama[1], tmp_path, arrays)
     for name in ("inputs_embeds", "attentions"):
         assert results["plain", name].reason
@@ -109,7 +130,10 @@ def test_one_array_is_no_reference(llama, tmp_path):
 
 
 def test_what_does_not_fit_names_its_case(llama, tmp_path):
-    np.savez(tmp_path / "reference.npz", **{"a/in/input_ids": np.ones(3, int), "a/out/logits": np.ones(3)})
+    np.savez(
+        tmp_path / "reference.npz",
+        **{"a/in/input_ids": np.ones(3, int), "a/out/logits": np.ones(3)},
+    )
     with pytest.raises(ConfigError, match="case a: input_ids must be whole numbers"):
         verify(llama[1], tmp_path / "reference.npz")
 
@@ -125,7 +149,9 @@ def test_a_case_that_lacks_an_argument_says_so(llama, cases, tmp_path):
     assert "input_ids" in run(llama[1], tmp_path, arrays)["plain", "logits"].reason
 
 
-def test_the_command_line_prints_a_table_and_its_exit_code_is_the_verdict(llama, cases, tmp_path, capsys):
+def test_the_command_line_prints_a_table_and_its_exit_code_is_the_verdict(
+    llama, cases, tmp_path, capsys
+):
     reference = tmp_path / "reference.npz"
     np.savez(reference, **cases)
     command = ["verify", "--checkpoint", str(llama[1]), "--reference", str(reference)]
@@ -142,7 +168,12 @@ def test_the_command_line_prints_a_table_and_its_exit_code_is_the_verdict(llama,
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llava")
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
     vision |= {"image_size": 16, "patch_size": 8, "model_type": "clip_vision_model"}
     text = SMALL | {"model_type": "llama", "eos_token_id": None}
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)
@@ -159,7 +190,9 @@ def test_a_model_with_images_is_compared_in_all_its_outputs(llava, tmp_path):
     arrays = {f"a/in/{name}": x for name, x in inputs.items()}
     arrays["a/out/logits"] = reference(model, **inputs)
     arrays["a/out/image_features"] = torch.stack(list(features)).detach().numpy()
-    arrays["a/out/new_ids"] = model.generate(**tensors, max_new_tokens=5, do_sample=False)[:, ids.shape[1] :].numpy()
+    arrays["a/out/new_ids"] = model.generate(**tensors, max_new_tokens=5, do_sample=False)[
+        :, ids.shape[1] :
+    ].numpy()
     results = run(folder, tmp_path, arrays)
     assert len(results) == 3
     assert all(result.ok for result in results.values()), table(list(results.values()))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vlm_jax.data import questions, text, tiles
+from vlm_jax.data import questions, text, tiling
 from vlm_jax.data.tokenizer import SPECIALS
 from vlm_jax.structs import Batch
 from vlm_jax.testing import tiny
@@ -32,7 +32,9 @@ EXPERIMENTS = {
 }
 # Four training rows wherever possible: one shape, compiled once a style.
 every_style = pytest.mark.parametrize("cfg", EXPERIMENTS.values(), ids=EXPERIMENTS)
-with_memory = pytest.mark.parametrize("cfg", [EXPERIMENTS[kind] for kind in WITH_MEMORY], ids=WITH_MEMORY)
+with_memory = pytest.mark.parametrize(
+    "cfg", [EXPERIMENTS[kind] for kind in WITH_MEMORY], ids=WITH_MEMORY
+)
 
 
 def decoder(cfg, **settings):
@@ -48,7 +50,7 @@ def rows(cfg, *pairs_of_rows, seed=0) -> Batch:
     """A training row for every list of pairs, all about one image of as many tiles as there may be."""
     tiles_of_it = cfg.vision.cut_tiles
     packed = [text.pack_row(cfg, pairs, tiles_of_it) for pairs in pairs_of_rows]
-    image = tiles.stacked([picture(cfg, tiles_of_it, np.random.default_rng(seed))], cfg.vision)
+    image = tiling.stacked([picture(cfg, tiles_of_it, np.random.default_rng(seed))], cfg.vision)
     fields = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
     return Batch(**fields, images=np.broadcast_to(image, (len(packed), *image.shape)))
 

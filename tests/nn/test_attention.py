@@ -59,7 +59,11 @@ def heads_first(x):
 def masks(rows, queries, keys):
     some = RNG.random((rows, 1, queries, keys)) < 0.5
     some[..., 0] = True
-    return {"none": None, "every row its own": jnp.asarray(some), "one for all": jnp.asarray(some[:1])}
+    return {
+        "none": None,
+        "every row its own": jnp.asarray(some),
+        "one for all": jnp.asarray(some[:1]),
+    }
 
 
 @pytest.mark.parametrize("mask", masks(2, 3, 5))
@@ -67,13 +71,20 @@ def masks(rows, queries, keys):
 def test_attend_is_softmax_attention_query_by_query(kv_heads, mask):
     q, k, v = random(2, 3, 4, 8), random(2, 5, kv_heads, 8), random(2, 5, kv_heads, 8)
     mask = masks(2, 3, 5)[mask]
-    close(attend(q, heads_first(k), heads_first(v), mask), reference(*map(np.asarray, (q, k, v)), mask))
+    close(
+        attend(q, heads_first(k), heads_first(v), mask),
+        reference(*map(np.asarray, (q, k, v)), mask),
+    )
 
 
 def test_the_softmax_is_in_float32_whatever_is_computed():
     x = random(2, 3, 4, 8).astype(jnp.bfloat16)
     program = jax.make_jaxpr(attend)(x, heads_first(x), heads_first(x), None)
-    kinds = {of.invars[0].aval.dtype.name for _, of in equations(program.jaxpr) if of.primitive.name == "exp"}
+    kinds = {
+        of.invars[0].aval.dtype.name
+        for _, of in equations(program.jaxpr)
+        if of.primitive.name == "exp"
+    }
     assert kinds == {"float32"}
     assert program.out_avals[0].dtype == jnp.bfloat16
 
@@ -87,7 +98,12 @@ def output_and_gradients(function, q, k, v, mask, dy):
 @pytest.mark.parametrize("mask", masks(2, 3, 5))
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attend_has_the_gradients_of_dot_product_attention(kv_heads, mask):
-    q, k, v, dy = random(2, 3, 4, 8), random(2, 5, kv_heads, 8), random(2, 5, kv_heads, 8), random(2, 3, 4, 8)
+    q, k, v, dy = (
+        random(2, 3, 4, 8),
+        random(2, 5, kv_heads, 8),
+        random(2, 5, kv_heads, 8),
+        random(2, 3, 4, 8),
+    )
     mask = masks(2, 3, 5)[mask]
     expected = output_and_gradients(jax.nn.dot_product_attention, q, k, v, mask, dy)
     y, *gradients = output_and_gradients(attend, q, heads_first(k), heads_first(v), mask, dy)
@@ -97,7 +113,9 @@ def test_attend_has_the_gradients_of_dot_product_attention(kv_heads, mask):
 
 def test_a_query_that_sees_nothing_gives_numbers_and_finite_gradients():
     q, mask = random(1, 2, 1, 4), jnp.zeros((1, 1, 2, 2), bool)
-    value, gradient = jax.value_and_grad(lambda q: attend(q, heads_first(q), heads_first(q), mask).sum())(q)
+    value, gradient = jax.value_and_grad(
+        lambda q: attend(q, heads_first(q), heads_first(q), mask).sum()
+    )(q)
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
 
@@ -108,10 +126,14 @@ def test_cross_attention_with_x1_equal_to_x2_is_self_attention():
     x2 = jnp.array(x1)
 
     def project(name):
-        return np.asarray(jnp.einsum("bsd,dnh->bsnh", x1, params[name]["kernel"]) + params[name]["bias"])
+        return np.asarray(
+            jnp.einsum("bsd,dnh->bsnh", x1, params[name]["kernel"]) + params[name]["bias"]
+        )
 
     mixed = reference(*map(project, ("query", "key", "value")), None)
-    self_attention = jnp.einsum("bsnh,nhd->bsd", mixed, params["out"]["kernel"]) + params["out"]["bias"]
+    self_attention = (
+        jnp.einsum("bsnh,nhd->bsd", mixed, params["out"]["kernel"]) + params["out"]["bias"]
+    )
     close(attention(CFG, params, x1, x2)[0], self_attention, atol=1e-4)
 
 
@@ -157,7 +179,9 @@ def test_tokens_one_by_one_through_a_cache_are_all_at_once():
     for i in range(5):
         rope = rope_tables(positions[:, i : i + 1], cfg)
         token = x[:, i : i + 1]
-        y, cache = attention(cfg, params, token, token, causal(1, 8, first=i), rope, cache, jnp.int32(i))
+        y, cache = attention(
+            cfg, params, token, token, causal(1, 8, first=i), rope, cache, jnp.int32(i)
+        )
         steps.append(y)
     close(jnp.concatenate(steps, axis=1), whole)
 

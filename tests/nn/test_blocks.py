@@ -10,7 +10,12 @@ import pytest
 from flax.linen import meta
 
 from vlm_jax.config import Fusion, Transformer
-from vlm_jax.nn.blocks import NOT_FUSED, Block, Stack, repeating_period
+from vlm_jax.nn.blocks import (
+    NOT_FUSED,
+    Block,
+    Stack,
+    repeating_period,
+)
 from vlm_jax.structs import Context
 
 PLAIN = ("self", "mlp")
@@ -38,9 +43,9 @@ def test_the_period_is_the_shortest_run_that_repeats(blocks, period):
 
 def test_a_cross_block_every_k_makes_a_period_of_k():
     for k in (1, 2, 4):
-        assert repeating_period(Fusion("cross_attention", cross_every=k).sublayers(8)) == (CROSSING,) + (PLAIN,) * (
-            k - 1
-        )
+        assert repeating_period(Fusion("cross_attention", cross_every=k).sublayers(8)) == (
+            CROSSING,
+        ) + (PLAIN,) * (k - 1)
 
 
 def test_an_even_placement_as_in_mllama_is_a_short_period():
@@ -49,7 +54,10 @@ def test_an_even_placement_as_in_mllama_is_a_short_period():
 
 
 def test_an_uneven_placement_is_its_own_period():
-    assert len(repeating_period(Fusion("cross_attention", cross_layers=(3, 7, 11, 14)).sublayers(16))) == 16
+    assert (
+        len(repeating_period(Fusion("cross_attention", cross_layers=(3, 7, 11, 14)).sublayers(16)))
+        == 16
+    )
 
 
 def test_cross_blocks_stand_where_cross_layers_says():
@@ -78,9 +86,13 @@ def test_the_loop_is_the_blocks_one_after_the_other():
     params, context = random_params(CFG, blocks), Context(memory=MEMORY)
     x = X
     for i, sublayers in enumerate(blocks):
-        own = jax.tree.map(lambda stacked, turn=i // 2: stacked[turn], params["layers"][f"block_{i % 2}"])
+        own = jax.tree.map(
+            lambda stacked, turn=i // 2: stacked[turn], params["layers"][f"block_{i % 2}"]
+        )
         x = one_block(CFG, sublayers, own, x, context)
-    np.testing.assert_allclose(run(CFG, blocks, NOT_FUSED, params, X, context), x, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        run(CFG, blocks, NOT_FUSED, params, X, context), x, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("unroll", [2, 4, 9])
@@ -88,16 +100,22 @@ def test_scan_is_unrolled(unroll):
     """The same parameters and outputs, the loop laid out in part, as a whole, or asked for more than there is."""
     blocks, unrolled = (CROSSING,) * 4, replace(CFG, unroll=unroll)
     params, context = random_params(CFG, blocks), Context(memory=MEMORY)
-    assert jax.tree.map(jnp.shape, random_params(unrolled, blocks)) == jax.tree.map(jnp.shape, params)
+    assert jax.tree.map(jnp.shape, random_params(unrolled, blocks)) == jax.tree.map(
+        jnp.shape, params
+    )
     looped = run(CFG, blocks, NOT_FUSED, params, X, context)
-    np.testing.assert_allclose(run(unrolled, blocks, NOT_FUSED, params, X, context), looped, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        run(unrolled, blocks, NOT_FUSED, params, X, context), looped, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_program_does_not_grow_with_depth():
     def program(depth):
         blocks = (CROSSING, PLAIN) * (depth // 2)
         params = jax.eval_shape(lambda: random_params(replace(CFG, depth=depth), blocks))
-        return str(run.trace(CFG, blocks, NOT_FUSED, params, X, Context(memory=MEMORY)).jaxpr).count("\n")
+        return str(
+            run.trace(CFG, blocks, NOT_FUSED, params, X, Context(memory=MEMORY)).jaxpr
+        ).count("\n")
 
     assert program(8) == program(2)
 
@@ -107,13 +125,22 @@ def test_gates_scale_what_crosses_and_closed_ones_let_nothing_through():
     params = random_params(CFG, blocks, fusion=GATED)
     block = params["layers"]["block_0"]
     assert {name for name in block if "gate" in name} == {"cross_gate", "cross_mlp_gate"}
-    closed = {"layers": {"block_0": block | {name: jnp.zeros((1, 1)) for name in block if "gate" in name}}}
+    closed = {
+        "layers": {"block_0": block | {name: jnp.zeros((1, 1)) for name in block if "gate" in name}}
+    }
     wide_open = jax.tree.map(lambda x: x, closed)
-    wide_open["layers"]["block_0"] |= {name: jnp.full((1, 1), 100.0) for name in block if "gate" in name}
-    ungated = {"layers": {"block_0": {name: value for name, value in block.items() if "gate" not in name}}}
-    text_only = {"layers": {"block_0": {n: v for n, v in block.items() if not n.startswith("cross")}}}
+    wide_open["layers"]["block_0"] |= {
+        name: jnp.full((1, 1), 100.0) for name in block if "gate" in name
+    }
+    ungated = {
+        "layers": {"block_0": {name: value for name, value in block.items() if "gate" not in name}}
+    }
+    text_only = {
+        "layers": {"block_0": {n: v for n, v in block.items() if not n.startswith("cross")}}
+    }
     np.testing.assert_array_equal(
-        run(CFG, blocks, GATED, closed, X, context), run(CFG, (PLAIN,), NOT_FUSED, text_only, X, Context())
+        run(CFG, blocks, GATED, closed, X, context),
+        run(CFG, (PLAIN,), NOT_FUSED, text_only, X, Context()),
     )
     np.testing.assert_allclose(
         run(CFG, blocks, GATED, wide_open, X, context),
@@ -125,7 +152,13 @@ def test_gates_scale_what_crosses_and_closed_ones_let_nothing_through():
 
 def test_without_a_memory_the_sublayers_that_cross_are_not_there():
     params = random_params(CFG, (CROSSING,))
-    alone = {"layers": {"block_0": {n: v for n, v in params["layers"]["block_0"].items() if not n.startswith("cross")}}}
+    alone = {
+        "layers": {
+            "block_0": {
+                n: v for n, v in params["layers"]["block_0"].items() if not n.startswith("cross")
+            }
+        }
+    }
     expected = run(CFG, (PLAIN,), NOT_FUSED, alone, X, Context())
     np.testing.assert_array_equal(run(CFG, (CROSSING,), NOT_FUSED, params, X, Context()), expected)
 
@@ -134,7 +167,11 @@ def test_a_token_that_reads_no_image_gets_nothing_from_crossing():
     blocks = (("cross", "cross_mlp"),)
     params = random_params(CFG, blocks)
     mask = jnp.asarray([[1, 0, 1], [0, 0, 1]], bool)
-    context = Context(memory=MEMORY, memory_mask=jnp.broadcast_to(mask[:, None, :, None], (2, 1, 3, 5)), reads=mask)
+    context = Context(
+        memory=MEMORY,
+        memory_mask=jnp.broadcast_to(mask[:, None, :, None], (2, 1, 3, 5)),
+        reads=mask,
+    )
     y = run(CFG, blocks, NOT_FUSED, params, X, context)
     np.testing.assert_array_equal(y[~mask], X[~mask])
     assert (np.abs(y - X)[mask].max(-1) > 1e-3).all()
@@ -142,7 +179,9 @@ def test_a_token_that_reads_no_image_gets_nothing_from_crossing():
 
 def loss_gradients(cfg, blocks, params):
     def loss(params):
-        return jnp.sum(jnp.sin(Stack(cfg, blocks).apply({"params": params}, X, Context(memory=MEMORY))[0]))
+        return jnp.sum(
+            jnp.sin(Stack(cfg, blocks).apply({"params": params}, X, Context(memory=MEMORY))[0])
+        )
 
     return jax.value_and_grad(loss)(params)
 
@@ -158,7 +197,9 @@ def test_remat_is_no_remat(remat, unroll):
         jax.jit(loss_gradients, static_argnums=(0, 1))(cfg, blocks, params) for cfg in (again, CFG)
     )
     np.testing.assert_allclose(value, plain_value, rtol=1e-5)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), gradients, plain)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), gradients, plain
+    )
 
 
 def test_remat_takes_less_memory_the_more_it_computes_again():
@@ -167,9 +208,15 @@ def test_remat_takes_less_memory_the_more_it_computes_again():
 
     def temporary_bytes(remat):
         def loss(params, x):
-            return jnp.sum(Stack(replace(cfg, remat=remat), blocks).apply({"params": params}, x, Context())[0])
+            return jnp.sum(
+                Stack(replace(cfg, remat=remat), blocks).apply({"params": params}, x, Context())[0]
+            )
 
-        step = jax.jit(jax.grad(loss)).lower(params, jax.ShapeDtypeStruct((8, 64, 16), jnp.float32)).compile()
+        step = (
+            jax.jit(jax.grad(loss))
+            .lower(params, jax.ShapeDtypeStruct((8, 64, 16), jnp.float32))
+            .compile()
+        )
         return step.memory_analysis().temp_size_in_bytes
 
     none, attention, dots, full = map(temporary_bytes, ("none", "attention", "dots", "full"))

@@ -10,7 +10,13 @@ from flax import traverse_util
 from flax.linen import meta
 
 from vlm_jax.axes import make_mesh, parameter_shardings
-from vlm_jax.config import ConfigError, Contrastive, Decoder, Mesh, Vision
+from vlm_jax.config import (
+    ConfigError,
+    Contrastive,
+    Decoder,
+    Mesh,
+    Vision,
+)
 from vlm_jax.nn.models import boxed_params, model_of
 
 STACK = {"width": 16, "depth": 2, "heads": 2, "mlp_width": 24}
@@ -30,16 +36,22 @@ SIGLIP = Contrastive(
 )
 both = pytest.mark.parametrize("cfg", [CLIP, SIGLIP], ids=["clip", "siglip"])
 IMAGES = np.random.default_rng(1).normal(size=(2, 16, 16, 3)).astype(np.float32)
-IDS = np.array([[1, 2, 3, 4, 5, EOS, 7, 8], [9, 10, EOS, 12, 13, 14, 15, 25], [1, 2, 3, 4, 5, 6, 7, EOS]])
+IDS = np.array(
+    [[1, 2, 3, 4, 5, EOS, 7, 8], [9, 10, EOS, 12, 13, 14, 15, 25], [1, 2, 3, 4, 5, 6, 7, EOS]]
+)
 
 
 def params_of(cfg):
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), meta.unbox(boxed_params(cfg)))
+    return jax.tree.map(
+        lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), meta.unbox(boxed_params(cfg))
+    )
 
 
 def run(cfg, *inputs, method=None, params=None):
-    apply = jax.jit(lambda params, *given: model_of(cfg).apply({"params": params}, *given, method=method))
+    apply = jax.jit(
+        lambda params, *given: model_of(cfg).apply({"params": params}, *given, method=method)
+    )
     return apply(params_of(cfg) if params is None else params, *inputs)
 
 
@@ -77,7 +89,9 @@ def test_without_a_direction_every_token_counts_unless_it_is_padding():
     assert (np.abs(run(SIGLIP, changed, method="text_features") - texts).max(axis=-1) > 1e-3).all()
     there = np.ones(IDS.shape, bool)
     there[:, 3] = False
-    masked, masked_changed = (run(SIGLIP, ids, there, method="text_features") for ids in (IDS, changed))
+    masked, masked_changed = (
+        run(SIGLIP, ids, there, method="text_features") for ids in (IDS, changed)
+    )
     np.testing.assert_allclose(masked, masked_changed, atol=1e-6)
 
 

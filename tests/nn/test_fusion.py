@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from vlm_jax.config import Projector, Vision
-from vlm_jax.nn.fusion import fuse, memory_mask, place, sequence_mask, text_mask
+from vlm_jax.nn.fusion import (
+    fuse,
+    memory_mask,
+    place,
+    sequence_mask,
+    text_mask,
+)
 from vlm_jax.structs import NO_IMAGE, Batch, Cache
 from vlm_jax.testing import tiny
 
@@ -23,20 +29,26 @@ def batch(segments, branches, reads=None, slots=None) -> Batch:
         positions=ids,
         segment_ids=ids,
         branch_ids=jnp.asarray([branches], jnp.int32),
-        image_slots=jnp.full_like(ids, NO_IMAGE) if slots is None else jnp.asarray([slots], jnp.int32),
+        image_slots=jnp.full_like(ids, NO_IMAGE)
+        if slots is None
+        else jnp.asarray([slots], jnp.int32),
         image_mask=reads,
     )
 
 
 def cache(index, segments, branches) -> Cache:
     positions = jnp.arange(len(segments))[None]
-    return Cache(jnp.int32(index), jnp.asarray([segments]), jnp.asarray([branches]), positions, None, [])
+    return Cache(
+        jnp.int32(index), jnp.asarray([segments]), jnp.asarray([branches]), positions, None, []
+    )
 
 
 def drawn(mask):
     """(1, 1, S, T) bool -> lines of 1 and ."""
     assert mask.shape[:2] == (1, 1)
-    return ["".join(" 1"[int(seen)] for seen in row).replace(" ", ".") for row in np.asarray(mask[0, 0])]
+    return [
+        "".join(" 1"[int(seen)] for seen in row).replace(" ", ".") for row in np.asarray(mask[0, 0])
+    ]
 
 
 def picture(text):
@@ -44,7 +56,11 @@ def picture(text):
 
 
 def two_tokens_an_image(kind):
-    return tiny(kind, vision=Vision(image_size_px=16, patch_size_px=8), projector=Projector("resampler", queries=2))
+    return tiny(
+        kind,
+        vision=Vision(image_size_px=16, patch_size_px=8),
+        projector=Projector("resampler", queries=2),
+    )
 
 
 def stream(kind, row, image_rows):
@@ -55,7 +71,12 @@ def stream(kind, row, image_rows):
 
 def test_unified_two_questions_about_one_image():
     """i i | q q a | q a | padding: the image is the trunk, a question sees it and itself."""
-    row = batch([1, 1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 2, 2, 0], [[1]] * 7 + [[0]], [0, 1, -1, -1, -1, -1, -1, -1])
+    row = batch(
+        [1, 1, 1, 1, 1, 1, 1, 0],
+        [0, 0, 1, 1, 1, 2, 2, 0],
+        [[1]] * 7 + [[0]],
+        [0, 1, -1, -1, -1, -1, -1, -1],
+    )
     seen = stream("unified", row, 2)
     assert drawn(seen.mask) == picture("""
         1 . . . . . . .
@@ -119,7 +140,9 @@ def test_with_a_memory_two_documents_with_an_image_each_and_one_without(kind):
 
 def test_unified_two_documents_with_an_image_each():
     """i i t | i i t: neither text sees the other's image."""
-    row = batch([1, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0], [[1, 0]] * 3 + [[0, 1]] * 3, [0, 1, -1, 2, 3, -1])
+    row = batch(
+        [1, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0], [[1, 0]] * 3 + [[0, 1]] * 3, [0, 1, -1, 2, 3, -1]
+    )
     assert drawn(stream("unified", row, 4).mask) == picture("""
         1 . . . . .
         1 1 . . . .
@@ -132,7 +155,9 @@ def test_unified_two_documents_with_an_image_each():
 
 def test_a_packed_row_of_segments_with_branches():
     """The drawing of `sequence_mask`: a trunk of two with two branches of two, and a second segment."""
-    assert drawn(sequence_mask(batch([1, 1, 1, 1, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2, 0, 0]))) == picture("""
+    assert drawn(
+        sequence_mask(batch([1, 1, 1, 1, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2, 0, 0]))
+    ) == picture("""
         1 . . . . . . .
         1 1 . . . . . .
         1 1 1 . . . . .
@@ -156,7 +181,9 @@ def test_equal_branches_of_different_segments_do_not_see_each_other():
 def test_a_left_padded_prompt_goes_into_the_cache():
     """Two slots of padding, a trunk of one and a branch of two, and two slots to come."""
     prompt = batch([0, 0, 1, 1, 1], [0, 0, 0, 1, 1])
-    assert drawn(sequence_mask(prompt, cache(0, [0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]))) == picture("""
+    assert drawn(
+        sequence_mask(prompt, cache(0, [0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]))
+    ) == picture("""
         . . . . . . .
         . . . . . . .
         . . 1 . . . .
@@ -172,7 +199,9 @@ def test_a_decoded_token_sees_the_prompt_and_what_was_decoded(index, seen):
 
 
 def test_several_tokens_at_once_go_into_the_cache():
-    assert drawn(sequence_mask(batch([1, 1], [1, 1]), cache(2, [0, 1, 1, 1, 1], [0, 0, 1, 1, 1]))) == picture("""
+    assert drawn(
+        sequence_mask(batch([1, 1], [1, 1]), cache(2, [0, 1, 1, 1, 1], [0, 0, 1, 1, 1]))
+    ) == picture("""
         . 1 1 . .
         . 1 1 1 .
     """)
@@ -198,7 +227,9 @@ def test_a_row_without_images_has_no_memory(kind):
 @pytest.mark.parametrize("kind", KINDS_WITH_MEMORY)
 def test_while_decoding_the_mask_of_the_memory_stays_when_the_images_are_gone(kind):
     row = batch([1], [1], [[0, 1]])
-    seen = fuse(two_tokens_an_image(kind), jnp.zeros((1, 1, 3)), None, row, cache(1, [1, 1], [1, 1]))
+    seen = fuse(
+        two_tokens_an_image(kind), jnp.zeros((1, 1, 3)), None, row, cache(1, [1, 1], [1, 1])
+    )
     assert seen.memory is None
     assert drawn(seen.memory_mask) == [". . 1 1".replace(" ", "")]
 
@@ -228,7 +259,9 @@ def test_a_block_reaches_into_a_branch_but_not_into_another_segment():
 
 def test_a_block_is_seen_whole_through_a_sliding_window():
     """The sliding layers of PaliGemma 2: the prefix sees itself, what follows the last three tokens."""
-    row = batch([1] * 6, [0] * 6).replace(positions=jnp.arange(6)[None], block_ids=jnp.asarray([[1, 1, 1, 1, 0, 0]]))
+    row = batch([1] * 6, [0] * 6).replace(
+        positions=jnp.arange(6)[None], block_ids=jnp.asarray([[1, 1, 1, 1, 0, 0]])
+    )
     assert drawn(sequence_mask(row, window=3)) == picture("""
         1 1 1 1 . .
         1 1 1 1 . .
@@ -268,7 +301,12 @@ def test_a_blind_token_reads_everything_where_asked_for_and_is_known_as_blind():
     cfg = two_tokens_an_image("cross_attention")
     image = jnp.zeros((1, 4, 3))
     skipping = fuse(cfg, jnp.zeros((1, 2, 3)), image, row)
-    opened = fuse(replace(cfg, fusion=replace(cfg.fusion, blind_rows="read_all")), jnp.zeros((1, 2, 3)), image, row)
+    opened = fuse(
+        replace(cfg, fusion=replace(cfg.fusion, blind_rows="read_all")),
+        jnp.zeros((1, 2, 3)),
+        image,
+        row,
+    )
     assert drawn(skipping.memory_mask) == ["11..", "...."]
     assert drawn(opened.memory_mask) == ["11..", "1111"]
     for stream in (skipping, opened):

@@ -23,7 +23,9 @@ def case(length, keys, heads, kv_heads, cap, kind, rows=2, width=64):
     size = {"random": (rows, 1, length, keys), "keys": (rows, 1, 1, keys)}.get(kind)
     mask = jax.random.bernoulli(r[4], 0.5, size) if size else None
     if kind == "random":  # blocks that are empty, and queries that see nothing
-        mask = mask.at[0, :, :, 128:].set(False).at[1, :, :, :128].set(False).at[:, :, :5].set(False)
+        mask = (
+            mask.at[0, :, :, 128:].set(False).at[1, :, :, :128].set(False).at[:, :, :5].set(False)
+        )
         dy *= mask.any(-1).swapaxes(1, 2)[..., None]
     return (q, k, v, mask), dy, cap
 
@@ -39,7 +41,9 @@ def value_and_gradients(function, arrays, dy):
 
 def assert_same(function, plain, arrays, dy):
     expected = value_and_gradients(plain, arrays, dy)
-    for found, value in zip(jax.tree.leaves(value_and_gradients(function, arrays, dy)), jax.tree.leaves(expected)):
+    for found, value in zip(
+        jax.tree.leaves(value_and_gradients(function, arrays, dy)), jax.tree.leaves(expected)
+    ):
         np.testing.assert_allclose(found, value, atol=2e-5, rtol=2e-4)
 
 
@@ -47,7 +51,10 @@ def assert_same(function, plain, arrays, dy):
 def test_the_kernel_for_tpus_is_attend(name):
     arrays, dy, cap = case(*CASES[name])
     assert_same(
-        lambda *x: kernels.on_tpu(*x, 0.1, cap, interpret=True), lambda *x: attend(*x, scale=0.1, cap=cap), arrays, dy
+        lambda *x: kernels.on_tpu(*x, 0.1, cap, interpret=True),
+        lambda *x: attend(*x, scale=0.1, cap=cap),
+        arrays,
+        dy,
     )
 
 
@@ -79,13 +86,23 @@ def error(x, exact):
 @pytest.mark.parametrize("name", CASES)
 def test_what_cudnn_is_asked_for_is_attend(name):
     arrays, dy, _ = case(*CASES[name])
-    assert_same(lambda *x: kernels.on_gpu(*x, 0.1, implementation="xla"), lambda *x: attend(*x, scale=0.1), arrays, dy)
+    assert_same(
+        lambda *x: kernels.on_gpu(*x, 0.1, implementation="xla"),
+        lambda *x: attend(*x, scale=0.1),
+        arrays,
+        dy,
+    )
 
 
 def test_the_kernel_for_tpus_on_a_mesh_is_attend():
     arrays, dy, _ = case(128, 128, 4, 2, 0.0, "random", rows=4)
     with jax.set_mesh(axes.make_mesh(Mesh(1, 4, 2))):
-        assert_same(lambda *x: kernels.on_tpu(*x, 0.1, interpret=True), lambda *x: attend(*x, scale=0.1), arrays, dy)
+        assert_same(
+            lambda *x: kernels.on_tpu(*x, 0.1, interpret=True),
+            lambda *x: attend(*x, scale=0.1),
+            arrays,
+            dy,
+        )
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,9 @@ def shapes(module, x):
 
 
 def _boxes(tree):
-    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, meta.AxisMetadata))[0]
+    return jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: isinstance(x, meta.AxisMetadata)
+    )[0]
 
 
 @pytest.mark.parametrize("leading, outputs", [((), 5), ((3,), 5), ((2, 3), 5), ((2, 3), 3)])
@@ -45,14 +47,19 @@ def test_matmul_has_the_value_and_the_gradients_of_a_plain_product(leading, outp
 
 def test_matmul_in_bfloat16_has_gradients_in_bfloat16():
     x, w = random(3, 4).astype(jnp.bfloat16), random(4, 5).astype(jnp.bfloat16)
-    gradients = jax.grad(lambda x, w: layers.matmul(x, w).sum().astype(jnp.float32), argnums=(0, 1))(x, w)
+    gradients = jax.grad(
+        lambda x, w: layers.matmul(x, w).sum().astype(jnp.float32), argnums=(0, 1)
+    )(x, w)
     assert [g.dtype for g in gradients] == [jnp.bfloat16] * 2
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_dense_splits_the_width_into_heads(bias):
     dense = layers.Dense("D N H", (6, 2, 3), bias=bias)
-    x, params = random(2, 5, 6), {"kernel": random(6, 2, 3)} | ({"bias": random(2, 3)} if bias else {})
+    x, params = (
+        random(2, 5, 6),
+        {"kernel": random(6, 2, 3)} | ({"bias": random(2, 3)} if bias else {}),
+    )
     expected = jnp.einsum("bsd,dnh->bsnh", x, params["kernel"]) + params.get("bias", 0)
     np.testing.assert_allclose(run(dense, params, x), expected, rtol=1e-5, atol=1e-5)
 
@@ -66,11 +73,19 @@ def test_dense_merges_heads_into_the_width():
 
 def test_parameters_of_dense_carry_the_letters_they_were_made_with():
     split, merge = layers.Dense("D N H", (6, 2, 3)), layers.Dense("N H D", (2, 3, 6), contract=2)
-    assert shapes(split, random(1, 6)) == {"['kernel']": ("D N H", (6, 2, 3)), "['bias']": ("N H", (2, 3))}
-    assert shapes(merge, random(1, 2, 3)) == {"['kernel']": ("N H D", (2, 3, 6)), "['bias']": ("D", (6,))}
+    assert shapes(split, random(1, 6)) == {
+        "['kernel']": ("D N H", (6, 2, 3)),
+        "['bias']": ("N H", (2, 3)),
+    }
+    assert shapes(merge, random(1, 2, 3)) == {
+        "['kernel']": ("N H D", (2, 3, 6)),
+        "['bias']": ("D", (6,)),
+    }
 
 
-@pytest.mark.parametrize("letters, contract, shape", [("D N H", 1, (64, 4, 16)), ("N H D", 2, (4, 16, 64))])
+@pytest.mark.parametrize(
+    "letters, contract, shape", [("D N H", 1, (64, 4, 16)), ("N H D", 2, (4, 16, 64))]
+)
 def test_a_new_dense_keeps_the_variance_of_what_it_reads(letters, contract, shape):
     dense = layers.Dense(letters, shape, contract=contract, bias=False)
     x = random(512, *shape[:contract])
@@ -89,7 +104,9 @@ def test_layernorm_is_its_formula():
 def test_rmsnorm_is_its_formula():
     x, scale = 3 * random(4, 8) + 2, random(8)
     expected = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 0.1) * scale
-    np.testing.assert_allclose(run(layers.Norm("rmsnorm", 0.1), {"scale": scale}, x), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        run(layers.Norm("rmsnorm", 0.1), {"scale": scale}, x), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_rmsnorm_has_no_bias():
@@ -119,7 +136,9 @@ FORMULAS = {
 @pytest.mark.parametrize("name", layers.ACTIVATIONS)
 def test_an_activation_is_its_formula(name):
     x = jnp.linspace(-4, 4, 33)
-    np.testing.assert_allclose(layers.ACTIVATIONS[name](x), FORMULAS[name](np.asarray(x)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        layers.ACTIVATIONS[name](x), FORMULAS[name](np.asarray(x)), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -129,7 +148,10 @@ def test_mlp_is_up_activation_down(gated, bias):
     names = ("up", "gate", "down") if gated else ("up", "down")
     params = {name: {"kernel": random(6, 4) if name == "down" else random(4, 6)} for name in names}
     if bias:
-        params = {name: {**params[name], "bias": random(params[name]["kernel"].shape[1])} for name in names}
+        params = {
+            name: {**params[name], "bias": random(params[name]["kernel"].shape[1])}
+            for name in names
+        }
 
     def product(name, x):
         return x @ params[name]["kernel"] + params[name].get("bias", 0)

@@ -24,8 +24,15 @@ class Letters:
 
 def longrope(kind, original):
     cfg = tiny(kind)
-    rope = Rope(scaling="longrope", factor=4.0, original_positions=original, short_factors=(1.0, 1.1, 1.2, 1.3))
-    return replace(cfg, decoder=replace(cfg.decoder, rope=replace(rope, long_factors=(1.5, 3.0, 6.0, 9.0))))
+    rope = Rope(
+        scaling="longrope",
+        factor=4.0,
+        original_positions=original,
+        short_factors=(1.0, 1.1, 1.2, 1.3),
+    )
+    return replace(
+        cfg, decoder=replace(cfg.decoder, rope=replace(rope, long_factors=(1.5, 3.0, 6.0, 9.0)))
+    )
 
 
 def prompts(cfg) -> Batch:
@@ -39,7 +46,8 @@ def cut(batch: Batch, length: int) -> Batch:
     """The first tokens; those behind become padding, so that every length has the same shapes."""
     there = np.arange(batch.tokens.shape[1]) < length
     return batch.replace(
-        segment_ids=np.where(there, batch.segment_ids, PADDING), positions=np.where(there, batch.positions, 0)
+        segment_ids=np.where(there, batch.segment_ids, PADDING),
+        positions=np.where(there, batch.positions, 0),
     )
 
 
@@ -52,7 +60,9 @@ def test_cached_is_uncached_on_both_sides_of_the_original_length(kind, forward, 
     prompt = jax.tree.map(lambda x: x[:, : length - NEW], text).replace(images=whole.images)
     out = forward(cfg, params, prompt, empty_cache(cfg, prompt, NEW))
     for at in range(length - NEW, length):
-        out = forward(cfg, params, jax.tree.map(lambda x, at=at: x[:, at : at + 1], text), out.cache)
+        out = forward(
+            cfg, params, jax.tree.map(lambda x, at=at: x[:, at : at + 1], text), out.cache
+        )
         uncached = forward(cfg, params, cut(whole, at + 1)).logits[:, at]
         np.testing.assert_allclose(out.logits[:, 0], uncached, atol=2e-4, err_msg=f"token {at}")
 
@@ -63,5 +73,7 @@ def test_the_first_token_beyond_the_original_length_changes_those_before(forward
     params, whole = random_params(cfg), prompts(cfg)
     short, long = (forward(cfg, params, cut(whole, at)).logits for at in (length - 1, length))
     changed = np.abs(short - long).max(-1) > 1e-3
-    there = (whole.segment_ids != PADDING) & (whole.positions > 0)  # the first token sees itself alone
+    there = (whole.segment_ids != PADDING) & (
+        whole.positions > 0
+    )  # the first token sees itself alone
     assert changed[:, :-1][there[:, :-1]].all()

@@ -149,7 +149,10 @@ def drawn(mask) -> list[str]:
 
 
 def stream_of(cfg, pairs):
-    cfg = replace(cfg, data=Data(questions_per_row=len(pairs), text_length=sum(len(p) + len(a) for p, a in pairs)))
+    cfg = replace(
+        cfg,
+        data=Data(questions_per_row=len(pairs), text_length=sum(len(p) + len(a) for p, a in pairs)),
+    )
     row = text.pack_row(cfg, pairs, min(cfg.vision.tiles, 2))
     batch = Batch(**{name: jnp.asarray(values)[None] for name, values in row.items()})
     image = jnp.zeros((1, cfg.vision.views * cfg.image_tokens, 8))

@@ -50,18 +50,26 @@ def convolve(images, kernel, patch_size_px):
 
 @pytest.mark.parametrize("patch_embed", ["linear", "conv"])
 def test_pixels_that_fill_no_patch_are_not_read(patch_embed):
-    module = patches.PatchEmbed(Vision(width=5, image_size_px=14, patch_size_px=4, patch_embed=patch_embed))
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 14, 14, 3))))["params"]
+    module = patches.PatchEmbed(
+        Vision(width=5, image_size_px=14, patch_size_px=4, patch_embed=patch_embed)
+    )
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 14, 14, 3))))[
+        "params"
+    ]
     params = jax.tree.map(lambda x: random(*x.shape), meta.unbox(shapes))
     images = random(2, 10, 15, 3)
-    np.testing.assert_array_equal(run(module, params, images), run(module, params, images[:, :8, :12]))
+    np.testing.assert_array_equal(
+        run(module, params, images), run(module, params, images[:, :8, :12])
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_product_is_the_strided_convolution_with_the_same_weights(channels):
     images, kernel = random(2, 12, 8, channels), random(4, 4, channels, 5)
     product = patches.patchify(images, 4) @ patches.linear_from_conv(kernel)
-    np.testing.assert_allclose(product, convolve(images, kernel, 4).reshape(2, 6, 5), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(
+        product, convolve(images, kernel, 4).reshape(2, 6, 5), rtol=1e-5, atol=1e-4
+    )
 
 
 def test_weights_of_product_and_convolution_convert_both_ways():
@@ -111,7 +119,9 @@ def test_positions_are_added_to_the_patches(positions):
 def test_without_positions_or_encoder_the_tokens_are_the_patches():
     cfg = Vision(image_size_px=8, patch_size_px=4, kind="none", positions="none")
     images = random(1, 8, 8, 3)
-    np.testing.assert_array_equal(run(patches.PatchEmbed(cfg), {}, images), patches.patchify(images, 4))
+    np.testing.assert_array_equal(
+        run(patches.PatchEmbed(cfg), {}, images), patches.patchify(images, 4)
+    )
 
 
 def test_an_image_of_another_size_gets_resampled_positions():
@@ -119,7 +129,9 @@ def test_an_image_of_another_size_gets_resampled_positions():
     table = random(4, 8)
     params = {"projection": {"kernel": random(48, 8), "bias": jnp.zeros(8)}, "positions": table}
     larger = run(patches.PatchEmbed(cfg), params, jnp.zeros((1, 12, 16, 3)))
-    np.testing.assert_allclose(larger[0], patches.resample_positions(table, (2, 2), (3, 4)), atol=1e-6)
+    np.testing.assert_allclose(
+        larger[0], patches.resample_positions(table, (2, 2), (3, 4)), atol=1e-6
+    )
 
 
 def test_resampling_to_the_same_grid_is_the_identity():

@@ -27,7 +27,9 @@ def experiment(projector, width=8, **vision):
 
 
 def random_params(cfg, x):
-    shapes = meta.unbox(jax.eval_shape(PROJECTORS[cfg.projector.kind](cfg).init, jax.random.key(0), x))["params"]
+    shapes = meta.unbox(
+        jax.eval_shape(PROJECTORS[cfg.projector.kind](cfg).init, jax.random.key(0), x)
+    )["params"]
     return jax.tree.map(lambda s: jnp.asarray(RNG.normal(0, 0.5, s.shape), jnp.float32), shapes)
 
 
@@ -45,14 +47,18 @@ def test_every_projector_of_the_config_is_there():
 
 
 KEPT = {"class_token": True, "keep_class_token": True}
-COUNTED = [(kind, vision) for kind in KINDS for vision in ({}, {"kind": "none"}, {"class_token": True})]
+COUNTED = [
+    (kind, vision) for kind in KINDS for vision in ({}, {"kind": "none"}, {"class_token": True})
+]
 COUNTED += [(kind, KEPT) for kind in ("linear", "mlp", "resampler")]  # the others need a grid
 
 
 @pytest.mark.parametrize("kind, vision", COUNTED)
 def test_the_config_counts_the_tokens_that_come_out(kind, vision):
     cfg = experiment(kind, width=24, **vision)
-    x = jax.ShapeDtypeStruct((2, 16 + cfg.vision.extra_tokens, cfg.vision.output_width), jnp.float32)
+    x = jax.ShapeDtypeStruct(
+        (2, 16 + cfg.vision.extra_tokens, cfg.vision.output_width), jnp.float32
+    )
     y, _ = jax.eval_shape(lambda x: PROJECTORS[kind](cfg).init_with_output(jax.random.key(0), x), x)
     assert y.shape == (2, cfg.projector.num_tokens(cfg.vision), 24)
 
@@ -69,7 +75,9 @@ def test_pixel_shuffle_lines_up_the_tokens_of_each_square():
 
 def test_average_pool_is_the_mean_of_each_square():
     cfg = experiment("average_pool", width=1)
-    assert project(cfg, identity(1), NUMBERED)[0].tolist() == [[np.mean(square)] for square in SQUARES]
+    assert project(cfg, identity(1), NUMBERED)[0].tolist() == [
+        [np.mean(square)] for square in SQUARES
+    ]
 
 
 def test_a_square_is_as_large_as_the_factor():
@@ -90,7 +98,9 @@ def test_mlp_is_two_products_with_an_activation_between():
     params = random_params(cfg, x)
     one, two = params["linear_1"], params["linear_2"]
     hidden = jax.nn.gelu(x @ one["kernel"] + one["bias"], approximate=False)
-    np.testing.assert_allclose(project(cfg, params, x), hidden @ two["kernel"] + two["bias"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        project(cfg, params, x), hidden @ two["kernel"] + two["bias"], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_resampler_reads_a_set_of_tokens_of_any_order_and_number():

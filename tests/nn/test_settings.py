@@ -9,7 +9,12 @@ from flax import traverse_util
 
 from tests.nn.models import EXPERIMENTS, decoder, differ, rows, without_images
 from vlm_jax import axes
-from vlm_jax.config import Experiment, Fusion, Projector, Rope
+from vlm_jax.config import (
+    Experiment,
+    Fusion,
+    Projector,
+    Rope,
+)
 from vlm_jax.nn.models import boxed_params
 from vlm_jax.structs import PADDING
 from vlm_jax.testing import KINDS, random_batch, tiny
@@ -61,14 +66,18 @@ def all_sorts() -> Iterator[Experiment]:
     yield EXPERIMENTS["fuyu"]
     cfg = decoder(tiny(), positions="learned", tied_head=False, gated_mlp=True, norm="rmsnorm")
     yield cfg
-    yield replace(cfg, vision=replace(cfg.vision, class_token=True, pre_norm=True, patch_embed="conv"))
+    yield replace(
+        cfg, vision=replace(cfg.vision, class_token=True, pre_norm=True, patch_embed="conv")
+    )
 
 
 def boxes(cfg):
     return traverse_util.flatten_dict(boxed_params(cfg))
 
 
-@pytest.mark.parametrize("cfg", list(all_sorts()), ids=lambda cfg: f"{cfg.fusion.kind}-{cfg.projector.kind}")
+@pytest.mark.parametrize(
+    "cfg", list(all_sorts()), ids=lambda cfg: f"{cfg.fusion.kind}-{cfg.projector.kind}"
+)
 def test_every_parameter_has_a_letter_for_each_dimension_and_belongs_to_one_part(cfg):
     found = boxes(cfg)
     for path, box in found.items():

@@ -8,7 +8,7 @@ import pytest
 from flax import traverse_util
 
 from vlm_jax.config import Projector
-from vlm_jax.data import questions, text, tiles
+from vlm_jax.data import questions, text, tiling
 from vlm_jax.nn.vlm import empty_cache
 from vlm_jax.structs import NO_IMAGE, PADDING, Batch
 from vlm_jax.testing import KINDS, tiny
@@ -28,14 +28,17 @@ def experiment(kind, **settings):
 
 def picture(count, seed=0):
     """So many tiles of 16 px, side by side."""
-    return np.random.default_rng((count, seed)).uniform(-1, 1, (16, 16 * count, 3)).astype(np.float32)
+    return (
+        np.random.default_rng((count, seed)).uniform(-1, 1, (16, 16 * count, 3)).astype(np.float32)
+    )
 
 
 def rows(cfg, *counts) -> Batch:
     """A row with two questions about an image of so many tiles, for every count."""
     pairs = [([20, 21, 22], [23, 24]), ([30, 31], [32])]
     packed = [
-        text.pack_row(cfg, pairs, count) | {"images": tiles.stacked([picture(count)], cfg.vision)} for count in counts
+        text.pack_row(cfg, pairs, count) | {"images": tiling.stacked([picture(count)], cfg.vision)}
+        for count in counts
     ]
     return Batch(**{name: np.stack([row[name] for row in packed]) for name in packed[0]})
 
@@ -48,18 +51,25 @@ def with_noise_in(batch, row, view):
 
 def moves(forward, cfg, params, batch, row, view):
     """(S,) bool: the tokens of a row whose logits are others when a view is another."""
-    logits, other = (forward(cfg, params, b).logits[row] for b in (batch, with_noise_in(batch, row, view)))
+    logits, other = (
+        forward(cfg, params, b).logits[row] for b in (batch, with_noise_in(batch, row, view))
+    )
     return np.abs(np.subtract(logits, other)).max(-1) > 1e-4
 
 
 def tags(cfg, batch, row):
     """Where the tag of every view stands in a row."""
     ids = [tag for (tag,) in cfg.tile_tags]
-    return [int(np.flatnonzero(batch.tokens[row] == tag)[0]) if tag in batch.tokens[row] else None for tag in ids]
+    return [
+        int(np.flatnonzero(batch.tokens[row] == tag)[0]) if tag in batch.tokens[row] else None
+        for tag in ids
+    ]
 
 
 @every_kind
-def test_every_view_that_is_there_reaches_the_questions_and_no_other_view_does(kind, forward, random_params):
+def test_every_view_that_is_there_reaches_the_questions_and_no_other_view_does(
+    kind, forward, random_params
+):
     cfg = experiment(kind)
     batch, params = rows(cfg, 2, 3, 1, 2), random_params(cfg)
     for row, there in [(0, (0, 1, THUMBNAIL)), (2, (0,))]:
@@ -83,9 +93,14 @@ def test_a_tag_does_not_know_the_tiles_after_its_own(kind, forward, random_param
 
 
 @every_kind
-def test_a_batch_of_mixed_tile_counts_is_one_by_one_and_cached_is_uncached(kind, forward, random_params):
+def test_a_batch_of_mixed_tile_counts_is_one_by_one_and_cached_is_uncached(
+    kind, forward, random_params
+):
     cfg, params = experiment(kind), random_params(experiment(kind))
-    shown, asked = [[picture(2)], [picture(3)], [picture(1)], []], ["which of the two?", "what?", "small?", "nothing?"]
+    shown, asked = (
+        [[picture(2)], [picture(3)], [picture(1)], []],
+        ["which of the two?", "what?", "small?", "nothing?"],
+    )
     batch = questions.prompt_batch(cfg, Letters(), shown, asked)
     logits, length = forward(cfg, params, batch).logits, batch.tokens.shape[1]
     for row, (images, question) in enumerate(zip(shown, asked)):
@@ -108,19 +123,27 @@ class Letters:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_with_closed_gates_hybrid_is_unified_with_the_thumbnail_alone_bit_for_bit(count, forward, random_params):
+def test_with_closed_gates_hybrid_is_unified_with_the_thumbnail_alone_bit_for_bit(
+    count, forward, random_params
+):
     """Of an image that is one tile, with that tile."""
     cfg = experiment("hybrid")
     cfg = replace(cfg, fusion=replace(cfg.fusion, gated=True))
     batch = rows(cfg, count, count)
     flat = traverse_util.flatten_dict(random_params(cfg))
-    closed = {path: np.zeros_like(x) if path[-1].endswith("gate") else x for path, x in flat.items()}
+    closed = {
+        path: np.zeros_like(x) if path[-1].endswith("gate") else x for path, x in flat.items()
+    }
     hidden = forward(cfg, traverse_util.unflatten_dict(closed), batch).logits
     view, plain = THUMBNAIL if count > 1 else 0, experiment("unified")
     plain = replace(plain, vision=replace(plain.vision, tiles=1))
-    slots = np.where(batch.image_slots == NO_IMAGE, NO_IMAGE, batch.image_slots - view * cfg.image_tokens)
+    slots = np.where(
+        batch.image_slots == NO_IMAGE, NO_IMAGE, batch.image_slots - view * cfg.image_tokens
+    )
     alone = batch.replace(
-        images=batch.images[:, view : view + 1], image_slots=slots, image_mask=batch.image_mask[..., :1]
+        images=batch.images[:, view : view + 1],
+        image_slots=slots,
+        image_mask=batch.image_mask[..., :1],
     )
     own = {path: x for path, x in flat.items() if part_of(path) != "cross_attention"}
     expected = forward(plain, traverse_util.unflatten_dict(own), alone).logits

@@ -84,7 +84,9 @@ def test_behind_closed_gates_the_layout_of_tiles_makes_no_difference(gate):
 
 def test_the_gates_of_the_second_stage_close_all_of_it():
     flat = traverse_util.flatten_dict(params(), sep="/")
-    closed = {name: x * 0 if "global_blocks" in name and "gate" in name else x for name, x in flat.items()}
+    closed = {
+        name: x * 0 if "global_blocks" in name and "gate" in name else x for name, x in flat.items()
+    }
     without = replace(CFG, global_depth=1)
     shorter = {name: x[:1] if "global_blocks" in name else x for name, x in closed.items()}
     closed, shorter = (traverse_util.unflatten_dict(x, sep="/") for x in (closed, shorter))

@@ -35,7 +35,10 @@ def test_kind_none_gives_the_raw_patches_and_has_no_parameters():
 
 
 def test_the_class_token_is_kept_or_dropped_in_front_of_the_same_patches():
-    kept, dropped = replace(TINY, class_token=True, keep_class_token=True), replace(TINY, class_token=True)
+    kept, dropped = (
+        replace(TINY, class_token=True, keep_class_token=True),
+        replace(TINY, class_token=True),
+    )
     params = random_params(kept)
     with_class, without = encode(kept, params), encode(dropped, params)
     assert with_class.shape == (2, 1 + 4, 16)
@@ -51,7 +54,9 @@ def test_patches_read_the_class_token():
 
 def test_linear_and_conv_encoders_agree():
     params = random_params(TINY)
-    np.testing.assert_allclose(encode(TINY, params), encode(replace(TINY, patch_embed="conv"), params), atol=1e-4)
+    np.testing.assert_allclose(
+        encode(TINY, params), encode(replace(TINY, patch_embed="conv"), params), atol=1e-4
+    )
 
 
 def test_every_patch_reads_every_other():
@@ -69,7 +74,9 @@ def test_images_of_a_batch_do_not_see_each_other():
     np.testing.assert_array_equal(changed[0], encode(TINY, params)[0])
 
 
-@pytest.mark.parametrize("norm, there, gone", [("pre_norm", True, False), ("final_norm", "tokens", "none")])
+@pytest.mark.parametrize(
+    "norm, there, gone", [("pre_norm", True, False), ("final_norm", "tokens", "none")]
+)
 def test_a_norm_stands_there_only_where_asked_for(norm, there, gone):
     with_norm, without = replace(TINY, **{norm: there}), replace(TINY, **{norm: gone})
     params = random_params(with_norm)

@@ -40,7 +40,11 @@ def test_nothing_after_a_token_changes_its_logits(cfg, forward, random_params):
     """Row t has other tokens after token t, for every t, four rows at a time."""
     params, length = random_params(cfg), cfg.row_length
     row = rows(cfg, *[[pair(prompt=cfg.data.text_length - 2)]] * 4)
-    logits, slots, is_text = forward(cfg, params, row).logits[0], np.arange(length), row.image_slots[0] < 0
+    logits, slots, is_text = (
+        forward(cfg, params, row).logits[0],
+        np.arange(length),
+        row.image_slots[0] < 0,
+    )
     for start in range(0, length, 4):
         t = np.arange(start, start + 4)[:, None]
         changed = (slots > t) & is_text
@@ -98,13 +102,17 @@ def documents(cfg):
 
     is_image, views = two.image_slots >= 0, cfg.vision.views
     moved = two.image_slots + views * cfg.image_tokens
-    fields = {name: joined(getattr(one, name), getattr(two, name)) for name in ("tokens", "positions", "branch_ids")}
+    fields = {
+        name: joined(getattr(one, name), getattr(two, name))
+        for name in ("tokens", "positions", "branch_ids")
+    }
     both = Batch(
         **fields,
         segment_ids=joined(one.segment_ids, 2 * two.segment_ids),
         image_slots=joined(one.image_slots, np.where(is_image, moved, two.image_slots)),
         image_mask=joined(
-            np.pad(one.image_mask, ((0, 0), (0, 0), (0, views))), np.pad(two.image_mask, ((0, 0), (0, 0), (views, 0)))
+            np.pad(one.image_mask, ((0, 0), (0, 0), (0, views))),
+            np.pad(two.image_mask, ((0, 0), (0, 0), (views, 0))),
         ),
         images=joined(one.images, two.images),
     )
@@ -127,14 +135,18 @@ def test_two_images_in_a_row_are_two_rows(cfg, forward, random_params):
 def test_the_image_matters_where_it_is_read(cfg, forward, random_params):
     batch, params = random_batch(cfg), random_params(cfg)
     reads = batch.segment_ids != PADDING
-    logits, other = (forward(cfg, params, b).logits for b in (batch, batch.replace(images=-batch.images)))
+    logits, other = (
+        forward(cfg, params, b).logits for b in (batch, batch.replace(images=-batch.images))
+    )
     assert differ(logits[reads], other[reads])
 
 
 def test_a_text_only_model_looks_at_no_image_that_it_is_given(forward, random_params):
     cfg = tiny("text_only")
     batch, params = random_batch(cfg), random_params(cfg)
-    np.testing.assert_array_equal(*(forward(cfg, params, b).logits for b in (batch, without_images(batch))))
+    np.testing.assert_array_equal(
+        *(forward(cfg, params, b).logits for b in (batch, without_images(batch)))
+    )
 
 
 def gates_of(params):
@@ -149,14 +161,20 @@ def test_the_gates_of_a_new_model_are_closed():
     assert not np.any(gates)
 
 
-def test_with_closed_gates_cross_attention_is_the_text_only_decoder_bit_for_bit(forward, random_params):
+def test_with_closed_gates_cross_attention_is_the_text_only_decoder_bit_for_bit(
+    forward, random_params
+):
     """The decoder without cross-attention is `unified` given text alone."""
     cfg, plain, batch = GATED, tiny("unified"), random_batch(GATED)
     flat = traverse_util.flatten_dict(random_params(cfg))
     own = {path: value for path, value in flat.items() if part_of(path) != "cross_attention"}
     expected = forward(plain, traverse_util.unflatten_dict(own), without_images(batch)).logits
-    closed = flat | {path: np.zeros_like(value) for path, value in gates_of(random_params(cfg)).items()}
-    np.testing.assert_array_equal(forward(cfg, traverse_util.unflatten_dict(closed), batch).logits, expected)
+    closed = flat | {
+        path: np.zeros_like(value) for path, value in gates_of(random_params(cfg)).items()
+    }
+    np.testing.assert_array_equal(
+        forward(cfg, traverse_util.unflatten_dict(closed), batch).logits, expected
+    )
     there = batch.segment_ids != PADDING
     assert differ(forward(cfg, random_params(cfg), batch).logits[there], expected[there])
 
@@ -176,7 +194,9 @@ def test_a_token_reads_only_the_images_of_its_mask(cfg, forward, random_params):
     batch, params = prompts(cfg, (2,), ("which one?",)), random_params(cfg)
     first = np.arange(batch.tokens.shape[1]) < 4
     batch = batch.replace(image_mask=batch.image_mask & np.stack([first, ~first], axis=-1))
-    batch = batch.replace(branch_ids=np.where(first, 1, 2)[None].astype(np.int32))  # what it read, it tells no other
+    batch = batch.replace(
+        branch_ids=np.where(first, 1, 2)[None].astype(np.int32)
+    )  # what it read, it tells no other
     other = batch.replace(images=batch.images * np.array([1, -1], np.float32)[:, None, None, None])
     logits, changed = (np.asarray(forward(cfg, params, b).logits[0]) for b in (batch, other))
     np.testing.assert_allclose(changed[first], logits[first], rtol=1e-5, atol=1e-5)
@@ -222,15 +242,26 @@ def encoder_of_tiles() -> Experiment:
     return tiny("cross_attention", vision=vision)
 
 
-@pytest.mark.parametrize("cfg", [*EXPERIMENTS.values(), encoder_of_tiles()], ids=[*EXPERIMENTS, "encoder_of_tiles"])
+@pytest.mark.parametrize(
+    "cfg", [*EXPERIMENTS.values(), encoder_of_tiles()], ids=[*EXPERIMENTS, "encoder_of_tiles"]
+)
 def test_prompts_that_share_images_read_what_they_read_with_their_own(cfg, forward, random_params):
-    images, owners, asked = pictures(cfg, (1, 2, 1)), [2, 0, 2, 1], ["two?", "one?", "no image at all?", "and here?"]
+    images, owners, asked = (
+        pictures(cfg, (1, 2, 1)),
+        [2, 0, 2, 1],
+        ["two?", "one?", "no image at all?", "and here?"],
+    )
     own = questions.prompt_batch(cfg, Letters(), [images[row] for row in owners], asked)
-    shared, params = questions.prompt_batch(cfg, Letters(), images, asked, image_rows=owners), random_params(cfg)
+    shared, params = (
+        questions.prompt_batch(cfg, Letters(), images, asked, image_rows=owners),
+        random_params(cfg),
+    )
     assert (len(own.images), len(shared.images)) == (4, 3)
     close(forward(cfg, params, shared).logits, forward(cfg, params, own).logits)
     swapped = shared.replace(image_rows=np.array([0, 2, 2, 1], np.int32))
-    assert differ(forward(cfg, params, swapped).logits[:2, -1], forward(cfg, params, own).logits[:2, -1])
+    assert differ(
+        forward(cfg, params, swapped).logits[:2, -1], forward(cfg, params, own).logits[:2, -1]
+    )
 
 
 def test_a_second_batch_of_the_same_shape_compiles_nothing(forward, random_params):

@@ -16,8 +16,18 @@ ENTRY %main (x: bf16[LEFT], y: bf16[RIGHT]) -> f32[OUT] {
 }
 """
 # Shapes and windows of attention's scores and of a query projection, as the compiler for v5p writes them.
-SCORES = ("32,1024,128", "32,1024,128", "32,1024,1024", "size=32 stride=31 lhs_dilate=32}, dim_labels=0bf_0oi->0bf")
-QUERIES = ("1024,4096,1", "32,128,4096", "1024,32,128", "size=32 pad=31_31 rhs_reversal=1}, dim_labels=bf0_0oi->b0f")
+SCORES = (
+    "32,1024,128",
+    "32,1024,128",
+    "32,1024,1024",
+    "size=32 stride=31 lhs_dilate=32}, dim_labels=0bf_0oi->0bf",
+)
+QUERIES = (
+    "1024,4096,1",
+    "32,128,4096",
+    "1024,32,128",
+    "size=32 pad=31_31 rhs_reversal=1}, dim_labels=bf0_0oi->b0f",
+)
 
 
 def product(*parts) -> str:
@@ -82,13 +92,19 @@ ENTRY %main (a: (u32[], f32[8,8])) -> (u32[], f32[8,8]) {
 
 def test_a_collective_that_passes_through_a_loop_is_one():
     piece = "  ROOT %g = f32[8]{0} all-gather(%x), channel_id=7, replica_groups={{0,1}}\n"
-    text = "ENTRY %m (x: f32[4]) -> f32[8] {\n  %x = f32[4]{0} parameter(0)\n" + piece.replace("ROOT ", "")
+    text = "ENTRY %m (x: f32[4]) -> f32[8] {\n  %x = f32[4]{0} parameter(0)\n" + piece.replace(
+        "ROOT ", ""
+    )
     text += piece.replace("%g", "%h") + "}"
     assert len(hlo.read(text, 2).collectives) == 1
 
 
-@pytest.mark.parametrize("parts, flops", [(SCORES, 2 * 32 * 1024 * 1024 * 128), (QUERIES, 2 * 1024 * 4096 * 32 * 128)])
-def test_products_that_the_tpu_compiler_writes_as_convolutions_count_without_their_padding(parts, flops):
+@pytest.mark.parametrize(
+    "parts, flops", [(SCORES, 2 * 32 * 1024 * 1024 * 128), (QUERIES, 2 * 1024 * 4096 * 32 * 128)]
+)
+def test_products_that_the_tpu_compiler_writes_as_convolutions_count_without_their_padding(
+    parts, flops
+):
     assert hlo.read(product(*parts), 1).flops == flops
 
 
@@ -112,7 +128,9 @@ def test_a_loop_that_reads_slices_moves_its_operand_once():
         return jax.lax.scan(lambda sofar, x: (sofar + jnp.tanh(x), None), jnp.zeros(1000), xs)[0]
 
     moved = hlo.read(compiled(total, (100, 1000)), 1).hbm_bytes
-    assert moved == pytest.approx(3 * 100 * 1000 * 4, rel=0.5)  # a slice, the sum before and the sum after, each turn
+    assert moved == pytest.approx(
+        3 * 100 * 1000 * 4, rel=0.5
+    )  # a slice, the sum before and the sum after, each turn
 
 
 def test_collectives_count_their_chips_bytes_and_turns():
@@ -123,7 +141,11 @@ def test_collectives_count_their_chips_bytes_and_turns():
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
 
     text = compiled(
-        layers, (16, 64), (6, 64, 64), in_shardings=(NamedSharding(mesh, P("fsdp")), place), out_shardings=None
+        layers,
+        (16, 64),
+        (6, 64, 64),
+        in_shardings=(NamedSharding(mesh, P("fsdp")), place),
+        out_shardings=None,
     )
     gathers = [c for c in hlo.read(text, 8).collectives if c.times == 6]
     assert [(c.kind, c.chips, c.bytes) for c in gathers] == [("all-gather", 8, 64 * 64 * 4)]

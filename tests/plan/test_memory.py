@@ -44,11 +44,15 @@ def reserved(cfg, mesh) -> int:
 QUICK = ("activations", "frozen_decoder")  # the others compile for seconds each
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SHAPES])
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SHAPES]
+)
 def test_the_peak_on_one_device(name):
     cfg = experiment(*SHAPES[name])
     predicted = memory.predicted(cfg, AbstractMesh((1, 1, 1), axes.MESH_AXES)).total
-    assert predicted == pytest.approx(reserved(cfg, axes.make_mesh(Mesh(), jax.devices()[:1])), rel=0.15)
+    assert predicted == pytest.approx(
+        reserved(cfg, axes.make_mesh(Mesh(), jax.devices()[:1])), rel=0.15
+    )
 
 
 def test_state_and_batch_are_what_goes_into_the_program():
@@ -57,7 +61,10 @@ def test_state_and_batch_are_what_goes_into_the_program():
     mesh = axes.make_mesh(Mesh(1, 4, 2))
     found = memory.predicted(cfg, AbstractMesh((1, 4, 2), axes.MESH_AXES))
     state = jax.tree.leaves(abstract_state(cfg, mesh))
-    held = sum(jax.numpy.prod(jax.numpy.array(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in state)
+    held = sum(
+        jax.numpy.prod(jax.numpy.array(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in state
+    )
     assert found.parameters + found.optimizer == pytest.approx(int(held), abs=8)
 
 
@@ -68,24 +75,34 @@ def test_frozen_parts_have_no_moments_and_no_gradients():
     assert found.optimizer < found.parameters / 50
 
 
-@pytest.mark.parametrize("cfg", testing.variants_and_tiles().values(), ids=testing.variants_and_tiles())
+@pytest.mark.parametrize(
+    "cfg", testing.variants_and_tiles().values(), ids=testing.variants_and_tiles()
+)
 def test_the_cache_of_a_row_is_what_decoding_keeps(cfg):
     def read(params):
         prompt = example_batch(cfg)
-        return VLM(cfg).apply({"params": params}, prompt, empty_cache(cfg, prompt, 0), method=VLM.next_logits)[1]
+        return VLM(cfg).apply(
+            {"params": params}, prompt, empty_cache(cfg, prompt, 0), method=VLM.next_logits
+        )[1]
 
     kept = jax.tree.leaves(jax.eval_shape(read, testing.random_params(cfg)).layers)
     assert memory.cache_bytes(cfg) == sum(x.size * x.dtype.itemsize for x in kept)
 
 
 def test_what_each_device_sums_over_its_rows_is_whole_before_it_is_shared():
-    program = jax.make_jaxpr(lambda x: jax.lax.reduce_sum(x, (0,)))(jax.ShapeDtypeStruct((3, 64, 64), "float32")).jaxpr
+    program = jax.make_jaxpr(lambda x: jax.lax.reduce_sum(x, (0,)))(
+        jax.ShapeDtypeStruct((3, 64, 64), "float32")
+    ).jaxpr
     whole, share = 64 * 64 * 4, 64 * 64
     peak = liveness.peak_bytes(program, lambda shape: 4 if shape == (64, 64) else 1)
-    assert peak == share + 2 * (whole - share)  # its own sum and that of all, of which each keeps its share
+    assert peak == share + 2 * (
+        whole - share
+    )  # its own sum and that of all, of which each keeps its share
 
 
 def test_fewer_rows_on_a_device_need_less():
     cfg = experiment(*SHAPES["activations"])
-    one, four = (memory.predicted(cfg, AbstractMesh((n, 1, 1), axes.MESH_AXES)).activations for n in (1, 4))
+    one, four = (
+        memory.predicted(cfg, AbstractMesh((n, 1, 1), axes.MESH_AXES)).activations for n in (1, 4)
+    )
     assert four < one / 2

@@ -8,15 +8,19 @@ from pathlib import Path
 import jax
 import pytest
 
-from vlm_jax import axes, chips, cli, config_file, flops
-from vlm_jax.config import Mesh
+from vlm_jax import axes
+from vlm_jax.cli import commands
+from vlm_jax.config import Mesh, files
+from vlm_jax.config.validate import validate
+from vlm_jax.cost import chips, flops
 from vlm_jax.plan import compiled, table
 from vlm_jax.train import optim
-from vlm_jax.validate import validate
 
 ROOT = Path(__file__).parents[2]
 CONFIGS, PLANS = ROOT / "configs", ROOT / "experiments/plans"
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs requirements-tpu.txt")
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs requirements-tpu.txt"
+)
 
 CONFIG = """
 from vlm_jax import testing
@@ -34,7 +38,7 @@ def config(tmp_path):
 
 
 def planned(capsys, *arguments) -> dict:
-    assert cli.main(["plan", *arguments, "--json"]) == 0
+    assert commands.main(["plan", *arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -52,24 +56,44 @@ def test_json_is_the_only_thing_on_stdout_and_adds_up(capsys, config):
 
 
 def test_the_table_names_every_part_and_size(capsys, config):
-    assert cli.main(["plan", "--config", config, "--fusion.kind", "cross_attention"]) == 0
+    assert commands.main(["plan", "--config", config, "--fusion.kind", "cross_attention"]) == 0
     text = capsys.readouterr().out
-    for word in ("vision", "projector", "decoder", "cross_attention", "trained", "activations", "optimizer", "GiB"):
+    for word in (
+        "vision",
+        "projector",
+        "decoder",
+        "cross_attention",
+        "trained",
+        "activations",
+        "optimizer",
+        "GiB",
+    ):
         assert word in text
-    assert "16 x 16 px -> 4 patches of 8 px -> encoder: 4 tokens -> projector: 4 -> 4 tokens" in text
+    assert (
+        "16 x 16 px -> 4 patches of 8 px -> encoder: 4 tokens -> projector: 4 -> 4 tokens" in text
+    )
     assert "24 tokens a row that read 4 image tokens" in text
 
 
 def test_more_devices_hold_less_each(capsys, config):
     one = planned(capsys, "--config", config)
-    eight = planned(capsys, "--config", config, "--devices", "8", "--mesh.data", "1", "--mesh.fsdp", "-1")
+    eight = planned(
+        capsys, "--config", config, "--devices", "8", "--mesh.data", "1", "--mesh.fsdp", "-1"
+    )
     assert eight["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
     assert eight["bytes_per_device"]["parameters"] < one["bytes_per_device"]["parameters"] / 4
 
 
 @pytest.mark.parametrize(
     "seconds, said",
-    [(0, "0 s"), (2.3e-7, "2.3e-07 s"), (3.127e-5, "31.3 us"), (0.024, "24 ms"), (0.9996, "1 s"), (1.4902, "1.49 s")],
+    [
+        (0, "0 s"),
+        (2.3e-7, "2.3e-07 s"),
+        (3.127e-5, "31.3 us"),
+        (0.024, "24 ms"),
+        (0.9996, "1 s"),
+        (1.4902, "1.49 s"),
+    ],
 )
 def test_any_time_has_three_digits(seconds, said):
     assert table.short(seconds, "s") == said
@@ -97,7 +121,7 @@ def test_times_of_a_small_step_are_said_too_in_columns(capsys, config):
         "overlapped": {"step_seconds": 1.4e-4, "mfu": 0.25, "tokens_per_second": 4e7, "images_per_second": 5e5},
         "serial": {"step_seconds": 1.234e-3, "mfu": 0.028, "tokens_per_second": 4.535e6, "images_per_second": 5.67e4},
     }  # fmt: skip
-    assert TIMES in table.text(config_file.load(config), plan)
+    assert TIMES in table.text(files.load(config), plan)
 
 
 @pytest.mark.parametrize(
@@ -108,31 +132,40 @@ def test_times_of_a_small_step_are_said_too_in_columns(capsys, config):
         (["--devices", "3"], "choose a multiple of 3"),
         (["--devices", "0"], "at least 1"),
         (["--topology", ""], "--topology '' is no slice of TPUs: choose CHIP:LAYOUT"),
-        (["--topology", "v5e:2x2", "--devices", "64"], "--topology v5e:2x2 says how many devices there are"),
-        (["--topology", "v5e:2x2", "--devices", "1"], "and so does --devices 1: choose one of the two."),
+        (
+            ["--topology", "v5e:2x2", "--devices", "64"],
+            "--topology v5e:2x2 says how many devices there are",
+        ),
+        (
+            ["--topology", "v5e:2x2", "--devices", "1"],
+            "and so does --devices 1: choose one of the two.",
+        ),
         (["--no-compile"], "--no-compile goes with --topology: name a slice"),
         (["--no-compile", "--devices", "2"], "--no-compile goes with --topology: name a slice"),
-        (["--toplogy", "v5e:8x8"], "--toplogy is not a field (perhaps you meant topology); --help lists all of them."),
+        (
+            ["--toplogy", "v5e:8x8"],
+            "--toplogy is not a field (perhaps you meant topology); --help lists all of them.",
+        ),
         (["--no_compile"], "perhaps you meant no-compile"),
     ],
 )
 def test_mistakes_are_one_sentence(capsys, config, arguments, said):
-    assert cli.main(["plan", "--config", config, *arguments]) == 2
+    assert commands.main(["plan", "--config", config, *arguments]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
 
 
 def test_help_lists_the_options_of_plan_beside_the_fields(capsys, config):
     with pytest.raises(SystemExit):
-        cli.main(["plan", "--config", config, "--help"])
+        commands.main(["plan", "--config", config, "--help"])
     out = capsys.readouterr().out
-    for option in (*cli.PLAN_OPTIONS, "fusion.kind"):
+    for option in (*commands.PLAN_OPTIONS, "fusion.kind"):
         assert f"--{option} " in out
 
 
 def test_without_the_compiler_it_says_how_to_get_it(capsys, config, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert cli.main(["plan", "--config", config, "--topology", "v5e:2x2"]) == 2
+    assert commands.main(["plan", "--config", config, "--topology", "v5e:2x2"]) == 2
     assert "pip install -r requirements-tpu.txt" in capsys.readouterr().err
 
 
@@ -146,13 +179,25 @@ def crossing(tmp_path):
 @needs_libtpu
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v4:2x2x1"])
 def test_a_step_is_compiled_for_a_slice_of_tpus(capsys, crossing, topology):
-    plan = planned(capsys, "--config", crossing, "--topology", topology, "--mesh.data", "1", "--mesh.fsdp", "-1")
+    plan = planned(
+        capsys,
+        "--config",
+        crossing,
+        "--topology",
+        topology,
+        "--mesh.data",
+        "1",
+        "--mesh.fsdp",
+        "-1",
+    )
     found, chip = plan["topology"], chips.slice_of(topology)[0]
     assert found["fits"] and found["devices"] == 4 and found["hbm_bytes"] == chip.hbm_bytes
     work, rate = found["xla_flops"], chip.flops_per_second("float32")
     assert found["roofline_seconds"]["compute"] == pytest.approx(work / (4 * rate))
-    assert found["xla_flops"] == pytest.approx(flops.train_flops(config_file.load(crossing)), rel=0.03)
-    assert {"all-reduce", "all-gather"} <= {collective["kind"] for collective in found["collectives"]}
+    assert found["xla_flops"] == pytest.approx(flops.train_flops(files.load(crossing)), rel=0.03)
+    assert {"all-reduce", "all-gather"} <= {
+        collective["kind"] for collective in found["collectives"]
+    }
     assert found["overlapped"]["step_seconds"] <= found["serial"]["step_seconds"]
 
 
@@ -168,25 +213,46 @@ def test_the_compiler_knows_every_slice_that_is_offered():
 
 @needs_libtpu
 def test_what_does_not_fit_is_said_with_what_to_change(capsys, config):
-    arguments = ["--config", config, "--topology", "v5e:1x1", "--train.batch_size", "65536", "--no-compile"]
+    arguments = [
+        "--config",
+        config,
+        "--topology",
+        "v5e:1x1",
+        "--train.batch_size",
+        "65536",
+        "--no-compile",
+    ]
     plan = planned(capsys, *arguments)
-    assert plan["topology"] == {"name": "v5e:1x1", "devices": 1, "hbm_bytes": 16 * 2**30, "fits": False}
-    assert cli.main(["plan", *arguments]) == 0
+    assert plan["topology"] == {
+        "name": "v5e:1x1",
+        "devices": 1,
+        "hbm_bytes": 16 * 2**30,
+        "fits": False,
+    }
+    assert commands.main(["plan", *arguments]) == 0
     text = capsys.readouterr().out
-    assert "v5e:1x1, predicted and not compiled\ndoes not fit: " in text and " of 16.00 GiB a chip" in text
+    assert (
+        "v5e:1x1, predicted and not compiled\ndoes not fit: " in text
+        and " of 16.00 GiB a chip" in text
+    )
     advice = text[text.index("what would make room") :].splitlines()[1:]
     assert advice[0].startswith("activations") and "more train.microbatches" in advice[0]
 
 
 @needs_libtpu
-@pytest.mark.parametrize("said", ["Used 20.50G of 15.75G hbm.", "for HLO temporaries (20.50G) exceeds HBM (15.75G)."])
+@pytest.mark.parametrize(
+    "said", ["Used 20.50G of 15.75G hbm.", "for HLO temporaries (20.50G) exceeds HBM (15.75G)."]
+)
 def test_what_the_compiler_says_does_not_fit_is_said(capsys, config, monkeypatch, said):
     def refuse(cfg, mesh):
         raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: Ran out of memory. {said}")
 
     monkeypatch.setattr(compiled, "lowered", refuse)
-    assert cli.main(["plan", "--config", config, "--topology", "v5e:1x1"]) == 0
-    assert "does not fit: 20.50 GiB of 16.00 GiB a chip\nwhat would make room" in capsys.readouterr().out
+    assert commands.main(["plan", "--config", config, "--topology", "v5e:1x1"]) == 0
+    assert (
+        "does not fit: 20.50 GiB of 16.00 GiB a chip\nwhat would make room"
+        in capsys.readouterr().out
+    )
 
 
 @needs_libtpu
@@ -194,7 +260,10 @@ def test_what_the_compiler_says_does_not_fit_is_said(capsys, config, monkeypatch
 def test_what_is_kept_of_a_training_config_is_what_is_planned_today(capsys, file):
     """All but what takes minutes to compile."""
     command, _, kept = file.read_text().partition("\n")
-    assert cli.main([*command.replace("configs/", f"{CONFIGS}/").split()[3:], "--no-compile"]) == 0
+    assert (
+        commands.main([*command.replace("configs/", f"{CONFIGS}/").split()[3:], "--no-compile"])
+        == 0
+    )
     said, compiled_part = capsys.readouterr().out.split("\n\n" + command.split()[-1])
     assert kept.startswith(said + "\n\nCompiled for "), f"plan it again: {command}"
     assert "\nfits: " in compiled_part
@@ -210,8 +279,10 @@ def test_what_is_kept_of_a_training_config_is_what_is_planned_today(capsys, file
     ],
 )
 def test_training_configs_train_their_parts_of_the_published_model(name, trained):
-    cfg = validate(config_file.load(str(CONFIGS / f"{name}.py")))
-    base = config_file.load(str(CONFIGS / f"{name[: name.rindex('_')].removesuffix('_stage')}.py"))
+    cfg = validate(files.load(str(CONFIGS / "tpu" / f"{name}.py")))
+    base = files.load(
+        str(CONFIGS / "published" / f"{name[: name.rindex('_')].removesuffix('_stage')}.py")
+    )
     parts = {"vision", "projector", "decoder"} | (
         {"cross_attention"} if cfg.fusion.kind == "cross_attention" else set()
     )

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from vlm_jax import testing
-from vlm_jax.chips import Chip
-from vlm_jax.flops import token_flow
+from vlm_jax.cost.chips import Chip
+from vlm_jax.cost.flops import token_flow
 from vlm_jax.plan import document
 from vlm_jax.plan.hlo import Collective, Program
 from vlm_jax.plan.roofline import roofline
@@ -32,7 +32,13 @@ def collective(kind, times=1):
 
 
 # 20 bytes among 4 chips: what each sends in one.
-SENT = {"all-gather": 15, "all-to-all": 15, "all-reduce": 30, "reduce-scatter": 60, "collective-permute": 20}
+SENT = {
+    "all-gather": 15,
+    "all-to-all": 15,
+    "all-reduce": 30,
+    "reduce-scatter": 60,
+    "collective-permute": 20,
+}
 
 
 def test_products_decide_by_the_rate_of_their_dtype():

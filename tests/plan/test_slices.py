@@ -8,17 +8,32 @@ from dataclasses import replace
 import pytest
 
 from vlm_jax import axes, testing
-from vlm_jax.config import Mesh, Optim, RateScale, Train
+from vlm_jax.config import (
+    Mesh,
+    Optim,
+    RateScale,
+    Train,
+)
 from vlm_jax.plan import compiled, memory
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs requirements-tpu.txt")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs requirements-tpu.txt"
+)
 
 
-ROWS = {"none": 32, "attention": 96, "dots": 128, "full": 256}  # by `remat`: they fill half a chip's memory and more
+ROWS = {
+    "none": 32,
+    "attention": 96,
+    "dots": 128,
+    "full": 256,
+}  # by `remat`: they fill half a chip's memory and more
 
 
 def experiment(kind="unified", remat="none", rates=None, **sizes):
-    cfg, stack = testing.tiny(kind), {"width": 2048, "depth": 4, "heads": 16, "mlp_width": 8192, "remat": remat} | sizes
+    cfg, stack = (
+        testing.tiny(kind),
+        {"width": 2048, "depth": 4, "heads": 16, "mlp_width": 8192, "remat": remat} | sizes,
+    )
     return replace(
         cfg,
         vision=replace(cfg.vision, image_size_px=256, patch_size_px=16, **stack),
@@ -39,7 +54,9 @@ CASES = [(kind, remat, RateScale()) for kind in testing.KINDS for remat in ROWS]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, remat, rates", [*CASES, ("unified", "none", FROZEN), ("unified", "full", FROZEN)])
+@pytest.mark.parametrize(
+    "kind, remat, rates", [*CASES, ("unified", "none", FROZEN), ("unified", "full", FROZEN)]
+)
 def test_the_predicted_peak_is_near_the_compilers(kind, remat, rates):
     cfg = experiment(kind, remat=remat, rates=rates)
     mesh = four_chips(cfg)
@@ -69,7 +86,10 @@ def test_attention_is_a_kernel_that_holds_no_scores():
 
 
 def test_what_the_kernel_gave_is_kept_by_remat_attention_and_computed_again_by_remat_dots():
-    counts = {remat: kernels_of_attention(compiled_text(remat)[1]).count("fwd") for remat in ("attention", "dots")}
+    counts = {
+        remat: kernels_of_attention(compiled_text(remat)[1]).count("fwd")
+        for remat in ("attention", "dots")
+    }
     assert counts == {"attention": 2, "dots": 4}  # of the encoder and of the decoder
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from tests.study import studies
-from vlm_jax.study import cli, definition, preparing, record, running
-from vlm_jax.workdir import Workdir
+from vlm_jax.runtime.workdir import Workdir
+from vlm_jax.study import cli, definition
+from vlm_jax.study.run import preparing, record, running
 
 STUDY = """
 from tests.study import studies
@@ -74,7 +75,9 @@ FIELDS = {
 
 
 @pytest.mark.parametrize(("fields", "words"), FIELDS.values(), ids=FIELDS)
-def test_a_mistake_in_a_study_is_refused_before_anything_is_written(fields, words, write, folder, capsys):
+def test_a_mistake_in_a_study_is_refused_before_anything_is_written(
+    fields, words, write, folder, capsys
+):
     code, error = said(["run", write(fields)], capsys)
     assert code == 2
     assert error.startswith("error: ")
@@ -100,7 +103,10 @@ def test_a_file_that_is_no_study_is_refused(text, words, write, capsys):
 
 ARGUMENTS = {
     "an unknown verb": (["rnu"], "perhaps you meant run"),
-    "an unknown arm": (["run", "mine.py", "--arms", "linear,shufle"], "'shufle' is no arm (perhaps you meant shuffle)"),
+    "an unknown arm": (
+        ["run", "mine.py", "--arms", "linear,shufle"],
+        "'shufle' is no arm (perhaps you meant shuffle)",
+    ),
     "a share beyond all": (["run", "mine.py", "--shard", "9/8"], "--shard 9/8 is no share"),
     "a share of nothing": (["run", "mine.py", "--shard", "a"], "--shard a is no share"),
     "no seeds": (["run", "mine.py", "--seeds", "0"], "--seeds is 0"),
@@ -127,7 +133,9 @@ def test_all_studies_are_listed_with_what_they_ask_and_how_far_they_are(folder, 
         assert f"{file.name}: {study.question}\n  arms {', '.join(study.arms)}\n  0 of " in listed
 
 
-def test_another_version_of_the_study_is_refused_with_the_difference(write, folder, datasets_dir, capsys):
+def test_another_version_of_the_study_is_refused_with_the_difference(
+    write, folder, datasets_dir, capsys
+):
     studies.pretended(studies.study(datasets_dir), folder / "runs/studies/mine")
     file = write("arms={'linear': {}, 'shuffle': {'projector.kind': 'average_pool'}}")
     for verb in ("run", "report"):
@@ -136,7 +144,9 @@ def test_another_version_of_the_study_is_refused_with_the_difference(write, fold
         assert "examples/shuffle: projector.kind: pixel_shuffle -> average_pool" in error
 
 
-def test_a_run_without_its_metrics_is_named_and_the_others_are_reported(write, folder, datasets_dir, capsys):
+def test_a_run_without_its_metrics_is_named_and_the_others_are_reported(
+    write, folder, datasets_dir, capsys
+):
     plan = studies.pretended(studies.study(datasets_dir), folder / "runs/studies/mine")
     Workdir(plan.runs()[0].cfg.workdir).metrics.unlink()
     code, error = said(["report", write(), "--to", "out"], capsys)
@@ -146,10 +156,24 @@ def test_a_run_without_its_metrics_is_named_and_the_others_are_reported(write, f
     assert "metrics.jsonl" in (folder / "out/report.md").read_text()
 
 
-def test_the_report_repeats_the_command_with_every_option_that_was_given(write, folder, monkeypatch, capsys):
+def test_the_report_repeats_the_command_with_every_option_that_was_given(
+    write, folder, monkeypatch, capsys
+):
     monkeypatch.setattr(preparing, "measure", lambda *_: None)
     monkeypatch.setattr(running.Queue, "work", lambda *_: None)
-    given = ["run", write(), "--quick", "--folder", "my runs", "--arms", "linear", "--seeds", "2", "--jobs", "3"]
+    given = [
+        "run",
+        write(),
+        "--quick",
+        "--folder",
+        "my runs",
+        "--arms",
+        "linear",
+        "--seeds",
+        "2",
+        "--jobs",
+        "3",
+    ]
     assert cli.main([*given, "--shard=1/2"]) == 0
     report = f"python experiments/study.py report {given[1]} --quick --folder 'my runs'"
     assert f"{report} writes a report" in capsys.readouterr().out
@@ -162,15 +186,26 @@ def test_the_report_repeats_the_command_with_every_option_that_was_given(write, 
 
 
 DAMAGES = {
-    "config.json": (lambda text: text.replace('"learning_rate": 0.001', '"learning_rate": 0.77'), "another config"),
-    "predictions.jsonl": (lambda text: "", "is damaged: it must have lines, each with answer, correct"),
-    "metrics.jsonl": (lambda text: text.replace('"loss"', '"los"'), "is damaged: it must have lines, each with loss"),
+    "config.json": (
+        lambda text: text.replace('"learning_rate": 0.001', '"learning_rate": 0.77'),
+        "another config",
+    ),
+    "predictions.jsonl": (
+        lambda text: "",
+        "is damaged: it must have lines, each with answer, correct",
+    ),
+    "metrics.jsonl": (
+        lambda text: text.replace('"loss"', '"los"'),
+        "is damaged: it must have lines, each with loss",
+    ),
     "eval.json": (lambda text: text.replace("by_type", "type"), "is damaged: it must have by_type"),
     "run.json": (lambda text: "[]", "holds no JSON object"),
 }
 
 
-@pytest.mark.parametrize(("name", "damage", "words"), [(name, *rest) for name, rest in DAMAGES.items()], ids=DAMAGES)
+@pytest.mark.parametrize(
+    ("name", "damage", "words"), [(name, *rest) for name, rest in DAMAGES.items()], ids=DAMAGES
+)
 def test_a_run_that_is_another_or_damaged_is_named_and_left_out(
     name, damage, words, write, folder, datasets_dir, capsys
 ):
@@ -193,7 +228,9 @@ def test_a_damaged_study_is_named(write, folder, datasets_dir, capsys):
         assert code == 2 and "study.json names no" in error
 
 
-def test_a_metric_that_no_run_has_is_refused_with_those_that_there_are(write, folder, datasets_dir, capsys):
+def test_a_metric_that_no_run_has_is_refused_with_those_that_there_are(
+    write, folder, datasets_dir, capsys
+):
     studies.pretended(studies.study(datasets_dir), folder / "runs/studies/mine")
     code, error = said(["report", write("metric='by_type.color'")], capsys)
     assert code == 2

@@ -3,7 +3,7 @@
 import pytest
 
 from vlm_jax.config import ConfigError
-from vlm_jax.flops import train_flops
+from vlm_jax.cost.flops import train_flops
 from vlm_jax.study import changed, matching
 from vlm_jax.study.matching import AXES, Match
 from vlm_jax.testing import tiny
@@ -40,7 +40,9 @@ def test_only_valid_experiments_are_tried():
     """A width must be a multiple of the heads, with an even number of numbers a head."""
     cfg = tiny()
     wider = changed(cfg, {"decoder.width": 56})
-    solved = matching.solve(cfg, "decoder.width", matching.parameters, matching.parameters(wider) + 9)
+    solved = matching.solve(
+        cfg, "decoder.width", matching.parameters, matching.parameters(wider) + 9
+    )
     assert solved.decoder.width == 56
 
 
@@ -75,7 +77,8 @@ def test_an_arm_that_misses_is_refused_with_how_far():
     ]
     matching.check(matches, 0.5)
     with pytest.raises(
-        ConfigError, match=r"far misses examples by \+20.0%.* train.steps 7 .*other .*-50.0%.*nothing"
+        ConfigError,
+        match=r"far misses examples by \+20.0%.* train.steps 7 .*other .*-50.0%.*nothing",
     ) as e:
         matching.check(matches, 0.02)
     assert "near misses" not in str(e.value)

@@ -10,7 +10,12 @@ from tests.study import studies
 from vlm_jax.config import ConfigError
 from vlm_jax.study import changed, planning
 from vlm_jax.study.definition import files, load
-from vlm_jax.study.folder import Folder, as_json, definition, differences
+from vlm_jax.study.run.folder import (
+    Folder,
+    as_json,
+    definition,
+    differences,
+)
 from vlm_jax.testing import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -35,12 +40,16 @@ def test_the_first_seed_of_all_arms_comes_before_the_second_of_any(tmp_path):
 def test_a_run_is_the_base_with_its_differences_and_nothing_else(tmp_path):
     made = plan(tmp_path).run("examples", "shuffle", 1)
     expected = changed(studies.base("data"), {"projector.kind": "pixel_shuffle", "seed": 1})
-    assert made.cfg == dataclasses.replace(expected, workdir=str(tmp_path / "study/examples/shuffle/seed_1"))
+    assert made.cfg == dataclasses.replace(
+        expected, workdir=str(tmp_path / "study/examples/shuffle/seed_1")
+    )
 
 
 def test_a_matched_arm_takes_the_steps_that_fit(tmp_path):
     made = plan(tmp_path)
-    match = next(one for one in made.matches if (one.axis, one.arm) == ("training_flops", "shuffle"))
+    match = next(
+        one for one in made.matches if (one.axis, one.arm) == ("training_flops", "shuffle")
+    )
     assert match.number == made.arms["training_flops", "shuffle"].train.steps > 6
     assert abs(match.residual) <= 0.1
 
@@ -62,7 +71,9 @@ def test_a_placeholder_is_the_exported_folder(tmp_path):
     first = {"text": {"fusion.kind": "text_only"}}
     arms = {"new": {}, "taught": {"decoder.checkpoint": "{text}"}}
     made = plan(tmp_path, first=first, arms=arms, reference="new", matched={"examples": ""})
-    assert made.arms["examples", "taught"].decoder.checkpoint == str(tmp_path / "study/first/text_exported")
+    assert made.arms["examples", "taught"].decoder.checkpoint == str(
+        tmp_path / "study/first/text_exported"
+    )
     assert made.first["text"].fusion.kind == "text_only"
     assert made.first["text"].workdir == str(tmp_path / "study/first/text")
 
@@ -111,10 +122,16 @@ def test_a_folder_takes_more_seeds_and_arms_and_no_other_version(tmp_path):
     place = Folder(tmp_path / "study")
     place.open(plan(tmp_path))
     before = place.definition.read_text()
-    wider = {"linear": {}, "shuffle": {"projector.kind": "pixel_shuffle"}, "mlp": {"projector.kind": "mlp"}}
+    wider = {
+        "linear": {},
+        "shuffle": {"projector.kind": "pixel_shuffle"},
+        "mlp": {"projector.kind": "mlp"},
+    }
     place.check(plan(tmp_path, seeds=5, arms=wider))
     other = changed(studies.base("data"), {"optim.learning_rate": 0.5})
-    with pytest.raises(ConfigError, match=r"another version .*\n.*linear: optim.learning_rate: 0.001 -> 0.5"):
+    with pytest.raises(
+        ConfigError, match=r"another version .*\n.*linear: optim.learning_rate: 0.001 -> 0.5"
+    ):
         place.open(plan(tmp_path, base=other))
     with pytest.raises(ConfigError, match="examples/shuffle: is gone"):
         place.open(plan(tmp_path, arms={"linear": {}, "mlp": {"projector.kind": "mlp"}}))

@@ -7,8 +7,16 @@ from pathlib import Path
 import pytest
 
 from tests.study import studies
-from vlm_jax.study import changed, costs, page, planning, reporting, results, samples, scores
-from vlm_jax.study.folder import Folder
+from vlm_jax.study import changed, planning
+from vlm_jax.study.report import (
+    costs,
+    page,
+    results,
+    samples,
+    scores,
+    sections,
+)
+from vlm_jax.study.run.folder import Folder
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +25,7 @@ def written(datasets_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     question = "Does <b>the</b> connector matter?"
     plan = studies.pretended(studies.study(datasets_dir, question=question), folder)
-    page.write(reporting.page(results.read(plan), "mine.py"), folder / "report")
+    page.write(sections.page(results.read(plan), "mine.py"), folder / "report")
     return folder / "report"
 
 
@@ -60,19 +68,26 @@ def test_scores_and_tests_are_there(markdown):
 
 def test_the_score_with_shuffled_images_is_beside_it(markdown):
     assert "| exact match with shuffled images |" in markdown
-    assert re.search(r"^\| linear \| 0.531 .* \| 0.000 \(0.000 to 0.000\) \|$", markdown, re.MULTILINE)
+    assert re.search(
+        r"^\| linear \| 0.531 .* \| 0.000 \(0.000 to 0.000\) \|$", markdown, re.MULTILINE
+    )
 
 
 def test_what_arms_build_on_is_reported_with_its_score_and_its_hours(datasets_dir, tmp_path):
     plan = studies.pretended(studies.study(datasets_dir, matched={"examples": ""}), tmp_path)
     hours = costs.reproduction_section(results.read(plan), "mine.py").tables[0].rows[-1][1].text
-    text = planning.Run("first", "text", 0, changed(plan.study.base, {"workdir": str(tmp_path / "first/text")}))
+    text = planning.Run(
+        "first", "text", 0, changed(plan.study.base, {"workdir": str(tmp_path / "first/text")})
+    )
     for _ in range(60):  # a minute each
         studies.pretend(text, 0.75)
     found = results.read(dataclasses.replace(plan, first={"text": text.cfg}))
     (row,) = scores.first_section(found).tables[0].rows
     assert [cell.text for cell in row] == ["text", "6", "0.750"]
-    assert float(costs.reproduction_section(found, "mine.py").tables[0].rows[-1][1].text) == float(hours) + 1
+    assert (
+        float(costs.reproduction_section(found, "mine.py").tables[0].rows[-1][1].text)
+        == float(hours) + 1
+    )
     assert scores.first_section(results.read(plan)) is None
 
 
@@ -83,15 +98,19 @@ def facts(made):
 
 def test_a_quick_report_says_so_and_its_commands_have_every_option(datasets_dir, tmp_path):
     plan = planning.plan(studies.study(datasets_dir), tmp_path, True, {})
-    made = reporting.page(results.read(plan), "mine.py")
+    made = sections.page(results.read(plan), "mine.py")
     assert made.title == "Does the connector matter? (quick)"
     assert made.lead[0].startswith("This is a quick study (--quick: train.steps 2).")
     options = f"mine.py --quick --folder {tmp_path}"
     assert facts(made)["runs"] == f"python experiments/study.py run {options} --seeds 2"
     assert facts(made)["report"] == f"python experiments/study.py report {options}"
-    for command in ("run mine.py --shard 1/2", "run mine.py --shard 2/2", "run mine.py --shard 1/2"):
+    for command in (
+        "run mine.py --shard 1/2",
+        "run mine.py --shard 2/2",
+        "run mine.py --shard 1/2",
+    ):
         Folder(tmp_path).open(plan, command)
-    assert facts(reporting.page(results.read(plan), "mine.py"))["runs"] == (
+    assert facts(sections.page(results.read(plan), "mine.py"))["runs"] == (
         "run mine.py --shard 1/2; run mine.py --shard 2/2"
     )
 
@@ -99,7 +118,7 @@ def test_a_quick_report_says_so_and_its_commands_have_every_option(datasets_dir,
 def test_a_whole_report_in_its_own_folder_needs_no_option(datasets_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plan = planning.plan(studies.study(datasets_dir), Path("runs/studies/mine"), False, {})
-    made = reporting.page(results.read(plan), "mine.py")
+    made = sections.page(results.read(plan), "mine.py")
     assert "quick" not in made.title + made.lead[0]
     assert facts(made)["runs"] == "python experiments/study.py run mine.py --seeds 2"
     assert facts(made)["report"] == "python experiments/study.py report mine.py"
@@ -120,8 +139,20 @@ def test_a_missing_run_is_named(markdown):
 
 def test_every_section_is_there(markdown):
     assert re.findall("^## (.*)", markdown, re.MULTILINE) == [
-        *("Missing runs", "Score at matched examples", "Score at matched training FLOPs", "Learning curves", "Cost"),
-        *("Score by type of question", "Where the arms disagree", "Matching", "What differs", "How to make it again"),
+        *(
+            "Missing runs",
+            "Score at matched examples",
+            "Score at matched training FLOPs",
+            "Learning curves",
+            "Cost",
+        ),
+        *(
+            "Score by type of question",
+            "Where the arms disagree",
+            "Matching",
+            "What differs",
+            "How to make it again",
+        ),
     ]
     assert "projector.kind: linear -> pixel_shuffle; train.steps: 6 -> 7" in markdown
     assert "| SHA-256 of the data | d0d0 |" in markdown
@@ -134,7 +165,9 @@ def test_a_bar_in_an_answer_does_not_break_a_table(markdown):
 
 
 def test_a_study_of_which_nothing_is_done_has_a_report(datasets_dir, tmp_path):
-    plan = studies.pretended(studies.study(datasets_dir, seeds=1, matched={"examples": ""}), tmp_path)
+    plan = studies.pretended(
+        studies.study(datasets_dir, seeds=1, matched={"examples": ""}), tmp_path
+    )
     found = results.Results(plan, {}, {run.name: "not run yet" for run in plan.runs()}, {})
-    page.write(reporting.page(found, "mine.py"), tmp_path / "report")
+    page.write(sections.page(found, "mine.py"), tmp_path / "report")
     assert "At matched examples no run is done yet." in (tmp_path / "report/report.md").read_text()

@@ -13,10 +13,17 @@ from types import SimpleNamespace
 import pytest
 
 from tests.study import studies
-from vlm_jax.study import cli, definition, measuring, planning, preparing, record, results, running
-from vlm_jax.study.folder import Folder
-from vlm_jax.study.running import Queue
-from vlm_jax.workdir import Workdir
+from vlm_jax.runtime.workdir import Workdir
+from vlm_jax.study import cli, definition, planning
+from vlm_jax.study.report import results
+from vlm_jax.study.run import (
+    measuring,
+    preparing,
+    record,
+    running,
+)
+from vlm_jax.study.run.folder import Folder
+from vlm_jax.study.run.running import Queue
 
 FILE = """
 from tests.study import studies
@@ -45,12 +52,25 @@ def file(tmp_path, datasets_dir, monkeypatch):
 
 
 def test_a_study_that_is_killed_goes_on_where_it_was(file, tmp_path, capsys):
-    command = [sys.executable, str(record.ROOT / "experiments/study.py"), "run", str(file), "--jobs", "2"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(record.ROOT)})
+    command = [
+        sys.executable,
+        str(record.ROOT / "experiments/study.py"),
+        "run",
+        str(file),
+        "--jobs",
+        "2",
+    ]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(record.ROOT)}
+    )
     runs = tmp_path / "runs/studies/mine/examples"
     first = runs / "linear/seed_0/eval.json"
     begun = time.monotonic()
-    while not first.exists() and time.monotonic() < begun + PATIENCE_SECONDS and process.poll() is None:
+    while (
+        not first.exists()
+        and time.monotonic() < begun + PATIENCE_SECONDS
+        and process.poll() is None
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 75
@@ -89,9 +109,13 @@ def queue(datasets_dir, tmp_path, monkeypatch):
     """`queue(script)`: the runs of a study whose processes are a line of Python; `W` is the work folder."""
 
     def make(script):
-        plan = planning.plan(studies.study(datasets_dir, matched={"examples": ""}, seeds=1), tmp_path, False, {})
+        plan = planning.plan(
+            studies.study(datasets_dir, matched={"examples": ""}, seeds=1), tmp_path, False, {}
+        )
         monkeypatch.setattr(
-            running, "command", lambda *words: [sys.executable, "-c", f"import sys; W = {words[-1]!r}\n{script}"]
+            running,
+            "command",
+            lambda *words: [sys.executable, "-c", f"import sys; W = {words[-1]!r}\n{script}"],
         )
         return Queue(plan.runs(), dict.fromkeys(plan.runs(), 1.0)), plan
 
@@ -114,11 +138,24 @@ def test_a_failed_arm_stops_no_other_and_is_noted_with_its_error(queue, capsys):
 
 def test_what_cannot_be_made_ready_stops_no_run(datasets_dir, tmp_path, monkeypatch, capsys):
     """A model that cannot be measured, and a first run that fails: the runs that need it fail, and say why."""
-    first, arms = {"text": {"fusion.kind": "text_only"}}, {"new": {}, "taught": {"decoder.checkpoint": "{text}"}}
-    settings = {"first": first, "arms": arms, "reference": "new", "matched": {"examples": ""}, "seeds": 1}
+    first, arms = (
+        {"text": {"fusion.kind": "text_only"}},
+        {"new": {}, "taught": {"decoder.checkpoint": "{text}"}},
+    )
+    settings = {
+        "first": first,
+        "arms": arms,
+        "reference": "new",
+        "matched": {"examples": ""},
+        "seeds": 1,
+    }
     study = studies.study(datasets_dir, **settings)
-    script = f"import sys; W = sys.argv[-1]\nif '/first/' in W: sys.exit('error: no room.')\n{SUCCEED}"
-    monkeypatch.setattr(running, "command", lambda *words: [sys.executable, "-c", script, words[-1]])
+    script = (
+        f"import sys; W = sys.argv[-1]\nif '/first/' in W: sys.exit('error: no room.')\n{SUCCEED}"
+    )
+    monkeypatch.setattr(
+        running, "command", lambda *words: [sys.executable, "-c", script, words[-1]]
+    )
     monkeypatch.setattr(preparing, "sys", SimpleNamespace(executable="false"))
     monkeypatch.setattr(definition, "load", lambda file: study)
     assert cli.main(["run", "mine.py", "--folder", str(tmp_path)]) == 1
@@ -139,7 +176,10 @@ def test_every_attempt_is_kept_with_the_commit_that_it_began_at(queue, monkeypat
         process = running.Process(plan.runs()[0])
         monkeypatch.setattr(record, "environment", lambda: {"commit": "made while it ran"})
         process.note()
-    assert [one["commit"] for one in record.read(plan.runs()[0].cfg.workdir)["attempts"]] == ["one", "two"]
+    assert [one["commit"] for one in record.read(plan.runs()[0].cfg.workdir)["attempts"]] == [
+        "one",
+        "two",
+    ]
 
 
 def test_a_run_whose_record_is_damaged_fails_alone_and_keeps_it(queue, capsys):
@@ -165,10 +205,15 @@ def test_a_run_that_another_process_finished_is_not_run_again(queue, capsys):
 
 
 def test_a_run_that_was_preempted_is_continued(queue):
-    made, plan = queue(f"import os\nif not os.path.exists(W + '/t'): open(W + '/t', 'w'); sys.exit(75)\n{SUCCEED}")
+    made, plan = queue(
+        f"import os\nif not os.path.exists(W + '/t'): open(W + '/t', 'w'); sys.exit(75)\n{SUCCEED}"
+    )
     made.work(jobs=2)
     assert not made.failed
-    codes = [[one["exit_code"] for one in record.read(run.cfg.workdir)["attempts"]] for run in plan.runs()]
+    codes = [
+        [one["exit_code"] for one in record.read(run.cfg.workdir)["attempts"]]
+        for run in plan.runs()
+    ]
     assert codes == [[75, 0], [75, 0]]
 
 
@@ -195,7 +240,9 @@ def test_a_run_that_another_process_trains_is_left_alone(queue, capsys):
 def test_an_error_is_found_in_what_a_process_said(tmp_path):
     log = tmp_path / "log.txt"
     assert record.last_error(log) == ""
-    log.write_text("step 1\nTraceback\n  x\nValueError: no\n----\nFor simplicity, JAX has removed\n")
+    log.write_text(
+        "step 1\nTraceback\n  x\nValueError: no\n----\nFor simplicity, JAX has removed\n"
+    )
     assert record.last_error(log) == "ValueError: no"
     log.write_text("step 1\nKilled\n\n")
     assert record.last_error(log) == "Killed"

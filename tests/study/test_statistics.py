@@ -6,15 +6,21 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vlm_jax.study import statistics
-from vlm_jax.study.results import Result, Results
+from vlm_jax.study.report import statistics
+from vlm_jax.study.report.results import Result, Results
 
 
 def result(right, images=None):
     """A run whose answers are right where `right` says so; two questions an image if `images` does not say it."""
     images = images if images is not None else [i // 2 for i in range(len(right))]
     lines = [
-        {"image_id": image, "question": f"{i}?", "answer": "yes", "type": "ab"[i % 2], "correct": bool(one)}
+        {
+            "image_id": image,
+            "question": f"{i}?",
+            "answer": "yes",
+            "type": "ab"[i % 2],
+            "correct": bool(one),
+        }
         for i, (one, image) in enumerate(zip(right, images))
     ]
     return Result(float(np.mean(right)), 0.0, {}, tuple(lines), (), {})
@@ -24,7 +30,9 @@ def test_an_interval_is_students():
     """3 scores, t of 2 degrees of freedom: 4.3027."""
     found = statistics.estimate([0.5, 0.6, 0.7])
     half = 4.30265273 * 0.1 / 3**0.5
-    np.testing.assert_allclose([found.mean, found.low, found.high], [0.6, 0.6 - half, 0.6 + half], rtol=1e-6)
+    np.testing.assert_allclose(
+        [found.mean, found.low, found.high], [0.6, 0.6 - half, 0.6 + half], rtol=1e-6
+    )
 
 
 def test_one_seed_has_no_interval():
@@ -51,8 +59,12 @@ def test_questions_of_an_image_count_together():
     """One image with ten questions is one draw: its gain alone is no evidence."""
     together, apart = [0] * 10 + [1], list(range(11))
     better, worse = [1] * 10 + [0], [0] * 11
-    clustered = statistics.over_images_of([(result(better, together), result(worse, together))], "exact_match")
-    single = statistics.over_images_of([(result(better, apart), result(worse, apart))], "exact_match")
+    clustered = statistics.over_images_of(
+        [(result(better, together), result(worse, together))], "exact_match"
+    )
+    single = statistics.over_images_of(
+        [(result(better, apart), result(worse, apart))], "exact_match"
+    )
     assert clustered[0].mean == single[0].mean == pytest.approx(10 / 11)
     assert clustered[1] > 0.5 and single[1] < 0.01
 
@@ -76,13 +88,19 @@ def test_arms_that_were_asked_otherwise_are_no_pair():
     assert statistics.were_asked_the_same([(one, one), (one, one)])
     assert not statistics.were_asked_the_same([(one, one), (one, other)])
     arms = dict.fromkeys([("examples", arm) for arm in "abc"])
-    found = {("examples", arm, seed): other if arm == "c" else one for arm in "abc" for seed in (0, 1)}
+    found = {
+        ("examples", arm, seed): other if arm == "c" else one for arm in "abc" for seed in (0, 1)
+    }
     plan = SimpleNamespace(arms=arms, study=SimpleNamespace(metric="exact_match"))
-    assert [(pair.a, pair.b) for pair in statistics.pairs(Results(plan, found, {}, {}), "examples")] == [("a", "b")]
+    assert [
+        (pair.a, pair.b) for pair in statistics.pairs(Results(plan, found, {}, {}), "examples")
+    ] == [("a", "b")]
 
 
 def test_a_score_that_no_answer_has_is_not_compared_by_image():
-    assert statistics.over_images_of([(result([1, 0]), result([1, 0]))], "image_shuffled_exact_match") == (None, None)
+    assert statistics.over_images_of(
+        [(result([1, 0]), result([1, 0]))], "image_shuffled_exact_match"
+    ) == (None, None)
 
 
 def test_holm_as_in_the_paper():

@@ -13,7 +13,13 @@ import pytest
 HERE = Path(__file__).parent
 TPU = HERE.parents[1] / "experiments" / "tpu"
 TOOLS = ("curl", "sudo", "mountpoint", "gcsfuse", "fusermount", "lsb_release", "kubectl")
-SETTINGS = {"PROJECT": "our-project", "ZONE": "us-west4-a", "BUCKET": "our-bucket", "NAME": "first", "CLUSTER": "ours"}
+SETTINGS = {
+    "PROJECT": "our-project",
+    "ZONE": "us-west4-a",
+    "BUCKET": "our-bucket",
+    "NAME": "first",
+    "CLUSTER": "ours",
+}
 
 
 class Cloud:
@@ -21,7 +27,9 @@ class Cloud:
         self.folder, self.bin = folder, folder / "bin"
         self.bin.mkdir()
         for name in ("gcloud", "xpk"):
-            self._executable(name, f'#!/bin/sh\nexec "{sys.executable}" -IS "{HERE}/fake_{name}.py" "$@"\n')
+            self._executable(
+                name, f'#!/bin/sh\nexec "{sys.executable}" -IS "{HERE}/fake_{name}.py" "$@"\n'
+            )
         for name in ("tool", *TOOLS):
             self._executable(name, (HERE / "stubs" / "tool").read_text())
         self.write("fake_python.py", (HERE / "fake_python.py").read_text(), self.bin)
@@ -41,7 +49,9 @@ class Cloud:
         """The job file: the repository's own, filled in."""
         self.job = self.folder / "job.env"
         lines = (TPU / "job.env").read_text() + "\n"
-        lines += "".join(f"{name}={shlex.quote(value)}\n" for name, value in {**SETTINGS, **changed}.items())
+        lines += "".join(
+            f"{name}={shlex.quote(value)}\n" for name, value in {**SETTINGS, **changed}.items()
+        )
         self.job.write_text(lines)
 
     def environment(self) -> dict[str, str]:
@@ -74,7 +84,9 @@ class Cloud:
     def calls(self, *words: str) -> list[list[str]]:
         """What was called so far, of calls that hold all the words."""
         file = self.folder / "calls"
-        called = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        called = (
+            [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        )
         return [call for call in called if set(words) <= set(call)]
 
     def starts(self) -> list[str]:
@@ -94,4 +106,6 @@ def cloud(tmp_path):
     one = Cloud(tmp_path)
     yield one
     for group in tmp_path.glob("machines/*/job/group"):  # trainings that a test left running
-        subprocess.run(["kill", "-KILL", "--", f"-{group.read_text().strip()}"], stderr=subprocess.DEVNULL)
+        subprocess.run(
+            ["kill", "-KILL", "--", f"-{group.read_text().strip()}"], stderr=subprocess.DEVNULL
+        )

@@ -66,7 +66,9 @@ def main(words: list[str]) -> int:
         "tpu-vm ssh": lambda: ssh(flags["--worker"], flags["--command"]),
         "storage cp": lambda: copy(*names[2:]),
         "storage rm": lambda: in_bucket(names[-1]).unlink() or 0,
-        "storage objects": lambda: 0 if in_bucket(names[-1]).exists() else refuse(f"{names[-1]} not found: 404."),
+        "storage objects": lambda: (
+            0 if in_bucket(names[-1]).exists() else refuse(f"{names[-1]} not found: 404.")
+        ),
     }[command]()
 
 
@@ -132,7 +134,9 @@ def ssh(worker: str, command: str) -> int:
     for one in "01" if worker == "all" else worker:
         home = CLOUD / "machines" / one
         codes.append(
-            subprocess.run(["bash", "-c", command], cwd=home, env={**os.environ, "HOME": str(home)}).returncode
+            subprocess.run(
+                ["bash", "-c", command], cwd=home, env={**os.environ, "HOME": str(home)}
+            ).returncode
         )
     return max(codes)
 
@@ -142,7 +146,9 @@ def in_bucket(url: str) -> Path:
 
 
 def copy(source: str, target: str) -> int:
-    source, target = (in_bucket(name) if name.startswith("gs://") else Path(name) for name in (source, target))
+    source, target = (
+        in_bucket(name) if name.startswith("gs://") else Path(name) for name in (source, target)
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(source, target)
     return 0

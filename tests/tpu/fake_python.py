@@ -16,7 +16,11 @@ CLOUD, MACHINE = Path(os.environ["CLOUD"]), Path.home().name
 def main() -> int:
     assert sys.argv[1] == "run.py" and Path("run.py").is_file()
     starts = CLOUD / "starts"
-    started = sum(line.startswith(MACHINE) for line in starts.read_text().splitlines()) if starts.exists() else 0
+    started = (
+        sum(line.startswith(MACHINE) for line in starts.read_text().splitlines())
+        if starts.exists()
+        else 0
+    )
     with open(starts, "a") as file:
         file.write(" ".join([MACHINE, os.environ["JAX_PLATFORMS"], *sys.argv[2:]]) + "\n")
     outcome = (CLOUD / "outcomes").read_text().split()[started]

@@ -8,7 +8,13 @@ from pathlib import Path
 CLOUD = Path(os.environ["CLOUD"])
 EVERYWHERE = {"--cluster", "--project", "--zone", "--quiet"}
 FLAGS = {
-    "cluster create": {"--tpu-type", "--num-slices", "--spot", "--on-demand", "--enable-gcsfuse-csi-driver"},
+    "cluster create": {
+        "--tpu-type",
+        "--num-slices",
+        "--spot",
+        "--on-demand",
+        "--enable-gcsfuse-csi-driver",
+    },
     "cluster delete": {"--force"},
     "storage list": set(),
     "storage attach": {
@@ -24,7 +30,14 @@ FLAGS = {
     },
     "workload list": {"--filter-by-status", "--filter-by-job"},
     "workload create": {
-        *("--workload", "--tpu-type", "--num-slices", "--base-docker-image", "--script-dir", "--max-restarts"),
+        *(
+            "--workload",
+            "--tpu-type",
+            "--num-slices",
+            "--base-docker-image",
+            "--script-dir",
+            "--max-restarts",
+        ),
         *("--restart-on-exit-codes", "--termination-grace-period-seconds", "--command"),
     },
     "workload delete": {"--workload"},

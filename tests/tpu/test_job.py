@@ -11,7 +11,11 @@ def on_machines(cloud, word: str) -> set[str]:
     for home in (cloud.folder / "machines").iterdir():
         command = ["bash", "vlm_jax/experiments/tpu/worker.sh", word]
         environment = {**cloud.environment(), "HOME": str(home)}
-        said.add(subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True).stdout.strip())
+        said.add(
+            subprocess.run(
+                command, cwd=home, env=environment, capture_output=True, text=True
+            ).stdout.strip()
+        )
     return said
 
 
@@ -65,7 +69,7 @@ def test_launching_twice_starts_one_training(cloud):
     said = cloud.do("launch")
     assert said.count("runs already") == 2
     assert len(cloud.starts()) == 2
-    workdir = f"--config configs/easy_vqa_unified.py --workdir {cloud.folder}/mount/runs/first"
+    workdir = f"--config configs/easy_vqa/unified.py --workdir {cloud.folder}/mount/runs/first"
     assert sorted(cloud.starts()) == [f"{machine} tpu,cpu {workdir}" for machine in "01"]
     mounts = (cloud.folder / "mounts").read_text().splitlines()
     assert len(mounts) == 1 and mounts[0].endswith(f"our-bucket {cloud.folder}/mount")
@@ -89,7 +93,9 @@ def test_code_is_not_replaced_where_the_machines_cannot_be_asked(cloud):
     uploads = len(cloud.calls("storage", "cp"))
     cloud.write("outage", "1")
     done = cloud.run("setup")
-    assert done.returncode == 1 and done.stderr == "ERROR: (gcloud) Could not reach metadata service\n"
+    assert (
+        done.returncode == 1 and done.stderr == "ERROR: (gcloud) Could not reach metadata service\n"
+    )
     assert len(cloud.calls("storage", "cp")) == uploads and status(cloud) == {"training: running"}
 
 
@@ -127,7 +133,9 @@ def test_following_what_was_not_launched_says_so(cloud):
 def test_following_ends_with_the_training(cloud):
     running(cloud)
     process = cloud.start("follow", "--all")
-    cloud.until(lambda: any("worker.sh follow --names" in call[-1] for call in cloud.calls("--worker=all")))
+    cloud.until(
+        lambda: any("worker.sh follow --names" in call[-1] for call in cloud.calls("--worker=all"))
+    )
     for group in (cloud.folder / "machines").glob("*/job/group"):
         subprocess.run(["kill", "-TERM", "--", f"-{group.read_text().strip()}"], check=True)
     said, _ = process.communicate(timeout=120)
@@ -180,7 +188,10 @@ def test_a_training_that_fails_stops_the_job_and_shows_why(cloud):
     done = cloud.run("resume")
     assert done.returncode == 1
     assert done.stdout.count("error: this is why") == 2 and done.stdout.count("exit code 1") == 2
-    assert "the TPU is still there and costs money: bash experiments/tpu/delete.sh --job" in done.stdout
+    assert (
+        "the TPU is still there and costs money: bash experiments/tpu/delete.sh --job"
+        in done.stdout
+    )
     assert len(cloud.starts()) == 2 and not cloud.calls("delete")
 
 
@@ -198,7 +209,11 @@ def test_machines_that_fail_for_want_of_one_that_was_told_to_stop_are_resumed(cl
 def test_a_step_that_keeps_failing_stops_the_job(cloud):
     cloud.write("sudo", "#!/bin/sh\necho no disk left >&2; exit 100\n", cloud.bin)
     done = cloud.run("resume")
-    assert done.returncode == 1 and "setup.sh failed, time 3 of 3" in done.stdout and "no disk left" in done.stderr
+    assert (
+        done.returncode == 1
+        and "setup.sh failed, time 3 of 3" in done.stdout
+        and "no disk left" in done.stderr
+    )
     assert len(cloud.calls("create")) == 1 and not cloud.starts()
 
 
@@ -208,7 +223,12 @@ def test_an_error_is_shown_at_once_and_nothing_waits_after_the_last(cloud):
     error = "ERROR: (gcloud) PERMISSION_DENIED"
     assert cloud.run("create").stderr.splitlines() == [error]
     five_attempts = [error, "slept"] * 4 + [error]
-    assert cloud.run("resume").stderr.splitlines() == [*five_attempts, *five_attempts, "slept", *five_attempts]
+    assert cloud.run("resume").stderr.splitlines() == [
+        *five_attempts,
+        *five_attempts,
+        "slept",
+        *five_attempts,
+    ]
 
 
 def test_watching_survives_outages(cloud):
@@ -228,7 +248,9 @@ def test_watching_survives_outages(cloud):
     assert said.count("asking Google Cloud failed, time 2 of 3") == 2 and len(cloud.starts()) == 4
 
 
-@pytest.mark.parametrize("calls, options", [(1000, ()), (1000, ("--then-delete",)), (15, ("--then-delete",))])
+@pytest.mark.parametrize(
+    "calls, options", [(1000, ()), (1000, ("--then-delete",)), (15, ("--then-delete",))]
+)
 def test_an_outage_of_three_looks_stops_the_watching(cloud, calls, options):
     """Of five attempts each; where it is over then, the TPU can be deleted."""
     cloud.write("outcomes", "long")
@@ -237,9 +259,16 @@ def test_an_outage_of_three_looks_stops_the_watching(cloud, calls, options):
     cloud.write("outage", str(calls))
     said, errors = process.communicate(timeout=120)
     assert process.returncode == 1, said + errors
-    assert "asking Google Cloud failed, time 3 of 3" in said and "started again, it takes up the job" in said
+    assert (
+        "asking Google Cloud failed, time 3 of 3" in said
+        and "started again, it takes up the job" in said
+    )
     left = calls > 15
-    assert (cloud.folder / "request").exists() == ("the TPU is still there and costs money" in said) == left
+    assert (
+        (cloud.folder / "request").exists()
+        == ("the TPU is still there and costs money" in said)
+        == left
+    )
 
 
 def test_a_tpu_that_the_user_deletes_is_not_created_again(cloud):

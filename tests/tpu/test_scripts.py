@@ -20,21 +20,28 @@ def test_shellcheck_finds_nothing():
     assert shellcheck, "pip install -r requirements-dev.txt"
     scripts = sorted(map(str, TPU.rglob("*.sh")))
     assert len(scripts) == len(SLICE) + len(CLUSTER) + 4  # common, slice, cluster, worker
-    done = subprocess.run([shellcheck, "-x", "-P", "SCRIPTDIR", *scripts], capture_output=True, text=True)
+    done = subprocess.run(
+        [shellcheck, "-x", "-P", "SCRIPTDIR", *scripts], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("script", SLICE + CLUSTER)
 def test_help_needs_no_settings_and_does_nothing(cloud, script):
     cloud.job.unlink()
-    assert cloud.do(f"{script} --help").startswith(f"usage: bash experiments/tpu/{script}.sh [--job FILE]")
+    assert cloud.do(f"{script} --help").startswith(
+        f"usage: bash experiments/tpu/{script}.sh [--job FILE]"
+    )
     assert not cloud.calls()
 
 
 @pytest.mark.parametrize("script", SLICE + CLUSTER)
 def test_an_option_or_a_job_that_is_none(cloud, script):
     done = cloud.run(script, "--dryrun")
-    assert done.returncode == 2 and "--dryrun is no option of this script: choose --job FILE, --dry-run" in done.stderr
+    assert (
+        done.returncode == 2
+        and "--dryrun is no option of this script: choose --job FILE, --dry-run" in done.stderr
+    )
     cloud.job.unlink()
     done = cloud.run(script)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
@@ -42,11 +49,16 @@ def test_an_option_or_a_job_that_is_none(cloud, script):
     assert not cloud.calls()
 
 
-@pytest.mark.parametrize("setting", ["PROJECT", "ZONE", "BUCKET", "NAME", "CONFIG", "ACCELERATOR_TYPE", "VERSION"])
+@pytest.mark.parametrize(
+    "setting", ["PROJECT", "ZONE", "BUCKET", "NAME", "CONFIG", "ACCELERATOR_TYPE", "VERSION"]
+)
 def test_a_setting_that_is_missing_is_named(cloud, setting):
     cloud.settings(**{setting: ""})
     done = cloud.run("resume")
-    assert (done.returncode, done.stderr) == (2, f"error: {setting} is empty: set it in {cloud.job}.\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: {setting} is empty: set it in {cloud.job}.\n",
+    )
     assert not cloud.calls()
 
 
@@ -74,12 +86,16 @@ def test_a_setting_that_cannot_be(cloud, setting, value, said):
     assert not cloud.calls()
 
 
-@pytest.mark.parametrize("line", ["ARGUMENTS=--mesh.fsdp 16", "ARGUMENTS=(--mesh.fsdp 16", "ZONE=$NONE"])
+@pytest.mark.parametrize(
+    "line", ["ARGUMENTS=--mesh.fsdp 16", "ARGUMENTS=(--mesh.fsdp 16", "ZONE=$NONE"]
+)
 def test_a_job_that_the_shell_cannot_read(cloud, line):
     """Also where more lines follow, as all the settings do here."""
     cloud.job.write_text(f"{line}\n{cloud.job.read_text()}")
     done = cloud.run("resume")
-    assert done.returncode == 2 and f"error: --job {cloud.job} is no file of settings" in done.stderr
+    assert (
+        done.returncode == 2 and f"error: --job {cloud.job} is no file of settings" in done.stderr
+    )
     assert not cloud.calls()
 
 
@@ -97,7 +113,11 @@ def test_a_command_that_is_not_installed_is_named_and_a_dry_run_needs_none(cloud
         (system / tool).symlink_to(shutil.which(tool))
     cloud.path = str(system)
     done = cloud.run(script)
-    command, how = ("xpk", "pip install") if script in CLUSTER else ("gcloud", "cloud.google.com/sdk/docs/install")
+    command, how = (
+        ("xpk", "pip install")
+        if script in CLUSTER
+        else ("gcloud", "cloud.google.com/sdk/docs/install")
+    )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert f"error: {command} is not installed: {how}" in done.stderr
     assert command in cloud.do(f"{script} --dry-run")
@@ -109,7 +129,9 @@ def words(said: str) -> list[list[str]]:
 
 def test_a_dry_run_prints_the_commands_that_a_run_calls_and_calls_none(cloud):
     """From nothing: create, set up, launch, follow, delete."""
-    cloud.settings(MOUNT=str(cloud.folder / "mount"), SERVICE_ACCOUNT="us@our-project.iam.gserviceaccount.com")
+    cloud.settings(
+        MOUNT=str(cloud.folder / "mount"), SERVICE_ACCOUNT="us@our-project.iam.gserviceaccount.com"
+    )
     cloud.write("ahead", "ACTIVE")
     cloud.write("outcomes", "long")
     job = ("create", "setup", "launch", "follow", "delete")
@@ -126,15 +148,28 @@ def test_a_dry_run_prints_the_commands_that_a_run_calls_and_calls_none(cloud):
         assert called == [command for command in commands if command[0] == "gcloud"], script
 
 
-@pytest.mark.parametrize("capacity, flags", [("spot", ["--spot"]), ("on-demand", []), ("reserved", ["--reserved"])])
+@pytest.mark.parametrize(
+    "capacity, flags", [("spot", ["--spot"]), ("on-demand", []), ("reserved", ["--reserved"])]
+)
 def test_a_slice_is_asked_for_as_the_job_says(cloud, capacity, flags):
     cloud.settings(CAPACITY=capacity)
     create = [command for command in words(cloud.do("create --dry-run")) if "create" in command]
     assert create == [
         [
-            *("gcloud", "compute", "tpus", "queued-resources", "create", "first", "--node-id=first"),
+            *(
+                "gcloud",
+                "compute",
+                "tpus",
+                "queued-resources",
+                "create",
+                "first",
+                "--node-id=first",
+            ),
             *("--project=our-project", "--zone=us-west4-a", "--accelerator-type=v5litepod-16"),
-            *("--runtime-version=v2-alpha-tpuv5-lite", "--scopes=https://www.googleapis.com/auth/cloud-platform"),
+            *(
+                "--runtime-version=v2-alpha-tpuv5-lite",
+                "--scopes=https://www.googleapis.com/auth/cloud-platform",
+            ),
             *flags,
         ]
     ]
@@ -143,7 +178,9 @@ def test_a_slice_is_asked_for_as_the_job_says(cloud, capacity, flags):
 def test_arguments_with_spaces_and_quotes_arrive_as_they_are(cloud):
     odd, equal = "it's a 'b' $HOME; #", "--run.note=a b"
     cloud.write("outcomes", "0")
-    cloud.job.write_text(cloud.job.read_text() + f"ARGUMENTS=({shlex.quote(equal)} --data.dir {shlex.quote(odd)})\n")
+    cloud.job.write_text(
+        cloud.job.read_text() + f"ARGUMENTS=({shlex.quote(equal)} --data.dir {shlex.quote(odd)})\n"
+    )
     cloud.do("create", "setup", "launch")
     cloud.until(lambda: len(cloud.starts()) == 2)
     assert all(start.endswith(f"{equal} --data.dir {odd}") for start in cloud.starts())
@@ -151,8 +188,21 @@ def test_arguments_with_spaces_and_quotes_arrive_as_they_are(cloud):
 
 def test_a_dry_run_of_resume_shows_every_step(cloud):
     said = cloud.do("resume --then-delete --dry-run")
-    order = ["queued-resources create", "is fresh", "worker.sh install", "is idle", "worker.sh start", "is resume"]
-    order += ["worker.sh stop", "worker.sh start", "is failed", "worker.sh report", "queued-resources delete"]
+    order = [
+        "queued-resources create",
+        "is fresh",
+        "worker.sh install",
+        "is idle",
+        "worker.sh start",
+        "is resume",
+    ]
+    order += [
+        "worker.sh stop",
+        "worker.sh start",
+        "is failed",
+        "worker.sh report",
+        "queued-resources delete",
+    ]
     places = [said.index(order[0])]
     for step in order[1:]:
         places.append(said.index(step, places[-1] + 1))

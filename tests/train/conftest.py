@@ -4,7 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from vlm_jax.config import Data, Experiment, Optim, Train
+from vlm_jax.config import (
+    Data,
+    Experiment,
+    Optim,
+    Train,
+)
 from vlm_jax.testing import on_easy_vqa, variants_and_tiles
 
 

@@ -12,8 +12,9 @@ import pytest
 from jax.sharding import NamedSharding
 from orbax.checkpoint._src.path import atomicity
 
-from vlm_jax import axes, distributed
+from vlm_jax import axes
 from vlm_jax.config import ConfigError, Mesh, Train
+from vlm_jax.runtime import distributed
 from vlm_jax.structs import State
 from vlm_jax.train.checkpoint import Checkpoints, NotSaved
 
@@ -30,15 +31,20 @@ def like(mesh):
     """The shapes of a small state: a matrix that is sharded and its moment, a vector, and whole numbers."""
     spec = axes.parameter_spec("D F", (32, 64), mesh)
     sharded = jax.ShapeDtypeStruct((32, 64), np.float32, sharding=NamedSharding(mesh, spec))
-    vector, count = (jax.ShapeDtypeStruct(shape, kind, sharding=axes.replicated(mesh)) for shape, kind in SMALL)
-    return State(count, {"mlp": {"kernel": sharded, "bias": vector}}, (count, {("mlp", "kernel"): sharded}))
+    vector, count = (
+        jax.ShapeDtypeStruct(shape, kind, sharding=axes.replicated(mesh)) for shape, kind in SMALL
+    )
+    return State(
+        count, {"mlp": {"kernel": sharded, "bias": vector}}, (count, {("mlp", "kernel"): sharded})
+    )
 
 
 @pytest.fixture(scope="module")
 def state():
     rng = np.random.default_rng(0)
     return jax.tree.map(
-        lambda x: jax.device_put(rng.uniform(0, 9, x.shape).astype(x.dtype), x.sharding), like(mesh_of(2, 2, 2))
+        lambda x: jax.device_put(rng.uniform(0, 9, x.shape).astype(x.dtype), x.sharding),
+        like(mesh_of(2, 2, 2)),
     )
 
 
@@ -61,7 +67,11 @@ def restored(path: Path, *mesh_shape):
 
 
 def equal(state, other) -> bool:
-    return jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(jax.device_get(a), jax.device_get(b)), state, other))
+    return jax.tree.all(
+        jax.tree.map(
+            lambda a, b: np.array_equal(jax.device_get(a), jax.device_get(b)), state, other
+        )
+    )
 
 
 def test_what_is_restored_is_what_was_saved(tmp_path, state):
@@ -161,7 +171,9 @@ def test_a_run_continues_over_a_damaged_checkpoint(tmp_path, state, damage, caps
     assert capsys.readouterr().out == ""
 
 
-def test_a_checkpoint_that_another_process_cannot_read_is_passed_over_by_all(tmp_path, state, monkeypatch, capsys):
+def test_a_checkpoint_that_another_process_cannot_read_is_passed_over_by_all(
+    tmp_path, state, monkeypatch, capsys
+):
     @contextlib.contextmanager
     def together():
         yield
@@ -172,7 +184,10 @@ def test_a_checkpoint_that_another_process_cannot_read_is_passed_over_by_all(tmp
     saved(tmp_path, state, [1, 2])
     monkeypatch.setattr(distributed, "together", together)
     assert equal(restored(tmp_path)[0], at_step(state, 1))
-    assert "checkpoint 2 is not whole and is passed over (process 1 says: cut short)" in capsys.readouterr().out
+    assert (
+        "checkpoint 2 is not whole and is passed over (process 1 says: cut short)"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("keep", [1, 3])

@@ -58,7 +58,9 @@ def plain(cfg, params, hidden, batch):
 
 def assert_equal(found, expected, rtol=1e-4):
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(np.float32(x), np.float32(y), rtol=rtol, atol=rtol * (np.abs(y).max() + 1e-9))
+        np.testing.assert_allclose(
+            np.float32(x), np.float32(y), rtol=rtol, atol=rtol * (np.abs(y).max() + 1e-9)
+        )
 
 
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
@@ -68,7 +70,9 @@ def test_in_chunks_is_plain_whatever_is_scored(chunk, weights):
     given = inputs(cfg, weights)
     assert_equal(chunked(cfg, chunk, *given), plain(cfg, *given))
     assert_equal(
-        jax.jit(lambda *given: 3 * head_cross_entropy(head_of(cfg), given[0], {}, *given[1:], chunk))(*given),
+        jax.jit(
+            lambda *given: 3 * head_cross_entropy(head_of(cfg), given[0], {}, *given[1:], chunk)
+        )(*given),
         plain(cfg, *given)[0],
     )
 
@@ -104,8 +108,14 @@ def test_on_eight_devices_rows_stay_where_they_are(shape):
     with jax.set_mesh(mesh):
         hidden, batch = jax.device_put((hidden, batch), axes.row_sharding(mesh))
         compiled = chunked.lower(cfg, 6, params, hidden, batch).compile()
-        assert_equal(compiled(params, hidden, batch), plain(cfg, *inputs(cfg, WEIGHTS["some, weighted"])))
-    moved = [line for line in compiled.as_text().splitlines() if "all-to-all(" in line or "collective-permute(" in line]
+        assert_equal(
+            compiled(params, hidden, batch), plain(cfg, *inputs(cfg, WEIGHTS["some, weighted"]))
+        )
+    moved = [
+        line
+        for line in compiled.as_text().splitlines()
+        if "all-to-all(" in line or "collective-permute(" in line
+    ]
     gathered = [line for line in compiled.as_text().splitlines() if " all-gather(" in line]
     assert not moved and not gathered
 

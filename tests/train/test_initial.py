@@ -12,16 +12,17 @@ import torch
 from flax import traverse_util
 
 from tests.hub.tiny_checkpoints import ABOUT_IMAGES, CAPTIONS, OF_TEXT
-from vlm_jax import axes, cli, config_file
-from vlm_jax.config import ConfigError, Fusion, Mesh
+from vlm_jax import axes
+from vlm_jax.cli import commands
+from vlm_jax.config import ConfigError, Fusion, Mesh, files
 from vlm_jax.hub.load import load_checkpoint
 from vlm_jax.nn.patches import resample_positions
+from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.structs import State
 from vlm_jax.testing import random_params, tiny
 from vlm_jax.train import initial
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.step import abstract_state, make_state
-from vlm_jax.workdir import Workdir
 
 MODEL = ("vision", "projector", "fusion", "decoder")
 EVERY = ABOUT_IMAGES | CAPTIONS | OF_TEXT
@@ -54,7 +55,7 @@ def config(tmp_path_factory):
 
 
 def experiment(config, *options):
-    return cli.experiment("train", ["--config", config, *map(str, options)], stored=False)
+    return commands.experiment("train", ["--config", config, *map(str, options)], stored=False)
 
 
 def loaded(cfg) -> dict:
@@ -74,7 +75,11 @@ def test_a_whole_checkpoint_is_the_model_of_from_pretrained(folder_of, config, n
     checkpoint, params = load_checkpoint(folder, np.float32)
     for section in MODEL if name not in OF_TEXT else ("fusion", "decoder"):
         found, expected = getattr(cfg, section), getattr(checkpoint.cfg, section)
-        pixels = ("image_mean", "image_std", "resize", "resize_px", "resample") if section == "vision" else ()
+        pixels = (
+            ("image_mean", "image_std", "resize", "resize_px", "resample")
+            if section == "vision"
+            else ()
+        )
         found = replace(without_folder(found), **{name: getattr(expected, name) for name in pixels})
         assert found == expected
     flat, expected = loaded(cfg), traverse_util.flatten_dict(params, sep="/")
@@ -93,7 +98,9 @@ def test_the_prompt_form_of_a_checkpoint_is_that_of_the_run(folder_of, config):
 
 def test_three_fields_of_one_folder_take_what_belongs_to_each_part(folder_of, config):
     folder = folder_of("llava")
-    fields = [x for part in ("vision", "projector", "decoder") for x in (f"--{part}.checkpoint", folder)]
+    fields = [
+        x for part in ("vision", "projector", "decoder") for x in (f"--{part}.checkpoint", folder)
+    ]
     cfg, whole = experiment(config, *fields), experiment(config, "--checkpoint", folder)
     assert cfg.vision == whole.vision
     assert cfg.vision.feature_layers == (-2,)
@@ -103,9 +110,16 @@ def test_three_fields_of_one_folder_take_what_belongs_to_each_part(folder_of, co
 def test_an_encoder_alone_is_not_a_whole_model(folder_of, config, tmp_path):
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     CLIPVisionModel(CLIPVisionConfig(**sizes)).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="is an encoder without a decoder: name it with --vision.checkpoint"):
+    with pytest.raises(
+        ConfigError, match="is an encoder without a decoder: name it with --vision.checkpoint"
+    ):
         experiment(config, "--checkpoint", tmp_path)
 
 
@@ -148,7 +162,9 @@ def test_a_setting_that_the_weights_fit_is_used(folder_of, config, option, value
         ("vision.feature_layers", -1, None),
     ],
 )
-def test_a_setting_that_the_weights_do_not_fit_is_refused_by_name(folder_of, config, option, value, reason):
+def test_a_setting_that_the_weights_do_not_fit_is_refused_by_name(
+    folder_of, config, option, value, reason
+):
     arguments = (config, "--checkpoint", folder_of("llava"), f"--{option}", value)
     if reason is None:
         assert experiment(*arguments).vision.feature_layers == (value,)
@@ -157,16 +173,20 @@ def test_a_setting_that_the_weights_do_not_fit_is_refused_by_name(folder_of, con
         experiment(*arguments)
 
 
-def test_eval_of_a_checkpoint_never_takes_the_run_in_its_work_folder(folder_of, tmp_path, monkeypatch, capsys):
+def test_eval_of_a_checkpoint_never_takes_the_run_in_its_work_folder(
+    folder_of, tmp_path, monkeypatch, capsys
+):
     """The default work folder of `train --checkpoint` and `eval --checkpoint` is the same, runs/NAME."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.json").write_text("[]")
     command = ["eval", "--checkpoint", folder_of("llava"), "--data.files", "a.json"]
     workdir = Workdir(f"runs/{Path(folder_of('llava')).name}")
     workdir.path.mkdir(parents=True)
-    workdir.config.write_text(config_file.to_json(tiny()))
-    assert cli.main(command) == 2
-    assert f"workdir {workdir.path} holds a run: choose another --workdir" in capsys.readouterr().err
+    workdir.config.write_text(files.to_json(tiny()))
+    assert commands.main(command) == 2
+    assert (
+        f"workdir {workdir.path} holds a run: choose another --workdir" in capsys.readouterr().err
+    )
 
 
 def test_settings_that_a_config_names_beside_its_own_checkpoint_count_too(folder_of, tmp_path):
@@ -176,8 +196,10 @@ def test_settings_that_a_config_names_beside_its_own_checkpoint_count_too(folder
         f"    decoder = Decoder(checkpoint={folder_of('llama')!r}, depth=9)\n"
         "    return Experiment(fusion=Fusion('text_only'), decoder=decoder)\n"
     )
-    with pytest.raises(ConfigError, match="decoder.depth 9 does not fit the weights of decoder.checkpoint"):
-        cli.experiment("plan", ["--config", str(path)], stored=False)
+    with pytest.raises(
+        ConfigError, match="decoder.depth 9 does not fit the weights of decoder.checkpoint"
+    ):
+        commands.experiment("plan", ["--config", str(path)], stored=False)
 
 
 # ---- runs
@@ -200,7 +222,9 @@ def run(tmp_path_factory):
 def test_a_run_begins_with_all_of_another(run, config):
     source, params = run
     cfg = experiment(config, "--init_from", source.workdir)
-    assert [without_folder(getattr(cfg, name)) for name in MODEL] == [getattr(source, name) for name in MODEL]
+    assert [without_folder(getattr(cfg, name)) for name in MODEL] == [
+        getattr(source, name) for name in MODEL
+    ]
     found = loaded(cfg)
     assert found.keys() == params.keys()
     for path, x in params.items():
@@ -210,7 +234,11 @@ def test_a_run_begins_with_all_of_another(run, config):
 @pytest.mark.parametrize("options", [("--init_parts", "vision"), ("--vision.checkpoint",)])
 def test_a_run_begins_with_a_part_of_another(run, config, options):
     source, params = run
-    named = ("--init_from", source.workdir, *options) if len(options) == 2 else (*options, source.workdir)
+    named = (
+        ("--init_from", source.workdir, *options)
+        if len(options) == 2
+        else (*options, source.workdir)
+    )
     found = loaded(experiment(config, *named, "--decoder.depth", 3))
     assert {path.split("/")[0] for path in found} == {"vision"}
     for path, x in found.items():
@@ -222,7 +250,10 @@ def test_the_decoder_of_a_run_keeps_its_layers_under_another_fusion(run, config,
     """The stacks are others, and cross-attention begins anew."""
     source, params = run
     options = ("--decoder.checkpoint", source.workdir, "--fusion.kind", kind)
-    cfg = replace(experiment(config, *options), fusion=Fusion(kind, cross_every=2 if kind == "cross_attention" else 1))
+    cfg = replace(
+        experiment(config, *options),
+        fusion=Fusion(kind, cross_every=2 if kind == "cross_attention" else 1),
+    )
     found = loaded(cfg)
     assert not any("/cross" in path for path in found)
     layer = "decoder/blocks/layers/block_{}/mlp/up/kernel"
@@ -230,7 +261,9 @@ def test_the_decoder_of_a_run_keeps_its_layers_under_another_fusion(run, config,
         np.testing.assert_array_equal(found[layer.format(0)], params[layer.format(0)])
         return
     for number in (0, 1):
-        np.testing.assert_array_equal(found[layer.format(number)][0], params[layer.format(0)][number])
+        np.testing.assert_array_equal(
+            found[layer.format(number)][0], params[layer.format(0)][number]
+        )
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path, config):
@@ -249,7 +282,7 @@ def test_a_run_is_continued_without_the_folder_that_it_began_with(folder_of, con
     initial.load_tokenizer(cfg).save(kept.tokenizer)
     initial.keep_processor(cfg, kept)
     shutil.rmtree(folder)
-    again = cli.experiment("train", ["--workdir", str(workdir)], stored=False)
+    again = commands.experiment("train", ["--workdir", str(workdir)], stored=False)
     assert again == cfg
     turns = ["<image>\nwhat is it?", "a car"]
     assert initial.load_tokenizer(again).dialogue.encode(turns)

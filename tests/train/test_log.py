@@ -11,8 +11,8 @@ import jax
 import pytest
 
 from vlm_jax.config import Train
+from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.train.log import Log, Work
-from vlm_jax.workdir import Workdir
 
 METRICS = {"loss": 0.5, "grad_norm": 2.0, "learning_rate": 1e-3}
 
@@ -25,7 +25,9 @@ def workdir(tmp_path):
 def take_steps(workdir, start, stop, steps=10, every=4):
     log = Log(workdir, start, Train(steps=steps, log_every_steps=every), seconds_at_peak=0.25)
     for step in range(start + 1, stop + 1):
-        log.step(step, METRICS | {"loss": float(step)}, Work(100, 125, 3, 4, 7, data_wait_seconds=0.5))
+        log.step(
+            step, METRICS | {"loss": float(step)}, Work(100, 125, 3, 4, 7, data_wait_seconds=0.5)
+        )
     log.close()
 
 
@@ -33,9 +35,16 @@ def rows(workdir):
     return [json.loads(line) for line in workdir.metrics.read_text().splitlines()]
 
 
-def test_the_first_step_every_nth_and_the_last_are_written_with_all_fields_and_the_mean_loss(workdir):
+def test_the_first_step_every_nth_and_the_last_are_written_with_all_fields_and_the_mean_loss(
+    workdir,
+):
     take_steps(workdir, 0, 10)
-    assert [(row["step"], row["loss"]) for row in rows(workdir)] == [(1, 1.0), (4, 3.0), (8, 6.5), (10, 9.5)]
+    assert [(row["step"], row["loss"]) for row in rows(workdir)] == [
+        (1, 1.0),
+        (4, 3.0),
+        (8, 6.5),
+        (10, 9.5),
+    ]
     speeds = {"step_seconds", "data_wait_seconds", "tokens_per_second", "examples_per_second"}
     for row in rows(workdir):
         fractions = {"padding_fraction", "image_padding_fraction", "mfu"}
@@ -51,7 +60,10 @@ def test_the_first_step_every_nth_and_the_last_are_written_with_all_fields_and_t
 
 @pytest.mark.parametrize("peaks, most", [([3, 7, 5], 7), ([3, None], 3), ([None, None], None)])
 def test_the_memory_in_a_row_is_that_of_the_fullest_device(workdir, monkeypatch, peaks, most):
-    stats = [peak and {"peak_bytes_in_use": peak, "bytes_in_use": 1, "bytes_limit": 100} for peak in peaks]
+    stats = [
+        peak and {"peak_bytes_in_use": peak, "bytes_in_use": 1, "bytes_limit": 100}
+        for peak in peaks
+    ]
     devices = [SimpleNamespace(memory_stats=lambda held=held: held) for held in stats]
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
     take_steps(workdir, 0, 10)
@@ -62,7 +74,9 @@ def test_a_row_is_on_the_disk_before_the_next_step(workdir, monkeypatch):
     synced = []
 
     def note(file):
-        if os.path.samestat(os.fstat(file), workdir.metrics.stat()):  # TensorBoard's writer syncs, too
+        if os.path.samestat(
+            os.fstat(file), workdir.metrics.stat()
+        ):  # TensorBoard's writer syncs, too
             synced.append(len(rows(workdir)))
 
     monkeypatch.setattr(os, "fsync", note)
@@ -107,4 +121,6 @@ def test_the_compilation_is_reported_and_left_out_of_the_speed(workdir, capsys):
     log.step(1, METRICS, Work(100, 125, 3, 4, 7, data_wait_seconds=0.0))
     log.close()
     assert rows(workdir)[0]["step_seconds"] < 0.3
-    assert re.match(r"compiling the training step ...\ncompiled in 0.[34] s\nstep 1/2 ", capsys.readouterr().out)
+    assert re.match(
+        r"compiling the training step ...\ncompiled in 0.[34] s\nstep 1/2 ", capsys.readouterr().out
+    )

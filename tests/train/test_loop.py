@@ -12,12 +12,19 @@ import numpy as np
 import pytest
 
 from vlm_jax import axes
-from vlm_jax.config import ConfigError, Eval, Mesh, Optim, RateScale, Train
+from vlm_jax.config import (
+    ConfigError,
+    Eval,
+    Mesh,
+    Optim,
+    RateScale,
+    Train,
+)
 from vlm_jax.data import pipeline
+from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.testing import tiny, variants_and_tiles, write_conversations
 from vlm_jax.train import loop, optim, summary
 from vlm_jax.train.step import state_shapes
-from vlm_jax.workdir import Workdir
 
 SAME = ("step", "loss", "grad_norm", "learning_rate", "padding_fraction", "image_padding_fraction")
 TIMES = ("step_seconds", "data_wait_seconds", "tokens_per_second", "examples_per_second", "mfu")
@@ -29,7 +36,9 @@ SAVED = {"steps": 6, "checkpoint_every_steps": 2}
 @pytest.fixture
 def experiment(short_run, tmp_path):
     """`experiment(workdir, **sections)`: one that has not begun."""
-    return lambda workdir="run", **sections: replace(short_run(workdir=tmp_path / workdir, **SAVED), **sections)
+    return lambda workdir="run", **sections: replace(
+        short_run(workdir=tmp_path / workdir, **SAVED), **sections
+    )
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +99,11 @@ def saved_steps(cfg):
 def files(cfg):
     """Every file of the work folder and what is in it."""
     folder = Workdir(cfg.workdir).path
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def assert_equal(state, other):
@@ -108,7 +121,9 @@ def test_stopped_and_continued_is_never_stopped_bit_for_bit(name, finished, caps
     state = loop.train(cfg)
     assert f"continuing from step 4 in {cfg.workdir}" in capsys.readouterr().out
     assert_equal(state, expected)
-    assert [[row[key] for key in SAME] for row in rows(cfg)] == [[row[key] for key in SAME] for row in expected_rows]
+    assert [[row[key] for key in SAME] for row in rows(cfg)] == [
+        [row[key] for key in SAME] for row in expected_rows
+    ]
     assert [row["step"] for row in rows(cfg)] == [1, 2, 3, 4, 5, 6]
     assert len({row["loss"] for row in rows(cfg)}) == 6
 
@@ -123,7 +138,9 @@ def test_a_mean_loss_over_a_checkpoint_is_the_same_in_a_continued_run(experiment
     for last in ("6", "4"):
         shutil.rmtree(Workdir(cfg.workdir).checkpoints / last)
         loop.train(cfg)
-        assert [[row[key] for key in SAME] for row in rows(cfg)] == [[row[key] for key in SAME] for row in before]
+        assert [[row[key] for key in SAME] for row in rows(cfg)] == [
+            [row[key] for key in SAME] for row in before
+        ]
 
 
 def test_the_logged_loss_is_the_mean_since_the_last_row(experiment, whole):
@@ -133,10 +150,14 @@ def test_the_logged_loss_is_the_mean_since_the_last_row(experiment, whole):
     sparse = replace(sparse, train=replace(sparse.train, log_every_steps=4))
     loop.train(sparse)
     means = [row["loss"] for row in rows(sparse)]
-    assert means == pytest.approx([of_each_step[0], np.mean(of_each_step[1:4]), np.mean(of_each_step[4:])])
+    assert means == pytest.approx(
+        [of_each_step[0], np.mean(of_each_step[1:4]), np.mean(of_each_step[4:])]
+    )
 
 
-def test_a_block_about_the_run_and_the_compilation_come_before_the_first_step(experiment, monkeypatch, capsys):
+def test_a_block_about_the_run_and_the_compilation_come_before_the_first_step(
+    experiment, monkeypatch, capsys
+):
     cfg = experiment()
     train_until(cfg, 1, monkeypatch)
     lines = capsys.readouterr().out.splitlines()
@@ -144,7 +165,13 @@ def test_a_block_about_the_run_and_the_compilation_come_before_the_first_step(ex
     first = names.index("model")
     block = ["model", "parameters", "devices", "data", "steps", "export", "work folder", "curves"]
     assert names[first : first + 8] == block
-    stages = ["an image (64 px)", "ViT 2 x 32", "linear projector", "16 tokens", "decoder 2 x 32 (blocks x width)"]
+    stages = [
+        "an image (64 px)",
+        "ViT 2 x 32",
+        "linear projector",
+        "16 tokens",
+        "decoder 2 x 32 (blocks x width)",
+    ]
     assert lines[first].endswith(f"unified: {' -> '.join(stages)}")
     assert lines[first + 1].endswith(", all trained")
     assert lines[first + 2].endswith("8 x cpu, mesh data 8 x fsdp 1 x tensor 1")
@@ -173,17 +200,25 @@ def test_the_block_describes_models_without_images_and_with_tiles(kind):
 
 
 def test_a_run_on_conversations_continues_bit_for_bit(tmp_path):
-    cfg = replace(tiny(data=write_conversations(tmp_path)), eval=Eval(split=""), workdir=str(tmp_path / "run"))
+    cfg = replace(
+        tiny(data=write_conversations(tmp_path)), eval=Eval(split=""), workdir=str(tmp_path / "run")
+    )
     cfg = replace(cfg, decoder=replace(cfg.decoder, max_positions=128))
     expected = loop.train(cfg)
     before = rows(cfg)
-    assert before[0]["examples_per_second"] * before[0]["step_seconds"] > 8 * 1.5, "a row holds some conversations"
+    assert before[0]["examples_per_second"] * before[0]["step_seconds"] > 8 * 1.5, (
+        "a row holds some conversations"
+    )
     shutil.rmtree(Workdir(cfg.workdir).checkpoints / "4")
     assert_equal(loop.train(cfg), expected)
-    assert [[row[key] for key in SAME] for row in rows(cfg)] == [[row[key] for key in SAME] for row in before]
+    assert [[row[key] for key in SAME] for row in rows(cfg)] == [
+        [row[key] for key in SAME] for row in before
+    ]
 
 
-def test_an_interrupted_run_has_its_last_checkpoint_and_continues_bit_for_bit(experiment, whole, monkeypatch, capsys):
+def test_an_interrupted_run_has_its_last_checkpoint_and_continues_bit_for_bit(
+    experiment, whole, monkeypatch, capsys
+):
     cfg = experiment()
     train_until(cfg, 5, monkeypatch)
     assert "continuing" not in capsys.readouterr().out
@@ -236,9 +271,14 @@ def on_another_mesh(cfg):
 
 
 def in_less_memory(cfg):
-    vision, decoder = replace(cfg.vision, remat="full"), replace(cfg.decoder, remat="dots", unroll=2)
+    vision, decoder = (
+        replace(cfg.vision, remat="full"),
+        replace(cfg.decoder, remat="dots", unroll=2),
+    )
     train = replace(cfg.train, microbatches=2, loss_chunk=40)
-    return replace(cfg, vision=vision, decoder=decoder, train=train, mesh=Mesh(data=2, fsdp=2, tensor=2))
+    return replace(
+        cfg, vision=vision, decoder=decoder, train=train, mesh=Mesh(data=2, fsdp=2, tensor=2)
+    )
 
 
 @pytest.mark.parametrize("otherwise", [on_another_mesh, in_less_memory])
@@ -250,8 +290,12 @@ def test_a_run_may_continue_otherwise(otherwise, finished, capsys):
     assert "continuing from step 4" in capsys.readouterr().out
     assert [row["step"] for row in rows(cfg)] == [1, 2, 3, 4, 5, 6]
     for row, other in zip(rows(cfg)[4:], before[4:]):
-        np.testing.assert_allclose([row[key] for key in SAME], [other[key] for key in SAME], rtol=1e-4)
-    for value, expected_value in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params)):
+        np.testing.assert_allclose(
+            [row[key] for key in SAME], [other[key] for key in SAME], rtol=1e-4
+        )
+    for value, expected_value in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(expected.params)
+    ):
         np.testing.assert_allclose(value, expected_value, atol=2e-3)
 
 
@@ -281,7 +325,9 @@ class Slow:
 
 def test_the_wait_for_a_batch_is_in_the_metrics(experiment, monkeypatch):
     cfg, iterator = experiment(), pipeline.training_iterator
-    monkeypatch.setattr(pipeline, "training_iterator", lambda *arguments: Slow(iterator(*arguments)))
+    monkeypatch.setattr(
+        pipeline, "training_iterator", lambda *arguments: Slow(iterator(*arguments))
+    )
     train_until(cfg, 2, monkeypatch)
     assert all(row["data_wait_seconds"] >= 0.1 for row in rows(cfg))
 
@@ -291,7 +337,9 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused_and_nothing_is_writte
     with pytest.raises(ConfigError, match="train.batch_size 12 .* 8 devices"):
         loop.train(cfg)
     assert not Workdir(cfg.workdir).path.exists()
-    loop.check_rows(cfg, axes.make_mesh(Mesh(data=2, fsdp=2, tensor=2)))  # 4 row shards do divide it
+    loop.check_rows(
+        cfg, axes.make_mesh(Mesh(data=2, fsdp=2, tensor=2))
+    )  # 4 row shards do divide it
 
 
 def test_a_work_folder_that_cannot_be_made_is_refused(experiment, tmp_path):
@@ -305,16 +353,37 @@ def test_a_work_folder_that_cannot_be_made_is_refused(experiment, tmp_path):
 @pytest.mark.parametrize(
     "change, named",
     [
-        (lambda cfg: replace(cfg, data=replace(cfg.data, train_split="trian")), "data.train_split 'trian'"),
+        (
+            lambda cfg: replace(cfg, data=replace(cfg.data, train_split="trian")),
+            "data.train_split 'trian'",
+        ),
         (lambda cfg: replace(cfg, data=replace(cfg.data, text_length=3)), "data.text_length 3"),
-        (lambda cfg: replace(cfg, data=replace(cfg.data, text_length=22, questions_per_row=1)), "takes 23 tokens"),
+        (
+            lambda cfg: replace(cfg, data=replace(cfg.data, text_length=22, questions_per_row=1)),
+            "takes 23 tokens",
+        ),
         (lambda cfg: replace(cfg, eval=replace(cfg.eval, split="tset")), "eval.split 'tset'"),
-        (lambda cfg: replace(cfg, eval=replace(cfg.eval, max_new_tokens=100)), "decoder.max_positions 128 has no room"),
-        (lambda cfg: replace(cfg, decoder=replace(cfg.decoder, vocab_size=200)), "decoder.vocab_size 200"),
+        (
+            lambda cfg: replace(cfg, eval=replace(cfg.eval, max_new_tokens=100)),
+            "decoder.max_positions 128 has no room",
+        ),
+        (
+            lambda cfg: replace(cfg, decoder=replace(cfg.decoder, vocab_size=200)),
+            "decoder.vocab_size 200",
+        ),
     ],
-    ids=["train_split", "text_length", "text_length_of_a_later_batch", "eval.split", "max_new_tokens", "vocab_size"],
+    ids=[
+        "train_split",
+        "text_length",
+        "text_length_of_a_later_batch",
+        "eval.split",
+        "max_new_tokens",
+        "vocab_size",
+    ],
 )
-def test_what_does_not_fit_the_data_is_refused_before_anything_is_written(experiment, change, named):
+def test_what_does_not_fit_the_data_is_refused_before_anything_is_written(
+    experiment, change, named
+):
     cfg = change(experiment())
     with pytest.raises(ConfigError, match=named):
         loop.train(cfg)
@@ -330,7 +399,10 @@ def test_what_is_left_out_of_the_rows_is_said_before_the_training(experiment, ca
         loop.check_data(shorter, tokenizer, pipeline.training_iterator(shorter, tokenizer))
         said = capsys.readouterr().out.splitlines()
         assert len(said) == lines
-        assert all("120 questions in 40 training rows" in line and "data.text_length 40" in line for line in said)
+        assert all(
+            "120 questions in 40 training rows" in line and "data.text_length 40" in line
+            for line in said
+        )
 
 
 def test_a_look_at_the_data_takes_nothing_from_it(experiment):

@@ -18,7 +18,9 @@ VOCAB = 7
 
 def scored(targets, weights) -> Batch:
     batch = example_batch(tiny(), rows=len(targets), length=len(targets[0]))
-    return batch.replace(targets=jnp.asarray(targets), loss_weights=jnp.asarray(weights, jnp.float32))
+    return batch.replace(
+        targets=jnp.asarray(targets), loss_weights=jnp.asarray(weights, jnp.float32)
+    )
 
 
 def random_logits(rows=2, length=5, seed=0):
@@ -59,17 +61,24 @@ def test_what_is_not_scored_changes_nothing():
 def test_the_pairs_of_two_halves_add_up_to_that_of_the_whole():
     logits, targets, weights = random_logits(4), np.arange(20).reshape(4, 5) % VOCAB, np.tri(4, 5)
     whole = cross_entropy(logits, scored(targets, weights))
-    halves = [cross_entropy(logits[s], scored(targets[s], weights[s])) for s in (slice(0, 1), slice(1, 4))]
+    halves = [
+        cross_entropy(logits[s], scored(targets[s], weights[s])) for s in (slice(0, 1), slice(1, 4))
+    ]
     np.testing.assert_allclose(whole, np.sum(halves, axis=0), rtol=1e-6)
 
 
 def test_adding_a_number_to_all_logits_changes_nothing():
     logits, batch = random_logits(), scored([[1, 2, 3, 4, 5]] * 2, np.ones((2, 5)))
-    np.testing.assert_allclose(cross_entropy(logits + 50, batch), cross_entropy(logits, batch), rtol=1e-5)
+    np.testing.assert_allclose(
+        cross_entropy(logits + 50, batch), cross_entropy(logits, batch), rtol=1e-5
+    )
 
 
 def test_narrow_logits_are_summed_in_float32():
-    logits, batch = random_logits().astype(jnp.bfloat16), scored([[1, 2, 3, 4, 5]] * 2, np.ones((2, 5)))
+    logits, batch = (
+        random_logits().astype(jnp.bfloat16),
+        scored([[1, 2, 3, 4, 5]] * 2, np.ones((2, 5))),
+    )
     total, count = cross_entropy(logits, batch)
     assert total.dtype == count.dtype == jnp.float32
     assert total == cross_entropy(logits.astype(jnp.float32), batch)[0]
@@ -88,23 +97,34 @@ def stacked(rows, images) -> Batch:
 @pytest.mark.parametrize("cfg", variants().values(), ids=variants())
 def test_a_packed_row_has_the_loss_and_logits_of_one_question_a_row(cfg):
     rng = np.random.default_rng(0)
-    pairs = [(list(rng.integers(4, 300, p)), list(rng.integers(4, 300, a))) for p, a in ((5, 2), (3, 1), (6, 3))]
+    pairs = [
+        (list(rng.integers(4, 300, p)), list(rng.integers(4, 300, a)))
+        for p, a in ((5, 2), (3, 1), (6, 3))
+    ]
     image = rng.uniform(-1, 1, (1, 1, 16, 16, 3)).astype(np.float32)
     images = np.repeat(image, 3, axis=0)
-    packed = stacked([text.pack_row(cfg, pairs)] * 3, images)  # three times, so that both have one shape
+    packed = stacked(
+        [text.pack_row(cfg, pairs)] * 3, images
+    )  # three times, so that both have one shape
     single = stacked([text.pack_row(cfg, [pair]) for pair in pairs], images)
     params = random_params(cfg)
     forward = jax.jit(lambda params, batch: VLM(cfg).apply({"params": params}, batch).logits)
     packed_logits, single_logits = forward(params, packed), forward(params, single)
 
     total, count = cross_entropy(packed_logits, packed)
-    np.testing.assert_allclose((total / 3, count / 3), cross_entropy(single_logits, single), rtol=1e-5)
+    np.testing.assert_allclose(
+        (total / 3, count / 3), cross_entropy(single_logits, single), rtol=1e-5
+    )
     assert count == 3 * 6
     start, trunk = cfg.image_slots_in_row, cfg.image_slots_in_row
     for i, length in enumerate(len(prompt) + len(answer) for prompt, answer in pairs):
         np.testing.assert_allclose(
-            packed_logits[0, start : start + length], single_logits[i, trunk : trunk + length], atol=2e-5
+            packed_logits[0, start : start + length],
+            single_logits[i, trunk : trunk + length],
+            atol=2e-5,
         )
         start += length
     other = forward(params, packed.replace(images=-images))
-    assert not np.allclose(other, packed_logits, atol=1e-3), "the image is not read: the test would show nothing"
+    assert not np.allclose(other, packed_logits, atol=1e-3), (
+        "the image is not read: the test would show nothing"
+    )

@@ -14,7 +14,12 @@ from vlm_jax import axes
 from vlm_jax.config import ConfigError, Optim, RateScale
 from vlm_jax.testing import random_batch, variants_and_tiles
 from vlm_jax.train import loop, optim
-from vlm_jax.train.step import compiled_step, make_state, state_shardings, summed
+from vlm_jax.train.step import (
+    compiled_step,
+    make_state,
+    state_shardings,
+    summed,
+)
 
 ONE, EIGHT = (1, 1, 1), (2, 2, 2)
 SAVING = {"microbatches": 2, "loss_chunk": 40}
@@ -23,7 +28,9 @@ SAVING = {"microbatches": 2, "loss_chunk": 40}
 def uneven(cfg, rows=8):
     """A batch whose rows have very different numbers of scored tokens, one of them none."""
     batch = random_batch(cfg, rows)
-    scale = np.linspace(0, 1, rows)[:, None] > np.random.default_rng(0).uniform(size=batch.loss_weights.shape)
+    scale = np.linspace(0, 1, rows)[:, None] > np.random.default_rng(0).uniform(
+        size=batch.loss_weights.shape
+    )
     return batch.replace(loss_weights=batch.loss_weights * scale)
 
 
@@ -40,7 +47,9 @@ def assert_same(found, expected):
     (loss, gradients), (expected_loss, expected_gradients) = found, expected
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     for path, gradient in expected_gradients.items():
-        np.testing.assert_allclose(gradients[path], gradient, rtol=1e-3, atol=1e-6, err_msg="/".join(path))
+        np.testing.assert_allclose(
+            gradients[path], gradient, rtol=1e-3, atol=1e-6, err_msg="/".join(path)
+        )
 
 
 @pytest.mark.parametrize("name", variants_and_tiles())
@@ -62,9 +71,13 @@ def test_rows_stay_on_their_devices_when_a_batch_is_cut_into_microbatches():
     with jax.set_mesh(mesh):
         rows = axes.row_sharding(mesh)
         batch = jax.device_put(random_batch(cfg, rows=32), rows)
-        cut = jax.jit(lambda batch: summed(lambda part: jnp.sum(part.images**2), batch, 4), in_shardings=rows)
+        cut = jax.jit(
+            lambda batch: summed(lambda part: jnp.sum(part.images**2), batch, 4), in_shardings=rows
+        )
         program = cut.lower(batch).compile().as_text()
-    assert not any(word in program for word in ("all-to-all(", "collective-permute(", "all-gather("))
+    assert not any(
+        word in program for word in ("all-to-all(", "collective-permute(", "all-gather(")
+    )
     assert "all-reduce" in program
 
 
@@ -76,7 +89,9 @@ def test_a_state_is_made_where_it_lies_and_whole_nowhere(shape):
     def bytes_of_each_device(shape):
         mesh = mesh_of(shape)
         with jax.set_mesh(mesh):
-            make = jax.jit(lambda key: make_state(cfg, key), out_shardings=state_shardings(cfg, mesh))
+            make = jax.jit(
+                lambda key: make_state(cfg, key), out_shardings=state_shardings(cfg, mesh)
+            )
             found = make.lower(jax.random.key(0)).compile().memory_analysis()
         return found.output_size_in_bytes + found.temp_size_in_bytes
 
@@ -89,14 +104,24 @@ def test_microbatches_take_less_memory():
         cfg = experiment("unified")
         cfg = replace(cfg, train=replace(cfg.train, microbatches=parts))
         mesh = mesh_of(ONE)
-        state, batch = jax.eval_shape(lambda: make_state(cfg, jax.random.key(0))), random_batch(cfg, rows=64)
-        return compiled_step(cfg, mesh).lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+        state, batch = (
+            jax.eval_shape(lambda: make_state(cfg, jax.random.key(0))),
+            random_batch(cfg, rows=64),
+        )
+        return (
+            compiled_step(cfg, mesh)
+            .lower(state, batch)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     assert temporary_bytes(8) < 0.4 * temporary_bytes(1)
 
 
 @pytest.mark.parametrize(
-    "batch_size, microbatches, said", [(8, 3, "8 .* train.microbatches 3"), (8, 4, "8 .* multiple of 16")]
+    "batch_size, microbatches, said",
+    [(8, 3, "8 .* train.microbatches 3"), (8, 4, "8 .* multiple of 16")],
 )
 def test_a_batch_that_cannot_be_cut_is_refused(batch_size, microbatches, said):
     cfg = experiment("unified")
@@ -111,11 +136,17 @@ FROZEN = Optim(warmup_steps=0, rate_scale=RateScale(vision=0, decoder=0))
 @pytest.mark.parametrize("name", variants_and_tiles())
 def test_in_bfloat16_loss_and_gradients_are_near_and_arrive_in_float32(name):
     cfg = experiment(name)
-    loss, gradients = one_step(replace(cfg, train=replace(cfg.train, compute_dtype="bfloat16")), EIGHT)
+    loss, gradients = one_step(
+        replace(cfg, train=replace(cfg.train, compute_dtype="bfloat16")), EIGHT
+    )
     expected_loss, expected = one_step(cfg)
     assert loss == pytest.approx(expected_loss, rel=0.02)
     assert {x.dtype for x in gradients.values()} == {np.dtype("float32")}
-    cosine = optax.tree.vdot(gradients, expected) / optax.tree.norm(gradients) / optax.tree.norm(expected)
+    cosine = (
+        optax.tree.vdot(gradients, expected)
+        / optax.tree.norm(gradients)
+        / optax.tree.norm(expected)
+    )
     assert cosine > 0.98
 
 
@@ -124,7 +155,9 @@ def test_frozen_parts_are_kept_in_the_compute_dtype_and_stay_bit_for_bit():
     cfg = replace(cfg, train=replace(cfg.train, compute_dtype="bfloat16"))
     with jax.set_mesh(mesh):
         before = jax.device_get(random_state(cfg, mesh))
-        before = before.replace(params=jax.tree.map(lambda x, s: np.asarray(x, s.dtype), before.params, kept(cfg)))
+        before = before.replace(
+            params=jax.tree.map(lambda x, s: np.asarray(x, s.dtype), before.params, kept(cfg))
+        )
         after, _ = compiled_step(cfg, mesh)(before, uneven(cfg))
     new = traverse_util.flatten_dict(jax.device_get(after.params))
     for path, old in traverse_util.flatten_dict(before.params).items():

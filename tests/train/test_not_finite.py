@@ -11,11 +11,11 @@ from flax import traverse_util
 from vlm_jax import axes
 from vlm_jax.config import NotFinite, Optim
 from vlm_jax.data import pipeline
+from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.testing import random_batch, random_params, tiny
 from vlm_jax.train import loop
 from vlm_jax.train.not_finite import first_bad
 from vlm_jax.train.step import make_state, train_step
-from vlm_jax.workdir import Workdir
 
 
 @pytest.fixture
@@ -25,12 +25,17 @@ def cfg(short_run, tmp_path):
 
 @pytest.mark.parametrize("field", ["loss", "grad_norm"])
 @pytest.mark.parametrize("bad_step", [3, 4])  # between two checkpoints, and where one is due
-def test_a_number_that_is_not_finite_stops_the_run_before_it_is_saved(cfg, monkeypatch, field, bad_step):
+def test_a_number_that_is_not_finite_stops_the_run_before_it_is_saved(
+    cfg, monkeypatch, field, bad_step
+):
     def ready_step(cfg, mesh, state, batch):
         def step(state, batch):  # what the loop sees of a step, without its arithmetic
             state = state.replace(step=state.step + 1)
             metrics = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0}
-            metrics |= {"finite": {"decoder/norm/scale": False}, "largest": {"decoder/norm/scale": 1.0}}
+            metrics |= {
+                "finite": {"decoder/norm/scale": False},
+                "largest": {"decoder/norm/scale": 1.0},
+            }
             return state, metrics | ({field: float("nan")} if int(state.step) == bad_step else {})
 
         return step
@@ -71,10 +76,15 @@ def test_a_parameter_that_is_not_finite_is_named_and_no_other(part):
     with jax.set_mesh(axes.make_mesh(cfg.mesh, jax.devices()[:1])):
         params = traverse_util.flatten_dict(random_params(cfg), sep="/")
         params[PLANTED[part]] = params[PLANTED[part]] * np.nan
-        state = make_state(cfg, jax.random.key(0)).replace(params=traverse_util.unflatten_dict(params, sep="/"))
+        state = make_state(cfg, jax.random.key(0)).replace(
+            params=traverse_util.unflatten_dict(params, sep="/")
+        )
         _, metrics = jax.jit(train_step, static_argnums=0)(cfg, state, random_batch(cfg))
     said = first_bad(jax.device_get(metrics["finite"]), jax.device_get(metrics["largest"]))
-    assert said == f"the first parameter that is not finite is of {part} ({PLANTED[part]}), 1 of {len(params)} are not"
+    assert (
+        said
+        == f"the first parameter that is not finite is of {part} ({PLANTED[part]}), 1 of {len(params)} are not"
+    )
 
 
 def test_a_gradient_is_spoilt_from_where_the_backward_pass_comes():
@@ -86,6 +96,11 @@ def test_a_gradient_is_spoilt_from_where_the_backward_pass_comes():
     ]
     sizes = dict.fromkeys(paths, 1.0)
     said = first_bad(dict(zip(paths, (False, False, True, True))), sizes)
-    assert said == "the backward pass spoils that of projector (projector/linear/kernel) first, 2 of 4 gradients"
+    assert (
+        said
+        == "the backward pass spoils that of projector (projector/linear/kernel) first, 2 of 4 gradients"
+    )
     said = first_bad(dict.fromkeys(paths, False), sizes | {"projector/linear/kernel": 1e30})
-    assert said.endswith("no gradient is; the largest number, 1e+30, is of projector (projector/linear/kernel)")
+    assert said.endswith(
+        "no gradient is; the largest number, 1e+30, is of projector (projector/linear/kernel)"
+    )

@@ -11,7 +11,13 @@ from flax import traverse_util
 
 from vlm_jax.config import Optim, RateScale
 from vlm_jax.structs import State
-from vlm_jax.testing import KINDS, hybrid_in_tiles, random_batch, random_params, tiny
+from vlm_jax.testing import (
+    KINDS,
+    hybrid_in_tiles,
+    random_batch,
+    random_params,
+    tiny,
+)
 from vlm_jax.train import optim
 from vlm_jax.train.step import make_state, train_step
 
@@ -75,11 +81,16 @@ def test_a_part_learns_at_its_own_rate():
         transform = optim.optimizer(Optim(rate_scale=scale, warmup_steps=0), 10)
         return jax.jit(transform.update)(filled(params, 0.1), transform.init(params), params)[0]
 
-    ones, scaled = updates(RateScale()), updates(RateScale(vision=0.5, projector=3, cross_attention=0.25))
+    ones, scaled = (
+        updates(RateScale()),
+        updates(RateScale(vision=0.5, projector=3, cross_attention=0.25)),
+    )
     factors = {"vision": 0.5, "projector": 3, "cross_attention": 0.25, "decoder": 1}
     for path in params:
         assert np.any(ones[path])
-        np.testing.assert_allclose(scaled[path], factors[optim.part_of(path)] * ones[path], rtol=1e-5)
+        np.testing.assert_allclose(
+            scaled[path], factors[optim.part_of(path)] * ones[path], rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("norm, clipped", [(100.0, 2.0), (0.5, 0.5)])
@@ -93,20 +104,29 @@ def test_the_gradient_is_clipped_to_a_global_norm(norm, clipped):
     np.testing.assert_allclose(optax.tree.norm(seen) / 0.1, clipped, rtol=1e-4)
 
 
-HALVES = [("vision", "cross_attention"), ("projector", "decoder")]  # every part is frozen once and trained once
+HALVES = [
+    ("vision", "cross_attention"),
+    ("projector", "decoder"),
+]  # every part is frozen once and trained once
 
 
 def with_frozen(*parts, cfg=GATED):
-    return replace(cfg, optim=Optim(warmup_steps=0, rate_scale=replace(RateScale(), **dict.fromkeys(parts, 0))))
+    return replace(
+        cfg, optim=Optim(warmup_steps=0, rate_scale=replace(RateScale(), **dict.fromkeys(parts, 0)))
+    )
 
 
-@pytest.mark.parametrize("cfg", [GATED, hybrid_in_tiles()], ids=["cross_attention", "hybrid in tiles"])
+@pytest.mark.parametrize(
+    "cfg", [GATED, hybrid_in_tiles()], ids=["cross_attention", "hybrid in tiles"]
+)
 @pytest.mark.parametrize("frozen", HALVES, ids=" ".join)
 def test_frozen_parts_stay_bit_for_bit_and_the_others_move(frozen, cfg):
     cfg = with_frozen(*frozen, cfg=cfg)
     params = random_params(cfg)
     trained, _ = optim.split(params, cfg.optim)
-    state = State(jax.numpy.int32(0), params, optim.optimizer(cfg.optim, cfg.train.steps).init(trained))
+    state = State(
+        jax.numpy.int32(0), params, optim.optimizer(cfg.optim, cfg.train.steps).init(trained)
+    )
     step, batch = jax.jit(lambda state, batch: train_step(cfg, state, batch)), random_batch(cfg)
     for _ in range(3):
         state, _ = step(state, batch)
@@ -125,7 +145,9 @@ def test_a_frozen_part_has_no_moments(part):
         assert kept == {path for path in flat_params() if optim.part_of(path) != part}
 
 
-@pytest.mark.parametrize("path", [("query", (32, 4, 8), 32), ("out", (4, 8, 32), 32), ("up", (32, 64), 32)], ids=str)
+@pytest.mark.parametrize(
+    "path", [("query", (32, 4, 8), 32), ("out", (4, 8, 32), 32), ("up", (32, 64), 32)], ids=str
+)
 def test_muon_makes_the_update_of_a_kernel_orthogonal_with_the_learning_rate_as_its_size(path):
     name, shape, inputs = path
     cfg = Optim(kind="muon", learning_rate=0.1, warmup_steps=0, weight_decay=0.0)
@@ -136,7 +158,9 @@ def test_muon_makes_the_update_of_a_kernel_orthogonal_with_the_learning_rate_as_
     for layer in update[key]:
         assert np.sqrt(np.mean(np.square(layer))) == pytest.approx(0.1, rel=0.2)
         singular = np.linalg.svd(np.reshape(layer, (inputs, -1)), compute_uv=False)
-        assert singular.max() < 2 * np.quantile(singular, 0.1)  # five Newton-Schulz steps leave the smallest behind
+        assert singular.max() < 2 * np.quantile(
+            singular, 0.1
+        )  # five Newton-Schulz steps leave the smallest behind
 
 
 def test_muon_leaves_everything_but_kernels_to_adam():
@@ -144,8 +168,14 @@ def test_muon_leaves_everything_but_kernels_to_adam():
         optim.optimizer(Optim(kind=kind, warmup_steps=0, clip_norm=1e9, weight_decay=0.0), 10)
         for kind in ("adamw", "muon")
     )
-    params = {path: x for path, x in flat_params().items() if "blocks" not in path or path[-2] == "mlp_norm"}
+    params = {
+        path: x
+        for path, x in flat_params().items()
+        if "blocks" not in path or path[-2] == "mlp_norm"
+    }
     gradients = filled(params, 0.5)
-    by_adam, by_muon = (transform.update(gradients, transform.init(params), params)[0] for transform in (adam, muon))
+    by_adam, by_muon = (
+        transform.update(gradients, transform.init(params), params)[0] for transform in (adam, muon)
+    )
     for path in params:
         assert np.allclose(by_adam[path], by_muon[path]) != (path[-1] == "kernel")

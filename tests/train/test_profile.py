@@ -4,9 +4,9 @@ import jax
 import pytest
 
 from vlm_jax.config import Train
+from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.train import loop
 from vlm_jax.train.profile import Profile
-from vlm_jax.workdir import Workdir
 
 
 @pytest.fixture
@@ -39,7 +39,9 @@ def take_steps(events, profile_steps, steps):
         ("2:4", range(1, 4), [1, "start", 2, 3, "stop"]),  # of one that is stopped
     ],
 )
-def test_a_trace_begins_before_its_first_step_and_ends_after_its_last(events, profile_steps, steps, expected):
+def test_a_trace_begins_before_its_first_step_and_ends_after_its_last(
+    events, profile_steps, steps, expected
+):
     take_steps(events, profile_steps, steps)
     assert events == expected
 

@@ -12,7 +12,12 @@ from flax import traverse_util
 from vlm_jax import axes
 from vlm_jax.config import Mesh, Optim, factorizations
 from vlm_jax.nn.vlm import VLM
-from vlm_jax.testing import random_batch, random_params, tiny, variants_and_tiles
+from vlm_jax.testing import (
+    random_batch,
+    random_params,
+    tiny,
+    variants_and_tiles,
+)
 from vlm_jax.train.loop import seconds_at_peak
 from vlm_jax.train.step import abstract_state, compiled_step, new_state
 
@@ -53,7 +58,13 @@ def three_steps(cfg, shape):
             batch = batch if cfg.fusion.has_images else batch.replace(images=None)
             batch = jax.device_put(batch, axes.row_sharding(mesh))
             state, metrics = step(state, batch)
-            rows.append({name: float(value) for name, value in metrics.items() if name not in ("finite", "largest")})
+            rows.append(
+                {
+                    name: float(value)
+                    for name, value in metrics.items()
+                    if name not in ("finite", "largest")
+                }
+            )
     params, gradients = jax.device_get((state.params, state.optimizer[1].mu))
     return rows, traverse_util.flatten_dict(params), gradients
 
@@ -67,7 +78,9 @@ def pairs():
     """Every kind on 2 x 2 x 2 and every mesh with one kind, in turns; all the others take too long for every day."""
     for (i, shape), (j, name) in itertools.product(enumerate(MESHES), enumerate(CONFIGS)):
         daily = shape == (2, 2, 2) or i % len(CONFIGS) == j
-        yield pytest.param(name, shape, id=f"{name}-{shape}", marks=() if daily else pytest.mark.slow)
+        yield pytest.param(
+            name, shape, id=f"{name}-{shape}", marks=() if daily else pytest.mark.slow
+        )
 
 
 @pytest.mark.parametrize("name, shape", list(pairs()))
@@ -79,7 +92,9 @@ def test_eight_devices_compute_what_one_computes(name, shape):
         for metric in ("loss", "grad_norm", "learning_rate"):
             np.testing.assert_allclose(row[metric], expected_row[metric], rtol=2e-4, err_msg=metric)
     for path, value in params.items():
-        np.testing.assert_allclose(gradients[path], expected_gradients[path], atol=2e-6, err_msg="/".join(path))
+        np.testing.assert_allclose(
+            gradients[path], expected_gradients[path], atol=2e-6, err_msg="/".join(path)
+        )
         # Adam divides by the gradient's size, so that the rounding of small ones shows: a step is 1e-3.
         np.testing.assert_allclose(value, expected[path], atol=2e-4, err_msg="/".join(path))
 
@@ -154,7 +169,10 @@ def shard_shapes(state):
     """Of the parameters and of both moments: path -> (shape, shape on one device)."""
     adam = state.optimizer[1]
     trees = (traverse_util.flatten_dict(state.params), adam.mu, adam.nu)
-    return [{"/".join(p): (x.shape, x.addressable_shards[0].data.shape) for p, x in tree.items()} for tree in trees]
+    return [
+        {"/".join(p): (x.shape, x.addressable_shards[0].data.shape) for p, x in tree.items()}
+        for tree in trees
+    ]
 
 
 @pytest.mark.parametrize("moment", [0, 1], ids=["new", "after a step"])

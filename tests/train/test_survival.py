@@ -16,14 +16,16 @@ import jax
 import numpy as np
 import pytest
 
-from vlm_jax import axes, cli, config_file
-from vlm_jax.config import ConfigError, Mesh
+from vlm_jax import axes
+from vlm_jax.cli import commands
+from vlm_jax.config import ConfigError, Mesh, files
 from vlm_jax.data.tokenizer import Tokenizer
+from vlm_jax.runtime import preemption
+from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.testing import variants_and_tiles
-from vlm_jax.train import loop, preemption
+from vlm_jax.train import loop
 from vlm_jax.train.checkpoint import Checkpoints, NotSaved
 from vlm_jax.train.step import abstract_state
-from vlm_jax.workdir import Workdir
 
 ROOT = Path(__file__).parents[2]
 SAME = ("step", "loss", "grad_norm", "learning_rate", "padding_fraction")
@@ -34,7 +36,9 @@ def experiment(short_run, tmp_path):
     """`experiment(workdir, kind, **train)`: 8 steps, saved after every third."""
 
     def make(workdir="run", kind="unified", **train):
-        return short_run(kind, tmp_path / workdir, **{"steps": 8, "checkpoint_every_steps": 3, **train})
+        return short_run(
+            kind, tmp_path / workdir, **{"steps": 8, "checkpoint_every_steps": 3, **train}
+        )
 
     return make
 
@@ -57,7 +61,11 @@ def rows(cfg):
 
 
 def saved_steps(cfg):
-    return sorted(int(path.name) for path in Workdir(cfg.workdir).checkpoints.iterdir() if path.name.isdecimal())
+    return sorted(
+        int(path.name)
+        for path in Workdir(cfg.workdir).checkpoints.iterdir()
+        if path.name.isdecimal()
+    )
 
 
 def last_state(cfg):
@@ -127,13 +135,16 @@ def test_a_second_sigterm_while_saving_changes_nothing(experiment, monkeypatch):
 def test_the_exit_code_of_a_stopped_run_says_resume_me(experiment, tmp_path, monkeypatch, capsys):
     cfg = experiment()
     signals_at(2, monkeypatch)
-    monkeypatch.setattr(cli, "experiment", lambda *_, **__: cfg)
-    monkeypatch.setattr(cli, "keep_compiled", lambda cfg: None)
+    monkeypatch.setattr(commands, "experiment", lambda *_, **__: cfg)
+    monkeypatch.setattr(commands, "keep_compiled", lambda cfg: None)
     before = signal.getsignal(signal.SIGTERM)
-    assert cli.main(["train"]) == 75
-    assert signal.signal(signal.SIGTERM, before) is signal.SIG_IGN, "another one must not change the exit code"
+    assert commands.main(["train"]) == 75
+    assert signal.signal(signal.SIGTERM, before) is signal.SIG_IGN, (
+        "another one must not change the exit code"
+    )
     assert (
-        capsys.readouterr().err == "stopped by SIGTERM after step 3, which is saved: the same command continues it.\n"
+        capsys.readouterr().err
+        == "stopped by SIGTERM after step 3, which is saved: the same command continues it.\n"
     )
 
 
@@ -150,7 +161,9 @@ def test_a_step_that_cannot_be_saved_after_sigterm_is_not_said_to_be(experiment,
         loop.train(experiment())
 
 
-def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_checkpoint(experiment, monkeypatch, file_size):
+def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_checkpoint(
+    experiment, monkeypatch, file_size
+):
     cfg, note = experiment(keep_checkpoints=1), loop.note
 
     def fill_up(run, step, *rest):
@@ -159,7 +172,10 @@ def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_checkpoint(experi
             file_size(4096)
         return note(run, step, *rest)
 
-    with monkeypatch.context() as patched, pytest.raises(NotSaved, match="last whole checkpoint is that of step 3"):
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(NotSaved, match="last whole checkpoint is that of step 3"),
+    ):
         patched.setattr(loop, "note", fill_up)
         loop.train(cfg)
     file_size()
@@ -172,11 +188,13 @@ def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_checkpoint(experi
 def test_a_second_process_in_a_work_folder_is_refused_and_a_dead_one_is_not(experiment):
     cfg = experiment()
     holder = (
-        "import sys; from vlm_jax.workdir import Workdir\n"
+        "import sys; from vlm_jax.runtime.workdir import Workdir\n"
         "with Workdir(sys.argv[1]).locked(): print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", holder, cfg.workdir]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout.readline() == b"held\n"
         with pytest.raises(ConfigError, match="run is in use: another process trains there"):
             loop.train(cfg)
@@ -212,14 +230,19 @@ def test_sigterm_while_jax_is_imported_says_resume_me(experiment):
     assert output == "stopped by SIGTERM: the same command continues the run.\n"
 
 
-def test_a_full_disk_where_the_run_begins_is_a_sentence_and_the_run_may_begin_again(experiment, monkeypatch, file_size):
+def test_a_full_disk_where_the_run_begins_is_a_sentence_and_the_run_may_begin_again(
+    experiment, monkeypatch, file_size
+):
     cfg, save = experiment(), Tokenizer.save
 
     def save_on_full_disk(*arguments):
         file_size(1024)
         save(*arguments)
 
-    with monkeypatch.context() as patched, pytest.raises(ConfigError, match="cannot be written: File too large"):
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(ConfigError, match="cannot be written: File too large"),
+    ):
         patched.setattr(Tokenizer, "save", save_on_full_disk)
         loop.train(cfg)
     file_size()
@@ -237,13 +260,21 @@ def start(cfg, *program):
     """`run.py`, or else this program, in a process of its own, its output read line by line."""
     path = Path(cfg.workdir).parent / f"{Path(cfg.workdir).name}.py"
     path.write_text(
-        "import json\nfrom vlm_jax import config_file\n"
-        f"def get_config(): return config_file.from_json({config_file.to_json(cfg)!r}, 'config')\n"
+        "import json\nfrom vlm_jax.config import files\n"
+        f"def get_config(): return files.from_json({files.to_json(cfg)!r}, 'config')\n"
     )
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(Path(cfg.workdir).parent / "compiled")}
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(Path(cfg.workdir).parent / "compiled"),
+    }
     command = [sys.executable, *(program or ["run.py"]), "--config", str(path)]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -272,11 +303,15 @@ def test_a_folder_that_goes_away_ends_the_process_and_leaves_the_last_checkpoint
     cfg = experiment()
     process = start(cfg, "-c", WITHOUT_FOLDER)
     try:
-        output, _ = process.communicate(timeout=120)  # the threads of what cannot be saved wait for ten minutes
+        output, _ = process.communicate(
+            timeout=120
+        )  # the threads of what cannot be saved wait for ten minutes
     finally:
         process.kill()
     assert process.returncode == 1, output
-    assert re.search("error: a checkpoint could not be written to .*checkpoints .*Not a directory", output), output
+    assert re.search(
+        "error: a checkpoint could not be written to .*checkpoints .*Not a directory", output
+    ), output
     folder = Workdir(cfg.workdir).checkpoints
     folder.unlink()
     folder.with_name("aside").rename(folder)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_jax.config import ConfigError
-from vlm_jax.lfs import refuse_pointer
+from vlm_jax.runtime.lfs import refuse_pointer
 
 MARK = "<image>"  # placeholder of an image in a text
 SPEAKERS = ("human", "gpt")
@@ -117,7 +117,9 @@ def _text(file: str) -> str:
         ) from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise ConfigError(f"{file} is not text: line {line} has a NUL byte. The file may be damaged.")
+        raise ConfigError(
+            f"{file} is not text: line {line} has a NUL byte. The file may be damaged."
+        )
     return text.strip(BLANK)
 
 
@@ -165,7 +167,11 @@ def _turns(record: dict) -> tuple[str, ...]:
     are left out."""
     listed = record.get("conversations")
     if not isinstance(listed, list):
-        described = f"has the keys {_listed(record)}" if listed is None else f"has {_kind(listed)} as 'conversations'"
+        described = (
+            f"has the keys {_listed(record)}"
+            if listed is None
+            else f"has {_kind(listed)} as 'conversations'"
+        )
         raise _BadRecord(f"{described}, not a list 'conversations'")
     turns = [_turn(number, turn) for number, turn in enumerate(listed, 1)]
     first = 1 if turns and turns[0][0] == "gpt" else 0
@@ -183,11 +189,17 @@ def _turns(record: dict) -> tuple[str, ...]:
 def _turn(number: int, turn: object) -> tuple[str, str]:
     """Returns the speaker and the text of a turn, which is counted from 1."""
     if not isinstance(turn, dict):
-        raise _BadRecord(f"has {_kind(turn)} as turn {number}, not an object with 'from' and 'value'")
+        raise _BadRecord(
+            f"has {_kind(turn)} as turn {number}, not an object with 'from' and 'value'"
+        )
     if not {"from", "value"} <= turn.keys():
-        raise _BadRecord(f"has a turn with the keys {_listed(turn)} (turn {number}), not 'from' and 'value'")
+        raise _BadRecord(
+            f"has a turn with the keys {_listed(turn)} (turn {number}), not 'from' and 'value'"
+        )
     if turn["from"] not in SPEAKERS:
-        raise _BadRecord(f"has a turn from {turn['from']!r} (turn {number}): only human and gpt are supported")
+        raise _BadRecord(
+            f"has a turn from {turn['from']!r} (turn {number}): only human and gpt are supported"
+        )
     return turn["from"], _checked_text(turn["value"], f"the value of turn {number}")
 
 
@@ -208,15 +220,27 @@ def _checked_text(value: object, name: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         half = value[error.start]
-        raise _BadRecord(f"has half a character, {half!r}, in {name}, which is not text in Unicode") from None
+        raise _BadRecord(
+            f"has half a character, {half!r}, in {name}, which is not text in Unicode"
+        ) from None
     return value
 
 
 def _kind(value: object) -> str:
     """Returns the JSON type of a value in words, with the value where it is short."""
-    names = {dict: "an object", list: "a list", str: "a text", bool: "the truth value", type(None): "null"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "the truth value",
+        type(None): "null",
+    }
     name = names.get(type(value), "the number")
-    return name if value is None or isinstance(value, dict | list | str) else f"{name} {json.dumps(value)}"
+    return (
+        name
+        if value is None or isinstance(value, dict | list | str)
+        else f"{name} {json.dumps(value)}"
+    )
 
 
 def _listed(record: dict) -> str:

@@ -69,7 +69,9 @@ class Conversations:
     def __getitem__(self, index: int) -> Conversation:
         row = self._texts[index]
         turns = tuple(turn.decode() for turn in row["turns"])
-        return Conversation(row["id"].decode(), tuple(map(int, row["images"])), turns, row["type"].decode())
+        return Conversation(
+            row["id"].decode(), tuple(map(int, row["images"])), turns, row["type"].decode()
+        )
 
     def place(self, index: int) -> str:
         """Returns the words that point to a conversation: its file, and where in it."""
@@ -129,7 +131,9 @@ def load(
     if records:
         name = _image_set(texts.builder_config.name, data, records)
         config = tfds.core.BuilderConfig(name=name)
-        builder = functools.partial(kind or ConversationImages, records, data.image_dir, config=config)
+        builder = functools.partial(
+            kind or ConversationImages, records, data.image_dir, config=config
+        )
         images = Rows(*split_rows(prepared(builder, data, how), data, "images"))
     rows = Rows(*split_rows(texts, data, split))
     return Conversations(data.files, rows, images, texts.info.metadata["most_images"])
@@ -148,7 +152,9 @@ class _InOrder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _described(self, **features) -> tfds.core.DatasetInfo:
         features, metadata = tfds.features.FeaturesDict(features), tfds.core.MetadataDict()
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True, metadata=metadata)
+        return tfds.core.DatasetInfo(
+            builder=self, features=features, disable_shuffling=True, metadata=metadata
+        )
 
 
 class ConversationTexts(_InOrder):
@@ -164,7 +170,10 @@ class ConversationTexts(_InOrder):
         super().__init__(**settings)
 
     def _info(self):
-        texts, numbers = tfds.features.Sequence(tfds.features.Text()), tfds.features.Sequence(np.int64)
+        texts, numbers = (
+            tfds.features.Sequence(tfds.features.Text()),
+            tfds.features.Sequence(np.int64),
+        )
         one_text = dict.fromkeys(("place", "id", "type"), tfds.features.Text())
         return self._described(file=np.int64, images=numbers, turns=texts, **one_text)
 
@@ -181,7 +190,9 @@ class ConversationTexts(_InOrder):
     def _generate_examples(self, read, records):
         numbers = {path: i for i, path in enumerate(records)}
         for index, record in enumerate(read):
-            fields = {name: getattr(record, name) for name in ("file", "place", "id", "turns", "type")}
+            fields = {
+                name: getattr(record, name) for name in ("file", "place", "id", "turns", "type")
+            }
             yield index, fields | {"images": [numbers[path] for path in record.image_paths]}
 
 
@@ -206,10 +217,16 @@ class ConversationImages(_InOrder):
 
     def _generate_examples(self):
         cores = os.cpu_count() or 1
-        read = grain.MapDataset.source(list(self._records.items())).map(functools.partial(_read, self._image_dir))
-        rows = read.to_iter_dataset(grain.ReadOptions(num_threads=cores, prefetch_buffer_size=2 * cores))
+        read = grain.MapDataset.source(list(self._records.items())).map(
+            functools.partial(_read, self._image_dir)
+        )
+        rows = read.to_iter_dataset(
+            grain.ReadOptions(num_threads=cores, prefetch_buffer_size=2 * cores)
+        )
         problems = []
-        for index, row in enumerate(tqdm(rows, "reading images", len(read), unit="image", disable=None)):
+        for index, row in enumerate(
+            tqdm(rows, "reading images", len(read), unit="image", disable=None)
+        ):
             if "problem" in row:
                 problems.append(row["problem"])
             elif not problems:
@@ -231,7 +248,9 @@ class ConversationImagesOnBeam(ConversationImages, skip_registration=True):
         refuse = functools.partial(_refuse, self._image_dir, len(self._records))
         listed = pipeline | beam.Create(list(enumerate(self._records.items())))
         rows = listed | beam.MapTuple(lambda index, item: (index, read(item)))
-        problems = rows | beam.FlatMapTuple(lambda index, row: [row["problem"]] if "problem" in row else [])
+        problems = rows | beam.FlatMapTuple(
+            lambda index, row: [row["problem"]] if "problem" in row else []
+        )
         _ = problems | beam.combiners.ToList() | beam.Map(refuse)
         return rows | beam.Filter(lambda item: "problem" not in item[1])
 

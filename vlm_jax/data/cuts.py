@@ -41,7 +41,9 @@ class Cuts:
             self.longest = max(self.longest, length)
 
 
-def learnable(cfg: Experiment, tokenizer: Tokenizer, source: Conversations) -> tuple[Conversations | Selection, Cuts]:
+def learnable(
+    cfg: Experiment, tokenizer: Tokenizer, source: Conversations
+) -> tuple[Conversations | Selection, Cuts]:
     """Returns the conversations that have a scored token in their row, and what is cut.
 
     Raises:
@@ -56,7 +58,9 @@ def learnable(cfg: Experiment, tokenizer: Tokenizer, source: Conversations) -> t
     if not cuts.unscored:
         return source, cuts
     unscored = set(cuts.unscored)
-    return Selection(source, [index for index in range(cuts.records) if index not in unscored]), cuts
+    return Selection(
+        source, [index for index in range(cuts.records) if index not in unscored]
+    ), cuts
 
 
 def count(cfg: Experiment, tokenizer: Tokenizer, source: Conversations) -> Cuts:
@@ -90,12 +94,22 @@ def sentence(cfg: Experiment, cuts: Cuts) -> str:
     return f"{text} {_needed(cfg, cuts)}".strip()
 
 
-def _with_lengths(cfg: Experiment, tokenizer: Tokenizer, source: Conversations) -> Iterator[tuple[Conversation, int]]:
+def _with_lengths(
+    cfg: Experiment, tokenizer: Tokenizer, source: Conversations
+) -> Iterator[tuple[Conversation, int]]:
     """Yields each conversation and an upper bound on the number of its tokens."""
-    with tqdm(total=len(source), desc="measuring conversations", unit="record", disable=None) as bar:
+    with tqdm(
+        total=len(source), desc="measuring conversations", unit="record", disable=None
+    ) as bar:
         for start in range(0, len(source), CHUNK_RECORDS):
-            chunk = [source[index] for index in range(start, min(start + CHUNK_RECORDS, len(source)))]
-            yield from zip(chunk, templates.most_tokens(cfg, tokenizer, [one.turns for one in chunk]), strict=True)
+            chunk = [
+                source[index] for index in range(start, min(start + CHUNK_RECORDS, len(source)))
+            ]
+            yield from zip(
+                chunk,
+                templates.most_tokens(cfg, tokenizer, [one.turns for one in chunk]),
+                strict=True,
+            )
             bar.update(len(chunk))
 
 

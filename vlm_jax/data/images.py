@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vlm_jax.config import ConfigError, Vision
-from vlm_jax.lfs import refuse_pointer
+from vlm_jax.runtime.lfs import refuse_pointer
 
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 5 to 8 swap width and height
 TRANSPOSITIONS = {
@@ -38,7 +38,12 @@ def read_image(path: str | os.PathLike) -> Image.Image:
 def from_array(pixels: np.ndarray) -> Image.Image:
     """(height, width), or (height, width, 1, 3 or 4) uint8 -> an open image. ConfigError for any other array."""
     channels = pixels.shape[2:] or (1,)
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or not pixels.size or channels[0] not in (1, 3, 4):
+    if (
+        pixels.dtype != np.uint8
+        or pixels.ndim not in (2, 3)
+        or not pixels.size
+        or channels[0] not in (1, 3, 4)
+    ):
         raise ConfigError(
             f"an array of {pixels.dtype} {pixels.shape} is not an image: it must be uint8 of shape (height, width), or "
             "(height, width, channels) with 1, 3 or 4 channels."
@@ -72,11 +77,17 @@ def _refusal(name: str, error: Exception) -> ConfigError:
             size = reason.partition(",")[0]  # both numbers of pixels
             return ConfigError(f"{name} is too large: {size}; scale it down.")
         case MemoryError():
-            return ConfigError(f"{name} is too large for the memory of this machine; scale it down.")
+            return ConfigError(
+                f"{name} is too large for the memory of this machine; scale it down."
+            )
         case UnidentifiedImageError():
-            return ConfigError(f"{name} is not a readable image: its format is unknown, or its header is damaged.")
+            return ConfigError(
+                f"{name} is not a readable image: its format is unknown, or its header is damaged."
+            )
     if any(limit in reason for limit in PNG_TEXT_LIMITS):
-        return ConfigError(f"{name} has metadata beyond a limit of Pillow ({reason}); save it without metadata.")
+        return ConfigError(
+            f"{name} has metadata beyond a limit of Pillow ({reason}); save it without metadata."
+        )
     return ConfigError(f"{name} is not a readable image: {reason}.")
 
 
@@ -142,7 +153,9 @@ def decode(encoded: bytes, name: str = "image", needed_px: int = 0) -> Image.Ima
 def to_rgb(image: Image.Image) -> Image.Image:
     """An open image -> RGB; what is transparent becomes white."""
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would clip at 255
+        image = Image.fromarray(
+            (np.asarray(image) >> 8).astype(np.uint8)
+        )  # Pillow would clip at 255
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -158,12 +171,17 @@ def upright_size(encoded: bytes, name: str = "image") -> tuple[int, int]:
     """Width and height of `upright`, in px, from the header of the file alone where that tells them."""
     with decoding(name):
         image = Image.open(io.BytesIO(encoded))
-    is_turned = _orientation(image) >= 5 and image.format != "TIFF"  # Pillow turns the size of a TIFF
+    is_turned = (
+        _orientation(image) >= 5 and image.format != "TIFF"
+    )  # Pillow turns the size of a TIFF
     return image.size[::-1] if is_turned else image.size
 
 
 def fit(
-    image: Image.Image, image_size_px: int, layout: tuple[int, int] = (1, 1), resample: str = "bicubic"
+    image: Image.Image,
+    image_size_px: int,
+    layout: tuple[int, int] = (1, 1),
+    resample: str = "bicubic",
 ) -> np.ndarray:
     """Any image -> (rows * image_size_px, columns * image_size_px, 3) uint8, its sides scaled apart where they differ.
 
@@ -171,13 +189,17 @@ def fit(
     """
     rows, columns = layout
     size = (columns * image_size_px, rows * image_size_px)
-    return np.asarray(image if image.size == size else image.resize(size, Image.Resampling[resample.upper()]))
+    return np.asarray(
+        image if image.size == size else image.resize(size, Image.Resampling[resample.upper()])
+    )
 
 
 def normalise(pixels: np.ndarray, vision: Vision) -> np.ndarray:
     """uint8 0..255 -> float32, 0..1 less the mean of every channel over its deviation; by default -1..1."""
     mean, deviation = np.array(vision.image_mean), np.array(vision.image_std)
-    return pixels.astype(np.float32) * np.float32(1 / (255 * deviation)) - np.float32(mean / deviation)
+    return pixels.astype(np.float32) * np.float32(1 / (255 * deviation)) - np.float32(
+        mean / deviation
+    )
 
 
 def augment(pixels: np.ndarray, kinds: Sequence[str], rng: np.random.Generator) -> np.ndarray:

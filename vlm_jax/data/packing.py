@@ -18,9 +18,14 @@ import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data import images as image_files
-from vlm_jax.data import templates, tiles
+from vlm_jax.data import templates, tiling
 from vlm_jax.data.conversations import Conversation, Conversations
-from vlm_jax.data.text import FILL, Fields, moved, only_own_tile
+from vlm_jax.data.text import (
+    FILL,
+    Fields,
+    moved,
+    only_own_tile,
+)
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import NO_IMAGE, TRUNK, Batch
 
@@ -37,7 +42,9 @@ def check(cfg: Experiment, source: Conversations) -> None:
         )
 
 
-def batches(cfg: Experiment, tokenizer: Tokenizer, source: Conversations, shard: slice) -> grain.IterDataset:
+def batches(
+    cfg: Experiment, tokenizer: Tokenizer, source: Conversations, shard: slice
+) -> grain.IterDataset:
     """Endless `Batch`es of the rows `shard` of each global batch of `train.batch_size` rows."""
     pool, read = ThreadPoolExecutor(max(cfg.data.threads, 1)), pixel_reader(cfg, source)
 
@@ -49,16 +56,22 @@ def batches(cfg: Experiment, tokenizer: Tokenizer, source: Conversations, shard:
 
 def ids(cfg: Experiment, tokenizer: Tokenizer, source: Conversations, state: dict) -> list:
     """Ids of the conversations in the batch, of all processes, that `batches` give after their state was `state`."""
-    iterator = iter(_made(cfg, tokenizer, source, lambda rows: [one for row in rows for one in row["id"]]))
+    iterator = iter(
+        _made(cfg, tokenizer, source, lambda rows: [one for row in rows for one in row["id"]])
+    )
     iterator.set_state(state)
     return next(iterator)
 
 
-def _made(cfg: Experiment, tokenizer: Tokenizer, source: Conversations, batch: Callable) -> grain.IterDataset:
+def _made(
+    cfg: Experiment, tokenizer: Tokenizer, source: Conversations, batch: Callable
+) -> grain.IterDataset:
     """What `batch` makes of the rows of each global batch; its place in the data is the same whatever it makes."""
     threads, rows = cfg.data.threads, cfg.train.batch_size
     stream = grain.MapDataset.source(source).seed(cfg.seed).shuffle()
-    encoded = stream.map(functools.partial(element, cfg, tokenizer, tile_counter(cfg, source))).repeat()
+    encoded = stream.map(
+        functools.partial(element, cfg, tokenizer, tile_counter(cfg, source))
+    ).repeat()
     lengths, padding = capacity(cfg)
     packed = grain.experimental.FirstFitPackIterDataset(
         encoded.to_iter_dataset(grain.ReadOptions(threads, max(threads, WINDOW_ROWS))),
@@ -69,18 +82,26 @@ def _made(cfg: Experiment, tokenizer: Tokenizer, source: Conversations, batch: C
         seed=cfg.seed,
     )
     made = packed.batch(rows, drop_remainder=True, batch_fn=batch)
-    return grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=cfg.data.prefetch)
+    return grain.experimental.ThreadPrefetchIterDataset(
+        made, prefetch_buffer_size=cfg.data.prefetch
+    )
 
 
 def element(
-    cfg: Experiment, tokenizer: Tokenizer, tiles_of: Callable[[int], int], conversation: Conversation
+    cfg: Experiment,
+    tokenizer: Tokenizer,
+    tiles_of: Callable[[int], int],
+    conversation: Conversation,
 ) -> Fields:
     """What the packer packs of a conversation: cut to the length of a row, with the images before the cut."""
     tile_counts = [tiles_of(number) for number in conversation.images]
     fields = templates.encode(cfg, tokenizer, conversation.turns, tile_counts)
     fields = templates.cut(cfg, fields, tile_counts, cfg.row_length)
     seen = fields["images_seen"].max(initial=0) if cfg.fusion.has_images else 0
-    return fields | {"images": np.array(conversation.images[:seen], np.int32), "id": conversation.id}
+    return fields | {
+        "images": np.array(conversation.images[:seen], np.int32),
+        "id": conversation.id,
+    }
 
 
 def capacity(cfg: Experiment) -> tuple[dict[str, int], dict[str, int]]:
@@ -95,7 +116,9 @@ def capacity(cfg: Experiment) -> tuple[dict[str, int], dict[str, int]]:
     return dict.fromkeys(padding, cfg.row_length) | {"images": cfg.data.images_per_row}, padding
 
 
-def pixel_reader(cfg: Experiment, source: Conversations, is_exact: bool = False) -> Callable[[int], np.ndarray]:
+def pixel_reader(
+    cfg: Experiment, source: Conversations, is_exact: bool = False
+) -> Callable[[int], np.ndarray]:
     """The number of an image -> (H, W, 3) uint8, laid out in tiles; those read last stay in memory.
 
     `is_exact` decodes all pixels of a large JPEG, as the processors of public checkpoints do.
@@ -106,9 +129,9 @@ def pixel_reader(cfg: Experiment, source: Conversations, is_exact: bool = False)
 
     def read(number: int) -> np.ndarray:
         name, encoded = source.image(number)
-        return tiles.lay_out(image_files.decode(encoded, name, needed_px), vision)
+        return tiling.lay_out(image_files.decode(encoded, name, needed_px), vision)
 
-    return tiles.kept(read, vision)
+    return tiling.kept(read, vision)
 
 
 def tile_counter(cfg: Experiment, source: Conversations) -> Callable[[int], int]:
@@ -119,7 +142,7 @@ def tile_counter(cfg: Experiment, source: Conversations) -> Callable[[int], int]
     @functools.cache
     def count(number: int) -> int:
         name, encoded = source.image(number)
-        return tiles.tile_count(*image_files.upright_size(encoded, name), cfg.vision)
+        return tiling.tile_count(*image_files.upright_size(encoded, name), cfg.vision)
 
     return count
 
@@ -131,7 +154,9 @@ def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Callable) -> Batch:
     """
     fields = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "id"}
     segment_ids, owners = fields["tokens_segment_ids"], fields["images_segment_ids"]
-    own = (segment_ids[..., None] == owners[:, None]) & (owners != NO_CONVERSATION)[:, None]  # (B, S, images)
+    own = (segment_ids[..., None] == owners[:, None]) & (owners != NO_CONVERSATION)[
+        :, None
+    ]  # (B, S, images)
     numbers = fields["images_positions"][:, None]
     is_read = own & (numbers < fields["images_seen"][..., None])
     if cfg.fusion.placeholder:
@@ -147,7 +172,11 @@ def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Callable) -> Batch:
         images, there = _images(cfg, fields["images"], filled, read)
         may_read = np.repeat(is_read, views, axis=-1) & there[:, None]
     batch = Batch(
-        **{name: fields[name] for name in ("tokens", "targets", "loss_weights", "block_ids") if name in fields},
+        **{
+            name: fields[name]
+            for name in ("tokens", "targets", "loss_weights", "block_ids")
+            if name in fields
+        },
         positions=fields["tokens_positions"],
         segment_ids=segment_ids,
         branch_ids=np.full_like(segment_ids, TRUNK),
@@ -155,18 +184,24 @@ def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Callable) -> Batch:
         image_mask=only_own_tile(may_read, moved(fields["image_tags"], first * views)),
         images=images if cfg.fusion.has_images else None,
     )
-    return on_tiles(cfg, batch, pixels, filled.shape, own) if cfg.vision.keeps_aspect_in_tiles else batch
+    return (
+        on_tiles(cfg, batch, pixels, filled.shape, own)
+        if cfg.vision.keeps_aspect_in_tiles
+        else batch
+    )
 
 
-def _images(cfg: Experiment, numbers: np.ndarray, filled: np.ndarray, read: Callable) -> tuple[np.ndarray, np.ndarray]:
+def _images(
+    cfg: Experiment, numbers: np.ndarray, filled: np.ndarray, read: Callable
+) -> tuple[np.ndarray, np.ndarray]:
     """(B, images) numbers -> (B, I, H, W, 3) float32, normalised, and (B, I) bool: which of all views are there."""
     vision, side, views = cfg.vision, cfg.vision.image_size_px, cfg.vision.views
     images = np.zeros((*numbers.shape, views, side, side, 3), np.float32)
     there = np.zeros((*numbers.shape, views), bool)
     places = zip(*np.nonzero(filled), strict=True)
     for place, pixels in zip(places, read(numbers[filled].tolist()), strict=True):
-        images[place] = tiles.stacked([image_files.normalise(pixels, vision)], vision)
-        there[place] = tiles.views_there([tiles.tiles_of(pixels, vision)], vision)
+        images[place] = tiling.stacked([image_files.normalise(pixels, vision)], vision)
+        there[place] = tiling.views_there([tiling.tiles_of(pixels, vision)], vision)
     rows = len(numbers)
     return images.reshape(rows, -1, *images.shape[3:]), there.reshape(rows, -1)
 
@@ -190,15 +225,17 @@ def on_tiles(
     pixels = np.zeros((*shape, vision.tiles, side, side, 3), np.float32)
     layouts, there = np.zeros(shape, np.int32), np.zeros((*shape, vision.tiles), bool)
     for place, image in images.items():
-        parts = tiles.cut_tiles(image, vision)
+        parts = tiling.cut_tiles(image, vision)
         pixels[place][: len(parts)], there[place][: len(parts)] = parts, True
-        layouts[place] = vision.tile_layouts.index(tiles.layout_of(image, vision)) + 1
+        layouts[place] = vision.tile_layouts.index(tiling.layout_of(image, vision)) + 1
     shown = there if batch.image_rows is None else there[batch.image_rows]
     mask = np.repeat(batch.image_mask, vision.tiles, axis=-1) & shown.reshape(len(shown), 1, -1)
     blind = np.repeat(own, vision.tiles, axis=-1) if cfg.fusion.blind_rows == "read_all" else None
     # The first tile of a missing image is read by no token, but keeps the encoder's softmax finite.
     tile_mask = there | (np.arange(vision.tiles) == 0)
-    return batch.replace(images=pixels, tile_layouts=layouts, tile_mask=tile_mask, image_mask=mask, blind_mask=blind)
+    return batch.replace(
+        images=pixels, tile_layouts=layouts, tile_mask=tile_mask, image_mask=mask, blind_mask=blind
+    )
 
 
 def tiled(cfg: Experiment, batch: Batch) -> Batch:

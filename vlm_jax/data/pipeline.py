@@ -7,13 +7,29 @@ from dataclasses import replace
 import grain
 import numpy as np
 
-from vlm_jax.config import ConfigError, Data, Experiment, Vision
-from vlm_jax.data import conversation_files, conversations, cuts, packing, sources, text, tfds_sets, tiles
+from vlm_jax.config import (
+    ConfigError,
+    Data,
+    Experiment,
+    Vision,
+)
+from vlm_jax.data import (
+    conversation_files,
+    conversations,
+    cuts,
+    packing,
+    sources,
+    text,
+    tfds_vqa,
+    tiling,
+)
 from vlm_jax.data import images as image_files
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import Batch
 
-CACHED_PAIRS = 1 << 16  # questions with answers whose tokens are kept: data sets from templates repeat theirs
+CACHED_PAIRS = (
+    1 << 16
+)  # questions with answers whose tokens are kept: data sets from templates repeat theirs
 
 
 class Decoded:
@@ -25,7 +41,7 @@ class Decoded:
     def __init__(self, records: sources.Records, vision: Vision):
         self.records = records
         self._vision = vision
-        self._read = tiles.kept(self._decode, vision)
+        self._read = tiling.kept(self._decode, vision)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -37,7 +53,7 @@ class Decoded:
         record = self.records[index]
         name = f"the image of row {index} of {self.records.title}"
         image = image_files.decode(record.image, name)
-        return replace(record, image=tiles.lay_out(image, self._vision))
+        return replace(record, image=tiling.lay_out(image, self._vision))
 
 
 def training_iterator(
@@ -49,17 +65,25 @@ def training_iterator(
     n-th row of one stream, so batch k of n processes holds together the rows of batch k of one process.
     """
     if cfg.train.batch_size % process_count:
-        raise ConfigError(f"train.batch_size {cfg.train.batch_size} is no multiple of the {process_count} processes")
+        raise ConfigError(
+            f"train.batch_size {cfg.train.batch_size} is no multiple of the {process_count} processes"
+        )
     if cfg.data.is_conversations:
         source, _ = learnable(cfg, tokenizer)
-        return iter(packing.batches(cfg, tokenizer, source, slice(process_index, None, process_count)))
+        return iter(
+            packing.batches(cfg, tokenizer, source, slice(process_index, None, process_count))
+        )
     records = Decoded(sources.load(cfg.data, cfg.data.train_split), cfg.vision)
     rows = _shuffled(cfg, records).random_map(_row_builder(cfg, tokenizer)).repeat()
     batches = rows[process_index::process_count].batch(
-        cfg.train.batch_size // process_count, drop_remainder=True, batch_fn=functools.partial(_stack, cfg)
+        cfg.train.batch_size // process_count,
+        drop_remainder=True,
+        batch_fn=functools.partial(_stack, cfg),
     )
     threads = cfg.data.threads
-    return iter(batches.to_iter_dataset(grain.ReadOptions(threads, max(threads, cfg.data.prefetch))))
+    return iter(
+        batches.to_iter_dataset(grain.ReadOptions(threads, max(threads, cfg.data.prefetch)))
+    )
 
 
 def _shuffled(cfg: Experiment, source: Sequence) -> grain.MapDataset:
@@ -74,7 +98,10 @@ def ids(cfg: Experiment, tokenizer: Tokenizer, state: dict) -> list:
     if cfg.data.is_conversations:
         return packing.ids(cfg, tokenizer, learnable(cfg, tokenizer)[0], state)
     records = sources.load(cfg.data, cfg.data.train_split)
-    order, first = _shuffled(cfg, range(len(records))).repeat(), state["next_index"] * cfg.train.batch_size
+    order, first = (
+        _shuffled(cfg, range(len(records))).repeat(),
+        state["next_index"] * cfg.train.batch_size,
+    )
     return [records[order[row]].image_id for row in range(first, first + cfg.train.batch_size)]
 
 
@@ -84,13 +111,15 @@ def _row_builder(cfg: Experiment, tokenizer: Tokenizer) -> Callable:
     def row(record: sources.Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
         pairs = choose(record, rng)
         pixels = image_files.augment(record.image, cfg.data.augment, rng)
-        packed = text.pack_row(cfg, pairs, tiles.tiles_of(pixels, cfg.vision))
+        packed = text.pack_row(cfg, pairs, tiling.tiles_of(pixels, cfg.vision))
         return packed | {"images": pixels}
 
     return row
 
 
-def chooser(cfg: Experiment, tokenizer: Tokenizer) -> Callable[[sources.Record, np.random.Generator], list[text.Pair]]:
+def chooser(
+    cfg: Experiment, tokenizer: Tokenizer
+) -> Callable[[sources.Record, np.random.Generator], list[text.Pair]]:
     """A record and a generator -> the questions that are chosen for a row, with their answers."""
 
     @functools.lru_cache(CACHED_PAIRS)
@@ -107,16 +136,19 @@ def chooser(cfg: Experiment, tokenizer: Tokenizer) -> Callable[[sources.Record, 
 def _stack(cfg: Experiment, rows: Sequence[dict[str, np.ndarray]]) -> Batch:
     stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "images"}
     if cfg.vision.keeps_aspect_in_tiles:
-        placed = {(row, 0): image_files.normalise(fields["images"], cfg.vision) for row, fields in enumerate(rows)}
+        placed = {
+            (row, 0): image_files.normalise(fields["images"], cfg.vision)
+            for row, fields in enumerate(rows)
+        }
         own = np.ones_like(stacked["image_mask"])
         return packing.on_tiles(cfg, Batch(**stacked), placed, (len(rows), 1), own)
-    images = tiles.one_a_row([row["images"] for row in rows], cfg.vision)
+    images = tiling.one_a_row([row["images"] for row in rows], cfg.vision)
     return packing.tiled(cfg, Batch(**stacked, images=images))
 
 
-def conversation_source(data: Data, split: str) -> conversations.Conversations | tfds_sets.AskedRows:
+def conversation_source(data: Data, split: str) -> conversations.Conversations | tfds_vqa.AskedRows:
     """Random access to the conversations of a split, and to their images."""
-    return (conversations if data.source == "conversations" else tfds_sets).load(data, split)
+    return (conversations if data.source == "conversations" else tfds_vqa).load(data, split)
 
 
 def learnable(
@@ -154,8 +186,10 @@ def fingerprint(data: Data) -> dict[str, str]:
     """
     if data.source == "conversations":
         return {file: conversations.file_digest(file).hex() for file in data.files}
-    info = (tfds_sets if data.is_conversations else sources).builder(data).info
-    sizes = {f"{info.name}, split {name}": str(split.num_examples) for name, split in info.splits.items()}
+    info = (tfds_vqa if data.is_conversations else sources).builder(data).info
+    sizes = {
+        f"{info.name}, split {name}": str(split.num_examples) for name, split in info.splits.items()
+    }
     return {data.source: info.full_name} | sizes
 
 
@@ -167,4 +201,6 @@ def train_tokenizer(cfg: Experiment) -> Tokenizer:
     else:
         records = sources.load(cfg.data, cfg.data.train_split)
         texts = (line for record in records for line in record.questions + record.answers)
-    return Tokenizer.train(texts, cfg.decoder.vocab_size, tiles.tag_names(cfg.vision) if cfg.tile_tags else ())
+    return Tokenizer.train(
+        texts, cfg.decoder.vocab_size, tiling.tag_names(cfg.vision) if cfg.tile_tags else ()
+    )

@@ -12,10 +12,9 @@ import sys
 
 import tensorflow_datasets as tfds
 
-from vlm_jax import config_file
-from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.config import ConfigError, Experiment, files
+from vlm_jax.config.validate import validate
 from vlm_jax.data import conversations
-from vlm_jax.validate import validate
 
 
 def prepare(cfg: Experiment, beam_options: list[str]) -> conversations.Conversations:
@@ -25,13 +24,19 @@ def prepare(cfg: Experiment, beam_options: list[str]) -> conversations.Conversat
       ConfigError: `data.source` is another, or a file is bad or missing.
     """
     if cfg.data.source != "conversations":
-        raise ConfigError(f"data.source {cfg.data.source} needs no Beam: a training prepares it. Here: conversations.")
+        raise ConfigError(
+            f"data.source {cfg.data.source} needs no Beam: a training prepares it. Here: conversations."
+        )
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError:
-        raise ConfigError("Apache Beam is not installed: pip install -r requirements-beam.txt.") from None
+        raise ConfigError(
+            "Apache Beam is not installed: pip install -r requirements-beam.txt."
+        ) from None
     how = tfds.download.DownloadConfig(beam_options=PipelineOptions(beam_options))
-    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # a worker's error is raised here, too
+    logging.getLogger("apache_beam").setLevel(
+        logging.CRITICAL
+    )  # a worker's error is raised here, too
     kind = conversations.ConversationImagesOnBeam
     return conversations.load(cfg.data, cfg.data.train_split, kind, how)
 
@@ -43,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True)
     given, fields = parser.parse_known_args(arguments[:end])
     try:
-        cfg = config_file.override(config_file.load(given.config), fields, parser.prog)
+        cfg = files.override(files.load(given.config), fields, parser.prog)
         found = prepare(validate(cfg), arguments[end + 1 :])
     except ConfigError as error:
         message = str(error).partition(" [while running")[0]  # Beam appends the step

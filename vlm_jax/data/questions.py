@@ -7,7 +7,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.data import conversation_files, packing, pipeline, sources, templates, text, tiles
+from vlm_jax.data import (
+    conversation_files,
+    packing,
+    pipeline,
+    sources,
+    templates,
+    text,
+)
 from vlm_jax.data import images as image_files
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import Batch
@@ -21,7 +28,9 @@ class Question:
     question: str
     answer: str
     type: str
-    images: Callable[[], list[np.ndarray]] = field(repr=False, compare=False)  # gives (H, W, 3) uint8 each, laid out
+    images: Callable[[], list[np.ndarray]] = field(
+        repr=False, compare=False
+    )  # gives (H, W, 3) uint8 each, laid out
     image_count: int = 1
 
 
@@ -71,7 +80,9 @@ def row_length(cfg: Experiment, tokenizer: Tokenizer, asked: Iterable[Question])
     return _room(cfg, tokenizer, {(question.question, question.image_count) for question in asked})
 
 
-def prompt_length(cfg: Experiment, tokenizer: Tokenizer, prompts: Iterable[str], images: int = 1) -> int:
+def prompt_length(
+    cfg: Experiment, tokenizer: Tokenizer, prompts: Iterable[str], images: int = 1
+) -> int:
     """S of a batch of the prompts with `images` images each.
 
     Raises:
@@ -82,7 +93,10 @@ def prompt_length(cfg: Experiment, tokenizer: Tokenizer, prompts: Iterable[str],
 
 def _room(cfg: Experiment, tokenizer: Tokenizer, asked: set[tuple[str, int]]) -> int:
     most = cfg.vision.cut_tiles
-    length = max(len(prompt_row(cfg, tokenizer, prompt, [most] * images)["tokens"]) for prompt, images in asked)
+    length = max(
+        len(prompt_row(cfg, tokenizer, prompt, [most] * images)["tokens"])
+        for prompt, images in asked
+    )
     if length + cfg.eval.max_new_tokens > cfg.decoder.max_positions:
         raise ConfigError(
             f"decoder.max_positions {cfg.decoder.max_positions} has no room for the longest prompt with its image, "
@@ -120,7 +134,7 @@ def prompt_batch(
     With `answers`, one for each prompt, it is a batch to train on, with `targets` and `loss_weights`. `image_rows` says
     for every prompt which of `images` it is about, so that what several share is encoded once.
 
-    Images are laid out in tiles (`data/tiles.py`). Rows may have different numbers of images; I is all views of the
+    Images are laid out in tiles (`data/tiling.py`). Rows may have different numbers of images; I is all views of the
     largest. `length` is S, by default that of the longest row: give it where every batch shall have the same shape, so
     that nothing is compiled twice; I is of `data.images_per_row` images then, at the least. A missing view is grey, and
     no token reads it.
@@ -131,7 +145,10 @@ def prompt_batch(
     ends = [None] * len(prompts) if answers is None else answers
     asked = list(zip(prompts, counts, ends, strict=True))
     if length is None:
-        length = max(len(prompt_row(cfg, tokenizer, prompt, n, answer=end)["tokens"]) for prompt, n, end in asked)
+        length = max(
+            len(prompt_row(cfg, tokenizer, prompt, n, answer=end)["tokens"])
+            for prompt, n, end in asked
+        )
     elif cfg.fusion.has_images:
         most = max(most, cfg.data.images_per_row)
     rows = [prompt_row(cfg, tokenizer, prompt, n, length, end) for prompt, n, end in asked]
@@ -143,7 +160,9 @@ def prompt_batch(
         return batch
     batch = batch.replace(image_rows=None if image_rows is None else np.array(image_rows, np.int32))
     if cfg.vision.keeps_aspect_in_tiles:
-        placed = {(row, number): x for row, shown in enumerate(images) for number, x in enumerate(shown)}
+        placed = {
+            (row, number): x for row, shown in enumerate(images) for number, x in enumerate(shown)
+        }
         own = np.arange(most) < np.array(list(map(len, counts)))[:, None, None]
         own = np.broadcast_to(own, batch.image_mask.shape)
         return packing.on_tiles(cfg, batch, placed, (len(images), most), own)
@@ -167,7 +186,10 @@ def batch_of(
     readers = list(dict.fromkeys(question.images for question in shown))
     images = [[image_files.normalise(pixels, cfg.vision) for pixels in read()] for read in readers]
     images += images[-1:] * (image_rows - len(images))
-    prompts, owners = [question.question for question in asked], [readers.index(question.images) for question in shown]
+    prompts, owners = (
+        [question.question for question in asked],
+        [readers.index(question.images) for question in shown],
+    )
     return prompt_batch(cfg, tokenizer, images, prompts, length, owners)
 
 

@@ -22,7 +22,9 @@ def shortest_edge_shape(height: int, width: int, edge: int) -> tuple[int, int]:
     return (edge, longer) if height <= width else (longer, edge)
 
 
-def center_crop(image: Image.Image, shape: tuple[int, int], whole: Callable = math.floor) -> Image.Image:
+def center_crop(
+    image: Image.Image, shape: tuple[int, int], whole: Callable = math.floor
+) -> Image.Image:
     """The middle (height, width), with black borders where it is larger than the image.
 
     `whole` rounds the left and upper margins.

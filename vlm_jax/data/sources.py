@@ -16,10 +16,10 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from vlm_jax.config import ConfigError, Data
-from vlm_jax.data.digits import Digits
-from vlm_jax.data.drawn import Drawing, question_info
-from vlm_jax.data.glyphs import Glyphs
-from vlm_jax.hints import nearest
+from vlm_jax.config.hints import nearest
+from vlm_jax.data.synthetic.builder import Drawing, question_info
+from vlm_jax.data.synthetic.digits import Digits
+from vlm_jax.data.synthetic.glyphs import Glyphs
 
 SHAPES = ("circle", "rectangle", "triangle")
 
@@ -39,26 +39,40 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
     """Coloured shapes on 64 x 64 px and questions about them (PyPI: easy-vqa, MIT), in the order of their ids."""
 
     VERSION = tfds.core.Version("1.0.0")
-    code_path = None  # TFDS 4.9.10 would look for it with importlib_resources, which it does not install
+    code_path = (
+        None  # TFDS 4.9.10 would look for it with importlib_resources, which it does not install
+    )
 
     def _info(self) -> tfds.core.DatasetInfo:
         return question_info(self, image_px=64)
 
     def _split_generators(self, dl_manager):
         return {
-            "train": self._generate_examples(easy_vqa.get_train_image_paths(), easy_vqa.get_train_questions()),
-            "test": self._generate_examples(easy_vqa.get_test_image_paths(), easy_vqa.get_test_questions()),
+            "train": self._generate_examples(
+                easy_vqa.get_train_image_paths(), easy_vqa.get_train_questions()
+            ),
+            "test": self._generate_examples(
+                easy_vqa.get_test_image_paths(), easy_vqa.get_test_questions()
+            ),
         }
 
     def _generate_examples(self, paths, questions):
         asked = defaultdict(list)
         for question, answer, image_id in zip(*questions, strict=True):
             asked[image_id].append((question, answer, _answer_type(answer)))
-        for image_id, path in sorted(paths.items()):  # a path and not pixels: those would import TensorFlow
+        for image_id, path in sorted(
+            paths.items()
+        ):  # a path and not pixels: those would import TensorFlow
             texts, answers, types = zip(*asked[image_id], strict=True)
             yield (
                 image_id,
-                {"image_id": image_id, "image": path, "questions": texts, "answers": answers, "types": types},
+                {
+                    "image_id": image_id,
+                    "image": path,
+                    "questions": texts,
+                    "answers": answers,
+                    "types": types,
+                },
             )
 
 
@@ -101,7 +115,10 @@ class Records(Rows):
 
     def __getitem__(self, index: int) -> Record:
         row = super().__getitem__(index)
-        texts = {name: tuple(text.decode() for text in row[name]) for name in ("questions", "answers", "types")}
+        texts = {
+            name: tuple(text.decode() for text in row[name])
+            for name in ("questions", "answers", "types")
+        }
         return Record(image_id=int(row["image_id"]), image=row["image"], **texts)
 
 
@@ -129,7 +146,9 @@ def builder(data: Data) -> tfds.core.DatasetBuilder:
     return prepared(make_builder, data)
 
 
-def split_rows(builder: tfds.core.DatasetBuilder, data: Data, split: str) -> tuple[Sequence, os.PathLike, str]:
+def split_rows(
+    builder: tfds.core.DatasetBuilder, data: Data, split: str
+) -> tuple[Sequence, os.PathLike, str]:
     """Arguments of `Rows` for a split. ConfigError names the field of a split that does not exist."""
     if not builder.info.splits:
         raise _damaged(builder.data_path, "it lists no splits")
@@ -140,14 +159,22 @@ def split_rows(builder: tfds.core.DatasetBuilder, data: Data, split: str) -> tup
         if isinstance(feature, tfds.features.Image)
     }
     try:
-        count = builder.info.splits[split].num_examples  # of a slice that ends before it begins: below 0
+        count = builder.info.splits[
+            split
+        ].num_examples  # of a slice that ends before it begins: below 0
         rows = builder.as_data_source(split, decoders=images) if count > 0 else ()
     except (ValueError, KeyError, AssertionError):
         names = ", ".join(builder.info.splits)
-        raise ConfigError(f"{field} {split!r} is no split: choose {names}, or a slice like 'train[:90%]'") from None
+        raise ConfigError(
+            f"{field} {split!r} is no split: choose {names}, or a slice like 'train[:90%]'"
+        ) from None
     if count <= 0:
-        sizes = ", ".join(f"{name} {info.num_examples}" for name, info in builder.info.splits.items())
-        raise ConfigError(f"{field} {split!r} is an empty split: take more of the records that there are, {sizes}")
+        sizes = ", ".join(
+            f"{name} {info.num_examples}" for name, info in builder.info.splits.items()
+        )
+        raise ConfigError(
+            f"{field} {split!r} is an empty split: take more of the records that there are, {sizes}"
+        )
     return rows, builder.data_path, f"data.source {data.source}, split {split!r}"
 
 

@@ -3,7 +3,7 @@
     plain      question \\n answer <eos> question \\n answer <eos>
     vicuna     USER: question ASSISTANT: answer <eos> USER: question ASSISTANT: answer <eos>
     caption    answer <eos>
-    checkpoint what the chat template or the prompt form of the checkpoint makes of it (hub/dialogue.py)
+    checkpoint what the chat template or the prompt form of the checkpoint makes of it (hub/text/dialogue.py)
 
 vicuna is that of LLaVA 1.5 (Liu et al. 2023, as its published tokenizer folder spells it). caption drops what the human
 says but for the images, as LLaVA's first stage does. Scored are the answers and the <eos> after each. An image stands
@@ -22,12 +22,21 @@ import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data.conversation_files import MARK
-from vlm_jax.data.text import Fields, image_fields, joined, only_own_tile, padded, plain_fields
-from vlm_jax.data.tiles import views_there
+from vlm_jax.data.text import (
+    Fields,
+    image_fields,
+    joined,
+    only_own_tile,
+    padded,
+    plain_fields,
+)
+from vlm_jax.data.tiling import views_there
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import NO_IMAGE, TRUNK
 
-Part = tuple[Fields, Sequence[bool], int]  # fields, which of them are scored, and how many images they are
+Part = tuple[
+    Fields, Sequence[bool], int
+]  # fields, which of them are scored, and how many images they are
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,11 @@ class Template:
     keeps_question: bool = True
 
     def asked(self, question: str) -> str:
-        return self.before + (question if self.keeps_question else MARK * question.count(MARK)) + self.after
+        return (
+            self.before
+            + (question if self.keeps_question else MARK * question.count(MARK))
+            + self.after
+        )
 
 
 TEMPLATES = {
@@ -48,7 +61,9 @@ TEMPLATES = {
 }
 
 
-def encode(cfg: Experiment, tokenizer: Tokenizer, turns: Sequence[str], tiles: Sequence[int]) -> Fields:
+def encode(
+    cfg: Experiment, tokenizer: Tokenizer, turns: Sequence[str], tiles: Sequence[int]
+) -> Fields:
     """Turns -> the fields of their tokens, (N,) each; the last turn may be a question that is to be answered.
 
     `tiles` has the number of tiles of every marked image. `image_slots` and `image_tags` count the image tokens and the
@@ -65,7 +80,9 @@ def encode(cfg: Experiment, tokenizer: Tokenizer, turns: Sequence[str], tiles: S
     scored = np.concatenate([np.asarray(those, bool) for _, those, _ in parts])
     lengths, shown = [len(those) for _, those, _ in parts], [number for _, _, number in parts]
     fields = joined([fields for fields, _, _ in parts])
-    predicts_answer = np.append(scored[1:], True)  # the last token, of an answer that is still to come
+    predicts_answer = np.append(
+        scored[1:], True
+    )  # the last token, of an answer that is still to come
     seen = np.repeat(np.cumsum(shown), lengths)
     seen_next = np.append(seen[1:], sum(shown))
     fields |= {
@@ -100,14 +117,20 @@ def cut(cfg: Experiment, fields: Fields, tiles: Sequence[int], length: int) -> F
     seen = fields["images_seen"]
     if len(seen) <= length:
         return fields
-    number = int(seen[length])  # of the image that the first token beyond the cut belongs to, or comes after
+    number = int(
+        seen[length]
+    )  # of the image that the first token beyond the cut belongs to, or comes after
     start = int(np.searchsorted(seen, number))
-    is_within_image = number > 0 and length < start + len(image_fields(cfg, tiles[number - 1])["tokens"])
+    is_within_image = number > 0 and length < start + len(
+        image_fields(cfg, tiles[number - 1])["tokens"]
+    )
     end = start if is_within_image else length
     return {name: values[:end] for name, values in fields.items()}
 
 
-def most_tokens(cfg: Experiment, tokenizer: Tokenizer, conversations: Sequence[Sequence[str]]) -> list[int]:
+def most_tokens(
+    cfg: Experiment, tokenizer: Tokenizer, conversations: Sequence[Sequence[str]]
+) -> list[int]:
     """Returns an upper bound on the tokens of each conversation, as if it needed a begin token and all images had the
     most tiles. The texts are tokenized together, on all cores."""
     more_per_mark = cfg.image_slots_in_row - 1  # a mark is counted as one token
@@ -174,7 +197,9 @@ def _checkpoint_parts(
     return [*parts, (plain_fields(ids[begin:]), scored[begin:], 0)]
 
 
-def _text(tokenizer: Tokenizer, text: str, scored_from: int, images: Iterator[Fields]) -> list[Part]:
+def _text(
+    tokenizer: Tokenizer, text: str, scored_from: int, images: Iterator[Fields]
+) -> list[Part]:
     """A text, with the next image at every mark; a token is scored if part of it lies beyond `scored_from`.
 
     The whole text is tokenized at once, since a tokenizer may put a space before a text.
@@ -212,7 +237,9 @@ def prompt_row(
     images, views = len(tiles), cfg.vision.views
     prompt = prompt if MARK in prompt else f"{MARK}\n" * images + prompt
     if prompt.count(MARK) != images:
-        raise ConfigError(f"a prompt has {prompt.count(MARK)} marks {MARK} for {images} images: {prompt!r}")
+        raise ConfigError(
+            f"a prompt has {prompt.count(MARK)} marks {MARK} for {images} images: {prompt!r}"
+        )
     row = encode(cfg, tokenizer, [prompt] if answer is None else [prompt, answer], tiles)
     seen, tags = row.pop("images_seen"), row.pop("image_tags")
     is_read = np.arange(images) < seen[:, None]
@@ -228,5 +255,7 @@ def prompt_row(
     }
     length = len(seen) if length is None else length
     if len(seen) > length:
-        raise ConfigError(f"a prompt takes {len(seen)} tokens with its images, more than the {length} that there are")
+        raise ConfigError(
+            f"a prompt takes {len(seen)} tokens with its images, more than the {length} that there are"
+        )
     return padded(cfg, row, length - len(seen), length)

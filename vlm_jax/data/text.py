@@ -7,7 +7,7 @@ A training row is one segment. The image is its trunk, every question with its a
     position      0       1    |  2     3   4  5     6      7   |  2  3  4  5  6   7     8   |   0
     scored        .       .    |  .     .   .  x     x      .   |  .  .  .  .  x   x     .   |   .
 
-A position is scored where the *next* token belongs to an answer. Where images are cut into tiles (data/tiles.py), the
+A position is scored where the *next* token belongs to an answer. Where images are cut into tiles (data/tiling.py), the
 trunk has a tag for each of them and behind it, where images stand in the sequence, its tokens:
 
     unified           <tile_1> <image> <image> <tile_2> <image> <image> <tile_global_thumbnail> <image> <image>
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.data.tiles import views_there
+from vlm_jax.data.tiling import views_there
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import NO_IMAGE, PADDING, TRUNK
 
@@ -90,7 +90,10 @@ def image_fields(cfg: Experiment, tiles: int = 1, number: int = 0) -> Fields:
 def plain_fields(ids: Sequence[int]) -> Fields:
     """`image_fields` of tokens of text."""
     tokens = np.array(ids, np.int32)
-    return {"tokens": tokens, **dict.fromkeys(("image_slots", "image_tags"), np.full_like(tokens, NO_IMAGE))}
+    return {
+        "tokens": tokens,
+        **dict.fromkeys(("image_slots", "image_tags"), np.full_like(tokens, NO_IMAGE)),
+    }
 
 
 def joined(parts: Sequence[Fields]) -> Fields:
@@ -173,7 +176,9 @@ def prompt_row(
     needed = len(row["tokens"])
     length = needed if length is None else length
     if needed > length:
-        raise ConfigError(f"a prompt takes {needed} tokens with its images, more than the {length} that there are")
+        raise ConfigError(
+            f"a prompt takes {needed} tokens with its images, more than the {length} that there are"
+        )
     return padded(cfg, row, length - needed, length)
 
 
@@ -181,14 +186,18 @@ def _segment(cfg: Experiment, tiles: Sequence[int], branches: Sequence[Sequence[
     """Images as a trunk, and its branches, end to end, without padding."""
     images = [image_fields(cfg, count, number) for number, count in enumerate(tiles)]
     begin = plain_fields(begin_ids(cfg))
-    trunk = [*images, begin] if cfg.fusion.placeholder else [begin, *images]  # as the models of each kind have it
+    trunk = (
+        [*images, begin] if cfg.fusion.placeholder else [begin, *images]
+    )  # as the models of each kind have it
     size = sum(len(part["tokens"]) for part in trunk)
     lengths = np.array([size, *map(len, branches)])
     starts = np.cumsum(lengths) - lengths
     starts[1:] -= size  # every branch goes on where the trunk ended
     fields = joined([*trunk, plain_fields(list(itertools.chain(*branches)))])
     tokens, slots, tags = fields.values()
-    there = np.broadcast_to(views_there(tiles, cfg.vision), (len(tokens), len(tiles) * cfg.vision.views))
+    there = np.broadcast_to(
+        views_there(tiles, cfg.vision), (len(tokens), len(tiles) * cfg.vision.views)
+    )
     return {
         "tokens": tokens,
         "positions": np.arange(len(tokens)) - np.repeat(starts, lengths),
@@ -203,6 +212,8 @@ def padded(cfg: Experiment, row: Fields, before: int, length: int) -> Fields:
     """The row with `before` empty slots in front and as many behind as `length` asks for."""
     padded, pad = {}, np.int32(cfg.data.special_ids[0])
     for name, values in row.items():
-        padded[name] = np.full((length, *values.shape[1:]), pad if name in ("tokens", "targets") else FILL[name])
+        padded[name] = np.full(
+            (length, *values.shape[1:]), pad if name in ("tokens", "targets") else FILL[name]
+        )
         padded[name][before : before + len(values)] = values
     return padded

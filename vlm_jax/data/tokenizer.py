@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from vlm_jax.config import ConfigError
-from vlm_jax.workdir import write_whole
+from vlm_jax.runtime.workdir import write_whole
 
 SPECIALS = ("<pad>", "<image>", "<newline>", "<eos>")
 PAD, IMAGE, NEWLINE, EOS = SPECIAL_IDS = tuple(range(4))  # of a tokenizer that is trained here
@@ -21,10 +21,17 @@ STAND_IN = "\ue000"  # a private character of Unicode, which no text uses
 class Tokenizer:
     """Byte-level BPE (Radford et al. 2019, GPT-2): any text is encodable, and comes back byte for byte."""
 
-    def __init__(self, bpe: tokenizers.Tokenizer, special_ids: tuple[int, ...] = SPECIAL_IDS, dialogue: Any = None):
+    def __init__(
+        self,
+        bpe: tokenizers.Tokenizer,
+        special_ids: tuple[int, ...] = SPECIAL_IDS,
+        dialogue: Any = None,
+    ):
         """`dialogue` is the `hub.dialogue.Dialogue` of a run whose data.template is checkpoint."""
         if special_ids == SPECIAL_IDS and tuple(map(bpe.token_to_id, SPECIALS)) != SPECIAL_IDS:
-            raise ConfigError(f"a tokenizer needs the tokens {' '.join(SPECIALS)} with the ids 0 to 3")
+            raise ConfigError(
+                f"a tokenizer needs the tokens {' '.join(SPECIALS)} with the ids 0 to 3"
+            )
         bpe.encode_special_tokens = True  # '<eos>' in a user's text is five characters, not the end
         self._bpe, self._special_ids, self.dialogue = bpe, special_ids, dialogue
 
@@ -42,14 +49,20 @@ class Tokenizer:
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+            vocab_size=vocab_size,
+            special_tokens=specials,
+            initial_alphabet=alphabet,
+            show_progress=False,
         )
         bpe.train_from_iterator(texts, trainer)
         return cls(bpe)
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike, special_ids: tuple[int, ...] = SPECIAL_IDS, dialogue: Any = None
+        cls,
+        path: str | os.PathLike,
+        special_ids: tuple[int, ...] = SPECIAL_IDS,
+        dialogue: Any = None,
     ) -> "Tokenizer":
         try:
             bpe = tokenizers.Tokenizer.from_file(str(path))
@@ -78,7 +91,9 @@ class Tokenizer:
         tokenizer = self._with_token(stand_in)
         encoding = _encoding(tokenizer, text.replace(mark, stand_in))
         marked = tokenizer.token_to_id(stand_in)
-        return [None if i == marked else i for i in encoding.ids], [end for _, end in encoding.offsets]
+        return [None if i == marked else i for i in encoding.ids], [
+            end for _, end in encoding.offsets
+        ]
 
     @functools.cache  # noqa: B019 (there are a few tokenizers in a process)
     def _with_token(self, token: str) -> tokenizers.Tokenizer:

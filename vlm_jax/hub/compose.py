@@ -14,25 +14,42 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from vlm_jax import axes
-from vlm_jax.config import ConfigError, Data, Decoder, Experiment, Projector, Vision
-from vlm_jax.data.tiles import tag_names
-from vlm_jax.hub.chat import ChatTemplate
-from vlm_jax.hub.dialogue import Dialogue
-from vlm_jax.hub.files import open_tensors
-from vlm_jax.hub.image_settings import read_settings, vision_settings
-from vlm_jax.hub.load import Checkpoint, image_token_of, inspect, read_params, shapes_of
-from vlm_jax.hub.prompts import has_own_form
-from vlm_jax.hub.table import Row
-from vlm_jax.hub.tokenizer import HubTokenizer
+from vlm_jax.config import (
+    ConfigError,
+    Data,
+    Decoder,
+    Experiment,
+    Projector,
+    Vision,
+)
+from vlm_jax.config.validate import check_values, flat, with_fields
+from vlm_jax.data.tiling import tag_names
+from vlm_jax.hub.families.table import Row
+from vlm_jax.hub.images.settings import read_settings, vision_settings
+from vlm_jax.hub.load import (
+    Checkpoint,
+    image_token_of,
+    inspect,
+    read_params,
+    shapes_of,
+)
+from vlm_jax.hub.tensors.folder import open_tensors
+from vlm_jax.hub.text.chat_template import ChatTemplate
+from vlm_jax.hub.text.dialogue import Dialogue
+from vlm_jax.hub.text.prompt_formats import has_own_form
+from vlm_jax.hub.text.tokenizer import HubTokenizer
 from vlm_jax.nn.models import Config, boxed_params
 from vlm_jax.nn.patches import resample_positions
-from vlm_jax.validate import check_values, flat, with_fields
-from vlm_jax.workdir import Workdir, is_run
+from vlm_jax.runtime.workdir import Workdir, is_run
 
 PARTS = ("vision", "projector", "decoder")
 Part = Vision | Projector | Decoder
 # Settings that the weights do not decide: they stay the experiment's.
-COMPUTED_AS = {"vision": ("patch_embed", "unroll", "remat"), "projector": (), "decoder": ("unroll", "remat")}
+COMPUTED_AS = {
+    "vision": ("patch_embed", "unroll", "remat"),
+    "projector": (),
+    "decoder": ("unroll", "remat"),
+}
 # Neither does an encoder that was published alone.
 OF_THE_USE = ("feature_layers", "keep_class_token", "newline_token")
 TILING = ("tiles", "thumbnail", "tile_tags")  # nor, where it does not read tiles together
@@ -88,7 +105,9 @@ def _vision(own: Vision, whole: bool) -> Vision:
         vision = _kept(vision, own, "vision")
     else:
         if not own.feature_layers and vision.final_norm == "pooled":
-            vision = replace(vision, final_norm="none")  # it is for the pooled vector, which is not used here
+            vision = replace(
+                vision, final_norm="none"
+            )  # it is for the pooled vector, which is not used here
         vision = replace(vision, pool="none", classes=0, mask_token=False)
         vision = _kept(vision, own, "vision", OF_THE_USE)
     if whole or vision.tile_layouts:
@@ -133,7 +152,9 @@ def _part_of(cfg: Config, own: Part, part: str) -> Part:
     if part == "vision" and isinstance(cfg, Vision):
         return cfg
     found = getattr(cfg, part, None)
-    if found is None or (part != "decoder" and isinstance(cfg, Experiment) and not cfg.fusion.has_images):
+    if found is None or (
+        part != "decoder" and isinstance(cfg, Experiment) and not cfg.fusion.has_images
+    ):
         raise ConfigError(f"{part}.checkpoint {own.checkpoint} holds no {part} part.")
     return found
 
@@ -154,7 +175,9 @@ def _data(cfg: Experiment, whole: bool, wanted: dict[str, object]) -> Data:
         values = {name: getattr(source.data, name) for name in names}
     else:
         values = _token_settings(cfg, folder, whole)
-    return replace(cfg.data, **{name: x for name, x in values.items() if f"data.{name}" not in wanted})
+    return replace(
+        cfg.data, **{name: x for name, x in values.items() if f"data.{name}" not in wanted}
+    )
 
 
 def _token_settings(cfg: Experiment, folder: str, whole: bool) -> dict[str, object]:
@@ -167,7 +190,9 @@ def _token_settings(cfg: Experiment, folder: str, whole: bool) -> dict[str, obje
     values["special_ids"] = special_ids(tokenizer, cfg.decoder, image_token_of(folder), eos_id)
     if cfg.tile_tags:
         names = tag_names(cfg.vision)
-        values["tag_ids"] = tuple(tuple(tokenizer.encode(name, add_special_tokens=False)) for name in names)
+        values["tag_ids"] = tuple(
+            tuple(tokenizer.encode(name, add_special_tokens=False)) for name in names
+        )
     return values
 
 
@@ -177,7 +202,10 @@ def has_template(folder: str) -> bool:
 
 
 def special_ids(
-    tokenizer: HubTokenizer, decoder: Decoder, image_id: int | None = None, eos_id: int | None = None
+    tokenizer: HubTokenizer,
+    decoder: Decoder,
+    image_id: int | None = None,
+    eos_id: int | None = None,
 ) -> tuple[int, int, int, int]:
     """Padding, image, newline and end of text in a tokenizer that may have no tokens for the first three.
 
@@ -189,7 +217,9 @@ def special_ids(
       ConfigError: no file names a token that ends a text.
     """
     if not tokenizer.eos_ids:
-        raise ConfigError(f"decoder.checkpoint {decoder.checkpoint} names no token that ends a text.")
+        raise ConfigError(
+            f"decoder.checkpoint {decoder.checkpoint} names no token that ends a text."
+        )
     eos = tokenizer.eos_ids[0] if eos_id is None else eos_id
     rows = decoder.vocab_size + decoder.extra_tokens
     choices = (image_id, tokenizer.image_id, tokenizer.next_id)
@@ -212,7 +242,11 @@ def _with_wanted(cfg: Experiment, wanted: dict[str, object]) -> Experiment:
     shapes, sizes = None, flat(cfg)
     for name, value in wanted.items():
         section = name.split(".")[0]
-        folder = cfg.init_from if section == "fusion" else getattr(getattr(cfg, section, None), "checkpoint", "")
+        folder = (
+            cfg.init_from
+            if section == "fusion"
+            else getattr(getattr(cfg, section, None), "checkpoint", "")
+        )
         if not folder or sizes[name] == value or name.endswith(".checkpoint"):
             continue
         changed = with_fields(cfg, {name: value})
@@ -229,7 +263,11 @@ def _with_wanted(cfg: Experiment, wanted: dict[str, object]) -> Experiment:
 
 def loaded_shapes(cfg: Experiment) -> dict[str, tuple[int, ...]]:
     """Path -> shape of the parameters of all parts that begin with a checkpoint."""
-    return {path: shape for path, shape in shapes_of(cfg).items() if path.split("/")[0] in cfg.begins_with}
+    return {
+        path: shape
+        for path, shape in shapes_of(cfg).items()
+        if path.split("/")[0] in cfg.begins_with
+    }
 
 
 def _fit(found: dict, stored: dict, cfg: Experiment) -> bool:
@@ -263,7 +301,9 @@ def _read_part(cfg: Experiment, part: str, shapes: dict, mesh: Mesh) -> dict[str
         for path in (path for path in boxed if path in filled):
             by_dtype.setdefault(shapes[path].dtype, {})[path] = boxed[path]
         stored = checkpoint.stored(tensors)
-        read = [read_params(rows, stored, wanted, dtype, mesh) for dtype, wanted in by_dtype.items()]
+        read = [
+            read_params(rows, stored, wanted, dtype, mesh) for dtype, wanted in by_dtype.items()
+        ]
         loaded = {path: x for params in read for path, x in params.items()}
     return with_positions(cfg, loaded, mesh)
 
@@ -274,7 +314,9 @@ def _as_stored(cfg: Experiment, stored: Config) -> Experiment:
     return replace(cfg, vision=replace(cfg.vision, image_size_px=vision.image_size_px))
 
 
-def with_positions(cfg: Experiment, params: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
+def with_positions(
+    cfg: Experiment, params: dict[str, jax.Array], mesh: Mesh
+) -> dict[str, jax.Array]:
     """The parameters, with a table of positions for another image size interpolated to `cfg.vision.grid`."""
     table, (rows, columns) = params.get(POSITIONS), cfg.vision.grid
     if table is None or len(table) == rows * columns:
@@ -283,7 +325,8 @@ def with_positions(cfg: Experiment, params: dict[str, jax.Array], mesh: Mesh) ->
     boxed = traverse_util.flatten_dict(boxed_params(cfg), sep="/")[POSITIONS]
     sharding = axes.parameter_shardings({POSITIONS: boxed}, mesh)[POSITIONS]
     resized = jax.jit(
-        lambda x: resample_positions(x, (side, side), (rows, columns)).astype(x.dtype), out_shardings=sharding
+        lambda x: resample_positions(x, (side, side), (rows, columns)).astype(x.dtype),
+        out_shardings=sharding,
     )
     return params | {POSITIONS: resized(table)}
 
@@ -292,11 +335,14 @@ def _rows(checkpoint: Checkpoint, cfg: Experiment, part: str) -> list[Row]:
     """The rows of a part, for where it stands in the experiment."""
     if isinstance(checkpoint.cfg, Vision):
         return [
-            replace(row, parts=tuple(replace(p, ours=f"vision/{p.ours}") for p in row.parts)) for row in checkpoint.rows
+            replace(row, parts=tuple(replace(p, ours=f"vision/{p.ours}") for p in row.parts))
+            for row in checkpoint.rows
         ]
     if part == "decoder":
         rows = checkpoint.family.rows(replace(checkpoint.cfg, fusion=cfg.fusion))
-        rows = [row for row in rows if row.hub in checkpoint.stored_names]  # a family may have cross-attention, too
+        rows = [
+            row for row in rows if row.hub in checkpoint.stored_names
+        ]  # a family may have cross-attention, too
     else:
         rows = checkpoint.rows
     return [row for row in rows if all(piece.ours.startswith(f"{part}/") for piece in row.parts)]

@@ -11,9 +11,9 @@ import numpy as np
 from flax import traverse_util
 
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.hub.families import KNOWN, family_of
-from vlm_jax.hub.family import Family, Json
-from vlm_jax.hub.files import all_or_none, open_tensors, read_json
+from vlm_jax.config.validate import flat
+from vlm_jax.hub.families.family import Family, Json
+from vlm_jax.hub.families.registry import KNOWN, family_of
 from vlm_jax.hub.load import Checkpoint, load_checkpoint
 from vlm_jax.hub.run_files import (
     PREPROCESSOR,
@@ -25,11 +25,16 @@ from vlm_jax.hub.run_files import (
     write_run_files,
 )
 from vlm_jax.hub.save import write_model
-from vlm_jax.hub.tokenizer import GENERATION_CONFIG
-from vlm_jax.validate import flat
+from vlm_jax.hub.tensors.folder import all_or_none, open_tensors, read_json
+from vlm_jax.hub.text.tokenizer import GENERATION_CONFIG
 
 ALONG = (*TEXT_FILES, GENERATION_CONFIG, PREPROCESSOR, PROCESSOR)  # copied as they are
-OF_5X = ("rope_parameters", "dtype", "transformers_version", "layer_types")  # spellings that 4.x does not know
+OF_5X = (
+    "rope_parameters",
+    "dtype",
+    "transformers_version",
+    "layer_types",
+)  # spellings that 4.x does not know
 NOT_OF_THE_MODEL = (
     "checkpoint",
     "unroll",
@@ -46,14 +51,18 @@ NOT_OF_THE_MODEL = (
 SHOWN_DIFFERENCES = 3  # of a run from its nearest family, in one line
 
 
-def export_checkpoint(folder: str | os.PathLike, output: str | os.PathLike, taps: str | None = None) -> str:
+def export_checkpoint(
+    folder: str | os.PathLike, output: str | os.PathLike, taps: str | None = None
+) -> str:
     """A public checkpoint under the names and config keys of transformers 4.x, byte for byte; returns its model_type.
 
     Raises:
       ConfigError: the folder cannot be loaded, or the output cannot be written or holds weights already.
     """
     refuse_used(output)
-    with all_or_none(output) as stage:  # that it cannot be written is known before the weights are read
+    with all_or_none(
+        output
+    ) as stage:  # that it cannot be written is known before the weights are read
         checkpoint, params = load_checkpoint(folder, taps=taps)
         with open_tensors(folder) as tensors:
             dtypes = {name: tensor.dtype for name, tensor in checkpoint.stored(tensors).items()}
@@ -61,11 +70,15 @@ def export_checkpoint(folder: str | os.PathLike, output: str | os.PathLike, taps
     return checkpoint.family.model_type
 
 
-def write_checkpoint(output: str | os.PathLike, checkpoint: Checkpoint, params: Mapping, dtypes=None) -> None:
+def write_checkpoint(
+    output: str | os.PathLike, checkpoint: Checkpoint, params: Mapping, dtypes=None
+) -> None:
     """Parameters in the layout of the checkpoint that they were loaded from, with the files beside its weights."""
     refuse_used(output)
     with all_or_none(output) as stage:
-        write_model(stage, checkpoint.family, checkpoint.cfg, params, without_5x(checkpoint.config), dtypes)
+        write_model(
+            stage, checkpoint.family, checkpoint.cfg, params, without_5x(checkpoint.config), dtypes
+        )
         for name in ALONG:
             if (checkpoint.folder / name).is_file():
                 shutil.copy(checkpoint.folder / name, stage / name)
@@ -73,12 +86,18 @@ def write_checkpoint(output: str | os.PathLike, checkpoint: Checkpoint, params: 
 
 def refuse_used(output: str | os.PathLike) -> None:
     if (Path(output).expanduser() / "config.json").exists():
-        raise ConfigError(f"--output {output} holds a config.json already: choose another folder, or delete it.")
+        raise ConfigError(
+            f"--output {output} holds a config.json already: choose another folder, or delete it."
+        )
 
 
 def without_5x(config: Mapping) -> Json:
     """config.json without the keys that only transformers 5.x knows; their 4.x spellings stand beside them."""
-    kept = {key: without_5x(x) if isinstance(x, dict) else x for key, x in config.items() if key not in OF_5X}
+    kept = {
+        key: without_5x(x) if isinstance(x, dict) else x
+        for key, x in config.items()
+        if key not in OF_5X
+    }
     return kept | ({"torch_dtype": config["dtype"]} if "dtype" in config else {})
 
 
@@ -149,7 +168,9 @@ def family_like(cfg: Experiment, taps: str = "output", shown: int | None = None)
       ConfigError: there is none.
     """
     if cfg.fusion.kind == "hybrid":
-        raise ConfigError("fusion.kind hybrid cannot be exported: no public checkpoint is of that kind.")
+        raise ConfigError(
+            "fusion.kind hybrid cannot be exported: no public checkpoint is of that kind."
+        )
     mine, nearest = comparable(cfg), []
     for known in KNOWN:
         family = family_of({"model_type": known.model_type}, "", taps)
@@ -160,14 +181,20 @@ def family_like(cfg: Experiment, taps: str = "output", shown: int | None = None)
         if not isinstance(again, Experiment):
             continue
         theirs = comparable(again)
-        differing = [f"{n} {mine.get(n)} (not {theirs.get(n)})" for n in mine | theirs if mine.get(n) != theirs.get(n)]
+        differing = [
+            f"{n} {mine.get(n)} (not {theirs.get(n)})"
+            for n in mine | theirs
+            if mine.get(n) != theirs.get(n)
+        ]
         if not differing:
             return family
         nearest.append((len(differing), family.model_type, differing))
     if not nearest:
         raise ConfigError("no public family is like this run.")
     count, name, differing = min(nearest)
-    named = ", ".join(differing[:shown]) + (f" and {count - shown} more" if shown and count > shown else "")
+    named = ", ".join(differing[:shown]) + (
+        f" and {count - shown} more" if shown and count > shown else ""
+    )
     raise ConfigError(f"no public family is like this run; the nearest is {name}, but for {named}.")
 
 
@@ -196,10 +223,14 @@ def comparable(cfg: Experiment) -> dict[str, object]:
         found |= {"fusion.has_gates": fusion.has_gates, "fusion.qk_norm": fusion.qk_norm}
         found["fusion.blind_rows"] = fusion.blind_rows
     if fusion.has_images:
-        vision = replace(cfg.vision, kv_heads=cfg.vision.num_kv_heads, head_dim=cfg.vision.head_width)
+        vision = replace(
+            cfg.vision, kv_heads=cfg.vision.num_kv_heads, head_dim=cfg.vision.head_width
+        )
         found |= {f"vision.{name}": value for name, value in flat(vision).items()}
         found |= {f"projector.{name}": value for name, value in _used(cfg.projector).items()}
-    return {name: value for name, value in found.items() if name.split(".")[1] not in NOT_OF_THE_MODEL}
+    return {
+        name: value for name, value in found.items() if name.split(".")[1] not in NOT_OF_THE_MODEL
+    }
 
 
 def _used(projector) -> dict[str, object]:

@@ -10,7 +10,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from vlm_jax.config import CHANNELS, ConfigError, Decoder, Experiment
+from vlm_jax.config import (
+    CHANNELS,
+    ConfigError,
+    Decoder,
+    Experiment,
+)
 from vlm_jax.structs import NO_IMAGE, TRUNK, Batch
 
 Arrays = Mapping[str, np.ndarray]
@@ -18,12 +23,25 @@ TEXT = ("input_ids", "attention_mask", "position_ids")
 OF_KIND = {  # fusion.kind -> the arguments that are understood
     "text_only": TEXT,
     "unified": (*TEXT, "token_type_ids", "pixel_values", "image_patches"),
-    "cross_attention": (*TEXT, "pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask"),
-    "encoder_decoder": ("decoder_input_ids", "decoder_attention_mask", "decoder_position_ids", "pixel_values"),
+    "cross_attention": (
+        *TEXT,
+        "pixel_values",
+        "aspect_ratio_ids",
+        "aspect_ratio_mask",
+        "cross_attention_mask",
+    ),
+    "encoder_decoder": (
+        "decoder_input_ids",
+        "decoder_attention_mask",
+        "decoder_position_ids",
+        "pixel_values",
+    ),
 }
 
 
-def to_batch(cfg: Experiment, arrays: Arrays, image_token: int | None, generating: bool = False) -> Batch:
+def to_batch(
+    cfg: Experiment, arrays: Arrays, image_token: int | None, generating: bool = False
+) -> Batch:
     """The arguments of one forward pass -> a batch without targets.
 
     Args:
@@ -52,7 +70,9 @@ def to_batch(cfg: Experiment, arrays: Arrays, image_token: int | None, generatin
         arrays = {**arrays, "pixel_values": arrays["image_patches"]}
     if "pixel_values" not in arrays and cfg.fusion.kind != "encoder_decoder":
         if cfg.fusion.image_in_sequence and (ids == image_token).any():
-            raise ConfigError(f"input_ids hold image tokens (id {image_token}) without an image: give pixel_values.")
+            raise ConfigError(
+                f"input_ids hold image tokens (id {image_token}) without an image: give pixel_values."
+            )
         batch = text
     else:
         batch = text.replace(**IMAGES[cfg.fusion.kind](cfg, arrays, ids, image_token))
@@ -71,7 +91,11 @@ def _check_text(arrays: Arrays, prefix: str) -> None:
             _shaped(arrays, name, ids.shape)
     if f"{prefix}position_ids" in arrays:
         positions = np.shape(arrays[f"{prefix}position_ids"])
-        _shaped(arrays, f"{prefix}position_ids", (1 if positions[:1] == (1,) else len(ids), ids.shape[1]))
+        _shaped(
+            arrays,
+            f"{prefix}position_ids",
+            (1 if positions[:1] == (1,) else len(ids), ids.shape[1]),
+        )
 
 
 def _within_tables(decoder: Decoder, batch: Batch) -> Batch:
@@ -85,7 +109,9 @@ def _within_tables(decoder: Decoder, batch: Batch) -> Batch:
     is_token, rows = batch.segment_ids > 0, decoder.vocab_size + decoder.extra_tokens
     wrong = batch.tokens[is_token & ((batch.tokens < 0) | (batch.tokens >= rows))]
     if wrong.size:
-        raise ConfigError(f"the text has the id {wrong.max()}, but the model has only {rows} tokens.")
+        raise ConfigError(
+            f"the text has the id {wrong.max()}, but the model has only {rows} tokens."
+        )
     batch = batch.replace(tokens=batch.tokens.clip(0, rows - 1))
     if decoder.positions != "learned":  # the others are computed, so that they have no end
         return batch
@@ -126,17 +152,33 @@ def image_batch(cfg: Experiment, arrays: Arrays) -> Batch:
     pixels = np.asarray(arrays["pixel_values"])
     if cfg.fusion.image_in_memory:
         ids = np.zeros((len(pixels), 1), np.int32)
-        images = _in_memory(cfg, {name: x for name, x in arrays.items() if name != "cross_attention_mask"}, ids, None)
+        images = _in_memory(
+            cfg,
+            {name: x for name, x in arrays.items() if name != "cross_attention_mask"},
+            ids,
+            None,
+        )
     else:
-        whole = _patches(cfg, arrays)[None] if cfg.vision.kind == "none" else _whole_images(cfg, arrays)
+        whole = (
+            _patches(cfg, arrays)[None] if cfg.vision.kind == "none" else _whole_images(cfg, arrays)
+        )
         ids, images = np.zeros((len(whole), 1), np.int32), {"images": whole[:, None]}
         images["image_mask"] = np.zeros((*ids.shape, 1), bool)
     return Batch(
-        **{"tokens": ids, "positions": ids, "segment_ids": ids + 1, "branch_ids": ids, "image_slots": ids - 1} | images
+        **{
+            "tokens": ids,
+            "positions": ids,
+            "segment_ids": ids + 1,
+            "branch_ids": ids,
+            "image_slots": ids - 1,
+        }
+        | images
     )
 
 
-def _positions(cfg: Experiment, arrays: Arrays, ids: np.ndarray, there: np.ndarray, generating: bool) -> np.ndarray:
+def _positions(
+    cfg: Experiment, arrays: Arrays, ids: np.ndarray, there: np.ndarray, generating: bool
+) -> np.ndarray:
     encoder_decoder = cfg.fusion.kind == "encoder_decoder"
     given = arrays.get("decoder_position_ids" if encoder_decoder else "position_ids")
     if given is not None:
@@ -168,7 +210,11 @@ def _in_sequence(cfg: Experiment, arrays: Arrays, ids: np.ndarray, image_token: 
     """
     is_image = ids == image_token
     patches_only = cfg.vision.kind == "none"
-    images, tokens_each = (_patches(cfg, arrays), 1) if patches_only else (_whole_images(cfg, arrays), cfg.image_tokens)
+    images, tokens_each = (
+        (_patches(cfg, arrays), 1)
+        if patches_only
+        else (_whole_images(cfg, arrays), cfg.image_tokens)
+    )
     counts = is_image.sum(axis=1)
     if counts.sum() != len(images) * tokens_each or (counts % tokens_each).any():
         raise ConfigError(
@@ -181,7 +227,9 @@ def _in_sequence(cfg: Experiment, arrays: Arrays, ids: np.ndarray, image_token: 
     return {
         "tokens": np.where(is_image, 0, ids),
         "images": filled,
-        "image_slots": np.where(is_image, np.cumsum(is_image, axis=1) - 1, NO_IMAGE).astype(np.int32),
+        "image_slots": np.where(is_image, np.cumsum(is_image, axis=1) - 1, NO_IMAGE).astype(
+            np.int32
+        ),
         "image_mask": np.zeros((*ids.shape, filled.shape[1]), bool),
     }
 
@@ -222,7 +270,9 @@ def _in_tiles(cfg: Experiment, arrays: Arrays, ids: np.ndarray) -> dict:
     shape = images.shape[:3]
     layouts = _shaped(arrays, "aspect_ratio_ids", shape[:2])
     if not np.isin(layouts, range(1 + len(cfg.vision.tile_layouts))).all():
-        raise ConfigError(f"aspect_ratio_ids {layouts.tolist()} go beyond the {len(cfg.vision.tile_layouts)} layouts.")
+        raise ConfigError(
+            f"aspect_ratio_ids {layouts.tolist()} go beyond the {len(cfg.vision.tile_layouts)} layouts."
+        )
     arrays = {"cross_attention_mask": np.ones((*ids.shape, *shape[1:])), **arrays}
     read = _shaped(arrays, "cross_attention_mask", (*ids.shape, *shape[1:]))
     return {
@@ -238,7 +288,9 @@ def _shaped(arrays: Arrays, name: str, shape: tuple[int | None, ...]) -> np.ndar
     found = np.shape(arrays.get(name))
     if len(found) != len(shape) or any(n not in (None, length) for n, length in zip(shape, found)):
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
-        raise ConfigError(f"{name} must be there with the shape ({wanted}); found {found or 'none'}.")
+        raise ConfigError(
+            f"{name} must be there with the shape ({wanted}); found {found or 'none'}."
+        )
     return np.asarray(arrays[name])
 
 

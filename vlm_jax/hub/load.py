@@ -16,15 +16,26 @@ from jax.sharding import Mesh
 from vlm_jax import axes
 from vlm_jax.config import ConfigError
 from vlm_jax.config import Mesh as MeshSizes
-from vlm_jax.hub.copying import aligned, copy_into
-from vlm_jax.hub.families import config_path, family_of
-from vlm_jax.hub.family import Config, Family, Json, get
-from vlm_jax.hub.files import Tensors, open_tensors, read_json
-from vlm_jax.hub.stored import StoredTensor, are_equal
-from vlm_jax.hub.table import Part, Row
-from vlm_jax.hub.tokenizer import HubTokenizer, are_ids, has_tokenizer, stated_ids, to_tuple
+from vlm_jax.config.validate import check_values
+from vlm_jax.hub.families.family import (
+    Config,
+    Family,
+    Json,
+    get,
+)
+from vlm_jax.hub.families.registry import config_path, family_of
+from vlm_jax.hub.families.table import Part, Row
+from vlm_jax.hub.tensors.folder import Tensors, open_tensors, read_json
+from vlm_jax.hub.tensors.mapped import StoredTensor, are_equal
+from vlm_jax.hub.tensors.transpose import aligned, copy_into
+from vlm_jax.hub.text.tokenizer import (
+    HubTokenizer,
+    are_ids,
+    has_tokenizer,
+    stated_ids,
+    to_tuple,
+)
 from vlm_jax.nn.models import boxed_params, model_of
-from vlm_jax.validate import check_values
 
 THREADS = 2  # parameters that are assembled at a time: more would hold more memory
 
@@ -126,7 +137,12 @@ def inspect(folder: str | os.PathLike, tensors: Tensors, taps: str | None = None
         check_values(cfg)
         rows = family.stored_rows(cfg, names)
     _refuse_integers(tensors, names, folder)
-    check(rows, {name: tensors[stored].shape for name, stored in names.items()}, shapes_of(cfg), str(folder))
+    check(
+        rows,
+        {name: tensors[stored].shape for name, stored in names.items()},
+        shapes_of(cfg),
+        str(folder),
+    )
     return Checkpoint(folder, config, family, cfg, rows, names)
 
 
@@ -135,7 +151,9 @@ def _refuse_integers(tensors: Tensors, names: Mapping[str, str], folder: Path) -
     dtypes = {name: str(tensors[name].dtype) for name in sorted(names.values())}
     found = [f"{name} is {dtype}" for name, dtype in dtypes.items() if "float" not in dtype]
     if found:
-        raise ConfigError(f"{folder} holds weights that are no floating-point numbers: {'; '.join(found)}.")
+        raise ConfigError(
+            f"{folder} holds weights that are no floating-point numbers: {'; '.join(found)}."
+        )
 
 
 @contextlib.contextmanager
@@ -151,14 +169,22 @@ def _naming(path: Path):
         raise ConfigError(f"{path} has a value that is not understood: {error}.") from error
 
 
-def without_copied_head(family: Family, config: Json, names: Mapping[str, str], tensors: Tensors) -> Mapping[str, str]:
+def without_copied_head(
+    family: Family, config: Json, names: Mapping[str, str], tensors: Tensors
+) -> Mapping[str, str]:
     """The names without a head that repeats the embedding that it is tied to: `pytorch_model.bin` holds both."""
-    stored = {part.ours: names.get(row.hub) for row in family.rows(family.read(config, names)) for part in row.parts}
+    stored = {
+        part.ours: names.get(row.hub)
+        for row in family.rows(family.read(config, names))
+        for part in row.parts
+    }
     head, embedding = stored.get("decoder/free_head/kernel"), stored.get("decoder/embedding/table")
     if head is None or embedding is None:
         return names
     others = {name: found for name, found in names.items() if found != head}
-    is_tied = family.read(config, others).decoder.tied_head and are_equal(tensors[head], tensors[embedding])
+    is_tied = family.read(config, others).decoder.tied_head and are_equal(
+        tensors[head], tensors[embedding]
+    )
     return others if is_tied else names
 
 
@@ -175,16 +201,24 @@ def check(rows: list[Row], stored: Mapping[str, tuple[int, ...]], shapes, folder
     problems += [f"{name} is unknown" for name in sorted(stored.keys() - expected.keys())]
     for name in sorted(expected.keys() & stored.keys()):
         if expected[name] != stored[name]:
-            problems.append(f"{name} has the shape {stored[name]}, not {expected[name]} as config.json says")
+            problems.append(
+                f"{name} has the shape {stored[name]}, not {expected[name]} as config.json says"
+            )
     if problems:
-        raise ConfigError(f"{folder} does not hold the model of its config.json: " + "; ".join(problems) + ".")
+        raise ConfigError(
+            f"{folder} does not hold the model of its config.json: " + "; ".join(problems) + "."
+        )
     unfed = shapes.keys() - {part.ours for row in rows for part in row.parts}
     if unfed:
         raise AssertionError(f"no row of the table fills {sorted(unfed)}")
 
 
 def read_params(
-    rows: list[Row], stored: Mapping[str, StoredTensor], boxed: Mapping[str, axes.Lettered], dtype, mesh: Mesh | None
+    rows: list[Row],
+    stored: Mapping[str, StoredTensor],
+    boxed: Mapping[str, axes.Lettered],
+    dtype,
+    mesh: Mesh | None,
 ) -> dict[str, jax.Array]:
     """The parameters in `boxed` (path -> shape and letters), each assembled from its rows where it lies on the mesh.
 
@@ -202,7 +236,9 @@ def read_params(
         kind = np.dtype(dtype) if dtype is not None else found[0][0].dtype
 
         def shard(index):
-            return _shard(index, shapes, kind, [(tensor.read(), row, part) for tensor, row, part in found])
+            return _shard(
+                index, shapes, kind, [(tensor.read(), row, part) for tensor, row, part in found]
+            )
 
         if shardings is None:
             array = jax.device_put(shard((slice(None),) * len(shapes[path])))
@@ -222,7 +258,10 @@ def _shard(index, shapes, dtype, sources) -> np.ndarray:
     turns = range(len(sources))[index[0]] if sources[0][2].turn is not None else range(1)
     inner = index[1:] if sources[0][2].turn is not None else index
     by_turn = {part.turn or 0: (array, row, part) for array, row, part in sources}
-    views = [row.take(array, part, shapes)[inner] for array, row, part in (by_turn[turn] for turn in turns)]
+    views = [
+        row.take(array, part, shapes)[inner]
+        for array, row, part in (by_turn[turn] for turn in turns)
+    ]
     piece = aligned((len(views), *views[0].shape), dtype)
     for target, view in zip(piece, views):
         copy_into(target, view)

@@ -11,14 +11,20 @@ import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data.conversation_files import MARK
-from vlm_jax.hub.chat import ChatTemplate
-from vlm_jax.hub.dialogue import Dialogue, start_of
-from vlm_jax.hub.image_processor import ImageProcessor, ProcessedImages
-from vlm_jax.hub.image_steps import Picture, Pictures, to_rows
+from vlm_jax.hub.images.processor import ImageProcessor, ProcessedImages
+from vlm_jax.hub.images.steps import Picture, Pictures, to_rows
 from vlm_jax.hub.inputs import reading_own_images, scored, to_batch
 from vlm_jax.hub.load import Checkpoint
-from vlm_jax.hub.prompts import Prompt, TextFormat, check_answers, load_prompt_format, stack_prompts
-from vlm_jax.hub.tokenizer import HubTokenizer, has_tokenizer
+from vlm_jax.hub.text.chat_template import ChatTemplate
+from vlm_jax.hub.text.dialogue import Dialogue, start_of
+from vlm_jax.hub.text.prompt_formats import (
+    Prompt,
+    TextFormat,
+    check_answers,
+    load_prompt_format,
+    stack_prompts,
+)
+from vlm_jax.hub.text.tokenizer import HubTokenizer, has_tokenizer
 from vlm_jax.structs import Batch
 
 
@@ -45,9 +51,13 @@ class Processor:
         return cls(
             checkpoint,
             tokenizer,
-            ImageProcessor.load(folder) if reads_images and _holds_any(folder, IMAGE_FILES) else None,
+            ImageProcessor.load(folder)
+            if reads_images and _holds_any(folder, IMAGE_FILES)
+            else None,
             ChatTemplate.load(folder) if tokenizer else None,
-            load_prompt_format(folder, tokenizer) if tokenizer and isinstance(cfg, Experiment) else None,
+            load_prompt_format(folder, tokenizer)
+            if tokenizer and isinstance(cfg, Experiment)
+            else None,
         )
 
     def __call__(
@@ -76,35 +86,53 @@ class Processor:
         """
         cfg, prompts = self.checkpoint.cfg, [prompts] if isinstance(prompts, str) else prompts
         if self.form is None:
-            raise ConfigError(f"{self.checkpoint.folder} holds no tokenizer, or its model reads no text.")
-        if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(text, str) for text in prompts):
+            raise ConfigError(
+                f"{self.checkpoint.folder} holds no tokenizer, or its model reads no text."
+            )
+        if (
+            not isinstance(prompts, list | tuple)
+            or not prompts
+            or not all(isinstance(text, str) for text in prompts)
+        ):
             raise ConfigError(f"prompts is {prompts!r}: it must be text, or a list of texts.")
         images = to_rows(images, prompts, self.image_token)
         ends = None if answers is None else self._answer_ids(prompts, images, answers, chat)
         if chat:
-            prompts = [self.chat(prompt, len(row)) for prompt, row in zip(prompts, images, strict=True)]
+            prompts = [
+                self.chat(prompt, len(row)) for prompt, row in zip(prompts, images, strict=True)
+            ]
             # As in transformers: a tokenizer's template writes all special tokens, a processor's perhaps not bos.
             add_special_tokens = self.template is None or cfg.fusion.has_images
         processed = self.pixels(images)
-        made = self._prompts(prompts, _facts(processed, [len(row) for row in images]), add_special_tokens)
+        made = self._prompts(
+            prompts, _facts(processed, [len(row) for row in images]), add_special_tokens
+        )
         if ends is not None:
             made = [prompt.with_answer(ids) for prompt, ids in zip(made, ends, strict=True)]
         arrays = stack_prompts(made, self.tokenizer.pad_id or 0)
         if cfg.fusion.kind == "encoder_decoder":
             arrays = {f"decoder_{name}": x for name, x in arrays.items()}
-        batch = to_batch(cfg, arrays | _arrays(processed), self.checkpoint.image_token, generating=True)
+        batch = to_batch(
+            cfg, arrays | _arrays(processed), self.checkpoint.image_token, generating=True
+        )
         batch = batch if batch.tile_layouts is None else reading_own_images(batch)
         return batch if ends is None else scored(batch, list(map(len, ends)))
 
-    def _prompts(self, prompts: Sequence[str], facts: list[list], add_special_tokens: bool) -> list[Prompt]:
+    def _prompts(
+        self, prompts: Sequence[str], facts: list[list], add_special_tokens: bool
+    ) -> list[Prompt]:
         """Tokens of each prompt, given what counts of its images."""
         if self.checkpoint.cfg.fusion.kind == "encoder_decoder":
             start = start_of(self.checkpoint.folder, self.tokenizer)
-            rows = ([*start, *self.tokenizer.encode(text, add_special_tokens=False)] for text in prompts)
+            rows = (
+                [*start, *self.tokenizer.encode(text, add_special_tokens=False)] for text in prompts
+            )
             return [Prompt(np.array(row, np.int32)) for row in rows]
         bos = self.tokenizer.special_tokens.get("bos_token", "")
         made = [
-            self.form.prompt(text, images, add_special_tokens and not (bos and text.startswith(bos)))
+            self.form.prompt(
+                text, images, add_special_tokens and not (bos and text.startswith(bos))
+            )
             for text, images in zip(prompts, facts, strict=True)
         ]
         if not all(len(prompt.input_ids) for prompt in made):
@@ -112,13 +140,20 @@ class Processor:
         return made
 
     def _answer_ids(
-        self, prompts: Sequence[str], images: Sequence[Sequence[Picture]], answers: Sequence[str], chat: bool
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Sequence[Picture]],
+        answers: Sequence[str],
+        chat: bool,
     ) -> list[list[int]]:
         """Tokens of each answer and what ends it, as training on the checkpoint's conversations has them."""
         check_answers(answers, prompts)
         dialogue = self._dialogue
         if not chat or self.template is None:
-            return [[*self.tokenizer.encode(text, add_special_tokens=False), dialogue.eos_id] for text in answers]
+            return [
+                [*self.tokenizer.encode(text, add_special_tokens=False), dialogue.eos_id]
+                for text in answers
+            ]
         ends = []
         for prompt, row, answer in zip(prompts, images, answers, strict=True):
             tokens = dialogue.encode([f"{MARK}\n" * len(row) + prompt, answer])
@@ -168,7 +203,9 @@ class Processor:
             content: Any = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
         else:
             content = f"{token * images}\n{prompt}" if images else prompt
-        return self.template.render([{"role": "user", "content": content}], special, add_generation_prompt=True)
+        return self.template.render(
+            [{"role": "user", "content": content}], special, add_generation_prompt=True
+        )
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

@@ -14,10 +14,15 @@ from tokenizers import AddedToken, Tokenizer
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data.conversation_files import MARK
 from vlm_jax.data.templates import TEMPLATES
-from vlm_jax.hub.family import Json
-from vlm_jax.hub.image_settings import processor_config, read_settings, vision_settings
-from vlm_jax.hub.special_tokens import TOKENIZER, TOKENIZER_CONFIG, put_around, read_if_there
-from vlm_jax.hub.tokenizer import GENERATION_CONFIG, IMAGE_TOKENS, HubTokenizer
+from vlm_jax.hub.families.family import Json
+from vlm_jax.hub.images.settings import processor_config, read_settings, vision_settings
+from vlm_jax.hub.text.special_tokens import (
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    put_around,
+    read_if_there,
+)
+from vlm_jax.hub.text.tokenizer import GENERATION_CONFIG, IMAGE_TOKENS, HubTokenizer
 
 TEXT_FILES = (
     *(TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
@@ -48,7 +53,9 @@ def keeps_form(cfg: Experiment, processor: Path | None) -> bool:
     return cfg.data.template == "checkpoint" and processor is not None and processor.is_dir()
 
 
-def write_run_files(stage: Path, cfg: Experiment, model_type: str, tokenizer: Path, processor: Path | None) -> TokenIds:
+def write_run_files(
+    stage: Path, cfg: Experiment, model_type: str, tokenizer: Path, processor: Path | None
+) -> TokenIds:
     """Writes everything but config.json and the weights.
 
     Args:
@@ -102,7 +109,9 @@ def _write_text_files(stage: Path, cfg: Experiment, model_type: str, path: Path)
     _write_json(stage / TOKENIZER_CONFIG, settings | texts | extra)
     writes_bos = not cfg.fusion.has_images or (model_type == "mllama" and cfg.data.is_conversations)
     bos = texts.get("bos_token", "") if writes_bos else ""
-    (stage / "chat_template.jinja").write_text(chat_template(cfg, image_text, bos, texts["eos_token"]))
+    (stage / "chat_template.jinja").write_text(
+        chat_template(cfg, image_text, bos, texts["eos_token"])
+    )
     return TokenIds(pad, image, eos, begin)
 
 
@@ -124,7 +133,9 @@ def _begin_id(cfg: Experiment) -> int | None:
     """The token that begins every text; None where none does."""
     if cfg.data.bos_id >= 0:
         return cfg.data.bos_id
-    begins_empty = cfg.data.template == "caption" and cfg.data.is_conversations and not reads_image_tokens(cfg)
+    begins_empty = (
+        cfg.data.template == "caption" and cfg.data.is_conversations and not reads_image_tokens(cfg)
+    )
     return cfg.data.eos_id if begins_empty else None
 
 
@@ -165,12 +176,18 @@ def _literal(text: str) -> str:
 
 def _write_processor(stage: Path, cfg: Experiment, model_type: str, processor: Path | None) -> None:
     """The checkpoint's own files where they say what the run does, or else new ones."""
-    names = [name for name in (PREPROCESSOR, PROCESSOR) if processor and (processor / name).is_file()]
+    names = [
+        name for name in (PREPROCESSOR, PROCESSOR) if processor and (processor / name).is_file()
+    ]
     if keeps_form(cfg, processor) and names and _prepares_alike(cfg, processor):
         for name in names:
             shutil.copy(processor / name, stage / name)
         return
-    whole = {"processor_class": PROCESSOR_CLASSES[model_type]} if model_type in PROCESSOR_CLASSES else {}
+    whole = (
+        {"processor_class": PROCESSOR_CLASSES[model_type]}
+        if model_type in PROCESSOR_CLASSES
+        else {}
+    )
     images = processor_config(cfg.vision) | whole
     if model_type == "paligemma":
         images["image_seq_length"] = cfg.image_tokens
@@ -187,7 +204,9 @@ def _prepares_alike(cfg: Experiment, processor: Path) -> bool:
     if model_has_any_size(settings.kind):
         return True
     sides = {settings.crop_size[0]} if settings.do_center_crop else set(settings.size.values())
-    return sides == {cfg.vision.image_size_px} and all(getattr(cfg.vision, name) == x for name, x in wanted.items())
+    return sides == {cfg.vision.image_size_px} and all(
+        getattr(cfg.vision, name) == x for name, x in wanted.items()
+    )
 
 
 def model_has_any_size(kind: str) -> bool:
@@ -207,7 +226,9 @@ def _processor(cfg: Experiment, model_type: str) -> Json:
     }
 
 
-def _write_generation_config(stage: Path, ids: TokenIds, starts: Json, processor: Path | None) -> None:
+def _write_generation_config(
+    stage: Path, ids: TokenIds, starts: Json, processor: Path | None
+) -> None:
     config = read_if_there(processor / GENERATION_CONFIG) if processor else {}
     ends = config.get("eos_token_id")
     ends = list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
@@ -229,7 +250,9 @@ def prompt_differences(cfg: Experiment, model_type: str) -> list[str]:
     """What of a run's prompts and pixels the processor of a family in transformers does otherwise, in fields."""
     if not cfg.fusion.has_images:
         return []
-    wrong = [f"vision.image_size_px {cfg.vision.image_size_px}"] if model_type == "fuyu" else []  # theirs has any size
+    wrong = (
+        [f"vision.image_size_px {cfg.vision.image_size_px}"] if model_type == "fuyu" else []
+    )  # theirs has any size
     if cfg.data.template == "checkpoint":
         return wrong
     if model_type in ("mllama", "vision-encoder-decoder") and _begin_id(cfg) is None:

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from vlm_jax.hub.family import Config, Family
-from vlm_jax.hub.files import all_or_none, write_tensors
+from vlm_jax.hub.families.family import Config, Family
+from vlm_jax.hub.families.table import Row
 from vlm_jax.hub.load import shapes_of
-from vlm_jax.hub.table import Row
+from vlm_jax.hub.tensors.folder import all_or_none, write_tensors
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -43,7 +43,9 @@ def write_model(
     flat, shapes = traverse_util.flatten_dict(params, sep="/"), shapes_of(cfg)
     rows = {row.hub: row for row in family.rows(cfg)}
     specs = {
-        name: Spec(row.stored_shape(shapes), (dtypes or {}).get(name, flat[row.parts[0].ours].dtype))
+        name: Spec(
+            row.stored_shape(shapes), (dtypes or {}).get(name, flat[row.parts[0].ours].dtype)
+        )
         for name, row in rows.items()
     }
     text = json.dumps(merged(config or {}, family.write(cfg)), indent=2) + "\n"
@@ -67,5 +69,7 @@ def merged(old: Mapping, new: Mapping) -> dict:
 
 def _stored(row: Row, flat: Mapping, dtype: np.dtype) -> np.ndarray:
     """A stored tensor from the parameters; of a stacked one, only the slice of its layer leaves the device."""
-    parts = [flat[part.ours] if part.turn is None else flat[part.ours][part.turn] for part in row.parts]
+    parts = [
+        flat[part.ours] if part.turn is None else flat[part.ours][part.turn] for part in row.parts
+    ]
     return row.put([np.asarray(jax.device_get(x)) for x in parts]).astype(dtype)

@@ -5,8 +5,8 @@ import numpy as np
 from flax import linen as nn
 
 from vlm_jax.config import ConfigError
+from vlm_jax.config.bounds import check_sampling
 from vlm_jax.infer.generate import Decoding, NonFiniteLogits, generate
-from vlm_jax.limits import check_sampling
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import Batch
 
@@ -56,6 +56,10 @@ def answer(
 def _rows_of(batch: Batch, rows: np.ndarray) -> Batch:
     """Some rows of a batch, with the images of all."""
     images = {name: getattr(batch, name) for name in ("images", "tile_layouts", "tile_mask")}
-    owners = np.arange(len(batch.tokens), dtype=np.int32) if batch.image_rows is None else batch.image_rows
+    owners = (
+        np.arange(len(batch.tokens), dtype=np.int32)
+        if batch.image_rows is None
+        else batch.image_rows
+    )
     texts = batch.replace(**dict.fromkeys(images), image_rows=owners)
     return jax.tree.map(lambda x: x[rows], texts).replace(**images)

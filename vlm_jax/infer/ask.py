@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import jax
 
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.hub.files import open_tensors
 from vlm_jax.hub.load import Checkpoint, inspect, load_params
 from vlm_jax.hub.processor import Processor
+from vlm_jax.hub.tensors.folder import open_tensors
 from vlm_jax.infer.generate import Decoding, stream
 
 
@@ -25,11 +25,22 @@ def answer(given: argparse.Namespace) -> Iterator[str]:
     prompt = processor.asked(given.prompt or "", given.image)
     room = checkpoint.cfg.decoder.max_positions - int(prompt.positions.max()) - 1
     if room < 1:
-        raise ConfigError(f"--prompt is too long: the model reads {checkpoint.cfg.decoder.max_positions} tokens.")
+        raise ConfigError(
+            f"--prompt is too long: the model reads {checkpoint.cfg.decoder.max_positions} tokens."
+        )
     how = Decoding(processor.tokenizer.eos_ids, given.temperature, given.top_k, given.top_p)
     text = processor.tokenizer.stream()
-    _, params = load_params(given.checkpoint, taps=given.taps)  # gigabytes perhaps: when all else is well
-    tokens = stream(checkpoint.cfg, params, prompt, min(given.max_new_tokens, room), how, jax.random.key(given.seed))
+    _, params = load_params(
+        given.checkpoint, taps=given.taps
+    )  # gigabytes perhaps: when all else is well
+    tokens = stream(
+        checkpoint.cfg,
+        params,
+        prompt,
+        min(given.max_new_tokens, room),
+        how,
+        jax.random.key(given.seed),
+    )
     for (token,) in tokens:
         if token not in how.eos:
             yield text.feed([token])
@@ -43,6 +54,10 @@ def _refuse_what_it_cannot_read(checkpoint: Checkpoint, given: argparse.Namespac
     if given.image and not fusion.has_images:
         raise ConfigError(f"--checkpoint {given.checkpoint} reads no images: leave out --image.")
     if fusion.kind == "encoder_decoder" and len(given.image) != 1:
-        raise ConfigError(f"--checkpoint {given.checkpoint} writes about one image: give --image FILE, and no more.")
+        raise ConfigError(
+            f"--checkpoint {given.checkpoint} writes about one image: give --image FILE, and no more."
+        )
     if fusion.kind != "encoder_decoder" and given.prompt is None:
-        raise ConfigError(f'--checkpoint {given.checkpoint} answers a prompt: give --prompt "TEXT".')
+        raise ConfigError(
+            f'--checkpoint {given.checkpoint} answers a prompt: give --prompt "TEXT".'
+        )

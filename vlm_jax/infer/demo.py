@@ -13,21 +13,26 @@ from flax import traverse_util
 from vlm_jax import axes
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.config import Mesh as MeshSizes
+from vlm_jax.config.validate import validate
 from vlm_jax.data import images as image_files
 from vlm_jax.data import questions
 from vlm_jax.data.conversation_files import MARK
-from vlm_jax.data.tiles import to_pixels
+from vlm_jax.data.tiling import to_pixels
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.hub.image_steps import Picture, Pictures, read, to_rows
-from vlm_jax.hub.prompts import check_answers
+from vlm_jax.hub.images.steps import (
+    Picture,
+    Pictures,
+    read,
+    to_rows,
+)
+from vlm_jax.hub.text.prompt_formats import check_answers
 from vlm_jax.infer import answers
 from vlm_jax.nn.models import model_of
 from vlm_jax.nn.vlm import VLM
+from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.structs import Batch, State
 from vlm_jax.train import initial
 from vlm_jax.train.step import abstract_state, narrowed
-from vlm_jax.validate import validate
-from vlm_jax.workdir import Workdir
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,9 @@ class RunProcessor:
         shared = dict(zip(keys, images))
         pixels = [[self._pixels(picture) for picture in row] for row in shared.values()]
         owners = [list(shared).index(key) for key in keys]
-        return questions.prompt_batch(self.cfg, self.tokenizer, pixels, prompts, image_rows=owners, answers=answers)
+        return questions.prompt_batch(
+            self.cfg, self.tokenizer, pixels, prompts, image_rows=owners, answers=answers
+        )
 
     def _pixels(self, picture: Picture) -> np.ndarray:
         """(H, W, 3) float32, laid out in tiles and normalised."""
@@ -85,7 +92,9 @@ def load_model(
 ) -> tuple[VLM, dict, RunProcessor]:
     """`vlm_jax.from_run`."""
     cfg = validate(Workdir(str(Path(workdir).expanduser())).read_config())
-    params, tokenizer = load_stored(cfg, step, axes.make_mesh(MeshSizes()) if mesh is None else mesh)
+    params, tokenizer = load_stored(
+        cfg, step, axes.make_mesh(MeshSizes()) if mesh is None else mesh
+    )
     return model_of(cfg), narrowed(cfg, params), RunProcessor(cfg, tokenizer)
 
 
@@ -116,7 +125,11 @@ def load_untrained(cfg: Experiment) -> tuple[dict, Tokenizer, int]:
             f"init_from {cfg.init_from} does not hold the whole model: {len(missing)} parameters are missing, such as "
             f"{min(missing)}."
         )
-    return narrowed(cfg, traverse_util.unflatten_dict(params, sep="/")), initial.load_tokenizer(cfg), 0
+    return (
+        narrowed(cfg, traverse_util.unflatten_dict(params, sep="/")),
+        initial.load_tokenizer(cfg),
+        0,
+    )
 
 
 def load_stored(
@@ -152,5 +165,7 @@ def ask(cfg: Experiment, files: list[str], prompts: list[str]) -> list[tuple[str
     pairs = list(itertools.product([[file] for file in files] or [[]], prompts))
     images, asked = map(list, zip(*pairs))
     processor = RunProcessor(cfg, tokenizer)
-    texts = answers.answer(model_of(cfg), params, processor, asked, images, max_new_tokens=cfg.eval.max_new_tokens)
+    texts = answers.answer(
+        model_of(cfg), params, processor, asked, images, max_new_tokens=cfg.eval.max_new_tokens
+    )
     return [(*shown, prompt, text) for (shown, prompt), text in zip(pairs, texts)]

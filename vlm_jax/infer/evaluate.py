@@ -10,20 +10,25 @@ import jax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from vlm_jax import axes, distributed
+from vlm_jax import axes
 from vlm_jax.config import Experiment
 from vlm_jax.data import questions
 from vlm_jax.data.questions import Question
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer.generate import Decoding, NonFiniteLogits, generate
-from vlm_jax.report import draw_samples
-from vlm_jax.workdir import EvaluationFolder, Workdir, write_whole
+from vlm_jax.infer.samples import draw_samples
+from vlm_jax.runtime import distributed
+from vlm_jax.runtime.workdir import EvaluationFolder, Workdir, write_whole
 
 SCORES = ("exact_match", "image_shuffled_exact_match")  # in eval.json, beside `by_type`
 
 
 def evaluate(
-    cfg: Experiment, params, tokenizer: Tokenizer, step: int | None = None, folder: EvaluationFolder | None = None
+    cfg: Experiment,
+    params,
+    tokenizer: Tokenizer,
+    step: int | None = None,
+    folder: EvaluationFolder | None = None,
 ) -> dict:
     """Answers the questions of `eval.split` or `eval.files`, on all processes together, and returns the scores.
 
@@ -90,7 +95,11 @@ def strangers(asked: list[Question]) -> list[Question]:
 
 
 def answer(
-    cfg: Experiment, params, tokenizer: Tokenizer, asked: list[Question], shown: Mapping[str, list[Question]]
+    cfg: Experiment,
+    params,
+    tokenizer: Tokenizer,
+    asked: list[Question],
+    shown: Mapping[str, list[Question]],
 ) -> list[list[str]]:
     """For each of the labelled lists `shown`: one generated answer a question, about the images of the one there.
 
@@ -99,7 +108,9 @@ def answer(
     mesh, size = axes.make_mesh(cfg.mesh), cfg.eval.batch_size
     starts = range(0, len(asked), size)
     batches = [[min(i, len(asked) - 1) for i in range(start, start + size)] for start in starts]
-    most = max(len({those[i].images for i in chosen}) for those in shown.values() for chosen in batches)
+    most = max(
+        len({those[i].images for i in chosen}) for those in shown.values() for chosen in batches
+    )
     shape = questions.row_length(cfg, tokenizer, asked), axes.filled_rows(most, mesh)
 
     def ask(chosen: list[int], those: list[Question]) -> list[str]:
@@ -107,7 +118,9 @@ def answer(
         batch = questions.batch_of(cfg, tokenizer, *pairs, *shape)
         try:
             with jax.set_mesh(mesh):
-                made = generate(cfg, params, axes.place_rows(batch, mesh), cfg.eval.max_new_tokens, how)
+                made = generate(
+                    cfg, params, axes.place_rows(batch, mesh), cfg.eval.max_new_tokens, how
+                )
         except NonFiniteLogits as error:
             raise error.about(asked[chosen[error.row]].question) from None
         made = multihost_utils.process_allgather(made, tiled=True)
@@ -117,7 +130,9 @@ def answer(
     for label, those in shown.items():
         if not sys.stderr.isatty():  # where there is no bar
             print(f"{label}: {len(asked)} questions", flush=True)
-        given = [ask(chosen, those) for chosen in tqdm(batches, desc=label, unit="batch", disable=None)]
+        given = [
+            ask(chosen, those) for chosen in tqdm(batches, desc=label, unit="batch", disable=None)
+        ]
         answers.append(list(itertools.chain(*given))[: len(asked)])
     return answers
 

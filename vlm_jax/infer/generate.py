@@ -22,7 +22,9 @@ from vlm_jax.structs import NO_IMAGE, Batch, Cache
 class Decoding:
     """How the next token is chosen, and which tokens end a text."""
 
-    eos: tuple[int, ...] = ()  # ids that end a text; after one of them only the first of them follows
+    eos: tuple[
+        int, ...
+    ] = ()  # ids that end a text; after one of them only the first of them follows
     temperature: float = 0.0  # 0: the most likely token
     top_k: int = 0  # only the k most likely tokens; 0: all
     top_p: float = 1.0  # only the most likely tokens that together have this probability (Holtzman et al. 2020)
@@ -71,13 +73,17 @@ def choose(logits: Float[Array, "B V"], key: jax.Array, how: Decoding) -> Int[Ar
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if how.top_p < 1:
         descending = jnp.sort(logits, axis=-1)[:, ::-1]
-        before = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1) - jax.nn.softmax(descending, axis=-1)
+        before = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1) - jax.nn.softmax(
+            descending, axis=-1
+        )
         least = jnp.min(jnp.where(before < how.top_p, descending, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     return jax.random.categorical(key, logits).astype(jnp.int32)
 
 
-def begin(cfg: Experiment, params, prompt: Batch, new_tokens: int, how: Decoding, key: jax.Array) -> Progress:
+def begin(
+    cfg: Experiment, params, prompt: Batch, new_tokens: int, how: Decoding, key: jax.Array
+) -> Progress:
     """Reads the left-padded prompts and makes the first token of each."""
     cache = empty_cache(cfg, prompt, new_tokens, dtype_of(params))
     logits, cache = VLM(cfg).apply({"params": params}, prompt, cache, method=VLM.next_logits)
@@ -87,7 +93,9 @@ def begin(cfg: Experiment, params, prompt: Batch, new_tokens: int, how: Decoding
     return following(logits, Progress(jnp.int32(0), none, none > 0, none, cache, key), how)
 
 
-def advance(cfg: Experiment, blocks, params, last: Batch, progress: Progress, how: Decoding) -> Progress:
+def advance(
+    cfg: Experiment, blocks, params, last: Batch, progress: Progress, how: Decoding
+) -> Progress:
     """One more token; `blocks` of `decoder_blocks`, `last` is what the batch says of the prompts' last tokens."""
     batch = last.replace(
         tokens=progress.token[:, None],
@@ -148,7 +156,9 @@ def decoder_blocks(cfg: Experiment, params):
     return lay_out(blocks) if reads_in_place(cfg) else blocks
 
 
-def read(cfg: Experiment, blocks, params, batch: Batch, cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
+def read(
+    cfg: Experiment, blocks, params, batch: Batch, cache: Cache
+) -> tuple[Float[Array, "B V"], Cache]:
     """`VLM.next_logits`; nothing is copied where blocks and cache are laid out: XLA takes the stacks apart again."""
     apart = reads_in_place(cfg)
     if apart:
@@ -180,7 +190,12 @@ def last_tokens(prompt: Batch) -> Batch:
 
 
 def generate(
-    cfg: Experiment, params, prompt: Batch, new_tokens: int, how: Decoding, key: jax.Array | None = None
+    cfg: Experiment,
+    params,
+    prompt: Batch,
+    new_tokens: int,
+    how: Decoding,
+    key: jax.Array | None = None,
 ) -> Int[Array, "B new"]:
     """Generates at most `new_tokens` tokens for each of the left-padded prompts; stops when every row has ended.
 
@@ -188,17 +203,23 @@ def generate(
       NonFiniteLogits: the logits of a token are NaN or infinite.
       ConfigError: the prompts and the new tokens are longer than the model's table of positions.
     """
-    made, failure = _generate(cfg, params, prompt, new_tokens, how, jax.random.key(0) if key is None else key)
+    made, failure = _generate(
+        cfg, params, prompt, new_tokens, how, jax.random.key(0) if key is None else key
+    )
     check_finite(failure, params)
     return made
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "new_tokens", "how"))
-def _generate(cfg: Experiment, params, prompt: Batch, new_tokens: int, how: Decoding, key: jax.Array):
+def _generate(
+    cfg: Experiment, params, prompt: Batch, new_tokens: int, how: Decoding, key: jax.Array
+):
     """Tokens (B, new), and the `first_failure`."""
     progress = begin(cfg, params, prompt, new_tokens, how, key)
     filler = how.eos[0] if how.eos else 0
-    made = jnp.full((len(progress.token), new_tokens), filler, jnp.int32).at[:, 0].set(progress.token)
+    made = (
+        jnp.full((len(progress.token), new_tokens), filler, jnp.int32).at[:, 0].set(progress.token)
+    )
     last, blocks = last_tokens(prompt), jax.lax.optimization_barrier(decoder_blocks(cfg, params))
 
     def unfinished(carry):
@@ -218,10 +239,17 @@ _advance = jax.jit(advance, static_argnames=("cfg", "how"), donate_argnames="pro
 
 
 def stream(
-    cfg: Experiment, params, prompt: Batch, new_tokens: int, how: Decoding, key: jax.Array | None = None
+    cfg: Experiment,
+    params,
+    prompt: Batch,
+    new_tokens: int,
+    how: Decoding,
+    key: jax.Array | None = None,
 ) -> Iterator[Int[np.ndarray, "B"]]:
     """Yields the tokens of `generate`, each as soon as it is made. Raises what `generate` raises."""
-    progress = _begin(cfg, params, prompt, new_tokens, how, jax.random.key(0) if key is None else key)
+    progress = _begin(
+        cfg, params, prompt, new_tokens, how, jax.random.key(0) if key is None else key
+    )
     last, blocks = last_tokens(prompt), _decoder_blocks(cfg, params)
     for number in range(1, new_tokens + 1):
         token, ended, failed = jax.device_get((progress.token, progress.ended, progress.failed))

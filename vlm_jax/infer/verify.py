@@ -15,8 +15,18 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from vlm_jax.config import ConfigError, Contrastive, Experiment, Vision
-from vlm_jax.hub.inputs import OF_KIND, channels_last, image_batch, to_batch
+from vlm_jax.config import (
+    ConfigError,
+    Contrastive,
+    Experiment,
+    Vision,
+)
+from vlm_jax.hub.inputs import (
+    OF_KIND,
+    channels_last,
+    image_batch,
+    to_batch,
+)
 from vlm_jax.hub.load import Checkpoint, load_checkpoint
 from vlm_jax.infer.generate import Decoding, NonFiniteLogits, generate
 from vlm_jax.nn.models import model_of
@@ -53,9 +63,9 @@ class Model(NamedTuple):
 
     def apply(self, *inputs, method=None):
         module = model_of(self.checkpoint.cfg)
-        return jax.jit(lambda params, *given: module.apply({"params": params}, *given, method=method))(
-            self.params, *inputs
-        )
+        return jax.jit(
+            lambda params, *given: module.apply({"params": params}, *given, method=method)
+        )(self.params, *inputs)
 
 
 def verify(
@@ -84,26 +94,44 @@ def read_cases(path: str | os.PathLike) -> list[Case]:
         with np.load(Path(path).expanduser()) as arrays:
             stored = {name: arrays[name] for name in arrays.files}
     except OSError as error:
-        raise ConfigError(f"--reference {path} cannot be read: {error.strerror or error}.") from None
+        raise ConfigError(
+            f"--reference {path} cannot be read: {error.strerror or error}."
+        ) from None
     except (ValueError, zipfile.BadZipFile, zlib.error, TypeError, AttributeError, EOFError):
         raise ConfigError(f"--reference {path} is no .npz file of arrays.") from None
     names = sorted({name.split("/in/")[0] for name in stored if "/in/" in name})
     if not names:
-        raise ConfigError(f"--reference {path} holds no array <case>/in/<argument>, such as a/in/input_ids.")
+        raise ConfigError(
+            f"--reference {path} holds no array <case>/in/<argument>, such as a/in/input_ids."
+        )
     return [
-        Case(name, _under(stored, f"{name}/in/"), _under(stored, f"{name}/out/"), stored.get(f"{name}/valid"))
+        Case(
+            name,
+            _under(stored, f"{name}/in/"),
+            _under(stored, f"{name}/out/"),
+            stored.get(f"{name}/valid"),
+        )
         for name in names
     ]
 
 
 def _under(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): array
+        for name, array in arrays.items()
+        if name.startswith(prefix)
+    }
 
 
 def compare(model: Model, case: Case, wanted: Collection[str], tolerance: float) -> list[Result]:
     known = arguments_of(model.checkpoint.cfg)
     results = [
-        Result(case.name, name, array.shape, reason=f"argument not supported: the model takes {', '.join(known)}")
+        Result(
+            case.name,
+            name,
+            array.shape,
+            reason=f"argument not supported: the model takes {', '.join(known)}",
+        )
         for name, array in case.inputs.items()
         if name not in known
     ]
@@ -138,7 +166,11 @@ def one_output(model: Model, case: Case, name: str, tolerance: float) -> Result:
 def arguments_of(cfg) -> tuple[str, ...]:
     if isinstance(cfg, Experiment):
         return OF_KIND[cfg.fusion.kind]
-    return ("pixel_values",) if isinstance(cfg, Vision) else ("input_ids", "attention_mask", "pixel_values")
+    return (
+        ("pixel_values",)
+        if isinstance(cfg, Vision)
+        else ("input_ids", "attention_mask", "pixel_values")
+    )
 
 
 def difference(model: Model, case: Case, name: str, found: np.ndarray) -> float:
@@ -186,9 +218,13 @@ def _new_ids(model: Model, case: Case) -> np.ndarray:
     checkpoint = model.checkpoint
     inputs, starts = case.inputs, checkpoint.cfg.fusion.kind == "encoder_decoder"
     if starts and "decoder_input_ids" not in inputs and checkpoint.start_id is not None:
-        inputs = inputs | {"decoder_input_ids": np.full((len(inputs["pixel_values"]), 1), checkpoint.start_id)}
+        inputs = inputs | {
+            "decoder_input_ids": np.full((len(inputs["pixel_values"]), 1), checkpoint.start_id)
+        }
     prompt = to_batch(checkpoint.cfg, inputs, checkpoint.image_token, generating=True)
-    return generate(checkpoint.cfg, model.params, prompt, case.outputs["new_ids"].shape[1], Decoding())
+    return generate(
+        checkpoint.cfg, model.params, prompt, case.outputs["new_ids"].shape[1], Decoding()
+    )
 
 
 def _encoded(field: str) -> Callable:
@@ -241,7 +277,13 @@ def table(results: list[Result]) -> str:
         if result.reason:
             rows.append((result.case, result.output, shape, "not compared", "", result.reason))
         else:
-            numbers = (f"{result.difference:.2e}", f"{result.tolerance:.0e}", "yes" if result.ok else "NO")
+            numbers = (
+                f"{result.difference:.2e}",
+                f"{result.tolerance:.0e}",
+                "yes" if result.ok else "NO",
+            )
             rows.append((result.case, result.output, shape, *numbers))
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    )

@@ -11,9 +11,13 @@ from vlm_jax.config import Transformer
 from vlm_jax.nn.kernels import KEPT, kernel_for
 from vlm_jax.nn.layers import Dense, Norm, softcap
 
-KeyValue = tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]  # as they are cached: a head's keys lie together
+KeyValue = tuple[
+    Float[Array, "B K T H"], Float[Array, "B K T H"]
+]  # as they are cached: a head's keys lie together
 Rope = tuple[Float[Array, "B S R"], Float[Array, "B S R"]]  # cosines and sines
-NEVER = -1e30  # the score of a key that is not seen; finite, so that a row that sees nothing gives no NaN
+NEVER = (
+    -1e30
+)  # the score of a key that is not seen; finite, so that a row that sees nothing gives no NaN
 
 
 def rotate(x: Float[Array, "B S N H"], rope: Rope) -> Float[Array, "B S N H"]:
@@ -113,15 +117,29 @@ class Attention(nn.Module):
             k = rotate(k, rope) if rope is not None else k
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
             if cache is not None:
-                k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, index, 2) for old, new in zip(cache, (k, v)))
+                k, v = (
+                    jax.lax.dynamic_update_slice_in_dim(old, new, index, 2)
+                    for old, new in zip(cache, (k, v))
+                )
         y = attend(q, k, v, mask, cfg.query_scale, cfg.score_softcap)
-        out = Dense("N H D", (cfg.heads, cfg.head_width, cfg.width), contract=2, bias=cfg.out_bias, name="out")(y)
+        out = Dense(
+            "N H D",
+            (cfg.heads, cfg.head_width, cfg.width),
+            contract=2,
+            bias=cfg.out_bias,
+            name="out",
+        )(y)
         return out, (k, v)
 
     def _project(self, x, name, heads_letter):
         cfg = self.cfg
         heads = cfg.heads if heads_letter == "N" else cfg.num_kv_heads
-        x = Dense(f"D {heads_letter} H", (x.shape[-1], heads, cfg.head_width), bias=cfg.qkv_bias, name=name)(x)
+        x = Dense(
+            f"D {heads_letter} H",
+            (x.shape[-1], heads, cfg.head_width),
+            bias=cfg.qkv_bias,
+            name=name,
+        )(x)
         if self.qk_norm and name != "value":
             x = Norm(cfg.norm, cfg.norm_eps, letters="H", name=f"{name}_norm")(x)
         return x

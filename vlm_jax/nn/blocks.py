@@ -63,14 +63,21 @@ class Block(nn.Module):
         if name == "cross":
             attention = Attention(self.cfg, self.fusion.qk_norm, name=name)
             return attention(
-                x, context.memory, context.memory_mask, cache=None if context.memory is not None else cache
+                x,
+                context.memory,
+                context.memory_mask,
+                cache=None if context.memory is not None else cache,
             )
         mask, rope = context.mask, context.rope
         if context.local_mask is not None:
             mask = jnp.where(slides, context.local_mask, mask)
         if context.local_rope is not None:
-            rope = jax.tree.map(lambda local, whole: jnp.where(slides, local, whole), context.local_rope, rope)
-        return Attention(self.cfg, self.cfg.qk_norm, name=name)(x, x, mask, rope, cache, context.index)
+            rope = jax.tree.map(
+                lambda local, whole: jnp.where(slides, local, whole), context.local_rope, rope
+            )
+        return Attention(self.cfg, self.cfg.qk_norm, name=name)(
+            x, x, mask, rope, cache, context.index
+        )
 
     def _seen(self, name, y, context: Context):
         """Zeroes what a cross sublayer would add to a token that does not pass it."""
@@ -83,9 +90,15 @@ class Block(nn.Module):
 
     def _scaled(self, name, y):
         if self.cfg.residual_scale == "vector":
-            return y * self.param(f"{name}_scale", axes.lettered(nn.initializers.ones, "D"), y.shape[-1:])
-        if self.cfg.residual_scale == "tanh" or (name.startswith("cross") and self.fusion.has_gates):
-            return y * jnp.tanh(self.param(f"{name}_gate", axes.lettered(nn.initializers.zeros, "1"), (1,)))
+            return y * self.param(
+                f"{name}_scale", axes.lettered(nn.initializers.ones, "D"), y.shape[-1:]
+            )
+        if self.cfg.residual_scale == "tanh" or (
+            name.startswith("cross") and self.fusion.has_gates
+        ):
+            return y * jnp.tanh(
+                self.param(f"{name}_gate", axes.lettered(nn.initializers.zeros, "1"), (1,))
+            )
         return y
 
 
@@ -158,6 +171,10 @@ class Stack(nn.Module):
         slides = jnp.array([i in self.sliding for i in range(count)]).reshape(turns, len(period))
         layers = loop(self.cfg, period, self.fusion, wanted, name="layers")
         (x, kept), cache = layers(
-            (x, [x] * len(wanted)), context, jnp.arange(turns), slides, cache or [{} for _ in period]
+            (x, [x] * len(wanted)),
+            context,
+            jnp.arange(turns),
+            slides,
+            cache or [{} for _ in period],
         )
         return x, kept, cache

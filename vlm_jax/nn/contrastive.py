@@ -33,7 +33,9 @@ class Contrastive(nn.Module):
         self.text = Decoder(cfg.text, NOT_FUSED)
         if cfg.image_projection:
             self.image_projection = Dense("D W", (cfg.vision.width, cfg.embed_width), bias=False)
-        self.text_projection = Dense("D W", (cfg.text.width, cfg.embed_width), bias=cfg.text_projection_bias)
+        self.text_projection = Dense(
+            "D W", (cfg.text.width, cfg.embed_width), bias=cfg.text_projection_bias
+        )
         self.logit_scale = self._number("logit_scale", INITIAL_SCALE)
         if cfg.logit_bias:
             self.logit_bias = self._number("logit_bias", INITIAL_BIAS)
@@ -54,15 +56,21 @@ class Contrastive(nn.Module):
     def image_embeds(self, images: Float[Array, "B height width channels"]) -> Float[Array, "B W"]:
         return _unit(self.image_features(images))
 
-    def text_embeds(self, tokens: Int[Array, "R S"], there: Bool[Array, "R S"] | None = None) -> Float[Array, "R W"]:
+    def text_embeds(
+        self, tokens: Int[Array, "R S"], there: Bool[Array, "R S"] | None = None
+    ) -> Float[Array, "R W"]:
         return _unit(self.text_features(tokens, there))
 
-    def image_features(self, images: Float[Array, "B height width channels"]) -> Float[Array, "B W"]:
+    def image_features(
+        self, images: Float[Array, "B height width channels"]
+    ) -> Float[Array, "B W"]:
         """The vectors before they get the length 1."""
         pooled = self.vision.encode(images).pooled
         return self.image_projection(pooled) if self.cfg.image_projection else pooled
 
-    def text_features(self, tokens: Int[Array, "R S"], there: Bool[Array, "R S"] | None = None) -> Float[Array, "R W"]:
+    def text_features(
+        self, tokens: Int[Array, "R S"], there: Bool[Array, "R S"] | None = None
+    ) -> Float[Array, "R W"]:
         there = jnp.ones(tokens.shape, bool) if there is None else there
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         stream = Stream(self.text.embed(tokens), positions, text_mask(there, self.cfg.causal))
@@ -73,7 +81,9 @@ class Contrastive(nn.Module):
         """(R,) slots of the tokens that stand for the texts; "last" is the last slot even where it is padding."""
         if self.cfg.text_pool == "last":
             return jnp.full(len(tokens), tokens.shape[1] - 1)
-        return jnp.argmax(tokens if self.cfg.text_pool == "largest_id" else tokens == self.cfg.eos_id, axis=-1)
+        return jnp.argmax(
+            tokens if self.cfg.text_pool == "largest_id" else tokens == self.cfg.eos_id, axis=-1
+        )
 
 
 def _unit(x):

@@ -10,7 +10,12 @@ from jaxtyping import Array, Float, Int
 from vlm_jax.config import ConfigError, Fusion
 from vlm_jax.config import Decoder as DecoderConfig
 from vlm_jax.nn.blocks import Stack, repeating_period
-from vlm_jax.nn.layers import Dense, Embed, Norm, softcap
+from vlm_jax.nn.layers import (
+    Dense,
+    Embed,
+    Norm,
+    softcap,
+)
 from vlm_jax.nn.positions import local_rope_tables, rope_tables, sincos_rows
 from vlm_jax.structs import Cache, Context, Stream
 
@@ -25,10 +30,14 @@ class Decoder(nn.Module):
         cfg = self.cfg
         self.embedding = Embed(cfg.vocab_size + cfg.extra_tokens, cfg.width)
         if cfg.positions == "learned":
-            self.position_embedding = Embed(cfg.max_positions + cfg.position_offset, cfg.width, letters="S D")
+            self.position_embedding = Embed(
+                cfg.max_positions + cfg.position_offset, cfg.width, letters="S D"
+            )
         if cfg.embed_norm:
             self.embedding_norm = Norm(cfg.norm, cfg.norm_eps)
-        self.blocks = Stack(cfg, self.fusion.sublayers(cfg.depth), self.fusion, self.sliding_blocks())
+        self.blocks = Stack(
+            cfg, self.fusion.sublayers(cfg.depth), self.fusion, self.sliding_blocks()
+        )
         if cfg.final_norm:
             self.final_norm = Norm(cfg.norm, cfg.norm_eps)
         if not cfg.tied_head:
@@ -36,28 +45,42 @@ class Decoder(nn.Module):
 
     def sliding_blocks(self) -> tuple[int, ...]:
         """`sliding_layers` count decoder blocks; the stack counts cross-attention blocks that stand alone, too."""
-        with_self = [i for i, block in enumerate(self.fusion.sublayers(self.cfg.depth)) if "self" in block]
+        with_self = [
+            i for i, block in enumerate(self.fusion.sublayers(self.cfg.depth)) if "self" in block
+        ]
         return tuple(with_self[i] for i in self.cfg.sliding_layers)
 
     def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         x = self.embedding(tokens)
         return x * jnp.asarray(math.sqrt(self.cfg.width), x.dtype) if self.cfg.embed_scale else x
 
-    def __call__(self, stream: Stream, cache: Cache | None = None) -> tuple[Float[Array, "B S D"], Cache | None]:
+    def __call__(
+        self, stream: Stream, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B S D"], Cache | None]:
         """Returns the hidden numbers after the final norm, and the cache with what was read.
 
         With longrope, the first token beyond `original_positions` makes all of them be read again: from there on other
         angles turn every token, and the blocks make other keys and values of them (transformers, modeling_phi3.py).
         """
         rope = self.cfg.rope
-        if cache is None or rope.scaling != "longrope" or cache.positions.shape[1] < rope.original_positions:
+        if (
+            cache is None
+            or rope.scaling != "longrope"
+            or cache.positions.shape[1] < rope.original_positions
+        ):
             return self._read(stream, cache)
         is_prefill, cache = cache.seen is None, remember(stream, cache)
         if is_prefill:
             return self._read(stream, cache)
-        before = jnp.where(jnp.arange(cache.positions.shape[1]) < cache.index, cache.positions, 0).max()
-        outgrown = (before < rope.original_positions) & (stream.positions.max() >= rope.original_positions)
-        return nn.cond(outgrown, Decoder._read_again, Decoder._read, self, stream, cache, variables="params")
+        before = jnp.where(
+            jnp.arange(cache.positions.shape[1]) < cache.index, cache.positions, 0
+        ).max()
+        outgrown = (before < rope.original_positions) & (
+            stream.positions.max() >= rope.original_positions
+        )
+        return nn.cond(
+            outgrown, Decoder._read_again, Decoder._read, self, stream, cache, variables="params"
+        )
 
     def _read_again(self, stream: Stream, cache: Cache):
         """As `_read`, after everything that the cache has seen."""
@@ -68,7 +91,11 @@ class Decoder(nn.Module):
 
     def _read(self, stream: Stream, cache: Cache | None):
         cfg, positions = self.cfg, stream.positions
-        x = stream.x + self._positions(positions).astype(stream.x.dtype) if cfg.positions != "rope" else stream.x
+        x = (
+            stream.x + self._positions(positions).astype(stream.x.dtype)
+            if cfg.positions != "rope"
+            else stream.x
+        )
         if cfg.embed_norm:
             x = self.embedding_norm(x)
         context = Context(
@@ -103,7 +130,9 @@ class Decoder(nn.Module):
 def check_length(cfg: DecoderConfig, length: int) -> None:
     """Raises ConfigError if a table of learned positions has fewer rows than `length`; other positions have no end."""
     if cfg.positions == "learned" and length > cfg.max_positions:
-        raise ConfigError(f"{length} tokens are too many: the model has {cfg.max_positions} positions.")
+        raise ConfigError(
+            f"{length} tokens are too many: the model has {cfg.max_positions} positions."
+        )
 
 
 def remember(stream: Stream, cache: Cache) -> Cache:
@@ -120,7 +149,9 @@ def remember(stream: Stream, cache: Cache) -> Cache:
     return cache.replace(seen=jax.tree.map(written, stream.replace(memory=None), *before))
 
 
-def empty_layers(cfg: DecoderConfig, fusion: Fusion, rows: int, length: int, dtype=jnp.float32) -> list:
+def empty_layers(
+    cfg: DecoderConfig, fusion: Fusion, rows: int, length: int, dtype=jnp.float32
+) -> list:
     """Zeroed keys and values of `length` slots for every self-attention, stacked as `Stack` wants them."""
     blocks = fusion.sublayers(cfg.depth)
     period = repeating_period(blocks)

@@ -15,7 +15,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.config import Experiment
-from vlm_jax.structs import NO_IMAGE, PADDING, TRUNK, Batch, Cache, Stream
+from vlm_jax.structs import (
+    NO_IMAGE,
+    PADDING,
+    TRUNK,
+    Batch,
+    Cache,
+    Stream,
+)
 
 Ids = Int[Array, "B S"]
 KeyIds = Int[Array, "B T"]
@@ -56,7 +63,9 @@ def fuse(
 def open_blind(batch: Batch) -> Bool[Array, "B S I"]:
     """`image_mask`, in which a token that may read no image reads those of its `blind_mask`."""
     is_blind = ~batch.image_mask.any(-1, keepdims=True)
-    return batch.image_mask | (is_blind if batch.blind_mask is None else is_blind & batch.blind_mask)
+    return batch.image_mask | (
+        is_blind if batch.blind_mask is None else is_blind & batch.blind_mask
+    )
 
 
 def without_thumbnails(cfg: Experiment, x: Array, axis: int, each: int = 1) -> Array:
@@ -67,13 +76,17 @@ def without_thumbnails(cfg: Experiment, x: Array, axis: int, each: int = 1) -> A
     return tiles.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
 
-def place(text: Float[Array, "B S D"], image: Float[Array, "B T D"], slots: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+def place(
+    text: Float[Array, "B S D"], image: Float[Array, "B T D"], slots: Int[Array, "B S"]
+) -> Float[Array, "B S D"]:
     """Puts image token `slots` where it stands in the sequence; text stays where the slot says NO_IMAGE."""
     found = jnp.take_along_axis(image, jnp.maximum(slots, 0)[..., None], axis=1)
     return jnp.where((slots == NO_IMAGE)[..., None], text, found)
 
 
-def sequence_mask(batch: Batch, cache: Cache | None = None, window: int = 0) -> Bool[Array, "B 1 S T"]:
+def sequence_mask(
+    batch: Batch, cache: Cache | None = None, window: int = 0
+) -> Bool[Array, "B 1 S T"]:
     """Which tokens of the sequence, or of the cache's T slots, each token sees.
 
     Drawn for a row of two segments, the first a trunk of two and two branches of two:

@@ -43,7 +43,9 @@ def _matmul_forward(x, w):
 
 def _matmul_backward(saved, dy):
     x, w = saved
-    flat_x, flat_dy = jax.lax.optimization_barrier((x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])))
+    flat_x, flat_dy = jax.lax.optimization_barrier(
+        (x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]))
+    )
     return (flat_dy @ w.T).reshape(x.shape), _weight_gradient(flat_x, flat_dy)
 
 
@@ -89,7 +91,9 @@ class Dense(nn.Module):
         y = matmul(x, kernel.reshape(math.prod(inputs), math.prod(outputs)))
         if self.bias:
             letters = " ".join(self.letters.split()[self.contract :])
-            y += self.param("bias", axes.lettered(nn.initializers.zeros, letters), outputs).reshape(-1)
+            y += self.param("bias", axes.lettered(nn.initializers.zeros, letters), outputs).reshape(
+                -1
+            )
         return y.reshape(*leading, *outputs)
 
 
@@ -116,7 +120,9 @@ class Norm(nn.Module):
             return (wide * (1 + scale.astype(jnp.float32))).astype(x.dtype)
         y = wide.astype(x.dtype) * scale
         if self.kind == "layernorm":
-            y += self.param("bias", axes.lettered(nn.initializers.zeros, self.letters), x.shape[-1:])
+            y += self.param(
+                "bias", axes.lettered(nn.initializers.zeros, self.letters), x.shape[-1:]
+            )
         return y
 
 
@@ -130,7 +136,10 @@ class Mlp(nn.Module):
         cfg, act = self.cfg, ACTIVATIONS[self.cfg.activation]
         up = Dense("D F", (cfg.width, cfg.mlp_width), bias=cfg.mlp_bias, name="up")(x)
         if cfg.gated_mlp:
-            hidden = act(Dense("D F", (cfg.width, cfg.mlp_width), bias=cfg.mlp_bias, name="gate")(x)) * up
+            hidden = (
+                act(Dense("D F", (cfg.width, cfg.mlp_width), bias=cfg.mlp_bias, name="gate")(x))
+                * up
+            )
         else:
             hidden = act(up)
         hidden = axes.constrain(hidden, "B S F")
@@ -148,7 +157,9 @@ class Embed(nn.Module):
     letters: str = "V D"
 
     def setup(self):
-        self.table = self.param("table", axes.lettered(embedding_init, self.letters), (self.num, self.width))
+        self.table = self.param(
+            "table", axes.lettered(embedding_init, self.letters), (self.num, self.width)
+        )
 
     def __call__(self, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         check_ids(ids, self.num, axes.ALPHABET[self.letters.split()[0]].meaning)

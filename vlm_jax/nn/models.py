@@ -12,7 +12,9 @@ from vlm_jax.nn import contrastive
 from vlm_jax.nn.vit import ViT
 from vlm_jax.nn.vlm import VLM, example_batch, example_images
 
-Config = Experiment | Vision | Contrastive  # of a model with a decoder, of an encoder, of two towers
+Config = (
+    Experiment | Vision | Contrastive
+)  # of a model with a decoder, of an encoder, of two towers
 MODULES = {Experiment: VLM, Vision: ViT, Contrastive: contrastive.Contrastive}
 
 
@@ -23,7 +25,9 @@ def model_of(cfg: Config) -> nn.Module:
 def example_inputs(cfg: Config) -> tuple:
     """Zeros in the shape of what the model is called with."""
     if isinstance(cfg, Experiment):
-        length = min(cfg.row_length, cfg.decoder.max_positions)  # a public model may have fewer positions
+        length = min(
+            cfg.row_length, cfg.decoder.max_positions
+        )  # a public model may have fewer positions
         return (example_batch(cfg, length=length),)
     if isinstance(cfg, Vision):
         return (example_images(cfg, 1)["images"][:, 0],)

@@ -12,9 +12,13 @@ from vlm_jax.config import Vision
 from vlm_jax.nn.layers import Dense, embedding_init
 
 
-def patchify(images: Float[Array, "B height width channels"], patch_size_px: int) -> Float[Array, "B P C"]:
+def patchify(
+    images: Float[Array, "B height width channels"], patch_size_px: int
+) -> Float[Array, "B P C"]:
     """Cuts images into flattened patches, row by row: 9 patches of 16x16x3 give (1, 9, 768)."""
-    return einops.rearrange(images, "B (h p) (w q) c -> B (h w) (p q c)", p=patch_size_px, q=patch_size_px)
+    return einops.rearrange(
+        images, "B (h p) (w q) c -> B (h w) (p q c)", p=patch_size_px, q=patch_size_px
+    )
 
 
 def whole_patches(
@@ -40,10 +44,14 @@ def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
     quarter = width // 4
     frequencies = 10_000.0 ** (-np.arange(quarter) / max(quarter - 1, 1))
     parts = [f(axis * frequencies) for axis in (columns, rows) for f in (np.sin, np.cos)]
-    return np.pad(np.concatenate(parts, axis=1), ((0, 0), (0, width - 4 * quarter))).astype(np.float32)
+    return np.pad(np.concatenate(parts, axis=1), ((0, 0), (0, width - 4 * quarter))).astype(
+        np.float32
+    )
 
 
-def resample_positions(table: Float[Array, "P D"], old: tuple[int, int], new: tuple[int, int]) -> Float[Array, "R D"]:
+def resample_positions(
+    table: Float[Array, "P D"], old: tuple[int, int], new: tuple[int, int]
+) -> Float[Array, "R D"]:
     """A table of learned positions on another grid, by bicubic interpolation.
 
     Keys' cubic kernel with a = -0.75 at half-pixel centres, clamped at the border and without antialiasing, as
@@ -53,7 +61,9 @@ def resample_positions(table: Float[Array, "P D"], old: tuple[int, int], new: tu
         return table
     grid = table.reshape(*old, -1)
     grid = jnp.einsum("rh,hwd->rwd", _cubic_weights(old[0], new[0]), grid)
-    return jnp.einsum("cw,rwd->rcd", _cubic_weights(old[1], new[1]), grid).reshape(new[0] * new[1], -1)
+    return jnp.einsum("cw,rwd->rcd", _cubic_weights(old[1], new[1]), grid).reshape(
+        new[0] * new[1], -1
+    )
 
 
 def _cubic_weights(old: int, new: int, a: float = -0.75) -> np.ndarray:
@@ -65,7 +75,11 @@ def _cubic_weights(old: int, new: int, a: float = -0.75) -> np.ndarray:
         d = np.abs(centre - cell)
         near = (a + 2) * d**3 - (a + 3) * d**2 + 1
         far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
-        np.add.at(weights, (np.arange(new), np.clip(cell, 0, old - 1)), np.where(d <= 1, near, np.where(d < 2, far, 0)))
+        np.add.at(
+            weights,
+            (np.arange(new), np.clip(cell, 0, old - 1)),
+            np.where(d <= 1, near, np.where(d < 2, far, 0)),
+        )
     return weights.astype(np.float32)
 
 
@@ -86,9 +100,9 @@ class PatchEmbed(nn.Module):
         if cfg.kind == "none":
             tokens = patchify(images, patch)
         elif cfg.patch_embed == "linear":
-            tokens = Dense("C D", (cfg.patch_dim, cfg.width), bias=cfg.patch_bias, name="projection")(
-                patchify(whole_patches(images, patch), patch)
-            )
+            tokens = Dense(
+                "C D", (cfg.patch_dim, cfg.width), bias=cfg.patch_bias, name="projection"
+            )(patchify(whole_patches(images, patch), patch))
         else:
             tokens = _Convolution(cfg, name="projection")(images)
         grid = images.shape[1] // patch, images.shape[2] // patch
@@ -111,7 +125,11 @@ class _Convolution(nn.Module):
     @nn.compact
     def __call__(self, images):
         cfg, patch = self.cfg, self.cfg.patch_size_px
-        kernel = self.param("kernel", axes.lettered(nn.initializers.lecun_normal(), "C D"), (cfg.patch_dim, cfg.width))
+        kernel = self.param(
+            "kernel",
+            axes.lettered(nn.initializers.lecun_normal(), "C D"),
+            (cfg.patch_dim, cfg.width),
+        )
         tokens = jax.lax.conv_general_dilated(
             images,
             conv_from_linear(kernel, patch),

@@ -16,7 +16,9 @@ def rope_tables(positions: Int[Array, "B S"], cfg: Decoder) -> Tables:
     wavenumbers = _wavenumbers(cfg)
     if cfg.rope.scaling == "longrope":
         is_long = positions.max() + 1 > cfg.rope.original_positions
-        short, long = (wavenumbers / np.float32(x) for x in (cfg.rope.short_factors, cfg.rope.long_factors))
+        short, long = (
+            wavenumbers / np.float32(x) for x in (cfg.rope.short_factors, cfg.rope.long_factors)
+        )
         return _tables(positions, jnp.where(is_long, long, short), _longrope_scale(cfg.rope))
     return _tables(positions, STRETCH[cfg.rope.scaling](wavenumbers, cfg.rope))
 
@@ -38,7 +40,9 @@ def _tables(positions, wavenumbers, scale=1.0):
 
 def _llama3(wavenumbers, rope: Rope):
     """Long waves are stretched, short ones stay, and between them it goes over (transformers, modeling_rope_utils)."""
-    turns = rope.original_positions * wavenumbers / (2 * math.pi)  # of each wave in the text of the first training
+    turns = (
+        rope.original_positions * wavenumbers / (2 * math.pi)
+    )  # of each wave in the text of the first training
     share = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     share = np.clip(share, 0, 1).astype(np.float32)
     return wavenumbers * (share + (1 - share) / np.float32(rope.factor))
@@ -46,7 +50,11 @@ def _llama3(wavenumbers, rope: Rope):
 
 def _longrope_scale(rope: Rope) -> float:
     """The factor of cosines and sines, for short texts too (LongRoPE, Ding et al. 2024, as in Phi-3)."""
-    return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_positions)) if rope.factor > 1 else 1.0
+    return (
+        math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_positions))
+        if rope.factor > 1
+        else 1.0
+    )
 
 
 STRETCH = {

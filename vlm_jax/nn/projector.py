@@ -8,7 +8,12 @@ from jaxtyping import Array, Float
 from vlm_jax import axes
 from vlm_jax.config import Experiment, Transformer
 from vlm_jax.nn.blocks import Block
-from vlm_jax.nn.layers import ACTIVATIONS, Dense, Norm, embedding_init
+from vlm_jax.nn.layers import (
+    ACTIVATIONS,
+    Dense,
+    Norm,
+    embedding_init,
+)
 from vlm_jax.structs import Context
 
 Tokens = Float[Array, "B P E"]
@@ -35,7 +40,9 @@ class Mlp(nn.Module):
     def __call__(self, x: Tokens) -> Projected:
         cfg, width = self.cfg.projector, self.cfg.decoder.width
         x = Dense("E D", (x.shape[-1], width), bias=cfg.bias, name="linear_1")(x)
-        return Dense("E D", (width, width), bias=cfg.bias, name="linear_2")(ACTIVATIONS[cfg.activation](x))
+        return Dense("E D", (width, width), bias=cfg.bias, name="linear_2")(
+            ACTIVATIONS[cfg.activation](x)
+        )
 
 
 class Identity(nn.Module):
@@ -56,7 +63,9 @@ class PixelShuffle(nn.Module):
     def __call__(self, x: Tokens) -> Projected:
         rows, columns = self.cfg.vision.grid
         f = self.cfg.projector.factor
-        x = einops.rearrange(x, "B (h f w g) E -> B (h w) (f g E)", h=rows // f, w=columns // f, f=f, g=f)
+        x = einops.rearrange(
+            x, "B (h f w g) E -> B (h w) (f g E)", h=rows // f, w=columns // f, f=f, g=f
+        )
         return Dense("E D", (x.shape[-1], self.cfg.decoder.width), name="linear")(x)
 
 
@@ -69,7 +78,9 @@ class AveragePool(nn.Module):
     def __call__(self, x: Tokens) -> Projected:
         rows, columns = self.cfg.vision.grid
         f = self.cfg.projector.factor
-        x = einops.reduce(x, "B (h f w g) E -> B (h w) E", "mean", h=rows // f, w=columns // f, f=f, g=f)
+        x = einops.reduce(
+            x, "B (h f w g) E -> B (h w) E", "mean", h=rows // f, w=columns // f, f=f, g=f
+        )
         return Dense("E D", (x.shape[-1], self.cfg.decoder.width), name="linear")(x)
 
 
@@ -85,7 +96,9 @@ class Resampler(nn.Module):
     def __call__(self, x: Tokens) -> Projected:
         cfg, width = self.cfg.projector, self.cfg.decoder.width
         settings = Transformer(width=width, heads=cfg.heads, mlp_width=4 * width)
-        memory = Norm("layernorm", settings.norm_eps, name="norm")(Dense("E D", (x.shape[-1], width), name="linear")(x))
+        memory = Norm("layernorm", settings.norm_eps, name="norm")(
+            Dense("E D", (x.shape[-1], width), name="linear")(x)
+        )
         queries = self.param("queries", axes.lettered(embedding_init, "Q D"), (cfg.queries, width))
         q = jnp.broadcast_to(queries, (len(x), *queries.shape))
         for i in range(cfg.depth):

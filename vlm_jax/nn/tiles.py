@@ -47,7 +47,9 @@ class TiledViT(nn.Module):
         context = Context(mask=filling_mask(tile_mask, length, x.shape[2]))
         stack = Stack(cfg, (("self", "mlp"),) * cfg.depth, wanted=cfg.feature_layers, name="blocks")
         x, kept, _ = stack(x.reshape(rows, -1, width), context)
-        x = self._norm("final_norm", x).reshape(tiled) + self._tile_embedding("post_tile", layouts, tiles)
+        x = self._norm("final_norm", x).reshape(tiled) + self._tile_embedding(
+            "post_tile", layouts, tiles
+        )
         gated = replace(cfg, residual_scale="tanh")
         stack = Stack(gated, (("self", "mlp"),) * cfg.global_depth, name="global_blocks")
         x, _, _ = stack(x.reshape(rows, -1, width), context)
@@ -58,7 +60,9 @@ class TiledViT(nn.Module):
     def _embed(self, images, layouts):
         """(B, J, 1 + P, D): patches with the class token in front, and where they are."""
         cfg, (rows, tiles) = self.cfg, images.shape[:2]
-        x = PatchEmbed(replace(cfg, positions="none"), name="patch_embed")(images.reshape(-1, *images.shape[2:]))
+        x = PatchEmbed(replace(cfg, positions="none"), name="patch_embed")(
+            images.reshape(-1, *images.shape[2:])
+        )
         x = x.reshape(rows, tiles, -1, cfg.width) + self._tile_embedding("pre_tile", layouts, tiles)
         token = self.param("class_token", axes.lettered(embedding_init, "D"), (cfg.width,))
         x = jnp.concatenate([jnp.broadcast_to(token, (rows, tiles, 1, cfg.width)), x], axis=2)

@@ -8,7 +8,12 @@ from vlm_jax import axes
 from vlm_jax.config import Transformer, Vision
 from vlm_jax.nn.attention import Attention
 from vlm_jax.nn.blocks import Stack
-from vlm_jax.nn.layers import Dense, Mlp, Norm, embedding_init
+from vlm_jax.nn.layers import (
+    Dense,
+    Mlp,
+    Norm,
+    embedding_init,
+)
 from vlm_jax.nn.patches import PatchEmbed
 from vlm_jax.nn.tiles import TiledViT
 from vlm_jax.structs import Context, Encoded
@@ -67,7 +72,9 @@ class ViT(nn.Module):
             return x
         token = self.param("class_token", axes.lettered(embedding_init, "D"), (cfg.width,))
         position = self.param("class_position", axes.lettered(embedding_init, "D"), (cfg.width,))
-        return jnp.concatenate([jnp.broadcast_to(token + position, (len(x), 1, cfg.width)), x], axis=1)
+        return jnp.concatenate(
+            [jnp.broadcast_to(token + position, (len(x), 1, cfg.width)), x], axis=1
+        )
 
     def _pool(self, x):
         """(B, P, D) -> (B, D)."""
@@ -84,7 +91,11 @@ class ViT(nn.Module):
     def _classify(self, x):
         """(B, P, D) -> (B, V)."""
         cfg = self.cfg
-        return Dense("D V", (cfg.width, cfg.classes), name="classifier")(x[:, 0]) if cfg.classes else None
+        return (
+            Dense("D V", (cfg.width, cfg.classes), name="classifier")(x[:, 0])
+            if cfg.classes
+            else None
+        )
 
 
 class AttentionPool(nn.Module):
@@ -95,5 +106,9 @@ class AttentionPool(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B D"]:
         query = self.param("query", axes.lettered(embedding_init, "D"), (self.cfg.width,))
-        y, _ = Attention(self.cfg, name="attention")(jnp.broadcast_to(query, (len(x), 1, *query.shape)), x)
-        return (y + Mlp(self.cfg, name="mlp")(Norm(self.cfg.norm, self.cfg.norm_eps, name="norm")(y)))[:, 0]
+        y, _ = Attention(self.cfg, name="attention")(
+            jnp.broadcast_to(query, (len(x), 1, *query.shape)), x
+        )
+        return (
+            y + Mlp(self.cfg, name="mlp")(Norm(self.cfg.norm, self.cfg.norm_eps, name="norm")(y))
+        )[:, 0]

@@ -49,7 +49,9 @@ class VLM(nn.Module):
         hidden, cache = self.hidden(batch, cache)
         return axes.constrain(self.head(hidden[:, -1:]), "B S V")[:, 0], cache
 
-    def hidden(self, batch: Batch, cache: Cache | None = None) -> tuple[Float[Array, "B S D"], Cache | None]:
+    def hidden(
+        self, batch: Batch, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B S D"], Cache | None]:
         """What the head reads, and the cache with what was read."""
         looks = self.cfg.fusion.has_images and batch.images is not None
         image = self.image_tokens(batch) if looks else None

@@ -14,8 +14,8 @@ import jax
 from jax.experimental import topologies
 
 from vlm_jax import axes
-from vlm_jax.chips import slice_of
 from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.cost.chips import slice_of
 from vlm_jax.plan import hlo
 from vlm_jax.plan.memory import batch_shapes
 from vlm_jax.train.loss import chunk_tokens
@@ -39,16 +39,24 @@ def devices_of(topology: str) -> list[jax.Device]:
     """
     chip, chips = slice_of(topology)
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("--topology needs XLA's TPU compiler: pip install -r requirements-tpu.txt.")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a lock file is for those who hold chips
+        raise ConfigError(
+            "--topology needs XLA's TPU compiler: pip install -r requirements-tpu.txt."
+        )
+    os.environ.setdefault(
+        "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
+    )  # a lock file is for those who hold chips
     # Without these it asks a metadata server, which is only on TPU VMs, and logs that there is none.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # any that exists: the topology is given
+    os.environ.setdefault(
+        "TPU_ACCELERATOR_TYPE", "v5litepod-8"
+    )  # any that exists: the topology is given
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
     hosts = {"chips_per_host_bounds": (1, 1, 1)} if chips == 1 else {}  # by default a host has four
     if chip.name == "v4":
-        hosts["chip_config_name"] = "megacore"  # as TPU VMs run it; else each of its two cores is a device
+        hosts["chip_config_name"] = (
+            "megacore"  # as TPU VMs run it; else each of its two cores is a device
+        )
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, **hosts).devices
 
 
@@ -64,8 +72,17 @@ def compile_step(cfg: Experiment, mesh: jax.sharding.Mesh) -> Compiled:
             size = int(float(used[1]) * 2 ** {"M": 20, "G": 30, "T": 40}[used[2]])
             return Compiled(time.perf_counter() - start, size, 0, False, None)
         reserved = reserved_bytes(Path(reports))
-    seconds, code = time.perf_counter() - start, program.memory_analysis().generated_code_size_in_bytes
-    return Compiled(seconds, reserved + code, code, True, hlo.read(program.as_text(), mesh.size, loss_turns(cfg, mesh)))
+    seconds, code = (
+        time.perf_counter() - start,
+        program.memory_analysis().generated_code_size_in_bytes,
+    )
+    return Compiled(
+        seconds,
+        reserved + code,
+        code,
+        True,
+        hlo.read(program.as_text(), mesh.size, loss_turns(cfg, mesh)),
+    )
 
 
 def reserved_bytes(reports: Path) -> int:
@@ -81,7 +98,9 @@ def reserved_bytes(reports: Path) -> int:
 def lowered(cfg: Experiment, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     """Nothing is put on a device: shapes and shardings are all that is needed."""
     rows = axes.row_sharding(mesh)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch_shapes(cfg))
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch_shapes(cfg)
+    )
     with jax.set_mesh(mesh):
         return compiled_step(cfg, mesh).lower(abstract_state(cfg, mesh), batch)
 

@@ -9,9 +9,9 @@ from flax import traverse_util
 from jax.sharding import AbstractMesh
 
 from vlm_jax import axes
-from vlm_jax.chips import Chip, slice_of
 from vlm_jax.config import Experiment
-from vlm_jax.flops import flops_by_part, token_flow, train_flops
+from vlm_jax.cost.chips import Chip, slice_of
+from vlm_jax.cost.flops import flops_by_part, token_flow, train_flops
 from vlm_jax.hub.export import exportable
 from vlm_jax.plan import compiled, memory
 from vlm_jax.plan.hlo import Program
@@ -21,7 +21,9 @@ from vlm_jax.train.loop import check_rows
 from vlm_jax.train.step import state_shapes
 
 
-def make(cfg: Experiment, topology: str | None = None, devices: int = 1, is_compiled: bool = True) -> dict:
+def make(
+    cfg: Experiment, topology: str | None = None, devices: int = 1, is_compiled: bool = True
+) -> dict:
     """The plan of an experiment for `devices` devices, or for a slice of TPUs, compiled for it if `is_compiled`.
 
     Raises:
@@ -30,7 +32,11 @@ def make(cfg: Experiment, topology: str | None = None, devices: int = 1, is_comp
     jax.config.update("jax_platforms", "cpu")
     places = compiled.devices_of(topology) if topology is not None else None
     sizes = cfg.mesh.sizes(len(places) if places else devices)
-    abstract = axes.make_mesh(cfg.mesh, places).abstract_mesh if places else AbstractMesh(sizes, axes.MESH_AXES)
+    abstract = (
+        axes.make_mesh(cfg.mesh, places).abstract_mesh
+        if places
+        else AbstractMesh(sizes, axes.MESH_AXES)
+    )
     check_rows(cfg, abstract)
     held = memory.predicted(cfg, abstract)
     document = {
@@ -46,7 +52,12 @@ def make(cfg: Experiment, topology: str | None = None, devices: int = 1, is_comp
     if places:
         chip, chips = slice_of(topology)
         room = chip.hbm_bytes
-        document["topology"] = {"name": topology, "devices": chips, "hbm_bytes": room, "fits": held.total <= room}
+        document["topology"] = {
+            "name": topology,
+            "devices": chips,
+            "hbm_bytes": room,
+            "fits": held.total <= room,
+        }
         if is_compiled:
             document["topology"] |= _compiled(cfg, chip, places, document["train_flops"])
     return document
@@ -73,7 +84,11 @@ def parts(cfg: Experiment) -> dict[str, dict]:
 
 def _compiled(cfg: Experiment, chip: Chip, places: list, model_flops: float) -> dict:
     found = compiled.compile_step(cfg, axes.make_mesh(cfg.mesh, places))
-    result = {"compile_seconds": found.compile_seconds, "compiled_bytes": found.hbm_bytes, "fits": found.fits}
+    result = {
+        "compile_seconds": found.compile_seconds,
+        "compiled_bytes": found.hbm_bytes,
+        "fits": found.fits,
+    }
     if not found.fits:
         return result
     return result | speed(cfg, chip, found.program, len(places), model_flops)
@@ -87,7 +102,8 @@ def speed(cfg: Experiment, chip: Chip, program: Program, devices: int, model_flo
     def at(seconds: float) -> dict:
         return {
             "step_seconds": seconds,
-            "mfu": model_flops / (devices * chip.flops_per_second(cfg.train.compute_dtype) * seconds),
+            "mfu": model_flops
+            / (devices * chip.flops_per_second(cfg.train.compute_dtype) * seconds),
             "tokens_per_second": rows * tokens.sequence / seconds,
             "images_per_second": rows * tokens.images / seconds,
         }

@@ -9,15 +9,43 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from vlm_jax.plan.hlo_text import NAME, Computation, Instruction, parse
+from vlm_jax.plan.hlo_text import (
+    NAME,
+    Computation,
+    Instruction,
+    parse,
+)
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}  # products of queries and keys in each
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "iota"}
-FREE |= {"after-all", "copy-done", "all-gather-done", "all-reduce-done", "collective-permute-done", "async-done"}
+KERNELS = {
+    "splash_mha_fwd": 2,
+    "splash_mha_dq": 3,
+    "splash_mha_dkv": 4,
+}  # products of queries and keys in each
+FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "call",
+    "conditional",
+    "iota",
+}
+FREE |= {
+    "after-all",
+    "copy-done",
+    "all-gather-done",
+    "all-reduce-done",
+    "collective-permute-done",
+    "async-done",
+}
 FREE |= {"partition-id", "optimization-barrier"}
 INTEGERS = ("s32", "u32", "s64", "u64")
-CALLED = re.compile(r"(?:calls|body|condition|to_apply)=%?([\w.-]+)|branch_computations=\{([^}]*)\}")
+CALLED = re.compile(
+    r"(?:calls|body|condition|to_apply)=%?([\w.-]+)|branch_computations=\{([^}]*)\}"
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +63,11 @@ class Collective:
         The TPU compiler makes an all-reduce and a cut of every reduce-scatter (libtpu 0.0.42, on all kinds of slices).
         """
         others = (self.chips - 1) / self.chips
-        factor = {"all-reduce": 2 * others, "reduce-scatter": self.chips - 1, "collective-permute": 1}
+        factor = {
+            "all-reduce": 2 * others,
+            "reduce-scatter": self.chips - 1,
+            "collective-permute": 1,
+        }
         return self.bytes * factor.get(self.kind, others)
 
 
@@ -54,36 +86,58 @@ def read(text: str, chips: int, unknown_turns: int = 1) -> Program:
     computations, entry = parse(text)
     program, found = Program(), {}
     fused = {
-        name for body in computations.values() for i in body.values() if i.opcode == "fusion" for name in _called(i)
+        name
+        for body in computations.values()
+        for i in body.values()
+        if i.opcode == "fusion"
+        for name in _called(i)
     }
     for name, times in entered(computations, entry, unknown_turns).items():
         for instruction in computations[name].values():
             program.flops += times * _flops(instruction, computations[name])
             if name not in fused:
-                program.hbm_bytes += times * _hbm_bytes(instruction, computations[name], computations)
+                program.hbm_bytes += times * _hbm_bytes(
+                    instruction, computations[name], computations
+                )
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 collective = _collective(kind, instruction, chips, times)
-                found[_channel(instruction)] = min(found.get(_channel(instruction), collective), collective, key=_times)
+                found[_channel(instruction)] = min(
+                    found.get(_channel(instruction), collective), collective, key=_times
+                )
     program.collectives = list(found.values())
     return program
 
 
 def _called(instruction: Instruction) -> list[str]:
-    if instruction.opcode in (*COLLECTIVES, "reduce", "reduce-window", "scatter", "sort", "select-and-scatter", "map"):
+    if instruction.opcode in (
+        *COLLECTIVES,
+        "reduce",
+        "reduce-window",
+        "scatter",
+        "sort",
+        "select-and-scatter",
+        "map",
+    ):
         return []  # what joins two numbers; its work is counted with the instruction
     found = CALLED.findall(instruction.rest)
     return [name for one, several in found for name in ([one] if one else NAME.findall(several))]
 
 
-def entered(computations: dict[str, Computation], entry: str, unknown_turns: int = 1) -> dict[str, int]:
+def entered(
+    computations: dict[str, Computation], entry: str, unknown_turns: int = 1
+) -> dict[str, int]:
     """How often each computation runs in one run of the program."""
     times: dict[str, int] = defaultdict(int)
 
     def enter(name: str, count: int):
         times[name] += count
         for instruction in computations[name].values():
-            turns = _turns(instruction, computations) or unknown_turns if instruction.opcode == "while" else 1
+            turns = (
+                _turns(instruction, computations) or unknown_turns
+                if instruction.opcode == "while"
+                else 1
+            )
             for called in _called(instruction):
                 enter(called, count * turns)
 
@@ -96,8 +150,15 @@ def _turns(loop: Instruction, computations: dict[str, Computation]) -> int:
     known = re.search(r'known_trip_count"?[:=]\{"?n"?:"?(\d+)', loop.rest)
     if known:
         return int(known[1])
-    condition, body = (computations[re.search(rf"{name}=%?([\w.-]+)", loop.rest)[1]] for name in ("condition", "body"))
-    ends = [_number(i) for i in condition.values() if i.opcode == "constant" and i.shapes[0].dtype in INTEGERS]
+    condition, body = (
+        computations[re.search(rf"{name}=%?([\w.-]+)", loop.rest)[1]]
+        for name in ("condition", "body")
+    )
+    ends = [
+        _number(i)
+        for i in condition.values()
+        if i.opcode == "constant" and i.shapes[0].dtype in INTEGERS
+    ]
     counters = [i for i in condition.values() if i.opcode == "get-tuple-element"]
     if not ends or not counters:
         return 0
@@ -133,23 +194,32 @@ def _flops(instruction: Instruction, around: Computation) -> float:
 
 def _kernel_flops(instruction: Instruction, around: Computation) -> float:
     """Of attention (nn/kernels.py), whose products the compiler does not see; blocks that it leaves out included."""
-    products = next((count for name, count in KERNELS.items() if instruction.name.startswith(name)), 0)
+    products = next(
+        (count for name, count in KERNELS.items() if instruction.name.startswith(name)), 0
+    )
     if not products:
         return 0.0
     inputs = (around[name].shapes[0] for name in instruction.operands)
-    queries, keys = [x.sizes for x in inputs if len(x.sizes) == 3 and x.dtype in ("bf16", "f32")][:2]
+    queries, keys = [x.sizes for x in inputs if len(x.sizes) == 3 and x.dtype in ("bf16", "f32")][
+        :2
+    ]
     return 2.0 * products * math.prod(queries) * keys[1]
 
 
 def _convolution_flops(left, right, out, rest: str) -> float:
     """Products of a convolution, without those with padding: the TPU compiler writes batched products in this form."""
     of_left, of_right, of_out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest).groups()
-    window = dict(re.findall(r"(\w+)=([\dx_-]+)", (re.search(r"window=\{([^}]*)\}", rest) or [""])[0]))
+    window = dict(
+        re.findall(r"(\w+)=([\dx_-]+)", (re.search(r"window=\{([^}]*)\}", rest) or [""])[0])
+    )
     spatial = sorted(letter for letter in of_out if letter.isdigit())
     count = 2.0 * right[of_right.index("i")] * out[of_out.index("b")] * out[of_out.index("f")]
     for i, letter in enumerate(spatial):
         setting = {name: value.split("x")[i] for name, value in window.items()}
-        sizes = [shape[labels.index(letter)] for shape, labels in ((left, of_left), (right, of_right), (out, of_out))]
+        sizes = [
+            shape[labels.index(letter)]
+            for shape, labels in ((left, of_left), (right, of_right), (out, of_out))
+        ]
         count *= _met(*sizes, setting)
     batch_groups = re.search(r"batch_group_count=(\d+)", rest)
     return count / (int(batch_groups[1]) if batch_groups else 1)
@@ -157,13 +227,17 @@ def _convolution_flops(left, right, out, rest: str) -> float:
 
 def _met(size: int, kernel: int, out: int, setting: dict[str, str]) -> int:
     """Pairs of output and kernel positions along one dimension that meet an input and not padding."""
-    stride, spread, dilate = (int(setting.get(name, 1)) for name in ("stride", "lhs_dilate", "rhs_dilate"))
+    stride, spread, dilate = (
+        int(setting.get(name, 1)) for name in ("stride", "lhs_dilate", "rhs_dilate")
+    )
     before = int(setting.get("pad", "0_0").split("_")[0])
     places = (o * stride + k * dilate - before for o in range(out) for k in range(kernel))
     return sum(0 <= place <= (size - 1) * spread and place % spread == 0 for place in places)
 
 
-def _hbm_bytes(instruction: Instruction, around: Computation, computations: dict[str, Computation]) -> float:
+def _hbm_bytes(
+    instruction: Instruction, around: Computation, computations: dict[str, Computation]
+) -> float:
     """What an instruction reads and writes; of what is only sliced, the slice."""
     if instruction.opcode in FREE:
         return 0
@@ -222,10 +296,14 @@ def _times(collective: Collective) -> int:
 def _collective(kind: str, instruction: Instruction, chips: int, times: int) -> Collective:
     shapes = instruction.shapes
     if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
-        shapes = shapes[len(shapes) // 2 :] if kind == "all-gather" else shapes[1:2]  # operands stand before results
+        shapes = (
+            shapes[len(shapes) // 2 :] if kind == "all-gather" else shapes[1:2]
+        )  # operands stand before results
     source = re.search(r'op_name="([^"]*)"', instruction.rest)
     size = sum(shape.bytes for shape in shapes)
-    return Collective(kind, size, _group(instruction.rest, chips), times, source[1] if source else "")
+    return Collective(
+        kind, size, _group(instruction.rest, chips), times, source[1] if source else ""
+    )
 
 
 def _group(rest: str, chips: int) -> int:

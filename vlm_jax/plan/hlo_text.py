@@ -4,7 +4,18 @@ import math
 import re
 from dataclasses import dataclass
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
+BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "f16": 2,
+    "bf16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+}
 BYTES |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8}
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 NAME = re.compile(r"%([\w.-]+)")
@@ -58,12 +69,18 @@ def _instruction(line: str) -> Instruction:
     opcode, rest = rest.strip().split("(", 1)
     operands, rest = _balanced("(" + rest)
     shapes = tuple(
-        Shape(dtype, tuple(map(int, filter(None, sizes.split(",")))), "S(" not in layout or "S(0)" in layout)
+        Shape(
+            dtype,
+            tuple(map(int, filter(None, sizes.split(",")))),
+            "S(" not in layout or "S(0)" in layout,
+        )
         for dtype, sizes, layout in ARRAY.findall(kind)
     )
     name = name.removeprefix("ROOT ")
     found = tuple(NAME.findall(operands)) if opcode != "constant" else (operands[1:-1],)
-    return Instruction(name.lstrip("%"), shapes, opcode, found or (operands[1:-1],), rest, "ROOT " in line[:8])
+    return Instruction(
+        name.lstrip("%"), shapes, opcode, found or (operands[1:-1],), rest, "ROOT " in line[:8]
+    )
 
 
 def _balanced(text: str) -> tuple[str, str]:

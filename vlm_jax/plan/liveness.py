@@ -21,11 +21,25 @@ FUSED = {  # primitives whose result XLA computes where it is read
 }  # fmt: skip
 
 
-CALLS = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2"}
+CALLS = {
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "checkpoint",
+    "remat2",
+}
 LOOPS = {"scan", "while", "cond"}
 IN_PLACE = {"dynamic_update_slice", "scatter", "scatter-add"}  # written into their first input
 ONE_OF = IN_PLACE | {"optimization_barrier"}  # their n-th result is their n-th input
-ON_ROWS = {"dot_general", "gather", "scatter-add", "reduce_sum"}  # between a batch's rows and parameters
+ON_ROWS = {
+    "dot_general",
+    "gather",
+    "scatter-add",
+    "reduce_sum",
+}  # between a batch's rows and parameters
 Split = Callable[[tuple[int, ...]], int]  # shape -> devices that share an array of it
 
 
@@ -57,12 +71,16 @@ def peak_bytes(program: core.Jaxpr, split: Split, slices: int = 0) -> float:
     readers = _readers(operations)
     _widen(operations, readers)
     cut = inputs[len(inputs) - slices :]
-    held_from = {value: 0 for value in cut if not {reader.name for reader in readers[value]} <= FUSED}
+    held_from = {
+        value: 0 for value in cut if not {reader.name for reader in readers[value]} <= FUSED
+    }
     last = _lives(operations, outputs, held_from, _kept(operations, readers))
     return _sweep(operations, held_from, last, split)
 
 
-def _sweep(operations: list[Operation], held_from: dict[Value, int], last: dict[Value, int], split: Split) -> float:
+def _sweep(
+    operations: list[Operation], held_from: dict[Value, int], last: dict[Value, int], split: Split
+) -> float:
     change = [0.0] * (len(operations) + 1)
     for value, start in held_from.items():
         if value in last:
@@ -98,7 +116,9 @@ def _inside(operation: Operation, split: Split) -> float:
         return 0.0
     carried, constant = (operation.params.get(name, 0) for name in ("num_carry", "num_consts"))
     gathered = 0.0
-    if operation.name == "while":  # what every turn of a chunked loss reads is gathered before it, and stays
+    if (
+        operation.name == "while"
+    ):  # what every turn of a chunked loss reads is gathered before it, and stays
         constant_values = (value for value in operation.reads if value not in operation.carried)
         gathered = sum(_bytes(value) * (1 - 1 / split(value.shape)) for value in constant_values)
     peaks = []
@@ -132,7 +152,9 @@ def _kept(operations: list[Operation], readers: dict[Value, list[Operation]]) ->
     softmax: XLA computes it once.
     """
     stored = LOOPS | {"optimization_barrier"}
-    kept = {value for operation in operations if operation.name in stored for value in operation.reads}
+    kept = {
+        value for operation in operations if operation.name in stored for value in operation.reads
+    }
     for operation in operations:
         for value in operation.makes if operation.name == "exp" else ():
             names = {reader.name for reader in readers[value]}
@@ -142,7 +164,10 @@ def _kept(operations: list[Operation], readers: dict[Value, list[Operation]]) ->
 
 
 def _lives(
-    operations: list[Operation], outputs: list[Value], held_from: dict[Value, int], taken: set[Value]
+    operations: list[Operation],
+    outputs: list[Value],
+    held_from: dict[Value, int],
+    taken: set[Value],
 ) -> dict[Value, int]:
     """Value -> index of the operation that reads it last, by way of fused ones, too; notes in `held_from` what is held.
 
@@ -157,7 +182,9 @@ def _lives(
     for i, operation in enumerate(operations):
         read(operation.reads, i)
         for place, value in enumerate(operation.makes):
-            sources = operation.reads[place : place + 1] if operation.name in ONE_OF else operation.reads
+            sources = (
+                operation.reads[place : place + 1] if operation.name in ONE_OF else operation.reads
+            )
             found = tuple({root for source in sources for root in roots.get(source, (source,))})
             is_in_place = operation.name in IN_PLACE and found
             if is_in_place or (operation.name in FUSED and value not in taken):
@@ -177,7 +204,11 @@ def _carried(equation) -> list:
     params, name = equation.params, equation.primitive.name
     if name == "scan":
         return equation.invars[params["num_consts"] :][: params["num_carry"]]
-    return equation.invars[params["cond_nconsts"] + params["body_nconsts"] :] if name == "while" else []
+    return (
+        equation.invars[params["cond_nconsts"] + params["body_nconsts"] :]
+        if name == "while"
+        else []
+    )
 
 
 def _flat(program: core.Jaxpr, inputs: list[Value]) -> tuple[list[Operation], list[Value]]:
@@ -186,21 +217,32 @@ def _flat(program: core.Jaxpr, inputs: list[Value]) -> tuple[list[Operation], li
     operations: list[Operation] = []
 
     def known(variables):
-        return [values.setdefault(var, _value(var)) for var in variables if not isinstance(var, core.Literal)]
+        return [
+            values.setdefault(var, _value(var))
+            for var in variables
+            if not isinstance(var, core.Literal)
+        ]
 
     for equation in program.eqns:
         name = equation.primitive.name
         if name not in CALLS:
             makes = tuple(values.setdefault(var, _value(var)) for var in equation.outvars)
-            reads, carried = (tuple(known(values)) for values in (equation.invars, _carried(equation)))
+            reads, carried = (
+                tuple(known(values)) for values in (equation.invars, _carried(equation))
+            )
             operations.append(Operation(name, reads, makes, carried, equation.params))
             continue
         called = next(iter(core.jaxprs_in_params(equation.params)))
-        given = [_value(var) if isinstance(var, core.Literal) else known([var])[0] for var in equation.invars]
+        given = [
+            _value(var) if isinstance(var, core.Literal) else known([var])[0]
+            for var in equation.invars
+        ]
         inner, results = _flat(called, given)
         operations += inner
         values.update(zip(equation.outvars, results))
-    return operations, [_value(var) if isinstance(var, core.Literal) else known([var])[0] for var in program.outvars]
+    return operations, [
+        _value(var) if isinstance(var, core.Literal) else known([var])[0] for var in program.outvars
+    ]
 
 
 def _value(var) -> Value:

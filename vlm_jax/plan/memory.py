@@ -12,7 +12,7 @@ from jax.interpreters import partial_eval
 
 from vlm_jax import axes
 from vlm_jax.config import Experiment
-from vlm_jax.flops import token_flow
+from vlm_jax.cost.flops import token_flow
 from vlm_jax.nn.decoder import empty_layers
 from vlm_jax.nn.models import boxed_params
 from vlm_jax.nn.vlm import example_batch
@@ -46,8 +46,12 @@ def predicted(cfg: Experiment, mesh: jax.sharding.AbstractMesh) -> Memory:
     seen = local(cfg, mesh)
     state, batch = state_shapes(seen), batch_shapes(seen)
     with jax.sharding.use_abstract_mesh(axes.one_of(mesh)):
-        program = jax.make_jaxpr(lambda state, batch: train_step(seen, state, batch))(state, batch).jaxpr
-    program, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))  # XLA drops what nobody reads, too
+        program = jax.make_jaxpr(lambda state, batch: train_step(seen, state, batch))(
+            state, batch
+        ).jaxpr
+    program, _ = partial_eval.dce_jaxpr(
+        program, [True] * len(program.outvars)
+    )  # XLA drops what nobody reads, too
     split = _splits(seen, mesh)
     peak = liveness.peak_bytes(program, lambda shape: split.get(shape, 1))
     if mesh.abstract_device and mesh.abstract_device.platform == "tpu":
@@ -81,7 +85,14 @@ def cache_bytes(cfg: Experiment) -> int:
     decoder = cfg.decoder
     layers = jax.eval_shape(lambda: empty_layers(decoder, cfg.fusion, 1, cfg.row_length))
     names = [name for block in cfg.fusion.sublayers(decoder.depth) for name in block]
-    of_images = 2 * names.count("cross") * token_flow(cfg).memory * decoder.num_kv_heads * decoder.head_width * 4
+    of_images = (
+        2
+        * names.count("cross")
+        * token_flow(cfg).memory
+        * decoder.num_kv_heads
+        * decoder.head_width
+        * 4
+    )
     return of_images + sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(layers))
 
 
@@ -94,7 +105,11 @@ def local(cfg: Experiment, mesh) -> Experiment:
         return size // tensor if size % tensor == 0 else size
 
     def narrow(stack):
-        heads = {"heads": share(stack.heads), "kv_heads": share(stack.num_kv_heads), "head_dim": stack.head_width}
+        heads = {
+            "heads": share(stack.heads),
+            "kv_heads": share(stack.num_kv_heads),
+            "head_dim": stack.head_width,
+        }
         return replace(stack, **heads, mlp_width=share(stack.mlp_width))
 
     decoder = replace(narrow(cfg.decoder), vocab_size=share(cfg.decoder.vocab_size))
@@ -108,14 +123,19 @@ def local(cfg: Experiment, mesh) -> Experiment:
 
 def batch_shapes(cfg: Experiment) -> Batch:
     """Of a training batch whose rows have as many images as they have room for."""
-    batch, count = jax.eval_shape(lambda: example_batch(cfg, cfg.train.batch_size)), cfg.data.images_per_row
+    batch, count = (
+        jax.eval_shape(lambda: example_batch(cfg, cfg.train.batch_size)),
+        cfg.data.images_per_row,
+    )
 
     def many(x, axis):
         sizes = (*x.shape[:axis], x.shape[axis] * count, *x.shape[axis + 1 :])
         return jax.ShapeDtypeStruct(sizes, x.dtype)
 
     fields = ("images", "tile_layouts", "tile_mask")
-    found = {name: many(getattr(batch, name), 1) for name in fields if getattr(batch, name) is not None}
+    found = {
+        name: many(getattr(batch, name), 1) for name in fields if getattr(batch, name) is not None
+    }
     return batch.replace(**found, image_mask=many(batch.image_mask, 2))
 
 
@@ -130,6 +150,8 @@ def _splits(cfg: Experiment, mesh) -> dict[tuple[int, ...], int]:
 
 def _bytes(shapes, shardings) -> int:
     sizes = jax.tree.map(
-        lambda x, sharding: math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize, shapes, shardings
+        lambda x, sharding: math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize,
+        shapes,
+        shardings,
     )
     return sum(jax.tree.leaves(sizes))

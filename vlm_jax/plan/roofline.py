@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vlm_jax.chips import Chip
+from vlm_jax.cost.chips import Chip
 from vlm_jax.plan.hlo import Program
 
 

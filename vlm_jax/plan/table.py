@@ -2,10 +2,20 @@
 
 from collections import Counter
 
-from vlm_jax.chips import GIB
 from vlm_jax.config import Experiment
+from vlm_jax.cost.chips import GIB
 
-UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "u"))
+UNITS = (
+    (1e18, "E"),
+    (1e15, "P"),
+    (1e12, "T"),
+    (1e9, "G"),
+    (1e6, "M"),
+    (1e3, "k"),
+    (1, ""),
+    (1e-3, "m"),
+    (1e-6, "u"),
+)
 
 
 def text(cfg: Experiment, plan: dict) -> str:
@@ -35,7 +45,8 @@ def _rows(lines: list[list[str]]) -> str:
 
     def padded(line):
         first, *others = (
-            cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths))
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths))
         )
         return "  ".join([first, *others]).rstrip()
 
@@ -49,7 +60,9 @@ def _parts(cfg: Experiment, plan: dict) -> str:
         work = (short(part[f"{way}_flops"], "FLOP") for way in ("forward", "backward"))
         lines.append([name, f"{part['parameters']:,}", state, *work])
     parts = plan["parts"].values()
-    forward, backward = (sum(part[f"{way}_flops"] for part in parts) for way in ("forward", "backward"))
+    forward, backward = (
+        sum(part[f"{way}_flops"] for part in parts) for way in ("forward", "backward")
+    )
     total = f"{sum(part['parameters'] for part in parts):,}"
     lines.append(["all", total, "", short(forward, "FLOP"), short(backward, "FLOP")])
     head = f"A step of {plan['rows']} rows, if all {cfg.data.text_length} text tokens of each are scored"
@@ -122,8 +135,16 @@ def _costs(plan: dict, found: dict) -> str:
                         short(found["xla_flops"] / found["devices"], "FLOP a chip"),
                         short(roof["compute"], "s"),
                     ],
-                    ["read and written in HBM", short(found["moved_bytes"], "B a chip"), short(roof["hbm"], "s")],
-                    ["sent between chips", short(_sent(found), "B a chip"), short(roof["interconnect"], "s")],
+                    [
+                        "read and written in HBM",
+                        short(found["moved_bytes"], "B a chip"),
+                        short(roof["hbm"], "s"),
+                    ],
+                    [
+                        "sent between chips",
+                        short(_sent(found), "B a chip"),
+                        short(roof["interconnect"], "s"),
+                    ],
                 ]
             ),
             f"XLA's FLOPs are {ratio:.3f} of the model's\n",
@@ -143,7 +164,9 @@ def _speed(at: dict) -> list[str]:
 
 
 def _sent(found: dict) -> float:
-    return sum(collective["sent_bytes"] * collective["times"] for collective in found["collectives"])
+    return sum(
+        collective["sent_bytes"] * collective["times"] for collective in found["collectives"]
+    )
 
 
 def _collectives(collectives: list[dict]) -> str:
@@ -164,7 +187,11 @@ def _collectives(collectives: list[dict]) -> str:
 def _source(name: str) -> str:
     """The end of an operation's path, where modules are named."""
     name = name.replace("\\'", "'").replace("['", "/").replace("']", "")
-    steps = [step for step in name.split("/") if step and not step.startswith(("jit(", "while", "body", "closed_call"))]
+    steps = [
+        step
+        for step in name.split("/")
+        if step and not step.startswith(("jit(", "while", "body", "closed_call"))
+    ]
     return "/".join(steps[-4:])
 
 
@@ -178,5 +205,7 @@ def _advice(plan: dict) -> str:
         "parameters": "a larger mesh.fsdp or mesh.tensor",
     }
     order = sorted(ways, key=lambda name: -sizes[name])
-    lines = [[name, gib(sizes[name]), ways[name].ljust(max(map(len, ways.values())))] for name in order]
+    lines = [
+        [name, gib(sizes[name]), ways[name].ljust(max(map(len, ways.values())))] for name in order
+    ]
     return "what would make room, or a larger slice would:\n" + _rows(lines)

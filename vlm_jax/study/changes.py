@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.hints import nearest
-from vlm_jax.validate import flat, kinds, with_fields
+from vlm_jax.config.hints import nearest
+from vlm_jax.config.validate import flat, kinds, with_fields
 
 Differences = Mapping[str, object]  # "section.field" -> value
 
@@ -30,5 +30,9 @@ def is_placeholder(value) -> bool:
 
 def with_exports(cfg: Experiment, folders: Mapping[str, Path]) -> Experiment:
     """The experiment with every placeholder replaced by the folder that it stands for."""
-    found = {name: str(folders[value[1:-1]]) for name, value in flat(cfg).items() if is_placeholder(value)}
+    found = {
+        name: str(folders[value[1:-1]])
+        for name, value in flat(cfg).items()
+        if is_placeholder(value)
+    }
     return changed(cfg, found)

@@ -9,13 +9,20 @@ from pathlib import Path
 
 import jax
 
-from vlm_jax.cli_hub import Parser
+from vlm_jax.cli.checkpoints import Parser
 from vlm_jax.config import ConfigError
-from vlm_jax.hints import nearest
-from vlm_jax.study import costs, definition, page, planning, preparing, record, reporting, results, running
+from vlm_jax.config.hints import nearest
+from vlm_jax.study import definition, planning
 from vlm_jax.study.definition import Study
-from vlm_jax.study.folder import Folder, default_folder
 from vlm_jax.study.planning import Plan, Run
+from vlm_jax.study.report import (
+    costs,
+    page,
+    results,
+    sections,
+)
+from vlm_jax.study.run import preparing, record, running
+from vlm_jax.study.run.folder import Folder, default_folder
 
 USAGE = """usage: python experiments/study.py VERB ...
 
@@ -38,11 +45,15 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
-    jax.config.update("jax_platforms", "cpu")  # shapes alone are asked of it here: an accelerator is for the runs
+    jax.config.update(
+        "jax_platforms", "cpu"
+    )  # shapes alone are asked of it here: an accelerator is for the runs
     try:
         verb, *rest = arguments
         if verb not in VERBS:
-            raise ConfigError(f"{verb!r} is no verb{nearest(verb, VERBS)}: choose {', '.join(VERBS)}.")
+            raise ConfigError(
+                f"{verb!r} is no verb{nearest(verb, VERBS)}: choose {', '.join(VERBS)}."
+            )
         return VERBS[verb](rest)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -83,13 +94,19 @@ def run(arguments: list[str]) -> int:
     study = asked(given)
     chosen, share = _chosen_arms(given.arms, study), _share(given.shard)
     with running.stoppable():
-        return _run(given, study, lambda runs: planning.share([one for one in runs if one.arm in chosen], *share))
+        return _run(
+            given,
+            study,
+            lambda runs: planning.share([one for one in runs if one.arm in chosen], *share),
+        )
 
 
 def asked(given: argparse.Namespace) -> Study:
     """The study of the file, with as many seeds as were asked for."""
     study = definition.load(given.file)
-    seeds = getattr(given, "seeds", None) or (definition.QUICK_SEEDS if given.quick else study.seeds)
+    seeds = getattr(given, "seeds", None) or (
+        definition.QUICK_SEEDS if given.quick else study.seeds
+    )
     return replace(study, seeds=seeds)
 
 
@@ -104,8 +121,14 @@ def _run(given: argparse.Namespace, study: Study, choose: Callable[[list[Run]], 
     with place.alone():
         for name, cfg in plan.first.items():
             preparing.train_first(name, cfg, planning.export_folder(given.folder, name))
-        wanted = {plan.model_name(one.axis, one.arm) for one in runs if not given.quick or one.arm == study.reference}
-        preparing.measure(place, {name: cfg for name, cfg in plan.models().items() if name in wanted})
+        wanted = {
+            plan.model_name(one.axis, one.arm)
+            for one in runs
+            if not given.quick or one.arm == study.reference
+        }
+        preparing.measure(
+            place, {name: cfg for name, cfg in plan.models().items() if name in wanted}
+        )
     queue = running.Queue(runs, {one: _expected_seconds(place, plan, one) for one in runs})
     queue.work(given.jobs)
     print(f"{costs.command('report', given.file, plan)} writes a report of the runs that are done")
@@ -122,7 +145,9 @@ def _chosen_arms(given: str | None, study: Study) -> list[str]:
     chosen = given.split(",") if given is not None else list(study.arms)
     for name in chosen:
         if name not in study.arms:
-            raise ConfigError(f"--arms {name!r} is no arm{nearest(name, study.arms)}: choose {', '.join(study.arms)}.")
+            raise ConfigError(
+                f"--arms {name!r} is no arm{nearest(name, study.arms)}: choose {', '.join(study.arms)}."
+            )
     return chosen
 
 
@@ -138,14 +163,16 @@ def report(arguments: list[str]) -> int:
     given = options("report", arguments, "to")
     place = Folder(given.folder)
     if not place.definition.exists():
-        raise ConfigError(f"folder {place.path} holds no study: run it first, or name its --folder.")
+        raise ConfigError(
+            f"folder {place.path} holds no study: run it first, or name its --folder."
+        )
     study = asked(given)
     study = replace(study, seeds=max(study.seeds, place.seeds()))
     plan = planning.plan(study, given.folder, given.quick, preparing.step_seconds(place, study))
     place.check(plan)
     found = results.read(plan)
     to = given.to or given.folder / "report"
-    page.write(reporting.page(found, given.file), to)
+    page.write(sections.page(found, given.file), to)
     whole = len(plan.runs()) - len(found.missing) - len(found.broken)
     print(f"{whole} of {len(plan.runs())} runs are done: {to}/report.html, report.md")
     if found.broken:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.hints import nearest
+from vlm_jax.config.hints import nearest
+from vlm_jax.config.validate import kinds
 from vlm_jax.infer.evaluate import SCORES
 from vlm_jax.study.changes import Differences, changed, is_placeholder
 from vlm_jax.study.matching import AXES
-from vlm_jax.validate import kinds
 
 LONGEST_LINES = 60  # of a study file: what is longer is no longer a question and a few differences
 QUICK_SEEDS = 1
@@ -43,7 +43,9 @@ class Study:
     seeds: int = 3
     metric: str = "exact_match"  # a score of eval.json; by_type.NAME: of the questions of one type
     quick: Differences = field(default_factory=dict)  # of --quick, over those of the arms
-    first: Mapping[str, Differences] = field(default_factory=dict)  # runs that arms build on: "{name}" is their export
+    first: Mapping[str, Differences] = field(
+        default_factory=dict
+    )  # runs that arms build on: "{name}" is their export
 
 
 def load(path: str) -> Study:
@@ -66,7 +68,9 @@ def load(path: str) -> Study:
         get_study = getattr(_module(file), "get_study", None)
         study = get_study() if get_study else None
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"study {path} could not be loaded: {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"study {path} could not be loaded: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(study, Study):
         raise ConfigError(f"study {path} has no get_study() that returns a vlm_jax.study.Study.")
     try:
@@ -77,7 +81,11 @@ def load(path: str) -> Study:
 
 def files(folder: Path) -> list[Path]:
     """The Python files of a folder that define a study."""
-    return [file for file in sorted(folder.glob("*.py")) if "def get_study" in file.read_text(errors="replace")]
+    return [
+        file
+        for file in sorted(folder.glob("*.py"))
+        if "def get_study" in file.read_text(errors="replace")
+    ]
 
 
 def _module(file: Path):
@@ -98,12 +106,16 @@ def check(study: Study) -> Study:
     for where, values in _all_differences(study).items():
         _check_kind(where, values, Mapping, "a dict of fields and values")
     if not study.base.eval.read_split:
-        raise ConfigError("base has no eval.split: the arms are compared by what they answer in it.")
+        raise ConfigError(
+            "base has no eval.split: the arms are compared by what they answer in it."
+        )
     if len(study.arms) < 2:
         raise ConfigError(f"arms has {len(study.arms)} entries: a comparison needs 2.")
     for name in (*study.arms, *study.first):
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
-            raise ConfigError(f"the name {name!r} is to be a folder: use letters, digits and . _ + - only.")
+            raise ConfigError(
+                f"the name {name!r} is to be a folder: use letters, digits and . _ + - only."
+            )
     _one_of(study.reference, study.arms, "reference", "arm")
     if not study.matched:
         raise ConfigError(f"matched names no axis: choose among {', '.join(AXES)}.")
@@ -117,7 +129,9 @@ def check(study: Study) -> Study:
     if not 0 <= study.tolerance < 1:
         raise ConfigError(f"tolerance is {study.tolerance}: it is a share, from 0 to less than 1.")
     if study.metric not in SCORES and not study.metric.startswith("by_type."):
-        raise ConfigError(f"metric {study.metric!r} is none: choose {', '.join(SCORES)} or by_type.NAME.")
+        raise ConfigError(
+            f"metric {study.metric!r} is none: choose {', '.join(SCORES)} or by_type.NAME."
+        )
     return study
 
 
@@ -128,23 +142,33 @@ def _check_kind(name: str, value, kind, called: str) -> None:
 
 def _one_of(name: str, choices: Iterable[str], where: str, what: str) -> None:
     if name not in choices:
-        raise ConfigError(f"{where} {name!r} is no {what}{nearest(name, choices)}: choose {', '.join(choices)}.")
+        raise ConfigError(
+            f"{where} {name!r} is no {what}{nearest(name, choices)}: choose {', '.join(choices)}."
+        )
 
 
 def _check_free(study: Study, axis: str, free: str) -> None:
     known = kinds(study.base)
     if free and known.get(free) is not int:
         numbers = [name for name, kind in known.items() if kind is int]
-        raise ConfigError(f"matched {axis} solves for {free!r}, no field of a whole number{nearest(free, numbers)}.")
+        raise ConfigError(
+            f"matched {axis} solves for {free!r}, no field of a whole number{nearest(free, numbers)}."
+        )
     if axis == "seconds" and study.first:
-        raise ConfigError("matched seconds are measured before anything is trained: they cannot be with `first`.")
+        raise ConfigError(
+            "matched seconds are measured before anything is trained: they cannot be with `first`."
+        )
     if axis == "seconds" and free != "train.steps":
         raise ConfigError(f"matched seconds can be solved for train.steps alone, not for {free!r}.")
 
 
 def _all_differences(study: Study) -> dict[str, Differences]:
     named = {f"arm {name}": differences for name, differences in study.arms.items()}
-    return named | {f"first {name}": differences for name, differences in study.first.items()} | {"quick": study.quick}
+    return (
+        named
+        | {f"first {name}": differences for name, differences in study.first.items()}
+        | {"quick": study.quick}
+    )
 
 
 def _check_differences(study: Study, where: str, differences: Differences) -> None:
@@ -156,4 +180,6 @@ def _check_differences(study: Study, where: str, differences: Differences) -> No
         if name in ("workdir", "seed"):
             raise ConfigError(f"{where}: {name} is set by the study.")
         if is_placeholder(value) and value[1:-1] not in study.first:
-            raise ConfigError(f"{where}: {name} {value} names no run of `first`{nearest(value[1:-1], study.first)}.")
+            raise ConfigError(
+                f"{where}: {name} {value} names no run of `first`{nearest(value[1:-1], study.first)}."
+            )

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import jax
 
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.flops import token_flow, train_flops
+from vlm_jax.config.validate import flat, validate
+from vlm_jax.cost.flops import token_flow, train_flops
 from vlm_jax.nn.models import boxed_params
 from vlm_jax.study.changes import changed
-from vlm_jax.validate import flat, validate
 
 LARGEST = 1 << 30  # of a field that is solved for
 
@@ -26,7 +26,7 @@ def parameters(cfg: Experiment) -> int:
 
 
 def training_flops(cfg: Experiment) -> float:
-    """FLOPs of the whole training (`vlm_jax.flops`); what an arm builds on is not in it."""
+    """FLOPs of the whole training (`vlm_jax.cost.flops`); what an arm builds on is not in it."""
     return cfg.train.steps * flops_a_step(cfg)
 
 
@@ -153,11 +153,19 @@ def check(matches: list[Match], tolerance: float) -> None:
     """Raises ConfigError where an arm misses the reference by more than the tolerance; names all that do."""
     missed = [match for match in matches if abs(match.residual) > tolerance]
     if missed:
-        raise ConfigError("arms cannot be matched: " + "; ".join(map(_miss, missed)) + f" (tolerance {tolerance:.1%}).")
+        raise ConfigError(
+            "arms cannot be matched: "
+            + "; ".join(map(_miss, missed))
+            + f" (tolerance {tolerance:.1%})."
+        )
 
 
 def _miss(match: Match) -> str:
-    how = f"with {match.field} {match.number} at best" if match.field else "and nothing is free to be solved for"
+    how = (
+        f"with {match.field} {match.number} at best"
+        if match.field
+        else "and nothing is free to be solved for"
+    )
     return (
         f"{match.arm} misses {match.axis} by {match.residual:+.1%} ({match.value:.6g} against {match.target:.6g} of "
         f"the reference), {how}"

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlm_jax.config import ConfigError, Decoder, Experiment
+from vlm_jax.config.validate import flat, validate
 from vlm_jax.hub import compose
 from vlm_jax.study import matching
 from vlm_jax.study.changes import Differences, changed, with_exports
 from vlm_jax.study.definition import Study
 from vlm_jax.study.matching import Match
-from vlm_jax.validate import flat, validate
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class Plan:
     study: Study
     folder: Path
     first: Mapping[str, Experiment]  # runs that arms build on
-    arms: Mapping[tuple[str, str], Experiment]  # (axis, arm) -> the matched experiment, without seed and work folder
+    arms: Mapping[
+        tuple[str, str], Experiment
+    ]  # (axis, arm) -> the matched experiment, without seed and work folder
     matches: tuple[Match, ...]
     quick: bool = False  # with the few steps of `Study.quick`: its scores answer nothing
 
@@ -78,7 +80,12 @@ def share(runs: list[Run], number: int, count: int) -> list[Run]:
     by_seed: dict[int, list[Run]] = {}
     for run in runs:
         by_seed.setdefault(run.seed, []).append(run)
-    return [run for seed, some in by_seed.items() for i, run in enumerate(some) if (i + seed) % count == number - 1]
+    return [
+        run
+        for seed, some in by_seed.items()
+        for i, run in enumerate(some)
+        if (i + seed) % count == number - 1
+    ]
 
 
 def own(study: Study, folder: Path, quick: bool) -> dict[str, Experiment]:
@@ -122,7 +129,9 @@ def export_folder(folder: Path, name: str) -> Path:
     return folder / "first" / f"{name}_exported"
 
 
-def _valid(study: Study, where: str, differences: Differences, overrides: Differences) -> Experiment:
+def _valid(
+    study: Study, where: str, differences: Differences, overrides: Differences
+) -> Experiment:
     try:
         return validate(changed(changed(replace(study.base, workdir=""), differences), overrides))
     except ConfigError as error:
@@ -142,11 +151,15 @@ def plan(study: Study, folder: Path, quick: bool, step_seconds: Mapping[str, flo
     found, matches = {}, []
     for axis, free in study.matched.items():
         for arm, cfg in arms.items():
-            of, of_reference = (_measure(axis, step_seconds.get(name), decoders) for name in (arm, study.reference))
+            of, of_reference = (
+                _measure(axis, step_seconds.get(name), decoders) for name in (arm, study.reference)
+            )
             target = of_reference(arms[study.reference])
             matched = _solved(axis, arm, cfg, free, of, target) if free else cfg
             found[axis, arm] = matched
-            matches.append(Match(axis, arm, free, flat(matched)[free] if free else None, of(matched), target))
+            matches.append(
+                Match(axis, arm, free, flat(matched)[free] if free else None, of(matched), target)
+            )
         _refuse_equal(axis, {arm: found[axis, arm] for arm in arms}, decoders)
     matching.check(matches, float("inf") if quick else study.tolerance)
     return Plan(study, folder, first, found, tuple(matches), quick)
@@ -155,31 +168,43 @@ def plan(study: Study, folder: Path, quick: bool, step_seconds: Mapping[str, flo
 def _first(study: Study, folder: Path, quick: bool) -> dict[str, Experiment]:
     overrides = study.quick if quick else {}
     return {
-        name: replace(_valid(study, f"first {name}", fields, overrides), workdir=str(folder / "first" / name))
+        name: replace(
+            _valid(study, f"first {name}", fields, overrides), workdir=str(folder / "first" / name)
+        )
         for name, fields in study.first.items()
     }
 
 
-def _solved(axis: str, arm: str, cfg: Experiment, free: str, value: matching.Value, target: float) -> Experiment:
+def _solved(
+    axis: str, arm: str, cfg: Experiment, free: str, value: matching.Value, target: float
+) -> Experiment:
     try:
         return matching.solve(cfg, free, value, target)
     except ConfigError as error:
         raise ConfigError(f"arm {arm} cannot be matched in {axis}: {error}") from None
 
 
-def _measure(axis: str, step_seconds: float | None, decoders: Mapping[str, Decoder]) -> matching.Value:
+def _measure(
+    axis: str, step_seconds: float | None, decoders: Mapping[str, Decoder]
+) -> matching.Value:
     value = matching.AXES[axis]
     if axis != "seconds":
         return lambda cfg: value(built(cfg, decoders))
     if step_seconds is None:
-        raise ConfigError("seconds are matched once a step of every arm is measured: run the study first.")
+        raise ConfigError(
+            "seconds are matched once a step of every arm is measured: run the study first."
+        )
     return functools.partial(value, step_seconds=step_seconds)
 
 
-def _refuse_equal(axis: str, arms: Mapping[str, Experiment], decoders: Mapping[str, Decoder]) -> None:
+def _refuse_equal(
+    axis: str, arms: Mapping[str, Experiment], decoders: Mapping[str, Decoder]
+) -> None:
     seen: dict[tuple, str] = {}
     for arm, cfg in arms.items():
         key = built(cfg, decoders), cfg.decoder.checkpoint
         if key in seen:
-            raise ConfigError(f"arms {seen[key]} and {arm} are the same experiment at matched {axis}: remove one.")
+            raise ConfigError(
+                f"arms {seen[key]} and {arm} are the same experiment at matched {axis}: remove one."
+            )
         seen[key] = arm

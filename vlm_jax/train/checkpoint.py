@@ -8,8 +8,8 @@ from typing import NamedTuple
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from vlm_jax import distributed
 from vlm_jax.config import ConfigError, RunError, Train
+from vlm_jax.runtime import distributed
 from vlm_jax.structs import State
 
 LOSS_SUM = "loss_sum"  # key of a checkpoint's metrics
@@ -46,26 +46,39 @@ class Checkpoints:
     """
 
     def __init__(self, path: Path, cfg: Train):
-        for name in ("absl", "asyncio"):  # what they say at length is raised too, and said here in a sentence
+        for name in (
+            "absl",
+            "asyncio",
+        ):  # what they say at length is raised too, and said here in a sentence
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._path = path
-        options = ocp.CheckpointManagerOptions(preservation_policy=_kept(cfg), best_fn=_loss, best_mode="min")
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_kept(cfg), best_fn=_loss, best_mode="min"
+        )
         with self._writing():
             self._manager = _Manager(path.resolve(), options=options)
-        self._damaged: set[int] = set()  # kept until one of the same step or of an earlier one is saved
+        self._damaged: set[int] = (
+            set()
+        )  # kept until one of the same step or of an earlier one is saved
 
-    def save(self, step: int, state: State, data_state: dict, loss: float, loss_sum: LossSum = NO_LOSSES) -> None:
+    def save(
+        self, step: int, state: State, data_state: dict, loss: float, loss_sum: LossSum = NO_LOSSES
+    ) -> None:
         """Returns while the files are still being written; `close` waits for them. `loss` ranks them, the lowest first.
 
         Raises:
           NotSaved: this one, or the one before, could not be written.
         """
-        for damaged in [one for one in self._damaged if one >= step]:  # Orbax saves nothing before its latest step
+        for damaged in [
+            one for one in self._damaged if one >= step
+        ]:  # Orbax saves nothing before its latest step
             self._manager.delete(damaged)
             self._damaged.remove(damaged)
         if step in self._manager.all_steps():
             return
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state))
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)
+        )
         metrics = {"loss": loss, LOSS_SUM: list(loss_sum)}
         with self._writing():
             if not self._manager.save(step, args=arguments, metrics=metrics):
@@ -85,21 +98,31 @@ class Checkpoints:
         saved = sorted(self._manager.all_steps(), reverse=True)
         candidates = [one for one in saved if step in (None, one)]
         if saved and not candidates:
-            raise ConfigError(f"{self._path} holds no checkpoint of step {step}: choose {', '.join(map(str, saved))}.")
+            raise ConfigError(
+                f"{self._path} holds no checkpoint of step {step}: choose {', '.join(map(str, saved))}."
+            )
         for candidate in candidates:
-            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
+            arguments = ocp.args.Composite(
+                state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
+            )
             try:
                 with distributed.together():
                     restored = self._read(candidate, arguments)
             except ConfigError as error:
                 if step is not None:
-                    raise ConfigError(f"checkpoint {step} in {self._path} is not whole ({error}).") from None
-                print(f"checkpoint {candidate} is not whole and is passed over ({error})", flush=True)
+                    raise ConfigError(
+                        f"checkpoint {step} in {self._path} is not whole ({error})."
+                    ) from None
+                print(
+                    f"checkpoint {candidate} is not whole and is passed over ({error})", flush=True
+                )
                 self._damaged.add(candidate)
                 continue
             return restored["state"], restored["data"]
         if self._damaged:
-            raise ConfigError(f"no checkpoint in {self._path} is whole: move them away to begin anew.")
+            raise ConfigError(
+                f"no checkpoint in {self._path} is whole: move them away to begin anew."
+            )
         return None
 
     def loss_sum(self, step: int) -> LossSum:
@@ -131,7 +154,11 @@ class Checkpoints:
     def last_whole(self) -> str:
         """Says which there is to continue from."""
         steps = [int(path.name) for path in self._path.glob("*") if path.name.isdecimal()]
-        return f"the last whole checkpoint is that of step {max(steps)}" if steps else "there is no checkpoint"
+        return (
+            f"the last whole checkpoint is that of step {max(steps)}"
+            if steps
+            else "there is no checkpoint"
+        )
 
 
 def _kept(cfg: Train):
@@ -139,7 +166,10 @@ def _kept(cfg: Train):
     if cfg.keep_best:
         policies.append(
             checkpoint_managers.BestN(
-                get_metric_fn=_loss, reverse=True, n=cfg.keep_best, keep_checkpoints_without_metrics=False
+                get_metric_fn=_loss,
+                reverse=True,
+                n=cfg.keep_best,
+                keep_checkpoints_without_metrics=False,
             )
         )
     if cfg.keep_every_steps:

@@ -13,14 +13,14 @@ from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data import pipeline
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub import compose
-from vlm_jax.hub.dialogue import Dialogue
 from vlm_jax.hub.export import ALONG
-from vlm_jax.hub.table import places
-from vlm_jax.hub.tokenizer import HubTokenizer
+from vlm_jax.hub.families.table import places
+from vlm_jax.hub.text.dialogue import Dialogue
+from vlm_jax.hub.text.tokenizer import HubTokenizer
+from vlm_jax.runtime.workdir import Workdir, is_run
 from vlm_jax.structs import State
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.step import abstract_state
-from vlm_jax.workdir import Workdir, is_run
 
 SUBLAYERS = ("cross_mlp", "cross", "self", "mlp")  # the longest name first
 LAYERS = "decoder/blocks/layers/"
@@ -37,13 +37,18 @@ def load_parts(cfg: Experiment, like: State, mesh: Mesh) -> dict[str, jax.Array]
     return found
 
 
-def _of_run(cfg: Experiment, folder: str, parts: list[str], wanted: Mapping, mesh: Mesh) -> dict[str, jax.Array]:
+def _of_run(
+    cfg: Experiment, folder: str, parts: list[str], wanted: Mapping, mesh: Mesh
+) -> dict[str, jax.Array]:
     source = Workdir(folder).read_config()
     flat = traverse_util.flatten_dict(load_state(source, mesh=mesh).params, sep="/")
     flat = {path: x for path, x in flat.items() if path.split("/")[0] in parts}
     flat = compose.with_positions(cfg, restacked(flat, source, cfg), mesh)
     found = {path: x for path, x in flat.items() if path in wanted}
-    return {path: jax.device_put(x.astype(wanted[path].dtype), wanted[path].sharding) for path, x in found.items()}
+    return {
+        path: jax.device_put(x.astype(wanted[path].dtype), wanted[path].sharding)
+        for path, x in found.items()
+    }
 
 
 def load_state(cfg: Experiment, step: int | None = None, mesh: Mesh | None = None) -> State:
@@ -81,7 +86,10 @@ def restacked(params: Mapping, source: Experiment, target: Experiment) -> dict:
     for path, stack in params.items():
         if path.startswith(LAYERS):
             _restack(path, stack, blocks, layers)
-    return found | {path: jnp.stack([slices[turn] for turn in sorted(slices)]) for path, slices in layers.items()}
+    return found | {
+        path: jnp.stack([slices[turn] for turn in sorted(slices)])
+        for path, slices in layers.items()
+    }
 
 
 def _restack(path: str, stack, blocks, layers: dict[str, dict[int, object]]) -> None:
@@ -100,7 +108,9 @@ def load_tokenizer(cfg: Experiment) -> Tokenizer:
     """The tokenizer that is kept in the work folder, that of the decoder's checkpoint, or one trained now."""
     workdir = Workdir(cfg.workdir)
     if workdir.tokenizer.exists():
-        return Tokenizer.load(workdir.tokenizer, cfg.data.special_ids, _dialogue(cfg, workdir.processor))
+        return Tokenizer.load(
+            workdir.tokenizer, cfg.data.special_ids, _dialogue(cfg, workdir.processor)
+        )
     folder = cfg.decoder.checkpoint
     if not folder:
         return pipeline.train_tokenizer(cfg)

@@ -12,8 +12,8 @@ import tensorboardX
 from tqdm import tqdm
 
 from vlm_jax.config import Train
+from vlm_jax.runtime.workdir import Workdir, write_whole
 from vlm_jax.train.checkpoint import NO_LOSSES, LossSum
-from vlm_jax.workdir import Workdir, write_whole
 
 
 def _is_whole(line: str) -> bool:
@@ -55,7 +55,9 @@ class Log:
     ):
         self._forget_after(workdir, start)
         self._file = open(workdir.metrics, "a")  # noqa: SIM115
-        self._board = tensorboardX.SummaryWriter(str(workdir.tensorboard), purge_step=start + 1, flush_secs=10)
+        self._board = tensorboardX.SummaryWriter(
+            str(workdir.tensorboard), purge_step=start + 1, flush_secs=10
+        )
         self._bar = None
         self._start, self._steps, self._every = start, cfg.steps, cfg.log_every_steps
         self._seconds_at_peak = seconds_at_peak
@@ -95,13 +97,17 @@ class Log:
             "step": step,
             **metrics,
             "loss": self.loss_sum.total / self.loss_sum.steps,
-            "padding_fraction": 1 - work.tokens / work.slots,  # of this step alone, so that a resumed run logs the same
-            "image_padding_fraction": 1 - work.images / work.image_slots if work.image_slots else 0.0,
+            "padding_fraction": 1
+            - work.tokens / work.slots,  # of this step alone, so that a resumed run logs the same
+            "image_padding_fraction": 1 - work.images / work.image_slots
+            if work.image_slots
+            else 0.0,
             "step_seconds": step_seconds,
             "data_wait_seconds": sum(one.data_wait_seconds for one in self._work) / len(self._work),
             "tokens_per_second": sum(one.tokens for one in self._work) / seconds,
             "examples_per_second": sum(one.examples for one in self._work) / seconds,
-            "mfu": self._seconds_at_peak and self._seconds_at_peak / step_seconds,  # model FLOPs utilization
+            "mfu": self._seconds_at_peak
+            and self._seconds_at_peak / step_seconds,  # model FLOPs utilization
             "hbm_peak_bytes": hbm_peak_bytes(),
         }
         self._begin_window()
@@ -111,7 +117,9 @@ class Log:
     def _advance_bar(self) -> None:
         """The bar appears with the first step: lines printed before would tear it apart."""
         if self._bar is None and sys.stderr.isatty():
-            self._bar = tqdm(total=self._steps, initial=self._start, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(
+                total=self._steps, initial=self._start, unit="step", dynamic_ncols=True
+            )
         if self._bar is not None:
             self._bar.update()
 
@@ -126,7 +134,9 @@ class Log:
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss}, {speed}")
             return
-        left = time.strftime("%H:%M:%S", time.gmtime((self._steps - row["step"]) * row["step_seconds"]))
+        left = time.strftime(
+            "%H:%M:%S", time.gmtime((self._steps - row["step"]) * row["step_seconds"])
+        )
         print(f"step {row['step']}/{self._steps}  loss {loss}  {speed}  {left} left", flush=True)
 
     def close(self) -> None:
@@ -138,5 +148,7 @@ class Log:
 
 def hbm_peak_bytes() -> int | None:
     """The most that any device of this process has held so far; None where the platform does not say (CPU)."""
-    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    peaks = [
+        (device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()
+    ]
     return max((peak for peak in peaks if peak is not None), default=None)

@@ -16,23 +16,24 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from vlm_jax import axes, distributed
+from vlm_jax import axes
 from vlm_jax.config import ConfigError, Experiment, NotFinite
-from vlm_jax.data import pipeline, room
+from vlm_jax.cost.flops import train_flops
+from vlm_jax.cost.peak_flops import peak_flops_per_second
+from vlm_jax.data import length_check, pipeline
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.flops import train_flops
+from vlm_jax.runtime import distributed, preemption
+from vlm_jax.runtime.preemption import Preempted
+from vlm_jax.runtime.stop_signal import Notice
+from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.structs import PADDING, Batch, State
-from vlm_jax.train import initial, preemption
+from vlm_jax.train import initial
 from vlm_jax.train.checkpoint import NO_LOSSES, Checkpoints, NotSaved
 from vlm_jax.train.log import Log, Work
 from vlm_jax.train.not_finite import first_bad
-from vlm_jax.train.notice import Notice
-from vlm_jax.train.peak import peak_flops_per_second
-from vlm_jax.train.preemption import Preempted
 from vlm_jax.train.profile import Profile
 from vlm_jax.train.step import abstract_state, new_state, ready_step
 from vlm_jax.train.summary import summarize
-from vlm_jax.workdir import Workdir
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,15 @@ def train(cfg: Experiment) -> State:
         state, start = begin(cfg, mesh, data, checkpoints)
         if is_main:
             print(summarize(cfg, mesh, state.params, start), flush=True)
-        log = Log(workdir, start, cfg.train, at_peak, checkpoints.loss_sum(start)) if is_main else None
-        with preemption.handler(notice.note), closing(log, checkpoints):  # while a checkpoint is awaited, too
+        log = (
+            Log(workdir, start, cfg.train, at_peak, checkpoints.loss_sum(start))
+            if is_main
+            else None
+        )
+        with (
+            preemption.handler(notice.note),
+            closing(log, checkpoints),
+        ):  # while a checkpoint is awaited, too
             return run_steps(Run(cfg, mesh, data, checkpoints, log, notice), state)
 
 
@@ -106,11 +114,19 @@ def closing(log: Log | None, checkpoints: Checkpoints):
         with contextlib.suppress(OSError):
             if log is not None:
                 log.close()
-        if not distributed.is_alone(error):  # of a checkpoint the other processes would have to write their share
-            with contextlib.nullcontext() if isinstance(error, Preempted) else contextlib.suppress(NotSaved):
+        if not distributed.is_alone(
+            error
+        ):  # of a checkpoint the other processes would have to write their share
+            with (
+                contextlib.nullcontext()
+                if isinstance(error, Preempted)
+                else contextlib.suppress(NotSaved)
+            ):
                 checkpoints.close()
         if isinstance(error, OSError):
-            raise NotSaved(f"the run cannot go on ({error}); {checkpoints.last_whole()}.") from error
+            raise NotSaved(
+                f"the run cannot go on ({error}); {checkpoints.last_whole()}."
+            ) from error
         if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
             raise NotSaved(
                 f"the run cannot go on ({str(error).splitlines()[0]}): where another process ended, its output says "
@@ -131,7 +147,11 @@ def check_rows(cfg: Experiment, mesh: jax.sharding.Mesh) -> None:
     shards = axes.row_shards(mesh)
     parts = shards * cfg.train.microbatches
     if cfg.train.batch_size % parts:
-        times = f" times train.microbatches {cfg.train.microbatches}" if cfg.train.microbatches > 1 else ""
+        times = (
+            f" times train.microbatches {cfg.train.microbatches}"
+            if cfg.train.microbatches > 1
+            else ""
+        )
         raise ConfigError(
             f"train.batch_size {cfg.train.batch_size} is not divisible by the {shards} devices of mesh.data x "
             f"mesh.fsdp{times}: choose a multiple of {parts}."
@@ -143,8 +163,8 @@ def check_data(cfg: Experiment, tokenizer: Tokenizer, data) -> None:
 
     The first process says how many questions are left out of their rows, if any are.
     """
-    room.check(cfg, tokenizer)
-    if not jax.process_index() and (said := room.left_out(cfg, tokenizer)):
+    length_check.check(cfg, tokenizer)
+    if not jax.process_index() and (said := length_check.left_out(cfg, tokenizer)):
         print(said, flush=True)
     first = data.get_state()
     next(data)
@@ -188,15 +208,23 @@ def run_steps(run: Run, state: State) -> State:
                 losses.append(note(run, *before))
                 before = None
             if is_saved:
-                loss_sum = run.log.loss_sum if run.log else NO_LOSSES  # only the process that logs writes it
-                run.checkpoints.save(step, state, run.data.get_state(), statistics.fmean(losses), loss_sum)
+                loss_sum = (
+                    run.log.loss_sum if run.log else NO_LOSSES
+                )  # only the process that logs writes it
+                run.checkpoints.save(
+                    step, state, run.data.get_state(), statistics.fmean(losses), loss_sum
+                )
                 losses = []
             if stop:
-                raise Preempted(f"stopped by SIGTERM after step {step}, which is saved: the same command continues it.")
+                raise Preempted(
+                    f"stopped by SIGTERM after step {step}, which is saved: the same command continues it."
+                )
     return state
 
 
-def compile_step(run: Run, state: State, batch: Batch) -> Callable[[State, Batch], tuple[State, dict]]:
+def compile_step(
+    run: Run, state: State, batch: Batch
+) -> Callable[[State, Batch], tuple[State, dict]]:
     """`ready_step`, with a line about the compilation on the process that logs."""
     with run.log.compiling() if run.log else contextlib.nullcontext():
         return ready_step(run.cfg, run.mesh, state, batch)
@@ -207,7 +235,13 @@ def counts_of(batch: Batch) -> tuple:
     """Tokens, slots, images, image slots and examples of a batch, over all processes: the first fields of `Work`."""
     seen = batch.image_mask.any(axis=1)
     examples = jnp.sum(jnp.maximum(batch.segment_ids, batch.branch_ids).max(axis=1))
-    return jnp.sum(batch.segment_ids != PADDING), batch.tokens.size, jnp.sum(seen), seen.size, examples
+    return (
+        jnp.sum(batch.segment_ids != PADDING),
+        batch.tokens.size,
+        jnp.sum(seen),
+        seen.size,
+        examples,
+    )
 
 
 def note(run: Run, step: int, metrics: dict, data_wait_seconds: float, place: dict) -> float:

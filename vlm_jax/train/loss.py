@@ -11,7 +11,9 @@ from jaxtyping import Array, Float
 from vlm_jax import axes
 from vlm_jax.structs import Batch
 
-CHUNK_BYTES = 64 * 2**20  # logits that a device holds at once, unless `train.loss_chunk` says otherwise
+CHUNK_BYTES = (
+    64 * 2**20
+)  # logits that a device holds at once, unless `train.loss_chunk` says otherwise
 CHUNK_TOKENS = 512  # of a chunk where one is not enough: a product's best rate, and few slots that no token fills
 Params = dict[tuple[str, ...], jax.Array]
 
@@ -30,7 +32,9 @@ class Head:
         return self.apply(wide, x.astype(jnp.float32))
 
 
-def cross_entropy(logits: Float[Array, "B S V"], batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def cross_entropy(
+    logits: Float[Array, "B S V"], batch: Batch
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum of -log p(target) in nats over the scored tokens, and their number; computed in float32."""
     return _nats(logits, batch.targets, batch.loss_weights), jnp.sum(batch.loss_weights)
 
@@ -42,7 +46,12 @@ def _nats(logits, targets, weights) -> Float[Array, ""]:
 
 
 def head_cross_entropy(
-    head: Head, trained: Params, frozen: Params, hidden: Float[Array, "B S D"], batch: Batch, chunk: int = 0
+    head: Head,
+    trained: Params,
+    frozen: Params,
+    hidden: Float[Array, "B S D"],
+    batch: Batch,
+    chunk: int = 0,
 ) -> Float[Array, ""]:
     """The sum of `cross_entropy`, with logits of at most `chunk` scored tokens a device at a time.
 
@@ -59,10 +68,15 @@ def head_cross_entropy(
         return cross_entropy(logits, batch)[0]
     unscored = batch.loss_weights.reshape(shards, tokens) == 0
     order = jnp.argsort(unscored, axis=1, stable=True)
-    order = jnp.pad(order, ((0, 0), (0, -tokens % chunk)), constant_values=tokens)  # out of bounds: filled with 0
+    order = jnp.pad(
+        order, ((0, 0), (0, -tokens % chunk)), constant_values=tokens
+    )  # out of bounds: filled with 0
     packed = [_packed(x, order) for x in (hidden, batch.targets, batch.loss_weights)]
     chunks = jnp.max(jnp.sum(~unscored, axis=1) + chunk - 1) // chunk
-    gathered = ({path: axes.constrain(x, head.letters[path]) for path, x in part.items()} for part in (trained, frozen))
+    gathered = (
+        {path: axes.constrain(x, head.letters[path]) for path, x in part.items()}
+        for part in (trained, frozen)
+    )
     return _chunked(head, chunk, *gathered, *packed, chunks)
 
 
@@ -104,12 +118,15 @@ def _chunked_forward(head, chunk, trained, frozen, x, targets, weights, chunks):
     gradient = jax.value_and_grad(functools.partial(_shard_nats, head), argnums=(0, 2))
     gradient = jax.vmap(gradient, in_axes=(None, None, 0, 0, 0))
     zeros = {
-        path: axes.constrain(jnp.zeros((len(x), *w.shape)), f"B {head.letters[path]}") for path, w in trained.items()
+        path: axes.constrain(jnp.zeros((len(x), *w.shape)), f"B {head.letters[path]}")
+        for path, w in trained.items()
     }
 
     def body(i, sums):
         totals, d_trained, dx = sums
-        nats, (d_head, d_piece) = gradient(trained, frozen, *_piece((x, targets, weights), i, chunk))
+        nats, (d_head, d_piece) = gradient(
+            trained, frozen, *_piece((x, targets, weights), i, chunk)
+        )
         dx = jax.lax.dynamic_update_slice_in_dim(dx, d_piece, i * chunk, axis=1)
         return totals + nats, jax.tree.map(jnp.add, d_trained, d_head), dx
 
@@ -120,7 +137,14 @@ def _chunked_forward(head, chunk, trained, frozen, x, targets, weights, chunks):
 
 def _chunked_backward(head, chunk, saved, dy):
     d_trained, dx = saved
-    return {path: dy * d for path, d in d_trained.items()}, None, (dy * dx).astype(dx.dtype), None, None, None
+    return (
+        {path: dy * d for path, d in d_trained.items()},
+        None,
+        (dy * dx).astype(dx.dtype),
+        None,
+        None,
+        None,
+    )
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

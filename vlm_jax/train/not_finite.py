@@ -20,9 +20,8 @@ def first_bad(finite: dict[str, bool], largest: dict[str, float]) -> str:
     if len(spoilt) < len(finite):
         return f"the backward pass spoils that of {_named(spoilt[-1])} first, {len(spoilt)} of {len(finite)} gradients"
     path = max(largest, key=largest.get)
-    return (
-        f"the parameters are finite and no gradient is; the largest number, {largest[path]:.3g}, is of {_named(path)}"
-    )
+    largest_number = f"the largest number, {largest[path]:.3g}, is of {_named(path)}"
+    return f"the parameters are finite and no gradient is; {largest_number}"
 
 
 def _place(path: str) -> tuple:

@@ -10,7 +10,10 @@ from flax import traverse_util
 from vlm_jax.config import Optim
 
 PARTS = ("vision", "projector", "decoder", "cross_attention")
-MATRICES = ("kernel", "table")  # they decay; the number of dimensions says nothing where layers are stacked
+MATRICES = (
+    "kernel",
+    "table",
+)  # they decay; the number of dimensions says nothing where layers are stacked
 
 
 def part_of(path: tuple[str, ...]) -> str:
@@ -45,7 +48,11 @@ def schedule(cfg: Optim, steps: int) -> optax.Schedule:
     """Linear warm-up from 0, then a cosine down to `final_fraction` of the peak."""
     warmup = min(cfg.warmup_steps, max(steps - 1, 1))
     return optax.warmup_cosine_decay_schedule(
-        0.0, cfg.learning_rate, warmup, max(steps, warmup + 1), cfg.learning_rate * cfg.final_fraction
+        0.0,
+        cfg.learning_rate,
+        warmup,
+        max(steps, warmup + 1),
+        cfg.learning_rate * cfg.final_fraction,
     )
 
 
@@ -85,7 +92,10 @@ def _muon(cfg: Optim) -> optax.GradientTransformation:
         return {path: "muon" if path[-1] == "kernel" else "adam" for path in params}
 
     def unit_rms(updates, _):
-        return {path: update if _masked(update) else _unit_rms(path, update) for path, update in updates.items()}
+        return {
+            path: update if _masked(update) else _unit_rms(path, update)
+            for path, update in updates.items()
+        }
 
     orthogonal = optax.contrib.scale_by_muon(weight_dimension_numbers=_kernel_sides)
     muon = optax.chain(orthogonal, optax.stateless(unit_rms))
@@ -101,13 +111,22 @@ def _kernel_sides(params) -> dict:
 
     def sides(path, kernel):
         first = 1 if "layers" in path else 0
-        middle = first + (2 if path[-2] == "out" else 1)  # attention's output contracts heads and their numbers
-        return optax.contrib.MuonDimensionNumbers(tuple(range(first, middle)), tuple(range(middle, kernel.ndim)))
+        middle = first + (
+            2 if path[-2] == "out" else 1
+        )  # attention's output contracts heads and their numbers
+        return optax.contrib.MuonDimensionNumbers(
+            tuple(range(first, middle)), tuple(range(middle, kernel.ndim))
+        )
 
-    return {path: kernel if _masked(kernel) else sides(path, kernel) for path, kernel in params.items()}
+    return {
+        path: kernel if _masked(kernel) else sides(path, kernel) for path, kernel in params.items()
+    }
 
 
 def _unit_rms(path, update):
     sides = _kernel_sides({path: update})[path]
-    inputs, outputs = (math.prod(update.shape[i] for i in axes) for axes in (sides.reduction_axis, sides.output_axis))
+    inputs, outputs = (
+        math.prod(update.shape[i] for i in axes)
+        for axes in (sides.reduction_axis, sides.output_axis)
+    )
     return update * math.sqrt(max(inputs, outputs))

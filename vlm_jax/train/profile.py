@@ -3,7 +3,7 @@
 import jax
 
 from vlm_jax.config import Train
-from vlm_jax.workdir import Workdir
+from vlm_jax.runtime.workdir import Workdir
 
 
 class Profile:

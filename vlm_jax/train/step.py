@@ -13,7 +13,7 @@ from vlm_jax import axes
 from vlm_jax.config import Experiment
 from vlm_jax.nn.models import boxed_params, initializer
 from vlm_jax.nn.vlm import VLM
-from vlm_jax.start import give_back_memory
+from vlm_jax.runtime.process import give_back_memory
 from vlm_jax.structs import Batch, State
 from vlm_jax.train import optim
 from vlm_jax.train.loss import Head, Params, head_cross_entropy
@@ -34,7 +34,9 @@ def new_state(cfg: Experiment, mesh: jax.sharding.Mesh, loaded: dict[str, jax.Ar
         return state.replace(params={path: x for path, x in flat.items() if path not in loaded})
 
     shardings = without_loaded(state_shardings(cfg, mesh))
-    create = jax.jit(lambda seed: without_loaded(make_state(cfg, jax.random.key(seed))), out_shardings=shardings)
+    create = jax.jit(
+        lambda seed: without_loaded(make_state(cfg, jax.random.key(seed))), out_shardings=shardings
+    )
     state = create(np.uint32(cfg.seed))
     return state.replace(params=traverse_util.unflatten_dict(state.params | loaded, sep="/"))
 
@@ -86,7 +88,9 @@ def batch_nats(cfg: Experiment, trained: Params, frozen: Params, batch: Batch) -
     images = narrowed(cfg, batch.images)
     hidden, _ = VLM(cfg).apply({"params": params}, batch.replace(images=images), method="hidden")
     head = head_of(cfg)
-    of_head = [{path: x for path, x in part.items() if path in head.letters} for part in (trained, frozen)]
+    of_head = [
+        {path: x for path, x in part.items() if path in head.letters} for part in (trained, frozen)
+    ]
     return head_cross_entropy(head, *of_head, hidden, batch, cfg.train.loss_chunk)
 
 
@@ -108,7 +112,9 @@ def summed(gradient: Callable, batch: Batch, parts: int):
     """
     if parts == 1:
         return gradient(batch)
-    interleaved = jax.tree.map(lambda x: x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    interleaved = jax.tree.map(
+        lambda x: x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
+    )
 
     def add(sums, part):
         return jax.tree.map(jnp.add, sums, gradient(jax.tree.map(axes.constrain_rows, part))), None
@@ -129,7 +135,9 @@ def train_step(cfg: Experiment, state: State, batch: Batch) -> tuple[State, dict
     count = jnp.maximum(jnp.sum(batch.loss_weights), 1)
 
     def gradient(part):
-        return jax.value_and_grad(lambda trained: batch_nats(cfg, trained, frozen, part) / count)(trained)
+        return jax.value_and_grad(lambda trained: batch_nats(cfg, trained, frozen, part) / count)(
+            trained
+        )
 
     value, gradients = summed(gradient, batch, cfg.train.microbatches)
     transform = optim.optimizer(cfg.optim, cfg.train.steps)
@@ -140,7 +148,9 @@ def train_step(cfg: Experiment, state: State, batch: Batch) -> tuple[State, dict
         "loss": value,
         "grad_norm": norm,
         "learning_rate": optim.schedule(cfg.optim, cfg.train.steps)(state.step),
-        "finite": {"/".join(path): jnp.isfinite(jnp.sum(jnp.square(x))) for path, x in gradients.items()},
+        "finite": {
+            "/".join(path): jnp.isfinite(jnp.sum(jnp.square(x))) for path, x in gradients.items()
+        },
         "largest": magnitudes(trained | frozen, ~jnp.isfinite(value + norm)),
     }
     return State(state.step + 1, params, optimizer), metrics
@@ -150,12 +160,18 @@ def magnitudes(params: Params, wanted: jax.Array) -> dict[str, jax.Array]:
     """The largest absolute number of every parameter, by its path; 0, and nothing is read, unless they are `wanted`."""
 
     def largest():
-        return {"/".join(path): jnp.max(jnp.abs(x)).astype(jnp.float32) for path, x in params.items()}
+        return {
+            "/".join(path): jnp.max(jnp.abs(x)).astype(jnp.float32) for path, x in params.items()
+        }
 
-    return jax.lax.cond(wanted, largest, lambda: {"/".join(path): jnp.float32(0) for path in params})
+    return jax.lax.cond(
+        wanted, largest, lambda: {"/".join(path): jnp.float32(0) for path in params}
+    )
 
 
-def compiled_step(cfg: Experiment, mesh: jax.sharding.Mesh) -> Callable[[State, Batch], tuple[State, dict]]:
+def compiled_step(
+    cfg: Experiment, mesh: jax.sharding.Mesh
+) -> Callable[[State, Batch], tuple[State, dict]]:
     """`train_step` over the mesh; the state is donated."""
     state = state_shardings(cfg, mesh)
     return jax.jit(
@@ -166,7 +182,9 @@ def compiled_step(cfg: Experiment, mesh: jax.sharding.Mesh) -> Callable[[State, 
     )
 
 
-def ready_step(cfg: Experiment, mesh: jax.sharding.Mesh, state: State, batch: Batch) -> jax.stages.Compiled:
+def ready_step(
+    cfg: Experiment, mesh: jax.sharding.Mesh, state: State, batch: Batch
+) -> jax.stages.Compiled:
     """`compiled_step` of arrays like these; what the compiler held is free before the first step takes its memory."""
     program = compiled_step(cfg, mesh).lower(state, batch).compile()
     give_back_memory()

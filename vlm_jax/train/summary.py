@@ -30,7 +30,11 @@ def describe_model(cfg: Experiment) -> str:
     vision, decoder = cfg.vision, cfg.decoder
     stages = [f"decoder {decoder.depth} x {decoder.width}"]
     if cfg.fusion.has_images:
-        images = "an image" if vision.pictures == 1 else f"each of at most {vision.pictures} views of an image"
+        images = (
+            "an image"
+            if vision.pictures == 1
+            else f"each of at most {vision.pictures} views of an image"
+        )
         encoder = f"ViT {vision.depth} x {vision.width}" if vision.kind == "vit" else "no encoder"
         projector = f"{cfg.projector.kind} projector"
         tokens = f"{cfg.image_tokens} tokens"
@@ -40,11 +44,16 @@ def describe_model(cfg: Experiment) -> str:
 
 def describe_parameters(cfg: Experiment, params) -> str:
     trained, frozen = optim.split(params, cfg.optim)
-    trained_size, frozen_size = sum(x.size for x in trained.values()), sum(x.size for x in frozen.values())
+    trained_size, frozen_size = (
+        sum(x.size for x in trained.values()),
+        sum(x.size for x in frozen.values()),
+    )
     total = trained_size + frozen_size
     if not frozen:
         return f"{total:,}, all trained"
-    frozen_parts = [part for part in optim.PARTS if part in {optim.part_of(path) for path in frozen}]
+    frozen_parts = [
+        part for part in optim.PARTS if part in {optim.part_of(path) for path in frozen}
+    ]
     return f"{total:,}, {trained_size / total:.1%} trained; frozen: {', '.join(frozen_parts)}"
 
 
@@ -59,7 +68,9 @@ def describe_data(cfg: Experiment) -> str:
     name = f"{cfg.data.source} {cfg.data.train_split}"
     if cfg.data.is_conversations:
         source = pipeline.conversation_source(cfg.data, cfg.data.train_split)
-        return f"{name}: {len(source):,} conversations, packed into rows of {cfg.row_length:,} tokens"
+        return (
+            f"{name}: {len(source):,} conversations, packed into rows of {cfg.row_length:,} tokens"
+        )
     images = len(sources.load(cfg.data, cfg.data.train_split))
     steps = images / cfg.train.batch_size
     return f"{name}: {images:,} images, one a row of {cfg.row_length:,} tokens; an epoch is {steps:,.1f} steps"

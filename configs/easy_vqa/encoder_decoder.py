@@ -1,0 +1,10 @@
+"""Encoder-decoder on easy-VQA: every block is self-attention, cross-attention to the image tokens, MLP."""
+
+from dataclasses import replace
+
+from configs.easy_vqa import unified
+from vlm_jax.config import Experiment, Fusion
+
+
+def get_config() -> Experiment:
+    return replace(unified.get_config(), fusion=Fusion(kind="encoder_decoder"))

@@ -1,0 +1,43 @@
+"""Llama 3.2 11B Vision with its language frozen, as it was made (Dubey et al. 2024, section 7.4): vision, projector and
+cross-attention learn.
+
+Begins with --vision.checkpoint and --decoder.checkpoint. Chosen for 64 chips of TPU v5p, see `experiments/plans/`.
+"""
+
+from dataclasses import replace
+
+from configs.published import llama_3_2_11b_vision
+from vlm_jax.config import (
+    Data,
+    Experiment,
+    Mesh,
+    Optim,
+    RateScale,
+    Train,
+)
+
+DATA = Data(
+    source="conversations",
+    files=("data/llava_instruct/llava_v1_5_mix665k.json",),
+    image_dir="data/llava_instruct",
+    text_length=2048,
+    augment=(),
+    special_ids=(128_004, 128_256, 128_002, 128_001),
+    bos_id=128_000,
+)
+
+
+def get_config() -> Experiment:
+    cfg = llama_3_2_11b_vision.get_config()
+    return replace(
+        cfg,
+        data=DATA,
+        vision=replace(cfg.vision, remat="dots"),
+        fusion=replace(cfg.fusion, blind_rows="skip"),
+        decoder=replace(cfg.decoder, remat="dots"),
+        optim=Optim(
+            learning_rate=1e-5, rate_scale=RateScale(decoder=0), warmup_steps=200, weight_decay=0.0
+        ),
+        train=Train(steps=5200, batch_size=128, compute_dtype="bfloat16"),
+        mesh=Mesh(data=1, fsdp=-1),
+    )

@@ -1,0 +1,306 @@
+"""What cannot work is refused by name, and what just can is not."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from vlm_jax.config import (
+    ConfigError,
+    Experiment,
+    Fusion,
+    RateScale,
+    Rope,
+    files,
+)
+from vlm_jax.config.bounds import (
+    ABOVE,
+    AT_LEAST,
+    AT_MOST,
+    BELOW,
+    PATHS,
+)
+from vlm_jax.config.validate import kinds, validate
+from vlm_jax.testing import KINDS, tiny
+
+
+def changed(cfg: Experiment, **values) -> Experiment:
+    """`section_field=value`, the section up to the first underscore."""
+    for name, value in values.items():
+        section, field = name.split("_", 1)
+        cfg = replace(cfg, **{section: replace(getattr(cfg, section), **{field: value})})
+    return cfg
+
+
+TILED = {"vision_tiles": 2, "vision_tile_layouts": ((1, 1), (1, 2)), "vision_global_depth": 1}
+TILED |= {"vision_class_token": True, "vision_keep_class_token": True}
+REFUSED = [  # changes of `tiny`, and what the sentence must say
+    ({"fusion_kind": "unifid"}, "fusion.kind 'unifid' .* unified, cross_attention"),
+    ({"data_augment": ("mirror", "shft")}, "data.augment 'shft' .* mirror, turn, shift"),
+    (
+        {"vision_image_size_px": 15},
+        "vision.image_size_px 15 .* vision.patch_size_px 8.*1, 3, 5, 15 px fit",
+    ),
+    ({"decoder_heads": 5}, "decoder.width 32 .* decoder.heads 5"),
+    ({"vision_heads": 5}, "vision.width 32 .* vision.heads 5"),
+    ({"decoder_kv_heads": 3}, "decoder.heads 4 .* decoder.kv_heads 3"),
+    ({"vision_kv_heads": 3}, "vision.heads 4 .* vision.kv_heads 3"),
+    ({"projector_kind": "resampler", "projector_heads": 5}, "decoder.width 32 .* projector.heads"),
+    ({"decoder_rope": Rope(fraction=0.4)}, "decoder.rope.fraction 0.4 .* even"),
+    ({"decoder_rope": Rope(fraction=0.0)}, "decoder.rope.fraction 0.0"),
+    ({"decoder_rope": Rope(fraction=1.5)}, "decoder.rope.fraction 1.5"),
+    (
+        {"projector_kind": "pixel_shuffle", "projector_factor": 3},
+        "projector.factor 3 .* vision.image_size_px 16 .* vision.patch_size_px 8",
+    ),
+    (
+        {
+            "projector_kind": "average_pool",
+            "vision_class_token": True,
+            "vision_keep_class_token": True,
+        },
+        "projector.kind average_pool .* vision.keep_class_token",
+    ),
+    (
+        {"fusion_kind": "cross_attention", "vision_newline_token": True},
+        "vision.newline_token True .* fusion.kind cross_attention",
+    ),
+    (
+        {"fusion_kind": "encoder_decoder", "vision_kind": "none", "vision_positions": "none"},
+        "vision.kind none .* vision.positions none .* fusion.kind encoder_decoder",
+    ),
+    (
+        {"fusion_kind": "cross_attention", "fusion_cross_layers": (1, 3)},
+        r"fusion.cross_layers \[3\] .* decoder.depth 2",
+    ),
+    (
+        {"fusion_kind": "cross_attention", "fusion_cross_layers": (1,), "fusion_cross_every": 2},
+        r"fusion.cross_every 2 and fusion.cross_layers \[1\] both",
+    ),
+    (
+        {"fusion_cross_every": 2},
+        "fusion.cross_every 2 has no effect with fusion.kind unified: .* choose fusion.kind cross_attention or hybrid",
+    ),
+    (
+        {"fusion_cross_layers": (1,)},
+        r"fusion.cross_layers \(1,\) has no effect with fusion.kind unified",
+    ),
+    (
+        {"fusion_kind": "encoder_decoder", "fusion_gated": True},
+        "fusion.gated True .* fusion.kind encoder_decoder",
+    ),
+    (
+        {"fusion_qk_norm": False},
+        "fusion.qk_norm False has no effect .* cross_attention or encoder_decoder or hybrid",
+    ),
+    (
+        {"optim_rate_scale": RateScale(0, 0, 0, 0)},
+        "optim.rate_scale is 0 for vision, .*: nothing would learn",
+    ),
+    ({"data_source": "conversations"}, "data.source conversations needs data.files"),
+    ({"data_files": ("a.json",)}, "data.files is of data.source conversations, not of easy_vqa"),
+    (
+        {"eval_files": ("a.json",)},
+        "eval.files is of data.source conversations, not of easy_vqa: leave it out",
+    ),
+    ({"data_image_dir": "a"}, "data.image_dir is of data.source conversations, not of easy_vqa"),
+    (
+        {"data_source": "tfds:vqa", "data_augment": ("mirror",)},
+        "data.augment mirror .* data.source tfds:vqa .* untrue",
+    ),
+    (
+        {"data_images_per_row": 2},
+        "data.images_per_row 2 is of conversations: with data.source easy_vqa .* one",
+    ),
+    (
+        {"data_source": "tfds:vqa", "fusion_blind_rows": "read_all"},
+        "fusion.blind_rows read_all .* other conversations",
+    ),
+    (
+        {"data_source": "tfds:vqa", "data_images_per_row": 3, "decoder_max_positions": 35},
+        "decoder.max_positions 35 has no room for the 12 image tokens .* at least 36",
+    ),
+    (
+        {"fusion_kind": "hybrid", "vision_tiles": 2, "vision_thumbnail": False},
+        "vision.thumbnail False leaves fusion.kind hybrid .* vision.tiles to 1",
+    ),
+    (
+        {"fusion_kind": "hybrid", "vision_kind": "none", "vision_positions": "none"},
+        "vision.kind none .* vision.positions none .* fusion.kind hybrid",
+    ),
+    (
+        {"fusion_kind": "hybrid", "vision_tiles": 2, "fusion_blind_rows": "read_all"},
+        "fusion.blind_rows read_all .* vision.tiles 2",
+    ),
+    (
+        {"fusion_kind": "hybrid", "fusion_prefix": "bidirectional"},
+        "fusion.prefix bidirectional .* data.questions_per_row 3",
+    ),
+    (
+        {"vision_tiles": 8},
+        r"decoder.max_positions 64 has no room for the 45 image tokens of a row \(vision.tiles 8\) .* at least 69",
+    ),
+    (
+        {"vision_feature_layers": (-1, 3)},
+        "vision.feature_layers 3 is not a hidden state .* vision.depth 2: choose -3 to 2",
+    ),
+    (
+        {"data_tag_ids": ((4,), (5,))},
+        "data.tag_ids names the tags of tiles, .* vision.tiles 1 and vision.tile_tags 1d",
+    ),
+    (
+        {"vision_tiles": 2, "data_tag_ids": ((4,), (5,))},
+        "data.tag_ids has 2 tags for the 3 views of vision.tiles 2",
+    ),
+    (
+        {"data_special_ids": (0, 1, 2, 300)},
+        "data.special_ids 300 is none of the tokens 0 to 299 of decoder.vocab_size 300",
+    ),
+    ({"data_special_ids": (-1, 1, 2, 3)}, "data.special_ids -1 is none of the tokens 0 to 299"),
+    ({"data_bos_id": 300}, "data.bos_id 300 is none of the tokens 0 to 299"),
+    (
+        {"vision_tiles": 2, "data_tag_ids": ((4,), (5, 300), (6,))},
+        "data.tag_ids 300 is none of the tokens 0 to 299",
+    ),
+    (
+        {"vision_tiles": 2, "data_tag_ids": ((4,), (-5,), (6,))},
+        "data.tag_ids -5 is none of the tokens 0 to 299",
+    ),
+    (
+        {"vision_tiles": 2, "data_tag_ids": ((4,), (5, 1), (6,))},
+        "data.tag_ids 1 is one of data.special_ids, too",
+    ),
+    (
+        {"decoder_extra_tokens": 8, "data_special_ids": (0, 308, 2, 3)},
+        "data.special_ids 308 .* 0 to 307 of decoder.vocab_size 300 and decoder.extra_tokens 8",
+    ),
+    (
+        {"decoder_extra_tokens": 8, "data_special_ids": (0, 1, 2, 300)},
+        r"data.special_ids ends in 300, the end of text, .* 0 to 299 \(decoder.vocab_size 300\)",
+    ),
+    (TILED | {"vision_kind": "none"}, "vision.tile_layouts .* vision.kind none .* set that to vit"),
+    (
+        TILED | {"vision_class_token": False, "vision_keep_class_token": False},
+        "vision.tile_layouts .* vision.class_token False .* set that to True",
+    ),
+    (
+        TILED | {"vision_keep_class_token": False},
+        "vision.tile_layouts .* vision.keep_class_token False .* to True",
+    ),
+    (
+        TILED | {"vision_global_depth": 0},
+        "vision.tile_layouts needs vision.global_depth of at least 1, not 0",
+    ),
+    (TILED | {"vision_tile_layouts": ((1, 2),)}, "vision.tile_layouts lacks 1 1"),
+    (TILED | {"vision_tiles": 1}, "vision.tile_layouts 1 2 is no layout: .* 1 to vision.tiles 1"),
+    (
+        TILED | {"vision_tile_layouts": ((1, 1), (-1, -1))},
+        "vision.tile_layouts -1 -1 is no layout: .* 1 to",
+    ),
+    (
+        TILED | {"projector_kind": "resampler"},
+        "projector.kind resampler .* vision.tile_layouts .* linear, mlp or none",
+    ),
+    (
+        TILED | {"projector_kind": "pixel_shuffle"},
+        "projector.kind pixel_shuffle .* choose linear, mlp or none",
+    ),
+    (
+        {"decoder_max_positions": 27},
+        "decoder.max_positions 27 .* data.text_length 24: it must be at least 28",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "values, said", REFUSED, ids=lambda value: " ".join(value) if isinstance(value, dict) else ""
+)
+def test_what_cannot_work_together_is_refused_in_a_sentence_that_names_the_fields(values, said):
+    with pytest.raises(ConfigError, match=said):
+        validate(changed(tiny(), **values))
+
+
+def with_value(part, field, value):
+    """The dataclass with `value` at "section.field"."""
+    name, _, rest = field.partition(".")
+    return replace(part, **{name: with_value(getattr(part, name), rest, value) if rest else value})
+
+
+@pytest.mark.parametrize("field", [field for field in AT_LEAST if field in kinds(tiny())])
+def test_a_value_below_its_least_is_refused_by_name(field):
+    least = AT_LEAST[field]
+    with pytest.raises(ConfigError, match=f"^{field} is {least - 1}: it must be at least {least}"):
+        validate(with_value(tiny(), field, least - 1))
+
+
+FLOATS = [field for field, kind in kinds(tiny()).items() if kind is float]
+
+
+@pytest.mark.parametrize(
+    "field, value, said",
+    [(field, 0.0, "above 0") for field in ABOVE]
+    + [
+        (field, most + 1, f"at most {most}")
+        for field, most in AT_MOST.items()
+        if field in kinds(tiny())
+    ]
+    + [(field, 1.0, "below 1") for field in BELOW]
+    + [(field, float(word), "it must be") for field in FLOATS for word in ("nan", "inf")],
+)
+def test_a_number_outside_of_its_range_is_refused_by_name(field, value, said):
+    with pytest.raises(ConfigError, match=f"^{field} is {value}: .*{said}"):
+        validate(with_value(tiny(), field, value))
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/a", "gs:/bucket/a"])
+@pytest.mark.parametrize("field", PATHS)
+def test_an_address_in_the_place_of_a_path_is_refused_by_name(field, address):
+    value = (address,) if field.endswith(".files") else address
+    with pytest.raises(ConfigError, match=f"^{field} {address} is an address"):
+        validate(with_value(tiny(), field, value))
+
+
+@pytest.mark.parametrize(
+    "field, value, said",
+    [
+        ("train.steps", "many", "it must be int"),
+        ("train.steps", 1e3, "it must be int"),
+        ("decoder.width", True, "it must be int"),
+        ("optim.learning_rate", "0.1", "it must be float"),
+        ("fusion.gated", 1, "it must be bool"),
+        ("vision.image_mean", (0.5, 0.5), "it must be a tuple of 3 float"),
+        ("vision.tile_layouts", ((1, 1, 1),), "it must be a tuple of a tuple of 2 int"),
+        ("fusion", "unified", "it must be Fusion"),
+        ("vision", Fusion(), "it must be Vision"),
+        ("fusion.kind", None, "it must be str"),
+        ("data.augment", "mirror", "it must be a tuple of str"),
+        ("fusion.cross_layers", (0, "1"), "it must be a tuple of int"),
+    ],
+)
+def test_a_value_of_another_type_in_a_config_is_refused_by_name(field, value, said):
+    cfg = with_value(tiny(), field, value)
+    for refuse in (validate, lambda cfg: files.override(cfg, [], "test")):
+        with pytest.raises(ConfigError, match=f"^{field} is {re.escape(repr(value))}: {said}"):
+            refuse(cfg)
+
+
+def test_a_whole_number_is_a_number():
+    validate(with_value(tiny(), "optim.learning_rate", 1))
+
+
+def test_an_encoder_that_reads_tiles_together_is_not_refused():
+    for kind in KINDS:
+        validate(changed(tiny(kind), **TILED))
+
+
+def test_tokens_that_are_read_alone_may_lie_behind_the_vocabulary():
+    """As the image token of Llama 3.2 Vision does."""
+    validate(changed(tiny(), decoder_extra_tokens=8, data_special_ids=(0, 307, 2, 299)))
+
+
+def test_room_for_exactly_the_row_is_enough():
+    validate(changed(tiny(), decoder_max_positions=28))
+
+
+def test_fields_of_an_encoder_that_is_not_there_are_not_judged():
+    validate(changed(tiny(), vision_kind="none", vision_heads=5))

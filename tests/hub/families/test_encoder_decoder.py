@@ -1,0 +1,257 @@
+"""Vision-encoder-decoder with GPT-2 and TrOCR: our logits and tokens are those of transformers."""
+
+import functools
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import (
+    GPT2Config,
+    TrOCRConfig,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+)
+
+from tests.hub.parity import assert_round_trip, reference, reloaded
+from tests.hub.unified import NEW, Pair, new_pair
+from vlm_jax.config import ConfigError, Projector
+from vlm_jax.hub.families.encoder_decoder import ENCODER_DECODER
+from vlm_jax.hub.load import load_checkpoint
+from vlm_jax.infer.generate import Decoding, generate
+from vlm_jax.infer.verify import verify
+
+PAD, START = 1, 2
+LENGTHS = (7, 5, 3)
+
+
+def vit(width):
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    return ViTConfig(**sizes, image_size=8, patch_size=4)
+
+
+def gpt2(**settings):
+    return GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, **settings)
+
+
+def trocr(**settings):
+    sizes = {
+        "d_model": 32,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 48,
+    }
+    return TrOCRConfig(
+        vocab_size=64, max_position_embeddings=32, pad_token_id=PAD, **sizes, **settings
+    )
+
+
+SINES = {
+    "use_learned_position_embeddings": False,
+    "scale_embedding": True,
+    "layernorm_embedding": False,
+}
+SINES |= {"tie_word_embeddings": False}
+SIDES = {  # encoder and decoder
+    "gpt2 of the encoder's width": (vit(32), gpt2()),
+    "gpt2 of another width": (vit(16), gpt2(tie_word_embeddings=False, activation_function="relu")),
+    "trocr": (vit(16), trocr(cross_attention_hidden_size=16)),
+    "trocr with sines": (vit(16), trocr(**SINES)),
+}
+TIED, GPT2, _, SINE = SIDES
+every_kind = pytest.mark.parametrize("kind", SIDES)
+
+
+@pytest.fixture(scope="module")
+def pair_of(tmp_path_factory):
+    """`pair_of(kind)`: the model of transformers, and ours of its folder."""
+
+    @functools.cache
+    def make(kind):
+        folder = tmp_path_factory.mktemp("hub")
+        special = {"decoder_start_token_id": START, "pad_token_id": PAD, "eos_token_id": 0}
+        config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(*SIDES[kind], **special)
+        return new_pair(VisionEncoderDecoderModel(config), folder)
+
+    return make
+
+
+def inputs(side: str, lengths=LENGTHS) -> dict[str, np.ndarray]:
+    """One random image a row, and a text that begins with START."""
+    rng = np.random.default_rng(0)
+    length = max(lengths)
+    ids, mask = np.full((len(lengths), length), PAD), np.zeros((len(lengths), length), int)
+    for row, there, n in zip(ids, mask, lengths):
+        where = slice(length - n, None) if side == "left" else slice(n)
+        row[where], there[where] = [START, *rng.integers(3, 64, n - 1)], 1
+    pixels = rng.normal(size=(len(lengths), 3, 8, 8)).astype(np.float32)
+    return {"decoder_input_ids": ids, "decoder_attention_mask": mask, "pixel_values": pixels}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@every_kind
+def test_logits_are_those_of_transformers(pair_of, kind, side):
+    arrays = inputs(side)
+    found, expected = pair_of(kind).logits(**arrays), reference(pair_of(kind).theirs, **arrays)
+    there = arrays["decoder_attention_mask"] == 1
+    np.testing.assert_allclose(found[there], expected[there], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [GPT2, SINE])
+def test_without_a_mask_padding_tokens_are_read_as_others_are(pair_of, kind):
+    arrays = inputs("left")
+    del arrays["decoder_attention_mask"]
+    expected = reference(pair_of(kind).theirs, **arrays)
+    np.testing.assert_allclose(pair_of(kind).logits(**arrays), expected, atol=1e-4)
+
+
+def test_positions_may_be_given(pair_of):
+    arrays = inputs("right") | {"decoder_position_ids": np.arange(7)[None].repeat(3, axis=0) + 4}
+    expected = reference(pair_of(GPT2).theirs, **arrays)
+    there = arrays["decoder_attention_mask"] == 1
+    np.testing.assert_allclose(pair_of(GPT2).logits(**arrays)[there], expected[there], atol=1e-4)
+
+
+def states_of_transformers(model, arrays) -> dict[str, np.ndarray]:
+    with torch.no_grad():
+        out = model(
+            **{name: torch.tensor(x) for name, x in arrays.items()}, output_hidden_states=True
+        )
+    found = {
+        f"encoder after {i} blocks": x.numpy() for i, x in enumerate(out.encoder_hidden_states)
+    }
+    return found | {
+        f"decoder after {i} blocks": x.numpy() for i, x in enumerate(out.decoder_hidden_states)
+    }
+
+
+def our_states(pair: Pair, arrays) -> dict[str, np.ndarray]:
+    states, found = (
+        pair.applied(pair.batch(**arrays), mutable=["intermediates"])[1]["intermediates"],
+        {},
+    )
+    for name, part in {"encoder": "vision", "decoder": "decoder"}.items():
+        after = [states[part]["embeddings"][0], *states[part]["blocks"]["layers"]["block_0_out"][0]]
+        found |= {f"{name} after {i} blocks": x for i, x in enumerate(after)}
+    return found
+
+
+@every_kind
+def test_every_block_gives_what_it_gives_in_transformers(pair_of, kind):
+    arrays = inputs("right", (7, 7, 7))
+    expected, found = (
+        states_of_transformers(pair_of(kind).theirs, arrays),
+        our_states(pair_of(kind), arrays),
+    )
+    if kind.startswith("gpt2"):
+        expected.pop("decoder after 2 blocks")  # it is after the final norm
+        found.pop("decoder after 2 blocks")
+    assert list(found) == list(expected)
+    for name, state in found.items():
+        np.testing.assert_allclose(state, expected[name], atol=1e-4, err_msg=name)
+
+
+def greedy(pair: Pair, **arrays) -> np.ndarray:
+    return np.asarray(
+        generate(pair.cfg, pair.params, pair.batch(generating=True, **arrays), NEW, Decoding())
+    )
+
+
+@every_kind
+def test_greedy_tokens_are_those_of_transformers(pair_of, kind):
+    """Of prompts of mixed length; with sines, transformers counts new tokens in another way than those of a prompt."""
+    lengths = (1, 1, 1) if kind == SINE else LENGTHS
+    pair, arrays = pair_of(kind), inputs("left", lengths)
+    tensors = {name: torch.tensor(x) for name, x in arrays.items()}
+    pair.theirs.generation_config.eos_token_id = None
+    made = pair.theirs.generate(**tensors, do_sample=False, max_new_tokens=NEW)[:, max(lengths) :]
+    found = greedy(pair, **arrays)
+    np.testing.assert_array_equal(found, made)
+    assert len(np.unique(found)) > 1, "the answers are all alike: the test would show little"
+
+
+def test_a_row_of_a_batch_makes_the_tokens_that_it_makes_alone(pair_of):
+    """With positions that count what is there: those of transformers, which count slots, would let padding matter."""
+    arrays = inputs("left")
+    arrays |= {"decoder_position_ids": np.cumsum(arrays["decoder_attention_mask"], axis=1) - 1}
+    alone = {name: x[2:] for name, x in arrays.items()}
+    alone |= {name: x[:, -LENGTHS[2] :] for name, x in alone.items() if name != "pixel_values"}
+    np.testing.assert_array_equal(
+        greedy(pair_of(GPT2), **alone)[0], greedy(pair_of(GPT2), **arrays)[2]
+    )
+
+
+@every_kind
+def test_a_config_is_read_as_it_was_written(pair_of, kind):
+    pair = pair_of(kind)
+    names = {row.hub for row in ENCODER_DECODER.rows(pair.cfg)}
+    written = json.loads(json.dumps(ENCODER_DECODER.write(pair.cfg)))
+    assert ENCODER_DECODER.read(written, names) == pair.cfg
+
+
+@every_kind
+def test_an_export_is_what_was_loaded_and_transformers_loads_it(pair_of, kind, tmp_path):
+    pair, arrays = pair_of(kind), inputs("right")
+    assert_round_trip(pair.checkpoint.folder, tmp_path)
+    if kind == SINE:
+        return  # transformers 5 does not load its own: the table of sines stays a meta tensor
+    again = reloaded(VisionEncoderDecoderModel, tmp_path, pair.theirs)
+    np.testing.assert_allclose(
+        reference(again, **arrays), reference(pair.theirs, **arrays), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("is_copy", [True, False])
+def test_a_stored_head_is_tied_if_it_is_a_copy_of_the_embedding(pair_of, tmp_path, is_copy):
+    """As in `pytorch_model.bin` of vit-gpt2-image-captioning; another head is loaded whatever config.json says."""
+    pair = pair_of(TIED)
+    tensors = load_file(pair.checkpoint.folder / "model.safetensors")
+    tensors["decoder.lm_head.weight"] = tensors["decoder.transformer.wte.weight"] + (not is_copy)
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(pair.checkpoint.folder / "config.json", tmp_path)
+    checkpoint, params = load_checkpoint(tmp_path)
+    if is_copy:
+        assert checkpoint.cfg == pair.cfg
+    else:
+        np.testing.assert_array_equal(
+            params["decoder"]["free_head"]["kernel"].T, tensors["decoder.lm_head.weight"]
+        )
+
+
+def test_without_a_prompt_new_tokens_follow_the_one_that_starts_the_decoder(pair_of, tmp_path):
+    pair, arrays = pair_of(GPT2), inputs("left", (1, 1, 1))
+    cases = {"a/in/pixel_values": arrays["pixel_values"], "a/out/new_ids": greedy(pair, **arrays)}
+    np.savez(tmp_path / "reference.npz", **cases)
+    assert all(result.ok for result in verify(pair.checkpoint.folder, tmp_path / "reference.npz"))
+
+
+@pytest.mark.parametrize(
+    "part, kind, known", [("encoder", "swin", "vit"), ("decoder", "bert", "gpt2, trocr")]
+)
+def test_other_sides_are_refused_with_those_that_are_known(pair_of, part, kind, known):
+    config = pair_of(GPT2).checkpoint.config
+    config = {**config, part: {**config[part], "model_type": kind}}
+    with pytest.raises(ConfigError, match=f"{kind}.*{known}"):
+        ENCODER_DECODER.read(config, ())
+
+
+def test_gpt2_needs_a_projector_from_another_width(pair_of):
+    with pytest.raises(ConfigError, match="projector.kind linear"):
+        ENCODER_DECODER.write(replace(pair_of(GPT2).cfg, projector=Projector("none")))
+
+
+def test_an_image_is_asked_for(pair_of):
+    arrays = inputs("right")
+    with pytest.raises(ConfigError, match="pixel_values"):
+        pair_of(GPT2).batch(**{**arrays, "pixel_values": arrays["pixel_values"][:1]})
+    with pytest.raises(ConfigError, match="pixel_values"):
+        pair_of(GPT2).batch(decoder_input_ids=arrays["decoder_input_ids"])

@@ -1,0 +1,211 @@
+"""ViT, CLIP, SigLIP and DINOv2 as encoders: our outputs are those of transformers at any size of the images."""
+
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+from tests.hub.parity import assert_round_trip, forward, randomized, reloaded, saved
+from vlm_jax.config import ConfigError
+from vlm_jax.hub.export import export_checkpoint
+from vlm_jax.hub.families.registry import FAMILIES
+from vlm_jax.hub.families.vit import mlp_ratio
+from vlm_jax.hub.inputs import channels_last
+from vlm_jax.hub.load import load_params
+from vlm_jax.nn.models import model_of
+
+
+class HeadlessViT:
+    """ViT without the layer that pools, as encoders of other models and many files have it."""
+
+    def __new__(cls, config):
+        return ViTModel(config, add_pooling_layer=False)
+
+    from_pretrained = functools.partial(ViTModel.from_pretrained, add_pooling_layer=False)
+
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 4,
+}
+SMALL = SIZES | {"intermediate_size": 48}
+MODELS = {
+    "vit": (ViTModel, ViTConfig(**SMALL)),
+    "vit without a pooler": (HeadlessViT, ViTConfig(**SMALL, qkv_bias=False, hidden_act="relu")),
+    "vit with classes": (ViTForImageClassification, ViTConfig(**SMALL, num_labels=5)),
+    "clip": (CLIPVisionModel, CLIPVisionConfig(**SMALL)),
+    "clip of LAION": (CLIPVisionModel, CLIPVisionConfig(**SMALL, hidden_act="gelu")),
+    "siglip": (SiglipVisionModel, SiglipVisionConfig(**SMALL)),
+    "siglip without a head": (
+        SiglipVisionModel,
+        SiglipVisionConfig(**SMALL, vision_use_head=False),
+    ),
+    "dinov2": (Dinov2Model, Dinov2Config(**SIZES, mlp_ratio=2)),
+    "dinov2 with a gated mlp": (
+        Dinov2Model,
+        Dinov2Config(**SIZES, use_swiglu_ffn=True, use_mask_token=False),
+    ),
+}
+SIDES_PX = {
+    "its own size": (16, 16),
+    "another": (22, 13),
+}  # the second leaves pixels over beside whole patches
+every_model = pytest.mark.parametrize("kind", MODELS)
+every_size = pytest.mark.parametrize("size", SIDES_PX)
+
+
+@pytest.fixture(scope="module")
+def pair_of(tmp_path_factory):
+    """`pair_of(kind)`: a folder, the model of transformers that is in it, and ours with its parameters."""
+
+    @functools.cache
+    def make(kind):
+        cls, config = MODELS[kind]
+        folder = tmp_path_factory.mktemp("hub")
+        return folder, saved(cls(config), folder), *load_params(folder)
+
+    return make
+
+
+def outputs_of(pair, size):
+    """What transformers gives for two images of a size, and ours with its intermediate numbers."""
+    _, theirs, model, params = pair
+    pixels = np.random.default_rng(0).normal(size=(2, 3, *SIDES_PX[size])).astype(np.float32)
+    resampled = {} if isinstance(theirs, Dinov2Model) else {"interpolate_pos_encoding": True}
+    with torch.no_grad():
+        expected = theirs(torch.tensor(pixels), output_hidden_states=True, **resampled)
+    return expected, *forward(
+        model, params, channels_last(pixels), method="encode", mutable="intermediates"
+    )
+
+
+@every_size
+@every_model
+def test_outputs_are_those_of_transformers_layer_by_layer(pair_of, kind, size):
+    expected, found, between = outputs_of(pair_of(kind), size)
+    (embeddings,), blocks = (
+        between["intermediates"]["embeddings"],
+        between["intermediates"]["blocks"]["layers"],
+    )
+    for i, state in enumerate([embeddings, *blocks["block_0_out"][0]]):
+        name = f"after block {i - 1}" if i else "embeddings"
+        np.testing.assert_allclose(
+            state, expected.hidden_states[i].numpy(), atol=1e-4, err_msg=name
+        )
+    theirs = {"tokens": "last_hidden_state", "pooled": "pooler_output", "logits": "logits"}
+    for ours, name in theirs.items():
+        output = getattr(expected, name, None)
+        if output is not None:
+            np.testing.assert_allclose(
+                getattr(found, ours), output.numpy(), atol=1e-4, err_msg=name
+            )
+        else:
+            assert getattr(found, ours) is None or isinstance(
+                pair_of(kind)[1], ViTForImageClassification
+            )
+
+
+@every_model
+def test_an_export_is_what_was_loaded_and_transformers_loads_it(pair_of, tmp_path, kind):
+    folder, theirs, model, params = pair_of(kind)
+    assert_round_trip(folder, tmp_path)
+    reloaded(MODELS[kind][0], tmp_path, theirs)
+    again, params_again = load_params(tmp_path)
+    assert again.cfg == model.cfg
+    images = np.ones((1, 16, 16, 3), np.float32)
+    expected = forward(model, params, images)
+    np.testing.assert_array_equal(forward(again, params_again, images), expected)
+
+
+def test_a_classifier_alone_has_its_encoder_below_a_name(pair_of, tmp_path):
+    """As published: `embeddings.cls_token` of a bare ViT, `vit.embeddings.cls_token` beside a classifier."""
+    for kind, token in {
+        "vit": "embeddings.cls_token",
+        "vit with classes": "vit.embeddings.cls_token",
+    }.items():
+        export_checkpoint(pair_of(kind)[0], tmp_path / kind)
+        assert token in load_file(tmp_path / kind / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["vit", "clip", "siglip", "dinov2", "dinov2 with a gated mlp"])
+def test_names_of_modules_in_memory_load_too(pair_of, tmp_path, kind):
+    _, theirs, model, params = pair_of(kind)
+    theirs.save_pretrained(tmp_path, save_original_format=False)
+    again, params_again = load_params(tmp_path)
+    images = np.ones((1, 16, 16, 3), np.float32)
+    np.testing.assert_array_equal(
+        forward(again, params_again, images), forward(model, params, images)
+    )
+
+
+def test_a_model_may_be_stored_below_its_own_name(tmp_path):
+    """As files have it that were a classifier's once."""
+    theirs = randomized(Dinov2Model(MODELS["dinov2"][1]))
+    theirs.config.save_pretrained(tmp_path)
+    torch.save(
+        {f"dinov2.{name}": x for name, x in theirs.state_dict().items()},
+        tmp_path / "pytorch_model.bin",
+    )
+    model, params = load_params(tmp_path)
+    found = forward(model, params, np.ones((1, 16, 16, 3), np.float32), method="encode").tokens
+    with torch.no_grad():
+        expected = theirs(torch.ones(1, 3, 16, 16)).last_hidden_state
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+
+
+def test_the_ratio_of_the_mlp_gives_its_width_again():
+    """Ratios are rounded, and products rounded down: 54 / 49 times 49 would give 53."""
+    for width, mlp_width in itertools.product((49, 768, 1408), range(40, 240)):
+        assert int(width * mlp_ratio(width, mlp_width)) == mlp_width
+    assert repr(mlp_ratio(768, 3072)) == "4"
+
+
+def test_the_gated_mlp_of_the_largest_dinov2():
+    config = {"hidden_size": 1536, "num_attention_heads": 24, "use_swiglu_ffn": True}
+    cfg = FAMILIES["dinov2"].read(config, ())
+    assert cfg.mlp_width == 4096
+    assert FAMILIES["dinov2"].read(FAMILIES["dinov2"].write(cfg), ()) == cfg
+
+
+POOLED = ["vit.pooler.dense.weight"]
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "words"),
+    [
+        ("vit", {"num_channels": 1}, ["num_channels 1", "only 3"]),
+        ("vit", {"image_size": [16, 32]}, ["image_size [16, 32]", "square"]),
+        ("vit", {"pooler_act": "relu"}, ["pooler_act 'relu'", "'tanh'"]),
+        ("vit", {"pooler_output_size": 8}, ["pooler_output_size 8"]),
+        ("clip_vision_model", {"hidden_act": "mish"}, ["hidden_act 'mish'", "quick_gelu"]),
+        ("siglip_vision_model", {"patch_size": [4, 8]}, ["patch_size [4, 8]"]),
+        ("dinov2", {"num_channels": 4}, ["num_channels 4"]),
+    ],
+)
+def test_settings_that_are_not_supported_are_refused(family, config, words):
+    with pytest.raises(ConfigError) as error:
+        FAMILIES[family].read(config, POOLED)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_a_size_may_be_written_twice():
+    assert model_of(
+        FAMILIES["vit"].read({"image_size": [32, 32], "patch_size": [8, 8]}, ())
+    ).cfg.grid == (4, 4)

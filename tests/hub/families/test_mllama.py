@@ -1,0 +1,301 @@
+"""Llama 3.2 Vision: our logits and tokens are those of transformers, whichever numbers its vision taps take."""
+
+import functools
+
+import numpy as np
+import pytest
+from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+from tests.hub.parity import assert_round_trip, reference, reloaded, saved
+from tests.hub.unified import (
+    NEW,
+    Pair,
+    assert_greedy_tokens_are_equal,
+    assert_logits_are_equal,
+    padded,
+)
+from vlm_jax.cli.commands import main
+from vlm_jax.config import ConfigError
+from vlm_jax.hub.families.registry import family_of
+from vlm_jax.hub.load import load_checkpoint
+from vlm_jax.hub.save import write_model
+from vlm_jax.infer.generate import Decoding, generate
+
+ATOL = 1e-4
+SIDE = 8  # pixels of a tile
+TEXT = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+TEXT |= {
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+}
+TEXT |= {"eos_token_id": 2}
+VISION = {"hidden_size": 16, "num_global_layers": 2, "attention_heads": 2, "intermediate_size": 24}
+VISION |= {"image_size": SIDE, "patch_size": 4}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+LLAMA3 |= {"original_max_position_embeddings": 16}
+CONFIGS = {
+    "cross layers at a distance": MllamaConfig(
+        text_config={
+            **TEXT,
+            "num_hidden_layers": 6,
+            "cross_attention_layers": [1, 4],
+            "rope_parameters": LLAMA3,
+        },
+        vision_config={
+            **VISION,
+            "num_hidden_layers": 3,
+            "intermediate_layers_indices": [0, 2],
+            "vision_output_dim": 3 * 16,
+        },
+        attn_implementation="eager",
+    ),
+    "cross layers in a row and at the end": MllamaConfig(
+        text_config={**TEXT, "num_hidden_layers": 5, "cross_attention_layers": [1, 2, 4]},
+        vision_config={
+            **VISION,
+            "num_hidden_layers": 2,
+            "intermediate_layers_indices": [1],
+            "vision_output_dim": 2 * 16,
+            "max_num_tiles": 2,
+            "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+        },
+        attn_implementation="eager",
+    ),
+}
+FIRST = next(iter(CONFIGS))
+IMAGES = {  # (rows, columns) of tiles of every image in every row
+    "one image a row": [[(1, 1)], [(1, 2)], [(2, 1)]],
+    "two, one and none": [[(2, 1), (1, 1)], [(1, 2)], []],
+}
+every_kind = pytest.mark.parametrize("kind", CONFIGS)
+
+
+@pytest.fixture(scope="module")
+def pair_of(tmp_path_factory):
+    """`pair_of(kind)`: the model of transformers 5, whose taps are what leaves the layers, and ours of its folder."""
+
+    @functools.cache
+    def make(kind):
+        folder = tmp_path_factory.mktemp("hub")
+        model = saved(MllamaForConditionalGeneration(CONFIGS[kind]), folder)
+        return Pair(model, *load_checkpoint(folder, taps="output"))
+
+    return make
+
+
+def texts(side: str, lengths=(9, 6, 4)) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return padded([list(rng.integers(3, 64, length)) for length in lengths], side)
+
+
+def images(pair: Pair, layouts) -> dict[str, np.ndarray]:
+    """Random tiles in the given layouts, as the processor of transformers packs them."""
+    vision = pair.cfg.vision
+    shape = (len(layouts), max(map(len, layouts)), vision.tiles)
+    ids, there = np.zeros(shape[:2], int), np.zeros(shape, int)
+    there[..., 0] = 1
+    for b, row in enumerate(layouts):
+        for i, (rows, columns) in enumerate(row):
+            ids[b, i], there[b, i, : rows * columns] = (
+                1 + vision.tile_layouts.index((rows, columns)),
+                1,
+            )
+    pixels = np.random.default_rng(1).normal(size=(*shape, 3, SIDE, SIDE)).astype(np.float32)
+    pixels *= (there * (ids > 0)[..., None])[..., None, None, None]
+    return {"pixel_values": pixels, "aspect_ratio_ids": ids, "aspect_ratio_mask": there}
+
+
+def reading(text, image) -> dict[str, np.ndarray]:
+    """A token reads the images that stand at or before it: image i at token 2 + 2i of its row."""
+    there = image["aspect_ratio_mask"] * (image["aspect_ratio_ids"] > 0)[..., None]
+    place = 2 + 2 * np.arange(there.shape[1])
+    number = np.cumsum(text["attention_mask"], axis=1) - 1
+    return {"cross_attention_mask": (number[..., None] >= place)[..., None] * there[:, None]}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("counts", IMAGES)
+@every_kind
+def test_logits_are_those_of_transformers(pair_of, kind, counts, side):
+    """Tokens before the first image, and all of a row without one, are blind: they read everything in part."""
+    pair, text = pair_of(kind), texts(side)
+    image = images(pair, IMAGES[counts])
+    assert_logits_are_equal(pair, ATOL, **text, **image, **reading(text, image))
+
+
+@every_kind
+def test_without_a_cross_attention_mask_every_token_reads_everything(pair_of, kind):
+    image = images(pair_of(kind), IMAGES["two, one and none"])
+    assert_logits_are_equal(pair_of(kind), ATOL, **texts("right"), **image)
+
+
+@every_kind
+def test_text_alone_skips_the_cross_layers(pair_of, kind):
+    assert_logits_are_equal(pair_of(kind), ATOL, **texts("left"))
+
+
+def with_inputs_as_taps(model):
+    """transformers 5 in memory, but its vision taps are what enters the layers, as in Meta's code."""
+    encoder = model.model.vision_model.transformer
+    run = type(encoder).forward
+
+    def forward(hidden_states, attention_mask=None):
+        output = run(encoder, hidden_states, attention_mask)
+        output.hidden_states = (hidden_states, *output.hidden_states)
+        return output
+
+    encoder.forward = forward
+    return model
+
+
+def test_taps_are_what_enters_a_layer_unless_the_loader_is_told_otherwise(pair_of, tmp_path):
+    model = with_inputs_as_taps(saved(MllamaForConditionalGeneration(CONFIGS[FIRST]), tmp_path))
+    pair, text = Pair.of(model, tmp_path), texts("right")
+    image = images(pair, IMAGES["one image a row"])
+    inputs = {**text, **image, **reading(text, image)}
+    assert_logits_are_equal(pair, ATOL, **inputs)
+    assert np.abs(pair_of(FIRST).logits(**inputs) - pair.logits(**inputs)).max() > 0.01
+
+
+@pytest.mark.parametrize("taps", ["input", "output"])
+def test_verify_finds_the_taps_of_a_reference_where_nobody_tells_them(
+    pair_of, tmp_path, capsys, taps
+):
+    pair = pair_of(FIRST)
+    text = texts("right")
+    inputs = text | images(pair, IMAGES["one image a row"])
+    logits = Pair(None, *load_checkpoint(pair.checkpoint.folder, taps=taps)).logits(**inputs)
+    reference = tmp_path / "reference.npz"
+    command = ["verify", "--checkpoint", str(pair.checkpoint.folder), "--reference", str(reference)]
+    arguments = {f"a/in/{name}": x for name, x in inputs.items()}
+    np.savez(reference, **arguments, **{"a/out/logits": logits})
+    assert main(command) == 0
+    assert f"1 of 1 compared outputs agree, with --taps {taps}" in capsys.readouterr().out
+    np.savez(reference, **arguments, **{"a/out/logits": logits + 1})
+    assert main(command) == 1
+
+
+def outputs_of_layers(model, inputs) -> dict[str, np.ndarray]:
+    """What leaves the parts of the model, in the order in which they run, under our names."""
+    vision, text = model.model.vision_model, model.model.language_model
+    parts = {"vision embeddings": vision.layernorm_pre}
+    parts |= {f"vision block {i}": layer for i, layer in enumerate(vision.transformer.layers)}
+    parts |= {
+        f"vision global block {i}": layer
+        for i, layer in enumerate(vision.global_transformer.layers)
+    }
+    parts |= {"embeddings": text.embed_tokens}
+    parts |= {f"layer {i}": layer for i, layer in enumerate(text.layers)}
+    found = {}
+
+    def keep(name):
+        return lambda module, given, output: found.__setitem__(name, output.numpy())
+
+    hooks = [part.register_forward_hook(keep(name)) for name, part in parts.items()]
+    reference(model, **inputs)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def states_of(pair: Pair, inputs) -> dict[str, np.ndarray]:
+    """Our side of `outputs_of_layers`; a decoder block of ours is a cross layer and the self layer after it."""
+    states = pair.applied(pair.batch(**inputs), mutable=["intermediates"])[1]["intermediates"]
+    vision, decoder = states["vision"]["tiled"], states["decoder"]
+    found = {"vision embeddings": vision["embeddings"][0]}
+    for name, stack in {"vision block": "blocks", "vision global block": "global_blocks"}.items():
+        found |= {f"{name} {i}": x for i, x in enumerate(vision[stack]["layers"]["block_0_out"][0])}
+    found["embeddings"] = decoder["embeddings"][0]
+    blocks, layers = decoder["blocks"]["layers"], pair.checkpoint.config["text_config"]
+    turns = len(blocks["block_0_out"][0])
+    in_order = [
+        blocks[f"block_{i}_out"][0][turn] for turn in range(turns) for i in range(len(blocks))
+    ]
+    after = [
+        n for n in range(layers["num_hidden_layers"]) if n not in layers["cross_attention_layers"]
+    ]
+    return found | {f"layer {n}": x for n, x in zip(after, in_order)}
+
+
+def test_every_layer_gives_what_it_gives_in_transformers(pair_of):
+    pair, text = pair_of(FIRST), texts("right")
+    image = images(pair, IMAGES["two, one and none"])
+    inputs = {**text, **image, **reading(text, image)}
+    expected, found = outputs_of_layers(pair.theirs, inputs), states_of(pair, inputs)
+    patches = expected["vision embeddings"].shape[2]
+    for name, state in found.items():
+        if name == "vision embeddings":
+            state = state[:, :, :patches]
+        there = text["attention_mask"] == 1 if "vision" not in name else ...
+        np.testing.assert_allclose(state[there], expected[name][there], atol=1e-4, err_msg=name)
+    assert {f"layer {n}" for n in (0, 2, 3, 5)} <= set(found)
+
+
+@pytest.mark.parametrize("counts", IMAGES)
+def test_greedy_tokens_of_prompts_of_mixed_length_are_those_of_transformers(pair_of, counts):
+    """While decoding, the last row of the cross-attention mask goes on."""
+    pair, text = pair_of(FIRST), texts("left")
+    image = images(pair, IMAGES[counts])
+    assert_greedy_tokens_are_equal(pair, **text, **image, **reading(text, image))
+
+
+def test_a_row_of_a_batch_makes_the_tokens_that_it_makes_alone(pair_of):
+    """Every row has its image from the first token on: a blind token would read what fills the other rows, too."""
+    pair, text = pair_of(FIRST), texts("left")
+    inputs = {**text, **images(pair, IMAGES["one image a row"])}
+    alone = {name: x[2:] for name, x in inputs.items()}
+    alone |= {name: alone[name][:, -4:] for name in text}
+    together, one = (
+        generate(pair.cfg, pair.params, pair.batch(generating=True, **arrays), NEW, Decoding())
+        for arrays in (inputs, alone)
+    )
+    np.testing.assert_array_equal(one[0], together[2])
+
+
+@every_kind
+def test_an_export_is_what_was_loaded_and_transformers_loads_it(pair_of, kind, tmp_path):
+    pair, text = pair_of(kind), texts("right")
+    assert_round_trip(pair.checkpoint.folder, tmp_path)
+    again = reloaded(MllamaForConditionalGeneration, tmp_path, pair.theirs)
+    image = images(pair, IMAGES["one image a row"])
+    inputs = {**text, **image, **reading(text, image)}
+    np.testing.assert_allclose(
+        reference(again, **inputs), reference(pair.theirs, **inputs), atol=1e-5
+    )
+
+
+def test_an_export_says_how_its_taps_are_meant_where_transformers_5_is_to_load_it(
+    pair_of, tmp_path
+):
+    pair = pair_of(FIRST)
+    write_model(tmp_path, pair.checkpoint.family, pair.cfg, pair.params)
+    assert load_checkpoint(tmp_path)[0].cfg == pair.cfg
+    reloaded(MllamaForConditionalGeneration, tmp_path, pair.theirs)
+
+
+def test_the_names_that_transformers_5_has_in_memory_are_known(pair_of):
+    pair = pair_of(FIRST)
+    in_memory = {name for name, _ in pair.theirs.named_parameters()}
+    family = family_of({"model_type": "mllama"}, "")
+    assert set(family.canonical(in_memory)) == {row.hub for row in family.rows(pair.cfg)}
+
+
+@pytest.mark.parametrize(
+    "name", ["aspect_ratio_ids", "aspect_ratio_mask", "pixel_values", "cross_attention_mask"]
+)
+def test_arrays_that_do_not_fit_together_are_named(pair_of, name):
+    pair, text = pair_of(FIRST), texts("right")
+    image = images(pair, IMAGES["two, one and none"])
+    inputs = {**text, **image, **reading(text, image)}
+    with pytest.raises(ConfigError, match=name):
+        pair.batch(**{**inputs, name: inputs[name][:1]})
+    with pytest.raises(ConfigError, match="aspect_ratio_ids"):
+        pair.batch(**{**inputs, "aspect_ratio_ids": np.full((3, 2), 9)})

@@ -1,0 +1,165 @@
+"""Conversations in a checkpoint's own prompt form: trained on is what is asked, and scored are the answers."""
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.hub.test_processor import processor_of
+from tests.hub.tiny_checkpoints import ABOUT_IMAGES, CAPTIONS, OF_TEXT, Folder
+from vlm_jax.config import ConfigError
+from vlm_jax.data.conversation_files import MARK
+from vlm_jax.hub.text.chat_template import ChatTemplate
+from vlm_jax.hub.text.dialogue import NO_TOKEN, Dialogue, content_parts
+from vlm_jax.structs import NO_IMAGE
+
+QUESTION, ANSWER = "what is it?", "a red car"
+EVERY = ABOUT_IMAGES | CAPTIONS | OF_TEXT
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    @functools.cache
+    def make(name: str) -> Folder:
+        torch.manual_seed(0)
+        return EVERY[name](tmp_path_factory.mktemp("checkpoint"))
+
+    return make
+
+
+def dialogue_of(name, folder) -> Dialogue:
+    return Dialogue.load(folder, has_images=name not in OF_TEXT)
+
+
+def without_images(tokens, slots) -> list[int]:
+    return [int(i) for i, slot in zip(tokens, slots) if slot == NO_IMAGE]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_trained_on_is_what_is_asked(folder_of, name):
+    """The tokens before the answer are those of the inference prompt, and the answer ends the text."""
+    folder = folder_of(name).path
+    dialogue, processor = dialogue_of(name, folder), processor_of(folder)
+    tokens = dialogue.encode([QUESTION if name in OF_TEXT else f"{MARK}\n{QUESTION}", ANSWER])
+    first = tokens.is_scored.index(True)
+    picture = Image.new("RGB", (40, 30), (200, 30, 40))
+    asked = processor.asked(QUESTION, [] if name in OF_TEXT else [picture])
+    slots = np.asarray(asked.image_slots[0])
+    expected = without_images(np.asarray(asked.tokens[0]), slots)
+    # An image in the sequence is one placeholder here, and that of a memory a token of the text.
+    in_sequence = (slots != NO_IMAGE).any()
+    kept = [
+        i
+        for i, is_image in zip(tokens.ids[:first], tokens.is_image)
+        if not (is_image and (in_sequence or i < 0))
+    ]
+    if name == "fuyu":
+        expected = [i for i in expected if i != processor.tokenizer.id_of("|NEWLINE|")]
+    assert kept == expected
+    assert sum(tokens.is_image) == (name not in OF_TEXT)
+    assert all(tokens.is_scored[first:])
+    text = processor.tokenizer.decode(tokens.ids[first:])
+    assert "aredcar" in text.replace(" ", "").replace(
+        "\u2581", ""
+    )  # some tokenizers space single letters
+    assert tokens.ids[-1] in dialogue.ends or name == "a chat without bos"
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral's chat"])
+def test_several_turns_are_those_of_transformers(folder_of, name):
+    """The ids of `apply_chat_template`, and scored is what follows each generation prompt up to the next question."""
+    folder = folder_of(name)
+    turns = [QUESTION, ANSWER, "and the sky?", "blue, it's a line\nor two"]
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)
+    ]
+    settings = {"tokenize": True, "return_dict": True}
+    expected = folder.reader.apply_chat_template(messages, **settings)["input_ids"]
+    found = dialogue_of(name, folder.path).encode(turns)
+    assert found.ids[: len(expected)] == expected
+    assert set(found.ids[len(expected) :]) <= set(dialogue_of(name, folder.path).ends)
+    wanted = np.zeros(len(found.ids), bool)
+    for answered in (1, 3):
+        before = folder.reader.apply_chat_template(
+            messages[:answered], add_generation_prompt=True, **settings
+        )
+        through = folder.reader.apply_chat_template(messages[: answered + 1], **settings)
+        wanted[len(before["input_ids"]) : len(through["input_ids"])] = True
+    wanted[len(expected) :] = True
+    np.testing.assert_array_equal(found.is_scored, wanted)
+
+
+def test_images_keep_their_order_among_the_texts():
+    turn = f"compare {MARK} with {MARK}\nplease"
+    assert [part.get("text", MARK) for part in content_parts(turn)] == [
+        "compare ",
+        MARK,
+        " with ",
+        MARK,
+        "please",
+    ]
+
+
+@pytest.mark.parametrize(("name", "in_text"), [("llava", True), ("vit and gpt2", False)])
+def test_an_image_has_a_placeholder_where_the_family_writes_one(folder_of, name, in_text):
+    tokens = dialogue_of(name, folder_of(name).path).encode([f"{MARK}\n{MARK}\n{QUESTION}", ANSWER])
+    found = [i for i, is_image in zip(tokens.ids, tokens.is_image) if is_image]
+    assert len(found) == 2
+    assert (found == [NO_TOKEN] * 2) != in_text
+
+
+def test_a_template_that_rewrites_questions_is_refused(folder_of, tmp_path):
+    folder = folder_of("llama").path
+    dialogue = dialogue_of("llama", folder)
+    source = (
+        "{{ messages | length }}{% for m in messages %}{{ m['content'] }}<|eot_id|>{% endfor %}"
+    )
+    template = type(dialogue.template)(source, tmp_path / "chat_template.jinja")
+    changed = replace(dialogue, template=template)
+    with pytest.raises(ConfigError, match="answers cannot be marked: set data.template"):
+        changed.encode([QUESTION, ANSWER])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_training_batch_scores_the_answers_behind_the_prompts(folder_of, name):
+    """Two prompts of other lengths; the tokens are those of a prompt to continue and of the conversation's answer."""
+    folder = folder_of(name).path
+    processor, dialogue = processor_of(folder), dialogue_of(name, folder)
+    picture = Image.new("RGB", (40, 30), (200, 30, 40))
+    images = [[], []] if name in OF_TEXT else [[picture], [picture]]
+    prompts, answers = [QUESTION, "what colour is the sky?"], [ANSWER, "blue"]
+    batch = processor(prompts, images, chat=True, answers=answers)
+    asked = processor(prompts[:1], images[:1], chat=True)
+    targets, weights = np.asarray(batch.targets), np.asarray(batch.loss_weights) > 0
+    turns = [QUESTION if name in OF_TEXT else f"{MARK}\n{QUESTION}", ANSWER]
+    tokens = dialogue.encode(turns)
+    ids = [i for i, is_scored in zip(tokens.ids, tokens.is_scored) if is_scored]
+    if processor.template is None:
+        ids = [*processor.tokenizer.encode(ANSWER, add_special_tokens=False), dialogue.eos_id]
+    assert targets[0][weights[0]].tolist() == ids
+    row = np.asarray(batch.tokens[0])[np.asarray(batch.segment_ids[0]) > 0]
+    assert row.tolist() == [*np.asarray(asked.tokens[0]).tolist(), *ids]
+    if batch.block_ids is not None:  # an answer is causal
+        assert not np.asarray(batch.block_ids[0])[-len(ids) :].any()
+
+
+def test_answers_that_do_not_match_are_refused(folder_of):
+    processor = processor_of(folder_of("llama").path)
+    with pytest.raises(ConfigError, match="answers must be a list of 2 texts"):
+        processor(["a", "b"], answers=["c"])
+
+
+def test_a_template_that_leaves_out_images_is_refused(folder_of):
+    """A run would be trained without its images."""
+    dialogue = dialogue_of("llava", folder_of("llava").path)
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | length }}{% endfor %}",
+        Path("chat_template.jinja"),
+    )
+    said = replace(dialogue, template=template)
+    with pytest.raises(ConfigError, match="writes 0 image tokens .* for the 1 images"):
+        said.encode([f"{MARK}\nwhat is it?", "a car"])

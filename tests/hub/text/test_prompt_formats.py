@@ -1,0 +1,350 @@
+"""Prompts are those of transformers' processors, given the same tokenizer and real images."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, normalizers
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    FuyuImageProcessorPil,
+    FuyuProcessor,
+    LlavaProcessor,
+    MllamaImageProcessorPil,
+    MllamaProcessor,
+    PaliGemmaProcessor,
+    SiglipImageProcessorPil,
+    TokenizersBackend,
+)
+
+from tests.hub import tiny_tokenizers as tiny
+from vlm_jax.config import ConfigError
+from vlm_jax.hub.text.prompt_formats import Prompt, load_prompt_format, stack_prompts
+from vlm_jax.hub.text.tokenizer import HubTokenizer
+
+RNG = np.random.default_rng(0)
+NAMES = ("input_ids", "attention_mask", "token_type_ids", "cross_attention_mask")
+
+
+def picture(height: int = 20, width: int = 30) -> Image.Image:
+    return Image.fromarray(RNG.integers(0, 256, (height, width, 3), np.uint8))
+
+
+def format_of(processor, folder, **config):
+    processor.save_pretrained(folder)
+    tiny.write(folder, config=config)
+    return load_prompt_format(folder, HubTokenizer.load(folder))
+
+
+def tokenizer_in(folder, build, **options):
+    build(folder, **options)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def assert_prompt(prompt: Prompt, theirs) -> None:
+    ours = {name: value[0] for name, value in stack_prompts([prompt], pad_id=0).items()}
+    assert set(ours) == {name for name in NAMES if name in theirs}
+    for name, values in ours.items():
+        np.testing.assert_array_equal(values, np.asarray(theirs[name])[0], err_msg=name)
+
+
+def assert_stacked(prompts: list[Prompt], theirs, pad_id: int) -> None:
+    ours = stack_prompts(prompts, pad_id)
+    assert set(ours) == {name for name in NAMES if name in theirs}
+    for name, values in ours.items():
+        assert values.dtype == np.int32
+        np.testing.assert_array_equal(values, np.asarray(theirs[name]), err_msg=name)
+
+
+def refusal(write, *arguments) -> str:
+    with pytest.raises(ConfigError) as error:
+        write(*arguments)
+    assert str(error.value).endswith(".") and "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---- LLaVA: an image is as many tokens as it has patches
+
+
+@pytest.fixture
+def llava(tmp_path):
+    tokenizer = tokenizer_in(tmp_path, tiny.llama)
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": 42}, crop_size={"height": 28, "width": 42}
+    )
+    options = {
+        "patch_size": 7,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    }
+    return LlavaProcessor(images, tokenizer, **options)
+
+
+LLAVA_TEXTS = [
+    ("what is it?", 0),
+    ("USER: <image>\nwhat's  it? ASSISTANT:", 1),
+    ("<image><image> A<image>", 3),
+]
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_llava(llava, strategy, tmp_path):
+    llava.vision_feature_select_strategy = strategy
+    ours = format_of(llava, tmp_path, model_type="llava")
+    image = ours.tokenizer.id_of("<image>")
+    for text, count in LLAVA_TEXTS:
+        prompt = ours.prompt(text, [(28, 42)] * count)
+        assert_prompt(prompt, llava(images=[picture()] * count or None, text=text))
+        assert (prompt.input_ids == image).sum() == count * (24 + (strategy == "full"))
+
+
+def test_llava_in_batches_and_after_a_chat_template(llava, tmp_path):
+    ours = format_of(llava, tmp_path, model_type="llava")
+    texts, counts = zip(*LLAVA_TEXTS)
+    options = {"padding": True, "padding_side": "left", "add_special_tokens": False}
+    theirs = llava(images=[picture()] * sum(counts), text=list(texts), **options)
+    prompts = [
+        ours.prompt(text, [(28, 42)] * count, add_special_tokens=False)
+        for text, count in LLAVA_TEXTS
+    ]
+    assert_stacked(prompts, theirs, llava.tokenizer.pad_token_id)
+
+
+@pytest.mark.parametrize("vision, tokens", [("clip_vision_model", 16), ("siglip_vision_model", 15)])
+def test_llava_without_a_processor_config_follows_the_model(llava, vision, tokens, tmp_path):
+    vision_config = {"model_type": vision, "patch_size": 7}
+    format_of(llava, tmp_path, model_type="llava", vision_config=vision_config)
+    (tmp_path / "processor_config.json").unlink()
+    ours = load_prompt_format(tmp_path, HubTokenizer.load(tmp_path))
+    prompt = ours.prompt("<image>", [(28, 28)], add_special_tokens=False)
+    assert prompt.input_ids.tolist() == [ours.tokenizer.id_of("<image>")] * tokens
+
+
+@pytest.mark.parametrize(
+    "text, images", [("<image> x", 2), ("<image><image>", 1), ("x", 1), ("<image>", 0)]
+)
+def test_llava_refuses_a_wrong_number_of_images(llava, text, images, tmp_path):
+    ours = format_of(llava, tmp_path, model_type="llava")
+    message = refusal(ours.prompt, text, [(28, 28)] * images)
+    assert f"{text.count('<image>')} image tokens" in message and f"{images} images" in message
+
+
+# ---- PaliGemma: images, <bos>, the prompt, and a line end
+
+
+@pytest.fixture
+def paligemma(tmp_path):
+    tokenizer = tokenizer_in(
+        tmp_path, tiny.gemma, added_tokens_decoder={"450": tiny.token("<image>")}
+    )
+    images = SiglipImageProcessorPil(size={"height": 28, "width": 28})
+    images.image_seq_length = 5
+    return PaliGemmaProcessor(images, tokenizer)
+
+
+PALIGEMMA_TEXTS = [
+    ("answer en what is it?", 1),
+    ("<image>answer en", 1),
+    ("<image><image> A", 2),
+    ("two", 2),
+    ("a<image>b<image>c\n", 2),
+    ("", 1),
+]
+
+
+@pytest.mark.parametrize("text, count", PALIGEMMA_TEXTS)
+def test_paligemma(paligemma, text, count, tmp_path):
+    ours = format_of(paligemma, tmp_path, model_type="paligemma")
+    prompt = ours.prompt(text, [None] * count)
+    assert_prompt(prompt, paligemma(images=[[picture()] * count], text=[text]))
+    assert (prompt.input_ids == ours.tokenizer.id_of("<image>")).sum() == 5 * count
+
+
+def test_paligemma_in_batches(paligemma, tmp_path):
+    ours = format_of(paligemma, tmp_path, model_type="paligemma")
+    texts = ["<image> a red car", "<image><image> A", "<image>"]
+    counts = [text.count("<image>") for text in texts]
+    theirs = paligemma(images=[[picture()] * count for count in counts], text=texts, padding=True)
+    prompts = [ours.prompt(text, [None] * count) for text, count in zip(texts, counts)]
+    assert_stacked(prompts, theirs, paligemma.tokenizer.pad_token_id)
+
+
+def test_paligemma_without_images_and_without_a_stated_length(paligemma, tmp_path):
+    format_of(paligemma, tmp_path)
+    (tmp_path / "processor_config.json").unlink()
+    tiny.write(
+        tmp_path,
+        config={"model_type": "paligemma", "vision_config": {"image_size": 28, "patch_size": 7}},
+    )
+    ours = load_prompt_format(tmp_path, HubTokenizer.load(tmp_path))
+    text, image = ours.prompt("x").input_ids.tolist(), ours.prompt("x", [None]).input_ids.tolist()
+    assert text == ours.tokenizer.encode("<bos>x\n", add_special_tokens=False)
+    assert image == [ours.tokenizer.id_of("<image>")] * 16 + text
+    message = refusal(ours.prompt, "<image><image>", [None])
+    assert "2 image tokens" in message and "1 images" in message
+
+
+# ---- Fuyu: rows of patches, <s>, the prompt, and what begins an answer
+
+
+class FuyuImages(FuyuImageProcessorPil):
+    def patchify_image(self, image, patch_size=None):
+        """The processor hands tensors over, which the Pillow backend does not take."""
+        return torch.from_numpy(super().patchify_image(image.numpy(), patch_size))
+
+
+@pytest.fixture
+def fuyu(tmp_path):
+    """What stands for patches are pieces of the vocabulary, and every text begins with a space."""
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "|SPEAKER|",
+        "|NEWLINE|",
+    ]
+    words = ["▁", *"abcdefghijklmnopqrst", "is", "at", "▁cat", "▁what"]
+    scored = [(piece, 0.0) for piece in pieces] + [(word, -5.0) for word in words]
+    backend = Tokenizer(models.Unigram(scored, unk_id=0, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    images = FuyuImages(size={"height": 36, "width": 48}, patch_size={"height": 6, "width": 6})
+    tokenizer = TokenizersBackend(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    return FuyuProcessor(images, tokenizer)
+
+
+@pytest.mark.parametrize("size", [(36, 48), (20, 30), (7, 60), (90, 10), (1, 1), (36, 42)])
+@pytest.mark.parametrize("text", ["what is it?\n", "", "  the <s> cat", "|NEWLINE|"])
+def test_fuyu(fuyu, size, text, tmp_path):
+    ours = format_of(fuyu, tmp_path, model_type="fuyu")
+    theirs = fuyu(images=[picture(*size)], text=[text], return_legacy_image_output=False)
+    ids = np.asarray(theirs["input_ids"])[0]
+    image = ids[: np.flatnonzero(ids == ours.tokenizer.bos_id)[0]]
+    grid = (
+        np.sum(image == fuyu.image_newline_id),
+        np.flatnonzero(image == fuyu.image_newline_id)[0],
+    )
+    assert grid[0] * grid[1] == np.asarray(theirs["pixel_values"]).size // (6 * 6 * 3)
+    np.testing.assert_array_equal(ours.prompt(text, [grid]).input_ids, ids)
+
+
+def test_fuyu_reads_one_image_that_the_text_does_not_mention(fuyu, tmp_path):
+    ours = format_of(fuyu, tmp_path, model_type="fuyu")
+    assert_prompt(ours.prompt("a cat"), fuyu(text=["a cat"]))
+    assert "2 images" in refusal(ours.prompt, "x", [(1, 1), (1, 1)])
+    assert "2 image tokens" in refusal(ours.prompt, "|SPEAKER|", [(1, 1)])
+
+
+# ---- Llama 3.2 Vision: one token an image, and who reads it
+
+
+@pytest.fixture
+def mllama(tmp_path):
+    tokenizer = tokenizer_in(tmp_path, tiny.llama3, model_type="mllama")
+    return MllamaProcessor(
+        MllamaImageProcessorPil(size={"height": 16, "width": 16}, max_image_tiles=4), tokenizer
+    )
+
+
+SIZES = [(16, 16), (10, 40), (60, 15), (30, 40)]  # of 1, 2, 3 and 4 tiles
+MLLAMA_TEXTS = [
+    ("<|image|>what is it?", [0]),
+    ("<|image|><|image|> a<|image|>b<|image|>", [1, 2, 3, 0]),
+    ("what <|image|>is<|image|><|image|>it", [3, 1, 0]),
+    ("<|image|><|begin_of_text|>x", [2]),
+    ("<|begin_of_text|>a<|image|><|image|>", [2, 3]),
+]
+
+
+@pytest.mark.parametrize("add_special_tokens", [True, False])
+@pytest.mark.parametrize("text, sizes", MLLAMA_TEXTS)
+def test_mllama(mllama, text, sizes, add_special_tokens, tmp_path):
+    ours = format_of(mllama, tmp_path, model_type="mllama")
+    images = [picture(*SIZES[i]) for i in sizes]
+    theirs = mllama(images=[images], text=[text], add_special_tokens=add_special_tokens)
+    tiles = np.asarray(theirs["aspect_ratio_mask"])[0].sum(axis=-1)
+    assert_prompt(ours.prompt(text, tiles.tolist(), add_special_tokens), theirs)
+
+
+def test_mllama_in_batches(mllama, tmp_path):
+    ours = format_of(mllama, tmp_path, model_type="mllama")
+    images = [[picture(*SIZES[i]) for i in sizes] for _, sizes in MLLAMA_TEXTS]
+    texts = [text for text, _ in MLLAMA_TEXTS]
+    theirs = mllama(images=images, text=texts, padding=True, padding_side="left")
+    tiles = [
+        mask.sum(axis=-1)[: len(row)].tolist()
+        for mask, row in zip(theirs["aspect_ratio_mask"], images)
+    ]
+    prompts = [ours.prompt(text, row) for text, row in zip(texts, tiles)]
+    assert_stacked(prompts, theirs, mllama.tokenizer.pad_token_id)
+
+
+def test_mllama_mask_drawn(mllama, tmp_path):
+    ours = format_of(mllama, tmp_path, model_type="mllama")
+    prompt = ours.prompt(
+        "<|image|><|image|><|begin_of_text|>\n<|image|>\n", [1, 1, 1], add_special_tokens=False
+    )
+    drawn = [
+        [1, 1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 0, 0],
+        [0, 0, 0, 0, 1, 1],
+    ]
+    np.testing.assert_array_equal(prompt.cross_attention_mask[..., 0].T, drawn)
+    assert not prompt.cross_attention_mask[..., 1:].any()
+
+
+def test_mllama_without_images_and_with_too_many(mllama, tmp_path):
+    ours = format_of(mllama, tmp_path, model_type="mllama")
+    assert_prompt(ours.prompt("x"), mllama(text=["x"]))
+    message = refusal(ours.prompt, "<|image|>x<|image|>", [1])
+    assert "2 image tokens" in message and "1 images" in message
+
+
+# ---- other families, and what is refused
+
+
+def test_a_family_without_image_tokens(tmp_path):
+    tiny.gpt2(tmp_path)
+    ours = load_prompt_format(tmp_path, HubTokenizer.load(tmp_path))
+    assert ours.prompt("the cat", [None]).input_ids.tolist() == ours.tokenizer.encode("the cat")
+
+
+def test_folders_that_do_not_say_enough(llava, tmp_path):
+    llava.save_pretrained(tmp_path)
+    tokenizer = HubTokenizer.load(tmp_path)
+    (tmp_path / "config.json").unlink(missing_ok=True)
+    assert "config.json" in refusal(load_prompt_format, tmp_path, tokenizer)
+    (tmp_path / "processor_config.json").unlink()
+    for model_type in ("llava", "paligemma"):
+        tiny.write(tmp_path, config={"model_type": model_type})
+        assert "processor_config.json" in refusal(load_prompt_format, tmp_path, tokenizer)
+
+
+def test_a_tokenizer_without_the_image_token(tmp_path):
+    tiny.gpt2_whole(tmp_path)
+    for model_type in ("llava", "paligemma", "mllama"):
+        vision = {"image_size": 28, "patch_size": 7}
+        tiny.write(tmp_path, config={"model_type": model_type, "vision_config": vision})
+        ours = load_prompt_format(tmp_path, HubTokenizer.load(tmp_path))
+        text = "<|image|>" if model_type == "mllama" else "<image>"
+        assert "image" in refusal(ours.prompt, text, [1 if model_type == "mllama" else (28, 28)])
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("image_token", 5, "image_token is 5"),
+        ("num_additional_image_tokens", 10**7, "how many tokens an image takes"),
+    ],
+)
+def test_llava_refuses_what_is_no_token_or_no_number_of_them(llava, tmp_path, key, value, said):
+    format_of(llava, tmp_path, model_type="llava")
+    tokenizer = HubTokenizer.load(tmp_path)
+    tokenizer.special_tokens.pop("image_token", None)
+    tiny.write(tmp_path, processor_config=tiny.read(tmp_path, "processor_config") | {key: value})
+    assert said in refusal(load_prompt_format, tmp_path, tokenizer)

@@ -1,0 +1,425 @@
+"""Two processes compute what one computes; what keeps them from meeting is one sentence and exit code 2."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vlm_jax.config import Data, Eval, Train, files
+from vlm_jax.runtime.workdir import Workdir
+from vlm_jax.testing import hybrid_in_tiles, on_easy_vqa, write_conversations
+from vlm_jax.train import loop
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "from tests.runtime.test_distributed import experiment\n\ndef get_config():\n    return experiment()\n"
+LIMIT_SECONDS = 300
+
+
+def experiment():
+    """Six steps on 40 images of easy-VQA, in the sequence and in cross-attention, saved after steps 2, 4 and 6."""
+    cfg = on_easy_vqa(hybrid_in_tiles())
+    return replace(
+        cfg,
+        data=replace(cfg.data, augment=Data().augment),
+        train=Train(steps=6, batch_size=8, log_every_steps=1, checkpoint_every_steps=2),
+        eval=Eval(max_examples=12, batch_size=8, max_new_tokens=2),
+    )
+
+
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def begin(arguments, devices=4, **environment):
+    """A process of its own with so many CPU devices."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def ended(process) -> tuple[int, str, str]:
+    """-> (exit code, what it printed, what it complained), without what gloo says of its connections."""
+    try:
+        out, err = process.communicate(timeout=LIMIT_SECONDS)
+    finally:
+        process.kill()
+    gloo = (
+        "[Gloo]",
+        "connected peer ranks",
+    )  # two of its threads may write into each other's lines
+    out, err = (
+        "".join(x for x in text.splitlines(True) if not any(said in x for said in gloo))
+        for text in (out, err)
+    )
+    return process.returncode, out, err
+
+
+def fields(address, index, seconds=LIMIT_SECONDS):
+    given = {
+        "coordinator_address": address,
+        "num_processes": 2,
+        "process_id": index,
+        "timeout_seconds": seconds,
+    }
+    return [part for name, value in given.items() for part in (f"--distributed.{name}", value)]
+
+
+def pair(arguments, *of_each):
+    """Two processes of `run.py` at the same time -> what each came to; `of_each`: what only one of them is given."""
+    address = free_address()
+    extras = of_each or ([], [])
+    running = [begin(["run.py", *arguments, *fields(address, i), *extras[i]]) for i in range(2)]
+    return [ended(process) for process in running]
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory, datasets_dir):
+    """`arguments(workdir)` of a run of the experiment."""
+    config = tmp_path_factory.mktemp("config") / "small.py"
+    config.write_text(CONFIG)
+    cache = tmp_path_factory.mktemp("compiled")
+    common = [
+        "--config",
+        config,
+        "--data.dir",
+        datasets_dir,
+        "--train.compilation_cache_dir",
+        cache,
+    ]
+    return lambda workdir: [*common, "--workdir", workdir]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, datasets_dir, arguments):
+    """The run of one process with eight devices: its config."""
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    given = dict(zip(*[iter(map(str, arguments(workdir)))] * 2))
+    cfg = experiment()
+    cfg = replace(
+        cfg,
+        workdir=str(workdir),
+        data=replace(cfg.data, dir=datasets_dir),
+        train=replace(cfg.train, compilation_cache_dir=given["--train.compilation_cache_dir"]),
+    )
+    loop.train(cfg)
+    return cfg
+
+
+def logged(workdir):
+    return [json.loads(line) for line in Workdir(str(workdir)).metrics.read_text().splitlines()]
+
+
+def assert_alike(found, expected):
+    assert [row["step"] for row in found] == [row["step"] for row in expected] == list(range(1, 7))
+    for row, other in zip(found, expected):
+        for name in ("loss", "grad_norm", "learning_rate", "padding_fraction"):
+            np.testing.assert_allclose(
+                row[name], other[name], rtol=1e-4, err_msg=f"{name} of step {row['step']}"
+            )
+
+
+def forget_step_6(workdir, to):
+    """A copy of a run as it was after step 4."""
+    shutil.copytree(workdir, to)
+    shutil.rmtree(Workdir(str(to)).checkpoints / "6")
+    return to
+
+
+def test_two_processes_train_what_one_trains(one_process, arguments, tmp_path):
+    """Logs and results are written once, by the first process; the second says nothing."""
+    workdir = tmp_path / "two"
+    (code, out, err), (second_code, second_out, second_err) = pair(arguments(workdir))
+    assert (code, second_code) == (0, 0), err + second_err
+    assert "step 6/6" in out
+    assert not second_out
+    assert_alike(logged(workdir), logged(one_process.workdir))
+    assert json.loads(Workdir(str(workdir)).eval.read_text())["examples"] == 12
+    kept = Workdir(str(workdir)).read_config()
+    assert kept == replace(one_process, workdir=str(workdir)), (
+        "what a run is does not say on how many processes it ran"
+    )
+
+
+SIGNALLED = """
+import os, signal, sys
+from vlm_jax import cli
+from vlm_jax.train import loop
+from vlm_jax.train.checkpoint import Checkpoints
+
+note, save, mine = loop.note, Checkpoints.save, int(sys.argv[1])
+
+def note_then_signal(run, step, *rest):
+    loss = note(run, step, *rest)
+    if (step, mine) == (1, 1):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return loss
+
+def signal_and_save(self, step, *rest):
+    for _ in range(2 if step == 3 else 0):
+        os.kill(os.getpid(), signal.SIGTERM)
+    save(self, step, *rest)
+
+loop.note, Checkpoints.save = note_then_signal, signal_and_save
+raise SystemExit(cli.main(sys.argv[2:]))
+"""
+
+
+def stopped_pair(arguments):
+    """Two processes, of which the second alone has SIGTERM, and both have it again while they save."""
+    address = free_address()
+    running = [begin(["-c", SIGNALLED, i, *arguments, *fields(address, i)]) for i in range(2)]
+    for code, _, err in map(ended, running):
+        assert (code, err) == (
+            75,
+            "stopped by SIGTERM after step 3, which is saved: the same command continues it.\n",
+        )
+
+
+def saved_steps(workdir):
+    return sorted(
+        int(path.name)
+        for path in Workdir(str(workdir)).checkpoints.iterdir()
+        if path.name.isdecimal()
+    )
+
+
+def test_sigterm_of_one_process_stops_both_after_one_step_and_one_goes_on(
+    one_process, arguments, tmp_path
+):
+    cfg = replace(one_process, workdir=str(tmp_path / "stopped"))
+    stopped_pair(arguments(cfg.workdir))
+    assert saved_steps(cfg.workdir) == [2, 3]
+    loop.train(cfg)
+    assert_alike(logged(cfg.workdir), logged(one_process.workdir))
+
+
+SAME = ("step", "loss", "grad_norm", "learning_rate", "padding_fraction", "image_padding_fraction")
+
+
+@pytest.fixture
+def talks(tmp_path, arguments):
+    """`talks(workdir)`: arguments of a run on packed conversations."""
+    cfg = replace(experiment(), data=write_conversations(tmp_path / "talks"), eval=Eval(split=""))
+    config = tmp_path / "talks.py"
+    config.write_text(
+        "from vlm_jax.config import files\n"
+        f"def get_config(): return files.from_json({files.to_json(cfg)!r}, 'config')\n"
+    )
+    cache = arguments("")[arguments("").index("--train.compilation_cache_dir") + 1]
+    return lambda workdir: [
+        "--config",
+        config,
+        "--train.compilation_cache_dir",
+        cache,
+        "--workdir",
+        workdir,
+    ]
+
+
+def exact(workdir):
+    return [[row[name] for name in SAME] for row in logged(workdir)]
+
+
+@pytest.mark.slow
+def test_two_processes_that_were_stopped_go_on_as_if_never_stopped_and_so_does_one(talks, tmp_path):
+    """Of packed conversations, whose place in the data is that of the packer."""
+    whole, stopped, alone = (tmp_path / name for name in ("whole", "stopped", "alone"))
+    assert [code for code, _, _ in pair(talks(whole))] == [0, 0]
+    stopped_pair(talks(stopped))
+    shutil.copytree(stopped, alone)
+    (code, out, err), (second_code, _, _) = pair(talks(stopped))
+    assert (code, second_code) == (0, 0), err
+    assert "continuing from step 3" in out
+    assert exact(stopped) == exact(whole)
+    code, out, err = ended(begin(["run.py", *talks(alone)], devices=8))
+    assert code == 0, err
+    assert "continuing from step 3" in out
+    assert_alike(logged(alone), logged(whole))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_where_one_process_is_killed_the_other_ends_and_both_go_on(killed, talks, tmp_path):
+    """It ends within `distributed.heartbeat_seconds`, or soon after; here by what gloo, or by what JAX sees."""
+    workdir, address = tmp_path / "run", free_address()
+    beat = ["--distributed.heartbeat_seconds", "10"]
+    running = [begin(["run.py", *talks(workdir), *fields(address, i), *beat]) for i in range(2)]
+    for line in running[0].stdout:
+        if line.startswith("step 3/"):
+            break
+    running[killed].kill()
+    since = time.monotonic()
+    code, _, err = ended(running[1 - killed])
+    assert time.monotonic() - since < 30
+    assert code not in (0, 75), "not `resume me`: that is for who was killed to say"
+    assert (
+        "another process ended" in err
+        or "another task died" in err
+        or "could not be written" in err
+    ), err
+    ended(running[killed])
+    assert saved_steps(workdir)[0] == 2
+    (code, out, err), _ = pair(talks(workdir))
+    assert code == 0, err
+    assert "continuing from step" in out
+    assert [row["step"] for row in logged(workdir)] == list(range(1, 7))
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_what_one_began(one_process, arguments, tmp_path):
+    workdir = forget_step_6(one_process.workdir, tmp_path / "continued")
+    (code, out, err), _ = pair(arguments(workdir), ["--mesh.fsdp", "2"], ["--mesh.fsdp", "2"])
+    assert code == 0, err
+    assert "continuing from step 4" in out
+    assert_alike(logged(workdir), logged(one_process.workdir))
+
+
+SHARES = """
+import sys
+from dataclasses import replace
+from vlm_jax import axes, distributed
+from vlm_jax.config import ConfigError, Distributed, Mesh
+from vlm_jax.testing import tiny
+
+distributed.start(replace(tiny(), distributed=Distributed(sys.argv[1], 2, int(sys.argv[2]), 300)))
+for sizes in ((8, 1, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)):
+    print(*axes.share_of_rows(axes.make_mesh(Mesh(*sizes))), file=sys.stderr)
+print("printed")
+try:
+    with distributed.together():
+        if sys.argv[2] == "1":
+            raise REFUSED("no disk here.")
+except (ConfigError, OSError) as error:
+    print(error, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("refused", ["ConfigError", "OSError"])
+def test_each_process_knows_its_share_of_the_rows_and_what_the_other_refuses(refused):
+    """Where tensor reaches over both, they hold the same rows: one share."""
+    address = free_address()
+    running = [begin(["-c", SHARES.replace("REFUSED", refused), address, i]) for i in range(2)]
+    (_, out, err), (_, second_out, second_err) = map(ended, running)
+    assert err.splitlines() == ["0 2", "0 2", "0 2", "0 1", "process 1 says: no disk here."]
+    assert second_err.splitlines() == ["1 2", "1 2", "1 2", "0 1", "no disk here."]
+    assert (out, second_out) == ("printed\n", "")
+
+
+FAILING = """
+import sys
+from vlm_jax import cli
+from vlm_jax.config import ConfigError
+from vlm_jax.infer import evaluate
+from vlm_jax.train import loop
+
+where, mine, failing = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+module, name = {"step": (loop, "note"), "answer": (evaluate, "answer"), "end": (evaluate, "_share")}[where]
+function = getattr(module, name)
+
+def fail(*arguments):
+    if mine == failing and (where != "step" or arguments[1] == 3):
+        raise ERROR
+    return function(*arguments)
+
+setattr(module, name, fail)
+raise SystemExit(cli.main(sys.argv[4:]))
+"""
+BROKEN, NO_DISK = (
+    "ConfigError('image 7.jpg is broken.')",
+    "OSError(28, 'No space left on device', '7.jpg')",
+)
+ALONE = [
+    pytest.param("step", 0, "TypeError('7.jpg is None')", 1, id="TypeError in a step"),
+    pytest.param("answer", 1, BROKEN, 2, id="ConfigError in the evaluation"),
+    pytest.param(
+        "step", 0, BROKEN, 2, id="ConfigError in a step, process 0", marks=pytest.mark.slow
+    ),
+    pytest.param(
+        "step", 1, BROKEN, 2, id="ConfigError in a step, process 1", marks=pytest.mark.slow
+    ),
+    pytest.param("step", 1, NO_DISK, 1, id="OSError in a step", marks=pytest.mark.slow),
+    pytest.param(
+        "step", 1, "KeyboardInterrupt()", 130, id="Ctrl-C in a step", marks=pytest.mark.slow
+    ),
+    pytest.param("end", 0, NO_DISK, 1, id="OSError after the evaluation", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("where, failing, error, expected", ALONE)
+def test_where_one_process_fails_alone_all_end_with_a_sentence(
+    where, failing, error, expected, arguments, tmp_path
+):
+    """Soon, with the same exit code, and none of them is aborted."""
+    address, code = free_address(), FAILING.replace("ERROR", error)
+    fixed = [*arguments(tmp_path / "run"), "--distributed.heartbeat_seconds", 30]
+    running = [
+        begin(["-c", code, where, i, failing, *fixed, *fields(address, i)]) for i in range(2)
+    ]
+    results = [ended(process) for process in running]
+    assert [code for code, _, _ in results] == [expected, expected], results
+    own, other = results[failing][2], results[1 - failing][2]
+    message = own.splitlines()[-1]
+    assert ("7.jpg" in message) == (expected != 130)
+    assert other == f"error: process {failing} ended: {message.removeprefix('error: ')}\n"
+    assert ("Traceback" in own) == ("TypeError" in error)
+
+
+def assert_refused(result, *said):
+    code, out, err = result
+    assert code == 2, err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, "a sentence, not a page"
+    for words in said:
+        assert words in err
+
+
+def test_processes_with_different_configs_are_refused_on_both_sides_and_nothing_is_written(
+    arguments, tmp_path
+):
+    results = pair(arguments(tmp_path / "run"), [], ["--seed", "3", "--mesh.fsdp", "2"])
+    for result in results:
+        assert_refused(
+            result, "process 1 was started with another config", "seed: 0 -> 3", "mesh.fsdp: 1 -> 2"
+        )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "index, said", [(0, "not all of the 2 processes"), (1, "could not be reached within 1 seconds")]
+)
+def test_who_waits_in_vain_gives_up_with_a_sentence(index, said, arguments, tmp_path):
+    address = free_address()
+    process = begin(["run.py", *arguments(tmp_path / "run"), *fields(address, index, seconds=1)])
+    assert_refused(ended(process), said, address)
+    assert not (tmp_path / "run").exists()
+
+
+def test_where_the_port_is_taken_process_0_says_so(arguments, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        result = ended(begin(["run.py", *arguments(tmp_path / "run"), *fields(address, 0)]))
+    assert_refused(
+        result,
+        f"distributed.coordinator_address {address}",
+        "Address already in use",
+        "another port",
+    )
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,53 @@
+"""A file that Git LFS has not fetched is named as such, whichever file of a checkpoint or of a dataset it is."""
+
+import pytest
+import torch
+
+from tests.hub import tiny_checkpoints, tiny_tokenizers
+from vlm_jax.config import ConfigError
+from vlm_jax.data import conversations, images
+from vlm_jax.hub.load import inspect
+from vlm_jax.hub.processor import Processor
+from vlm_jax.hub.tensors.folder import open_tensors
+from vlm_jax.hub.text.tokenizer import HubTokenizer
+from vlm_jax.testing import write_conversations
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0f' * 32}\nsize 17525357\n"
+
+
+def refused(path, load) -> None:
+    kept = path.read_bytes()
+    path.write_text(POINTER)
+    with pytest.raises(ConfigError, match=f"^{path} is a Git LFS pointer, .* `git lfs pull`.$"):
+        load()
+    path.write_bytes(kept)
+
+
+def test_every_file_of_a_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    tiny_checkpoints.llava(tmp_path)
+
+    def load():
+        with open_tensors(tmp_path) as tensors:
+            Processor.load(inspect(tmp_path, tensors))
+
+    for path in tmp_path.iterdir():
+        if path.name not in (
+            "tokenizer.model",
+            "added_tokens.json",
+        ):  # not read beside tokenizer.json
+            refused(path, load)
+    load()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt2_with_older_files", "llama_legacy"])
+def test_every_file_of_a_tokenizer_without_tokenizer_json(tmp_path, kind):
+    getattr(tiny_tokenizers, kind)(tmp_path)
+    for path in tmp_path.iterdir():
+        refused(path, lambda: HubTokenizer.load(tmp_path))
+
+
+def test_conversations_and_images(tmp_path):
+    data = write_conversations(tmp_path, count=3)
+    refused(tmp_path / "talks.json", lambda: list(conversations.read_files(data.files)))
+    refused(tmp_path / "1_0.jpg", lambda: images.read_image(tmp_path / "1_0.jpg"))

@@ -1,0 +1,51 @@
+"""The experiment's configuration: its dataclasses, their checks, and files that hold them."""
+
+from vlm_jax.config.experiment import (
+    ConfigError,
+    Data,
+    Distributed,
+    Eval,
+    Experiment,
+    Mesh,
+    NotFinite,
+    Optim,
+    RateScale,
+    RunError,
+    Train,
+    factorizations,
+)
+from vlm_jax.config.model import (
+    CHANNELS,
+    Contrastive,
+    Decoder,
+    Fusion,
+    FusionKind,
+    Projector,
+    Rope,
+    Transformer,
+    Vision,
+)
+
+__all__ = [
+    "CHANNELS",
+    "ConfigError",
+    "Contrastive",
+    "Data",
+    "Decoder",
+    "Distributed",
+    "Eval",
+    "Experiment",
+    "Fusion",
+    "FusionKind",
+    "Mesh",
+    "NotFinite",
+    "Optim",
+    "Projector",
+    "RateScale",
+    "Rope",
+    "RunError",
+    "Train",
+    "Transformer",
+    "Vision",
+    "factorizations",
+]

@@ -1,0 +1,301 @@
+"""What a model is: the settings of its parts. Every public family is a choice of them, never a class of its own."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+CHANNELS = 3  # red, green, blue
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu2"]
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """What the image encoder and the decoder have in common."""
+
+    width: int = 128  # D: numbers of a token
+    depth: int = 4  # blocks
+    heads: int = 4  # N: attention heads
+    kv_heads: int = 0  # K: key/value heads (grouped-query attention); 0: as many as heads
+    head_dim: int = 0  # H: numbers of a head; 0: width / heads
+    mlp_width: int = 512  # F: hidden numbers of the MLP
+    #: centred: scales are kept minus 1 (Gemma)
+    norm: Literal["layernorm", "rmsnorm", "rmsnorm_centred"] = "layernorm"
+    norm_eps: float = 1e-6  # added to the variance
+    #: x + f(norm x), norm(x + f(x)), or x + norm(f(norm x))
+    norm_order: Literal["pre", "post", "both"] = "pre"
+    activation: Activation = "gelu_tanh"  # of the MLP
+    gated_mlp: bool = False  # down(act(gate x) * up x) instead of down(act(up x))
+    qkv_bias: bool = True  # biases of the query, key and value projections
+    out_bias: bool = True  # bias of attention's output projection
+    mlp_bias: bool = True  # biases of the MLP
+    qk_norm: bool = False  # a norm of every query and key head, before RoPE
+    query_scale: float = 0.0  # factor of attention's scores; 0: 1 / sqrt(H)
+    score_softcap: float = 0.0  # c: attention's scores become c tanh(score / c); 0: they stay
+    #: of what a sublayer adds: D numbers, or tanh of one
+    residual_scale: Literal["none", "vector", "tanh"] = "none"
+    #: blocks (or periods of them) laid out per turn of the loop: slower to compile, remat saves
+    #: less
+    unroll: int = 1
+    #: what the backward pass computes again: nothing, all but attention and products with weights, all but those
+    #: products, or everything but the inputs of the blocks
+    remat: Literal["none", "attention", "dots", "full"] = "none"
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.width // self.heads
+
+
+@dataclass(frozen=True)
+class Vision(Transformer):
+    #: the encoder; none: patches go straight to the projector (Fuyu)
+    kind: Literal["vit", "none"] = "vit"
+    #: folder of a public checkpoint: its encoder's settings, and its weights to begin with
+    checkpoint: str = ""
+    image_size_px: int = 64  # height and width of an image
+    #: of red, green and blue in 0..1: subtracted from a pixel
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    #: of red, green and blue: what a pixel is divided by then
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    #: how an image becomes a square: its sides are scaled apart; the shorter side is scaled and the middle cut out; or
+    #: it is padded. With `tile_layouts`: pad fits it onto tiles
+    resize: Literal["squash", "crop", "pad"] = "squash"
+    #: crop: length of the shorter side before the middle is cut out; 0: image_size_px
+    resize_px: int = 0
+    #: filter of the resize
+    resample: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] = "bicubic"
+    patch_size_px: int = 8  # height and width of a patch
+    #: the same numbers, computed as a product or a convolution
+    patch_embed: Literal["linear", "conv"] = "linear"
+    patch_bias: bool = True  # bias of the patch embedding
+    #: position embeddings that are added to the patches
+    positions: Literal["learned", "sincos", "none"] = "learned"
+    class_token: bool = False  # a learned token in front of the patches
+    keep_class_token: bool = False  # hand it on to the projector
+    #: the token that stood for hidden patches in pretraining (DINOv2); carried along
+    mask_token: bool = False
+    pre_norm: bool = False  # a norm before the first block (CLIP)
+    #: what the norm after the last block is for
+    final_norm: Literal["tokens", "pooled", "none"] = "tokens"
+    #: hidden states that go on; 0: embeddings, -1: last; (): the output
+    feature_layers: tuple[int, ...] = ()
+    #: one vector an image; tanh: of a product
+    pool: Literal["none", "class", "tanh", "attention"] = "none"
+    #: rows of a classifier that reads the class token, carried along; 0: there is none
+    classes: int = 0
+    newline_token: bool = False  # unified: a text token after every row of image tokens (Fuyu)
+    #: tiles of image_size_px that a large image is cut into, at the most; 1: it is squeezed to a
+    #: square
+    tiles: int = 1
+    thumbnail: bool = True  # an image of several tiles has a picture of the whole of it besides
+    #: tokens that name the tiles of an image in the text, <tile_1> and so on
+    tile_tags: Literal["1d", "none"] = "1d"
+    #: the encoder of Llama 3.2 Vision: rows and columns of tiles that it sees together; each layout has position
+    #: embeddings of its own
+    tile_layouts: tuple[tuple[int, int], ...] = ()
+    #: gated blocks after the others; the features are then the output and `feature_layers`
+    global_depth: int = 0
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return (self.image_size_px // self.patch_size_px,) * 2
+
+    @property
+    def cut_tiles(self) -> int:
+        """Tiles that the data cuts an image into, at the most: each is an image of its own to the encoder."""
+        return 1 if self.tile_layouts else self.tiles
+
+    @property
+    def views(self) -> int:
+        """J: pictures that the data makes of one image, at the most: its tiles and then its thumbnail."""
+        return self.cut_tiles + int(self.thumbnail and self.cut_tiles > 1)
+
+    @property
+    def pictures(self) -> int:
+        """Pictures of one image that the encoder reads at the most, one by one or all together."""
+        return self.tiles if self.tile_layouts else self.views
+
+    @property
+    def keeps_aspect_in_tiles(self) -> bool:
+        """Whether an image is fitted onto the tiles of `tile_layouts`, and not squashed into one of them."""
+        return bool(self.tile_layouts) and self.resize == "pad"
+
+    @property
+    def has_tags(self) -> bool:
+        return self.tile_tags != "none" and self.views > 1
+
+    @property
+    def patch_dim(self) -> int:
+        """C: numbers of one flattened patch."""
+        return self.patch_size_px**2 * CHANNELS
+
+    @property
+    def output_width(self) -> int:
+        """E: numbers of a token that reaches the projector."""
+        if self.kind == "none":
+            return self.patch_dim
+        return self.width * (len(self.feature_layers) + bool(self.tile_layouts) or 1)
+
+    @property
+    def extra_tokens(self) -> int:
+        """Tokens beside the grid that reach the projector."""
+        return int(self.kind == "vit" and self.class_token and self.keep_class_token)
+
+
+@dataclass(frozen=True)
+class Projector:
+    #: how image tokens of the encoder become those of the decoder
+    kind: Literal["linear", "mlp", "pixel_shuffle", "average_pool", "resampler", "none"] = "linear"
+    #: folder of a public checkpoint: its projector's settings, and its weights to begin with
+    checkpoint: str = ""
+    activation: Activation = "gelu"  # of mlp
+    bias: bool = True  # biases of linear and mlp
+    factor: int = 2  # pixel_shuffle, average_pool: factor x factor tokens become one
+    queries: int = 16  # resampler: tokens that it emits
+    depth: int = 2  # resampler: blocks
+    heads: int = 4  # resampler: attention heads
+
+    def output_grid(self, vision: Vision) -> tuple[int, int]:
+        """Rows and columns of the tokens that the projector emits for one image (one row where there is no grid)."""
+        rows, columns = vision.grid
+        if self.kind == "resampler":
+            return 1, self.queries
+        if self.kind in ("pixel_shuffle", "average_pool"):
+            return rows // self.factor, columns // self.factor
+        return (1, rows * columns + vision.extra_tokens) if vision.extra_tokens else (rows, columns)
+
+    def num_tokens(self, vision: Vision) -> int:
+        """M: tokens that the projector emits for one image, or for one tile of it or its thumbnail."""
+        rows, columns = self.output_grid(vision)
+        return rows * columns
+
+
+FusionKind = Literal["unified", "cross_attention", "encoder_decoder", "hybrid", "text_only"]
+
+
+@dataclass(frozen=True)
+class Fusion:
+    kind: FusionKind = "unified"  # how image tokens reach the decoder
+    #: bidirectional: image and prompt see all of one another
+    prefix: Literal["causal", "bidirectional"] = "causal"
+    #: cross_attention, hybrid: a cross block before decoder blocks 0, k, 2k, ...
+    cross_every: int = 1
+    #: cross_attention, hybrid: before these blocks instead; depth: after the last
+    cross_layers: tuple[int, ...] = ()
+    #: cross_attention, hybrid: tanh gates that start at 0 and so keep a trained decoder at first
+    gated: bool = False
+    #: cross_attention, encoder_decoder, hybrid: a norm of every query and key head
+    qk_norm: bool = True
+    #: cross_attention, encoder_decoder: a token in the text marks the place of each image (Llama 3.2 Vision, Flamingo)
+    placeholder: bool = False
+    #: a token with no image to read: gets nothing, or reads every one
+    blind_rows: Literal["skip", "read_all"] = "skip"
+
+    @property
+    def image_in_sequence(self) -> bool:
+        return self.kind in ("unified", "hybrid")
+
+    @property
+    def image_in_memory(self) -> bool:
+        return self.kind in ("cross_attention", "encoder_decoder", "hybrid")
+
+    @property
+    def has_cross_blocks(self) -> bool:
+        """Whether blocks of cross-attention stand between those of the decoder."""
+        return self.kind in ("cross_attention", "hybrid")
+
+    @property
+    def has_images(self) -> bool:
+        return self.image_in_sequence or self.image_in_memory
+
+    @property
+    def has_gates(self) -> bool:
+        return self.has_cross_blocks and self.gated
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of the fields that have no effect with this kind."""
+        placement = () if self.has_cross_blocks else ("cross_every", "cross_layers", "gated")
+        return placement if self.image_in_memory else (*placement, "qk_norm")
+
+    def sublayers(self, depth: int) -> tuple[tuple[str, ...], ...]:
+        """The decoder's blocks, each a tuple of sublayers in the order in which they run."""
+        plain, crossing = ("self", "mlp"), ("cross", "cross_mlp")
+        if self.kind == "encoder_decoder":
+            return (("self", "cross", "mlp"),) * depth
+        if not self.has_cross_blocks:
+            return (plain,) * depth
+        chosen = self.cross_layers or tuple(range(0, depth, self.cross_every))
+        blocks = []
+        for i in range(depth):
+            count = chosen.count(i)
+            blocks += [crossing] * (count - 1) + [crossing + plain if count else plain]
+        return (*blocks, *[crossing] * chosen.count(depth))
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (Su et al. 2021) and the ways in which it is stretched to longer texts."""
+
+    theta: float = 10_000.0  # the base of the wavelengths
+    #: of the sliding blocks, never stretched; 0: theta, stretched like the others
+    local_theta: float = 0.0
+    fraction: float = 1.0  # share of a head's numbers that are turned
+    #: how it is stretched to longer texts
+    scaling: Literal["none", "linear", "llama3", "longrope"] = "none"
+    #: linear, llama3: long wavelengths are this much longer; longrope: longest text / original
+    factor: float = 1.0
+    #: llama3: wavelengths above original_positions / this are stretched
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0  # llama3: those below original_positions / this stay
+    original_positions: int = 8192  # llama3, longrope: the longest text before the stretch
+    #: longrope: one a frequency, for texts up to original_positions
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()  # longrope: for longer ones
+
+
+@dataclass(frozen=True)
+class Decoder(Transformer):
+    #: folder of a public checkpoint: its decoder's settings and tokenizer, and its weights to begin with
+    checkpoint: str = ""
+    vocab_size: int = 512  # V: rows of the output head; the tokenizer has at most as many
+    #: tokens that can be read but never written: rows of the embedding beyond the head's (mllama)
+    extra_tokens: int = 0
+    embed_scale: bool = False  # embeddings times sqrt(D)
+    embed_norm: bool = False  # a norm after embeddings and positions are added
+    #: rotary, or position embeddings that are added
+    positions: Literal["rope", "learned", "sincos"] = "rope"
+    max_positions: int = 256  # the longest sequence
+    position_offset: int = 0  # learned, sincos: the row of position 0
+    rope: Rope = field(default_factory=Rope)
+    sliding_window: int = 0  # tokens, itself included, that a token of a sliding block sees
+    sliding_layers: tuple[int, ...] = ()  # the blocks that slide
+    final_norm: bool = True  # a norm after the last block
+    tied_head: bool = True  # the output head is the embedding
+    logit_softcap: float = 0.0  # c: logits become c tanh(logit / c); 0: they stay
+
+    @property
+    def turned(self) -> int:
+        """R: numbers of a head that RoPE turns."""
+        return int(self.head_width * self.rope.fraction)
+
+
+@dataclass(frozen=True)
+class Contrastive:
+    """Two towers that meet in a dot product alone (CLIP, SigLIP); `text` is a decoder without a head."""
+
+    vision: Vision
+    text: Decoder
+    embed_width: int = 512  # W: numbers of the vectors that are compared
+    #: a product from the pooled image to embed_width; otherwise it is as wide already
+    image_projection: bool = True
+    text_projection_bias: bool = False  # of the product from the text's token to embed_width
+    causal: bool = True  # whether a text token sees only what stands before it
+    #: the token that stands for the text; last: of the row, be it padding
+    text_pool: Literal["largest_id", "first_eos", "last"] = "largest_id"
+    eos_id: int = 2  # of first_eos
+    logit_bias: bool = False  # a number added to every logit (SigLIP)

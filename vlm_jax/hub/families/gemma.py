@@ -1,0 +1,180 @@
+"""Gemma, Gemma 2 and Gemma 3's text model: Llama's block with centred norms, scaled embeddings and wide heads."""
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+
+from vlm_jax.config import Decoder, Experiment, Fusion
+from vlm_jax.hub.families import llama
+from vlm_jax.hub.families.family import (
+    Family,
+    Json,
+    get,
+    number,
+    refuse,
+    size,
+    text_experiment,
+)
+from vlm_jax.hub.families.table import Row
+
+GEMMA_DEFAULTS = {
+    "vocab_size": 256000,
+    "hidden_size": 3072,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+}
+GEMMA2_DEFAULTS = GEMMA_DEFAULTS | {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+GEMMA3_DEFAULTS = GEMMA2_DEFAULTS | {
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
+    "sliding_window_pattern": 6,
+}
+NORMS = {  # of a block with a norm before and one after each sublayer
+    "input_layernorm": "self_norm",
+    "post_attention_layernorm": "self_post_norm",
+    "pre_feedforward_layernorm": "mlp_norm",
+    "post_feedforward_layernorm": "mlp_post_norm",
+}
+TOLERANCE = 3e-4  # the final norm's scales are large
+
+
+def read_gemma_decoder(config: Json, tied: bool) -> Decoder:
+    """Gemma's settings; "gelu" in its first files means the approximation that the weights were trained with."""
+    activation = get(config, "hidden_act", "gelu")
+    activation = "gelu_pytorch_tanh" if activation == "gelu" else activation
+    return _read_shared(GEMMA_DEFAULTS | llama.given(config) | {"hidden_act": activation}, tied)
+
+
+def read_gemma2_decoder(config: Json, tied: bool) -> Decoder:
+    """Gemma 2's settings: every other block slides, the first one too. Null turns a softcap off."""
+    return replace(
+        _read_with_both_norms(GEMMA2_DEFAULTS | llama.given(config), tied, every=2),
+        score_softcap=config.get("attn_logit_softcapping", 50.0) or 0.0,
+        logit_softcap=config.get("final_logit_softcapping", 30.0) or 0.0,
+    )
+
+
+def read_gemma3_decoder(config: Json, tied: bool) -> Decoder:
+    """Gemma 3's settings: all blocks but every sixth slide, with a RoPE of their own. No softcap of the scores."""
+    config = GEMMA3_DEFAULTS | llama.given(config)
+    decoder = _read_with_both_norms(config, tied, every=size(config, "sliding_window_pattern"))
+    local = get(config, "rope_parameters", {}).get("sliding_attention") or {}
+    refuse(local, "rope_type", "default")
+    local_theta = float(get(local, "rope_theta", config["rope_local_base_freq"]))
+    return replace(
+        decoder,
+        qk_norm=True,
+        logit_softcap=get(config, "final_logit_softcapping", 0.0),
+        rope=replace(decoder.rope, local_theta=local_theta),
+    )
+
+
+def _read_shared(config: Json, tied: bool) -> Decoder:
+    refuse(config, "use_bidirectional_attention", False)
+    decoder = llama.read_decoder(config | {"mlp_bias": False}, tied)
+    return replace(decoder, norm="rmsnorm_centred", embed_scale=True)
+
+
+def _read_with_both_norms(config: Json, tied: bool, every: int) -> Decoder:
+    """What Gemma 2 and 3 share: a norm before and after each sublayer, and sliding blocks but for every n-th."""
+    decoder = _read_shared(config | {"hidden_act": config["hidden_activation"]}, tied)
+    scalar = number(config, "query_pre_attn_scalar")
+    query_scale = 0.0 if scalar == decoder.head_width else scalar**-0.5
+    local = [i for i in range(decoder.depth) if (i + 1) % every]
+    decoder = replace(decoder, norm_order="both", query_scale=query_scale)
+    return llama.slide(
+        decoder, config["sliding_window"], llama.sliding_layers(config, decoder.depth, local)
+    )
+
+
+def write_gemma_decoder(decoder: Decoder) -> Json:
+    config = llama.write_decoder(decoder)
+    config.pop("mlp_bias")
+    return config | {"hidden_activation": config["hidden_act"]}
+
+
+def write_gemma2_decoder(decoder: Decoder) -> Json:
+    scalar = round(decoder.query_scale**-2, 6) if decoder.query_scale else decoder.head_width
+    return write_gemma_decoder(decoder) | {
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
+        "attn_logit_softcapping": decoder.score_softcap or None,
+        "final_logit_softcapping": decoder.logit_softcap or None,
+        "sliding_window": decoder.sliding_window or GEMMA2_DEFAULTS["sliding_window"],
+        "layer_types": llama.layer_types(decoder),
+    }
+
+
+def write_gemma3_decoder(decoder: Decoder) -> Json:
+    """With the pattern beside the layers' types, as far as there is one, for transformers before 4.53."""
+    config = write_gemma2_decoder(decoder) | {"rope_local_base_freq": decoder.rope.local_theta}
+    local = decoder.sliding_layers
+    every = next((i for i in range(decoder.depth) if i not in local), decoder.depth) + 1
+    if local == tuple(i for i in range(decoder.depth) if (i + 1) % every):
+        config["sliding_window_pattern"] = every
+    return config
+
+
+def decoder_rows(
+    decoder: Decoder, fusion: Fusion, prefix: str = "model.", head: str = llama.HEAD
+) -> list[Row]:
+    """The table of any Gemma."""
+    return llama.decoder_rows(
+        decoder,
+        fusion,
+        prefix,
+        head,
+        block_rows if decoder.norm_order == "both" else llama.block_rows,
+    )
+
+
+def block_rows(hub: str, ours: str, decoder: Decoder, turn: int) -> list[Row]:
+    found = [llama.norm_row(f"{hub}.{a}", f"{ours}/{b}", turn) for a, b in NORMS.items()]
+    if decoder.qk_norm:
+        found.append(llama.norm_row(f"{hub}.self_attn.q_norm", f"{ours}/self/query_norm", turn))
+        found.append(llama.norm_row(f"{hub}.self_attn.k_norm", f"{ours}/self/key_norm", turn))
+    found += llama.attention_rows(f"{hub}.self_attn", f"{ours}/self", decoder, turn)
+    return found + llama.mlp_rows(f"{hub}.mlp", f"{ours}/mlp", decoder, turn)
+
+
+def rows(cfg: Experiment) -> list[Row]:
+    return decoder_rows(cfg.decoder, cfg.fusion)
+
+
+def family(
+    model_type: str,
+    architecture: str,
+    read_decoder: Callable[[Json, bool], Decoder],
+    write_decoder: Callable[[Decoder], Json],
+) -> Family:
+    """A Gemma, whose head is tied unless config.json says otherwise."""
+
+    def read(config: Json, names: Collection[str]) -> Experiment:
+        return text_experiment(read_decoder(config, llama.is_tied(config, names, True)))
+
+    def write(cfg: Experiment) -> Json:
+        return {
+            "architectures": [architecture],
+            "model_type": model_type,
+            **write_decoder(cfg.decoder),
+        }
+
+    return Family(model_type, read, write, rows, llama.RENAMES, TOLERANCE)
+
+
+GEMMA = family("gemma", "GemmaForCausalLM", read_gemma_decoder, write_gemma_decoder)
+GEMMA2 = family("gemma2", "Gemma2ForCausalLM", read_gemma2_decoder, write_gemma2_decoder)
+GEMMA3 = family("gemma3_text", "Gemma3ForCausalLM", read_gemma3_decoder, write_gemma3_decoder)

@@ -1,0 +1,140 @@
+"""LLaVA 1.5: the tokens of CLIP or SigLIP go through an MLP into the sequence of Llama, Mistral or Qwen2."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+from vlm_jax.config import (
+    ConfigError,
+    Decoder,
+    Experiment,
+    Fusion,
+    Projector,
+    Vision,
+)
+from vlm_jax.hub.families import clip, llama, siglip
+from vlm_jax.hub.families.family import (
+    ACTIVATIONS,
+    HUB_ACTIVATIONS,
+    Family,
+    Json,
+    choose,
+    get,
+    text_experiment,
+)
+from vlm_jax.hub.families.table import Row
+
+TOWERS = {"clip_vision_model": clip, "siglip_vision_model": siglip}
+TEXTS = {family.model_type: family for family in (llama.LLAMA, llama.MISTRAL, llama.QWEN2)}
+TOWER, PROJECTOR, TEXT = (
+    "vision_tower.vision_model.",
+    "multi_modal_projector.",
+    "language_model.model.",
+)
+HEAD = "language_model.lm_head.weight"
+
+
+def read(config: Json, names: Collection[str]) -> Experiment:
+    bias = get(config, "multimodal_projector_bias", True)
+    activation = choose(config, "projector_hidden_act", ACTIVATIONS, "gelu")
+    return Experiment(
+        vision=read_tower(config),
+        projector=Projector(kind="mlp", activation=activation, bias=bias),
+        fusion=Fusion(kind="unified"),
+        decoder=read_text(config, names, TEXTS, "llama"),
+    )
+
+
+def read_tower(config: Json) -> Vision:
+    """The encoder without what it pools, which has no tensors of its own."""
+    tower = get(config, "vision_config", {})
+    vision = choose_nested("vision_config", tower, TOWERS, "clip_vision_model").read_vision(tower)
+    layers = get(config, "vision_feature_layer", -2)
+    layers = tuple(layers) if isinstance(layers, list | tuple) else (layers,)
+    if not all(type(layer) is int for layer in layers):
+        raise ConfigError(
+            f"config.json: vision_feature_layer {layers} is not a whole number, or a list of them."
+        )
+    if not all(-vision.depth - 1 <= layer <= vision.depth for layer in layers):
+        raise ConfigError(
+            f"config.json: vision_feature_layer {layers} goes beyond the encoder's {vision.depth + 1} hidden states."
+        )
+    keeps_all = choose(
+        config, "vision_feature_select_strategy", {"default": False, "full": True}, "default"
+    )
+    if not vision.class_token and not keeps_all:
+        raise ConfigError(
+            "config.json: vision_feature_select_strategy 'default' drops the class token, which the encoder does not "
+            "have: only 'full' is supported."
+        )
+    return replace(
+        vision,
+        pool="none" if vision.pool == "class" else vision.pool,
+        feature_layers=layers,
+        keep_class_token=vision.class_token and keeps_all,
+    )
+
+
+def read_text(
+    config: Json, names: Collection[str], families: Mapping[str, Family], default: str
+) -> Decoder:
+    """The decoder of `text_config`, whose family knows its tensors without the prefix."""
+    text = get(config, "text_config", {})
+    family = choose_nested("text_config", text, families, default)
+    if config.get("tie_word_embeddings"):  # transformers 4 reads the key of text_config, 5 this one
+        text = text | {"tie_word_embeddings": True}
+    return family.read(text, {name.removeprefix("language_model.") for name in names}).decoder
+
+
+def choose_nested(key: str, config: Json, choices: Mapping, default: str):
+    """What the `model_type` of a nested config stands for."""
+    name = f"{key}.model_type"
+    return choose({name: config.get("model_type")}, name, choices, default)
+
+
+def write(cfg: Experiment) -> Json:
+    vision, layers = cfg.vision, cfg.vision.feature_layers
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "vision_config": tower_of(vision).write_vision(vision),
+        "text_config": text_family(cfg.decoder).write(text_experiment(cfg.decoder)),
+        "vision_feature_layer": list(layers) if len(layers) > 1 else (*layers, -1)[0],
+        "vision_feature_select_strategy": "default"
+        if vision.class_token and not vision.keep_class_token
+        else "full",
+        "projector_hidden_act": HUB_ACTIVATIONS[cfg.projector.activation],
+        "multimodal_projector_bias": cfg.projector.bias,
+        "image_seq_length": cfg.image_tokens,
+        "tie_word_embeddings": cfg.decoder.tied_head,
+    }
+
+
+def tower_of(vision: Vision):
+    """The module of the encoder's family."""
+    return clip if vision.class_token else siglip
+
+
+def text_family(decoder: Decoder) -> Family:
+    """The family that can say what the decoder is; Mistral without a window is Llama."""
+    if decoder.qkv_bias and not decoder.out_bias:
+        return llama.QWEN2
+    return llama.MISTRAL if decoder.sliding_layers else llama.LLAMA
+
+
+def rows(cfg: Experiment) -> list[Row]:
+    bias = cfg.projector.bias
+    return [
+        *tower_of(cfg.vision).vision_rows(cfg.vision, TOWER, "vision/"),
+        *llama.dense_rows(f"{PROJECTOR}linear_1", "projector/linear_1", "D E -> E D", bias),
+        *llama.dense_rows(f"{PROJECTOR}linear_2", "projector/linear_2", "F D -> D F", bias),
+        *llama.decoder_rows(cfg.decoder, cfg.fusion, TEXT, HEAD),
+    ]
+
+
+RENAMES = (  # as transformers 5 has them in memory, and in part in its files
+    (r"^model\.language_model\.", TEXT),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.", ""),
+    (r"^vision_tower\.(?!vision_model\.)", TOWER),
+)
+LLAVA = Family("llava", read, write, rows, RENAMES, image_token=32000)

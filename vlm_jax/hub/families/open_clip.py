@@ -1,0 +1,181 @@
+"""CLIP as OpenCLIP stores it: open_clip_config.json, and products that are applied from the right.
+
+The reference is open_clip, src/open_clip/model.py and transformer.py.
+"""
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from vlm_jax.config import (
+    ConfigError,
+    Contrastive,
+    Decoder,
+    Transformer,
+    Vision,
+)
+from vlm_jax.hub.families.family import (
+    Family,
+    Json,
+    choose,
+    get,
+    number,
+    refuse,
+    size,
+)
+from vlm_jax.hub.families.gpt2 import norm_rows
+from vlm_jax.hub.families.table import Part, Row, row
+from vlm_jax.hub.families.vit import (
+    block_rows,
+    fused_rows,
+    mlp_ratio,
+    patch_rows,
+    side,
+)
+
+BLOCK = {"self_norm": "ln_1", "mlp_norm": "ln_2", "mlp/up": "mlp.c_fc", "mlp/down": "mlp.c_proj"}
+EPS = 1e-5
+POOLED = {"argmax": "largest_id", "last": "last"}
+PLAIN = {  # the values of keys that make another model, if they are there at all
+    "ls_init_value": (None,),
+    "norm_kwargs": (None, {}),
+    "act_kwargs": (None, {}),
+    "final_ln_after_pool": (False,),
+}
+PLAIN_VISION = PLAIN | {
+    "timm_model_name": (None,),
+    "attentional_pool": (False,),
+    "no_ln_pre": (False,),
+    "pos_embed_type": ("learnable",),
+    "pool_type": ("tok",),
+}
+PLAIN_TEXT = PLAIN | {
+    "hf_model_name": (None,),
+    "embed_cls": (False,),
+    "proj_type": ("linear",),
+    "proj_bias": (False,),
+}
+
+
+def read(config: Json, names: Collection[str]) -> Contrastive:
+    model = get(config, "model_cfg", {})
+    vision, text = (get(model, f"{tower}_cfg", {}) for tower in ("vision", "text"))
+    for tower, plain in ((vision, PLAIN_VISION), (text, PLAIN_TEXT)):
+        for key, allowed in plain.items():
+            refuse(tower, key, *allowed)
+    activation = "quick_gelu" if get(model, "quick_gelu", False) else "gelu"
+    return Contrastive(
+        vision=replace(read_vision(vision), activation=activation),
+        text=replace(read_text(text), activation=activation),
+        embed_width=size(model, "embed_dim", 512),
+        causal=not get(text, "no_causal_mask", False),
+        text_pool=choose(text, "pool_type", POOLED, "argmax"),
+    )
+
+
+def read_vision(config: Json) -> Vision:
+    width, layers = size(config, "width", 768), get(config, "layers", 12)
+    if isinstance(layers, list):
+        raise ConfigError(
+            f"open_clip_config.json: layers {layers} are those of a ResNet, which is not supported."
+        )
+    return Vision(
+        width=width,
+        depth=size(config, "layers", 12),
+        heads=width // size(config, "head_width", 64),
+        mlp_width=int(width * number(config, "mlp_ratio", 4)),
+        norm_eps=EPS,
+        image_size_px=side(config, "image_size", 224),
+        patch_size_px=side(config, "patch_size", 16),
+        patch_bias=False,
+        class_token=True,
+        pre_norm=True,
+        final_norm="pooled",
+        pool="class",
+    )
+
+
+def read_text(config: Json) -> Decoder:
+    width = size(config, "width", 512)
+    return Decoder(
+        width=width,
+        depth=size(config, "layers", 12),
+        heads=size(config, "heads", 8),
+        mlp_width=int(width * number(config, "mlp_ratio", 4)),
+        norm_eps=EPS,
+        vocab_size=size(config, "vocab_size", 49408),
+        positions="learned",
+        max_positions=size(config, "context_length", 77),
+    )
+
+
+def write(cfg: Contrastive) -> Json:
+    pool_types = {ours: theirs for theirs, ours in POOLED.items()}
+    vision, text = write_tower(cfg.vision), write_tower(cfg.text)
+    vision |= {
+        "head_width": cfg.vision.head_width,
+        "image_size": cfg.vision.image_size_px,
+        "patch_size": cfg.vision.patch_size_px,
+    }
+    text |= {
+        "heads": cfg.text.heads,
+        "vocab_size": cfg.text.vocab_size,
+        "context_length": cfg.text.max_positions,
+        "no_causal_mask": not cfg.causal,
+        "pool_type": pool_types[cfg.text_pool],
+    }
+    quick = cfg.vision.activation == "quick_gelu"
+    return {
+        "model_cfg": {
+            "embed_dim": cfg.embed_width,
+            "quick_gelu": quick,
+            "vision_cfg": vision,
+            "text_cfg": text,
+        }
+    }
+
+
+def write_tower(cfg: Transformer) -> Json:
+    return {
+        "width": cfg.width,
+        "layers": cfg.depth,
+        "mlp_ratio": mlp_ratio(cfg.width, cfg.mlp_width),
+    }
+
+
+def rows(cfg: Contrastive) -> list[Row]:
+    positions = (Part("vision/class_position", "1 D -> D"), Part("vision/patch_embed/positions"))
+    return [
+        row("visual.class_embedding", "vision/class_token"),
+        Row("visual.positional_embedding", positions),
+        *patch_rows("visual.conv1", "vision/", cfg.vision),
+        *norm_rows("visual.ln_pre", "vision/pre_norm"),
+        *tower_rows("visual.", "vision/", cfg.vision),
+        *norm_rows("visual.ln_post", "vision/final_norm"),
+        row("visual.proj", "image_projection/kernel"),
+        row("token_embedding.weight", "text/embedding/table"),
+        row("positional_embedding", "text/position_embedding/table"),
+        *tower_rows("", "text/", cfg.text),
+        *norm_rows("ln_final", "text/final_norm"),
+        row("text_projection", "text_projection/kernel"),
+        row("logit_scale", "logit_scale", "-> 1"),
+    ]
+
+
+def tower_rows(hub: str, ours: str, cfg: Transformer) -> list[Row]:
+    blocks = f"{hub}transformer.resblocks"
+    found = block_rows(blocks, ours, cfg, BLOCK)
+    for turn in range(cfg.depth):
+        found += fused_rows(f"{blocks}.{turn}.attn", f"{ours}blocks/layers/block_0/self", turn)
+    return found
+
+
+RENAMES = ((r"^text\.", ""),)  # of a text tower that is a module of its own
+OPEN_CLIP = Family(
+    "open_clip",
+    read,
+    write,
+    rows,
+    RENAMES,
+    config_file="open_clip_config.json",
+    weights_file="open_clip_model.safetensors",
+)

@@ -1,0 +1,104 @@
+"""RoPE in config.json: `rope_theta` and `rope_scaling` of transformers 4.x, `rope_parameters` of 5.x."""
+
+from collections.abc import Mapping
+
+from vlm_jax.config import ConfigError, Rope
+from vlm_jax.hub.families.family import (
+    Json,
+    get,
+    refuse,
+    size,
+)
+
+KNOWN = ("default", "linear", "llama3", "longrope")
+
+
+def read_rope(
+    config: Mapping, theta: float = 10_000.0, fraction: float = 1.0, max_positions: int = 0
+) -> Rope:
+    """The settings of `config`; the other arguments are the family's defaults and the longest text of the model.
+
+    Raises:
+      ConfigError: the way of stretching is not supported.
+    """
+    parameters = config.get("rope_parameters") or {}
+    parameters = (
+        parameters.get("full_attention", parameters) or {}
+    )  # Gemma 3 has one for each kind of layer
+    scaling = {**(config.get("rope_scaling") or {}), **parameters}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in KNOWN:
+        raise ConfigError(
+            f"config.json: the rope_type {kind!r} is not supported: choose {', '.join(KNOWN)}."
+        )
+    rope = Rope(
+        theta=float(get(scaling, "rope_theta", get(config, "rope_theta", theta))),
+        fraction=float(
+            get(scaling, "partial_rotary_factor", get(config, "partial_rotary_factor", fraction))
+        ),
+    )
+    return _stretched(rope, kind, scaling, config, max_positions)
+
+
+def _stretched(
+    rope: Rope, kind: str, scaling: Mapping, config: Mapping, max_positions: int
+) -> Rope:
+    shared = {"theta": rope.theta, "fraction": rope.fraction}
+    if kind == "linear":
+        return Rope(**shared, scaling="linear", factor=float(scaling["factor"]))
+    if kind == "llama3":
+        return Rope(
+            **shared,
+            scaling="llama3",
+            factor=float(scaling["factor"]),
+            low_freq_factor=float(scaling["low_freq_factor"]),
+            high_freq_factor=float(scaling["high_freq_factor"]),
+            original_positions=int(scaling["original_max_position_embeddings"]),
+        )
+    if kind == "longrope":
+        refuse(scaling, "attention_factor", None)
+        nested = get(scaling, "original_max_position_embeddings", max_positions)
+        original = size(config, "original_max_position_embeddings", nested)
+        return Rope(
+            **shared,
+            scaling="longrope",
+            factor=float(get(scaling, "factor", max_positions / original)),
+            original_positions=original,
+            short_factors=tuple(map(float, scaling["short_factor"])),
+            long_factors=tuple(map(float, scaling["long_factor"])),
+        )
+    return rope
+
+
+def write_rope(rope: Rope, max_positions: int = 0) -> Json:
+    """The keys of transformers 4.x; `max_positions` is the longest text of the model."""
+    config = {"rope_theta": rope.theta, "rope_scaling": _scaling(rope, max_positions)}
+    if rope.scaling == "longrope":
+        config["original_max_position_embeddings"] = rope.original_positions
+    return config
+
+
+def _scaling(rope: Rope, max_positions: int) -> Json | None:
+    if rope.scaling == "linear":
+        return {"rope_type": "linear", "factor": rope.factor}
+    if rope.scaling == "llama3":
+        return {
+            "rope_type": "llama3",
+            "factor": rope.factor,
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_positions,
+        }
+    if rope.scaling == "longrope":
+        return {
+            "type": "longrope",
+            "short_factor": list(rope.short_factors),
+            "long_factor": list(rope.long_factors),
+            # Transformers 4.x takes three keys and no other, and this from the lengths of the texts.
+            **(
+                {}
+                if rope.factor == max_positions / rope.original_positions
+                else {"factor": rope.factor}
+            ),
+        }
+    return None

@@ -1,0 +1,192 @@
+"""Files of `torch.save`, read without torch and without running what a pickle asks for.
+
+A pickle is a program. Those of tensors call `_rebuild_tensor_v2` on storages, and the storages' bytes lie beside the
+pickle: as entries of a zip archive, or after it in the legacy format (before torch 1.6).
+Format: torch/serialization.py, `_load` and `_legacy_load`.
+"""
+
+import io
+import math
+import mmap
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from vlm_jax.config import ConfigError
+from vlm_jax.hub.tensors.mapped import StoredTensor, are_counts
+
+ZIP_START = b"PK\x03\x04"
+LEGACY_START = [0x1950A86A20F9469CFC6C, 1001]  # magic number, version
+
+STORAGES = {
+    "DoubleStorage": np.dtype(np.float64),
+    "FloatStorage": np.dtype(np.float32),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+
+
+class Storage(NamedTuple):
+    key: str
+    dtype: np.dtype
+
+
+class View(NamedTuple):
+    """A tensor as torch pickles it; start, shape and strides count elements of the storage."""
+
+    storage: Storage
+    start: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Place(NamedTuple):
+    """Where a storage's bytes lie in the file."""
+
+    offset_bytes: int
+    size_bytes: int
+
+    @property
+    def end_bytes(self) -> int:
+        return self.offset_bytes + self.size_bytes
+
+
+def read_torch(path: Path, data: mmap.mmap) -> dict[str, StoredTensor]:
+    """The tensors of a state dict, or of the `state_dict` in a training checkpoint; `data` is the mapped file.
+
+    Raises:
+      ConfigError: the file is damaged, holds no tensors, or wants to run code.
+    """
+    try:
+        read = _read_zip if data[: len(ZIP_START)] == ZIP_START else _read_legacy
+        saved, places = read(path, data)
+        views = _views(saved) or _views(saved.get("state_dict", {}))
+        tensors = {
+            name: _stored(view, places[view.storage.key], data) for name, view in views.items()
+        }
+    except ConfigError:
+        raise
+    except Exception as error:  # a damaged zip or pickle raises nearly anything
+        raise ConfigError(f"{path} is damaged or holds no tensors of torch: {error!r}.") from None
+    if not tensors:
+        raise ConfigError(f"{path} holds no tensors.")
+    return tensors
+
+
+class _Unpickler(pickle._Unpickler):
+    """Makes plain values, dicts and `View`s, and calls nothing else.
+
+    It is the unpickler written in Python: for a few wrong bytes the one written in C takes gigabytes of memory.
+    """
+
+    def __init__(self, file, path: Path):
+        super().__init__(file, encoding="utf-8")
+        self.path = path
+        self.dtypes = {}  # of each storage that was named, by key
+
+    def find_class(self, module, name):
+        # Whatever is handed out, the pickle may also try to change: names, methods and builtins cannot be.
+        if module == "torch" and name in STORAGES:
+            return name
+        match (module, name):
+            case ("collections", "OrderedDict"):
+                return OrderedDict
+            case ("torch._utils", "_rebuild_tensor_v2"):
+                return self._view
+            case ("torch._utils", "_rebuild_parameter"):
+                return self._parameter
+        raise ConfigError(
+            f"{self.path} is refused: it wants to run {f'{module}.{name}'!r}; only tensors are read."
+        )
+
+    def persistent_load(self, saved):
+        kind, name, key, _location, _elements, *part = saved
+        if kind != "storage" or any(part):  # before torch 0.4 a storage could be a part of another
+            raise ValueError("it names something else than a whole storage")
+        self.dtypes[key] = STORAGES[name]
+        return Storage(key, STORAGES[name])
+
+    def _view(self, storage, start, shape, strides, requires_grad, hooks, metadata=None):
+        return View(storage, start, shape, strides)
+
+    def _parameter(self, view, requires_grad, hooks):
+        return view
+
+
+def _read_zip(path, data):
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename: info for info in archive.infolist()}
+        (pickled,) = (
+            name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")
+        )
+        folder = pickled.removesuffix("data.pkl")
+        if entries.get(folder + "byteorder") and archive.read(folder + "byteorder") != b"little":
+            raise ValueError("its numbers are big-endian")
+        saved = _Unpickler(io.BytesIO(archive.read(pickled)), path).load()
+    prefix = folder + "data/"
+    places = {
+        name.removeprefix(prefix): _place(i, data)
+        for name, i in entries.items()
+        if name.startswith(prefix)
+    }
+    return saved, places
+
+
+def _place(info: zipfile.ZipInfo, data: mmap.mmap) -> Place:
+    """The content of a zip entry follows its header, whose name and padding have lengths of their own."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{info.filename} is compressed")
+    name_bytes, padding_bytes = struct.unpack_from("<HH", data, info.header_offset + 26)
+    return Place(info.header_offset + 30 + name_bytes + padding_bytes, info.file_size)
+
+
+def _read_legacy(path, data):
+    """Five pickles one after another, then for each storage its number of elements and its bytes."""
+    with path.open("rb") as file:
+        start = [_Unpickler(file, path).load() for _ in LEGACY_START]
+        if start != LEGACY_START:
+            raise ValueError("unknown format")
+        if not _Unpickler(file, path).load()["little_endian"]:
+            raise ValueError("its numbers are big-endian")
+        unpickler = _Unpickler(file, path)
+        saved = unpickler.load()
+        keys = _Unpickler(file, path).load()
+        offset = file.tell()
+    places = {}
+    for key in keys:
+        (elements,) = struct.unpack_from("<q", data, offset)
+        places[key] = Place(offset + 8, elements * unpickler.dtypes[key].itemsize)
+        offset = places[key].end_bytes
+    return saved, places
+
+
+def _views(saved: dict) -> dict[str, View]:
+    return {name: value for name, value in saved.items() if isinstance(value, View)}
+
+
+def _stored(view: View, place: Place, data: mmap.mmap) -> StoredTensor:
+    storage, start, shape, strides = view
+    if not are_counts(start, *shape, *strides, *place) or len(shape) != len(strides):
+        raise ValueError("a size or stride is no count")
+    last = start + sum((length - 1) * stride for length, stride in zip(shape, strides))
+    itemsize = storage.dtype.itemsize
+    if math.prod(shape) and (last + 1) * itemsize > place.size_bytes:
+        raise ValueError("a tensor reaches beyond its storage")
+    if place.end_bytes > len(data):
+        raise ValueError("it is cut short")
+    offset = place.offset_bytes + start * itemsize
+    return StoredTensor(
+        data, offset, storage.dtype, tuple(shape), tuple(stride * itemsize for stride in strides)
+    )

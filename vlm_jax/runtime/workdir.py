@@ -1,0 +1,299 @@
+"""The folder of a run: what lies where, and whether a run may continue in it."""
+
+import contextlib
+import dataclasses
+import fcntl
+import itertools
+import json
+import os
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from vlm_jax.config import (
+    ConfigError,
+    Distributed,
+    Eval,
+    Experiment,
+    files,
+)
+from vlm_jax.config.bounds import check_path
+from vlm_jax.config.validate import flat, with_fields
+
+# Fields that change nothing of what is learnt, but for the order of sums: a run may continue with others.
+OF_THE_MACHINE = (
+    "mesh.",
+    "distributed.",
+    "data.dir",
+    "data.threads",
+    "data.prefetch",
+    "train.keep_",
+    "train.checkpoint_every_steps",
+    "train.log_every_steps",
+    "train.profile_steps",
+    "train.compilation_cache_dir",
+)
+FREE = (
+    *OF_THE_MACHINE,
+    "train.microbatches",
+    "train.loss_chunk",
+    *(f"{part}.{name}" for part in ("vision", "decoder") for name in ("remat", "unroll")),
+)
+NAMED_FILES = 3  # of eval.files, in the name of an evaluation
+LONGEST_NAME = 60
+# Fields that a checkpoint decides, to which earlier versions gave other values.
+TAKEN_OVER = ("vision.resize", "vision.resize_px", "vision.resample", "data.special_ids")
+
+
+class EvaluationFolder:
+    """Paths of the files of an evaluation."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.eval = path / "eval.json"
+        self.predictions = path / "predictions.jsonl"
+        self.samples = path / "samples.png"
+
+    def try_writing(self) -> None:
+        """Raises ConfigError where nothing can be written: to be known before the work, not after it."""
+        trial = self.path / ".trial"
+        with self.writing():
+            trial.touch()
+            trial.unlink()
+
+    def keep_settings(self) -> None:
+        """Writes what the scores depend on, where the folder has a file for it."""
+
+    @contextlib.contextmanager
+    def writing(self):
+        """Raises ConfigError where a file of the folder cannot be written meanwhile."""
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(f"workdir {self.path} cannot be written: {error.strerror}.") from None
+
+
+class LaterEvaluation(EvaluationFolder):
+    """The folder of an evaluation by the `eval` verb; `settings.json` has what its scores depend on."""
+
+    def __init__(self, path: Path, settings: Mapping[str, object]):
+        super().__init__(path)
+        self._settings = json.dumps(settings, indent=2) + "\n"
+        self._settings_file = path / "settings.json"
+
+    def is_free(self) -> bool:
+        """Returns whether the folder holds nothing, or an evaluation with the same settings."""
+        try:
+            return self._settings_file.read_text() == self._settings
+        except (OSError, UnicodeDecodeError):
+            return not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
+
+    def try_writing(self) -> None:
+        with self.writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+        super().try_writing()
+
+    def keep_settings(self) -> None:
+        with self.writing():
+            write_whole(self._settings_file, self._settings)
+
+
+class Workdir(EvaluationFolder):
+    """Paths of a run's files; those of the evaluation after the training lie beside the others."""
+
+    def __init__(self, path: str):
+        check_path("workdir", path)
+        super().__init__(Path(path))
+        self.config = self.path / "config.json"
+        self.tokenizer = self.path / "tokenizer.json"
+        self.processor = (
+            self.path / "processor"
+        )  # files beside the weights of the checkpoint that the run began with
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.profile = self.path / "profile"
+        self._data = self.path / "data.json"
+        self._later_evaluations = self.path / "eval"
+        self._lock = self.path / ".lock"
+
+    def read_config(self) -> Experiment:
+        """The experiment of the run that lies here, with `workdir` where the folder is now."""
+        try:
+            text = self.config.read_bytes()
+        except FileNotFoundError:
+            raise ConfigError(
+                f"--workdir {self.path} holds no run: there is no {self.config}."
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"--workdir {self.path} holds no run: {self.config}: {error.strerror}."
+            ) from None
+        cfg = files.from_json(text, str(self.config))
+        return dataclasses.replace(cfg, workdir=str(self.path))
+
+    def as_begun(self, cfg: Experiment, explicit: Collection[str]) -> Experiment:
+        """The experiment with what an earlier version took over from its checkpoints, where the run began with that.
+
+        Fields in `explicit` keep their values.
+        """
+        if not self.config.exists():
+            return cfg
+        stored = self.read_config()
+        folders = (
+            "init_from",
+            *(f"{part}.checkpoint" for part in ("vision", "projector", "decoder")),
+        )
+        old, new = flat(stored), flat(cfg)
+        if any(old[name] != new[name] for name in folders):
+            return cfg
+        return with_fields(cfg, {name: old[name] for name in TAKEN_OVER if name not in explicit})
+
+    def check(self, cfg: Experiment) -> None:
+        """Raises ConfigError where the folder holds a run with another config; fields of `FREE` may be others."""
+        with self.writing():
+            if not self.config.exists():
+                self._refuse_unknown_run()
+                return
+        changed = files.differences(self.read_config(), cfg)
+        changed = [line for line in changed if not line.startswith(FREE)]
+        if changed:
+            raise ConfigError(
+                f"workdir {self.path} holds a run with another config; choose another --workdir or undo:\n  "
+                + "\n  ".join(changed)
+            )
+
+    def check_data(self, fingerprint: Mapping[str, str]) -> None:
+        """Raises ConfigError where the run was trained on data with another fingerprint.
+
+        A run that was made before fingerprints were kept has none, and passes.
+        """
+        try:
+            stored = json.loads(self._data.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{self._data} cannot be read ({error}): choose another --workdir."
+            ) from None
+        if not isinstance(stored, dict):
+            raise ConfigError(
+                f"{self._data} is damaged: it must hold an object. Choose another --workdir."
+            )
+        if stored != fingerprint:
+            changed = [name for name, value in fingerprint.items() if stored.get(name) != value]
+            named = ", ".join(changed or sorted(stored.keys() - fingerprint.keys()))
+            raise ConfigError(
+                f"workdir {self.path} holds a run that was trained on other data: {named} of data.files or data.source "
+                "has changed since. Restore the data to continue the run, or choose another --workdir."
+            )
+
+    def keep_data(self, fingerprint: Mapping[str, str]) -> None:
+        """Writes the fingerprint of the data that the run is trained on."""
+        with self.writing():
+            write_whole(self._data, json.dumps(fingerprint, indent=2) + "\n")
+
+    def later_evaluation(
+        self, cfg: Experiment, step: int, fingerprint: Mapping[str, str]
+    ) -> LaterEvaluation:
+        """Returns the folder for an evaluation of a checkpoint by the `eval` verb.
+
+        It is named after the split, the files and the count. An evaluation with other settings is never overwritten:
+        then a number is added to the name.
+        """
+        settings = {
+            name: value
+            for name, value in flat(cfg).items()
+            if name.startswith(("data.", "eval."))
+            and not name.startswith((*OF_THE_MACHINE, "eval.batch_size"))
+        }
+        if (
+            not self.config.exists()
+        ):  # a checkpoint before any training, which config.json does not name
+            model = ("init_", "vision.", "projector.", "decoder.", "fusion.")
+            settings |= {name: value for name, value in flat(cfg).items() if name.startswith(model)}
+        settings |= {"step": step, "contents": fingerprint}
+        name = evaluation_name(cfg.eval)
+        numbered = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        folders = (LaterEvaluation(self._later_evaluations / one, settings) for one in numbered)
+        return next(folder for folder in folders if folder.is_free())
+
+    def _refuse_unknown_run(self) -> None:
+        if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
+            raise ConfigError(
+                f"workdir {self.path} holds checkpoints and no {self.config.name} that says of which run: choose "
+                "another --workdir."
+            )
+
+    def open(self, cfg: Experiment) -> None:
+        """Makes the folder and writes its config, once it is checked.
+
+        Raises:
+          ConfigError: it cannot be written, or holds a run with another config; nothing is changed then.
+        """
+        self.check(cfg)
+        with self.writing():
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            of_any_process = dataclasses.replace(
+                cfg, distributed=Distributed()
+            )  # the run may go on with others
+            write_whole(self.config, files.to_json(of_any_process))
+
+    @contextlib.contextmanager
+    def locked(self):
+        """Keeps other processes out of the folder; the system lifts the lock when this process ends, however it ends.
+
+        Raises:
+          ConfigError: another process trains in the folder, or it cannot be written.
+        """
+        with self.writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self._lock, "a")  # noqa: SIM115
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"workdir {self.path} is in use: another process trains there; wait for it, or choose another "
+                    "--workdir."
+                ) from None
+            yield
+
+    def refuse_second(self) -> None:
+        """Raises ConfigError where another process trains in the folder; makes nothing."""
+        if self._lock.exists():
+            with self.locked():
+                pass
+
+
+def evaluation_name(cfg: Eval) -> str:
+    """Returns a name for a folder: test, test_500, train_90pct- (of 'train[90%:]'), mine_200 (of mine.json)."""
+    parts = [Path(file).stem for file in cfg.files[:NAMED_FILES]]
+    if len(cfg.files) > NAMED_FILES:
+        parts.append(f"{len(cfg.files) - NAMED_FILES}_more")
+    if not cfg.files or cfg.read_split != "train":
+        parts.append(
+            cfg.read_split.translate(str.maketrans({"[": "_", "]": "", ":": "-", "%": "pct"}))
+        )
+    name = re.sub(r"[^\w.+-]", "_", "+".join(parts)).lstrip(".-")[:LONGEST_NAME]
+    return f"{name}_{cfg.max_examples}" if cfg.max_examples else name
+
+
+def is_run(folder: str | os.PathLike) -> bool:
+    """Whether a folder is a run of ours: its config.json has our sections and no model_type."""
+    try:
+        config = json.loads((Path(folder).expanduser() / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "fusion" in config and "model_type" not in config
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is seen whole or not at all, and leaves nothing beside it where it cannot be written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

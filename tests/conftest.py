@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 FLAGS = (
     "--xla_force_host_platform_device_count=8",
@@ -15,6 +16,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
+COMPILATION_CACHE = Path("~/.cache/vlm_jax/tests").expanduser()
+COMPILATION_CACHE_BYTES = 4 * 2**30
 CHECKED = [
     "vlm_jax.nn",
     "vlm_jax.train.loss",
@@ -30,10 +33,14 @@ def datasets_dir(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Programs are compiled once for all tests: a run that continues another needs the same ones again."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+def compilation_cache():
+    """Keeps compiled programs between test runs: most of the suite's time is compilation.
+
+    The key of a program holds its HLO, the compiler's flags and the version of jaxlib.
+    """
+    jax.config.update("jax_compilation_cache_dir", str(COMPILATION_CACHE))
+    jax.config.update("jax_compilation_cache_max_size", COMPILATION_CACHE_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     yield
     jax.config.update("jax_compilation_cache_dir", None)
 

@@ -10,8 +10,8 @@ from experiments.fusion import CROSS
 from vlm_jax.study import Study, changed
 
 GEMMA_3 = {
-    "decoder.norm": "rmsnorm_centred",
-    "decoder.norm_order": "both",
+    "decoder.norm": "rmsnorm_zero_centered",
+    "decoder.norm_position": "sandwich",
     "decoder.embed_scale": True,
     "decoder.activation": "gelu_tanh",
 }
@@ -20,7 +20,7 @@ KINDS = {
     "cross_attention": {"fusion.kind": "cross_attention", **CROSS},
     "cross_attention_gated": {"fusion.kind": "cross_attention", "fusion.gated": True},
 }
-FROZEN = {"optim.rate_scale.decoder": 0.0}
+FROZEN = {"optim.lr_mult.decoder": 0.0}
 
 
 def get_study() -> Study:

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from vlm_jax import axes, config
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 
 
 def mesh(data=2, fsdp=2, tensor=2):
@@ -93,7 +93,7 @@ def test_constrain_does_nothing_without_a_mesh():
 class Layer(nn.Module):
     @nn.compact
     def __call__(self, x, _):
-        return x @ self.param("kernel", axes.lettered(nn.initializers.ones, "D F"), (4, 4)), None
+        return x @ self.param("kernel", axes.with_axes(nn.initializers.ones, "D F"), (4, 4)), None
 
 
 class Stacked(nn.Module):
@@ -120,7 +120,7 @@ def test_a_loop_over_depth_puts_l_in_front_and_the_sharding_follows():
 
 def test_letters_must_match_the_shape_of_the_parameter():
     with pytest.raises(ValueError, match="letters 'D' for a parameter of shape"):
-        axes.lettered(nn.initializers.ones, "D")(jax.random.key(0), (2, 2))
+        axes.with_axes(nn.initializers.ones, "D")(jax.random.key(0), (2, 2))
 
 
 def test_rows_of_a_batch_are_split_over_data_and_fsdp():
@@ -140,7 +140,7 @@ def test_a_platform_that_is_not_there_is_refused_in_a_sentence(monkeypatch):
         raise RuntimeError("Unable to initialize backend 'tpu'")
 
     monkeypatch.setattr(jax, "devices", devices)
-    with pytest.raises(ConfigError, match="backend 'tpu'"):
+    with pytest.raises(UserError, match="backend 'tpu'"):
         mesh()
 
 
@@ -158,7 +158,7 @@ def test_a_platform_that_is_not_there_is_refused_in_a_sentence(monkeypatch):
     ],
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_its_fields(sizes):
-    with pytest.raises(ConfigError, match="mesh.data x mesh.fsdp x mesh.tensor .* 8 device"):
+    with pytest.raises(UserError, match="mesh.data x mesh.fsdp x mesh.tensor .* 8 device"):
         mesh(*sizes)
 
 
@@ -170,7 +170,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_its_fields(sizes):
     ],
 )
 def test_the_meshes_that_would_fit_are_named_the_nearest_first(devices, sizes, said):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         config.Mesh(*sizes).sizes(devices)
     assert said in str(error.value)
     assert str(error.value).endswith(", or another.") == (devices == 64)

@@ -12,7 +12,7 @@ import pytest
 from vlm_jax.config import Data, Optim
 from vlm_jax.data import text, tiling
 from vlm_jax.data.tokenizer import EOS
-from vlm_jax.infer.generate import Decoding, generate
+from vlm_jax.infer.generate import SamplingParams, generate
 from vlm_jax.structs import Batch, State
 from vlm_jax.testing import random_params, variants_and_tiles
 from vlm_jax.train import optim
@@ -68,7 +68,7 @@ def test_eight_examples_are_learned_and_lost_when_the_images_are_shuffled(cfg):
 
     def exact_match(images):
         prompt = stacked([text.prompt_row(cfg, QUESTION, (cfg.vision.cut_tiles,))] * 8, images)
-        made = np.asarray(generate(cfg, params, prompt, 3, Decoding(eos=(EOS,))))
+        made = np.asarray(generate(cfg, params, prompt, 3, SamplingParams(eos=(EOS,))))
         return np.mean([list(row) == [*answer, EOS] for row, answer in zip(made, ANSWERS)])
 
     assert exact_match(images) == 1

@@ -8,7 +8,7 @@ import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
 from vlm_jax import axes
-from vlm_jax.config import ConfigError, Distributed, Mesh
+from vlm_jax.config import Distributed, Mesh, UserError
 from vlm_jax.config.validate import validate
 from vlm_jax.runtime import distributed
 from vlm_jax.testing import tiny
@@ -34,7 +34,7 @@ from vlm_jax.testing import tiny
     ],
 )
 def test_fields_that_do_not_fit_are_refused(given, said):
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(UserError, match=said):
         validate(replace(tiny(), distributed=given))
 
 

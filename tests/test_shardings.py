@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 from tests.nn.programs import equations
 from vlm_jax import axes
 from vlm_jax.config import Mesh, files
-from vlm_jax.nn.models import boxed_params
+from vlm_jax.nn.models import abstract_params
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.testing import (
     KINDS,
@@ -38,7 +38,7 @@ def rows(name, sizes):
     """(path, letters, shape, spec, bytes on one device, in float32) of every parameter, in the order of the paths."""
     mesh = AbstractMesh(sizes, axes.MESH_AXES)
     cfg = files.load(str(ROOT / "configs" / "published" / f"{name}.py"))
-    boxes = traverse_util.flatten_dict(boxed_params(cfg), sep="/")
+    boxes = traverse_util.flatten_dict(abstract_params(cfg), sep="/")
     for path, box in sorted(boxes.items()):
         shape, spec = box.value.shape, axes.parameter_spec(box.letters, box.value.shape, mesh)
         parts = math.prod(mesh.shape[axis] for axis in spec if axis)

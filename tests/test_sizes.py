@@ -9,9 +9,9 @@ from flax.linen import meta
 
 from vlm_jax.config import files
 from vlm_jax.config.validate import validate
-from vlm_jax.hub.export import comparable
+from vlm_jax.hub.export import architecture_fields
 from vlm_jax.hub.families.registry import FAMILIES
-from vlm_jax.nn.models import boxed_params
+from vlm_jax.nn.models import abstract_params
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "published"
 PARAMETERS = {
@@ -46,11 +46,11 @@ def count(boxes) -> int:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_model_has_its_published_size(name):
-    assert count(boxed_params(experiment(name))) == PARAMETERS[name]
+    assert count(abstract_params(experiment(name))) == PARAMETERS[name]
 
 
 def test_parts_that_were_never_trained_together_have_theirs():
-    boxes = boxed_params(experiment("clip_l14_336_gpt2"))
+    boxes = abstract_params(experiment("clip_l14_336_gpt2"))
     assert count(boxes["vision"]) == 303_507_456
     assert count(boxes["decoder"]) == PARAMETERS["gpt2"]
 
@@ -60,4 +60,4 @@ def test_a_config_is_its_public_family(name):
     """What the family writes for it, and reads again, is the same model."""
     cfg, family = experiment(name), FAMILIES[MODEL_TYPES[name]]
     names = {row.hub for row in family.rows(cfg)}
-    assert comparable(family.read(family.write(cfg), names)) == comparable(cfg)
+    assert architecture_fields(family.read(family.write(cfg), names)) == architecture_fields(cfg)

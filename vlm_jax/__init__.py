@@ -23,10 +23,10 @@ def from_pretrained(folder: str | os.PathLike, dtype=None, mesh=None, taps: str 
     """
     from vlm_jax.hub.load import load_checkpoint
     from vlm_jax.hub.processor import Processor
-    from vlm_jax.nn.models import model_of
+    from vlm_jax.nn.models import build_model
 
     checkpoint, params = load_checkpoint(folder, dtype, mesh, taps)
-    return model_of(checkpoint.cfg), params, Processor.load(checkpoint)
+    return build_model(checkpoint.cfg), params, Processor.load(checkpoint)
 
 
 def from_run(workdir: str | os.PathLike, step: int | None = None, mesh=None):

@@ -94,7 +94,7 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     )
 
 
-def on_each_device(function: Callable, letters: Sequence[str], out: str) -> Callable:
+def shard_mapped(function: Callable, letters: Sequence[str], out: str) -> Callable:
     """`function` of arrays with these letters, on every device for its share: for kernels that XLA cannot split."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -117,7 +117,7 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def one_of(mesh: Mesh | AbstractMesh) -> AbstractMesh:
+def single_device_mesh(mesh: Mesh | AbstractMesh) -> AbstractMesh:
     """A mesh of one device of the kind that `mesh` has."""
     axis_types = (AxisType.Auto,) * 3
     return AbstractMesh(
@@ -131,7 +131,7 @@ def row_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-def filled_rows(count: int, mesh: Mesh) -> int:
+def round_up_to_shards(count: int, mesh: Mesh) -> int:
     """At least `count` rows, and as many in each of the `row_shards`."""
     shards = row_shards(mesh)
     return -(-count // shards) * shards
@@ -163,7 +163,7 @@ def lookup(table: jax.Array, ids: jax.Array, letters: str) -> jax.Array:
     )
 
 
-class Lettered(struct.PyTreeNode, meta.AxisMetadata):
+class Partitioned(struct.PyTreeNode, meta.AxisMetadata):
     """A parameter together with its letters; `nn.scan` puts `L` in front when it stacks layers."""
 
     value: jax.Array
@@ -186,24 +186,24 @@ class Lettered(struct.PyTreeNode, meta.AxisMetadata):
         return self.replace(letters=" ".join(letters))
 
 
-def lettered(init, letters: str):
+def with_axes(init, letters: str):
     """An initializer whose parameter remembers its letters."""
 
     def boxed(key, shape, *rest):
         if len(shape) != len(letters.split()):
             raise ValueError(f"letters {letters!r} for a parameter of shape {shape}")
-        return Lettered(init(key, shape, *rest), letters)
+        return Partitioned(init(key, shape, *rest), letters)
 
     return boxed
 
 
-def parameter_shardings(boxed_params, mesh: Mesh):
+def parameter_shardings(abstract_params, mesh: Mesh):
     """Tree of boxed parameters (or their shapes) -> tree of shardings, one per parameter."""
 
-    def sharding(box: Lettered):
+    def sharding(box: Partitioned):
         return NamedSharding(mesh, parameter_spec(box.letters, box.value.shape, mesh))
 
-    return jax.tree.map(sharding, boxed_params, is_leaf=lambda x: isinstance(x, Lettered))
+    return jax.tree.map(sharding, abstract_params, is_leaf=lambda x: isinstance(x, Partitioned))
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
@@ -250,7 +250,7 @@ def place_own_rows(tree, mesh: Mesh):
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), tree)
 
 
-def one_a_device(mesh: Mesh) -> NamedSharding:
+def per_device_sharding(mesh: Mesh) -> NamedSharding:
     """A vector with one number on every device."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 

@@ -27,12 +27,12 @@ class Batch:
     branch_ids: Array  # (B, S) int32: TRUNK, or 1, 2, ...
     #: (B, S) int32: index into the row's I*M image tokens (with `vision.tile_layouts` I*J*M), or
     #: NO_IMAGE for a text token
-    image_slots: Array
+    image_token_index: Array
     image_mask: Array  # (B, S, I) bool: the images that a token attends to in cross-attention
-    #: (B, S, I) bool: with `fusion.blind_rows` read_all, the images that a token attends to if its
-    #: row of `image_mask` is empty (such as a token before the first image). Empty here as well:
+    #: (B, S, I) bool: with `fusion.tokens_without_image` attend_all, the images that a token
+    #: attends to if its row of `image_mask` is empty (such as a token before the first image). Empty here as well:
     #: the token skips cross-attention. None: all images
-    blind_mask: Array | None = None
+    no_image_mask: Array | None = None
     #: (B, I, height, width, channels) float32, normalised. I counts every view of an image: its
     #: tiles, then its thumbnail. With `vision.tile_layouts` (B, I, J, ...), and `image_mask` is
     #: (B, S, I*J). Without an encoder it may be (B, I, P, C) patches. None: text only
@@ -51,7 +51,7 @@ class Batch:
 
 
 @struct.dataclass
-class Stream:
+class DecoderInputs:
     """What fusion hands the decoder. `memory` is there only when there is something to cross-attend to."""
 
     x: jax.Array  # (B, S, D)
@@ -67,7 +67,7 @@ class Stream:
 
 
 @struct.dataclass
-class Context:
+class BlockInputs:
     """What every block of a stack reads and none changes."""
 
     mask: jax.Array | None = None  # (B, 1, S, T) bool: which keys a token sees; None: all
@@ -95,11 +95,11 @@ class Cache:
     block_ids: jax.Array | None  # (B, T)
     layers: Any  # per block of the repeating period and sublayer: keys and values (L, B, K, T, H)
     #: what was read, slot by slot, without memory: for a RoPE that may turn it all anew
-    seen: Stream | None = None
+    seen: DecoderInputs | None = None
 
 
 @struct.dataclass
-class Encoded:
+class EncoderOutput:
     """An encoder's outputs; P counts the class token, too."""
 
     tokens: jax.Array  # (B, P, E): the last hidden state
@@ -109,7 +109,7 @@ class Encoded:
 
 
 @struct.dataclass
-class Compared:
+class ContrastiveOutput:
     """B images and R texts, each a vector of length 1, and their products, scaled."""
 
     image_embeds: jax.Array  # (B, W)

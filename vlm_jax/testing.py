@@ -19,10 +19,9 @@ from vlm_jax.config import (
     Train,
     Vision,
 )
-from vlm_jax.data import text
-from vlm_jax.data import tiling as tiles
+from vlm_jax.data import text, tiling
 from vlm_jax.data.tokenizer import SPECIALS
-from vlm_jax.nn.models import boxed_params
+from vlm_jax.nn.models import abstract_params
 from vlm_jax.structs import Batch
 
 COLORS = {
@@ -83,7 +82,7 @@ def random_params(cfg: Experiment, spread: float = 0.1, seed: int = 0):
     Nothing is compiled for them.
     """
     rng = np.random.default_rng(seed)
-    shapes = meta.unbox(boxed_params(cfg))
+    shapes = meta.unbox(abstract_params(cfg))
 
     def numbers(path, shape):
         return rng.normal(float(path[-1] == "scale"), spread, shape.shape).astype(shape.dtype)
@@ -103,7 +102,7 @@ def random_batch(cfg: Experiment, rows: int = 4, seed: int = 0) -> Batch:
         ids = rng.integers(len(SPECIALS), cfg.decoder.vocab_size, prompt + answer)
         return list(ids[:prompt]), list(ids[prompt:])
 
-    side, shapes = cfg.vision.image_size_px, tiles.layouts(cfg.vision.cut_tiles)
+    side, shapes = cfg.vision.image_size_px, tiling.layouts(cfg.vision.cut_tiles)
     packed = []
     for row in range(rows):
         height, width = shapes[row % len(shapes)]
@@ -111,7 +110,7 @@ def random_batch(cfg: Experiment, rows: int = 4, seed: int = 0) -> Batch:
         fields = text.pack_row(
             cfg, [pair() for _ in range(cfg.data.questions_per_row)], height * width
         )
-        packed.append(fields | {"images": tiles.stacked([pixels], cfg.vision)})
+        packed.append(fields | {"images": tiling.stacked([pixels], cfg.vision)})
     return Batch(**{name: np.stack([row[name] for row in packed]) for name in packed[0]})
 
 

@@ -28,6 +28,6 @@ def get_config() -> Experiment:
             vocab_size=262_144,
             max_positions=16_384,
             rope=Rope(theta=25_000.0, fraction=0.5),
-            tied_head=False,
+            tie_word_embeddings=False,
         ),
     )

@@ -34,7 +34,7 @@ VISION = Vision(
     tile_layouts=tuple(
         (rows, n // rows) for rows in range(1, TILES + 1) for n in range(rows, TILES + 1, rows)
     ),
-    global_depth=8,
+    num_global_layers=8,
 )
 
 
@@ -46,7 +46,7 @@ def get_config() -> Experiment:
         mlp_width=14_336,
         extra_tokens=8,
         rope=Rope(theta=500_000.0, scaling="llama3", factor=8.0, original_positions=8192),
-        tied_head=False,
+        tie_word_embeddings=False,
     )
     return Experiment(
         vision=VISION,
@@ -56,7 +56,7 @@ def get_config() -> Experiment:
             cross_layers=tuple(range(3, 32, 4)),
             gated=True,
             qk_norm=True,
-            blind_rows="read_all",
+            tokens_without_image="attend_all",
         ),
         decoder=decoder,
     )

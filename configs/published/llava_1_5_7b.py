@@ -20,7 +20,7 @@ DECODER: Decoder = replace(
     vocab_size=32_064,
     max_positions=4096,
     rope=Rope(),
-    tied_head=False,
+    tie_word_embeddings=False,
 )
 
 

@@ -21,7 +21,7 @@ DECODER: Decoder = replace(
     rope=Rope(),
     sliding_window=2047,
     sliding_layers=tuple(range(DEPTH)),
-    tied_head=False,
+    tie_word_embeddings=False,
 )
 
 

@@ -10,9 +10,9 @@ from configs.published import llama_3_2_11b_vision
 from vlm_jax.config import (
     Data,
     Experiment,
+    LrMult,
     Mesh,
     Optim,
-    RateScale,
     Train,
 )
 
@@ -33,10 +33,10 @@ def get_config() -> Experiment:
         cfg,
         data=DATA,
         vision=replace(cfg.vision, remat="dots"),
-        fusion=replace(cfg.fusion, blind_rows="skip"),
+        fusion=replace(cfg.fusion, tokens_without_image="mask_out"),
         decoder=replace(cfg.decoder, remat="dots"),
         optim=Optim(
-            learning_rate=1e-5, rate_scale=RateScale(decoder=0), warmup_steps=200, weight_decay=0.0
+            learning_rate=1e-5, lr_mult=LrMult(decoder=0), warmup_steps=200, weight_decay=0.0
         ),
         train=Train(steps=5200, batch_size=128, compute_dtype="bfloat16"),
         mesh=Mesh(data=1, fsdp=-1),

@@ -10,9 +10,9 @@ from configs.published import llava_1_5_7b
 from vlm_jax.config import (
     Data,
     Experiment,
+    LrMult,
     Mesh,
     Optim,
-    RateScale,
     Train,
 )
 
@@ -36,7 +36,7 @@ def get_config() -> Experiment:
         decoder=replace(cfg.decoder, remat="dots"),
         optim=Optim(
             learning_rate=1e-3,
-            rate_scale=RateScale(vision=0, projector=1, decoder=0),
+            lr_mult=LrMult(vision=0, projector=1, decoder=0),
             warmup_steps=65,  # 3 %
             beta2=0.999,
             weight_decay=0.0,

@@ -7,7 +7,7 @@ Begins with the first stage: --vision.checkpoint, --projector.checkpoint and --d
 from dataclasses import replace
 
 from configs.tpu import llava_1_5_7b_stage_1 as stage_1
-from vlm_jax.config import Experiment, RateScale
+from vlm_jax.config import Experiment, LrMult
 
 
 def get_config() -> Experiment:
@@ -19,10 +19,10 @@ def get_config() -> Experiment:
         template="vicuna",
         text_length=1472,  # rows of 2048 tokens with the 576 of an image
     )
-    rates = RateScale(vision=0, projector=1, decoder=1)
+    rates = LrMult(vision=0, projector=1, decoder=1)
     return replace(
         cfg,
         data=data,
-        optim=replace(cfg.optim, learning_rate=2e-5, rate_scale=rates, warmup_steps=156),
+        optim=replace(cfg.optim, learning_rate=2e-5, lr_mult=rates, warmup_steps=156),
         train=replace(cfg.train, steps=5200, batch_size=128, microbatches=2),
     )

@@ -23,13 +23,13 @@ SAME = (
 def ours(folder: str, rows: int):
     import jax
 
-    from vlm_jax.infer.generate import Decoding, generate
+    from vlm_jax.infer.generate import SamplingParams, generate
 
     model = probe.Ours.load(folder)
     batch = model.batch(probe.inputs("llava", rows, PROMPT_TOKENS)).replace(
         targets=None, loss_weights=None
     )
-    batch, how = jax.device_put(batch), Decoding()
+    batch, how = jax.device_put(batch), SamplingParams()
     return lambda: np.asarray(generate(model.cfg, model.params, batch, NEW_TOKENS, how))
 
 

@@ -49,12 +49,12 @@ def compare(cfg, seconds: float) -> tuple[float, float]:
     from vlm_jax.data import pipeline
 
     tokenizer = pipeline.train_tokenizer(cfg)
-    sides = [Side(cfg, tokenizer), Side(one_a_row(cfg, tokenizer), tokenizer)]
+    sides = [Side(cfg, tokenizer), Side(batch_views(cfg, tokenizer), tokenizer)]
     speeds = [[side.questions_per_second(seconds) for side in sides] for _ in range(TURNS)]
     return tuple(statistics.median(found) for found in zip(*speeds))
 
 
-def one_a_row(cfg, tokenizer):
+def batch_views(cfg, tokenizer):
     """The experiment with rows of one question, as long as the longest with its answer."""
     from vlm_jax.data import length_check
 
@@ -71,13 +71,13 @@ class Side:
 
         from vlm_jax import axes
         from vlm_jax.data import pipeline
-        from vlm_jax.train.step import compiled_step, new_state
+        from vlm_jax.train.step import init_sharded_state, jit_train_step
 
         self.mesh = axes.make_mesh(cfg.mesh)
         with jax.set_mesh(self.mesh):
-            self.state = new_state(cfg, self.mesh, params or {})
+            self.state = init_sharded_state(cfg, self.mesh, params or {})
             self.data = pipeline.training_iterator(cfg, tokenizer)
-            self.step = compiled_step(cfg, self.mesh)
+            self.step = jit_train_step(cfg, self.mesh)
             for _ in range(2):
                 self.take_step()
 

@@ -55,12 +55,12 @@ def experiment(folder: str):
 
 def single(cfg):
     """The experiment with rows of one question, its tokenizer, and its batches."""
-    from packing import one_a_row
+    from packing import batch_views
 
     from vlm_jax.data import pipeline
 
     tokenizer = pipeline.train_tokenizer(cfg)
-    cfg = one_a_row(cfg, tokenizer)
+    cfg = batch_views(cfg, tokenizer)
     return cfg, tokenizer, pipeline.training_iterator(cfg, tokenizer)
 
 

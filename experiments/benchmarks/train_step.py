@@ -36,7 +36,7 @@ def ours(kind: str, folder: str):
     from vlm_jax.cost.flops import train_flops
     from vlm_jax.structs import State
     from vlm_jax.train import optim as optimizers
-    from vlm_jax.train.step import ready_step, state_shardings
+    from vlm_jax.train.step import compile_train_step, state_shardings
 
     optim = Optim(
         "adamw",
@@ -57,7 +57,7 @@ def ours(kind: str, folder: str):
         held = {"state": jax.device_put(state, state_shardings(cfg, mesh))}
         del state, trained, model
         batch = jax.device_put(batch, axes.row_sharding(mesh))
-        step = ready_step(cfg, mesh, held["state"], batch)
+        step = compile_train_step(cfg, mesh, held["state"], batch)
 
     def take() -> float:
         with jax.set_mesh(mesh):

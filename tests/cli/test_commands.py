@@ -289,7 +289,7 @@ def test_the_help_has_the_whole_comment_of_every_field(capsys, monkeypatch):
     text = " ".join(out.replace("│", " ").split())
     sections = {config.Experiment} | set(typing.get_type_hints(config.Experiment).values())
     sections = {kind for kind in sections if dataclasses.is_dataclass(kind)}
-    for kind in {*sections, config.Transformer, config.Rope, config.RateScale}:
+    for kind in {*sections, config.Transformer, config.Rope, config.LrMult}:
         found, hints_of = comments(kind), typing.get_type_hints(kind)
         for field in kind.__annotations__:
             if not dataclasses.is_dataclass(hints_of[field]):

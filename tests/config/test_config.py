@@ -11,9 +11,9 @@ from vlm_jax.config import (
     Data,
     Experiment,
     Fusion,
+    LrMult,
     Mesh,
     Optim,
-    RateScale,
     Vision,
     files,
 )
@@ -50,7 +50,7 @@ def test_every_kind_of_value_comes_back_equal_from_json():
         tiny("cross_attention", fusion=Fusion("cross_attention", cross_layers=(0, 1), gated=False)),
         data=Data(augment=("mirror", "turn")),
         vision=Vision(tile_layouts=((1, 1), (1, 2))),
-        optim=Optim(rate_scale=RateScale(vision=0.0), learning_rate=1 / 3),
+        optim=Optim(lr_mult=LrMult(vision=0.0), learning_rate=1 / 3),
         seed=7,
         workdir="a folder/ü",
     )

@@ -9,7 +9,7 @@ from vlm_jax.config import (
     ConfigError,
     Experiment,
     Fusion,
-    RateScale,
+    LrMult,
     Rope,
     files,
 )
@@ -32,7 +32,7 @@ def changed(cfg: Experiment, **values) -> Experiment:
     return cfg
 
 
-TILED = {"vision_tiles": 2, "vision_tile_layouts": ((1, 1), (1, 2)), "vision_global_depth": 1}
+TILED = {"vision_tiles": 2, "vision_tile_layouts": ((1, 1), (1, 2)), "vision_num_global_layers": 1}
 TILED |= {"vision_class_token": True, "vision_keep_class_token": True}
 REFUSED = [  # changes of `tiny`, and what the sentence must say
     ({"fusion_kind": "unifid"}, "fusion.kind 'unifid' .* unified, cross_attention"),
@@ -94,8 +94,8 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
         "fusion.qk_norm False has no effect .* cross_attention or encoder_decoder or hybrid",
     ),
     (
-        {"optim_rate_scale": RateScale(0, 0, 0, 0)},
-        "optim.rate_scale is 0 for vision, .*: nothing would learn",
+        {"optim_lr_mult": LrMult(0, 0, 0, 0)},
+        "optim.lr_mult is 0 for vision, .*: nothing would learn",
     ),
     ({"data_source": "conversations"}, "data.source conversations needs data.files"),
     ({"data_files": ("a.json",)}, "data.files is of data.source conversations, not of easy_vqa"),
@@ -113,8 +113,8 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
         "data.images_per_row 2 is of conversations: with data.source easy_vqa .* one",
     ),
     (
-        {"data_source": "tfds:vqa", "fusion_blind_rows": "read_all"},
-        "fusion.blind_rows read_all .* other conversations",
+        {"data_source": "tfds:vqa", "fusion_tokens_without_image": "attend_all"},
+        "fusion.tokens_without_image attend_all .* conversations of a row",
     ),
     (
         {"data_source": "tfds:vqa", "data_images_per_row": 3, "decoder_max_positions": 35},
@@ -129,8 +129,8 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
         "vision.kind none .* vision.positions none .* fusion.kind hybrid",
     ),
     (
-        {"fusion_kind": "hybrid", "vision_tiles": 2, "fusion_blind_rows": "read_all"},
-        "fusion.blind_rows read_all .* vision.tiles 2",
+        {"fusion_kind": "hybrid", "vision_tiles": 2, "fusion_tokens_without_image": "attend_all"},
+        "fusion.tokens_without_image attend_all .* vision.tiles 2",
     ),
     (
         {"fusion_kind": "hybrid", "fusion_prefix": "bidirectional"},
@@ -188,8 +188,8 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
         "vision.tile_layouts .* vision.keep_class_token False .* to True",
     ),
     (
-        TILED | {"vision_global_depth": 0},
-        "vision.tile_layouts needs vision.global_depth of at least 1, not 0",
+        TILED | {"vision_num_global_layers": 0},
+        "vision.tile_layouts needs vision.num_global_layers of at least 1, not 0",
     ),
     (TILED | {"vision_tile_layouts": ((1, 2),)}, "vision.tile_layouts lacks 1 1"),
     (TILED | {"vision_tiles": 1}, "vision.tile_layouts 1 2 is no layout: .* 1 to vision.tiles 1"),

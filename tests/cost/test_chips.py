@@ -1,6 +1,6 @@
 import pytest
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 from vlm_jax.cost.chips import CHIPS, chip_of, slice_of
 
 
@@ -19,5 +19,5 @@ def test_a_slice_is_a_chip_and_their_number():
 
 @pytest.mark.parametrize("name", ["v5e:9x9", "v5e", "v7:2x2", "", "v5e:4x4x4", "A100-80GB:2x2"])
 def test_an_unknown_slice_is_refused_with_those_that_are_known(name):
-    with pytest.raises(ConfigError, match="v5e:1x1 .*16x16; v5p:2x2x1"):
+    with pytest.raises(UserError, match="v5e:1x1 .*16x16; v5p:2x2x1"):
         slice_of(name)

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from vlm_jax import testing
-from vlm_jax.config import Optim, Projector, RateScale, files
+from vlm_jax.config import LrMult, Optim, Projector, files
 from vlm_jax.cost import flops
 from vlm_jax.nn.vlm import VLM, example_batch
 from vlm_jax.train.step import state_shapes, train_step
@@ -20,11 +20,16 @@ WIDE = {
     "mlp_width": 2048,
     "unroll": 2,
 }  # XLA counts a loop's body once
-ALL, FROZEN = RateScale(), RateScale(0, 0, 0, 0)
-TILED = {"tiles": 2, "tile_layouts": ((1, 1), (1, 2)), "global_depth": 1, "feature_layers": (1,)}
+ALL, FROZEN = LrMult(), LrMult(0, 0, 0, 0)
+TILED = {
+    "tiles": 2,
+    "tile_layouts": ((1, 1), (1, 2)),
+    "num_global_layers": 1,
+    "feature_layers": (1,),
+}
 
 
-def wide(kind: str, rates: RateScale, vision: dict | None = None, **sections):
+def wide(kind: str, rates: LrMult, vision: dict | None = None, **sections):
     """Wide enough for products to be nearly all of the work. Nothing is compiled, so width costs nothing."""
     cfg = testing.tiny(kind)
     tower = {**WIDE, "image_size_px": 128, "patch_size_px": 16, **(vision or {})}
@@ -33,7 +38,7 @@ def wide(kind: str, rates: RateScale, vision: dict | None = None, **sections):
         vision=dataclasses.replace(cfg.vision, **tower),
         decoder=dataclasses.replace(cfg.decoder, **WIDE, vocab_size=256, max_positions=512),
         data=dataclasses.replace(cfg.data, text_length=128),
-        optim=Optim(rate_scale=rates),
+        optim=Optim(lr_mult=rates),
         **sections,
     )
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import ConfigError, UserError
 from vlm_jax.data.conversation_files import DEFAULT_TYPE, read_files
 
 MARK_BYTES = b"\xef\xbb\xbf"
@@ -98,7 +98,7 @@ UNREADABLE = {
 @pytest.mark.parametrize("name", ["talks.json", "talks.jsonl"])
 @pytest.mark.parametrize("content, message", UNREADABLE.values(), ids=UNREADABLE)
 def test_a_file_that_cannot_be_read_is_named_with_the_line(content, message, name, tmp_path):
-    with pytest.raises(ConfigError, match=f"(?s){tmp_path / name}.*{message}"):
+    with pytest.raises(UserError, match=f"(?s){tmp_path / name}.*{message}"):
         read(tmp_path / name, content)
 
 
@@ -186,7 +186,7 @@ def test_the_first_bad_records_of_all_files_are_named_and_all_are_counted(tmp_pa
     bad = [json.dumps(record(human("a"), gpt(i), id=f"b{i}")) for i in range(4)]
     for name, lines in (("a.jsonl", [*bad, LINES[0]]), ("b.jsonl", [LINES[0], *bad])):
         (tmp_path / name).write_text("\n".join(lines))
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(UserError) as raised:
         list(read_files((str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))))
     message = str(raised.value)
     assert message.startswith("8 of 10 records are not conversations: ")
@@ -202,7 +202,7 @@ def test_a_record_without_an_object_is_named_by_its_number(tmp_path):
         ("[3]", "record 0 is the number 3, not"),
         ('[["a"]]', "record 0 is a list, not an object"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(UserError, match=message):
             read(tmp_path / "a.json", content)
 
 

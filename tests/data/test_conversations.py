@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from vlm_jax.config import ConfigError, Data
+from vlm_jax.config import ConfigError, Data, UserError
 from vlm_jax.data import conversations
 from vlm_jax.testing import write_conversations
 
@@ -50,7 +50,7 @@ def test_slices_and_what_is_no_split(tmp_path):
     data = replace(write_conversations(tmp_path), train_split="train[:75%]")
     assert len(conversations.load(data, data.train_split)) == 9
     assert conversations.load(data, "train[75%:]")[0].id == "talk 9"
-    with pytest.raises(ConfigError, match="eval.split 'test' is no split: choose train"):
+    with pytest.raises(UserError, match="eval.split 'test' is no split: choose train"):
         conversations.load(data, "test")
 
 
@@ -90,7 +90,7 @@ def test_bad_files_and_missing_images_are_named_and_nothing_is_prepared(tmp_path
     file = tmp_path / "talks.json"
     for text, message in (("[{", "is not valid JSON"), ("", "is empty"), (None, "No such file")):
         file.unlink() if text is None else file.write_text(text)
-        with pytest.raises(ConfigError, match=f"{file}.*{message}"):
+        with pytest.raises(UserError, match=f"{file}.*{message}"):
             conversations.load(data, "train")
 
 
@@ -106,7 +106,7 @@ def test_all_broken_images_are_named_at_once_and_after_the_repair_the_set_is_pre
     whole = {name: cut(tmp_path / name) for name in ("1_0.jpg", "4_0.jpg")}
     (tmp_path / "8_1.png").write_text("not an image")
     whole["8_1.png"] = (tmp_path / "5_1.png").read_bytes()
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(UserError) as refused:
         conversations.load(data, "train")
     message = str(refused.value)
     assert message.startswith(f"3 of 12 images in data.image_dir {tmp_path} cannot be used: ")

@@ -89,7 +89,7 @@ def test_an_element_has_the_images_whose_tokens_or_readers_it_has(kind, experime
         assert len(element["tokens"]) <= kept
         seen = element["images_seen"].max(initial=0) if cfg.fusion.has_images else 0
         assert element["images"].tolist() == [5, 6, 7, 8][:seen]
-        slots = element["image_slots"][element["image_slots"] != NO_IMAGE]
+        slots = element["image_token_index"][element["image_token_index"] != NO_IMAGE]
         if cfg.fusion.image_in_sequence and cfg.vision.cut_tiles == 1:
             assert slots.tolist() == list(range(seen * cfg.image_tokens)), (
                 "a placeholder without its image"

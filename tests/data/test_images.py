@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from vlm_jax.config import ConfigError, Vision
+from vlm_jax.config import ConfigError, UserError, Vision
 from vlm_jax.data import images, tiling
 from vlm_jax.hub.images import steps
 
@@ -211,7 +211,7 @@ def test_the_check_finds_every_file_that_is_cut_short(kind):
     whole = buffer.getvalue()
     images.check(whole)
     for length in (0, 9, len(whole) // 3, len(whole) * 9 // 10):
-        with pytest.raises(ConfigError, match="7.img is not a readable image"):
+        with pytest.raises(UserError, match="7.img is not a readable image"):
             images.check(whole[:length], "7.img")
 
 
@@ -247,7 +247,7 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "folder").mkdir()
     for name in ("missing.png", "cut.png", "cut.jpg", "text.png", "empty.png", "folder"):
-        with pytest.raises(ConfigError, match=name):
+        with pytest.raises(UserError, match=name):
             images.read_image(tmp_path / name)
 
 

@@ -12,7 +12,7 @@ from tests.hub.test_run_files import with_placeholder
 from vlm_jax.data import pipeline
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer.demo import RunProcessor
-from vlm_jax.nn.models import model_of
+from vlm_jax.nn.models import build_model
 from vlm_jax.testing import random_params
 
 TALKS = [  # images, question, answer
@@ -52,7 +52,7 @@ def run(tmp_path_factory):
 def test_a_packed_conversation_has_the_logits_that_it_has_alone(run):
     """Training rows against `processor(prompts, images, answers=)`, one at a time: tokens, tiles, masks and logits."""
     cfg, tokenizer, folder = run
-    params, model = random_params(cfg, 0.2), model_of(cfg)
+    params, model = random_params(cfg, 0.2), build_model(cfg)
     processor, data = RunProcessor(cfg, tokenizer), pipeline.training_iterator(cfg, tokenizer)
     batches = [next(data) for _ in range(32)]
     for number, (sizes, question, answer) in enumerate(TALKS):

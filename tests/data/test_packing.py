@@ -9,12 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from vlm_jax.config import ConfigError, Train
+from vlm_jax.config import Train, UserError
 from vlm_jax.config.validate import validate
 from vlm_jax.data import (
     conversations,
     packing,
     pipeline,
+    tiling,
 )
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import NO_IMAGE
@@ -186,8 +187,8 @@ def test_a_slot_without_an_image_is_read_by_nobody(name, experiments, tokenizer,
 def test_images_of_a_row_follow_one_another(experiments, tokenizer, source):
     cfg = experiments["unified"]
     batch = to_batch(cfg, source, [elements_of(cfg, tokenizer, source)[:3]])
-    there = batch.image_slots != NO_IMAGE
-    assert batch.image_slots[there].tolist() == list(range(3 * cfg.image_tokens))
+    there = batch.image_token_index != NO_IMAGE
+    assert batch.image_token_index[there].tolist() == list(range(3 * cfg.image_tokens))
     assert batch.segment_ids[there].tolist() == [2] * cfg.image_tokens + [3] * 2 * cfg.image_tokens
     seen = [
         batch.image_mask[0][batch.segment_ids[0] == segment].any(0).tolist()
@@ -300,7 +301,7 @@ def test_a_process_reads_the_images_of_its_rows_only(cfg, tokenizer, monkeypatch
     monkeypatch.setattr(
         conversations.Conversations, "image", lambda self, i: read.append(i) or image(self, i)
     )
-    monkeypatch.setattr(tiles, "CACHE_BYTES", 0)
+    monkeypatch.setattr(tiling, "CACHE_BYTES", 0)
     cfg = replace(cfg, data=replace(cfg.data, prefetch=0))
     share = next(pipeline.training_iterator(cfg, tokenizer, 1, 2))
     assert len(read) == np.sum(share.image_mask.any(1))
@@ -310,7 +311,7 @@ def test_a_long_conversation_is_cut_and_too_many_images_are_refused(cfg, tokeniz
     short = replace(cfg, data=replace(cfg.data, text_length=8))
     batch = next(pipeline.training_iterator(short, tokenizer))
     assert batch.tokens.shape == (4, 20)
-    with pytest.raises(ConfigError, match="data.images_per_row 1 is too small: .* has 2 images"):
+    with pytest.raises(UserError, match="data.images_per_row 1 is too small: .* has 2 images"):
         pipeline.training_iterator(
             replace(cfg, data=replace(cfg.data, images_per_row=1)), tokenizer
         )
@@ -328,7 +329,7 @@ def test_text_alone_takes_no_images(experiments, tokenizer):
 TILED = {
     "tiles": 4,
     "tile_layouts": ((1, 1), (2, 2)),
-    "global_depth": 1,
+    "num_global_layers": 1,
     "class_token": True,
     "keep_class_token": True,
 }
@@ -347,11 +348,11 @@ def test_an_encoder_with_tiles_is_given_each_image_as_its_first(kind, experiment
     np.testing.assert_array_equal(tiles.images[:, :, 0], plain.images)
     np.testing.assert_array_equal(tiles.image_mask[..., ::4], plain.image_mask)
     assert tiles.image_mask.sum() == plain.image_mask.sum()
-    image, token = np.divmod(plain.image_slots, whole.image_tokens)
+    image, token = np.divmod(plain.image_token_index, whole.image_tokens)
     expected = np.where(
-        plain.image_slots == NO_IMAGE, NO_IMAGE, image * 4 * whole.image_tokens + token
+        plain.image_token_index == NO_IMAGE, NO_IMAGE, image * 4 * whole.image_tokens + token
     )
-    np.testing.assert_array_equal(tiles.image_slots, expected)
+    np.testing.assert_array_equal(tiles.image_token_index, expected)
     assert (image.max() > 0) == cut.fusion.image_in_sequence, "a row has several images"
 
 
@@ -366,7 +367,7 @@ def test_of_an_encoder_with_tiles_the_tokens_of_an_images_first_tile_stand_in_th
     )
     read = jax.jit(lambda batch: VLM(cfg).apply({"params": params}, batch, method="image_tokens"))
     for made, slots, mask in zip(
-        np.asarray(read(batch)), batch.image_slots, batch.image_mask, strict=True
+        np.asarray(read(batch)), batch.image_token_index, batch.image_mask, strict=True
     ):
         shown = mask.any(0)[::4]
         placed = made[slots[slots != NO_IMAGE]]

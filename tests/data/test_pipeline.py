@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from vlm_jax.config import (
-    ConfigError,
     Data,
     Experiment,
     Fusion,
     Train,
+    UserError,
 )
 from vlm_jax.data import images as image_files
 from vlm_jax.data import (
@@ -69,7 +69,7 @@ def test_shapes_and_types(cfg, tokenizer):
         "tile_layouts",
         "tile_mask",
         "block_ids",
-        "blind_mask",
+        "no_image_mask",
     }
     assert batch.images.dtype == np.float32
     assert batch.images.min() >= -1
@@ -142,13 +142,13 @@ def test_a_broken_image_is_named_by_its_dataset_split_and_row(cfg, monkeypatch):
     said = (
         r"the image of row 7 of data.source easy_vqa, split 'test\[10:\]' is not a readable image"
     )
-    with pytest.raises(ConfigError, match=said):
-        pipeline.Decoded(records, cfg.vision)[7]
+    with pytest.raises(UserError, match=said):
+        pipeline.DecodedRecords(records, cfg.vision)[7]
 
 
 def test_questions_of_a_row_belong_to_its_image_and_are_chosen_anew(cfg, tokenizer):
     cfg = replace(cfg, data=replace(cfg.data, augment=(), questions_per_row=3))
-    records = pipeline.Decoded(sources.load(cfg.data, cfg.data.train_split), cfg.vision)
+    records = pipeline.DecodedRecords(sources.load(cfg.data, cfg.data.train_split), cfg.vision)
     asked = {records[i].image.tobytes(): records[i] for i in range(len(records))}
     drawn = set()
     for batch in take(pipeline.training_iterator(cfg, tokenizer), 9):
@@ -170,9 +170,9 @@ def test_a_split_smaller_than_a_batch_repeats(cfg, tokenizer):
 
 
 def test_bad_settings_are_refused(cfg, tokenizer):
-    with pytest.raises(ConfigError, match="train.batch_size 8"):
+    with pytest.raises(UserError, match="train.batch_size 8"):
         pipeline.training_iterator(cfg, tokenizer, 0, 3)
-    with pytest.raises(ConfigError, match="data.text_length 4"):
+    with pytest.raises(UserError, match="data.text_length 4"):
         next(
             pipeline.training_iterator(
                 replace(cfg, data=replace(cfg.data, text_length=4)), tokenizer
@@ -288,7 +288,7 @@ def test_rows_may_differ_in_their_number_of_images(cfg, tokenizer, kind):
     assert batch.images[:, :, 0, 0, 0].tolist() == [[0.5, 0.5], [0.5, 0], [0, 0]]
     assert batch.image_mask[:, -1].tolist() == [[True, True], [True, False], [False, False]]
     slots = [128, 64, 0] if kind == "unified" else [0, 0, 0]
-    assert (batch.image_slots >= 0).sum(1).tolist() == slots
+    assert (batch.image_token_index >= 0).sum(1).tolist() == slots
 
 
 def test_a_batch_of_text_alone_has_no_images(cfg, tokenizer):

@@ -13,7 +13,7 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from vlm_jax.config import ConfigError, Data
+from vlm_jax.config import ConfigError, Data, UserError
 from vlm_jax.data import conversations, sources
 from vlm_jax.testing import write_conversations
 
@@ -72,9 +72,9 @@ EMPTY = dict.fromkeys(
 
 @pytest.mark.parametrize("split, said", (NO_SPLITS | EMPTY).items(), ids=NO_SPLITS | EMPTY)
 def test_a_bad_split_names_its_field(datasets_dir, split, said):
-    with pytest.raises(ConfigError, match=f"data.train_split {re.escape(repr(split))} is {said}"):
+    with pytest.raises(UserError, match=f"data.train_split {re.escape(repr(split))} is {said}"):
         sources.load(Data(dir=datasets_dir, train_split=split), split)
-    with pytest.raises(ConfigError, match=f"eval.split {re.escape(repr(split))} is {said}"):
+    with pytest.raises(UserError, match=f"eval.split {re.escape(repr(split))} is {said}"):
         sources.load(Data(dir=datasets_dir), split)
 
 
@@ -88,7 +88,7 @@ def test_an_unknown_source_lists_the_choices(datasets_dir):
 def test_an_unusable_directory_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for directory in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ConfigError, match=r"data.dir .*file"):
+        with pytest.raises(UserError, match=r"data.dir .*file"):
             sources.load(Data(dir=str(directory)), "train")
 
 
@@ -102,7 +102,7 @@ def test_a_damaged_dataset_is_named(datasets_dir, tmp_path, files, damage):
     directory = shutil.copytree(datasets_dir, tmp_path / "copy")
     for path in directory.rglob(files):
         damage(path)
-    with pytest.raises(ConfigError, match=str(directory)):
+    with pytest.raises(UserError, match=str(directory)):
         list(sources.load(Data(dir=str(directory)), "train"))
 
 

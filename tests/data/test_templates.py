@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 from vlm_jax.data import templates, text
 from vlm_jax.data.tokenizer import (
     EOS,
@@ -94,8 +94,8 @@ def test_the_answers_alone_are_scored_with_any_tokenizer(make, template):
 )
 def test_images_stand_where_their_marks_are(tokenizer, kind, slots):
     fields = templates.encode(experiment(kind), tokenizer, TURNS, (1, 1))
-    there = fields["image_slots"] != NO_IMAGE
-    assert fields["image_slots"][there].tolist() == list(range(slots))
+    there = fields["image_token_index"] != NO_IMAGE
+    assert fields["image_token_index"][there].tolist() == list(range(slots))
     assert (fields["tokens"][there] == IMAGE).all()
     assert fields["images_seen"][there].tolist() == [1] * (slots // 2) + [2] * (slots // 2)
     assert fields["images_seen"][[0, -1]].tolist() == [1, 2]
@@ -186,7 +186,7 @@ def test_a_prompt_is_the_start_of_its_conversation(tokenizer):
     fields = templates.encode(cfg, tokenizer, TURNS[:2], (1,))
     row = templates.prompt_row(cfg, tokenizer, TURNS[0], (1,))
     length = len(row["tokens"])
-    for name in ("tokens", "image_slots"):
+    for name in ("tokens", "image_token_index"):
         np.testing.assert_array_equal(row[name], fields[name][:length])
     assert fields["loss_weights"][length - 1] == 1, (
         "its last token is where the answer is scored from"
@@ -198,7 +198,7 @@ def test_a_prompt_is_the_start_of_its_conversation(tokenizer):
 
 
 def test_a_prompt_that_does_not_fit_is_refused(tokenizer):
-    with pytest.raises(ConfigError, match="1 marks <image> for 2 images"):
+    with pytest.raises(UserError, match="1 marks <image> for 2 images"):
         templates.prompt_row(experiment(), tokenizer, "<image> a", (1, 1))
-    with pytest.raises(ConfigError, match="more than the 3 that there are"):
+    with pytest.raises(UserError, match="more than the 3 that there are"):
         templates.prompt_row(experiment(), tokenizer, "<image> a", (1,), 3)

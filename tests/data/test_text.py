@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from vlm_jax.config import (
-    ConfigError,
     Data,
     Experiment,
     Fusion,
     Projector,
+    UserError,
     Vision,
 )
 from vlm_jax.data import text
@@ -52,7 +52,7 @@ def test_a_packed_row_drawn_by_hand():
         "positions": [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7, 0],
         "segment_ids": [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0],
         "branch_ids": [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 0],
-        "image_slots": [0, 1, 2, 3, -1, -1, -1, -1, -1, -1, -1, -1, -1],
+        "image_token_index": [0, 1, 2, 3, -1, -1, -1, -1, -1, -1, -1, -1, -1],
         "image_mask": [[1], [1], [1], [1], [1], [1], [1], [1], [1], [1], [1], [1], [0]],
         "targets": [i, i, i, p, 11, 12, e, p, 21, 22, e, p, p],
         "loss_weights": [0, 0, 0, 0, 0, 1, 1, 0, 1, 1, 1, 0, 0],
@@ -71,7 +71,7 @@ def test_without_image_tokens_branches_start_at_zero(kind):
     assert row["positions"].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0]
     assert row["branch_ids"].tolist() == [1, 1, 1, 1, 2, 2, 2, 2, 0]
     assert row["loss_weights"].tolist() == [0, 1, 1, 0, 1, 1, 1, 0, 0]
-    assert set(row["image_slots"]) == {-1}
+    assert set(row["image_token_index"]) == {-1}
     assert row["image_mask"][:, 0].tolist() == [True] * 8 + [False]
 
 
@@ -79,7 +79,7 @@ def test_newlines_end_the_rows_of_the_grid_and_take_no_image_token():
     cfg = experiment(newline=True)
     row = text.pack_row(cfg, PAIRS)
     assert row["tokens"][:6].tolist() == [IMAGE, IMAGE, NEWLINE, IMAGE, IMAGE, NEWLINE]
-    assert row["image_slots"][:7].tolist() == [0, 1, -1, 2, 3, -1, -1]
+    assert row["image_token_index"][:7].tolist() == [0, 1, -1, 2, 3, -1, -1]
     assert row["positions"][[6, 10]].tolist() == [6, 6]
 
 
@@ -103,7 +103,7 @@ def test_pairs_that_do_not_fit_are_left_out_whole():
         experiment("cross_attention", text_length=8), [PAIRS[0], ([7] * 4, [8]), PAIRS[1]]
     )
     assert row["tokens"].tolist() == [10, 11, 12, EOS, 20, 21, 22, EOS]
-    with pytest.raises(ConfigError, match=r"data.text_length 3 .* 4 tokens"):
+    with pytest.raises(UserError, match=r"data.text_length 3 .* 4 tokens"):
         text.pack_row(experiment(text_length=3), PAIRS)
 
 
@@ -141,11 +141,11 @@ def test_a_prompt_row_drawn_by_hand():
         "positions": [0, 0, 0, 1, 2, 3, 4, 5],
         "segment_ids": [0, 0, 1, 1, 1, 1, 1, 1],
         "branch_ids": [0, 0, 0, 0, 0, 0, 1, 1],
-        "image_slots": [-1, -1, 0, 1, 2, 3, -1, -1],
+        "image_token_index": [-1, -1, 0, 1, 2, 3, -1, -1],
         "image_mask": [[0], [0], [1], [1], [1], [1], [1], [1]],
     }
     assert {name: values.tolist() for name, values in row.items()} == drawn
-    with pytest.raises(ConfigError, match="takes 6 tokens .* the 5"):
+    with pytest.raises(UserError, match="takes 6 tokens .* the 5"):
         text.prompt_row(experiment(), [10, 11], length=5)
 
 
@@ -160,7 +160,7 @@ def test_prompts_with_no_image_and_with_two():
     assert none["tokens"].tolist() == [10]
     assert none["image_mask"].shape == (1, 0)
     two = text.prompt_row(experiment(newline=True), [10], tiles=(1, 1))
-    assert two["image_slots"].tolist() == [0, 1, -1, 2, 3, -1, 4, 5, -1, 6, 7, -1, -1]
+    assert two["image_token_index"].tolist() == [0, 1, -1, 2, 3, -1, 4, 5, -1, 6, 7, -1, -1]
     assert two["positions"].tolist() == list(range(13))
     assert two["image_mask"].shape == (13, 2)
     assert two["image_mask"].all()
@@ -197,15 +197,15 @@ def test_a_saved_tokenizer_loads_equal(tokenizer, tmp_path):
 
 
 def test_bad_tokenizers_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="decoder.vocab_size 259"):
+    with pytest.raises(UserError, match="decoder.vocab_size 259"):
         Tokenizer.train(TEXTS, 259)
-    with pytest.raises(ConfigError, match="missing.json"):
+    with pytest.raises(UserError, match="missing.json"):
         Tokenizer.load(tmp_path / "missing.json")
     (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(ConfigError, match="bad.json"):
+    with pytest.raises(UserError, match="bad.json"):
         Tokenizer.load(tmp_path / "bad.json")
 
 
 def test_half_a_character_is_refused(tokenizer):
-    with pytest.raises(ConfigError, match=r"'is it \\udcff' is not text"):
+    with pytest.raises(UserError, match=r"'is it \\udcff' is not text"):
         tokenizer.encode(b"is it \xff".decode(errors="surrogateescape"))

@@ -6,7 +6,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from vlm_jax.config import ConfigError, Data, Train
+from vlm_jax.config import ConfigError, Data, Train, UserError
 from vlm_jax.data import pipeline
 from vlm_jax.testing import tiny
 
@@ -157,5 +157,5 @@ def test_a_class_answers_where_nothing_is_asked_and_text_may_stand_alone(data):
     ],
 )
 def test_what_the_dataset_lacks_is_said_with_the_choices(data, change, said):
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(UserError, match=said):
         pipeline.conversation_source(replace(data, **change), "train")

@@ -15,6 +15,7 @@ from vlm_jax.config import (
     Fusion,
     Projector,
     Train,
+    UserError,
     Vision,
 )
 from vlm_jax.data import (
@@ -101,7 +102,7 @@ def test_the_size_of_a_file_is_that_of_the_image_it_holds(turn):
 
 
 def test_a_file_that_is_no_image_has_no_size():
-    with pytest.raises(ConfigError, match="it.png is not a readable image"):
+    with pytest.raises(UserError, match="it.png is not a readable image"):
         images.upright_size(b"no", "it.png")
 
 
@@ -145,7 +146,7 @@ def test_a_row_about_an_image_of_two_tiles(kind):
     length = len([token for token in drawn[0] if token != P])
     assert row["tokens"].tolist()[:length] == drawn[0][:length]
     assert (row["tokens"][length:] == P).all()
-    assert row["image_slots"].tolist()[:length] == drawn[1][:length]
+    assert row["image_token_index"].tolist()[:length] == drawn[1][:length]
     assert row["positions"][:length].tolist() == list(range(length))
     reads = {4: [1, 0, 0, 0, 0], 5: [0, 1, 0, 0, 0], 8: [0, 0, 0, 0, 1]}
     for token, mask in zip(row["tokens"][:length], row["image_mask"].tolist()):
@@ -233,7 +234,7 @@ def test_prompts_about_images_of_all_sizes(kind):
     assert batch.images.shape == (3, 10, 16, 16, 3)
     np.testing.assert_array_equal(batch.images[0, 5:9], tiling.cut(shown[0][1], cfg.vision)[:4])
     assert batch.image_mask[:, -1].sum(-1).tolist() == [6, 4, 0]
-    last = batch.image_slots.max(1).tolist()
+    last = batch.image_token_index.max(1).tolist()
     assert last == ([9, 4, -1] if cfg.fusion.image_in_sequence else [-1] * 3)
 
 
@@ -277,7 +278,7 @@ def test_packed_conversations_about_images_in_tiles(kind, tmp_path):
     assert {tuple(one) for one in there.reshape(-1, 9).tolist()} <= shapes
     in_sequence = {"unified": number + 1, "hybrid": 1}.get(kind, 0)
     per_row = cfg.image_tokens * in_sequence * there.any(-1).sum(-1)
-    assert (batch.image_slots >= 0).sum(1).tolist() == per_row.tolist()
+    assert (batch.image_token_index >= 0).sum(1).tolist() == per_row.tolist()
     tagged = (batch.tokens >= 4) & (batch.tokens < 13)
     assert (batch.image_mask[tagged].sum(-1) == 1).all()
     assert tagged.sum() == there.sum()

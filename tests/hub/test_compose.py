@@ -25,19 +25,14 @@ from tests.hub import tiny_tokenizers
 from tests.hub.parity import SMALL, forward, reference, saved
 from vlm_jax import axes
 from vlm_jax.cli import commands
-from vlm_jax.config import (
-    ConfigError,
-    Fusion,
-    Mesh,
-    Projector,
-)
+from vlm_jax.config import Fusion, Mesh, Projector, UserError
 from vlm_jax.config.validate import validate
 from vlm_jax.data.tiling import tag_names
 from vlm_jax.hub import compose
 from vlm_jax.hub.inputs import to_batch
 from vlm_jax.hub.text.tokenizer import HubTokenizer
 from vlm_jax.infer import demo
-from vlm_jax.nn.models import boxed_params, model_of
+from vlm_jax.nn.models import abstract_params, build_model
 from vlm_jax.testing import random_batch, tiny
 from vlm_jax.train import loop
 
@@ -96,14 +91,16 @@ def composed(folders, encoder, decoder, fusion):
 
 def loaded(cfg):
     """Parameters of a new run, and what composition makes of them."""
-    new = jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), meta.unbox(boxed_params(cfg)))
+    new = jax.tree.map(
+        lambda x: np.full(x.shape, 0.5, np.float32), meta.unbox(abstract_params(cfg))
+    )
     gates = {
         path: 0 * x if path[-1].endswith("gate") else x
         for path, x in traverse_util.flatten_dict(new).items()
     }
     new = traverse_util.flatten_dict(traverse_util.unflatten_dict(gates), sep="/")
     return traverse_util.unflatten_dict(
-        new | compose.load_parts(cfg, meta.unbox(boxed_params(cfg)), axes.make_mesh(Mesh())),
+        new | compose.load_parts(cfg, meta.unbox(abstract_params(cfg)), axes.make_mesh(Mesh())),
         sep="/",
     )
 
@@ -136,7 +133,7 @@ def test_the_encoder_is_that_of_transformers(folders, encoder):
     with torch.no_grad():
         states = model(torch.tensor(pixels), output_hidden_states=True)
     expected = states.hidden_states[-2][:, 1:] if encoder == "clip" else states.last_hidden_state
-    found = forward(model_of(cfg.vision), loaded(cfg)["vision"], np.moveaxis(pixels, 1, -1))
+    found = forward(build_model(cfg.vision), loaded(cfg)["vision"], np.moveaxis(pixels, 1, -1))
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
 
 
@@ -148,7 +145,7 @@ def test_grafted_cross_attention_leaves_the_text_decoder_as_it_was(folders, deco
     params, text = loaded(cfg), to_batch(cfg, {"input_ids": ids}, None)
     pixels = np.random.default_rng(0).normal(size=(2, 1, 32, 32, 3)).astype(np.float32)
     seen = text.replace(images=pixels, image_mask=np.ones((*ids.shape, 1), bool))
-    alone, grafted = (forward(model_of(cfg), params, batch).logits for batch in (text, seen))
+    alone, grafted = (forward(build_model(cfg), params, batch).logits for batch in (text, seen))
     np.testing.assert_array_equal(grafted, alone)
     np.testing.assert_allclose(
         alone, reference(folders[f"{decoder} model"], input_ids=ids), atol=1e-4
@@ -156,7 +153,7 @@ def test_grafted_cross_attention_leaves_the_text_decoder_as_it_was(folders, deco
     opened = jax.tree_util.tree_map_with_path(
         lambda path, x: x + 1 if path[-1].key.endswith("gate") else x, params
     )
-    assert np.abs(forward(model_of(cfg), opened, seen).logits - alone).max() > 1e-3
+    assert np.abs(forward(build_model(cfg), opened, seen).logits - alone).max() > 1e-3
 
 
 def test_pixels_and_special_tokens_are_the_checkpoints(folders):
@@ -167,7 +164,7 @@ def test_pixels_and_special_tokens_are_the_checkpoints(folders):
     _, image, _, eos = llama.data.special_ids
     assert image != eos  # it has special tokens to spare
     assert llama.data.bos_id == HubTokenizer.load(folders["llama"]).bos_id
-    assert random_batch(llama).image_slots.max() == 15
+    assert random_batch(llama).image_token_index.max() == 15
 
 
 def test_tags_of_tiles_are_spelt_by_the_tokenizer_of_the_decoder(folders):
@@ -188,7 +185,7 @@ def test_tags_of_tiles_are_spelt_by_the_tokenizer_of_the_decoder(folders):
 def test_a_folder_without_the_part_is_refused(folders, part):
     cfg, wrong = tiny(), folders["clip" if part == "decoder" else "llama"]
     cfg = replace(cfg, **{part: replace(getattr(cfg, part), checkpoint=str(wrong))})
-    with pytest.raises(ConfigError, match=f"{part}.checkpoint .* holds no {part} part"):
+    with pytest.raises(UserError, match=f"{part}.checkpoint .* holds no {part} part"):
         compose.resolved(cfg)
 
 
@@ -217,9 +214,9 @@ def test_a_run_begins_with_the_checkpoints_and_keeps_what_is_frozen(
     arguments += [
         "--fusion.kind",
         "cross_attention",
-        "--optim.rate_scale.decoder",
+        "--optim.lr_mult.decoder",
         0,
-        "--optim.rate_scale.vision",
+        "--optim.lr_mult.vision",
         0,
     ]
     cfg = commands.experiment(
@@ -230,7 +227,7 @@ def test_a_run_begins_with_the_checkpoints_and_keeps_what_is_frozen(
     assert tokenizer.encode("what is it?") == HubTokenizer.load(folders["llama"]).encode(
         "what is it?", False
     )
-    began = compose.load_parts(cfg, meta.unbox(boxed_params(cfg)), axes.make_mesh(Mesh()))
+    began = compose.load_parts(cfg, meta.unbox(abstract_params(cfg)), axes.make_mesh(Mesh()))
     flat = traverse_util.flatten_dict(params, sep="/")
     assert {path.split("/")[0] for path in began} == {"vision", "decoder"}
     for path, x in began.items():

@@ -29,9 +29,10 @@ from vlm_jax.config import (
     Decoder,
     Experiment,
     Fusion,
+    LrMult,
     Mesh,
     Projector,
-    RateScale,
+    UserError,
     Vision,
 )
 from vlm_jax.config.validate import validate
@@ -39,10 +40,10 @@ from vlm_jax.data import pipeline, questions
 from vlm_jax.hub import compose, export
 from vlm_jax.hub.tensors.folder import open_tensors
 from vlm_jax.infer import demo
-from vlm_jax.nn.models import boxed_params, model_of
+from vlm_jax.nn.models import abstract_params, build_model
 from vlm_jax.testing import random_params, tiny
 from vlm_jax.train import loop
-from vlm_jax.train.step import make_state
+from vlm_jax.train.step import init_state
 
 IDS = np.random.default_rng(0).integers(0, 64, (2, 9))
 
@@ -106,7 +107,7 @@ def test_save_pretrained_writes_changed_parameters(checkpoint, tmp_path):
 def test_an_output_that_holds_a_model_is_refused_and_left_as_it_is(checkpoint, tmp_path):
     export.export_checkpoint(checkpoint[0], tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    with pytest.raises(ConfigError, match="--output .* holds a config.json already"):
+    with pytest.raises(UserError, match="--output .* holds a config.json already"):
         export.export_checkpoint(checkpoint[0], tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
@@ -148,7 +149,7 @@ def test_an_output_that_cannot_be_written_is_known_before_the_weights_are_read(
 ):
     monkeypatch.setattr(export, "load_checkpoint", None)
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="file/out cannot be written: Not a directory"):
+    with pytest.raises(UserError, match="file/out cannot be written: Not a directory"):
         export.export_checkpoint(checkpoint[0], tmp_path / "file" / "out")
 
 
@@ -172,7 +173,7 @@ def llava_like() -> Experiment:
 
 def llama() -> Decoder:
     decoder = replace(
-        tiny().decoder, norm="rmsnorm", activation="silu", gated_mlp=True, tied_head=False
+        tiny().decoder, norm="rmsnorm", activation="silu", gated_mlp=True, tie_word_embeddings=False
     )
     return replace(decoder, qkv_bias=False, out_bias=False, mlp_bias=False)
 
@@ -189,8 +190,10 @@ def mllama_like() -> Experiment:
     vision = replace(
         vision, class_token=True, keep_class_token=True, pre_norm=True, feature_layers=(1, 2)
     )
-    vision = replace(vision, tiles=2, tile_layouts=((1, 1), (1, 2), (2, 1)), global_depth=1)
-    fusion = Fusion("cross_attention", cross_layers=(1,), gated=True, blind_rows="read_all")
+    vision = replace(vision, tiles=2, tile_layouts=((1, 1), (1, 2), (2, 1)), num_global_layers=1)
+    fusion = Fusion(
+        "cross_attention", cross_layers=(1,), gated=True, tokens_without_image="attend_all"
+    )
     decoder = replace(llama(), extra_tokens=8)
     return tiny(
         "cross_attention",
@@ -260,8 +263,8 @@ def test_frozen_parts_of_a_run_are_written_in_the_bfloat16_that_they_are_kept_in
     """And what was trained in its float32; transformers, told float32, widens the first exactly."""
     cfg = experiment("llava", tmp_path, datasets_dir)
     cfg = replace(cfg, train=replace(cfg.train, compute_dtype="bfloat16"))
-    cfg = replace(cfg, optim=replace(cfg.optim, rate_scale=RateScale(vision=0, decoder=0)))
-    params, tokenizer = make_state(cfg, jax.random.key(0)).params, pipeline.train_tokenizer(cfg)
+    cfg = replace(cfg, optim=replace(cfg.optim, lr_mult=LrMult(vision=0, decoder=0)))
+    params, tokenizer = init_state(cfg, jax.random.key(0)).params, pipeline.train_tokenizer(cfg)
     tokenizer.save(tmp_path / "tokenizer.json")
     export.export_run(cfg, params, tmp_path / "tokenizer.json", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
@@ -293,7 +296,7 @@ def test_a_run_begins_with_all_that_another_ended_with(tmp_path, datasets_dir):
     export.export_run(cfg, params, tmp_path / "tokenizer.json", tmp_path / "out")
     then = next_stage(cfg, tmp_path / "out")
     assert replace(then.projector, checkpoint="") == cfg.projector
-    begun = compose.load_parts(then, meta.unbox(boxed_params(then)), axes.make_mesh(Mesh()))
+    begun = compose.load_parts(then, meta.unbox(abstract_params(then)), axes.make_mesh(Mesh()))
     assert begun.keys() == traverse_util.flatten_dict(params, sep="/").keys()
     for path, x in traverse_util.flatten_dict(params, sep="/").items():
         np.testing.assert_array_equal(begun[path], x, err_msg=path)
@@ -339,7 +342,7 @@ def assert_transformers_agrees(kind, cfg, params, tokenizer, folder):
         pipeline.image_files.normalise(question.images()[0], cfg.vision) for question in asked
     ]
     batch = questions.prompt_batch(cfg, tokenizer, [[x] for x in pixels], ["is it red ?"] * 2)
-    ours = np.asarray(forward(model_of(cfg), params, batch).logits)
+    ours = np.asarray(forward(build_model(cfg), params, batch).logits)
     np.testing.assert_allclose(theirs(kind, model.eval(), batch), ours, atol=1e-4)
     reread = AutoTokenizer.from_pretrained(folder)
     assert reread("is it red ?", add_special_tokens=False).input_ids == tokenizer.encode(
@@ -355,7 +358,7 @@ def test_a_run_like_no_public_family_is_refused_and_the_nearest_named():
     with pytest.raises(
         ConfigError, match="no public family is like this run; the nearest is .* projector.kind"
     ):
-        export.family_like(tiny(projector=Projector("pixel_shuffle")))
+        export.matching_family(tiny(projector=Projector("pixel_shuffle")))
 
 
 def test_what_makes_no_difference_does_not_keep_a_run_from_its_family():
@@ -364,17 +367,21 @@ def test_what_makes_no_difference_does_not_keep_a_run_from_its_family():
     other = replace(
         cfg, decoder=decoder, vision=replace(cfg.vision, patch_embed="conv", kv_heads=4)
     )
-    assert export.family_like(other).model_type == export.family_like(cfg).model_type == "llava"
+    assert (
+        export.matching_family(other).model_type
+        == export.matching_family(cfg).model_type
+        == "llava"
+    )
 
 
 def test_a_hybrid_and_a_model_of_tiles_are_like_no_public_one():
-    with pytest.raises(ConfigError, match="fusion.kind hybrid cannot be exported"):
-        export.family_like(tiny("hybrid"))
+    with pytest.raises(UserError, match="fusion.kind hybrid cannot be exported"):
+        export.matching_family(tiny("hybrid"))
     cfg = tiny("unified")
-    with pytest.raises(ConfigError, match="vision.tiles 2"):
-        export.family_like(replace(cfg, vision=replace(cfg.vision, tiles=2)))
+    with pytest.raises(UserError, match="vision.tiles 2"):
+        export.matching_family(replace(cfg, vision=replace(cfg.vision, tiles=2)))
 
 
 def test_the_run_of_a_plain_decoder_needs_no_images():
     cfg = tiny(fusion=Fusion("text_only"), decoder=llama(), vision=Vision())
-    assert export.family_like(cfg).model_type == "llama"
+    assert export.matching_family(cfg).model_type == "llama"

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vlm_jax.config import ConfigError, Fusion
+from vlm_jax.config import ConfigError, Fusion, UserError
 from vlm_jax.hub.inputs import to_batch
 from vlm_jax.structs import NO_IMAGE
 from vlm_jax.testing import tiny, variants
@@ -34,7 +34,7 @@ def test_every_row_takes_the_images_that_its_tokens_fill_in_reading_order():
     batch = to_batch(CFG, {"input_ids": ids, "pixel_values": images_of(3)}, IMAGE)
     assert batch.images.shape == (3, 2, 16, 16, 3)
     assert batch.images[..., 0, 0, 0].tolist() == [[1, 2], [0, 0], [3, 0]]
-    assert batch.image_slots.tolist() == [
+    assert batch.image_token_index.tolist() == [
         [0, 1, 2, 3, N, 4, 5, 6, 7, N],
         [N] * 10,
         [N, N, N, N, 0, 1, 2, 3, N, N],
@@ -55,7 +55,7 @@ def test_patches_without_an_encoder_are_shared_out_one_by_one():
     batch = to_batch(FUYU, {"input_ids": ids, "pixel_values": patches}, IMAGE)
     assert batch.images.shape == (3, 1, 3, 192)
     assert batch.images[..., 0].tolist() == [[[1, 2, 3]], [[0, 0, 0]], [[4, 5, 0]]]
-    assert batch.image_slots.tolist() == [[0, 1, N, 2, N], [N] * 5, [N, 0, 1, N, N]]
+    assert batch.image_token_index.tolist() == [[0, 1, N, 2, N], [N] * 5, [N, 0, 1, N, N]]
 
 
 @pytest.mark.parametrize(
@@ -73,12 +73,12 @@ def test_patches_without_an_encoder_are_shared_out_one_by_one():
 )
 def test_image_tokens_that_do_not_match_the_images_are_refused(rows, count, found):
     images = {"pixel_values": images_of(count)} if count else {}
-    with pytest.raises(ConfigError, match=found):
+    with pytest.raises(UserError, match=found):
         to_batch(CFG, {"input_ids": ids_of(*rows), **images}, IMAGE)
 
 
 def test_patches_that_do_not_match_the_image_tokens_are_refused():
-    with pytest.raises(ConfigError, match="2 image tokens .* 3 patches"):
+    with pytest.raises(UserError, match="2 image tokens .* 3 patches"):
         to_batch(
             FUYU,
             {"input_ids": ids_of("iit"), "pixel_values": np.zeros((1, 3, 192), np.float32)},
@@ -95,7 +95,7 @@ def test_patches_that_do_not_match_the_image_tokens_are_refused():
     ],
 )
 def test_images_of_another_shape_are_refused(cfg, shape, found):
-    with pytest.raises(ConfigError, match=found):
+    with pytest.raises(UserError, match=found):
         to_batch(
             cfg, {"input_ids": ids_of("iiiit"), "pixel_values": np.zeros(shape, np.float32)}, IMAGE
         )
@@ -162,7 +162,7 @@ def test_positions_count_slots_or_while_generating_tokens(cfg, generating, posit
     ],
 )
 def test_text_of_another_shape_or_beyond_the_vocabulary_is_refused(arrays, said):
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(UserError, match=said):
         to_batch(CFG, {"input_ids": np.ones((2, 3), int)} | arrays, IMAGE)
 
 
@@ -200,6 +200,6 @@ def test_a_position_outside_a_learned_table_is_refused(position):
 
 def test_a_text_longer_than_a_learned_table_is_refused_and_rope_has_no_end():
     ids = {"input_ids": np.ones((1, 100), int)}
-    with pytest.raises(ConfigError, match="at position 99"):
+    with pytest.raises(UserError, match="at position 99"):
         to_batch(LEARNED, ids, None, generating=True)
     assert to_batch(CFG, ids, IMAGE, generating=True).positions.max() == 99

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.hub import tiny_checkpoints as tiny
-from vlm_jax.config import ConfigError
+from vlm_jax.config import ConfigError, UserError
 from vlm_jax.config.validate import check_values
 from vlm_jax.hub.families import gpt2, mllama_vision, trocr
 from vlm_jax.hub.families.registry import family_of
@@ -38,7 +38,7 @@ def refusal(folder, target, part: str, key: str, value) -> str:
         if path.name != "config.json":
             (target / path.name).symlink_to(path)
     (target / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError) as error, open_tensors(target) as tensors:
+    with pytest.raises(UserError) as error, open_tensors(target) as tensors:
         _ = inspect(target, tensors).image_token
     assert "\n" not in str(error.value)
     assert str(target) in str(error.value)
@@ -91,7 +91,7 @@ def test_weights_that_are_no_floating_point_numbers_are_named(llava, tmp_path, d
     save_file(tensors | {name: tensors[name].to(dtype)}, tmp_path / "model.safetensors")
     shutil.copy(llava / "config.json", tmp_path)
     with (
-        pytest.raises(ConfigError, match=f"no floating-point numbers: {name} is "),
+        pytest.raises(UserError, match=f"no floating-point numbers: {name} is "),
         open_tensors(tmp_path) as stored,
     ):
         inspect(tmp_path, stored)

@@ -18,11 +18,11 @@ from tests.hub import tiny_tokenizers
 from tests.hub.tiny_checkpoints import ABOUT_IMAGES, CAPTIONS, OF_TEXT, Folder
 from vlm_jax import from_pretrained
 from vlm_jax.cli.commands import main
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 from vlm_jax.hub.load import inspect
 from vlm_jax.hub.processor import Processor
 from vlm_jax.hub.tensors.folder import open_tensors
-from vlm_jax.infer.generate import Decoding, generate
+from vlm_jax.infer.generate import SamplingParams, generate
 from vlm_jax.structs import NO_IMAGE
 
 QUESTION = "what is it?"
@@ -129,7 +129,7 @@ def test_what_is_asked_is_what_transformers_asks(folder_of, pictures, name, kind
     theirs = asked_of_transformers(name, folder, QUESTION, files)
     ours = processor_of(folder.path).asked(QUESTION, files)
     ids = theirs["input_ids"][0].numpy()
-    in_text = ours.image_slots[0] == NO_IMAGE
+    in_text = ours.image_token_index[0] == NO_IMAGE
     np.testing.assert_array_equal(ours.tokens[0][in_text], ids[in_text])
     assert len(set(ids[~in_text])) <= 1, "images take the places of image tokens"
     assert ours.tokens.shape == theirs["input_ids"].shape
@@ -241,14 +241,14 @@ def test_the_start_is_that_of_generation_config_before_others(folder_of, picture
     assert processor_of(folder.path).asked("", [pictures["grey"]]).tokens.tolist() == [[2]]
     assert processor_of(path).asked("", [pictures["grey"]]).tokens.tolist() == [[9]]
     path = changed(folder, tmp_path, generation_config={"decoder_start_token_id": "<s>"})
-    with pytest.raises(ConfigError, match="decoder_start_token_id is '<s>'"):
+    with pytest.raises(UserError, match="decoder_start_token_id is '<s>'"):
         processor_of(path).asked("", [pictures["grey"]])
 
 
 @pytest.mark.parametrize("end", ["</s>", [1, None], -1, 1.5, 2**31])
 def test_an_end_that_is_no_id_is_refused(folder_of, tmp_path, end):
     path = changed(folder_of("gemma"), tmp_path, generation_config={"eos_token_id": end})
-    with pytest.raises(ConfigError, match="eos_token_id is"):
+    with pytest.raises(UserError, match="eos_token_id is"):
         _ = processor_of(path).checkpoint.eos_ids
 
 
@@ -264,7 +264,7 @@ def test_image_tokens_of_the_prompt_stay_where_they_are(folder_of, pictures, nam
     assert prompt in processor.chat(prompt, 2)
     assert processor.chat(prompt, 2).count(token) == 2
     assert processor.asked(prompt, files).images is not None
-    with pytest.raises(ConfigError, match="3 image tokens .* 2 images"):
+    with pytest.raises(UserError, match="3 image tokens .* 2 images"):
         processor.asked(3 * token, files)
 
 
@@ -298,7 +298,7 @@ def test_a_prompt_without_a_token_is_refused(folder_of):
     processor = processor_of(folder_of("gemma").path)
     assert processor([""]).tokens.tolist() == [[processor.tokenizer.bos_id]]
     for prompts in ([""], ["what", ""]):
-        with pytest.raises(ConfigError, match="prompt is empty"):
+        with pytest.raises(UserError, match="prompt is empty"):
             processor(prompts, add_special_tokens=False)
 
 
@@ -324,7 +324,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder_of, tmp_p
     path = without(folder_of("gemma"), tmp_path, "tokenizer*")
     tokenizer.save_pretrained(path)
     processor_of(path).asked("what")
-    with pytest.raises(ConfigError, match=f"id {len(tokenizer) - 1}, but the model has only"):
+    with pytest.raises(UserError, match=f"id {len(tokenizer) - 1}, but the model has only"):
         processor_of(path).asked("what |later| is it?")
 
 
@@ -352,14 +352,14 @@ def test_a_row_does_not_depend_on_the_images_of_the_others(folder_of, pictures, 
     ]
     apply = jax.jit(lambda batch: model.apply({"params": params}, batch).logits)
     together = processor(prompts, shown)
-    logits, made = apply(together), generate(model.cfg, params, together, 3, Decoding())
+    logits, made = apply(together), generate(model.cfg, params, together, 3, SamplingParams())
     for row, (prompt, files) in enumerate(zip(prompts, shown)):
         alone = processor(prompt, files)
         length = alone.tokens.shape[1]
         np.testing.assert_allclose(logits[row, -length:], apply(alone)[0], atol=1e-4)
         if row == 0:
             np.testing.assert_array_equal(
-                made[row], generate(model.cfg, params, alone, 3, Decoding())[0]
+                made[row], generate(model.cfg, params, alone, 3, SamplingParams())[0]
             )
 
 
@@ -428,7 +428,7 @@ def test_images_may_be_nested_as_transformers_takes_them(folder_of, pictures, na
 )
 def test_another_nesting_is_refused_by_what_is_wrong(folder_of, pictures, prompts, images, message):
     processor = processor_of(folder_of("llava").path)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         processor(["<image>hello"] * prompts, images(pictures["colour"]))
 
 
@@ -437,5 +437,5 @@ def test_another_nesting_is_refused_by_what_is_wrong(folder_of, pictures, prompt
 
 def test_a_text_of_more_tokens_than_learned_positions_is_refused(folder_of, pictures):
     processor = processor_of(folder_of("vit and gpt2").path)  # 64 positions
-    with pytest.raises(ConfigError, match="too long: .* but the model has only 64 positions"):
+    with pytest.raises(UserError, match="too long: .* but the model has only 64 positions"):
         processor(["cat " * 200], [[pictures["colour"]]])

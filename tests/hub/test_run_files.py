@@ -28,7 +28,7 @@ from vlm_jax.data import images, questions, tiling
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub import compose, export
 from vlm_jax.hub.text.tokenizer import HubTokenizer
-from vlm_jax.infer.generate import Decoding, generate
+from vlm_jax.infer.generate import SamplingParams, generate
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.structs import NO_IMAGE
 from vlm_jax.testing import random_params
@@ -161,7 +161,7 @@ def test_transformers_answers_as_the_run_does(name, tmp_path, picture):
     pixels = tiling.to_pixels(images.read_image(picture), cfg.vision)
     prompt = "" if "captions" in name else QUESTION
     batch = questions.prompt_batch(cfg, tokenizer, [[pixels]], [prompt])
-    ours = np.asarray(generate(cfg, params, batch, NEW, Decoding()))[0]
+    ours = np.asarray(generate(cfg, params, batch, NEW, SamplingParams()))[0]
     processor = AutoProcessor.from_pretrained(out)
     image = Image.open(picture).convert("RGB")
     inputs = asked_of_transformers(processor, family, name, image, prompt)
@@ -214,7 +214,7 @@ def test_our_own_processor_asks_the_exported_folder_as_the_run_is_asked(name, tm
     run = questions.prompt_batch(cfg, tokenizer, [[pixels]], [prompt])
     asked = processor_of(out).asked(prompt, [picture])
     texts = [
-        np.asarray(batch.tokens[0])[np.asarray(batch.image_slots[0]) == NO_IMAGE]
+        np.asarray(batch.tokens[0])[np.asarray(batch.image_token_index[0]) == NO_IMAGE]
         for batch in (asked, run)
     ]
     np.testing.assert_array_equal(*texts)

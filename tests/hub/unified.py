@@ -10,7 +10,7 @@ import torch
 from tests.hub.parity import assert_round_trip, forward, reference, reloaded, saved
 from vlm_jax.hub.inputs import to_batch
 from vlm_jax.hub.load import Checkpoint, load_checkpoint
-from vlm_jax.infer.generate import Decoding, generate
+from vlm_jax.infer.generate import SamplingParams, generate
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import NO_IMAGE, Batch
 
@@ -121,7 +121,7 @@ def assert_image_features_are_equal(
     batch = pair.batch(**inputs)
     found = np.asarray(pair.applied(batch, method="image_tokens"))
     found = np.concatenate(
-        [row[slots[slots != NO_IMAGE]] for row, slots in zip(found, batch.image_slots)]
+        [row[slots[slots != NO_IMAGE]] for row, slots in zip(found, batch.image_token_index)]
     )
     np.testing.assert_allclose(found, features.detach().numpy(), atol=atol)
 
@@ -135,7 +135,9 @@ def assert_greedy_tokens_are_equal(pair: Pair, **inputs) -> None:
     ]
     assert len(np.unique(made)) > 3, "the answers are all alike: the test would show little"
     batch = pair.batch(generating=True, **inputs)
-    np.testing.assert_array_equal(generate(pair.cfg, pair.params, batch, NEW, Decoding()), made)
+    np.testing.assert_array_equal(
+        generate(pair.cfg, pair.params, batch, NEW, SamplingParams()), made
+    )
 
 
 def assert_an_export_is_what_was_loaded(

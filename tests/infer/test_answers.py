@@ -13,7 +13,7 @@ import vlm_jax
 from tests.hub import tiny_checkpoints, tiny_tokenizers
 from tests.hub.parity import saved
 from vlm_jax.cli.commands import main
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer.demo import RunProcessor
 from vlm_jax.nn.vlm import VLM
@@ -51,7 +51,7 @@ def experiment(kind="unified", template="plain", **data):
         template=template,
         **data,
     )
-    decoder = replace(cfg.decoder, tied_head=False, max_positions=128)
+    decoder = replace(cfg.decoder, tie_word_embeddings=False, max_positions=128)
     return replace(cfg, data=data, decoder=decoder, eval=replace(cfg.eval, max_new_tokens=NEW))
 
 
@@ -116,9 +116,9 @@ def test_a_checkpoint_of_a_run_is_named_by_its_step(run, tokenizer):
     cfg = Workdir(run).read_config()
     for step, found in ((2, vlm_jax.from_run(run, step=2)), (4, vlm_jax.from_run(run))):
         jax.tree.map(np.testing.assert_array_equal, found[1], random_params(cfg, 0.3, seed=step))
-    with pytest.raises(ConfigError, match="no checkpoint of step 3: choose 4, 2"):
+    with pytest.raises(UserError, match="no checkpoint of step 3: choose 4, 2"):
         vlm_jax.from_run(run, step=3)
-    with pytest.raises(ConfigError, match="holds no run"):
+    with pytest.raises(UserError, match="holds no run"):
         vlm_jax.from_run(run + "/nowhere")
 
 
@@ -144,7 +144,7 @@ def test_files_open_images_and_arrays_are_one(tokenizer, pictures):
     ],
 )
 def test_a_mistake_is_a_sentence(prompts, images, said, tokenizer):
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(UserError, match=said):
         vlm_jax.generate(*in_memory(experiment(), tokenizer), prompts, images)
 
 
@@ -157,7 +157,7 @@ def test_a_mistake_is_a_sentence(prompts, images, said, tokenizer):
     ],
 )
 def test_an_option_out_of_range_is_refused(option, said, tokenizer):
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(UserError, match=said):
         vlm_jax.generate(*in_memory(experiment(), tokenizer), "a", **option)
 
 
@@ -244,5 +244,5 @@ def test_a_run_scores_answers_behind_its_prompts(tokenizer, pictures, kind, is_c
     assert row == [*np.asarray(asked.tokens[0]).tolist(), *answer]
     weights = np.asarray(batch.loss_weights[0]) > 0
     assert np.asarray(batch.targets[0])[weights].tolist() == answer
-    with pytest.raises(ConfigError, match="answers must be a list of 2 texts"):
+    with pytest.raises(UserError, match="answers must be a list of 2 texts"):
         processor(prompts, images, answers=["one"])

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vlm_jax.cli.commands import main
-from vlm_jax.config import NotFinite
+from vlm_jax.config import NonFiniteError
 from vlm_jax.infer import demo
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.train import loop
@@ -233,7 +233,7 @@ def test_another_config_is_refused_and_the_run_is_kept(run, folder, capsys):
 
 def test_a_run_that_is_not_finite_ends_with_code_1(folder, tmp_path, capsys, monkeypatch):
     def train(cfg):
-        raise NotFinite("step 2: the loss is nan")
+        raise NonFiniteError("step 2: the loss is nan")
 
     monkeypatch.setattr(loop, "train", train)
     assert main(["--config", str(folder / "small.py"), "--workdir", str(tmp_path / "bad")]) == 1
@@ -247,7 +247,7 @@ def test_logits_that_are_not_finite_end_with_code_1_and_name_the_prompt(
     def damaged(cfg, params):
         return jax.tree.map(lambda x: x * np.nan, params)
 
-    monkeypatch.setattr(demo, "narrowed", damaged)
+    monkeypatch.setattr(demo, "cast_to_compute_dtype", damaged)
     before = (run / "eval.json").read_bytes()
     asks = (
         ["--image", str(folder / "cat.png"), "--prompt", "is it red ?"]

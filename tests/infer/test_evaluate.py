@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_jax.config import ConfigError, Data, Eval
+from vlm_jax.config import ConfigError, Data, Eval, UserError
 from vlm_jax.data import questions
 from vlm_jax.data.questions import Question
 from vlm_jax.data.tokenizer import Tokenizer
@@ -66,7 +66,7 @@ def test_the_scores_are_shares_of_equal_answers(scores, cfg):
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(cfg, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigError, match="workdir .*file/run cannot be written"):
+    with pytest.raises(UserError, match="workdir .*file/run cannot be written"):
         evaluate.evaluate(replace(cfg, workdir=str(tmp_path / "file" / "run")), None, None)
 
 
@@ -244,7 +244,7 @@ def test_a_question_is_asked_about_the_images_of_another_with_as_many():
         Question(i, "", "", "", list, image_count=count)
         for i, count in enumerate([0, 1, 2, 1, 2, 1, 1, 2])
     ]
-    shown = evaluate.strangers(asked)
+    shown = evaluate.shuffle_images(asked)
     assert [question.image_count for question in shown] == [
         question.image_count for question in asked
     ]

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from vlm_jax import axes
-from vlm_jax.config import ConfigError, Mesh, NotFinite
+from vlm_jax.config import ConfigError, Mesh, NonFiniteError
 from vlm_jax.data import questions, text, tiling
 from vlm_jax.data.tokenizer import SPECIALS, Tokenizer
 from vlm_jax.infer.generate import (
-    Decoding,
     NonFiniteLogits,
+    SamplingParams,
     choose,
     generate,
     stream,
@@ -24,13 +24,13 @@ from vlm_jax.structs import NO_IMAGE, PADDING, Batch
 from vlm_jax.testing import random_params, variants_and_tiles
 
 NEW = 6
-NEVER = Decoding()  # no token ends: generation goes on
+NEVER = SamplingParams()  # no token ends: generation goes on
 LENGTHS = (2, 7, 4)
 
 
 def untied(cfg):
     """With a head of its own; a random model whose head is its embedding says the same token for ever."""
-    return replace(cfg, decoder=replace(cfg.decoder, tied_head=False))
+    return replace(cfg, decoder=replace(cfg.decoder, tie_word_embeddings=False))
 
 
 def gated(cfg):
@@ -55,7 +55,7 @@ def prompts(cfg):
     return ids, images
 
 
-def batch_of(cfg, ids, images) -> Batch:
+def question_batch(cfg, ids, images) -> Batch:
     """A row a prompt, which has one image."""
     length = cfg.image_slots_in_row + max(map(len, ids))
     rows = [
@@ -68,7 +68,7 @@ def batch_of(cfg, ids, images) -> Batch:
 
 def generated(cfg, how=NEVER, only=slice(None)):
     ids, images = prompts(cfg)
-    batch = batch_of(cfg, ids[only], images[only])
+    batch = question_batch(cfg, ids[only], images[only])
     return np.asarray(generate(cfg, random_params(cfg, 0.3), batch, NEW, how))
 
 
@@ -88,9 +88,9 @@ def read_again(cfg):
 
 def right_padded(cfg, ids, image) -> Batch:
     """One row as in training, so that every call has one shape; what is behind the last token is padding."""
-    row = batch_of(cfg, [ids], [image])
+    row = question_batch(cfg, [ids], [image])
     room = cfg.row_length - row.tokens.shape[1]
-    padding = {"segment_ids": PADDING, "image_slots": NO_IMAGE}
+    padding = {"segment_ids": PADDING, "image_token_index": NO_IMAGE}
     fields = {
         name: values
         for name, values in row.__dict__.items()
@@ -146,7 +146,7 @@ def test_rows_that_share_an_image_say_what_they_say_with_one_each(cfg):
     """On eight devices, where the rows of images are not on the devices of the rows of tokens that read them."""
     ids, images = prompts(cfg)
     asked = [ids[row % len(ids)] for row in range(len(SHARED))]
-    alone = batch_of(cfg, asked, [images[row] for row in SHARED])
+    alone = question_batch(cfg, asked, [images[row] for row in SHARED])
     shared = alone.replace(images=alone.images[[1, 0, 1, 1]], image_rows=np.array(SHARED, np.int32))
     params, mesh = random_params(cfg, 0.3), axes.make_mesh(Mesh(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
@@ -170,7 +170,7 @@ def test_a_row_ends_with_eos_and_the_others_go_on():
         if eos in row:
             row[list(row).index(eos) :] = eos
     assert (expected != eos).all(axis=1).any(), "a row goes on to the end"
-    np.testing.assert_array_equal(generated(cfg, Decoding(eos=(eos,))), expected)
+    np.testing.assert_array_equal(generated(cfg, SamplingParams(eos=(eos,))), expected)
 
 
 def test_the_image_decides():
@@ -178,7 +178,7 @@ def test_the_image_decides():
     ids, images = prompts(cfg)
     params = random_params(cfg, 0.3)
     made = [
-        generate(cfg, params, batch_of(cfg, ids, picture), NEW, NEVER)
+        generate(cfg, params, question_batch(cfg, ids, picture), NEW, NEVER)
         for picture in (images, [-image for image in images])
     ]
     assert not np.array_equal(*made)
@@ -188,11 +188,11 @@ def test_the_image_decides():
 
 
 @pytest.mark.parametrize(
-    "how", [NEVER, Decoding(temperature=1.0, top_k=50)], ids=["greedy", "sampled"]
+    "how", [NEVER, SamplingParams(temperature=1.0, top_k=50)], ids=["greedy", "sampled"]
 )
 def test_a_stream_is_the_same_tokens_one_by_one(how):
     cfg = CONFIGS["cross_attention"]
-    batch, params = batch_of(cfg, *prompts(cfg)), random_params(cfg, 0.3)
+    batch, params = question_batch(cfg, *prompts(cfg)), random_params(cfg, 0.3)
     whole = np.asarray(generate(cfg, params, batch, NEW, how, jax.random.key(1)))
     np.testing.assert_array_equal(
         np.stack(list(stream(cfg, params, batch, NEW, how, jax.random.key(1))), 1), whole
@@ -201,8 +201,8 @@ def test_a_stream_is_the_same_tokens_one_by_one(how):
 
 def test_a_stream_stops_when_every_row_has_ended():
     cfg = CONFIGS["encoder_decoder"]
-    batch, params = batch_of(cfg, *prompts(cfg)), random_params(cfg, 0.3)
-    every_token = Decoding(eos=tuple(range(cfg.decoder.vocab_size)))
+    batch, params = question_batch(cfg, *prompts(cfg)), random_params(cfg, 0.3)
+    every_token = SamplingParams(eos=tuple(range(cfg.decoder.vocab_size)))
     assert len(list(stream(cfg, params, batch, NEW, every_token))) == 1
 
 
@@ -218,13 +218,13 @@ def chosen(how, draws=2000):
 @pytest.mark.parametrize(
     ("how", "shares"),
     [
-        (Decoding(), [1, 0, 0, 0]),
-        (Decoding(temperature=1.0), [0.5, 0.3, 0.15, 0.05]),
-        (Decoding(temperature=0.5), [0.685, 0.247, 0.062, 0.007]),
-        (Decoding(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0]),
-        (Decoding(temperature=1.0, top_p=0.8), [0.625, 0.375, 0, 0]),
-        (Decoding(temperature=1.0, top_p=0.81), [0.526, 0.316, 0.158, 0]),
-        (Decoding(temperature=1.0, top_p=0.01), [1, 0, 0, 0]),
+        (SamplingParams(), [1, 0, 0, 0]),
+        (SamplingParams(temperature=1.0), [0.5, 0.3, 0.15, 0.05]),
+        (SamplingParams(temperature=0.5), [0.685, 0.247, 0.062, 0.007]),
+        (SamplingParams(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0]),
+        (SamplingParams(temperature=1.0, top_p=0.8), [0.625, 0.375, 0, 0]),
+        (SamplingParams(temperature=1.0, top_p=0.81), [0.526, 0.316, 0.158, 0]),
+        (SamplingParams(temperature=1.0, top_p=0.01), [1, 0, 0, 0]),
     ],
 )
 def test_tokens_are_drawn_as_often_as_they_are_likely(how, shares):
@@ -237,7 +237,7 @@ def test_generation_beyond_learned_positions_is_refused():
     ids, images = prompts(cfg)
     length = max(map(len, ids))
     cfg = replace(cfg, decoder=replace(cfg.decoder, positions="learned", max_positions=length + 1))
-    batch = batch_of(cfg, ids, images)
+    batch = question_batch(cfg, ids, images)
     generate(cfg, random_params(cfg, 0.3), batch, 2, NEVER)  # the last token is not read
     with pytest.raises(
         ConfigError, match=f"{length + 2} tokens are too many: the model has {length + 1} positions"
@@ -257,20 +257,20 @@ def poisoned(cfg, path: tuple[str, ...], where, value=np.nan):
 
 
 @pytest.mark.parametrize(
-    "how", [NEVER, Decoding(temperature=1.0, top_k=50)], ids=["greedy", "sampled"]
+    "how", [NEVER, SamplingParams(temperature=1.0, top_k=50)], ids=["greedy", "sampled"]
 )
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_logits_that_are_not_finite_are_an_error(how, value):
     cfg = CONFIGS["cross_attention"]
     batch, params = (
-        batch_of(cfg, *prompts(cfg)),
+        question_batch(cfg, *prompts(cfg)),
         poisoned(cfg, ("decoder", "free_head", "kernel"), (0, 0), value),
     )
     with pytest.raises(
         NonFiniteLogits, match="token 1 of row 1 are NaN or infinite: the weights are damaged"
     ) as error:
         generate(cfg, params, batch, NEW, how)
-    assert isinstance(error.value, NotFinite)
+    assert isinstance(error.value, NonFiniteError)
     with pytest.raises(NonFiniteLogits, match="token 1 of row 1"):
         list(stream(cfg, params, batch, NEW, how))
 
@@ -285,12 +285,12 @@ def test_the_token_and_the_row_are_named_and_rows_that_have_ended_do_not_count()
     )
     number = free[2].tolist().index(token) + 2  # the token after it
     params = poisoned(cfg, ("decoder", "embedding", "table"), token)
-    batch = batch_of(cfg, ids, images)
+    batch = question_batch(cfg, ids, images)
     for run in (generate, lambda *args: list(stream(*args))):
         with pytest.raises(NonFiniteLogits, match=f"token {number} of row 3 ") as error:
             run(cfg, params, batch, NEW, NEVER)
         assert (error.value.token, error.value.row) == (number, 2)
-    ends = Decoding(eos=(int(token),))
+    ends = SamplingParams(eos=(int(token),))
     np.testing.assert_array_equal(generate(cfg, params, batch, NEW, ends), generated(cfg, ends))
 
 

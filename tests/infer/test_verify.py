@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForCon
 
 from tests.hub.parity import SMALL, reference, saved
 from vlm_jax.cli.commands import main
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 from vlm_jax.infer.verify import table, verify
 
 IDS = np.random.default_rng(0).integers(1, 64, (2, 9))
@@ -118,14 +118,14 @@ def test_a_reference_that_is_none_is_named(llama, tmp_path, content):
     path = tmp_path / "reference.npz"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ConfigError, match="reference.npz"):
+    with pytest.raises(UserError, match="reference.npz"):
         verify(llama[1], path)
 
 
 def test_one_array_is_no_reference(llama, tmp_path):
     with open(tmp_path / "reference.npz", "wb") as file:
         np.save(file, np.ones(3))
-    with pytest.raises(ConfigError, match="reference.npz is no .npz file of arrays"):
+    with pytest.raises(UserError, match="reference.npz is no .npz file of arrays"):
         verify(llama[1], tmp_path / "reference.npz")
 
 
@@ -134,13 +134,13 @@ def test_what_does_not_fit_names_its_case(llama, tmp_path):
         tmp_path / "reference.npz",
         **{"a/in/input_ids": np.ones(3, int), "a/out/logits": np.ones(3)},
     )
-    with pytest.raises(ConfigError, match="case a: input_ids must be whole numbers"):
+    with pytest.raises(UserError, match="case a: input_ids must be whole numbers"):
         verify(llama[1], tmp_path / "reference.npz")
 
 
 def test_a_reference_of_pickled_objects_is_refused(llama, tmp_path):
     np.savez(tmp_path / "reference.npz", **{"a/in/input_ids": np.array([{}], object)})
-    with pytest.raises(ConfigError, match="reference.npz is no .npz file of arrays"):
+    with pytest.raises(UserError, match="reference.npz is no .npz file of arrays"):
         verify(llama[1], tmp_path / "reference.npz")
 
 

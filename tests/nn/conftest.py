@@ -9,7 +9,7 @@ import pytest
 from flax import traverse_util
 from flax.linen import meta
 
-from vlm_jax.nn.models import boxed_params
+from vlm_jax.nn.models import abstract_params
 from vlm_jax.nn.vlm import VLM
 
 
@@ -22,7 +22,7 @@ def params_of(cfg, seed=0):
         around = 1.0 if path[-1].endswith(("scale", "gate")) else 0.0
         return rng.normal(around, 0.2, shape.shape).astype(np.float32)
 
-    return traverse_util.path_aware_map(numbers, meta.unbox(boxed_params(cfg)))
+    return traverse_util.path_aware_map(numbers, meta.unbox(abstract_params(cfg)))
 
 
 @functools.partial(jax.jit, static_argnums=0)

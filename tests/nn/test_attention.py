@@ -11,7 +11,7 @@ from flax.linen import meta
 
 from tests.nn.programs import equations
 from vlm_jax.config import Decoder, Rope
-from vlm_jax.nn.attention import Attention, attend, rotate
+from vlm_jax.nn.attention import Attention, apply_rope, attend
 from vlm_jax.nn.positions import rope_tables
 
 RNG = np.random.default_rng(0)
@@ -201,7 +201,7 @@ def turned(cfg, positions, length=6):
     numbers = np.random.default_rng(1)
     q, k, v = (jnp.asarray(numbers.normal(size=(1, length, 1, 8)), jnp.float32) for _ in range(3))
     rope = rope_tables(positions[None], cfg)
-    return attend(rotate(q, rope), heads_first(rotate(k, rope)), heads_first(v), None)
+    return attend(apply_rope(q, rope), heads_first(apply_rope(k, rope)), heads_first(v), None)
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
@@ -219,19 +219,19 @@ def test_rope_turns_pairs_of_the_two_halves_by_position_over_theta():
     numbers = np.asarray(x[..., :4] + 1j * x[..., 4:])
     turned = numbers * np.exp(1j * position * 100.0 ** (-np.arange(4) / 4))
     expected = np.concatenate([turned.real, turned.imag], axis=-1)
-    close(rotate(x, rope_tables(jnp.asarray([[position]]), cfg)), expected)
+    close(apply_rope(x, rope_tables(jnp.asarray([[position]]), cfg)), expected)
 
 
 def test_rope_keeps_lengths_and_leaves_position_zero():
     cfg, x = Decoder(width=8, heads=1), random(1, 3, 1, 8)
-    y = rotate(x, rope_tables(jnp.asarray([[0, 4, 11]]), cfg))
+    y = apply_rope(x, rope_tables(jnp.asarray([[0, 4, 11]]), cfg))
     np.testing.assert_array_equal(y[:, 0], x[:, 0])
     close(jnp.linalg.norm(y, axis=-1), jnp.linalg.norm(x, axis=-1))
 
 
 def test_a_fraction_of_rope_passes_the_rest_through():
     x, positions = random(1, 2, 3, 8), jnp.asarray([[4, 9]])
-    y = rotate(x, rope_tables(positions, Decoder(width=24, heads=3, rope=Rope(fraction=0.5))))
+    y = apply_rope(x, rope_tables(positions, Decoder(width=24, heads=3, rope=Rope(fraction=0.5))))
     np.testing.assert_array_equal(y[..., 4:], x[..., 4:])
     assert (np.abs(y - x)[..., :4] > 1e-6).all()
-    close(y[..., :4], rotate(x[..., :4], rope_tables(positions, Decoder(width=12, heads=3))))
+    close(y[..., :4], apply_rope(x[..., :4], rope_tables(positions, Decoder(width=12, heads=3))))

@@ -16,7 +16,7 @@ from vlm_jax.nn.blocks import (
     Stack,
     repeating_period,
 )
-from vlm_jax.structs import Context
+from vlm_jax.structs import BlockInputs
 
 PLAIN = ("self", "mlp")
 CROSSING = ("cross", "cross_mlp", "self", "mlp")
@@ -67,7 +67,7 @@ def test_cross_blocks_stand_where_cross_layers_says():
 
 def random_params(cfg, blocks, fusion=NOT_FUSED):
     init = functools.partial(Stack(cfg, blocks, fusion).init, jax.random.key(0))
-    shapes = meta.unbox(jax.eval_shape(init, X, Context(memory=MEMORY)))["params"]
+    shapes = meta.unbox(jax.eval_shape(init, X, BlockInputs(memory=MEMORY)))["params"]
     return jax.tree.map(lambda s: jnp.asarray(RNG.normal(0, 0.3, s.shape), jnp.float32), shapes)
 
 
@@ -83,7 +83,7 @@ def one_block(cfg, sublayers, params, x, context):
 
 def test_the_loop_is_the_blocks_one_after_the_other():
     blocks = (CROSSING, PLAIN) * 2
-    params, context = random_params(CFG, blocks), Context(memory=MEMORY)
+    params, context = random_params(CFG, blocks), BlockInputs(memory=MEMORY)
     x = X
     for i, sublayers in enumerate(blocks):
         own = jax.tree.map(
@@ -99,7 +99,7 @@ def test_the_loop_is_the_blocks_one_after_the_other():
 def test_scan_is_unrolled(unroll):
     """The same parameters and outputs, the loop laid out in part, as a whole, or asked for more than there is."""
     blocks, unrolled = (CROSSING,) * 4, replace(CFG, unroll=unroll)
-    params, context = random_params(CFG, blocks), Context(memory=MEMORY)
+    params, context = random_params(CFG, blocks), BlockInputs(memory=MEMORY)
     assert jax.tree.map(jnp.shape, random_params(unrolled, blocks)) == jax.tree.map(
         jnp.shape, params
     )
@@ -114,14 +114,14 @@ def test_the_program_does_not_grow_with_depth():
         blocks = (CROSSING, PLAIN) * (depth // 2)
         params = jax.eval_shape(lambda: random_params(replace(CFG, depth=depth), blocks))
         return str(
-            run.trace(CFG, blocks, NOT_FUSED, params, X, Context(memory=MEMORY)).jaxpr
+            run.trace(CFG, blocks, NOT_FUSED, params, X, BlockInputs(memory=MEMORY)).jaxpr
         ).count("\n")
 
     assert program(8) == program(2)
 
 
 def test_gates_scale_what_crosses_and_closed_ones_let_nothing_through():
-    blocks, context = (CROSSING,), Context(memory=MEMORY)
+    blocks, context = (CROSSING,), BlockInputs(memory=MEMORY)
     params = random_params(CFG, blocks, fusion=GATED)
     block = params["layers"]["block_0"]
     assert {name for name in block if "gate" in name} == {"cross_gate", "cross_mlp_gate"}
@@ -140,7 +140,7 @@ def test_gates_scale_what_crosses_and_closed_ones_let_nothing_through():
     }
     np.testing.assert_array_equal(
         run(CFG, blocks, GATED, closed, X, context),
-        run(CFG, (PLAIN,), NOT_FUSED, text_only, X, Context()),
+        run(CFG, (PLAIN,), NOT_FUSED, text_only, X, BlockInputs()),
     )
     np.testing.assert_allclose(
         run(CFG, blocks, GATED, wide_open, X, context),
@@ -159,15 +159,17 @@ def test_without_a_memory_the_sublayers_that_cross_are_not_there():
             }
         }
     }
-    expected = run(CFG, (PLAIN,), NOT_FUSED, alone, X, Context())
-    np.testing.assert_array_equal(run(CFG, (CROSSING,), NOT_FUSED, params, X, Context()), expected)
+    expected = run(CFG, (PLAIN,), NOT_FUSED, alone, X, BlockInputs())
+    np.testing.assert_array_equal(
+        run(CFG, (CROSSING,), NOT_FUSED, params, X, BlockInputs()), expected
+    )
 
 
 def test_a_token_that_reads_no_image_gets_nothing_from_crossing():
     blocks = (("cross", "cross_mlp"),)
     params = random_params(CFG, blocks)
     mask = jnp.asarray([[1, 0, 1], [0, 0, 1]], bool)
-    context = Context(
+    context = BlockInputs(
         memory=MEMORY,
         memory_mask=jnp.broadcast_to(mask[:, None, :, None], (2, 1, 3, 5)),
         reads=mask,
@@ -180,7 +182,7 @@ def test_a_token_that_reads_no_image_gets_nothing_from_crossing():
 def loss_gradients(cfg, blocks, params):
     def loss(params):
         return jnp.sum(
-            jnp.sin(Stack(cfg, blocks).apply({"params": params}, X, Context(memory=MEMORY))[0])
+            jnp.sin(Stack(cfg, blocks).apply({"params": params}, X, BlockInputs(memory=MEMORY))[0])
         )
 
     return jax.value_and_grad(loss)(params)
@@ -209,7 +211,9 @@ def test_remat_takes_less_memory_the_more_it_computes_again():
     def temporary_bytes(remat):
         def loss(params, x):
             return jnp.sum(
-                Stack(replace(cfg, remat=remat), blocks).apply({"params": params}, x, Context())[0]
+                Stack(replace(cfg, remat=remat), blocks).apply(
+                    {"params": params}, x, BlockInputs()
+                )[0]
             )
 
         step = (

@@ -11,13 +11,13 @@ from flax.linen import meta
 
 from vlm_jax.axes import make_mesh, parameter_shardings
 from vlm_jax.config import (
-    ConfigError,
     Contrastive,
     Decoder,
     Mesh,
+    UserError,
     Vision,
 )
-from vlm_jax.nn.models import boxed_params, model_of
+from vlm_jax.nn.models import abstract_params, build_model
 
 STACK = {"width": 16, "depth": 2, "heads": 2, "mlp_width": 24}
 VISION = Vision(**STACK, image_size_px=16, patch_size_px=8, class_token=True, pool="class")
@@ -44,13 +44,13 @@ IDS = np.array(
 def params_of(cfg):
     rng = np.random.default_rng(0)
     return jax.tree.map(
-        lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), meta.unbox(boxed_params(cfg))
+        lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), meta.unbox(abstract_params(cfg))
     )
 
 
 def run(cfg, *inputs, method=None, params=None):
     apply = jax.jit(
-        lambda params, *given: model_of(cfg).apply({"params": params}, *given, method=method)
+        lambda params, *given: build_model(cfg).apply({"params": params}, *given, method=method)
     )
     return apply(params_of(cfg) if params is None else params, *inputs)
 
@@ -105,16 +105,16 @@ def test_without_a_direction_every_token_counts_unless_it_is_padding():
     ],
 )
 def test_a_text_outside_the_tables_is_refused(cfg, ids, message):
-    with pytest.raises(ConfigError, match=message):
-        model_of(cfg).apply({"params": params_of(cfg)}, jnp.asarray(ids), method="text_features")
+    with pytest.raises(UserError, match=message):
+        build_model(cfg).apply({"params": params_of(cfg)}, jnp.asarray(ids), method="text_features")
     if ids.shape[1] > 8:
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(UserError, match=message):
             run(cfg, ids, method="text_features")  # a length is known while tracing
 
 
 @both
 def test_every_parameter_has_its_letters_and_a_place_on_the_mesh(cfg):
-    boxes = traverse_util.flatten_dict(boxed_params(cfg), sep="/")
+    boxes = traverse_util.flatten_dict(abstract_params(cfg), sep="/")
     parameter_shardings(boxes, make_mesh(Mesh(fsdp=2, tensor=2)))
     assert all(len(box.letters.split()) == box.value.ndim for box in boxes.values())
     assert {path.split("/")[0] for path in boxes} - {"image_projection", "logit_bias"} == {
@@ -124,6 +124,6 @@ def test_every_parameter_has_its_letters_and_a_place_on_the_mesh(cfg):
 
 @both
 def test_a_new_model_begins_as_its_paper_says(cfg):
-    params = meta.unbox(jax.jit(model_of(cfg).init)(jax.random.key(0), IMAGES, IDS)["params"])
+    params = meta.unbox(jax.jit(build_model(cfg).init)(jax.random.key(0), IMAGES, IDS)["params"])
     assert jnp.exp(params["logit_scale"])[0] == pytest.approx(1 / 0.07)
     assert "logit_bias" not in params or params["logit_bias"][0] == -10

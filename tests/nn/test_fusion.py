@@ -11,7 +11,7 @@ from vlm_jax.nn.fusion import (
     fuse,
     memory_mask,
     place,
-    sequence_mask,
+    self_attention_mask,
     text_mask,
 )
 from vlm_jax.structs import NO_IMAGE, Batch, Cache
@@ -29,7 +29,7 @@ def batch(segments, branches, reads=None, slots=None) -> Batch:
         positions=ids,
         segment_ids=ids,
         branch_ids=jnp.asarray([branches], jnp.int32),
-        image_slots=jnp.full_like(ids, NO_IMAGE)
+        image_token_index=jnp.full_like(ids, NO_IMAGE)
         if slots is None
         else jnp.asarray([slots], jnp.int32),
         image_mask=reads,
@@ -154,9 +154,9 @@ def test_unified_two_documents_with_an_image_each():
 
 
 def test_a_packed_row_of_segments_with_branches():
-    """The drawing of `sequence_mask`: a trunk of two with two branches of two, and a second segment."""
+    """The drawing of `self_attention_mask`: a trunk of two with two branches of two, and a second segment."""
     assert drawn(
-        sequence_mask(batch([1, 1, 1, 1, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2, 0, 0]))
+        self_attention_mask(batch([1, 1, 1, 1, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2, 0, 0]))
     ) == picture("""
         1 . . . . . . .
         1 1 . . . . . .
@@ -170,7 +170,7 @@ def test_a_packed_row_of_segments_with_branches():
 
 
 def test_equal_branches_of_different_segments_do_not_see_each_other():
-    assert drawn(sequence_mask(batch([1, 1, 2, 2], [0, 1, 0, 1]))) == picture("""
+    assert drawn(self_attention_mask(batch([1, 1, 2, 2], [0, 1, 0, 1]))) == picture("""
         1 . . .
         1 1 . .
         . . 1 .
@@ -182,7 +182,7 @@ def test_a_left_padded_prompt_goes_into_the_cache():
     """Two slots of padding, a trunk of one and a branch of two, and two slots to come."""
     prompt = batch([0, 0, 1, 1, 1], [0, 0, 0, 1, 1])
     assert drawn(
-        sequence_mask(prompt, cache(0, [0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]))
+        self_attention_mask(prompt, cache(0, [0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]))
     ) == picture("""
         . . . . . . .
         . . . . . . .
@@ -195,12 +195,12 @@ def test_a_left_padded_prompt_goes_into_the_cache():
 @pytest.mark.parametrize("index, seen", [(5, ". . 1 1 1 1 ."), (6, ". . 1 1 1 1 1")])
 def test_a_decoded_token_sees_the_prompt_and_what_was_decoded(index, seen):
     slots = cache(index, [0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1])
-    assert drawn(sequence_mask(batch([1], [1]), slots)) == picture(seen)
+    assert drawn(self_attention_mask(batch([1], [1]), slots)) == picture(seen)
 
 
 def test_several_tokens_at_once_go_into_the_cache():
     assert drawn(
-        sequence_mask(batch([1, 1], [1, 1]), cache(2, [0, 1, 1, 1, 1], [0, 0, 1, 1, 1]))
+        self_attention_mask(batch([1, 1], [1, 1]), cache(2, [0, 1, 1, 1, 1], [0, 0, 1, 1, 1]))
     ) == picture("""
         . 1 1 . .
         . 1 1 1 .
@@ -237,7 +237,7 @@ def test_while_decoding_the_mask_of_the_memory_stays_when_the_images_are_gone(ki
 def test_tokens_of_a_block_see_each_other_and_what_follows_sees_them():
     """The prefix of PaliGemma: image and prompt are one block, the answer comes after it token by token."""
     row = batch([1] * 5, [0] * 5).replace(block_ids=jnp.asarray([[1, 1, 1, 0, 0]]))
-    assert drawn(sequence_mask(row)) == picture("""
+    assert drawn(self_attention_mask(row)) == picture("""
         1 1 1 . .
         1 1 1 . .
         1 1 1 . .
@@ -249,7 +249,7 @@ def test_tokens_of_a_block_see_each_other_and_what_follows_sees_them():
 def test_a_block_reaches_into_a_branch_but_not_into_another_segment():
     """An image on the trunk and the question on its branch are one block: they see all of each other."""
     row = batch([1, 1, 1, 2], [0, 1, 1, 0]).replace(block_ids=jnp.asarray([[1, 1, 0, 1]]))
-    assert drawn(sequence_mask(row)) == picture("""
+    assert drawn(self_attention_mask(row)) == picture("""
         1 1 . .
         1 1 . .
         1 1 1 .
@@ -262,7 +262,7 @@ def test_a_block_is_seen_whole_through_a_sliding_window():
     row = batch([1] * 6, [0] * 6).replace(
         positions=jnp.arange(6)[None], block_ids=jnp.asarray([[1, 1, 1, 1, 0, 0]])
     )
-    assert drawn(sequence_mask(row, window=3)) == picture("""
+    assert drawn(self_attention_mask(row, window=3)) == picture("""
         1 1 1 1 . .
         1 1 1 1 . .
         1 1 1 1 . .
@@ -275,7 +275,7 @@ def test_a_block_is_seen_whole_through_a_sliding_window():
 def test_a_sliding_window_counts_positions_and_so_leaves_packed_questions_alone():
     """Two questions about a trunk of two: the second one's window reaches the trunk over the first question."""
     row = batch([1] * 6, [0, 0, 1, 1, 2, 2]).replace(positions=jnp.asarray([[0, 1, 2, 3, 2, 3]]))
-    assert drawn(sequence_mask(row, window=3)) == picture("""
+    assert drawn(self_attention_mask(row, window=3)) == picture("""
         1 . . . . .
         1 1 . . . .
         1 1 1 . . .
@@ -302,7 +302,7 @@ def test_a_blind_token_reads_everything_where_asked_for_and_is_known_as_blind():
     image = jnp.zeros((1, 4, 3))
     skipping = fuse(cfg, jnp.zeros((1, 2, 3)), image, row)
     opened = fuse(
-        replace(cfg, fusion=replace(cfg.fusion, blind_rows="read_all")),
+        replace(cfg, fusion=replace(cfg.fusion, tokens_without_image="attend_all")),
         jnp.zeros((1, 2, 3)),
         image,
         row,
@@ -316,9 +316,9 @@ def test_a_blind_token_reads_everything_where_asked_for_and_is_known_as_blind():
 
 def test_a_blind_token_reads_what_its_blind_mask_allows():
     row = batch([1, 1, 1], [0, 0, 0], [[1, 0], [0, 0], [0, 0]])
-    row = row.replace(blind_mask=jnp.asarray([[[0, 1], [0, 1], [0, 0]]], bool))
+    row = row.replace(no_image_mask=jnp.asarray([[[0, 1], [0, 1], [0, 0]]], bool))
     cfg = two_tokens_an_image("cross_attention")
-    cfg = replace(cfg, fusion=replace(cfg.fusion, blind_rows="read_all"))
+    cfg = replace(cfg, fusion=replace(cfg.fusion, tokens_without_image="attend_all"))
     stream = fuse(cfg, jnp.zeros((1, 3, 3)), jnp.zeros((1, 4, 3)), row)
     assert drawn(stream.memory_mask) == ["11..", "..11", "...."]
     assert stream.reads.tolist() == [[True, False, False]]

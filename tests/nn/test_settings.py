@@ -15,7 +15,7 @@ from vlm_jax.config import (
     Projector,
     Rope,
 )
-from vlm_jax.nn.models import boxed_params
+from vlm_jax.nn.models import abstract_params
 from vlm_jax.structs import PADDING
 from vlm_jax.testing import KINDS, random_batch, tiny
 from vlm_jax.train.optim import PARTS, part_of
@@ -24,7 +24,7 @@ SETTINGS = {
     "learned positions": {"positions": "learned"},
     "rope on half a head": {"rope": Rope(fraction=0.5)},
     "another rope.theta": {"rope": Rope(theta=100.0)},
-    "free head": {"tied_head": False},
+    "free head": {"tie_word_embeddings": False},
     "one kv head": {"kv_heads": 1},
     "as many kv heads as heads": {"kv_heads": 0},
     "wide heads": {"head_dim": 16},
@@ -64,7 +64,9 @@ def all_sorts() -> Iterator[Experiment]:
     for projector in ("mlp", "pixel_shuffle", "average_pool", "resampler"):
         yield tiny(projector=Projector(kind=projector, heads=4))
     yield EXPERIMENTS["fuyu"]
-    cfg = decoder(tiny(), positions="learned", tied_head=False, gated_mlp=True, norm="rmsnorm")
+    cfg = decoder(
+        tiny(), positions="learned", tie_word_embeddings=False, gated_mlp=True, norm="rmsnorm"
+    )
     yield cfg
     yield replace(
         cfg, vision=replace(cfg.vision, class_token=True, pre_norm=True, patch_embed="conv")
@@ -72,7 +74,7 @@ def all_sorts() -> Iterator[Experiment]:
 
 
 def boxes(cfg):
-    return traverse_util.flatten_dict(boxed_params(cfg))
+    return traverse_util.flatten_dict(abstract_params(cfg))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,7 @@ def boxes(cfg):
 def test_every_parameter_has_a_letter_for_each_dimension_and_belongs_to_one_part(cfg):
     found = boxes(cfg)
     for path, box in found.items():
-        assert isinstance(box, axes.Lettered), path
+        assert isinstance(box, axes.Partitioned), path
         letters = box.letters.split()
         assert len(letters) == len(box.value.shape), path
         assert set(letters) <= set(axes.ALPHABET), path

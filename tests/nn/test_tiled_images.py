@@ -138,11 +138,13 @@ def test_with_closed_gates_hybrid_is_unified_with_the_thumbnail_alone_bit_for_bi
     view, plain = THUMBNAIL if count > 1 else 0, experiment("unified")
     plain = replace(plain, vision=replace(plain.vision, tiles=1))
     slots = np.where(
-        batch.image_slots == NO_IMAGE, NO_IMAGE, batch.image_slots - view * cfg.image_tokens
+        batch.image_token_index == NO_IMAGE,
+        NO_IMAGE,
+        batch.image_token_index - view * cfg.image_tokens,
     )
     alone = batch.replace(
         images=batch.images[:, view : view + 1],
-        image_slots=slots,
+        image_token_index=slots,
         image_mask=batch.image_mask[..., :1],
     )
     own = {path: x for path, x in flat.items() if part_of(path) != "cross_attention"}

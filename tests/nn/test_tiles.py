@@ -11,7 +11,7 @@ from flax import traverse_util
 from flax.linen import meta
 
 from vlm_jax.config import Vision
-from vlm_jax.nn.tiles import filling_mask
+from vlm_jax.nn.tiles import padding_mask
 from vlm_jax.nn.vit import ViT
 
 LAYOUTS = ((1, 1), (1, 2), (2, 1))
@@ -27,7 +27,7 @@ CFG = Vision(
     feature_layers=(0, 2),
     tiles=2,
     tile_layouts=LAYOUTS,
-    global_depth=2,
+    num_global_layers=2,
 )
 D = CFG.width
 RNG = np.random.default_rng(0)
@@ -57,7 +57,7 @@ def test_only_what_fills_does_not_see_what_fills():
         1 1 . . . .
         1 1 . . . .
     """
-    mask = filling_mask(jnp.asarray([[True, False]]), length=2, filled=3)
+    mask = padding_mask(jnp.asarray([[True, False]]), length=2, filled=3)
     drawn = [" ".join("1" if seen else "." for seen in row) for row in np.asarray(mask[0, 0])]
     assert drawn == [line.strip() for line in picture.strip().splitlines()]
 
@@ -87,7 +87,7 @@ def test_the_gates_of_the_second_stage_close_all_of_it():
     closed = {
         name: x * 0 if "global_blocks" in name and "gate" in name else x for name, x in flat.items()
     }
-    without = replace(CFG, global_depth=1)
+    without = replace(CFG, num_global_layers=1)
     shorter = {name: x[:1] if "global_blocks" in name else x for name, x in closed.items()}
     closed, shorter = (traverse_util.unflatten_dict(x, sep="/") for x in (closed, shorter))
     np.testing.assert_array_equal(features(CFG, closed, [1, 2]), features(without, shorter, [1, 2]))

@@ -43,7 +43,7 @@ def test_nothing_after_a_token_changes_its_logits(cfg, forward, random_params):
     logits, slots, is_text = (
         forward(cfg, params, row).logits[0],
         np.arange(length),
-        row.image_slots[0] < 0,
+        row.image_token_index[0] < 0,
     )
     for start in range(0, length, 4):
         t = np.arange(start, start + 4)[:, None]
@@ -100,8 +100,8 @@ def documents(cfg):
     def joined(a, b):
         return np.concatenate([a, b], axis=1)
 
-    is_image, views = two.image_slots >= 0, cfg.vision.views
-    moved = two.image_slots + views * cfg.image_tokens
+    is_image, views = two.image_token_index >= 0, cfg.vision.views
+    moved = two.image_token_index + views * cfg.image_tokens
     fields = {
         name: joined(getattr(one, name), getattr(two, name))
         for name in ("tokens", "positions", "branch_ids")
@@ -109,7 +109,9 @@ def documents(cfg):
     both = Batch(
         **fields,
         segment_ids=joined(one.segment_ids, 2 * two.segment_ids),
-        image_slots=joined(one.image_slots, np.where(is_image, moved, two.image_slots)),
+        image_token_index=joined(
+            one.image_token_index, np.where(is_image, moved, two.image_token_index)
+        ),
         image_mask=joined(
             np.pad(one.image_mask, ((0, 0), (0, 0), (0, views))),
             np.pad(two.image_mask, ((0, 0), (0, 0), (views, 0))),
@@ -237,7 +239,7 @@ def test_a_batch_of_mixed_lengths_and_image_counts_is_one_by_one(cfg, forward, r
 
 def encoder_of_tiles() -> Experiment:
     """An encoder that reads all tiles of an image together, as that of Llama 3.2 Vision."""
-    tiled = {"tiles": 2, "tile_layouts": ((1, 1), (1, 2), (2, 1)), "global_depth": 1}
+    tiled = {"tiles": 2, "tile_layouts": ((1, 1), (1, 2), (2, 1)), "num_global_layers": 1}
     vision = replace(tiny().vision, class_token=True, keep_class_token=True, pre_norm=True, **tiled)
     return tiny("cross_attention", vision=vision)
 

@@ -7,18 +7,18 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from vlm_jax import axes, testing
-from vlm_jax.config import Mesh, Optim, RateScale
+from vlm_jax.config import LrMult, Mesh, Optim
 from vlm_jax.nn.vlm import VLM, empty_cache, example_batch
 from vlm_jax.plan import compiled, liveness, memory
 from vlm_jax.train.step import abstract_state
 
 SHAPES = {  # kind, width, text tokens, rows, trained
-    "activations": ("unified", 128, 96, 8, RateScale()),
-    "weights": ("cross_attention", 512, 24, 2, RateScale()),
-    "attention": ("encoder_decoder", 64, 384, 4, RateScale()),
-    "tiles": ("hybrid", 128, 96, 8, RateScale()),
-    "frozen_decoder": ("unified", 256, 64, 4, RateScale(0, 1, 0, 0)),
-    "frozen_encoder": ("unified", 128, 160, 8, RateScale(0, 1, 1, 1)),
+    "activations": ("unified", 128, 96, 8, LrMult()),
+    "weights": ("cross_attention", 512, 24, 2, LrMult()),
+    "attention": ("encoder_decoder", 64, 384, 4, LrMult()),
+    "tiles": ("hybrid", 128, 96, 8, LrMult()),
+    "frozen_decoder": ("unified", 256, 64, 4, LrMult(0, 1, 0, 0)),
+    "frozen_encoder": ("unified", 128, 160, 8, LrMult(0, 1, 1, 1)),
 }
 
 
@@ -31,7 +31,7 @@ def experiment(kind, width, text, rows, rates):
         decoder=dataclasses.replace(cfg.decoder, **stack, max_positions=512, gated_mlp=True),
         data=dataclasses.replace(cfg.data, text_length=text),
         train=dataclasses.replace(cfg.train, batch_size=rows),
-        optim=Optim(rate_scale=rates),
+        optim=Optim(lr_mult=rates),
     )
 
 

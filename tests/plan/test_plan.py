@@ -43,7 +43,7 @@ def planned(capsys, *arguments) -> dict:
 
 
 def test_json_is_the_only_thing_on_stdout_and_adds_up(capsys, config):
-    plan = planned(capsys, "--config", config, "--optim.rate_scale.vision", "0")
+    plan = planned(capsys, "--config", config, "--optim.lr_mult.vision", "0")
     sizes = plan["bytes_per_device"]
     assert sizes.pop("total") == sum(sizes.values())
     work = [part["forward_flops"] + part["backward_flops"] for part in plan["parts"].values()]

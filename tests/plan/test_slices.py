@@ -9,9 +9,9 @@ import pytest
 
 from vlm_jax import axes, testing
 from vlm_jax.config import (
+    LrMult,
     Mesh,
     Optim,
-    RateScale,
     Train,
 )
 from vlm_jax.plan import compiled, memory
@@ -39,7 +39,7 @@ def experiment(kind="unified", remat="none", rates=None, **sizes):
         vision=replace(cfg.vision, image_size_px=256, patch_size_px=16, **stack),
         decoder=replace(cfg.decoder, **stack, vocab_size=32000, max_positions=1024, gated_mlp=True),
         data=replace(cfg.data, text_length=512),
-        optim=Optim(rate_scale=rates or RateScale()),
+        optim=Optim(lr_mult=rates or LrMult()),
         train=Train(batch_size=ROWS[remat], compute_dtype="bfloat16"),
         mesh=Mesh(data=1, fsdp=-1),
     )
@@ -49,8 +49,8 @@ def four_chips(cfg):
     return axes.make_mesh(cfg.mesh, compiled.devices_of("v5e:2x2"))
 
 
-FROZEN = RateScale(vision=0, decoder=0)
-CASES = [(kind, remat, RateScale()) for kind in testing.KINDS for remat in ROWS]
+FROZEN = LrMult(vision=0, decoder=0)
+CASES = [(kind, remat, LrMult()) for kind in testing.KINDS for remat in ROWS]
 
 
 @pytest.mark.slow

@@ -13,7 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlm_jax.config import Data, Eval, Train, files
+from vlm_jax.config import (
+    Data,
+    Eval,
+    Train,
+    files,
+)
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.testing import hybrid_in_tiles, on_easy_vqa, write_conversations
 from vlm_jax.train import loop
@@ -304,10 +309,10 @@ for sizes in ((8, 1, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)):
     print(*axes.share_of_rows(axes.make_mesh(Mesh(*sizes))), file=sys.stderr)
 print("printed")
 try:
-    with distributed.together():
+    with distributed.raise_on_all():
         if sys.argv[2] == "1":
             raise REFUSED("no disk here.")
-except (ConfigError, OSError) as error:
+except (UserError, OSError) as error:
     print(error, file=sys.stderr)
 """
 

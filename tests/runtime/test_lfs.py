@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.hub import tiny_checkpoints, tiny_tokenizers
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 from vlm_jax.data import conversations, images
 from vlm_jax.hub.load import inspect
 from vlm_jax.hub.processor import Processor
@@ -18,7 +18,7 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0f' * 32}\n
 def refused(path, load) -> None:
     kept = path.read_bytes()
     path.write_text(POINTER)
-    with pytest.raises(ConfigError, match=f"^{path} is a Git LFS pointer, .* `git lfs pull`.$"):
+    with pytest.raises(UserError, match=f"^{path} is a Git LFS pointer, .* `git lfs pull`.$"):
         load()
     path.write_bytes(kept)
 

@@ -8,7 +8,7 @@ import pytest
 
 HOLDS_AND_GIVES_BACK = textwrap.dedent(
     """
-    from vlm_jax.start import give_back_memory
+    from vlm_jax.start import trim_memory
 
     def resident_bytes():
         with open("/proc/self/status") as file:
@@ -17,7 +17,7 @@ HOLDS_AND_GIVES_BACK = textwrap.dedent(
     pieces = [bytearray(2000) for _ in range(100_000)]
     kept, held = pieces[-1], resident_bytes()
     del pieces
-    give_back_memory()
+    trim_memory()
     print(held - resident_bytes())
     """
 )

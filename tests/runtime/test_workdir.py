@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from vlm_jax.config import ConfigError, Eval
+from vlm_jax.config import ConfigError, Eval, UserError
 from vlm_jax.data import pipeline
 from vlm_jax.runtime.workdir import LONGEST_NAME, Workdir, evaluation_name
 from vlm_jax.testing import tiny, write_conversations
@@ -40,7 +40,7 @@ def test_other_data_is_refused_by_name(changed, named, workdir):
 @pytest.mark.parametrize("content", ["", "{", "[]", "\0"])
 def test_a_damaged_fingerprint_is_named(content, workdir):
     (workdir.path / "data.json").write_text(content)
-    with pytest.raises(ConfigError, match="data.json .*another --workdir"):
+    with pytest.raises(UserError, match="data.json .*another --workdir"):
         workdir.check_data(PRINTS)
 
 
@@ -84,7 +84,7 @@ def test_an_evaluation_is_named_after_what_is_asked(fields, name):
 
 
 def evaluated(folder, text):
-    folder.try_writing()
+    folder.check_writable()
     folder.keep_settings()
     folder.eval.write_text(text)
     return folder
@@ -132,5 +132,5 @@ def test_a_folder_of_anything_else_is_never_written_to(name, workdir):
 
 def test_a_folder_that_cannot_be_made_is_refused(workdir):
     (workdir.path / "eval").write_text("mine")
-    with pytest.raises(ConfigError, match="eval/test cannot be written"):
-        workdir.later_evaluation(tiny(), 4, PRINTS).try_writing()
+    with pytest.raises(UserError, match="eval/test cannot be written"):
+        workdir.later_evaluation(tiny(), 4, PRINTS).check_writable()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.study import studies
-from vlm_jax.config import ConfigError
+from vlm_jax.config import ConfigError, UserError
 from vlm_jax.study import changed, planning
 from vlm_jax.study.definition import files, load
 from vlm_jax.study.run.folder import (
@@ -63,7 +63,7 @@ def test_seconds_are_matched_by_the_measured_step(tmp_path):
     matched = {"seconds": "train.steps"}
     made = plan(tmp_path, seconds={"linear": 0.1, "shuffle": 0.05}, matched=matched)
     assert made.arms["seconds", "shuffle"].train.steps == 12
-    with pytest.raises(ConfigError, match="measured: run the study first"):
+    with pytest.raises(UserError, match="measured: run the study first"):
         plan(tmp_path, matched=matched)
 
 
@@ -93,7 +93,7 @@ def test_arms_that_differ_in_what_a_checkpoint_decides_are_equal(tmp_path):
     arms = {"a": taught, "b": {"decoder.checkpoint": "{other}"}}
     settings = {"first": first, "reference": "a", "matched": {"examples": ""}}
     plan(tmp_path, arms=arms, **settings)
-    with pytest.raises(ConfigError, match="arms a and c are the same experiment"):
+    with pytest.raises(UserError, match="arms a and c are the same experiment"):
         plan(tmp_path, arms=arms | {"c": taught | {"decoder.depth": 4}}, **settings)
 
 
@@ -108,7 +108,7 @@ def test_shares_are_all_runs_and_the_seeds_of_an_arm_are_in_different_ones(tmp_p
 
 
 def test_equal_arms_are_refused_by_their_names(tmp_path):
-    with pytest.raises(ConfigError, match="arms linear and same are the same experiment"):
+    with pytest.raises(UserError, match="arms linear and same are the same experiment"):
         plan(tmp_path, arms={"linear": {}, "same": {"projector.kind": "linear"}})
 
 
@@ -133,7 +133,7 @@ def test_a_folder_takes_more_seeds_and_arms_and_no_other_version(tmp_path):
         ConfigError, match=r"another version .*\n.*linear: optim.learning_rate: 0.001 -> 0.5"
     ):
         place.open(plan(tmp_path, base=other))
-    with pytest.raises(ConfigError, match="examples/shuffle: is gone"):
+    with pytest.raises(UserError, match="examples/shuffle: is gone"):
         place.open(plan(tmp_path, arms={"linear": {}, "mlp": {"projector.kind": "mlp"}}))
     assert place.definition.read_text() == before
 
@@ -150,7 +150,7 @@ def test_a_folder_keeps_its_seeds(tmp_path):
 def test_another_seed_of_the_base_is_another_version(tmp_path):
     place = Folder(tmp_path / "study")
     place.open(plan(tmp_path))
-    with pytest.raises(ConfigError, match="linear: seed: 0 -> 1000"):
+    with pytest.raises(UserError, match="linear: seed: 0 -> 1000"):
         place.check(plan(tmp_path, base=changed(studies.base("data"), {"seed": 1000})))
 
 

@@ -13,10 +13,10 @@ from jax.sharding import NamedSharding
 from orbax.checkpoint._src.path import atomicity
 
 from vlm_jax import axes
-from vlm_jax.config import ConfigError, Mesh, Train
+from vlm_jax.config import ConfigError, Mesh, Train, UserError
 from vlm_jax.runtime import distributed
 from vlm_jax.structs import State
-from vlm_jax.train.checkpoint import Checkpoints, NotSaved
+from vlm_jax.train.checkpoint import Checkpoints, SaveError
 
 SMALL = [((64,), np.float32), ((), np.int32)]
 TRAIN = Train(keep_checkpoints=3)
@@ -182,7 +182,7 @@ def test_a_checkpoint_that_another_process_cannot_read_is_passed_over_by_all(
 
     refused = ["process 1 says: cut short"]
     saved(tmp_path, state, [1, 2])
-    monkeypatch.setattr(distributed, "together", together)
+    monkeypatch.setattr(distributed, "raise_on_all", together)
     assert equal(restored(tmp_path)[0], at_step(state, 1))
     assert (
         "checkpoint 2 is not whole and is passed over (process 1 says: cut short)"
@@ -206,7 +206,7 @@ def test_a_run_that_stops_before_it_reaches_damaged_checkpoints_is_saved(tmp_pat
 def test_a_checkpoint_that_orbax_leaves_out_is_said_so(tmp_path, state, monkeypatch):
     checkpoints = Checkpoints(tmp_path, TRAIN)
     monkeypatch.setattr(checkpoints._manager, "save", lambda *args, **kwargs: False)
-    with pytest.raises(NotSaved, match="could not be written"):
+    with pytest.raises(SaveError, match="could not be written"):
         checkpoints.save(1, state, PLACE, 1.0)
 
 
@@ -215,7 +215,7 @@ def test_where_every_checkpoint_is_damaged_nothing_is_begun_anew(tmp_path, state
     for step in ("1", "2"):
         cut_the_numbers(tmp_path / step)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ConfigError, match=f"no checkpoint in {tmp_path} is whole"):
+    with pytest.raises(UserError, match=f"no checkpoint in {tmp_path} is whole"):
         restored(tmp_path)
     out = capsys.readouterr().out
     assert "checkpoint 2" in out
@@ -241,7 +241,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_so(tmp_path, state, moment,
     monkeypatch.setattr(checkpoints._manager, moment, write)
     said = rf"could not be written to {tmp_path} \(No space left on device\); the last whole checkpoint .* step 7\.$"
     (tmp_path / "7").mkdir()
-    with pytest.raises(NotSaved, match=said):
+    with pytest.raises(SaveError, match=said):
         checkpoints.save(1, at_step(state, 1), PLACE, 1.0)
         checkpoints.close()
 

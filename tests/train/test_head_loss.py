@@ -13,7 +13,7 @@ from vlm_jax import axes
 from vlm_jax.config import Mesh
 from vlm_jax.testing import random_batch, random_params, tiny
 from vlm_jax.train.loss import chunk_tokens, cross_entropy, head_cross_entropy
-from vlm_jax.train.step import head_of
+from vlm_jax.train.step import output_head
 
 ROWS, LENGTH = 8, 28
 RNG = np.random.default_rng(0)
@@ -28,14 +28,16 @@ WEIGHTS = {
 
 def experiment(tied=True, softcap=0.0):
     cfg = tiny()
-    return replace(cfg, decoder=replace(cfg.decoder, tied_head=tied, logit_softcap=softcap))
+    return replace(
+        cfg, decoder=replace(cfg.decoder, tie_word_embeddings=tied, logit_softcap=softcap)
+    )
 
 
 def inputs(cfg, weights, dtype=np.float32):
     batch = random_batch(cfg, ROWS).replace(loss_weights=np.float32(weights))
     hidden = np.random.default_rng(1).normal(0, 2, (ROWS, LENGTH, cfg.decoder.width)).astype(dtype)
     params = traverse_util.flatten_dict(random_params(cfg))
-    return {path: params[path] for path in head_of(cfg).letters}, hidden, batch
+    return {path: params[path] for path in output_head(cfg).letters}, hidden, batch
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -43,7 +45,7 @@ def chunked(cfg, chunk, params, hidden, batch):
     """Value and gradients of the head and the hidden numbers."""
 
     def loss(params, hidden):
-        return 3 * head_cross_entropy(head_of(cfg), params, {}, hidden, batch, chunk)
+        return 3 * head_cross_entropy(output_head(cfg), params, {}, hidden, batch, chunk)
 
     return jax.value_and_grad(loss, argnums=(0, 1))(params, hidden)
 
@@ -51,7 +53,7 @@ def chunked(cfg, chunk, params, hidden, batch):
 @functools.partial(jax.jit, static_argnums=0)
 def plain(cfg, params, hidden, batch):
     def loss(params, hidden):
-        return 3 * cross_entropy(head_of(cfg).logits(params, hidden), batch)[0]
+        return 3 * cross_entropy(output_head(cfg).logits(params, hidden), batch)[0]
 
     return jax.value_and_grad(loss, argnums=(0, 1))(params, hidden)
 
@@ -71,7 +73,7 @@ def test_in_chunks_is_plain_whatever_is_scored(chunk, weights):
     assert_equal(chunked(cfg, chunk, *given), plain(cfg, *given))
     assert_equal(
         jax.jit(
-            lambda *given: 3 * head_cross_entropy(head_of(cfg), given[0], {}, *given[1:], chunk)
+            lambda *given: 3 * head_cross_entropy(output_head(cfg), given[0], {}, *given[1:], chunk)
         )(*given),
         plain(cfg, *given)[0],
     )
@@ -130,7 +132,7 @@ def test_the_logits_of_a_large_vocabulary_are_never_all_there(trained):
     vocabulary, rows, length = 128_256, 8, 512
     cfg = experiment()
     cfg = replace(cfg, decoder=replace(cfg.decoder, vocab_size=vocabulary))
-    head, like = head_of(cfg), jax.ShapeDtypeStruct
+    head, like = output_head(cfg), jax.ShapeDtypeStruct
     params = {path: like((vocabulary, 32), jnp.float32) for path in head.letters}
     hidden = like((rows, length, 32), jnp.float32)
     text = like((rows, length), jnp.int32)

@@ -14,7 +14,13 @@ from flax import traverse_util
 from tests.hub.tiny_checkpoints import ABOUT_IMAGES, CAPTIONS, OF_TEXT
 from vlm_jax import axes
 from vlm_jax.cli import commands
-from vlm_jax.config import ConfigError, Fusion, Mesh, files
+from vlm_jax.config import (
+    ConfigError,
+    Fusion,
+    Mesh,
+    UserError,
+    files,
+)
 from vlm_jax.hub.load import load_checkpoint
 from vlm_jax.nn.patches import resample_positions
 from vlm_jax.runtime.workdir import Workdir
@@ -22,7 +28,7 @@ from vlm_jax.structs import State
 from vlm_jax.testing import random_params, tiny
 from vlm_jax.train import initial
 from vlm_jax.train.checkpoint import Checkpoints
-from vlm_jax.train.step import abstract_state, make_state
+from vlm_jax.train.step import abstract_state, init_state
 
 MODEL = ("vision", "projector", "fusion", "decoder")
 EVERY = ABOUT_IMAGES | CAPTIONS | OF_TEXT
@@ -169,7 +175,7 @@ def test_a_setting_that_the_weights_do_not_fit_is_refused_by_name(
     if reason is None:
         assert experiment(*arguments).vision.feature_layers == (value,)
         return
-    with pytest.raises(ConfigError, match=reason):
+    with pytest.raises(UserError, match=reason):
         experiment(*arguments)
 
 
@@ -212,7 +218,7 @@ def run(tmp_path_factory):
     workdir, params = Workdir(cfg.workdir), random_params(cfg)
     workdir.open(cfg)
     workdir.tokenizer.write_text("{}")
-    state = jax.jit(lambda: make_state(cfg, jax.random.key(0)))()
+    state = jax.jit(lambda: init_state(cfg, jax.random.key(0)))()
     checkpoints = Checkpoints(workdir.checkpoints, cfg.train)
     checkpoints.save(1, State(state.step, params, state.optimizer), {}, 1.0)
     checkpoints.close()
@@ -268,7 +274,7 @@ def test_the_decoder_of_a_run_keeps_its_layers_under_another_fusion(run, config,
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path, config):
     Workdir(str(tmp_path / "run")).open(replace(tiny(), workdir=str(tmp_path / "run")))
-    with pytest.raises(ConfigError, match="holds no checkpoint yet"):
+    with pytest.raises(UserError, match="holds no checkpoint yet"):
         loaded(experiment(config, "--vision.checkpoint", tmp_path / "run"))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from vlm_jax.config import Train
 from vlm_jax.runtime.workdir import Workdir
-from vlm_jax.train.log import Log, Work
+from vlm_jax.train.log import Log, StepStats
 
 METRICS = {"loss": 0.5, "grad_norm": 2.0, "learning_rate": 1e-3}
 
@@ -26,7 +26,9 @@ def take_steps(workdir, start, stop, steps=10, every=4):
     log = Log(workdir, start, Train(steps=steps, log_every_steps=every), seconds_at_peak=0.25)
     for step in range(start + 1, stop + 1):
         log.step(
-            step, METRICS | {"loss": float(step)}, Work(100, 125, 3, 4, 7, data_wait_seconds=0.5)
+            step,
+            METRICS | {"loss": float(step)},
+            StepStats(100, 125, 3, 4, 7, data_wait_seconds=0.5),
         )
     log.close()
 
@@ -118,7 +120,7 @@ def test_the_compilation_is_reported_and_left_out_of_the_speed(workdir, capsys):
     log = Log(workdir, 0, Train(steps=2), seconds_at_peak=0.25)
     with log.compiling():
         time.sleep(0.3)
-    log.step(1, METRICS, Work(100, 125, 3, 4, 7, data_wait_seconds=0.0))
+    log.step(1, METRICS, StepStats(100, 125, 3, 4, 7, data_wait_seconds=0.0))
     log.close()
     assert rows(workdir)[0]["step_seconds"] < 0.3
     assert re.match(

@@ -13,12 +13,12 @@ import pytest
 
 from vlm_jax import axes
 from vlm_jax.config import (
-    ConfigError,
     Eval,
+    LrMult,
     Mesh,
     Optim,
-    RateScale,
     Train,
+    UserError,
 )
 from vlm_jax.data import pipeline
 from vlm_jax.runtime.workdir import Workdir
@@ -183,7 +183,7 @@ def test_a_block_about_the_run_and_the_compilation_come_before_the_first_step(
 
 
 def test_the_block_names_the_frozen_parts_and_their_share():
-    cfg = tiny("cross_attention", optim=Optim(rate_scale=RateScale(vision=0, decoder=0)))
+    cfg = tiny("cross_attention", optim=Optim(lr_mult=LrMult(vision=0, decoder=0)))
     params = state_shapes(cfg).params
     trained, frozen = optim.split(params, cfg.optim)
     sizes = [sum(x.size for x in part.values()) for part in (trained, frozen)]
@@ -258,7 +258,7 @@ def test_another_config_is_refused_with_the_difference_and_nothing_changes(finis
     cfg, _ = finished()
     before = files(cfg)
     other = replace(cfg, seed=3, train=replace(cfg.train, steps=12))
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         loop.train(other)
     assert "train.steps: 6 -> 12" in str(error.value)
     assert "seed: 0 -> 3" in str(error.value)
@@ -334,7 +334,7 @@ def test_the_wait_for_a_batch_is_in_the_metrics(experiment, monkeypatch):
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused_and_nothing_is_written(experiment):
     cfg = experiment(train=Train(batch_size=12))
-    with pytest.raises(ConfigError, match="train.batch_size 12 .* 8 devices"):
+    with pytest.raises(UserError, match="train.batch_size 12 .* 8 devices"):
         loop.train(cfg)
     assert not Workdir(cfg.workdir).path.exists()
     loop.check_rows(
@@ -345,7 +345,7 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused_and_nothing_is_writte
 def test_a_work_folder_that_cannot_be_made_is_refused(experiment, tmp_path):
     (tmp_path / "file").write_text("keep me")
     for path in ("file", "file/run"):
-        with pytest.raises(ConfigError, match=f"workdir {tmp_path / path} cannot be written"):
+        with pytest.raises(UserError, match=f"workdir {tmp_path / path} cannot be written"):
             loop.train(experiment(workdir=path))
     assert (tmp_path / "file").read_text() == "keep me"
 
@@ -385,7 +385,7 @@ def test_what_does_not_fit_the_data_is_refused_before_anything_is_written(
     experiment, change, named
 ):
     cfg = change(experiment())
-    with pytest.raises(ConfigError, match=named):
+    with pytest.raises(UserError, match=named):
         loop.train(cfg)
     assert not Workdir(cfg.workdir).path.exists()
 

@@ -11,14 +11,14 @@ from flax import traverse_util
 
 from tests.train.test_step import experiment, mesh_of, random_state
 from vlm_jax import axes
-from vlm_jax.config import ConfigError, Optim, RateScale
+from vlm_jax.config import LrMult, Optim, UserError
 from vlm_jax.testing import random_batch, variants_and_tiles
 from vlm_jax.train import loop, optim
 from vlm_jax.train.step import (
-    compiled_step,
-    make_state,
+    accumulate_gradients,
+    init_state,
+    jit_train_step,
     state_shardings,
-    summed,
 )
 
 ONE, EIGHT = (1, 1, 1), (2, 2, 2)
@@ -39,7 +39,7 @@ def one_step(cfg, shape=ONE):
     cfg, mesh = replace(cfg, optim=replace(cfg.optim, clip_norm=1e9)), mesh_of(shape)
     with jax.set_mesh(mesh):
         batch = jax.device_put(uneven(cfg), axes.row_sharding(mesh))
-        state, metrics = compiled_step(cfg, mesh)(random_state(cfg, mesh), batch)
+        state, metrics = jit_train_step(cfg, mesh)(random_state(cfg, mesh), batch)
     return float(metrics["loss"]), jax.device_get(optax.tree.get(state.optimizer, "mu"))
 
 
@@ -72,7 +72,8 @@ def test_rows_stay_on_their_devices_when_a_batch_is_cut_into_microbatches():
         rows = axes.row_sharding(mesh)
         batch = jax.device_put(random_batch(cfg, rows=32), rows)
         cut = jax.jit(
-            lambda batch: summed(lambda part: jnp.sum(part.images**2), batch, 4), in_shardings=rows
+            lambda batch: accumulate_gradients(lambda part: jnp.sum(part.images**2), batch, 4),
+            in_shardings=rows,
         )
         program = cut.lower(batch).compile().as_text()
     assert not any(
@@ -90,7 +91,7 @@ def test_a_state_is_made_where_it_lies_and_whole_nowhere(shape):
         mesh = mesh_of(shape)
         with jax.set_mesh(mesh):
             make = jax.jit(
-                lambda key: make_state(cfg, key), out_shardings=state_shardings(cfg, mesh)
+                lambda key: init_state(cfg, key), out_shardings=state_shardings(cfg, mesh)
             )
             found = make.lower(jax.random.key(0)).compile().memory_analysis()
         return found.output_size_in_bytes + found.temp_size_in_bytes
@@ -105,11 +106,11 @@ def test_microbatches_take_less_memory():
         cfg = replace(cfg, train=replace(cfg.train, microbatches=parts))
         mesh = mesh_of(ONE)
         state, batch = (
-            jax.eval_shape(lambda: make_state(cfg, jax.random.key(0))),
+            jax.eval_shape(lambda: init_state(cfg, jax.random.key(0))),
             random_batch(cfg, rows=64),
         )
         return (
-            compiled_step(cfg, mesh)
+            jit_train_step(cfg, mesh)
             .lower(state, batch)
             .compile()
             .memory_analysis()
@@ -126,11 +127,11 @@ def test_microbatches_take_less_memory():
 def test_a_batch_that_cannot_be_cut_is_refused(batch_size, microbatches, said):
     cfg = experiment("unified")
     cfg = replace(cfg, train=replace(cfg.train, batch_size=batch_size, microbatches=microbatches))
-    with pytest.raises(ConfigError, match=f"train.batch_size {said}"):
+    with pytest.raises(UserError, match=f"train.batch_size {said}"):
         loop.check_rows(cfg, mesh_of((2, 2, 2)))
 
 
-FROZEN = Optim(warmup_steps=0, rate_scale=RateScale(vision=0, decoder=0))
+FROZEN = Optim(warmup_steps=0, lr_mult=LrMult(vision=0, decoder=0))
 
 
 @pytest.mark.parametrize("name", variants_and_tiles())
@@ -158,7 +159,7 @@ def test_frozen_parts_are_kept_in_the_compute_dtype_and_stay_bit_for_bit():
         before = before.replace(
             params=jax.tree.map(lambda x, s: np.asarray(x, s.dtype), before.params, kept(cfg))
         )
-        after, _ = compiled_step(cfg, mesh)(before, uneven(cfg))
+        after, _ = jit_train_step(cfg, mesh)(before, uneven(cfg))
     new = traverse_util.flatten_dict(jax.device_get(after.params))
     for path, old in traverse_util.flatten_dict(before.params).items():
         frozen = optim.part_of(path) in ("vision", "decoder")
@@ -167,4 +168,4 @@ def test_frozen_parts_are_kept_in_the_compute_dtype_and_stay_bit_for_bit():
 
 
 def kept(cfg):
-    return jax.eval_shape(lambda: make_state(cfg, jax.random.key(0))).params
+    return jax.eval_shape(lambda: init_state(cfg, jax.random.key(0))).params

@@ -9,13 +9,13 @@ import pytest
 from flax import traverse_util
 
 from vlm_jax import axes
-from vlm_jax.config import NotFinite, Optim
+from vlm_jax.config import NonFiniteError, Optim
 from vlm_jax.data import pipeline
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.testing import random_batch, random_params, tiny
 from vlm_jax.train import loop
-from vlm_jax.train.not_finite import first_bad
-from vlm_jax.train.step import make_state, train_step
+from vlm_jax.train.not_finite import first_nonfinite_parameter
+from vlm_jax.train.step import init_state, train_step
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def cfg(short_run, tmp_path):
 def test_a_number_that_is_not_finite_stops_the_run_before_it_is_saved(
     cfg, monkeypatch, field, bad_step
 ):
-    def ready_step(cfg, mesh, state, batch):
+    def compile_train_step(cfg, mesh, state, batch):
         def step(state, batch):  # what the loop sees of a step, without its arithmetic
             state = state.replace(step=state.step + 1)
             metrics = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0}
@@ -40,8 +40,8 @@ def test_a_number_that_is_not_finite_stops_the_run_before_it_is_saved(
 
         return step
 
-    monkeypatch.setattr(loop, "ready_step", ready_step)
-    with pytest.raises(NotFinite, match=f"step {bad_step}: the {field} is nan"):
+    monkeypatch.setattr(loop, "compile_train_step", compile_train_step)
+    with pytest.raises(NonFiniteError, match=f"step {bad_step}: the {field} is nan"):
         loop.train(cfg)
     workdir = Workdir(cfg.workdir)
     assert [path.name for path in workdir.checkpoints.iterdir()] == ["2"]
@@ -51,7 +51,7 @@ def test_a_number_that_is_not_finite_stops_the_run_before_it_is_saved(
 
 def test_what_is_not_finite_is_named_with_the_images_of_its_batch(cfg):
     cfg = replace(cfg, optim=Optim(learning_rate=1e38, warmup_steps=0))
-    with pytest.raises(NotFinite) as error:
+    with pytest.raises(NonFiniteError) as error:
         loop.train(cfg)
     assert not list(Workdir(cfg.workdir).checkpoints.iterdir())
     said = str(error.value)
@@ -76,11 +76,13 @@ def test_a_parameter_that_is_not_finite_is_named_and_no_other(part):
     with jax.set_mesh(axes.make_mesh(cfg.mesh, jax.devices()[:1])):
         params = traverse_util.flatten_dict(random_params(cfg), sep="/")
         params[PLANTED[part]] = params[PLANTED[part]] * np.nan
-        state = make_state(cfg, jax.random.key(0)).replace(
+        state = init_state(cfg, jax.random.key(0)).replace(
             params=traverse_util.unflatten_dict(params, sep="/")
         )
         _, metrics = jax.jit(train_step, static_argnums=0)(cfg, state, random_batch(cfg))
-    said = first_bad(jax.device_get(metrics["finite"]), jax.device_get(metrics["largest"]))
+    said = first_nonfinite_parameter(
+        jax.device_get(metrics["finite"]), jax.device_get(metrics["largest"])
+    )
     assert (
         said
         == f"the first parameter that is not finite is of {part} ({PLANTED[part]}), 1 of {len(params)} are not"
@@ -95,12 +97,14 @@ def test_a_gradient_is_spoilt_from_where_the_backward_pass_comes():
         "decoder/final_norm/scale",
     ]
     sizes = dict.fromkeys(paths, 1.0)
-    said = first_bad(dict(zip(paths, (False, False, True, True))), sizes)
+    said = first_nonfinite_parameter(dict(zip(paths, (False, False, True, True))), sizes)
     assert (
         said
         == "the backward pass spoils that of projector (projector/linear/kernel) first, 2 of 4 gradients"
     )
-    said = first_bad(dict.fromkeys(paths, False), sizes | {"projector/linear/kernel": 1e30})
+    said = first_nonfinite_parameter(
+        dict.fromkeys(paths, False), sizes | {"projector/linear/kernel": 1e30}
+    )
     assert said.endswith(
         "no gradient is; the largest number, 1e+30, is of projector (projector/linear/kernel)"
     )

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import traverse_util
 
-from vlm_jax.config import Optim, RateScale
+from vlm_jax.config import LrMult, Optim
 from vlm_jax.structs import State
 from vlm_jax.testing import (
     KINDS,
@@ -19,7 +19,7 @@ from vlm_jax.testing import (
     tiny,
 )
 from vlm_jax.train import optim
-from vlm_jax.train.step import make_state, train_step
+from vlm_jax.train.step import init_state, train_step
 
 GATED = tiny("cross_attention")  # has all four parts
 RESAMPLER = tiny("cross_attention", projector=replace(GATED.projector, kind="resampler"))
@@ -34,7 +34,7 @@ def filled(params, value):
 
 
 def test_the_rate_rises_in_a_line_and_falls_as_a_cosine():
-    cfg = Optim(learning_rate=2.0, warmup_steps=10, final_fraction=0.1)
+    cfg = Optim(learning_rate=2.0, warmup_steps=10, final_lr_fraction=0.1)
     rate = optim.schedule(cfg, steps=110)
     points = {0: 0.0, 5: 1.0, 10: 2.0, 60: (2.0 + 0.2) / 2, 110: 0.2, 200: 0.2}
     np.testing.assert_allclose([rate(step) for step in points], list(points.values()), atol=1e-6)
@@ -50,12 +50,12 @@ def test_a_run_shorter_than_its_warm_up_still_learns():
 def test_every_parameter_belongs_to_exactly_one_part(kind):
     found = {optim.part_of(path) for path in traverse_util.flatten_dict(random_params(tiny(kind)))}
     assert found == set(optim.PARTS) - ({"cross_attention"} if kind == "unified" else set())
-    assert set(optim.PARTS) == {field.name for field in dataclasses.fields(RateScale)}
+    assert set(optim.PARTS) == {field.name for field in dataclasses.fields(LrMult)}
 
 
 def test_split_and_join_are_inverse():
     params = random_params(GATED)
-    cfg = Optim(rate_scale=RateScale(vision=0, cross_attention=0))
+    cfg = Optim(lr_mult=LrMult(vision=0, cross_attention=0))
     trained, frozen = optim.split(params, cfg)
     assert not set(trained) & set(frozen)
     assert {optim.part_of(path) for path in frozen} == {"vision", "cross_attention"}
@@ -77,13 +77,13 @@ def test_only_matrices_decay():
 def test_a_part_learns_at_its_own_rate():
     params = flat_params()
 
-    def updates(scale: RateScale):
-        transform = optim.optimizer(Optim(rate_scale=scale, warmup_steps=0), 10)
+    def updates(scale: LrMult):
+        transform = optim.optimizer(Optim(lr_mult=scale, warmup_steps=0), 10)
         return jax.jit(transform.update)(filled(params, 0.1), transform.init(params), params)[0]
 
     ones, scaled = (
-        updates(RateScale()),
-        updates(RateScale(vision=0.5, projector=3, cross_attention=0.25)),
+        updates(LrMult()),
+        updates(LrMult(vision=0.5, projector=3, cross_attention=0.25)),
     )
     factors = {"vision": 0.5, "projector": 3, "cross_attention": 0.25, "decoder": 1}
     for path in params:
@@ -112,7 +112,7 @@ HALVES = [
 
 def with_frozen(*parts, cfg=GATED):
     return replace(
-        cfg, optim=Optim(warmup_steps=0, rate_scale=replace(RateScale(), **dict.fromkeys(parts, 0)))
+        cfg, optim=Optim(warmup_steps=0, lr_mult=replace(LrMult(), **dict.fromkeys(parts, 0)))
     )
 
 
@@ -139,7 +139,7 @@ def test_frozen_parts_stay_bit_for_bit_and_the_others_move(frozen, cfg):
 @pytest.mark.parametrize("part", optim.PARTS)
 def test_a_frozen_part_has_no_moments(part):
     cfg = with_frozen(part)
-    state = jax.eval_shape(lambda: make_state(cfg, jax.random.key(0)))
+    state = jax.eval_shape(lambda: init_state(cfg, jax.random.key(0)))
     for moment in ("mu", "nu"):
         kept = set(optax.tree.get(state.optimizer, moment))
         assert kept == {path for path in flat_params() if optim.part_of(path) != part}

@@ -56,7 +56,9 @@ def test_the_loop_traces_the_steps_as_it_takes_them(events, short_run, tmp_path,
     def noted(step_fn):
         return lambda state, batch: events.append(int(state.step) + 1) or step_fn(state, batch)
 
-    ready_step = loop.ready_step
-    monkeypatch.setattr(loop, "ready_step", lambda *arguments: noted(ready_step(*arguments)))
+    compile_train_step = loop.compile_train_step
+    monkeypatch.setattr(
+        loop, "compile_train_step", lambda *arguments: noted(compile_train_step(*arguments))
+    )
     loop.train(short_run(workdir=tmp_path / "run", steps=4, profile_steps="2:3"))
     assert events == [1, "start", 2, 3, "stop", 4]

@@ -19,7 +19,7 @@ from vlm_jax.testing import (
     variants_and_tiles,
 )
 from vlm_jax.train.loop import seconds_at_peak
-from vlm_jax.train.step import abstract_state, compiled_step, new_state
+from vlm_jax.train.step import abstract_state, init_sharded_state, jit_train_step
 
 MESHES = factorizations(8)  # 8 does not divide the 4 heads: they are kept whole
 CONFIGS = variants_and_tiles() | {"text_only": tiny("text_only")}
@@ -52,7 +52,7 @@ def random_state(cfg, mesh):
 def three_steps(cfg, shape):
     mesh, rows = mesh_of(shape), []
     with jax.set_mesh(mesh):
-        state, step = random_state(cfg, mesh), compiled_step(cfg, mesh)
+        state, step = random_state(cfg, mesh), jit_train_step(cfg, mesh)
         for seed in range(3):
             batch = random_batch(cfg, rows=8, seed=seed)
             batch = batch if cfg.fusion.has_images else batch.replace(images=None)
@@ -111,7 +111,7 @@ def test_parameters_that_are_loaded_are_never_made(monkeypatch):
         return jit(function, **how)
 
     monkeypatch.setattr(jax, "jit", spy)
-    state = new_state(cfg, mesh, loaded)
+    state = init_sharded_state(cfg, mesh, loaded)
     (shardings,) = [found for found in made if found is not None]
     assert {path.split("/")[0] for path in shardings.params} == {"vision", "projector"}
     flat = traverse_util.flatten_dict(state.params, sep="/")
@@ -126,7 +126,7 @@ def test_a_new_run_traces_the_initialization_once(monkeypatch):
     monkeypatch.setattr(VLM, "init", lambda *args: traced.append(args) or init(*args))
     seconds_at_peak(cfg, mesh)
     with jax.set_mesh(mesh):
-        new_state(cfg, mesh, {})
+        init_sharded_state(cfg, mesh, {})
     assert len(traced) == 1
 
 
@@ -135,10 +135,10 @@ def new_run():
     """A new state on 2 x 2 x 2 and the state after a step, with what they are asked about."""
     cfg, mesh = experiment("cross_attention"), mesh_of((2, 2, 2))
     with jax.set_mesh(mesh):
-        before = new_state(cfg, mesh, {})
+        before = init_sharded_state(cfg, mesh, {})
         shapes = [shard_shapes(before)]
         described = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), before)
-        after, metrics = compiled_step(cfg, mesh)(before, random_batch(cfg, rows=8))
+        after, metrics = jit_train_step(cfg, mesh)(before, random_batch(cfg, rows=8))
     return before, after, metrics, [*shapes, shard_shapes(after)], described
 
 

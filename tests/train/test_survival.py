@@ -18,13 +18,13 @@ import pytest
 
 from vlm_jax import axes
 from vlm_jax.cli import commands
-from vlm_jax.config import ConfigError, Mesh, files
+from vlm_jax.config import Mesh, UserError, files
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.runtime import preemption
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.testing import variants_and_tiles
 from vlm_jax.train import loop
-from vlm_jax.train.checkpoint import Checkpoints, NotSaved
+from vlm_jax.train.checkpoint import Checkpoints, SaveError
 from vlm_jax.train.step import abstract_state
 
 ROOT = Path(__file__).parents[2]
@@ -136,7 +136,7 @@ def test_the_exit_code_of_a_stopped_run_says_resume_me(experiment, tmp_path, mon
     cfg = experiment()
     signals_at(2, monkeypatch)
     monkeypatch.setattr(commands, "experiment", lambda *_, **__: cfg)
-    monkeypatch.setattr(commands, "keep_compiled", lambda cfg: None)
+    monkeypatch.setattr(commands, "enable_compilation_cache", lambda cfg: None)
     before = signal.getsignal(signal.SIGTERM)
     assert commands.main(["train"]) == 75
     assert signal.signal(signal.SIGTERM, before) is signal.SIG_IGN, (
@@ -157,7 +157,7 @@ def test_a_step_that_cannot_be_saved_after_sigterm_is_not_said_to_be(experiment,
 
     signals_at(2, monkeypatch)
     monkeypatch.setattr(Checkpoints, "save", save)
-    with pytest.raises(NotSaved, match="No space left on device.*there is no checkpoint"):
+    with pytest.raises(SaveError, match="No space left on device.*there is no checkpoint"):
         loop.train(experiment())
 
 
@@ -174,7 +174,7 @@ def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_checkpoint(
 
     with (
         monkeypatch.context() as patched,
-        pytest.raises(NotSaved, match="last whole checkpoint is that of step 3"),
+        pytest.raises(SaveError, match="last whole checkpoint is that of step 3"),
     ):
         patched.setattr(loop, "note", fill_up)
         loop.train(cfg)
@@ -196,7 +196,7 @@ def test_a_second_process_in_a_work_folder_is_refused_and_a_dead_one_is_not(expe
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         assert process.stdout.readline() == b"held\n"
-        with pytest.raises(ConfigError, match="run is in use: another process trains there"):
+        with pytest.raises(UserError, match="run is in use: another process trains there"):
             loop.train(cfg)
         assert [path.name for path in Path(cfg.workdir).iterdir()] == [".lock"]
         process.kill()
@@ -205,7 +205,7 @@ def test_a_second_process_in_a_work_folder_is_refused_and_a_dead_one_is_not(expe
 
 
 def test_a_work_folder_in_a_bucket_is_refused(experiment):
-    with pytest.raises(ConfigError, match="workdir gs://bucket/run is an address"):
+    with pytest.raises(UserError, match="workdir gs://bucket/run is an address"):
         loop.train(replace(experiment(), workdir="gs://bucket/run"))
 
 
@@ -241,7 +241,7 @@ def test_a_full_disk_where_the_run_begins_is_a_sentence_and_the_run_may_begin_ag
 
     with (
         monkeypatch.context() as patched,
-        pytest.raises(ConfigError, match="cannot be written: File too large"),
+        pytest.raises(UserError, match="cannot be written: File too large"),
     ):
         patched.setattr(Tokenizer, "save", save_on_full_disk)
         loop.train(cfg)

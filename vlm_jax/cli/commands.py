@@ -19,12 +19,13 @@ from vlm_jax.config import (
     Optim,
     RunError,
     Train,
+    UserError,
     files,
 )
 from vlm_jax.config.hints import nearest, suggestion
 from vlm_jax.config.validate import validate
 from vlm_jax.runtime import preemption
-from vlm_jax.runtime.process import leave
+from vlm_jax.runtime.process import exit_now
 from vlm_jax.runtime.workdir import Workdir
 
 USAGE = """usage: python run.py [VERB] [--config FILE] [--any.field VALUE ...]
@@ -50,7 +51,11 @@ examples:
   python run.py generate --workdir runs/mine --image a.png --prompt "what color is the shape?" "is there a circle?"
   python run.py generate --checkpoint checkpoints/llava-1.5-7b-hf --image a.jpg --prompt "what is this?"
   python run.py plan --config configs/tpu/llava_1_5_7b_stage_2.py --devices 64"""
-OWN_HELP = ("generate", "verify", "export")  # verbs that explain their options themselves
+COMMANDS_WITH_OWN_HELP = (
+    "generate",
+    "verify",
+    "export",
+)  # verbs that explain their options themselves
 PLAN_OPTIONS = {
     "topology": {
         "help": "the slice of TPUs to plan for, CHIP:LAYOUT such as v5e:8x8; the step is compiled for it"
@@ -72,7 +77,12 @@ FINE_TUNING = Experiment(  # what --checkpoint begins with where there is no --c
     train=Train(steps=1000, batch_size=16),
     eval=Eval(split="", batch_size=16, max_new_tokens=64),
 )
-OPEN = ("data", "mesh", "distributed", "eval")  # sections that may change after the training
+EDITABLE_SECTIONS = (
+    "data",
+    "mesh",
+    "distributed",
+    "eval",
+)  # sections that may change after the training
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         has_verb = bool(arguments) and not arguments[0].startswith("-")
         verb, rest = (arguments[0], arguments[1:]) if has_verb else ("train", arguments)
-        if not arguments or (verb not in OWN_HELP and _asks_for_usage(rest)):
+        if not arguments or (verb not in COMMANDS_WITH_OWN_HELP and _asks_for_usage(rest)):
             print(USAGE)
             return 0 if arguments else 2
         if verb not in VERBS:
@@ -94,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
             raise ConfigError(f"{verb!r} is not a verb{hint}: choose {', '.join(VERBS)}.")
         return VERBS[verb](rest)
-    except (ConfigError, RunError, OSError, KeyboardInterrupt) as error:
+    except (UserError, RunError, OSError, KeyboardInterrupt) as error:
         code, message = _failure(error)
         print(message, file=sys.stderr)
         return code
@@ -172,10 +182,14 @@ def _base(verb: str, given: argparse.Namespace) -> Experiment:
 
 def _refuse_another_model(verb: str, cfg: Experiment, asked: Experiment) -> None:
     """A run is asked as it was trained: the shapes of its parameters are those of its config."""
-    changed = [line for line in files.differences(cfg, asked) if line.split(".")[0] not in OPEN]
+    changed = [
+        line
+        for line in files.differences(cfg, asked)
+        if line.split(".")[0] not in EDITABLE_SECTIONS
+    ]
     if changed:
         raise ConfigError(
-            f"{verb} takes a run as it was trained, and only fields of {', '.join(OPEN)} may be others: {changed[0]}."
+            f"{verb} takes a run as it was trained, and only fields of {', '.join(EDITABLE_SECTIONS)} may be others: {changed[0]}."
         )
 
 
@@ -188,7 +202,7 @@ def train(arguments: list[str]) -> int:
     try:
         with preemption.handler(preemption.stop_at_once):
             distributed.start(cfg)
-            keep_compiled(cfg)
+            enable_compilation_cache(cfg)
             with _ending_together():
                 loop.train(cfg)
                 return _evaluate(cfg, is_later=False)
@@ -197,11 +211,11 @@ def train(arguments: list[str]) -> int:
         code, message = _failure(error)
         print(message, file=sys.stderr)
         if not error.on_all_processes:
-            leave(code)
+            exit_now(code)
         return code
 
 
-def keep_compiled(cfg: Experiment) -> None:
+def enable_compilation_cache(cfg: Experiment) -> None:
     """Programs are kept on disk, unless the environment says where, and the next start compiles none of them."""
     import jax
 
@@ -260,7 +274,7 @@ def _ending_together() -> Iterator[None]:
 def _failure(error: BaseException) -> tuple[int, str]:
     """Returns the exit code and the message of an error; prints the traceback of an unexpected one."""
     match error:
-        case ConfigError():
+        case UserError():
             return 2, f"error: {error}"
         case OSError() | RunError():  # OSError: such as a full disk; it names the file
             return 1, f"error: {error}"

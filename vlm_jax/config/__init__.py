@@ -1,17 +1,20 @@
 """The experiment's configuration: its dataclasses, their checks, and files that hold them."""
 
 from vlm_jax.config.experiment import (
+    CheckpointError,
     ConfigError,
     Data,
+    DataError,
     Distributed,
     Eval,
     Experiment,
+    LrMult,
     Mesh,
-    NotFinite,
+    NonFiniteError,
     Optim,
-    RateScale,
     RunError,
     Train,
+    UserError,
     factorizations,
 )
 from vlm_jax.config.model import (
@@ -28,9 +31,11 @@ from vlm_jax.config.model import (
 
 __all__ = [
     "CHANNELS",
+    "CheckpointError",
     "ConfigError",
     "Contrastive",
     "Data",
+    "DataError",
     "Decoder",
     "Distributed",
     "Eval",
@@ -38,14 +43,15 @@ __all__ = [
     "Fusion",
     "FusionKind",
     "Mesh",
-    "NotFinite",
+    "NonFiniteError",
     "Optim",
     "Projector",
-    "RateScale",
+    "LrMult",
     "Rope",
     "RunError",
     "Train",
     "Transformer",
+    "UserError",
     "Vision",
     "factorizations",
 ]

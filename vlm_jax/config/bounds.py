@@ -35,7 +35,7 @@ AT_LEAST = {
     "vision.resize_px": 0,
     "vision.classes": 0,
     "vision.tiles": 1,
-    "vision.global_depth": 0,
+    "vision.num_global_layers": 0,
     "projector.factor": 1,
     "projector.queries": 1,
     "projector.depth": 1,
@@ -48,14 +48,14 @@ AT_LEAST = {
     "decoder.sliding_window": 0,
     "decoder.logit_softcap": 0,
     "optim.learning_rate": 0,
-    "optim.rate_scale.vision": 0,
-    "optim.rate_scale.projector": 0,
-    "optim.rate_scale.decoder": 0,
-    "optim.rate_scale.cross_attention": 0,
+    "optim.lr_mult.vision": 0,
+    "optim.lr_mult.projector": 0,
+    "optim.lr_mult.decoder": 0,
+    "optim.lr_mult.cross_attention": 0,
     "optim.warmup_steps": 0,
     "optim.beta1": 0,
     "optim.beta2": 0,
-    "optim.final_fraction": 0,
+    "optim.final_lr_fraction": 0,
     "optim.weight_decay": 0,
     "train.steps": 1,
     "train.batch_size": 1,
@@ -91,7 +91,7 @@ AT_MOST = {
     "distributed.timeout_seconds": 86_400,
     "distributed.heartbeat_seconds": 86_400,
     "optim.learning_rate": 1000,  # far above any that learns; much higher ones leave float32 in a step
-    "optim.final_fraction": 1,
+    "optim.final_lr_fraction": 1,
     "seed": 2**32 - 1,
     # Of models, far above all that were published: a config.json can say anything, and its model is traced at once.
     **_of_stacks(
@@ -103,7 +103,7 @@ AT_MOST = {
     "vision.resize_px": 2**14,
     "vision.classes": 2**24,
     "vision.tiles": 2**10,
-    "vision.global_depth": 4096,
+    "vision.num_global_layers": 4096,
     "decoder.vocab_size": 2**24,
     "decoder.extra_tokens": 2**24,
     "decoder.max_positions": 2**24,
@@ -151,7 +151,7 @@ def check_sampling(
     seed: int,
     named: Callable[[str], str] = lambda option: option,
 ) -> None:
-    """Raises ConfigError for an option of `infer.generate.Decoding` that is out of range; `named` spells its name."""
+    """Raises ConfigError for an option of `infer.generate.SamplingParams` that is out of range; `named` spells its name."""
     at_least = {
         "max_new_tokens": (max_new_tokens, 1),
         "temperature": (temperature, 0),

@@ -46,12 +46,12 @@ def _data(cfg: Experiment) -> None:
         )
     if (
         data.is_conversations
-        and cfg.fusion.blind_rows == "read_all"
+        and cfg.fusion.tokens_without_image == "attend_all"
         and not cfg.vision.keeps_aspect_in_tiles
     ):
         raise ConfigError(
-            f"fusion.blind_rows read_all lets a token without an image read those of other conversations in its row: "
-            f"set it to skip for data.source {data.source}."
+            "fusion.tokens_without_image attend_all leaks images between the conversations of a row: "
+            f"set it to mask_out for data.source {data.source} (other conversations share the row)."
         )
 
 
@@ -112,9 +112,9 @@ def _tiled_encoder(cfg: Experiment) -> None:
                 f"vision.tile_layouts is of the encoder of Llama 3.2 Vision, which vision.{name} "
                 f"{getattr(vision, name)} does not go with: set that to {needed}, or leave the layouts out."
             )
-    if vision.global_depth < 1:
+    if vision.num_global_layers < 1:
         raise ConfigError(
-            f"vision.tile_layouts needs vision.global_depth of at least 1, not {vision.global_depth}."
+            f"vision.tile_layouts needs vision.num_global_layers of at least 1, not {vision.num_global_layers}."
         )
     if (1, 1) not in layouts:
         raise ConfigError(
@@ -232,10 +232,14 @@ def _tiles(cfg: Experiment) -> None:
             "vision.thumbnail False leaves fusion.kind hybrid nothing to put into the sequence for an image in tiles: "
             "set it to True, or vision.tiles to 1."
         )
-    if fusion.blind_rows == "read_all" and fusion.image_in_memory and vision.cut_tiles > 1:
+    if (
+        fusion.tokens_without_image == "attend_all"
+        and fusion.image_in_memory
+        and vision.cut_tiles > 1
+    ):
         raise ConfigError(
-            f"fusion.blind_rows read_all lets a token without a tile read those that are not there: set it to skip for "
-            f"vision.tiles {vision.tiles}."
+            "fusion.tokens_without_image attend_all attends to tiles of padding: set it to mask_out "
+            f"for vision.tiles {vision.tiles}."
         )
     if tags and not cfg.tile_tags:
         raise ConfigError(
@@ -254,19 +258,19 @@ def _is_changed(section, name: str) -> bool:
 
 
 def _room(cfg: Experiment) -> None:
-    longest, image_slots = cfg.row_length, cfg.row_length - cfg.data.text_length
+    longest, image_token_index = cfg.row_length, cfg.row_length - cfg.data.text_length
     tiles = f" (vision.tiles {cfg.vision.tiles})" if cfg.vision.cut_tiles > 1 else ""
     if longest > cfg.decoder.max_positions:
         raise ConfigError(
-            f"decoder.max_positions {cfg.decoder.max_positions} has no room for the {image_slots} image "
+            f"decoder.max_positions {cfg.decoder.max_positions} has no room for the {image_token_index} image "
             f"tokens of a row{tiles} and data.text_length {cfg.data.text_length}: it must be at least {longest}."
         )
 
 
 def _rates(cfg: Experiment) -> None:
-    scales = dataclasses.asdict(cfg.optim.rate_scale)
+    scales = dataclasses.asdict(cfg.optim.lr_mult)
     if not any(scales.values()):
-        raise ConfigError(f"optim.rate_scale is 0 for {', '.join(scales)}: nothing would learn.")
+        raise ConfigError(f"optim.lr_mult is 0 for {', '.join(scales)}: nothing would learn.")
 
 
 def _microbatches(cfg: Experiment) -> None:

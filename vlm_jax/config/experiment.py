@@ -11,8 +11,20 @@ from typing import Literal
 from vlm_jax.config.model import Decoder, Fusion, Projector, Vision
 
 
-class ConfigError(ValueError):
-    """A mistake of the user, in one sentence that names the field and the valid choices."""
+class UserError(ValueError):
+    """A mistake that the user can correct, in one sentence; commands print it and exit with 2."""
+
+
+class ConfigError(UserError):
+    """An invalid field, option or argument; names the valid choices."""
+
+
+class DataError(UserError):
+    """An image or a file of a dataset that is missing or cannot be read."""
+
+
+class CheckpointError(UserError):
+    """A folder of a public checkpoint that is missing, damaged or not supported."""
 
 
 class RunError(RuntimeError):
@@ -21,7 +33,7 @@ class RunError(RuntimeError):
     on_all_processes = False  # whether every process of the run raises it at the same point
 
 
-class NotFinite(RunError):
+class NonFiniteError(RunError):
     """A number that became NaN or infinite, in one sentence: a run that failed without a mistake of the user."""
 
     on_all_processes = True
@@ -78,7 +90,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class RateScale:
+class LrMult:
     """Learning rate of a part as a multiple of `optim.learning_rate`; 0 freezes the part."""
 
     vision: float = 1.0  # of the image encoder's learning rate; 0 freezes it
@@ -91,9 +103,9 @@ class RateScale:
 class Optim:
     kind: Literal["adamw", "muon"] = "adamw"  # muon: for kernels; all else is AdamW's as before
     learning_rate: float = 1e-3  # the peak, after warm-up
-    rate_scale: RateScale = field(default_factory=RateScale)
+    lr_mult: LrMult = field(default_factory=LrMult)
     warmup_steps: int = 100  # steps in which the learning rate rises from 0 to its peak
-    final_fraction: float = 0.0  # the cosine ends at this share of the peak
+    final_lr_fraction: float = 0.0  # the cosine ends at this share of the peak
     beta1: float = 0.9  # decay of the mean of the gradients
     beta2: float = 0.99  # AdamW: decay of the mean of their squares
     weight_decay: float = 1e-4  # of matrices only
@@ -251,10 +263,10 @@ class Experiment:
     @property
     def begins_with_any(self) -> bool:
         """Whether a folder is named whose settings are to be taken over."""
-        return bool(self.init_from or self.begins_with)
+        return bool(self.init_from or self.pretrained_parts)
 
     @property
-    def begins_with(self) -> tuple[str, ...]:
+    def pretrained_parts(self) -> tuple[str, ...]:
         """Parts that begin with a checkpoint."""
         return tuple(
             part for part in ("vision", "projector", "decoder") if getattr(self, part).checkpoint

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from vlm_jax.config import ConfigError, Experiment, Fusion
+from vlm_jax.config import ConfigError, Decoder, Experiment, Fusion, Optim, Vision
 from vlm_jax.config.hints import nearest, nearest_field, suggestion
 from vlm_jax.config.validate import (
     check_types,
@@ -28,9 +28,24 @@ MAY_BE_EMPTY = (  # beside what is empty by default
     "data.question_field",
     "train.compilation_cache_dir",
 )
-OLD_DEFAULTS = {
-    Fusion: {"qk_norm": False}
-}  # of fields that older config files lack, where the default has changed
+# config.json of runs of older versions: fields that have another default, name or value today.
+OLD_DEFAULTS = {Fusion: {"qk_norm": False}}  # of fields that the file lacks
+OLD_NAMES = {
+    **{(kind, "norm_order"): "norm_position" for kind in (Vision, Decoder)},
+    **{(kind, "residual_scale"): "layer_scale" for kind in (Vision, Decoder)},
+    (Vision, "global_depth"): "num_global_layers",
+    (Decoder, "tied_head"): "tie_word_embeddings",
+    (Fusion, "blind_rows"): "tokens_without_image",
+    (Optim, "rate_scale"): "lr_mult",
+    (Optim, "final_fraction"): "final_lr_fraction",
+}
+OLD_VALUES = {
+    **{(kind, "norm", "rmsnorm_centred"): "rmsnorm_zero_centered" for kind in (Vision, Decoder)},
+    **{(kind, "norm_position", "both"): "sandwich" for kind in (Vision, Decoder)},
+    **{(kind, "layer_scale", "tanh"): "tanh_gate" for kind in (Vision, Decoder)},
+    (Fusion, "tokens_without_image", "skip"): "mask_out",
+    (Fusion, "tokens_without_image", "read_all"): "attend_all",
+}
 FORMS = """Every field is an option, --section.field VALUE; the default is the value in the config or in the run.
 
 examples:
@@ -248,6 +263,8 @@ def _without_unused(cfg: Experiment) -> Experiment:
 
 
 def _rebuilt(kind, values):
+    if isinstance(values, dict):
+        values = dict(_renamed(kind, name, value) for name, value in values.items())
     fields = dataclasses.fields(kind)
     names = {field.name for field in fields}
     sections = {field.name for field in fields if field.default is dataclasses.MISSING}
@@ -260,6 +277,12 @@ def _rebuilt(kind, values):
         nested = dataclasses.is_dataclass(types[name])
         built[name] = _rebuilt(types[name], value) if nested else _tuples(value)
     return kind(**built)
+
+
+def _renamed(kind, name: str, value) -> tuple[str, object]:
+    """Name and value of a field as this version spells them."""
+    name = OLD_NAMES.get((kind, name), name)
+    return name, OLD_VALUES.get((kind, name, value), value) if isinstance(value, str) else value
 
 
 def _tuples(value):

@@ -4,18 +4,25 @@ import difflib
 from collections.abc import Iterable, Mapping
 
 MOST_SUGGESTIONS = 4
-SYNONYMS = {  # what other programs call a field -> the field
+PARTS = ("vision", "projector", "decoder", "cross_attention")
+SYNONYMS = {  # name of a field in other programs and in older versions -> the field
     **dict.fromkeys(("lr", "max_lr", "peak_lr", "base_lr"), "optim.learning_rate"),
     **dict.fromkeys(("wd", "decay"), "optim.weight_decay"),
     **dict.fromkeys(("warmup", "warmup_ratio", "num_warmup_steps"), "optim.warmup_steps"),
     **dict.fromkeys(
         ("clip", "grad_clip", "max_grad_norm", "gradient_clip_val", "grad_norm"), "optim.clip_norm"
     ),
-    **dict.fromkeys(("min_lr", "min_lr_ratio"), "optim.final_fraction"),
+    **dict.fromkeys(("min_lr", "min_lr_ratio", "final_fraction"), "optim.final_lr_fraction"),
+    **{f"rate_scale.{part}": f"optim.lr_mult.{part}" for part in PARTS},
+    "norm_order": "decoder.norm_position",
+    "residual_scale": "decoder.layer_scale",
+    "global_depth": "vision.num_global_layers",
+    "tied_head": "decoder.tie_word_embeddings",
+    "blind_rows": "fusion.tokens_without_image",
     **dict.fromkeys(("optimizer", "optim", "opt"), "optim.kind"),
-    **dict.fromkeys(("freeze", "freeze_vision", "freeze_encoder"), "optim.rate_scale.vision"),
+    **dict.fromkeys(("freeze", "freeze_vision", "freeze_encoder"), "optim.lr_mult.vision"),
     **dict.fromkeys(
-        ("freeze_decoder", "freeze_llm", "freeze_language_model"), "optim.rate_scale.decoder"
+        ("freeze_decoder", "freeze_llm", "freeze_language_model"), "optim.lr_mult.decoder"
     ),
     **dict.fromkeys(
         (

@@ -19,10 +19,10 @@ class Transformer:
     head_dim: int = 0  # H: numbers of a head; 0: width / heads
     mlp_width: int = 512  # F: hidden numbers of the MLP
     #: centred: scales are kept minus 1 (Gemma)
-    norm: Literal["layernorm", "rmsnorm", "rmsnorm_centred"] = "layernorm"
+    norm: Literal["layernorm", "rmsnorm", "rmsnorm_zero_centered"] = "layernorm"
     norm_eps: float = 1e-6  # added to the variance
     #: x + f(norm x), norm(x + f(x)), or x + norm(f(norm x))
-    norm_order: Literal["pre", "post", "both"] = "pre"
+    norm_position: Literal["pre", "post", "sandwich"] = "pre"
     activation: Activation = "gelu_tanh"  # of the MLP
     gated_mlp: bool = False  # down(act(gate x) * up x) instead of down(act(up x))
     qkv_bias: bool = True  # biases of the query, key and value projections
@@ -32,7 +32,7 @@ class Transformer:
     query_scale: float = 0.0  # factor of attention's scores; 0: 1 / sqrt(H)
     score_softcap: float = 0.0  # c: attention's scores become c tanh(score / c); 0: they stay
     #: of what a sublayer adds: D numbers, or tanh of one
-    residual_scale: Literal["none", "vector", "tanh"] = "none"
+    layer_scale: Literal["none", "vector", "tanh_gate"] = "none"
     #: blocks (or periods of them) laid out per turn of the loop: slower to compile, remat saves
     #: less
     unroll: int = 1
@@ -97,7 +97,7 @@ class Vision(Transformer):
     #: embeddings of its own
     tile_layouts: tuple[tuple[int, int], ...] = ()
     #: gated blocks after the others; the features are then the output and `feature_layers`
-    global_depth: int = 0
+    num_global_layers: int = 0
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -193,7 +193,7 @@ class Fusion:
     #: cross_attention, encoder_decoder: a token in the text marks the place of each image (Llama 3.2 Vision, Flamingo)
     placeholder: bool = False
     #: a token with no image to read: gets nothing, or reads every one
-    blind_rows: Literal["skip", "read_all"] = "skip"
+    tokens_without_image: Literal["mask_out", "attend_all"] = "mask_out"
 
     @property
     def image_in_sequence(self) -> bool:
@@ -275,11 +275,11 @@ class Decoder(Transformer):
     sliding_window: int = 0  # tokens, itself included, that a token of a sliding block sees
     sliding_layers: tuple[int, ...] = ()  # the blocks that slide
     final_norm: bool = True  # a norm after the last block
-    tied_head: bool = True  # the output head is the embedding
+    tie_word_embeddings: bool = True  # the output head is the embedding
     logit_softcap: float = 0.0  # c: logits become c tanh(logit / c); 0: they stay
 
     @property
-    def turned(self) -> int:
+    def rotary_dim(self) -> int:
         """R: numbers of a head that RoPE turns."""
         return int(self.head_width * self.rope.fraction)
 

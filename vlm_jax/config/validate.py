@@ -169,9 +169,9 @@ def _heads(part: Transformer, name: str):
 
 def _turns(decoder):
     if decoder.positions == "rope" and (
-        decoder.turned % 2 or not 0 < decoder.turned <= decoder.head_width
+        decoder.rotary_dim % 2 or not 0 < decoder.rotary_dim <= decoder.head_width
     ):
         raise ConfigError(
-            f"decoder.rope.fraction {decoder.rope.fraction} of a head of {decoder.head_width} is {decoder.turned} "
+            f"decoder.rope.fraction {decoder.rope.fraction} of a head of {decoder.head_width} is {decoder.rotary_dim} "
             "numbers: RoPE turns an even number of them, from 2 to all."
         )

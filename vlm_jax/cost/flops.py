@@ -15,8 +15,8 @@ from flax import traverse_util
 from flax.linen import meta
 
 from vlm_jax.config import Experiment
-from vlm_jax.nn.models import boxed_params
-from vlm_jax.nn.tiles import MULTIPLE
+from vlm_jax.nn.models import abstract_params
+from vlm_jax.nn.tiles import TOKEN_MULTIPLE
 from vlm_jax.train import optim
 
 Path = tuple[str, ...]
@@ -72,7 +72,7 @@ def token_flow(cfg: Experiment) -> Tokens:
     images, patches = cfg.data.images_per_row, math.prod(vision.grid)
     encoder = patches + int(vision.kind == "vit" and vision.class_token)
     if together:
-        encoder = tiles * math.ceil(encoder / MULTIPLE) * MULTIPLE
+        encoder = tiles * math.ceil(encoder / TOKEN_MULTIPLE) * TOKEN_MULTIPLE
     read = vision.cut_tiles if cfg.fusion.kind == "hybrid" else tiles
     return Tokens(
         images=images,
@@ -121,9 +121,9 @@ def _products(
     cfg: Experiment, tokens: Tokens, gradients: Gradients
 ) -> Iterator[tuple[Path, Flops]]:
     """Every kernel with the FLOPs of one row."""
-    shapes = traverse_util.flatten_dict(meta.unbox(boxed_params(cfg)))
+    shapes = traverse_util.flatten_dict(meta.unbox(abstract_params(cfg)))
     for path, kernel in shapes.items():
-        is_head = path[:2] == ("decoder", "embedding") and cfg.decoder.tied_head
+        is_head = path[:2] == ("decoder", "embedding") and cfg.decoder.tie_word_embeddings
         if path[-1] != "kernel" and not is_head:
             continue
         forward = 2.0 * _rows(cfg, path, tokens) * math.prod(kernel.shape)
@@ -170,7 +170,7 @@ def _attentions(
     """The two products of every attention, scores and mix, with the FLOPs of one row."""
     vision, decoder, projector = cfg.vision, cfg.decoder, cfg.projector
     if tokens.images and vision.kind == "vit":
-        pairs = tokens.encoded * tokens.encoder**2 * (vision.depth + vision.global_depth)
+        pairs = tokens.encoded * tokens.encoder**2 * (vision.depth + vision.num_global_layers)
         back = 2 * gradients.features
         yield ("vision",), _attention(pairs * vision.heads * vision.head_width, back)
     if tokens.images and projector.kind == "resampler":

@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import DataError
 from vlm_jax.runtime.lfs import refuse_pointer
 
-MARK = "<image>"  # placeholder of an image in a text
+IMAGE_PLACEHOLDER = "<image>"  # placeholder of an image in a text
 SPEAKERS = ("human", "gpt")
 DEFAULT_TYPE = "conversation"
 REPORTED_RECORDS = 5
 RECORD_FORMAT = (
     "'conversations', a list of turns with 'from' and 'value' that alternate between human and gpt, and one path in "
-    f"'image' for each {MARK}"
+    f"'image' for each {IMAGE_PLACEHOLDER}"
 )
 BLANK = "\ufeff \t\r\n"  # around records; byte order marks remain where files were concatenated
 
@@ -42,7 +42,7 @@ def read_files(files: tuple[str, ...]) -> Iterator[ConversationRecord]:
     """Yields the records of all files, in order.
 
     Raises:
-      ConfigError: a file cannot be read or has no records (at once), or records are malformed (at the end: the
+      DataError: a file cannot be read or has no records (at once), or records are malformed (at the end: the
         message has their number, and the place and the fault of the first few).
     """
     reported, bad, count = [], 0, 0
@@ -57,7 +57,7 @@ def read_files(files: tuple[str, ...]) -> Iterator[ConversationRecord]:
                     reported.append(f"{file}: {place} {error}")
     if bad:
         more = f"; and {bad - len(reported)} more" if bad > len(reported) else ""
-        raise ConfigError(
+        raise DataError(
             f"{bad} of {count} records are not conversations: {'; '.join(reported)}{more}. A record needs "
             f"{RECORD_FORMAT}."
         )
@@ -67,19 +67,19 @@ def _values(file: str) -> Iterator[tuple[str, object]]:
     """Yields the place of each record, such as "line 3", and its JSON value, or the ValueError of parsing it.
 
     Raises:
-      ConfigError: the file is not text or not JSON, or has no records.
+      DataError: the file is not text or not JSON, or has no records.
     """
     text = _text(file)
     if not text:
-        raise ConfigError(f"{file} is empty: it holds no conversations.")
+        raise DataError(f"{file} is empty: it holds no conversations.")
     whole = _parsed(text)
     is_list = text.startswith("[")
     if is_list and isinstance(whole, ValueError):
-        raise ConfigError(f"{file} is not valid JSON: {whole}.")
+        raise DataError(f"{file} is not valid JSON: {whole}.")
     if is_list and not whole:
-        raise ConfigError(f"{file} is an empty list: it holds no conversations.")
+        raise DataError(f"{file} is an empty list: it holds no conversations.")
     if isinstance(whole, dict) and "conversations" not in whole:
-        raise ConfigError(
+        raise DataError(
             f"{file} is a single JSON object with the keys {_listed(whole)}, not a list of conversations."
         )
     if is_list:
@@ -105,21 +105,19 @@ def _text(file: str) -> str:
     try:
         content = Path(file).read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot read the conversations of {file}: {error.strerror}.") from None
+        raise DataError(f"cannot read the conversations of {file}: {error.strerror}.") from None
     refuse_pointer(file, content)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ConfigError(
+        raise DataError(
             f"{file} is not text in UTF-8: line {line} has the byte 0x{content[error.start]:02x}. Save the "
             "file as UTF-8."
         ) from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise ConfigError(
-            f"{file} is not text: line {line} has a NUL byte. The file may be damaged."
-        )
+        raise DataError(f"{file} is not text: line {line} has a NUL byte. The file may be damaged.")
     return text.strip(BLANK)
 
 
@@ -152,9 +150,9 @@ def _fields(value: object, index: int) -> tuple[str, tuple[str, ...], tuple[str,
     if not isinstance(value, dict):
         raise _BadRecord(f"is {_kind(value)}, not an object")
     turns, paths = _turns(value), _image_paths(value)
-    marks = sum(turn.count(MARK) for turn in turns)
+    marks = sum(turn.count(IMAGE_PLACEHOLDER) for turn in turns)
     if marks != len(paths):
-        raise _BadRecord(f"has {len(paths)} images and {marks} marks {MARK} for them")
+        raise _BadRecord(f"has {len(paths)} images and {marks} marks {IMAGE_PLACEHOLDER} for them")
     if not turns:
         raise _BadRecord("has no turn from human that gpt answers")
     record_type = _checked_text(value.get("type", DEFAULT_TYPE), "'type'")

@@ -27,7 +27,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from vlm_jax.config import ConfigError, Data
+from vlm_jax.config import Data, DataError, UserError
 from vlm_jax.data.conversation_files import DEFAULT_TYPE, read_files
 from vlm_jax.data.images import check, read_bytes
 from vlm_jax.data.sources import Rows, prepared, split_rows
@@ -122,7 +122,7 @@ def load(
       how: options of that builder.
 
     Raises:
-      ConfigError: a file is not of the format, images are missing or cannot be decoded, or the split does not exist
+      DataError: a file is not of the format, images are missing or cannot be decoded, or the split does not exist
         or is empty.
     """
     texts = prepared(_texts_builder(data), data)
@@ -199,7 +199,7 @@ class ConversationTexts(_InOrder):
 class ConversationImages(_InOrder):
     """Split 'images': every image file that the conversations name, once, in the order in which they do.
 
-    All files are decoded before the dataset exists, and all that cannot be decoded are named in one ConfigError.
+    All files are decoded before the dataset exists, and all that cannot be decoded are named in one DataError.
     """
 
     VERSION = tfds.core.Version("2.0.0")
@@ -261,15 +261,15 @@ def _read(image_dir: Path, item: tuple[str, str]) -> dict:
     try:
         encoded = read_bytes(image_dir / path)
         check(encoded, f"image {path}")
-    except ConfigError as error:
+    except UserError as error:
         return {"problem": f"{str(error).rstrip('.')} (record {record!r})"}
     return {"path": path, "record": record, "image": encoded}
 
 
 def _refuse(image_dir: Path, count: int, problems: Sequence[str]) -> None:
-    """Raises ConfigError where any of the `count` images has a problem."""
+    """Raises DataError where any of the `count` images has a problem."""
     if problems:
-        raise ConfigError(
+        raise DataError(
             f"{len(problems)} of {count} images in data.image_dir {image_dir} cannot be used: {_listed(problems)}; "
             "repair or replace them, and the same command continues."
         )
@@ -287,7 +287,7 @@ def _image_set(texts_name: str, data: Data, records: Mapping[str, str]) -> str:
     Where image files are missing, as on a machine that only has the prepared sets, it is the set prepared last.
 
     Raises:
-      ConfigError: image files are missing, and no set was prepared.
+      DataError: image files are missing, and no set was prepared.
     """
     image_dir = Path(data.image_dir).expanduser()
     states = _states(image_dir, list(records))
@@ -299,7 +299,7 @@ def _image_set(texts_name: str, data: Data, records: Mapping[str, str]) -> str:
     sets = Path(data.dir).expanduser() / ConversationImages.name
     kept = list(sets.glob(f"{texts_name}_*/{ConversationImages.VERSION}/dataset_info.json"))
     if not kept:
-        raise ConfigError(f"{lack}.")
+        raise DataError(f"{lack}.")
     _print_once(f"{lack}; the set that was prepared before is used")
     return max(kept, key=os.path.getmtime).parents[1].name
 
@@ -342,7 +342,7 @@ def file_digest(file: str) -> bytes:
         stat = path.stat()
         return _digest(str(path), stat.st_size, stat.st_mtime_ns)
     except OSError as error:
-        raise ConfigError(f"cannot read the conversations of {file}: {error.strerror}.") from None
+        raise DataError(f"cannot read the conversations of {file}: {error.strerror}.") from None
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vlm_jax.config import ConfigError, Vision
+from vlm_jax.config import DataError, Vision
 from vlm_jax.runtime.lfs import refuse_pointer
 
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 5 to 8 swap width and height
@@ -31,12 +31,12 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def read_image(path: str | os.PathLike) -> Image.Image:
-    """Returns the image in a file, upright and RGB. ConfigError names a file that cannot be read."""
+    """Returns the image in a file, upright and RGB. DataError names a file that cannot be read."""
     return decode(read_bytes(path), name=str(path))
 
 
 def from_array(pixels: np.ndarray) -> Image.Image:
-    """(height, width), or (height, width, 1, 3 or 4) uint8 -> an open image. ConfigError for any other array."""
+    """(height, width), or (height, width, 1, 3 or 4) uint8 -> an open image. DataError for any other array."""
     channels = pixels.shape[2:] or (1,)
     if (
         pixels.dtype != np.uint8
@@ -44,7 +44,7 @@ def from_array(pixels: np.ndarray) -> Image.Image:
         or not pixels.size
         or channels[0] not in (1, 3, 4)
     ):
-        raise ConfigError(
+        raise DataError(
             f"an array of {pixels.dtype} {pixels.shape} is not an image: it must be uint8 of shape (height, width), or "
             "(height, width, channels) with 1, 3 or 4 channels."
         )
@@ -52,43 +52,41 @@ def from_array(pixels: np.ndarray) -> Image.Image:
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """Returns the content of an image file. ConfigError names a file that cannot be read."""
+    """Returns the content of an image file. DataError names a file that cannot be read."""
     try:
         encoded = Path(path).expanduser().read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot read the image {path}: {error.strerror}.") from None
+        raise DataError(f"cannot read the image {path}: {error.strerror}.") from None
     refuse_pointer(path, encoded)
     return encoded
 
 
 @contextlib.contextmanager
 def decoding(name: str) -> Iterator[None]:
-    """Turns whatever Pillow raises for malformed bytes into a ConfigError that names the image."""
+    """Turns whatever Pillow raises for malformed bytes into a DataError that names the image."""
     try:
         yield
     except Exception as error:  # of any type: a decoder meets arbitrary bytes
         raise _refusal(name, error) from None
 
 
-def _refusal(name: str, error: Exception) -> ConfigError:
+def _refusal(name: str, error: Exception) -> DataError:
     reason = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
     match error:
         case Image.DecompressionBombError():
             size = reason.partition(",")[0]  # both numbers of pixels
-            return ConfigError(f"{name} is too large: {size}; scale it down.")
+            return DataError(f"{name} is too large: {size}; scale it down.")
         case MemoryError():
-            return ConfigError(
-                f"{name} is too large for the memory of this machine; scale it down."
-            )
+            return DataError(f"{name} is too large for the memory of this machine; scale it down.")
         case UnidentifiedImageError():
-            return ConfigError(
+            return DataError(
                 f"{name} is not a readable image: its format is unknown, or its header is damaged."
             )
     if any(limit in reason for limit in PNG_TEXT_LIMITS):
-        return ConfigError(
+        return DataError(
             f"{name} has metadata beyond a limit of Pillow ({reason}); save it without metadata."
         )
-    return ConfigError(f"{name} is not a readable image: {reason}.")
+    return DataError(f"{name} is not a readable image: {reason}.")
 
 
 def upright(encoded: bytes, name: str = "image", needed_px: int = 0) -> Image.Image:
@@ -100,7 +98,7 @@ def upright(encoded: bytes, name: str = "image", needed_px: int = 0) -> Image.Im
       needed_px: as in `decode`.
 
     Raises:
-      ConfigError: the file is not an image, is damaged, or is beyond a limit of Pillow.
+      DataError: the file is not an image, is damaged, or is beyond a limit of Pillow.
     """
     with decoding(name):
         image = Image.open(io.BytesIO(encoded))
@@ -143,7 +141,7 @@ def decode(encoded: bytes, name: str = "image", needed_px: int = 0) -> Image.Ima
     its size, as long as that leaves twice as many: several times faster, and hardly another image when it is resized.
 
     Raises:
-      ConfigError: as `upright`.
+      DataError: as `upright`.
     """
     image = upright(encoded, name, needed_px)
     with decoding(name):
@@ -163,7 +161,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def check(encoded: bytes, name: str = "image") -> None:
-    """Raises ConfigError as `decode` would; a JPEG is read to its end, but at an eighth of its size."""
+    """Raises DataError as `decode` would; a JPEG is read to its end, but at an eighth of its size."""
     decode(encoded, name, needed_px=1)
 
 

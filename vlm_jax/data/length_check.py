@@ -49,7 +49,7 @@ def left_out(cfg: Experiment, tokenizer: Tokenizer) -> str:
 def sampled_rows(cfg: Experiment, tokenizer: Tokenizer) -> list[list[text.Pair]]:
     """What is chosen for at most `SAMPLED_ROWS` training rows, spread over the split, whether it fits or not."""
     records = sources.load(cfg.data, cfg.data.train_split)
-    choose, rng = pipeline.chooser(cfg, tokenizer), np.random.default_rng(cfg.seed)
+    choose, rng = pipeline.make_question_sampler(cfg, tokenizer), np.random.default_rng(cfg.seed)
     return [
         choose(records[index], rng)
         for index in range(0, len(records), -(-len(records) // SAMPLED_ROWS))

@@ -108,7 +108,7 @@ def capacity(cfg: Experiment) -> tuple[dict[str, int], dict[str, int]]:
     """How much of each field of an element a row holds, and what stands where there is nothing."""
     pad = cfg.data.special_ids[0]
     padding = {"tokens": pad, "targets": pad, "images_seen": 0, "images": NO_IMAGE}
-    padding |= {name: FILL[name] for name in ("image_slots", "image_tags", "loss_weights")}
+    padding |= {name: FILL[name] for name in ("image_token_index", "image_tags", "loss_weights")}
     if cfg.fusion.placeholder:
         padding["images_from"] = 0
     if cfg.fusion.prefix == "bidirectional":
@@ -180,7 +180,7 @@ def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Callable) -> Batch:
         positions=fields["tokens_positions"],
         segment_ids=segment_ids,
         branch_ids=np.full_like(segment_ids, TRUNK),
-        image_slots=moved(fields["image_slots"], first * views * cfg.image_tokens),
+        image_token_index=moved(fields["image_token_index"], first * views * cfg.image_tokens),
         image_mask=only_own_tile(may_read, moved(fields["image_tags"], first * views)),
         images=images if cfg.fusion.has_images else None,
     )
@@ -230,11 +230,19 @@ def on_tiles(
         layouts[place] = vision.tile_layouts.index(tiling.layout_of(image, vision)) + 1
     shown = there if batch.image_rows is None else there[batch.image_rows]
     mask = np.repeat(batch.image_mask, vision.tiles, axis=-1) & shown.reshape(len(shown), 1, -1)
-    blind = np.repeat(own, vision.tiles, axis=-1) if cfg.fusion.blind_rows == "read_all" else None
+    blind = (
+        np.repeat(own, vision.tiles, axis=-1)
+        if cfg.fusion.tokens_without_image == "attend_all"
+        else None
+    )
     # The first tile of a missing image is read by no token, but keeps the encoder's softmax finite.
     tile_mask = there | (np.arange(vision.tiles) == 0)
     return batch.replace(
-        images=pixels, tile_layouts=layouts, tile_mask=tile_mask, image_mask=mask, blind_mask=blind
+        images=pixels,
+        tile_layouts=layouts,
+        tile_mask=tile_mask,
+        image_mask=mask,
+        no_image_mask=blind,
     )
 
 
@@ -248,7 +256,7 @@ def tiled(cfg: Experiment, batch: Batch) -> Batch:
     vision = cfg.vision
     if not vision.tile_layouts or batch.images is None or batch.tile_layouts is not None:
         return batch
-    images_before = batch.image_slots // cfg.image_tokens
+    images_before = batch.image_token_index // cfg.image_tokens
     layout = vision.tile_layouts.index((1, 1)) + 1
     missing = [(0, vision.tiles - 1)]
     first_of_each = np.arange(batch.image_mask.shape[-1] * vision.tiles) % vision.tiles == 0
@@ -257,5 +265,7 @@ def tiled(cfg: Experiment, batch: Batch) -> Batch:
         tile_layouts=np.full(batch.images.shape[:2], layout, np.int32),
         tile_mask=np.pad(np.ones((*batch.images.shape[:2], 1), bool), [(0, 0)] * 2 + missing),
         image_mask=np.repeat(batch.image_mask, vision.tiles, axis=-1) & first_of_each,
-        image_slots=moved(batch.image_slots, images_before * (vision.tiles - 1) * cfg.image_tokens),
+        image_token_index=moved(
+            batch.image_token_index, images_before * (vision.tiles - 1) * cfg.image_tokens
+        ),
     )

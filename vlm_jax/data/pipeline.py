@@ -32,7 +32,7 @@ CACHED_PAIRS = (
 )  # questions with answers whose tokens are kept: data sets from templates repeat theirs
 
 
-class Decoded:
+class DecodedRecords:
     """Random access to records whose image is pixels, (H, W, 3) uint8, laid out in tiles.
 
     Those read last stay in memory.
@@ -73,7 +73,7 @@ def training_iterator(
         return iter(
             packing.batches(cfg, tokenizer, source, slice(process_index, None, process_count))
         )
-    records = Decoded(sources.load(cfg.data, cfg.data.train_split), cfg.vision)
+    records = DecodedRecords(sources.load(cfg.data, cfg.data.train_split), cfg.vision)
     rows = _shuffled(cfg, records).random_map(_row_builder(cfg, tokenizer)).repeat()
     batches = rows[process_index::process_count].batch(
         cfg.train.batch_size // process_count,
@@ -106,7 +106,7 @@ def ids(cfg: Experiment, tokenizer: Tokenizer, state: dict) -> list:
 
 
 def _row_builder(cfg: Experiment, tokenizer: Tokenizer) -> Callable:
-    choose = chooser(cfg, tokenizer)
+    choose = make_question_sampler(cfg, tokenizer)
 
     def row(record: sources.Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
         pairs = choose(record, rng)
@@ -117,7 +117,7 @@ def _row_builder(cfg: Experiment, tokenizer: Tokenizer) -> Callable:
     return row
 
 
-def chooser(
+def make_question_sampler(
     cfg: Experiment, tokenizer: Tokenizer
 ) -> Callable[[sources.Record, np.random.Generator], list[text.Pair]]:
     """A record and a generator -> the questions that are chosen for a row, with their answers."""
@@ -142,11 +142,11 @@ def _stack(cfg: Experiment, rows: Sequence[dict[str, np.ndarray]]) -> Batch:
         }
         own = np.ones_like(stacked["image_mask"])
         return packing.on_tiles(cfg, Batch(**stacked), placed, (len(rows), 1), own)
-    images = tiling.one_a_row([row["images"] for row in rows], cfg.vision)
+    images = tiling.batch_views([row["images"] for row in rows], cfg.vision)
     return packing.tiled(cfg, Batch(**stacked, images=images))
 
 
-def conversation_source(data: Data, split: str) -> conversations.Conversations | tfds_vqa.AskedRows:
+def conversation_source(data: Data, split: str) -> conversations.Conversations | tfds_vqa.TfdsVqa:
     """Random access to the conversations of a split, and to their images."""
     return (conversations if data.source == "conversations" else tfds_vqa).load(data, split)
 
@@ -197,7 +197,11 @@ def train_tokenizer(cfg: Experiment) -> Tokenizer:
     """A tokenizer for what is said in the training split, of at most decoder.vocab_size tokens."""
     if cfg.data.is_conversations:
         talks = conversation_source(cfg.data, cfg.data.train_split)
-        texts = (turn.replace(conversation_files.MARK, "") for talk in talks for turn in talk.turns)
+        texts = (
+            turn.replace(conversation_files.IMAGE_PLACEHOLDER, "")
+            for talk in talks
+            for turn in talk.turns
+        )
     else:
         records = sources.load(cfg.data, cfg.data.train_split)
         texts = (line for record in records for line in record.questions + record.answers)

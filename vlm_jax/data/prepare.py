@@ -12,7 +12,7 @@ import sys
 
 import tensorflow_datasets as tfds
 
-from vlm_jax.config import ConfigError, Experiment, files
+from vlm_jax.config import ConfigError, Experiment, UserError, files
 from vlm_jax.config.validate import validate
 from vlm_jax.data import conversations
 
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         cfg = files.override(files.load(given.config), fields, parser.prog)
         found = prepare(validate(cfg), arguments[end + 1 :])
-    except ConfigError as error:
+    except UserError as error:
         message = str(error).partition(" [while running")[0]  # Beam appends the step
         print(f"error: {message}", file=sys.stderr)
         return 2

@@ -14,6 +14,7 @@ from vlm_jax.data import (
     sources,
     templates,
     text,
+    tiling,
 )
 from vlm_jax.data import images as image_files
 from vlm_jax.data.tokenizer import Tokenizer
@@ -43,7 +44,7 @@ def load(cfg: Experiment, split: str, limit: int = 0) -> list[Question]:
     """The first `limit` questions of a split (0: all), in the data set's order; of a conversation, its first."""
     if cfg.data.is_conversations:
         return _first_questions(cfg, split, limit)
-    decoded = pipeline.Decoded(sources.load(cfg.data, split), cfg.vision)
+    decoded = pipeline.DecodedRecords(sources.load(cfg.data, split), cfg.vision)
     found = []
     for index in range(len(decoded)):
         if limit and len(found) >= limit:
@@ -61,7 +62,7 @@ def _first_questions(cfg: Experiment, split: str, limit: int) -> list[Question]:
     for index in range(min(limit or len(source), len(source))):
         talk = source[index]
         asked, said = talk.turns[:2]
-        shown = talk.images[: asked.count(conversation_files.MARK)]
+        shown = talk.images[: asked.count(conversation_files.IMAGE_PLACEHOLDER)]
         images = functools.partial(_images, read, shown)
         found.append(Question(talk.id, asked, said.strip(), talk.type, images, len(shown)))
     return found
@@ -71,7 +72,7 @@ def _images(read: Callable[[int], np.ndarray], numbers: Sequence[int]) -> list[n
     return [read(number) for number in numbers]
 
 
-def _image(decoded: pipeline.Decoded, index: int) -> list[np.ndarray]:
+def _image(decoded: pipeline.DecodedRecords, index: int) -> list[np.ndarray]:
     return [decoded[index].image]
 
 
@@ -139,7 +140,7 @@ def prompt_batch(
     that nothing is compiled twice; I is of `data.images_per_row` images then, at the least. A missing view is grey, and
     no token reads it.
     """
-    counts = [[tiles.tiles_of(pixels, cfg.vision) for pixels in row] for row in images]
+    counts = [[tiling.tiles_of(pixels, cfg.vision) for pixels in row] for row in images]
     most = max(map(len, counts))
     counts = counts if image_rows is None else [counts[row] for row in image_rows]
     ends = [None] * len(prompts) if answers is None else answers
@@ -166,11 +167,11 @@ def prompt_batch(
         own = np.arange(most) < np.array(list(map(len, counts)))[:, None, None]
         own = np.broadcast_to(own, batch.image_mask.shape)
         return packing.on_tiles(cfg, batch, placed, (len(images), most), own)
-    pixels = np.stack([_filled(tiles.stacked(row, cfg.vision), 0, views) for row in images])
+    pixels = np.stack([_filled(tiling.stacked(row, cfg.vision), 0, views) for row in images])
     return packing.tiled(cfg, batch.replace(images=pixels))
 
 
-def batch_of(
+def question_batch(
     cfg: Experiment,
     tokenizer: Tokenizer,
     asked: Sequence[Question],

@@ -15,9 +15,9 @@ import easy_vqa
 import tensorflow_datasets as tfds
 from absl import logging
 
-from vlm_jax.config import ConfigError, Data
+from vlm_jax.config import ConfigError, Data, UserError
 from vlm_jax.config.hints import nearest
-from vlm_jax.data.synthetic.builder import Drawing, question_info
+from vlm_jax.data.synthetic.builder import SyntheticConfig, question_info
 from vlm_jax.data.synthetic.digits import Digits
 from vlm_jax.data.synthetic.glyphs import Glyphs
 
@@ -142,7 +142,7 @@ def builder(data: Data) -> tfds.core.DatasetBuilder:
         raise ConfigError(f"data.source {data.source!r} is unknown{hint}: choose one of {choices}")
     make_builder = SOURCES[data.source]
     if data.is_drawn:
-        make_builder = functools.partial(make_builder, config=Drawing.of(data))
+        make_builder = functools.partial(make_builder, config=SyntheticConfig.of(data))
     return prepared(make_builder, data)
 
 
@@ -200,7 +200,7 @@ def prepared(
     directory = Path(data.dir).expanduser()
     try:
         return _prepared(make_builder, directory, how)
-    except ConfigError:
+    except UserError:
         raise
     except Exception as error:  # whatever a damaged file makes the readers raise
         reason = getattr(error, "strerror", None) or error

@@ -21,14 +21,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.data.conversation_files import MARK
+from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
 from vlm_jax.data.text import (
     Fields,
     image_fields,
     joined,
     only_own_tile,
     padded,
-    plain_fields,
+    text_fields,
 )
 from vlm_jax.data.tiling import views_there
 from vlm_jax.data.tokenizer import Tokenizer
@@ -49,7 +49,11 @@ class Template:
     def asked(self, question: str) -> str:
         return (
             self.before
-            + (question if self.keeps_question else MARK * question.count(MARK))
+            + (
+                question
+                if self.keeps_question
+                else IMAGE_PLACEHOLDER * question.count(IMAGE_PLACEHOLDER)
+            )
             + self.after
         )
 
@@ -66,7 +70,7 @@ def encode(
 ) -> Fields:
     """Turns -> the fields of their tokens, (N,) each; the last turn may be a question that is to be answered.
 
-    `tiles` has the number of tiles of every marked image. `image_slots` and `image_tags` count the image tokens and the
+    `tiles` has the number of tiles of every marked image. `image_token_index` and `image_tags` count the image tokens and the
     views of this conversation alone; `images_seen` is the number of images that a token may read: those up to it and,
     of a token that predicts an answer, all before the predicted token. With `fusion.placeholder`, it reads the last of
     them only, and those whose placeholders stand right before it, from number `images_from` on (Alayrac et al. 2022,
@@ -139,10 +143,14 @@ def most_tokens(
         return [len(ids) + int(np.sum(is_image)) * more_per_mark for ids, _, is_image in encoded]
     template = TEMPLATES[cfg.data.template]
     exchanges = [_exchanges(template, turns) for turns in conversations]
-    counts = iter(tokenizer.count_tokens([text for talk in exchanges for _, text, _ in talk], MARK))
+    counts = iter(
+        tokenizer.count_tokens(
+            [text for talk in exchanges for _, text, _ in talk], IMAGE_PLACEHOLDER
+        )
+    )
     lengths = []
     for talk in exchanges:
-        slots = sum(text.count(MARK) for _, text, _ in talk) * more_per_mark
+        slots = sum(text.count(IMAGE_PLACEHOLDER) for _, text, _ in talk) * more_per_mark
         ends = sum(is_answered for _, _, is_answered in talk)
         lengths.append(1 + slots + ends + sum(next(counts) for _ in talk))
     return lengths
@@ -167,7 +175,7 @@ def _template_parts(
         if not parts:
             parts += _begin(cfg, tokenizer, asked)
         parts += _text(tokenizer, text, len(asked), images)
-        parts += [(plain_fields(eos), [True], 0)] * is_answered
+        parts += [(text_fields(eos), [True], 0)] * is_answered
     return parts
 
 
@@ -180,7 +188,7 @@ def _begin(cfg: Experiment, tokenizer: Tokenizer, asked: str) -> list[Part]:
         if any(len(fields["tokens"]) for fields, _, _ in parts):
             return []
         begin = tokenizer.begin_id
-    return [(plain_fields([begin]), [False], 0)]
+    return [(text_fields([begin]), [False], 0)]
 
 
 def _checkpoint_parts(
@@ -190,11 +198,11 @@ def _checkpoint_parts(
     ids, scored, is_image = tokenizer.dialogue.encode(turns)
     parts, begin = [], 0
     for position in np.flatnonzero(is_image):
-        parts.append((plain_fields(ids[begin:position]), scored[begin:position], 0))
-        image = next(images, plain_fields([]))  # there are none for a model that reads no images
+        parts.append((text_fields(ids[begin:position]), scored[begin:position], 0))
+        image = next(images, text_fields([]))  # there are none for a model that reads no images
         parts.append((image, [False] * len(image["tokens"]), 1))
         begin = position + 1
-    return [*parts, (plain_fields(ids[begin:]), scored[begin:], 0)]
+    return [*parts, (text_fields(ids[begin:]), scored[begin:], 0)]
 
 
 def _text(
@@ -204,7 +212,7 @@ def _text(
 
     The whole text is tokenized at once, since a tokenizer may put a space before a text.
     """
-    ids, ends = tokenizer.encode_marked(text, MARK)
+    ids, ends = tokenizer.encode_marked(text, IMAGE_PLACEHOLDER)
     parts, begin = [], 0
     for position in [i for i, token in enumerate(ids) if token is None]:
         parts.append(_words(ids, ends, begin, position, scored_from))
@@ -215,7 +223,7 @@ def _text(
 
 
 def _words(ids: list[int], ends: list[int], begin: int, end: int, scored_from: int) -> Part:
-    return plain_fields(ids[begin:end]), [last > scored_from for last in ends[begin:end]], 0
+    return text_fields(ids[begin:end]), [last > scored_from for last in ends[begin:end]], 0
 
 
 def prompt_row(
@@ -235,10 +243,10 @@ def prompt_row(
       ConfigError: the prompt has another number of marks, or is longer than `length`.
     """
     images, views = len(tiles), cfg.vision.views
-    prompt = prompt if MARK in prompt else f"{MARK}\n" * images + prompt
-    if prompt.count(MARK) != images:
+    prompt = prompt if IMAGE_PLACEHOLDER in prompt else f"{IMAGE_PLACEHOLDER}\n" * images + prompt
+    if prompt.count(IMAGE_PLACEHOLDER) != images:
         raise ConfigError(
-            f"a prompt has {prompt.count(MARK)} marks {MARK} for {images} images: {prompt!r}"
+            f"a prompt has {prompt.count(IMAGE_PLACEHOLDER)} marks {IMAGE_PLACEHOLDER} for {images} images: {prompt!r}"
         )
     row = encode(cfg, tokenizer, [prompt] if answer is None else [prompt, answer], tiles)
     seen, tags = row.pop("images_seen"), row.pop("image_tags")

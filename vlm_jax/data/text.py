@@ -38,7 +38,7 @@ FILL = {
     "segment_ids": np.int32(PADDING),
     "branch_ids": np.int32(TRUNK),
     "block_ids": np.int32(0),
-    "image_slots": np.int32(NO_IMAGE),
+    "image_token_index": np.int32(NO_IMAGE),
     "image_mask": np.bool_(False),
     "loss_weights": np.float32(0),
 }
@@ -65,7 +65,7 @@ def image_fields(cfg: Experiment, tiles: int = 1, number: int = 0) -> Fields:
     tokens: with `fusion.placeholder` one <image>; tags of the views and grids of <image>, row after row, the tags alone
       where the fusion puts no image into the sequence; with `vision.newline_token` every row of a grid ends in a
       <newline>;
-    image_slots: which of the I * M image tokens stands there, or NO_IMAGE;
+    image_token_index: which of the I * M image tokens stands there, or NO_IMAGE;
     image_tags: which of the I views the token is a tag of, or NO_IMAGE.
     """
     rows, columns = cfg.projector.output_grid(cfg.vision)
@@ -76,23 +76,23 @@ def image_fields(cfg: Experiment, tiles: int = 1, number: int = 0) -> Fields:
     slots[:, :columns] = np.arange(rows * columns).reshape(rows, columns)
     views = np.flatnonzero(views_there([tiles], cfg.vision)).tolist()
     shown = views[len(views) - min(cfg.views_in_sequence, len(views)) :]
-    parts = [plain_fields([image] if cfg.fusion.placeholder else [])]
+    parts = [text_fields([image] if cfg.fusion.placeholder else [])]
     for view in views:
         place = number * cfg.vision.views + view
-        tag = plain_fields(cfg.tile_tags[view] if cfg.tile_tags else [])
+        tag = text_fields(cfg.tile_tags[view] if cfg.tile_tags else [])
         parts.append(tag | {"image_tags": np.full_like(tag["tokens"], place)})
         if view in shown:
             own = moved(slots.reshape(-1), place * cfg.image_tokens)
-            parts.append(plain_fields(grid.reshape(-1)) | {"image_slots": own})
+            parts.append(text_fields(grid.reshape(-1)) | {"image_token_index": own})
     return joined(parts)
 
 
-def plain_fields(ids: Sequence[int]) -> Fields:
+def text_fields(ids: Sequence[int]) -> Fields:
     """`image_fields` of tokens of text."""
     tokens = np.array(ids, np.int32)
     return {
         "tokens": tokens,
-        **dict.fromkeys(("image_slots", "image_tags"), np.full_like(tokens, NO_IMAGE)),
+        **dict.fromkeys(("image_token_index", "image_tags"), np.full_like(tokens, NO_IMAGE)),
     }
 
 
@@ -185,7 +185,7 @@ def prompt_row(
 def _segment(cfg: Experiment, tiles: Sequence[int], branches: Sequence[Sequence[int]]) -> Fields:
     """Images as a trunk, and its branches, end to end, without padding."""
     images = [image_fields(cfg, count, number) for number, count in enumerate(tiles)]
-    begin = plain_fields(begin_ids(cfg))
+    begin = text_fields(begin_ids(cfg))
     trunk = (
         [*images, begin] if cfg.fusion.placeholder else [begin, *images]
     )  # as the models of each kind have it
@@ -193,7 +193,7 @@ def _segment(cfg: Experiment, tiles: Sequence[int], branches: Sequence[Sequence[
     lengths = np.array([size, *map(len, branches)])
     starts = np.cumsum(lengths) - lengths
     starts[1:] -= size  # every branch goes on where the trunk ended
-    fields = joined([*trunk, plain_fields(list(itertools.chain(*branches)))])
+    fields = joined([*trunk, text_fields(list(itertools.chain(*branches)))])
     tokens, slots, tags = fields.values()
     there = np.broadcast_to(
         views_there(tiles, cfg.vision), (len(tokens), len(tiles) * cfg.vision.views)
@@ -203,7 +203,7 @@ def _segment(cfg: Experiment, tiles: Sequence[int], branches: Sequence[Sequence[
         "positions": np.arange(len(tokens)) - np.repeat(starts, lengths),
         "segment_ids": np.ones_like(tokens),
         "branch_ids": np.repeat(np.arange(len(lengths)), lengths),
-        "image_slots": slots,
+        "image_token_index": slots,
         "image_mask": only_own_tile(there, tags),
     }
 

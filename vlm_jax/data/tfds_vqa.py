@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import tensorflow_datasets as tfds
 
 from vlm_jax.config import ConfigError, Data
-from vlm_jax.data.conversation_files import MARK
+from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
 from vlm_jax.data.conversations import Conversation, Selection
 from vlm_jax.data.sources import (
     Rows,
@@ -16,7 +16,7 @@ from vlm_jax.data.sources import (
 )
 
 
-class AskedRows:
+class TfdsVqa:
     """Rows as conversations of one question; the image of a row has the row's number.
 
     Attributes:
@@ -36,9 +36,9 @@ class AskedRows:
 
     def __getitem__(self, index: int) -> Conversation:
         row, data = self._rows[index], self._data
-        lines = [MARK] if data.image_field else []
+        lines = [IMAGE_PLACEHOLDER] if data.image_field else []
         lines += (
-            [self._text(index, row, "question_field").replace(MARK, "")]
+            [self._text(index, row, "question_field").replace(IMAGE_PLACEHOLDER, "")]
             if data.question_field
             else []
         )
@@ -67,7 +67,7 @@ class AskedRows:
             ) from None
 
 
-def load(data: Data, split: str) -> AskedRows | Selection:
+def load(data: Data, split: str) -> TfdsVqa | Selection:
     """The rows of a split, those without a label left out; prepared if need be, which may download them.
 
     Raises:
@@ -89,8 +89,8 @@ def load(data: Data, split: str) -> AskedRows | Selection:
             )
     rows, answer = Rows(*split_rows(prepared_builder, data, split)), features[data.answer_field]
     if not isinstance(answer, tfds.features.ClassLabel):
-        return AskedRows(rows, data, None)
-    source, labelled = AskedRows(rows, data, answer.int2str), _labelled(data, split)
+        return TfdsVqa(rows, data, None)
+    source, labelled = TfdsVqa(rows, data, answer.int2str), _labelled(data, split)
     return source if len(labelled) == len(rows) else Selection(source, labelled)
 
 

@@ -158,7 +158,7 @@ def stacked(images: Sequence[np.ndarray], vision: Vision) -> np.ndarray:
     return views
 
 
-def one_a_row(images: Sequence[np.ndarray], vision: Vision) -> np.ndarray:
+def batch_views(images: Sequence[np.ndarray], vision: Vision) -> np.ndarray:
     """Images that are laid out, (height, width, 3) uint8 -> (B, J, image_size_px, image_size_px, 3), normalised.
 
     Those that are all of one size are normalised at once: NumPy lets other threads run meanwhile.

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from vlm_jax.config import ConfigError
-from vlm_jax.runtime.workdir import write_whole
+from vlm_jax.runtime.workdir import write_atomic
 
 SPECIALS = ("<pad>", "<image>", "<newline>", "<eos>")
 PAD, IMAGE, NEWLINE, EOS = SPECIAL_IDS = tuple(range(4))  # of a tokenizer that is trained here
@@ -71,7 +71,7 @@ class Tokenizer:
         return cls(bpe, special_ids, dialogue)
 
     def save(self, path: str | os.PathLike) -> None:
-        write_whole(Path(path), self._bpe.to_str(pretty=True))
+        write_atomic(Path(path), self._bpe.to_str(pretty=True))
 
     def __len__(self) -> int:
         return self._bpe.get_vocab_size()

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from vlm_jax import axes
 from vlm_jax.config import (
-    ConfigError,
+    CheckpointError,
     Data,
     Decoder,
     Experiment,
@@ -38,7 +38,7 @@ from vlm_jax.hub.text.chat_template import ChatTemplate
 from vlm_jax.hub.text.dialogue import Dialogue
 from vlm_jax.hub.text.prompt_formats import has_own_form
 from vlm_jax.hub.text.tokenizer import HubTokenizer
-from vlm_jax.nn.models import Config, boxed_params
+from vlm_jax.nn.models import Config, abstract_params
 from vlm_jax.nn.patches import resample_positions
 from vlm_jax.runtime.workdir import Workdir, is_run
 
@@ -63,7 +63,7 @@ def resolved(cfg: Experiment, explicit: Collection[str] = ()) -> Experiment:
       explicit: fields, such as "vision.image_size_px", whose values the user asked for beside a checkpoint.
 
     Raises:
-      ConfigError: a folder that is not a checkpoint, or lacks such a part; a projector between other widths; an
+      CheckpointError: a folder that is not a checkpoint, or lacks such a part; a projector between other widths; an
         explicit value that the weights do not fit.
     """
     wanted = {name: value for name, value in flat(cfg).items() if name in explicit}
@@ -84,7 +84,7 @@ def _with_init_from(cfg: Experiment, wanted: dict[str, object]) -> Experiment:
     """The experiment with `init_from` as the folder of its parts and, if those are all, with its fusion."""
     source = config_of(cfg.init_from)
     if not isinstance(source, Experiment):
-        raise ConfigError(
+        raise CheckpointError(
             f"init_from {cfg.init_from} is an encoder without a decoder: name it with --vision.checkpoint."
         )
     parts = cfg.init_parts or (PARTS if source.fusion.has_images else ("decoder",))
@@ -121,7 +121,7 @@ def _projector(cfg: Experiment) -> Projector:
     projector = _kept(_part_of(source, own, "projector"), own, "projector")
     widths, wanted = _widths(source), _widths(cfg)
     if widths != wanted:
-        raise ConfigError(
+        raise CheckpointError(
             f"projector.checkpoint {own.checkpoint} leads from {widths[0]} numbers a token to {widths[1]}, where "
             f"vision and decoder of this experiment have {wanted[0]} and {wanted[1]}."
         )
@@ -140,7 +140,7 @@ def config_of(folder: str) -> Config:
     """The config of a public checkpoint, whose tensors are checked against it, or of a run.
 
     Raises:
-      ConfigError: the folder is neither.
+      CheckpointError: the folder is neither.
     """
     if is_run(folder):
         return Workdir(folder).read_config()
@@ -155,7 +155,7 @@ def _part_of(cfg: Config, own: Part, part: str) -> Part:
     if found is None or (
         part != "decoder" and isinstance(cfg, Experiment) and not cfg.fusion.has_images
     ):
-        raise ConfigError(f"{part}.checkpoint {own.checkpoint} holds no {part} part.")
+        raise CheckpointError(f"{part}.checkpoint {own.checkpoint} holds no {part} part.")
     return found
 
 
@@ -214,10 +214,10 @@ def special_ids(
     text: an export then adds one.
 
     Raises:
-      ConfigError: no file names a token that ends a text.
+      CheckpointError: no file names a token that ends a text.
     """
     if not tokenizer.eos_ids:
-        raise ConfigError(
+        raise CheckpointError(
             f"decoder.checkpoint {decoder.checkpoint} names no token that ends a text."
         )
     eos = tokenizer.eos_ids[0] if eos_id is None else eos_id
@@ -237,7 +237,7 @@ def _with_wanted(cfg: Experiment, wanted: dict[str, object]) -> Experiment:
     """The experiment with the explicit values beside its checkpoints.
 
     Raises:
-      ConfigError: the weights do not fit one of them.
+      CheckpointError: the weights do not fit one of them.
     """
     shapes, sizes = None, flat(cfg)
     for name, value in wanted.items():
@@ -253,7 +253,7 @@ def _with_wanted(cfg: Experiment, wanted: dict[str, object]) -> Experiment:
         check_values(changed)
         shapes = loaded_shapes(cfg) if shapes is None else shapes
         if not _fit(loaded_shapes(changed), shapes, cfg):
-            raise ConfigError(
+            raise CheckpointError(
                 f"{name} {value} does not fit the weights of {section}.checkpoint {folder}, which have "
                 f"{name} {sizes[name]}: leave it out."
             )
@@ -266,7 +266,7 @@ def loaded_shapes(cfg: Experiment) -> dict[str, tuple[int, ...]]:
     return {
         path: shape
         for path, shape in shapes_of(cfg).items()
-        if path.split("/")[0] in cfg.begins_with
+        if path.split("/")[0] in cfg.pretrained_parts
     }
 
 
@@ -284,7 +284,7 @@ def load_parts(cfg: Experiment, shapes: dict, mesh: Mesh) -> dict[str, jax.Array
     `shapes` is the tree of all parameters' shapes: each gets the dtype that stands there.
     """
     found, flat_shapes = {}, traverse_util.flatten_dict(shapes, sep="/")
-    for part in cfg.begins_with:
+    for part in cfg.pretrained_parts:
         if not is_run(getattr(cfg, part).checkpoint):
             found |= _read_part(cfg, part, flat_shapes, mesh)
     return found
@@ -294,7 +294,9 @@ def _read_part(cfg: Experiment, part: str, shapes: dict, mesh: Mesh) -> dict[str
     folder = getattr(cfg, part).checkpoint
     with open_tensors(folder) as tensors:
         checkpoint = inspect(folder, tensors)
-        boxed = traverse_util.flatten_dict(boxed_params(_as_stored(cfg, checkpoint.cfg)), sep="/")
+        boxed = traverse_util.flatten_dict(
+            abstract_params(_as_stored(cfg, checkpoint.cfg)), sep="/"
+        )
         rows = _rows(checkpoint, cfg, part)
         filled = {piece.ours for row in rows for piece in row.parts}
         by_dtype = {}
@@ -322,7 +324,7 @@ def with_positions(
     if table is None or len(table) == rows * columns:
         return params
     side = round(len(table) ** 0.5)
-    boxed = traverse_util.flatten_dict(boxed_params(cfg), sep="/")[POSITIONS]
+    boxed = traverse_util.flatten_dict(abstract_params(cfg), sep="/")[POSITIONS]
     sharding = axes.parameter_shardings({POSITIONS: boxed}, mesh)[POSITIONS]
     resized = jax.jit(
         lambda x: resample_positions(x, (side, side), (rows, columns)).astype(x.dtype),

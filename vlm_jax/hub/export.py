@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.config import CheckpointError, Experiment, UserError
 from vlm_jax.config.validate import flat
 from vlm_jax.hub.families.family import Family, Json
 from vlm_jax.hub.families.registry import KNOWN, family_of
@@ -28,14 +28,14 @@ from vlm_jax.hub.save import write_model
 from vlm_jax.hub.tensors.folder import all_or_none, open_tensors, read_json
 from vlm_jax.hub.text.tokenizer import GENERATION_CONFIG
 
-ALONG = (*TEXT_FILES, GENERATION_CONFIG, PREPROCESSOR, PROCESSOR)  # copied as they are
-OF_5X = (
+COPIED_FILES = (*TEXT_FILES, GENERATION_CONFIG, PREPROCESSOR, PROCESSOR)  # copied as they are
+V5_ONLY_KEYS = (
     "rope_parameters",
     "dtype",
     "transformers_version",
     "layer_types",
 )  # spellings that 4.x does not know
-NOT_OF_THE_MODEL = (
+NON_ARCHITECTURE_FIELDS = (
     "checkpoint",
     "unroll",
     "remat",
@@ -57,7 +57,7 @@ def export_checkpoint(
     """A public checkpoint under the names and config keys of transformers 4.x, byte for byte; returns its model_type.
 
     Raises:
-      ConfigError: the folder cannot be loaded, or the output cannot be written or holds weights already.
+      CheckpointError: the folder cannot be loaded, or the output cannot be written or holds weights already.
     """
     refuse_used(output)
     with all_or_none(
@@ -79,14 +79,14 @@ def write_checkpoint(
         write_model(
             stage, checkpoint.family, checkpoint.cfg, params, without_5x(checkpoint.config), dtypes
         )
-        for name in ALONG:
+        for name in COPIED_FILES:
             if (checkpoint.folder / name).is_file():
                 shutil.copy(checkpoint.folder / name, stage / name)
 
 
 def refuse_used(output: str | os.PathLike) -> None:
     if (Path(output).expanduser() / "config.json").exists():
-        raise ConfigError(
+        raise CheckpointError(
             f"--output {output} holds a config.json already: choose another folder, or delete it."
         )
 
@@ -96,7 +96,7 @@ def without_5x(config: Mapping) -> Json:
     kept = {
         key: without_5x(x) if isinstance(x, dict) else x
         for key, x in config.items()
-        if key not in OF_5X
+        if key not in V5_ONLY_KEYS
     }
     return kept | ({"torch_dtype": config["dtype"]} if "dtype" in config else {})
 
@@ -119,10 +119,10 @@ def export_run(
       processor: the files of the checkpoint that the run began with, `Workdir.processor`.
 
     Raises:
-      ConfigError: no family is like it (the nearest is named, with what differs), or the output cannot be written.
+      CheckpointError: no family is like it (the nearest is named, with what differs), or the output cannot be written.
     """
     refuse_used(output)
-    family = family_like(cfg, taps or "output")
+    family = matching_family(cfg, taps or "output")
     with all_or_none(output) as stage:
         ids = write_run_files(stage, cfg, family.model_type, tokenizer, processor)
         config = {"pad_token_id": ids.pad, "eos_token_id": ids.eos, "torch_dtype": "float32"}
@@ -158,29 +158,29 @@ def with_embedding_row(cfg: Experiment, params: Mapping, image: int) -> tuple[Ex
     return grown, traverse_util.unflatten_dict(flat, sep="/")
 
 
-def family_like(cfg: Experiment, taps: str = "output", shown: int | None = None) -> Family:
+def matching_family(cfg: Experiment, taps: str = "output", shown: int | None = None) -> Family:
     """The family whose config.json can say what this experiment is.
 
     Args:
       shown: how many of the nearest family's differences an error names; None: all.
 
     Raises:
-      ConfigError: there is none.
+      CheckpointError: there is none.
     """
     if cfg.fusion.kind == "hybrid":
-        raise ConfigError(
+        raise CheckpointError(
             "fusion.kind hybrid cannot be exported: no public checkpoint is of that kind."
         )
-    mine, nearest = comparable(cfg), []
+    mine, nearest = architecture_fields(cfg), []
     for known in KNOWN:
         family = family_of({"model_type": known.model_type}, "", taps)
         try:
             again = family.read(family.write(cfg), {row.hub for row in family.rows(cfg)})
-        except (ConfigError, KeyError, AttributeError, TypeError, ValueError):
+        except (UserError, KeyError, AttributeError, TypeError, ValueError):
             continue  # it has no words for such a model at all
         if not isinstance(again, Experiment):
             continue
-        theirs = comparable(again)
+        theirs = architecture_fields(again)
         differing = [
             f"{n} {mine.get(n)} (not {theirs.get(n)})"
             for n in mine | theirs
@@ -190,19 +190,21 @@ def family_like(cfg: Experiment, taps: str = "output", shown: int | None = None)
             return family
         nearest.append((len(differing), family.model_type, differing))
     if not nearest:
-        raise ConfigError("no public family is like this run.")
+        raise CheckpointError("no public family is like this run.")
     count, name, differing = min(nearest)
     named = ", ".join(differing[:shown]) + (
         f" and {count - shown} more" if shown and count > shown else ""
     )
-    raise ConfigError(f"no public family is like this run; the nearest is {name}, but for {named}.")
+    raise CheckpointError(
+        f"no public family is like this run; the nearest is {name}, but for {named}."
+    )
 
 
 def exportable(cfg: Experiment) -> str:
     """A sentence on the family as which a run of this experiment can be exported, or why there is none."""
     try:
-        family = family_like(cfg, shown=SHOWN_DIFFERENCES).model_type
-    except ConfigError as error:
+        family = matching_family(cfg, shown=SHOWN_DIFFERENCES).model_type
+    except UserError as error:
         return f"export: none, {str(error).rstrip('.')}"
     wrong = prompt_differences(cfg, family)
     if not wrong:
@@ -210,7 +212,7 @@ def exportable(cfg: Experiment) -> str:
     return f"export: {family}, but its processor in transformers writes other prompts than {' and '.join(wrong)}"
 
 
-def comparable(cfg: Experiment) -> dict[str, object]:
+def architecture_fields(cfg: Experiment) -> dict[str, object]:
     """What the model is: settings that two equal models share, whatever way they were given."""
     decoder, fusion = cfg.decoder, cfg.fusion
     decoder = replace(decoder, kv_heads=decoder.num_kv_heads, head_dim=decoder.head_width)
@@ -221,7 +223,7 @@ def comparable(cfg: Experiment) -> dict[str, object]:
     found["fusion.sublayers"] = fusion.sublayers(decoder.depth)
     if fusion.image_in_memory:
         found |= {"fusion.has_gates": fusion.has_gates, "fusion.qk_norm": fusion.qk_norm}
-        found["fusion.blind_rows"] = fusion.blind_rows
+        found["fusion.tokens_without_image"] = fusion.tokens_without_image
     if fusion.has_images:
         vision = replace(
             cfg.vision, kv_heads=cfg.vision.num_kv_heads, head_dim=cfg.vision.head_width
@@ -229,7 +231,9 @@ def comparable(cfg: Experiment) -> dict[str, object]:
         found |= {f"vision.{name}": value for name, value in flat(vision).items()}
         found |= {f"projector.{name}": value for name, value in _used(cfg.projector).items()}
     return {
-        name: value for name, value in found.items() if name.split(".")[1] not in NOT_OF_THE_MODEL
+        name: value
+        for name, value in found.items()
+        if name.split(".")[1] not in NON_ARCHITECTURE_FIELDS
     }
 
 

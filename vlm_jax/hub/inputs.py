@@ -62,7 +62,7 @@ def to_batch(
         positions=_positions(cfg, arrays, ids, there, generating),
         segment_ids=there.astype(np.int32),
         branch_ids=np.full_like(ids, TRUNK),
-        image_slots=np.full_like(ids, NO_IMAGE),
+        image_token_index=np.full_like(ids, NO_IMAGE),
         image_mask=np.zeros((*ids.shape, 0), bool),
         block_ids=_blocks(arrays, there) if cfg.fusion.prefix == "bidirectional" else None,
     )
@@ -134,7 +134,7 @@ def reading_own_images(batch: Batch) -> Batch:
     """
     tiles = batch.image_mask.shape[-1] // batch.tile_layouts.shape[1]
     own = np.repeat(batch.tile_layouts > 0, tiles, axis=1)
-    return batch.replace(blind_mask=np.broadcast_to(own[:, None], batch.image_mask.shape))
+    return batch.replace(no_image_mask=np.broadcast_to(own[:, None], batch.image_mask.shape))
 
 
 def scored(batch: Batch, counts: Sequence[int]) -> Batch:
@@ -170,7 +170,7 @@ def image_batch(cfg: Experiment, arrays: Arrays) -> Batch:
             "positions": ids,
             "segment_ids": ids + 1,
             "branch_ids": ids,
-            "image_slots": ids - 1,
+            "image_token_index": ids - 1,
         }
         | images
     )
@@ -227,7 +227,7 @@ def _in_sequence(cfg: Experiment, arrays: Arrays, ids: np.ndarray, image_token: 
     return {
         "tokens": np.where(is_image, 0, ids),
         "images": filled,
-        "image_slots": np.where(is_image, np.cumsum(is_image, axis=1) - 1, NO_IMAGE).astype(
+        "image_token_index": np.where(is_image, np.cumsum(is_image, axis=1) - 1, NO_IMAGE).astype(
             np.int32
         ),
         "image_mask": np.zeros((*ids.shape, filled.shape[1]), bool),

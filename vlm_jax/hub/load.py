@@ -14,7 +14,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from vlm_jax import axes
-from vlm_jax.config import ConfigError
+from vlm_jax.config import CheckpointError, UserError
 from vlm_jax.config import Mesh as MeshSizes
 from vlm_jax.config.validate import check_values
 from vlm_jax.hub.families.family import (
@@ -26,7 +26,7 @@ from vlm_jax.hub.families.family import (
 from vlm_jax.hub.families.registry import config_path, family_of
 from vlm_jax.hub.families.table import Part, Row
 from vlm_jax.hub.tensors.folder import Tensors, open_tensors, read_json
-from vlm_jax.hub.tensors.mapped import StoredTensor, are_equal
+from vlm_jax.hub.tensors.mapped import StoredTensor, tensors_equal
 from vlm_jax.hub.tensors.transpose import aligned, copy_into
 from vlm_jax.hub.text.tokenizer import (
     HubTokenizer,
@@ -35,7 +35,7 @@ from vlm_jax.hub.text.tokenizer import (
     stated_ids,
     to_tuple,
 )
-from vlm_jax.nn.models import boxed_params, model_of
+from vlm_jax.nn.models import abstract_params, build_model
 
 THREADS = 2  # parameters that are assembled at a time: more would hold more memory
 
@@ -87,7 +87,7 @@ def image_token_of(folder: str | os.PathLike) -> int | None:
 def _image_token(config: Json, family: Family, folder: Path) -> int | None:
     found = get(config, "image_token_id", get(config, "image_token_index", family.image_token))
     if found is not None and not are_ids(found):
-        raise ConfigError(f"{folder}: image_token_index is {found!r}, but has to be an id.")
+        raise CheckpointError(f"{folder}: image_token_index is {found!r}, but has to be an id.")
     return found
 
 
@@ -96,7 +96,7 @@ def load_params(
 ) -> tuple[nn.Module, dict]:
     """The model of a folder and its parameters; arguments and errors are those of `load_checkpoint`."""
     checkpoint, params = load_checkpoint(folder, dtype, mesh, taps)
-    return model_of(checkpoint.cfg), params
+    return build_model(checkpoint.cfg), params
 
 
 def load_checkpoint(
@@ -112,12 +112,12 @@ def load_checkpoint(
       taps: of `mllama.family_of_taps`; the other families have none.
 
     Raises:
-      ConfigError: no config, an unknown `model_type`, damaged files, or tensors that are unknown, missing or of a
+      CheckpointError: no config, an unknown `model_type`, damaged files, or tensors that are unknown, missing or of a
         wrong shape (all of them are listed).
     """
     with open_tensors(folder) as tensors:
         checkpoint = inspect(folder, tensors, taps)
-        boxed = traverse_util.flatten_dict(boxed_params(checkpoint.cfg), sep="/")
+        boxed = traverse_util.flatten_dict(abstract_params(checkpoint.cfg), sep="/")
         if mesh is None and jax.device_count() > 1:
             mesh = axes.make_mesh(MeshSizes())
         params = read_params(checkpoint.rows, checkpoint.stored(tensors), boxed, dtype, mesh)
@@ -151,7 +151,7 @@ def _refuse_integers(tensors: Tensors, names: Mapping[str, str], folder: Path) -
     dtypes = {name: str(tensors[name].dtype) for name in sorted(names.values())}
     found = [f"{name} is {dtype}" for name, dtype in dtypes.items() if "float" not in dtype]
     if found:
-        raise ConfigError(
+        raise CheckpointError(
             f"{folder} holds weights that are no floating-point numbers: {'; '.join(found)}."
         )
 
@@ -161,12 +161,12 @@ def _naming(path: Path):
     """What goes wrong while a config is read, in one sentence that names its file."""
     try:
         yield
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
+    except UserError as error:
+        raise CheckpointError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
     except KeyError as error:
-        raise ConfigError(f"{path} lacks the key {error}.") from error
+        raise CheckpointError(f"{path} lacks the key {error}.") from error
     except (TypeError, ValueError, ArithmeticError, AttributeError, IndexError) as error:
-        raise ConfigError(f"{path} has a value that is not understood: {error}.") from error
+        raise CheckpointError(f"{path} has a value that is not understood: {error}.") from error
 
 
 def without_copied_head(
@@ -182,7 +182,7 @@ def without_copied_head(
     if head is None or embedding is None:
         return names
     others = {name: found for name, found in names.items() if found != head}
-    is_tied = family.read(config, others).decoder.tied_head and are_equal(
+    is_tied = family.read(config, others).decoder.tie_word_embeddings and tensors_equal(
         tensors[head], tensors[embedding]
     )
     return others if is_tied else names
@@ -190,12 +190,12 @@ def without_copied_head(
 
 def shapes_of(cfg: Config) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter of the model."""
-    boxes = traverse_util.flatten_dict(boxed_params(cfg), sep="/")
+    boxes = traverse_util.flatten_dict(abstract_params(cfg), sep="/")
     return {path: box.value.shape for path, box in boxes.items()}
 
 
 def check(rows: list[Row], stored: Mapping[str, tuple[int, ...]], shapes, folder: str) -> None:
-    """Raises ConfigError with every tensor that is missing, unknown or of a wrong shape."""
+    """Raises CheckpointError with every tensor that is missing, unknown or of a wrong shape."""
     expected = {row.hub: row.stored_shape(shapes) for row in rows}
     problems = [f"{name} is missing" for name in sorted(expected.keys() - stored.keys())]
     problems += [f"{name} is unknown" for name in sorted(stored.keys() - expected.keys())]
@@ -205,7 +205,7 @@ def check(rows: list[Row], stored: Mapping[str, tuple[int, ...]], shapes, folder
                 f"{name} has the shape {stored[name]}, not {expected[name]} as config.json says"
             )
     if problems:
-        raise ConfigError(
+        raise CheckpointError(
             f"{folder} does not hold the model of its config.json: " + "; ".join(problems) + "."
         )
     unfed = shapes.keys() - {part.ours for row in rows for part in row.parts}
@@ -216,7 +216,7 @@ def check(rows: list[Row], stored: Mapping[str, tuple[int, ...]], shapes, folder
 def read_params(
     rows: list[Row],
     stored: Mapping[str, StoredTensor],
-    boxed: Mapping[str, axes.Lettered],
+    boxed: Mapping[str, axes.Partitioned],
     dtype,
     mesh: Mesh | None,
 ) -> dict[str, jax.Array]:

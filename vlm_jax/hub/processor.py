@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.data.conversation_files import MARK
+from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
 from vlm_jax.hub.images.processor import ImageProcessor, ProcessedImages
-from vlm_jax.hub.images.steps import Picture, Pictures, to_rows
+from vlm_jax.hub.images.steps import ImageInput, ImageInputs, to_rows
 from vlm_jax.hub.inputs import reading_own_images, scored, to_batch
 from vlm_jax.hub.load import Checkpoint
 from vlm_jax.hub.text.chat_template import ChatTemplate
@@ -63,7 +63,7 @@ class Processor:
     def __call__(
         self,
         prompts: str | Sequence[str],
-        images: Pictures = (),
+        images: ImageInputs = (),
         add_special_tokens: bool = True,
         chat: bool = False,
         answers: Sequence[str] | None = None,
@@ -142,7 +142,7 @@ class Processor:
     def _answer_ids(
         self,
         prompts: Sequence[str],
-        images: Sequence[Sequence[Picture]],
+        images: Sequence[Sequence[ImageInput]],
         answers: Sequence[str],
         chat: bool,
     ) -> list[list[int]]:
@@ -156,7 +156,7 @@ class Processor:
             ]
         ends = []
         for prompt, row, answer in zip(prompts, images, answers, strict=True):
-            tokens = dialogue.encode([f"{MARK}\n" * len(row) + prompt, answer])
+            tokens = dialogue.encode([f"{IMAGE_PLACEHOLDER}\n" * len(row) + prompt, answer])
             ends.append([i for i, is_scored in zip(tokens.ids, tokens.is_scored) if is_scored])
         return ends
 
@@ -165,7 +165,7 @@ class Processor:
         """Read once: a training loop asks for every batch."""
         return Dialogue.load(self.checkpoint.folder, self.checkpoint.cfg.fusion.has_images)
 
-    def asked(self, prompt: str, images: Pictures = ()) -> Batch:
+    def asked(self, prompt: str, images: ImageInputs = ()) -> Batch:
         """What a user says about images, in the words of the chat template if there is one -> a batch to continue.
 
         Raises:
@@ -178,7 +178,7 @@ class Processor:
         """Text of the placeholder of an image; "" if the family has none."""
         return getattr(self.form, "image_token", "")
 
-    def pixels(self, images: Sequence[Sequence[Picture]]) -> ProcessedImages | None:
+    def pixels(self, images: Sequence[Sequence[ImageInput]]) -> ProcessedImages | None:
         """Images of every row as the encoder reads them; None if no row has any."""
         if not any(images):
             return None

@@ -11,16 +11,16 @@ from typing import NamedTuple
 
 from tokenizers import AddedToken, Tokenizer
 
-from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.data.conversation_files import MARK
+from vlm_jax.config import CheckpointError, Experiment
+from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
 from vlm_jax.data.templates import TEMPLATES
 from vlm_jax.hub.families.family import Json
 from vlm_jax.hub.images.settings import processor_config, read_settings, vision_settings
 from vlm_jax.hub.text.special_tokens import (
     TOKENIZER,
     TOKENIZER_CONFIG,
-    put_around,
     read_if_there,
+    set_template,
 )
 from vlm_jax.hub.text.tokenizer import GENERATION_CONFIG, IMAGE_TOKENS, HubTokenizer
 
@@ -64,7 +64,7 @@ def write_run_files(
       processor: the files of the checkpoint that the run began with; None: it began with none.
 
     Raises:
-      ConfigError: the tokenizer cannot be read.
+      CheckpointError: the tokenizer cannot be read.
     """
     if keeps_form(cfg, processor):
         ids = _copy_text_files(stage, cfg, processor)
@@ -92,7 +92,7 @@ def _write_text_files(stage: Path, cfg: Experiment, model_type: str, path: Path)
     try:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exceptions
-        raise ConfigError(f"cannot read the tokenizer {path}: {error}") from None
+        raise CheckpointError(f"cannot read the tokenizer {path}: {error}") from None
     pad, image, _, eos = cfg.data.special_ids
     if reads_image_tokens(cfg):
         image = _image_id(backend, image)
@@ -101,7 +101,7 @@ def _write_text_files(stage: Path, cfg: Experiment, model_type: str, path: Path)
     texts = {name: backend.id_to_token(i) for name, i in names.items()}
     # MllamaProcessor writes bos itself; the tokenizers of the other processors do.
     adds_bos = model_type != "mllama"
-    put_around(backend, texts.get("bos_token") if adds_bos else None, None)
+    set_template(backend, texts.get("bos_token") if adds_bos else None, None)
     backend.save(str(stage / TOKENIZER))
     image_text = backend.id_to_token(image) if reads_image_tokens(cfg) else ""
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -147,11 +147,14 @@ def chat_template(cfg: Experiment, image: str, bos: str, eos: str) -> str:
         mark = f"{image}\n" if keeps_question else image
     else:
         before, after, gap, keeps_question, mark = "", "\n", "", True, image
-    whole = f"replace({_quoted(MARK)}, {_quoted(image)})"
+    whole = f"replace({_quoted(IMAGE_PLACEHOLDER)}, {_quoted(image)})"
     if keeps_question:
         string, part = f"{{{{ message['content'] | {whole} }}}}", "{{ part['text'] }}"
     else:
-        string, part = f"{{{{ {_quoted(image)} * message['content'].count({_quoted(MARK)}) }}}}", ""
+        string, part = (
+            f"{{{{ {_quoted(image)} * message['content'].count({_quoted(IMAGE_PLACEHOLDER)}) }}}}",
+            "",
+        )
     return (
         f"{_literal(bos)}{{% for message in messages %}}"
         f"{{% if message['role'] == 'user' %}}{_literal(before)}"

@@ -38,7 +38,7 @@ def write_model(
       dtypes: of the stored tensors by name; the others as the parameters are.
 
     Raises:
-      ConfigError: the folder cannot be written or holds weights already.
+      CheckpointError: the folder cannot be written or holds weights already.
     """
     flat, shapes = traverse_util.flatten_dict(params, sep="/"), shapes_of(cfg)
     rows = {row.hub: row for row in family.rows(cfg)}

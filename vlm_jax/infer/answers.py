@@ -6,7 +6,7 @@ from flax import linen as nn
 
 from vlm_jax.config import ConfigError
 from vlm_jax.config.bounds import check_sampling
-from vlm_jax.infer.generate import Decoding, NonFiniteLogits, generate
+from vlm_jax.infer.generate import NonFiniteLogits, SamplingParams, generate
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import Batch
 
@@ -41,7 +41,7 @@ def answer(
             "no room for an answer."
         )
     lengths = np.minimum(max_new_tokens, rooms)
-    how, texts = Decoding(processor.eos_ids, temperature, top_k, top_p), {}
+    how, texts = SamplingParams(processor.eos_ids, temperature, top_k, top_p), {}
     for length in np.unique(lengths):  # a long prompt does not shorten the answers to others
         rows = np.flatnonzero(lengths == length)
         part = batch if len(rows) == len(prompts) else _rows_of(batch, rows)

@@ -9,7 +9,7 @@ from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.hub.load import Checkpoint, inspect, load_params
 from vlm_jax.hub.processor import Processor
 from vlm_jax.hub.tensors.folder import open_tensors
-from vlm_jax.infer.generate import Decoding, stream
+from vlm_jax.infer.generate import SamplingParams, stream
 
 
 def answer(given: argparse.Namespace) -> Iterator[str]:
@@ -28,7 +28,7 @@ def answer(given: argparse.Namespace) -> Iterator[str]:
         raise ConfigError(
             f"--prompt is too long: the model reads {checkpoint.cfg.decoder.max_positions} tokens."
         )
-    how = Decoding(processor.tokenizer.eos_ids, given.temperature, given.top_k, given.top_p)
+    how = SamplingParams(processor.tokenizer.eos_ids, given.temperature, given.top_k, given.top_p)
     text = processor.tokenizer.stream()
     _, params = load_params(
         given.checkpoint, taps=given.taps

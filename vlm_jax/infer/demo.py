@@ -16,23 +16,23 @@ from vlm_jax.config import Mesh as MeshSizes
 from vlm_jax.config.validate import validate
 from vlm_jax.data import images as image_files
 from vlm_jax.data import questions
-from vlm_jax.data.conversation_files import MARK
+from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
 from vlm_jax.data.tiling import to_pixels
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub.images.steps import (
-    Picture,
-    Pictures,
+    ImageInput,
+    ImageInputs,
     read,
     to_rows,
 )
 from vlm_jax.hub.text.prompt_formats import check_answers
 from vlm_jax.infer import answers
-from vlm_jax.nn.models import model_of
+from vlm_jax.nn.models import build_model
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.structs import Batch, State
 from vlm_jax.train import initial
-from vlm_jax.train.step import abstract_state, narrowed
+from vlm_jax.train.step import abstract_state, cast_to_compute_dtype
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class RunProcessor:
     def __call__(
         self,
         prompts: str | Sequence[str],
-        images: Pictures = (),
+        images: ImageInputs = (),
         *,
         chat: bool = True,
         answers: Sequence[str] | None = None,
@@ -62,7 +62,7 @@ class RunProcessor:
           ConfigError: the images or answers do not match the prompts, or an image cannot be read.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        images = to_rows(images, prompts, MARK)
+        images = to_rows(images, prompts, IMAGE_PLACEHOLDER)
         if answers is not None:
             check_answers(answers, prompts)
         keys = [tuple(map(id, row)) for row in images]
@@ -73,7 +73,7 @@ class RunProcessor:
             self.cfg, self.tokenizer, pixels, prompts, image_rows=owners, answers=answers
         )
 
-    def _pixels(self, picture: Picture) -> np.ndarray:
+    def _pixels(self, picture: ImageInput) -> np.ndarray:
         """(H, W, 3) float32, laid out in tiles and normalised."""
         return to_pixels(image_files.to_rgb(read(picture)), self.cfg.vision)
 
@@ -95,7 +95,7 @@ def load_model(
     params, tokenizer = load_stored(
         cfg, step, axes.make_mesh(MeshSizes()) if mesh is None else mesh
     )
-    return model_of(cfg), narrowed(cfg, params), RunProcessor(cfg, tokenizer)
+    return build_model(cfg), cast_to_compute_dtype(cfg, params), RunProcessor(cfg, tokenizer)
 
 
 def load(cfg: Experiment) -> tuple[dict, Tokenizer]:
@@ -107,7 +107,7 @@ def load(cfg: Experiment) -> tuple[dict, Tokenizer]:
 def load_with_step(cfg: Experiment) -> tuple[dict, Tokenizer, int]:
     """As `load`, with the step of the checkpoint."""
     state, tokenizer = _load_state(cfg)
-    return narrowed(cfg, state.params), tokenizer, int(state.step)
+    return cast_to_compute_dtype(cfg, state.params), tokenizer, int(state.step)
 
 
 def load_untrained(cfg: Experiment) -> tuple[dict, Tokenizer, int]:
@@ -126,7 +126,7 @@ def load_untrained(cfg: Experiment) -> tuple[dict, Tokenizer, int]:
             f"{min(missing)}."
         )
     return (
-        narrowed(cfg, traverse_util.unflatten_dict(params, sep="/")),
+        cast_to_compute_dtype(cfg, traverse_util.unflatten_dict(params, sep="/")),
         initial.load_tokenizer(cfg),
         0,
     )
@@ -166,6 +166,6 @@ def ask(cfg: Experiment, files: list[str], prompts: list[str]) -> list[tuple[str
     images, asked = map(list, zip(*pairs))
     processor = RunProcessor(cfg, tokenizer)
     texts = answers.answer(
-        model_of(cfg), params, processor, asked, images, max_new_tokens=cfg.eval.max_new_tokens
+        build_model(cfg), params, processor, asked, images, max_new_tokens=cfg.eval.max_new_tokens
     )
     return [(*shown, prompt, text) for (shown, prompt), text in zip(pairs, texts)]

@@ -15,10 +15,10 @@ from vlm_jax.config import Experiment
 from vlm_jax.data import questions
 from vlm_jax.data.questions import Question
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.infer.generate import Decoding, NonFiniteLogits, generate
+from vlm_jax.infer.generate import NonFiniteLogits, SamplingParams, generate
 from vlm_jax.infer.samples import draw_samples
 from vlm_jax.runtime import distributed
-from vlm_jax.runtime.workdir import EvaluationFolder, Workdir, write_whole
+from vlm_jax.runtime.workdir import EvaluationFolder, Workdir, write_atomic
 
 SCORES = ("exact_match", "image_shuffled_exact_match")  # in eval.json, beside `by_type`
 
@@ -43,13 +43,13 @@ def evaluate(
       NonFiniteLogits: the model computes NaN for a question; nothing is written then.
     """
     folder = folder or Workdir(cfg.workdir)
-    with distributed.together():
+    with distributed.raise_on_all():
         if not jax.process_index():
-            folder.try_writing()
+            folder.check_writable()
     asked = questions.to_evaluate(cfg)
     if not jax.process_index() and (said := too_long(cfg, tokenizer, asked)):
         print(said, flush=True)
-    shown = {"evaluating": asked, "with shuffled images": strangers(asked)}
+    shown = {"evaluating": asked, "with shuffled images": shuffle_images(asked)}
     answers, blind = answer(cfg, params, tokenizer, asked, shown)
     scores = {
         "split": cfg.eval.read_split,
@@ -64,9 +64,9 @@ def evaluate(
     if jax.process_index():
         return scores
     folder.keep_settings()
-    write_whole(folder.predictions, "".join(_line(*pair) for pair in zip(asked, answers)))
+    write_atomic(folder.predictions, "".join(_line(*pair) for pair in zip(asked, answers)))
     draw_samples(folder.samples, asked, answers, cfg.eval.title)
-    write_whole(folder.eval, json.dumps(scores, indent=2) + "\n")
+    write_atomic(folder.eval, json.dumps(scores, indent=2) + "\n")
     return scores
 
 
@@ -83,7 +83,7 @@ def too_long(cfg: Experiment, tokenizer: Tokenizer, asked: list[Question]) -> st
     )
 
 
-def strangers(asked: list[Question]) -> list[Question]:
+def shuffle_images(asked: list[Question]) -> list[Question]:
     """For every question another with as many images: the one half of these away, for others ask about its image."""
     shown = list(asked)
     for count in {question.image_count for question in asked}:
@@ -111,11 +111,11 @@ def answer(
     most = max(
         len({those[i].images for i in chosen}) for those in shown.values() for chosen in batches
     )
-    shape = questions.row_length(cfg, tokenizer, asked), axes.filled_rows(most, mesh)
+    shape = questions.row_length(cfg, tokenizer, asked), axes.round_up_to_shards(most, mesh)
 
     def ask(chosen: list[int], those: list[Question]) -> list[str]:
         pairs = [[rows[i] for i in chosen] for rows in (asked, those)]
-        batch = questions.batch_of(cfg, tokenizer, *pairs, *shape)
+        batch = questions.question_batch(cfg, tokenizer, *pairs, *shape)
         try:
             with jax.set_mesh(mesh):
                 made = generate(
@@ -126,7 +126,7 @@ def answer(
         made = multihost_utils.process_allgather(made, tiled=True)
         return [tokenizer.decode(ids).strip() for ids in made]  # a template may begin with a space
 
-    how, answers = Decoding(eos=(cfg.data.eos_id,)), []
+    how, answers = SamplingParams(eos=(cfg.data.eos_id,)), []
     for label, those in shown.items():
         if not sys.stderr.isatty():  # where there is no bar
             print(f"{label}: {len(asked)} questions", flush=True)

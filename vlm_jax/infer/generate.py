@@ -13,13 +13,13 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.config import Experiment, NotFinite
+from vlm_jax.config import Experiment, NonFiniteError
 from vlm_jax.nn.vlm import VLM, empty_cache
 from vlm_jax.structs import NO_IMAGE, Batch, Cache
 
 
 @dataclass(frozen=True)
-class Decoding:
+class SamplingParams:
     """How the next token is chosen, and which tokens end a text."""
 
     eos: tuple[
@@ -31,7 +31,7 @@ class Decoding:
 
 
 @struct.dataclass
-class Progress:
+class DecodeState:
     """What changes from token to token."""
 
     count: jax.Array  # () int32: tokens made
@@ -42,7 +42,7 @@ class Progress:
     key: jax.Array
 
 
-class NonFiniteLogits(NotFinite):
+class NonFiniteLogits(NonFiniteError):
     """Logits that are NaN or infinite: no token can be chosen.
 
     Attributes:
@@ -63,7 +63,7 @@ class NonFiniteLogits(NotFinite):
         return NonFiniteLogits(self.token, self.row, self.dtype, repr(prompt))
 
 
-def choose(logits: Float[Array, "B V"], key: jax.Array, how: Decoding) -> Int[Array, "B"]:
+def choose(logits: Float[Array, "B V"], key: jax.Array, how: SamplingParams) -> Int[Array, "B"]:
     """One token a row."""
     if not how.temperature:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -82,32 +82,34 @@ def choose(logits: Float[Array, "B V"], key: jax.Array, how: Decoding) -> Int[Ar
 
 
 def begin(
-    cfg: Experiment, params, prompt: Batch, new_tokens: int, how: Decoding, key: jax.Array
-) -> Progress:
+    cfg: Experiment, params, prompt: Batch, new_tokens: int, how: SamplingParams, key: jax.Array
+) -> DecodeState:
     """Reads the left-padded prompts and makes the first token of each."""
     cache = empty_cache(cfg, prompt, new_tokens, dtype_of(params))
     logits, cache = VLM(cfg).apply({"params": params}, prompt, cache, method=VLM.next_logits)
-    if reads_in_place(cfg):
+    if unstacks_layers(cfg):
         cache = cache.replace(layers=lay_out(cache.layers))
     none = jnp.zeros(len(prompt.tokens), jnp.int32)
-    return following(logits, Progress(jnp.int32(0), none, none > 0, none, cache, key), how)
+    return following(logits, DecodeState(jnp.int32(0), none, none > 0, none, cache, key), how)
 
 
-def advance(
-    cfg: Experiment, blocks, params, last: Batch, progress: Progress, how: Decoding
-) -> Progress:
-    """One more token; `blocks` of `decoder_blocks`, `last` is what the batch says of the prompts' last tokens."""
+def decode_step(
+    cfg: Experiment, blocks, params, last: Batch, progress: DecodeState, how: SamplingParams
+) -> DecodeState:
+    """One more token; `blocks` of `unstacked_blocks`, `last` is what the batch says of the prompts' last tokens."""
     batch = last.replace(
         tokens=progress.token[:, None],
         positions=last.positions + progress.count,
-        image_slots=jnp.full_like(last.image_slots, NO_IMAGE),
+        image_token_index=jnp.full_like(last.image_token_index, NO_IMAGE),
         block_ids=None if last.block_ids is None else jnp.zeros_like(last.block_ids),
     )
     logits, cache = read(cfg, blocks, params, batch, progress.cache)
     return following(logits, progress.replace(cache=cache), how)
 
 
-def following(logits: Float[Array, "B V"], progress: Progress, how: Decoding) -> Progress:
+def following(
+    logits: Float[Array, "B V"], progress: DecodeState, how: SamplingParams
+) -> DecodeState:
     """Chooses the next token of every row. Logits that are not finite end their row."""
     key, now = jax.random.split(progress.key)
     token = choose(logits, now, how)
@@ -141,7 +143,7 @@ def dtype_of(params) -> np.dtype:
     return params["decoder"]["embedding"]["table"].dtype
 
 
-def reads_in_place(cfg: Experiment) -> bool:
+def unstacks_layers(cfg: Experiment) -> bool:
     """Whether the blocks are laid out for decoding. A loop over stacked blocks copies each before it is read.
 
     XLA on the CPU does so, and reading weights is what a token costs there. With longrope, a token may read all again
@@ -150,17 +152,17 @@ def reads_in_place(cfg: Experiment) -> bool:
     return jax.default_backend() == "cpu" and cfg.decoder.rope.scaling != "longrope"
 
 
-def decoder_blocks(cfg: Experiment, params):
-    """The decoder's blocks as `advance` wants them; where they are laid out it is a copy, made once for all tokens."""
+def unstacked_blocks(cfg: Experiment, params):
+    """The decoder's blocks as `decode_step` wants them; where they are laid out it is a copy, made once for all tokens."""
     blocks = params["decoder"]["blocks"]
-    return lay_out(blocks) if reads_in_place(cfg) else blocks
+    return lay_out(blocks) if unstacks_layers(cfg) else blocks
 
 
 def read(
     cfg: Experiment, blocks, params, batch: Batch, cache: Cache
 ) -> tuple[Float[Array, "B V"], Cache]:
     """`VLM.next_logits`; nothing is copied where blocks and cache are laid out: XLA takes the stacks apart again."""
-    apart = reads_in_place(cfg)
+    apart = unstacks_layers(cfg)
     if apart:
         cfg = replace(cfg, decoder=replace(cfg.decoder, unroll=cfg.decoder.depth + len(blocks)))
         blocks, cache = stack(blocks), cache.replace(layers=stack(cache.layers))
@@ -179,7 +181,7 @@ def stack(layers: list):
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
 
 
-def is_end(token: Int[Array, "B"], how: Decoding) -> Bool[Array, "B"]:
+def is_end(token: Int[Array, "B"], how: SamplingParams) -> Bool[Array, "B"]:
     return jnp.isin(token, jnp.array(how.eos, jnp.int32))
 
 
@@ -194,7 +196,7 @@ def generate(
     params,
     prompt: Batch,
     new_tokens: int,
-    how: Decoding,
+    how: SamplingParams,
     key: jax.Array | None = None,
 ) -> Int[Array, "B new"]:
     """Generates at most `new_tokens` tokens for each of the left-padded prompts; stops when every row has ended.
@@ -212,7 +214,7 @@ def generate(
 
 @functools.partial(jax.jit, static_argnames=("cfg", "new_tokens", "how"))
 def _generate(
-    cfg: Experiment, params, prompt: Batch, new_tokens: int, how: Decoding, key: jax.Array
+    cfg: Experiment, params, prompt: Batch, new_tokens: int, how: SamplingParams, key: jax.Array
 ):
     """Tokens (B, new), and the `first_failure`."""
     progress = begin(cfg, params, prompt, new_tokens, how, key)
@@ -220,13 +222,13 @@ def _generate(
     made = (
         jnp.full((len(progress.token), new_tokens), filler, jnp.int32).at[:, 0].set(progress.token)
     )
-    last, blocks = last_tokens(prompt), jax.lax.optimization_barrier(decoder_blocks(cfg, params))
+    last, blocks = last_tokens(prompt), jax.lax.optimization_barrier(unstacked_blocks(cfg, params))
 
     def unfinished(carry):
         return (carry[0].count < new_tokens) & ~carry[0].ended.all()
 
     def one_more(carry):
-        following = advance(cfg, blocks, params, last, carry[0], how)
+        following = decode_step(cfg, blocks, params, last, carry[0], how)
         return following, carry[1].at[:, carry[0].count].set(following.token)
 
     progress, made = jax.lax.while_loop(unfinished, one_more, (progress, made))
@@ -234,8 +236,8 @@ def _generate(
 
 
 _begin = jax.jit(begin, static_argnames=("cfg", "new_tokens", "how"))
-_decoder_blocks = jax.jit(decoder_blocks, static_argnames="cfg")
-_advance = jax.jit(advance, static_argnames=("cfg", "how"), donate_argnames="progress")
+_decoder_blocks = jax.jit(unstacked_blocks, static_argnames="cfg")
+_advance = jax.jit(decode_step, static_argnames=("cfg", "how"), donate_argnames="progress")
 
 
 def stream(
@@ -243,7 +245,7 @@ def stream(
     params,
     prompt: Batch,
     new_tokens: int,
-    how: Decoding,
+    how: SamplingParams,
     key: jax.Array | None = None,
 ) -> Iterator[Int[np.ndarray, "B"]]:
     """Yields the tokens of `generate`, each as soon as it is made. Raises what `generate` raises."""

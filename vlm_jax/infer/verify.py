@@ -19,6 +19,7 @@ from vlm_jax.config import (
     ConfigError,
     Contrastive,
     Experiment,
+    UserError,
     Vision,
 )
 from vlm_jax.hub.inputs import (
@@ -28,8 +29,8 @@ from vlm_jax.hub.inputs import (
     to_batch,
 )
 from vlm_jax.hub.load import Checkpoint, load_checkpoint
-from vlm_jax.infer.generate import Decoding, NonFiniteLogits, generate
-from vlm_jax.nn.models import model_of
+from vlm_jax.infer.generate import NonFiniteLogits, SamplingParams, generate
+from vlm_jax.nn.models import build_model
 from vlm_jax.nn.vlm import VLM
 
 
@@ -62,7 +63,7 @@ class Model(NamedTuple):
     params: dict
 
     def apply(self, *inputs, method=None):
-        module = model_of(self.checkpoint.cfg)
+        module = build_model(self.checkpoint.cfg)
         return jax.jit(
             lambda params, *given: module.apply({"params": params}, *given, method=method)
         )(self.params, *inputs)
@@ -153,7 +154,7 @@ def one_output(model: Model, case: Case, name: str, tolerance: float) -> Result:
         found = OUTPUTS[type(model.checkpoint.cfg)][name](model, case)
     except KeyError as missing:
         return Result(case.name, name, shape, reason=f"the case lacks the argument {missing}")
-    except ConfigError as error:
+    except UserError as error:
         raise ConfigError(f"case {case.name}: {error}") from None
     except NonFiniteLogits:
         return Result(case.name, name, shape, np.inf, 0)
@@ -223,7 +224,7 @@ def _new_ids(model: Model, case: Case) -> np.ndarray:
         }
     prompt = to_batch(checkpoint.cfg, inputs, checkpoint.image_token, generating=True)
     return generate(
-        checkpoint.cfg, model.params, prompt, case.outputs["new_ids"].shape[1], Decoding()
+        checkpoint.cfg, model.params, prompt, case.outputs["new_ids"].shape[1], SamplingParams()
     )
 
 

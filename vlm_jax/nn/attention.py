@@ -15,12 +15,12 @@ KeyValue = tuple[
     Float[Array, "B K T H"], Float[Array, "B K T H"]
 ]  # as they are cached: a head's keys lie together
 Rope = tuple[Float[Array, "B S R"], Float[Array, "B S R"]]  # cosines and sines
-NEVER = (
+MASK_VALUE = (
     -1e30
 )  # the score of a key that is not seen; finite, so that a row that sees nothing gives no NaN
 
 
-def rotate(x: Float[Array, "B S N H"], rope: Rope) -> Float[Array, "B S N H"]:
+def apply_rope(x: Float[Array, "B S N H"], rope: Rope) -> Float[Array, "B S N H"]:
     """Turns the first R numbers of every head by the angles of its position; the rest passes through."""
     cos, sin = (table[:, :, None, :].astype(x.dtype) for table in rope)
     turned, rest = jnp.split(x, [cos.shape[-1]], axis=-1)
@@ -67,7 +67,7 @@ def _attend(q, k, v, mask):
 def _attend_forward(q, k, v, mask, cap=0.0):
     scores = softcap(jnp.einsum("bkrh,bkth->bkrt", q, k).astype(jnp.float32), cap)
     if mask is not None:
-        scores = jnp.where(mask, scores, NEVER)
+        scores = jnp.where(mask, scores, MASK_VALUE)
     probabilities = checkpoint_name(jax.nn.softmax(scores, axis=-1).astype(q.dtype), KEPT)
     y = checkpoint_name(jnp.einsum("bkrt,bkth->bkrh", probabilities, v), KEPT)
     return y, (q, k, v, probabilities, y)
@@ -109,12 +109,12 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "B S D"], KeyValue]:
         cfg = self.cfg
         q = axes.constrain(self._project(x, "query", "N"), "B S N H")
-        q = rotate(q, rope) if rope is not None else q
+        q = apply_rope(q, rope) if rope is not None else q
         if source is None:
             k, v = cache
         else:
             k, v = self._project(source, "key", "K"), self._project(source, "value", "K")
-            k = rotate(k, rope) if rope is not None else k
+            k = apply_rope(k, rope) if rope is not None else k
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
             if cache is not None:
                 k, v = (

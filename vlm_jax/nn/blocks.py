@@ -10,7 +10,7 @@ from vlm_jax.config import Fusion, Transformer
 from vlm_jax.nn.attention import Attention
 from vlm_jax.nn.kernels import KEPT
 from vlm_jax.nn.layers import Mlp, Norm
-from vlm_jax.structs import Context
+from vlm_jax.structs import BlockInputs
 
 Sublayers = tuple[str, ...]
 ATTENTION = ("self", "cross")
@@ -30,8 +30,8 @@ class Block(nn.Module):
     `self` attends to the sequence, `cross` to the memory, `mlp` and `cross_mlp` are alike but for the part they belong
     to: `cross` and `cross_mlp` are cross-attention's, behind a tanh gate that starts at 0 where `fusion.has_gates`
     (Alayrac et al. 2022, Flamingo, section 2.2). A token that reads no image gets nothing from them (from `cross_mlp`
-    alone where `fusion.blind_rows` is "read_all"), and without a memory they are not there at all.
-    `cfg.norm_order` moves the norm, `cfg.residual_scale` scales what is added.
+    alone where `fusion.tokens_without_image` is "attend_all"), and without a memory they are not there at all.
+    `cfg.norm_position` moves the norm, `cfg.layer_scale` scales what is added.
     """
 
     cfg: Transformer
@@ -39,8 +39,8 @@ class Block(nn.Module):
     fusion: Fusion = NOT_FUSED
 
     @nn.compact
-    def __call__(self, x, context: Context, slides, cache: dict):
-        new_cache, order = {}, self.cfg.norm_order
+    def __call__(self, x, context: BlockInputs, slides, cache: dict):
+        new_cache, order = {}, self.cfg.norm_position
         for name in self.sublayers:
             if name.startswith("cross") and context.memory is None and context.memory_mask is None:
                 continue
@@ -49,7 +49,7 @@ class Block(nn.Module):
                 y, new_cache[name] = self._attention(name, y, context, slides, cache.get(name))
             else:
                 y = Mlp(self.cfg, name=name)(y)
-            if order == "both":
+            if order == "sandwich":
                 y = self._norm(f"{name}_post_norm", y)
             x = axes.constrain(x + self._scaled(name, self._seen(name, y, context)), "B S D")
             if order == "post":
@@ -59,7 +59,7 @@ class Block(nn.Module):
     def _norm(self, name, x):
         return Norm(self.cfg.norm, self.cfg.norm_eps, name=name)(x)
 
-    def _attention(self, name, x, context: Context, slides, cache):
+    def _attention(self, name, x, context: BlockInputs, slides, cache):
         if name == "cross":
             attention = Attention(self.cfg, self.fusion.qk_norm, name=name)
             return attention(
@@ -79,7 +79,7 @@ class Block(nn.Module):
             x, x, mask, rope, cache, context.index
         )
 
-    def _seen(self, name, y, context: Context):
+    def _seen(self, name, y, context: BlockInputs):
         """Zeroes what a cross sublayer would add to a token that does not pass it."""
         passes = context.reads
         if name == "cross" and context.attends is not None:
@@ -89,15 +89,15 @@ class Block(nn.Module):
         return jnp.where(passes[..., None], y, 0)
 
     def _scaled(self, name, y):
-        if self.cfg.residual_scale == "vector":
+        if self.cfg.layer_scale == "vector":
             return y * self.param(
-                f"{name}_scale", axes.lettered(nn.initializers.ones, "D"), y.shape[-1:]
+                f"{name}_scale", axes.with_axes(nn.initializers.ones, "D"), y.shape[-1:]
             )
-        if self.cfg.residual_scale == "tanh" or (
+        if self.cfg.layer_scale == "tanh_gate" or (
             name.startswith("cross") and self.fusion.has_gates
         ):
             return y * jnp.tanh(
-                self.param(f"{name}_gate", axes.lettered(nn.initializers.zeros, "1"), (1,))
+                self.param(f"{name}_gate", axes.with_axes(nn.initializers.zeros, "1"), (1,))
             )
         return y
 
@@ -110,7 +110,7 @@ def repeating_period(blocks: tuple[Sublayers, ...]) -> tuple[Sublayers, ...]:
     return ()
 
 
-class Period(nn.Module):
+class ScanBlock(nn.Module):
     """One turn of the loop over depth: its blocks in turn, each output noted where `wanted` asks for it."""
 
     cfg: Transformer
@@ -119,7 +119,7 @@ class Period(nn.Module):
     wanted: tuple[int, ...]
 
     @nn.compact
-    def __call__(self, carry, context: Context, turn, slides, cache: list):
+    def __call__(self, carry, context: BlockInputs, turn, slides, cache: list):
         (x, kept), new_cache, block_class = carry, [], self._block_class()
         for i, sublayers in enumerate(self.blocks):
             block = block_class(self.cfg, sublayers, self.fusion, name=f"block_{i}")
@@ -155,11 +155,11 @@ class Stack(nn.Module):
     wanted: tuple[int, ...] = ()
 
     @nn.compact
-    def __call__(self, x, context: Context, cache: list | None = None):
+    def __call__(self, x, context: BlockInputs, cache: list | None = None):
         period, count = repeating_period(self.blocks), len(self.blocks)
         turns = count // len(period)
         loop = nn.scan(
-            Period,
+            ScanBlock,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0, 0, 0),

@@ -13,7 +13,7 @@ from vlm_jax.nn.decoder import Decoder
 from vlm_jax.nn.fusion import text_mask
 from vlm_jax.nn.layers import Dense
 from vlm_jax.nn.vit import ViT
-from vlm_jax.structs import Compared, Stream
+from vlm_jax.structs import ContrastiveOutput, DecoderInputs
 
 INITIAL_SCALE = math.log(1 / 0.07)  # Radford et al. 2021 (CLIP), section 2.5
 INITIAL_BIAS = -10.0  # Zhai et al. 2023 (SigLIP), section 3.2
@@ -41,17 +41,19 @@ class Contrastive(nn.Module):
             self.logit_bias = self._number("logit_bias", INITIAL_BIAS)
 
     def _number(self, name, value):
-        return self.param(name, axes.lettered(nn.initializers.constant(value), "1"), (1,))
+        return self.param(name, axes.with_axes(nn.initializers.constant(value), "1"), (1,))
 
     def __call__(
         self,
         images: Float[Array, "B height width channels"],
         tokens: Int[Array, "R S"],
         there: Bool[Array, "R S"] | None = None,
-    ) -> Compared:
+    ) -> ContrastiveOutput:
         image, text = self.image_embeds(images), self.text_embeds(tokens, there)
         logits = image @ text.T * jnp.exp(self.logit_scale)
-        return Compared(image, text, logits + self.logit_bias if self.cfg.logit_bias else logits)
+        return ContrastiveOutput(
+            image, text, logits + self.logit_bias if self.cfg.logit_bias else logits
+        )
 
     def image_embeds(self, images: Float[Array, "B height width channels"]) -> Float[Array, "B W"]:
         return _unit(self.image_features(images))
@@ -73,7 +75,9 @@ class Contrastive(nn.Module):
     ) -> Float[Array, "R W"]:
         there = jnp.ones(tokens.shape, bool) if there is None else there
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        stream = Stream(self.text.embed(tokens), positions, text_mask(there, self.cfg.causal))
+        stream = DecoderInputs(
+            self.text.embed(tokens), positions, text_mask(there, self.cfg.causal)
+        )
         hidden, _ = self.text(stream)
         return self.text_projection(hidden[jnp.arange(len(tokens)), self._pooled_slots(tokens)])
 

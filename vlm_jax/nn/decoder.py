@@ -16,8 +16,8 @@ from vlm_jax.nn.layers import (
     Norm,
     softcap,
 )
-from vlm_jax.nn.positions import local_rope_tables, rope_tables, sincos_rows
-from vlm_jax.structs import Cache, Context, Stream
+from vlm_jax.nn.positions import local_rope_tables, rope_tables, sinusoidal_embedding
+from vlm_jax.structs import BlockInputs, Cache, DecoderInputs
 
 
 class Decoder(nn.Module):
@@ -40,7 +40,7 @@ class Decoder(nn.Module):
         )
         if cfg.final_norm:
             self.final_norm = Norm(cfg.norm, cfg.norm_eps)
-        if not cfg.tied_head:
+        if not cfg.tie_word_embeddings:
             self.free_head = Dense("D V", (cfg.width, cfg.vocab_size), bias=False)
 
     def sliding_blocks(self) -> tuple[int, ...]:
@@ -55,7 +55,7 @@ class Decoder(nn.Module):
         return x * jnp.asarray(math.sqrt(self.cfg.width), x.dtype) if self.cfg.embed_scale else x
 
     def __call__(
-        self, stream: Stream, cache: Cache | None = None
+        self, stream: DecoderInputs, cache: Cache | None = None
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
         """Returns the hidden numbers after the final norm, and the cache with what was read.
 
@@ -82,14 +82,14 @@ class Decoder(nn.Module):
             outgrown, Decoder._read_again, Decoder._read, self, stream, cache, variables="params"
         )
 
-    def _read_again(self, stream: Stream, cache: Cache):
+    def _read_again(self, stream: DecoderInputs, cache: Cache):
         """As `_read`, after everything that the cache has seen."""
         hidden, whole = self._read(cache.seen, cache.replace(index=jnp.zeros_like(cache.index)))
         length = stream.x.shape[1]
         hidden = jax.lax.dynamic_slice_in_dim(hidden, cache.index, length, axis=1)
         return hidden, whole.replace(index=cache.index + length)
 
-    def _read(self, stream: Stream, cache: Cache | None):
+    def _read(self, stream: DecoderInputs, cache: Cache | None):
         cfg, positions = self.cfg, stream.positions
         x = (
             stream.x + self._positions(positions).astype(stream.x.dtype)
@@ -98,7 +98,7 @@ class Decoder(nn.Module):
         )
         if cfg.embed_norm:
             x = self.embedding_norm(x)
-        context = Context(
+        context = BlockInputs(
             mask=stream.mask,
             rope=rope_tables(positions, cfg) if cfg.positions == "rope" else None,
             memory=stream.memory,
@@ -120,10 +120,10 @@ class Decoder(nn.Module):
         if self.cfg.positions == "learned":
             check_length(self.cfg, positions.shape[1])
             return self.position_embedding(rows)
-        return jnp.where(positions[..., None] < 0, 0.0, sincos_rows(rows, self.cfg.width))
+        return jnp.where(positions[..., None] < 0, 0.0, sinusoidal_embedding(rows, self.cfg.width))
 
     def head(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
-        logits = self.embedding.attend(x) if self.cfg.tied_head else self.free_head(x)
+        logits = self.embedding.attend(x) if self.cfg.tie_word_embeddings else self.free_head(x)
         return softcap(logits, self.cfg.logit_softcap)
 
 
@@ -135,7 +135,7 @@ def check_length(cfg: DecoderConfig, length: int) -> None:
         )
 
 
-def remember(stream: Stream, cache: Cache) -> Cache:
+def remember(stream: DecoderInputs, cache: Cache) -> Cache:
     """The cache with a stream of all its slots: what was seen before, and `stream` from slot `index` on."""
     slots = cache.positions.shape[1]
 

@@ -21,7 +21,7 @@ from vlm_jax.structs import (
     TRUNK,
     Batch,
     Cache,
-    Stream,
+    DecoderInputs,
 )
 
 Ids = Int[Array, "B S"]
@@ -34,7 +34,7 @@ def fuse(
     image: Float[Array, "B T E"] | None,
     batch: Batch,
     cache: Cache | None = None,
-) -> Stream:
+) -> DecoderInputs:
     """Embedded text and the I*M image tokens of each row -> what the decoder sees; I counts every view of an image.
 
     While decoding, `image` is None: its tokens, or their keys and values, are in the cache already.
@@ -42,11 +42,11 @@ def fuse(
     reads_memory = cfg.fusion.image_in_memory and batch.image_mask.shape[-1] > 0
     in_sequence = cfg.fusion.image_in_sequence and image is not None
     window = cfg.decoder.sliding_window if cfg.decoder.sliding_layers else 0
-    stream = Stream(
-        x=place(text, image, batch.image_slots) if in_sequence else text,
+    stream = DecoderInputs(
+        x=place(text, image, batch.image_token_index) if in_sequence else text,
         positions=batch.positions,
-        mask=sequence_mask(batch, cache),
-        local_mask=sequence_mask(batch, cache, window) if window else None,
+        mask=self_attention_mask(batch, cache),
+        local_mask=self_attention_mask(batch, cache, window) if window else None,
     )
     if not reads_memory:
         return stream
@@ -54,17 +54,17 @@ def fuse(
         image = None if image is None else without_thumbnails(cfg, image, 1, cfg.image_tokens)
         batch = batch.replace(image_mask=without_thumbnails(cfg, batch.image_mask, 2))
     stream = stream.replace(memory=image, reads=batch.image_mask.any(-1))
-    if cfg.fusion.blind_rows == "read_all":
+    if cfg.fusion.tokens_without_image == "attend_all":
         batch = batch.replace(image_mask=open_blind(batch))
         stream = stream.replace(attends=batch.image_mask.any(-1))
     return stream.replace(memory_mask=memory_mask(batch, cfg.image_tokens))
 
 
 def open_blind(batch: Batch) -> Bool[Array, "B S I"]:
-    """`image_mask`, in which a token that may read no image reads those of its `blind_mask`."""
+    """`image_mask`, in which a token that may read no image reads those of its `no_image_mask`."""
     is_blind = ~batch.image_mask.any(-1, keepdims=True)
     return batch.image_mask | (
-        is_blind if batch.blind_mask is None else is_blind & batch.blind_mask
+        is_blind if batch.no_image_mask is None else is_blind & batch.no_image_mask
     )
 
 
@@ -84,7 +84,7 @@ def place(
     return jnp.where((slots == NO_IMAGE)[..., None], text, found)
 
 
-def sequence_mask(
+def self_attention_mask(
     batch: Batch, cache: Cache | None = None, window: int = 0
 ) -> Bool[Array, "B 1 S T"]:
     """Which tokens of the sequence, or of the cache's T slots, each token sees.

@@ -17,7 +17,7 @@ LANES = 128  # a block's sides are multiples of it
 LARGEST_BLOCK = (
     640  # scores of a block, float32, and what they are made from fit the fast memory of a core
 )
-SHORTEST = (
+MIN_LENGTH = (
     256  # queries and keys: below, the padding to blocks costs more than the scores in memory
 )
 
@@ -25,7 +25,7 @@ SHORTEST = (
 def kernel_for(q: jax.Array, k: jax.Array, mask: jax.Array | None, cap: float) -> Callable | None:
     """The kernel that takes the place of `attend` on the platform at hand; None where none can or none is worth it."""
     platform, length, keys = axes.platform(), q.shape[1], k.shape[2]
-    if platform == "tpu" and min(length, keys) >= SHORTEST:
+    if platform == "tpu" and min(length, keys) >= MIN_LENGTH:
         return on_tpu
     even = length % 2 == keys % 2 == 0  # what cuDNN asks for beside a mask
     narrow = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
@@ -68,7 +68,7 @@ def on_tpu(q, k, v, mask, scale: float, cap: float = 0.0, interpret: bool = Fals
     def by_row(q, k, v, mask):
         return jax.lax.map(lambda row: _row(*row, cap, interpret), (q, k, v, mask))
 
-    y = axes.on_each_device(by_row, ("B K G S H", "B K T H", "B K T H", "B 1 S T"), "B K G S H")(
+    y = axes.shard_mapped(by_row, ("B K G S H", "B K T H", "B K T H", "B 1 S T"), "B K G S H")(
         q, k, v, mask
     )
     return y.transpose(0, 3, 1, 2, 4).reshape(rows, -1, heads, width)[:, :length]

@@ -85,22 +85,22 @@ class Dense(nn.Module):
             in_axis=range(self.contract),
             out_axis=range(self.contract, len(self.shape)),
         )
-        kernel = self.param("kernel", axes.lettered(init, self.letters), self.shape)
+        kernel = self.param("kernel", axes.with_axes(init, self.letters), self.shape)
         leading = x.shape[: x.ndim - self.contract]
         x = x.reshape(*leading, math.prod(inputs)).astype(kernel.dtype)
         y = matmul(x, kernel.reshape(math.prod(inputs), math.prod(outputs)))
         if self.bias:
             letters = " ".join(self.letters.split()[self.contract :])
-            y += self.param("bias", axes.lettered(nn.initializers.zeros, letters), outputs).reshape(
-                -1
-            )
+            y += self.param(
+                "bias", axes.with_axes(nn.initializers.zeros, letters), outputs
+            ).reshape(-1)
         return y.reshape(*leading, *outputs)
 
 
 class Norm(nn.Module):
     """(..., D) -> (..., D): LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019), computed in float32.
 
-    `rmsnorm_centred` keeps its scale minus 1, so that 0 changes nothing (Gemma).
+    `rmsnorm_zero_centered` keeps its scale minus 1, so that 0 changes nothing (Gemma).
     """
 
     kind: str
@@ -109,9 +109,9 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        centred = self.kind == "rmsnorm_centred"
+        centred = self.kind == "rmsnorm_zero_centered"
         init = nn.initializers.zeros if centred else nn.initializers.ones
-        scale = self.param("scale", axes.lettered(init, self.letters), x.shape[-1:])
+        scale = self.param("scale", axes.with_axes(init, self.letters), x.shape[-1:])
         wide = x.astype(jnp.float32)
         if self.kind == "layernorm":
             wide -= wide.mean(-1, keepdims=True)
@@ -121,7 +121,7 @@ class Norm(nn.Module):
         y = wide.astype(x.dtype) * scale
         if self.kind == "layernorm":
             y += self.param(
-                "bias", axes.lettered(nn.initializers.zeros, self.letters), x.shape[-1:]
+                "bias", axes.with_axes(nn.initializers.zeros, self.letters), x.shape[-1:]
             )
         return y
 
@@ -158,7 +158,7 @@ class Embed(nn.Module):
 
     def setup(self):
         self.table = self.param(
-            "table", axes.lettered(embedding_init, self.letters), (self.num, self.width)
+            "table", axes.with_axes(embedding_init, self.letters), (self.num, self.width)
         )
 
     def __call__(self, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:

@@ -18,7 +18,7 @@ Config = (
 MODULES = {Experiment: VLM, Vision: ViT, Contrastive: contrastive.Contrastive}
 
 
-def model_of(cfg: Config) -> nn.Module:
+def build_model(cfg: Config) -> nn.Module:
     return MODULES[type(cfg)](cfg)
 
 
@@ -36,11 +36,11 @@ def example_inputs(cfg: Config) -> tuple:
 
 @functools.cache
 def initializer(cfg: Config) -> Callable:
-    """From a key to the boxed parameters (`axes.Lettered`) of a new model; jitted, so that one mesh traces it once."""
-    return jax.jit(lambda key: model_of(cfg).init(key, *example_inputs(cfg))["params"])
+    """From a key to the boxed parameters (`axes.Partitioned`) of a new model; jitted, so that one mesh traces it once."""
+    return jax.jit(lambda key: build_model(cfg).init(key, *example_inputs(cfg))["params"])
 
 
 @functools.cache
-def boxed_params(cfg: Config):
-    """Shapes and letters (`axes.Lettered`) of the parameters; nothing is computed."""
+def abstract_params(cfg: Config):
+    """Shapes and letters (`axes.Partitioned`) of the parameters; nothing is computed."""
     return jax.eval_shape(initializer(cfg), jax.eval_shape(jax.random.key, 0))

@@ -115,7 +115,7 @@ class PatchEmbed(nn.Module):
         if cfg.positions == "sincos":
             return jnp.asarray(sincos_positions(grid, width))
         shape = (cfg.grid[0] * cfg.grid[1], width)
-        table = self.param("positions", axes.lettered(embedding_init, "P D"), shape)
+        table = self.param("positions", axes.with_axes(embedding_init, "P D"), shape)
         return resample_positions(table, cfg.grid, grid)
 
 
@@ -127,7 +127,7 @@ class _Convolution(nn.Module):
         cfg, patch = self.cfg, self.cfg.patch_size_px
         kernel = self.param(
             "kernel",
-            axes.lettered(nn.initializers.lecun_normal(), "C D"),
+            axes.with_axes(nn.initializers.lecun_normal(), "C D"),
             (cfg.patch_dim, cfg.width),
         )
         tokens = jax.lax.conv_general_dilated(
@@ -138,5 +138,5 @@ class _Convolution(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         if cfg.patch_bias:
-            tokens += self.param("bias", axes.lettered(nn.initializers.zeros, "D"), (cfg.width,))
+            tokens += self.param("bias", axes.with_axes(nn.initializers.zeros, "D"), (cfg.width,))
         return einops.rearrange(tokens, "B h w D -> B (h w) D")

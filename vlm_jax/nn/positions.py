@@ -13,39 +13,41 @@ Tables = tuple[Float[Array, "B S R"], Float[Array, "B S R"]]  # cosines and sine
 
 def rope_tables(positions: Int[Array, "B S"], cfg: Decoder) -> Tables:
     """Cosines and sines of rotary position embedding (Su et al. 2021, eq. 34), halves side by side as in Llama."""
-    wavenumbers = _wavenumbers(cfg)
+    inv_freq = _inv_freq(cfg)
     if cfg.rope.scaling == "longrope":
         is_long = positions.max() + 1 > cfg.rope.original_positions
         short, long = (
-            wavenumbers / np.float32(x) for x in (cfg.rope.short_factors, cfg.rope.long_factors)
+            inv_freq / np.float32(x) for x in (cfg.rope.short_factors, cfg.rope.long_factors)
         )
         return _tables(positions, jnp.where(is_long, long, short), _longrope_scale(cfg.rope))
-    return _tables(positions, STRETCH[cfg.rope.scaling](wavenumbers, cfg.rope))
+    return _tables(positions, ROPE_SCALING[cfg.rope.scaling](inv_freq, cfg.rope))
 
 
 def local_rope_tables(positions: Int[Array, "B S"], cfg: Decoder) -> Tables:
     """The same with `local_theta`, never stretched: for the sliding blocks of Gemma 3."""
-    return _tables(positions, _wavenumbers(cfg, cfg.rope.local_theta))
+    return _tables(positions, _inv_freq(cfg, cfg.rope.local_theta))
 
 
-def _wavenumbers(cfg: Decoder, theta: float = 0.0) -> Float[np.ndarray, "half"]:
-    return np.float32((theta or cfg.rope.theta) ** (-np.arange(0, cfg.turned, 2) / cfg.turned))
+def _inv_freq(cfg: Decoder, theta: float = 0.0) -> Float[np.ndarray, "half"]:
+    return np.float32(
+        (theta or cfg.rope.theta) ** (-np.arange(0, cfg.rotary_dim, 2) / cfg.rotary_dim)
+    )
 
 
-def _tables(positions, wavenumbers, scale=1.0):
-    angles = positions[..., None].astype(jnp.float32) * wavenumbers
+def _tables(positions, inv_freq, scale=1.0):
+    angles = positions[..., None].astype(jnp.float32) * inv_freq
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
-def _llama3(wavenumbers, rope: Rope):
+def _llama3(inv_freq, rope: Rope):
     """Long waves are stretched, short ones stay, and between them it goes over (transformers, modeling_rope_utils)."""
     turns = (
-        rope.original_positions * wavenumbers / (2 * math.pi)
+        rope.original_positions * inv_freq / (2 * math.pi)
     )  # of each wave in the text of the first training
     share = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     share = np.clip(share, 0, 1).astype(np.float32)
-    return wavenumbers * (share + (1 - share) / np.float32(rope.factor))
+    return inv_freq * (share + (1 - share) / np.float32(rope.factor))
 
 
 def _longrope_scale(rope: Rope) -> float:
@@ -57,16 +59,16 @@ def _longrope_scale(rope: Rope) -> float:
     )
 
 
-STRETCH = {
-    "none": lambda wavenumbers, rope: wavenumbers,
-    "linear": lambda wavenumbers, rope: wavenumbers / np.float32(rope.factor),
+ROPE_SCALING = {
+    "none": lambda inv_freq, rope: inv_freq,
+    "linear": lambda inv_freq, rope: inv_freq / np.float32(rope.factor),
     "llama3": _llama3,
 }
 
 
-def sincos_rows(rows: Int[Array, "B S"], width: int) -> Float[Array, "B S D"]:
+def sinusoidal_embedding(rows: Int[Array, "B S"], width: int) -> Float[Array, "B S D"]:
     """Sines, then cosines, over D / 2 wavelengths from 1 to 10,000 (fairseq's form of Vaswani et al. 2017, 3.5)."""
     half = width // 2
-    wavenumbers = np.exp(-np.arange(half) * math.log(10_000.0) / (half - 1)).astype(np.float32)
-    angles = rows[..., None].astype(jnp.float32) * wavenumbers
+    inv_freq = np.exp(-np.arange(half) * math.log(10_000.0) / (half - 1)).astype(np.float32)
+    angles = rows[..., None].astype(jnp.float32) * inv_freq
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

@@ -14,7 +14,7 @@ from vlm_jax.nn.layers import (
     Norm,
     embedding_init,
 )
-from vlm_jax.structs import Context
+from vlm_jax.structs import BlockInputs
 
 Tokens = Float[Array, "B P E"]
 Projected = Float[Array, "B M D"]
@@ -99,10 +99,10 @@ class Resampler(nn.Module):
         memory = Norm("layernorm", settings.norm_eps, name="norm")(
             Dense("E D", (x.shape[-1], width), name="linear")(x)
         )
-        queries = self.param("queries", axes.lettered(embedding_init, "Q D"), (cfg.queries, width))
+        queries = self.param("queries", axes.with_axes(embedding_init, "Q D"), (cfg.queries, width))
         q = jnp.broadcast_to(queries, (len(x), *queries.shape))
         for i in range(cfg.depth):
-            context = Context(memory=jnp.concatenate([memory, q], axis=1))
+            context = BlockInputs(memory=jnp.concatenate([memory, q], axis=1))
             q, _ = Block(settings, ("cross", "mlp"), name=f"block_{i}")(q, context, False, {})
         return Norm("layernorm", settings.norm_eps, name="final_norm")(q)
 

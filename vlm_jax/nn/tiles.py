@@ -17,9 +17,11 @@ from vlm_jax.config import Vision
 from vlm_jax.nn.blocks import Stack
 from vlm_jax.nn.layers import Embed, Norm, embedding_init
 from vlm_jax.nn.patches import PatchEmbed
-from vlm_jax.structs import Context
+from vlm_jax.structs import BlockInputs
 
-MULTIPLE = 8  # zeros fill the tokens of a tile up to a multiple, and trained weights expect them
+TOKEN_MULTIPLE = (
+    8  # zeros fill the tokens of a tile up to a multiple, and trained weights expect them
+)
 
 
 class TiledViT(nn.Module):
@@ -41,17 +43,17 @@ class TiledViT(nn.Module):
         cfg = self.cfg
         x = self._embed(images, layouts)
         rows, tiles, length, width = x.shape
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, -length % MULTIPLE), (0, 0)))
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, -length % TOKEN_MULTIPLE), (0, 0)))
         tiled = x.shape
         self.sow("intermediates", "embeddings", x)
-        context = Context(mask=filling_mask(tile_mask, length, x.shape[2]))
+        context = BlockInputs(mask=padding_mask(tile_mask, length, x.shape[2]))
         stack = Stack(cfg, (("self", "mlp"),) * cfg.depth, wanted=cfg.feature_layers, name="blocks")
         x, kept, _ = stack(x.reshape(rows, -1, width), context)
         x = self._norm("final_norm", x).reshape(tiled) + self._tile_embedding(
             "post_tile", layouts, tiles
         )
-        gated = replace(cfg, residual_scale="tanh")
-        stack = Stack(gated, (("self", "mlp"),) * cfg.global_depth, name="global_blocks")
+        gated = replace(cfg, layer_scale="tanh_gate")
+        stack = Stack(gated, (("self", "mlp"),) * cfg.num_global_layers, name="global_blocks")
         x, _, _ = stack(x.reshape(rows, -1, width), context)
         woven = [jnp.stack(kept, axis=-1).reshape(*x.shape[:2], -1)] if kept else []
         x = jnp.concatenate([x, *woven], axis=-1).reshape(*tiled[:3], -1)
@@ -64,7 +66,7 @@ class TiledViT(nn.Module):
             images.reshape(-1, *images.shape[2:])
         )
         x = x.reshape(rows, tiles, -1, cfg.width) + self._tile_embedding("pre_tile", layouts, tiles)
-        token = self.param("class_token", axes.lettered(embedding_init, "D"), (cfg.width,))
+        token = self.param("class_token", axes.with_axes(embedding_init, "D"), (cfg.width,))
         x = jnp.concatenate([jnp.broadcast_to(token, (rows, tiles, 1, cfg.width)), x], axis=2)
         return self._norm("pre_norm", x + self._positions(layouts, x.shape[1:]))
 
@@ -72,7 +74,9 @@ class TiledViT(nn.Module):
         return Norm(self.cfg.norm, self.cfg.norm_eps, name=name)(x)
 
     def _gate(self, name):
-        return jnp.tanh(self.param(f"{name}_gate", axes.lettered(nn.initializers.zeros, "1"), (1,)))
+        return jnp.tanh(
+            self.param(f"{name}_gate", axes.with_axes(nn.initializers.zeros, "1"), (1,))
+        )
 
     def _by_layout(self, name, layouts, shape):
         """(B, *shape): what is learned for each layout; row 0 is for no image."""
@@ -85,12 +89,12 @@ class TiledViT(nn.Module):
 
     def _positions(self, layouts, shape):
         """(B, J, 1 + P, D): positions that all tiles share, and as the gate opens those of each tile in their place."""
-        shared = self.param("positions", axes.lettered(embedding_init, "P D"), shape[1:])
+        shared = self.param("positions", axes.with_axes(embedding_init, "P D"), shape[1:])
         gate = self._gate("positions")
         return (1 - gate) * shared + gate * self._by_layout("tile_positions", layouts, shape)
 
 
-def filling_mask(tile_mask: Bool[Array, "B J"], length: int, filled: int) -> Bool[Array, "B 1 T T"]:
+def padding_mask(tile_mask: Bool[Array, "B J"], length: int, filled: int) -> Bool[Array, "B 1 T T"]:
     """Which of the J * filled tokens see each other: all, but what fills a tile or an absent tile does not see filling.
 
     Tokens of an image do see it: that is how the weights were trained.

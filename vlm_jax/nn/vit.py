@@ -16,7 +16,7 @@ from vlm_jax.nn.layers import (
 )
 from vlm_jax.nn.patches import PatchEmbed
 from vlm_jax.nn.tiles import TiledViT
-from vlm_jax.structs import Context, Encoded
+from vlm_jax.structs import BlockInputs, EncoderOutput
 
 
 class ViT(nn.Module):
@@ -38,28 +38,28 @@ class ViT(nn.Module):
         return self.encode(images, layouts, tile_mask).features
 
     @nn.compact
-    def encode(self, images, layouts=None, tile_mask=None) -> Encoded:
+    def encode(self, images, layouts=None, tile_mask=None) -> EncoderOutput:
         """All outputs: tokens with the class token in front, the pooled vector, and the projector's features."""
         cfg = self.cfg
         if cfg.tile_layouts:
             tokens = TiledViT(cfg, name="tiled")(images, layouts, tile_mask)
-            return Encoded(tokens, features=tokens)
+            return EncoderOutput(tokens, features=tokens)
         x = PatchEmbed(cfg, name="patch_embed")(images)
         if cfg.kind == "none":
-            return Encoded(x, features=x)
+            return EncoderOutput(x, features=x)
         x = self._with_class_token(x)
         if cfg.pre_norm:
             x = self._norm("pre_norm", x)
         self.sow("intermediates", "embeddings", x)
         x = axes.constrain(x, "B P D")
         stack = Stack(cfg, (("self", "mlp"),) * cfg.depth, wanted=cfg.feature_layers, name="blocks")
-        x, kept, _ = stack(x, Context())
+        x, kept, _ = stack(x, BlockInputs())
         if cfg.final_norm == "tokens":
             x = self._norm("final_norm", x)
         features = jnp.concatenate(kept, axis=-1) if kept else x
         if cfg.class_token and not cfg.keep_class_token:
             features = features[:, 1:]
-        return Encoded(x, self._pool(x), features, self._classify(x))
+        return EncoderOutput(x, self._pool(x), features, self._classify(x))
 
     def _norm(self, name, x):
         return Norm(self.cfg.norm, self.cfg.norm_eps, name=name)(x)
@@ -67,11 +67,11 @@ class ViT(nn.Module):
     def _with_class_token(self, x):
         cfg = self.cfg
         if cfg.mask_token:
-            self.param("mask_token", axes.lettered(nn.initializers.zeros, "D"), (cfg.width,))
+            self.param("mask_token", axes.with_axes(nn.initializers.zeros, "D"), (cfg.width,))
         if not cfg.class_token:
             return x
-        token = self.param("class_token", axes.lettered(embedding_init, "D"), (cfg.width,))
-        position = self.param("class_position", axes.lettered(embedding_init, "D"), (cfg.width,))
+        token = self.param("class_token", axes.with_axes(embedding_init, "D"), (cfg.width,))
+        position = self.param("class_position", axes.with_axes(embedding_init, "D"), (cfg.width,))
         return jnp.concatenate(
             [jnp.broadcast_to(token + position, (len(x), 1, cfg.width)), x], axis=1
         )
@@ -105,7 +105,7 @@ class AttentionPool(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B D"]:
-        query = self.param("query", axes.lettered(embedding_init, "D"), (self.cfg.width,))
+        query = self.param("query", axes.with_axes(embedding_init, "D"), (self.cfg.width,))
         y, _ = Attention(self.cfg, name="attention")(
             jnp.broadcast_to(query, (len(x), 1, *query.shape)), x
         )

@@ -95,7 +95,7 @@ def example_batch(cfg: Experiment, rows: int = 1, length: int | None = None) -> 
         positions=ids,
         segment_ids=ids + 1,
         branch_ids=ids,
-        image_slots=ids,
+        image_token_index=ids,
         image_mask=jnp.ones((rows, length, cfg.vision.pictures), bool),
         targets=ids,
         loss_weights=jnp.ones((rows, length)),

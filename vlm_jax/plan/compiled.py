@@ -19,7 +19,7 @@ from vlm_jax.cost.chips import slice_of
 from vlm_jax.plan import hlo
 from vlm_jax.plan.memory import batch_shapes
 from vlm_jax.train.loss import chunk_tokens
-from vlm_jax.train.step import abstract_state, compiled_step
+from vlm_jax.train.step import abstract_state, jit_train_step
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def lowered(cfg: Experiment, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch_shapes(cfg)
     )
     with jax.set_mesh(mesh):
-        return compiled_step(cfg, mesh).lower(abstract_state(cfg, mesh), batch)
+        return jit_train_step(cfg, mesh).lower(abstract_state(cfg, mesh), batch)
 
 
 def loss_turns(cfg: Experiment, mesh: jax.sharding.Mesh) -> int:

@@ -92,7 +92,7 @@ def read(text: str, chips: int, unknown_turns: int = 1) -> Program:
         if i.opcode == "fusion"
         for name in _called(i)
     }
-    for name, times in entered(computations, entry, unknown_turns).items():
+    for name, times in execution_counts(computations, entry, unknown_turns).items():
         for instruction in computations[name].values():
             program.flops += times * _flops(instruction, computations[name])
             if name not in fused:
@@ -124,7 +124,7 @@ def _called(instruction: Instruction) -> list[str]:
     return [name for one, several in found for name in ([one] if one else NAME.findall(several))]
 
 
-def entered(
+def execution_counts(
     computations: dict[str, Computation], entry: str, unknown_turns: int = 1
 ) -> dict[str, int]:
     """How often each computation runs in one run of the program."""

@@ -14,7 +14,7 @@ from vlm_jax import axes
 from vlm_jax.config import Experiment
 from vlm_jax.cost.flops import token_flow
 from vlm_jax.nn.decoder import empty_layers
-from vlm_jax.nn.models import boxed_params
+from vlm_jax.nn.models import abstract_params
 from vlm_jax.nn.vlm import example_batch
 from vlm_jax.plan import liveness
 from vlm_jax.structs import Batch
@@ -23,7 +23,7 @@ from vlm_jax.train.step import state_shapes, state_shardings, train_step
 
 # Of what comes and goes, the share that the TPU compiler leaves empty in between: so large that the four training
 # configs of `configs/` and the cases of tests/plan/test_slices.py are predicted within 15 % of what it reserves.
-HOLES = 0.1
+FRAGMENTATION = 0.1
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def predicted(cfg: Experiment, mesh: jax.sharding.AbstractMesh) -> Memory:
     """The state's and the batch's bytes as they lie on the mesh, and the peak of what a step holds besides."""
     seen = local(cfg, mesh)
     state, batch = state_shapes(seen), batch_shapes(seen)
-    with jax.sharding.use_abstract_mesh(axes.one_of(mesh)):
+    with jax.sharding.use_abstract_mesh(axes.single_device_mesh(mesh)):
         program = jax.make_jaxpr(lambda state, batch: train_step(seen, state, batch))(
             state, batch
         ).jaxpr
@@ -55,7 +55,7 @@ def predicted(cfg: Experiment, mesh: jax.sharding.AbstractMesh) -> Memory:
     split = _splits(seen, mesh)
     peak = liveness.peak_bytes(program, lambda shape: split.get(shape, 1))
     if mesh.abstract_device and mesh.abstract_device.platform == "tpu":
-        peak *= 1 + HOLES
+        peak *= 1 + FRAGMENTATION
     shardings, shapes = state_shardings(cfg, mesh), state_shapes(cfg)
     trained = optim.split(shapes.params, cfg.optim)[0]
     gradients = _bytes(trained, optim.split(shardings.params, cfg.optim)[0])
@@ -142,7 +142,9 @@ def batch_shapes(cfg: Experiment) -> Batch:
 def _splits(cfg: Experiment, mesh) -> dict[tuple[int, ...], int]:
     """Shape of a parameter, and so of its gradient and moments -> devices along `fsdp` that share one."""
     found = {}
-    for box in jax.tree.leaves(boxed_params(cfg), is_leaf=lambda x: isinstance(x, axes.Lettered)):
+    for box in jax.tree.leaves(
+        abstract_params(cfg), is_leaf=lambda x: isinstance(x, axes.Partitioned)
+    ):
         spec = axes.parameter_spec(box.letters, box.value.shape, mesh)
         found[box.value.shape] = mesh.shape["fsdp"] if "fsdp" in spec else 1
     return found

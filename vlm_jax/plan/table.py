@@ -200,8 +200,8 @@ def _advice(plan: dict) -> str:
     sizes = plan["bytes_per_device"]
     ways = {
         "activations": "decoder.remat and vision.remat full, train.compute_dtype bfloat16, more train.microbatches",
-        "gradients": "a larger mesh.fsdp, or fewer trained parts (optim.rate_scale.PART 0)",
-        "optimizer": "a larger mesh.fsdp, or fewer trained parts (optim.rate_scale.PART 0)",
+        "gradients": "a larger mesh.fsdp, or fewer trained parts (optim.lr_mult.PART 0)",
+        "optimizer": "a larger mesh.fsdp, or fewer trained parts (optim.lr_mult.PART 0)",
         "parameters": "a larger mesh.fsdp or mesh.tensor",
     }
     order = sorted(ways, key=lambda name: -sizes[name])

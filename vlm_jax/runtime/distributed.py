@@ -20,10 +20,19 @@ from jax._src import clusters  # nothing public says whether there is a cluster
 from jax._src.distributed import global_state  # nothing public gives the processes' common store
 from jax.experimental import multihost_utils
 
-from vlm_jax.config import ConfigError, Distributed, Experiment, files
-from vlm_jax.runtime.process import leave
+from vlm_jax.config import (
+    ConfigError,
+    Distributed,
+    Experiment,
+    UserError,
+    files,
+)
+from vlm_jax.runtime.process import exit_now
 
-OWN = ("distributed.", "data.dir")  # fields that may differ between the processes of a run
+PER_PROCESS_FIELDS = (
+    "distributed.",
+    "data.dir",
+)  # fields that may differ between the processes of a run
 # Process 0 waits longer by so much: the others lose their coordinator with it, and say so at length.
 FAREWELL_SECONDS = 3
 POLL_SECONDS = 0.5  # how often a process asks whether another one failed
@@ -41,7 +50,7 @@ def start(cfg: Experiment) -> None:
     Raises:
       ConfigError: the coordinator cannot be reached, or the processes were started with different configs.
     """
-    found = members(cfg.distributed)
+    found = resolve_cluster(cfg.distributed)
     if found.num_processes <= 1:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -60,7 +69,7 @@ def start(cfg: Experiment) -> None:
     check_same(cfg)
 
 
-def members(cfg: Distributed) -> Distributed:
+def resolve_cluster(cfg: Distributed) -> Distributed:
     """The fields as given, or as the cluster says that this process is part of; one process where there is none."""
     if cfg.num_processes:
         return cfg
@@ -153,13 +162,13 @@ def _patience(cfg: Distributed):
 
 
 def check_same(cfg: Experiment) -> None:
-    """Raises ConfigError on every process where one has another config than process 0; `OWN` may differ."""
+    """Raises ConfigError on every process where one has another config than process 0; `PER_PROCESS_FIELDS` may differ."""
     others = [files.from_json(text, "config") for text in _gathered(files.to_json(cfg).encode())]
     for index, other in enumerate(others):
         lines = files.differences(others[0], other)
         if other.workdir != others[0].workdir:
             lines.append(f"workdir: {others[0].workdir} -> {other.workdir}")
-        lines = [line for line in lines if not line.startswith(OWN)]
+        lines = [line for line in lines if not line.startswith(PER_PROCESS_FIELDS)]
         if lines:
             raise ConfigError(
                 f"process {index} was started with another config than process 0: {'; '.join(lines)}."
@@ -176,7 +185,7 @@ def _gathered(mine: bytes) -> list[bytes]:
 
 
 @contextlib.contextmanager
-def together():
+def raise_on_all():
     """What one process refuses inside, all refuse, and none goes on before all are through.
 
     Raises:
@@ -186,7 +195,7 @@ def together():
     own = None
     try:
         yield
-    except (ConfigError, OSError) as error:
+    except (UserError, OSError) as error:
         own = error
     said = _gathered(str(own or "").encode()) if jax.process_count() > 1 else []
     if own is not None:
@@ -230,7 +239,7 @@ def _leave_after_others(code: int) -> None:
     """Ends this process; process 0 last, since a process that loses its coordinator is aborted."""
     if not jax.process_index():
         time.sleep(FAREWELL_SECONDS)
-    leave(code)
+    exit_now(code)
 
 
 def _watch_others() -> None:

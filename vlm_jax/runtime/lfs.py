@@ -2,17 +2,17 @@
 
 import os
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 
 POINTER = b"version https://git-lfs"
 
 
 def refuse_pointer(path: str | os.PathLike, data: bytes) -> None:
-    """Raises ConfigError if the first bytes of a file are those of a Git LFS pointer.
+    """Raises UserError if the first bytes of a file are those of a Git LFS pointer.
 
     Format: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
     """
     if data[: len(POINTER)] == POINTER:
-        raise ConfigError(
+        raise UserError(
             f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`."
         )

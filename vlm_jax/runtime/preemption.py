@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 
-from vlm_jax.runtime.process import leave
+from vlm_jax.runtime.process import exit_now
 
 RESUME_ME = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
 STOPPED = "stopped by SIGTERM: the same command continues the run."
@@ -20,7 +20,7 @@ class Preempted(RuntimeError):
     on_all_processes = True
 
 
-class StoppedAlone(Preempted):
+class PreemptedLocally(Preempted):
     """This process stopped where it was, without the others."""
 
     on_all_processes = False
@@ -41,13 +41,13 @@ def handler(action):
 
 def stop_at_once():
     """An `action` for where nothing is to be saved."""
-    raise StoppedAlone(STOPPED)
+    raise PreemptedLocally(STOPPED)
 
 
 def leave_at_once():
     """An `action` for where nothing has begun: a module that is being imported may catch what is raised in it."""
     print(STOPPED, file=sys.stderr)
-    leave(RESUME_ME)
+    exit_now(RESUME_ME)
 
 
 def ignore() -> None:

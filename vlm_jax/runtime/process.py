@@ -22,7 +22,7 @@ def prepare_process() -> None:
     )  # -m and options of Python included
 
 
-def give_back_memory() -> None:
+def trim_memory() -> None:
     """Gives the memory that glibc keeps for later back to the system (Linux).
 
     Freed small pieces stay with the process: XLA's compiler leaves about 400 MB for a step of 39 M parameters, beside
@@ -33,7 +33,7 @@ def give_back_memory() -> None:
         trim(0)
 
 
-def leave(code: int) -> None:
+def exit_now(code: int) -> None:
     """Ends this process at once.
 
     An ordinary end waits for other processes, who may wait for this one, and minutes for the threads of a checkpoint

@@ -6,12 +6,12 @@ import numpy as np
 from vlm_jax import axes
 
 
-class Notice:
+class StopSignal:
     """Whether the run shall stop after this step, the same on every process."""
 
     def __init__(self, mesh: jax.sharding.Mesh):
         self._came = False
-        self._flags = axes.one_a_device(mesh)
+        self._flags = axes.per_device_sharding(mesh)
         self._any = jax.jit(jax.numpy.max, out_shardings=axes.replicated(mesh))
         self._agreed = None
 

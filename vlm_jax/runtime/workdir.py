@@ -21,7 +21,7 @@ from vlm_jax.config.bounds import check_path
 from vlm_jax.config.validate import flat, with_fields
 
 # Fields that change nothing of what is learnt, but for the order of sums: a run may continue with others.
-OF_THE_MACHINE = (
+MACHINE_FIELDS = (
     "mesh.",
     "distributed.",
     "data.dir",
@@ -33,8 +33,8 @@ OF_THE_MACHINE = (
     "train.profile_steps",
     "train.compilation_cache_dir",
 )
-FREE = (
-    *OF_THE_MACHINE,
+CHANGEABLE_FIELDS = (
+    *MACHINE_FIELDS,
     "train.microbatches",
     "train.loss_chunk",
     *(f"{part}.{name}" for part in ("vision", "decoder") for name in ("remat", "unroll")),
@@ -54,7 +54,7 @@ class EvaluationFolder:
         self.predictions = path / "predictions.jsonl"
         self.samples = path / "samples.png"
 
-    def try_writing(self) -> None:
+    def check_writable(self) -> None:
         """Raises ConfigError where nothing can be written: to be known before the work, not after it."""
         trial = self.path / ".trial"
         with self.writing():
@@ -88,14 +88,14 @@ class LaterEvaluation(EvaluationFolder):
         except (OSError, UnicodeDecodeError):
             return not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
 
-    def try_writing(self) -> None:
+    def check_writable(self) -> None:
         with self.writing():
             self.path.mkdir(parents=True, exist_ok=True)
-        super().try_writing()
+        super().check_writable()
 
     def keep_settings(self) -> None:
         with self.writing():
-            write_whole(self._settings_file, self._settings)
+            write_atomic(self._settings_file, self._settings)
 
 
 class Workdir(EvaluationFolder):
@@ -150,13 +150,13 @@ class Workdir(EvaluationFolder):
         return with_fields(cfg, {name: old[name] for name in TAKEN_OVER if name not in explicit})
 
     def check(self, cfg: Experiment) -> None:
-        """Raises ConfigError where the folder holds a run with another config; fields of `FREE` may be others."""
+        """Raises ConfigError where the folder holds a run with another config; fields of `CHANGEABLE_FIELDS` may be others."""
         with self.writing():
             if not self.config.exists():
                 self._refuse_unknown_run()
                 return
         changed = files.differences(self.read_config(), cfg)
-        changed = [line for line in changed if not line.startswith(FREE)]
+        changed = [line for line in changed if not line.startswith(CHANGEABLE_FIELDS)]
         if changed:
             raise ConfigError(
                 f"workdir {self.path} holds a run with another config; choose another --workdir or undo:\n  "
@@ -191,7 +191,7 @@ class Workdir(EvaluationFolder):
     def keep_data(self, fingerprint: Mapping[str, str]) -> None:
         """Writes the fingerprint of the data that the run is trained on."""
         with self.writing():
-            write_whole(self._data, json.dumps(fingerprint, indent=2) + "\n")
+            write_atomic(self._data, json.dumps(fingerprint, indent=2) + "\n")
 
     def later_evaluation(
         self, cfg: Experiment, step: int, fingerprint: Mapping[str, str]
@@ -205,7 +205,7 @@ class Workdir(EvaluationFolder):
             name: value
             for name, value in flat(cfg).items()
             if name.startswith(("data.", "eval."))
-            and not name.startswith((*OF_THE_MACHINE, "eval.batch_size"))
+            and not name.startswith((*MACHINE_FIELDS, "eval.batch_size"))
         }
         if (
             not self.config.exists()
@@ -237,7 +237,7 @@ class Workdir(EvaluationFolder):
             of_any_process = dataclasses.replace(
                 cfg, distributed=Distributed()
             )  # the run may go on with others
-            write_whole(self.config, files.to_json(of_any_process))
+            write_atomic(self.config, files.to_json(of_any_process))
 
     @contextlib.contextmanager
     def locked(self):
@@ -288,7 +288,7 @@ def is_run(folder: str | os.PathLike) -> bool:
     return isinstance(config, dict) and "fusion" in config and "model_type" not in config
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """Writes a file that is seen whole or not at all, and leaves nothing beside it where it cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
     try:

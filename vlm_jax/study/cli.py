@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from vlm_jax.cli.checkpoints import Parser
-from vlm_jax.config import ConfigError
+from vlm_jax.config import ConfigError, UserError
 from vlm_jax.config.hints import nearest
 from vlm_jax.study import definition, planning
 from vlm_jax.study.definition import Study
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{verb!r} is no verb{nearest(verb, VERBS)}: choose {', '.join(VERBS)}."
             )
         return VERBS[verb](rest)
-    except ConfigError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -189,7 +189,7 @@ def show(arguments: list[str]) -> int:
     for file in definition.files(record.ROOT / "experiments"):
         try:
             _show(options("list", [str(file)]))
-        except ConfigError as error:
+        except UserError as error:
             print(f"{file.name}: {error}")
     return 0
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.config import ConfigError, Experiment, UserError
 from vlm_jax.config.hints import nearest
 from vlm_jax.config.validate import kinds
 from vlm_jax.infer.evaluate import SCORES
@@ -75,7 +75,7 @@ def load(path: str) -> Study:
         raise ConfigError(f"study {path} has no get_study() that returns a vlm_jax.study.Study.")
     try:
         return check(study)
-    except ConfigError as error:
+    except UserError as error:
         raise ConfigError(f"study {path}: {error}") from None
 
 
@@ -174,7 +174,7 @@ def _all_differences(study: Study) -> dict[str, Differences]:
 def _check_differences(study: Study, where: str, differences: Differences) -> None:
     try:
         changed(study.base, differences)
-    except ConfigError as error:
+    except UserError as error:
         raise ConfigError(f"{where}: {error}") from None
     for name, value in differences.items():
         if name in ("workdir", "seed"):

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 
 import jax
 
-from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.config import ConfigError, Experiment, UserError
 from vlm_jax.config.validate import flat, validate
 from vlm_jax.cost.flops import token_flow, train_flops
-from vlm_jax.nn.models import boxed_params
+from vlm_jax.nn.models import abstract_params
 from vlm_jax.study.changes import changed
 
 LARGEST = 1 << 30  # of a field that is solved for
@@ -22,7 +22,7 @@ LARGEST = 1 << 30  # of a field that is solved for
 
 def parameters(cfg: Experiment) -> int:
     """Numbers that the model consists of, frozen ones too."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(boxed_params(_model(cfg))))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(_model(cfg))))
 
 
 def training_flops(cfg: Experiment) -> float:
@@ -61,7 +61,7 @@ AXES = {
 }
 
 
-def spelt(axis: str) -> str:
+def axis_label(axis: str) -> str:
     """An axis as it stands in a sentence."""
     return axis.replace("_", " ").replace("flops", "FLOPs")
 
@@ -145,7 +145,7 @@ def _with(cfg: Experiment, free: str, number: int) -> Experiment | None:
     """The experiment with the number, if it is valid."""
     try:
         return validate(changed(cfg, {free: number}))
-    except ConfigError:
+    except UserError:
         return None
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlm_jax.config import ConfigError, Decoder, Experiment
+from vlm_jax.config import ConfigError, Decoder, Experiment, UserError
 from vlm_jax.config.validate import flat, validate
 from vlm_jax.hub import compose
 from vlm_jax.study import matching
@@ -134,7 +134,7 @@ def _valid(
 ) -> Experiment:
     try:
         return validate(changed(changed(replace(study.base, workdir=""), differences), overrides))
-    except ConfigError as error:
+    except UserError as error:
         raise ConfigError(f"{where}: {error}") from None
 
 
@@ -180,7 +180,7 @@ def _solved(
 ) -> Experiment:
     try:
         return matching.solve(cfg, free, value, target)
-    except ConfigError as error:
+    except UserError as error:
         raise ConfigError(f"arm {arm} cannot be matched in {axis}: {error}") from None
 
 

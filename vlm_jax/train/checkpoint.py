@@ -8,14 +8,14 @@ from typing import NamedTuple
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from vlm_jax.config import ConfigError, RunError, Train
+from vlm_jax.config import ConfigError, RunError, Train, UserError
 from vlm_jax.runtime import distributed
 from vlm_jax.structs import State
 
 LOSS_SUM = "loss_sum"  # key of a checkpoint's metrics
 
 
-class NotSaved(RunError):
+class SaveError(RunError):
     """A checkpoint could not be written."""
 
 
@@ -67,7 +67,7 @@ class Checkpoints:
         """Returns while the files are still being written; `close` waits for them. `loss` ranks them, the lowest first.
 
         Raises:
-          NotSaved: this one, or the one before, could not be written.
+          SaveError: this one, or the one before, could not be written.
         """
         for damaged in [
             one for one in self._damaged if one >= step
@@ -106,9 +106,9 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
             )
             try:
-                with distributed.together():
+                with distributed.raise_on_all():
                     restored = self._read(candidate, arguments)
-            except ConfigError as error:
+            except UserError as error:
                 if step is not None:
                     raise ConfigError(
                         f"checkpoint {step} in {self._path} is not whole ({error})."
@@ -137,7 +137,7 @@ class Checkpoints:
             raise ConfigError(_first_line(error)) from error
 
     def close(self) -> None:
-        """Waits for the last checkpoint. Raises NotSaved where it could not be written."""
+        """Waits for the last checkpoint. Raises SaveError where it could not be written."""
         with self._writing():
             self._manager.wait_until_finished()
             self._manager.close()  # says what went wrong once more
@@ -147,7 +147,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # whatever a full disk makes the writers raise
-            raise NotSaved(
+            raise SaveError(
                 f"a checkpoint could not be written to {self._path} ({_first_line(error)}); {self.last_whole()}."
             ) from error
 

@@ -30,9 +30,11 @@ def load_parts(cfg: Experiment, like: State, mesh: Mesh) -> dict[str, jax.Array]
     """Path -> parameter of all parts that begin with a checkpoint, where `like` wants it; of no others."""
     found = compose.load_parts(cfg, like.params, mesh)
     wanted = traverse_util.flatten_dict(like.params, sep="/")
-    for folder in dict.fromkeys(getattr(cfg, part).checkpoint for part in cfg.begins_with):
+    for folder in dict.fromkeys(getattr(cfg, part).checkpoint for part in cfg.pretrained_parts):
         if is_run(folder):
-            parts = [part for part in cfg.begins_with if getattr(cfg, part).checkpoint == folder]
+            parts = [
+                part for part in cfg.pretrained_parts if getattr(cfg, part).checkpoint == folder
+            ]
             found |= _of_run(cfg, folder, parts, wanted, mesh)
     return found
 

@@ -12,7 +12,7 @@ import tensorboardX
 from tqdm import tqdm
 
 from vlm_jax.config import Train
-from vlm_jax.runtime.workdir import Workdir, write_whole
+from vlm_jax.runtime.workdir import Workdir, write_atomic
 from vlm_jax.train.checkpoint import NO_LOSSES, LossSum
 
 
@@ -25,13 +25,13 @@ def _is_whole(line: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepStats:
     """What a step was given: counts are of all processes, the wait is that of the first."""
 
     tokens: int
     slots: int  # B*S: tokens and padding
     images: int  # in tiles: views, the thumbnail among them
-    image_slots: int  # B*I: images, and slots that no token reads
+    image_token_index: int  # B*I: images, and slots that no token reads
     examples: int  # questions, or conversations
     data_wait_seconds: float  # what the loop waited for the batch
 
@@ -69,7 +69,7 @@ class Log:
         if workdir.metrics.exists():
             lines = workdir.metrics.read_text(errors="replace").splitlines(keepends=True)
             kept = [line for line in lines if _is_whole(line) and json.loads(line)["step"] <= start]
-            write_whole(workdir.metrics, "".join(kept))
+            write_atomic(workdir.metrics, "".join(kept))
 
     def _begin_window(self):
         self._since, self._work = time.perf_counter(), []
@@ -84,7 +84,7 @@ class Log:
         print(f"compiled in {seconds:.1f} s", flush=True)
         self._since += seconds
 
-    def step(self, step: int, metrics: dict[str, float], work: Work) -> None:
+    def step(self, step: int, metrics: dict[str, float], work: StepStats) -> None:
         """Takes note of step number `step` (from 1); `metrics` are those of this step alone."""
         self._work.append(work)
         self.loss_sum = LossSum(self.loss_sum.total + metrics["loss"], self.loss_sum.steps + 1)
@@ -99,8 +99,8 @@ class Log:
             "loss": self.loss_sum.total / self.loss_sum.steps,
             "padding_fraction": 1
             - work.tokens / work.slots,  # of this step alone, so that a resumed run logs the same
-            "image_padding_fraction": 1 - work.images / work.image_slots
-            if work.image_slots
+            "image_padding_fraction": 1 - work.images / work.image_token_index
+            if work.image_token_index
             else 0.0,
             "step_seconds": step_seconds,
             "data_wait_seconds": sum(one.data_wait_seconds for one in self._work) / len(self._work),

@@ -17,22 +17,22 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax import axes
-from vlm_jax.config import ConfigError, Experiment, NotFinite
+from vlm_jax.config import ConfigError, Experiment, NonFiniteError
 from vlm_jax.cost.flops import train_flops
 from vlm_jax.cost.peak_flops import peak_flops_per_second
 from vlm_jax.data import length_check, pipeline
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.runtime import distributed, preemption
 from vlm_jax.runtime.preemption import Preempted
-from vlm_jax.runtime.stop_signal import Notice
+from vlm_jax.runtime.stop_signal import StopSignal
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.structs import PADDING, Batch, State
 from vlm_jax.train import initial
-from vlm_jax.train.checkpoint import NO_LOSSES, Checkpoints, NotSaved
-from vlm_jax.train.log import Log, Work
-from vlm_jax.train.not_finite import first_bad
+from vlm_jax.train.checkpoint import NO_LOSSES, Checkpoints, SaveError
+from vlm_jax.train.log import Log, StepStats
+from vlm_jax.train.not_finite import first_nonfinite_parameter
 from vlm_jax.train.profile import Profile
-from vlm_jax.train.step import abstract_state, new_state, ready_step
+from vlm_jax.train.step import abstract_state, compile_train_step, init_sharded_state
 from vlm_jax.train.summary import summarize
 
 
@@ -45,7 +45,7 @@ class Run:
     data: Iterator[Batch]  # with `get_state` and `set_state`
     checkpoints: Checkpoints
     log: Log | None  # None on every process but the first
-    notice: Notice
+    notice: StopSignal
 
 
 def train(cfg: Experiment) -> State:
@@ -54,14 +54,14 @@ def train(cfg: Experiment) -> State:
     Raises:
       ConfigError: the batch does not fit the devices, the config does not fit the data, or the work folder is another
         run's; nothing is written then.
-      NotFinite: the loss is not finite; the last checkpoint stays.
-      NotSaved: a checkpoint could not be written, that after a SIGTERM among them; those before it stay.
+      NonFiniteError: the loss is not finite; the last checkpoint stays.
+      SaveError: a checkpoint could not be written, that after a SIGTERM among them; those before it stay.
       Preempted: the process had a SIGTERM; the step that ran then is saved.
     """
     workdir = Workdir(cfg.workdir)
     is_main = jax.process_index() == 0  # this one alone writes, but for its share of a checkpoint
     with contextlib.ExitStack() as stack:
-        with distributed.together():
+        with distributed.raise_on_all():
             if is_main:
                 workdir.refuse_second()
             mesh = axes.make_mesh(cfg.mesh)
@@ -73,7 +73,7 @@ def train(cfg: Experiment) -> State:
             workdir.check_data(contents)
             check_data(cfg, tokenizer, data)
             at_peak = seconds_at_peak(cfg, mesh)
-        with distributed.together():
+        with distributed.raise_on_all():
             if is_main:
                 stack.enter_context(workdir.locked())
                 workdir.open(cfg)
@@ -83,7 +83,7 @@ def train(cfg: Experiment) -> State:
                         tokenizer.save(workdir.tokenizer)
                     initial.keep_processor(cfg, workdir)
         stack.enter_context(jax.set_mesh(mesh))
-        notice = Notice(mesh)
+        notice = StopSignal(mesh)
         checkpoints = Checkpoints(workdir.checkpoints, cfg.train)
         state, start = begin(cfg, mesh, data, checkpoints)
         if is_main:
@@ -120,15 +120,15 @@ def closing(log: Log | None, checkpoints: Checkpoints):
             with (
                 contextlib.nullcontext()
                 if isinstance(error, Preempted)
-                else contextlib.suppress(NotSaved)
+                else contextlib.suppress(SaveError)
             ):
                 checkpoints.close()
         if isinstance(error, OSError):
-            raise NotSaved(
+            raise SaveError(
                 f"the run cannot go on ({error}); {checkpoints.last_whole()}."
             ) from error
         if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
-            raise NotSaved(
+            raise SaveError(
                 f"the run cannot go on ({str(error).splitlines()[0]}): where another process ended, its output says "
                 f"why; {checkpoints.last_whole()}."
             ) from error
@@ -176,7 +176,7 @@ def begin(cfg: Experiment, mesh, data, checkpoints: Checkpoints) -> tuple[State,
     like = abstract_state(cfg, mesh)
     restored = checkpoints.restore(like)
     if restored is None:
-        return new_state(cfg, mesh, initial.load_parts(cfg, like, mesh)), 0
+        return init_sharded_state(cfg, mesh, initial.load_parts(cfg, like, mesh)), 0
     state, data_state = restored
     data.set_state(data_state)
     print(f"continuing from step {int(state.step)} in {cfg.workdir}", flush=True)
@@ -202,7 +202,7 @@ def run_steps(run: Run, state: State) -> State:
             if before is not None:
                 losses.append(note(run, *before))
             stop = run.notice.stop()
-            before = (step, metrics | {"counts": counts_of(on_device)}, waited, place)
+            before = (step, metrics | {"counts": count_tokens(on_device)}, waited, place)
             is_saved = stop or step % cfg.checkpoint_every_steps == 0 or step == cfg.steps
             if is_saved or step == first:
                 losses.append(note(run, *before))
@@ -225,14 +225,14 @@ def run_steps(run: Run, state: State) -> State:
 def compile_step(
     run: Run, state: State, batch: Batch
 ) -> Callable[[State, Batch], tuple[State, dict]]:
-    """`ready_step`, with a line about the compilation on the process that logs."""
+    """`compile_train_step`, with a line about the compilation on the process that logs."""
     with run.log.compiling() if run.log else contextlib.nullcontext():
-        return ready_step(run.cfg, run.mesh, state, batch)
+        return compile_train_step(run.cfg, run.mesh, state, batch)
 
 
 @jax.jit
-def counts_of(batch: Batch) -> tuple:
-    """Tokens, slots, images, image slots and examples of a batch, over all processes: the first fields of `Work`."""
+def count_tokens(batch: Batch) -> tuple:
+    """Tokens, slots, images, image slots and examples of a batch, over all processes: the first fields of `StepStats`."""
     seen = batch.image_mask.any(axis=1)
     examples = jnp.sum(jnp.maximum(batch.segment_ids, batch.branch_ids).max(axis=1))
     return (
@@ -252,11 +252,11 @@ def note(run: Run, step: int, metrics: dict, data_wait_seconds: float, place: di
     for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics[name]):
             held = pipeline.ids(run.cfg, initial.load_tokenizer(run.cfg), place)
-            raise NotFinite(
-                f"step {step}: the {name} is {metrics[name]}; {first_bad(finite, largest)}. What was saved before is "
+            raise NonFiniteError(
+                f"step {step}: the {name} is {metrics[name]}; {first_nonfinite_parameter(finite, largest)}. What was saved before is "
                 f"kept. The batch held the {'conversations' if run.cfg.data.is_conversations else 'images'} "
                 f"{', '.join(map(str, held))}."
             )
     if run.log is not None:
-        run.log.step(step, metrics, Work(*map(int, counts), data_wait_seconds))
+        run.log.step(step, metrics, StepStats(*map(int, counts), data_wait_seconds))
     return metrics["loss"]

@@ -5,7 +5,7 @@ import math
 from vlm_jax.train import optim
 
 
-def first_bad(finite: dict[str, bool], largest: dict[str, float]) -> str:
+def first_nonfinite_parameter(finite: dict[str, bool], largest: dict[str, float]) -> str:
     """Names the parameter where it began, and its part, out of which gradients are finite and the parameters' sizes.
 
     That is the first bad parameter of the forward pass, or else the first gradient that the backward pass spoils. Where

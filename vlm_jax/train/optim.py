@@ -24,7 +24,7 @@ def part_of(path: tuple[str, ...]) -> str:
 
 
 def trained_parts(cfg: Optim) -> set[str]:
-    return {part for part, scale in dataclasses.asdict(cfg.rate_scale).items() if scale > 0}
+    return {part for part, scale in dataclasses.asdict(cfg.lr_mult).items() if scale > 0}
 
 
 def split(params, cfg: Optim) -> tuple[dict, dict]:
@@ -45,23 +45,23 @@ def join(trained: dict, frozen: dict):
 
 
 def schedule(cfg: Optim, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine down to `final_fraction` of the peak."""
+    """Linear warm-up from 0, then a cosine down to `final_lr_fraction` of the peak."""
     warmup = min(cfg.warmup_steps, max(steps - 1, 1))
     return optax.warmup_cosine_decay_schedule(
         0.0,
         cfg.learning_rate,
         warmup,
         max(steps, warmup + 1),
-        cfg.learning_rate * cfg.final_fraction,
+        cfg.learning_rate * cfg.final_lr_fraction,
     )
 
 
 def optimizer(cfg: Optim, steps: int) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW or Muon, for the flat dict of trained parameters that `split` makes.
 
-    Weight decay is for matrices; the learning rate of each part is the schedule times its `rate_scale`.
+    Weight decay is for matrices; the learning rate of each part is the schedule times its `lr_mult`.
     """
-    scales = dataclasses.asdict(cfg.rate_scale)
+    scales = dataclasses.asdict(cfg.lr_mult)
 
     def is_matrix(params):
         return {path: path[-1] in MATRICES for path in params}

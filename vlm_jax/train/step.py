@@ -11,22 +11,24 @@ from flax.linen import meta
 
 from vlm_jax import axes
 from vlm_jax.config import Experiment
-from vlm_jax.nn.models import boxed_params, initializer
+from vlm_jax.nn.models import abstract_params, initializer
 from vlm_jax.nn.vlm import VLM
-from vlm_jax.runtime.process import give_back_memory
+from vlm_jax.runtime.process import trim_memory
 from vlm_jax.structs import Batch, State
 from vlm_jax.train import optim
 from vlm_jax.train.loss import Head, Params, head_cross_entropy
 
 
-def make_state(cfg: Experiment, key: jax.Array) -> State:
-    """A new run's state, all at random; `new_state` jits it so that every parameter is created where it lies."""
+def init_state(cfg: Experiment, key: jax.Array) -> State:
+    """A new run's state, all at random; `init_sharded_state` jits it so that every parameter is created where it lies."""
     params = stored(cfg, meta.unbox(initializer(cfg)(key)))
     trained, _ = optim.split(params, cfg.optim)
     return State(jnp.int32(0), params, optim.optimizer(cfg.optim, cfg.train.steps).init(trained))
 
 
-def new_state(cfg: Experiment, mesh: jax.sharding.Mesh, loaded: dict[str, jax.Array]) -> State:
+def init_sharded_state(
+    cfg: Experiment, mesh: jax.sharding.Mesh, loaded: dict[str, jax.Array]
+) -> State:
     """A new run's state with the parameters that are `loaded` (by their paths); the others are made, where they lie."""
 
     def without_loaded(state: State) -> State:
@@ -35,7 +37,7 @@ def new_state(cfg: Experiment, mesh: jax.sharding.Mesh, loaded: dict[str, jax.Ar
 
     shardings = without_loaded(state_shardings(cfg, mesh))
     create = jax.jit(
-        lambda seed: without_loaded(make_state(cfg, jax.random.key(seed))), out_shardings=shardings
+        lambda seed: without_loaded(init_state(cfg, jax.random.key(seed))), out_shardings=shardings
     )
     state = create(np.uint32(cfg.seed))
     return state.replace(params=traverse_util.unflatten_dict(state.params | loaded, sep="/"))
@@ -44,17 +46,17 @@ def new_state(cfg: Experiment, mesh: jax.sharding.Mesh, loaded: dict[str, jax.Ar
 def stored(cfg: Experiment, params):
     """Parameters as a run keeps them: in float32, frozen ones in the compute dtype, since nothing is added to them."""
     trained, frozen = optim.split(params, cfg.optim)
-    return optim.join(trained, narrowed(cfg, frozen))
+    return optim.join(trained, cast_to_compute_dtype(cfg, frozen))
 
 
-def narrowed(cfg: Experiment, tree):
+def cast_to_compute_dtype(cfg: Experiment, tree):
     """A tree of floating-point arrays in the compute dtype."""
     return jax.tree.map(lambda x: x.astype(cfg.train.compute_dtype), tree)
 
 
 def state_shapes(cfg: Experiment) -> State:
-    """Shapes of what `make_state` makes."""
-    params = jax.eval_shape(lambda params: stored(cfg, params), meta.unbox(boxed_params(cfg)))
+    """Shapes of what `init_state` makes."""
+    params = jax.eval_shape(lambda params: stored(cfg, params), meta.unbox(abstract_params(cfg)))
     trained, _ = optim.split(params, cfg.optim)
     optimizer = jax.eval_shape(optim.optimizer(cfg.optim, cfg.train.steps).init, trained)
     return State(jax.ShapeDtypeStruct((), jnp.int32), params, optimizer)
@@ -62,7 +64,7 @@ def state_shapes(cfg: Experiment) -> State:
 
 def state_shardings(cfg: Experiment, mesh: jax.sharding.Mesh) -> State:
     """Where every array of the state lies: what the optimizer keeps of a parameter as the parameter, the rest whole."""
-    params = axes.parameter_shardings(boxed_params(cfg), mesh)
+    params = axes.parameter_shardings(abstract_params(cfg), mesh)
     of_path = traverse_util.flatten_dict(params)
 
     def optimizer_sharding(keys, _):
@@ -82,21 +84,21 @@ def abstract_state(cfg: Experiment, mesh: jax.sharding.Mesh) -> State:
     )
 
 
-def batch_nats(cfg: Experiment, trained: Params, frozen: Params, batch: Batch) -> jax.Array:
+def batch_loss(cfg: Experiment, trained: Params, frozen: Params, batch: Batch) -> jax.Array:
     """The sum of the loss over the scored tokens, in nats; everything but the head computes in the compute dtype."""
-    params = optim.join(narrowed(cfg, trained), narrowed(cfg, frozen))
-    images = narrowed(cfg, batch.images)
+    params = optim.join(cast_to_compute_dtype(cfg, trained), cast_to_compute_dtype(cfg, frozen))
+    images = cast_to_compute_dtype(cfg, batch.images)
     hidden, _ = VLM(cfg).apply({"params": params}, batch.replace(images=images), method="hidden")
-    head = head_of(cfg)
+    head = output_head(cfg)
     of_head = [
         {path: x for path, x in part.items() if path in head.letters} for part in (trained, frozen)
     ]
     return head_cross_entropy(head, *of_head, hidden, batch, cfg.train.loss_chunk)
 
 
-def head_of(cfg: Experiment) -> Head:
-    name = "embedding" if cfg.decoder.tied_head else "free_head"
-    boxes = traverse_util.flatten_dict(boxed_params(cfg))
+def output_head(cfg: Experiment) -> Head:
+    name = "embedding" if cfg.decoder.tie_word_embeddings else "free_head"
+    boxes = traverse_util.flatten_dict(abstract_params(cfg))
 
     def apply(params, x):
         return VLM(cfg).apply({"params": traverse_util.unflatten_dict(params)}, x, method="head")
@@ -105,7 +107,7 @@ def head_of(cfg: Experiment) -> Head:
     return Head(apply, letters, cfg.decoder.vocab_size)
 
 
-def summed(gradient: Callable, batch: Batch, parts: int):
+def accumulate_gradients(gradient: Callable, batch: Batch, parts: int):
     """The sum of `gradient`, a tree of float32 arrays, over `parts` microbatches.
 
     Each takes every `parts`-th row, so that rows stay on their devices.
@@ -128,18 +130,18 @@ def train_step(cfg: Experiment, state: State, batch: Batch) -> tuple[State, dict
     """Returns the next state, and `loss` (nats per scored token), `grad_norm` and `learning_rate` of this step.
 
     And by the path of a parameter `finite`, whether its gradient is (the sums are those of `grad_norm`), and `largest`,
-    its `magnitudes` before the step. The loss is divided by the scored tokens of the whole batch, so that microbatches
+    its `max_abs_params` before the step. The loss is divided by the scored tokens of the whole batch, so that microbatches
     with few and with many of them count as they should.
     """
     trained, frozen = optim.split(state.params, cfg.optim)
     count = jnp.maximum(jnp.sum(batch.loss_weights), 1)
 
     def gradient(part):
-        return jax.value_and_grad(lambda trained: batch_nats(cfg, trained, frozen, part) / count)(
+        return jax.value_and_grad(lambda trained: batch_loss(cfg, trained, frozen, part) / count)(
             trained
         )
 
-    value, gradients = summed(gradient, batch, cfg.train.microbatches)
+    value, gradients = accumulate_gradients(gradient, batch, cfg.train.microbatches)
     transform = optim.optimizer(cfg.optim, cfg.train.steps)
     updates, optimizer = transform.update(gradients, state.optimizer, trained)
     params = optim.join(optax.apply_updates(trained, updates), frozen)
@@ -151,12 +153,12 @@ def train_step(cfg: Experiment, state: State, batch: Batch) -> tuple[State, dict
         "finite": {
             "/".join(path): jnp.isfinite(jnp.sum(jnp.square(x))) for path, x in gradients.items()
         },
-        "largest": magnitudes(trained | frozen, ~jnp.isfinite(value + norm)),
+        "largest": max_abs_params(trained | frozen, ~jnp.isfinite(value + norm)),
     }
     return State(state.step + 1, params, optimizer), metrics
 
 
-def magnitudes(params: Params, wanted: jax.Array) -> dict[str, jax.Array]:
+def max_abs_params(params: Params, wanted: jax.Array) -> dict[str, jax.Array]:
     """The largest absolute number of every parameter, by its path; 0, and nothing is read, unless they are `wanted`."""
 
     def largest():
@@ -169,7 +171,7 @@ def magnitudes(params: Params, wanted: jax.Array) -> dict[str, jax.Array]:
     )
 
 
-def compiled_step(
+def jit_train_step(
     cfg: Experiment, mesh: jax.sharding.Mesh
 ) -> Callable[[State, Batch], tuple[State, dict]]:
     """`train_step` over the mesh; the state is donated."""
@@ -182,10 +184,10 @@ def compiled_step(
     )
 
 
-def ready_step(
+def compile_train_step(
     cfg: Experiment, mesh: jax.sharding.Mesh, state: State, batch: Batch
 ) -> jax.stages.Compiled:
-    """`compiled_step` of arrays like these; what the compiler held is free before the first step takes its memory."""
-    program = compiled_step(cfg, mesh).lower(state, batch).compile()
-    give_back_memory()
+    """`jit_train_step` of arrays like these; what the compiler held is free before the first step takes its memory."""
+    program = jit_train_step(cfg, mesh).lower(state, batch).compile()
+    trim_memory()
     return program

@@ -84,6 +84,6 @@ def describe_steps(cfg: Experiment, start: int) -> str:
 def describe_beginning(cfg: Experiment) -> str:
     """The folder of each part that begins with a checkpoint; "" for a model from scratch."""
     folders: dict[str, list[str]] = {}
-    for part in cfg.begins_with:
+    for part in cfg.pretrained_parts:
         folders.setdefault(getattr(cfg, part).checkpoint, []).append(part)
     return "; ".join(f"{folder} ({', '.join(parts)})" for folder, parts in folders.items())

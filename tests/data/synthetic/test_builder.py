@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlm_jax.config import ConfigError, Data, files
+from vlm_jax.config import Data, UserError, files
 from vlm_jax.config.validate import validate
 from vlm_jax.data import (
     length_check,
@@ -184,5 +184,5 @@ def test_questions_alone_are_answered_by_chance(name, datasets_dir):
 def test_a_mistake_names_its_field(fields, said):
     usual = {"source": "glyphs", "augment": (), "text_length": 24}
     validate(tiny(data=Data(**usual)))
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(UserError, match=said):
         validate(tiny(data=Data(**usual | fields)))

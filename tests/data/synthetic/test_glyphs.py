@@ -11,7 +11,7 @@ import pytest
 
 from vlm_jax.data.synthetic import glyphs
 from vlm_jax.data.synthetic import pages as paper
-from vlm_jax.data.synthetic.builder import Drawing
+from vlm_jax.data.synthetic.builder import SyntheticConfig
 
 SIZES_PX = (64, 200, 448)
 every_size = pytest.mark.parametrize("image_px", SIZES_PX)
@@ -124,7 +124,7 @@ def test_the_answers_follow_from_where_the_words_stand(image_px, cell_px):
 
 def test_a_transcript_says_what_stands_on_the_page():
     """So that a decoder can answer from it, without the image."""
-    drawing = Drawing(name="x", image_px=64, images=(1, 1, 1), cell_px=8, transcript=True)
+    drawing = SyntheticConfig(name="x", image_px=64, images=(1, 1, 1), cell_px=8, transcript=True)
     for index in range(5):
         _, asked = glyphs.Glyphs.example(
             SimpleNamespace(builder_config=drawing), np.random.default_rng(index), "train"

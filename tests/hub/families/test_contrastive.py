@@ -15,12 +15,7 @@ from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from tests.hub.parity import assert_round_trip, forward, randomized, reloaded, saved
 from vlm_jax import axes
-from vlm_jax.config import (
-    ConfigError,
-    Fusion,
-    Mesh,
-    Projector,
-)
+from vlm_jax.config import Fusion, Mesh, Projector, UserError
 from vlm_jax.config.validate import validate
 from vlm_jax.hub import compose
 from vlm_jax.hub.families.clip import CLIP
@@ -29,7 +24,7 @@ from vlm_jax.hub.families.siglip import SIGLIP
 from vlm_jax.hub.inputs import channels_last
 from vlm_jax.hub.load import load_params
 from vlm_jax.infer.verify import verify
-from vlm_jax.nn.models import boxed_params, model_of
+from vlm_jax.nn.models import abstract_params, build_model
 from vlm_jax.testing import tiny
 
 SMALL = {
@@ -290,12 +285,14 @@ def test_the_image_tower_may_be_taken_alone(tmp_path, kind):
         compose.resolved(replace(cfg, vision=replace(cfg.vision, checkpoint=str(folder))))
     )
     params = traverse_util.unflatten_dict(
-        compose.load_parts(cfg, meta.unbox(boxed_params(cfg)), axes.make_mesh(Mesh())), sep="/"
+        compose.load_parts(cfg, meta.unbox(abstract_params(cfg)), axes.make_mesh(Mesh())), sep="/"
     )["vision"]
     images = inputs()["pixel_values"].transpose(0, 2, 3, 1)
     whole, towers = load_params(folder)
-    expected = forward(model_of(whole.cfg.vision), towers["vision"], images)
-    np.testing.assert_allclose(forward(model_of(cfg.vision), params, images), expected, atol=1e-6)
+    expected = forward(build_model(whole.cfg.vision), towers["vision"], images)
+    np.testing.assert_allclose(
+        forward(build_model(cfg.vision), params, images), expected, atol=1e-6
+    )
 
 
 # ---- configs
@@ -341,7 +338,7 @@ def test_the_settings_that_older_files_repeat_are_those_that_count():
     ],
 )
 def test_settings_that_are_not_supported_are_refused(family, config, words):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         family.read(config, ())
     assert all(word in str(error.value) for word in words)
 

@@ -19,10 +19,10 @@ from transformers import (
 
 from tests.hub.parity import assert_round_trip, reference, reloaded
 from tests.hub.unified import NEW, Pair, new_pair
-from vlm_jax.config import ConfigError, Projector
+from vlm_jax.config import Projector, UserError
 from vlm_jax.hub.families.encoder_decoder import ENCODER_DECODER
 from vlm_jax.hub.load import load_checkpoint
-from vlm_jax.infer.generate import Decoding, generate
+from vlm_jax.infer.generate import SamplingParams, generate
 from vlm_jax.infer.verify import verify
 
 PAD, START = 1, 2
@@ -162,7 +162,9 @@ def test_every_block_gives_what_it_gives_in_transformers(pair_of, kind):
 
 def greedy(pair: Pair, **arrays) -> np.ndarray:
     return np.asarray(
-        generate(pair.cfg, pair.params, pair.batch(generating=True, **arrays), NEW, Decoding())
+        generate(
+            pair.cfg, pair.params, pair.batch(generating=True, **arrays), NEW, SamplingParams()
+        )
     )
 
 
@@ -240,18 +242,18 @@ def test_without_a_prompt_new_tokens_follow_the_one_that_starts_the_decoder(pair
 def test_other_sides_are_refused_with_those_that_are_known(pair_of, part, kind, known):
     config = pair_of(GPT2).checkpoint.config
     config = {**config, part: {**config[part], "model_type": kind}}
-    with pytest.raises(ConfigError, match=f"{kind}.*{known}"):
+    with pytest.raises(UserError, match=f"{kind}.*{known}"):
         ENCODER_DECODER.read(config, ())
 
 
 def test_gpt2_needs_a_projector_from_another_width(pair_of):
-    with pytest.raises(ConfigError, match="projector.kind linear"):
+    with pytest.raises(UserError, match="projector.kind linear"):
         ENCODER_DECODER.write(replace(pair_of(GPT2).cfg, projector=Projector("none")))
 
 
 def test_an_image_is_asked_for(pair_of):
     arrays = inputs("right")
-    with pytest.raises(ConfigError, match="pixel_values"):
+    with pytest.raises(UserError, match="pixel_values"):
         pair_of(GPT2).batch(**{**arrays, "pixel_values": arrays["pixel_values"][:1]})
-    with pytest.raises(ConfigError, match="pixel_values"):
+    with pytest.raises(UserError, match="pixel_values"):
         pair_of(GPT2).batch(decoder_input_ids=arrays["decoder_input_ids"])

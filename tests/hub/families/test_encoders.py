@@ -20,13 +20,13 @@ from transformers import (
 )
 
 from tests.hub.parity import assert_round_trip, forward, randomized, reloaded, saved
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 from vlm_jax.hub.export import export_checkpoint
 from vlm_jax.hub.families.registry import FAMILIES
 from vlm_jax.hub.families.vit import mlp_ratio
 from vlm_jax.hub.inputs import channels_last
 from vlm_jax.hub.load import load_params
-from vlm_jax.nn.models import model_of
+from vlm_jax.nn.models import build_model
 
 
 class HeadlessViT:
@@ -200,12 +200,12 @@ POOLED = ["vit.pooler.dense.weight"]
     ],
 )
 def test_settings_that_are_not_supported_are_refused(family, config, words):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         FAMILIES[family].read(config, POOLED)
     assert all(word in str(error.value) for word in words)
 
 
 def test_a_size_may_be_written_twice():
-    assert model_of(
+    assert build_model(
         FAMILIES["vit"].read({"image_size": [32, 32], "patch_size": [8, 8]}, ())
     ).cfg.grid == (4, 4)

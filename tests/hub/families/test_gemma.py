@@ -20,7 +20,7 @@ from tests.hub.unified import (
     new_pair,
     padded,
 )
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 from vlm_jax.hub.families import gemma
 
 TEXT = SMALL | {
@@ -159,5 +159,5 @@ def test_gelu_in_the_first_files_means_the_approximation(activation):
     ],
 )
 def test_what_is_not_supported_is_refused(change, words):
-    with pytest.raises(ConfigError, match=f"config.json.*{words}"):
+    with pytest.raises(UserError, match=f"config.json.*{words}"):
         gemma.GEMMA3.read(TEXT | change, ())

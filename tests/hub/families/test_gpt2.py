@@ -16,7 +16,7 @@ from tests.hub.unified import (
     new_pair,
     padded,
 )
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 from vlm_jax.hub.families import gpt2
 from vlm_jax.hub.load import load_params
 from vlm_jax.hub.tensors.folder import WEIGHTS
@@ -83,8 +83,10 @@ def test_the_published_file_has_no_prefix_and_masks_that_nobody_reads(model, tmp
 
 
 def test_a_model_without_a_head_has_the_tied_one_or_is_incomplete(tmp_path):
-    assert new_pair(GPT2Model(GPT2Config(**TEXT)), tmp_path / "tied").cfg.decoder.tied_head
-    with pytest.raises(ConfigError, match="lm_head.weight is missing"):
+    assert new_pair(
+        GPT2Model(GPT2Config(**TEXT)), tmp_path / "tied"
+    ).cfg.decoder.tie_word_embeddings
+    with pytest.raises(UserError, match="lm_head.weight is missing"):
         new_pair(GPT2Model(CONFIGS["untied"]), tmp_path / "untied")
 
 
@@ -94,14 +96,14 @@ def test_a_copy_of_the_tied_embedding_is_no_head_and_another_one_is(tmp_path):
     tensors = {name: tensor.clone() for name, tensor in pair.theirs.state_dict().items()}
     save_file(tensors, tmp_path / "hub" / WEIGHTS)
     again = Pair.of(pair.theirs, tmp_path / "hub")
-    assert again.cfg.decoder.tied_head
+    assert again.cfg.decoder.tie_word_embeddings
     ids = np.arange(9)[None]
     np.testing.assert_allclose(again.logits(input_ids=ids), pair.logits(input_ids=ids), atol=1e-5)
     save_file(
         tensors | {"lm_head.weight": 2 * tensors["lm_head.weight"]}, tmp_path / "hub" / WEIGHTS
     )
     doubled = Pair.of(pair.theirs, tmp_path / "hub")
-    assert not doubled.cfg.decoder.tied_head
+    assert not doubled.cfg.decoder.tie_word_embeddings
     np.testing.assert_allclose(
         doubled.logits(input_ids=ids), 2 * pair.logits(input_ids=ids), atol=1e-5
     )
@@ -116,5 +118,5 @@ def test_a_copy_of_the_tied_embedding_is_no_head_and_another_one_is(tmp_path):
     ],
 )
 def test_what_is_not_supported_is_refused(change):
-    with pytest.raises(ConfigError, match=f"config.json: {next(iter(change))}"):
+    with pytest.raises(UserError, match=f"config.json: {next(iter(change))}"):
         gpt2.read(TEXT | change, ())

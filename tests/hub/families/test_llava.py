@@ -26,7 +26,7 @@ from tests.hub.unified import (
     padded,
     rows_of,
 )
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 from vlm_jax.hub.families import llava
 
 IMAGE = 60
@@ -112,7 +112,7 @@ def test_the_nearly_empty_config_of_the_published_files():
     config |= {"vision_config": {"model_type": "clip_vision_model", **TOWER}}
     cfg = llava.read(config, {llava.HEAD})
     assert (cfg.decoder.width, cfg.decoder.depth, cfg.decoder.mlp_width) == (4096, 32, 11008)
-    assert not cfg.decoder.tied_head
+    assert not cfg.decoder.tie_word_embeddings
     assert cfg.vision.feature_layers == (-2,)
     assert not cfg.vision.keep_class_token
 
@@ -143,5 +143,5 @@ def test_the_nearly_empty_config_of_the_published_files():
     ],
 )
 def test_what_is_not_supported_is_refused_by_its_name(config, found):
-    with pytest.raises(ConfigError, match=found):
+    with pytest.raises(UserError, match=found):
         llava.read(config, ())

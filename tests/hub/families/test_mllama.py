@@ -15,11 +15,11 @@ from tests.hub.unified import (
     padded,
 )
 from vlm_jax.cli.commands import main
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 from vlm_jax.hub.families.registry import family_of
 from vlm_jax.hub.load import load_checkpoint
 from vlm_jax.hub.save import write_model
-from vlm_jax.infer.generate import Decoding, generate
+from vlm_jax.infer.generate import SamplingParams, generate
 
 ATOL = 1e-4
 SIDE = 8  # pixels of a tile
@@ -254,7 +254,9 @@ def test_a_row_of_a_batch_makes_the_tokens_that_it_makes_alone(pair_of):
     alone = {name: x[2:] for name, x in inputs.items()}
     alone |= {name: alone[name][:, -4:] for name in text}
     together, one = (
-        generate(pair.cfg, pair.params, pair.batch(generating=True, **arrays), NEW, Decoding())
+        generate(
+            pair.cfg, pair.params, pair.batch(generating=True, **arrays), NEW, SamplingParams()
+        )
         for arrays in (inputs, alone)
     )
     np.testing.assert_array_equal(one[0], together[2])
@@ -295,7 +297,7 @@ def test_arrays_that_do_not_fit_together_are_named(pair_of, name):
     pair, text = pair_of(FIRST), texts("right")
     image = images(pair, IMAGES["two, one and none"])
     inputs = {**text, **image, **reading(text, image)}
-    with pytest.raises(ConfigError, match=name):
+    with pytest.raises(UserError, match=name):
         pair.batch(**{**inputs, name: inputs[name][:1]})
-    with pytest.raises(ConfigError, match="aspect_ratio_ids"):
+    with pytest.raises(UserError, match="aspect_ratio_ids"):
         pair.batch(**{**inputs, "aspect_ratio_ids": np.full((3, 2), 9)})

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import MllamaConfig
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 from vlm_jax.hub.families import mllama_vision
 from vlm_jax.hub.families.registry import family_of
 
@@ -69,16 +69,16 @@ def test_a_config_is_read_as_it_was_written(kind, taps):
 )
 def test_what_is_not_supported_is_refused_by_its_key(part, key, value):
     config = changed(part, **{key: value})
-    with pytest.raises(ConfigError, match=key):
+    with pytest.raises(UserError, match=key):
         family_of(config, "config.json").read(config, ())
 
 
 def test_other_taps_are_refused_with_those_that_there_are():
-    with pytest.raises(ConfigError, match="input, output"):
+    with pytest.raises(UserError, match="input, output"):
         family_of(PUBLISHED, "config.json", "middle")
 
 
 @pytest.mark.parametrize("key, value", [("max_num_tiles", 10**7), ("num_global_layers", 0)])
 def test_sizes_that_no_encoder_has_are_refused_at_once(key, value):
-    with pytest.raises(ConfigError, match="tiles is 10000000|num_global_layers is 0"):
+    with pytest.raises(UserError, match="tiles is 10000000|num_global_layers is 0"):
         mllama_vision.read_vision({key: value}, "input")

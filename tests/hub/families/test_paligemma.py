@@ -26,7 +26,7 @@ from tests.hub.unified import (
     padded,
     rows_of,
 )
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 from vlm_jax.hub.families import paligemma
 from vlm_jax.nn.vlm import VLM, empty_cache
 
@@ -148,5 +148,5 @@ def test_the_names_that_transformers_has_in_memory_load_too(both, tmp_path):
     ],
 )
 def test_what_is_not_supported_is_refused_by_its_name(config, found):
-    with pytest.raises(ConfigError, match=found):
+    with pytest.raises(UserError, match=found):
         paligemma.read(config, ())

@@ -13,7 +13,7 @@ from tests.hub.unified import (
     new_pair,
     padded,
 )
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 from vlm_jax.hub.families import phi3
 from vlm_jax.hub.families.llama import HEAD
 
@@ -91,7 +91,7 @@ def test_a_rope_that_cannot_be_is_refused():
         ({"rope_type": "dynamic"}, "dynamic"),
     ]:
         config = CONFIGS["longrope"].to_dict() | {"rope_parameters": LONGROPE | change}
-        with pytest.raises(ConfigError, match=f"config.json.*{word}"):
+        with pytest.raises(UserError, match=f"config.json.*{word}"):
             phi3.read(config, {HEAD})
 
 

@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor
 from transformers.models.fuyu.processing_fuyu import FuyuProcessor
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-from vlm_jax.config import ConfigError, Vision
+from vlm_jax.config import UserError, Vision
 from vlm_jax.data import tiling
 from vlm_jax.hub.images.mllama_tiles import best_canvas, layouts, shape_on_canvas
 from vlm_jax.hub.images.processor import ImageProcessor
@@ -157,7 +157,7 @@ def test_patches_of_every_shape(tmp_path, changes):
 
 
 def test_an_image_that_patches_do_not_cover_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="multiple of patch_size"):
+    with pytest.raises(UserError, match="multiple of patch_size"):
         ImageProcessor.load(folder_of(tmp_path, FUYU | {"do_pad": False}))([picture(9, 8)])
-    with pytest.raises(ConfigError, match="cannot be padded"):
+    with pytest.raises(UserError, match="cannot be padded"):
         ImageProcessor.load(folder_of(tmp_path, FUYU | {"do_resize": False}))([picture(25, 8)])

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 from vlm_jax.hub.images.processor import ImageProcessor
 
 RNG = np.random.default_rng(0)
@@ -154,7 +154,7 @@ def test_a_batch_is_its_images_one_by_one(tmp_path, kind):
 )
 def test_images_that_end_in_different_sizes_are_refused(tmp_path, kind):
     config = CONFIGS[kind] | {"do_pad": False, "do_center_crop": False}
-    with pytest.raises(ConfigError, match="one by one"):
+    with pytest.raises(UserError, match="one by one"):
         ImageProcessor.load(folder_of(tmp_path, config))(
             [Image.new("RGB", (30, 50)), Image.new("RGB", (50, 30))]
         )
@@ -240,5 +240,5 @@ def test_files_that_hold_no_image_are_named(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     processor = ImageProcessor.load(folder_of(tmp_path, CONFIGS["vit"]))
     for name in ("cut.png", "text.png", "missing.png"):
-        with pytest.raises(ConfigError, match=name):
+        with pytest.raises(UserError, match=name):
             processor([tmp_path / name])

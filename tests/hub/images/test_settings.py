@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from transformers import AutoImageProcessor, CLIPImageProcessorPil
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 from vlm_jax.hub.images.processor import ImageProcessor
 from vlm_jax.hub.images.settings import (
     CLIP_MEAN,
@@ -252,7 +252,7 @@ def test_open_clip_resizes_in_the_images_own_mode(tmp_path, mode):
     ],
 )
 def test_settings_that_are_not_understood_are_named_with_the_choices(tmp_path, change, words):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         read_settings(folder_of(tmp_path, preprocessor=VIT | change))
     for word in [str(tmp_path / PREPROCESSOR), *words]:
         assert word in str(error.value)
@@ -275,21 +275,21 @@ def test_settings_that_are_not_understood_are_named_with_the_choices(tmp_path, c
     ],
 )
 def test_open_clip_settings_that_are_not_understood(tmp_path, config, words):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         read_settings(folder_of(tmp_path, open_clip=config))
     for word in [str(tmp_path / OPEN_CLIP), *words]:
         assert word in str(error.value)
 
 
 def test_folders_and_files_that_say_nothing_are_named(tmp_path):
-    with pytest.raises(ConfigError, match=f"{PREPROCESSOR}, {PROCESSOR} .* {OPEN_CLIP}"):
+    with pytest.raises(UserError, match=f"{PREPROCESSOR}, {PROCESSOR} .* {OPEN_CLIP}"):
         read_settings(tmp_path)
-    with pytest.raises(ConfigError, match="missing"):
+    with pytest.raises(UserError, match="missing"):
         read_settings(tmp_path / "missing")
     for text in ("", "[1]", "{", '{"size": '):
         (tmp_path / PREPROCESSOR).write_text(text)
-        with pytest.raises(ConfigError, match=f"{PREPROCESSOR} is .*JSON"):
+        with pytest.raises(UserError, match=f"{PREPROCESSOR} is .*JSON"):
             read_settings(tmp_path)
     (tmp_path / PREPROCESSOR).unlink()
-    with pytest.raises(ConfigError, match=f"{PROCESSOR}: image_processor is 3"):
+    with pytest.raises(UserError, match=f"{PROCESSOR}: image_processor is 3"):
         read_settings(folder_of(tmp_path, processor={"image_processor": 3}))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 from vlm_jax.hub.tensors.folder import open_tensors, write_tensors
 
 ZIP, LEGACY = True, False
@@ -82,7 +82,7 @@ def entry(begin, end, shape=(2,), dtype="F32"):
 
 def refusal(folder: Path) -> str:
     """The one sentence with which a folder is refused."""
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         open_tensors(folder)
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
     return str(error.value)

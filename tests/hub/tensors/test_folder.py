@@ -20,7 +20,7 @@ from tests.hub.tensors.tensor_files import (
     save_torch,
     write,
 )
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 from vlm_jax.hub.tensors import folder as files
 from vlm_jax.hub.tensors.folder import open_tensors, read_json, write_tensors
 
@@ -198,21 +198,21 @@ def test_a_tensor_that_is_not_as_announced_is_refused(tmp_path, wrong):
 
 @pytest.mark.parametrize("dtype", [np.complex64, np.dtype(">f4"), np.dtype("U3")])
 def test_a_dtype_that_safetensors_does_not_know_is_refused(tmp_path, dtype):
-    with pytest.raises(ConfigError, match="a is .*safetensors knows"):
+    with pytest.raises(UserError, match="a is .*safetensors knows"):
         write(tmp_path / "new", {"a": np.zeros(3, dtype)})
     assert not files_in(tmp_path)
 
 
 def test_weights_that_are_there_are_not_overwritten(tmp_path):
     save_torch(tmp_path, {"a": torch.ones(2)}, ZIP)
-    with pytest.raises(ConfigError, match=r"pytorch_model\.bin is there already"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is there already"):
         write(tmp_path, {"a": np.zeros(2)})
     assert files_in(tmp_path) == {"pytorch_model.bin"}
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"file/folder cannot be written: Not a directory\."):
+    with pytest.raises(UserError, match=r"file/folder cannot be written: Not a directory\."):
         write(tmp_path / "file/folder", {"a": np.zeros(2)})
 
 
@@ -220,7 +220,7 @@ def test_a_full_disk_is_named_and_leaves_no_file(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(ConfigError, match=f"{tmp_path} cannot be written: File too large"):
+        with pytest.raises(UserError, match=f"{tmp_path} cannot be written: File too large"):
             write(
                 tmp_path, {"a": np.zeros(2), "b": np.zeros(1_000_000, np.int8)}, max_shard_bytes=1
             )
@@ -245,7 +245,7 @@ def test_a_full_disk_is_named_and_leaves_no_file(tmp_path):
 def test_what_is_no_json_object_is_named(tmp_path, content, reason):
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ConfigError, match=f"config.json .*{reason}"):
+    with pytest.raises(UserError, match=f"config.json .*{reason}"):
         read_json(tmp_path / "config.json")
 
 

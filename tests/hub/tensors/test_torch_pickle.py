@@ -24,7 +24,7 @@ from tests.hub.tensors.tensor_files import (
     refusal,
     save_torch,
 )
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 from vlm_jax.hub.tensors.folder import open_tensors
 
 
@@ -188,7 +188,7 @@ def test_a_file_with_wrong_bytes_is_read_or_refused(tmp_path, kind):
             for tensor in open_tensors(tmp_path).values():
                 tensor.read().sum()
                 tensor.release()
-        except ConfigError:
+        except UserError:
             refused += 1
     assert refused > 50
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.hub import tiny_tokenizers as tiny
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 from vlm_jax.hub.text import jinja_sandbox
 from vlm_jax.hub.text.chat_template import ChatTemplate
 from vlm_jax.hub.text.tokenizer import HubTokenizer
@@ -154,14 +154,14 @@ def test_of_several_templates_the_default_one(as_list, tmp_path):
     theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(TEXTS, tokenize=False)
     assert ChatTemplate.load(tmp_path).render(TEXTS, {}) == theirs == "user"
     tiny.write(tmp_path, tokenizer_config={"chat_template": [{"name": "rag", "template": "x"}]})
-    with pytest.raises(ConfigError, match=r"tokenizer_config.json .* rag, .*default"):
+    with pytest.raises(UserError, match=r"tokenizer_config.json .* rag, .*default"):
         ChatTemplate.load(tmp_path)
 
 
 @pytest.mark.parametrize("content", [5, [1], {"default": 7}])
 def test_a_template_that_is_no_text(content, tmp_path):
     tiny.write(tmp_path, tokenizer_config={"chat_template": content})
-    with pytest.raises(ConfigError, match="tokenizer_config.json"):
+    with pytest.raises(UserError, match="tokenizer_config.json"):
         ChatTemplate.load(tmp_path)
 
 
@@ -241,7 +241,7 @@ MISBEHAVING = {
 def test_a_template_that_misbehaves_is_refused_in_one_sentence(name, tmp_path, monkeypatch):
     monkeypatch.setattr(jinja_sandbox, "MAX_STEPS", 10_000)
     start = time.monotonic()
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         template(MISBEHAVING[name], tmp_path).render(TEXTS, {})
     assert time.monotonic() - start < 5
     assert str(tmp_path / "chat_template.jinja") in str(error.value)
@@ -273,8 +273,8 @@ def test_a_template_counts_anew_every_time(tmp_path, monkeypatch):
 
 def test_a_damaged_file(tmp_path):
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe{{")
-    with pytest.raises(ConfigError, match="chat_template.jinja"):
+    with pytest.raises(UserError, match="chat_template.jinja"):
         ChatTemplate.load(tmp_path)
     (tmp_path / "chat_template.json").write_text(json.dumps("x"))
-    with pytest.raises(ConfigError, match="chat_template.json"):
+    with pytest.raises(UserError, match="chat_template.json"):
         ChatTemplate.load(tmp_path)

@@ -11,8 +11,8 @@ from PIL import Image
 
 from tests.hub.test_processor import processor_of
 from tests.hub.tiny_checkpoints import ABOUT_IMAGES, CAPTIONS, OF_TEXT, Folder
-from vlm_jax.config import ConfigError
-from vlm_jax.data.conversation_files import MARK
+from vlm_jax.config import UserError
+from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
 from vlm_jax.hub.text.chat_template import ChatTemplate
 from vlm_jax.hub.text.dialogue import NO_TOKEN, Dialogue, content_parts
 from vlm_jax.structs import NO_IMAGE
@@ -44,11 +44,13 @@ def test_trained_on_is_what_is_asked(folder_of, name):
     """The tokens before the answer are those of the inference prompt, and the answer ends the text."""
     folder = folder_of(name).path
     dialogue, processor = dialogue_of(name, folder), processor_of(folder)
-    tokens = dialogue.encode([QUESTION if name in OF_TEXT else f"{MARK}\n{QUESTION}", ANSWER])
+    tokens = dialogue.encode(
+        [QUESTION if name in OF_TEXT else f"{IMAGE_PLACEHOLDER}\n{QUESTION}", ANSWER]
+    )
     first = tokens.is_scored.index(True)
     picture = Image.new("RGB", (40, 30), (200, 30, 40))
     asked = processor.asked(QUESTION, [] if name in OF_TEXT else [picture])
-    slots = np.asarray(asked.image_slots[0])
+    slots = np.asarray(asked.image_token_index[0])
     expected = without_images(np.asarray(asked.tokens[0]), slots)
     # An image in the sequence is one placeholder here, and that of a memory a token of the text.
     in_sequence = (slots != NO_IMAGE).any()
@@ -94,19 +96,21 @@ def test_several_turns_are_those_of_transformers(folder_of, name):
 
 
 def test_images_keep_their_order_among_the_texts():
-    turn = f"compare {MARK} with {MARK}\nplease"
-    assert [part.get("text", MARK) for part in content_parts(turn)] == [
+    turn = f"compare {IMAGE_PLACEHOLDER} with {IMAGE_PLACEHOLDER}\nplease"
+    assert [part.get("text", IMAGE_PLACEHOLDER) for part in content_parts(turn)] == [
         "compare ",
-        MARK,
+        IMAGE_PLACEHOLDER,
         " with ",
-        MARK,
+        IMAGE_PLACEHOLDER,
         "please",
     ]
 
 
 @pytest.mark.parametrize(("name", "in_text"), [("llava", True), ("vit and gpt2", False)])
 def test_an_image_has_a_placeholder_where_the_family_writes_one(folder_of, name, in_text):
-    tokens = dialogue_of(name, folder_of(name).path).encode([f"{MARK}\n{MARK}\n{QUESTION}", ANSWER])
+    tokens = dialogue_of(name, folder_of(name).path).encode(
+        [f"{IMAGE_PLACEHOLDER}\n{IMAGE_PLACEHOLDER}\n{QUESTION}", ANSWER]
+    )
     found = [i for i, is_image in zip(tokens.ids, tokens.is_image) if is_image]
     assert len(found) == 2
     assert (found == [NO_TOKEN] * 2) != in_text
@@ -120,7 +124,7 @@ def test_a_template_that_rewrites_questions_is_refused(folder_of, tmp_path):
     )
     template = type(dialogue.template)(source, tmp_path / "chat_template.jinja")
     changed = replace(dialogue, template=template)
-    with pytest.raises(ConfigError, match="answers cannot be marked: set data.template"):
+    with pytest.raises(UserError, match="answers cannot be marked: set data.template"):
         changed.encode([QUESTION, ANSWER])
 
 
@@ -135,7 +139,7 @@ def test_a_training_batch_scores_the_answers_behind_the_prompts(folder_of, name)
     batch = processor(prompts, images, chat=True, answers=answers)
     asked = processor(prompts[:1], images[:1], chat=True)
     targets, weights = np.asarray(batch.targets), np.asarray(batch.loss_weights) > 0
-    turns = [QUESTION if name in OF_TEXT else f"{MARK}\n{QUESTION}", ANSWER]
+    turns = [QUESTION if name in OF_TEXT else f"{IMAGE_PLACEHOLDER}\n{QUESTION}", ANSWER]
     tokens = dialogue.encode(turns)
     ids = [i for i, is_scored in zip(tokens.ids, tokens.is_scored) if is_scored]
     if processor.template is None:
@@ -149,7 +153,7 @@ def test_a_training_batch_scores_the_answers_behind_the_prompts(folder_of, name)
 
 def test_answers_that_do_not_match_are_refused(folder_of):
     processor = processor_of(folder_of("llama").path)
-    with pytest.raises(ConfigError, match="answers must be a list of 2 texts"):
+    with pytest.raises(UserError, match="answers must be a list of 2 texts"):
         processor(["a", "b"], answers=["c"])
 
 
@@ -161,5 +165,5 @@ def test_a_template_that_leaves_out_images_is_refused(folder_of):
         Path("chat_template.jinja"),
     )
     said = replace(dialogue, template=template)
-    with pytest.raises(ConfigError, match="writes 0 image tokens .* for the 1 images"):
-        said.encode([f"{MARK}\nwhat is it?", "a car"])
+    with pytest.raises(UserError, match="writes 0 image tokens .* for the 1 images"):
+        said.encode([f"{IMAGE_PLACEHOLDER}\nwhat is it?", "a car"])

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from tests.hub import tiny_tokenizers as tiny
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 from vlm_jax.hub.text.prompt_formats import Prompt, load_prompt_format, stack_prompts
 from vlm_jax.hub.text.tokenizer import HubTokenizer
 
@@ -58,7 +58,7 @@ def assert_stacked(prompts: list[Prompt], theirs, pad_id: int) -> None:
 
 
 def refusal(write, *arguments) -> str:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         write(*arguments)
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
     return str(error.value)

@@ -8,7 +8,7 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from tests.hub import tiny_tokenizers as tiny
-from vlm_jax.config import ConfigError
+from vlm_jax.config import UserError
 from vlm_jax.hub.text.tokenizer import HubTokenizer
 
 FOLDERS = {
@@ -174,7 +174,7 @@ def test_a_stream_never_shows_half_a_character(tmp_path):
 
 
 def refusal(folder) -> str:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         HubTokenizer.load(folder)
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
     return str(error.value)
@@ -223,7 +223,7 @@ def test_a_damaged_sentencepiece_model(damage, tmp_path):
 def test_tokens_that_are_none(tmp_path):
     tiny.llama(tmp_path, added_tokens_decoder={"x": "y"})
     assert "tokenizer_config.json" in refusal(tmp_path)
-    with pytest.raises(ConfigError, match="<image>"):
+    with pytest.raises(UserError, match="<image>"):
         tiny.gpt2(tmp_path)
         tiny.write(tmp_path, tokenizer_config={}, added_tokens={})
         HubTokenizer.load(tmp_path).id_of("<image>")

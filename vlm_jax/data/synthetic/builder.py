@@ -16,14 +16,14 @@ SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
-class Asked:
+class QA:
     question: str
     answer: str
     type: str
 
 
 @dataclass(eq=False)
-class Drawing(tfds.core.BuilderConfig):
+class SyntheticConfig(tfds.core.BuilderConfig):
     """What is drawn, by fields of `Data`. Its name is a folder, so that sizes and seeds lie side by side."""
 
     name: str = ""
@@ -34,7 +34,7 @@ class Drawing(tfds.core.BuilderConfig):
     transcript: bool = False
 
     @classmethod
-    def of(cls, data: Data) -> "Drawing":
+    def of(cls, data: Data) -> "SyntheticConfig":
         kind = f"_cell{data.cell_px}" * bool(data.cell_px) + "_transcript" * data.transcript
         name = f"px{data.image_px}{kind}_seed{data.seed}_{'_'.join(map(str, data.images))}"
         fields = {field: getattr(data, field) for field in cls.__annotations__ if field != "name"}
@@ -54,14 +54,14 @@ def question_info(builder: tfds.core.DatasetBuilder, image_px: int) -> tfds.core
     )
 
 
-class Drawn(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Makes the splits that its `Drawing` asks for, out of what `example` draws."""
+class SyntheticBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Makes the splits that its `SyntheticConfig` asks for, out of what `example` draws."""
 
     VERSION = tfds.core.Version("1.1.0")
     code_path = None  # as in `sources.EasyVqa`
 
     @abc.abstractmethod
-    def example(self, rng: np.random.Generator, split: str) -> tuple[Image.Image, list[Asked]]:
+    def example(self, rng: np.random.Generator, split: str) -> tuple[Image.Image, list[QA]]:
         """An image of `builder_config.image_px` and what is asked about it."""
 
     def _info(self) -> tfds.core.DatasetInfo:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from vlm_jax.data.synthetic.builder import Asked, Drawn, pick
+from vlm_jax.data.synthetic.builder import QA, SyntheticBuilder, pick
 
 HELD_OUT_ONE_IN = 5
 INK_LEVELS = 16  # of the images: 0 is paper
@@ -57,7 +57,7 @@ class Scene:
         return math.ceil(math.sqrt(most_digits(self.image_px)))
 
 
-class Digits(Drawn):
+class Digits(SyntheticBuilder):
     """Scenes of digits to count, to find, to compare and to add."""
 
     def example(self, rng, split):
@@ -121,17 +121,15 @@ def draw(described: Scene) -> Image.Image:
     return image
 
 
-def questions(rng: np.random.Generator, described: Scene) -> list[Asked]:
+def questions(rng: np.random.Generator, described: Scene) -> list[QA]:
     """One of every type that the scene has an unambiguous answer to."""
     digits = described.digits
     counts = Counter(digit.value for digit in digits)
     counted = described.counted
     asked = [
-        Asked("how many digits are there?", str(len(digits)), "count"),
-        Asked(f"how many {counted}s are there?", str(counts[counted]), "count_value"),
-        Asked(
-            "what is the sum of all digits?", str(sum(digit.value for digit in digits)), "sum_all"
-        ),
+        QA("how many digits are there?", str(len(digits)), "count"),
+        QA(f"how many {counted}s are there?", str(counts[counted]), "count_value"),
+        QA("what is the sum of all digits?", str(sum(digit.value for digit in digits)), "sum_all"),
         _more(rng, counts),
         *_corner(rng, described),
         *_beside(rng, described, counts),
@@ -140,17 +138,17 @@ def questions(rng: np.random.Generator, described: Scene) -> list[Asked]:
     return asked + _ends(described)
 
 
-def _more(rng, counts) -> Asked:
+def _more(rng, counts) -> QA:
     pairs = [(a, b) for a in range(10) for b in range(10) if counts[a] != counts[b]]
     a, b = pick(rng, pairs)
-    return Asked(
+    return QA(
         f"are there more {a}s than {b}s?",
         "yes" if counts[a] > counts[b] else "no",
         "compare_counts",
     )
 
 
-def _corner(rng, described: Scene) -> list[Asked]:
+def _corner(rng, described: Scene) -> list[QA]:
     last = described.cells - 1
     names = {(row * last, column * last): name for name, (row, column) in CORNERS.items()}
     found = [digit for digit in described.digits if digit.cell in names]
@@ -158,13 +156,11 @@ def _corner(rng, described: Scene) -> list[Asked]:
         return []
     digit = pick(rng, found)
     return [
-        Asked(
-            f"which digit is in the {names[digit.cell]} corner?", str(digit.value), "locate_corner"
-        )
+        QA(f"which digit is in the {names[digit.cell]} corner?", str(digit.value), "locate_corner")
     ]
 
 
-def _beside(rng, described: Scene, counts) -> list[Asked]:
+def _beside(rng, described: Scene, counts) -> list[QA]:
     """A digit that its neighbour in the row names."""
     at = {digit.cell: digit.value for digit in described.digits}
     found = [
@@ -176,12 +172,10 @@ def _beside(rng, described: Scene, counts) -> list[Asked]:
     if not found:
         return []
     value, side, answer = pick(rng, found)
-    return [
-        Asked(f"which digit is next to the {value}, on its {side}?", str(answer), "locate_beside")
-    ]
+    return [QA(f"which digit is next to the {value}, on its {side}?", str(answer), "locate_beside")]
 
 
-def _larger(rng, described: Scene, counts) -> list[Asked]:
+def _larger(rng, described: Scene, counts) -> list[QA]:
     once = [digit for digit in described.digits if counts[digit.value] == 1]
     pairs = [(a, b) for a in once for b in once if a.side_px >= LARGER * b.side_px]
     if not pairs:
@@ -189,10 +183,10 @@ def _larger(rng, described: Scene, counts) -> list[Asked]:
     larger, smaller = pick(rng, pairs)
     said = [larger, smaller][:: pick(rng, (1, -1))]
     question = f"which is drawn larger, the {said[0].value} or the {said[1].value}?"
-    return [Asked(question, str(larger.value), "compare_sizes")]
+    return [QA(question, str(larger.value), "compare_sizes")]
 
 
-def _ends(described: Scene) -> list[Asked]:
+def _ends(described: Scene) -> list[QA]:
     """About the leftmost and the rightmost digit, where it is plain which they are."""
     margin_px = described.image_px // 20
     first, second, *_ = sorted(described.digits, key=lambda digit: digit.left_px)
@@ -204,10 +198,10 @@ def _ends(described: Scene) -> list[Asked]:
     ):
         return []
     total = str(first.value + last.value)
-    asked = [Asked("what is the sum of the leftmost and the rightmost digit?", total, "sum_ends")]
+    asked = [QA("what is the sum of the leftmost and the rightmost digit?", total, "sum_ends")]
     if first.value != last.value:
         answer = "yes" if first.value > last.value else "no"
         asked.append(
-            Asked("is the leftmost digit greater than the rightmost?", answer, "compare_values")
+            QA("is the leftmost digit greater than the rightmost?", answer, "compare_values")
         )
     return asked

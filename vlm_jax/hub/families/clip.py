@@ -2,12 +2,7 @@
 
 from collections.abc import Collection
 
-from vlm_jax.config import (
-    ConfigError,
-    Contrastive,
-    Decoder,
-    Vision,
-)
+from vlm_jax.config import CheckpointError, Contrastive, Decoder, Vision
 from vlm_jax.hub.families.family import (
     ACTIVATIONS,
     HUB_ACTIVATIONS,
@@ -134,7 +129,7 @@ def read(config: Json, names: Collection[str]) -> Contrastive:
     text = TEXT_DEFAULTS | {"eos_token_id": 49407} | tower(config, "text")
     eos = text["eos_token_id"]
     if not isinstance(eos, int):
-        raise ConfigError(
+        raise CheckpointError(
             f"config.json: eos_token_id {eos} of text_config is not supported: it has to be one id."
         )
     end = (

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from vlm_jax.config import ConfigError, Vision
+from vlm_jax.config import CheckpointError, Vision
 from vlm_jax.hub.families.family import (
     Family,
     Json,
@@ -39,7 +39,7 @@ def read_vision(config: Json, names: Collection[str]) -> Vision:
         gated_mlp=gated,
         norm_eps=get(config, "layer_norm_eps", 1e-6),
         qkv_bias=get(config, "qkv_bias", True),
-        residual_scale="vector",
+        layer_scale="vector",
         class_token=True,
         mask_token=MASK_TOKEN in names,
         pool="class",
@@ -70,7 +70,7 @@ def gated_ratio(vision: Vision) -> int:
     for ratio in range(1, vision.mlp_width + 1):
         if gated_width(vision.width * ratio) == vision.mlp_width:
             return ratio
-    raise ConfigError(
+    raise CheckpointError(
         f"vision.mlp_width {vision.mlp_width} is that of no mlp_ratio of DINOv2's gated MLP."
     )
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from vlm_jax.config import (
-    ConfigError,
+    CheckpointError,
     Decoder,
     Experiment,
     Fusion,
@@ -44,7 +44,7 @@ DECODERS = {
 
 
 def kind_of(decoder: Decoder) -> str:
-    return "trocr" if decoder.norm_order == "post" else "gpt2"
+    return "trocr" if decoder.norm_position == "post" else "gpt2"
 
 
 def read(config: Json, names: Collection[str]) -> Experiment:
@@ -67,7 +67,7 @@ def write(cfg: Experiment) -> Json:
     kind = kind_of(cfg.decoder)
     reads_as_it_is = cfg.projector.kind == "none" and cfg.vision.width != cfg.decoder.width
     if reads_as_it_is and kind == "gpt2":
-        raise ConfigError(
+        raise CheckpointError(
             "GPT-2 reads image tokens of its own width alone: choose projector.kind linear."
         )
     return {

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 
-from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.config import CheckpointError, Experiment
 from vlm_jax.hub.families.table import Row
 from vlm_jax.hub.tensors.folder import WEIGHTS
 from vlm_jax.nn.models import Config
@@ -50,7 +50,9 @@ class Family:
             for pattern, replacement in renames:
                 name = re.sub(pattern, replacement, name)
             if name in found:
-                raise ConfigError(f"{stored} and {found[name]} are two spellings of one tensor.")
+                raise CheckpointError(
+                    f"{stored} and {found[name]} are two spellings of one tensor."
+                )
             found[name] = stored
         return found
 
@@ -75,20 +77,20 @@ def get(config: Mapping, key: str, default):
 
 
 def size(config: Mapping, key: str, default: int | None = None) -> int:
-    """The whole number of a key, from 1 on; missing and null are the default. ConfigError names the key."""
+    """The whole number of a key, from 1 on; missing and null are the default. CheckpointError names the key."""
     value = get(config, key, default)
     if type(value) is not int or not 1 <= value <= MOST:
-        raise ConfigError(
+        raise CheckpointError(
             f"config.json: {key} is {value!r}: it must be a whole number from 1 to {MOST}."
         )
     return value
 
 
 def number(config: Mapping, key: str, default: float | None = None) -> float:
-    """The number of a key, above 0; missing and null are the default. ConfigError names the key."""
+    """The number of a key, above 0; missing and null are the default. CheckpointError names the key."""
     value = get(config, key, default)
     if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ConfigError(f"config.json: {key} is {value!r}: it must be a number above 0.")
+        raise CheckpointError(f"config.json: {key} is {value!r}: it must be a number above 0.")
     return value
 
 
@@ -102,19 +104,19 @@ def unaliased(config: Json, names: Mapping[str, str]) -> Json:
 
 
 def choose(config: Mapping, key: str, choices: Mapping, default: str):
-    """What a word in config.json stands for. ConfigError lists the words that are known."""
+    """What a word in config.json stands for. CheckpointError lists the words that are known."""
     word = get(config, key, default)
     if word not in choices:
-        raise ConfigError(
+        raise CheckpointError(
             f"config.json: {key} {word!r} is not supported: choose {', '.join(map(str, choices))}."
         )
     return choices[word]
 
 
 def refuse(config: Mapping, key: str, *allowed) -> None:
-    """ConfigError where a key has another value than those that are allowed; a missing key is fine."""
+    """CheckpointError where a key has another value than those that are allowed; a missing key is fine."""
     if key in config and config[key] not in allowed:
-        raise ConfigError(
+        raise CheckpointError(
             f"config.json: {key} {config[key]!r} is not supported, only {allowed[0]!r}."
         )
 

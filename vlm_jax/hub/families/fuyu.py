@@ -64,7 +64,7 @@ def read_decoder(config: Json, tied: bool) -> Decoder:
         vocab_size=size(config, "vocab_size", 262144),
         max_positions=size(config, "max_position_embeddings", 16384),
         rope=read_rope(config, theta=25_000.0, fraction=0.5),
-        tied_head=tied,
+        tie_word_embeddings=tied,
     )
 
 
@@ -94,7 +94,7 @@ def write_decoder(decoder: Decoder) -> Json:
         "vocab_size": decoder.vocab_size,
         "max_position_embeddings": decoder.max_positions,
         "partial_rotary_factor": decoder.rope.fraction,
-        "tie_word_embeddings": decoder.tied_head,
+        "tie_word_embeddings": decoder.tie_word_embeddings,
         **write_rope(decoder.rope),
     }
 
@@ -104,7 +104,7 @@ def rows(cfg: Experiment) -> list[Row]:
     found = dense_rows("vision_embed_tokens", "projector/linear", "D E -> E D", True)
     found.append(row(f"{TEXT}embed_tokens.weight", "decoder/embedding/table"))
     found += norm_rows(f"{TEXT}final_layernorm", "decoder/final_norm")
-    if not decoder.tied_head:
+    if not decoder.tie_word_embeddings:
         found.append(row(HEAD, "decoder/free_head/kernel", "V D -> D V"))
     for n, (block, turn) in enumerate(places(cfg.fusion.sublayers(decoder.depth), "self")):
         hub, ours = f"{TEXT}layers.{n}", f"decoder/{block}"
@@ -125,8 +125,12 @@ def attention_rows(hub: str, ours: str, decoder: Decoder, turn: int) -> list[Row
         return tuple(Part(f"{ours}/{name}/{leaf}", turn=turn) for name in ("query", "key", "value"))
 
     found = [
-        Row(f"{hub}.query_key_value.weight", parts("kernel"), weave="(N parts H) D -> parts D N H"),
-        Row(f"{hub}.query_key_value.bias", parts("bias"), weave="(N parts H) -> parts N H"),
+        Row(
+            f"{hub}.query_key_value.weight",
+            parts("kernel"),
+            interleave="(N parts H) D -> parts D N H",
+        ),
+        Row(f"{hub}.query_key_value.bias", parts("bias"), interleave="(N parts H) -> parts N H"),
         *dense_rows(f"{hub}.dense", f"{ours}/out", "D (N H) -> N H D", True, turn),
     ]
     if decoder.qk_norm:

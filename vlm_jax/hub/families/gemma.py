@@ -86,7 +86,7 @@ def read_gemma3_decoder(config: Json, tied: bool) -> Decoder:
 def _read_shared(config: Json, tied: bool) -> Decoder:
     refuse(config, "use_bidirectional_attention", False)
     decoder = llama.read_decoder(config | {"mlp_bias": False}, tied)
-    return replace(decoder, norm="rmsnorm_centred", embed_scale=True)
+    return replace(decoder, norm="rmsnorm_zero_centered", embed_scale=True)
 
 
 def _read_with_both_norms(config: Json, tied: bool, every: int) -> Decoder:
@@ -95,7 +95,7 @@ def _read_with_both_norms(config: Json, tied: bool, every: int) -> Decoder:
     scalar = number(config, "query_pre_attn_scalar")
     query_scale = 0.0 if scalar == decoder.head_width else scalar**-0.5
     local = [i for i in range(decoder.depth) if (i + 1) % every]
-    decoder = replace(decoder, norm_order="both", query_scale=query_scale)
+    decoder = replace(decoder, norm_position="sandwich", query_scale=query_scale)
     return llama.slide(
         decoder, config["sliding_window"], llama.sliding_layers(config, decoder.depth, local)
     )
@@ -137,7 +137,7 @@ def decoder_rows(
         fusion,
         prefix,
         head,
-        block_rows if decoder.norm_order == "both" else llama.block_rows,
+        block_rows if decoder.norm_position == "sandwich" else llama.block_rows,
     )
 
 

@@ -46,7 +46,7 @@ def read_decoder(config: Json, names: Collection[str], head: str = "lm_head.weig
         vocab_size=size(config, "vocab_size", 50257),
         positions="learned",
         max_positions=size(config, "n_positions", 1024),
-        tied_head=bool(get(config, "tie_word_embeddings", True)) and head not in names,
+        tie_word_embeddings=bool(get(config, "tie_word_embeddings", True)) and head not in names,
     )
 
 
@@ -61,7 +61,7 @@ def write_decoder(decoder: Decoder) -> Json:
         "activation_function": "gelu_new" if activation == "gelu_pytorch_tanh" else activation,
         "vocab_size": decoder.vocab_size,
         "n_positions": decoder.max_positions,
-        "tie_word_embeddings": decoder.tied_head,
+        "tie_word_embeddings": decoder.tie_word_embeddings,
     }
 
 
@@ -103,7 +103,7 @@ def decoder_rows(
     rows = [row(f"{prefix}wte.weight", "decoder/embedding/table")]
     rows.append(row(f"{prefix}wpe.weight", "decoder/position_embedding/table"))
     rows += norm_rows(f"{prefix}ln_f", "decoder/final_norm")
-    if not decoder.tied_head:
+    if not decoder.tie_word_embeddings:
         rows.append(row(head, "decoder/free_head/kernel", "V D -> D V"))
     for n, (block, turn) in enumerate(places(fusion.sublayers(decoder.depth), "self")):
         hub, ours = f"{prefix}h.{n}", f"decoder/{block}"

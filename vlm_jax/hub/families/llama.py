@@ -3,12 +3,7 @@
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
-from vlm_jax.config import (
-    ConfigError,
-    Decoder,
-    Experiment,
-    Fusion,
-)
+from vlm_jax.config import CheckpointError, Decoder, Experiment, Fusion
 from vlm_jax.config.bounds import check_numbers
 from vlm_jax.hub.families.family import (
     ACTIVATIONS,
@@ -56,7 +51,7 @@ def read_decoder(config: Json, tied: bool) -> Decoder:
         vocab_size=size(config, "vocab_size", 32000),
         max_positions=max_positions,
         rope=read_rope(config, max_positions=max_positions),
-        tied_head=tied,
+        tie_word_embeddings=tied,
     )
 
 
@@ -74,7 +69,7 @@ def write_decoder(decoder: Decoder) -> Json:
         "mlp_bias": decoder.mlp_bias,
         "vocab_size": decoder.vocab_size,
         "max_position_embeddings": decoder.max_positions,
-        "tie_word_embeddings": decoder.tied_head,
+        "tie_word_embeddings": decoder.tie_word_embeddings,
         **write_rope(decoder.rope, decoder.max_positions),
     }
 
@@ -125,7 +120,9 @@ def outer_rows(decoder: Decoder, prefix: str = "model.", head: str = HEAD) -> li
         norm_row(f"{prefix}norm", "decoder/final_norm"),
     ]
     return (
-        rows if decoder.tied_head else [*rows, row(head, "decoder/free_head/kernel", "V D -> D V")]
+        rows
+        if decoder.tie_word_embeddings
+        else [*rows, row(head, "decoder/free_head/kernel", "V D -> D V")]
     )
 
 
@@ -233,7 +230,7 @@ def sliding_layers(config: Json, depth: int, default: Iterable[int]) -> tuple[in
     if kinds is None:
         return tuple(default)
     if len(kinds) != depth:
-        raise ConfigError(
+        raise CheckpointError(
             f"config.json: layer_types has {len(kinds)} words, not {depth} as num_hidden_layers says."
         )
     return tuple(

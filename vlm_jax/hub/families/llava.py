@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from vlm_jax.config import (
-    ConfigError,
+    CheckpointError,
     Decoder,
     Experiment,
     Fusion,
@@ -51,18 +51,18 @@ def read_tower(config: Json) -> Vision:
     layers = get(config, "vision_feature_layer", -2)
     layers = tuple(layers) if isinstance(layers, list | tuple) else (layers,)
     if not all(type(layer) is int for layer in layers):
-        raise ConfigError(
+        raise CheckpointError(
             f"config.json: vision_feature_layer {layers} is not a whole number, or a list of them."
         )
     if not all(-vision.depth - 1 <= layer <= vision.depth for layer in layers):
-        raise ConfigError(
+        raise CheckpointError(
             f"config.json: vision_feature_layer {layers} goes beyond the encoder's {vision.depth + 1} hidden states."
         )
     keeps_all = choose(
         config, "vision_feature_select_strategy", {"default": False, "full": True}, "default"
     )
     if not vision.class_token and not keeps_all:
-        raise ConfigError(
+        raise CheckpointError(
             "config.json: vision_feature_select_strategy 'default' drops the class token, which the encoder does not "
             "have: only 'full' is supported."
         )
@@ -105,7 +105,7 @@ def write(cfg: Experiment) -> Json:
         "projector_hidden_act": HUB_ACTIVATIONS[cfg.projector.activation],
         "multimodal_projector_bias": cfg.projector.bias,
         "image_seq_length": cfg.image_tokens,
-        "tie_word_embeddings": cfg.decoder.tied_head,
+        "tie_word_embeddings": cfg.decoder.tie_word_embeddings,
     }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from vlm_jax.config import (
-    ConfigError,
+    CheckpointError,
     Decoder,
     Experiment,
     Fusion,
@@ -73,7 +73,7 @@ def read_fusion(text: Json, layers: int) -> Fusion:
         {n for n in get(text, "cross_attention_layers", range(3, 40, 5)) if n < layers}
     )
     if not numbers:
-        raise ConfigError(
+        raise CheckpointError(
             f"config.json: cross_attention_layers names none of the {layers} layers of text_config."
         )
     before = tuple(n - crossed for crossed, n in enumerate(numbers))
@@ -83,7 +83,7 @@ def read_fusion(text: Json, layers: int) -> Fusion:
         gated=True,
         qk_norm=True,
         placeholder=True,
-        blind_rows="read_all",
+        tokens_without_image="attend_all",
     )
 
 
@@ -163,7 +163,7 @@ def family_of_taps(config: Json, taps: str | None) -> Family:
     """The family with the given taps; None: those that config.json names, or "input".
 
     Raises:
-      ConfigError: other taps than "input" and "output".
+      CheckpointError: other taps than "input" and "output".
     """
     return choose(
         {TAPS: taps or get(config, "vision_config", {}).get(TAPS)}, TAPS, BY_TAPS, "input"

@@ -5,7 +5,7 @@ published weights were trained, and transformers up to 4.51 take what enters the
 leaves them.
 """
 
-from vlm_jax.config import CHANNELS, ConfigError, Vision
+from vlm_jax.config import CHANNELS, CheckpointError, Vision
 from vlm_jax.config.bounds import check_numbers
 from vlm_jax.data.tiling import layouts
 from vlm_jax.hub.families.family import (
@@ -55,7 +55,7 @@ def read_vision(config: Json, taps: str) -> Vision:
         ),
         tiles=tiles,
         tile_layouts=tuple(map(tuple, get(config, "supported_aspect_ratios", layouts(tiles)))),
-        global_depth=size(config, "num_global_layers", 8),
+        num_global_layers=size(config, "num_global_layers", 8),
     )
     refuse({"vision_output_dim": 7680} | config, "vision_output_dim", vision.output_width)
     return vision
@@ -65,7 +65,7 @@ def read_taps(layers: list[int], depth: int, taps: str) -> tuple[int, ...]:
     """Layers of config.json -> hidden states: 0 enters the first layer, n leaves the n-th."""
     states = tuple(n + (taps == "output") for n in layers)
     if not all(0 <= n <= depth for n in states):
-        raise ConfigError(
+        raise CheckpointError(
             f"config.json: intermediate_layers_indices {layers} are not among the {depth} layers."
         )
     return states
@@ -76,7 +76,7 @@ def write_vision(vision: Vision, taps: str) -> Json:
         "model_type": "mllama_vision_model",
         "hidden_size": vision.width,
         "num_hidden_layers": vision.depth,
-        "num_global_layers": vision.global_depth,
+        "num_global_layers": vision.num_global_layers,
         "attention_heads": vision.heads,
         "intermediate_size": vision.mlp_width,
         "hidden_act": HUB_ACTIVATIONS[vision.activation],
@@ -95,7 +95,7 @@ def write_vision(vision: Vision, taps: str) -> Json:
 def write_taps(vision: Vision, taps: str) -> list[int]:
     layers = [n % (vision.depth + 1) - (taps == "output") for n in vision.feature_layers]
     if -1 in layers:
-        raise ConfigError(
+        raise CheckpointError(
             "vision.feature_layers 0 is the output of no layer: write the checkpoint with taps 'input'."
         )
     return layers
@@ -118,7 +118,7 @@ def vision_rows(vision: Vision) -> list[Row]:
         found += block_rows(
             f"{TOWER}.transformer.layers.{turn}", f"{OURS}/blocks/layers/block_0", vision, turn
         )
-    for turn in range(vision.global_depth):
+    for turn in range(vision.num_global_layers):
         hub, ours = (
             f"{TOWER}.global_transformer.layers.{turn}",
             f"{OURS}/global_blocks/layers/block_0",

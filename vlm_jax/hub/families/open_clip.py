@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from vlm_jax.config import (
-    ConfigError,
+    CheckpointError,
     Contrastive,
     Decoder,
     Transformer,
@@ -75,7 +75,7 @@ def read(config: Json, names: Collection[str]) -> Contrastive:
 def read_vision(config: Json) -> Vision:
     width, layers = size(config, "width", 768), get(config, "layers", 12)
     if isinstance(layers, list):
-        raise ConfigError(
+        raise CheckpointError(
             f"open_clip_config.json: layers {layers} are those of a ResNet, which is not supported."
         )
     return Vision(

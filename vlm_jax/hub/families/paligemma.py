@@ -42,7 +42,7 @@ def read(config: Json, names: Collection[str]) -> Experiment:
 
 
 def write(cfg: Experiment) -> Json:
-    family = gemma.GEMMA2 if cfg.decoder.norm_order == "both" else gemma.GEMMA
+    family = gemma.GEMMA2 if cfg.decoder.norm_position == "sandwich" else gemma.GEMMA
     return {
         "architectures": ["PaliGemmaForConditionalGeneration"],
         "model_type": "paligemma",
@@ -50,7 +50,7 @@ def write(cfg: Experiment) -> Json:
         "text_config": family.write(text_experiment(cfg.decoder)),
         "hidden_size": cfg.decoder.width,
         "projection_dim": cfg.decoder.width,
-        "tie_word_embeddings": cfg.decoder.tied_head,
+        "tie_word_embeddings": cfg.decoder.tie_word_embeddings,
     }
 
 

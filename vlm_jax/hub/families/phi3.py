@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from vlm_jax.config import ConfigError, Decoder, Experiment
+from vlm_jax.config import CheckpointError, Decoder, Experiment
 from vlm_jax.hub.families import llama
 from vlm_jax.hub.families.family import (
     Family,
@@ -32,10 +32,10 @@ def read_decoder(config: Json, tied: bool) -> Decoder:
         "long_factor": len(decoder.rope.long_factors),
     }
     for name, count in counts.items():
-        if decoder.rope.scaling == "longrope" and count != decoder.turned // 2:
-            raise ConfigError(
-                f"config.json: {name} has {count} numbers; a head whose first {decoder.turned} numbers RoPE turns "
-                f"needs {decoder.turned // 2}."
+        if decoder.rope.scaling == "longrope" and count != decoder.rotary_dim // 2:
+            raise CheckpointError(
+                f"config.json: {name} has {count} numbers; a head whose first {decoder.rotary_dim} numbers RoPE turns "
+                f"needs {decoder.rotary_dim // 2}."
             )
     window = get(config, "sliding_window", 0)
     return llama.slide(decoder, window, range(decoder.depth) if window else ())

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import CheckpointError
 from vlm_jax.hub.families import (
     clip,
     dinov2,
@@ -64,13 +64,13 @@ def family_of(config: Mapping, name: str, taps: str | None = None) -> Family:
     """The family of a config.json; `name` says whose it is, `taps` is of `mllama.family_of_taps`.
 
     Raises:
-      ConfigError: no known family (it lists those that are).
+      CheckpointError: no known family (it lists those that are).
     """
     kind = config.get(
         "model_type", open_clip.OPEN_CLIP.model_type if "model_cfg" in config else None
     )
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ConfigError(
+        raise CheckpointError(
             f"{name}: model_type {kind!r} is not supported: choose {', '.join(sorted(FAMILIES))}."
         )
     return mllama.family_of_taps(config, taps) if kind == "mllama" else FAMILIES[kind]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from vlm_jax.config import ConfigError, Rope
+from vlm_jax.config import CheckpointError, Rope
 from vlm_jax.hub.families.family import (
     Json,
     get,
@@ -19,7 +19,7 @@ def read_rope(
     """The settings of `config`; the other arguments are the family's defaults and the longest text of the model.
 
     Raises:
-      ConfigError: the way of stretching is not supported.
+      CheckpointError: the way of stretching is not supported.
     """
     parameters = config.get("rope_parameters") or {}
     parameters = (
@@ -28,7 +28,7 @@ def read_rope(
     scaling = {**(config.get("rope_scaling") or {}), **parameters}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in KNOWN:
-        raise ConfigError(
+        raise CheckpointError(
             f"config.json: the rope_type {kind!r} is not supported: choose {', '.join(KNOWN)}."
         )
     rope = Rope(

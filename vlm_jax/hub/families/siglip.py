@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import replace
 
-from vlm_jax.config import ConfigError, Contrastive, Vision
+from vlm_jax.config import CheckpointError, Contrastive, Vision
 from vlm_jax.hub.families import clip
 from vlm_jax.hub.families.family import (
     Family,
@@ -85,11 +85,11 @@ def read(config: Json, names: Collection[str]) -> Contrastive:
     )
     width = get(text, "projection_size", text["hidden_size"])
     if vision.pool == "none":
-        raise ConfigError(
+        raise CheckpointError(
             "config.json: vision_use_head False leaves no vector of an image to compare with a text."
         )
     if width != vision.width:
-        raise ConfigError(
+        raise CheckpointError(
             f"config.json: texts of projection_size {width} cannot be compared with images of hidden_size "
             f"{vision.width}."
         )

@@ -55,17 +55,17 @@ class Part:
 class Row:
     """A stored tensor whose parts lie one after another along `axis`, or woven into each other.
 
-    `weave` is a pattern with the axis `parts`, first on its right side: "(N parts H) D -> parts D N H".
+    `interleave` is a pattern with the axis `parts`, first on its right side: "(N parts H) D -> parts D N H".
     """
 
     hub: str
     parts: tuple[Part, ...]
     axis: int = 0
-    weave: str = ""
+    interleave: str = ""
 
     def stored_shape(self, shapes: Shapes) -> tuple[int, ...]:
-        if self.weave:
-            return _stored_shape(self.weave, (len(self.parts), *self.parts[0].shape(shapes)))
+        if self.interleave:
+            return _stored_shape(self.interleave, (len(self.parts), *self.parts[0].shape(shapes)))
         shapes = [part.stored_shape(shapes) for part in self.parts]
         if len(shapes) == 1:
             return shapes[0]
@@ -75,9 +75,11 @@ class Row:
     def take(self, stored: np.ndarray, part: Part, shapes: Shapes) -> np.ndarray:
         """The stored tensor -> one of its parts, a view where the layout allows it."""
         number = self.parts.index(part)
-        if self.weave:
+        if self.interleave:
             shape = (len(self.parts), *part.shape(shapes))
-            return einops.rearrange(stored, self.weave, **_lengths(self.weave, shape))[number]
+            return einops.rearrange(stored, self.interleave, **_lengths(self.interleave, shape))[
+                number
+            ]
         if len(self.parts) > 1:
             extents = [part.stored_shape(shapes)[self.axis] for part in self.parts]
             stored = np.split(stored, list(itertools.accumulate(extents))[:-1], axis=self.axis)[
@@ -91,8 +93,8 @@ class Row:
 
     def put(self, ours: Sequence[np.ndarray]) -> np.ndarray:
         """All parts -> the stored tensor."""
-        if self.weave:
-            return einops.rearrange(np.stack(ours), _inverse(self.weave))
+        if self.interleave:
+            return einops.rearrange(np.stack(ours), _inverse(self.interleave))
         cuts = [part.put(x) for part, x in zip(self.parts, ours)]
         return np.concatenate(cuts, axis=self.axis) if len(cuts) > 1 else cuts[0]
 

@@ -36,7 +36,7 @@ def read_decoder(config: Json, names: Collection[str], head: str = HEAD) -> Deco
         heads=size(config, "decoder_attention_heads", 16),
         mlp_width=size(config, "decoder_ffn_dim", 4096),
         norm_eps=1e-5,
-        norm_order="post",
+        norm_position="post",
         activation=choose(config, "activation_function", ACTIVATIONS, "gelu"),
         vocab_size=size(config, "vocab_size", 50265),
         embed_scale=get(config, "scale_embedding", False),
@@ -45,7 +45,7 @@ def read_decoder(config: Json, names: Collection[str], head: str = HEAD) -> Deco
         max_positions=size(config, "max_position_embeddings", 512),
         position_offset=LEARNED_OFFSET if learned else get(config, "pad_token_id", 1) + 1,
         final_norm=False,
-        tied_head=is_tied(config, names, True, head),
+        tie_word_embeddings=is_tied(config, names, True, head),
     )
 
 
@@ -62,7 +62,7 @@ def write_decoder(decoder: Decoder) -> Json:
         "layernorm_embedding": decoder.embed_norm,
         "use_learned_position_embeddings": learned,
         "max_position_embeddings": decoder.max_positions,
-        "tie_word_embeddings": decoder.tied_head,
+        "tie_word_embeddings": decoder.tie_word_embeddings,
     }
     return config if learned else config | {"pad_token_id": decoder.position_offset - 1}
 
@@ -75,7 +75,7 @@ def decoder_rows(
         found.append(row(f"{prefix}embed_positions.weight", "decoder/position_embedding/table"))
     if decoder.embed_norm:
         found += norm_rows(f"{prefix}layernorm_embedding", "decoder/embedding_norm")
-    if not decoder.tied_head:
+    if not decoder.tie_word_embeddings:
         found.append(row(head, "decoder/free_head/kernel", "V D -> D V"))
     for n, (block, turn) in enumerate(places(fusion.sublayers(decoder.depth), "self")):
         hub, ours = f"{prefix}layers.{n}", f"decoder/{block}"

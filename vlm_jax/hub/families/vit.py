@@ -3,12 +3,7 @@
 import math
 from collections.abc import Collection, Mapping
 
-from vlm_jax.config import (
-    CHANNELS,
-    ConfigError,
-    Transformer,
-    Vision,
-)
+from vlm_jax.config import CHANNELS, CheckpointError, Transformer, Vision
 from vlm_jax.hub.families.family import (
     ACTIVATIONS,
     HUB_ACTIVATIONS,
@@ -66,7 +61,7 @@ def side(config: Json, key: str, default: int) -> int:
     value = get(config, key, default)
     sides = value if isinstance(value, list) else [value]
     if not sides or any(length != sides[0] for length in sides):
-        raise ConfigError(
+        raise CheckpointError(
             f"config.json: {key} {value} is not supported: images and patches have to be square."
         )
     return size({key: sides[0]}, key)

@@ -9,14 +9,14 @@ from vlm_jax.data.resize import resize
 from vlm_jax.data.tiling import best_canvas, layouts, shape_on_canvas
 from vlm_jax.hub.images.settings import ImageSettings
 from vlm_jax.hub.images.steps import (
-    Picture,
+    ImageInput,
     pad,
     to_rgb,
     to_values,
 )
 
 
-def to_tiles(picture: Picture, settings: ImageSettings) -> tuple[np.ndarray, tuple[int, int]]:
+def to_tiles(picture: ImageInput, settings: ImageSettings) -> tuple[np.ndarray, tuple[int, int]]:
     """A picture -> its tiles (tiles, height, width, 3), row by row, and their (rows, columns)."""
     image = to_rgb(picture, settings.do_convert_rgb)
     tile_px = settings.size["height"]
@@ -32,7 +32,7 @@ def to_tiles(picture: Picture, settings: ImageSettings) -> tuple[np.ndarray, tup
     )
 
 
-def pack_tiles(batch: Sequence[Sequence[Picture]], settings: ImageSettings) -> dict:
+def pack_tiles(batch: Sequence[Sequence[ImageInput]], settings: ImageSettings) -> dict:
     """Rows of pictures -> arrays as wide as the row with the most images and as deep as the most tiles.
 
     Returns:

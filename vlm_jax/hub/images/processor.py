@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import einops
 import numpy as np
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import CheckpointError
 from vlm_jax.data.resize import center_crop, pad_to_square, resize
 from vlm_jax.hub.images.mllama_tiles import pack_tiles
 from vlm_jax.hub.images.settings import (
@@ -22,8 +22,8 @@ from vlm_jax.hub.images.settings import (
     read_settings,
 )
 from vlm_jax.hub.images.steps import (
-    Picture,
-    Pictures,
+    ImageInput,
+    ImageInputs,
     fitting_shape,
     is_picture,
     pad,
@@ -62,11 +62,11 @@ class ImageProcessor:
         """Reads `processor_config.json`, `preprocessor_config.json` or `open_clip_config.json`, the first there is.
 
         Raises:
-          ConfigError: none of them, no JSON in it, or settings that are not understood.
+          CheckpointError: none of them, no JSON in it, or settings that are not understood.
         """
         return cls(read_settings(folder))
 
-    def __call__(self, images: Pictures) -> ProcessedImages:
+    def __call__(self, images: ImageInputs) -> ProcessedImages:
         """One picture, a list of pictures, or rows of them -> pixels.
 
         Args:
@@ -74,7 +74,7 @@ class ImageProcessor:
             are taken as they are. Only for mllama do rows matter: each is an example, and a flat list is one.
 
         Raises:
-          ConfigError: a file that holds no image, or images that do not fit the settings or one another.
+          CheckpointError: a file that holds no image, or images that do not fit the settings or one another.
         """
         images = [images] if is_picture(images) else images
         if self.settings.kind == "MllamaImageProcessor":
@@ -89,12 +89,12 @@ class ImageProcessor:
         )
 
 
-def _flat(images) -> Iterator[Picture]:
+def _flat(images) -> Iterator[ImageInput]:
     for item in images:
         yield from item if isinstance(item, list | tuple) else [item]
 
 
-def _pixels(picture: Picture, settings: ImageSettings) -> np.ndarray:
+def _pixels(picture: ImageInput, settings: ImageSettings) -> np.ndarray:
     image = to_rgb(picture, settings.do_convert_rgb)
     if settings.pads_to_square:
         image = pad_to_square(image, tuple(int(mean * 255) for mean in settings.image_mean))
@@ -107,7 +107,7 @@ def _pixels(picture: Picture, settings: ImageSettings) -> np.ndarray:
     return to_values(image, settings)
 
 
-def _open_clip(picture: Picture, settings: ImageSettings) -> np.ndarray:
+def _open_clip(picture: ImageInput, settings: ImageSettings) -> np.ndarray:
     """Resizes before it converts, so that the filter sees the image's own mode; and rounds the crop to even."""
     image = read(picture)
     image = resize(
@@ -118,7 +118,7 @@ def _open_clip(picture: Picture, settings: ImageSettings) -> np.ndarray:
     return to_values(image.convert("RGB"), settings)
 
 
-def _patches(picture: Picture, settings: ImageSettings) -> tuple[np.ndarray, tuple[int, int]]:
+def _patches(picture: ImageInput, settings: ImageSettings) -> tuple[np.ndarray, tuple[int, int]]:
     """Fuyu's patches (P, C), of the image and as much of its padding as fills them, and the (rows, columns) of them."""
     image = to_rgb(picture, settings.do_convert_rgb)
     if settings.do_resize:
@@ -139,7 +139,7 @@ def _patches(picture: Picture, settings: ImageSettings) -> tuple[np.ndarray, tup
     )
     height, width = (n * patch for n, patch in zip(grid, settings.patch_size))
     if height > len(pixels) or width > len(pixels[0]):
-        raise ConfigError(
+        raise CheckpointError(
             f"an image of {len(pixels)} x {len(pixels[0])} px is not cut into patches of {settings.patch_size}: "
             "size has to be a multiple of patch_size, with do_pad."
         )
@@ -153,7 +153,7 @@ def _stack(images: list[np.ndarray], settings: ImageSettings) -> np.ndarray:
         images = [pad(image, settings.pad_size or largest) for image in images]
     shapes = sorted({image.shape[:2] for image in images})
     if len(shapes) > 1:
-        raise ConfigError(
+        raise CheckpointError(
             f"images of a batch get different sizes, {shapes}: process them one by one, or set do_pad."
         )
     return np.stack(images)

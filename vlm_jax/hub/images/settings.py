@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from vlm_jax.config import ConfigError, Vision
+from vlm_jax.config import CheckpointError, Vision
 from vlm_jax.hub.tensors.folder import read_json
 
 PREPROCESSOR, PROCESSOR, OPEN_CLIP = (
@@ -117,7 +117,7 @@ def read_settings(folder: str | os.PathLike) -> ImageSettings:
     """The settings in a folder: transformers' `processor_config.json` or `preprocessor_config.json`, else OpenCLIP's.
 
     Raises:
-      ConfigError: none of the files, no JSON in it, a processor that is not one of `DEFAULTS`, or a value that its
+      CheckpointError: none of the files, no JSON in it, a processor that is not one of `DEFAULTS`, or a value that its
         key cannot have.
     """
     folder = Path(folder).expanduser()
@@ -131,7 +131,7 @@ def read_settings(folder: str | os.PathLike) -> ImageSettings:
         return _of_transformers(folder / PREPROCESSOR, read_json(folder / PREPROCESSOR))
     if os.path.isfile(folder / OPEN_CLIP):
         return _of_open_clip(folder / OPEN_CLIP, read_json(folder / OPEN_CLIP))
-    raise ConfigError(
+    raise CheckpointError(
         f"{folder} does not say how images are prepared: there is no {PREPROCESSOR}, {PROCESSOR} with an "
         f"image_processor, or {OPEN_CLIP}."
     )
@@ -237,7 +237,7 @@ def _of_open_clip(path: Path, given: dict) -> ImageSettings:
             if value is not None
         }
     except (KeyError, TypeError, AttributeError):
-        raise ConfigError(
+        raise CheckpointError(
             f"{path} has no model_cfg with a vision_cfg, or its preprocess_cfg is no object."
         ) from None
     mode, interpolation = (
@@ -305,7 +305,7 @@ def _check_together(path: Path, settings: ImageSettings) -> None:
         if len(set(settings.size.values())) > 1:
             raise _refusal(path, "size", dict(settings.size), "as high as wide, as tiles are")
         if not (settings.do_resize and settings.do_pad):
-            raise ConfigError(
+            raise CheckpointError(
                 f"{path}: images are cut into tiles only with both do_resize and do_pad."
             )
 
@@ -349,5 +349,5 @@ def _are_lengths(*values) -> bool:
     return all(type(value) is int and 0 < value <= MOST_PX for value in values)
 
 
-def _refusal(path: Path, key: str, value: Any, choices: str) -> ConfigError:
-    return ConfigError(f"{path}: {key} is {value!r}, but has to be {choices}.")
+def _refusal(path: Path, key: str, value: Any, choices: str) -> CheckpointError:
+    return CheckpointError(f"{path}: {key} is {value!r}, but has to be {choices}.")

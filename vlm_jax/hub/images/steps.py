@@ -13,17 +13,19 @@ from vlm_jax.data.images import from_array, read_bytes, upright
 from vlm_jax.data.resize import shortest_edge_shape
 from vlm_jax.hub.images.settings import ImageSettings
 
-Picture = (
+ImageInput = (
     Image.Image | np.ndarray | str | os.PathLike
 )  # an open image or its pixels, taken as they are, or a file
-Pictures = Picture | Sequence[Picture] | Sequence[Sequence[Picture]] | None
+ImageInputs = ImageInput | Sequence[ImageInput] | Sequence[Sequence[ImageInput]] | None
 
 
 def is_picture(value) -> bool:
     return isinstance(value, Image.Image | str | os.PathLike) or hasattr(value, "__array__")
 
 
-def to_rows(images: Pictures, prompts: Sequence[str], image_token: str = "") -> list[list[Picture]]:
+def to_rows(
+    images: ImageInputs, prompts: Sequence[str], image_token: str = ""
+) -> list[list[ImageInput]]:
     """Images of each prompt, from any nesting that the processors of transformers accept.
 
     Args:
@@ -58,8 +60,8 @@ def to_rows(images: Pictures, prompts: Sequence[str], image_token: str = "") -> 
 
 
 def _divide(
-    images: Sequence[Picture], prompts: Sequence[str], image_token: str
-) -> list[list[Picture]]:
+    images: Sequence[ImageInput], prompts: Sequence[str], image_token: str
+) -> list[list[ImageInput]]:
     """A flat list of images -> those of each prompt."""
     counts = [prompt.count(image_token) if image_token else 0 for prompt in prompts]
     if len(prompts) == 1:
@@ -75,7 +77,7 @@ def _divide(
     return [list(itertools.islice(following, count)) for count in counts]
 
 
-def read(picture: Picture) -> Image.Image:
+def read(picture: ImageInput) -> Image.Image:
     """An open image as it is; the one in a file upright. ConfigError names a file or an array that holds none."""
     if isinstance(picture, Image.Image):
         return picture
@@ -89,7 +91,7 @@ def read(picture: Picture) -> Image.Image:
     return from_array(np.asarray(picture))
 
 
-def to_rgb(picture: Picture, whiten: bool) -> Image.Image:
+def to_rgb(picture: ImageInput, whiten: bool) -> Image.Image:
     """Any picture -> RGB; `whiten`: what is transparent becomes white.
 
     A file loses its transparency before, as in `transformers.image_utils.load_image`. Processors that do not whiten

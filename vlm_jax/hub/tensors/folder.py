@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import CheckpointError
 from vlm_jax.hub.tensors.mapped import StoredTensor, map_file
 from vlm_jax.hub.tensors.safetensors import (
     DTYPE_NAMES,
@@ -38,17 +38,17 @@ INDEX = ".index.json"  # added to the name of the file that was split
 
 
 def existing_folder(folder: str | os.PathLike) -> Path:
-    """The path of a folder. ConfigError where there is none, with the way to it where it may be a name on the hub."""
+    """The path of a folder. CheckpointError where there is none, with the way to it where it may be a name on the hub."""
     path, text = Path(folder).expanduser(), str(folder)
     if os.path.isdir(path):
         return path
     if path.exists():
-        raise ConfigError(f"{path} is a file: name the folder that holds the checkpoint.")
+        raise CheckpointError(f"{path} is a file: name the folder that holds the checkpoint.")
     name = HUB_NAME.fullmatch(text)
     if name is None:
-        raise ConfigError(f"{path} is not a folder: it does not exist.")
+        raise CheckpointError(f"{path} is not a folder: it does not exist.")
     local = f"checkpoints/{name[1].rpartition('/')[2]}"
-    raise ConfigError(
+    raise CheckpointError(
         f"{text} is not a folder: if it is a model on the Hugging Face hub, download it first with "
         f"`hf download {name[1]} --local-dir {local}`, and name {local} instead."
     )
@@ -84,13 +84,13 @@ def open_tensors(folder: str | os.PathLike) -> Tensors:
     """The tensors of the weights in a folder: `READABLE` lists the names that are looked for, best first.
 
     Raises:
-      ConfigError: no folder, no weights in it, a shard that is missing or lacks a tensor, a file that is damaged or
+      CheckpointError: no folder, no weights in it, a shard that is missing or lacks a tensor, a file that is damaged or
         cut short, or a pickle that wants to run code.
     """
     folder = existing_folder(folder)
     found = _find(folder)
     if found is None:
-        raise ConfigError(
+        raise CheckpointError(
             f"{folder} holds no weights: there is no {', '.join(READABLE)}, nor {INDEX} of one of them."
         )
     return Tensors(_read_shards(found) if found.name.endswith(INDEX) else _read_file(found))
@@ -105,14 +105,18 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
     weight_map = read_json(index).get("weight_map")
     shards = weight_map.values() if isinstance(weight_map, dict) else [None]
     if not all(isinstance(shard, str) and shard == Path(shard).name for shard in shards):
-        raise ConfigError(f"{index} has no weight_map from names of tensors to files beside it.")
+        raise CheckpointError(
+            f"{index} has no weight_map from names of tensors to files beside it."
+        )
     missing = [shard for shard in sorted(set(shards)) if not os.path.isfile(index.parent / shard)]
     if missing:
-        raise ConfigError(f"{index} names files that are not there: {', '.join(missing)}.")
+        raise CheckpointError(f"{index} names files that are not there: {', '.join(missing)}.")
     files = {shard: _read_file(index.parent / shard) for shard in sorted(set(shards))}
     for name, shard in weight_map.items():
         if name not in files[shard]:
-            raise ConfigError(f"{index} says that {name} is in {shard}, which does not hold it.")
+            raise CheckpointError(
+                f"{index} says that {name} is in {shard}, which does not hold it."
+            )
     return {name: files[shard][name] for name, shard in weight_map.items()}
 
 
@@ -122,17 +126,17 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """Content of a file. ConfigError names a file that is missing or a Git LFS pointer."""
+    """Content of a file. CheckpointError names a file that is missing or a Git LFS pointer."""
     try:
         data = Path(path).expanduser().read_bytes()
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
     refuse_pointer(path, data)
     return data
 
 
 def read_json(path: str | os.PathLike) -> dict:
-    """Object of a JSON file. ConfigError names a file that cannot be read or holds something else."""
+    """Object of a JSON file. CheckpointError names a file that cannot be read or holds something else."""
     return json_object(read_bytes(path), str(path))
 
 
@@ -153,7 +157,7 @@ def write_tensors(
       read: name -> the tensor; called when it is written, so that one at a time has to be in memory.
 
     Raises:
-      ConfigError: the folder cannot be written or holds weights already, or safetensors does not know a dtype.
+      CheckpointError: the folder cannot be written or holds weights already, or safetensors does not know a dtype.
       ValueError: `read` gave a tensor of another shape or dtype than its spec.
     """
     folder = Path(folder).expanduser()
@@ -163,7 +167,7 @@ def write_tensors(
         if np.dtype(spec.dtype) not in DTYPE_NAMES
     ]
     if unknown:
-        raise ConfigError(
+        raise CheckpointError(
             f"{folder} cannot be written: {', '.join(unknown)}; safetensors knows {', '.join(DTYPE_NAMES.values())}."
         )
     shards = _shards(specs, max_shard_bytes)
@@ -193,12 +197,12 @@ def all_or_none(folder: str | os.PathLike) -> Iterator[Path]:
     Within the folder that it gave, it can be used again.
 
     Raises:
-      ConfigError: the folder cannot be written, or holds weights already.
+      CheckpointError: the folder cannot be written, or holds weights already.
     """
     folder = Path(folder).expanduser()
     found = _find(folder)
     if found is not None:
-        raise ConfigError(f"{found} is there already: choose another folder, or delete it.")
+        raise CheckpointError(f"{found} is there already: choose another folder, or delete it.")
     stage, is_new, moved = folder / PARTIAL, not os.path.exists(folder), []
     try:
         shutil.rmtree(stage, ignore_errors=True)  # what is left of a process that was killed
@@ -217,7 +221,7 @@ def all_or_none(folder: str | os.PathLike) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         if isinstance(error, OSError) and folder.name != PARTIAL:
-            raise ConfigError(f"{folder} cannot be written: {error.strerror}.") from None
+            raise CheckpointError(f"{folder} cannot be written: {error.strerror}.") from None
         raise
     stage.rmdir()
 

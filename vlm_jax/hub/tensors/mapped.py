@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import CheckpointError
 from vlm_jax.runtime.lfs import refuse_pointer
 
 
@@ -41,7 +41,7 @@ class StoredTensor:
             )
 
 
-def are_equal(a: StoredTensor, b: StoredTensor, rows_each: int = 1024) -> bool:
+def tensors_equal(a: StoredTensor, b: StoredTensor, rows_each: int = 1024) -> bool:
     """Whether two matrices hold the same numbers; little of them is in memory at a time."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
@@ -53,18 +53,18 @@ def are_equal(a: StoredTensor, b: StoredTensor, rows_each: int = 1024) -> bool:
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """A file's bytes, read-only. ConfigError names the file where it cannot be read or was not downloaded."""
+    """A file's bytes, read-only. CheckpointError names the file where it cannot be read or was not downloaded."""
     try:
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError:
-        raise ConfigError(f"{path} is empty.") from None
+        raise CheckpointError(f"{path} is empty.") from None
     refuse_pointer(path, data)
     return data
 
 
-def are_counts(*values) -> bool:
+def all_nonnegative_ints(*values) -> bool:
     """Whether all are whole numbers of 0 or more; True is none, though Python calls it an int."""
     return all(type(value) is int and value >= 0 for value in values)

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from vlm_jax.config import ConfigError
-from vlm_jax.hub.tensors.mapped import StoredTensor, are_counts
+from vlm_jax.config import CheckpointError
+from vlm_jax.hub.tensors.mapped import StoredTensor, all_nonnegative_ints
 
 MAX_HEADER_BYTES = 100_000_000  # as the format's own implementation has it
 
@@ -46,11 +46,11 @@ def read_safetensors(path: Path, data: mmap.mmap) -> dict[str, StoredTensor]:
     """The tensors of a file; `data` is the file, mapped.
 
     Raises:
-      ConfigError: the file is damaged, cut short, or its header does not describe it.
+      CheckpointError: the file is damaged, cut short, or its header does not describe it.
     """
     start = 8 + int.from_bytes(data[:8], "little")
     if start > min(len(data), MAX_HEADER_BYTES):
-        raise ConfigError(
+        raise CheckpointError(
             f"{path} is no safetensors file or cut short: its header would end at byte {start}."
         )
     header = json_object(data[8:start], f"the header of {path}")
@@ -59,13 +59,13 @@ def read_safetensors(path: Path, data: mmap.mmap) -> dict[str, StoredTensor]:
     position = 0
     for name, (begin, end, _, _) in sorted(entries.items(), key=lambda item: item[1][:2]):
         if begin != position:
-            raise ConfigError(
+            raise CheckpointError(
                 f"{path}: {name} begins at byte {begin} of the tensors, where {position} is free."
             )
         position = end
     if start + position != len(data):
         state = "is cut short" if start + position > len(data) else "goes on after its last tensor"
-        raise ConfigError(
+        raise CheckpointError(
             f"{path} {state}: it has {len(data)} bytes, not {start + position} as its header says."
         )
     try:
@@ -74,7 +74,7 @@ def read_safetensors(path: Path, data: mmap.mmap) -> dict[str, StoredTensor]:
             for name, (begin, _, *kind) in entries.items()
         }
     except ValueError as error:  # a shape such as (0, 2**70), that takes no bytes
-        raise ConfigError(f"{path} holds a tensor of an impossible shape: {error}.") from None
+        raise CheckpointError(f"{path} holds a tensor of an impossible shape: {error}.") from None
 
 
 def _entry(name: str, entry, path: Path) -> tuple[int, int, np.dtype, tuple[int, ...]]:
@@ -86,15 +86,18 @@ def _entry(name: str, entry, path: Path) -> tuple[int, int, np.dtype, tuple[int,
             entry["data_offsets"],
         )
     except (KeyError, TypeError, ValueError):
-        raise ConfigError(
+        raise CheckpointError(
             f"{path}: {name} has no dtype, shape and two data_offsets in the header."
         ) from None
     if dtype is None:
-        raise ConfigError(
+        raise CheckpointError(
             f"{path}: {name} has the dtype {entry['dtype']}, which is none of {', '.join(DTYPES)}."
         )
-    if not are_counts(*shape, begin, end) or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ConfigError(
+    if (
+        not all_nonnegative_ints(*shape, begin, end)
+        or end - begin != math.prod(shape) * dtype.itemsize
+    ):
+        raise CheckpointError(
             f"{path}: {name} of shape {shape} and dtype {dtype} cannot fill bytes {begin} to {end}."
         )
     return begin, end, dtype, shape
@@ -143,11 +146,11 @@ def size_bytes(spec) -> int:
 
 
 def json_object(text: bytes, name: str) -> dict:
-    """The object that a JSON text holds. ConfigError names the text where it is something else."""
+    """The object that a JSON text holds. CheckpointError names the text where it is something else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{name} is not JSON: {error}.") from None
+        raise CheckpointError(f"{name} is not JSON: {error}.") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{name} is a JSON {type(value).__name__}, not an object.")
+        raise CheckpointError(f"{name} is a JSON {type(value).__name__}, not an object.")
     return value

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from vlm_jax.config import ConfigError
-from vlm_jax.hub.tensors.mapped import StoredTensor, are_counts
+from vlm_jax.config import CheckpointError, UserError
+from vlm_jax.hub.tensors.mapped import StoredTensor, all_nonnegative_ints
 
 ZIP_START = b"PK\x03\x04"
 LEGACY_START = [0x1950A86A20F9469CFC6C, 1001]  # magic number, version
@@ -67,7 +67,7 @@ def read_torch(path: Path, data: mmap.mmap) -> dict[str, StoredTensor]:
     """The tensors of a state dict, or of the `state_dict` in a training checkpoint; `data` is the mapped file.
 
     Raises:
-      ConfigError: the file is damaged, holds no tensors, or wants to run code.
+      CheckpointError: the file is damaged, holds no tensors, or wants to run code.
     """
     try:
         read = _read_zip if data[: len(ZIP_START)] == ZIP_START else _read_legacy
@@ -76,12 +76,14 @@ def read_torch(path: Path, data: mmap.mmap) -> dict[str, StoredTensor]:
         tensors = {
             name: _stored(view, places[view.storage.key], data) for name, view in views.items()
         }
-    except ConfigError:
+    except UserError:
         raise
     except Exception as error:  # a damaged zip or pickle raises nearly anything
-        raise ConfigError(f"{path} is damaged or holds no tensors of torch: {error!r}.") from None
+        raise CheckpointError(
+            f"{path} is damaged or holds no tensors of torch: {error!r}."
+        ) from None
     if not tensors:
-        raise ConfigError(f"{path} holds no tensors.")
+        raise CheckpointError(f"{path} holds no tensors.")
     return tensors
 
 
@@ -107,7 +109,7 @@ class _Unpickler(pickle._Unpickler):
                 return self._view
             case ("torch._utils", "_rebuild_parameter"):
                 return self._parameter
-        raise ConfigError(
+        raise CheckpointError(
             f"{self.path} is refused: it wants to run {f'{module}.{name}'!r}; only tensors are read."
         )
 
@@ -178,7 +180,7 @@ def _views(saved: dict) -> dict[str, View]:
 
 def _stored(view: View, place: Place, data: mmap.mmap) -> StoredTensor:
     storage, start, shape, strides = view
-    if not are_counts(start, *shape, *strides, *place) or len(shape) != len(strides):
+    if not all_nonnegative_ints(start, *shape, *strides, *place) or len(shape) != len(strides):
         raise ValueError("a size or stride is no count")
     last = start + sum((length - 1) * stride for length, stride in zip(shape, strides))
     itemsize = storage.dtype.itemsize

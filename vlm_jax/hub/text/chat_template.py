@@ -15,7 +15,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import CheckpointError, UserError
 from vlm_jax.hub.tensors.folder import read_bytes, read_json
 from vlm_jax.hub.text.jinja_sandbox import BoundedEnvironment
 from vlm_jax.hub.text.special_tokens import TOKENIZER_CONFIG
@@ -35,7 +35,7 @@ Message = Mapping[str, Any]
 
 class ChatTemplate:
     def __init__(self, source: str, path: Path):
-        """Raises ConfigError, which names `path`, where the source is no template."""
+        """Raises CheckpointError, which names `path`, where the source is no template."""
         self._path = path
         self._environment = BoundedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
@@ -59,7 +59,7 @@ class ChatTemplate:
         None where none of them holds one.
 
         Raises:
-          ConfigError: a file is damaged, its template is none, or it has several and none is called "default".
+          CheckpointError: a file is damaged, its template is none, or it has several and none is called "default".
         """
         folder = Path(folder).expanduser()
         for path in (folder / name for name in FILES if os.path.isfile(folder / name)):
@@ -86,7 +86,7 @@ class ChatTemplate:
           add_generation_prompt: ends with what stands before an answer.
 
         Raises:
-          ConfigError: the template refuses the messages, fails, does what it must not do, or does not come to an end.
+          CheckpointError: the template refuses the messages, fails, does what it must not do, or does not come to an end.
         """
         self._environment.begin()
         self._characters = 0
@@ -107,7 +107,7 @@ class ChatTemplate:
         message = {"role": "user", "content": [{"type": "text", "text": text}]}
         try:
             rendered = self.render([message], special_tokens)
-        except ConfigError:
+        except UserError:
             return False
         return text in rendered and repr(text) not in rendered
 
@@ -117,10 +117,10 @@ class ChatTemplate:
             raise jinja2.TemplateRuntimeError(f"it writes more than {MAX_CHARACTERS} characters")
         return part
 
-    def _refusal(self, error: Exception) -> ConfigError:
+    def _refusal(self, error: Exception) -> CheckpointError:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         line = f" in line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-        return ConfigError(f"the chat template of {self._path} fails{line}: {reason}.")
+        return CheckpointError(f"the chat template of {self._path} fails{line}: {reason}.")
 
 
 class _Generation(Extension):
@@ -139,7 +139,7 @@ def _text(path: Path) -> str:
     try:
         return io.StringIO(read_bytes(path).decode(), newline=None).read()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} cannot be read: {error}.") from None
+        raise CheckpointError(f"{path} cannot be read: {error}.") from None
 
 
 def _default(found: Any, path: Path) -> str | None:
@@ -152,12 +152,14 @@ def _default(found: Any, path: Path) -> str | None:
         }
     if isinstance(found, dict):
         if DEFAULT not in found:
-            raise ConfigError(
+            raise CheckpointError(
                 f'{path} has the chat templates {", ".join(found)}, but none called "{DEFAULT}".'
             )
         found = found[DEFAULT]
     if not isinstance(found, str | None):
-        raise ConfigError(f"{path}: chat_template is {type(found).__name__}, but has to be text.")
+        raise CheckpointError(
+            f"{path}: chat_template is {type(found).__name__}, but has to be text."
+        )
     return found
 
 

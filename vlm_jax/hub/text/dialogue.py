@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlm_jax.config import ConfigError
-from vlm_jax.data.conversation_files import MARK
+from vlm_jax.config import CheckpointError
+from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
 from vlm_jax.hub.load import start_id_of
 from vlm_jax.hub.tensors.folder import read_json
 from vlm_jax.hub.text.chat_template import ChatTemplate
@@ -52,12 +52,12 @@ class Dialogue:
             tokenizer alone leaves it to the template (transformers 5.23).
 
         Raises:
-          ConfigError: a file is missing or damaged, or none names a token that ends a text.
+          CheckpointError: a file is missing or damaged, or none names a token that ends a text.
         """
         tokenizer, template = HubTokenizer.load(folder), ChatTemplate.load(folder)
         ends = tuple(i for i in tokenizer.eos_ids if tokenizer.id_to_token(i))
         if not ends:
-            raise ConfigError(
+            raise CheckpointError(
                 f"{folder} names no token that ends a text: set eos_token in tokenizer_config.json."
             )
         form = load_prompt_format(folder, tokenizer)
@@ -73,19 +73,19 @@ class Dialogue:
         """Turns of a human and an assistant -> tokens; the last turn may be a question to be answered.
 
         Raises:
-          ConfigError: the chat template fails, does not write one token for each image, or its text up to an answer is
+          CheckpointError: the chat template fails, does not write one token for each image, or its text up to an answer is
             not the beginning of the whole text.
         """
         text, spans = self.script(turns)
         ids, ends = self.tokenizer.encode_with_ends(text)
-        marks = sum(turn.count(MARK) for turn in turns)
+        marks = sum(turn.count(IMAGE_PLACEHOLDER) for turn in turns)
         images = [] if self.form.image_token else [True] * marks
         begin = list(self.begin)
         image_id = self.tokenizer.id_of(self.form.image_token) if self.form.image_token else None
         scored = [any(first < end <= last for first, last in spans) for end in ends]
         is_image = [i == image_id for i in ids]
         if image_id is not None and sum(is_image) != marks:
-            raise ConfigError(
+            raise CheckpointError(
                 f"the chat template writes {sum(is_image)} image tokens ({self.form.image_token}) for the {marks} "
                 "images of a conversation: set data.template to plain or vicuna."
             )
@@ -112,7 +112,7 @@ class Dialogue:
                 self._render(messages[: answered + 1]),
             )
             if not whole.startswith(prompt):
-                raise ConfigError(
+                raise CheckpointError(
                     "the chat template writes an answered question otherwise than a question to be answered, so that "
                     "its answers cannot be marked: set data.template to plain or vicuna."
                 )
@@ -134,7 +134,7 @@ class Dialogue:
         return text, spans
 
     def _framed(self, question: str, turn: str) -> str:
-        return self.form.frame(question, MARK in turn)
+        return self.form.frame(question, IMAGE_PLACEHOLDER in turn)
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
         return self.form.frame(self._rendered(messages))
@@ -152,7 +152,7 @@ class Dialogue:
             token = self.form.image_token
             return {
                 "role": role,
-                "content": turn.replace(MARK, token) if token else self._joined(turn),
+                "content": turn.replace(IMAGE_PLACEHOLDER, token) if token else self._joined(turn),
             }
         parts = content_parts(turn) if role == "user" else [{"type": "text", "text": turn}]
         return {"role": role, "content": parts}
@@ -197,14 +197,16 @@ def start_of(folder: str | os.PathLike, tokenizer: HubTokenizer) -> tuple[int, .
     start = start_id_of(folder, read_json(folder / CONFIG))
     start = tokenizer.bos_id if start is None else start
     if not are_ids(start):
-        raise ConfigError(f"{folder}: decoder_start_token_id is {start!r}, but has to be an id.")
+        raise CheckpointError(
+            f"{folder}: decoder_start_token_id is {start!r}, but has to be an id."
+        )
     return (start,)
 
 
 def content_parts(turn: str) -> list[dict[str, str]]:
     """A turn with marks -> the parts of a message: images and texts in their order, without the line ends between."""
     parts = []
-    for number, piece in enumerate(turn.split(MARK)):
+    for number, piece in enumerate(turn.split(IMAGE_PLACEHOLDER)):
         if number:
             parts.append({"type": "image"})
             piece = piece.removeprefix("\n")

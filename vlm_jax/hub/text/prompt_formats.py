@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import CheckpointError
 from vlm_jax.hub.tensors.folder import read_json
-from vlm_jax.hub.tensors.mapped import are_counts
+from vlm_jax.hub.tensors.mapped import all_nonnegative_ints
 from vlm_jax.hub.text.special_tokens import read_if_there
 from vlm_jax.hub.text.tokenizer import HubTokenizer
 from vlm_jax.hub.text.tokenizer_files import CONFIG
@@ -83,7 +83,7 @@ class TextFormat:
           add_special_tokens: whether the tokenizer puts its own around the text; a chat template wrote them already.
 
         Raises:
-          ConfigError: the image tokens in the text are not as many as the images, or the tokenizer has none.
+          CheckpointError: the image tokens in the text are not as many as the images, or the tokenizer has none.
         """
         return Prompt(_ids(self.tokenizer.encode(text, add_special_tokens)))
 
@@ -102,7 +102,7 @@ class LlavaFormat(TextFormat):
             tokenizer.special_tokens.get("image_token") or processor.get("image_token") or "<image>"
         )
         if not isinstance(token, str):
-            raise ConfigError(f"{PROCESSOR}: image_token is {token!r}, but has to be text.")
+            raise CheckpointError(f"{PROCESSOR}: image_token is {token!r}, but has to be text.")
         patch_size, beside = (
             processor.get("patch_size"),
             processor.get("num_additional_image_tokens", 0),
@@ -115,7 +115,7 @@ class LlavaFormat(TextFormat):
                 int(vision.get("model_type") == "clip_vision_model"),
             )
             strategy = config.get("vision_feature_select_strategy", "default")
-        if not are_counts(patch_size, beside) or patch_size == 0 or beside > MOST_BESIDE:
+        if not all_nonnegative_ints(patch_size, beside) or patch_size == 0 or beside > MOST_BESIDE:
             raise TypeError("patch_size is no number of pixels")
         return cls(tokenizer, patch_size, beside - (strategy == "default"), token)
 
@@ -147,7 +147,7 @@ class PaliGemmaFormat(TextFormat):
         if count is None:
             vision = config["vision_config"]
             count = (vision["image_size"] // vision["patch_size"]) ** 2
-        if not are_counts(count):
+        if not all_nonnegative_ints(count):
             raise TypeError("image_seq_length is no number of tokens")
         return cls(tokenizer, count)
 
@@ -189,7 +189,9 @@ class FuyuFormat(TextFormat):
         if not images:
             return super().prompt(text, add_special_tokens=add_special_tokens)
         if len(images) > 1:
-            raise ConfigError(f"there are {len(images)} images, but Fuyu reads one at the most.")
+            raise CheckpointError(
+                f"there are {len(images)} images, but Fuyu reads one at the most."
+            )
         _check_count(self.patch_token + text, self.patch_token, 1)
         patch, newline = map(self.tokenizer.id_of, (self.patch_token, "|NEWLINE|"))
         ((rows, columns),) = images
@@ -266,9 +268,11 @@ FORMATS = {
 
 
 def check_answers(answers: Sequence[str], prompts: Sequence[str]) -> None:
-    """Raises ConfigError if there is not one answer for each prompt."""
+    """Raises CheckpointError if there is not one answer for each prompt."""
     if isinstance(answers, str) or len(answers) != len(prompts):
-        raise ConfigError(f"answers must be a list of {len(prompts)} texts, one for each prompt.")
+        raise CheckpointError(
+            f"answers must be a list of {len(prompts)} texts, one for each prompt."
+        )
 
 
 def has_own_form(folder: str | os.PathLike) -> bool:
@@ -281,7 +285,7 @@ def load_prompt_format(folder: str | os.PathLike, tokenizer: HubTokenizer) -> Te
     """How the checkpoint in a folder wants prompts.
 
     Raises:
-      ConfigError: there is no config.json, a file is damaged, or none says how many tokens an image takes.
+      CheckpointError: there is no config.json, a file is damaged, or none says how many tokens an image takes.
     """
     folder = Path(folder).expanduser()
     config, processor = read_json(folder / CONFIG), read_if_there(folder / PROCESSOR)
@@ -292,7 +296,7 @@ def load_prompt_format(folder: str | os.PathLike, tokenizer: HubTokenizer) -> Te
         )
     except (KeyError, TypeError, AttributeError, ZeroDivisionError):
         path = folder / PROCESSOR
-        raise ConfigError(
+        raise CheckpointError(
             f"{path} does not say how many tokens an image takes, nor does a file beside it."
         ) from None
 
@@ -332,6 +336,6 @@ def _ids(ids: Sequence[int]) -> np.ndarray:
 def _check_count(text: str, token: str, images: int) -> None:
     found = text.count(token)
     if found != images:
-        raise ConfigError(
+        raise CheckpointError(
             f"the prompt has {found} image tokens ({token}), but there are {images} images."
         )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import CheckpointError
 from vlm_jax.hub.tensors.folder import read_bytes
 
 NORMAL, CONTROL, USER_DEFINED = (
@@ -46,15 +46,15 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     """Reads a `tokenizer.model`.
 
     Raises:
-      ConfigError: the file cannot be read, is cut short, or is no SentencePiece model of the kinds unigram and BPE.
+      CheckpointError: the file cannot be read, is cut short, or is no SentencePiece model of the kinds unigram and BPE.
     """
     data = read_bytes(path)
     try:
         model = _model(data)
     except (ValueError, IndexError, TypeError, AttributeError, struct.error):
-        raise ConfigError(f"{path} is damaged, or no SentencePiece model.") from None
+        raise CheckpointError(f"{path} is damaged, or no SentencePiece model.") from None
     if not model.pieces or model.algorithm not in (UNIGRAM, BPE):
-        raise ConfigError(f"{path} is no SentencePiece model of the kinds unigram and BPE.")
+        raise CheckpointError(f"{path} is no SentencePiece model of the kinds unigram and BPE.")
     return model
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, processors
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import CheckpointError
 from vlm_jax.hub.tensors.folder import read_json
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -46,7 +46,7 @@ def read_special_tokens(folder: Path, settings: dict, whole: dict) -> SpecialTok
       whole: what is in tokenizer.json.
 
     Raises:
-      ConfigError: what stands for a token is none.
+      CheckpointError: what stands for a token is none.
     """
     lists_added = "added_tokens_decoder" in settings
     older = {} if lists_added else read_if_there(folder / SPECIAL_TOKENS)
@@ -66,7 +66,7 @@ def read_special_tokens(folder: Path, settings: dict, whole: dict) -> SpecialTok
             special.added = _added(older_added, whole, special)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         path = folder / TOKENIZER_CONFIG
-        raise ConfigError(
+        raise CheckpointError(
             f"{path}, or a file beside it, lists a token that is none: {error}."
         ) from None
     added = {str(token): token for token in special.added.values()}
@@ -91,7 +91,7 @@ def add_special_tokens(backend: Tokenizer, special: SpecialTokens) -> None:
     backend.add_tokens(tokens)
 
 
-def put_around(backend: Tokenizer, before: str | None, after: str | None) -> None:
+def set_template(backend: Tokenizer, before: str | None, after: str | None) -> None:
     """Sets the special tokens that stand before and after every text."""
     around = {token: backend.token_to_id(token) for token in (before, after) if token is not None}
     template = [*([] if before is None else [before]), "$A", *([] if after is None else [after])]

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import CheckpointError
 from vlm_jax.hub.tensors.folder import existing_folder
 from vlm_jax.hub.text.special_tokens import TOKENIZER, TOKENIZER_CONFIG, read_if_there
 from vlm_jax.hub.text.tokenizer_files import (
@@ -18,8 +18,8 @@ from vlm_jax.hub.text.tokenizer_files import (
 )
 
 GENERATION_CONFIG = "generation_config.json"
-NO_CHARACTER = "\ufffd"  # what bytes decode to that are no character, or not yet
-LOOSE = (
+REPLACEMENT_CHAR = "\ufffd"  # what bytes decode to that are no character, or not yet
+SPACED_PUNCTUATION = (
     " .",
     " ?",
     " !",
@@ -54,13 +54,13 @@ class HubTokenizer:
         special_tokens: dict[str, str],
         stated_ids: Mapping[str, Any],
         end_of_word: str = "",
-        tidies: bool = False,
+        cleans_up_spaces: bool = False,
     ):
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self._end_of_word = end_of_word
-        self.tidies = tidies
+        self.cleans_up_spaces = cleans_up_spaces
         self.special_tokens = special_tokens
         bos, eos, pad = (
             backend.token_to_id(special_tokens.get(f"{name}_token", ""))
@@ -78,17 +78,21 @@ class HubTokenizer:
         text and what pads it by the tokenizer first.
 
         Raises:
-          ConfigError: there is no folder, no tokenizer in it, or a file is damaged or does not fit the others.
+          CheckpointError: there is no folder, no tokenizer in it, or a file is damaged or does not fit the others.
         """
         folder = existing_folder(folder)
         backend, special, kind = read_pipeline(folder)
-        tidies = read_if_there(folder / TOKENIZER_CONFIG).get("clean_up_tokenization_spaces")
+        cleans_up_spaces = read_if_there(folder / TOKENIZER_CONFIG).get(
+            "clean_up_tokenization_spaces"
+        )
         is_bpe = (
             type(backend.model).__name__ == "BPE"
         )  # whose tokens hold no spaces but those of the text
         end_of_word = kind.end_of_word if kind else ""
         stated = stated_ids(folder, read_if_there(folder / CONFIG))
-        return cls(backend, special.texts, stated, end_of_word, bool(tidies) and not is_bpe)
+        return cls(
+            backend, special.texts, stated, end_of_word, bool(cleans_up_spaces) and not is_bpe
+        )
 
     @property
     def backend(self) -> Tokenizer:
@@ -121,7 +125,7 @@ class HubTokenizer:
         """The ids of a text; special tokens in the text are found, `add_special_tokens` puts others around it.
 
         Raises:
-          ConfigError: the text is no valid Unicode.
+          CheckpointError: the text is no valid Unicode.
         """
         return self._encoding(text, add_special_tokens).ids
 
@@ -129,7 +133,7 @@ class HubTokenizer:
         """The ids of a text without others around it, and the number of characters up to the end of each.
 
         Raises:
-          ConfigError: the text is not valid Unicode.
+          CheckpointError: the text is not valid Unicode.
         """
         encoding = self._encoding(text, add_special_tokens=False)
         return encoding.ids, [end for _, end in encoding.offsets]
@@ -138,23 +142,23 @@ class HubTokenizer:
         try:
             return self._backend.encode(text, add_special_tokens=add_special_tokens)
         except TypeError:  # half of a surrogate pair, as bytes become that are not UTF-8
-            raise ConfigError("the text is not valid Unicode.") from None
+            raise CheckpointError("the text is not valid Unicode.") from None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of ids; an id that is no token's is left out."""
         text = self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
         if self._end_of_word:
             text = text.replace(self._end_of_word, " ").strip()
-        if self.tidies:
-            for loose in LOOSE:
+        if self.cleans_up_spaces:
+            for loose in SPACED_PUNCTUATION:
                 text = text.replace(loose, loose.strip())
         return text
 
     def id_of(self, token: str) -> int:
-        """The id of a token. ConfigError where it is none."""
+        """The id of a token. CheckpointError where it is none."""
         found = self._backend.token_to_id(token)
         if found is None:
-            raise ConfigError(f"the tokenizer has no token {token!r}.")
+            raise CheckpointError(f"the tokenizer has no token {token!r}.")
         return found
 
     def id_to_token(self, number: int) -> str:
@@ -177,9 +181,9 @@ class TextStream:
     def feed(self, ids: Iterable[int]) -> str:
         """The new text that more ids make certain; empty while a character is not complete."""
         self._ids.extend(int(i) for i in ids)
-        text = self._text().rstrip(NO_CHARACTER)
+        text = self._text().rstrip(REPLACEMENT_CHAR)
         if (
-            self._tokenizer.tidies
+            self._tokenizer.cleans_up_spaces
         ):  # two more words may take a space away: "do n ' t" becomes "don't"
             text = text.rsplit(" ", 2)[0]
         return self._from_shown(text)
@@ -202,7 +206,7 @@ def stated_ids(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Values of the keys `..._token_id`: of generation_config.json, else of `config`, else of its part about text.
 
     Raises:
-      ConfigError: eos_token_id is neither an id nor a list of ids.
+      CheckpointError: eos_token_id is neither an id nor a list of ids.
     """
     sources = [
         config.get("decoder"),
@@ -219,7 +223,7 @@ def stated_ids(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         }
     end = stated.get("eos_token_id")
     if not are_ids(*to_tuple(end)):
-        raise ConfigError(
+        raise CheckpointError(
             f"{folder}: eos_token_id is {end!r}, but has to be an id, or a list of ids."
         )
     return stated

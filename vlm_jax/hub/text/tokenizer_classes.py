@@ -27,7 +27,7 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Kind:
+class TokenizerClass:
     build: Callable[[Vocabulary, Settings, Mapping[str, str]], Tokenizer]
     special_tokens: Mapping[str, str]  # where no file says otherwise
     merges_file: bool = (
@@ -152,20 +152,22 @@ LLAMA, QWEN2, GEMMA, GPT2, CLIP = (
     f"{name}Tokenizer" for name in ("Llama", "Qwen2", "Gemma", "GPT2", "CLIP")
 )
 KINDS = {
-    GPT2: Kind(_gpt2, _same("unk bos eos", "<|endoftext|>")),
-    "RobertaTokenizer": Kind(_gpt2, ROBERTA, around=("cls_token", "sep_token")),
-    QWEN2: Kind(_qwen2, _same("unk eos pad", "<|endoftext|>")),
-    CLIP: Kind(
+    GPT2: TokenizerClass(_gpt2, _same("unk bos eos", "<|endoftext|>")),
+    "RobertaTokenizer": TokenizerClass(_gpt2, ROBERTA, around=("cls_token", "sep_token")),
+    QWEN2: TokenizerClass(_qwen2, _same("unk eos pad", "<|endoftext|>")),
+    CLIP: TokenizerClass(
         _clip,
         _same("unk eos pad", "<|endoftext|>") | _same("bos", "<|startoftext|>"),
         around=("bos_token", "eos_token"),
         end_of_word=CLIP_END_OF_WORD,
     ),
-    LLAMA: Kind(
+    LLAMA: TokenizerClass(
         _llama, {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}, merges_file=False
     ),
-    GEMMA: Kind(_gemma, _own("unk bos eos pad mask"), merges_file=False),
-    XLM_ROBERTA: Kind(_xlm_roberta, ROBERTA, merges_file=False, around=("bos_token", "eos_token")),
+    GEMMA: TokenizerClass(_gemma, _own("unk bos eos pad mask"), merges_file=False),
+    XLM_ROBERTA: TokenizerClass(
+        _xlm_roberta, ROBERTA, merges_file=False, around=("bos_token", "eos_token")
+    ),
 }
 
 # Model type -> the class of its tokenizer; None: whatever tokenizer.json describes.
@@ -185,7 +187,9 @@ OF_MODEL_TYPE = {
 }
 
 
-def kind_of(model_type: str | None, declared: str | None, byte_level: bool) -> Kind | None:
+def kind_of(
+    model_type: str | None, declared: str | None, byte_level: bool
+) -> TokenizerClass | None:
     """The class of a checkpoint's tokenizer; None: what `tokenizer.json` describes, as it stands there.
 
     Args:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import CheckpointError, UserError
 from vlm_jax.hub.tensors.folder import read_bytes
 from vlm_jax.hub.text.sentencepiece import (
     BPE,
@@ -28,16 +28,16 @@ from vlm_jax.hub.text.special_tokens import (
     TOKENIZER_CONFIG,
     SpecialTokens,
     add_special_tokens,
-    put_around,
     read_if_there,
     read_special_tokens,
+    set_template,
     to_token,
 )
 from vlm_jax.hub.text.tokenizer_classes import (
     KINDS,
     WORD_START,
     XLM_ROBERTA,
-    Kind,
+    TokenizerClass,
     Vocabulary,
     kind_of,
 )
@@ -47,11 +47,11 @@ SENTENCEPIECE = ("tokenizer.model", "sentencepiece.bpe.model")
 ENDS = ("bos_token", "eos_token")
 
 
-def read_pipeline(folder: Path) -> tuple[Tokenizer, SpecialTokens, Kind | None]:
+def read_pipeline(folder: Path) -> tuple[Tokenizer, SpecialTokens, TokenizerClass | None]:
     """The tokenizer of a folder, its special tokens, and its class, if it is one of `KINDS`.
 
     Raises:
-      ConfigError: there is no tokenizer in the folder, or a file of it is damaged or does not fit its class.
+      CheckpointError: there is no tokenizer in the folder, or a file of it is damaged or does not fit its class.
     """
     settings, config = read_if_there(folder / TOKENIZER_CONFIG), read_if_there(folder / CONFIG)
     whole = read_if_there(folder / TOKENIZER)
@@ -73,9 +73,9 @@ def read_pipeline(folder: Path) -> tuple[Tokenizer, SpecialTokens, Kind | None]:
             backend = _as_sentencepiece(folder, special)
         add_special_tokens(backend, special)
         if kind and kind.around:
-            put_around(backend, *map(special.texts.get, kind.around))
+            set_template(backend, *map(special.texts.get, kind.around))
         elif not whole:
-            put_around(
+            set_template(
                 backend,
                 *(
                     special.texts.get(name) if settings.get(f"add_{name}") else None
@@ -91,11 +91,11 @@ def _naming(path: Path):
     """The library raises bare Exceptions; they become one sentence that names the file."""
     try:
         yield
-    except ConfigError:
+    except UserError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        raise ConfigError(f"{path} holds no tokenizer that can be read: {reason}.") from None
+        raise CheckpointError(f"{path} holds no tokenizer that can be read: {reason}.") from None
 
 
 def _is_byte_level(whole: dict) -> bool:
@@ -123,7 +123,7 @@ def _of_whole(whole: dict) -> Vocabulary:
     return Vocabulary(tokens, merges, base64.b64decode(charsmap), frame.post_processor)
 
 
-def _of_parts(folder: Path, kind: Kind, special: SpecialTokens) -> Vocabulary:
+def _of_parts(folder: Path, kind: TokenizerClass, special: SpecialTokens) -> Vocabulary:
     """The vocabulary that a class has without a tokenizer.json."""
     if kind.merges_file and os.path.isfile(folder / VOCAB):
         for name in (VOCAB, MERGES):
@@ -144,7 +144,7 @@ def _of_parts(folder: Path, kind: Kind, special: SpecialTokens) -> Vocabulary:
 def _sentencepiece(folder: Path) -> SentencePieceModel:
     found = next((folder / name for name in SENTENCEPIECE if os.path.isfile(folder / name)), None)
     if found is None:
-        raise ConfigError(
+        raise CheckpointError(
             f"{folder} holds no tokenizer: there is no {TOKENIZER}, no {' or '.join(SENTENCEPIECE)}, and no {VOCAB} "
             f"with {MERGES} whose tokenizer_class, in {TOKENIZER_CONFIG}, is one of "
             f"{', '.join(name for name, kind in KINDS.items() if kind.merges_file)}."

@@ -9,7 +9,7 @@ from matplotlib import ticker
 
 from vlm_jax.infer.samples import pyplot
 from vlm_jax.study import matching
-from vlm_jax.study.matching import spelt
+from vlm_jax.study.matching import axis_label
 from vlm_jax.study.report import statistics
 from vlm_jax.study.report.page import Picture
 from vlm_jax.study.report.results import Result, Results
@@ -83,7 +83,7 @@ def score_picture(results: Results, axis: str) -> Picture:
         axes.set_xlabel(study.metric.replace("_", " "))
     return Picture(
         f"score_{axis}.png",
-        f"Mean over seeds with its 95 % interval, and every seed; at matched {spelt(axis)}",
+        f"Mean over seeds with its 95 % interval, and every seed; at matched {axis_label(axis)}",
         file.getvalue(),
     )
 
@@ -108,7 +108,7 @@ def curve_pictures(results: Results, axis: str) -> list[Picture]:
     return [
         Picture(
             f"loss_over_{label.split()[-1].lower()}_{axis}.png",
-            f"Loss over {label}, at matched {spelt(axis)}",
+            f"Loss over {label}, at matched {axis_label(axis)}",
             _curves(found, _looks(list(plan.study.arms)), label, way),
         )
         for label, way in ways.items()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jinja2
 
-from vlm_jax.runtime.workdir import write_whole
+from vlm_jax.runtime.workdir import write_atomic
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def write(page: Page, folder: Path) -> None:
         for picture in (*section.pictures, *(sample.picture for sample in section.samples)):
             (folder / picture.name).write_bytes(picture.png)
     for name in ("report.html", "report.md"):
-        write_whole(folder / name, _template(name).render(page=page))
+        write_atomic(folder / name, _template(name).render(page=page))
 
 
 def _template(name: str) -> jinja2.Template:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import ConfigError, UserError
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.study.planning import Plan, Run, resolved
 from vlm_jax.study.run import record, running
@@ -60,7 +60,7 @@ def read(plan: Plan) -> Results:
             continue
         try:
             read_once[run] = _read(run, plan.study.metric)
-        except ConfigError as error:
+        except UserError as error:
             broken[run.name] = str(error)
     wanted = [(axis, arm, seed) for seed in range(plan.study.seeds) for axis, arm in plan.arms]
     found = {key: read_once[plan.run(*key)] for key in wanted if plan.run(*key) in read_once}
@@ -108,7 +108,7 @@ def _numbers(scores: Mapping) -> list[str]:
 def _why_missing(run: Run) -> str:
     try:
         known = record.read(run.cfg.workdir)
-    except ConfigError as error:
+    except UserError as error:
         return str(error)
     if known.get("error"):
         return f"failed: {known['error']}"

@@ -7,7 +7,7 @@ from PIL import Image
 
 from vlm_jax.config import Experiment
 from vlm_jax.data import questions
-from vlm_jax.study.matching import spelt
+from vlm_jax.study.matching import axis_label
 from vlm_jax.study.report.page import Picture, Sample, Section
 from vlm_jax.study.report.results import Result, Results
 
@@ -38,7 +38,7 @@ def sample_section(results: Results) -> Section:
             for number, i in enumerate(chosen, len(made))
         ]
     text = (
-        f"From the {study.base.eval.read_split} split, at matched {spelt(axis)}, seed {seed}: some arms are right, and "
+        f"From the {study.base.eval.read_split} split, at matched {axis_label(axis)}, seed {seed}: some arms are right, and "
         "some wrong, of those that were asked the same."
     )
     return Section(title, [text], samples=made)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from vlm_jax.runtime.workdir import Workdir
-from vlm_jax.study.matching import spelt
+from vlm_jax.study.matching import axis_label
 from vlm_jax.study.report import figures, statistics
 from vlm_jax.study.report.page import Cell, Section, Table
 from vlm_jax.study.report.results import Results
@@ -47,7 +47,10 @@ def score_section(results: Results, axis: str, pairs: list[Pair]) -> Section:
     explained = TESTS if axis == next(iter(results.plan.study.matched)) else ()  # once
     tables = [score_table(results, axis), pair_table(pairs)]
     return Section(
-        f"Score at matched {spelt(axis)}", explained, [figures.score_picture(results, axis)], tables
+        f"Score at matched {axis_label(axis)}",
+        explained,
+        [figures.score_picture(results, axis)],
+        tables,
     )
 
 
@@ -60,7 +63,7 @@ def summary(results: Results, axis: str, pairs: list[Pair]) -> str:
         if (found := results.scores(axis, arm).values())
     }
     if not means:
-        return f"At matched {spelt(axis)} no run is done yet."
+        return f"At matched {axis_label(axis)} no run is done yet."
     best = max(means, key=lambda arm: means[arm].mean)
     behind: dict[str, list[str]] = {}
     for pair in pairs:
@@ -68,7 +71,7 @@ def summary(results: Results, axis: str, pairs: list[Pair]) -> str:
             behind.setdefault(pair.better, []).append(pair.worse)
     told = "; ".join(f"{arm} is better than {', '.join(others)}" for arm, others in behind.items())
     return (
-        f"At matched {spelt(axis)}, the highest {study.metric.replace('_', ' ')} is that of {best}, "
+        f"At matched {axis_label(axis)}, the highest {study.metric.replace('_', ' ')} is that of {best}, "
         f"{interval(means[best])}. {told and f'Told apart: {told}' or f'None of {len(pairs)} pairs is told apart'}."
     )
 
@@ -190,7 +193,7 @@ def type_section(results: Results) -> Section:
             ]
             for kind in kinds
         ]
-        tables.append(Table(["type", "questions", *found], rows, f"At matched {spelt(axis)}"))
+        tables.append(Table(["type", "questions", *found], rows, f"At matched {axis_label(axis)}"))
     text = "Exact match, mean over seeds with its 95 % interval (Student's t), for each type and arm alone."
     return Section("Score by type of question", [text], tables=tables)
 

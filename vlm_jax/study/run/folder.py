@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vlm_jax.config import ConfigError, Experiment, Fusion
 from vlm_jax.config.validate import flat
-from vlm_jax.runtime.workdir import OF_THE_MACHINE, write_whole
+from vlm_jax.runtime.workdir import MACHINE_FIELDS, write_atomic
 from vlm_jax.study.planning import Plan
 from vlm_jax.study.run import record
 
@@ -18,7 +18,7 @@ MEASURED = {
     "decoded_tokens_per_second",
     "data_sha256",
 }  # of a model, at least
-OF_A_RUN = ("workdir", *OF_THE_MACHINE)  # fields that make no other study
+RUN_FIELDS = ("workdir", *MACHINE_FIELDS)  # fields that make no other study
 
 
 def default_folder(file: str, quick: bool) -> Path:
@@ -92,7 +92,7 @@ class Folder:
             self.measured.mkdir(parents=True, exist_ok=True)
             commands = dict.fromkeys(filter(None, (*self.commands(), command)))
             kept = {"seeds": max(plan.study.seeds, self.seeds()), "commands": list(commands)}
-            write_whole(self.definition, json.dumps(definition(plan) | kept, indent=1) + "\n")
+            write_atomic(self.definition, json.dumps(definition(plan) | kept, indent=1) + "\n")
         except OSError as error:
             raise ConfigError(f"folder {self.path} cannot be written: {error.strerror}.") from None
 
@@ -122,7 +122,7 @@ def definition(plan: Plan) -> dict:
 
 def as_json(cfg: Experiment) -> dict[str, object]:
     """{"section.field": value} without what is no matter of a study."""
-    kept = {name: value for name, value in flat(cfg).items() if not name.startswith(OF_A_RUN)}
+    kept = {name: value for name, value in flat(cfg).items() if not name.startswith(RUN_FIELDS)}
     return json.loads(json.dumps(kept))
 
 

@@ -20,17 +20,17 @@ from vlm_jax.cli import commands
 from vlm_jax.config import Data, Experiment, files
 from vlm_jax.data import pipeline, questions, sources
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.infer.generate import Decoding, generate
-from vlm_jax.runtime.workdir import write_whole
+from vlm_jax.infer.generate import SamplingParams, generate
+from vlm_jax.runtime.workdir import write_atomic
 from vlm_jax.structs import State
 from vlm_jax.study.run import record
 from vlm_jax.train import initial
 from vlm_jax.train.log import hbm_peak_bytes
 from vlm_jax.train.step import (
     abstract_state,
-    narrowed,
-    new_state,
-    ready_step,
+    cast_to_compute_dtype,
+    compile_train_step,
+    init_sharded_state,
 )
 
 STEPS, UNTIMED_STEPS = 12, 2
@@ -44,12 +44,12 @@ def measure(cfg: Experiment) -> dict:
     """
     mesh = axes.make_mesh(cfg.mesh)
     tokenizer = initial.load_tokenizer(cfg)
-    state = new_state(cfg, mesh, initial.load_parts(cfg, abstract_state(cfg, mesh), mesh))
+    state = init_sharded_state(cfg, mesh, initial.load_parts(cfg, abstract_state(cfg, mesh), mesh))
     state, of_steps = _measure_steps(cfg, mesh, tokenizer, state)
     return {
         **of_steps,
         "decoded_tokens_per_second": _decoding_speed(
-            cfg, mesh, tokenizer, narrowed(cfg, state.params)
+            cfg, mesh, tokenizer, cast_to_compute_dtype(cfg, state.params)
         ),
         "data_sha256": data_hash(cfg),
         "devices": jax.device_count(),
@@ -64,7 +64,7 @@ def _measure_steps(cfg: Experiment, mesh, tokenizer: Tokenizer, state: State) ->
     data, taken = pipeline.training_iterator(cfg, tokenizer), []
     for _ in range(UNTIMED_STEPS + STEPS):
         batch = axes.place_own_rows(next(data), mesh)
-        step_fn = step_fn or ready_step(cfg, mesh, state, batch)
+        step_fn = step_fn or compile_train_step(cfg, mesh, state, batch)
         begun = time.perf_counter()
         state, metrics = step_fn(state, batch)
         jax.block_until_ready(metrics)
@@ -81,15 +81,15 @@ def _decoding_speed(cfg: Experiment, mesh, tokenizer: Tokenizer, params) -> floa
         )
     else:
         asked = questions.load(cfg, cfg.data.train_split, DECODED_ROWS)
-    rows = axes.filled_rows(len(asked), mesh)
+    rows = axes.round_up_to_shards(len(asked), mesh)
     asked = [asked[i % len(asked)] for i in range(rows)]
-    batch = questions.batch_of(cfg, tokenizer, asked, asked)
+    batch = questions.question_batch(cfg, tokenizer, asked, asked)
     count = min(DECODED_TOKENS, cfg.decoder.max_positions - batch.tokens.shape[1])
 
     def seconds(tokens: int) -> float:
         with jax.set_mesh(mesh):
             placed = axes.place_rows(batch, mesh)
-            return _seconds(lambda: generate(cfg, params, placed, tokens, Decoding()))
+            return _seconds(lambda: generate(cfg, params, placed, tokens, SamplingParams()))
 
     return rows * (count - 1) / max(seconds(count) - seconds(1), 1e-9)
 
@@ -125,8 +125,8 @@ def _contents(data: Data, split: str) -> Iterable[bytes | tuple[str, ...]]:
 
 def main(config: str, out: str) -> None:
     cfg = files.from_json(Path(config).read_text(), config)
-    commands.keep_compiled(cfg)
-    write_whole(Path(out), json.dumps(measure(cfg), indent=1) + "\n")
+    commands.enable_compilation_cache(cfg)
+    write_atomic(Path(out), json.dumps(measure(cfg), indent=1) + "\n")
 
 
 if __name__ == "__main__":

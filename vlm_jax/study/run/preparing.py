@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.config import Experiment, UserError
 from vlm_jax.config.files import to_json
 from vlm_jax.runtime.preemption import RESUME_ME
-from vlm_jax.runtime.workdir import Workdir, write_whole
+from vlm_jax.runtime.workdir import Workdir, write_atomic
 from vlm_jax.study.definition import Study
 from vlm_jax.study.planning import resolved
 from vlm_jax.study.run import record, running
@@ -55,13 +55,13 @@ def measure(place: Folder, models: Mapping[str, Experiment]) -> None:
             print(f"measuring {name}", flush=True)
             try:
                 _measure(place, name, cfg)
-            except ConfigError as error:  # what it builds on is not there
+            except UserError as error:  # what it builds on is not there
                 print(f"measuring {name} failed: {error}", flush=True)
 
 
 def _measure(place: Folder, name: str, cfg: Experiment) -> None:
     config, out = place.measured / f"{name}.config.json", place.measurement(name)
-    write_whole(config, to_json(replace(resolved(cfg), workdir=str(place.measured / name))))
+    write_atomic(config, to_json(replace(resolved(cfg), workdir=str(place.measured / name))))
     arguments = [sys.executable, "-m", "vlm_jax.study.run.measuring", str(config), str(out)]
     _exit_code(arguments, place.measured / f"{name}.log", f"measuring {name}")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from vlm_jax.config import ConfigError
 from vlm_jax.runtime.preemption import RESUME_ME
-from vlm_jax.runtime.workdir import write_whole
+from vlm_jax.runtime.workdir import write_atomic
 
 ROOT = Path(__file__).parents[3]  # of the repository
 PACKAGES = (
@@ -110,7 +110,7 @@ def refuse(workdir: str, error: str) -> None:
 
 
 def _write(workdir: str, record: dict) -> dict:
-    write_whole(Path(workdir) / RECORD, json.dumps(record, indent=1) + "\n")
+    write_atomic(Path(workdir) / RECORD, json.dumps(record, indent=1) + "\n")
     return record
 
 

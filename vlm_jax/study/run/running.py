@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import ConfigError, UserError
 from vlm_jax.runtime.preemption import RESUME_ME
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.study.planning import Run, resolved
@@ -155,7 +155,7 @@ class Queue:
             return
         try:
             self._active.append(Process(run))
-        except ConfigError as error:  # it cannot begin, as where what it builds on is not there
+        except UserError as error:  # it cannot begin, as where what it builds on is not there
             record.refuse(run.cfg.workdir, str(error))
             self._fail(run, str(error))
 

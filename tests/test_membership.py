@@ -48,16 +48,16 @@ SLURM = {
 
 
 def test_the_processes_of_slurm_find_each_other_without_fields(monkeypatch):
-    assert distributed.members(Distributed()).num_processes == 1, "no cluster: one process"
+    assert distributed.resolve_cluster(Distributed()).num_processes == 1, "no cluster: one process"
     for name, value in SLURM.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    found = distributed.members(Distributed())
+    found = distributed.resolve_cluster(Distributed())
     assert (found.coordinator_address.split(":")[0], found.num_processes, found.process_id) == (
         "node003",
         2,
         1,
     )
-    assert distributed.members(Distributed(num_processes=1)).num_processes == 1, (
+    assert distributed.resolve_cluster(Distributed(num_processes=1)).num_processes == 1, (
         "unless one alone is asked for"
     )
 
@@ -82,7 +82,7 @@ def test_the_machines_of_a_tpu_slice_find_each_other_without_fields(tpu_vm):
         "agent-worker-number": "1",
         "worker-network-endpoints": "a:0:127.0.0.1,b:1:127.0.0.2",
     }
-    found = distributed.members(Distributed())
+    found = distributed.resolve_cluster(Distributed())
     assert (found.coordinator_address.split(":")[0], found.num_processes, found.process_id) == (
         "127.0.0.1",
         2,
@@ -93,7 +93,7 @@ def test_the_machines_of_a_tpu_slice_find_each_other_without_fields(tpu_vm):
 def test_the_pods_of_gke_find_each_other_without_fields(tpu_vm, monkeypatch):
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "127.0.0.1,127.0.0.2,127.0.0.3")
     monkeypatch.setenv("TPU_WORKER_ID", "2")
-    found = distributed.members(Distributed())
+    found = distributed.resolve_cluster(Distributed())
     assert (found.coordinator_address.split(":")[0], found.num_processes, found.process_id) == (
         "127.0.0.1",
         3,

@@ -13,7 +13,7 @@ from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data import pipeline
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub import compose
-from vlm_jax.hub.export import ALONG
+from vlm_jax.hub.export import COPIED_FILES
 from vlm_jax.hub.families.table import places
 from vlm_jax.hub.text.dialogue import Dialogue
 from vlm_jax.hub.text.tokenizer import HubTokenizer
@@ -141,7 +141,7 @@ def keep_processor(cfg: Experiment, workdir: Workdir) -> None:
     stage = workdir.processor.with_name(workdir.processor.name + ".tmp")
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir()
-    for name in ("config.json", *ALONG):
+    for name in ("config.json", *COPIED_FILES):
         if (source / name).is_file():
             shutil.copy(source / name, stage / name)
     stage.rename(workdir.processor)

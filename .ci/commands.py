@@ -1,0 +1,148 @@
+"""Runs the shell commands of the documents, shortened, on tiny checkpoints and data.
+
+    python .ci/commands.py [README.md docs/training.md ...]
+
+A fenced block without a language, or of `bash`, is a command if its first word is one of COMMANDS. A block is run
+as a whole, in a scratch folder that has the repository's files. Placeholders such as LLAVA_DIR are replaced by tiny
+checkpoints that transformers makes, and long commands get SHORT options.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+DOCUMENTS = ["README.md", "docs/training.md", "docs/checkpoints.md", "docs/fine_tuning.md"]
+COMMANDS = ("python", "image=", "XLA_FLAGS=", "run=")
+SHORT = {  # subcommand: options that are added unless the command has them
+    "train": {"--train.steps": "20", "--eval.max_examples": "50"},
+    "train --checkpoint": {"--train.steps": "2", "--train.batch_size": "4"},
+    "generate": {"--max-new-tokens": "8"},
+}
+NOT_RUN = ("pip install", "hf download", "python -m pytest", "python experiments/benchmarks")
+
+
+def main() -> int:
+    documents = sys.argv[1:] or DOCUMENTS
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        replacements = prepare(folder)
+        for document in documents:
+            for block in commands(ROOT / document):
+                run(document, shortened(block, replacements), folder)
+    return 0
+
+
+def commands(document: Path) -> list[str]:
+    """The fenced blocks of a document that are shell commands."""
+    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", document.read_text(), re.M | re.S)
+    blocks = [re.sub(r"\\\n\s*", "", block) for block in blocks]
+    return [block for block in blocks if run_lines(block)]
+
+
+def run_lines(block: str) -> list[str]:
+    """The lines of a block that are run."""
+    lines = [line.split("  #")[0].strip() for line in block.splitlines()]
+    lines = [line.removeprefix("pip install -r requirements.txt && ") for line in lines]
+    lines = [line for line in lines if line and not line.startswith(NOT_RUN)]
+    return lines if lines and all(line.startswith((*COMMANDS, "$run")) for line in lines) else []
+
+
+def shortened(block: str, replacements: dict[str, str]) -> str:
+    lines = []
+    for line in run_lines(block):
+        for name, value in replacements.items():
+            line = re.sub(rf"(?<![\w/.]){re.escape(name)}(?![\w/])", value, line)
+        options = short_options(line)
+        missing = [f"{name} {value}" for name, value in options.items() if name not in line]
+        lines.append(" ".join([line, *missing]))
+    return "\n".join(lines)
+
+
+def short_options(line: str) -> dict[str, str]:
+    if "run.py" not in line or "--help" in line or "$run" in line or line.startswith("run="):
+        return {}
+    words = line.split("run.py", 1)[1].split()
+    command = "train" if words[0].startswith("--") else words[0]
+    if command == "train" and "--checkpoint" in words:
+        command = "train --checkpoint"
+    return SHORT.get(command, {})
+
+
+def run(document: str, script: str, folder: Path) -> None:
+    print(f"== {document}\n{script}", flush=True)
+    start = time.perf_counter()
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, stdout=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"{done.stdout}\n{document}: exit code {done.returncode} of\n{script}")
+    print(f"   {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def prepare(folder: Path) -> dict[str, str]:
+    """Links the repository's files, makes tiny checkpoints and data; returns what placeholders stand for."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    for name in ("run.py", "configs", "experiments", "vlm_jax", "docs"):
+        (folder / name).symlink_to(ROOT / name)
+    images = folder / "images"
+    images.mkdir()
+    records = []
+    for number in range(8):
+        pixels = np.full((40 + number, 56, 3), 30 * number, np.uint8)
+        Image.fromarray(pixels).save(images / f"{number}.png")
+        turns = [("human", "<image>\nhow bright is it?"), ("gpt", f"{number} of 8")]
+        turns = [{"from": speaker, "value": value} for speaker, value in turns]
+        records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    for name in ("train.json", "test.json"):
+        (folder / name).write_text(json.dumps(records))
+    Image.fromarray(pixels).save(folder / "a.jpg")
+    return {"LLAVA_DIR": "checkpoints/llava", "DIR": "checkpoints/llava", **checkpoints(folder)}
+
+
+def checkpoints(folder: Path) -> dict[str, str]:
+    """Writes tiny checkpoints and a reference; only here are torch and transformers imported."""
+    import torch
+    import transformers
+
+    from tests.hub import tiny_checkpoints
+
+    transformers.logging.set_verbosity_error()
+    for name in ("llava", "llama", "siglip"):
+        (folder / "checkpoints" / name).mkdir(parents=True)
+    llava = tiny_checkpoints.llava(folder / "checkpoints" / "llava")
+    tiny_checkpoints.llama(folder / "checkpoints" / "llama")
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        image_size=32, patch_size=16,
+    )  # fmt: skip
+    siglip = folder / "checkpoints" / "siglip"
+    transformers.SiglipVisionModel(vision).save_pretrained(siglip)
+    size = {"height": 32, "width": 32}
+    transformers.SiglipImageProcessor(size=size).save_pretrained(siglip)
+    ids = torch.tensor([[1, 5, 6, 7]])
+    with torch.no_grad():
+        logits = llava.model(input_ids=ids).logits
+    reference = {"text/in/input_ids": ids.numpy(), "text/out/logits": logits.numpy()}
+    np.savez(folder / "reference.npz", **reference)
+    return {
+        "SIGLIP_DIR": "checkpoints/siglip",
+        "LLAMA_DIR": "checkpoints/llama",
+        "DIR_OR_WORKDIR": "checkpoints/llava",
+        "OUT": "out",
+        "FILE.npz": "reference.npz",
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

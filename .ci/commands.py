@@ -22,10 +22,16 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-DOCUMENTS = ["README.md", "docs/training.md", "docs/checkpoints.md", "docs/fine_tuning.md"]
+DOCUMENTS = [
+    "README.md",
+    "docs/training.md",
+    "docs/checkpoints.md",
+    "docs/fine_tuning.md",
+    "docs/quickstart.ipynb",
+]
 COMMANDS = ("python", "image=", "XLA_FLAGS=", "run=")
 SHORT = {  # subcommand: options that are added unless the command has them
-    "train": {"--train.steps": "20", "--eval.max_examples": "50"},
+    "train": {"--train.steps": "4", "--eval.max_examples": "20"},
     "train --checkpoint": {"--train.steps": "2", "--train.batch_size": "4"},
     "generate": {"--max-new-tokens": "8"},
 }
@@ -38,6 +44,9 @@ def main() -> int:
         folder = Path(scratch)
         replacements = prepare(folder)
         for document in documents:
+            if document.endswith(".ipynb"):
+                run_notebook(document, folder)
+                continue
             for block in commands(ROOT / document):
                 run(document, shortened(block, replacements), folder)
     return 0
@@ -90,10 +99,26 @@ def run(document: str, script: str, folder: Path) -> None:
     print(f"   {time.perf_counter() - start:.0f} s", flush=True)
 
 
+def run_notebook(document: str, folder: Path) -> None:
+    """Executes the cells of a notebook with few training steps; the first error ends it."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    print(f"== {document}", flush=True)
+    start = time.perf_counter()
+    os.environ |= {"STEPS": "2", "CHECKPOINT": str(folder / "checkpoints" / "llama")}
+    notebook = nbformat.read(ROOT / document, as_version=4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("max_examples 500", "max_examples 20")
+    resources = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
+    print(f"   {time.perf_counter() - start:.0f} s", flush=True)
+
+
 def prepare(folder: Path) -> dict[str, str]:
     """Links the repository's files, makes tiny checkpoints and data; returns what placeholders stand for."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    for name in ("run.py", "configs", "experiments", "vlm_jax", "docs"):
+    for name in ("run.py", "requirements.txt", "configs", "experiments", "vlm_jax", "docs"):
         (folder / name).symlink_to(ROOT / name)
     images = folder / "images"
     images.mkdir()

@@ -25,7 +25,6 @@ from tests.hub.parity import SMALL, forward, randomized, reference
 from vlm_jax import axes, from_pretrained, save_pretrained
 from vlm_jax.cli.commands import main
 from vlm_jax.config import (
-    ConfigError,
     Decoder,
     Experiment,
     Fusion,
@@ -312,7 +311,7 @@ def test_a_projector_between_other_widths_is_refused(tmp_path, datasets_dir):
         projector=Projector(checkpoint=str(tmp_path / "out")),
     )
     with pytest.raises(
-        ConfigError, match="leads from 32 numbers a token to 32, where vision .* have 64 and 32"
+        UserError, match="leads from 32 numbers a token to 32, where vision .* have 64 and 32"
     ):
         compose.resolved(wider)
 
@@ -356,7 +355,7 @@ def assert_transformers_agrees(kind, cfg, params, tokenizer, folder):
 
 def test_a_run_like_no_public_family_is_refused_and_the_nearest_named():
     with pytest.raises(
-        ConfigError, match="no public family is like this run; the nearest is .* projector.kind"
+        UserError, match="no public family is like this run; the nearest is .* projector.kind"
     ):
         export.matching_family(tiny(projector=Projector("pixel_shuffle")))
 

@@ -298,7 +298,7 @@ def _read_part(cfg: Experiment, part: str, shapes: dict, mesh: Mesh) -> dict[str
             abstract_params(_as_stored(cfg, checkpoint.cfg)), sep="/"
         )
         rows = _rows(checkpoint, cfg, part)
-        filled = {piece.ours for row in rows for piece in row.parts}
+        filled = {piece.param for row in rows for piece in row.targets}
         by_dtype = {}
         for path in (path for path in boxed if path in filled):
             by_dtype.setdefault(shapes[path].dtype, {})[path] = boxed[path]
@@ -337,17 +337,17 @@ def _rows(checkpoint: Checkpoint, cfg: Experiment, part: str) -> list[Row]:
     """The rows of a part, for where it stands in the experiment."""
     if isinstance(checkpoint.cfg, Vision):
         return [
-            replace(row, parts=tuple(replace(p, ours=f"vision/{p.ours}") for p in row.parts))
+            replace(row, targets=tuple(replace(p, param=f"vision/{p.param}") for p in row.targets))
             for row in checkpoint.rows
         ]
     if part == "decoder":
-        rows = checkpoint.family.rows(replace(checkpoint.cfg, fusion=cfg.fusion))
+        rows = checkpoint.family.param_table(replace(checkpoint.cfg, fusion=cfg.fusion))
         rows = [
-            row for row in rows if row.hub in checkpoint.stored_names
+            row for row in rows if row.tensor in checkpoint.stored_names
         ]  # a family may have cross-attention, too
     else:
         rows = checkpoint.rows
-    return [row for row in rows if all(piece.ours.startswith(f"{part}/") for piece in row.parts)]
+    return [row for row in rows if all(piece.param.startswith(f"{part}/") for piece in row.targets)]
 
 
 def processor_source(cfg: Experiment) -> Path | None:

@@ -175,7 +175,9 @@ def matching_family(cfg: Experiment, taps: str = "output", shown: int | None = N
     for known in KNOWN:
         family = family_of({"model_type": known.model_type}, "", taps)
         try:
-            again = family.read(family.write(cfg), {row.hub for row in family.rows(cfg)})
+            again = family.config_from_hf(
+                family.config_to_hf(cfg), {row.tensor for row in family.param_table(cfg)}
+            )
         except (UserError, KeyError, AttributeError, TypeError, ValueError):
             continue  # it has no words for such a model at all
         if not isinstance(again, Experiment):

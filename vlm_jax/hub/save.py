@@ -41,14 +41,14 @@ def write_model(
       CheckpointError: the folder cannot be written or holds weights already.
     """
     flat, shapes = traverse_util.flatten_dict(params, sep="/"), shapes_of(cfg)
-    rows = {row.hub: row for row in family.rows(cfg)}
+    rows = {row.tensor: row for row in family.param_table(cfg)}
     specs = {
         name: Spec(
-            row.stored_shape(shapes), (dtypes or {}).get(name, flat[row.parts[0].ours].dtype)
+            row.stored_shape(shapes), (dtypes or {}).get(name, flat[row.targets[0].param].dtype)
         )
         for name, row in rows.items()
     }
-    text = json.dumps(merged(config or {}, family.write(cfg)), indent=2) + "\n"
+    text = json.dumps(merged(config or {}, family.config_to_hf(cfg)), indent=2) + "\n"
 
     def read(name):
         return _stored(rows[name], flat, specs[name].dtype)
@@ -70,6 +70,7 @@ def merged(old: Mapping, new: Mapping) -> dict:
 def _stored(row: Row, flat: Mapping, dtype: np.dtype) -> np.ndarray:
     """A stored tensor from the parameters; of a stacked one, only the slice of its layer leaves the device."""
     parts = [
-        flat[part.ours] if part.turn is None else flat[part.ours][part.turn] for part in row.parts
+        flat[part.param] if part.layer is None else flat[part.param][part.layer]
+        for part in row.targets
     ]
-    return row.put([np.asarray(jax.device_get(x)) for x in parts]).astype(dtype)
+    return row.to_hf([np.asarray(jax.device_get(x)) for x in parts]).astype(dtype)

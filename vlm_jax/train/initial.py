@@ -14,7 +14,7 @@ from vlm_jax.data import pipeline
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub import compose
 from vlm_jax.hub.export import COPIED_FILES
-from vlm_jax.hub.families.table import places
+from vlm_jax.hub.families.table import layers_with
 from vlm_jax.hub.text.dialogue import Dialogue
 from vlm_jax.hub.text.tokenizer import HubTokenizer
 from vlm_jax.runtime.workdir import Workdir, is_run
@@ -98,7 +98,7 @@ def _restack(path: str, stack, blocks, layers: dict[str, dict[int, object]]) -> 
     """Distributes one stacked parameter of the source over the target's stacks."""
     block, _, rest = path.removeprefix(LAYERS).partition("/")
     sublayer = next(name for name in SUBLAYERS if rest.startswith(name))
-    old, new = (places(all_blocks, sublayer) for all_blocks in blocks)
+    old, new = (layers_with(all_blocks, sublayer) for all_blocks in blocks)
     if len(old) != len(new):
         return
     for (source, turn), (target, other_turn) in zip(old, new, strict=True):

@@ -301,11 +301,11 @@ def test_the_image_tower_may_be_taken_alone(tmp_path, kind):
 def test_the_settings_that_older_files_repeat_are_those_that_count():
     """transformers, CLIPConfig: `text_config_dict` replaces `text_config`."""
     again = {"hidden_size": 24, "num_attention_heads": 2, "eos_token_id": 2}
-    cfg = CLIP.read(
+    cfg = CLIP.config_from_hf(
         {"text_config": {"hidden_size": 99, "eos_token_id": 7}, "text_config_dict": again}, ()
     )
     assert (cfg.text.width, cfg.text_pool) == (24, "largest_id")
-    assert CLIP.read(CLIP.write(cfg), ()) == cfg
+    assert CLIP.config_from_hf(CLIP.config_to_hf(cfg), ()) == cfg
 
 
 @pytest.mark.parametrize(
@@ -339,14 +339,14 @@ def test_the_settings_that_older_files_repeat_are_those_that_count():
 )
 def test_settings_that_are_not_supported_are_refused(family, config, words):
     with pytest.raises(UserError) as error:
-        family.read(config, ())
+        family.config_from_hf(config, ())
     assert all(word in str(error.value) for word in words)
 
 
 def test_open_clips_last_token_and_free_attention_are_written_again():
-    cfg = OPEN_CLIP.read(
+    cfg = OPEN_CLIP.config_from_hf(
         {"model_cfg": {"text_cfg": {"pool_type": "last", "no_causal_mask": True}}}, ()
     )
     assert (cfg.text_pool, cfg.causal) == ("last", False)
     cfg = replace(cfg, vision=replace(cfg.vision, mlp_width=3333), embed_width=7)
-    assert OPEN_CLIP.read(OPEN_CLIP.write(cfg), ()) == cfg
+    assert OPEN_CLIP.config_from_hf(OPEN_CLIP.config_to_hf(cfg), ()) == cfg

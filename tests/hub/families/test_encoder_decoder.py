@@ -195,9 +195,9 @@ def test_a_row_of_a_batch_makes_the_tokens_that_it_makes_alone(pair_of):
 @every_kind
 def test_a_config_is_read_as_it_was_written(pair_of, kind):
     pair = pair_of(kind)
-    names = {row.hub for row in ENCODER_DECODER.rows(pair.cfg)}
-    written = json.loads(json.dumps(ENCODER_DECODER.write(pair.cfg)))
-    assert ENCODER_DECODER.read(written, names) == pair.cfg
+    names = {row.tensor for row in ENCODER_DECODER.param_table(pair.cfg)}
+    written = json.loads(json.dumps(ENCODER_DECODER.config_to_hf(pair.cfg)))
+    assert ENCODER_DECODER.config_from_hf(written, names) == pair.cfg
 
 
 @every_kind
@@ -243,12 +243,12 @@ def test_other_sides_are_refused_with_those_that_are_known(pair_of, part, kind, 
     config = pair_of(GPT2).checkpoint.config
     config = {**config, part: {**config[part], "model_type": kind}}
     with pytest.raises(UserError, match=f"{kind}.*{known}"):
-        ENCODER_DECODER.read(config, ())
+        ENCODER_DECODER.config_from_hf(config, ())
 
 
 def test_gpt2_needs_a_projector_from_another_width(pair_of):
     with pytest.raises(UserError, match="projector.kind linear"):
-        ENCODER_DECODER.write(replace(pair_of(GPT2).cfg, projector=Projector("none")))
+        ENCODER_DECODER.config_to_hf(replace(pair_of(GPT2).cfg, projector=Projector("none")))
 
 
 def test_an_image_is_asked_for(pair_of):

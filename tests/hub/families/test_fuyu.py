@@ -102,7 +102,7 @@ def test_the_published_file_has_the_decoder_flat_and_half_of_a_head_turned():
     flat = {name: value for name, value in TEXT.items() if name != "rope_parameters"} | {
         "rope_theta": 77.0
     }
-    decoder = fuyu.read({"model_type": "fuyu", **flat}, NAMES).decoder
+    decoder = fuyu.config_from_hf({"model_type": "fuyu", **flat}, NAMES).decoder
     theirs = FuyuConfig(**flat).text_config
     assert decoder.rope.theta == theirs.rope_parameters["rope_theta"] == 77.0
     assert decoder.rope.fraction == theirs.rope_parameters["partial_rotary_factor"] == 0.5

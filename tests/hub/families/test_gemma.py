@@ -108,9 +108,9 @@ def test_an_export_is_what_was_loaded_and_transformers_loads_it(model, tmp_path)
 def test_the_spelling_of_transformers_4_means_the_same():
     old = TEXT | SCALE | {"sliding_window": 4, "rope_theta": 1000.0, "rope_local_base_freq": 50.0}
     old |= {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
-    cfg = gemma.GEMMA3.read(MODELS["gemma 3"][1].to_dict(), ())
-    assert gemma.GEMMA3.read(old, ()) == cfg
-    written = gemma.GEMMA3.write(cfg)
+    cfg = gemma.GEMMA3.config_from_hf(MODELS["gemma 3"][1].to_dict(), ())
+    assert gemma.GEMMA3.config_from_hf(old, ()) == cfg
+    written = gemma.GEMMA3.config_to_hf(cfg)
     assert written | old == written | {"pad_token_id": 0}
 
 
@@ -119,16 +119,22 @@ def test_the_spelling_of_transformers_4_means_the_same():
 )
 def test_gemma_3_slides_but_for_every_nth_block(every, local):
     config = TEXT | {"num_hidden_layers": 7, "sliding_window_pattern": every}
-    cfg = gemma.GEMMA3.read(config, ())
+    cfg = gemma.GEMMA3.config_from_hf(config, ())
     assert cfg.decoder.sliding_layers == local
-    written = gemma.GEMMA3.write(cfg)
+    written = gemma.GEMMA3.config_to_hf(cfg)
     by_pattern, by_types = written.copy(), written.copy()
     del by_pattern["layer_types"], by_types["sliding_window_pattern"]
-    assert gemma.GEMMA3.read(by_pattern, ()) == gemma.GEMMA3.read(by_types, ()) == cfg
+    assert (
+        gemma.GEMMA3.config_from_hf(by_pattern, ())
+        == gemma.GEMMA3.config_from_hf(by_types, ())
+        == cfg
+    )
 
 
 def test_gemma_2_slides_in_every_other_block():
-    assert gemma.GEMMA2.read(TEXT | {"num_hidden_layers": 5}, ()).decoder.sliding_layers == (
+    assert gemma.GEMMA2.config_from_hf(
+        TEXT | {"num_hidden_layers": 5}, ()
+    ).decoder.sliding_layers == (
         0,
         2,
         4,
@@ -138,9 +144,10 @@ def test_gemma_2_slides_in_every_other_block():
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_pytorch_tanh"])
 def test_gelu_in_the_first_files_means_the_approximation(activation):
     assert (
-        gemma.GEMMA.read({**TEXT, "hidden_act": activation}, ()).decoder.activation == "gelu_tanh"
+        gemma.GEMMA.config_from_hf({**TEXT, "hidden_act": activation}, ()).decoder.activation
+        == "gelu_tanh"
     )
-    assert gemma.GEMMA.read(TEXT, ()).decoder.activation == "gelu_tanh"
+    assert gemma.GEMMA.config_from_hf(TEXT, ()).decoder.activation == "gelu_tanh"
 
 
 @pytest.mark.parametrize(
@@ -150,7 +157,7 @@ def test_gelu_in_the_first_files_means_the_approximation(activation):
         ({"layer_types": ["sliding_attention"]}, "layer_types has 1 words, not 3"),
         (
             {"layer_types": ["full_attention", "chunked_attention", "full_attention"]},
-            "chunked_attention.* choose sliding",
+            "chunked_attention.* choose from sliding",
         ),
         (
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
@@ -160,4 +167,4 @@ def test_gelu_in_the_first_files_means_the_approximation(activation):
 )
 def test_what_is_not_supported_is_refused(change, words):
     with pytest.raises(UserError, match=f"config.json.*{words}"):
-        gemma.GEMMA3.read(TEXT | change, ())
+        gemma.GEMMA3.config_from_hf(TEXT | change, ())

@@ -119,4 +119,4 @@ def test_a_copy_of_the_tied_embedding_is_no_head_and_another_one_is(tmp_path):
 )
 def test_what_is_not_supported_is_refused(change):
     with pytest.raises(UserError, match=f"config.json: {next(iter(change))}"):
-        gpt2.read(TEXT | change, ())
+        gpt2.config_from_hf(TEXT | change, ())

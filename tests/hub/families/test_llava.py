@@ -110,7 +110,7 @@ def test_the_nearly_empty_config_of_the_published_files():
         "text_config": {"model_type": "llama", "vocab_size": 32064, "rms_norm_eps": 1e-5},
     }
     config |= {"vision_config": {"model_type": "clip_vision_model", **TOWER}}
-    cfg = llava.read(config, {llava.HEAD})
+    cfg = llava.config_from_hf(config, {llava.HEAD})
     assert (cfg.decoder.width, cfg.decoder.depth, cfg.decoder.mlp_width) == (4096, 32, 11008)
     assert not cfg.decoder.tie_word_embeddings
     assert cfg.vision.feature_layers == (-2,)
@@ -144,4 +144,4 @@ def test_the_nearly_empty_config_of_the_published_files():
 )
 def test_what_is_not_supported_is_refused_by_its_name(config, found):
     with pytest.raises(UserError, match=found):
-        llava.read(config, ())
+        llava.config_from_hf(config, ())

@@ -149,4 +149,4 @@ def test_the_names_that_transformers_has_in_memory_load_too(both, tmp_path):
 )
 def test_what_is_not_supported_is_refused_by_its_name(config, found):
     with pytest.raises(UserError, match=found):
-        paligemma.read(config, ())
+        paligemma.config_from_hf(config, ())

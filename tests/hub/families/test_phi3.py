@@ -68,20 +68,20 @@ def test_an_export_is_what_was_loaded_and_transformers_loads_it(model, tmp_path)
 def test_the_keys_of_the_first_files_mean_the_same(name):
     old = {key: TEXT[key] for key in SMALL} | {"rope_theta": 100.0, "partial_rotary_factor": 0.75}
     old |= {"original_max_position_embeddings": ORIGINAL, "rope_scaling": {"type": name, **FACTORS}}
-    cfg = phi3.read(CONFIGS["longrope"].to_dict(), {HEAD})
-    assert phi3.read(old, {HEAD}) == cfg
-    assert phi3.write(cfg)["rope_scaling"] == {
+    cfg = phi3.config_from_hf(CONFIGS["longrope"].to_dict(), {HEAD})
+    assert phi3.config_from_hf(old, {HEAD}) == cfg
+    assert phi3.config_to_hf(cfg)["rope_scaling"] == {
         "type": "longrope",
         **FACTORS,
     }  # 4.x wants these three keys and no other
 
 
 def test_another_factor_than_the_ratio_of_the_lengths_is_kept():
-    cfg = phi3.read(
+    cfg = phi3.config_from_hf(
         Phi3Config(**TEXT, rope_parameters=LONGROPE | {"factor": 3.0}).to_dict(), {HEAD}
     )
     assert cfg.decoder.rope.factor == 3.0
-    assert phi3.read(phi3.write(cfg), {HEAD}) == cfg
+    assert phi3.config_from_hf(phi3.config_to_hf(cfg), {HEAD}) == cfg
 
 
 def test_a_rope_that_cannot_be_is_refused():
@@ -92,7 +92,7 @@ def test_a_rope_that_cannot_be_is_refused():
     ]:
         config = CONFIGS["longrope"].to_dict() | {"rope_parameters": LONGROPE | change}
         with pytest.raises(UserError, match=f"config.json.*{word}"):
-            phi3.read(config, {HEAD})
+            phi3.config_from_hf(config, {HEAD})
 
 
 @every_model

@@ -8,17 +8,17 @@ from vlm_jax.hub.families.family import (
     HUB_ACTIVATIONS,
     Family,
     Json,
-    choose,
-    get,
-    refuse,
-    size,
+    get_or,
+    lookup,
+    positive_int,
+    reject_unless,
+    resolve_aliases,
     text_experiment,
-    unaliased,
 )
 from vlm_jax.hub.families.table import (
-    Part,
     Row,
-    places,
+    Target,
+    layers_with,
     row,
 )
 
@@ -30,27 +30,27 @@ ALIASES = {
 }
 
 
-def read_decoder(config: Json, names: Collection[str], head: str = "lm_head.weight") -> Decoder:
-    config = unaliased(config, ALIASES)
-    refuse(config, "scale_attn_weights", True)
-    refuse(config, "scale_attn_by_inverse_layer_idx", False)
-    width = size(config, "n_embd", 768)
+def decoder_from_hf(config: Json, names: Collection[str], head: str = "lm_head.weight") -> Decoder:
+    config = resolve_aliases(config, ALIASES)
+    reject_unless(config, "scale_attn_weights", True)
+    reject_unless(config, "scale_attn_by_inverse_layer_idx", False)
+    width = positive_int(config, "n_embd", 768)
     return Decoder(
         width=width,
-        depth=size(config, "n_layer", 12),
-        heads=size(config, "n_head", 12),
-        mlp_width=size(config, "n_inner", 4 * width),
+        depth=positive_int(config, "n_layer", 12),
+        heads=positive_int(config, "n_head", 12),
+        mlp_width=positive_int(config, "n_inner", 4 * width),
         norm="layernorm",
-        norm_eps=get(config, "layer_norm_epsilon", 1e-5),
-        activation=choose(config, "activation_function", ACTIVATIONS, "gelu_new"),
-        vocab_size=size(config, "vocab_size", 50257),
+        norm_eps=get_or(config, "layer_norm_epsilon", 1e-5),
+        activation=lookup(config, "activation_function", ACTIVATIONS, "gelu_new"),
+        vocab_size=positive_int(config, "vocab_size", 50257),
         positions="learned",
-        max_positions=size(config, "n_positions", 1024),
-        tie_word_embeddings=bool(get(config, "tie_word_embeddings", True)) and head not in names,
+        max_positions=positive_int(config, "n_positions", 1024),
+        tie_word_embeddings=bool(get_or(config, "tie_word_embeddings", True)) and head not in names,
     )
 
 
-def write_decoder(decoder: Decoder) -> Json:
+def decoder_to_hf(decoder: Decoder) -> Json:
     activation = HUB_ACTIVATIONS[decoder.activation]
     return {
         "n_embd": decoder.width,
@@ -65,34 +65,34 @@ def write_decoder(decoder: Decoder) -> Json:
     }
 
 
-def norm_rows(hub: str, ours: str, turn: int | None = None) -> list[Row]:
+def norm_rows(hf: str, param: str, layer: int | None = None) -> list[Row]:
     """A LayerNorm of torch."""
     return [
-        row(f"{hub}.weight", f"{ours}/scale", turn=turn),
-        row(f"{hub}.bias", f"{ours}/bias", turn=turn),
+        row(f"{hf}.weight", f"{param}/scale", layer=layer),
+        row(f"{hf}.bias", f"{param}/bias", layer=layer),
     ]
 
 
-def fused_rows(hub: str, ours: str, parts: tuple[str, ...], turn: int) -> list[Row]:
+def fused_rows(hf: str, param: str, parts: tuple[str, ...], layer: int) -> list[Row]:
     """A Conv1D whose outputs are heads of queries, keys or values one after another."""
-    kernels = tuple(Part(f"{ours}/{part}/kernel", "D (N H) -> D N H", turn) for part in parts)
-    biases = tuple(Part(f"{ours}/{part}/bias", "(N H) -> N H", turn) for part in parts)
-    return [Row(f"{hub}.weight", kernels, axis=1), Row(f"{hub}.bias", biases)]
+    kernels = tuple(Target(f"{param}/{part}/kernel", "D (N H) -> D N H", layer) for part in parts)
+    biases = tuple(Target(f"{param}/{part}/bias", "(N H) -> N H", layer) for part in parts)
+    return [Row(f"{hf}.weight", kernels, axis=1), Row(f"{hf}.bias", biases)]
 
 
-def attention_rows(hub: str, ours: str, fused: dict[str, tuple[str, ...]], turn: int) -> list[Row]:
-    rows = [row(f"{hub}.c_proj.weight", f"{ours}/out/kernel", "(N H) D -> N H D", turn)]
-    rows.append(row(f"{hub}.c_proj.bias", f"{ours}/out/bias", turn=turn))
+def attention_rows(hf: str, param: str, fused: dict[str, tuple[str, ...]], layer: int) -> list[Row]:
+    rows = [row(f"{hf}.c_proj.weight", f"{param}/out/kernel", "(N H) D -> N H D", layer)]
+    rows.append(row(f"{hf}.c_proj.bias", f"{param}/out/bias", layer=layer))
     return rows + sum(
-        (fused_rows(f"{hub}.{name}", ours, parts, turn) for name, parts in fused.items()), []
+        (fused_rows(f"{hf}.{name}", param, parts, layer) for name, parts in fused.items()), []
     )
 
 
-def mlp_rows(hub: str, ours: str, turn: int) -> list[Row]:
+def mlp_rows(hf: str, param: str, layer: int) -> list[Row]:
     rows = []
     for name, part in {"c_fc": "up", "c_proj": "down"}.items():
-        rows.append(row(f"{hub}.{name}.weight", f"{ours}/{part}/kernel", turn=turn))
-        rows.append(row(f"{hub}.{name}.bias", f"{ours}/{part}/bias", turn=turn))
+        rows.append(row(f"{hf}.{name}.weight", f"{param}/{part}/kernel", layer=layer))
+        rows.append(row(f"{hf}.{name}.bias", f"{param}/{part}/bias", layer=layer))
     return rows
 
 
@@ -105,35 +105,35 @@ def decoder_rows(
     rows += norm_rows(f"{prefix}ln_f", "decoder/final_norm")
     if not decoder.tie_word_embeddings:
         rows.append(row(head, "decoder/free_head/kernel", "V D -> D V"))
-    for n, (block, turn) in enumerate(places(fusion.sublayers(decoder.depth), "self")):
-        hub, ours = f"{prefix}h.{n}", f"decoder/{block}"
-        rows += norm_rows(f"{hub}.ln_1", f"{ours}/self_norm", turn)
+    for n, (block, layer) in enumerate(layers_with(fusion.sublayers(decoder.depth), "self")):
+        hf, param = f"{prefix}h.{n}", f"decoder/{block}"
+        rows += norm_rows(f"{hf}.ln_1", f"{param}/self_norm", layer)
         rows += attention_rows(
-            f"{hub}.attn", f"{ours}/self", {"c_attn": ("query", "key", "value")}, turn
+            f"{hf}.attn", f"{param}/self", {"c_attn": ("query", "key", "value")}, layer
         )
-        rows += norm_rows(f"{hub}.ln_2", f"{ours}/mlp_norm", turn)
-        rows += mlp_rows(f"{hub}.mlp", f"{ours}/mlp", turn)
+        rows += norm_rows(f"{hf}.ln_2", f"{param}/mlp_norm", layer)
+        rows += mlp_rows(f"{hf}.mlp", f"{param}/mlp", layer)
         if fusion.kind == "encoder_decoder":
-            rows += norm_rows(f"{hub}.ln_cross_attn", f"{ours}/cross_norm", turn)
+            rows += norm_rows(f"{hf}.ln_cross_attn", f"{param}/cross_norm", layer)
             fused = {"q_attn": ("query",), "c_attn": ("key", "value")}
-            rows += attention_rows(f"{hub}.crossattention", f"{ours}/cross", fused, turn)
+            rows += attention_rows(f"{hf}.crossattention", f"{param}/cross", fused, layer)
     return rows
 
 
-def read(config: Json, names: Collection[str]) -> Experiment:
-    return text_experiment(read_decoder(config, names))
+def config_from_hf(config: Json, names: Collection[str]) -> Experiment:
+    return text_experiment(decoder_from_hf(config, names))
 
 
-def write(cfg: Experiment) -> Json:
+def config_to_hf(cfg: Experiment) -> Json:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        **write_decoder(cfg.decoder),
+        **decoder_to_hf(cfg.decoder),
     }
 
 
-def rows(cfg: Experiment) -> list[Row]:
+def param_table(cfg: Experiment) -> list[Row]:
     return decoder_rows(cfg.decoder, cfg.fusion)
 
 
-GPT2 = Family("gpt2", read, write, rows, ((r"^transformer\.", ""),))
+GPT2 = Family("gpt2", config_from_hf, config_to_hf, param_table, ((r"^transformer\.", ""),))

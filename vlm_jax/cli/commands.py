@@ -144,10 +144,12 @@ def experiment(
     if stored:
         _refuse_another_model(verb, cfg, asked)
     elif asked.begins_with_any and not _continues(given):
-        from vlm_jax.hub import compose
+        from vlm_jax.hub import pretrained_parts
 
         explicit = files.explicit_fields(cfg, fields)
-        asked = Workdir(asked.workdir).as_begun(compose.resolved(asked, explicit), explicit)
+        asked = Workdir(asked.workdir).as_begun(
+            pretrained_parts.resolve_checkpoints(asked, explicit), explicit
+        )
     return validate(asked)
 
 

@@ -17,7 +17,7 @@ from tests.hub.parity import assert_round_trip, forward, randomized, reloaded, s
 from vlm_jax import axes
 from vlm_jax.config import Fusion, Mesh, Projector, UserError
 from vlm_jax.config.validate import validate
-from vlm_jax.hub import compose
+from vlm_jax.hub import pretrained_parts
 from vlm_jax.hub.families.clip import CLIP
 from vlm_jax.hub.families.open_clip import OPEN_CLIP
 from vlm_jax.hub.families.siglip import SIGLIP
@@ -282,10 +282,15 @@ def test_the_image_tower_may_be_taken_alone(tmp_path, kind):
     )
     cfg = tiny("unified", fusion=Fusion("unified"), projector=Projector("mlp"))
     cfg = validate(
-        compose.resolved(replace(cfg, vision=replace(cfg.vision, checkpoint=str(folder))))
+        pretrained_parts.resolve_checkpoints(
+            replace(cfg, vision=replace(cfg.vision, checkpoint=str(folder)))
+        )
     )
     params = traverse_util.unflatten_dict(
-        compose.load_parts(cfg, meta.unbox(abstract_params(cfg)), axes.make_mesh(Mesh())), sep="/"
+        pretrained_parts.load_pretrained_parts(
+            cfg, meta.unbox(abstract_params(cfg)), axes.make_mesh(Mesh())
+        ),
+        sep="/",
     )["vision"]
     images = inputs()["pixel_values"].transpose(0, 2, 3, 1)
     whole, towers = load_params(folder)

@@ -14,6 +14,7 @@ from vlm_jax.config import (
 from vlm_jax.hub.families import gpt2, trocr, vit
 from vlm_jax.hub.families.family import (
     Family,
+    HfProcessor,
     Json,
     get_or,
     lookup,
@@ -105,5 +106,10 @@ RENAMES = (  # the modules of transformers 5 in memory
     *vit.MODULE_RENAMES,
 )
 ENCODER_DECODER = Family(
-    "vision-encoder-decoder", config_from_hf, config_to_hf, param_table, RENAMES
+    "vision-encoder-decoder",
+    config_from_hf,
+    config_to_hf,
+    param_table,
+    RENAMES,
+    processor=HfProcessor("TrOCRProcessor", needs_bos=True),
 )

@@ -21,6 +21,33 @@ BUFFERS = re.compile(
 
 
 @dataclass(frozen=True)
+class HfProcessor:
+    """The processor class of a family in transformers, as far as an exported run must suit it.
+
+    Attributes:
+      name: of the class.
+      adds_bos: its own code writes the bos token, rather than its tokenizer.
+      needs_bos: its prompts begin with a bos token in any case.
+      needs_placeholder: an image needs a placeholder token in the text although none takes its place.
+      resize: the only `vision.resize` it knows; empty: as its config says.
+      keeps_image_size: images keep sizes of their own.
+      has_prompt_format: it writes prompts in its own format, without a chat template.
+      counts_patches: it expands the image token by the encoder's patch size and class token.
+      counts_image_tokens: it expands the image token by `image_seq_length`.
+    """
+
+    name: str
+    adds_bos: bool = False
+    needs_bos: bool = False
+    needs_placeholder: bool = False
+    resize: str = ""
+    keeps_image_size: bool = False
+    has_prompt_format: bool = False
+    counts_patches: bool = False
+    counts_image_tokens: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family of Hugging Face: a config mapping and a weight table, each used in both directions.
 
@@ -34,6 +61,7 @@ class Family:
       image_token: id of the image placeholder token if config.json does not give one.
       config_file: name of config.json.
       weights_file: name of an exported weight file; `tensors.folder.READABLE` lists those that can be loaded.
+      processor: of transformers; None for a family without text or without images.
       splits: (part of a tensor name, its replacements in files that store the tensor's targets separately).
     """
 
@@ -46,6 +74,7 @@ class Family:
     image_token: int | None = None
     config_file: str = "config.json"
     weights_file: str = WEIGHTS
+    processor: HfProcessor | None = None
     splits: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def normalize_names(self, stored_names: Collection[str]) -> dict[str, str]:

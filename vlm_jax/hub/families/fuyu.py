@@ -13,6 +13,7 @@ from vlm_jax.hub.families.family import (
     ACTIVATIONS,
     HUB_ACTIVATIONS,
     Family,
+    HfProcessor,
     Json,
     get_or,
     lookup,
@@ -141,4 +142,12 @@ def attention_rows(hf: str, param: str, decoder: Decoder, layer: int) -> list[Ro
     return found
 
 
-FUYU = Family("fuyu", config_from_hf, config_to_hf, param_table, RENAMES, image_token=71011)
+FUYU = Family(
+    "fuyu",
+    config_from_hf,
+    config_to_hf,
+    param_table,
+    RENAMES,
+    image_token=71011,
+    processor=HfProcessor("FuyuProcessor", has_prompt_format=True, keeps_image_size=True),
+)

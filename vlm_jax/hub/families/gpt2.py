@@ -1,4 +1,4 @@
-"""GPT-2, whose Conv1D weights are (in, out)."""
+"""GPT-2. Its Conv1D layers store weights as (in, out) (transformers, models/gpt2/modeling_gpt2.py)."""
 
 from collections.abc import Collection
 
@@ -15,22 +15,20 @@ from vlm_jax.hub.families.family import (
     resolve_aliases,
     text_experiment,
 )
-from vlm_jax.hub.families.table import (
-    Row,
-    Target,
-    layers_with,
-    row,
-)
+from vlm_jax.hub.families.table import Row, Target, layers_with, row
 
+# `attribute_map` of transformers' GPT2Config.
 ALIASES = {
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
     "max_position_embeddings": "n_positions",
 }
+HEAD = "lm_head.weight"
 
 
-def decoder_from_hf(config: Json, names: Collection[str], head: str = "lm_head.weight") -> Decoder:
+def decoder_from_hf(config: Json, names: Collection[str], head: str = HEAD) -> Decoder:
+    """Reads config.json; a missing key has the default of GPT2Config."""
     config = resolve_aliases(config, ALIASES)
     reject_unless(config, "scale_attn_weights", True)
     reject_unless(config, "scale_attn_by_inverse_layer_idx", False)
@@ -65,58 +63,66 @@ def decoder_to_hf(decoder: Decoder) -> Json:
     }
 
 
+def decoder_rows(decoder: Decoder, fusion: Fusion, prefix: str = "", head: str = HEAD) -> list[Row]:
+    """Rows of a decoder of GPT-2 blocks, with cross-attention in each if it is an encoder-decoder's."""
+    rows = [
+        row(f"{prefix}wte.weight", "decoder/embedding/table"),
+        row(f"{prefix}wpe.weight", "decoder/position_embedding/table"),
+        *norm_rows(f"{prefix}ln_f", "decoder/final_norm"),
+    ]
+    if not decoder.tie_word_embeddings:
+        rows.append(row(head, "decoder/free_head/kernel", "V D -> D V"))
+    blocks = fusion.sublayers(decoder.depth)
+    for n, (block, layer) in enumerate(layers_with(blocks, "self")):
+        hf, param = f"{prefix}h.{n}", f"decoder/{block}"
+        rows += norm_rows(f"{hf}.ln_1", f"{param}/self_norm", layer)
+        rows += fused_rows(f"{hf}.attn.c_attn", f"{param}/self", ("query", "key", "value"), layer)
+        rows += output_rows(f"{hf}.attn.c_proj", f"{param}/self/out", layer)
+        rows += norm_rows(f"{hf}.ln_2", f"{param}/mlp_norm", layer)
+        rows += mlp_rows(f"{hf}.mlp", f"{param}/mlp", layer)
+        if "cross" in blocks[n]:
+            rows += norm_rows(f"{hf}.ln_cross_attn", f"{param}/cross_norm", layer)
+            rows += cross_rows(f"{hf}.crossattention", f"{param}/cross", layer)
+    return rows
+
+
 def norm_rows(hf: str, param: str, layer: int | None = None) -> list[Row]:
-    """A LayerNorm of torch."""
+    """Rows of a torch LayerNorm."""
     return [
         row(f"{hf}.weight", f"{param}/scale", layer=layer),
         row(f"{hf}.bias", f"{param}/bias", layer=layer),
     ]
 
 
-def fused_rows(hf: str, param: str, parts: tuple[str, ...], layer: int) -> list[Row]:
-    """A Conv1D whose outputs are heads of queries, keys or values one after another."""
-    kernels = tuple(Target(f"{param}/{part}/kernel", "D (N H) -> D N H", layer) for part in parts)
-    biases = tuple(Target(f"{param}/{part}/bias", "(N H) -> N H", layer) for part in parts)
-    return [Row(f"{hf}.weight", kernels, axis=1), Row(f"{hf}.bias", biases)]
+def fused_rows(hf: str, param: str, names: tuple[str, ...], layer: int) -> list[Row]:
+    """Rows of a Conv1D whose outputs are the heads of several projections, one after another."""
+    kernels = [Target(f"{param}/{name}/kernel", "D (N H) -> D N H", layer) for name in names]
+    biases = [Target(f"{param}/{name}/bias", "(N H) -> N H", layer) for name in names]
+    return [Row(f"{hf}.weight", tuple(kernels), axis=1), Row(f"{hf}.bias", tuple(biases))]
 
 
-def attention_rows(hf: str, param: str, fused: dict[str, tuple[str, ...]], layer: int) -> list[Row]:
-    rows = [row(f"{hf}.c_proj.weight", f"{param}/out/kernel", "(N H) D -> N H D", layer)]
-    rows.append(row(f"{hf}.c_proj.bias", f"{param}/out/bias", layer=layer))
-    return rows + sum(
-        (fused_rows(f"{hf}.{name}", param, parts, layer) for name, parts in fused.items()), []
-    )
+def output_rows(hf: str, param: str, layer: int) -> list[Row]:
+    """Rows of the output projection of attention."""
+    return [
+        row(f"{hf}.weight", f"{param}/kernel", "(N H) D -> N H D", layer),
+        row(f"{hf}.bias", f"{param}/bias", layer=layer),
+    ]
+
+
+def cross_rows(hf: str, param: str, layer: int) -> list[Row]:
+    """Rows of cross-attention: keys and values are one tensor, queries another."""
+    return [
+        *fused_rows(f"{hf}.q_attn", param, ("query",), layer),
+        *fused_rows(f"{hf}.c_attn", param, ("key", "value"), layer),
+        *output_rows(f"{hf}.c_proj", f"{param}/out", layer),
+    ]
 
 
 def mlp_rows(hf: str, param: str, layer: int) -> list[Row]:
     rows = []
-    for name, part in {"c_fc": "up", "c_proj": "down"}.items():
-        rows.append(row(f"{hf}.{name}.weight", f"{param}/{part}/kernel", layer=layer))
-        rows.append(row(f"{hf}.{name}.bias", f"{param}/{part}/bias", layer=layer))
-    return rows
-
-
-def decoder_rows(
-    decoder: Decoder, fusion: Fusion, prefix: str = "", head: str = "lm_head.weight"
-) -> list[Row]:
-    """The table of a decoder of GPT-2's blocks; those of an encoder-decoder have cross-attention in between."""
-    rows = [row(f"{prefix}wte.weight", "decoder/embedding/table")]
-    rows.append(row(f"{prefix}wpe.weight", "decoder/position_embedding/table"))
-    rows += norm_rows(f"{prefix}ln_f", "decoder/final_norm")
-    if not decoder.tie_word_embeddings:
-        rows.append(row(head, "decoder/free_head/kernel", "V D -> D V"))
-    for n, (block, layer) in enumerate(layers_with(fusion.sublayers(decoder.depth), "self")):
-        hf, param = f"{prefix}h.{n}", f"decoder/{block}"
-        rows += norm_rows(f"{hf}.ln_1", f"{param}/self_norm", layer)
-        rows += attention_rows(
-            f"{hf}.attn", f"{param}/self", {"c_attn": ("query", "key", "value")}, layer
-        )
-        rows += norm_rows(f"{hf}.ln_2", f"{param}/mlp_norm", layer)
-        rows += mlp_rows(f"{hf}.mlp", f"{param}/mlp", layer)
-        if fusion.kind == "encoder_decoder":
-            rows += norm_rows(f"{hf}.ln_cross_attn", f"{param}/cross_norm", layer)
-            fused = {"q_attn": ("query",), "c_attn": ("key", "value")}
-            rows += attention_rows(f"{hf}.crossattention", f"{param}/cross", fused, layer)
+    for name, dense in {"c_fc": "up", "c_proj": "down"}.items():
+        rows.append(row(f"{hf}.{name}.weight", f"{param}/{dense}/kernel", layer=layer))
+        rows.append(row(f"{hf}.{name}.bias", f"{param}/{dense}/bias", layer=layer))
     return rows
 
 
@@ -136,4 +142,4 @@ def param_table(cfg: Experiment) -> list[Row]:
     return decoder_rows(cfg.decoder, cfg.fusion)
 
 
-GPT2 = Family("gpt2", config_from_hf, config_to_hf, param_table, ((r"^transformer\.", ""),))
+GPT2 = Family("gpt2", config_from_hf, config_to_hf, param_table, renames=((r"^transformer\.", ""),))

@@ -16,6 +16,7 @@ from vlm_jax.hub.families.family import (
     ACTIVATIONS,
     HUB_ACTIVATIONS,
     Family,
+    HfProcessor,
     Json,
     get_or,
     lookup,
@@ -141,4 +142,12 @@ RENAMES = (  # as transformers 5 has them in memory, and in part in its files
     (r"^model\.", ""),
     (r"^vision_tower\.(?!vision_model\.)", TOWER),
 )
-LLAVA = Family("llava", config_from_hf, config_to_hf, param_table, RENAMES, image_token=32000)
+LLAVA = Family(
+    "llava",
+    config_from_hf,
+    config_to_hf,
+    param_table,
+    RENAMES,
+    image_token=32000,
+    processor=HfProcessor("LlavaProcessor", counts_patches=True),
+)

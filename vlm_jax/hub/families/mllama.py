@@ -17,6 +17,7 @@ from vlm_jax.config import (
 from vlm_jax.hub.families import llama
 from vlm_jax.hub.families.family import (
     Family,
+    HfProcessor,
     Json,
     get_or,
     lookup,
@@ -146,6 +147,9 @@ RENAMES = (  # the modules of transformers 5 in memory
     (r"^lm_head\.weight$", HEAD),
     (r"^model\.(vision_model|multi_modal_projector)\.", r"\1."),
 )
+PROCESSOR = HfProcessor(
+    "MllamaProcessor", adds_bos=True, needs_bos=True, needs_placeholder=True, resize="pad"
+)
 BY_TAPS = {
     taps: Family(
         "mllama",
@@ -153,6 +157,7 @@ BY_TAPS = {
         functools.partial(config_to_hf, taps=taps),
         param_table,
         RENAMES,
+        processor=PROCESSOR,
     )
     for taps in ("input", "output")
 }

@@ -9,6 +9,7 @@ from vlm_jax.config import Experiment, Fusion, Projector
 from vlm_jax.hub.families import gemma, llama, siglip
 from vlm_jax.hub.families.family import (
     Family,
+    HfProcessor,
     Json,
     get_or,
     text_experiment,
@@ -70,4 +71,5 @@ PALIGEMMA = Family(
     RENAMES,
     gemma.TOLERANCE,
     image_token=256000,
+    processor=HfProcessor("PaliGemmaProcessor", has_prompt_format=True, counts_image_tokens=True),
 )

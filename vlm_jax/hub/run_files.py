@@ -19,7 +19,7 @@ from vlm_jax.hub.images.settings import processor_config, read_settings, vision_
 from vlm_jax.hub.text.special_tokens import (
     TOKENIZER,
     TOKENIZER_CONFIG,
-    read_if_there,
+    read_json_if_exists,
     set_template,
 )
 from vlm_jax.hub.text.tokenizer import GENERATION_CONFIG, IMAGE_TOKENS, HubTokenizer
@@ -67,7 +67,7 @@ def write_run_files(
         ids = _write_text_files(stage, cfg, family.processor, tokenizer)
     if cfg.fusion.has_images:
         _write_processor(stage, cfg, family.processor, processor)
-    config = read_if_there(processor / GENERATION_CONFIG) if keeps_format else {}
+    config = read_json_if_exists(processor / GENERATION_CONFIG) if keeps_format else {}
     _write_generation_config(stage, cfg, ids, config)
     return ids
 
@@ -196,7 +196,7 @@ def _write_processor(
     if hf_processor.counts_image_tokens:
         preprocessor["image_seq_length"] = cfg.image_tokens
     _write_json(stage / PREPROCESSOR, preprocessor)
-    settings = read_if_there(processor / PROCESSOR) if keeps_format else {}
+    settings = read_json_if_exists(processor / PROCESSOR) if keeps_format else {}
     settings = {key: value for key, value in settings.items() if key != "image_processor"}
     if hf_processor.counts_patches:
         settings |= _patch_settings(cfg)

@@ -27,7 +27,7 @@ from vlm_jax.hub.families.registry import config_path, family_of
 from vlm_jax.hub.families.table import Row, Target
 from vlm_jax.hub.tensors.folder import Tensors, open_tensors, read_json
 from vlm_jax.hub.tensors.mapped import StoredTensor, tensors_equal
-from vlm_jax.hub.tensors.transpose import aligned, copy_into
+from vlm_jax.hub.tensors.transpose import copy_into, empty_aligned
 from vlm_jax.hub.text.tokenizer import (
     HubTokenizer,
     are_ids,
@@ -264,7 +264,7 @@ def _shard(index, shapes, dtype, sources) -> np.ndarray:
         row.from_hf(array, part, shapes)[inner]
         for array, row, part in (by_turn[turn] for turn in turns)
     ]
-    piece = aligned((len(views), *views[0].shape), dtype)
+    piece = empty_aligned((len(views), *views[0].shape), dtype)
     for target, view in zip(piece, views):
         copy_into(target, view)
     return piece if sources[0][2].layer is not None else piece[0]

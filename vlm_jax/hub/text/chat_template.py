@@ -77,8 +77,8 @@ class ChatTemplate:
         """Renders the text of a prompt.
 
         Args:
-          messages: plain JSON data; it depends on the template whether content may be text, a list or
-            both.
+          messages: plain JSON data; it depends on the template whether content may be text, a list
+            or both.
           special_tokens: `HubTokenizer.special_tokens`.
           add_generation_prompt: append the tokens that start an answer.
 

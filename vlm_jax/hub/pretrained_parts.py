@@ -37,7 +37,7 @@ from vlm_jax.hub.load import (
 from vlm_jax.hub.tensors.folder import open_tensors
 from vlm_jax.hub.text.chat_template import ChatTemplate
 from vlm_jax.hub.text.dialogue import Dialogue
-from vlm_jax.hub.text.prompt_formats import has_own_form
+from vlm_jax.hub.text.prompt_formats import has_own_format
 from vlm_jax.hub.text.tokenizer import HubTokenizer
 from vlm_jax.nn.models import Config, abstract_params
 from vlm_jax.nn.patches import resample_positions
@@ -210,7 +210,7 @@ def _token_settings(
 
 def has_template(folder: str) -> bool:
     """Returns whether a checkpoint defines the format of its prompts."""
-    return ChatTemplate.load(folder) is not None or has_own_form(folder)
+    return ChatTemplate.load(folder) is not None or has_own_format(folder)
 
 
 def special_ids(

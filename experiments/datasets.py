@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from vlm_jax.config import Data, Experiment, Vision
 from vlm_jax.data import questions, sources
-from vlm_jax.data.blind_baselines import blind
+from vlm_jax.data.blind_baselines import question_only_baselines
 from vlm_jax.infer.samples import draw_samples
 
 
@@ -42,7 +42,9 @@ def main(show: Show) -> None:
     print(
         "| type | questions | best single answer | best word of the question |\n|---|---|---|---|"
     )
-    for kind, (count, constant, repeated) in blind(sources.load(data, "train")).items():
+    for kind, (count, constant, repeated) in question_only_baselines(
+        sources.load(data, "train")
+    ).items():
         print(f"| `{kind}` | {count} | {constant:.3f} | {repeated:.3f} |")
 
 

@@ -110,7 +110,7 @@ def random_batch(cfg: Experiment, rows: int = 4, seed: int = 0) -> Batch:
         fields = text.pack_row(
             cfg, [pair() for _ in range(cfg.data.questions_per_row)], height * width
         )
-        packed.append(fields | {"images": tiling.stacked([pixels], cfg.vision)})
+        packed.append(fields | {"images": tiling.stack_views([pixels], cfg.vision)})
     return Batch(**{name: np.stack([row[name] for row in packed]) for name in packed[0]})
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from vlm_jax.data.sources import Record
 
 
-def blind(records: Iterable[Record]) -> dict[str, tuple[int, float, float]]:
+def question_only_baselines(records: Iterable[Record]) -> dict[str, tuple[int, float, float]]:
     """Type -> its questions, the exact match of the best single answer, and that of the best word to repeat.
 
     The last says the k-th word of every question, as in "which comes first, one or other?", with the best k. Both are

@@ -41,7 +41,7 @@ class Cuts:
             self.longest = max(self.longest, length)
 
 
-def learnable(
+def drop_unscored(
     cfg: Experiment, tokenizer: Tokenizer, source: Conversations
 ) -> tuple[Conversations | Selection, Cuts]:
     """Returns the conversations that have a scored token in their row, and what is cut.
@@ -79,7 +79,7 @@ def count(cfg: Experiment, tokenizer: Tokenizer, source: Conversations) -> Cuts:
     return cuts
 
 
-def sentence(cfg: Experiment, cuts: Cuts) -> str:
+def cut_message(cfg: Experiment, cuts: Cuts) -> str:
     """Returns a sentence about what is cut and what is left out; "" where nothing is."""
     if not cuts.cut_records and not cuts.unscored:
         return ""
@@ -107,7 +107,7 @@ def _with_lengths(
             ]
             yield from zip(
                 chunk,
-                templates.most_tokens(cfg, tokenizer, [one.turns for one in chunk]),
+                templates.max_token_counts(cfg, tokenizer, [one.turns for one in chunk]),
                 strict=True,
             )
             bar.update(len(chunk))

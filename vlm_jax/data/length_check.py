@@ -15,7 +15,7 @@ from vlm_jax.data.tokenizer import Tokenizer
 SAMPLED_ROWS = 500  # of training, from which it is told how many questions do not fit
 
 
-def check(cfg: Experiment, tokenizer: Tokenizer) -> None:
+def check_lengths(cfg: Experiment, tokenizer: Tokenizer) -> None:
     """Raises ConfigError where a question to learn from or to evaluate does not fit.
 
     Conversations are cut to fit (`data/cuts.py`).
@@ -26,16 +26,16 @@ def check(cfg: Experiment, tokenizer: Tokenizer) -> None:
         questions.row_length(cfg, tokenizer, questions.to_evaluate(cfg))
 
 
-def left_out(cfg: Experiment, tokenizer: Tokenizer) -> str:
+def dropped_questions_message(cfg: Experiment, tokenizer: Tokenizer) -> str:
     """A sentence about what does not fit into the training rows; "" where all does.
 
     Of conversations all are counted, of other datasets the questions of `sampled_rows`.
     """
     if cfg.data.is_conversations:
-        return cuts.sentence(cfg, pipeline.learnable(cfg, tokenizer)[1])
+        return cuts.cut_message(cfg, pipeline.training_conversations(cfg, tokenizer)[1])
     rows = sampled_rows(cfg, tokenizer)
     asked = sum(map(len, rows))
-    left = asked - sum(len(text.fitting(cfg, row)) for row in rows)
+    left = asked - sum(len(text.drop_overflow(cfg, row)) for row in rows)
     if not left:
         return ""
     longest = max(sum(len(part) for pair in row for part in pair) for row in rows)

@@ -23,8 +23,8 @@ from vlm_jax.data.conversations import Conversation, Conversations
 from vlm_jax.data.text import (
     FILL,
     Fields,
-    moved,
-    only_own_tile,
+    offset_ids,
+    restrict_tags,
 )
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import NO_IMAGE, TRUNK, Batch
@@ -33,7 +33,7 @@ WINDOW_ROWS = 64  # open at a time, at the least: fewer waste more (measured: do
 NO_CONVERSATION = 0  # owner of an image slot that is not filled
 
 
-def check(cfg: Experiment, source: Conversations) -> None:
+def check_image_counts(cfg: Experiment, source: Conversations) -> None:
     """Raises ConfigError where a conversation has more images than a row."""
     if cfg.fusion.has_images and source.most_images > cfg.data.images_per_row:
         raise ConfigError(
@@ -49,30 +49,34 @@ def batches(
     pool, read = ThreadPoolExecutor(max(cfg.data.threads, 1)), pixel_reader(cfg, source)
 
     def batch(rows: Sequence[Fields]) -> Batch:
-        return tiled(cfg, to_batch(cfg, rows[shard], lambda numbers: pool.map(read, numbers)))
+        return as_tiled_batch(
+            cfg, to_batch(cfg, rows[shard], lambda numbers: pool.map(read, numbers))
+        )
 
-    return _made(cfg, tokenizer, source, batch)
+    return _packed_dataset(cfg, tokenizer, source, batch)
 
 
-def ids(cfg: Experiment, tokenizer: Tokenizer, source: Conversations, state: dict) -> list:
+def batch_ids(cfg: Experiment, tokenizer: Tokenizer, source: Conversations, state: dict) -> list:
     """Ids of the conversations in the batch, of all processes, that `batches` give after their state was `state`."""
     iterator = iter(
-        _made(cfg, tokenizer, source, lambda rows: [one for row in rows for one in row["id"]])
+        _packed_dataset(
+            cfg, tokenizer, source, lambda rows: [one for row in rows for one in row["id"]]
+        )
     )
     iterator.set_state(state)
     return next(iterator)
 
 
-def _made(
+def _packed_dataset(
     cfg: Experiment, tokenizer: Tokenizer, source: Conversations, batch: Callable
 ) -> grain.IterDataset:
     """What `batch` makes of the rows of each global batch; its place in the data is the same whatever it makes."""
     threads, rows = cfg.data.threads, cfg.train.batch_size
     stream = grain.MapDataset.source(source).seed(cfg.seed).shuffle()
     encoded = stream.map(
-        functools.partial(element, cfg, tokenizer, tile_counter(cfg, source))
+        functools.partial(encode_for_packing, cfg, tokenizer, tile_counter(cfg, source))
     ).repeat()
-    lengths, padding = capacity(cfg)
+    lengths, padding = row_capacity(cfg)
     packed = grain.experimental.FirstFitPackIterDataset(
         encoded.to_iter_dataset(grain.ReadOptions(threads, max(threads, WINDOW_ROWS))),
         length_struct=lengths,
@@ -87,7 +91,7 @@ def _made(
     )
 
 
-def element(
+def encode_for_packing(
     cfg: Experiment,
     tokenizer: Tokenizer,
     tiles_of: Callable[[int], int],
@@ -104,7 +108,7 @@ def element(
     }
 
 
-def capacity(cfg: Experiment) -> tuple[dict[str, int], dict[str, int]]:
+def row_capacity(cfg: Experiment) -> tuple[dict[str, int], dict[str, int]]:
     """How much of each field of an element a row holds, and what stands where there is nothing."""
     pad = cfg.data.special_ids[0]
     padding = {"tokens": pad, "targets": pad, "images_seen": 0, "images": NO_IMAGE}
@@ -129,9 +133,9 @@ def pixel_reader(
 
     def read(number: int) -> np.ndarray:
         name, encoded = source.image(number)
-        return tiling.lay_out(image_files.decode(encoded, name, needed_px), vision)
+        return tiling.resize_to_grid(image_files.decode(encoded, name, needed_px), vision)
 
-    return tiling.kept(read, vision)
+    return tiling.lru_cached(read, vision)
 
 
 def tile_counter(cfg: Experiment, source: Conversations) -> Callable[[int], int]:
@@ -169,7 +173,7 @@ def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Callable) -> Batch:
         pixels = {place: image_files.normalise(x, cfg.vision) for place, x in uint8}
         images, may_read = None, is_read
     else:
-        images, there = _images(cfg, fields["images"], filled, read)
+        images, there = _stack_images(cfg, fields["images"], filled, read)
         may_read = np.repeat(is_read, views, axis=-1) & there[:, None]
     batch = Batch(
         **{
@@ -180,18 +184,18 @@ def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Callable) -> Batch:
         positions=fields["tokens_positions"],
         segment_ids=segment_ids,
         branch_ids=np.full_like(segment_ids, TRUNK),
-        image_token_index=moved(fields["image_token_index"], first * views * cfg.image_tokens),
-        image_mask=only_own_tile(may_read, moved(fields["image_tags"], first * views)),
+        image_token_index=offset_ids(fields["image_token_index"], first * views * cfg.image_tokens),
+        image_mask=restrict_tags(may_read, offset_ids(fields["image_tags"], first * views)),
         images=images if cfg.fusion.has_images else None,
     )
     return (
-        on_tiles(cfg, batch, pixels, filled.shape, own)
+        stack_tiles(cfg, batch, pixels, filled.shape, own)
         if cfg.vision.keeps_aspect_in_tiles
         else batch
     )
 
 
-def _images(
+def _stack_images(
     cfg: Experiment, numbers: np.ndarray, filled: np.ndarray, read: Callable
 ) -> tuple[np.ndarray, np.ndarray]:
     """(B, images) numbers -> (B, I, H, W, 3) float32, normalised, and (B, I) bool: which of all views are there."""
@@ -200,13 +204,13 @@ def _images(
     there = np.zeros((*numbers.shape, views), bool)
     places = zip(*np.nonzero(filled), strict=True)
     for place, pixels in zip(places, read(numbers[filled].tolist()), strict=True):
-        images[place] = tiling.stacked([image_files.normalise(pixels, vision)], vision)
-        there[place] = tiling.views_there([tiling.tiles_of(pixels, vision)], vision)
+        images[place] = tiling.stack_views([image_files.normalise(pixels, vision)], vision)
+        there[place] = tiling.view_mask([tiling.count_tiles(pixels, vision)], vision)
     rows = len(numbers)
     return images.reshape(rows, -1, *images.shape[3:]), there.reshape(rows, -1)
 
 
-def on_tiles(
+def stack_tiles(
     cfg: Experiment,
     batch: Batch,
     images: Mapping[tuple[int, int], np.ndarray],
@@ -227,7 +231,7 @@ def on_tiles(
     for place, image in images.items():
         parts = tiling.cut_tiles(image, vision)
         pixels[place][: len(parts)], there[place][: len(parts)] = parts, True
-        layouts[place] = vision.tile_layouts.index(tiling.layout_of(image, vision)) + 1
+        layouts[place] = vision.tile_layouts.index(tiling.grid_shape(image, vision)) + 1
     shown = there if batch.image_rows is None else there[batch.image_rows]
     mask = np.repeat(batch.image_mask, vision.tiles, axis=-1) & shown.reshape(len(shown), 1, -1)
     blind = (
@@ -246,10 +250,10 @@ def on_tiles(
     )
 
 
-def tiled(cfg: Experiment, batch: Batch) -> Batch:
+def as_tiled_batch(cfg: Experiment, batch: Batch) -> Batch:
     """The batch as an encoder with tiles reads it: every image is its own first tile, and the others are missing.
 
-    A batch of `on_tiles` stays as it is.
+    A batch of `stack_tiles` stays as it is.
 
     The encoder emits M tokens for every tile, there or not, so those of image k begin at k * vision.tiles * M.
     """
@@ -265,7 +269,7 @@ def tiled(cfg: Experiment, batch: Batch) -> Batch:
         tile_layouts=np.full(batch.images.shape[:2], layout, np.int32),
         tile_mask=np.pad(np.ones((*batch.images.shape[:2], 1), bool), [(0, 0)] * 2 + missing),
         image_mask=np.repeat(batch.image_mask, vision.tiles, axis=-1) & first_of_each,
-        image_token_index=moved(
+        image_token_index=offset_ids(
             batch.image_token_index, images_before * (vision.tiles - 1) * cfg.image_tokens
         ),
     )

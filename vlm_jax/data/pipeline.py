@@ -41,7 +41,7 @@ class DecodedRecords:
     def __init__(self, records: sources.Records, vision: Vision):
         self.records = records
         self._vision = vision
-        self._read = tiling.kept(self._decode, vision)
+        self._read = tiling.lru_cached(self._decode, vision)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -53,7 +53,7 @@ class DecodedRecords:
         record = self.records[index]
         name = f"the image of row {index} of {self.records.title}"
         image = image_files.decode(record.image, name)
-        return replace(record, image=tiling.lay_out(image, self._vision))
+        return replace(record, image=tiling.resize_to_grid(image, self._vision))
 
 
 def training_iterator(
@@ -69,12 +69,12 @@ def training_iterator(
             f"train.batch_size {cfg.train.batch_size} is no multiple of the {process_count} processes"
         )
     if cfg.data.is_conversations:
-        source, _ = learnable(cfg, tokenizer)
+        source, _ = training_conversations(cfg, tokenizer)
         return iter(
             packing.batches(cfg, tokenizer, source, slice(process_index, None, process_count))
         )
     records = DecodedRecords(sources.load(cfg.data, cfg.data.train_split), cfg.vision)
-    rows = _shuffled(cfg, records).random_map(_row_builder(cfg, tokenizer)).repeat()
+    rows = _shuffled(cfg, records).random_map(_make_row_builder(cfg, tokenizer)).repeat()
     batches = rows[process_index::process_count].batch(
         cfg.train.batch_size // process_count,
         drop_remainder=True,
@@ -90,13 +90,13 @@ def _shuffled(cfg: Experiment, source: Sequence) -> grain.MapDataset:
     return grain.MapDataset.source(source).seed(cfg.seed).shuffle()
 
 
-def ids(cfg: Experiment, tokenizer: Tokenizer, state: dict) -> list:
+def batch_ids(cfg: Experiment, tokenizer: Tokenizer, state: dict) -> list:
     """Ids of what is in the batch, of all processes, that `training_iterator` gives after its state was `state`.
 
     Of conversations, or else of images.
     """
     if cfg.data.is_conversations:
-        return packing.ids(cfg, tokenizer, learnable(cfg, tokenizer)[0], state)
+        return packing.batch_ids(cfg, tokenizer, training_conversations(cfg, tokenizer)[0], state)
     records = sources.load(cfg.data, cfg.data.train_split)
     order, first = (
         _shuffled(cfg, range(len(records))).repeat(),
@@ -105,13 +105,13 @@ def ids(cfg: Experiment, tokenizer: Tokenizer, state: dict) -> list:
     return [records[order[row]].image_id for row in range(first, first + cfg.train.batch_size)]
 
 
-def _row_builder(cfg: Experiment, tokenizer: Tokenizer) -> Callable:
+def _make_row_builder(cfg: Experiment, tokenizer: Tokenizer) -> Callable:
     choose = make_question_sampler(cfg, tokenizer)
 
     def row(record: sources.Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
         pairs = choose(record, rng)
         pixels = image_files.augment(record.image, cfg.data.augment, rng)
-        packed = text.pack_row(cfg, pairs, tiling.tiles_of(pixels, cfg.vision))
+        packed = text.pack_row(cfg, pairs, tiling.count_tiles(pixels, cfg.vision))
         return packed | {"images": pixels}
 
     return row
@@ -141,9 +141,9 @@ def _stack(cfg: Experiment, rows: Sequence[dict[str, np.ndarray]]) -> Batch:
             for row, fields in enumerate(rows)
         }
         own = np.ones_like(stacked["image_mask"])
-        return packing.on_tiles(cfg, Batch(**stacked), placed, (len(rows), 1), own)
+        return packing.stack_tiles(cfg, Batch(**stacked), placed, (len(rows), 1), own)
     images = tiling.batch_views([row["images"] for row in rows], cfg.vision)
-    return packing.tiled(cfg, Batch(**stacked, images=images))
+    return packing.as_tiled_batch(cfg, Batch(**stacked, images=images))
 
 
 def conversation_source(data: Data, split: str) -> conversations.Conversations | tfds_vqa.TfdsVqa:
@@ -151,7 +151,7 @@ def conversation_source(data: Data, split: str) -> conversations.Conversations |
     return (conversations if data.source == "conversations" else tfds_vqa).load(data, split)
 
 
-def learnable(
+def training_conversations(
     cfg: Experiment, tokenizer: Tokenizer
 ) -> tuple[conversations.Conversations | conversations.Selection, cuts.Cuts]:
     """Returns the conversations that are learned from, and what the length of a row cuts.
@@ -159,23 +159,23 @@ def learnable(
     Raises:
       ConfigError: there are none, or one has more images than a row.
     """
-    return _learnable(cfg, tokenizer, tuple(fingerprint(cfg.data).items()))
+    return _training_conversations(cfg, tokenizer, tuple(fingerprint(cfg.data).items()))
 
 
 @functools.lru_cache(maxsize=1)
-def _learnable(cfg: Experiment, tokenizer: Tokenizer, contents: tuple):
+def _training_conversations(cfg: Experiment, tokenizer: Tokenizer, contents: tuple):
     """Reads and tokenizes all texts once per process; other `contents` are other texts."""
     del contents
     source = conversation_source(cfg.data, cfg.data.train_split)
-    packing.check(cfg, source)
-    return cuts.learnable(cfg, tokenizer, source)
+    packing.check_image_counts(cfg, source)
+    return cuts.drop_unscored(cfg, tokenizer, source)
 
 
 def contents(cfg: Experiment, tokenizer: Tokenizer) -> dict[str, str]:
     """Returns the fingerprint of the data that is learned from; of a TFDS set it has the SHA-256 of the texts, too."""
     found = fingerprint(cfg.data)
     if cfg.data.source.startswith("tfds:"):
-        found[f"texts of {cfg.data.source}"] = learnable(cfg, tokenizer)[1].digest
+        found[f"texts of {cfg.data.source}"] = training_conversations(cfg, tokenizer)[1].digest
     return found
 
 

@@ -78,7 +78,9 @@ def _image(decoded: pipeline.DecodedRecords, index: int) -> list[np.ndarray]:
 
 def row_length(cfg: Experiment, tokenizer: Tokenizer, asked: Iterable[Question]) -> int:
     """`prompt_length` of the questions, each with its images, as if all were of the most tiles."""
-    return _room(cfg, tokenizer, {(question.question, question.image_count) for question in asked})
+    return _max_prompt_length(
+        cfg, tokenizer, {(question.question, question.image_count) for question in asked}
+    )
 
 
 def prompt_length(
@@ -89,10 +91,10 @@ def prompt_length(
     Raises:
       ConfigError: the longest of them has no room for an answer of `eval.max_new_tokens`.
     """
-    return _room(cfg, tokenizer, {(prompt, images) for prompt in prompts})
+    return _max_prompt_length(cfg, tokenizer, {(prompt, images) for prompt in prompts})
 
 
-def _room(cfg: Experiment, tokenizer: Tokenizer, asked: set[tuple[str, int]]) -> int:
+def _max_prompt_length(cfg: Experiment, tokenizer: Tokenizer, asked: set[tuple[str, int]]) -> int:
     most = cfg.vision.cut_tiles
     length = max(
         len(prompt_row(cfg, tokenizer, prompt, [most] * images)["tokens"])
@@ -140,7 +142,7 @@ def prompt_batch(
     that nothing is compiled twice; I is of `data.images_per_row` images then, at the least. A missing view is grey, and
     no token reads it.
     """
-    counts = [[tiling.tiles_of(pixels, cfg.vision) for pixels in row] for row in images]
+    counts = [[tiling.count_tiles(pixels, cfg.vision) for pixels in row] for row in images]
     most = max(map(len, counts))
     counts = counts if image_rows is None else [counts[row] for row in image_rows]
     ends = [None] * len(prompts) if answers is None else answers
@@ -155,7 +157,7 @@ def prompt_batch(
     rows = [prompt_row(cfg, tokenizer, prompt, n, length, end) for prompt, n, end in asked]
     views = most * cfg.vision.views
     for row in rows:
-        row["image_mask"] = _filled(row["image_mask"], 1, views)
+        row["image_mask"] = _zero_pad(row["image_mask"], 1, views)
     batch = Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
     if not most:
         return batch
@@ -166,9 +168,9 @@ def prompt_batch(
         }
         own = np.arange(most) < np.array(list(map(len, counts)))[:, None, None]
         own = np.broadcast_to(own, batch.image_mask.shape)
-        return packing.on_tiles(cfg, batch, placed, (len(images), most), own)
-    pixels = np.stack([_filled(tiling.stacked(row, cfg.vision), 0, views) for row in images])
-    return packing.tiled(cfg, batch.replace(images=pixels))
+        return packing.stack_tiles(cfg, batch, placed, (len(images), most), own)
+    pixels = np.stack([_zero_pad(tiling.stack_views(row, cfg.vision), 0, views) for row in images])
+    return packing.as_tiled_batch(cfg, batch.replace(images=pixels))
 
 
 def question_batch(
@@ -194,6 +196,6 @@ def question_batch(
     return prompt_batch(cfg, tokenizer, images, prompts, length, owners)
 
 
-def _filled(x: np.ndarray, axis: int, size: int) -> np.ndarray:
+def _zero_pad(x: np.ndarray, axis: int, size: int) -> np.ndarray:
     """Zeros behind it, up to the size."""
     return np.pad(x, [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])

@@ -24,13 +24,13 @@ from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
 from vlm_jax.data.text import (
     Fields,
+    concat_fields,
     image_fields,
-    joined,
-    only_own_tile,
-    padded,
+    pad_row,
+    restrict_tags,
     text_fields,
 )
-from vlm_jax.data.tiling import views_there
+from vlm_jax.data.tiling import view_mask
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import NO_IMAGE, TRUNK
 
@@ -83,7 +83,7 @@ def encode(
         parts = _template_parts(cfg, tokenizer, turns, images)
     scored = np.concatenate([np.asarray(those, bool) for _, those, _ in parts])
     lengths, shown = [len(those) for _, those, _ in parts], [number for _, _, number in parts]
-    fields = joined([fields for fields, _, _ in parts])
+    fields = concat_fields([fields for fields, _, _ in parts])
     predicts_answer = np.append(
         scored[1:], True
     )  # the last token, of an answer that is still to come
@@ -132,7 +132,7 @@ def cut(cfg: Experiment, fields: Fields, tiles: Sequence[int], length: int) -> F
     return {name: values[:end] for name, values in fields.items()}
 
 
-def most_tokens(
+def max_token_counts(
     cfg: Experiment, tokenizer: Tokenizer, conversations: Sequence[Sequence[str]]
 ) -> list[int]:
     """Returns an upper bound on the tokens of each conversation, as if it needed a begin token and all images had the
@@ -259,11 +259,11 @@ def prompt_row(
         "positions": np.arange(len(seen), dtype=np.int32),
         "segment_ids": np.ones_like(seen),
         "branch_ids": np.full_like(seen, TRUNK),
-        "image_mask": only_own_tile(is_read & views_there(tiles, cfg.vision), tags),
+        "image_mask": restrict_tags(is_read & view_mask(tiles, cfg.vision), tags),
     }
     length = len(seen) if length is None else length
     if len(seen) > length:
         raise ConfigError(
             f"a prompt takes {len(seen)} tokens with its images, more than the {length} that there are"
         )
-    return padded(cfg, row, length - len(seen), length)
+    return pad_row(cfg, row, length - len(seen), length)

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.data.tiling import views_there
+from vlm_jax.data.tiling import view_mask
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import NO_IMAGE, PADDING, TRUNK
 
@@ -74,7 +74,7 @@ def image_fields(cfg: Experiment, tiles: int = 1, number: int = 0) -> Fields:
     grid[:, columns:] = newline
     slots = np.full_like(grid, NO_IMAGE)
     slots[:, :columns] = np.arange(rows * columns).reshape(rows, columns)
-    views = np.flatnonzero(views_there([tiles], cfg.vision)).tolist()
+    views = np.flatnonzero(view_mask([tiles], cfg.vision)).tolist()
     shown = views[len(views) - min(cfg.views_in_sequence, len(views)) :]
     parts = [text_fields([image] if cfg.fusion.placeholder else [])]
     for view in views:
@@ -82,9 +82,9 @@ def image_fields(cfg: Experiment, tiles: int = 1, number: int = 0) -> Fields:
         tag = text_fields(cfg.tile_tags[view] if cfg.tile_tags else [])
         parts.append(tag | {"image_tags": np.full_like(tag["tokens"], place)})
         if view in shown:
-            own = moved(slots.reshape(-1), place * cfg.image_tokens)
+            own = offset_ids(slots.reshape(-1), place * cfg.image_tokens)
             parts.append(text_fields(grid.reshape(-1)) | {"image_token_index": own})
-    return joined(parts)
+    return concat_fields(parts)
 
 
 def text_fields(ids: Sequence[int]) -> Fields:
@@ -96,23 +96,23 @@ def text_fields(ids: Sequence[int]) -> Fields:
     }
 
 
-def joined(parts: Sequence[Fields]) -> Fields:
+def concat_fields(parts: Sequence[Fields]) -> Fields:
     """Fields one after the other."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def moved(numbers: np.ndarray, by: np.ndarray | int) -> np.ndarray:
+def offset_ids(numbers: np.ndarray, by: np.ndarray | int) -> np.ndarray:
     """Numbers of image tokens or of views, counted from another place; NO_IMAGE stays."""
     return np.where(numbers == NO_IMAGE, NO_IMAGE, numbers + by).astype(np.int32)
 
 
-def only_own_tile(image_mask: np.ndarray, image_tags: np.ndarray) -> np.ndarray:
+def restrict_tags(image_mask: np.ndarray, image_tags: np.ndarray) -> np.ndarray:
     """(..., S, I * J) bool and (..., S): the views that a token may read, of a tag none but its own."""
     views, tags = np.arange(image_mask.shape[-1]), image_tags[..., None]
     return image_mask & ((tags == NO_IMAGE) | (tags == views))
 
 
-def fitting(cfg: Experiment, pairs: Sequence[Pair]) -> list[Pair]:
+def drop_overflow(cfg: Experiment, pairs: Sequence[Pair]) -> list[Pair]:
     """The pairs that a row takes: those that do not fit any more are left out.
 
     Raises:
@@ -135,9 +135,9 @@ def fitting(cfg: Experiment, pairs: Sequence[Pair]) -> list[Pair]:
 def pack_row(cfg: Experiment, pairs: Sequence[Pair], tiles: int = 1) -> Fields:
     """One image and its questions -> the fields of a training row of length S = cfg.row_length, image_mask (S, J).
 
-    It has those of the pairs that are `fitting`.
+    It has those of the pairs that are `drop_overflow`.
     """
-    kept = fitting(cfg, pairs)
+    kept = drop_overflow(cfg, pairs)
     row = _segment(cfg, [tiles], [[*prompt, *answer] for prompt, answer in kept])
     same_branch = row["branch_ids"][:-1] == row["branch_ids"][1:]
     lengths = [np.sum(row["branch_ids"] == TRUNK), *(len(part) for pair in kept for part in pair)]
@@ -147,7 +147,7 @@ def pack_row(cfg: Experiment, pairs: Sequence[Pair], tiles: int = 1) -> Fields:
     pad = cfg.data.special_ids[0]
     row["targets"] = np.append(np.where(same_branch, row["tokens"][1:], pad), pad)
     row["loss_weights"] = np.append(same_branch & answered[1:], False)
-    return padded(cfg, row, 0, cfg.row_length)
+    return pad_row(cfg, row, 0, cfg.row_length)
 
 
 def prompt_row(
@@ -179,7 +179,7 @@ def prompt_row(
         raise ConfigError(
             f"a prompt takes {needed} tokens with its images, more than the {length} that there are"
         )
-    return padded(cfg, row, length - needed, length)
+    return pad_row(cfg, row, length - needed, length)
 
 
 def _segment(cfg: Experiment, tiles: Sequence[int], branches: Sequence[Sequence[int]]) -> Fields:
@@ -193,10 +193,10 @@ def _segment(cfg: Experiment, tiles: Sequence[int], branches: Sequence[Sequence[
     lengths = np.array([size, *map(len, branches)])
     starts = np.cumsum(lengths) - lengths
     starts[1:] -= size  # every branch goes on where the trunk ended
-    fields = joined([*trunk, text_fields(list(itertools.chain(*branches)))])
+    fields = concat_fields([*trunk, text_fields(list(itertools.chain(*branches)))])
     tokens, slots, tags = fields.values()
     there = np.broadcast_to(
-        views_there(tiles, cfg.vision), (len(tokens), len(tiles) * cfg.vision.views)
+        view_mask(tiles, cfg.vision), (len(tokens), len(tiles) * cfg.vision.views)
     )
     return {
         "tokens": tokens,
@@ -204,11 +204,11 @@ def _segment(cfg: Experiment, tiles: Sequence[int], branches: Sequence[Sequence[
         "segment_ids": np.ones_like(tokens),
         "branch_ids": np.repeat(np.arange(len(lengths)), lengths),
         "image_token_index": slots,
-        "image_mask": only_own_tile(there, tags),
+        "image_mask": restrict_tags(there, tags),
     }
 
 
-def padded(cfg: Experiment, row: Fields, before: int, length: int) -> Fields:
+def pad_row(cfg: Experiment, row: Fields, before: int, length: int) -> Fields:
     """The row with `before` empty slots in front and as many behind as `length` asks for."""
     padded, pad = {}, np.int32(cfg.data.special_ids[0])
     for name, values in row.items():

@@ -83,7 +83,7 @@ def shape_on_canvas(
     return most_rows, min(math.floor(width * scale_rows), most_columns)
 
 
-def on_canvas(image: Image.Image, vision: Vision) -> np.ndarray:
+def fit_on_canvas(image: Image.Image, vision: Vision) -> np.ndarray:
     """An RGB image -> (rows * image_size_px, columns * image_size_px, 3) uint8, on the canvas that fits it best.
 
     The aspect ratio is kept; the right and lower borders are black (Llama 3.2 Vision).
@@ -97,16 +97,16 @@ def on_canvas(image: Image.Image, vision: Vision) -> np.ndarray:
     return np.pad(pixels, ((0, below), (0, right), (0, 0)))
 
 
-def lay_out(image: Image.Image, vision: Vision) -> np.ndarray:
+def resize_to_grid(image: Image.Image, vision: Vision) -> np.ndarray:
     """Any RGB image -> (rows * image_size_px, columns * image_size_px, 3) uint8: resized to its best layout."""
     if vision.keeps_aspect_in_tiles:
-        return on_canvas(image, vision)
+        return fit_on_canvas(image, vision)
     if vision.cut_tiles > 1:
         return fit(image, vision.image_size_px, best_layout(*image.size, vision), vision.resample)
     return np.asarray(to_square(image, vision))
 
 
-def kept(read: Callable[[int], Any], vision: Vision) -> Callable[[int], Any]:
+def lru_cached(read: Callable[[int], Any], vision: Vision) -> Callable[[int], Any]:
     """What `read` gives for a number, something with an image that is laid out; those read last stay in memory."""
     most_bytes = CHANNELS * vision.cut_tiles * vision.image_size_px**2
     return functools.lru_cache(CACHE_BYTES // most_bytes)(read)
@@ -114,47 +114,47 @@ def kept(read: Callable[[int], Any], vision: Vision) -> Callable[[int], Any]:
 
 def to_pixels(image: Image.Image, vision: Vision) -> np.ndarray:
     """The same as float32, as the encoder reads it."""
-    return normalise(lay_out(image, vision), vision)
+    return normalise(resize_to_grid(image, vision), vision)
 
 
-def layout_of(pixels: np.ndarray, vision: Vision) -> tuple[int, int]:
+def grid_shape(pixels: np.ndarray, vision: Vision) -> tuple[int, int]:
     """The rows and columns of tiles of an image that is laid out."""
     height, width = pixels.shape[:2]
     return height // vision.image_size_px, width // vision.image_size_px
 
 
-def tiles_of(pixels: np.ndarray, vision: Vision) -> int:
+def count_tiles(pixels: np.ndarray, vision: Vision) -> int:
     """The number of tiles of an image that is laid out."""
-    return math.prod(layout_of(pixels, vision))
+    return math.prod(grid_shape(pixels, vision))
 
 
 def cut_tiles(pixels: np.ndarray, vision: Vision) -> np.ndarray:
     """An image that is laid out, (height, width, 3) -> its tiles row by row."""
-    rows, columns = layout_of(pixels, vision)
+    rows, columns = grid_shape(pixels, vision)
     return einops.rearrange(pixels, "(r h) (c w) d -> (r c) h w d", r=rows, c=columns)
 
 
-def cut(pixels: np.ndarray, vision: Vision) -> np.ndarray:
+def split_into_views(pixels: np.ndarray, vision: Vision) -> np.ndarray:
     """An image that is laid out, (height, width, 3) float32 -> its tiles row by row, then its thumbnail, if it has one.
 
     The thumbnail is the mean of rows x columns pixels.
     """
-    tiles, (rows, columns) = cut_tiles(pixels, vision), layout_of(pixels, vision)
+    tiles, (rows, columns) = cut_tiles(pixels, vision), grid_shape(pixels, vision)
     if len(tiles) == 1 or not vision.thumbnail:
         return tiles
     whole = einops.reduce(pixels, "(h r) (w c) d -> 1 h w d", "mean", r=rows, c=columns)
     return np.concatenate([tiles, whole])
 
 
-def stacked(images: Sequence[np.ndarray], vision: Vision) -> np.ndarray:
+def stack_views(images: Sequence[np.ndarray], vision: Vision) -> np.ndarray:
     """Images that are laid out -> all their views, (I * J, image_size_px, image_size_px, 3) float32."""
     side, filled = (
         vision.image_size_px,
-        views_there([tiles_of(pixels, vision) for pixels in images], vision),
+        view_mask([count_tiles(pixels, vision) for pixels in images], vision),
     )
     views = np.zeros((len(filled), side, side, 3), np.float32)
     if len(images):
-        views[filled] = np.concatenate([cut(pixels, vision) for pixels in images])
+        views[filled] = np.concatenate([split_into_views(pixels, vision) for pixels in images])
     return views
 
 
@@ -165,10 +165,10 @@ def batch_views(images: Sequence[np.ndarray], vision: Vision) -> np.ndarray:
     """
     if vision.views == 1:
         return normalise(np.stack(images), vision)[:, None]
-    return np.stack([stacked([normalise(pixels, vision)], vision) for pixels in images])
+    return np.stack([stack_views([normalise(pixels, vision)], vision) for pixels in images])
 
 
-def views_there(tiles: Sequence[int], vision: Vision) -> np.ndarray:
+def view_mask(tiles: Sequence[int], vision: Vision) -> np.ndarray:
     """The number of tiles of every image (0: it is missing) -> (I * J,) bool: which of all the views are there."""
     number, views = np.array(tiles, np.int32)[:, None], np.arange(vision.views)
     is_thumbnail = views >= vision.cut_tiles

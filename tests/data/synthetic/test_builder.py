@@ -19,8 +19,8 @@ from vlm_jax.data import (
     questions,
     sources,
 )
-from vlm_jax.data.blind_baselines import blind
-from vlm_jax.data.text import answer_ids, fitting, prompt_ids
+from vlm_jax.data.blind_baselines import question_only_baselines
+from vlm_jax.data.text import answer_ids, drop_overflow, prompt_ids
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer.evaluate import too_long
 from vlm_jax.testing import tiny
@@ -112,7 +112,7 @@ def test_the_rows_of_a_config_have_room_for_nearly_all_questions_and_its_answers
     tokenizer = pipeline.train_tokenizer(cfg)
     rows = length_check.sampled_rows(cfg, tokenizer)
     assert len(rows) == 400
-    assert sum(len(fitting(cfg, row)) for row in rows) > 0.98 * sum(map(len, rows))
+    assert sum(len(drop_overflow(cfg, row)) for row in rows) > 0.98 * sum(map(len, rows))
     for split in ("train", "validation", "test"):
         assert too_long(cfg, tokenizer, questions.load(cfg, split)) == ""
 
@@ -123,7 +123,7 @@ def test_the_blind_say_one_thing_or_repeat_a_word():
         sources.Record(0, b"", asked[:2], ("b", "c"), ("either", "either")),
         sources.Record(1, b"", asked[2:], ("b", "c"), ("either", "other")),
     ]
-    assert blind(records) == {"either": (3, 2 / 3, 2 / 3), "other": (1, 1.0, 1.0)}
+    assert question_only_baselines(records) == {"either": (3, 2 / 3, 2 / 3), "other": (1, 1.0, 1.0)}
 
 
 # What is said without looking is right in this share of cases at the most; a deviation of 0.03 is left to chance.
@@ -148,7 +148,7 @@ GUESSED = {
 
 @by_name
 def test_questions_alone_are_answered_by_chance(name, datasets_dir):
-    found = blind(sources.load(drawn(name, datasets_dir), "train"))
+    found = question_only_baselines(sources.load(drawn(name, datasets_dir), "train"))
     assert set(found) == set(GUESSED[name])
     for kind, (count, constant, repeated) in found.items():
         assert max(constant, repeated) < GUESSED[name][kind] + 1.2 * count**-0.5, (

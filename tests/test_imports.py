@@ -9,7 +9,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from its own line and the lines above. The longest prefix of its name decides its line.
 FLOW = [
-    ["config.model", "runtime.process"],
+    ["config.datasets", "config.hints", "config.model", "runtime.process"],
     ["config.experiment"],
     ["config"],
     [
@@ -17,7 +17,6 @@ FLOW = [
         "structs",
         "config.bounds",
         "config.cross_checks",
-        "config.hints",
         "cost.chips",
         "runtime.lfs",
     ],

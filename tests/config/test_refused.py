@@ -98,19 +98,25 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
         "optim.lr_mult is 0 for vision, .*: nothing would learn",
     ),
     ({"data_source": "conversations"}, "data.source conversations needs data.files"),
-    ({"data_files": ("a.json",)}, "data.files is of data.source conversations, not of easy_vqa"),
+    (
+        {"data_files": ("a.json",)},
+        "data.files applies only to data.source conversations, not to easy_vqa",
+    ),
     (
         {"eval_files": ("a.json",)},
-        "eval.files is of data.source conversations, not of easy_vqa: leave it out",
+        "eval.files applies only to data.source conversations, not to easy_vqa: leave it out",
     ),
-    ({"data_image_dir": "a"}, "data.image_dir is of data.source conversations, not of easy_vqa"),
+    (
+        {"data_image_dir": "a"},
+        "data.image_dir applies only to data.source conversations, not to easy_vqa",
+    ),
     (
         {"data_source": "tfds:vqa", "data_augment": ("mirror",)},
-        "data.augment mirror .* data.source tfds:vqa .* untrue",
+        "data.augment mirror .* invalidate .* data.source tfds:vqa",
     ),
     (
         {"data_images_per_row": 2},
-        "data.images_per_row 2 is of conversations: with data.source easy_vqa .* one",
+        "data.images_per_row applies only to data.source conversations and tfds:NAME",
     ),
     (
         {"data_source": "tfds:vqa", "fusion_tokens_without_image": "attend_all"},

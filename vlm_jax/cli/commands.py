@@ -253,7 +253,8 @@ def _of_checkpoint(arguments: list[str]) -> Experiment:
             f"{cfg.init_from}, or leave out --checkpoint to evaluate the run."
         )
     data = cfg.data
-    if data.source == "conversations" and not cfg.eval.files:  # of which the only split is train
+    # Files have no other split than train, so the evaluation reads the same ones.
+    if data.files and not cfg.eval.files:
         cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, files=data.files))
     return cfg
 

@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from vlm_jax.config.datasets import DATASETS, Dataset, source_format
+from vlm_jax.config.hints import nearest
 from vlm_jax.config.model import Decoder, Fusion, Projector, Vision
 
 
@@ -41,7 +43,7 @@ class NonFiniteError(RunError):
 
 @dataclass(frozen=True)
 class Data:
-    #: dataset: one of `data.sources.SOURCES`, conversations (of `files`), or tfds:NAME
+    #: dataset: a row of `config.datasets.DATASETS`, such as easy_vqa, conversations or tfds:NAME
     source: str = "easy_vqa"
     files: tuple[str, ...] = ()  # conversations: JSON or JSONL files in LLaVA's format
     image_dir: str = ""  # conversations: the folder in which their images lie
@@ -79,14 +81,26 @@ class Data:
         return self.special_ids[-1]
 
     @property
-    def is_drawn(self) -> bool:
-        """Whether the images are drawn on first use, as `image_px`, `images` and `seed` say."""
-        return self.source in ("glyphs", "digits")
+    def dataset(self) -> Dataset:
+        """Row of `DATASETS` that `source` names.
+
+        Raises:
+          ConfigError: there is no such row.
+        """
+        key, _, name = self.source.partition(":")
+        row = DATASETS.get(key)
+        if row is None or row.takes_name != bool(name):
+            choices = ", ".join(map(source_format, DATASETS))
+            raise ConfigError(
+                f"data.source {self.source!r} is unknown{nearest(self.source, DATASETS)}: "
+                f"choose one of {choices}."
+            )
+        return row
 
     @property
     def is_conversations(self) -> bool:
-        """Whether rows are packed with conversations, and not with one image and its questions."""
-        return self.source == "conversations" or self.source.startswith("tfds:")
+        """Rows are packed with conversations, instead of one image and its questions."""
+        return self.dataset.conversations is not None
 
 
 @dataclass(frozen=True)

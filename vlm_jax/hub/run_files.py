@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from vlm_jax.config import CheckpointError, Experiment
 from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
-from vlm_jax.data.templates import TEMPLATES
+from vlm_jax.data.conversation_parts import TEMPLATES
 from vlm_jax.hub.families.family import Family, HfProcessor, Json
 from vlm_jax.hub.images.settings import processor_config, read_settings, vision_settings
 from vlm_jax.hub.text.special_tokens import (
@@ -140,10 +140,11 @@ def _bos_id(cfg: Experiment) -> int | None:
 
 
 def chat_template(cfg: Experiment, image: str, bos: str, eos: str) -> str:
-    """Builds the Jinja template of a format of data/templates.py or, for question datasets, of data/text.py."""
+    """Builds the Jinja template of a format of data/conversation_parts.py or, for question datasets, of data/text.py."""
     if cfg.data.is_conversations:
         form = TEMPLATES[cfg.data.template]
-        before, after, gap, keeps_question = form.before, form.after, form.gap, form.keeps_question
+        before, after = form.before_question, form.after_question
+        gap, keeps_question = form.before_answer, form.keeps_question
         image_mark = f"{image}\n" if keeps_question else image
     else:
         before, after, gap, keeps_question, image_mark = "", "\n", "", True, image

@@ -118,7 +118,7 @@ def _open_clip(image: ImageInput, settings: ImageSettings) -> np.ndarray:
     shape = resized_shape(pil.height, pil.width, settings.size)
     pil = resize(pil, shape, settings.resample)
     if settings.do_center_crop:
-        pil = center_crop(pil, settings.crop_size, whole=round)
+        pil = center_crop(pil, settings.crop_size, round_margin=round)
     return to_values(pil.convert("RGB"), settings)
 
 

@@ -16,7 +16,7 @@ from flax.linen import meta
 
 from vlm_jax.config import Experiment
 from vlm_jax.nn.models import abstract_params
-from vlm_jax.nn.tiles import TOKEN_MULTIPLE
+from vlm_jax.nn.tiled_vit import TOKEN_MULTIPLE
 from vlm_jax.train import optim
 
 Path = tuple[str, ...]

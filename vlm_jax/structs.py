@@ -94,8 +94,9 @@ class Cache:
     positions: jax.Array  # (B, T)
     block_ids: jax.Array | None  # (B, T)
     layers: Any  # per block of the repeating period and sublayer: keys and values (L, B, K, T, H)
-    #: what was read, slot by slot, without memory: for a RoPE that may turn it all anew
-    seen: DecoderInputs | None = None
+    #: the decoder's inputs of every slot so far, without `memory`: longrope may recompute the keys
+    #: and values from them (nn/longrope.py). None: not needed, or nothing is cached yet
+    inputs: DecoderInputs | None = None
 
 
 @struct.dataclass

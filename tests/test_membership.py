@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
-from vlm_jax import axes
+from vlm_jax import axes, sharding
 from vlm_jax.config import Distributed, Mesh, UserError
 from vlm_jax.config.validate import validate
 from vlm_jax.runtime import distributed
@@ -102,13 +102,13 @@ def test_the_pods_of_gke_find_each_other_without_fields(tpu_vm, monkeypatch):
 
 
 def test_one_process_holds_all_rows():
-    assert axes.share_of_rows(axes.make_mesh(Mesh(2, 2, 2))) == (0, 1)
+    assert sharding.share_of_rows(axes.make_mesh(Mesh(2, 2, 2))) == (0, 1)
 
 
 @pytest.mark.parametrize("rows", [8, 6])
 def test_rows_are_placed_as_they_are_split_or_whole(rows):
     mesh = axes.make_mesh(Mesh(2, 2, 2))
-    placed = axes.place_rows({"x": np.arange(rows * 3).reshape(rows, 3)}, mesh)["x"]
+    placed = sharding.place_rows({"x": np.arange(rows * 3).reshape(rows, 3)}, mesh)["x"]
     np.testing.assert_array_equal(placed, np.arange(rows * 3).reshape(rows, 3))
     assert {shard.data.shape for shard in placed.addressable_shards} == {
         (2, 3) if rows == 8 else (6, 3)

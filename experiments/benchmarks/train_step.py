@@ -31,7 +31,7 @@ def ours(kind: str, folder: str):
     """A function that takes a step and returns its loss, and one that counts the FLOPs of a step."""
     import jax
 
-    from vlm_jax import axes
+    from vlm_jax import axes, sharding
     from vlm_jax.config import Mesh, Optim, Train
     from vlm_jax.cost.flops import train_flops
     from vlm_jax.structs import State
@@ -52,11 +52,11 @@ def ours(kind: str, folder: str):
     cfg, mesh, batch = model.cfg, axes.make_mesh(Mesh()), model.batch(probe.inputs(kind))
     with jax.set_mesh(mesh):
         trained, _ = optimizers.split(model.params, cfg.optim)
-        begin = optimizers.optimizer(cfg.optim, STEPS).init
-        state = State(jax.numpy.int32(0), model.params, jax.jit(begin)(trained))
+        init = optimizers.optimizer(cfg).init
+        state = State(jax.numpy.int32(0), model.params, jax.jit(init)(trained))
         held = {"state": jax.device_put(state, state_shardings(cfg, mesh))}
         del state, trained, model
-        batch = jax.device_put(batch, axes.row_sharding(mesh))
+        batch = jax.device_put(batch, sharding.row_sharding(mesh))
         step = compile_train_step(cfg, mesh, held["state"], batch)
 
     def take() -> float:

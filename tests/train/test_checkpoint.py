@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from orbax.checkpoint._src.path import atomicity
 
-from vlm_jax import axes
+from vlm_jax import axes, sharding
 from vlm_jax.config import ConfigError, Mesh, Train, UserError
 from vlm_jax.runtime import distributed
 from vlm_jax.structs import State
@@ -32,7 +32,8 @@ def like(mesh):
     spec = axes.parameter_spec("D F", (32, 64), mesh)
     sharded = jax.ShapeDtypeStruct((32, 64), np.float32, sharding=NamedSharding(mesh, spec))
     vector, count = (
-        jax.ShapeDtypeStruct(shape, kind, sharding=axes.replicated(mesh)) for shape, kind in SMALL
+        jax.ShapeDtypeStruct(shape, kind, sharding=sharding.replicated(mesh))
+        for shape, kind in SMALL
     )
     return State(
         count, {"mlp": {"kernel": sharded, "bias": vector}}, (count, {("mlp", "kernel"): sharded})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from vlm_jax import axes
+from vlm_jax import axes, sharding
 from vlm_jax.config import Mesh
 from vlm_jax.testing import random_batch, random_params, tiny
 from vlm_jax.train.loss import chunk_tokens, cross_entropy, head_cross_entropy
@@ -108,7 +108,7 @@ def test_on_eight_devices_rows_stay_where_they_are(shape):
     cfg, mesh = experiment(), axes.make_mesh(Mesh(*shape))
     params, hidden, batch = inputs(cfg, WEIGHTS["some, weighted"])
     with jax.set_mesh(mesh):
-        hidden, batch = jax.device_put((hidden, batch), axes.row_sharding(mesh))
+        hidden, batch = jax.device_put((hidden, batch), sharding.row_sharding(mesh))
         compiled = chunked.lower(cfg, 6, params, hidden, batch).compile()
         assert_equal(
             compiled(params, hidden, batch), plain(cfg, *inputs(cfg, WEIGHTS["some, weighted"]))

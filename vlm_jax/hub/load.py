@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from vlm_jax import axes
+from vlm_jax import axes, sharding
 from vlm_jax.config import CheckpointError, UserError
 from vlm_jax.config import Mesh as MeshSizes
 from vlm_jax.config.validate import check_values
@@ -226,7 +226,7 @@ def read_params(
 
     `stored` has the tensors by their names in the table. `mesh` None: whole, and committed to no device.
     """
-    shardings = None if mesh is None else axes.parameter_shardings(boxed, mesh)
+    shardings = None if mesh is None else sharding.parameter_shardings(boxed, mesh)
     shapes = {path: box.value.shape for path, box in boxed.items()}
     sources: dict[str, list[tuple[Row, Target]]] = {}
     for row in rows:

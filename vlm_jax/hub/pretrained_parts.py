@@ -14,7 +14,7 @@ import jax
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from vlm_jax import axes
+from vlm_jax import sharding
 from vlm_jax.config import (
     CheckpointError,
     Data,
@@ -337,10 +337,10 @@ def with_positions(
         return params
     side = round(len(table) ** 0.5)
     boxed = traverse_util.flatten_dict(abstract_params(cfg), sep="/")[POSITIONS]
-    sharding = axes.parameter_shardings({POSITIONS: boxed}, mesh)[POSITIONS]
+    shardings = sharding.parameter_shardings({POSITIONS: boxed}, mesh)
     resample = jax.jit(
         lambda x: resample_positions(x, (side, side), (rows, columns)).astype(x.dtype),
-        out_shardings=sharding,
+        out_shardings=shardings[POSITIONS],
     )
     return params | {POSITIONS: resample(table)}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from vlm_jax import axes
+from vlm_jax import axes, sharding
 from vlm_jax.cli import commands
 from vlm_jax.config import Data, Experiment, files
 from vlm_jax.data import pipeline, questions, sources
@@ -63,7 +63,7 @@ def _measure_steps(cfg: Experiment, mesh, tokenizer: Tokenizer, state: State) ->
     step_fn = None
     data, taken = pipeline.training_iterator(cfg, tokenizer), []
     for _ in range(UNTIMED_STEPS + STEPS):
-        batch = axes.place_own_rows(next(data), mesh)
+        batch = sharding.place_own_rows(next(data), mesh)
         step_fn = step_fn or compile_train_step(cfg, mesh, state, batch)
         begun = time.perf_counter()
         state, metrics = step_fn(state, batch)
@@ -88,7 +88,7 @@ def _decoding_speed(cfg: Experiment, mesh, tokenizer: Tokenizer, params) -> floa
 
     def seconds(tokens: int) -> float:
         with jax.set_mesh(mesh):
-            placed = axes.place_rows(batch, mesh)
+            placed = sharding.place_rows(batch, mesh)
             return _seconds(lambda: generate(cfg, params, placed, tokens, SamplingParams()))
 
     return rows * (count - 1) / max(seconds(count) - seconds(1), 1e-9)

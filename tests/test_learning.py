@@ -46,7 +46,7 @@ def learned(cfg, images):
     state = State(
         jax.numpy.int32(0),
         params,
-        optim.optimizer(cfg.optim, STEPS).init(optim.split(params, cfg.optim)[0]),
+        optim.optimizer(cfg).init(optim.split(params, cfg.optim)[0]),
     )
     step = jax.jit(lambda state, batch: train_step(cfg, state, batch), donate_argnums=0)
     for _ in range(STEPS):

@@ -169,11 +169,11 @@ from vlm_jax import cli
 from vlm_jax.train import loop
 from vlm_jax.train.checkpoint import Checkpoints
 
-note, save, mine = loop.note, Checkpoints.save, int(sys.argv[1])
+log_step, save, mine = loop.log_step, Checkpoints.save, int(sys.argv[1])
 
-def note_then_signal(run, step, *rest):
-    loss = note(run, step, *rest)
-    if (step, mine) == (1, 1):
+def log_then_signal(run, pending):
+    loss = log_step(run, pending)
+    if (pending.step, mine) == (1, 1):
         os.kill(os.getpid(), signal.SIGTERM)
     return loss
 
@@ -182,7 +182,7 @@ def signal_and_save(self, step, *rest):
         os.kill(os.getpid(), signal.SIGTERM)
     save(self, step, *rest)
 
-loop.note, Checkpoints.save = note_then_signal, signal_and_save
+loop.log_step, Checkpoints.save = log_then_signal, signal_and_save
 raise SystemExit(cli.main(sys.argv[2:]))
 """
 
@@ -300,13 +300,14 @@ def test_two_processes_go_on_with_what_one_began(one_process, arguments, tmp_pat
 SHARES = """
 import sys
 from dataclasses import replace
-from vlm_jax import axes, distributed
-from vlm_jax.config import ConfigError, Distributed, Mesh
+from vlm_jax import axes, sharding
+from vlm_jax.config import ConfigError, Distributed, Mesh, UserError
+from vlm_jax.runtime import distributed
 from vlm_jax.testing import tiny
 
 distributed.start(replace(tiny(), distributed=Distributed(sys.argv[1], 2, int(sys.argv[2]), 300)))
 for sizes in ((8, 1, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)):
-    print(*axes.share_of_rows(axes.make_mesh(Mesh(*sizes))), file=sys.stderr)
+    print(*sharding.share_of_rows(axes.make_mesh(Mesh(*sizes))), file=sys.stderr)
 print("printed")
 try:
     with distributed.raise_on_all():
@@ -336,11 +337,11 @@ from vlm_jax.infer import evaluate
 from vlm_jax.train import loop
 
 where, mine, failing = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-module, name = {"step": (loop, "note"), "answer": (evaluate, "answer"), "end": (evaluate, "_share")}[where]
+module, name = {"step": (loop, "log_step"), "answer": (evaluate, "answer"), "end": (evaluate, "_share")}[where]
 function = getattr(module, name)
 
 def fail(*arguments):
-    if mine == failing and (where != "step" or arguments[1] == 3):
+    if mine == failing and (where != "step" or arguments[1].step == 3):
         raise ERROR
     return function(*arguments)
 

@@ -75,16 +75,16 @@ class Stopped(Exception):
 
 def train_until(cfg, step, monkeypatch):
     """Trains until step `step` has been written down, as if the machine had then gone away."""
-    note = loop.note
+    log_step = loop.log_step
 
-    def note_then_stop(run, number, *rest):
-        loss = note(run, number, *rest)
-        if number == step:
+    def log_then_stop(run, pending):
+        loss = log_step(run, pending)
+        if pending.step == step:
             raise Stopped
         return loss
 
     with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(loop, "note", note_then_stop)
+        patched.setattr(loop, "log_step", log_then_stop)
         loop.train(cfg)
 
 

@@ -10,7 +10,7 @@ import pytest
 from flax import traverse_util
 
 from tests.train.test_step import experiment, mesh_of, random_state
-from vlm_jax import axes
+from vlm_jax import sharding
 from vlm_jax.config import LrMult, Optim, UserError
 from vlm_jax.testing import random_batch, variants_and_tiles
 from vlm_jax.train import loop, optim
@@ -38,7 +38,7 @@ def one_step(cfg, shape=ONE):
     """Loss and gradients: those that the first moment of Adam has seen, over 1 - beta1."""
     cfg, mesh = replace(cfg, optim=replace(cfg.optim, clip_norm=1e9)), mesh_of(shape)
     with jax.set_mesh(mesh):
-        batch = jax.device_put(uneven(cfg), axes.row_sharding(mesh))
+        batch = jax.device_put(uneven(cfg), sharding.row_sharding(mesh))
         state, metrics = jit_train_step(cfg, mesh)(random_state(cfg, mesh), batch)
     return float(metrics["loss"]), jax.device_get(optax.tree.get(state.optimizer, "mu"))
 
@@ -69,7 +69,7 @@ def test_all_that_saves_memory_together_on_eight_devices_is_the_plain_step_on_on
 def test_rows_stay_on_their_devices_when_a_batch_is_cut_into_microbatches():
     cfg, mesh = experiment("unified"), mesh_of((4, 2, 1))
     with jax.set_mesh(mesh):
-        rows = axes.row_sharding(mesh)
+        rows = sharding.row_sharding(mesh)
         batch = jax.device_put(random_batch(cfg, rows=32), rows)
         cut = jax.jit(
             lambda batch: accumulate_gradients(lambda part: jnp.sum(part.images**2), batch, 4),

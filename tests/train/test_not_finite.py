@@ -56,7 +56,7 @@ def test_what_is_not_finite_is_named_with_the_images_of_its_batch(cfg):
     assert not list(Workdir(cfg.workdir).checkpoints.iterdir())
     said = str(error.value)
     assert said.startswith(
-        "step 2: the loss is nan; the parameters are finite and no gradient is; the largest number, "
+        "step 2: the loss is nan; all parameters are finite and no gradient is; the largest value is "
     )
     ids = pipeline.batch_ids(cfg, None, {"next_index": 1})
     assert said.endswith(f"The batch held the images {', '.join(map(str, ids))}.")
@@ -83,9 +83,8 @@ def test_a_parameter_that_is_not_finite_is_named_and_no_other(part):
     said = first_nonfinite_parameter(
         jax.device_get(metrics["finite"]), jax.device_get(metrics["largest"])
     )
-    assert (
-        said
-        == f"the first parameter that is not finite is of {part} ({PLANTED[part]}), 1 of {len(params)} are not"
+    assert said == (
+        f"first non-finite parameter: {PLANTED[part]} of {part} (1 of {len(params)} parameters)"
     )
 
 
@@ -98,13 +97,13 @@ def test_a_gradient_is_spoilt_from_where_the_backward_pass_comes():
     ]
     sizes = dict.fromkeys(paths, 1.0)
     said = first_nonfinite_parameter(dict(zip(paths, (False, False, True, True))), sizes)
-    assert (
-        said
-        == "the backward pass spoils that of projector (projector/linear/kernel) first, 2 of 4 gradients"
+    assert said == (
+        "first non-finite gradient in the backward pass: projector/linear/kernel of projector "
+        "(2 of 4 gradients)"
     )
     said = first_nonfinite_parameter(
         dict.fromkeys(paths, False), sizes | {"projector/linear/kernel": 1e30}
     )
     assert said.endswith(
-        "no gradient is; the largest number, 1e+30, is of projector (projector/linear/kernel)"
+        "no gradient is; the largest value is 1e+30, of projector/linear/kernel of projector"
     )

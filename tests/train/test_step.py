@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from vlm_jax import axes
+from vlm_jax import axes, sharding
 from vlm_jax.config import Mesh, Optim, factorizations
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.testing import (
@@ -56,7 +56,7 @@ def three_steps(cfg, shape):
         for seed in range(3):
             batch = random_batch(cfg, rows=8, seed=seed)
             batch = batch if cfg.fusion.has_images else batch.replace(images=None)
-            batch = jax.device_put(batch, axes.row_sharding(mesh))
+            batch = jax.device_put(batch, sharding.row_sharding(mesh))
             state, metrics = step(state, batch)
             rows.append(
                 {

@@ -84,15 +84,15 @@ def assert_same_run(cfg, other):
 
 def signals_at(step, monkeypatch, number=1):
     """SIGTERM comes `number` times while step `step` is written down."""
-    note = loop.note
+    log_step = loop.log_step
 
-    def note_then_signal(run, noted, *rest):
-        loss = note(run, noted, *rest)
-        for _ in range(number if noted == step else 0):
+    def log_then_signal(run, pending):
+        loss = log_step(run, pending)
+        for _ in range(number if pending.step == step else 0):
             os.kill(os.getpid(), signal.SIGTERM)
         return loss
 
-    monkeypatch.setattr(loop, "note", note_then_signal)
+    monkeypatch.setattr(loop, "log_step", log_then_signal)
 
 
 def test_sigterm_saves_the_running_step_and_the_run_continues_bit_for_bit(experiment, monkeypatch):
@@ -164,19 +164,19 @@ def test_a_step_that_cannot_be_saved_after_sigterm_is_not_said_to_be(experiment,
 def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_checkpoint(
     experiment, monkeypatch, file_size
 ):
-    cfg, note = experiment(keep_checkpoints=1), loop.note
+    cfg, log_step = experiment(keep_checkpoints=1), loop.log_step
 
-    def fill_up(run, step, *rest):
-        if step == 4:
+    def fill_up(run, pending):
+        if pending.step == 4:
             run.checkpoints._manager.wait_until_finished()
             file_size(4096)
-        return note(run, step, *rest)
+        return log_step(run, pending)
 
     with (
         monkeypatch.context() as patched,
         pytest.raises(SaveError, match="last whole checkpoint is that of step 3"),
     ):
-        patched.setattr(loop, "note", fill_up)
+        patched.setattr(loop, "log_step", fill_up)
         loop.train(cfg)
     file_size()
     assert saved_steps(cfg) == [3]
@@ -284,17 +284,17 @@ from pathlib import Path
 from vlm_jax import cli
 from vlm_jax.train import loop
 
-note = loop.note
+log_step = loop.log_step
 
-def go_away(run, step, *rest):
-    if step == 4:  # as a bucket that is mounted there and is no longer
+def go_away(run, pending):
+    if pending.step == 4:  # as a bucket that is mounted there and is no longer
         run.checkpoints._manager.wait_until_finished()
         folder = Path(run.cfg.workdir, "checkpoints")
         folder.rename(folder.with_name("aside"))
         folder.touch()
-    return note(run, step, *rest)
+    return log_step(run, pending)
 
-loop.note = go_away
+loop.log_step = go_away
 sys.exit(cli.main(sys.argv[1:]))
 """
 

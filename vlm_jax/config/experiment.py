@@ -115,7 +115,8 @@ class LrMult:
 
 @dataclass(frozen=True)
 class Optim:
-    kind: Literal["adamw", "muon"] = "adamw"  # muon: for kernels; all else is AdamW's as before
+    #: adamw, muon (for kernels; AdamW for the rest), or another row of OPTIMIZERS in train/optim.py
+    kind: str = "adamw"
     learning_rate: float = 1e-3  # the peak, after warm-up
     lr_mult: LrMult = field(default_factory=LrMult)
     warmup_steps: int = 100  # steps in which the learning rate rises from 0 to its peak

@@ -26,6 +26,10 @@ class Head:
     letters: dict[tuple[str, ...], str]
     vocab_size: int
 
+    def select(self, params: Params) -> Params:
+        """Returns the parameters that are the head's."""
+        return {path: x for path, x in params.items() if path in self.letters}
+
     def logits(self, params: Params, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         """In float32, whatever the dtype of parameters and hidden numbers."""
         wide = {path: value.astype(jnp.float32) for path, value in params.items()}

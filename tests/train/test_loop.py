@@ -1,6 +1,8 @@
 """Stopped and continued = never stopped, bit for bit; what cannot work is refused before anything is written."""
 
+import contextlib
 import functools
+import io
 import json
 import re
 import shutil
@@ -42,23 +44,49 @@ def experiment(short_run, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(short_run, tmp_path_factory):
-    """`whole(name)`: a run that was never stopped, its config and last state; tests leave it as it is."""
+def use_devices():
+    """`use_devices(name)`: eight for `unified`; one for other kinds, whose programs compile faster."""
+    make_mesh = axes.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+
+        def use(name):
+            devices = jax.devices()[: 8 if name == "unified" else 1]
+            patch.setattr(axes, "make_mesh", functools.partial(make_mesh, devices=devices))
+
+        yield use
+
+
+@pytest.fixture(autouse=True)
+def eight_devices(use_devices):
+    use_devices("unified")
+
+
+@pytest.fixture(scope="module")
+def whole(short_run, tmp_path_factory, use_devices):
+    """`whole(name)`: config, last state and output of a run that was never stopped.
+
+    Tests leave its work folder as it is.
+    """
 
     @functools.cache
     def make(name="unified"):
+        use_devices(name)
         cfg = short_run(name, tmp_path_factory.mktemp(name) / "run", **SAVED)
-        return cfg, loop.train(cfg)
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            state = loop.train(cfg)
+        return cfg, state, output.getvalue()
 
     return make
 
 
 @pytest.fixture
-def finished(whole, tmp_path):
+def finished(whole, use_devices, tmp_path):
     """`finished(name)`: a copy of that run which a test may change, and the last state."""
 
     def make(name="unified"):
-        cfg, state = whole(name)
+        cfg, state, _ = whole(name)
+        use_devices(name)
         return replace(cfg, workdir=str(shutil.copytree(cfg.workdir, tmp_path / "copy"))), state
 
     return make
@@ -92,6 +120,11 @@ def rows(cfg):
     return [json.loads(line) for line in Workdir(cfg.workdir).metrics.read_text().splitlines()]
 
 
+def same(rows):
+    """The metrics that do not depend on the machine."""
+    return [[row[key] for key in SAME] for row in rows]
+
+
 def saved_steps(cfg):
     return sorted(int(path.name) for path in Workdir(cfg.workdir).checkpoints.iterdir())
 
@@ -121,46 +154,42 @@ def test_stopped_and_continued_is_never_stopped_bit_for_bit(name, finished, caps
     state = loop.train(cfg)
     assert f"continuing from step 4 in {cfg.workdir}" in capsys.readouterr().out
     assert_equal(state, expected)
-    assert [[row[key] for key in SAME] for row in rows(cfg)] == [
-        [row[key] for key in SAME] for row in expected_rows
-    ]
+    assert same(rows(cfg)) == same(expected_rows)
     assert [row["step"] for row in rows(cfg)] == [1, 2, 3, 4, 5, 6]
     assert len({row["loss"] for row in rows(cfg)}) == 6
 
 
-def test_a_mean_loss_over_a_checkpoint_is_the_same_in_a_continued_run(experiment, capsys):
-    """Logged after steps 1, 5 and 6, saved after 2, 4 and 6: the losses of steps 2 to 4 come from the checkpoint."""
-    cfg = experiment()
+@pytest.fixture(scope="module")
+def sparse(short_run, tmp_path_factory, use_devices):
+    """The config of a run whose rows are those of steps 1, 5 and 6."""
+    use_devices("unified")
+    folder = tmp_path_factory.mktemp("sparse") / "run"
+    cfg = short_run(workdir=folder, **SAVED)
     cfg = replace(cfg, train=replace(cfg.train, log_every_steps=5))
     loop.train(cfg)
-    before = rows(cfg)
-    assert [row["step"] for row in before] == [1, 5, 6]
+    return cfg
+
+
+def test_the_logged_loss_is_the_mean_since_the_last_row(sparse, whole):
+    loss = [row["loss"] for row in rows(whole()[0])]
+    assert [row["step"] for row in rows(sparse)] == [1, 5, 6]
+    means = [loss[0], np.mean(loss[1:5]), loss[5]]
+    assert [row["loss"] for row in rows(sparse)] == pytest.approx(means)
+
+
+def test_a_mean_loss_over_a_checkpoint_is_the_same_in_a_continued_run(sparse, tmp_path):
+    """Saved after steps 2, 4 and 6: the losses of steps 2 to 4 come from the checkpoint."""
+    cfg = replace(sparse, workdir=str(shutil.copytree(sparse.workdir, tmp_path / "copy")))
+    before = same(rows(cfg))
     for last in ("6", "4"):
         shutil.rmtree(Workdir(cfg.workdir).checkpoints / last)
         loop.train(cfg)
-        assert [[row[key] for key in SAME] for row in rows(cfg)] == [
-            [row[key] for key in SAME] for row in before
-        ]
+        assert same(rows(cfg)) == before
 
 
-def test_the_logged_loss_is_the_mean_since_the_last_row(experiment, whole):
-    cfg, _ = whole()
-    of_each_step = [row["loss"] for row in rows(cfg)]
-    sparse = experiment("sparse")
-    sparse = replace(sparse, train=replace(sparse.train, log_every_steps=4))
-    loop.train(sparse)
-    means = [row["loss"] for row in rows(sparse)]
-    assert means == pytest.approx(
-        [of_each_step[0], np.mean(of_each_step[1:4]), np.mean(of_each_step[4:])]
-    )
-
-
-def test_a_block_about_the_run_and_the_compilation_come_before_the_first_step(
-    experiment, monkeypatch, capsys
-):
-    cfg = experiment()
-    train_until(cfg, 1, monkeypatch)
-    lines = capsys.readouterr().out.splitlines()
+def test_a_block_about_the_run_and_the_compilation_come_before_the_first_step(whole):
+    cfg, _, output = whole()
+    lines = output.splitlines()
     names = [line.split("  ")[0] for line in lines]
     first = names.index("model")
     block = ["model", "parameters", "devices", "data", "steps", "export", "work folder", "curves"]
@@ -211,19 +240,32 @@ def test_a_run_on_conversations_continues_bit_for_bit(tmp_path):
     )
     shutil.rmtree(Workdir(cfg.workdir).checkpoints / "4")
     assert_equal(loop.train(cfg), expected)
-    assert [[row[key] for key in SAME] for row in rows(cfg)] == [
-        [row[key] for key in SAME] for row in before
-    ]
+    assert same(rows(cfg)) == same(before)
+
+
+class Slow:
+    """An iterator whose every batch takes a tenth of a second more."""
+
+    def __init__(self, data):
+        self.data, self.get_state, self.set_state = data, data.get_state, data.set_state
+
+    def __next__(self):
+        time.sleep(0.1)
+        return next(self.data)
 
 
 def test_an_interrupted_run_has_its_last_checkpoint_and_continues_bit_for_bit(
     experiment, whole, monkeypatch, capsys
 ):
-    cfg = experiment()
-    train_until(cfg, 5, monkeypatch)
+    """Its batches take longer, and its metrics show the wait."""
+    cfg, iterator = experiment(), pipeline.training_iterator
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "training_iterator", lambda *args: Slow(iterator(*args)))
+        train_until(cfg, 5, monkeypatch)
     assert "continuing" not in capsys.readouterr().out
     assert saved_steps(cfg) == [2, 4]
     assert [row["step"] for row in rows(cfg)] == [1, 2, 3, 4, 5]
+    assert all(row["data_wait_seconds"] >= 0.1 for row in rows(cfg))
     assert_equal(loop.train(cfg), whole()[1])
 
 
@@ -299,10 +341,9 @@ def test_a_run_may_continue_otherwise(otherwise, finished, capsys):
         np.testing.assert_allclose(value, expected_value, atol=2e-3)
 
 
-def test_the_metrics_of_a_step_have_every_field(experiment, monkeypatch):
-    cfg = experiment()
-    train_until(cfg, 2, monkeypatch)
-    row = rows(cfg)[0]
+def test_the_metrics_of_a_step_have_every_field(whole):
+    cfg = whole()[0]
+    row = rows(cfg)[1]
     assert set(row) == {*SAME, *TIMES, "hbm_peak_bytes"}
     assert row["hbm_peak_bytes"] is None, "a CPU does not say"
     assert 0 < row["mfu"] < 1
@@ -310,26 +351,6 @@ def test_the_metrics_of_a_step_have_every_field(experiment, monkeypatch):
     assert row["examples_per_second"] * row["step_seconds"] == pytest.approx(8 * 3)
     tokens = row["tokens_per_second"] * row["step_seconds"]
     assert row["padding_fraction"] == pytest.approx(1 - tokens / (8 * cfg.row_length))
-
-
-class Slow:
-    """An iterator whose every batch takes a tenth of a second more."""
-
-    def __init__(self, data):
-        self.data, self.get_state, self.set_state = data, data.get_state, data.set_state
-
-    def __next__(self):
-        time.sleep(0.1)
-        return next(self.data)
-
-
-def test_the_wait_for_a_batch_is_in_the_metrics(experiment, monkeypatch):
-    cfg, iterator = experiment(), pipeline.training_iterator
-    monkeypatch.setattr(
-        pipeline, "training_iterator", lambda *arguments: Slow(iterator(*arguments))
-    )
-    train_until(cfg, 2, monkeypatch)
-    assert all(row["data_wait_seconds"] >= 0.1 for row in rows(cfg))
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused_and_nothing_is_written(experiment):

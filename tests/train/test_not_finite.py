@@ -17,6 +17,8 @@ from vlm_jax.train import loop
 from vlm_jax.train.not_finite import first_nonfinite_parameter
 from vlm_jax.train.step import init_state, train_step
 
+step = jax.jit(train_step, static_argnums=0)
+
 
 @pytest.fixture
 def cfg(short_run, tmp_path):
@@ -79,7 +81,7 @@ def test_a_parameter_that_is_not_finite_is_named_and_no_other(part):
         state = init_state(cfg, jax.random.key(0)).replace(
             params=traverse_util.unflatten_dict(params, sep="/")
         )
-        _, metrics = jax.jit(train_step, static_argnums=0)(cfg, state, random_batch(cfg))
+        _, metrics = step(cfg, state, random_batch(cfg))
     said = first_nonfinite_parameter(
         jax.device_get(metrics["finite"]), jax.device_get(metrics["largest"])
     )

@@ -1,6 +1,7 @@
 """Which parts are trained, at which rate; what is decayed and clipped."""
 
 import dataclasses
+import functools
 from dataclasses import replace
 
 import jax
@@ -9,7 +10,8 @@ import optax
 import pytest
 from flax import traverse_util
 
-from vlm_jax.config import LrMult, Optim
+from vlm_jax.config import ConfigError, LrMult, Optim
+from vlm_jax.nn.models import abstract_params
 from vlm_jax.structs import State
 from vlm_jax.testing import (
     KINDS,
@@ -145,6 +147,46 @@ def test_a_frozen_part_has_no_moments(part):
     for moment in ("mu", "nu"):
         kept = set(optax.tree.get(state.optimizer, moment))
         assert kept == {path for path in flat_params() if optim.part_of(path) != part}
+
+
+def test_an_optimizer_is_one_function_and_one_row(monkeypatch):
+    def lion(cfg, boxes):
+        return optax.scale_by_lion(cfg.beta1, cfg.beta2)
+
+    monkeypatch.setitem(optim.OPTIMIZERS, "lion", lion)
+    cfg = replace(GATED, optim=Optim("lion", learning_rate=0.1, warmup_steps=0, weight_decay=0.0))
+    optim.check_kind(cfg.optim)
+    params = random_params(cfg)
+    trained, _ = optim.split(params, cfg.optim)
+    state = State(jax.numpy.int32(0), params, optim.optimizer(cfg).init(trained))
+    state, _ = jax.jit(functools.partial(train_step, cfg))(state, random_batch(cfg))
+    assert int(state.step) == 1
+    for path, after in optim.split(state.params, cfg.optim)[0].items():
+        steps = np.abs(after - trained[path])  # Lion moves every number by the learning rate
+        np.testing.assert_allclose(steps[steps > 0], 0.1, rtol=1e-3, err_msg="/".join(path))
+        assert np.any(steps), path
+
+
+def test_an_unknown_optimizer_is_refused_with_the_choices():
+    message = (
+        r"optim.kind 'mion' is not an optimizer \(perhaps you meant muon\): choose adamw, muon."
+    )
+    with pytest.raises(ConfigError, match=message):
+        optimizer(Optim("mion"))
+
+
+def test_every_kernel_names_its_contracted_axes_and_nothing_else_does():
+    boxes = traverse_util.flatten_dict(abstract_params(RESAMPLER))
+    assert {path for path, box in boxes.items() if box.is_kernel} == {
+        path for path in boxes if path[-1] == "kernel"
+    }
+    assert {path for path, box in boxes.items() if box.is_table} == {
+        path for path in boxes if path[-1] == "table"
+    }
+    out = boxes["vision", "blocks", "layers", "block_0", "self", "out", "kernel"]
+    assert (out.letters, out.contracted_axes, out.output_axes) == ("L N H D", (1, 2), (3,))
+    linear = boxes["projector", "linear", "kernel"]
+    assert (linear.letters, linear.contracted_axes, linear.output_axes) == ("E D", (0,), (1,))
 
 
 @pytest.mark.parametrize("name", ["self/query", "self/out", "mlp/up"])

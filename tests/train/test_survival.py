@@ -33,11 +33,11 @@ SAME = ("step", "loss", "grad_norm", "learning_rate", "padding_fraction")
 
 @pytest.fixture
 def experiment(short_run, tmp_path):
-    """`experiment(workdir, kind, **train)`: 8 steps, saved after every third."""
+    """`experiment(workdir, kind, **train)`: 6 steps, saved after every third."""
 
     def make(workdir="run", kind="unified", **train):
         return short_run(
-            kind, tmp_path / workdir, **{"steps": 8, "checkpoint_every_steps": 3, **train}
+            kind, tmp_path / workdir, **{"steps": 6, "checkpoint_every_steps": 3, **train}
         )
 
     return make
@@ -182,7 +182,7 @@ def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_checkpoint(
     assert saved_steps(cfg) == [3]
     assert int(last_state(cfg)[0].step) == 3
     loop.train(cfg)
-    assert saved_steps(cfg) == [8]
+    assert saved_steps(cfg) == [6]
 
 
 def test_a_second_process_in_a_work_folder_is_refused_and_a_dead_one_is_not(experiment):
@@ -265,7 +265,7 @@ def start(cfg, *program):
     )
     environment = {
         **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(Path(cfg.workdir).parent / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     }
     command = [sys.executable, *(program or ["run.py"]), "--config", str(path)]
     return subprocess.Popen(
@@ -317,7 +317,7 @@ def test_a_folder_that_goes_away_ends_the_process_and_leaves_the_last_checkpoint
     folder.with_name("aside").rename(folder)
     assert saved_steps(cfg) == [3]
     loop.train(cfg)
-    assert saved_steps(cfg)[-1] == 8
+    assert saved_steps(cfg)[-1] == 6
 
 
 def kill_after(process, cfg, step, seconds):

@@ -88,7 +88,7 @@ def partition_spec(
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:
-    """Constrains the sharding of an activation on the mesh of `jax.set_mesh`, if there is one."""
+    """Constrains the sharding of an activation on the mesh of `jax.set_mesh`, if one is set."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -222,7 +222,7 @@ def make_mesh(cfg: config.Mesh, devices: Sequence[jax.Device] | None = None) -> 
 
 
 def single_device_mesh(mesh: Mesh | AbstractMesh) -> AbstractMesh:
-    """Returns a mesh of one device of the same kind as those of `mesh`."""
+    """Returns a mesh of one device, of the same kind as the devices of `mesh`."""
     device = mesh.abstract_device
     return AbstractMesh(
         (1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device
@@ -232,7 +232,7 @@ def single_device_mesh(mesh: Mesh | AbstractMesh) -> AbstractMesh:
 def platform() -> str:
     """Returns the platform to compile for, `cpu`, `gpu` or `tpu`.
 
-    That of the mesh of `jax.set_mesh`, whose devices this machine need not have, or the default.
+    The mesh of `jax.set_mesh` decides, whose devices this machine need not have; else JAX's default.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()

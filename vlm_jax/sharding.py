@@ -8,7 +8,7 @@ from vlm_jax.config import ConfigError
 
 
 def parameter_shardings(abstract_params, mesh: Mesh):
-    """Returns the shardings of a tree of boxed parameters (`axes.Partitioned`), one per parameter."""
+    """Returns one sharding per parameter of a tree of boxed ones (`axes.Partitioned`)."""
 
     def sharding(box: axes.Partitioned):
         return NamedSharding(mesh, axes.parameter_spec(box.letters, box.value.shape, mesh))
@@ -72,7 +72,7 @@ def place_rows(tree, mesh: Mesh):
 
 
 def place_own_rows(tree, mesh: Mesh):
-    """Lays out, by rows, arrays of which every process holds its own share (`share_of_rows`)."""
+    """Lays out, by rows, arrays whose own share (`share_of_rows`) every process holds."""
     rows = row_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), tree)
 

@@ -1,4 +1,4 @@
-"""A checkpoint comes back as it was saved; one that is not whole is passed over, named, and written anew."""
+"""A checkpoint is restored as it was saved; a damaged one is reported, skipped and written anew."""
 
 import contextlib
 import shutil
@@ -154,7 +154,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, sta
     found, place = restored(tmp_path)
     assert equal(found, at_step(state, 1))
     assert place["next_index"] == 1
-    assert "checkpoint 2 is not whole" in capsys.readouterr().out
+    assert "checkpoint 2 is damaged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -181,13 +181,12 @@ def test_a_checkpoint_that_another_process_cannot_read_is_passed_over_by_all(
         if refused:
             raise ConfigError(refused.pop())
 
-    refused = ["process 1 says: cut short"]
+    refused = ["process 1: cut short"]
     saved(tmp_path, state, [1, 2])
     monkeypatch.setattr(distributed, "raise_on_all", together)
     assert equal(restored(tmp_path)[0], at_step(state, 1))
     assert (
-        "checkpoint 2 is not whole and is passed over (process 1 says: cut short)"
-        in capsys.readouterr().out
+        "checkpoint 2 is damaged and is skipped (process 1: cut short)" in capsys.readouterr().out
     )
 
 
@@ -216,7 +215,7 @@ def test_where_every_checkpoint_is_damaged_nothing_is_begun_anew(tmp_path, state
     for step in ("1", "2"):
         cut_the_numbers(tmp_path / step)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match=f"no checkpoint in {tmp_path} is whole"):
+    with pytest.raises(UserError, match=f"all checkpoints in {tmp_path} are damaged"):
         restored(tmp_path)
     out = capsys.readouterr().out
     assert "checkpoint 2" in out
@@ -240,7 +239,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_so(tmp_path, state, moment,
 
     checkpoints = Checkpoints(tmp_path, TRAIN)
     monkeypatch.setattr(checkpoints._manager, moment, write)
-    said = rf"could not be written to {tmp_path} \(No space left on device\); the last whole checkpoint .* step 7\.$"
+    said = rf"could not be written to {tmp_path} \(No space left on device\); the last complete checkpoint .* step 7\.$"
     (tmp_path / "7").mkdir()
     with pytest.raises(SaveError, match=said):
         checkpoints.save(1, at_step(state, 1), PLACE, 1.0)

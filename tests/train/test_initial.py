@@ -274,7 +274,7 @@ def test_the_decoder_of_a_run_keeps_its_layers_under_another_fusion(run, config,
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path, config):
     Workdir(str(tmp_path / "run")).open(replace(tiny(), workdir=str(tmp_path / "run")))
-    with pytest.raises(UserError, match="holds no checkpoint yet"):
+    with pytest.raises(UserError, match="has no checkpoint yet"):
         loaded(experiment(config, "--vision.checkpoint", tmp_path / "run"))
 
 

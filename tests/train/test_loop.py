@@ -277,12 +277,12 @@ def test_a_run_continues_over_a_checkpoint_that_is_half_written(finished, capsys
     capsys.readouterr()
     assert_equal(loop.train(cfg), expected)
     out = capsys.readouterr().out
-    assert "checkpoint 6 is not whole" in out
+    assert "checkpoint 6 is damaged" in out
     assert "continuing from step 4" in out
     assert_equal(loop.train(cfg), expected)
     out = capsys.readouterr().out
     assert "continuing from step 6" in out, "the step is written anew"
-    assert "not whole" not in out
+    assert "damaged" not in out
 
 
 def test_a_finished_run_trains_no_more(finished, capsys):

@@ -157,7 +157,7 @@ def test_a_step_that_cannot_be_saved_after_sigterm_is_not_said_to_be(experiment,
 
     signals_at(2, monkeypatch)
     monkeypatch.setattr(Checkpoints, "save", save)
-    with pytest.raises(SaveError, match="No space left on device.*there is no checkpoint"):
+    with pytest.raises(SaveError, match="No space left on device.*no checkpoint was saved"):
         loop.train(experiment())
 
 
@@ -174,7 +174,7 @@ def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_checkpoint(
 
     with (
         monkeypatch.context() as patched,
-        pytest.raises(SaveError, match="last whole checkpoint is that of step 3"),
+        pytest.raises(SaveError, match="last complete checkpoint is of step 3"),
     ):
         patched.setattr(loop, "log_step", fill_up)
         loop.train(cfg)

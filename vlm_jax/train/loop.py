@@ -76,7 +76,7 @@ def train(cfg: Experiment) -> State:
       ConfigError: the batch does not fit the devices, the config does not fit the data, or the work
         folder belongs to another run; nothing is written.
       NonFiniteError: the loss is not finite; earlier checkpoints stay.
-      SaveError: a checkpoint could not be written, also that of a SIGTERM; earlier ones stay.
+      SaveError: a checkpoint could not be written, even after SIGTERM; earlier ones stay.
       Preempted: the process received SIGTERM; the step that was running is saved.
     """
     workdir = Workdir(cfg.workdir)
@@ -174,7 +174,7 @@ def close_quietly(log: Log | None, checkpoints: Checkpoints, error: BaseExceptio
 
 
 def as_save_error(error: BaseException, checkpoints: Checkpoints) -> SaveError | None:
-    """Returns the error of a disk, or of a lost process, as a sentence that names the last checkpoint.
+    """Returns a disk error, or the loss of a process, as a sentence with the last checkpoint.
 
     The message of the operating system or of XLA does not tell from where the run can continue.
     """
@@ -229,7 +229,7 @@ def check_data(cfg: Experiment, tokenizer: Tokenizer, data) -> Batch:
 
 
 def restore_or_init(cfg: Experiment, inputs: Inputs, checkpoints: Checkpoints) -> tuple[State, int]:
-    """Returns the state of the last whole checkpoint, or that of a new run, and its step."""
+    """Returns the state of the last complete checkpoint, or a new one, and its step."""
     abstract = abstract_state(cfg, inputs.mesh)
     restored = checkpoints.restore(abstract)
     if restored is None:
@@ -242,7 +242,7 @@ def restore_or_init(cfg: Experiment, inputs: Inputs, checkpoints: Checkpoints) -
 
 
 def run_steps(run: Run, state: State) -> State:
-    """Trains the steps that are left. NOTE: the order within a step is a contract, see the module."""
+    """Trains the steps that are left. The order within a step is a contract (see the module)."""
     cfg, data = run.cfg.train, run.inputs.data
     first_step = int(state.step) + 1
     if first_step > cfg.steps:

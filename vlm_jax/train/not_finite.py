@@ -1,4 +1,4 @@
-"""Checks of a step's metrics, and the parameter that made the loss or a gradient NaN or infinite."""
+"""Checks that a step is finite, and the parameter in which NaN or infinity began."""
 
 import math
 

@@ -52,7 +52,7 @@ def init_sharded_state(
 def cast_for_storage(cfg: Experiment, params):
     """Casts frozen parameters to the compute dtype; trained ones stay in float32.
 
-    Nothing is added to a frozen parameter, so that it needs no more precision than the forward pass.
+    Frozen parameters get no updates, so that they need only the precision of the forward pass.
     """
     trained, frozen = optim.split(params, cfg.optim)
     return optim.join(trained, cast_to_compute_dtype(cfg, frozen))
@@ -120,7 +120,7 @@ def batch_loss(cfg: Experiment, trained: Params, frozen: Params, batch: Batch) -
 
 
 def output_head(cfg: Experiment) -> Head:
-    """Returns the output head of the decoder: its embedding table where tied, else its own kernel."""
+    """Returns the output head: the embedding table if tied, else a kernel of its own."""
     model, hidden = VLM(cfg), jax.ShapeDtypeStruct((1, 1, cfg.decoder.width), jnp.float32)
 
     def apply(params, x):

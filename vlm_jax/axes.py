@@ -232,7 +232,7 @@ def single_device_mesh(mesh: Mesh | AbstractMesh) -> AbstractMesh:
 def platform() -> str:
     """Returns the platform to compile for, `cpu`, `gpu` or `tpu`.
 
-    The mesh of `jax.set_mesh` decides, whose devices this machine need not have; else JAX's default.
+    The mesh of `jax.set_mesh` decides; this machine need not have its devices.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()

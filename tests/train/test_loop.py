@@ -25,7 +25,7 @@ from vlm_jax.config import (
 from vlm_jax.data import pipeline
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.testing import tiny, variants_and_tiles, write_conversations
-from vlm_jax.train import loop, optim, summary
+from vlm_jax.train import inputs, loop, optim, summary
 from vlm_jax.train.step import state_shapes
 
 SAME = ("step", "loss", "grad_norm", "learning_rate", "padding_fraction", "image_padding_fraction")
@@ -358,7 +358,7 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused_and_nothing_is_writte
     with pytest.raises(UserError, match="train.batch_size 12 .* 8 devices"):
         loop.train(cfg)
     assert not Workdir(cfg.workdir).path.exists()
-    loop.check_rows(
+    inputs.check_rows(
         cfg, axes.make_mesh(Mesh(data=2, fsdp=2, tensor=2))
     )  # 4 row shards do divide it
 
@@ -417,7 +417,7 @@ def test_what_is_left_out_of_the_rows_is_said_before_the_training(experiment, ca
     capsys.readouterr()
     for text_length, lines in ((100, 0), (40, 1)):
         shorter = replace(cfg, data=replace(cfg.data, text_length=text_length))
-        loop.check_data(shorter, tokenizer, pipeline.training_iterator(shorter, tokenizer))
+        inputs.check_data(shorter, tokenizer, pipeline.training_iterator(shorter, tokenizer))
         said = capsys.readouterr().out.splitlines()
         assert len(said) == lines
         assert all(
@@ -430,5 +430,5 @@ def test_a_look_at_the_data_takes_nothing_from_it(experiment):
     cfg = experiment()
     tokenizer = pipeline.train_tokenizer(cfg)
     data, untouched = (pipeline.training_iterator(cfg, tokenizer) for _ in range(2))
-    loop.check_data(cfg, tokenizer, data)
+    inputs.check_data(cfg, tokenizer, data)
     assert jax.tree.all(jax.tree.map(np.array_equal, next(data), next(untouched)))

@@ -23,7 +23,7 @@ from tests.train.steps import (
 from vlm_jax import sharding
 from vlm_jax.config import LrMult, Optim, UserError
 from vlm_jax.testing import random_batch, variants_and_tiles
-from vlm_jax.train import loop, optim
+from vlm_jax.train import inputs, optim
 from vlm_jax.train.step import (
     accumulate_gradients,
     init_state,
@@ -111,7 +111,7 @@ def test_a_batch_that_cannot_be_cut_is_refused(batch_size, microbatches, said):
     cfg = experiment("unified")
     cfg = replace(cfg, train=replace(cfg.train, batch_size=batch_size, microbatches=microbatches))
     with pytest.raises(UserError, match=f"train.batch_size {said}"):
-        loop.check_rows(cfg, mesh_of((2, 2, 2)))
+        inputs.check_rows(cfg, mesh_of((2, 2, 2)))
 
 
 FROZEN = Optim(warmup_steps=0, lr_mult=LrMult(vision=0, decoder=0))

@@ -25,7 +25,7 @@ from vlm_jax import sharding
 from vlm_jax.config import factorizations
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.testing import random_batch
-from vlm_jax.train.loop import seconds_at_peak
+from vlm_jax.train.inputs import seconds_at_peak
 from vlm_jax.train.step import abstract_state, init_sharded_state, jit_train_step
 
 MESHES = factorizations(8)  # 8 does not divide the 4 heads: they are kept whole

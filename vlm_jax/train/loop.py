@@ -9,42 +9,29 @@ wait for the host. A step whose loss is not finite stops the run before it is sa
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from vlm_jax import axes, sharding
-from vlm_jax.config import ConfigError, Experiment, NonFiniteError
-from vlm_jax.cost.flops import train_flops
-from vlm_jax.cost.peak_flops import peak_flops_per_second
-from vlm_jax.data import length_check, pipeline
+from vlm_jax import sharding
+from vlm_jax.config import Experiment, NonFiniteError
+from vlm_jax.data import pipeline
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.runtime import distributed, preemption
 from vlm_jax.runtime.preemption import Preempted
 from vlm_jax.runtime.stop_signal import StopSignal
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.structs import PADDING, Batch, State
-from vlm_jax.train import initial, optim
+from vlm_jax.train import initial
 from vlm_jax.train.checkpoint import NO_LOSSES, Checkpoints, SaveError
+from vlm_jax.train.inputs import Inputs, open_workdir, prepare
 from vlm_jax.train.log import Log, StepStats
 from vlm_jax.train.not_finite import NonFiniteStepError, check_finite
 from vlm_jax.train.profile import Profile
 from vlm_jax.train.step import abstract_state, compile_train_step, init_sharded_state
 from vlm_jax.train.summary import summarize
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Everything that is built and checked before the work folder is written."""
-
-    mesh: jax.sharding.Mesh
-    tokenizer: Tokenizer
-    data: Iterator[Batch]  # with `get_state` and `set_state`
-    batch_shapes: Batch  # shapes and shardings of the global batch
-    fingerprint: Mapping[str, str]  # of the data
-    seconds_at_peak: float | None  # of a step; None: unknown devices
 
 
 @dataclass(frozen=True)
@@ -108,35 +95,6 @@ def train(cfg: Experiment) -> State:
                 raise NonFiniteError(f"{error} {batch}") from error
 
 
-def prepare(cfg: Experiment, workdir: Workdir) -> Inputs:
-    """Builds the inputs of a run and checks them; writes nothing.
-
-    Raises:
-      ConfigError: see `train`.
-    """
-    optim.check_kind(cfg.optim)
-    mesh = axes.make_mesh(cfg.mesh)
-    check_rows(cfg, mesh)
-    workdir.check(cfg)
-    tokenizer = initial.load_tokenizer(cfg)
-    data = pipeline.training_iterator(cfg, tokenizer, *sharding.share_of_rows(mesh))
-    fingerprint = pipeline.contents(cfg, tokenizer)
-    workdir.check_data(fingerprint)
-    first_batch = check_data(cfg, tokenizer, data)
-    batch_shapes = sharding.abstract_own_rows(first_batch, mesh)
-    return Inputs(mesh, tokenizer, data, batch_shapes, fingerprint, seconds_at_peak(cfg, mesh))
-
-
-def open_workdir(cfg: Experiment, workdir: Workdir, inputs: Inputs) -> None:
-    """Writes the config, the fingerprint of the data, and the tokenizer of a run."""
-    workdir.open(cfg)
-    workdir.keep_data(inputs.fingerprint)
-    with workdir.writing():
-        if not workdir.tokenizer.exists():
-            inputs.tokenizer.save(workdir.tokenizer)
-        initial.keep_processor(cfg, workdir)
-
-
 @contextlib.contextmanager
 def closing(log: Log | None, checkpoints: Checkpoints):
     """Closes the log and waits for the last checkpoint, also after an error."""
@@ -187,45 +145,6 @@ def as_save_error(error: BaseException, checkpoints: Checkpoints) -> SaveError |
             f"reason; {checkpoints.last_whole()}."
         )
     return None
-
-
-def seconds_at_peak(cfg: Experiment, mesh: jax.sharding.Mesh) -> float | None:
-    """Returns the seconds of a step at the devices' peak matmul throughput; None: unknown."""
-    peak = peak_flops_per_second(cfg.train.compute_dtype)
-    if peak is None:
-        return None
-    # On the mesh of the parameters' initialization, so that it is traced once for both.
-    with jax.set_mesh(mesh):
-        return train_flops(cfg) / peak
-
-
-def check_rows(cfg: Experiment, mesh: jax.sharding.Mesh) -> None:
-    """Raises ConfigError if devices and microbatches do not divide the batch."""
-    shards, microbatches = axes.row_shards(mesh), cfg.train.microbatches
-    parts = shards * microbatches
-    if cfg.train.batch_size % parts:
-        times = f" times train.microbatches {microbatches}" if microbatches > 1 else ""
-        raise ConfigError(
-            f"train.batch_size {cfg.train.batch_size} is not divisible by the {shards} devices of "
-            f"mesh.data x mesh.fsdp{times}: choose a multiple of {parts}."
-        )
-
-
-def check_data(cfg: Experiment, tokenizer: Tokenizer, data) -> Batch:
-    """Measures every question and returns the first batch, without taking it from `data`.
-
-    Errors of the data must not appear in the middle of the training. The first process prints how
-    many questions do not fit their rows, if any.
-    """
-    length_check.check_lengths(cfg, tokenizer)
-    if jax.process_index() == 0:
-        message = length_check.dropped_questions_message(cfg, tokenizer)
-        if message:
-            print(message, flush=True)
-    data_state = data.get_state()
-    first_batch = next(data)
-    data.set_state(data_state)
-    return first_batch
 
 
 def restore_or_init(cfg: Experiment, inputs: Inputs, checkpoints: Checkpoints) -> tuple[State, int]:

@@ -15,7 +15,6 @@ from tests.hub.tiny_checkpoints import ABOUT_IMAGES, CAPTIONS, OF_TEXT
 from vlm_jax import axes
 from vlm_jax.cli import commands
 from vlm_jax.config import (
-    ConfigError,
     Fusion,
     Mesh,
     UserError,
@@ -124,7 +123,7 @@ def test_an_encoder_alone_is_not_a_whole_model(folder_of, config, tmp_path):
     }
     CLIPVisionModel(CLIPVisionConfig(**sizes)).save_pretrained(tmp_path)
     with pytest.raises(
-        ConfigError, match="is an encoder without a decoder: name it with --vision.checkpoint"
+        UserError, match="is an encoder without a decoder: name it with --vision.checkpoint"
     ):
         experiment(config, "--checkpoint", tmp_path)
 
@@ -203,7 +202,7 @@ def test_settings_that_a_config_names_beside_its_own_checkpoint_count_too(folder
         "    return Experiment(fusion=Fusion('text_only'), decoder=decoder)\n"
     )
     with pytest.raises(
-        ConfigError, match="decoder.depth 9 does not fit the weights of decoder.checkpoint"
+        UserError, match="decoder.depth 9 does not fit the weights of decoder.checkpoint"
     ):
         commands.experiment("plan", ["--config", str(path)], stored=False)
 

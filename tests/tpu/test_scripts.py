@@ -40,12 +40,12 @@ def test_an_option_or_a_job_that_is_none(cloud, script):
     done = cloud.run(script, "--dryrun")
     assert (
         done.returncode == 2
-        and "--dryrun is no option of this script: choose --job FILE, --dry-run" in done.stderr
+        and "--dryrun is not an option of this script: choose --job FILE, --dry-run" in done.stderr
     )
     cloud.job.unlink()
     done = cloud.run(script)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert f"--job {cloud.job} is no file" in done.stderr
+    assert f"--job {cloud.job} is not a file" in done.stderr
     assert not cloud.calls()
 
 
@@ -74,7 +74,7 @@ def test_a_cluster_has_a_name(cloud, script):
         ("BUCKET", "gs://our-bucket", "without gs://"),
         ("NAME", "My_Run", "lower-case letters, digits and -"),
         ("CAPACITY", "cheap", "choose spot, on-demand or reserved"),
-        ("CONFIG", "configs/none.py", "is no file of"),
+        ("CONFIG", "configs/none.py", "is not a file in"),
         ("MOUNT", "mnt/bucket", "starts with /"),
         ("ARGUMENTS", "--mesh.fsdp 16", "write a list with an option and its value apart"),
     ],
@@ -93,9 +93,7 @@ def test_a_job_that_the_shell_cannot_read(cloud, line):
     """Also where more lines follow, as all the settings do here."""
     cloud.job.write_text(f"{line}\n{cloud.job.read_text()}")
     done = cloud.run("resume")
-    assert (
-        done.returncode == 2 and f"error: --job {cloud.job} is no file of settings" in done.stderr
-    )
+    assert done.returncode == 2 and f"error: --job {cloud.job} cannot be read" in done.stderr
     assert not cloud.calls()
 
 

@@ -1,4 +1,4 @@
-"""Letters and where they lie: a misspelt one is an error, never 'replicated'."""
+"""Logical axes and their mesh axes: a misspelt letter is an error, never 'replicated'."""
 
 import jax
 import jax.numpy as jnp
@@ -163,16 +163,16 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_its_fields(sizes):
 
 
 @pytest.mark.parametrize(
-    ("devices", "sizes", "said"),
+    ("devices", "sizes", "message"),
     [
         (4, (3, 1, 1), "choose 4 x 1 x 1, 2 x 2 x 1, 2 x 1 x 2, 1 x 4 x 1, 1 x 1 x 4, 1 x 2 x 2."),
         (64, (16, 8, 1), "choose 16 x 4 x 1, 8 x 8 x 1, 64 x 1 x 1, "),
     ],
 )
-def test_the_meshes_that_would_fit_are_named_the_nearest_first(devices, sizes, said):
+def test_the_meshes_that_would_fit_are_named_the_nearest_first(devices, sizes, message):
     with pytest.raises(UserError) as error:
         config.Mesh(*sizes).sizes(devices)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert str(error.value).endswith(", or another.") == (devices == 64)
 
 
@@ -193,10 +193,10 @@ def test_a_lookup_over_the_mesh_is_take_and_so_is_its_gradient(sizes, vocab):
         return total(table, jax.device_put(ids, sharding.row_sharding(shape)))
 
     with jax.set_mesh(shape):
-        found = compiled(lambda table, ids: axes.embedding_lookup(table, ids, "V D"))
+        actual = compiled(lambda table, ids: axes.embedding_lookup(table, ids, "V D"))
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
-        found,
+        actual,
         compiled(lambda t, i: t[i]),
     )
 

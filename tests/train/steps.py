@@ -44,9 +44,9 @@ def random_state(cfg, mesh):
 def uneven_batch(cfg, seed=0):
     """A batch whose rows have very different numbers of scored tokens, one of them none."""
     batch = random_batch(cfg, ROWS, seed)
-    kept = np.random.default_rng(0).uniform(size=batch.loss_weights.shape)
-    kept = np.linspace(0, 1, ROWS)[:, None] > kept
-    batch = batch.replace(loss_weights=batch.loss_weights * kept)
+    is_kept = np.random.default_rng(0).uniform(size=batch.loss_weights.shape)
+    is_kept = np.linspace(0, 1, ROWS)[:, None] > is_kept
+    batch = batch.replace(loss_weights=batch.loss_weights * is_kept)
     return batch if cfg.fusion.has_images else batch.replace(images=None)
 
 
@@ -62,7 +62,7 @@ def gradients_of(cfg, shape=ONE):
 
 @functools.cache
 def plain_gradients(name):
-    """Those of an experiment on one device, with nothing that saves memory."""
+    """Loss and gradients on one device, without anything that saves memory."""
     return gradients_of(experiment(name))
 
 

@@ -1,4 +1,4 @@
-"""Stopped and continued = never stopped, bit for bit; what cannot work is refused before anything is written."""
+"""Stopped and continued = never stopped, bit for bit; mistakes are refused before any write."""
 
 import contextlib
 import functools
@@ -45,7 +45,7 @@ def experiment(short_run, tmp_path):
 
 @pytest.fixture(scope="module")
 def use_devices():
-    """`use_devices(name)`: eight for `unified`; one for other kinds, whose programs compile faster."""
+    """`use_devices(name)`: 8 for `unified`; 1 for other kinds, which compiles faster."""
     make_mesh = axes.make_mesh
     with pytest.MonkeyPatch.context() as patch:
 
@@ -93,7 +93,7 @@ def finished(whole, use_devices, tmp_path):
 
 
 def forget_step_6(cfg):
-    """The work folder as a machine leaves it that goes away after step 6, before this step is saved."""
+    """Leaves the work folder of a machine that crashed after step 6, before it was saved."""
     shutil.rmtree(Workdir(cfg.workdir).checkpoints / "6")
 
 
@@ -130,7 +130,7 @@ def saved_steps(cfg):
 
 
 def files(cfg):
-    """Every file of the work folder and what is in it."""
+    """Every file of the work folder and its content."""
     folder = Workdir(cfg.workdir).path
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -161,7 +161,7 @@ def test_stopped_and_continued_is_never_stopped_bit_for_bit(name, finished, caps
 
 @pytest.fixture(scope="module")
 def sparse(short_run, tmp_path_factory, use_devices):
-    """The config of a run whose rows are those of steps 1, 5 and 6."""
+    """The config of a run with rows of steps 1, 5 and 6."""
     use_devices("unified")
     folder = tmp_path_factory.mktemp("sparse") / "run"
     cfg = short_run(workdir=folder, **SAVED)
@@ -291,7 +291,7 @@ def test_a_finished_run_trains_no_more(finished, capsys):
     assert_equal(loop.train(cfg), expected)
     assert "continuing from step 6" in capsys.readouterr().out
     after = files(cfg)
-    moved = {"config.json"}  # it says where the run lies
+    moved = {"config.json"}  # it has the path of the run
     assert all(after[name] == before[name] for name in set(before) - moved)
     assert all(name.startswith("tensorboard") for name in set(after) - set(before))
 
@@ -345,7 +345,7 @@ def test_the_metrics_of_a_step_have_every_field(whole):
     cfg = whole()[0]
     row = rows(cfg)[1]
     assert set(row) == {*SAME, *TIMES, "hbm_peak_bytes"}
-    assert row["hbm_peak_bytes"] is None, "a CPU does not say"
+    assert row["hbm_peak_bytes"] is None, "not reported on CPU"
     assert 0 < row["mfu"] < 1
     assert 0 <= row["data_wait_seconds"] < row["step_seconds"]
     assert row["examples_per_second"] * row["step_seconds"] == pytest.approx(8 * 3)
@@ -418,11 +418,11 @@ def test_what_is_left_out_of_the_rows_is_said_before_the_training(experiment, ca
     for text_length, lines in ((100, 0), (40, 1)):
         shorter = replace(cfg, data=replace(cfg.data, text_length=text_length))
         inputs.check_data(shorter, tokenizer, pipeline.training_iterator(shorter, tokenizer))
-        said = capsys.readouterr().out.splitlines()
-        assert len(said) == lines
+        printed = capsys.readouterr().out.splitlines()
+        assert len(printed) == lines
         assert all(
             "120 questions in 40 training rows" in line and "data.text_length 40" in line
-            for line in said
+            for line in printed
         )
 
 

@@ -76,8 +76,8 @@ def test_a_state_is_made_where_it_lies_and_whole_nowhere(shape):
             make = jax.jit(
                 lambda key: init_state(cfg, key), out_shardings=state_shardings(cfg, mesh)
             )
-            found = make.lower(jax.random.key(0)).compile().memory_analysis()
-        return found.output_size_in_bytes + found.temp_size_in_bytes
+            memory = make.lower(jax.random.key(0)).compile().memory_analysis()
+        return memory.output_size_in_bytes + memory.temp_size_in_bytes
 
     data, fsdp, tensor = shape
     assert bytes_of_each_device(shape) < 1.1 * bytes_of_each_device((8, 1, 1)) / (fsdp * tensor)
@@ -104,13 +104,13 @@ def test_microbatches_take_less_memory():
 
 
 @pytest.mark.parametrize(
-    "batch_size, microbatches, said",
+    "batch_size, microbatches, message",
     [(8, 3, "8 .* train.microbatches 3"), (8, 4, "8 .* multiple of 16")],
 )
-def test_a_batch_that_cannot_be_cut_is_refused(batch_size, microbatches, said):
+def test_a_batch_that_cannot_be_cut_is_refused(batch_size, microbatches, message):
     cfg = experiment("unified")
     cfg = replace(cfg, train=replace(cfg.train, batch_size=batch_size, microbatches=microbatches))
-    with pytest.raises(UserError, match=f"train.batch_size {said}"):
+    with pytest.raises(UserError, match=f"train.batch_size {message}"):
         inputs.check_rows(cfg, mesh_of((2, 2, 2)))
 
 

@@ -56,12 +56,12 @@ def test_what_is_not_finite_is_named_with_the_images_of_its_batch(cfg):
     with pytest.raises(NonFiniteError) as error:
         loop.train(cfg)
     assert not list(Workdir(cfg.workdir).checkpoints.iterdir())
-    said = str(error.value)
-    assert said.startswith(
+    message = str(error.value)
+    assert message.startswith(
         "step 2: the loss is nan; all parameters are finite and no gradient is; the largest value is "
     )
     ids = pipeline.batch_ids(cfg, None, {"next_index": 1})
-    assert said.endswith(f"The batch held the images {', '.join(map(str, ids))}.")
+    assert message.endswith(f"The batch held the images {', '.join(map(str, ids))}.")
 
 
 PLANTED = {
@@ -82,10 +82,10 @@ def test_a_parameter_that_is_not_finite_is_named_and_no_other(part):
             params=traverse_util.unflatten_dict(params, sep="/")
         )
         _, metrics = step(cfg, state, random_batch(cfg))
-    said = first_nonfinite_parameter(
+    message = first_nonfinite_parameter(
         jax.device_get(metrics["finite"]), jax.device_get(metrics["largest"])
     )
-    assert said == (
+    assert message == (
         f"first non-finite parameter: {PLANTED[part]} of {part} (1 of {len(params)} parameters)"
     )
 
@@ -98,14 +98,14 @@ def test_a_gradient_is_spoilt_from_where_the_backward_pass_comes():
         "decoder/final_norm/scale",
     ]
     sizes = dict.fromkeys(paths, 1.0)
-    said = first_nonfinite_parameter(dict(zip(paths, (False, False, True, True))), sizes)
-    assert said == (
+    message = first_nonfinite_parameter(dict(zip(paths, (False, False, True, True))), sizes)
+    assert message == (
         "first non-finite gradient in the backward pass: projector/linear/kernel of projector "
         "(2 of 4 gradients)"
     )
-    said = first_nonfinite_parameter(
+    message = first_nonfinite_parameter(
         dict.fromkeys(paths, False), sizes | {"projector/linear/kernel": 1e30}
     )
-    assert said.endswith(
+    assert message.endswith(
         "no gradient is; the largest value is 1e+30, of projector/linear/kernel of projector"
     )

@@ -1,4 +1,4 @@
-"""Which parts are trained, at which rate; what is decayed and clipped."""
+"""Trained parts and their learning rates, weight decay, clipping, and the optimizers."""
 
 import dataclasses
 import functools
@@ -55,8 +55,8 @@ def test_a_run_shorter_than_its_warm_up_still_learns():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_belongs_to_exactly_one_part(kind):
-    found = {optim.part_of(path) for path in traverse_util.flatten_dict(random_params(tiny(kind)))}
-    assert found == set(optim.PARTS) - ({"cross_attention"} if kind == "unified" else set())
+    parts = {optim.part_of(path) for path in traverse_util.flatten_dict(random_params(tiny(kind)))}
+    assert parts == set(optim.PARTS) - ({"cross_attention"} if kind == "unified" else set())
     assert set(optim.PARTS) == {field.name for field in dataclasses.fields(LrMult)}
 
 
@@ -145,8 +145,8 @@ def test_a_frozen_part_has_no_moments(part):
     cfg = with_frozen(part)
     state = jax.eval_shape(lambda: init_state(cfg, jax.random.key(0)))
     for moment in ("mu", "nu"):
-        kept = set(optax.tree.get(state.optimizer, moment))
-        assert kept == {path for path in flat_params() if optim.part_of(path) != part}
+        moments = set(optax.tree.get(state.optimizer, moment))
+        assert moments == {path for path in flat_params() if optim.part_of(path) != part}
 
 
 def test_an_optimizer_is_one_function_and_one_row(monkeypatch):

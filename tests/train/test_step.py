@@ -1,4 +1,4 @@
-"""One optimizer step: 1 device = 8 devices on every mesh shape; parameters lie where their letters say."""
+"""One optimizer step: 1 device = 8 devices on every mesh shape; shardings follow the axes."""
 
 import functools
 import itertools
@@ -57,31 +57,31 @@ def three_steps(cfg, shape):
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_eight_devices_take_the_steps_of_one(kind):
-    """Metrics and parameters of three steps, of which the optimizer's state decides the last two."""
+    """Metrics and parameters of three steps; the last two depend on the optimizer's state."""
     cfg = experiment("unified")
     cfg = replace(cfg, optim=replace(cfg.optim, kind=kind))
     rows, params = three_steps(cfg, EIGHT)
     expected_rows, expected = three_steps(cfg, ONE)
     np.testing.assert_allclose(rows, expected_rows, rtol=2e-4)
     for path, value in params.items():
-        # Adam divides by the gradient's size, so that the rounding of small ones shows: a step is 1e-3.
+        # Adam divides by the gradient's size, which magnifies the rounding of small ones.
         np.testing.assert_allclose(value, expected[path], atol=2e-4, err_msg="/".join(path))
 
 
 def test_parameters_that_are_loaded_are_never_made(monkeypatch):
     """Not even for a moment: a model may fill the memory."""
-    cfg, mesh, made = experiment("unified"), mesh_of((1, 4, 2)), []
+    cfg, mesh, out_shardings = experiment("unified"), mesh_of((1, 4, 2)), []
     params = traverse_util.flatten_dict(random_state(cfg, mesh).params, sep="/")
     loaded = {path: x for path, x in params.items() if path.startswith("decoder/")}
     jit = jax.jit
 
     def spy(function, **how):
-        made.append(how.get("out_shardings"))
+        out_shardings.append(how.get("out_shardings"))
         return jit(function, **how)
 
     monkeypatch.setattr(jax, "jit", spy)
     state = init_sharded_state(cfg, mesh, loaded)
-    (shardings,) = [found for found in made if found is not None]
+    (shardings,) = [shardings for shardings in out_shardings if shardings is not None]
     assert {path.split("/")[0] for path in shardings.params} == {"vision", "projector"}
     flat = traverse_util.flatten_dict(state.params, sep="/")
     assert flat.keys() == params.keys()
@@ -135,7 +135,7 @@ SHARDS = {  # on 2 x 2 x 2: width over fsdp, heads, MLP and vocabulary over tens
 
 
 def shard_shapes(state):
-    """Of the parameters and of both moments: path -> (shape, shape on one device)."""
+    """Parameters and both moments: path -> (shape, shape on one device)."""
     adam = state.optimizer[1]
     trees = (traverse_util.flatten_dict(state.params), adam.mu, adam.nu)
     return [

@@ -1,4 +1,4 @@
-"""A run that is stopped loses nothing, however it is stopped: by a signal, a full disk, or a machine that goes away."""
+"""A run that is stopped by a signal, a full disk or a crash of the machine loses nothing."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def experiment(short_run, tmp_path):
 
 @pytest.fixture
 def file_size():
-    """`file_size(bytes)`: no file may be larger, as on a full disk; `file_size()`: any may again."""
+    """`file_size(bytes)` limits the size of files, as a full disk; `file_size()` lifts the limit."""
     before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(size=before):
@@ -76,9 +76,9 @@ def last_state(cfg):
 
 
 def assert_same_run(cfg, other):
-    (state, place), (expected, expected_place) = last_state(cfg), last_state(other)
+    (state, data_state), (expected, expected_data_state) = last_state(cfg), last_state(other)
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), state, expected))
-    assert place == expected_place
+    assert data_state == expected_data_state
     assert rows(cfg) == rows(other)
 
 
@@ -128,8 +128,8 @@ def test_a_second_sigterm_while_saving_changes_nothing(experiment, monkeypatch):
         with pytest.raises(preemption.Preempted):
             loop.train(cfg)
     steps = saved_steps(cfg)
-    state, place = last_state(cfg)
-    assert int(state.step) == steps[-1] == place["next_index"]
+    state, data_state = last_state(cfg)
+    assert int(state.step) == steps[-1] == data_state["next_index"]
 
 
 def test_the_exit_code_of_a_stopped_run_says_resume_me(experiment, tmp_path, monkeypatch, capsys):
@@ -257,7 +257,7 @@ def test_a_trace_of_the_steps_that_were_asked_for(experiment):
 
 
 def start(cfg, *program):
-    """`run.py`, or else this program, in a process of its own, its output read line by line."""
+    """Starts `run.py`, or another program, in a process with line-buffered output."""
     path = Path(cfg.workdir).parent / f"{Path(cfg.workdir).name}.py"
     path.write_text(
         "import json\nfrom vlm_jax.config import files\n"
@@ -321,9 +321,9 @@ def test_a_folder_that_goes_away_ends_the_process_and_leaves_the_last_checkpoint
 
 
 def kill_after(process, cfg, step, seconds):
-    """`kill -9` some time after this step or a later one was said, wherever it is by then."""
+    """`kill -9` some time after this step was printed, wherever the run is by then."""
     for line in process.stdout:
-        if (said := re.match(r"step (\d+)/", line)) and int(said[1]) >= step:
+        if (match := re.match(r"step (\d+)/", line)) and int(match[1]) >= step:
             break
     time.sleep(seconds)
     process.kill()

@@ -1,4 +1,4 @@
-"""What holds for every script: it is clean, explains itself, names what is missing, and a dry run tells the truth."""
+"""Laws of every script: shellcheck, --help, named missing settings, and a truthful dry run."""
 
 import os
 import shlex
@@ -69,7 +69,7 @@ def test_a_cluster_has_a_name(cloud, script):
 
 
 @pytest.mark.parametrize(
-    "setting, value, said",
+    "setting, value, message",
     [
         ("BUCKET", "gs://our-bucket", "without gs://"),
         ("NAME", "My_Run", "lower-case letters, digits and -"),
@@ -79,10 +79,10 @@ def test_a_cluster_has_a_name(cloud, script):
         ("ARGUMENTS", "--mesh.fsdp 16", "write a list with an option and its value apart"),
     ],
 )
-def test_a_setting_that_cannot_be(cloud, setting, value, said):
+def test_a_setting_that_cannot_be(cloud, setting, value, message):
     cloud.settings(**{setting: value})
     done = cloud.run("create")
-    assert done.returncode == 2 and f"{setting}={value}" in done.stderr and said in done.stderr
+    assert done.returncode == 2 and f"{setting}={value}" in done.stderr and message in done.stderr
     assert not cloud.calls()
 
 
@@ -90,7 +90,7 @@ def test_a_setting_that_cannot_be(cloud, setting, value, said):
     "line", ["ARGUMENTS=--mesh.fsdp 16", "ARGUMENTS=(--mesh.fsdp 16", "ZONE=$NONE"]
 )
 def test_a_job_that_the_shell_cannot_read(cloud, line):
-    """Also where more lines follow, as all the settings do here."""
+    """Even with more lines after it, here all the settings."""
     cloud.job.write_text(f"{line}\n{cloud.job.read_text()}")
     done = cloud.run("resume")
     assert done.returncode == 2 and f"error: --job {cloud.job} cannot be read" in done.stderr
@@ -121,12 +121,12 @@ def test_a_command_that_is_not_installed_is_named_and_a_dry_run_needs_none(cloud
     assert command in cloud.do(f"{script} --dry-run")
 
 
-def words(said: str) -> list[list[str]]:
-    return [shlex.split(line) for line in said.splitlines()]
+def words(output: str) -> list[list[str]]:
+    return [shlex.split(line) for line in output.splitlines()]
 
 
 def test_a_dry_run_prints_the_commands_that_a_run_calls_and_calls_none(cloud):
-    """From nothing: create, set up, launch, follow, delete."""
+    """Create, set up, launch, follow, delete."""
     cloud.settings(
         MOUNT=str(cloud.folder / "mount"), SERVICE_ACCOUNT="us@our-project.iam.gserviceaccount.com"
     )
@@ -185,7 +185,7 @@ def test_arguments_with_spaces_and_quotes_arrive_as_they_are(cloud):
 
 
 def test_a_dry_run_of_resume_shows_every_step(cloud):
-    said = cloud.do("resume --then-delete --dry-run")
+    output = cloud.do("resume --then-delete --dry-run")
     order = [
         "queued-resources create",
         "is fresh",
@@ -201,7 +201,7 @@ def test_a_dry_run_of_resume_shows_every_step(cloud):
         "worker.sh report",
         "queued-resources delete",
     ]
-    places = [said.index(order[0])]
+    positions = [output.index(order[0])]
     for step in order[1:]:
-        places.append(said.index(step, places[-1] + 1))
+        positions.append(output.index(step, positions[-1] + 1))
     assert not cloud.calls()

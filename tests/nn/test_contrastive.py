@@ -9,7 +9,7 @@ import pytest
 from flax import traverse_util
 from flax.linen import meta
 
-from vlm_jax.axes import make_mesh, parameter_shardings
+from vlm_jax.axes import make_mesh
 from vlm_jax.config import (
     Contrastive,
     Decoder,
@@ -18,6 +18,7 @@ from vlm_jax.config import (
     Vision,
 )
 from vlm_jax.nn.models import abstract_params, build_model
+from vlm_jax.sharding import parameter_shardings
 
 STACK = {"width": 16, "depth": 2, "heads": 2, "mlp_width": 24}
 VISION = Vision(**STACK, image_size_px=16, patch_size_px=8, class_token=True, pool="class")

@@ -10,10 +10,10 @@ from transformers import AutoImageProcessor, CLIPImageProcessorPil
 from vlm_jax.config import UserError
 from vlm_jax.hub.images.processor import ImageProcessor
 from vlm_jax.hub.images.settings import (
+    CLASS_OF_MODEL_TYPE,
     CLIP_MEAN,
     CLIP_STD,
     DEFAULTS,
-    CLASS_OF_MODEL_TYPE,
     read_settings,
 )
 

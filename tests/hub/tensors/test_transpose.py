@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.hub.tensors import transpose
-from vlm_jax.hub.tensors.transpose import empty_aligned, copy_into
+from vlm_jax.hub.tensors.transpose import copy_into, empty_aligned
 
 BASE = np.arange(6 * 70 * 40, dtype=np.float32).reshape(6, 70, 40)
 VIEWS = {

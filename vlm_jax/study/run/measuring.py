@@ -90,7 +90,7 @@ def _decoding_speed(cfg: Experiment, mesh, tokenizer: Tokenizer, params) -> floa
 
     def seconds(new_tokens: int) -> float:
         with jax.set_mesh(mesh):
-            sharded = axes.place_rows(batch, mesh)
+            sharded = sharding.place_rows(batch, mesh)
             return _fastest_seconds(
                 lambda: generate(cfg, params, sharded, new_tokens, SamplingParams())
             )

@@ -190,7 +190,7 @@ def test_tags_of_tiles_are_spelt_by_the_tokenizer_of_the_decoder(folders):
 def test_a_folder_without_the_part_is_refused(folders, part):
     cfg, wrong = tiny(), folders["clip" if part == "decoder" else "llama"]
     cfg = replace(cfg, **{part: replace(getattr(cfg, part), checkpoint=str(wrong))})
-    with pytest.raises(UserError, match=f"{part}.checkpoint .* holds no {part} part"):
+    with pytest.raises(UserError, match=f"{part}.checkpoint .* has no {part} part"):
         pretrained_parts.resolve_checkpoints(cfg)
 
 

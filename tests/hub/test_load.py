@@ -1,4 +1,4 @@
-"""Invalid values in config.json raise one sentence that names the file, before anything is loaded."""
+"""Invalid values in config.json raise one sentence with the file's name before anything loads."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Any encoder with any decoder, from folders of their own, under any fusion: settings, weights, tokenizer, pixels."""
+"""Any encoder with any decoder, from their own folders, under any fusion style."""
 
 from dataclasses import replace
 
@@ -197,7 +197,7 @@ def test_a_folder_without_the_part_is_refused(folders, part):
 def test_a_run_begins_with_the_checkpoints_and_keeps_what_is_frozen(
     folders, tmp_path, datasets_dir
 ):
-    """From the command line to the last checkpoint of the run, and its tokenizer is the decoder's."""
+    """From the command line to the last checkpoint; its tokenizer is the decoder's."""
     config = tmp_path / "composed.py"
     config.write_text("from vlm_jax.testing import tiny\n\ndef get_config():\n    return tiny()\n")
     arguments = [

@@ -142,7 +142,7 @@ def _bos_id(cfg: Experiment) -> int | None:
 
 
 def chat_template(cfg: Experiment, image: str, bos: str, eos: str) -> str:
-    """Builds the Jinja template of a format of data/conversation_parts.py (questions: data/text.py)."""
+    """Builds the Jinja template of a format of data/conversation_parts.py or data/text.py."""
     if cfg.data.is_conversations:
         form = TEMPLATES[cfg.data.template]
         before, after = form.before_question, form.after_question

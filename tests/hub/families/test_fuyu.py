@@ -31,12 +31,11 @@ class TestFuyu(UnifiedLaws):
         "as published": (FuyuForCausalLM, config()),
         "without norms of queries and keys": (FuyuForCausalLM, config(qk_layernorm=False)),
     }
+    CACHED = ("as published",)
+    FEATURES_ATOL = 1e-5
 
     def config_keys(self, pair):
         return {"image_token_id": IMAGE}
-
-    CACHED = ("as published",)
-    FEATURES_ATOL = 1e-5
 
     def image_ids(self, pair):
         return PATCHES

@@ -98,17 +98,18 @@ def test_a_batch_of_mixed_tile_counts_is_one_by_one_and_cached_is_uncached(
     kind, forward, random_params
 ):
     cfg, params = experiment(kind), random_params(experiment(kind))
-    shown, asked = (
-        [[picture(2)], [picture(3)], [picture(1)], []],
-        ["which of the two?", "what?", "small?", "nothing?"],
-    )
-    batch = questions.prompt_batch(cfg, Letters(), shown, asked)
+    images = [[picture(2)], [picture(3)], [picture(1)], []]
+    prompts = ["which of the two?", "what?", "small?", "nothing?"]
+    batch = questions.prompt_batch(cfg, Letters(), images, prompts)
     logits, length = forward(cfg, params, batch).logits, batch.tokens.shape[1]
-    for row, (images, question) in enumerate(zip(shown, asked)):
-        alone = questions.prompt_batch(cfg, Letters(), [images], [question], length)
-        there = alone.segment_ids[0] != PADDING
+    for row in range(4):
+        # Four equal rows instead of one, so that it is the program of the mixed batch.
+        alone = questions.prompt_batch(
+            cfg, Letters(), [images[row]] * 4, [prompts[row]] * 4, length
+        )
+        is_token = alone.segment_ids[0] != PADDING
         expected = forward(cfg, params, alone).logits[0]
-        np.testing.assert_allclose(logits[row][there], expected[there], rtol=1e-4, atol=2e-4)
+        np.testing.assert_allclose(logits[row][is_token], expected[is_token], rtol=1e-4, atol=2e-4)
     text_fields, length = batch.replace(images=None), length - 1
     prompt = jax.tree.map(lambda x: x[:, :length], text_fields).replace(images=batch.images)
     cache = forward(cfg, params, prompt, empty_cache(cfg, prompt, 1)).cache
@@ -119,8 +120,8 @@ def test_a_batch_of_mixed_tile_counts_is_one_by_one_and_cached_is_uncached(
 class Letters:
     """A tokenizer of bytes."""
 
-    def encode(self, said):
-        return list(said.encode())
+    def encode(self, text):
+        return list(text.encode())
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -1,4 +1,4 @@
-"""Every fused kernel equals `dot_product_attention`, gradients included, and is used where it fits."""
+"""Fused kernels equal `dot_product_attention`, gradients included, and are used if they fit."""
 
 import functools
 

@@ -110,7 +110,7 @@ def test_rmsnorm_has_no_bias():
 
 
 def test_norms_of_bfloat16_are_computed_in_float32():
-    """A mean of 1000 with deviations of 1 is lost in bfloat16's 8 bits if the squares are summed there."""
+    """bfloat16's 8 bits lose deviations of 1 from a mean of 1000 if squares are summed in it."""
     x = (1000 + 8 * jnp.arange(8.0)).astype(jnp.bfloat16)
     params = {"scale": jnp.ones(8, jnp.bfloat16), "bias": jnp.zeros(8, jnp.bfloat16)}
     y = run(layers.Norm("layernorm", 1e-6), params, x)

@@ -1,4 +1,4 @@
-"""Llama 3.2 Vision's tiles, InternVL's grids and Fuyu's patches are those of transformers' processors."""
+"""Tiles (Llama 3.2 Vision, InternVL) and patches (Fuyu) equal those of transformers' processors."""
 
 import json
 from types import SimpleNamespace
@@ -69,7 +69,7 @@ def assert_tiles_same(folder, rows):
 
 @pytest.mark.parametrize("most", [1, 2, 4, 6, 12, 16])
 def test_the_grid_of_tiles_is_that_of_internvl(most):
-    """Its processor in transformers is GOT-OCR2's. Small numbers, so that shapes are often equally near."""
+    """Its processor in transformers is GOT-OCR2's. Small sizes, so that many layouts tie."""
     vision = Vision(image_size_px=8, tiles=most)
     for width, height in RNG.integers(1, 40, (2000, 2)).tolist():
         columns, rows = get_optimal_tiled_canvas((height, width), (8, 8), 1, most)

@@ -1,4 +1,4 @@
-"""Pixels are those of the processors in transformers, whatever the image."""
+"""Pixel values equal those of transformers' processors for images of every mode and size."""
 
 import io
 import json
@@ -25,7 +25,7 @@ SHAPES = [
     (31, 32),
 ]  # height, width
 
-# Small versions of what published checkpoints say, and of what else the keys may be.
+# Small versions of published settings, and other values of the keys.
 SMALL = {"size": 24, "crop_size": 24}
 CONFIGS = {
     "clip": {

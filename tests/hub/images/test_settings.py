@@ -1,4 +1,4 @@
-"""A folder's files say how images are prepared, in every spelling that transformers and OpenCLIP have written."""
+"""Image settings are read in every form that transformers and OpenCLIP have written."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What the tests of tensor files share."""
+"""Helpers of the tests of tensor files."""
 
 import json
 import struct
@@ -27,7 +27,7 @@ OTHER_DTYPES = [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint
 
 
 def of_every_dtype(dtypes) -> dict[str, torch.Tensor]:
-    """Tensors of all dtypes and of 0, 1 and 3 axes; one without elements; names that JSON has to escape."""
+    """Tensors of all dtypes and of 0, 1 and 3 axes, an empty one, and names that JSON escapes."""
     tensors = {
         f"{dtype}.ones": torch.arange(-30, 30).reshape(3, 4, 5).to(dtype) for dtype in dtypes
     }

@@ -1,4 +1,4 @@
-"""Folders of tensors: what is found, what is written, and what it takes."""
+"""Weight files of a folder: reading, writing, and the memory they take."""
 
 import json
 import mmap
@@ -263,7 +263,7 @@ def resident_bytes() -> int:
 
 
 def grown_bytes(folder: Path, release: bool) -> int:
-    """How much more memory is resident at the most while all tensors are read one after another."""
+    """Largest increase of resident memory while all tensors are read one after another."""
     before, most = resident_bytes(), 0
     with open_tensors(folder) as stored:
         for tensor in stored.values():

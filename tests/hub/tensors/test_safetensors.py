@@ -1,4 +1,4 @@
-"""Tensors in a safetensors file are those that safetensors wrote, and a file that lies is refused."""
+"""Tensors equal those that safetensors wrote, and inconsistent files are refused."""
 
 import struct
 
@@ -99,7 +99,7 @@ def test_a_view_outlives_its_context_and_a_stored_tensor_does_not(tmp_path):
         closed["a"].read()
 
 
-# ---- what hostile or damaged safetensors files say
+# ---- hostile and damaged files
 
 DAMAGED = {
     "empty file": (b"", "is empty"),

@@ -1,4 +1,4 @@
-"""Tensors in a file of `torch.save` are those that torch wrote, and a damaged file is refused."""
+"""Tensors equal those that `torch.save` wrote, and damaged files are refused."""
 
 import io
 import math

@@ -1,4 +1,4 @@
-"""Chat templates give the text that transformers' `apply_chat_template` gives, and always come to an end."""
+"""Chat templates render the text of transformers' `apply_chat_template`, and always terminate."""
 
 import datetime
 import json

@@ -1,4 +1,4 @@
-"""Prompts are those of transformers' processors, given the same tokenizer and real images."""
+"""Prompts equal those of transformers' processors for the same tokenizer and images."""
 
 import numpy as np
 import pytest
@@ -42,19 +42,19 @@ def tokenizer_in(folder, build, **options):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def assert_prompt(prompt: Prompt, theirs) -> None:
-    ours = {name: value[0] for name, value in stack_prompts([prompt], pad_id=0).items()}
-    assert set(ours) == {name for name in NAMES if name in theirs}
-    for name, values in ours.items():
-        np.testing.assert_array_equal(values, np.asarray(theirs[name])[0], err_msg=name)
+def assert_prompt(prompt: Prompt, reference) -> None:
+    stacked = {name: value[0] for name, value in stack_prompts([prompt], pad_id=0).items()}
+    assert set(stacked) == {name for name in NAMES if name in reference}
+    for name, values in stacked.items():
+        np.testing.assert_array_equal(values, np.asarray(reference[name])[0], err_msg=name)
 
 
-def assert_stacked(prompts: list[Prompt], theirs, pad_id: int) -> None:
-    ours = stack_prompts(prompts, pad_id)
-    assert set(ours) == {name for name in NAMES if name in theirs}
-    for name, values in ours.items():
+def assert_stacked(prompts: list[Prompt], reference, pad_id: int) -> None:
+    stacked = stack_prompts(prompts, pad_id)
+    assert set(stacked) == {name for name in NAMES if name in reference}
+    for name, values in stacked.items():
         assert values.dtype == np.int32
-        np.testing.assert_array_equal(values, np.asarray(theirs[name]), err_msg=name)
+        np.testing.assert_array_equal(values, np.asarray(reference[name]), err_msg=name)
 
 
 def refusal(write, *arguments) -> str:
@@ -91,24 +91,24 @@ LLAVA_TEXTS = [
 @pytest.mark.parametrize("strategy", ["default", "full"])
 def test_llava(llava, strategy, tmp_path):
     llava.vision_feature_select_strategy = strategy
-    ours = format_of(llava, tmp_path, model_type="llava")
-    image = ours.tokenizer.token_to_id("<image>")
+    prompt_format = format_of(llava, tmp_path, model_type="llava")
+    image = prompt_format.tokenizer.token_to_id("<image>")
     for text, count in LLAVA_TEXTS:
-        prompt = ours.prompt(text, [(28, 42)] * count)
+        prompt = prompt_format.prompt(text, [(28, 42)] * count)
         assert_prompt(prompt, llava(images=[picture()] * count or None, text=text))
         assert (prompt.input_ids == image).sum() == count * (24 + (strategy == "full"))
 
 
 def test_llava_in_batches_and_after_a_chat_template(llava, tmp_path):
-    ours = format_of(llava, tmp_path, model_type="llava")
+    prompt_format = format_of(llava, tmp_path, model_type="llava")
     texts, counts = zip(*LLAVA_TEXTS)
     options = {"padding": True, "padding_side": "left", "add_special_tokens": False}
-    theirs = llava(images=[picture()] * sum(counts), text=list(texts), **options)
+    reference = llava(images=[picture()] * sum(counts), text=list(texts), **options)
     prompts = [
-        ours.prompt(text, [(28, 42)] * count, add_special_tokens=False)
+        prompt_format.prompt(text, [(28, 42)] * count, add_special_tokens=False)
         for text, count in LLAVA_TEXTS
     ]
-    assert_stacked(prompts, theirs, llava.tokenizer.pad_token_id)
+    assert_stacked(prompts, reference, llava.tokenizer.pad_token_id)
 
 
 @pytest.mark.parametrize("vision, tokens", [("clip_vision_model", 16), ("siglip_vision_model", 15)])
@@ -116,17 +116,17 @@ def test_llava_without_a_processor_config_follows_the_model(llava, vision, token
     vision_config = {"model_type": vision, "patch_size": 7}
     format_of(llava, tmp_path, model_type="llava", vision_config=vision_config)
     (tmp_path / "processor_config.json").unlink()
-    ours = load_prompt_format(tmp_path, HubTokenizer.load(tmp_path))
-    prompt = ours.prompt("<image>", [(28, 28)], add_special_tokens=False)
-    assert prompt.input_ids.tolist() == [ours.tokenizer.token_to_id("<image>")] * tokens
+    prompt_format = load_prompt_format(tmp_path, HubTokenizer.load(tmp_path))
+    prompt = prompt_format.prompt("<image>", [(28, 28)], add_special_tokens=False)
+    assert prompt.input_ids.tolist() == [prompt_format.tokenizer.token_to_id("<image>")] * tokens
 
 
 @pytest.mark.parametrize(
     "text, images", [("<image> x", 2), ("<image><image>", 1), ("x", 1), ("<image>", 0)]
 )
 def test_llava_refuses_a_wrong_number_of_images(llava, text, images, tmp_path):
-    ours = format_of(llava, tmp_path, model_type="llava")
-    message = refusal(ours.prompt, text, [(28, 28)] * images)
+    prompt_format = format_of(llava, tmp_path, model_type="llava")
+    message = refusal(prompt_format.prompt, text, [(28, 28)] * images)
     assert f"{text.count('<image>')} image tokens" in message and f"{images} images" in message
 
 
@@ -155,19 +155,21 @@ PALIGEMMA_TEXTS = [
 
 @pytest.mark.parametrize("text, count", PALIGEMMA_TEXTS)
 def test_paligemma(paligemma, text, count, tmp_path):
-    ours = format_of(paligemma, tmp_path, model_type="paligemma")
-    prompt = ours.prompt(text, [None] * count)
+    prompt_format = format_of(paligemma, tmp_path, model_type="paligemma")
+    prompt = prompt_format.prompt(text, [None] * count)
     assert_prompt(prompt, paligemma(images=[[picture()] * count], text=[text]))
-    assert (prompt.input_ids == ours.tokenizer.token_to_id("<image>")).sum() == 5 * count
+    assert (prompt.input_ids == prompt_format.tokenizer.token_to_id("<image>")).sum() == 5 * count
 
 
 def test_paligemma_in_batches(paligemma, tmp_path):
-    ours = format_of(paligemma, tmp_path, model_type="paligemma")
+    prompt_format = format_of(paligemma, tmp_path, model_type="paligemma")
     texts = ["<image> a red car", "<image><image> A", "<image>"]
     counts = [text.count("<image>") for text in texts]
-    theirs = paligemma(images=[[picture()] * count for count in counts], text=texts, padding=True)
-    prompts = [ours.prompt(text, [None] * count) for text, count in zip(texts, counts)]
-    assert_stacked(prompts, theirs, paligemma.tokenizer.pad_token_id)
+    reference = paligemma(
+        images=[[picture()] * count for count in counts], text=texts, padding=True
+    )
+    prompts = [prompt_format.prompt(text, [None] * count) for text, count in zip(texts, counts)]
+    assert_stacked(prompts, reference, paligemma.tokenizer.pad_token_id)
 
 
 def test_paligemma_without_images_and_without_a_stated_length(paligemma, tmp_path):
@@ -177,11 +179,14 @@ def test_paligemma_without_images_and_without_a_stated_length(paligemma, tmp_pat
         tmp_path,
         config={"model_type": "paligemma", "vision_config": {"image_size": 28, "patch_size": 7}},
     )
-    ours = load_prompt_format(tmp_path, HubTokenizer.load(tmp_path))
-    text, image = ours.prompt("x").input_ids.tolist(), ours.prompt("x", [None]).input_ids.tolist()
-    assert text == ours.tokenizer.encode("<bos>x\n", add_special_tokens=False)
-    assert image == [ours.tokenizer.token_to_id("<image>")] * 16 + text
-    message = refusal(ours.prompt, "<image><image>", [None])
+    prompt_format = load_prompt_format(tmp_path, HubTokenizer.load(tmp_path))
+    text, image = (
+        prompt_format.prompt("x").input_ids.tolist(),
+        prompt_format.prompt("x", [None]).input_ids.tolist(),
+    )
+    assert text == prompt_format.tokenizer.encode("<bos>x\n", add_special_tokens=False)
+    assert image == [prompt_format.tokenizer.token_to_id("<image>")] * 16 + text
+    message = refusal(prompt_format.prompt, "<image><image>", [None])
     assert "2 image tokens" in message and "1 images" in message
 
 
@@ -196,7 +201,7 @@ class FuyuImages(FuyuImageProcessorPil):
 
 @pytest.fixture
 def fuyu(tmp_path):
-    """What stands for patches are pieces of the vocabulary, and every text begins with a space."""
+    """Patch tokens are pieces of the vocabulary, and every text starts with a space."""
     pieces = [
         "<unk>",
         "<s>",
@@ -221,23 +226,23 @@ def fuyu(tmp_path):
 @pytest.mark.parametrize("size", [(36, 48), (20, 30), (7, 60), (90, 10), (1, 1), (36, 42)])
 @pytest.mark.parametrize("text", ["what is it?\n", "", "  the <s> cat", "|NEWLINE|"])
 def test_fuyu(fuyu, size, text, tmp_path):
-    ours = format_of(fuyu, tmp_path, model_type="fuyu")
-    theirs = fuyu(images=[picture(*size)], text=[text], return_legacy_image_output=False)
-    ids = np.asarray(theirs["input_ids"])[0]
-    image = ids[: np.flatnonzero(ids == ours.tokenizer.bos_id)[0]]
+    prompt_format = format_of(fuyu, tmp_path, model_type="fuyu")
+    reference = fuyu(images=[picture(*size)], text=[text], return_legacy_image_output=False)
+    ids = np.asarray(reference["input_ids"])[0]
+    image = ids[: np.flatnonzero(ids == prompt_format.tokenizer.bos_id)[0]]
     grid = (
         np.sum(image == fuyu.image_newline_id),
         np.flatnonzero(image == fuyu.image_newline_id)[0],
     )
-    assert grid[0] * grid[1] == np.asarray(theirs["pixel_values"]).size // (6 * 6 * 3)
-    np.testing.assert_array_equal(ours.prompt(text, [grid]).input_ids, ids)
+    assert grid[0] * grid[1] == np.asarray(reference["pixel_values"]).size // (6 * 6 * 3)
+    np.testing.assert_array_equal(prompt_format.prompt(text, [grid]).input_ids, ids)
 
 
 def test_fuyu_reads_one_image_that_the_text_does_not_mention(fuyu, tmp_path):
-    ours = format_of(fuyu, tmp_path, model_type="fuyu")
-    assert_prompt(ours.prompt("a cat"), fuyu(text=["a cat"]))
-    assert "2 images" in refusal(ours.prompt, "x", [(1, 1), (1, 1)])
-    assert "2 image tokens" in refusal(ours.prompt, "|SPEAKER|", [(1, 1)])
+    prompt_format = format_of(fuyu, tmp_path, model_type="fuyu")
+    assert_prompt(prompt_format.prompt("a cat"), fuyu(text=["a cat"]))
+    assert "2 images" in refusal(prompt_format.prompt, "x", [(1, 1), (1, 1)])
+    assert "2 image tokens" in refusal(prompt_format.prompt, "|SPEAKER|", [(1, 1)])
 
 
 # ---- Llama 3.2 Vision: one token an image, and who reads it
@@ -264,29 +269,29 @@ MLLAMA_TEXTS = [
 @pytest.mark.parametrize("add_special_tokens", [True, False])
 @pytest.mark.parametrize("text, sizes", MLLAMA_TEXTS)
 def test_mllama(mllama, text, sizes, add_special_tokens, tmp_path):
-    ours = format_of(mllama, tmp_path, model_type="mllama")
+    prompt_format = format_of(mllama, tmp_path, model_type="mllama")
     images = [picture(*SIZES[i]) for i in sizes]
-    theirs = mllama(images=[images], text=[text], add_special_tokens=add_special_tokens)
-    tiles = np.asarray(theirs["aspect_ratio_mask"])[0].sum(axis=-1)
-    assert_prompt(ours.prompt(text, tiles.tolist(), add_special_tokens), theirs)
+    reference = mllama(images=[images], text=[text], add_special_tokens=add_special_tokens)
+    tiles = np.asarray(reference["aspect_ratio_mask"])[0].sum(axis=-1)
+    assert_prompt(prompt_format.prompt(text, tiles.tolist(), add_special_tokens), reference)
 
 
 def test_mllama_in_batches(mllama, tmp_path):
-    ours = format_of(mllama, tmp_path, model_type="mllama")
+    prompt_format = format_of(mllama, tmp_path, model_type="mllama")
     images = [[picture(*SIZES[i]) for i in sizes] for _, sizes in MLLAMA_TEXTS]
     texts = [text for text, _ in MLLAMA_TEXTS]
-    theirs = mllama(images=images, text=texts, padding=True, padding_side="left")
+    reference = mllama(images=images, text=texts, padding=True, padding_side="left")
     tiles = [
         mask.sum(axis=-1)[: len(row)].tolist()
-        for mask, row in zip(theirs["aspect_ratio_mask"], images)
+        for mask, row in zip(reference["aspect_ratio_mask"], images)
     ]
-    prompts = [ours.prompt(text, row) for text, row in zip(texts, tiles)]
-    assert_stacked(prompts, theirs, mllama.tokenizer.pad_token_id)
+    prompts = [prompt_format.prompt(text, row) for text, row in zip(texts, tiles)]
+    assert_stacked(prompts, reference, mllama.tokenizer.pad_token_id)
 
 
 def test_mllama_mask_drawn(mllama, tmp_path):
-    ours = format_of(mllama, tmp_path, model_type="mllama")
-    prompt = ours.prompt(
+    prompt_format = format_of(mllama, tmp_path, model_type="mllama")
+    prompt = prompt_format.prompt(
         "<|image|><|image|><|begin_of_text|>\n<|image|>\n", [1, 1, 1], add_special_tokens=False
     )
     drawn = [
@@ -299,19 +304,21 @@ def test_mllama_mask_drawn(mllama, tmp_path):
 
 
 def test_mllama_without_images_and_with_too_many(mllama, tmp_path):
-    ours = format_of(mllama, tmp_path, model_type="mllama")
-    assert_prompt(ours.prompt("x"), mllama(text=["x"]))
-    message = refusal(ours.prompt, "<|image|>x<|image|>", [1])
+    prompt_format = format_of(mllama, tmp_path, model_type="mllama")
+    assert_prompt(prompt_format.prompt("x"), mllama(text=["x"]))
+    message = refusal(prompt_format.prompt, "<|image|>x<|image|>", [1])
     assert "2 image tokens" in message and "1 images" in message
 
 
-# ---- other families, and what is refused
+# ---- other families and invalid folders
 
 
 def test_a_family_without_image_tokens(tmp_path):
     tiny.gpt2(tmp_path)
-    ours = load_prompt_format(tmp_path, HubTokenizer.load(tmp_path))
-    assert ours.prompt("the cat", [None]).input_ids.tolist() == ours.tokenizer.encode("the cat")
+    prompt_format = load_prompt_format(tmp_path, HubTokenizer.load(tmp_path))
+    assert prompt_format.prompt(
+        "the cat", [None]
+    ).input_ids.tolist() == prompt_format.tokenizer.encode("the cat")
 
 
 def test_folders_that_do_not_say_enough(llava, tmp_path):
@@ -330,21 +337,23 @@ def test_a_tokenizer_without_the_image_token(tmp_path):
     for model_type in ("llava", "paligemma", "mllama"):
         vision = {"image_size": 28, "patch_size": 7}
         tiny.write(tmp_path, config={"model_type": model_type, "vision_config": vision})
-        ours = load_prompt_format(tmp_path, HubTokenizer.load(tmp_path))
+        prompt_format = load_prompt_format(tmp_path, HubTokenizer.load(tmp_path))
         text = "<|image|>" if model_type == "mllama" else "<image>"
-        assert "image" in refusal(ours.prompt, text, [1 if model_type == "mllama" else (28, 28)])
+        assert "image" in refusal(
+            prompt_format.prompt, text, [1 if model_type == "mllama" else (28, 28)]
+        )
 
 
 @pytest.mark.parametrize(
-    "key, value, said",
+    "key, value, reason",
     [
         ("image_token", 5, "image_token is 5"),
         ("num_additional_image_tokens", 10**7, "how many tokens an image takes"),
     ],
 )
-def test_llava_refuses_what_is_no_token_or_no_number_of_them(llava, tmp_path, key, value, said):
+def test_llava_refuses_invalid_tokens_and_counts(llava, tmp_path, key, value, reason):
     format_of(llava, tmp_path, model_type="llava")
     tokenizer = HubTokenizer.load(tmp_path)
     tokenizer.special_tokens.pop("image_token", None)
     tiny.write(tmp_path, processor_config=tiny.read(tmp_path, "processor_config") | {key: value})
-    assert said in refusal(load_prompt_format, tmp_path, tokenizer)
+    assert reason in refusal(load_prompt_format, tmp_path, tokenizer)

@@ -1,4 +1,4 @@
-"""Ids, texts and special tokens are those of transformers' AutoTokenizer for the same folder."""
+"""Ids, texts and special tokens equal those of transformers' AutoTokenizer for the same folder."""
 
 import shutil
 
@@ -65,20 +65,20 @@ def folder_of(name: str, tmp_path):
 
 
 def assert_equal(folder):
-    ours, theirs = HubTokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
-    assert len(ours) == len(theirs)
-    assert ours.special_tokens == theirs.special_tokens_map
+    tokenizer, reference = HubTokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == len(reference)
+    assert tokenizer.special_tokens == reference.special_tokens_map
     for text in TEXTS:
         for special in (True, False):
-            ids = theirs.encode(text, add_special_tokens=special)
-            assert ours.encode(text, add_special_tokens=special) == ids, text
-            assert ours.decode(ids, skip_special_tokens=special) == theirs.decode(
+            ids = reference.encode(text, add_special_tokens=special)
+            assert tokenizer.encode(text, add_special_tokens=special) == ids, text
+            assert tokenizer.decode(ids, skip_special_tokens=special) == reference.decode(
                 ids, skip_special_tokens=special
             )
-    for name in ours.special_tokens.values():
-        assert ours.token_to_id(name) == theirs.convert_tokens_to_ids(name)
-    if theirs.bos_token_id is not None:
-        assert ours.bos_id == theirs.bos_token_id
+    for name in tokenizer.special_tokens.values():
+        assert tokenizer.token_to_id(name) == reference.convert_tokens_to_ids(name)
+    if reference.bos_token_id is not None:
+        assert tokenizer.bos_id == reference.bos_token_id
 
 
 @every_folder
@@ -97,21 +97,21 @@ def test_what_transformers_saves_gives_the_same(name, tmp_path):
 
 
 def test_llamas_ids_are_those_of_sentencepiece(tmp_path):
-    """Where no special token is in the text; but only the legacy form sees a space before the first word."""
+    """For texts without special tokens, and without a space that only the legacy form keeps."""
     tiny.llama(tmp_path)
-    ours = HubTokenizer.load(tmp_path)
+    tokenizer = HubTokenizer.load(tmp_path)
     model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     for text in (
         text for text in TEXTS if "<" not in text and not text.startswith(" ") and "▁" not in text
     ):
-        assert ours.encode(text, add_special_tokens=False) == model.encode(text)
+        assert tokenizer.encode(text, add_special_tokens=False) == model.encode(text)
 
 
 def test_any_text_comes_back(tmp_path):
     tiny.gpt2(tmp_path)
-    ours = HubTokenizer.load(tmp_path)
+    tokenizer = HubTokenizer.load(tmp_path)
     for text in TEXTS:
-        assert ours.decode(ours.encode(text), skip_special_tokens=False) == text
+        assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
 
 
 # ---- ids that other files state
@@ -151,30 +151,30 @@ def test_padding_is_the_tokenizers_first(tmp_path):
 
 @every_folder
 def test_a_stream_shows_the_text_piece_by_piece(name, tmp_path):
-    ours = HubTokenizer.load(folder_of(name, tmp_path))
+    tokenizer = HubTokenizer.load(folder_of(name, tmp_path))
     for text in TEXTS[:-1]:
         for skip in (True, False):
-            ids = ours.encode(text)
-            stream = ours.stream(skip_special_tokens=skip)
+            ids = tokenizer.encode(text)
+            stream = tokenizer.stream(skip_special_tokens=skip)
             parts = [stream.feed([i]) for i in ids] + [stream.end()]
-            assert "".join(parts) == ours.decode(ids, skip_special_tokens=skip)
+            assert "".join(parts) == tokenizer.decode(ids, skip_special_tokens=skip)
 
 
 def test_a_stream_never_shows_half_a_character(tmp_path):
     tiny.gpt2(tmp_path)
-    ours = HubTokenizer.load(tmp_path)
-    ids = ours.encode("a 😀 猫")
+    tokenizer = HubTokenizer.load(tmp_path)
+    ids = tokenizer.encode("a 😀 猫")
     assert len(ids) > 7  # a character of the corpus' outside is several tokens
-    stream = ours.stream()
+    stream = tokenizer.stream()
     parts = [stream.feed(np.array([i])) for i in ids]
     assert not any("\ufffd" in part for part in parts)
     assert [part for part in parts if part] == ["a", " ", "😀", " ", "猫"]
-    stream = ours.stream()
+    stream = tokenizer.stream()
     assert stream.feed(ids[:-1]) == "a 😀 "
     assert stream.end() == "\ufffd"
 
 
-# ---- what is refused
+# ---- invalid folders
 
 
 def refusal(folder) -> str:

@@ -1,4 +1,4 @@
-"""A compiled program's text is read as what runs, as often as it runs."""
+"""Costs of a compiled program count every instruction as often as it runs."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ ENTRY %main (x: bf16[LEFT], y: bf16[RIGHT]) -> f32[OUT] {
   ROOT %c = f32[OUT]{1,2,0:T(8,128)} convolution(%x, %y), window={WINDOW
 }
 """
-# Shapes and windows of attention's scores and of a query projection, as the compiler for v5p writes them.
+# Attention scores and a query projection, as the compiler for v5p writes them.
 SCORES = (
     "32,1024,128",
     "32,1024,128",
@@ -52,7 +52,7 @@ def test_a_loop_counts_as_often_as_it_turns():
 
         return jax.lax.scan(outer, x, length=5)[0]
 
-    assert hlo.read(compiled(loops, (64, 64)), 1).flops == 3 * 5 * 2 * 64**3
+    assert hlo.analyze(compiled(loops, (64, 64)), 1).flops == 3 * 5 * 2 * 64**3
 
 
 def test_a_loop_whose_end_the_data_decides_counts_as_often_as_one_is_told():
@@ -60,7 +60,7 @@ def test_a_loop_whose_end_the_data_decides_counts_as_often_as_one_is_told():
         return jax.lax.fori_loop(0, end[0].astype(int), lambda i, x: jnp.tanh(x @ x), x)
 
     text = compiled(loop, (64, 64), (1,))
-    assert [hlo.read(text, 1, turns).flops for turns in (1, 7)] == [2 * 64**3, 7 * 2 * 64**3]
+    assert [hlo.analyze(text, 1, turns).flops for turns in (1, 7)] == [2 * 64**3, 7 * 2 * 64**3]
 
 
 def test_a_loop_of_two_turns_in_one_counts_half_as_often():
@@ -87,7 +87,7 @@ ENTRY %main (a: (u32[], f32[8,8])) -> (u32[], f32[8,8]) {
   ROOT %w = (u32[], f32[8,8]{1,0}) while(%a), condition=%cond, body=%body
 }
 """
-    assert hlo.read(text, 1).flops == 4 * 2 * 8**3
+    assert hlo.analyze(text, 1).flops == 4 * 2 * 8**3
 
 
 def test_a_collective_that_passes_through_a_loop_is_one():
@@ -96,7 +96,7 @@ def test_a_collective_that_passes_through_a_loop_is_one():
         "ROOT ", ""
     )
     text += piece.replace("%g", "%h") + "}"
-    assert len(hlo.read(text, 2).collectives) == 1
+    assert len(hlo.analyze(text, 2).collectives) == 1
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_collective_that_passes_through_a_loop_is_one():
 def test_products_that_the_tpu_compiler_writes_as_convolutions_count_without_their_padding(
     parts, flops
 ):
-    assert hlo.read(product(*parts), 1).flops == flops
+    assert hlo.analyze(product(*parts), 1).flops == flops
 
 
 def test_attention_by_a_kernel_counts_its_products():
@@ -116,18 +116,18 @@ ENTRY %main (q: bf16[4,512,64], k: bf16[2,768,64]) -> bf16[4,512,64] {
   ROOT %splash_mha_dq_no_residuals.1 = bf16[4,512,64]{2,1,0} custom-call(%q, %k), custom_call_target="tpu_custom_call"
 }
 """
-    assert hlo.read(text, 1).flops == 3 * 2 * 4 * 512 * 768 * 64
+    assert hlo.analyze(text, 1).flops == 3 * 2 * 4 * 512 * 768 * 64
 
 
 def test_what_lies_in_the_fast_memory_is_not_read_from_hbm():
-    assert hlo.read(product(*SCORES), 1).hbm_bytes == 32 * 1024 * 128 * 2 + 32 * 1024 * 1024 * 4
+    assert hlo.analyze(product(*SCORES), 1).hbm_bytes == 32 * 1024 * 128 * 2 + 32 * 1024 * 1024 * 4
 
 
 def test_a_loop_that_reads_slices_moves_its_operand_once():
     def total(xs):
         return jax.lax.scan(lambda sofar, x: (sofar + jnp.tanh(x), None), jnp.zeros(1000), xs)[0]
 
-    moved = hlo.read(compiled(total, (100, 1000)), 1).hbm_bytes
+    moved = hlo.analyze(compiled(total, (100, 1000)), 1).hbm_bytes
     assert moved == pytest.approx(
         3 * 100 * 1000 * 4, rel=0.5
     )  # a slice, the sum before and the sum after, each turn
@@ -135,7 +135,7 @@ def test_a_loop_that_reads_slices_moves_its_operand_once():
 
 def test_collectives_count_their_chips_bytes_and_turns():
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
-    place = NamedSharding(mesh, P(None, "fsdp", None))
+    stacked = NamedSharding(mesh, P(None, "fsdp", None))
 
     def layers(x, weights):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
@@ -144,10 +144,10 @@ def test_collectives_count_their_chips_bytes_and_turns():
         layers,
         (16, 64),
         (6, 64, 64),
-        in_shardings=(NamedSharding(mesh, P("fsdp")), place),
+        in_shardings=(NamedSharding(mesh, P("fsdp")), stacked),
         out_shardings=None,
     )
-    gathers = [c for c in hlo.read(text, 8).collectives if c.times == 6]
+    gathers = [c for c in hlo.analyze(text, 8).collectives if c.times == 6]
     assert [(c.kind, c.chips, c.bytes) for c in gathers] == [("all-gather", 8, 64 * 64 * 4)]
     assert gathers[0].sent_bytes == 64 * 64 * 4 * 7 / 8
 
@@ -164,5 +164,5 @@ def test_collectives_count_their_chips_bytes_and_turns():
 def test_every_way_of_writing_who_takes_part(groups, chips):
     head = "ENTRY %m (x: f32[8]) -> f32[8] {\n  %x = f32[8]{0} parameter(0)\n"
     text = f"{head}  ROOT %r = f32[8]{{0}} all-reduce(%x), {groups}\n}}"
-    (found,) = hlo.read(text, 32).collectives
-    assert (found.chips, found.bytes, found.times) == (chips, 32, 1)
+    (collective,) = hlo.analyze(text, 32).collectives
+    assert (collective.chips, collective.bytes, collective.times) == (chips, 32, 1)

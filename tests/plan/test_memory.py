@@ -1,4 +1,4 @@
-"""What a step is said to hold at its peak is what the compiler reserves, within 15 %."""
+"""The predicted peak memory of a step is within 15 % of what the compiler reserves."""
 
 import dataclasses
 
@@ -36,9 +36,9 @@ def experiment(kind, width, text, rows, rates):
 
 
 def reserved(cfg, mesh) -> int:
-    found = compiled.lowered(cfg, mesh).compile().memory_analysis()
-    outputs = found.output_size_in_bytes - found.alias_size_in_bytes
-    return found.argument_size_in_bytes + outputs + found.temp_size_in_bytes
+    analysis = compiled.lower_train_step(cfg, mesh).compile().memory_analysis()
+    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return analysis.argument_size_in_bytes + outputs + analysis.temp_size_in_bytes
 
 
 QUICK = ("activations", "frozen_decoder")  # the others compile for seconds each
@@ -49,7 +49,7 @@ QUICK = ("activations", "frozen_decoder")  # the others compile for seconds each
 )
 def test_the_peak_on_one_device(name):
     cfg = experiment(*SHAPES[name])
-    predicted = memory.predicted(cfg, AbstractMesh((1, 1, 1), axes.MESH_AXES)).total
+    predicted = memory.predict_memory(cfg, AbstractMesh((1, 1, 1), axes.MESH_AXES)).total
     assert predicted == pytest.approx(
         reserved(cfg, axes.make_mesh(Mesh(), jax.devices()[:1])), rel=0.15
     )
@@ -59,20 +59,20 @@ def test_state_and_batch_are_what_goes_into_the_program():
     cfg = experiment(*SHAPES["weights"])
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=4))
     mesh = axes.make_mesh(Mesh(1, 4, 2))
-    found = memory.predicted(cfg, AbstractMesh((1, 4, 2), axes.MESH_AXES))
+    predicted = memory.predict_memory(cfg, AbstractMesh((1, 4, 2), axes.MESH_AXES))
     state = jax.tree.leaves(abstract_state(cfg, mesh))
     held = sum(
         jax.numpy.prod(jax.numpy.array(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
         for x in state
     )
-    assert found.parameters + found.optimizer == pytest.approx(int(held), abs=8)
+    assert predicted.parameters + predicted.optimizer == pytest.approx(int(held), abs=8)
 
 
 def test_frozen_parts_have_no_moments_and_no_gradients():
     mesh = AbstractMesh((1, 1, 1), axes.MESH_AXES)
-    found = memory.predicted(experiment(*SHAPES["frozen_decoder"]), mesh)
-    assert found.gradients < found.parameters / 100
-    assert found.optimizer < found.parameters / 50
+    predicted = memory.predict_memory(experiment(*SHAPES["frozen_decoder"]), mesh)
+    assert predicted.gradients < predicted.parameters / 100
+    assert predicted.optimizer < predicted.parameters / 50
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,8 @@ def test_the_cache_of_a_row_is_what_decoding_keeps(cfg):
             {"params": params}, prompt, empty_cache(cfg, prompt, 0), method=VLM.next_logits
         )[1]
 
-    kept = jax.tree.leaves(jax.eval_shape(read, testing.random_params(cfg)).layers)
-    assert memory.cache_bytes(cfg) == sum(x.size * x.dtype.itemsize for x in kept)
+    cache = jax.tree.leaves(jax.eval_shape(read, testing.random_params(cfg)).layers)
+    assert memory.cache_bytes(cfg) == sum(x.size * x.dtype.itemsize for x in cache)
 
 
 def test_what_each_device_sums_over_its_rows_is_whole_before_it_is_shared():
@@ -95,14 +95,12 @@ def test_what_each_device_sums_over_its_rows_is_whole_before_it_is_shared():
     ).jaxpr
     whole, share = 64 * 64 * 4, 64 * 64
     peak = liveness.peak_bytes(program, lambda shape: 4 if shape == (64, 64) else 1)
-    assert peak == share + 2 * (
-        whole - share
-    )  # its own sum and that of all, of which each keeps its share
+    # The device's own sum and the sum over all devices, of which each keeps its share.
+    assert peak == share + 2 * (whole - share)
 
 
 def test_fewer_rows_on_a_device_need_less():
     cfg = experiment(*SHAPES["activations"])
-    one, four = (
-        memory.predicted(cfg, AbstractMesh((n, 1, 1), axes.MESH_AXES)).activations for n in (1, 4)
-    )
-    assert four < one / 2
+    on_one = memory.predict_memory(cfg, AbstractMesh((1, 1, 1), axes.MESH_AXES))
+    on_four = memory.predict_memory(cfg, AbstractMesh((4, 1, 1), axes.MESH_AXES))
+    assert on_four.activations < on_one.activations / 2

@@ -1,4 +1,4 @@
-"""`python run.py plan`: what it says, in what form, and which mistakes it refuses."""
+"""`python run.py plan`: its table, its JSON and its error messages."""
 
 import importlib.util
 import json
@@ -72,7 +72,7 @@ def test_the_table_names_every_part_and_size(capsys, config):
     assert (
         "16 x 16 px -> 4 patches of 8 px -> encoder: 4 tokens -> projector: 4 -> 4 tokens" in text
     )
-    assert "24 tokens a row that read 4 image tokens" in text
+    assert "24 tokens per row, which attend to 4 image tokens" in text
 
 
 def test_more_devices_hold_less_each(capsys, config):
@@ -100,15 +100,15 @@ def test_any_time_has_three_digits(seconds, said):
 
 
 TIMES = """
-a step                                       at peak
-products, by XLA's program  12 GFLOP a chip  60.9 us
-read and written in HBM       115 MB a chip   140 us
-sent between chips               0 B a chip      0 s
-XLA's FLOPs are 3.000 of the model's
+one step                per chip  at peak rate
+FLOPs of XLA's program  12 GFLOP       60.9 us
+HBM reads and writes      115 MB        140 us
+sent between chips           0 B           0 s
+XLA's program has 3.000 times the FLOPs of the model
 
-                    time of a step   MFU    tokens/s  images/s
-collectives hidden          140 us  0.25  40,000,000   500,000
-not hidden                 1.23 ms  0.03   4,535,000    56,700
+collectives  step time   MFU    tokens/s  images/s
+overlapped      140 us  0.25  40,000,000   500,000
+serial         1.23 ms  0.03   4,535,000    56,700
 """
 
 
@@ -121,7 +121,7 @@ def test_times_of_a_small_step_are_said_too_in_columns(capsys, config):
         "overlapped": {"step_seconds": 1.4e-4, "mfu": 0.25, "tokens_per_second": 4e7, "images_per_second": 5e5},
         "serial": {"step_seconds": 1.234e-3, "mfu": 0.028, "tokens_per_second": 4.535e6, "images_per_second": 5.67e4},
     }  # fmt: skip
-    assert TIMES in table.text(files.load(config), plan)
+    assert TIMES in table.format_plan(files.load(config), plan)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ SLICES = [f"{chip.name}:{layout}" for chip in chips.CHIPS for layout in chip.sli
 def test_the_compiler_knows_every_slice_that_is_offered():
     for topology in SLICES:
         _, count = chips.slice_of(topology)
-        assert axes.make_mesh(Mesh(), compiled.devices_of(topology)).size == count, topology
+        assert axes.make_mesh(Mesh(), compiled.tpu_devices(topology)).size == count, topology
 
 
 @needs_libtpu
@@ -232,10 +232,10 @@ def test_what_does_not_fit_is_said_with_what_to_change(capsys, config):
     assert commands.main(["plan", *arguments]) == 0
     text = capsys.readouterr().out
     assert (
-        "v5e:1x1, predicted and not compiled\ndoes not fit: " in text
-        and " of 16.00 GiB a chip" in text
+        "v5e:1x1, predicted without compiling\ndoes not fit: " in text
+        and " of 16.00 GiB per chip" in text
     )
-    advice = text[text.index("what would make room") :].splitlines()[1:]
+    advice = text[text.index("to reduce memory") :].splitlines()[1:]
     assert advice[0].startswith("activations") and "more train.microbatches" in advice[0]
 
 
@@ -247,11 +247,10 @@ def test_what_the_compiler_says_does_not_fit_is_said(capsys, config, monkeypatch
     def refuse(cfg, mesh):
         raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: Ran out of memory. {said}")
 
-    monkeypatch.setattr(compiled, "lowered", refuse)
+    monkeypatch.setattr(compiled, "lower_train_step", refuse)
     assert commands.main(["plan", "--config", config, "--topology", "v5e:1x1"]) == 0
     assert (
-        "does not fit: 20.50 GiB of 16.00 GiB a chip\nwhat would make room"
-        in capsys.readouterr().out
+        "does not fit: 20.50 GiB of 16.00 GiB per chip\nto reduce memory" in capsys.readouterr().out
     )
 
 

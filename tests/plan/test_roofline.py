@@ -23,8 +23,8 @@ CHIP = Chip(
 
 
 def seconds(program, dtype="bfloat16"):
-    found = roofline(program, CHIP, dtype)
-    return [found.compute, found.hbm, found.interconnect, found.overlapped, found.serial]
+    limits = roofline(program, CHIP, dtype)
+    return [limits.compute, limits.hbm, limits.interconnect, limits.overlapped, limits.serial]
 
 
 def collective(kind, times=1):
@@ -69,11 +69,11 @@ def test_speeds_are_of_all_chips_and_the_model_s_own_flops():
     cfg = replace(cfg, train=replace(cfg.train, batch_size=40, compute_dtype="bfloat16"))
     sequence = token_flow(cfg).sequence
     program = Program(flops=4000, hbm_bytes=500, collectives=[collective("all-gather", times=2)])
-    found = document.speed(cfg, CHIP, program, devices=4, model_flops=12000)
-    assert found["xla_flops"] == 16000
-    assert found["overlapped"] == pytest.approx(
+    result = document.speed(cfg, CHIP, program, devices=4, model_flops=12000)
+    assert result["xla_flops"] == 16000
+    assert result["overlapped"] == pytest.approx(
         {"step_seconds": 5, "mfu": 0.6, "tokens_per_second": 8 * sequence, "images_per_second": 8}
     )
-    assert found["serial"] == pytest.approx(
+    assert result["serial"] == pytest.approx(
         {"step_seconds": 8, "mfu": 0.375, "tokens_per_second": 5 * sequence, "images_per_second": 5}
     )

@@ -352,10 +352,11 @@ def plan(arguments: list[str]) -> int:
     said = {name: settings["help"] for name, settings in PLAN_OPTIONS.items()}
     cfg = experiment("plan", rest, stored=False, options=said)
     _check_plan_options(given)
-    from vlm_jax.plan import document, table
+    from vlm_jax.plan.document import build_plan
+    from vlm_jax.plan.table import format_plan
 
-    made = document.make(cfg, given.topology, given.devices or 1, not given.no_compile)
-    print(json.dumps(made, indent=1) if given.json else table.text(cfg, made))
+    plan = build_plan(cfg, given.topology, given.devices or 1, not given.no_compile)
+    print(json.dumps(plan, indent=1) if given.json else format_plan(cfg, plan))
     return 0
 
 

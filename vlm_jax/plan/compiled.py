@@ -1,4 +1,4 @@
-"""The real training step, compiled ahead of time for a slice of TPUs that is not there."""
+"""Compiles the train step ahead of time for a TPU slice, without TPUs."""
 
 import importlib.util
 import logging
@@ -21,82 +21,80 @@ from vlm_jax.plan.memory import batch_shapes
 from vlm_jax.train.loss import chunk_tokens
 from vlm_jax.train.step import abstract_state, jit_train_step
 
+# Messages of the TPU compiler about a program that does not fit.
+USED_MEMORY = re.compile(r"(?:Used |temporaries \()(?P<size>[\d.]+)(?P<unit>[MGT])")
+UNIT_BYTES = {"M": 2**20, "G": 2**30, "T": 2**40}
+# The line of its memory report for everything in HBM.
+TOTAL_BYTES = re.compile(r"Memory Space: default .*\nTotal bytes: (?P<bytes>\d+)")
+
 
 @dataclass(frozen=True)
 class Compiled:
     compile_seconds: float
-    hbm_bytes: int  # on a device, at the peak; as far as the compiler tells where it does not fit
-    code_bytes: int  # of the program itself, contained in hbm_bytes
+    hbm_bytes: int  # peak on one device; if the program does not fit, as the compiler reports it
+    code_bytes: int  # of the program itself, included in hbm_bytes
     fits: bool
-    program: hlo.Program | None  # None where it does not fit
+    program: hlo.Program | None  # None if it does not fit
 
 
-def devices_of(topology: str) -> list[jax.Device]:
-    """The devices of a slice, as the TPU compiler knows them.
+def tpu_devices(topology: str) -> list[jax.Device]:
+    """Returns the abstract devices of a slice, such as "v5e:8x8".
 
     Raises:
-      ConfigError: the compiler is not installed, or there is no such slice.
+      ConfigError: the TPU compiler is not installed, or the slice does not exist.
     """
     chip, chips = slice_of(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
             "--topology needs XLA's TPU compiler: pip install -r requirements-tpu.txt."
         )
-    os.environ.setdefault(
-        "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
-    )  # a lock file is for those who hold chips
-    # Without these it asks a metadata server, which is only on TPU VMs, and logs that there is none.
+    # libtpu's lock file protects real chips.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # Otherwise libtpu queries a metadata server, which exists only on TPU VMs, and logs an error.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault(
-        "TPU_ACCELERATOR_TYPE", "v5litepod-8"
-    )  # any that exists: the topology is given
+    # Any existing type: the topology below overrides it.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
-    hosts = {"chips_per_host_bounds": (1, 1, 1)} if chips == 1 else {}  # by default a host has four
+    options = {}
+    if chips == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)  # default: four chips per host
     if chip.name == "v4":
-        hosts["chip_config_name"] = (
-            "megacore"  # as TPU VMs run it; else each of its two cores is a device
-        )
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **hosts).devices
+        options["chip_config_name"] = "megacore"  # as on TPU VMs: both cores are one device
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
 
 
 def compile_step(cfg: Experiment, mesh: jax.sharding.Mesh) -> Compiled:
+    """Compiles the train step and analyzes the program."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as reports:
         try:
-            program = lowered(cfg, mesh).compile(compiler_options={"xla_dump_to": reports})
+            program = lower_train_step(cfg, mesh).compile(compiler_options={"xla_dump_to": reports})
         except jax.errors.JaxRuntimeError as error:
-            used = re.search(r"(?:Used |temporaries \()([\d.]+)([MGT])", str(error))
+            used = USED_MEMORY.search(str(error))
             if used is None:
                 raise
-            size = int(float(used[1]) * 2 ** {"M": 20, "G": 30, "T": 40}[used[2]])
-            return Compiled(time.perf_counter() - start, size, 0, False, None)
-        reserved = reserved_bytes(Path(reports))
-    seconds, code = (
-        time.perf_counter() - start,
-        program.memory_analysis().generated_code_size_in_bytes,
-    )
-    return Compiled(
-        seconds,
-        reserved + code,
-        code,
-        True,
-        hlo.read(program.as_text(), mesh.size, loss_turns(cfg, mesh)),
-    )
+            size = int(float(used["size"]) * UNIT_BYTES[used["unit"]])
+            return Compiled(time.perf_counter() - start, size, 0, fits=False, program=None)
+        reserved = reported_hbm_bytes(Path(reports))
+    seconds = time.perf_counter() - start
+    code = program.memory_analysis().generated_code_size_in_bytes
+    analyzed = hlo.analyze(program.as_text(), mesh.size, loss_chunks(cfg, mesh))
+    return Compiled(seconds, reserved + code, code, fits=True, program=analyzed)
 
 
-def reserved_bytes(reports: Path) -> int:
-    """HBM for all that goes in, comes out and lies in between, from the report that XLA writes about it.
+def reported_hbm_bytes(reports: Path) -> int:
+    """HBM of arguments, results and temporaries, from XLA's memory usage report.
 
-    The temporaries of `memory_analysis()` are up to a third more than XLA lays out (libtpu 0.0.42): of a program that
-    fits 15.75 GiB it says 19.1.
+    The temporaries of `memory_analysis()` are up to a third more than XLA allocates (libtpu
+    0.0.42): for a program that fits 15.75 GiB it returns 19.1.
     """
     (report,) = reports.glob("*memory-usage-report.txt")
-    return int(re.search(r"Memory Space: default .*\nTotal bytes: (\d+)", report.read_text())[1])
+    return int(TOTAL_BYTES.search(report.read_text())["bytes"])
 
 
-def lowered(cfg: Experiment, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
-    """Nothing is put on a device: shapes and shardings are all that is needed."""
+def lower_train_step(cfg: Experiment, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    """Lowers the train step from shapes and shardings, without arrays on a device."""
     rows = sharding.row_sharding(mesh)
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch_shapes(cfg)
@@ -105,8 +103,8 @@ def lowered(cfg: Experiment, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
         return jit_train_step(cfg, mesh).lower(abstract_state(cfg, mesh), batch)
 
 
-def loss_turns(cfg: Experiment, mesh: jax.sharding.Mesh) -> int:
-    """Chunks of the loss on a device in one microbatch, if all text of a row is scored."""
+def loss_chunks(cfg: Experiment, mesh: jax.sharding.Mesh) -> int:
+    """Chunks of the loss per device and microbatch, if all text tokens are scored."""
     rows = cfg.train.batch_size // axes.row_shards(mesh)
     rows //= cfg.train.microbatches
     chunk = chunk_tokens(rows * cfg.row_length, cfg.decoder.vocab_size, cfg.train.loss_chunk)

@@ -1,4 +1,4 @@
-"""A plan as plain numbers: what `--json` prints and what `table` writes out."""
+"""Plans as plain data: the output of `--json`, and the input of `table`."""
 
 import dataclasses
 import math
@@ -21,50 +21,55 @@ from vlm_jax.train.inputs import check_rows
 from vlm_jax.train.step import state_shapes
 
 
-def make(
+def build_plan(
     cfg: Experiment, topology: str | None = None, devices: int = 1, is_compiled: bool = True
 ) -> dict:
-    """The plan of an experiment for `devices` devices, or for a slice of TPUs, compiled for it if `is_compiled`.
+    """Returns the plan of an experiment for `devices` devices or for a TPU slice.
+
+    Args:
+      topology: slice such as "v5e:8x8", instead of `devices`.
+      is_compiled: compile the step for the slice.
 
     Raises:
-      ConfigError: the mesh or the batch does not fit the devices, or the slice or its compiler is unknown.
+      ConfigError: the mesh or the batch does not fit the devices, or the slice or its compiler is
+        unknown.
     """
     jax.config.update("jax_platforms", "cpu")
-    places = compiled.devices_of(topology) if topology is not None else None
-    sizes = cfg.mesh.sizes(len(places) if places else devices)
-    abstract = (
-        axes.make_mesh(cfg.mesh, places).abstract_mesh
-        if places
-        else AbstractMesh(sizes, axes.MESH_AXES)
-    )
-    check_rows(cfg, abstract)
-    held = memory.predicted(cfg, abstract)
-    document = {
+    if topology is not None:
+        tpus = compiled.tpu_devices(topology)
+        sizes = cfg.mesh.sizes(len(tpus))
+        mesh = axes.make_mesh(cfg.mesh, tpus).abstract_mesh
+    else:
+        sizes = cfg.mesh.sizes(devices)
+        mesh = AbstractMesh(sizes, axes.MESH_AXES)
+    check_rows(cfg, mesh)
+    predicted = memory.predict_memory(cfg, mesh)
+    plan = {
         "mesh": dict(zip(axes.MESH_AXES, sizes)),
         "rows": cfg.train.batch_size,
-        "parts": parts(cfg),
+        "parts": part_costs(cfg),
         "tokens": dataclasses.asdict(token_flow(cfg)),
         "train_flops": train_flops(cfg),
-        "bytes_per_device": dataclasses.asdict(held) | {"total": held.total},
+        "bytes_per_device": dataclasses.asdict(predicted) | {"total": predicted.total},
         "cache_bytes_per_row": memory.cache_bytes(cfg),
         "export": exportable(cfg).removeprefix("export: "),
     }
-    if places:
-        chip, chips = slice_of(topology)
-        room = chip.hbm_bytes
-        document["topology"] = {
-            "name": topology,
-            "devices": chips,
-            "hbm_bytes": room,
-            "fits": held.total <= room,
-        }
-        if is_compiled:
-            document["topology"] |= _compiled(cfg, chip, places, document["train_flops"])
-    return document
+    if topology is None:
+        return plan
+    chip, chips = slice_of(topology)
+    plan["topology"] = {
+        "name": topology,
+        "devices": chips,
+        "hbm_bytes": chip.hbm_bytes,
+        "fits": predicted.total <= chip.hbm_bytes,
+    }
+    if is_compiled:
+        plan["topology"] |= _compiled_step(cfg, chip, tpus, plan["train_flops"])
+    return plan
 
 
-def parts(cfg: Experiment) -> dict[str, dict]:
-    """Parameters of every part of the model, whether they are trained, and the FLOPs of a step."""
+def part_costs(cfg: Experiment) -> dict[str, dict]:
+    """Parameters and FLOPs per step of every part of the model, and whether it is trained."""
     flat = traverse_util.flatten_dict(state_shapes(cfg).params)
     count = Counter()
     for path, x in flat.items():
@@ -82,40 +87,40 @@ def parts(cfg: Experiment) -> dict[str, dict]:
     }
 
 
-def _compiled(cfg: Experiment, chip: Chip, places: list, model_flops: float) -> dict:
-    found = compiled.compile_step(cfg, axes.make_mesh(cfg.mesh, places))
+def _compiled_step(
+    cfg: Experiment, chip: Chip, devices: list[jax.Device], model_flops: float
+) -> dict:
+    step = compiled.compile_step(cfg, axes.make_mesh(cfg.mesh, devices))
     result = {
-        "compile_seconds": found.compile_seconds,
-        "compiled_bytes": found.hbm_bytes,
-        "fits": found.fits,
+        "compile_seconds": step.compile_seconds,
+        "compiled_bytes": step.hbm_bytes,
+        "fits": step.fits,
     }
-    if not found.fits:
+    if not step.fits:
         return result
-    return result | speed(cfg, chip, found.program, len(places), model_flops)
+    return result | speed(cfg, chip, step.program, len(devices), model_flops)
 
 
 def speed(cfg: Experiment, chip: Chip, program: Program, devices: int, model_flops: float) -> dict:
-    """What a step takes on each of `devices` chips, and what they do in a second together."""
+    """Costs of a step on one of `devices` chips, and the throughput of all chips together."""
     limits = roofline(program, chip, cfg.train.compute_dtype)
     rows, tokens = cfg.train.batch_size, token_flow(cfg)
+    peak_flops_per_second = devices * chip.flops_per_second(cfg.train.compute_dtype)
 
-    def at(seconds: float) -> dict:
+    def throughput(seconds: float) -> dict:
         return {
             "step_seconds": seconds,
-            "mfu": model_flops
-            / (devices * chip.flops_per_second(cfg.train.compute_dtype) * seconds),
+            "mfu": model_flops / (peak_flops_per_second * seconds),
             "tokens_per_second": rows * tokens.sequence / seconds,
             "images_per_second": rows * tokens.images / seconds,
         }
 
+    collectives = sorted(program.collectives, key=lambda x: -x.sent_bytes * x.times)
     return {
         "xla_flops": program.flops * devices,
         "moved_bytes": program.hbm_bytes,
-        "collectives": [
-            dataclasses.asdict(collective) | {"sent_bytes": collective.sent_bytes}
-            for collective in sorted(program.collectives, key=lambda x: -x.sent_bytes * x.times)
-        ],
+        "collectives": [dataclasses.asdict(x) | {"sent_bytes": x.sent_bytes} for x in collectives],
         "roofline_seconds": dataclasses.asdict(limits),
-        "overlapped": at(limits.overlapped),
-        "serial": at(limits.serial),
+        "overlapped": throughput(limits.overlapped),
+        "serial": throughput(limits.serial),
     }

@@ -1,7 +1,8 @@
-"""Reads a compiled program's text: what runs how often, its FLOPs, bytes and collectives, on one chip.
+"""FLOPs, HBM traffic and collectives of a compiled program on one chip, from its text.
 
-XLA's own `cost_analysis` counts the body of a loop once. Here a computation counts as often as it is entered: bodies of
-`while` times the loop's turns, which its condition compares with a constant.
+XLA's own `cost_analysis` counts the body of a loop once. Here a computation counts as often as it
+is entered: the body of a `while` counts times the loop's trip count, which the loop's condition
+compares with a constant.
 """
 
 import math
@@ -9,43 +10,22 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from vlm_jax.plan.hlo_text import (
-    NAME,
-    Computation,
-    Instruction,
-    parse,
-)
+from vlm_jax.plan import hlo_cost
+from vlm_jax.plan.hlo_text import COLLECTIVES, Computation, Instruction, parse
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-KERNELS = {
-    "splash_mha_fwd": 2,
-    "splash_mha_dq": 3,
-    "splash_mha_dkv": 4,
-}  # products of queries and keys in each
-FREE = {
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "while",
-    "call",
-    "conditional",
-    "iota",
-}
-FREE |= {
-    "after-all",
-    "copy-done",
-    "all-gather-done",
-    "all-reduce-done",
-    "collective-permute-done",
-    "async-done",
-}
-FREE |= {"partition-id", "optimization-barrier"}
 INTEGERS = ("s32", "u32", "s64", "u64")
-CALLED = re.compile(
-    r"(?:calls|body|condition|to_apply)=%?([\w.-]+)|branch_computations=\{([^}]*)\}"
-)
+TRIP_COUNT = re.compile(r'known_trip_count"?[:=]\{"?n"?:"?(?P<count>\d+)')
+CONDITION = re.compile(r"condition=%?(?P<name>[\w.-]+)")
+BODY = re.compile(r"body=%?(?P<name>[\w.-]+)")
+TUPLE_INDEX = re.compile(r"index=(?P<index>\d+)")
+CHANNEL = re.compile(r"channel_id=(?P<id>\d+)")
+OP_NAME = re.compile(r'op_name="(?P<name>[^"]*)"')
+# The chips that take part in a collective: axes of a mesh, [groups, chips of one], or lists.
+MESH_GROUPS = re.compile(r"replica_groups=mesh\[(?P<mesh>[^\]]*)\]\s*\{(?P<axes>[^}]*)\}")
+MESH_AXIS = re.compile(r"'(?P<name>\w+)'=(?P<size>\d+)")
+AXIS_NAME = re.compile(r"'(?P<name>\w+)'")
+IOTA_GROUPS = re.compile(r"replica_groups=\[\d+,(?P<chips>\d+)\]")
+LISTED_GROUPS = re.compile(r"replica_groups=\{\{(?P<first>[\d,]+)\}")
 
 
 @dataclass(frozen=True)
@@ -53,14 +33,15 @@ class Collective:
     kind: str
     bytes: int  # of its result on one chip
     chips: int  # that take part in one
-    times: int  # a step
-    source: str  # the operation in the model that it serves
+    times: int  # per step
+    source: str  # name of the operation in the model
 
     @property
     def sent_bytes(self) -> float:
-        """What a chip must send for one: a ring's share (Thakur et al. 2005, section 4).
+        """Bytes that one chip sends, with a ring algorithm (Thakur et al. 2005, section 4).
 
-        The TPU compiler makes an all-reduce and a cut of every reduce-scatter (libtpu 0.0.42, on all kinds of slices).
+        The TPU compiler implements a reduce-scatter as an all-reduce and a slice (libtpu 0.0.42,
+        all kinds of slices).
         """
         others = (self.chips - 1) / self.chips
         factor = {
@@ -73,220 +54,114 @@ class Collective:
 
 @dataclass
 class Program:
-    flops: float = 0.0  # of products and convolutions
+    """Costs of one step on one chip."""
+
+    flops: float = 0.0  # of matmuls and convolutions
     hbm_bytes: float = 0.0  # read and written
     collectives: list[Collective] = field(default_factory=list)
 
 
-def read(text: str, chips: int, unknown_turns: int = 1) -> Program:
-    """What one chip does in a step of a compiled program over `chips` chips.
+def analyze(text: str, chips: int, unknown_trip_count: int = 1) -> Program:
+    """Returns the costs on one chip of a program that was compiled for `chips` chips.
 
-    A loop whose end depends on the data is counted as `unknown_turns`.
+    Args:
+      unknown_trip_count: for loops whose end depends on the data.
     """
     computations, entry = parse(text)
-    program, found = Program(), {}
-    fused = {
-        name
-        for body in computations.values()
-        for i in body.values()
-        if i.opcode == "fusion"
-        for name in _called(i)
-    }
-    for name, times in execution_counts(computations, entry, unknown_turns).items():
-        for instruction in computations[name].values():
-            program.flops += times * _flops(instruction, computations[name])
+    fused = _fused_computations(computations)
+    program, by_channel = Program(), defaultdict(list)
+    for name, times in execution_counts(computations, entry, unknown_trip_count).items():
+        computation = computations[name]
+        for instruction in computation.values():
+            program.flops += times * hlo_cost.flops(instruction, computation)
+            # A fusion's operands and results are counted with the instruction that calls it.
             if name not in fused:
-                program.hbm_bytes += times * _hbm_bytes(
-                    instruction, computations[name], computations
+                program.hbm_bytes += times * hlo_cost.hbm_bytes(
+                    instruction, computation, computations
                 )
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 collective = _collective(kind, instruction, chips, times)
-                found[_channel(instruction)] = min(
-                    found.get(_channel(instruction), collective), collective, key=_times
-                )
-    program.collectives = list(found.values())
+                by_channel[_channel(instruction)].append(collective)
+    # A collective that overlaps with matmuls appears in every fusion it passes, even in those of a
+    # loop that runs meanwhile. It runs as often as the least frequent of these.
+    program.collectives = [min(same, key=_times) for same in by_channel.values()]
     return program
 
 
-def _called(instruction: Instruction) -> list[str]:
-    if instruction.opcode in (
-        *COLLECTIVES,
-        "reduce",
-        "reduce-window",
-        "scatter",
-        "sort",
-        "select-and-scatter",
-        "map",
-    ):
-        return []  # what joins two numbers; its work is counted with the instruction
-    found = CALLED.findall(instruction.rest)
-    return [name for one, several in found for name in ([one] if one else NAME.findall(several))]
+def _fused_computations(computations: dict[str, Computation]) -> set[str]:
+    names = set()
+    for computation in computations.values():
+        for instruction in computation.values():
+            if instruction.opcode == "fusion":
+                names.update(instruction.called)
+    return names
 
 
 def execution_counts(
-    computations: dict[str, Computation], entry: str, unknown_turns: int = 1
+    computations: dict[str, Computation], entry: str, unknown_trip_count: int = 1
 ) -> dict[str, int]:
-    """How often each computation runs in one run of the program."""
-    times: dict[str, int] = defaultdict(int)
+    """Number of executions of every computation in one run of the program."""
+    counts: dict[str, int] = defaultdict(int)
 
     def enter(name: str, count: int):
-        times[name] += count
+        counts[name] += count
         for instruction in computations[name].values():
-            turns = (
-                _turns(instruction, computations) or unknown_turns
-                if instruction.opcode == "while"
-                else 1
-            )
-            for called in _called(instruction):
-                enter(called, count * turns)
+            trips = 1
+            if instruction.opcode == "while":
+                trips = _trip_count(instruction, computations) or unknown_trip_count
+            for called in instruction.called:
+                enter(called, count * trips)
 
     enter(entry, 1)
-    return times
+    return counts
 
 
-def _turns(loop: Instruction, computations: dict[str, Computation]) -> int:
-    """Turns of a loop that counts from 0 to a constant; 0 where its end is no constant."""
-    known = re.search(r'known_trip_count"?[:=]\{"?n"?:"?(\d+)', loop.rest)
+def _trip_count(loop: Instruction, computations: dict[str, Computation]) -> int:
+    """Iterations of a loop that counts from 0 to a constant; 0 if its end is not a constant.
+
+    %condition:  compare(get-tuple-element(%state), index=0, constant(8))  the counter and its end
+    %body:       ROOT tuple(add(%counter, constant(1)), ...)               the counter's increment
+    """
+    known = TRIP_COUNT.search(loop.attributes)
     if known:
-        return int(known[1])
-    condition, body = (
-        computations[re.search(rf"{name}=%?([\w.-]+)", loop.rest)[1]]
-        for name in ("condition", "body")
-    )
+        return int(known["count"])
+    condition = computations[CONDITION.search(loop.attributes)["name"]]
+    body = computations[BODY.search(loop.attributes)["name"]]
     ends = [
-        _number(i)
+        _constant_value(i)
         for i in condition.values()
         if i.opcode == "constant" and i.shapes[0].dtype in INTEGERS
     ]
     counters = [i for i in condition.values() if i.opcode == "get-tuple-element"]
     if not ends or not counters:
         return 0
-    place = int(re.search(r"index=(\d+)", counters[0].rest)[1])
+    index = int(TUPLE_INDEX.search(counters[0].attributes)["index"])
     root = next(i for i in body.values() if i.is_root)
-    return max(ends) // (_step(body.get(root.operands[place]), body) or 1)
+    return max(ends) // (_increment(body.get(root.operands[index]), body) or 1)
 
 
-def _step(counter: Instruction | None, body: Computation) -> int:
-    """What a turn adds to a counter: 1, or 2 where the compiler lays out two turns in one."""
+def _increment(counter: Instruction | None, body: Computation) -> int:
+    """Sum of the constants added to a counter per iteration.
+
+    1, or 2 if the compiler unrolls two iterations into one.
+    """
     if counter is None or counter.opcode not in ("add", "copy"):
         return 0
     inputs = [body[name] for name in counter.operands]
-    return sum(_number(i) if i.opcode == "constant" else _step(i, body) for i in inputs)
+    return sum(
+        _constant_value(i) if i.opcode == "constant" else _increment(i, body) for i in inputs
+    )
 
 
-def _number(constant: Instruction) -> int:
+def _constant_value(constant: Instruction) -> int:
     return int(constant.operands[0])
 
 
-def _flops(instruction: Instruction, around: Computation) -> float:
-    if instruction.opcode == "custom-call":
-        return _kernel_flops(instruction, around)
-    if instruction.opcode not in ("dot", "convolution"):
-        return 0.0
-    left, right = (around[name].shapes[0].sizes for name in instruction.operands[:2])
-    out = instruction.shapes[0].sizes
-    if instruction.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)[1]
-        return 2.0 * math.prod(out) * math.prod(left[int(i)] for i in contracted.split(",") if i)
-    return _convolution_flops(left, right, out, instruction.rest)
-
-
-def _kernel_flops(instruction: Instruction, around: Computation) -> float:
-    """Of attention (nn/kernels.py), whose products the compiler does not see; blocks that it leaves out included."""
-    products = next(
-        (count for name, count in KERNELS.items() if instruction.name.startswith(name)), 0
-    )
-    if not products:
-        return 0.0
-    inputs = (around[name].shapes[0] for name in instruction.operands)
-    queries, keys = [x.sizes for x in inputs if len(x.sizes) == 3 and x.dtype in ("bf16", "f32")][
-        :2
-    ]
-    return 2.0 * products * math.prod(queries) * keys[1]
-
-
-def _convolution_flops(left, right, out, rest: str) -> float:
-    """Products of a convolution, without those with padding: the TPU compiler writes batched products in this form."""
-    of_left, of_right, of_out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest).groups()
-    window = dict(
-        re.findall(r"(\w+)=([\dx_-]+)", (re.search(r"window=\{([^}]*)\}", rest) or [""])[0])
-    )
-    spatial = sorted(letter for letter in of_out if letter.isdigit())
-    count = 2.0 * right[of_right.index("i")] * out[of_out.index("b")] * out[of_out.index("f")]
-    for i, letter in enumerate(spatial):
-        setting = {name: value.split("x")[i] for name, value in window.items()}
-        sizes = [
-            shape[labels.index(letter)]
-            for shape, labels in ((left, of_left), (right, of_right), (out, of_out))
-        ]
-        count *= _met(*sizes, setting)
-    batch_groups = re.search(r"batch_group_count=(\d+)", rest)
-    return count / (int(batch_groups[1]) if batch_groups else 1)
-
-
-def _met(size: int, kernel: int, out: int, setting: dict[str, str]) -> int:
-    """Pairs of output and kernel positions along one dimension that meet an input and not padding."""
-    stride, spread, dilate = (
-        int(setting.get(name, 1)) for name in ("stride", "lhs_dilate", "rhs_dilate")
-    )
-    before = int(setting.get("pad", "0_0").split("_")[0])
-    places = (o * stride + k * dilate - before for o in range(out) for k in range(kernel))
-    return sum(0 <= place <= (size - 1) * spread and place % spread == 0 for place in places)
-
-
-def _hbm_bytes(
-    instruction: Instruction, around: Computation, computations: dict[str, Computation]
-) -> float:
-    """What an instruction reads and writes; of what is only sliced, the slice."""
-    if instruction.opcode in FREE:
-        return 0
-    operands = [around[name] for name in instruction.operands if name in around]
-    if instruction.opcode == "fusion":
-        return _fusion_bytes(operands, computations[_called(instruction)[0]])
-    if instruction.opcode in ("dynamic-slice", "gather", "slice"):
-        return 2 * instruction.hbm_bytes
-    if instruction.opcode == "dynamic-update-slice":
-        return 2 * operands[1].hbm_bytes
-    return instruction.hbm_bytes + sum(operand.hbm_bytes for operand in operands)
-
-
-def _fusion_bytes(operands: list[Instruction], body: Computation) -> float:
-    total = 0
-    for inner in body.values():
-        if inner.opcode == "parameter" and operands[int(inner.operands[0])].hbm_bytes:
-            users = [user for user in body.values() if inner.name in user.operands]
-            total += min(inner.hbm_bytes, sum(_touched(user, inner, body) for user in users))
-    root = next(inner for inner in body.values() if inner.is_root)
-    parts = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
-    return total + sum(_written(part, body) for part in parts)
-
-
-def _touched(user: Instruction, operand: Instruction, body: Computation) -> int:
-    """Bytes of an operand that one of its users reads."""
-    if user.operands[0] == operand.name and user.opcode in ("dynamic-slice", "slice", "gather"):
-        return user.hbm_bytes
-    if user.operands[0] == operand.name and user.opcode == "dynamic-update-slice":
-        return 0
-    return operand.hbm_bytes
-
-
-def _written(part: Instruction, body: Computation) -> int:
-    while part.opcode == "bitcast" and part.operands[0] in body:
-        part = body[part.operands[0]]
-    if part.opcode == "dynamic-update-slice":
-        return body[part.operands[1]].hbm_bytes
-    return part.hbm_bytes
-
-
 def _channel(instruction: Instruction) -> str:
-    """What tells one collective from another.
-
-    One that hides behind products is written in every fusion that it passes, also in those of a loop that turns while
-    it is under way; it runs as often as where it is written the fewest times.
-    """
-    channel = re.search(r"channel_id=(\d+)", instruction.rest)
-    return channel[1] if channel else instruction.name
+    """Identifies a collective: its channel, which all its occurrences share, else its name."""
+    channel = CHANNEL.search(instruction.attributes)
+    return channel["id"] if channel else instruction.name
 
 
 def _times(collective: Collective) -> int:
@@ -295,27 +170,31 @@ def _times(collective: Collective) -> int:
 
 def _collective(kind: str, instruction: Instruction, chips: int, times: int) -> Collective:
     shapes = instruction.shapes
-    if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
-        shapes = (
-            shapes[len(shapes) // 2 :] if kind == "all-gather" else shapes[1:2]
-        )  # operands stand before results
-    source = re.search(r'op_name="([^"]*)"', instruction.rest)
-    size = sum(shape.bytes for shape in shapes)
+    # The result of a "-start" is a tuple of operands, results and, for a permute, contexts.
+    if instruction.opcode == "all-gather-start":
+        shapes = shapes[len(shapes) // 2 :]
+    elif instruction.opcode == "collective-permute-start":
+        shapes = shapes[1:2]
+    source = OP_NAME.search(instruction.attributes)
     return Collective(
-        kind, size, _group(instruction.rest, chips), times, source[1] if source else ""
+        kind,
+        bytes=sum(shape.bytes for shape in shapes),
+        chips=_group_size(instruction.attributes, chips),
+        times=times,
+        source=source["name"] if source else "",
     )
 
 
-def _group(rest: str, chips: int) -> int:
-    """Chips in one of the groups that exchange something."""
-    by_axes = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest)
+def _group_size(attributes: str, chips: int) -> int:
+    """Number of chips in one group of a collective."""
+    by_axes = MESH_GROUPS.search(attributes)
     if by_axes:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", by_axes[1]))
-        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", by_axes[2]))
-    by_shape = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
+        sizes = dict(MESH_AXIS.findall(by_axes["mesh"]))
+        return math.prod(int(sizes[name]) for name in AXIS_NAME.findall(by_axes["axes"]))
+    by_shape = IOTA_GROUPS.search(attributes)
     if by_shape:
-        return int(by_shape[2])
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
+        return int(by_shape["chips"])
+    listed = LISTED_GROUPS.search(attributes)
     if listed:
-        return len(listed[1].split(","))
-    return 2 if "source_target_pairs" in rest else chips
+        return len(listed["first"].split(","))
+    return 2 if "source_target_pairs" in attributes else chips

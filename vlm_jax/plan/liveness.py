@@ -1,8 +1,9 @@
-"""The most that a traced program (a jaxpr) holds at once, by the lives of its values.
+"""Peak memory of a traced program (a jaxpr), from the lifetimes of its values.
 
-A value lives from the operation that makes it to the last one that reads it. What XLA fuses is not held: a value that
-is computed number by number lives on as what it is computed from, unless a loop takes it in. A loop holds what it
-stacks over its turns, and in a turn what its body holds, with the slices that more than fused operations read.
+A value lives from the operation that creates it to the last one that reads it. The result of a
+fused operation takes no memory: it is computed again from its sources, which live on instead,
+unless a loop takes it as an input. A loop holds what it stacks over its iterations and, during one
+iteration, what its body holds, with the slices that operations other than fused ones read.
 """
 
 import math
@@ -12,15 +13,16 @@ from dataclasses import dataclass
 
 from jax.extend import core
 
-FUSED = {  # primitives whose result XLA computes where it is read
-    "add", "add_any", "sub", "mul", "div", "neg", "max", "min", "exp", "log", "tanh", "logistic", "erf", "rsqrt",
-    "sqrt", "square", "integer_pow", "pow", "sign", "abs", "select_n", "convert_element_type", "broadcast_in_dim",
-    "reshape", "squeeze", "expand_dims", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "iota",
-    "stop_gradient", "copy", "is_finite", "clamp", "rem", "floor", "slice", "name", "sharding_constraint",
-    "optimization_barrier", "transpose", "cos", "sin", "exp2", "log1p", "pad", "dynamic_slice", "rev",
+# Primitives that XLA fuses into the operation that reads their result.
+FUSED = {
+    "add", "add_any", "sub", "mul", "div", "neg", "max", "min", "exp", "log", "tanh",
+    "logistic", "erf", "rsqrt", "sqrt", "square", "integer_pow", "pow", "sign", "abs",
+    "select_n", "convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "expand_dims",
+    "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "iota", "stop_gradient", "copy",
+    "is_finite", "clamp", "rem", "floor", "slice", "name", "sharding_constraint",
+    "optimization_barrier", "transpose", "cos", "sin", "exp2", "log1p", "pad", "dynamic_slice",
+    "rev",
 }  # fmt: skip
-
-
 CALLS = {
     "jit",
     "pjit",
@@ -32,217 +34,239 @@ CALLS = {
     "remat2",
 }
 LOOPS = {"scan", "while", "cond"}
-IN_PLACE = {"dynamic_update_slice", "scatter", "scatter-add"}  # written into their first input
-ONE_OF = IN_PLACE | {"optimization_barrier"}  # their n-th result is their n-th input
-ON_ROWS = {
-    "dot_general",
-    "gather",
-    "scatter-add",
-    "reduce_sum",
-}  # between a batch's rows and parameters
-Split = Callable[[tuple[int, ...]], int]  # shape -> devices that share an array of it
+# Operations that overwrite their first input, and those whose n-th result is their n-th input.
+IN_PLACE = {"dynamic_update_slice", "scatter", "scatter-add"}
+ALIASING = IN_PLACE | {"optimization_barrier"}
+# Operations between a batch's rows and parameters, which are gathered from their shards first.
+ROW_OPERATIONS = {"dot_general", "gather", "scatter-add", "reduce_sum"}
+Split = Callable[[tuple[int, ...]], int]  # shape -> number of devices that share an array of it
 
 
 @dataclass(eq=False)
 class Value:
-    """An array of the program; one program that is called twice makes two of each of its arrays."""
+    """An array of the program; two calls of one function have separate values."""
 
     shape: tuple[int, ...]
     itemsize: int
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.itemsize
+
+    def gathered_bytes(self, split: Split) -> float:
+        """Bytes of the shards of other devices, which a gather adds to this device's own."""
+        return self.bytes * (1 - 1 / split(self.shape))
 
 
 @dataclass(frozen=True)
 class Operation:
     name: str
-    reads: tuple[Value, ...]
-    makes: tuple[Value, ...]
-    carried: tuple[Value, ...]  # of a loop: what it reads to change it turn by turn
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    carried: tuple[Value, ...]  # inputs of a loop that it replaces at every iteration
     params: dict
 
 
+Readers = dict[Value, list[Operation]]
+
+
 def peak_bytes(program: core.Jaxpr, split: Split, slices: int = 0) -> float:
-    """Peak of what `program` makes; what goes into it is held by who calls it, and written over in place.
+    """Peak memory of the values that `program` creates; its inputs are owned by the caller.
 
     Args:
-      slices: how many of its inputs, the last ones, are slices that are cut out for it.
+      split: number of devices that share an array of a given shape.
+      slices: number of inputs, the last ones, that are slices of an array, cut for the program.
     """
     inputs = [_value(var) for var in program.invars]
-    operations, outputs = _flat(program, inputs)
+    operations, outputs = _flatten(program, inputs)
     readers = _readers(operations)
-    _widen(operations, readers)
-    cut = inputs[len(inputs) - slices :]
-    held_from = {
-        value: 0 for value in cut if not {reader.name for reader in readers[value]} <= FUSED
-    }
-    last = _lives(operations, outputs, held_from, _kept(operations, readers))
-    return _sweep(operations, held_from, last, split)
+    _widen_accumulators(operations, readers)
+    # A slice that only fused operations read is never stored.
+    created_at = {}
+    for value in inputs[len(inputs) - slices :]:
+        if not _reader_names(value, readers) <= FUSED:
+            created_at[value] = 0
+    last_read = _lifetimes(operations, outputs, created_at, _materialized(operations, readers))
+    return _sweep(operations, created_at, last_read, split)
 
 
 def _sweep(
-    operations: list[Operation], held_from: dict[Value, int], last: dict[Value, int], split: Split
+    operations: list[Operation],
+    created_at: dict[Value, int],
+    last_read: dict[Value, int],
+    split: Split,
 ) -> float:
+    """Highest sum of live bytes over all operations, with the memory used inside of each."""
     change = [0.0] * (len(operations) + 1)
-    for value, start in held_from.items():
-        if value in last:
-            size = _bytes(value) / split(value.shape)
+    for value, start in created_at.items():
+        if value in last_read:
+            size = value.bytes / split(value.shape)
             change[start] += size
-            change[last[value] + 1] -= size
-    now = peak = 0.0
+            change[last_read[value] + 1] -= size
+    live = peak = 0.0
     for operation, difference in zip(operations, change):
-        now += difference
-        peak = max(peak, now + _inside(operation, split) + _whole(operation, split))
+        live += difference
+        inside = _loop_body_peak(operation, split) + _gathered_bytes(operation, split)
+        peak = max(peak, live + inside)
     return peak
 
 
-def _whole(operation: Operation, split: Split) -> float:
-    """What of shared arrays a device holds besides its share while an operation on rows reads or makes one.
+def _gathered_bytes(operation: Operation, split: Split) -> float:
+    """Memory for the other devices' shards while an operation on rows runs.
 
-    It reads the whole, gathered before; and it makes a whole one of its own rows, which then is summed up over the
-    devices before each takes its share: two more.
+    Inputs are gathered first. A result is a whole array of this device's rows, which is then summed
+    over the devices before each keeps its shard: two more.
     """
-    if operation.name not in ON_ROWS:
+    if operation.name not in ROW_OPERATIONS:
         return 0.0
-    values = (*operation.reads, *(value for value in operation.makes for _ in range(2)))
-    return sum(_bytes(value) * (1 - 1 / split(value.shape)) for value in values)
+    inputs = sum(value.gathered_bytes(split) for value in operation.inputs)
+    return inputs + 2 * sum(value.gathered_bytes(split) for value in operation.outputs)
 
 
-def _bytes(value: Value) -> int:
-    return math.prod(value.shape) * value.itemsize
-
-
-def _inside(operation: Operation, split: Split) -> float:
-    """Peak within one turn of a loop."""
+def _loop_body_peak(operation: Operation, split: Split) -> float:
+    """Peak memory within one iteration of a loop."""
     if operation.name not in LOOPS:
         return 0.0
-    carried, constant = (operation.params.get(name, 0) for name in ("num_carry", "num_consts"))
     gathered = 0.0
-    if (
-        operation.name == "while"
-    ):  # what every turn of a chunked loss reads is gathered before it, and stays
-        constant_values = (value for value in operation.reads if value not in operation.carried)
-        gathered = sum(_bytes(value) * (1 - 1 / split(value.shape)) for value in constant_values)
+    # The constants of a chunked loss's loop are gathered before it, and stay.
+    if operation.name == "while":
+        constants = (value for value in operation.inputs if value not in operation.carried)
+        gathered = sum(value.gathered_bytes(split) for value in constants)
     peaks = []
     for program in core.jaxprs_in_params(operation.params):
-        slices = len(program.invars) - carried - constant if operation.name == "scan" else 0
+        slices = 0
+        if operation.name == "scan":
+            not_sliced = operation.params["num_consts"] + operation.params["num_carry"]
+            slices = len(program.invars) - not_sliced
         peaks.append(peak_bytes(program, split, slices))
     return gathered + max(peaks)
 
 
-def _readers(operations: list[Operation]) -> dict[Value, list[Operation]]:
+def _readers(operations: list[Operation]) -> Readers:
     readers = defaultdict(list)
     for operation in operations:
-        for value in operation.reads:
+        for value in operation.inputs:
             readers[value].append(operation)
     return readers
 
 
-def _widen(operations: list[Operation], readers: dict[Value, list[Operation]]) -> None:
-    """A product in bfloat16 that is read in float32 is made in float32: XLA keeps what it has summed up."""
+def _reader_names(value: Value, readers: Readers) -> set[str]:
+    return {reader.name for reader in readers[value]}
+
+
+def _widen_accumulators(operations: list[Operation], readers: Readers) -> None:
+    """Gives matmuls that are only converted the size of the converted result.
+
+    XLA keeps the float32 accumulator of a bfloat16 matmul that is read as float32.
+    """
     for operation in operations:
-        for value in operation.makes if operation.name == "dot_general" else ():
-            into = [result.itemsize for reader in readers[value] for result in reader.makes]
-            if {reader.name for reader in readers[value]} == {"convert_element_type"}:
-                value.itemsize = max(into)
+        if operation.name != "dot_general":
+            continue
+        for value in operation.outputs:
+            if _reader_names(value, readers) == {"convert_element_type"}:
+                results = [result for reader in readers[value] for result in reader.outputs]
+                value.itemsize = max(result.itemsize for result in results)
 
 
-def _kept(operations: list[Operation], readers: dict[Value, list[Operation]]) -> set[Value]:
-    """Results of fused operations that are held all the same.
+def _materialized(operations: list[Operation], readers: Readers) -> set[Value]:
+    """Results of fused operations that are stored nevertheless.
 
-    What a loop takes in, what stands before a barrier, and an exponential that is summed up and read again, as in
-    softmax: XLA computes it once.
+    These are the inputs of loops and barriers, and an exponential that is summed and read again, as
+    in softmax: XLA computes it once.
     """
     stored = LOOPS | {"optimization_barrier"}
-    kept = {
-        value for operation in operations if operation.name in stored for value in operation.reads
-    }
+    values = set()
     for operation in operations:
-        for value in operation.makes if operation.name == "exp" else ():
-            names = {reader.name for reader in readers[value]}
-            if "reduce_sum" in names and len(names) > 1:
-                kept.add(value)
-    return kept
+        if operation.name in stored:
+            values.update(operation.inputs)
+        elif operation.name == "exp":
+            for value in operation.outputs:
+                names = _reader_names(value, readers)
+                if "reduce_sum" in names and len(names) > 1:
+                    values.add(value)
+    return values
 
 
-def _lives(
+def _lifetimes(
     operations: list[Operation],
     outputs: list[Value],
-    held_from: dict[Value, int],
-    taken: set[Value],
+    created_at: dict[Value, int],
+    materialized: set[Value],
 ) -> dict[Value, int]:
-    """Value -> index of the operation that reads it last, by way of fused ones, too; notes in `held_from` what is held.
+    """Returns value -> index of the operation that reads it last, directly or through fused ones.
 
-    What is in `taken` is held, even where a fused operation makes it.
+    Adds the values that are stored to `created_at`.
     """
-    roots: dict[Value, tuple[Value, ...]] = {}
-    last: dict[Value, int] = {}
+    sources: dict[Value, tuple[Value, ...]] = {}  # value that is not stored -> stored values
+    last_read: dict[Value, int] = {}
 
-    def read(values: Iterable[Value], i: int):
-        last.update((root, i) for value in values for root in roots.get(value, (value,)))
+    def stored(values: Iterable[Value]) -> set[Value]:
+        roots: set[Value] = set()
+        for value in values:
+            roots.update(sources.get(value, (value,)))
+        return roots
 
     for i, operation in enumerate(operations):
-        read(operation.reads, i)
-        for place, value in enumerate(operation.makes):
-            sources = (
-                operation.reads[place : place + 1] if operation.name in ONE_OF else operation.reads
-            )
-            found = tuple({root for source in sources for root in roots.get(source, (source,))})
-            is_in_place = operation.name in IN_PLACE and found
-            if is_in_place or (operation.name in FUSED and value not in taken):
-                roots[value] = found
+        last_read.update(dict.fromkeys(stored(operation.inputs), i))
+        for position, value in enumerate(operation.outputs):
+            inputs = operation.inputs
+            if operation.name in ALIASING:
+                inputs = inputs[position : position + 1]
+            roots = tuple(stored(inputs))
+            is_in_place = operation.name in IN_PLACE and roots
+            if is_in_place or (operation.name in FUSED and value not in materialized):
+                sources[value] = roots
             else:
-                held_from[value] = i
-    read(outputs, len(operations) - 1)
+                created_at[value] = i
+    last_read.update(dict.fromkeys(stored(outputs), len(operations) - 1))
+    # The result of a loop takes the place of the carried input.
     for i, operation in enumerate(operations):
         for value in operation.carried:
-            if value in held_from and last[value] == i:
-                last[value] = i - 1  # the loop's result lies in its place
-    return last
+            if value in created_at and last_read[value] == i:
+                last_read[value] = i - 1
+    return last_read
 
 
 def _carried(equation) -> list:
-    """What a loop takes in to change it turn by turn."""
+    """Inputs of a loop that it replaces at every iteration."""
     params, name = equation.params, equation.primitive.name
     if name == "scan":
-        return equation.invars[params["num_consts"] :][: params["num_carry"]]
-    return (
-        equation.invars[params["cond_nconsts"] + params["body_nconsts"] :]
-        if name == "while"
-        else []
-    )
+        first = params["num_consts"]
+        return equation.invars[first : first + params["num_carry"]]
+    if name == "while":
+        return equation.invars[params["cond_nconsts"] + params["body_nconsts"] :]
+    return []
 
 
-def _flat(program: core.Jaxpr, inputs: list[Value]) -> tuple[list[Operation], list[Value]]:
-    """The operations of a program and its results, with the programs that it calls in place of the calls."""
+def _flatten(program: core.Jaxpr, inputs: list[Value]) -> tuple[list[Operation], list[Value]]:
+    """Returns the operations of a program and its outputs, with all calls inlined."""
     values: dict = dict(zip(program.invars, inputs))
     operations: list[Operation] = []
 
-    def known(variables):
-        return [
-            values.setdefault(var, _value(var))
-            for var in variables
-            if not isinstance(var, core.Literal)
-        ]
+    def known(var) -> Value:
+        return _value(var) if isinstance(var, core.Literal) else values.setdefault(var, _value(var))
+
+    def known_arrays(variables) -> tuple[Value, ...]:
+        return tuple(known(var) for var in variables if not isinstance(var, core.Literal))
 
     for equation in program.eqns:
         name = equation.primitive.name
-        if name not in CALLS:
-            makes = tuple(values.setdefault(var, _value(var)) for var in equation.outvars)
-            reads, carried = (
-                tuple(known(values)) for values in (equation.invars, _carried(equation))
-            )
-            operations.append(Operation(name, reads, makes, carried, equation.params))
+        if name in CALLS:
+            called = next(iter(core.jaxprs_in_params(equation.params)))
+            inner, results = _flatten(called, [known(var) for var in equation.invars])
+            operations += inner
+            values.update(zip(equation.outvars, results))
             continue
-        called = next(iter(core.jaxprs_in_params(equation.params)))
-        given = [
-            _value(var) if isinstance(var, core.Literal) else known([var])[0]
-            for var in equation.invars
-        ]
-        inner, results = _flat(called, given)
-        operations += inner
-        values.update(zip(equation.outvars, results))
-    return operations, [
-        _value(var) if isinstance(var, core.Literal) else known([var])[0] for var in program.outvars
-    ]
+        operations.append(
+            Operation(
+                name,
+                inputs=known_arrays(equation.invars),
+                outputs=known_arrays(equation.outvars),
+                carried=known_arrays(_carried(equation)),
+                params=equation.params,
+            )
+        )
+    return operations, [known(var) for var in program.outvars]
 
 
 def _value(var) -> Value:

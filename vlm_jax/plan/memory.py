@@ -1,7 +1,8 @@
-"""The most that a training step holds at once on one device, from its traced program and without compiling it.
+"""Predicts the peak memory per device of a train step from its jaxpr, without compiling.
 
-The step is traced as one device sees it: its rows, its share of the heads and of the MLP. Remat, dtypes, microbatches
-and frozen parts need no rule of their own: they are in the program that `liveness` goes through.
+The step is traced with the shapes of one device: its rows, its share of the heads and of the MLP.
+Remat, dtypes, microbatches and frozen parts need no special cases: they are part of the program
+that `liveness` analyzes.
 """
 
 import math
@@ -21,8 +22,9 @@ from vlm_jax.structs import Batch
 from vlm_jax.train import optim
 from vlm_jax.train.step import state_shapes, state_shardings, train_step
 
-# Of what comes and goes, the share that the TPU compiler leaves empty in between: so large that the four training
-# configs of `configs/` and the cases of tests/plan/test_slices.py are predicted within 15 % of what it reserves.
+# Share of the temporaries that the TPU compiler loses to gaps. With this value, the predictions for
+# the training configs in `configs/tpu` and for tests/plan/test_slices.py are within 15 % of what it
+# reserves.
 FRAGMENTATION = 0.1
 
 
@@ -33,7 +35,7 @@ class Memory:
     parameters: int
     optimizer: int
     gradients: int
-    activations: int  # and all else that comes and goes within the step
+    activations: int  # and all other temporaries of the step
     batch: int
 
     @property
@@ -41,18 +43,16 @@ class Memory:
         return self.parameters + self.optimizer + self.gradients + self.activations + self.batch
 
 
-def predicted(cfg: Experiment, mesh: jax.sharding.AbstractMesh) -> Memory:
-    """The state's and the batch's bytes as they lie on the mesh, and the peak of what a step holds besides."""
-    seen = local(cfg, mesh)
-    state, batch = state_shapes(seen), batch_shapes(seen)
+def predict_memory(cfg: Experiment, mesh: jax.sharding.AbstractMesh) -> Memory:
+    """Returns the bytes of the sharded state and batch, and the peak of a step's temporaries."""
+    device_cfg = per_device_config(cfg, mesh)
+    state, batch = state_shapes(device_cfg), batch_shapes(device_cfg)
     with jax.sharding.use_abstract_mesh(axes.single_device_mesh(mesh)):
-        program = jax.make_jaxpr(lambda state, batch: train_step(seen, state, batch))(
-            state, batch
-        ).jaxpr
-    program, _ = partial_eval.dce_jaxpr(
-        program, [True] * len(program.outvars)
-    )  # XLA drops what nobody reads, too
-    split = _splits(seen, mesh)
+        step = jax.make_jaxpr(lambda state, batch: train_step(device_cfg, state, batch))
+        program = step(state, batch).jaxpr
+    # XLA eliminates dead code as well.
+    program, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
+    split = _splits(device_cfg, mesh)
     peak = liveness.peak_bytes(program, lambda shape: split.get(shape, 1))
     if mesh.abstract_device and mesh.abstract_device.platform == "tpu":
         peak *= 1 + FRAGMENTATION
@@ -68,36 +68,33 @@ def predicted(cfg: Experiment, mesh: jax.sharding.AbstractMesh) -> Memory:
     )
 
 
-def _only_used(used: list[bool], equation):
-    """A barrier keeps what is read of it: JAX's dead-code elimination would keep all, where XLA does not."""
-    kept = [i for i, is_used in enumerate(used) if is_used]
-    if not kept:
+def _drop_unused(used: list[bool], equation):
+    """Drops the unused values of a barrier, as XLA does; by default JAX keeps all of them."""
+    if not any(used):
         return [False] * len(used), None
-    invars, outvars = ([values[i] for i in kept] for values in (equation.invars, equation.outvars))
+    invars = [var for var, is_used in zip(equation.invars, used) if is_used]
+    outvars = [var for var, is_used in zip(equation.outvars, used) if is_used]
     return used, equation.replace(invars=invars, outvars=outvars)
 
 
-partial_eval.dce_rules[jax.lax.optimization_barrier_p] = _only_used
+partial_eval.dce_rules[jax.lax.optimization_barrier_p] = _drop_unused
 
 
 def cache_bytes(cfg: Experiment) -> int:
-    """Keys and values of one row while it is decoded, in float32: of its tokens, and of images that are read."""
+    """Float32 KV cache of one row: of its tokens, and of the image tokens of cross-attention."""
     decoder = cfg.decoder
     layers = jax.eval_shape(lambda: empty_layers(decoder, cfg.fusion, 1, cfg.row_length))
+    text_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(layers))
     names = [name for block in cfg.fusion.sublayers(decoder.depth) for name in block]
-    of_images = (
-        2
-        * names.count("cross")
-        * token_flow(cfg).memory
-        * decoder.num_kv_heads
-        * decoder.head_width
-        * 4
-    )
-    return of_images + sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(layers))
+    per_token_bytes = 2 * decoder.num_kv_heads * decoder.head_width * 4
+    return text_bytes + names.count("cross") * token_flow(cfg).memory * per_token_bytes
 
 
-def local(cfg: Experiment, mesh) -> Experiment:
-    """The experiment as one device sees it; a size that the mesh does not divide stays whole, as in `axes`."""
+def per_device_config(cfg: Experiment, mesh) -> Experiment:
+    """The experiment with the shapes of one device.
+
+    A size that the mesh does not divide is replicated, as in `axes`.
+    """
     tensor = mesh.shape["tensor"]
     rows = cfg.train.batch_size // axes.row_shards(mesh)
 
@@ -105,12 +102,13 @@ def local(cfg: Experiment, mesh) -> Experiment:
         return size // tensor if size % tensor == 0 else size
 
     def narrow(stack):
-        heads = {
-            "heads": share(stack.heads),
-            "kv_heads": share(stack.num_kv_heads),
-            "head_dim": stack.head_width,
-        }
-        return replace(stack, **heads, mlp_width=share(stack.mlp_width))
+        return replace(
+            stack,
+            heads=share(stack.heads),
+            kv_heads=share(stack.num_kv_heads),
+            head_dim=stack.head_width,
+            mlp_width=share(stack.mlp_width),
+        )
 
     decoder = replace(narrow(cfg.decoder), vocab_size=share(cfg.decoder.vocab_size))
     return replace(
@@ -122,32 +120,33 @@ def local(cfg: Experiment, mesh) -> Experiment:
 
 
 def batch_shapes(cfg: Experiment) -> Batch:
-    """Of a training batch whose rows have as many images as they have room for."""
-    batch, count = (
-        jax.eval_shape(lambda: example_batch(cfg, cfg.train.batch_size)),
-        cfg.data.images_per_row,
-    )
+    """Shapes of a training batch whose rows have the maximum number of images."""
+    batch = jax.eval_shape(lambda: example_batch(cfg, cfg.train.batch_size))
+    count = cfg.data.images_per_row
 
-    def many(x, axis):
+    def repeat(x, axis):
         sizes = (*x.shape[:axis], x.shape[axis] * count, *x.shape[axis + 1 :])
         return jax.ShapeDtypeStruct(sizes, x.dtype)
 
-    fields = ("images", "tile_layouts", "tile_mask")
-    found = {
-        name: many(getattr(batch, name), 1) for name in fields if getattr(batch, name) is not None
-    }
-    return batch.replace(**found, image_mask=many(batch.image_mask, 2))
+    # The example has one image per row.
+    fields = {"image_mask": repeat(batch.image_mask, 2)}
+    for name in ("images", "tile_layouts", "tile_mask"):
+        if getattr(batch, name) is not None:
+            fields[name] = repeat(getattr(batch, name), 1)
+    return batch.replace(**fields)
 
 
 def _splits(cfg: Experiment, mesh) -> dict[tuple[int, ...], int]:
-    """Shape of a parameter, and so of its gradient and moments -> devices along `fsdp` that share one."""
-    found = {}
-    for box in jax.tree.leaves(
-        abstract_params(cfg), is_leaf=lambda x: isinstance(x, axes.Partitioned)
-    ):
+    """Returns parameter shape -> number of devices along `fsdp` that share such an array.
+
+    Gradients and moments have the shapes of their parameters.
+    """
+    boxes = jax.tree.leaves(abstract_params(cfg), is_leaf=lambda x: isinstance(x, axes.Partitioned))
+    splits = {}
+    for box in boxes:
         spec = axes.parameter_spec(box.letters, box.value.shape, mesh)
-        found[box.value.shape] = mesh.shape["fsdp"] if "fsdp" in spec else 1
-    return found
+        splits[box.value.shape] = mesh.shape["fsdp"] if "fsdp" in spec else 1
+    return splits
 
 
 def _bytes(shapes, shardings) -> int:

@@ -1,4 +1,7 @@
-"""How long a step takes at the least, from what a chip must do and what it can do (Williams et al. 2009)."""
+"""Lower bound on the time of a step, from its costs and a chip's peak rates.
+
+Source: the roofline model (Williams et al. 2009).
+"""
 
 from dataclasses import dataclass
 
@@ -21,12 +24,12 @@ class Roofline:
 
     @property
     def serial(self) -> float:
-        """Collectives that nothing hides."""
+        """Without overlap of collectives and compute."""
         return max(self.compute, self.hbm) + self.interconnect
 
 
 def roofline(program: Program, chip: Chip, dtype: str) -> Roofline:
-    """Collectives are counted as if all links of a chip carried them in one direction."""
+    """Returns the bounds; collectives use all links of a chip in one direction."""
     sent = sum(collective.sent_bytes * collective.times for collective in program.collectives)
     return Roofline(
         program.flops / chip.flops_per_second(dtype),

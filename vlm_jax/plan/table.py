@@ -1,4 +1,4 @@
-"""A plan as aligned tables for people."""
+"""Formats a plan as aligned tables."""
 
 from collections import Counter
 
@@ -16,11 +16,20 @@ UNITS = (
     (1e-3, "m"),
     (1e-6, "u"),
 )
+REMEDIES = {
+    "activations": "decoder.remat and vision.remat full, train.compute_dtype bfloat16, "
+    "more train.microbatches",
+    "gradients": "a larger mesh.fsdp, or fewer trained parts (optim.lr_mult.PART 0)",
+    "optimizer": "a larger mesh.fsdp, or fewer trained parts (optim.lr_mult.PART 0)",
+    "parameters": "a larger mesh.fsdp or mesh.tensor",
+}
+# Steps of an operation's path that are not modules.
+NOT_MODULES = ("jit(", "while", "body", "closed_call")
 
 
-def text(cfg: Experiment, plan: dict) -> str:
-    """What `python run.py plan` prints."""
-    sections = [_parts(cfg, plan), _flow(cfg, plan["tokens"]), _memory(plan)]
+def format_plan(cfg: Experiment, plan: dict) -> str:
+    """Returns the output of `python run.py plan`."""
+    sections = [_parts(cfg, plan), _tokens(cfg, plan["tokens"]), _memory(plan)]
     if "topology" in plan:
         sections.append(_topology(plan))
     sections.append(f"export: {plan['export']}")
@@ -28,7 +37,7 @@ def text(cfg: Experiment, plan: dict) -> str:
 
 
 def short(value: float, unit: str = "") -> str:
-    """12.3 G: three digits and a power of ten."""
+    """Formats a number with three digits and a unit prefix: 12.3 G."""
     for size, letter in UNITS:
         if float(f"{value:.3g}") >= size:
             return f"{value / size:.3g} {letter}{unit}".rstrip()
@@ -39,173 +48,157 @@ def gib(value: float) -> str:
     return f"{value / GIB:.2f} GiB"
 
 
-def _rows(lines: list[list[str]]) -> str:
-    """Columns as wide as they need to be, the first to the left and the others to the right."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-
-    def padded(line):
-        first, *others = (
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths))
-        )
-        return "  ".join([first, *others]).rstrip()
-
-    return "\n".join(map(padded, lines))
+def align(rows: list[list[str]]) -> str:
+    """Pads cells to the width of their column: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
 
 
 def _parts(cfg: Experiment, plan: dict) -> str:
-    lines = [["part", "parameters", "", "forward", "backward"]]
+    rows = [["part", "parameters", "", "forward", "backward"]]
+    total = Counter()
     for name, part in plan["parts"].items():
-        state = "trained" if part["trained"] else "frozen"
-        work = (short(part[f"{way}_flops"], "FLOP") for way in ("forward", "backward"))
-        lines.append([name, f"{part['parameters']:,}", state, *work])
-    parts = plan["parts"].values()
-    forward, backward = (
-        sum(part[f"{way}_flops"] for part in parts) for way in ("forward", "backward")
-    )
-    total = f"{sum(part['parameters'] for part in parts):,}"
-    lines.append(["all", total, "", short(forward, "FLOP"), short(backward, "FLOP")])
-    head = f"A step of {plan['rows']} rows, if all {cfg.data.text_length} text tokens of each are scored"
-    return f"{head}\n{_rows(lines)}"
+        total.update({key: part[key] for key in ("parameters", "forward_flops", "backward_flops")})
+        rows.append(_part_row(name, part, "trained" if part["trained"] else "frozen"))
+    rows.append(_part_row("total", total, ""))
+    tokens = f"all {cfg.data.text_length} text tokens per row"
+    return f"One step of {plan['rows']} rows, if {tokens} are scored\n{align(rows)}"
 
 
-def _flow(cfg: Experiment, tokens: dict) -> str:
+def _part_row(name: str, part: dict, state: str) -> list[str]:
+    forward, backward = part["forward_flops"], part["backward_flops"]
+    return [
+        name,
+        f"{part['parameters']:,}",
+        state,
+        short(forward, "FLOP"),
+        short(backward, "FLOP"),
+    ]
+
+
+def _tokens(cfg: Experiment, tokens: dict) -> str:
     if not tokens["images"]:
-        return f"Tokens\ntext -> {_decoder(cfg, tokens)}"
+        return f"Tokens\ntext -> {_decoder_tokens(cfg, tokens)}"
     vision, side = cfg.vision, cfg.vision.image_size_px
-    whole = " and a thumbnail" if vision.views > vision.cut_tiles else ""
-    tiles = f" in {vision.tiles} tiles{whole}" if tokens["tiles"] > 1 else ""
-    encoder = f"encoder: {tokens['encoder']} tokens" if vision.kind == "vit" else "no encoder"
+    images = f"{tokens['images']} image(s) per row"
+    patches = f"{tokens['patches']} patches of {vision.patch_size_px} px"
+    if tokens["tiles"] > 1:
+        images += f" in {vision.tiles} tiles"
+        patches += " each"
+        if vision.views > vision.cut_tiles:
+            images += " and a thumbnail"
+    has_encoder = vision.kind == "vit"
     steps = [
-        f"{tokens['images']} image(s) a row{tiles} of {side} x {side} px",
-        f"{tokens['patches']} patches of {vision.patch_size_px} px" + (" each" if tiles else ""),
-        encoder,
+        f"{images} of {side} x {side} px",
+        patches,
+        f"encoder: {tokens['encoder']} tokens" if has_encoder else "no encoder",
         f"projector: {tokens['features']} -> {tokens['projected']} tokens",
-        _decoder(cfg, tokens),
+        _decoder_tokens(cfg, tokens),
     ]
     return "Tokens\n" + " -> ".join(steps)
 
 
-def _decoder(cfg: Experiment, tokens: dict) -> str:
-    said = f"decoder: {tokens['sequence']} tokens a row"
+def _decoder_tokens(cfg: Experiment, tokens: dict) -> str:
+    text = f"decoder: {tokens['sequence']} tokens per row"
     if cfg.fusion.image_in_sequence:
-        said += ", image tokens among them" + ("," if tokens["memory"] else "")
-    return said + (f" that read {tokens['memory']} image tokens" if tokens["memory"] else "")
+        text += ", image tokens included"
+    if tokens["memory"]:
+        text += f", which attend to {tokens['memory']} image tokens"
+    return text
 
 
 def _memory(plan: dict) -> str:
     mesh = " x ".join(f"{name} {size}" for name, size in plan["mesh"].items())
-    lines = [[name, gib(value)] for name, value in plan["bytes_per_device"].items()]
-    cache = f"cache of one row while decoding: {gib(plan['cache_bytes_per_row'])}"
-    return f"Memory on each device of {mesh}, predicted\n{_rows(lines)}\n{cache}"
+    rows = [[name, gib(value)] for name, value in plan["bytes_per_device"].items()]
+    cache = f"KV cache of one row: {gib(plan['cache_bytes_per_row'])}"
+    return f"Predicted memory per device, mesh {mesh}\n{align(rows)}\n{cache}"
 
 
 def _topology(plan: dict) -> str:
-    found = plan["topology"]
-    is_compiled = "compiled_bytes" in found
-    used = gib(found["compiled_bytes"] if is_compiled else plan["bytes_per_device"]["total"])
-    head = f"{found['name']}, predicted and not compiled"
+    topology = plan["topology"]
+    is_compiled = "compiled_bytes" in topology
     if is_compiled:
-        head = f"Compiled for {found['name']} in {found['compile_seconds']:.0f} s"
-    head += f"\n{'fits' if found['fits'] else 'does not fit'}: {used} of {gib(found['hbm_bytes'])} a chip\n"
-    if not found["fits"]:
-        return head + _advice(plan)
-    return head + _costs(plan, found) if is_compiled else head.rstrip()
+        used = topology["compiled_bytes"]
+        head = f"Compiled for {topology['name']} in {topology['compile_seconds']:.0f} s"
+    else:
+        used = plan["bytes_per_device"]["total"]
+        head = f"{topology['name']}, predicted without compiling"
+    verdict = "fits" if topology["fits"] else "does not fit"
+    head += f"\n{verdict}: {gib(used)} of {gib(topology['hbm_bytes'])} per chip"
+    if not topology["fits"]:
+        return f"{head}\n{_advice(plan)}"
+    return f"{head}\n\n{_costs(plan, topology)}" if is_compiled else head
 
 
-def _costs(plan: dict, found: dict) -> str:
-    """What a compiled step costs."""
-    work = [
-        ["", "time of a step", "MFU", "tokens/s", "images/s"],
-        *(
-            [name, *_speed(found[key])]
-            for name, key in (("collectives hidden", "overlapped"), ("not hidden", "serial"))
-        ),
+def _costs(plan: dict, topology: dict) -> str:
+    """Costs of a compiled step."""
+    seconds = topology["roofline_seconds"]
+    flops = topology["xla_flops"] / topology["devices"]
+    sent = sum(x["sent_bytes"] * x["times"] for x in topology["collectives"])
+    ratio = topology["xla_flops"] / plan["train_flops"]
+    resources = [
+        ["one step", "per chip", "at peak rate"],
+        ["FLOPs of XLA's program", short(flops, "FLOP"), short(seconds["compute"], "s")],
+        ["HBM reads and writes", short(topology["moved_bytes"], "B"), short(seconds["hbm"], "s")],
+        ["sent between chips", short(sent, "B"), short(seconds["interconnect"], "s")],
     ]
-    roof = found["roofline_seconds"]
-    ratio = found["xla_flops"] / plan["train_flops"]
+    speeds = [
+        ["collectives", "step time", "MFU", "tokens/s", "images/s"],
+        ["overlapped", *_speed(topology["overlapped"])],
+        ["serial", *_speed(topology["serial"])],
+    ]
     return "\n".join(
         [
+            align(resources),
+            f"XLA's program has {ratio:.3f} times the FLOPs of the model",
             "",
-            _rows(
-                [
-                    ["a step", "", "at peak"],
-                    [
-                        "products, by XLA's program",
-                        short(found["xla_flops"] / found["devices"], "FLOP a chip"),
-                        short(roof["compute"], "s"),
-                    ],
-                    [
-                        "read and written in HBM",
-                        short(found["moved_bytes"], "B a chip"),
-                        short(roof["hbm"], "s"),
-                    ],
-                    [
-                        "sent between chips",
-                        short(_sent(found), "B a chip"),
-                        short(roof["interconnect"], "s"),
-                    ],
-                ]
-            ),
-            f"XLA's FLOPs are {ratio:.3f} of the model's\n",
-            _rows(work) + "\n",
-            _collectives(found["collectives"]),
+            align(speeds),
+            "",
+            _collectives(topology["collectives"]),
         ]
     )
 
 
-def _speed(at: dict) -> list[str]:
+def _speed(speed: dict) -> list[str]:
     return [
-        short(at["step_seconds"], "s"),
-        f"{at['mfu']:.2f}",
-        f"{at['tokens_per_second']:,.0f}",
-        f"{at['images_per_second']:,.0f}",
+        short(speed["step_seconds"], "s"),
+        f"{speed['mfu']:.2f}",
+        f"{speed['tokens_per_second']:,.0f}",
+        f"{speed['images_per_second']:,.0f}",
     ]
-
-
-def _sent(found: dict) -> float:
-    return sum(
-        collective["sent_bytes"] * collective["times"] for collective in found["collectives"]
-    )
 
 
 def _collectives(collectives: list[dict]) -> str:
-    """Those of one kind and size for one module in one line."""
+    """One row for all collectives of the same kind, size and module."""
     times, sent = Counter(), Counter()
-    for c in collectives:
-        line = (c["kind"], short(c["bytes"], "B"), str(c["chips"]), _source(c["source"]))
-        times[line] += c["times"]
-        sent[line] += c["times"] * c["sent_bytes"]
-    lines = [["collective", "bytes", "chips", "times a step", "sent a step", "for"]]
-    for line, total in sent.most_common():
-        kind, size, chips, source = line
-        lines.append([kind, size, chips, str(times[line]), short(total, "B"), source])
-    last = max(len(line[-1]) for line in lines)
-    return _rows([[*line[:-1], line[-1].ljust(last)] for line in lines])
+    for x in collectives:
+        key = (x["kind"], short(x["bytes"], "B"), str(x["chips"]), _module_path(x["source"]))
+        times[key] += x["times"]
+        sent[key] += x["times"] * x["sent_bytes"]
+    rows = [["collective", "bytes", "chips", "per step", "sent per step", "module"]]
+    for key, total in sent.most_common():
+        kind, size, chips, module = key
+        rows.append([kind, size, chips, str(times[key]), short(total, "B"), module])
+    # The last column is text, so it is aligned to the left.
+    width = max(len(row[-1]) for row in rows)
+    return align([[*row[:-1], row[-1].ljust(width)] for row in rows])
 
 
-def _source(name: str) -> str:
-    """The end of an operation's path, where modules are named."""
+def _module_path(name: str) -> str:
+    """The last four modules and operations of an operation's path."""
     name = name.replace("\\'", "'").replace("['", "/").replace("']", "")
-    steps = [
-        step
-        for step in name.split("/")
-        if step and not step.startswith(("jit(", "while", "body", "closed_call"))
-    ]
+    steps = [step for step in name.split("/") if step and not step.startswith(NOT_MODULES)]
     return "/".join(steps[-4:])
 
 
 def _advice(plan: dict) -> str:
-    """What to change, in terms of fields, the largest consumer first."""
+    """Config fields to change, for the largest consumer first."""
     sizes = plan["bytes_per_device"]
-    ways = {
-        "activations": "decoder.remat and vision.remat full, train.compute_dtype bfloat16, more train.microbatches",
-        "gradients": "a larger mesh.fsdp, or fewer trained parts (optim.lr_mult.PART 0)",
-        "optimizer": "a larger mesh.fsdp, or fewer trained parts (optim.lr_mult.PART 0)",
-        "parameters": "a larger mesh.fsdp or mesh.tensor",
-    }
-    order = sorted(ways, key=lambda name: -sizes[name])
-    lines = [
-        [name, gib(sizes[name]), ways[name].ljust(max(map(len, ways.values())))] for name in order
-    ]
-    return "what would make room, or a larger slice would:\n" + _rows(lines)
+    names = sorted(REMEDIES, key=lambda name: -sizes[name])
+    width = max(map(len, REMEDIES.values()))
+    rows = [[name, gib(sizes[name]), REMEDIES[name].ljust(width)] for name in names]
+    return "to reduce memory, change (or use a larger slice):\n" + align(rows)

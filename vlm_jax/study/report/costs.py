@@ -8,7 +8,8 @@ import shlex
 from vlm_jax.config import Experiment, Fusion
 from vlm_jax.cost.chips import GIB
 from vlm_jax.cost.flops import token_flow
-from vlm_jax.plan import document, memory
+from vlm_jax.plan import memory
+from vlm_jax.plan.document import part_costs
 from vlm_jax.study.planning import Plan
 from vlm_jax.study.report.page import Cell, Section, Table
 from vlm_jax.study.report.results import Results
@@ -49,7 +50,7 @@ def cost_section(results: Results) -> Section:
 
 
 def _cost_row(name: str, cfg: Experiment, measurement: dict | None) -> list[Cell]:
-    parts = document.parts(cfg).values()
+    parts = part_costs(cfg).values()
     tokens = token_flow(cfg)
     rows = cfg.train.batch_size
     forward_flops = sum(part["forward_flops"] for part in parts) / rows

@@ -177,7 +177,7 @@ def crossing(tmp_path):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v4:2x2x1"])
+@pytest.mark.parametrize("topology", ["v5e:2x2", pytest.param("v4:2x2x1", marks=pytest.mark.slow)])
 def test_a_step_is_compiled_for_a_slice_of_tpus(capsys, crossing, topology):
     plan = planned(
         capsys,

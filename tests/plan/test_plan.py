@@ -50,8 +50,8 @@ def test_json_is_the_only_thing_on_stdout_and_adds_up(capsys, config):
     assert sum(work) == plan["train_flops"]
     assert not plan["parts"]["vision"]["trained"] and plan["parts"]["vision"]["backward_flops"] == 0
     assert plan["tokens"] == {
-        "images": 1, "tiles": 1, "patches": 4, "encoder": 4, "encoded": 1, "features": 4, "projected": 4,
-        "sequence": 28, "memory": 0,
+        "images": 1, "tiles": 1, "patches": 4, "encoder": 4, "encoded": 1, "features": 4,
+        "projected": 4, "sequence": 28, "memory": 0,
     }  # fmt: skip
 
 
@@ -112,15 +112,31 @@ serial         1.23 ms  0.03   4,535,000    56,700
 """
 
 
-def test_times_of_a_small_step_are_said_too_in_columns(capsys, config):
+def speed(step_seconds, mfu, tokens, images) -> dict:
+    return {
+        "step_seconds": step_seconds,
+        "mfu": mfu,
+        "tokens_per_second": tokens,
+        "images_per_second": images,
+    }
+
+
+def test_times_of_a_small_step_have_columns(capsys, config):
     plan = planned(capsys, "--config", config) | {"train_flops": 8e9}
     plan["topology"] = {
-        "name": "v5e:1x2", "devices": 2, "hbm_bytes": 2e10, "fits": True, "compile_seconds": 9, "compiled_bytes": 1e9,
-        "xla_flops": 2.4e10, "moved_bytes": 115e6, "collectives": [],
+        "name": "v5e:1x2",
+        "devices": 2,
+        "hbm_bytes": 2e10,
+        "fits": True,
+        "compile_seconds": 9,
+        "compiled_bytes": 1e9,
+        "xla_flops": 2.4e10,
+        "moved_bytes": 115e6,
+        "collectives": [],
         "roofline_seconds": {"compute": 6.09e-5, "hbm": 1.4e-4, "interconnect": 0},
-        "overlapped": {"step_seconds": 1.4e-4, "mfu": 0.25, "tokens_per_second": 4e7, "images_per_second": 5e5},
-        "serial": {"step_seconds": 1.234e-3, "mfu": 0.028, "tokens_per_second": 4.535e6, "images_per_second": 5.67e4},
-    }  # fmt: skip
+        "overlapped": speed(step_seconds=1.4e-4, mfu=0.25, tokens=4e7, images=5e5),
+        "serial": speed(step_seconds=1.234e-3, mfu=0.028, tokens=4.535e6, images=5.67e4),
+    }
     assert TIMES in table.format_plan(files.load(config), plan)
 
 

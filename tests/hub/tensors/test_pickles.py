@@ -91,8 +91,15 @@ def test_tricks_of_opcodes_are_refused(tmp_path, content):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most_kb < 100_000
 
 
-@pytest.mark.parametrize("target", [b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch._utils\n_rebuild_parameter\n",
-                                    b"ctorch\nFloatStorage\n", b"ccollections\nOrderedDict\n"])  # fmt: skip
+@pytest.mark.parametrize(
+    "target",
+    [
+        b"ctorch._utils\n_rebuild_tensor_v2\n",
+        b"ctorch._utils\n_rebuild_parameter\n",
+        b"ctorch\nFloatStorage\n",
+        b"ccollections\nOrderedDict\n",
+    ],
+)
 def test_a_pickle_cannot_change_what_reads_it(tmp_path, target):
     """BUILD with (None, {name: value}) sets attributes of whatever find_class gave."""
     poison = b"\x80\x02" + target + b"N}X\x0c\x00\x00\x00__defaults__)s\x86b."

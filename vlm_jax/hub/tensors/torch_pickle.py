@@ -1,7 +1,7 @@
 """Reads files of `torch.save` without torch, and without running code from the pickle.
 
 A pickle is a program. A pickle of tensors calls `_rebuild_tensor_v2` on storages. Their bytes are
-outside of it: entries of a zip archive, or after the pickle in the legacy format (before torch 1.6).
+outside of it: in entries of a zip archive, or after it in the legacy format (before torch 1.6).
 
 Format: torch/serialization.py, `_load` and `_legacy_load`.
 """

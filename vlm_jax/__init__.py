@@ -5,7 +5,9 @@ import os
 __version__ = "0.1.0"
 
 
-def from_pretrained(folder: str | os.PathLike, dtype=None, mesh=None, taps: str | None = None):
+def from_pretrained(
+    folder: str | os.PathLike, dtype=None, mesh=None, intermediate_layers: str | None = None
+):
     """A folder of a public checkpoint -> (model, params, processor).
 
     `model.apply({"params": params}, batch).logits` are (B, S, V) for a batch of `processor(prompts, images)`, where a
@@ -15,7 +17,7 @@ def from_pretrained(folder: str | os.PathLike, dtype=None, mesh=None, taps: str 
       folder: as downloaded from the Hugging Face hub, or as `save_pretrained` wrote it.
       dtype: of the parameters and of what is computed with them; None: as they are stored.
       mesh: of `vlm_jax.axes.make_mesh`: the parameters are created in its shards; None: all devices along `data`.
-      taps: Llama 3.2 Vision only: whether intermediate features are what enters ("input", the default) or leaves
+      intermediate_layers: Llama 3.2 Vision only: whether intermediate features are what enters ("input", the default) or leaves
         ("output") their layers.
 
     Raises:
@@ -25,7 +27,7 @@ def from_pretrained(folder: str | os.PathLike, dtype=None, mesh=None, taps: str 
     from vlm_jax.hub.processor import Processor
     from vlm_jax.nn.models import build_model
 
-    checkpoint, params = load_checkpoint(folder, dtype, mesh, taps)
+    checkpoint, params = load_checkpoint(folder, dtype, mesh, intermediate_layers)
     return build_model(checkpoint.cfg), params, Processor.load(checkpoint)
 
 

@@ -137,7 +137,7 @@ class Ours:
         """
         from vlm_jax.hub.load import load_checkpoint
 
-        checkpoint, params = load_checkpoint(folder, taps="output")
+        checkpoint, params = load_checkpoint(folder, intermediate_layers="output")
         cfg = checkpoint.cfg
         loops = {
             name: replace(getattr(cfg, name), unroll=unroll, remat=remat)

@@ -144,9 +144,10 @@ def test_the_answer_about_images_is_that_of_transformers(folder_of, pictures, na
     folder = folder_of(name)
     files = [pictures["turned"]] if name == "fuyu" else [pictures["turned"], pictures["alpha"]]
     expected = folder.answer(NEW, **asked_of_transformers(name, folder, QUESTION, files))
-    taps = ("--taps", "output") if name == "mllama" else ()
+    intermediate_layers = ("--intermediate-layers", "output") if name == "mllama" else ()
     assert (
-        said(capsys, folder.path, "--image", *files, "--prompt", QUESTION, *taps) == expected + "\n"
+        said(capsys, folder.path, "--image", *files, "--prompt", QUESTION, *intermediate_layers)
+        == expected + "\n"
     )
 
 

@@ -87,7 +87,7 @@ def _hyphenated(argument: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-TAPS = {
+INTERMEDIATE_LAYERS = {
     "choices": ("input", "output"),
     "help": "Llama 3.2 Vision: intermediate features enter or leave their layers",
 }
@@ -107,21 +107,23 @@ def verify(arguments: list[str]) -> int:
             "type": float,
             "help": "largest absolute difference; default: 1e-4, 3e-4 for Gemma and PaliGemma",
         },
-        taps=TAPS,
+        intermediate_layers=INTERMEDIATE_LAYERS,
     )
-    from vlm_jax.hub.families.registry import possible_taps
+    from vlm_jax.hub.families.registry import possible_intermediate_layers
     from vlm_jax.infer import verify
 
     outputs = [name for name in given.outputs.split(",") if name]
-    choices = possible_taps(given.checkpoint, given.taps)
-    for taps in choices:  # which of them a reference has, it alone can tell
-        results = verify.verify(given.checkpoint, given.reference, outputs, given.atol, taps)
+    choices = possible_intermediate_layers(given.checkpoint, given.intermediate_layers)
+    for intermediate_layers in choices:  # which of them a reference has, it alone can tell
+        results = verify.verify(
+            given.checkpoint, given.reference, outputs, given.atol, intermediate_layers
+        )
         compared = [result for result in results if not result.reason]
         wrong = [result for result in compared if not result.ok]
         if not wrong:
             break
     print(verify.table(results))
-    said = f", with --taps {taps}" if len(choices) > 1 else ""
+    said = f", with --intermediate-layers {intermediate_layers}" if len(choices) > 1 else ""
     print(f"{len(compared) - len(wrong)} of {len(compared)} compared outputs agree{said}")
     return 0 if compared and not wrong else 1
 
@@ -132,7 +134,7 @@ def export(arguments: list[str]) -> int:
         arguments,
         checkpoint={"required": True, "help": "folder of a public checkpoint, or of a run"},
         output={"required": True, "help": "folder to write"},
-        taps=TAPS,
+        intermediate_layers=INTERMEDIATE_LAYERS,
     )
     from vlm_jax.hub import export
     from vlm_jax.hub.families.registry import FAMILIES
@@ -145,14 +147,19 @@ def export(arguments: list[str]) -> int:
         export.refuse_used(given.output)
         params, _ = demo.load_stored(cfg)
         kind = export.export_run(
-            cfg, params, workdir.tokenizer, given.output, given.taps, workdir.processor
+            cfg,
+            params,
+            workdir.tokenizer,
+            given.output,
+            given.intermediate_layers,
+            workdir.processor,
         )
         if prompts := export.prompt_differences(cfg, FAMILIES[kind]):
             print(
                 f"the processor of transformers writes other prompts than {' and '.join(prompts)}"
             )
     else:
-        kind = export.export_checkpoint(given.checkpoint, given.output, given.taps)
+        kind = export.export_checkpoint(given.checkpoint, given.output, given.intermediate_layers)
     print(f"{given.output} holds a {kind} for transformers")
     return 0
 
@@ -178,7 +185,7 @@ def generate(arguments: list[str]) -> int:
         },
         max_new_tokens={"type": int, "default": 256, "help": "the longest answer"},
         seed={"type": int, "default": 0, "help": "of the draws"},
-        taps=TAPS,
+        intermediate_layers=INTERMEDIATE_LAYERS,
     )
     sampling = {
         name: getattr(given, name)

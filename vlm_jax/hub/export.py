@@ -53,7 +53,7 @@ MAX_LISTED_DIFFERENCES = 3  # from the closest family, in one line
 
 
 def export_checkpoint(
-    folder: str | os.PathLike, output: str | os.PathLike, taps: str | None = None
+    folder: str | os.PathLike, output: str | os.PathLike, intermediate_layers: str | None = None
 ) -> str:
     """Exports a public checkpoint in the layout of transformers 4.x; tensors keep their bytes.
 
@@ -67,7 +67,7 @@ def export_checkpoint(
     refuse_used(output)
     # Opening the output first: an unwritable folder is reported before the weights are loaded.
     with all_or_none(output) as stage:
-        checkpoint, params = load_checkpoint(folder, taps=taps)
+        checkpoint, params = load_checkpoint(folder, intermediate_layers=intermediate_layers)
         with open_tensors(folder) as tensors:
             dtypes = {name: tensor.dtype for name, tensor in checkpoint.stored(tensors).items()}
         write_checkpoint(stage, checkpoint, params, dtypes)
@@ -111,14 +111,14 @@ def export_run(
     params: Mapping,
     tokenizer: Path,
     output: str | os.PathLike,
-    taps: str | None = None,
+    intermediate_layers: str | None = None,
     processor: Path | None = None,
 ) -> str:
     """Writes a run as a checkpoint of the public family that has its architecture.
 
     `AutoProcessor` and `generate` of transformers answer as the run does, except for
     `run_files.prompt_differences`. A Llama 3.2 Vision is written as transformers 5 loads it
-    ("output"), unless `taps` names the other convention.
+    ("output"), unless `intermediate_layers` names the other convention.
 
     Args:
       tokenizer: tokenizer.json of the run.
@@ -133,7 +133,7 @@ def export_run(
         differences), or the output cannot be written.
     """
     refuse_used(output)
-    family = matching_family(cfg, taps or "output")
+    family = matching_family(cfg, intermediate_layers or "output")
     with all_or_none(output) as stage:
         ids = write_run_files(stage, cfg, family, tokenizer, processor)
         config = {"pad_token_id": ids.pad, "eos_token_id": ids.eos, "torch_dtype": "float32"}
@@ -170,7 +170,7 @@ def with_embedding_row(cfg: Experiment, params: Mapping, image: int) -> tuple[Ex
 
 
 def matching_family(
-    cfg: Experiment, taps: str = "output", max_differences: int | None = None
+    cfg: Experiment, intermediate_layers: str = "output", max_differences: int | None = None
 ) -> Family:
     """Returns the family whose config.json can express this experiment's architecture.
 
@@ -187,7 +187,7 @@ def matching_family(
     fields = architecture_fields(cfg)
     candidates = []
     for known in KNOWN:
-        family = family_of({"model_type": known.model_type}, "", taps)
+        family = family_of({"model_type": known.model_type}, "", intermediate_layers)
         written = _as_written(family, cfg)
         if written is None:
             continue

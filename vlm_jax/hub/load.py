@@ -93,15 +93,21 @@ def _image_token(config: Json, family: Family, folder: Path) -> int | None:
 
 
 def load_params(
-    folder: str | os.PathLike, dtype=None, mesh: Mesh | None = None, taps: str | None = None
+    folder: str | os.PathLike,
+    dtype=None,
+    mesh: Mesh | None = None,
+    intermediate_layers: str | None = None,
 ) -> tuple[nn.Module, dict]:
     """Returns the model of a folder and its parameters; see `load_checkpoint`."""
-    checkpoint, params = load_checkpoint(folder, dtype, mesh, taps)
+    checkpoint, params = load_checkpoint(folder, dtype, mesh, intermediate_layers)
     return build_model(checkpoint.cfg), params
 
 
 def load_checkpoint(
-    folder: str | os.PathLike, dtype=None, mesh: Mesh | None = None, taps: str | None = None
+    folder: str | os.PathLike,
+    dtype=None,
+    mesh: Mesh | None = None,
+    intermediate_layers: str | None = None,
 ) -> tuple[Checkpoint, dict]:
     """Loads a folder; each parameter is assembled in its sharding on the mesh.
 
@@ -110,14 +116,14 @@ def load_checkpoint(
       mesh: of `axes.make_mesh`; None: all devices along `data`. With one device and no mesh, the
         parameters are not committed to a device, as `model.init` returns them: a jitted training
         step that takes its own outputs then compiles once.
-      taps: see `mllama.family_of_taps`; other families have none.
+      intermediate_layers: see `mllama.select_family`; other families have none.
 
     Raises:
       CheckpointError: no config, an unsupported `model_type`, damaged files, or tensors that are
         unknown, missing or of a wrong shape (the message lists them all).
     """
     with open_tensors(folder) as tensors:
-        checkpoint = inspect(folder, tensors, taps)
+        checkpoint = inspect(folder, tensors, intermediate_layers)
         boxed = traverse_util.flatten_dict(abstract_params(checkpoint.cfg), sep="/")
         if mesh is None and jax.device_count() > 1:
             mesh = axes.make_mesh(MeshSizes())
@@ -125,7 +131,9 @@ def load_checkpoint(
     return checkpoint, traverse_util.unflatten_dict(params, sep="/")
 
 
-def inspect(folder: str | os.PathLike, tensors: Tensors, taps: str | None = None) -> Checkpoint:
+def inspect(
+    folder: str | os.PathLike, tensors: Tensors, intermediate_layers: str | None = None
+) -> Checkpoint:
     """Parses the config and checks names, shapes and dtypes of all tensors; loads none.
 
     Raises:
@@ -135,7 +143,7 @@ def inspect(folder: str | os.PathLike, tensors: Tensors, taps: str | None = None
     path = config_path(folder)
     config = read_json(path)
     with _error_in(path):
-        family = family_of(config, "config.json", taps)
+        family = family_of(config, "config.json", intermediate_layers)
         names = family.normalize_names(tensors)
         names = without_copied_head(family, config, names, tensors)
         cfg = family.config_from_hf(config, names)

@@ -19,7 +19,7 @@ def answer(given: argparse.Namespace) -> Iterator[str]:
       ConfigError: the checkpoint cannot be loaded or writes no text, an image file is none, or the prompt is too long.
     """
     with open_tensors(given.checkpoint) as tensors:
-        checkpoint = inspect(given.checkpoint, tensors, given.taps)
+        checkpoint = inspect(given.checkpoint, tensors, given.intermediate_layers)
     _refuse_what_it_cannot_read(checkpoint, given)
     processor = Processor.load(checkpoint)
     prompt = processor.asked(given.prompt or "", given.image)
@@ -31,7 +31,7 @@ def answer(given: argparse.Namespace) -> Iterator[str]:
     how = SamplingParams(processor.tokenizer.eos_ids, given.temperature, given.top_k, given.top_p)
     text = processor.tokenizer.stream()
     _, params = load_params(
-        given.checkpoint, taps=given.taps
+        given.checkpoint, intermediate_layers=given.intermediate_layers
     )  # gigabytes perhaps: when all else is well
     tokens = stream(
         checkpoint.cfg,

@@ -74,17 +74,17 @@ def verify(
     reference: str | os.PathLike,
     outputs: Collection[str] = (),
     atol: float | None = None,
-    taps: str | None = None,
+    intermediate_layers: str | None = None,
 ) -> list[Result]:
     """Runs every case of the reference; `outputs` restricts what is compared (empty: all).
 
-    `atol` None is the family's tolerance; `taps` is of `load_checkpoint`.
+    `atol` None is the family's tolerance; `intermediate_layers` is of `load_checkpoint`.
 
     Raises:
       ConfigError: the folder cannot be loaded, or the reference is no .npz file of such arrays.
     """
     cases = read_cases(reference)
-    model = Model(*load_checkpoint(folder, np.float32, taps=taps))
+    model = Model(*load_checkpoint(folder, np.float32, intermediate_layers=intermediate_layers))
     tolerance = model.checkpoint.family.tolerance if atol is None else atol
     with jax.default_matmul_precision("highest"):
         return [result for case in cases for result in compare(model, case, outputs, tolerance)]

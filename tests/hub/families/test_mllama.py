@@ -1,4 +1,4 @@
-"""Llama 3.2 Vision: outputs equal to transformers' with both conventions of its vision taps."""
+"""Llama 3.2 Vision: outputs equal to transformers' with both conventions of its vision intermediate_layers."""
 
 import functools
 
@@ -81,13 +81,13 @@ every_kind = pytest.mark.parametrize("kind", CONFIGS)
 
 @pytest.fixture(scope="module")
 def pair_of(tmp_path_factory):
-    """`pair_of(kind)`: the model of transformers 5, which taps the layers' outputs, and ours."""
+    """`pair_of(kind)`: the model of transformers 5, which intermediate_layers the layers' outputs, and ours."""
 
     @functools.cache
     def make(kind):
         folder = tmp_path_factory.mktemp("hub")
         model = saved(MllamaForConditionalGeneration(CONFIGS[kind]), folder)
-        return Pair(model, *load_checkpoint(folder, taps="output"))
+        return Pair(model, *load_checkpoint(folder, intermediate_layers="output"))
 
     return make
 
@@ -170,21 +170,26 @@ def test_taps_are_what_enters_a_layer_unless_the_loader_is_told_otherwise(pair_o
     assert np.abs(pair_of(FIRST).logits(**inputs) - pair.logits(**inputs)).max() > 0.01
 
 
-@pytest.mark.parametrize("taps", ["input", "output"])
+@pytest.mark.parametrize("intermediate_layers", ["input", "output"])
 def test_verify_finds_the_taps_of_a_reference_where_nobody_tells_them(
-    pair_of, tmp_path, capsys, taps
+    pair_of, tmp_path, capsys, intermediate_layers
 ):
     pair = pair_of(FIRST)
     text = texts("right")
     inputs = text | images(pair, IMAGES["one image a row"], per_row=1)
-    logits = Pair(None, *load_checkpoint(pair.checkpoint.folder, taps=taps)).logits(**inputs)
+    logits = Pair(
+        None, *load_checkpoint(pair.checkpoint.folder, intermediate_layers=intermediate_layers)
+    ).logits(**inputs)
     reference = tmp_path / "reference.npz"
     command = ["verify", "--checkpoint", str(pair.checkpoint.folder), "--reference", str(reference)]
     arguments = {f"a/in/{name}": x for name, x in inputs.items()}
     np.savez(reference, **arguments, **{"a/out/logits": logits})
     assert main(command) == 0
-    assert f"1 of 1 compared outputs agree, with --taps {taps}" in capsys.readouterr().out
-    if taps == "input":
+    assert (
+        f"1 of 1 compared outputs agree, with --intermediate_layers {intermediate_layers}"
+        in capsys.readouterr().out
+    )
+    if intermediate_layers == "input":
         np.savez(reference, **arguments, **{"a/out/logits": logits + 1})
         assert main(command) == 1
 

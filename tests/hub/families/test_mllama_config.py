@@ -10,7 +10,7 @@ from vlm_jax.hub.families import mllama_vision
 from vlm_jax.hub.families.registry import family_of
 
 PUBLISHED = MllamaConfig().to_dict()
-TAPS = "intermediate_layers_indices"
+INTERMEDIATE_LAYERS = "intermediate_layers_indices"
 
 
 def changed(part: str, **keys) -> dict:
@@ -46,15 +46,18 @@ def test_layers_of_both_kinds_are_counted_together_and_taps_from_what_enters_the
     )
 
 
-@pytest.mark.parametrize("taps", ["input", "output"])
+@pytest.mark.parametrize("intermediate_layers", ["input", "output"])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_config_is_read_as_it_was_written(kind, taps):
-    """With the keys of transformers 4.x; the written file states its taps."""
-    family = family_of(CONFIGS[kind], "config.json", taps)
+def test_a_config_is_read_as_it_was_written(kind, intermediate_layers):
+    """With the keys of transformers 4.x; the written file states its intermediate_layers."""
+    family = family_of(CONFIGS[kind], "config.json", intermediate_layers)
     cfg = family.config_from_hf(CONFIGS[kind], ())
     written = json.loads(json.dumps(family.config_to_hf(cfg)))
     assert family_of(written, "config.json").config_from_hf(written, ()) == cfg
-    assert written["vision_config"][TAPS] == PUBLISHED["vision_config"][TAPS]
+    assert (
+        written["vision_config"][INTERMEDIATE_LAYERS]
+        == PUBLISHED["vision_config"][INTERMEDIATE_LAYERS]
+    )
     assert "rope_theta" in written["text_config"]
 
 
@@ -64,7 +67,7 @@ def test_a_config_is_read_as_it_was_written(kind, taps):
         ("vision_config", "vision_output_dim", 1280),
         ("vision_config", "norm_eps", 1e-6),
         ("vision_config", "num_channels", 1),
-        ("vision_config", TAPS, [0, 33]),
+        ("vision_config", INTERMEDIATE_LAYERS, [0, 33]),
         ("text_config", "cross_attention_layers", []),
         ("text_config", "tie_word_embeddings", True),
     ],

@@ -1,6 +1,6 @@
 """Llama 3.2 Vision: a two-stage tile encoder and gated cross-attention between Llama's blocks.
 
-Both conventions of the encoder's taps (see `mllama_vision`) are families here; the default of a
+Both conventions of the encoder's intermediate_layers (see `mllama_vision`) are families here; the default of a
 config.json that names none is Meta's.
 """
 
@@ -26,7 +26,7 @@ from vlm_jax.hub.families.family import (
 )
 from vlm_jax.hub.families.llama import attention_rows, dense_rows, norm_row
 from vlm_jax.hub.families.mllama_vision import (
-    TAPS,
+    INTERMEDIATE_LAYERS,
     vision_from_hf,
     vision_rows,
     vision_to_hf,
@@ -53,7 +53,7 @@ UNUSED = {
 }
 
 
-def config_from_hf(config: Json, names: Collection[str], taps: str) -> Experiment:
+def config_from_hf(config: Json, names: Collection[str], intermediate_layers: str) -> Experiment:
     text, vision = get_or(config, "text_config", {}), get_or(config, "vision_config", {})
     reject_unless(text, "tie_word_embeddings", False, None)
     decoder = llama.decoder_from_hf(TEXT_DEFAULTS | llama.drop_nulls(text) | UNUSED, tied=False)
@@ -62,7 +62,7 @@ def config_from_hf(config: Json, names: Collection[str], taps: str) -> Experimen
         decoder, depth=decoder.depth - len(fusion.cross_layers), extra_tokens=EXTRA_TOKENS
     )
     return Experiment(
-        vision=vision_from_hf(vision, taps),
+        vision=vision_from_hf(vision, intermediate_layers),
         projector=Projector("linear"),
         fusion=fusion,
         decoder=decoder,
@@ -93,7 +93,7 @@ def fusion_from_hf(text: Json, layers: int) -> Fusion:
     )
 
 
-def config_to_hf(cfg: Experiment, taps: str) -> Json:
+def config_to_hf(cfg: Experiment, intermediate_layers: str) -> Json:
     numbers = layer_numbers(cfg.fusion.sublayers(cfg.decoder.depth))
     text = {
         key: value for key, value in llama.decoder_to_hf(cfg.decoder).items() if key not in UNUSED
@@ -112,7 +112,7 @@ def config_to_hf(cfg: Experiment, taps: str) -> Json:
         "architectures": ["MllamaForConditionalGeneration"],
         "model_type": "mllama",
         "text_config": text,
-        "vision_config": vision_to_hf(cfg.vision, taps),
+        "vision_config": vision_to_hf(cfg.vision, intermediate_layers),
     }
 
 
@@ -160,26 +160,32 @@ RENAMES = (  # module names of transformers 5
 PROCESSOR = HfProcessor(
     "MllamaProcessor", adds_bos=True, needs_bos=True, needs_placeholder=True, resize="pad"
 )
-BY_TAPS = {
-    taps: Family(
+BY_INTERMEDIATE_LAYERS = {
+    intermediate_layers: Family(
         "mllama",
-        functools.partial(config_from_hf, taps=taps),
-        functools.partial(config_to_hf, taps=taps),
+        functools.partial(config_from_hf, intermediate_layers=intermediate_layers),
+        functools.partial(config_to_hf, intermediate_layers=intermediate_layers),
         param_table,
         RENAMES,
         processor=PROCESSOR,
     )
-    for taps in ("input", "output")
+    for intermediate_layers in ("input", "output")
 }
-MLLAMA = BY_TAPS["input"]
+MLLAMA = BY_INTERMEDIATE_LAYERS["input"]
 
 
-def family_of_taps(config: Json, taps: str | None) -> Family:
-    """Returns the family with these taps; None: those of config.json, or "input".
+def select_family(config: Json, intermediate_layers: str | None) -> Family:
+    """Returns the family with these intermediate_layers; None: those of config.json, or "input".
 
     Raises:
-      CheckpointError: the taps are neither "input" nor "output".
+      CheckpointError: the intermediate_layers are neither "input" nor "output".
     """
     return lookup(
-        {TAPS: taps or get_or(config, "vision_config", {}).get(TAPS)}, TAPS, BY_TAPS, "input"
+        {
+            INTERMEDIATE_LAYERS: intermediate_layers
+            or get_or(config, "vision_config", {}).get(INTERMEDIATE_LAYERS)
+        },
+        INTERMEDIATE_LAYERS,
+        BY_INTERMEDIATE_LAYERS,
+        "input",
     )

@@ -1,7 +1,7 @@
 """The tile encoder of Llama 3.2 Vision, and its two conventions of `intermediate_layers_indices`.
 
 The indices are layers of the first stage whose hidden states are concatenated with the output
-("taps"). Meta's code, with which the published weights were trained, and transformers up to 4.51
+("intermediate_layers"). Meta's code, with which the published weights were trained, and transformers up to 4.51
 take the input of these layers; transformers 5 takes their output.
 """
 
@@ -25,13 +25,13 @@ from vlm_jax.hub.families.vit import patch_rows, side
 
 TOWER, OURS = "vision_model", "vision/tiled"
 # Our own key of config.json, "input" or "output": neither transformers nor Meta's code has one.
-TAPS = "intermediate_taps"
+INTERMEDIATE_LAYERS = "intermediate_taps"
 ALIASES = {"num_attention_heads": "attention_heads"}
 # The norms around the blocks ignore config.json, so another epsilon in the blocks is rejected.
 NORM_EPS = 1e-5
 
 
-def vision_from_hf(config: Json, taps: str) -> Vision:
+def vision_from_hf(config: Json, intermediate_layers: str) -> Vision:
     config = resolve_aliases(config, ALIASES)
     reject_unless(config, "norm_eps", NORM_EPS)
     reject_unless(config, "num_channels", CHANNELS)
@@ -57,7 +57,9 @@ def vision_from_hf(config: Json, taps: str) -> Vision:
         keep_class_token=True,
         pre_norm=True,
         feature_layers=feature_layers_from_hf(
-            get_or(config, "intermediate_layers_indices", [3, 7, 15, 23, 30]), depth, taps
+            get_or(config, "intermediate_layers_indices", [3, 7, 15, 23, 30]),
+            depth,
+            intermediate_layers,
         ),
         tiles=tiles,
         tile_layouts=tuple(map(tuple, get_or(config, "supported_aspect_ratios", layouts(tiles)))),
@@ -67,9 +69,11 @@ def vision_from_hf(config: Json, taps: str) -> Vision:
     return vision
 
 
-def feature_layers_from_hf(layers: list[int], depth: int, taps: str) -> tuple[int, ...]:
+def feature_layers_from_hf(
+    layers: list[int], depth: int, intermediate_layers: str
+) -> tuple[int, ...]:
     """Layers of config.json -> hidden states: 0 is the first layer's input, n the n-th's output."""
-    states = tuple(n + (taps == "output") for n in layers)
+    states = tuple(n + (intermediate_layers == "output") for n in layers)
     if not all(0 <= n <= depth for n in states):
         raise CheckpointError(
             f"config.json: intermediate_layers_indices {layers} are outside the {depth} layers."
@@ -77,7 +81,7 @@ def feature_layers_from_hf(layers: list[int], depth: int, taps: str) -> tuple[in
     return states
 
 
-def vision_to_hf(vision: Vision, taps: str) -> Json:
+def vision_to_hf(vision: Vision, intermediate_layers: str) -> Json:
     return {
         "model_type": "mllama_vision_model",
         "hidden_size": vision.width,
@@ -93,16 +97,18 @@ def vision_to_hf(vision: Vision, taps: str) -> Json:
         "vision_output_dim": vision.output_width,
         "max_num_tiles": vision.tiles,
         "supported_aspect_ratios": list(map(list, vision.tile_layouts)),
-        "intermediate_layers_indices": feature_layers_to_hf(vision, taps),
-        **({TAPS: taps} if taps != "input" else {}),
+        "intermediate_layers_indices": feature_layers_to_hf(vision, intermediate_layers),
+        **({INTERMEDIATE_LAYERS: intermediate_layers} if intermediate_layers != "input" else {}),
     }
 
 
-def feature_layers_to_hf(vision: Vision, taps: str) -> list[int]:
-    layers = [n % (vision.depth + 1) - (taps == "output") for n in vision.feature_layers]
+def feature_layers_to_hf(vision: Vision, intermediate_layers: str) -> list[int]:
+    layers = [
+        n % (vision.depth + 1) - (intermediate_layers == "output") for n in vision.feature_layers
+    ]
     if -1 in layers:
         raise CheckpointError(
-            "vision.feature_layers 0 is not the output of a layer: export with taps 'input'."
+            "vision.feature_layers 0 is not the output of a layer: export with intermediate_layers 'input'."
         )
     return layers
 

@@ -57,12 +57,12 @@ def config_path(folder: Path) -> Path:
     return open_clip_path if open_clip_path.is_file() and not path.is_file() else path
 
 
-def family_of(config: Mapping, name: str, taps: str | None = None) -> Family:
+def family_of(config: Mapping, name: str, intermediate_layers: str | None = None) -> Family:
     """Returns the family of a config.json.
 
     Args:
       name: of the config, for messages.
-      taps: see `mllama.family_of_taps`.
+      intermediate_layers: see `mllama.select_family`.
 
     Raises:
       CheckpointError: the family is not supported (the message lists those that are).
@@ -75,12 +75,20 @@ def family_of(config: Mapping, name: str, taps: str | None = None) -> Family:
             f"(choose from {', '.join(sorted(FAMILIES))})."
         )
     if FAMILIES[model_type] is mllama.MLLAMA:
-        return mllama.family_of_taps(config, taps)
+        return mllama.select_family(config, intermediate_layers)
     return FAMILIES[model_type]
 
 
-def possible_taps(folder: str | os.PathLike, taps: str | None) -> tuple[str | None, ...]:
-    """Returns the taps to try for a folder: both, if it is a Llama 3.2 Vision that names none."""
+def possible_intermediate_layers(
+    folder: str | os.PathLike, intermediate_layers: str | None
+) -> tuple[str | None, ...]:
+    """Returns the intermediate_layers to try for a folder: both, if it is a Llama 3.2 Vision that names none."""
     config = read_json(config_path(existing_folder(folder)))
-    stated = taps or get_or(config, "vision_config", {}).get(mllama_vision.TAPS)
-    return ("input", "output") if config.get("model_type") == "mllama" and not stated else (taps,)
+    stated = intermediate_layers or get_or(config, "vision_config", {}).get(
+        mllama_vision.INTERMEDIATE_LAYERS
+    )
+    return (
+        ("input", "output")
+        if config.get("model_type") == "mllama" and not stated
+        else (intermediate_layers,)
+    )

@@ -24,11 +24,11 @@ def from_pretrained(
       ConfigError: the folder does not hold what its config.json says, or a family that is not supported.
     """
     from vlm_jax.hub.load import load_checkpoint
-    from vlm_jax.hub.processor import Processor
+    from vlm_jax.hub.processor import HubProcessor
     from vlm_jax.nn.models import build_model
 
     checkpoint, params = load_checkpoint(folder, dtype, mesh, intermediate_layers)
-    return build_model(checkpoint.cfg), params, Processor.load(checkpoint)
+    return build_model(checkpoint.cfg), params, HubProcessor.load(checkpoint)
 
 
 def from_run(workdir: str | os.PathLike, step: int | None = None, mesh=None):

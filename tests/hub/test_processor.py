@@ -20,7 +20,7 @@ from vlm_jax import from_pretrained
 from vlm_jax.cli.commands import main
 from vlm_jax.config import UserError
 from vlm_jax.hub.load import inspect
-from vlm_jax.hub.processor import Processor
+from vlm_jax.hub.processor import HubProcessor
 from vlm_jax.hub.tensors.folder import open_tensors
 from vlm_jax.infer.generate import SamplingParams, generate
 from vlm_jax.structs import NO_IMAGE
@@ -44,9 +44,9 @@ def pictures(tmp_path_factory):
     return tiny.pictures(tmp_path_factory.mktemp("pictures"))
 
 
-def processor_of(path) -> Processor:
+def processor_of(path) -> HubProcessor:
     with open_tensors(path) as tensors:
-        return Processor.load(inspect(path, tensors))
+        return HubProcessor.load(inspect(path, tensors))
 
 
 def asked_of_transformers(name: str, folder: Folder, text: str, files=()) -> dict:
@@ -127,7 +127,7 @@ ASKED = [
 def test_what_is_asked_is_what_transformers_asks(folder_of, pictures, name, kinds):
     folder, files = folder_of(name), [pictures[kind] for kind in kinds]
     theirs = asked_of_transformers(name, folder, QUESTION, files)
-    ours = processor_of(folder.path).asked(QUESTION, files)
+    ours = processor_of(folder.path)(QUESTION, files, chat=True)
     ids = theirs["input_ids"][0].numpy()
     in_text = ours.image_token_index[0] == NO_IMAGE
     np.testing.assert_array_equal(ours.tokens[0][in_text], ids[in_text])
@@ -188,7 +188,8 @@ def test_a_folder_as_transformers_4_saved_it_asks_the_same(folder_of, pictures, 
     (tmp_path / "chat_template.jinja").unlink()
     tiny_tokenizers.write(tmp_path, chat_template={"chat_template": tiny.LLAVA_CHAT})
     before, after = (
-        processor_of(path).asked(QUESTION, [pictures["turned"]]) for path in (folder.path, tmp_path)
+        processor_of(path)(QUESTION, [pictures["turned"]], chat=True)
+        for path in (folder.path, tmp_path)
     )
     np.testing.assert_array_equal(after.tokens, before.tokens)
     np.testing.assert_array_equal(after.images, before.images)
@@ -239,11 +240,11 @@ def test_an_end_that_only_the_tokenizer_states_ends_the_answer(folder_of, tmp_pa
 def test_the_start_is_that_of_generation_config_before_others(folder_of, pictures, tmp_path):
     folder = folder_of("trocr")
     path = changed(folder, tmp_path, generation_config={"decoder_start_token_id": 9})
-    assert processor_of(folder.path).asked("", [pictures["grey"]]).tokens.tolist() == [[2]]
-    assert processor_of(path).asked("", [pictures["grey"]]).tokens.tolist() == [[9]]
+    assert processor_of(folder.path)("", [pictures["grey"]], chat=True).tokens.tolist() == [[2]]
+    assert processor_of(path)("", [pictures["grey"]], chat=True).tokens.tolist() == [[9]]
     path = changed(folder, tmp_path, generation_config={"decoder_start_token_id": "<s>"})
     with pytest.raises(UserError, match="decoder_start_token_id is '<s>'"):
-        processor_of(path).asked("", [pictures["grey"]])
+        processor_of(path)("", [pictures["grey"]], chat=True)
 
 
 @pytest.mark.parametrize("end", ["</s>", [1, None], -1, 1.5, 2**31])
@@ -264,9 +265,9 @@ def test_image_tokens_of_the_prompt_stay_where_they_are(folder_of, pictures, nam
     prompt = f"this {token} or {token}?"
     assert prompt in processor.chat(prompt, 2)
     assert processor.chat(prompt, 2).count(token) == 2
-    assert processor.asked(prompt, files).images is not None
+    assert processor(prompt, files, chat=True).images is not None
     with pytest.raises(UserError, match="3 image tokens .* 2 images"):
-        processor.asked(3 * token, files)
+        processor(3 * token, files, chat=True)
 
 
 def refusal(capsys, path, *arguments) -> str:
@@ -314,9 +315,9 @@ def without(folder: Folder, target, *names: str):
 def test_a_folder_without_a_tokenizer_or_an_image_processor(folder_of, pictures, capsys, tmp_path):
     asks = ("--image", pictures["colour"], "--prompt", "x")
     path = without(folder_of("llava"), tmp_path / "a", "tokenizer*")
-    assert "holds no tokenizer" in refusal(capsys, path, *asks)
+    assert "has no tokenizer" in refusal(capsys, path, *asks)
     path = without(folder_of("llava"), tmp_path / "b", "processor_config.json")
-    assert "says nothing of images" in refusal(capsys, path, *asks)
+    assert "has no image preprocessing config" in refusal(capsys, path, *asks)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder_of, tmp_path):
@@ -324,9 +325,9 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder_of, tmp_p
     tokenizer.add_tokens("|later|")
     path = without(folder_of("gemma"), tmp_path, "tokenizer*")
     tokenizer.save_pretrained(path)
-    processor_of(path).asked("what")
+    processor_of(path)("what", chat=True)
     with pytest.raises(UserError, match=f"id {len(tokenizer) - 1}, but the model has only"):
-        processor_of(path).asked("what |later| is it?")
+        processor_of(path)("what |later| is it?", chat=True)
 
 
 def test_an_image_processor_is_of_no_concern_to_a_text_model(folder_of, tmp_path):
@@ -384,7 +385,7 @@ def test_images_may_be_nested_as_transformers_takes_them(folder_of, pictures, na
     for images in ([file, pictures["tall"]], [[file], pictures["tall"]]):
         np.testing.assert_array_equal(processor([prompt, other], images).images, two.images)
     for images in (file, [file], [[file]]):
-        assert processor.asked("what is it?", images).images is not None
+        assert processor("what is it?", images, chat=True).images is not None
     for images in (None, (), [], [[]]):
         assert processor("hello", images).images is None
     np.testing.assert_array_equal(

@@ -270,7 +270,7 @@ def test_our_own_processor_encodes_for_the_exported_folder_as_the_run_does(runs,
     """The same tokens and pixels: `generate --checkpoint` and `--workdir` answer alike."""
     run, prompt = runs(name), "" if "captions" in name else QUESTION
     expected = run.prompt(picture, prompt)
-    batch = processor_of(run.folder).asked(prompt, [picture])
+    batch = processor_of(run.folder)(prompt, [picture], chat=True)
     np.testing.assert_array_equal(text_tokens(batch), text_tokens(expected))
     np.testing.assert_allclose(np.asarray(batch.images), np.asarray(expected.images), atol=1e-5)
 

@@ -7,7 +7,7 @@ from tests.hub import tiny_checkpoints, tiny_tokenizers
 from vlm_jax.config import UserError
 from vlm_jax.data import conversation_files, images
 from vlm_jax.hub.load import inspect
-from vlm_jax.hub.processor import Processor
+from vlm_jax.hub.processor import HubProcessor
 from vlm_jax.hub.tensors.folder import open_tensors
 from vlm_jax.hub.text.tokenizer import HubTokenizer
 from vlm_jax.testing import write_conversations
@@ -29,7 +29,7 @@ def test_every_file_of_a_checkpoint(tmp_path):
 
     def load():
         with open_tensors(tmp_path) as tensors:
-            Processor.load(inspect(tmp_path, tensors))
+            HubProcessor.load(inspect(tmp_path, tensors))
 
     for path in tmp_path.iterdir():
         if path.name not in (

@@ -1,9 +1,9 @@
-"""Model inputs as transformers names them -> a `Batch`.
+"""Converts model inputs, named and laid out as in transformers, to a `Batch`.
 
-`input_ids`, `attention_mask`, `position_ids`, `token_type_ids`, `pixel_values` (or `image_patches`),
-`aspect_ratio_ids`, `aspect_ratio_mask`, `cross_attention_mask`, `decoder_input_ids`, `decoder_attention_mask`,
-`decoder_position_ids`. Images are (..., channels, height, width) there, but for Fuyu's, which are patches flattened in
-the order (row, column, channel).
+The names are `input_ids`, `attention_mask`, `position_ids`, `token_type_ids`, `pixel_values` (or
+`image_patches`), `aspect_ratio_ids`, `aspect_ratio_mask`, `cross_attention_mask`,
+`decoder_input_ids`, `decoder_attention_mask` and `decoder_position_ids`. Images are (..., channels,
+height, width), except Fuyu's, which are patches flattened in the order (row, column, channel).
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,8 @@ from vlm_jax.structs import NO_IMAGE, TRUNK, Batch
 
 Arrays = Mapping[str, np.ndarray]
 TEXT = ("input_ids", "attention_mask", "position_ids")
-OF_KIND = {  # fusion.kind -> the arguments that are understood
+# fusion.kind -> supported arguments
+ARGUMENTS = {
     "text_only": TEXT,
     "unified": (*TEXT, "token_type_ids", "pixel_values", "image_patches"),
     "cross_attention": (
@@ -42,36 +43,38 @@ OF_KIND = {  # fusion.kind -> the arguments that are understood
 def to_batch(
     cfg: Experiment, arrays: Arrays, image_token: int | None, generating: bool = False
 ) -> Batch:
-    """The arguments of one forward pass -> a batch without targets.
+    """Returns the batch of one forward pass, without targets.
 
     Args:
-      image_token: the id that stands for an image token in the sequence.
-      generating: positions count the tokens that are there, as `generate` of transformers has it; otherwise slots, and
-        always slots in an encoder-decoder.
+      image_token: id of the image placeholder in the sequence.
+      generating: counts positions over the tokens that are not padding, like `generate` of
+        transformers. Otherwise, and always in an encoder-decoder, positions are slot indices.
 
     Raises:
-      ConfigError: the image tokens in the text do not match the images, an array is missing or has a wrong shape, or
-        an id or a position is outside the model's tables.
+      ConfigError: the image tokens in the text do not match the images, an array is missing or has
+        a wrong shape, or an id or a position is outside the model's tables.
     """
     prefix = "decoder_" if cfg.fusion.kind == "encoder_decoder" else ""
     _check_text(arrays, prefix)
     ids = np.asarray(arrays[f"{prefix}input_ids"], np.int32)
-    there = np.asarray(arrays.get(f"{prefix}attention_mask", np.ones_like(ids))).astype(bool)
+    is_token = np.asarray(arrays.get(f"{prefix}attention_mask", np.ones_like(ids))).astype(bool)
     text = Batch(
         tokens=ids,
-        positions=_positions(cfg, arrays, ids, there, generating),
-        segment_ids=there.astype(np.int32),
+        positions=_positions(cfg, arrays, ids, is_token, generating),
+        segment_ids=is_token.astype(np.int32),
         branch_ids=np.full_like(ids, TRUNK),
         image_token_index=np.full_like(ids, NO_IMAGE),
         image_mask=np.zeros((*ids.shape, 0), bool),
-        block_ids=_blocks(arrays, there) if cfg.fusion.prefix == "bidirectional" else None,
+        block_ids=_blocks(arrays, is_token) if cfg.fusion.prefix == "bidirectional" else None,
     )
-    if "image_patches" in arrays:  # Fuyu's older name
+    # The older name of Fuyu's images.
+    if "image_patches" in arrays:
         arrays = {**arrays, "pixel_values": arrays["image_patches"]}
     if "pixel_values" not in arrays and cfg.fusion.kind != "encoder_decoder":
         if cfg.fusion.image_in_sequence and (ids == image_token).any():
             raise ConfigError(
-                f"input_ids hold image tokens (id {image_token}) without an image: give pixel_values."
+                f"input_ids hold image tokens (id {image_token}) without an image: give "
+                "pixel_values."
             )
         batch = text
     else:
@@ -80,11 +83,12 @@ def to_batch(
 
 
 def _check_text(arrays: Arrays, prefix: str) -> None:
-    """Raises ConfigError where what is said of every token has no number for every token."""
+    """Raises ConfigError if an argument about tokens does not have one number for each token."""
     ids = np.asarray(arrays[f"{prefix}input_ids"])
     if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
         raise ConfigError(
-            f"{prefix}input_ids must be whole numbers of the shape (rows, tokens); found {ids.dtype} {ids.shape}."
+            f"{prefix}input_ids must be whole numbers of the shape (rows, tokens); found "
+            f"{ids.dtype} {ids.shape}."
         )
     for name in (f"{prefix}attention_mask", "token_type_ids"):
         if name in arrays:
@@ -99,9 +103,10 @@ def _check_text(arrays: Arrays, prefix: str) -> None:
 
 
 def _within_tables(decoder: Decoder, batch: Batch) -> Batch:
-    """The batch with the numbers of padding, which may be any, moved into the model's tables.
+    """Clips ids and positions of padding, which may be any number, to the model's tables.
 
-    A look-up outside a table gives NaN, which attention spreads over the whole row even from padding.
+    A lookup outside a table gives NaN, which attention spreads over the whole row even from
+    padding.
 
     Raises:
       ConfigError: an id or a learned position of a token is outside its table.
@@ -113,34 +118,38 @@ def _within_tables(decoder: Decoder, batch: Batch) -> Batch:
             f"the text has the id {wrong.max()}, but the model has only {rows} tokens."
         )
     batch = batch.replace(tokens=batch.tokens.clip(0, rows - 1))
-    if decoder.positions != "learned":  # the others are computed, so that they have no end
+    # Other positions are computed, so they have no upper bound.
+    if decoder.positions != "learned":
         return batch
-    most, positions = decoder.max_positions, batch.positions
-    wrong = positions[is_token & ((positions < 0) | (positions >= most))]
+    max_positions, positions = decoder.max_positions, batch.positions
+    wrong = positions[is_token & ((positions < 0) | (positions >= max_positions))]
     if wrong.size:
         raise ConfigError(
-            f"the text is too long: it has a token at position {wrong.max()}, counted from 0, but the model has only "
-            f"{most} positions."
+            f"the text is too long: it has a token at position {wrong.max()}, counted from 0, but "
+            "the model has only "
+            f"{max_positions} positions."
         )
-    return batch.replace(positions=positions.clip(0, most - 1))
+    return batch.replace(positions=positions.clip(0, max_positions - 1))
 
 
-def reading_own_images(batch: Batch) -> Batch:
-    """A batch of Llama 3.2 Vision in which no row depends on the images of the others.
+def mask_images_of_other_rows(batch: Batch) -> Batch:
+    """Makes the rows of a Llama 3.2 Vision batch independent of each other's images.
 
-    In transformers, a token that stands before its image, or whose row has none, reads every tile of the batch's
-    largest row, blank ones included. Here it reads those of its own row, as it does where the row is alone: all tiles
-    of its images, or none.
+    In transformers, a token before its image, or in a row without images, attends to every tile of
+    the row with the most tiles, blank tiles included. Here it attends to the tiles of its own row
+    (all of them, or none), as it does in a batch of one.
     """
     tiles = batch.image_mask.shape[-1] // batch.tile_layouts.shape[1]
     own = np.repeat(batch.tile_layouts > 0, tiles, axis=1)
     return batch.replace(no_image_mask=np.broadcast_to(own[:, None], batch.image_mask.shape))
 
 
-def scored(batch: Batch, counts: Sequence[int]) -> Batch:
-    """A batch padded on the left, with targets, of which the last `counts` tokens of each row are scored."""
-    slots, length = np.arange(batch.tokens.shape[1]), batch.tokens.shape[1]
-    first = length - np.array(counts)[:, None] - 1  # the token that predicts the first of an answer
+def with_targets(batch: Batch, counts: Sequence[int]) -> Batch:
+    """Adds targets to a left-padded batch, and scores the last `counts` tokens of each row."""
+    length = batch.tokens.shape[1]
+    slots = np.arange(length)
+    # The slot that predicts the first token of the answer.
+    first = length - np.array(counts)[:, None] - 1  # (B, 1)
     return batch.replace(
         targets=np.roll(batch.tokens, -1, axis=1),
         loss_weights=((slots >= first) & (slots < length - 1)).astype(np.float32),
@@ -148,78 +157,76 @@ def scored(batch: Batch, counts: Sequence[int]) -> Batch:
 
 
 def image_batch(cfg: Experiment, arrays: Arrays) -> Batch:
-    """The images alone, for `VLM.image_tokens`: each is a row of its own, with tiles those of a row stay together."""
+    """Returns the batch for `VLM.image_tokens`: a row per image, or per row of tiled images."""
     pixels = np.asarray(arrays["pixel_values"])
     if cfg.fusion.image_in_memory:
         ids = np.zeros((len(pixels), 1), np.int32)
-        images = _in_memory(
-            cfg,
-            {name: x for name, x in arrays.items() if name != "cross_attention_mask"},
-            ids,
-            None,
-        )
+        own = {name: x for name, x in arrays.items() if name != "cross_attention_mask"}
+        images = _in_memory(cfg, own, ids, None)
     else:
-        whole = (
-            _patches(cfg, arrays)[None] if cfg.vision.kind == "none" else _whole_images(cfg, arrays)
-        )
-        ids, images = np.zeros((len(whole), 1), np.int32), {"images": whole[:, None]}
-        images["image_mask"] = np.zeros((*ids.shape, 1), bool)
-    return Batch(
-        **{
-            "tokens": ids,
-            "positions": ids,
-            "segment_ids": ids + 1,
-            "branch_ids": ids,
-            "image_token_index": ids - 1,
-        }
-        | images
-    )
+        if cfg.vision.kind == "none":
+            pixels = _patches(cfg, arrays)[None]
+        else:
+            pixels = _whole_images(cfg, arrays)
+        ids = np.zeros((len(pixels), 1), np.int32)
+        images = {"images": pixels[:, None], "image_mask": np.zeros((*ids.shape, 1), bool)}
+    text = {
+        "tokens": ids,
+        "positions": ids,
+        "segment_ids": ids + 1,
+        "branch_ids": ids,
+        "image_token_index": ids - 1,
+    }
+    return Batch(**(text | images))
 
 
 def _positions(
-    cfg: Experiment, arrays: Arrays, ids: np.ndarray, there: np.ndarray, generating: bool
+    cfg: Experiment, arrays: Arrays, ids: np.ndarray, is_token: np.ndarray, generating: bool
 ) -> np.ndarray:
-    encoder_decoder = cfg.fusion.kind == "encoder_decoder"
-    given = arrays.get("decoder_position_ids" if encoder_decoder else "position_ids")
-    if given is not None:
-        return np.broadcast_to(np.asarray(given, np.int32), there.shape)
-    if cfg.decoder.positions == "sincos":  # TrOCR skips the padding token, whatever the mask says
+    is_encoder_decoder = cfg.fusion.kind == "encoder_decoder"
+    stated = arrays.get("decoder_position_ids" if is_encoder_decoder else "position_ids")
+    if stated is not None:
+        return np.broadcast_to(np.asarray(stated, np.int32), is_token.shape)
+    # TrOCR skips the padding token, whatever the mask.
+    if cfg.decoder.positions == "sincos":
         counted = ids != cfg.decoder.position_offset - 1
         return np.where(counted, np.cumsum(counted, axis=1) - 1, -1).astype(np.int32)
-    first = int(cfg.fusion.prefix == "bidirectional")  # PaliGemma counts from 1
-    if generating and not encoder_decoder:
-        return np.maximum(np.cumsum(there, axis=1) - 1, 0).astype(np.int32) + first
-    return np.broadcast_to(np.arange(there.shape[1], dtype=np.int32) + first, there.shape)
+    # PaliGemma counts from 1.
+    first = int(cfg.fusion.prefix == "bidirectional")
+    if generating and not is_encoder_decoder:
+        return np.maximum(np.cumsum(is_token, axis=1) - 1, 0).astype(np.int32) + first
+    return np.broadcast_to(np.arange(is_token.shape[1], dtype=np.int32) + first, is_token.shape)
 
 
-def _blocks(arrays: Arrays, there: np.ndarray) -> np.ndarray:
-    """The prefix, whose `token_type_ids` are 0 (without them: all that is there), is one block."""
-    types = np.asarray(arrays.get("token_type_ids", np.zeros_like(there)))
-    return (there & (types == 0)).astype(np.int32)
+def _blocks(arrays: Arrays, is_token: np.ndarray) -> np.ndarray:
+    """Block ids: 1 for the prefix, whose `token_type_ids` are 0 (by default: every token)."""
+    types = np.asarray(arrays.get("token_type_ids", np.zeros_like(is_token)))
+    return (is_token & (types == 0)).astype(np.int32)
 
 
 def channels_last(images: np.ndarray) -> np.ndarray:
-    """(..., channels, height, width) -> (..., height, width, channels)."""
+    """Moves channels from (..., channels, height, width) to (..., height, width, channels)."""
     return np.moveaxis(np.asarray(images), -3, -1)
 
 
 def _in_sequence(cfg: Experiment, arrays: Arrays, ids: np.ndarray, image_token: int) -> dict:
-    """Images in reading order over all rows; a row takes as many as its image tokens fill.
+    """Distributes images, in reading order over all rows, to the image tokens of each row.
 
-    The tokens under them may lie beyond the vocabulary; they become 0.
+    The ids of image tokens may lie beyond the vocabulary; they become 0.
     """
     is_image = ids == image_token
     patches_only = cfg.vision.kind == "none"
-    images, tokens_each = (
-        (_patches(cfg, arrays), 1)
-        if patches_only
-        else (_whole_images(cfg, arrays), cfg.image_tokens)
-    )
+    if patches_only:
+        images, tokens_each = _patches(cfg, arrays), 1
+    else:
+        images, tokens_each = _whole_images(cfg, arrays), cfg.image_tokens
     counts = is_image.sum(axis=1)
     if counts.sum() != len(images) * tokens_each or (counts % tokens_each).any():
         raise ConfigError(
-            f"The {' + '.join(map(str, counts))} image tokens (id {image_token}) in the rows of input_ids do not match "
-            f"pixel_values: {len(images)} {'patches' if patches_only else 'images'} of {tokens_each} tokens each."
+            f"The {' + '.join(map(str, counts))} image tokens (id {image_token}) in the rows of "
+            "input_ids do not match "
+            f"pixel_values: {len(images)} {'patches' if patches_only else 'images'} of "
+            f"{tokens_each} tokens each."
         )
     filled = _row_by_row(images, counts // tokens_each)
     if patches_only:
@@ -235,20 +242,20 @@ def _in_sequence(cfg: Experiment, arrays: Arrays, ids: np.ndarray, image_token: 
 
 
 def _patches(cfg: Experiment, arrays: Arrays) -> np.ndarray:
-    """Fuyu: (P, C) patches of all images one after another, whatever their sizes."""
+    """Fuyu: patches (P, C) of all images, concatenated; the images may differ in size."""
     patches = np.asarray(arrays["pixel_values"])
     patches = patches.reshape(-1, patches.shape[-1])
     return _shaped({"pixel_values": patches}, "pixel_values", (None, cfg.vision.patch_dim))
 
 
 def _whole_images(cfg: Experiment, arrays: Arrays) -> np.ndarray:
-    """(images, height, width, channels)."""
+    """Images (images, height, width, channels)."""
     side = cfg.vision.image_size_px
     return channels_last(_shaped(arrays, "pixel_values", (None, CHANNELS, side, side)))
 
 
 def _row_by_row(images: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(I of all rows, ...) -> (B, I of the richest row, ...), zeros where a row has fewer; there is room for one."""
+    """Splits images (sum of I, ...) by row, padded with zeros to (B, I, ...); I is at least 1."""
     filled = np.zeros((len(counts), max(1, counts.max()), *images.shape[1:]), np.float32)
     for target, row in zip(filled, np.split(images, np.cumsum(counts)[:-1])):
         target[: len(row)] = row
@@ -256,7 +263,7 @@ def _row_by_row(images: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _in_memory(cfg: Experiment, arrays: Arrays, ids: np.ndarray, image_token: int | None) -> dict:
-    """One image a row, which every token reads; in tiles, as many as there are."""
+    """Images for cross-attention: one a row, read by every token, or any number of tiled ones."""
     if cfg.vision.tile_layouts:
         return _in_tiles(cfg, arrays, ids)
     images = _shaped(arrays, "pixel_values", (len(ids), CHANNELS, None, None))
@@ -264,14 +271,15 @@ def _in_memory(cfg: Experiment, arrays: Arrays, ids: np.ndarray, image_token: in
 
 
 def _in_tiles(cfg: Experiment, arrays: Arrays, ids: np.ndarray) -> dict:
-    """Llama 3.2 Vision: I images of J tiles, and per token and tile whether it is read (without a mask: all are)."""
+    """Llama 3.2 Vision: I images of J tiles; every token reads every tile if there is no mask."""
     rows, tiles, side = len(ids), cfg.vision.tiles, cfg.vision.image_size_px
     images = _shaped(arrays, "pixel_values", (rows, None, tiles, CHANNELS, side, side))
     shape = images.shape[:3]
     layouts = _shaped(arrays, "aspect_ratio_ids", shape[:2])
     if not np.isin(layouts, range(1 + len(cfg.vision.tile_layouts))).all():
         raise ConfigError(
-            f"aspect_ratio_ids {layouts.tolist()} go beyond the {len(cfg.vision.tile_layouts)} layouts."
+            f"aspect_ratio_ids {layouts.tolist()} go beyond the {len(cfg.vision.tile_layouts)} "
+            "layouts."
         )
     arrays = {"cross_attention_mask": np.ones((*ids.shape, *shape[1:])), **arrays}
     read = _shaped(arrays, "cross_attention_mask", (*ids.shape, *shape[1:]))
@@ -284,13 +292,14 @@ def _in_tiles(cfg: Experiment, arrays: Arrays, ids: np.ndarray) -> dict:
 
 
 def _shaped(arrays: Arrays, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
-    """The argument; ConfigError where it is missing or of another shape (None: any length)."""
-    found = np.shape(arrays.get(name))
-    if len(found) != len(shape) or any(n not in (None, length) for n, length in zip(shape, found)):
-        wanted = ", ".join("any" if n is None else str(n) for n in shape)
-        raise ConfigError(
-            f"{name} must be there with the shape ({wanted}); found {found or 'none'}."
-        )
+    """Returns an argument; ConfigError if it is missing or has another shape (None: any length)."""
+    actual = np.shape(arrays.get(name))
+    is_fitting = len(actual) == len(shape) and all(
+        n in (None, length) for n, length in zip(shape, actual)
+    )
+    if not is_fitting:
+        expected = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ConfigError(f"{name} must have the shape ({expected}), not {actual or 'none'}.")
     return np.asarray(arrays[name])
 
 

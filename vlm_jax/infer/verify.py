@@ -23,7 +23,7 @@ from vlm_jax.config import (
     Vision,
 )
 from vlm_jax.hub.inputs import (
-    OF_KIND,
+    ARGUMENTS,
     channels_last,
     image_batch,
     to_batch,
@@ -166,7 +166,7 @@ def one_output(model: Model, case: Case, name: str, tolerance: float) -> Result:
 
 def arguments_of(cfg) -> tuple[str, ...]:
     if isinstance(cfg, Experiment):
-        return OF_KIND[cfg.fusion.kind]
+        return ARGUMENTS[cfg.fusion.kind]
     return (
         ("pixel_values",)
         if isinstance(cfg, Vision)

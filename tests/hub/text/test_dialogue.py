@@ -59,7 +59,7 @@ def test_training_tokens_are_those_of_the_inference_prompt(folder_of, name):
     )
     first = tokens.is_scored.index(True)
     picture = Image.new("RGB", (40, 30), (200, 30, 40))
-    batch = processor.asked(QUESTION, [] if name in OF_TEXT else [picture])
+    batch = processor(QUESTION, [] if name in OF_TEXT else [picture], chat=True)
     slots = np.asarray(batch.image_token_index[0])
     expected = without_images(np.asarray(batch.tokens[0]), slots)
     # An image in the sequence is one placeholder here, and several tokens in the prompt.

@@ -1,7 +1,8 @@
 """Tokenizers of checkpoint folders; ids are equal to those of transformers 5.23's AutoTokenizer."""
 
+import functools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -159,35 +160,39 @@ class HubTokenizer:
         return self._backend.id_to_token(token_id) or ""
 
     def stream(self, skip_special_tokens: bool = True) -> "TextStream":
-        return TextStream(self, skip_special_tokens)
+        """Returns a decoder that takes ids as they are generated."""
+        decode = functools.partial(self.decode, skip_special_tokens=skip_special_tokens)
+        # Two more words may still remove a space: "do n ' t" becomes "don't".
+        return TextStream(decode, withheld_words=2 if self.cleans_up_spaces else 0)
 
 
 class TextStream:
-    """Incremental decoding; a character is returned when its last byte has been decoded."""
+    """Incremental decoding; a character is returned when its last byte has been decoded.
 
-    def __init__(self, tokenizer: HubTokenizer, skip_special_tokens: bool = True):
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
+    Args:
+      decode: ids of a whole text -> the text.
+      withheld_words: number of last words that more ids may still change.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], withheld_words: int = 0):
+        self._decode = decode
+        self._withheld_words = withheld_words
         self._ids: list[int] = []
         self._num_returned = 0  # characters
 
     def feed(self, ids: Iterable[int]) -> str:
         """Returns the text that these ids complete; "" while a character is incomplete."""
         self._ids.extend(int(i) for i in ids)
-        text = self._text().rstrip(REPLACEMENT_CHAR)
-        # Two more words may still remove a space: "do n ' t" becomes "don't".
-        if self._tokenizer.cleans_up_spaces:
-            text = text.rsplit(" ", 2)[0]
+        # Decodes all ids again: the text of a token depends on those before it, such as the space
+        # that is dropped at the start.
+        text = self._decode(self._ids).rstrip(REPLACEMENT_CHAR)
+        if self._withheld_words:
+            text = text.rsplit(" ", self._withheld_words)[0]
         return self._new_part(text)
 
     def end(self) -> str:
         """Returns the rest, when no more ids follow."""
-        return self._new_part(self._text())
-
-    def _text(self) -> str:
-        # Decodes all ids again: the text of a token depends on those before it, such as the space
-        # that is dropped at the start.
-        return self._tokenizer.decode(self._ids, self._skip_special_tokens)
+        return self._new_part(self._decode(self._ids))
 
     def _new_part(self, text: str) -> str:
         new = text[self._num_returned :]

@@ -12,6 +12,7 @@ from vlm_jax.data import questions
 from vlm_jax.data.questions import Question
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer import evaluate, samples
+from vlm_jax.infer.metrics import METRICS, parse_score
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.testing import tiny
 
@@ -64,6 +65,34 @@ def test_the_scores_are_shares_of_equal_answers(scores, cfg):
     assert json.loads(Workdir(cfg.workdir).eval.read_text()) == scores
 
 
+def test_a_metric_is_a_function_and_a_row(cfg, asked, tokenizer, monkeypatch):
+    """It is in eval.json, in predictions.jsonl, in what is printed, and a study can name it."""
+
+    def closeness(prediction, references):
+        return max(1 / (1 + abs(len(prediction) - len(text))) for text in references)
+
+    monkeypatch.setitem(METRICS, "closeness", closeness)
+    predictions = [["yes", "circle", "yes", "triangle", ""], ["no"] * 4 + ["yes"]]
+    monkeypatch.setattr(evaluate.questions, "to_evaluate", lambda cfg: asked)
+    monkeypatch.setattr(evaluate, "answer", lambda *args: predictions)
+    scores = evaluate.evaluate(cfg, None, tokenizer)
+    assert scores == json.loads(Workdir(cfg.workdir).eval.read_text())
+    assert scores["closeness"] == pytest.approx((1 + 1 + 1 / 2 + 1 + 1 / 4) / 5)
+    assert scores["closeness_by_type"] == pytest.approx(
+        {"shape": 1, "yes_no": (1 + 1 / 2 + 1 / 4) / 3}
+    )
+    assert scores["image_shuffled_closeness"] < scores["closeness"]
+    assert (scores["exact_match"], scores["by_type"]["shape"]) == (3 / 5, 1)
+    lines = [json.loads(line) for line in Workdir(cfg.workdir).predictions.read_text().splitlines()]
+    assert [line["closeness"] for line in lines] == [1, 1, 1 / 2, 1, 1 / 4]
+    first, second = evaluate.describe_scores(scores, "test")
+    assert first == "exact match 0.6000 on 5 questions of test, 0.4000 with shuffled images"
+    assert second.startswith("closeness 0.7500 on 5 questions of test, ")
+    for name in ("closeness", "image_shuffled_closeness", "closeness_by_type.shape"):
+        assert parse_score(name).metric == "closeness"
+    assert parse_score("closeness.shape") is None
+
+
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(cfg, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="workdir .*file/run cannot be written"):
@@ -85,7 +114,7 @@ def test_answers_longer_than_what_is_generated_are_counted(cfg, asked, tokenizer
     lengths = [len(tokenizer.encode(question.answer)) for question in asked]
     longest = max(lengths)
     assert (
-        evaluate.too_long(
+        evaluate.warn_of_long_answers(
             replace(cfg, eval=replace(cfg.eval, max_new_tokens=longest)), tokenizer, asked
         )
         == ""
@@ -94,7 +123,7 @@ def test_answers_longer_than_what_is_generated_are_counted(cfg, asked, tokenizer
     said = (
         f"{lengths.count(longest)} of 5 answers are longer than eval.max_new_tokens {longest - 1} "
     )
-    assert evaluate.too_long(short, tokenizer, asked).startswith(said)
+    assert evaluate.warn_of_long_answers(short, tokenizer, asked).startswith(said)
 
 
 def test_every_answer_is_a_line_of_the_predictions(scores, cfg):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vlm_jax.config import Experiment
 from vlm_jax.data import questions
+from vlm_jax.infer import evaluate
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.study import Study, override, planning
 from vlm_jax.study.planning import Plan, Run
@@ -64,27 +65,10 @@ def write_run(run: Run, correct_share: float, seconds: float = 60.0) -> None:
     workdir.open(cfg)
     test_questions = questions.to_evaluate(cfg)
     correct_count = round(correct_share * len(test_questions))
-    lines = [
-        {
-            "image_id": question.image_id,
-            "question": question.question,
-            "type": question.type,
-            "answer": question.answer,
-            "prediction": question.answer if i < correct_count else "| <b>",
-            "correct": i < correct_count,
-        }
-        for i, question in enumerate(test_questions)
-    ]
-    workdir.predictions.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    by_type: dict[str, list[bool]] = {}
-    for line in lines:
-        by_type.setdefault(line["type"], []).append(line["correct"])
-    scores = {
-        "exact_match": correct_count / len(test_questions),
-        "by_type": {name: sum(values) / len(values) for name, values in by_type.items()},
-        "image_shuffled_exact_match": 0.0,
-    }
+    predictions = [question.answer for question in test_questions[:correct_count]]
+    predictions += ["| <b>"] * (len(test_questions) - correct_count)
+    workdir.predictions.write_text(evaluate.prediction_lines(test_questions, predictions))
+    scores = evaluate.score(test_questions, predictions, [""] * len(test_questions))
     workdir.eval.write_text(json.dumps(scores))
 
     metrics = [

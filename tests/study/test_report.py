@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.study import studies
+from vlm_jax.infer.metrics import METRICS
 from vlm_jax.study import override, planning
 from vlm_jax.study.report import (
     costs,
@@ -15,6 +16,7 @@ from vlm_jax.study.report import (
     samples,
     scores,
     sections,
+    statistics,
 )
 from vlm_jax.study.run.folder import Folder
 
@@ -161,3 +163,19 @@ def test_a_study_without_finished_runs_has_a_report(datasets_dir, tmp_path):
     plan = planning.build_plan(studies.study(datasets_dir), tmp_path, False, {})
     page.write(sections.build_page(results.read_results(plan), "mine.py"), tmp_path / "report")
     assert "At matched examples no run is done yet." in (tmp_path / "report/report.md").read_text()
+
+
+def test_a_study_may_use_any_metric(datasets_dir, tmp_path, monkeypatch):
+    def first_letter(prediction, references):
+        return float(any(prediction[:1] == reference[:1] for reference in references))
+
+    monkeypatch.setitem(METRICS, "first_letter", first_letter)
+    for metric in ("first_letter", "first_letter_by_type.present"):
+        study = studies.study(datasets_dir, matched={"examples": None}, metric=metric)
+        report = results.read(studies.write_study(study, tmp_path / metric))
+        assert not report.broken
+        assert len(report.scores("examples", "linear")) == 2
+        (pair,) = statistics.pairs(report, "examples")
+        assert pair.images is not None, "the scores of single answers are compared, too"
+        columns = scores.score_table(report, "examples").columns
+        assert columns[-1] == "first letter with shuffled images"

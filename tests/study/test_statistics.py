@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from vlm_jax.infer.metrics import METRICS, Score, parse_score
 from vlm_jax.study.report import statistics
-from vlm_jax.study.report.results import Result, Results, split_metric
+from vlm_jax.study.report.results import Result, Results
 
 UNBOUNDED = (-math.inf, math.inf)
 BOUNDS = {
@@ -198,13 +199,14 @@ def test_a_type_is_tested_alone():
     assert statistics.compare_images(runs, "by_type.b")[0].mean == 0.0
 
 
-def test_any_metric_with_a_value_for_each_answer_is_tested_over_images():
+def test_any_metric_with_a_value_for_each_answer_is_tested_over_images(monkeypatch):
+    monkeypatch.setitem(METRICS, "anls", lambda prediction, references: 0.0)
     names = ["exact_match", "by_type.count", "anls", "anls_by_type.count"]
-    assert [split_metric(name) for name in names] == [
-        ("exact_match", None),
-        ("exact_match", "count"),
-        ("anls", None),
-        ("anls", "count"),
+    assert [parse_score(name) for name in names] == [
+        Score("exact_match"),
+        Score("exact_match", type="count"),
+        Score("anls"),
+        Score("anls", type="count"),
     ]
     run = result([1, 0, 1, 0])
     lines = tuple({**line, "anls": 0.5 + 0.5 * line["correct"]} for line in run.predictions)

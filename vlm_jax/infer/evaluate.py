@@ -1,10 +1,11 @@
-"""Exact match of generated answers, with the right images and with those of other examples."""
+"""Evaluation of generated answers, with the right images and with those of other examples."""
 
 import itertools
 import json
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
+from statistics import fmean
 
 import jax
 from jax.experimental import multihost_utils
@@ -16,11 +17,10 @@ from vlm_jax.data import questions
 from vlm_jax.data.questions import Question
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer.generate import NonFiniteLogits, SamplingParams, generate
+from vlm_jax.infer.metrics import METRICS, metric_keys
 from vlm_jax.infer.samples import draw_samples
 from vlm_jax.runtime import distributed
 from vlm_jax.runtime.workdir import EvaluationFolder, Workdir, write_atomic
-
-SCORES = ("exact_match", "image_shuffled_exact_match")  # in eval.json, beside `by_type`
 
 
 def evaluate(
@@ -30,68 +30,129 @@ def evaluate(
     step: int | None = None,
     folder: EvaluationFolder | None = None,
 ) -> dict:
-    """Answers the questions of `eval.split` or `eval.files`, on all processes together, and returns the scores.
+    """Answers the questions of `eval.split` or `eval.files` and returns the scores of METRICS.
 
-    The first process writes eval.json, predictions.jsonl and samples.png to `folder`, by default the run's work folder.
-    `step` is the step of the checkpoint, for eval.json.
+    Every question is asked twice: about its own images, and about those of another question
+    (`image_shuffled_...`), which tells how much the answers depend on the images. All processes
+    take part; the first one writes eval.json, predictions.jsonl and samples.png.
 
-    `exact_match` is the share of answers equal to the expected text; `image_shuffled_exact_match` the same where every
-    question is asked about the image of another.
+    Args:
+      step: of the checkpoint, for eval.json.
+      folder: to write to; None: the work folder of the run.
 
     Raises:
-      ConfigError: the work folder cannot be written, the split does not exist, or an answer has no room.
-      NonFiniteLogits: the model computes NaN for a question; nothing is written then.
+      ConfigError: the folder cannot be written, the split does not exist, or a prompt is too long.
+      NonFiniteLogits: the model computes NaN for a question; then nothing is written.
     """
     folder = folder or Workdir(cfg.workdir)
+    is_first_process = jax.process_index() == 0
     with distributed.raise_on_all():
-        if not jax.process_index():
+        if is_first_process:
             folder.check_writable()
     asked = questions.to_evaluate(cfg)
-    if not jax.process_index() and (said := too_long(cfg, tokenizer, asked)):
-        print(said, flush=True)
-    shown = {"evaluating": asked, "with shuffled images": shuffle_images(asked)}
-    answers, blind = answer(cfg, params, tokenizer, asked, shown)
+    warning = warn_of_long_answers(cfg, tokenizer, asked)
+    if is_first_process and warning:
+        print(warning, flush=True)
+
+    image_sources = {"evaluating": asked, "with shuffled images": shuffle_images(asked)}
+    predictions, shuffled_predictions = answer(cfg, params, tokenizer, asked, image_sources)
     scores = {
         "split": cfg.eval.read_split,
         "files": list(cfg.eval_data.files),
         "examples": len(asked),
         "step": step,
         "max_new_tokens": cfg.eval.max_new_tokens,
-        "exact_match": _share(asked, answers),
-        "by_type": _by_type(asked, answers),
-        "image_shuffled_exact_match": _share(asked, blind),
+        **score(asked, predictions, shuffled_predictions),
     }
-    if jax.process_index():
-        return scores
-    folder.keep_settings()
-    write_atomic(folder.predictions, "".join(_line(*pair) for pair in zip(asked, answers)))
-    draw_samples(folder.samples, asked, answers, cfg.eval.title)
-    write_atomic(folder.eval, json.dumps(scores, indent=2) + "\n")
+
+    if is_first_process:
+        folder.keep_settings()
+        write_atomic(folder.predictions, prediction_lines(asked, predictions))
+        draw_samples(folder.samples, asked, predictions, cfg.eval.title)
+        write_atomic(folder.eval, json.dumps(scores, indent=2) + "\n")
     return scores
 
 
-def too_long(cfg: Experiment, tokenizer: Tokenizer, asked: list[Question]) -> str:
-    """A sentence about the answers that have no room in what is generated; "" where all have."""
-    most = cfg.eval.max_new_tokens
+def score(
+    asked: list[Question], predictions: list[str], shuffled_predictions: list[str]
+) -> dict[str, float | dict[str, float]]:
+    """Returns the scores of every metric, with their keys in eval.json."""
+    scores = {}
+    for metric in METRICS:
+        keys = metric_keys(metric)
+        values = score_each(metric, asked, predictions)
+        scores[keys.mean] = fmean(values)
+        scores[keys.by_type] = mean_by_type(asked, values)
+        scores[keys.shuffled] = fmean(score_each(metric, asked, shuffled_predictions))
+    return scores
+
+
+def describe_scores(scores: Mapping, title: str) -> list[str]:
+    """Returns a line about each metric, for people to read."""
+    lines = []
+    for metric in METRICS:
+        keys = metric_keys(metric)
+        lines.append(
+            f"{metric.replace('_', ' ')} {scores[keys.mean]:.4f} on {scores['examples']} questions "
+            f"of {title}, {scores[keys.shuffled]:.4f} with shuffled images"
+        )
+    return lines
+
+
+def score_each(metric: str, asked: list[Question], predictions: list[str]) -> list[float]:
+    """Returns the score of every prediction."""
+    function = METRICS[metric]
+    return [
+        function(prediction, [question.answer])
+        for question, prediction in zip(asked, predictions, strict=True)
+    ]
+
+
+def mean_by_type(asked: list[Question], values: list[float]) -> dict[str, float]:
+    """Returns the mean value of the questions of each type."""
+    by_type = defaultdict(list)
+    for question, value in zip(asked, values, strict=True):
+        by_type[question.type].append(value)
+    return {name: fmean(by_type[name]) for name in sorted(by_type)}
+
+
+def prediction_lines(asked: list[Question], predictions: list[str]) -> str:
+    """Returns predictions.jsonl: a question, the prediction and its scores on each line."""
+    scores = {metric_keys(name).example: score_each(name, asked, predictions) for name in METRICS}
+    lines = []
+    for i, question in enumerate(asked):
+        row = {name: getattr(question, name) for name in ("image_id", "question", "type", "answer")}
+        row["prediction"] = predictions[i]
+        row |= {key: values[i] for key, values in scores.items()}
+        lines.append(json.dumps(row) + "\n")
+    return "".join(lines)
+
+
+def warn_of_long_answers(cfg: Experiment, tokenizer: Tokenizer, asked: list[Question]) -> str:
+    """Returns a sentence about answers longer than `eval.max_new_tokens`; "" without any."""
+    max_new_tokens = cfg.eval.max_new_tokens
     lengths = [len(tokenizer.encode(question.answer)) for question in asked]
-    cut = sum(length > most for length in lengths)
-    if not cut:
+    count = sum(length > max_new_tokens for length in lengths)
+    if not count:
         return ""
     return (
-        f"{cut} of {len(asked)} answers are longer than eval.max_new_tokens {most} and cannot be reached: the longest "
-        f"has {max(lengths)} tokens."
+        f"{count} of {len(asked)} answers are longer than eval.max_new_tokens {max_new_tokens} and "
+        f"cannot be reached: the longest has {max(lengths)} tokens."
     )
 
 
 def shuffle_images(asked: list[Question]) -> list[Question]:
-    """For every question another with as many images: the one half of these away, for others ask about its image."""
-    shown = list(asked)
+    """Pairs every question with another that has the same number of images.
+
+    It is the question half of these away, so that in most cases its image is another, too.
+    """
+    image_sources = list(asked)
     for count in {question.image_count for question in asked}:
-        alike = [i for i, question in enumerate(asked) if question.image_count == count]
-        half = len(alike) // 2
-        for i, other in zip(alike, alike[half:] + alike[:half]):
-            shown[i] = asked[other]
-    return shown
+        same_count = [i for i, question in enumerate(asked) if question.image_count == count]
+        half = len(same_count) // 2
+        for i, other in zip(same_count, same_count[half:] + same_count[:half]):
+            image_sources[i] = asked[other]
+    return image_sources
 
 
 def answer(
@@ -99,55 +160,53 @@ def answer(
     params,
     tokenizer: Tokenizer,
     asked: list[Question],
-    shown: Mapping[str, list[Question]],
+    image_sources: Mapping[str, list[Question]],
 ) -> list[list[str]]:
-    """For each of the labelled lists `shown`: one generated answer a question, about the images of the one there.
+    """Generates one answer to each question, for each labelled list of questions whose images to
+    use.
 
-    All batches are of one shape, which is compiled once.
+    All batches have one shape, which is compiled once.
     """
     mesh, size = axes.make_mesh(cfg.mesh), cfg.eval.batch_size
-    starts = range(0, len(asked), size)
-    batches = [[min(i, len(asked) - 1) for i in range(start, start + size)] for start in starts]
-    most = max(
-        len({those[i].images for i in chosen}) for those in shown.values() for chosen in batches
-    )
-    shape = questions.row_length(cfg, tokenizer, asked), axes.round_up_to_shards(most, mesh)
+    # The last batch repeats the last question.
+    batches = [
+        [min(i, len(asked) - 1) for i in range(start, start + size)]
+        for start in range(0, len(asked), size)
+    ]
+    image_counts = [
+        len({sources[i].images for i in batch})
+        for sources in image_sources.values()
+        for batch in batches
+    ]
+    image_rows = axes.round_up_to_shards(max(image_counts), mesh)
+    row_length = questions.row_length(cfg, tokenizer, asked)
+    sampling = SamplingParams(eos=(cfg.data.eos_id,))
 
-    def ask(chosen: list[int], those: list[Question]) -> list[str]:
-        pairs = [[rows[i] for i in chosen] for rows in (asked, those)]
-        batch = questions.question_batch(cfg, tokenizer, *pairs, *shape)
+    def answer_batch(indices: list[int], sources: list[Question]) -> list[str]:
+        batch = questions.question_batch(
+            cfg,
+            tokenizer,
+            [asked[i] for i in indices],
+            [sources[i] for i in indices],
+            row_length,
+            image_rows,
+        )
         try:
             with jax.set_mesh(mesh):
-                made = generate(
-                    cfg, params, sharding.place_rows(batch, mesh), cfg.eval.max_new_tokens, how
-                )
+                batch = sharding.place_rows(batch, mesh)
+                tokens = generate(cfg, params, batch, cfg.eval.max_new_tokens, sampling)
         except NonFiniteLogits as error:
-            raise error.about(asked[chosen[error.row]].question) from None
-        made = multihost_utils.process_allgather(made, tiled=True)
-        return [tokenizer.decode(ids).strip() for ids in made]  # a template may begin with a space
+            raise error.about(asked[indices[error.row]].question) from None
+        tokens = multihost_utils.process_allgather(tokens, tiled=True)
+        # A template may put a space before the answer.
+        return [tokenizer.decode(ids).strip() for ids in tokens]
 
-    how, answers = SamplingParams(eos=(cfg.data.eos_id,)), []
-    for label, those in shown.items():
-        if not sys.stderr.isatty():  # where there is no bar
+    answers = []
+    for label, sources in image_sources.items():
+        # Without a terminal, tqdm shows no bar.
+        if not sys.stderr.isatty():
             print(f"{label}: {len(asked)} questions", flush=True)
-        given = [
-            ask(chosen, those) for chosen in tqdm(batches, desc=label, unit="batch", disable=None)
-        ]
-        answers.append(list(itertools.chain(*given))[: len(asked)])
+        progress = tqdm(batches, desc=label, unit="batch", disable=None)
+        texts = itertools.chain.from_iterable(answer_batch(batch, sources) for batch in progress)
+        answers.append(list(texts)[: len(asked)])
     return answers
-
-
-def _share(asked: list[Question], answers: list[str]) -> float:
-    return sum(q.answer == a for q, a in zip(asked, answers)) / len(asked)
-
-
-def _by_type(asked: list[Question], answers: list[str]) -> dict[str, float]:
-    right = defaultdict(list)
-    for question, given in zip(asked, answers):
-        right[question.type].append(question.answer == given)
-    return {kind: sum(found) / len(found) for kind, found in sorted(right.items())}
-
-
-def _line(question: Question, given: str) -> str:
-    row = {name: getattr(question, name) for name in ("image_id", "question", "type", "answer")}
-    return json.dumps({**row, "prediction": given, "correct": given == question.answer}) + "\n"

@@ -8,24 +8,29 @@ import matplotlib
 import numpy as np
 
 from vlm_jax.data.questions import Question
+from vlm_jax.infer.metrics import exact_match
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402 (after the choice of a backend without a screen)
+from matplotlib import pyplot  # noqa: E402 (after the choice of a backend without a display)
 
 COLUMNS, ROWS = 6, 4
 CELL_INCHES = (2.2, 2.7)
 HEADING_INCHES = 0.6
-LINE_CHARACTERS, MOST_LINES = 28, 4  # of a question or an answer
+LINE_CHARACTERS, MAX_LINES = 28, 4  # of a question or an answer
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 
 
 def draw_samples(path: Path, asked: list[Question], answers: list[str], split: str) -> None:
-    """Draws a grid of images, each with a question and its answer: first wrong answers, in red, then right ones.
+    """Draws a grid of images, each with a question and its answer: wrong answers in red, then right
+    ones.
 
-    At most half of the grid are wrong answers, unless there are too few right ones. The heading states the score on
-    the split and how many answers of each kind are drawn.
+    Wrong answers fill at most half of the grid, unless too few are right. The heading has the score
+    on the split, and how many answers of each kind are drawn.
     """
-    is_right = [question.answer == answer for question, answer in zip(asked, answers, strict=True)]
+    is_right = [
+        exact_match(answer, [question.answer])
+        for question, answer in zip(asked, answers, strict=True)
+    ]
     wrong, right = choose_samples(is_right)
     samples = wrong + right
     rows = -(-len(samples) // COLUMNS)
@@ -39,25 +44,25 @@ def draw_samples(path: Path, asked: list[Question], answers: list[str], split: s
     for cell, i in zip(cells.flat, samples):
         for pixels in asked[i].images()[:1]:
             cell.imshow(pixels, interpolation="nearest")
-        title = f"{_wrapped(asked[i].question)}\n{verdict(asked[i].answer, answers[i])}"
+        title = f"{_wrap(asked[i].question)}\n{verdict(asked[i].answer, answers[i])}"
         color = RIGHT if is_right[i] else WRONG
-        cell.set_title(
-            title, fontsize=8, color=color, parse_math=False
-        )  # a model may write anything, "$" included
+        # parse_math=False, because a model may write anything, "$" included.
+        cell.set_title(title, fontsize=8, color=color, parse_math=False)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # what the font lacks is drawn as a box
+        # Matplotlib draws a box for a character that the font lacks.
+        warnings.filterwarnings("ignore", "Glyph")
         figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
 def choose_samples(is_right: list[bool]) -> tuple[list[int], list[int]]:
-    """Indices of wrong answers and of right ones, each evenly spaced over all of its kind."""
+    """Returns the indices of wrong and of right answers to draw, evenly spaced over each kind."""
     right = [i for i, value in enumerate(is_right) if value]
     wrong = [i for i, value in enumerate(is_right) if not value]
     half = COLUMNS * ROWS // 2
-    return _spread(wrong, max(half, 2 * half - len(right))), _spread(
-        right, max(half, 2 * half - len(wrong))
-    )
+    drawn_wrong = _spread(wrong, max(half, 2 * half - len(right)))
+    drawn_right = _spread(right, max(half, 2 * half - len(wrong)))
+    return drawn_wrong, drawn_right
 
 
 def _spread(items: list[int], count: int) -> list[int]:
@@ -77,18 +82,16 @@ def heading(is_right: list[bool], drawn_wrong: int, drawn_right: int, split: str
 
 
 def verdict(reference: str, answer: str) -> str:
-    """The answer where it is right, else "said ANSWER, is REFERENCE", wrapped."""
-    if answer == reference:
-        return _wrapped(answer) or "(nothing)"
-    said, actual = (
-        _wrapped(f"said {answer.strip() or 'nothing'}"),
-        _wrapped(f"is {reference or 'nothing'}"),
-    )
-    fits = len(said) + len(actual) + 2 <= LINE_CHARACTERS
-    return f"{said}, {actual}" if fits else f"{said},\n{actual}"
+    """Returns the answer if it is right, else "said ANSWER, is REFERENCE", wrapped."""
+    if exact_match(answer, [reference]):
+        return _wrap(answer) or "(nothing)"
+    wrong = _wrap(f"said {answer.strip() or 'nothing'}")
+    right = _wrap(f"is {reference or 'nothing'}")
+    fits_one_line = len(wrong) + len(right) + 2 <= LINE_CHARACTERS
+    return f"{wrong}, {right}" if fits_one_line else f"{wrong},\n{right}"
 
 
-def _wrapped(text: str) -> str:
-    """Text in lines; what is longer than `MOST_LINES` of them ends in an ellipsis."""
+def _wrap(text: str) -> str:
+    """Breaks text into at most MAX_LINES lines; longer text ends in an ellipsis."""
     printable = "".join(char if char.isprintable() or char.isspace() else "\ufffd" for char in text)
-    return textwrap.fill(printable, LINE_CHARACTERS, max_lines=MOST_LINES, placeholder=" …")
+    return textwrap.fill(printable, LINE_CHARACTERS, max_lines=MAX_LINES, placeholder=" …")

@@ -9,7 +9,7 @@ from pathlib import Path
 from vlm_jax.config import ConfigError, Experiment, UserError
 from vlm_jax.config.hints import nearest
 from vlm_jax.config.validate import kinds
-from vlm_jax.infer.evaluate import SCORES
+from vlm_jax.infer.metrics import parse_score, score_names
 from vlm_jax.study.changes import Overrides, is_placeholder, override
 from vlm_jax.study.matching import AXES
 
@@ -206,9 +206,9 @@ def _check_overrides(study: Study, where: str, overrides: Overrides) -> None:
 
 
 def _check_metric(study: Study) -> None:
-    if study.metric not in SCORES and not study.metric.startswith("by_type."):
+    if parse_score(study.metric) is None:
         raise ConfigError(
-            f"metric {study.metric!r} does not exist: choose {', '.join(SCORES)} or by_type.NAME."
+            f"metric {study.metric!r} does not exist: choose {', '.join(score_names())}."
         )
     match study.metric_bounds:
         case (float() | int() as low, float() | int() as high) if low < high:

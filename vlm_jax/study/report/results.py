@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_jax.config import ConfigError, UserError
+from vlm_jax.infer.metrics import metric_keys, parse_score
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.study.planning import Plan, Run, resolve_checkpoints
 from vlm_jax.study.run import record, running
@@ -20,7 +21,7 @@ class Result:
     """A finished run."""
 
     score: float  # the study's metric
-    shuffled_score: float  # exact match with shuffled images
+    shuffled_score: float  # the same metric with shuffled images
     by_type: Mapping[str, float]
     predictions: tuple[Mapping[str, object], ...]  # lines of predictions.jsonl
     metrics: tuple[Mapping[str, float], ...]  # lines of metrics.jsonl
@@ -33,29 +34,17 @@ class Result:
 
     def answers(self, metric: str) -> list[Mapping[str, object]]:
         """Returns the lines of predictions.jsonl that a metric averages: all, or one type's."""
-        _, question_type = split_metric(metric)
+        question_type = parse_score(metric).type
         return [line for line in self.predictions if question_type in (None, line["type"])]
 
     def answer_values(self, metric: str) -> list[float] | None:
         """Returns the metric of every answer that it averages; None where answers have none."""
-        name, _ = split_metric(metric)
-        field = "correct" if name == "exact_match" else name
+        score = parse_score(metric)
+        field = metric_keys(score.metric).example
         lines = self.answers(metric)
-        if not lines or any(field not in line for line in lines):
+        if score.is_shuffled or not lines or any(field not in line for line in lines):
             return None
         return [float(line[field]) for line in lines]
-
-
-def split_metric(metric: str) -> tuple[str, str | None]:
-    """Returns the name of a metric and its type of question.
-
-    exact_match -> (exact_match, None); by_type.count -> (exact_match, count);
-    NAME_by_type.count -> (NAME, count)
-    """
-    key, has_type, question_type = metric.partition(".")
-    if not has_type:
-        return metric, None
-    return key.removesuffix("by_type").removesuffix("_") or "exact_match", question_type
 
 
 @dataclass(frozen=True)
@@ -103,14 +92,15 @@ def _read_run(run: Run, metric: str) -> Result:
     workdir = Workdir(run.cfg.workdir)
     workdir.check(resolve_checkpoints(run.cfg))
     scores = record.read_json(workdir.eval)
-    if not {"by_type", "image_shuffled_exact_match"} <= scores.keys():
+    keys = metric_keys(parse_score(metric).metric)
+    if not {keys.by_type, keys.shuffled} <= scores.keys():
         raise ConfigError(
-            f"{workdir.eval} is damaged: it must have by_type and image_shuffled_exact_match."
+            f"{workdir.eval} is damaged: it must have {keys.by_type} and {keys.shuffled}."
         )
     return Result(
         _score(scores, metric, workdir.eval),
-        scores["image_shuffled_exact_match"],
-        scores["by_type"],
+        scores[keys.shuffled],
+        scores[keys.by_type],
         _read_lines(workdir.predictions, ANSWER_FIELDS),
         _read_lines(workdir.metrics, METRIC_FIELDS),
         record.read(run.cfg.workdir),

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
+from vlm_jax.infer.metrics import metric_keys, parse_score
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.study.matching import axis_label
 from vlm_jax.study.report import figures, statistics
@@ -121,9 +122,13 @@ def score_table(results: Results, axis: str) -> Table:
         f"{study.metric}, mean over seeds",
         "seeds",
         "each",
-        "exact match with shuffled images",
+        f"{_metric_title(results)} with shuffled images",
     ]
     return Table(columns, rows)
+
+
+def _metric_title(results: Results) -> str:
+    return parse_score(results.plan.study.metric).metric.replace("_", " ")
 
 
 def prerequisite_section(results: Results) -> Section | None:
@@ -131,17 +136,18 @@ def prerequisite_section(results: Results) -> Section | None:
     prerequisites = results.plan.prerequisites
     if not prerequisites:
         return None
+    key = metric_keys(parse_score(results.plan.study.metric).metric).mean
     rows = []
     for name, cfg in prerequisites.items():
         file = Workdir(cfg.workdir).eval
-        score = record.read_json(file).get("exact_match") if file.exists() else None
+        score = record.read_json(file).get(key) if file.exists() else None
         score_text = "-" if score is None else f"{score:.3f}"
         rows.append([Cell(name), number_cell(f"{cfg.train.steps:,}"), number_cell(score_text)])
     text = (
         "Trained once, with one seed, for all arms and seeds: results over seeds hold for arms "
         "that start from this run."
     )
-    table = Table(["run", "steps", "exact match"], rows)
+    table = Table(["run", "steps", _metric_title(results)], rows)
     return Section("Prerequisites", [text], tables=[table])
 
 
@@ -191,7 +197,7 @@ def matching_section(results: Results) -> Section:
 
 
 def type_section(results: Results) -> Section:
-    """Returns exact match by type of question."""
+    """Returns the metric by type of question."""
     arms = list(results.plan.study.arms)
     tables = []
     for axis in results.plan.study.matched:
@@ -207,12 +213,13 @@ def type_section(results: Results) -> Section:
             rows.append([Cell(question_type), questions, *cells])
         caption = f"At matched {axis_label(axis)}"
         tables.append(Table(["type", "questions", *arms], rows, caption))
-    text = "Exact match by type of question, mean over seeds with its 95 % interval."
+    title = _metric_title(results).capitalize()
+    text = f"{title} by type of question, mean over seeds with its 95 % interval."
     return Section("Score by type of question", [text], tables=tables)
 
 
 def _type_estimates(results: Results, axis: str, arm: str) -> dict[str, Estimate]:
-    """Returns type of question -> exact match."""
+    """Returns type of question -> mean over seeds."""
     by_type = [result.by_type for result in results.by_seed(axis, arm).values()]
     estimates = {}
     for question_type in by_type[0] if by_type else ():

@@ -1,4 +1,7 @@
-"""The front door: `python run.py [VERB] [--config FILE] [--any.field VALUE ...]`; `python run.py --help` says more."""
+"""Command line of vlm_jax: `python run.py [COMMAND] [--config FILE] [--section.field VALUE ...]`.
+
+`python run.py --help` lists the commands.
+"""
 
 from vlm_jax.__main__ import main
 

@@ -44,7 +44,7 @@ def from_run(workdir: str | os.PathLike, step: int | None = None, mesh=None):
     Raises:
       ConfigError: the folder does not hold a run, or no checkpoint of it (of this step).
     """
-    from vlm_jax.infer.demo import load_model
+    from vlm_jax.infer.run import load_model
 
     return load_model(workdir, step, mesh)
 
@@ -83,19 +83,10 @@ def generate(
     Raises:
       ConfigError: an option is out of range, a prompt is too long, or the images do not match the prompts.
     """
-    from vlm_jax.infer.answers import answer
+    from vlm_jax.infer.answer import AnswerOptions, answer
 
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    return answer(
-        model,
-        params,
-        processor,
-        prompts,
-        images,
-        max_new_tokens=max_new_tokens,
-        chat=chat,
-        **sampling,
-    )
+    options = AnswerOptions(max_new_tokens, temperature, top_k, top_p, seed, chat)
+    return answer(model, params, processor, prompts, images, options)
 
 
 def save_pretrained(folder: str | os.PathLike, params, processor) -> None:

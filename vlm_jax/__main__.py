@@ -5,11 +5,12 @@ from vlm_jax.runtime.process import prepare_process
 
 def main() -> int:
     """Runs one command in a prepared process; returns the exit code."""
-    prepare_process()  # before the imports below: it may start the program again
+    # Before the imports below, because it may start the program again.
+    prepare_process()
 
-    from vlm_jax.cli import commands
+    from vlm_jax.cli import main as cli
 
-    return commands.main()
+    return cli.main()
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from vlm_jax import config
-from vlm_jax.cli import commands
-from vlm_jax.cli.commands import main
+from vlm_jax.cli import generate
+from vlm_jax.cli.main import COMMANDS, main
+from vlm_jax.cli.options import parse_options
 from vlm_jax.config import files, hints, validate
-from vlm_jax.infer import ask
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.testing import tiny
 
@@ -40,11 +40,11 @@ def run(arguments, capsys):
 MISTAKES = {
     "an unknown verb": (
         ["tarin", "--config", CONFIG],
-        ["'tarin' is not a verb", "perhaps you meant train", "generate"],
+        ["unknown command 'tarin'", "perhaps you meant train", "generate"],
     ),
     "a verb that is nothing like one": (
         ["xyz"],
-        ["'xyz' is not a verb", "train, eval, generate, verify, export, plan, diff"],
+        ["unknown command 'xyz'", "train, eval, generate, verify, export, plan, diff"],
     ),
     "no config": (["train"], ["train needs --config"]),
     "a config that is not there": (
@@ -57,7 +57,7 @@ MISTAKES = {
     ),
     "a file without --config": (
         [CONFIG],
-        [f"'{CONFIG}' is not a verb", f"perhaps you meant --config {CONFIG}"],
+        [f"unknown command '{CONFIG}'", f"perhaps you meant --config {CONFIG}"],
     ),
     "a config without its folder": (
         ["train", "--config", "easy_vqa_unified"],
@@ -253,10 +253,69 @@ def test_every_synonym_is_of_a_field_and_is_not_a_field_itself():
     assert not set(hints.SYNONYMS) & set(fields)
 
 
-def test_an_option_of_a_verb_is_spelled_with_hyphens_or_underscores(monkeypatch):
-    monkeypatch.setattr(ask, "answer", lambda given: [str(given.max_new_tokens)])
+def test_an_option_is_spelled_with_hyphens_or_underscores():
     for option in ("--max-new-tokens", "--max_new_tokens"):
-        assert main(["generate", "--checkpoint", "c", option, "3"]) == 0
+        args, _ = parse_options("generate", [option, "3"], generate.OPTIONS, "")
+        assert args.max_new_tokens == 3
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_into_100_columns(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    for arguments in ([command, "--help"], ["--help"]):
+        _, out, _ = run(arguments, capsys)
+        assert max(map(len, out.splitlines())) <= 100
+
+
+GENERATE_MISTAKES = {
+    "two models": (
+        ["--workdir", "run", "--checkpoint", "c", "--prompt", "hi"],
+        "--workdir run and --checkpoint c are two models",
+    ),
+    "a chat template of a run": (
+        ["--workdir", "run", "--no-chat", "--prompt", "hi"],
+        "--no-chat applies to --checkpoint only",
+    ),
+    "layers of a run": (
+        ["--workdir", "run", "--intermediate-layers", "input", "--prompt", "hi"],
+        "--intermediate-layers applies to --checkpoint only",
+    ),
+    "an old name": (
+        ["--checkpoint", "c", "--taps", "input", "--prompt", "hi"],
+        "no option --taps (perhaps you meant intermediate-layers)",
+    ),
+    "a run as a checkpoint": (
+        ["--checkpoint", "run", "--prompt", "hi"],
+        "--checkpoint run is the folder of a run: name it with --workdir run",
+    ),
+    "two images at once": (
+        ["--workdir", "run", "--images-per-prompt", "all", "--image", "a", "b", "--prompt", "hi"],
+        "writes about one image at a time",
+    ),
+    "a field of a checkpoint": (
+        ["--checkpoint", "c", "--eval.max_examples", "3", "--prompt", "hi"],
+        "no option --eval.max-examples",
+    ),
+    "an option out of range": (
+        ["--workdir", "run", "--temperature", "-1", "--image", "a", "--prompt", "hi"],
+        "--temperature -1.0: it must be at least 0",
+    ),
+    "images of a model without any": (
+        ["--workdir", "blind", "--image", "a", "--prompt", "hi"],
+        "--workdir blind reads no images",
+    ),
+}
+
+
+@pytest.mark.parametrize("arguments, message", GENERATE_MISTAKES.values(), ids=GENERATE_MISTAKES)
+def test_generate_names_an_option_that_does_not_apply(arguments, message, folder, capsys):
+    for name, cfg in (("run", tiny()), ("blind", tiny("text_only"))):
+        (folder / name).mkdir()
+        Workdir(name).config.write_text(files.to_json(cfg))
+    code, out, err = run(["generate", *arguments], capsys)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("verb", ["generate", "verify", "export"])
@@ -327,7 +386,7 @@ def test_what_is_no_mistake_is_a_line_too(raised, code, said, capsys, monkeypatc
     def diff(arguments):
         raise raised
 
-    monkeypatch.setitem(commands.VERBS, "diff", diff)
+    monkeypatch.setitem(COMMANDS, "diff", diff)
     assert run(["diff", "a", "b"], capsys) == (code, "", said)
 
 

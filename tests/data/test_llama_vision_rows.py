@@ -11,7 +11,7 @@ from tests.hub.parity import forward
 from tests.hub.test_run_files import with_placeholder
 from vlm_jax.data import pipeline
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.infer.demo import RunProcessor
+from vlm_jax.infer.run import RunProcessor
 from vlm_jax.nn.models import build_model
 from vlm_jax.testing import random_params
 

@@ -23,7 +23,7 @@ from transformers import (
 from tests.hub import tiny_tokenizers
 from tests.hub.parity import SMALL, bare_model, forward, randomized, reference
 from vlm_jax import axes, from_pretrained, save_pretrained
-from vlm_jax.cli.commands import main
+from vlm_jax.cli.main import main
 from vlm_jax.config import (
     Decoder,
     Experiment,
@@ -38,7 +38,7 @@ from vlm_jax.config.validate import validate
 from vlm_jax.data import pipeline, questions
 from vlm_jax.hub import export, pretrained_parts
 from vlm_jax.hub.tensors.folder import open_tensors
-from vlm_jax.infer import demo
+from vlm_jax.infer import run
 from vlm_jax.nn.models import abstract_params
 from vlm_jax.testing import random_params, tiny
 from vlm_jax.train import loop
@@ -326,7 +326,7 @@ def test_a_trained_run_has_our_logits_in_transformers(kind, tmp_path, datasets_d
     loop.train(replace(cfg, train=replace(cfg.train, steps=20)))
     assert main(["export", "--checkpoint", cfg.workdir, "--output", str(tmp_path / "out")]) == 0
     assert kind in capsys.readouterr().out
-    assert_transformers_agrees(kind, cfg, *demo.load(cfg), tmp_path / "out")
+    assert_transformers_agrees(kind, cfg, *run.load_with_step(cfg)[:2], tmp_path / "out")
 
 
 def assert_transformers_agrees(kind, cfg, params, tokenizer, folder):

@@ -24,14 +24,14 @@ from transformers import (
 from tests.hub import tiny_tokenizers
 from tests.hub.parity import SMALL, forward, reference, saved
 from vlm_jax import axes
-from vlm_jax.cli import commands
+from vlm_jax.cli.experiment import parse_experiment
 from vlm_jax.config import Fusion, Mesh, Projector, UserError
 from vlm_jax.config.validate import validate
 from vlm_jax.data.tiling import tag_names
 from vlm_jax.hub import pretrained_parts
 from vlm_jax.hub.inputs import to_batch
 from vlm_jax.hub.text.tokenizer import HubTokenizer
-from vlm_jax.infer import demo
+from vlm_jax.infer import run
 from vlm_jax.nn.models import abstract_params, build_model
 from vlm_jax.testing import random_batch, tiny
 from vlm_jax.train import loop
@@ -224,11 +224,11 @@ def test_a_run_begins_with_the_checkpoints_and_keeps_what_is_frozen(
         "--optim.lr_mult.vision",
         0,
     ]
-    cfg = commands.experiment(
+    cfg = parse_experiment(
         "train", [*map(str, arguments), "--data.text_length", "120"], stored=False
     )
     loop.train(cfg)
-    params, tokenizer = demo.load(cfg)
+    params, tokenizer = run.load_with_step(cfg)[:2]
     assert tokenizer.encode("what is it?") == HubTokenizer.load(folders["llama"]).encode(
         "what is it?", False
     )

@@ -17,7 +17,7 @@ from tests.hub import tiny_checkpoints as tiny
 from tests.hub import tiny_tokenizers
 from tests.hub.tiny_checkpoints import ABOUT_IMAGES, CAPTIONS, OF_TEXT, Folder
 from vlm_jax import from_pretrained
-from vlm_jax.cli.commands import main
+from vlm_jax.cli.main import main
 from vlm_jax.config import UserError
 from vlm_jax.hub.load import inspect
 from vlm_jax.hub.processor import HubProcessor

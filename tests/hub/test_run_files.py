@@ -25,7 +25,7 @@ from tests.hub import tiny_checkpoints, tiny_tokenizers
 from tests.hub.parity import SMALL, bare_model, forward, saved
 from tests.hub.test_export import encoder_decoder_like, llava_like, mllama_like
 from tests.hub.test_processor import processor_of
-from vlm_jax.cli import commands
+from vlm_jax.cli.experiment import parse_experiment
 from vlm_jax.config import Experiment, Fusion
 from vlm_jax.data import images, questions, tiling
 from vlm_jax.data.tokenizer import Tokenizer
@@ -303,7 +303,7 @@ def test_another_image_size_is_that_of_the_exported_processor(tmp_path):
         "from vlm_jax.config import Experiment\n\ndef get_config():\n    return Experiment()\n"
     )
     arguments = ["--config", config, "--checkpoint", folder, "--vision.image_size_px", 42]
-    cfg = commands.experiment("train", list(map(str, arguments)), stored=False)
+    cfg = parse_experiment("train", list(map(str, arguments)), stored=False)
     out = exported(cfg, tmp_path).folder
     assert AutoProcessor.from_pretrained(out).image_processor.crop_size["height"] == 42
 

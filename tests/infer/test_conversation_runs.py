@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_jax.cli.commands import main
+from vlm_jax.cli.main import main
 from vlm_jax.testing import write_conversations
 
 CONFIG = """

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from tests.hub.parity import SMALL, reference, saved
-from vlm_jax.cli.commands import main
+from vlm_jax.cli.main import main
 from vlm_jax.config import UserError
 from vlm_jax.infer.verify import table, verify
 
@@ -40,13 +40,14 @@ def cases(llama):
 
 def run(folder, tmp_path, arrays, **settings):
     np.savez(tmp_path / "reference.npz", **arrays)
-    return {(r.case, r.output): r for r in verify(folder, tmp_path / "reference.npz", **settings)}
+    verification = verify(folder, tmp_path / "reference.npz", **settings)
+    return {(c.case, c.output): c for c in verification.comparisons}
 
 
 def test_the_numbers_of_the_reference_are_ours(llama, cases, tmp_path):
     results = run(llama[1], tmp_path, cases)
     assert set(results) == {("plain", "logits"), ("padded", "logits"), ("padded", "new_ids")}
-    assert all(result.ok for result in results.values()), table(list(results.values()))
+    assert all(result.agrees for result in results.values()), table(list(results.values()))
     assert 0 < results["plain", "logits"].difference < 1e-4
 
 
@@ -57,8 +58,8 @@ def test_other_numbers_are_not(llama, cases, tmp_path, wrong):
     results = run(
         llama[1], tmp_path, cases | {"plain/out/logits": wrong(cases["plain/out/logits"])}
     )
-    assert not results["plain", "logits"].ok
-    assert results["padded", "logits"].ok
+    assert not results["plain", "logits"].agrees
+    assert results["padded", "logits"].agrees
 
 
 def test_a_wrong_token_shows(llama, cases, tmp_path):
@@ -81,7 +82,7 @@ def test_behind_the_end_of_a_text_filling_is_no_mistake_but_a_wrong_token_is(
     folder = shutil.copytree(llama[1], tmp_path / "with an end")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": int(made[1, 1])}))
     assert (
-        run(folder, tmp_path, cases | {"padded/out/new_ids": made})["padded", "new_ids"].ok
+        run(folder, tmp_path, cases | {"padded/out/new_ids": made})["padded", "new_ids"].agrees
         == filled
     )
 
@@ -90,14 +91,14 @@ def test_atol_and_outputs_choose_what_is_compared_and_how(llama, cases, tmp_path
     shifted = cases | {"plain/out/logits": cases["plain/out/logits"] + 1e-3}
     results = run(llama[1], tmp_path, shifted, outputs=["logits"], atol=2e-3)
     assert set(results) == {("plain", "logits"), ("padded", "logits")}
-    assert all(result.ok for result in results.values())
+    assert all(result.agrees for result in results.values())
 
 
 def test_only_what_is_valid_is_compared(llama, cases, tmp_path):
     logits, valid = cases["plain/out/logits"].copy(), np.ones(IDS.shape, bool)
     logits[0, 2], valid[0, 2] = 7, False
     arrays = {"plain/in/input_ids": IDS, "plain/out/logits": logits, "plain/valid": valid}
-    assert run(llama[1], tmp_path, arrays)["plain", "logits"].ok
+    assert run(llama[1], tmp_path, arrays)["plain", "logits"].agrees
 
 
 def test_what_is_not_supported_is_named_and_not_compared(llama, cases, tmp_path):
@@ -108,9 +109,9 @@ def test_what_is_not_supported_is_named_and_not_compared(llama, cases, tmp_path)
     results = run(llama[1], tmp_path, arrays)
     for name in ("inputs_embeds", "attentions"):
         assert results["plain", name].reason
-        assert not results["plain", name].ok
+        assert not results["plain", name].agrees
         assert name in table(list(results.values()))
-    assert results["plain", "logits"].ok
+    assert results["plain", "logits"].agrees
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip", None])
@@ -125,7 +126,7 @@ def test_a_reference_that_is_none_is_named(llama, tmp_path, content):
 def test_one_array_is_no_reference(llama, tmp_path):
     with open(tmp_path / "reference.npz", "wb") as file:
         np.save(file, np.ones(3))
-    with pytest.raises(UserError, match="reference.npz is no .npz file of arrays"):
+    with pytest.raises(UserError, match="reference.npz is not an .npz file of arrays"):
         verify(llama[1], tmp_path / "reference.npz")
 
 
@@ -140,7 +141,7 @@ def test_what_does_not_fit_names_its_case(llama, tmp_path):
 
 def test_a_reference_of_pickled_objects_is_refused(llama, tmp_path):
     np.savez(tmp_path / "reference.npz", **{"a/in/input_ids": np.array([{}], object)})
-    with pytest.raises(UserError, match="reference.npz is no .npz file of arrays"):
+    with pytest.raises(UserError, match="reference.npz is not an .npz file of arrays"):
         verify(llama[1], tmp_path / "reference.npz")
 
 
@@ -195,4 +196,4 @@ def test_a_model_with_images_is_compared_in_all_its_outputs(llava, tmp_path):
     ].numpy()
     results = run(folder, tmp_path, arrays)
     assert len(results) == 3
-    assert all(result.ok for result in results.values()), table(list(results.values()))
+    assert all(result.agrees for result in results.values()), table(list(results.values()))

@@ -9,7 +9,8 @@ import jax
 import pytest
 
 from vlm_jax import axes
-from vlm_jax.cli import commands
+from vlm_jax.cli.main import main
+from vlm_jax.cli.plan import PLAN_OPTIONS
 from vlm_jax.config import Mesh, files
 from vlm_jax.config.validate import validate
 from vlm_jax.cost import chips, flops
@@ -38,7 +39,7 @@ def config(tmp_path):
 
 
 def planned(capsys, *arguments) -> dict:
-    assert commands.main(["plan", *arguments, "--json"]) == 0
+    assert main(["plan", *arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -56,7 +57,7 @@ def test_json_is_the_only_thing_on_stdout_and_adds_up(capsys, config):
 
 
 def test_the_table_names_every_part_and_size(capsys, config):
-    assert commands.main(["plan", "--config", config, "--fusion.kind", "cross_attention"]) == 0
+    assert main(["plan", "--config", config, "--fusion.kind", "cross_attention"]) == 0
     text = capsys.readouterr().out
     for word in (
         "vision",
@@ -166,22 +167,22 @@ def test_times_of_a_small_step_have_columns(capsys, config):
     ],
 )
 def test_mistakes_are_one_sentence(capsys, config, arguments, said):
-    assert commands.main(["plan", "--config", config, *arguments]) == 2
+    assert main(["plan", "--config", config, *arguments]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
 
 
 def test_help_lists_the_options_of_plan_beside_the_fields(capsys, config):
     with pytest.raises(SystemExit):
-        commands.main(["plan", "--config", config, "--help"])
+        main(["plan", "--config", config, "--help"])
     out = capsys.readouterr().out
-    for option in (*commands.PLAN_OPTIONS, "fusion.kind"):
+    for option in (*PLAN_OPTIONS, "fusion.kind"):
         assert f"--{option} " in out
 
 
 def test_without_the_compiler_it_says_how_to_get_it(capsys, config, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert commands.main(["plan", "--config", config, "--topology", "v5e:2x2"]) == 2
+    assert main(["plan", "--config", config, "--topology", "v5e:2x2"]) == 2
     assert "pip install -r requirements-tpu.txt" in capsys.readouterr().err
 
 
@@ -245,7 +246,7 @@ def test_what_does_not_fit_is_said_with_what_to_change(capsys, config):
         "hbm_bytes": 16 * 2**30,
         "fits": False,
     }
-    assert commands.main(["plan", *arguments]) == 0
+    assert main(["plan", *arguments]) == 0
     text = capsys.readouterr().out
     assert (
         "v5e:1x1, predicted without compiling\ndoes not fit: " in text
@@ -264,7 +265,7 @@ def test_what_the_compiler_says_does_not_fit_is_said(capsys, config, monkeypatch
         raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: Ran out of memory. {said}")
 
     monkeypatch.setattr(compiled, "lower_train_step", refuse)
-    assert commands.main(["plan", "--config", config, "--topology", "v5e:1x1"]) == 0
+    assert main(["plan", "--config", config, "--topology", "v5e:1x1"]) == 0
     assert (
         "does not fit: 20.50 GiB of 16.00 GiB per chip\nto reduce memory" in capsys.readouterr().out
     )
@@ -275,10 +276,7 @@ def test_what_the_compiler_says_does_not_fit_is_said(capsys, config, monkeypatch
 def test_what_is_kept_of_a_training_config_is_what_is_planned_today(capsys, file):
     """All but what takes minutes to compile."""
     command, _, kept = file.read_text().partition("\n")
-    assert (
-        commands.main([*command.replace("configs/", f"{CONFIGS}/").split()[3:], "--no-compile"])
-        == 0
-    )
+    assert main([*command.replace("configs/", f"{CONFIGS}/").split()[3:], "--no-compile"]) == 0
     said, compiled_part = capsys.readouterr().out.split("\n\n" + command.split()[-1])
     assert kept.startswith(said + "\n\nCompiled for "), f"plan it again: {command}"
     assert "\nfits: " in compiled_part

@@ -13,7 +13,8 @@ from flax import traverse_util
 
 from tests.hub.tiny_checkpoints import ABOUT_IMAGES, CAPTIONS, OF_TEXT
 from vlm_jax import axes
-from vlm_jax.cli import commands
+from vlm_jax.cli.experiment import parse_experiment
+from vlm_jax.cli.main import main
 from vlm_jax.config import (
     Fusion,
     Mesh,
@@ -60,7 +61,7 @@ def config(tmp_path_factory):
 
 
 def experiment(config, *options):
-    return commands.experiment("train", ["--config", config, *map(str, options)], stored=False)
+    return parse_experiment("train", ["--config", config, *map(str, options)], stored=False)
 
 
 def loaded(cfg) -> dict:
@@ -190,7 +191,7 @@ def test_eval_of_a_checkpoint_never_takes_the_run_in_its_work_folder(
     workdir = Workdir(f"runs/{Path(folder_of('llava')).name}")
     workdir.path.mkdir(parents=True)
     workdir.config.write_text(files.to_json(tiny()))
-    assert commands.main(command) == 2
+    assert main(command) == 2
     assert (
         f"workdir {workdir.path} holds a run: choose another --workdir" in capsys.readouterr().err
     )
@@ -206,7 +207,7 @@ def test_settings_that_a_config_names_beside_its_own_checkpoint_count_too(folder
     with pytest.raises(
         UserError, match="decoder.depth 9 does not fit the weights of decoder.checkpoint"
     ):
-        commands.experiment("plan", ["--config", str(path)], stored=False)
+        parse_experiment("plan", ["--config", str(path)], stored=False)
 
 
 # ---- runs
@@ -289,7 +290,7 @@ def test_a_run_is_continued_without_the_folder_that_it_began_with(folder_of, con
     initial.load_tokenizer(cfg).save(workdir_of_run.tokenizer)
     initial.keep_processor(cfg, workdir_of_run)
     shutil.rmtree(folder)
-    again = commands.experiment("train", ["--workdir", str(workdir)], stored=False)
+    again = parse_experiment("train", ["--workdir", str(workdir)], stored=False)
     assert again == cfg
     turns = ["<image>\nwhat is it?", "a car"]
     assert initial.load_tokenizer(again).dialogue.encode(turns)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from vlm_jax import axes
-from vlm_jax.cli import commands
+from vlm_jax.cli.main import main
 from vlm_jax.config import Mesh, UserError, files
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.runtime import preemption
@@ -138,7 +138,7 @@ def test_the_exit_code_of_a_stopped_run_says_resume_me(experiment, tmp_path, mon
     monkeypatch.setattr(commands, "experiment", lambda *_, **__: cfg)
     monkeypatch.setattr(commands, "enable_compilation_cache", lambda cfg: None)
     before = signal.getsignal(signal.SIGTERM)
-    assert commands.main(["train"]) == 75
+    assert main(["train"]) == 75
     assert signal.signal(signal.SIGTERM, before) is signal.SIG_IGN, (
         "another one must not change the exit code"
     )

@@ -60,8 +60,8 @@ class NonFiniteLogits(NonFiniteError):
         self.token, self.row, self.dtype = token, row, dtype
 
     def about(self, prompt: str) -> "NonFiniteLogits":
-        """The same failure, with the prompt named instead of the row."""
-        return NonFiniteLogits(self.token, self.row, self.dtype, repr(prompt))
+        """Returns the same failure, with the prompt named instead of the row unless it is empty."""
+        return NonFiniteLogits(self.token, self.row, self.dtype, repr(prompt) if prompt else "")
 
 
 def choose(logits: Float[Array, "B V"], key: jax.Array, how: SamplingParams) -> Int[Array, "B"]:
@@ -97,7 +97,8 @@ def begin(
 def decode_step(
     cfg: Experiment, blocks, params, last: Batch, progress: DecodeState, how: SamplingParams
 ) -> DecodeState:
-    """One more token; `blocks` of `unstacked_blocks`, `last` is what the batch says of the prompts' last tokens."""
+    """One more token; `blocks` of `unstacked_blocks`, `last` is what the batch says of the prompts'
+    last tokens."""
     batch = last.replace(
         tokens=progress.token[:, None],
         positions=last.positions + progress.count,
@@ -132,7 +133,8 @@ def first_failure(failed: Int[Array, "B"]) -> Int[Array, "2"]:
 
 
 def check_finite(failure: Int[Array, "2"] | Int[np.ndarray, "2"], params) -> None:
-    """Raises NonFiniteLogits for a `first_failure`; a traced one, of a call within `jax.jit`, is not checked."""
+    """Raises NonFiniteLogits for a `first_failure`; a traced one, of a call within `jax.jit`, is
+    not checked."""
     if isinstance(failure, jax.core.Tracer):
         return
     token, row = np.asarray(failure).tolist()
@@ -145,16 +147,18 @@ def dtype_of(params) -> np.dtype:
 
 
 def unstacks_layers(cfg: Experiment) -> bool:
-    """Whether the blocks are laid out for decoding. A loop over stacked blocks copies each before it is read.
+    """Whether the blocks are laid out for decoding. A loop over stacked blocks copies each before
+    it is read.
 
-    XLA on the CPU does so, and reading weights is what a token costs there. With longrope, a token may read all again
-    (`Decoder`), which is a branch that takes its weights stacked.
+    XLA on the CPU does so, and reading weights is what a token costs there. With longrope, a token
+    may read all again (`Decoder`), which is a branch that takes its weights stacked.
     """
     return jax.default_backend() == "cpu" and not longrope.may_recompute(cfg.decoder.rope)
 
 
 def unstacked_blocks(cfg: Experiment, params):
-    """The decoder's blocks as `decode_step` wants them; where they are laid out it is a copy, made once for all tokens."""
+    """The decoder's blocks as `decode_step` wants them; where they are laid out it is a copy, made
+    once for all tokens."""
     blocks = params["decoder"]["blocks"]
     return lay_out(blocks) if unstacks_layers(cfg) else blocks
 
@@ -162,7 +166,8 @@ def unstacked_blocks(cfg: Experiment, params):
 def read(
     cfg: Experiment, blocks, params, batch: Batch, cache: Cache
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """`VLM.next_logits`; nothing is copied where blocks and cache are laid out: XLA takes the stacks apart again."""
+    """`VLM.next_logits`; nothing is copied where blocks and cache are laid out: XLA takes the
+    stacks apart again."""
     apart = unstacks_layers(cfg)
     if apart:
         cfg = replace(cfg, decoder=replace(cfg.decoder, unroll=cfg.decoder.depth + len(blocks)))
@@ -200,7 +205,8 @@ def generate(
     how: SamplingParams,
     key: jax.Array | None = None,
 ) -> Int[Array, "B new"]:
-    """Generates at most `new_tokens` tokens for each of the left-padded prompts; stops when every row has ended.
+    """Generates at most `new_tokens` tokens for each of the left-padded prompts; stops when every
+    row has ended.
 
     Raises:
       NonFiniteLogits: the logits of a token are NaN or infinite.
@@ -249,7 +255,8 @@ def stream(
     how: SamplingParams,
     key: jax.Array | None = None,
 ) -> Iterator[Int[np.ndarray, "B"]]:
-    """Yields the tokens of `generate`, each as soon as it is made. Raises what `generate` raises."""
+    """Yields the tokens of `generate`, each as soon as it is made. Raises what `generate`
+    raises."""
     progress = _begin(
         cfg, params, prompt, new_tokens, how, jax.random.key(0) if key is None else key
     )

@@ -1,52 +1,67 @@
-"""Our outputs against those of a reference: the arrays of an .npz file, case by case.
+"""Compares the outputs of a public checkpoint with those of a reference implementation.
+
+The reference is an .npz file with the arrays of one or more cases:
 
     <case>/in/<argument>    <case>/out/<output>    <case>/valid (optional, bool: compare only there)
 
 Arguments and outputs have the names of transformers.
 """
 
+import functools
 import os
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from vlm_jax.config import (
-    ConfigError,
-    Contrastive,
-    Experiment,
-    UserError,
-    Vision,
-)
-from vlm_jax.hub.inputs import (
-    ARGUMENTS,
-    channels_last,
-    image_batch,
-    to_batch,
-)
+from vlm_jax.config import ConfigError, Contrastive, Experiment, UserError, Vision
+from vlm_jax.hub.families.registry import possible_intermediate_layers
+from vlm_jax.hub.inputs import ARGUMENTS, channels_last, image_batch, to_batch
 from vlm_jax.hub.load import Checkpoint, load_checkpoint
 from vlm_jax.infer.generate import NonFiniteLogits, SamplingParams, generate
 from vlm_jax.nn.models import build_model
 from vlm_jax.nn.vlm import VLM
 
 
-class Result(NamedTuple):
-    """One output of one case; `reason` says why it was not compared."""
+class Comparison(NamedTuple):
+    """One output of one case; `reason` tells why it was not compared."""
 
     case: str
     output: str
     shape: tuple[int, ...]
-    difference: float | None = None  # the largest, absolute; tokens that differ for new_ids
+    difference: float | None = None  # largest absolute one; for new_ids the count of other tokens
     tolerance: float | None = None
     reason: str = ""
 
     @property
-    def ok(self) -> bool:
+    def agrees(self) -> bool:
         return self.difference is not None and self.difference <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Comparison of a checkpoint with a reference."""
+
+    comparisons: list[Comparison]
+    intermediate_layers: str | None  # convention that was tried; None: the checkpoint's own
+
+    @property
+    def compared(self) -> list[Comparison]:
+        return [comparison for comparison in self.comparisons if not comparison.reason]
+
+    @property
+    def agreeing(self) -> list[Comparison]:
+        return [comparison for comparison in self.comparisons if comparison.agrees]
+
+    @property
+    def agrees(self) -> bool:
+        """True if at least one output was compared and all that were compared agree."""
+        return bool(self.compared) and len(self.agreeing) == len(self.compared)
 
 
 class Case(NamedTuple):
@@ -63,10 +78,13 @@ class Model(NamedTuple):
     params: dict
 
     def apply(self, *inputs, method=None):
-        module = build_model(self.checkpoint.cfg)
-        return jax.jit(
-            lambda params, *given: module.apply({"params": params}, *given, method=method)
-        )(self.params, *inputs)
+        return _apply(self.params, inputs, self.checkpoint.cfg, method)
+
+
+# Jitted once for all outputs and cases: equal shapes compile once.
+@functools.partial(jax.jit, static_argnames=("cfg", "method"))
+def _apply(params, inputs: tuple, cfg, method):
+    return build_model(cfg).apply({"params": params}, *inputs, method=method)
 
 
 def verify(
@@ -75,22 +93,40 @@ def verify(
     outputs: Collection[str] = (),
     atol: float | None = None,
     intermediate_layers: str | None = None,
-) -> list[Result]:
-    """Runs every case of the reference; `outputs` restricts what is compared (empty: all).
+) -> Verification:
+    """Runs every case of the reference and compares the outputs.
 
-    `atol` None is the family's tolerance; `intermediate_layers` is of `load_checkpoint`.
+    Where neither `intermediate_layers` nor config.json names the convention of a Llama 3.2 Vision,
+    only the reference can tell: both are tried, and the one that agrees is returned, else the last.
+
+    Args:
+      folder: of a public checkpoint.
+      reference: .npz file, as described at the top of this module.
+      outputs: names of the outputs to compare; empty: all.
+      atol: largest absolute difference; None: the tolerance of the family.
+      intermediate_layers: as in `load_checkpoint`.
 
     Raises:
-      ConfigError: the folder cannot be loaded, or the reference is no .npz file of such arrays.
+      UserError: the folder cannot be loaded, or the reference is not such a file.
     """
     cases = read_cases(reference)
-    model = Model(*load_checkpoint(folder, np.float32, intermediate_layers=intermediate_layers))
-    tolerance = model.checkpoint.family.tolerance if atol is None else atol
-    with jax.default_matmul_precision("highest"):
-        return [result for case in cases for result in compare(model, case, outputs, tolerance)]
+    conventions = possible_intermediate_layers(folder, intermediate_layers)
+    for convention in conventions:
+        model = Model(*load_checkpoint(folder, np.float32, intermediate_layers=convention))
+        tolerance = model.checkpoint.family.tolerance if atol is None else atol
+        comparisons = []
+        with jax.default_matmul_precision("highest"):
+            for case in cases:
+                comparisons += compare(model, case, outputs, tolerance)
+        tried = convention if len(conventions) > 1 else None
+        verification = Verification(comparisons, tried)
+        if verification.agrees:
+            break
+    return verification
 
 
 def read_cases(path: str | os.PathLike) -> list[Case]:
+    """Reads a reference. Raises ConfigError if it is not an .npz file of such arrays."""
     try:
         with np.load(Path(path).expanduser()) as arrays:
             stored = {name: arrays[name] for name in arrays.files}
@@ -99,7 +135,7 @@ def read_cases(path: str | os.PathLike) -> list[Case]:
             f"--reference {path} cannot be read: {error.strerror or error}."
         ) from None
     except (ValueError, zipfile.BadZipFile, zlib.error, TypeError, AttributeError, EOFError):
-        raise ConfigError(f"--reference {path} is no .npz file of arrays.") from None
+        raise ConfigError(f"--reference {path} is not an .npz file of arrays.") from None
     names = sorted({name.split("/in/")[0] for name in stored if "/in/" in name})
     if not names:
         raise ConfigError(
@@ -124,10 +160,13 @@ def _under(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarra
     }
 
 
-def compare(model: Model, case: Case, wanted: Collection[str], tolerance: float) -> list[Result]:
-    known = arguments_of(model.checkpoint.cfg)
-    results = [
-        Result(
+def compare(
+    model: Model, case: Case, selected: Collection[str], tolerance: float
+) -> list[Comparison]:
+    """Compares the selected outputs of a case (none selected: all)."""
+    known = supported_arguments(model.checkpoint.cfg)
+    comparisons = [
+        Comparison(
             case.name,
             name,
             array.shape,
@@ -138,68 +177,76 @@ def compare(model: Model, case: Case, wanted: Collection[str], tolerance: float)
     ]
     computed = OUTPUTS[type(model.checkpoint.cfg)]
     for name, expected in case.outputs.items():
-        if wanted and name not in wanted:
+        if selected and name not in selected:
             continue
         if name not in computed:
             reason = f"output not supported: the model has {', '.join(computed)}"
-            results.append(Result(case.name, name, expected.shape, reason=reason))
+            comparisons.append(Comparison(case.name, name, expected.shape, reason=reason))
             continue
-        results.append(one_output(model, case, name, tolerance))
-    return results
+        comparisons.append(compare_output(model, case, name, tolerance))
+    return comparisons
 
 
-def one_output(model: Model, case: Case, name: str, tolerance: float) -> Result:
+def compare_output(model: Model, case: Case, name: str, tolerance: float) -> Comparison:
     shape = case.outputs[name].shape
     try:
-        found = OUTPUTS[type(model.checkpoint.cfg)][name](model, case)
+        actual = OUTPUTS[type(model.checkpoint.cfg)][name](model, case)
     except KeyError as missing:
-        return Result(case.name, name, shape, reason=f"the case lacks the argument {missing}")
+        return Comparison(case.name, name, shape, reason=f"the case lacks the argument {missing}")
     except UserError as error:
         raise ConfigError(f"case {case.name}: {error}") from None
     except NonFiniteLogits:
-        return Result(case.name, name, shape, np.inf, 0)
-    if found is None:
-        return Result(case.name, name, shape, reason="the checkpoint has no tensors for it")
+        return Comparison(case.name, name, shape, np.inf, 0)
+    if actual is None:
+        return Comparison(case.name, name, shape, reason="the checkpoint has no tensors for it")
     limit = 0 if name == "new_ids" else tolerance
-    return Result(case.name, name, shape, difference(model, case, name, np.asarray(found)), limit)
+    largest = measure_difference(model, case, name, np.asarray(actual))
+    return Comparison(case.name, name, shape, largest, limit)
 
 
-def arguments_of(cfg) -> tuple[str, ...]:
+def supported_arguments(cfg) -> tuple[str, ...]:
+    """Names of the arguments that a model takes."""
     if isinstance(cfg, Experiment):
         return ARGUMENTS[cfg.fusion.kind]
-    return (
-        ("pixel_values",)
-        if isinstance(cfg, Vision)
-        else ("input_ids", "attention_mask", "pixel_values")
-    )
+    if isinstance(cfg, Vision):
+        return ("pixel_values",)
+    return ("input_ids", "attention_mask", "pixel_values")
 
 
-def difference(model: Model, case: Case, name: str, found: np.ndarray) -> float:
-    """The largest absolute difference where the case is valid; infinite where shapes differ or a number is NaN."""
+def measure_difference(model: Model, case: Case, name: str, actual: np.ndarray) -> float:
+    """Returns the largest absolute difference of an output, or for new_ids the count of other
+    tokens.
+
+    It is infinite if shapes differ or a number is NaN.
+    """
     expected = case.outputs[name]
-    if found.size == expected.size and name == "image_features":
-        found = found.reshape(expected.shape)
-    if found.shape != expected.shape:
+    if actual.size == expected.size and name == "image_features":
+        actual = actual.reshape(expected.shape)
+    if actual.shape != expected.shape:
         return np.inf
     if name == "new_ids":
-        return float(np.sum((found != expected) & ~filling(expected, model.checkpoint.eos_ids)))
-    apart = np.abs(found.astype(np.float64) - expected.astype(np.float64))
-    valid = valid_of(case, name, expected)
-    apart = apart if valid is None else apart[valid]
-    return float(np.nan_to_num(apart, nan=np.inf).max(initial=0.0))
+        differs = (actual != expected) & ~find_padding(expected, model.checkpoint.eos_ids)
+        return float(np.sum(differs))
+    differences = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
+    valid = find_valid(case, name, expected)
+    if valid is not None:
+        differences = differences[valid]
+    return float(np.nan_to_num(differences, nan=np.inf).max(initial=0.0))
 
 
-def valid_of(case: Case, name: str, expected: np.ndarray) -> np.ndarray | None:
-    """Where to compare: the case's `valid`, or of logits those of tokens that the attention mask says are there."""
-    masks = [case.inputs.get(name) for name in ("decoder_attention_mask", "attention_mask")]
-    for mask in (case.valid, *(masks if name == "logits" else ())):
+def find_valid(case: Case, name: str, expected: np.ndarray) -> np.ndarray | None:
+    """Mask of the positions to compare: `valid` of the case, or the attention mask for logits."""
+    masks = [case.valid]
+    if name == "logits":
+        masks += [case.inputs.get(key) for key in ("decoder_attention_mask", "attention_mask")]
+    for mask in masks:
         if mask is not None and mask.shape == expected.shape[: mask.ndim]:
             return mask.astype(bool)
     return None
 
 
-def filling(ids: np.ndarray, eos_ids: Collection[int]) -> np.ndarray:
-    """(B, n) bool: what follows the first end of text, if it is one token over and over."""
+def find_padding(ids: np.ndarray, eos_ids: Collection[int]) -> np.ndarray:
+    """Mask (B, n) of the tokens after the first end of text, if they are all the same token."""
     ended = np.cumsum(np.isin(ids, list(eos_ids)), axis=1)
     follows = np.pad(ended[:, :-1], ((0, 0), (1, 0))) > 0
     return follows & np.all(~follows | (ids == ids[:, -1:]), axis=1, keepdims=True)
@@ -217,18 +264,17 @@ def _image_features(model: Model, case: Case) -> np.ndarray:
 
 def _new_ids(model: Model, case: Case) -> np.ndarray:
     checkpoint = model.checkpoint
-    inputs, starts = case.inputs, checkpoint.cfg.fusion.kind == "encoder_decoder"
-    if starts and "decoder_input_ids" not in inputs and checkpoint.start_id is not None:
-        inputs = inputs | {
-            "decoder_input_ids": np.full((len(inputs["pixel_values"]), 1), checkpoint.start_id)
-        }
+    inputs = case.inputs
+    needs_start = checkpoint.cfg.fusion.kind == "encoder_decoder"
+    if needs_start and "decoder_input_ids" not in inputs and checkpoint.start_id is not None:
+        start = np.full((len(inputs["pixel_values"]), 1), checkpoint.start_id)
+        inputs = inputs | {"decoder_input_ids": start}
     prompt = to_batch(checkpoint.cfg, inputs, checkpoint.image_token, generating=True)
-    return generate(
-        checkpoint.cfg, model.params, prompt, case.outputs["new_ids"].shape[1], SamplingParams()
-    )
+    new_tokens = case.outputs["new_ids"].shape[1]
+    return generate(checkpoint.cfg, model.params, prompt, new_tokens, SamplingParams())
 
 
-def _encoded(field: str) -> Callable:
+def _encoder_output(field: str) -> Callable:
     def output(model: Model, case: Case):
         return getattr(model.apply(*_images(case), method="encode"), field)
 
@@ -244,7 +290,7 @@ def _texts(case: Case) -> tuple:
     return case.inputs["input_ids"], None if mask is None else mask.astype(bool)
 
 
-def _embedded(inputs: Callable, method: str) -> Callable:
+def _embedding(inputs: Callable, method: str) -> Callable:
     return lambda model, case: model.apply(*inputs(case), method=method)
 
 
@@ -255,36 +301,38 @@ def _logits_per_image(model: Model, case: Case):
 OUTPUTS = {
     Experiment: {"logits": _logits, "image_features": _image_features, "new_ids": _new_ids},
     Vision: {
-        "last_hidden_state": _encoded("tokens"),
-        "pooler_output": _encoded("pooled"),
-        "logits": _encoded("logits"),
+        "last_hidden_state": _encoder_output("tokens"),
+        "pooler_output": _encoder_output("pooled"),
+        "logits": _encoder_output("logits"),
     },
     Contrastive: {
-        "image_embeds": _embedded(_images, "image_embeds"),
-        "text_embeds": _embedded(_texts, "text_embeds"),
-        "image_features": _embedded(_images, "image_features"),
-        "text_features": _embedded(_texts, "text_features"),
+        "image_embeds": _embedding(_images, "image_embeds"),
+        "text_embeds": _embedding(_texts, "text_embeds"),
+        "image_features": _embedding(_images, "image_features"),
+        "text_features": _embedding(_texts, "text_features"),
         "logits_per_image": _logits_per_image,
         "logits_per_text": lambda model, case: _logits_per_image(model, case).T,
     },
 }
 
 
-def table(results: list[Result]) -> str:
-    """The results as lines of text."""
+def table(comparisons: list[Comparison]) -> str:
+    """Formats comparisons as lines of text."""
     rows = [("case", "output", "shape", "largest difference", "tolerance", "ok")]
-    for result in results:
-        shape = "x".join(map(str, result.shape))
-        if result.reason:
-            rows.append((result.case, result.output, shape, "not compared", "", result.reason))
+    for comparison in comparisons:
+        shape = "x".join(map(str, comparison.shape))
+        if comparison.reason:
+            numbers = ("not compared", "", comparison.reason)
         else:
             numbers = (
-                f"{result.difference:.2e}",
-                f"{result.tolerance:.0e}",
-                "yes" if result.ok else "NO",
+                f"{comparison.difference:.2e}",
+                f"{comparison.tolerance:.0e}",
+                "yes" if comparison.agrees else "NO",
             )
-            rows.append((result.case, result.output, shape, *numbers))
+        rows.append((comparison.case, comparison.output, shape, *numbers))
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
-    )
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

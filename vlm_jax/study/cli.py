@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from vlm_jax.cli.checkpoints import Parser
+from vlm_jax.cli.options import Parser
 from vlm_jax.config import ConfigError, UserError
 from vlm_jax.config.hints import nearest
 from vlm_jax.study import definition, planning

@@ -15,7 +15,7 @@ from tests.hub.unified import (
     assert_logits_are_equal,
     padded,
 )
-from vlm_jax.cli.commands import main
+from vlm_jax.cli.main import main
 from vlm_jax.config import UserError
 from vlm_jax.hub.families.registry import family_of
 from vlm_jax.hub.load import load_checkpoint

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 
 from vlm_jax import axes, sharding
-from vlm_jax.cli import commands
+from vlm_jax.cli.train import enable_compilation_cache
 from vlm_jax.config import Data, Experiment, files
 from vlm_jax.data import pipeline, questions, sources
 from vlm_jax.data.tokenizer import Tokenizer
@@ -148,7 +148,7 @@ def _contents(data: Data, split: str) -> Iterable[bytes | tuple[str, ...]]:
 
 def main(config: str, out: str) -> None:
     cfg = files.from_json(Path(config).read_text(), config)
-    commands.enable_compilation_cache(cfg)
+    enable_compilation_cache(cfg)
     write_atomic(Path(out), json.dumps(measure(cfg), indent=1) + "\n")
 
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from tests.hub import tiny_tokenizers
 from tests.hub.parity import SMALL, saved
 from vlm_jax import from_pretrained
-from vlm_jax.cli.commands import main
+from vlm_jax.cli.main import main
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}User: {{ m['content'] }}\nAssistant: {% endfor %}"
 
@@ -101,7 +101,7 @@ def test_prompts_of_mixed_lengths_are_padded_on_the_left(llama):
                 "--prompt",
                 "word " * 100,
             ),
-            "--prompt is too long",
+            "is too long: decoder.max_positions",
         ),
     ],
 )
@@ -125,7 +125,7 @@ def test_logits_that_are_not_finite_are_one_sentence(llama, tmp_path, capsys, te
     assert (code, out) == (1, "")
     assert (
         error
-        == "error: the logits of token 1 of row 1 are NaN or infinite: the weights are damaged.\n"
+        == "error: the logits of token 1 of 'hello' are NaN or infinite: the weights are damaged.\n"
     )
 
 

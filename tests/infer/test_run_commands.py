@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_jax.cli.commands import main
+from vlm_jax.cli.main import main
 from vlm_jax.config import NonFiniteError
-from vlm_jax.infer import demo
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.train import loop
 
@@ -247,7 +246,7 @@ def test_logits_that_are_not_finite_end_with_code_1_and_name_the_prompt(
     def damaged(cfg, params):
         return jax.tree.map(lambda x: x * np.nan, params)
 
-    monkeypatch.setattr(demo, "cast_to_compute_dtype", damaged)
+    monkeypatch.setattr("vlm_jax.infer.run.cast_to_compute_dtype", damaged)
     before = (run / "eval.json").read_bytes()
     asks = (
         ["--image", str(folder / "cat.png"), "--prompt", "is it red ?"]

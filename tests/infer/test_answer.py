@@ -12,10 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import vlm_jax
 from tests.hub import tiny_checkpoints, tiny_tokenizers
 from tests.hub.parity import saved
-from vlm_jax.cli.commands import main
+from vlm_jax.cli.main import main
 from vlm_jax.config import UserError
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.infer.demo import RunProcessor
+from vlm_jax.infer.run import RunProcessor
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.testing import random_params, tiny

@@ -1,0 +1,151 @@
+"""Answers to prompts about images, by a training run or a public checkpoint alike."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from vlm_jax.config import ConfigError
+from vlm_jax.config.bounds import check_sampling
+from vlm_jax.hub.images.steps import ImageInputs
+from vlm_jax.infer.generate import NonFiniteLogits, SamplingParams, generate, stream
+from vlm_jax.infer.processor import Processor
+from vlm_jax.nn.vlm import VLM
+from vlm_jax.structs import Batch
+
+SHOWN_CHARACTERS = 40  # of a prompt, in a message
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """Settings of the answers to a batch of prompts; `vlm_jax.generate` documents each."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    chat: bool = True
+
+    def check(self, spell: Callable[[str], str] = str) -> None:
+        """Raises ConfigError for an option that is out of range; `spell` is applied to its name."""
+        check_sampling(
+            self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed, spell
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """Encoded prompts, checked before the parameters of the model are loaded."""
+
+    model: VLM
+    processor: Processor
+    prompts: list[str]
+    batch: Batch
+    max_lengths: np.ndarray  # (B,) most tokens of each answer
+    options: AnswerOptions
+
+    def answers(self, params) -> list[str]:
+        """Generates the answer to each prompt.
+
+        Raises:
+          NonFiniteLogits: the model computes NaN for a prompt.
+        """
+        answers = [""] * len(self.prompts)
+        # Grouped by length, so that a long prompt does not shorten the answers to the others.
+        for length in np.unique(self.max_lengths):
+            rows = np.flatnonzero(self.max_lengths == length)
+            batch = self.batch if len(rows) == len(self.prompts) else _select(self.batch, rows)
+            try:
+                tokens = generate(
+                    self.model.cfg, params, batch, int(length), self._sampling, self._key
+                )
+            except NonFiniteLogits as error:
+                raise error.about(self.prompts[rows[error.row]]) from None
+            for row, ids in zip(rows, jax.device_get(tokens), strict=True):
+                answers[row] = self.processor.decode(ids)
+        return answers
+
+    def stream(self, params) -> Iterator[str]:
+        """Yields the answer to a single prompt in pieces, each as soon as it is generated.
+
+        Raises:
+          NonFiniteLogits: the model computes NaN.
+        """
+        (prompt,), (length,) = self.prompts, self.max_lengths
+        text = self.processor.decode_stream()
+        tokens = stream(self.model.cfg, params, self.batch, int(length), self._sampling, self._key)
+        try:
+            for (token,) in tokens:
+                if token not in self._sampling.eos:
+                    yield text.feed([token])
+        except NonFiniteLogits as error:
+            raise error.about(prompt) from None
+        yield text.end()
+
+    @property
+    def _sampling(self) -> SamplingParams:
+        options = self.options
+        return SamplingParams(
+            self.processor.eos_ids, options.temperature, options.top_k, options.top_p
+        )
+
+    @property
+    def _key(self) -> jax.Array:
+        return jax.random.key(self.options.seed)
+
+
+def encode(
+    model: nn.Module,
+    processor: Processor,
+    prompts: list[str],
+    images: ImageInputs,
+    options: AnswerOptions,
+) -> Request:
+    """Encodes prompts and their images.
+
+    Raises:
+      ConfigError: an option is out of range, the model is an encoder, a prompt is too long, or the
+        images do not match the prompts.
+    """
+    options.check()
+    if not isinstance(model, VLM):
+        raise ConfigError("the model is an encoder and cannot generate text.")
+    batch = processor(prompts, images, chat=options.chat)
+    max_positions = model.cfg.decoder.max_positions
+    free = max_positions - 1 - np.max(batch.positions, axis=1)  # (B,)
+    if min(free) < 1:
+        longest = prompts[int(np.argmin(free))]
+        raise ConfigError(
+            f"the prompt {longest[:SHOWN_CHARACTERS]!r} is too long: decoder.max_positions "
+            f"{max_positions} leaves no room for an answer."
+        )
+    max_lengths = np.minimum(options.max_new_tokens, free)
+    return Request(model, processor, prompts, batch, max_lengths, options)
+
+
+def answer(
+    model: nn.Module,
+    params,
+    processor: Processor,
+    prompts: str | list[str],
+    images: ImageInputs,
+    options: AnswerOptions,
+) -> list[str]:
+    """Implements `vlm_jax.generate`."""
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not prompts:
+        return []
+    return encode(model, processor, prompts, images, options).answers(params)
+
+
+def _select(batch: Batch, rows: np.ndarray) -> Batch:
+    """Selects rows of a batch, and keeps the images of all rows."""
+    images = {name: getattr(batch, name) for name in ("images", "tile_layouts", "tile_mask")}
+    image_rows = batch.image_rows
+    if image_rows is None:
+        image_rows = np.arange(len(batch.tokens), dtype=np.int32)
+    text = batch.replace(**dict.fromkeys(images), image_rows=image_rows)
+    return jax.tree.map(lambda x: x[rows], text).replace(**images)

@@ -8,20 +8,24 @@ __version__ = "0.1.0"
 def from_pretrained(
     folder: str | os.PathLike, dtype=None, mesh=None, intermediate_layers: str | None = None
 ):
-    """A folder of a public checkpoint -> (model, params, processor).
+    """Loads the folder of a public checkpoint; returns (model, params, processor).
 
-    `model.apply({"params": params}, batch).logits` are (B, S, V) for a batch of `processor(prompts, images)`, where a
-    prompt may have any number of images. An encoder alone takes (B, height, width, channels).
+    `model.apply({"params": params}, batch).logits` are (B, S, V) for a batch of
+    `processor(prompts, images)`, where a prompt may have any number of images. An encoder alone
+    takes images (B, height, width, channels).
 
     Args:
       folder: as downloaded from the Hugging Face hub, or as `save_pretrained` wrote it.
-      dtype: of the parameters and of what is computed with them; None: as they are stored.
-      mesh: of `vlm_jax.axes.make_mesh`: the parameters are created in its shards; None: all devices along `data`.
-      intermediate_layers: Llama 3.2 Vision only: whether intermediate features are what enters ("input", the default) or leaves
-        ("output") their layers.
+      dtype: of the parameters and the computation; None: as stored.
+      mesh: of `vlm_jax.axes.make_mesh`, on which the parameters are created in shards; None: all
+        devices along `data`.
+      intermediate_layers: Llama 3.2 Vision only: whether `intermediate_layers_indices` of
+        config.json count the inputs of layers ("input", the default: Meta's code and transformers
+        up to 4.51) or their outputs ("output": transformers 5).
 
     Raises:
-      ConfigError: the folder does not hold what its config.json says, or a family that is not supported.
+      UserError: the folder is damaged, its tensors do not match its config.json, or its family is
+        not supported.
     """
     from vlm_jax.hub.load import load_checkpoint
     from vlm_jax.hub.processor import HubProcessor
@@ -32,17 +36,18 @@ def from_pretrained(
 
 
 def from_run(workdir: str | os.PathLike, step: int | None = None, mesh=None):
-    """A work folder of a training run -> (model, params, processor), used like those of `from_pretrained`.
+    """Loads a training run; returns (model, params, processor) like `from_pretrained`.
 
-    Parameters have the dtype that the run computes in. The processor puts prompts in the form of the training data.
+    Parameters have the compute dtype of the run; prompts are formatted as its training data.
 
     Args:
-      workdir: the run's `--workdir`.
+      workdir: `--workdir` of the run.
       step: of the checkpoint to load; None: the last one.
-      mesh: of `vlm_jax.axes.make_mesh`, independent of that of the training; None: all devices along `data`.
+      mesh: of `vlm_jax.axes.make_mesh`, which may differ from that of the training; None: all
+        devices along `data`.
 
     Raises:
-      ConfigError: the folder does not hold a run, or no checkpoint of it (of this step).
+      UserError: the folder holds no run, or no checkpoint (of this step).
     """
     from vlm_jax.infer.run import load_model
 
@@ -65,23 +70,25 @@ def generate(
 ) -> list[str]:
     """Generates the answer to each prompt; by default the text that `vlm-jax generate` prints.
 
-    An answer ends at a token that ends a text, after `max_new_tokens`, or where the model has no more positions.
+    An answer ends at an end-of-text token, after `max_new_tokens`, or at the last position of the
+    model.
 
     Args:
       model, params, processor: of `from_pretrained` or `from_run`.
       prompts: texts; a single `str` is a batch of one.
-      images: one list per prompt of files, open Pillow images or uint8 arrays (height, width, 3); for a single `str`
-        the list of its images.
-      max_new_tokens: the most tokens of an answer.
+      images: one list per prompt of files, open Pillow images or uint8 arrays (height, width, 3);
+        for a single `str` the list of its images.
+      max_new_tokens: most tokens of an answer.
       temperature: 0 takes the most likely token; otherwise tokens are sampled.
       top_k: samples from the k most likely tokens only; 0: from all.
       top_p: samples from the most likely tokens that together have this probability.
       seed: of the sampling.
-      chat: whether prompts are formatted by the chat template of a public checkpoint that has one. A run always
-        formats prompts as its training data.
+      chat: formats prompts by the chat template of a public checkpoint, if it has one; False passes
+        them as they are. A run always formats prompts as its training data, and refuses False.
 
     Raises:
-      ConfigError: an option is out of range, a prompt is too long, or the images do not match the prompts.
+      UserError: an option is out of range, a prompt is too long, or the images do not match the
+        prompts.
     """
     from vlm_jax.infer.answer import AnswerOptions, answer
 
@@ -90,10 +97,10 @@ def generate(
 
 
 def save_pretrained(folder: str | os.PathLike, params, processor) -> None:
-    """Writes the model that `processor` came with, trained further perhaps, so that transformers loads it.
+    """Writes a model of `from_pretrained`, trained further or not, so that transformers loads it.
 
     Raises:
-      ConfigError: the folder cannot be written, or holds a model already.
+      UserError: the folder cannot be written, or already holds a model.
     """
     from vlm_jax.hub.export import write_checkpoint
 

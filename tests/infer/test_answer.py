@@ -15,6 +15,8 @@ from tests.hub.parity import saved
 from vlm_jax.cli.main import main
 from vlm_jax.config import UserError
 from vlm_jax.data.tokenizer import Tokenizer
+from vlm_jax.infer.answer import AnswerOptions, encode
+from vlm_jax.infer.processor import Processor
 from vlm_jax.infer.run import RunProcessor
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.runtime.workdir import Workdir
@@ -110,6 +112,30 @@ def test_a_run_is_answered_as_the_command_line_does(run, pictures, capsys):
             printed(capsys, "--workdir", run, *options, "--prompt", *PROMPTS)
             == "\n".join(lines) + "\n"
         )
+
+
+def test_the_answer_of_a_run_is_streamed(run, pictures, capsys):
+    """The pieces are together the answer, and the command line prints each when it is there."""
+    model, params, processor = vlm_jax.from_run(run)
+    images = [[pictures[0]]]
+    options = AnswerOptions(max_new_tokens=NEW)
+    request = encode(model, processor, PROMPTS[:1], images, options)
+    pieces = list(request.stream(params))
+    (answer,) = request.answers(params)
+    assert "".join(pieces) == answer
+    assert len(pieces) == NEW + 1
+    command = printed(capsys, "--workdir", run, "--image", pictures[0], "--prompt", PROMPTS[0])
+    assert command == f"{pictures[0]}  {PROMPTS[0]}  {answer}\n"
+
+
+def test_both_processors_are_of_the_protocol(gpt2, tokenizer):
+    assert isinstance(RunProcessor(experiment(), tokenizer), Processor)
+    assert isinstance(vlm_jax.from_pretrained(gpt2)[2], Processor)
+
+
+def test_a_run_refuses_prompts_without_its_format(tokenizer):
+    with pytest.raises(UserError, match="chat is False, but a run formats every prompt"):
+        vlm_jax.generate(*in_memory(experiment(), tokenizer), "a", chat=False)
 
 
 def test_a_checkpoint_of_a_run_is_named_by_its_step(run, tokenizer):
@@ -222,12 +248,33 @@ def test_a_llava_answers_as_the_command_line_does_with_or_without_its_template(
         assert printed(capsys, "--checkpoint", llava, *options) == text + "\n"
     formatted = [processor.chat(prompt, 1) for prompt in asked]
     assert formatted != asked
+    options = ("--image", pictures[0], "--prompt", formatted[0], "--max-new-tokens", NEW)
+    assert printed(capsys, "--checkpoint", llava, "--no-chat", *options) == texts[0] + "\n"
     assert (
         vlm_jax.generate(
             model, params, processor, formatted, images, max_new_tokens=NEW, chat=False
         )
         == texts
     )
+
+
+def test_a_checkpoint_answers_several_prompts_about_images_together_or_one_by_one(
+    llava, pictures, capsys
+):
+    model, params, processor = vlm_jax.from_pretrained(llava)
+    asked, files = ["what is it?", "and what is this one?"], pictures[:2]
+    for options, pairs in (
+        (("--image", files[0], "--prompt", *asked), [(files[:1], text) for text in asked]),
+        (
+            ("--image", *files, "--prompt", asked[1], "--images-per-prompt", "one"),
+            [([file], asked[1]) for file in files],
+        ),
+    ):
+        images, prompts = map(list, zip(*pairs))
+        texts = vlm_jax.generate(model, params, processor, prompts, images, max_new_tokens=NEW)
+        lines = ["  ".join([*row, prompt, text]) for (row, prompt), text in zip(pairs, texts)]
+        command = printed(capsys, "--checkpoint", llava, "--max-new-tokens", NEW, *options)
+        assert command == "\n".join(lines) + "\n"
 
 
 @pytest.mark.parametrize("kind", ["unified", "cross_attention"])

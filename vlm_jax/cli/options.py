@@ -86,8 +86,9 @@ def parse_options(
 
 
 def _refuse_unknown(command: str, arguments: list[str], names: Mapping[str, str]) -> None:
-    given = [argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")]
-    unknown = [name for name in given if name not in (*names, "help")]
+    flags = [argument for argument in arguments if argument.startswith("--")]
+    known = {f"--{name}" for name in (*names, "help")}
+    unknown = [flag[2:].partition("=")[0] for flag in flags if flag.partition("=")[0] not in known]
     if unknown:
         hint = nearest_field(unknown[0], names, SYNONYMS)
         choices = ", ".join(f"--{name}" for name in names)

@@ -168,17 +168,14 @@ def answer(
     All batches have one shape, which is compiled once.
     """
     mesh, size = axes.make_mesh(cfg.mesh), cfg.eval.batch_size
-    # The last batch repeats the last question.
-    batches = [
-        [min(i, len(asked) - 1) for i in range(start, start + size)]
-        for start in range(0, len(asked), size)
-    ]
-    image_counts = [
-        len({sources[i].images for i in batch})
-        for sources in image_sources.values()
-        for batch in batches
-    ]
-    image_rows = axes.round_up_to_shards(max(image_counts), mesh)
+    # The last question fills up the last batch.
+    padded = [*range(len(asked)), *[len(asked) - 1] * (-len(asked) % size)]
+    batches = [padded[start : start + size] for start in range(0, len(padded), size)]
+    max_images = 0
+    for sources in image_sources.values():
+        for batch in batches:
+            max_images = max(max_images, len({sources[i].images for i in batch}))
+    image_rows = axes.round_up_to_shards(max_images, mesh)
     row_length = questions.row_length(cfg, tokenizer, asked)
     sampling = SamplingParams(eos=(cfg.data.eos_id,))
 

@@ -56,10 +56,11 @@ def parse_experiment(
     if stored:
         _refuse_another_model(command, base, cfg)
     elif cfg.begins_with_any and not _continues_run(args):
-        from vlm_jax.hub import compose
+        from vlm_jax.hub import pretrained_parts
 
         explicit = files.explicit_fields(base, fields)
-        cfg = Workdir(cfg.workdir).as_begun(compose.resolved(cfg, explicit), explicit)
+        resolved = pretrained_parts.resolve_checkpoints(cfg, explicit)
+        cfg = Workdir(cfg.workdir).as_begun(resolved, explicit)
     return validate(cfg)
 
 
@@ -80,8 +81,8 @@ def parse_checkpoint_evaluation(arguments: list[str]) -> Experiment:
             f"workdir {cfg.workdir} holds a run: choose another --workdir for the evaluation of "
             f"--checkpoint {cfg.init_from}, or leave out --checkpoint to evaluate the run."
         )
-    # The only split of conversations is train.
-    if cfg.data.source == "conversations" and not cfg.eval.files:
+    # Files have no other split than train, so the evaluation reads the same ones.
+    if cfg.data.files and not cfg.eval.files:
         cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, files=cfg.data.files))
     return cfg
 

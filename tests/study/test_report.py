@@ -172,7 +172,7 @@ def test_a_study_may_use_any_metric(datasets_dir, tmp_path, monkeypatch):
     monkeypatch.setitem(METRICS, "first_letter", first_letter)
     for metric in ("first_letter", "first_letter_by_type.present"):
         study = studies.study(datasets_dir, matched={"examples": None}, metric=metric)
-        report = results.read(studies.write_study(study, tmp_path / metric))
+        report = results.read_results(studies.write_study(study, tmp_path / metric))
         assert not report.broken
         assert len(report.scores("examples", "linear")) == 2
         (pair,) = statistics.pairs(report, "examples")

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from vlm_jax import axes
+from vlm_jax.cli import train
 from vlm_jax.cli.main import main
 from vlm_jax.config import Mesh, UserError, files
 from vlm_jax.data.tokenizer import Tokenizer
@@ -135,8 +136,8 @@ def test_a_second_sigterm_while_saving_changes_nothing(experiment, monkeypatch):
 def test_the_exit_code_of_a_stopped_run_says_resume_me(experiment, tmp_path, monkeypatch, capsys):
     cfg = experiment()
     signals_at(2, monkeypatch)
-    monkeypatch.setattr(commands, "experiment", lambda *_, **__: cfg)
-    monkeypatch.setattr(commands, "enable_compilation_cache", lambda cfg: None)
+    monkeypatch.setattr(train, "parse_experiment", lambda *_, **__: cfg)
+    monkeypatch.setattr(train, "enable_compilation_cache", lambda cfg: None)
     before = signal.getsignal(signal.SIGTERM)
     assert main(["train"]) == 75
     assert signal.signal(signal.SIGTERM, before) is signal.SIG_IGN, (

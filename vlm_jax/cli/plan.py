@@ -32,10 +32,11 @@ def plan(arguments: list[str]) -> int:
     help_texts = {name: settings["help"] for name, settings in PLAN_OPTIONS.items()}
     cfg = parse_experiment("plan", rest, stored=False, options=help_texts)
     _check_plan_options(args)
-    from vlm_jax.plan import document, table
+    from vlm_jax.plan.document import build_plan
+    from vlm_jax.plan.table import format_plan
 
-    plan = document.make(cfg, args.topology, args.devices or 1, not args.no_compile)
-    print(json.dumps(plan, indent=1) if args.json else table.text(cfg, plan))
+    plan = build_plan(cfg, args.topology, args.devices or 1, not args.no_compile)
+    print(json.dumps(plan, indent=1) if args.json else format_plan(cfg, plan))
     return 0
 
 

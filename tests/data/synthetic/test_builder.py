@@ -24,7 +24,7 @@ from vlm_jax.data.blind_baselines import question_only_baselines
 from vlm_jax.data.builders.records import Record
 from vlm_jax.data.text import answer_ids, drop_overflow, prompt_ids
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.infer.evaluate import too_long
+from vlm_jax.infer.evaluate import warn_of_long_answers
 from vlm_jax.testing import tiny
 
 NAMES = ("glyphs", "digits")
@@ -124,7 +124,7 @@ def test_the_rows_of_a_config_have_room_for_nearly_all_questions_and_its_answers
     assert len(rows) == 400
     assert sum(len(drop_overflow(cfg, row)) for row in rows) > 0.98 * sum(map(len, rows))
     for split in ("train", "validation", "test"):
-        assert too_long(cfg, tokenizer, questions.load(cfg, split)) == ""
+        assert warn_of_long_answers(cfg, tokenizer, questions.load(cfg, split)) == ""
 
 
 def test_the_blind_say_one_thing_or_repeat_a_word():

@@ -106,7 +106,7 @@ def test_every_part_is_divided_by_fsdp_at_least(name, sizes):
 def pinned(cfg) -> set[tuple[str, str, str]]:
     """(part, module, place on the mesh) of all activations that are pinned there."""
     with jax.set_mesh(axes.make_mesh(Mesh(2, 2, 2))):
-        program = jax.make_jaxpr(VLM(cfg).apply)(
+        program = jax.make_jaxpr(VLM(cfg.model).apply)(
             {"params": random_params(cfg)}, random_batch(cfg, rows=8)
         )
     found = set()

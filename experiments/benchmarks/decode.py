@@ -30,7 +30,7 @@ def ours(folder: str, rows: int):
         targets=None, loss_weights=None
     )
     batch, how = jax.device_put(batch), SamplingParams()
-    return lambda: np.asarray(generate(model.cfg, model.params, batch, NEW_TOKENS, how))
+    return lambda: np.asarray(generate(model.cfg.model, model.params, batch, NEW_TOKENS, how))
 
 
 def theirs(folder: str, rows: int):

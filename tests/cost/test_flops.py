@@ -45,7 +45,7 @@ def wide(kind: str, rates: LrMult, vision: dict | None = None, **sections):
 
 def counted(function, cfg, *arguments) -> float:
     """By XLA, in the program as it is before the compiler changes it."""
-    batch = jax.eval_shape(lambda: example_batch(cfg, cfg.train.batch_size))
+    batch = jax.eval_shape(lambda: example_batch(cfg.model, cfg.row_length, cfg.train.batch_size))
     return jax.jit(function).lower(*arguments, batch).cost_analysis()["flops"]
 
 
@@ -57,7 +57,7 @@ def of_step(cfg) -> float:
 def test_forward(kind):
     cfg = wide(kind, ALL)
     xla = counted(
-        lambda params, batch: VLM(cfg).apply({"params": params}, batch).logits,
+        lambda params, batch: VLM(cfg.model).apply({"params": params}, batch).logits,
         cfg,
         state_shapes(cfg).params,
     )

@@ -161,7 +161,7 @@ def test_transformers_answers_as_the_run_does(name, tmp_path, picture):
     pixels = tiling.to_pixels(images.read_image(picture), cfg.vision)
     prompt = "" if "captions" in name else QUESTION
     batch = questions.prompt_batch(cfg, tokenizer, [[pixels]], [prompt])
-    ours = np.asarray(generate(cfg, params, batch, NEW, SamplingParams()))[0]
+    ours = np.asarray(generate(cfg.model, params, batch, NEW, SamplingParams()))[0]
     processor = AutoProcessor.from_pretrained(out)
     image = Image.open(picture).convert("RGB")
     inputs = asked_of_transformers(processor, family, name, image, prompt)

@@ -43,11 +43,11 @@ class Pair(NamedTuple):
         return to_batch(self.cfg, inputs, self.checkpoint.image_token, generating)
 
     def logits(self, **inputs) -> np.ndarray:
-        return np.asarray(forward(VLM(self.cfg), self.params, self.batch(**inputs)).logits)
+        return np.asarray(forward(VLM(self.cfg.model), self.params, self.batch(**inputs)).logits)
 
     def applied(self, batch: Batch, **settings):
         run = jax.jit(
-            lambda params, batch: VLM(self.cfg).apply({"params": params}, batch, **settings)
+            lambda params, batch: VLM(self.cfg.model).apply({"params": params}, batch, **settings)
         )
         return run(self.params, batch)
 
@@ -136,7 +136,7 @@ def assert_greedy_tokens_are_equal(pair: Pair, **inputs) -> None:
     assert len(np.unique(made)) > 3, "the answers are all alike: the test would show little"
     batch = pair.batch(generating=True, **inputs)
     np.testing.assert_array_equal(
-        generate(pair.cfg, pair.params, batch, NEW, SamplingParams()), made
+        generate(pair.cfg.model, pair.params, batch, NEW, SamplingParams()), made
     )
 
 

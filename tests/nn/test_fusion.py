@@ -66,7 +66,7 @@ def two_tokens_an_image(kind):
 def stream(kind, row, image_rows):
     """What fusion makes of a row whose images have two tokens each, of width 3."""
     text = jnp.zeros((*row.tokens.shape, 3))
-    return fuse(two_tokens_an_image(kind), text, jnp.ones((1, image_rows, 3)), row)
+    return fuse(two_tokens_an_image(kind).model, text, jnp.ones((1, image_rows, 3)), row)
 
 
 def test_unified_two_questions_about_one_image():
@@ -219,7 +219,7 @@ def test_memory_mask_repeats_each_image_for_all_its_tokens():
 @pytest.mark.parametrize("kind", KINDS_WITH_MEMORY)
 def test_a_row_without_images_has_no_memory(kind):
     row = batch([1, 1], [0, 0])
-    seen = fuse(two_tokens_an_image(kind), jnp.zeros((1, 2, 3)), None, row)
+    seen = fuse(two_tokens_an_image(kind).model, jnp.zeros((1, 2, 3)), None, row)
     assert seen.memory is None
     assert seen.memory_mask is None
 
@@ -228,7 +228,7 @@ def test_a_row_without_images_has_no_memory(kind):
 def test_while_decoding_the_mask_of_the_memory_stays_when_the_images_are_gone(kind):
     row = batch([1], [1], [[0, 1]])
     seen = fuse(
-        two_tokens_an_image(kind), jnp.zeros((1, 1, 3)), None, row, cache(1, [1, 1], [1, 1])
+        two_tokens_an_image(kind).model, jnp.zeros((1, 1, 3)), None, row, cache(1, [1, 1], [1, 1])
     )
     assert seen.memory is None
     assert drawn(seen.memory_mask) == [". . 1 1".replace(" ", "")]
@@ -300,9 +300,9 @@ def test_a_blind_token_reads_everything_where_asked_for_and_is_known_as_blind():
     row = batch([1, 1], [0, 0], [[1, 0], [0, 0]])
     cfg = two_tokens_an_image("cross_attention")
     image = jnp.zeros((1, 4, 3))
-    skipping = fuse(cfg, jnp.zeros((1, 2, 3)), image, row)
+    skipping = fuse(cfg.model, jnp.zeros((1, 2, 3)), image, row)
     opened = fuse(
-        replace(cfg, fusion=replace(cfg.fusion, tokens_without_image="attend_all")),
+        replace(cfg, fusion=replace(cfg.fusion, tokens_without_image="attend_all")).model,
         jnp.zeros((1, 2, 3)),
         image,
         row,
@@ -319,7 +319,7 @@ def test_a_blind_token_reads_what_its_blind_mask_allows():
     row = row.replace(no_image_mask=jnp.asarray([[[0, 1], [0, 1], [0, 0]]], bool))
     cfg = two_tokens_an_image("cross_attention")
     cfg = replace(cfg, fusion=replace(cfg.fusion, tokens_without_image="attend_all"))
-    stream = fuse(cfg, jnp.zeros((1, 3, 3)), jnp.zeros((1, 4, 3)), row)
+    stream = fuse(cfg.model, jnp.zeros((1, 3, 3)), jnp.zeros((1, 4, 3)), row)
     assert drawn(stream.memory_mask) == ["11..", "..11", "...."]
     assert stream.reads.tolist() == [[True, False, False]]
     assert stream.attends.tolist() == [[True, True, False]]

@@ -156,7 +156,7 @@ def stream_of(cfg, pairs):
     row = text.pack_row(cfg, pairs, min(cfg.vision.tiles, 2))
     batch = Batch(**{name: jnp.asarray(values)[None] for name, values in row.items()})
     image = jnp.zeros((1, cfg.vision.views * cfg.image_tokens, 8))
-    return fuse(cfg, jnp.zeros((1, cfg.row_length, 8)), image, batch)
+    return fuse(cfg.model, jnp.zeros((1, cfg.row_length, 8)), image, batch)
 
 
 @pytest.mark.parametrize("style", DRAWN)

@@ -28,14 +28,14 @@ def experiment(projector, width=8, **vision):
 
 def random_params(cfg, x):
     shapes = meta.unbox(
-        jax.eval_shape(PROJECTORS[cfg.projector.kind](cfg).init, jax.random.key(0), x)
+        jax.eval_shape(PROJECTORS[cfg.projector.kind](cfg.model).init, jax.random.key(0), x)
     )["params"]
     return jax.tree.map(lambda s: jnp.asarray(RNG.normal(0, 0.5, s.shape), jnp.float32), shapes)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def project(cfg, params, x):
-    return PROJECTORS[cfg.projector.kind](cfg).apply({"params": params}, x)
+    return PROJECTORS[cfg.projector.kind](cfg.model).apply({"params": params}, x)
 
 
 def identity(width):
@@ -59,7 +59,9 @@ def test_the_config_counts_the_tokens_that_come_out(kind, vision):
     x = jax.ShapeDtypeStruct(
         (2, 16 + cfg.vision.extra_tokens, cfg.vision.output_width), jnp.float32
     )
-    y, _ = jax.eval_shape(lambda x: PROJECTORS[kind](cfg).init_with_output(jax.random.key(0), x), x)
+    y, _ = jax.eval_shape(
+        lambda x: PROJECTORS[kind](cfg.model).init_with_output(jax.random.key(0), x), x
+    )
     assert y.shape == (2, cfg.projector.num_tokens(cfg.vision), 24)
 
 

@@ -110,7 +110,7 @@ def test_a_batch_of_mixed_tile_counts_is_one_by_one_and_cached_is_uncached(
         np.testing.assert_allclose(logits[row][there], expected[there], rtol=1e-4, atol=2e-4)
     text_fields, length = batch.replace(images=None), length - 1
     prompt = jax.tree.map(lambda x: x[:, :length], text_fields).replace(images=batch.images)
-    cache = forward(cfg, params, prompt, empty_cache(cfg, prompt, 1)).cache
+    cache = forward(cfg, params, prompt, empty_cache(cfg.model, prompt, 1)).cache
     last = forward(cfg, params, jax.tree.map(lambda x: x[:, length:], text_fields), cache).logits
     np.testing.assert_allclose(last[:, 0], logits[:, -1], rtol=1e-4, atol=2e-4)
 

@@ -216,7 +216,7 @@ def test_cached_is_uncached_and_compiled_once(cfg, forward, random_params):
     length = whole.tokens.shape[1] - new
     text_fields = whole.replace(images=None)
     prompt = jax.tree.map(lambda x: x[:, :length], text_fields).replace(images=whole.images)
-    out = forward(cfg, params, prompt, empty_cache(cfg, prompt, new))
+    out = forward(cfg, params, prompt, empty_cache(cfg.model, prompt, new))
     logits = [out.logits]
     for i in range(new):
         token = jax.tree.map(lambda x, at=length + i: x[:, at : at + 1], text_fields)

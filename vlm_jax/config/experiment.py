@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from vlm_jax.config.model import Decoder, Fusion, Projector, Vision
+from vlm_jax.config.model import Decoder, Fusion, Model, Projector, Vision
 
 
 class UserError(ValueError):
@@ -278,9 +278,14 @@ class Experiment:
         return replace(self.data, files=self.eval.files) if self.eval.files else self.data
 
     @property
+    def model(self) -> Model:
+        """The sections that `nn/` builds a model from."""
+        return Model(self.vision, self.projector, self.fusion, self.decoder)
+
+    @property
     def image_tokens(self) -> int:
         """M: tokens of one image, or of one view of it, after the projector."""
-        return self.projector.num_tokens(self.vision)
+        return self.model.image_tokens
 
     @property
     def views_in_sequence(self) -> int:

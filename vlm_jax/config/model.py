@@ -285,6 +285,21 @@ class Decoder(Transformer):
 
 
 @dataclass(frozen=True)
+class Model:
+    """Settings of a vision-language model: all that `nn/` sees of an experiment."""
+
+    vision: Vision = field(default_factory=Vision)
+    projector: Projector = field(default_factory=Projector)
+    fusion: Fusion = field(default_factory=Fusion)
+    decoder: Decoder = field(default_factory=Decoder)
+
+    @property
+    def image_tokens(self) -> int:
+        """M: tokens of one image, or of one view of it, after the projector."""
+        return self.projector.num_tokens(self.vision)
+
+
+@dataclass(frozen=True)
 class Contrastive:
     """Two towers that meet in a dot product alone (CLIP, SigLIP); `text` is a decoder without a head."""
 

@@ -34,7 +34,7 @@ def answer(given: argparse.Namespace) -> Iterator[str]:
         given.checkpoint, taps=given.taps
     )  # gigabytes perhaps: when all else is well
     tokens = stream(
-        checkpoint.cfg,
+        checkpoint.cfg.model,
         params,
         prompt,
         min(given.max_new_tokens, room),

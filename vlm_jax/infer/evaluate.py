@@ -119,7 +119,7 @@ def answer(
         try:
             with jax.set_mesh(mesh):
                 made = generate(
-                    cfg, params, axes.place_rows(batch, mesh), cfg.eval.max_new_tokens, how
+                    cfg.model, params, axes.place_rows(batch, mesh), cfg.eval.max_new_tokens, how
                 )
         except NonFiniteLogits as error:
             raise error.about(asked[chosen[error.row]].question) from None

@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.config import Experiment, NonFiniteError
+from vlm_jax.config import Model, NonFiniteError
 from vlm_jax.nn.vlm import VLM, empty_cache
 from vlm_jax.structs import NO_IMAGE, Batch, Cache
 
@@ -82,7 +82,7 @@ def choose(logits: Float[Array, "B V"], key: jax.Array, how: SamplingParams) -> 
 
 
 def begin(
-    cfg: Experiment, params, prompt: Batch, new_tokens: int, how: SamplingParams, key: jax.Array
+    cfg: Model, params, prompt: Batch, new_tokens: int, how: SamplingParams, key: jax.Array
 ) -> DecodeState:
     """Reads the left-padded prompts and makes the first token of each."""
     cache = empty_cache(cfg, prompt, new_tokens, dtype_of(params))
@@ -94,7 +94,7 @@ def begin(
 
 
 def decode_step(
-    cfg: Experiment, blocks, params, last: Batch, progress: DecodeState, how: SamplingParams
+    cfg: Model, blocks, params, last: Batch, progress: DecodeState, how: SamplingParams
 ) -> DecodeState:
     """One more token; `blocks` of `unstacked_blocks`, `last` is what the batch says of the prompts' last tokens."""
     batch = last.replace(
@@ -143,7 +143,7 @@ def dtype_of(params) -> np.dtype:
     return params["decoder"]["embedding"]["table"].dtype
 
 
-def unstacks_layers(cfg: Experiment) -> bool:
+def unstacks_layers(cfg: Model) -> bool:
     """Whether the blocks are laid out for decoding. A loop over stacked blocks copies each before it is read.
 
     XLA on the CPU does so, and reading weights is what a token costs there. With longrope, a token may read all again
@@ -152,14 +152,14 @@ def unstacks_layers(cfg: Experiment) -> bool:
     return jax.default_backend() == "cpu" and cfg.decoder.rope.scaling != "longrope"
 
 
-def unstacked_blocks(cfg: Experiment, params):
+def unstacked_blocks(cfg: Model, params):
     """The decoder's blocks as `decode_step` wants them; where they are laid out it is a copy, made once for all tokens."""
     blocks = params["decoder"]["blocks"]
     return lay_out(blocks) if unstacks_layers(cfg) else blocks
 
 
 def read(
-    cfg: Experiment, blocks, params, batch: Batch, cache: Cache
+    cfg: Model, blocks, params, batch: Batch, cache: Cache
 ) -> tuple[Float[Array, "B V"], Cache]:
     """`VLM.next_logits`; nothing is copied where blocks and cache are laid out: XLA takes the stacks apart again."""
     apart = unstacks_layers(cfg)
@@ -192,7 +192,7 @@ def last_tokens(prompt: Batch) -> Batch:
 
 
 def generate(
-    cfg: Experiment,
+    cfg: Model,
     params,
     prompt: Batch,
     new_tokens: int,
@@ -214,7 +214,7 @@ def generate(
 
 @functools.partial(jax.jit, static_argnames=("cfg", "new_tokens", "how"))
 def _generate(
-    cfg: Experiment, params, prompt: Batch, new_tokens: int, how: SamplingParams, key: jax.Array
+    cfg: Model, params, prompt: Batch, new_tokens: int, how: SamplingParams, key: jax.Array
 ):
     """Tokens (B, new), and the `first_failure`."""
     progress = begin(cfg, params, prompt, new_tokens, how, key)
@@ -241,7 +241,7 @@ _advance = jax.jit(decode_step, static_argnames=("cfg", "how"), donate_argnames=
 
 
 def stream(
-    cfg: Experiment,
+    cfg: Model,
     params,
     prompt: Batch,
     new_tokens: int,

@@ -224,7 +224,11 @@ def _new_ids(model: Model, case: Case) -> np.ndarray:
         }
     prompt = to_batch(checkpoint.cfg, inputs, checkpoint.image_token, generating=True)
     return generate(
-        checkpoint.cfg, model.params, prompt, case.outputs["new_ids"].shape[1], SamplingParams()
+        checkpoint.cfg.model,
+        model.params,
+        prompt,
+        case.outputs["new_ids"].shape[1],
+        SamplingParams(),
     )
 
 

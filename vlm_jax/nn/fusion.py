@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.config import Experiment
+from vlm_jax.config import Model
 from vlm_jax.structs import (
     NO_IMAGE,
     PADDING,
@@ -29,7 +29,7 @@ KeyIds = Int[Array, "B T"]
 
 
 def fuse(
-    cfg: Experiment,
+    cfg: Model,
     text: Float[Array, "B S D"],
     image: Float[Array, "B T E"] | None,
     batch: Batch,
@@ -68,7 +68,7 @@ def open_blind(batch: Batch) -> Bool[Array, "B S I"]:
     )
 
 
-def without_thumbnails(cfg: Experiment, x: Array, axis: int, each: int = 1) -> Array:
+def without_thumbnails(cfg: Model, x: Array, axis: int, each: int = 1) -> Array:
     """Keeps what belongs to tiles along an axis of `each` entries for every view of every image."""
     vision = cfg.vision
     apart = x.reshape(*x.shape[:axis], -1, vision.views, each, *x.shape[axis + 1 :])

@@ -6,7 +6,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.config import Experiment, Transformer
+from vlm_jax.config import Model, Transformer
 from vlm_jax.nn.blocks import Block
 from vlm_jax.nn.layers import (
     ACTIVATIONS,
@@ -23,7 +23,7 @@ Projected = Float[Array, "B M D"]
 class Linear(nn.Module):
     """One product: (B, P, E) -> (B, P, D)."""
 
-    cfg: Experiment
+    cfg: Model
 
     @nn.compact
     def __call__(self, x: Tokens) -> Projected:
@@ -34,7 +34,7 @@ class Linear(nn.Module):
 class Mlp(nn.Module):
     """Two products with an activation between: (B, P, E) -> (B, P, D) (LLaVA 1.5)."""
 
-    cfg: Experiment
+    cfg: Model
 
     @nn.compact
     def __call__(self, x: Tokens) -> Projected:
@@ -48,7 +48,7 @@ class Mlp(nn.Module):
 class Identity(nn.Module):
     """The tokens as they are, where cross-attention takes them at the encoder's width: (B, P, E) -> (B, P, E)."""
 
-    cfg: Experiment
+    cfg: Model
 
     def __call__(self, x: Tokens) -> Tokens:
         return x
@@ -57,7 +57,7 @@ class Identity(nn.Module):
 class PixelShuffle(nn.Module):
     """Every f x f square of tokens becomes one token f*f times as wide, then a product (Idefics3)."""
 
-    cfg: Experiment
+    cfg: Model
 
     @nn.compact
     def __call__(self, x: Tokens) -> Projected:
@@ -72,7 +72,7 @@ class PixelShuffle(nn.Module):
 class AveragePool(nn.Module):
     """The mean of every f x f square of tokens, then a product (Gemma 3)."""
 
-    cfg: Experiment
+    cfg: Model
 
     @nn.compact
     def __call__(self, x: Tokens) -> Projected:
@@ -90,7 +90,7 @@ class Resampler(nn.Module):
     Keys and values are those of tokens and queries together.
     """
 
-    cfg: Experiment
+    cfg: Model
 
     @nn.compact
     def __call__(self, x: Tokens) -> Projected:

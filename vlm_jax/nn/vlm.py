@@ -6,7 +6,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.config import CHANNELS, Experiment, Vision
+from vlm_jax.config import CHANNELS, Model, Vision
 from vlm_jax.nn.decoder import Decoder, check_length, empty_layers
 from vlm_jax.nn.fusion import fuse
 from vlm_jax.nn.projector import PROJECTORS
@@ -17,10 +17,10 @@ from vlm_jax.structs import Batch, Cache, Output
 class VLM(nn.Module):
     """A batch of images and text -> logits of the next token at every position.
 
-    The three children are the parts of an experiment: `vision`, `projector`, `decoder`.
+    The three children are the sections of `Model`: `vision`, `projector`, `decoder`.
     """
 
-    cfg: Experiment
+    cfg: Model
 
     def setup(self):
         self.decoder = Decoder(self.cfg.decoder, self.cfg.fusion)
@@ -62,7 +62,7 @@ class VLM(nn.Module):
         return self.decoder.head(hidden)
 
 
-def empty_cache(cfg: Experiment, prompt: Batch, new_tokens: int, dtype=jnp.float32) -> Cache:
+def empty_cache(cfg: Model, prompt: Batch, new_tokens: int, dtype=jnp.float32) -> Cache:
     """Room for a prompt and the tokens to come, which belong to the segment and branch of the prompt's last token.
 
     Raises:
@@ -86,9 +86,8 @@ def empty_cache(cfg: Experiment, prompt: Batch, new_tokens: int, dtype=jnp.float
     )
 
 
-def example_batch(cfg: Experiment, rows: int = 1, length: int | None = None) -> Batch:
-    """Zeros in the shape of a batch of `rows` rows with one image each."""
-    length = length or cfg.row_length
+def example_batch(cfg: Model, length: int, rows: int = 1) -> Batch:
+    """Zeros in the shape of a batch of `rows` rows of `length` tokens with one image each."""
     ids = jnp.zeros((rows, length), jnp.int32)
     text = Batch(
         tokens=ids,

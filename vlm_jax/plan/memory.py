@@ -124,7 +124,7 @@ def local(cfg: Experiment, mesh) -> Experiment:
 def batch_shapes(cfg: Experiment) -> Batch:
     """Of a training batch whose rows have as many images as they have room for."""
     batch, count = (
-        jax.eval_shape(lambda: example_batch(cfg, cfg.train.batch_size)),
+        jax.eval_shape(lambda: example_batch(cfg.model, cfg.row_length, cfg.train.batch_size)),
         cfg.data.images_per_row,
     )
 

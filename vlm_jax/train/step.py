@@ -88,7 +88,9 @@ def batch_loss(cfg: Experiment, trained: Params, frozen: Params, batch: Batch) -
     """The sum of the loss over the scored tokens, in nats; everything but the head computes in the compute dtype."""
     params = optim.join(cast_to_compute_dtype(cfg, trained), cast_to_compute_dtype(cfg, frozen))
     images = cast_to_compute_dtype(cfg, batch.images)
-    hidden, _ = VLM(cfg).apply({"params": params}, batch.replace(images=images), method="hidden")
+    hidden, _ = VLM(cfg.model).apply(
+        {"params": params}, batch.replace(images=images), method="hidden"
+    )
     head = output_head(cfg)
     of_head = [
         {path: x for path, x in part.items() if path in head.letters} for part in (trained, frozen)
@@ -101,7 +103,9 @@ def output_head(cfg: Experiment) -> Head:
     boxes = traverse_util.flatten_dict(abstract_params(cfg))
 
     def apply(params, x):
-        return VLM(cfg).apply({"params": traverse_util.unflatten_dict(params)}, x, method="head")
+        return VLM(cfg.model).apply(
+            {"params": traverse_util.unflatten_dict(params)}, x, method="head"
+        )
 
     letters = {path: box.letters for path, box in boxes.items() if path[:2] == ("decoder", name)}
     return Head(apply, letters, cfg.decoder.vocab_size)

@@ -163,7 +163,11 @@ def test_every_block_gives_what_it_gives_in_transformers(pair_of, kind):
 def greedy(pair: Pair, **arrays) -> np.ndarray:
     return np.asarray(
         generate(
-            pair.cfg, pair.params, pair.batch(generating=True, **arrays), NEW, SamplingParams()
+            pair.cfg.model,
+            pair.params,
+            pair.batch(generating=True, **arrays),
+            NEW,
+            SamplingParams(),
         )
     )
 

@@ -255,7 +255,11 @@ def test_a_row_of_a_batch_makes_the_tokens_that_it_makes_alone(pair_of):
     alone |= {name: alone[name][:, -4:] for name in text}
     together, one = (
         generate(
-            pair.cfg, pair.params, pair.batch(generating=True, **arrays), NEW, SamplingParams()
+            pair.cfg.model,
+            pair.params,
+            pair.batch(generating=True, **arrays),
+            NEW,
+            SamplingParams(),
         )
         for arrays in (inputs, alone)
     )

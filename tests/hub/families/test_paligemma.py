@@ -113,10 +113,10 @@ def test_cached_is_uncached(both):
         return jax.tree.map(lambda x: x[:, start:end], whole.replace(images=None))
 
     def said(batch, *cache):
-        return forward(VLM(both.cfg), both.params, batch, *cache)
+        return forward(VLM(both.cfg.model), both.params, batch, *cache)
 
     prefix = part(0, length - SUFFIX).replace(images=whole.images)
-    cache = said(prefix, empty_cache(both.cfg, prefix, SUFFIX)).cache
+    cache = said(prefix, empty_cache(both.cfg.model, prefix, SUFFIX)).cache
     expected = said(whole).logits
     for i in range(length - SUFFIX, length):
         out = said(part(i, i + 1), cache)

@@ -89,7 +89,7 @@ def _decoding_speed(cfg: Experiment, mesh, tokenizer: Tokenizer, params) -> floa
     def seconds(tokens: int) -> float:
         with jax.set_mesh(mesh):
             placed = axes.place_rows(batch, mesh)
-            return _seconds(lambda: generate(cfg, params, placed, tokens, SamplingParams()))
+            return _seconds(lambda: generate(cfg.model, params, placed, tokens, SamplingParams()))
 
     return rows * (count - 1) / max(seconds(count) - seconds(1), 1e-9)
 

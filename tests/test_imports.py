@@ -9,7 +9,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from its own line and the lines above. The longest prefix of its name decides its line.
 FLOW = [
-    ["config.model", "runtime.process"],
+    ["config.errors", "runtime.process"],
+    ["config.model"],
     ["config.experiment"],
     ["config"],
     [

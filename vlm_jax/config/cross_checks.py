@@ -3,13 +3,13 @@
 import dataclasses
 import math
 import re
-import typing
 
 from vlm_jax.config import (
+    FUSION_STYLES,
+    PROJECTORS,
     ConfigError,
     Experiment,
     Fusion,
-    FusionKind,
 )
 
 SMALLEST_CELL_PX = 6  # of typewritten letters, to be legible
@@ -103,7 +103,7 @@ def _tokens(cfg: Experiment) -> None:
 
 
 def _tiled_encoder(cfg: Experiment) -> None:
-    vision, layouts, kind = cfg.vision, cfg.vision.tile_layouts, cfg.projector.kind
+    vision, layouts, projector = cfg.vision, cfg.vision.tile_layouts, cfg.projector
     if not layouts:
         return
     for name, needed in (("kind", "vit"), ("class_token", True), ("keep_class_token", True)):
@@ -126,10 +126,16 @@ def _tiled_encoder(cfg: Experiment) -> None:
             f"vision.tile_layouts {' '.join(map(str, wrong[0]))} is no layout: rows times columns must be 1 to "
             f"vision.tiles {vision.tiles}."
         )
-    if kind not in ("linear", "mlp", "none"):
+    if projector.spec.tokens != "all":
         raise ConfigError(
-            f"projector.kind {kind} does not keep the tokens of vision.tile_layouts apart: choose linear, mlp or none."
+            f"projector.kind {projector.kind} merges the tokens of the tiles of vision.tile_layouts: "
+            f"choose {_projectors('all')}."
         )
+
+
+def _projectors(*tokens: str) -> str:
+    """Lists the projectors that emit such tokens, for a message."""
+    return " or ".join(kind for kind, spec in PROJECTORS.items() if spec.tokens in tokens)
 
 
 def _feature_layers(cfg: Experiment) -> None:
@@ -158,11 +164,11 @@ def _resize(cfg: Experiment) -> None:
 
 def _projector(cfg: Experiment) -> None:
     projector, rows = cfg.projector, cfg.vision.grid[0]
-    if projector.kind == "resampler" and cfg.decoder.width % projector.heads:
+    if "heads" in projector.spec.fields and cfg.decoder.width % projector.heads:
         raise ConfigError(
             f"decoder.width {cfg.decoder.width} is not a multiple of projector.heads {projector.heads}."
         )
-    if projector.kind not in ("pixel_shuffle", "average_pool"):
+    if projector.spec.tokens != "squares":
         return
     if rows % projector.factor:
         raise ConfigError(
@@ -171,8 +177,8 @@ def _projector(cfg: Experiment) -> None:
         )
     if cfg.vision.extra_tokens:
         raise ConfigError(
-            f"projector.kind {projector.kind} needs a grid: set vision.keep_class_token to False, or choose "
-            "linear, mlp or resampler."
+            f"projector.kind {projector.kind} needs a grid: set vision.keep_class_token to False, or "
+            f"choose {_projectors('all', 'queries')}."
         )
 
 
@@ -200,8 +206,8 @@ def _fusion(cfg: Experiment) -> None:
         )
     unused = [name for name in fusion.unused if _is_changed(fusion, name)]
     if unused:
-        name, kinds = unused[0], typing.get_args(FusionKind)
-        users = [kind for kind in kinds if name not in Fusion(kind).unused]
+        name = unused[0]
+        users = [kind for kind in FUSION_STYLES if name not in Fusion(kind).unused]
         raise ConfigError(
             f"fusion.{name} {getattr(fusion, name)} has no effect with fusion.kind {fusion.kind}: leave it out, or "
             f"choose fusion.kind {' or '.join(users)}."
@@ -227,9 +233,9 @@ def _fusion(cfg: Experiment) -> None:
 
 def _tiles(cfg: Experiment) -> None:
     vision, fusion, tags = cfg.vision, cfg.fusion, cfg.data.tag_ids
-    if fusion.kind == "hybrid" and vision.cut_tiles > 1 and not vision.thumbnail:
+    if fusion.splits_views and vision.cut_tiles > 1 and not vision.thumbnail:
         raise ConfigError(
-            "vision.thumbnail False leaves fusion.kind hybrid nothing to put into the sequence for an image in tiles: "
+            f"vision.thumbnail False leaves fusion.kind {fusion.kind} nothing to put into the sequence for an image in tiles: "
             "set it to True, or vision.tiles to 1."
         )
     if (

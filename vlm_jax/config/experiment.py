@@ -8,35 +8,8 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from vlm_jax.config.errors import ConfigError
 from vlm_jax.config.model import Decoder, Fusion, Model, Projector, Vision
-
-
-class UserError(ValueError):
-    """A mistake that the user can correct, in one sentence; commands print it and exit with 2."""
-
-
-class ConfigError(UserError):
-    """An invalid field, option or argument; names the valid choices."""
-
-
-class DataError(UserError):
-    """An image or a file of a dataset that is missing or cannot be read."""
-
-
-class CheckpointError(UserError):
-    """A folder of a public checkpoint that is missing, damaged or not supported."""
-
-
-class RunError(RuntimeError):
-    """A run that cannot continue, in one sentence that gives the reason."""
-
-    on_all_processes = False  # whether every process of the run raises it at the same point
-
-
-class NonFiniteError(RunError):
-    """A number that became NaN or infinite, in one sentence: a run that failed without a mistake of the user."""
-
-    on_all_processes = True
 
 
 @dataclass(frozen=True)
@@ -292,7 +265,7 @@ class Experiment:
         """Views of an image whose tokens stand in the decoder's sequence, at the most; of hybrid the whole image."""
         if not self.fusion.image_in_sequence:
             return 0
-        return 1 if self.fusion.kind == "hybrid" else self.vision.views
+        return 1 if self.fusion.splits_views else self.vision.views
 
     @property
     def tile_tags(self) -> tuple[tuple[int, ...], ...]:

@@ -1,7 +1,10 @@
 """What a model is: the settings of its parts. Every public family is a choice of them, never a class of its own."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from vlm_jax.config.errors import ConfigError
 
 CHANNELS = 3  # red, green, blue
 
@@ -147,70 +150,148 @@ class Vision(Transformer):
 
 
 @dataclass(frozen=True)
+class ProjectorSpec:
+    """A projector in `PROJECTORS`: its class and the tokens that it emits."""
+
+    module: str  # class in nn/projector.py, which this package may not import
+    #: tokens that come out. all: one for each that goes in; squares: one for each factor x factor
+    #: square of the grid; queries: `queries`, whatever goes in
+    tokens: Literal["all", "squares", "queries"] = "all"
+    fields: tuple[str, ...] = ()  # settings of `Projector` that the class uses
+
+
+PROJECTORS = {
+    "linear": ProjectorSpec("Linear", fields=("bias",)),
+    "mlp": ProjectorSpec("Mlp", fields=("bias", "activation")),
+    "pixel_shuffle": ProjectorSpec("PixelShuffle", tokens="squares", fields=("factor",)),
+    "average_pool": ProjectorSpec("AveragePool", tokens="squares", fields=("factor",)),
+    "resampler": ProjectorSpec("Resampler", tokens="queries", fields=("queries", "depth", "heads")),
+    "none": ProjectorSpec("Identity"),
+}
+
+
+def _row(table: Mapping[str, Any], name: str, kind: str):
+    """Returns the row of a table that field `name` chooses.
+
+    Raises:
+      ConfigError: the table has no such row.
+    """
+    if kind not in table:
+        raise ConfigError(f"{name} {kind!r} is not a valid choice: choose {', '.join(table)}.")
+    return table[kind]
+
+
+@dataclass(frozen=True)
 class Projector:
-    #: how image tokens of the encoder become those of the decoder
-    kind: Literal["linear", "mlp", "pixel_shuffle", "average_pool", "resampler", "none"] = "linear"
+    # The type is a string so that it is evaluated, and the table read, whenever it is asked for.
+    #: maps image tokens of the encoder to the decoder's width
+    kind: "Literal[tuple(PROJECTORS)]" = "linear"
     #: folder of a public checkpoint: its projector's settings, and its weights to begin with
     checkpoint: str = ""
-    activation: Activation = "gelu"  # of mlp
-    bias: bool = True  # biases of linear and mlp
+    activation: Activation = "gelu"  # mlp: activation between its two layers
+    bias: bool = True  # linear, mlp: use biases
     factor: int = 2  # pixel_shuffle, average_pool: factor x factor tokens become one
-    queries: int = 16  # resampler: tokens that it emits
-    depth: int = 2  # resampler: blocks
-    heads: int = 4  # resampler: attention heads
+    queries: int = 16  # resampler: number of output tokens
+    depth: int = 2  # resampler: number of blocks
+    heads: int = 4  # resampler: number of attention heads
+
+    @property
+    def spec(self) -> ProjectorSpec:
+        return _row(PROJECTORS, "projector.kind", self.kind)
 
     def output_grid(self, vision: Vision) -> tuple[int, int]:
-        """Rows and columns of the tokens that the projector emits for one image (one row where there is no grid)."""
+        """Rows and columns of the tokens that the projector emits for one image.
+
+        Tokens that are not on a grid, such as learned queries, are one row.
+        """
         rows, columns = vision.grid
-        if self.kind == "resampler":
+        if self.spec.tokens == "queries":
             return 1, self.queries
-        if self.kind in ("pixel_shuffle", "average_pool"):
+        if self.spec.tokens == "squares":
             return rows // self.factor, columns // self.factor
         return (1, rows * columns + vision.extra_tokens) if vision.extra_tokens else (rows, columns)
 
     def num_tokens(self, vision: Vision) -> int:
-        """M: tokens that the projector emits for one image, or for one tile of it or its thumbnail."""
+        """M: tokens that the projector emits for one image, or for one of its tiles or its thumbnail."""
         rows, columns = self.output_grid(vision)
         return rows * columns
 
 
-FusionKind = Literal["unified", "cross_attention", "encoder_decoder", "hybrid", "text_only"]
+@dataclass(frozen=True)
+class FusionStyle:
+    """A fusion style in `FUSION_STYLES`: how image tokens reach the decoder.
+
+    Where both fields apply, an image in tiles has its thumbnail in the sequence and its tiles in
+    cross-attention (NVLM-H; Dai et al. 2024, section 4).
+    """
+
+    in_sequence: bool  # image tokens are concatenated with the text tokens
+    #: image tokens are keys and values of cross-attention, in blocks between the decoder's blocks
+    #: (interleaved) or in each of them (every_block)
+    cross_attention: Literal["none", "interleaved", "every_block"] = "none"
+
+
+FUSION_STYLES = {
+    "unified": FusionStyle(in_sequence=True),
+    "cross_attention": FusionStyle(in_sequence=False, cross_attention="interleaved"),
+    "encoder_decoder": FusionStyle(in_sequence=False, cross_attention="every_block"),
+    "hybrid": FusionStyle(in_sequence=True, cross_attention="interleaved"),
+    "text_only": FusionStyle(in_sequence=False),
+}
 
 
 @dataclass(frozen=True)
 class Fusion:
-    kind: FusionKind = "unified"  # how image tokens reach the decoder
-    #: bidirectional: image and prompt see all of one another
+    kind: "Literal[tuple(FUSION_STYLES)]" = "unified"  # how image tokens reach the decoder
+    #: bidirectional: prefix-LM attention over image and prompt (PaliGemma)
     prefix: Literal["causal", "bidirectional"] = "causal"
-    #: cross_attention, hybrid: a cross block before decoder blocks 0, k, 2k, ...
+    #: cross_attention, hybrid: k: a cross-attention block before decoder blocks 0, k, 2k, ...
     cross_every: int = 1
-    #: cross_attention, hybrid: before these blocks instead; depth: after the last
+    #: cross_attention, hybrid: cross-attention blocks before these decoder blocks instead;
+    #: decoder.depth: after the last
     cross_layers: tuple[int, ...] = ()
     #: cross_attention, hybrid: tanh gates that start at 0 and so keep a trained decoder at first
     gated: bool = False
-    #: cross_attention, encoder_decoder, hybrid: a norm of every query and key head
+    #: cross_attention, encoder_decoder, hybrid: normalise query and key heads in cross-attention
     qk_norm: bool = True
-    #: cross_attention, encoder_decoder: a token in the text marks the place of each image (Llama 3.2 Vision, Flamingo)
+    #: cross_attention, encoder_decoder: a placeholder token in the text for each image (Llama 3.2
+    #: Vision, Flamingo)
     placeholder: bool = False
-    #: a token with no image to read: gets nothing, or reads every one
+    #: tokens before any image: masked out of cross-attention, or attend to all images (Llama 3.2
+    #: Vision)
     tokens_without_image: Literal["mask_out", "attend_all"] = "mask_out"
 
     @property
+    def style(self) -> FusionStyle:
+        return _row(FUSION_STYLES, "fusion.kind", self.kind)
+
+    @property
     def image_in_sequence(self) -> bool:
-        return self.kind in ("unified", "hybrid")
+        return self.style.in_sequence
 
     @property
     def image_in_memory(self) -> bool:
-        return self.kind in ("cross_attention", "encoder_decoder", "hybrid")
-
-    @property
-    def has_cross_blocks(self) -> bool:
-        """Whether blocks of cross-attention stand between those of the decoder."""
-        return self.kind in ("cross_attention", "hybrid")
+        """True if image tokens are keys and values of cross-attention."""
+        return self.style.cross_attention != "none"
 
     @property
     def has_images(self) -> bool:
         return self.image_in_sequence or self.image_in_memory
+
+    @property
+    def splits_views(self) -> bool:
+        """True if the thumbnail is in the sequence and the tiles are in cross-attention."""
+        return self.image_in_sequence and self.image_in_memory
+
+    @property
+    def has_cross_blocks(self) -> bool:
+        """True if blocks of cross-attention are interleaved with the decoder's blocks."""
+        return self.style.cross_attention == "interleaved"
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """True if every decoder block has cross-attention (Vaswani et al. 2017)."""
+        return self.style.cross_attention == "every_block"
 
     @property
     def has_gates(self) -> bool:
@@ -223,18 +304,19 @@ class Fusion:
         return placement if self.image_in_memory else (*placement, "qk_norm")
 
     def sublayers(self, depth: int) -> tuple[tuple[str, ...], ...]:
-        """The decoder's blocks, each a tuple of sublayers in the order in which they run."""
+        """Returns the decoder's blocks, each a tuple of sublayers (`nn.blocks.SUBLAYERS`) in order."""
         plain, crossing = ("self", "mlp"), ("cross", "cross_mlp")
-        if self.kind == "encoder_decoder":
+        if self.is_encoder_decoder:
             return (("self", "cross", "mlp"),) * depth
         if not self.has_cross_blocks:
             return (plain,) * depth
-        chosen = self.cross_layers or tuple(range(0, depth, self.cross_every))
+        layers = self.cross_layers or tuple(range(0, depth, self.cross_every))
         blocks = []
         for i in range(depth):
-            count = chosen.count(i)
+            # A layer that is listed several times has as many cross blocks; the last one joins it.
+            count = layers.count(i)
             blocks += [crossing] * (count - 1) + [crossing + plain if count else plain]
-        return (*blocks, *[crossing] * chosen.count(depth))
+        return (*blocks, *[crossing] * layers.count(depth))
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,9 @@ def check_values(cfg: Experiment | Vision | Contrastive) -> None:
             if allowed and word not in allowed
         ]
         if wrong:
-            raise ConfigError(f"{path} {wrong[0]!r} is no choice: choose {', '.join(allowed)}.")
+            raise ConfigError(
+                f"{path} {wrong[0]!r} is not a valid choice: choose {', '.join(allowed)}."
+            )
     check_numbers({path.replace("text.", "decoder."): value for path, value in values.items()})
     if isinstance(cfg, Experiment):
         _heads(cfg.decoder, "decoder")

@@ -184,7 +184,7 @@ def _token_settings(cfg: Experiment, folder: str, whole: bool) -> dict[str, obje
     tokenizer = HubTokenizer.load(folder)
     values: dict[str, object] = {"bos_id": -1 if tokenizer.bos_id is None else tokenizer.bos_id}
     eos_id = None
-    if whole and has_template(folder) and config_of(folder).fusion.kind == cfg.fusion.kind:
+    if whole and has_template(folder) and config_of(folder).fusion.style == cfg.fusion.style:
         values["template"] = "checkpoint"
         eos_id = Dialogue.load(folder, cfg.fusion.has_images).eos_id
     values["special_ids"] = special_ids(tokenizer, cfg.decoder, image_token_of(folder), eos_id)

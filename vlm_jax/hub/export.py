@@ -167,9 +167,9 @@ def matching_family(cfg: Experiment, taps: str = "output", shown: int | None = N
     Raises:
       CheckpointError: there is none.
     """
-    if cfg.fusion.kind == "hybrid":
+    if cfg.fusion.splits_views:
         raise CheckpointError(
-            "fusion.kind hybrid cannot be exported: no public checkpoint is of that kind."
+            f"fusion.kind {cfg.fusion.kind} cannot be exported: no public checkpoint is of that kind."
         )
     mine, nearest = architecture_fields(cfg), []
     for known in KNOWN:
@@ -219,7 +219,7 @@ def architecture_fields(cfg: Experiment) -> dict[str, object]:
     if decoder.positions != "rope":
         decoder = replace(decoder, rope=type(decoder.rope)())
     found = {f"decoder.{name}": value for name, value in flat(decoder).items()}
-    found |= {"fusion.kind": fusion.kind, "fusion.prefix": fusion.prefix}
+    found |= flat(fusion.style, "fusion.") | {"fusion.prefix": fusion.prefix}
     found["fusion.sublayers"] = fusion.sublayers(decoder.depth)
     if fusion.image_in_memory:
         found |= {"fusion.has_gates": fusion.has_gates, "fusion.qk_norm": fusion.qk_norm}
@@ -239,6 +239,5 @@ def architecture_fields(cfg: Experiment) -> dict[str, object]:
 
 def _used(projector) -> dict[str, object]:
     """The settings that its kind reads."""
-    names = {"linear": ("bias",), "mlp": ("bias", "activation"), "none": ()}
-    chosen = names.get(projector.kind, tuple(flat(projector)))
-    return {"kind": projector.kind} | {name: getattr(projector, name) for name in chosen}
+    fields = {name: getattr(projector, name) for name in projector.spec.fields}
+    return {"kind": projector.kind} | fields

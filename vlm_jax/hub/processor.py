@@ -110,7 +110,7 @@ class Processor:
         if ends is not None:
             made = [prompt.with_answer(ids) for prompt, ids in zip(made, ends, strict=True)]
         arrays = stack_prompts(made, self.tokenizer.pad_id or 0)
-        if cfg.fusion.kind == "encoder_decoder":
+        if cfg.fusion.is_encoder_decoder:
             arrays = {f"decoder_{name}": x for name, x in arrays.items()}
         batch = to_batch(
             cfg, arrays | _arrays(processed), self.checkpoint.image_token, generating=True
@@ -122,7 +122,7 @@ class Processor:
         self, prompts: Sequence[str], facts: list[list], add_special_tokens: bool
     ) -> list[Prompt]:
         """Tokens of each prompt, given what counts of its images."""
-        if self.checkpoint.cfg.fusion.kind == "encoder_decoder":
+        if self.checkpoint.cfg.fusion.is_encoder_decoder:
             start = start_of(self.checkpoint.folder, self.tokenizer)
             rows = (
                 [*start, *self.tokenizer.encode(text, add_special_tokens=False)] for text in prompts

@@ -72,7 +72,7 @@ def write_run_files(
         ids = _write_text_files(stage, cfg, model_type, tokenizer)
     if cfg.fusion.has_images:
         _write_processor(stage, cfg, model_type, processor)
-    starts = {"decoder_start_token_id": ids.begin} if cfg.fusion.kind == "encoder_decoder" else {}
+    starts = {"decoder_start_token_id": ids.begin} if cfg.fusion.is_encoder_decoder else {}
     _write_generation_config(stage, ids, starts, processor if keeps_form(cfg, processor) else None)
     return ids
 

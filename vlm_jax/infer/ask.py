@@ -53,11 +53,11 @@ def _refuse_what_it_cannot_read(checkpoint: Checkpoint, given: argparse.Namespac
     fusion = checkpoint.cfg.fusion
     if given.image and not fusion.has_images:
         raise ConfigError(f"--checkpoint {given.checkpoint} reads no images: leave out --image.")
-    if fusion.kind == "encoder_decoder" and len(given.image) != 1:
+    if fusion.is_encoder_decoder and len(given.image) != 1:
         raise ConfigError(
             f"--checkpoint {given.checkpoint} writes about one image: give --image FILE, and no more."
         )
-    if fusion.kind != "encoder_decoder" and given.prompt is None:
+    if not fusion.is_encoder_decoder and given.prompt is None:
         raise ConfigError(
             f'--checkpoint {given.checkpoint} answers a prompt: give --prompt "TEXT".'
         )

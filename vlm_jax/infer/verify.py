@@ -23,7 +23,7 @@ from vlm_jax.config import (
     Vision,
 )
 from vlm_jax.hub.inputs import (
-    OF_KIND,
+    argument_names,
     channels_last,
     image_batch,
     to_batch,
@@ -166,7 +166,7 @@ def one_output(model: Model, case: Case, name: str, tolerance: float) -> Result:
 
 def arguments_of(cfg) -> tuple[str, ...]:
     if isinstance(cfg, Experiment):
-        return OF_KIND[cfg.fusion.kind]
+        return argument_names(cfg.fusion)
     return (
         ("pixel_values",)
         if isinstance(cfg, Vision)
@@ -217,7 +217,7 @@ def _image_features(model: Model, case: Case) -> np.ndarray:
 
 def _new_ids(model: Model, case: Case) -> np.ndarray:
     checkpoint = model.checkpoint
-    inputs, starts = case.inputs, checkpoint.cfg.fusion.kind == "encoder_decoder"
+    inputs, starts = case.inputs, checkpoint.cfg.fusion.is_encoder_decoder
     if starts and "decoder_input_ids" not in inputs and checkpoint.start_id is not None:
         inputs = inputs | {
             "decoder_input_ids": np.full((len(inputs["pixel_values"]), 1), checkpoint.start_id)

@@ -50,7 +50,7 @@ def fuse(
     )
     if not reads_memory:
         return stream
-    if cfg.fusion.kind == "hybrid":
+    if cfg.fusion.splits_views:
         image = None if image is None else without_thumbnails(cfg, image, 1, cfg.image_tokens)
         batch = batch.replace(image_mask=without_thumbnails(cfg, batch.image_mask, 2))
     stream = stream.replace(memory=image, reads=batch.image_mask.any(-1))

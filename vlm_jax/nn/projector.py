@@ -107,11 +107,6 @@ class Resampler(nn.Module):
         return Norm("layernorm", settings.norm_eps, name="final_norm")(q)
 
 
-PROJECTORS = {
-    "linear": Linear,
-    "mlp": Mlp,
-    "pixel_shuffle": PixelShuffle,
-    "average_pool": AveragePool,
-    "resampler": Resampler,
-    "none": Identity,
-}
+def build_projector(cfg: Model) -> nn.Module:
+    """Builds the class of this file that the row of `projector.kind` in `PROJECTORS` names."""
+    return globals()[cfg.projector.spec.module](cfg)

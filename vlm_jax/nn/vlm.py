@@ -9,7 +9,7 @@ from vlm_jax import axes
 from vlm_jax.config import CHANNELS, Model, Vision
 from vlm_jax.nn.decoder import Decoder, check_length, empty_layers
 from vlm_jax.nn.fusion import fuse
-from vlm_jax.nn.projector import PROJECTORS
+from vlm_jax.nn.projector import build_projector
 from vlm_jax.nn.vit import ViT
 from vlm_jax.structs import Batch, Cache, Output
 
@@ -26,7 +26,7 @@ class VLM(nn.Module):
         self.decoder = Decoder(self.cfg.decoder, self.cfg.fusion)
         if self.cfg.fusion.has_images:
             self.vision = ViT(self.cfg.vision)
-            self.projector = PROJECTORS[self.cfg.projector.kind](self.cfg)
+            self.projector = build_projector(self.cfg)
 
     def image_tokens(self, batch: Batch) -> Float[Array, "B T D"]:
         """The I*M projected tokens of each row's images, image after image, view after view."""

@@ -113,7 +113,7 @@ def decoder_rows(
         )
         rows += norm_rows(f"{hub}.ln_2", f"{ours}/mlp_norm", turn)
         rows += mlp_rows(f"{hub}.mlp", f"{ours}/mlp", turn)
-        if fusion.kind == "encoder_decoder":
+        if fusion.is_encoder_decoder:
             rows += norm_rows(f"{hub}.ln_cross_attn", f"{ours}/cross_norm", turn)
             fused = {"q_attn": ("query",), "c_attn": ("key", "value")}
             rows += attention_rows(f"{hub}.crossattention", f"{ours}/cross", fused, turn)

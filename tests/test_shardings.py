@@ -15,6 +15,7 @@ from tests.nn.programs import equations
 from vlm_jax import axes
 from vlm_jax.config import Mesh, files
 from vlm_jax.nn.models import abstract_params
+from vlm_jax.nn.parts import PARTS, part_of
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.testing import (
     KINDS,
@@ -22,7 +23,6 @@ from vlm_jax.testing import (
     random_params,
     tiny,
 )
-from vlm_jax.train.optim import PARTS, part_of
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"

@@ -48,7 +48,7 @@ def timed_flops_per_second(side=1024):
 
 
 def test_of_a_cpu_it_is_near_that_of_a_product_timed_here():
-    peak_flops._measured_flops_per_second.cache_clear()
+    peak_flops._measure_flops_per_second.cache_clear()
     assert 1 / 3 < peak_flops_per_second("float32") / timed_flops_per_second() < 3
 
 

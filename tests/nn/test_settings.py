@@ -16,9 +16,9 @@ from vlm_jax.config import (
     Rope,
 )
 from vlm_jax.nn.models import abstract_params
+from vlm_jax.nn.parts import PARTS, part_of
 from vlm_jax.structs import PADDING
 from vlm_jax.testing import KINDS, random_batch, tiny
-from vlm_jax.train.optim import PARTS, part_of
 
 SETTINGS = {
     "learned positions": {"positions": "learned"},

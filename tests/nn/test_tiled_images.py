@@ -9,10 +9,10 @@ from flax import traverse_util
 
 from vlm_jax.config import Projector
 from vlm_jax.data import questions, text, tiling
+from vlm_jax.nn.parts import part_of
 from vlm_jax.nn.vlm import empty_cache
 from vlm_jax.structs import NO_IMAGE, PADDING, Batch
 from vlm_jax.testing import KINDS, tiny
-from vlm_jax.train.optim import part_of
 
 MOST = 3  # tiles; its images have 1 to 3
 THUMBNAIL = MOST

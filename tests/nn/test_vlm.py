@@ -25,10 +25,10 @@ from tests.nn.models import (
 from vlm_jax.config import Experiment, Fusion
 from vlm_jax.data import questions
 from vlm_jax.nn.models import initializer
+from vlm_jax.nn.parts import part_of
 from vlm_jax.nn.vlm import empty_cache
 from vlm_jax.structs import PADDING, Batch
 from vlm_jax.testing import random_batch, tiny
-from vlm_jax.train.optim import part_of
 
 GATED = tiny(fusion=Fusion("cross_attention", gated=True))
 

@@ -15,7 +15,7 @@ from jax.experimental import topologies
 
 from vlm_jax import axes
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.cost.chips import slice_of
+from vlm_jax.cost.chips import parse_slice
 from vlm_jax.plan import hlo
 from vlm_jax.plan.memory import batch_shapes
 from vlm_jax.train.loss import chunk_tokens
@@ -37,7 +37,7 @@ def devices_of(topology: str) -> list[jax.Device]:
     Raises:
       ConfigError: the compiler is not installed, or there is no such slice.
     """
-    chip, chips = slice_of(topology)
+    chip, chips = parse_slice(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
             "--topology needs XLA's TPU compiler: pip install -r requirements-tpu.txt."

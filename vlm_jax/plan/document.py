@@ -10,13 +10,13 @@ from jax.sharding import AbstractMesh
 
 from vlm_jax import axes
 from vlm_jax.config import Experiment
-from vlm_jax.cost.chips import Chip, slice_of
+from vlm_jax.cost.chips import Chip, parse_slice
 from vlm_jax.cost.flops import flops_by_part, token_flow, train_flops
 from vlm_jax.hub.export import exportable
+from vlm_jax.nn.parts import PARTS, part_of, trained_parts
 from vlm_jax.plan import compiled, memory
 from vlm_jax.plan.hlo import Program
 from vlm_jax.plan.roofline import roofline
-from vlm_jax.train import optim
 from vlm_jax.train.loop import check_rows
 from vlm_jax.train.step import state_shapes
 
@@ -50,7 +50,7 @@ def make(
         "export": exportable(cfg).removeprefix("export: "),
     }
     if places:
-        chip, chips = slice_of(topology)
+        chip, chips = parse_slice(topology)
         room = chip.hbm_bytes
         document["topology"] = {
             "name": topology,
@@ -68,8 +68,8 @@ def parts(cfg: Experiment) -> dict[str, dict]:
     flat = traverse_util.flatten_dict(state_shapes(cfg).params)
     count = Counter()
     for path, x in flat.items():
-        count[optim.part_of(path)] += math.prod(x.shape)
-    trained, flops = optim.trained_parts(cfg.optim), flops_by_part(cfg)
+        count[part_of(path)] += math.prod(x.shape)
+    trained, flops = trained_parts(cfg.optim), flops_by_part(cfg)
     return {
         part: {
             "parameters": count[part],
@@ -77,7 +77,7 @@ def parts(cfg: Experiment) -> dict[str, dict]:
             "forward_flops": flops[part].forward,
             "backward_flops": flops[part].backward,
         }
-        for part in optim.PARTS
+        for part in PARTS
         if count[part]
     }
 

@@ -122,21 +122,9 @@ def local(cfg: Experiment, mesh) -> Experiment:
 
 
 def batch_shapes(cfg: Experiment) -> Batch:
-    """Of a training batch whose rows have as many images as they have room for."""
-    batch, count = (
-        jax.eval_shape(lambda: example_batch(cfg.model, cfg.row_length, cfg.train.batch_size)),
-        cfg.data.images_per_row,
-    )
-
-    def many(x, axis):
-        sizes = (*x.shape[:axis], x.shape[axis] * count, *x.shape[axis + 1 :])
-        return jax.ShapeDtypeStruct(sizes, x.dtype)
-
-    fields = ("images", "tile_layouts", "tile_mask")
-    found = {
-        name: many(getattr(batch, name), 1) for name in fields if getattr(batch, name) is not None
-    }
-    return batch.replace(**found, image_mask=many(batch.image_mask, 2))
+    """Shapes of a training batch whose rows have as many images as they have room for."""
+    sizes = cfg.row_length, cfg.train.batch_size, cfg.data.images_per_row
+    return jax.eval_shape(lambda: example_batch(cfg.model, *sizes))
 
 
 def _splits(cfg: Experiment, mesh) -> dict[tuple[int, ...], int]:

@@ -2,7 +2,7 @@
 
 import math
 
-from vlm_jax.train import optim
+from vlm_jax.nn.parts import PARTS, part_of
 
 
 def first_nonfinite_parameter(finite: dict[str, bool], largest: dict[str, float]) -> str:
@@ -28,8 +28,8 @@ def _place(path: str) -> tuple:
     """Where a parameter is read in the forward pass."""
     names = tuple(path.split("/"))
     ends = {"patch_embed": 0, "embedding": 0, "final_norm": 2, "free_head": 3}
-    return optim.PARTS.index(optim.part_of(names)), ends.get(names[1], 1), path
+    return PARTS.index(part_of(names)), ends.get(names[1], 1), path
 
 
 def _named(path: str) -> str:
-    return f"{optim.part_of(tuple(path.split('/')))} ({path})"
+    return f"{part_of(tuple(path.split('/')))} ({path})"

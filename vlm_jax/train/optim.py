@@ -8,23 +8,12 @@ import optax.contrib
 from flax import traverse_util
 
 from vlm_jax.config import Optim
+from vlm_jax.nn.parts import part_of, trained_parts
 
-PARTS = ("vision", "projector", "decoder", "cross_attention")
 MATRICES = (
     "kernel",
     "table",
 )  # they decay; the number of dimensions says nothing where layers are stacked
-
-
-def part_of(path: tuple[str, ...]) -> str:
-    """The part that a parameter belongs to: cross-attention's sublayers stand inside the decoder's blocks."""
-    if path[0] == "decoder" and any(name.startswith("cross") for name in path):
-        return "cross_attention"
-    return path[0]
-
-
-def trained_parts(cfg: Optim) -> set[str]:
-    return {part for part, scale in dataclasses.asdict(cfg.lr_mult).items() if scale > 0}
 
 
 def split(params, cfg: Optim) -> tuple[dict, dict]:

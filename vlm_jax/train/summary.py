@@ -5,6 +5,7 @@ import jax
 from vlm_jax.config import Experiment
 from vlm_jax.data import pipeline, sources
 from vlm_jax.hub.export import exportable
+from vlm_jax.nn.parts import PARTS, part_of
 from vlm_jax.train import optim
 
 
@@ -51,9 +52,7 @@ def describe_parameters(cfg: Experiment, params) -> str:
     total = trained_size + frozen_size
     if not frozen:
         return f"{total:,}, all trained"
-    frozen_parts = [
-        part for part in optim.PARTS if part in {optim.part_of(path) for path in frozen}
-    ]
+    frozen_parts = [part for part in PARTS if part in {part_of(path) for path in frozen}]
     return f"{total:,}, {trained_size / total:.1%} trained; frozen: {', '.join(frozen_parts)}"
 
 

@@ -91,26 +91,32 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
     ),
     (
         {"fusion_qk_norm": False},
-        "fusion.qk_norm False has no effect .* cross_attention or encoder_decoder or hybrid",
+        "fusion.qk_norm False has no effect .* cross_attention, encoder_decoder or hybrid",
     ),
     (
         {"optim_lr_mult": LrMult(0, 0, 0, 0)},
-        "optim.lr_mult is 0 for vision, .*: nothing would learn",
+        "optim.lr_mult is 0 for vision, .*: nothing would be trained",
     ),
     ({"data_source": "conversations"}, "data.source conversations needs data.files"),
-    ({"data_files": ("a.json",)}, "data.files is of data.source conversations, not of easy_vqa"),
+    (
+        {"data_files": ("a.json",)},
+        "data.files applies only to data.source conversations, not to easy_vqa",
+    ),
     (
         {"eval_files": ("a.json",)},
-        "eval.files is of data.source conversations, not of easy_vqa: leave it out",
+        "eval.files applies only to data.source conversations, not to easy_vqa: leave it out",
     ),
-    ({"data_image_dir": "a"}, "data.image_dir is of data.source conversations, not of easy_vqa"),
+    (
+        {"data_image_dir": "a"},
+        "data.image_dir applies only to data.source conversations, not to easy_vqa",
+    ),
     (
         {"data_source": "tfds:vqa", "data_augment": ("mirror",)},
-        "data.augment mirror .* data.source tfds:vqa .* untrue",
+        "data.augment mirror would invalidate .* data.source tfds:vqa",
     ),
     (
         {"data_images_per_row": 2},
-        "data.images_per_row 2 is of conversations: with data.source easy_vqa .* one",
+        "data.images_per_row 2 applies only to conversations: with data.source easy_vqa .* one",
     ),
     (
         {"data_source": "tfds:vqa", "fusion_tokens_without_image": "attend_all"},
@@ -146,7 +152,7 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
     ),
     (
         {"data_tag_ids": ((4,), (5,))},
-        "data.tag_ids names the tags of tiles, .* vision.tiles 1 and vision.tile_tags 1d",
+        "data.tag_ids needs tile tags, which vision.tiles 1 and vision.tile_tags 1d",
     ),
     (
         {"vision_tiles": 2, "data_tag_ids": ((4,), (5,))},
@@ -154,52 +160,58 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
     ),
     (
         {"data_special_ids": (0, 1, 2, 300)},
-        "data.special_ids 300 is none of the tokens 0 to 299 of decoder.vocab_size 300",
+        "data.special_ids 300 is not a token: choose ids of 0 to 299 .decoder.vocab_size 300.",
     ),
-    ({"data_special_ids": (-1, 1, 2, 3)}, "data.special_ids -1 is none of the tokens 0 to 299"),
-    ({"data_bos_id": 300}, "data.bos_id 300 is none of the tokens 0 to 299"),
+    (
+        {"data_special_ids": (-1, 1, 2, 3)},
+        "data.special_ids -1 is not a token: choose ids of 0 to 299",
+    ),
+    ({"data_bos_id": 300}, "data.bos_id 300 is not a token: choose ids of 0 to 299"),
     (
         {"vision_tiles": 2, "data_tag_ids": ((4,), (5, 300), (6,))},
-        "data.tag_ids 300 is none of the tokens 0 to 299",
+        "data.tag_ids 300 is not a token: choose ids of 0 to 299",
     ),
     (
         {"vision_tiles": 2, "data_tag_ids": ((4,), (-5,), (6,))},
-        "data.tag_ids -5 is none of the tokens 0 to 299",
+        "data.tag_ids -5 is not a token: choose ids of 0 to 299",
     ),
     (
         {"vision_tiles": 2, "data_tag_ids": ((4,), (5, 1), (6,))},
-        "data.tag_ids 1 is one of data.special_ids, too",
+        "data.tag_ids 1 is also in data.special_ids",
     ),
     (
         {"decoder_extra_tokens": 8, "data_special_ids": (0, 308, 2, 3)},
-        "data.special_ids 308 .* 0 to 307 of decoder.vocab_size 300 and decoder.extra_tokens 8",
+        "data.special_ids 308 .* 0 to 307 .decoder.vocab_size 300 and decoder.extra_tokens 8",
     ),
     (
         {"decoder_extra_tokens": 8, "data_special_ids": (0, 1, 2, 300)},
         r"data.special_ids ends in 300, the end of text, .* 0 to 299 \(decoder.vocab_size 300\)",
     ),
-    (TILED | {"vision_kind": "none"}, "vision.tile_layouts .* vision.kind none .* set that to vit"),
+    (TILED | {"vision_kind": "none"}, "vision.tile_layouts .* vision.kind none: set that to vit"),
     (
         TILED | {"vision_class_token": False, "vision_keep_class_token": False},
-        "vision.tile_layouts .* vision.class_token False .* set that to True",
+        "vision.tile_layouts .* vision.class_token False: set that to True",
     ),
     (
         TILED | {"vision_keep_class_token": False},
-        "vision.tile_layouts .* vision.keep_class_token False .* to True",
+        "vision.tile_layouts .* vision.keep_class_token False: set that to True",
     ),
     (
         TILED | {"vision_num_global_layers": 0},
         "vision.tile_layouts needs vision.num_global_layers of at least 1, not 0",
     ),
     (TILED | {"vision_tile_layouts": ((1, 2),)}, "vision.tile_layouts lacks 1 1"),
-    (TILED | {"vision_tiles": 1}, "vision.tile_layouts 1 2 is no layout: .* 1 to vision.tiles 1"),
+    (
+        TILED | {"vision_tiles": 1},
+        "vision.tile_layouts 1 2 is not a valid layout: .* 1 to vision.tiles 1",
+    ),
     (
         TILED | {"vision_tile_layouts": ((1, 1), (-1, -1))},
-        "vision.tile_layouts -1 -1 is no layout: .* 1 to",
+        "vision.tile_layouts -1 -1 is not a valid layout: .* 1 to",
     ),
     (
         TILED | {"projector_kind": "resampler"},
-        "projector.kind resampler .* vision.tile_layouts .* linear, mlp or none",
+        "projector.kind resampler .* vision.tile_layouts: choose linear, mlp or none",
     ),
     (
         TILED | {"projector_kind": "pixel_shuffle"},
@@ -256,7 +268,7 @@ def test_a_number_outside_of_its_range_is_refused_by_name(field, value, said):
 @pytest.mark.parametrize("field", PATHS)
 def test_an_address_in_the_place_of_a_path_is_refused_by_name(field, address):
     value = (address,) if field.endswith(".files") else address
-    with pytest.raises(ConfigError, match=f"^{field} {address} is an address"):
+    with pytest.raises(ConfigError, match=f"^{field} {address} is a URL"):
         validate(with_value(tiny(), field, value))
 
 

@@ -172,7 +172,7 @@ def test_a_token_that_reads_no_image_gets_nothing_from_crossing():
     context = BlockInputs(
         memory=MEMORY,
         memory_mask=jnp.broadcast_to(mask[:, None, :, None], (2, 1, 3, 5)),
-        reads=mask,
+        has_image=mask,
     )
     y = run(CFG, blocks, NOT_FUSED, params, X, context)
     np.testing.assert_array_equal(y[~mask], X[~mask])

@@ -8,9 +8,9 @@ import pytest
 
 from vlm_jax.config import Projector, Vision
 from vlm_jax.nn.fusion import (
+    cross_attention_mask,
     fuse,
-    memory_mask,
-    place,
+    insert_image_tokens,
     self_attention_mask,
     text_mask,
 )
@@ -209,7 +209,7 @@ def test_several_tokens_at_once_go_into_the_cache():
 
 def test_memory_mask_repeats_each_image_for_all_its_tokens():
     row = batch([1, 1, 1], [0, 0, 0], [[1, 0], [0, 1], [1, 1]])
-    assert drawn(memory_mask(row, 3)) == picture("""
+    assert drawn(cross_attention_mask(row, 3)) == picture("""
         1 1 1 . . .
         . . . 1 1 1
         1 1 1 1 1 1
@@ -310,7 +310,7 @@ def test_a_blind_token_reads_everything_where_asked_for_and_is_known_as_blind():
     assert drawn(skipping.memory_mask) == ["11..", "...."]
     assert drawn(opened.memory_mask) == ["11..", "1111"]
     for stream in (skipping, opened):
-        assert stream.reads.tolist() == [[True, False]]
+        assert stream.has_image.tolist() == [[True, False]]
     assert opened.attends.tolist() == [[True, True]]
 
 
@@ -321,17 +321,17 @@ def test_a_blind_token_reads_what_its_blind_mask_allows():
     cfg = replace(cfg, fusion=replace(cfg.fusion, tokens_without_image="attend_all"))
     stream = fuse(cfg.model, jnp.zeros((1, 3, 3)), jnp.zeros((1, 4, 3)), row)
     assert drawn(stream.memory_mask) == ["11..", "..11", "...."]
-    assert stream.reads.tolist() == [[True, False, False]]
+    assert stream.has_image.tolist() == [[True, False, False]]
     assert stream.attends.tolist() == [[True, True, False]]
 
 
 def test_place_puts_image_tokens_where_they_stand_and_leaves_the_text():
     text = jnp.asarray([[[1.0], [2.0], [3.0], [4.0]]])
     image = jnp.asarray([[[-10.0], [-11.0], [-12.0]]])
-    placed = place(text, image, jnp.asarray([[NO_IMAGE, 0, 2, NO_IMAGE]]))
+    placed = insert_image_tokens(text, image, jnp.asarray([[NO_IMAGE, 0, 2, NO_IMAGE]]))
     assert placed[0, :, 0].tolist() == [1, -10, -12, 4]
 
 
 def test_place_keeps_rows_apart():
     text, image = jnp.zeros((2, 1, 1)), jnp.asarray([[[1.0]], [[2.0]]])
-    assert place(text, image, jnp.asarray([[0], [0]]))[:, 0, 0].tolist() == [1, 2]
+    assert insert_image_tokens(text, image, jnp.asarray([[0], [0]]))[:, 0, 0].tolist() == [1, 2]

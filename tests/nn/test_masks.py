@@ -194,7 +194,7 @@ def test_the_masks_of_an_image_in_tiles(kind):
         return
     assert drawn(stream.memory_mask)[:there] == picture(memory)
     assert not any("1" in line for line in drawn(stream.memory_mask)[there:])
-    assert stream.reads[0].tolist() == ["1" in line for line in drawn(stream.memory_mask)]
+    assert stream.has_image[0].tolist() == ["1" in line for line in drawn(stream.memory_mask)]
 
 
 @pytest.mark.parametrize("kind", IN_TILES)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from vlm_jax.config import CheckpointError, Experiment, UserError
+from vlm_jax.config import FUSION_STYLES, CheckpointError, Experiment, UserError
 from vlm_jax.config.validate import flat
 from vlm_jax.hub.families.family import Family, Json
 from vlm_jax.hub.families.registry import KNOWN, family_of
@@ -219,7 +219,9 @@ def architecture_fields(cfg: Experiment) -> dict[str, object]:
     if decoder.positions != "rope":
         decoder = replace(decoder, rope=type(decoder.rope)())
     found = {f"decoder.{name}": value for name, value in flat(decoder).items()}
-    found |= flat(fusion.style, "fusion.") | {"fusion.prefix": fusion.prefix}
+    # A copy of a style under another name is the same architecture.
+    kind = next(kind for kind, style in FUSION_STYLES.items() if style == fusion.style)
+    found |= {"fusion.kind": kind, "fusion.prefix": fusion.prefix}
     found["fusion.sublayers"] = fusion.sublayers(decoder.depth)
     if fusion.image_in_memory:
         found |= {"fusion.has_gates": fusion.has_gates, "fusion.qk_norm": fusion.qk_norm}

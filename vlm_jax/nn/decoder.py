@@ -103,7 +103,7 @@ class Decoder(nn.Module):
             rope=rope_tables(positions, cfg) if cfg.positions == "rope" else None,
             memory=stream.memory,
             memory_mask=stream.memory_mask,
-            reads=stream.reads,
+            has_image=stream.has_image,
             attends=stream.attends,
             local_mask=stream.local_mask,
             local_rope=local_rope_tables(positions, cfg) if cfg.rope.local_theta else None,

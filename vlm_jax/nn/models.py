@@ -12,7 +12,7 @@ from vlm_jax.nn import contrastive
 from vlm_jax.nn.vit import ViT
 from vlm_jax.nn.vlm import VLM, example_batch, example_images
 
-# A model with a decoder (an experiment stands for its model), an encoder, two towers.
+# Of a vision-language model (alone or in an experiment), an encoder, two contrastive towers.
 Config = Experiment | Model | Vision | Contrastive
 MODULES = {Model: VLM, Vision: ViT, Contrastive: contrastive.Contrastive}
 
@@ -23,7 +23,7 @@ def build_model(cfg: Config) -> nn.Module:
 
 
 def model_config(cfg: Config) -> Model | Vision | Contrastive:
-    """Returns the settings that `nn/` sees: of an experiment its model."""
+    """Returns the config of the model: `Experiment.model`, or the config itself."""
     return cfg.model if isinstance(cfg, Experiment) else cfg
 
 
@@ -37,12 +37,12 @@ def example_inputs(cfg: Model | Vision | Contrastive) -> tuple:
 
 
 def initializer(cfg: Config) -> Callable:
-    """Returns a jitted function of a key that makes the boxed parameters (`axes.Partitioned`) of a new model."""
+    """Returns a jitted function: key -> boxed parameters (`axes.Partitioned`) of a new model."""
     return _initializer(model_config(cfg))
 
 
 def abstract_params(cfg: Config):
-    """Returns shapes and logical axes (`axes.Partitioned`) of the parameters; nothing is computed."""
+    """Returns shapes and logical axes of the parameters (`axes.Partitioned`)."""
     return _abstract_params(model_config(cfg))
 
 

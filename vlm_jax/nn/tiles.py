@@ -47,7 +47,9 @@ class TiledViT(nn.Module):
         tiled = x.shape
         self.sow("intermediates", "embeddings", x)
         context = BlockInputs(mask=padding_mask(tile_mask, length, x.shape[2]))
-        stack = Stack(cfg, (("self", "mlp"),) * cfg.depth, wanted=cfg.feature_layers, name="blocks")
+        stack = Stack(
+            cfg, (("self", "mlp"),) * cfg.depth, return_layers=cfg.feature_layers, name="blocks"
+        )
         x, kept, _ = stack(x.reshape(rows, -1, width), context)
         x = self._norm("final_norm", x).reshape(tiled) + self._tile_embedding(
             "post_tile", layouts, tiles

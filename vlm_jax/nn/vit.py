@@ -52,7 +52,9 @@ class ViT(nn.Module):
             x = self._norm("pre_norm", x)
         self.sow("intermediates", "embeddings", x)
         x = axes.constrain(x, "B P D")
-        stack = Stack(cfg, (("self", "mlp"),) * cfg.depth, wanted=cfg.feature_layers, name="blocks")
+        stack = Stack(
+            cfg, (("self", "mlp"),) * cfg.depth, return_layers=cfg.feature_layers, name="blocks"
+        )
         x, kept, _ = stack(x, BlockInputs())
         if cfg.final_norm == "tokens":
             x = self._norm("final_norm", x)

@@ -1,4 +1,4 @@
-"""LLaVA 1.5 7B (Liu et al. 2023): CLIP's tokens before the last block, an MLP, Vicuna."""
+"""LLaVA 1.5 7B (Liu et al. 2023): CLIP's tokens before its last block, an MLP, Vicuna."""
 
 from dataclasses import replace
 

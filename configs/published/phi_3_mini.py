@@ -1,4 +1,4 @@
-"""Phi-3 mini, 4k context: the text decoder alone."""
+"""Phi-3 mini with 4k context, text only."""
 
 from dataclasses import replace
 

@@ -149,7 +149,7 @@ MISTAKES = {
     ),
     "steps that are no range": (
         ["--config", CONFIG, "--train.profile-steps", "13:10"],
-        ["train.profile_steps '13:10' is no range of steps", "10:13"],
+        ["train.profile_steps '13:10' is not a range of steps", "10:13"],
     ),
     "steps that never come": (
         ["--config", CONFIG, "--train.steps", "9", "--train.profile-steps", "8:10"],

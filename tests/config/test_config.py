@@ -156,7 +156,8 @@ def test_a_file_that_is_no_config_is_refused_with_its_name(tmp_path, text, said)
 
 def test_the_config_of_a_public_checkpoint_is_no_run():
     with pytest.raises(
-        ConfigError, match="some/config.json is of a public checkpoint, not of a run: --checkpoint"
+        ConfigError,
+        match="some/config.json belongs to a public checkpoint, not to a run: .* --checkpoint",
     ):
         files.from_json('{"model_type": "llama", "hidden_size": 32}', "some/config.json")
 

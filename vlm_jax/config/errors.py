@@ -24,6 +24,6 @@ class RunError(RuntimeError):
 
 
 class NonFiniteError(RunError):
-    """A number that became NaN or infinite, in one sentence: a run that failed without a mistake of the user."""
+    """A number that became NaN or infinite: the run failed without a mistake of the user."""
 
     on_all_processes = True

@@ -1,4 +1,4 @@
-"""What a model is: the settings of its parts. Every public family is a choice of them, never a class of its own."""
+"""Settings of the model's parts; every public model family is a choice of them, not a class."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,34 +13,35 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu2"]
 
 @dataclass(frozen=True)
 class Transformer:
-    """What the image encoder and the decoder have in common."""
+    """Settings that the image encoder and the decoder share."""
 
-    width: int = 128  # D: numbers of a token
-    depth: int = 4  # blocks
-    heads: int = 4  # N: attention heads
-    kv_heads: int = 0  # K: key/value heads (grouped-query attention); 0: as many as heads
-    head_dim: int = 0  # H: numbers of a head; 0: width / heads
-    mlp_width: int = 512  # F: hidden numbers of the MLP
-    #: centred: scales are kept minus 1 (Gemma)
+    width: int = 128  # D: model dimension
+    depth: int = 4  # number of blocks
+    heads: int = 4  # N: number of attention heads
+    #: K: number of key/value heads (grouped-query attention); 0: heads
+    kv_heads: int = 0
+    head_dim: int = 0  # H: head dimension; 0: width / heads
+    mlp_width: int = 512  # F: hidden dimension of the MLP
+    #: rmsnorm_zero_centered: stores scale - 1 (Gemma)
     norm: Literal["layernorm", "rmsnorm", "rmsnorm_zero_centered"] = "layernorm"
     norm_eps: float = 1e-6  # added to the variance
-    #: x + f(norm x), norm(x + f(x)), or x + norm(f(norm x))
+    #: x + f(norm(x)), norm(x + f(x)), or x + norm(f(norm(x)))
     norm_position: Literal["pre", "post", "sandwich"] = "pre"
-    activation: Activation = "gelu_tanh"  # of the MLP
+    activation: Activation = "gelu_tanh"  # activation of the MLP
     gated_mlp: bool = False  # down(act(gate x) * up x) instead of down(act(up x))
     qkv_bias: bool = True  # biases of the query, key and value projections
     out_bias: bool = True  # bias of attention's output projection
     mlp_bias: bool = True  # biases of the MLP
-    qk_norm: bool = False  # a norm of every query and key head, before RoPE
-    query_scale: float = 0.0  # factor of attention's scores; 0: 1 / sqrt(H)
-    score_softcap: float = 0.0  # c: attention's scores become c tanh(score / c); 0: they stay
-    #: of what a sublayer adds: D numbers, or tanh of one
+    qk_norm: bool = False  # normalise query and key heads before RoPE
+    query_scale: float = 0.0  # factor of the attention scores; 0: 1 / sqrt(H)
+    #: c: attention scores become c tanh(score / c); 0: not capped
+    score_softcap: float = 0.0
+    #: per-channel LayerScale, or a scalar tanh gate, on each residual branch
     layer_scale: Literal["none", "vector", "tanh_gate"] = "none"
-    #: blocks (or periods of them) laid out per turn of the loop: slower to compile, remat saves
-    #: less
+    #: unroll of the scan over layers: faster steps, slower compilation, less saved by remat
     unroll: int = 1
-    #: what the backward pass computes again: nothing, all but attention and products with weights, all but those
-    #: products, or everything but the inputs of the blocks
+    #: rematerialise nothing; all but attention and matmuls with weights; all but those matmuls;
+    #: everything
     remat: Literal["none", "attention", "dots", "full"] = "none"
 
     @property
@@ -56,50 +57,50 @@ class Transformer:
 class Vision(Transformer):
     #: the encoder; none: patches go straight to the projector (Fuyu)
     kind: Literal["vit", "none"] = "vit"
-    #: folder of a public checkpoint: its encoder's settings, and its weights to begin with
+    #: checkpoint folder: its encoder's settings and initial weights
     checkpoint: str = ""
     image_size_px: int = 64  # height and width of an image
-    #: of red, green and blue in 0..1: subtracted from a pixel
+    #: mean of red, green and blue in 0..1, subtracted from the pixels
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    #: of red, green and blue: what a pixel is divided by then
+    #: standard deviation of red, green and blue, the divisor of the pixels
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    #: how an image becomes a square: its sides are scaled apart; the shorter side is scaled and the middle cut out; or
-    #: it is padded. With `tile_layouts`: pad fits it onto tiles
+    #: how an image becomes square: scale both sides; scale the shorter side and crop the centre; or
+    #: scale the longer side and pad. With tile_layouts, pad fits the image onto tiles
     resize: Literal["squash", "crop", "pad"] = "squash"
-    #: crop: length of the shorter side before the middle is cut out; 0: image_size_px
+    #: crop: length of the shorter side before the crop; 0: image_size_px
     resize_px: int = 0
     #: filter of the resize
     resample: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] = "bicubic"
     patch_size_px: int = 8  # height and width of a patch
-    #: the same numbers, computed as a product or a convolution
+    #: patch embedding as a matmul or as the equal strided convolution
     patch_embed: Literal["linear", "conv"] = "linear"
     patch_bias: bool = True  # bias of the patch embedding
     #: position embeddings that are added to the patches
     positions: Literal["learned", "sincos", "none"] = "learned"
-    class_token: bool = False  # a learned token in front of the patches
-    keep_class_token: bool = False  # hand it on to the projector
-    #: the token that stood for hidden patches in pretraining (DINOv2); carried along
+    class_token: bool = False  # prepend a learned token to the patches
+    keep_class_token: bool = False  # pass the class token to the projector
+    #: mask token of DINOv2's pretraining; unused, kept for export
     mask_token: bool = False
-    pre_norm: bool = False  # a norm before the first block (CLIP)
-    #: what the norm after the last block is for
+    pre_norm: bool = False  # normalise before the first block (CLIP)
+    #: norm after the last block: of all tokens, of the pooled vector, or none
     final_norm: Literal["tokens", "pooled", "none"] = "tokens"
-    #: hidden states that go on; 0: embeddings, -1: last; (): the output
+    #: hidden states for the projector; 0: embeddings, -1: last block; (): the encoder's output
     feature_layers: tuple[int, ...] = ()
-    #: one vector an image; tanh: of a product
+    #: pooled image vector: class token, tanh(linear(class token)), or attention pooling
     pool: Literal["none", "class", "tanh", "attention"] = "none"
-    #: rows of a classifier that reads the class token, carried along; 0: there is none
+    #: classes of a classifier on the class token, kept for export; 0: no classifier
     classes: int = 0
     newline_token: bool = False  # unified: a text token after every row of image tokens (Fuyu)
-    #: tiles of image_size_px that a large image is cut into, at the most; 1: it is squeezed to a
-    #: square
+    #: maximum number of tiles per image, each of image_size_px; 1: resize to one square
     tiles: int = 1
-    thumbnail: bool = True  # an image of several tiles has a picture of the whole of it besides
-    #: tokens that name the tiles of an image in the text, <tile_1> and so on
+    #: append a thumbnail of the whole image if it has more than one tile
+    thumbnail: bool = True
+    #: text tokens that name the tiles of an image: <tile_1> and so on
     tile_tags: Literal["1d", "none"] = "1d"
-    #: the encoder of Llama 3.2 Vision: rows and columns of tiles that it sees together; each layout has position
-    #: embeddings of its own
+    #: rows and columns of tiles that the encoder of Llama 3.2 Vision encodes together; each layout
+    #: has its own position embeddings
     tile_layouts: tuple[tuple[int, int], ...] = ()
-    #: gated blocks after the others; the features are then the output and `feature_layers`
+    #: gated blocks after the other blocks; features are then the output and feature_layers
     num_global_layers: int = 0
 
     @property
@@ -109,22 +110,22 @@ class Vision(Transformer):
 
     @property
     def cut_tiles(self) -> int:
-        """Tiles that the data cuts an image into, at the most: each is an image of its own to the encoder."""
+        """Maximum number of tiles per image that the encoder encodes separately."""
         return 1 if self.tile_layouts else self.tiles
 
     @property
     def views(self) -> int:
-        """J: pictures that the data makes of one image, at the most: its tiles and then its thumbnail."""
+        """J: maximum number of views per image in the data: its tiles, then its thumbnail."""
         return self.cut_tiles + int(self.thumbnail and self.cut_tiles > 1)
 
     @property
     def pictures(self) -> int:
-        """Pictures of one image that the encoder reads at the most, one by one or all together."""
+        """Maximum number of encoder inputs per image, encoded separately or together."""
         return self.tiles if self.tile_layouts else self.views
 
     @property
     def keeps_aspect_in_tiles(self) -> bool:
-        """Whether an image is fitted onto the tiles of `tile_layouts`, and not squashed into one of them."""
+        """True if an image is fitted onto the tiles of `tile_layouts`, not squashed into one."""
         return bool(self.tile_layouts) and self.resize == "pad"
 
     @property
@@ -133,19 +134,19 @@ class Vision(Transformer):
 
     @property
     def patch_dim(self) -> int:
-        """C: numbers of one flattened patch."""
+        """C: size of a flattened patch."""
         return self.patch_size_px**2 * CHANNELS
 
     @property
     def output_width(self) -> int:
-        """E: numbers of a token that reaches the projector."""
+        """E: dimension of the projector's input tokens."""
         if self.kind == "none":
             return self.patch_dim
         return self.width * (len(self.feature_layers) + bool(self.tile_layouts) or 1)
 
     @property
     def extra_tokens(self) -> int:
-        """Tokens beside the grid that reach the projector."""
+        """Number of tokens besides the grid in the projector's input."""
         return int(self.kind == "vit" and self.class_token and self.keep_class_token)
 
 
@@ -186,7 +187,7 @@ class Projector:
     # The type is a string so that it is evaluated, and the table read, whenever it is asked for.
     #: maps image tokens of the encoder to the decoder's width
     kind: "Literal[tuple(PROJECTORS)]" = "linear"
-    #: folder of a public checkpoint: its projector's settings, and its weights to begin with
+    #: checkpoint folder: its projector's settings and initial weights
     checkpoint: str = ""
     activation: Activation = "gelu"  # mlp: activation between its two layers
     bias: bool = True  # linear, mlp: use biases
@@ -212,7 +213,7 @@ class Projector:
         return (1, rows * columns + vision.extra_tokens) if vision.extra_tokens else (rows, columns)
 
     def num_tokens(self, vision: Vision) -> int:
-        """M: tokens that the projector emits for one image, or for one of its tiles or its thumbnail."""
+        """M: number of tokens that the projector emits for one view of an image."""
         rows, columns = self.output_grid(vision)
         return rows * columns
 
@@ -304,7 +305,7 @@ class Fusion:
         return placement if self.image_in_memory else (*placement, "qk_norm")
 
     def sublayers(self, depth: int) -> tuple[tuple[str, ...], ...]:
-        """Returns the decoder's blocks, each a tuple of sublayers (`nn.blocks.SUBLAYERS`) in order."""
+        """Returns the decoder's blocks, each a tuple of names in `nn.blocks.SUBLAYERS`."""
         plain, crossing = ("self", "mlp"), ("cross", "cross_mlp")
         if self.is_encoder_decoder:
             return (("self", "cross", "mlp"),) * depth
@@ -321,54 +322,56 @@ class Fusion:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding (Su et al. 2021) and the ways in which it is stretched to longer texts."""
+    """Rotary position embedding (Su et al. 2021) and its scaling to longer contexts."""
 
-    theta: float = 10_000.0  # the base of the wavelengths
-    #: of the sliding blocks, never stretched; 0: theta, stretched like the others
+    theta: float = 10_000.0  # base of the wavelengths
+    #: base in sliding blocks, which are never scaled; 0: theta, scaled like the others
     local_theta: float = 0.0
-    fraction: float = 1.0  # share of a head's numbers that are turned
-    #: how it is stretched to longer texts
+    fraction: float = 1.0  # fraction of the head dimension that is rotated
+    #: scaling to longer contexts
     scaling: Literal["none", "linear", "llama3", "longrope"] = "none"
-    #: linear, llama3: long wavelengths are this much longer; longrope: longest text / original
+    #: linear, llama3: factor by which long wavelengths grow; longrope: longest / original context
     factor: float = 1.0
-    #: llama3: wavelengths above original_positions / this are stretched
+    #: llama3: wavelengths above original_positions / low_freq_factor are scaled
     low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0  # llama3: those below original_positions / this stay
-    original_positions: int = 8192  # llama3, longrope: the longest text before the stretch
-    #: longrope: one a frequency, for texts up to original_positions
+    #: llama3: wavelengths below original_positions / high_freq_factor are kept
+    high_freq_factor: float = 4.0
+    original_positions: int = 8192  # llama3, longrope: context length before scaling
+    #: longrope: a factor per frequency, for texts up to original_positions
     short_factors: tuple[float, ...] = ()
-    long_factors: tuple[float, ...] = ()  # longrope: for longer ones
+    long_factors: tuple[float, ...] = ()  # longrope: a factor per frequency, for longer texts
 
 
 @dataclass(frozen=True)
 class Decoder(Transformer):
-    #: folder of a public checkpoint: its decoder's settings and tokenizer, and its weights to begin with
+    #: checkpoint folder: its decoder's settings, tokenizer and initial weights
     checkpoint: str = ""
-    vocab_size: int = 512  # V: rows of the output head; the tokenizer has at most as many
-    #: tokens that can be read but never written: rows of the embedding beyond the head's (mllama)
+    vocab_size: int = 512  # V: size of the output head; not less than the tokenizer's
+    #: input-only ids: additional rows of the embedding (mllama)
     extra_tokens: int = 0
-    embed_scale: bool = False  # embeddings times sqrt(D)
-    embed_norm: bool = False  # a norm after embeddings and positions are added
+    embed_scale: bool = False  # multiply embeddings by sqrt(D)
+    embed_norm: bool = False  # normalise the sum of embeddings and positions
     #: rotary, or position embeddings that are added
     positions: Literal["rope", "learned", "sincos"] = "rope"
-    max_positions: int = 256  # the longest sequence
-    position_offset: int = 0  # learned, sincos: the row of position 0
+    max_positions: int = 256  # maximum sequence length
+    position_offset: int = 0  # learned, sincos: row of position 0
     rope: Rope = field(default_factory=Rope)
-    sliding_window: int = 0  # tokens, itself included, that a token of a sliding block sees
-    sliding_layers: tuple[int, ...] = ()  # the blocks that slide
-    final_norm: bool = True  # a norm after the last block
-    tie_word_embeddings: bool = True  # the output head is the embedding
-    logit_softcap: float = 0.0  # c: logits become c tanh(logit / c); 0: they stay
+    #: number of tokens, itself included, that a token of a sliding block attends to
+    sliding_window: int = 0
+    sliding_layers: tuple[int, ...] = ()  # blocks with a sliding window
+    final_norm: bool = True  # normalise after the last block
+    tie_word_embeddings: bool = True  # use the embedding as the output head
+    logit_softcap: float = 0.0  # c: logits become c tanh(logit / c); 0: not capped
 
     @property
     def rotary_dim(self) -> int:
-        """R: numbers of a head that RoPE turns."""
+        """R: number of head dimensions that are rotated."""
         return int(self.head_width * self.rope.fraction)
 
 
 @dataclass(frozen=True)
 class Model:
-    """Settings of a vision-language model: all that `nn/` sees of an experiment."""
+    """Settings of a vision-language model: the part of an experiment that `nn/` takes."""
 
     vision: Vision = field(default_factory=Vision)
     projector: Projector = field(default_factory=Projector)
@@ -377,22 +380,25 @@ class Model:
 
     @property
     def image_tokens(self) -> int:
-        """M: tokens of one image, or of one view of it, after the projector."""
+        """M: number of tokens of one view of an image after the projector."""
         return self.projector.num_tokens(self.vision)
 
 
 @dataclass(frozen=True)
 class Contrastive:
-    """Two towers that meet in a dot product alone (CLIP, SigLIP); `text` is a decoder without a head."""
+    """Settings of an image and a text encoder that are compared by a dot product (CLIP, SigLIP).
+
+    `text` is a decoder without an output head.
+    """
 
     vision: Vision
     text: Decoder
-    embed_width: int = 512  # W: numbers of the vectors that are compared
-    #: a product from the pooled image to embed_width; otherwise it is as wide already
+    embed_width: int = 512  # W: dimension of the embeddings that are compared
+    #: project the pooled image to embed_width; otherwise it has that width already
     image_projection: bool = True
-    text_projection_bias: bool = False  # of the product from the text's token to embed_width
-    causal: bool = True  # whether a text token sees only what stands before it
-    #: the token that stands for the text; last: of the row, be it padding
+    text_projection_bias: bool = False  # bias of the projection of texts to embed_width
+    causal: bool = True  # causal attention in the text encoder
+    #: token whose hidden state represents the text; last: may be padding (SigLIP)
     text_pool: Literal["largest_id", "first_eos", "last"] = "largest_id"
-    eos_id: int = 2  # of first_eos
-    logit_bias: bool = False  # a number added to every logit (SigLIP)
+    eos_id: int = 2  # first_eos: id of the end of text
+    logit_bias: bool = False  # add a learned bias to the logits (SigLIP)

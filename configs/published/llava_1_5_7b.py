@@ -15,7 +15,7 @@ DECODER: Decoder = replace(
     llama_3_2_1b.DECODER,
     width=4096,
     depth=32,
-    kv_heads=0,
+    kv_heads=None,
     mlp_width=11_008,
     vocab_size=32_064,
     max_positions=4096,

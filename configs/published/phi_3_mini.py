@@ -15,7 +15,7 @@ DECODER: Decoder = replace(
     llama_3_2_1b.DECODER,
     width=3072,
     depth=DEPTH,
-    kv_heads=0,
+    kv_heads=None,
     vocab_size=32_064,
     max_positions=4096,
     rope=Rope(),

@@ -269,3 +269,19 @@ def test_the_grid_of_a_projector_is_the_one_that_its_tokens_stand_in():
     assert replace(projector, kind="resampler").output_grid(vision) == (1, 3)
     kept = replace(vision, class_token=True, keep_class_token=True)
     assert projector.output_grid(kept) == (1, 17)
+
+
+def test_none_is_written_for_none_and_the_numbers_of_old_mean_it():
+    """kv_heads 0, bos_id -1 and so on, as earlier versions wrote them."""
+    cfg = files.override(tiny(), ["--decoder.kv_heads", "None", "--data.bos_id", "7"], "run.py")
+    assert (cfg.decoder.kv_heads, cfg.data.bos_id) == (None, 7)
+    cfg = files.override(cfg, ["--data.bos_id", "None", "--decoder.head_dim", "16"], "run.py")
+    assert (cfg.data.bos_id, cfg.decoder.head_dim) == (None, 16)
+    values = json.loads(files.to_json(cfg))
+    assert values["data"]["bos_id"] is values["decoder"]["kv_heads"] is None
+    values["data"]["bos_id"] = values["distributed"]["process_id"] = -1
+    values["decoder"]["kv_heads"] = values["vision"]["kv_heads"] = values["vision"]["head_dim"] = 0
+    values["distributed"]["num_processes"] = 0
+    assert files.from_json(json.dumps(values), "config.json") == validate(cfg)
+    with pytest.raises(ConfigError, match="--train.steps None is not a whole number"):
+        files.override(cfg, ["--train.steps", "None"], "run.py")

@@ -26,7 +26,7 @@ SETTINGS = {
     "another rope.theta": {"rope": Rope(theta=100.0)},
     "free head": {"tie_word_embeddings": False},
     "one kv head": {"kv_heads": 1},
-    "as many kv heads as heads": {"kv_heads": 0},
+    "as many kv heads as heads": {"kv_heads": None},
     "wide heads": {"head_dim": 16},
     "rmsnorm": {"norm": "rmsnorm"},
     "gated mlp": {"gated_mlp": True},

@@ -24,11 +24,11 @@ AT_LEAST = {
     "data.image_px": 64,
     "data.seed": 0,
     "data.cell_px": 0,
-    "data.bos_id": -1,
+    "data.bos_id": 0,
     "data.threads": 0,
     "data.prefetch": 0,
     **_for_stacks(
-        width=1, depth=1, heads=1, mlp_width=1, kv_heads=0, head_dim=0, score_softcap=0, unroll=1
+        width=1, depth=1, heads=1, mlp_width=1, kv_heads=1, head_dim=1, score_softcap=0, unroll=1
     ),
     "vision.image_size_px": 1,
     "vision.patch_size_px": 1,
@@ -66,8 +66,8 @@ AT_LEAST = {
     "train.keep_best": 0,
     "train.keep_every_steps": 0,
     "train.log_every_steps": 1,
-    "distributed.num_processes": 0,
-    "distributed.process_id": -1,
+    "distributed.num_processes": 1,
+    "distributed.process_id": 0,
     "distributed.timeout_seconds": 1,
     "distributed.heartbeat_seconds": 10,
     "eval.max_examples": 0,
@@ -143,6 +143,8 @@ def check_numbers(values: dict[str, object]) -> None:
       ConfigError: a number is outside its bounds or not finite.
     """
     for path, value in values.items():
+        if value is None:
+            continue
         for relation, (limits, holds) in LIMITS.items():
             if path in limits and not holds(value, limits[path]):
                 raise ConfigError(f"{path} is {value}: it must be {relation} {limits[path]}.")

@@ -89,7 +89,7 @@ def _drawn(cfg: Experiment) -> None:
 def _tokens(cfg: Experiment) -> None:
     data, vocab = cfg.data, cfg.decoder.vocab_size
     num_ids, tags = vocab + cfg.decoder.extra_tokens, sum(data.tag_ids, ())
-    bos = (data.bos_id,) if data.bos_id >= 0 else ()
+    bos = () if data.bos_id is None else (data.bos_id,)
     for name, ids in (("special_ids", data.special_ids), ("tag_ids", tags), ("bos_id", bos)):
         outside = [i for i in ids if not 0 <= i < num_ids]
         if outside:

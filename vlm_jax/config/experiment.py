@@ -44,7 +44,7 @@ class Data:
     special_ids: tuple[int, int, int, int] = (0, 1, 2, 3)
     #: ids of each tile tag, the thumbnail's last; empty: one id each, after special_ids
     tag_ids: tuple[tuple[int, ...], ...] = ()
-    bos_id: int = -1  # first token of a conversation; -1: none
+    bos_id: int | None = None  # first token of a conversation
     threads: int = 2  # threads that load and build rows
     prefetch: int = 4  # batches that are prepared in advance
 
@@ -162,9 +162,9 @@ class Distributed:
     """Processes that train together; on TPU VMs, GKE and Slurm they are found automatically."""
 
     coordinator_address: str = ""  # HOST:PORT of process 0
-    #: number of processes; 0: from the cluster, or one without a cluster; 1: no other process
-    num_processes: int = 0
-    process_id: int = -1  # index of this process, from 0; -1: from the cluster
+    #: number of processes; None: from the cluster, or one without a cluster; 1: no other process
+    num_processes: int | None = None
+    process_id: int | None = None  # index of this process, from 0; None: from the cluster
     timeout_seconds: int = 300  # how long processes wait for each other at the start
     #: a process that is silent for this long is declared dead, and the run ends
     heartbeat_seconds: int = 60
@@ -172,12 +172,12 @@ class Distributed:
     def check(self) -> None:
         """Raises ConfigError for fields that are incomplete or contradict each other."""
         address, count, index = self.coordinator_address, self.num_processes, self.process_id
-        if count == 1 and not address and index < 1:
+        if count == 1 and not address and not index:
             return
         named = {
             "coordinator_address": bool(address),
-            "num_processes": count > 0,
-            "process_id": index >= 0,
+            "num_processes": count is not None,
+            "process_id": index is not None,
         }
         missing = [f"distributed.{name}" for name, is_given in named.items() if not is_given]
         if len(missing) == len(named):

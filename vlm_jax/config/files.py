@@ -11,7 +11,16 @@ from pathlib import Path
 
 import tyro
 
-from vlm_jax.config import ConfigError, Decoder, Experiment, Fusion, Optim, Vision
+from vlm_jax.config import (
+    ConfigError,
+    Data,
+    Decoder,
+    Distributed,
+    Experiment,
+    Fusion,
+    Optim,
+    Vision,
+)
 from vlm_jax.config.hints import nearest, nearest_field, suggestion
 from vlm_jax.config.validate import (
     check_types,
@@ -19,6 +28,7 @@ from vlm_jax.config.validate import (
     flat,
     kinds,
     literal_choices,
+    required_type,
 )
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -47,6 +57,11 @@ OLD_VALUES = {
     **{(kind, "layer_scale", "tanh"): "tanh_gate" for kind in (Vision, Decoder)},
     (Fusion, "tokens_without_image", "skip"): "mask_out",
     (Fusion, "tokens_without_image", "read_all"): "attend_all",
+    **{(kind, "kv_heads", 0): None for kind in (Vision, Decoder)},
+    **{(kind, "head_dim", 0): None for kind in (Vision, Decoder)},
+    (Data, "bos_id", -1): None,
+    (Distributed, "num_processes", 0): None,
+    (Distributed, "process_id", -1): None,
 }
 FORMS = """Every field is an option --section.field VALUE. Defaults are those of the config or run.
 
@@ -56,6 +71,7 @@ examples:
   {program} ... --data.augment mirror shift       several values
   {program} ... --data.augment                    an empty list of values
   {program} ... --eval.split ""                   an empty text
+  {program} ... --data.bos_id None                no value, where None is allowed
 """
 NUMBERS = {int: "a whole number", float: "a number"}
 
@@ -216,11 +232,14 @@ def _check_option(
         expected += " each" if is_repeated else ""
         expected += ", with spaces between them" if count > 1 else ""
         raise ConfigError(f"--{name} takes {expected}, not {' '.join(values) or 'none'}.")
-    kind = element_type(fields[name])
+    kind = required_type(element_type(fields[name]))
+    is_optional = kind is not element_type(fields[name])
     if "" in values and flat(Experiment())[name] != "" and name not in MAY_BE_EMPTY:
         raise ConfigError(f"--{name} is empty.")
     choices = ("True", "False") if kind is bool else literal_choices(kind)
     for value in values:
+        if is_optional and value == "None":
+            continue
         if choices and value not in choices:
             raise ConfigError(
                 f"--{name} {value} is not a valid choice{nearest(value, choices)}: "
@@ -299,7 +318,9 @@ def _rebuild(kind, values):
 def _rename(kind, name: str, value) -> tuple[str, object]:
     """Returns the name and the value of a field in this version."""
     name = OLD_NAMES.get((kind, name), name)
-    return name, OLD_VALUES.get((kind, name, value), value) if isinstance(value, str) else value
+    return name, OLD_VALUES.get((kind, name, value), value) if isinstance(
+        value, (str, int)
+    ) else value
 
 
 def _tuples(value):

@@ -18,9 +18,9 @@ class Transformer:
     width: int = 128  # D: model dimension
     depth: int = 4  # number of blocks
     heads: int = 4  # N: number of attention heads
-    #: K: number of key/value heads (grouped-query attention); 0: heads
-    kv_heads: int = 0
-    head_dim: int = 0  # H: head dimension; 0: width / heads
+    #: K: number of key/value heads (grouped-query attention); None: heads
+    kv_heads: int | None = None
+    head_dim: int | None = None  # H: head dimension; None: width / heads
     mlp_width: int = 512  # F: hidden dimension of the MLP
     #: rmsnorm_zero_centered: stores scale - 1 (Gemma)
     norm: Literal["layernorm", "rmsnorm", "rmsnorm_zero_centered"] = "layernorm"
@@ -46,11 +46,11 @@ class Transformer:
 
     @property
     def num_kv_heads(self) -> int:
-        return self.kv_heads or self.heads
+        return self.heads if self.kv_heads is None else self.kv_heads
 
     @property
     def head_width(self) -> int:
-        return self.head_dim or self.width // self.heads
+        return self.width // self.heads if self.head_dim is None else self.head_dim
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Validates experiments; a message names the fields and a remedy."""
 
 import dataclasses
+import types
 import typing
 
 from vlm_jax.config import (
@@ -74,6 +75,8 @@ def check_types(cfg, prefix: str = "") -> None:
 
 
 def _fits(value, kind) -> bool:
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, tuple):
             return False
@@ -92,6 +95,10 @@ def _type_name(kind) -> str:
         element_types = typing.get_args(kind)
         number = "" if element_types[-1] is Ellipsis else f"{len(element_types)} "
         return f"a tuple of {number}{_type_name(element_types[0])}"
+    if isinstance(kind, types.UnionType):
+        return " or ".join(map(_type_name, typing.get_args(kind)))
+    if kind is types.NoneType:
+        return "None"
     return "str" if literal_choices(kind) else kind.__name__
 
 
@@ -121,16 +128,24 @@ def _with_field(section, path: list[str], value):
 
 def kinds(cfg, prefix: str = "") -> dict[str, object]:
     """Returns the types of nested dataclasses' fields as {"section.field": type}."""
-    types = {}
+    fields = {}
     for name, kind in typing.get_type_hints(type(cfg)).items():
         nested = dataclasses.is_dataclass(kind)
-        types |= kinds(getattr(cfg, name), f"{prefix}{name}.") if nested else {prefix + name: kind}
-    return types
+        fields |= kinds(getattr(cfg, name), f"{prefix}{name}.") if nested else {prefix + name: kind}
+    return fields
 
 
 def literal_choices(kind) -> tuple[str, ...]:
     """Returns the choices of a Literal, or of a tuple of it; empty for other types."""
-    return typing.get_args(element_type(kind))
+    kind = element_type(kind)
+    return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+
+
+def required_type(kind):
+    """Returns T for `T | None`, and other types unchanged."""
+    if not isinstance(kind, types.UnionType):
+        return kind
+    return next(option for option in typing.get_args(kind) if option is not types.NoneType)
 
 
 def element_type(kind):
@@ -158,7 +173,7 @@ def _patches(vision):
 
 
 def _heads(part: Transformer, name: str):
-    if not part.head_dim and part.width % part.heads:
+    if part.head_dim is None and part.width % part.heads:
         raise ConfigError(
             f"{name}.width {part.width} is not a multiple of {name}.heads {part.heads}."
         )

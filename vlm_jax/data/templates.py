@@ -182,7 +182,7 @@ def _template_parts(
 def _begin(cfg: Experiment, tokenizer: Tokenizer, asked: str) -> list[Part]:
     """The token before a conversation whose first question is `asked`; none where none is needed."""
     begin = cfg.data.bos_id
-    if begin < 0:
+    if begin is None:
         images = itertools.repeat(image_fields(cfg))
         parts = _text(tokenizer, asked, len(asked), images)
         if any(len(fields["tokens"]) for fields, _, _ in parts):

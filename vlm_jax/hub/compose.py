@@ -182,7 +182,7 @@ def _data(cfg: Experiment, whole: bool, wanted: dict[str, object]) -> Data:
 
 def _token_settings(cfg: Experiment, folder: str, whole: bool) -> dict[str, object]:
     tokenizer = HubTokenizer.load(folder)
-    values: dict[str, object] = {"bos_id": -1 if tokenizer.bos_id is None else tokenizer.bos_id}
+    values: dict[str, object] = {"bos_id": tokenizer.bos_id}
     eos_id = None
     if whole and has_template(folder) and config_of(folder).fusion.style == cfg.fusion.style:
         values["template"] = "checkpoint"

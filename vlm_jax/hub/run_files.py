@@ -131,7 +131,7 @@ def _image_id(backend: Tokenizer, image: int) -> int:
 
 def _begin_id(cfg: Experiment) -> int | None:
     """The token that begins every text; None where none does."""
-    if cfg.data.bos_id >= 0:
+    if cfg.data.bos_id is not None:
         return cfg.data.bos_id
     begins_empty = (
         cfg.data.template == "caption" and cfg.data.is_conversations and not reads_image_tokens(cfg)
@@ -259,7 +259,7 @@ def prompt_differences(cfg: Experiment, model_type: str) -> list[str]:
     if cfg.data.template == "checkpoint":
         return wrong
     if model_type in ("mllama", "vision-encoder-decoder") and _begin_id(cfg) is None:
-        wrong.append("data.bos_id -1")
+        wrong.append("data.bos_id None")
     if model_type == "mllama" and not cfg.fusion.placeholder:
         wrong.append("fusion.placeholder False")
     if model_type == "mllama" and cfg.vision.resize != "pad":

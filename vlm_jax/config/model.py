@@ -182,9 +182,10 @@ def _row(table: Mapping[str, Any], name: str, kind: str):
     return table[kind]
 
 
+# Types of `kind` are strings here and in Fusion: they are evaluated, and the tables read, whenever
+# hints are asked for, so that rows that are added later are choices as well.
 @dataclass(frozen=True)
 class Projector:
-    # The type is a string so that it is evaluated, and the table read, whenever it is asked for.
     #: maps image tokens of the encoder to the decoder's width
     kind: "Literal[tuple(PROJECTORS)]" = "linear"
     #: checkpoint folder: its projector's settings and initial weights

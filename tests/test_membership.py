@@ -15,7 +15,7 @@ from vlm_jax.testing import tiny
 
 
 @pytest.mark.parametrize(
-    "given, said",
+    "given, message",
     [
         (Distributed("host:1", 2), "distributed.process_id is missing"),
         (
@@ -33,8 +33,8 @@ from vlm_jax.testing import tiny
         (Distributed("host:1", 2, -2), "distributed.process_id is -2"),
     ],
 )
-def test_fields_that_do_not_fit_are_refused(given, said):
-    with pytest.raises(UserError, match=said):
+def test_fields_that_do_not_fit_are_refused(given, message):
+    with pytest.raises(UserError, match=message):
         validate(replace(tiny(), distributed=given))
 
 
@@ -65,16 +65,16 @@ def test_the_processes_of_slurm_find_each_other_without_fields(monkeypatch):
 @pytest.fixture
 def tpu_vm(monkeypatch):
     """A machine of TPUs whose metadata server says what stands in the dict."""
-    said = {}
+    message = {}
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
     monkeypatch.setattr(
         cloud_tpu_cluster,
         "get_metadata",
-        lambda key: (said.get(key, ""), 200 if key in said else 404),
+        lambda key: (message.get(key, ""), 200 if key in message else 404),
     )
     for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"):
         monkeypatch.delenv(name, raising=False)
-    return said
+    return message
 
 
 def test_the_machines_of_a_tpu_slice_find_each_other_without_fields(tpu_vm):

@@ -1,4 +1,4 @@
-"""What cannot work is refused by name, and what just can is not."""
+"""Invalid experiments are refused by name, and borderline valid ones are not."""
 
 import re
 from dataclasses import replace
@@ -34,7 +34,8 @@ def changed(cfg: Experiment, **values) -> Experiment:
 
 TILED = {"vision_tiles": 2, "vision_tile_layouts": ((1, 1), (1, 2)), "vision_num_global_layers": 1}
 TILED |= {"vision_class_token": True, "vision_keep_class_token": True}
-REFUSED = [  # changes of `tiny`, and what the sentence must say
+# Changes of `tiny`, and the message.
+REFUSED = [
     ({"fusion_kind": "unifid"}, "fusion.kind 'unifid' .* unified, cross_attention"),
     ({"data_augment": ("mirror", "shft")}, "data.augment 'shft' .* mirror, turn, shift"),
     (
@@ -79,7 +80,8 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
     ),
     (
         {"fusion_cross_every": 2},
-        "fusion.cross_every 2 has no effect with fusion.kind unified: .* choose fusion.kind cross_attention or hybrid",
+        "fusion.cross_every 2 has no effect with fusion.kind unified: .* "
+        "choose fusion.kind cross_attention or hybrid",
     ),
     (
         {"fusion_cross_layers": (1,)},
@@ -144,7 +146,8 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
     ),
     (
         {"vision_tiles": 8},
-        r"decoder.max_positions 64 has no room for the 45 image tokens of a row \(vision.tiles 8\) .* at least 69",
+        r"decoder.max_positions 64 has no room for the 45 image tokens of a row "
+        r"\(vision.tiles 8\) .* at least 69",
     ),
     (
         {"vision_feature_layers": (-1, 3)},
@@ -225,10 +228,10 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
 
 
 @pytest.mark.parametrize(
-    "values, said", REFUSED, ids=lambda value: " ".join(value) if isinstance(value, dict) else ""
+    "values, message", REFUSED, ids=lambda value: " ".join(value) if isinstance(value, dict) else ""
 )
-def test_what_cannot_work_together_is_refused_in_a_sentence_that_names_the_fields(values, said):
-    with pytest.raises(ConfigError, match=said):
+def test_what_cannot_work_together_is_refused_in_a_sentence_that_names_the_fields(values, message):
+    with pytest.raises(ConfigError, match=message):
         validate(changed(tiny(), **values))
 
 
@@ -249,7 +252,7 @@ FLOATS = [field for field, kind in kinds(tiny()).items() if kind is float]
 
 
 @pytest.mark.parametrize(
-    "field, value, said",
+    "field, value, message",
     [(field, 0.0, "above 0") for field in ABOVE]
     + [
         (field, most + 1, f"at most {most}")
@@ -259,8 +262,8 @@ FLOATS = [field for field, kind in kinds(tiny()).items() if kind is float]
     + [(field, 1.0, "below 1") for field in BELOW]
     + [(field, float(word), "it must be") for field in FLOATS for word in ("nan", "inf")],
 )
-def test_a_number_outside_of_its_range_is_refused_by_name(field, value, said):
-    with pytest.raises(ConfigError, match=f"^{field} is {value}: .*{said}"):
+def test_a_number_outside_of_its_range_is_refused_by_name(field, value, message):
+    with pytest.raises(ConfigError, match=f"^{field} is {value}: .*{message}"):
         validate(with_value(tiny(), field, value))
 
 
@@ -273,7 +276,7 @@ def test_an_address_in_the_place_of_a_path_is_refused_by_name(field, address):
 
 
 @pytest.mark.parametrize(
-    "field, value, said",
+    "field, value, message",
     [
         ("train.steps", "many", "it must be int"),
         ("train.steps", 1e3, "it must be int"),
@@ -289,10 +292,10 @@ def test_an_address_in_the_place_of_a_path_is_refused_by_name(field, address):
         ("fusion.cross_layers", (0, "1"), "it must be a tuple of int"),
     ],
 )
-def test_a_value_of_another_type_in_a_config_is_refused_by_name(field, value, said):
+def test_a_value_of_another_type_in_a_config_is_refused_by_name(field, value, message):
     cfg = with_value(tiny(), field, value)
     for refuse in (validate, lambda cfg: files.override(cfg, [], "test")):
-        with pytest.raises(ConfigError, match=f"^{field} is {re.escape(repr(value))}: {said}"):
+        with pytest.raises(ConfigError, match=f"^{field} is {re.escape(repr(value))}: {message}"):
             refuse(cfg)
 
 

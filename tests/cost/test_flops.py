@@ -1,4 +1,4 @@
-"""Our count of FLOPs is XLA's within 3 %, whatever is fused how and whatever is trained."""
+"""Our count of FLOPs is XLA's within 3 %, for every model and every choice of trained parts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +45,10 @@ TILED = {
 
 
 def wide(kind: str, rates: LrMult, vision: dict | None = None, **sections):
-    """Wide enough for products to be nearly all of the work. Nothing is compiled, so width costs nothing."""
+    """Returns a model so wide that matmuls are nearly all of its work.
+
+    Nothing is compiled, so width costs nothing.
+    """
     cfg = testing.tiny(kind)
     tower = {**WIDE, "image_size_px": 128, "patch_size_px": 16, **(vision or {})}
     return replace(
@@ -147,11 +150,12 @@ def max_pool(monkeypatch):
 def test_a_projector_that_is_added_is_counted(max_pool):
     cfg = wide("unified", ALL, projector=Projector("max_pool"))
     assert flops.train_flops(cfg) == pytest.approx(of_step(cfg), rel=0.03)
-    pooled, linear = (
-        flops.flops_by_part(replace(cfg, projector=Projector(kind)))["projector"].forward
-        for kind in ("max_pool", "linear")
-    )
-    assert pooled == linear / 4
+    linear = replace(cfg, projector=Projector("linear"))
+    assert projector_flops(cfg) == projector_flops(linear) / 4
+
+
+def projector_flops(cfg) -> float:
+    return flops.flops_by_part(cfg)["projector"].forward
 
 
 def test_a_projector_that_is_added_must_divide_the_grid(max_pool):
@@ -184,7 +188,7 @@ def test_the_head_counts_the_text_of_a_row():
 
 
 def test_an_encoder_by_hand():
-    """LLaVA's sizes: 576 patches of 588 numbers, CLIP's width 1024, 577 tokens in 24 blocks with an MLP of 4096."""
+    """LLaVA: 576 patches of size 588, 24 blocks of width 1024 with an MLP of 4096, 577 tokens."""
     cfg = files.load(str(CONFIGS / "published" / "llava_1_5_7b.py"))
     forward = flops.flops_by_part(replace(cfg, train=replace(cfg.train, batch_size=1)))
     blocks = 24 * (2 * 577 * (4 * 1024**2 + 2 * 1024 * 4096) + 4 * 577**2 * 1024)

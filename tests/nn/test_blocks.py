@@ -97,7 +97,7 @@ def test_the_loop_is_the_blocks_one_after_the_other():
 
 @pytest.mark.parametrize("unroll", [2, 4, 9])
 def test_scan_is_unrolled(unroll):
-    """The same parameters and outputs, the loop laid out in part, as a whole, or asked for more than there is."""
+    """Parameters and outputs are the same for a loop unrolled in part, as a whole, or beyond."""
     blocks, unrolled = (CROSSING,) * 4, replace(CFG, unroll=unroll)
     params, context = random_params(CFG, blocks), BlockInputs(memory=MEMORY)
     assert jax.tree.map(jnp.shape, random_params(unrolled, blocks)) == jax.tree.map(

@@ -182,7 +182,7 @@ def in_tiles(kind, **settings):
 
 @pytest.mark.parametrize("kind", IN_TILES)
 def test_the_masks_of_an_image_in_tiles(kind):
-    """A tag (1, 2; T: the thumbnail's) reads its own tile, and all else reads every view that is there."""
+    """A tag (1, 2; T: thumbnail) attends to its own tile, other tokens to every view."""
     cfg = in_tiles(kind)
     sequence, memory = IN_TILES[kind]
     stream = stream_of(cfg, PAIRS)

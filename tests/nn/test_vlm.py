@@ -32,7 +32,7 @@ from vlm_jax.testing import random_batch, tiny
 
 GATED = tiny(fusion=Fusion("cross_attention", gated=True))
 
-# What a token sees
+# Attention
 
 
 @every_style
@@ -57,7 +57,7 @@ def test_nothing_after_a_token_changes_its_logits(cfg, forward, random_params):
 
 @every_style
 def test_padding_changes_nothing(cfg, forward, random_params):
-    """Whatever stands in its slots; rows of several lengths one by one, below, have several amounts of it."""
+    """For any content of the slots; rows of several lengths, below, have different amounts of it."""
     batch, params = random_batch(cfg), random_params(cfg)
     empty = batch.segment_ids == PADDING
     assert empty.any()

@@ -331,7 +331,7 @@ class Rope:
     fraction: float = 1.0  # fraction of the head dimension that is rotated
     #: scaling to longer contexts
     scaling: Literal["none", "linear", "llama3", "longrope"] = "none"
-    #: linear, llama3: factor by which long wavelengths grow; longrope: longest / original context
+    #: linear, llama3: factor by which long wavelengths grow; longrope: extended / original context
     factor: float = 1.0
     #: llama3: wavelengths above original_positions / low_freq_factor are scaled
     low_freq_factor: float = 1.0

@@ -13,6 +13,7 @@ from vlm_jax.config import (
     PROJECTORS,
     ConfigError,
     LrMult,
+    Mesh,
     Model,
     Optim,
     Projector,
@@ -170,6 +171,14 @@ def test_the_count_is_the_same_on_accelerators():
     expected = flops.train_flops(cfg)
     flops._row_flops.cache_clear()
     with jax.sharding.use_abstract_mesh(on_platform("tpu")):
+        assert flops.train_flops(cfg) == expected
+
+
+def test_the_count_is_the_same_on_any_mesh():
+    cfg = wide("cross_attention", ALL)
+    expected = flops.train_flops(cfg)
+    flops._row_flops.cache_clear()
+    with jax.set_mesh(axes.make_mesh(Mesh(2, 2, 2))):
         assert flops.train_flops(cfg) == expected
 
 

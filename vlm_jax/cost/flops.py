@@ -30,6 +30,7 @@ from vlm_jax.nn.parts import PARTS, part_of, trained_parts
 from vlm_jax.nn.tiles import TOKEN_MULTIPLE
 from vlm_jax.nn.vlm import VLM, example_batch
 
+NO_MESH = jax.sharding.AbstractMesh((), ())
 # Kernels of accelerators hide their products, so the program for a CPU is counted.
 CPU = jax.sharding.AbstractMesh(
     (1, 1, 1),
@@ -118,7 +119,8 @@ def _row_flops(
         return VLM(model).apply(variables, hidden[:, :text_length], method="head")
 
     batch = jax.eval_shape(lambda: example_batch(model, length, images=images))
-    with jax.sharding.use_abstract_mesh(CPU):
+    # JAX replaces a mesh by one of another size only by way of none.
+    with jax.sharding.use_abstract_mesh(NO_MESH), jax.sharding.use_abstract_mesh(CPU):
         program = jax.make_jaxpr(forward)(params, batch).jaxpr
     program, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars), instantiate=True)
     is_trained = {path: part_of(path) in trained for path in params}
@@ -164,8 +166,8 @@ def _count_equation(
     """As `_count`, for one equation and all programs in it."""
     programs = list(core.jaxprs_in_params(equation.params))
     if equation.primitive.name == "scan":
-        carries = _loop_gradients(equation, has_gradient)
-        return _count(programs[0], carries, flops, scope, times * equation.params["length"])
+        has_gradient = _loop_gradients(equation, has_gradient, scope)
+        return _count(programs[0], has_gradient, flops, scope, times * equation.params["length"])
     if len(programs) > 1:
         raise NotImplementedError(f"FLOPs of {equation.primitive.name} in {scope} are not counted")
     if programs:
@@ -179,7 +181,7 @@ def _count_equation(
     return [any(has_gradient) and flag for flag in is_float]
 
 
-def _loop_gradients(scan: core.JaxprEqn, has_gradient: list[bool]) -> list[bool]:
+def _loop_gradients(scan: core.JaxprEqn, has_gradient: list[bool], scope: str) -> list[bool]:
     """Returns which inputs of a loop's body have gradients in any of its iterations.
 
     A loop is differentiated as a whole: a carry with a gradient after one iteration has it in all.
@@ -188,7 +190,7 @@ def _loop_gradients(scan: core.JaxprEqn, has_gradient: list[bool]) -> list[bool]
     first = scan.params["num_consts"]
     last = first + scan.params["num_carry"]
     while True:
-        outputs = _count(body, has_gradient, defaultdict(Flops))
+        outputs = _count(body, has_gradient, defaultdict(Flops), scope)
         carries = [old or new for old, new in zip(has_gradient[first:last], outputs)]
         if carries == has_gradient[first:last]:
             return has_gradient

@@ -276,7 +276,7 @@ def comments(kind) -> dict[str, str]:
             texts[name], above = [*above, comment.strip()], []
         elif line.strip().startswith("#:"):
             above.append(line.strip()[2:].strip())
-        elif line.strip().startswith("#") and name:
+        elif line.startswith("    # ") and name:
             texts[name].append(line.strip()[1:].strip())
         else:
             above = []

@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from its own line and the lines above. The longest prefix of its name decides its line.
 FLOW = [
     ["config.errors", "runtime.process"],
-    ["config.model"],
+    ["config.datasets", "config.hints", "config.model"],
     ["config.experiment"],
     ["config"],
     [
@@ -18,7 +18,6 @@ FLOW = [
         "structs",
         "config.bounds",
         "config.cross_checks",
-        "config.hints",
         "cost.chips",
         "runtime.lfs",
     ],

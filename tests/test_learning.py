@@ -33,7 +33,7 @@ def pictures(vision) -> np.ndarray:
     pixels = np.random.default_rng(0).uniform(-1, 1, (8, side, count * side, 3)).astype(np.float32)
     if count > 1:
         pixels[:, :, 1::2] = -pixels[:, :, ::2]  # a thumbnail is the mean of neighbours
-    return np.stack([tiling.stacked([image], vision) for image in pixels])
+    return np.stack([tiling.stack_views([image], vision) for image in pixels])
 
 
 def learned(cfg, images):

@@ -59,5 +59,7 @@ def test_parts_that_were_never_trained_together_have_theirs():
 def test_a_config_is_its_public_family(name):
     """The family writes and reads the same model."""
     cfg, family = experiment(name), FAMILIES[MODEL_TYPES[name]]
-    names = {row.hub for row in family.rows(cfg)}
-    assert architecture_fields(family.read(family.write(cfg), names)) == architecture_fields(cfg)
+    names = {row.tensor for row in family.param_table(cfg)}
+    assert architecture_fields(
+        family.config_from_hf(family.config_to_hf(cfg), names)
+    ) == architecture_fields(cfg)

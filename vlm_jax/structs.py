@@ -93,8 +93,9 @@ class Cache:
     positions: jax.Array  # (B, T)
     block_ids: jax.Array | None  # (B, T)
     layers: Any  # by block of the repeating pattern and sublayer: keys, values (L, B, K, T, H)
-    #: inputs of all slots without memory, for longrope, which may have to re-encode them
-    seen: DecoderInputs | None = None
+    #: the decoder's inputs of every slot so far, without `memory`: longrope may recompute keys and
+    #: values from them (nn/longrope.py). None: not needed, or nothing is cached yet
+    inputs: DecoderInputs | None = None
 
 
 @struct.dataclass

@@ -115,7 +115,7 @@ def random_batch(cfg: Experiment, rows: int = 4, seed: int = 0) -> Batch:
         pixels = rng.uniform(-1, 1, (height * side, width * side, 3)).astype(np.float32)
         pairs = [question_and_answer() for _ in range(cfg.data.questions_per_row)]
         fields = text.pack_row(cfg, pairs, height * width)
-        packed.append(fields | {"images": tiling.stacked([pixels], cfg.vision)})
+        packed.append(fields | {"images": tiling.stack_views([pixels], cfg.vision)})
     return Batch(**jax.tree.map(lambda *arrays: np.stack(arrays), *packed))
 
 

@@ -51,9 +51,11 @@ def write_checkpoint(folder: Path, dtype: str) -> int:
     from vlm_jax.hub.tensors.folder import write_tensors
 
     family, rng = FAMILIES["llama"], np.random.default_rng(0)
-    cfg = family.read(CONFIG, ["lm_head.weight"])
+    cfg = family.config_from_hf(CONFIG, ["lm_head.weight"])
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    specs = {row.hub: Spec(row.stored_shape(shapes_of(cfg)), kind) for row in family.rows(cfg)}
+    specs = {
+        row.tensor: Spec(row.stored_shape(shapes_of(cfg)), kind) for row in family.param_table(cfg)
+    }
     write_tensors(
         folder, specs, lambda name: rng.standard_normal(specs[name].shape, np.float32).astype(kind)
     )

@@ -32,8 +32,8 @@ def plain_attention():
     """Attention as XLA differentiates it."""
     from vlm_jax.nn import attention
 
-    forward = attention._attend_forward
-    attention._attend = lambda *inputs: forward(*inputs)[0]
+    forward = attention._attention_forward
+    attention._attention = lambda *inputs: forward(*inputs)[0]
 
 
 VARIANTS = {  # name: what is done before the model is traced

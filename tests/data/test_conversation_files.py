@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from vlm_jax.config import ConfigError, UserError
+from vlm_jax.config import UserError
 from vlm_jax.data.conversation_files import DEFAULT_TYPE, read_files
 
 MARK_BYTES = b"\xef\xbb\xbf"
@@ -131,9 +131,9 @@ MALFORMED = {
     "null": (record(human("a"), gpt(None)), "has null as the value of turn 2"),
     "yes": (record(human("a"), gpt(True)), "has the truth value true as the value of turn 2"),
     "parts": (record(human([{"type": "text"}]), gpt("a")), "has a list as the value of turn 1"),
-    "half a character": (
+    "half a surrogate pair": (
         record(human("a\ud800"), gpt("b")),
-        "half a character, .* in the value of turn 1",
+        "half a surrogate pair, .* in the value of turn 1",
     ),
     "messages": (
         {"id": "a7", "messages": []},
@@ -150,11 +150,14 @@ MALFORMED = {
     ),
     "no answer": (record(human("a")), "no turn from human that gpt answers"),
     "no turns": ({"id": "a7", "conversations": []}, "no turn from human that gpt answers"),
-    "a mark too many": (record(human("<image>a"), gpt("b")), "has 0 images and 1 marks <image>"),
-    "a mark too few": (record(image="x.jpg"), "has 1 images and 0 marks <image>"),
+    "a placeholder too many": (
+        record(human("<image>a"), gpt("b")),
+        "has 0 images but 1 <image> placeholders",
+    ),
+    "a placeholder too few": (record(image="x.jpg"), "has 1 images but 0 <image> placeholders"),
     "an image too many": (
         record(human("<image>a"), gpt("b"), image=["x.jpg", "y.jpg"]),
-        "has 2 images and 1 marks",
+        "has 2 images but 1 <image> placeholders",
     ),
     "a number for an image": (
         record(human("<image>a"), gpt("b"), image=3),
@@ -177,7 +180,7 @@ def test_a_record_that_is_not_a_conversation_is_named_with_its_fault(bad, messag
     ):
         text = "\n".join(map(json.dumps, content)) if name == "a.jsonl" else json.dumps(content)
         with pytest.raises(
-            ConfigError, match=f"1 of 2 records are not .*{name}: {place} .id 'a7'. .*{message}"
+            UserError, match=f"1 of 2 records are not .*{name}: {place} .id 'a7'. .*{message}"
         ):
             read(tmp_path / name, text)
 
@@ -219,7 +222,7 @@ def test_one_record_is_a_list_of_one(tmp_path):
         (json.dumps(json.loads(LINES[0]), indent=1), "record 0"),
     ):
         (one,) = read(tmp_path / "a.json", content)
-        assert (one.turns, one.place) == (("question 0", "answer 0"), f"{place} (id 'a0')")
+        assert (one.turns, one.location) == (("question 0", "answer 0"), f"{place} (id 'a0')")
 
 
 def test_fields_that_are_not_read_may_hold_anything(tmp_path):
@@ -234,7 +237,7 @@ def test_a_record_has_its_type_place_and_number_as_id(tmp_path):
         tmp_path / "a.jsonl",
         f"\n{json.dumps(record(type='ocr'))}\n" + LINES[0].replace('"id"', '"key"'),
     )
-    assert (first.type, first.place, second.id, second.place) == (
+    assert (first.type, first.location, second.id, second.location) == (
         "ocr",
         "line 2 (id 'a7')",
         "1",

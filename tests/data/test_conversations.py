@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from vlm_jax.config import ConfigError, Data, UserError
+from vlm_jax.config import Data, UserError
 from vlm_jax.data import conversations
 from vlm_jax.testing import write_conversations
 
@@ -50,7 +50,7 @@ def test_slices_and_what_is_no_split(tmp_path):
     data = replace(write_conversations(tmp_path), train_split="train[:75%]")
     assert len(conversations.load(data, data.train_split)) == 9
     assert conversations.load(data, "train[75%:]")[0].id == "talk 9"
-    with pytest.raises(UserError, match="eval.split 'test' is no split: choose train"):
+    with pytest.raises(UserError, match="eval.split 'test' does not exist: choose train"):
         conversations.load(data, "test")
 
 
@@ -84,7 +84,7 @@ def test_bad_files_and_missing_images_are_named_and_nothing_is_prepared(tmp_path
     (tmp_path / "2_1.png").unlink()
     names = r"2_0.jpg \(record 'talk 2'\); 2_1.png \(record 'talk 2'\)"
     with pytest.raises(
-        ConfigError, match=f"data.image_dir {tmp_path} lacks 2 of 3 images: {names}.$"
+        UserError, match=f"data.image_dir {tmp_path} lacks 2 of 3 images: {names}.$"
     ):
         conversations.load(data, "train")
     file = tmp_path / "talks.json"
@@ -126,7 +126,7 @@ def test_of_many_broken_images_ten_are_named(tmp_path):
     for path in tmp_path.glob("*.jpg"):
         cut(path)
     with pytest.raises(
-        ConfigError, match=r"^24 of 36 images .* cannot be used: .*, and 14 more; repair"
+        UserError, match=r"^24 of 36 images .* cannot be used: .*, and 14 more; repair"
     ) as refused:
         conversations.load(data, "train")
     assert str(refused.value).count(".jpg is not a readable image") == 10
@@ -171,8 +171,8 @@ def test_a_conversation_has_its_type_and_its_place(tmp_path):
         "conversation",
         "conversation",
     ]
-    assert source.place(1) == f"{tmp_path}/talks.json: record 1 (id 'talk 1')"
+    assert source.location(1) == f"{tmp_path}/talks.json: record 1 (id 'talk 1')"
     assert (
-        conversations.Selection(source, [3]).place(0)
+        conversations.Selection(source, [3]).location(0)
         == f"{tmp_path}/more.jsonl: line 2 (id 'talk 0')"
     )

@@ -84,7 +84,7 @@ def test_an_element_has_the_images_whose_tokens_or_readers_it_has(kind, experime
     counts = set()
     for length in range(max(1, longest - spare), longest + 1):
         short = with_text_length(cfg, length)
-        element = packing.element(short, tokenizer, lambda number: tiles, conversation)
+        element = packing.encode_for_packing(short, tokenizer, lambda number: tiles, conversation)
         kept = min(longest, short.row_length)
         assert len(element["tokens"]) <= kept
         seen = element["images_seen"].max(initial=0) if cfg.fusion.has_images else 0
@@ -108,7 +108,9 @@ def test_most_tokens_are_those_of_the_encoded_conversations_and_of_a_begin_token
     for template in templates.TEMPLATES:
         changed = replace(experiments[kind].data, template=template, bos_id=bos_id)
         cfg = replace(experiments[kind], data=changed)
-        for turns, most in zip(talks, templates.most_tokens(cfg, tokenizer, talks), strict=True):
+        for turns, most in zip(
+            talks, templates.max_token_counts(cfg, tokenizer, talks), strict=True
+        ):
             marks = sum(turn.count("<image>") for turn in turns)
             length = len(templates.encode(cfg, tokenizer, turns, [tiles] * marks)["tokens"])
             assert most - (bos_id is None) <= length <= most
@@ -128,7 +130,7 @@ def test_counts_are_those_of_all_encoded_conversations(
     for talk in source:
         tiles = [counter(number) for number in talk.images]
         whole.append(templates.encode(cfg, tokenizer, talk.turns, tiles))
-        kept.append(packing.element(cfg, tokenizer, counter, talk))
+        kept.append(packing.encode_for_packing(cfg, tokenizer, counter, talk))
     scored, left = ([fields["loss_weights"].sum() for fields in of] for of in (whole, kept))
     is_cut = [len(fields["tokens"]) > cfg.row_length for fields in whole]
     assert counted.records == 9
@@ -138,7 +140,7 @@ def test_counts_are_those_of_all_encoded_conversations(
     assert counted.unscored == [index for index, number in enumerate(left) if not number]
     longer = with_text_length(cfg, text_length + max(counted.longest - cfg.row_length, 0))
     assert not cuts.count(longer, tokenizer, source).cut_records
-    assert cuts.sentence(longer, cuts.count(longer, tokenizer, source)) == ""
+    assert cuts.cut_message(longer, cuts.count(longer, tokenizer, source)) == ""
 
 
 def question(index, length):
@@ -167,14 +169,14 @@ def short(data, tmp_path, tokenizer):
 
 def test_what_has_no_scored_token_left_is_never_learned_from(short, tokenizer, tmp_path):
     cfg = short([2, 400, 3, 400, 400, 400, 2, 400])
-    source, counted = pipeline.learnable(cfg, tokenizer)
+    source, counted = pipeline.training_conversations(cfg, tokenizer)
     assert [talk.id for talk in source] == ["a0", "a2", "a6"]
     iterator = pipeline.training_iterator(cfg, tokenizer)
     for _ in range(4):
-        held = pipeline.ids(cfg, tokenizer, iterator.get_state())
+        held = pipeline.batch_ids(cfg, tokenizer, iterator.get_state())
         assert set(held) <= {"a0", "a2", "a6"}
         next(iterator)
-    message = cuts.sentence(cfg, counted)
+    message = cuts.cut_message(cfg, counted)
     assert "5 of 8 conversations are longer than a row (data.text_length 60) and are cut" in message
     assert "5 have no scored token left and are left out" in message
     named = [f"{tmp_path}/talks.json: record {i} (id 'a{i}')" for i in (1, 3, 4)]

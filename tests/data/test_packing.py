@@ -65,7 +65,7 @@ every_kind = pytest.mark.parametrize("name", [*variants(), BIDIRECTIONAL])
 
 def row(cfg, elements):
     """A row with the conversations, as the packer's contract has it."""
-    lengths, padding = packing.capacity(cfg)
+    lengths, padding = packing.row_capacity(cfg)
     built = {name: np.full(lengths[name], padding[name]) for name in lengths}
     built |= {
         f"{name}_{kind}": np.zeros(lengths[name], np.int32)
@@ -108,7 +108,8 @@ def loss_of(cfg, batch):
 
 def elements_of(cfg, tokenizer, source):
     return [
-        packing.element(cfg, tokenizer, packing.tile_counter(cfg, source), talk) for talk in source
+        packing.encode_for_packing(cfg, tokenizer, packing.tile_counter(cfg, source), talk)
+        for talk in source
     ]
 
 
@@ -253,7 +254,7 @@ def test_the_ids_of_a_batch_are_those_of_its_conversations(done, cfg, expected, 
         for tokens, ids in rows
         for segment in range(1, ids.max() + 1)
     ]
-    assert [known[one] for one in pipeline.ids(cfg, tokenizer, state)] == held
+    assert [known[one] for one in pipeline.batch_ids(cfg, tokenizer, state)] == held
 
 
 def test_rows_are_filled(expected):

@@ -189,7 +189,7 @@ def test_questions_that_do_not_fit_their_rows_are_counted(cfg, tokenizer):
     assert len(rows) == 24
 
     def said(text_length):
-        return length_check.left_out(
+        return length_check.dropped_questions_message(
             replace(all_asked, data=replace(all_asked.data, text_length=text_length)), tokenizer
         )
 
@@ -211,7 +211,7 @@ def test_a_sample_of_rows_is_spread_over_the_split(cfg, tokenizer, monkeypatch):
 
 def test_of_conversations_none_is_left_out(tmp_path):
     cfg = tiny(data=write_conversations(tmp_path))
-    assert length_check.left_out(cfg, pipeline.train_tokenizer(cfg)) == ""
+    assert length_check.dropped_questions_message(cfg, pipeline.train_tokenizer(cfg)) == ""
 
 
 def test_the_ids_of_a_batch_are_those_of_its_images(cfg, tokenizer):
@@ -221,7 +221,9 @@ def test_the_ids_of_a_batch_are_those_of_its_images(cfg, tokenizer):
     for _ in range(5):  # over the end of the 24 images
         state = data.get_state()
         batch = next(data)
-        for image, image_id in zip(batch.images[:, 0], pipeline.ids(cfg, None, state), strict=True):
+        for image, image_id in zip(
+            batch.images[:, 0], pipeline.batch_ids(cfg, None, state), strict=True
+        ):
             pixels = image_files.fit(image_files.decode(by_id[image_id].image, "image"), 64)
             assert np.array_equal(image, image_files.normalise(pixels, cfg.vision))
 

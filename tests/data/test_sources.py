@@ -1,4 +1,4 @@
-"""easy-VQA, prepared by TFDS and read by index."""
+"""Datasets of records are prepared by TFDS and read by index; a new one is one class and one row."""
 
 import contextlib
 import io
@@ -9,13 +9,20 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import fields, replace
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 from PIL import Image
 
 from vlm_jax.config import ConfigError, Data, UserError
-from vlm_jax.data import conversations, sources
-from vlm_jax.testing import write_conversations
+from vlm_jax.config.datasets import DATASETS, Dataset
+from vlm_jax.config.validate import validate
+from vlm_jax.data import conversations, pipeline, questions, sources
+from vlm_jax.testing import tiny, write_conversations
+
+RECIPE = Path(__file__).parents[2] / "docs" / "datasets.md"
 
 
 @pytest.mark.parametrize(
@@ -63,18 +70,18 @@ def test_slices(datasets_dir):
 
 
 NO_SPLITS = dict.fromkeys(
-    ["nonsense", "train[", "train[:x]", ""], "no split: choose train, test, or a"
+    ["nonsense", "train[", "train[:x]", ""], "does not exist: choose train, test, or a"
 )
 EMPTY = dict.fromkeys(
-    ["train[:0]", "train[5:2]", "test[:0%]"], "an empty split: .* train 4000, test 1000"
+    ["train[:0]", "train[5:2]", "test[:0%]"], "is an empty split: .* train 4000, test 1000"
 )
 
 
 @pytest.mark.parametrize("split, said", (NO_SPLITS | EMPTY).items(), ids=NO_SPLITS | EMPTY)
 def test_a_bad_split_names_its_field(datasets_dir, split, said):
-    with pytest.raises(UserError, match=f"data.train_split {re.escape(repr(split))} is {said}"):
+    with pytest.raises(UserError, match=f"data.train_split {re.escape(repr(split))} {said}"):
         sources.load(Data(dir=datasets_dir, train_split=split), split)
-    with pytest.raises(UserError, match=f"eval.split {re.escape(repr(split))} is {said}"):
+    with pytest.raises(UserError, match=f"eval.split {re.escape(repr(split))} {said}"):
         sources.load(Data(dir=datasets_dir), split)
 
 
@@ -112,7 +119,7 @@ def test_no_temporary_folder_is_left(fails, tmp_path, monkeypatch):
     data = write_conversations(tmp_path / "talks", 3)
     if fails:
         (tmp_path / "talks" / "1_0.jpg").write_bytes(b"")
-    with contextlib.suppress(ConfigError):
+    with contextlib.suppress(UserError):
         conversations.load(data, "train")
     assert [path.name for path in tmp_path.iterdir()] == ["talks"]
 
@@ -132,3 +139,62 @@ def test_tensorflow_stays_out_and_tfds_stays_silent(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (done.stdout, done.stderr) == (f"preparing the dataset easy_vqa in {tmp_path}\n", "")
+
+
+@pytest.fixture
+def stripes(tmp_path, monkeypatch) -> Data:
+    """The dataset of the recipe in docs/datasets.md, added as the recipe says."""
+    class_code, row_code = re.findall(r"```python\n(.*?)```", RECIPE.read_text(), re.DOTALL)
+    rows = eval(f"{{{row_code}}}", {"Dataset": Dataset})
+    module = ModuleType("vlm_jax.data.builders.stripes")
+    exec(class_code, module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(DATASETS, "stripes", rows["stripes"])
+    return Data(source="stripes", dir=str(tmp_path), augment=(), questions_per_row=2)
+
+
+def test_a_dataset_is_one_class_and_one_row(stripes):
+    """The recipe is followed literally: the new dataset is trained on, evaluated and validated."""
+    cfg = validate(tiny(data=replace(stripes, text_length=48)))
+    tokenizer = pipeline.train_tokenizer(cfg)
+    batch = next(pipeline.training_iterator(cfg, tokenizer))
+    assert batch.images.shape == (8, 1, 16, 16, 3)
+    for row in range(8):
+        is_scored = batch.loss_weights[row] > 0
+        answers = "".join(tokenizer.decode([i]) for i in batch.targets[row][is_scored])
+        dark_left = batch.images[row, 0, :, :8].mean() < batch.images[row, 0, :, 8:].mean()
+        assert sorted(answers) == sorted("leftyes" if dark_left else "rightno")
+    assert [one.answer for one in questions.load(cfg, "test", 3)] == ["left", "yes", "right"]
+    assert pipeline.fingerprint(cfg.data) == {
+        "stripes": "stripes/1.0.0",
+        "stripes, split train": "80",
+        "stripes, split test": "20",
+    }
+
+
+def test_the_row_of_a_dataset_decides_which_fields_it_takes(stripes, monkeypatch):
+    refused = {
+        "seed": (replace(stripes, seed=3), "data.seed applies only to data.source glyphs and"),
+        "augment": (replace(stripes, augment=("mirror",)), "data.augment mirror would invalidate"),
+        "files": (replace(stripes, files=("a.json",)), "data.files applies only to data.source"),
+        "name": (replace(stripes, source="stripes:wide"), "data.source 'stripes:wide' is unknown"),
+    }
+    for data, message in refused.values():
+        with pytest.raises(ConfigError, match=message):
+            validate(tiny(data=data))
+    row = replace(DATASETS["stripes"], fields=("seed",), allows_augment=True, takes_name=True)
+    monkeypatch.setitem(DATASETS, "stripes", row)
+    validate(tiny(data=replace(stripes, source="stripes:wide", seed=3, augment=("mirror",))))
+
+
+@pytest.mark.parametrize("key", DATASETS)
+def test_a_row_names_fields_of_data_and_one_way_to_read_it(key):
+    row = DATASETS[key]
+    assert set(row.fields) <= {field.name for field in fields(Data)}
+    assert (row.builder is None) != (row.conversations is None)
+
+
+@pytest.mark.parametrize("key", DATASETS)
+def test_every_dataset_is_documented(key):
+    source = f"{key}:NAME" if DATASETS[key].takes_name else key
+    assert f"| `{source}` |" in RECIPE.read_text()

@@ -198,7 +198,7 @@ def test_a_prompt_is_the_start_of_its_conversation(tokenizer):
 
 
 def test_a_prompt_that_does_not_fit_is_refused(tokenizer):
-    with pytest.raises(UserError, match="1 marks <image> for 2 images"):
+    with pytest.raises(UserError, match="1 <image> placeholders for 2 images"):
         templates.prompt_row(experiment(), tokenizer, "<image> a", (1, 1))
-    with pytest.raises(UserError, match="more than the 3 that there are"):
+    with pytest.raises(UserError, match="more than the 3 of its batch"):
         templates.prompt_row(experiment(), tokenizer, "<image> a", (1,), 3)

@@ -149,11 +149,11 @@ def test_a_class_answers_where_nothing_is_asked_and_text_may_stand_alone(data):
     [
         (
             {"image_field": "image"},
-            "data.image_field 'image' is no such feature of small_vqa: choose photo",
+            "data.image_field 'image' is not a feature of small_vqa: choose photo",
         ),
         ({"question_field": "label"}, "data.question_field 'label' .*: choose question, answer"),
         ({"answer_field": ""}, "data.answer_field '' .*: choose question, answer, label"),
-        ({"source": "tfds:smal_vqa"}, "data.source tfds:smal_vqa is no dataset of TFDS"),
+        ({"source": "tfds:smal_vqa"}, "data.source tfds:smal_vqa is not a dataset of TFDS"),
     ],
 )
 def test_what_the_dataset_lacks_is_said_with_the_choices(data, change, said):

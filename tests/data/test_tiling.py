@@ -60,9 +60,9 @@ def test_the_layout_of_an_image(width, height, most, layout):
     vision = replace(SMALL, tiles=most)
     assert tiling.best_layout(width, height, vision) == layout
     assert tiling.tile_count(width, height, vision) == layout[0] * layout[1]
-    pixels = tiling.lay_out(Image.new("RGB", (width, height)), vision)
+    pixels = tiling.resize_to_grid(Image.new("RGB", (width, height)), vision)
     assert pixels.shape == (64 * layout[0], 64 * layout[1], 3)
-    assert tiling.tiles_of(pixels, vision) == layout[0] * layout[1]
+    assert tiling.count_tiles(pixels, vision) == layout[0] * layout[1]
 
 
 def test_an_encoder_that_reads_tiles_together_is_given_one():
@@ -74,22 +74,24 @@ def test_an_encoder_that_reads_tiles_together_is_given_one():
 def test_tiles_are_cut_row_by_row_and_the_thumbnail_is_their_mean():
     vision = Vision(image_size_px=2, tiles=6)
     pixels = np.arange(4 * 6 * 3, dtype=np.float32).reshape(4, 6, 3)
-    views = tiling.cut(pixels, vision)
+    views = tiling.split_into_views(pixels, vision)
     assert views.shape == (7, 2, 2, 3)
     np.testing.assert_array_equal(views[4], pixels[2:, 2:4])
     np.testing.assert_array_equal(views[-1, 0, 1], pixels[:2, 3:].mean((0, 1)))
-    np.testing.assert_array_equal(tiling.cut(pixels, replace(vision, thumbnail=False)), views[:-1])
-    np.testing.assert_array_equal(tiling.cut(pixels[:2, :2], vision), views[:1])
+    np.testing.assert_array_equal(
+        tiling.split_into_views(pixels, replace(vision, thumbnail=False)), views[:-1]
+    )
+    np.testing.assert_array_equal(tiling.split_into_views(pixels[:2, :2], vision), views[:1])
 
 
 def test_absent_views_are_zeros_and_the_thumbnail_has_the_last_place():
     vision = Vision(image_size_px=2, tiles=3)
-    views = tiling.stacked([np.ones((2, 2, 3)), np.ones((4, 2, 3))], vision)
+    views = tiling.stack_views([np.ones((2, 2, 3)), np.ones((4, 2, 3))], vision)
     there = [1, 0, 0, 0, 1, 1, 0, 1]
     assert views.shape == (8, 2, 2, 3)
     assert views[:, 0, 0, 0].tolist() == there
-    assert tiling.views_there([1, 2], vision).tolist() == there
-    assert tiling.views_there([0, 3], vision).tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert tiling.view_mask([1, 2], vision).tolist() == there
+    assert tiling.view_mask([0, 3], vision).tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("turn", [None, 3, 6, 8])
@@ -205,7 +207,7 @@ def test_tags_are_tokens_of_the_tokenizer_and_no_text_of_a_user():
     assert tokenizer.decode(tokenizer.encode("<tile_1>")) == "<tile_1>"
     assert min(tokenizer.encode("<tile_1>")) > 6
     with pytest.raises(
-        ConfigError, match=r"decoder.vocab_size 262 .* tags of vision.tiles among them \(3\)"
+        ConfigError, match=r"decoder.vocab_size 262 .* 3 tags of vision.tiles included"
     ):
         Tokenizer.train(["a"], 262, names)
 
@@ -232,7 +234,9 @@ def test_prompts_about_images_of_all_sizes(kind):
     shown = [[picture(1, 1), picture(2, 2)], [picture(1, 3)], []]
     batch = questions.prompt_batch(cfg, Letters(), shown, ["a", "b", "c"])
     assert batch.images.shape == (3, 10, 16, 16, 3)
-    np.testing.assert_array_equal(batch.images[0, 5:9], tiling.cut(shown[0][1], cfg.vision)[:4])
+    np.testing.assert_array_equal(
+        batch.images[0, 5:9], tiling.split_into_views(shown[0][1], cfg.vision)[:4]
+    )
     assert batch.image_mask[:, -1].sum(-1).tolist() == [6, 4, 0]
     last = batch.image_token_index.max(1).tolist()
     assert last == ([9, 4, -1] if cfg.fusion.image_in_sequence else [-1] * 3)
@@ -289,5 +293,5 @@ def test_tiles_are_counted_once_from_the_file_alone(tmp_path):
     cfg = replace(cfg, vision=replace(cfg.vision, tiles=6))
     source = pipeline.conversation_source(cfg.data, "train")
     count, read = packing.tile_counter(cfg, source), packing.pixel_reader(cfg, source)
-    assert count(0) == tiling.tiles_of(read(0), cfg.vision) > 1
+    assert count(0) == tiling.count_tiles(read(0), cfg.vision) > 1
     assert packing.tile_counter(replace(cfg, fusion=Fusion("text_only")), source)(0) == 1

@@ -1,13 +1,11 @@
-"""What the parity tests share: tiny random models of transformers, our model of the same folder, and their outputs."""
+"""Tiny random models of transformers, their outputs and ours, and the round trip of a checkpoint."""
 
 import functools
 
 import jax
 import numpy as np
 import torch
-from flax import traverse_util
 
-from vlm_jax.hub.inputs import to_batch
 from vlm_jax.hub.load import inspect, load_params
 from vlm_jax.hub.save import write_model
 from vlm_jax.hub.tensors.folder import open_tensors
@@ -24,7 +22,7 @@ SMALL = {
 
 
 def randomized(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """The model in inference mode, every parameter random: an ignored bias, gate, norm or scale would show."""
+    """Randomizes every parameter, so that an ignored bias, gate, norm or scale shows; sets inference mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -40,25 +38,22 @@ def saved(model: torch.nn.Module, folder) -> torch.nn.Module:
 
 
 def reference(model: torch.nn.Module, output: str = "logits", **inputs) -> np.ndarray:
+    """An output of transformers."""
+    tensors = {name: torch.tensor(x) for name, x in inputs.items()}
     with torch.no_grad():
-        return getattr(
-            model(**{name: torch.tensor(x) for name, x in inputs.items()}), output
-        ).numpy()
+        return getattr(model(**tensors), output).numpy()
 
 
-def ours(folder, image_token: int | None = None, **inputs) -> np.ndarray:
-    """Our logits for the same arguments."""
-    model, params = load_params(folder)
-    return np.asarray(forward(model, params, to_batch(model.cfg, inputs, image_token)).logits)
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("method", "mutable"))
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("method", "mutable", "capture_intermediates")
+)
 def forward(model, params, *inputs, **settings):
+    """`model.apply`, jitted once for all tests: calls of equal models and shapes share a program."""
     return model.apply({"params": params}, *inputs, **settings)
 
 
 def assert_round_trip(folder, target, **config) -> None:
-    """Load, then export: every tensor keeps its name, dtype and bytes. `config` goes along into config.json."""
+    """Loads and exports: every tensor keeps its name, dtype and bytes. `config` is added to config.json."""
     with open_tensors(folder) as before:
         checkpoint = inspect(folder, before)
         _, params = load_params(folder)
@@ -72,14 +67,10 @@ def assert_round_trip(folder, target, **config) -> None:
 
 
 def reloaded(cls, folder, reference: torch.nn.Module):
-    """The exported folder in transformers: no key missing or unexpected, every parameter equal."""
+    """Loads an exported folder with transformers: no missing or unexpected key, every parameter equal."""
     model, report = cls.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     expected = reference.state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
     return model.eval()
-
-
-def parameter_count(params) -> int:
-    return sum(x.size for x in traverse_util.flatten_dict(params).values())

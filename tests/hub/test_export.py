@@ -25,7 +25,6 @@ from tests.hub.parity import SMALL, forward, randomized, reference
 from vlm_jax import axes, from_pretrained, save_pretrained
 from vlm_jax.cli.commands import main
 from vlm_jax.config import (
-    ConfigError,
     Decoder,
     Experiment,
     Fusion,
@@ -37,7 +36,7 @@ from vlm_jax.config import (
 )
 from vlm_jax.config.validate import validate
 from vlm_jax.data import pipeline, questions
-from vlm_jax.hub import compose, export
+from vlm_jax.hub import export, pretrained_parts
 from vlm_jax.hub.tensors.folder import open_tensors
 from vlm_jax.infer import demo
 from vlm_jax.nn.models import abstract_params, build_model
@@ -285,7 +284,7 @@ def next_stage(cfg, folder):
         part: replace(getattr(cfg, part), checkpoint=str(folder))
         for part in ("vision", "projector", "decoder")
     }
-    return validate(compose.resolved(replace(cfg, **parts)))
+    return validate(pretrained_parts.resolve_checkpoints(replace(cfg, **parts)))
 
 
 def test_a_run_begins_with_all_that_another_ended_with(tmp_path, datasets_dir):
@@ -296,7 +295,9 @@ def test_a_run_begins_with_all_that_another_ended_with(tmp_path, datasets_dir):
     export.export_run(cfg, params, tmp_path / "tokenizer.json", tmp_path / "out")
     then = next_stage(cfg, tmp_path / "out")
     assert replace(then.projector, checkpoint="") == cfg.projector
-    begun = compose.load_parts(then, meta.unbox(abstract_params(then)), axes.make_mesh(Mesh()))
+    begun = pretrained_parts.load_pretrained_parts(
+        then, meta.unbox(abstract_params(then)), axes.make_mesh(Mesh())
+    )
     assert begun.keys() == traverse_util.flatten_dict(params, sep="/").keys()
     for path, x in traverse_util.flatten_dict(params, sep="/").items():
         np.testing.assert_array_equal(begun[path], x, err_msg=path)
@@ -312,9 +313,9 @@ def test_a_projector_between_other_widths_is_refused(tmp_path, datasets_dir):
         projector=Projector(checkpoint=str(tmp_path / "out")),
     )
     with pytest.raises(
-        ConfigError, match="leads from 32 numbers a token to 32, where vision .* have 64 and 32"
+        UserError, match="projects from width 32 to 32, but vision .* have widths 64 and 32"
     ):
-        compose.resolved(wider)
+        pretrained_parts.resolve_checkpoints(wider)
 
 
 @pytest.mark.slow
@@ -356,7 +357,7 @@ def assert_transformers_agrees(kind, cfg, params, tokenizer, folder):
 
 def test_a_run_like_no_public_family_is_refused_and_the_nearest_named():
     with pytest.raises(
-        ConfigError, match="no public family is like this run; the nearest is .* projector.kind"
+        UserError, match="matches no supported architecture; the closest is .* projector.kind"
     ):
         export.matching_family(tiny(projector=Projector("pixel_shuffle")))
 

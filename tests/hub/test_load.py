@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.hub import tiny_checkpoints as tiny
-from vlm_jax.config import ConfigError, UserError
+from vlm_jax.config import UserError
 from vlm_jax.config.validate import check_values
 from vlm_jax.hub.families import gpt2, mllama_vision, trocr
 from vlm_jax.hub.families.registry import family_of
@@ -54,7 +54,7 @@ def refusal(folder, target, part: str, key: str, value) -> str:
         ("", "text_config", "abc", "not understood"),
         ("", "multimodal_projector_bias", {}, "projector.bias is {}"),
         ("text_config", "hidden_size", None, "has the shape"),
-        ("text_config", "hidden_size", 0, "hidden_size is 0: it must be a whole number from 1"),
+        ("text_config", "hidden_size", 0, "hidden_size is 0, but must be an integer from 1"),
         ("text_config", "hidden_size", 33, "has the shape"),
         ("text_config", "num_attention_heads", 0, "num_attention_heads is 0"),
         ("text_config", "num_attention_heads", "4", "num_attention_heads is '4'"),
@@ -136,10 +136,10 @@ def test_a_size_that_is_not_a_whole_number_above_0_is_refused_by_its_key(kind, p
     for value in (0, -1, 2**70, "7", [3, 4], {}, True, *(() if key == "mlp_ratio" else (1.5,))):
         config = {**parts, part: {**parts[part], key: value}} if part else parts | {key: value}
         with pytest.raises(
-            ConfigError, match=rf"\b{key}\b|(mlp_width|image_size_px|patch_size_px) is"
+            UserError, match=rf"\b{key}\b|(mlp_width|image_size_px|patch_size_px) is"
         ):
-            check_values(family_of(config, "config.json").read(config, ()))
-    check_values(family_of(parts, "config.json").read(parts, ()))
+            check_values(family_of(config, "config.json").config_from_hf(config, ()))
+    check_values(family_of(parts, "config.json").config_from_hf(parts, ()))
 
 
 ALIASES = {
@@ -157,9 +157,9 @@ ALIASES = {
     "mllama_vision_model": {"num_attention_heads": "attention_heads"},
 }
 READERS = {
-    "gpt2": lambda config: gpt2.read_decoder(config, ()),
-    "trocr": lambda config: trocr.read_decoder(config, ()),
-    "mllama_vision_model": lambda config: mllama_vision.read_vision(config, "input"),
+    "gpt2": lambda config: gpt2.decoder_from_hf(config, ()),
+    "trocr": lambda config: trocr.decoder_from_hf(config, ()),
+    "mllama_vision_model": lambda config: mllama_vision.vision_from_hf(config, "input"),
 }
 
 

@@ -1,7 +1,10 @@
-"""An exported run in transformers: AutoProcessor makes our prompt and pixels, and generate makes our tokens."""
+"""Exported runs in transformers: AutoProcessor makes our prompts and pixels, and generate our tokens."""
 
+import functools
 import json
 from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -19,22 +22,23 @@ from transformers import (
 )
 
 from tests.hub import tiny_checkpoints, tiny_tokenizers
-from tests.hub.parity import SMALL, saved
+from tests.hub.parity import SMALL, forward, saved
 from tests.hub.test_export import encoder_decoder_like, llava_like, mllama_like
 from tests.hub.test_processor import processor_of
 from vlm_jax.cli import commands
-from vlm_jax.config import Experiment, Fusion
+from vlm_jax.config import Experiment, Fusion, Model
 from vlm_jax.data import images, questions, tiling
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.hub import compose, export
+from vlm_jax.hub import export, pretrained_parts
 from vlm_jax.hub.text.tokenizer import HubTokenizer
-from vlm_jax.infer.generate import SamplingParams, generate
+from vlm_jax.nn.vlm import VLM
 from vlm_jax.runtime.workdir import Workdir
-from vlm_jax.structs import NO_IMAGE
+from vlm_jax.structs import NO_IMAGE, Batch
 from vlm_jax.testing import random_params
 from vlm_jax.train import initial
 
 NEW = 5
+LENGTH = 64  # of prompts and answers, padded: equal models share a compiled program
 QUESTION = "what do you see in 3?"
 TEXTS = [QUESTION, "what is it?", "a red car", "is that all?", "yes"]
 
@@ -78,7 +82,7 @@ def composed(kind: str):
         cfg = from_scratch(llava_like, source="conversations", template="vicuna")(tmp_path)
         vision = replace(cfg.vision, checkpoint=str(tower), feature_layers=(-2,))
         cfg = replace(cfg, vision=vision, decoder=replace(cfg.decoder, checkpoint=str(text)))
-        return compose.resolved(cfg)
+        return pretrained_parts.resolve_checkpoints(cfg)
 
     return experiment
 
@@ -95,7 +99,7 @@ def whole(name: str):
         base = replace(
             base, data=replace(base.data, source="conversations", text_length=90, augment=())
         )
-        return compose.resolved(base)
+        return pretrained_parts.resolve_checkpoints(base)
 
     return experiment
 
@@ -137,8 +141,29 @@ def picture(tmp_path_factory):
     return path
 
 
-def exported(cfg: Experiment, tmp_path):
-    """A run of random parameters, as it would lie in its work folder, and its export."""
+class Run(NamedTuple):
+    """A run of random parameters and its export."""
+
+    cfg: Experiment
+    params: dict
+    tokenizer: Tokenizer
+    family: str
+    folder: Path
+
+    def prompt(self, picture: Path, text: str) -> Batch:
+        """The batch of one question, as the run encodes it."""
+        pixels = tiling.to_pixels(images.read_image(picture), self.cfg.vision)
+        return questions.prompt_batch(self.cfg, self.tokenizer, [[pixels]], [text])
+
+    def logits(self, batch: Batch) -> np.ndarray:
+        """Logits (B, S, V). Runs that differ only in their data share a compiled program."""
+        cfg = self.cfg
+        parts = {"vision": cfg.vision, "projector": cfg.projector}
+        model = VLM(Model(**parts, fusion=cfg.fusion, decoder=cfg.decoder))
+        return np.asarray(forward(model, self.params, batch).logits)
+
+
+def exported(cfg: Experiment, tmp_path) -> Run:
     cfg = replace(cfg, workdir=str(tmp_path / "run"))
     workdir = Workdir(cfg.workdir)
     workdir.path.mkdir()
@@ -150,34 +175,74 @@ def exported(cfg: Experiment, tmp_path):
     initial.keep_processor(cfg, workdir)
     params, out = random_params(cfg, 0.2), tmp_path / "out"
     family = export.export_run(cfg, params, workdir.tokenizer, out, processor=workdir.processor)
-    return family, params, initial.load_tokenizer(cfg), out
+    return Run(cfg, params, initial.load_tokenizer(cfg), family, out)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """`runs(name)`: a run of `RUNS`, exported once for all tests."""
+
+    @functools.cache
+    def make(name: str) -> Run:
+        tmp_path = tmp_path_factory.mktemp("run")
+        return exported(RUNS[name](tmp_path), tmp_path)
+
+    return make
+
+
+def with_answer(batch: Batch, answer: list[int]) -> Batch:
+    """The batch of one prompt with an answer after it, padded on the left to LENGTH."""
+    left = LENGTH - batch.tokens.shape[1] - len(answer)
+
+    def extend(x, step=0):
+        """Repeats the last token's value, or counts on from it."""
+        after = x[:, -1:] + step * np.arange(1, len(answer) + 1)
+        return np.concatenate([np.zeros((1, left), x.dtype), x, after], axis=1)
+
+    def extend_mask(mask):
+        if mask is None:
+            return None
+        after = np.repeat(mask[:, -1:], len(answer), axis=1)
+        return np.concatenate([np.repeat(mask[:, :1], left, axis=1), mask, after], axis=1)
+
+    return batch.replace(
+        tokens=np.concatenate([np.zeros((1, left), int), batch.tokens, [answer]], axis=1),
+        positions=extend(batch.positions, step=1),
+        segment_ids=extend(batch.segment_ids),
+        branch_ids=extend(batch.branch_ids),
+        image_token_index=np.pad(
+            batch.image_token_index, ((0, 0), (left, len(answer))), constant_values=NO_IMAGE
+        ),
+        image_mask=extend_mask(batch.image_mask),
+        no_image_mask=extend_mask(batch.no_image_mask),
+        block_ids=None
+        if batch.block_ids is None
+        else np.pad(batch.block_ids, ((0, 0), (left, len(answer)))),
+        targets=None,
+        loss_weights=None,
+    )
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_transformers_answers_as_the_run_does(name, tmp_path, picture):
-    cfg = RUNS[name](tmp_path)
-    family, params, tokenizer, out = exported(cfg, tmp_path)
-    assert export.exportable(cfg) == f"export: {family}"
-    pixels = tiling.to_pixels(images.read_image(picture), cfg.vision)
+def test_transformers_answers_as_the_run_does(runs, name, picture):
+    """Teacher forcing: every token that transformers generates is the run's most likely one."""
+    run = runs(name)
+    assert export.exportable(run.cfg) == f"export: {run.family}"
     prompt = "" if "captions" in name else QUESTION
-    batch = questions.prompt_batch(cfg, tokenizer, [[pixels]], [prompt])
-    ours = np.asarray(generate(cfg.model, params, batch, NEW, SamplingParams()))[0]
-    processor = AutoProcessor.from_pretrained(out)
+    processor = AutoProcessor.from_pretrained(run.folder)
     image = Image.open(picture).convert("RGB")
-    inputs = asked_of_transformers(processor, family, name, image, prompt)
-    cls = (
-        VisionEncoderDecoderModel
-        if family == "vision-encoder-decoder"
-        else AutoModelForImageTextToText
-    )
-    model, report = cls.from_pretrained(out, output_loading_info=True, dtype=torch.float32)
-    assert not report["unexpected_keys"] and not {
-        x for x in report["missing_keys"] if ".pooler." not in x
-    }
+    inputs = asked_of_transformers(processor, run.family, name, image, prompt)
+    is_encoder_decoder = run.family == "vision-encoder-decoder"
+    cls = VisionEncoderDecoderModel if is_encoder_decoder else AutoModelForImageTextToText
+    model, report = cls.from_pretrained(run.folder, output_loading_info=True, dtype=torch.float32)
+    assert not report["unexpected_keys"]
+    assert all(".pooler." in key for key in report["missing_keys"])
     model.generation_config.eos_token_id = None
-    made = model.eval().generate(**inputs, max_new_tokens=NEW, do_sample=False)[0].tolist()
-    assert made[-NEW:] == ours.tolist()
-    assert len(set(made[-NEW:])) > 1, "the tokens are all alike: the test would show little"
+    sequence = model.eval().generate(**inputs, max_new_tokens=NEW, do_sample=False)[0].tolist()
+    answer = sequence[-NEW:]
+    assert len(set(answer)) > 1, "equal tokens would prove little"
+    logits = run.logits(with_answer(run.prompt(picture, prompt), answer))
+    assert logits[0, -NEW - 1 : -1].argmax(-1).tolist() == answer
 
 
 def asked_of_transformers(processor, family, name, image, prompt) -> dict:
@@ -205,31 +270,29 @@ def asked_of_transformers(processor, family, name, image, prompt) -> dict:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_our_own_processor_asks_the_exported_folder_as_the_run_is_asked(name, tmp_path, picture):
+def test_our_own_processor_encodes_for_the_exported_folder_as_the_run_does(runs, name, picture):
     """The same tokens and pixels: so `generate --checkpoint` answers as `generate --workdir` does."""
-    cfg = RUNS[name](tmp_path)
-    _, _, tokenizer, out = exported(cfg, tmp_path)
-    prompt = "" if "captions" in name else QUESTION
-    pixels = tiling.to_pixels(images.read_image(picture), cfg.vision)
-    run = questions.prompt_batch(cfg, tokenizer, [[pixels]], [prompt])
-    asked = processor_of(out).asked(prompt, [picture])
-    texts = [
-        np.asarray(batch.tokens[0])[np.asarray(batch.image_token_index[0]) == NO_IMAGE]
-        for batch in (asked, run)
-    ]
-    np.testing.assert_array_equal(*texts)
-    np.testing.assert_allclose(np.asarray(asked.images), np.asarray(run.images), atol=1e-5)
+    run, prompt = runs(name), "" if "captions" in name else QUESTION
+    expected = run.prompt(picture, prompt)
+    batch = processor_of(run.folder).asked(prompt, [picture])
+    np.testing.assert_array_equal(text_tokens(batch), text_tokens(expected))
+    np.testing.assert_allclose(np.asarray(batch.images), np.asarray(expected.images), atol=1e-5)
 
 
-def test_an_image_token_is_added_with_a_row_that_never_wins(tmp_path):
+def text_tokens(batch: Batch) -> np.ndarray:
+    """The tokens of the first row without those of images."""
+    is_text = np.asarray(batch.image_token_index[0]) == NO_IMAGE
+    return np.asarray(batch.tokens[0])[is_text]
+
+
+def test_an_image_token_is_added_with_a_row_that_never_wins(runs):
     """Its logit is the mean of the others."""
-    cfg = RUNS["llava of a llama 2"](tmp_path)
-    rows = cfg.decoder.vocab_size
-    family, params, _, out = exported(cfg, tmp_path)
-    config = json.loads((out / "config.json").read_text())
+    run = runs("llava of a llama 2")
+    rows = run.cfg.decoder.vocab_size
+    config = json.loads((run.folder / "config.json").read_text())
     assert config["image_token_index"] == rows
     assert config["text_config"]["vocab_size"] == rows + 1
-    model = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(run.folder, dtype=torch.float32)
     head = model.get_output_embeddings().weight.detach()
     torch.testing.assert_close(head[rows], head[:rows].mean(0))
 
@@ -245,7 +308,7 @@ def test_another_image_size_is_that_of_the_exported_processor(tmp_path):
     )
     arguments = ["--config", config, "--checkpoint", folder, "--vision.image_size_px", 42]
     cfg = commands.experiment("train", list(map(str, arguments)), stored=False)
-    *_, out = exported(cfg, tmp_path)
+    out = exported(cfg, tmp_path).folder
     assert AutoProcessor.from_pretrained(out).image_processor.crop_size["height"] == 42
 
 
@@ -259,7 +322,7 @@ def test_what_keeps_transformers_from_the_same_prompts_is_named():
 
 def test_that_fuyus_processor_keeps_the_size_of_images_is_named(tmp_path):
     assert export.exportable(whole("fuyu")(tmp_path)).endswith(
-        "other prompts than vision.image_size_px 48"
+        "does not support vision.image_size_px 48"
     )
 
 

@@ -137,7 +137,7 @@ def test_files_open_images_and_arrays_are_one(tokenizer, pictures):
     [
         (["a", "b"], [["x.png"]], "images has 1 lists for 2 prompts"),
         (["a", "b"], ["x.png"] * 3, "flat list of 3 images does not match 2 prompts"),
-        ("<image> a <image>", [Image.new("RGB", (4, 4))], "2 marks <image> for 1 images"),
+        ("<image> a <image>", [Image.new("RGB", (4, 4))], "2 <image> placeholders for 1 images"),
         ("a", ["nowhere.png"], "cannot read the image nowhere.png"),
         ("a", [np.zeros((4, 4, 3))], "float64 .* is not an image: it must be uint8"),
         ("word " * 100, (), "is too long: decoder.max_positions 128"),

@@ -126,7 +126,7 @@ def test_eval_of_other_files_has_a_folder_of_its_own_and_the_types_of_its_record
     [
         (
             ["--eval.files", "MINE", "--eval.split", "validation"],
-            "eval.split 'validation' is no split: choose train",
+            "eval.split 'validation' does not exist: choose train",
         ),
         (
             ["--eval.files", "nowhere.json"],

@@ -59,8 +59,8 @@ def question_batch(cfg, ids, images) -> Batch:
     """A row a prompt, which has one image."""
     length = cfg.image_slots_in_row + max(map(len, ids))
     rows = [
-        text.prompt_row(cfg, prompt, (tiling.tiles_of(image, cfg.vision),), length)
-        | {"images": tiling.stacked([image], cfg.vision)}
+        text.prompt_row(cfg, prompt, (tiling.count_tiles(image, cfg.vision),), length)
+        | {"images": tiling.stack_views([image], cfg.vision)}
         for prompt, image in zip(ids, images, strict=True)
     ]
     return Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})

@@ -50,7 +50,7 @@ def rows(cfg, *pairs_of_rows, seed=0) -> Batch:
     """A training row for every list of pairs, all about one image of as many tiles as there may be."""
     tiles_of_it = cfg.vision.cut_tiles
     packed = [text.pack_row(cfg, pairs, tiles_of_it) for pairs in pairs_of_rows]
-    image = tiling.stacked([picture(cfg, tiles_of_it, np.random.default_rng(seed))], cfg.vision)
+    image = tiling.stack_views([picture(cfg, tiles_of_it, np.random.default_rng(seed))], cfg.vision)
     fields = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
     return Batch(**fields, images=np.broadcast_to(image, (len(packed), *image.shape)))
 

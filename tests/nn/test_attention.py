@@ -11,7 +11,7 @@ from flax.linen import meta
 
 from tests.nn.programs import equations
 from vlm_jax.config import Decoder, Rope
-from vlm_jax.nn.attention import Attention, apply_rope, attend
+from vlm_jax.nn.attention import Attention, apply_rope, dot_product_attention
 from vlm_jax.nn.positions import rope_tables
 
 RNG = np.random.default_rng(0)
@@ -68,18 +68,18 @@ def masks(rows, queries, keys):
 
 @pytest.mark.parametrize("mask", masks(2, 3, 5))
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attend_is_softmax_attention_query_by_query(kv_heads, mask):
+def test_attention_is_softmax_attention_query_by_query(kv_heads, mask):
     q, k, v = random(2, 3, 4, 8), random(2, 5, kv_heads, 8), random(2, 5, kv_heads, 8)
     mask = masks(2, 3, 5)[mask]
     close(
-        attend(q, heads_first(k), heads_first(v), mask),
+        dot_product_attention(q, heads_first(k), heads_first(v), mask),
         reference(*map(np.asarray, (q, k, v)), mask),
     )
 
 
 def test_the_softmax_is_in_float32_whatever_is_computed():
     x = random(2, 3, 4, 8).astype(jnp.bfloat16)
-    program = jax.make_jaxpr(attend)(x, heads_first(x), heads_first(x), None)
+    program = jax.make_jaxpr(dot_product_attention)(x, heads_first(x), heads_first(x), None)
     kinds = {
         of.invars[0].aval.dtype.name
         for _, of in equations(program.jaxpr)
@@ -97,7 +97,7 @@ def output_and_gradients(function, q, k, v, mask, dy):
 
 @pytest.mark.parametrize("mask", masks(2, 3, 5))
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attend_has_the_gradients_of_dot_product_attention(kv_heads, mask):
+def test_attention_has_the_gradients_of_dot_product_attention(kv_heads, mask):
     q, k, v, dy = (
         random(2, 3, 4, 8),
         random(2, 5, kv_heads, 8),
@@ -106,7 +106,9 @@ def test_attend_has_the_gradients_of_dot_product_attention(kv_heads, mask):
     )
     mask = masks(2, 3, 5)[mask]
     expected = output_and_gradients(jax.nn.dot_product_attention, q, k, v, mask, dy)
-    y, *gradients = output_and_gradients(attend, q, heads_first(k), heads_first(v), mask, dy)
+    y, *gradients = output_and_gradients(
+        dot_product_attention, q, heads_first(k), heads_first(v), mask, dy
+    )
     for ours, theirs in zip((y, gradients[0], *map(heads_first, gradients[1:])), expected):
         close(ours, theirs)
 
@@ -114,7 +116,7 @@ def test_attend_has_the_gradients_of_dot_product_attention(kv_heads, mask):
 def test_a_query_that_sees_nothing_gives_numbers_and_finite_gradients():
     q, mask = random(1, 2, 1, 4), jnp.zeros((1, 1, 2, 2), bool)
     value, gradient = jax.value_and_grad(
-        lambda q: attend(q, heads_first(q), heads_first(q), mask).sum()
+        lambda q: dot_product_attention(q, heads_first(q), heads_first(q), mask).sum()
     )(q)
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
@@ -201,7 +203,9 @@ def turned(cfg, positions, length=6):
     numbers = np.random.default_rng(1)
     q, k, v = (jnp.asarray(numbers.normal(size=(1, length, 1, 8)), jnp.float32) for _ in range(3))
     rope = rope_tables(positions[None], cfg)
-    return attend(apply_rope(q, rope), heads_first(apply_rope(k, rope)), heads_first(v), None)
+    return dot_product_attention(
+        apply_rope(q, rope), heads_first(apply_rope(k, rope)), heads_first(v), None
+    )
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])

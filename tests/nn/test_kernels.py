@@ -1,4 +1,4 @@
-"""Every kernel gives what `attend` gives, gradients included, and stands where it serves."""
+"""Every kernel gives what `dot_product_attention` gives, gradients included, and stands where it serves."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from vlm_jax import axes
 from vlm_jax.config import Mesh
 from vlm_jax.nn import kernels
-from vlm_jax.nn.attention import attend
+from vlm_jax.nn.attention import dot_product_attention
 
 CASES = {  # queries, keys, heads, key heads, cap, kind of mask
     "grouped": (256, 384, 4, 2, 5.0, "random"),
@@ -51,8 +51,8 @@ def assert_same(function, plain, arrays, dy):
 def test_the_kernel_for_tpus_is_attend(name):
     arrays, dy, cap = case(*CASES[name])
     assert_same(
-        lambda *x: kernels.on_tpu(*x, 0.1, cap, interpret=True),
-        lambda *x: attend(*x, scale=0.1, cap=cap),
+        lambda *x: kernels.splash_attention(*x, 0.1, cap, interpret=True),
+        lambda *x: dot_product_attention(*x, scale=0.1, cap=cap),
         arrays,
         dy,
     )
@@ -65,12 +65,12 @@ def test_in_bfloat16_a_kernel_is_as_near_to_float32_as_attend(on, name):
     cap = 0.0 if on == "gpu" else cap
     narrow = [x if x is None or x.dtype == bool else x.astype(jnp.bfloat16) for x in arrays]
     kernel, settings = {
-        "tpu": (kernels.on_tpu, {"interpret": True}),
-        "gpu": (kernels.on_gpu, {"implementation": "xla"}),
+        "tpu": (kernels.splash_attention, {"interpret": True}),
+        "gpu": (kernels.cudnn_attention, {"implementation": "xla"}),
     }[on]
 
     def plain(*x):
-        return attend(*x, scale=0.1, cap=cap)
+        return dot_product_attention(*x, scale=0.1, cap=cap)
 
     exact = value_and_gradients(plain, arrays, dy)[1]
     found = value_and_gradients(lambda *x: kernel(*x, 0.1, cap, **settings), narrow, dy)[1]
@@ -87,8 +87,8 @@ def error(x, exact):
 def test_what_cudnn_is_asked_for_is_attend(name):
     arrays, dy, _ = case(*CASES[name])
     assert_same(
-        lambda *x: kernels.on_gpu(*x, 0.1, implementation="xla"),
-        lambda *x: attend(*x, scale=0.1),
+        lambda *x: kernels.cudnn_attention(*x, 0.1, implementation="xla"),
+        lambda *x: dot_product_attention(*x, scale=0.1),
         arrays,
         dy,
     )
@@ -98,8 +98,8 @@ def test_the_kernel_for_tpus_on_a_mesh_is_attend():
     arrays, dy, _ = case(128, 128, 4, 2, 0.0, "random", rows=4)
     with jax.set_mesh(axes.make_mesh(Mesh(1, 4, 2))):
         assert_same(
-            lambda *x: kernels.on_tpu(*x, 0.1, interpret=True),
-            lambda *x: attend(*x, scale=0.1),
+            lambda *x: kernels.splash_attention(*x, 0.1, interpret=True),
+            lambda *x: dot_product_attention(*x, scale=0.1),
             arrays,
             dy,
         )
@@ -109,9 +109,9 @@ def test_the_kernel_for_tpus_on_a_mesh_is_attend():
     "platform, length, dtype, width, cap, kernel",
     [
         ("cpu", 512, "bfloat16", 64, 0.0, None),
-        ("tpu", 512, "float32", 72, 30.0, kernels.on_tpu),
+        ("tpu", 512, "float32", 72, 30.0, kernels.splash_attention),
         ("tpu", 64, "bfloat16", 64, 0.0, None),
-        ("gpu", 64, "bfloat16", 64, 0.0, kernels.on_gpu),
+        ("gpu", 64, "bfloat16", 64, 0.0, kernels.cudnn_attention),
         ("gpu", 512, "float32", 64, 0.0, None),
         ("gpu", 512, "bfloat16", 256, 0.0, None),
         ("gpu", 512, "bfloat16", 64, 30.0, None),

@@ -37,7 +37,8 @@ def rows(cfg, *counts) -> Batch:
     """A row with two questions about an image of so many tiles, for every count."""
     pairs = [([20, 21, 22], [23, 24]), ([30, 31], [32])]
     packed = [
-        text.pack_row(cfg, pairs, count) | {"images": tiling.stacked([picture(count)], cfg.vision)}
+        text.pack_row(cfg, pairs, count)
+        | {"images": tiling.stack_views([picture(count)], cfg.vision)}
         for count in counts
     ]
     return Batch(**{name: np.stack([row[name] for row in packed]) for name in packed[0]})

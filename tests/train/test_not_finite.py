@@ -58,7 +58,7 @@ def test_what_is_not_finite_is_named_with_the_images_of_its_batch(cfg):
     assert said.startswith(
         "step 2: the loss is nan; the parameters are finite and no gradient is; the largest number, "
     )
-    ids = pipeline.ids(cfg, None, {"next_index": 1})
+    ids = pipeline.batch_ids(cfg, None, {"next_index": 1})
     assert said.endswith(f"The batch held the images {', '.join(map(str, ids))}.")
 
 

@@ -135,6 +135,7 @@ def export(arguments: list[str]) -> int:
         taps=TAPS,
     )
     from vlm_jax.hub import export
+    from vlm_jax.hub.families.registry import FAMILIES
 
     if is_run(given.checkpoint):
         from vlm_jax.infer import demo
@@ -146,7 +147,7 @@ def export(arguments: list[str]) -> int:
         kind = export.export_run(
             cfg, params, workdir.tokenizer, given.output, given.taps, workdir.processor
         )
-        if prompts := export.prompt_differences(cfg, kind):
+        if prompts := export.prompt_differences(cfg, FAMILIES[kind]):
             print(
                 f"the processor of transformers writes other prompts than {' and '.join(prompts)}"
             )

@@ -144,10 +144,12 @@ def experiment(
     if stored:
         _refuse_another_model(verb, cfg, asked)
     elif asked.begins_with_any and not _continues(given):
-        from vlm_jax.hub import compose
+        from vlm_jax.hub import pretrained_parts
 
         explicit = files.explicit_fields(cfg, fields)
-        asked = Workdir(asked.workdir).as_begun(compose.resolved(asked, explicit), explicit)
+        asked = Workdir(asked.workdir).as_begun(
+            pretrained_parts.resolve_checkpoints(asked, explicit), explicit
+        )
     return validate(asked)
 
 
@@ -251,7 +253,8 @@ def _of_checkpoint(arguments: list[str]) -> Experiment:
             f"{cfg.init_from}, or leave out --checkpoint to evaluate the run."
         )
     data = cfg.data
-    if data.source == "conversations" and not cfg.eval.files:  # of which the only split is train
+    # Files have no other split than train, so the evaluation reads the same ones.
+    if data.files and not cfg.eval.files:
         cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, files=data.files))
     return cfg
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from vlm_jax.config import (
     FUSION_STYLES,
@@ -12,41 +12,28 @@ from vlm_jax.config import (
     Experiment,
     Fusion,
 )
+from vlm_jax.config.datasets import sources_that_read
 from vlm_jax.config.hints import either
 
 SMALLEST_CELL_PX = 6  # typewritten letters are legible from this size
-DRAWN_FIELDS = {
-    ("image_px", "images", "seed"): ("glyphs", "digits"),
-    ("cell_px", "transcript"): ("glyphs",),
-}
 
 
 def _data(cfg: Experiment) -> None:
-    data = cfg.data
-    if data.source == "conversations" and not data.files:
+    data, dataset = cfg.data, cfg.data.dataset
+    for name in (field.name for field in dataclasses.fields(data)):
+        sources = sources_that_read(name)
+        if sources and name not in dataset.fields and _is_changed(data, name):
+            raise ConfigError(_unread(f"data.{name}", sources, data.source))
+    if "files" not in dataset.fields and cfg.eval.files:
+        raise ConfigError(_unread("eval.files", sources_that_read("files"), data.source))
+    if "files" in dataset.fields and not data.files:
         raise ConfigError(
-            "data.source conversations needs data.files: JSON or JSONL files in LLaVA's format."
+            f"data.source {data.source} needs data.files: JSON or JSONL files in LLaVA's format."
         )
-    if data.source != "conversations" and (data.files or data.image_dir):
-        unused = "data.files" if data.files else "data.image_dir"
+    if data.augment and not dataset.allows_augment:
         raise ConfigError(
-            f"{unused} applies only to data.source conversations, not to {data.source}: "
-            "leave it out."
-        )
-    if data.source != "conversations" and cfg.eval.files:
-        raise ConfigError(
-            "eval.files applies only to data.source conversations, "
-            f"not to {data.source}: leave it out."
-        )
-    if (data.is_conversations or data.is_drawn) and data.augment:
-        raise ConfigError(
-            f"data.augment {', '.join(data.augment)} would invalidate the answers of "
-            f"data.source {data.source}: leave it empty."
-        )
-    if not data.is_conversations and data.images_per_row > 1:
-        raise ConfigError(
-            f"data.images_per_row {data.images_per_row} applies only to conversations: "
-            f"with data.source {data.source} a row has one image."
+            f"data.augment {' '.join(data.augment)} would invalidate the answers of data.source "
+            f"{data.source}: leave it empty."
         )
     if (
         data.is_conversations
@@ -59,15 +46,15 @@ def _data(cfg: Experiment) -> None:
         )
 
 
-def _drawn(cfg: Experiment) -> None:
+def _unread(field: str, sources: Sequence[str], source: str) -> str:
+    return (
+        f"{field} applies only to data.source {' and '.join(sources)}, not to {source}: "
+        "leave it out."
+    )
+
+
+def _synthetic(cfg: Experiment) -> None:
     data = cfg.data
-    for names, sources in DRAWN_FIELDS.items():
-        unused = [name for name in names if _is_changed(data, name)]
-        if unused and data.source not in sources:
-            raise ConfigError(
-                f"data.{unused[0]} applies only to data.source {' and '.join(sources)}, "
-                f"not to {data.source}: leave it out."
-            )
     if 0 < data.cell_px < SMALLEST_CELL_PX:
         raise ConfigError(
             f"data.cell_px is {data.cell_px}: choose {SMALLEST_CELL_PX} to 8, "
@@ -326,6 +313,6 @@ def _profile(cfg: Experiment) -> None:
 
 
 CHECKS = (
-    *(_data, _drawn, _tokens, _tiled_encoder, _feature_layers, _resize, _projector, _fusion),
+    *(_data, _synthetic, _tokens, _tiled_encoder, _feature_layers, _resize, _projector, _fusion),
     *(_tiles, _room, _rates, _microbatches, _profile),
 )

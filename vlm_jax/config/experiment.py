@@ -8,13 +8,15 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from vlm_jax.config.datasets import DATASETS, Dataset, source_format
 from vlm_jax.config.errors import ConfigError
+from vlm_jax.config.hints import nearest
 from vlm_jax.config.model import Decoder, Fusion, Model, Projector, Vision
 
 
 @dataclass(frozen=True)
 class Data:
-    #: dataset: one of `data.sources.SOURCES`, conversations (of `files`), or tfds:NAME
+    #: dataset: a row of `config.datasets.DATASETS`, such as easy_vqa, conversations or tfds:NAME
     source: str = "easy_vqa"
     files: tuple[str, ...] = ()  # conversations: JSON or JSONL files in LLaVA's format
     image_dir: str = ""  # conversations: folder of the images
@@ -53,14 +55,26 @@ class Data:
         return self.special_ids[-1]
 
     @property
-    def is_drawn(self) -> bool:
-        """True if the images are generated on first use, from `image_px`, `images` and `seed`."""
-        return self.source in ("glyphs", "digits")
+    def dataset(self) -> Dataset:
+        """Row of `DATASETS` that `source` names.
+
+        Raises:
+          ConfigError: there is no such row.
+        """
+        key, _, name = self.source.partition(":")
+        row = DATASETS.get(key)
+        if row is None or row.takes_name != bool(name):
+            choices = ", ".join(map(source_format, DATASETS))
+            raise ConfigError(
+                f"data.source {self.source!r} is unknown{nearest(self.source, DATASETS)}: "
+                f"choose one of {choices}."
+            )
+        return row
 
     @property
     def is_conversations(self) -> bool:
-        """True if rows are packed with conversations, not with one image and its questions."""
-        return self.source == "conversations" or self.source.startswith("tfds:")
+        """Rows are packed with conversations, instead of one image and its questions."""
+        return self.dataset.conversations is not None
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,10 @@
 """Suggestions for names that do not exist."""
 
-import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 
-from vlm_jax.config import LrMult
-
 MOST_SUGGESTIONS = 4
+PARTS = ("vision", "projector", "decoder", "cross_attention")
 # Names of fields in other programs and in older versions.
 SYNONYMS = {
     **dict.fromkeys(("lr", "max_lr", "peak_lr", "base_lr"), "optim.learning_rate"),
@@ -16,10 +14,7 @@ SYNONYMS = {
         ("clip", "grad_clip", "max_grad_norm", "gradient_clip_val", "grad_norm"), "optim.clip_norm"
     ),
     **dict.fromkeys(("min_lr", "min_lr_ratio", "final_fraction"), "optim.final_lr_fraction"),
-    **{
-        f"rate_scale.{part.name}": f"optim.lr_mult.{part.name}"
-        for part in dataclasses.fields(LrMult)
-    },
+    **{f"rate_scale.{part}": f"optim.lr_mult.{part}" for part in PARTS},
     "norm_order": "decoder.norm_position",
     "residual_scale": "decoder.layer_scale",
     "global_depth": "vision.num_global_layers",

@@ -27,7 +27,7 @@ from vlm_jax import axes
 from vlm_jax.config import Experiment, Model
 from vlm_jax.nn.models import abstract_params
 from vlm_jax.nn.parts import PARTS, part_of, trained_parts
-from vlm_jax.nn.tiles import TOKEN_MULTIPLE
+from vlm_jax.nn.tiled_vit import TOKEN_MULTIPLE
 from vlm_jax.nn.vlm import VLM, example_batch
 
 NO_MESH = jax.sharding.AbstractMesh((), ())

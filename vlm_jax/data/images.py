@@ -1,4 +1,4 @@
-"""Image files -> pixels of the size and range that the encoder reads."""
+"""Decodes, resizes, normalises and augments images."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-PNG_TEXT_LIMITS = ("MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY")  # as Pillow names them in its errors
+PNG_TEXT_LIMITS = ("MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY")  # in Pillow's errors
 
 # Pillow warns about malformed metadata and about large images. The pixels are decoded all the same,
 # and an image that cannot be decoded is an error.
@@ -36,17 +36,17 @@ def read_image(path: str | os.PathLike) -> Image.Image:
 
 
 def from_array(pixels: np.ndarray) -> Image.Image:
-    """(height, width), or (height, width, 1, 3 or 4) uint8 -> an open image. DataError for any other array."""
+    """Converts (height, width) or (height, width, channels) uint8 to an open image.
+
+    Raises:
+      DataError: another type or shape; channels must be 1, 3 or 4.
+    """
     channels = pixels.shape[2:] or (1,)
-    if (
-        pixels.dtype != np.uint8
-        or pixels.ndim not in (2, 3)
-        or not pixels.size
-        or channels[0] not in (1, 3, 4)
-    ):
+    is_image = pixels.ndim in (2, 3) and channels[0] in (1, 3, 4)
+    if pixels.dtype != np.uint8 or not is_image or not pixels.size:
         raise DataError(
-            f"an array of {pixels.dtype} {pixels.shape} is not an image: it must be uint8 of shape (height, width), or "
-            "(height, width, channels) with 1, 3 or 4 channels."
+            f"an array of {pixels.dtype} {pixels.shape} is not an image: it must be uint8 of shape "
+            "(height, width), or (height, width, channels) with 1, 3 or 4 channels."
         )
     return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
 
@@ -63,18 +63,18 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 
 @contextlib.contextmanager
 def decoding(name: str) -> Iterator[None]:
-    """Turns whatever Pillow raises for malformed bytes into a DataError that names the image."""
+    """Converts any error of Pillow for malformed bytes to a DataError that names the image."""
     try:
         yield
     except Exception as error:  # of any type: a decoder meets arbitrary bytes
-        raise _refusal(name, error) from None
+        raise _data_error(name, error) from None
 
 
-def _refusal(name: str, error: Exception) -> DataError:
+def _data_error(name: str, error: Exception) -> DataError:
     reason = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
     match error:
         case Image.DecompressionBombError():
-            size = reason.partition(",")[0]  # both numbers of pixels
+            size = reason.partition(",")[0]  # pixels of the image, and Pillow's limit
             return DataError(f"{name} is too large: {size}; scale it down.")
         case MemoryError():
             return DataError(f"{name} is too large for the memory of this machine; scale it down.")
@@ -112,9 +112,9 @@ def upright(encoded: bytes, name: str = "image", needed_px: int = 0) -> Image.Im
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; 1 where EXIF has none, or is malformed.
+    """Returns the EXIF orientation, 1 to 8; 1 if EXIF has none or is malformed.
 
-    `ImageOps.exif_transpose` would also write all other entries anew, which fails for an entry whose
+    `ImageOps.exif_transpose` would also rewrite all other entries, which fails for an entry whose
     value does not fit its tag.
     """
     try:
@@ -125,9 +125,9 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _forget_exif(image: Image.Image) -> None:
-    """Drops all EXIF entries of a TIFF but the orientation, which Pillow applies in `load`.
+    """Drops all EXIF entries of a TIFF except the orientation, which Pillow applies in `load`.
 
-    `load` would also follow the pointers among them, and fail where those are malformed.
+    `load` would also follow the pointers among them, and fail if they are malformed.
     """
     exif = image.getexif()
     for tag in set(exif) - {ORIENTATION}:
@@ -137,8 +137,12 @@ def _forget_exif(image: Image.Image) -> None:
 def decode(encoded: bytes, name: str = "image", needed_px: int = 0) -> Image.Image:
     """Decodes an image file to upright RGB; transparent pixels become white.
 
-    A JPEG of which only `needed_px` rows and columns are needed (0: all) is decoded in an eighth, a quarter or half of
-    its size, as long as that leaves twice as many: several times faster, and hardly another image when it is resized.
+    Args:
+      encoded: the content of the file.
+      name: the image in error messages.
+      needed_px: rows and columns that are needed (0: all). A JPEG is decoded at an eighth, a
+        quarter or half of its size as long as that leaves twice as many: several times faster,
+        with nearly the same image after resizing.
 
     Raises:
       DataError: as `upright`.
@@ -149,11 +153,10 @@ def decode(encoded: bytes, name: str = "image", needed_px: int = 0) -> Image.Ima
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An open image -> RGB; what is transparent becomes white."""
+    """Converts an open image to RGB; transparent pixels become white."""
     if image.mode.startswith("I;16"):
-        image = Image.fromarray(
-            (np.asarray(image) >> 8).astype(np.uint8)
-        )  # Pillow would clip at 255
+        # Pillow would clip at 255.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -161,17 +164,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def check(encoded: bytes, name: str = "image") -> None:
-    """Raises DataError as `decode` would; a JPEG is read to its end, but at an eighth of its size."""
+    """Raises DataError if `decode` would; reads a JPEG to its end, at an eighth of its size."""
     decode(encoded, name, needed_px=1)
 
 
 def upright_size(encoded: bytes, name: str = "image") -> tuple[int, int]:
-    """Width and height of `upright`, in px, from the header of the file alone where that tells them."""
+    """Returns width and height of `upright`, in px, from the header of the file if possible."""
     with decoding(name):
         image = Image.open(io.BytesIO(encoded))
-    is_turned = (
-        _orientation(image) >= 5 and image.format != "TIFF"
-    )  # Pillow turns the size of a TIFF
+    # Pillow applies the orientation to the size of a TIFF itself.
+    is_turned = _orientation(image) >= 5 and image.format != "TIFF"
     return image.size[::-1] if is_turned else image.size
 
 
@@ -181,27 +183,35 @@ def fit(
     layout: tuple[int, int] = (1, 1),
     resample: str = "bicubic",
 ) -> np.ndarray:
-    """Any image -> (rows * image_size_px, columns * image_size_px, 3) uint8, its sides scaled apart where they differ.
+    """Resizes an image to a grid of squares, by default one; the aspect ratio may change.
 
-    By default a square; `layout` is the rows and columns of squares.
+    `layout` is the rows and columns of squares.
+
+    Returns:
+      (rows * image_size_px, columns * image_size_px, 3) uint8.
     """
     rows, columns = layout
     size = (columns * image_size_px, rows * image_size_px)
-    return np.asarray(
-        image if image.size == size else image.resize(size, Image.Resampling[resample.upper()])
-    )
+    if image.size != size:
+        image = image.resize(size, Image.Resampling[resample.upper()])
+    return np.asarray(image)
 
 
 def normalise(pixels: np.ndarray, vision: Vision) -> np.ndarray:
-    """uint8 0..255 -> float32, 0..1 less the mean of every channel over its deviation; by default -1..1."""
-    mean, deviation = np.array(vision.image_mean), np.array(vision.image_std)
-    return pixels.astype(np.float32) * np.float32(1 / (255 * deviation)) - np.float32(
-        mean / deviation
-    )
+    """Scales uint8 pixels to 0..1, then normalises each channel by mean and standard deviation.
+
+    The defaults of `vision` give -1..1.
+
+    Returns:
+      The pixels as float32, in the same shape.
+    """
+    mean, std = np.array(vision.image_mean), np.array(vision.image_std)
+    scale, offset = np.float32(1 / (255 * std)), np.float32(mean / std)
+    return pixels.astype(np.float32) * scale - offset
 
 
 def augment(pixels: np.ndarray, kinds: Sequence[str], rng: np.random.Generator) -> np.ndarray:
-    """(H, W, 3) -> (H, W, 3) with its pixels moved by each of the `AUGMENTATIONS` named in `kinds`, in turn."""
+    """Applies the `AUGMENTATIONS` named in `kinds` in order; (H, W, 3) stays (H, W, 3)."""
     for kind in kinds:
         pixels = AUGMENTATIONS[kind](pixels, rng)
     return pixels
@@ -211,12 +221,12 @@ def _mirror(pixels, rng):
     return pixels[:, ::-1] if rng.integers(2) else pixels
 
 
-def _turn(pixels, rng):
+def _rotate(pixels, rng):
     return np.rot90(pixels, rng.integers(4))
 
 
 def _shift(pixels, rng):
-    """Moves what is on a plain background; only blank lines leave at one side and come back at the other."""
+    """Moves the content on a plain background; only blank lines wrap around."""
     blank = (pixels == pixels[0, 0]).all(axis=-1)
     for axis in (0, 1):
         lines = np.append(blank.all(axis=1 - axis), False)
@@ -225,4 +235,4 @@ def _shift(pixels, rng):
     return pixels
 
 
-AUGMENTATIONS = {"mirror": _mirror, "turn": _turn, "shift": _shift}
+AUGMENTATIONS = {"mirror": _mirror, "turn": _rotate, "shift": _shift}

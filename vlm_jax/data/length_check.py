@@ -1,4 +1,4 @@
-"""What fits into the rows, told before the training: a mistake must not show in the midst of it."""
+"""Checks, before training, that all questions fit the configured row length."""
 
 import numpy as np
 
@@ -12,13 +12,16 @@ from vlm_jax.data import (
 )
 from vlm_jax.data.tokenizer import Tokenizer
 
-SAMPLED_ROWS = 500  # of training, from which it is told how many questions do not fit
+SAMPLED_ROWS = 500  # training rows from which the share of dropped questions is estimated
 
 
-def check(cfg: Experiment, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError where a question to learn from or to evaluate does not fit.
+def check_lengths(cfg: Experiment, tokenizer: Tokenizer) -> None:
+    """Checks that every question of training and evaluation fits an otherwise empty row.
 
-    Conversations are cut to fit (`data/cuts.py`).
+    Conversations are not checked: they are cut to fit (`data/cuts.py`).
+
+    Raises:
+      ConfigError: a question does not fit.
     """
     if not cfg.data.is_conversations:
         text.pack_row(cfg, [longest_pair(cfg, tokenizer)])
@@ -26,42 +29,52 @@ def check(cfg: Experiment, tokenizer: Tokenizer) -> None:
         questions.row_length(cfg, tokenizer, questions.to_evaluate(cfg))
 
 
-def left_out(cfg: Experiment, tokenizer: Tokenizer) -> str:
-    """A sentence about what does not fit into the training rows; "" where all does.
+def dropped_questions_message(cfg: Experiment, tokenizer: Tokenizer) -> str:
+    """Returns a sentence about what does not fit the training rows; "" if everything does.
 
-    Of conversations all are counted, of other datasets the questions of `sampled_rows`.
+    All conversations are counted; of other datasets the questions of `sampled_rows`.
     """
     if cfg.data.is_conversations:
-        return cuts.sentence(cfg, pipeline.learnable(cfg, tokenizer)[1])
+        return cuts.cut_message(cfg, pipeline.training_conversations(cfg, tokenizer)[1])
     rows = sampled_rows(cfg, tokenizer)
-    asked = sum(map(len, rows))
-    left = asked - sum(len(text.fitting(cfg, row)) for row in rows)
-    if not left:
+    count = sum(map(len, rows))
+    dropped = count - sum(len(text.drop_overflow(cfg, row)) for row in rows)
+    if not dropped:
         return ""
-    longest = max(sum(len(part) for pair in row for part in pair) for row in rows)
+    longest = max(map(_row_tokens, rows))
     return (
-        f"{left} of {asked} questions in {len(rows)} training rows ({left / asked:.1%}) do not fit data.text_length "
-        f"{cfg.data.text_length} and are left out. Every epoch draws other questions for a row, so none is lost for "
-        f"good; rows of {longest} tokens would fit all of these, and make every step slower."
+        f"{dropped} of {count} questions in {len(rows)} training rows ({dropped / count:.1%}) do "
+        f"not fit data.text_length {cfg.data.text_length} and are left out. Every epoch draws "
+        "other questions for a row, so none is lost for good; rows of "
+        f"{longest} tokens would fit all of these, but make every step slower."
     )
 
 
 def sampled_rows(cfg: Experiment, tokenizer: Tokenizer) -> list[list[text.Pair]]:
-    """What is chosen for at most `SAMPLED_ROWS` training rows, spread over the split, whether it fits or not."""
+    """Returns the questions of at most `SAMPLED_ROWS` training rows, spread over the split.
+
+    They are returned whether they fit the row or not.
+    """
     records = sources.load(cfg.data, cfg.data.train_split)
-    choose, rng = pipeline.make_question_sampler(cfg, tokenizer), np.random.default_rng(cfg.seed)
-    return [
-        choose(records[index], rng)
-        for index in range(0, len(records), -(-len(records) // SAMPLED_ROWS))
-    ]
+    sample = pipeline.make_question_sampler(cfg, tokenizer)
+    rng = np.random.default_rng(cfg.seed)
+    step = -(-len(records) // SAMPLED_ROWS)
+    return [sample(records[index], rng) for index in range(0, len(records), step)]
 
 
 def longest_pair(cfg: Experiment, tokenizer: Tokenizer) -> text.Pair:
-    """The question of the training split that takes the most tokens with its answer."""
-    records = sources.load(cfg.data, cfg.data.train_split)
-    pairs = {pair for record in records for pair in zip(record.questions, record.answers)}
-    encoded = (
-        (text.prompt_ids(tokenizer, asked), text.answer_ids(tokenizer, said))
-        for asked, said in pairs
-    )
-    return max(encoded, key=lambda pair: len(pair[0]) + len(pair[1]))
+    """Returns the question of the training split that has the most tokens with its answer."""
+    pairs = set()
+    for record in sources.load(cfg.data, cfg.data.train_split):
+        pairs.update(zip(record.questions, record.answers, strict=True))
+    encoded = (text.encode_pair(tokenizer, *pair) for pair in pairs)
+    return max(encoded, key=_pair_tokens)
+
+
+def _pair_tokens(pair: text.Pair) -> int:
+    prompt, answer = pair
+    return len(prompt) + len(answer)
+
+
+def _row_tokens(row: list[text.Pair]) -> int:
+    return sum(map(_pair_tokens, row))

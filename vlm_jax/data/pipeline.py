@@ -1,210 +1,204 @@
-"""Records -> batches, with Grain: what comes next is a function of `seed` and of the step alone."""
+"""Reads records or conversations into batches with Grain; batch k depends on `seed` and k alone."""
 
 import functools
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import grain
 import numpy as np
 
-from vlm_jax.config import (
-    ConfigError,
-    Data,
-    Experiment,
-    Vision,
-)
-from vlm_jax.data import (
-    conversation_files,
-    conversations,
-    cuts,
-    packing,
-    sources,
-    text,
-    tfds_vqa,
-    tiling,
-)
+from vlm_jax.config import ConfigError, Data, Experiment, Vision
+from vlm_jax.data import batching, cuts, packing, sources, text, tiling
 from vlm_jax.data import images as image_files
+from vlm_jax.data.builders.records import Record
+from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
+from vlm_jax.data.conversations import Conversations, Selection
+from vlm_jax.data.fields import Fields
+from vlm_jax.data.tfds_vqa import TfdsVqa
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import Batch
 
-CACHED_PAIRS = (
-    1 << 16
-)  # questions with answers whose tokens are kept: data sets from templates repeat theirs
+# Questions with answers whose tokens are cached: datasets made from templates repeat theirs.
+CACHED_PAIRS = 1 << 16
 
 
 class DecodedRecords:
-    """Random access to records whose image is pixels, (H, W, 3) uint8, laid out in tiles.
+    """Random access to records whose image is (H, W, 3) uint8 pixels, resized to its grid of tiles.
 
-    Those read last stay in memory.
+    The records read last are cached.
     """
 
     def __init__(self, records: sources.Records, vision: Vision):
         self.records = records
         self._vision = vision
-        self._read = tiling.kept(self._decode, vision)
+        self._read = tiling.lru_cached(self._decode, vision)
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> sources.Record:
+    def __getitem__(self, index: int) -> Record:
         return self._read(index)
 
-    def _decode(self, index: int) -> sources.Record:
+    def _decode(self, index: int) -> Record:
         record = self.records[index]
         name = f"the image of row {index} of {self.records.title}"
         image = image_files.decode(record.image, name)
-        return replace(record, image=tiling.lay_out(image, self._vision))
+        return replace(record, image=tiling.resize_to_grid(image, self._vision))
 
 
 def training_iterator(
     cfg: Experiment, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
-    """Endless `Batch`es of numpy arrays with B = train.batch_size / process_count rows.
+    """Yields endless `Batch`es of numpy arrays with B = train.batch_size / process_count rows.
 
-    `get_state()` and `set_state()` continue exactly, with another number of processes, too: every process draws every
-    n-th row of one stream, so batch k of n processes holds together the rows of batch k of one process.
+    Every process draws every n-th row of one stream, so batch k of n processes has the same rows as
+    batch k of one process. `get_state()` and `set_state()` continue exactly, also with another
+    number of processes.
+
+    Raises:
+      ConfigError: the processes cannot share a batch equally, or the data cannot be used.
     """
     if cfg.train.batch_size % process_count:
         raise ConfigError(
-            f"train.batch_size {cfg.train.batch_size} is no multiple of the {process_count} processes"
+            f"train.batch_size {cfg.train.batch_size} is not divisible by the {process_count} "
+            "processes."
         )
     if cfg.data.is_conversations:
-        source, _ = learnable(cfg, tokenizer)
-        return iter(
-            packing.batches(cfg, tokenizer, source, slice(process_index, None, process_count))
-        )
+        source, _ = training_conversations(cfg, tokenizer)
+        shard = slice(process_index, None, process_count)
+        return iter(packing.batches(cfg, tokenizer, source, shard))
     records = DecodedRecords(sources.load(cfg.data, cfg.data.train_split), cfg.vision)
-    rows = _shuffled(cfg, records).random_map(_row_builder(cfg, tokenizer)).repeat()
+    rows = _shuffled(cfg, records).random_map(_make_row_builder(cfg, tokenizer)).repeat()
     batches = rows[process_index::process_count].batch(
         cfg.train.batch_size // process_count,
         drop_remainder=True,
         batch_fn=functools.partial(_stack, cfg),
     )
     threads = cfg.data.threads
-    return iter(
-        batches.to_iter_dataset(grain.ReadOptions(threads, max(threads, cfg.data.prefetch)))
-    )
+    options = grain.ReadOptions(threads, max(threads, cfg.data.prefetch))
+    return iter(batches.to_iter_dataset(options))
 
 
 def _shuffled(cfg: Experiment, source: Sequence) -> grain.MapDataset:
     return grain.MapDataset.source(source).seed(cfg.seed).shuffle()
 
 
-def ids(cfg: Experiment, tokenizer: Tokenizer, state: dict) -> list:
-    """Ids of what is in the batch, of all processes, that `training_iterator` gives after its state was `state`.
+def batch_ids(cfg: Experiment, tokenizer: Tokenizer, state: dict) -> list:
+    """Returns the example ids in the global batch that follows iterator state `state`.
 
-    Of conversations, or else of images.
+    They are the ids of conversations, or else of images.
     """
     if cfg.data.is_conversations:
-        return packing.ids(cfg, tokenizer, learnable(cfg, tokenizer)[0], state)
+        source, _ = training_conversations(cfg, tokenizer)
+        return packing.batch_ids(cfg, tokenizer, source, state)
     records = sources.load(cfg.data, cfg.data.train_split)
-    order, first = (
-        _shuffled(cfg, range(len(records))).repeat(),
-        state["next_index"] * cfg.train.batch_size,
-    )
+    order = _shuffled(cfg, range(len(records))).repeat()
+    first = state["next_index"] * cfg.train.batch_size
     return [records[order[row]].image_id for row in range(first, first + cfg.train.batch_size)]
 
 
-def _row_builder(cfg: Experiment, tokenizer: Tokenizer) -> Callable:
-    choose = make_question_sampler(cfg, tokenizer)
+def _make_row_builder(
+    cfg: Experiment, tokenizer: Tokenizer
+) -> Callable[[Record, np.random.Generator], Fields]:
+    sample = make_question_sampler(cfg, tokenizer)
 
-    def row(record: sources.Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        pairs = choose(record, rng)
+    def build_row(record: Record, rng: np.random.Generator) -> Fields:
+        pairs = sample(record, rng)
         pixels = image_files.augment(record.image, cfg.data.augment, rng)
-        packed = text.pack_row(cfg, pairs, tiling.tiles_of(pixels, cfg.vision))
-        return packed | {"images": pixels}
+        row = text.pack_row(cfg, pairs, tiling.count_tiles(pixels, cfg.vision))
+        return row | {"images": pixels}
 
-    return row
+    return build_row
 
 
 def make_question_sampler(
     cfg: Experiment, tokenizer: Tokenizer
-) -> Callable[[sources.Record, np.random.Generator], list[text.Pair]]:
-    """A record and a generator -> the questions that are chosen for a row, with their answers."""
+) -> Callable[[Record, np.random.Generator], list[text.Pair]]:
+    """Returns a function that draws at most `data.questions_per_row` questions of a record."""
 
     @functools.lru_cache(CACHED_PAIRS)
     def encode(question: str, answer: str) -> text.Pair:
-        return text.prompt_ids(tokenizer, question), text.answer_ids(tokenizer, answer)
+        return text.encode_pair(tokenizer, question, answer)
 
-    def choose(record: sources.Record, rng: np.random.Generator) -> list[text.Pair]:
-        chosen = rng.permutation(len(record.questions))[: cfg.data.questions_per_row]
-        return [encode(record.questions[i], record.answers[i]) for i in chosen]
+    def sample(record: Record, rng: np.random.Generator) -> list[text.Pair]:
+        indices = rng.permutation(len(record.questions))[: cfg.data.questions_per_row]
+        return [encode(record.questions[i], record.answers[i]) for i in indices]
 
-    return choose
+    return sample
 
 
-def _stack(cfg: Experiment, rows: Sequence[dict[str, np.ndarray]]) -> Batch:
-    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "images"}
+def _stack(cfg: Experiment, rows: Sequence[Fields]) -> Batch:
+    """Makes a batch of rows with one image each."""
+    batch = Batch(**batching.stack_fields(rows, without="images"))
+    images = [row["images"] for row in rows]
     if cfg.vision.keeps_aspect_in_tiles:
-        placed = {
-            (row, 0): image_files.normalise(fields["images"], cfg.vision)
-            for row, fields in enumerate(rows)
+        pixels = {
+            (row, 0): image_files.normalise(image, cfg.vision) for row, image in enumerate(images)
         }
-        own = np.ones_like(stacked["image_mask"])
-        return packing.on_tiles(cfg, Batch(**stacked), placed, (len(rows), 1), own)
-    images = tiling.batch_views([row["images"] for row in rows], cfg.vision)
-    return packing.tiled(cfg, Batch(**stacked, images=images))
+        is_own = np.ones_like(batch.image_mask)
+        return batching.stack_tiles(cfg, batch, pixels, (len(rows), 1), is_own)
+    views = tiling.batch_views(images, cfg.vision)
+    return batching.as_tiled_batch(cfg, batch.replace(images=views))
 
 
-def conversation_source(data: Data, split: str) -> conversations.Conversations | tfds_vqa.TfdsVqa:
-    """Random access to the conversations of a split, and to their images."""
-    return (conversations if data.source == "conversations" else tfds_vqa).load(data, split)
+def conversation_source(data: Data, split: str) -> Conversations | TfdsVqa | Selection:
+    """Returns random access to the conversations of a split and to their images."""
+    return importlib.import_module(data.dataset.conversations).load(data, split)
 
 
-def learnable(
+def training_conversations(
     cfg: Experiment, tokenizer: Tokenizer
-) -> tuple[conversations.Conversations | conversations.Selection, cuts.Cuts]:
-    """Returns the conversations that are learned from, and what the length of a row cuts.
+) -> tuple[Conversations | Selection, cuts.Cuts]:
+    """Returns the conversations to train on, and what the length of a row cuts from them.
 
     Raises:
       ConfigError: there are none, or one has more images than a row.
     """
-    return _learnable(cfg, tokenizer, tuple(fingerprint(cfg.data).items()))
+    return _training_conversations(cfg, tokenizer, tuple(fingerprint(cfg.data).items()))
 
 
 @functools.lru_cache(maxsize=1)
-def _learnable(cfg: Experiment, tokenizer: Tokenizer, contents: tuple):
-    """Reads and tokenizes all texts once per process; other `contents` are other texts."""
-    del contents
+def _training_conversations(cfg: Experiment, tokenizer: Tokenizer, contents: tuple):
+    """Reads and tokenizes all texts once per process and `contents` of the files."""
+    del contents  # a part of the cache's key
     source = conversation_source(cfg.data, cfg.data.train_split)
-    packing.check(cfg, source)
-    return cuts.learnable(cfg, tokenizer, source)
+    packing.check_image_counts(cfg, source)
+    return cuts.drop_unscored(cfg, tokenizer, source)
 
 
 def contents(cfg: Experiment, tokenizer: Tokenizer) -> dict[str, str]:
-    """Returns the fingerprint of the data that is learned from; of a TFDS set it has the SHA-256 of the texts, too."""
-    found = fingerprint(cfg.data)
-    if cfg.data.source.startswith("tfds:"):
-        found[f"texts of {cfg.data.source}"] = learnable(cfg, tokenizer)[1].digest
-    return found
+    """Returns the fingerprint of the training data; for TFDS, also the SHA-256 of its texts."""
+    identity = fingerprint(cfg.data)
+    if cfg.data.is_conversations and not cfg.data.files:
+        _, counts = training_conversations(cfg, tokenizer)
+        identity[f"texts of {cfg.data.source}"] = counts.digest
+    return identity
 
 
 def fingerprint(data: Data) -> dict[str, str]:
-    """Returns what identifies the contents of a dataset, whatever folder it is prepared in.
+    """Returns what identifies the contents of a dataset, independent of the folder it is in.
 
-    Of conversations, the SHA-256 of each file; of other datasets, the name, version, configuration and size.
+    For conversations of files it is the SHA-256 of each file; for other datasets name, version,
+    configuration and sizes.
     """
-    if data.source == "conversations":
-        return {file: conversations.file_digest(file).hex() for file in data.files}
-    info = (tfds_vqa if data.is_conversations else sources).builder(data).info
-    sizes = {
-        f"{info.name}, split {name}": str(split.num_examples) for name, split in info.splits.items()
-    }
-    return {data.source: info.full_name} | sizes
+    if data.is_conversations:
+        return importlib.import_module(data.dataset.conversations).fingerprint(data)
+    return sources.fingerprint(sources.builder(data).info, data)
 
 
 def train_tokenizer(cfg: Experiment) -> Tokenizer:
-    """A tokenizer for what is said in the training split, of at most decoder.vocab_size tokens."""
+    """Trains a tokenizer of at most decoder.vocab_size tokens on the training split."""
+    tags = tiling.tag_names(cfg.vision) if cfg.tile_tags else ()
+    return Tokenizer.train(_training_texts(cfg), cfg.decoder.vocab_size, tags)
+
+
+def _training_texts(cfg: Experiment) -> Iterator[str]:
     if cfg.data.is_conversations:
-        talks = conversation_source(cfg.data, cfg.data.train_split)
-        texts = (
-            turn.replace(conversation_files.IMAGE_PLACEHOLDER, "")
-            for talk in talks
-            for turn in talk.turns
-        )
+        for conversation in conversation_source(cfg.data, cfg.data.train_split):
+            for turn in conversation.turns:
+                yield turn.replace(IMAGE_PLACEHOLDER, "")
     else:
-        records = sources.load(cfg.data, cfg.data.train_split)
-        texts = (line for record in records for line in record.questions + record.answers)
-    return Tokenizer.train(
-        texts, cfg.decoder.vocab_size, tiling.tag_names(cfg.vision) if cfg.tile_tags else ()
-    )
+        for record in sources.load(cfg.data, cfg.data.train_split):
+            yield from record.questions
+            yield from record.answers

@@ -1,9 +1,9 @@
-"""Prepares the conversations of a config before any training; Apache Beam's workers read the image files.
+"""Prepares the conversations of a config before training; Apache Beam's workers read the images.
 
     python -m vlm_jax.data.prepare --config FILE [--any.field VALUE ...] [-- --runner=R ...]
 
-What stands behind -- are options of Beam. Needs requirements-beam.txt. The dataset is the one that a training would
-make for itself, and finds.
+Arguments after -- are passed to Beam. Needs requirements-beam.txt. Training would prepare the same
+dataset itself; it finds it prepared.
 """
 
 import argparse
@@ -15,17 +15,20 @@ import tensorflow_datasets as tfds
 from vlm_jax.config import ConfigError, Experiment, UserError, files
 from vlm_jax.config.validate import validate
 from vlm_jax.data import conversations
+from vlm_jax.data.builders.conversations import ConversationImagesOnBeam
 
 
 def prepare(cfg: Experiment, beam_options: list[str]) -> conversations.Conversations:
-    """The conversations of `data.train_split`, prepared.
+    """Prepares and returns the conversations of `data.train_split`.
 
     Raises:
-      ConfigError: `data.source` is another, or a file is bad or missing.
+      ConfigError: the dataset is not read from `data.files`, or Beam is not installed.
+      DataError: a file is malformed or missing.
     """
-    if cfg.data.source != "conversations":
+    if not cfg.data.files:
         raise ConfigError(
-            f"data.source {cfg.data.source} needs no Beam: a training prepares it. Here: conversations."
+            f"data.source {cfg.data.source} needs no Beam: training prepares it. "
+            "This command prepares data.source conversations."
         )
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
@@ -33,28 +36,30 @@ def prepare(cfg: Experiment, beam_options: list[str]) -> conversations.Conversat
         raise ConfigError(
             "Apache Beam is not installed: pip install -r requirements-beam.txt."
         ) from None
-    how = tfds.download.DownloadConfig(beam_options=PipelineOptions(beam_options))
-    logging.getLogger("apache_beam").setLevel(
-        logging.CRITICAL
-    )  # a worker's error is raised here, too
-    kind = conversations.ConversationImagesOnBeam
-    return conversations.load(cfg.data, cfg.data.train_split, kind, how)
+    download_config = tfds.download.DownloadConfig(beam_options=PipelineOptions(beam_options))
+    # Beam logs an error of a worker that is raised here as well.
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
+    return conversations.load(
+        cfg.data, cfg.data.train_split, ConversationImagesOnBeam, download_config
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     end = arguments.index("--") if "--" in arguments else len(arguments)
+    beam_options = arguments[end + 1 :]
     parser = argparse.ArgumentParser(prog="python -m vlm_jax.data.prepare", description=__doc__)
     parser.add_argument("--config", required=True)
-    given, fields = parser.parse_known_args(arguments[:end])
+    args, fields = parser.parse_known_args(arguments[:end])
     try:
-        cfg = files.override(files.load(given.config), fields, parser.prog)
-        found = prepare(validate(cfg), arguments[end + 1 :])
+        cfg = files.override(files.load(args.config), fields, parser.prog)
+        source = prepare(validate(cfg), beam_options)
     except UserError as error:
         message = str(error).partition(" [while running")[0]  # Beam appends the step
         print(f"error: {message}", file=sys.stderr)
         return 2
-    print(f"{len(found)} conversations are prepared in {cfg.data.dir}")
+    print(f"{len(source)} conversations are prepared in {cfg.data.dir}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What is asked: the questions of a split, or prompts, and their images -> batches to continue."""
+"""Reads the questions of a split, and makes batches to continue from questions or prompts."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -7,101 +7,110 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.data import (
-    conversation_files,
-    packing,
-    pipeline,
-    sources,
-    templates,
-    text,
-    tiling,
-)
+from vlm_jax.data import batching, packing, pipeline, sources, templates, text, tiling
 from vlm_jax.data import images as image_files
+from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
+from vlm_jax.data.fields import Fields
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import Batch
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question to evaluate; its images are read when they are asked for."""
+    """A question to evaluate; its images are read when they are needed."""
 
     image_id: int | str  # of a conversation: its id
     question: str
     answer: str
     type: str
-    images: Callable[[], list[np.ndarray]] = field(
-        repr=False, compare=False
-    )  # gives (H, W, 3) uint8 each, laid out
+    #: returns (H, W, 3) uint8 pixels for each image, resized to its grid of tiles
+    images: Callable[[], list[np.ndarray]] = field(repr=False, compare=False)
     image_count: int = 1
 
 
 def to_evaluate(cfg: Experiment) -> list[Question]:
-    """The questions that `eval` asks for: the first `eval.max_examples` of its split or files."""
+    """Returns the first `eval.max_examples` questions of the split or files of `eval`."""
     return load(replace(cfg, data=cfg.eval_data), cfg.eval.read_split, cfg.eval.max_examples)
 
 
 def load(cfg: Experiment, split: str, limit: int = 0) -> list[Question]:
-    """The first `limit` questions of a split (0: all), in the data set's order; of a conversation, its first."""
+    """Returns the first `limit` questions of a split (0: all), in the order of the dataset.
+
+    A conversation has one: its first question.
+    """
     if cfg.data.is_conversations:
         return _first_questions(cfg, split, limit)
     decoded = pipeline.DecodedRecords(sources.load(cfg.data, split), cfg.vision)
-    found = []
+    questions = []
     for index in range(len(decoded)):
-        if limit and len(found) >= limit:
+        if limit and len(questions) >= limit:
             break
         record = decoded.records[index]
-        image = functools.partial(_image, decoded, index)
-        asked = zip(record.questions, record.answers, record.types, strict=True)
-        found += [Question(record.image_id, *parts, image) for parts in asked]
-    return found[:limit] if limit else found
+        image = functools.partial(_read_record_image, decoded, index)
+        for fields in zip(record.questions, record.answers, record.types, strict=True):
+            questions.append(Question(record.image_id, *fields, image))
+    return questions[:limit] if limit else questions
 
 
 def _first_questions(cfg: Experiment, split: str, limit: int) -> list[Question]:
     source = pipeline.conversation_source(cfg.data, split)
-    read, found = packing.pixel_reader(cfg, source, is_exact=True), []
+    reader = packing.pixel_reader(cfg, source, is_exact=True)
+    questions = []
     for index in range(min(limit or len(source), len(source))):
-        talk = source[index]
-        asked, said = talk.turns[:2]
-        shown = talk.images[: asked.count(conversation_files.IMAGE_PLACEHOLDER)]
-        images = functools.partial(_images, read, shown)
-        found.append(Question(talk.id, asked, said.strip(), talk.type, images, len(shown)))
-    return found
+        conversation = source[index]
+        question, answer = conversation.turns[:2]
+        indices = conversation.images[: question.count(IMAGE_PLACEHOLDER)]
+        questions.append(
+            Question(
+                image_id=conversation.id,
+                question=question,
+                answer=answer.strip(),
+                type=conversation.type,
+                images=functools.partial(_read_images, reader, indices),
+                image_count=len(indices),
+            )
+        )
+    return questions
 
 
-def _images(read: Callable[[int], np.ndarray], numbers: Sequence[int]) -> list[np.ndarray]:
-    return [read(number) for number in numbers]
+def _read_images(read: Callable[[int], np.ndarray], indices: Sequence[int]) -> list[np.ndarray]:
+    return [read(index) for index in indices]
 
 
-def _image(decoded: pipeline.DecodedRecords, index: int) -> list[np.ndarray]:
+def _read_record_image(decoded: pipeline.DecodedRecords, index: int) -> list[np.ndarray]:
     return [decoded[index].image]
 
 
-def row_length(cfg: Experiment, tokenizer: Tokenizer, asked: Iterable[Question]) -> int:
-    """`prompt_length` of the questions, each with its images, as if all were of the most tiles."""
-    return _room(cfg, tokenizer, {(question.question, question.image_count) for question in asked})
+def row_length(cfg: Experiment, tokenizer: Tokenizer, questions: Iterable[Question]) -> int:
+    """Returns `prompt_length` of the questions, as if every image had the most tiles."""
+    prompts = {(question.question, question.image_count) for question in questions}
+    return _max_prompt_length(cfg, tokenizer, prompts)
 
 
 def prompt_length(
     cfg: Experiment, tokenizer: Tokenizer, prompts: Iterable[str], images: int = 1
 ) -> int:
-    """S of a batch of the prompts with `images` images each.
+    """Returns S of a batch of prompts with `images` images each.
 
     Raises:
-      ConfigError: the longest of them has no room for an answer of `eval.max_new_tokens`.
+      ConfigError: the longest prompt leaves no room for an answer of `eval.max_new_tokens`.
     """
-    return _room(cfg, tokenizer, {(prompt, images) for prompt in prompts})
+    return _max_prompt_length(cfg, tokenizer, {(prompt, images) for prompt in prompts})
 
 
-def _room(cfg: Experiment, tokenizer: Tokenizer, asked: set[tuple[str, int]]) -> int:
-    most = cfg.vision.cut_tiles
-    length = max(
-        len(prompt_row(cfg, tokenizer, prompt, [most] * images)["tokens"])
-        for prompt, images in asked
-    )
+def _max_prompt_length(
+    cfg: Experiment, tokenizer: Tokenizer, prompts: Iterable[tuple[str, int]]
+) -> int:
+    """Returns the length of the longest prompt, each with its number of images."""
+    lengths = []
+    for prompt, image_count in prompts:
+        tiles = [cfg.vision.cut_tiles] * image_count
+        lengths.append(len(prompt_row(cfg, tokenizer, prompt, tiles)["tokens"]))
+    length = max(lengths)
     if length + cfg.eval.max_new_tokens > cfg.decoder.max_positions:
         raise ConfigError(
-            f"decoder.max_positions {cfg.decoder.max_positions} has no room for the longest prompt with its image, "
-            f"{length} tokens, and eval.max_new_tokens {cfg.eval.max_new_tokens}."
+            f"decoder.max_positions {cfg.decoder.max_positions} has no room for the longest prompt "
+            f"with its image, {length} tokens, and eval.max_new_tokens {cfg.eval.max_new_tokens}."
         )
     return length
 
@@ -113,8 +122,11 @@ def prompt_row(
     tiles: Sequence[int],
     length: int | None = None,
     answer: str | None = None,
-) -> text.Fields:
-    """A prompt and its images of so many tiles, in the form that the data has -> the fields of a row to continue."""
+) -> Fields:
+    """Returns the fields of a row to continue, in the form that the training data has.
+
+    `tiles` has the tile count of each image of the prompt.
+    """
     if cfg.data.is_conversations:
         return templates.prompt_row(cfg, tokenizer, prompt, tiles, length, answer)
     ids = () if answer is None else text.answer_ids(tokenizer, answer)
@@ -130,70 +142,99 @@ def prompt_batch(
     image_rows: Sequence[int] | None = None,
     answers: Sequence[str] | None = None,
 ) -> Batch:
-    """Prompts and the images of each, (H, W, 3) float32 -> a batch to continue, padded on the left.
+    """Makes a batch to continue, padded on the left, of prompts and the images of each.
 
-    With `answers`, one for each prompt, it is a batch to train on, with `targets` and `loss_weights`. `image_rows` says
-    for every prompt which of `images` it is about, so that what several share is encoded once.
-
-    Images are laid out in tiles (`data/tiling.py`). Rows may have different numbers of images; I is all views of the
-    largest. `length` is S, by default that of the longest row: give it where every batch shall have the same shape, so
-    that nothing is compiled twice; I is of `data.images_per_row` images then, at the least. A missing view is grey, and
-    no token reads it.
+    Args:
+      cfg: the experiment.
+      tokenizer: its tokenizer.
+      images: rows of images, (H, W, 3) float32 each, resized to their grids of tiles. Rows may
+        have different numbers of images; a missing view is grey and read by no token.
+      prompts: one for each row of `images`, unless `image_rows` is given.
+      length: S, by default of the longest row. Set it to get batches of one shape, so that nothing
+        is compiled twice; I then has at least `data.images_per_row` images.
+      image_rows: for each prompt, the row of `images` that it is about, so that images that
+        several prompts share are encoded once.
+      answers: one for each prompt. The batch then has `targets` and `loss_weights` to train on.
     """
-    counts = [[tiling.tiles_of(pixels, cfg.vision) for pixels in row] for row in images]
-    most = max(map(len, counts))
-    counts = counts if image_rows is None else [counts[row] for row in image_rows]
-    ends = [None] * len(prompts) if answers is None else answers
-    asked = list(zip(prompts, counts, ends, strict=True))
+    tiles = [_tile_counts(cfg, row) for row in images]  # for each row of images
+    max_images = max(map(len, tiles))
+    if image_rows is not None:
+        tiles = [tiles[row] for row in image_rows]  # for each prompt
+    if answers is None:
+        answers = [None] * len(prompts)
     if length is None:
-        length = max(
-            len(prompt_row(cfg, tokenizer, prompt, n, answer=end)["tokens"])
-            for prompt, n, end in asked
-        )
+        lengths = []
+        for prompt, counts, answer in zip(prompts, tiles, answers, strict=True):
+            row = prompt_row(cfg, tokenizer, prompt, counts, answer=answer)
+            lengths.append(len(row["tokens"]))
+        length = max(lengths)
     elif cfg.fusion.has_images:
-        most = max(most, cfg.data.images_per_row)
-    rows = [prompt_row(cfg, tokenizer, prompt, n, length, end) for prompt, n, end in asked]
-    views = most * cfg.vision.views
-    for row in rows:
-        row["image_mask"] = _filled(row["image_mask"], 1, views)
-    batch = Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
-    if not most:
+        max_images = max(max_images, cfg.data.images_per_row)
+    views = max_images * cfg.vision.views
+    rows = []
+    for prompt, counts, answer in zip(prompts, tiles, answers, strict=True):
+        row = prompt_row(cfg, tokenizer, prompt, counts, length, answer)
+        rows.append(row | {"image_mask": _zero_pad(row["image_mask"], 1, views)})
+    batch = Batch(**batching.stack_fields(rows))
+    if not max_images:
         return batch
-    batch = batch.replace(image_rows=None if image_rows is None else np.array(image_rows, np.int32))
+    if image_rows is not None:
+        batch = batch.replace(image_rows=np.array(image_rows, np.int32))
     if cfg.vision.keeps_aspect_in_tiles:
-        placed = {
-            (row, number): x for row, shown in enumerate(images) for number, x in enumerate(shown)
-        }
-        own = np.arange(most) < np.array(list(map(len, counts)))[:, None, None]
-        own = np.broadcast_to(own, batch.image_mask.shape)
-        return packing.on_tiles(cfg, batch, placed, (len(images), most), own)
-    pixels = np.stack([_filled(tiling.stacked(row, cfg.vision), 0, views) for row in images])
-    return packing.tiled(cfg, batch.replace(images=pixels))
+        return _stack_tiles(cfg, batch, images, tiles, max_images)
+    pixels = [_zero_pad(tiling.stack_views(row, cfg.vision), 0, views) for row in images]
+    return batching.as_tiled_batch(cfg, batch.replace(images=np.stack(pixels)))
+
+
+def _tile_counts(cfg: Experiment, images: Sequence[np.ndarray]) -> list[int]:
+    return [tiling.count_tiles(pixels, cfg.vision) for pixels in images]
+
+
+def _stack_tiles(
+    cfg: Experiment,
+    batch: Batch,
+    images: Sequence[Sequence[np.ndarray]],
+    tiles: Sequence[Sequence[int]],
+    max_images: int,
+) -> Batch:
+    """Adds the images of `prompt_batch` by `batching.stack_tiles`; `tiles` has a row per prompt."""
+    pixels = {}
+    for row, row_images in enumerate(images):
+        for slot, image in enumerate(row_images):
+            pixels[row, slot] = image
+    image_counts = np.array([len(counts) for counts in tiles])  # (B,)
+    is_own = np.arange(max_images) < image_counts[:, None, None]  # (B, 1, I)
+    is_own = np.broadcast_to(is_own, batch.image_mask.shape)  # (B, S, I)
+    return batching.stack_tiles(cfg, batch, pixels, (len(images), max_images), is_own)
 
 
 def question_batch(
     cfg: Experiment,
     tokenizer: Tokenizer,
-    asked: Sequence[Question],
-    shown: Sequence[Question],
+    questions: Sequence[Question],
+    image_sources: Sequence[Question],
     length: int | None = None,
     image_rows: int = 0,
 ) -> Batch:
-    """`prompt_batch` of questions, each about the images of the one that is `shown` in its place.
+    """Makes the `prompt_batch` of questions, each about the images of its `image_sources` entry.
 
-    Images that several questions share are there once. `image_rows` is how many rows of images there are at the least:
-    give it, too, where every batch shall have the same shape.
+    Images that several questions share are in the batch once. `image_rows` is the smallest number
+    of rows of images: set it, like `length`, to get batches of one shape.
     """
-    readers = list(dict.fromkeys(question.images for question in shown))
-    images = [[image_files.normalise(pixels, cfg.vision) for pixels in read()] for read in readers]
+    readers = list(dict.fromkeys(source.images for source in image_sources))
+    images = [_read_normalised(cfg, reader) for reader in readers]
     images += images[-1:] * (image_rows - len(images))
-    prompts, owners = (
-        [question.question for question in asked],
-        [readers.index(question.images) for question in shown],
-    )
+    prompts = [question.question for question in questions]
+    owners = [readers.index(source.images) for source in image_sources]
     return prompt_batch(cfg, tokenizer, images, prompts, length, owners)
 
 
-def _filled(x: np.ndarray, axis: int, size: int) -> np.ndarray:
-    """Zeros behind it, up to the size."""
-    return np.pad(x, [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
+def _read_normalised(cfg: Experiment, read: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
+    return [image_files.normalise(pixels, cfg.vision) for pixels in read()]
+
+
+def _zero_pad(x: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """Appends zeros along an axis, up to a size."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return np.pad(x, widths)

@@ -10,12 +10,12 @@ from vlm_jax.config import Vision
 
 def resize(image: Image.Image, shape: tuple[int, int], resample: int) -> Image.Image:
     """Resizes to (height, width), at least one pixel each."""
-    height, width = (max(1, side) for side in shape)
-    return image.resize((width, height), resample)
+    height, width = shape
+    return image.resize((max(1, width), max(1, height)), resample)
 
 
 def shortest_edge_shape(height: int, width: int, edge: int) -> tuple[int, int]:
-    """The (height, width) whose shorter side is `edge`; a fraction of a pixel is dropped."""
+    """Returns the (height, width) whose shorter side is `edge`, rounded down."""
     if min(height, width) == edge:
         return height, width
     longer = int(edge * max(height, width) / min(height, width))
@@ -23,19 +23,20 @@ def shortest_edge_shape(height: int, width: int, edge: int) -> tuple[int, int]:
 
 
 def center_crop(
-    image: Image.Image, shape: tuple[int, int], whole: Callable = math.floor
+    image: Image.Image, shape: tuple[int, int], round_margin: Callable = math.floor
 ) -> Image.Image:
-    """The middle (height, width), with black borders where it is larger than the image.
+    """Crops the middle (height, width), with black borders where it is larger than the image.
 
-    `whole` rounds the left and upper margins.
+    `round_margin` rounds the left and upper margins.
     """
     height, width = shape
-    left, top = whole((image.width - width) / 2), whole((image.height - height) / 2)
+    left = round_margin((image.width - width) / 2)
+    top = round_margin((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """The RGB image in the middle of a square of this colour."""
+    """Centres an RGB image on a square of this colour."""
     side = max(image.size)
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -43,7 +44,7 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
 
 
 def to_square(image: Image.Image, vision: Vision) -> Image.Image:
-    """An RGB image -> a square of `vision.image_size_px`, by `vision.resize`.
+    """Resizes an RGB image to a square of `vision.image_size_px`, by `vision.resize`.
 
     Source: transformers, `CLIPImageProcessor` (crop) and `LlavaImageProcessor` (pad).
     """

@@ -1,229 +1,140 @@
-"""The form of a conversation: turns -> tokens, what of them is scored, and where images stand.
+"""Formats a conversation: turns -> tokens, the scored ones among them, and its images.
 
-    plain      question \\n answer <eos> question \\n answer <eos>
-    vicuna     USER: question ASSISTANT: answer <eos> USER: question ASSISTANT: answer <eos>
-    caption    answer <eos>
-    checkpoint what the chat template or the prompt form of the checkpoint makes of it (hub/text/dialogue.py)
+    plain       question \\n answer <eos> question \\n answer <eos>
+    vicuna      USER: question ASSISTANT: answer <eos> USER: question ASSISTANT: answer <eos>
+    caption     answer <eos>
+    checkpoint  the chat template or prompt form of the checkpoint (hub/text/dialogue.py)
 
-vicuna is that of LLaVA 1.5 (Liu et al. 2023, as its published tokenizer folder spells it). caption drops what the human
-says but for the images, as LLaVA's first stage does. Scored are the answers and the <eos> after each. An image stands
-where its mark is, and is seen from there on: in the sequence as its tokens, otherwise as nothing but what may be read.
+vicuna is LLaVA 1.5's (Liu et al. 2023, as spelled in its published tokenizer folder). caption drops
+the human's text but keeps its images, as LLaVA's first stage does. The answers and the <eos> after
+each are scored. An image is inserted at its placeholder and visible from there on: as its tokens if
+the fusion style puts images into the sequence, otherwise only to cross-attention.
 
-A conversation begins with `data.bos_id`. Without one, a begin token (`Tokenizer.begin_id`) precedes a first question
-that has no token of its own, so that the first token of every answer has a token that predicts it: a caption of an
-image that is not in the sequence, or of no image, is `<eos> answer <eos>`.
+A conversation begins with `data.bos_id`. Without one, a begin token (`Tokenizer.begin_id`) precedes
+a first question that has no token of its own, so that a token predicts the first token of every
+answer: a caption without an image in the sequence is `<eos> answer <eos>`.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
-from vlm_jax.data.text import (
-    Fields,
-    image_fields,
-    joined,
-    only_own_tile,
-    padded,
-    text_fields,
+from vlm_jax.data.conversation_parts import (
+    TEMPLATES,
+    Part,
+    checkpoint_parts,
+    exchanges,
+    template_parts,
 )
-from vlm_jax.data.tiling import views_there
+from vlm_jax.data.fields import Fields, concat_fields, image_fields, pad_left, restrict_tags
+from vlm_jax.data.tiling import view_mask
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import NO_IMAGE, TRUNK
-
-Part = tuple[
-    Fields, Sequence[bool], int
-]  # fields, which of them are scored, and how many images they are
-
-
-@dataclass(frozen=True)
-class Template:
-    before: str = ""  # a question
-    after: str = ""  # a question
-    gap: str = ""  # before an answer
-    keeps_question: bool = True
-
-    def asked(self, question: str) -> str:
-        return (
-            self.before
-            + (
-                question
-                if self.keeps_question
-                else IMAGE_PLACEHOLDER * question.count(IMAGE_PLACEHOLDER)
-            )
-            + self.after
-        )
-
-
-TEMPLATES = {
-    "plain": Template(after="\n"),
-    "vicuna": Template(before="USER: ", after=" ASSISTANT:", gap=" "),
-    "caption": Template(keeps_question=False),
-}
 
 
 def encode(
     cfg: Experiment, tokenizer: Tokenizer, turns: Sequence[str], tiles: Sequence[int]
 ) -> Fields:
-    """Turns -> the fields of their tokens, (N,) each; the last turn may be a question that is to be answered.
+    """Encodes turns; the last may be a question that is to be answered.
 
-    `tiles` has the number of tiles of every marked image. `image_token_index` and `image_tags` count the image tokens and the
-    views of this conversation alone; `images_seen` is the number of images that a token may read: those up to it and,
-    of a token that predicts an answer, all before the predicted token. With `fusion.placeholder`, it reads the last of
-    them only, and those whose placeholders stand right before it, from number `images_from` on (Alayrac et al. 2022,
-    Flamingo, section 2.3; transformers' `get_cross_attention_token_mask` of mllama).
+    `tiles` has the tile count of the image of each placeholder.
+
+    Returns:
+      Fields of shape (N,). `image_token_index` and `image_tags` count the image tokens and views of
+      this conversation alone. A token may read the first `images_seen` images: those up to it, or,
+      if it predicts an answer, all before the predicted token. With `fusion.placeholder` it reads
+      only the last of them and those whose placeholders directly precede it, from number
+      `images_from` on.
+
+    Source: Alayrac et al. 2022 (Flamingo), section 2.3; transformers,
+    `get_cross_attention_token_mask` of models/mllama.
     """
     images = (image_fields(cfg, count, number) for number, count in enumerate(tiles))
     if cfg.data.template == "checkpoint":
-        parts = _checkpoint_parts(cfg, tokenizer, turns, images)
+        parts = checkpoint_parts(cfg, tokenizer, turns, images)
     else:
-        parts = _template_parts(cfg, tokenizer, turns, images)
-    scored = np.concatenate([np.asarray(those, bool) for _, those, _ in parts])
-    lengths, shown = [len(those) for _, those, _ in parts], [number for _, _, number in parts]
-    fields = joined([fields for fields, _, _ in parts])
-    predicts_answer = np.append(
-        scored[1:], True
-    )  # the last token, of an answer that is still to come
-    seen = np.repeat(np.cumsum(shown), lengths)
-    seen_next = np.append(seen[1:], sum(shown))
+        parts = template_parts(cfg, tokenizer, turns, images)
+    lengths = [len(part.is_scored) for part in parts]
+    is_image = [part.is_image for part in parts]
+    is_scored = np.concatenate([np.asarray(part.is_scored, bool) for part in parts])  # (N,)
+    fields = concat_fields([part.fields for part in parts])
+    # The last token predicts an answer that is to follow.
+    predicts_answer = np.append(is_scored[1:], True)
+    seen = np.repeat(np.cumsum(is_image), lengths)
+    # An image that is not in the sequence may lie between a token and the next.
+    seen_by_next = np.append(seen[1:], sum(is_image))
     fields |= {
-        # An image that is not in the sequence may stand between these two tokens.
-        "images_seen": np.where(predicts_answer, seen_next, seen).astype(np.int32),
+        "images_seen": np.where(predicts_answer, seen_by_next, seen).astype(np.int32),
         "image_tags": np.where(predicts_answer, np.int32(NO_IMAGE), fields["image_tags"]),
         "targets": np.append(fields["tokens"][1:], np.int32(cfg.data.special_ids[0])),
-        "loss_weights": np.append(scored[1:], False).astype(np.float32),
+        "loss_weights": np.append(is_scored[1:], False).astype(np.float32),
     }
     if cfg.fusion.placeholder:
-        fields["images_from"] = _first_read(shown, lengths, fields["images_seen"])
-    if cfg.fusion.prefix == "bidirectional":  # all that stands before the first answer
-        fields["block_ids"] = (np.cumsum(scored) == 0).astype(np.int32)
+        fields["images_from"] = _first_image_read(parts)[fields["images_seen"]]
+    if cfg.fusion.prefix == "bidirectional":
+        # The tokens before the first answer.
+        fields["block_ids"] = (np.cumsum(is_scored) == 0).astype(np.int32)
     return fields
 
 
-def _first_read(shown: Sequence[int], lengths: Sequence[int], seen: np.ndarray) -> np.ndarray:
-    """The number of the first image that each token reads, given how many images it has seen."""
+def _first_image_read(parts: Sequence[Part]) -> np.ndarray:
+    """Returns the number of the first image that a token reads, by how many images it has seen."""
     starts: list[int] = []
-    is_adjacent = False
-    for is_image, length in zip(shown, lengths, strict=True):
-        if is_image:
+    is_adjacent = False  # to the image before: no text between them
+    for part in parts:
+        if part.is_image:
             starts.append(starts[-1] if is_adjacent else len(starts))
             is_adjacent = True
-        elif length:
+        elif len(part.is_scored):
             is_adjacent = False
-    return np.array([0, *starts], np.int32)[seen]
+    return np.array([0, *starts], np.int32)
 
 
 def cut(cfg: Experiment, fields: Fields, tiles: Sequence[int], length: int) -> Fields:
-    """Cuts the fields of `encode` to at most `length` tokens; an image that does not fit is cut away as a whole."""
+    """Cuts the fields of `encode` to at most `length` tokens, and never within an image."""
     seen = fields["images_seen"]
     if len(seen) <= length:
         return fields
-    number = int(
-        seen[length]
-    )  # of the image that the first token beyond the cut belongs to, or comes after
-    start = int(np.searchsorted(seen, number))
-    is_within_image = number > 0 and length < start + len(
-        image_fields(cfg, tiles[number - 1])["tokens"]
-    )
-    end = start if is_within_image else length
+    # The number of the image that the first token beyond the cut belongs to or follows.
+    number = int(seen[length])
+    end = length
+    if number > 0:
+        start = int(np.searchsorted(seen, number))
+        if length < start + len(image_fields(cfg, tiles[number - 1])["tokens"]):
+            end = start
     return {name: values[:end] for name, values in fields.items()}
 
 
-def most_tokens(
+def max_token_counts(
     cfg: Experiment, tokenizer: Tokenizer, conversations: Sequence[Sequence[str]]
 ) -> list[int]:
-    """Returns an upper bound on the tokens of each conversation, as if it needed a begin token and all images had the
-    most tiles. The texts are tokenized together, on all cores."""
-    more_per_mark = cfg.image_slots_in_row - 1  # a mark is counted as one token
-    if cfg.data.template == "checkpoint":
-        encoded = [tokenizer.dialogue.encode(turns) for turns in conversations]
-        return [len(ids) + int(np.sum(is_image)) * more_per_mark for ids, _, is_image in encoded]
-    template = TEMPLATES[cfg.data.template]
-    exchanges = [_exchanges(template, turns) for turns in conversations]
-    counts = iter(
-        tokenizer.count_tokens(
-            [text for talk in exchanges for _, text, _ in talk], IMAGE_PLACEHOLDER
-        )
-    )
-    lengths = []
-    for talk in exchanges:
-        slots = sum(text.count(IMAGE_PLACEHOLDER) for _, text, _ in talk) * more_per_mark
-        ends = sum(is_answered for _, _, is_answered in talk)
-        lengths.append(1 + slots + ends + sum(next(counts) for _ in talk))
-    return lengths
+    """Returns an upper bound on the number of tokens of each conversation.
 
-
-def _exchanges(template: Template, turns: Sequence[str]) -> list[tuple[str, str, bool]]:
-    """Returns each question, the question with its answer as one text, and whether it has an answer."""
-    exchanges = []
-    for question, answer in zip(turns[::2], [*turns[1::2], None]):
-        asked = template.asked(question)
-        answered = "" if answer is None else template.gap + answer
-        exchanges.append((asked, asked + answered, answer is not None))
-    return exchanges
-
-
-def _template_parts(
-    cfg: Experiment, tokenizer: Tokenizer, turns: Sequence[str], images: Iterator[Fields]
-) -> list[Part]:
-    template, eos = TEMPLATES[cfg.data.template], [tokenizer.eos_id]
-    parts: list[Part] = []
-    for asked, text, is_answered in _exchanges(template, turns):
-        if not parts:
-            parts += _begin(cfg, tokenizer, asked)
-        parts += _text(tokenizer, text, len(asked), images)
-        parts += [(text_fields(eos), [True], 0)] * is_answered
-    return parts
-
-
-def _begin(cfg: Experiment, tokenizer: Tokenizer, asked: str) -> list[Part]:
-    """The token before a conversation whose first question is `asked`; none where none is needed."""
-    begin = cfg.data.bos_id
-    if begin is None:
-        images = itertools.repeat(image_fields(cfg))
-        parts = _text(tokenizer, asked, len(asked), images)
-        if any(len(fields["tokens"]) for fields, _, _ in parts):
-            return []
-        begin = tokenizer.begin_id
-    return [(text_fields([begin]), [False], 0)]
-
-
-def _checkpoint_parts(
-    cfg: Experiment, tokenizer: Tokenizer, turns: Sequence[str], images: Iterator[Fields]
-) -> list[Part]:
-    """Tokens as the checkpoint's own processor writes them, with `image_fields` at the placeholder of every image."""
-    ids, scored, is_image = tokenizer.dialogue.encode(turns)
-    parts, begin = [], 0
-    for position in np.flatnonzero(is_image):
-        parts.append((text_fields(ids[begin:position]), scored[begin:position], 0))
-        image = next(images, text_fields([]))  # there are none for a model that reads no images
-        parts.append((image, [False] * len(image["tokens"]), 1))
-        begin = position + 1
-    return [*parts, (text_fields(ids[begin:]), scored[begin:], 0)]
-
-
-def _text(
-    tokenizer: Tokenizer, text: str, scored_from: int, images: Iterator[Fields]
-) -> list[Part]:
-    """A text, with the next image at every mark; a token is scored if part of it lies beyond `scored_from`.
-
-    The whole text is tokenized at once, since a tokenizer may put a space before a text.
+    It counts a begin token, and the most tiles for every image. The texts are tokenized together,
+    on all cores.
     """
-    ids, ends = tokenizer.encode_marked(text, IMAGE_PLACEHOLDER)
-    parts, begin = [], 0
-    for position in [i for i, token in enumerate(ids) if token is None]:
-        parts.append(_words(ids, ends, begin, position, scored_from))
-        image = next(images)
-        parts.append((image, [False] * len(image["tokens"]), 1))
-        begin = position + 1
-    return [*parts, _words(ids, ends, begin, len(ids), scored_from)]
-
-
-def _words(ids: list[int], ends: list[int], begin: int, end: int, scored_from: int) -> Part:
-    return text_fields(ids[begin:end]), [last > scored_from for last in ends[begin:end]], 0
+    # A placeholder counts as one token already.
+    more_per_image = cfg.image_slots_in_row - 1
+    counts = []
+    if cfg.data.template == "checkpoint":
+        for turns in conversations:
+            ids, _, is_image = tokenizer.dialogue.encode(turns)
+            counts.append(len(ids) + int(np.sum(is_image)) * more_per_image)
+        return counts
+    template = TEMPLATES[cfg.data.template]
+    written = [exchanges(template, turns) for turns in conversations]
+    texts = [exchange.text for conversation in written for exchange in conversation]
+    token_counts = iter(tokenizer.count_tokens(texts, IMAGE_PLACEHOLDER))
+    for conversation in written:
+        count = 1  # the begin token
+        for exchange in conversation:
+            images = exchange.text.count(IMAGE_PLACEHOLDER)
+            end = int(exchange.has_answer)  # its <eos>
+            count += next(token_counts) + images * more_per_image + end
+        counts.append(count)
+    return counts
 
 
 def prompt_row(
@@ -234,36 +145,44 @@ def prompt_row(
     length: int | None = None,
     answer: str | None = None,
 ) -> Fields:
-    """A question -> the fields of a row to continue, image_mask (length, I * J); padded on the left.
+    """Returns the fields of a row to continue with an answer, padded on the left.
 
-    With an `answer`, the row has it, too, and `targets` and `loss_weights` that score it. `tiles` has the number of
-    tiles of every image. Images that have no mark in the prompt stand before it, each in a line of its own.
+    Images precede a prompt without placeholders, each on a separate line.
+
+    Args:
+      cfg: the experiment.
+      tokenizer: its tokenizer.
+      prompt: a question.
+      tiles: tile count of each image.
+      length: of the row, by default without padding.
+      answer: follows the prompt. The row then has `targets` and `loss_weights` that score it.
 
     Raises:
-      ConfigError: the prompt has another number of marks, or is longer than `length`.
+      ConfigError: the prompt has another number of placeholders, or is longer than `length`.
     """
-    images, views = len(tiles), cfg.vision.views
-    prompt = prompt if IMAGE_PLACEHOLDER in prompt else f"{IMAGE_PLACEHOLDER}\n" * images + prompt
-    if prompt.count(IMAGE_PLACEHOLDER) != images:
+    images = len(tiles)
+    if IMAGE_PLACEHOLDER not in prompt:
+        lines = [IMAGE_PLACEHOLDER] * images + [prompt]
+        prompt = "\n".join(lines)
+    placeholders = prompt.count(IMAGE_PLACEHOLDER)
+    if placeholders != images:
         raise ConfigError(
-            f"a prompt has {prompt.count(IMAGE_PLACEHOLDER)} marks {IMAGE_PLACEHOLDER} for {images} images: {prompt!r}"
+            f"a prompt has {placeholders} {IMAGE_PLACEHOLDER} placeholders for {images} images: "
+            f"{prompt!r}."
         )
     row = encode(cfg, tokenizer, [prompt] if answer is None else [prompt, answer], tiles)
-    seen, tags = row.pop("images_seen"), row.pop("image_tags")
-    is_read = np.arange(images) < seen[:, None]
+    seen, tags = row.pop("images_seen"), row.pop("image_tags")  # (N,)
+    is_read = np.arange(images) < seen[:, None]  # (N, images)
     if cfg.fusion.placeholder:
         is_read &= np.arange(images) >= row.pop("images_from")[:, None]
-    is_read = np.repeat(is_read, views, axis=1)
-    unused = ("targets", "loss_weights") if answer is None else ()
-    row = {name: values for name, values in row.items() if name not in unused} | {
+    image_mask = np.repeat(is_read, cfg.vision.views, axis=1)  # (N, I)
+    image_mask &= view_mask(tiles, cfg.vision)
+    if answer is None:
+        del row["targets"], row["loss_weights"]
+    row |= {
         "positions": np.arange(len(seen), dtype=np.int32),
         "segment_ids": np.ones_like(seen),
         "branch_ids": np.full_like(seen, TRUNK),
-        "image_mask": only_own_tile(is_read & views_there(tiles, cfg.vision), tags),
+        "image_mask": restrict_tags(image_mask, tags),
     }
-    length = len(seen) if length is None else length
-    if len(seen) > length:
-        raise ConfigError(
-            f"a prompt takes {len(seen)} tokens with its images, more than the {length} that there are"
-        )
-    return padded(cfg, row, length - len(seen), length)
+    return pad_left(cfg, row, length)

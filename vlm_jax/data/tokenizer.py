@@ -1,4 +1,4 @@
-"""The tokenizer: one that is trained here on the words of a data set, or one that is read from its file."""
+"""Tokenizer: trained here on the texts of a dataset, or read from a file."""
 
 import functools
 import itertools
@@ -15,11 +15,12 @@ from vlm_jax.runtime.workdir import write_atomic
 
 SPECIALS = ("<pad>", "<image>", "<newline>", "<eos>")
 PAD, IMAGE, NEWLINE, EOS = SPECIAL_IDS = tuple(range(4))  # of a tokenizer that is trained here
-STAND_IN = "\ue000"  # a private character of Unicode, which no text uses
+# Replaces the characters of a placeholder: a private character of Unicode, which no text uses.
+STAND_IN = "\ue000"
 
 
 class Tokenizer:
-    """Byte-level BPE (Radford et al. 2019, GPT-2): any text is encodable, and comes back byte for byte."""
+    """Byte-level BPE (Radford et al. 2019, GPT-2): any text decodes to the same bytes."""
 
     def __init__(
         self,
@@ -27,23 +28,41 @@ class Tokenizer:
         special_ids: tuple[int, ...] = SPECIAL_IDS,
         dialogue: Any = None,
     ):
-        """`dialogue` is the `hub.dialogue.Dialogue` of a run whose data.template is checkpoint."""
+        """Wraps a tokenizer.
+
+        Args:
+          bpe: the tokenizer.
+          special_ids: ids of padding, image, newline and end of text.
+          dialogue: the `hub.text.dialogue.Dialogue` of a run whose data.template is checkpoint.
+
+        Raises:
+          ConfigError: the tokenizer has other special ids.
+        """
         if special_ids == SPECIAL_IDS and tuple(map(bpe.token_to_id, SPECIALS)) != SPECIAL_IDS:
             raise ConfigError(
-                f"a tokenizer needs the tokens {' '.join(SPECIALS)} with the ids 0 to 3"
+                f"a tokenizer needs the tokens {' '.join(SPECIALS)} with the ids 0 to 3."
             )
-        bpe.encode_special_tokens = True  # '<eos>' in a user's text is five characters, not the end
-        self._bpe, self._special_ids, self.dialogue = bpe, special_ids, dialogue
+        # '<eos>' in a user's text is five characters, not the end of text.
+        bpe.encode_special_tokens = True
+        self._bpe = bpe
+        self._special_ids = special_ids
+        self.dialogue = dialogue
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, tags: Sequence[str] = ()) -> "Tokenizer":
-        """Learns at most `vocab_size` tokens, `tags` among them; the same texts give the same tokenizer."""
-        alphabet, specials = sorted(pre_tokenizers.ByteLevel.alphabet()), [*SPECIALS, *tags]
+        """Learns at most `vocab_size` tokens, `tags` included; equal texts give equal tokenizers.
+
+        Raises:
+          ConfigError: `vocab_size` is smaller than the bytes and special tokens.
+        """
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        specials = [*SPECIALS, *tags]
         smallest = len(alphabet) + len(specials)
         if vocab_size < smallest:
+            tag_count = f", {len(tags)} tags of vision.tiles included" if tags else ""
             raise ConfigError(
-                f"decoder.vocab_size {vocab_size} is too small: bytes and specials take {smallest}"
-                + (f", the tags of vision.tiles among them ({len(tags)})" if tags else "")
+                f"decoder.vocab_size {vocab_size} is too small: bytes and special tokens take "
+                f"{smallest}{tag_count}."
             )
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -64,10 +83,11 @@ class Tokenizer:
         special_ids: tuple[int, ...] = SPECIAL_IDS,
         dialogue: Any = None,
     ) -> "Tokenizer":
+        """Reads a tokenizers JSON file. ConfigError names a file that cannot be read."""
         try:
             bpe = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
-            raise ConfigError(f"cannot read the tokenizer {path}: {error}") from None
+            raise ConfigError(f"cannot read the tokenizer {path}: {error}.") from None
         return cls(bpe, special_ids, dialogue)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -79,42 +99,51 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self._encoding(text).ids
 
-    def encode_marked(self, text: str, mark: str) -> tuple[list[int | None], list[int]]:
-        """The tokens of a text, None for every mark in it, and the number of characters up to the end of each.
+    def encode_with_placeholders(
+        self, text: str, placeholder: str
+    ) -> tuple[list[int | None], list[int]]:
+        """Encodes a text with placeholders.
 
-        The text is tokenized with a special token in place of every mark, as transformers does with image tokens.
+        The text is tokenized with a special token for every placeholder, as transformers does with
+        image tokens.
+
+        Returns:
+          The tokens, None for every placeholder, and for each the number of characters up to its
+          end.
         """
-        if mark not in text:
+        if placeholder not in text:
             encoding = self._encoding(text)
             return encoding.ids, [end for _, end in encoding.offsets]
-        stand_in = STAND_IN * len(mark)
+        stand_in = STAND_IN * len(placeholder)
         tokenizer = self._with_token(stand_in)
-        encoding = _encoding(tokenizer, text.replace(mark, stand_in))
-        marked = tokenizer.token_to_id(stand_in)
-        return [None if i == marked else i for i in encoding.ids], [
-            end for _, end in encoding.offsets
-        ]
+        encoding = _encoding(tokenizer, text.replace(placeholder, stand_in))
+        stand_in_id = tokenizer.token_to_id(stand_in)
+        ids = [None if i == stand_in_id else i for i in encoding.ids]
+        return ids, [end for _, end in encoding.offsets]
 
-    @functools.cache  # noqa: B019 (there are a few tokenizers in a process)
+    @functools.cache  # noqa: B019 (a process has a few tokenizers)
     def _with_token(self, token: str) -> tokenizers.Tokenizer:
-        """A copy of the tokenizer with one more token."""
+        """Returns a copy of the tokenizer with one more token."""
         copied = tokenizers.Tokenizer.from_str(self._bpe.to_str())
         copied.encode_special_tokens = True
         copied.add_tokens([tokenizers.AddedToken(token, normalized=False)])
         return copied
 
-    def count_tokens(self, texts: Sequence[str], mark: str) -> list[int]:
-        """Returns the number of tokens of each text, a mark among them as one; the texts are tokenized on all cores."""
-        stand_in = STAND_IN * len(mark)
-        marked = [text.replace(mark, stand_in) for text in texts]
-        encodings = self._with_token(stand_in).encode_batch_fast(marked, add_special_tokens=False)
+    def count_tokens(self, texts: Sequence[str], placeholder: str) -> list[int]:
+        """Returns the number of tokens of each text; a placeholder counts as one.
+
+        The texts are tokenized on all cores.
+        """
+        stand_in = STAND_IN * len(placeholder)
+        texts = [text.replace(placeholder, stand_in) for text in texts]
+        encodings = self._with_token(stand_in).encode_batch_fast(texts, add_special_tokens=False)
         return [len(encoding) for encoding in encodings]
 
     def _encoding(self, text: str) -> tokenizers.Encoding:
         return _encoding(self._bpe, text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text up to <eos>, without the tokenizer's special tokens and ids that it does not have."""
+        """Returns the text up to <eos>, without special tokens and unknown ids."""
         ids = itertools.takewhile(lambda i: i != self.eos_id, map(int, ids))
         return self._bpe.decode(list(ids), skip_special_tokens=True)
 
@@ -124,12 +153,12 @@ class Tokenizer:
 
     @property
     def begin_id(self) -> int:
-        """The token that begins a text which nothing else begins: the end-of-text token, as in GPT-2."""
+        """Token before a text that would be empty: the end of text, as in GPT-2."""
         return self.eos_id
 
 
 def _encoding(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
     try:
         return tokenizer.encode(text, add_special_tokens=False)
-    except TypeError:  # half a character, as a shell hands over bytes that are not UTF-8
-        raise ConfigError(f"{text!r} is not text in UTF-8") from None
+    except TypeError:  # half a surrogate pair: a shell passes bytes that are not UTF-8 so
+        raise ConfigError(f"{text!r} is not text in UTF-8.") from None

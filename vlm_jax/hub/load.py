@@ -21,13 +21,13 @@ from vlm_jax.hub.families.family import (
     Config,
     Family,
     Json,
-    get,
+    get_or,
 )
 from vlm_jax.hub.families.registry import config_path, family_of
-from vlm_jax.hub.families.table import Part, Row
+from vlm_jax.hub.families.table import Row, Target
 from vlm_jax.hub.tensors.folder import Tensors, open_tensors, read_json
 from vlm_jax.hub.tensors.mapped import StoredTensor, tensors_equal
-from vlm_jax.hub.tensors.transpose import aligned, copy_into
+from vlm_jax.hub.tensors.transpose import copy_into, empty_aligned
 from vlm_jax.hub.text.tokenizer import (
     HubTokenizer,
     are_ids,
@@ -85,7 +85,9 @@ def image_token_of(folder: str | os.PathLike) -> int | None:
 
 
 def _image_token(config: Json, family: Family, folder: Path) -> int | None:
-    found = get(config, "image_token_id", get(config, "image_token_index", family.image_token))
+    found = get_or(
+        config, "image_token_id", get_or(config, "image_token_index", family.image_token)
+    )
     if found is not None and not are_ids(found):
         raise CheckpointError(f"{folder}: image_token_index is {found!r}, but has to be an id.")
     return found
@@ -131,11 +133,11 @@ def inspect(folder: str | os.PathLike, tensors: Tensors, taps: str | None = None
     config = read_json(path)
     with _naming(path):
         family = family_of(config, "config.json", taps)
-        names = family.canonical(tensors)
+        names = family.normalize_names(tensors)
         names = without_copied_head(family, config, names, tensors)
-        cfg = family.read(config, names)
+        cfg = family.config_from_hf(config, names)
         check_values(cfg)
-        rows = family.stored_rows(cfg, names)
+        rows = family.table_for(cfg, names)
     _refuse_integers(tensors, names, folder)
     check(
         rows,
@@ -174,15 +176,15 @@ def without_copied_head(
 ) -> Mapping[str, str]:
     """The names without a head that repeats the embedding that it is tied to: `pytorch_model.bin` holds both."""
     stored = {
-        part.ours: names.get(row.hub)
-        for row in family.rows(family.read(config, names))
-        for part in row.parts
+        part.param: names.get(row.tensor)
+        for row in family.param_table(family.config_from_hf(config, names))
+        for part in row.targets
     }
     head, embedding = stored.get("decoder/free_head/kernel"), stored.get("decoder/embedding/table")
     if head is None or embedding is None:
         return names
     others = {name: found for name, found in names.items() if found != head}
-    is_tied = family.read(config, others).decoder.tie_word_embeddings and tensors_equal(
+    is_tied = family.config_from_hf(config, others).decoder.tie_word_embeddings and tensors_equal(
         tensors[head], tensors[embedding]
     )
     return others if is_tied else names
@@ -196,7 +198,7 @@ def shapes_of(cfg: Config) -> dict[str, tuple[int, ...]]:
 
 def check(rows: list[Row], stored: Mapping[str, tuple[int, ...]], shapes, folder: str) -> None:
     """Raises CheckpointError with every tensor that is missing, unknown or of a wrong shape."""
-    expected = {row.hub: row.stored_shape(shapes) for row in rows}
+    expected = {row.tensor: row.stored_shape(shapes) for row in rows}
     problems = [f"{name} is missing" for name in sorted(expected.keys() - stored.keys())]
     problems += [f"{name} is unknown" for name in sorted(stored.keys() - expected.keys())]
     for name in sorted(expected.keys() & stored.keys()):
@@ -208,7 +210,7 @@ def check(rows: list[Row], stored: Mapping[str, tuple[int, ...]], shapes, folder
         raise CheckpointError(
             f"{folder} does not hold the model of its config.json: " + "; ".join(problems) + "."
         )
-    unfed = shapes.keys() - {part.ours for row in rows for part in row.parts}
+    unfed = shapes.keys() - {part.param for row in rows for part in row.targets}
     if unfed:
         raise AssertionError(f"no row of the table fills {sorted(unfed)}")
 
@@ -226,13 +228,13 @@ def read_params(
     """
     shardings = None if mesh is None else axes.parameter_shardings(boxed, mesh)
     shapes = {path: box.value.shape for path, box in boxed.items()}
-    sources: dict[str, list[tuple[Row, Part]]] = {}
+    sources: dict[str, list[tuple[Row, Target]]] = {}
     for row in rows:
-        for part in row.parts:
-            sources.setdefault(part.ours, []).append((row, part))
+        for part in row.targets:
+            sources.setdefault(part.param, []).append((row, part))
 
     def assemble(path):
-        found = [(stored[row.hub], row, part) for row, part in sources[path]]
+        found = [(stored[row.tensor], row, part) for row, part in sources[path]]
         kind = np.dtype(dtype) if dtype is not None else found[0][0].dtype
 
         def shard(index):
@@ -255,14 +257,14 @@ def read_params(
 
 def _shard(index, shapes, dtype, sources) -> np.ndarray:
     """The piece `index` of a parameter, copied out of the files in the order of its own axes."""
-    turns = range(len(sources))[index[0]] if sources[0][2].turn is not None else range(1)
-    inner = index[1:] if sources[0][2].turn is not None else index
-    by_turn = {part.turn or 0: (array, row, part) for array, row, part in sources}
+    turns = range(len(sources))[index[0]] if sources[0][2].layer is not None else range(1)
+    inner = index[1:] if sources[0][2].layer is not None else index
+    by_turn = {part.layer or 0: (array, row, part) for array, row, part in sources}
     views = [
-        row.take(array, part, shapes)[inner]
+        row.from_hf(array, part, shapes)[inner]
         for array, row, part in (by_turn[turn] for turn in turns)
     ]
-    piece = aligned((len(views), *views[0].shape), dtype)
+    piece = empty_aligned((len(views), *views[0].shape), dtype)
     for target, view in zip(piece, views):
         copy_into(target, view)
-    return piece if sources[0][2].turn is not None else piece[0]
+    return piece if sources[0][2].layer is not None else piece[0]

@@ -16,7 +16,7 @@ from vlm_jax.hub.images.steps import ImageInput, ImageInputs, to_rows
 from vlm_jax.hub.inputs import reading_own_images, scored, to_batch
 from vlm_jax.hub.load import Checkpoint
 from vlm_jax.hub.text.chat_template import ChatTemplate
-from vlm_jax.hub.text.dialogue import Dialogue, start_of
+from vlm_jax.hub.text.dialogue import Dialogue, decoder_start_ids
 from vlm_jax.hub.text.prompt_formats import (
     Prompt,
     TextFormat,
@@ -123,7 +123,7 @@ class Processor:
     ) -> list[Prompt]:
         """Tokens of each prompt, given what counts of its images."""
         if self.checkpoint.cfg.fusion.is_encoder_decoder:
-            start = start_of(self.checkpoint.folder, self.tokenizer)
+            start = decoder_start_ids(self.checkpoint.folder, self.tokenizer)
             rows = (
                 [*start, *self.tokenizer.encode(text, add_special_tokens=False)] for text in prompts
             )
@@ -199,7 +199,7 @@ class Processor:
         if self.template is None:
             return token * images + prompt
         special = self.tokenizer.special_tokens
-        if self.template.reads_lists(special):
+        if self.template.accepts_lists(special):
             content: Any = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
         else:
             content = f"{token * images}\n{prompt}" if images else prompt

@@ -1,6 +1,6 @@
 """The files beside the weights of an exported run: tokenizer, chat template, processor and generation settings.
 
-A run that keeps the prompt form of the checkpoint it began with takes over that checkpoint's files. For other runs they
+A run that keeps the prompt format of the checkpoint it started from copies that checkpoint's files. For other runs they
 are written here, so that transformers' processor makes the tokens and pixels of the run's own pipeline.
 """
 
@@ -13,13 +13,13 @@ from tokenizers import AddedToken, Tokenizer
 
 from vlm_jax.config import CheckpointError, Experiment
 from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
-from vlm_jax.data.templates import TEMPLATES
-from vlm_jax.hub.families.family import Json
+from vlm_jax.data.conversation_parts import TEMPLATES
+from vlm_jax.hub.families.family import Family, HfProcessor, Json
 from vlm_jax.hub.images.settings import processor_config, read_settings, vision_settings
 from vlm_jax.hub.text.special_tokens import (
     TOKENIZER,
     TOKENIZER_CONFIG,
-    read_if_there,
+    read_json_if_exists,
     set_template,
 )
 from vlm_jax.hub.text.tokenizer import GENERATION_CONFIG, IMAGE_TOKENS, HubTokenizer
@@ -30,50 +30,45 @@ TEXT_FILES = (
     *("chat_template.jinja", "chat_template.json"),
 )
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
-PROCESSOR_CLASSES = {
-    "llava": "LlavaProcessor",
-    "mllama": "MllamaProcessor",
-    "paligemma": "PaliGemmaProcessor",
-    "fuyu": "FuyuProcessor",
-    "vision-encoder-decoder": "TrOCRProcessor",
-}
 
 
 class TokenIds(NamedTuple):
-    """The ids that config.json and generation_config.json name."""
+    """The token ids in config.json and generation_config.json."""
 
     pad: int
     image: int
     eos: int
-    begin: int | None
+    bos: int | None
 
 
-def keeps_form(cfg: Experiment, processor: Path | None) -> bool:
-    """Whether the run's prompts are those of the checkpoint whose files `processor` holds."""
+def keeps_prompt_format(cfg: Experiment, processor: Path | None) -> bool:
+    """Returns whether the run's prompts are those of the checkpoint whose files are in `processor`."""
     return cfg.data.template == "checkpoint" and processor is not None and processor.is_dir()
 
 
 def write_run_files(
-    stage: Path, cfg: Experiment, model_type: str, tokenizer: Path, processor: Path | None
+    stage: Path, cfg: Experiment, family: Family, tokenizer: Path, processor: Path | None
 ) -> TokenIds:
     """Writes everything but config.json and the weights.
 
     Args:
-      stage: the folder to write in.
+      stage: folder to write to.
+      family: of the exported checkpoint.
       tokenizer: tokenizer.json of the run.
-      processor: the files of the checkpoint that the run began with; None: it began with none.
+      processor: the processor files of the checkpoint that the run started from; None: it started from none.
 
     Raises:
       CheckpointError: the tokenizer cannot be read.
     """
-    if keeps_form(cfg, processor):
+    keeps_format = keeps_prompt_format(cfg, processor)
+    if keeps_format:
         ids = _copy_text_files(stage, cfg, processor)
     else:
-        ids = _write_text_files(stage, cfg, model_type, tokenizer)
+        ids = _write_text_files(stage, cfg, family.processor, tokenizer)
     if cfg.fusion.has_images:
-        _write_processor(stage, cfg, model_type, processor)
-    starts = {"decoder_start_token_id": ids.begin} if cfg.fusion.is_encoder_decoder else {}
-    _write_generation_config(stage, ids, starts, processor if keeps_form(cfg, processor) else None)
+        _write_processor(stage, cfg, family.processor, processor)
+    config = read_json_if_exists(processor / GENERATION_CONFIG) if keeps_format else {}
+    _write_generation_config(stage, cfg, ids, config)
     return ids
 
 
@@ -87,80 +82,85 @@ def _copy_text_files(stage: Path, cfg: Experiment, processor: Path) -> TokenIds:
     return TokenIds(pad, image, eos, tokenizer.bos_id)
 
 
-def _write_text_files(stage: Path, cfg: Experiment, model_type: str, path: Path) -> TokenIds:
-    """A tokenizer.json of the run with an image token, the names of its tokens, and a chat template of its form."""
+def _write_text_files(
+    stage: Path, cfg: Experiment, hf_processor: HfProcessor | None, path: Path
+) -> TokenIds:
+    """Writes the run's tokenizer with an image token, its settings and its chat template."""
     try:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exceptions
         raise CheckpointError(f"cannot read the tokenizer {path}: {error}") from None
     pad, image, _, eos = cfg.data.special_ids
-    if reads_image_tokens(cfg):
+    if has_image_placeholder(cfg):
         image = _image_id(backend, image)
-    begin = _begin_id(cfg)
-    names = {"eos_token": eos, "pad_token": pad} | ({} if begin is None else {"bos_token": begin})
+    bos = _bos_id(cfg)
+    names = {"eos_token": eos, "pad_token": pad}
+    if bos is not None:
+        names["bos_token"] = bos
     texts = {name: backend.id_to_token(i) for name, i in names.items()}
-    # MllamaProcessor writes bos itself; the tokenizers of the other processors do.
-    adds_bos = model_type != "mllama"
-    set_template(backend, texts.get("bos_token") if adds_bos else None, None)
+    # Exactly one of processor, tokenizer and chat template must write the bos token.
+    processor_adds_bos = hf_processor is not None and hf_processor.adds_bos
+    set_template(backend, None if processor_adds_bos else texts.get("bos_token"), None)
     backend.save(str(stage / TOKENIZER))
-    image_text = backend.id_to_token(image) if reads_image_tokens(cfg) else ""
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    extra = {"extra_special_tokens": {"image_token": image_text}} if image_text else {}
-    _write_json(stage / TOKENIZER_CONFIG, settings | texts | extra)
-    writes_bos = not cfg.fusion.has_images or (model_type == "mllama" and cfg.data.is_conversations)
-    bos = texts.get("bos_token", "") if writes_bos else ""
-    (stage / "chat_template.jinja").write_text(
-        chat_template(cfg, image_text, bos, texts["eos_token"])
+    image_text = ""
+    if has_image_placeholder(cfg):
+        image_text = backend.id_to_token(image)
+        settings["extra_special_tokens"] = {"image_token": image_text}
+    _write_json(stage / TOKENIZER_CONFIG, settings | texts)
+    template_adds_bos = not cfg.fusion.has_images or (
+        processor_adds_bos and cfg.data.is_conversations
     )
-    return TokenIds(pad, image, eos, begin)
+    bos_text = texts.get("bos_token", "") if template_adds_bos else ""
+    template = chat_template(cfg, image_text, bos_text, texts["eos_token"])
+    (stage / "chat_template.jinja").write_text(template)
+    return TokenIds(pad, image, eos, bos)
 
 
-def reads_image_tokens(cfg: Experiment) -> bool:
-    """Whether a token stands for an image in the text."""
+def has_image_placeholder(cfg: Experiment) -> bool:
+    """Returns whether a placeholder token marks an image in the text."""
     return cfg.fusion.image_in_sequence or cfg.fusion.placeholder
 
 
 def _image_id(backend: Tokenizer, image: int) -> int:
-    """The id of the image token, which is added where the tokenizer has none at `image`."""
-    text = backend.id_to_token(image)
-    if text in IMAGE_TOKENS:
+    """Returns the id of the image token; adds one if the tokenizer has another token at `image`."""
+    if backend.id_to_token(image) in IMAGE_TOKENS:
         return image
     backend.add_special_tokens([AddedToken(IMAGE_TOKENS[0], normalized=False, special=True)])
     return backend.token_to_id(IMAGE_TOKENS[0])
 
 
-def _begin_id(cfg: Experiment) -> int | None:
-    """The token that begins every text; None where none does."""
+def _bos_id(cfg: Experiment) -> int | None:
+    """Returns the id of the token that begins every text; None: there is no such token."""
     if cfg.data.bos_id is not None:
         return cfg.data.bos_id
-    begins_empty = (
-        cfg.data.template == "caption" and cfg.data.is_conversations and not reads_image_tokens(cfg)
-    )
-    return cfg.data.eos_id if begins_empty else None
+    is_caption = cfg.data.is_conversations and cfg.data.template == "caption"
+    # The prompt of a caption is empty: its text begins with the end-of-text token.
+    return cfg.data.eos_id if is_caption and not has_image_placeholder(cfg) else None
 
 
 def chat_template(cfg: Experiment, image: str, bos: str, eos: str) -> str:
-    """The Jinja template of a form in data/templates.py or, for sets of questions, of data/text.py."""
+    """Builds the Jinja template of a format of data/conversation_parts.py or, for question datasets, of data/text.py."""
     if cfg.data.is_conversations:
         form = TEMPLATES[cfg.data.template]
-        before, after, gap, keeps_question = form.before, form.after, form.gap, form.keeps_question
-        mark = f"{image}\n" if keeps_question else image
+        before, after = form.before_question, form.after_question
+        gap, keeps_question = form.before_answer, form.keeps_question
+        image_mark = f"{image}\n" if keeps_question else image
     else:
-        before, after, gap, keeps_question, mark = "", "\n", "", True, image
-    whole = f"replace({_quoted(IMAGE_PLACEHOLDER)}, {_quoted(image)})"
+        before, after, gap, keeps_question, image_mark = "", "\n", "", True, image
+    placeholder = _quoted(IMAGE_PLACEHOLDER)
     if keeps_question:
-        string, part = f"{{{{ message['content'] | {whole} }}}}", "{{ part['text'] }}"
+        user_string = f"{{{{ message['content'] | replace({placeholder}, {_quoted(image)}) }}}}"
+        user_text = "{{ part['text'] }}"
     else:
-        string, part = (
-            f"{{{{ {_quoted(image)} * message['content'].count({_quoted(IMAGE_PLACEHOLDER)}) }}}}",
-            "",
-        )
+        user_string = f"{{{{ {_quoted(image)} * message['content'].count({placeholder}) }}}}"
+        user_text = ""
     return (
         f"{_literal(bos)}{{% for message in messages %}}"
         f"{{% if message['role'] == 'user' %}}{_literal(before)}"
-        f"{{% if message['content'] is string %}}{string}{{% else %}}"
+        f"{{% if message['content'] is string %}}{user_string}{{% else %}}"
         f"{{% for part in message['content'] %}}"
-        f"{{% if part['type'] == 'image' %}}{_literal(mark)}{{% else %}}{part}{{% endif %}}"
+        f"{{% if part['type'] == 'image' %}}{_literal(image_mark)}{{% else %}}{user_text}{{% endif %}}"
         f"{{% endfor %}}{{% endif %}}{_literal(after)}"
         f"{{% else %}}{_literal(gap)}"
         f"{{% if message['content'] is string %}}{{{{ message['content'] }}}}{{% else %}}"
@@ -174,72 +174,76 @@ def _quoted(text: str) -> str:
 
 
 def _literal(text: str) -> str:
+    """A Jinja expression of constant text; empty for an empty text."""
     return f"{{{{ {_quoted(text)} }}}}" if text else ""
 
 
-def _write_processor(stage: Path, cfg: Experiment, model_type: str, processor: Path | None) -> None:
-    """The checkpoint's own files where they say what the run does, or else new ones."""
-    names = [
-        name for name in (PREPROCESSOR, PROCESSOR) if processor and (processor / name).is_file()
-    ]
-    if keeps_form(cfg, processor) and names and _prepares_alike(cfg, processor):
-        for name in names:
-            shutil.copy(processor / name, stage / name)
+def _write_processor(
+    stage: Path, cfg: Experiment, hf_processor: HfProcessor | None, processor: Path | None
+) -> None:
+    """Copies the checkpoint's own files if they prepare images as the run does; otherwise writes new ones."""
+    keeps_format = keeps_prompt_format(cfg, processor)
+    if keeps_format:
+        names = [name for name in (PREPROCESSOR, PROCESSOR) if (processor / name).is_file()]
+        if names and _prepares_images_alike(cfg, processor):
+            for name in names:
+                shutil.copy(processor / name, stage / name)
+            return
+    preprocessor = processor_config(cfg.vision)
+    if hf_processor is None:
+        _write_json(stage / PREPROCESSOR, preprocessor)
         return
-    whole = (
-        {"processor_class": PROCESSOR_CLASSES[model_type]}
-        if model_type in PROCESSOR_CLASSES
-        else {}
-    )
-    images = processor_config(cfg.vision) | whole
-    if model_type == "paligemma":
-        images["image_seq_length"] = cfg.image_tokens
-    _write_json(stage / PREPROCESSOR, images)
-    if whole:
-        kept = read_if_there(processor / PROCESSOR) if keeps_form(cfg, processor) else {}
-        kept = {key: value for key, value in kept.items() if key != "image_processor"}
-        _write_json(stage / PROCESSOR, kept | _processor(cfg, model_type) | whole)
+    preprocessor["processor_class"] = hf_processor.name
+    if hf_processor.counts_image_tokens:
+        preprocessor["image_seq_length"] = cfg.image_tokens
+    _write_json(stage / PREPROCESSOR, preprocessor)
+    settings = read_json_if_exists(processor / PROCESSOR) if keeps_format else {}
+    settings = {key: value for key, value in settings.items() if key != "image_processor"}
+    if hf_processor.counts_patches:
+        settings |= _patch_settings(cfg)
+    _write_json(stage / PROCESSOR, settings | {"processor_class": hf_processor.name})
 
 
-def _prepares_alike(cfg: Experiment, processor: Path) -> bool:
+def _prepares_images_alike(cfg: Experiment, processor: Path) -> bool:
+    """Returns whether the checkpoint's processor makes the pixels of the run."""
     settings = read_settings(processor)
-    wanted = vision_settings(settings, cfg.vision)
-    if model_has_any_size(settings.kind):
+    expected = vision_settings(settings, cfg.vision)
+    if keeps_image_size(settings.kind):
         return True
     sides = {settings.crop_size[0]} if settings.do_center_crop else set(settings.size.values())
-    return sides == {cfg.vision.image_size_px} and all(
-        getattr(cfg.vision, name) == x for name, x in wanted.items()
-    )
+    has_size = sides == {cfg.vision.image_size_px}
+    return has_size and all(getattr(cfg.vision, name) == x for name, x in expected.items())
 
 
-def model_has_any_size(kind: str) -> bool:
-    """Whether a processor leaves images in sizes of their own."""
-    return kind == "FuyuImageProcessor"
+def keeps_image_size(image_processor: str) -> bool:
+    """Returns whether an image processor class leaves images in sizes of their own."""
+    return image_processor == "FuyuImageProcessor"
 
 
-def _processor(cfg: Experiment, model_type: str) -> Json:
-    if model_type != "llava":
-        return {}
+def _patch_settings(cfg: Experiment) -> Json:
     vision = cfg.vision
-    drops_class = vision.class_token and not vision.keep_class_token
+    drops_class_token = vision.class_token and not vision.keep_class_token
     return {
         "patch_size": vision.patch_size_px,
-        "vision_feature_select_strategy": "default" if drops_class else "full",
+        "vision_feature_select_strategy": "default" if drops_class_token else "full",
         "num_additional_image_tokens": int(vision.class_token),
     }
 
 
-def _write_generation_config(
-    stage: Path, ids: TokenIds, starts: Json, processor: Path | None
-) -> None:
-    config = read_if_there(processor / GENERATION_CONFIG) if processor else {}
-    ends = config.get("eos_token_id")
-    ends = list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
-    if ids.eos not in ends:
-        ends = [ids.eos, *ends]
-    config |= {"eos_token_id": ends if len(ends) > 1 else ends[0]}
-    named = {"pad_token_id": ids.pad, "bos_token_id": ids.begin, **starts}
-    for name, i in named.items():
+def _write_generation_config(stage: Path, cfg: Experiment, ids: TokenIds, config: Json) -> None:
+    """Completes the checkpoint's generation config, if there is one, with the run's token ids."""
+    eos_ids = config.get("eos_token_id")
+    if eos_ids is None:
+        eos_ids = []
+    elif not isinstance(eos_ids, list):
+        eos_ids = [eos_ids]
+    if ids.eos not in eos_ids:
+        eos_ids = [ids.eos, *eos_ids]
+    config = config | {"eos_token_id": eos_ids if len(eos_ids) > 1 else eos_ids[0]}
+    token_ids = {"pad_token_id": ids.pad, "bos_token_id": ids.bos}
+    if cfg.fusion.is_encoder_decoder:
+        token_ids["decoder_start_token_id"] = ids.bos
+    for name, i in token_ids.items():
         if i is not None and config.get(name) is None:
             config[name] = i
     _write_json(stage / GENERATION_CONFIG, config)
@@ -249,21 +253,22 @@ def _write_json(path: Path, content: Json) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def prompt_differences(cfg: Experiment, model_type: str) -> list[str]:
-    """What of a run's prompts and pixels the processor of a family in transformers does otherwise, in fields."""
-    if not cfg.fusion.has_images:
+def prompt_differences(cfg: Experiment, family: Family) -> list[str]:
+    """Returns the fields in which the family's processor in transformers cannot follow the run's prompts and pixels."""
+    processor = family.processor
+    if not cfg.fusion.has_images or processor is None:
         return []
-    wrong = (
-        [f"vision.image_size_px {cfg.vision.image_size_px}"] if model_type == "fuyu" else []
-    )  # theirs has any size
+    fields = []
+    if processor.keeps_image_size:
+        fields.append(f"vision.image_size_px {cfg.vision.image_size_px}")
     if cfg.data.template == "checkpoint":
-        return wrong
-    if model_type in ("mllama", "vision-encoder-decoder") and _begin_id(cfg) is None:
-        wrong.append("data.bos_id None")
-    if model_type == "mllama" and not cfg.fusion.placeholder:
-        wrong.append("fusion.placeholder False")
-    if model_type == "mllama" and cfg.vision.resize != "pad":
-        wrong.append(f"vision.resize {cfg.vision.resize}")
-    if model_type in ("paligemma", "fuyu"):
-        wrong.append(f"data.template {cfg.data.template}")
-    return wrong
+        return fields
+    if processor.needs_bos and _bos_id(cfg) is None:
+        fields.append("data.bos_id None")
+    if processor.needs_placeholder and not cfg.fusion.placeholder:
+        fields.append("fusion.placeholder False")
+    if processor.resize and cfg.vision.resize != processor.resize:
+        fields.append(f"vision.resize {cfg.vision.resize}")
+    if processor.has_prompt_format:
+        fields.append(f"data.template {cfg.data.template}")
+    return fields

@@ -1,4 +1,4 @@
-"""A model -> a folder that transformers loads: hub names, a config of transformers 4.x, safetensors."""
+"""Writes a model to a folder that transformers loads: config.json with the keys of 4.x, and safetensors."""
 
 import json
 import os
@@ -17,7 +17,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 
 class Spec:
-    """Shape and dtype of a tensor that is not made yet."""
+    """Shape and dtype of a tensor that is written later."""
 
     def __init__(self, shape, dtype):
         self.shape, self.dtype = shape, np.dtype(dtype)
@@ -34,42 +34,43 @@ def write_model(
     """Writes config.json and the weights, all or nothing.
 
     Args:
-      config: keys of config.json that the family does not know, kept beside those that it writes.
-      dtypes: of the stored tensors by name; the others as the parameters are.
+      config: further keys of config.json; those that the family writes take precedence.
+      dtypes: by tensor name; the other tensors have the dtype of their parameters.
 
     Raises:
       CheckpointError: the folder cannot be written or holds weights already.
     """
-    flat, shapes = traverse_util.flatten_dict(params, sep="/"), shapes_of(cfg)
-    rows = {row.hub: row for row in family.rows(cfg)}
-    specs = {
-        name: Spec(
-            row.stored_shape(shapes), (dtypes or {}).get(name, flat[row.parts[0].ours].dtype)
-        )
-        for name, row in rows.items()
-    }
-    text = json.dumps(merged(config or {}, family.write(cfg)), indent=2) + "\n"
+    flat_params = traverse_util.flatten_dict(params, sep="/")
+    shapes, dtypes = shapes_of(cfg), dtypes or {}
+    rows = {row.tensor: row for row in family.param_table(cfg)}
+    specs = {}
+    for name, row in rows.items():
+        dtype = dtypes.get(name, flat_params[row.targets[0].param].dtype)
+        specs[name] = Spec(row.stored_shape(shapes), dtype)
+    config_text = json.dumps(merge(config or {}, family.config_to_hf(cfg)), indent=2) + "\n"
 
     def read(name):
-        return _stored(rows[name], flat, specs[name].dtype)
+        return _to_hf(rows[name], flat_params, specs[name].dtype)
 
     with all_or_none(folder) as stage:
         write_tensors(stage, specs, read, MAX_SHARD_BYTES, family.weights_file)
-        (stage / family.config_file).write_text(text)
+        (stage / family.config_file).write_text(config_text)
 
 
-def merged(old: Mapping, new: Mapping) -> dict:
-    """The keys of both, nested ones too; where both have one, the new value."""
-    both = {
-        key: merged(old[key], x) if isinstance(x, dict) and isinstance(old.get(key), dict) else x
-        for key, x in new.items()
-    }
-    return {**old, **both}
+def merge(old: Mapping, new: Mapping) -> dict:
+    """Merges nested mappings; a key of both has the new value."""
+    merged = dict(old)
+    for key, value in new.items():
+        is_nested = isinstance(value, dict) and isinstance(old.get(key), dict)
+        merged[key] = merge(old[key], value) if is_nested else value
+    return merged
 
 
-def _stored(row: Row, flat: Mapping, dtype: np.dtype) -> np.ndarray:
-    """A stored tensor from the parameters; of a stacked one, only the slice of its layer leaves the device."""
-    parts = [
-        flat[part.ours] if part.turn is None else flat[part.ours][part.turn] for part in row.parts
-    ]
-    return row.put([np.asarray(jax.device_get(x)) for x in parts]).astype(dtype)
+def _to_hf(row: Row, params: Mapping, dtype: np.dtype) -> np.ndarray:
+    """Builds one tensor of the file; of a stacked parameter, only one layer leaves the device."""
+    arrays = []
+    for target in row.targets:
+        array = params[target.param]
+        array = array if target.layer is None else array[target.layer]
+        arrays.append(np.asarray(jax.device_get(array)))
+    return row.to_hf(arrays).astype(dtype)

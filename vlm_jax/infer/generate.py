@@ -14,6 +14,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.config import Model, NonFiniteError
+from vlm_jax.nn import longrope
 from vlm_jax.nn.vlm import VLM, empty_cache
 from vlm_jax.structs import NO_IMAGE, Batch, Cache
 
@@ -149,7 +150,7 @@ def unstacks_layers(cfg: Model) -> bool:
     XLA on the CPU does so, and reading weights is what a token costs there. With longrope, a token may read all again
     (`Decoder`), which is a branch that takes its weights stacked.
     """
-    return jax.default_backend() == "cpu" and cfg.decoder.rope.scaling != "longrope"
+    return jax.default_backend() == "cpu" and not longrope.may_recompute(cfg.decoder.rope)
 
 
 def unstacked_blocks(cfg: Model, params):

@@ -1,5 +1,6 @@
-"""Attention: one module for self- and cross-attention, with grouped-query heads, RoPE and a cache."""
+"""Self- and cross-attention in one module, with grouped-query heads, RoPE and a KV cache."""
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -8,28 +9,33 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import axes
 from vlm_jax.config import Transformer
-from vlm_jax.nn.kernels import KEPT, kernel_for
+from vlm_jax.nn.kernels import ATTENTION_CHECKPOINT, kernel_for
 from vlm_jax.nn.layers import Dense, Norm, softcap
+from vlm_jax.nn.positions import RopeTables
 
-KeyValue = tuple[
-    Float[Array, "B K T H"], Float[Array, "B K T H"]
-]  # as they are cached: a head's keys lie together
-Rope = tuple[Float[Array, "B S R"], Float[Array, "B S R"]]  # cosines and sines
-MASK_VALUE = (
-    -1e30
-)  # the score of a key that is not seen; finite, so that a row that sees nothing gives no NaN
+# Cached with the heads in front, so that the keys of one head are contiguous.
+KeyValue = tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]
+# Score of a masked key. It is finite, so that a query whose keys are all masked gives no NaN.
+MASK_VALUE = -1e30
 
 
-def apply_rope(x: Float[Array, "B S N H"], rope: Rope) -> Float[Array, "B S N H"]:
-    """Turns the first R numbers of every head by the angles of its position; the rest passes through."""
-    cos, sin = (table[:, :, None, :].astype(x.dtype) for table in rope)
-    turned, rest = jnp.split(x, [cos.shape[-1]], axis=-1)
-    low, high = jnp.split(turned, 2, axis=-1)
-    turned = turned * cos + jnp.concatenate([-high, low], axis=-1) * sin
-    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+def apply_rope(x: Float[Array, "B S N H"], rope: RopeTables) -> Float[Array, "B S N H"]:
+    """Rotates the first R dimensions of every head by its position; the other H - R pass through.
+
+    Su et al. 2021 (RoFormer), eq. 34, with dimension i paired with i + R/2, as in Llama.
+    """
+    cos, sin = rope
+    cos = cos[:, :, None, :].astype(x.dtype)  # (B, S, 1, R)
+    sin = sin[:, :, None, :].astype(x.dtype)
+    rotary, unrotated = jnp.split(x, [cos.shape[-1]], axis=-1)
+    first_half, second_half = jnp.split(rotary, 2, axis=-1)
+    rotary = rotary * cos + jnp.concatenate([-second_half, first_half], axis=-1) * sin
+    if unrotated.shape[-1] == 0:
+        return rotary
+    return jnp.concatenate([rotary, unrotated], axis=-1)
 
 
-def attend(
+def dot_product_attention(
     q: Float[Array, "B S N H"],
     k: Float[Array, "B K T H"],
     v: Float[Array, "B K T H"],
@@ -37,61 +43,93 @@ def attend(
     scale: float = 0.0,
     cap: float = 0.0,
 ) -> Float[Array, "B S N H"]:
-    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1); key head j serves query heads jN/K .. (j+1)N/K - 1.
+    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) with grouped-query heads.
 
-    The queries of all heads that share a key head are rows of one product, so that no key is repeated. `scale` 0 stands
-    for 1 / sqrt(H); with `cap` c the scores become c tanh(score / c) (Gemma 2). On accelerators kernels of libraries
-    compute the same without holding the scores.
+    Key/value head j serves query heads j * G to (j + 1) * G - 1, where G = N / K. Fused kernels
+    replace this implementation on accelerators (`kernels.kernel_for`).
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      mask: True where a query attends to a key; None: everywhere.
+      scale: factor of the scores; 0: 1 / sqrt(H).
+      cap: c > 0 replaces each score by c * tanh(score / c) (Gemma 2); 0: no cap.
     """
-    rows, length, heads, width = q.shape
-    q, k, scale = checkpoint_name(q, KEPT), checkpoint_name(k, KEPT), scale or width**-0.5
+    scale = scale or q.shape[-1] ** -0.5
+    q = checkpoint_name(q, ATTENTION_CHECKPOINT)
+    k = checkpoint_name(k, ATTENTION_CHECKPOINT)
     kernel = kernel_for(q, k, mask, cap)
     if kernel is not None:
         return kernel(q, k, v, mask, scale, cap)
-    grouped = rows, length, k.shape[1], heads // k.shape[1], width
-    q = (q * scale).reshape(grouped).transpose(0, 2, 3, 1, 4)
-    q, by_group = q.reshape(rows, k.shape[1], -1, width), q.shape
+
+    # The queries of the G heads that share a key head become rows of one matmul, so that keys and
+    # values are not repeated.
+    kv_heads = k.shape[1]
+    groups = q.shape[2] // kv_heads
+    q = einops.rearrange(q * scale, "B S (K G) H -> B K (G S) H", K=kv_heads)
     if mask is not None and mask.shape[2] > 1:
-        mask = jnp.tile(mask, (1, 1, grouped[3], 1))
-    y = _attend_forward(q, k, v, mask, cap)[0] if cap else _attend(q, k, v, mask)
-    return y.reshape(by_group).transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, width)
+        mask = jnp.tile(mask, (1, 1, groups, 1))  # (B, 1, G * S, T)
+
+    # The custom gradient omits the derivative of tanh: capped scores are differentiated by JAX.
+    if cap:
+        y, _ = _attention_forward(q, k, v, mask, cap)
+    else:
+        y = _attention(q, k, v, mask)
+    return einops.rearrange(y, "B K (G S) H -> B S (K G) H", G=groups)
 
 
 @jax.custom_vjp
-def _attend(q, k, v, mask):
-    """(B, K, R, H), (B, K, T, H), (B, K, T, H) -> (B, K, R, H), R queries a key head; its backward pass keeps only the
-    probabilities beside its inputs and output."""
-    return _attend_forward(q, k, v, mask)[0]
+def _attention(q, k, v, mask):
+    """Attention of G * S queries per key head: (B, K, G*S, H), 2 x (B, K, T, H) -> (B, K, G*S, H).
+
+    The backward pass keeps the inputs, the output and the probabilities, but not the scores.
+    """
+    return _attention_forward(q, k, v, mask)[0]
 
 
-def _attend_forward(q, k, v, mask, cap=0.0):
+def _attention_forward(q, k, v, mask, cap=0.0):
     scores = softcap(jnp.einsum("bkrh,bkth->bkrt", q, k).astype(jnp.float32), cap)
     if mask is not None:
         scores = jnp.where(mask, scores, MASK_VALUE)
-    probabilities = checkpoint_name(jax.nn.softmax(scores, axis=-1).astype(q.dtype), KEPT)
-    y = checkpoint_name(jnp.einsum("bkrt,bkth->bkrh", probabilities, v), KEPT)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    probabilities = checkpoint_name(probabilities, ATTENTION_CHECKPOINT)
+    y = jnp.einsum("bkrt,bkth->bkrh", probabilities, v)
+    y = checkpoint_name(y, ATTENTION_CHECKPOINT)
     return y, (q, k, v, probabilities, y)
 
 
-def _attend_backward(saved, dy):
-    """Dao et al. 2022 (FlashAttention), section B.2: the sum over dp * p is that over dy * y, which is shorter."""
-    q, k, v, p, y = saved
+def _attention_backward(residuals, dy):
+    """Gradients of q, k and v.
+
+    The softmax needs sum(dp * p) over T. It equals sum(dy * y) over H, which is cheaper
+    (Dao et al. 2022, FlashAttention, section B.2).
+    """
+    q, k, v, p, y = residuals
+    # dy and ds are each read by two matmuls that want different layouts. The barriers have XLA
+    # compute them once instead of fusing their producers into both matmuls.
     dy = jax.lax.optimization_barrier(dy)
     total = jnp.sum((dy * y).astype(jnp.float32), axis=-1, keepdims=True).astype(dy.dtype)
     dv = jnp.einsum("bkrt,bkrh->bkth", p, dy)
     dp = jnp.einsum("bkrh,bkth->bkrt", dy, v)
     ds = jax.lax.optimization_barrier(p * (dp - total))
-    return jnp.einsum("bkrt,bkth->bkrh", ds, k), jnp.einsum("bkrt,bkrh->bkth", ds, q), dv, None
+    dq = jnp.einsum("bkrt,bkth->bkrh", ds, k)
+    dk = jnp.einsum("bkrt,bkrh->bkth", ds, q)
+    return dq, dk, dv, None
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_attention.defvjp(_attention_forward, _attention_backward)
 
 
 class Attention(nn.Module):
-    """Queries from `x`, keys and values from `source`: self-attention where the two are one.
+    """Attention with queries from `x` and keys and values from `kv_input` (self-attention: `x`).
 
-    With a cache of fixed length T, the keys and values of `source` are written from slot `index` on and all T slots are
-    attended to. Without a source, the cached keys and values are read as they are (cross-attention while decoding).
+    With a KV cache of length T, the new keys and values are written from slot `index` on, and the
+    queries attend to all T slots. Without `kv_input`, the cached keys and values are used as they
+    are (cross-attention while decoding).
+
+    Returns:
+      The output, and the keys and values it attended to (the updated cache).
     """
 
     cfg: Transformer
@@ -101,45 +139,43 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        source: Float[Array, "B length E"] | None,
+        kv_input: Float[Array, "B length E"] | None,
         mask: Bool[Array, "#B 1 #S T"] | None = None,
-        rope: Rope | None = None,
+        rope: RopeTables | None = None,
         cache: KeyValue | None = None,
         index: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B S D"], KeyValue]:
         cfg = self.cfg
         q = axes.constrain(self._project(x, "query", "N"), "B S N H")
-        q = apply_rope(q, rope) if rope is not None else q
-        if source is None:
+        if rope is not None:
+            q = apply_rope(q, rope)
+        if kv_input is None:
             k, v = cache
         else:
-            k, v = self._project(source, "key", "K"), self._project(source, "value", "K")
-            k = apply_rope(k, rope) if rope is not None else k
-            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            k, v = self._keys_and_values(kv_input, rope)
             if cache is not None:
-                k, v = (
-                    jax.lax.dynamic_update_slice_in_dim(old, new, index, 2)
-                    for old, new in zip(cache, (k, v))
-                )
-        y = attend(q, k, v, mask, cfg.query_scale, cfg.score_softcap)
-        out = Dense(
-            "N H D",
-            (cfg.heads, cfg.head_width, cfg.width),
-            contract=2,
-            bias=cfg.out_bias,
-            name="out",
-        )(y)
+                k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, index, axis=2)
+                v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, index, axis=2)
+        y = dot_product_attention(q, k, v, mask, cfg.query_scale, cfg.score_softcap)
+        shape = (cfg.heads, cfg.head_width, cfg.width)
+        out = Dense("N H D", shape, contract=2, bias=cfg.out_bias, name="out")(y)
         return out, (k, v)
 
+    def _keys_and_values(self, kv_input, rope):
+        """(B, length, E) -> keys and values, (B, K, length, H) each."""
+        k = self._project(kv_input, "key", "K")
+        v = self._project(kv_input, "value", "K")
+        if rope is not None:
+            k = apply_rope(k, rope)
+        return k.swapaxes(1, 2), v.swapaxes(1, 2)
+
     def _project(self, x, name, heads_letter):
+        """(B, S, D) -> (B, S, N, H) or (B, S, K, H), with the norm of queries and keys."""
         cfg = self.cfg
         heads = cfg.heads if heads_letter == "N" else cfg.num_kv_heads
-        x = Dense(
-            f"D {heads_letter} H",
-            (x.shape[-1], heads, cfg.head_width),
-            bias=cfg.qkv_bias,
-            name=name,
-        )(x)
+        letters = f"D {heads_letter} H"
+        shape = (x.shape[-1], heads, cfg.head_width)
+        x = Dense(letters, shape, bias=cfg.qkv_bias, name=name)(x)
         if self.qk_norm and name != "value":
             x = Norm(cfg.norm, cfg.norm_eps, letters="H", name=f"{name}_norm")(x)
         return x

@@ -10,7 +10,7 @@ from flax.linen import meta
 from vlm_jax import axes
 from vlm_jax.config import Fusion, Transformer
 from vlm_jax.nn.attention import Attention
-from vlm_jax.nn.kernels import KEPT
+from vlm_jax.nn.kernels import ATTENTION_CHECKPOINT
 from vlm_jax.nn.layers import Mlp, Norm
 from vlm_jax.structs import BlockInputs
 
@@ -37,7 +37,9 @@ _policies = jax.checkpoint_policies
 _dots = _policies.dots_with_no_batch_dims_saveable
 # By `remat`: what of a block is saved besides its input.
 SAVED = {
-    "attention": _policies.save_from_both_policies(_dots, _policies.save_only_these_names(KEPT)),
+    "attention": _policies.save_from_both_policies(
+        _dots, _policies.save_only_these_names(ATTENTION_CHECKPOINT)
+    ),
     "dots": _dots,
     "full": _policies.nothing_saveable,
 }

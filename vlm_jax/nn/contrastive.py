@@ -1,4 +1,4 @@
-"""Two towers, one for images and one for texts, whose outputs are compared by a dot product (CLIP, SigLIP)."""
+"""Two-tower image-text models, trained to match images with texts (CLIP, SigLIP)."""
 
 import math
 
@@ -20,9 +20,9 @@ INITIAL_BIAS = -10.0  # Zhai et al. 2023 (SigLIP), section 3.2
 
 
 class Contrastive(nn.Module):
-    """B images and R texts -> a vector each, of length 1, and how well every image fits every text.
+    """B images and R texts -> unit-length embeddings of width W, and logits of all B x R pairs.
 
-    Images are (B, height, width, channels) of any size, texts (R, S) ids; `there` is false where a slot is padding.
+    Images may have any size. `attention_mask` is False for padding tokens.
     """
 
     cfg: ContrastiveConfig
@@ -32,63 +32,70 @@ class Contrastive(nn.Module):
         self.vision = ViT(cfg.vision)
         self.text = Decoder(cfg.text, NOT_FUSED)
         if cfg.image_projection:
-            self.image_projection = Dense("D W", (cfg.vision.width, cfg.embed_width), bias=False)
-        self.text_projection = Dense(
-            "D W", (cfg.text.width, cfg.embed_width), bias=cfg.text_projection_bias
-        )
-        self.logit_scale = self._number("logit_scale", INITIAL_SCALE)
+            shape = (cfg.vision.width, cfg.embed_width)
+            self.image_projection = Dense("D W", shape, bias=False)
+        shape = (cfg.text.width, cfg.embed_width)
+        self.text_projection = Dense("D W", shape, bias=cfg.text_projection_bias)
+        self.logit_scale = self._scalar("logit_scale", INITIAL_SCALE)
         if cfg.logit_bias:
-            self.logit_bias = self._number("logit_bias", INITIAL_BIAS)
+            self.logit_bias = self._scalar("logit_bias", INITIAL_BIAS)
 
-    def _number(self, name, value):
+    def _scalar(self, name, value):
         return self.param(name, axes.with_axes(nn.initializers.constant(value), "1"), (1,))
 
     def __call__(
         self,
         images: Float[Array, "B height width channels"],
         tokens: Int[Array, "R S"],
-        there: Bool[Array, "R S"] | None = None,
+        attention_mask: Bool[Array, "R S"] | None = None,
     ) -> ContrastiveOutput:
-        image, text = self.image_embeds(images), self.text_embeds(tokens, there)
-        logits = image @ text.T * jnp.exp(self.logit_scale)
-        return ContrastiveOutput(
-            image, text, logits + self.logit_bias if self.cfg.logit_bias else logits
-        )
+        image_embeds = self.image_embeds(images)
+        text_embeds = self.text_embeds(tokens, attention_mask)
+        logits = image_embeds @ text_embeds.T * jnp.exp(self.logit_scale)
+        if self.cfg.logit_bias:
+            logits = logits + self.logit_bias
+        return ContrastiveOutput(image_embeds, text_embeds, logits)
 
     def image_embeds(self, images: Float[Array, "B height width channels"]) -> Float[Array, "B W"]:
-        return _unit(self.image_features(images))
+        """Image features, normalised to length 1."""
+        return _normalize(self.image_features(images))
 
     def text_embeds(
-        self, tokens: Int[Array, "R S"], there: Bool[Array, "R S"] | None = None
+        self, tokens: Int[Array, "R S"], attention_mask: Bool[Array, "R S"] | None = None
     ) -> Float[Array, "R W"]:
-        return _unit(self.text_features(tokens, there))
+        """Text features, normalised to length 1."""
+        return _normalize(self.text_features(tokens, attention_mask))
 
     def image_features(
         self, images: Float[Array, "B height width channels"]
     ) -> Float[Array, "B W"]:
-        """The vectors before they get the length 1."""
+        """Projected pooled output of the image tower, not normalised."""
         pooled = self.vision.encode(images).pooled
         return self.image_projection(pooled) if self.cfg.image_projection else pooled
 
     def text_features(
-        self, tokens: Int[Array, "R S"], there: Bool[Array, "R S"] | None = None
+        self, tokens: Int[Array, "R S"], attention_mask: Bool[Array, "R S"] | None = None
     ) -> Float[Array, "R W"]:
-        there = jnp.ones(tokens.shape, bool) if there is None else there
+        """Projected hidden state of each text's pooled token, not normalised."""
+        if attention_mask is None:
+            attention_mask = jnp.ones(tokens.shape, bool)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        stream = DecoderInputs(
-            self.text.embed(tokens), positions, text_mask(there, self.cfg.causal)
-        )
-        hidden, _ = self.text(stream)
-        return self.text_projection(hidden[jnp.arange(len(tokens)), self._pooled_slots(tokens)])
+        x = self.text.embed(tokens)
+        mask = text_mask(attention_mask, self.cfg.causal)
+        hidden, _ = self.text(DecoderInputs(x, positions, mask))
+        pooled = hidden[jnp.arange(len(tokens)), self._pooled_positions(tokens)]  # (R, D)
+        return self.text_projection(pooled)
 
-    def _pooled_slots(self, tokens):
-        """(R,) slots of the tokens that stand for the texts; "last" is the last slot even where it is padding."""
-        if self.cfg.text_pool == "last":
+    def _pooled_positions(self, tokens):
+        """(R, S) -> (R,): position of the token whose hidden state represents the text."""
+        pool = self.cfg.text_pool
+        if pool == "last":
+            # The last slot of the row, even if it is padding (SigLIP).
             return jnp.full(len(tokens), tokens.shape[1] - 1)
-        return jnp.argmax(
-            tokens if self.cfg.text_pool == "largest_id" else tokens == self.cfg.eos_id, axis=-1
-        )
+        if pool == "largest_id":
+            return jnp.argmax(tokens, axis=-1)
+        return jnp.argmax(tokens == self.cfg.eos_id, axis=-1)
 
 
-def _unit(x):
+def _normalize(x):
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The layers everything is made of: a product, a norm, an MLP, an embedding."""
+"""Basic layers: Dense, Norm, Mlp, Embed."""
 
 import math
 
@@ -23,17 +23,13 @@ embedding_init = nn.initializers.normal(0.02)
 
 
 def softcap(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
-    """cap * tanh(x / cap); 0 leaves x as it is (Gemma 2, section 2)."""
+    """cap * tanh(x / cap), or x if `cap` is 0 (Gemma 2, section 2)."""
     return cap * jnp.tanh(x / cap) if cap else x
 
 
 @jax.custom_vjp
 def matmul(x: Float[Array, "... D"], w: Float[Array, "D F"]) -> Float[Array, "... F"]:
-    """`x @ w` whose weight gradient is one product of two matrices.
-
-    In the plain backward pass XLA fuses what comes before into a strided transpose and computes it again; the barrier
-    stops that.
-    """
+    """`x @ w` with a custom VJP that computes the weight gradient as one 2-D matmul."""
     return x @ w
 
 
@@ -41,20 +37,21 @@ def _matmul_forward(x, w):
     return x @ w, (x, w)
 
 
-def _matmul_backward(saved, dy):
-    x, w = saved
-    flat_x, flat_dy = jax.lax.optimization_barrier(
-        (x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]))
-    )
+def _matmul_backward(residuals, dy):
+    x, w = residuals
+    flat_x = x.reshape(-1, x.shape[-1])  # (P, D)
+    flat_dy = dy.reshape(-1, dy.shape[-1])  # (P, F)
+    # Without the barrier XLA fuses the producers of x and dy into a strided transpose and computes
+    # them again.
+    flat_x, flat_dy = jax.lax.optimization_barrier((flat_x, flat_dy))
     return (flat_dy @ w.T).reshape(x.shape), _weight_gradient(flat_x, flat_dy)
 
 
 def _weight_gradient(x, dy):
-    """(P, D), (P, F) -> (D, F), the product of x transposed and dy.
-
-    XLA:CPU has a faster kernel for products whose first matrix is contracted over its columns, so the narrower x is
-    transposed there, before a barrier that keeps XLA from taking it back.
-    """
+    """x.T @ dy: (P, D), (P, F) -> (D, F)."""
+    # XLA:CPU has a faster kernel for matmuls that contract the columns of their first operand. The
+    # barrier keeps XLA from folding the transpose back into the matmul. It pays off only where the
+    # transposed matrix is the narrower one.
     if axes.platform() == "cpu" and x.shape[1] <= dy.shape[1]:
         return jax.lax.optimization_barrier(x.T) @ dy
     return jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
@@ -64,14 +61,14 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Dense(nn.Module):
-    """(..., inputs) -> (..., outputs): a product over the first `contract` letters of the kernel, and a bias.
+    """Linear layer over the first `contract` axes of its kernel: (..., inputs) -> (..., outputs).
 
-    `Dense("D N H", (128, 4, 32))` maps (B, S, D) to (B, S, N, H); `Dense("N H D", (4, 32, 128), contract=2)` maps back.
-    It computes in the kernel's dtype.
+    `Dense("D N H", (128, 4, 32))` maps (B, S, D) to (B, S, N, H), and
+    `Dense("N H D", (4, 32, 128), contract=2)` maps it back. The output has the kernel's dtype.
     """
 
-    letters: str
-    shape: tuple[int, ...]
+    letters: str  # logical axes of the kernel
+    shape: tuple[int, ...]  # of the kernel
     contract: int = 1
     bias: bool = True
 
@@ -86,21 +83,22 @@ class Dense(nn.Module):
             out_axis=range(self.contract, len(self.shape)),
         )
         kernel = self.param("kernel", axes.with_axes(init, self.letters), self.shape)
+
+        # One 2-D matmul, whatever the number of input and output axes.
         leading = x.shape[: x.ndim - self.contract]
         x = x.reshape(*leading, math.prod(inputs)).astype(kernel.dtype)
         y = matmul(x, kernel.reshape(math.prod(inputs), math.prod(outputs)))
         if self.bias:
             letters = " ".join(self.letters.split()[self.contract :])
-            y += self.param(
-                "bias", axes.with_axes(nn.initializers.zeros, letters), outputs
-            ).reshape(-1)
+            zeros = axes.with_axes(nn.initializers.zeros, letters)
+            y += self.param("bias", zeros, outputs).reshape(-1)
         return y.reshape(*leading, *outputs)
 
 
 class Norm(nn.Module):
-    """(..., D) -> (..., D): LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019), computed in float32.
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019), computed in float32.
 
-    `rmsnorm_zero_centered` keeps its scale minus 1, so that 0 changes nothing (Gemma).
+    `rmsnorm_zero_centered` stores `scale - 1`, as in Gemma.
     """
 
     kind: str
@@ -109,47 +107,50 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        centred = self.kind == "rmsnorm_zero_centered"
-        init = nn.initializers.zeros if centred else nn.initializers.ones
+        is_zero_centered = self.kind == "rmsnorm_zero_centered"
+        init = nn.initializers.zeros if is_zero_centered else nn.initializers.ones
         scale = self.param("scale", axes.with_axes(init, self.letters), x.shape[-1:])
-        wide = x.astype(jnp.float32)
+        y = x.astype(jnp.float32)
         if self.kind == "layernorm":
-            wide -= wide.mean(-1, keepdims=True)
-        wide *= jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
-        if centred:
-            return (wide * (1 + scale.astype(jnp.float32))).astype(x.dtype)
-        y = wide.astype(x.dtype) * scale
+            y -= y.mean(-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+
+        # As in transformers: Gemma scales in float32, Llama after the cast to the input's dtype.
+        if is_zero_centered:
+            return (y * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+        y = y.astype(x.dtype) * scale
         if self.kind == "layernorm":
-            y += self.param(
-                "bias", axes.with_axes(nn.initializers.zeros, self.letters), x.shape[-1:]
-            )
+            zeros = axes.with_axes(nn.initializers.zeros, self.letters)
+            y += self.param("bias", zeros, x.shape[-1:])
         return y
 
 
 class Mlp(nn.Module):
-    """(B, S, D) -> (B, S, D): up, activation, down; gated, the activation of a second product scales the first."""
+    """Two-layer MLP: down(act(up(x))), or gated down(act(gate(x)) * up(x)) (Shazeer 2020)."""
 
     cfg: Transformer
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        cfg, act = self.cfg, ACTIVATIONS[self.cfg.activation]
-        up = Dense("D F", (cfg.width, cfg.mlp_width), bias=cfg.mlp_bias, name="up")(x)
-        if cfg.gated_mlp:
-            hidden = (
-                act(Dense("D F", (cfg.width, cfg.mlp_width), bias=cfg.mlp_bias, name="gate")(x))
-                * up
-            )
-        else:
-            hidden = act(up)
+        cfg = self.cfg
+        act = ACTIVATIONS[cfg.activation]
+        up = self._dense("D F", "up")(x)
+        hidden = act(self._dense("D F", "gate")(x)) * up if cfg.gated_mlp else act(up)
         hidden = axes.constrain(hidden, "B S F")
-        return Dense("F D", (cfg.mlp_width, cfg.width), bias=cfg.mlp_bias, name="down")(hidden)
+        return self._dense("F D", "down")(hidden)
+
+    def _dense(self, letters, name):
+        sizes = {"D": self.cfg.width, "F": self.cfg.mlp_width}
+        shape = tuple(sizes[letter] for letter in letters.split())
+        return Dense(letters, shape, bias=self.cfg.mlp_bias, name=name)
 
 
 class Embed(nn.Module):
-    """(B, S) ids -> (B, S, D); `attend` is the tied output head, (B, S, D) -> (B, S, V).
+    """Embedding table: ids (B, S) -> (B, S, D); `attend` is the tied output head, as in Flax.
 
-    Ids outside the table raise ConfigError, unless they are traced: within `jax.jit` their embeddings are NaN.
+    Raises:
+      ConfigError: an id is outside the table. Under `jax.jit` ids cannot be checked, and the
+        embedding of such an id is NaN.
     """
 
     num: int
@@ -157,20 +158,26 @@ class Embed(nn.Module):
     letters: str = "V D"
 
     def setup(self):
-        self.table = self.param(
-            "table", axes.with_axes(embedding_init, self.letters), (self.num, self.width)
-        )
+        init = axes.with_axes(embedding_init, self.letters)
+        self.table = self.param("table", init, (self.num, self.width))
 
     def __call__(self, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         check_ids(ids, self.num, axes.ALPHABET[self.letters.split()[0]].meaning)
         return axes.lookup(self.table, ids, self.letters)
 
     def attend(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+        """Logits: the dot product of every hidden state with every embedding."""
         return matmul(x, self.table.T)
 
 
 def check_ids(ids, rows: int, table: str) -> None:
-    """Raises ConfigError for ids that are not among the rows of a table. Values that a trace hides are not checked."""
+    """Raises ConfigError for ids outside 0 .. rows - 1; skipped if their values are not at hand.
+
+    Args:
+      ids: any shape. Traced ids, and ids that other processes hold in part, are not checked.
+      rows: length of the table.
+      table: its name in the message.
+    """
     if isinstance(ids, jax.core.Tracer) or not getattr(ids, "is_fully_addressable", True):
         return
     ids = np.asarray(ids)

@@ -1,4 +1,4 @@
-"""Images -> patches -> tokens with positions."""
+"""Images -> patches -> tokens with position embeddings."""
 
 import einops
 import jax
@@ -24,70 +24,78 @@ def patchify(
 def whole_patches(
     images: Float[Array, "B height width channels"], patch_size_px: int
 ) -> Float[Array, "B h w channels"]:
-    """Without the pixels at the right and lower border that fill no patch; a strided convolution does not read them."""
-    height, width = (side // patch_size_px * patch_size_px for side in images.shape[1:3])
+    """Crops images at the right and bottom to whole patches, as a strided convolution does."""
+    height = images.shape[1] // patch_size_px * patch_size_px
+    width = images.shape[2] // patch_size_px * patch_size_px
     return images[:, :height, :width]
 
 
 def linear_from_conv(kernel: Float[Array, "p q c D"]) -> Float[Array, "C D"]:
-    """The weights of a strided convolution as those of a product over flattened patches."""
+    """Kernel of a strided convolution -> kernel of the equal linear layer over patches."""
     return einops.rearrange(kernel, "p q c D -> (p q c) D")
 
 
 def conv_from_linear(kernel: Float[Array, "C D"], patch_size_px: int) -> Float[Array, "p q c D"]:
+    """Inverse of `linear_from_conv`."""
     return einops.rearrange(kernel, "(p q c) D -> p q c D", p=patch_size_px, q=patch_size_px)
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
-    """(P, D): sines and cosines of row and column, a quarter of the width each (as in MoCo v3 and big_vision)."""
-    rows, columns = (axis.reshape(-1, 1) for axis in np.mgrid[: grid[0], : grid[1]])
+    """2-D sine-cosine position embeddings, (P, D), as in MoCo v3 and big_vision.
+
+    A quarter of D each for sine and cosine of the column, then of the row; a remainder is 0.
+    """
+    rows, columns = np.mgrid[: grid[0], : grid[1]].reshape(2, -1, 1)  # (P, 1) each
     quarter = width // 4
     frequencies = 10_000.0 ** (-np.arange(quarter) / max(quarter - 1, 1))
-    parts = [f(axis * frequencies) for axis in (columns, rows) for f in (np.sin, np.cos)]
-    return np.pad(np.concatenate(parts, axis=1), ((0, 0), (0, width - 4 * quarter))).astype(
-        np.float32
-    )
+    x, y = columns * frequencies, rows * frequencies  # (P, D // 4)
+    table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
+    return np.pad(table, ((0, 0), (0, width - 4 * quarter))).astype(np.float32)
 
 
 def resample_positions(
     table: Float[Array, "P D"], old: tuple[int, int], new: tuple[int, int]
 ) -> Float[Array, "R D"]:
-    """A table of learned positions on another grid, by bicubic interpolation.
+    """Resamples learned position embeddings to another grid by bicubic interpolation.
 
-    Keys' cubic kernel with a = -0.75 at half-pixel centres, clamped at the border and without antialiasing, as
-    PyTorch's `interpolate(mode="bicubic")` and so every public checkpoint; `jax.image.resize` uses a = -0.5.
+    Keys' cubic kernel with a = -0.75 at half-pixel centres, clamped at the border and without
+    antialiasing. This is PyTorch's `interpolate(mode="bicubic")`, which public checkpoints use;
+    `jax.image.resize` uses a = -0.5.
+
+    Args:
+      table: one embedding per patch, row by row.
+      old: rows and columns of the table's grid.
+      new: rows and columns of the grid of the result; R = rows * columns.
     """
     if old == new:
         return table
-    grid = table.reshape(*old, -1)
+    grid = table.reshape(*old, -1)  # (h, w, D)
     grid = jnp.einsum("rh,hwd->rwd", _cubic_weights(old[0], new[0]), grid)
-    return jnp.einsum("cw,rwd->rcd", _cubic_weights(old[1], new[1]), grid).reshape(
-        new[0] * new[1], -1
-    )
+    grid = jnp.einsum("cw,rwd->rcd", _cubic_weights(old[1], new[1]), grid)
+    return grid.reshape(new[0] * new[1], -1)
 
 
 def _cubic_weights(old: int, new: int, a: float = -0.75) -> np.ndarray:
-    """(new, old): how much of each old cell every new cell takes; four taps a row."""
-    centre = (np.arange(new) + 0.5) * old / new - 0.5
+    """Interpolation matrix (new, old) with four taps a row."""
+    centers = (np.arange(new) + 0.5) * old / new - 0.5
     weights = np.zeros((new, old))
     for tap in range(-1, 3):
-        cell = np.floor(centre).astype(int) + tap
-        d = np.abs(centre - cell)
-        near = (a + 2) * d**3 - (a + 3) * d**2 + 1
-        far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
-        np.add.at(
-            weights,
-            (np.arange(new), np.clip(cell, 0, old - 1)),
-            np.where(d <= 1, near, np.where(d < 2, far, 0)),
-        )
+        cells = np.floor(centers).astype(int) + tap
+        d = np.abs(centers - cells)
+        near = (a + 2) * d**3 - (a + 3) * d**2 + 1  # for d <= 1
+        far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a  # for 1 < d < 2
+        values = np.where(d <= 1, near, np.where(d < 2, far, 0))
+        # At the border several taps fall on the same clamped cell: `np.add.at` sums them.
+        np.add.at(weights, (np.arange(new), np.clip(cells, 0, old - 1)), values)
     return weights.astype(np.float32)
 
 
 class PatchEmbed(nn.Module):
-    """(B, height, width, channels) -> (B, P, D), as a product over flattened patches or the equal strided convolution.
+    """Patch and position embedding (Dosovitskiy et al. 2021, eq. 1): images -> (B, P, D).
 
-    ViT (Dosovitskiy et al. 2021), eq. 1. The weights of both are kept as (C, D), so that one loads into the other.
-    Patches that are cut already, (B, P, C), pass where there is no encoder.
+    A linear layer over flattened patches, or the equal strided convolution. Both store their
+    kernel as (C, D), so the weights of one load into the other. Images that are already cut into
+    patches, (B, P, C), pass unchanged (Fuyu).
     """
 
     cfg: Vision
@@ -97,20 +105,25 @@ class PatchEmbed(nn.Module):
         cfg, patch = self.cfg, self.cfg.patch_size_px
         if images.ndim == 3:
             return images
-        if cfg.kind == "none":
-            tokens = patchify(images, patch)
-        elif cfg.patch_embed == "linear":
-            tokens = Dense(
-                "C D", (cfg.patch_dim, cfg.width), bias=cfg.patch_bias, name="projection"
-            )(patchify(whole_patches(images, patch), patch))
-        else:
-            tokens = _Convolution(cfg, name="projection")(images)
-        grid = images.shape[1] // patch, images.shape[2] // patch
+        tokens = self._tokens(images)
         if cfg.positions == "none":
             return tokens
-        return tokens + self._positions(grid, tokens.shape[-1]).astype(tokens.dtype)
+        grid = images.shape[1] // patch, images.shape[2] // patch
+        return tokens + self._position_embedding(grid, tokens.shape[-1]).astype(tokens.dtype)
 
-    def _positions(self, grid, width):
+    def _tokens(self, images):
+        """(B, height, width, channels) -> (B, P, D), without positions."""
+        cfg, patch = self.cfg, self.cfg.patch_size_px
+        if cfg.kind == "none":
+            return patchify(images, patch)
+        if cfg.patch_embed == "conv":
+            return _Convolution(cfg, name="projection")(images)
+        shape = (cfg.patch_dim, cfg.width)
+        projection = Dense("C D", shape, bias=cfg.patch_bias, name="projection")
+        return projection(patchify(whole_patches(images, patch), patch))
+
+    def _position_embedding(self, grid, width):
+        """(P, D) for a grid of rows and columns."""
         cfg = self.cfg
         if cfg.positions == "sincos":
             return jnp.asarray(sincos_positions(grid, width))
@@ -120,16 +133,15 @@ class PatchEmbed(nn.Module):
 
 
 class _Convolution(nn.Module):
+    """Patch embedding by a strided convolution, with the parameters of the linear layer."""
+
     cfg: Vision
 
     @nn.compact
     def __call__(self, images):
         cfg, patch = self.cfg, self.cfg.patch_size_px
-        kernel = self.param(
-            "kernel",
-            axes.with_axes(nn.initializers.lecun_normal(), "C D"),
-            (cfg.patch_dim, cfg.width),
-        )
+        init = axes.with_axes(nn.initializers.lecun_normal(), "C D")
+        kernel = self.param("kernel", init, (cfg.patch_dim, cfg.width))
         tokens = jax.lax.conv_general_dilated(
             images,
             conv_from_linear(kernel, patch),

@@ -1,4 +1,4 @@
-"""Positions of tokens: rotary embedding, whole or stretched to longer texts, and fixed sines."""
+"""Position embeddings of tokens: rotary (RoPE), with scaling to longer texts, and sinusoidal."""
 
 import math
 
@@ -7,67 +7,60 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.config import Decoder, Rope
+from vlm_jax.nn import longrope
 
-Tables = tuple[Float[Array, "B S R"], Float[Array, "B S R"]]  # cosines and sines
+RopeTables = tuple[Float[Array, "B S R"], Float[Array, "B S R"]]  # cosines and sines
 
 
-def rope_tables(positions: Int[Array, "B S"], cfg: Decoder) -> Tables:
-    """Cosines and sines of rotary position embedding (Su et al. 2021, eq. 34), halves side by side as in Llama."""
-    inv_freq = _inv_freq(cfg)
+def rope_tables(positions: Int[Array, "B S"], cfg: Decoder) -> RopeTables:
+    """Cosines and sines of RoPE (Su et al. 2021, eq. 34), the two halves of R side by side."""
+    inv_freq = _inv_freq(cfg, cfg.rope.theta)
     if cfg.rope.scaling == "longrope":
-        is_long = positions.max() + 1 > cfg.rope.original_positions
-        short, long = (
-            inv_freq / np.float32(x) for x in (cfg.rope.short_factors, cfg.rope.long_factors)
-        )
-        return _tables(positions, jnp.where(is_long, long, short), _longrope_scale(cfg.rope))
+        inv_freq = longrope.scale_inv_freq(inv_freq, positions, cfg.rope)
+        return _tables(positions, inv_freq, longrope.attention_factor(cfg.rope))
     return _tables(positions, ROPE_SCALING[cfg.rope.scaling](inv_freq, cfg.rope))
 
 
-def local_rope_tables(positions: Int[Array, "B S"], cfg: Decoder) -> Tables:
-    """The same with `local_theta`, never stretched: for the sliding blocks of Gemma 3."""
+def local_rope_tables(positions: Int[Array, "B S"], cfg: Decoder) -> RopeTables:
+    """RoPE with `rope.local_theta` and without scaling, for the sliding blocks of Gemma 3."""
     return _tables(positions, _inv_freq(cfg, cfg.rope.local_theta))
 
 
-def _inv_freq(cfg: Decoder, theta: float = 0.0) -> Float[np.ndarray, "half"]:
-    return np.float32(
-        (theta or cfg.rope.theta) ** (-np.arange(0, cfg.rotary_dim, 2) / cfg.rotary_dim)
-    )
+def _inv_freq(cfg: Decoder, theta: float) -> Float[np.ndarray, "half"]:
+    """R / 2 inverse frequencies in radians per position, from 1 down to almost 1 / theta."""
+    exponents = -np.arange(0, cfg.rotary_dim, 2) / cfg.rotary_dim
+    return np.float32(theta**exponents)
 
 
 def _tables(positions, inv_freq, scale=1.0):
-    angles = positions[..., None].astype(jnp.float32) * inv_freq
-    angles = jnp.concatenate([angles, angles], axis=-1)
+    angles = positions[..., None].astype(jnp.float32) * inv_freq  # (B, S, R / 2)
+    angles = jnp.concatenate([angles, angles], axis=-1)  # (B, S, R)
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
-def _llama3(inv_freq, rope: Rope):
-    """Long waves are stretched, short ones stay, and between them it goes over (transformers, modeling_rope_utils)."""
-    turns = (
-        rope.original_positions * inv_freq / (2 * math.pi)
-    )  # of each wave in the text of the first training
-    share = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    share = np.clip(share, 0, 1).astype(np.float32)
-    return inv_freq * (share + (1 - share) / np.float32(rope.factor))
+def _scale_llama3(inv_freq, rope: Rope):
+    """Scales low frequencies by 1 / factor, keeps high ones and interpolates in between.
+
+    Llama 3.1; transformers, modeling_rope_utils.py.
+    """
+    # Periods of each frequency in a text of the original length.
+    periods = rope.original_positions * inv_freq / (2 * math.pi)
+    # 1: the frequency is kept; 0: it is divided by the factor.
+    weight = (periods - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    weight = np.clip(weight, 0, 1).astype(np.float32)
+    return inv_freq * (weight + (1 - weight) / np.float32(rope.factor))
 
 
-def _longrope_scale(rope: Rope) -> float:
-    """The factor of cosines and sines, for short texts too (LongRoPE, Ding et al. 2024, as in Phi-3)."""
-    return (
-        math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_positions))
-        if rope.factor > 1
-        else 1.0
-    )
-
-
+# By `rope.scaling`. `longrope` is not a row: its frequencies depend on the positions.
 ROPE_SCALING = {
     "none": lambda inv_freq, rope: inv_freq,
     "linear": lambda inv_freq, rope: inv_freq / np.float32(rope.factor),
-    "llama3": _llama3,
+    "llama3": _scale_llama3,
 }
 
 
 def sinusoidal_embedding(rows: Int[Array, "B S"], width: int) -> Float[Array, "B S D"]:
-    """Sines, then cosines, over D / 2 wavelengths from 1 to 10,000 (fairseq's form of Vaswani et al. 2017, 3.5)."""
+    """Sines, then cosines, of D / 2 frequencies (fairseq's form of Vaswani et al. 2017, 3.5)."""
     half = width // 2
     inv_freq = np.exp(-np.arange(half) * math.log(10_000.0) / (half - 1)).astype(np.float32)
     angles = rows[..., None].astype(jnp.float32) * inv_freq

@@ -1,4 +1,4 @@
-"""The image encoder: a Vision Transformer (Dosovitskiy et al. 2021), or nothing but patches (Fuyu)."""
+"""The image encoder: a Vision Transformer (Dosovitskiy et al. 2021), or patches alone (Fuyu)."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -8,23 +8,22 @@ from vlm_jax import axes
 from vlm_jax.config import Transformer, Vision
 from vlm_jax.nn.attention import Attention
 from vlm_jax.nn.blocks import Stack
-from vlm_jax.nn.layers import (
-    Dense,
-    Mlp,
-    Norm,
-    embedding_init,
-)
+from vlm_jax.nn.layers import Dense, Mlp, Norm, embedding_init
 from vlm_jax.nn.patches import PatchEmbed
-from vlm_jax.nn.tiles import TiledViT
+from vlm_jax.nn.tiled_vit import TiledViT
 from vlm_jax.structs import BlockInputs, EncoderOutput
 
 
 class ViT(nn.Module):
-    """Images -> what the projector reads: (B, P, E), or (B, 1 + P, E) where the class token is kept.
+    """Images -> the projector's input, (B, P, E), or (B, 1 + P, E) with `keep_class_token`.
 
-    Images are (B, height, width, channels) of any size: positions are resampled to its grid of patches. With `kind`
-    "none" the tokens are the flattened patches themselves. With `tile_layouts`, images are
-    (B, J, height, width, channels) and the tokens (B, J * (1 + P), E).
+    | cfg                      | images                           | output                |
+    |--------------------------|----------------------------------|-----------------------|
+    | kind "vit"               | (B, height, width, channels)     | hidden states         |
+    | kind "none"              | (B, height, width, channels)     | flattened patches     |
+    | `tile_layouts` (mllama)  | (B, J, height, width, channels)  | (B, J * (1 + P), E)   |
+
+    Images may have any size: learned positions are resampled to the grid of patches.
     """
 
     cfg: Vision
@@ -39,7 +38,7 @@ class ViT(nn.Module):
 
     @nn.compact
     def encode(self, images, layouts=None, tile_mask=None) -> EncoderOutput:
-        """All outputs: tokens with the class token in front, the pooled vector, and the projector's features."""
+        """Returns all outputs: tokens, pooled vector, projector features and class logits."""
         cfg = self.cfg
         if cfg.tile_layouts:
             tokens = TiledViT(cfg, name="tiled")(images, layouts, tile_mask)
@@ -47,18 +46,20 @@ class ViT(nn.Module):
         x = PatchEmbed(cfg, name="patch_embed")(images)
         if cfg.kind == "none":
             return EncoderOutput(x, features=x)
-        x = self._with_class_token(x)
+
+        x = self._add_class_token(x)
         if cfg.pre_norm:
             x = self._norm("pre_norm", x)
         self.sow("intermediates", "embeddings", x)
         x = axes.constrain(x, "B P D")
-        stack = Stack(
-            cfg, (("self", "mlp"),) * cfg.depth, return_layers=cfg.feature_layers, name="blocks"
-        )
-        x, kept, _ = stack(x, BlockInputs())
+        sublayers = (("self", "mlp"),) * cfg.depth
+        stack = Stack(cfg, sublayers, return_layers=cfg.feature_layers, name="blocks")
+        x, hidden_states, _ = stack(x, BlockInputs())
         if cfg.final_norm == "tokens":
             x = self._norm("final_norm", x)
-        features = jnp.concatenate(kept, axis=-1) if kept else x
+
+        # Features of intermediate layers come without the final norm (LLaVA).
+        features = jnp.concatenate(hidden_states, axis=-1) if hidden_states else x
         if cfg.class_token and not cfg.keep_class_token:
             features = features[:, 1:]
         return EncoderOutput(x, self._pool(x), features, self._classify(x))
@@ -66,24 +67,26 @@ class ViT(nn.Module):
     def _norm(self, name, x):
         return Norm(self.cfg.norm, self.cfg.norm_eps, name=name)(x)
 
-    def _with_class_token(self, x):
+    def _add_class_token(self, x):
+        """(B, P, D) -> (B, 1 + P, D), or x without `class_token`."""
         cfg = self.cfg
         if cfg.mask_token:
+            # Never used, but part of DINOv2's checkpoints: kept so that they export completely.
             self.param("mask_token", axes.with_axes(nn.initializers.zeros, "D"), (cfg.width,))
         if not cfg.class_token:
             return x
-        token = self.param("class_token", axes.with_axes(embedding_init, "D"), (cfg.width,))
-        position = self.param("class_position", axes.with_axes(embedding_init, "D"), (cfg.width,))
-        return jnp.concatenate(
-            [jnp.broadcast_to(token + position, (len(x), 1, cfg.width)), x], axis=1
-        )
+        init = axes.with_axes(embedding_init, "D")
+        token = self.param("class_token", init, (cfg.width,))
+        position = self.param("class_position", init, (cfg.width,))
+        class_token = jnp.broadcast_to(token + position, (len(x), 1, cfg.width))
+        return jnp.concatenate([class_token, x], axis=1)
 
     def _pool(self, x):
-        """(B, P, D) -> (B, D)."""
+        """(B, P, D) -> (B, D), or None."""
         cfg = self.cfg
         if cfg.pool == "attention":
             return AttentionPool(cfg, name="pool")(x)
-        pooled = x[:, 0]
+        pooled = x[:, 0]  # the class token
         if cfg.final_norm == "pooled":
             pooled = self._norm("final_norm", pooled)
         if cfg.pool == "tanh":
@@ -91,26 +94,27 @@ class ViT(nn.Module):
         return pooled if cfg.pool == "class" else None
 
     def _classify(self, x):
-        """(B, P, D) -> (B, V)."""
+        """(B, P, D) -> class logits (B, V), or None."""
         cfg = self.cfg
-        return (
-            Dense("D V", (cfg.width, cfg.classes), name="classifier")(x[:, 0])
-            if cfg.classes
-            else None
-        )
+        if not cfg.classes:
+            return None
+        return Dense("D V", (cfg.width, cfg.classes), name="classifier")(x[:, 0])
 
 
 class AttentionPool(nn.Module):
-    """A learned query reads all tokens: (B, P, D) -> (B, D) (MAP head; Zhai et al. 2022, section 3.2)."""
+    """Attention pooling with one learned query: (B, P, D) -> (B, D).
+
+    The MAP head of Zhai et al. 2022 (Scaling Vision Transformers), section 3.2.
+    """
 
     cfg: Transformer
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B D"]:
-        query = self.param("query", axes.with_axes(embedding_init, "D"), (self.cfg.width,))
-        y, _ = Attention(self.cfg, name="attention")(
-            jnp.broadcast_to(query, (len(x), 1, *query.shape)), x
-        )
-        return (
-            y + Mlp(self.cfg, name="mlp")(Norm(self.cfg.norm, self.cfg.norm_eps, name="norm")(y))
-        )[:, 0]
+        cfg = self.cfg
+        query = self.param("query", axes.with_axes(embedding_init, "D"), (cfg.width,))
+        query = jnp.broadcast_to(query, (len(x), 1, cfg.width))
+        y, _ = Attention(cfg, name="attention")(query, x)
+        normed = Norm(cfg.norm, cfg.norm_eps, name="norm")(y)
+        y = y + Mlp(cfg, name="mlp")(normed)
+        return y[:, 0]

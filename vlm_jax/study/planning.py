@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vlm_jax.config import ConfigError, Decoder, Experiment, UserError
 from vlm_jax.config.validate import flat, validate
-from vlm_jax.hub import compose
+from vlm_jax.hub import pretrained_parts
 from vlm_jax.study import matching
 from vlm_jax.study.changes import Differences, changed, with_exports
 from vlm_jax.study.definition import Study
@@ -104,7 +104,7 @@ def own(study: Study, folder: Path, quick: bool) -> dict[str, Experiment]:
 
 def resolved(cfg: Experiment) -> Experiment:
     """With the settings of the checkpoints that it begins with."""
-    return compose.resolved(cfg) if cfg.begins_with_any else cfg
+    return pretrained_parts.resolve_checkpoints(cfg) if cfg.begins_with_any else cfg
 
 
 @functools.cache
@@ -116,7 +116,9 @@ def built(cfg: Experiment, decoders: Mapping[str, Decoder]) -> Experiment:
     """As `resolved`, where `decoders` are of folders that are not there before the runs."""
     if cfg.decoder.checkpoint not in decoders:
         return _resolved_once(cfg)
-    own = {name: getattr(cfg.decoder, name) for name in compose.COMPUTED_AS["decoder"]}
+    own = {
+        name: getattr(cfg.decoder, name) for name in pretrained_parts.EXPERIMENT_FIELDS["decoder"]
+    }
     return _resolved_once(replace(cfg, decoder=replace(decoders[cfg.decoder.checkpoint], **own)))
 
 

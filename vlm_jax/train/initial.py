@@ -12,9 +12,9 @@ from vlm_jax import axes
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data import pipeline
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.hub import compose
+from vlm_jax.hub import pretrained_parts
 from vlm_jax.hub.export import COPIED_FILES
-from vlm_jax.hub.families.table import places
+from vlm_jax.hub.families.table import layers_with
 from vlm_jax.hub.text.dialogue import Dialogue
 from vlm_jax.hub.text.tokenizer import HubTokenizer
 from vlm_jax.runtime.workdir import Workdir, is_run
@@ -28,7 +28,7 @@ LAYERS = "decoder/blocks/layers/"
 
 def load_parts(cfg: Experiment, like: State, mesh: Mesh) -> dict[str, jax.Array]:
     """Path -> parameter of all parts that begin with a checkpoint, where `like` wants it; of no others."""
-    found = compose.load_parts(cfg, like.params, mesh)
+    found = pretrained_parts.load_pretrained_parts(cfg, like.params, mesh)
     wanted = traverse_util.flatten_dict(like.params, sep="/")
     for folder in dict.fromkeys(getattr(cfg, part).checkpoint for part in cfg.pretrained_parts):
         if is_run(folder):
@@ -45,7 +45,7 @@ def _of_run(
     source = Workdir(folder).read_config()
     flat = traverse_util.flatten_dict(load_state(source, mesh=mesh).params, sep="/")
     flat = {path: x for path, x in flat.items() if path.split("/")[0] in parts}
-    flat = compose.with_positions(cfg, restacked(flat, source, cfg), mesh)
+    flat = pretrained_parts.with_positions(cfg, restacked(flat, source, cfg), mesh)
     found = {path: x for path, x in flat.items() if path in wanted}
     return {
         path: jax.device_put(x.astype(wanted[path].dtype), wanted[path].sharding)
@@ -98,7 +98,7 @@ def _restack(path: str, stack, blocks, layers: dict[str, dict[int, object]]) -> 
     """Distributes one stacked parameter of the source over the target's stacks."""
     block, _, rest = path.removeprefix(LAYERS).partition("/")
     sublayer = next(name for name in SUBLAYERS if rest.startswith(name))
-    old, new = (places(all_blocks, sublayer) for all_blocks in blocks)
+    old, new = (layers_with(all_blocks, sublayer) for all_blocks in blocks)
     if len(old) != len(new):
         return
     for (source, turn), (target, other_turn) in zip(old, new, strict=True):
@@ -116,7 +116,7 @@ def load_tokenizer(cfg: Experiment) -> Tokenizer:
     folder = cfg.decoder.checkpoint
     if not folder:
         return pipeline.train_tokenizer(cfg)
-    dialogue = _dialogue(cfg, compose.processor_source(cfg))
+    dialogue = _dialogue(cfg, pretrained_parts.processor_source(cfg))
     if is_run(folder):
         return Tokenizer.load(Workdir(folder).tokenizer, cfg.data.special_ids, dialogue)
     return Tokenizer(HubTokenizer.load(folder).backend, cfg.data.special_ids, dialogue)
@@ -135,7 +135,7 @@ def _dialogue(cfg: Experiment, folder) -> Dialogue | None:
 
 def keep_processor(cfg: Experiment, workdir: Workdir) -> None:
     """Copies the files that lie beside the weights of the decoder's checkpoint, so that the run can do without it."""
-    source = compose.processor_source(cfg)
+    source = pretrained_parts.processor_source(cfg)
     if source is None or workdir.processor.exists():
         return
     stage = workdir.processor.with_name(workdir.processor.name + ".tmp")

@@ -163,8 +163,8 @@ def check_data(cfg: Experiment, tokenizer: Tokenizer, data) -> None:
 
     The first process says how many questions are left out of their rows, if any are.
     """
-    length_check.check(cfg, tokenizer)
-    if not jax.process_index() and (said := length_check.left_out(cfg, tokenizer)):
+    length_check.check_lengths(cfg, tokenizer)
+    if not jax.process_index() and (said := length_check.dropped_questions_message(cfg, tokenizer)):
         print(said, flush=True)
     first = data.get_state()
     next(data)
@@ -251,7 +251,7 @@ def note(run: Run, step: int, metrics: dict, data_wait_seconds: float, place: di
     metrics = {name: float(value) for name, value in metrics.items()}
     for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics[name]):
-            held = pipeline.ids(run.cfg, initial.load_tokenizer(run.cfg), place)
+            held = pipeline.batch_ids(run.cfg, initial.load_tokenizer(run.cfg), place)
             raise NonFiniteError(
                 f"step {step}: the {name} is {metrics[name]}; {first_nonfinite_parameter(finite, largest)}. What was saved before is "
                 f"kept. The batch held the {'conversations' if run.cfg.data.is_conversations else 'images'} "

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from experiments import datasets
 from vlm_jax.config import Data, UserError, files
 from vlm_jax.config.validate import validate
 from vlm_jax.data import (
@@ -19,15 +20,16 @@ from vlm_jax.data import (
     questions,
     sources,
 )
-from vlm_jax.data.blind_baselines import blind
-from vlm_jax.data.text import answer_ids, fitting, prompt_ids
+from vlm_jax.data.blind_baselines import question_only_baselines
+from vlm_jax.data.builders.records import Record
+from vlm_jax.data.text import answer_ids, drop_overflow, prompt_ids
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer.evaluate import too_long
 from vlm_jax.testing import tiny
 
 NAMES = ("glyphs", "digits")
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.py"))
-DRAWN = [path for path in CONFIGS if files.load(str(path)).data.is_drawn]
+DRAWN = [path for path in CONFIGS if "seed" in files.load(str(path)).data.dataset.fields]
 by_name = pytest.mark.parametrize("name", NAMES)
 
 
@@ -112,7 +114,7 @@ def test_the_rows_of_a_config_have_room_for_nearly_all_questions_and_its_answers
     tokenizer = pipeline.train_tokenizer(cfg)
     rows = length_check.sampled_rows(cfg, tokenizer)
     assert len(rows) == 400
-    assert sum(len(fitting(cfg, row)) for row in rows) > 0.98 * sum(map(len, rows))
+    assert sum(len(drop_overflow(cfg, row)) for row in rows) > 0.98 * sum(map(len, rows))
     for split in ("train", "validation", "test"):
         assert too_long(cfg, tokenizer, questions.load(cfg, split)) == ""
 
@@ -120,10 +122,17 @@ def test_the_rows_of_a_config_have_room_for_nearly_all_questions_and_its_answers
 def test_the_blind_say_one_thing_or_repeat_a_word():
     asked = ("a or b?", "d or c?", "b or a?", "a or c?")
     records = [
-        sources.Record(0, b"", asked[:2], ("b", "c"), ("either", "either")),
-        sources.Record(1, b"", asked[2:], ("b", "c"), ("either", "other")),
+        Record(0, b"", asked[:2], ("b", "c"), ("either", "either")),
+        Record(1, b"", asked[2:], ("b", "c"), ("either", "other")),
     ]
-    assert blind(records) == {"either": (3, 2 / 3, 2 / 3), "other": (1, 1.0, 1.0)}
+    assert question_only_baselines(records) == {"either": (3, 2 / 3, 2 / 3), "other": (1, 1.0, 1.0)}
+
+
+def test_the_script_draws_a_sheet_and_prints_the_baselines(tmp_path, capsys):
+    sheet = tmp_path / "sheet.png"
+    datasets.main(datasets.Show("digits", sheet, images=10, dir=str(tmp_path)))
+    assert Image.open(sheet).width > 100
+    assert "| `count` | 10 |" in capsys.readouterr().out
 
 
 # What is said without looking is right in this share of cases at the most; a deviation of 0.03 is left to chance.
@@ -148,7 +157,7 @@ GUESSED = {
 
 @by_name
 def test_questions_alone_are_answered_by_chance(name, datasets_dir):
-    found = blind(sources.load(drawn(name, datasets_dir), "train"))
+    found = question_only_baselines(sources.load(drawn(name, datasets_dir), "train"))
     assert set(found) == set(GUESSED[name])
     for kind, (count, constant, repeated) in found.items():
         assert max(constant, repeated) < GUESSED[name][kind] + 1.2 * count**-0.5, (
@@ -163,7 +172,10 @@ def test_questions_alone_are_answered_by_chance(name, datasets_dir):
         ({"image_px": 449}, "data.image_px is 449: it must be at most 448"),
         ({"seed": -1}, "data.seed is -1"),
         ({"images": (10, 0, 10)}, "data.images is 10 0 10: .* at least 1 image"),
-        ({"augment": ("mirror",)}, "data.augment mirror would invalidate .* data.source glyphs"),
+        (
+            {"augment": ("mirror",)},
+            "data.augment mirror .* invalidate .* data.source glyphs: leave it empty",
+        ),
         (
             {"source": "easy_vqa", "image_px": 128},
             "data.image_px applies only to data.source glyphs and digits, not to easy_vqa",
@@ -177,6 +189,10 @@ def test_questions_alone_are_answered_by_chance(name, datasets_dir):
         (
             {"transcript": True},
             "data.transcript True does not contain the sizes of words, .* set data.cell_px to 6 to 8",
+        ),
+        (
+            {"source": "easy_vqa", "seed": 3},
+            "data.seed applies only to data.source glyphs and digits",
         ),
         (
             {"source": "easy_vqa", "seed": 3},

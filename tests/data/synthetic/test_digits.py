@@ -13,7 +13,7 @@ every_size = pytest.mark.parametrize("image_px", (64, 200, 448))
 def scenes(image_px, split="train", count=60):
     for index in range(count):
         rng = np.random.default_rng([7, index])
-        scene = digits.scene(rng, image_px, split)
+        scene = digits.random_scene(rng, image_px, split)
         yield scene, digits.questions(rng, scene)
 
 

@@ -12,6 +12,7 @@ import pytest
 from vlm_jax.data.synthetic import glyphs
 from vlm_jax.data.synthetic import pages as paper
 from vlm_jax.data.synthetic.builder import SyntheticConfig
+from vlm_jax.data.synthetic.layout import random_page
 
 SIZES_PX = (64, 200, 448)
 every_size = pytest.mark.parametrize("image_px", SIZES_PX)
@@ -23,8 +24,8 @@ every_page = pytest.mark.parametrize(
 def pages(image_px, split="train", count=60, cell_px=0):
     for index in range(count):
         rng = np.random.default_rng([7, index])
-        page = paper.page(rng, image_px, split, cell_px)
-        yield page, glyphs.questions(rng, page, paper.pool(split))
+        page = random_page(rng, image_px, split, cell_px)
+        yield page, glyphs.questions(rng, page, paper.vocabulary(split))
 
 
 def overlap(a, b):
@@ -129,7 +130,7 @@ def test_a_transcript_says_what_stands_on_the_page():
         _, asked = glyphs.Glyphs.example(
             SimpleNamespace(builder_config=drawing), np.random.default_rng(index), "train"
         )
-        page = paper.page(np.random.default_rng(index), 64, "train", 8)
+        page = random_page(np.random.default_rng(index), 64, "train", 8)
         said = "\n".join(
             " ".join(f"{word.color} {word.text}" for word in line) for line in by_place(page)
         )
@@ -190,7 +191,7 @@ def test_what_the_list_of_words_gives_away_is_what_the_docs_say():
 @pytest.mark.parametrize("font", paper.SEEN_FONTS + paper.HELD_OUT_FONTS)
 def test_the_smallest_letters_are_as_high_as_the_docs_say(font):
     for letter, height_px in (("x", 5), ("d", 8)):
-        _, top, _, bottom = paper._font(font, paper.SMALLEST_PX).getbbox(letter, anchor="ls")
+        _, top, _, bottom = paper._font(font, paper.MIN_SIZE_PX).getbbox(letter, anchor="ls")
         assert bottom - top == height_px
 
 
@@ -218,6 +219,6 @@ def ink_outside(font, cell_px, letter):
 
 
 def test_a_larger_page_holds_more_words_in_more_sizes():
-    assert [paper.most_words(px) for px in (64, 224, 448)] == [4, 9, 16]
+    assert [paper.max_words(px) for px in (64, 224, 448)] == [4, 9, 16]
     assert [len(paper.sizes_px(px)) for px in (64, 224, 448)] == [2, 4, 6]
-    assert {paper.sizes_px(px)[0] for px in (64, 224, 448)} == {paper.SMALLEST_PX}
+    assert {paper.sizes_px(px)[0] for px in (64, 224, 448)} == {paper.MIN_SIZE_PX}

@@ -17,7 +17,7 @@ from tests.hub.parity import assert_round_trip, forward, randomized, reloaded, s
 from vlm_jax import axes
 from vlm_jax.config import Fusion, Mesh, Projector, UserError
 from vlm_jax.config.validate import validate
-from vlm_jax.hub import compose
+from vlm_jax.hub import pretrained_parts
 from vlm_jax.hub.families.clip import CLIP
 from vlm_jax.hub.families.open_clip import OPEN_CLIP
 from vlm_jax.hub.families.siglip import SIGLIP
@@ -282,10 +282,15 @@ def test_the_image_tower_may_be_taken_alone(tmp_path, kind):
     )
     cfg = tiny("unified", fusion=Fusion("unified"), projector=Projector("mlp"))
     cfg = validate(
-        compose.resolved(replace(cfg, vision=replace(cfg.vision, checkpoint=str(folder))))
+        pretrained_parts.resolve_checkpoints(
+            replace(cfg, vision=replace(cfg.vision, checkpoint=str(folder)))
+        )
     )
     params = traverse_util.unflatten_dict(
-        compose.load_parts(cfg, meta.unbox(abstract_params(cfg)), axes.make_mesh(Mesh())), sep="/"
+        pretrained_parts.load_pretrained_parts(
+            cfg, meta.unbox(abstract_params(cfg)), axes.make_mesh(Mesh())
+        ),
+        sep="/",
     )["vision"]
     images = inputs()["pixel_values"].transpose(0, 2, 3, 1)
     whole, towers = load_params(folder)
@@ -301,11 +306,11 @@ def test_the_image_tower_may_be_taken_alone(tmp_path, kind):
 def test_the_settings_that_older_files_repeat_are_those_that_count():
     """transformers, CLIPConfig: `text_config_dict` replaces `text_config`."""
     again = {"hidden_size": 24, "num_attention_heads": 2, "eos_token_id": 2}
-    cfg = CLIP.read(
+    cfg = CLIP.config_from_hf(
         {"text_config": {"hidden_size": 99, "eos_token_id": 7}, "text_config_dict": again}, ()
     )
     assert (cfg.text.width, cfg.text_pool) == (24, "largest_id")
-    assert CLIP.read(CLIP.write(cfg), ()) == cfg
+    assert CLIP.config_from_hf(CLIP.config_to_hf(cfg), ()) == cfg
 
 
 @pytest.mark.parametrize(
@@ -339,14 +344,14 @@ def test_the_settings_that_older_files_repeat_are_those_that_count():
 )
 def test_settings_that_are_not_supported_are_refused(family, config, words):
     with pytest.raises(UserError) as error:
-        family.read(config, ())
+        family.config_from_hf(config, ())
     assert all(word in str(error.value) for word in words)
 
 
 def test_open_clips_last_token_and_free_attention_are_written_again():
-    cfg = OPEN_CLIP.read(
+    cfg = OPEN_CLIP.config_from_hf(
         {"model_cfg": {"text_cfg": {"pool_type": "last", "no_causal_mask": True}}}, ()
     )
     assert (cfg.text_pool, cfg.causal) == ("last", False)
     cfg = replace(cfg, vision=replace(cfg.vision, mlp_width=3333), embed_width=7)
-    assert OPEN_CLIP.read(OPEN_CLIP.write(cfg), ()) == cfg
+    assert OPEN_CLIP.config_from_hf(OPEN_CLIP.config_to_hf(cfg), ()) == cfg

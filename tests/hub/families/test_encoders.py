@@ -179,9 +179,9 @@ def test_the_ratio_of_the_mlp_gives_its_width_again():
 
 def test_the_gated_mlp_of_the_largest_dinov2():
     config = {"hidden_size": 1536, "num_attention_heads": 24, "use_swiglu_ffn": True}
-    cfg = FAMILIES["dinov2"].read(config, ())
+    cfg = FAMILIES["dinov2"].config_from_hf(config, ())
     assert cfg.mlp_width == 4096
-    assert FAMILIES["dinov2"].read(FAMILIES["dinov2"].write(cfg), ()) == cfg
+    assert FAMILIES["dinov2"].config_from_hf(FAMILIES["dinov2"].config_to_hf(cfg), ()) == cfg
 
 
 POOLED = ["vit.pooler.dense.weight"]
@@ -201,11 +201,11 @@ POOLED = ["vit.pooler.dense.weight"]
 )
 def test_settings_that_are_not_supported_are_refused(family, config, words):
     with pytest.raises(UserError) as error:
-        FAMILIES[family].read(config, POOLED)
+        FAMILIES[family].config_from_hf(config, POOLED)
     assert all(word in str(error.value) for word in words)
 
 
 def test_a_size_may_be_written_twice():
     assert build_model(
-        FAMILIES["vit"].read({"image_size": [32, 32], "patch_size": [8, 8]}, ())
+        FAMILIES["vit"].config_from_hf({"image_size": [32, 32], "patch_size": [8, 8]}, ())
     ).cfg.grid == (4, 4)

@@ -10,6 +10,7 @@ from tests.hub.parity import assert_round_trip, reference, reloaded, saved
 from tests.hub.unified import (
     NEW,
     Pair,
+    assert_cached_greedy_tokens_are_equal,
     assert_greedy_tokens_are_equal,
     assert_logits_are_equal,
     padded,
@@ -19,7 +20,6 @@ from vlm_jax.config import UserError
 from vlm_jax.hub.families.registry import family_of
 from vlm_jax.hub.load import load_checkpoint
 from vlm_jax.hub.save import write_model
-from vlm_jax.infer.generate import SamplingParams, generate
 
 ATOL = 1e-4
 SIDE = 8  # pixels of a tile
@@ -71,9 +71,10 @@ CONFIGS = {
     ),
 }
 FIRST = next(iter(CONFIGS))
+MIXED = "two, one and none"
 IMAGES = {  # (rows, columns) of tiles of every image in every row
     "one image a row": [[(1, 1)], [(1, 2)], [(2, 1)]],
-    "two, one and none": [[(2, 1), (1, 1)], [(1, 2)], []],
+    MIXED: [[(2, 1), (1, 1)], [(1, 2)], []],
 }
 every_kind = pytest.mark.parametrize("kind", CONFIGS)
 
@@ -91,9 +92,14 @@ def pair_of(tmp_path_factory):
     return make
 
 
-def texts(side: str, lengths=(9, 6, 4)) -> dict[str, np.ndarray]:
+LENGTHS = (9, 6, 4)
+
+
+def texts(side: str, room: int = NEW) -> dict[str, np.ndarray]:
+    """Texts padded to the longest and `room` tokens more: with NEW, the shape of prompts and answers."""
     rng = np.random.default_rng(0)
-    return padded([list(rng.integers(3, 64, length)) for length in lengths], side)
+    rows = [list(rng.integers(3, 64, length)) for length in LENGTHS]
+    return padded(rows, side, max(LENGTHS) + room)
 
 
 def images(pair: Pair, layouts) -> dict[str, np.ndarray]:
@@ -133,7 +139,7 @@ def test_logits_are_those_of_transformers(pair_of, kind, counts, side):
 
 @every_kind
 def test_without_a_cross_attention_mask_every_token_reads_everything(pair_of, kind):
-    image = images(pair_of(kind), IMAGES["two, one and none"])
+    image = images(pair_of(kind), IMAGES[MIXED])
     assert_logits_are_equal(pair_of(kind), ATOL, **texts("right"), **image)
 
 
@@ -158,7 +164,7 @@ def with_inputs_as_taps(model):
 
 def test_taps_are_what_enters_a_layer_unless_the_loader_is_told_otherwise(pair_of, tmp_path):
     model = with_inputs_as_taps(saved(MllamaForConditionalGeneration(CONFIGS[FIRST]), tmp_path))
-    pair, text = Pair.of(model, tmp_path), texts("right")
+    pair, text = Pair.load(model, tmp_path), texts("right")
     image = images(pair, IMAGES["one image a row"])
     inputs = {**text, **image, **reading(text, image)}
     assert_logits_are_equal(pair, ATOL, **inputs)
@@ -208,7 +214,7 @@ def outputs_of_layers(model, inputs) -> dict[str, np.ndarray]:
 
 def states_of(pair: Pair, inputs) -> dict[str, np.ndarray]:
     """Our side of `outputs_of_layers`; a decoder block of ours is a cross layer and the self layer after it."""
-    states = pair.applied(pair.batch(**inputs), mutable=["intermediates"])[1]["intermediates"]
+    states = pair.intermediates(**inputs)
     vision, decoder = states["vision"]["tiled"], states["decoder"]
     found = {"vision embeddings": vision["embeddings"][0]}
     for name, stack in {"vision block": "blocks", "vision global block": "global_blocks"}.items():
@@ -227,9 +233,9 @@ def states_of(pair: Pair, inputs) -> dict[str, np.ndarray]:
 
 def test_every_layer_gives_what_it_gives_in_transformers(pair_of):
     pair, text = pair_of(FIRST), texts("right")
-    image = images(pair, IMAGES["two, one and none"])
+    image = images(pair, IMAGES[MIXED])
     inputs = {**text, **image, **reading(text, image)}
-    expected, found = outputs_of_layers(pair.theirs, inputs), states_of(pair, inputs)
+    expected, found = outputs_of_layers(pair.hf, inputs), states_of(pair, inputs)
     patches = expected["vision embeddings"].shape[2]
     for name, state in found.items():
         if name == "vision embeddings":
@@ -241,41 +247,33 @@ def test_every_layer_gives_what_it_gives_in_transformers(pair_of):
 
 @pytest.mark.parametrize("counts", IMAGES)
 def test_greedy_tokens_of_prompts_of_mixed_length_are_those_of_transformers(pair_of, counts):
-    """While decoding, the last row of the cross-attention mask goes on."""
-    pair, text = pair_of(FIRST), texts("left")
+    """Answers repeat the last row of the cross-attention mask."""
+    pair, text = pair_of(FIRST), texts("left", room=0)
     image = images(pair, IMAGES[counts])
-    assert_greedy_tokens_are_equal(pair, **text, **image, **reading(text, image))
+    inputs = {**text, **image, **reading(text, image)}
+    assert_greedy_tokens_are_equal(pair, **inputs)
+    if counts == MIXED:
+        assert_cached_greedy_tokens_are_equal(pair, **inputs)
 
 
-def test_a_row_of_a_batch_makes_the_tokens_that_it_makes_alone(pair_of):
-    """Every row has its image from the first token on: a blind token would read what fills the other rows, too."""
+def test_a_row_of_a_batch_has_the_logits_that_it_has_alone(pair_of):
+    """Every row has its image from the first token on: a token without one attends to the padding of other rows."""
     pair, text = pair_of(FIRST), texts("left")
     inputs = {**text, **images(pair, IMAGES["one image a row"])}
     alone = {name: x[2:] for name, x in inputs.items()}
     alone |= {name: alone[name][:, -4:] for name in text}
-    together, one = (
-        generate(
-            pair.cfg.model,
-            pair.params,
-            pair.batch(generating=True, **arrays),
-            NEW,
-            SamplingParams(),
-        )
-        for arrays in (inputs, alone)
-    )
-    np.testing.assert_array_equal(one[0], together[2])
+    found = pair.logits(generating=True, **inputs)[2, -4:]
+    np.testing.assert_allclose(found, pair.logits(generating=True, **alone)[0], atol=ATOL)
 
 
 @every_kind
 def test_an_export_is_what_was_loaded_and_transformers_loads_it(pair_of, kind, tmp_path):
     pair, text = pair_of(kind), texts("right")
     assert_round_trip(pair.checkpoint.folder, tmp_path)
-    again = reloaded(MllamaForConditionalGeneration, tmp_path, pair.theirs)
+    again = reloaded(MllamaForConditionalGeneration, tmp_path, pair.hf)
     image = images(pair, IMAGES["one image a row"])
     inputs = {**text, **image, **reading(text, image)}
-    np.testing.assert_allclose(
-        reference(again, **inputs), reference(pair.theirs, **inputs), atol=1e-5
-    )
+    np.testing.assert_allclose(reference(again, **inputs), reference(pair.hf, **inputs), atol=1e-5)
 
 
 def test_an_export_says_how_its_taps_are_meant_where_transformers_5_is_to_load_it(
@@ -284,14 +282,16 @@ def test_an_export_says_how_its_taps_are_meant_where_transformers_5_is_to_load_i
     pair = pair_of(FIRST)
     write_model(tmp_path, pair.checkpoint.family, pair.cfg, pair.params)
     assert load_checkpoint(tmp_path)[0].cfg == pair.cfg
-    reloaded(MllamaForConditionalGeneration, tmp_path, pair.theirs)
+    reloaded(MllamaForConditionalGeneration, tmp_path, pair.hf)
 
 
 def test_the_names_that_transformers_5_has_in_memory_are_known(pair_of):
     pair = pair_of(FIRST)
-    in_memory = {name for name, _ in pair.theirs.named_parameters()}
+    in_memory = {name for name, _ in pair.hf.named_parameters()}
     family = family_of({"model_type": "mllama"}, "")
-    assert set(family.canonical(in_memory)) == {row.hub for row in family.rows(pair.cfg)}
+    assert set(family.normalize_names(in_memory)) == {
+        row.tensor for row in family.param_table(pair.cfg)
+    }
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_the_names_that_transformers_5_has_in_memory_are_known(pair_of):
 )
 def test_arrays_that_do_not_fit_together_are_named(pair_of, name):
     pair, text = pair_of(FIRST), texts("right")
-    image = images(pair, IMAGES["two, one and none"])
+    image = images(pair, IMAGES[MIXED])
     inputs = {**text, **image, **reading(text, image)}
     with pytest.raises(UserError, match=name):
         pair.batch(**{**inputs, name: inputs[name][:1]})

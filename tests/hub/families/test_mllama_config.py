@@ -29,13 +29,15 @@ CONFIGS = {
 
 
 def test_layers_of_both_kinds_are_counted_together_and_taps_from_what_enters_the_first():
-    cfg = family_of(PUBLISHED, "config.json").read(PUBLISHED, ())
+    cfg = family_of(PUBLISHED, "config.json").config_from_hf(PUBLISHED, ())
     blocks = cfg.fusion.sublayers(cfg.decoder.depth)
     layers = [kind for block in blocks for kind in ("cross", "self") if kind in block]
     assert len(layers) == PUBLISHED["text_config"]["num_hidden_layers"] == 40
     assert [n for n, kind in enumerate(layers) if kind == "cross"] == [3, 8, 13, 18, 23, 28, 33, 38]
     assert cfg.vision.feature_layers == (3, 7, 15, 23, 30)
-    assert family_of(PUBLISHED, "", "output").read(PUBLISHED, ()).vision.feature_layers == (
+    assert family_of(PUBLISHED, "", "output").config_from_hf(
+        PUBLISHED, ()
+    ).vision.feature_layers == (
         4,
         8,
         16,
@@ -49,9 +51,9 @@ def test_layers_of_both_kinds_are_counted_together_and_taps_from_what_enters_the
 def test_a_config_is_read_as_it_was_written(kind, taps):
     """In the spelling of transformers 4.x, which we write; what the loader is not told, the file says."""
     family = family_of(CONFIGS[kind], "config.json", taps)
-    cfg = family.read(CONFIGS[kind], ())
-    written = json.loads(json.dumps(family.write(cfg)))
-    assert family_of(written, "config.json").read(written, ()) == cfg
+    cfg = family.config_from_hf(CONFIGS[kind], ())
+    written = json.loads(json.dumps(family.config_to_hf(cfg)))
+    assert family_of(written, "config.json").config_from_hf(written, ()) == cfg
     assert written["vision_config"][TAPS] == PUBLISHED["vision_config"][TAPS]
     assert "rope_theta" in written["text_config"]
 
@@ -70,7 +72,7 @@ def test_a_config_is_read_as_it_was_written(kind, taps):
 def test_what_is_not_supported_is_refused_by_its_key(part, key, value):
     config = changed(part, **{key: value})
     with pytest.raises(UserError, match=key):
-        family_of(config, "config.json").read(config, ())
+        family_of(config, "config.json").config_from_hf(config, ())
 
 
 def test_other_taps_are_refused_with_those_that_there_are():
@@ -81,4 +83,4 @@ def test_other_taps_are_refused_with_those_that_there_are():
 @pytest.mark.parametrize("key, value", [("max_num_tiles", 10**7), ("num_global_layers", 0)])
 def test_sizes_that_no_encoder_has_are_refused_at_once(key, value):
     with pytest.raises(UserError, match="tiles is 10000000|num_global_layers is 0"):
-        mllama_vision.read_vision({key: value}, "input")
+        mllama_vision.vision_from_hf({key: value}, "input")

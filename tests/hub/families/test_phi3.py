@@ -1,4 +1,4 @@
-"""Phi-3: our outputs are those of transformers for short and long texts, and what is exported is what was loaded."""
+"""Phi-3: outputs equal to transformers' for short and long texts, exact export."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,10 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from tests.hub.parity import SMALL
 from tests.hub.unified import (
-    assert_an_export_is_what_was_loaded,
-    assert_blocks_are_equal,
-    assert_greedy_tokens_are_equal,
+    NEW,
+    DecoderLaws,
+    assert_cached_greedy_tokens_are_equal,
     assert_logits_are_equal,
-    new_pair,
     padded,
 )
 from vlm_jax.config import UserError
@@ -33,55 +32,62 @@ CONFIGS = {
     "longrope": Phi3Config(**TEXT, rope_parameters=LONGROPE),
     "longrope and a window": Phi3Config(**TEXT, rope_parameters=LONGROPE, sliding_window=6),
 }
-every_model = pytest.mark.parametrize("kind", CONFIGS)
+LONG = ORIGINAL + 8  # tokens of a text that needs the long factors
 
 
-@pytest.fixture
-def model(kind, tmp_path):
-    return new_pair(Phi3ForCausalLM(CONFIGS[kind]), tmp_path / "hub")
-
-
-def texts(longest: int) -> list[list[int]]:
+def texts(longest: int, side: str = "left", length: int | None = None) -> dict[str, np.ndarray]:
+    """Two texts, the second of `longest` tokens, padded to `length`."""
     rng = np.random.default_rng(longest)
-    return [rng.integers(1, 64, length).tolist() for length in (longest // 2, longest)]
+    rows = [rng.integers(1, 64, count).tolist() for count in (longest // 2, longest)]
+    return padded(rows, side, length)
 
 
-@every_model
-def test_logits_are_those_of_transformers(model):
-    for longest in (ORIGINAL, ORIGINAL + 8):
-        for side in ("left", "right"):
-            assert_logits_are_equal(model, 1e-4, **padded(texts(longest), side))
+class TestPhi3(DecoderLaws):
+    MODELS = {kind: (Phi3ForCausalLM, config) for kind, config in CONFIGS.items()}
+    CACHED = ("longrope", "longrope and a window")
 
+    def config_keys(self, pair):
+        return {"pad_token_id": 0}
 
-@every_model
-def test_blocks_are_those_of_transformers_in_order(model):
-    assert_blocks_are_equal(model, 1e-4, **padded(texts(ORIGINAL + 8), "right"))
+    def inputs(self, pair, side, room=NEW):
+        return texts(LONG - NEW + room, side)
 
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_logits_of_texts_of_the_original_length_are_those_of_transformers(self, pair, side):
+        """The largest position chooses the factors."""
+        inputs = texts(ORIGINAL, side, LONG)
+        positions = np.maximum(np.cumsum(inputs["attention_mask"], axis=1) - 1, 0)
+        assert_logits_are_equal(pair, self.ATOL, **inputs, position_ids=positions)
 
-@every_model
-def test_an_export_is_what_was_loaded_and_transformers_loads_it(model, tmp_path):
-    inputs = padded(texts(ORIGINAL + 8), "right")
-    assert_an_export_is_what_was_loaded(model, tmp_path / "ours", 1e-4, inputs, pad_token_id=0)
+    def test_cached_greedy_tokens_are_those_of_transformers(self, pair):
+        """The texts outgrow the original length while they are decoded."""
+        assert_cached_greedy_tokens_are_equal(pair, **texts(ORIGINAL - 2))
+
+    @pytest.mark.parametrize("longest", [ORIGINAL - 8, ORIGINAL, ORIGINAL + 4])
+    def test_greedy_tokens_around_the_original_length_are_those_of_transformers(
+        self, pairs, longest
+    ):
+        assert_cached_greedy_tokens_are_equal(pairs("longrope"), **texts(longest))
 
 
 @pytest.mark.parametrize("name", ["longrope", "su", "yarn"])
 def test_the_keys_of_the_first_files_mean_the_same(name):
     old = {key: TEXT[key] for key in SMALL} | {"rope_theta": 100.0, "partial_rotary_factor": 0.75}
     old |= {"original_max_position_embeddings": ORIGINAL, "rope_scaling": {"type": name, **FACTORS}}
-    cfg = phi3.read(CONFIGS["longrope"].to_dict(), {HEAD})
-    assert phi3.read(old, {HEAD}) == cfg
-    assert phi3.write(cfg)["rope_scaling"] == {
+    cfg = phi3.config_from_hf(CONFIGS["longrope"].to_dict(), {HEAD})
+    assert phi3.config_from_hf(old, {HEAD}) == cfg
+    assert phi3.config_to_hf(cfg)["rope_scaling"] == {
         "type": "longrope",
         **FACTORS,
     }  # 4.x wants these three keys and no other
 
 
 def test_another_factor_than_the_ratio_of_the_lengths_is_kept():
-    cfg = phi3.read(
+    cfg = phi3.config_from_hf(
         Phi3Config(**TEXT, rope_parameters=LONGROPE | {"factor": 3.0}).to_dict(), {HEAD}
     )
     assert cfg.decoder.rope.factor == 3.0
-    assert phi3.read(phi3.write(cfg), {HEAD}) == cfg
+    assert phi3.config_from_hf(phi3.config_to_hf(cfg), {HEAD}) == cfg
 
 
 def test_a_rope_that_cannot_be_is_refused():
@@ -92,15 +98,4 @@ def test_a_rope_that_cannot_be_is_refused():
     ]:
         config = CONFIGS["longrope"].to_dict() | {"rope_parameters": LONGROPE | change}
         with pytest.raises(UserError, match=f"config.json.*{word}"):
-            phi3.read(config, {HEAD})
-
-
-@every_model
-def test_greedy_tokens_are_those_of_transformers_across_the_original_length(model):
-    assert_greedy_tokens_are_equal(model, **padded(texts(ORIGINAL - 2), "left"))
-
-
-@pytest.mark.parametrize("kind", ["longrope"])
-@pytest.mark.parametrize("longest", [ORIGINAL - 8, ORIGINAL, ORIGINAL + 4])
-def test_greedy_tokens_are_those_of_transformers_on_both_sides_and_at_the_end_of_it(model, longest):
-    assert_greedy_tokens_are_equal(model, **padded(texts(longest), "left"))
+            phi3.config_from_hf(config, {HEAD})

@@ -10,10 +10,10 @@ from transformers import AutoImageProcessor, CLIPImageProcessorPil
 from vlm_jax.config import UserError
 from vlm_jax.hub.images.processor import ImageProcessor
 from vlm_jax.hub.images.settings import (
+    CLASS_OF_MODEL_TYPE,
     CLIP_MEAN,
     CLIP_STD,
     DEFAULTS,
-    OF_MODEL_TYPE,
     read_settings,
 )
 
@@ -139,7 +139,7 @@ def test_what_transformers_5_keeps_in_one_file_comes_first(tmp_path):
     assert_same_as_reference(folder)
 
 
-@pytest.mark.parametrize("model_type", sorted(OF_MODEL_TYPE.keys() - {"fuyu", "trocr"}))
+@pytest.mark.parametrize("model_type", sorted(CLASS_OF_MODEL_TYPE.keys() - {"fuyu", "trocr"}))
 def test_a_file_without_a_type_is_read_for_the_model(tmp_path, model_type):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     assert_same_as_reference(folder_of(tmp_path, preprocessor={"size": {"height": 9, "width": 9}}))
@@ -239,7 +239,7 @@ def test_open_clip_resizes_in_the_images_own_mode(tmp_path, mode):
         ),
         (
             {"image_processor_type": "MllamaImageProcessor", "size": {"height": 8, "width": 9}},
-            ["size is", "as high as wide"],
+            ["size is", "a square"],
         ),
         (
             {"image_processor_type": "MllamaImageProcessor", "do_pad": False},

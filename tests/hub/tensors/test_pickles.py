@@ -58,7 +58,7 @@ def test_a_pickle_that_calls_a_function_is_refused_and_not_run(tmp_path, name, p
     save_torch(tmp_path, saved[place], as_zip)
     said = refusal(tmp_path)
     assert said.startswith(str(tmp_path / "pytorch_model.bin"))
-    assert "is refused: it wants to run " in said and f".{name}'; only tensors are read." in said
+    assert "unsafe pickle" in said and f".{name}'; only tensors are loaded." in said
     assert not os.path.exists(target)
 
 

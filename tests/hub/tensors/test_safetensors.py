@@ -103,11 +103,11 @@ def test_a_view_outlives_its_context_and_a_stored_tensor_does_not(tmp_path):
 
 DAMAGED = {
     "empty file": (b"", "is empty"),
-    "fewer than 8 bytes": (b"\x10\0", "cut short"),
+    "fewer than 8 bytes": (b"\x10\0", "truncated"),
     "header beyond the file": (struct.pack("<Q", 100) + b"{}", "header would end at byte 108"),
     "the longest header": (b"\xff" * 16, "header would end"),
     "no header": (b"\0" * 16, "not JSON"),
-    "text": (b"<!DOCTYPE html><html></html>", "no safetensors file"),
+    "text": (b"<!DOCTYPE html><html></html>", "not a safetensors file"),
     "git lfs": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
         "git lfs pull",
@@ -151,13 +151,13 @@ LIES = {
         "impossible shape",
     ),
     "too many axes": ({"a": entry(0, 8, (2,) + (1,) * 70)}, "impossible shape"),
-    "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, "b begins at byte 4"),
-    "the same bytes twice": ({"a": entry(0, 8), "b": entry(0, 8)}, "b begins at byte 0"),
-    "a hole": ({"a": entry(0, 4, (1,)), "b": entry(8, 12, (1,))}, "b begins at byte 8"),
-    "a hole at the start": ({"a": entry(4, 8, (1,))}, "a begins at byte 4"),
-    "bytes left over": ({"a": entry(0, 4, (1,))}, "goes on after its last tensor"),
-    "beyond the file": ({"a": entry(0, 16, (4,))}, "is cut short"),
-    "far beyond the file": ({"a": entry(0, 2**62, (2**60,))}, "is cut short"),
+    "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, "b starts at byte 4"),
+    "the same bytes twice": ({"a": entry(0, 8), "b": entry(0, 8)}, "b starts at byte 0"),
+    "a hole": ({"a": entry(0, 4, (1,)), "b": entry(8, 12, (1,))}, "b starts at byte 8"),
+    "a hole at the start": ({"a": entry(4, 8, (1,))}, "a starts at byte 4"),
+    "bytes left over": ({"a": entry(0, 4, (1,))}, "continues after its last tensor"),
+    "beyond the file": ({"a": entry(0, 16, (4,))}, "is truncated"),
+    "far beyond the file": ({"a": entry(0, 2**62, (2**60,))}, "is truncated"),
 }
 
 

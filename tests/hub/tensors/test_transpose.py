@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.hub.tensors import transpose
-from vlm_jax.hub.tensors.transpose import aligned, copy_into
+from vlm_jax.hub.tensors.transpose import copy_into, empty_aligned
 
 BASE = np.arange(6 * 70 * 40, dtype=np.float32).reshape(6, 70, 40)
 VIEWS = {
@@ -35,7 +35,7 @@ def test_a_copy_is_the_view(view, dtype):
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_bfloat16_becomes_the_float32_of_the_same_value(view):
     numbers = (view.astype(np.float32) / 7 - 300).astype(ml_dtypes.bfloat16)
-    target = aligned(view.shape, np.float32)
+    target = empty_aligned(view.shape, np.float32)
     copy_into(target, numbers)
     np.testing.assert_array_equal(target, numbers.astype(np.float32))
 
@@ -49,9 +49,9 @@ def test_transposed_tensors_are_copied_in_strips(name):
 
 @pytest.mark.parametrize("shape", [(), (3,), (5, 7), (0, 4)])
 def test_an_aligned_array_is_taken_over_by_jax(shape):
-    array = aligned(shape, np.float32)
+    array = empty_aligned(shape, np.float32)
     array[...] = 2
     assert array.ctypes.data % 64 == 0 or not array.size
     np.testing.assert_array_equal(jax.device_put(array), np.full(shape, 2, np.float32))
-    big = aligned((1024, 1024), np.float32)
+    big = empty_aligned((1024, 1024), np.float32)
     assert jax.device_put(big).unsafe_buffer_pointer() == big.ctypes.data

@@ -167,7 +167,7 @@ def test_a_template_that_is_no_text(content, tmp_path):
 
 def test_which_form_of_messages_a_template_reads(tmp_path):
     reads = {
-        name: template(source, tmp_path).reads_lists(in_llama3)
+        name: template(source, tmp_path).accepts_lists(in_llama3)
         for name, (source, _) in PAIRS.items()
     }
     expected = dict.fromkeys(("llama3", "llama3 with images", "llava"), True) | {
@@ -175,7 +175,7 @@ def test_which_form_of_messages_a_template_reads(tmp_path):
         "gemma": False,
     }
     assert {name: reads[name] for name in expected} == expected
-    assert not template("{{ messages[0].content | trim }}", tmp_path).reads_lists({})
+    assert not template("{{ messages[0].content | trim }}", tmp_path).accepts_lists({})
 
 
 # ---- templates that misbehave

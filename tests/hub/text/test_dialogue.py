@@ -60,7 +60,7 @@ def test_trained_on_is_what_is_asked(folder_of, name):
         if not (is_image and (in_sequence or i < 0))
     ]
     if name == "fuyu":
-        expected = [i for i in expected if i != processor.tokenizer.id_of("|NEWLINE|")]
+        expected = [i for i in expected if i != processor.tokenizer.token_to_id("|NEWLINE|")]
     assert kept == expected
     assert sum(tokens.is_image) == (name not in OF_TEXT)
     assert all(tokens.is_scored[first:])
@@ -68,7 +68,7 @@ def test_trained_on_is_what_is_asked(folder_of, name):
     assert "aredcar" in text.replace(" ", "").replace(
         "\u2581", ""
     )  # some tokenizers space single letters
-    assert tokens.ids[-1] in dialogue.ends or name == "a chat without bos"
+    assert tokens.ids[-1] in dialogue.eos_ids or name == "a chat without bos"
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral's chat"])
@@ -83,7 +83,7 @@ def test_several_turns_are_those_of_transformers(folder_of, name):
     expected = folder.reader.apply_chat_template(messages, **settings)["input_ids"]
     found = dialogue_of(name, folder.path).encode(turns)
     assert found.ids[: len(expected)] == expected
-    assert set(found.ids[len(expected) :]) <= set(dialogue_of(name, folder.path).ends)
+    assert set(found.ids[len(expected) :]) <= set(dialogue_of(name, folder.path).eos_ids)
     wanted = np.zeros(len(found.ids), bool)
     for answered in (1, 3):
         before = folder.reader.apply_chat_template(

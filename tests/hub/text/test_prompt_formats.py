@@ -92,7 +92,7 @@ LLAVA_TEXTS = [
 def test_llava(llava, strategy, tmp_path):
     llava.vision_feature_select_strategy = strategy
     ours = format_of(llava, tmp_path, model_type="llava")
-    image = ours.tokenizer.id_of("<image>")
+    image = ours.tokenizer.token_to_id("<image>")
     for text, count in LLAVA_TEXTS:
         prompt = ours.prompt(text, [(28, 42)] * count)
         assert_prompt(prompt, llava(images=[picture()] * count or None, text=text))
@@ -118,7 +118,7 @@ def test_llava_without_a_processor_config_follows_the_model(llava, vision, token
     (tmp_path / "processor_config.json").unlink()
     ours = load_prompt_format(tmp_path, HubTokenizer.load(tmp_path))
     prompt = ours.prompt("<image>", [(28, 28)], add_special_tokens=False)
-    assert prompt.input_ids.tolist() == [ours.tokenizer.id_of("<image>")] * tokens
+    assert prompt.input_ids.tolist() == [ours.tokenizer.token_to_id("<image>")] * tokens
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_paligemma(paligemma, text, count, tmp_path):
     ours = format_of(paligemma, tmp_path, model_type="paligemma")
     prompt = ours.prompt(text, [None] * count)
     assert_prompt(prompt, paligemma(images=[[picture()] * count], text=[text]))
-    assert (prompt.input_ids == ours.tokenizer.id_of("<image>")).sum() == 5 * count
+    assert (prompt.input_ids == ours.tokenizer.token_to_id("<image>")).sum() == 5 * count
 
 
 def test_paligemma_in_batches(paligemma, tmp_path):
@@ -180,7 +180,7 @@ def test_paligemma_without_images_and_without_a_stated_length(paligemma, tmp_pat
     ours = load_prompt_format(tmp_path, HubTokenizer.load(tmp_path))
     text, image = ours.prompt("x").input_ids.tolist(), ours.prompt("x", [None]).input_ids.tolist()
     assert text == ours.tokenizer.encode("<bos>x\n", add_special_tokens=False)
-    assert image == [ours.tokenizer.id_of("<image>")] * 16 + text
+    assert image == [ours.tokenizer.token_to_id("<image>")] * 16 + text
     message = refusal(ours.prompt, "<image><image>", [None])
     assert "2 image tokens" in message and "1 images" in message
 

@@ -76,7 +76,7 @@ def assert_equal(folder):
                 ids, skip_special_tokens=special
             )
     for name in ours.special_tokens.values():
-        assert ours.id_of(name) == theirs.convert_tokens_to_ids(name)
+        assert ours.token_to_id(name) == theirs.convert_tokens_to_ids(name)
     if theirs.bos_token_id is not None:
         assert ours.bos_id == theirs.bos_token_id
 
@@ -125,9 +125,13 @@ def test_ends_of_answers_are_those_of_the_generation_config_first(tmp_path):
     tiny.write(tmp_path, config={"model_type": "llava", "text_config": {"eos_token_id": [3]}})
     assert HubTokenizer.load(tmp_path).eos_ids == (3,)
     tiny.write(tmp_path, config={"model_type": "llama"})
-    assert HubTokenizer.load(tmp_path).eos_ids == (HubTokenizer.load(tmp_path).id_of("<|eot_id|>"),)
+    assert HubTokenizer.load(tmp_path).eos_ids == (
+        HubTokenizer.load(tmp_path).token_to_id("<|eot_id|>"),
+    )
     tiny.write(tmp_path, config={"model_type": "llama"}, generation_config={"eos_token_id": []})
-    assert HubTokenizer.load(tmp_path).eos_ids == (HubTokenizer.load(tmp_path).id_of("<|eot_id|>"),)
+    assert HubTokenizer.load(tmp_path).eos_ids == (
+        HubTokenizer.load(tmp_path).token_to_id("<|eot_id|>"),
+    )
 
 
 def test_padding_is_the_tokenizers_first(tmp_path):
@@ -226,4 +230,4 @@ def test_tokens_that_are_none(tmp_path):
     with pytest.raises(UserError, match="<image>"):
         tiny.gpt2(tmp_path)
         tiny.write(tmp_path, tokenizer_config={}, added_tokens={})
-        HubTokenizer.load(tmp_path).id_of("<image>")
+        HubTokenizer.load(tmp_path).token_to_id("<image>")

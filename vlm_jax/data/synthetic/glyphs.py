@@ -1,4 +1,4 @@
-"""Pages of words (`pages.py`), and questions about what stands where."""
+"""Pages of words (`pages.py`), and questions about the words and their positions."""
 
 from collections import Counter
 from dataclasses import replace
@@ -6,13 +6,10 @@ from dataclasses import replace
 import numpy as np
 
 from vlm_jax.data.synthetic.builder import QA, SyntheticBuilder, pick
-from vlm_jax.data.synthetic.pages import (
-    Page,
-    draw,
-    page,
-    pool,
-)
+from vlm_jax.data.synthetic.layout import random_page
+from vlm_jax.data.synthetic.pages import Page, Word, draw, vocabulary
 
+# Name -> index of the line, and of the word in the line.
 CORNERS = {
     "top left": (0, 0),
     "top right": (0, -1),
@@ -22,68 +19,84 @@ CORNERS = {
 
 
 class Glyphs(SyntheticBuilder):
-    """Pages of words, and questions about what stands where."""
+    """Pages of words, and questions about the words and their positions."""
 
     def example(self, rng, split):
         config = self.builder_config
-        described = page(rng, config.image_px, split, config.cell_px)
-        asked = questions(rng, described, pool(split))
+        page = random_page(rng, config.image_px, split, config.cell_px)
+        pairs = questions(rng, page, vocabulary(split))
         if config.transcript:
-            asked = [
-                replace(each, question=f"{transcript(described)}\n{each.question}")
-                for each in asked
-            ]
-        return draw(described), asked
+            text = transcript(page)
+            pairs = [replace(pair, question=f"{text}\n{pair.question}") for pair in pairs]
+        return draw(page), pairs
 
 
-def transcript(described: Page) -> str:
-    """The words of a page with their colors, a line a line."""
-    return "\n".join(
-        " ".join(f"{word.color} {word.text}" for word in line) for line in described.lines
-    )
+def transcript(page: Page) -> str:
+    """Returns the words of a page with their colors, in the lines of the page."""
+    lines = []
+    for line in page.lines:
+        lines.append(" ".join(f"{word.color} {word.text}" for word in line))
+    return "\n".join(lines)
 
 
-def questions(rng: np.random.Generator, described: Page, vocabulary: tuple[str, ...]) -> list[QA]:
-    """One of every type that the page has an unambiguous answer to; the words in them are of the vocabulary."""
-    shown = described.words
-    texts = [word.text for word in shown]
-    number = rng.integers(len(shown))
-    asked = [
-        QA("how many words are there?", str(len(shown)), "count"),
+def questions(rng: np.random.Generator, page: Page, words: tuple[str, ...]) -> list[QA]:
+    """Asks one question of every type that has an unambiguous answer; `words` may occur in them."""
+    texts = [word.text for word in page.words]
+    number = rng.integers(len(texts))
+    pairs = [
+        QA("how many words are there?", str(len(texts)), "count"),
         QA("what does it say?", " ".join(texts), "read_all"),
         QA(f"what is word {number + 1}?", texts[number], "read_nth"),
-        _present(rng, texts, vocabulary),
+        _present(rng, texts, words),
     ]
-    if len(shown) > 1:
-        asked.append(_first(rng, texts))
-    once = [word for word in shown if Counter(other.color for other in shown)[word.color] == 1]
-    if once:
-        word = pick(rng, once)
-        asked.append(QA(f"what is the {word.color} word?", word.text, "read_color"))
-    for said, extreme in (("largest", max), ("smallest", min)) if len(shown) > 1 else ():
-        size_px = extreme(word.size_px for word in shown)
-        of_size = [word.text for word in shown if word.size_px == size_px]
-        if len(of_size) == 1:
-            asked.append(QA(f"what is the {said} word?", of_size[0], f"read_{said}"))
-    corners = [name for name, (line, _) in CORNERS.items() if len(described.lines[line]) > 1]
-    if corners and len(described.lines) > 1:
-        name = pick(rng, corners)
-        line, place = CORNERS[name]
-        asked.append(
-            QA(f"what is the {name} word?", described.lines[line][place].text, "read_corner")
-        )
-    return asked
+    if len(texts) > 1:
+        pairs.append(_first(rng, texts))
+    pairs += _by_color(rng, page)
+    if len(texts) > 1:
+        pairs += _by_size(page, "largest", max(word.size_px for word in page.words))
+        pairs += _by_size(page, "smallest", min(word.size_px for word in page.words))
+    return pairs + _in_corner(rng, page)
 
 
-def _present(rng, texts, vocabulary) -> QA:
-    there = bool(rng.integers(2))
+def _by_color(rng, page: Page) -> list[QA]:
+    """Asks for a word that is the only one of its color."""
+    counts = Counter(word.color for word in page.words)
+    unique = [word for word in page.words if counts[word.color] == 1]
+    if not unique:
+        return []
+    word: Word = pick(rng, unique)
+    return [QA(f"what is the {word.color} word?", word.text, "read_color")]
+
+
+def _by_size(page: Page, name: str, size_px: int) -> list[QA]:
+    """Asks for the word of this size, if only one has it."""
+    texts = [word.text for word in page.words if word.size_px == size_px]
+    if len(texts) > 1:
+        return []
+    return [QA(f"what is the {name} word?", texts[0], f"read_{name}")]
+
+
+def _in_corner(rng, page: Page) -> list[QA]:
+    """Asks for the word in a corner of a page of several lines; its line has several words."""
+    corners = [name for name, (line, _) in CORNERS.items() if len(page.lines[line]) > 1]
+    if not corners or len(page.lines) == 1:
+        return []
+    name = pick(rng, corners)
+    line, position = CORNERS[name]
+    return [QA(f"what is the {name} word?", page.lines[line][position].text, "read_corner")]
+
+
+def _present(rng, texts, words) -> QA:
+    """Asks for a word of the page or for another one, each as often."""
+    is_present = bool(rng.integers(2))
     word = pick(rng, texts)
-    while not there and word in texts:
-        word = pick(rng, vocabulary)
-    return QA(f"is {word} there?", "yes" if there else "no", "present")
+    while not is_present and word in texts:
+        word = pick(rng, words)
+    return QA(f"is {word} there?", "yes" if is_present else "no", "present")
 
 
 def _first(rng, texts) -> QA:
-    one, other = sorted(rng.choice(len(texts), 2, replace=False))
-    said = [texts[one], texts[other]][:: pick(rng, (1, -1))]
-    return QA(f"which comes first, {said[0]} or {said[1]}?", texts[one], "first")
+    """Asks which of two words comes first, in random order."""
+    first, second = sorted(rng.choice(len(texts), 2, replace=False))
+    named = [texts[first], texts[second]][:: pick(rng, (1, -1))]
+    return QA(f"which comes first, {named[0]} or {named[1]}?", texts[first], "first")

@@ -8,18 +8,18 @@ from vlm_jax.hub.families.family import (
     HUB_ACTIVATIONS,
     Family,
     Json,
-    choose,
-    get,
-    size,
+    get_or,
+    lookup,
+    positive_int,
 )
 from vlm_jax.hub.families.gpt2 import norm_rows
-from vlm_jax.hub.families.llama import given
-from vlm_jax.hub.families.table import Part, Row, row
+from vlm_jax.hub.families.llama import drop_nulls
+from vlm_jax.hub.families.table import Row, Target, row
 from vlm_jax.hub.families.vit import (
     block_rows,
     patch_rows,
-    read_shape,
-    write_shape,
+    shape_from_hf,
+    shape_to_hf,
 )
 
 BLOCK = {
@@ -48,11 +48,11 @@ TEXT_DEFAULTS = {
 }
 
 
-def read_vision(config: Json) -> Vision:
+def vision_from_hf(config: Json) -> Vision:
     return Vision(
-        **read_shape(config, 32, "quick_gelu"),
-        mlp_width=size(config, "intermediate_size", 3072),
-        norm_eps=get(config, "layer_norm_eps", 1e-5),
+        **shape_from_hf(config, 32, "quick_gelu"),
+        mlp_width=positive_int(config, "intermediate_size", 3072),
+        norm_eps=get_or(config, "layer_norm_eps", 1e-5),
         patch_bias=False,
         class_token=True,
         pre_norm=True,
@@ -61,44 +61,47 @@ def read_vision(config: Json) -> Vision:
     )
 
 
-def write_vision(vision: Vision) -> Json:
+def vision_to_hf(vision: Vision) -> Json:
     return {
         "model_type": "clip_vision_model",
-        **write_shape(vision),
+        **shape_to_hf(vision),
         "intermediate_size": vision.mlp_width,
     }
 
 
-def vision_rows(vision: Vision, hub_prefix: str, ours: str) -> list[Row]:
+def vision_rows(vision: Vision, hub_prefix: str, param: str) -> list[Row]:
     """The encoder's rows; both prefixes end with what separates them from names: "vision_model.", "vision/"."""
-    hub = f"{hub_prefix}embeddings"
-    positions = (Part(f"{ours}class_position", "1 D -> D"), Part(f"{ours}patch_embed/positions"))
+    hf = f"{hub_prefix}embeddings"
+    positions = (
+        Target(f"{param}class_position", "1 D -> D"),
+        Target(f"{param}patch_embed/positions"),
+    )
     return [
-        row(f"{hub}.class_embedding", f"{ours}class_token"),
-        Row(f"{hub}.position_embedding.weight", positions),
-        *patch_rows(f"{hub}.patch_embedding", ours, vision),
-        *norm_rows(f"{hub_prefix}pre_layrnorm", f"{ours}pre_norm"),
-        *block_rows(f"{hub_prefix}encoder.layers", ours, vision, BLOCK),
-        *norm_rows(f"{hub_prefix}post_layernorm", f"{ours}final_norm"),
+        row(f"{hf}.class_embedding", f"{param}class_token"),
+        Row(f"{hf}.position_embedding.weight", positions),
+        *patch_rows(f"{hf}.patch_embedding", param, vision),
+        *norm_rows(f"{hub_prefix}pre_layrnorm", f"{param}pre_norm"),
+        *block_rows(f"{hub_prefix}encoder.layers", param, vision, BLOCK),
+        *norm_rows(f"{hub_prefix}post_layernorm", f"{param}final_norm"),
     ]
 
 
-def read_text(config: Json) -> Decoder:
+def text_from_hf(config: Json) -> Decoder:
     """A text tower; `config` has the defaults of its family filled in."""
     return Decoder(
-        width=size(config, "hidden_size"),
-        depth=size(config, "num_hidden_layers"),
-        heads=size(config, "num_attention_heads"),
-        mlp_width=size(config, "intermediate_size"),
+        width=positive_int(config, "hidden_size"),
+        depth=positive_int(config, "num_hidden_layers"),
+        heads=positive_int(config, "num_attention_heads"),
+        mlp_width=positive_int(config, "intermediate_size"),
         norm_eps=config["layer_norm_eps"],
-        activation=choose(config, "hidden_act", ACTIVATIONS, ""),
-        vocab_size=size(config, "vocab_size"),
+        activation=lookup(config, "hidden_act", ACTIVATIONS, ""),
+        vocab_size=positive_int(config, "vocab_size"),
         positions="learned",
-        max_positions=size(config, "max_position_embeddings"),
+        max_positions=positive_int(config, "max_position_embeddings"),
     )
 
 
-def write_text(text: Decoder) -> Json:
+def text_to_hf(text: Decoder) -> Json:
     return {
         "hidden_size": text.width,
         "num_hidden_layers": text.depth,
@@ -120,13 +123,13 @@ def text_rows(text: Decoder) -> list[Row]:
     ]
 
 
-def tower(config: Json, name: str) -> Json:
+def tower_config(config: Json, name: str) -> Json:
     """The settings of one tower; older files have them twice, and `..._dict` is what counts."""
-    return given(get(config, f"{name}_config_dict", get(config, f"{name}_config", {})))
+    return drop_nulls(get_or(config, f"{name}_config_dict", get_or(config, f"{name}_config", {})))
 
 
-def read(config: Json, names: Collection[str]) -> Contrastive:
-    text = TEXT_DEFAULTS | {"eos_token_id": 49407} | tower(config, "text")
+def config_from_hf(config: Json, names: Collection[str]) -> Contrastive:
+    text = TEXT_DEFAULTS | {"eos_token_id": 49407} | tower_config(config, "text")
     eos = text["eos_token_id"]
     if not isinstance(eos, int):
         raise CheckpointError(
@@ -138,18 +141,18 @@ def read(config: Json, names: Collection[str]) -> Contrastive:
         else {"text_pool": "first_eos", "eos_id": eos}
     )
     return Contrastive(
-        vision=read_vision(tower(config, "vision")),
-        text=read_text(text),
-        embed_width=size(config, "projection_dim", 512),
+        vision=vision_from_hf(tower_config(config, "vision")),
+        text=text_from_hf(text),
+        embed_width=positive_int(config, "projection_dim", 512),
         **end,
     )
 
 
-def write(cfg: Contrastive) -> Json:
+def config_to_hf(cfg: Contrastive) -> Json:
     eos = LARGEST_ID if cfg.text_pool == "largest_id" else cfg.eos_id
     width = {"projection_dim": cfg.embed_width}
-    text = {"model_type": "clip_text_model", **write_text(cfg.text), **width, "eos_token_id": eos}
-    vision = write_vision(cfg.vision) | width
+    text = {"model_type": "clip_text_model", **text_to_hf(cfg.text), **width, "eos_token_id": eos}
+    vision = vision_to_hf(cfg.vision) | width
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
@@ -161,7 +164,7 @@ def write(cfg: Contrastive) -> Json:
     }
 
 
-def rows(cfg: Contrastive) -> list[Row]:
+def param_table(cfg: Contrastive) -> list[Row]:
     return [
         *vision_rows(cfg.vision, VISION, "vision/"),
         *text_rows(cfg.text),
@@ -171,18 +174,20 @@ def rows(cfg: Contrastive) -> list[Row]:
     ]
 
 
-def read_alone(config: Json, names: Collection[str]) -> Vision:
-    return read_vision(config)
+def vision_only_from_hf(config: Json, names: Collection[str]) -> Vision:
+    return vision_from_hf(config)
 
 
-def write_alone(vision: Vision) -> Json:
-    return {"architectures": ["CLIPVisionModel"], **write_vision(vision)}
+def vision_only_to_hf(vision: Vision) -> Json:
+    return {"architectures": ["CLIPVisionModel"], **vision_to_hf(vision)}
 
 
-def rows_alone(vision: Vision) -> list[Row]:
+def vision_only_table(vision: Vision) -> list[Row]:
     return vision_rows(vision, VISION, "")
 
 
 RENAMES_ALONE = ((r"^(?!vision_model\.)", VISION),)  # transformers 5
-CLIP = Family("clip", read, write, rows)
-CLIP_VISION = Family("clip_vision_model", read_alone, write_alone, rows_alone, RENAMES_ALONE)
+CLIP = Family("clip", config_from_hf, config_to_hf, param_table)
+CLIP_VISION = Family(
+    "clip_vision_model", vision_only_from_hf, vision_only_to_hf, vision_only_table, RENAMES_ALONE
+)

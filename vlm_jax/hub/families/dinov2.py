@@ -6,11 +6,11 @@ from vlm_jax.config import CheckpointError, Vision
 from vlm_jax.hub.families.family import (
     Family,
     Json,
-    get,
-    number,
+    get_or,
+    positive_number,
 )
 from vlm_jax.hub.families.gpt2 import norm_rows
-from vlm_jax.hub.families.table import Part, Row, row
+from vlm_jax.hub.families.table import Row, Target, row
 from vlm_jax.hub.families.vit import (
     ATTENTION,
     ATTENTION_RENAMES,
@@ -18,8 +18,8 @@ from vlm_jax.hub.families.vit import (
     class_rows,
     mlp_ratio,
     patch_rows,
-    read_shape,
-    write_shape,
+    shape_from_hf,
+    shape_to_hf,
 )
 
 BLOCK = ATTENTION | {"self_norm": "norm1", "mlp_norm": "norm2"}
@@ -28,17 +28,17 @@ GATED_MLP = {"mlp/down": "mlp.weights_out"}
 MASK_TOKEN = "embeddings.mask_token"
 
 
-def read_vision(config: Json, names: Collection[str]) -> Vision:
+def vision_from_hf(config: Json, names: Collection[str]) -> Vision:
     """`names` are the stored tensors of the encoder, without its prefix: the mask token may be missing."""
-    gated = get(config, "use_swiglu_ffn", False)
-    shape = read_shape(config, 14, "gelu")
-    mlp_width = int(shape["width"] * number(config, "mlp_ratio", 4))
+    gated = get_or(config, "use_swiglu_ffn", False)
+    shape = shape_from_hf(config, 14, "gelu")
+    mlp_width = int(shape["width"] * positive_number(config, "mlp_ratio", 4))
     return Vision(
         **shape | ({"activation": "silu"} if gated else {}),
         mlp_width=gated_width(mlp_width) if gated else mlp_width,
         gated_mlp=gated,
-        norm_eps=get(config, "layer_norm_eps", 1e-6),
-        qkv_bias=get(config, "qkv_bias", True),
+        norm_eps=get_or(config, "layer_norm_eps", 1e-6),
+        qkv_bias=get_or(config, "qkv_bias", True),
         layer_scale="vector",
         class_token=True,
         mask_token=MASK_TOKEN in names,
@@ -51,8 +51,8 @@ def gated_width(mlp_width: int) -> int:
     return (int(mlp_width * 2 / 3) + 7) // 8 * 8
 
 
-def write_vision(vision: Vision) -> Json:
-    config = write_shape(vision) | {
+def vision_to_hf(vision: Vision) -> Json:
+    config = shape_to_hf(vision) | {
         "model_type": "dinov2",
         "mlp_ratio": mlp_ratio(vision.width, vision.mlp_width),
         "use_swiglu_ffn": vision.gated_mlp,
@@ -75,48 +75,48 @@ def gated_ratio(vision: Vision) -> int:
     )
 
 
-def vision_rows(vision: Vision, hub_prefix: str, ours: str) -> list[Row]:
+def vision_rows(vision: Vision, hub_prefix: str, param: str) -> list[Row]:
     """The encoder's rows; both prefixes end with what separates them from names: "dinov2.", "vision/"."""
     found = [
-        *class_rows(f"{hub_prefix}embeddings", ours),
-        *patch_rows(f"{hub_prefix}embeddings.patch_embeddings.projection", ours, vision),
+        *class_rows(f"{hub_prefix}embeddings", param),
+        *patch_rows(f"{hub_prefix}embeddings.patch_embeddings.projection", param, vision),
         *block_rows(
             f"{hub_prefix}encoder.layer",
-            ours,
+            param,
             vision,
             BLOCK | (GATED_MLP if vision.gated_mlp else MLP),
         ),
-        *norm_rows(f"{hub_prefix}layernorm", f"{ours}final_norm"),
+        *norm_rows(f"{hub_prefix}layernorm", f"{param}final_norm"),
     ]
     if vision.mask_token:
-        found.append(row(f"{hub_prefix}{MASK_TOKEN}", f"{ours}mask_token", "1 D -> D"))
-    for turn in range(vision.depth):
+        found.append(row(f"{hub_prefix}{MASK_TOKEN}", f"{param}mask_token", "1 D -> D"))
+    for layer in range(vision.depth):
         found += scale_rows(
-            f"{hub_prefix}encoder.layer.{turn}", f"{ours}blocks/layers/block_0", turn
+            f"{hub_prefix}encoder.layer.{layer}", f"{param}blocks/layers/block_0", layer
         )
         if vision.gated_mlp:
-            found += gated_rows(f"{hub_prefix}encoder.layer.{turn}.mlp.weights_in", ours, turn)
+            found += gated_rows(f"{hub_prefix}encoder.layer.{layer}.mlp.weights_in", param, layer)
     return found
 
 
-def scale_rows(hub: str, ours: str, turn: int) -> list[Row]:
+def scale_rows(hf: str, param: str, layer: int) -> list[Row]:
     names = {"layer_scale1.lambda1": "self_scale", "layer_scale2.lambda1": "mlp_scale"}
-    return [row(f"{hub}.{a}", f"{ours}/{b}", turn=turn) for a, b in names.items()]
+    return [row(f"{hf}.{a}", f"{param}/{b}", layer=layer) for a, b in names.items()]
 
 
-def gated_rows(hub: str, ours: str, turn: int) -> list[Row]:
+def gated_rows(hf: str, param: str, layer: int) -> list[Row]:
     """What is activated, then what it is multiplied with."""
-    mlp = f"{ours}blocks/layers/block_0/mlp"
-    kernels = tuple(Part(f"{mlp}/{name}/kernel", "F D -> D F", turn) for name in ("gate", "up"))
-    biases = tuple(Part(f"{mlp}/{name}/bias", "", turn) for name in ("gate", "up"))
-    return [Row(f"{hub}.weight", kernels), Row(f"{hub}.bias", biases)]
+    mlp = f"{param}blocks/layers/block_0/mlp"
+    kernels = tuple(Target(f"{mlp}/{name}/kernel", "F D -> D F", layer) for name in ("gate", "up"))
+    biases = tuple(Target(f"{mlp}/{name}/bias", "", layer) for name in ("gate", "up"))
+    return [Row(f"{hf}.weight", kernels), Row(f"{hf}.bias", biases)]
 
 
-def write(vision: Vision) -> Json:
-    return {"architectures": ["Dinov2Model"], **write_vision(vision)}
+def config_to_hf(vision: Vision) -> Json:
+    return {"architectures": ["Dinov2Model"], **vision_to_hf(vision)}
 
 
-def rows(vision: Vision) -> list[Row]:
+def param_table(vision: Vision) -> list[Row]:
     return vision_rows(vision, "", "")
 
 
@@ -124,4 +124,4 @@ RENAMES = ((r"^dinov2\.", ""), (r"\.mlp\.down_proj\.", ".mlp.weights_out."), *AT
 SPLITS = (
     ("mlp.weights_in", ("mlp.gate_proj", "mlp.up_proj")),
 )  # the modules of transformers 5 in memory
-DINOV2 = Family("dinov2", read_vision, write, rows, RENAMES, splits=SPLITS)
+DINOV2 = Family("dinov2", vision_from_hf, config_to_hf, param_table, RENAMES, splits=SPLITS)

@@ -1,9 +1,9 @@
-"""What a family of public checkpoints is: a config mapping and a tensor table, both usable in both directions."""
+"""A model family of Hugging Face: config mapping and weight table, each used in both directions."""
 
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from vlm_jax.config import CheckpointError, Experiment
 from vlm_jax.hub.families.table import Row
@@ -11,110 +11,169 @@ from vlm_jax.hub.tensors.folder import WEIGHTS
 from vlm_jax.nn.models import Config
 
 Json = dict
-MOST = 2**31 - 1  # of a size in config.json: a larger one overflows the shapes of arrays
-Renames = tuple[tuple[str, str], ...]  # pattern and replacement
+MAX_SIZE = 2**31 - 1  # of a size in config.json: a larger one overflows array shapes
+Renames = tuple[tuple[str, str], ...]  # (regular expression, replacement)
 
-# Stored in older files though nobody reads them; they are computed from the config.
+# Buffers in the files of older versions of transformers: they are computed from the config.
 BUFFERS = re.compile(
     r"(rotary_emb\.inv_freq|embeddings\.position_ids|h\.\d+\.(attn|crossattention)\.(bias|masked_bias)|_float_tensor)$"
 )
 
 
 @dataclass(frozen=True)
+class HfProcessor:
+    """The processor class of a family in transformers, as far as an exported run must suit it.
+
+    Attributes:
+      name: of the class.
+      adds_bos: its own code writes the bos token, rather than its tokenizer.
+      needs_bos: its prompts begin with a bos token in any case.
+      needs_placeholder: an image needs a placeholder token in the text although none takes its place.
+      resize: the only `vision.resize` it knows; empty: as its config says.
+      keeps_image_size: images keep sizes of their own.
+      has_prompt_format: it writes prompts in its own format, without a chat template.
+      counts_patches: it expands the image token by the encoder's patch size and class token.
+      counts_image_tokens: it expands the image token by `image_seq_length`.
+    """
+
+    name: str
+    adds_bos: bool = False
+    needs_bos: bool = False
+    needs_placeholder: bool = False
+    resize: str = ""
+    keeps_image_size: bool = False
+    has_prompt_format: bool = False
+    counts_patches: bool = False
+    counts_image_tokens: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
-    """`read` and `write` map config.json to our config and back; `rows` is the table of tensors for a config."""
+    """A model family of Hugging Face: a config mapping and a weight table, each used in both directions.
+
+    Attributes:
+      model_type: of config.json.
+      config_from_hf: config.json and the tensor names of the files -> config.
+      config_to_hf: config -> config.json with the keys of transformers 4.x.
+      param_table: config -> rows of the weight table.
+      renames: other spellings of tensor names -> those of the table, applied in order; may depend on the names.
+      tolerance: absolute error of float32 outputs, for `verify`.
+      image_token: id of the image placeholder token if config.json does not give one.
+      config_file: name of config.json.
+      weights_file: name of an exported weight file; `tensors.folder.READABLE` lists those that can be loaded.
+      processor: of transformers; None for a family without text or without images.
+      splits: (part of a tensor name, its replacements in files that store the tensor's targets separately).
+    """
 
     model_type: str
-    read: Callable[[Json, Collection[str]], Config]  # config.json and the stored names -> config
-    write: Callable[[Config], Json]  # config -> config.json as transformers 4.x spells it
-    rows: Callable[[Config], list[Row]]
-    renames: (
-        Renames | Callable[[Collection[str]], Renames]
-    ) = ()  # other spellings -> those of the table, in turn
-    tolerance: float = 1e-4  # absolute, in float32, for `verify`
-    image_token: int | None = None  # the id of an image token where config.json does not say it
+    config_from_hf: Callable[[Json, Collection[str]], Config]
+    config_to_hf: Callable[[Config], Json]
+    param_table: Callable[[Config], list[Row]]
+    renames: Renames | Callable[[Collection[str]], Renames] = ()
+    tolerance: float = 1e-4
+    image_token: int | None = None
     config_file: str = "config.json"
-    weights_file: str = WEIGHTS  # what is written; `files.READABLE` is what is read
-    splits: tuple[
-        tuple[str, tuple[str, ...]], ...
-    ] = ()  # in a name, and in those of its parts where they are apart
+    weights_file: str = WEIGHTS
+    processor: HfProcessor | None = None
+    splits: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
-    def canonical(self, names: Collection[str]) -> dict[str, str]:
-        """Stored names, buffers left out -> {name in the table: stored name}."""
-        found: dict[str, str] = {}
-        renames = self.renames(names) if callable(self.renames) else self.renames
-        for stored in names:
+    def normalize_names(self, stored_names: Collection[str]) -> dict[str, str]:
+        """Returns {name in the table: name in the files}, without buffers."""
+        normalized: dict[str, str] = {}
+        renames = self.renames(stored_names) if callable(self.renames) else self.renames
+        for stored in stored_names:
             if BUFFERS.search(stored):
                 continue
             name = stored
             for pattern, replacement in renames:
                 name = re.sub(pattern, replacement, name)
-            if name in found:
+            if name in normalized:
                 raise CheckpointError(
-                    f"{stored} and {found[name]} are two spellings of one tensor."
+                    f"{stored} and {normalized[name]} are two names of the same tensor."
                 )
-            found[name] = stored
-        return found
+            normalized[name] = stored
+        return normalized
 
-    def stored_rows(self, cfg: Config, names: Collection[str]) -> list[Row]:
-        """The table of a folder with such names, in which the parts of a row may be tensors of their own."""
-        return [found for row in self.rows(cfg) for found in self._apart(row, names)]
+    def table_for(self, cfg: Config, names: Collection[str]) -> list[Row]:
+        """Returns the weight table of a folder with these (normalized) tensor names; see `splits`."""
+        rows = []
+        for row in self.param_table(cfg):
+            rows += self._split(row, names)
+        return rows
 
-    def _apart(self, row: Row, names: Collection[str]) -> list[Row]:
-        for whole, parts in self.splits:
-            pieces = [
-                Row(row.hub.replace(whole, name), (part,)) for name, part in zip(parts, row.parts)
+    def _split(self, row: Row, names: Collection[str]) -> list[Row]:
+        """Returns one row for each target if the folder stores them separately, else the row itself."""
+        for fused, parts in self.splits:
+            rows = [
+                Row(row.tensor.replace(fused, part), (target,))
+                for part, target in zip(parts, row.targets)
             ]
-            if whole in row.hub and any(piece.hub in names for piece in pieces):
-                return pieces
+            if fused in row.tensor and any(part_row.tensor in names for part_row in rows):
+                return rows
         return [row]
 
 
-def get(config: Mapping, key: str, default):
-    """The value of a key; missing and null are the default of the family."""
+def get_or(config: Mapping, key: str, default):
+    """Returns the value of a key, or the default if the key is missing or null."""
     value = config.get(key)
     return default if value is None else value
 
 
-def size(config: Mapping, key: str, default: int | None = None) -> int:
-    """The whole number of a key, from 1 on; missing and null are the default. CheckpointError names the key."""
-    value = get(config, key, default)
-    if type(value) is not int or not 1 <= value <= MOST:
+def positive_int(config: Mapping, key: str, default: int | None = None) -> int:
+    """Returns an integer of at least 1; a missing or null key has the default.
+
+    Raises:
+      CheckpointError: another value, with the key's name.
+    """
+    value = get_or(config, key, default)
+    if type(value) is not int or not 1 <= value <= MAX_SIZE:
         raise CheckpointError(
-            f"config.json: {key} is {value!r}: it must be a whole number from 1 to {MOST}."
+            f"config.json: {key} is {value!r}, but must be an integer from 1 to {MAX_SIZE}."
         )
     return value
 
 
-def number(config: Mapping, key: str, default: float | None = None) -> float:
-    """The number of a key, above 0; missing and null are the default. CheckpointError names the key."""
-    value = get(config, key, default)
+def positive_number(config: Mapping, key: str, default: float | None = None) -> float:
+    """Returns a finite number above 0; a missing or null key has the default.
+
+    Raises:
+      CheckpointError: another value, with the key's name.
+    """
+    value = get_or(config, key, default)
     if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise CheckpointError(f"config.json: {key} is {value!r}: it must be a number above 0.")
+        raise CheckpointError(f"config.json: {key} is {value!r}, but must be a number above 0.")
     return value
 
 
-def unaliased(config: Json, names: Mapping[str, str]) -> Json:
-    """The config with the keys of `names` under the names they stand for (`attribute_map` of transformers).
+def resolve_aliases(config: Json, aliases: Mapping[str, str]) -> Json:
+    """Returns the config with the values of aliases under the keys they stand for.
 
-    As there, an alias overrides the key that it stands for.
+    `aliases` is `attribute_map` of transformers' config class: alias -> key. As there, an alias overrides its key.
     """
-    given = {name: config[alias] for alias, name in names.items() if config.get(alias) is not None}
-    return config | given
+    values = {key: config[alias] for alias, key in aliases.items() if config.get(alias) is not None}
+    return config | values
 
 
-def choose(config: Mapping, key: str, choices: Mapping, default: str):
-    """What a word in config.json stands for. CheckpointError lists the words that are known."""
-    word = get(config, key, default)
+def lookup(config: Mapping, key: str, choices: Mapping, default: str):
+    """Returns the choice that a key of config.json names; a missing or null key has the default.
+
+    Raises:
+      CheckpointError: an unsupported value, with the supported ones.
+    """
+    word = get_or(config, key, default)
     if word not in choices:
         raise CheckpointError(
-            f"config.json: {key} {word!r} is not supported: choose {', '.join(map(str, choices))}."
+            f"config.json: {key} {word!r} is not supported (choose from {', '.join(map(str, choices))})."
         )
     return choices[word]
 
 
-def refuse(config: Mapping, key: str, *allowed) -> None:
-    """CheckpointError where a key has another value than those that are allowed; a missing key is fine."""
+def reject_unless(config: Mapping, key: str, *allowed) -> None:
+    """Checks that a key is missing or has one of the allowed values.
+
+    Raises:
+      CheckpointError: another value.
+    """
     if key in config and config[key] not in allowed:
         raise CheckpointError(
             f"config.json: {key} {config[key]!r} is not supported, only {allowed[0]!r}."
@@ -143,11 +202,6 @@ HUB_ACTIVATIONS = {
 
 
 def text_experiment(decoder) -> Experiment:
-    """A decoder alone."""
+    """Returns the experiment of a decoder without images."""
     base = Experiment()
     return replace(base, fusion=replace(base.fusion, kind="text_only"), decoder=decoder)
-
-
-def changed_fields(a, b) -> list[str]:
-    """The fields in which two configs of one kind differ."""
-    return [field.name for field in fields(a) if getattr(a, field.name) != getattr(b, field.name)]

@@ -8,10 +8,10 @@ from vlm_jax.hub.families import llama
 from vlm_jax.hub.families.family import (
     Family,
     Json,
-    get,
-    number,
-    refuse,
-    size,
+    get_or,
+    positive_int,
+    positive_number,
+    reject_unless,
     text_experiment,
 )
 from vlm_jax.hub.families.table import Row
@@ -52,64 +52,68 @@ NORMS = {  # of a block with a norm before and one after each sublayer
 TOLERANCE = 3e-4  # the final norm's scales are large
 
 
-def read_gemma_decoder(config: Json, tied: bool) -> Decoder:
+def gemma_from_hf(config: Json, tied: bool) -> Decoder:
     """Gemma's settings; "gelu" in its first files means the approximation that the weights were trained with."""
-    activation = get(config, "hidden_act", "gelu")
+    activation = get_or(config, "hidden_act", "gelu")
     activation = "gelu_pytorch_tanh" if activation == "gelu" else activation
-    return _read_shared(GEMMA_DEFAULTS | llama.given(config) | {"hidden_act": activation}, tied)
+    return _read_shared(
+        GEMMA_DEFAULTS | llama.drop_nulls(config) | {"hidden_act": activation}, tied
+    )
 
 
-def read_gemma2_decoder(config: Json, tied: bool) -> Decoder:
+def gemma2_from_hf(config: Json, tied: bool) -> Decoder:
     """Gemma 2's settings: every other block slides, the first one too. Null turns a softcap off."""
     return replace(
-        _read_with_both_norms(GEMMA2_DEFAULTS | llama.given(config), tied, every=2),
+        _read_with_both_norms(GEMMA2_DEFAULTS | llama.drop_nulls(config), tied, every=2),
         score_softcap=config.get("attn_logit_softcapping", 50.0) or 0.0,
         logit_softcap=config.get("final_logit_softcapping", 30.0) or 0.0,
     )
 
 
-def read_gemma3_decoder(config: Json, tied: bool) -> Decoder:
+def gemma3_from_hf(config: Json, tied: bool) -> Decoder:
     """Gemma 3's settings: all blocks but every sixth slide, with a RoPE of their own. No softcap of the scores."""
-    config = GEMMA3_DEFAULTS | llama.given(config)
-    decoder = _read_with_both_norms(config, tied, every=size(config, "sliding_window_pattern"))
-    local = get(config, "rope_parameters", {}).get("sliding_attention") or {}
-    refuse(local, "rope_type", "default")
-    local_theta = float(get(local, "rope_theta", config["rope_local_base_freq"]))
+    config = GEMMA3_DEFAULTS | llama.drop_nulls(config)
+    decoder = _read_with_both_norms(
+        config, tied, every=positive_int(config, "sliding_window_pattern")
+    )
+    local = get_or(config, "rope_parameters", {}).get("sliding_attention") or {}
+    reject_unless(local, "rope_type", "default")
+    local_theta = float(get_or(local, "rope_theta", config["rope_local_base_freq"]))
     return replace(
         decoder,
         qk_norm=True,
-        logit_softcap=get(config, "final_logit_softcapping", 0.0),
+        logit_softcap=get_or(config, "final_logit_softcapping", 0.0),
         rope=replace(decoder.rope, local_theta=local_theta),
     )
 
 
 def _read_shared(config: Json, tied: bool) -> Decoder:
-    refuse(config, "use_bidirectional_attention", False)
-    decoder = llama.read_decoder(config | {"mlp_bias": False}, tied)
+    reject_unless(config, "use_bidirectional_attention", False)
+    decoder = llama.decoder_from_hf(config | {"mlp_bias": False}, tied)
     return replace(decoder, norm="rmsnorm_zero_centered", embed_scale=True)
 
 
 def _read_with_both_norms(config: Json, tied: bool, every: int) -> Decoder:
     """What Gemma 2 and 3 share: a norm before and after each sublayer, and sliding blocks but for every n-th."""
     decoder = _read_shared(config | {"hidden_act": config["hidden_activation"]}, tied)
-    scalar = number(config, "query_pre_attn_scalar")
+    scalar = positive_number(config, "query_pre_attn_scalar")
     query_scale = 0.0 if scalar == decoder.head_width else scalar**-0.5
     local = [i for i in range(decoder.depth) if (i + 1) % every]
     decoder = replace(decoder, norm_position="sandwich", query_scale=query_scale)
-    return llama.slide(
+    return llama.with_sliding_window(
         decoder, config["sliding_window"], llama.sliding_layers(config, decoder.depth, local)
     )
 
 
-def write_gemma_decoder(decoder: Decoder) -> Json:
-    config = llama.write_decoder(decoder)
+def gemma_to_hf(decoder: Decoder) -> Json:
+    config = llama.decoder_to_hf(decoder)
     config.pop("mlp_bias")
     return config | {"hidden_activation": config["hidden_act"]}
 
 
-def write_gemma2_decoder(decoder: Decoder) -> Json:
+def gemma2_to_hf(decoder: Decoder) -> Json:
     scalar = round(decoder.query_scale**-2, 6) if decoder.query_scale else decoder.head_width
-    return write_gemma_decoder(decoder) | {
+    return gemma_to_hf(decoder) | {
         "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
         "attn_logit_softcapping": decoder.score_softcap or None,
         "final_logit_softcapping": decoder.logit_softcap or None,
@@ -118,9 +122,9 @@ def write_gemma2_decoder(decoder: Decoder) -> Json:
     }
 
 
-def write_gemma3_decoder(decoder: Decoder) -> Json:
+def gemma3_to_hf(decoder: Decoder) -> Json:
     """With the pattern beside the layers' types, as far as there is one, for transformers before 4.53."""
-    config = write_gemma2_decoder(decoder) | {"rope_local_base_freq": decoder.rope.local_theta}
+    config = gemma2_to_hf(decoder) | {"rope_local_base_freq": decoder.rope.local_theta}
     local = decoder.sliding_layers
     every = next((i for i in range(decoder.depth) if i not in local), decoder.depth) + 1
     if local == tuple(i for i in range(decoder.depth) if (i + 1) % every):
@@ -141,40 +145,40 @@ def decoder_rows(
     )
 
 
-def block_rows(hub: str, ours: str, decoder: Decoder, turn: int) -> list[Row]:
-    found = [llama.norm_row(f"{hub}.{a}", f"{ours}/{b}", turn) for a, b in NORMS.items()]
+def block_rows(hf: str, param: str, decoder: Decoder, layer: int) -> list[Row]:
+    found = [llama.norm_row(f"{hf}.{a}", f"{param}/{b}", layer) for a, b in NORMS.items()]
     if decoder.qk_norm:
-        found.append(llama.norm_row(f"{hub}.self_attn.q_norm", f"{ours}/self/query_norm", turn))
-        found.append(llama.norm_row(f"{hub}.self_attn.k_norm", f"{ours}/self/key_norm", turn))
-    found += llama.attention_rows(f"{hub}.self_attn", f"{ours}/self", decoder, turn)
-    return found + llama.mlp_rows(f"{hub}.mlp", f"{ours}/mlp", decoder, turn)
+        found.append(llama.norm_row(f"{hf}.self_attn.q_norm", f"{param}/self/query_norm", layer))
+        found.append(llama.norm_row(f"{hf}.self_attn.k_norm", f"{param}/self/key_norm", layer))
+    found += llama.attention_rows(f"{hf}.self_attn", f"{param}/self", decoder, layer)
+    return found + llama.mlp_rows(f"{hf}.mlp", f"{param}/mlp", decoder, layer)
 
 
-def rows(cfg: Experiment) -> list[Row]:
+def param_table(cfg: Experiment) -> list[Row]:
     return decoder_rows(cfg.decoder, cfg.fusion)
 
 
 def family(
     model_type: str,
     architecture: str,
-    read_decoder: Callable[[Json, bool], Decoder],
-    write_decoder: Callable[[Decoder], Json],
+    decoder_from_hf: Callable[[Json, bool], Decoder],
+    decoder_to_hf: Callable[[Decoder], Json],
 ) -> Family:
     """A Gemma, whose head is tied unless config.json says otherwise."""
 
-    def read(config: Json, names: Collection[str]) -> Experiment:
-        return text_experiment(read_decoder(config, llama.is_tied(config, names, True)))
+    def config_from_hf(config: Json, names: Collection[str]) -> Experiment:
+        return text_experiment(decoder_from_hf(config, llama.is_tied(config, names, True)))
 
-    def write(cfg: Experiment) -> Json:
+    def config_to_hf(cfg: Experiment) -> Json:
         return {
             "architectures": [architecture],
             "model_type": model_type,
-            **write_decoder(cfg.decoder),
+            **decoder_to_hf(cfg.decoder),
         }
 
-    return Family(model_type, read, write, rows, llama.RENAMES, TOLERANCE)
+    return Family(model_type, config_from_hf, config_to_hf, param_table, llama.RENAMES, TOLERANCE)
 
 
-GEMMA = family("gemma", "GemmaForCausalLM", read_gemma_decoder, write_gemma_decoder)
-GEMMA2 = family("gemma2", "Gemma2ForCausalLM", read_gemma2_decoder, write_gemma2_decoder)
-GEMMA3 = family("gemma3_text", "Gemma3ForCausalLM", read_gemma3_decoder, write_gemma3_decoder)
+GEMMA = family("gemma", "GemmaForCausalLM", gemma_from_hf, gemma_to_hf)
+GEMMA2 = family("gemma2", "Gemma2ForCausalLM", gemma2_from_hf, gemma2_to_hf)
+GEMMA3 = family("gemma3_text", "Gemma3ForCausalLM", gemma3_from_hf, gemma3_to_hf)

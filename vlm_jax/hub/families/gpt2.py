@@ -1,4 +1,4 @@
-"""GPT-2, whose Conv1D weights are (in, out)."""
+"""GPT-2. Its Conv1D layers store weights as (in, out) (transformers, models/gpt2/modeling_gpt2.py)."""
 
 from collections.abc import Collection
 
@@ -8,49 +8,47 @@ from vlm_jax.hub.families.family import (
     HUB_ACTIVATIONS,
     Family,
     Json,
-    choose,
-    get,
-    refuse,
-    size,
+    get_or,
+    lookup,
+    positive_int,
+    reject_unless,
+    resolve_aliases,
     text_experiment,
-    unaliased,
 )
-from vlm_jax.hub.families.table import (
-    Part,
-    Row,
-    places,
-    row,
-)
+from vlm_jax.hub.families.table import Row, Target, layers_with, row
 
+# `attribute_map` of transformers' GPT2Config.
 ALIASES = {
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
     "max_position_embeddings": "n_positions",
 }
+HEAD = "lm_head.weight"
 
 
-def read_decoder(config: Json, names: Collection[str], head: str = "lm_head.weight") -> Decoder:
-    config = unaliased(config, ALIASES)
-    refuse(config, "scale_attn_weights", True)
-    refuse(config, "scale_attn_by_inverse_layer_idx", False)
-    width = size(config, "n_embd", 768)
+def decoder_from_hf(config: Json, names: Collection[str], head: str = HEAD) -> Decoder:
+    """Reads config.json; a missing key has the default of GPT2Config."""
+    config = resolve_aliases(config, ALIASES)
+    reject_unless(config, "scale_attn_weights", True)
+    reject_unless(config, "scale_attn_by_inverse_layer_idx", False)
+    width = positive_int(config, "n_embd", 768)
     return Decoder(
         width=width,
-        depth=size(config, "n_layer", 12),
-        heads=size(config, "n_head", 12),
-        mlp_width=size(config, "n_inner", 4 * width),
+        depth=positive_int(config, "n_layer", 12),
+        heads=positive_int(config, "n_head", 12),
+        mlp_width=positive_int(config, "n_inner", 4 * width),
         norm="layernorm",
-        norm_eps=get(config, "layer_norm_epsilon", 1e-5),
-        activation=choose(config, "activation_function", ACTIVATIONS, "gelu_new"),
-        vocab_size=size(config, "vocab_size", 50257),
+        norm_eps=get_or(config, "layer_norm_epsilon", 1e-5),
+        activation=lookup(config, "activation_function", ACTIVATIONS, "gelu_new"),
+        vocab_size=positive_int(config, "vocab_size", 50257),
         positions="learned",
-        max_positions=size(config, "n_positions", 1024),
-        tie_word_embeddings=bool(get(config, "tie_word_embeddings", True)) and head not in names,
+        max_positions=positive_int(config, "n_positions", 1024),
+        tie_word_embeddings=bool(get_or(config, "tie_word_embeddings", True)) and head not in names,
     )
 
 
-def write_decoder(decoder: Decoder) -> Json:
+def decoder_to_hf(decoder: Decoder) -> Json:
     activation = HUB_ACTIVATIONS[decoder.activation]
     return {
         "n_embd": decoder.width,
@@ -65,75 +63,83 @@ def write_decoder(decoder: Decoder) -> Json:
     }
 
 
-def norm_rows(hub: str, ours: str, turn: int | None = None) -> list[Row]:
-    """A LayerNorm of torch."""
+def decoder_rows(decoder: Decoder, fusion: Fusion, prefix: str = "", head: str = HEAD) -> list[Row]:
+    """Rows of a decoder of GPT-2 blocks, with cross-attention in each if it is an encoder-decoder's."""
+    rows = [
+        row(f"{prefix}wte.weight", "decoder/embedding/table"),
+        row(f"{prefix}wpe.weight", "decoder/position_embedding/table"),
+        *norm_rows(f"{prefix}ln_f", "decoder/final_norm"),
+    ]
+    if not decoder.tie_word_embeddings:
+        rows.append(row(head, "decoder/free_head/kernel", "V D -> D V"))
+    blocks = fusion.sublayers(decoder.depth)
+    for n, (block, layer) in enumerate(layers_with(blocks, "self")):
+        hf, param = f"{prefix}h.{n}", f"decoder/{block}"
+        rows += norm_rows(f"{hf}.ln_1", f"{param}/self_norm", layer)
+        rows += fused_rows(f"{hf}.attn.c_attn", f"{param}/self", ("query", "key", "value"), layer)
+        rows += output_rows(f"{hf}.attn.c_proj", f"{param}/self/out", layer)
+        rows += norm_rows(f"{hf}.ln_2", f"{param}/mlp_norm", layer)
+        rows += mlp_rows(f"{hf}.mlp", f"{param}/mlp", layer)
+        if "cross" in blocks[n]:
+            rows += norm_rows(f"{hf}.ln_cross_attn", f"{param}/cross_norm", layer)
+            rows += cross_rows(f"{hf}.crossattention", f"{param}/cross", layer)
+    return rows
+
+
+def norm_rows(hf: str, param: str, layer: int | None = None) -> list[Row]:
+    """Rows of a torch LayerNorm."""
     return [
-        row(f"{hub}.weight", f"{ours}/scale", turn=turn),
-        row(f"{hub}.bias", f"{ours}/bias", turn=turn),
+        row(f"{hf}.weight", f"{param}/scale", layer=layer),
+        row(f"{hf}.bias", f"{param}/bias", layer=layer),
     ]
 
 
-def fused_rows(hub: str, ours: str, parts: tuple[str, ...], turn: int) -> list[Row]:
-    """A Conv1D whose outputs are heads of queries, keys or values one after another."""
-    kernels = tuple(Part(f"{ours}/{part}/kernel", "D (N H) -> D N H", turn) for part in parts)
-    biases = tuple(Part(f"{ours}/{part}/bias", "(N H) -> N H", turn) for part in parts)
-    return [Row(f"{hub}.weight", kernels, axis=1), Row(f"{hub}.bias", biases)]
+def fused_rows(hf: str, param: str, names: tuple[str, ...], layer: int) -> list[Row]:
+    """Rows of a Conv1D whose outputs are the heads of several projections, one after another."""
+    kernels = [Target(f"{param}/{name}/kernel", "D (N H) -> D N H", layer) for name in names]
+    biases = [Target(f"{param}/{name}/bias", "(N H) -> N H", layer) for name in names]
+    return [Row(f"{hf}.weight", tuple(kernels), axis=1), Row(f"{hf}.bias", tuple(biases))]
 
 
-def attention_rows(hub: str, ours: str, fused: dict[str, tuple[str, ...]], turn: int) -> list[Row]:
-    rows = [row(f"{hub}.c_proj.weight", f"{ours}/out/kernel", "(N H) D -> N H D", turn)]
-    rows.append(row(f"{hub}.c_proj.bias", f"{ours}/out/bias", turn=turn))
-    return rows + sum(
-        (fused_rows(f"{hub}.{name}", ours, parts, turn) for name, parts in fused.items()), []
-    )
+def output_rows(hf: str, param: str, layer: int) -> list[Row]:
+    """Rows of the output projection of attention."""
+    return [
+        row(f"{hf}.weight", f"{param}/kernel", "(N H) D -> N H D", layer),
+        row(f"{hf}.bias", f"{param}/bias", layer=layer),
+    ]
 
 
-def mlp_rows(hub: str, ours: str, turn: int) -> list[Row]:
+def cross_rows(hf: str, param: str, layer: int) -> list[Row]:
+    """Rows of cross-attention: keys and values are one tensor, queries another."""
+    return [
+        *fused_rows(f"{hf}.q_attn", param, ("query",), layer),
+        *fused_rows(f"{hf}.c_attn", param, ("key", "value"), layer),
+        *output_rows(f"{hf}.c_proj", f"{param}/out", layer),
+    ]
+
+
+def mlp_rows(hf: str, param: str, layer: int) -> list[Row]:
     rows = []
-    for name, part in {"c_fc": "up", "c_proj": "down"}.items():
-        rows.append(row(f"{hub}.{name}.weight", f"{ours}/{part}/kernel", turn=turn))
-        rows.append(row(f"{hub}.{name}.bias", f"{ours}/{part}/bias", turn=turn))
+    for name, dense in {"c_fc": "up", "c_proj": "down"}.items():
+        rows.append(row(f"{hf}.{name}.weight", f"{param}/{dense}/kernel", layer=layer))
+        rows.append(row(f"{hf}.{name}.bias", f"{param}/{dense}/bias", layer=layer))
     return rows
 
 
-def decoder_rows(
-    decoder: Decoder, fusion: Fusion, prefix: str = "", head: str = "lm_head.weight"
-) -> list[Row]:
-    """The table of a decoder of GPT-2's blocks; those of an encoder-decoder have cross-attention in between."""
-    rows = [row(f"{prefix}wte.weight", "decoder/embedding/table")]
-    rows.append(row(f"{prefix}wpe.weight", "decoder/position_embedding/table"))
-    rows += norm_rows(f"{prefix}ln_f", "decoder/final_norm")
-    if not decoder.tie_word_embeddings:
-        rows.append(row(head, "decoder/free_head/kernel", "V D -> D V"))
-    for n, (block, turn) in enumerate(places(fusion.sublayers(decoder.depth), "self")):
-        hub, ours = f"{prefix}h.{n}", f"decoder/{block}"
-        rows += norm_rows(f"{hub}.ln_1", f"{ours}/self_norm", turn)
-        rows += attention_rows(
-            f"{hub}.attn", f"{ours}/self", {"c_attn": ("query", "key", "value")}, turn
-        )
-        rows += norm_rows(f"{hub}.ln_2", f"{ours}/mlp_norm", turn)
-        rows += mlp_rows(f"{hub}.mlp", f"{ours}/mlp", turn)
-        if fusion.is_encoder_decoder:
-            rows += norm_rows(f"{hub}.ln_cross_attn", f"{ours}/cross_norm", turn)
-            fused = {"q_attn": ("query",), "c_attn": ("key", "value")}
-            rows += attention_rows(f"{hub}.crossattention", f"{ours}/cross", fused, turn)
-    return rows
+def config_from_hf(config: Json, names: Collection[str]) -> Experiment:
+    return text_experiment(decoder_from_hf(config, names))
 
 
-def read(config: Json, names: Collection[str]) -> Experiment:
-    return text_experiment(read_decoder(config, names))
-
-
-def write(cfg: Experiment) -> Json:
+def config_to_hf(cfg: Experiment) -> Json:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        **write_decoder(cfg.decoder),
+        **decoder_to_hf(cfg.decoder),
     }
 
 
-def rows(cfg: Experiment) -> list[Row]:
+def param_table(cfg: Experiment) -> list[Row]:
     return decoder_rows(cfg.decoder, cfg.fusion)
 
 
-GPT2 = Family("gpt2", read, write, rows, ((r"^transformer\.", ""),))
+GPT2 = Family("gpt2", config_from_hf, config_to_hf, param_table, renames=((r"^transformer\.", ""),))

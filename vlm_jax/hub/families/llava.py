@@ -16,9 +16,10 @@ from vlm_jax.hub.families.family import (
     ACTIVATIONS,
     HUB_ACTIVATIONS,
     Family,
+    HfProcessor,
     Json,
-    choose,
-    get,
+    get_or,
+    lookup,
     text_experiment,
 )
 from vlm_jax.hub.families.table import Row
@@ -33,22 +34,24 @@ TOWER, PROJECTOR, TEXT = (
 HEAD = "language_model.lm_head.weight"
 
 
-def read(config: Json, names: Collection[str]) -> Experiment:
-    bias = get(config, "multimodal_projector_bias", True)
-    activation = choose(config, "projector_hidden_act", ACTIVATIONS, "gelu")
+def config_from_hf(config: Json, names: Collection[str]) -> Experiment:
+    bias = get_or(config, "multimodal_projector_bias", True)
+    activation = lookup(config, "projector_hidden_act", ACTIVATIONS, "gelu")
     return Experiment(
-        vision=read_tower(config),
+        vision=tower_from_hf(config),
         projector=Projector(kind="mlp", activation=activation, bias=bias),
         fusion=Fusion(kind="unified"),
-        decoder=read_text(config, names, TEXTS, "llama"),
+        decoder=text_from_hf(config, names, TEXTS, "llama"),
     )
 
 
-def read_tower(config: Json) -> Vision:
+def tower_from_hf(config: Json) -> Vision:
     """The encoder without what it pools, which has no tensors of its own."""
-    tower = get(config, "vision_config", {})
-    vision = choose_nested("vision_config", tower, TOWERS, "clip_vision_model").read_vision(tower)
-    layers = get(config, "vision_feature_layer", -2)
+    tower_config = get_or(config, "vision_config", {})
+    vision = choose_nested(
+        "vision_config", tower_config, TOWERS, "clip_vision_model"
+    ).vision_from_hf(tower_config)
+    layers = get_or(config, "vision_feature_layer", -2)
     layers = tuple(layers) if isinstance(layers, list | tuple) else (layers,)
     if not all(type(layer) is int for layer in layers):
         raise CheckpointError(
@@ -58,7 +61,7 @@ def read_tower(config: Json) -> Vision:
         raise CheckpointError(
             f"config.json: vision_feature_layer {layers} goes beyond the encoder's {vision.depth + 1} hidden states."
         )
-    keeps_all = choose(
+    keeps_all = lookup(
         config, "vision_feature_select_strategy", {"default": False, "full": True}, "default"
     )
     if not vision.class_token and not keeps_all:
@@ -74,30 +77,32 @@ def read_tower(config: Json) -> Vision:
     )
 
 
-def read_text(
+def text_from_hf(
     config: Json, names: Collection[str], families: Mapping[str, Family], default: str
 ) -> Decoder:
     """The decoder of `text_config`, whose family knows its tensors without the prefix."""
-    text = get(config, "text_config", {})
+    text = get_or(config, "text_config", {})
     family = choose_nested("text_config", text, families, default)
     if config.get("tie_word_embeddings"):  # transformers 4 reads the key of text_config, 5 this one
         text = text | {"tie_word_embeddings": True}
-    return family.read(text, {name.removeprefix("language_model.") for name in names}).decoder
+    return family.config_from_hf(
+        text, {name.removeprefix("language_model.") for name in names}
+    ).decoder
 
 
 def choose_nested(key: str, config: Json, choices: Mapping, default: str):
     """What the `model_type` of a nested config stands for."""
     name = f"{key}.model_type"
-    return choose({name: config.get("model_type")}, name, choices, default)
+    return lookup({name: config.get("model_type")}, name, choices, default)
 
 
-def write(cfg: Experiment) -> Json:
+def config_to_hf(cfg: Experiment) -> Json:
     vision, layers = cfg.vision, cfg.vision.feature_layers
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
-        "vision_config": tower_of(vision).write_vision(vision),
-        "text_config": text_family(cfg.decoder).write(text_experiment(cfg.decoder)),
+        "vision_config": vision_family(vision).vision_to_hf(vision),
+        "text_config": text_family(cfg.decoder).config_to_hf(text_experiment(cfg.decoder)),
         "vision_feature_layer": list(layers) if len(layers) > 1 else (*layers, -1)[0],
         "vision_feature_select_strategy": "default"
         if vision.class_token and not vision.keep_class_token
@@ -109,7 +114,7 @@ def write(cfg: Experiment) -> Json:
     }
 
 
-def tower_of(vision: Vision):
+def vision_family(vision: Vision):
     """The module of the encoder's family."""
     return clip if vision.class_token else siglip
 
@@ -121,10 +126,10 @@ def text_family(decoder: Decoder) -> Family:
     return llama.MISTRAL if decoder.sliding_layers else llama.LLAMA
 
 
-def rows(cfg: Experiment) -> list[Row]:
+def param_table(cfg: Experiment) -> list[Row]:
     bias = cfg.projector.bias
     return [
-        *tower_of(cfg.vision).vision_rows(cfg.vision, TOWER, "vision/"),
+        *vision_family(cfg.vision).vision_rows(cfg.vision, TOWER, "vision/"),
         *llama.dense_rows(f"{PROJECTOR}linear_1", "projector/linear_1", "D E -> E D", bias),
         *llama.dense_rows(f"{PROJECTOR}linear_2", "projector/linear_2", "F D -> D F", bias),
         *llama.decoder_rows(cfg.decoder, cfg.fusion, TEXT, HEAD),
@@ -137,4 +142,12 @@ RENAMES = (  # as transformers 5 has them in memory, and in part in its files
     (r"^model\.", ""),
     (r"^vision_tower\.(?!vision_model\.)", TOWER),
 )
-LLAVA = Family("llava", read, write, rows, RENAMES, image_token=32000)
+LLAVA = Family(
+    "llava",
+    config_from_hf,
+    config_to_hf,
+    param_table,
+    RENAMES,
+    image_token=32000,
+    processor=HfProcessor("LlavaProcessor", counts_patches=True),
+)

@@ -17,19 +17,20 @@ from vlm_jax.config import (
 from vlm_jax.hub.families import llama
 from vlm_jax.hub.families.family import (
     Family,
+    HfProcessor,
     Json,
-    choose,
-    get,
-    refuse,
+    get_or,
+    lookup,
+    reject_unless,
 )
 from vlm_jax.hub.families.llama import attention_rows, dense_rows, norm_row
 from vlm_jax.hub.families.mllama_vision import (
     TAPS,
-    read_vision,
+    vision_from_hf,
     vision_rows,
-    write_vision,
+    vision_to_hf,
 )
-from vlm_jax.hub.families.table import Row, places, row
+from vlm_jax.hub.families.table import Row, layers_with, row
 from vlm_jax.nn.blocks import Sublayers
 
 TEXT, HEAD = "language_model.model.", "language_model.lm_head.weight"
@@ -51,26 +52,26 @@ NOT_READ = {
 }
 
 
-def read(config: Json, names: Collection[str], taps: str) -> Experiment:
-    text, vision = get(config, "text_config", {}), get(config, "vision_config", {})
-    refuse(text, "tie_word_embeddings", False, None)
-    decoder = llama.read_decoder(TEXT_DEFAULTS | llama.given(text) | NOT_READ, tied=False)
-    fusion = read_fusion(text, decoder.depth)
+def config_from_hf(config: Json, names: Collection[str], taps: str) -> Experiment:
+    text, vision = get_or(config, "text_config", {}), get_or(config, "vision_config", {})
+    reject_unless(text, "tie_word_embeddings", False, None)
+    decoder = llama.decoder_from_hf(TEXT_DEFAULTS | llama.drop_nulls(text) | NOT_READ, tied=False)
+    fusion = fusion_from_hf(text, decoder.depth)
     decoder = replace(
         decoder, depth=decoder.depth - len(fusion.cross_layers), extra_tokens=EXTRA_TOKENS
     )
     return Experiment(
-        vision=read_vision(vision, taps),
+        vision=vision_from_hf(vision, taps),
         projector=Projector("linear"),
         fusion=fusion,
         decoder=decoder,
     )
 
 
-def read_fusion(text: Json, layers: int) -> Fusion:
+def fusion_from_hf(text: Json, layers: int) -> Fusion:
     """transformers counts all layers; we count those of self-attention, and name the one after a cross layer."""
     numbers = sorted(
-        {n for n in get(text, "cross_attention_layers", range(3, 40, 5)) if n < layers}
+        {n for n in get_or(text, "cross_attention_layers", range(3, 40, 5)) if n < layers}
     )
     if not numbers:
         raise CheckpointError(
@@ -87,10 +88,10 @@ def read_fusion(text: Json, layers: int) -> Fusion:
     )
 
 
-def write(cfg: Experiment, taps: str) -> Json:
+def config_to_hf(cfg: Experiment, taps: str) -> Json:
     numbers = layer_numbers(cfg.fusion.sublayers(cfg.decoder.depth))
     text = {
-        key: value for key, value in llama.write_decoder(cfg.decoder).items() if key not in NOT_READ
+        key: value for key, value in llama.decoder_to_hf(cfg.decoder).items() if key not in NOT_READ
     }
     text |= {
         "model_type": "mllama_text_model",
@@ -105,7 +106,7 @@ def write(cfg: Experiment, taps: str) -> Json:
         "architectures": ["MllamaForConditionalGeneration"],
         "model_type": "mllama",
         "text_config": text,
-        "vision_config": write_vision(cfg.vision, taps),
+        "vision_config": vision_to_hf(cfg.vision, taps),
     }
 
 
@@ -117,27 +118,27 @@ def layer_numbers(blocks: tuple[Sublayers, ...]) -> dict[str, list[int]]:
     }
 
 
-def rows(cfg: Experiment) -> list[Row]:
+def param_table(cfg: Experiment) -> list[Row]:
     found = llama.outer_rows(cfg.decoder, TEXT, HEAD)
     blocks = cfg.fusion.sublayers(cfg.decoder.depth)
     for kind, of_layer in {"self": llama.block_rows, "cross": cross_rows}.items():
-        for n, (block, turn) in zip(layer_numbers(blocks)[kind], places(blocks, kind)):
-            found += of_layer(f"{TEXT}layers.{n}", f"decoder/{block}", cfg.decoder, turn)
+        for n, (block, layer) in zip(layer_numbers(blocks)[kind], layers_with(blocks, kind)):
+            found += of_layer(f"{TEXT}layers.{n}", f"decoder/{block}", cfg.decoder, layer)
     found += dense_rows("multi_modal_projector", "projector/linear", "D E -> E D", True)
     return found + vision_rows(cfg.vision)
 
 
-def cross_rows(hub: str, ours: str, decoder: Decoder, turn: int) -> list[Row]:
+def cross_rows(hf: str, param: str, decoder: Decoder, layer: int) -> list[Row]:
     """A gated layer that reads the image."""
     return [
-        *attention_rows(f"{hub}.cross_attn", f"{ours}/cross", decoder, turn),
-        norm_row(f"{hub}.cross_attn.q_norm", f"{ours}/cross/query_norm", turn),
-        norm_row(f"{hub}.cross_attn.k_norm", f"{ours}/cross/key_norm", turn),
-        *llama.mlp_rows(f"{hub}.mlp", f"{ours}/cross_mlp", decoder, turn),
-        norm_row(f"{hub}.input_layernorm", f"{ours}/cross_norm", turn),
-        norm_row(f"{hub}.post_attention_layernorm", f"{ours}/cross_mlp_norm", turn),
-        row(f"{hub}.cross_attn_attn_gate", f"{ours}/cross_gate", turn=turn),
-        row(f"{hub}.cross_attn_mlp_gate", f"{ours}/cross_mlp_gate", turn=turn),
+        *attention_rows(f"{hf}.cross_attn", f"{param}/cross", decoder, layer),
+        norm_row(f"{hf}.cross_attn.q_norm", f"{param}/cross/query_norm", layer),
+        norm_row(f"{hf}.cross_attn.k_norm", f"{param}/cross/key_norm", layer),
+        *llama.mlp_rows(f"{hf}.mlp", f"{param}/cross_mlp", decoder, layer),
+        norm_row(f"{hf}.input_layernorm", f"{param}/cross_norm", layer),
+        norm_row(f"{hf}.post_attention_layernorm", f"{param}/cross_mlp_norm", layer),
+        row(f"{hf}.cross_attn_attn_gate", f"{param}/cross_gate", layer=layer),
+        row(f"{hf}.cross_attn_mlp_gate", f"{param}/cross_mlp_gate", layer=layer),
     ]
 
 
@@ -146,13 +147,17 @@ RENAMES = (  # the modules of transformers 5 in memory
     (r"^lm_head\.weight$", HEAD),
     (r"^model\.(vision_model|multi_modal_projector)\.", r"\1."),
 )
+PROCESSOR = HfProcessor(
+    "MllamaProcessor", adds_bos=True, needs_bos=True, needs_placeholder=True, resize="pad"
+)
 BY_TAPS = {
     taps: Family(
         "mllama",
-        functools.partial(read, taps=taps),
-        functools.partial(write, taps=taps),
-        rows,
+        functools.partial(config_from_hf, taps=taps),
+        functools.partial(config_to_hf, taps=taps),
+        param_table,
         RENAMES,
+        processor=PROCESSOR,
     )
     for taps in ("input", "output")
 }
@@ -165,6 +170,6 @@ def family_of_taps(config: Json, taps: str | None) -> Family:
     Raises:
       CheckpointError: other taps than "input" and "output".
     """
-    return choose(
-        {TAPS: taps or get(config, "vision_config", {}).get(TAPS)}, TAPS, BY_TAPS, "input"
+    return lookup(
+        {TAPS: taps or get_or(config, "vision_config", {}).get(TAPS)}, TAPS, BY_TAPS, "input"
     )

@@ -12,11 +12,11 @@ from vlm_jax.hub.families.family import (
     ACTIVATIONS,
     HUB_ACTIVATIONS,
     Json,
-    choose,
-    get,
-    refuse,
-    size,
-    unaliased,
+    get_or,
+    lookup,
+    positive_int,
+    reject_unless,
+    resolve_aliases,
 )
 from vlm_jax.hub.families.gpt2 import norm_rows
 from vlm_jax.hub.families.llama import attention_rows, dense_rows
@@ -29,19 +29,22 @@ ALIASES = {"num_attention_heads": "attention_heads"}
 NORM_EPS = 1e-5  # of the norms before and after the blocks whatever config.json says, so of those in the blocks, too
 
 
-def read_vision(config: Json, taps: str) -> Vision:
-    config = unaliased(config, ALIASES)
-    refuse(config, "norm_eps", NORM_EPS)
-    refuse(config, "num_channels", CHANNELS)
-    tiles, depth = size(config, "max_num_tiles", 4), size(config, "num_hidden_layers", 32)
+def vision_from_hf(config: Json, taps: str) -> Vision:
+    config = resolve_aliases(config, ALIASES)
+    reject_unless(config, "norm_eps", NORM_EPS)
+    reject_unless(config, "num_channels", CHANNELS)
+    tiles, depth = (
+        positive_int(config, "max_num_tiles", 4),
+        positive_int(config, "num_hidden_layers", 32),
+    )
     check_numbers({"vision.tiles": tiles})  # before their layouts are listed
     vision = Vision(
-        width=size(config, "hidden_size", 1280),
+        width=positive_int(config, "hidden_size", 1280),
         depth=depth,
-        heads=size(config, "attention_heads", 16),
-        mlp_width=size(config, "intermediate_size", 5120),
+        heads=positive_int(config, "attention_heads", 16),
+        mlp_width=positive_int(config, "intermediate_size", 5120),
         norm_eps=NORM_EPS,
-        activation=choose(config, "hidden_act", ACTIVATIONS, "gelu"),
+        activation=lookup(config, "hidden_act", ACTIVATIONS, "gelu"),
         qkv_bias=False,
         out_bias=False,
         image_size_px=side(config, "image_size", 448),
@@ -50,18 +53,18 @@ def read_vision(config: Json, taps: str) -> Vision:
         class_token=True,
         keep_class_token=True,
         pre_norm=True,
-        feature_layers=read_taps(
-            get(config, "intermediate_layers_indices", [3, 7, 15, 23, 30]), depth, taps
+        feature_layers=feature_layers_from_hf(
+            get_or(config, "intermediate_layers_indices", [3, 7, 15, 23, 30]), depth, taps
         ),
         tiles=tiles,
-        tile_layouts=tuple(map(tuple, get(config, "supported_aspect_ratios", layouts(tiles)))),
-        num_global_layers=size(config, "num_global_layers", 8),
+        tile_layouts=tuple(map(tuple, get_or(config, "supported_aspect_ratios", layouts(tiles)))),
+        num_global_layers=positive_int(config, "num_global_layers", 8),
     )
-    refuse({"vision_output_dim": 7680} | config, "vision_output_dim", vision.output_width)
+    reject_unless({"vision_output_dim": 7680} | config, "vision_output_dim", vision.output_width)
     return vision
 
 
-def read_taps(layers: list[int], depth: int, taps: str) -> tuple[int, ...]:
+def feature_layers_from_hf(layers: list[int], depth: int, taps: str) -> tuple[int, ...]:
     """Layers of config.json -> hidden states: 0 enters the first layer, n leaves the n-th."""
     states = tuple(n + (taps == "output") for n in layers)
     if not all(0 <= n <= depth for n in states):
@@ -71,7 +74,7 @@ def read_taps(layers: list[int], depth: int, taps: str) -> tuple[int, ...]:
     return states
 
 
-def write_vision(vision: Vision, taps: str) -> Json:
+def vision_to_hf(vision: Vision, taps: str) -> Json:
     return {
         "model_type": "mllama_vision_model",
         "hidden_size": vision.width,
@@ -87,12 +90,12 @@ def write_vision(vision: Vision, taps: str) -> Json:
         "vision_output_dim": vision.output_width,
         "max_num_tiles": vision.tiles,
         "supported_aspect_ratios": list(map(list, vision.tile_layouts)),
-        "intermediate_layers_indices": write_taps(vision, taps),
+        "intermediate_layers_indices": feature_layers_to_hf(vision, taps),
         **({TAPS: taps} if taps != "input" else {}),
     }
 
 
-def write_taps(vision: Vision, taps: str) -> list[int]:
+def feature_layers_to_hf(vision: Vision, taps: str) -> list[int]:
     layers = [n % (vision.depth + 1) - (taps == "output") for n in vision.feature_layers]
     if -1 in layers:
         raise CheckpointError(
@@ -114,34 +117,34 @@ def vision_rows(vision: Vision) -> list[Row]:
             row(f"{TOWER}.{name}_positional_embedding.embedding.weight", f"{OURS}/{name}/table")
         )
         found.append(row(f"{TOWER}.{name}_positional_embedding.gate", f"{OURS}/{name}_gate"))
-    for turn in range(vision.depth):
+    for layer in range(vision.depth):
         found += block_rows(
-            f"{TOWER}.transformer.layers.{turn}", f"{OURS}/blocks/layers/block_0", vision, turn
+            f"{TOWER}.transformer.layers.{layer}", f"{OURS}/blocks/layers/block_0", vision, layer
         )
-    for turn in range(vision.num_global_layers):
-        hub, ours = (
-            f"{TOWER}.global_transformer.layers.{turn}",
+    for layer in range(vision.num_global_layers):
+        hf, param = (
+            f"{TOWER}.global_transformer.layers.{layer}",
             f"{OURS}/global_blocks/layers/block_0",
         )
-        found += block_rows(hub, ours, vision, turn)
-        found.append(row(f"{hub}.gate_attn", f"{ours}/self_gate", turn=turn))
-        found.append(row(f"{hub}.gate_ffn", f"{ours}/mlp_gate", turn=turn))
+        found += block_rows(hf, param, vision, layer)
+        found.append(row(f"{hf}.gate_attn", f"{param}/self_gate", layer=layer))
+        found.append(row(f"{hf}.gate_ffn", f"{param}/mlp_gate", layer=layer))
     return found
 
 
-def position_rows(hub: str) -> list[Row]:
+def position_rows(hf: str) -> list[Row]:
     return [
-        row(f"{hub}.embedding", f"{OURS}/positions"),
-        row(f"{hub}.tile_embedding.weight", f"{OURS}/tile_positions/table"),
-        row(f"{hub}.gate", f"{OURS}/positions_gate"),
+        row(f"{hf}.embedding", f"{OURS}/positions"),
+        row(f"{hf}.tile_embedding.weight", f"{OURS}/tile_positions/table"),
+        row(f"{hf}.gate", f"{OURS}/positions_gate"),
     ]
 
 
-def block_rows(hub: str, ours: str, vision: Vision, turn: int) -> list[Row]:
+def block_rows(hf: str, param: str, vision: Vision, layer: int) -> list[Row]:
     return [
-        *attention_rows(f"{hub}.self_attn", f"{ours}/self", vision, turn),
-        *dense_rows(f"{hub}.mlp.fc1", f"{ours}/mlp/up", "F D -> D F", True, turn),
-        *dense_rows(f"{hub}.mlp.fc2", f"{ours}/mlp/down", "D F -> F D", True, turn),
-        *norm_rows(f"{hub}.input_layernorm", f"{ours}/self_norm", turn),
-        *norm_rows(f"{hub}.post_attention_layernorm", f"{ours}/mlp_norm", turn),
+        *attention_rows(f"{hf}.self_attn", f"{param}/self", vision, layer),
+        *dense_rows(f"{hf}.mlp.fc1", f"{param}/mlp/up", "F D -> D F", True, layer),
+        *dense_rows(f"{hf}.mlp.fc2", f"{param}/mlp/down", "D F -> F D", True, layer),
+        *norm_rows(f"{hf}.input_layernorm", f"{param}/self_norm", layer),
+        *norm_rows(f"{hf}.post_attention_layernorm", f"{param}/mlp_norm", layer),
     ]

@@ -16,14 +16,14 @@ from vlm_jax.config import (
 from vlm_jax.hub.families.family import (
     Family,
     Json,
-    choose,
-    get,
-    number,
-    refuse,
-    size,
+    get_or,
+    lookup,
+    positive_int,
+    positive_number,
+    reject_unless,
 )
 from vlm_jax.hub.families.gpt2 import norm_rows
-from vlm_jax.hub.families.table import Part, Row, row
+from vlm_jax.hub.families.table import Row, Target, row
 from vlm_jax.hub.families.vit import (
     block_rows,
     fused_rows,
@@ -56,33 +56,33 @@ PLAIN_TEXT = PLAIN | {
 }
 
 
-def read(config: Json, names: Collection[str]) -> Contrastive:
-    model = get(config, "model_cfg", {})
-    vision, text = (get(model, f"{tower}_cfg", {}) for tower in ("vision", "text"))
-    for tower, plain in ((vision, PLAIN_VISION), (text, PLAIN_TEXT)):
+def config_from_hf(config: Json, names: Collection[str]) -> Contrastive:
+    model = get_or(config, "model_cfg", {})
+    vision, text = (get_or(model, f"{tower_config}_cfg", {}) for tower_config in ("vision", "text"))
+    for tower_config, plain in ((vision, PLAIN_VISION), (text, PLAIN_TEXT)):
         for key, allowed in plain.items():
-            refuse(tower, key, *allowed)
-    activation = "quick_gelu" if get(model, "quick_gelu", False) else "gelu"
+            reject_unless(tower_config, key, *allowed)
+    activation = "quick_gelu" if get_or(model, "quick_gelu", False) else "gelu"
     return Contrastive(
-        vision=replace(read_vision(vision), activation=activation),
-        text=replace(read_text(text), activation=activation),
-        embed_width=size(model, "embed_dim", 512),
-        causal=not get(text, "no_causal_mask", False),
-        text_pool=choose(text, "pool_type", POOLED, "argmax"),
+        vision=replace(vision_from_hf(vision), activation=activation),
+        text=replace(text_from_hf(text), activation=activation),
+        embed_width=positive_int(model, "embed_dim", 512),
+        causal=not get_or(text, "no_causal_mask", False),
+        text_pool=lookup(text, "pool_type", POOLED, "argmax"),
     )
 
 
-def read_vision(config: Json) -> Vision:
-    width, layers = size(config, "width", 768), get(config, "layers", 12)
+def vision_from_hf(config: Json) -> Vision:
+    width, layers = positive_int(config, "width", 768), get_or(config, "layers", 12)
     if isinstance(layers, list):
         raise CheckpointError(
             f"open_clip_config.json: layers {layers} are those of a ResNet, which is not supported."
         )
     return Vision(
         width=width,
-        depth=size(config, "layers", 12),
-        heads=width // size(config, "head_width", 64),
-        mlp_width=int(width * number(config, "mlp_ratio", 4)),
+        depth=positive_int(config, "layers", 12),
+        heads=width // positive_int(config, "head_width", 64),
+        mlp_width=int(width * positive_number(config, "mlp_ratio", 4)),
         norm_eps=EPS,
         image_size_px=side(config, "image_size", 224),
         patch_size_px=side(config, "patch_size", 16),
@@ -94,23 +94,23 @@ def read_vision(config: Json) -> Vision:
     )
 
 
-def read_text(config: Json) -> Decoder:
-    width = size(config, "width", 512)
+def text_from_hf(config: Json) -> Decoder:
+    width = positive_int(config, "width", 512)
     return Decoder(
         width=width,
-        depth=size(config, "layers", 12),
-        heads=size(config, "heads", 8),
-        mlp_width=int(width * number(config, "mlp_ratio", 4)),
+        depth=positive_int(config, "layers", 12),
+        heads=positive_int(config, "heads", 8),
+        mlp_width=int(width * positive_number(config, "mlp_ratio", 4)),
         norm_eps=EPS,
-        vocab_size=size(config, "vocab_size", 49408),
+        vocab_size=positive_int(config, "vocab_size", 49408),
         positions="learned",
-        max_positions=size(config, "context_length", 77),
+        max_positions=positive_int(config, "context_length", 77),
     )
 
 
-def write(cfg: Contrastive) -> Json:
-    pool_types = {ours: theirs for theirs, ours in POOLED.items()}
-    vision, text = write_tower(cfg.vision), write_tower(cfg.text)
+def config_to_hf(cfg: Contrastive) -> Json:
+    pool_types = {param: theirs for theirs, param in POOLED.items()}
+    vision, text = tower_to_hf(cfg.vision), tower_to_hf(cfg.text)
     vision |= {
         "head_width": cfg.vision.head_width,
         "image_size": cfg.vision.image_size_px,
@@ -134,7 +134,7 @@ def write(cfg: Contrastive) -> Json:
     }
 
 
-def write_tower(cfg: Transformer) -> Json:
+def tower_to_hf(cfg: Transformer) -> Json:
     return {
         "width": cfg.width,
         "layers": cfg.depth,
@@ -142,8 +142,11 @@ def write_tower(cfg: Transformer) -> Json:
     }
 
 
-def rows(cfg: Contrastive) -> list[Row]:
-    positions = (Part("vision/class_position", "1 D -> D"), Part("vision/patch_embed/positions"))
+def param_table(cfg: Contrastive) -> list[Row]:
+    positions = (
+        Target("vision/class_position", "1 D -> D"),
+        Target("vision/patch_embed/positions"),
+    )
     return [
         row("visual.class_embedding", "vision/class_token"),
         Row("visual.positional_embedding", positions),
@@ -161,20 +164,20 @@ def rows(cfg: Contrastive) -> list[Row]:
     ]
 
 
-def tower_rows(hub: str, ours: str, cfg: Transformer) -> list[Row]:
-    blocks = f"{hub}transformer.resblocks"
-    found = block_rows(blocks, ours, cfg, BLOCK)
-    for turn in range(cfg.depth):
-        found += fused_rows(f"{blocks}.{turn}.attn", f"{ours}blocks/layers/block_0/self", turn)
+def tower_rows(hf: str, param: str, cfg: Transformer) -> list[Row]:
+    blocks = f"{hf}transformer.resblocks"
+    found = block_rows(blocks, param, cfg, BLOCK)
+    for layer in range(cfg.depth):
+        found += fused_rows(f"{blocks}.{layer}.attn", f"{param}blocks/layers/block_0/self", layer)
     return found
 
 
 RENAMES = ((r"^text\.", ""),)  # of a text tower that is a module of its own
 OPEN_CLIP = Family(
     "open_clip",
-    read,
-    write,
-    rows,
+    config_from_hf,
+    config_to_hf,
+    param_table,
     RENAMES,
     config_file="open_clip_config.json",
     weights_file="open_clip_model.safetensors",

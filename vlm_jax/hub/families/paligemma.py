@@ -9,8 +9,9 @@ from vlm_jax.config import Experiment, Fusion, Projector
 from vlm_jax.hub.families import gemma, llama, siglip
 from vlm_jax.hub.families.family import (
     Family,
+    HfProcessor,
     Json,
-    get,
+    get_or,
     text_experiment,
 )
 from vlm_jax.hub.families.llava import (
@@ -20,7 +21,7 @@ from vlm_jax.hub.families.llava import (
     TEXT,
     TOWER,
     choose_nested,
-    read_text,
+    text_from_hf,
 )
 from vlm_jax.hub.families.table import Row
 
@@ -28,33 +29,33 @@ TOWERS = {"siglip_vision_model": siglip}
 TEXTS = {family.model_type: family for family in (gemma.GEMMA, gemma.GEMMA2)}
 
 
-def read(config: Json, names: Collection[str]) -> Experiment:
-    tower = get(config, "vision_config", {})
-    choose_nested("vision_config", tower, TOWERS, "siglip_vision_model")
+def config_from_hf(config: Json, names: Collection[str]) -> Experiment:
+    tower_config = get_or(config, "vision_config", {})
+    choose_nested("vision_config", tower_config, TOWERS, "siglip_vision_model")
     causal = {"use_bidirectional_attention": False}  # but for the prefix, of which the batch knows
-    text = get(config, "text_config", {}) | causal
+    text = get_or(config, "text_config", {}) | causal
     return Experiment(
-        vision=siglip.read_vision(tower),
+        vision=siglip.vision_from_hf(tower_config),
         projector=Projector(kind="linear"),
         fusion=Fusion(kind="unified", prefix="bidirectional"),
-        decoder=read_text(config | {"text_config": text}, names, TEXTS, "gemma"),
+        decoder=text_from_hf(config | {"text_config": text}, names, TEXTS, "gemma"),
     )
 
 
-def write(cfg: Experiment) -> Json:
+def config_to_hf(cfg: Experiment) -> Json:
     family = gemma.GEMMA2 if cfg.decoder.norm_position == "sandwich" else gemma.GEMMA
     return {
         "architectures": ["PaliGemmaForConditionalGeneration"],
         "model_type": "paligemma",
-        "vision_config": siglip.write_vision(cfg.vision),
-        "text_config": family.write(text_experiment(cfg.decoder)),
+        "vision_config": siglip.vision_to_hf(cfg.vision),
+        "text_config": family.config_to_hf(text_experiment(cfg.decoder)),
         "hidden_size": cfg.decoder.width,
         "projection_dim": cfg.decoder.width,
         "tie_word_embeddings": cfg.decoder.tie_word_embeddings,
     }
 
 
-def rows(cfg: Experiment) -> list[Row]:
+def param_table(cfg: Experiment) -> list[Row]:
     return [
         *siglip.vision_rows(cfg.vision, TOWER, "vision/"),
         *llama.dense_rows(f"{PROJECTOR}linear", "projector/linear", "D E -> E D", True),
@@ -62,4 +63,13 @@ def rows(cfg: Experiment) -> list[Row]:
     ]
 
 
-PALIGEMMA = Family("paligemma", read, write, rows, RENAMES, gemma.TOLERANCE, image_token=256000)
+PALIGEMMA = Family(
+    "paligemma",
+    config_from_hf,
+    config_to_hf,
+    param_table,
+    RENAMES,
+    gemma.TOLERANCE,
+    image_token=256000,
+    processor=HfProcessor("PaliGemmaProcessor", has_prompt_format=True, counts_image_tokens=True),
+)

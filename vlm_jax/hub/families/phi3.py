@@ -7,10 +7,10 @@ from vlm_jax.hub.families import llama
 from vlm_jax.hub.families.family import (
     Family,
     Json,
-    get,
+    get_or,
     text_experiment,
 )
-from vlm_jax.hub.families.table import Part, Row
+from vlm_jax.hub.families.table import Row, Target
 
 DEFAULTS = {
     "vocab_size": 32064,
@@ -23,10 +23,12 @@ DEFAULTS = {
 OLD_NAMES = ("su", "yarn")  # of longrope, in the first files
 
 
-def read_decoder(config: Json, tied: bool) -> Decoder:
+def decoder_from_hf(config: Json, tied: bool) -> Decoder:
     """The settings of a Phi-3 with the defaults of Phi3Config; nothing has a bias, whatever config.json says."""
-    config = DEFAULTS | _renamed(llama.given(config)) | {"attention_bias": False, "mlp_bias": False}
-    decoder = llama.read_decoder(config, tied)
+    config = (
+        DEFAULTS | _renamed(llama.drop_nulls(config)) | {"attention_bias": False, "mlp_bias": False}
+    )
+    decoder = llama.decoder_from_hf(config, tied)
     counts = {
         "short_factor": len(decoder.rope.short_factors),
         "long_factor": len(decoder.rope.long_factors),
@@ -37,18 +39,18 @@ def read_decoder(config: Json, tied: bool) -> Decoder:
                 f"config.json: {name} has {count} numbers; a head whose first {decoder.rotary_dim} numbers RoPE turns "
                 f"needs {decoder.rotary_dim // 2}."
             )
-    window = get(config, "sliding_window", 0)
-    return llama.slide(decoder, window, range(decoder.depth) if window else ())
+    window = get_or(config, "sliding_window", 0)
+    return llama.with_sliding_window(decoder, window, range(decoder.depth) if window else ())
 
 
 def _renamed(config: Json) -> Json:
     scaling = config.get("rope_scaling") or {}
-    is_old = get(scaling, "rope_type", scaling.get("type")) in OLD_NAMES
+    is_old = get_or(scaling, "rope_type", scaling.get("type")) in OLD_NAMES
     return config | {"rope_scaling": scaling | {"rope_type": "longrope"}} if is_old else config
 
 
-def write_decoder(decoder: Decoder) -> Json:
-    config = llama.write_decoder(decoder)
+def decoder_to_hf(decoder: Decoder) -> Json:
+    config = llama.decoder_to_hf(decoder)
     for key in ("attention_bias", "mlp_bias"):
         config.pop(key)
     return config | {
@@ -57,35 +59,35 @@ def write_decoder(decoder: Decoder) -> Json:
     }
 
 
-def block_rows(hub: str, ours: str, decoder: Decoder, turn: int) -> list[Row]:
+def block_rows(hf: str, param: str, decoder: Decoder, layer: int) -> list[Row]:
     qkv = {"query": "(N H) D -> D N H", "key": "(K H) D -> D K H", "value": "(K H) D -> D K H"}
-    parts = [Part(f"{ours}/self/{name}/kernel", pattern, turn) for name, pattern in qkv.items()]
-    gate_up = [Part(f"{ours}/mlp/{name}/kernel", "F D -> D F", turn) for name in ("gate", "up")]
+    parts = [Target(f"{param}/self/{name}/kernel", pattern, layer) for name, pattern in qkv.items()]
+    gate_up = [Target(f"{param}/mlp/{name}/kernel", "F D -> D F", layer) for name in ("gate", "up")]
     return [
-        Row(f"{hub}.self_attn.qkv_proj.weight", tuple(parts)),
+        Row(f"{hf}.self_attn.qkv_proj.weight", tuple(parts)),
         *llama.dense_rows(
-            f"{hub}.self_attn.o_proj", f"{ours}/self/out", "D (N H) -> N H D", False, turn
+            f"{hf}.self_attn.o_proj", f"{param}/self/out", "D (N H) -> N H D", False, layer
         ),
-        Row(f"{hub}.mlp.gate_up_proj.weight", tuple(gate_up)),
-        *llama.dense_rows(f"{hub}.mlp.down_proj", f"{ours}/mlp/down", "D F -> F D", False, turn),
-        *llama.block_norm_rows(hub, ours, turn),
+        Row(f"{hf}.mlp.gate_up_proj.weight", tuple(gate_up)),
+        *llama.dense_rows(f"{hf}.mlp.down_proj", f"{param}/mlp/down", "D F -> F D", False, layer),
+        *llama.block_norm_rows(hf, param, layer),
     ]
 
 
-def read(config: Json, names: Collection[str]) -> Experiment:
-    return text_experiment(read_decoder(config, llama.is_tied(config, names, False)))
+def config_from_hf(config: Json, names: Collection[str]) -> Experiment:
+    return text_experiment(decoder_from_hf(config, llama.is_tied(config, names, False)))
 
 
-def write(cfg: Experiment) -> Json:
+def config_to_hf(cfg: Experiment) -> Json:
     return {
         "architectures": ["Phi3ForCausalLM"],
         "model_type": "phi3",
-        **write_decoder(cfg.decoder),
+        **decoder_to_hf(cfg.decoder),
     }
 
 
-def rows(cfg: Experiment) -> list[Row]:
+def param_table(cfg: Experiment) -> list[Row]:
     return llama.decoder_rows(cfg.decoder, cfg.fusion, block_rows=block_rows)
 
 
-PHI3 = Family("phi3", read, write, rows, llama.RENAMES)
+PHI3 = Family("phi3", config_from_hf, config_to_hf, param_table, llama.RENAMES)

@@ -22,7 +22,7 @@ from vlm_jax.hub.families import (
     siglip,
     vit,
 )
-from vlm_jax.hub.families.family import Family, get
+from vlm_jax.hub.families.family import Family, get_or
 from vlm_jax.hub.tensors.folder import existing_folder, read_json
 
 KNOWN = (
@@ -79,5 +79,5 @@ def family_of(config: Mapping, name: str, taps: str | None = None) -> Family:
 def possible_taps(folder: str | os.PathLike, taps: str | None) -> tuple[str | None, ...]:
     """The taps that outputs of a folder may have: both, where neither `taps` nor a Llama 3.2 Vision's config tells."""
     config = read_json(config_path(existing_folder(folder)))
-    told = taps or get(config, "vision_config", {}).get(mllama_vision.TAPS)
+    told = taps or get_or(config, "vision_config", {}).get(mllama_vision.TAPS)
     return ("input", "output") if config.get("model_type") == "mllama" and not told else (taps,)

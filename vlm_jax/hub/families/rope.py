@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from vlm_jax.config import CheckpointError, Rope
 from vlm_jax.hub.families.family import (
     Json,
-    get,
-    refuse,
-    size,
+    get_or,
+    positive_int,
+    reject_unless,
 )
 
 KNOWN = ("default", "linear", "llama3", "longrope")
 
 
-def read_rope(
+def rope_from_hf(
     config: Mapping, theta: float = 10_000.0, fraction: float = 1.0, max_positions: int = 0
 ) -> Rope:
     """The settings of `config`; the other arguments are the family's defaults and the longest text of the model.
@@ -32,9 +32,11 @@ def read_rope(
             f"config.json: the rope_type {kind!r} is not supported: choose {', '.join(KNOWN)}."
         )
     rope = Rope(
-        theta=float(get(scaling, "rope_theta", get(config, "rope_theta", theta))),
+        theta=float(get_or(scaling, "rope_theta", get_or(config, "rope_theta", theta))),
         fraction=float(
-            get(scaling, "partial_rotary_factor", get(config, "partial_rotary_factor", fraction))
+            get_or(
+                scaling, "partial_rotary_factor", get_or(config, "partial_rotary_factor", fraction)
+            )
         ),
     )
     return _stretched(rope, kind, scaling, config, max_positions)
@@ -56,13 +58,13 @@ def _stretched(
             original_positions=int(scaling["original_max_position_embeddings"]),
         )
     if kind == "longrope":
-        refuse(scaling, "attention_factor", None)
-        nested = get(scaling, "original_max_position_embeddings", max_positions)
-        original = size(config, "original_max_position_embeddings", nested)
+        reject_unless(scaling, "attention_factor", None)
+        nested = get_or(scaling, "original_max_position_embeddings", max_positions)
+        original = positive_int(config, "original_max_position_embeddings", nested)
         return Rope(
             **shared,
             scaling="longrope",
-            factor=float(get(scaling, "factor", max_positions / original)),
+            factor=float(get_or(scaling, "factor", max_positions / original)),
             original_positions=original,
             short_factors=tuple(map(float, scaling["short_factor"])),
             long_factors=tuple(map(float, scaling["long_factor"])),
@@ -70,7 +72,7 @@ def _stretched(
     return rope
 
 
-def write_rope(rope: Rope, max_positions: int = 0) -> Json:
+def rope_to_hf(rope: Rope, max_positions: int = 0) -> Json:
     """The keys of transformers 4.x; `max_positions` is the longest text of the model."""
     config = {"rope_theta": rope.theta, "rope_scaling": _scaling(rope, max_positions)}
     if rope.scaling == "longrope":

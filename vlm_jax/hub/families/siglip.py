@@ -8,8 +8,8 @@ from vlm_jax.hub.families import clip
 from vlm_jax.hub.families.family import (
     Family,
     Json,
-    get,
-    size,
+    get_or,
+    positive_int,
 )
 from vlm_jax.hub.families.gpt2 import norm_rows
 from vlm_jax.hub.families.llama import dense_rows
@@ -19,8 +19,8 @@ from vlm_jax.hub.families.vit import (
     block_rows,
     fused_rows,
     patch_rows,
-    read_shape,
-    write_shape,
+    shape_from_hf,
+    shape_to_hf,
 )
 
 TEXT_DEFAULTS = {
@@ -35,55 +35,55 @@ TEXT_DEFAULTS = {
 }
 
 
-def read_vision(config: Json) -> Vision:
+def vision_from_hf(config: Json) -> Vision:
     return Vision(
-        **read_shape(config, 16, "gelu_pytorch_tanh"),
-        mlp_width=size(config, "intermediate_size", 3072),
-        norm_eps=get(config, "layer_norm_eps", 1e-6),
-        pool="attention" if get(config, "vision_use_head", True) else "none",
+        **shape_from_hf(config, 16, "gelu_pytorch_tanh"),
+        mlp_width=positive_int(config, "intermediate_size", 3072),
+        norm_eps=get_or(config, "layer_norm_eps", 1e-6),
+        pool="attention" if get_or(config, "vision_use_head", True) else "none",
     )
 
 
-def write_vision(vision: Vision) -> Json:
+def vision_to_hf(vision: Vision) -> Json:
     return {
         "model_type": "siglip_vision_model",
-        **write_shape(vision),
+        **shape_to_hf(vision),
         "intermediate_size": vision.mlp_width,
         "vision_use_head": vision.pool == "attention",
     }
 
 
-def vision_rows(vision: Vision, hub_prefix: str, ours: str) -> list[Row]:
+def vision_rows(vision: Vision, hub_prefix: str, param: str) -> list[Row]:
     """The encoder's rows; both prefixes end with what separates them from names: "vision_model.", "vision/"."""
-    hub = f"{hub_prefix}embeddings"
+    hf = f"{hub_prefix}embeddings"
     rows = [
-        row(f"{hub}.position_embedding.weight", f"{ours}patch_embed/positions"),
-        *patch_rows(f"{hub}.patch_embedding", ours, vision),
-        *block_rows(f"{hub_prefix}encoder.layers", ours, vision, clip.BLOCK),
-        *norm_rows(f"{hub_prefix}post_layernorm", f"{ours}final_norm"),
+        row(f"{hf}.position_embedding.weight", f"{param}patch_embed/positions"),
+        *patch_rows(f"{hf}.patch_embedding", param, vision),
+        *block_rows(f"{hub_prefix}encoder.layers", param, vision, clip.BLOCK),
+        *norm_rows(f"{hub_prefix}post_layernorm", f"{param}final_norm"),
     ]
     return rows + (
-        head_rows(f"{hub_prefix}head", f"{ours}pool") if vision.pool == "attention" else []
+        head_rows(f"{hub_prefix}head", f"{param}pool") if vision.pool == "attention" else []
     )
 
 
-def head_rows(hub: str, ours: str) -> list[Row]:
+def head_rows(hf: str, param: str) -> list[Row]:
     """Attention of one learned query, and an MLP."""
     return [
-        row(f"{hub}.probe", f"{ours}/query", "1 1 D -> D"),
-        *fused_rows(f"{hub}.attention", f"{ours}/attention"),
-        *norm_rows(f"{hub}.layernorm", f"{ours}/norm"),
-        *dense_rows(f"{hub}.mlp.fc1", f"{ours}/mlp/up", KERNELS["mlp/up"], True),
-        *dense_rows(f"{hub}.mlp.fc2", f"{ours}/mlp/down", KERNELS["mlp/down"], True),
+        row(f"{hf}.probe", f"{param}/query", "1 1 D -> D"),
+        *fused_rows(f"{hf}.attention", f"{param}/attention"),
+        *norm_rows(f"{hf}.layernorm", f"{param}/norm"),
+        *dense_rows(f"{hf}.mlp.fc1", f"{param}/mlp/up", KERNELS["mlp/up"], True),
+        *dense_rows(f"{hf}.mlp.fc2", f"{param}/mlp/down", KERNELS["mlp/down"], True),
     ]
 
 
-def read(config: Json, names: Collection[str]) -> Contrastive:
+def config_from_hf(config: Json, names: Collection[str]) -> Contrastive:
     text, vision = (
-        TEXT_DEFAULTS | clip.tower(config, "text"),
-        read_vision(clip.tower(config, "vision")),
+        TEXT_DEFAULTS | clip.tower_config(config, "text"),
+        vision_from_hf(clip.tower_config(config, "vision")),
     )
-    width = get(text, "projection_size", text["hidden_size"])
+    width = get_or(text, "projection_size", text["hidden_size"])
     if vision.pool == "none":
         raise CheckpointError(
             "config.json: vision_use_head False leaves no vector of an image to compare with a text."
@@ -95,7 +95,7 @@ def read(config: Json, names: Collection[str]) -> Contrastive:
         )
     return Contrastive(
         vision=vision,
-        text=clip.read_text(text),
+        text=clip.text_from_hf(text),
         embed_width=width,
         image_projection=False,
         text_projection_bias=True,
@@ -105,21 +105,21 @@ def read(config: Json, names: Collection[str]) -> Contrastive:
     )
 
 
-def write(cfg: Contrastive) -> Json:
+def config_to_hf(cfg: Contrastive) -> Json:
     text = {
         "model_type": "siglip_text_model",
-        **clip.write_text(cfg.text),
+        **clip.text_to_hf(cfg.text),
         "projection_size": cfg.embed_width,
     }
     return {
         "architectures": ["SiglipModel"],
         "model_type": "siglip",
         "text_config": text,
-        "vision_config": write_vision(cfg.vision),
+        "vision_config": vision_to_hf(cfg.vision),
     }
 
 
-def rows(cfg: Contrastive) -> list[Row]:
+def param_table(cfg: Contrastive) -> list[Row]:
     return [
         *vision_rows(cfg.vision, clip.VISION, "vision/"),
         *clip.text_rows(cfg.text),
@@ -129,21 +129,25 @@ def rows(cfg: Contrastive) -> list[Row]:
     ]
 
 
-def read_alone(config: Json, names: Collection[str]) -> Vision:
+def vision_only_from_hf(config: Json, names: Collection[str]) -> Vision:
     """Files may lack the head that their config.json does not deny."""
-    vision = read_vision(config)
+    vision = vision_from_hf(config)
     return vision if f"{clip.VISION}head.probe" in names else replace(vision, pool="none")
 
 
-def write_alone(vision: Vision) -> Json:
-    return {"architectures": ["SiglipVisionModel"], **write_vision(vision)}
+def vision_only_to_hf(vision: Vision) -> Json:
+    return {"architectures": ["SiglipVisionModel"], **vision_to_hf(vision)}
 
 
-def rows_alone(vision: Vision) -> list[Row]:
+def vision_only_table(vision: Vision) -> list[Row]:
     return vision_rows(vision, clip.VISION, "")
 
 
-SIGLIP = Family("siglip", read, write, rows)
+SIGLIP = Family("siglip", config_from_hf, config_to_hf, param_table)
 SIGLIP_VISION = Family(
-    "siglip_vision_model", read_alone, write_alone, rows_alone, clip.RENAMES_ALONE
+    "siglip_vision_model",
+    vision_only_from_hf,
+    vision_only_to_hf,
+    vision_only_table,
+    clip.RENAMES_ALONE,
 )

@@ -1,13 +1,15 @@
-"""Where every tensor of a public checkpoint goes: rows that are read in both directions.
+"""Weight tables: for every tensor of a Hugging Face checkpoint, the parameters that hold it.
 
-A row names a stored tensor and the parameters that it becomes. The pattern is einops', from the stored axes to ours;
-lengths come from the shapes of our parameters, but for those that are given:
+A `Row` maps one tensor of the file to its target parameters and is read in both directions (load and export). A pattern
+is einops' notation from the axes in the file to the axes of the parameter. Axis lengths follow from the parameter's
+shape, except those passed as keywords:
 
     row("wte.weight", "decoder/embedding/table")
-    row("h.0.attn.c_proj.weight", "decoder/blocks/layers/block_0/self/out/kernel", "(N H) D -> N H D", turn=0)
+    row("h.0.attn.c_proj.weight", "decoder/blocks/layers/block_0/self/out/kernel", "(N H) D -> N H D", layer=0)
     row("patch_embedding.weight", "patch_embed/projection/kernel", "D c p q -> (p q c) D", p=16, q=16)
 
-`turn` is the slice, along the axis of layers, of a parameter that the loop over depth stacks.
+`layer` is the index along the leading layer axis of a parameter that `nn.scan` stacks. The functions of the families
+take two prefixes: `hf`, of tensor names in the file, and `param`, of parameter paths.
 """
 
 import itertools
@@ -21,119 +23,131 @@ import numpy as np
 
 from vlm_jax.nn.blocks import Sublayers, repeating_period
 
-Shapes = Mapping[str, tuple[int, ...]]  # path of a parameter -> its shape
+Shapes = Mapping[str, tuple[int, ...]]  # parameter path -> shape
+AxisLengths = tuple[tuple[str, int], ...]  # letter of a pattern -> length
 
 
 @dataclass(frozen=True)
-class Part:
-    """A parameter by its path, joined by /; `pattern` leads from the stored axes to its own (empty: as they are).
+class Target:
+    """A parameter, or one layer of a stacked parameter, and its layout in the file.
 
-    `lengths` are those of letters that its shape does not tell.
+    Attributes:
+      param: path of the parameter, joined by "/".
+      pattern: einops pattern from the axes in the file to the parameter's; empty: the same axes.
+      layer: index along the layer axis of a stacked parameter; None: the parameter is not stacked.
+      lengths: axis lengths that do not follow from the parameter's shape.
     """
 
-    ours: str
+    param: str
     pattern: str = ""
-    turn: int | None = None
-    lengths: tuple[tuple[str, int], ...] = ()
+    layer: int | None = None
+    lengths: AxisLengths = ()
 
     def shape(self, shapes: Shapes) -> tuple[int, ...]:
-        return shapes[self.ours] if self.turn is None else shapes[self.ours][1:]
+        """Shape of the parameter, or of one layer of it."""
+        shape = shapes[self.param]
+        return shape if self.layer is None else shape[1:]
 
     def stored_shape(self, shapes: Shapes) -> tuple[int, ...]:
+        """Shape in the file."""
         return _stored_shape(self.pattern, self.shape(shapes), self.lengths)
 
-    def put(self, ours: np.ndarray) -> np.ndarray:
-        """The parameter -> what is stored of it."""
-        return (
-            einops.rearrange(ours, _inverse(self.pattern), **dict(self.lengths))
-            if self.pattern
-            else ours
-        )
+    def to_hf(self, array: np.ndarray) -> np.ndarray:
+        """Converts a parameter to its layout in the file."""
+        if not self.pattern:
+            return array
+        return einops.rearrange(array, _inverse(self.pattern), **dict(self.lengths))
 
 
 @dataclass(frozen=True)
 class Row:
-    """A stored tensor whose parts lie one after another along `axis`, or woven into each other.
+    """A tensor of the file and its target parameters.
 
-    `interleave` is a pattern with the axis `parts`, first on its right side: "(N parts H) D -> parts D N H".
+    Attributes:
+      tensor: name in the file.
+      targets: the parameters, concatenated along `axis` or interleaved.
+      axis: axis of the concatenation, in the file.
+      interleave: pattern of interleaved targets, with `parts` as the first axis on the right:
+        "(N parts H) D -> parts D N H". Empty: the targets are concatenated.
     """
 
-    hub: str
-    parts: tuple[Part, ...]
+    tensor: str
+    targets: tuple[Target, ...]
     axis: int = 0
     interleave: str = ""
 
     def stored_shape(self, shapes: Shapes) -> tuple[int, ...]:
+        """Shape in the file."""
         if self.interleave:
-            return _stored_shape(self.interleave, (len(self.parts), *self.parts[0].shape(shapes)))
-        shapes = [part.stored_shape(shapes) for part in self.parts]
-        if len(shapes) == 1:
-            return shapes[0]
-        joined = sum(shape[self.axis] for shape in shapes)
-        return (*shapes[0][: self.axis], joined, *shapes[0][self.axis + 1 :])
+            stacked = (len(self.targets), *self.targets[0].shape(shapes))
+            return _stored_shape(self.interleave, stacked)
+        parts = [target.stored_shape(shapes) for target in self.targets]
+        if len(parts) == 1:
+            return parts[0]
+        length = sum(shape[self.axis] for shape in parts)
+        return (*parts[0][: self.axis], length, *parts[0][self.axis + 1 :])
 
-    def take(self, stored: np.ndarray, part: Part, shapes: Shapes) -> np.ndarray:
-        """The stored tensor -> one of its parts, a view where the layout allows it."""
-        number = self.parts.index(part)
+    def from_hf(self, tensor: np.ndarray, target: Target, shapes: Shapes) -> np.ndarray:
+        """Extracts one target from a tensor of the file, as a view where the layout allows it."""
+        index = self.targets.index(target)
         if self.interleave:
-            shape = (len(self.parts), *part.shape(shapes))
-            return einops.rearrange(stored, self.interleave, **_lengths(self.interleave, shape))[
-                number
-            ]
-        if len(self.parts) > 1:
-            extents = [part.stored_shape(shapes)[self.axis] for part in self.parts]
-            stored = np.split(stored, list(itertools.accumulate(extents))[:-1], axis=self.axis)[
-                number
-            ]
-        if not part.pattern:
-            return stored
-        return einops.rearrange(
-            stored, part.pattern, **_lengths(part.pattern, part.shape(shapes), part.lengths)
-        )
+            stacked = (len(self.targets), *target.shape(shapes))
+            lengths = _axis_lengths(self.interleave, stacked)
+            return einops.rearrange(tensor, self.interleave, **lengths)[index]
+        if len(self.targets) > 1:
+            extents = [target.stored_shape(shapes)[self.axis] for target in self.targets]
+            starts = list(itertools.accumulate(extents))[:-1]
+            tensor = np.split(tensor, starts, axis=self.axis)[index]
+        if not target.pattern:
+            return tensor
+        lengths = _axis_lengths(target.pattern, target.shape(shapes), target.lengths)
+        return einops.rearrange(tensor, target.pattern, **lengths)
 
-    def put(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-        """All parts -> the stored tensor."""
+    def to_hf(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """Builds the tensor of the file from all its targets."""
         if self.interleave:
-            return einops.rearrange(np.stack(ours), _inverse(self.interleave))
-        cuts = [part.put(x) for part, x in zip(self.parts, ours)]
-        return np.concatenate(cuts, axis=self.axis) if len(cuts) > 1 else cuts[0]
+            return einops.rearrange(np.stack(arrays), _inverse(self.interleave))
+        tensors = [target.to_hf(array) for target, array in zip(self.targets, arrays)]
+        return np.concatenate(tensors, axis=self.axis) if len(tensors) > 1 else tensors[0]
 
 
-def row(hub: str, ours: str, pattern: str = "", turn: int | None = None, **lengths: int) -> Row:
-    """A stored tensor that is one parameter."""
-    return Row(hub, (Part(ours, pattern, turn, tuple(lengths.items())),))
+def row(
+    tensor: str, param: str, pattern: str = "", layer: int | None = None, **lengths: int
+) -> Row:
+    """Maps a tensor of the file to a single parameter."""
+    return Row(tensor, (Target(param, pattern, layer, tuple(lengths.items())),))
 
 
 def stored_axes(pattern: str) -> list[list[str]]:
-    """The letters of every stored axis: 'D (N H) -> N H D' gives [['D'], ['N', 'H']]."""
+    """Letters of every axis in the file: 'D (N H) -> N H D' gives [['D'], ['N', 'H']]."""
     return _axes(pattern.split("->")[0])
 
 
 def _axes(side: str) -> list[list[str]]:
     """'(N H) D' -> [['N', 'H'], ['D']]."""
-    return [found.strip("()").split() for found in re.findall(r"\([^)]*\)|\S+", side)]
+    return [axis.strip("()").split() for axis in re.findall(r"\([^)]*\)|\S+", side)]
 
 
-def _lengths(
-    pattern: str, shape: tuple[int, ...], given: tuple[tuple[str, int], ...] = ()
+def _axis_lengths(
+    pattern: str, shape: tuple[int, ...], lengths: AxisLengths = ()
 ) -> dict[str, int]:
-    """The length of every letter on the right side of a pattern; one letter of an axis may be left to its length."""
-    lengths = dict(given)
-    for letters, n in zip(_axes(pattern.split("->")[1]), shape, strict=True):
-        known = math.prod(lengths.get(letter, 1) for letter in letters)
-        lengths |= {
-            letter: n // known for letter in letters if letter not in lengths and letter != "1"
-        }
-    return lengths
+    """Length of every letter on the right of a pattern; at most one letter of an axis is inferred."""
+    by_letter = dict(lengths)
+    for axis, n in zip(_axes(pattern.split("->")[1]), shape, strict=True):
+        known = math.prod(by_letter.get(letter, 1) for letter in axis)
+        for letter in axis:
+            if letter not in by_letter and letter != "1":
+                by_letter[letter] = n // known
+    return by_letter
 
 
 def _stored_shape(
-    pattern: str, shape: tuple[int, ...], given: tuple[tuple[str, int], ...] = ()
+    pattern: str, shape: tuple[int, ...], lengths: AxisLengths = ()
 ) -> tuple[int, ...]:
     if not pattern:
         return shape
-    lengths = {"1": 1, **_lengths(pattern, shape, given)}
-    return tuple(math.prod(lengths[letter] for letter in axis) for axis in stored_axes(pattern))
+    by_letter = {"1": 1, **_axis_lengths(pattern, shape, lengths)}
+    return tuple(math.prod(by_letter[letter] for letter in axis) for axis in stored_axes(pattern))
 
 
 def _inverse(pattern: str) -> str:
@@ -141,8 +155,8 @@ def _inverse(pattern: str) -> str:
     return f"{right} -> {left}"
 
 
-def places(blocks: tuple[Sublayers, ...], sublayer: str) -> list[tuple[str, int]]:
-    """Of every block that has the sublayer, in the order of depth: its path in the stack, and its turn of the loop."""
+def layers_with(blocks: tuple[Sublayers, ...], sublayer: str) -> list[tuple[str, int]]:
+    """(path, layer index) of every block that contains the sublayer, in depth order."""
     length = len(repeating_period(blocks))
     return [
         (f"blocks/layers/block_{i % length}", i // length)

@@ -7,14 +7,14 @@ from vlm_jax.hub.families.family import (
     ACTIVATIONS,
     HUB_ACTIVATIONS,
     Json,
-    choose,
-    get,
-    size,
-    unaliased,
+    get_or,
+    lookup,
+    positive_int,
+    resolve_aliases,
 )
 from vlm_jax.hub.families.gpt2 import norm_rows
 from vlm_jax.hub.families.llama import attention_rows, dense_rows, is_tied
-from vlm_jax.hub.families.table import Row, places, row
+from vlm_jax.hub.families.table import Row, layers_with, row
 
 HEAD = "output_projection.weight"
 LEARNED_OFFSET = 2  # rows of the position table before that of the first token
@@ -27,29 +27,29 @@ ALIASES = {
 }
 
 
-def read_decoder(config: Json, names: Collection[str], head: str = HEAD) -> Decoder:
-    config = unaliased(config, ALIASES)
-    learned = get(config, "use_learned_position_embeddings", True)
+def decoder_from_hf(config: Json, names: Collection[str], head: str = HEAD) -> Decoder:
+    config = resolve_aliases(config, ALIASES)
+    learned = get_or(config, "use_learned_position_embeddings", True)
     return Decoder(
-        width=size(config, "d_model", 1024),
-        depth=size(config, "decoder_layers", 12),
-        heads=size(config, "decoder_attention_heads", 16),
-        mlp_width=size(config, "decoder_ffn_dim", 4096),
+        width=positive_int(config, "d_model", 1024),
+        depth=positive_int(config, "decoder_layers", 12),
+        heads=positive_int(config, "decoder_attention_heads", 16),
+        mlp_width=positive_int(config, "decoder_ffn_dim", 4096),
         norm_eps=1e-5,
         norm_position="post",
-        activation=choose(config, "activation_function", ACTIVATIONS, "gelu"),
-        vocab_size=size(config, "vocab_size", 50265),
-        embed_scale=get(config, "scale_embedding", False),
-        embed_norm=get(config, "layernorm_embedding", True),
+        activation=lookup(config, "activation_function", ACTIVATIONS, "gelu"),
+        vocab_size=positive_int(config, "vocab_size", 50265),
+        embed_scale=get_or(config, "scale_embedding", False),
+        embed_norm=get_or(config, "layernorm_embedding", True),
         positions="learned" if learned else "sincos",
-        max_positions=size(config, "max_position_embeddings", 512),
-        position_offset=LEARNED_OFFSET if learned else get(config, "pad_token_id", 1) + 1,
+        max_positions=positive_int(config, "max_position_embeddings", 512),
+        position_offset=LEARNED_OFFSET if learned else get_or(config, "pad_token_id", 1) + 1,
         final_norm=False,
         tie_word_embeddings=is_tied(config, names, True, head),
     )
 
 
-def write_decoder(decoder: Decoder) -> Json:
+def decoder_to_hf(decoder: Decoder) -> Json:
     learned = decoder.positions == "learned"
     config = {
         "d_model": decoder.width,
@@ -77,14 +77,14 @@ def decoder_rows(
         found += norm_rows(f"{prefix}layernorm_embedding", "decoder/embedding_norm")
     if not decoder.tie_word_embeddings:
         found.append(row(head, "decoder/free_head/kernel", "V D -> D V"))
-    for n, (block, turn) in enumerate(places(fusion.sublayers(decoder.depth), "self")):
-        hub, ours = f"{prefix}layers.{n}", f"decoder/{block}"
+    for n, (block, layer) in enumerate(layers_with(fusion.sublayers(decoder.depth), "self")):
+        hf, param = f"{prefix}layers.{n}", f"decoder/{block}"
         for theirs, part in {"self_attn": "self", "encoder_attn": "cross"}.items():
             found += attention_rows(
-                f"{hub}.{theirs}", f"{ours}/{part}", decoder, turn, out="out_proj"
+                f"{hf}.{theirs}", f"{param}/{part}", decoder, layer, out="out_proj"
             )
-            found += norm_rows(f"{hub}.{theirs}_layer_norm", f"{ours}/{part}_norm", turn)
-        found += dense_rows(f"{hub}.fc1", f"{ours}/mlp/up", "F D -> D F", True, turn)
-        found += dense_rows(f"{hub}.fc2", f"{ours}/mlp/down", "D F -> F D", True, turn)
-        found += norm_rows(f"{hub}.final_layer_norm", f"{ours}/mlp_norm", turn)
+            found += norm_rows(f"{hf}.{theirs}_layer_norm", f"{param}/{part}_norm", layer)
+        found += dense_rows(f"{hf}.fc1", f"{param}/mlp/up", "F D -> D F", True, layer)
+        found += dense_rows(f"{hf}.fc2", f"{param}/mlp/down", "D F -> F D", True, layer)
+        found += norm_rows(f"{hf}.final_layer_norm", f"{param}/mlp_norm", layer)
     return found

@@ -10,14 +10,14 @@ from vlm_jax.hub.families.family import (
     Family,
     Json,
     Renames,
-    choose,
-    get,
-    refuse,
-    size,
+    get_or,
+    lookup,
+    positive_int,
+    reject_unless,
 )
 from vlm_jax.hub.families.gpt2 import norm_rows
 from vlm_jax.hub.families.llama import dense_rows
-from vlm_jax.hub.families.table import Part, Row, row
+from vlm_jax.hub.families.table import Row, Target, row
 
 KERNELS = {  # of a block: our names, and the way from torch's axes to ours
     "self/query": "(N H) D -> D N H",
@@ -43,14 +43,14 @@ BLOCK = ATTENTION | {
 PREFIX, CLASSIFIER, POOLER = "vit.", "classifier", "pooler.dense"
 
 
-def read_shape(config: Json, patch: int, activation: str) -> dict:
+def shape_from_hf(config: Json, patch: int, activation: str) -> dict:
     """The fields of a Vision that all these encoders spell alike; `patch` and `activation` are a family's defaults."""
-    refuse(config, "num_channels", CHANNELS)
+    reject_unless(config, "num_channels", CHANNELS)
     return {
-        "width": size(config, "hidden_size", 768),
-        "depth": size(config, "num_hidden_layers", 12),
-        "heads": size(config, "num_attention_heads", 12),
-        "activation": choose(config, "hidden_act", ACTIVATIONS, activation),
+        "width": positive_int(config, "hidden_size", 768),
+        "depth": positive_int(config, "num_hidden_layers", 12),
+        "heads": positive_int(config, "num_attention_heads", 12),
+        "activation": lookup(config, "hidden_act", ACTIVATIONS, activation),
         "image_size_px": side(config, "image_size", 224),
         "patch_size_px": side(config, "patch_size", patch),
     }
@@ -58,16 +58,16 @@ def read_shape(config: Json, patch: int, activation: str) -> dict:
 
 def side(config: Json, key: str, default: int) -> int:
     """The side of a square, which may be given twice."""
-    value = get(config, key, default)
+    value = get_or(config, key, default)
     sides = value if isinstance(value, list) else [value]
     if not sides or any(length != sides[0] for length in sides):
         raise CheckpointError(
             f"config.json: {key} {value} is not supported: images and patches have to be square."
         )
-    return size({key: sides[0]}, key)
+    return positive_int({key: sides[0]}, key)
 
 
-def write_shape(vision: Vision) -> Json:
+def shape_to_hf(vision: Vision) -> Json:
     return {
         "hidden_size": vision.width,
         "num_hidden_layers": vision.depth,
@@ -80,32 +80,32 @@ def write_shape(vision: Vision) -> Json:
     }
 
 
-def read_vision(config: Json, names: Collection[str]) -> Vision:
+def vision_from_hf(config: Json, names: Collection[str]) -> Vision:
     """`names` are the stored tensors of the encoder, without its prefix: pooler and classifier may be missing."""
     classes = num_classes(config) if f"{CLASSIFIER}.weight" in names else 0
     pools = f"{POOLER}.weight" in names
     vision = Vision(
-        **read_shape(config, 16, "gelu"),
-        mlp_width=size(config, "intermediate_size", 3072),
-        norm_eps=get(config, "layer_norm_eps", 1e-12),
-        qkv_bias=get(config, "qkv_bias", True),
+        **shape_from_hf(config, 16, "gelu"),
+        mlp_width=positive_int(config, "intermediate_size", 3072),
+        norm_eps=get_or(config, "layer_norm_eps", 1e-12),
+        qkv_bias=get_or(config, "qkv_bias", True),
         class_token=True,
         pool="tanh" if pools else "none",
         classes=classes,
     )
     if pools:
-        refuse(config, "pooler_act", "tanh", None)
-        refuse(config, "pooler_output_size", vision.width, None)
+        reject_unless(config, "pooler_act", "tanh", None)
+        reject_unless(config, "pooler_output_size", vision.width, None)
     return vision
 
 
 def num_classes(config: Json) -> int:
     """config.json names the classes, or counts them; two go without saying."""
-    return len(get(config, "id2label", {})) or size(config, "num_labels", 2)
+    return len(get_or(config, "id2label", {})) or positive_int(config, "num_labels", 2)
 
 
-def write_vision(vision: Vision) -> Json:
-    config = write_shape(vision) | {
+def vision_to_hf(vision: Vision) -> Json:
+    config = shape_to_hf(vision) | {
         "model_type": "vit",
         "intermediate_size": vision.mlp_width,
         "qkv_bias": vision.qkv_bias,
@@ -113,61 +113,61 @@ def write_vision(vision: Vision) -> Json:
     return config | ({"num_labels": vision.classes} if vision.classes else {})
 
 
-def vision_rows(vision: Vision, hub_prefix: str, ours: str) -> list[Row]:
+def vision_rows(vision: Vision, hub_prefix: str, param: str) -> list[Row]:
     """The encoder's rows; both prefixes end with what separates them from names: "encoder.", "vision/"."""
     rows = [
-        *class_rows(f"{hub_prefix}embeddings", ours),
-        *patch_rows(f"{hub_prefix}embeddings.patch_embeddings.projection", ours, vision),
-        *block_rows(f"{hub_prefix}encoder.layer", ours, vision, BLOCK),
-        *norm_rows(f"{hub_prefix}layernorm", f"{ours}final_norm"),
+        *class_rows(f"{hub_prefix}embeddings", param),
+        *patch_rows(f"{hub_prefix}embeddings.patch_embeddings.projection", param, vision),
+        *block_rows(f"{hub_prefix}encoder.layer", param, vision, BLOCK),
+        *norm_rows(f"{hub_prefix}layernorm", f"{param}final_norm"),
     ]
     pools = vision.pool == "tanh"
     return rows + (
-        dense_rows(f"{hub_prefix}{POOLER}", f"{ours}pool", "F D -> D F", True) if pools else []
+        dense_rows(f"{hub_prefix}{POOLER}", f"{param}pool", "F D -> D F", True) if pools else []
     )
 
 
-def class_rows(hub: str, ours: str) -> list[Row]:
+def class_rows(hf: str, param: str) -> list[Row]:
     """The class token, and positions whose first row is its own."""
     positions = (
-        Part(f"{ours}class_position", "1 1 D -> D"),
-        Part(f"{ours}patch_embed/positions", "1 P D -> P D"),
+        Target(f"{param}class_position", "1 1 D -> D"),
+        Target(f"{param}patch_embed/positions", "1 P D -> P D"),
     )
     return [
-        row(f"{hub}.cls_token", f"{ours}class_token", "1 1 D -> D"),
-        Row(f"{hub}.position_embeddings", positions, axis=1),
+        row(f"{hf}.cls_token", f"{param}class_token", "1 1 D -> D"),
+        Row(f"{hf}.position_embeddings", positions, axis=1),
     ]
 
 
-def patch_rows(hub: str, ours: str, vision: Vision) -> list[Row]:
+def patch_rows(hf: str, param: str, vision: Vision) -> list[Row]:
     """A strided convolution of torch, (D, channels, height, width), as the product that `PatchEmbed` keeps."""
-    ours, patch = f"{ours}patch_embed/projection", vision.patch_size_px
-    rows = [row(f"{hub}.weight", f"{ours}/kernel", "D c p q -> (p q c) D", p=patch, q=patch)]
-    return rows + ([row(f"{hub}.bias", f"{ours}/bias")] if vision.patch_bias else [])
+    param, patch = f"{param}patch_embed/projection", vision.patch_size_px
+    rows = [row(f"{hf}.weight", f"{param}/kernel", "D c p q -> (p q c) D", p=patch, q=patch)]
+    return rows + ([row(f"{hf}.bias", f"{param}/bias")] if vision.patch_bias else [])
 
 
-def block_rows(hub: str, ours: str, cfg: Transformer, names: Mapping[str, str]) -> list[Row]:
+def block_rows(hf: str, param: str, cfg: Transformer, names: Mapping[str, str]) -> list[Row]:
     """Blocks of self-attention and MLP, `{hub}.0`, `{hub}.1`, ...; `names` says how each layer is called there."""
     rows = []
-    for turn in range(cfg.depth):
+    for layer in range(cfg.depth):
         for name, called in names.items():
-            there, here = f"{hub}.{turn}.{called}", f"{ours}blocks/layers/block_0/{name}"
+            there, here = f"{hf}.{layer}.{called}", f"{param}blocks/layers/block_0/{name}"
             if name in KERNELS:
                 rows += dense_rows(
-                    there, here, KERNELS[name], cfg.qkv_bias or name not in QKV, turn
+                    there, here, KERNELS[name], cfg.qkv_bias or name not in QKV, layer
                 )
             else:
-                rows += norm_rows(there, here, turn)
+                rows += norm_rows(there, here, layer)
     return rows
 
 
-def fused_rows(hub: str, ours: str, turn: int | None = None) -> list[Row]:
+def fused_rows(hf: str, param: str, layer: int | None = None) -> list[Row]:
     """torch's MultiheadAttention, in which the projections of queries, keys and values are one tensor."""
     names = ("query", "key", "value")
-    kernels = tuple(Part(f"{ours}/{name}/kernel", "(N H) D -> D N H", turn) for name in names)
-    biases = tuple(Part(f"{ours}/{name}/bias", "(N H) -> N H", turn) for name in names)
-    fused = [Row(f"{hub}.in_proj_weight", kernels), Row(f"{hub}.in_proj_bias", biases)]
-    return fused + dense_rows(f"{hub}.out_proj", f"{ours}/out", KERNELS["self/out"], True, turn)
+    kernels = tuple(Target(f"{param}/{name}/kernel", "(N H) D -> D N H", layer) for name in names)
+    biases = tuple(Target(f"{param}/{name}/bias", "(N H) -> N H", layer) for name in names)
+    fused = [Row(f"{hf}.in_proj_weight", kernels), Row(f"{hf}.in_proj_bias", biases)]
+    return fused + dense_rows(f"{hf}.out_proj", f"{param}/out", KERNELS["self/out"], True, layer)
 
 
 def mlp_ratio(width: int, mlp_width: int) -> float:
@@ -178,18 +178,18 @@ def mlp_ratio(width: int, mlp_width: int) -> float:
     return ratio if int(width * ratio) == mlp_width else math.nextafter(ratio, math.inf)
 
 
-def read(config: Json, names: Collection[str]) -> Vision:
-    return read_vision(config, [name.removeprefix(PREFIX) for name in names])
+def config_from_hf(config: Json, names: Collection[str]) -> Vision:
+    return vision_from_hf(config, [name.removeprefix(PREFIX) for name in names])
 
 
-def write(vision: Vision) -> Json:
+def config_to_hf(vision: Vision) -> Json:
     return {
         "architectures": ["ViTForImageClassification" if vision.classes else "ViTModel"],
-        **write_vision(vision),
+        **vision_to_hf(vision),
     }
 
 
-def rows(vision: Vision) -> list[Row]:
+def param_table(vision: Vision) -> list[Row]:
     """The model of a classifier stands below a name of its own."""
     if not vision.classes:
         return vision_rows(vision, "", "")
@@ -221,4 +221,4 @@ def renames(names: Collection[str]) -> Renames:
     return below + MODULE_RENAMES
 
 
-VIT = Family("vit", read, write, rows, renames)
+VIT = Family("vit", config_from_hf, config_to_hf, param_table, renames)

@@ -1,4 +1,7 @@
-"""Large images as a few square tiles (Llama 3.2 Vision; `transformers.models.mllama.image_processing_mllama`)."""
+"""Cuts large images into square tiles, as Llama 3.2 Vision does.
+
+Reference: `transformers.models.mllama.image_processing_mllama`.
+"""
 
 from collections.abc import Sequence
 
@@ -16,51 +19,45 @@ from vlm_jax.hub.images.steps import (
 )
 
 
-def to_tiles(picture: ImageInput, settings: ImageSettings) -> tuple[np.ndarray, tuple[int, int]]:
-    """A picture -> its tiles (tiles, height, width, 3), row by row, and their (rows, columns)."""
-    image = to_rgb(picture, settings.do_convert_rgb)
+def to_tiles(image: ImageInput, settings: ImageSettings) -> tuple[np.ndarray, tuple[int, int]]:
+    """Returns the tiles (tiles, height, width, 3) of an image, row by row, and (rows, columns)."""
+    rgb = to_rgb(image, settings.do_convert_rgb)
     tile_px = settings.size["height"]
-    rows, columns = best_canvas(image.height, image.width, settings.max_image_tiles, tile_px)
+    rows, columns = best_canvas(rgb.height, rgb.width, settings.max_image_tiles, tile_px)
     canvas = (rows * tile_px, columns * tile_px)
-    image = resize(
-        image, shape_on_canvas(image.height, image.width, canvas, tile_px), settings.resample
-    )
-    pixels = to_values(pad(np.asarray(image), canvas), settings)
-    return einops.rearrange(pixels, "(r h) (c w) d -> (r c) h w d", r=rows, c=columns), (
-        rows,
-        columns,
-    )
+    shape = shape_on_canvas(rgb.height, rgb.width, canvas, tile_px)
+    resized = resize(rgb, shape, settings.resample)
+    pixels = to_values(pad(np.asarray(resized), canvas), settings)
+    tiles = einops.rearrange(pixels, "(r h) (c w) d -> (r c) h w d", r=rows, c=columns)
+    return tiles, (rows, columns)
 
 
 def pack_tiles(batch: Sequence[Sequence[ImageInput]], settings: ImageSettings) -> dict:
-    """Rows of pictures -> arrays as wide as the row with the most images and as deep as the most tiles.
+    """Pads rows of images to I images, the most of a row, of J tiles, the most of an image.
 
     Returns:
       pixel_values (B, I, J, height, width, 3) float32: 0 where there is no tile;
-      aspect_ratio_ids (B, I) int32: the place of the layout in `layouts`, from 1; 0: no image;
-      aspect_ratio_mask (B, I, J) int32: 1 where there is a tile, and at the first tile of a missing image too;
-      num_tiles: the number of tiles of every image, in lists of B rows.
+      aspect_ratio_ids (B, I) int32: position of the layout in `layouts`, from 1; 0: no image;
+      aspect_ratio_mask (B, I, J) int32: 1 for a tile, and for the first tile of a missing image;
+      num_tiles: number of tiles of every image, a list for each of the B rows.
     """
-    # The place in the list of layouts, from 1, is the aspect ratio id.
-    ids_of = {
+    layout_ids = {
         layout: number for number, layout in enumerate(layouts(settings.max_image_tiles), start=1)
     }
-    shape = (len(batch), max(map(len, batch), default=0), settings.max_image_tiles)
+    max_images = max(map(len, batch), default=0)
+    shape = (len(batch), max_images, settings.max_image_tiles)
     values = np.zeros((*shape, *settings.size.values(), 3), np.float32)
     ids, mask = np.zeros(shape[:2], np.int32), np.zeros(shape, np.int32)
     mask[..., 0] = 1
     for b, row in enumerate(batch):
-        for i, picture in enumerate(row):
-            tiles, layout = to_tiles(picture, settings)
-            values[b, i, : len(tiles)], mask[b, i, : len(tiles)], ids[b, i] = (
-                tiles,
-                1,
-                ids_of[layout],
-            )
-    num_tiles = [mask[b, : len(row)].sum(axis=-1).tolist() for b, row in enumerate(batch)]
+        for i, image in enumerate(row):
+            tiles, layout = to_tiles(image, settings)
+            values[b, i, : len(tiles)] = tiles
+            mask[b, i, : len(tiles)] = 1
+            ids[b, i] = layout_ids[layout]
     return {
         "pixel_values": values,
         "aspect_ratio_ids": ids,
         "aspect_ratio_mask": mask,
-        "num_tiles": num_tiles,
+        "num_tiles": [mask[b, : len(row)].sum(axis=-1).tolist() for b, row in enumerate(batch)],
     }

@@ -1,7 +1,8 @@
-"""Images -> the numbers that a public checkpoint reads, exactly as its own processor makes them.
+"""Image preprocessing of public checkpoints: images -> pixel values.
 
-The reference is transformers 5.23 with its Pillow backend (`AutoImageProcessor.from_pretrained(folder,
-backend="pil")`), and open_clip's transform for inference. Tests compare the two to 1e-5.
+The reference is transformers 5.23 with its Pillow backend
+(`AutoImageProcessor.from_pretrained(folder, backend="pil")`), and open_clip's transform for
+inference. Tests compare the two to 1e-5.
 """
 
 import math
@@ -25,7 +26,7 @@ from vlm_jax.hub.images.steps import (
     ImageInput,
     ImageInputs,
     fitting_shape,
-    is_picture,
+    is_image,
     pad,
     read,
     resized_shape,
@@ -36,57 +37,62 @@ from vlm_jax.hub.images.steps import (
 
 @dataclass(frozen=True)
 class ProcessedImages:
-    """What a model reads; channels are last, where the reference has them first."""
+    """Image inputs of a model; channels are last, where those of the reference are first.
 
-    # (I, height, width, 3) float32; Fuyu: (P, patch_height * patch_width * 3), the patches of all images, row by row;
-    # mllama: (B, I, J, height, width, 3), 0 where there is no tile.
+    Attributes:
+      pixel_values: (I, height, width, 3) float32.
+        Fuyu: (P, patch_height * patch_width * 3), the patches of all images, row by row.
+        mllama: (B, I, J, height, width, 3), 0 where there is no tile.
+      grids: Fuyu: (I, 2) int32, rows and columns of patches of every image.
+      aspect_ratio_ids: mllama: (B, I) int32, layout of the tiles; 0: no image.
+      aspect_ratio_mask: mllama: (B, I, J) int32, 1: a tile.
+      num_tiles: mllama: number of tiles of every image of every row.
+    """
+
     pixel_values: np.ndarray
-    grids: np.ndarray | None = (
-        None  # Fuyu: (I, 2) int32, rows and columns of patches of every image
-    )
-    aspect_ratio_ids: np.ndarray | None = (
-        None  # mllama: (B, I) int32, how the tiles lie; 0: no image
-    )
-    aspect_ratio_mask: np.ndarray | None = None  # mllama: (B, I, J) int32, 1: a tile
-    num_tiles: list[list[int]] | None = None  # mllama: of every image of every row
+    grids: np.ndarray | None = None
+    aspect_ratio_ids: np.ndarray | None = None
+    aspect_ratio_mask: np.ndarray | None = None
+    num_tiles: list[list[int]] | None = None
 
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """The preprocessing that a checkpoint's folder describes."""
+    """The image preprocessing of a checkpoint."""
 
     settings: ImageSettings
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "ImageProcessor":
-        """Reads `processor_config.json`, `preprocessor_config.json` or `open_clip_config.json`, the first there is.
+        """Reads `processor_config.json`, `preprocessor_config.json` or `open_clip_config.json`.
 
         Raises:
-          CheckpointError: none of them, no JSON in it, or settings that are not understood.
+          CheckpointError: none of them exists, or the first is not JSON or has an invalid setting.
         """
         return cls(read_settings(folder))
 
     def __call__(self, images: ImageInputs) -> ProcessedImages:
-        """One picture, a list of pictures, or rows of them -> pixels.
+        """Processes one image, a list of images, or rows of images.
 
         Args:
-          images: image files, which are turned upright, or open Pillow images or uint8 arrays (height, width, 3), which
-            are taken as they are. Only for mllama do rows matter: each is an example, and a flat list is one.
+          images: files, which are rotated upright, or open Pillow images or uint8 arrays
+            (height, width, 3), which are not. Rows matter for mllama only: each is an example, and
+            a flat list is one.
 
         Raises:
-          CheckpointError: a file that holds no image, or images that do not fit the settings or one another.
+          CheckpointError: a file is not an image, or the images do not fit the settings or one
+            another.
         """
-        images = [images] if is_picture(images) else images
+        images = [images] if is_image(images) else images
         if self.settings.kind == "MllamaImageProcessor":
             rows = images if all(isinstance(row, list | tuple) for row in images) else [images]
             return ProcessedImages(**pack_tiles(rows, self.settings))
         if self.settings.kind == "FuyuImageProcessor":
-            patches, grids = zip(*[_patches(picture, self.settings) for picture in _flat(images)])
+            patches, grids = zip(*[_patches(image, self.settings) for image in _flat(images)])
             return ProcessedImages(np.concatenate(patches), grids=np.array(grids, np.int32))
         to_pixels = _open_clip if self.settings.kind == OPEN_CLIP else _pixels
-        return ProcessedImages(
-            _stack([to_pixels(picture, self.settings) for picture in _flat(images)], self.settings)
-        )
+        pixels = [to_pixels(image, self.settings) for image in _flat(images)]
+        return ProcessedImages(_stack(pixels, self.settings))
 
 
 def _flat(images) -> Iterator[ImageInput]:
@@ -94,54 +100,48 @@ def _flat(images) -> Iterator[ImageInput]:
         yield from item if isinstance(item, list | tuple) else [item]
 
 
-def _pixels(picture: ImageInput, settings: ImageSettings) -> np.ndarray:
-    image = to_rgb(picture, settings.do_convert_rgb)
+def _pixels(image: ImageInput, settings: ImageSettings) -> np.ndarray:
+    rgb = to_rgb(image, settings.do_convert_rgb)
     if settings.pads_to_square:
-        image = pad_to_square(image, tuple(int(mean * 255) for mean in settings.image_mean))
+        rgb = pad_to_square(rgb, tuple(int(mean * 255) for mean in settings.image_mean))
     if settings.do_resize:
-        image = resize(
-            image, resized_shape(image.height, image.width, settings.size), settings.resample
-        )
+        shape = resized_shape(rgb.height, rgb.width, settings.size)
+        rgb = resize(rgb, shape, settings.resample)
     if settings.do_center_crop:
-        image = center_crop(image, settings.crop_size)
-    return to_values(image, settings)
+        rgb = center_crop(rgb, settings.crop_size)
+    return to_values(rgb, settings)
 
 
-def _open_clip(picture: ImageInput, settings: ImageSettings) -> np.ndarray:
-    """Resizes before it converts, so that the filter sees the image's own mode; and rounds the crop to even."""
-    image = read(picture)
-    image = resize(
-        image, resized_shape(image.height, image.width, settings.size), settings.resample
-    )
+def _open_clip(image: ImageInput, settings: ImageSettings) -> np.ndarray:
+    """Resizes in the image's own mode before converting to RGB, and rounds the crop to even."""
+    pil = read(image)
+    shape = resized_shape(pil.height, pil.width, settings.size)
+    pil = resize(pil, shape, settings.resample)
     if settings.do_center_crop:
-        image = center_crop(image, settings.crop_size, whole=round)
-    return to_values(image.convert("RGB"), settings)
+        pil = center_crop(pil, settings.crop_size, round_margin=round)
+    return to_values(pil.convert("RGB"), settings)
 
 
-def _patches(picture: ImageInput, settings: ImageSettings) -> tuple[np.ndarray, tuple[int, int]]:
-    """Fuyu's patches (P, C), of the image and as much of its padding as fills them, and the (rows, columns) of them."""
-    image = to_rgb(picture, settings.do_convert_rgb)
+def _patches(image: ImageInput, settings: ImageSettings) -> tuple[np.ndarray, tuple[int, int]]:
+    """Returns Fuyu's patches (P, C) and their (rows, columns).
+
+    The last row and column of patches are filled up with padding.
+    """
+    rgb = to_rgb(image, settings.do_convert_rgb)
     if settings.do_resize:
-        image = resize(
-            image, fitting_shape(image.height, image.width, settings.size), settings.resample
-        )
-    pixels = np.asarray(image)
+        shape = fitting_shape(rgb.height, rgb.width, settings.size)
+        rgb = resize(rgb, shape, settings.resample)
+    pixels = np.asarray(rgb)
     if settings.do_pad:
-        pixels = pad(
-            pixels,
-            [settings.size[side] for side in SQUARE],
-            settings.padding_mode,
-            settings.padding_value,
-        )
-    grid = tuple(
-        math.ceil(side / patch)
-        for side, patch in zip((image.height, image.width), settings.patch_size)
-    )
-    height, width = (n * patch for n, patch in zip(grid, settings.patch_size))
+        shape = [settings.size[side] for side in SQUARE]
+        pixels = pad(pixels, shape, settings.padding_mode, settings.padding_value)
+    patch_height, patch_width = settings.patch_size
+    grid = (math.ceil(rgb.height / patch_height), math.ceil(rgb.width / patch_width))
+    height, width = grid[0] * patch_height, grid[1] * patch_width
     if height > len(pixels) or width > len(pixels[0]):
         raise CheckpointError(
-            f"an image of {len(pixels)} x {len(pixels[0])} px is not cut into patches of {settings.patch_size}: "
-            "size has to be a multiple of patch_size, with do_pad."
+            f"an image of {len(pixels)} x {len(pixels[0])} px cannot be cut into patches of "
+            f"{settings.patch_size}: size must be a multiple of patch_size, with do_pad."
         )
     pixels = to_values(pixels[:height, :width], settings)
     return einops.rearrange(pixels, "(r p) (c q) d -> (r c) (p q d)", r=grid[0], c=grid[1]), grid
@@ -149,11 +149,13 @@ def _patches(picture: ImageInput, settings: ImageSettings) -> tuple[np.ndarray, 
 
 def _stack(images: list[np.ndarray], settings: ImageSettings) -> np.ndarray:
     if settings.do_pad and not settings.pads_to_square:
-        largest = tuple(max(image.shape[axis] for image in images) for axis in (0, 1))
-        images = [pad(image, settings.pad_size or largest) for image in images]
+        height = max(image.shape[0] for image in images)
+        width = max(image.shape[1] for image in images)
+        images = [pad(image, settings.pad_size or (height, width)) for image in images]
     shapes = sorted({image.shape[:2] for image in images})
     if len(shapes) > 1:
         raise CheckpointError(
-            f"images of a batch get different sizes, {shapes}: process them one by one, or set do_pad."
+            f"images of a batch get different sizes, {shapes}: process them one by one, or set "
+            "do_pad."
         )
     return np.stack(images)

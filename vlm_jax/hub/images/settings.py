@@ -1,4 +1,4 @@
-"""How a checkpoint wants its images: the settings in its folder's files, completed by its processor's defaults."""
+"""Image preprocessing settings of a checkpoint folder, with the defaults of its processor class."""
 
 import os
 from collections.abc import Mapping
@@ -11,23 +11,23 @@ from PIL import Image
 from vlm_jax.config import CheckpointError, Vision
 from vlm_jax.hub.tensors.folder import read_json
 
-PREPROCESSOR, PROCESSOR, OPEN_CLIP = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "open_clip_config.json",
-)
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+OPEN_CLIP = "open_clip_config.json"
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """The keys of `preprocessor_config.json` that decide about pixels, in its names; sizes are (height, width) px."""
+    """The keys of `preprocessor_config.json` that affect pixel values, under their own names.
+
+    Pairs are (height, width) in pixels.
+    """
 
     kind: str  # one of `DEFAULTS`, or `OPEN_CLIP`
-    size: Mapping[str, int]  # of the resize; its keys, one of `SIZE_KEYS`, say what they measure
+    size: Mapping[str, int]  # of the resize, px; its keys are one of `SIZE_KEYS`
     resample: int  # one of Pillow's `Resampling`
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    do_convert_rgb: bool = False  # what is transparent becomes white, instead of what lies under it
+    do_convert_rgb: bool = False  # transparent pixels become white
     do_resize: bool = True
     do_center_crop: bool = False
     crop_size: tuple[int, int] | None = None
@@ -35,15 +35,15 @@ class ImageSettings:
     rescale_factor: float = 1 / 255
     do_normalize: bool = True
     do_pad: bool = False
-    pad_size: tuple[int, int] | None = None  # None: the largest of the batch
-    padding_value: float = 0.0  # Fuyu's, on the scale of 0..255
+    pad_size: tuple[int, int] | None = None  # None: the largest image of the batch
+    padding_value: float = 0.0  # Fuyu; 0..255
     padding_mode: str = "constant"
-    patch_size: tuple[int, int] = (30, 30)  # Fuyu's
-    max_image_tiles: int = 4  # mllama's
+    patch_size: tuple[int, int] = (30, 30)  # Fuyu
+    max_image_tiles: int = 4  # mllama
 
     @property
     def pads_to_square(self) -> bool:
-        """LLaVA's meaning of `do_pad`: before the resize, and in the colour of the mean."""
+        """LLaVA's meaning of `do_pad`: before the resize, with the mean colour."""
         return self.do_pad and self.kind == "LlavaImageProcessor"
 
 
@@ -61,7 +61,8 @@ _CLIP = {
     "image_std": CLIP_STD,
 }
 
-# Image processor -> what it means by a key that is missing or null (transformers 5.23, `models/*/image_processing_*`).
+# Image processor class -> values of missing and null keys
+# (transformers 5.23, `models/*/image_processing_*`).
 DEFAULTS = {
     "CLIPImageProcessor": _CLIP,
     "BitImageProcessor": _CLIP,
@@ -80,8 +81,8 @@ DEFAULTS = {
     "MllamaImageProcessor": _SQUARE | {"do_convert_rgb": True, "do_pad": True},
 }
 
-# `model_type` of config.json -> processor, where the file names none.
-OF_MODEL_TYPE = {
+# `model_type` of config.json -> image processor class, if the file names none.
+CLASS_OF_MODEL_TYPE = {
     "bit": "BitImageProcessor",
     "clip": "CLIPImageProcessor",
     "deit": "DeiTImageProcessor",
@@ -95,7 +96,7 @@ OF_MODEL_TYPE = {
     "vit": "ViTImageProcessor",
 }
 
-MOST_PX = 2**13  # an image of this height and width is the largest that Pillow takes for no bomb
+MAX_PX = 2**13  # Pillow rejects larger squares as decompression bombs
 
 SQUARE = ("height", "width")
 SIZE_KEYS = (
@@ -106,39 +107,35 @@ SIZE_KEYS = (
 )
 PADDING_MODES = ("constant", "edge", "reflect", "symmetric")
 OPEN_CLIP_RESIZES = ("shortest", "squash")
-OPEN_CLIP_FILTERS = {
-    "bicubic": BICUBIC,
-    "bilinear": BILINEAR,
-    "random": BICUBIC,
-}  # random: in training alone
+# "random" applies to training only.
+OPEN_CLIP_FILTERS = {"bicubic": BICUBIC, "bilinear": BILINEAR, "random": BICUBIC}
 
 
 def read_settings(folder: str | os.PathLike) -> ImageSettings:
-    """The settings in a folder: transformers' `processor_config.json` or `preprocessor_config.json`, else OpenCLIP's.
+    """Reads the settings of transformers' files, else of OpenCLIP's.
 
     Raises:
-      CheckpointError: none of the files, no JSON in it, a processor that is not one of `DEFAULTS`, or a value that its
-        key cannot have.
+      CheckpointError: none of the files exists, the file is not JSON, its processor is not one of
+        `DEFAULTS`, or a value is invalid.
     """
     folder = Path(folder).expanduser()
-    if os.path.isfile(
-        folder / PROCESSOR
-    ):  # transformers 5 keeps all of a processor in it; 4 never the images' part
-        given = read_json(folder / PROCESSOR).get("image_processor")
-        if given is not None:
-            return _of_transformers(folder / PROCESSOR, given)
+    # transformers 5 writes a whole processor to this file; 4 never wrote the image part.
+    if os.path.isfile(folder / PROCESSOR):
+        values = read_json(folder / PROCESSOR).get("image_processor")
+        if values is not None:
+            return _from_transformers(folder / PROCESSOR, values)
     if os.path.isfile(folder / PREPROCESSOR):
-        return _of_transformers(folder / PREPROCESSOR, read_json(folder / PREPROCESSOR))
+        return _from_transformers(folder / PREPROCESSOR, read_json(folder / PREPROCESSOR))
     if os.path.isfile(folder / OPEN_CLIP):
-        return _of_open_clip(folder / OPEN_CLIP, read_json(folder / OPEN_CLIP))
+        return _from_open_clip(folder / OPEN_CLIP, read_json(folder / OPEN_CLIP))
     raise CheckpointError(
-        f"{folder} does not say how images are prepared: there is no {PREPROCESSOR}, {PROCESSOR} with an "
+        f"{folder} has no image preprocessing config: add {PREPROCESSOR}, {PROCESSOR} with an "
         f"image_processor, or {OPEN_CLIP}."
     )
 
 
 def vision_settings(settings: ImageSettings, vision: Vision) -> dict[str, object]:
-    """The fields of `Vision` for how a processor resizes and normalises images; `vision` has their size."""
+    """Fields of `Vision` for the resize and normalisation of a processor; `vision` has the size."""
     resize, resize_px = _resize(settings, vision)
     return {
         "image_mean": tuple(settings.image_mean),
@@ -150,7 +147,7 @@ def vision_settings(settings: ImageSettings, vision: Vision) -> dict[str, object
 
 
 def _resize(settings: ImageSettings, vision: Vision) -> tuple[str, int]:
-    """`Vision.resize` and `resize_px` of a processor."""
+    """Values of `Vision.resize` and `resize_px` for a processor."""
     if vision.tile_layouts or settings.pads_to_square:
         return "pad", 0
     if not settings.do_center_crop or tuple(settings.size) == SQUARE:
@@ -161,7 +158,7 @@ def _resize(settings: ImageSettings, vision: Vision) -> tuple[str, int]:
 
 
 def processor_config(vision: Vision) -> dict[str, Any]:
-    """The preprocessor_config.json of transformers for how the data pipeline prepares images."""
+    """preprocessor_config.json of transformers for the images of the data pipeline."""
     side = vision.image_size_px
     square = {"height": side, "width": side}
     config: dict[str, Any] = {
@@ -176,74 +173,68 @@ def processor_config(vision: Vision) -> dict[str, Any]:
         "image_std": list(vision.image_std),
     }
     if vision.keeps_aspect_in_tiles:
-        kind = {
+        config |= {
             "image_processor_type": "MllamaImageProcessor",
             "do_pad": True,
             "max_image_tiles": vision.tiles,
         }
     elif vision.resize == "squash":
-        kind = {"image_processor_type": "ViTImageProcessor"}
+        config |= {"image_processor_type": "ViTImageProcessor"}
     else:
-        pads = vision.resize == "pad"
-        kind = {
-            "image_processor_type": "LlavaImageProcessor" if pads else "CLIPImageProcessor",
+        config |= {
+            "image_processor_type": "CLIPImageProcessor",
             "size": {"shortest_edge": vision.resize_px or side},
             "do_center_crop": True,
             "crop_size": square,
         }
-        kind |= {"do_pad": True} if pads else {}
-    return config | kind
+    if vision.resize == "pad" and not vision.keeps_aspect_in_tiles:
+        config |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    return config
 
 
-def _of_transformers(path: Path, given: dict) -> ImageSettings:
-    if not isinstance(given, dict):
-        raise _refusal(path, "image_processor", given, "an object")
-    kind = _kind(path, given)
-    chosen = DEFAULTS[kind] | {key: value for key, value in given.items() if value is not None}
-    chosen = {key: _checked(path, key, value) for key, value in chosen.items()}
-    chosen["size"] = _size(path, "size", chosen["size"], chosen.get("default_to_square", True))
-    known = {
-        key: value for key, value in chosen.items() if key in ImageSettings.__dataclass_fields__
-    }
-    settings = ImageSettings(**known | {"kind": kind})
-    _check_together(path, settings)
-    return settings
+def _from_transformers(path: Path, values: dict) -> ImageSettings:
+    if not isinstance(values, dict):
+        raise _refusal(path, "image_processor", values, "an object")
+    kind = _processor_class(path, values)
+    settings = DEFAULTS[kind] | {key: x for key, x in values.items() if x is not None}
+    settings = {key: _checked(path, key, x) for key, x in settings.items()}
+    default_to_square = settings.get("default_to_square", True)
+    settings["size"] = _size(path, "size", settings["size"], default_to_square)
+    fields = {key: x for key, x in settings.items() if key in ImageSettings.__dataclass_fields__}
+    image_settings = ImageSettings(**fields | {"kind": kind})
+    _check_together(path, image_settings)
+    return image_settings
 
 
-def _kind(path: Path, given: dict) -> str:
-    name = given.get("image_processor_type")
+def _processor_class(path: Path, values: dict) -> str:
+    name = values.get("image_processor_type")
     if name is None:
-        name = given.get("feature_extractor_type")  # before transformers 4.26
-    if name is None and os.path.isfile(path.with_name("config.json")):
-        name = OF_MODEL_TYPE.get(str(read_json(path.with_name("config.json")).get("model_type")))
-    known = (
-        str(name)
-        .replace("FeatureExtractor", "ImageProcessor")
-        .removesuffix("Fast")
-        .removesuffix("Pil")
-    )
+        name = values.get("feature_extractor_type")  # before transformers 4.26
+    model_config = path.with_name("config.json")
+    if name is None and os.path.isfile(model_config):
+        name = CLASS_OF_MODEL_TYPE.get(str(read_json(model_config).get("model_type")))
+    known = str(name).replace("FeatureExtractor", "ImageProcessor")
+    known = known.removesuffix("Fast").removesuffix("Pil")
     if known not in DEFAULTS:
         raise _refusal(path, "image_processor_type", name, f"one of {', '.join(DEFAULTS)}")
     return known
 
 
-def _of_open_clip(path: Path, given: dict) -> ImageSettings:
-    """OpenCLIP's `preprocess_cfg` for inference (`open_clip.transform.image_transform`); the size is the model's."""
+def _from_open_clip(path: Path, config: dict) -> ImageSettings:
+    """OpenCLIP's `preprocess_cfg` for inference, with the model's image size.
+
+    Reference: `open_clip.transform.image_transform`.
+    """
     try:
-        size = given["model_cfg"]["vision_cfg"].get("image_size", 224)
-        chosen = {
-            key: value
-            for key, value in given.get("preprocess_cfg", {}).items()
-            if value is not None
-        }
+        size = config["model_cfg"]["vision_cfg"].get("image_size", 224)
+        values = config.get("preprocess_cfg", {}).items()
     except (KeyError, TypeError, AttributeError):
         raise CheckpointError(
-            f"{path} has no model_cfg with a vision_cfg, or its preprocess_cfg is no object."
+            f"{path} has no model_cfg with a vision_cfg, or its preprocess_cfg is not an object."
         ) from None
-    mode, interpolation = (
-        chosen.get("resize_mode", "shortest"),
-        chosen.get("interpolation", "bicubic"),
-    )
+    values = {key: x for key, x in values if x is not None}
+    mode = values.get("resize_mode", "shortest")
+    interpolation = values.get("interpolation", "bicubic")
     if mode not in OPEN_CLIP_RESIZES:
         raise _refusal(path, "resize_mode", mode, f"one of {', '.join(OPEN_CLIP_RESIZES)}")
     if str(interpolation) not in OPEN_CLIP_FILTERS:
@@ -253,30 +244,25 @@ def _of_open_clip(path: Path, given: dict) -> ImageSettings:
     height, width = _pair(path, "image_size", size)
     if height != width:
         raise _refusal(path, "image_size", size, "the side of a square")
+    crops = mode == "shortest"
     return ImageSettings(
         kind=OPEN_CLIP,
-        size={"shortest_edge": height}
-        if mode == "shortest"
-        else {"height": height, "width": width},
+        size={"shortest_edge": height} if crops else {"height": height, "width": width},
         resample=OPEN_CLIP_FILTERS[interpolation],
-        image_mean=_channels(path, "mean", chosen.get("mean", CLIP_MEAN)),
-        image_std=_channels(path, "std", chosen.get("std", CLIP_STD)),
-        do_center_crop=mode == "shortest",
+        image_mean=_channels(path, "mean", values.get("mean", CLIP_MEAN)),
+        image_std=_channels(path, "std", values.get("std", CLIP_STD)),
+        do_center_crop=crops,
         crop_size=(height, width),
     )
 
 
 def _checked(path: Path, key: str, value: Any) -> Any:
-    """A value of JSON as the field of `ImageSettings` holds it."""
+    """Checks a JSON value and converts it to the type of its field in `ImageSettings`."""
     if key.startswith(("do_", "default_to_")) and not isinstance(value, bool):
         raise _refusal(path, key, value, "true or false")
     if key == "resample" and value not in list(Image.Resampling):
-        raise _refusal(
-            path,
-            key,
-            value,
-            "one of " + ", ".join(f"{f.value} ({f.name.lower()})" for f in Image.Resampling),
-        )
+        filters = ", ".join(f"{f.value} ({f.name.lower()})" for f in Image.Resampling)
+        raise _refusal(path, key, value, f"one of {filters}")
     if key == "padding_mode" and value not in PADDING_MODES:
         raise _refusal(path, key, value, f"one of {', '.join(PADDING_MODES)}")
     if key == "rescale_factor" and not _are_numbers(value):
@@ -284,7 +270,7 @@ def _checked(path: Path, key: str, value: Any) -> Any:
     if key == "padding_value" and not (_are_numbers(value) and 0 <= value <= 255):
         raise _refusal(path, key, value, "a number from 0 to 255")
     if key == "max_image_tiles" and not _are_lengths(value):
-        raise _refusal(path, key, value, f"a whole number from 1 to {MOST_PX}")
+        raise _refusal(path, key, value, f"a whole number from 1 to {MAX_PX}")
     if key in ("image_mean", "image_std"):
         return _channels(path, key, value)
     if key in ("crop_size", "pad_size", "patch_size"):
@@ -293,25 +279,26 @@ def _checked(path: Path, key: str, value: Any) -> Any:
 
 
 def _check_together(path: Path, settings: ImageSettings) -> None:
-    """Refuses what the reference's processor of this kind refuses too."""
+    """Rejects combinations that the reference's processor class rejects as well."""
     if settings.do_center_crop and settings.crop_size is None:
         raise _refusal(path, "crop_size", None, "the height and width that do_center_crop leaves")
-    if (
-        settings.kind in ("FuyuImageProcessor", "MllamaImageProcessor")
-        and tuple(settings.size) != SQUARE
-    ):
+    needs_shape = settings.kind in ("FuyuImageProcessor", "MllamaImageProcessor")
+    if needs_shape and tuple(settings.size) != SQUARE:
         raise _refusal(path, "size", dict(settings.size), "a height and a width")
     if settings.kind == "MllamaImageProcessor":
         if len(set(settings.size.values())) > 1:
-            raise _refusal(path, "size", dict(settings.size), "as high as wide, as tiles are")
+            raise _refusal(path, "size", dict(settings.size), "a square, the shape of tiles")
         if not (settings.do_resize and settings.do_pad):
             raise CheckpointError(
-                f"{path}: images are cut into tiles only with both do_resize and do_pad."
+                f"{path}: images can be cut into tiles only with do_resize and do_pad."
             )
 
 
 def _size(path: Path, key: str, value: Any, square: bool) -> dict[str, int]:
-    """What `size` may be -> one of `SIZE_KEYS`; one number is the shorter edge where it is not both."""
+    """Converts a size to one of `SIZE_KEYS`.
+
+    A number is both sides if `square`, else the shorter side.
+    """
     if _are_lengths(value):
         value = {"height": value, "width": value} if square else {"shortest_edge": value}
     if isinstance(value, list | tuple) and len(value) == 2:
@@ -321,7 +308,7 @@ def _size(path: Path, key: str, value: Any, square: bool) -> dict[str, int]:
             return {key: value[key] for key in keys}
     choices = "; ".join(" and ".join(keys) for keys in SIZE_KEYS)
     raise _refusal(
-        path, key, value, f"px from 1 to {MOST_PX}, as a number or as an object of {choices}"
+        path, key, value, f"px from 1 to {MAX_PX}, as a number or as an object of {choices}"
     )
 
 
@@ -337,7 +324,7 @@ def _channels(path: Path, key: str, value: Any) -> tuple[float, ...]:
     if len(values) != 3 or not _are_numbers(*values):
         raise _refusal(path, key, value, "a number, or one for each of three channels")
     if key.endswith("std") and 0 in values:
-        raise _refusal(path, key, value, "other than 0, as images are divided by it")
+        raise _refusal(path, key, value, "other than 0, because images are divided by it")
     return values
 
 
@@ -346,7 +333,7 @@ def _are_numbers(*values) -> bool:
 
 
 def _are_lengths(*values) -> bool:
-    return all(type(value) is int and 0 < value <= MOST_PX for value in values)
+    return all(type(value) is int and 0 < value <= MAX_PX for value in values)
 
 
 def _refusal(path: Path, key: str, value: Any, choices: str) -> CheckpointError:

@@ -1,4 +1,4 @@
-"""Folders of tensors as Hugging Face's hub holds them: one file, or shards and the index that names them."""
+"""Weight files of a folder in the layout of the Hugging Face hub: one file, or shards and index."""
 
 import contextlib
 import json
@@ -24,21 +24,29 @@ from vlm_jax.hub.tensors.torch_pickle import read_torch
 from vlm_jax.runtime.lfs import refuse_pointer
 
 WEIGHTS = "model.safetensors"
+# In order of preference.
 READABLE = (
     WEIGHTS,
     "pytorch_model.bin",
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
-)  # best first
-HUB_NAME = re.compile(  # OWNER/NAME, NAME, or the address of its page
-    r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?(\w[\w.-]*(?:/\w[\w.-]*)?)/?(?:tree/.*)?"
 )
-PARTIAL = ".partial"  # a folder of files that are not complete
-INDEX = ".index.json"  # added to the name of the file that was split
+# OWNER/NAME, NAME, or the URL of the model's page.
+HUB_NAME = re.compile(
+    r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?"
+    r"(\w[\w.-]*(?:/\w[\w.-]*)?)"
+    r"/?(?:tree/.*)?"
+)
+PARTIAL = ".partial"  # folder of incomplete files
+INDEX = ".index.json"  # suffix of the index of a file split into shards
 
 
 def existing_folder(folder: str | os.PathLike) -> Path:
-    """The path of a folder. CheckpointError where there is none, with the way to it where it may be a name on the hub."""
+    """Returns the path of a folder.
+
+    Raises:
+      CheckpointError: it does not exist; for a name on the hub, with the command that downloads it.
+    """
     path, text = Path(folder).expanduser(), str(folder)
     if os.path.isdir(path):
         return path
@@ -55,7 +63,7 @@ def existing_folder(folder: str | os.PathLike) -> Path:
 
 
 class Tensors(Mapping[str, StoredTensor]):
-    """Names -> tensors in the files of a folder; leaving it as a context closes the files."""
+    """Tensors in the files of a folder, by name; as a context manager, closes the files."""
 
     def __init__(self, stored: dict[str, StoredTensor]):
         self._stored = stored
@@ -73,31 +81,31 @@ class Tensors(Mapping[str, StoredTensor]):
         return self
 
     def __exit__(self, *_):
+        # A view that still exists keeps its file open until it is deleted.
         for data in {stored.data for stored in self.values()}:
-            with contextlib.suppress(
-                BufferError
-            ):  # a view that is still held keeps its file until it dies
+            with contextlib.suppress(BufferError):
                 data.close()
 
 
 def open_tensors(folder: str | os.PathLike) -> Tensors:
-    """The tensors of the weights in a folder: `READABLE` lists the names that are looked for, best first.
+    """Opens the first of the weight files `READABLE` that a folder has.
 
     Raises:
-      CheckpointError: no folder, no weights in it, a shard that is missing or lacks a tensor, a file that is damaged or
-        cut short, or a pickle that wants to run code.
+      CheckpointError: the folder does not exist or has no weights, a shard is missing or lacks a
+        tensor, a file is damaged or truncated, or a pickle would run code.
     """
     folder = existing_folder(folder)
-    found = _find(folder)
-    if found is None:
+    path = _find_weights(folder)
+    if path is None:
         raise CheckpointError(
-            f"{folder} holds no weights: there is no {', '.join(READABLE)}, nor {INDEX} of one of them."
+            f"{folder} has no weights: expected one of {', '.join(READABLE)}, or its {INDEX}."
         )
-    return Tensors(_read_shards(found) if found.name.endswith(INDEX) else _read_file(found))
+    return Tensors(_read_shards(path) if path.name.endswith(INDEX) else _read_file(path))
 
 
-def _find(folder: Path) -> Path | None:
-    candidates = (folder / (name + ending) for name in READABLE for ending in ("", INDEX))
+def _find_weights(folder: Path) -> Path | None:
+    """Path of the first weight file or index of `READABLE` in a folder."""
+    candidates = (folder / (name + suffix) for name in READABLE for suffix in ("", INDEX))
     return next((path for path in candidates if os.path.isfile(path)), None)
 
 
@@ -105,18 +113,14 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
     weight_map = read_json(index).get("weight_map")
     shards = weight_map.values() if isinstance(weight_map, dict) else [None]
     if not all(isinstance(shard, str) and shard == Path(shard).name for shard in shards):
-        raise CheckpointError(
-            f"{index} has no weight_map from names of tensors to files beside it."
-        )
+        raise CheckpointError(f"{index} has no weight_map from tensor names to files beside it.")
     missing = [shard for shard in sorted(set(shards)) if not os.path.isfile(index.parent / shard)]
     if missing:
-        raise CheckpointError(f"{index} names files that are not there: {', '.join(missing)}.")
+        raise CheckpointError(f"{index} names missing files: {', '.join(missing)}.")
     files = {shard: _read_file(index.parent / shard) for shard in sorted(set(shards))}
     for name, shard in weight_map.items():
         if name not in files[shard]:
-            raise CheckpointError(
-                f"{index} says that {name} is in {shard}, which does not hold it."
-            )
+            raise CheckpointError(f"{index} maps {name} to {shard}, which does not contain it.")
     return {name: files[shard][name] for name, shard in weight_map.items()}
 
 
@@ -126,7 +130,7 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """Content of a file. CheckpointError names a file that is missing or a Git LFS pointer."""
+    """Content of a file. Raises UserError if it cannot be read or is a Git LFS pointer."""
     try:
         data = Path(path).expanduser().read_bytes()
     except OSError as error:
@@ -136,7 +140,7 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 
 
 def read_json(path: str | os.PathLike) -> dict:
-    """Object of a JSON file. CheckpointError names a file that cannot be read or holds something else."""
+    """Object of a JSON file. Raises UserError if it cannot be read or is not a JSON object."""
     return json_object(read_bytes(path), str(path))
 
 
@@ -147,18 +151,20 @@ def write_tensors(
     max_shard_bytes: int = 5_000_000_000,
     file_name: str = WEIGHTS,
 ) -> None:
-    """Writes `file_name`, or, where that is more than `max_shard_bytes`, shards in the order of `specs`.
+    """Writes `file_name`, or, if that exceeds `max_shard_bytes`, shards in the order of `specs`.
 
     They appear when all are complete; until then, and after an error, the folder has no weights.
 
     Args:
-      specs: name -> whatever has the `shape` and `dtype` of the tensor (an array, a StoredTensor, a ShapeDtypeStruct).
+      specs: name -> anything with the `shape` and `dtype` of the tensor (an array, a StoredTensor,
+        a ShapeDtypeStruct).
+      read: name -> tensor; called as each tensor is written, so only one needs to be in memory.
       file_name: ends with `.safetensors`; shards have a number before that.
-      read: name -> the tensor; called when it is written, so that one at a time has to be in memory.
 
     Raises:
-      CheckpointError: the folder cannot be written or holds weights already, or safetensors does not know a dtype.
-      ValueError: `read` gave a tensor of another shape or dtype than its spec.
+      CheckpointError: the folder cannot be written or has weights already, or safetensors does not
+        support a dtype.
+      ValueError: `read` returned a tensor of another shape or dtype than its spec.
     """
     folder = Path(folder).expanduser()
     unknown = [
@@ -168,17 +174,16 @@ def write_tensors(
     ]
     if unknown:
         raise CheckpointError(
-            f"{folder} cannot be written: {', '.join(unknown)}; safetensors knows {', '.join(DTYPE_NAMES.values())}."
+            f"{folder} cannot be written: {', '.join(unknown)}; safetensors supports "
+            f"{', '.join(DTYPE_NAMES.values())}."
         )
-    shards = _shards(specs, max_shard_bytes)
+    shards = _split_into_shards(specs, max_shard_bytes)
     weight_map, stem = {}, file_name.removesuffix(".safetensors")
     with all_or_none(folder) as stage:
         for number, names in enumerate(shards, start=1):
-            shard = (
-                file_name
-                if len(shards) == 1
-                else f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
-            )
+            shard = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
+            if len(shards) == 1:
+                shard = file_name
             weight_map |= dict.fromkeys(names, shard)
             with (stage / shard).open("wb") as file:
                 write_safetensors(file, {name: specs[name] for name in names}, read)
@@ -192,25 +197,24 @@ def write_tensors(
 
 @contextlib.contextmanager
 def all_or_none(folder: str | os.PathLike) -> Iterator[Path]:
-    """Gives a folder to write a model in; its files appear in `folder` at the end, together, or none after an error.
+    """Yields a folder to write a model to, and moves its files to `folder` at the end.
 
-    Within the folder that it gave, it can be used again.
+    After an error `folder` gets none of them. Can be nested: `folder` may be one that it yielded.
 
     Raises:
-      CheckpointError: the folder cannot be written, or holds weights already.
+      CheckpointError: the folder cannot be written or has weights already.
     """
     folder = Path(folder).expanduser()
-    found = _find(folder)
-    if found is not None:
-        raise CheckpointError(f"{found} is there already: choose another folder, or delete it.")
+    path = _find_weights(folder)
+    if path is not None:
+        raise CheckpointError(f"{path} already exists: choose another folder, or delete it.")
     stage, is_new, moved = folder / PARTIAL, not os.path.exists(folder), []
     try:
-        shutil.rmtree(stage, ignore_errors=True)  # what is left of a process that was killed
+        shutil.rmtree(stage, ignore_errors=True)  # leftovers of a process that was killed
         stage.mkdir(parents=True)
         yield stage
-        for path in sorted(
-            stage.iterdir(), key=lambda path: path.suffix == ".json"
-        ):  # what names others comes last
+        # JSON files last: an index must not appear before its shards.
+        for path in sorted(stage.iterdir(), key=lambda path: path.suffix == ".json"):
             moved.append(folder / path.name)
             os.replace(path, moved[-1])
     except BaseException as error:
@@ -226,8 +230,8 @@ def all_or_none(folder: str | os.PathLike) -> Iterator[Path]:
     stage.rmdir()
 
 
-def _shards(specs: Mapping[str, Any], max_shard_bytes: int) -> list[list[str]]:
-    """Names in their order, in lists of at most so many bytes; a larger tensor is alone."""
+def _split_into_shards(specs: Mapping[str, Any], max_shard_bytes: int) -> list[list[str]]:
+    """Names in order, in lists of at most `max_shard_bytes`; a larger tensor has its own list."""
     shards, filled = [[]], 0
     for name, spec in specs.items():
         size = size_bytes(spec)

@@ -1,4 +1,4 @@
-"""A tensor that lies in a file: its bytes are mapped into memory, never copied."""
+"""Tensors in memory-mapped files; their bytes are not copied."""
 
 import mmap
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from vlm_jax.runtime.lfs import refuse_pointer
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """Where in a mapped file a tensor lies. Making one raises ValueError where it does not fit into the file."""
+    """A tensor in a mapped file. Raises ValueError if it does not fit into the file."""
 
     data: mmap.mmap
     offset_bytes: int
@@ -25,35 +25,36 @@ class StoredTensor:
         self.read()
 
     def read(self) -> np.ndarray:
-        """A read-only view of the file's bytes; what is touched of it counts as memory until `release`."""
-        whole = np.frombuffer(
-            self.data, np.uint8
-        )  # unlike np.ndarray, it keeps the file from being unmapped under it
+        """Returns a read-only view. Pages that are touched stay in memory until `release`."""
+        # Unlike np.ndarray(buffer=...), frombuffer() keeps the file mapped while the view exists.
+        whole = np.frombuffer(self.data, np.uint8)
         return np.ndarray(self.shape, self.dtype, whole, self.offset_bytes, self.strides_bytes)
 
     def release(self) -> None:
-        """Gives the tensor's pages back to the system. Views stay valid: they read the file anew."""
-        first, beyond = byte_bounds(self.read())
+        """Returns the tensor's pages to the system. Views stay valid: they read the file again."""
+        first, end = byte_bounds(self.read())
         into_page = self.offset_bytes % mmap.PAGESIZE
-        if beyond > first:
+        if end > first:
             self.data.madvise(
-                mmap.MADV_DONTNEED, self.offset_bytes - into_page, beyond - first + into_page
+                mmap.MADV_DONTNEED, self.offset_bytes - into_page, end - first + into_page
             )
 
 
 def tensors_equal(a: StoredTensor, b: StoredTensor, rows_each: int = 1024) -> bool:
-    """Whether two matrices hold the same numbers; little of them is in memory at a time."""
+    """Returns True if two matrices are equal; compares `rows_each` rows at a time."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     starts = range(0, len(a.read()), rows_each)
-    same = all(np.array_equal(*(x.read()[i : i + rows_each] for x in (a, b))) for i in starts)
+    are_equal = all(
+        np.array_equal(a.read()[i : i + rows_each], b.read()[i : i + rows_each]) for i in starts
+    )
     a.release()
     b.release()
-    return same
+    return are_equal
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """A file's bytes, read-only. CheckpointError names the file where it cannot be read or was not downloaded."""
+    """Maps a file read-only. CheckpointError names a file that cannot be read or is empty."""
     try:
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -66,5 +67,5 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def all_nonnegative_ints(*values) -> bool:
-    """Whether all are whole numbers of 0 or more; True is none, though Python calls it an int."""
+    """Returns True if all values are ints of 0 or more; bools do not count as ints."""
     return all(type(value) is int and value >= 0 for value in values)

@@ -1,8 +1,10 @@
-"""Files of the safetensors format, mapped rather than copied, with the dtypes that NumPy has from ml_dtypes.
+"""safetensors files, memory-mapped, with the dtypes of ml_dtypes.
 
- 8 bytes      JSON                                                                     tensors, without holes
- [ length N | {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, ...}, N bytes | a | b | c ... ]
-Format: https://github.com/huggingface/safetensors#format; `safetensors.numpy` refuses bfloat16, and copies.
+  8 bytes   N bytes of JSON                                                      without gaps
+[ N       | {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, ...} | a | b | c ... ]
+
+Format: https://github.com/huggingface/safetensors#format. `safetensors.numpy` does not support
+bfloat16, and copies.
 """
 
 import json
@@ -18,9 +20,9 @@ import numpy as np
 from vlm_jax.config import CheckpointError
 from vlm_jax.hub.tensors.mapped import StoredTensor, all_nonnegative_ints
 
-MAX_HEADER_BYTES = 100_000_000  # as the format's own implementation has it
+MAX_HEADER_BYTES = 100_000_000  # as in the reference implementation
 
-# The format's names, in the order in which tensors lie in a file: the widest first, so that all are aligned.
+# The format's names. Tensors are sorted by this order in a file, widest first, so all are aligned.
 DTYPES = {
     "U64": np.dtype(np.uint64),
     "I64": np.dtype(np.int64),
@@ -43,15 +45,15 @@ DTYPE_ORDER = list(DTYPE_NAMES)
 
 
 def read_safetensors(path: Path, data: mmap.mmap) -> dict[str, StoredTensor]:
-    """The tensors of a file; `data` is the file, mapped.
+    """Tensors of a file by name; `data` is the mapped file.
 
     Raises:
-      CheckpointError: the file is damaged, cut short, or its header does not describe it.
+      CheckpointError: the file is damaged or truncated, or its header does not match it.
     """
     start = 8 + int.from_bytes(data[:8], "little")
     if start > min(len(data), MAX_HEADER_BYTES):
         raise CheckpointError(
-            f"{path} is no safetensors file or cut short: its header would end at byte {start}."
+            f"{path} is truncated or not a safetensors file: its header would end at byte {start}."
         )
     header = json_object(data[8:start], f"the header of {path}")
     header.pop("__metadata__", None)
@@ -60,43 +62,40 @@ def read_safetensors(path: Path, data: mmap.mmap) -> dict[str, StoredTensor]:
     for name, (begin, end, _, _) in sorted(entries.items(), key=lambda item: item[1][:2]):
         if begin != position:
             raise CheckpointError(
-                f"{path}: {name} begins at byte {begin} of the tensors, where {position} is free."
+                f"{path}: {name} starts at byte {begin} of the tensors instead of {position}."
             )
         position = end
     if start + position != len(data):
-        state = "is cut short" if start + position > len(data) else "goes on after its last tensor"
+        is_short = start + position > len(data)
+        state = "is truncated" if is_short else "continues after its last tensor"
         raise CheckpointError(
-            f"{path} {state}: it has {len(data)} bytes, not {start + position} as its header says."
+            f"{path} {state}: it has {len(data)} bytes, but {start + position} by its header."
         )
     try:
         return {
             name: StoredTensor(data, start + begin, *kind)
             for name, (begin, _, *kind) in entries.items()
         }
-    except ValueError as error:  # a shape such as (0, 2**70), that takes no bytes
-        raise CheckpointError(f"{path} holds a tensor of an impossible shape: {error}.") from None
+    except ValueError as error:  # a shape such as (0, 2**70), which takes no bytes
+        raise CheckpointError(f"{path} has a tensor of an impossible shape: {error}.") from None
 
 
 def _entry(name: str, entry, path: Path) -> tuple[int, int, np.dtype, tuple[int, ...]]:
-    """A tensor in the header -> its first byte, the byte after its last, its dtype and its shape."""
+    """Returns (begin, end, dtype, shape) of a header entry; begin and end in bytes."""
     try:
-        dtype, shape, (begin, end) = (
-            DTYPES.get(entry["dtype"]),
-            tuple(entry["shape"]),
-            entry["data_offsets"],
-        )
+        dtype, shape = DTYPES.get(entry["dtype"]), tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(
             f"{path}: {name} has no dtype, shape and two data_offsets in the header."
         ) from None
     if dtype is None:
         raise CheckpointError(
-            f"{path}: {name} has the dtype {entry['dtype']}, which is none of {', '.join(DTYPES)}."
+            f"{path}: {name} has the dtype {entry['dtype']}, but has to have one of "
+            f"{', '.join(DTYPES)}."
         )
-    if (
-        not all_nonnegative_ints(*shape, begin, end)
-        or end - begin != math.prod(shape) * dtype.itemsize
-    ):
+    are_counts = all_nonnegative_ints(*shape, begin, end)
+    if not are_counts or end - begin != math.prod(shape) * dtype.itemsize:
         raise CheckpointError(
             f"{path}: {name} of shape {shape} and dtype {dtype} cannot fill bytes {begin} to {end}."
         )
@@ -106,21 +105,20 @@ def _entry(name: str, entry, path: Path) -> tuple[int, int, np.dtype, tuple[int,
 def write_safetensors(
     file: BinaryIO, specs: Mapping[str, Any], read: Callable[[str], np.ndarray]
 ) -> None:
-    """Writes the header from `specs` and then the tensors as `read` gives them, one at a time.
+    """Writes the header from `specs`, then the tensors that `read` returns, one at a time.
 
     Raises:
-      ValueError: `read` gave a tensor of another shape or dtype than its spec.
+      ValueError: `read` returned a tensor of another shape or dtype than its spec.
     """
-    specs = dict(
-        sorted(
-            specs.items(), key=lambda item: (DTYPE_ORDER.index(np.dtype(item[1].dtype)), item[0])
-        )
-    )
-    header, position = (
-        {"__metadata__": {"format": "pt"}},
-        0,
-    )  # transformers refuses a file without a format
-    for name, spec in specs.items():
+
+    def order(name: str):
+        return DTYPE_ORDER.index(np.dtype(specs[name].dtype)), name
+
+    names = sorted(specs, key=order)
+    # transformers rejects a file without a format.
+    header, position = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        spec = specs[name]
         begin, position = position, position + size_bytes(spec)
         shape = [int(length) for length in spec.shape]
         header[name] = {
@@ -129,24 +127,24 @@ def write_safetensors(
             "data_offsets": [begin, position],
         }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
     file.write(len(text).to_bytes(8, "little") + text)
-    for name, spec in specs.items():
-        array = read(name)
+    for name in names:
+        array, spec = read(name), specs[name]
         if (array.shape, array.dtype) != (tuple(spec.shape), spec.dtype):
             raise ValueError(
-                f"{name} was to be {spec.dtype} {spec.shape} and is {array.dtype} {array.shape}"
+                f"{name} is {array.dtype} {array.shape}, expected {spec.dtype} {spec.shape}"
             )
         file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
 def size_bytes(spec) -> int:
-    """Bytes of whatever has a `shape` and a `dtype`."""
+    """Bytes of anything with a `shape` and a `dtype`."""
     return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
 
 
 def json_object(text: bytes, name: str) -> dict:
-    """The object that a JSON text holds. CheckpointError names the text where it is something else."""
+    """Parses a JSON object. CheckpointError names the text if it is something else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

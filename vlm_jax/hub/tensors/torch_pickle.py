@@ -1,7 +1,8 @@
-"""Files of `torch.save`, read without torch and without running what a pickle asks for.
+"""Reads files of `torch.save` without torch, and without running code from the pickle.
 
-A pickle is a program. Those of tensors call `_rebuild_tensor_v2` on storages, and the storages' bytes lie beside the
-pickle: as entries of a zip archive, or after it in the legacy format (before torch 1.6).
+A pickle is a program. A pickle of tensors calls `_rebuild_tensor_v2` on storages. Their bytes are
+outside of it: entries of a zip archive, or after the pickle in the legacy format (before torch 1.6).
+
 Format: torch/serialization.py, `_load` and `_legacy_load`.
 """
 
@@ -44,7 +45,7 @@ class Storage(NamedTuple):
 
 
 class View(NamedTuple):
-    """A tensor as torch pickles it; start, shape and strides count elements of the storage."""
+    """A tensor as torch pickles it; start, shape and strides are in elements of the storage."""
 
     storage: Storage
     start: int
@@ -52,8 +53,8 @@ class View(NamedTuple):
     strides: tuple[int, ...]
 
 
-class Place(NamedTuple):
-    """Where a storage's bytes lie in the file."""
+class ByteRange(NamedTuple):
+    """Position of a storage in the file."""
 
     offset_bytes: int
     size_bytes: int
@@ -64,42 +65,45 @@ class Place(NamedTuple):
 
 
 def read_torch(path: Path, data: mmap.mmap) -> dict[str, StoredTensor]:
-    """The tensors of a state dict, or of the `state_dict` in a training checkpoint; `data` is the mapped file.
+    """Tensors of a state dict, or of the `state_dict` in a training checkpoint, by name.
+
+    Args:
+      data: the mapped file.
 
     Raises:
-      CheckpointError: the file is damaged, holds no tensors, or wants to run code.
+      CheckpointError: the file is damaged, has no tensors, or would run code.
     """
     try:
-        read = _read_zip if data[: len(ZIP_START)] == ZIP_START else _read_legacy
-        saved, places = read(path, data)
+        is_zip = data[: len(ZIP_START)] == ZIP_START
+        saved, storages = _read_zip(path, data) if is_zip else _read_legacy(path, data)
         views = _views(saved) or _views(saved.get("state_dict", {}))
         tensors = {
-            name: _stored(view, places[view.storage.key], data) for name, view in views.items()
+            name: _stored_tensor(view, storages[view.storage.key], data)
+            for name, view in views.items()
         }
     except UserError:
         raise
     except Exception as error:  # a damaged zip or pickle raises nearly anything
-        raise CheckpointError(
-            f"{path} is damaged or holds no tensors of torch: {error!r}."
-        ) from None
+        raise CheckpointError(f"{path} is damaged or has no tensors of torch: {error!r}.") from None
     if not tensors:
-        raise CheckpointError(f"{path} holds no tensors.")
+        raise CheckpointError(f"{path} has no tensors.")
     return tensors
 
 
 class _Unpickler(pickle._Unpickler):
-    """Makes plain values, dicts and `View`s, and calls nothing else.
+    """Creates plain values, dicts and `View`s, and calls nothing else.
 
-    It is the unpickler written in Python: for a few wrong bytes the one written in C takes gigabytes of memory.
+    Derived from the Python implementation: for a few wrong bytes, the C implementation allocates
+    gigabytes.
     """
 
     def __init__(self, file, path: Path):
         super().__init__(file, encoding="utf-8")
         self.path = path
-        self.dtypes = {}  # of each storage that was named, by key
+        self.dtypes = {}  # storage key -> dtype
 
     def find_class(self, module, name):
-        # Whatever is handed out, the pickle may also try to change: names, methods and builtins cannot be.
+        # A pickle may also try to modify what it gets: strings, methods and builtins are immutable.
         if module == "torch" and name in STORAGES:
             return name
         match (module, name):
@@ -110,13 +114,14 @@ class _Unpickler(pickle._Unpickler):
             case ("torch._utils", "_rebuild_parameter"):
                 return self._parameter
         raise CheckpointError(
-            f"{self.path} is refused: it wants to run {f'{module}.{name}'!r}; only tensors are read."
+            f"{self.path} is an unsafe pickle: it would call {f'{module}.{name}'!r}; only tensors "
+            "are loaded."
         )
 
     def persistent_load(self, saved):
         kind, name, key, _location, _elements, *part = saved
         if kind != "storage" or any(part):  # before torch 0.4 a storage could be a part of another
-            raise ValueError("it names something else than a whole storage")
+            raise ValueError("it refers to something other than a whole storage")
         self.dtypes[key] = STORAGES[name]
         return Storage(key, STORAGES[name])
 
@@ -130,32 +135,32 @@ class _Unpickler(pickle._Unpickler):
 def _read_zip(path, data):
     with zipfile.ZipFile(path) as archive:
         entries = {info.filename: info for info in archive.infolist()}
-        (pickled,) = (
-            name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")
-        )
-        folder = pickled.removesuffix("data.pkl")
+        pickles = [n for n in entries if n.count("/") == 1 and n.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError(f"it has {len(pickles)} entries data.pkl")
+        folder = pickles[0].removesuffix("data.pkl")
         if entries.get(folder + "byteorder") and archive.read(folder + "byteorder") != b"little":
             raise ValueError("its numbers are big-endian")
-        saved = _Unpickler(io.BytesIO(archive.read(pickled)), path).load()
+        saved = _Unpickler(io.BytesIO(archive.read(pickles[0])), path).load()
     prefix = folder + "data/"
-    places = {
-        name.removeprefix(prefix): _place(i, data)
-        for name, i in entries.items()
+    storages = {
+        name.removeprefix(prefix): _content_range(info, data)
+        for name, info in entries.items()
         if name.startswith(prefix)
     }
-    return saved, places
+    return saved, storages
 
 
-def _place(info: zipfile.ZipInfo, data: mmap.mmap) -> Place:
-    """The content of a zip entry follows its header, whose name and padding have lengths of their own."""
+def _content_range(info: zipfile.ZipInfo, data: mmap.mmap) -> ByteRange:
+    """Position of a zip entry's content, which follows a header of variable length."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{info.filename} is compressed")
     name_bytes, padding_bytes = struct.unpack_from("<HH", data, info.header_offset + 26)
-    return Place(info.header_offset + 30 + name_bytes + padding_bytes, info.file_size)
+    return ByteRange(info.header_offset + 30 + name_bytes + padding_bytes, info.file_size)
 
 
 def _read_legacy(path, data):
-    """Five pickles one after another, then for each storage its number of elements and its bytes."""
+    """Reads five pickles, then for each storage its number of elements and its bytes."""
     with path.open("rb") as file:
         start = [_Unpickler(file, path).load() for _ in LEGACY_START]
         if start != LEGACY_START:
@@ -166,29 +171,30 @@ def _read_legacy(path, data):
         saved = unpickler.load()
         keys = _Unpickler(file, path).load()
         offset = file.tell()
-    places = {}
+    storages = {}
     for key in keys:
         (elements,) = struct.unpack_from("<q", data, offset)
-        places[key] = Place(offset + 8, elements * unpickler.dtypes[key].itemsize)
-        offset = places[key].end_bytes
-    return saved, places
+        storages[key] = ByteRange(offset + 8, elements * unpickler.dtypes[key].itemsize)
+        offset = storages[key].end_bytes
+    return saved, storages
 
 
 def _views(saved: dict) -> dict[str, View]:
     return {name: value for name, value in saved.items() if isinstance(value, View)}
 
 
-def _stored(view: View, place: Place, data: mmap.mmap) -> StoredTensor:
+def _stored_tensor(view: View, position: ByteRange, data: mmap.mmap) -> StoredTensor:
     storage, start, shape, strides = view
-    if not all_nonnegative_ints(start, *shape, *strides, *place) or len(shape) != len(strides):
-        raise ValueError("a size or stride is no count")
+    are_counts = all_nonnegative_ints(start, *shape, *strides, *position)
+    if not are_counts or len(shape) != len(strides):
+        raise ValueError("a size or stride is not a count")
     last = start + sum((length - 1) * stride for length, stride in zip(shape, strides))
     itemsize = storage.dtype.itemsize
-    if math.prod(shape) and (last + 1) * itemsize > place.size_bytes:
-        raise ValueError("a tensor reaches beyond its storage")
-    if place.end_bytes > len(data):
-        raise ValueError("it is cut short")
-    offset = place.offset_bytes + start * itemsize
+    if math.prod(shape) and (last + 1) * itemsize > position.size_bytes:
+        raise ValueError("a tensor extends beyond its storage")
+    if position.end_bytes > len(data):
+        raise ValueError("it is truncated")
+    offset = position.offset_bytes + start * itemsize
     return StoredTensor(
         data, offset, storage.dtype, tuple(shape), tuple(stride * itemsize for stride in strides)
     )

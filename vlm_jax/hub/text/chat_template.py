@@ -1,6 +1,8 @@
-"""A checkpoint's chat template: messages -> the text of a prompt, as `apply_chat_template` of transformers 5.23 has it.
+"""Chat templates: messages -> the text of a prompt.
 
-Templates are Jinja programs from strangers: they run in `sandbox.BoundedEnvironment`.
+The text equals that of `apply_chat_template` of transformers 5.23.
+
+A template is a Jinja program of unknown origin: it runs in `jinja_sandbox.BoundedEnvironment`.
 """
 
 import datetime
@@ -20,22 +22,19 @@ from vlm_jax.hub.tensors.folder import read_bytes, read_json
 from vlm_jax.hub.text.jinja_sandbox import BoundedEnvironment
 from vlm_jax.hub.text.special_tokens import TOKENIZER_CONFIG
 
-FILES = (
-    "processor_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    TOKENIZER_CONFIG,
-)  # the first counts
-DEFAULT = "default"  # the name of the one to take where a checkpoint has several
+# In order of precedence.
+FILES = ("processor_config.json", "chat_template.json", "chat_template.jinja", TOKENIZER_CONFIG)
+DEFAULT = "default"  # name of the template to use if a checkpoint has several
 MAX_CHARACTERS = 10_000_000
 
-# {"role": "user", "content": ...}, with a text, or with [{"type": "image"}, {"type": "text", "text": "what is it?"}]
+# {"role": "user", "content": TEXT}, or with a list as content:
+# [{"type": "image"}, {"type": "text", "text": "what is it?"}]
 Message = Mapping[str, Any]
 
 
 class ChatTemplate:
     def __init__(self, source: str, path: Path):
-        """Raises CheckpointError, which names `path`, where the source is no template."""
+        """Compiles a template. Raises CheckpointError, which names `path`, if it is not valid."""
         self._path = path
         self._environment = BoundedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
@@ -45,29 +44,26 @@ class ChatTemplate:
             "raise_exception": _raise_exception,
             "strftime_now": _strftime_now,
         }
+        # Jinja folds constant expressions while it compiles, so any exception can occur here.
         try:
             self._template = self._environment.from_string(source)
-        except (
-            Exception
-        ) as error:  # constants are computed at once, which can fail like any expression
+        except Exception as error:
             raise self._refusal(error) from None
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "ChatTemplate | None":
-        """The template in a folder: of processor_config.json, chat_template.json or .jinja, or tokenizer_config.json.
-
-        None where none of them holds one.
+        """Loads the template from the first of `FILES` that has one, else None.
 
         Raises:
-          CheckpointError: a file is damaged, its template is none, or it has several and none is called "default".
+          CheckpointError: a file is damaged, its template is not valid, or it has several templates
+            and none is called "default".
         """
         folder = Path(folder).expanduser()
         for path in (folder / name for name in FILES if os.path.isfile(folder / name)):
-            source = (
-                _text(path)
-                if path.suffix == ".jinja"
-                else _default(read_json(path).get("chat_template"), path)
-            )
+            if path.suffix == ".jinja":
+                source = _read_text(path)
+            else:
+                source = _select_default(read_json(path).get("chat_template"), path)
             if source is not None:
                 return cls(source, path)
         return None
@@ -78,15 +74,17 @@ class ChatTemplate:
         special_tokens: Mapping[str, str],
         add_generation_prompt: bool = True,
     ) -> str:
-        """The text of a prompt.
+        """Renders the text of a prompt.
 
         Args:
-          messages: plain data, as JSON has it; whether a template reads strings, lists or both is the checkpoint's.
+          messages: plain JSON data; it depends on the template whether content may be text, a list
+            or both.
           special_tokens: `HubTokenizer.special_tokens`.
-          add_generation_prompt: ends with what stands before an answer.
+          add_generation_prompt: append the tokens that start an answer.
 
         Raises:
-          CheckpointError: the template refuses the messages, fails, does what it must not do, or does not come to an end.
+          CheckpointError: the template rejects the messages, fails, or exceeds the limits of the
+            sandbox.
         """
         self._environment.begin()
         self._characters = 0
@@ -96,19 +94,22 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
+        # A template can compute anything, so any exception can occur.
         try:
-            return "".join(map(self._counted, self._template.generate({**special_tokens, **names})))
-        except Exception as error:  # a template can compute anything, so anything can go wrong
+            parts = self._template.generate({**special_tokens, **names})
+            return "".join(map(self._counted, parts))
+        except Exception as error:
             raise self._refusal(error) from None
 
-    def reads_lists(self, special_tokens: Mapping[str, str]) -> bool:
-        """Whether the content of a message can be a list, as it has to be where an image is part of it."""
+    def accepts_lists(self, special_tokens: Mapping[str, str]) -> bool:
+        """Returns True if the content of a message can be a list, as messages with images need."""
         text = "which of them"
         message = {"role": "user", "content": [{"type": "text", "text": text}]}
         try:
             rendered = self.render([message], special_tokens)
         except UserError:
             return False
+        # A template for text only may still print the Python list, where the text is in quotes.
         return text in rendered and repr(text) not in rendered
 
     def _counted(self, part: str) -> str:
@@ -124,43 +125,39 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """`{% generation %}`, which marks answers for training, and changes nothing here."""
+    """`{% generation %}` marks answers for training; here it changes nothing."""
 
     tags = {"generation"}
 
     def parse(self, parser):
         line = next(parser.stream).lineno
-        return nodes.Scope(
-            parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line
-        )
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return nodes.Scope(body, lineno=line)
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return io.StringIO(read_bytes(path).decode(), newline=None).read()
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
 
 
-def _default(found: Any, path: Path) -> str | None:
-    """Several templates are a list of {"name", "template"}, or an object of them."""
-    if isinstance(found, list):
-        found = {
-            str(item["name"]): item.get("template")
-            for item in found
-            if isinstance(item, dict) and "name" in item
-        }
-    if isinstance(found, dict):
-        if DEFAULT not in found:
+def _select_default(template: Any, path: Path) -> str | None:
+    """Selects from several templates: a list of {"name", "template"}, or an object of them."""
+    if isinstance(template, list):
+        items = [item for item in template if isinstance(item, dict) and "name" in item]
+        template = {str(item["name"]): item.get("template") for item in items}
+    if isinstance(template, dict):
+        if DEFAULT not in template:
             raise CheckpointError(
-                f'{path} has the chat templates {", ".join(found)}, but none called "{DEFAULT}".'
+                f'{path} has the chat templates {", ".join(template)}, but none called "{DEFAULT}".'
             )
-        found = found[DEFAULT]
-    if not isinstance(found, str | None):
+        template = template[DEFAULT]
+    if not isinstance(template, str | None):
         raise CheckpointError(
-            f"{path}: chat_template is {type(found).__name__}, but has to be text."
+            f"{path}: chat_template is {type(template).__name__}, but has to be text."
         )
-    return found
+    return template
 
 
 def _raise_exception(message: str) -> None:
@@ -172,7 +169,7 @@ def _strftime_now(form: str) -> str:
 
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Unlike Jinja's own, it does not escape what HTML has a meaning for."""
+    """JSON without the HTML escapes of Jinja's own filter."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -1,8 +1,8 @@
-"""A checkpoint's prompt form for training: conversations -> tokens, and which of them are answers.
+"""Conversations in a checkpoint's prompt format, for training: tokens and which of them are scored.
 
-The tokens of a conversation up to an answer are those of the inference prompt (`Processor.asked`), because both are
-rendered by the same chat template and framed by the same `TextFormat`. Scored are the answers, with whatever the
-template puts behind them, and one token that ends the text where the template writes none.
+The tokens of a conversation up to an answer are those of the inference prompt (`Processor.asked`):
+both are rendered by the same chat template and framed by the same `TextFormat`. Answers are scored,
+with whatever the template writes after them; if it writes no end-of-text token, one is added.
 """
 
 import functools
@@ -21,178 +21,205 @@ from vlm_jax.hub.text.prompt_formats import EncoderDecoderFormat, TextFormat, lo
 from vlm_jax.hub.text.tokenizer import HubTokenizer, are_ids
 from vlm_jax.hub.text.tokenizer_files import CONFIG
 
-NO_TOKEN = -1  # id of an image that has no token in the text
+NO_TOKEN = -1  # id of an image without a token in the text
 
 
 class Tokens(NamedTuple):
-    """Tokens of a conversation; each list has one entry a token."""
+    """Tokens of a conversation; each list has one entry per token."""
 
     ids: list[int]  # NO_TOKEN for an image without a placeholder
     is_scored: list[bool]
-    is_image: list[bool]  # the placeholder of an image, the next of the conversation
+    is_image: list[bool]  # placeholder of the conversation's next image
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Renders and tokenizes conversations as a checkpoint's own processor does its prompts."""
+    """Renders and tokenizes conversations as the checkpoint's own processor does its prompts."""
 
     tokenizer: HubTokenizer
     template: ChatTemplate | None
-    form: TextFormat
-    begin: tuple[int, ...]  # tokens before the text
+    prompt_format: TextFormat
+    prefix_ids: tuple[int, ...]  # before the text
     eos_id: int  # ends an answer
-    ends: tuple[int, ...]  # all tokens that do
+    eos_ids: tuple[int, ...]  # every token that ends an answer
 
     @classmethod
     def load(cls, folder: str | os.PathLike, has_images: bool) -> "Dialogue":
-        """Reads tokenizer, chat template and prompt form from the files of a checkpoint.
+        """Reads tokenizer, chat template and prompt format from the files of a checkpoint.
 
         Args:
-          has_images: whether the model reads images; a processor's tokenizer adds bos to a template's text, a
-            tokenizer alone leaves it to the template (transformers 5.23).
+          has_images: the model takes images. The tokenizer of a processor adds bos to a template's
+            text; a tokenizer alone leaves that to the template (transformers 5.23).
 
         Raises:
-          CheckpointError: a file is missing or damaged, or none names a token that ends a text.
+          CheckpointError: a file is missing or damaged, or no file names an end-of-text token.
         """
         tokenizer, template = HubTokenizer.load(folder), ChatTemplate.load(folder)
-        ends = tuple(i for i in tokenizer.eos_ids if tokenizer.id_to_token(i))
-        if not ends:
+        eos_ids = tuple(i for i in tokenizer.eos_ids if tokenizer.id_to_token(i))
+        if not eos_ids:
             raise CheckpointError(
-                f"{folder} names no token that ends a text: set eos_token in tokenizer_config.json."
+                f"{folder} names no end-of-text token: set eos_token in tokenizer_config.json."
             )
-        form = load_prompt_format(folder, tokenizer)
-        found = cls(tokenizer, template, form, (), ends[0], ends)
-        begin = (
-            start_of(folder, tokenizer)
-            if isinstance(form, EncoderDecoderFormat)
-            else found._bos(has_images)
-        )
-        return replace(found, begin=begin, eos_id=found._closing_id())
+        text_format = load_prompt_format(folder, tokenizer)
+        # The other two ids are found by rendering a conversation without them.
+        dialogue = cls(tokenizer, template, text_format, (), eos_ids[0], eos_ids)
+        if isinstance(text_format, EncoderDecoderFormat):
+            prefix_ids = decoder_start_ids(folder, tokenizer)
+        else:
+            prefix_ids = dialogue._bos_ids(has_images)
+        return replace(dialogue, prefix_ids=prefix_ids, eos_id=dialogue._closing_id())
 
-    def encode(self, turns: Sequence[str]) -> Tokens:
-        """Turns of a human and an assistant -> tokens; the last turn may be a question to be answered.
+    def encode(self, messages: Sequence[str]) -> Tokens:
+        """Tokenizes alternating messages of a user and an assistant.
+
+        Args:
+          messages: the last may be a question to be answered.
 
         Raises:
-          CheckpointError: the chat template fails, does not write one token for each image, or its text up to an answer is
-            not the beginning of the whole text.
+          CheckpointError: the chat template fails, does not write one token per image, or its text
+            up to an answer is not the beginning of the whole text.
         """
-        text, spans = self.script(turns)
+        text, spans = self.script(messages)
         ids, ends = self.tokenizer.encode_with_ends(text)
-        marks = sum(turn.count(IMAGE_PLACEHOLDER) for turn in turns)
-        images = [] if self.form.image_token else [True] * marks
-        begin = list(self.begin)
-        image_id = self.tokenizer.id_of(self.form.image_token) if self.form.image_token else None
-        scored = [any(first < end <= last for first, last in spans) for end in ends]
-        is_image = [i == image_id for i in ids]
-        if image_id is not None and sum(is_image) != marks:
-            raise CheckpointError(
-                f"the chat template writes {sum(is_image)} image tokens ({self.form.image_token}) for the {marks} "
-                "images of a conversation: set data.template to plain or vicuna."
-            )
-        if len(turns) % 2 == 0 and not self._closes(text[spans[-1][0] :]):
-            ids, scored, is_image = [*ids, self.eos_id], [*scored, True], [*is_image, False]
-        before = len(images) + len(begin)
+        is_scored = [_is_inside(end, spans) for end in ends]
+        num_images = sum(message.count(IMAGE_PLACEHOLDER) for message in messages)
+        if self.prompt_format.image_token:
+            leading_images = 0
+            image_id = self.tokenizer.token_to_id(self.prompt_format.image_token)
+            is_image = [i == image_id for i in ids]
+            if sum(is_image) != num_images:
+                raise CheckpointError(
+                    f"the chat template writes {sum(is_image)} image tokens "
+                    f"({self.prompt_format.image_token}) for the {num_images} images of a "
+                    "conversation: set data.template to plain or vicuna."
+                )
+        else:
+            leading_images = num_images
+            is_image = [False] * len(ids)
+        if _is_answered(messages) and not self._is_closed(text[spans[-1][0] :]):
+            ids, is_scored, is_image = [*ids, self.eos_id], [*is_scored, True], [*is_image, False]
+        # Images without a token come first, then the tokens before the text.
+        prefix = len(self.prefix_ids)
         return Tokens(
-            [NO_TOKEN] * len(images) + begin + ids,
-            [False] * before + scored,
-            images + [False] * len(begin) + is_image,
+            [NO_TOKEN] * leading_images + [*self.prefix_ids, *ids],
+            [False] * (leading_images + prefix) + is_scored,
+            [True] * leading_images + [False] * prefix + is_image,
         )
 
-    def script(self, turns: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a conversation and the (first, last) characters of its answers."""
+    def script(self, messages: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
+        """Returns the text of a conversation and the (start, end) characters of its answers."""
         if self.template is None:
-            return self._plain_script(turns)
-        messages = [self._message(number, turn) for number, turn in enumerate(turns)]
-        whole, spans = self._render(messages), []
-        if len(turns) % 2 == 0 and not self._closes(whole):
+            return self._plain_script(messages)
+        chat = [self._message(number, text) for number, text in enumerate(messages)]
+        whole, spans = self._render(chat), []
+        # White space after the last answer is neither part of it nor generated.
+        if _is_answered(messages) and not self._is_closed(whole):
             whole = whole.rstrip()
-        for answered in range(1, len(turns), 2):
-            prompt, through = (
-                self._render(messages[:answered]),
-                self._render(messages[: answered + 1]),
-            )
+        for number in range(1, len(messages), 2):
+            prompt = self._render(chat[:number])
+            answered = self._render(chat[: number + 1])
             if not whole.startswith(prompt):
                 raise CheckpointError(
-                    "the chat template writes an answered question otherwise than a question to be answered, so that "
-                    "its answers cannot be marked: set data.template to plain or vicuna."
+                    "the chat template changes a question once it is answered, so its answers "
+                    "cannot be marked: set data.template to plain or vicuna."
                 )
-            end = len(through) if whole.startswith(through) else len(whole)
+            end = len(answered) if whole.startswith(answered) else len(whole)
             spans.append((len(prompt), end))
         return whole, spans
 
-    def _plain_script(self, turns: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
-        """Without a chat template: the first question in the family's form, those after it behind an end of text."""
-        text, spans, end = "", [], self.tokenizer.id_to_token(self.eos_id)
-        for number in range(0, len(turns), 2):
-            question = self._joined(turns[number])
-            text += (
-                end + self.form.following(question) if number else self._framed(question, turns[0])
-            )
-            if number + 1 < len(turns):
-                spans.append((len(text), len(text) + len(turns[number + 1])))
-                text += turns[number + 1]
+    def _plain_script(self, messages: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
+        """Conversation without a chat template.
+
+        The first question is in the family's format; later ones follow an end-of-text token.
+        """
+        text, spans = "", []
+        for number, message in enumerate(messages):
+            if number % 2:
+                spans.append((len(text), len(text) + len(message)))
+                text += message
+            elif number:
+                eos = self.tokenizer.id_to_token(self.eos_id)
+                text += eos + self.prompt_format.follow_up(self._with_image_tokens(message))
+            else:
+                has_images = IMAGE_PLACEHOLDER in message
+                text += self.prompt_format.frame(self._with_image_tokens(message), has_images)
         return text, spans
 
-    def _framed(self, question: str, turn: str) -> str:
-        return self.form.frame(question, IMAGE_PLACEHOLDER in turn)
+    def _render(self, chat: list[dict[str, Any]]) -> str:
+        return self.prompt_format.frame(self._render_template(chat))
 
-    def _render(self, messages: list[dict[str, Any]]) -> str:
-        return self.form.frame(self._rendered(messages))
-
-    def _rendered(self, messages: list[dict[str, Any]]) -> str:
-        """The text of the template alone."""
-        asks = messages[-1]["role"] == "user"
+    def _render_template(self, chat: list[dict[str, Any]]) -> str:
+        """Text of the template alone, ready for an answer if the last message is a question."""
+        is_question = chat[-1]["role"] == "user"
         return self.template.render(
-            messages, self.tokenizer.special_tokens, add_generation_prompt=asks
+            chat, self.tokenizer.special_tokens, add_generation_prompt=is_question
         )
 
-    def _message(self, number: int, turn: str) -> dict[str, Any]:
+    def _message(self, number: int, text: str) -> dict[str, Any]:
         role = "assistant" if number % 2 else "user"
-        if not self._reads_lists:
-            token = self.form.image_token
-            return {
-                "role": role,
-                "content": turn.replace(IMAGE_PLACEHOLDER, token) if token else self._joined(turn),
-            }
-        parts = content_parts(turn) if role == "user" else [{"type": "text", "text": turn}]
-        return {"role": role, "content": parts}
+        if self._accepts_lists:
+            parts = content_parts(text) if role == "user" else [{"type": "text", "text": text}]
+            return {"role": role, "content": parts}
+        token = self.prompt_format.image_token
+        if token:
+            return {"role": role, "content": text.replace(IMAGE_PLACEHOLDER, token)}
+        return {"role": role, "content": self._with_image_tokens(text)}
 
-    def _joined(self, question: str) -> str:
-        """A question as one text, with the family's image token for every image."""
+    def _with_image_tokens(self, question: str) -> str:
+        """Replaces the placeholders of a question by the family's image token."""
         parts = content_parts(question)
-        return "".join(part.get("text", self.form.image_token) for part in parts)
+        return "".join(part.get("text", self.prompt_format.image_token) for part in parts)
 
-    def _closes(self, text: str) -> bool:
-        """Whether a text ends with a token that ends an answer, up to white space."""
-        names = tuple(map(self.tokenizer.id_to_token, self.ends))
-        return text.rstrip().endswith(names)
+    def _is_closed(self, text: str) -> bool:
+        """True if a text ends with an end-of-text token, up to white space."""
+        return text.rstrip().endswith(tuple(map(self.tokenizer.id_to_token, self.eos_ids)))
 
     @functools.cached_property
-    def _reads_lists(self) -> bool:
-        return self.template.reads_lists(self.tokenizer.special_tokens)
+    def _accepts_lists(self) -> bool:
+        return self.template.accepts_lists(self.tokenizer.special_tokens)
 
-    def _bos(self, has_images: bool) -> tuple[int, ...]:
-        """bos, where the tokenizer adds it to a prompt: transformers leaves it to a template without images."""
+    def _bos_ids(self, has_images: bool) -> tuple[int, ...]:
+        """bos, if the tokenizer adds it to a prompt; without a template, always if it has one.
+
+        With a template, transformers lets the tokenizer add bos only in a processor for images, and
+        only if the template has not written it.
+        """
         bos = self.tokenizer.special_tokens.get("bos_token", "")
-        begins = self.tokenizer.encode("a")[:1] == [self.tokenizer.bos_id]
-        if self.template is None:
-            return (self.tokenizer.bos_id,) if begins and self.form.takes_bos else ()
-        writes_bos = bool(bos) and self._rendered([self._message(0, "question")]).startswith(bos)
-        adds = begins and self.form.takes_bos and has_images and not writes_bos
-        return (self.tokenizer.bos_id,) if adds else ()
+        adds_bos = self.tokenizer.encode("a")[:1] == [self.tokenizer.bos_id]
+        if not (adds_bos and self.prompt_format.takes_bos):
+            return ()
+        if self.template is not None:
+            writes_bos = self._render_template([self._message(0, "question")]).startswith(bos)
+            if not has_images or (bos and writes_bos):
+                return ()
+        return (self.tokenizer.bos_id,)
 
     def _closing_id(self) -> int:
-        """The token that ends an answer in the chat template, or else the first that the checkpoint names."""
+        """The token that ends an answer in the chat template, else the first of `eos_ids`."""
         if self.template is not None:
-            text = self._render([self._message(0, "question"), self._message(1, "answer")]).rstrip()
-            for i in self.ends:
+            chat = [self._message(0, "question"), self._message(1, "answer")]
+            text = self._render(chat).rstrip()
+            for i in self.eos_ids:
                 if text.endswith(self.tokenizer.id_to_token(i)):
                     return i
-        return self.ends[0]
+        return self.eos_ids[0]
 
 
-def start_of(folder: str | os.PathLike, tokenizer: HubTokenizer) -> tuple[int, ...]:
-    """The token that starts the decoder of an encoder-decoder."""
+def _is_answered(messages: Sequence[str]) -> bool:
+    return len(messages) % 2 == 0
+
+
+def _is_inside(end: int, spans: list[tuple[int, int]]) -> bool:
+    """True if a token that ends at this character belongs to one of the (start, end) spans."""
+    return any(start < end <= span_end for start, span_end in spans)
+
+
+def decoder_start_ids(folder: str | os.PathLike, tokenizer: HubTokenizer) -> tuple[int, ...]:
+    """The token that starts the decoder of an encoder-decoder, as a tuple of one id.
+
+    Raises:
+      CheckpointError: decoder_start_token_id is not an id.
+    """
     folder = Path(folder).expanduser()
     start = start_id_of(folder, read_json(folder / CONFIG))
     start = tokenizer.bos_id if start is None else start
@@ -203,10 +230,13 @@ def start_of(folder: str | os.PathLike, tokenizer: HubTokenizer) -> tuple[int, .
     return (start,)
 
 
-def content_parts(turn: str) -> list[dict[str, str]]:
-    """A turn with marks -> the parts of a message: images and texts in their order, without the line ends between."""
+def content_parts(message: str) -> list[dict[str, str]]:
+    """Splits a message at its image placeholders into the parts of a chat template's content.
+
+    Images and texts keep their order; one line end after each placeholder is dropped.
+    """
     parts = []
-    for number, piece in enumerate(turn.split(IMAGE_PLACEHOLDER)):
+    for number, piece in enumerate(message.split(IMAGE_PLACEHOLDER)):
         if number:
             parts.append({"type": "image"})
             piece = piece.removeprefix("\n")

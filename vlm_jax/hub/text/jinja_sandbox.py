@@ -1,11 +1,10 @@
-"""Jinja's sandbox, in which every program comes to an end before it has taken much time or memory.
+"""A Jinja sandbox with bounded time and memory.
 
-Jinja keeps a template from Python's insides, and bounds ranges. Here also the passes of loops and the calls of macros
-are counted, and the characters of everything by which a text can grow before it is written.
+Jinja's own sandbox hides Python's internals and bounds ranges. This one also counts loop iterations
+and macro calls, and the characters of every operation that can make a text grow.
 """
 
 import functools
-import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,8 +14,8 @@ from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MAX_STEPS = 1_000_000  # passes of loops and calls of macros
-MAX_WORK = 200_000_000  # characters that texts may have had on their way, all together
+MAX_STEPS = 1_000_000  # loop iterations and macro calls
+MAX_WORK = 200_000_000  # characters of all intermediate texts together
 MAX_NUMBER = 1e18
 GROWING = (
     "batch",
@@ -40,13 +39,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def __init__(self, **options):
         super().__init__(finalize=self.written, **options)
         self.begin()
-        del self.globals["lipsum"]  # texts of any length
+        del self.globals["lipsum"]  # produces text of any length
         self.filters = {
             name: self.bounded(name, function) for name, function in self.filters.items()
         }
 
     def begin(self) -> None:
-        """Counts anew, for another text."""
+        """Resets the counters before a text is rendered."""
         self.steps = self.work = 0
 
     def step(self) -> None:
@@ -54,21 +53,21 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if self.steps > MAX_STEPS:
             raise jinja2.TemplateRuntimeError(f"it takes more than {MAX_STEPS} steps")
 
-    def spend(self, characters: float, what: str) -> None:
+    def spend(self, characters: float, operation: str) -> None:
         self.work += characters
         if self.work > MAX_WORK:
             raise jinja2.TemplateRuntimeError(
-                f"it handles more than {MAX_WORK} characters, the last with {what}"
+                f"it handles more than {MAX_WORK} characters, the last with {operation}"
             )
 
     def written(self, value: Any) -> Any:
-        """What {{ }} writes: a list becomes a text, too."""
+        """Counts a value that {{ }} converts to text, such as a list."""
         if not isinstance(value, str):
             self.spend(size(value), "what it writes")
         return value
 
-    def concat_of(self, *parts) -> str:
-        """What ~ does, which Jinja lets nobody intercept."""
+    def concatenate(self, *parts) -> str:
+        """The operator ~, which Jinja does not let an environment intercept."""
         self.spend(sum(map(size, parts)), "~")
         return "".join(map(str, parts))
 
@@ -81,11 +80,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def call_binop(self, context, operator, left, right):
         are_long = [hasattr(value, "__len__") for value in (left, right)]
         if operator == "%" and isinstance(left, str):
-            self._grow("format", (left, *(right if isinstance(right, tuple) else (right,))))
+            values = right if isinstance(right, tuple) else (right,)
+            self._grow("format", (left, *values))
         elif operator == "+" and all(are_long):
             self.spend(len(left) + len(right), "+")
         elif operator == "*" and any(are_long):
-            self.spend(math.prod(_factor(value) for value in (left, right)), "*")
+            self.spend(_factor(left) * _factor(right), "*")
         elif operator == "*":
             _check_number(float(abs(left)) * abs(right))
         elif operator == "**":
@@ -93,42 +93,45 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def bounded(self, name: str, function):
-        """A filter whose work is counted."""
+        """Wraps a filter so that its work is counted."""
 
-        @functools.wraps(function)  # with the marks by which Jinja knows what else a filter wants
+        # wraps() also copies the attributes by which Jinja knows what else a filter takes.
+        @functools.wraps(function)
         def counted(*args, **kwargs):
-            args = tuple(
-                list(x) if name in GROWING and isinstance(x, Iterator) else x for x in args
-            )
-            given = (*args, *kwargs.values())
-            if name in GROWING:
-                self._grow(name, given)
-            else:
-                self.spend(sum(len(x) for x in given if isinstance(x, str)), name)
+            if name not in GROWING:
+                texts = [x for x in (*args, *kwargs.values()) if isinstance(x, str)]
+                self.spend(sum(map(len, texts)), name)
+                return function(*args, **kwargs)
+            # An iterator can be consumed only once: a list can be measured and then passed on.
+            args = tuple(list(x) if isinstance(x, Iterator) else x for x in args)
+            self._grow(name, (*args, *kwargs.values()))
             return function(*args, **kwargs)
 
         return counted
 
-    def _grow(self, name: str, given: tuple) -> None:
-        """No text grows by more than the product of two things that go in: such as its length, and a width."""
-        if name == "format" and any(isinstance(x, str) and WIDTH.search(x) for x in given[:1]):
+    def _grow(self, name: str, values: tuple) -> None:
+        """Spends the product of the two largest inputs, such as a text's length and a width.
+
+        No operation of `GROWING` returns more than that.
+        """
+        if name == "format" and any(isinstance(x, str) and WIDTH.search(x) for x in values[:1]):
             raise jinja2.TemplateRuntimeError("a format has too large a width")
-        *_, second, first = sorted(
-            [1, 1, *(abs(x) if isinstance(x, int | float) else size(x) for x in given)]
-        )
+        sizes = [abs(x) if isinstance(x, int | float) else size(x) for x in values]
+        *_, second, first = sorted([1, 1, *sizes])
         self.spend(first * second, name)
 
     def _parse(self, source, name, filename):
-        """Every pass of a loop and every call of a macro begins with a step."""
+        """Inserts a step at the start of every loop body, macro and block."""
         tree = super()._parse(source, name, filename)
         for block in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block)):
-            block.body.insert(0, nodes.ExprStmt(_own("step", [])).set_lineno(block.lineno))
+            step = nodes.ExprStmt(_call_environment("step", []))
+            block.body.insert(0, step.set_lineno(block.lineno))
         return _Concatenations().visit(tree)
 
 
 class _Concatenations(NodeTransformer):
     def visit_Concat(self, node):
-        return _own("concat_of", self.generic_visit(node).nodes)
+        return _call_environment("concatenate", self.generic_visit(node).nodes)
 
 
 def _check_number(number: float) -> None:
@@ -140,12 +143,15 @@ def _factor(value: Any) -> float:
     return float(len(value) if hasattr(value, "__len__") else abs(value))
 
 
-def _own(name: str, arguments: list) -> nodes.Call:
-    return nodes.Call(nodes.EnvironmentAttribute(name), arguments, [], None, None)
+def _call_environment(method: str, arguments: list) -> nodes.Call:
+    return nodes.Call(nodes.EnvironmentAttribute(method), arguments, [], None, None)
 
 
 def size(value: Any, known: dict[int, int] | None = None) -> int:
-    """Characters of a value as a text, about; what is in a list many times is looked at once."""
+    """Approximate number of characters of a value as text.
+
+    Every object is visited once (`known`: id -> size), however often nested lists contain it.
+    """
     if isinstance(value, str | bytes):
         return len(value)
     if not isinstance(value, Mapping | list | tuple | set | frozenset):

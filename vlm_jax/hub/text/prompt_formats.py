@@ -1,9 +1,13 @@
-"""Prompts with images, as the processors of transformers 5.23 write them (`models/*/processing_*.py`).
+"""Prompts with images, as written by transformers 5.23 (`models/*/processing_*.py`).
 
-llava      <s> USER: <image> <image> <image> <image> what is it? ASSISTANT:     N tokens for every <image> of the text
-paligemma  <image> <image> <image> <image> <bos> what is it? \\n                 the same, if only at the start
+llava      <s> USER: <image> <image> <image> <image> what is it? ASSISTANT:
+           N tokens for every <image> of the text
+paligemma  <image> <image> <image> <image> <bos> what is it? \\n
+           N tokens for every image, at the start unless the text has placeholders
 fuyu       |SPEAKER| |SPEAKER| |NEWLINE| |SPEAKER| |SPEAKER| |NEWLINE| <s> what is it? <0x04>
-mllama     <|image|> <|begin_of_text|> what is it?                              one token an image, and a mask
+           one token per patch, one per row of patches
+mllama     <|image|> <|begin_of_text|> what is it?
+           one token per image, and a cross-attention mask
 """
 
 import itertools
@@ -18,24 +22,25 @@ import numpy as np
 from vlm_jax.config import CheckpointError
 from vlm_jax.hub.tensors.folder import read_json
 from vlm_jax.hub.tensors.mapped import all_nonnegative_ints
-from vlm_jax.hub.text.special_tokens import read_if_there
-from vlm_jax.hub.text.tokenizer import HubTokenizer
+from vlm_jax.hub.text.special_tokens import read_json_if_exists
+from vlm_jax.hub.text.tokenizer import NEWLINE_TOKEN, HubTokenizer
 from vlm_jax.hub.text.tokenizer_files import CONFIG
 
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
-MOST_BESIDE = 1024  # tokens of an image beside those of its patches
+MAX_EXTRA_TOKENS = 1024  # tokens of an image beside those of its patches
 
 
 @dataclass(frozen=True)
 class Prompt:
+    """Token ids of one prompt and its attention inputs; T tokens, I images, J tiles."""
+
     input_ids: np.ndarray  # (T,) int32
-    token_type_ids: np.ndarray | None = None  # (T,) int32; 0: what sees all of the prompt
-    cross_attention_mask: np.ndarray | None = (
-        None  # (T, I, J) int32; 1: this token reads tile J of image I
-    )
+    token_type_ids: np.ndarray | None = None  # (T,) int32; 0: attends to the whole prompt
+    # (T, I, J) int32; 1: the token attends to this tile of this image.
+    cross_attention_mask: np.ndarray | None = None
 
     def with_answer(self, ids: Sequence[int]) -> "Prompt":
-        """The prompt and the tokens of its answer, which read what the last token of the prompt reads."""
+        """Appends an answer, whose tokens attend to the same images as the prompt's last token."""
         types, mask, count = self.token_type_ids, self.cross_attention_mask, len(ids)
         return Prompt(
             np.concatenate([self.input_ids, _ids(ids)]),
@@ -46,51 +51,53 @@ class Prompt:
 
 @dataclass(frozen=True)
 class TextFormat:
-    """A family whose images, if it reads any, leave no trace in the text."""
+    """Prompt format of a family without image tokens in the text."""
 
     tokenizer: HubTokenizer
 
-    # The text of the token that stands for an image in a text; "": images come before the text.
+    # Text of the image placeholder; "": images come before the text.
     image_token = ""
-    # Whether the tokenizer may put its own tokens around the text; otherwise `frame` writes all of them.
+    # Whether the tokenizer may put special tokens around the text; otherwise `frame` writes them.
     takes_bos = True
     # Whether a prompt without a chat template is more than its text and its images.
-    has_own_form = False
+    has_own_format = False
 
     @classmethod
     def read(
         cls, tokenizer: HubTokenizer, config: Mapping, processor: Mapping, images: Mapping
     ) -> "TextFormat":
-        """From what is in config.json, processor_config.json and preprocessor_config.json."""
+        """Builds the format from config.json, processor_config.json, preprocessor_config.json."""
         return cls(tokenizer)
 
     def frame(self, text: str, has_images: bool = True) -> str:
-        """A text with one image token an image -> the same with what the family puts around it."""
+        """Adds the family's own tokens around a text with one placeholder per image."""
         return text
 
-    def following(self, text: str) -> str:
-        """What stands for a later question of a conversation, where there is no chat template."""
+    def follow_up(self, text: str) -> str:
+        """Text of a later question of a conversation without a chat template."""
         return text
 
     def prompt(
         self, text: str, images: Sequence[Any] = (), add_special_tokens: bool = True
     ) -> Prompt:
-        """A text and its images -> a prompt.
+        """Returns the prompt of a text and its images.
 
         Args:
-          text: with the family's image token in the place of every image, but see the families.
-          images: what counts of each, which is the family's.
-          add_special_tokens: whether the tokenizer puts its own around the text; a chat template wrote them already.
+          text: with the family's image token for every image; see the families for exceptions.
+          images: one size per image, in the unit of the family.
+          add_special_tokens: the tokenizer puts its special tokens around the text; a chat template
+            has already written them.
 
         Raises:
-          CheckpointError: the image tokens in the text are not as many as the images, or the tokenizer has none.
+          CheckpointError: the text has more or fewer image tokens than images, or the tokenizer has
+            no image token.
         """
         return Prompt(_ids(self.tokenizer.encode(text, add_special_tokens)))
 
 
 @dataclass(frozen=True)
 class LlavaFormat(TextFormat):
-    """Of every image: (height, width) of its pixels."""
+    """`images` of a prompt: (height, width) of each in pixels."""
 
     patch_size_px: int
     tokens_beside_patches: int  # such as the class token
@@ -98,33 +105,30 @@ class LlavaFormat(TextFormat):
 
     @classmethod
     def read(cls, tokenizer, config, processor, images):
-        token = (
-            tokenizer.special_tokens.get("image_token") or processor.get("image_token") or "<image>"
-        )
+        named = tokenizer.special_tokens.get("image_token")
+        token = named or processor.get("image_token") or "<image>"
         if not isinstance(token, str):
             raise CheckpointError(f"{PROCESSOR}: image_token is {token!r}, but has to be text.")
-        patch_size, beside = (
-            processor.get("patch_size"),
-            processor.get("num_additional_image_tokens", 0),
-        )
+        patch_size = processor.get("patch_size")
+        extra = processor.get("num_additional_image_tokens", 0)
         strategy = processor.get("vision_feature_select_strategy")
-        if patch_size is None:  # older folders leave it to the model's config
+        # Older folders state it only in the model's config.
+        if patch_size is None:
             vision = config["vision_config"]
-            patch_size, beside = (
-                vision["patch_size"],
-                int(vision.get("model_type") == "clip_vision_model"),
-            )
+            patch_size = vision["patch_size"]
+            extra = int(vision.get("model_type") == "clip_vision_model")
             strategy = config.get("vision_feature_select_strategy", "default")
-        if not all_nonnegative_ints(patch_size, beside) or patch_size == 0 or beside > MOST_BESIDE:
-            raise TypeError("patch_size is no number of pixels")
-        return cls(tokenizer, patch_size, beside - (strategy == "default"), token)
+        is_valid = all_nonnegative_ints(patch_size, extra) and patch_size > 0
+        if not is_valid or extra > MAX_EXTRA_TOKENS:
+            raise TypeError("patch_size is not a number of pixels")
+        # The strategy "default" drops the class token.
+        return cls(tokenizer, patch_size, extra - (strategy == "default"), token)
 
     def prompt(self, text, images=(), add_special_tokens=True):
         _check_count(text, self.image_token, len(images))
-        self.tokenizer.id_of(self.image_token)
-        counts = [
-            height // self.patch_size_px * (width // self.patch_size_px) for height, width in images
-        ]
+        self.tokenizer.token_to_id(self.image_token)
+        size = self.patch_size_px
+        counts = [(height // size) * (width // size) for height, width in images]
         tokens = [self.image_token * (count + self.tokens_beside_patches) for count in counts]
         parts = itertools.zip_longest(text.split(self.image_token), tokens, fillvalue="")
         return super().prompt(
@@ -134,12 +138,15 @@ class LlavaFormat(TextFormat):
 
 @dataclass(frozen=True)
 class PaliGemmaFormat(TextFormat):
-    """Nothing counts of an image; a text without image tokens gets them at its start. Special tokens are its own."""
+    """The sizes of images are ignored; a text without image tokens gets them at the start.
+
+    The format writes all special tokens itself.
+    """
 
     tokens_per_image: int
     image_token: str = "<image>"
     takes_bos = False
-    has_own_form = True
+    has_own_format = True
 
     @classmethod
     def read(cls, tokenizer, config, processor, images):
@@ -148,14 +155,14 @@ class PaliGemmaFormat(TextFormat):
             vision = config["vision_config"]
             count = (vision["image_size"] // vision["patch_size"]) ** 2
         if not all_nonnegative_ints(count):
-            raise TypeError("image_seq_length is no number of tokens")
+            raise TypeError("image_seq_length is not a number of tokens")
         return cls(tokenizer, count)
 
     def prompt(self, text, images=(), add_special_tokens=True):
         if self.image_token not in text:
             text = self.image_token * len(images) + text
         _check_count(text, self.image_token, len(images))
-        self.tokenizer.id_of(self.image_token)
+        self.tokenizer.token_to_id(self.image_token)
         framed = self.frame(text).replace(
             self.image_token, self.image_token * self.tokens_per_image
         )
@@ -164,36 +171,37 @@ class PaliGemmaFormat(TextFormat):
 
     def frame(self, text, has_images=True):
         before, last, question = text.rpartition(self.image_token)
-        return f"{before}{last}{self.tokenizer.special_tokens.get('bos_token', '')}{self.following(question)}"
+        bos = self.tokenizer.special_tokens.get("bos_token", "")
+        return f"{before}{last}{bos}{self.follow_up(question)}"
 
-    def following(self, text):
+    def follow_up(self, text):
         return f"{text}\n"
 
 
 @dataclass(frozen=True)
 class FuyuFormat(TextFormat):
-    """Of the image, of which there is one at the most: (rows, columns) of its patches. The text does not mention it."""
+    """`images` of a prompt: (rows, columns) of patches of at most one image.
+
+    The text has no placeholder for it.
+    """
 
     patch_token: str = "|SPEAKER|"
-    has_own_form = True
+    has_own_format = True
 
     def frame(self, text, has_images=True):
-        return (
-            f"<s>{text}<0x04>" if has_images else text
-        )  # this byte begins an answer about an image
+        # The byte 0x04 starts an answer about an image.
+        return f"<s>{text}<0x04>" if has_images else text
 
-    def following(self, text):
+    def follow_up(self, text):
         return text + "\n"
 
     def prompt(self, text, images=(), add_special_tokens=True):
         if not images:
             return super().prompt(text, add_special_tokens=add_special_tokens)
         if len(images) > 1:
-            raise CheckpointError(
-                f"there are {len(images)} images, but Fuyu reads one at the most."
-            )
+            raise CheckpointError(f"the prompt has {len(images)} images: Fuyu takes at most one.")
         _check_count(self.patch_token + text, self.patch_token, 1)
-        patch, newline = map(self.tokenizer.id_of, (self.patch_token, "|NEWLINE|"))
+        patch, newline = map(self.tokenizer.token_to_id, (self.patch_token, NEWLINE_TOKEN))
         ((rows, columns),) = images
         question = self.tokenizer.encode(self.frame(text), add_special_tokens=False)
         return Prompt(_ids([*([patch] * columns + [newline]) * rows, *question]))
@@ -201,11 +209,11 @@ class FuyuFormat(TextFormat):
 
 @dataclass(frozen=True)
 class MllamaFormat(TextFormat):
-    """Of every image: the number of its tiles."""
+    """`images` of a prompt: number of tiles of each."""
 
     max_tiles: int
     image_token: str = "<|image|>"
-    has_own_form = True
+    has_own_format = True
 
     @classmethod
     def read(cls, tokenizer, config, processor, images):
@@ -217,13 +225,11 @@ class MllamaFormat(TextFormat):
         ids = _ids(self.tokenizer.encode(self.frame(text), add_special_tokens))
         if not images:
             return Prompt(ids)
-        return Prompt(
-            ids,
-            cross_attention_mask=self._mask(ids == self.tokenizer.id_of(self.image_token), images),
-        )
+        is_image = ids == self.tokenizer.token_to_id(self.image_token)
+        return Prompt(ids, cross_attention_mask=self._mask(is_image, images))
 
     def frame(self, text, has_images=True):
-        """bos behind the image tokens at the start, unless the text has one."""
+        """Inserts bos after the image tokens at the start, unless the text contains bos."""
         bos = self.tokenizer.special_tokens.get("bos_token", "")
         if bos in text:
             return text
@@ -233,14 +239,16 @@ class MllamaFormat(TextFormat):
         return text[: len(text) - len(question)] + bos + question
 
     def _mask(self, is_image: np.ndarray, num_tiles: Sequence[int]) -> np.ndarray:
-        """Tokens read the last image before them, and with it those that stand right before it.
+        """Tokens attend to the last image before them, and to images directly before that one.
 
+        x: attends; J = 1.
         tokens      A  B  the  C  cat
         image A     x  x  x    .  .
         image B     .  x  x    .  .
         image C     .  .  .    x  x
         """
         mask = np.zeros((len(is_image), len(num_tiles), self.max_tiles), np.int32)
+        # From the last image to the first: one directly followed by another takes over its range.
         starts = np.flatnonzero(is_image)
         ends = np.append(starts[1:], len(is_image))
         for image in reversed(range(len(starts))):
@@ -252,10 +260,10 @@ class MllamaFormat(TextFormat):
 
 @dataclass(frozen=True)
 class EncoderDecoderFormat(TextFormat):
-    """The text follows a token that starts the decoder; the image leaves no trace in it."""
+    """The text follows the decoder's start token; the text does not mention the image."""
 
     takes_bos = False
-    has_own_form = True
+    has_own_format = True
 
 
 FORMATS = {
@@ -268,74 +276,79 @@ FORMATS = {
 
 
 def check_answers(answers: Sequence[str], prompts: Sequence[str]) -> None:
-    """Raises CheckpointError if there is not one answer for each prompt."""
+    """Raises CheckpointError unless there is one answer per prompt."""
     if isinstance(answers, str) or len(answers) != len(prompts):
         raise CheckpointError(
             f"answers must be a list of {len(prompts)} texts, one for each prompt."
         )
 
 
-def has_own_form(folder: str | os.PathLike) -> bool:
-    """Whether the family in a folder writes prompts in a form of its own, without a chat template."""
+def has_own_format(folder: str | os.PathLike) -> bool:
+    """True if the family in a folder has its own prompt format, without a chat template."""
     config = read_json(Path(folder).expanduser() / CONFIG)
-    return FORMATS.get(config.get("model_type"), TextFormat).has_own_form
+    return FORMATS.get(config.get("model_type"), TextFormat).has_own_format
 
 
 def load_prompt_format(folder: str | os.PathLike, tokenizer: HubTokenizer) -> TextFormat:
-    """How the checkpoint in a folder wants prompts.
+    """Loads the prompt format of the checkpoint in a folder.
 
     Raises:
-      CheckpointError: there is no config.json, a file is damaged, or none says how many tokens an image takes.
+      CheckpointError: config.json is missing, a file is damaged, or no file states the number of
+        tokens of an image.
     """
     folder = Path(folder).expanduser()
-    config, processor = read_json(folder / CONFIG), read_if_there(folder / PROCESSOR)
-    images = processor.get("image_processor") or read_if_there(folder / PREPROCESSOR)
+    config, processor = read_json(folder / CONFIG), read_json_if_exists(folder / PROCESSOR)
+    images = processor.get("image_processor") or read_json_if_exists(folder / PREPROCESSOR)
+    text_format = FORMATS.get(config.get("model_type"), TextFormat)
     try:
-        return FORMATS.get(config.get("model_type"), TextFormat).read(
-            tokenizer, config, processor, images
-        )
+        return text_format.read(tokenizer, config, processor, images)
     except (KeyError, TypeError, AttributeError, ZeroDivisionError):
-        path = folder / PROCESSOR
         raise CheckpointError(
-            f"{path} does not say how many tokens an image takes, nor does a file beside it."
+            f"neither {folder / PROCESSOR} nor a file beside it states how many tokens an image "
+            "takes."
         ) from None
 
 
 def stack_prompts(prompts: Sequence[Prompt], pad_id: int) -> dict[str, np.ndarray]:
-    """Prompts -> a model's inputs by their names; shorter ones are padded on the left.
+    """Stacks prompts as inputs of a model, by name; shorter ones are padded on the left.
 
     Returns:
-      input_ids, attention_mask and, for a family that has them, token_type_ids (B, T) int32, and cross_attention_mask
-      (B, T, I, J) int32.
+      input_ids, attention_mask and, for a family that has them, token_type_ids (B, T) int32, and
+      cross_attention_mask (B, T, I, J) int32.
     """
-    length = max(len(prompt.input_ids) for prompt in prompts)
-    ids, there = (np.full((len(prompts), length), fill, np.int32) for fill in (pad_id, 0))
+    shape = (len(prompts), max(len(prompt.input_ids) for prompt in prompts))
+    ids = np.full(shape, pad_id, np.int32)
+    attention_mask, types = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     masks = [
         prompt.cross_attention_mask for prompt in prompts if prompt.cross_attention_mask is not None
     ]
-    most = np.max([mask.shape[1:] for mask in masks], axis=0, initial=0) if masks else ()
-    read = np.zeros((len(prompts), length, *most), np.int32)
-    types = np.zeros_like(ids)
+    # Prompts without images have no mask: theirs is 0 for the most images and tiles of the others.
+    sizes = np.max([mask.shape[1:] for mask in masks], axis=0, initial=0) if masks else ()
+    cross_mask = np.zeros((*shape, *sizes), np.int32)
     for row, prompt in enumerate(prompts):
-        start = length - len(prompt.input_ids)
-        ids[row, start:], there[row, start:] = prompt.input_ids, 1
+        start = shape[1] - len(prompt.input_ids)
+        ids[row, start:] = prompt.input_ids
+        attention_mask[row, start:] = 1
         if prompt.token_type_ids is not None:
             types[row, start:] = prompt.token_type_ids
         if prompt.cross_attention_mask is not None:
-            read[row, start:, : prompt.cross_attention_mask.shape[1]] = prompt.cross_attention_mask
-    inputs = {"input_ids": ids, "attention_mask": there}
+            num_images = prompt.cross_attention_mask.shape[1]
+            cross_mask[row, start:, :num_images] = prompt.cross_attention_mask
+    inputs = {"input_ids": ids, "attention_mask": attention_mask}
     if any(prompt.token_type_ids is not None for prompt in prompts):
         inputs["token_type_ids"] = types
-    return inputs | ({"cross_attention_mask": read} if masks else {})
+    if masks:
+        inputs["cross_attention_mask"] = cross_mask
+    return inputs
 
 
 def _ids(ids: Sequence[int]) -> np.ndarray:
     return np.array(ids, np.int32)
 
 
-def _check_count(text: str, token: str, images: int) -> None:
-    found = text.count(token)
-    if found != images:
+def _check_count(text: str, token: str, num_images: int) -> None:
+    count = text.count(token)
+    if count != num_images:
         raise CheckpointError(
-            f"the prompt has {found} image tokens ({token}), but there are {images} images."
+            f"the prompt has {count} image tokens ({token}), but there are {num_images} images."
         )

@@ -1,7 +1,8 @@
-"""SentencePiece models: the pieces, and the few settings beside them that decide about token ids.
+"""SentencePiece models: the pieces, and the settings that decide token ids.
 
-A file is one protocol buffer, `ModelProto` of `sentencepiece_model.proto` in https://github.com/google/sentencepiece,
-of which a handful of fields matters here; reading them needs no library.
+A file is one protocol buffer, `ModelProto` of `sentencepiece_model.proto` in
+https://github.com/google/sentencepiece. Only a few of its fields are needed, so they are parsed
+here without a library.
 """
 
 import struct
@@ -12,15 +13,13 @@ from pathlib import Path
 from vlm_jax.config import CheckpointError
 from vlm_jax.hub.tensors.folder import read_bytes
 
-NORMAL, CONTROL, USER_DEFINED = (
-    1,
-    3,
-    4,
-)  # kinds of pieces; the others are unknown 2, unused 5, byte 6
-UNIGRAM, BPE = 1, 2  # algorithms; the others are words 3 and characters 4
+# Types of pieces (the others: unknown 2, unused 5, byte 6) and algorithms (word 3, character 4).
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+UNIGRAM, BPE = 1, 2
 
-PIECES, TRAINER, NORMALIZER = 1, 2, 3  # fields of ModelProto
-VARINT, EIGHT_BYTES, LENGTH_DELIMITED, FOUR_BYTES = 0, 1, 2, 5  # the wire types of protocol buffers
+# Fields of ModelProto, and the wire types of protocol buffers.
+PIECES, TRAINER, NORMALIZER = 1, 2, 3
+VARINT, EIGHT_BYTES, LENGTH_DELIMITED, FOUR_BYTES = 0, 1, 2, 5
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    pieces: tuple[Piece, ...]  # in the order of their ids
+    pieces: tuple[Piece, ...]  # ordered by id
     algorithm: int = UNIGRAM
     byte_fallback: bool = False
-    charsmap: bytes = b""  # the compiled normalization, which the `tokenizers` library reads too
+    charsmap: bytes = b""  # compiled normalization rules, in the format of `tokenizers` too
     unk_id: int = 0
-    unk: str | None = "<unk>"  # None, here and below: there is no such token
+    unk: str | None = "<unk>"  # None, here and below: the model has no such token
     bos: str | None = "<s>"
     eos: str | None = "</s>"
 
@@ -46,25 +45,26 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     """Reads a `tokenizer.model`.
 
     Raises:
-      CheckpointError: the file cannot be read, is cut short, or is no SentencePiece model of the kinds unigram and BPE.
+      CheckpointError: the file cannot be read, is truncated, or is not a SentencePiece model of the
+        types unigram and BPE.
     """
     data = read_bytes(path)
     try:
-        model = _model(data)
+        model = _parse_model(data)
     except (ValueError, IndexError, TypeError, AttributeError, struct.error):
-        raise CheckpointError(f"{path} is damaged, or no SentencePiece model.") from None
+        raise CheckpointError(f"{path} is damaged or not a SentencePiece model.") from None
     if not model.pieces or model.algorithm not in (UNIGRAM, BPE):
-        raise CheckpointError(f"{path} is no SentencePiece model of the kinds unigram and BPE.")
+        raise CheckpointError(f"{path} is not a SentencePiece model of the types unigram and BPE.")
     return model
 
 
-def _model(data: bytes) -> SentencePieceModel:
+def _parse_model(data: bytes) -> SentencePieceModel:
     fields = list(_fields(data))
-    trainer, normalizer = (
-        dict(_fields(dict(fields).get(number, b""))) for number in (TRAINER, NORMALIZER)
-    )
+    messages = dict(fields)
+    trainer = dict(_fields(messages.get(TRAINER, b"")))
+    normalizer = dict(_fields(messages.get(NORMALIZER, b"")))
     return SentencePieceModel(
-        pieces=tuple(_piece(value) for number, value in fields if number == PIECES),
+        pieces=tuple(_parse_piece(value) for number, value in fields if number == PIECES),
         algorithm=trainer.get(3, UNIGRAM),
         byte_fallback=bool(trainer.get(35, False)),
         charsmap=normalizer.get(2, b""),
@@ -75,41 +75,41 @@ def _model(data: bytes) -> SentencePieceModel:
     )
 
 
-def _piece(data: bytes) -> Piece:
+def _parse_piece(data: bytes) -> Piece:
     fields = dict(_fields(data))
     score = struct.unpack("<f", fields[2])[0] if 2 in fields else 0.0
     return Piece(fields.get(1, b"").decode(), score, fields.get(3, NORMAL))
 
 
 def _special(trainer: dict, id_field: int, text_field: int, default: str) -> str | None:
-    return (
-        None if trainer.get(id_field, 0) < 0 else trainer.get(text_field, default.encode()).decode()
-    )
+    if trainer.get(id_field, 0) < 0:
+        return None
+    return trainer.get(text_field, default.encode()).decode()
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of every field of a protocol buffer; IndexError or ValueError where it is none."""
+    """(number, value) of every field. Raises IndexError or ValueError if `data` is not valid."""
     position = 0
     while position < len(data):
         key, position = _varint(data, position)
-        if key & 7 == VARINT:
+        number, wire_type = key >> 3, key & 7
+        if wire_type == VARINT:
             value, position = _varint(data, position)
-            yield key >> 3, value - (1 << 64) if value >> 63 else value
+            # Negative numbers are stored as 64-bit two's complement.
+            yield number, value - (1 << 64) if value >> 63 else value
             continue
-        lengths = {EIGHT_BYTES: 8, FOUR_BYTES: 4}
-        length, position = (
-            _varint(data, position)
-            if key & 7 == LENGTH_DELIMITED
-            else (lengths.get(key & 7), position)
-        )
+        if wire_type == LENGTH_DELIMITED:
+            length, position = _varint(data, position)
+        else:
+            length = {EIGHT_BYTES: 8, FOUR_BYTES: 4}.get(wire_type)
         if length is None or position + length > len(data):
             raise ValueError(f"no field of a protocol buffer at byte {position}")
-        yield key >> 3, data[position : position + length]
+        yield number, data[position : position + length]
         position += length
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """A number, seven bits a byte, the lowest first, and the position behind it."""
+    """(number, position after it): seven bits per byte, lowest first."""
     number = 0
     for shift in range(0, 70, 7):
         byte = data[position]

@@ -1,7 +1,9 @@
-"""The classes of tokenizers that checkpoints name, each as a pipeline of the `tokenizers` library.
+"""Tokenizer classes that checkpoints name, each as a pipeline of the `tokenizers` library.
 
-A class fixes how text is normalized and split; from a checkpoint it takes the vocabulary and a few settings, even
-where a `tokenizer.json` says more. Facts from transformers 5.23, `models/*/tokenization_*.py` and `models/auto`.
+A class fixes how text is normalized and split. It takes the vocabulary and a few settings from the
+checkpoint, and ignores the rest even if a `tokenizer.json` defines more.
+
+Reference: transformers 5.23, `models/*/tokenization_*.py` and `models/auto`.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,33 +12,30 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-WORD_START = "▁"  # how SentencePiece writes a space
-Settings = Mapping[str, Any]  # what tokenizer_config.json says
+WORD_START = "▁"  # SentencePiece's symbol for a space
+Settings = Mapping[str, Any]  # content of tokenizer_config.json
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a class takes from a checkpoint's files."""
+    """The parts of a checkpoint's files that a tokenizer class uses."""
 
-    tokens: (
-        dict[str, int] | list[tuple[str, float]]
-    )  # BPE: token -> id; unigram: (token, score), in the order of ids
+    # BPE: token -> id; unigram: (token, score), ordered by id.
+    tokens: dict[str, int] | list[tuple[str, float]]
     merges: list[tuple[str, str]]
-    charsmap: bytes = b""  # SentencePiece's compiled normalization
-    post_processor: Any = None  # of a tokenizer.json: which special tokens stand around a text
+    charsmap: bytes = b""  # SentencePiece's compiled normalization rules
+    post_processor: Any = None  # from tokenizer.json: special tokens around a text
 
 
 @dataclass(frozen=True)
 class TokenizerClass:
     build: Callable[[Vocabulary, Settings, Mapping[str, str]], Tokenizer]
-    special_tokens: Mapping[str, str]  # where no file says otherwise
-    merges_file: bool = (
-        True  # without a tokenizer.json: vocab.json and merges.txt; False: a SentencePiece model
-    )
-    around: tuple[str, str] | None = (
-        None  # the special tokens that always stand before and after a text
-    )
-    end_of_word: str = ""  # what marks the end of a word in decoded text
+    special_tokens: Mapping[str, str]  # defaults, for tokens that no file names
+    # Files without a tokenizer.json: vocab.json and merges.txt, or a SentencePiece model.
+    merges_file: bool = True
+    # Names of the special tokens before and after every text.
+    around: tuple[str, str] | None = None
+    end_of_word: str = ""  # end-of-word suffix in decoded text
 
 
 def _gpt2(vocabulary: Vocabulary, settings: Settings, specials: Mapping[str, str]) -> Tokenizer:
@@ -48,8 +47,14 @@ def _gpt2(vocabulary: Vocabulary, settings: Settings, specials: Mapping[str, str
     return backend
 
 
-QWEN2_WORDS = (  # contractions | word | digit | punctuation and line ends | line ends | spaces
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Contractions, words, digits, punctuation with line ends, line ends, spaces.
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+    r"|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
 )
 
 
@@ -95,15 +100,19 @@ def _clip(vocabulary: Vocabulary, settings: Settings, specials: Mapping[str, str
 
 
 def _llama(vocabulary: Vocabulary, settings: Settings, specials: Mapping[str, str]) -> Tokenizer:
-    """A space is put before the first word, or, in the legacy form, also before what follows a special token."""
+    """A space precedes the first word and, in the legacy form, every text after a special token."""
     backend = Tokenizer(
         models.BPE(vocabulary.tokens, vocabulary.merges, fuse_unk=True, byte_fallback=True)
     )
     prefix_space = settings.get("add_prefix_space") in (None, True)
-    scheme = ("always" if settings.get("legacy") else "first") if prefix_space else "never"
+    scheme = "never"
+    if prefix_space:
+        scheme = "always" if settings.get("legacy") else "first"
     backend.pre_tokenizer = pre_tokenizers.Metaspace(WORD_START, scheme, split=False)
     steps = [decoders.Replace(WORD_START, " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence(steps + [decoders.Strip(" ", left=1)] * prefix_space)
+    if prefix_space:
+        steps.append(decoders.Strip(" ", left=1))
+    backend.decoder = decoders.Sequence(steps)
     return backend
 
 
@@ -142,16 +151,14 @@ def _same(names: str, token: str) -> dict[str, str]:
     return {f"{name}_token": token for name in names.split()}
 
 
-def _own(names: str) -> dict[str, str]:
+def _named(names: str) -> dict[str, str]:
     return {f"{name}_token": f"<{name}>" for name in names.split()}
 
 
-ROBERTA = _same("bos cls", "<s>") | _same("eos sep", "</s>") | _own("unk pad mask")
-XLM_ROBERTA = "XLMRobertaTokenizer"
-LLAMA, QWEN2, GEMMA, GPT2, CLIP = (
-    f"{name}Tokenizer" for name in ("Llama", "Qwen2", "Gemma", "GPT2", "CLIP")
-)
-KINDS = {
+ROBERTA = _same("bos cls", "<s>") | _same("eos sep", "</s>") | _named("unk pad mask")
+LLAMA, QWEN2, GEMMA = "LlamaTokenizer", "Qwen2Tokenizer", "GemmaTokenizer"
+GPT2, CLIP, XLM_ROBERTA = "GPT2Tokenizer", "CLIPTokenizer", "XLMRobertaTokenizer"
+CLASSES = {
     GPT2: TokenizerClass(_gpt2, _same("unk bos eos", "<|endoftext|>")),
     "RobertaTokenizer": TokenizerClass(_gpt2, ROBERTA, around=("cls_token", "sep_token")),
     QWEN2: TokenizerClass(_qwen2, _same("unk eos pad", "<|endoftext|>")),
@@ -164,14 +171,14 @@ KINDS = {
     LLAMA: TokenizerClass(
         _llama, {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}, merges_file=False
     ),
-    GEMMA: TokenizerClass(_gemma, _own("unk bos eos pad mask"), merges_file=False),
+    GEMMA: TokenizerClass(_gemma, _named("unk bos eos pad mask"), merges_file=False),
     XLM_ROBERTA: TokenizerClass(
         _xlm_roberta, ROBERTA, merges_file=False, around=("bos_token", "eos_token")
     ),
 }
 
-# Model type -> the class of its tokenizer; None: whatever tokenizer.json describes.
-OF_MODEL_TYPE = {
+# Model type -> tokenizer class; None: the pipeline of tokenizer.json as it is.
+CLASS_OF_MODEL_TYPE = {
     "clip": CLIP,
     "fuyu": None,
     "gemma": GEMMA,
@@ -187,18 +194,21 @@ OF_MODEL_TYPE = {
 }
 
 
-def kind_of(
-    model_type: str | None, declared: str | None, byte_level: bool
+def tokenizer_class(
+    model_type: str | None, declared: str | None, is_byte_level: bool
 ) -> TokenizerClass | None:
-    """The class of a checkpoint's tokenizer; None: what `tokenizer.json` describes, as it stands there.
+    """Tokenizer class of a checkpoint; None: use the pipeline of `tokenizer.json` as it is.
 
     Args:
       declared: `tokenizer_class` of tokenizer_config.json or config.json.
-      byte_level: tokenizer.json works on bytes, as Llama 3's does, whose folders name Llama 2's class.
+      is_byte_level: tokenizer.json describes a byte-level pipeline.
     """
     declared = declared and declared.removesuffix("Fast")
-    own = OF_MODEL_TYPE.get(model_type, declared)
-    name = (
-        declared if declared and own is not None and model_type != "qwen2" else own
-    )  # qwen2's name other classes
-    return None if name == LLAMA and byte_level else KINDS.get(name)
+    name = CLASS_OF_MODEL_TYPE.get(model_type, declared)
+    # A declared class overrides that of the model type, except in Qwen2 folders, which name others.
+    if declared and name is not None and model_type != "qwen2":
+        name = declared
+    # Llama 3's folders name Llama 2's class, but their tokenizer is a byte-level BPE.
+    if name == LLAMA and is_byte_level:
+        return None
+    return CLASSES.get(name)

@@ -28,7 +28,7 @@ from vlm_jax.cli import commands
 from vlm_jax.config import Fusion, Mesh, Projector, UserError
 from vlm_jax.config.validate import validate
 from vlm_jax.data.tiling import tag_names
-from vlm_jax.hub import compose
+from vlm_jax.hub import pretrained_parts
 from vlm_jax.hub.inputs import to_batch
 from vlm_jax.hub.text.tokenizer import HubTokenizer
 from vlm_jax.infer import demo
@@ -86,7 +86,7 @@ def composed(folders, encoder, decoder, fusion):
     cfg = replace(
         cfg, vision=vision, decoder=replace(cfg.decoder, checkpoint=str(folders[decoder]))
     )
-    return validate(compose.resolved(cfg))
+    return validate(pretrained_parts.resolve_checkpoints(cfg))
 
 
 def loaded(cfg):
@@ -100,7 +100,10 @@ def loaded(cfg):
     }
     new = traverse_util.flatten_dict(traverse_util.unflatten_dict(gates), sep="/")
     return traverse_util.unflatten_dict(
-        new | compose.load_parts(cfg, meta.unbox(abstract_params(cfg)), axes.make_mesh(Mesh())),
+        new
+        | pretrained_parts.load_pretrained_parts(
+            cfg, meta.unbox(abstract_params(cfg)), axes.make_mesh(Mesh())
+        ),
         sep="/",
     )
 
@@ -171,7 +174,9 @@ def test_tags_of_tiles_are_spelt_by_the_tokenizer_of_the_decoder(folders):
     cfg = tiny("hybrid", projector=Projector("mlp"))
     vision = replace(cfg.vision, checkpoint=str(folders["siglip"]), tiles=2)
     decoder = replace(cfg.decoder, checkpoint=str(folders["llama"]))
-    cfg = validate(compose.resolved(replace(cfg, vision=vision, decoder=decoder)))
+    cfg = validate(
+        pretrained_parts.resolve_checkpoints(replace(cfg, vision=vision, decoder=decoder))
+    )
     tokenizer = HubTokenizer.load(folders["llama"])
     assert [tokenizer.decode(ids) for ids in cfg.data.tag_ids] == tag_names(cfg.vision)
     assert cfg.image_slots_in_row == 16 + sum(map(len, cfg.data.tag_ids)) > 16 + 3
@@ -186,7 +191,7 @@ def test_a_folder_without_the_part_is_refused(folders, part):
     cfg, wrong = tiny(), folders["clip" if part == "decoder" else "llama"]
     cfg = replace(cfg, **{part: replace(getattr(cfg, part), checkpoint=str(wrong))})
     with pytest.raises(UserError, match=f"{part}.checkpoint .* holds no {part} part"):
-        compose.resolved(cfg)
+        pretrained_parts.resolve_checkpoints(cfg)
 
 
 def test_a_run_begins_with_the_checkpoints_and_keeps_what_is_frozen(
@@ -227,7 +232,9 @@ def test_a_run_begins_with_the_checkpoints_and_keeps_what_is_frozen(
     assert tokenizer.encode("what is it?") == HubTokenizer.load(folders["llama"]).encode(
         "what is it?", False
     )
-    began = compose.load_parts(cfg, meta.unbox(abstract_params(cfg)), axes.make_mesh(Mesh()))
+    began = pretrained_parts.load_pretrained_parts(
+        cfg, meta.unbox(abstract_params(cfg)), axes.make_mesh(Mesh())
+    )
     flat = traverse_util.flatten_dict(params, sep="/")
     assert {path.split("/")[0] for path in began} == {"vision", "decoder"}
     for path, x in began.items():

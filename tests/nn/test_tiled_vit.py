@@ -11,7 +11,7 @@ from flax import traverse_util
 from flax.linen import meta
 
 from vlm_jax.config import Vision
-from vlm_jax.nn.tiles import padding_mask
+from vlm_jax.nn.tiled_vit import padding_mask
 from vlm_jax.nn.vit import ViT
 
 LAYOUTS = ((1, 1), (1, 2), (2, 1))

@@ -1,0 +1,57 @@
+"""Datasets: one row each. What a value of `data.source` means is read from its row."""
+
+from dataclasses import dataclass
+
+SYNTHETIC_FIELDS = ("image_px", "images", "seed")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A row of `DATASETS`. It has a `builder` or a `conversations`, not both.
+
+    Attributes:
+      builder: "module:class" of a `data.builders.records.RecordBuilder`: rows are one image with its questions.
+      conversations: a module with `load(data, split)` and `fingerprint(data)`: rows are packed with
+        conversations. An example is `data/tfds_vqa.py`.
+      fields: fields of `Data` that this dataset reads and some others do not.
+      allows_augment: the answers stay true if the pixels of an image are mirrored, turned or moved.
+      takes_name: `data.source` is KEY:NAME instead of KEY.
+    """
+
+    builder: str | None = None
+    conversations: str | None = None
+    fields: tuple[str, ...] = ()
+    allows_augment: bool = False
+    takes_name: bool = False
+
+
+DATASETS = {
+    "easy_vqa": Dataset(builder="vlm_jax.data.builders.easy_vqa:EasyVqa", allows_augment=True),
+    "glyphs": Dataset(
+        builder="vlm_jax.data.synthetic.glyphs:Glyphs",
+        fields=(*SYNTHETIC_FIELDS, "cell_px", "transcript"),
+    ),
+    "digits": Dataset(
+        builder="vlm_jax.data.synthetic.digits:Digits",
+        fields=SYNTHETIC_FIELDS,
+    ),
+    "conversations": Dataset(
+        conversations="vlm_jax.data.conversations",
+        fields=("files", "image_dir", "images_per_row"),
+    ),
+    "tfds": Dataset(
+        conversations="vlm_jax.data.tfds_vqa",
+        fields=("image_field", "question_field", "answer_field", "images_per_row"),
+        takes_name=True,
+    ),
+}
+
+
+def source_format(key: str) -> str:
+    """Returns the form of `data.source` for a row: "tfds:NAME" for "tfds"."""
+    return f"{key}:NAME" if DATASETS[key].takes_name else key
+
+
+def sources_that_read(field: str) -> list[str]:
+    """Returns the forms of `data.source` whose datasets read a field of `Data`."""
+    return [source_format(key) for key, dataset in DATASETS.items() if field in dataset.fields]

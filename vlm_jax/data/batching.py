@@ -1,0 +1,177 @@
+"""Stacks rows and their images into a `Batch`."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from vlm_jax.config import Experiment
+from vlm_jax.data import images as image_files
+from vlm_jax.data import tiling
+from vlm_jax.data.fields import Fields, offset_ids, restrict_tags
+from vlm_jax.structs import TRUNK, Batch
+
+NO_CONVERSATION = 0  # owner of an empty image slot
+
+Reader = Callable[[Sequence[int]], Iterable[np.ndarray]]
+
+
+def stack_fields(rows: Sequence[Fields], without: str | None = None) -> Fields:
+    """Stacks each field of rows that have the same fields, except the field `without`."""
+    stacked = {}
+    for name in rows[0]:
+        if name != without:
+            stacked[name] = np.stack([row[name] for row in rows])
+    return stacked
+
+
+def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Reader) -> Batch:
+    """Makes a batch with all views of `data.images_per_row` images from rows of the packer.
+
+    A token reads an image of its conversation (equal segment ids) if the image's position in the
+    conversation is below the token's `images_seen`. Drawn for a row of two conversations,
+    with one and two images of one token each (x: `image_mask` is True, without tiles):
+
+        tokens                    <image> a b | c <image> d <image> e | <pad>
+        tokens_segment_ids           1    1 1 | 2    2    2    2    2 |   0
+        images_seen                  1    1 1 | 0    1    1    2    2 |   0      segment  position
+        image slot 0                 x    x x | .    .    .    .    . |   .         1        0
+        image slot 1                 .    . . | .    x    x    x    x |   .         2        0
+        image slot 2                 .    . . | .    .    .    x    x |   .         2        1
+
+    With `fusion.placeholder` the position must also reach the token's `images_from`.
+
+    Args:
+      cfg: the experiment.
+      rows: fields of length S (of tokens) and of length data.images_per_row (of images).
+      read: indices of images -> their pixels, (H, W, 3) uint8, resized to their grids of tiles.
+    """
+    fields = stack_fields(rows, without="id")
+    # In the comments, i counts the images_per_row image slots of a row; J views each give I.
+    segment_ids = fields["tokens_segment_ids"]  # (B, S)
+    owners = fields["images_segment_ids"]  # (B, i)
+    filled = owners != NO_CONVERSATION  # (B, i)
+    is_own = (segment_ids[:, :, None] == owners[:, None, :]) & filled[:, None, :]  # (B, S, i)
+    position = fields["images_positions"][:, None, :]  # (B, 1, i)
+    is_read = is_own & (position < fields["images_seen"][:, :, None])  # (B, S, i)
+    if cfg.fusion.placeholder:
+        is_read &= position >= fields["images_from"][:, :, None]
+
+    images = None
+    image_mask = is_read
+    if not cfg.vision.keeps_aspect_in_tiles:
+        images, is_view = _stack_images(cfg, fields["images"], filled, read)  # (B, I, ...), (B, I)
+        image_mask = np.repeat(is_read, cfg.vision.views, axis=-1) & is_view[:, None]  # (B, S, I)
+
+    # Conversations count their views from 0; in the row they follow those of the slots before.
+    first_view = is_own.argmax(-1) * cfg.vision.views  # (B, S)
+    image_tags = offset_ids(fields["image_tags"], first_view)
+    batch = Batch(
+        tokens=fields["tokens"],
+        targets=fields["targets"],
+        loss_weights=fields["loss_weights"],
+        block_ids=fields.get("block_ids"),
+        positions=fields["tokens_positions"],
+        segment_ids=segment_ids,
+        branch_ids=np.full_like(segment_ids, TRUNK),
+        image_token_index=offset_ids(fields["image_token_index"], first_view * cfg.image_tokens),
+        image_mask=restrict_tags(image_mask, image_tags),
+        images=images if cfg.fusion.has_images else None,
+    )
+    if not cfg.vision.keeps_aspect_in_tiles:
+        return batch
+    slots = _slots(filled)
+    pixels = {}
+    for slot, image in zip(slots, read(fields["images"][filled].tolist()), strict=True):
+        pixels[slot] = image_files.normalise(image, cfg.vision)
+    return stack_tiles(cfg, batch, pixels, filled.shape, is_own)
+
+
+def _slots(filled: np.ndarray) -> list[tuple[int, int]]:
+    """Returns (row, slot) of the image slots that are filled, (B, i) bool."""
+    return list(zip(*np.nonzero(filled), strict=True))
+
+
+def _stack_images(
+    cfg: Experiment, indices: np.ndarray, filled: np.ndarray, read: Reader
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reads and normalises the images of (B, i) slots.
+
+    Returns:
+      All views, (B, I, H, W, 3) float32, and (B, I) bool, False for a missing view.
+    """
+    vision, side = cfg.vision, cfg.vision.image_size_px
+    images = np.zeros((*indices.shape, vision.views, side, side, 3), np.float32)
+    is_view = np.zeros((*indices.shape, vision.views), bool)
+    for slot, pixels in zip(_slots(filled), read(indices[filled].tolist()), strict=True):
+        images[slot] = tiling.stack_views([image_files.normalise(pixels, vision)], vision)
+        is_view[slot] = tiling.view_mask([tiling.count_tiles(pixels, vision)], vision)
+    rows = len(indices)
+    return images.reshape(rows, -1, *images.shape[3:]), is_view.reshape(rows, -1)
+
+
+def stack_tiles(
+    cfg: Experiment,
+    batch: Batch,
+    images: Mapping[tuple[int, int], np.ndarray],
+    shape: tuple[int, int],
+    is_own: np.ndarray,
+) -> Batch:
+    """Adds images on the tiles of `vision.tile_layouts`, as Llama 3.2 Vision's encoder reads them.
+
+    Args:
+      cfg: the experiment.
+      batch: its `image_mask` is (B, S, I), the images that each token reads.
+      images: (row, slot) -> (rows * side, columns * side, 3) float32, normalised, of
+        `tiling.fit_on_canvas`.
+      shape: rows of images, and I, image slots of a row.
+      is_own: (B, S, I) bool, the images of each token's own conversation.
+    """
+    vision, side = cfg.vision, cfg.vision.image_size_px
+    pixels = np.zeros((*shape, vision.tiles, side, side, 3), np.float32)
+    layouts = np.zeros(shape, np.int32)
+    is_tile = np.zeros((*shape, vision.tiles), bool)  # (B, I, J)
+    for slot, image in images.items():
+        tiles = tiling.cut_tiles(image, vision)
+        pixels[slot][: len(tiles)] = tiles
+        is_tile[slot][: len(tiles)] = True
+        layouts[slot] = vision.tile_layouts.index(tiling.grid_shape(image, vision)) + 1
+    # Questions may share rows of images.
+    of_tokens = is_tile if batch.image_rows is None else is_tile[batch.image_rows]
+    of_tokens = of_tokens.reshape(len(of_tokens), 1, -1)  # (B, 1, I * J)
+    no_image_mask = None
+    if cfg.fusion.tokens_without_image == "attend_all":
+        no_image_mask = np.repeat(is_own, vision.tiles, axis=-1)
+    return batch.replace(
+        images=pixels,
+        tile_layouts=layouts,
+        # No token reads the first tile of a missing image. It keeps the encoder's softmax finite.
+        tile_mask=is_tile | (np.arange(vision.tiles) == 0),
+        image_mask=np.repeat(batch.image_mask, vision.tiles, axis=-1) & of_tokens,
+        no_image_mask=no_image_mask,
+    )
+
+
+def as_tiled_batch(cfg: Experiment, batch: Batch) -> Batch:
+    """Makes every image the first tile of an image with tiles, for an encoder that reads tiles.
+
+    A batch of `stack_tiles` or without images is returned unchanged. The encoder emits M tokens for
+    every tile, padding included, so image k begins at token k * vision.tiles * M.
+    """
+    vision = cfg.vision
+    if not vision.tile_layouts or batch.images is None or batch.tile_layouts is not None:
+        return batch
+    images_before = batch.image_token_index // cfg.image_tokens
+    added_tokens = images_before * (vision.tiles - 1) * cfg.image_tokens
+    one_tile = vision.tile_layouts.index((1, 1)) + 1
+    is_first = np.arange(batch.image_mask.shape[-1] * vision.tiles) % vision.tiles == 0
+    rows, count = batch.images.shape[:2]
+    padding = (0, vision.tiles - 1)
+    tile_mask = np.zeros((rows, count, vision.tiles), bool)
+    tile_mask[..., 0] = True
+    return batch.replace(
+        images=np.pad(batch.images[:, :, None], [(0, 0), (0, 0), padding, *[(0, 0)] * 3]),
+        tile_layouts=np.full((rows, count), one_tile, np.int32),
+        tile_mask=tile_mask,
+        image_mask=np.repeat(batch.image_mask, vision.tiles, axis=-1) & is_first,
+        image_token_index=offset_ids(batch.image_token_index, added_tokens),
+    )

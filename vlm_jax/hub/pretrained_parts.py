@@ -1,0 +1,374 @@
+"""Settings and weights of experiments that start from checkpoints.
+
+`vision.checkpoint`, `projector.checkpoint` and `decoder.checkpoint` each name the folder of a public checkpoint or of a
+run and take that part of it. The fusion is the experiment's own, and a part without a folder is initialised as in a new
+run. `init_from` names one folder for the whole model, including its fusion and its prompt format.
+"""
+
+import functools
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from vlm_jax import axes
+from vlm_jax.config import (
+    CheckpointError,
+    Data,
+    Decoder,
+    Experiment,
+    Projector,
+    Vision,
+)
+from vlm_jax.config.validate import check_values, flat, with_fields
+from vlm_jax.data.tiling import tag_names
+from vlm_jax.hub.families.table import Row
+from vlm_jax.hub.images.settings import read_settings, vision_settings
+from vlm_jax.hub.load import (
+    Checkpoint,
+    image_token_of,
+    inspect,
+    read_params,
+    shapes_of,
+)
+from vlm_jax.hub.tensors.folder import open_tensors
+from vlm_jax.hub.text.chat_template import ChatTemplate
+from vlm_jax.hub.text.dialogue import Dialogue
+from vlm_jax.hub.text.prompt_formats import has_own_format
+from vlm_jax.hub.text.tokenizer import HubTokenizer
+from vlm_jax.nn.models import Config, abstract_params
+from vlm_jax.nn.patches import resample_positions
+from vlm_jax.runtime.workdir import Workdir, is_run
+
+PARTS = ("vision", "projector", "decoder")
+Part = Vision | Projector | Decoder
+ReadConfig = Callable[[str], Config]  # folder -> config
+# Settings that do not depend on the weights: they stay the experiment's.
+EXPERIMENT_FIELDS = {
+    "vision": ("patch_embed", "unroll", "remat"),
+    "projector": (),
+    "decoder": ("unroll", "remat"),
+}
+# The experiment's as well if the checkpoint is an encoder alone.
+ENCODER_USE_FIELDS = ("feature_layers", "keep_class_token", "newline_token")
+# The experiment's as well unless the checkpoint encodes tiles together.
+TILING_FIELDS = ("tiles", "thumbnail", "tile_tags")
+# Interpolated if `vision.image_size_px` is not the checkpoint's.
+POSITIONS = "vision/patch_embed/positions"
+
+
+def resolve_checkpoints(cfg: Experiment, explicit: Collection[str] = ()) -> Experiment:
+    """Returns the experiment with the settings of its checkpoints.
+
+    Args:
+      explicit: fields, such as "vision.image_size_px", that the user set in addition to a checkpoint.
+
+    Raises:
+      CheckpointError: a folder is not a checkpoint or lacks the part; a projector connects other widths; the weights do
+        not fit an explicit value.
+    """
+    values = flat(cfg)
+    requested = {name: values[name] for name in values if name in explicit}
+    is_whole_model = bool(cfg.init_from) and not cfg.init_parts
+    # Each folder is opened once, whatever number of parts comes from it.
+    config_of = functools.cache(read_config)
+    if cfg.init_from:
+        cfg = _with_init_from(cfg, requested, config_of)
+    if cfg.vision.checkpoint:
+        cfg = replace(cfg, vision=_resolve_vision(cfg.vision, is_whole_model, config_of))
+    if cfg.decoder.checkpoint:
+        decoder = _part(config_of(cfg.decoder.checkpoint), cfg.decoder, "decoder")
+        cfg = replace(cfg, decoder=_keep_own(decoder, cfg.decoder, EXPERIMENT_FIELDS["decoder"]))
+        cfg = replace(cfg, data=_resolve_data(cfg, is_whole_model, requested, config_of))
+    if cfg.projector.checkpoint:
+        cfg = replace(cfg, projector=_resolve_projector(cfg, config_of))
+    return _with_requested(cfg, requested)
+
+
+def _with_init_from(
+    cfg: Experiment, requested: Mapping[str, object], config_of: ReadConfig
+) -> Experiment:
+    """Makes `init_from` the folder of its parts; if those are all parts, takes its fusion as well."""
+    source = config_of(cfg.init_from)
+    if not isinstance(source, Experiment):
+        raise CheckpointError(
+            f"init_from {cfg.init_from} is an encoder without a decoder: use --vision.checkpoint instead."
+        )
+    parts = cfg.init_parts or (PARTS if source.fusion.has_images else ("decoder",))
+    for part in parts:
+        if not getattr(cfg, part).checkpoint:
+            cfg = replace(cfg, **{part: replace(getattr(cfg, part), checkpoint=cfg.init_from)})
+    changes_fusion = requested.get("fusion.kind", source.fusion.kind) != source.fusion.kind
+    return cfg if cfg.init_parts or changes_fusion else replace(cfg, fusion=source.fusion)
+
+
+def _resolve_vision(own: Vision, is_whole_model: bool, config_of: ReadConfig) -> Vision:
+    source = config_of(own.checkpoint)
+    vision = _part(source, own, "vision")
+    own_fields = EXPERIMENT_FIELDS["vision"]
+    if is_run(own.checkpoint):
+        return _keep_own(vision, own, own_fields)
+    vision = replace(vision, **vision_settings(read_settings(own.checkpoint), vision))
+    if not isinstance(source, Experiment):
+        if not own.feature_layers and vision.final_norm == "pooled":
+            # That norm is for the pooled vector, which a decoder does not use.
+            vision = replace(vision, final_norm="none")
+        vision = replace(vision, pool="none", classes=0, mask_token=False)
+        own_fields += ENCODER_USE_FIELDS
+    vision = _keep_own(vision, own, own_fields)
+    if is_whole_model or vision.tile_layouts:
+        return vision
+    vision = replace(vision, **{name: getattr(own, name) for name in TILING_FIELDS})
+    return replace(vision, resize="squash", resize_px=0) if vision.cut_tiles > 1 else vision
+
+
+def _resolve_projector(cfg: Experiment, config_of: ReadConfig) -> Projector:
+    own, source = cfg.projector, config_of(cfg.projector.checkpoint)
+    projector = _keep_own(_part(source, own, "projector"), own, EXPERIMENT_FIELDS["projector"])
+    source_widths, widths = _projector_widths(source), _projector_widths(cfg)
+    if source_widths != widths:
+        raise CheckpointError(
+            f"projector.checkpoint {own.checkpoint} projects from width {source_widths[0]} to {source_widths[1]}, but "
+            f"vision and decoder of this experiment have widths {widths[0]} and {widths[1]}."
+        )
+    return projector
+
+
+def _projector_widths(cfg: Experiment) -> tuple[int, int]:
+    return cfg.vision.output_width, cfg.decoder.width
+
+
+def read_config(folder: str) -> Config:
+    """Returns the config of a public checkpoint, after checking its tensors against it, or of a run.
+
+    Raises:
+      CheckpointError: the folder is neither.
+    """
+    if is_run(folder):
+        return Workdir(folder).read_config()
+    with open_tensors(folder) as tensors:
+        return inspect(folder, tensors).cfg
+
+
+def _part(cfg: Config, own: Part, part: str) -> Part:
+    """Returns the section of a checkpoint's config for one part of the model."""
+    if part == "vision" and isinstance(cfg, Vision):
+        return cfg
+    section = getattr(cfg, part, None)
+    is_text_only = isinstance(cfg, Experiment) and not cfg.fusion.has_images
+    if section is None or (part != "decoder" and is_text_only):
+        raise CheckpointError(f"{part}.checkpoint {own.checkpoint} has no {part} part.")
+    return section
+
+
+def _keep_own(section: Part, own: Part, names: tuple[str, ...]) -> Part:
+    """Returns a checkpoint's section with the experiment's own values of these fields."""
+    return replace(section, **{name: getattr(own, name) for name in ("checkpoint", *names)})
+
+
+def _resolve_data(
+    cfg: Experiment,
+    is_whole_model: bool,
+    requested: Mapping[str, object],
+    config_of: ReadConfig,
+) -> Data:
+    """Returns the data section with the ids of special tokens and, for a whole model, its prompt format."""
+    folder = cfg.decoder.checkpoint
+    if is_run(folder):
+        names = ["special_ids", "bos_id"]
+        names += ["tag_ids"] if cfg.tile_tags else []
+        names += ["template"] if is_whole_model else []
+        source = config_of(folder).data
+        values = {name: getattr(source, name) for name in names}
+    else:
+        values = _token_settings(cfg, folder, is_whole_model, config_of)
+    values = {name: x for name, x in values.items() if f"data.{name}" not in requested}
+    return replace(cfg.data, **values)
+
+
+def _token_settings(
+    cfg: Experiment, folder: str, is_whole_model: bool, config_of: ReadConfig
+) -> dict[str, object]:
+    tokenizer = HubTokenizer.load(folder)
+    values: dict[str, object] = {"bos_id": tokenizer.bos_id}
+    eos_id = None
+    keeps_fusion = config_of(folder).fusion.style == cfg.fusion.style
+    if is_whole_model and keeps_fusion and has_template(folder):
+        values["template"] = "checkpoint"
+        eos_id = Dialogue.load(folder, cfg.fusion.has_images).eos_id
+    values["special_ids"] = special_ids(tokenizer, cfg.decoder, image_token_of(folder), eos_id)
+    if cfg.tile_tags:
+        values["tag_ids"] = tuple(
+            tuple(tokenizer.encode(name, add_special_tokens=False))
+            for name in tag_names(cfg.vision)
+        )
+    return values
+
+
+def has_template(folder: str) -> bool:
+    """Returns whether a checkpoint defines the format of its prompts."""
+    return ChatTemplate.load(folder) is not None or has_own_format(folder)
+
+
+def special_ids(
+    tokenizer: HubTokenizer,
+    decoder: Decoder,
+    image_id: int | None = None,
+    eos_id: int | None = None,
+) -> tuple[int, int, int, int]:
+    """Returns the ids of padding, image, newline and end of text; the tokenizer may lack the first three.
+
+    The embedding of a padding or image token is never used, so any id serves. The image id is the first available of:
+    the checkpoint's, a known image token of the tokenizer, an embedding row without a token, the end of text (an export
+    then adds a token).
+
+    Raises:
+      CheckpointError: no file names a token that ends a text.
+    """
+    if not tokenizer.eos_ids:
+        raise CheckpointError(
+            f"decoder.checkpoint {decoder.checkpoint} names no end-of-text token."
+        )
+    eos = tokenizer.eos_ids[0] if eos_id is None else eos_id
+    pad = eos if tokenizer.pad_id is None else tokenizer.pad_id
+    newline = eos if tokenizer.newline_id is None else tokenizer.newline_id
+    rows = decoder.vocab_size + decoder.extra_tokens
+    candidates = (image_id, tokenizer.image_id, tokenizer.next_id)
+    image = next((i for i in candidates if i is not None and i < rows), eos)
+    return pad, image, newline, eos
+
+
+def _with_requested(cfg: Experiment, requested: Mapping[str, object]) -> Experiment:
+    """Applies the explicit values that differ from the checkpoints' settings.
+
+    Raises:
+      CheckpointError: the weights do not fit a value.
+    """
+    settings = flat(cfg)
+    stored_shapes = None
+    for name, value in requested.items():
+        section = name.split(".")[0]
+        if section == "fusion":
+            folder = cfg.init_from
+        else:
+            folder = getattr(getattr(cfg, section, None), "checkpoint", "")
+        if not folder or settings[name] == value or name.endswith(".checkpoint"):
+            continue
+        changed = with_fields(cfg, {name: value})
+        check_values(changed)
+        if stored_shapes is None:
+            stored_shapes = pretrained_shapes(cfg)
+        if not _fits(pretrained_shapes(changed), stored_shapes, cfg):
+            raise CheckpointError(
+                f"{name} {value} does not fit the weights of {section}.checkpoint {folder}, which have "
+                f"{name} {settings[name]}: leave it out."
+            )
+        cfg = changed
+    return cfg
+
+
+def pretrained_shapes(cfg: Experiment) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of the parameters of all parts that start from a checkpoint."""
+    return {
+        path: shape
+        for path, shape in shapes_of(cfg).items()
+        if path.split("/")[0] in cfg.pretrained_parts
+    }
+
+
+def _fits(shapes: dict, stored: dict, cfg: Experiment) -> bool:
+    """Returns whether stored parameters can be loaded with these shapes; positions can be interpolated."""
+    if shapes.keys() != stored.keys():
+        return False
+    differing = {path for path in shapes if shapes[path] != stored[path]}
+    return not differing or (differing == {POSITIONS} and not cfg.vision.tile_layouts)
+
+
+def load_pretrained_parts(cfg: Experiment, shapes: dict, mesh: Mesh) -> dict[str, jax.Array]:
+    """Loads the parts that start from public checkpoints, and no others; returns path -> parameter.
+
+    Args:
+      shapes: tree of the shapes and dtypes of all parameters.
+      mesh: each parameter is assembled where it lies on it.
+    """
+    params = {}
+    flat_shapes = traverse_util.flatten_dict(shapes, sep="/")
+    for part in cfg.pretrained_parts:
+        if not is_run(getattr(cfg, part).checkpoint):
+            params |= _load_part(cfg, part, flat_shapes, mesh)
+    return params
+
+
+def _load_part(cfg: Experiment, part: str, shapes: dict, mesh: Mesh) -> dict[str, jax.Array]:
+    folder = getattr(cfg, part).checkpoint
+    params = {}
+    with open_tensors(folder) as tensors:
+        checkpoint = inspect(folder, tensors)
+        stored_cfg = _with_stored_image_size(cfg, checkpoint.cfg)
+        boxed = traverse_util.flatten_dict(abstract_params(stored_cfg), sep="/")
+        rows = _part_table(checkpoint, cfg, part)
+        paths = {target.param for row in rows for target in row.targets}
+        # `read_params` converts to one dtype, and frozen parameters may have another.
+        by_dtype = {}
+        for path in boxed:
+            if path in paths:
+                by_dtype.setdefault(shapes[path].dtype, {})[path] = boxed[path]
+        stored = checkpoint.stored(tensors)
+        for dtype, boxed_of_dtype in by_dtype.items():
+            params |= read_params(rows, stored, boxed_of_dtype, dtype, mesh)
+    return with_positions(cfg, params, mesh)
+
+
+def _with_stored_image_size(cfg: Experiment, stored: Config) -> Experiment:
+    """Returns the experiment with the image size of the stored position table."""
+    vision = stored if isinstance(stored, Vision) else stored.vision
+    return replace(cfg, vision=replace(cfg.vision, image_size_px=vision.image_size_px))
+
+
+def with_positions(
+    cfg: Experiment, params: dict[str, jax.Array], mesh: Mesh
+) -> dict[str, jax.Array]:
+    """Interpolates a position table of another image size to `cfg.vision.grid`."""
+    table, (rows, columns) = params.get(POSITIONS), cfg.vision.grid
+    if table is None or len(table) == rows * columns:
+        return params
+    side = round(len(table) ** 0.5)
+    boxed = traverse_util.flatten_dict(abstract_params(cfg), sep="/")[POSITIONS]
+    sharding = axes.parameter_shardings({POSITIONS: boxed}, mesh)[POSITIONS]
+    resample = jax.jit(
+        lambda x: resample_positions(x, (side, side), (rows, columns)).astype(x.dtype),
+        out_shardings=sharding,
+    )
+    return params | {POSITIONS: resample(table)}
+
+
+def _part_table(checkpoint: Checkpoint, cfg: Experiment, part: str) -> list[Row]:
+    """Returns the weight table of one part, with the parameter paths of the experiment."""
+    if isinstance(checkpoint.cfg, Vision):
+        return [_with_prefix(row, "vision/") for row in checkpoint.rows]
+    rows = checkpoint.rows
+    if part == "decoder":
+        # The experiment's fusion decides how blocks are stacked; its cross-attention may not be in the checkpoint.
+        table = checkpoint.family.param_table(replace(checkpoint.cfg, fusion=cfg.fusion))
+        rows = [row for row in table if row.tensor in checkpoint.stored_names]
+    prefix = f"{part}/"
+    return [row for row in rows if all(target.param.startswith(prefix) for target in row.targets)]
+
+
+def _with_prefix(row: Row, prefix: str) -> Row:
+    targets = [replace(target, param=f"{prefix}{target.param}") for target in row.targets]
+    return replace(row, targets=tuple(targets))
+
+
+def processor_source(cfg: Experiment) -> Path | None:
+    """Folder of the tokenizer and processor files that a new run copies; None without a decoder checkpoint."""
+    folder = cfg.decoder.checkpoint
+    if not folder:
+        return None
+    if not is_run(folder):
+        return Path(folder).expanduser()
+    processor = Workdir(folder).processor
+    return processor if processor.is_dir() else None

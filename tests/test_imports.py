@@ -9,7 +9,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from its own line and the lines above. The longest prefix of its name decides its line.
 FLOW = [
-    ["config.datasets", "config.hints", "config.model", "runtime.process"],
+    ["config.errors", "runtime.process"],
+    ["config.datasets", "config.hints", "config.model"],
     ["config.experiment"],
     ["config"],
     [
@@ -27,7 +28,8 @@ FLOW = [
     ["data"],
     ["nn"],
     ["hub", "testing"],
-    ["train", "cost"],
+    ["cost"],
+    ["train"],
     ["plan"],
     ["infer"],
     ["cli"],

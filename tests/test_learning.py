@@ -68,7 +68,7 @@ def test_eight_examples_are_learned_and_lost_when_the_images_are_shuffled(cfg):
 
     def exact_match(images):
         prompt = stacked([text.prompt_row(cfg, QUESTION, (cfg.vision.cut_tiles,))] * 8, images)
-        answers = np.asarray(generate(cfg, params, prompt, 3, SamplingParams(eos=(EOS,))))
+        answers = np.asarray(generate(cfg.model, params, prompt, 3, SamplingParams(eos=(EOS,))))
         return np.mean([list(row) == [*answer, EOS] for row, answer in zip(answers, ANSWERS)])
 
     assert exact_match(images) == 1

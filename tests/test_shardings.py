@@ -15,6 +15,7 @@ from tests.nn.programs import equations
 from vlm_jax import axes
 from vlm_jax.config import Mesh, files
 from vlm_jax.nn.models import abstract_params
+from vlm_jax.nn.parts import PARTS, part_of
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.testing import (
     KINDS,
@@ -22,7 +23,6 @@ from vlm_jax.testing import (
     random_params,
     tiny,
 )
-from vlm_jax.train.optim import PARTS, part_of
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -106,7 +106,7 @@ def test_every_part_is_divided_by_fsdp_at_least(name, sizes):
 def pinned(cfg) -> set[tuple[str, str, str]]:
     """(part, module, place on the mesh) of all activations that are pinned there."""
     with jax.set_mesh(axes.make_mesh(Mesh(2, 2, 2))):
-        program = jax.make_jaxpr(VLM(cfg).apply)(
+        program = jax.make_jaxpr(VLM(cfg.model).apply)(
             {"params": random_params(cfg)}, random_batch(cfg, rows=8)
         )
     found = set()

@@ -1,4 +1,4 @@
-"""The configs of published models have the published numbers of parameters, and are what the hub's files say."""
+"""Configs of published models have the published size and equal the hub's config.json."""
 
 import math
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_parts_that_were_never_trained_together_have_theirs():
 
 @pytest.mark.parametrize("name", MODEL_TYPES)
 def test_a_config_is_its_public_family(name):
-    """What the family writes for it, and reads again, is the same model."""
+    """The family writes and reads the same model."""
     cfg, family = experiment(name), FAMILIES[MODEL_TYPES[name]]
     names = {row.tensor for row in family.param_table(cfg)}
     assert architecture_fields(

@@ -1,24 +1,25 @@
-"""The doors between rooms: small structs whose every field has its dimension letters (see `axes.py`)."""
+"""Data structures passed between modules; shapes use the letters of axes.py."""
 
 from typing import Any
 
 import jax
 from flax import struct
 
-PADDING = 0  # segment id of a slot that holds no token
-TRUNK = 0  # branch id of a token that every later token of its segment sees
-NO_IMAGE = -1  # image slot of a text token
+PADDING = 0  # segment id of a slot without a token
+TRUNK = 0  # branch id of a token that every later token of its segment attends to
+NO_IMAGE = -1  # `image_token_index` of a text token
 
-Array = Any  # a numpy array where data makes it, a jax.Array in the model, a shape while compiling
+Array = Any  # a NumPy array in data/, a jax.Array in the model, a shape while compiling
 
 
 @struct.dataclass
 class Batch:
-    """What data hands over. What a token may see travels with it; the model knows nothing of prompts.
+    """Inputs of the model. Attention patterns are part of the batch; the model has no prompts.
 
-    A row is a few *segments* (documents that never see each other). A segment is a trunk followed by branches: a
-    token sees the trunk and its own branch, up to itself. Shared-image packing is one segment whose trunk is the image
-    and whose branches are the questions.
+    A row consists of *segments*: documents that do not attend to each other. A segment is a trunk
+    followed by branches: a token attends to the trunk and to its own branch, up to itself.
+    Questions that share an image are one segment with the image as the trunk and the questions as
+    branches.
     """
 
     tokens: Array  # (B, S) int32
@@ -30,16 +31,15 @@ class Batch:
     image_token_index: Array
     image_mask: Array  # (B, S, I) bool: the images that a token attends to in cross-attention
     #: (B, S, I) bool: with `fusion.tokens_without_image` attend_all, the images that a token
-    #: attends to if its row of `image_mask` is empty (such as a token before the first image). Empty here as well:
-    #: the token skips cross-attention. None: all images
+    #: attends to if its row of `image_mask` is empty (such as a token before the first image). If
+    #: it is empty here as well, the token skips cross-attention. None: all images
     no_image_mask: Array | None = None
     #: (B, I, height, width, channels) float32, normalised. I counts every view of an image: its
     #: tiles, then its thumbnail. With `vision.tile_layouts` (B, I, J, ...), and `image_mask` is
     #: (B, S, I*J). Without an encoder it may be (B, I, P, C) patches. None: text only
     images: Array | None = None
-    #: (B,) int32: the row of `images` (and of `tile_layouts` and `tile_mask`) that belongs to each
-    #: row of tokens. Questions that share images set it; `images` then has a B of its own.
-    #: None: one to one
+    #: (B,) int32: the row of `images` (and of `tile_layouts` and `tile_mask`) for each row of
+    #: tokens. If set, questions share images, and `images` may have another B. None: one to one
     image_rows: Array | None = None
     #: (B, I) int32: the layout of tiles of each image; 0: no image
     tile_layouts: Array | None = None
@@ -52,66 +52,65 @@ class Batch:
 
 @struct.dataclass
 class DecoderInputs:
-    """What fusion hands the decoder. `memory` is there only when there is something to cross-attend to."""
+    """Inputs of the decoder. `memory` is None without images for cross-attention."""
 
-    x: jax.Array  # (B, S, D)
+    x: jax.Array  # (B, S, D): embeddings
     positions: jax.Array  # (B, S)
-    mask: jax.Array  # (B, 1, S, T) bool: which keys a token sees
+    mask: jax.Array  # (B, 1, S, T) bool: self-attention mask
     memory: jax.Array | None = None  # (B, T, D): image tokens for cross-attention
-    memory_mask: jax.Array | None = None  # (B, 1, S, T) bool: which of them a token reads
-    reads: jax.Array | None = None  # (B, S) bool: whether it has an image to read
-    #: (B, S) bool: whether it passes cross-attention; None: as `reads`
+    memory_mask: jax.Array | None = None  # (B, 1, S, T) bool: cross-attention mask
+    has_image: jax.Array | None = None  # (B, S) bool: the token has an image in `image_mask`
+    #: (B, S) bool: the token passes cross-attention; None: equal to `has_image`
     attends: jax.Array | None = None
-    #: (B, 1, S, T) bool: the mask of blocks with a sliding window
+    #: (B, 1, S, T) bool: self-attention mask of blocks with a sliding window
     local_mask: jax.Array | None = None
 
 
 @struct.dataclass
 class BlockInputs:
-    """What every block of a stack reads and none changes."""
+    """Inputs that all blocks of a stack share."""
 
-    mask: jax.Array | None = None  # (B, 1, S, T) bool: which keys a token sees; None: all
+    mask: jax.Array | None = None  # (B, 1, S, T) bool: self-attention mask; None: all
     rope: Any = None  # cosines and sines, (B, S, R) each
     memory: jax.Array | None = None  # (B, T, D)
-    memory_mask: jax.Array | None = None  # (B, 1, S, T) bool; None: all
-    #: (B, S) bool: whether a token has an image to read; None: every one
-    reads: jax.Array | None = None
-    #: (B, S) bool: whether it passes cross-attention; None: as `reads`
+    memory_mask: jax.Array | None = None  # (B, 1, S, T) bool: cross-attention mask; None: all
+    has_image: jax.Array | None = None  # (B, S) bool: the token has an image; None: all have
+    #: (B, S) bool: the token passes cross-attention; None: equal to `has_image`
     attends: jax.Array | None = None
-    #: (B, 1, S, T) bool: the mask of blocks that slide; None: none does
+    #: (B, 1, S, T) bool: self-attention mask of sliding blocks; None: no block slides
     local_mask: jax.Array | None = None
-    local_rope: Any = None  # cosines and sines of blocks that slide; None: as the others
+    local_rope: Any = None  # cosines and sines of sliding blocks; None: as `rope`
     index: jax.Array | None = None  # () int32: the next free slot of the cache
 
 
 @struct.dataclass
 class Cache:
-    """Keys and values of the tokens so far, in a buffer of fixed length T."""
+    """KV cache: keys and values of the tokens so far, in a buffer of fixed length T."""
 
     index: jax.Array  # () int32: the next free slot
-    segment_ids: jax.Array  # (B, T): of every slot, the slots to come included
+    segment_ids: jax.Array  # (B, T): of all slots, free ones included
     branch_ids: jax.Array  # (B, T)
     positions: jax.Array  # (B, T)
     block_ids: jax.Array | None  # (B, T)
-    layers: Any  # per block of the repeating period and sublayer: keys and values (L, B, K, T, H)
-    #: the decoder's inputs of every slot so far, without `memory`: longrope may recompute the keys
-    #: and values from them (nn/longrope.py). None: not needed, or nothing is cached yet
+    layers: Any  # by block of the repeating pattern and sublayer: keys, values (L, B, K, T, H)
+    #: the decoder's inputs of every slot so far, without `memory`: longrope may recompute keys and
+    #: values from them (nn/longrope.py). None: not needed, or nothing is cached yet
     inputs: DecoderInputs | None = None
 
 
 @struct.dataclass
 class EncoderOutput:
-    """An encoder's outputs; P counts the class token, too."""
+    """Outputs of an encoder; P includes the class token."""
 
-    tokens: jax.Array  # (B, P, E): the last hidden state
-    pooled: jax.Array | None = None  # (B, E): one vector an image
-    features: jax.Array | None = None  # (B, P, E): what the projector reads
-    logits: jax.Array | None = None  # (B, V): of the classes that the encoder was trained on
+    tokens: jax.Array  # (B, P, E): the last hidden states
+    pooled: jax.Array | None = None  # (B, E): one vector per image
+    features: jax.Array | None = None  # (B, P, E): input of the projector
+    logits: jax.Array | None = None  # (B, V): image classes of the encoder's training
 
 
 @struct.dataclass
 class ContrastiveOutput:
-    """B images and R texts, each a vector of length 1, and their products, scaled."""
+    """Embeddings of B images and R texts, of norm 1, and their scaled dot products."""
 
     image_embeds: jax.Array  # (B, W)
     text_embeds: jax.Array  # (R, W)
@@ -120,14 +119,16 @@ class ContrastiveOutput:
 
 @struct.dataclass
 class Output:
+    """Output of a vision-language model."""
+
     logits: jax.Array  # (B, S, V)
     cache: Cache | None = None
 
 
 @struct.dataclass
 class State:
-    """All that training changes."""
+    """Training state."""
 
-    step: jax.Array  # () int32: optimizer steps done
+    step: jax.Array  # () int32: number of optimizer steps so far
     params: Any
-    optimizer: Any
+    optimizer: Any  # optimizer state

@@ -1,15 +1,17 @@
-"""A tiny experiment and batches for it, for tests and for trying things out."""
+"""A tiny experiment and batches for it, for tests and quick trials."""
 
 import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 from flax import traverse_util
 from flax.linen import meta
 from PIL import Image
 
 from vlm_jax.config import (
+    FUSION_STYLES,
     Data,
     Decoder,
     Experiment,
@@ -30,11 +32,15 @@ COLORS = {
     "blue": (40, 60, 200),
     "white": (250, 250, 250),
 }
-KINDS = ("unified", "cross_attention", "encoder_decoder", "hybrid")
+# Fusion styles with images.
+KINDS = tuple(kind for kind in FUSION_STYLES if Fusion(kind).has_images)
 
 
 def tiny(kind: str = "unified", **sections) -> Experiment:
-    """Images of 16 px in 4 patches, two blocks of width 32, a vocabulary of 300; `sections` replace whole sections."""
+    """Returns an experiment with images of 4 patches, two blocks of width 32 and 300 tokens.
+
+    `sections` replace whole sections.
+    """
     small = {"width": 32, "depth": 2, "heads": 4, "mlp_width": 64}
     cfg = Experiment(
         data=Data(questions_per_row=3, text_length=24, augment=()),
@@ -49,19 +55,19 @@ def tiny(kind: str = "unified", **sections) -> Experiment:
 
 
 def variants() -> dict[str, Experiment]:
-    """A tiny experiment of every fusion kind, and one without an image encoder."""
+    """Returns a tiny experiment of every fusion style with images, and one without an encoder."""
     unified = tiny()
     encoder_free = dataclasses.replace(unified.vision, kind="none", newline_token=True)
     return {kind: tiny(kind) for kind in KINDS} | {"encoder_free": tiny(vision=encoder_free)}
 
 
 def hybrid_in_tiles() -> Experiment:
-    """Images of at most two tiles with tags: a thumbnail in the sequence, the tiles in cross-attention."""
+    """Returns a hybrid experiment with images of at most two tiles, with tags."""
     return tiny("hybrid", vision=dataclasses.replace(tiny().vision, tiles=2))
 
 
 def on_easy_vqa(cfg: Experiment) -> Experiment:
-    """The tiny experiment with images of 64 px, where it cuts them in four tiles, and with room for their questions."""
+    """Returns the experiment for images of 64 px (of four tiles, if tiled) and longer rows."""
     tiles = {"image_size_px": 32, "tiles": 4} if cfg.vision.tiles > 1 else {"image_size_px": 64}
     return dataclasses.replace(
         cfg,
@@ -77,7 +83,7 @@ def variants_and_tiles() -> dict[str, Experiment]:
 
 
 def random_params(cfg: Experiment, spread: float = 0.1, seed: int = 0):
-    """Parameters of the experiment's shapes, scales around 1 and the others around 0; none is 0, so gates are open.
+    """Returns random parameters: scales around 1, all others around 0 but not 0, so gates are open.
 
     Nothing is compiled for them.
     """
@@ -91,33 +97,35 @@ def random_params(cfg: Experiment, spread: float = 0.1, seed: int = 0):
 
 
 def random_batch(cfg: Experiment, rows: int = 4, seed: int = 0) -> Batch:
-    """Rows of one random image and `questions_per_row` random questions of mixed lengths, packed as training does.
+    """Returns rows of a random image and `questions_per_row` random questions, packed for training.
 
-    Where images are cut into tiles, row i has the i-th layout.
+    If images are split into tiles, row i has the i-th layout.
     """
     rng = np.random.default_rng(seed)
 
-    def pair():
-        prompt, answer = rng.integers(3, 6), rng.integers(1, 3)
-        ids = rng.integers(len(SPECIALS), cfg.decoder.vocab_size, prompt + answer)
-        return list(ids[:prompt]), list(ids[prompt:])
+    def question_and_answer():
+        question, answer = rng.integers(3, 6), rng.integers(1, 3)
+        ids = rng.integers(len(SPECIALS), cfg.decoder.vocab_size, question + answer)
+        return list(ids[:question]), list(ids[question:])
 
-    side, shapes = cfg.vision.image_size_px, tiling.layouts(cfg.vision.cut_tiles)
+    side, layouts = cfg.vision.image_size_px, tiling.layouts(cfg.vision.cut_tiles)
     packed = []
     for row in range(rows):
-        height, width = shapes[row % len(shapes)]
+        height, width = layouts[row % len(layouts)]
         pixels = rng.uniform(-1, 1, (height * side, width * side, 3)).astype(np.float32)
-        fields = text.pack_row(
-            cfg, [pair() for _ in range(cfg.data.questions_per_row)], height * width
-        )
+        pairs = [question_and_answer() for _ in range(cfg.data.questions_per_row)]
+        fields = text.pack_row(cfg, pairs, height * width)
         packed.append(fields | {"images": tiling.stack_views([pixels], cfg.vision)})
-    return Batch(**{name: np.stack([row[name] for row in packed]) for name in packed[0]})
+    return Batch(**jax.tree.map(lambda *arrays: np.stack(arrays), *packed))
 
 
 def write_conversations(folder: Path, count: int = 12, seed: int = 0) -> Data:
-    """Writes `count` conversations about the colors of 0, 1 or 2 squares in LLaVA's format, and says how to read them.
+    """Writes `count` conversations about the colors of 0 to 2 images in LLaVA's format.
 
-    The folder takes `talks.json`, the images and the datasets that are prepared of them.
+    The folder receives `talks.json`, the images and the prepared datasets.
+
+    Returns:
+      the section of an experiment that loads them.
     """
     rng, talks = np.random.default_rng(seed), []
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,14 +134,14 @@ def write_conversations(folder: Path, count: int = 12, seed: int = 0) -> Data:
         files = [f"{i}_{k}.{'png' if k else 'jpg'}" for k in range(len(colors))]
         for file, color in zip(files, colors):
             Image.new("RGB", (24, 18), COLORS[color]).save(folder / file)
-        said = [
-            "<image>\n" * len(files) + f"what do you see in {i}?",
-            ", ".join(colors) or "no image",
-        ]
-        said += ["is that all?", "yes"] * int(rng.integers(3))
-        turns = [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(said)]
-        image = {} if not files else {"image": files[0] if len(files) == 1 else files}
-        talks.append({"id": f"talk {i}", **image, "conversations": turns})
+        placeholders = "".join("<image>\n" for _ in files)
+        texts = [f"{placeholders}what do you see in {i}?", ", ".join(colors) or "no image"]
+        texts += ["is that all?", "yes"] * int(rng.integers(3))
+        messages = [{"from": ("human", "gpt")[k % 2], "value": x} for k, x in enumerate(texts)]
+        talk = {"id": f"talk {i}", "conversations": messages}
+        if files:
+            talk["image"] = files[0] if len(files) == 1 else files
+        talks.append(talk)
     (folder / "talks.json").write_text(json.dumps(talks))
     return Data(
         source="conversations",

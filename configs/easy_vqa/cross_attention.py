@@ -1,4 +1,4 @@
-"""Cross-modality attention (method B) on easy-VQA: cross-attention before every block reads the image tokens."""
+"""Cross-modality attention (method B) on easy-VQA: cross-attention before every block."""
 
 from dataclasses import replace
 

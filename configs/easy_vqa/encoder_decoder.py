@@ -1,4 +1,4 @@
-"""Encoder-decoder on easy-VQA: every block is self-attention, cross-attention to the image tokens, MLP."""
+"""Encoder-decoder on easy-VQA: cross-attention to the image tokens in every block."""
 
 from dataclasses import replace
 

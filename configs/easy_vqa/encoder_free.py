@@ -1,4 +1,7 @@
-"""No encoder (Fuyu style) on easy-VQA: projected patches stand in the sequence, a newline token after every row."""
+"""No encoder (Fuyu) on easy-VQA: projected patches in the sequence.
+
+A newline token follows every row of patches.
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Unified embedding decoder (method A) on easy-VQA: image tokens stand in the decoder's sequence."""
+"""Unified embedding decoder (method A) on easy-VQA: image tokens in the decoder's sequence."""
 
 from vlm_jax.config import (
     Data,

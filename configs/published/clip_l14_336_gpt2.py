@@ -1,4 +1,4 @@
-"""CLIP ViT-L/14 at 336 px and GPT-2, unified: an encoder and a decoder that were never trained together.
+"""CLIP ViT-L/14 at 336 px and GPT-2, unified: parts that were never trained together.
 
 The weights come from two folders: --vision.checkpoint DIR --decoder.checkpoint DIR.
 """

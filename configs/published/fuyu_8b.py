@@ -1,4 +1,4 @@
-"""Fuyu 8B: patches of 30 px go through one product, and no encoder, into Persimmon's decoder."""
+"""Fuyu 8B: linear projection of patches of 30 px into Persimmon's decoder, without an encoder."""
 
 from vlm_jax.config import (
     Decoder,

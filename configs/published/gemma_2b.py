@@ -1,4 +1,4 @@
-"""Gemma 2B: the text decoder alone."""
+"""Gemma 2B, text only."""
 
 from vlm_jax.config import Decoder, Experiment, Fusion
 

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019), 124 M: the text decoder alone."""
+"""GPT-2 (Radford et al. 2019), 124 M, text only."""
 
 from vlm_jax.config import Decoder, Experiment, Fusion
 

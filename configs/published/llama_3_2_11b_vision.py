@@ -1,4 +1,7 @@
-"""Llama 3.2 11B Vision: tiles pass an encoder of two stages; gated cross-attention in front of every fourth block."""
+"""Llama 3.2 11B Vision: tiled two-stage encoder, gated cross-attention.
+
+Cross-attention comes before every fourth decoder block.
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Llama 3.2 1B: the text decoder alone."""
+"""Llama 3.2 1B, text only."""
 
 from vlm_jax.config import (
     Decoder,

@@ -1,4 +1,4 @@
-"""LLaVA 1.5 7B (Liu et al. 2023): CLIP's tokens before the last block, an MLP, Vicuna."""
+"""LLaVA 1.5 7B (Liu et al. 2023): CLIP's tokens before its last block, an MLP, Vicuna."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ DECODER: Decoder = replace(
     llama_3_2_1b.DECODER,
     width=4096,
     depth=32,
-    kv_heads=0,
+    kv_heads=None,
     mlp_width=11_008,
     vocab_size=32_064,
     max_positions=4096,

@@ -1,4 +1,7 @@
-"""PaliGemma 3B at 224 px (Beyer et al. 2024): SigLIP so400m, one product, Gemma; image and prompt see each other."""
+"""PaliGemma 3B at 224 px (Beyer et al. 2024): SigLIP so400m, a linear projector, Gemma.
+
+Attention over image and prompt is bidirectional.
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Phi-3 mini, 4k context: the text decoder alone."""
+"""Phi-3 mini with 4k context, text only."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ DECODER: Decoder = replace(
     llama_3_2_1b.DECODER,
     width=3072,
     depth=DEPTH,
-    kv_heads=0,
+    kv_heads=None,
     vocab_size=32_064,
     max_positions=4096,
     rope=Rope(),

@@ -1,4 +1,7 @@
-"""Unified embedding decoder (method A) on scenes of handwritten digits; choices are made on the validation split."""
+"""Unified embedding decoder (method A) on scenes of handwritten digits.
+
+Its settings were chosen on the validation split.
+"""
 
 from vlm_jax.config import (
     Data,

@@ -1,4 +1,7 @@
-"""Hybrid fusion reading drawn pages of 128 px: a thumbnail in the sequence, four tiles of 64 px in cross-attention."""
+"""Hybrid fusion on generated pages of 128 px.
+
+The thumbnail is in the sequence, four tiles of 64 px are in cross-attention.
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,7 @@
-"""Unified embedding decoder (method A) on typewritten pages, which it reads after minutes; the base of the studies."""
+"""Unified embedding decoder (method A) on typewritten pages.
+
+It learns to read within minutes and is the base of the studies.
+"""
 
 from vlm_jax.config import (
     Data,

@@ -1,4 +1,7 @@
-"""Unified embedding decoder (method A) reading words on drawn pages; choices are made on the validation split."""
+"""Unified embedding decoder (method A) that reads words on generated pages.
+
+Its settings were chosen on the validation split.
+"""
 
 from vlm_jax.config import (
     Data,

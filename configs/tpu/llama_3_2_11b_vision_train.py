@@ -1,7 +1,8 @@
-"""Llama 3.2 11B Vision with its language frozen, as it was made (Dubey et al. 2024, section 7.4): vision, projector and
-cross-attention learn.
+"""Training of Llama 3.2 11B Vision with a frozen language model.
 
-Begins with --vision.checkpoint and --decoder.checkpoint. Chosen for 64 chips of TPU v5p, see `experiments/plans/`.
+Vision, projector and cross-attention are trained, as in the original (Dubey et al. 2024, section
+7.4), from --vision.checkpoint and --decoder.checkpoint. For 64 chips of TPU v5p, see
+`experiments/plans/`.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
-"""LLaVA 1.5's first stage (Liu et al. 2023, table 9): only the projector learns, from 558k captions.
+"""LLaVA 1.5, stage 1 (Liu et al. 2023, table 9): only the projector is trained, on 558k captions.
 
-Begins with --vision.checkpoint and --decoder.checkpoint; the files are `LLaVA-Pretrain` of the authors.
-Chosen for 64 chips of TPU v5e, see `experiments/plans/`.
+Starts from --vision.checkpoint and --decoder.checkpoint; the data is the authors' `LLaVA-Pretrain`.
+For 64 chips of TPU v5e, see `experiments/plans/`.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
-"""LLaVA 1.5's second stage (Liu et al. 2023, table 9): projector and decoder learn from 665k conversations.
+"""LLaVA 1.5, stage 2 (Liu et al. 2023, table 9): projector and decoder, on 665k conversations.
 
-Begins with the first stage: --vision.checkpoint, --projector.checkpoint and --decoder.checkpoint name the folder that
-`run.py export` made of it. Chosen for 64 chips of TPU v5e, see `experiments/plans/`.
+Starts from stage 1: --vision.checkpoint, --projector.checkpoint and --decoder.checkpoint name the
+folder that `run.py export` wrote. For 64 chips of TPU v5e, see `experiments/plans/`.
 """
 
 from dataclasses import replace
@@ -17,7 +17,8 @@ def get_config() -> Experiment:
         files=("data/llava_instruct/llava_v1_5_mix665k.json",),
         image_dir="data/llava_instruct",
         template="vicuna",
-        text_length=1472,  # rows of 2048 tokens with the 576 of an image
+        # Rows of 2048 tokens with the 576 tokens of an image.
+        text_length=1472,
     )
     rates = LrMult(vision=0, projector=1, decoder=1)
     return replace(

@@ -1,9 +1,9 @@
-"""A transfer of PaliGemma at 224 px (Beyer et al. 2024, 3.2.4): everything learns, here from questions of VQAv2, with
-the settings of big_vision's `proj/paligemma/transfers/vqav2.py`: ten epochs, 5 % of them to warm up.
+"""Transfer of PaliGemma at 224 px (Beyer et al. 2024, section 3.2.4) to questions of VQAv2.
 
-Begins with PaliGemma: --vision.checkpoint, --projector.checkpoint and --decoder.checkpoint name its folder; the file
-has the questions in LLaVA's format.
-Chosen for 256 chips of TPU v5e, see `experiments/plans/`.
+All parts are trained, with the settings of big_vision's `proj/paligemma/transfers/vqav2.py`: ten
+epochs, of which 5 % are warm-up. Starts from PaliGemma: --vision.checkpoint, --projector.checkpoint
+and --decoder.checkpoint name its folder. The data file has the questions in LLaVA's format. For 256
+chips of TPU v5e, see `experiments/plans/`.
 """
 
 from dataclasses import replace
@@ -35,8 +35,9 @@ def get_config() -> Experiment:
         data=DATA,
         vision=replace(cfg.vision, remat="dots"),
         decoder=replace(cfg.decoder, remat="dots"),
-        # There a step takes 1e-6 off a weight, whatever the rate; here it is a share of the rate.
+        # big_vision subtracts 1e-6 of a weight per step; here weight decay is scaled by the rate.
         optim=Optim(learning_rate=1e-5, warmup_steps=865, beta2=0.999, weight_decay=0.1),
         train=Train(steps=17_300, batch_size=256, compute_dtype="bfloat16"),
-        mesh=Mesh(data=-1, fsdp=16),  # a width of 1152 is no multiple of 256 devices
+        # The encoder's width of 1152 is not a multiple of 256 devices.
+        mesh=Mesh(data=-1, fsdp=16),
     )

@@ -30,7 +30,7 @@ def ours(folder: str, rows: int):
         targets=None, loss_weights=None
     )
     batch, sampling = jax.device_put(batch), SamplingParams()
-    return lambda: np.asarray(generate(model.cfg, model.params, batch, NEW_TOKENS, sampling))
+    return lambda: np.asarray(generate(model.cfg.model, model.params, batch, NEW_TOKENS, sampling))
 
 
 def theirs(folder: str, rows: int):

@@ -79,7 +79,9 @@ def ours(folder: str):
     model = experiment(folder)
     cfg, tokenizer, data = single(model.cfg)
     batch = next(data)
-    total, count = cross_entropy(VLM(cfg).apply({"params": model.params}, batch).logits, batch)
+    total, count = cross_entropy(
+        VLM(cfg.model).apply({"params": model.params}, batch).logits, batch
+    )
     side = Side(model.cfg, tokenizer, traverse_util.flatten_dict(model.params, sep="/"))
 
     def step() -> int:

@@ -149,7 +149,7 @@ MISTAKES = {
     ),
     "steps that are no range": (
         ["--config", CONFIG, "--train.profile-steps", "13:10"],
-        ["train.profile_steps '13:10' is no range of steps", "10:13"],
+        ["train.profile_steps '13:10' is not a range of steps", "10:13"],
     ),
     "steps that never come": (
         ["--config", CONFIG, "--train.steps", "9", "--train.profile-steps", "8:10"],
@@ -335,7 +335,7 @@ def comments(kind) -> dict[str, str]:
             texts[name], above = [*above, comment.strip()], []
         elif line.strip().startswith("#:"):
             above.append(line.strip()[2:].strip())
-        elif line.strip().startswith("#") and name:
+        elif line.startswith("    # ") and name:
             texts[name].append(line.strip()[1:].strip())
         else:
             above = []

@@ -68,7 +68,7 @@ STYLES = {
 }
 
 
-def test_the_hybrid_on_glyphs_differs_in_its_fusion_and_in_the_size_of_its_pages_and_what_is_asked_about_them():
+def test_the_hybrid_on_glyphs_differs_in_fusion_and_in_the_size_of_its_pages():
     lines = files.differences(load("synthetic/glyphs_unified"), load("synthetic/glyphs_hybrid"))
     larger = {"data.image_px", "vision.tiles", "data.text_length", "eval.max_new_tokens"}
     assert {line.split(":")[0] for line in lines} == {"fusion.kind", *larger}
@@ -92,7 +92,7 @@ def test_differences_are_lines_with_both_values_and_leave_out_the_work_folder():
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, message",
     [
         ("", "Expecting value"),
         ("[]", "missing or unknown"),
@@ -102,8 +102,8 @@ def test_differences_are_lines_with_both_values_and_leave_out_the_work_folder():
         (b"\xff\xfe\x00", "not the config of a run"),
     ],
 )
-def test_json_that_is_no_experiment_is_refused_with_the_name_of_the_file(text, said):
-    with pytest.raises(ConfigError, match=f"(?s)some/config.json .*{said}"):
+def test_json_that_is_no_experiment_is_refused_with_the_name_of_the_file(text, message):
+    with pytest.raises(ConfigError, match=f"(?s)some/config.json .*{message}"):
         files.from_json(text, "some/config.json")
 
 
@@ -119,7 +119,7 @@ def test_a_field_that_only_a_later_version_has_is_its_default():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_made_with_the_defaults_of_old_keeps_its_model_and_continues(kind, tmp_path):
-    """Its config.json has gates and no norms, which only cross-attention reads, or lacks the norms altogether."""
+    """Its config.json has gates and no qk_norm, or lacks qk_norm altogether."""
     cfg = tiny(kind)
     values = json.loads(files.to_json(cfg))
     values["fusion"] |= {"gated": True, "qk_norm": False}
@@ -137,7 +137,7 @@ def test_a_run_made_with_the_defaults_of_old_keeps_its_model_and_continues(kind,
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, message",
     [
         ("def get_config(:", "SyntaxError"),
         ("x = 1", "get_config"),
@@ -147,16 +147,17 @@ def test_a_run_made_with_the_defaults_of_old_keeps_its_model_and_continues(kind,
         ("def get_config(): return 3", "must return an Experiment, not int"),
     ],
 )
-def test_a_file_that_is_no_config_is_refused_with_its_name(tmp_path, text, said):
+def test_a_file_that_is_no_config_is_refused_with_its_name(tmp_path, text, message):
     path = tmp_path / "broken.py"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=f"broken.py.*{said}"):
+    with pytest.raises(ConfigError, match=f"broken.py.*{message}"):
         files.load(str(path))
 
 
 def test_the_config_of_a_public_checkpoint_is_no_run():
     with pytest.raises(
-        ConfigError, match="some/config.json is of a public checkpoint, not of a run: --checkpoint"
+        ConfigError,
+        match="some/config.json belongs to a public checkpoint, not to a run: .* --checkpoint",
     ):
         files.from_json('{"model_type": "llama", "hidden_size": 32}', "some/config.json")
 
@@ -268,3 +269,19 @@ def test_the_grid_of_a_projector_is_the_one_that_its_tokens_stand_in():
     assert replace(projector, kind="resampler").output_grid(vision) == (1, 3)
     kept = replace(vision, class_token=True, keep_class_token=True)
     assert projector.output_grid(kept) == (1, 17)
+
+
+def test_none_is_written_for_none_and_the_numbers_of_old_mean_it():
+    """kv_heads 0, bos_id -1 and so on, as earlier versions wrote them."""
+    cfg = files.override(tiny(), ["--decoder.kv_heads", "None", "--data.bos_id", "7"], "run.py")
+    assert (cfg.decoder.kv_heads, cfg.data.bos_id) == (None, 7)
+    cfg = files.override(cfg, ["--data.bos_id", "None", "--decoder.head_dim", "16"], "run.py")
+    assert (cfg.data.bos_id, cfg.decoder.head_dim) == (None, 16)
+    values = json.loads(files.to_json(cfg))
+    assert values["data"]["bos_id"] is values["decoder"]["kv_heads"] is None
+    values["data"]["bos_id"] = values["distributed"]["process_id"] = -1
+    values["decoder"]["kv_heads"] = values["vision"]["kv_heads"] = values["vision"]["head_dim"] = 0
+    values["distributed"]["num_processes"] = 0
+    assert files.from_json(json.dumps(values), "config.json") == validate(cfg)
+    with pytest.raises(ConfigError, match="--train.steps None is not a whole number"):
+        files.override(cfg, ["--train.steps", "None"], "run.py")

@@ -1,4 +1,4 @@
-"""What cannot work is refused by name, and what just can is not."""
+"""Invalid experiments are refused by name, and borderline valid ones are not."""
 
 import re
 from dataclasses import replace
@@ -34,7 +34,8 @@ def changed(cfg: Experiment, **values) -> Experiment:
 
 TILED = {"vision_tiles": 2, "vision_tile_layouts": ((1, 1), (1, 2)), "vision_num_global_layers": 1}
 TILED |= {"vision_class_token": True, "vision_keep_class_token": True}
-REFUSED = [  # changes of `tiny`, and what the sentence must say
+# Changes of `tiny`, and the message.
+REFUSED = [
     ({"fusion_kind": "unifid"}, "fusion.kind 'unifid' .* unified, cross_attention"),
     ({"data_augment": ("mirror", "shft")}, "data.augment 'shft' .* mirror, turn, shift"),
     (
@@ -79,7 +80,8 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
     ),
     (
         {"fusion_cross_every": 2},
-        "fusion.cross_every 2 has no effect with fusion.kind unified: .* choose fusion.kind cross_attention or hybrid",
+        "fusion.cross_every 2 has no effect with fusion.kind unified: .* "
+        "choose fusion.kind cross_attention or hybrid",
     ),
     (
         {"fusion_cross_layers": (1,)},
@@ -91,11 +93,11 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
     ),
     (
         {"fusion_qk_norm": False},
-        "fusion.qk_norm False has no effect .* cross_attention or encoder_decoder or hybrid",
+        "fusion.qk_norm False has no effect .* cross_attention, encoder_decoder or hybrid",
     ),
     (
         {"optim_lr_mult": LrMult(0, 0, 0, 0)},
-        "optim.lr_mult is 0 for vision, .*: nothing would learn",
+        "optim.lr_mult is 0 for vision, .*: nothing would be trained",
     ),
     ({"data_source": "conversations"}, "data.source conversations needs data.files"),
     (
@@ -144,7 +146,8 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
     ),
     (
         {"vision_tiles": 8},
-        r"decoder.max_positions 64 has no room for the 45 image tokens of a row \(vision.tiles 8\) .* at least 69",
+        r"decoder.max_positions 64 has no room for the 45 image tokens of a row "
+        r"\(vision.tiles 8\) .* at least 69",
     ),
     (
         {"vision_feature_layers": (-1, 3)},
@@ -152,7 +155,7 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
     ),
     (
         {"data_tag_ids": ((4,), (5,))},
-        "data.tag_ids names the tags of tiles, .* vision.tiles 1 and vision.tile_tags 1d",
+        "data.tag_ids needs tile tags, which vision.tiles 1 and vision.tile_tags 1d",
     ),
     (
         {"vision_tiles": 2, "data_tag_ids": ((4,), (5,))},
@@ -160,52 +163,58 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
     ),
     (
         {"data_special_ids": (0, 1, 2, 300)},
-        "data.special_ids 300 is none of the tokens 0 to 299 of decoder.vocab_size 300",
+        "data.special_ids 300 is not a token: choose ids of 0 to 299 .decoder.vocab_size 300.",
     ),
-    ({"data_special_ids": (-1, 1, 2, 3)}, "data.special_ids -1 is none of the tokens 0 to 299"),
-    ({"data_bos_id": 300}, "data.bos_id 300 is none of the tokens 0 to 299"),
+    (
+        {"data_special_ids": (-1, 1, 2, 3)},
+        "data.special_ids -1 is not a token: choose ids of 0 to 299",
+    ),
+    ({"data_bos_id": 300}, "data.bos_id 300 is not a token: choose ids of 0 to 299"),
     (
         {"vision_tiles": 2, "data_tag_ids": ((4,), (5, 300), (6,))},
-        "data.tag_ids 300 is none of the tokens 0 to 299",
+        "data.tag_ids 300 is not a token: choose ids of 0 to 299",
     ),
     (
         {"vision_tiles": 2, "data_tag_ids": ((4,), (-5,), (6,))},
-        "data.tag_ids -5 is none of the tokens 0 to 299",
+        "data.tag_ids -5 is not a token: choose ids of 0 to 299",
     ),
     (
         {"vision_tiles": 2, "data_tag_ids": ((4,), (5, 1), (6,))},
-        "data.tag_ids 1 is one of data.special_ids, too",
+        "data.tag_ids 1 is also in data.special_ids",
     ),
     (
         {"decoder_extra_tokens": 8, "data_special_ids": (0, 308, 2, 3)},
-        "data.special_ids 308 .* 0 to 307 of decoder.vocab_size 300 and decoder.extra_tokens 8",
+        "data.special_ids 308 .* 0 to 307 .decoder.vocab_size 300 and decoder.extra_tokens 8",
     ),
     (
         {"decoder_extra_tokens": 8, "data_special_ids": (0, 1, 2, 300)},
         r"data.special_ids ends in 300, the end of text, .* 0 to 299 \(decoder.vocab_size 300\)",
     ),
-    (TILED | {"vision_kind": "none"}, "vision.tile_layouts .* vision.kind none .* set that to vit"),
+    (TILED | {"vision_kind": "none"}, "vision.tile_layouts .* vision.kind none: set that to vit"),
     (
         TILED | {"vision_class_token": False, "vision_keep_class_token": False},
-        "vision.tile_layouts .* vision.class_token False .* set that to True",
+        "vision.tile_layouts .* vision.class_token False: set that to True",
     ),
     (
         TILED | {"vision_keep_class_token": False},
-        "vision.tile_layouts .* vision.keep_class_token False .* to True",
+        "vision.tile_layouts .* vision.keep_class_token False: set that to True",
     ),
     (
         TILED | {"vision_num_global_layers": 0},
         "vision.tile_layouts needs vision.num_global_layers of at least 1, not 0",
     ),
     (TILED | {"vision_tile_layouts": ((1, 2),)}, "vision.tile_layouts lacks 1 1"),
-    (TILED | {"vision_tiles": 1}, "vision.tile_layouts 1 2 is no layout: .* 1 to vision.tiles 1"),
+    (
+        TILED | {"vision_tiles": 1},
+        "vision.tile_layouts 1 2 is not a valid layout: .* 1 to vision.tiles 1",
+    ),
     (
         TILED | {"vision_tile_layouts": ((1, 1), (-1, -1))},
-        "vision.tile_layouts -1 -1 is no layout: .* 1 to",
+        "vision.tile_layouts -1 -1 is not a valid layout: .* 1 to",
     ),
     (
         TILED | {"projector_kind": "resampler"},
-        "projector.kind resampler .* vision.tile_layouts .* linear, mlp or none",
+        "projector.kind resampler .* vision.tile_layouts: choose linear, mlp or none",
     ),
     (
         TILED | {"projector_kind": "pixel_shuffle"},
@@ -219,10 +228,10 @@ REFUSED = [  # changes of `tiny`, and what the sentence must say
 
 
 @pytest.mark.parametrize(
-    "values, said", REFUSED, ids=lambda value: " ".join(value) if isinstance(value, dict) else ""
+    "values, message", REFUSED, ids=lambda value: " ".join(value) if isinstance(value, dict) else ""
 )
-def test_what_cannot_work_together_is_refused_in_a_sentence_that_names_the_fields(values, said):
-    with pytest.raises(ConfigError, match=said):
+def test_what_cannot_work_together_is_refused_in_a_sentence_that_names_the_fields(values, message):
+    with pytest.raises(ConfigError, match=message):
         validate(changed(tiny(), **values))
 
 
@@ -243,7 +252,7 @@ FLOATS = [field for field, kind in kinds(tiny()).items() if kind is float]
 
 
 @pytest.mark.parametrize(
-    "field, value, said",
+    "field, value, message",
     [(field, 0.0, "above 0") for field in ABOVE]
     + [
         (field, most + 1, f"at most {most}")
@@ -253,8 +262,8 @@ FLOATS = [field for field, kind in kinds(tiny()).items() if kind is float]
     + [(field, 1.0, "below 1") for field in BELOW]
     + [(field, float(word), "it must be") for field in FLOATS for word in ("nan", "inf")],
 )
-def test_a_number_outside_of_its_range_is_refused_by_name(field, value, said):
-    with pytest.raises(ConfigError, match=f"^{field} is {value}: .*{said}"):
+def test_a_number_outside_of_its_range_is_refused_by_name(field, value, message):
+    with pytest.raises(ConfigError, match=f"^{field} is {value}: .*{message}"):
         validate(with_value(tiny(), field, value))
 
 
@@ -262,12 +271,12 @@ def test_a_number_outside_of_its_range_is_refused_by_name(field, value, said):
 @pytest.mark.parametrize("field", PATHS)
 def test_an_address_in_the_place_of_a_path_is_refused_by_name(field, address):
     value = (address,) if field.endswith(".files") else address
-    with pytest.raises(ConfigError, match=f"^{field} {address} is an address"):
+    with pytest.raises(ConfigError, match=f"^{field} {address} is a URL"):
         validate(with_value(tiny(), field, value))
 
 
 @pytest.mark.parametrize(
-    "field, value, said",
+    "field, value, message",
     [
         ("train.steps", "many", "it must be int"),
         ("train.steps", 1e3, "it must be int"),
@@ -283,10 +292,10 @@ def test_an_address_in_the_place_of_a_path_is_refused_by_name(field, address):
         ("fusion.cross_layers", (0, "1"), "it must be a tuple of int"),
     ],
 )
-def test_a_value_of_another_type_in_a_config_is_refused_by_name(field, value, said):
+def test_a_value_of_another_type_in_a_config_is_refused_by_name(field, value, message):
     cfg = with_value(tiny(), field, value)
     for refuse in (validate, lambda cfg: files.override(cfg, [], "test")):
-        with pytest.raises(ConfigError, match=f"^{field} is {re.escape(repr(value))}: {said}"):
+        with pytest.raises(ConfigError, match=f"^{field} is {re.escape(repr(value))}: {message}"):
             refuse(cfg)
 
 

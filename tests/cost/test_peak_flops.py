@@ -1,4 +1,4 @@
-"""What a step is held against: the table's rate of every chip, or what a CPU is timed at."""
+"""Peak FLOP/s: the rate of every chip in the table, and the measured rate of a CPU."""
 
 import time
 from types import SimpleNamespace
@@ -48,14 +48,14 @@ def timed_flops_per_second(side=1024):
 
 
 def test_of_a_cpu_it_is_near_that_of_a_product_timed_here():
-    peak_flops._measured_flops_per_second.cache_clear()
+    peak_flops._measure_flops_per_second.cache_clear()
     assert 1 / 3 < peak_flops_per_second("float32") / timed_flops_per_second() < 3
 
 
 def test_each_process_is_a_machine_of_its_own(monkeypatch):
-    one = peak_flops_per_second("float32")
+    of_one_process = peak_flops_per_second("float32")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert peak_flops_per_second("float32") == 2 * one
+    assert peak_flops_per_second("float32") == 2 * of_one_process
 
 
 def test_a_step_at_peak_is_its_flops_by_that_rate(monkeypatch):

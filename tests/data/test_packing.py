@@ -99,7 +99,7 @@ def to_batch(cfg, source, rows):
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits_of(cfg, params, batch):
-    return VLM(cfg).apply({"params": params}, batch).logits
+    return VLM(cfg.model).apply({"params": params}, batch).logits
 
 
 def loss_of(cfg, batch):
@@ -366,7 +366,9 @@ def test_of_an_encoder_with_tiles_the_tokens_of_an_images_first_tile_stand_in_th
         random_params(cfg),
         cfg.image_tokens,
     )
-    read = jax.jit(lambda batch: VLM(cfg).apply({"params": params}, batch, method="image_tokens"))
+    read = jax.jit(
+        lambda batch: VLM(cfg.model).apply({"params": params}, batch, method="image_tokens")
+    )
     for made, slots, mask in zip(
         np.asarray(read(batch)), batch.image_token_index, batch.image_mask, strict=True
     ):

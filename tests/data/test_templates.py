@@ -117,7 +117,7 @@ def test_a_conversation_begins_with_its_bos(tokenizer):
 
 
 @pytest.mark.parametrize("question", ["<image>", "<image><image>", "hello", ""])
-@pytest.mark.parametrize("bos_id", [-1, 7])
+@pytest.mark.parametrize("bos_id", [None, 7])
 @pytest.mark.parametrize("template", ["plain", "vicuna", "caption"])
 @pytest.mark.parametrize(
     "kind", ["unified", "cross_attention", "encoder_decoder", "hybrid", "text_only"]

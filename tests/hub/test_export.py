@@ -208,7 +208,7 @@ def encoder_decoder_like() -> Experiment:
     vision = replace(
         tiny().vision, activation="gelu", class_token=True, keep_class_token=True, norm_eps=1e-12
     )
-    decoder = replace(tiny().decoder, positions="learned", kv_heads=0, norm_eps=1e-5)
+    decoder = replace(tiny().decoder, positions="learned", kv_heads=None, norm_eps=1e-5)
     fusion = Fusion("encoder_decoder", qk_norm=False)
     return tiny(fusion=fusion, vision=vision, decoder=decoder, projector=Projector("none"))
 

@@ -310,7 +310,7 @@ def test_another_image_size_is_that_of_the_exported_processor(tmp_path):
 
 def test_what_keeps_transformers_from_the_same_prompts_is_named():
     assert "fusion.placeholder False" in export.exportable(mllama_like())
-    assert "data.bos_id -1" in export.exportable(encoder_decoder_like())
+    assert "data.bos_id None" in export.exportable(encoder_decoder_like())
     assert export.exportable(replace(llava_like(), fusion=Fusion("hybrid"))).startswith(
         "export: none, fusion.kind"
     )

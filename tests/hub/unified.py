@@ -53,7 +53,7 @@ class Pair(NamedTuple):
     def outputs(self, batch: Batch) -> tuple[np.ndarray, dict]:
         """Returns logits and intermediates (hidden states of all blocks, image tokens)."""
         settings = {"mutable": "intermediates", "capture_intermediates": is_image_tokens}
-        output, state = forward(VLM(self.cfg), self.params, batch, **settings)
+        output, state = forward(VLM(self.cfg.model), self.params, batch, **settings)
         return np.asarray(output.logits), state["intermediates"]
 
     def logits(self, **inputs) -> np.ndarray:
@@ -65,7 +65,7 @@ class Pair(NamedTuple):
     def generate(self, **inputs) -> np.ndarray:
         """Greedy tokens (B, NEW), decoded with the KV cache."""
         batch = self.batch(generating=True, **inputs)
-        return np.asarray(generate(self.cfg, self.params, batch, NEW, SamplingParams()))
+        return np.asarray(generate(self.cfg.model, self.params, batch, NEW, SamplingParams()))
 
 
 def new_pair(hf: PreTrainedModel, folder: Path) -> Pair:

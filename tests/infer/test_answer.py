@@ -59,7 +59,7 @@ def experiment(kind="unified", template="plain", **data):
 
 def in_memory(cfg, tokenizer):
     """What `from_run` returns, with random parameters."""
-    return VLM(cfg), random_params(cfg, 0.3), RunProcessor(cfg, tokenizer)
+    return VLM(cfg.model), random_params(cfg, 0.3), RunProcessor(cfg, tokenizer)
 
 
 @pytest.fixture(scope="module")

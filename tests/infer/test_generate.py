@@ -69,13 +69,13 @@ def question_batch(cfg, ids, images) -> Batch:
 def generated(cfg, how=NEVER, only=slice(None)):
     ids, images = prompts(cfg)
     batch = question_batch(cfg, ids[only], images[only])
-    return np.asarray(generate(cfg, random_params(cfg, 0.3), batch, NEW, how))
+    return np.asarray(generate(cfg.model, random_params(cfg, 0.3), batch, NEW, how))
 
 
 def read_again(cfg):
     """NEW times: a forward pass over a whole row without a cache, and the most likely token after its last."""
     params, made = random_params(cfg, 0.3), []
-    forward = jax.jit(lambda params, batch: VLM(cfg).apply({"params": params}, batch).logits)
+    forward = jax.jit(lambda params, batch: VLM(cfg.model).apply({"params": params}, batch).logits)
     for prompt, image in zip(*prompts(cfg)):
         answer = []
         for _ in range(NEW):
@@ -133,7 +133,7 @@ def test_a_batch_of_mixed_numbers_of_images_is_one_by_one(kind):
         batch = questions.prompt_batch(
             cfg, tokenizer, [shown[i] for i in rows], [asked[i] for i in rows]
         )
-        return np.asarray(generate(cfg, params, batch, NEW, NEVER))
+        return np.asarray(generate(cfg.model, params, batch, NEW, NEVER))
 
     np.testing.assert_array_equal(made([0, 1, 2]), np.concatenate([made([i]) for i in range(3)]))
 
@@ -151,7 +151,7 @@ def test_rows_that_share_an_image_say_what_they_say_with_one_each(cfg):
     params, mesh = random_params(cfg, 0.3), axes.make_mesh(Mesh(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
         made = [
-            generate(cfg, params, sharding.place_rows(batch, mesh), NEW, NEVER)
+            generate(cfg.model, params, sharding.place_rows(batch, mesh), NEW, NEVER)
             for batch in (alone, shared)
         ]
     np.testing.assert_array_equal(*made)
@@ -178,7 +178,7 @@ def test_the_image_decides():
     ids, images = prompts(cfg)
     params = random_params(cfg, 0.3)
     made = [
-        generate(cfg, params, question_batch(cfg, ids, picture), NEW, NEVER)
+        generate(cfg.model, params, question_batch(cfg, ids, picture), NEW, NEVER)
         for picture in (images, [-image for image in images])
     ]
     assert not np.array_equal(*made)
@@ -193,9 +193,9 @@ def test_the_image_decides():
 def test_a_stream_is_the_same_tokens_one_by_one(how):
     cfg = CONFIGS["cross_attention"]
     batch, params = question_batch(cfg, *prompts(cfg)), random_params(cfg, 0.3)
-    whole = np.asarray(generate(cfg, params, batch, NEW, how, jax.random.key(1)))
+    whole = np.asarray(generate(cfg.model, params, batch, NEW, how, jax.random.key(1)))
     np.testing.assert_array_equal(
-        np.stack(list(stream(cfg, params, batch, NEW, how, jax.random.key(1))), 1), whole
+        np.stack(list(stream(cfg.model, params, batch, NEW, how, jax.random.key(1))), 1), whole
     )
 
 
@@ -203,7 +203,7 @@ def test_a_stream_stops_when_every_row_has_ended():
     cfg = CONFIGS["encoder_decoder"]
     batch, params = question_batch(cfg, *prompts(cfg)), random_params(cfg, 0.3)
     every_token = SamplingParams(eos=tuple(range(cfg.decoder.vocab_size)))
-    assert len(list(stream(cfg, params, batch, NEW, every_token))) == 1
+    assert len(list(stream(cfg.model, params, batch, NEW, every_token))) == 1
 
 
 LOGITS = jax.numpy.log(jax.numpy.array([[0.5, 0.3, 0.15, 0.05]]))
@@ -238,11 +238,11 @@ def test_generation_beyond_learned_positions_is_refused():
     length = max(map(len, ids))
     cfg = replace(cfg, decoder=replace(cfg.decoder, positions="learned", max_positions=length + 1))
     batch = question_batch(cfg, ids, images)
-    generate(cfg, random_params(cfg, 0.3), batch, 2, NEVER)  # the last token is not read
+    generate(cfg.model, random_params(cfg, 0.3), batch, 2, NEVER)  # the last token is not read
     with pytest.raises(
         ConfigError, match=f"{length + 2} tokens are too many: the model has {length + 1} positions"
     ):
-        generate(cfg, random_params(cfg, 0.3), batch, 3, NEVER)
+        generate(cfg.model, random_params(cfg, 0.3), batch, 3, NEVER)
 
 
 # Numbers that are not finite
@@ -269,10 +269,10 @@ def test_logits_that_are_not_finite_are_an_error(how, value):
     with pytest.raises(
         NonFiniteLogits, match="token 1 of row 1 are NaN or infinite: the weights are damaged"
     ) as error:
-        generate(cfg, params, batch, NEW, how)
+        generate(cfg.model, params, batch, NEW, how)
     assert isinstance(error.value, NonFiniteError)
     with pytest.raises(NonFiniteLogits, match="token 1 of row 1"):
-        list(stream(cfg, params, batch, NEW, how))
+        list(stream(cfg.model, params, batch, NEW, how))
 
 
 def test_the_token_and_the_row_are_named_and_rows_that_have_ended_do_not_count():
@@ -288,10 +288,12 @@ def test_the_token_and_the_row_are_named_and_rows_that_have_ended_do_not_count()
     batch = question_batch(cfg, ids, images)
     for run in (generate, lambda *args: list(stream(*args))):
         with pytest.raises(NonFiniteLogits, match=f"token {number} of row 3 ") as error:
-            run(cfg, params, batch, NEW, NEVER)
+            run(cfg.model, params, batch, NEW, NEVER)
         assert (error.value.token, error.value.row) == (number, 2)
     ends = SamplingParams(eos=(int(token),))
-    np.testing.assert_array_equal(generate(cfg, params, batch, NEW, ends), generated(cfg, ends))
+    np.testing.assert_array_equal(
+        generate(cfg.model, params, batch, NEW, ends), generated(cfg, ends)
+    )
 
 
 def test_half_precision_is_named_where_it_may_be_the_reason():

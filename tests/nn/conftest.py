@@ -27,7 +27,7 @@ def make_params(cfg, seed=0):
 
 @functools.partial(jax.jit, static_argnums=0)
 def jitted_forward(cfg, params, batch, cache=None):
-    return VLM(cfg).apply({"params": params}, batch, cache)
+    return VLM(cfg.model).apply({"params": params}, batch, cache)
 
 
 @pytest.fixture(scope="session")

@@ -97,7 +97,7 @@ def test_the_loop_is_the_blocks_one_after_the_other():
 
 @pytest.mark.parametrize("unroll", [2, 4, 9])
 def test_scan_is_unrolled(unroll):
-    """The same parameters and outputs, the loop laid out in part, as a whole, or asked for more than there is."""
+    """Parameters and outputs are the same for a loop unrolled in part, as a whole, or beyond."""
     blocks, unrolled = (CROSSING,) * 4, replace(CFG, unroll=unroll)
     params, context = random_params(CFG, blocks), BlockInputs(memory=MEMORY)
     assert jax.tree.map(jnp.shape, random_params(unrolled, blocks)) == jax.tree.map(
@@ -172,7 +172,7 @@ def test_a_token_that_reads_no_image_gets_nothing_from_crossing():
     context = BlockInputs(
         memory=MEMORY,
         memory_mask=jnp.broadcast_to(mask[:, None, :, None], (2, 1, 3, 5)),
-        reads=mask,
+        has_image=mask,
     )
     y = run(CFG, blocks, NOT_FUSED, params, X, context)
     np.testing.assert_array_equal(y[~mask], X[~mask])

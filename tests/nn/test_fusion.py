@@ -1,4 +1,4 @@
-"""The masks of all fusion styles as pictures: a row a query, a column a key, 1 where the query sees the key."""
+"""The masks of all fusion styles as pictures: rows are queries, columns are keys, 1: attends."""
 
 from dataclasses import replace
 
@@ -8,9 +8,9 @@ import pytest
 
 from vlm_jax.config import Projector, Vision
 from vlm_jax.nn.fusion import (
+    cross_attention_mask,
     fuse,
-    memory_mask,
-    place,
+    insert_image_tokens,
     self_attention_mask,
     text_mask,
 )
@@ -21,7 +21,7 @@ KINDS_WITH_MEMORY = ("cross_attention", "encoder_decoder")
 
 
 def batch(segments, branches, reads=None, slots=None) -> Batch:
-    """One row; `reads` lists the images that each token reads, `slots` the image token that stands there."""
+    """Returns one row; `reads` lists the images of each token, `slots` its image token."""
     ids = jnp.asarray([segments], jnp.int32)
     reads = jnp.zeros((1, len(segments), 0), bool) if reads is None else jnp.asarray([reads], bool)
     return Batch(
@@ -46,9 +46,7 @@ def cache(index, segments, branches) -> Cache:
 def drawn(mask):
     """(1, 1, S, T) bool -> lines of 1 and ."""
     assert mask.shape[:2] == (1, 1)
-    return [
-        "".join(" 1"[int(seen)] for seen in row).replace(" ", ".") for row in np.asarray(mask[0, 0])
-    ]
+    return ["".join(row) for row in np.where(mask[0, 0], "1", ".")]
 
 
 def picture(text):
@@ -64,13 +62,13 @@ def two_tokens_an_image(kind):
 
 
 def stream(kind, row, image_rows):
-    """What fusion makes of a row whose images have two tokens each, of width 3."""
+    """Returns the decoder's inputs of a row whose images have two tokens each, of width 3."""
     text = jnp.zeros((*row.tokens.shape, 3))
-    return fuse(two_tokens_an_image(kind), text, jnp.ones((1, image_rows, 3)), row)
+    return fuse(two_tokens_an_image(kind).model, text, jnp.ones((1, image_rows, 3)), row)
 
 
 def test_unified_two_questions_about_one_image():
-    """i i | q q a | q a | padding: the image is the trunk, a question sees it and itself."""
+    """i i | q q a | q a | padding: the image is the trunk, a question attends to it and itself."""
     row = batch(
         [1, 1, 1, 1, 1, 1, 1, 0],
         [0, 0, 1, 1, 1, 2, 2, 0],
@@ -95,7 +93,7 @@ def test_unified_two_questions_about_one_image():
 
 @pytest.mark.parametrize("kind", KINDS_WITH_MEMORY)
 def test_with_a_memory_two_questions_about_one_image(kind):
-    """q q a | q a | padding: no trunk in the sequence; every question reads all of the image in the memory."""
+    """q q a | q a | padding: no trunk; every question attends to the whole image in memory."""
     row = batch([1, 1, 1, 1, 1, 0], [1, 1, 1, 2, 2, 0], [[1]] * 5 + [[0]])
     seen = stream(kind, row, 2)
     assert drawn(seen.mask) == picture("""
@@ -139,7 +137,7 @@ def test_with_a_memory_two_documents_with_an_image_each_and_one_without(kind):
 
 
 def test_unified_two_documents_with_an_image_each():
-    """i i t | i i t: neither text sees the other's image."""
+    """i i t | i i t: neither text attends to the other's image."""
     row = batch(
         [1, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0], [[1, 0]] * 3 + [[0, 1]] * 3, [0, 1, -1, 2, 3, -1]
     )
@@ -154,7 +152,7 @@ def test_unified_two_documents_with_an_image_each():
 
 
 def test_a_packed_row_of_segments_with_branches():
-    """The drawing of `self_attention_mask`: a trunk of two with two branches of two, and a second segment."""
+    """The drawing of `self_attention_mask`: a trunk with two branches, and a second segment."""
     assert drawn(
         self_attention_mask(batch([1, 1, 1, 1, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2, 0, 0]))
     ) == picture("""
@@ -209,7 +207,7 @@ def test_several_tokens_at_once_go_into_the_cache():
 
 def test_memory_mask_repeats_each_image_for_all_its_tokens():
     row = batch([1, 1, 1], [0, 0, 0], [[1, 0], [0, 1], [1, 1]])
-    assert drawn(memory_mask(row, 3)) == picture("""
+    assert drawn(cross_attention_mask(row, 3)) == picture("""
         1 1 1 . . .
         . . . 1 1 1
         1 1 1 1 1 1
@@ -219,7 +217,7 @@ def test_memory_mask_repeats_each_image_for_all_its_tokens():
 @pytest.mark.parametrize("kind", KINDS_WITH_MEMORY)
 def test_a_row_without_images_has_no_memory(kind):
     row = batch([1, 1], [0, 0])
-    seen = fuse(two_tokens_an_image(kind), jnp.zeros((1, 2, 3)), None, row)
+    seen = fuse(two_tokens_an_image(kind).model, jnp.zeros((1, 2, 3)), None, row)
     assert seen.memory is None
     assert seen.memory_mask is None
 
@@ -228,14 +226,14 @@ def test_a_row_without_images_has_no_memory(kind):
 def test_while_decoding_the_mask_of_the_memory_stays_when_the_images_are_gone(kind):
     row = batch([1], [1], [[0, 1]])
     seen = fuse(
-        two_tokens_an_image(kind), jnp.zeros((1, 1, 3)), None, row, cache(1, [1, 1], [1, 1])
+        two_tokens_an_image(kind).model, jnp.zeros((1, 1, 3)), None, row, cache(1, [1, 1], [1, 1])
     )
     assert seen.memory is None
     assert drawn(seen.memory_mask) == [". . 1 1".replace(" ", "")]
 
 
 def test_tokens_of_a_block_see_each_other_and_what_follows_sees_them():
-    """The prefix of PaliGemma: image and prompt are one block, the answer comes after it token by token."""
+    """The prefix of PaliGemma: image and prompt are one block, followed by the answer."""
     row = batch([1] * 5, [0] * 5).replace(block_ids=jnp.asarray([[1, 1, 1, 0, 0]]))
     assert drawn(self_attention_mask(row)) == picture("""
         1 1 1 . .
@@ -247,7 +245,7 @@ def test_tokens_of_a_block_see_each_other_and_what_follows_sees_them():
 
 
 def test_a_block_reaches_into_a_branch_but_not_into_another_segment():
-    """An image on the trunk and the question on its branch are one block: they see all of each other."""
+    """An image on the trunk and a question on its branch are one block, without a mask."""
     row = batch([1, 1, 1, 2], [0, 1, 1, 0]).replace(block_ids=jnp.asarray([[1, 1, 0, 1]]))
     assert drawn(self_attention_mask(row)) == picture("""
         1 1 . .
@@ -258,7 +256,7 @@ def test_a_block_reaches_into_a_branch_but_not_into_another_segment():
 
 
 def test_a_block_is_seen_whole_through_a_sliding_window():
-    """The sliding layers of PaliGemma 2: the prefix sees itself, what follows the last three tokens."""
+    """The sliding layers of PaliGemma 2: the window does not apply within the prefix."""
     row = batch([1] * 6, [0] * 6).replace(
         positions=jnp.arange(6)[None], block_ids=jnp.asarray([[1, 1, 1, 1, 0, 0]])
     )
@@ -273,7 +271,7 @@ def test_a_block_is_seen_whole_through_a_sliding_window():
 
 
 def test_a_sliding_window_counts_positions_and_so_leaves_packed_questions_alone():
-    """Two questions about a trunk of two: the second one's window reaches the trunk over the first question."""
+    """Two questions about a trunk of two: the second window reaches the trunk past the first."""
     row = batch([1] * 6, [0, 0, 1, 1, 2, 2]).replace(positions=jnp.asarray([[0, 1, 2, 3, 2, 3]]))
     assert drawn(self_attention_mask(row, window=3)) == picture("""
         1 . . . . .
@@ -286,23 +284,23 @@ def test_a_sliding_window_counts_positions_and_so_leaves_packed_questions_alone(
 
 
 def test_a_text_alone_is_seen_up_to_the_token_or_whole_and_never_its_padding():
-    there = jnp.array([[1, 1, 1, 0]]) > 0
-    assert drawn(text_mask(there, causal=True)) == picture("""
+    is_token = jnp.array([[1, 1, 1, 0]]) > 0
+    assert drawn(text_mask(is_token, causal=True)) == picture("""
         1 . . .
         1 1 . .
         1 1 1 .
         1 1 1 .
     """)
-    assert drawn(text_mask(there, causal=False)) == picture("1 1 1 .")
+    assert drawn(text_mask(is_token, causal=False)) == picture("1 1 1 .")
 
 
 def test_a_blind_token_reads_everything_where_asked_for_and_is_known_as_blind():
     row = batch([1, 1], [0, 0], [[1, 0], [0, 0]])
     cfg = two_tokens_an_image("cross_attention")
     image = jnp.zeros((1, 4, 3))
-    skipping = fuse(cfg, jnp.zeros((1, 2, 3)), image, row)
+    skipping = fuse(cfg.model, jnp.zeros((1, 2, 3)), image, row)
     opened = fuse(
-        replace(cfg, fusion=replace(cfg.fusion, tokens_without_image="attend_all")),
+        replace(cfg, fusion=replace(cfg.fusion, tokens_without_image="attend_all")).model,
         jnp.zeros((1, 2, 3)),
         image,
         row,
@@ -310,7 +308,7 @@ def test_a_blind_token_reads_everything_where_asked_for_and_is_known_as_blind():
     assert drawn(skipping.memory_mask) == ["11..", "...."]
     assert drawn(opened.memory_mask) == ["11..", "1111"]
     for stream in (skipping, opened):
-        assert stream.reads.tolist() == [[True, False]]
+        assert stream.has_image.tolist() == [[True, False]]
     assert opened.attends.tolist() == [[True, True]]
 
 
@@ -319,19 +317,19 @@ def test_a_blind_token_reads_what_its_blind_mask_allows():
     row = row.replace(no_image_mask=jnp.asarray([[[0, 1], [0, 1], [0, 0]]], bool))
     cfg = two_tokens_an_image("cross_attention")
     cfg = replace(cfg, fusion=replace(cfg.fusion, tokens_without_image="attend_all"))
-    stream = fuse(cfg, jnp.zeros((1, 3, 3)), jnp.zeros((1, 4, 3)), row)
+    stream = fuse(cfg.model, jnp.zeros((1, 3, 3)), jnp.zeros((1, 4, 3)), row)
     assert drawn(stream.memory_mask) == ["11..", "..11", "...."]
-    assert stream.reads.tolist() == [[True, False, False]]
+    assert stream.has_image.tolist() == [[True, False, False]]
     assert stream.attends.tolist() == [[True, True, False]]
 
 
 def test_place_puts_image_tokens_where_they_stand_and_leaves_the_text():
     text = jnp.asarray([[[1.0], [2.0], [3.0], [4.0]]])
     image = jnp.asarray([[[-10.0], [-11.0], [-12.0]]])
-    placed = place(text, image, jnp.asarray([[NO_IMAGE, 0, 2, NO_IMAGE]]))
+    placed = insert_image_tokens(text, image, jnp.asarray([[NO_IMAGE, 0, 2, NO_IMAGE]]))
     assert placed[0, :, 0].tolist() == [1, -10, -12, 4]
 
 
 def test_place_keeps_rows_apart():
     text, image = jnp.zeros((2, 1, 1)), jnp.asarray([[[1.0]], [[2.0]]])
-    assert place(text, image, jnp.asarray([[0], [0]]))[:, 0, 0].tolist() == [1, 2]
+    assert insert_image_tokens(text, image, jnp.asarray([[0], [0]]))[:, 0, 0].tolist() == [1, 2]

@@ -59,7 +59,7 @@ def test_cached_is_uncached_on_both_sides_of_the_original_length(kind, forward, 
     params, whole = random_params(cfg), prompts(cfg)
     text = whole.replace(images=None)
     prompt = jax.tree.map(lambda x: x[:, : length - NEW], text).replace(images=whole.images)
-    out = forward(cfg, params, prompt, empty_cache(cfg, prompt, NEW))
+    out = forward(cfg, params, prompt, empty_cache(cfg.model, prompt, NEW))
     for at in range(length - NEW, length):
         out = forward(
             cfg, params, jax.tree.map(lambda x, at=at: x[:, at : at + 1], text), out.cache

@@ -156,7 +156,7 @@ def stream_of(cfg, pairs):
     row = text.pack_row(cfg, pairs, min(cfg.vision.tiles, 2))
     batch = Batch(**{name: jnp.asarray(values)[None] for name, values in row.items()})
     image = jnp.zeros((1, cfg.vision.views * cfg.image_tokens, 8))
-    return fuse(cfg, jnp.zeros((1, cfg.row_length, 8)), image, batch)
+    return fuse(cfg.model, jnp.zeros((1, cfg.row_length, 8)), image, batch)
 
 
 @pytest.mark.parametrize("style", DRAWN)
@@ -182,7 +182,7 @@ def in_tiles(kind, **settings):
 
 @pytest.mark.parametrize("kind", IN_TILES)
 def test_the_masks_of_an_image_in_tiles(kind):
-    """A tag (1, 2; T: the thumbnail's) reads its own tile, and all else reads every view that is there."""
+    """A tag (1, 2; T: thumbnail) attends to its own tile, other tokens to every view."""
     cfg = in_tiles(kind)
     sequence, memory = IN_TILES[kind]
     stream = stream_of(cfg, PAIRS)
@@ -194,7 +194,7 @@ def test_the_masks_of_an_image_in_tiles(kind):
         return
     assert drawn(stream.memory_mask)[:there] == picture(memory)
     assert not any("1" in line for line in drawn(stream.memory_mask)[there:])
-    assert stream.reads[0].tolist() == ["1" in line for line in drawn(stream.memory_mask)]
+    assert stream.has_image[0].tolist() == ["1" in line for line in drawn(stream.memory_mask)]
 
 
 @pytest.mark.parametrize("kind", IN_TILES)

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax.linen import meta
 
-from vlm_jax.config import Decoder, Projector, Vision
-from vlm_jax.nn.projector import PROJECTORS
+from vlm_jax.config import PROJECTORS, Decoder, Projector, Vision
+from vlm_jax.nn.projector import build_projector
 from vlm_jax.testing import tiny
 
 RNG = np.random.default_rng(0)
@@ -27,23 +28,24 @@ def experiment(projector, width=8, **vision):
 
 
 def random_params(cfg, x):
-    shapes = meta.unbox(
-        jax.eval_shape(PROJECTORS[cfg.projector.kind](cfg).init, jax.random.key(0), x)
-    )["params"]
+    shapes = meta.unbox(jax.eval_shape(build_projector(cfg.model).init, jax.random.key(0), x))[
+        "params"
+    ]
     return jax.tree.map(lambda s: jnp.asarray(RNG.normal(0, 0.5, s.shape), jnp.float32), shapes)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def project(cfg, params, x):
-    return PROJECTORS[cfg.projector.kind](cfg).apply({"params": params}, x)
+    return build_projector(cfg.model).apply({"params": params}, x)
 
 
 def identity(width):
     return {"linear": {"kernel": jnp.eye(width), "bias": jnp.zeros(width)}}
 
 
-def test_every_projector_of_the_config_is_there():
-    assert tuple(PROJECTORS) == (*KINDS, "none")
+@pytest.mark.parametrize("kind", PROJECTORS)
+def test_every_row_names_a_class(kind):
+    assert isinstance(build_projector(experiment(kind).model), nn.Module)
 
 
 KEPT = {"class_token": True, "keep_class_token": True}
@@ -59,7 +61,9 @@ def test_the_config_counts_the_tokens_that_come_out(kind, vision):
     x = jax.ShapeDtypeStruct(
         (2, 16 + cfg.vision.extra_tokens, cfg.vision.output_width), jnp.float32
     )
-    y, _ = jax.eval_shape(lambda x: PROJECTORS[kind](cfg).init_with_output(jax.random.key(0), x), x)
+    y, _ = jax.eval_shape(
+        lambda x: build_projector(cfg.model).init_with_output(jax.random.key(0), x), x
+    )
     assert y.shape == (2, cfg.projector.num_tokens(cfg.vision), 24)
 
 

@@ -16,9 +16,9 @@ from vlm_jax.config import (
     Rope,
 )
 from vlm_jax.nn.models import abstract_params
+from vlm_jax.nn.parts import PARTS, part_of
 from vlm_jax.structs import PADDING
 from vlm_jax.testing import KINDS, random_batch, tiny
-from vlm_jax.train.optim import PARTS, part_of
 
 SETTINGS = {
     "learned positions": {"positions": "learned"},
@@ -26,7 +26,7 @@ SETTINGS = {
     "another rope.theta": {"rope": Rope(theta=100.0)},
     "free head": {"tie_word_embeddings": False},
     "one kv head": {"kv_heads": 1},
-    "as many kv heads as heads": {"kv_heads": 0},
+    "as many kv heads as heads": {"kv_heads": None},
     "wide heads": {"head_dim": 16},
     "rmsnorm": {"norm": "rmsnorm"},
     "gated mlp": {"gated_mlp": True},

@@ -9,10 +9,10 @@ from flax import traverse_util
 
 from vlm_jax.config import Projector
 from vlm_jax.data import questions, text, tiling
+from vlm_jax.nn.parts import part_of
 from vlm_jax.nn.vlm import empty_cache
 from vlm_jax.structs import NO_IMAGE, PADDING, Batch
 from vlm_jax.testing import KINDS, tiny
-from vlm_jax.train.optim import part_of
 
 MOST = 3  # tiles; its images have 1 to 3
 THUMBNAIL = MOST
@@ -111,7 +111,7 @@ def test_a_batch_of_mixed_tile_counts_is_one_by_one_and_cached_is_uncached(
         np.testing.assert_allclose(logits[row][is_token], expected[is_token], rtol=1e-4, atol=2e-4)
     text_fields, length = batch.replace(images=None), length - 1
     prompt = jax.tree.map(lambda x: x[:, :length], text_fields).replace(images=batch.images)
-    cache = forward(cfg, params, prompt, empty_cache(cfg, prompt, 1)).cache
+    cache = forward(cfg, params, prompt, empty_cache(cfg.model, prompt, 1)).cache
     last = forward(cfg, params, jax.tree.map(lambda x: x[:, length:], text_fields), cache).logits
     np.testing.assert_allclose(last[:, 0], logits[:, -1], rtol=1e-4, atol=2e-4)
 

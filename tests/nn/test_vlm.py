@@ -25,14 +25,14 @@ from tests.nn.models import (
 from vlm_jax.config import Experiment, Fusion
 from vlm_jax.data import questions
 from vlm_jax.nn.models import initializer
+from vlm_jax.nn.parts import part_of
 from vlm_jax.nn.vlm import empty_cache
 from vlm_jax.structs import PADDING, Batch
 from vlm_jax.testing import random_batch, tiny
-from vlm_jax.train.optim import part_of
 
 GATED = tiny(fusion=Fusion("cross_attention", gated=True))
 
-# What a token sees
+# Attention
 
 
 @every_style
@@ -57,7 +57,7 @@ def test_nothing_after_a_token_changes_its_logits(cfg, forward, random_params):
 
 @every_style
 def test_padding_changes_nothing(cfg, forward, random_params):
-    """Whatever stands in its slots; rows of several lengths one by one, below, have several amounts of it."""
+    """For any content of the slots; rows of several lengths, below, have different amounts of it."""
     batch, params = random_batch(cfg), random_params(cfg)
     empty = batch.segment_ids == PADDING
     assert empty.any()
@@ -216,7 +216,7 @@ def test_cached_is_uncached_and_compiled_once(cfg, forward, random_params):
     length = whole.tokens.shape[1] - new
     text_fields = whole.replace(images=None)
     prompt = jax.tree.map(lambda x: x[:, :length], text_fields).replace(images=whole.images)
-    out = forward(cfg, params, prompt, empty_cache(cfg, prompt, new))
+    out = forward(cfg, params, prompt, empty_cache(cfg.model, prompt, new))
     logits = [out.logits]
     for i in range(new):
         token = jax.tree.map(lambda x, at=length + i: x[:, at : at + 1], text_fields)

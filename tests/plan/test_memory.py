@@ -80,9 +80,9 @@ def test_frozen_parts_have_no_moments_and_no_gradients():
 )
 def test_the_cache_of_a_row_is_what_decoding_keeps(cfg):
     def read(params):
-        prompt = example_batch(cfg)
-        return VLM(cfg).apply(
-            {"params": params}, prompt, empty_cache(cfg, prompt, 0), method=VLM.next_logits
+        prompt = example_batch(cfg.model, cfg.row_length)
+        return VLM(cfg.model).apply(
+            {"params": params}, prompt, empty_cache(cfg.model, prompt, 0), method=VLM.next_logits
         )[1]
 
     cache = jax.tree.leaves(jax.eval_shape(read, testing.random_params(cfg)).layers)

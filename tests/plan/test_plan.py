@@ -14,8 +14,8 @@ from vlm_jax.cli.plan import PLAN_OPTIONS
 from vlm_jax.config import Mesh, files
 from vlm_jax.config.validate import validate
 from vlm_jax.cost import chips, flops
+from vlm_jax.nn.parts import trained_parts
 from vlm_jax.plan import compiled, table
-from vlm_jax.train import optim
 
 ROOT = Path(__file__).parents[2]
 CONFIGS, PLANS = ROOT / "configs", ROOT / "experiments/plans"
@@ -51,7 +51,7 @@ def test_json_is_the_only_thing_on_stdout_and_adds_up(capsys, config):
     assert sum(work) == plan["train_flops"]
     assert not plan["parts"]["vision"]["trained"] and plan["parts"]["vision"]["backward_flops"] == 0
     assert plan["tokens"] == {
-        "images": 1, "tiles": 1, "patches": 4, "encoder": 4, "encoded": 1, "features": 4,
+        "images": 1, "tiles": 1, "patches": 4, "encoder": 4, "features": 4,
         "projected": 4, "sequence": 28, "memory": 0,
     }  # fmt: skip
 
@@ -148,7 +148,7 @@ def test_times_of_a_small_step_have_columns(capsys, config):
         (["--devices", "3", "--mesh.data", "2"], "the three must multiply to 3"),
         (["--devices", "3"], "choose a multiple of 3"),
         (["--devices", "0"], "at least 1"),
-        (["--topology", ""], "--topology '' is no slice of TPUs: choose CHIP:LAYOUT"),
+        (["--topology", ""], "--topology '' is not a TPU slice: choose CHIP:LAYOUT"),
         (
             ["--topology", "v5e:2x2", "--devices", "64"],
             "--topology v5e:2x2 says how many devices there are",
@@ -207,7 +207,7 @@ def test_a_step_is_compiled_for_a_slice_of_tpus(capsys, crossing, topology):
         "--mesh.fsdp",
         "-1",
     )
-    found, chip = plan["topology"], chips.slice_of(topology)[0]
+    found, chip = plan["topology"], chips.parse_slice(topology)[0]
     assert found["fits"] and found["devices"] == 4 and found["hbm_bytes"] == chip.hbm_bytes
     work, rate = found["xla_flops"], chip.flops_per_second("float32")
     assert found["roofline_seconds"]["compute"] == pytest.approx(work / (4 * rate))
@@ -224,7 +224,7 @@ SLICES = [f"{chip.name}:{layout}" for chip in chips.CHIPS for layout in chip.sli
 @needs_libtpu
 def test_the_compiler_knows_every_slice_that_is_offered():
     for topology in SLICES:
-        _, count = chips.slice_of(topology)
+        _, count = chips.parse_slice(topology)
         assert axes.make_mesh(Mesh(), compiled.tpu_devices(topology)).size == count, topology
 
 
@@ -299,7 +299,7 @@ def test_training_configs_train_their_parts_of_the_published_model(name, trained
     parts = {"vision", "projector", "decoder"} | (
         {"cross_attention"} if cfg.fusion.kind == "cross_attention" else set()
     )
-    assert optim.trained_parts(cfg.optim) & parts == trained
+    assert trained_parts(cfg.optim) & parts == trained
     assert replace(cfg.decoder, remat="none") == base.decoder
     assert replace(cfg.vision, remat="none") == base.vision
     assert cfg.projector == base.projector

@@ -17,7 +17,7 @@ VOCAB = 7
 
 
 def scored(targets, weights) -> Batch:
-    batch = example_batch(tiny(), rows=len(targets), length=len(targets[0]))
+    batch = example_batch(tiny().model, rows=len(targets), length=len(targets[0]))
     return batch.replace(
         targets=jnp.asarray(targets), loss_weights=jnp.asarray(weights, jnp.float32)
     )
@@ -108,7 +108,7 @@ def test_a_packed_row_has_the_loss_and_logits_of_one_question_a_row(cfg):
     )  # three times, so that both have one shape
     single = stacked([text.pack_row(cfg, [pair]) for pair in pairs], images)
     params = random_params(cfg)
-    forward = jax.jit(lambda params, batch: VLM(cfg).apply({"params": params}, batch).logits)
+    forward = jax.jit(lambda params, batch: VLM(cfg.model).apply({"params": params}, batch).logits)
     packed_logits, single_logits = forward(params, packed), forward(params, single)
 
     total, count = cross_entropy(packed_logits, packed)

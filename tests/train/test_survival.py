@@ -206,7 +206,7 @@ def test_a_second_process_in_a_work_folder_is_refused_and_a_dead_one_is_not(expe
 
 
 def test_a_work_folder_in_a_bucket_is_refused(experiment):
-    with pytest.raises(UserError, match="workdir gs://bucket/run is an address"):
+    with pytest.raises(UserError, match="workdir gs://bucket/run is a URL"):
         loop.train(replace(experiment(), workdir="gs://bucket/run"))
 
 

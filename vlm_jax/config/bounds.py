@@ -1,4 +1,4 @@
-"""The numbers and paths that the fields of an experiment may have; one in none of the tables may be any of its type."""
+"""Bounds of an experiment's numbers and paths; a field without a row may have any value."""
 
 import math
 import operator
@@ -8,8 +8,8 @@ from collections.abc import Callable
 from vlm_jax.config import ConfigError
 
 
-def _of_stacks(**limits: float) -> dict[str, float]:
-    """The same for the encoder and for the decoder."""
+def _for_stacks(**limits: float) -> dict[str, float]:
+    """Returns the same bounds for the encoder and for the decoder."""
     return {
         f"{stack}.{field}": limit
         for stack in ("vision", "decoder")
@@ -24,11 +24,11 @@ AT_LEAST = {
     "data.image_px": 64,
     "data.seed": 0,
     "data.cell_px": 0,
-    "data.bos_id": -1,
+    "data.bos_id": 0,
     "data.threads": 0,
     "data.prefetch": 0,
-    **_of_stacks(
-        width=1, depth=1, heads=1, mlp_width=1, kv_heads=0, head_dim=0, score_softcap=0, unroll=1
+    **_for_stacks(
+        width=1, depth=1, heads=1, mlp_width=1, kv_heads=1, head_dim=1, score_softcap=0, unroll=1
     ),
     "vision.image_size_px": 1,
     "vision.patch_size_px": 1,
@@ -66,8 +66,8 @@ AT_LEAST = {
     "train.keep_best": 0,
     "train.keep_every_steps": 0,
     "train.log_every_steps": 1,
-    "distributed.num_processes": 0,
-    "distributed.process_id": -1,
+    "distributed.num_processes": 1,
+    "distributed.process_id": 0,
     "distributed.timeout_seconds": 1,
     "distributed.heartbeat_seconds": 10,
     "eval.max_examples": 0,
@@ -79,25 +79,27 @@ ABOVE = {
     "optim.clip_norm": 0,
     "decoder.rope.theta": 0,
     "decoder.rope.factor": 0,
-    **_of_stacks(norm_eps=0),
+    **_for_stacks(norm_eps=0),
 }
 AT_MOST = {
     "data.threads": 256,
     "data.image_px": 448,
     "data.seed": 2**32 - 1,
-    "data.cell_px": 8,  # then the longest words, as many as a page of any size has, find room in its lines
+    # Up to here the longest words fit into the lines of a page of any size.
+    "data.cell_px": 8,
     "data.prefetch": 10_000,
     "distributed.num_processes": 2**20,
     "distributed.timeout_seconds": 86_400,
     "distributed.heartbeat_seconds": 86_400,
-    "optim.learning_rate": 1000,  # far above any that learns; much higher ones leave float32 in a step
+    # Far above any useful one; much higher ones overflow float32 in one step.
+    "optim.learning_rate": 1000,
     "optim.final_lr_fraction": 1,
     "seed": 2**32 - 1,
-    # Of models, far above all that were published: a config.json can say anything, and its model is traced at once.
-    **_of_stacks(
+    # Far above all published models: a config.json may hold any number, and its model is traced.
+    **_for_stacks(
         width=2**20, depth=4096, heads=2**16, mlp_width=2**22, kv_heads=2**16, head_dim=2**16
     ),
-    **_of_stacks(norm_eps=1, score_softcap=1e6),
+    **_for_stacks(norm_eps=1, score_softcap=1e6),
     "vision.image_size_px": 2**14,
     "vision.patch_size_px": 2**14,
     "vision.resize_px": 2**14,
@@ -124,8 +126,9 @@ PATHS = (
     *(f"{part}.checkpoint" for part in ("vision", "projector", "decoder")),
     "train.compilation_cache_dir",
 )
-ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-LIMITS = {  # a number that is none is in no order, so it is refused by each of them
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+# NaN compares as false, so each of these refuses it.
+LIMITS = {
     "at least": (AT_LEAST, operator.ge),
     "above": (ABOVE, operator.gt),
     "at most": (AT_MOST, operator.le),
@@ -134,11 +137,17 @@ LIMITS = {  # a number that is none is in no order, so it is refused by each of 
 
 
 def check_numbers(values: dict[str, object]) -> None:
-    """Raises ConfigError for a value, by its field `section.field`, that is outside its limits or no finite number."""
+    """Checks values by their field `section.field`.
+
+    Raises:
+      ConfigError: a number is outside its bounds or not finite.
+    """
     for path, value in values.items():
-        for said, (limits, holds) in LIMITS.items():
+        if value is None:
+            continue
+        for relation, (limits, holds) in LIMITS.items():
             if path in limits and not holds(value, limits[path]):
-                raise ConfigError(f"{path} is {value}: it must be {said} {limits[path]}.")
+                raise ConfigError(f"{path} is {value}: it must be {relation} {limits[path]}.")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{path} is {value}: it must be a finite number.")
 
@@ -151,13 +160,21 @@ def check_sampling(
     seed: int,
     named: Callable[[str], str] = lambda option: option,
 ) -> None:
-    """Raises ConfigError for an option of `infer.generate.SamplingParams` that is out of range; `named` spells its name."""
+    """Checks the fields of `infer.generate.SamplingParams`.
+
+    Args:
+      named: spells an option in messages, such as --top-k for top_k.
+
+    Raises:
+      ConfigError: an option is out of range.
+    """
     at_least = {
         "max_new_tokens": (max_new_tokens, 1),
         "temperature": (temperature, 0),
         "top_k": (top_k, 0),
+        "seed": (seed, 0),
     }
-    for option, (value, least) in (at_least | {"seed": (seed, 0)}).items():
+    for option, (value, least) in at_least.items():
         if value < least:
             raise ConfigError(f"{named(option)} {value}: it must be at least {least}.")
     if not math.isfinite(temperature):
@@ -169,9 +186,9 @@ def check_sampling(
 
 
 def check_path(path: str, value: str) -> None:
-    """Raises ConfigError for a value, by its field, that is an address such as gs://bucket/run."""
-    if ADDRESS.match(value):
+    """Raises ConfigError for the value of a field that is a URL such as gs://bucket/run."""
+    if URL.match(value):
         raise ConfigError(
-            f"{path} {value} is an address, where a path of the file system belongs: mount the bucket, for instance "
-            "with gcsfuse, and name the path below it."
+            f"{path} {value} is a URL, not a local path: mount the bucket, for instance with "
+            "gcsfuse, and give the path below its mount point."
         )

@@ -1,20 +1,21 @@
-"""What the settings of an experiment cannot be together: each check refuses with a sentence that names the fields."""
+"""Combinations of settings that are refused, each in a sentence that names the fields."""
 
 import dataclasses
 import math
 import re
-import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vlm_jax.config import (
+    FUSION_STYLES,
+    PROJECTORS,
     ConfigError,
     Experiment,
     Fusion,
-    FusionKind,
 )
 from vlm_jax.config.datasets import sources_that_read
+from vlm_jax.config.hints import either
 
-SMALLEST_CELL_PX = 6  # of typewritten letters, to be legible
+SMALLEST_CELL_PX = 6  # typewritten letters are legible from this size
 
 
 def _data(cfg: Experiment) -> None:
@@ -40,8 +41,8 @@ def _data(cfg: Experiment) -> None:
         and not cfg.vision.keeps_aspect_in_tiles
     ):
         raise ConfigError(
-            "fusion.tokens_without_image attend_all leaks images between the conversations of a row: "
-            f"set it to mask_out for data.source {data.source} (other conversations share the row)."
+            "fusion.tokens_without_image attend_all leaks images between the conversations of a "
+            f"row: set it to mask_out for data.source {data.source}."
         )
 
 
@@ -56,70 +57,88 @@ def _synthetic(cfg: Experiment) -> None:
     data = cfg.data
     if 0 < data.cell_px < SMALLEST_CELL_PX:
         raise ConfigError(
-            f"data.cell_px is {data.cell_px}: choose {SMALLEST_CELL_PX} to 8, or 0 for letters set freely."
+            f"data.cell_px is {data.cell_px}: choose {SMALLEST_CELL_PX} to 8, "
+            "or 0 for pages that are not typewritten."
         )
     if data.transcript and not data.cell_px:
         raise ConfigError(
-            "data.transcript True does not say how large words are, which is asked of letters that are set freely: set "
-            f"data.cell_px to {SMALLEST_CELL_PX} to 8, or data.transcript to False."
+            "data.transcript True does not contain the sizes of words, which are asked for on "
+            f"pages that are not typewritten: set data.cell_px to {SMALLEST_CELL_PX} to 8, or "
+            "data.transcript to False."
         )
     if min(data.images) < 1:
         raise ConfigError(
-            f"data.images is {' '.join(map(str, data.images))}: train, validation and test need at least 1 image each."
+            f"data.images is {' '.join(map(str, data.images))}: train, validation and test need at "
+            "least 1 image each."
         )
 
 
 def _tokens(cfg: Experiment) -> None:
     data, vocab = cfg.data, cfg.decoder.vocab_size
-    known, tags = vocab + cfg.decoder.extra_tokens, sum(data.tag_ids, ())
-    bos = (data.bos_id,) if data.bos_id >= 0 else ()
+    num_ids, tags = vocab + cfg.decoder.extra_tokens, sum(data.tag_ids, ())
+    bos = () if data.bos_id is None else (data.bos_id,)
     for name, ids in (("special_ids", data.special_ids), ("tag_ids", tags), ("bos_id", bos)):
-        outside = [i for i in ids if not 0 <= i < known]
+        outside = [i for i in ids if not 0 <= i < num_ids]
         if outside:
-            more = f" and decoder.extra_tokens {known - vocab}" if known > vocab else ""
+            extra = f" and decoder.extra_tokens {num_ids - vocab}" if num_ids > vocab else ""
             raise ConfigError(
-                f"data.{name} {outside[0]} is none of the tokens 0 to {known - 1} of decoder.vocab_size {vocab}{more}."
+                f"data.{name} {outside[0]} is not a token: choose ids of 0 to {num_ids - 1} "
+                f"(decoder.vocab_size {vocab}{extra})."
             )
     if data.eos_id >= vocab:
         raise ConfigError(
-            f"data.special_ids ends in {data.eos_id}, the end of text, which the decoder must be able to write: choose "
-            f"a token of 0 to {vocab - 1} (decoder.vocab_size {vocab})."
+            f"data.special_ids ends in {data.eos_id}, the end of text, which the decoder must be "
+            f"able to generate: choose an id of 0 to {vocab - 1} (decoder.vocab_size {vocab})."
         )
     both = [i for i in tags if i in data.special_ids]
     if both:
         raise ConfigError(
-            f"data.tag_ids {both[0]} is one of data.special_ids, too: tags must be of tokens that mean nothing else."
+            f"data.tag_ids {both[0]} is also in data.special_ids: choose ids without another "
+            "meaning."
         )
 
 
 def _tiled_encoder(cfg: Experiment) -> None:
-    vision, layouts, kind = cfg.vision, cfg.vision.tile_layouts, cfg.projector.kind
+    vision, layouts, projector = cfg.vision, cfg.vision.tile_layouts, cfg.projector
     if not layouts:
         return
     for name, needed in (("kind", "vit"), ("class_token", True), ("keep_class_token", True)):
         if getattr(vision, name) != needed:
             raise ConfigError(
-                f"vision.tile_layouts is of the encoder of Llama 3.2 Vision, which vision.{name} "
-                f"{getattr(vision, name)} does not go with: set that to {needed}, or leave the layouts out."
+                "vision.tile_layouts (the encoder of Llama 3.2 Vision) does not work with "
+                f"vision.{name} {getattr(vision, name)}: set that to {needed}, or leave the "
+                "layouts out."
             )
     if vision.num_global_layers < 1:
         raise ConfigError(
-            f"vision.tile_layouts needs vision.num_global_layers of at least 1, not {vision.num_global_layers}."
+            "vision.tile_layouts needs vision.num_global_layers of at least 1, "
+            f"not {vision.num_global_layers}."
         )
     if (1, 1) not in layouts:
         raise ConfigError(
-            "vision.tile_layouts lacks 1 1, the layout that every image is given in training: add it."
+            "vision.tile_layouts lacks 1 1, the layout of all images in training: add it."
         )
     wrong = [layout for layout in layouts if min(layout) < 1 or math.prod(layout) > vision.tiles]
     if wrong:
         raise ConfigError(
-            f"vision.tile_layouts {' '.join(map(str, wrong[0]))} is no layout: rows times columns must be 1 to "
-            f"vision.tiles {vision.tiles}."
+            f"vision.tile_layouts {' '.join(map(str, wrong[0]))} is not a valid layout: "
+            f"rows times columns must be 1 to vision.tiles {vision.tiles}."
         )
-    if kind not in ("linear", "mlp", "none"):
+    if projector.spec.tokens != "all":
         raise ConfigError(
-            f"projector.kind {kind} does not keep the tokens of vision.tile_layouts apart: choose linear, mlp or none."
+            f"projector.kind {projector.kind} merges tokens of different vision.tile_layouts"
+            f": choose {_projectors('all')}."
         )
+
+
+def _projectors(*tokens: str) -> str:
+    """Lists the projectors that emit such tokens, for a message."""
+    return either([kind for kind, spec in PROJECTORS.items() if spec.tokens in tokens])
+
+
+def _styles(accepts: Callable[[Fusion], bool]) -> str:
+    """Lists the fusion styles that `accepts` returns True for, for a message."""
+    return either([kind for kind in FUSION_STYLES if accepts(Fusion(kind))])
 
 
 def _feature_layers(cfg: Experiment) -> None:
@@ -127,8 +146,8 @@ def _feature_layers(cfg: Experiment) -> None:
     outside = [i for i in vision.feature_layers if not -vision.depth - 1 <= i <= vision.depth]
     if outside:
         raise ConfigError(
-            f"vision.feature_layers {outside[0]} is not a hidden state of an encoder of vision.depth {vision.depth}: "
-            f"choose {-vision.depth - 1} to {vision.depth}."
+            f"vision.feature_layers {outside[0]} is not a hidden state of an encoder of "
+            f"vision.depth {vision.depth}: choose {-vision.depth - 1} to {vision.depth}."
         )
 
 
@@ -136,33 +155,36 @@ def _resize(cfg: Experiment) -> None:
     vision = cfg.vision
     if vision.resize != "squash" and vision.cut_tiles > 1:
         raise ConfigError(
-            f"vision.resize {vision.resize} makes one square of an image, where vision.tiles {vision.tiles} cuts it "
-            "into several: set it to squash, or vision.tiles to 1."
+            f"vision.resize {vision.resize} makes one square of an image, but vision.tiles "
+            f"{vision.tiles} splits it into several: set it to squash, or vision.tiles to 1."
         )
     if vision.resize_px and (vision.resize != "crop" or vision.resize_px < vision.image_size_px):
         raise ConfigError(
-            f"vision.resize_px {vision.resize_px} is the shorter side before the middle of an image is cut out: it "
-            f"needs vision.resize crop, and at least vision.image_size_px {vision.image_size_px}."
+            f"vision.resize_px {vision.resize_px} is the shorter side of an image before the crop: "
+            "it needs vision.resize crop, and at least vision.image_size_px "
+            f"{vision.image_size_px}."
         )
 
 
 def _projector(cfg: Experiment) -> None:
     projector, rows = cfg.projector, cfg.vision.grid[0]
-    if projector.kind == "resampler" and cfg.decoder.width % projector.heads:
+    if "heads" in projector.spec.fields and cfg.decoder.width % projector.heads:
         raise ConfigError(
-            f"decoder.width {cfg.decoder.width} is not a multiple of projector.heads {projector.heads}."
+            f"decoder.width {cfg.decoder.width} is not a multiple of "
+            f"projector.heads {projector.heads}."
         )
-    if projector.kind not in ("pixel_shuffle", "average_pool"):
+    if projector.spec.tokens != "squares":
         return
     if rows % projector.factor:
         raise ConfigError(
-            f"projector.factor {projector.factor} does not divide the {rows} x {rows} patches of vision.image_size_px "
-            f"{cfg.vision.image_size_px} and vision.patch_size_px {cfg.vision.patch_size_px}."
+            f"projector.factor {projector.factor} does not divide the {rows} x {rows} patches of "
+            f"vision.image_size_px {cfg.vision.image_size_px} and vision.patch_size_px "
+            f"{cfg.vision.patch_size_px}."
         )
     if cfg.vision.extra_tokens:
         raise ConfigError(
-            f"projector.kind {projector.kind} needs a grid: set vision.keep_class_token to False, or choose "
-            "linear, mlp or resampler."
+            f"projector.kind {projector.kind} needs a grid: set vision.keep_class_token to False, "
+            f"or choose {_projectors('all', 'queries')}."
         )
 
 
@@ -170,57 +192,61 @@ def _fusion(cfg: Experiment) -> None:
     fusion = cfg.fusion
     if cfg.vision.newline_token and not fusion.image_in_sequence:
         raise ConfigError(
-            f"vision.newline_token True stands in the token sequence, where fusion.kind {fusion.kind} puts no image: "
-            "set it to False, or choose fusion.kind unified or hybrid."
+            "vision.newline_token True needs image tokens in the sequence, which fusion.kind "
+            f"{fusion.kind} does not have: set it to False, or choose fusion.kind "
+            f"{_styles(lambda style: style.image_in_sequence)}."
         )
     if fusion.image_in_memory and cfg.vision.kind == "none" and cfg.vision.positions == "none":
         raise ConfigError(
-            f"vision.kind none with vision.positions none leaves fusion.kind {fusion.kind} no order of the patches: "
-            "set vision.positions to learned or sincos, or choose fusion.kind unified."
+            "vision.kind none with vision.positions none gives patches no positions in the "
+            f"cross-attention of fusion.kind {fusion.kind}: set vision.positions to learned or "
+            "sincos, or choose fusion.kind unified."
         )
     if fusion.placeholder and (fusion.image_in_sequence or not fusion.image_in_memory):
         raise ConfigError(
-            f"fusion.placeholder True marks images that are not in the sequence, which fusion.kind {fusion.kind} does "
-            "not have: leave it out, or choose fusion.kind cross_attention or encoder_decoder."
+            "fusion.placeholder True marks images that are only in cross-attention, which "
+            f"fusion.kind {fusion.kind} does not have: leave it out, or choose fusion.kind "
+            f"{_styles(lambda style: style.image_in_memory and not style.image_in_sequence)}."
         )
     if cfg.vision.keeps_aspect_in_tiles and fusion.image_in_sequence:
         raise ConfigError(
-            f"vision.resize pad with vision.tile_layouts is for cross-attention alone, not for fusion.kind "
-            f"{fusion.kind}: set it to squash."
+            "vision.resize pad with vision.tile_layouts works only with cross-attention, not with "
+            f"fusion.kind {fusion.kind}: set it to squash."
         )
     unused = [name for name in fusion.unused if _is_changed(fusion, name)]
     if unused:
-        name, kinds = unused[0], typing.get_args(FusionKind)
-        users = [kind for kind in kinds if name not in Fusion(kind).unused]
+        name = unused[0]
         raise ConfigError(
-            f"fusion.{name} {getattr(fusion, name)} has no effect with fusion.kind {fusion.kind}: leave it out, or "
-            f"choose fusion.kind {' or '.join(users)}."
+            f"fusion.{name} {getattr(fusion, name)} has no effect with fusion.kind {fusion.kind}: "
+            "leave it out, or choose fusion.kind "
+            f"{_styles(lambda style: name not in style.unused)}."
         )
     if fusion.cross_layers and _is_changed(fusion, "cross_every"):
         raise ConfigError(
-            f"fusion.cross_every {fusion.cross_every} and fusion.cross_layers {list(fusion.cross_layers)} both say "
-            "where the cross blocks stand: leave one of them out."
+            f"fusion.cross_every {fusion.cross_every} and fusion.cross_layers "
+            f"{list(fusion.cross_layers)} both place the cross-attention blocks: leave one out."
         )
     outside = [i for i in fusion.cross_layers if not 0 <= i <= cfg.decoder.depth]
     if outside:
         raise ConfigError(
-            f"fusion.cross_layers {outside} are not among the blocks 0 to {cfg.decoder.depth - 1} of decoder.depth "
-            f"{cfg.decoder.depth}, nor {cfg.decoder.depth} (after the last)."
+            f"fusion.cross_layers {outside} are not blocks of a decoder of decoder.depth "
+            f"{cfg.decoder.depth}: choose 0 to {cfg.decoder.depth} (after the last)."
         )
     shared = cfg.data.questions_per_row > 1 and not cfg.data.is_conversations
     if fusion.prefix == "bidirectional" and shared:
         raise ConfigError(
-            f"fusion.prefix bidirectional lets an image see its question, so data.questions_per_row "
-            f"{cfg.data.questions_per_row} questions cannot share one: set it to 1, or fusion.prefix to causal."
+            "fusion.prefix bidirectional lets an image attend to its question, so "
+            f"data.questions_per_row {cfg.data.questions_per_row} questions cannot share an image: "
+            "set it to 1, or fusion.prefix to causal."
         )
 
 
 def _tiles(cfg: Experiment) -> None:
     vision, fusion, tags = cfg.vision, cfg.fusion, cfg.data.tag_ids
-    if fusion.kind == "hybrid" and vision.cut_tiles > 1 and not vision.thumbnail:
+    if fusion.splits_views and vision.cut_tiles > 1 and not vision.thumbnail:
         raise ConfigError(
-            "vision.thumbnail False leaves fusion.kind hybrid nothing to put into the sequence for an image in tiles: "
-            "set it to True, or vision.tiles to 1."
+            f"vision.thumbnail False leaves fusion.kind {fusion.kind} without image tokens in the "
+            "sequence for images of several tiles: set it to True, or vision.tiles to 1."
         )
     if (
         fusion.tokens_without_image == "attend_all"
@@ -228,18 +254,18 @@ def _tiles(cfg: Experiment) -> None:
         and vision.cut_tiles > 1
     ):
         raise ConfigError(
-            "fusion.tokens_without_image attend_all attends to tiles of padding: set it to mask_out "
-            f"for vision.tiles {vision.tiles}."
+            "fusion.tokens_without_image attend_all attends to tiles of padding: set it to "
+            f"mask_out for vision.tiles {vision.tiles}."
         )
     if tags and not cfg.tile_tags:
         raise ConfigError(
-            f"data.tag_ids names the tags of tiles, of which there are none with vision.tiles {vision.tiles} and "
-            f"vision.tile_tags {vision.tile_tags}: leave it out."
+            f"data.tag_ids needs tile tags, which vision.tiles {vision.tiles} and vision.tile_tags "
+            f"{vision.tile_tags} do not give: leave it out."
         )
     if tags and len(tags) != vision.views:
         raise ConfigError(
-            f"data.tag_ids has {len(tags)} tags for the {vision.views} views of vision.tiles {vision.tiles}, the "
-            "thumbnail among them: it must have one for each."
+            f"data.tag_ids has {len(tags)} tags for the {vision.views} views of vision.tiles "
+            f"{vision.tiles}, thumbnail included: it must have one for each."
         )
 
 
@@ -248,38 +274,42 @@ def _is_changed(section, name: str) -> bool:
 
 
 def _room(cfg: Experiment) -> None:
-    longest, image_token_index = cfg.row_length, cfg.row_length - cfg.data.text_length
+    image_tokens = cfg.row_length - cfg.data.text_length
     tiles = f" (vision.tiles {cfg.vision.tiles})" if cfg.vision.cut_tiles > 1 else ""
-    if longest > cfg.decoder.max_positions:
+    if cfg.row_length > cfg.decoder.max_positions:
         raise ConfigError(
-            f"decoder.max_positions {cfg.decoder.max_positions} has no room for the {image_token_index} image "
-            f"tokens of a row{tiles} and data.text_length {cfg.data.text_length}: it must be at least {longest}."
+            f"decoder.max_positions {cfg.decoder.max_positions} has no room for the {image_tokens} "
+            f"image tokens of a row{tiles} and data.text_length {cfg.data.text_length}: it must be "
+            f"at least {cfg.row_length}."
         )
 
 
 def _rates(cfg: Experiment) -> None:
     scales = dataclasses.asdict(cfg.optim.lr_mult)
     if not any(scales.values()):
-        raise ConfigError(f"optim.lr_mult is 0 for {', '.join(scales)}: nothing would learn.")
+        raise ConfigError(f"optim.lr_mult is 0 for {', '.join(scales)}: nothing would be trained.")
 
 
 def _microbatches(cfg: Experiment) -> None:
     if cfg.train.batch_size % cfg.train.microbatches:
         raise ConfigError(
-            f"train.batch_size {cfg.train.batch_size} is not divisible by train.microbatches {cfg.train.microbatches}."
+            f"train.batch_size {cfg.train.batch_size} is not divisible by "
+            f"train.microbatches {cfg.train.microbatches}."
         )
 
 
 def _profile(cfg: Experiment) -> None:
-    wanted, steps = cfg.train.profile_steps, cfg.train.steps
-    if wanted and not (
-        re.fullmatch(r"[1-9][0-9]{0,8}:[1-9][0-9]{0,8}", wanted) and cfg.train.profiled
-    ):
+    profile, steps = cfg.train.profile_steps, cfg.train.steps
+    if not profile:
+        return
+    is_range = re.fullmatch(r"[1-9][0-9]{0,8}:[1-9][0-9]{0,8}", profile)
+    if not is_range or not cfg.train.profiled:
         raise ConfigError(
-            f"train.profile_steps {wanted!r} is no range of steps: write FIRST:LAST, such as 10:13."
+            f"train.profile_steps {profile!r} is not a range of steps: write FIRST:LAST, "
+            "such as 10:13."
         )
-    if wanted and cfg.train.profiled[-1] > steps:
-        raise ConfigError(f"train.profile_steps {wanted} ends after train.steps {steps}.")
+    if cfg.train.profiled[-1] > steps:
+        raise ConfigError(f"train.profile_steps {profile} ends after train.steps {steps}.")
 
 
 CHECKS = (

@@ -1,6 +1,6 @@
-"""What an experiment is: frozen dataclasses.
+"""The experiment: frozen dataclasses.
 
-Derived values are properties, so an override on the command line can never leave a stale copy behind.
+Derived values are properties, so that an override on the command line never leaves a stale copy.
 """
 
 import math
@@ -9,36 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from vlm_jax.config.datasets import DATASETS, Dataset, source_format
+from vlm_jax.config.errors import ConfigError
 from vlm_jax.config.hints import nearest
-from vlm_jax.config.model import Decoder, Fusion, Projector, Vision
-
-
-class UserError(ValueError):
-    """A mistake that the user can correct, in one sentence; commands print it and exit with 2."""
-
-
-class ConfigError(UserError):
-    """An invalid field, option or argument; names the valid choices."""
-
-
-class DataError(UserError):
-    """An image or a file of a dataset that is missing or cannot be read."""
-
-
-class CheckpointError(UserError):
-    """A folder of a public checkpoint that is missing, damaged or not supported."""
-
-
-class RunError(RuntimeError):
-    """A run that cannot continue, in one sentence that gives the reason."""
-
-    on_all_processes = False  # whether every process of the run raises it at the same point
-
-
-class NonFiniteError(RunError):
-    """A number that became NaN or infinite, in one sentence: a run that failed without a mistake of the user."""
-
-    on_all_processes = True
+from vlm_jax.config.model import Decoder, Fusion, Model, Projector, Vision
 
 
 @dataclass(frozen=True)
@@ -46,35 +19,36 @@ class Data:
     #: dataset: a row of `config.datasets.DATASETS`, such as easy_vqa, conversations or tfds:NAME
     source: str = "easy_vqa"
     files: tuple[str, ...] = ()  # conversations: JSON or JSONL files in LLaVA's format
-    image_dir: str = ""  # conversations: the folder in which their images lie
-    image_field: str = "image"  # tfds: the feature that holds the image; empty: text only
-    #: tfds: the feature that holds the question; empty: the image alone is asked about
+    image_dir: str = ""  # conversations: folder of the images
+    image_field: str = "image"  # tfds: feature of the image; empty: text only
+    #: tfds: feature of the question; empty: no question, the image is the prompt
     question_field: str = "question"
-    answer_field: str = "answer"  # tfds: the feature that holds the answer, text or a class
-    dir: str = "~/.cache/vlm_jax/datasets"  # where datasets are prepared on first use
-    image_px: int = 64  # glyphs, digits: height and width of an image as it is drawn
-    #: glyphs, digits: of the splits train, validation and test
+    answer_field: str = "answer"  # tfds: feature of the answer, a text or a class
+    dir: str = "~/.cache/vlm_jax/datasets"  # folder of prepared datasets
+    image_px: int = 64  # glyphs, digits: height and width of the generated images
+    #: glyphs, digits: number of images in the splits train, validation and test
     images: tuple[int, int, int] = (20_000, 1_000, 2_000)
-    seed: int = 0  # glyphs, digits: another one draws other images
-    #: glyphs: letters are typewritten, each in a cell of so many pixels, 6 to 8; 0: set freely
+    seed: int = 0  # glyphs, digits: seed of the image generator
+    #: glyphs: size in pixels, 6 to 8, of the cell of each typewritten letter; 0: not typewritten
     cell_px: int = 0
-    transcript: bool = False  # glyphs: what stands on the page is said before every question
-    train_split: str = "train"  # TFDS split to learn from; slices such as 'train[:90%]' are allowed
-    questions_per_row: int = 8  # questions that share one image in a row; 1: one question a row
-    text_length: int = 80  # text tokens in a row; a conversation that is longer than its row is cut
-    images_per_row: int = 1  # I: images in a row of conversations, at the most
-    #: form of a conversation: data/templates.py; checkpoint: the chat template or prompt form of the checkpoint that
-    #: `init_from` names
+    #: glyphs: prepend the page's text to every question (text-only training)
+    transcript: bool = False
+    train_split: str = "train"  # TFDS split to train on, or a slice such as 'train[:90%]'
+    questions_per_row: int = 8  # number of questions in a row, which share its image
+    text_length: int = 80  # text tokens in a row; longer conversations are truncated
+    images_per_row: int = 1  # I: conversations: maximum number of images in a row
+    #: prompt format of a conversation (data/templates.py); checkpoint: the chat template or prompt
+    #: format of init_from
     template: Literal["plain", "vicuna", "caption", "checkpoint"] = "plain"
-    #: moves of the training images
+    #: augmentations of the training images
     augment: tuple[Literal["mirror", "turn", "shift"], ...] = ("mirror", "shift")
-    #: tokens that stand for padding, image, newline, end of text
+    #: ids of padding, image, newline and end of text
     special_ids: tuple[int, int, int, int] = (0, 1, 2, 3)
-    #: tokens of every tile tag, and last of the thumbnail's; empty: one each, after the special ones
+    #: ids of each tile tag, the thumbnail's last; empty: one id each, after special_ids
     tag_ids: tuple[tuple[int, ...], ...] = ()
-    bos_id: int = -1  # token that begins a conversation; -1: none does
-    threads: int = 2  # threads that read and build rows
-    prefetch: int = 4  # batches made ahead of the step
+    bos_id: int | None = None  # first token of a conversation
+    threads: int = 2  # threads that load and build rows
+    prefetch: int = 4  # batches that are prepared in advance
 
     @property
     def eos_id(self) -> int:
@@ -105,52 +79,54 @@ class Data:
 
 @dataclass(frozen=True)
 class LrMult:
-    """Learning rate of a part as a multiple of `optim.learning_rate`; 0 freezes the part."""
+    """Learning rate of each part as a multiple of `optim.learning_rate`; 0 freezes the part."""
 
-    vision: float = 1.0  # of the image encoder's learning rate; 0 freezes it
-    projector: float = 1.0  # of the projector's learning rate; 0 freezes it
-    decoder: float = 1.0  # of the decoder's learning rate, cross-attention apart; 0 freezes it
-    cross_attention: float = 1.0  # of cross-attention's learning rate; 0 freezes it
+    vision: float = 1.0  # multiplier for the image encoder; 0 freezes it
+    projector: float = 1.0  # multiplier for the projector; 0 freezes it
+    decoder: float = 1.0  # multiplier for the decoder without cross-attention; 0 freezes it
+    cross_attention: float = 1.0  # multiplier for cross-attention; 0 freezes it
 
 
 @dataclass(frozen=True)
 class Optim:
     #: adamw, muon (for kernels; AdamW for the rest), or another row of OPTIMIZERS in train/optim.py
     kind: str = "adamw"
-    learning_rate: float = 1e-3  # the peak, after warm-up
+    learning_rate: float = 1e-3  # peak learning rate, after warm-up
     lr_mult: LrMult = field(default_factory=LrMult)
-    warmup_steps: int = 100  # steps in which the learning rate rises from 0 to its peak
-    final_lr_fraction: float = 0.0  # the cosine ends at this share of the peak
-    beta1: float = 0.9  # decay of the mean of the gradients
-    beta2: float = 0.99  # AdamW: decay of the mean of their squares
-    weight_decay: float = 1e-4  # of matrices only
-    clip_norm: float = 1.0  # global norm of the gradient
+    warmup_steps: int = 100  # steps in which the learning rate rises from 0 to the peak
+    final_lr_fraction: float = 0.0  # final learning rate as a fraction of the peak
+    beta1: float = 0.9  # decay of the gradients' running mean
+    beta2: float = 0.99  # AdamW: decay of the squared gradients' running mean
+    weight_decay: float = 1e-4  # weight decay, for matrices only
+    clip_norm: float = 1.0  # maximum global norm of the gradient
 
 
 @dataclass(frozen=True)
 class Train:
-    steps: int = 1500  # optimizer steps, each on a batch of batch_size rows
-    batch_size: int = 128  # rows in a global batch
-    #: parts of a batch that are computed one after the other, their gradients added
+    steps: int = 1500  # number of optimizer steps, each on batch_size rows
+    batch_size: int = 128  # number of rows in a global batch
+    #: number of parts of a batch that are computed in sequence, with accumulated gradients
     microbatches: int = 1
-    #: of the forward and backward pass and of frozen parts; trained parameters, the optimizer and the loss are float32
+    #: dtype of the forward and backward pass and of frozen parts; trained parameters, the optimizer
+    #: and the loss are float32
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    #: scored tokens of a device whose logits are there at once; 0: all, or 512, as fits 64 MiB
+    #: scored tokens per device whose logits are computed at once; 0: all if they fit into 64 MiB,
+    #: else 512
     loss_chunk: int = 0
-    checkpoint_every_steps: int = 500  # steps from one checkpoint to the next
-    keep_checkpoints: int = 3  # the last so many
-    #: and so many more: those with the lowest mean training loss since the checkpoint before
+    checkpoint_every_steps: int = 500  # steps between checkpoints
+    keep_checkpoints: int = 3  # number of most recent checkpoints to keep
+    #: also keep the N checkpoints with the lowest mean training loss since the one before
     keep_best: int = 0
-    keep_every_steps: int = 0  # and those of every so many steps, for good; 0: none
-    log_every_steps: int = 20  # steps from one logged row to the next
-    #: "10:13": a jax.profiler trace of steps 10 to 13 in the work folder; empty: none
+    keep_every_steps: int = 0  # also keep the checkpoint of every N-th step; 0: none
+    log_every_steps: int = 20  # steps between logged rows
+    #: "10:13": write a jax.profiler trace of steps 10 to 13 to the work folder; empty: none
     profile_steps: str = ""
-    #: what was compiled is found there again; empty: off
+    #: folder of compiled programs, reused by later runs; empty: off
     compilation_cache_dir: str = "~/.cache/vlm_jax/compiled"
 
     @property
     def profiled(self) -> range:
-        """The steps of `profile_steps`, once it is validated."""
+        """The range of `profile_steps`, which must be valid."""
         if not self.profile_steps:
             return range(0)
         first, last = map(int, self.profile_steps.split(":"))
@@ -165,15 +141,15 @@ def factorizations(number: int) -> list[tuple[int, int, int]]:
 
 @dataclass(frozen=True)
 class Mesh:
-    data: int = -1  # devices along the axis of data parallelism; -1: what is left
-    fsdp: int = 1  # devices along the axis that shards rows and parameters; -1: what is left
-    tensor: int = 1  # devices along the axis of tensor parallelism; -1: what is left
+    data: int = -1  # devices for data parallelism; -1: all remaining
+    fsdp: int = 1  # devices that shard rows and parameters; -1: all remaining
+    tensor: int = 1  # devices for tensor parallelism; -1: all remaining
 
     def sizes(self, devices: int) -> tuple[int, int, int]:
-        """The axes with -1 filled in.
+        """Returns the sizes of the mesh axes, with -1 replaced by the remaining devices.
 
         Raises:
-          ConfigError: they do not multiply to the number of devices.
+          ConfigError: the sizes do not multiply to the number of devices.
         """
         axes = (self.data, self.fsdp, self.tensor)
         known = math.prod(size for size in axes if size != -1)
@@ -184,36 +160,39 @@ class Mesh:
         nearest = sorted(
             factorizations(devices), key=lambda sizes: sum(a != b for a, b in zip(sizes, axes))
         )
-        choices = [
-            " x ".join(map(str, sizes)) for sizes in nearest[:12]
-        ]  # those first that keep what was given
+        # The nearest first, which keep most of the given sizes.
+        choices = [" x ".join(map(str, sizes)) for sizes in nearest[:12]]
+        if len(nearest) > 12:
+            choices.append("or another")
         raise ConfigError(
-            f"mesh.data x mesh.fsdp x mesh.tensor = {' x '.join(map(str, axes))} does not fit {devices} device(s): "
-            f"the three must multiply to {devices}, and at most one may be -1 (what is left): choose "
-            f"{', '.join(choices)}{', or another' * (len(nearest) > 12)}."
+            f"mesh.data x mesh.fsdp x mesh.tensor = {' x '.join(map(str, axes))} does not fit "
+            f"{devices} device(s): the three must multiply to {devices}, and at most one may be -1 "
+            "(all remaining): choose "
+            f"{', '.join(choices)}."
         )
 
 
 @dataclass(frozen=True)
 class Distributed:
-    """Which processes train together; on TPU VMs, GKE and Slurm they know it without these fields."""
+    """Processes that train together; on TPU VMs, GKE and Slurm they are found automatically."""
 
-    coordinator_address: str = ""  # HOST:PORT at which process 0 awaits the others
-    #: 0: what the cluster says, one process where there is none; 1: this one alone
-    num_processes: int = 0
-    process_id: int = -1  # of this process, from 0; -1: what the cluster says
-    timeout_seconds: int = 300  # how long the processes wait for each other at the start
-    heartbeat_seconds: int = 60  # one that gave no sign for so long is lost, and the others end
+    coordinator_address: str = ""  # HOST:PORT of process 0
+    #: number of processes; None: from the cluster, or one without a cluster; 1: no other process
+    num_processes: int | None = None
+    process_id: int | None = None  # index of this process, from 0; None: from the cluster
+    timeout_seconds: int = 300  # how long processes wait for each other at the start
+    #: a process that is silent for this long is declared dead, and the run ends
+    heartbeat_seconds: int = 60
 
     def check(self) -> None:
-        """Raises ConfigError for fields that do not fit each other."""
+        """Raises ConfigError for fields that are incomplete or contradict each other."""
         address, count, index = self.coordinator_address, self.num_processes, self.process_id
-        if count == 1 and not address and index < 1:
+        if count == 1 and not address and not index:
             return
         named = {
             "coordinator_address": bool(address),
-            "num_processes": count > 0,
-            "process_id": index >= 0,
+            "num_processes": count is not None,
+            "process_id": index is not None,
         }
         missing = [f"distributed.{name}" for name, is_given in named.items() if not is_given]
         if len(missing) == len(named):
@@ -221,17 +200,19 @@ class Distributed:
         if missing:
             raise ConfigError(
                 f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: "
-                "distributed.coordinator_address, distributed.num_processes and distributed.process_id are given "
-                "together, or none of them, where the cluster says them."
+                "distributed.coordinator_address, distributed.num_processes and "
+                "distributed.process_id are set together, or left out on a cluster that sets them."
             )
         _, _, port = address.rpartition(":")
         if not re.fullmatch(r"[^\s/]+:[0-9]{1,5}", address) or not 0 < int(port) < 2**16:
             raise ConfigError(
-                f"distributed.coordinator_address {address!r} is no HOST:PORT, such as 10.0.0.2:8476."
+                f"distributed.coordinator_address {address!r} is not HOST:PORT, "
+                "such as 10.0.0.2:8476."
             )
         if index >= count:
             raise ConfigError(
-                f"distributed.process_id {index} is not among 0 to {count - 1} of distributed.num_processes {count}."
+                f"distributed.process_id {index} is not in 0 to {count - 1} "
+                f"(distributed.num_processes {count})."
             )
 
 
@@ -239,20 +220,23 @@ class Distributed:
 class Eval:
     split: str = "test"  # TFDS split to evaluate on; empty: no evaluation
     files: tuple[str, ...] = ()  # conversations: JSON files to evaluate on instead of data.files
-    max_examples: int = 0  # 0: all
-    batch_size: int = 256  # questions at a time
-    max_new_tokens: int = 8  # the longest answer
+    max_examples: int = 0  # maximum number of examples to evaluate; 0: all
+    batch_size: int = 256  # number of questions in a batch
+    max_new_tokens: int = 8  # maximum length of an answer in tokens
 
     @property
     def read_split(self) -> str:
-        """The split to evaluate on: all of `files` unless `split` is a part of 'train'; empty: no evaluation."""
+        """The split to evaluate on: all of `files` unless `split` is a slice of 'train'.
+
+        Empty: no evaluation.
+        """
         if self.files and self.split in ("", Eval.split):
             return "train"
         return self.split
 
     @property
     def title(self) -> str:
-        """What is evaluated on, for messages."""
+        """The evaluated data, for messages."""
         return f"{self.read_split} of {', '.join(self.files)}" if self.files else self.read_split
 
 
@@ -268,21 +252,21 @@ class Experiment:
     mesh: Mesh = field(default_factory=Mesh)
     distributed: Distributed = field(default_factory=Distributed)
     eval: Eval = field(default_factory=Eval)
-    #: folder of a public checkpoint or of a run: its model, tokenizer and weights to begin with
+    #: folder of a public checkpoint or of a run: its model, tokenizer and initial weights
     init_from: str = ""
-    #: only these parts of init_from; (): all of it
+    #: the parts of init_from to use; (): all
     init_parts: tuple[Literal["vision", "projector", "decoder"], ...] = ()
-    workdir: str = ""  # where the run is kept; empty: runs/<config name>
-    seed: int = 0  # of new parameters and of the order of the data
+    workdir: str = ""  # folder of the run; empty: runs/<config name>
+    seed: int = 0  # seed of new parameters and of the order of the data
 
     @property
     def begins_with_any(self) -> bool:
-        """Whether a folder is named whose settings are to be taken over."""
+        """True if a checkpoint is named, whose settings replace the experiment's."""
         return bool(self.init_from or self.pretrained_parts)
 
     @property
     def pretrained_parts(self) -> tuple[str, ...]:
-        """Parts that begin with a checkpoint."""
+        """Parts that are initialised from a checkpoint."""
         return tuple(
             part for part in ("vision", "projector", "decoder") if getattr(self, part).checkpoint
         )
@@ -293,20 +277,25 @@ class Experiment:
         return replace(self.data, files=self.eval.files) if self.eval.files else self.data
 
     @property
+    def model(self) -> Model:
+        """The sections that `nn/` builds the model from."""
+        return Model(self.vision, self.projector, self.fusion, self.decoder)
+
+    @property
     def image_tokens(self) -> int:
-        """M: tokens of one image, or of one view of it, after the projector."""
-        return self.projector.num_tokens(self.vision)
+        """M: number of tokens of one view of an image after the projector."""
+        return self.model.image_tokens
 
     @property
     def views_in_sequence(self) -> int:
-        """Views of an image whose tokens stand in the decoder's sequence, at the most; of hybrid the whole image."""
+        """Maximum number of views of an image in the decoder's sequence."""
         if not self.fusion.image_in_sequence:
             return 0
-        return 1 if self.fusion.kind == "hybrid" else self.vision.views
+        return 1 if self.fusion.splits_views else self.vision.views
 
     @property
     def tile_tags(self) -> tuple[tuple[int, ...], ...]:
-        """The tokens that name each of the J views of an image in the text; empty where there are no tags."""
+        """Ids of the text tokens that name each of the J views of an image; empty without tags."""
         if not (self.vision.has_tags and self.fusion.has_images):
             return ()
         first = max(self.data.special_ids) + 1
@@ -314,12 +303,12 @@ class Experiment:
 
     @property
     def image_slots_in_row(self) -> int:
-        """Slots that one image takes in the decoder's sequence at most: newlines, tags and placeholder included."""
+        """Maximum length of an image in the sequence, with newlines, tags and placeholder."""
         newlines = self.projector.output_grid(self.vision)[0] if self.vision.newline_token else 0
         beside = sum(map(len, self.tile_tags)) + self.fusion.placeholder
         return self.views_in_sequence * (self.image_tokens + newlines) + beside
 
     @property
     def row_length(self) -> int:
-        """S: tokens of a training row."""
+        """S: length of a training row in tokens."""
         return self.data.images_per_row * self.image_slots_in_row + self.data.text_length

@@ -1,4 +1,4 @@
-"""Experiments as files: loaded from Python, kept as JSON, compared field by field, overridden on the command line."""
+"""Experiments as files: loaded from Python, saved as JSON, compared, overridden by options."""
 
 import dataclasses
 import difflib
@@ -11,25 +11,37 @@ from pathlib import Path
 
 import tyro
 
-from vlm_jax.config import ConfigError, Decoder, Experiment, Fusion, Optim, Vision
+from vlm_jax.config import (
+    ConfigError,
+    Data,
+    Decoder,
+    Distributed,
+    Experiment,
+    Fusion,
+    Optim,
+    Vision,
+)
 from vlm_jax.config.hints import nearest, nearest_field, suggestion
 from vlm_jax.config.validate import (
     check_types,
-    element,
+    element_type,
     flat,
     kinds,
-    words,
+    literal_choices,
+    required_type,
 )
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-MAY_BE_EMPTY = (  # beside what is empty by default
+# Fields that may be set to "" although their default is another text.
+MAY_BE_EMPTY = (
     "eval.split",
     "data.image_field",
     "data.question_field",
     "train.compilation_cache_dir",
 )
-# config.json of runs of older versions: fields that have another default, name or value today.
-OLD_DEFAULTS = {Fusion: {"qk_norm": False}}  # of fields that the file lacks
+# Fields in config.json of older versions that have another default, name or value today.
+# Defaults are for fields that the file lacks.
+OLD_DEFAULTS = {Fusion: {"qk_norm": False}}
 OLD_NAMES = {
     **{(kind, "norm_order"): "norm_position" for kind in (Vision, Decoder)},
     **{(kind, "residual_scale"): "layer_scale" for kind in (Vision, Decoder)},
@@ -45,36 +57,42 @@ OLD_VALUES = {
     **{(kind, "layer_scale", "tanh"): "tanh_gate" for kind in (Vision, Decoder)},
     (Fusion, "tokens_without_image", "skip"): "mask_out",
     (Fusion, "tokens_without_image", "read_all"): "attend_all",
+    **{(kind, "kv_heads", 0): None for kind in (Vision, Decoder)},
+    **{(kind, "head_dim", 0): None for kind in (Vision, Decoder)},
+    (Data, "bos_id", -1): None,
+    (Distributed, "num_processes", 0): None,
+    (Distributed, "process_id", -1): None,
 }
-FORMS = """Every field is an option, --section.field VALUE; the default is the value in the config or in the run.
+FORMS = """Every field is an option --section.field VALUE. Defaults are those of the config or run.
 
 examples:
   {program} ... --optim.learning_rate 5e-4        a number
   {program} ... --fusion.gated True               True or False
   {program} ... --data.augment mirror shift       several values
-  {program} ... --data.augment                    no value of several
+  {program} ... --data.augment                    an empty list of values
   {program} ... --eval.split ""                   an empty text
+  {program} ... --data.bos_id None                no value, where None is allowed
 """
 NUMBERS = {int: "a whole number", float: "a number"}
 
 
 def load(path: str) -> Experiment:
-    """The experiment of a config file: what its `get_config()` returns, its workdir runs/<name of the config>.
+    """Loads the experiment that a config file's `get_config()` returns.
+
+    Its workdir is runs/<name of the config> if the file sets none.
 
     Raises:
-      ConfigError: no such file, or one that does not define an experiment.
+      ConfigError: the file does not exist, or does not define an experiment.
     """
     file = Path(path)
     if file.exists() and (file.is_dir() or file.suffix != ".py"):
-        raise ConfigError(f"--config {path} is not a config: {_use_of(file)}.")
+        raise ConfigError(f"--config {path} is not a config: {_suggest_use(file)}.")
     if not file.is_file():
         raise ConfigError(f"--config {path} does not exist{_existing_configs(file)}.")
     try:
         cfg = _module(file).get_config()
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # a config that calls exit() is no way to end a command either
+    # A config that calls exit() must not end the command without a message.
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"--config {path} could not be loaded: {type(error).__name__}: {error}."
         ) from error
@@ -85,34 +103,34 @@ def load(path: str) -> Experiment:
     return cfg if cfg.workdir else dataclasses.replace(cfg, workdir=f"runs/{_name(file)}")
 
 
-def _use_of(path: Path) -> str:
-    """What an existing folder or file is for that is not a Python file."""
+def _suggest_use(path: Path) -> str:
+    """Returns the option for an existing path that is not a Python file."""
     folder = path if path.is_dir() else path.parent
     if (folder / "config.json").is_file():
-        return f"a run is continued with --workdir {folder}, and a public checkpoint is named by --checkpoint {folder}"
+        return (
+            f"continue a run with --workdir {folder}, or name a public checkpoint with "
+            f"--checkpoint {folder}"
+        )
     return f"choose a Python file, such as {CONFIGS.name}/easy_vqa/unified.py"
 
 
 def _existing_configs(missing: Path) -> str:
-    """The configs that may have been meant: of the same name in `configs`, or those beside the missing file."""
-    files = {file: _relative(file) for file in sorted(CONFIGS.rglob("*.py"))}
-    known = {file.stem: path for file, path in files.items()} | {
-        _name(file): path for file, path in files.items()
-    }
-    if missing.stem in known:
-        return suggestion([known[missing.stem]])
-    beside = sorted(missing.parent.glob("*.py")) if missing.parent.name else []
-    known |= {file.stem: str(file) for file in beside}
-    close = difflib.get_close_matches(missing.stem, known, 1)
-    return (
-        suggestion([known[close[0]]])
-        if close
-        else f": choose one of {', '.join(dict.fromkeys(known.values()))}"
-    )
+    """Suggests configs for a missing file: by name in `configs`, or in the file's own folder."""
+    paths = {}
+    for file in sorted(CONFIGS.rglob("*.py")):
+        paths[file.stem] = paths[_name(file)] = _relative(file)
+    if missing.stem in paths:
+        return suggestion([paths[missing.stem]])
+    if missing.parent.name:
+        paths |= {file.stem: str(file) for file in sorted(missing.parent.glob("*.py"))}
+    close = difflib.get_close_matches(missing.stem, paths, 1)
+    if close:
+        return suggestion([paths[close[0]]])
+    return f": choose one of {', '.join(dict.fromkeys(paths.values()))}"
 
 
 def _name(file: Path) -> str:
-    """Name of a config's work folder: `easy_vqa_unified` for configs/easy_vqa/unified.py, the stem elsewhere."""
+    """Returns `easy_vqa_unified` for configs/easy_vqa/unified.py, and the stem of other files."""
     path = file.resolve()
     if not path.is_relative_to(CONFIGS):
         return file.stem
@@ -124,7 +142,7 @@ def _relative(path: Path) -> str:
 
 
 def _module(file: Path):
-    """Runs a config file, which may import the files beside it and those of `configs`."""
+    """Runs a config file, which may import files of its folder and of `configs`."""
     spec = importlib.util.spec_from_file_location(f"vlm_jax_config_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     sys.path[:0] = [str(file.parent.resolve()), str(CONFIGS.parent)]
@@ -138,40 +156,47 @@ def _module(file: Path):
 def override(
     cfg: Experiment, arguments: list[str], program: str, options: dict[str, str] | None = None
 ) -> Experiment:
-    """The experiment with `--any.field VALUE` applied; tyro reads the values and writes the help.
+    """Applies options `--section.field VALUE` to an experiment; tyro parses them and prints help.
 
-    `options` are what else the program takes and what the help says of each; they are not among the arguments.
+    Args:
+      options: other options of the program and their help; they are not in `arguments`.
 
     Raises:
-      ConfigError: a field or a choice that does not exist, or a value of another type, in `cfg` too.
+      ConfigError: a field or a choice does not exist, or a value has the wrong type (in `cfg` too).
     """
     check_types(cfg)
     fields, options = kinds(cfg), options or {}
     for name, values in _options(arguments):
         if name != "help":
             _check_option(fields, name, values, options)
-    texts = {"prog": program, "description": _described(program, options)}
     return tyro.cli(
-        Experiment, default=cfg, args=arguments, config=(tyro.conf.FlagConversionOff,), **texts
+        Experiment,
+        default=cfg,
+        args=arguments,
+        config=(tyro.conf.FlagConversionOff,),
+        prog=program,
+        description=_help_header(program, options),
     )
 
 
 def explicit_fields(cfg: Experiment, arguments: list[str]) -> set[str]:
-    """The fields that the user set beside a checkpoint.
+    """Returns the fields that the user set in addition to a checkpoint.
 
-    Those of the command line, and those that a config sets in a section whose checkpoint it names itself. Where the
-    checkpoint comes from the command line alone, the config's settings of that part are not meant for it.
+    These are options of the command line, and fields that a config sets in a section whose
+    checkpoint it names itself. If only the command line names the checkpoint, the config's settings
+    of that part were written for another model.
     """
-    named = {name for name, _ in _options(arguments)}
+    names = {name for name, _ in _options(arguments)}
     values, defaults = flat(cfg), flat(Experiment())
     for section in ("vision", "projector", "decoder"):
         if cfg.init_from or values[f"{section}.checkpoint"]:
-            named |= {x for x in values if x.startswith(f"{section}.") and values[x] != defaults[x]}
-    return named
+            changed = {name for name in values if values[name] != defaults[name]}
+            names |= {name for name in changed if name.startswith(f"{section}.")}
+    return names
 
 
-def _described(program: str, options: dict[str, str]) -> str:
-    """What the help shows above the fields: how they are given, and a line for each of the other options."""
+def _help_header(program: str, options: dict[str, str]) -> str:
+    """Returns the help above the fields: examples, and a line for each of the other options."""
     width = max(map(len, options), default=0)
     lines = [f"--{name:{width}}  {text}" for name, text in options.items()]
     return "\n".join([FORMS.format(program=program), *lines])
@@ -201,34 +226,40 @@ def _check_option(
     if name not in fields:
         hint = nearest_field(name, [*fields, *options])
         raise ConfigError(f"--{name} is not a field{hint}; --help lists all of them.")
-    each, any_number = _number(fields[name])
-    if len(values) % each if any_number else len(values) != each:
-        wanted = ("one value" if each == 1 else f"{each} values") + " each" * any_number
-        wanted += ", with spaces between them" * (each > 1)
-        raise ConfigError(f"--{name} takes {wanted}, not {' '.join(values) if values else 'none'}.")
-    kind = element(fields[name])
+    count, is_repeated = _count_values(fields[name])
+    if len(values) % count if is_repeated else len(values) != count:
+        expected = "one value" if count == 1 else f"{count} values"
+        expected += " each" if is_repeated else ""
+        expected += ", with spaces between them" if count > 1 else ""
+        raise ConfigError(f"--{name} takes {expected}, not {' '.join(values) or 'none'}.")
+    kind = required_type(element_type(fields[name]))
+    is_optional = kind is not element_type(fields[name])
     if "" in values and flat(Experiment())[name] != "" and name not in MAY_BE_EMPTY:
         raise ConfigError(f"--{name} is empty.")
-    allowed = ("True", "False") if kind is bool else words(kind)
+    choices = ("True", "False") if kind is bool else literal_choices(kind)
     for value in values:
-        if allowed and value not in allowed:
+        if is_optional and value == "None":
+            continue
+        if choices and value not in choices:
             raise ConfigError(
-                f"--{name} {value} is no choice{nearest(value, allowed)}: choose {', '.join(allowed)}."
+                f"--{name} {value} is not a valid choice{nearest(value, choices)}: "
+                f"choose {', '.join(choices)}."
             )
         try:
-            kind(value) if kind in NUMBERS else value
+            if kind in NUMBERS:
+                kind(value)
         except ValueError:
             raise ConfigError(f"--{name} {value} is not {NUMBERS[kind]}.") from None
 
 
-def _number(kind) -> tuple[int, bool]:
-    """How many values a field takes, and whether it takes any number of so many."""
+def _count_values(kind) -> tuple[int, bool]:
+    """Returns the number of values of a type, and True if they may be repeated."""
     if typing.get_origin(kind) is not tuple:
         return 1, False
-    of_each = typing.get_args(kind)
-    if of_each[-1] is Ellipsis:
-        return _number(of_each[0])[0], True
-    return sum(_number(one)[0] for one in of_each), False
+    element_types = typing.get_args(kind)
+    if element_types[-1] is Ellipsis:
+        return _count_values(element_types[0])[0], True
+    return sum(_count_values(element)[0] for element in element_types), False
 
 
 def to_json(cfg: Experiment) -> str:
@@ -236,35 +267,40 @@ def to_json(cfg: Experiment) -> str:
 
 
 def from_json(text: str | bytes, name: str) -> Experiment:
-    """The experiment that `to_json` wrote, equal to the one it was given.
+    """Parses the experiment that `to_json` wrote, in this or an older version.
 
-    A field that is missing has its default, so that later versions with more fields read older runs.
+    Missing fields have their defaults, so that later versions with more fields load older runs.
+
+    Args:
+      name: the file of the text, for messages.
 
     Raises:
-      ConfigError: the text is no JSON, or lacks a section, or has a field too many; `name` says whose text it is.
+      ConfigError: the text is not JSON, lacks a section, or has an unknown field.
     """
     try:
         values = json.loads(text)
         if "model_type" in values:
             raise ConfigError(
-                f"{name} is of a public checkpoint, not of a run: --checkpoint takes its folder."
+                f"{name} belongs to a public checkpoint, not to a run: name its folder with "
+                "--checkpoint."
             )
-        return _without_unused(_rebuilt(Experiment, values))
+        return _reset_unused(_rebuild(Experiment, values))
     except ConfigError:
         raise
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{name} is not the config of a run of this version: {error}.") from None
 
 
-def _without_unused(cfg: Experiment) -> Experiment:
-    """Sets the fusion fields that have no effect to their defaults, which were others in older versions."""
+def _reset_unused(cfg: Experiment) -> Experiment:
+    """Resets fusion fields without effect, whose defaults have changed between versions."""
     defaults = {name: getattr(Fusion(), name) for name in cfg.fusion.unused}
     return dataclasses.replace(cfg, fusion=dataclasses.replace(cfg.fusion, **defaults))
 
 
-def _rebuilt(kind, values):
+def _rebuild(kind, values):
+    """Builds a dataclass from its JSON."""
     if isinstance(values, dict):
-        values = dict(_renamed(kind, name, value) for name, value in values.items())
+        values = dict(_rename(kind, name, value) for name, value in values.items())
     fields = dataclasses.fields(kind)
     names = {field.name for field in fields}
     sections = {field.name for field in fields if field.default is dataclasses.MISSING}
@@ -272,26 +308,28 @@ def _rebuilt(kind, values):
     if wrong:
         raise ValueError(f"the fields {sorted(wrong)} of {kind.__name__} are missing or unknown")
     types = typing.get_type_hints(kind)
-    built = {}
+    arguments = {}
     for name, value in (OLD_DEFAULTS.get(kind, {}) | values).items():
         nested = dataclasses.is_dataclass(types[name])
-        built[name] = _rebuilt(types[name], value) if nested else _tuples(value)
-    return kind(**built)
+        arguments[name] = _rebuild(types[name], value) if nested else _tuples(value)
+    return kind(**arguments)
 
 
-def _renamed(kind, name: str, value) -> tuple[str, object]:
-    """Name and value of a field as this version spells them."""
+def _rename(kind, name: str, value) -> tuple[str, object]:
+    """Returns the name and the value of a field in this version."""
     name = OLD_NAMES.get((kind, name), name)
-    return name, OLD_VALUES.get((kind, name, value), value) if isinstance(value, str) else value
+    return name, OLD_VALUES.get((kind, name, value), value) if isinstance(
+        value, (str, int)
+    ) else value
 
 
 def _tuples(value):
-    """Tuples, where JSON has lists."""
+    """Converts JSON lists to tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def differences(a: Experiment, b: Experiment) -> list[str]:
-    """A line `section.field: value in a -> value in b` for every field that differs; workdir is not compared."""
+    """Returns a line `section.field: a's value -> b's value` for each difference except workdir."""
     old, new = flat(a), flat(b)
     return [
         f"{name}: {old[name]} -> {new[name]}"

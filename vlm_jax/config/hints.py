@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 
 MOST_SUGGESTIONS = 4
 PARTS = ("vision", "projector", "decoder", "cross_attention")
-SYNONYMS = {  # name of a field in other programs and in older versions -> the field
+# Names of fields in other programs and in older versions.
+SYNONYMS = {
     **dict.fromkeys(("lr", "max_lr", "peak_lr", "base_lr"), "optim.learning_rate"),
     **dict.fromkeys(("wd", "decay"), "optim.weight_decay"),
     **dict.fromkeys(("warmup", "warmup_ratio", "num_warmup_steps"), "optim.warmup_steps"),
@@ -127,30 +128,29 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 
 def nearest_field(name: str, fields: Iterable[str], synonyms: Mapping[str, str] = SYNONYMS) -> str:
-    """`nearest` for the name of a field `section.field`, of which the section or the field may be wrong or missing."""
-    name, fields = (
-        name.lower().replace("-", "_"),
-        sorted(fields, key=lambda field: field.count(".")),
-    )
+    """`nearest` for a field `section.field` whose section or field may be wrong or missing."""
+    name = name.lower().replace("-", "_")
+    fields = sorted(fields, key=lambda field: field.count("."))
     section, _, last = name.rpartition(".")
     same_last = [field for field in fields if _last(field) == last]
     in_section = [field for field in fields if field.startswith(f"{section}.")]
-    meant = synonyms.get(last, "")
-    candidates = (  # the first that is not empty
+    synonym = synonyms.get(last, "")
+    # The first list that is not empty is suggested.
+    candidates = (
         [field for field in same_last if field in in_section],
-        [field for field in in_section if _last(field) == _last(meant)],
+        [field for field in in_section if _last(field) == _last(synonym)],
         difflib.get_close_matches(name, fields, 1, cutoff=0.9) if section else [],
-        [field for field in fields if field == meant],
+        [field for field in fields if field == synonym],
         same_last,
         [field for field in fields if f".{name}." in f".{field}"],
-        [
-            field
-            for field in fields
-            if difflib.get_close_matches(last, [_last(field)], 1, cutoff=0.85)
-        ][:1],
+        [field for field in fields if _is_close(last, _last(field))][:1],
         difflib.get_close_matches(name, fields, 1),
     )
     return suggestion(next(filter(None, candidates), [])[:MOST_SUGGESTIONS])
+
+
+def _is_close(a: str, b: str) -> bool:
+    return bool(difflib.get_close_matches(a, [b], 1, cutoff=0.85))
 
 
 def _last(field: str) -> str:
@@ -159,7 +159,10 @@ def _last(field: str) -> str:
 
 def suggestion(names: list[str]) -> str:
     """' (perhaps you meant A, B or C)'; empty without names."""
-    if not names:
-        return ""
+    return f" (perhaps you meant {either(names)})" if names else ""
+
+
+def either(names: list[str]) -> str:
+    """'A, B or C'."""
     *others, last = names
-    return f" (perhaps you meant {', '.join(others)}{' or ' if others else ''}{last})"
+    return f"{', '.join(others)} or {last}" if others else last

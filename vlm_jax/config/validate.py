@@ -1,6 +1,7 @@
-"""Refuses an experiment that cannot work, with a sentence that names the fields and the way out."""
+"""Validates experiments; a message names the fields and a remedy."""
 
 import dataclasses
+import types
 import typing
 
 from vlm_jax.config import (
@@ -15,14 +16,15 @@ from vlm_jax.config.cross_checks import CHECKS
 
 
 def validate(cfg: Experiment) -> Experiment:
-    """Returns the experiment as it came.
+    """Returns the experiment unchanged.
 
     Raises:
-      ConfigError: a value, or two together, cannot work.
+      ConfigError: a value is invalid, or two contradict each other.
     """
     check_values(cfg)
     _paths(flat(cfg))
-    if not cfg.vision.checkpoint:  # public ones may leave pixels over at the border
+    # Images of public models may have a border that is not a whole patch.
+    if not cfg.vision.checkpoint:
         _patches(cfg.vision)
     for check in CHECKS:
         check(cfg)
@@ -31,26 +33,28 @@ def validate(cfg: Experiment) -> Experiment:
 
 
 def check_values(cfg: Experiment | Vision | Contrastive) -> None:
-    """Raises ConfigError for a value that its field cannot have, or heads that do not fit the width; `validate` does.
+    """Checks single values and the sizes of a model; a part of `validate`.
 
-    The sizes of a model alone, as a public checkpoint's config.json states them, are checked by this.
+    Used alone for the model that a public checkpoint's config.json describes.
+
+    Raises:
+      ConfigError: a value is invalid for its field, or heads do not fit the width.
     """
     part = "vision." if isinstance(cfg, Vision) else ""
     check_types(cfg, part)
     values = flat(cfg, part)
     for path, kind in kinds(cfg, part).items():
-        value, allowed = values[path], words(kind)
-        wrong = [
-            word
-            for word in (value if isinstance(value, tuple) else (value,))
-            if allowed and word not in allowed
-        ]
+        value, choices = values[path], literal_choices(kind)
+        words = value if isinstance(value, tuple) else (value,)
+        wrong = [word for word in words if choices and word not in choices]
         if wrong:
-            raise ConfigError(f"{path} {wrong[0]!r} is no choice: choose {', '.join(allowed)}.")
+            raise ConfigError(
+                f"{path} {wrong[0]!r} is not a valid choice: choose {', '.join(choices)}."
+            )
     check_numbers({path.replace("text.", "decoder."): value for path, value in values.items()})
     if isinstance(cfg, Experiment):
         _heads(cfg.decoder, "decoder")
-        _turns(cfg.decoder)
+        _rotary(cfg.decoder)
     if isinstance(cfg, Contrastive):
         _heads(cfg.text, "text")
     vision = cfg if isinstance(cfg, Vision) else cfg.vision
@@ -61,52 +65,56 @@ def check_values(cfg: Experiment | Vision | Contrastive) -> None:
 
 
 def check_types(cfg, prefix: str = "") -> None:
-    """Raises ConfigError for a value of another type than its field's: dataclasses take any."""
+    """Raises ConfigError for a value of the wrong type, which dataclasses do not check."""
     for name, kind in typing.get_type_hints(type(cfg)).items():
         value = getattr(cfg, name)
         if not _fits(value, kind):
-            raise ConfigError(f"{prefix}{name} is {value!r}: it must be {_called(kind)}.")
+            raise ConfigError(f"{prefix}{name} is {value!r}: it must be {_type_name(kind)}.")
         if dataclasses.is_dataclass(kind):
             check_types(value, f"{prefix}{name}.")
 
 
 def _fits(value, kind) -> bool:
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        of_each = typing.get_args(kind)
-        if isinstance(value, tuple) and of_each[-1] is Ellipsis:
-            of_each = of_each[:1] * len(value)
-        return (
-            isinstance(value, tuple)
-            and len(value) == len(of_each)
-            and all(map(_fits, value, of_each))
-        )
+        if not isinstance(value, tuple):
+            return False
+        element_types = typing.get_args(kind)
+        if element_types[-1] is Ellipsis:
+            element_types = element_types[:1] * len(value)
+        return len(value) == len(element_types) and all(map(_fits, value, element_types))
     if kind in (int, float):
-        return type(value) in (int, kind)  # True is no number
-    return isinstance(value, str if words(kind) else kind)
+        # Not isinstance: True is an int.
+        return type(value) in (int, kind)
+    return isinstance(value, str if literal_choices(kind) else kind)
 
 
-def _called(kind) -> str:
+def _type_name(kind) -> str:
     if typing.get_origin(kind) is tuple:
-        of_each = typing.get_args(kind)
-        number = "" if of_each[-1] is Ellipsis else f"{len(of_each)} "
-        return f"a tuple of {number}{_called(of_each[0])}"
-    return "str" if words(kind) else kind.__name__
+        element_types = typing.get_args(kind)
+        number = "" if element_types[-1] is Ellipsis else f"{len(element_types)} "
+        return f"a tuple of {number}{_type_name(element_types[0])}"
+    if isinstance(kind, types.UnionType):
+        return " or ".join(map(_type_name, typing.get_args(kind)))
+    if kind is types.NoneType:
+        return "None"
+    return "str" if literal_choices(kind) else kind.__name__
 
 
 def flat(cfg, prefix: str = "") -> dict[str, object]:
-    """Nested dataclasses -> {"section.field": value}."""
-    found = {}
+    """Flattens nested dataclasses to {"section.field": value}."""
+    values = {}
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         nested = dataclasses.is_dataclass(value)
-        found |= (
-            flat(value, f"{prefix}{field.name}.") if nested else {f"{prefix}{field.name}": value}
-        )
-    return found
+        name = f"{prefix}{field.name}"
+        values |= flat(value, f"{name}.") if nested else {name: value}
+    return values
 
 
 def with_fields(cfg, values: typing.Mapping[str, object]):
-    """The experiment, or one of its sections, with other values of some fields, named as in `flat`."""
+    """Returns an experiment or a section with other values of some fields, named as in `flat`."""
     for name, value in values.items():
         cfg = _with_field(cfg, name.split("."), value)
     return cfg
@@ -119,21 +127,29 @@ def _with_field(section, path: list[str], value):
 
 
 def kinds(cfg, prefix: str = "") -> dict[str, object]:
-    """Nested dataclasses -> {"section.field": type}."""
-    found = {}
+    """Returns the types of nested dataclasses' fields as {"section.field": type}."""
+    fields = {}
     for name, kind in typing.get_type_hints(type(cfg)).items():
         nested = dataclasses.is_dataclass(kind)
-        found |= kinds(getattr(cfg, name), f"{prefix}{name}.") if nested else {prefix + name: kind}
-    return found
+        fields |= kinds(getattr(cfg, name), f"{prefix}{name}.") if nested else {prefix + name: kind}
+    return fields
 
 
-def words(kind) -> tuple[str, ...]:
-    """The words that a value of the type, or each of its values, may be; none where anything of its type may be."""
-    return typing.get_args(element(kind))
+def literal_choices(kind) -> tuple[str, ...]:
+    """Returns the choices of a Literal, or of a tuple of it; empty for other types."""
+    kind = element_type(kind)
+    return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
 
 
-def element(kind):
-    """The type of one value: of each value of a tuple, or of the tuples in it."""
+def required_type(kind):
+    """Returns T for `T | None`, and other types unchanged."""
+    if not isinstance(kind, types.UnionType):
+        return kind
+    return next(option for option in typing.get_args(kind) if option is not types.NoneType)
+
+
+def element_type(kind):
+    """Returns the innermost element type of a tuple type, and other types unchanged."""
     while typing.get_origin(kind) is tuple:
         kind = typing.get_args(kind)[0]
     return kind
@@ -142,8 +158,8 @@ def element(kind):
 def _paths(values: dict[str, object]):
     for path in PATHS:
         value = values[path]
-        for one in value if isinstance(value, tuple) else (value,):
-            check_path(path, one)
+        for element_path in value if isinstance(value, tuple) else (value,):
+            check_path(path, element_path)
 
 
 def _patches(vision):
@@ -157,7 +173,7 @@ def _patches(vision):
 
 
 def _heads(part: Transformer, name: str):
-    if not part.head_dim and part.width % part.heads:
+    if part.head_dim is None and part.width % part.heads:
         raise ConfigError(
             f"{name}.width {part.width} is not a multiple of {name}.heads {part.heads}."
         )
@@ -167,11 +183,12 @@ def _heads(part: Transformer, name: str):
         )
 
 
-def _turns(decoder):
+def _rotary(decoder):
     if decoder.positions == "rope" and (
         decoder.rotary_dim % 2 or not 0 < decoder.rotary_dim <= decoder.head_width
     ):
         raise ConfigError(
-            f"decoder.rope.fraction {decoder.rope.fraction} of a head of {decoder.head_width} is {decoder.rotary_dim} "
-            "numbers: RoPE turns an even number of them, from 2 to all."
+            f"decoder.rope.fraction {decoder.rope.fraction} of a head dimension of "
+            f"{decoder.head_width} is {decoder.rotary_dim}: RoPE needs an even number of "
+            "dimensions, from 2 to all."
         )

@@ -1,8 +1,8 @@
-"""What accelerators can do, from their makers' documents. Figures are of one chip; GB and TB are powers of ten.
+"""Peak rates of accelerators, from their makers' documents: of one chip; GB are powers of ten.
 
-TPUs: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, "System architecture". Interconnect is stated there for both
-directions together; here it is what leaves a chip over all its links, half of that.
-GPUs: NVIDIA's datasheets of the SXM boards, dense rates; NVLink is stated for both directions, too.
+TPUs: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, "System architecture". Interconnect is given
+there for both directions together; here it is one direction, over all links of a chip.
+GPUs: NVIDIA's datasheets of the SXM boards, dense rates; NVLink is given for both directions, too.
 """
 
 import math
@@ -16,20 +16,21 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class Chip:
-    """`float32_flops` is the rate at which JAX multiplies float32 by default, not that of full precision: a TPU takes
-    one pass of bfloat16 (jax.lax.Precision.DEFAULT), an NVIDIA GPU TensorFloat-32.
+    """Peak rates of one accelerator chip.
+
+    `float32_flops` is for float32 inputs at JAX's default precision (jax.lax.Precision.DEFAULT):
+    one pass of bfloat16 on a TPU, TensorFloat-32 on an NVIDIA GPU.
     """
 
     name: str
-    device_kind: str  # `jax.Device.device_kind`, or how it begins
+    device_kind: str  # prefix of `jax.Device.device_kind`
     bfloat16_flops: float  # FLOP/s of matrix products
     float32_flops: float
     hbm_bytes: float
     hbm_bytes_per_second: float
-    interconnect_bytes_per_second: float  # that leave the chip, over all its links
-    slices: tuple[
-        str, ...
-    ] = ()  # layouts that are rented, of which the TPU compiler knows the topology
+    interconnect_bytes_per_second: float  # sent by the chip over all its links
+    #: topologies that can be rented and that the TPU compiler knows
+    slices: tuple[str, ...] = ()
 
     def flops_per_second(self, dtype: str) -> float:
         return {"bfloat16": self.bfloat16_flops, "float32": self.float32_flops}[dtype]
@@ -50,7 +51,8 @@ CUBES = (
     "16x16x16",
 )
 CHIPS = (
-    # docs/v4: 275 TFLOPs, 32 GiB at 1,200 GBps. Interconnect: 6 links of 50 GB/s (Jouppi et al. 2023, table 4).
+    # docs/v4: 275 TFLOPs, 32 GiB at 1,200 GBps. Interconnect: 6 links of 50 GB/s (Jouppi et al.
+    # 2023, table 4).
     Chip("v4", "TPU v4", 275e12, 275e12, 32 * GIB, 1200 * GB, 300 * GB, CUBES),
     # docs/v5e: 197 TFLOPs, 16 GB at 819 GBps, interconnect 400 GBps in both directions.
     Chip("v5e", "TPU v5 lite", 197e12, 197e12, 16 * GIB, 819 * GB, 200 * GB, FLAT),
@@ -58,32 +60,34 @@ CHIPS = (
     Chip("v5p", "TPU v5", 459e12, 459e12, 95 * GIB, 2765 * GB, 600 * GB, CUBES),
     # docs/v6e: 918 TFLOPs, 32 GB at 1,638 GBps, interconnect 800 GBps in both directions.
     Chip("v6e", "TPU v6 lite", 918e12, 918e12, 32 * GIB, 1638 * GB, 400 * GB, FLAT),
-    # A100 datasheet (nvidia.com/a100): 312 TFLOPs bfloat16, 156 TF32, 2,039 and 1,555 GB/s, NVLink 600 GB/s.
+    # A100 datasheet (nvidia.com/a100): 312 TFLOPs bfloat16, 156 TF32, 2,039 and 1,555 GB/s, NVLink
+    # 600 GB/s.
     Chip("A100-80GB", "NVIDIA A100-SXM4-80GB", 312e12, 156e12, 80 * GIB, 2039 * GB, 300 * GB),
     Chip("A100-40GB", "NVIDIA A100-SXM4-40GB", 312e12, 156e12, 40 * GIB, 1555 * GB, 300 * GB),
-    # H100 datasheet (nvidia.com/h100): with sparsity 1,979 TFLOPs bfloat16 and 989 TF32, half of it dense; 3.35 TB/s,
-    # NVLink 900 GB/s.
+    # H100 datasheet (nvidia.com/h100): with sparsity 1,979 TFLOPs bfloat16 and 989 TF32, half of it
+    # dense; 3.35 TB/s, NVLink 900 GB/s.
     Chip("H100", "NVIDIA H100 80GB HBM3", 989.5e12, 494.7e12, 80 * GIB, 3350 * GB, 450 * GB),
 )
 
 
-def chip_of(device_kind: str) -> Chip | None:
-    """The chip that `jax.devices()[0].device_kind` names; None where the table has none, such as a CPU."""
-    found = [chip for chip in CHIPS if device_kind.startswith(chip.device_kind)]
-    return max(found, key=lambda chip: len(chip.device_kind), default=None)
+def find_chip(device_kind: str) -> Chip | None:
+    """Returns the chip of a `jax.Device.device_kind`; None if it is not in CHIPS, such as a CPU."""
+    # "TPU v5" is also a prefix of "TPU v5 lite": the longest prefix decides.
+    chips = [chip for chip in CHIPS if device_kind.startswith(chip.device_kind)]
+    return max(chips, key=lambda chip: len(chip.device_kind), default=None)
 
 
-def slice_of(topology: str) -> tuple[Chip, int]:
-    """`v5e:8x8` -> the chip and how many of them.
+def parse_slice(topology: str) -> tuple[Chip, int]:
+    """Parses a topology such as `v5e:8x8` into the chip and the number of chips.
 
     Raises:
-      ConfigError: no such slice is rented; the message lists those that are.
+      ConfigError: the topology is not in CHIPS; the message lists all of them.
     """
     name, _, layout = topology.partition(":")
     for chip in CHIPS:
         if chip.name == name and layout in chip.slices:
             return chip, math.prod(map(int, layout.split("x")))
-    known = "; ".join(f"{chip.name}:{' '.join(chip.slices)}" for chip in CHIPS if chip.slices)
+    valid = "; ".join(f"{chip.name}:{' '.join(chip.slices)}" for chip in CHIPS if chip.slices)
     raise ConfigError(
-        f"--topology {topology!r} is no slice of TPUs: choose CHIP:LAYOUT from {known}."
+        f"--topology {topology!r} is not a TPU slice: choose CHIP:LAYOUT from {valid}."
     )

@@ -1,40 +1,57 @@
-"""What the products of matrices in one training step cost, part by part; everything else is under a percent.
+"""Matmul FLOPs of one training step, by model part (everything else is under 1 %).
 
-A product of n tokens with a kernel takes 2 n size FLOPs forward, as many for its weights' gradient and as many for its
-input's (Kaplan et al. 2020, section 2.1). The last two are there only where they are needed: a frozen kernel has no
-gradient, and nothing flows back to where nothing trained lies. Attention counts every pair of query and key, masked
-ones too, as the program computes them. The output head counts as if all text of a row were scored. What remat computes
-again is no work of the model and not in it.
+The forward pass is traced, and its matrix products and convolutions are counted by the modules
+that they belong to, so that no module is described a second time here. A product of n tokens with
+a kernel takes 2 * n * size FLOPs forward and as many for the gradient of each of its two inputs
+(Kaplan et al. 2020, section 2.1). A gradient is counted only if it is needed: a frozen kernel has
+none, and nothing flows back to where nothing is trained.
+
+Attention counts every pair of query and key, masked pairs too, as the program computes them. The
+output head counts as if all text of a row were scored. Remat recomputation is not counted: it is
+not work of the model.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+from collections import defaultdict
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
 from flax import traverse_util
 from flax.linen import meta
+from jax.extend import core
+from jax.interpreters import partial_eval
 
-from vlm_jax.config import Experiment
+from vlm_jax import axes
+from vlm_jax.config import Experiment, Model
 from vlm_jax.nn.models import abstract_params
+from vlm_jax.nn.parts import PARTS, part_of, trained_parts
 from vlm_jax.nn.tiled_vit import TOKEN_MULTIPLE
-from vlm_jax.train import optim
+from vlm_jax.nn.vlm import VLM, example_batch
 
-Path = tuple[str, ...]
+NO_MESH = jax.sharding.AbstractMesh((), ())
+# Kernels of accelerators hide their products, so the program for a CPU is counted.
+CPU = jax.sharding.AbstractMesh(
+    (1, 1, 1),
+    axes.MESH_AXES,
+    axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    abstract_device=jax.sharding.AbstractDevice("cpu", None, "cpu"),
+)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of one training row at every stage of the flow; of all its images where it says so."""
+    """Tokens of one training row at every stage of the model; of all its images where noted."""
 
     images: int
-    tiles: int  # J: pictures of each that the encoder reads, the thumbnail among them
+    tiles: int  # J: encoder inputs per image, its thumbnail included
     patches: int  # P of each tile
-    encoder: int  # that attend to each other in the encoder: class tokens and filling included
-    encoded: int  # runs of the encoder over so many
-    features: int  # that reach the projector, of all images
-    projected: int  # that leave it, of all images
-    sequence: int  # S: rows of the decoder
-    memory: int  # that cross-attention reads, of all images
+    encoder: int  # sequence length in the encoder: class tokens and padding included
+    features: int  # input of the projector, all images
+    projected: int  # output of the projector, all images
+    sequence: int  # S: sequence length in the decoder
+    memory: int  # keys of cross-attention, all images
 
 
 @dataclass(frozen=True)
@@ -53,137 +70,148 @@ class Flops:
         return Flops(self.forward * count, self.backward * count)
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """Where gradients flow; a loop over depth is differentiated as a whole."""
-
-    trained: frozenset[str]  # parts
-    features: bool  # to what leaves the encoder
-    image: bool  # to what leaves the projector
-    decoder: bool  # through the decoder's blocks
-    cross: bool  # to the keys and values of cross-attention
-
-
 def token_flow(cfg: Experiment) -> Tokens:
     """Tokens of a row with as many images as it has room for."""
-    vision, together, tiles = cfg.vision, bool(cfg.vision.tile_layouts), cfg.vision.pictures
+    vision, tiles = cfg.vision, cfg.vision.pictures
     if not cfg.fusion.has_images:
-        return Tokens(0, 0, 0, 0, 0, 0, 0, cfg.row_length, 0)
+        return Tokens(0, 0, 0, 0, 0, 0, cfg.row_length, 0)
     images, patches = cfg.data.images_per_row, math.prod(vision.grid)
     encoder = patches + int(vision.kind == "vit" and vision.class_token)
-    if together:
+    if vision.tile_layouts:
         encoder = tiles * math.ceil(encoder / TOKEN_MULTIPLE) * TOKEN_MULTIPLE
-    read = vision.cut_tiles if cfg.fusion.kind == "hybrid" else tiles
+    tiles_in_memory = vision.cut_tiles if cfg.fusion.splits_views else tiles
     return Tokens(
         images=images,
         tiles=tiles,
         patches=patches,
         encoder=encoder,
-        encoded=images if together else images * tiles,
         features=images * tiles * (patches + vision.extra_tokens),
         projected=images * tiles * cfg.image_tokens,
         sequence=cfg.row_length,
-        memory=images * read * cfg.image_tokens if cfg.fusion.image_in_memory else 0,
-    )
-
-
-def gradient_flow(cfg: Experiment) -> Gradients:
-    trained = optim.trained_parts(cfg.optim)
-    if not cfg.fusion.has_images:
-        trained &= {"decoder"}
-    features = "vision" in trained and cfg.vision.kind == "vit"
-    image = features or "projector" in trained
-    cross = cfg.fusion.image_in_memory and (image or "cross_attention" in trained)
-    return Gradients(
-        trained=frozenset(trained),
-        features=features,
-        image=image,
-        decoder="decoder" in trained or cross or (cfg.fusion.image_in_sequence and image),
-        cross=cross,
+        memory=images * tiles_in_memory * cfg.image_tokens if cfg.fusion.image_in_memory else 0,
     )
 
 
 def train_flops(cfg: Experiment) -> float:
-    """FLOPs of one optimizer step over the global batch: forward, and backward as far as anything is trained."""
+    """FLOPs of one optimizer step over the global batch, forward and backward."""
     return sum((flops.total for flops in flops_by_part(cfg).values()), 0.0)
 
 
 def flops_by_part(cfg: Experiment) -> dict[str, Flops]:
-    """FLOPs of one optimizer step over the global batch, by `optim.PARTS`."""
-    tokens, gradients = token_flow(cfg), gradient_flow(cfg)
-    found = dict.fromkeys(optim.PARTS, Flops())
-    for path, flops in (*_products(cfg, tokens, gradients), *_attentions(cfg, tokens, gradients)):
-        found[optim.part_of(path)] += flops.times(cfg.train.batch_size)
-    return found
+    """FLOPs of one optimizer step over the global batch, by part (`nn.parts.PARTS`)."""
+    trained = frozenset(trained_parts(cfg.optim))
+    row = _row_flops(
+        cfg.model, cfg.row_length, cfg.data.text_length, cfg.data.images_per_row, trained
+    )
+    return {part: row.get(part, Flops()).times(cfg.train.batch_size) for part in PARTS}
 
 
-def _products(
-    cfg: Experiment, tokens: Tokens, gradients: Gradients
-) -> Iterator[tuple[Path, Flops]]:
-    """Every kernel with the FLOPs of one row."""
-    shapes = traverse_util.flatten_dict(meta.unbox(abstract_params(cfg)))
-    for path, kernel in shapes.items():
-        is_head = path[:2] == ("decoder", "embedding") and cfg.decoder.tie_word_embeddings
-        if path[-1] != "kernel" and not is_head:
-            continue
-        forward = 2.0 * _rows(cfg, path, tokens) * math.prod(kernel.shape)
-        back = (optim.part_of(path) in gradients.trained) + _has_input_gradient(path, gradients)
-        yield path, Flops(forward, forward * back)
+@functools.cache
+def _row_flops(
+    model: Model, length: int, text_length: int, images: int, trained: frozenset[str]
+) -> dict[str, Flops]:
+    """FLOPs of one training row, by part."""
+    params = traverse_util.flatten_dict(meta.unbox(abstract_params(model)))
+
+    def forward(params, batch):
+        variables = {"params": traverse_util.unflatten_dict(params)}
+        hidden, _ = VLM(model).apply(variables, batch, method="hidden")
+        return VLM(model).apply(variables, hidden[:, :text_length], method="head")
+
+    batch = jax.eval_shape(lambda: example_batch(model, length, images=images))
+    # JAX replaces a mesh by one of another size only by way of none.
+    with jax.sharding.use_abstract_mesh(NO_MESH), jax.sharding.use_abstract_mesh(CPU):
+        program = jax.make_jaxpr(forward)(params, batch).jaxpr
+    program, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars), instantiate=True)
+    is_trained = {path: part_of(path) in trained for path in params}
+    has_gradient = jax.tree.leaves((is_trained, jax.tree.map(lambda _: False, batch)))
+    flops = defaultdict(Flops)
+    _count(program, has_gradient, flops)
+    return dict(flops)
 
 
-def _rows(cfg: Experiment, path: Path, tokens: Tokens) -> int:
-    """How many tokens of a row a kernel reads."""
-    reads_memory = "cross" in path and path[-2] in ("key", "value")
-    if path[:2] in (("decoder", "embedding"), ("decoder", "free_head")):
-        return cfg.data.text_length
-    if path[0] == "decoder":
-        return tokens.memory if reads_memory else tokens.sequence
-    if path[0] == "projector":
-        if cfg.projector.kind == "resampler" and path[1] != "linear":
-            queries = tokens.projected
-            return tokens.features + queries if reads_memory else queries
-        return (
-            tokens.projected
-            if cfg.projector.kind in ("pixel_shuffle", "average_pool")
-            else tokens.features
-        )
-    if "patch_embed" in path:
-        return tokens.images * tokens.tiles * tokens.patches
-    if path[1] in ("pool", "classifier"):  # no projector reads them
+def _count(
+    program: core.Jaxpr,
+    has_gradient: list[bool],
+    flops: dict[str, Flops],
+    scope: str = "",
+    times: int = 1,
+) -> list[bool]:
+    """Adds the products of a program to `flops`, by part; returns which outputs have gradients.
+
+    Args:
+      has_gradient: for each input, whether a trained parameter contributes to it.
+      scope: names of the modules around the program.
+      times: how often the program runs.
+    """
+    active = {x for x, flag in zip(program.invars, has_gradient, strict=True) if flag}
+
+    def flags(values) -> list[bool]:
+        return [not isinstance(x, core.Literal) and x in active for x in values]
+
+    for equation in program.eqns:
+        names = f"{scope}/{equation.source_info.name_stack}"
+        outputs = _count_equation(equation, flags(equation.invars), flops, names, times)
+        active |= {x for x, flag in zip(equation.outvars, outputs, strict=True) if flag}
+    return flags(program.outvars)
+
+
+def _count_equation(
+    equation: core.JaxprEqn,
+    has_gradient: list[bool],
+    flops: dict[str, Flops],
+    scope: str,
+    times: int,
+) -> list[bool]:
+    """As `_count`, for one equation and all programs in it."""
+    programs = list(core.jaxprs_in_params(equation.params))
+    if equation.primitive.name == "scan":
+        has_gradient = _loop_gradients(equation, has_gradient, scope)
+        return _count(programs[0], has_gradient, flops, scope, times * equation.params["length"])
+    if len(programs) > 1:
+        raise NotImplementedError(f"FLOPs of {equation.primitive.name} in {scope} are not counted")
+    if programs:
+        return _count(programs[0], has_gradient, flops, scope, times)
+    size = _multiplications(equation)
+    if size:
+        # The gradient of each factor is a product of the same size.
+        product = Flops(2.0 * size, 2.0 * size * sum(has_gradient))
+        flops[_part(scope)] += product.times(times)
+    is_float = [jnp.issubdtype(x.aval.dtype, jnp.inexact) for x in equation.outvars]
+    return [any(has_gradient) and flag for flag in is_float]
+
+
+def _loop_gradients(scan: core.JaxprEqn, has_gradient: list[bool], scope: str) -> list[bool]:
+    """Returns which inputs of a loop's body have gradients in any of its iterations.
+
+    A loop is differentiated as a whole: a carry with a gradient after one iteration has it in all.
+    """
+    (body,) = core.jaxprs_in_params(scan.params)
+    first = scan.params["num_consts"]
+    last = first + scan.params["num_carry"]
+    while True:
+        outputs = _count(body, has_gradient, defaultdict(Flops), scope)
+        carries = [old or new for old, new in zip(has_gradient[first:last], outputs)]
+        if carries == has_gradient[first:last]:
+            return has_gradient
+        has_gradient = [*has_gradient[:first], *carries, *has_gradient[last:]]
+
+
+def _multiplications(equation: core.JaxprEqn) -> int:
+    """Scalar multiplications of a matrix product or a convolution; 0 for other equations."""
+    name, params = equation.primitive.name, equation.params
+    if name not in ("dot_general", "conv_general_dilated"):
         return 0
-    return tokens.encoded * tokens.encoder
+    left, right = [x.aval.shape for x in equation.invars]
+    outputs = math.prod(equation.outvars[0].aval.shape)
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        return outputs * math.prod(left[axis] for axis in contracted)
+    output_features = right[params["dimension_numbers"].rhs_spec[0]]
+    return outputs * math.prod(right) // output_features
 
 
-def _has_input_gradient(path: Path, gradients: Gradients) -> bool:
-    if path[0] == "vision":
-        return "vision" in gradients.trained and "patch_embed" not in path
-    if path[0] == "projector":
-        return gradients.features if path[1] in ("linear", "linear_1") else gradients.image
-    if "cross" in path and path[-2] in ("key", "value"):
-        return gradients.image
-    return gradients.decoder
-
-
-def _attentions(
-    cfg: Experiment, tokens: Tokens, gradients: Gradients
-) -> Iterator[tuple[Path, Flops]]:
-    """The two products of every attention, scores and mix, with the FLOPs of one row."""
-    vision, decoder, projector = cfg.vision, cfg.decoder, cfg.projector
-    if tokens.images and vision.kind == "vit":
-        pairs = tokens.encoded * tokens.encoder**2 * (vision.depth + vision.num_global_layers)
-        back = 2 * gradients.features
-        yield ("vision",), _attention(pairs * vision.heads * vision.head_width, back)
-    if tokens.images and projector.kind == "resampler":
-        keys = tokens.features // (tokens.images * tokens.tiles) + projector.queries
-        pairs = tokens.projected * keys * projector.depth
-        yield ("projector",), _attention(pairs * decoder.width, 2 * gradients.image)
-    names = [name for block in cfg.fusion.sublayers(decoder.depth) for name in block]
-    for name, keys in (("self", tokens.sequence), ("cross", tokens.memory)):
-        size = names.count(name) * tokens.sequence * keys * decoder.heads * decoder.head_width
-        to_keys = gradients.decoder if name == "self" else gradients.cross
-        yield ("decoder", name), _attention(size, gradients.decoder + to_keys)
-
-
-def _attention(size: int, back: int) -> Flops:
-    """Of queries x keys x heads x numbers of a head; `back`: gradients to queries and to keys and values, 0 to 2."""
-    return Flops(4.0 * size, 4.0 * size * back)
+def _part(scope: str) -> str:
+    """Returns the part of a module, given the scope "VLM.hidden/decoder/blocks/..." of its call."""
+    names = [name.partition(".")[0] for name in scope.split("/")]
+    return part_of(tuple(name for name in names if name not in ("", VLM.__name__)))

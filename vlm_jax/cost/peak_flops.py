@@ -1,4 +1,4 @@
-"""How fast the devices could multiply at best, against which a step is held."""
+"""Peak matmul throughput of the devices, for MFU (model FLOPs utilisation)."""
 
 import functools
 import time
@@ -6,35 +6,36 @@ import time
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.cost.chips import chip_of
+from vlm_jax.cost.chips import find_chip
 
-SIDE = 1024  # of the matrices that are multiplied to measure a CPU
+SIDE = 1024  # rows and columns of the matrices that are multiplied to measure a CPU
 
 
 def peak_flops_per_second(dtype: str) -> float | None:
-    """FLOP/s of matrix products, all devices of all processes together: a chip's from the table, a CPU's measured once.
+    """Returns peak FLOP/s of matrix products over all devices of all processes.
 
-    None for an accelerator that the table does not name.
+    A chip's rate comes from its datasheet, a CPU's is measured once. None for an accelerator that
+    is not in `chips.CHIPS`.
     """
     device = jax.devices()[0]
-    if (
-        device.platform == "cpu"
-    ):  # however many devices it is told to be, it is one machine for each process
-        return _measured_flops_per_second() * jax.process_count()
-    chip = chip_of(device.device_kind)
-    return chip and chip.flops_per_second(dtype) * jax.device_count()
+    if device.platform == "cpu":
+        # The CPU devices of a process, however many, share one machine.
+        return _measure_flops_per_second() * jax.process_count()
+    chip = find_chip(device.device_kind)
+    return None if chip is None else chip.flops_per_second(dtype) * jax.device_count()
 
 
 @functools.cache
-def _measured_flops_per_second() -> float:
-    """The best of a few float32 products on the CPU: other work can only slow one down."""
+def _measure_flops_per_second() -> float:
+    """Returns the rate of the fastest of ten float32 products on the CPU."""
     matrix = jax.device_put(jnp.ones((SIDE, SIDE), jnp.float32), jax.local_devices()[0])
     product = jax.jit(jnp.matmul)
     product(matrix, matrix).block_until_ready()
 
     def seconds() -> float:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         product(matrix, matrix).block_until_ready()
-        return time.perf_counter() - begun
+        return time.perf_counter() - start
 
+    # Other work on the machine can only slow a product down.
     return 2 * SIDE**3 / min(seconds() for _ in range(10))

@@ -82,7 +82,7 @@ def template_parts(
 def _begin(cfg: Experiment, tokenizer: Tokenizer, question: str) -> list[Part]:
     """Returns the token before a conversation with this first question, if it needs one."""
     begin = cfg.data.bos_id
-    if begin < 0:
+    if begin is None:
         images = itertools.repeat(image_fields(cfg))
         parts = _text_parts(tokenizer, question, len(question), images)
         if any(len(part.fields["tokens"]) for part in parts):

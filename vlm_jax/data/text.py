@@ -49,7 +49,7 @@ def prompt_ids(tokenizer: Tokenizer, question: str) -> list[int]:
 
 def begin_ids(cfg: Experiment) -> list[int]:
     """Returns the token that begins every row, if there is one."""
-    return [] if cfg.data.bos_id < 0 else [cfg.data.bos_id]
+    return [] if cfg.data.bos_id is None else [cfg.data.bos_id]
 
 
 def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:

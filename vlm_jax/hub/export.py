@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from vlm_jax.config import CheckpointError, Experiment, UserError
+from vlm_jax.config import FUSION_STYLES, CheckpointError, Experiment, UserError
 from vlm_jax.config.validate import flat
 from vlm_jax.hub.families.family import Family, Json
 from vlm_jax.hub.families.registry import KNOWN, family_of
@@ -180,9 +180,10 @@ def matching_family(
     Raises:
       CheckpointError: no family can.
     """
-    if cfg.fusion.kind == "hybrid":
+    if cfg.fusion.splits_views:
         raise CheckpointError(
-            "fusion.kind hybrid cannot be exported: no public checkpoint has that architecture."
+            f"fusion.kind {cfg.fusion.kind} cannot be exported: no public checkpoint has that "
+            "architecture."
         )
     fields = architecture_fields(cfg)
     candidates = []
@@ -247,7 +248,9 @@ def architecture_fields(cfg: Experiment) -> dict[str, object]:
     if decoder.positions != "rope":
         decoder = replace(decoder, rope=type(decoder.rope)())
     fields = _prefixed("decoder", flat(decoder))
-    fields |= {"fusion.kind": fusion.kind, "fusion.prefix": fusion.prefix}
+    # A copy of a style under another name is the same architecture.
+    kind = next(kind for kind, style in FUSION_STYLES.items() if style == fusion.style)
+    fields |= {"fusion.kind": kind, "fusion.prefix": fusion.prefix}
     fields["fusion.sublayers"] = fusion.sublayers(decoder.depth)
     if fusion.image_in_memory:
         fields |= {"fusion.has_gates": fusion.has_gates, "fusion.qk_norm": fusion.qk_norm}
@@ -270,6 +273,5 @@ def _prefixed(section: str, fields: Mapping) -> dict[str, object]:
 
 def _projector_fields(projector) -> dict[str, object]:
     """Returns the settings that the projector's kind uses."""
-    names = {"linear": ("bias",), "mlp": ("bias", "activation"), "none": ()}
-    used = names.get(projector.kind, tuple(flat(projector)))
-    return {"kind": projector.kind} | {name: getattr(projector, name) for name in used}
+    fields = {name: getattr(projector, name) for name in projector.spec.fields}
+    return {"kind": projector.kind} | fields

@@ -15,29 +15,24 @@ from vlm_jax.config import (
     ConfigError,
     Decoder,
     Experiment,
+    Fusion,
 )
 from vlm_jax.structs import NO_IMAGE, TRUNK, Batch
 
 Arrays = Mapping[str, np.ndarray]
 TEXT = ("input_ids", "attention_mask", "position_ids")
-# fusion.kind -> supported arguments
-ARGUMENTS = {
-    "text_only": TEXT,
-    "unified": (*TEXT, "token_type_ids", "pixel_values", "image_patches"),
-    "cross_attention": (
-        *TEXT,
-        "pixel_values",
-        "aspect_ratio_ids",
-        "aspect_ratio_mask",
-        "cross_attention_mask",
-    ),
-    "encoder_decoder": (
-        "decoder_input_ids",
-        "decoder_attention_mask",
-        "decoder_position_ids",
-        "pixel_values",
-    ),
-}
+DECODER_TEXT = tuple(f"decoder_{name}" for name in TEXT)
+IN_SEQUENCE = ("token_type_ids", "pixel_values", "image_patches")
+IN_MEMORY = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
+
+
+def argument_names(fusion: Fusion) -> tuple[str, ...]:
+    """Returns the arguments that models of a fusion style take."""
+    if fusion.is_encoder_decoder:
+        return (*DECODER_TEXT, "pixel_values")
+    in_sequence = IN_SEQUENCE if fusion.image_in_sequence else ()
+    in_memory = IN_MEMORY if fusion.image_in_memory else ()
+    return tuple(dict.fromkeys((*TEXT, *in_sequence, *in_memory)))
 
 
 def to_batch(
@@ -54,7 +49,7 @@ def to_batch(
       ConfigError: the image tokens in the text do not match the images, an array is missing or has
         a wrong shape, or an id or a position is outside the model's tables.
     """
-    prefix = "decoder_" if cfg.fusion.kind == "encoder_decoder" else ""
+    prefix = "decoder_" if cfg.fusion.is_encoder_decoder else ""
     _check_text(arrays, prefix)
     ids = np.asarray(arrays[f"{prefix}input_ids"], np.int32)
     is_token = np.asarray(arrays.get(f"{prefix}attention_mask", np.ones_like(ids))).astype(bool)
@@ -70,7 +65,7 @@ def to_batch(
     # The older name of Fuyu's images.
     if "image_patches" in arrays:
         arrays = {**arrays, "pixel_values": arrays["image_patches"]}
-    if "pixel_values" not in arrays and cfg.fusion.kind != "encoder_decoder":
+    if "pixel_values" not in arrays and not cfg.fusion.is_encoder_decoder:
         if cfg.fusion.image_in_sequence and (ids == image_token).any():
             raise ConfigError(
                 f"input_ids hold image tokens (id {image_token}) without an image: give "
@@ -78,7 +73,7 @@ def to_batch(
             )
         batch = text
     else:
-        batch = text.replace(**IMAGES[cfg.fusion.kind](cfg, arrays, ids, image_token))
+        batch = text.replace(**_images(cfg, arrays, ids, image_token))
     return _within_tables(cfg.decoder, batch)
 
 
@@ -183,7 +178,7 @@ def image_batch(cfg: Experiment, arrays: Arrays) -> Batch:
 def _positions(
     cfg: Experiment, arrays: Arrays, ids: np.ndarray, is_token: np.ndarray, generating: bool
 ) -> np.ndarray:
-    is_encoder_decoder = cfg.fusion.kind == "encoder_decoder"
+    is_encoder_decoder = cfg.fusion.is_encoder_decoder
     stated = arrays.get("decoder_position_ids" if is_encoder_decoder else "position_ids")
     if stated is not None:
         return np.broadcast_to(np.asarray(stated, np.int32), is_token.shape)
@@ -207,6 +202,18 @@ def _blocks(arrays: Arrays, is_token: np.ndarray) -> np.ndarray:
 def channels_last(images: np.ndarray) -> np.ndarray:
     """Moves channels from (..., channels, height, width) to (..., height, width, channels)."""
     return np.moveaxis(np.asarray(images), -3, -1)
+
+
+def _images(cfg: Experiment, arrays: Arrays, ids: np.ndarray, image_token: int | None) -> dict:
+    """Returns the image fields of the batch."""
+    fusion = cfg.fusion
+    if fusion.image_in_sequence == fusion.image_in_memory:
+        raise ConfigError(
+            f"pixel_values are for models with images either in the sequence or in cross-attention, "
+            f"not for fusion.kind {fusion.kind}."
+        )
+    to_fields = _in_sequence if fusion.image_in_sequence else _in_memory
+    return to_fields(cfg, arrays, ids, image_token)
 
 
 def _in_sequence(cfg: Experiment, arrays: Arrays, ids: np.ndarray, image_token: int) -> dict:
@@ -301,6 +308,3 @@ def _shaped(arrays: Arrays, name: str, shape: tuple[int | None, ...]) -> np.ndar
         expected = ", ".join("any" if n is None else str(n) for n in shape)
         raise ConfigError(f"{name} must have the shape ({expected}), not {actual or 'none'}.")
     return np.asarray(arrays[name])
-
-
-IMAGES = {"unified": _in_sequence, "cross_attention": _in_memory, "encoder_decoder": _in_memory}

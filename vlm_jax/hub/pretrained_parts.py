@@ -197,9 +197,9 @@ def _token_settings(
     cfg: Experiment, folder: str, is_whole_model: bool, config_of: ReadConfig
 ) -> dict[str, object]:
     tokenizer = HubTokenizer.load(folder)
-    values: dict[str, object] = {"bos_id": -1 if tokenizer.bos_id is None else tokenizer.bos_id}
+    values: dict[str, object] = {"bos_id": tokenizer.bos_id}
     eos_id = None
-    keeps_fusion = config_of(folder).fusion.kind == cfg.fusion.kind
+    keeps_fusion = config_of(folder).fusion.style == cfg.fusion.style
     if is_whole_model and keeps_fusion and has_template(folder):
         values["template"] = "checkpoint"
         eos_id = Dialogue.load(folder, cfg.fusion.has_images).eos_id

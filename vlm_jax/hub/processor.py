@@ -107,7 +107,7 @@ class HubProcessor:
             ]
 
         arrays = stack_prompts(encoded, self.tokenizer.pad_id or 0)
-        if cfg.fusion.kind == "encoder_decoder":
+        if cfg.fusion.is_encoder_decoder:
             arrays = {f"decoder_{name}": x for name, x in arrays.items()}
         arrays |= _image_arrays(processed)
         batch = to_batch(cfg, arrays, self.checkpoint.image_token, generating=True)
@@ -132,7 +132,7 @@ class HubProcessor:
         self, prompts: Sequence[str], layouts: list[list], add_special_tokens: bool
     ) -> list[Prompt]:
         """Tokenizes each prompt; `layouts` are of `_image_layouts`."""
-        if self.checkpoint.cfg.fusion.kind == "encoder_decoder":
+        if self.checkpoint.cfg.fusion.is_encoder_decoder:
             start = decoder_start_ids(self.checkpoint.folder, self.tokenizer)
             encoded = [self.tokenizer.encode(text, add_special_tokens=False) for text in prompts]
             return [Prompt(np.array([*start, *ids], np.int32)) for ids in encoded]

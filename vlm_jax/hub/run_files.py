@@ -134,7 +134,7 @@ def _image_id(backend: Tokenizer, image: int) -> int:
 
 def _bos_id(cfg: Experiment) -> int | None:
     """Returns the id of the token that begins every text; None: no token does."""
-    if cfg.data.bos_id >= 0:
+    if cfg.data.bos_id is not None:
         return cfg.data.bos_id
     is_caption = cfg.data.is_conversations and cfg.data.template == "caption"
     # The prompt of a caption is empty: its text begins with the end-of-text token.
@@ -244,7 +244,7 @@ def _write_generation_config(stage: Path, cfg: Experiment, ids: TokenIds, config
         eos_ids = [ids.eos, *eos_ids]
     config = config | {"eos_token_id": eos_ids if len(eos_ids) > 1 else eos_ids[0]}
     token_ids = {"pad_token_id": ids.pad, "bos_token_id": ids.bos}
-    if cfg.fusion.kind == "encoder_decoder":
+    if cfg.fusion.is_encoder_decoder:
         token_ids["decoder_start_token_id"] = ids.bos
     for name, i in token_ids.items():
         if i is not None and config.get(name) is None:
@@ -267,7 +267,7 @@ def prompt_differences(cfg: Experiment, family: Family) -> list[str]:
     if cfg.data.template == "checkpoint":
         return fields
     if processor.needs_bos and _bos_id(cfg) is None:
-        fields.append("data.bos_id -1")
+        fields.append("data.bos_id None")
     if processor.needs_placeholder and not cfg.fusion.placeholder:
         fields.append("fusion.placeholder False")
     if processor.resize and cfg.vision.resize != processor.resize:

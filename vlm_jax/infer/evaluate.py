@@ -191,7 +191,7 @@ def answer(
         try:
             with jax.set_mesh(mesh):
                 batch = sharding.place_rows(batch, mesh)
-                tokens = generate(cfg, params, batch, cfg.eval.max_new_tokens, sampling)
+                tokens = generate(cfg.model, params, batch, cfg.eval.max_new_tokens, sampling)
         except NonFiniteLogits as error:
             raise error.about(asked[indices[error.row]].question) from None
         tokens = multihost_utils.process_allgather(tokens, tiled=True)

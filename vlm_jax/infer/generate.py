@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.config import Experiment, NonFiniteError
+from vlm_jax.config import Model, NonFiniteError
 from vlm_jax.nn import longrope
 from vlm_jax.nn.vlm import VLM, empty_cache
 from vlm_jax.structs import NO_IMAGE, Batch, Cache
@@ -87,7 +87,7 @@ def choose(
 
 
 def prefill(
-    cfg: Experiment,
+    cfg: Model,
     params,
     prompt: Batch,
     new_tokens: int,
@@ -106,7 +106,7 @@ def prefill(
 
 
 def decode_step(
-    cfg: Experiment, blocks, params, last: Batch, state: DecodeState, sampling: SamplingParams
+    cfg: Model, blocks, params, last: Batch, state: DecodeState, sampling: SamplingParams
 ) -> DecodeState:
     """Generates one more token.
 
@@ -163,7 +163,7 @@ def params_dtype(params) -> np.dtype:
     return params["decoder"]["embedding"]["table"].dtype
 
 
-def unstacks_layers(cfg: Experiment) -> bool:
+def unstacks_layers(cfg: Model) -> bool:
     """Returns whether blocks and cache are unstacked for decoding.
 
     On a CPU, XLA copies each block out of a stack before it reads it, and reading weights is what a
@@ -173,14 +173,14 @@ def unstacks_layers(cfg: Experiment) -> bool:
     return jax.default_backend() == "cpu" and not longrope.may_recompute(cfg.decoder.rope)
 
 
-def unstacked_blocks(cfg: Experiment, params):
+def unstacked_blocks(cfg: Model, params):
     """Returns the decoder blocks for `decode_step`, copied once for all tokens if unstacked."""
     blocks = params["decoder"]["blocks"]
     return unstack(blocks) if unstacks_layers(cfg) else blocks
 
 
 def forward(
-    cfg: Experiment, blocks, params, batch: Batch, cache: Cache
+    cfg: Model, blocks, params, batch: Batch, cache: Cache
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Returns next-token logits and the cache.
 
@@ -216,7 +216,7 @@ def last_tokens(prompt: Batch) -> Batch:
 
 
 def generate(
-    cfg: Experiment,
+    cfg: Model,
     params,
     prompt: Batch,
     new_tokens: int,
@@ -239,7 +239,7 @@ def generate(
 
 @functools.partial(jax.jit, static_argnames=("cfg", "new_tokens", "sampling"))
 def _generate(
-    cfg: Experiment,
+    cfg: Model,
     params,
     prompt: Batch,
     new_tokens: int,
@@ -273,7 +273,7 @@ _advance = jax.jit(decode_step, static_argnames=("cfg", "sampling"), donate_argn
 
 
 def stream(
-    cfg: Experiment,
+    cfg: Model,
     params,
     prompt: Batch,
     new_tokens: int,

@@ -21,7 +21,7 @@ import numpy as np
 
 from vlm_jax.config import ConfigError, Contrastive, Experiment, UserError, Vision
 from vlm_jax.hub.families.registry import possible_intermediate_layers
-from vlm_jax.hub.inputs import ARGUMENTS, channels_last, image_batch, to_batch
+from vlm_jax.hub.inputs import argument_names, channels_last, image_batch, to_batch
 from vlm_jax.hub.load import Checkpoint, load_checkpoint
 from vlm_jax.infer.generate import NonFiniteLogits, SamplingParams, generate
 from vlm_jax.nn.models import build_model
@@ -207,7 +207,7 @@ def compare_output(model: Model, case: Case, name: str, tolerance: float) -> Com
 def supported_arguments(cfg) -> tuple[str, ...]:
     """Names of the arguments that a model takes."""
     if isinstance(cfg, Experiment):
-        return ARGUMENTS[cfg.fusion.kind]
+        return argument_names(cfg.fusion)
     if isinstance(cfg, Vision):
         return ("pixel_values",)
     return ("input_ids", "attention_mask", "pixel_values")
@@ -265,13 +265,13 @@ def _image_features(model: Model, case: Case) -> np.ndarray:
 def _new_ids(model: Model, case: Case) -> np.ndarray:
     checkpoint = model.checkpoint
     inputs = case.inputs
-    needs_start = checkpoint.cfg.fusion.kind == "encoder_decoder"
+    needs_start = checkpoint.cfg.fusion.is_encoder_decoder
     if needs_start and "decoder_input_ids" not in inputs and checkpoint.start_id is not None:
         start = np.full((len(inputs["pixel_values"]), 1), checkpoint.start_id)
         inputs = inputs | {"decoder_input_ids": start}
     prompt = to_batch(checkpoint.cfg, inputs, checkpoint.image_token, generating=True)
     new_tokens = case.outputs["new_ids"].shape[1]
-    return generate(checkpoint.cfg, model.params, prompt, new_tokens, SamplingParams())
+    return generate(checkpoint.cfg.model, model.params, prompt, new_tokens, SamplingParams())
 
 
 def _encoder_output(field: str) -> Callable:

@@ -1,5 +1,7 @@
 """Blocks of sublayers and the loop over depth, shared by the image encoder and the decoder."""
 
+from typing import Literal, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -12,12 +14,29 @@ from vlm_jax.nn.kernels import ATTENTION_CHECKPOINT
 from vlm_jax.nn.layers import Mlp, Norm
 from vlm_jax.structs import BlockInputs
 
-Sublayers = tuple[str, ...]
-ATTENTION = ("self", "cross")
+
+class Sublayer(NamedTuple):
+    """A kind of sublayer in `SUBLAYERS`."""
+
+    kind: Literal["self_attention", "cross_attention", "mlp"]
+    #: belongs to the part cross_attention: is absent without images, masked for tokens without an
+    #: image, and gated if `fusion.has_gates`
+    needs_image: bool = False
+
+
+# By the name of the sublayer's module, with which the names of its norm, gate and scale begin.
+SUBLAYERS = {
+    "self": Sublayer("self_attention"),
+    "mlp": Sublayer("mlp"),
+    "cross": Sublayer("cross_attention", needs_image=True),
+    "cross_mlp": Sublayer("mlp", needs_image=True),
+}
+Sublayers = tuple[str, ...]  # names in SUBLAYERS, in the order in which they run
 NOT_FUSED = Fusion(kind="text_only")
 _policies = jax.checkpoint_policies
 _dots = _policies.dots_with_no_batch_dims_saveable
-SAVED = {  # by `remat`: what of a block is kept beside its input
+# By `remat`: what of a block is saved besides its input.
+SAVED = {
     "attention": _policies.save_from_both_policies(
         _dots, _policies.save_only_these_names(ATTENTION_CHECKPOINT)
     ),
@@ -27,13 +46,15 @@ SAVED = {  # by `remat`: what of a block is kept beside its input
 
 
 class Block(nn.Module):
-    """x <- x + sublayer(norm(x)) for each of its sublayers; the `cross` ones read the memory.
+    """A transformer block: a residual branch for each of its sublayers in turn.
 
-    `self` attends to the sequence, `cross` to the memory, `mlp` and `cross_mlp` are alike but for the part they belong
-    to: `cross` and `cross_mlp` are cross-attention's, behind a tanh gate that starts at 0 where `fusion.has_gates`
-    (Alayrac et al. 2022, Flamingo, section 2.2). A token that reads no image gets nothing from them (from `cross_mlp`
-    alone where `fusion.tokens_without_image` is "attend_all"), and without a memory they are not there at all.
-    `cfg.norm_position` moves the norm, `cfg.layer_scale` scales what is added.
+        pre       x = x + scale * sublayer(norm(x))
+        post      x = norm(x + scale * sublayer(x))
+        sandwich  x = x + scale * norm(sublayer(norm(x)))
+
+    `cfg.norm_position` chooses the line and `cfg.layer_scale` the scale. Sublayers of
+    cross-attention are scaled by a tanh gate that starts at 0 if `fusion.has_gates` (Alayrac et al.
+    2022, Flamingo, section 2.2).
     """
 
     cfg: Transformer
@@ -41,71 +62,77 @@ class Block(nn.Module):
     fusion: Fusion = NOT_FUSED
 
     @nn.compact
-    def __call__(self, x, context: BlockInputs, slides, cache: dict):
-        new_cache, order = {}, self.cfg.norm_position
+    def __call__(self, x, context: BlockInputs, is_sliding, cache: dict):
+        """Returns the hidden states (B, S, D), and with a cache keys and values by sublayer."""
+        has_memory = context.memory is not None or context.memory_mask is not None
+        new_cache, position = {}, self.cfg.norm_position
         for name in self.sublayers:
-            if name.startswith("cross") and context.memory is None and context.memory_mask is None:
+            sublayer = SUBLAYERS[name]
+            if sublayer.needs_image and not has_memory:
                 continue
-            y = x if order == "post" else self._norm(f"{name}_norm", x)
-            if name in ATTENTION:
-                y, new_cache[name] = self._attention(name, y, context, slides, cache.get(name))
-            else:
+            y = x if position == "post" else self._norm(f"{name}_norm", x)
+            if sublayer.kind == "mlp":
                 y = Mlp(self.cfg, name=name)(y)
-            if order == "sandwich":
+            elif sublayer.kind == "cross_attention":
+                y, new_cache[name] = self._cross_attention(name, y, context, cache.get(name))
+            else:
+                y, new_cache[name] = self._self_attention(
+                    name, y, context, is_sliding, cache.get(name)
+                )
+            if position == "sandwich":
                 y = self._norm(f"{name}_post_norm", y)
-            x = axes.constrain(x + self._scaled(name, self._seen(name, y, context)), "B S D")
-            if order == "post":
+            y = self._scale_residual(name, self._mask_tokens_without_image(sublayer, y, context))
+            x = axes.constrain(x + y, "B S D")
+            if position == "post":
                 x = self._norm(f"{name}_norm", x)
         return x, (new_cache if context.index is not None else {})
 
     def _norm(self, name, x):
         return Norm(self.cfg.norm, self.cfg.norm_eps, name=name)(x)
 
-    def _attention(self, name, x, context: BlockInputs, slides, cache):
-        if name == "cross":
-            attention = Attention(self.cfg, self.fusion.qk_norm, name=name)
-            return attention(
-                x,
-                context.memory,
-                context.memory_mask,
-                cache=None if context.memory is not None else cache,
-            )
+    def _self_attention(self, name, x, context: BlockInputs, is_sliding, cache):
         mask, rope = context.mask, context.rope
         if context.local_mask is not None:
-            mask = jnp.where(slides, context.local_mask, mask)
+            mask = jnp.where(is_sliding, context.local_mask, mask)
         if context.local_rope is not None:
             rope = jax.tree.map(
-                lambda local, whole: jnp.where(slides, local, whole), context.local_rope, rope
+                lambda local, other: jnp.where(is_sliding, local, other), context.local_rope, rope
             )
-        return Attention(self.cfg, self.cfg.qk_norm, name=name)(
-            x, x, mask, rope, cache, context.index
-        )
+        attention = Attention(self.cfg, self.cfg.qk_norm, name=name)
+        return attention(x, x, mask, rope, cache, context.index)
 
-    def _seen(self, name, y, context: BlockInputs):
-        """Zeroes what a cross sublayer would add to a token that does not pass it."""
-        passes = context.reads
-        if name == "cross" and context.attends is not None:
-            passes = context.attends
-        if not name.startswith("cross") or passes is None:
+    def _cross_attention(self, name, x, context: BlockInputs, cache):
+        # While decoding, keys and values of the memory are in the cache.
+        cache = cache if context.memory is None else None
+        attention = Attention(self.cfg, self.fusion.qk_norm, name=name)
+        return attention(x, context.memory, context.memory_mask, cache=cache)
+
+    def _mask_tokens_without_image(self, sublayer: Sublayer, y, context: BlockInputs):
+        """Zeroes what a sublayer of cross-attention would add to a token without an image.
+
+        With `fusion.tokens_without_image` "attend_all" such tokens pass the attention, and only
+        their MLP is zeroed.
+        """
+        mask = context.has_image
+        if sublayer.kind == "cross_attention" and context.attends is not None:
+            mask = context.attends
+        if not sublayer.needs_image or mask is None:
             return y
-        return jnp.where(passes[..., None], y, 0)
+        return jnp.where(mask[..., None], y, 0)
 
-    def _scaled(self, name, y):
+    def _scale_residual(self, name, y):
         if self.cfg.layer_scale == "vector":
-            return y * self.param(
-                f"{name}_scale", axes.with_axes(nn.initializers.ones, "D"), y.shape[-1:]
-            )
-        if self.cfg.layer_scale == "tanh_gate" or (
-            name.startswith("cross") and self.fusion.has_gates
-        ):
-            return y * jnp.tanh(
-                self.param(f"{name}_gate", axes.with_axes(nn.initializers.zeros, "1"), (1,))
-            )
+            init = axes.with_axes(nn.initializers.ones, "D")
+            return y * self.param(f"{name}_scale", init, y.shape[-1:])
+        is_gated = SUBLAYERS[name].needs_image and self.fusion.has_gates
+        if self.cfg.layer_scale == "tanh_gate" or is_gated:
+            init = axes.with_axes(nn.initializers.zeros, "1")
+            return y * jnp.tanh(self.param(f"{name}_gate", init, (1,)))
         return y
 
 
 def repeating_period(blocks: tuple[Sublayers, ...]) -> tuple[Sublayers, ...]:
-    """The shortest run of blocks that the stack repeats."""
+    """Returns the shortest pattern that the stack repeats, such as (cross, self, mlp)."""
     for length in range(1, len(blocks) + 1):
         if len(blocks) % length == 0 and blocks == blocks[:length] * (len(blocks) // length):
             return blocks[:length]
@@ -113,30 +140,37 @@ def repeating_period(blocks: tuple[Sublayers, ...]) -> tuple[Sublayers, ...]:
 
 
 class ScanBlock(nn.Module):
-    """One turn of the loop over depth: its blocks in turn, each output noted where `wanted` asks for it."""
+    """One iteration of the scan over depth: the blocks of one repeating pattern.
+
+    Outputs of the layers in `return_layers` are carried along.
+    """
 
     cfg: Transformer
     blocks: tuple[Sublayers, ...]
     fusion: Fusion
-    wanted: tuple[int, ...]
+    return_layers: tuple[int, ...]
 
     @nn.compact
-    def __call__(self, carry, context: BlockInputs, turn, slides, cache: list):
-        (x, kept), new_cache, block_class = carry, [], self._block_class()
+    def __call__(self, carry, context: BlockInputs, scan_step, is_sliding, cache: list):
+        x, hidden_states = carry
+        new_cache, block_class = [], self._block_class()
         for i, sublayers in enumerate(self.blocks):
             block = block_class(self.cfg, sublayers, self.fusion, name=f"block_{i}")
-            x, block_cache = block(x, context, slides[i], cache[i])
+            x, block_cache = block(x, context, is_sliding[i], cache[i])
             new_cache.append(block_cache)
             self.sow("intermediates", f"block_{i}_out", x)
-            number = turn * len(self.blocks) + i + 1
-            kept = [jnp.where(number == layer, x, old) for layer, old in zip(self.wanted, kept)]
-        return (x, kept), new_cache
+            layer = scan_step * len(self.blocks) + i + 1
+            hidden_states = [
+                jnp.where(layer == number, x, old)
+                for number, old in zip(self.return_layers, hidden_states)
+            ]
+        return (x, hidden_states), new_cache
 
     def _block_class(self):
-        """Each block for itself is computed again (Chen et al. 2016), however many a period has.
+        """Rematerialises block by block (Chen et al. 2016), however many a pattern has.
 
-        Forward and backward pass are loops of their own, so nothing is shared between them by common subexpressions;
-        the barriers that prevent it are needed only where the loop is laid out.
+        The forward and the backward pass are separate loops, so common subexpressions are never
+        shared between them; barriers against that are needed only where the loop is unrolled.
         """
         if self.cfg.remat == "none":
             return Block
@@ -144,39 +178,41 @@ class ScanBlock(nn.Module):
 
 
 class Stack(nn.Module):
-    """All blocks: a loop over the repeating period, so that compile time does not grow with depth.
+    """All blocks: a scan over the repeating pattern, so that compile time does not grow with depth.
 
-    Parameters and caches of block i of the period are stacked over L, the turns of the loop. Beside the output it
-    returns the hidden states that `wanted` names: 0 is the input, n the output of block n (from 1), -1 of the last.
+    Parameters and caches of block i of the pattern are stacked over L, the iterations of the scan.
     """
 
     cfg: Transformer
     blocks: tuple[Sublayers, ...]
     fusion: Fusion = NOT_FUSED
-    sliding: tuple[int, ...] = ()  # the blocks whose self-attention uses the local mask and RoPE
-    wanted: tuple[int, ...] = ()
+    sliding: tuple[int, ...] = ()  # blocks whose self-attention has the local mask and RoPE
+    #: hidden states to return: 0 is the input, n the output of block n (from 1), -1 of the last
+    return_layers: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(self, x, context: BlockInputs, cache: list | None = None):
+        """Returns the output (B, S, D), hidden states of `return_layers`, and the new cache."""
         period, count = repeating_period(self.blocks), len(self.blocks)
-        turns = count // len(period)
-        loop = nn.scan(
+        steps = count // len(period)
+        # One compiled body for each pattern.
+        scan = nn.scan(
             ScanBlock,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0, 0, 0),
-            length=turns,
-            unroll=min(self.cfg.unroll, turns),
+            length=steps,
+            unroll=min(self.cfg.unroll, steps),
             metadata_params={meta.PARTITION_NAME: "L"},
         )
-        wanted = tuple(layer % (count + 1) for layer in self.wanted)
-        slides = jnp.array([i in self.sliding for i in range(count)]).reshape(turns, len(period))
-        layers = loop(self.cfg, period, self.fusion, wanted, name="layers")
-        (x, kept), cache = layers(
-            (x, [x] * len(wanted)),
+        return_layers = tuple(layer % (count + 1) for layer in self.return_layers)
+        is_sliding = jnp.array([i in self.sliding for i in range(count)])
+        layers = scan(self.cfg, period, self.fusion, return_layers, name="layers")
+        (x, hidden_states), cache = layers(
+            (x, [x] * len(return_layers)),
             context,
-            jnp.arange(turns),
-            slides,
+            jnp.arange(steps),
+            is_sliding.reshape(steps, len(period)),
             cache or [{} for _ in period],
         )
-        return x, kept, cache
+        return x, hidden_states, cache

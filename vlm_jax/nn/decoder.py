@@ -98,7 +98,7 @@ class Decoder(nn.Module):
             rope=rope_tables(positions, cfg) if cfg.positions == "rope" else None,
             memory=inputs.memory,
             memory_mask=inputs.memory_mask,
-            reads=inputs.reads,
+            has_image=inputs.has_image,
             attends=inputs.attends,
             local_mask=inputs.local_mask,
             local_rope=local_rope_tables(positions, cfg) if cfg.rope.local_theta else None,

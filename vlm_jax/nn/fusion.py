@@ -1,4 +1,4 @@
-"""How image tokens reach the decoder, and every attention mask.
+"""Fusion styles: how image tokens reach the decoder, and all attention masks.
 
 unified            x: [i i i i t t t]                  memory: none
 cross_attention    x: [t t t]                          memory: [i i i i], behind gates
@@ -6,15 +6,16 @@ encoder_decoder    x: [t t t]                          memory: [i i i i], in eve
 hybrid             x: [i i t t t]                      memory: [i i i i], behind gates
 text_only          x: [t t t]                          memory: none
 
-Of an image in tiles, hybrid has the thumbnail in x and the tiles in memory (NVLM-H; Dai et al. 2024, section 4), the
-others have both in one place. An image that is one tile is in both places of hybrid.
+If an image has several tiles, hybrid puts its thumbnail into x and its tiles into memory (NVLM-H;
+Dai et al. 2024, section 4). The other styles keep all of them together. An image of one tile is in
+both places of hybrid.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.config import Experiment
+from vlm_jax.config import Model
 from vlm_jax.structs import (
     NO_IMAGE,
     PADDING,
@@ -29,65 +30,72 @@ KeyIds = Int[Array, "B T"]
 
 
 def fuse(
-    cfg: Experiment,
+    cfg: Model,
     text: Float[Array, "B S D"],
     image: Float[Array, "B T E"] | None,
     batch: Batch,
     cache: Cache | None = None,
 ) -> DecoderInputs:
-    """Embedded text and the I*M image tokens of each row -> what the decoder sees; I counts every view of an image.
+    """Combines text embeddings and image tokens into the decoder's inputs.
 
-    While decoding, `image` is None: its tokens, or their keys and values, are in the cache already.
+    Args:
+      text: embedded tokens.
+      image: the I*M image tokens of each row, where I counts every view of an image; None while
+        decoding, when the image tokens, or their keys and values, are in the cache.
     """
-    reads_memory = cfg.fusion.image_in_memory and batch.image_mask.shape[-1] > 0
+    has_memory = cfg.fusion.image_in_memory and batch.image_mask.shape[-1] > 0
     in_sequence = cfg.fusion.image_in_sequence and image is not None
     window = cfg.decoder.sliding_window if cfg.decoder.sliding_layers else 0
-    stream = DecoderInputs(
-        x=place(text, image, batch.image_token_index) if in_sequence else text,
+    inputs = DecoderInputs(
+        x=insert_image_tokens(text, image, batch.image_token_index) if in_sequence else text,
         positions=batch.positions,
         mask=self_attention_mask(batch, cache),
         local_mask=self_attention_mask(batch, cache, window) if window else None,
     )
-    if not reads_memory:
-        return stream
-    if cfg.fusion.kind == "hybrid":
-        image = None if image is None else without_thumbnails(cfg, image, 1, cfg.image_tokens)
-        batch = batch.replace(image_mask=without_thumbnails(cfg, batch.image_mask, 2))
-    stream = stream.replace(memory=image, reads=batch.image_mask.any(-1))
+    if not has_memory:
+        return inputs
+
+    # The thumbnails are in the sequence, so cross-attention has the tiles alone.
+    if cfg.fusion.splits_views:
+        if image is not None:
+            image = without_thumbnails(cfg, image, axis=1, tokens=cfg.image_tokens)
+        batch = batch.replace(image_mask=without_thumbnails(cfg, batch.image_mask, axis=2))
+    inputs = inputs.replace(memory=image, has_image=batch.image_mask.any(-1))
+
     if cfg.fusion.tokens_without_image == "attend_all":
-        batch = batch.replace(image_mask=open_blind(batch))
-        stream = stream.replace(attends=batch.image_mask.any(-1))
-    return stream.replace(memory_mask=memory_mask(batch, cfg.image_tokens))
+        batch = batch.replace(image_mask=mask_tokens_without_image(batch))
+        inputs = inputs.replace(attends=batch.image_mask.any(-1))
+    return inputs.replace(memory_mask=cross_attention_mask(batch, cfg.image_tokens))
 
 
-def open_blind(batch: Batch) -> Bool[Array, "B S I"]:
-    """`image_mask`, in which a token that may read no image reads those of its `no_image_mask`."""
-    is_blind = ~batch.image_mask.any(-1, keepdims=True)
-    return batch.image_mask | (
-        is_blind if batch.no_image_mask is None else is_blind & batch.no_image_mask
-    )
+def mask_tokens_without_image(batch: Batch) -> Bool[Array, "B S I"]:
+    """`image_mask` in which tokens without an image attend to the images of `no_image_mask`."""
+    has_no_image = ~batch.image_mask.any(-1, keepdims=True)
+    if batch.no_image_mask is None:
+        return batch.image_mask | has_no_image
+    return batch.image_mask | (has_no_image & batch.no_image_mask)
 
 
-def without_thumbnails(cfg: Experiment, x: Array, axis: int, each: int = 1) -> Array:
-    """Keeps what belongs to tiles along an axis of `each` entries for every view of every image."""
+def without_thumbnails(cfg: Model, x: Array, axis: int, tokens: int = 1) -> Array:
+    """Keeps the entries of tiles along an axis that has `tokens` entries for each view."""
     vision = cfg.vision
-    apart = x.reshape(*x.shape[:axis], -1, vision.views, each, *x.shape[axis + 1 :])
-    tiles = jax.lax.slice_in_dim(apart, 0, vision.cut_tiles, axis=axis + 1)
+    by_view = x.reshape(*x.shape[:axis], -1, vision.views, tokens, *x.shape[axis + 1 :])
+    tiles = jax.lax.slice_in_dim(by_view, 0, vision.cut_tiles, axis=axis + 1)
     return tiles.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
 
-def place(
-    text: Float[Array, "B S D"], image: Float[Array, "B T D"], slots: Int[Array, "B S"]
+def insert_image_tokens(
+    text: Float[Array, "B S D"], image: Float[Array, "B T D"], index: Int[Array, "B S"]
 ) -> Float[Array, "B S D"]:
-    """Puts image token `slots` where it stands in the sequence; text stays where the slot says NO_IMAGE."""
-    found = jnp.take_along_axis(image, jnp.maximum(slots, 0)[..., None], axis=1)
-    return jnp.where((slots == NO_IMAGE)[..., None], text, found)
+    """Replaces text embeddings by image token `index` unless it is NO_IMAGE."""
+    image_at = jnp.take_along_axis(image, jnp.maximum(index, 0)[..., None], axis=1)
+    return jnp.where((index == NO_IMAGE)[..., None], text, image_at)
 
 
 def self_attention_mask(
     batch: Batch, cache: Cache | None = None, window: int = 0
 ) -> Bool[Array, "B 1 S T"]:
-    """Which tokens of the sequence, or of the cache's T slots, each token sees.
+    """Attention mask over the tokens of the sequence, or over the T slots of the cache.
 
     Drawn for a row of two segments, the first a trunk of two and two branches of two:
 
@@ -100,9 +108,9 @@ def self_attention_mask(
                                      . . . . . . 1 .
                                      . . . . . . 1 1
 
-    A `window` leaves only keys less than so many positions before the token (Beltagy et al. 2020, section 3.1; 0: all).
-    Tokens of one block (`block_ids`) see each other besides: later ones, and those of another branch or outside the
-    window, too.
+    With a `window` keys must be less than `window` positions before the token (Beltagy et al. 2020,
+    section 3.1); 0: no limit. Tokens of one block (`block_ids`) also attend to each other in both
+    directions, across branches and beyond the window.
     """
     keys, first_slot = (batch, 0) if cache is None else (cache, cache.index)
     slots = first_slot + jnp.arange(batch.tokens.shape[1])
@@ -120,12 +128,12 @@ def _same(ids: Ids, key_ids: KeyIds) -> Bool[Array, "B S T"]:
     return ids[:, :, None] == key_ids[:, None]
 
 
-def text_mask(there: Bool[Array, "B S"], causal: bool) -> Bool[Array, "B 1 #S T"]:
-    """Where there is nothing but one text a row: a token sees what is there, and if `causal`, nothing after itself."""
-    visible = there[:, None, None]
-    return visible & jnp.tri(there.shape[1], dtype=bool) if causal else visible
+def text_mask(is_token: Bool[Array, "B S"], causal: bool) -> Bool[Array, "B 1 #S T"]:
+    """Attention mask of one text per row: a padding mask, and a causal mask if `causal`."""
+    visible = is_token[:, None, None]
+    return visible & jnp.tri(is_token.shape[1], dtype=bool) if causal else visible
 
 
-def memory_mask(batch: Batch, tokens_per_image: int) -> Bool[Array, "B 1 S T"]:
-    """Which image tokens each text token reads: all M of every image in its `image_mask`."""
+def cross_attention_mask(batch: Batch, tokens_per_image: int) -> Bool[Array, "B 1 S T"]:
+    """Attention mask over image tokens: all M tokens of each image in a token's `image_mask`."""
     return jnp.repeat(batch.image_mask, tokens_per_image, axis=-1)[:, None]

@@ -1,4 +1,9 @@
-"""From the encoder's tokens to the decoder's width. `config.Projector.num_tokens` says how many come out."""
+"""Projectors: map the encoder's tokens to the decoder's width.
+
+A new projector is one class here and one row of `PROJECTORS` in config/model.py, which names the
+class and states how many tokens it emits (`config.Projector.num_tokens`). It maps (B, P, E) to
+(B, M, D).
+"""
 
 import einops
 import jax.numpy as jnp
@@ -6,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.config import Experiment, Transformer
+from vlm_jax.config import Model, Transformer
 from vlm_jax.nn.blocks import Block
 from vlm_jax.nn.layers import (
     ACTIVATIONS,
@@ -21,9 +26,9 @@ Projected = Float[Array, "B M D"]
 
 
 class Linear(nn.Module):
-    """One product: (B, P, E) -> (B, P, D)."""
+    """Linear projection: (B, P, E) -> (B, P, D)."""
 
-    cfg: Experiment
+    cfg: Model
 
     @nn.compact
     def __call__(self, x: Tokens) -> Projected:
@@ -32,9 +37,9 @@ class Linear(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two products with an activation between: (B, P, E) -> (B, P, D) (LLaVA 1.5)."""
+    """Two-layer MLP (LLaVA 1.5): (B, P, E) -> (B, P, D)."""
 
-    cfg: Experiment
+    cfg: Model
 
     @nn.compact
     def __call__(self, x: Tokens) -> Projected:
@@ -46,18 +51,21 @@ class Mlp(nn.Module):
 
 
 class Identity(nn.Module):
-    """The tokens as they are, where cross-attention takes them at the encoder's width: (B, P, E) -> (B, P, E)."""
+    """Returns the tokens unchanged, for cross-attention to memory of the encoder's width E."""
 
-    cfg: Experiment
+    cfg: Model
 
     def __call__(self, x: Tokens) -> Tokens:
         return x
 
 
 class PixelShuffle(nn.Module):
-    """Every f x f square of tokens becomes one token f*f times as wide, then a product (Idefics3)."""
+    """Concatenates every f x f square of tokens into one, then projects it (Idefics3).
 
-    cfg: Experiment
+    (B, P, E) -> (B, P / f^2, D).
+    """
+
+    cfg: Model
 
     @nn.compact
     def __call__(self, x: Tokens) -> Projected:
@@ -70,9 +78,12 @@ class PixelShuffle(nn.Module):
 
 
 class AveragePool(nn.Module):
-    """The mean of every f x f square of tokens, then a product (Gemma 3)."""
+    """Averages every f x f square of tokens, then projects it (Gemma 3).
 
-    cfg: Experiment
+    (B, P, E) -> (B, P / f^2, D).
+    """
+
+    cfg: Model
 
     @nn.compact
     def __call__(self, x: Tokens) -> Projected:
@@ -85,12 +96,13 @@ class AveragePool(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Learned queries read the tokens: (B, P, E) -> (B, Q, D) (Perceiver resampler of Flamingo, appendix A.1.1).
+    """Learned queries attend to the tokens: (B, P, E) -> (B, Q, D).
 
-    Keys and values are those of tokens and queries together.
+    The Perceiver resampler of Flamingo (Alayrac et al. 2022, appendix A.1.1). Keys and values come
+    from tokens and queries together.
     """
 
-    cfg: Experiment
+    cfg: Model
 
     @nn.compact
     def __call__(self, x: Tokens) -> Projected:
@@ -107,11 +119,6 @@ class Resampler(nn.Module):
         return Norm("layernorm", settings.norm_eps, name="final_norm")(q)
 
 
-PROJECTORS = {
-    "linear": Linear,
-    "mlp": Mlp,
-    "pixel_shuffle": PixelShuffle,
-    "average_pool": AveragePool,
-    "resampler": Resampler,
-    "none": Identity,
-}
+def build_projector(cfg: Model) -> nn.Module:
+    """Builds the class of this file that the row of `projector.kind` names."""
+    return globals()[cfg.projector.spec.module](cfg)

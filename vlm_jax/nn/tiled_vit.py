@@ -58,7 +58,7 @@ class TiledViT(nn.Module):
         # The blocks see the tiles of an image as one sequence.
         block_inputs = BlockInputs(mask=padding_mask(tile_mask, length, padded_length))
         sublayers = (("self", "mlp"),) * cfg.depth
-        stack = Stack(cfg, sublayers, wanted=cfg.feature_layers, name="blocks")
+        stack = Stack(cfg, sublayers, return_layers=cfg.feature_layers, name="blocks")
         x, hidden_states, _ = stack(x.reshape(rows, -1, width), block_inputs)
         x = self._norm("final_norm", x).reshape(rows, tiles, padded_length, width)
         x = x + self._tile_embedding("post_tile", layouts, tiles)

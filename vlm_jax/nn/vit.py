@@ -53,7 +53,7 @@ class ViT(nn.Module):
         self.sow("intermediates", "embeddings", x)
         x = axes.constrain(x, "B P D")
         sublayers = (("self", "mlp"),) * cfg.depth
-        stack = Stack(cfg, sublayers, wanted=cfg.feature_layers, name="blocks")
+        stack = Stack(cfg, sublayers, return_layers=cfg.feature_layers, name="blocks")
         x, hidden_states, _ = stack(x, BlockInputs())
         if cfg.final_norm == "tokens":
             x = self._norm("final_norm", x)

@@ -15,7 +15,7 @@ from jax.experimental import topologies
 
 from vlm_jax import axes, sharding
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.cost.chips import slice_of
+from vlm_jax.cost.chips import parse_slice
 from vlm_jax.plan import hlo
 from vlm_jax.plan.memory import batch_shapes
 from vlm_jax.train.loss import chunk_tokens
@@ -43,7 +43,7 @@ def tpu_devices(topology: str) -> list[jax.Device]:
     Raises:
       ConfigError: the TPU compiler is not installed, or the slice does not exist.
     """
-    chip, chips = slice_of(topology)
+    chip, chips = parse_slice(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
             "--topology needs XLA's TPU compiler: pip install -r requirements-tpu.txt."

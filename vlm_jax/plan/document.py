@@ -10,13 +10,13 @@ from jax.sharding import AbstractMesh
 
 from vlm_jax import axes
 from vlm_jax.config import Experiment
-from vlm_jax.cost.chips import Chip, slice_of
+from vlm_jax.cost.chips import Chip, parse_slice
 from vlm_jax.cost.flops import flops_by_part, token_flow, train_flops
 from vlm_jax.hub.export import exportable
+from vlm_jax.nn.parts import PARTS, part_of, trained_parts
 from vlm_jax.plan import compiled, memory
 from vlm_jax.plan.hlo import Program
 from vlm_jax.plan.roofline import roofline
-from vlm_jax.train import optim
 from vlm_jax.train.inputs import check_rows
 from vlm_jax.train.step import state_shapes
 
@@ -56,7 +56,7 @@ def build_plan(
     }
     if topology is None:
         return plan
-    chip, chips = slice_of(topology)
+    chip, chips = parse_slice(topology)
     plan["topology"] = {
         "name": topology,
         "devices": chips,
@@ -73,8 +73,8 @@ def part_costs(cfg: Experiment) -> dict[str, dict]:
     flat = traverse_util.flatten_dict(state_shapes(cfg).params)
     count = Counter()
     for path, x in flat.items():
-        count[optim.part_of(path)] += math.prod(x.shape)
-    trained, flops = optim.trained_parts(cfg.optim), flops_by_part(cfg)
+        count[part_of(path)] += math.prod(x.shape)
+    trained, flops = trained_parts(cfg.optim), flops_by_part(cfg)
     return {
         part: {
             "parameters": count[part],
@@ -82,7 +82,7 @@ def part_costs(cfg: Experiment) -> dict[str, dict]:
             "forward_flops": flops[part].forward,
             "backward_flops": flops[part].backward,
         }
-        for part in optim.PARTS
+        for part in PARTS
         if count[part]
     }
 

@@ -120,20 +120,9 @@ def per_device_config(cfg: Experiment, mesh) -> Experiment:
 
 
 def batch_shapes(cfg: Experiment) -> Batch:
-    """Shapes of a training batch whose rows have the maximum number of images."""
-    batch = jax.eval_shape(lambda: example_batch(cfg, cfg.train.batch_size))
-    count = cfg.data.images_per_row
-
-    def repeat(x, axis):
-        sizes = (*x.shape[:axis], x.shape[axis] * count, *x.shape[axis + 1 :])
-        return jax.ShapeDtypeStruct(sizes, x.dtype)
-
-    # The example has one image per row.
-    fields = {"image_mask": repeat(batch.image_mask, 2)}
-    for name in ("images", "tile_layouts", "tile_mask"):
-        if getattr(batch, name) is not None:
-            fields[name] = repeat(getattr(batch, name), 1)
-    return batch.replace(**fields)
+    """Shapes of a training batch whose rows have as many images as they have room for."""
+    sizes = cfg.row_length, cfg.train.batch_size, cfg.data.images_per_row
+    return jax.eval_shape(lambda: example_batch(cfg.model, *sizes))
 
 
 def _splits(cfg: Experiment, mesh) -> dict[tuple[int, ...], int]:

@@ -15,21 +15,10 @@ from vlm_jax.axes import Partitioned
 from vlm_jax.config import ConfigError, Experiment, Optim
 from vlm_jax.config.hints import nearest
 from vlm_jax.nn.models import abstract_params
+from vlm_jax.nn.parts import part_of, trained_parts
 
-PARTS = ("vision", "projector", "decoder", "cross_attention")
 Path = tuple[str, ...]
 Boxes = Mapping[Path, Partitioned]  # logical axes of the parameters, by path
-
-
-def part_of(path: Path) -> str:
-    """Returns the part of a parameter: cross-attention's sublayers are in the decoder's blocks."""
-    if path[0] == "decoder" and any(name.startswith("cross") for name in path):
-        return "cross_attention"
-    return path[0]
-
-
-def trained_parts(cfg: Optim) -> set[str]:
-    return {part for part, lr_mult in dataclasses.asdict(cfg.lr_mult).items() if lr_mult > 0}
 
 
 def split(params, cfg: Optim) -> tuple[dict, dict]:

@@ -108,7 +108,7 @@ def batch_loss(cfg: Experiment, trained: Params, frozen: Params, batch: Batch) -
     """
     params = optim.join(cast_to_compute_dtype(cfg, trained), cast_to_compute_dtype(cfg, frozen))
     batch_in_dtype = batch.replace(images=cast_to_compute_dtype(cfg, batch.images))
-    hidden, _ = VLM(cfg).apply({"params": params}, batch_in_dtype, method="hidden")
+    hidden, _ = VLM(cfg.model).apply({"params": params}, batch_in_dtype, method="hidden")
 
     # The head is differentiated apart from the model: its loss and gradients are computed in
     # chunks of scored tokens, so that the logits (B, S, V) of a batch are never all in memory.
@@ -121,7 +121,7 @@ def batch_loss(cfg: Experiment, trained: Params, frozen: Params, batch: Batch) -
 
 def output_head(cfg: Experiment) -> Head:
     """Returns the output head: the embedding table if tied, else a kernel of its own."""
-    model, hidden = VLM(cfg), jax.ShapeDtypeStruct((1, 1, cfg.decoder.width), jnp.float32)
+    model, hidden = VLM(cfg.model), jax.ShapeDtypeStruct((1, 1, cfg.decoder.width), jnp.float32)
 
     def apply(params, x):
         return model.apply({"params": traverse_util.unflatten_dict(params)}, x, method="head")

@@ -196,7 +196,11 @@ def test_questions_alone_are_answered_by_chance(name, datasets_dir):
         ),
         (
             {"transcript": True},
-            "data.transcript True does not say how large words are, .* set data.cell_px to 6 to 8",
+            "data.transcript True does not contain the sizes of words, .* set data.cell_px to 6 to 8",
+        ),
+        (
+            {"source": "easy_vqa", "seed": 3},
+            "data.seed applies only to data.source glyphs and digits",
         ),
         (
             {"source": "easy_vqa", "seed": 3},

@@ -91,10 +91,10 @@ class TestPaliGemma(UnifiedLaws):
             return jax.tree.map(lambda x: x[:, start:end], whole.replace(images=None))
 
         def apply(batch, *cache):
-            return forward(VLM(pair.cfg), pair.params, batch, *cache)
+            return forward(VLM(pair.cfg.model), pair.params, batch, *cache)
 
         prefix = part(0, length - SUFFIX).replace(images=whole.images)
-        cache = apply(prefix, empty_cache(pair.cfg, prefix, SUFFIX)).cache
+        cache = apply(prefix, empty_cache(pair.cfg.model, prefix, SUFFIX)).cache
         expected = pair.outputs(whole)[0]
         for i in range(length - SUFFIX, length):
             output = apply(part(i, i + 1), cache)

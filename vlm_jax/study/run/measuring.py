@@ -92,7 +92,7 @@ def _decoding_speed(cfg: Experiment, mesh, tokenizer: Tokenizer, params) -> floa
         with jax.set_mesh(mesh):
             sharded = sharding.place_rows(batch, mesh)
             return _fastest_seconds(
-                lambda: generate(cfg, params, sharded, new_tokens, SamplingParams())
+                lambda: generate(cfg.model, params, sharded, new_tokens, SamplingParams())
             )
 
     # The first token is the prefill's.

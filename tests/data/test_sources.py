@@ -139,12 +139,13 @@ def stripes(tmp_path, monkeypatch) -> Data:
     module, row = recipe()
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(DATASETS, "stripes", row)
-    return Data(source="stripes", dir=str(tmp_path), augment=(), questions_per_row=2)
+    sizes = {"questions_per_row": 2, "text_length": 48}
+    return Data(source="stripes", dir=str(tmp_path), augment=(), **sizes)
 
 
 def test_a_dataset_is_one_class_and_one_row(stripes):
     """The recipe is followed literally: the new dataset is trained on, evaluated and validated."""
-    cfg = validate(tiny(data=replace(stripes, text_length=48)))
+    cfg = validate(tiny(data=stripes))
     tokenizer = pipeline.train_tokenizer(cfg)
     batch = next(pipeline.training_iterator(cfg, tokenizer))
     assert batch.images.shape == (8, 1, 16, 16, 3)

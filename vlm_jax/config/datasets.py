@@ -10,7 +10,8 @@ class Dataset:
     """A row of `DATASETS`. It has a `builder` or a `conversations`, not both.
 
     Attributes:
-      builder: "module:class" of a `data.builders.records.RecordBuilder`: rows are one image with its questions.
+      builder: "module:class" of a `data.builders.records.RecordBuilder`: a row is one image with
+        its questions.
       conversations: a module with `load(data, split)` and `fingerprint(data)`: rows are packed with
         conversations. An example is `data/tfds_vqa.py`.
       fields: fields of `Data` that this dataset reads and some others do not.

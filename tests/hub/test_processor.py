@@ -280,7 +280,7 @@ def refusal(capsys, path, *arguments) -> str:
 
 def test_images_that_a_checkpoint_does_not_read(folder_of, pictures, capsys, tmp_path):
     two = ("--image", pictures["colour"], pictures["tall"], "--prompt", "x")
-    assert "2 images, but Fuyu reads one" in refusal(capsys, folder_of("fuyu").path, *two)
+    assert "2 images: Fuyu takes at most one" in refusal(capsys, folder_of("fuyu").path, *two)
     assert "writes about one image" in refusal(capsys, folder_of("trocr").path, *two)
     assert "writes about one image" in refusal(capsys, folder_of("trocr").path, "--prompt", "x")
     assert "reads no images" in refusal(capsys, folder_of("gemma").path, *two)
@@ -399,7 +399,7 @@ def test_images_may_be_nested_as_transformers_takes_them(folder_of, pictures, na
         (
             2,
             lambda file: [[file]],
-            "1 lists for 2 prompts: give one list of images for each prompt",
+            "1 lists for 2 prompts: give one list of images per prompt",
         ),
         (
             2,
@@ -409,7 +409,7 @@ def test_images_may_be_nested_as_transformers_takes_them(folder_of, pictures, na
         (
             2,
             lambda file: [None, [file]],
-            "images holds None: give one list of images for each prompt",
+            "images holds None: give one list of images per prompt",
         ),
         (1, lambda file: {"image": file}, "images is of the type dict: give one list of images"),
         (1, lambda file: [[[file]]], "list is not a kind of image"),

@@ -185,7 +185,7 @@ def test_the_report_repeats_the_command_with_all_options(write, folder, monkeypa
 DAMAGES = {
     "config.json": (
         lambda text: text.replace('"learning_rate": 0.001', '"learning_rate": 0.77'),
-        "another config",
+        "a run with a different config",
     ),
     "predictions.jsonl": (
         lambda text: "",

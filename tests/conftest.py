@@ -1,4 +1,4 @@
-"""Settled before anything imports JAX: eight CPU devices, and shape annotations that are checked at every call."""
+"""Settings that must precede the import of JAX: eight CPU devices, and checked shape annotations."""
 
 import os
 import signal
@@ -6,7 +6,8 @@ from pathlib import Path
 
 FLAGS = (
     "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",  # most of the suite's time is compilation: this halves it
+    # Most of the suite's time is compilation: this halves it.
+    "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
 )
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
@@ -17,18 +18,26 @@ import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 COMPILATION_CACHE = Path("~/.cache/vlm_jax/tests").expanduser()
-COMPILATION_CACHE_BYTES = 4 * 2**30
-CHECKED = [
-    "vlm_jax.nn",
-    "vlm_jax.train.loss",
-    "vlm_jax.infer.generate",
-]  # never `structs`: trees of anything
+MAX_CACHE_BYTES = 2 * 2**30
+# `structs` is not checked: tree functions put leaves of any kind into them.
+CHECKED = ["vlm_jax.nn", "vlm_jax.train.loss", "vlm_jax.infer.generate"]
 install_import_hook(CHECKED, "beartype.beartype")
+
+
+def pytest_configure(config):
+    """Empties a compilation cache that is too large; pytest-xdist's workers leave that to their parent."""
+    is_worker = hasattr(config, "workerinput")
+    if is_worker or not COMPILATION_CACHE.is_dir():
+        return
+    files = list(COMPILATION_CACHE.iterdir())
+    if sum(file.stat().st_size for file in files) > MAX_CACHE_BYTES:
+        for file in files:
+            file.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")
 def datasets_dir(tmp_path_factory) -> str:
-    """Where this run of the tests prepares its datasets, once."""
+    """Folder in which the tests of this process prepare datasets, each once."""
     return str(tmp_path_factory.mktemp("datasets"))
 
 
@@ -39,21 +48,23 @@ def compilation_cache():
     The key of a program holds its HLO, the compiler's flags and the version of jaxlib.
     """
     jax.config.update("jax_compilation_cache_dir", str(COMPILATION_CACHE))
-    jax.config.update("jax_compilation_cache_max_size", COMPILATION_CACHE_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     yield
     jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs_let_go():
-    """A program holds memory maps, and Linux allows a process 65,530: with those of all modules XLA would crash."""
+def release_programs():
+    """Drops compiled programs after each module.
+
+    A program holds memory maps, of which Linux allows a process 65,530: XLA would crash.
+    """
     yield
     jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
-def signal_handlers_restored():
+def restore_signal_handlers():
     """A command run in this process leaves SIGTERM ignored: the next test must not inherit that."""
     handler = signal.getsignal(signal.SIGTERM)
     yield

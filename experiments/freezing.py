@@ -1,13 +1,16 @@
-"""Does the ranking of A and B flip when the decoder is frozen? As in Idefics2 (Laurencon et al. 2024, Table 3).
+"""Fusion styles with a frozen and with a trained decoder: does the ranking of A and B flip?
 
-The decoder first learns to answer from what the pages say, as text; then it gets the pages as images. An image token is
-a letter, as a token of the text was: a frozen decoder cannot learn to read four letters from one. The decoder is a
-small Gemma 3: at this learning rate a trained Llama, without its norms, learns from some seeds and not from others.
+After Idefics2 (Laurencon et al. 2024, table 3).
+
+The decoder first learns to answer from the text of the pages, then gets the pages as images. An
+image token is a letter, as a token of the text is: a frozen decoder cannot learn to read four
+letters from one token. The decoder is a small Gemma 3: at this learning rate a Llama, without its
+norms, learns with some seeds only.
 """
 
 from configs.synthetic.glyphs_typewritten_unified import get_config
 from experiments.fusion import CROSS
-from vlm_jax.study import Study, changed
+from vlm_jax.study import Study, override
 
 GEMMA_3 = {
     "decoder.norm": "rmsnorm_zero_centered",
@@ -31,15 +34,15 @@ def get_study() -> Study:
         "train.steps": 400,
     }
     return Study(
-        question="Does the ranking of A and B flip when a decoder that was trained on text is frozen?",
-        base=changed(get_config(), GEMMA_3 | fields),
+        question="Does the ranking of A and B flip when the decoder, trained on text, is frozen?",
+        base=override(get_config(), GEMMA_3 | fields),
         arms={
             **{f"{kind}_trained": fusion for kind, fusion in KINDS.items()},
             **{f"{kind}_frozen": fusion | FROZEN for kind, fusion in KINDS.items()},
         },
-        matched={"examples": ""},
+        matched={"examples": None},
         reference="unified_trained",
-        first={
+        prerequisites={
             "text": {
                 "decoder.checkpoint": "",
                 "fusion.kind": "text_only",

@@ -1,13 +1,13 @@
-"""Where should cross-attention stand, and what do gates and norms do? After Flamingo's Table 3 (Alayrac et al. 2022).
+"""Placement, gates and norms of cross-attention, after Flamingo (Alayrac et al. 2022, table 3).
 
-Flamingo's decoder could speak already and was frozen; this one has eight layers and learns from nothing. `freezing.py`
-has the gate on a decoder that was trained before. Embeddings are scaled as Gemma's: beside vectors as small as they are
-initialized, what a gate lets through in its first steps is large, and gated arms do not learn.
+Flamingo's decoder was trained before and frozen; this one has eight layers and learns from scratch.
+`freezing.py` has the gate on a trained decoder. Embeddings are scaled as in Gemma: beside vectors
+as small as their initialization, a gate's first outputs are large, and gated arms do not learn.
 """
 
 from configs.synthetic.glyphs_typewritten_unified import get_config
 from experiments.fusion import CROSS
-from vlm_jax.study import Study, changed
+from vlm_jax.study import Study, override
 
 
 def get_study() -> Study:
@@ -20,8 +20,8 @@ def get_study() -> Study:
         "decoder.embed_scale": True,
     }
     return Study(
-        question="How many layers of cross-attention does reading need, and do gates and norms help?",
-        base=changed(get_config(), fields),
+        question="How many cross-attention layers does reading need, and do gates and norms help?",
+        base=override(get_config(), fields),
         arms={
             "every": {},
             "every_2nd": {"fusion.cross_every": 2},
@@ -30,7 +30,7 @@ def get_study() -> Study:
             "every_gated": {"fusion.gated": True},
             "every_no_qk_norm": {"fusion.qk_norm": False},
         },
-        matched={"examples": ""},
+        matched={"examples": None},
         reference="every",
         quick={"train.steps": 6, "data.images": (200, 50, 50), "eval.max_examples": 40},
     )

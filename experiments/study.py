@@ -1,4 +1,4 @@
-"""Controlled comparisons: `python experiments/study.py [run|report|list] ...`; `--help` says more."""
+"""Controlled comparisons: `python experiments/study.py [run|report|list] ...`; see `--help`."""
 
 import sys
 from pathlib import Path

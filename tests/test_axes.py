@@ -1,4 +1,4 @@
-"""Letters and where they lie: a misspelt one is an error, never 'replicated'."""
+"""Logical axes and their mesh axes: a misspelt letter is an error, never 'replicated'."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from vlm_jax import axes, config
+from vlm_jax import axes, config, sharding
 from vlm_jax.config import UserError
 
 
@@ -114,8 +114,8 @@ def test_a_loop_over_depth_puts_l_in_front_and_the_sharding_follows():
     boxed = jax.eval_shape(Stacked().init, jax.random.key(0), jnp.zeros((2, 4)))["params"]
     assert boxed["loop"]["kernel"].letters == "L D F"
     assert boxed["loop"]["kernel"].value.shape == (3, 4, 4)
-    sharding = axes.parameter_shardings(boxed, mesh())["loop"]["kernel"]
-    assert sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+    shardings = sharding.parameter_shardings(boxed, mesh())
+    assert shardings["loop"]["kernel"].spec == PartitionSpec(None, "fsdp", "tensor")
 
 
 def test_letters_must_match_the_shape_of_the_parameter():
@@ -124,7 +124,7 @@ def test_letters_must_match_the_shape_of_the_parameter():
 
 
 def test_rows_of_a_batch_are_split_over_data_and_fsdp():
-    rows = jax.device_put(np.arange(8), axes.row_sharding(mesh()))
+    rows = jax.device_put(np.arange(8), sharding.row_sharding(mesh()))
     assert {shard.data.shape for shard in rows.addressable_shards} == {(2,)}
 
 
@@ -163,16 +163,16 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_its_fields(sizes):
 
 
 @pytest.mark.parametrize(
-    ("devices", "sizes", "said"),
+    ("devices", "sizes", "message"),
     [
         (4, (3, 1, 1), "choose 4 x 1 x 1, 2 x 2 x 1, 2 x 1 x 2, 1 x 4 x 1, 1 x 1 x 4, 1 x 2 x 2."),
         (64, (16, 8, 1), "choose 16 x 4 x 1, 8 x 8 x 1, 64 x 1 x 1, "),
     ],
 )
-def test_the_meshes_that_would_fit_are_named_the_nearest_first(devices, sizes, said):
+def test_the_meshes_that_would_fit_are_named_the_nearest_first(devices, sizes, message):
     with pytest.raises(UserError) as error:
         config.Mesh(*sizes).sizes(devices)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert str(error.value).endswith(", or another.") == (devices == 64)
 
 
@@ -190,13 +190,13 @@ def test_a_lookup_over_the_mesh_is_take_and_so_is_its_gradient(sizes, vocab):
         total = jax.jit(
             jax.value_and_grad(lambda table, ids: jnp.sum(lookup(table, ids) * weights))
         )
-        return total(table, jax.device_put(ids, axes.row_sharding(shape)))
+        return total(table, jax.device_put(ids, sharding.row_sharding(shape)))
 
     with jax.set_mesh(shape):
-        found = compiled(lambda table, ids: axes.lookup(table, ids, "V D"))
+        actual = compiled(lambda table, ids: axes.embedding_lookup(table, ids, "V D"))
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
-        found,
+        actual,
         compiled(lambda t, i: t[i]),
     )
 
@@ -204,5 +204,5 @@ def test_a_lookup_over_the_mesh_is_take_and_so_is_its_gradient(sizes, vocab):
 def test_a_single_row_is_looked_up_on_a_mesh_that_does_not_divide_it():
     with jax.set_mesh(mesh(4, 2, 1)):
         np.testing.assert_array_equal(
-            axes.lookup(jnp.eye(4), jnp.array([[2, 1]]), "V D"), np.eye(4)[[[2, 1]]]
+            axes.embedding_lookup(jnp.eye(4), jnp.array([[2, 1]]), "V D"), np.eye(4)[[[2, 1]]]
         )

@@ -15,6 +15,7 @@ FLOW = [
     ["config"],
     [
         "axes",
+        "sharding",
         "structs",
         "config.bounds",
         "config.cross_checks",
@@ -151,8 +152,9 @@ def test_a_package_has_no_more_files_than_a_reader_can_take_in():
     assert not crowded
 
 
-def test_only_axes_names_partition_spec():
-    assert {module_name(path) for path in FILES if "PartitionSpec" in path.read_text()} == {"axes"}
+def test_only_axes_and_sharding_name_partition_spec():
+    users = {module_name(path) for path in FILES if "PartitionSpec" in path.read_text()}
+    assert users == {"axes", "sharding"}
 
 
 def test_masks_are_made_in_fusion_alone():

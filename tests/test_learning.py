@@ -1,4 +1,4 @@
-"""A tiny model learns 8 examples exactly, and falls to chance when the images are shuffled, for every fusion kind.
+"""A tiny model of every fusion kind learns 8 examples exactly; shuffled images give chance.
 
 Where hybrid cuts images into tiles, their thumbnails are all alike, so that the tiles alone tell them apart.
 """
@@ -46,7 +46,7 @@ def learned(cfg, images):
     state = State(
         jax.numpy.int32(0),
         params,
-        optim.optimizer(cfg.optim, STEPS).init(optim.split(params, cfg.optim)[0]),
+        optim.optimizer(cfg).init(optim.split(params, cfg.optim)[0]),
     )
     step = jax.jit(lambda state, batch: train_step(cfg, state, batch), donate_argnums=0)
     for _ in range(STEPS):
@@ -68,8 +68,8 @@ def test_eight_examples_are_learned_and_lost_when_the_images_are_shuffled(cfg):
 
     def exact_match(images):
         prompt = stacked([text.prompt_row(cfg, QUESTION, (cfg.vision.cut_tiles,))] * 8, images)
-        made = np.asarray(generate(cfg.model, params, prompt, 3, SamplingParams(eos=(EOS,))))
-        return np.mean([list(row) == [*answer, EOS] for row, answer in zip(made, ANSWERS)])
+        answers = np.asarray(generate(cfg.model, params, prompt, 3, SamplingParams(eos=(EOS,))))
+        return np.mean([list(row) == [*answer, EOS] for row, answer in zip(answers, ANSWERS)])
 
     assert exact_match(images) == 1
     shuffled = [exact_match(np.roll(images, shift, axis=0)) for shift in range(1, 8)]

@@ -1,9 +1,10 @@
-"""Greedy generation with the 39 M model, ours against transformers' `generate`: milliseconds a token.
+"""Greedy generation of the 39 M model, ours against transformers' `generate`: ms a token.
 
     python experiments/benchmarks/decode.py [--rows 1 8] [--turns 7]
 
-Float32, the same weights and prompts (an image of 196 tokens and 16 text tokens a row), 128 new tokens, no token ends a
-text. The time is that of the whole call, prefill included. The tokens of both sides have to agree.
+Float32, the same weights and prompts (an image of 196 tokens and 16 text tokens a row), 128 new
+tokens without end-of-text. Times are of the whole call, prefill included. The tokens of both sides
+must agree.
 """
 
 import argparse
@@ -15,9 +16,8 @@ import turns
 from vlm_jax.runtime.process import prepare_process
 
 PROMPT_TOKENS, NEW_TOKENS = 16, 128
-SAME = (
-    0.99  # of the tokens, at the least: what two are all but equal for may be told apart otherwise
-)
+# Minimum share of equal tokens: rounding decides between two almost equal logits.
+MIN_AGREEMENT = 0.99
 
 
 def ours(folder: str, rows: int):
@@ -29,8 +29,8 @@ def ours(folder: str, rows: int):
     batch = model.batch(probe.inputs("llava", rows, PROMPT_TOKENS)).replace(
         targets=None, loss_weights=None
     )
-    batch, how = jax.device_put(batch), SamplingParams()
-    return lambda: np.asarray(generate(model.cfg.model, model.params, batch, NEW_TOKENS, how))
+    batch, sampling = jax.device_put(batch), SamplingParams()
+    return lambda: np.asarray(generate(model.cfg.model, model.params, batch, NEW_TOKENS, sampling))
 
 
 def theirs(folder: str, rows: int):
@@ -48,10 +48,10 @@ def theirs(folder: str, rows: int):
 
     def generate():
         with torch.inference_mode():
-            made = model.generate(
+            output = model.generate(
                 **batch, do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS
             )
-        return made[:, length:].numpy()
+        return output[:, length:].numpy()
 
     return generate
 
@@ -65,30 +65,29 @@ def serve(side: str, folder: str, rows: int) -> None:
     turns.serve(first, lambda seconds: turns.times(generate, seconds))
 
 
-def compare(rows: int, given: argparse.Namespace) -> None:
-    first, answers = turns.with_one_model(probe.torch_model("llava"), given, "--rows", str(rows))
-    tokens = [np.array(said["tokens"]) for said in first]
+def compare(rows: int, options: argparse.Namespace) -> None:
+    first, answers = turns.with_one_model(probe.torch_model("llava"), options, "--rows", str(rows))
+    tokens = [np.array(answer["tokens"]) for answer in first]
     same = np.mean(tokens[0] == tokens[1])
-    print(f"batch {rows}: {same:.1%} of the tokens are the same")
-    if same < SAME:
+    print(f"batch {rows}: {same:.1%} of the tokens agree")
+    if same < MIN_AGREEMENT:
         raise SystemExit("the tokens do not agree")
-    for side, found in answers.items():
-        middle, best = (
-            1e3 * x / NEW_TOKENS for x in (turns.middle(found, "seconds"), turns.best(found))
-        )
-        print(f"{side:<16}{middle:>8.2f} ms a token, fastest {best:.2f}")
+    for side, side_answers in answers.items():
+        median_ms = 1e3 * turns.middle(side_answers, "seconds") / NEW_TOKENS
+        best_ms = 1e3 * turns.best(side_answers) / NEW_TOKENS
+        print(f"{side:<16}{median_ms:>8.2f} ms a token, fastest {best_ms:.2f}")
     print(f"{'speed, ours over theirs':<28}{turns.speed(*answers.values())}", flush=True)
 
 
 def main() -> None:
     parser = turns.parser(__doc__, seconds=3.0)
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8])
-    given = parser.parse_args()
-    if given.serve:
-        serve(given.serve, given.folder, given.rows[0])
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.serve, options.folder, options.rows[0])
         return
-    for rows in given.rows:
-        compare(rows, given)
+    for rows in options.rows:
+        compare(rows, options)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The input pipeline alone against the training step: how many batches it makes while a step runs.
+"""The input pipeline against the training step: batches made during a step.
 
     python experiments/benchmarks/input_pipeline.py [--seconds 10]
 
-easy-VQA with `configs/easy_vqa/unified.py`, and photographs: JPEGs of 640 x 480 px with the same questions, squeezed to
-336 px for a model of 35 M parameters, batch 8. Nothing decoded is kept of the photographs, so that every row pays
-for its image. Step and pipeline alternate in one process.
+easy-VQA with `configs/easy_vqa/unified.py`, and photographs: JPEGs of 640 x 480 px with the same
+questions, resized to 336 px for a model of 35 M parameters, batch 8. Decoded photographs are not
+cached, so that every row pays for its image. Step and pipeline alternate in one process.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def photograph(seed: int) -> bytes:
 
 
 class Photographs:
-    """Records, each with a photograph in the place of its image."""
+    """Records with photographs instead of their images."""
 
     def __init__(self, records):
         self._records, self._images = records, [photograph(seed) for seed in range(PHOTOGRAPHS)]
@@ -54,7 +54,7 @@ class Photographs:
 
 
 def show_photographs() -> None:
-    """From here on every data set is one of photographs."""
+    """Makes every dataset one of photographs from here on."""
     from vlm_jax.data import sources, tiling
 
     load = sources.load
@@ -103,15 +103,16 @@ def compare(name: str, cfg, seconds: float) -> None:
         metrics["loss"].block_until_ready()
 
     def mean_of_many():
-        for _ in range(4 * cfg.data.prefetch):  # far more than lie ready
+        # Far more than are prefetched.
+        for _ in range(4 * cfg.data.prefetch):
             next(data)
 
     for _ in range(TURNS):
         with jax.set_mesh(side.mesh):
             steps.append(turns.times(step, seconds)["seconds"])
         batches.append(turns.times(mean_of_many, seconds)["seconds"] / (4 * cfg.data.prefetch))
-    ratio = statistics.median(step / made for step, made in zip(steps, batches))
-    rows = [cfg.train.batch_size / statistics.median(found) for found in (steps, batches)]
+    ratio = statistics.median(step / batch for step, batch in zip(steps, batches))
+    rows = [cfg.train.batch_size / statistics.median(seconds) for seconds in (steps, batches)]
     print(f"{name:<24}{rows[0]:>12.0f}{rows[1]:>12.0f}{ratio:>8.1f}", flush=True)
 
 
@@ -119,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=3.0, help="of every turn, at least")
+    parser.add_argument("--seconds", type=float, default=3.0, help="minimum of each turn")
     seconds = parser.parse_args().seconds
 
     from vlm_jax.config import files

@@ -2,10 +2,11 @@
 
     python experiments/benchmarks/loading.py [--stored float32|bfloat16] [--loaded float32|bfloat16]
 
-A Llama of 267 M random parameters is written once. Then each side loads it in a process of its own, the two in turn;
-the file is in the page cache for both. "load" counts no imports; transformers maps the file and reads a tensor when it
-is first used, so that both sides touch every parameter before the clock stops. "process" is all that a user waits for:
-the start of Python, imports, loading, and the logits of the first prompt, compilation included.
+A Llama of 267 M random parameters is written once. The sides take turns to load it, each in a new
+process; the file is in the page cache. "load" excludes imports; transformers maps the file and
+reads a tensor at its first use, so both sides touch every parameter before the clock stops.
+"process" is all that a user waits for: start of Python, imports, loading, and the logits of the
+first prompt, compilation included.
 """
 
 import argparse
@@ -41,7 +42,7 @@ CONFIG = {
 
 
 def write_checkpoint(folder: Path, dtype: str) -> int:
-    """Random numbers in every tensor; returns the bytes of the file."""
+    """Writes random tensors; returns the bytes of the file."""
     import ml_dtypes
     import numpy as np
 
@@ -64,16 +65,16 @@ def write_checkpoint(folder: Path, dtype: str) -> int:
 
 
 def load_ours(folder: str, dtype: str) -> tuple[float, Callable]:
-    """Seconds, and what computes the logits of a prompt."""
+    """Returns seconds, and a function that computes the logits of a prompt."""
     import jax
 
     from vlm_jax.hub.load import load_params
     from vlm_jax.nn.vlm import example_batch
 
     jax.devices()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     model, params = jax.block_until_ready(load_params(folder, dtype))
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     logits = jax.jit(lambda params, batch: model.apply({"params": params}, batch).logits)
     return seconds, lambda: logits(
         params, example_batch(model.cfg, length=PROMPT_TOKENS)
@@ -81,16 +82,17 @@ def load_ours(folder: str, dtype: str) -> tuple[float, Callable]:
 
 
 def load_theirs(folder: str, dtype: str) -> tuple[float, Callable]:
-    """As `load_ours`."""
+    """See `load_ours`."""
     import torch
     from transformers import LlamaForCausalLM
 
-    begun = time.perf_counter()
+    start = time.perf_counter()
     model = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.view(-1).view(torch.uint8)[::4096].sum()  # every page
-    seconds = time.perf_counter() - begun
+            # Touch every page.
+            parameter.view(-1).view(torch.uint8)[::4096].sum()
+    seconds = time.perf_counter() - start
     return seconds, torch.no_grad()(lambda: model(torch.zeros(1, PROMPT_TOKENS, dtype=torch.long)))
 
 
@@ -98,11 +100,11 @@ SIDES = {"vlm_jax": load_ours, "transformers": load_theirs}
 
 
 def measure(side: str, folder: str, dtype: str) -> dict[str, float]:
-    """Seconds and bytes of a fresh process that loads the folder once and computes the logits of one prompt."""
+    """Returns seconds and bytes of a new process that loads the folder and computes logits."""
     command = [sys.executable, __file__, "--side", side, "--folder", folder, "--loaded", dtype]
-    begun = time.perf_counter()
+    start = time.perf_counter()
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return {"process_seconds": time.perf_counter() - begun} | json.loads(
+    return {"process_seconds": time.perf_counter() - start} | json.loads(
         done.stdout.splitlines()[-1]
     )
 
@@ -115,21 +117,20 @@ def main() -> None:
     parser.add_argument("--loaded", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.side:
-        seconds, compute_logits = SIDES[given.side](given.folder, given.loaded)
+    options = parser.parse_args()
+    if options.side:
+        seconds, compute_logits = SIDES[options.side](options.folder, options.loaded)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         compute_logits()
         print(json.dumps({"seconds": seconds, "peak_bytes": peak * 1024}))
         return
     with tempfile.TemporaryDirectory() as folder:
-        size = write_checkpoint(Path(folder), given.stored)
+        size = write_checkpoint(Path(folder), options.stored)
         turns = [
-            {side: measure(side, folder, given.loaded) for side in SIDES} for _ in range(TURNS)
+            {side: measure(side, folder, options.loaded) for side in SIDES} for _ in range(TURNS)
         ]
-    print(
-        f"a checkpoint of {size / 1e9:.2f} GB in {given.stored}, loaded as {given.loaded}; median of {TURNS} turns"
-    )
+    size_gb = size / 1e9
+    print(f"{size_gb:.2f} GB in {options.stored}, loaded as {options.loaded}; {TURNS} turns")
     print(f"{'':<24}{'load s':>8}{'process s':>11}{'peak GB':>9}{'peak / size':>13}")
     for side in SIDES:
         load, process, peak = (

@@ -1,11 +1,11 @@
-"""Questions learned from in a second: several that share an image in a row, against one question a row.
+"""Training questions per second: several that share an image in a row, against one a row.
 
     python experiments/benchmarks/packing.py [--config configs/easy_vqa/unified.py ...]
 
-Both sides take the real optimizer step on the real data, with the same number of rows (images) in a batch. Rows of one
-question are cut to the longest question with its answer, so that they carry no needless padding: that is the best that
-a run without packing could do. The two alternate, packed, single, packed, single, in one process, so that a machine
-that slows down slows both; each side's speed is the median of its turns.
+Both sides take the real optimizer step on the real data, with the same number of rows (images) in a
+batch. Rows of one question are cut to the longest question with its answer, the best case without
+packing. The sides alternate in one process, so that other work on the machine slows both; a side's
+speed is the median of its turns.
 """
 
 import argparse
@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument(
         "--config", nargs="+", default=CONFIGS, help="default: the four of easy-VQA"
     )
-    parser.add_argument("--seconds", type=float, default=3.0, help="of every turn; a side has five")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="of each of the five turns of a side"
+    )
     arguments = parser.parse_args()
 
     from vlm_jax.config import files
@@ -45,17 +47,17 @@ def main() -> None:
 
 
 def compare(cfg, seconds: float) -> tuple[float, float]:
-    """Questions a second packed as configured, and one a row."""
+    """Returns questions per second packed as configured, and one a row."""
     from vlm_jax.data import pipeline
 
     tokenizer = pipeline.train_tokenizer(cfg)
     sides = [Side(cfg, tokenizer), Side(batch_views(cfg, tokenizer), tokenizer)]
     speeds = [[side.questions_per_second(seconds) for side in sides] for _ in range(TURNS)]
-    return tuple(statistics.median(found) for found in zip(*speeds))
+    return tuple(map(statistics.median, zip(*speeds)))
 
 
 def batch_views(cfg, tokenizer):
-    """The experiment with rows of one question, as long as the longest with its answer."""
+    """Returns the experiment with rows of one question, cut to the longest with its answer."""
     from vlm_jax.data import length_check
 
     longest = sum(map(len, length_check.longest_pair(cfg, tokenizer)))
@@ -66,7 +68,7 @@ class Side:
     """A run in memory: its data, state and compiled step."""
 
     def __init__(self, cfg, tokenizer, params=None):
-        """`params`: path -> parameter, of those to begin with."""
+        """`params`: path -> initial parameter; others are random."""
         import jax
 
         from vlm_jax import axes
@@ -91,11 +93,11 @@ class Side:
     def questions_per_second(self, seconds: float) -> float:
         import jax
 
-        begun, questions = time.perf_counter(), 0
+        start, questions = time.perf_counter(), 0
         with jax.set_mesh(self.mesh):
-            while time.perf_counter() - begun < seconds:
+            while time.perf_counter() - start < seconds:
                 questions += self.take_step()
-        return questions / (time.perf_counter() - begun)
+        return questions / (time.perf_counter() - start)
 
 
 if __name__ == "__main__":

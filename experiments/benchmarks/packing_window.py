@@ -1,9 +1,10 @@
-"""What the number of rows that are open at a time wastes of packed rows: the share of slots without a token.
+"""Share of empty slots in packed rows, by the number of rows open at a time.
 
     python experiments/benchmarks/packing_window.py [--conversations 20000]
 
-Lengths are drawn: log-normal text of 280 tokens on average and, for 94 of 100 conversations, an image of 576 tokens, as
-in LLaVA's second stage. Grain's packer packs them, which training uses, too (`vlm_jax/data/packing.py`).
+Lengths are drawn as in LLaVA's second stage: log-normal text of 280 tokens on average and, in 94 of
+100 conversations, an image of 576 tokens. Packing is Grain's, as in training
+(`vlm_jax/data/packing.py`).
 """
 
 import argparse
@@ -13,7 +14,8 @@ import grain
 import numpy as np
 
 TEXT_TOKENS, SPREAD, IMAGE_TOKENS, WITH_IMAGE = 280, 0.6, 576, 0.94
-ROWS = ((2048, 3), (4096, 6))  # tokens and images that a row holds
+# Tokens and images of a row.
+ROWS = ((2048, 3), (4096, 6))
 WINDOWS = (1, 8, 64, 512)
 
 

@@ -1,7 +1,8 @@
-"""The models that both sides of a benchmark hold: 39 M parameters, random weights, written once by transformers.
+"""Models of the benchmarks: 39 M random parameters, written once by transformers for both sides.
 
-LLaVA-like: a CLIP of 6 layers, 384 wide, 196 tokens an image, in the sequence of a Llama of 8 layers, 512 wide, with
-8 query and 4 key/value heads. Llama-3.2-Vision-like: the same sizes, read by 3 cross-attention layers.
+LLaVA-like: a CLIP of 6 layers of width 384, 196 tokens an image, in the sequence of a Llama of 8
+layers of width 512 with 8 query and 4 key/value heads. Llama-3.2-Vision-like: the same sizes, with
+3 cross-attention layers.
 """
 
 import sys
@@ -83,9 +84,8 @@ def torch_model(kind: str):
     model = MllamaForConditionalGeneration(
         MllamaConfig(text_config=text, vision_config=vision, image_token_index=VOCAB)
     )
-    with (
-        torch.no_grad()
-    ):  # open gates, which are all that is a single number, so that the image counts
+    # Open the gates, the only scalar parameters, so that the image has an effect.
+    with torch.no_grad():
         for parameter in model.parameters():
             if parameter.numel() == 1:
                 parameter.fill_(0.5)
@@ -95,7 +95,7 @@ def torch_model(kind: str):
 def inputs(
     kind: str, rows: int = ROWS, text_tokens: int = TEXT_TOKENS, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Arguments as transformers names them: one image a row and `text_tokens` random tokens, no padding."""
+    """Returns transformers' arguments: one image a row, `text_tokens` random tokens, no padding."""
     rng = np.random.default_rng(seed)
     text = rng.integers(2, IMAGE_ID, (rows, text_tokens))
     pixels = rng.standard_normal((rows, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX), np.float32)
@@ -114,7 +114,7 @@ def inputs(
 
 
 def labels(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """The text is scored, but for its first token where no image stands before it; -100 is not."""
+    """Returns labels of the text tokens, without the first of a row; -100 is not scored."""
     ids = arrays["input_ids"]
     scored = ids < IMAGE_ID
     scored[:, 0] = False
@@ -123,7 +123,7 @@ def labels(arrays: dict[str, np.ndarray]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Ours:
-    """The same weights in a model of ours."""
+    """The same weights in our model."""
 
     cfg: object
     params: object
@@ -131,12 +131,13 @@ class Ours:
 
     @classmethod
     def load(cls, folder: str, unroll: int = 64, remat: str = "none", **sections) -> "Ours":
-        """`sections` replace those of the experiment; the loops over depth are laid out, unless `unroll` is less."""
+        """Loads a checkpoint; `sections` replace sections of its experiment.
+
+        Layers are unrolled unless `unroll` is smaller than their number.
+        """
         from vlm_jax.hub.load import load_checkpoint
 
-        checkpoint, params = load_checkpoint(
-            folder, taps="output"
-        )  # as transformers 5 takes those of an mllama
+        checkpoint, params = load_checkpoint(folder, taps="output")
         cfg = checkpoint.cfg
         loops = {
             name: replace(getattr(cfg, name), unroll=unroll, remat=remat)
@@ -145,12 +146,12 @@ class Ours:
         return cls(replace(cfg, **loops, **sections), params, checkpoint.image_token)
 
     def batch(self, arrays: dict[str, np.ndarray]):
-        """With the targets of `labels`, shifted as ours are."""
+        """Returns our batch, with the shifted targets of `labels`."""
         from vlm_jax.hub.inputs import to_batch
 
-        wanted = np.pad(labels(arrays)[:, 1:], ((0, 0), (0, 1)), constant_values=-100)
+        targets = np.pad(labels(arrays)[:, 1:], ((0, 0), (0, 1)), constant_values=-100)
         batch = to_batch(self.cfg, arrays, self.image_id)
         return batch.replace(
-            targets=np.maximum(wanted, 0).astype(np.int32),
-            loss_weights=(wanted >= 0).astype(np.float32),
+            targets=np.maximum(targets, 0).astype(np.int32),
+            loss_weights=(targets >= 0).astype(np.float32),
         )

@@ -1,11 +1,11 @@
-"""Questions learned from in a second on easy-VQA: ours with shared-image packing, transformers with one a row.
+"""Training questions per second on easy-VQA: ours packed by image, transformers one a row.
 
     python experiments/benchmarks/questions.py [--turns 7]
 
-One LLaVA-like model on both sides (a CLIP of 4 layers and a Llama of 3, 128 wide, 64 tokens an image), the same weights
-to begin with, AdamW with clipping and the same rates, 64 rows a batch, real batches made while the step runs. Rows of
-one question are cut to the longest question with its answer: that is the best that a run without packing could do. The
-losses of both on the first such batch are printed, and have to agree.
+Both sides have one LLaVA-like model (a CLIP of 4 layers and a Llama of 3, width 128, 64 tokens an
+image) with the same initial weights, AdamW with clipping and the same rates, 64 rows a batch, and
+real batches made during the step. Rows of one question are cut to the longest question with its
+answer, the best case without packing. The losses on the first such batch must agree.
 """
 
 import math
@@ -45,7 +45,7 @@ def torch_model():
 
 
 def experiment(folder: str):
-    """The model of the folder with data and optimizer of easy-VQA's main job."""
+    """Loads the folder's model, with data and optimizer of easy-VQA's main job."""
     from vlm_jax.config import files
 
     main = files.load(CONFIG)
@@ -54,7 +54,7 @@ def experiment(folder: str):
 
 
 def single(cfg):
-    """The experiment with rows of one question, its tokenizer, and its batches."""
+    """Returns the experiment with rows of one question, its tokenizer, and its batches."""
     from packing import batch_views
 
     from vlm_jax.data import pipeline
@@ -65,7 +65,10 @@ def single(cfg):
 
 
 def ours(folder: str):
-    """The loss of the first batch, and a function that takes a step on the next one and returns its questions."""
+    """Returns the loss of the first batch, and a function that takes a step.
+
+    A step returns its number of questions.
+    """
     import jax
     from flax import traverse_util
     from packing import Side
@@ -151,17 +154,18 @@ def serve(side: str, folder: str) -> None:
 
 
 def main() -> None:
-    given = turns.parser(__doc__, seconds=3.0).parse_args()
-    if given.serve:
-        serve(given.serve, given.folder)
+    options = turns.parser(__doc__, seconds=3.0).parse_args()
+    if options.serve:
+        serve(options.serve, options.folder)
         return
-    first, answers = turns.with_one_model(torch_model(), given)
-    losses = [said["loss"] for said in first]
+    first, answers = turns.with_one_model(torch_model(), options)
+    losses = [answer["loss"] for answer in first]
     print("losses of the first batch: ours {:.5f}, theirs {:.5f}".format(*losses))
     if not math.isclose(*losses, rel_tol=1e-4):
         raise SystemExit("the losses do not agree")
-    for side, found in answers.items():
-        print(f"{side:<16}{1 / turns.middle(found, 'seconds'):>8.0f} questions a second")
+    for side, side_answers in answers.items():
+        speed = 1 / turns.middle(side_answers, "seconds")
+        print(f"{side:<16}{speed:>8.0f} questions a second")
     print(f"{'ours over theirs':<28}{turns.speed(*answers.values())}")
 
 

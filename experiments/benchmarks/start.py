@@ -1,9 +1,9 @@
-"""What the second start of the same job saves, whose programs were compiled and kept by the first.
+"""Seconds to the first step of a job: first start against a second with compiled programs.
 
     python experiments/benchmarks/start.py
 
-Both start in a fresh work folder, and the data is prepared before. The time is that from the start of the program to
-its first step; pairs of starts, each with a cache of its own, and the median of their ratios.
+Both start in a new work folder with prepared data. Each pair of starts has its own compilation
+cache; the result is the median of the ratios.
 """
 
 import argparse
@@ -30,24 +30,22 @@ def seconds_to_first_step(config: str, folder: Path, cache: Path) -> float:
         "2",
     ]
     command += ["--train.log-every-steps", "1", "--train.compilation-cache-dir", str(cache)]
-    begun = time.monotonic()
+    start = time.monotonic()
     environment = {
         key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"
     }
-    pipes = {
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.STDOUT,
-        "text": True,
-    }  # in a terminal it draws a bar
-    process, said = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes), ""
+    # Without a terminal, the run prints lines instead of a progress bar.
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    output = ""
     for line in process.stdout:
-        said += line
+        output += line
         if line.startswith("step 1/"):
             break
     else:
-        raise SystemExit(f"the run ended before its first step:\n{said}")
-    seconds = time.monotonic() - begun
-    process.terminate()  # what comes after is not measured
+        raise SystemExit(f"the run ended before its first step:\n{output}")
+    seconds = time.monotonic() - start
+    process.terminate()
     process.communicate()
     return seconds
 
@@ -56,18 +54,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/easy_vqa/unified.py")
     parser.add_argument("--pairs", type=int, default=5)
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder, ratios = Path(folder), []
-        seconds_to_first_step(given.config, folder / "prepared", folder / "unused")
-        for pair in map(str, range(given.pairs)):
-            runs = (folder / pair / name for name in ("first", "second"))
-            first, second = (
-                seconds_to_first_step(given.config, run, folder / pair / "cache") for run in runs
-            )
+        seconds_to_first_step(options.config, folder / "prepared", folder / "unused")
+        for pair in map(str, range(options.pairs)):
+            cache = folder / pair / "cache"
+            first = seconds_to_first_step(options.config, folder / pair / "first", cache)
+            second = seconds_to_first_step(options.config, folder / pair / "second", cache)
             ratios.append(second / first)
             print(
-                f"first start {first:.1f} s, second {second:.1f} s to the first step: {ratios[-1]:.2f}",
+                f"first step after {first:.1f} s, second start {second:.1f} s: {ratios[-1]:.2f}",
                 flush=True,
             )
     print(f"median {statistics.median(ratios):.2f}")

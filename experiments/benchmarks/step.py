@@ -1,11 +1,11 @@
-"""What the custom gradients and the huge pages buy: seconds of a training step, with each of them taken away.
+"""Seconds of a training step without the custom gradients or without huge pages.
 
     python experiments/benchmarks/step.py [--config configs/easy_vqa/unified.py ...]
 
-Each variant is a process of its own, because the allocator reads its setting when a process begins and a jitted step
-keeps what it was traced with. All take the real optimizer step on the real data. They are started and compiled first;
-then they take turns, one at a time, so that a machine that slows down slows all of them. A variant's time is the median
-of its turns, its ratio the median over the turns of its time to that of the step as it is, in the same turn.
+Each variant is a separate process, because the allocator reads its setting at the start and a
+jitted step keeps the functions it was traced with. All take the real optimizer step on the real
+data. They are compiled first, then take turns. A variant's time is the median of its turns; its
+ratio is the median over turns of its time to the time of the unchanged step.
 """
 
 import argparse
@@ -22,21 +22,22 @@ AS_IT_IS = "as it is"
 
 
 def plain_products():
-    """Products as XLA differentiates them."""
+    """Use XLA's own gradient of products."""
     from vlm_jax.nn import layers
 
     layers.matmul = lambda x, w: x @ w
 
 
 def plain_attention():
-    """Attention as XLA differentiates it."""
+    """Use XLA's own gradient of attention."""
     from vlm_jax.nn import attention
 
     forward = attention._attention_forward
     attention._attention = lambda *inputs: forward(*inputs)[0]
 
 
-VARIANTS = {  # name: what is done before the model is traced
+# Name -> functions called before the model is traced.
+VARIANTS = {
     AS_IT_IS: [],
     "plain gradient of products": [plain_products],
     "plain gradient of attention": [plain_attention],
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--config", nargs="+", default=[CONFIG])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of every turn, at least")
+    parser.add_argument("--seconds", type=float, default=3.0, help="minimum of each turn")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
@@ -72,13 +73,16 @@ def main() -> None:
 
 
 def measure(config: str, variants: list[str], count: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds a step of each variant, turn by turn."""
+    """Returns seconds of a step of each variant, turn by turn."""
     servers = {}
     for name in variants:
         pages = {"GLIBC_TUNABLES": f"glibc.malloc.hugetlb={int(name != 'small pages')}"}
         servers[name] = turns.Server("--config", config, "--serve", name, env=pages)
     answers = turns.take_turns(servers, count, seconds)
-    return {name: [answer["seconds"] for answer in found] for name, found in answers.items()}
+    return {
+        name: [answer["seconds"] for answer in variant_answers]
+        for name, variant_answers in answers.items()
+    }
 
 
 def serve(config: str, variant: str) -> None:

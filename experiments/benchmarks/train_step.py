@@ -1,17 +1,16 @@
-"""A training step of the 39 M models, ours against transformers: seconds, share of the machine's
-peak, memory.
+"""Training step of the 39 M models, ours against transformers: seconds, share of peak, memory.
 
     python experiments/benchmarks/train_step.py [--model llava mllama] [--turns 7]
 
 Float32, batch 8, one image of 196 tokens and 64 text tokens a row, AdamW with clipping by the
 global norm, the same weights, inputs and rates; transformers with scaled-dot-product attention
-and torch's fused AdamW. The losses of the first steps are printed side by side and have to agree.
+and torch's fused AdamW. The losses of the first steps are printed side by side and must agree.
 The peak is the best of a few products of 2048 x 2048 matrices, measured by each side in its own
-turns; the share counts what torch's operators compute (`FlopCounterMode`), for both sides alike.
-Below it stands that of ours by `vlm_jax/cost/flops.py`: without the head where nothing is scored,
-with attention, which torch's counter leaves out on a CPU. In the backward pass ours computes all
-but attention and the products with weights again (`remat` "attention", in loops that are not laid
-out): that takes less time than keeping it does. Both have glibc's huge pages, as `run.py` has.
+turns; the share counts the FLOPs of torch's operators (`FlopCounterMode`) for both sides. The next
+line has our share by `vlm_jax/cost/flops.py`: without the head for unscored tokens, and with
+attention, which torch's counter omits on a CPU. Our backward pass recomputes all but attention and
+matmuls with weights (`remat` "attention", layers not unrolled), which is faster than storing them.
+Both have glibc's huge pages, as `run.py` has.
 """
 
 import argparse
@@ -23,15 +22,16 @@ import turns
 
 from vlm_jax.runtime.process import prepare_process
 
-STEPS, COMPARED = 10_000, 8  # of the schedule; whose losses are compared
+# Steps of the schedule, and steps whose losses are compared.
+STEPS, COMPARED = 10_000, 8
 RATE, BETAS, DECAY, CLIP = 1e-4, (0.9, 0.99), 1e-4, 1.0
 
 
 def ours(kind: str, folder: str):
-    """A function that takes a step and returns its loss, and one that counts the FLOPs of a step."""
+    """Returns a function that takes a step and returns its loss, and one that counts its FLOPs."""
     import jax
 
-    from vlm_jax import axes
+    from vlm_jax import axes, sharding
     from vlm_jax.config import Mesh, Optim, Train
     from vlm_jax.cost.flops import train_flops
     from vlm_jax.structs import State
@@ -52,11 +52,11 @@ def ours(kind: str, folder: str):
     cfg, mesh, batch = model.cfg, axes.make_mesh(Mesh()), model.batch(probe.inputs(kind))
     with jax.set_mesh(mesh):
         trained, _ = optimizers.split(model.params, cfg.optim)
-        begin = optimizers.optimizer(cfg.optim, STEPS).init
-        state = State(jax.numpy.int32(0), model.params, jax.jit(begin)(trained))
+        init = optimizers.optimizer(cfg).init
+        state = State(jax.numpy.int32(0), model.params, jax.jit(init)(trained))
         held = {"state": jax.device_put(state, state_shardings(cfg, mesh))}
         del state, trained, model
-        batch = jax.device_put(batch, axes.row_sharding(mesh))
+        batch = jax.device_put(batch, sharding.row_sharding(mesh))
         step = compile_train_step(cfg, mesh, held["state"], batch)
 
     def take() -> float:
@@ -126,8 +126,8 @@ def serve(side: str, kind: str, folder: str) -> None:
     first = {"losses": [step() for _ in range(COMPARED)], "flops": count()}
 
     def answer(seconds: float) -> dict:
-        found = turns.times(step, seconds) | {"peak_bytes": turns.peak_bytes(step)}
-        return found | {"peak_flops": 2 * 2048**3 / turns.times(product, 0.5)["best_seconds"]}
+        costs = turns.times(step, seconds) | {"peak_bytes": turns.peak_bytes(step)}
+        return costs | {"peak_flops": 2 * 2048**3 / turns.times(product, 0.5)["best_seconds"]}
 
     turns.serve(first, answer)
 
@@ -140,29 +140,26 @@ def counted(step) -> int:
     return counter.get_total_flops()
 
 
-def compare(kind: str, given: argparse.Namespace) -> None:
-    first, answers = turns.with_one_model(probe.torch_model(kind), given, "--model", kind)
-    losses = {side: said["losses"] for side, said in zip(answers, first)}
-    own, flops = (said["flops"] for said in first)
+def compare(kind: str, options: argparse.Namespace) -> None:
+    first, answers = turns.with_one_model(probe.torch_model(kind), options, "--model", kind)
+    losses = {side: answer["losses"] for side, answer in zip(answers, first)}
+    own, flops = [answer["flops"] for answer in first]
     mine, other = answers.values()
-    for side, found in losses.items():
-        print(f"{kind}: losses of the first steps, {side:<13}", *(f"{loss:.5f}" for loss in found))
+    for side, side_losses in losses.items():
+        numbers = [f"{loss:.5f}" for loss in side_losses]
+        print(f"{kind}: losses of the first steps, {side:<13}", *numbers)
     if not all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(*losses.values())):
         raise SystemExit("the losses do not agree")
     peak = max(answer["peak_flops"] for answer in mine + other)
-    print(
-        f"{kind}: {flops / 1e9:.0f} GFLOP a step; the best matrix product reached {peak / 1e9:.0f} GFLOP/s"
-    )
+    print(f"{kind}: {flops / 1e9:.0f} GFLOP a step; peak of a matmul {peak / 1e9:.0f} GFLOP/s")
     print(f"{kind:<16}{'seconds':>9}{'fastest':>9}{'of peak':>9}{'fastest':>9}{'peak GB':>9}")
-    for side, found in answers.items():
-        middle, best = turns.middle(found, "seconds"), turns.best(found)
+    for side, side_answers in answers.items():
+        middle, best = turns.middle(side_answers, "seconds"), turns.best(side_answers)
+        peak_gb = turns.middle(side_answers, "peak_bytes") / 1e9
         shares = f"{flops / middle / peak:>9.2f}{flops / best / peak:>9.2f}"
-        print(
-            f"{side:<16}{middle:>9.2f}{best:>9.2f}{shares}{turns.middle(found, 'peak_bytes') / 1e9:>9.2f}"
-        )
-    print(
-        f"{'of peak, by FLOPs of ours':<28}{own / turns.middle(mine, 'seconds') / peak:.2f} ({own / 1e9:.0f} GFLOP)"
-    )
+        print(f"{side:<16}{middle:>9.2f}{best:>9.2f}{shares}{peak_gb:>9.2f}")
+    share = own / turns.middle(mine, "seconds") / peak
+    print(f"{'of peak, by our FLOPs':<28}{share:.2f} ({own / 1e9:.0f} GFLOP)")
     print(f"{'speed, ours over theirs':<28}{turns.speed(mine, other)}")
     memory = turns.middle(mine, "peak_bytes") / turns.middle(other, "peak_bytes")
     print(f"{'memory, ours over theirs':<28}{memory:.2f}", flush=True)
@@ -171,12 +168,12 @@ def compare(kind: str, given: argparse.Namespace) -> None:
 def main() -> None:
     parser = turns.parser(__doc__, seconds=4.0)
     parser.add_argument("--model", nargs="+", choices=probe.KINDS, default=probe.KINDS)
-    given = parser.parse_args()
-    if given.serve:
-        serve(given.serve, given.model[0], given.folder)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.serve, options.model[0], options.folder)
         return
-    for kind in given.model:
-        compare(kind, given)
+    for kind in options.model:
+        compare(kind, options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Sides that take turns: each is a process of its own, started and compiled first, and rests until it is asked.
+"""Two or more sides of a benchmark that take turns.
 
-What a machine does beside a benchmark then slows all sides alike, and a ratio is the median over the turns.
+Each side is a separate process, started and compiled first, and idle until its turn. Other work on
+the machine then slows all sides alike, and a ratio is the median over the turns.
 """
 
 import argparse
@@ -13,16 +14,17 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 
-SIDES = ("vlm_jax", "transformers")  # of a comparison that holds one model
+# Sides of a comparison of one model.
+SIDES = ("vlm_jax", "transformers")
 
 
 class Server:
-    """This script in another process with the arguments `--serve side ...`; `first` is what it said when ready."""
+    """This script in another process with `--serve side ...`; `first` is its first answer."""
 
     def __init__(self, *arguments: str, env: Mapping[str, str] | None = None):
         command = [sys.executable, sys.argv[0], *arguments]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        # On the CPU, unless told otherwise: two processes that look for a TPU get in each other's way.
+        # Default to the CPU: two processes cannot both hold a TPU.
         self._process = subprocess.Popen(
             command, env={"JAX_PLATFORMS": "cpu"} | os.environ | (env or {}), **pipes
         )
@@ -31,7 +33,7 @@ class Server:
     def _answer(self) -> dict:
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit("a side's process ended: what it said is above")
+            raise SystemExit("the process of a side ended; its output is above")
         return json.loads(line)
 
     def ask(self, question) -> dict:
@@ -45,7 +47,7 @@ class Server:
 
 
 def serve(first: dict, answer: Callable[..., dict]) -> None:
-    """Says `first`, then the answer to every question; what else is printed goes to stderr."""
+    """Prints `first`, then the answer to every question; other output goes to stderr."""
     answers, sys.stdout = sys.stdout, sys.stderr
     print(json.dumps(first), file=answers, flush=True)
     for line in sys.stdin:
@@ -53,30 +55,35 @@ def serve(first: dict, answer: Callable[..., dict]) -> None:
 
 
 def parser(description: str, seconds: float) -> argparse.ArgumentParser:
-    """The options of a benchmark whose sides hold one model, and of the processes that serve them."""
-    made = argparse.ArgumentParser(
+    """Returns the parser of a benchmark of one model, and of the processes of its sides."""
+    benchmark_parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--turns", type=int, default=7)
-    made.add_argument("--seconds", type=float, default=seconds, help="of every turn, at least")
-    made.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
-    made.add_argument("--folder", help=argparse.SUPPRESS)
-    return made
+    benchmark_parser.add_argument("--turns", type=int, default=7)
+    benchmark_parser.add_argument(
+        "--seconds", type=float, default=seconds, help="minimum of each turn"
+    )
+    benchmark_parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
+    benchmark_parser.add_argument("--folder", help=argparse.SUPPRESS)
+    return benchmark_parser
 
 
 def with_one_model(
-    model, given: argparse.Namespace, *arguments: str
+    model, options: argparse.Namespace, *arguments: str
 ) -> tuple[list[dict], dict[str, list[dict]]]:
-    """What vlm_jax and transformers say first, and their answers, turn by turn; both load what `model` is saved as."""
+    """Returns first answers of vlm_jax and transformers, and their answers turn by turn.
+
+    Both load the checkpoint that `model` is saved as.
+    """
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         servers = {side: Server("--serve", side, "--folder", folder, *arguments) for side in SIDES}
         first = [server.first for server in servers.values()]
-        return first, take_turns(servers, given.turns, given.seconds)
+        return first, take_turns(servers, options.turns, options.seconds)
 
 
 def take_turns(servers: Mapping[str, Server], turns: int, question) -> dict[str, list[dict]]:
-    """The answers of every side, turn by turn; then the processes end."""
+    """Returns the answers of every side, turn by turn, and ends the processes."""
     try:
         answers = [
             {name: server.ask(question) for name, server in servers.items()} for _ in range(turns)
@@ -88,9 +95,9 @@ def take_turns(servers: Mapping[str, Server], turns: int, question) -> dict[str,
 
 
 def times(work: Callable[[], object], seconds: float, at_least: int = 2) -> dict[str, float]:
-    """Seconds of the middle one and of the fastest of the calls that `seconds` have room for."""
-    begun, calls = time.perf_counter(), []
-    while len(calls) < at_least or time.perf_counter() - begun < seconds:
+    """Returns the median and the shortest time of the calls made within `seconds`."""
+    first_start, calls = time.perf_counter(), []
+    while len(calls) < at_least or time.perf_counter() - first_start < seconds:
         start = time.perf_counter()
         work()
         calls.append(time.perf_counter() - start)
@@ -102,21 +109,24 @@ def middle(answers: list[dict], key: str) -> float:
 
 
 def best(answers: list[dict]) -> float:
-    """The fastest call of all turns: what other work on the machine disturbed least."""
+    """Returns the fastest call of all turns, which other work on the machine disturbed least."""
     return min(answer["best_seconds"] for answer in answers)
 
 
 def speed(ours: list[dict], theirs: list[dict]) -> str:
-    """Their time over ours: the median over the turns, the range, and that of the fastest calls."""
-    found = [b["seconds"] / a["seconds"] for a, b in zip(ours, theirs, strict=True)]
+    """Returns their time over ours: median over turns, range, and ratio of the fastest calls."""
+    ratios = [b["seconds"] / a["seconds"] for a, b in zip(ours, theirs, strict=True)]
     fastest = best(theirs) / best(ours)
-    return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f}; of the fastest calls {fastest:.2f})"
+    ratio = statistics.median(ratios)
+    lowest, highest = min(ratios), max(ratios)
+    return f"{ratio:.2f} ({lowest:.2f} to {highest:.2f}; fastest calls {fastest:.2f})"
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """The most memory that the process holds while `work` runs (Linux)."""
+    """Returns the peak memory of the process while `work` runs (Linux)."""
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak begins anew
+        # 5 resets the peak.
+        file.write("5")
     work()
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))

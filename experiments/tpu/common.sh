@@ -41,7 +41,7 @@ read_options() {
       ;;
     *)
       [[ -n $own && $1 == "$own" ]] ||
-        fail "$1 is no option of this script: choose --job FILE, --dry-run, ${own:+$own, }--help."
+        fail "$1 is not an option of this script: choose --job FILE, --dry-run, ${own:+$own, }--help."
       ASKED=1
       ;;
     esac
@@ -58,9 +58,9 @@ need_command() { # COMMAND HOW_TO_INSTALL_IT: a dry run only prints it
 read_settings() {
   PROJECT='' ZONE='' BUCKET='' NAME='' CONFIG='' ACCELERATOR_TYPE='' VERSION='' CAPACITY='' SERVICE_ACCOUNT='' MOUNT=''
   CLUSTER='' ARGUMENTS=()
-  [[ -f $1 ]] || fail "--job $1 is no file: copy experiments/tpu/job.env and fill in the copy."
+  [[ -f $1 ]] || fail "--job $1 is not a file: copy experiments/tpu/job.env and fill in the copy."
   # Tried in a shell of its own: an error in it would end this one before it could say what to do.
-  bash -eu "$1" >/dev/null || fail "--job $1 is no file of settings: bash's reason is above; a value that holds spaces \
+  bash -eu "$1" >/dev/null || fail "--job $1 cannot be read: the error of bash is above; a value with spaces \
 needs quotes, a list ( )."
   # shellcheck source=/dev/null
   source "$1"
@@ -69,11 +69,11 @@ needs quotes, a list ( )."
     need "$setting" "$1"
   done
   [[ $NAME =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] ||
-    fail "NAME=$NAME in $1 names a TPU: lower-case letters, digits and -, a letter first, 40 at most."
+    fail "NAME=$NAME in $1 names a TPU: at most 40 lower-case letters, digits and -, a letter first."
   [[ $BUCKET =~ ^[a-z0-9][a-z0-9._-]+$ ]] ||
     fail "BUCKET=$BUCKET in $1 must be the name of a bucket, without gs:// and folders."
   [[ $CAPACITY =~ ^(spot|on-demand|reserved)$ ]] || fail "CAPACITY=$CAPACITY in $1: choose spot, on-demand or reserved."
-  [[ -f $ROOT/$CONFIG ]] || fail "CONFIG=$CONFIG in $1 is no file of $ROOT."
+  [[ -f $ROOT/$CONFIG ]] || fail "CONFIG=$CONFIG in $1 is not a file in $ROOT."
   [[ $MOUNT == /* ]] || fail "MOUNT=$MOUNT in $1 must be the whole path of a folder: it starts with /."
   for word in "${ARGUMENTS[@]}"; do
     [[ ! $word =~ ^--[^=[:space:]]*[[:space:]] ]] ||
@@ -129,7 +129,7 @@ query() {
 archive_code() {
   local new commit
   new=$(git -C "$ROOT" ls-files --others --exclude-standard)
-  [[ -z $new ]] || echo "not sent, for git does not track them (git add): ${new//$'\n'/, }" >&2
+  [[ -z $new ]] || echo "not sent, because git does not track them (git add): ${new//$'\n'/, }" >&2
   commit=$(git -C "$ROOT" -c user.name=tpu -c user.email=tpu@localhost stash create)
   run git -C "$ROOT" archive --format=tar.gz --output="$1" "${commit:-HEAD}"
 }

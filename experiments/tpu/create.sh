@@ -28,7 +28,7 @@ while true; do
   last=$state
   case $state in
   NOT_FOUND)
-    [[ $may_ask ]] || fail "$NAME was deleted while it was waited for."
+    [[ $may_ask ]] || fail "$NAME was deleted while waiting for it."
     request
     asked=1 may_ask='' assumed=READY
     ;;

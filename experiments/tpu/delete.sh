@@ -11,14 +11,14 @@ read_slice_options '' "$@"
 state=$(slice_state READY)
 if [[ $state == READY ]]; then
   on_workers all "if [ -f $WORKER ]; then bash $WORKER end; fi"
-  run "${SSH[@]}" || echo "the training could not be stopped first: it is continued from its last checkpoint" >&2
+  run "${SSH[@]}" || echo "the training could not be stopped first: it will continue from its last checkpoint" >&2
 fi
 while [[ $state == SUSPENDING || $state == DELETING ]]; do
   sleep "$POLL_SECONDS"
   state=$(slice_state READY)
 done
 if [[ $state == NOT_FOUND ]]; then
-  say "there is no TPU $NAME"
+  say "TPU $NAME does not exist"
 else
   run gcloud compute tpus queued-resources delete "$NAME" "${WHERE[@]}" --force --quiet
   [[ $DRY_RUN ]] || say "$NAME: deleted"

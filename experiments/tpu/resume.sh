@@ -15,7 +15,7 @@ end() { # CODE
     if bash "$TPU/delete.sh" "${SAME_JOB[@]}"; then deleted=1; else code=1; fi
   fi
   if [[ $DRY_RUN ]]; then exit; fi
-  [[ $deleted ]] || say "the TPU is still there and costs money: bash experiments/tpu/delete.sh ${SAME_JOB[*]}"
+  [[ $deleted ]] || say "the TPU still exists and costs money: bash experiments/tpu/delete.sh ${SAME_JOB[*]}"
   exit "$code"
 }
 
@@ -24,7 +24,7 @@ count_failure() { # WHAT: it may have failed because the TPU is taken away, so w
   failures=$((failures + 1))
   say "$1 failed, time $failures of 3"
   if ((failures == 3)); then
-    say "resume.sh ends here; started again, it takes up the job where it is"
+    say "resume.sh exits: start it again to continue the job"
     end 1
   fi
 }
@@ -76,7 +76,7 @@ while true; do
   READY) watch running ;;
   unknown) count_failure "asking Google Cloud" ;;
   NOT_FOUND)
-    echo "error: the TPU $NAME was deleted meanwhile; its run is in gs://$BUCKET/runs/$NAME." >&2
+    echo "error: the TPU $NAME was deleted; its run is in gs://$BUCKET/runs/$NAME." >&2
     exit 1
     ;;
   DELETING) ;; # by the user: it is not asked for again

@@ -3,7 +3,7 @@
 
 read_slice_options() { # as read_options
   read_options "$@"
-  need_command gcloud "cloud.google.com/sdk/docs/install says how to install it"
+  need_command gcloud "see cloud.google.com/sdk/docs/install"
 }
 
 # on_workers ALL_OR_NUMBER COMMAND: the words of a command that runs COMMAND, a shell line, on machines of the slice.
@@ -59,7 +59,7 @@ training_state() {
   *" running "*) echo running ;;
   " 0 ") echo 'done' ;;
   *)
-    echo "no machine of $NAME says what it does" >&2
+    echo "no machine of $NAME reports its state" >&2
     return 1
     ;;
   esac

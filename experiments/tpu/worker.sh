@@ -53,7 +53,7 @@ start() { # BUCKET MOUNT OPTIONS_OF_RUN_PY...
   mount_bucket "$1" "$2"
   exec 9>>"$JOB/lock"
   if ! flock -n 9; then
-    echo "$(hostname): the training runs already"
+    echo "$(hostname): the training is already running"
     return
   fi
   rm -f "$JOB/exit_code"

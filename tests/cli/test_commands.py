@@ -161,7 +161,7 @@ MISTAKES = {
     ),
     "a work folder that holds no run": (
         ["train", "--workdir", "nowhere"],
-        ["--workdir nowhere holds no run"],
+        ["--workdir nowhere is not a run"],
     ),
     "eval without a work folder": (["eval"], ["eval needs --workdir"]),
     "eval of a config": (["eval", "--config", CONFIG], ["eval needs --workdir"]),
@@ -177,7 +177,7 @@ MISTAKES = {
         ["train", "--checkpoint", "a", "--init_from", "b"],
         ["--checkpoint and --init_from name one folder, not a and b"],
     ),
-    "eval of nothing": (["eval", "--workdir", "nowhere"], ["nowhere holds no run"]),
+    "eval of nothing": (["eval", "--workdir", "nowhere"], ["nowhere is not a run"]),
     "generate without a work folder": (
         ["generate", "--image", "a.png", "--prompt", "hi"],
         ["generate needs --workdir"],
@@ -368,7 +368,7 @@ def test_a_work_folder_with_checkpoints_of_nobody_knows_which_run_is_refused(fol
     workdir.open(tiny())  # an empty folder is anybody's
     workdir.config.unlink()
     (workdir.checkpoints / "2").mkdir()
-    with pytest.raises(files.ConfigError, match="run holds checkpoints and no config.json"):
+    with pytest.raises(files.ConfigError, match="run has checkpoints but no config.json"):
         workdir.open(tiny())
     assert not workdir.config.exists()
 

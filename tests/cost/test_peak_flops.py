@@ -13,7 +13,7 @@ from vlm_jax.cost import peak_flops
 from vlm_jax.cost.flops import train_flops
 from vlm_jax.cost.peak_flops import peak_flops_per_second
 from vlm_jax.testing import tiny
-from vlm_jax.train import loop
+from vlm_jax.train import inputs
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_each_process_is_a_machine_of_its_own(monkeypatch):
 
 def test_a_step_at_peak_is_its_flops_by_that_rate(monkeypatch):
     cfg, mesh = tiny(), axes.make_mesh(Mesh())
-    monkeypatch.setattr(loop, "peak_flops_per_second", lambda dtype: 1e9)
-    assert loop.seconds_at_peak(cfg, mesh) == train_flops(cfg) / 1e9
-    monkeypatch.setattr(loop, "peak_flops_per_second", lambda dtype: None)
-    assert loop.seconds_at_peak(cfg, mesh) is None
+    monkeypatch.setattr(inputs, "peak_flops_per_second", lambda dtype: 1e9)
+    assert inputs.seconds_at_peak(cfg, mesh) == train_flops(cfg) / 1e9
+    monkeypatch.setattr(inputs, "peak_flops_per_second", lambda dtype: None)
+    assert inputs.seconds_at_peak(cfg, mesh) is None

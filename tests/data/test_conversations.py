@@ -153,8 +153,9 @@ def test_a_prepared_set_is_found_again_and_serves_without_the_image_files(tmp_pa
     (tmp_path / "2_0.jpg").unlink()
     assert [conversations.load(data, "train").image(i) for i in range(12)] == prepared
     conversations.load(data, "train")
-    said = f"data.image_dir {tmp_path} lacks 1 of 12 images: 2_0.jpg (record 'talk 2'); the set that was prepared"
-    assert capsys.readouterr().out == f"{said} before is used\n"
+    lacks = f"data.image_dir {tmp_path} lacks 1 of 12 images: 2_0.jpg (record 'talk 2')"
+    expected = f"{lacks}; using the dataset that was prepared last\n"
+    assert capsys.readouterr().out == expected
 
 
 def test_a_conversation_has_its_type_and_its_place(tmp_path):

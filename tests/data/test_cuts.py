@@ -167,7 +167,10 @@ def short(data, tmp_path, tokenizer):
     return make
 
 
-def test_what_has_no_scored_token_left_is_never_learned_from(short, tokenizer, tmp_path):
+def test_what_has_no_scored_token_left_is_never_learned_from(
+    short, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(packing, "WINDOW_ROWS", 1)  # a batch is read ahead, not 64 rows
     cfg = short([2, 400, 3, 400, 400, 400, 2, 400])
     source, counted = pipeline.training_conversations(cfg, tokenizer)
     assert [talk.id for talk in source] == ["a0", "a2", "a6"]

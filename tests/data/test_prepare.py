@@ -12,13 +12,12 @@ from vlm_jax.config import Data
 from vlm_jax.data import conversations, prepare
 from vlm_jax.testing import write_conversations
 
-CONFIG = """
-from dataclasses import replace
-from pathlib import Path
-from vlm_jax.testing import tiny, write_conversations
-
-def get_config():
-    return tiny(data=replace(write_conversations(Path({folder!r}), 6), text_length=40))
+# Runs the command for several configs in one process: importing Beam takes seconds.
+COMMANDS = """
+import sys
+from vlm_jax.data import prepare
+for config in sys.argv[1:]:
+    print(config, prepare.main(["--config", config, "--", "--runner=DirectRunner"]))
 """
 
 
@@ -28,57 +27,58 @@ def test_a_source_that_needs_no_beam_is_refused(tmp_path, capsys):
     assert "data.source easy_vqa needs no Beam" in capsys.readouterr().err
 
 
-def on_beam(config):
-    """Runs the preparation of a config by Beam's local runner."""
+@pytest.fixture(scope="module")
+def on_beam(tmp_path_factory):
+    """Conversations with broken and with whole images, prepared by Beam's local runner."""
     pytest.importorskip("apache_beam", reason="pip install -r requirements-beam.txt")
-    command = [
-        sys.executable,
-        "-m",
-        "vlm_jax.data.prepare",
-        "--config",
-        str(config),
-        "--",
-        "--runner=DirectRunner",
-    ]
-    path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
-    )
-
-
-def test_beam_names_all_broken_images_at_once(tmp_path):
-    data = replace(write_conversations(tmp_path, 6), text_length=40)
-    config = tmp_path / "talks.py"
+    folder = tmp_path_factory.mktemp("beam")
     imports = "from vlm_jax.config import Data\nfrom vlm_jax.testing import tiny\n"
-    config.write_text(f"{imports}get_config = lambda: tiny(data={data})\n")
+    configs = []
+    for name in ("broken", "whole"):
+        data = replace(write_conversations(folder / name, 6), text_length=40)
+        configs.append(folder / f"{name}.py")
+        configs[-1].write_text(f"{imports}get_config = lambda: tiny(data={data})\n")
     for name in ("1_0.jpg", "5_1.png"):
-        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:60])
-    done = on_beam(config)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    message = done.stderr.splitlines()[-1]
-    assert message.startswith(
-        f"error: 2 of 6 images in data.image_dir {tmp_path} cannot be used: image "
+        path = folder / "broken" / name
+        path.write_bytes(path.read_bytes()[:60])
+    path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, *map(str, configs)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
     )
-    assert message.endswith("; repair or replace them, and the same command continues.")
+    return folder, done
+
+
+def test_beam_names_all_broken_images_at_once(on_beam):
+    folder, done = on_beam
+    assert f"{folder}/broken.py 2\n" in done.stdout
+    assert "Traceback" not in done.stderr
+    message = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert message.startswith(
+        f"error: 2 of 6 images in data.image_dir {folder}/broken cannot be used: image "
+    )
+    assert message.endswith("; repair or replace them and run the same command again.")
     for name, talk in (("1_0.jpg", 1), ("5_1.png", 5)):
         assert re.search(
             f"image {name} is not a readable image: [^;]* \\(record 'talk {talk}'\\)", message
         )
 
 
-def test_what_beam_prepares_is_found(tmp_path):
-    config = tmp_path / "talks.py"
-    config.write_text(CONFIG.format(folder=str(tmp_path / "talks")))
-    done = on_beam(config)
-    assert done.returncode == 0, done.stderr
+def test_what_beam_prepares_is_found(on_beam, tmp_path, capsys):
+    folder, done = on_beam
+    assert f"{folder}/whole.py 0\n" in done.stdout, done.stderr
     assert "6 conversations are prepared" in done.stdout
-    talks = tmp_path / "talks"
-    files, folders = (
-        (str(talks / "talks.json"),),
-        {"image_dir": str(talks), "dir": str(talks / "datasets")},
+    talks = folder / "whole"
+    data = Data(
+        source="conversations",
+        files=(str(talks / "talks.json"),),
+        image_dir=str(talks),
+        dir=str(talks / "datasets"),
     )
-    from_beam = conversations.load(Data(source="conversations", files=files, **folders), "train")
+    from_beam = conversations.load(data, "train")
+    assert "preparing" not in capsys.readouterr().out
     elsewhere = conversations.load(write_conversations(tmp_path / "plain", 6), "train")
     assert list(from_beam) == list(elsewhere)
     assert [from_beam.image(i) for i in range(6)] == [elsewhere.image(i) for i in range(6)]

@@ -145,7 +145,7 @@ def test_a_prompt_row_drawn_by_hand():
         "image_mask": [[0], [0], [1], [1], [1], [1], [1], [1]],
     }
     assert {name: values.tolist() for name, values in row.items()} == drawn
-    with pytest.raises(UserError, match="takes 6 tokens .* the 5"):
+    with pytest.raises(UserError, match="has 6 tokens .* the 5"):
         text.prompt_row(experiment(), [10, 11], length=5)
 
 

@@ -1,4 +1,4 @@
-"""Tiny random models of transformers, their outputs and ours, and the round trip of a checkpoint."""
+"""Tiny random models of transformers, outputs of both sides, and the export round trip."""
 
 import functools
 
@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import torch
 
+from vlm_jax.config import Experiment
 from vlm_jax.hub.load import inspect, load_params
 from vlm_jax.hub.save import write_model
 from vlm_jax.hub.tensors.folder import open_tensors
+from vlm_jax.nn.vlm import VLM
 
 SMALL = {
     "vocab_size": 64,
@@ -22,7 +24,7 @@ SMALL = {
 
 
 def randomized(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Randomizes every parameter, so that an ignored bias, gate, norm or scale shows; sets inference mode."""
+    """Randomizes every parameter, so that an ignored one shows; sets inference mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -48,12 +50,17 @@ def reference(model: torch.nn.Module, output: str = "logits", **inputs) -> np.nd
     jax.jit, static_argnums=0, static_argnames=("method", "mutable", "capture_intermediates")
 )
 def forward(model, params, *inputs, **settings):
-    """`model.apply`, jitted once for all tests: calls of equal models and shapes share a program."""
+    """`model.apply`, jitted once: calls with equal models and shapes share a program."""
     return model.apply({"params": params}, *inputs, **settings)
 
 
+def bare_model(cfg: Experiment) -> VLM:
+    """The model of an experiment: runs that differ only in their data share programs."""
+    return VLM(cfg.model)
+
+
 def assert_round_trip(folder, target, **config) -> None:
-    """Loads and exports: every tensor keeps its name, dtype and bytes. `config` is added to config.json."""
+    """Loads and exports: tensors keep name, dtype and bytes; `config` is added to config.json."""
     with open_tensors(folder) as before:
         checkpoint = inspect(folder, before)
         _, params = load_params(folder)
@@ -67,7 +74,7 @@ def assert_round_trip(folder, target, **config) -> None:
 
 
 def reloaded(cls, folder, reference: torch.nn.Module):
-    """Loads an exported folder with transformers: no missing or unexpected key, every parameter equal."""
+    """Loads an export with transformers: no missing or unexpected key, every parameter equal."""
     model, report = cls.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     expected = reference.state_dict()

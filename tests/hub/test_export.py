@@ -1,4 +1,4 @@
-"""What we export, transformers loads: public checkpoints byte for byte, and runs of ours with our logits."""
+"""transformers loads our exports: public checkpoints byte for byte, runs with our logits."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from tests.hub import tiny_tokenizers
-from tests.hub.parity import SMALL, forward, randomized, reference
+from tests.hub.parity import SMALL, bare_model, forward, randomized, reference
 from vlm_jax import axes, from_pretrained, save_pretrained
 from vlm_jax.cli.commands import main
 from vlm_jax.config import (
@@ -39,7 +39,7 @@ from vlm_jax.data import pipeline, questions
 from vlm_jax.hub import export, pretrained_parts
 from vlm_jax.hub.tensors.folder import open_tensors
 from vlm_jax.infer import demo
-from vlm_jax.nn.models import abstract_params, build_model
+from vlm_jax.nn.models import abstract_params
 from vlm_jax.testing import random_params, tiny
 from vlm_jax.train import loop
 from vlm_jax.train.step import init_state
@@ -79,8 +79,9 @@ def test_an_exported_checkpoint_has_the_bytes_and_the_files_of_the_first(
         LlamaForCausalLM.from_pretrained(where, dtype=torch.float32)
         for where in (folder, tmp_path / "out")
     ]
-    expected, found = (reference(model.eval(), input_ids=IDS) for model in loaded)
-    np.testing.assert_array_equal(found, expected)
+    before, after = loaded
+    expected = reference(before.eval(), input_ids=IDS)
+    np.testing.assert_array_equal(reference(after.eval(), input_ids=IDS), expected)
     tokenizers = [AutoTokenizer.from_pretrained(where) for where in (folder, tmp_path / "out")]
     assert tokenizers[0]("hello world").input_ids == tokenizers[1]("hello world").input_ids
 
@@ -343,7 +344,7 @@ def assert_transformers_agrees(kind, cfg, params, tokenizer, folder):
         pipeline.image_files.normalise(question.images()[0], cfg.vision) for question in asked
     ]
     batch = questions.prompt_batch(cfg, tokenizer, [[x] for x in pixels], ["is it red ?"] * 2)
-    ours = np.asarray(forward(build_model(cfg), params, batch).logits)
+    ours = np.asarray(forward(bare_model(cfg), params, batch).logits)
     np.testing.assert_allclose(theirs(kind, model.eval(), batch), ours, atol=1e-4)
     reread = AutoTokenizer.from_pretrained(folder)
     assert reread("is it red ?", add_special_tokens=False).input_ids == tokenizer.encode(

@@ -1,4 +1,4 @@
-"""Any encoder with any decoder, from folders of their own, under any fusion: settings, weights, tokenizer, pixels."""
+"""Any encoder with any decoder, from their own folders, under any fusion style."""
 
 from dataclasses import replace
 
@@ -190,14 +190,14 @@ def test_tags_of_tiles_are_spelt_by_the_tokenizer_of_the_decoder(folders):
 def test_a_folder_without_the_part_is_refused(folders, part):
     cfg, wrong = tiny(), folders["clip" if part == "decoder" else "llama"]
     cfg = replace(cfg, **{part: replace(getattr(cfg, part), checkpoint=str(wrong))})
-    with pytest.raises(UserError, match=f"{part}.checkpoint .* holds no {part} part"):
+    with pytest.raises(UserError, match=f"{part}.checkpoint .* has no {part} part"):
         pretrained_parts.resolve_checkpoints(cfg)
 
 
 def test_a_run_begins_with_the_checkpoints_and_keeps_what_is_frozen(
     folders, tmp_path, datasets_dir
 ):
-    """From the command line to the last checkpoint of the run, and its tokenizer is the decoder's."""
+    """From the command line to the last checkpoint; its tokenizer is the decoder's."""
     config = tmp_path / "composed.py"
     config.write_text("from vlm_jax.testing import tiny\n\ndef get_config():\n    return tiny()\n")
     arguments = [

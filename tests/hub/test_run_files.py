@@ -1,4 +1,4 @@
-"""Exported runs in transformers: AutoProcessor makes our prompts and pixels, and generate our tokens."""
+"""Exported runs in transformers: AutoProcessor makes our inputs, and generate our tokens."""
 
 import functools
 import json
@@ -22,16 +22,15 @@ from transformers import (
 )
 
 from tests.hub import tiny_checkpoints, tiny_tokenizers
-from tests.hub.parity import SMALL, forward, saved
+from tests.hub.parity import SMALL, bare_model, forward, saved
 from tests.hub.test_export import encoder_decoder_like, llava_like, mllama_like
 from tests.hub.test_processor import processor_of
 from vlm_jax.cli import commands
-from vlm_jax.config import Experiment, Fusion, Model
+from vlm_jax.config import Experiment, Fusion
 from vlm_jax.data import images, questions, tiling
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub import export, pretrained_parts
 from vlm_jax.hub.text.tokenizer import HubTokenizer
-from vlm_jax.nn.vlm import VLM
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.structs import NO_IMAGE, Batch
 from vlm_jax.testing import random_params
@@ -55,7 +54,7 @@ def from_scratch(make, **data) -> callable:
 
 
 def composed(kind: str):
-    """A CLIP tower and a Llama whose tokenizer has no image token, and no spare row of the embedding."""
+    """A CLIP tower and a Llama without an image token or a spare embedding row."""
 
     def experiment(tmp_path) -> Experiment:
         tower, text = tmp_path / "tower", tmp_path / "text"
@@ -156,11 +155,8 @@ class Run(NamedTuple):
         return questions.prompt_batch(self.cfg, self.tokenizer, [[pixels]], [text])
 
     def logits(self, batch: Batch) -> np.ndarray:
-        """Logits (B, S, V). Runs that differ only in their data share a compiled program."""
-        cfg = self.cfg
-        parts = {"vision": cfg.vision, "projector": cfg.projector}
-        model = VLM(Model(**parts, fusion=cfg.fusion, decoder=cfg.decoder))
-        return np.asarray(forward(model, self.params, batch).logits)
+        """Logits (B, S, V)."""
+        return np.asarray(forward(bare_model(self.cfg), self.params, batch).logits)
 
 
 def exported(cfg: Experiment, tmp_path) -> Run:
@@ -271,7 +267,7 @@ def asked_of_transformers(processor, family, name, image, prompt) -> dict:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_our_own_processor_encodes_for_the_exported_folder_as_the_run_does(runs, name, picture):
-    """The same tokens and pixels: so `generate --checkpoint` answers as `generate --workdir` does."""
+    """The same tokens and pixels: `generate --checkpoint` and `--workdir` answer alike."""
     run, prompt = runs(name), "" if "captions" in name else QUESTION
     expected = run.prompt(picture, prompt)
     batch = processor_of(run.folder).asked(prompt, [picture])
@@ -280,7 +276,7 @@ def test_our_own_processor_encodes_for_the_exported_folder_as_the_run_does(runs,
 
 
 def text_tokens(batch: Batch) -> np.ndarray:
-    """The tokens of the first row without those of images."""
+    """Tokens of the first row, without image tokens."""
     is_text = np.asarray(batch.image_token_index[0]) == NO_IMAGE
     return np.asarray(batch.tokens[0])[is_text]
 

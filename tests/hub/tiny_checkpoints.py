@@ -1,4 +1,4 @@
-"""Complete folders of public checkpoints, tiny and random: model, tokenizer, image processor and chat template."""
+"""Tiny random checkpoint folders with model, tokenizer, image processor and chat template."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -71,22 +71,27 @@ VIT = ViTConfig(**TOWER)
 LLAMA_CHAT = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
-    "{% if part['type'] == 'image' %}<|image|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    "{% if part['type'] == 'image' %}<|image|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 MISTRAL_CHAT = (
     "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endfor %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endfor %}"
 )
 LLAVA_CHAT = (
-    "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for part in m['content'] | selectattr('type', 'equalto', "
-    "'image') %}{{ '<image>\n' }}{% endfor %}{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{{ part['text'] + ' ' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
+    "{% for part in m['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}"
+    "{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ part['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
 
 class Folder(NamedTuple):
-    """A saved checkpoint; `reader` is transformers' processor, or its tokenizer where there are no images."""
+    """A saved checkpoint; `reader` is transformers' processor, or its tokenizer without images."""
 
     path: Path
     model: torch.nn.Module
@@ -97,10 +102,10 @@ class Folder(NamedTuple):
         return getattr(self.reader, "tokenizer", self.reader)
 
     def answer(self, new_tokens: int, **inputs) -> str:
-        """What transformers says, most likely tokens only."""
-        made = self.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)[0]
+        """Returns transformers' greedy answer."""
+        ids = self.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)[0]
         skipped = 0 if "input_ids" not in inputs else inputs["input_ids"].shape[1]
-        return self.tokenizer.decode(made[skipped:], skip_special_tokens=True)
+        return self.tokenizer.decode(ids[skipped:], skip_special_tokens=True)
 
 
 def _finished(model: torch.nn.Module, reader, path: Path, template: str | None = None) -> Folder:
@@ -115,7 +120,7 @@ def _finished(model: torch.nn.Module, reader, path: Path, template: str | None =
 
 
 def _silence_bytes(model: torch.nn.Module, tokenizer) -> None:
-    """No token is made that is only a part of a character: what follows decides what it was decoded to."""
+    """Makes tokens that are parts of a character unlikely: their text depends on what follows."""
     parts = [i for i in range(len(tokenizer)) if "\ufffd" in tokenizer.decode([i])]
     with torch.no_grad():
         head = getattr(model, "decoder", model).get_output_embeddings()

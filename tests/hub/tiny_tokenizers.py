@@ -240,7 +240,7 @@ def llama_without_prefix_space(folder: Path) -> None:
 
 
 def llava(folder: Path) -> None:
-    """A SentencePiece model of which later tokens took a place."""
+    """A SentencePiece model, one of whose pieces is replaced by a later token."""
     added = {
         "1": token("<s>"),
         "2": token("</s>"),

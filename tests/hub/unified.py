@@ -1,7 +1,7 @@
-"""Parity laws of decoders and unified vision-language models; a test file of a family adds its configs.
+"""Parity laws of decoders and unified vision-language models; a family's test adds its configs.
 
-The shapes of all laws of a model are equal, and its logits, hidden states and image tokens come from one compiled
-program.
+All laws of a model use one shape, and its logits, hidden states and image tokens come from one
+compiled program.
 """
 
 import functools
@@ -74,7 +74,7 @@ def new_pair(hf: PreTrainedModel, folder: Path) -> Pair:
 
 
 def padded(rows: list[list[int]], side: str, length: int | None = None) -> dict[str, np.ndarray]:
-    """Pads rows of ids to `length` (None: the longest); returns `input_ids` and `attention_mask`."""
+    """Pads rows of ids to `length` (None: the longest); returns ids and attention mask."""
     length = length or max(map(len, rows))
     ids = np.full((len(rows), length), PAD)
     mask = np.zeros((len(rows), length), int)
@@ -85,7 +85,7 @@ def padded(rows: list[list[int]], side: str, length: int | None = None) -> dict[
 
 
 def random_rows(counts: tuple[int, ...], image: list[int]) -> list[list[int]]:
-    """Random texts with `counts` images, spelt as the ids `image`: before the last three tokens, and after the first."""
+    """Random texts with images, the ids `image`: before the last three tokens, after the first."""
     rng = np.random.default_rng(0)
     rows = []
     for length, count in zip(TEXT_LENGTHS, counts):
@@ -112,7 +112,7 @@ def assert_logits_are_equal(pair: Pair, atol: float, **inputs) -> None:
 
 
 def assert_blocks_are_equal(pair: Pair, atol: float, **inputs) -> None:
-    """Compares the input of the decoder's blocks and the output of each, in order; the error names the first."""
+    """Compares the input of the blocks and the output of each; the error names the first."""
     tensors = {name: torch.tensor(x) for name, x in inputs.items()}
     with torch.no_grad():
         # The last hidden state of transformers is after the final norm.
@@ -132,7 +132,7 @@ def assert_blocks_are_equal(pair: Pair, atol: float, **inputs) -> None:
 def assert_image_features_are_equal(
     pair: Pair, features: torch.Tensor, atol: float, **inputs
 ) -> None:
-    """Compares with `features`, the projected tokens of all images in reading order, (tokens, D)."""
+    """Compares with `features`, the projected tokens of all images in order, (tokens, D)."""
     batch = pair.batch(**inputs)
     image_tokens = np.asarray(pair.outputs(batch)[1]["image_tokens"][0])
     in_order = [
@@ -154,13 +154,13 @@ ONES = ("attention_mask", "decoder_attention_mask", "token_type_ids")  # of an a
 
 
 def continued(inputs: dict[str, np.ndarray], sequences: np.ndarray) -> dict[str, np.ndarray]:
-    """Extends the inputs of left-padded prompts to `sequences`, the prompts and NEW answer tokens."""
+    """Extends the inputs of left-padded prompts to `sequences`, prompts and NEW answer tokens."""
     arrays = dict(inputs)
     for name, x in inputs.items():
         if name in ONES:
             arrays[name] = np.pad(x, ((0, 0), (0, NEW)), constant_values=1)
         elif name == "cross_attention_mask":
-            # Answers see what the last token of the prompt sees.
+            # Answers attend to the images of the last prompt token.
             arrays[name] = np.concatenate([x, np.repeat(x[:, -1:], NEW, axis=1)], axis=1)
         elif name.endswith("input_ids"):
             arrays[name] = sequences
@@ -168,7 +168,7 @@ def continued(inputs: dict[str, np.ndarray], sequences: np.ndarray) -> dict[str,
 
 
 def assert_greedy_tokens_are_equal(pair: Pair, **inputs) -> None:
-    """Teacher forcing: every token that transformers generates from left-padded prompts is our most likely one."""
+    """Teacher forcing: every token that transformers generates is our most likely one."""
     sequences = hf_greedy(pair, **inputs)
     logits = pair.logits(generating=True, **continued(inputs, sequences))
     np.testing.assert_array_equal(logits[:, -NEW - 1 : -1].argmax(-1), sequences[:, -NEW:])
@@ -193,7 +193,7 @@ def assert_an_export_is_what_was_loaded(
 
 
 class DecoderLaws:
-    """Laws of a family of decoders; a subclass gives its models, by kind: class and config of transformers."""
+    """Laws of a family of decoders; a subclass gives its models: class and config by kind."""
 
     MODELS: ClassVar[dict[str, tuple[type[PreTrainedModel], PreTrainedConfig]]]
     CACHED: ClassVar[tuple[str, ...]]  # kinds that are decoded with our KV cache as well
@@ -233,7 +233,7 @@ class DecoderLaws:
         return self.inputs(pair, "left", 0)
 
     def inputs(self, pair: Pair, side: str, room: int = NEW) -> dict[str, np.ndarray]:
-        """Texts padded to the longest and `room` tokens more: with NEW, the shape of prompts and answers."""
+        """Texts with `room` more slots than the longest; NEW: the shape of prompts and answers."""
         rng = np.random.default_rng(self.SEED)
         rows = [rng.integers(1, 64, length).tolist() for length in self.LENGTHS]
         return padded(rows, side, max(self.LENGTHS) + room)
@@ -301,7 +301,7 @@ class UnifiedLaws(DecoderLaws):
         assert_image_features_are_equal(pair, features, self.FEATURES_ATOL, **inputs)
 
     def test_the_tensor_names_of_transformers_5_load_too(self, pair, tmp_path):
-        """Those of its modules in memory, which are not those of its files."""
+        """Names of its modules in memory, which differ from the names in its files."""
         pair.hf.save_pretrained(tmp_path, save_original_format=False)
         inputs = self.inputs(pair, "left")
         assert_logits_are_equal(Pair.load(pair.hf, tmp_path), self.ATOL, **inputs)

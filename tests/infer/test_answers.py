@@ -118,7 +118,7 @@ def test_a_checkpoint_of_a_run_is_named_by_its_step(run, tokenizer):
         jax.tree.map(np.testing.assert_array_equal, found[1], random_params(cfg, 0.3, seed=step))
     with pytest.raises(UserError, match="no checkpoint of step 3: choose 4, 2"):
         vlm_jax.from_run(run, step=3)
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="is not a run"):
         vlm_jax.from_run(run + "/nowhere")
 
 

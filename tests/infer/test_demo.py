@@ -208,7 +208,7 @@ def test_generate_falls_back_to_the_last_whole_checkpoint(run, folder, capsys):
         )
         == 0
     )
-    assert "checkpoint 4 is not whole" in capsys.readouterr().out
+    assert "checkpoint 4 is damaged" in capsys.readouterr().out
 
 
 def test_starting_again_continues(run, folder, capsys):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from vlm_jax import axes
+from vlm_jax import axes, sharding
 from vlm_jax.config import ConfigError, Mesh, NonFiniteError
 from vlm_jax.data import questions, text, tiling
 from vlm_jax.data.tokenizer import SPECIALS, Tokenizer
@@ -151,7 +151,7 @@ def test_rows_that_share_an_image_say_what_they_say_with_one_each(cfg):
     params, mesh = random_params(cfg, 0.3), axes.make_mesh(Mesh(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
         made = [
-            generate(cfg.model, params, axes.place_rows(batch, mesh), NEW, NEVER)
+            generate(cfg.model, params, sharding.place_rows(batch, mesh), NEW, NEVER)
             for batch in (alone, shared)
         ]
     np.testing.assert_array_equal(*made)

@@ -1,4 +1,4 @@
-"""Models with random numbers in every parameter, and one jitted forward pass for all tests of this folder."""
+"""Random parameters, and one jitted forward pass for all tests of this folder."""
 
 import functools
 import zlib
@@ -14,7 +14,7 @@ from vlm_jax.nn.vlm import VLM
 
 
 @functools.cache
-def params_of(cfg, seed=0):
+def make_params(cfg, seed=0):
     """Random everywhere, where `init` has zeros and ones: an ignored bias or gate would show."""
 
     def numbers(path, shape):
@@ -33,7 +33,7 @@ def jitted_forward(cfg, params, batch, cache=None):
 @pytest.fixture(scope="session")
 def random_params():
     """`random_params(cfg)`: a tree of random numbers, equal for equal paths and shapes."""
-    return params_of
+    return make_params
 
 
 @pytest.fixture(scope="session")

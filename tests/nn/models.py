@@ -14,7 +14,7 @@ WITH_MEMORY = ("cross_attention", "encoder_decoder")
 
 
 def raw_patches(cfg, newline=False):
-    """Without an encoder, which half of the styles below have: it takes half of the time to compile."""
+    """Without an encoder, which takes half of the compile time: half of the styles below."""
     return replace(cfg, vision=replace(cfg.vision, kind="none", newline_token=newline))
 
 
@@ -47,7 +47,7 @@ def pair(prompt=4, answer=2, seed=0):
 
 
 def rows(cfg, *pairs_of_rows, seed=0) -> Batch:
-    """A training row for every list of pairs, all about one image of as many tiles as there may be."""
+    """A training row for every list of pairs, all about one image with the most tiles."""
     tiles_of_it = cfg.vision.cut_tiles
     packed = [text.pack_row(cfg, pairs, tiles_of_it) for pairs in pairs_of_rows]
     image = tiling.stack_views([picture(cfg, tiles_of_it, np.random.default_rng(seed))], cfg.vision)
@@ -56,7 +56,7 @@ def rows(cfg, *pairs_of_rows, seed=0) -> Batch:
 
 
 def picture(cfg, tiles_of_it, rng):
-    """So many tiles side by side."""
+    """An image of `tiles_of_it` tiles side by side."""
     side = cfg.vision.image_size_px
     return rng.uniform(-1, 1, (side, tiles_of_it * side, 3)).astype(np.float32)
 
@@ -78,9 +78,13 @@ class Letters:
 
 
 def pictures(cfg, images_of_each=(2, 0)):
-    """Images for every row, the last of each of as many tiles as there may be, those before it of one."""
-    rng, most = np.random.default_rng(1), cfg.vision.cut_tiles
-    return [[picture(cfg, 1 if i < n - 1 else most, rng) for i in range(n)] for n in images_of_each]
+    """Images for every row: the last with the most tiles, those before it with one tile."""
+    rng = np.random.default_rng(1)
+    images = []
+    for count in images_of_each:
+        tiles = [1] * (count - 1) + [cfg.vision.cut_tiles] if count else []
+        images.append([picture(cfg, n, rng) for n in tiles])
+    return images
 
 
 def prompts(cfg, images_of_each=(2, 0), asked=("two?", "no image at all?")):

@@ -1,4 +1,4 @@
-"""What a traced program does, and which module does it."""
+"""Equations of a traced program, with the modules they belong to."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ from jax.extend import core
 
 
 def equations(program: core.Jaxpr, module: str = "") -> Iterator[tuple[str, core.JaxprEqn]]:
-    """All equations, those in loops and functions among them, each with the path of the module that it is of."""
+    """Yields all equations, also of loops and functions, each with the path of its module."""
     for equation in program.eqns:
         inside = f"{module}/{equation.source_info.name_stack}"
         yield inside, equation

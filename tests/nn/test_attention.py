@@ -109,11 +109,12 @@ def test_attention_has_the_gradients_of_dot_product_attention(kv_heads, mask):
     y, *gradients = output_and_gradients(
         dot_product_attention, q, heads_first(k), heads_first(v), mask, dy
     )
-    for ours, theirs in zip((y, gradients[0], *map(heads_first, gradients[1:])), expected):
-        close(ours, theirs)
+    dq, dk, dv = gradients
+    for actual, reference_value in zip((y, dq, heads_first(dk), heads_first(dv)), expected):
+        close(actual, reference_value)
 
 
-def test_a_query_that_sees_nothing_gives_numbers_and_finite_gradients():
+def test_a_query_without_visible_keys_has_finite_output_and_gradients():
     q, mask = random(1, 2, 1, 4), jnp.zeros((1, 1, 2, 2), bool)
     value, gradient = jax.value_and_grad(
         lambda q: dot_product_attention(q, heads_first(q), heads_first(q), mask).sum()
@@ -148,7 +149,7 @@ def test_the_two_sequences_may_differ_in_length(kv_heads):
     assert k.shape == v.shape == (2, cfg.num_kv_heads, 7, 4)
 
 
-def test_queries_come_from_x_and_keys_and_values_from_the_source():
+def test_queries_come_from_x_and_keys_and_values_from_kv_input():
     params, x, source = random_params(CFG), random(1, 3, 16), random(1, 1, 16)
     y, _ = attention(CFG, params, x, source)
     close(y, jnp.broadcast_to(y[:, :1], y.shape))  # a single key: every query gets its value
@@ -162,7 +163,7 @@ def test_heads_of_any_width():
     assert attention(cfg, params, random(1, 2, 16), random(1, 2, 16))[0].shape == (1, 2, 16)
 
 
-def test_biases_stand_only_where_asked_for():
+def test_biases_exist_only_if_configured():
     params = random_params(replace(CFG, qkv_bias=False, out_bias=True))
     assert {name for name in params if "bias" in params[name]} == {"out"}
     params = random_params(replace(CFG, qkv_bias=True, out_bias=False))
@@ -188,7 +189,7 @@ def test_tokens_one_by_one_through_a_cache_are_all_at_once():
     close(jnp.concatenate(steps, axis=1), whole)
 
 
-def test_cached_keys_and_values_are_read_as_they_are():
+def test_cached_keys_and_values_are_used_unchanged():
     params, x, source = random_params(CFG), random(2, 3, 16), random(2, 4, 16)
     y, cache = attention(CFG, params, x, source)
     again, same = attention(CFG, params, x, None, None, None, cache)
@@ -198,10 +199,10 @@ def test_cached_keys_and_values_are_read_as_they_are():
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def turned(cfg, positions, length=6):
+def attention_with_rope(cfg, positions, length=6):
     """Self-attention of one head over fixed numbers at the given positions."""
     numbers = np.random.default_rng(1)
-    q, k, v = (jnp.asarray(numbers.normal(size=(1, length, 1, 8)), jnp.float32) for _ in range(3))
+    q, k, v = jnp.asarray(numbers.normal(size=(3, 1, length, 1, 8)), jnp.float32)
     rope = rope_tables(positions[None], cfg)
     return dot_product_attention(
         apply_rope(q, rope), heads_first(apply_rope(k, rope)), heads_first(v), None
@@ -212,17 +213,17 @@ def turned(cfg, positions, length=6):
 def test_rope_is_relative(fraction):
     cfg = Decoder(width=8, heads=1, rope=Rope(fraction=fraction))
     positions = np.array([0, 1, 2, 5, 9, 10])
-    y = turned(cfg, positions)
-    close(turned(cfg, positions + 37), y, atol=1e-4)
-    assert np.abs(turned(cfg, positions * 2) - y).max() > 1e-2
+    y = attention_with_rope(cfg, positions)
+    close(attention_with_rope(cfg, positions + 37), y, atol=1e-4)
+    assert np.abs(attention_with_rope(cfg, positions * 2) - y).max() > 1e-2
 
 
-def test_rope_turns_pairs_of_the_two_halves_by_position_over_theta():
+def test_rope_rotates_pairs_of_the_two_halves():
     """Su et al. 2021, eq. 34, as complex numbers."""
     cfg, x, position = Decoder(width=8, heads=1, rope=Rope(theta=100.0)), random(1, 1, 1, 8), 3
-    numbers = np.asarray(x[..., :4] + 1j * x[..., 4:])
-    turned = numbers * np.exp(1j * position * 100.0 ** (-np.arange(4) / 4))
-    expected = np.concatenate([turned.real, turned.imag], axis=-1)
+    pairs = np.asarray(x[..., :4] + 1j * x[..., 4:])
+    rotated = pairs * np.exp(1j * position * 100.0 ** (-np.arange(4) / 4))
+    expected = np.concatenate([rotated.real, rotated.imag], axis=-1)
     close(apply_rope(x, rope_tables(jnp.asarray([[position]]), cfg)), expected)
 
 

@@ -1,5 +1,6 @@
-"""Two towers: what a vector of a text or an image depends on, and what the numbers between them are."""
+"""Two-tower models: pooling, padding, logits and initial values."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from flax import traverse_util
 from flax.linen import meta
 
-from vlm_jax.axes import make_mesh, parameter_shardings
+from vlm_jax.axes import make_mesh
 from vlm_jax.config import (
     Contrastive,
     Decoder,
@@ -18,6 +19,7 @@ from vlm_jax.config import (
     Vision,
 )
 from vlm_jax.nn.models import abstract_params, build_model
+from vlm_jax.sharding import parameter_shardings
 
 STACK = {"width": 16, "depth": 2, "heads": 2, "mlp_width": 24}
 VISION = Vision(**STACK, image_size_px=16, patch_size_px=8, class_token=True, pool="class")
@@ -41,58 +43,76 @@ IDS = np.array(
 )
 
 
-def params_of(cfg):
+EVERY_TOKEN = np.ones(IDS.shape, bool)
+
+
+@functools.cache
+def random_params(cfg):
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), meta.unbox(abstract_params(cfg))
     )
 
 
-def run(cfg, *inputs, method=None, params=None):
-    apply = jax.jit(
-        lambda params, *given: build_model(cfg).apply({"params": params}, *given, method=method)
-    )
-    return apply(params_of(cfg) if params is None else params, *inputs)
+@functools.partial(jax.jit, static_argnames="cfg")
+def model(cfg, params, images, ids):
+    return build_model(cfg).apply({"params": params}, images, ids)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _text_features(cfg, params, ids, attention_mask):
+    return build_model(cfg).apply({"params": params}, ids, attention_mask, method="text_features")
+
+
+def text_features(cfg, ids, attention_mask=EVERY_TOKEN):
+    return _text_features(cfg, random_params(cfg), ids, attention_mask)
+
+
+def changes(a, b):
+    """(R,) bool: the feature of each text differs."""
+    return np.abs(a - b).max(axis=-1) > 1e-3
 
 
 @both
-def test_vectors_have_the_length_one_and_logits_are_their_scaled_products(cfg):
-    params, found = params_of(cfg), run(cfg, IMAGES, IDS)
-    assert found.logits_per_image.shape == (2, 3)
-    for vectors in (found.image_embeds, found.text_embeds):
-        np.testing.assert_allclose(np.linalg.norm(vectors, axis=-1), 1, rtol=1e-5)
-    expected = found.image_embeds @ found.text_embeds.T * np.exp(params["logit_scale"])
+def test_embeds_have_length_one_and_logits_are_their_scaled_products(cfg):
+    params = random_params(cfg)
+    output = model(cfg, params, IMAGES, IDS)
+    assert output.logits_per_image.shape == (2, 3)
+    for embeds in (output.image_embeds, output.text_embeds):
+        np.testing.assert_allclose(np.linalg.norm(embeds, axis=-1), 1, rtol=1e-5)
+    expected = output.image_embeds @ output.text_embeds.T * np.exp(params["logit_scale"])
     expected += params["logit_bias"] if cfg.logit_bias else 0
-    np.testing.assert_allclose(found.logits_per_image, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(output.logits_per_image, expected, rtol=1e-5, atol=1e-6)
+    # Without a mask every token counts.
+    features = text_features(cfg, IDS)
+    embeds = features / np.linalg.norm(features, axis=-1, keepdims=True)
+    np.testing.assert_allclose(output.text_embeds, embeds, atol=1e-6)
 
 
-def test_a_text_is_its_first_end_and_what_stands_before():
-    texts = run(CLIP, IDS, method="text_features")
+def test_a_text_is_its_first_eos_and_the_tokens_before():
+    texts = text_features(CLIP, IDS)
     later, before = IDS.copy(), IDS.copy()
     later[0, 6:], later[1, 3:] = EOS, 31
     before[:, 0] = 17
-    np.testing.assert_allclose(run(CLIP, later, method="text_features"), texts, atol=1e-6)
-    assert (np.abs(run(CLIP, before, method="text_features") - texts).max(axis=-1) > 1e-3).all()
+    np.testing.assert_allclose(text_features(CLIP, later), texts, atol=1e-6)
+    assert changes(text_features(CLIP, before), texts).all()
 
 
 def test_a_text_may_be_its_largest_id_instead():
-    """In the second text a larger one stands after the end."""
-    largest = run(replace(CLIP, text_pool="largest_id"), IDS, method="text_features")
-    apart = np.abs(largest - run(CLIP, IDS, method="text_features")).max(axis=-1)
-    assert (apart > 1e-3).tolist() == [False, True, False]
+    """The second text has a larger id after its EOS token."""
+    largest = text_features(replace(CLIP, text_pool="largest_id"), IDS)
+    assert changes(largest, text_features(CLIP, IDS)).tolist() == [False, True, False]
 
 
-def test_without_a_direction_every_token_counts_unless_it_is_padding():
-    texts = run(SIGLIP, IDS, method="text_features")
+def test_without_a_causal_mask_every_token_counts_but_padding():
     changed = IDS.copy()
     changed[:, 3] = 31
-    assert (np.abs(run(SIGLIP, changed, method="text_features") - texts).max(axis=-1) > 1e-3).all()
-    there = np.ones(IDS.shape, bool)
-    there[:, 3] = False
-    masked, masked_changed = (
-        run(SIGLIP, ids, there, method="text_features") for ids in (IDS, changed)
+    assert changes(text_features(SIGLIP, changed), text_features(SIGLIP, IDS)).all()
+    mask = EVERY_TOKEN.copy()
+    mask[:, 3] = False
+    np.testing.assert_allclose(
+        text_features(SIGLIP, changed, mask), text_features(SIGLIP, IDS, mask), atol=1e-6
     )
-    np.testing.assert_allclose(masked, masked_changed, atol=1e-6)
 
 
 @both
@@ -106,14 +126,16 @@ def test_without_a_direction_every_token_counts_unless_it_is_padding():
 )
 def test_a_text_outside_the_tables_is_refused(cfg, ids, message):
     with pytest.raises(UserError, match=message):
-        build_model(cfg).apply({"params": params_of(cfg)}, jnp.asarray(ids), method="text_features")
-    if ids.shape[1] > 8:
+        build_model(cfg).apply(
+            {"params": random_params(cfg)}, jnp.asarray(ids), method="text_features"
+        )
+    if ids.shape[1] > 8:  # lengths, but not ids, are known while tracing
         with pytest.raises(UserError, match=message):
-            run(cfg, ids, method="text_features")  # a length is known while tracing
+            text_features(cfg, ids, np.ones(ids.shape, bool))
 
 
 @both
-def test_every_parameter_has_its_letters_and_a_place_on_the_mesh(cfg):
+def test_every_parameter_has_logical_axes_and_a_sharding(cfg):
     boxes = traverse_util.flatten_dict(abstract_params(cfg), sep="/")
     parameter_shardings(boxes, make_mesh(Mesh(fsdp=2, tensor=2)))
     assert all(len(box.letters.split()) == box.value.ndim for box in boxes.values())
@@ -124,6 +146,14 @@ def test_every_parameter_has_its_letters_and_a_place_on_the_mesh(cfg):
 
 @both
 def test_a_new_model_begins_as_its_paper_says(cfg):
-    params = meta.unbox(jax.jit(build_model(cfg).init)(jax.random.key(0), IMAGES, IDS)["params"])
-    assert jnp.exp(params["logit_scale"])[0] == pytest.approx(1 / 0.07)
-    assert "logit_bias" not in params or params["logit_bias"][0] == -10
+    @jax.jit
+    def initial_scalars(key):
+        # XLA drops the initialisers of everything that is not returned.
+        images, ids = jnp.asarray(IMAGES), jnp.asarray(IDS)
+        params = meta.unbox(build_model(cfg).init(key, images, ids)["params"])
+        return params["logit_scale"], params.get("logit_bias")
+
+    scale, bias = initial_scalars(jax.random.key(0))
+    assert jnp.exp(scale)[0] == pytest.approx(1 / 0.07)
+    assert (bias is None) == (not cfg.logit_bias)
+    assert bias is None or bias[0] == -10

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from vlm_jax import axes
+from vlm_jax import axes, sharding
 from vlm_jax.config import FUSION_STYLES, ConfigError, Fusion, Mesh, files
 from vlm_jax.config.validate import validate
 from vlm_jax.hub.export import exportable
@@ -50,7 +50,7 @@ def test_a_copy_trains_and_gives_the_logits_of_the_original(copy_of, forward):
     mesh = axes.make_mesh(Mesh())
     state = init_sharded_state(cfg, mesh, {})
     with jax.set_mesh(mesh):
-        batch = axes.place_rows(random_batch(cfg, rows=8), mesh)
+        batch = sharding.place_rows(random_batch(cfg, rows=8), mesh)
         _, metrics = jit_train_step(cfg, mesh)(state, batch)
     assert np.isfinite(metrics["loss"])
 

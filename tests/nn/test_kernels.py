@@ -1,4 +1,6 @@
-"""Every kernel gives what `dot_product_attention` gives, gradients included, and stands where it serves."""
+"""Fused kernels equal `dot_product_attention`, gradients included, and are used if they fit."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,99 +12,97 @@ from vlm_jax.config import Mesh
 from vlm_jax.nn import kernels
 from vlm_jax.nn.attention import dot_product_attention
 
+SCALE = 0.1
 CASES = {  # queries, keys, heads, key heads, cap, kind of mask
     "grouped": (256, 384, 4, 2, 5.0, "random"),
     "odd": (130, 257, 2, 2, 0.0, "keys"),
 }
+every_case = pytest.mark.parametrize("name", CASES)
 
 
-def case(length, keys, heads, kv_heads, cap, kind, rows=2, width=64):
-    r = jax.random.split(jax.random.key(0), 5)
-    q, dy = (jax.random.normal(key, (rows, length, heads, width)) for key in r[:2])
-    k, v = (jax.random.normal(key, (rows, kv_heads, keys, width)) for key in r[2:4])
-    size = {"random": (rows, 1, length, keys), "keys": (rows, 1, 1, keys)}.get(kind)
-    mask = jax.random.bernoulli(r[4], 0.5, size) if size else None
-    if kind == "random":  # blocks that are empty, and queries that see nothing
-        mask = (
-            mask.at[0, :, :, 128:].set(False).at[1, :, :, :128].set(False).at[:, :, :5].set(False)
-        )
+def plain(q, k, v, mask, cap):
+    return dot_product_attention(q, k, v, mask, SCALE, cap)
+
+
+def splash(q, k, v, mask, cap):
+    return kernels.splash_attention(q, k, v, mask, SCALE, cap, interpret=True)
+
+
+def cudnn(q, k, v, mask, cap):
+    return kernels.cudnn_attention(q, k, v, mask, SCALE, cap, implementation="xla")
+
+
+def inputs(length, keys, heads, kv_heads, kind, rows=2, width=64):
+    """Queries, keys, values, mask, and the gradient of the output."""
+    rng = np.random.default_rng(0)
+    q, dy = rng.normal(size=(2, rows, length, heads, width)).astype(np.float32)
+    k, v = rng.normal(size=(2, rows, kv_heads, keys, width)).astype(np.float32)
+    mask = rng.random((rows, 1, 1 if kind == "keys" else length, keys)) < 0.5
+    if kind == "random":
+        # Blocks that are empty, and queries that see nothing.
+        mask[0, :, :, 128:] = False
+        mask[1, :, :, :128] = False
+        mask[:, :, :5] = False
         dy *= mask.any(-1).swapaxes(1, 2)[..., None]
-    return (q, k, v, mask), dy, cap
+    return q, k, v, mask, dy
 
 
-def value_and_gradients(function, arrays, dy):
-    q, k, v, mask = arrays
-
-    def total(q, k, v):
-        return jnp.sum(jnp.where(dy == 0, 0, function(q, k, v, mask) * dy))
-
-    return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
+def case(name):
+    """The inputs and the cap of a case."""
+    *sizes, cap, kind = CASES[name]
+    return inputs(*sizes, kind), cap
 
 
-def assert_same(function, plain, arrays, dy):
-    expected = value_and_gradients(plain, arrays, dy)
-    for found, value in zip(
-        jax.tree.leaves(value_and_gradients(function, arrays, dy)), jax.tree.leaves(expected)
-    ):
-        np.testing.assert_allclose(found, value, atol=2e-5, rtol=2e-4)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def value_and_gradients(function, cap, q, k, v, mask, dy):
+    def loss(q, k, v):
+        return jnp.sum(jnp.where(dy == 0, 0, function(q, k, v, mask, cap) * dy))
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_kernel_for_tpus_is_attend(name):
-    arrays, dy, cap = case(*CASES[name])
-    assert_same(
-        lambda *x: kernels.splash_attention(*x, 0.1, cap, interpret=True),
-        lambda *x: dot_product_attention(*x, scale=0.1, cap=cap),
-        arrays,
-        dy,
-    )
+def assert_equals_plain(function, arrays, cap):
+    actual = value_and_gradients(function, cap, *arrays)
+    expected = value_and_gradients(plain, cap, *arrays)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-4)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("on", ["tpu", "gpu"])
-def test_in_bfloat16_a_kernel_is_as_near_to_float32_as_attend(on, name):
-    arrays, dy, cap = case(*CASES[name])
-    cap = 0.0 if on == "gpu" else cap
-    narrow = [x if x is None or x.dtype == bool else x.astype(jnp.bfloat16) for x in arrays]
-    kernel, settings = {
-        "tpu": (kernels.splash_attention, {"interpret": True}),
-        "gpu": (kernels.cudnn_attention, {"implementation": "xla"}),
-    }[on]
+@every_case
+def test_splash_attention_is_attention(name):
+    arrays, cap = case(name)
+    assert_equals_plain(splash, arrays, cap)
 
-    def plain(*x):
-        return dot_product_attention(*x, scale=0.1, cap=cap)
 
-    exact = value_and_gradients(plain, arrays, dy)[1]
-    found = value_and_gradients(lambda *x: kernel(*x, 0.1, cap, **settings), narrow, dy)[1]
-    for wide, ours, theirs in zip(exact, found, value_and_gradients(plain, narrow, dy)[1]):
-        assert ours.dtype == jnp.bfloat16
-        assert error(ours, wide) < 1.5 * error(theirs, wide) + 1e-3
+@every_case
+def test_cudnn_attention_is_attention(name):
+    arrays, _ = case(name)
+    assert_equals_plain(cudnn, arrays, 0.0)
+
+
+@every_case
+@pytest.mark.parametrize("kernel", [splash, cudnn])
+def test_in_bfloat16_a_kernel_is_as_near_to_float32_as_attention(kernel, name):
+    arrays, cap = case(name)
+    cap = 0.0 if kernel is cudnn else cap
+    *qkv, mask, dy = arrays
+    narrow = [x.astype(jnp.bfloat16) for x in qkv]
+    _, exact = value_and_gradients(plain, cap, *arrays)
+    _, by_kernel = value_and_gradients(kernel, cap, *narrow, mask, dy)
+    _, by_plain = value_and_gradients(plain, cap, *narrow, mask, dy)
+    for expected, a, b in zip(exact, by_kernel, by_plain):
+        assert a.dtype == jnp.bfloat16
+        assert error(a, expected) < 1.5 * error(b, expected) + 1e-3
 
 
 def error(x, exact):
-    return float(jnp.linalg.norm(x.astype(jnp.float32) - exact) / jnp.linalg.norm(exact))
+    return np.linalg.norm(np.float32(x) - exact) / np.linalg.norm(exact)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_what_cudnn_is_asked_for_is_attend(name):
-    arrays, dy, _ = case(*CASES[name])
-    assert_same(
-        lambda *x: kernels.cudnn_attention(*x, 0.1, implementation="xla"),
-        lambda *x: dot_product_attention(*x, scale=0.1),
-        arrays,
-        dy,
-    )
-
-
-def test_the_kernel_for_tpus_on_a_mesh_is_attend():
-    arrays, dy, _ = case(128, 128, 4, 2, 0.0, "random", rows=4)
+def test_splash_attention_on_a_mesh_is_attention():
+    arrays = inputs(128, 128, 4, 2, "random", rows=4)
     with jax.set_mesh(axes.make_mesh(Mesh(1, 4, 2))):
-        assert_same(
-            lambda *x: kernels.splash_attention(*x, 0.1, interpret=True),
-            lambda *x: dot_product_attention(*x, scale=0.1),
-            arrays,
-            dy,
-        )
+        assert_equals_plain(splash, arrays, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_the_kernel_for_tpus_on_a_mesh_is_attend():
         ("gpu", 577, "bfloat16", 64, 0.0, None),
     ],
 )
-def test_the_platform_chooses(monkeypatch, platform, length, dtype, width, cap, kernel):
+def test_the_platform_chooses_the_kernel(monkeypatch, platform, length, dtype, width, cap, kernel):
     monkeypatch.setattr(axes, "platform", lambda: platform)
     q, k = jnp.zeros((1, length, 2, width), dtype), jnp.zeros((1, 2, length, width), dtype)
     assert kernels.kernel_for(q, k, jnp.ones((1, 1, 1, length), bool), cap) is kernel

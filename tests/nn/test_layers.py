@@ -1,5 +1,7 @@
 """Layers against their formulas."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,32 +19,27 @@ def random(*shape):
     return jnp.asarray(RNG.normal(size=shape), jnp.float32)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def run(module, params, x):
-    return jax.jit(lambda params, x: module.apply({"params": params}, x))(params, x)
+    return module.apply({"params": params}, x)
 
 
 def shapes(module, x):
     boxed = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
-    return {
-        name: (box.letters, box.value.shape)
-        for name, box in ((jax.tree_util.keystr(path), box) for path, box in _boxes(boxed))
-    }
-
-
-def _boxes(tree):
-    return jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda x: isinstance(x, meta.AxisMetadata)
-    )[0]
+    boxes, _ = jax.tree_util.tree_flatten_with_path(
+        boxed, is_leaf=lambda x: isinstance(x, meta.AxisMetadata)
+    )
+    return {jax.tree_util.keystr(path): (box.letters, box.value.shape) for path, box in boxes}
 
 
 @pytest.mark.parametrize("leading, outputs", [((), 5), ((3,), 5), ((2, 3), 5), ((2, 3), 3)])
-def test_matmul_has_the_value_and_the_gradients_of_a_plain_product(leading, outputs):
+def test_matmul_has_the_value_and_gradients_of_a_plain_product(leading, outputs):
     x, w, dy = random(*leading, 4), random(4, outputs), random(*leading, outputs)
     expected, plain = jax.vjp(lambda x, w: x @ w, x, w)
     actual, custom = jax.vjp(layers.matmul, x, w)
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
-    for ours, theirs in zip(custom(dy), plain(dy)):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    for gradient, expected_gradient in zip(custom(dy), plain(dy)):
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-5)
 
 
 def test_matmul_in_bfloat16_has_gradients_in_bfloat16():
@@ -56,10 +53,9 @@ def test_matmul_in_bfloat16_has_gradients_in_bfloat16():
 @pytest.mark.parametrize("bias", [True, False])
 def test_dense_splits_the_width_into_heads(bias):
     dense = layers.Dense("D N H", (6, 2, 3), bias=bias)
-    x, params = (
-        random(2, 5, 6),
-        {"kernel": random(6, 2, 3)} | ({"bias": random(2, 3)} if bias else {}),
-    )
+    x, params = random(2, 5, 6), {"kernel": random(6, 2, 3)}
+    if bias:
+        params["bias"] = random(2, 3)
     expected = jnp.einsum("bsd,dnh->bsnh", x, params["kernel"]) + params.get("bias", 0)
     np.testing.assert_allclose(run(dense, params, x), expected, rtol=1e-5, atol=1e-5)
 
@@ -71,7 +67,7 @@ def test_dense_merges_heads_into_the_width():
     np.testing.assert_allclose(run(dense, params, x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_parameters_of_dense_carry_the_letters_they_were_made_with():
+def test_parameters_of_dense_carry_their_logical_axes():
     split, merge = layers.Dense("D N H", (6, 2, 3)), layers.Dense("N H D", (2, 3, 6), contract=2)
     assert shapes(split, random(1, 6)) == {
         "['kernel']": ("D N H", (6, 2, 3)),
@@ -86,7 +82,7 @@ def test_parameters_of_dense_carry_the_letters_they_were_made_with():
 @pytest.mark.parametrize(
     "letters, contract, shape", [("D N H", 1, (64, 4, 16)), ("N H D", 2, (4, 16, 64))]
 )
-def test_a_new_dense_keeps_the_variance_of_what_it_reads(letters, contract, shape):
+def test_a_new_dense_keeps_the_variance_of_its_input(letters, contract, shape):
     dense = layers.Dense(letters, shape, contract=contract, bias=False)
     x = random(512, *shape[:contract])
     y = dense.apply(meta.unbox(dense.init(jax.random.key(0), x)), x)
@@ -114,7 +110,7 @@ def test_rmsnorm_has_no_bias():
 
 
 def test_norms_of_bfloat16_are_computed_in_float32():
-    """A mean of 1000 with deviations of 1 is lost in bfloat16's 8 bits if the squares are summed there."""
+    """bfloat16's 8 bits lose deviations of 1 from a mean of 1000 if squares are summed in it."""
     x = (1000 + 8 * jnp.arange(8.0)).astype(jnp.bfloat16)
     params = {"scale": jnp.ones(8, jnp.bfloat16), "bias": jnp.zeros(8, jnp.bfloat16)}
     y = run(layers.Norm("layernorm", 1e-6), params, x)

@@ -1,4 +1,4 @@
-"""Longrope: which factors turn a text depends on its whole length, and a cache does not change that."""
+"""LongRoPE: the factors depend on the length of the whole text, with a cache as without one."""
 
 from dataclasses import replace
 
@@ -12,7 +12,8 @@ from vlm_jax.nn.vlm import empty_cache
 from vlm_jax.structs import PADDING, Batch
 from vlm_jax.testing import KINDS, tiny
 
-NEW = 5  # tokens that follow the prompt one at a time; the third of them is the first beyond the original length
+# Tokens that follow the prompt one at a time; the third is the first beyond the original length.
+NEW = 5
 
 
 class Letters:
@@ -43,11 +44,11 @@ def prompts(cfg) -> Batch:
 
 
 def cut(batch: Batch, length: int) -> Batch:
-    """The first tokens; those behind become padding, so that every length has the same shapes."""
-    there = np.arange(batch.tokens.shape[1]) < length
+    """The first tokens, then padding, so that every length has the same shapes."""
+    is_kept = np.arange(batch.tokens.shape[1]) < length
     return batch.replace(
-        segment_ids=np.where(there, batch.segment_ids, PADDING),
-        positions=np.where(there, batch.positions, 0),
+        segment_ids=np.where(is_kept, batch.segment_ids, PADDING),
+        positions=np.where(is_kept, batch.positions, 0),
     )
 
 
@@ -71,9 +72,9 @@ def test_the_first_token_beyond_the_original_length_changes_those_before(forward
     length = prompts(tiny()).tokens.shape[1]
     cfg = longrope("unified", original=length - 1)
     params, whole = random_params(cfg), prompts(cfg)
-    short, long = (forward(cfg, params, cut(whole, at)).logits for at in (length - 1, length))
+    short = forward(cfg, params, cut(whole, length - 1)).logits
+    long = forward(cfg, params, cut(whole, length)).logits
     changed = np.abs(short - long).max(-1) > 1e-3
-    there = (whole.segment_ids != PADDING) & (
-        whole.positions > 0
-    )  # the first token sees itself alone
-    assert changed[:, :-1][there[:, :-1]].all()
+    # The first token attends to itself alone, so its rotation makes no difference.
+    sees_others = (whole.segment_ids != PADDING) & (whole.positions > 0)
+    assert changed[:, :-1][sees_others[:, :-1]].all()

@@ -1,5 +1,6 @@
-"""Patches: what a patch is, that a product is a convolution, and where positions come from."""
+"""Patches: their layout, the equality of linear and convolutional embedding, and positions."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -18,8 +19,16 @@ def random(*shape):
     return jnp.asarray(RNG.normal(size=shape), jnp.float32)
 
 
-def run(module, params, x):
-    return jax.jit(lambda params, x: module.apply({"params": params}, x))(params, x)
+@functools.partial(jax.jit, static_argnums=0)
+def run(cfg, params, images):
+    return patches.PatchEmbed(cfg).apply({"params": params}, images)
+
+
+def random_params(cfg):
+    side = cfg.image_size_px
+    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    shapes = jax.eval_shape(patches.PatchEmbed(cfg).init, jax.random.key(0), images)
+    return jax.tree.map(lambda x: random(*x.shape), meta.unbox(shapes["params"]))
 
 
 def test_nine_patches_of_16x16x3_give_1_9_768():
@@ -32,7 +41,7 @@ def test_a_grey_patch_goes_from_256_to_768():
     assert (flat @ random(256, 768)).shape == (1, 1, 768)
 
 
-def test_patches_are_read_row_by_row_and_pixels_inside_them_too():
+def test_patches_and_their_pixels_are_in_row_order():
     """An image of 2 x 4 pixels in two patches, each pixel its own number."""
     image = jnp.arange(8.0).reshape(1, 2, 4, 1)
     assert patches.patchify(image, 2)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
@@ -50,21 +59,14 @@ def convolve(images, kernel, patch_size_px):
 
 @pytest.mark.parametrize("patch_embed", ["linear", "conv"])
 def test_pixels_that_fill_no_patch_are_not_read(patch_embed):
-    module = patches.PatchEmbed(
-        Vision(width=5, image_size_px=14, patch_size_px=4, patch_embed=patch_embed)
-    )
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 14, 14, 3))))[
-        "params"
-    ]
-    params = jax.tree.map(lambda x: random(*x.shape), meta.unbox(shapes))
-    images = random(2, 10, 15, 3)
-    np.testing.assert_array_equal(
-        run(module, params, images), run(module, params, images[:, :8, :12])
-    )
+    cfg = Vision(width=5, image_size_px=14, patch_size_px=4, patch_embed=patch_embed)
+    params, images = random_params(cfg), random(2, 10, 15, 3)
+    cropped = images[:, :8, :12]
+    np.testing.assert_array_equal(run(cfg, params, images), run(cfg, params, cropped))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_product_is_the_strided_convolution_with_the_same_weights(channels):
+def test_linear_embedding_is_the_strided_convolution_with_equal_weights(channels):
     images, kernel = random(2, 12, 8, channels), random(4, 4, channels, 5)
     product = patches.patchify(images, 4) @ patches.linear_from_conv(kernel)
     np.testing.assert_allclose(
@@ -72,7 +74,7 @@ def test_a_product_is_the_strided_convolution_with_the_same_weights(channels):
     )
 
 
-def test_weights_of_product_and_convolution_convert_both_ways():
+def test_kernels_of_linear_and_conv_convert_both_ways():
     kernel = random(4, 4, 3, 5)
     linear = patches.linear_from_conv(kernel)
     assert linear.shape == (48, 5)
@@ -80,16 +82,17 @@ def test_weights_of_product_and_convolution_convert_both_ways():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_linear_and_the_conv_embedding_are_one_function_of_the_same_parameters(bias):
+def test_linear_and_conv_embeddings_are_equal_for_equal_parameters(bias):
     linear = Vision(image_size_px=12, patch_size_px=4, width=8, patch_bias=bias)
     conv = replace(linear, patch_embed="conv")
     images = random(2, 12, 12, 3)
-    shapes = jax.eval_shape(patches.PatchEmbed(linear).init, jax.random.key(0), images)
-    assert shapes == jax.eval_shape(patches.PatchEmbed(conv).init, jax.random.key(0), images)
-    params = jax.tree.map(lambda x: random(*x.shape), shapes["params"])
+    params = random_params(linear)
+    same_shapes = jax.tree.map(jnp.shape, params)
+    assert same_shapes == jax.tree.map(jnp.shape, random_params(conv))
     assert ("bias" in params["projection"]) == bias
-    a, b = (run(patches.PatchEmbed(cfg), params, images) for cfg in (linear, conv))
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(
+        run(linear, params, images), run(conv, params, images), rtol=1e-5, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("grid, width", [((4, 4), 16), ((3, 5), 16), ((8, 8), 18)])
@@ -100,7 +103,7 @@ def test_sincos_positions_are_distinct_for_every_patch(grid, width):
     assert distances.min() > 0.01
 
 
-def test_sincos_positions_tell_columns_in_one_half_and_rows_in_the_other():
+def test_sincos_positions_hold_columns_then_rows():
     table = patches.sincos_positions((3, 5), 16).reshape(3, 5, 16)
     assert (table[:1, :, :8] == table[:, :, :8]).all()
     assert (table[:, :1, 8:] == table[:, :, 8:]).all()
@@ -113,22 +116,20 @@ def test_positions_are_added_to_the_patches(positions):
     params = {"projection": {"kernel": random(48, 8), "bias": jnp.zeros(8)}}
     table = random(4, 8) if positions == "learned" else patches.sincos_positions((2, 2), 8)
     params |= {"positions": table} if positions == "learned" else {}
-    np.testing.assert_array_equal(run(patches.PatchEmbed(cfg), params, black)[0], table)
+    np.testing.assert_array_equal(run(cfg, params, black)[0], table)
 
 
 def test_without_positions_or_encoder_the_tokens_are_the_patches():
     cfg = Vision(image_size_px=8, patch_size_px=4, kind="none", positions="none")
     images = random(1, 8, 8, 3)
-    np.testing.assert_array_equal(
-        run(patches.PatchEmbed(cfg), {}, images), patches.patchify(images, 4)
-    )
+    np.testing.assert_array_equal(run(cfg, {}, images), patches.patchify(images, 4))
 
 
 def test_an_image_of_another_size_gets_resampled_positions():
     cfg = Vision(image_size_px=8, patch_size_px=4, width=8)
     table = random(4, 8)
     params = {"projection": {"kernel": random(48, 8), "bias": jnp.zeros(8)}, "positions": table}
-    larger = run(patches.PatchEmbed(cfg), params, jnp.zeros((1, 12, 16, 3)))
+    larger = run(cfg, params, jnp.zeros((1, 12, 16, 3)))
     np.testing.assert_allclose(
         larger[0], patches.resample_positions(table, (2, 2), (3, 4)), atol=1e-6
     )

@@ -1,4 +1,4 @@
-"""Settings of the decoder do what they say, and every parameter is laid out by its letters."""
+"""Settings of the decoder have their effect, and every parameter has logical axes and a part."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -39,13 +39,14 @@ SETTINGS = {
 def test_a_setting_of_the_decoder_runs_and_changes_the_logits(settings, forward, random_params):
     base = decoder(tiny("cross_attention"), depth=1)
     cfg, batch = decoder(base, **settings), without_images(random_batch(base))
-    there = batch.segment_ids != PADDING
-    logits = forward(cfg, random_params(cfg), batch).logits[there]
+    is_token = batch.segment_ids != PADDING
+    logits = forward(cfg, random_params(cfg), batch).logits[is_token]
+    base_logits = forward(base, random_params(base), batch).logits[is_token]
     assert np.isfinite(logits).all()
-    assert np.abs(logits - forward(base, random_params(base), batch).logits[there]).max() > 1e-3
+    assert np.abs(logits - base_logits).max() > 1e-3
 
 
-def test_positions_tell_equal_tokens_apart_under_both_schemes(forward, random_params):
+def test_positions_distinguish_equal_tokens_in_both_schemes(forward, random_params):
     for positions in ("rope", "learned"):
         cfg = decoder(tiny("cross_attention"), positions=positions, depth=1)
         a, b = [11, 22, 33, 44, 55, 66], [22, 11, 33, 44, 55, 66]
@@ -81,17 +82,17 @@ def boxes(cfg):
     "cfg", list(all_sorts()), ids=lambda cfg: f"{cfg.fusion.kind}-{cfg.projector.kind}"
 )
 def test_every_parameter_has_a_letter_for_each_dimension_and_belongs_to_one_part(cfg):
-    found = boxes(cfg)
-    for path, box in found.items():
+    params = boxes(cfg)
+    for path, box in params.items():
         assert isinstance(box, axes.Partitioned), path
         letters = box.letters.split()
         assert len(letters) == len(box.value.shape), path
         assert set(letters) <= set(axes.ALPHABET), path
         assert ("layers" in path) == (letters[0] == "L"), path
         assert part_of(path) in PARTS, path
-    crossing = {path for path in found if part_of(path) == "cross_attention"}
+    crossing = {path for path in params if part_of(path) == "cross_attention"}
     assert bool(crossing) == cfg.fusion.image_in_memory
-    assert {part_of(path) for path in found} >= {"projector", "decoder"}
+    assert {part_of(path) for path in params} >= {"projector", "decoder"}
 
 
 def test_every_letter_has_one_size_in_the_decoder():

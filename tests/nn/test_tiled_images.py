@@ -1,4 +1,4 @@
-"""Images in tiles, for every fusion style: what of an image reaches which token."""
+"""Images in tiles, for every fusion style: the tokens that each tile reaches."""
 
 from dataclasses import replace
 
@@ -27,14 +27,14 @@ def experiment(kind, **settings):
 
 
 def picture(count, seed=0):
-    """So many tiles of 16 px, side by side."""
+    """An image of `count` tiles of 16 px, side by side."""
     return (
         np.random.default_rng((count, seed)).uniform(-1, 1, (16, 16 * count, 3)).astype(np.float32)
     )
 
 
 def rows(cfg, *counts) -> Batch:
-    """A row with two questions about an image of so many tiles, for every count."""
+    """For every count, a row with two questions about an image of that many tiles."""
     pairs = [([20, 21, 22], [23, 24]), ([30, 31], [32])]
     packed = [
         text.pack_row(cfg, pairs, count)
@@ -52,14 +52,13 @@ def with_noise_in(batch, row, view):
 
 def moves(forward, cfg, params, batch, row, view):
     """(S,) bool: the tokens of a row whose logits are others when a view is another."""
-    logits, other = (
-        forward(cfg, params, b).logits[row] for b in (batch, with_noise_in(batch, row, view))
-    )
+    logits = forward(cfg, params, batch).logits[row]
+    other = forward(cfg, params, with_noise_in(batch, row, view)).logits[row]
     return np.abs(np.subtract(logits, other)).max(-1) > 1e-4
 
 
 def tags(cfg, batch, row):
-    """Where the tag of every view stands in a row."""
+    """Index of the tag of every view in a row."""
     ids = [tag for (tag,) in cfg.tile_tags]
     return [
         int(np.flatnonzero(batch.tokens[row] == tag)[0]) if tag in batch.tokens[row] else None
@@ -68,26 +67,26 @@ def tags(cfg, batch, row):
 
 
 @every_kind
-def test_every_view_that_is_there_reaches_the_questions_and_no_other_view_does(
+def test_every_present_view_reaches_the_questions_and_no_absent_one_does(
     kind, forward, random_params
 ):
     cfg = experiment(kind)
     batch, params = rows(cfg, 2, 3, 1, 2), random_params(cfg)
-    for row, there in [(0, (0, 1, THUMBNAIL)), (2, (0,))]:
-        asked = batch.branch_ids[row] > 0
+    for row, views in [(0, (0, 1, THUMBNAIL)), (2, (0,))]:
+        is_question = batch.branch_ids[row] > 0
         for view in range(cfg.vision.views):
             moved = moves(forward, cfg, params, batch, row, view)
-            assert moved[asked].all() == moved.any() == (view in there), (row, view)
+            assert moved[is_question].all() == moved.any() == (view in views), (row, view)
 
 
 @every_kind
 def test_a_tag_does_not_know_the_tiles_after_its_own(kind, forward, random_params):
-    """What a tag reads itself is drawn in test_masks.py; it also hears of what stands before it in the sequence."""
+    """test_masks.py draws the cross-attention of a tag; it also attends to earlier tokens."""
     cfg = experiment(kind)
     batch, params = rows(cfg, 3, 3, 3, 3), random_params(cfg)
     first, second, third, whole = tags(cfg, batch, 0)
     moved = {view: moves(forward, cfg, params, batch, 0, view) for view in range(cfg.vision.views)}
-    reads_own = kind != "unified"  # where it stands in front of its tile's tokens
+    reads_own = kind != "unified"  # in unified it precedes its tile's tokens
     assert moved[1][first] == moved[2][first] == moved[2][second] == False  # noqa: E712
     assert moved[0][first] == moved[1][second] == moved[2][third] == reads_own
     assert moved[THUMBNAIL][whole] == (kind in ("cross_attention", "encoder_decoder"))
@@ -98,17 +97,18 @@ def test_a_batch_of_mixed_tile_counts_is_one_by_one_and_cached_is_uncached(
     kind, forward, random_params
 ):
     cfg, params = experiment(kind), random_params(experiment(kind))
-    shown, asked = (
-        [[picture(2)], [picture(3)], [picture(1)], []],
-        ["which of the two?", "what?", "small?", "nothing?"],
-    )
-    batch = questions.prompt_batch(cfg, Letters(), shown, asked)
+    images = [[picture(2)], [picture(3)], [picture(1)], []]
+    prompts = ["which of the two?", "what?", "small?", "nothing?"]
+    batch = questions.prompt_batch(cfg, Letters(), images, prompts)
     logits, length = forward(cfg, params, batch).logits, batch.tokens.shape[1]
-    for row, (images, question) in enumerate(zip(shown, asked)):
-        alone = questions.prompt_batch(cfg, Letters(), [images], [question], length)
-        there = alone.segment_ids[0] != PADDING
+    for row in range(4):
+        # Four equal rows instead of one, so that it is the program of the mixed batch.
+        alone = questions.prompt_batch(
+            cfg, Letters(), [images[row]] * 4, [prompts[row]] * 4, length
+        )
+        is_token = alone.segment_ids[0] != PADDING
         expected = forward(cfg, params, alone).logits[0]
-        np.testing.assert_allclose(logits[row][there], expected[there], rtol=1e-4, atol=2e-4)
+        np.testing.assert_allclose(logits[row][is_token], expected[is_token], rtol=1e-4, atol=2e-4)
     text_fields, length = batch.replace(images=None), length - 1
     prompt = jax.tree.map(lambda x: x[:, :length], text_fields).replace(images=batch.images)
     cache = forward(cfg, params, prompt, empty_cache(cfg.model, prompt, 1)).cache
@@ -119,15 +119,15 @@ def test_a_batch_of_mixed_tile_counts_is_one_by_one_and_cached_is_uncached(
 class Letters:
     """A tokenizer of bytes."""
 
-    def encode(self, said):
-        return list(said.encode())
+    def encode(self, text):
+        return list(text.encode())
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_with_closed_gates_hybrid_is_unified_with_the_thumbnail_alone_bit_for_bit(
     count, forward, random_params
 ):
-    """Of an image that is one tile, with that tile."""
+    """An image of one tile: unified with that tile."""
     cfg = experiment("hybrid")
     cfg = replace(cfg, fusion=replace(cfg.fusion, gated=True))
     batch = rows(cfg, count, count)
@@ -151,6 +151,6 @@ def test_with_closed_gates_hybrid_is_unified_with_the_thumbnail_alone_bit_for_bi
     own = {path: x for path, x in flat.items() if part_of(path) != "cross_attention"}
     expected = forward(plain, traverse_util.unflatten_dict(own), alone).logits
     np.testing.assert_array_equal(hidden, expected)
-    there = batch.segment_ids != PADDING
+    is_token = batch.segment_ids != PADDING
     opened = forward(cfg, random_params(cfg), batch).logits
-    assert (np.abs(np.subtract(opened, expected)).max(-1) > 1e-3)[there].any()
+    assert (np.abs(np.subtract(opened, expected)).max(-1) > 1e-3)[is_token].any()

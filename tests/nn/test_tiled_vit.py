@@ -1,4 +1,4 @@
-"""The encoder of images in tiles: who sees whom, and what gates and feature layers do."""
+"""The ViT of images in tiles: its padding mask, gates and feature layers."""
 
 import functools
 from dataclasses import replace
@@ -47,8 +47,8 @@ def features(cfg, params, layouts, tile_mask=BOTH_TILES):
     return ViT(cfg).apply({"params": params}, IMAGES, jnp.asarray(layouts), tile_mask)
 
 
-def test_only_what_fills_does_not_see_what_fills():
-    """Two tiles of two tokens and one that fills; the second tile is not there."""
+def test_padding_does_not_attend_to_padding():
+    """Two tiles of two tokens and one of padding; the second tile is absent."""
     picture = """
         1 1 1 1 1 1
         1 1 1 1 1 1
@@ -58,11 +58,12 @@ def test_only_what_fills_does_not_see_what_fills():
         1 1 . . . .
     """
     mask = padding_mask(jnp.asarray([[True, False]]), length=2, filled=3)
-    drawn = [" ".join("1" if seen else "." for seen in row) for row in np.asarray(mask[0, 0])]
+    symbols = np.where(mask[0, 0], "1", ".")
+    drawn = [" ".join(row) for row in symbols]
     assert drawn == [line.strip() for line in picture.strip().splitlines()]
 
 
-def test_a_token_is_the_output_and_behind_it_the_hidden_states_woven():
+def test_a_token_is_the_output_then_the_hidden_states_interleaved():
     y = features(CFG, params(), [1, 2])
     assert y.shape == (2, 2 * (1 + 4), 3 * D) == (2, 10, CFG.output_width)
     for i, layer in enumerate(CFG.feature_layers):
@@ -77,7 +78,8 @@ def test_behind_closed_gates_the_layout_of_tiles_makes_no_difference(gate):
     flat = traverse_util.flatten_dict(params(), sep="/")
     closed = flat | {f"tiled/{name}": jnp.zeros(1) for name in names}
     ajar = closed | {f"tiled/{gate}": jnp.ones(1)}
-    closed, ajar = (traverse_util.unflatten_dict(x, sep="/") for x in (closed, ajar))
+    closed = traverse_util.unflatten_dict(closed, sep="/")
+    ajar = traverse_util.unflatten_dict(ajar, sep="/")
     np.testing.assert_array_equal(features(CFG, closed, [1, 2]), features(CFG, closed, [3, 3]))
     assert np.abs(features(CFG, ajar, [1, 2]) - features(CFG, ajar, [3, 3])).max() > 0.01
 
@@ -89,5 +91,6 @@ def test_the_gates_of_the_second_stage_close_all_of_it():
     }
     without = replace(CFG, num_global_layers=1)
     shorter = {name: x[:1] if "global_blocks" in name else x for name, x in closed.items()}
-    closed, shorter = (traverse_util.unflatten_dict(x, sep="/") for x in (closed, shorter))
+    closed = traverse_util.unflatten_dict(closed, sep="/")
+    shorter = traverse_util.unflatten_dict(shorter, sep="/")
     np.testing.assert_array_equal(features(CFG, closed, [1, 2]), features(without, shorter, [1, 2]))

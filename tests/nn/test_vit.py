@@ -35,12 +35,10 @@ def test_kind_none_gives_the_raw_patches_and_has_no_parameters():
 
 
 def test_the_class_token_is_kept_or_dropped_in_front_of_the_same_patches():
-    kept, dropped = (
-        replace(TINY, class_token=True, keep_class_token=True),
-        replace(TINY, class_token=True),
-    )
-    params = random_params(kept)
-    with_class, without = encode(kept, params), encode(dropped, params)
+    dropping = replace(TINY, class_token=True)
+    keeping = replace(dropping, keep_class_token=True)
+    params = random_params(keeping)
+    with_class, without = encode(keeping, params), encode(dropping, params)
     assert with_class.shape == (2, 1 + 4, 16)
     np.testing.assert_array_equal(with_class[:, 1:], without)
 
@@ -60,7 +58,7 @@ def test_linear_and_conv_encoders_agree():
 
 
 def test_every_patch_reads_every_other():
-    """Attention is not causal: the last patch changes the first token, and the first patch the last token."""
+    """Not causal: the last patch changes the first token, and the first patch the last token."""
     params = random_params(TINY)
     tokens = encode(TINY, params)
     for patch, token in (((slice(4, 8), slice(4, 8)), 0), ((slice(0, 4), slice(0, 4)), 3)):
@@ -75,10 +73,10 @@ def test_images_of_a_batch_do_not_see_each_other():
 
 
 @pytest.mark.parametrize(
-    "norm, there, gone", [("pre_norm", True, False), ("final_norm", "tokens", "none")]
+    "norm, present, absent", [("pre_norm", True, False), ("final_norm", "tokens", "none")]
 )
-def test_a_norm_stands_there_only_where_asked_for(norm, there, gone):
-    with_norm, without = replace(TINY, **{norm: there}), replace(TINY, **{norm: gone})
+def test_a_norm_exists_only_if_configured(norm, present, absent):
+    with_norm, without = replace(TINY, **{norm: present}), replace(TINY, **{norm: absent})
     params = random_params(with_norm)
     assert norm in params
     assert norm not in random_params(without)

@@ -1,4 +1,4 @@
-"""A file that Git LFS has not fetched is named as such, whichever file of a checkpoint or of a dataset it is."""
+"""A Git LFS pointer is reported for every file of a checkpoint or of a dataset."""
 
 import pytest
 import torch
@@ -16,11 +16,11 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0f' * 32}\n
 
 
 def refused(path, load) -> None:
-    kept = path.read_bytes()
+    content = path.read_bytes()
     path.write_text(POINTER)
     with pytest.raises(UserError, match=f"^{path} is a Git LFS pointer, .* `git lfs pull`.$"):
         load()
-    path.write_bytes(kept)
+    path.write_bytes(content)
 
 
 def test_every_file_of_a_checkpoint(tmp_path):

@@ -1,4 +1,4 @@
-"""What a process asks of its allocator."""
+"""Memory that a process returns to the system."""
 
 import subprocess
 import sys

@@ -15,9 +15,9 @@ PRINTS = {"a.json": "1", "b.json": "2"}
 
 @pytest.fixture
 def workdir(tmp_path):
-    made = Workdir(str(tmp_path / "run"))
-    made.path.mkdir()
-    return made
+    workdir = Workdir(str(tmp_path / "run"))
+    workdir.path.mkdir()
+    return workdir
 
 
 def test_a_run_continues_with_the_same_data(workdir):
@@ -60,9 +60,9 @@ def test_the_fingerprint_is_that_of_the_texts_alone(tmp_path):
 
 def test_the_fingerprint_of_a_drawn_set_is_its_configuration(tmp_path):
     data = replace(tiny().data, source="glyphs", images=(2, 1, 1), dir=str(tmp_path))
-    found = pipeline.fingerprint(data)
-    assert found == pipeline.fingerprint(replace(data, dir=str(tmp_path / "elsewhere")))
-    assert found != pipeline.fingerprint(replace(data, seed=1))
+    fingerprint = pipeline.fingerprint(data)
+    assert fingerprint == pipeline.fingerprint(replace(data, dir=str(tmp_path / "elsewhere")))
+    assert fingerprint != pipeline.fingerprint(replace(data, seed=1))
 
 
 @pytest.mark.parametrize(

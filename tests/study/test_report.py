@@ -1,4 +1,4 @@
-"""A report says what there is, and what is missing."""
+"""Contents of a report, and the runs that it names as missing."""
 
 import dataclasses
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.study import studies
-from vlm_jax.study import changed, planning
+from vlm_jax.study import override, planning
 from vlm_jax.study.report import (
     costs,
     page,
@@ -24,8 +24,8 @@ def written(datasets_dir, tmp_path_factory):
     """The folder with the report of a study whose last run is missing."""
     folder = tmp_path_factory.mktemp("study")
     question = "Does <b>the</b> connector matter?"
-    plan = studies.pretended(studies.study(datasets_dir, question=question), folder)
-    page.write(sections.page(results.read(plan), "mine.py"), folder / "report")
+    plan = studies.write_study(studies.study(datasets_dir, question=question), folder)
+    page.write(sections.build_page(results.read_results(plan), "mine.py"), folder / "report")
     return folder / "report"
 
 
@@ -39,7 +39,7 @@ def markdown(written):
     return (written / "report.md").read_text()
 
 
-def test_html_is_one_file_that_asks_for_nothing_else(html):
+def test_html_is_one_file_without_external_resources(html):
     sources = re.findall(r"""(?:src|href)=["'](?!#)(.{0,30})""", html)
     assert len(sources) > 8
     assert all(source.startswith("data:image/png;base64,") for source in sources)
@@ -47,20 +47,20 @@ def test_html_is_one_file_that_asks_for_nothing_else(html):
     assert 'name="viewport"' in html
 
 
-def test_what_models_and_people_say_is_text(html):
+def test_questions_and_answers_are_escaped(html):
     assert "Does &lt;b&gt;the&lt;/b&gt; connector" in html
     assert "| &lt;b&gt;" in html
     assert not re.search(r"<b>[^<]*connector", html)
 
 
-def test_every_picture_of_the_markdown_is_there(written, markdown):
+def test_every_picture_of_the_markdown_exists(written, markdown):
     named = re.findall(r"!\[[^]]*\]\(([^)]+)\)", markdown)
     assert len(named) > 8
     assert all((written / name).stat().st_size > 500 for name in named)
 
 
-def test_scores_and_tests_are_there(markdown):
-    """linear has 0.5 and 0.5625 or so; the missing run leaves one seed of the other arm at matched FLOPs."""
+def test_scores_and_tests_are_reported(markdown):
+    """The missing run leaves one seed of shuffle at matched FLOPs."""
     assert "| linear | 0.531 (" in markdown
     assert "| linear - shuffle | -0.2" in markdown
     assert "needs more seeds" in markdown
@@ -68,67 +68,64 @@ def test_scores_and_tests_are_there(markdown):
 
 def test_the_score_with_shuffled_images_is_beside_it(markdown):
     assert "| exact match with shuffled images |" in markdown
-    assert re.search(
-        r"^\| linear \| 0.531 .* \| 0.000 \(0.000 to 0.000\) \|$", markdown, re.MULTILINE
-    )
+    assert re.search(r"^\| linear \| 0.531 .* \| 0.000 \|$", markdown, re.MULTILINE)
 
 
-def test_what_arms_build_on_is_reported_with_its_score_and_its_hours(datasets_dir, tmp_path):
-    plan = studies.pretended(studies.study(datasets_dir, matched={"examples": ""}), tmp_path)
-    hours = costs.reproduction_section(results.read(plan), "mine.py").tables[0].rows[-1][1].text
-    text = planning.Run(
-        "first", "text", 0, changed(plan.study.base, {"workdir": str(tmp_path / "first/text")})
-    )
-    for _ in range(60):  # a minute each
-        studies.pretend(text, 0.75)
-    found = results.read(dataclasses.replace(plan, first={"text": text.cfg}))
-    (row,) = scores.first_section(found).tables[0].rows
+def test_prerequisites_are_reported_with_score_and_hours(copy_study, tmp_path):
+    def hours(plan_results):
+        table = costs.reproduction_section(plan_results, "mine.py").tables[0]
+        return float(table.rows[-1][1].text)
+
+    plan = copy_study(tmp_path / "study")
+    without = results.read_results(plan)
+    cfg = override(plan.study.base, {"workdir": str(tmp_path / "first/text")})
+    studies.write_run(planning.Run("first", "text", 0, cfg), 0.75, seconds=3600.0)
+    plan = dataclasses.replace(plan, prerequisites={"text": cfg})
+    with_prerequisite = results.read_results(plan)
+    (row,) = scores.prerequisite_section(with_prerequisite).tables[0].rows
     assert [cell.text for cell in row] == ["text", "6", "0.750"]
-    assert (
-        float(costs.reproduction_section(found, "mine.py").tables[0].rows[-1][1].text)
-        == float(hours) + 1
-    )
-    assert scores.first_section(results.read(plan)) is None
+    assert hours(with_prerequisite) == hours(without) + 1
+    assert scores.prerequisite_section(without) is None
 
 
-def facts(made):
+def facts(report):
     """The rows of "How to make it again"."""
-    return {name.text: value.text for name, value in made.sections[-1].tables[0].rows}
+    return {name.text: value.text for name, value in report.sections[-1].tables[0].rows}
 
 
 def test_a_quick_report_says_so_and_its_commands_have_every_option(datasets_dir, tmp_path):
-    plan = planning.plan(studies.study(datasets_dir), tmp_path, True, {})
-    made = sections.page(results.read(plan), "mine.py")
-    assert made.title == "Does the connector matter? (quick)"
-    assert made.lead[0].startswith("This is a quick study (--quick: train.steps 2).")
+    plan = planning.build_plan(studies.study(datasets_dir), tmp_path, True, {})
+    report = sections.build_page(results.read_results(plan), "mine.py")
+    assert report.title == "Does the connector matter? (quick)"
+    assert report.lead[0].startswith("This is a quick study (--quick: train.steps 2).")
     options = f"mine.py --quick --folder {tmp_path}"
-    assert facts(made)["runs"] == f"python experiments/study.py run {options} --seeds 2"
-    assert facts(made)["report"] == f"python experiments/study.py report {options}"
+    assert facts(report)["runs"] == f"python experiments/study.py run {options} --seeds 2"
+    assert facts(report)["report"] == f"python experiments/study.py report {options}"
     for command in (
         "run mine.py --shard 1/2",
         "run mine.py --shard 2/2",
         "run mine.py --shard 1/2",
     ):
         Folder(tmp_path).open(plan, command)
-    assert facts(sections.page(results.read(plan), "mine.py"))["runs"] == (
+    assert facts(sections.build_page(results.read_results(plan), "mine.py"))["runs"] == (
         "run mine.py --shard 1/2; run mine.py --shard 2/2"
     )
 
 
 def test_a_whole_report_in_its_own_folder_needs_no_option(datasets_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    plan = planning.plan(studies.study(datasets_dir), Path("runs/studies/mine"), False, {})
-    made = sections.page(results.read(plan), "mine.py")
-    assert "quick" not in made.title + made.lead[0]
-    assert facts(made)["runs"] == "python experiments/study.py run mine.py --seeds 2"
-    assert facts(made)["report"] == "python experiments/study.py report mine.py"
+    plan = planning.build_plan(studies.study(datasets_dir), Path("runs/studies/mine"), False, {})
+    report = sections.build_page(results.read_results(plan), "mine.py")
+    assert "quick" not in report.title + report.lead[0]
+    assert facts(report)["runs"] == "python experiments/study.py run mine.py --seeds 2"
+    assert facts(report)["report"] == "python experiments/study.py report mine.py"
 
 
-def test_samples_are_of_arms_that_were_asked_the_same(datasets_dir, tmp_path):
-    plan = studies.pretended(studies.study(datasets_dir), tmp_path)
-    result = results.read(plan).of("examples", "linear")[0]
+def test_samples_compare_arms_with_the_same_questions(copy_study, tmp_path):
+    plan = copy_study(tmp_path / "study")
+    result = results.read_results(plan).by_seed("examples", "linear")[0]
     other = dataclasses.replace(result, predictions=result.predictions[::-1])
-    groups = samples.asked_the_same({"a": result, "b": other, "c": result})
+    groups = samples.group_by_questions({"a": result, "b": other, "c": result})
     assert [list(group) for group in groups] == [["a", "c"]]
 
 
@@ -137,22 +134,18 @@ def test_a_missing_run_is_named(markdown):
     assert "| training_flops/shuffle/seed_1 | not run yet |" in markdown
 
 
-def test_every_section_is_there(markdown):
+def test_all_sections_are_in_order(markdown):
     assert re.findall("^## (.*)", markdown, re.MULTILINE) == [
-        *(
-            "Missing runs",
-            "Score at matched examples",
-            "Score at matched training FLOPs",
-            "Learning curves",
-            "Cost",
-        ),
-        *(
-            "Score by type of question",
-            "Where the arms disagree",
-            "Matching",
-            "What differs",
-            "How to make it again",
-        ),
+        "Missing runs",
+        "Score at matched examples",
+        "Score at matched training FLOPs",
+        "Learning curves",
+        "Cost",
+        "Score by type of question",
+        "Where the arms disagree",
+        "Matching",
+        "What differs",
+        "How to make it again",
     ]
     assert "projector.kind: linear -> pixel_shuffle; train.steps: 6 -> 7" in markdown
     assert "| SHA-256 of the data | d0d0 |" in markdown
@@ -164,10 +157,7 @@ def test_a_bar_in_an_answer_does_not_break_a_table(markdown):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
 
 
-def test_a_study_of_which_nothing_is_done_has_a_report(datasets_dir, tmp_path):
-    plan = studies.pretended(
-        studies.study(datasets_dir, seeds=1, matched={"examples": ""}), tmp_path
-    )
-    found = results.Results(plan, {}, {run.name: "not run yet" for run in plan.runs()}, {})
-    page.write(sections.page(found, "mine.py"), tmp_path / "report")
+def test_a_study_without_finished_runs_has_a_report(datasets_dir, tmp_path):
+    plan = planning.build_plan(studies.study(datasets_dir), tmp_path, False, {})
+    page.write(sections.build_page(results.read_results(plan), "mine.py"), tmp_path / "report")
     assert "At matched examples no run is done yet." in (tmp_path / "report/report.md").read_text()

@@ -1,4 +1,4 @@
-"""A cloud in a folder: fake `gcloud` and `xpk` first in PATH, and two machines whose system is fake, too."""
+"""A cloud in a folder: fake `gcloud` and `xpk` first in PATH, and two machines with fake tools."""
 
 import json
 import os
@@ -46,7 +46,7 @@ class Cloud:
         return path
 
     def settings(self, **changed: str) -> None:
-        """The job file: the repository's own, filled in."""
+        """Writes the job file: the repository's, filled in."""
         self.job = self.folder / "job.env"
         lines = (TPU / "job.env").read_text() + "\n"
         lines += "".join(
@@ -71,18 +71,18 @@ class Cloud:
 
     def run(self, script: str, *options: str) -> subprocess.CompletedProcess:
         process = self.start(script, *options)
-        said, errors = process.communicate(timeout=60)
-        return subprocess.CompletedProcess(process.args, process.returncode, said, errors)
+        output, errors = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
     def do(self, *scripts: str) -> str:
-        """Runs scripts that must end well; what the last one said."""
+        """Runs scripts that must succeed; returns the output of the last."""
         for script in scripts:
             done = self.run(*script.split())
             assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     def calls(self, *words: str) -> list[list[str]]:
-        """What was called so far, of calls that hold all the words."""
+        """Returns the calls so far that contain all the words."""
         file = self.folder / "calls"
         called = (
             [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -98,14 +98,14 @@ class Cloud:
             if condition():
                 return
             time.sleep(0.05)
-        raise AssertionError("it did not come true")
+        raise AssertionError("the condition did not become true")
 
 
 @pytest.fixture
 def cloud(tmp_path):
-    one = Cloud(tmp_path)
-    yield one
-    for group in tmp_path.glob("machines/*/job/group"):  # trainings that a test left running
+    yield Cloud(tmp_path)
+    # End the trainings that a test left running.
+    for group in tmp_path.glob("machines/*/job/group"):
         subprocess.run(
             ["kill", "-KILL", "--", f"-{group.read_text().strip()}"], stderr=subprocess.DEVNULL
         )

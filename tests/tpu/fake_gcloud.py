@@ -1,14 +1,14 @@
-"""A `gcloud` for tests: refuses flags that the real one (528.0.0) lacks, and plays one TPU slice of two machines.
+"""A `gcloud` for tests that simulates one TPU slice of two machines.
 
-Its world is the folder $CLOUD:
-  calls     every call of the user's, as a JSON list of words
-  request   the state of the queued resource, absent where there is none
-  ahead     states that it goes through when it is looked at, one a look
-  node      the state of the machines, where it is not READY
-  error     what every call fails with
-  outage    how many calls fail from now on
-  machines  their home folders, empty after every creation
-  buckets   what is in gs://
+It refuses flags that the real one (528.0.0) lacks. Its state is in the folder $CLOUD:
+  calls     every call of the user, as a JSON list of words
+  request   state of the queued resource; no file without a request
+  ahead     next states of the request, one for each poll
+  node      state of the machines; no file while READY
+  error     message with which every call fails
+  outage    number of calls that fail from now on
+  machines  home folders, empty after every creation
+  buckets   contents of gs://
 """
 
 import contextlib

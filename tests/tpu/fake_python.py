@@ -1,7 +1,8 @@
-"""What the tests put in place of a machine's Python: a training that ends as the test says.
+"""The Python of a fake machine: a training that ends as the test chooses.
 
-$CLOUD/outcomes has one word for every start: an exit code; `gone`, the TPU is taken away; or `long`, which ends with 75
-when it gets SIGTERM. Every start is noted in $CLOUD/starts with its machine and its arguments.
+$CLOUD/outcomes has one word for every start: an exit code; `gone`, the TPU is preempted; or `long`,
+which ends with 75 on SIGTERM. Every start is noted in $CLOUD/starts with its machine and its
+arguments.
 """
 
 import os

@@ -1,4 +1,7 @@
-"""An `xpk` for tests: refuses flags that the real one (1.16.0) lacks, and keeps jobs and storages as lines of files."""
+"""An `xpk` for tests that refuses flags the real one (1.16.0) lacks.
+
+Jobs and storages are lines of files.
+"""
 
 import json
 import os

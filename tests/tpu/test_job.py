@@ -1,4 +1,4 @@
-"""A job from nothing to its end on a fake TPU of two machines: whatever is asked twice happens once."""
+"""A job from creation to its end on a fake TPU of two machines; commands can be repeated."""
 
 import signal
 import subprocess
@@ -7,16 +7,16 @@ import pytest
 
 
 def on_machines(cloud, word: str) -> set[str]:
-    said = set()
+    output = set()
     for home in (cloud.folder / "machines").iterdir():
         command = ["bash", "vlm_jax/experiments/tpu/worker.sh", word]
         environment = {**cloud.environment(), "HOME": str(home)}
-        said.add(
+        output.add(
             subprocess.run(
                 command, cwd=home, env=environment, capture_output=True, text=True
             ).stdout.strip()
         )
-    return said
+    return output
 
 
 def status(cloud) -> set[str]:
@@ -32,8 +32,8 @@ def running(cloud) -> None:
 
 def test_creating_waits_and_a_second_time_does_nothing(cloud):
     cloud.write("ahead", "WAITING_FOR_RESOURCES WAITING_FOR_RESOURCES PROVISIONING ACTIVE")
-    said = cloud.do("create")
-    assert [line.split(": ")[1] for line in said.splitlines()] == [
+    output = cloud.do("create")
+    assert [line.split(": ")[1] for line in output.splitlines()] == [
         *("NOT_FOUND", "WAITING_FOR_RESOURCES", "PROVISIONING", "ready")
     ]
     cloud.do("create")
@@ -66,8 +66,8 @@ def test_an_error_is_not_taken_for_absence(cloud):
 
 def test_launching_twice_starts_one_training(cloud):
     running(cloud)
-    said = cloud.do("launch")
-    assert said.count("runs already") == 2
+    output = cloud.do("launch")
+    assert output.count("is already running") == 2
     assert len(cloud.starts()) == 2
     workdir = f"--config configs/easy_vqa/unified.py --workdir {cloud.folder}/mount/runs/first"
     assert sorted(cloud.starts()) == [f"{machine} tpu,cpu {workdir}" for machine in "01"]
@@ -99,35 +99,35 @@ def test_code_is_not_replaced_where_the_machines_cannot_be_asked(cloud):
     assert len(cloud.calls("storage", "cp")) == uploads and status(cloud) == {"training: running"}
 
 
-def refuses(cloud, script: str, machines: int, said: str) -> None:
-    """With one sentence a machine, and 2."""
+def refuses(cloud, script: str, machines: int, message: str) -> None:
+    """With one sentence for each machine, and exit code 2."""
     done = cloud.run(*script.split())
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", machines)
-    assert done.stderr.count(said) == machines
+    assert done.stderr.count(message) == machines
 
 
 @pytest.mark.parametrize("script, machines", [("launch", 2), ("follow", 1), ("follow --all", 2)])
 def test_machines_that_are_not_set_up_say_so(cloud, script, machines):
-    """After no setup.sh, after one that fails while it installs, and after one that fails with the old code gone."""
-    said = " is not set up: run setup.sh first.\n"
+    """Without setup.sh, after a failed installation, and after a failure without the old code."""
+    message = " is not set up: run setup.sh first.\n"
     cloud.do("create")
-    refuses(cloud, script, machines, said)
+    refuses(cloud, script, machines, message)
     system = (cloud.bin / "sudo").read_text()
     cloud.write("sudo", "#!/bin/sh\nexit 1\n", cloud.bin)
     assert cloud.run("setup").returncode == 1
-    refuses(cloud, script, machines, said)
+    refuses(cloud, script, machines, message)
     cloud.write("sudo", system, cloud.bin)
     cloud.do("setup")
     cloud.write("tar", "#!/bin/sh\nexit 1\n", cloud.bin).chmod(0o755)
     assert cloud.run("setup").returncode == 1
-    refuses(cloud, script, machines, said)
+    refuses(cloud, script, machines, message)
 
 
 def test_following_what_was_not_launched_says_so(cloud):
     cloud.do("create", "setup")
-    said = ": run launch.sh first.\n"
-    refuses(cloud, "follow", 1, said)
-    refuses(cloud, "follow --all", 2, said)
+    message = ": run launch.sh first.\n"
+    refuses(cloud, "follow", 1, message)
+    refuses(cloud, "follow --all", 2, message)
 
 
 def test_following_ends_with_the_training(cloud):
@@ -138,41 +138,45 @@ def test_following_ends_with_the_training(cloud):
     )
     for group in (cloud.folder / "machines").glob("*/job/group"):
         subprocess.run(["kill", "-TERM", "--", f"-{group.read_text().strip()}"], check=True)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and said.count(": step 1") == 2  # after the machine's name
+    output, _ = process.communicate(timeout=120)
+    # Each line follows the name of its machine.
+    assert process.returncode == 0 and output.count(": step 1") == 2
 
 
 def test_deleting_lets_the_training_save_and_a_second_time_does_nothing(cloud):
     running(cloud)
     homes = cloud.folder / "machines"
     cloud.do("delete")
-    assert [(homes / one / "job" / "exit_code").read_text() for one in "01"] == ["75\n", "75\n"]
+    assert [(homes / machine / "job" / "exit_code").read_text() for machine in "01"] == [
+        "75\n",
+        "75\n",
+    ]
     assert not (cloud.folder / "request").exists()
-    assert "there is no TPU first" in cloud.do("delete")
+    assert "TPU first does not exist" in cloud.do("delete")
     assert len(cloud.calls("delete")) == 1
 
 
 def test_a_job_is_brought_to_its_end_through_a_preemption_and_a_restart(cloud):
-    """The TPU is taken away, then SIGTERM alone stops the training, then one machine restarts; at last it is done."""
+    """The TPU is preempted, then SIGTERM stops the training, then one machine restarts."""
     cloud.write("outcomes", "gone 75 long 0")
     process = cloud.start("resume", "--then-delete")
     cloud.until(lambda: len(cloud.starts()) == 6)
     cloud.until(lambda: status(cloud) == {"training: running"})
     group = (cloud.folder / "machines" / "1" / "job" / "group").read_text().strip()
     subprocess.run(["kill", "-KILL", "--", f"-{group}"], check=True)
-    said, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, said + errors
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, output + errors
     assert len(cloud.calls("create")) == 2 and len(cloud.calls("delete")) == 2
-    assert (
-        len(cloud.starts()) == 8 and len({start[2:] for start in cloud.starts()}) == 1
-    )  # all with the same work folder
+    # All starts have the same work folder.
+    assert len(cloud.starts()) == 8 and len({start[2:] for start in cloud.starts()}) == 1
     uploads = [call for call in cloud.calls("storage", "cp") if call[-1].startswith("gs://")]
-    assert len(uploads) == 1  # what was preempted goes on with the code it began with
-    assert "training done" in said and not (cloud.folder / "request").exists()
+    # A preempted job continues with the code that it started with.
+    assert len(uploads) == 1
+    assert "training done" in output and not (cloud.folder / "request").exists()
 
 
 def test_what_is_mended_is_set_up_and_runs(cloud):
-    """The same slice after a failure; the code of a job that was deleted is not that of the next."""
+    """After a failure on the same slice; a new job does not use the code of a deleted one."""
     cloud.write("outcomes", "1 0 0")
     assert cloud.run("resume").returncode == 1
     cloud.do("setup", "resume")
@@ -189,8 +193,7 @@ def test_a_training_that_fails_stops_the_job_and_shows_why(cloud):
     assert done.returncode == 1
     assert done.stdout.count("error: this is why") == 2 and done.stdout.count("exit code 1") == 2
     assert (
-        "the TPU is still there and costs money: bash experiments/tpu/delete.sh --job"
-        in done.stdout
+        "the TPU still exists and costs money: bash experiments/tpu/delete.sh --job" in done.stdout
     )
     assert len(cloud.starts()) == 2 and not cloud.calls("delete")
 
@@ -232,7 +235,7 @@ def test_an_error_is_shown_at_once_and_nothing_waits_after_the_last(cloud):
 
 
 def test_watching_survives_outages(cloud):
-    """Two of them, each of fewer than three looks in which every attempt fails, together of more."""
+    """Two outages, each shorter than three polls whose attempts all fail, together longer."""
     cloud.write("outcomes", "long 0")
     process = cloud.start("resume")
     cloud.until(lambda: len(cloud.starts()) == 2)
@@ -243,30 +246,30 @@ def test_watching_survives_outages(cloud):
         cloud.until(lambda: len(cloud.calls()) > before + 6)  # noqa: B023
     group = (cloud.folder / "machines" / "1" / "job" / "group").read_text().strip()
     subprocess.run(["kill", "-TERM", "--", f"-{group}"], check=True)
-    said, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, said + errors
-    assert said.count("asking Google Cloud failed, time 2 of 3") == 2 and len(cloud.starts()) == 4
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, output + errors
+    assert output.count("asking Google Cloud failed, time 2 of 3") == 2 and len(cloud.starts()) == 4
 
 
 @pytest.mark.parametrize(
     "calls, options", [(1000, ()), (1000, ("--then-delete",)), (15, ("--then-delete",))]
 )
 def test_an_outage_of_three_looks_stops_the_watching(cloud, calls, options):
-    """Of five attempts each; where it is over then, the TPU can be deleted."""
+    """Each poll has five attempts; if the outage is over then, the TPU can be deleted."""
     cloud.write("outcomes", "long")
     process = cloud.start("resume", *options)
     cloud.until(lambda: len(cloud.starts()) == 2)
     cloud.write("outage", str(calls))
-    said, errors = process.communicate(timeout=120)
-    assert process.returncode == 1, said + errors
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, output + errors
     assert (
-        "asking Google Cloud failed, time 3 of 3" in said
-        and "started again, it takes up the job" in said
+        "asking Google Cloud failed, time 3 of 3" in output
+        and "started again, it takes up the job" in output
     )
     left = calls > 15
     assert (
         (cloud.folder / "request").exists()
-        == ("the TPU is still there and costs money" in said)
+        == ("the TPU still exists and costs money" in output)
         == left
     )
 
@@ -277,7 +280,7 @@ def test_a_tpu_that_the_user_deletes_is_not_created_again(cloud):
     cloud.until(lambda: len(cloud.starts()) == 2)
     cloud.do("delete")
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1 and "was deleted meanwhile" in errors
+    assert process.returncode == 1 and "was deleted; its run" in errors
     assert len(cloud.calls("create")) == 1
 
 

@@ -1,4 +1,4 @@
-"""What holds for every script: it is clean, explains itself, names what is missing, and a dry run tells the truth."""
+"""Laws of every script: shellcheck, --help, named missing settings, and a truthful dry run."""
 
 import os
 import shlex
@@ -40,12 +40,12 @@ def test_an_option_or_a_job_that_is_none(cloud, script):
     done = cloud.run(script, "--dryrun")
     assert (
         done.returncode == 2
-        and "--dryrun is no option of this script: choose --job FILE, --dry-run" in done.stderr
+        and "--dryrun is not an option of this script: choose --job FILE, --dry-run" in done.stderr
     )
     cloud.job.unlink()
     done = cloud.run(script)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert f"--job {cloud.job} is no file" in done.stderr
+    assert f"--job {cloud.job} is not a file" in done.stderr
     assert not cloud.calls()
 
 
@@ -69,20 +69,20 @@ def test_a_cluster_has_a_name(cloud, script):
 
 
 @pytest.mark.parametrize(
-    "setting, value, said",
+    "setting, value, message",
     [
         ("BUCKET", "gs://our-bucket", "without gs://"),
         ("NAME", "My_Run", "lower-case letters, digits and -"),
         ("CAPACITY", "cheap", "choose spot, on-demand or reserved"),
-        ("CONFIG", "configs/none.py", "is no file of"),
+        ("CONFIG", "configs/none.py", "is not a file in"),
         ("MOUNT", "mnt/bucket", "starts with /"),
         ("ARGUMENTS", "--mesh.fsdp 16", "write a list with an option and its value apart"),
     ],
 )
-def test_a_setting_that_cannot_be(cloud, setting, value, said):
+def test_a_setting_that_cannot_be(cloud, setting, value, message):
     cloud.settings(**{setting: value})
     done = cloud.run("create")
-    assert done.returncode == 2 and f"{setting}={value}" in done.stderr and said in done.stderr
+    assert done.returncode == 2 and f"{setting}={value}" in done.stderr and message in done.stderr
     assert not cloud.calls()
 
 
@@ -90,12 +90,10 @@ def test_a_setting_that_cannot_be(cloud, setting, value, said):
     "line", ["ARGUMENTS=--mesh.fsdp 16", "ARGUMENTS=(--mesh.fsdp 16", "ZONE=$NONE"]
 )
 def test_a_job_that_the_shell_cannot_read(cloud, line):
-    """Also where more lines follow, as all the settings do here."""
+    """Even with more lines after it, here all the settings."""
     cloud.job.write_text(f"{line}\n{cloud.job.read_text()}")
     done = cloud.run("resume")
-    assert (
-        done.returncode == 2 and f"error: --job {cloud.job} is no file of settings" in done.stderr
-    )
+    assert done.returncode == 2 and f"error: --job {cloud.job} cannot be read" in done.stderr
     assert not cloud.calls()
 
 
@@ -123,12 +121,12 @@ def test_a_command_that_is_not_installed_is_named_and_a_dry_run_needs_none(cloud
     assert command in cloud.do(f"{script} --dry-run")
 
 
-def words(said: str) -> list[list[str]]:
-    return [shlex.split(line) for line in said.splitlines()]
+def words(output: str) -> list[list[str]]:
+    return [shlex.split(line) for line in output.splitlines()]
 
 
 def test_a_dry_run_prints_the_commands_that_a_run_calls_and_calls_none(cloud):
-    """From nothing: create, set up, launch, follow, delete."""
+    """Create, set up, launch, follow, delete."""
     cloud.settings(
         MOUNT=str(cloud.folder / "mount"), SERVICE_ACCOUNT="us@our-project.iam.gserviceaccount.com"
     )
@@ -187,7 +185,7 @@ def test_arguments_with_spaces_and_quotes_arrive_as_they_are(cloud):
 
 
 def test_a_dry_run_of_resume_shows_every_step(cloud):
-    said = cloud.do("resume --then-delete --dry-run")
+    output = cloud.do("resume --then-delete --dry-run")
     order = [
         "queued-resources create",
         "is fresh",
@@ -203,7 +201,7 @@ def test_a_dry_run_of_resume_shows_every_step(cloud):
         "worker.sh report",
         "queued-resources delete",
     ]
-    places = [said.index(order[0])]
+    positions = [output.index(order[0])]
     for step in order[1:]:
-        places.append(said.index(step, places[-1] + 1))
+        positions.append(output.index(step, positions[-1] + 1))
     assert not cloud.calls()

@@ -51,7 +51,7 @@ def test_a_dry_run_of_following_prints_both_commands_and_calls_none(cloud):
 
 def test_deleting_a_job_and_deleting_none(cloud):
     cloud.do("xpk/launch", "xpk/delete")
-    assert "there is no job first" in cloud.do("xpk/delete")
+    assert "job first does not exist" in cloud.do("xpk/delete")
     assert len(cloud.calls("workload", "delete")) == 1 and not cloud.calls("cluster", "delete")
     cloud.do("xpk/delete --cluster")
     assert len(cloud.calls("cluster", "delete")) == 1

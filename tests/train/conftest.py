@@ -15,7 +15,7 @@ from vlm_jax.testing import on_easy_vqa, variants_and_tiles
 
 @pytest.fixture(scope="session")
 def short_run(datasets_dir):
-    """`short_run(name, workdir, **train)`: a tiny experiment on 40 images of easy-VQA that has not begun."""
+    """`short_run(name, workdir, **train)`: a new tiny experiment on 40 images of easy-VQA."""
 
     def make(name="unified", workdir="", **train) -> Experiment:
         cfg = on_easy_vqa(variants_and_tiles()[name])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from vlm_jax import axes
+from vlm_jax import axes, sharding
 from vlm_jax.config import Mesh
 from vlm_jax.testing import random_batch, random_params, tiny
 from vlm_jax.train.loss import chunk_tokens, cross_entropy, head_cross_entropy
@@ -50,6 +50,12 @@ def chunked(cfg, chunk, params, hidden, batch):
     return jax.value_and_grad(loss, argnums=(0, 1))(params, hidden)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def chunked_value(cfg, chunk, params, hidden, batch):
+    """The value alone, without the gradients that `chunked` makes on the way."""
+    return 3 * head_cross_entropy(output_head(cfg), params, {}, hidden, batch, chunk)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def plain(cfg, params, hidden, batch):
     def loss(params, hidden):
@@ -69,14 +75,9 @@ def assert_equal(found, expected, rtol=1e-4):
 @pytest.mark.parametrize("chunk", [1000, 50])
 def test_in_chunks_is_plain_whatever_is_scored(chunk, weights):
     cfg = experiment()
-    given = inputs(cfg, weights)
-    assert_equal(chunked(cfg, chunk, *given), plain(cfg, *given))
-    assert_equal(
-        jax.jit(
-            lambda *given: 3 * head_cross_entropy(output_head(cfg), given[0], {}, *given[1:], chunk)
-        )(*given),
-        plain(cfg, *given)[0],
-    )
+    args = inputs(cfg, weights)
+    assert_equal(chunked(cfg, chunk, *args), plain(cfg, *args))
+    assert_equal(chunked_value(cfg, chunk, *args), plain(cfg, *args)[0])
 
 
 def test_what_does_not_fit_at_once_is_cut_into_chunks_that_few_scored_tokens_fill():
@@ -89,8 +90,8 @@ def test_what_does_not_fit_at_once_is_cut_into_chunks_that_few_scored_tokens_fil
 @pytest.mark.parametrize("tied, softcap", [(True, 5.0), (False, 0.0)])
 def test_every_form_of_the_head(tied, softcap):
     cfg = experiment(tied, softcap)
-    given = inputs(cfg, WEIGHTS["some, weighted"])
-    assert_equal(chunked(cfg, 16, *given), plain(cfg, *given))
+    args = inputs(cfg, WEIGHTS["some, weighted"])
+    assert_equal(chunked(cfg, 16, *args), plain(cfg, *args))
 
 
 def test_narrow_hidden_numbers_have_logits_in_float32():
@@ -108,7 +109,7 @@ def test_on_eight_devices_rows_stay_where_they_are(shape):
     cfg, mesh = experiment(), axes.make_mesh(Mesh(*shape))
     params, hidden, batch = inputs(cfg, WEIGHTS["some, weighted"])
     with jax.set_mesh(mesh):
-        hidden, batch = jax.device_put((hidden, batch), axes.row_sharding(mesh))
+        hidden, batch = jax.device_put((hidden, batch), sharding.row_sharding(mesh))
         compiled = chunked.lower(cfg, 6, params, hidden, batch).compile()
         assert_equal(
             compiled(params, hidden, batch), plain(cfg, *inputs(cfg, WEIGHTS["some, weighted"]))
@@ -128,7 +129,7 @@ def temporary_bytes(function, *shapes) -> int:
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
 def test_the_logits_of_a_large_vocabulary_are_never_all_there(trained):
-    """Forward and backward: beside the head's gradient there is room for a part of (B, S, V) alone."""
+    """Forward and backward: memory for the head's gradient and a part of (B, S, V)."""
     vocabulary, rows, length = 128_256, 8, 512
     cfg = experiment()
     cfg = replace(cfg, decoder=replace(cfg.decoder, vocab_size=vocabulary))

@@ -1,4 +1,4 @@
-"""What a run begins with: a whole public checkpoint, another run, or parts of them, and settings beside them."""
+"""Initial parameters: of a public checkpoint, another run, or parts of them, with settings."""
 
 import functools
 import shutil
@@ -15,7 +15,6 @@ from tests.hub.tiny_checkpoints import ABOUT_IMAGES, CAPTIONS, OF_TEXT
 from vlm_jax import axes
 from vlm_jax.cli import commands
 from vlm_jax.config import (
-    ConfigError,
     Fusion,
     Mesh,
     UserError,
@@ -75,19 +74,21 @@ def without_folder(section):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_whole_checkpoint_is_the_model_of_from_pretrained(folder_of, config, name):
-    """All settings that decide about logits, and every parameter, bit for bit: so the logits of step 0 are equal."""
+    """Every parameter bit for bit, and all settings of the logits: the logits of step 0 are equal."""
     folder = folder_of(name)
     cfg = experiment(config, "--checkpoint", folder)
     checkpoint, params = load_checkpoint(folder, np.float32)
     for section in MODEL if name not in OF_TEXT else ("fusion", "decoder"):
-        found, expected = getattr(cfg, section), getattr(checkpoint.cfg, section)
+        actual, expected = getattr(cfg, section), getattr(checkpoint.cfg, section)
         pixels = (
             ("image_mean", "image_std", "resize", "resize_px", "resample")
             if section == "vision"
             else ()
         )
-        found = replace(without_folder(found), **{name: getattr(expected, name) for name in pixels})
-        assert found == expected
+        actual = replace(
+            without_folder(actual), **{name: getattr(expected, name) for name in pixels}
+        )
+        assert actual == expected
     flat, expected = loaded(cfg), traverse_util.flatten_dict(params, sep="/")
     assert flat.keys() == expected.keys()
     for path, x in expected.items():
@@ -98,8 +99,8 @@ def test_the_prompt_form_of_a_checkpoint_is_that_of_the_run(folder_of, config):
     assert experiment(config, "--checkpoint", folder_of("llava")).data.template == "checkpoint"
     assert experiment(config, "--checkpoint", folder_of("paligemma")).data.template == "checkpoint"
     assert experiment(config, "--checkpoint", folder_of("gemma")).data.template == "plain"
-    chosen = experiment(config, "--checkpoint", folder_of("llava"), "--data.template", "vicuna")
-    assert chosen.data.template == "vicuna"
+    vicuna = experiment(config, "--checkpoint", folder_of("llava"), "--data.template", "vicuna")
+    assert vicuna.data.template == "vicuna"
 
 
 def test_three_fields_of_one_folder_take_what_belongs_to_each_part(folder_of, config):
@@ -124,7 +125,7 @@ def test_an_encoder_alone_is_not_a_whole_model(folder_of, config, tmp_path):
     }
     CLIPVisionModel(CLIPVisionConfig(**sizes)).save_pretrained(tmp_path)
     with pytest.raises(
-        ConfigError, match="is an encoder without a decoder: name it with --vision.checkpoint"
+        UserError, match="is an encoder without a decoder: name it with --vision.checkpoint"
     ):
         experiment(config, "--checkpoint", tmp_path)
 
@@ -138,8 +139,8 @@ def test_another_image_size_interpolates_the_positions(folder_of, config):
     assert (cfg.vision.image_size_px, cfg.image_tokens) == (42, 36)
     _, params = load_checkpoint(folder, np.float32)
     table = params["vision"]["patch_embed"]["positions"]
-    found = loaded(cfg)["vision/patch_embed/positions"]
-    np.testing.assert_allclose(found, resample_positions(table, (4, 4), (6, 6)), atol=1e-6)
+    actual = loaded(cfg)["vision/patch_embed/positions"]
+    np.testing.assert_allclose(actual, resample_positions(table, (4, 4), (6, 6)), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -154,8 +155,8 @@ def test_another_image_size_interpolates_the_positions(folder_of, config):
 def test_a_setting_that_the_weights_fit_is_used(folder_of, config, option, value):
     cfg = experiment(config, "--checkpoint", folder_of("llava"), f"--{option}", value)
     section, *names = option.split(".")
-    found = functools.reduce(getattr, names, getattr(cfg, section))
-    assert found == value
+    actual = functools.reduce(getattr, names, getattr(cfg, section))
+    assert actual == value
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ def test_a_setting_that_the_weights_do_not_fit_is_refused_by_name(
 def test_eval_of_a_checkpoint_never_takes_the_run_in_its_work_folder(
     folder_of, tmp_path, monkeypatch, capsys
 ):
-    """The default work folder of `train --checkpoint` and `eval --checkpoint` is the same, runs/NAME."""
+    """`train --checkpoint` and `eval --checkpoint` have the same default work folder, runs/NAME."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.json").write_text("[]")
     command = ["eval", "--checkpoint", folder_of("llava"), "--data.files", "a.json"]
@@ -203,7 +204,7 @@ def test_settings_that_a_config_names_beside_its_own_checkpoint_count_too(folder
         "    return Experiment(fusion=Fusion('text_only'), decoder=decoder)\n"
     )
     with pytest.raises(
-        ConfigError, match="decoder.depth 9 does not fit the weights of decoder.checkpoint"
+        UserError, match="decoder.depth 9 does not fit the weights of decoder.checkpoint"
     ):
         commands.experiment("plan", ["--config", str(path)], stored=False)
 
@@ -231,10 +232,10 @@ def test_a_run_begins_with_all_of_another(run, config):
     assert [without_folder(getattr(cfg, name)) for name in MODEL] == [
         getattr(source, name) for name in MODEL
     ]
-    found = loaded(cfg)
-    assert found.keys() == params.keys()
+    actual = loaded(cfg)
+    assert actual.keys() == params.keys()
     for path, x in params.items():
-        np.testing.assert_array_equal(found[path], x, err_msg=path)
+        np.testing.assert_array_equal(actual[path], x, err_msg=path)
 
 
 @pytest.mark.parametrize("options", [("--init_parts", "vision"), ("--vision.checkpoint",)])
@@ -245,9 +246,9 @@ def test_a_run_begins_with_a_part_of_another(run, config, options):
         if len(options) == 2
         else (*options, source.workdir)
     )
-    found = loaded(experiment(config, *named, "--decoder.depth", 3))
-    assert {path.split("/")[0] for path in found} == {"vision"}
-    for path, x in found.items():
+    actual = loaded(experiment(config, *named, "--decoder.depth", 3))
+    assert {path.split("/")[0] for path in actual} == {"vision"}
+    for path, x in actual.items():
         np.testing.assert_array_equal(x, params[path])
 
 
@@ -260,21 +261,21 @@ def test_the_decoder_of_a_run_keeps_its_layers_under_another_fusion(run, config,
         experiment(config, *options),
         fusion=Fusion(kind, cross_every=2 if kind == "cross_attention" else 1),
     )
-    found = loaded(cfg)
-    assert not any("/cross" in path for path in found)
+    actual = loaded(cfg)
+    assert not any("/cross" in path for path in actual)
     layer = "decoder/blocks/layers/block_{}/mlp/up/kernel"
     if kind == "encoder_decoder":
-        np.testing.assert_array_equal(found[layer.format(0)], params[layer.format(0)])
+        np.testing.assert_array_equal(actual[layer.format(0)], params[layer.format(0)])
         return
     for number in (0, 1):
         np.testing.assert_array_equal(
-            found[layer.format(number)][0], params[layer.format(0)][number]
+            actual[layer.format(number)][0], params[layer.format(0)][number]
         )
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path, config):
     Workdir(str(tmp_path / "run")).open(replace(tiny(), workdir=str(tmp_path / "run")))
-    with pytest.raises(UserError, match="holds no checkpoint yet"):
+    with pytest.raises(UserError, match="has no checkpoint yet"):
         loaded(experiment(config, "--vision.checkpoint", tmp_path / "run"))
 
 
@@ -283,10 +284,10 @@ def test_a_run_is_continued_without_the_folder_that_it_began_with(folder_of, con
     folder, workdir = tmp_path / "checkpoint", tmp_path / "run"
     shutil.copytree(folder_of("llava"), folder)
     cfg = experiment(config, "--checkpoint", folder, "--workdir", workdir)
-    kept = Workdir(cfg.workdir)
-    kept.open(cfg)
-    initial.load_tokenizer(cfg).save(kept.tokenizer)
-    initial.keep_processor(cfg, kept)
+    workdir_of_run = Workdir(cfg.workdir)
+    workdir_of_run.open(cfg)
+    initial.load_tokenizer(cfg).save(workdir_of_run.tokenizer)
+    initial.keep_processor(cfg, workdir_of_run)
     shutil.rmtree(folder)
     again = commands.experiment("train", ["--workdir", str(workdir)], stored=False)
     assert again == cfg

@@ -1,4 +1,4 @@
-"""What a run says: one JSON object a logged step, a bar on a terminal and plain lines elsewhere."""
+"""The log of a run: one JSON object a row, a bar on a terminal, plain lines elsewhere."""
 
 import json
 import os

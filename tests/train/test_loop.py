@@ -1,6 +1,8 @@
-"""Stopped and continued = never stopped, bit for bit; what cannot work is refused before anything is written."""
+"""Stopped and continued = never stopped, bit for bit; mistakes are refused before any write."""
 
+import contextlib
 import functools
+import io
 import json
 import re
 import shutil
@@ -23,7 +25,7 @@ from vlm_jax.config import (
 from vlm_jax.data import pipeline
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.testing import tiny, variants_and_tiles, write_conversations
-from vlm_jax.train import loop, optim, summary
+from vlm_jax.train import inputs, loop, optim, summary
 from vlm_jax.train.step import state_shapes
 
 SAME = ("step", "loss", "grad_norm", "learning_rate", "padding_fraction", "image_padding_fraction")
@@ -42,30 +44,56 @@ def experiment(short_run, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(short_run, tmp_path_factory):
-    """`whole(name)`: a run that was never stopped, its config and last state; tests leave it as it is."""
+def use_devices():
+    """`use_devices(name)`: 8 for `unified`; 1 for other kinds, which compiles faster."""
+    make_mesh = axes.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+
+        def use(name):
+            devices = jax.devices()[: 8 if name == "unified" else 1]
+            patch.setattr(axes, "make_mesh", functools.partial(make_mesh, devices=devices))
+
+        yield use
+
+
+@pytest.fixture(autouse=True)
+def eight_devices(use_devices):
+    use_devices("unified")
+
+
+@pytest.fixture(scope="module")
+def whole(short_run, tmp_path_factory, use_devices):
+    """`whole(name)`: config, last state and output of a run that was never stopped.
+
+    Tests leave its work folder as it is.
+    """
 
     @functools.cache
     def make(name="unified"):
+        use_devices(name)
         cfg = short_run(name, tmp_path_factory.mktemp(name) / "run", **SAVED)
-        return cfg, loop.train(cfg)
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            state = loop.train(cfg)
+        return cfg, state, output.getvalue()
 
     return make
 
 
 @pytest.fixture
-def finished(whole, tmp_path):
+def finished(whole, use_devices, tmp_path):
     """`finished(name)`: a copy of that run which a test may change, and the last state."""
 
     def make(name="unified"):
-        cfg, state = whole(name)
+        cfg, state, _ = whole(name)
+        use_devices(name)
         return replace(cfg, workdir=str(shutil.copytree(cfg.workdir, tmp_path / "copy"))), state
 
     return make
 
 
 def forget_step_6(cfg):
-    """The work folder as a machine leaves it that goes away after step 6, before this step is saved."""
+    """Leaves the work folder of a machine that crashed after step 6, before it was saved."""
     shutil.rmtree(Workdir(cfg.workdir).checkpoints / "6")
 
 
@@ -75,16 +103,16 @@ class Stopped(Exception):
 
 def train_until(cfg, step, monkeypatch):
     """Trains until step `step` has been written down, as if the machine had then gone away."""
-    note = loop.note
+    log_step = loop.log_step
 
-    def note_then_stop(run, number, *rest):
-        loss = note(run, number, *rest)
-        if number == step:
+    def log_then_stop(run, pending):
+        loss = log_step(run, pending)
+        if pending.step == step:
             raise Stopped
         return loss
 
     with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(loop, "note", note_then_stop)
+        patched.setattr(loop, "log_step", log_then_stop)
         loop.train(cfg)
 
 
@@ -92,12 +120,17 @@ def rows(cfg):
     return [json.loads(line) for line in Workdir(cfg.workdir).metrics.read_text().splitlines()]
 
 
+def same(rows):
+    """The metrics that do not depend on the machine."""
+    return [[row[key] for key in SAME] for row in rows]
+
+
 def saved_steps(cfg):
     return sorted(int(path.name) for path in Workdir(cfg.workdir).checkpoints.iterdir())
 
 
 def files(cfg):
-    """Every file of the work folder and what is in it."""
+    """Every file of the work folder and its content."""
     folder = Workdir(cfg.workdir).path
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -121,46 +154,42 @@ def test_stopped_and_continued_is_never_stopped_bit_for_bit(name, finished, caps
     state = loop.train(cfg)
     assert f"continuing from step 4 in {cfg.workdir}" in capsys.readouterr().out
     assert_equal(state, expected)
-    assert [[row[key] for key in SAME] for row in rows(cfg)] == [
-        [row[key] for key in SAME] for row in expected_rows
-    ]
+    assert same(rows(cfg)) == same(expected_rows)
     assert [row["step"] for row in rows(cfg)] == [1, 2, 3, 4, 5, 6]
     assert len({row["loss"] for row in rows(cfg)}) == 6
 
 
-def test_a_mean_loss_over_a_checkpoint_is_the_same_in_a_continued_run(experiment, capsys):
-    """Logged after steps 1, 5 and 6, saved after 2, 4 and 6: the losses of steps 2 to 4 come from the checkpoint."""
-    cfg = experiment()
+@pytest.fixture(scope="module")
+def sparse(short_run, tmp_path_factory, use_devices):
+    """The config of a run with rows of steps 1, 5 and 6."""
+    use_devices("unified")
+    folder = tmp_path_factory.mktemp("sparse") / "run"
+    cfg = short_run(workdir=folder, **SAVED)
     cfg = replace(cfg, train=replace(cfg.train, log_every_steps=5))
     loop.train(cfg)
-    before = rows(cfg)
-    assert [row["step"] for row in before] == [1, 5, 6]
+    return cfg
+
+
+def test_the_logged_loss_is_the_mean_since_the_last_row(sparse, whole):
+    loss = [row["loss"] for row in rows(whole()[0])]
+    assert [row["step"] for row in rows(sparse)] == [1, 5, 6]
+    means = [loss[0], np.mean(loss[1:5]), loss[5]]
+    assert [row["loss"] for row in rows(sparse)] == pytest.approx(means)
+
+
+def test_a_mean_loss_over_a_checkpoint_is_the_same_in_a_continued_run(sparse, tmp_path):
+    """Saved after steps 2, 4 and 6: the losses of steps 2 to 4 come from the checkpoint."""
+    cfg = replace(sparse, workdir=str(shutil.copytree(sparse.workdir, tmp_path / "copy")))
+    before = same(rows(cfg))
     for last in ("6", "4"):
         shutil.rmtree(Workdir(cfg.workdir).checkpoints / last)
         loop.train(cfg)
-        assert [[row[key] for key in SAME] for row in rows(cfg)] == [
-            [row[key] for key in SAME] for row in before
-        ]
+        assert same(rows(cfg)) == before
 
 
-def test_the_logged_loss_is_the_mean_since_the_last_row(experiment, whole):
-    cfg, _ = whole()
-    of_each_step = [row["loss"] for row in rows(cfg)]
-    sparse = experiment("sparse")
-    sparse = replace(sparse, train=replace(sparse.train, log_every_steps=4))
-    loop.train(sparse)
-    means = [row["loss"] for row in rows(sparse)]
-    assert means == pytest.approx(
-        [of_each_step[0], np.mean(of_each_step[1:4]), np.mean(of_each_step[4:])]
-    )
-
-
-def test_a_block_about_the_run_and_the_compilation_come_before_the_first_step(
-    experiment, monkeypatch, capsys
-):
-    cfg = experiment()
-    train_until(cfg, 1, monkeypatch)
-    lines = capsys.readouterr().out.splitlines()
+def test_a_block_about_the_run_and_the_compilation_come_before_the_first_step(whole):
+    cfg, _, output = whole()
+    lines = output.splitlines()
     names = [line.split("  ")[0] for line in lines]
     first = names.index("model")
     block = ["model", "parameters", "devices", "data", "steps", "export", "work folder", "curves"]
@@ -211,19 +240,32 @@ def test_a_run_on_conversations_continues_bit_for_bit(tmp_path):
     )
     shutil.rmtree(Workdir(cfg.workdir).checkpoints / "4")
     assert_equal(loop.train(cfg), expected)
-    assert [[row[key] for key in SAME] for row in rows(cfg)] == [
-        [row[key] for key in SAME] for row in before
-    ]
+    assert same(rows(cfg)) == same(before)
+
+
+class Slow:
+    """An iterator whose every batch takes a tenth of a second more."""
+
+    def __init__(self, data):
+        self.data, self.get_state, self.set_state = data, data.get_state, data.set_state
+
+    def __next__(self):
+        time.sleep(0.1)
+        return next(self.data)
 
 
 def test_an_interrupted_run_has_its_last_checkpoint_and_continues_bit_for_bit(
     experiment, whole, monkeypatch, capsys
 ):
-    cfg = experiment()
-    train_until(cfg, 5, monkeypatch)
+    """Its batches take longer, and its metrics show the wait."""
+    cfg, iterator = experiment(), pipeline.training_iterator
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "training_iterator", lambda *args: Slow(iterator(*args)))
+        train_until(cfg, 5, monkeypatch)
     assert "continuing" not in capsys.readouterr().out
     assert saved_steps(cfg) == [2, 4]
     assert [row["step"] for row in rows(cfg)] == [1, 2, 3, 4, 5]
+    assert all(row["data_wait_seconds"] >= 0.1 for row in rows(cfg))
     assert_equal(loop.train(cfg), whole()[1])
 
 
@@ -235,12 +277,12 @@ def test_a_run_continues_over_a_checkpoint_that_is_half_written(finished, capsys
     capsys.readouterr()
     assert_equal(loop.train(cfg), expected)
     out = capsys.readouterr().out
-    assert "checkpoint 6 is not whole" in out
+    assert "checkpoint 6 is damaged" in out
     assert "continuing from step 4" in out
     assert_equal(loop.train(cfg), expected)
     out = capsys.readouterr().out
     assert "continuing from step 6" in out, "the step is written anew"
-    assert "not whole" not in out
+    assert "damaged" not in out
 
 
 def test_a_finished_run_trains_no_more(finished, capsys):
@@ -249,7 +291,7 @@ def test_a_finished_run_trains_no_more(finished, capsys):
     assert_equal(loop.train(cfg), expected)
     assert "continuing from step 6" in capsys.readouterr().out
     after = files(cfg)
-    moved = {"config.json"}  # it says where the run lies
+    moved = {"config.json"}  # it has the path of the run
     assert all(after[name] == before[name] for name in set(before) - moved)
     assert all(name.startswith("tensorboard") for name in set(after) - set(before))
 
@@ -299,12 +341,11 @@ def test_a_run_may_continue_otherwise(otherwise, finished, capsys):
         np.testing.assert_allclose(value, expected_value, atol=2e-3)
 
 
-def test_the_metrics_of_a_step_have_every_field(experiment, monkeypatch):
-    cfg = experiment()
-    train_until(cfg, 2, monkeypatch)
-    row = rows(cfg)[0]
+def test_the_metrics_of_a_step_have_every_field(whole):
+    cfg = whole()[0]
+    row = rows(cfg)[1]
     assert set(row) == {*SAME, *TIMES, "hbm_peak_bytes"}
-    assert row["hbm_peak_bytes"] is None, "a CPU does not say"
+    assert row["hbm_peak_bytes"] is None, "not reported on CPU"
     assert 0 < row["mfu"] < 1
     assert 0 <= row["data_wait_seconds"] < row["step_seconds"]
     assert row["examples_per_second"] * row["step_seconds"] == pytest.approx(8 * 3)
@@ -312,32 +353,12 @@ def test_the_metrics_of_a_step_have_every_field(experiment, monkeypatch):
     assert row["padding_fraction"] == pytest.approx(1 - tokens / (8 * cfg.row_length))
 
 
-class Slow:
-    """An iterator whose every batch takes a tenth of a second more."""
-
-    def __init__(self, data):
-        self.data, self.get_state, self.set_state = data, data.get_state, data.set_state
-
-    def __next__(self):
-        time.sleep(0.1)
-        return next(self.data)
-
-
-def test_the_wait_for_a_batch_is_in_the_metrics(experiment, monkeypatch):
-    cfg, iterator = experiment(), pipeline.training_iterator
-    monkeypatch.setattr(
-        pipeline, "training_iterator", lambda *arguments: Slow(iterator(*arguments))
-    )
-    train_until(cfg, 2, monkeypatch)
-    assert all(row["data_wait_seconds"] >= 0.1 for row in rows(cfg))
-
-
 def test_a_batch_that_the_devices_do_not_divide_is_refused_and_nothing_is_written(experiment):
     cfg = experiment(train=Train(batch_size=12))
     with pytest.raises(UserError, match="train.batch_size 12 .* 8 devices"):
         loop.train(cfg)
     assert not Workdir(cfg.workdir).path.exists()
-    loop.check_rows(
+    inputs.check_rows(
         cfg, axes.make_mesh(Mesh(data=2, fsdp=2, tensor=2))
     )  # 4 row shards do divide it
 
@@ -396,12 +417,12 @@ def test_what_is_left_out_of_the_rows_is_said_before_the_training(experiment, ca
     capsys.readouterr()
     for text_length, lines in ((100, 0), (40, 1)):
         shorter = replace(cfg, data=replace(cfg.data, text_length=text_length))
-        loop.check_data(shorter, tokenizer, pipeline.training_iterator(shorter, tokenizer))
-        said = capsys.readouterr().out.splitlines()
-        assert len(said) == lines
+        inputs.check_data(shorter, tokenizer, pipeline.training_iterator(shorter, tokenizer))
+        printed = capsys.readouterr().out.splitlines()
+        assert len(printed) == lines
         assert all(
             "120 questions in 40 training rows" in line and "data.text_length 40" in line
-            for line in said
+            for line in printed
         )
 
 
@@ -409,5 +430,5 @@ def test_a_look_at_the_data_takes_nothing_from_it(experiment):
     cfg = experiment()
     tokenizer = pipeline.train_tokenizer(cfg)
     data, untouched = (pipeline.training_iterator(cfg, tokenizer) for _ in range(2))
-    loop.check_data(cfg, tokenizer, data)
+    inputs.check_data(cfg, tokenizer, data)
     assert jax.tree.all(jax.tree.map(np.array_equal, next(data), next(untouched)))

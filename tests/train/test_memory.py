@@ -1,4 +1,4 @@
-"""What saves memory changes no result: microbatches, remat, chunks of the loss; and what bfloat16 computes is near."""
+"""Saving memory changes no result: microbatches, remat, chunks of the loss; bfloat16 is near."""
 
 from dataclasses import replace
 
@@ -9,68 +9,51 @@ import optax
 import pytest
 from flax import traverse_util
 
-from tests.train.test_step import experiment, mesh_of, random_state
-from vlm_jax import axes
+from tests.train.steps import (
+    EIGHT,
+    ONE,
+    assert_same_gradients,
+    experiment,
+    gradients_of,
+    mesh_of,
+    plain_gradients,
+    random_state,
+    uneven_batch,
+)
+from vlm_jax import sharding
 from vlm_jax.config import LrMult, Optim, UserError
 from vlm_jax.nn.parts import part_of
 from vlm_jax.testing import random_batch, variants_and_tiles
-from vlm_jax.train import loop
+from vlm_jax.train import inputs
 from vlm_jax.train.step import (
     accumulate_gradients,
     init_state,
     jit_train_step,
+    state_shapes,
     state_shardings,
 )
-
-ONE, EIGHT = (1, 1, 1), (2, 2, 2)
-SAVING = {"microbatches": 2, "loss_chunk": 40}
-
-
-def uneven(cfg, rows=8):
-    """A batch whose rows have very different numbers of scored tokens, one of them none."""
-    batch = random_batch(cfg, rows)
-    scale = np.linspace(0, 1, rows)[:, None] > np.random.default_rng(0).uniform(
-        size=batch.loss_weights.shape
-    )
-    return batch.replace(loss_weights=batch.loss_weights * scale)
-
-
-def one_step(cfg, shape=ONE):
-    """Loss and gradients: those that the first moment of Adam has seen, over 1 - beta1."""
-    cfg, mesh = replace(cfg, optim=replace(cfg.optim, clip_norm=1e9)), mesh_of(shape)
-    with jax.set_mesh(mesh):
-        batch = jax.device_put(uneven(cfg), axes.row_sharding(mesh))
-        state, metrics = jit_train_step(cfg, mesh)(random_state(cfg, mesh), batch)
-    return float(metrics["loss"]), jax.device_get(optax.tree.get(state.optimizer, "mu"))
-
-
-def assert_same(found, expected):
-    (loss, gradients), (expected_loss, expected_gradients) = found, expected
-    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
-    for path, gradient in expected_gradients.items():
-        np.testing.assert_allclose(
-            gradients[path], gradient, rtol=1e-3, atol=1e-6, err_msg="/".join(path)
-        )
-
-
-@pytest.mark.parametrize("name", variants_and_tiles())
-def test_four_microbatches_are_one(name):
-    cfg = experiment(name)
-    assert_same(one_step(replace(cfg, train=replace(cfg.train, microbatches=4))), one_step(cfg))
 
 
 @pytest.mark.parametrize("name", variants_and_tiles())
 def test_all_that_saves_memory_together_on_eight_devices_is_the_plain_step_on_one(name):
+    """Four microbatches, chunks of the loss, and activations computed again."""
     cfg = experiment(name)
     vision, decoder = replace(cfg.vision, remat="full"), replace(cfg.decoder, remat="dots")
-    saving = replace(cfg, train=replace(cfg.train, **SAVING), vision=vision, decoder=decoder)
-    assert_same(one_step(saving, EIGHT), one_step(cfg))
+    train = replace(cfg.train, microbatches=4, loss_chunk=40)
+    saving = replace(cfg, train=train, vision=vision, decoder=decoder)
+    assert_same_gradients(gradients_of(saving, EIGHT), plain_gradients(name))
+
+
+def test_four_microbatches_are_one():
+    cfg = experiment("unified")
+    cut = replace(cfg, train=replace(cfg.train, microbatches=4))
+    assert_same_gradients(gradients_of(cut), plain_gradients("unified"))
 
 
 def test_rows_stay_on_their_devices_when_a_batch_is_cut_into_microbatches():
     cfg, mesh = experiment("unified"), mesh_of((4, 2, 1))
     with jax.set_mesh(mesh):
-        rows = axes.row_sharding(mesh)
+        rows = sharding.row_sharding(mesh)
         batch = jax.device_put(random_batch(cfg, rows=32), rows)
         cut = jax.jit(
             lambda batch: accumulate_gradients(lambda part: jnp.sum(part.images**2), batch, 4),
@@ -94,8 +77,8 @@ def test_a_state_is_made_where_it_lies_and_whole_nowhere(shape):
             make = jax.jit(
                 lambda key: init_state(cfg, key), out_shardings=state_shardings(cfg, mesh)
             )
-            found = make.lower(jax.random.key(0)).compile().memory_analysis()
-        return found.output_size_in_bytes + found.temp_size_in_bytes
+            memory = make.lower(jax.random.key(0)).compile().memory_analysis()
+        return memory.output_size_in_bytes + memory.temp_size_in_bytes
 
     data, fsdp, tensor = shape
     assert bytes_of_each_device(shape) < 1.1 * bytes_of_each_device((8, 1, 1)) / (fsdp * tensor)
@@ -122,14 +105,14 @@ def test_microbatches_take_less_memory():
 
 
 @pytest.mark.parametrize(
-    "batch_size, microbatches, said",
+    "batch_size, microbatches, message",
     [(8, 3, "8 .* train.microbatches 3"), (8, 4, "8 .* multiple of 16")],
 )
-def test_a_batch_that_cannot_be_cut_is_refused(batch_size, microbatches, said):
+def test_a_batch_that_cannot_be_cut_is_refused(batch_size, microbatches, message):
     cfg = experiment("unified")
     cfg = replace(cfg, train=replace(cfg.train, batch_size=batch_size, microbatches=microbatches))
-    with pytest.raises(UserError, match=f"train.batch_size {said}"):
-        loop.check_rows(cfg, mesh_of((2, 2, 2)))
+    with pytest.raises(UserError, match=f"train.batch_size {message}"):
+        inputs.check_rows(cfg, mesh_of((2, 2, 2)))
 
 
 FROZEN = Optim(warmup_steps=0, lr_mult=LrMult(vision=0, decoder=0))
@@ -138,18 +121,13 @@ FROZEN = Optim(warmup_steps=0, lr_mult=LrMult(vision=0, decoder=0))
 @pytest.mark.parametrize("name", variants_and_tiles())
 def test_in_bfloat16_loss_and_gradients_are_near_and_arrive_in_float32(name):
     cfg = experiment(name)
-    loss, gradients = one_step(
-        replace(cfg, train=replace(cfg.train, compute_dtype="bfloat16")), EIGHT
-    )
-    expected_loss, expected = one_step(cfg)
+    narrow = replace(cfg, train=replace(cfg.train, compute_dtype="bfloat16"))
+    loss, gradients = gradients_of(narrow)
+    expected_loss, expected = plain_gradients(name)
     assert loss == pytest.approx(expected_loss, rel=0.02)
     assert {x.dtype for x in gradients.values()} == {np.dtype("float32")}
-    cosine = (
-        optax.tree.vdot(gradients, expected)
-        / optax.tree.norm(gradients)
-        / optax.tree.norm(expected)
-    )
-    assert cosine > 0.98
+    product = optax.tree.vdot(gradients, expected)
+    assert product / optax.tree.norm(gradients) / optax.tree.norm(expected) > 0.98
 
 
 def test_frozen_parts_are_kept_in_the_compute_dtype_and_stay_bit_for_bit():
@@ -158,15 +136,13 @@ def test_frozen_parts_are_kept_in_the_compute_dtype_and_stay_bit_for_bit():
     with jax.set_mesh(mesh):
         before = jax.device_get(random_state(cfg, mesh))
         before = before.replace(
-            params=jax.tree.map(lambda x, s: np.asarray(x, s.dtype), before.params, kept(cfg))
+            params=jax.tree.map(
+                lambda x, s: np.asarray(x, s.dtype), before.params, state_shapes(cfg).params
+            )
         )
-        after, _ = jit_train_step(cfg, mesh)(before, uneven(cfg))
+        after, _ = jit_train_step(cfg, mesh)(before, uneven_batch(cfg))
     new = traverse_util.flatten_dict(jax.device_get(after.params))
     for path, old in traverse_util.flatten_dict(before.params).items():
         frozen = part_of(path) in ("vision", "decoder")
         assert new[path].dtype == (jnp.bfloat16 if frozen else jnp.float32), path
         assert np.array_equal(new[path], old) == frozen, path
-
-
-def kept(cfg):
-    return jax.eval_shape(lambda: init_state(cfg, jax.random.key(0))).params

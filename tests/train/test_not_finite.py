@@ -17,6 +17,8 @@ from vlm_jax.train import loop
 from vlm_jax.train.not_finite import first_nonfinite_parameter
 from vlm_jax.train.step import init_state, train_step
 
+step = jax.jit(train_step, static_argnums=0)
+
 
 @pytest.fixture
 def cfg(short_run, tmp_path):
@@ -54,12 +56,12 @@ def test_what_is_not_finite_is_named_with_the_images_of_its_batch(cfg):
     with pytest.raises(NonFiniteError) as error:
         loop.train(cfg)
     assert not list(Workdir(cfg.workdir).checkpoints.iterdir())
-    said = str(error.value)
-    assert said.startswith(
-        "step 2: the loss is nan; the parameters are finite and no gradient is; the largest number, "
+    message = str(error.value)
+    assert message.startswith(
+        "step 2: the loss is nan; all parameters are finite and no gradient is; the largest value is "
     )
     ids = pipeline.batch_ids(cfg, None, {"next_index": 1})
-    assert said.endswith(f"The batch held the images {', '.join(map(str, ids))}.")
+    assert message.endswith(f"The batch held the images {', '.join(map(str, ids))}.")
 
 
 PLANTED = {
@@ -79,13 +81,12 @@ def test_a_parameter_that_is_not_finite_is_named_and_no_other(part):
         state = init_state(cfg, jax.random.key(0)).replace(
             params=traverse_util.unflatten_dict(params, sep="/")
         )
-        _, metrics = jax.jit(train_step, static_argnums=0)(cfg, state, random_batch(cfg))
-    said = first_nonfinite_parameter(
+        _, metrics = step(cfg, state, random_batch(cfg))
+    message = first_nonfinite_parameter(
         jax.device_get(metrics["finite"]), jax.device_get(metrics["largest"])
     )
-    assert (
-        said
-        == f"the first parameter that is not finite is of {part} ({PLANTED[part]}), 1 of {len(params)} are not"
+    assert message == (
+        f"first non-finite parameter: {PLANTED[part]} of {part} (1 of {len(params)} parameters)"
     )
 
 
@@ -97,14 +98,14 @@ def test_a_gradient_is_spoilt_from_where_the_backward_pass_comes():
         "decoder/final_norm/scale",
     ]
     sizes = dict.fromkeys(paths, 1.0)
-    said = first_nonfinite_parameter(dict(zip(paths, (False, False, True, True))), sizes)
-    assert (
-        said
-        == "the backward pass spoils that of projector (projector/linear/kernel) first, 2 of 4 gradients"
+    message = first_nonfinite_parameter(dict(zip(paths, (False, False, True, True))), sizes)
+    assert message == (
+        "first non-finite gradient in the backward pass: projector/linear/kernel of projector "
+        "(2 of 4 gradients)"
     )
-    said = first_nonfinite_parameter(
+    message = first_nonfinite_parameter(
         dict.fromkeys(paths, False), sizes | {"projector/linear/kernel": 1e30}
     )
-    assert said.endswith(
-        "no gradient is; the largest number, 1e+30, is of projector (projector/linear/kernel)"
+    assert message.endswith(
+        "no gradient is; the largest value is 1e+30, of projector/linear/kernel of projector"
     )

@@ -1,6 +1,7 @@
-"""Which parts are trained, at which rate; what is decayed and clipped."""
+"""Trained parts and their learning rates, weight decay, clipping, and the optimizers."""
 
 import dataclasses
+import functools
 from dataclasses import replace
 
 import jax
@@ -9,7 +10,8 @@ import optax
 import pytest
 from flax import traverse_util
 
-from vlm_jax.config import LrMult, Optim
+from vlm_jax.config import ConfigError, LrMult, Optim
+from vlm_jax.nn.models import abstract_params
 from vlm_jax.nn.parts import PARTS, part_of
 from vlm_jax.structs import State
 from vlm_jax.testing import (
@@ -28,6 +30,11 @@ RESAMPLER = tiny("cross_attention", projector=replace(GATED.projector, kind="res
 
 def flat_params(cfg=GATED):
     return traverse_util.flatten_dict(random_params(cfg))
+
+
+def optimizer(settings: Optim, cfg=GATED):
+    """The optimizer of a run of 10 steps."""
+    return optim.optimizer(replace(cfg, optim=settings, train=replace(cfg.train, steps=10)))
 
 
 def filled(params, value):
@@ -49,8 +56,8 @@ def test_a_run_shorter_than_its_warm_up_still_learns():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_belongs_to_exactly_one_part(kind):
-    found = {part_of(path) for path in traverse_util.flatten_dict(random_params(tiny(kind)))}
-    assert found == set(PARTS) - ({"cross_attention"} if kind == "unified" else set())
+    parts = {part_of(path) for path in traverse_util.flatten_dict(random_params(tiny(kind)))}
+    assert parts == set(PARTS) - ({"cross_attention"} if kind == "unified" else set())
     assert set(PARTS) == {field.name for field in dataclasses.fields(LrMult)}
 
 
@@ -67,7 +74,7 @@ def test_split_and_join_are_inverse():
 
 def test_only_matrices_decay():
     params = flat_params(RESAMPLER)
-    transform = optim.optimizer(Optim(learning_rate=1.0, warmup_steps=0, weight_decay=0.1), 10)
+    transform = optimizer(Optim(learning_rate=1.0, warmup_steps=0, weight_decay=0.1), RESAMPLER)
     updates, _ = jax.jit(transform.update)(filled(params, 0), transform.init(params), params)
     decayed = {path for path, update in updates.items() if np.any(update)}
     assert decayed == {path for path in params if path[-1] in ("kernel", "table")}
@@ -79,7 +86,7 @@ def test_a_part_learns_at_its_own_rate():
     params = flat_params()
 
     def updates(scale: LrMult):
-        transform = optim.optimizer(Optim(lr_mult=scale, warmup_steps=0), 10)
+        transform = optimizer(Optim(lr_mult=scale, warmup_steps=0))
         return jax.jit(transform.update)(filled(params, 0.1), transform.init(params), params)[0]
 
     ones, scaled = (
@@ -96,8 +103,7 @@ def test_a_part_learns_at_its_own_rate():
 def test_the_gradient_is_clipped_to_a_global_norm(norm, clipped):
     params = flat_params()
     gradients = filled(params, norm / np.sqrt(sum(x.size for x in params.values())))
-    cfg = Optim(clip_norm=2.0, beta1=0.9)
-    transform = optim.optimizer(cfg, 10)
+    transform = optimizer(Optim(clip_norm=2.0, beta1=0.9))
     _, state = jax.jit(transform.update)(gradients, transform.init(params), params)
     seen = optax.tree.get(state, "mu")  # 1 - beta1 of the first gradient
     np.testing.assert_allclose(optax.tree.norm(seen) / 0.1, clipped, rtol=1e-4)
@@ -123,9 +129,7 @@ def test_frozen_parts_stay_bit_for_bit_and_the_others_move(frozen, cfg):
     cfg = with_frozen(*frozen, cfg=cfg)
     params = random_params(cfg)
     trained, _ = optim.split(params, cfg.optim)
-    state = State(
-        jax.numpy.int32(0), params, optim.optimizer(cfg.optim, cfg.train.steps).init(trained)
-    )
+    state = State(jax.numpy.int32(0), params, optim.optimizer(cfg).init(trained))
     step, batch = jax.jit(lambda state, batch: train_step(cfg, state, batch)), random_batch(cfg)
     for _ in range(3):
         state, _ = step(state, batch)
@@ -140,20 +144,60 @@ def test_a_frozen_part_has_no_moments(part):
     cfg = with_frozen(part)
     state = jax.eval_shape(lambda: init_state(cfg, jax.random.key(0)))
     for moment in ("mu", "nu"):
-        kept = set(optax.tree.get(state.optimizer, moment))
-        assert kept == {path for path in flat_params() if part_of(path) != part}
+        moments = set(optax.tree.get(state.optimizer, moment))
+        assert moments == {path for path in flat_params() if part_of(path) != part}
 
 
-@pytest.mark.parametrize(
-    "path", [("query", (32, 4, 8), 32), ("out", (4, 8, 32), 32), ("up", (32, 64), 32)], ids=str
-)
-def test_muon_makes_the_update_of_a_kernel_orthogonal_with_the_learning_rate_as_its_size(path):
-    name, shape, inputs = path
+def test_an_optimizer_is_one_function_and_one_row(monkeypatch):
+    def lion(cfg, boxes):
+        return optax.scale_by_lion(cfg.beta1, cfg.beta2)
+
+    monkeypatch.setitem(optim.OPTIMIZERS, "lion", lion)
+    cfg = replace(GATED, optim=Optim("lion", learning_rate=0.1, warmup_steps=0, weight_decay=0.0))
+    optim.check_kind(cfg.optim)
+    params = random_params(cfg)
+    trained, _ = optim.split(params, cfg.optim)
+    state = State(jax.numpy.int32(0), params, optim.optimizer(cfg).init(trained))
+    state, _ = jax.jit(functools.partial(train_step, cfg))(state, random_batch(cfg))
+    assert int(state.step) == 1
+    for path, after in optim.split(state.params, cfg.optim)[0].items():
+        steps = np.abs(after - trained[path])  # Lion moves every number by the learning rate
+        np.testing.assert_allclose(steps[steps > 0], 0.1, rtol=1e-3, err_msg="/".join(path))
+        assert np.any(steps), path
+
+
+def test_an_unknown_optimizer_is_refused_with_the_choices():
+    message = (
+        r"optim.kind 'mion' is not an optimizer \(perhaps you meant muon\): choose adamw, muon."
+    )
+    with pytest.raises(ConfigError, match=message):
+        optimizer(Optim("mion"))
+
+
+def test_every_kernel_names_its_contracted_axes_and_nothing_else_does():
+    boxes = traverse_util.flatten_dict(abstract_params(RESAMPLER))
+    assert {path for path, box in boxes.items() if box.is_kernel} == {
+        path for path in boxes if path[-1] == "kernel"
+    }
+    assert {path for path, box in boxes.items() if box.is_table} == {
+        path for path in boxes if path[-1] == "table"
+    }
+    out = boxes["vision", "blocks", "layers", "block_0", "self", "out", "kernel"]
+    assert (out.letters, out.contracted_axes, out.output_axes) == ("L N H D", (1, 2), (3,))
+    linear = boxes["projector", "linear", "kernel"]
+    assert (linear.letters, linear.contracted_axes, linear.output_axes) == ("E D", (0,), (1,))
+
+
+@pytest.mark.parametrize("name", ["self/query", "self/out", "mlp/up"])
+def test_muon_makes_the_update_of_a_kernel_orthogonal_with_the_learning_rate_as_its_size(name):
+    inputs = 32  # of each of them: D, N x H and D
     cfg = Optim(kind="muon", learning_rate=0.1, warmup_steps=0, weight_decay=0.0)
-    key = ("decoder", "blocks", "layers", name, "kernel")  # two layers, stacked
-    gradient = {key: np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)}
-    transform = optim.optimizer(cfg, 10)
+    key = ("vision", "blocks", "layers", "block_0", *name.split("/"), "kernel")
+    shape = flat_params()[key].shape  # of two layers, stacked
+    gradient = {key: np.random.default_rng(0).normal(size=shape).astype(np.float32)}
+    transform = optimizer(cfg)
     update, _ = transform.update(gradient, transform.init(gradient), gradient)
+    assert shape[0] == 2
     for layer in update[key]:
         assert np.sqrt(np.mean(np.square(layer))) == pytest.approx(0.1, rel=0.2)
         singular = np.linalg.svd(np.reshape(layer, (inputs, -1)), compute_uv=False)
@@ -164,7 +208,7 @@ def test_muon_makes_the_update_of_a_kernel_orthogonal_with_the_learning_rate_as_
 
 def test_muon_leaves_everything_but_kernels_to_adam():
     adam, muon = (
-        optim.optimizer(Optim(kind=kind, warmup_steps=0, clip_norm=1e9, weight_decay=0.0), 10)
+        optimizer(Optim(kind=kind, warmup_steps=0, clip_norm=1e9, weight_decay=0.0))
         for kind in ("adamw", "muon")
     )
     params = {

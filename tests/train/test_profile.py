@@ -11,7 +11,7 @@ from vlm_jax.train.profile import Profile
 
 @pytest.fixture
 def events(monkeypatch):
-    """What happens, in order: "start" and "stop" of a trace."""
+    """Events in order: "start" and "stop" of a trace."""
     happened = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: happened.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: happened.append("stop"))

@@ -1,4 +1,4 @@
-"""A run that is stopped loses nothing, however it is stopped: by a signal, a full disk, or a machine that goes away."""
+"""A run that is stopped by a signal, a full disk or a crash of the machine loses nothing."""
 
 import json
 import os
@@ -33,11 +33,11 @@ SAME = ("step", "loss", "grad_norm", "learning_rate", "padding_fraction")
 
 @pytest.fixture
 def experiment(short_run, tmp_path):
-    """`experiment(workdir, kind, **train)`: 8 steps, saved after every third."""
+    """`experiment(workdir, kind, **train)`: 6 steps, saved after every third."""
 
     def make(workdir="run", kind="unified", **train):
         return short_run(
-            kind, tmp_path / workdir, **{"steps": 8, "checkpoint_every_steps": 3, **train}
+            kind, tmp_path / workdir, **{"steps": 6, "checkpoint_every_steps": 3, **train}
         )
 
     return make
@@ -45,7 +45,7 @@ def experiment(short_run, tmp_path):
 
 @pytest.fixture
 def file_size():
-    """`file_size(bytes)`: no file may be larger, as on a full disk; `file_size()`: any may again."""
+    """`file_size(bytes)` limits the size of files, as a full disk; `file_size()` lifts the limit."""
     before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(size=before):
@@ -76,23 +76,23 @@ def last_state(cfg):
 
 
 def assert_same_run(cfg, other):
-    (state, place), (expected, expected_place) = last_state(cfg), last_state(other)
+    (state, data_state), (expected, expected_data_state) = last_state(cfg), last_state(other)
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), state, expected))
-    assert place == expected_place
+    assert data_state == expected_data_state
     assert rows(cfg) == rows(other)
 
 
 def signals_at(step, monkeypatch, number=1):
     """SIGTERM comes `number` times while step `step` is written down."""
-    note = loop.note
+    log_step = loop.log_step
 
-    def note_then_signal(run, noted, *rest):
-        loss = note(run, noted, *rest)
-        for _ in range(number if noted == step else 0):
+    def log_then_signal(run, pending):
+        loss = log_step(run, pending)
+        for _ in range(number if pending.step == step else 0):
             os.kill(os.getpid(), signal.SIGTERM)
         return loss
 
-    monkeypatch.setattr(loop, "note", note_then_signal)
+    monkeypatch.setattr(loop, "log_step", log_then_signal)
 
 
 def test_sigterm_saves_the_running_step_and_the_run_continues_bit_for_bit(experiment, monkeypatch):
@@ -128,8 +128,8 @@ def test_a_second_sigterm_while_saving_changes_nothing(experiment, monkeypatch):
         with pytest.raises(preemption.Preempted):
             loop.train(cfg)
     steps = saved_steps(cfg)
-    state, place = last_state(cfg)
-    assert int(state.step) == steps[-1] == place["next_index"]
+    state, data_state = last_state(cfg)
+    assert int(state.step) == steps[-1] == data_state["next_index"]
 
 
 def test_the_exit_code_of_a_stopped_run_says_resume_me(experiment, tmp_path, monkeypatch, capsys):
@@ -157,32 +157,32 @@ def test_a_step_that_cannot_be_saved_after_sigterm_is_not_said_to_be(experiment,
 
     signals_at(2, monkeypatch)
     monkeypatch.setattr(Checkpoints, "save", save)
-    with pytest.raises(SaveError, match="No space left on device.*there is no checkpoint"):
+    with pytest.raises(SaveError, match="No space left on device.*no checkpoint was saved"):
         loop.train(experiment())
 
 
 def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_checkpoint(
     experiment, monkeypatch, file_size
 ):
-    cfg, note = experiment(keep_checkpoints=1), loop.note
+    cfg, log_step = experiment(keep_checkpoints=1), loop.log_step
 
-    def fill_up(run, step, *rest):
-        if step == 4:
+    def fill_up(run, pending):
+        if pending.step == 4:
             run.checkpoints._manager.wait_until_finished()
             file_size(4096)
-        return note(run, step, *rest)
+        return log_step(run, pending)
 
     with (
         monkeypatch.context() as patched,
-        pytest.raises(SaveError, match="last whole checkpoint is that of step 3"),
+        pytest.raises(SaveError, match="last complete checkpoint is of step 3"),
     ):
-        patched.setattr(loop, "note", fill_up)
+        patched.setattr(loop, "log_step", fill_up)
         loop.train(cfg)
     file_size()
     assert saved_steps(cfg) == [3]
     assert int(last_state(cfg)[0].step) == 3
     loop.train(cfg)
-    assert saved_steps(cfg) == [8]
+    assert saved_steps(cfg) == [6]
 
 
 def test_a_second_process_in_a_work_folder_is_refused_and_a_dead_one_is_not(experiment):
@@ -257,7 +257,7 @@ def test_a_trace_of_the_steps_that_were_asked_for(experiment):
 
 
 def start(cfg, *program):
-    """`run.py`, or else this program, in a process of its own, its output read line by line."""
+    """Starts `run.py`, or another program, in a process with line-buffered output."""
     path = Path(cfg.workdir).parent / f"{Path(cfg.workdir).name}.py"
     path.write_text(
         "import json\nfrom vlm_jax.config import files\n"
@@ -265,7 +265,7 @@ def start(cfg, *program):
     )
     environment = {
         **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(Path(cfg.workdir).parent / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     }
     command = [sys.executable, *(program or ["run.py"]), "--config", str(path)]
     return subprocess.Popen(
@@ -284,17 +284,17 @@ from pathlib import Path
 from vlm_jax import cli
 from vlm_jax.train import loop
 
-note = loop.note
+log_step = loop.log_step
 
-def go_away(run, step, *rest):
-    if step == 4:  # as a bucket that is mounted there and is no longer
+def go_away(run, pending):
+    if pending.step == 4:  # as a bucket that is mounted there and is no longer
         run.checkpoints._manager.wait_until_finished()
         folder = Path(run.cfg.workdir, "checkpoints")
         folder.rename(folder.with_name("aside"))
         folder.touch()
-    return note(run, step, *rest)
+    return log_step(run, pending)
 
-loop.note = go_away
+loop.log_step = go_away
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -317,13 +317,13 @@ def test_a_folder_that_goes_away_ends_the_process_and_leaves_the_last_checkpoint
     folder.with_name("aside").rename(folder)
     assert saved_steps(cfg) == [3]
     loop.train(cfg)
-    assert saved_steps(cfg)[-1] == 8
+    assert saved_steps(cfg)[-1] == 6
 
 
 def kill_after(process, cfg, step, seconds):
-    """`kill -9` some time after this step or a later one was said, wherever it is by then."""
+    """`kill -9` some time after this step was printed, wherever the run is by then."""
     for line in process.stdout:
-        if (said := re.match(r"step (\d+)/", line)) and int(said[1]) >= step:
+        if (match := re.match(r"step (\d+)/", line)) and int(match[1]) >= step:
             break
     time.sleep(seconds)
     process.kill()

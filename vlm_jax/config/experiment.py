@@ -89,8 +89,9 @@ class LrMult:
 
 @dataclass(frozen=True)
 class Optim:
-    kind: Literal["adamw", "muon"] = "adamw"  # muon: Muon for kernels, AdamW for the rest
-    learning_rate: float = 1e-3  # peak learning rate, after warm-up
+    #: adamw, muon (for kernels; AdamW for the rest), or another row of OPTIMIZERS in train/optim.py
+    kind: str = "adamw"
+    learning_rate: float = 1e-3  # the peak, after warm-up
     lr_mult: LrMult = field(default_factory=LrMult)
     warmup_steps: int = 100  # steps in which the learning rate rises from 0 to the peak
     final_lr_fraction: float = 0.0  # final learning rate as a fraction of the peak

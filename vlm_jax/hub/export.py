@@ -1,6 +1,7 @@
-"""Exports a checkpoint or a run to a folder that transformers loads, with its tokenizer and processor files.
+"""Exports checkpoints and runs to folders that transformers loads, processor files included.
 
-`save.py` writes the config and the weights; this module chooses the family and the files beside them.
+`save.py` writes the config and the weights; this module chooses the family and the files beside
+them.
 """
 
 import os
@@ -54,13 +55,14 @@ MAX_LISTED_DIFFERENCES = 3  # from the closest family, in one line
 def export_checkpoint(
     folder: str | os.PathLike, output: str | os.PathLike, taps: str | None = None
 ) -> str:
-    """Exports a public checkpoint with the names and config keys of transformers 4.x; tensors keep their bytes.
+    """Exports a public checkpoint in the layout of transformers 4.x; tensors keep their bytes.
 
     Returns:
       its model_type.
 
     Raises:
-      CheckpointError: the folder cannot be loaded, or the output cannot be written or holds weights already.
+      CheckpointError: the folder cannot be loaded, or the output cannot be written or holds weights
+        already.
     """
     refuse_used(output)
     # Opening the output first: an unwritable folder is reported before the weights are loaded.
@@ -75,7 +77,7 @@ def export_checkpoint(
 def write_checkpoint(
     output: str | os.PathLike, checkpoint: Checkpoint, params: Mapping, dtypes=None
 ) -> None:
-    """Writes parameters in the layout of the checkpoint they were loaded from, with the files beside its weights."""
+    """Writes parameters in the layout of their checkpoint, with the files beside its weights."""
     refuse_used(output)
     with all_or_none(output) as stage:
         config = without_v5_keys(checkpoint.config)
@@ -95,13 +97,13 @@ def refuse_used(output: str | os.PathLike) -> None:
 
 def without_v5_keys(config: Mapping) -> Json:
     """Drops the keys that only transformers 5.x knows; the family writes their 4.x spellings."""
-    kept = {}
+    v4_config = {}
     for key, value in config.items():
         if key not in V5_ONLY_KEYS:
-            kept[key] = without_v5_keys(value) if isinstance(value, dict) else value
+            v4_config[key] = without_v5_keys(value) if isinstance(value, dict) else value
     if "dtype" in config:
-        kept["torch_dtype"] = config["dtype"]
-    return kept
+        v4_config["torch_dtype"] = config["dtype"]
+    return v4_config
 
 
 def export_run(
@@ -114,19 +116,21 @@ def export_run(
 ) -> str:
     """Writes a run as a checkpoint of the public family that has its architecture.
 
-    `AutoProcessor` and `generate` of transformers answer as the run does, except for `run_files.prompt_differences`. A
-    Llama 3.2 Vision is written as transformers 5 loads it ("output"), unless `taps` names the other convention.
+    `AutoProcessor` and `generate` of transformers answer as the run does, except for
+    `run_files.prompt_differences`. A Llama 3.2 Vision is written as transformers 5 loads it
+    ("output"), unless `taps` names the other convention.
 
     Args:
       tokenizer: tokenizer.json of the run.
-      processor: the processor files of the checkpoint that the run started from, `Workdir.processor`.
+      processor: the processor files of the checkpoint that the run started from,
+        `Workdir.processor`.
 
     Returns:
       the family's model_type.
 
     Raises:
-      CheckpointError: no family has this architecture (the message names the closest and the differences), or the
-        output cannot be written.
+      CheckpointError: no family has this architecture (the message names the closest and the
+        differences), or the output cannot be written.
     """
     refuse_used(output)
     family = matching_family(cfg, taps or "output")
@@ -174,7 +178,7 @@ def matching_family(
       max_differences: number of the closest family's differences that an error lists; None: all.
 
     Raises:
-      CheckpointError: there is none.
+      CheckpointError: no family can.
     """
     if cfg.fusion.splits_views:
         raise CheckpointError(
@@ -199,12 +203,13 @@ def matching_family(
     if max_differences is not None and count > max_differences:
         listed += f" and {count - max_differences} more"
     raise CheckpointError(
-        f"this run matches no supported architecture; the closest is {name}, which differs in {listed}."
+        f"this run matches no supported architecture; the closest is {name}, which differs in "
+        f"{listed}."
     )
 
 
 def _as_written(family: Family, cfg: Experiment) -> Experiment | None:
-    """Returns the experiment that the family's config.json of `cfg` describes; None: it cannot describe it at all."""
+    """Returns what the family's config.json of `cfg` describes; None: it cannot be written."""
     try:
         names = {row.tensor for row in family.param_table(cfg)}
         written = family.config_from_hf(family.config_to_hf(cfg), names)
@@ -222,7 +227,7 @@ def _differences(fields: Mapping, others: Mapping) -> list[str]:
 
 
 def exportable(cfg: Experiment) -> str:
-    """Returns a line about the family that a run of this experiment can be exported to, or why there is none."""
+    """Returns a line with the family that the experiment exports to, or why none matches."""
     try:
         family = matching_family(cfg, max_differences=MAX_LISTED_DIFFERENCES)
     except UserError as error:
@@ -237,7 +242,7 @@ def exportable(cfg: Experiment) -> str:
 
 
 def architecture_fields(cfg: Experiment) -> dict[str, object]:
-    """Returns the settings that decide the outputs, resolved so that equal models have equal settings."""
+    """Returns the settings that decide the outputs; equal models have equal settings."""
     decoder, fusion = cfg.decoder, cfg.fusion
     decoder = replace(decoder, kv_heads=decoder.num_kv_heads, head_dim=decoder.head_width)
     if decoder.positions != "rope":

@@ -1,8 +1,8 @@
-"""A folder of a public checkpoint -> a model, its parameters on the mesh, and what turns text and images into input."""
+"""Loads public checkpoints: the model of a folder, and its parameters on the mesh."""
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from vlm_jax import axes
+from vlm_jax import axes, sharding
 from vlm_jax.config import CheckpointError, UserError
 from vlm_jax.config import Mesh as MeshSizes
 from vlm_jax.config.validate import check_values
@@ -37,11 +37,11 @@ from vlm_jax.hub.text.tokenizer import (
 )
 from vlm_jax.nn.models import abstract_params, build_model
 
-THREADS = 2  # parameters that are assembled at a time: more would hold more memory
+THREADS = 2  # parameters assembled at a time; each holds memory
 
 
 class Checkpoint(NamedTuple):
-    """A folder whose config is understood and whose tensors are all accounted for."""
+    """A checkpoint folder whose config has been parsed and whose tensors have been checked."""
 
     folder: Path
     config: Json  # config.json, or OpenCLIP's
@@ -51,52 +51,51 @@ class Checkpoint(NamedTuple):
     stored_names: dict[str, str]  # name in the table -> name in the files
 
     def stored(self, tensors: Tensors) -> dict[str, StoredTensor]:
-        """The tensors by their names in the table."""
-        return {name: tensors[found] for name, found in self.stored_names.items()}
+        """Returns the tensors by their names in the table."""
+        return {name: tensors[stored] for name, stored in self.stored_names.items()}
 
     @property
     def image_token(self) -> int | None:
-        """The id that stands for an image token in the sequence."""
+        """Id of the image placeholder token; None: the model has none."""
         return _image_token(self.config, self.family, self.folder)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """`HubTokenizer.eos_ids` of the folder. The tokenizer is read only if no config file states them."""
+        """Ids that end a text; reads the tokenizer only if no config file has them."""
         ids = to_tuple(stated_ids(self.folder, self.config).get("eos_token_id"))
         return ids or (HubTokenizer.load(self.folder).eos_ids if has_tokenizer(self.folder) else ())
 
     @property
     def start_id(self) -> int | None:
-        """The id that starts the decoder of an encoder-decoder; None where no file names one."""
+        """Id that starts the decoder of an encoder-decoder; None: no file has one."""
         return start_id_of(self.folder, self.config)
 
 
 def start_id_of(folder: Path, config: Json) -> int | None:
-    """The id that starts the decoder of an encoder-decoder; None where no file names one."""
+    """Id that starts the decoder of an encoder-decoder; None: no file has one."""
     stated = stated_ids(folder, config)
     return stated.get("decoder_start_token_id", stated.get("bos_token_id"))
 
 
 def image_token_of(folder: str | os.PathLike) -> int | None:
-    """The id that stands for an image token in the sequence of the checkpoint in a folder."""
+    """Returns the id of the image placeholder token of a folder; None: the model has none."""
     path = config_path(Path(folder).expanduser())
     config = read_json(path)
     return _image_token(config, family_of(config, str(path)), path.parent)
 
 
 def _image_token(config: Json, family: Family, folder: Path) -> int | None:
-    found = get_or(
-        config, "image_token_id", get_or(config, "image_token_index", family.image_token)
-    )
-    if found is not None and not are_ids(found):
-        raise CheckpointError(f"{folder}: image_token_index is {found!r}, but has to be an id.")
-    return found
+    default = get_or(config, "image_token_index", family.image_token)
+    image_token = get_or(config, "image_token_id", default)
+    if image_token is not None and not are_ids(image_token):
+        raise CheckpointError(f"{folder}: image_token_index is {image_token!r}, but must be an id.")
+    return image_token
 
 
 def load_params(
     folder: str | os.PathLike, dtype=None, mesh: Mesh | None = None, taps: str | None = None
 ) -> tuple[nn.Module, dict]:
-    """The model of a folder and its parameters; arguments and errors are those of `load_checkpoint`."""
+    """Returns the model of a folder and its parameters; see `load_checkpoint`."""
     checkpoint, params = load_checkpoint(folder, dtype, mesh, taps)
     return build_model(checkpoint.cfg), params
 
@@ -104,18 +103,18 @@ def load_params(
 def load_checkpoint(
     folder: str | os.PathLike, dtype=None, mesh: Mesh | None = None, taps: str | None = None
 ) -> tuple[Checkpoint, dict]:
-    """A folder and its parameters, each assembled where it lies on the mesh.
+    """Loads a folder; each parameter is assembled in its sharding on the mesh.
 
     Args:
-      dtype: of the parameters; None: as they are stored.
-      mesh: of `axes.make_mesh`; None: all devices along `data`. With one device and no mesh, the parameters are
-        committed to no device, as `model.init` returns them: outputs of `jax.jit` then lie as its inputs do, so that a
-        training step that takes its own outputs compiles once.
-      taps: of `mllama.family_of_taps`; the other families have none.
+      dtype: of the parameters; None: as stored.
+      mesh: of `axes.make_mesh`; None: all devices along `data`. With one device and no mesh, the
+        parameters are not committed to a device, as `model.init` returns them: a jitted training
+        step that takes its own outputs then compiles once.
+      taps: see `mllama.family_of_taps`; other families have none.
 
     Raises:
-      CheckpointError: no config, an unknown `model_type`, damaged files, or tensors that are unknown, missing or of a
-        wrong shape (all of them are listed).
+      CheckpointError: no config, an unsupported `model_type`, damaged files, or tensors that are
+        unknown, missing or of a wrong shape (the message lists them all).
     """
     with open_tensors(folder) as tensors:
         checkpoint = inspect(folder, tensors, taps)
@@ -127,18 +126,22 @@ def load_checkpoint(
 
 
 def inspect(folder: str | os.PathLike, tensors: Tensors, taps: str | None = None) -> Checkpoint:
-    """Reads the config and compares the table with what is stored, before anything is loaded."""
+    """Parses the config and checks names, shapes and dtypes of all tensors; loads none.
+
+    Raises:
+      CheckpointError: see `load_checkpoint`.
+    """
     folder = Path(folder).expanduser()
     path = config_path(folder)
     config = read_json(path)
-    with _naming(path):
+    with _error_in(path):
         family = family_of(config, "config.json", taps)
         names = family.normalize_names(tensors)
         names = without_copied_head(family, config, names, tensors)
         cfg = family.config_from_hf(config, names)
         check_values(cfg)
         rows = family.table_for(cfg, names)
-    _refuse_integers(tensors, names, folder)
+    _reject_quantized(tensors, names, folder)
     check(
         rows,
         {name: tensors[stored].shape for name, stored in names.items()},
@@ -148,42 +151,41 @@ def inspect(folder: str | os.PathLike, tensors: Tensors, taps: str | None = None
     return Checkpoint(folder, config, family, cfg, rows, names)
 
 
-def _refuse_integers(tensors: Tensors, names: Mapping[str, str], folder: Path) -> None:
-    """Weights that were quantized are numbers only together with their scales."""
+def _reject_quantized(tensors: Tensors, names: Mapping[str, str], folder: Path) -> None:
+    """Raises CheckpointError for integer weights, which need their scales."""
     dtypes = {name: str(tensors[name].dtype) for name in sorted(names.values())}
-    found = [f"{name} is {dtype}" for name, dtype in dtypes.items() if "float" not in dtype]
-    if found:
+    quantized = [f"{name} is {dtype}" for name, dtype in dtypes.items() if "float" not in dtype]
+    if quantized:
         raise CheckpointError(
-            f"{folder} holds weights that are no floating-point numbers: {'; '.join(found)}."
+            f"{folder}: quantized weights are not supported: {'; '.join(quantized)}."
         )
 
 
 @contextlib.contextmanager
-def _naming(path: Path):
-    """What goes wrong while a config is read, in one sentence that names its file."""
+def _error_in(path: Path):
+    """Re-raises errors of parsing a config with the name of its file."""
     try:
         yield
     except UserError as error:
         raise CheckpointError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
     except KeyError as error:
-        raise CheckpointError(f"{path} lacks the key {error}.") from error
+        raise CheckpointError(f"{path}: the key {error} is missing.") from error
     except (TypeError, ValueError, ArithmeticError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path} has a value that is not understood: {error}.") from error
+        raise CheckpointError(f"{path}: invalid value: {error}.") from error
 
 
 def without_copied_head(
     family: Family, config: Json, names: Mapping[str, str], tensors: Tensors
 ) -> Mapping[str, str]:
-    """The names without a head that repeats the embedding that it is tied to: `pytorch_model.bin` holds both."""
-    stored = {
-        part.param: names.get(row.tensor)
-        for row in family.param_table(family.config_from_hf(config, names))
-        for part in row.targets
-    }
+    """Drops a stored head that equals the embedding it is tied to; pytorch_model.bin has both."""
+    stored = {}
+    for row in family.param_table(family.config_from_hf(config, names)):
+        for target in row.targets:
+            stored[target.param] = names.get(row.tensor)
     head, embedding = stored.get("decoder/free_head/kernel"), stored.get("decoder/embedding/table")
     if head is None or embedding is None:
         return names
-    others = {name: found for name, found in names.items() if found != head}
+    others = {name: stored_name for name, stored_name in names.items() if stored_name != head}
     is_tied = family.config_from_hf(config, others).decoder.tie_word_embeddings and tensors_equal(
         tensors[head], tensors[embedding]
     )
@@ -191,28 +193,30 @@ def without_copied_head(
 
 
 def shapes_of(cfg: Config) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of every parameter of the model."""
+    """Returns path -> shape of every parameter of the model."""
     boxes = traverse_util.flatten_dict(abstract_params(cfg), sep="/")
     return {path: box.value.shape for path, box in boxes.items()}
 
 
 def check(rows: list[Row], stored: Mapping[str, tuple[int, ...]], shapes, folder: str) -> None:
-    """Raises CheckpointError with every tensor that is missing, unknown or of a wrong shape."""
+    """Compares the table with the stored shapes.
+
+    Raises:
+      CheckpointError: with every tensor that is missing, unknown or of a wrong shape.
+    """
     expected = {row.tensor: row.stored_shape(shapes) for row in rows}
     problems = [f"{name} is missing" for name in sorted(expected.keys() - stored.keys())]
     problems += [f"{name} is unknown" for name in sorted(stored.keys() - expected.keys())]
     for name in sorted(expected.keys() & stored.keys()):
         if expected[name] != stored[name]:
             problems.append(
-                f"{name} has the shape {stored[name]}, not {expected[name]} as config.json says"
+                f"{name} has the shape {stored[name]}, but config.json implies {expected[name]}"
             )
     if problems:
-        raise CheckpointError(
-            f"{folder} does not hold the model of its config.json: " + "; ".join(problems) + "."
-        )
-    unfed = shapes.keys() - {part.param for row in rows for part in row.targets}
-    if unfed:
-        raise AssertionError(f"no row of the table fills {sorted(unfed)}")
+        raise CheckpointError(f"{folder}: weights do not match config.json: {'; '.join(problems)}.")
+    missing = shapes.keys() - {target.param for row in rows for target in row.targets}
+    if missing:
+        raise AssertionError(f"no row of the table has the parameters {sorted(missing)}")
 
 
 def read_params(
@@ -222,32 +226,36 @@ def read_params(
     dtype,
     mesh: Mesh | None,
 ) -> dict[str, jax.Array]:
-    """The parameters in `boxed` (path -> shape and letters), each assembled from its rows where it lies on the mesh.
+    """Assembles parameters from the tensors of a checkpoint.
 
-    `stored` has the tensors by their names in the table. `mesh` None: whole, and committed to no device.
+    Args:
+      rows: weight table.
+      stored: tensors by their names in the table.
+      boxed: path -> shape and logical axes of the parameters to load.
+      dtype: of the parameters; None: as stored.
+      mesh: each device reads its own shard; None: whole arrays, not committed to a device.
     """
-    shardings = None if mesh is None else axes.parameter_shardings(boxed, mesh)
+    shardings = None if mesh is None else sharding.parameter_shardings(boxed, mesh)
     shapes = {path: box.value.shape for path, box in boxed.items()}
     sources: dict[str, list[tuple[Row, Target]]] = {}
     for row in rows:
-        for part in row.targets:
-            sources.setdefault(part.param, []).append((row, part))
+        for target in row.targets:
+            sources.setdefault(target.param, []).append((row, target))
 
     def assemble(path):
-        found = [(stored[row.tensor], row, part) for row, part in sources[path]]
-        kind = np.dtype(dtype) if dtype is not None else found[0][0].dtype
+        tensors = [stored[row.tensor] for row, _ in sources[path]]
+        param_dtype = np.dtype(dtype) if dtype is not None else tensors[0].dtype
 
         def shard(index):
-            return _shard(
-                index, shapes, kind, [(tensor.read(), row, part) for tensor, row, part in found]
-            )
+            arrays = [tensor.read() for tensor in tensors]
+            return _shard(index, shapes, param_dtype, arrays, sources[path])
 
         if shardings is None:
             array = jax.device_put(shard((slice(None),) * len(shapes[path])))
         else:
             array = jax.make_array_from_callback(shapes[path], shardings[path], shard)
         array.block_until_ready()
-        for tensor, _, _ in found:
+        for tensor in tensors:
             tensor.release()
         return array
 
@@ -255,16 +263,25 @@ def read_params(
         return dict(zip(boxed, pool.map(assemble, boxed)))
 
 
-def _shard(index, shapes, dtype, sources) -> np.ndarray:
-    """The piece `index` of a parameter, copied out of the files in the order of its own axes."""
-    turns = range(len(sources))[index[0]] if sources[0][2].layer is not None else range(1)
-    inner = index[1:] if sources[0][2].layer is not None else index
-    by_turn = {part.layer or 0: (array, row, part) for array, row, part in sources}
-    views = [
-        row.from_hf(array, part, shapes)[inner]
-        for array, row, part in (by_turn[turn] for turn in turns)
-    ]
-    piece = empty_aligned((len(views), *views[0].shape), dtype)
-    for target, view in zip(piece, views):
-        copy_into(target, view)
-    return piece if sources[0][2].layer is not None else piece[0]
+def _shard(
+    index: tuple[slice, ...],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: np.dtype,
+    arrays: Sequence[np.ndarray],
+    sources: Sequence[tuple[Row, Target]],
+) -> np.ndarray:
+    """Copies the shard `index` of a parameter out of the files, in the order of its own axes."""
+    is_stacked = sources[0][1].layer is not None
+    layers, inner = [0], index
+    if is_stacked:
+        layers, inner = range(len(sources))[index[0]], index[1:]
+    by_layer = {target.layer or 0: i for i, (_, target) in enumerate(sources)}
+    views = []
+    for layer in layers:
+        i = by_layer[layer]
+        row, target = sources[i]
+        views.append(row.from_hf(arrays[i], target, shapes)[inner])
+    shard = empty_aligned((len(views), *views[0].shape), dtype)
+    for copy, view in zip(shard, views):
+        copy_into(copy, view)
+    return shard if is_stacked else shard[0]

@@ -1,8 +1,9 @@
 """Settings and weights of experiments that start from checkpoints.
 
-`vision.checkpoint`, `projector.checkpoint` and `decoder.checkpoint` each name the folder of a public checkpoint or of a
-run and take that part of it. The fusion is the experiment's own, and a part without a folder is initialised as in a new
-run. `init_from` names one folder for the whole model, including its fusion and its prompt format.
+`vision.checkpoint`, `projector.checkpoint` and `decoder.checkpoint` each name the folder of a
+public checkpoint or of a run and take that part of it. The fusion is the experiment's own, and a
+part without a folder is initialised as in a new run. `init_from` names one folder for the whole
+model, including its fusion and its prompt format.
 """
 
 import functools
@@ -14,7 +15,7 @@ import jax
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from vlm_jax import axes
+from vlm_jax import sharding
 from vlm_jax.config import (
     CheckpointError,
     Data,
@@ -64,11 +65,12 @@ def resolve_checkpoints(cfg: Experiment, explicit: Collection[str] = ()) -> Expe
     """Returns the experiment with the settings of its checkpoints.
 
     Args:
-      explicit: fields, such as "vision.image_size_px", that the user set in addition to a checkpoint.
+      explicit: fields, such as "vision.image_size_px", that the user set in addition to a
+        checkpoint.
 
     Raises:
-      CheckpointError: a folder is not a checkpoint or lacks the part; a projector connects other widths; the weights do
-        not fit an explicit value.
+      CheckpointError: a folder is not a checkpoint or lacks the part; a projector connects other
+        widths; the weights do not fit an explicit value.
     """
     values = flat(cfg)
     requested = {name: values[name] for name in values if name in explicit}
@@ -91,11 +93,12 @@ def resolve_checkpoints(cfg: Experiment, explicit: Collection[str] = ()) -> Expe
 def _with_init_from(
     cfg: Experiment, requested: Mapping[str, object], config_of: ReadConfig
 ) -> Experiment:
-    """Makes `init_from` the folder of its parts; if those are all parts, takes its fusion as well."""
+    """Makes `init_from` the folder of its parts; takes its fusion too if those are all parts."""
     source = config_of(cfg.init_from)
     if not isinstance(source, Experiment):
         raise CheckpointError(
-            f"init_from {cfg.init_from} is an encoder without a decoder: use --vision.checkpoint instead."
+            f"init_from {cfg.init_from} is an encoder without a decoder: use "
+            "--vision.checkpoint instead."
         )
     parts = cfg.init_parts or (PARTS if source.fusion.has_images else ("decoder",))
     for part in parts:
@@ -131,8 +134,9 @@ def _resolve_projector(cfg: Experiment, config_of: ReadConfig) -> Projector:
     source_widths, widths = _projector_widths(source), _projector_widths(cfg)
     if source_widths != widths:
         raise CheckpointError(
-            f"projector.checkpoint {own.checkpoint} projects from width {source_widths[0]} to {source_widths[1]}, but "
-            f"vision and decoder of this experiment have widths {widths[0]} and {widths[1]}."
+            f"projector.checkpoint {own.checkpoint} projects from width {source_widths[0]} to "
+            f"{source_widths[1]}, but vision and decoder of this experiment have widths "
+            f"{widths[0]} and {widths[1]}."
         )
     return projector
 
@@ -142,7 +146,7 @@ def _projector_widths(cfg: Experiment) -> tuple[int, int]:
 
 
 def read_config(folder: str) -> Config:
-    """Returns the config of a public checkpoint, after checking its tensors against it, or of a run.
+    """Returns the config of a run, or of a public checkpoint after checking its tensors.
 
     Raises:
       CheckpointError: the folder is neither.
@@ -175,7 +179,7 @@ def _resolve_data(
     requested: Mapping[str, object],
     config_of: ReadConfig,
 ) -> Data:
-    """Returns the data section with the ids of special tokens and, for a whole model, its prompt format."""
+    """Returns the data section with special token ids and, for a whole model, prompt format."""
     folder = cfg.decoder.checkpoint
     if is_run(folder):
         names = ["special_ids", "bos_id"]
@@ -219,11 +223,12 @@ def special_ids(
     image_id: int | None = None,
     eos_id: int | None = None,
 ) -> tuple[int, int, int, int]:
-    """Returns the ids of padding, image, newline and end of text; the tokenizer may lack the first three.
+    """Returns the ids of padding, image, newline and end of text.
 
-    The embedding of a padding or image token is never used, so any id serves. The image id is the first available of:
-    the checkpoint's, a known image token of the tokenizer, an embedding row without a token, the end of text (an export
-    then adds a token).
+    The tokenizer may lack the first three. The embedding of a padding or image token is never
+    used, so any id serves. The image id is the
+    first available of: the checkpoint's, a known image token of the tokenizer, an embedding row
+    without a token, the end of text (an export then adds a token).
 
     Raises:
       CheckpointError: no file names a token that ends a text.
@@ -263,8 +268,8 @@ def _with_requested(cfg: Experiment, requested: Mapping[str, object]) -> Experim
             stored_shapes = pretrained_shapes(cfg)
         if not _fits(pretrained_shapes(changed), stored_shapes, cfg):
             raise CheckpointError(
-                f"{name} {value} does not fit the weights of {section}.checkpoint {folder}, which have "
-                f"{name} {settings[name]}: leave it out."
+                f"{name} {value} does not fit the weights of {section}.checkpoint {folder}, "
+                f"which have {name} {settings[name]}: leave it out."
             )
         cfg = changed
     return cfg
@@ -280,7 +285,7 @@ def pretrained_shapes(cfg: Experiment) -> dict[str, tuple[int, ...]]:
 
 
 def _fits(shapes: dict, stored: dict, cfg: Experiment) -> bool:
-    """Returns whether stored parameters can be loaded with these shapes; positions can be interpolated."""
+    """Returns whether stored parameters fit these shapes; positions can be interpolated."""
     if shapes.keys() != stored.keys():
         return False
     differing = {path for path in shapes if shapes[path] != stored[path]}
@@ -292,7 +297,7 @@ def load_pretrained_parts(cfg: Experiment, shapes: dict, mesh: Mesh) -> dict[str
 
     Args:
       shapes: tree of the shapes and dtypes of all parameters.
-      mesh: each parameter is assembled where it lies on it.
+      mesh: each parameter is assembled in its sharding on it.
     """
     params = {}
     flat_shapes = traverse_util.flatten_dict(shapes, sep="/")
@@ -337,10 +342,10 @@ def with_positions(
         return params
     side = round(len(table) ** 0.5)
     boxed = traverse_util.flatten_dict(abstract_params(cfg), sep="/")[POSITIONS]
-    sharding = axes.parameter_shardings({POSITIONS: boxed}, mesh)[POSITIONS]
+    shardings = sharding.parameter_shardings({POSITIONS: boxed}, mesh)
     resample = jax.jit(
         lambda x: resample_positions(x, (side, side), (rows, columns)).astype(x.dtype),
-        out_shardings=sharding,
+        out_shardings=shardings[POSITIONS],
     )
     return params | {POSITIONS: resample(table)}
 
@@ -351,7 +356,8 @@ def _part_table(checkpoint: Checkpoint, cfg: Experiment, part: str) -> list[Row]
         return [_with_prefix(row, "vision/") for row in checkpoint.rows]
     rows = checkpoint.rows
     if part == "decoder":
-        # The experiment's fusion decides how blocks are stacked; its cross-attention may not be in the checkpoint.
+        # The experiment's fusion decides how blocks are stacked; the checkpoint may lack its
+        # cross-attention.
         table = checkpoint.family.param_table(replace(checkpoint.cfg, fusion=cfg.fusion))
         rows = [row for row in table if row.tensor in checkpoint.stored_names]
     prefix = f"{part}/"
@@ -364,7 +370,7 @@ def _with_prefix(row: Row, prefix: str) -> Row:
 
 
 def processor_source(cfg: Experiment) -> Path | None:
-    """Folder of the tokenizer and processor files that a new run copies; None without a decoder checkpoint."""
+    """Folder of the tokenizer and processor files that a new run copies; None: none."""
     folder = cfg.decoder.checkpoint
     if not folder:
         return None

@@ -1,7 +1,8 @@
-"""The files beside the weights of an exported run: tokenizer, chat template, processor and generation settings.
+"""Tokenizer, chat template, processor and generation files of an exported run.
 
-A run that keeps the prompt format of the checkpoint it started from copies that checkpoint's files. For other runs they
-are written here, so that transformers' processor makes the tokens and pixels of the run's own pipeline.
+A run that keeps the prompt format of the checkpoint it started from copies that checkpoint's files.
+For other runs they are written here, so that transformers' processor makes the tokens and pixels of
+the run's own pipeline.
 """
 
 import json
@@ -42,7 +43,7 @@ class TokenIds(NamedTuple):
 
 
 def keeps_prompt_format(cfg: Experiment, processor: Path | None) -> bool:
-    """Returns whether the run's prompts are those of the checkpoint whose files are in `processor`."""
+    """Returns whether the run uses the prompt format of the checkpoint files in `processor`."""
     return cfg.data.template == "checkpoint" and processor is not None and processor.is_dir()
 
 
@@ -55,7 +56,8 @@ def write_run_files(
       stage: folder to write to.
       family: of the exported checkpoint.
       tokenizer: tokenizer.json of the run.
-      processor: the processor files of the checkpoint that the run started from; None: it started from none.
+      processor: the processor files of the checkpoint that the run started from; None: it started
+        from none.
 
     Raises:
       CheckpointError: the tokenizer cannot be read.
@@ -131,7 +133,7 @@ def _image_id(backend: Tokenizer, image: int) -> int:
 
 
 def _bos_id(cfg: Experiment) -> int | None:
-    """Returns the id of the token that begins every text; None: there is no such token."""
+    """Returns the id of the token that begins every text; None: no token does."""
     if cfg.data.bos_id is not None:
         return cfg.data.bos_id
     is_caption = cfg.data.is_conversations and cfg.data.template == "caption"
@@ -140,7 +142,7 @@ def _bos_id(cfg: Experiment) -> int | None:
 
 
 def chat_template(cfg: Experiment, image: str, bos: str, eos: str) -> str:
-    """Builds the Jinja template of a format of data/conversation_parts.py or, for question datasets, of data/text.py."""
+    """Builds the Jinja template of a format of data/conversation_parts.py or data/text.py."""
     if cfg.data.is_conversations:
         form = TEMPLATES[cfg.data.template]
         before, after = form.before_question, form.after_question
@@ -160,7 +162,8 @@ def chat_template(cfg: Experiment, image: str, bos: str, eos: str) -> str:
         f"{{% if message['role'] == 'user' %}}{_literal(before)}"
         f"{{% if message['content'] is string %}}{user_string}{{% else %}}"
         f"{{% for part in message['content'] %}}"
-        f"{{% if part['type'] == 'image' %}}{_literal(image_mark)}{{% else %}}{user_text}{{% endif %}}"
+        f"{{% if part['type'] == 'image' %}}{_literal(image_mark)}{{% else %}}{user_text}"
+        f"{{% endif %}}"
         f"{{% endfor %}}{{% endif %}}{_literal(after)}"
         f"{{% else %}}{_literal(gap)}"
         f"{{% if message['content'] is string %}}{{{{ message['content'] }}}}{{% else %}}"
@@ -181,7 +184,7 @@ def _literal(text: str) -> str:
 def _write_processor(
     stage: Path, cfg: Experiment, hf_processor: HfProcessor | None, processor: Path | None
 ) -> None:
-    """Copies the checkpoint's own files if they prepare images as the run does; otherwise writes new ones."""
+    """Copies the checkpoint's files if they prepare images as the run does; or writes new ones."""
     keeps_format = keeps_prompt_format(cfg, processor)
     if keeps_format:
         names = [name for name in (PREPROCESSOR, PROCESSOR) if (processor / name).is_file()]
@@ -231,7 +234,7 @@ def _patch_settings(cfg: Experiment) -> Json:
 
 
 def _write_generation_config(stage: Path, cfg: Experiment, ids: TokenIds, config: Json) -> None:
-    """Completes the checkpoint's generation config, if there is one, with the run's token ids."""
+    """Completes the checkpoint's generation config, if any, with the run's token ids."""
     eos_ids = config.get("eos_token_id")
     if eos_ids is None:
         eos_ids = []
@@ -254,7 +257,7 @@ def _write_json(path: Path, content: Json) -> None:
 
 
 def prompt_differences(cfg: Experiment, family: Family) -> list[str]:
-    """Returns the fields in which the family's processor in transformers cannot follow the run's prompts and pixels."""
+    """Returns the fields that the family's processor in transformers does not support."""
     processor = family.processor
     if not cfg.fusion.has_images or processor is None:
         return []

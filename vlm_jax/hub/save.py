@@ -1,4 +1,4 @@
-"""Writes a model to a folder that transformers loads: config.json with the keys of 4.x, and safetensors."""
+"""Writes a model as config.json, with the keys of transformers 4.x, and safetensors."""
 
 import json
 import os

@@ -10,7 +10,7 @@ import jax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from vlm_jax import axes
+from vlm_jax import axes, sharding
 from vlm_jax.config import Experiment
 from vlm_jax.data import questions
 from vlm_jax.data.questions import Question
@@ -119,7 +119,11 @@ def answer(
         try:
             with jax.set_mesh(mesh):
                 made = generate(
-                    cfg.model, params, axes.place_rows(batch, mesh), cfg.eval.max_new_tokens, how
+                    cfg.model,
+                    params,
+                    sharding.place_rows(batch, mesh),
+                    cfg.eval.max_new_tokens,
+                    how,
                 )
         except NonFiniteLogits as error:
             raise error.about(asked[chosen[error.row]].question) from None

@@ -82,7 +82,8 @@ class Dense(nn.Module):
             in_axis=range(self.contract),
             out_axis=range(self.contract, len(self.shape)),
         )
-        kernel = self.param("kernel", axes.with_axes(init, self.letters), self.shape)
+        init = axes.with_axes(init, self.letters, contracted=self.contract)
+        kernel = self.param("kernel", init, self.shape)
 
         # One 2-D matmul, whatever the number of input and output axes.
         leading = x.shape[: x.ndim - self.contract]
@@ -158,12 +159,12 @@ class Embed(nn.Module):
     letters: str = "V D"
 
     def setup(self):
-        init = axes.with_axes(embedding_init, self.letters)
+        init = axes.with_axes(embedding_init, self.letters, is_table=True)
         self.table = self.param("table", init, (self.num, self.width))
 
     def __call__(self, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         check_ids(ids, self.num, axes.ALPHABET[self.letters.split()[0]].meaning)
-        return axes.lookup(self.table, ids, self.letters)
+        return axes.embedding_lookup(self.table, ids, self.letters)
 
     def attend(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         """Logits: the dot product of every hidden state with every embedding."""

@@ -140,7 +140,7 @@ class _Convolution(nn.Module):
     @nn.compact
     def __call__(self, images):
         cfg, patch = self.cfg, self.cfg.patch_size_px
-        init = axes.with_axes(nn.initializers.lecun_normal(), "C D")
+        init = axes.with_axes(nn.initializers.lecun_normal(), "C D", contracted=1)
         kernel = self.param("kernel", init, (cfg.patch_dim, cfg.width))
         tokens = jax.lax.conv_general_dilated(
             images,

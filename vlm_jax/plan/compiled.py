@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from jax.experimental import topologies
 
-from vlm_jax import axes
+from vlm_jax import axes, sharding
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.cost.chips import parse_slice
 from vlm_jax.plan import hlo
@@ -97,7 +97,7 @@ def reserved_bytes(reports: Path) -> int:
 
 def lowered(cfg: Experiment, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     """Nothing is put on a device: shapes and shardings are all that is needed."""
-    rows = axes.row_sharding(mesh)
+    rows = sharding.row_sharding(mesh)
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch_shapes(cfg)
     )

@@ -17,7 +17,7 @@ from vlm_jax.nn.parts import PARTS, part_of, trained_parts
 from vlm_jax.plan import compiled, memory
 from vlm_jax.plan.hlo import Program
 from vlm_jax.plan.roofline import roofline
-from vlm_jax.train.loop import check_rows
+from vlm_jax.train.inputs import check_rows
 from vlm_jax.train.step import state_shapes
 
 

@@ -1,4 +1,4 @@
-"""Git LFS pointers: the small text files that a clone without Git LFS has instead of large ones."""
+"""Git LFS pointers: small text files that a clone without Git LFS has instead of large ones."""
 
 import os
 
@@ -8,7 +8,7 @@ POINTER = b"version https://git-lfs"
 
 
 def refuse_pointer(path: str | os.PathLike, data: bytes) -> None:
-    """Raises UserError if the first bytes of a file are those of a Git LFS pointer.
+    """Raises UserError if `data`, the first bytes of a file, is a Git LFS pointer.
 
     Format: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
     """

@@ -1,6 +1,6 @@
-"""SIGTERM, by which a machine that is taken away says so: the run saves, stops, and may be started again.
+"""SIGTERM before a preemption: the run saves a checkpoint and exits with 75, so that it can resume.
 
-Imports no JAX: the signal may come while that is imported.
+Imports no JAX: the signal may arrive while JAX is imported.
 """
 
 import contextlib
@@ -15,20 +15,23 @@ STOPPED = "stopped by SIGTERM: the same command continues the run."
 
 
 class Preempted(RuntimeError):
-    """The run was asked to stop; the same command continues it."""
+    """All processes stopped after the same step; the same command continues the run."""
 
     on_all_processes = True
 
 
 class PreemptedLocally(Preempted):
-    """This process stopped where it was, without the others."""
+    """This process stopped at once, without the others."""
 
     on_all_processes = False
 
 
 @contextlib.contextmanager
 def handler(action):
-    """SIGTERM calls `action()` meanwhile. Signals come to the main thread alone: in another one nothing is changed."""
+    """Calls `action()` on SIGTERM within the context.
+
+    Signals reach only the main thread: in other threads this does nothing.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -40,17 +43,17 @@ def handler(action):
 
 
 def stop_at_once():
-    """An `action` for where nothing is to be saved."""
+    """Raises PreemptedLocally: the `action` while nothing needs to be saved."""
     raise PreemptedLocally(STOPPED)
 
 
 def leave_at_once():
-    """An `action` for where nothing has begun: a module that is being imported may catch what is raised in it."""
+    """Ends the process: the `action` during imports, in which modules may catch exceptions."""
     print(STOPPED, file=sys.stderr)
     exit_now(RESUME_ME)
 
 
 def ignore() -> None:
-    """For a process that is about to end: another signal must not change the code with which it does."""
+    """Ignores further signals: they must not change the exit code of a process that is ending."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

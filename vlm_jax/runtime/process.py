@@ -1,4 +1,4 @@
-"""How a process begins and ends, and what it settles with its allocator."""
+"""Process start-up (huge pages), memory trimming and hard exit."""
 
 import ctypes
 import os
@@ -8,25 +8,24 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 def prepare_process() -> None:
-    """Starts the program again with glibc's allocator on huge pages, where it is not so yet (Linux).
+    """Restarts the program with glibc's allocator on huge pages, unless it uses them (Linux).
 
-    XLA:CPU takes fresh memory for every step, 250,000 pages of 4 KiB for a small model, and page faults
-    take a good part of the step. The allocator reads this setting only when a process begins.
+    XLA:CPU allocates fresh memory in every step, 250,000 pages of 4 KiB for a small model, and page
+    faults take a good part of the step. glibc reads this setting only when a process starts.
     """
     settings = os.environ.get("GLIBC_TUNABLES", "")
     if sys.platform != "linux" or "glibc.malloc.hugetlb" in settings:
         return
     os.environ["GLIBC_TUNABLES"] = f"{settings}:{HUGE_PAGES}".strip(":")
-    os.execv(
-        sys.executable, [sys.executable, *sys.orig_argv[1:]]
-    )  # -m and options of Python included
+    # `orig_argv` has -m and the options of Python, too.
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def trim_memory() -> None:
-    """Gives the memory that glibc keeps for later back to the system (Linux).
+    """Returns the memory that glibc holds for reuse to the system (Linux).
 
-    Freed small pieces stay with the process: XLA's compiler leaves about 400 MB for a step of 39 M parameters, beside
-    which the step then takes its own.
+    Small freed pieces stay with the process: after compiling a step of 39 M parameters XLA leaves
+    about 400 MB, and the step then allocates its own memory on top.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
@@ -36,8 +35,8 @@ def trim_memory() -> None:
 def exit_now(code: int) -> None:
     """Ends this process at once.
 
-    An ordinary end waits for other processes, who may wait for this one, and minutes for the threads of a checkpoint
-    that will never be whole.
+    A normal exit waits for other processes, which may wait for this one, and minutes for the
+    threads of a checkpoint that can never be completed.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,35 +1,34 @@
-"""How all processes learn that one of them had SIGTERM, and stop after the same step."""
+"""Agreement of all processes on the step after which they stop, once one of them gets SIGTERM."""
 
 import jax
 import numpy as np
 
-from vlm_jax import axes
+from vlm_jax import sharding
 
 
 class StopSignal:
-    """Whether the run shall stop after this step, the same on every process."""
+    """SIGTERM of any process, received by all processes after the same step."""
 
     def __init__(self, mesh: jax.sharding.Mesh):
-        self._came = False
-        self._flags = axes.per_device_sharding(mesh)
-        self._any = jax.jit(jax.numpy.max, out_shardings=axes.replicated(mesh))
-        self._agreed = None
+        self._is_signalled = False
+        self._flag_sharding = sharding.per_device_sharding(mesh)
+        self._any = jax.jit(jax.numpy.max, out_shardings=sharding.replicated(mesh))
+        self._previous_flag = None
 
-    def note(self) -> None:
-        """Takes note of a signal; another one changes nothing."""
-        self._came = True
+    def on_signal(self) -> None:
+        """Records a signal; further signals change nothing."""
+        self._is_signalled = True
 
-    def stop(self) -> bool:
-        """To be asked by every process once a step.
+    def received(self) -> bool:
+        """Returns whether to stop after this step; every process calls it once a step.
 
-        With several processes the answer is that to the question of the step before, when any of them had its signal:
-        that is computed beside the steps, so that no process waits for another, and all stop at the same step.
+        With several processes the result is one step old: whether any of them had its signal at
+        the step before. It is computed beside the steps, so that no process waits for another, and
+        all of them stop after the same step.
         """
         if jax.process_count() == 1:
-            return self._came
-        mine = np.full(len(jax.local_devices()), self._came, np.int32)
-        before, self._agreed = (
-            self._agreed,
-            self._any(jax.make_array_from_process_local_data(self._flags, mine)),
-        )
-        return before is not None and int(before) > 0
+            return self._is_signalled
+        own_flags = np.full(len(jax.local_devices()), self._is_signalled, np.int32)
+        flags = jax.make_array_from_process_local_data(self._flag_sharding, own_flags)
+        previous, self._previous_flag = self._previous_flag, self._any(flags)
+        return previous is not None and int(previous) > 0

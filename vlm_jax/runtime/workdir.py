@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, and whether a run may continue in it."""
+"""The work folder of a run: paths of its files, and the checks before a run continues in it."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ from vlm_jax.config import (
 from vlm_jax.config.bounds import check_path
 from vlm_jax.config.validate import flat, with_fields
 
-# Fields that change nothing of what is learnt, but for the order of sums: a run may continue with others.
+# Fields that may change on resume: they affect only speed, memory or the order of summation.
 MACHINE_FIELDS = (
     "mesh.",
     "distributed.",
@@ -41,7 +41,7 @@ CHANGEABLE_FIELDS = (
 )
 NAMED_FILES = 3  # of eval.files, in the name of an evaluation
 LONGEST_NAME = 60
-# Fields that a checkpoint decides, to which earlier versions gave other values.
+# Fields that a checkpoint sets, and that earlier versions set to other values.
 TAKEN_OVER = ("vision.resize", "vision.resize_px", "vision.resample", "data.special_ids")
 
 
@@ -55,18 +55,18 @@ class EvaluationFolder:
         self.samples = path / "samples.png"
 
     def check_writable(self) -> None:
-        """Raises ConfigError where nothing can be written: to be known before the work, not after it."""
+        """Raises ConfigError if nothing can be written: to be known before the evaluation."""
         trial = self.path / ".trial"
         with self.writing():
             trial.touch()
             trial.unlink()
 
     def keep_settings(self) -> None:
-        """Writes what the scores depend on, where the folder has a file for it."""
+        """Writes the settings that the scores depend on, if the folder has a file for them."""
 
     @contextlib.contextmanager
     def writing(self):
-        """Raises ConfigError where a file of the folder cannot be written meanwhile."""
+        """Raises ConfigError if a file cannot be written within the context."""
         try:
             yield
         except OSError as error:
@@ -74,7 +74,10 @@ class EvaluationFolder:
 
 
 class LaterEvaluation(EvaluationFolder):
-    """The folder of an evaluation by the `eval` verb; `settings.json` has what its scores depend on."""
+    """The folder of an evaluation by the `eval` verb.
+
+    `settings.json` has the settings that its scores depend on.
+    """
 
     def __init__(self, path: Path, settings: Mapping[str, object]):
         super().__init__(path)
@@ -82,7 +85,7 @@ class LaterEvaluation(EvaluationFolder):
         self._settings_file = path / "settings.json"
 
     def is_free(self) -> bool:
-        """Returns whether the folder holds nothing, or an evaluation with the same settings."""
+        """Returns True if the folder is empty or has an evaluation with the same settings."""
         try:
             return self._settings_file.read_text() == self._settings
         except (OSError, UnicodeDecodeError):
@@ -99,16 +102,15 @@ class LaterEvaluation(EvaluationFolder):
 
 
 class Workdir(EvaluationFolder):
-    """Paths of a run's files; those of the evaluation after the training lie beside the others."""
+    """Paths of a run's files, including those of the evaluation after the training."""
 
     def __init__(self, path: str):
         check_path("workdir", path)
         super().__init__(Path(path))
         self.config = self.path / "config.json"
         self.tokenizer = self.path / "tokenizer.json"
-        self.processor = (
-            self.path / "processor"
-        )  # files beside the weights of the checkpoint that the run began with
+        # Processor files of the public checkpoint that the run was initialized from.
+        self.processor = self.path / "processor"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
@@ -118,24 +120,25 @@ class Workdir(EvaluationFolder):
         self._lock = self.path / ".lock"
 
     def read_config(self) -> Experiment:
-        """The experiment of the run that lies here, with `workdir` where the folder is now."""
+        """Reads the experiment of the run; its `workdir` is the present path of the folder."""
         try:
             text = self.config.read_bytes()
         except FileNotFoundError:
             raise ConfigError(
-                f"--workdir {self.path} holds no run: there is no {self.config}."
+                f"--workdir {self.path} is not a run: {self.config} does not exist."
             ) from None
         except OSError as error:
             raise ConfigError(
-                f"--workdir {self.path} holds no run: {self.config}: {error.strerror}."
+                f"--workdir {self.path} is not a run: {self.config}: {error.strerror}."
             ) from None
         cfg = files.from_json(text, str(self.config))
         return dataclasses.replace(cfg, workdir=str(self.path))
 
     def as_begun(self, cfg: Experiment, explicit: Collection[str]) -> Experiment:
-        """The experiment with what an earlier version took over from its checkpoints, where the run began with that.
+        """Returns the experiment with the checkpoint settings that the run started with.
 
-        Fields in `explicit` keep their values.
+        Earlier versions took other settings from a checkpoint (`TAKEN_OVER`). A run that was
+        initialized from the same checkpoints keeps them; fields in `explicit` keep their values.
         """
         if not self.config.exists():
             return cfg
@@ -150,7 +153,10 @@ class Workdir(EvaluationFolder):
         return with_fields(cfg, {name: old[name] for name in TAKEN_OVER if name not in explicit})
 
     def check(self, cfg: Experiment) -> None:
-        """Raises ConfigError where the folder holds a run with another config; fields of `CHANGEABLE_FIELDS` may be others."""
+        """Raises ConfigError if the folder has a run whose config differs.
+
+        `CHANGEABLE_FIELDS` may differ.
+        """
         with self.writing():
             if not self.config.exists():
                 self._refuse_unknown_run()
@@ -159,14 +165,14 @@ class Workdir(EvaluationFolder):
         changed = [line for line in changed if not line.startswith(CHANGEABLE_FIELDS)]
         if changed:
             raise ConfigError(
-                f"workdir {self.path} holds a run with another config; choose another --workdir or undo:\n  "
-                + "\n  ".join(changed)
+                f"workdir {self.path} belongs to a run with a different config; choose another "
+                "--workdir or revert:\n  " + "\n  ".join(changed)
             )
 
     def check_data(self, fingerprint: Mapping[str, str]) -> None:
-        """Raises ConfigError where the run was trained on data with another fingerprint.
+        """Raises ConfigError if the run was trained on data with another fingerprint.
 
-        A run that was made before fingerprints were kept has none, and passes.
+        A run of a version without fingerprints passes.
         """
         try:
             stored = json.loads(self._data.read_bytes())
@@ -184,12 +190,13 @@ class Workdir(EvaluationFolder):
             changed = [name for name, value in fingerprint.items() if stored.get(name) != value]
             named = ", ".join(changed or sorted(stored.keys() - fingerprint.keys()))
             raise ConfigError(
-                f"workdir {self.path} holds a run that was trained on other data: {named} of data.files or data.source "
-                "has changed since. Restore the data to continue the run, or choose another --workdir."
+                f"workdir {self.path} belongs to a run that was trained on other data: {named} of "
+                "data.files or data.source has changed since. Restore the data to continue the "
+                "run, or choose another --workdir."
             )
 
     def keep_data(self, fingerprint: Mapping[str, str]) -> None:
-        """Writes the fingerprint of the data that the run is trained on."""
+        """Writes the fingerprint of the run's training data."""
         with self.writing():
             write_atomic(self._data, json.dumps(fingerprint, indent=2) + "\n")
 
@@ -198,50 +205,53 @@ class Workdir(EvaluationFolder):
     ) -> LaterEvaluation:
         """Returns the folder for an evaluation of a checkpoint by the `eval` verb.
 
-        It is named after the split, the files and the count. An evaluation with other settings is never overwritten:
-        then a number is added to the name.
+        It is named after the split, the files and the count. An evaluation with other settings is
+        never overwritten: a number is added to the name.
         """
+        fields = flat(cfg)
         settings = {
             name: value
-            for name, value in flat(cfg).items()
+            for name, value in fields.items()
             if name.startswith(("data.", "eval."))
             and not name.startswith((*MACHINE_FIELDS, "eval.batch_size"))
         }
-        if (
-            not self.config.exists()
-        ):  # a checkpoint before any training, which config.json does not name
+        if not self.config.exists():
+            # A public checkpoint without any training: no config.json names the model.
             model = ("init_", "vision.", "projector.", "decoder.", "fusion.")
-            settings |= {name: value for name, value in flat(cfg).items() if name.startswith(model)}
+            settings |= {name: value for name, value in fields.items() if name.startswith(model)}
         settings |= {"step": step, "contents": fingerprint}
         name = evaluation_name(cfg.eval)
-        numbered = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-        folders = (LaterEvaluation(self._later_evaluations / one, settings) for one in numbered)
-        return next(folder for folder in folders if folder.is_free())
+        for number in itertools.count(1):
+            numbered_name = name if number == 1 else f"{name}-{number}"
+            folder = LaterEvaluation(self._later_evaluations / numbered_name, settings)
+            if folder.is_free():
+                return folder
 
     def _refuse_unknown_run(self) -> None:
         if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
             raise ConfigError(
-                f"workdir {self.path} holds checkpoints and no {self.config.name} that says of which run: choose "
-                "another --workdir."
+                f"workdir {self.path} has checkpoints but no {self.config.name}: choose another "
+                "--workdir."
             )
 
     def open(self, cfg: Experiment) -> None:
-        """Makes the folder and writes its config, once it is checked.
+        """Creates the folder and writes its config.
 
         Raises:
-          ConfigError: it cannot be written, or holds a run with another config; nothing is changed then.
+          ConfigError: it cannot be written, or has a run whose config differs; nothing is changed.
         """
         self.check(cfg)
         with self.writing():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            of_any_process = dataclasses.replace(
-                cfg, distributed=Distributed()
-            )  # the run may go on with others
-            write_atomic(self.config, files.to_json(of_any_process))
+            # The run may continue on other processes.
+            cfg = dataclasses.replace(cfg, distributed=Distributed())
+            write_atomic(self.config, files.to_json(cfg))
 
     @contextlib.contextmanager
     def locked(self):
-        """Keeps other processes out of the folder; the system lifts the lock when this process ends, however it ends.
+        """Locks the folder within the context.
+
+        The operating system releases the lock if this process is killed.
 
         Raises:
           ConfigError: another process trains in the folder, or it cannot be written.
@@ -254,33 +264,32 @@ class Workdir(EvaluationFolder):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(
-                    f"workdir {self.path} is in use: another process trains there; wait for it, or choose another "
-                    "--workdir."
+                    f"workdir {self.path} is in use: another process trains there; wait for it, "
+                    "or choose another --workdir."
                 ) from None
             yield
 
     def refuse_second(self) -> None:
-        """Raises ConfigError where another process trains in the folder; makes nothing."""
+        """Raises ConfigError if another process trains in the folder; creates nothing."""
         if self._lock.exists():
             with self.locked():
                 pass
 
 
 def evaluation_name(cfg: Eval) -> str:
-    """Returns a name for a folder: test, test_500, train_90pct- (of 'train[90%:]'), mine_200 (of mine.json)."""
+    """Returns a folder name: test_500, train_90pct- (train[90%:]), mine_200 (mine.json)."""
     parts = [Path(file).stem for file in cfg.files[:NAMED_FILES]]
     if len(cfg.files) > NAMED_FILES:
         parts.append(f"{len(cfg.files) - NAMED_FILES}_more")
     if not cfg.files or cfg.read_split != "train":
-        parts.append(
-            cfg.read_split.translate(str.maketrans({"[": "_", "]": "", ":": "-", "%": "pct"}))
-        )
+        replaced = str.maketrans({"[": "_", "]": "", ":": "-", "%": "pct"})
+        parts.append(cfg.read_split.translate(replaced))
     name = re.sub(r"[^\w.+-]", "_", "+".join(parts)).lstrip(".-")[:LONGEST_NAME]
     return f"{name}_{cfg.max_examples}" if cfg.max_examples else name
 
 
 def is_run(folder: str | os.PathLike) -> bool:
-    """Whether a folder is a run of ours: its config.json has our sections and no model_type."""
+    """Returns True for a run of this program: config.json has its sections and no model_type."""
     try:
         config = json.loads((Path(folder).expanduser() / "config.json").read_bytes())
     except (OSError, ValueError):
@@ -289,7 +298,7 @@ def is_run(folder: str | os.PathLike) -> bool:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Writes a file that is seen whole or not at all, and leaves nothing beside it where it cannot be written."""
+    """Writes a file atomically: to a temporary file that is renamed, or removed on errors."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_text(text)

@@ -1,6 +1,6 @@
-"""Controlled comparisons: one question, one base, arms that are named differences, and all else held fixed."""
+"""Controlled comparisons: one question, one base experiment, and arms that are named overrides."""
 
-from vlm_jax.study.changes import changed
+from vlm_jax.study.changes import override
 from vlm_jax.study.definition import Study
 
-__all__ = ["Study", "changed"]
+__all__ = ["Study", "override"]

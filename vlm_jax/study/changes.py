@@ -1,4 +1,4 @@
-"""Experiments as differences from another one."""
+"""Experiments as overrides of another experiment."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,32 +7,32 @@ from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.config.hints import nearest
 from vlm_jax.config.validate import flat, kinds, with_fields
 
-Differences = Mapping[str, object]  # "section.field" -> value
+Overrides = Mapping[str, object]  # "section.field" -> value
 
 
-def changed(cfg: Experiment, differences: Differences) -> Experiment:
-    """The experiment with other values of some fields.
+def override(cfg: Experiment, overrides: Overrides) -> Experiment:
+    """Returns the experiment with other values of some fields.
 
     Raises:
-      ConfigError: no such field.
+      ConfigError: a field does not exist.
     """
-    known = kinds(cfg)
-    for name in differences:
-        if name not in known:
-            raise ConfigError(f"{name!r} is no field{nearest(str(name), known)}.")
-    return with_fields(cfg, differences)
+    fields = kinds(cfg)
+    for name in overrides:
+        if name not in fields:
+            raise ConfigError(f"field {name!r} does not exist{nearest(str(name), fields)}.")
+    return with_fields(cfg, overrides)
 
 
 def is_placeholder(value) -> bool:
-    """Whether a value stands for the exported folder of a run of `Study.first`."""
+    """Returns True for "{name}", the exported checkpoint of a prerequisite."""
     return isinstance(value, str) and value.startswith("{") and value.endswith("}")
 
 
-def with_exports(cfg: Experiment, folders: Mapping[str, Path]) -> Experiment:
-    """The experiment with every placeholder replaced by the folder that it stands for."""
-    found = {
+def fill_placeholders(cfg: Experiment, folders: Mapping[str, Path]) -> Experiment:
+    """Returns the experiment with the checkpoint folder of every placeholder in its place."""
+    filled = {
         name: str(folders[value[1:-1]])
         for name, value in flat(cfg).items()
         if is_placeholder(value)
     }
-    return changed(cfg, found)
+    return override(cfg, filled)

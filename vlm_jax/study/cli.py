@@ -1,4 +1,4 @@
-"""The command line of studies; a mistake is one sentence, exit code 2."""
+"""Command line of studies. A user's mistake prints one sentence and exits with code 2."""
 
 import argparse
 import shlex
@@ -15,46 +15,51 @@ from vlm_jax.config.hints import nearest
 from vlm_jax.study import definition, planning
 from vlm_jax.study.definition import Study
 from vlm_jax.study.planning import Plan, Run
-from vlm_jax.study.report import (
-    costs,
-    page,
-    results,
-    sections,
-)
+from vlm_jax.study.report import costs, page, results, sections
 from vlm_jax.study.run import preparing, record, running
 from vlm_jax.study.run.folder import Folder, default_folder
 
-USAGE = """usage: python experiments/study.py VERB ...
+USAGE = """usage: python experiments/study.py COMMAND ...
 
-  run FILE      trains and evaluates every arm with every seed; the same command goes on where it stopped
-      --seeds N       instead of the study's own number     --jobs N        runs at a time (default 1)
-      --arms A,B      these alone                           --shard 2/8     the second of eight shares of the runs
-      --quick         a few steps, one seed, in a folder of its own: shows that everything works; of costs, only
-                      those of the reference are measured
-      --folder DIR    where the study is kept (default runs/studies/NAME)
-  report FILE   writes report.md of what there is [--to DIR] [--folder DIR] [--quick]
-  list          the studies of experiments/: what they ask, their arms, and how many runs are done"""
+  run FILE        train and evaluate every arm with every seed; the same command resumes
+    --quick         a few steps and one seed, in a separate folder: does it work?
+    --seeds N       number of seeds (default: the study's)
+    --jobs N        runs at a time (default 1)
+    --arms A,B      only these arms
+    --shard 2/8     only the second of eight shards of the runs
+    --folder DIR    folder of the study (default runs/studies/NAME)
+  report FILE     write report.html and report.md of the finished runs
+    --to DIR        folder of the report (default: report/ in the study's folder)
+    --folder DIR, --quick
+  list            print the studies of experiments/, their arms and finished runs
+
+examples:
+  python experiments/study.py run experiments/fusion.py --quick
+  python experiments/study.py run experiments/fusion.py --jobs 2
+  python experiments/study.py report experiments/fusion.py --to out"""
+
+INTEGER_OPTIONS = ("seeds", "jobs")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code.
+    """Runs one command and returns the exit code.
 
-    0; 1 where a run failed; 2 for a mistake of the user; 75 or 130 where SIGTERM or Ctrl-C stopped it.
+    0: success; 1: a run failed; 2: a user's mistake; 75: stopped by SIGTERM; 130: by Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
-    jax.config.update(
-        "jax_platforms", "cpu"
-    )  # shapes alone are asked of it here: an accelerator is for the runs
+    # This process only traces shapes; an accelerator is left to the runs.
+    jax.config.update("jax_platforms", "cpu")
     try:
-        verb, *rest = arguments
-        if verb not in VERBS:
+        name, *rest = arguments
+        if name not in COMMANDS:
             raise ConfigError(
-                f"{verb!r} is no verb{nearest(verb, VERBS)}: choose {', '.join(VERBS)}."
+                f"command {name!r} does not exist{nearest(name, COMMANDS)}: "
+                f"choose {', '.join(COMMANDS)}."
             )
-        return VERBS[verb](rest)
+        return COMMANDS[name](rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -66,139 +71,166 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
 
 
-def options(verb: str, arguments: list[str], *names: str) -> argparse.Namespace:
-    """The options of a verb about one study.
+def parse_options(command: str, arguments: list[str], *names: str) -> argparse.Namespace:
+    """Returns the options of a command for one study; `names` are those it has beside the common.
 
     Raises:
-      ConfigError: one that it does not have, or a value that cannot be.
+      ConfigError: an option does not exist, or its value is invalid.
     """
-    parser = Parser(prog=f"python experiments/study.py {verb}")
+    parser = Parser(prog=f"python experiments/study.py {command}")
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--quick", action="store_true")
     settings = {"seeds": {"type": int}, "jobs": {"type": int, "default": 1}, "to": {"type": Path}}
     for name in names:
         parser.add_argument(f"--{name}", **settings.get(name, {}))
-    given = parser.parse_args(arguments)
-    for name in ("seeds", "jobs"):
-        number = getattr(given, name, None)
+    options = parser.parse_args(arguments)
+    for name in INTEGER_OPTIONS:
+        number = getattr(options, name, None)
         if number is not None and number < 1:
-            raise ConfigError(f"--{name} is {number}: it must be at least 1.")
-    given.command = shlex.join(["python", "experiments/study.py", verb, *arguments])
-    given.folder = given.folder or default_folder(given.file, given.quick)
-    return given
+            raise ConfigError(f"--{name} is {number}, but must be at least 1.")
+    options.command = shlex.join(["python", "experiments/study.py", command, *arguments])
+    options.folder = options.folder or default_folder(options.file, options.quick)
+    return options
+
+
+def load_study(options: argparse.Namespace) -> Study:
+    """Returns the study of the file, with the number of seeds of the options."""
+    study = definition.load(options.file)
+    seeds = definition.QUICK_SEEDS if options.quick else study.seeds
+    return replace(study, seeds=getattr(options, "seeds", None) or seeds)
 
 
 def run(arguments: list[str]) -> int:
-    given = options("run", arguments, "seeds", "jobs", "arms", "shard")
-    study = asked(given)
-    chosen, share = _chosen_arms(given.arms, study), _share(given.shard)
-    with running.stoppable():
-        return _run(
-            given,
-            study,
-            lambda runs: planning.share([one for one in runs if one.arm in chosen], *share),
-        )
+    """Trains and evaluates the runs that are not done."""
+    options = parse_options("run", arguments, "seeds", "jobs", "arms", "shard")
+    study = load_study(options)
+    arms = _parse_arms(options.arms, study)
+    index, count = _parse_shard(options.shard)
+
+    def select(runs: list[Run]) -> list[Run]:
+        return planning.shard([run for run in runs if run.arm in arms], index, count)
+
+    with running.stop_on_signals():
+        return _run(options, study, select)
 
 
-def asked(given: argparse.Namespace) -> Study:
-    """The study of the file, with as many seeds as were asked for."""
-    study = definition.load(given.file)
-    seeds = getattr(given, "seeds", None) or (
-        definition.QUICK_SEEDS if given.quick else study.seeds
-    )
-    return replace(study, seeds=seeds)
-
-
-def _run(given: argparse.Namespace, study: Study, choose: Callable[[list[Run]], list[Run]]) -> int:
-    place = Folder(given.folder)
+def _run(
+    options: argparse.Namespace, study: Study, select: Callable[[list[Run]], list[Run]]
+) -> int:
+    folder = Folder(options.folder)
+    # Steps of matched seconds depend on measured speeds, so these come before the plan.
     if "seconds" in study.matched:
-        with place.alone():
-            preparing.measure(place, planning.own(study, given.folder, given.quick))
-    plan = planning.plan(study, given.folder, given.quick, preparing.step_seconds(place, study))
-    place.open(plan, given.command)
-    runs = choose(plan.runs())
-    with place.alone():
-        for name, cfg in plan.first.items():
-            preparing.train_first(name, cfg, planning.export_folder(given.folder, name))
-        wanted = {
-            plan.model_name(one.axis, one.arm)
-            for one in runs
-            if not given.quick or one.arm == study.reference
-        }
-        preparing.measure(
-            place, {name: cfg for name, cfg in plan.models().items() if name in wanted}
-        )
-    queue = running.Queue(runs, {one: _expected_seconds(place, plan, one) for one in runs})
-    queue.work(given.jobs)
-    print(f"{costs.command('report', given.file, plan)} writes a report of the runs that are done")
-    return int(bool(queue.failed))
+        with folder.locked():
+            arms = planning.unmatched_arms(study, options.folder, options.quick)
+            preparing.measure_models(folder, arms)
+    step_seconds = preparing.read_step_seconds(folder, study)
+    plan = planning.build_plan(study, options.folder, options.quick, step_seconds)
+    folder.open(plan, options.command)
+
+    runs = select(plan.runs())
+    with folder.locked():
+        preparing.train_prerequisites(plan)
+        preparing.measure_models(folder, _models_to_measure(plan, runs))
+
+    expected_seconds = {run: _expected_seconds(folder, plan, run) for run in runs}
+    queue = running.Queue(runs, expected_seconds)
+    queue.work(options.jobs)
+    report_command = costs.study_command("report", options.file, plan)
+    print(f"{report_command} writes a report of the finished runs")
+    return 1 if queue.failed else 0
 
 
-def _expected_seconds(place: Folder, plan: Plan, one: Run) -> float:
-    """Of its steps alone, which is enough to compare runs; a step is taken for a second where it was not measured."""
-    measured = place.read_measurement(plan.model_name(one.axis, one.arm)) or {"step_seconds": 1.0}
-    return one.cfg.train.steps * measured["step_seconds"]
+def _models_to_measure(plan: Plan, runs: list[Run]) -> dict:
+    """Returns the models of the runs; for a quick study only the model of the reference."""
+    names = {
+        plan.model_name(run.axis, run.arm)
+        for run in runs
+        if not plan.quick or run.arm == plan.study.reference
+    }
+    return {name: cfg for name, cfg in plan.models().items() if name in names}
 
 
-def _chosen_arms(given: str | None, study: Study) -> list[str]:
-    chosen = given.split(",") if given is not None else list(study.arms)
-    for name in chosen:
+def _expected_seconds(folder: Folder, plan: Plan, run: Run) -> float:
+    """Returns the seconds of the training steps; without a measurement, a step counts as 1 s."""
+    measurement = folder.read_measurement(plan.model_name(run.axis, run.arm))
+    step_seconds = measurement["step_seconds"] if measurement else 1.0
+    return run.cfg.train.steps * step_seconds
+
+
+def _parse_arms(option: str | None, study: Study) -> list[str]:
+    """'a,b' -> ['a', 'b']"""
+    if option is None:
+        return list(study.arms)
+    names = option.split(",")
+    for name in names:
         if name not in study.arms:
             raise ConfigError(
-                f"--arms {name!r} is no arm{nearest(name, study.arms)}: choose {', '.join(study.arms)}."
+                f"--arms {name!r} is not an arm{nearest(name, study.arms)}: "
+                f"choose {', '.join(study.arms)}."
             )
-    return chosen
+    return names
 
 
-def _share(given: str | None) -> tuple[int, int]:
-    """'2/8' -> (2, 8)."""
-    number, _, count = (given or "1/1").partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise ConfigError(f"--shard {given} is no share: 2/8 is the second of eight.")
-    return int(number), int(count)
+def _parse_shard(option: str | None) -> tuple[int, int]:
+    """'2/8' -> (2, 8)"""
+    index, _, count = (option or "1/1").partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise ConfigError(f"--shard {option} is invalid: 2/8 is the second of eight shards.")
+    return int(index), int(count)
 
 
 def report(arguments: list[str]) -> int:
-    given = options("report", arguments, "to")
-    place = Folder(given.folder)
-    if not place.definition.exists():
+    """Writes the report of the finished runs."""
+    options = parse_options("report", arguments, "to")
+    folder = Folder(options.folder)
+    if not folder.definition.exists():
         raise ConfigError(
-            f"folder {place.path} holds no study: run it first, or name its --folder."
+            f"folder {folder.path} holds no study: run it first, or name its --folder."
         )
-    study = asked(given)
-    study = replace(study, seeds=max(study.seeds, place.seeds()))
-    plan = planning.plan(study, given.folder, given.quick, preparing.step_seconds(place, study))
-    place.check(plan)
-    found = results.read(plan)
-    to = given.to or given.folder / "report"
-    page.write(sections.page(found, given.file), to)
-    whole = len(plan.runs()) - len(found.missing) - len(found.broken)
-    print(f"{whole} of {len(plan.runs())} runs are done: {to}/report.html, report.md")
-    if found.broken:
+    study = load_study(options)
+    study = replace(study, seeds=max(study.seeds, folder.seeds()))
+    step_seconds = preparing.read_step_seconds(folder, study)
+    plan = planning.build_plan(study, options.folder, options.quick, step_seconds)
+    folder.check(plan)
+
+    study_results = results.read_results(plan)
+    to = options.to or options.folder / "report"
+    page.write(sections.build_page(study_results, options.file), to)
+    count = len(plan.runs())
+    done = count - len(study_results.missing) - len(study_results.broken)
+    print(f"{done} of {count} runs are done: {to}/report.html, report.md")
+    if study_results.broken:
         raise ConfigError(
             "the report is without these runs; remove the folder of each, and run it again.\n  "
-            + "\n  ".join(f"{name}: {why}" for name, why in found.broken.items())
+            + "\n  ".join(f"{name}: {reason}" for name, reason in study_results.broken.items())
         )
     return 0
 
 
-def show(arguments: list[str]) -> int:
+def list_studies(arguments: list[str]) -> int:
+    """Prints the studies of experiments/."""
     if arguments:
-        raise ConfigError(f"list takes nothing, not {arguments[0]}.")
-    for file in definition.files(record.ROOT / "experiments"):
+        raise ConfigError(f"list has no argument {arguments[0]}.")
+    for file in definition.study_files(record.ROOT / "experiments"):
         try:
-            _show(options("list", [str(file)]))
+            _print_study(parse_options("list", [str(file)]))
         except UserError as error:
             print(f"{file.name}: {error}")
     return 0
 
 
-def _show(given: argparse.Namespace) -> None:
-    study, place = asked(given), Folder(given.folder)
-    print(f"{Path(given.file).name}: {study.question}\n  arms {', '.join(study.arms)}")
-    runs = planning.plan(study, given.folder, False, preparing.step_seconds(place, study)).runs()
-    print(f"  {sum(map(running.is_done, runs))} of {len(runs)} runs are done in {given.folder}")
+def _print_study(options: argparse.Namespace) -> None:
+    study = load_study(options)
+    step_seconds = preparing.read_step_seconds(Folder(options.folder), study)
+    runs = planning.build_plan(study, options.folder, False, step_seconds).runs()
+    done = sum(map(running.is_done, runs))
+    print(f"{Path(options.file).name}: {study.question}\n  arms {', '.join(study.arms)}")
+    print(f"  {done} of {len(runs)} runs are done in {options.folder}")
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {"run": run, "report": report, "list": show}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "run": run,
+    "report": report,
+    "list": list_studies,
+}

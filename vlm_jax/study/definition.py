@@ -1,4 +1,4 @@
-"""What a study is, and the file that it is written in."""
+"""The definition of a study, and the Python file that holds it."""
 
 import importlib.util
 import re
@@ -10,62 +10,71 @@ from vlm_jax.config import ConfigError, Experiment, UserError
 from vlm_jax.config.hints import nearest
 from vlm_jax.config.validate import kinds
 from vlm_jax.infer.evaluate import SCORES
-from vlm_jax.study.changes import Differences, changed, is_placeholder
+from vlm_jax.study.changes import Overrides, is_placeholder, override
 from vlm_jax.study.matching import AXES
 
-LONGEST_LINES = 60  # of a study file: what is longer is no longer a question and a few differences
+# A study file holds a question, a base and a few overrides: anything longer belongs elsewhere.
+MAX_LINES = 60
 QUICK_SEEDS = 1
-KINDS = {  # field -> what it must be, and how that is called
-    "question": (str, "a text"),
+# Field -> its type, and the words for it in a message.
+FIELD_TYPES = {
+    "question": (str, "a string"),
     "base": (Experiment, "an Experiment"),
-    **dict.fromkeys(("arms", "matched", "quick", "first"), (Mapping, "a dict")),
+    **dict.fromkeys(("arms", "matched", "quick", "prerequisites"), (Mapping, "a dict")),
     "reference": (str, "the name of an arm"),
     "tolerance": (float | int, "a number"),
-    "seeds": (int, "a whole number"),
+    "seeds": (int, "an integer"),
     "metric": (str, "the name of a score"),
+    "metric_bounds": (tuple, "a tuple (low, high)"),
 }
 
 
 @dataclass(frozen=True)
 class Study:
-    """A question and what answers it.
+    """A question and the arms that answer it.
 
-    An arm is the base with a few fields changed. In every axis of `matched` all arms are made equal to the reference:
-    the field that the axis names is solved for, or, where it names none, they must be equal already.
+    An arm overrides a few fields of the base experiment. On every axis of `matched`, all arms are
+    made equal to the reference by solving for one field, or must be equal already.
     """
 
     question: str
     base: Experiment
-    arms: Mapping[str, Differences]
-    matched: Mapping[str, str]  # axis of `matching.AXES` -> the field that is solved for; "": none
-    reference: str  # the arm that others are matched to and compared with
-    tolerance: float = 0.02  # the largest share by which an arm may miss the reference on an axis
+    arms: Mapping[str, Overrides]
+    # Axis of `matching.AXES` -> the integer field to solve for; None: arms must be equal already.
+    matched: Mapping[str, str | None]
+    # The arm that the others are matched to and compared with.
+    reference: str
+    # Largest relative difference from the reference on an axis.
+    tolerance: float = 0.02
+    # Number of runs of each arm.
     seeds: int = 3
-    metric: str = "exact_match"  # a score of eval.json; by_type.NAME: of the questions of one type
-    quick: Differences = field(default_factory=dict)  # of --quick, over those of the arms
-    first: Mapping[str, Differences] = field(
-        default_factory=dict
-    )  # runs that arms build on: "{name}" is their export
+    # A score of eval.json; by_type.NAME: the score of one type of question.
+    metric: str = "exact_match"
+    # Lowest and highest possible score; (0.0, inf) and (-inf, inf) are possible, too.
+    metric_bounds: tuple[float, float] = (0.0, 1.0)
+    # Overrides of --quick, applied on top of the arms' overrides.
+    quick: Overrides = field(default_factory=dict)
+    # Runs that are trained once and exported; in an arm, "{name}" is the exported checkpoint.
+    prerequisites: Mapping[str, Overrides] = field(default_factory=dict)
 
 
 def load(path: str) -> Study:
-    """The study of a file: what its `get_study()` returns.
+    """Returns the study that a file's `get_study()` returns.
 
     Raises:
-      ConfigError: no such file, or one that is too long or does not define a study that can be run.
+      ConfigError: the file does not exist, is too long, or does not define a valid study.
     """
     file = Path(path)
     if not file.is_file() or file.suffix != ".py":
-        others = [str(one) for one in files(file.parent)] if file.parent.is_dir() else []
-        hint = nearest(str(path), others) or (f": there are {', '.join(others)}" if others else "")
-        raise ConfigError(f"study {path} is no Python file{hint}.")
+        raise ConfigError(f"study {path} is not a Python file{_hint_file(file)}.")
     lines = len(file.read_text(errors="replace").splitlines())
-    if lines > LONGEST_LINES:
+    if lines > MAX_LINES:
         raise ConfigError(
-            f"study {path} has {lines} lines: at most {LONGEST_LINES} hold a question, a base and a few differences."
+            f"study {path} has {lines} lines, but at most {MAX_LINES} are allowed: "
+            "a question, a base and a few overrides."
         )
     try:
-        get_study = getattr(_module(file), "get_study", None)
+        get_study = getattr(_import_file(file), "get_study", None)
         study = get_study() if get_study else None
     except (Exception, SystemExit) as error:
         raise ConfigError(
@@ -79,8 +88,16 @@ def load(path: str) -> Study:
         raise ConfigError(f"study {path}: {error}") from None
 
 
-def files(folder: Path) -> list[Path]:
-    """The Python files of a folder that define a study."""
+def _hint_file(file: Path) -> str:
+    studies = [str(path) for path in study_files(file.parent)] if file.parent.is_dir() else []
+    hint = nearest(str(file), studies)
+    if hint or not studies:
+        return hint
+    return f": choose {', '.join(studies)}"
+
+
+def study_files(folder: Path) -> list[Path]:
+    """Returns the Python files of a folder that define a study."""
     return [
         file
         for file in sorted(folder.glob("*.py"))
@@ -88,7 +105,7 @@ def files(folder: Path) -> list[Path]:
     ]
 
 
-def _module(file: Path):
+def _import_file(file: Path):
     spec = importlib.util.spec_from_file_location(f"vlm_jax_study_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -96,90 +113,106 @@ def _module(file: Path):
 
 
 def check(study: Study) -> Study:
-    """Returns the study as it came.
+    """Returns the study unchanged; experiments that cannot work are found in planning.
 
     Raises:
-      ConfigError: a name, a field, an axis or a number that cannot be; which experiments cannot work is known later.
+      ConfigError: a name, field, axis or number is invalid.
     """
-    for name, (kind, called) in KINDS.items():
-        _check_kind(name, getattr(study, name), kind, called)
-    for where, values in _all_differences(study).items():
-        _check_kind(where, values, Mapping, "a dict of fields and values")
+    for name, (field_type, words) in FIELD_TYPES.items():
+        _check_type(name, getattr(study, name), field_type, words)
+    for where, overrides in _all_overrides(study).items():
+        _check_type(where, overrides, Mapping, "a dict of fields and values")
     if not study.base.eval.read_split:
-        raise ConfigError(
-            "base has no eval.split: the arms are compared by what they answer in it."
-        )
+        raise ConfigError("base has no eval.split, on which the arms are compared.")
     if len(study.arms) < 2:
-        raise ConfigError(f"arms has {len(study.arms)} entries: a comparison needs 2.")
-    for name in (*study.arms, *study.first):
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
-            raise ConfigError(
-                f"the name {name!r} is to be a folder: use letters, digits and . _ + - only."
-            )
-    _one_of(study.reference, study.arms, "reference", "arm")
+        raise ConfigError(f"arms has {len(study.arms)} entries, but a comparison needs 2.")
+    for name in (*study.arms, *study.prerequisites):
+        _check_name(name)
+    _check_choice(study.reference, study.arms, "reference", "an arm")
     if not study.matched:
-        raise ConfigError(f"matched names no axis: choose among {', '.join(AXES)}.")
-    for axis, free in study.matched.items():
-        _one_of(axis, AXES, "matched", "axis")
-        _check_free(study, axis, free)
-    for where, differences in _all_differences(study).items():
-        _check_differences(study, where, differences)
+        raise ConfigError(f"matched has no axis: choose from {', '.join(AXES)}.")
+    for axis, solved_field in study.matched.items():
+        _check_choice(axis, AXES, "matched", "an axis")
+        _check_solved_field(study, axis, solved_field)
+    for where, overrides in _all_overrides(study).items():
+        _check_overrides(study, where, overrides)
     if study.seeds < 1:
-        raise ConfigError(f"seeds is {study.seeds}: it must be at least 1.")
+        raise ConfigError(f"seeds is {study.seeds}, but must be at least 1.")
     if not 0 <= study.tolerance < 1:
-        raise ConfigError(f"tolerance is {study.tolerance}: it is a share, from 0 to less than 1.")
-    if study.metric not in SCORES and not study.metric.startswith("by_type."):
-        raise ConfigError(
-            f"metric {study.metric!r} is none: choose {', '.join(SCORES)} or by_type.NAME."
-        )
+        raise ConfigError(f"tolerance is {study.tolerance}, but must be in [0, 1).")
+    _check_metric(study)
     return study
 
 
-def _check_kind(name: str, value, kind, called: str) -> None:
-    if not isinstance(value, kind):
-        raise ConfigError(f"{name} is {value!r}: it must be {called}.")
+def _check_type(name: str, value, field_type, words: str) -> None:
+    if not isinstance(value, field_type):
+        raise ConfigError(f"{name} is {value!r}, but must be {words}.")
 
 
-def _one_of(name: str, choices: Iterable[str], where: str, what: str) -> None:
+def _check_name(name) -> None:
+    """Names of arms and prerequisites are names of folders."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
+        raise ConfigError(f"invalid name {name!r}: use letters, digits, '.', '_', '+', '-'.")
+
+
+def _check_choice(name: str, choices: Iterable[str], where: str, words: str) -> None:
     if name not in choices:
         raise ConfigError(
-            f"{where} {name!r} is no {what}{nearest(name, choices)}: choose {', '.join(choices)}."
+            f"{where} {name!r} is not {words}{nearest(name, choices)}: choose {', '.join(choices)}."
         )
 
 
-def _check_free(study: Study, axis: str, free: str) -> None:
-    known = kinds(study.base)
-    if free and known.get(free) is not int:
-        numbers = [name for name, kind in known.items() if kind is int]
+def _check_solved_field(study: Study, axis: str, name: str | None) -> None:
+    if axis == "seconds" and study.prerequisites:
         raise ConfigError(
-            f"matched {axis} solves for {free!r}, no field of a whole number{nearest(free, numbers)}."
+            "matched seconds are measured before any training, so that a study with "
+            "prerequisites cannot match them."
         )
-    if axis == "seconds" and study.first:
+    if axis == "seconds" and name != "train.steps":
+        raise ConfigError(f"matched seconds can only be solved for train.steps, not for {name!r}.")
+    if name is None:
+        return
+    fields = kinds(study.base)
+    if fields.get(name) is not int:
+        integers = [field_name for field_name, kind in fields.items() if kind is int]
         raise ConfigError(
-            "matched seconds are measured before anything is trained: they cannot be with `first`."
+            f"matched {axis} is solved for {name!r}, which is not an integer field"
+            f"{nearest(str(name), integers)} (None: the arms must be equal already)."
         )
-    if axis == "seconds" and free != "train.steps":
-        raise ConfigError(f"matched seconds can be solved for train.steps alone, not for {free!r}.")
 
 
-def _all_differences(study: Study) -> dict[str, Differences]:
-    named = {f"arm {name}": differences for name, differences in study.arms.items()}
-    return (
-        named
-        | {f"first {name}": differences for name, differences in study.first.items()}
-        | {"quick": study.quick}
-    )
+def _all_overrides(study: Study) -> dict[str, Overrides]:
+    """Returns the place of overrides in the study, as a message names it -> overrides."""
+    arms = {f"arm {name}": overrides for name, overrides in study.arms.items()}
+    prerequisites = {
+        f"prerequisite {name}": overrides for name, overrides in study.prerequisites.items()
+    }
+    return arms | prerequisites | {"quick": study.quick}
 
 
-def _check_differences(study: Study, where: str, differences: Differences) -> None:
+def _check_overrides(study: Study, where: str, overrides: Overrides) -> None:
     try:
-        changed(study.base, differences)
+        override(study.base, overrides)
     except UserError as error:
         raise ConfigError(f"{where}: {error}") from None
-    for name, value in differences.items():
+    for name, value in overrides.items():
         if name in ("workdir", "seed"):
             raise ConfigError(f"{where}: {name} is set by the study.")
-        if is_placeholder(value) and value[1:-1] not in study.first:
+        if is_placeholder(value) and value[1:-1] not in study.prerequisites:
             raise ConfigError(
-                f"{where}: {name} {value} names no run of `first`{nearest(value[1:-1], study.first)}."
+                f"{where}: {name} {value} is not a prerequisite"
+                f"{nearest(value[1:-1], study.prerequisites)}."
             )
+
+
+def _check_metric(study: Study) -> None:
+    if study.metric not in SCORES and not study.metric.startswith("by_type."):
+        raise ConfigError(
+            f"metric {study.metric!r} does not exist: choose {', '.join(SCORES)} or by_type.NAME."
+        )
+    match study.metric_bounds:
+        case (float() | int() as low, float() | int() as high) if low < high:
+            return
+    raise ConfigError(
+        f"metric_bounds is {study.metric_bounds}, but must be two numbers (low, high), low < high."
+    )

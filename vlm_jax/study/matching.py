@@ -1,7 +1,7 @@
-"""Axes on which arms are made equal, and the field that is solved for.
+"""Axes on which arms are made equal to the reference, and the search for the field that does it.
 
-A value of an axis must grow with the field; it is found by doubling and halving, then by bisection over the integers,
-among experiments that are valid.
+The value of an axis must grow with the field. The search doubles or halves the field, then bisects
+over the integers, among the experiments that are valid.
 """
 
 import functools
@@ -15,40 +15,55 @@ from vlm_jax.config import ConfigError, Experiment, UserError
 from vlm_jax.config.validate import flat, validate
 from vlm_jax.cost.flops import token_flow, train_flops
 from vlm_jax.nn.models import abstract_params
-from vlm_jax.study.changes import changed
+from vlm_jax.study.changes import override
 
-LARGEST = 1 << 30  # of a field that is solved for
+# Upper limit of the search.
+MAX_VALUE = 1 << 30
+
+AxisValue = Callable[[Experiment], float]
 
 
 def parameters(cfg: Experiment) -> int:
-    """Numbers that the model consists of, frozen ones too."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(_model(cfg))))
+    """Number of parameters of the model, frozen ones included."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(_model_only(cfg))))
+
+
+def _model_only(cfg: Experiment) -> Experiment:
+    """Returns the experiment with defaults in all sections that parameters do not depend on.
+
+    So a search, which changes those, traces a model once (`abstract_params` is cached).
+    """
+    default = Experiment()
+    return replace(
+        cfg, train=default.train, optim=default.optim, eval=default.eval, seed=0, workdir=""
+    )
 
 
 def training_flops(cfg: Experiment) -> float:
-    """FLOPs of the whole training (`vlm_jax.cost.flops`); what an arm builds on is not in it."""
-    return cfg.train.steps * flops_a_step(cfg)
+    """FLOPs of the whole training (`vlm_jax.cost.flops`), without prerequisites."""
+    return cfg.train.steps * flops_per_step(cfg)
 
 
-def flops_a_step(cfg: Experiment) -> float:
-    return _flops_a_step(replace(cfg, train=replace(cfg.train, steps=1), seed=0, workdir=""))
+def flops_per_step(cfg: Experiment) -> float:
+    """FLOPs of one training step."""
+    return _flops_per_step(replace(cfg, train=replace(cfg.train, steps=1), seed=0, workdir=""))
 
 
-_flops_a_step = functools.cache(train_flops)
+_flops_per_step = functools.cache(train_flops)
 
 
 def examples(cfg: Experiment) -> int:
-    """Rows that are seen in training, repeated ones too: an image with its questions, or packed conversations."""
+    """Training rows seen, repeated ones included: images with their questions, or packed rows."""
     return cfg.train.steps * cfg.train.batch_size
 
 
 def image_tokens(cfg: Experiment) -> int:
-    """Tokens of all images of a row, as they leave the projector."""
+    """Projector output tokens of all images of a row."""
     return token_flow(cfg).projected
 
 
 def seconds(cfg: Experiment, step_seconds: float) -> float:
-    """Wall time of all steps, at a measured speed."""
+    """Seconds of all training steps, at a measured speed."""
     return cfg.train.steps * step_seconds
 
 
@@ -62,17 +77,8 @@ AXES = {
 
 
 def axis_label(axis: str) -> str:
-    """An axis as it stands in a sentence."""
+    """Returns the name of an axis for use in a sentence."""
     return axis.replace("_", " ").replace("flops", "FLOPs")
-
-
-Value = Callable[[Experiment], float]
-
-
-def _model(cfg: Experiment) -> Experiment:
-    """What parameters depend on, so that a model is traced once."""
-    plain = Experiment()
-    return replace(cfg, train=plain.train, optim=plain.optim, eval=plain.eval, seed=0, workdir="")
 
 
 @dataclass(frozen=True)
@@ -81,92 +87,94 @@ class Match:
 
     axis: str
     arm: str
-    field: str  # that was solved for; "": none
-    number: int | None  # its value
+    field: str | None  # solved for; None: the arm was taken as it is
+    number: int | None  # value of the field
     value: float  # of the arm on the axis
-    target: float  # of the reference
+    target: float  # of the reference on the axis
 
     @property
     def residual(self) -> float:
-        """The share by which the arm misses the reference."""
+        """Relative difference from the reference."""
         return self.value / self.target - 1 if self.target else float(self.value != self.target)
 
 
-def solve(cfg: Experiment, free: str, value: Value, target: float) -> Experiment:
-    """The experiment, valid as `cfg` is, whose whole-numbered field `free` brings `value` nearest to the target.
+def solve(cfg: Experiment, field: str, value: AxisValue, target: float) -> Experiment:
+    """Returns the valid experiment whose integer `field` brings `value` closest to the target.
 
     Raises:
-      ConfigError: a larger number is no larger value.
+      ConfigError: the value does not grow with the field.
     """
     if value(cfg) == target:
         return cfg
-    _check_growth(cfg, free, value)
+    _check_growth(cfg, field, value)
 
-    def reaches(one: Experiment | None) -> bool:
-        return one is None or value(one) > target
+    # An invalid experiment counts as too large, so that the search turns back from it.
+    def is_above(experiment: Experiment | None) -> bool:
+        return experiment is None or value(experiment) > target
 
-    start = flat(cfg)[free]
-    below, above = 0, start
-    if not reaches(cfg):
-        below, above = start, max(2 * start, 1)
-        while above < LARGEST and not reaches(_with(cfg, free, above)):
-            below, above = above, 2 * above
-    while middle := _valid_between(cfg, free, below, above):
-        if reaches(_with(cfg, free, middle)):
-            above = middle
+    start = flat(cfg)[field]
+    low, high = 0, start
+    if not is_above(cfg):
+        low, high = start, max(2 * start, 1)
+        while high < MAX_VALUE and not is_above(_override_valid(cfg, field, high)):
+            low, high = high, 2 * high
+    while middle := _valid_between(cfg, field, low, high):
+        if is_above(_override_valid(cfg, field, middle)):
+            high = middle
         else:
-            below = middle
-    found = [one for number in (below, above) if (one := _with(cfg, free, number))]
-    return min(found, key=lambda one: abs(value(one) - target))
+            low = middle
+    candidates = [_override_valid(cfg, field, number) for number in (low, high)]
+    return min(filter(None, candidates), key=lambda experiment: abs(value(experiment) - target))
 
 
-def _check_growth(cfg: Experiment, free: str, value: Value) -> None:
-    start = flat(cfg)[free]
-    numbers = (max(start, 1) << doublings for doublings in range(1, LARGEST.bit_length()))
-    larger = next((one for number in numbers if (one := _with(cfg, free, number))), None)
-    if larger and value(larger) <= value(cfg):
-        raise ConfigError(
-            f"{free} cannot be solved for: with {flat(larger)[free]} in the place of {start}, {value(cfg):.6g} becomes "
-            f"{value(larger):.6g}, which is no more."
-        )
+def _check_growth(cfg: Experiment, field: str, value: AxisValue) -> None:
+    """Compares the experiment with the next larger valid one, by powers of 2."""
+    start = flat(cfg)[field]
+    for doublings in range(1, MAX_VALUE.bit_length()):
+        number = max(start, 1) << doublings
+        larger = _override_valid(cfg, field, number)
+        if larger is None:
+            continue
+        if value(larger) <= value(cfg):
+            raise ConfigError(
+                f"{field} cannot be solved for: with {number} instead of {start}, "
+                f"{value(cfg):.6g} becomes {value(larger):.6g}, which is not larger."
+            )
+        return
 
 
-def _valid_between(cfg: Experiment, free: str, below: int, above: int) -> int | None:
-    """The number nearest to the middle between two others with which the experiment is valid."""
-    middle = (below + above) // 2
-    for distance in range(above - below):
+def _valid_between(cfg: Experiment, field: str, low: int, high: int) -> int | None:
+    """Returns the integer closest to the middle of (low, high) whose experiment is valid."""
+    middle = (low + high) // 2
+    for distance in range(high - low):
         for number in (middle - distance, middle + distance):
-            if below < number < above and _with(cfg, free, number):
+            if low < number < high and _override_valid(cfg, field, number):
                 return number
     return None
 
 
-def _with(cfg: Experiment, free: str, number: int) -> Experiment | None:
-    """The experiment with the number, if it is valid."""
+def _override_valid(cfg: Experiment, field: str, number: int) -> Experiment | None:
+    """Returns the experiment with the field set, or None if that is invalid."""
     try:
-        return validate(changed(cfg, {free: number}))
+        return validate(override(cfg, {field: number}))
     except UserError:
         return None
 
 
 def check(matches: list[Match], tolerance: float) -> None:
-    """Raises ConfigError where an arm misses the reference by more than the tolerance; names all that do."""
-    missed = [match for match in matches if abs(match.residual) > tolerance]
+    """Raises ConfigError with all arms that differ from the reference by more than `tolerance`."""
+    missed = [_describe(match) for match in matches if abs(match.residual) > tolerance]
     if missed:
         raise ConfigError(
-            "arms cannot be matched: "
-            + "; ".join(map(_miss, missed))
-            + f" (tolerance {tolerance:.1%})."
+            f"arms cannot be matched: {'; '.join(missed)} (tolerance {tolerance:.1%})."
         )
 
 
-def _miss(match: Match) -> str:
-    how = (
-        f"with {match.field} {match.number} at best"
-        if match.field
-        else "and nothing is free to be solved for"
+def _describe(match: Match) -> str:
+    best = (
+        f"at best, with {match.field} {match.number}" if match.field else "and solves for no field"
     )
     return (
-        f"{match.arm} misses {match.axis} by {match.residual:+.1%} ({match.value:.6g} against {match.target:.6g} of "
-        f"the reference), {how}"
+        f"{match.arm} misses {match.axis} by {match.residual:+.1%} "
+        f"({match.value:.6g}, reference {match.target:.6g}), {best}"
     )

@@ -1,4 +1,4 @@
-"""A study -> the experiments that answer it, matched and in the order in which they are run."""
+"""The experiments of a study: matched, and in the order in which they run."""
 
 import functools
 from collections.abc import Mapping
@@ -9,14 +9,17 @@ from vlm_jax.config import ConfigError, Decoder, Experiment, UserError
 from vlm_jax.config.validate import flat, validate
 from vlm_jax.hub import pretrained_parts
 from vlm_jax.study import matching
-from vlm_jax.study.changes import Differences, changed, with_exports
+from vlm_jax.study.changes import Overrides, fill_placeholders, override
 from vlm_jax.study.definition import Study
 from vlm_jax.study.matching import Match
+
+# Folder of the prerequisites, in the folder of a study and in the names of study.json.
+PREREQUISITES = "first"
 
 
 @dataclass(frozen=True)
 class Run:
-    """An arm with a seed, matched on an axis: an ordinary run in a work folder of its own."""
+    """An arm with a seed, matched on an axis: an ordinary run in its own work folder."""
 
     axis: str
     arm: str
@@ -34,179 +37,188 @@ class Plan:
 
     study: Study
     folder: Path
-    first: Mapping[str, Experiment]  # runs that arms build on
-    arms: Mapping[
-        tuple[str, str], Experiment
-    ]  # (axis, arm) -> the matched experiment, without seed and work folder
+    prerequisites: Mapping[str, Experiment]
+    # (axis, arm) -> the matched experiment, without seed and work folder
+    arms: Mapping[tuple[str, str], Experiment]
     matches: tuple[Match, ...]
-    quick: bool = False  # with the few steps of `Study.quick`: its scores answer nothing
+    # With the few steps of `Study.quick`, whose scores answer nothing.
+    quick: bool = False
 
     def run(self, axis: str, arm: str, seed: int) -> Run:
-        """The run that answers for an arm on an axis: where an axis before it asks for the same experiment, its run."""
+        """Returns the run of an arm; axes with the same experiment share the run of the first."""
         cfg = self.arms[axis, arm]
         axis = next(other for other in self.study.matched if self.arms[other, arm] == cfg)
         workdir = self.folder / axis / arm / f"seed_{seed}"
         return Run(axis, arm, seed, replace(cfg, seed=cfg.seed + seed, workdir=str(workdir)))
 
     def runs(self) -> list[Run]:
-        """Every run once, the first seed of all arms before the second of any: a part of them is a study, too."""
-        pairs = [(seed, *pair) for seed in range(self.study.seeds) for pair in self.arms]
-        return list(dict.fromkeys(self.run(axis, arm, seed) for seed, axis, arm in pairs))
+        """Returns every run once.
+
+        The first seed of all arms precedes the second of any, so that a stopped study compares all.
+        """
+        keys = [(axis, arm, seed) for seed in range(self.study.seeds) for axis, arm in self.arms]
+        return list(dict.fromkeys(self.run(*key) for key in keys))
 
     def models(self) -> dict[str, Experiment]:
-        """Experiments that differ in more than the number of their steps: what costs are measured of, by their names.
+        """Returns one experiment for each model whose costs are measured, by name.
 
-        An arm's own model has the arm's name.
+        Experiments that differ in their number of steps share a model, which has the arm's name.
         """
-        found = {}
+        models: dict[str, Experiment] = {}
         for (axis, arm), cfg in self.arms.items():
-            found.setdefault(self.model_name(axis, arm), cfg)
-        return found
+            models.setdefault(self.model_name(axis, arm), cfg)
+        return models
 
-    def built(self, cfg: Experiment) -> Experiment:
-        """The experiment with the model that it trains, be that of its config or of a checkpoint."""
-        return built(cfg, _decoders(self.first, self.folder))
+    def resolve_decoder(self, cfg: Experiment) -> Experiment:
+        """Returns the experiment with the decoder that it trains, its own or a checkpoint's."""
+        return resolve_decoder(cfg, _exported_decoders(self.prerequisites, self.folder))
 
     def model_name(self, axis: str, arm: str) -> str:
-        steps_alone = self.study.matched[axis] in ("", "train.steps")
-        return arm if steps_alone else f"{arm}_{axis}"
+        same_model = self.study.matched[axis] in (None, "train.steps")
+        return arm if same_model else f"{arm}_{axis}"
 
 
-def share(runs: list[Run], number: int, count: int) -> list[Run]:
-    """The `number`th of `count` shares; the seeds of an arm go to different ones, as far as there are enough.
+def shard(runs: list[Run], index: int, count: int) -> list[Run]:
+    """Returns shard `index` (from 1) of `count` shards of the runs.
 
-    Were an arm always on one machine, what differs between machines would differ between arms.
+    The seeds of an arm go to different shards as far as possible: with an arm on one machine, a
+    difference between machines would be a difference between arms.
     """
     by_seed: dict[int, list[Run]] = {}
     for run in runs:
         by_seed.setdefault(run.seed, []).append(run)
     return [
         run
-        for seed, some in by_seed.items()
-        for i, run in enumerate(some)
-        if (i + seed) % count == number - 1
+        for seed, seed_runs in by_seed.items()
+        for i, run in enumerate(seed_runs)
+        if (i + seed) % count == index - 1
     ]
 
 
-def own(study: Study, folder: Path, quick: bool) -> dict[str, Experiment]:
-    """Every arm's experiment before it is matched.
+def unmatched_arms(study: Study, folder: Path, quick: bool) -> dict[str, Experiment]:
+    """Returns the experiment of every arm before it is matched.
 
     Raises:
-      ConfigError: one cannot work.
+      ConfigError: an experiment is invalid.
     """
-    folders = {name: export_folder(folder, name) for name in study.first}
-    overrides = study.quick if quick else {}
+    folders = {name: export_folder(folder, name) for name in study.prerequisites}
     return {
-        name: with_exports(_valid(study, f"arm {name}", differences, overrides), folders)
-        for name, differences in study.arms.items()
+        name: fill_placeholders(_experiment(study, f"arm {name}", overrides, quick), folders)
+        for name, overrides in study.arms.items()
     }
 
 
-def resolved(cfg: Experiment) -> Experiment:
-    """With the settings of the checkpoints that it begins with."""
+def resolve_checkpoints(cfg: Experiment) -> Experiment:
+    """Returns the experiment with the settings of the checkpoints that it starts from."""
     return pretrained_parts.resolve_checkpoints(cfg) if cfg.begins_with_any else cfg
 
 
-@functools.cache
-def _resolved_once(cfg: Experiment) -> Experiment:
-    return resolved(cfg)
+_resolve_checkpoints_once = functools.cache(resolve_checkpoints)
 
 
-def built(cfg: Experiment, decoders: Mapping[str, Decoder]) -> Experiment:
-    """As `resolved`, where `decoders` are of folders that are not there before the runs."""
+def resolve_decoder(cfg: Experiment, decoders: Mapping[str, Decoder]) -> Experiment:
+    """Returns the experiment with the settings of its checkpoints.
+
+    `decoders` maps checkpoint folders that exist only after the prerequisites are trained to their
+    decoders.
+    """
     if cfg.decoder.checkpoint not in decoders:
-        return _resolved_once(cfg)
-    own = {
-        name: getattr(cfg.decoder, name) for name in pretrained_parts.EXPERIMENT_FIELDS["decoder"]
-    }
-    return _resolved_once(replace(cfg, decoder=replace(decoders[cfg.decoder.checkpoint], **own)))
+        return _resolve_checkpoints_once(cfg)
+    names = pretrained_parts.EXPERIMENT_FIELDS["decoder"]
+    own_fields = {name: getattr(cfg.decoder, name) for name in names}
+    decoder = replace(decoders[cfg.decoder.checkpoint], **own_fields)
+    return _resolve_checkpoints_once(replace(cfg, decoder=decoder))
 
 
-def _decoders(first: Mapping[str, Experiment], folder: Path) -> dict[str, Decoder]:
-    return {str(export_folder(folder, name)): cfg.decoder for name, cfg in first.items()}
+def _exported_decoders(prerequisites: Mapping[str, Experiment], folder: Path) -> dict[str, Decoder]:
+    return {str(export_folder(folder, name)): cfg.decoder for name, cfg in prerequisites.items()}
 
 
 def export_folder(folder: Path, name: str) -> Path:
-    """Where the run `name` of `Study.first` is exported to."""
-    return folder / "first" / f"{name}_exported"
+    """Returns the checkpoint folder to which a prerequisite is exported."""
+    return folder / PREREQUISITES / f"{name}_exported"
 
 
-def _valid(
-    study: Study, where: str, differences: Differences, overrides: Differences
-) -> Experiment:
+def _experiment(study: Study, where: str, overrides: Overrides, quick: bool) -> Experiment:
     try:
-        return validate(changed(changed(replace(study.base, workdir=""), differences), overrides))
+        cfg = override(replace(study.base, workdir=""), overrides)
+        return validate(override(cfg, study.quick) if quick else cfg)
     except UserError as error:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def plan(study: Study, folder: Path, quick: bool, step_seconds: Mapping[str, float]) -> Plan:
-    """The study's experiments, matched; `step_seconds` of every arm are read where `seconds` are matched.
+def build_plan(study: Study, folder: Path, quick: bool, step_seconds: Mapping[str, float]) -> Plan:
+    """Returns the matched experiments of a study.
 
-    A quick study shows that the runs work: its few steps cannot be matched finely, and are not asked to.
+    `step_seconds`, seconds of a step of every arm, are needed where seconds are matched. A quick
+    study is not checked against the tolerance, because its few steps cannot be matched finely.
 
     Raises:
-      ConfigError: an arm cannot work, two are equal, or one cannot be matched.
+      ConfigError: an arm is invalid, two arms are equal, or one cannot be matched.
     """
-    arms, first = own(study, folder, quick), _first(study, folder, quick)
-    decoders = _decoders(first, folder)
-    found, matches = {}, []
-    for axis, free in study.matched.items():
-        for arm, cfg in arms.items():
-            of, of_reference = (
-                _measure(axis, step_seconds.get(name), decoders) for name in (arm, study.reference)
-            )
-            target = of_reference(arms[study.reference])
-            matched = _solved(axis, arm, cfg, free, of, target) if free else cfg
-            found[axis, arm] = matched
-            matches.append(
-                Match(axis, arm, free, flat(matched)[free] if free else None, of(matched), target)
-            )
-        _refuse_equal(axis, {arm: found[axis, arm] for arm in arms}, decoders)
+    unmatched = unmatched_arms(study, folder, quick)
+    prerequisites = _prerequisites(study, folder, quick)
+    decoders = _exported_decoders(prerequisites, folder)
+    arms: dict[tuple[str, str], Experiment] = {}
+    matches: list[Match] = []
+    for axis, field in study.matched.items():
+        reference_value = _axis_value(axis, step_seconds.get(study.reference), decoders)
+        target = reference_value(unmatched[study.reference])
+        for arm, cfg in unmatched.items():
+            value = _axis_value(axis, step_seconds.get(arm), decoders)
+            matched = _solve(axis, arm, cfg, field, value, target) if field else cfg
+            number = flat(matched)[field] if field else None
+            arms[axis, arm] = matched
+            matches.append(Match(axis, arm, field, number, value(matched), target))
+        _reject_equal_arms(axis, {arm: arms[axis, arm] for arm in unmatched}, decoders)
     matching.check(matches, float("inf") if quick else study.tolerance)
-    return Plan(study, folder, first, found, tuple(matches), quick)
+    return Plan(study, folder, prerequisites, arms, tuple(matches), quick)
 
 
-def _first(study: Study, folder: Path, quick: bool) -> dict[str, Experiment]:
-    overrides = study.quick if quick else {}
-    return {
-        name: replace(
-            _valid(study, f"first {name}", fields, overrides), workdir=str(folder / "first" / name)
-        )
-        for name, fields in study.first.items()
-    }
+def _prerequisites(study: Study, folder: Path, quick: bool) -> dict[str, Experiment]:
+    experiments = {}
+    for name, overrides in study.prerequisites.items():
+        cfg = _experiment(study, f"prerequisite {name}", overrides, quick)
+        experiments[name] = replace(cfg, workdir=str(folder / PREREQUISITES / name))
+    return experiments
 
 
-def _solved(
-    axis: str, arm: str, cfg: Experiment, free: str, value: matching.Value, target: float
+def _solve(
+    axis: str,
+    arm: str,
+    cfg: Experiment,
+    field: str,
+    value: matching.AxisValue,
+    target: float,
 ) -> Experiment:
     try:
-        return matching.solve(cfg, free, value, target)
+        return matching.solve(cfg, field, value, target)
     except UserError as error:
         raise ConfigError(f"arm {arm} cannot be matched in {axis}: {error}") from None
 
 
-def _measure(
+def _axis_value(
     axis: str, step_seconds: float | None, decoders: Mapping[str, Decoder]
-) -> matching.Value:
+) -> matching.AxisValue:
     value = matching.AXES[axis]
     if axis != "seconds":
-        return lambda cfg: value(built(cfg, decoders))
+        return lambda cfg: value(resolve_decoder(cfg, decoders))
     if step_seconds is None:
         raise ConfigError(
-            "seconds are matched once a step of every arm is measured: run the study first."
+            "seconds can be matched only after a step of every arm is measured: "
+            "run the study first."
         )
     return functools.partial(value, step_seconds=step_seconds)
 
 
-def _refuse_equal(
+def _reject_equal_arms(
     axis: str, arms: Mapping[str, Experiment], decoders: Mapping[str, Decoder]
 ) -> None:
-    seen: dict[tuple, str] = {}
+    names: dict[tuple, str] = {}
     for arm, cfg in arms.items():
-        key = built(cfg, decoders), cfg.decoder.checkpoint
-        if key in seen:
+        key = resolve_decoder(cfg, decoders), cfg.decoder.checkpoint
+        if key in names:
             raise ConfigError(
-                f"arms {seen[key]} and {arm} are the same experiment at matched {axis}: remove one."
+                f"arms {names[key]} and {arm} are identical after matching {axis}: remove one."
             )
-        seen[key] = arm
+        names[key] = arm

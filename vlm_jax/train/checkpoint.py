@@ -1,4 +1,4 @@
-"""Checkpoints: the state and the place in the data as one unit, through Orbax."""
+"""Checkpoints: the state and the position in the data as one unit, written by Orbax."""
 
 import contextlib
 import logging
@@ -20,7 +20,10 @@ class SaveError(RunError):
 
 
 class LossSum(NamedTuple):
-    """Sum of the training losses since the last logged step, saved so that a resumed run logs the same mean."""
+    """Sum of the training losses since the last logged row.
+
+    Saved with a checkpoint, so that a resumed run logs the same mean.
+    """
 
     total: float = 0.0
     steps: int = 0
@@ -31,7 +34,7 @@ NO_LOSSES = LossSum()
 
 class _Manager(ocp.CheckpointManager):
     def metrics(self, step: int) -> dict[str, float] | None:
-        """None, too, where the file is damaged: that costs one checkpoint its rank, and not the run its start."""
+        """Returns None for a damaged file, too: a checkpoint without its rank can be restored."""
         try:
             return super().metrics(step)
         except ValueError:
@@ -39,139 +42,139 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpoints:
-    """Those of a run that `train.keep_checkpoints`, `keep_best` and `keep_every_steps` name.
+    """The checkpoints of a run that `train.keep_checkpoints` and `keep_best` and so on retain.
 
-    A step's folder gets its name when it is complete, never before, and others are removed only after that: a crash at
-    any moment leaves the last whole one.
+    A step's folder gets its name when it is complete, and older ones are deleted only after that:
+    whenever the process crashes, the last complete checkpoint remains.
     """
 
     def __init__(self, path: Path, cfg: Train):
-        for name in (
-            "absl",
-            "asyncio",
-        ):  # what they say at length is raised too, and said here in a sentence
+        # They log at length the errors that are raised, too, and reported here in a sentence.
+        for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._path = path
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_kept(cfg), best_fn=_loss, best_mode="min"
+            preservation_policy=_preservation_policy(cfg), best_fn=_loss, best_mode="min"
         )
         with self._writing():
             self._manager = _Manager(path.resolve(), options=options)
-        self._damaged: set[int] = (
-            set()
-        )  # kept until one of the same step or of an earlier one is saved
+        # Steps that could not be read. They are kept until that step, or an earlier one, is saved.
+        self._damaged: set[int] = set()
 
     def save(
         self, step: int, state: State, data_state: dict, loss: float, loss_sum: LossSum = NO_LOSSES
     ) -> None:
-        """Returns while the files are still being written; `close` waits for them. `loss` ranks them, the lowest first.
+        """Starts to write a checkpoint; `close` waits for the files.
+
+        Args:
+          loss: mean since the checkpoint before; the lowest ones are the best.
 
         Raises:
-          SaveError: this one, or the one before, could not be written.
+          SaveError: this checkpoint, or the one before, could not be written.
         """
-        for damaged in [
-            one for one in self._damaged if one >= step
-        ]:  # Orbax saves nothing before its latest step
+        # Orbax saves nothing before its latest step.
+        for damaged in sorted(damaged for damaged in self._damaged if damaged >= step):
             self._manager.delete(damaged)
             self._damaged.remove(damaged)
         if step in self._manager.all_steps():
             return
-        arguments = ocp.args.Composite(
+        args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)
         )
         metrics = {"loss": loss, LOSS_SUM: list(loss_sum)}
         with self._writing():
-            if not self._manager.save(step, args=arguments, metrics=metrics):
-                raise ValueError(f"Orbax wants none of step {step}")
+            if not self._manager.save(step, args=args, metrics=metrics):
+                raise ValueError(f"Orbax did not save step {step}")
 
     def restore(self, like: State, step: int | None = None) -> tuple[State, dict] | None:
-        """The last whole checkpoint, laid out as `like` (shapes with shardings), or None where none was saved.
+        """Returns (state, position in the data) of the last checkpoint; None if none was saved.
 
-        One that cannot be read, by this process or by another, is named, and the one before it is taken.
+        A checkpoint that any process cannot read is reported, and the one before it is taken.
 
         Args:
-          step: of the only checkpoint to read; None: any.
+          like: shapes and shardings of the state.
+          step: of the only checkpoint to read; None: the last one.
 
         Raises:
-          ConfigError: none of them can be read, in which case a new run would overwrite them; or `step` was not saved.
+          ConfigError: all checkpoints are damaged (a new run would overwrite them), or `step` was
+            not saved.
         """
         saved = sorted(self._manager.all_steps(), reverse=True)
-        candidates = [one for one in saved if step in (None, one)]
-        if saved and not candidates:
+        if saved and step is not None and step not in saved:
             raise ConfigError(
-                f"{self._path} holds no checkpoint of step {step}: choose {', '.join(map(str, saved))}."
+                f"{self._path} has no checkpoint of step {step}: choose "
+                f"{', '.join(map(str, saved))}."
             )
-        for candidate in candidates:
-            arguments = ocp.args.Composite(
-                state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
-            )
+        for candidate in saved:
+            if step not in (None, candidate):
+                continue
             try:
                 with distributed.raise_on_all():
-                    restored = self._read(candidate, arguments)
+                    return self._read(candidate, like)
             except UserError as error:
                 if step is not None:
-                    raise ConfigError(
-                        f"checkpoint {step} in {self._path} is not whole ({error})."
-                    ) from None
-                print(
-                    f"checkpoint {candidate} is not whole and is passed over ({error})", flush=True
-                )
+                    message = f"checkpoint {step} in {self._path} is damaged ({error})."
+                    raise ConfigError(message) from None
+                print(f"checkpoint {candidate} is damaged and is skipped ({error})", flush=True)
                 self._damaged.add(candidate)
-                continue
-            return restored["state"], restored["data"]
         if self._damaged:
             raise ConfigError(
-                f"no checkpoint in {self._path} is whole: move them away to begin anew."
+                f"all checkpoints in {self._path} are damaged: move them away to start over."
             )
         return None
 
     def loss_sum(self, step: int) -> LossSum:
-        """The losses up to a saved step that no row of the log has; none for step 0 and for older checkpoints."""
+        """Returns the losses up to a saved step that no row of the log contains.
+
+        None for step 0 and for checkpoints of older versions.
+        """
         metrics = (self._manager.metrics(step) if step else None) or {}
         return LossSum(*metrics.get(LOSS_SUM, ()))
 
-    def _read(self, step: int, arguments: ocp.args.Composite):
+    def _read(self, step: int, like: State) -> tuple[State, dict]:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
         try:
-            return self._manager.restore(step, args=arguments)
-        except Exception as error:  # whatever a damaged file makes the readers raise
+            restored = self._manager.restore(step, args=args)
+        # Damaged files raise any exception in the readers.
+        except Exception as error:
             raise ConfigError(_first_line(error)) from error
+        return restored["state"], restored["data"]
 
     def close(self) -> None:
-        """Waits for the last checkpoint. Raises SaveError where it could not be written."""
+        """Waits for the last checkpoint. Raises SaveError if it could not be written."""
         with self._writing():
             self._manager.wait_until_finished()
-            self._manager.close()  # says what went wrong once more
+            self._manager.close()  # raises the same error again
 
     @contextlib.contextmanager
     def _writing(self):
         try:
             yield
-        except Exception as error:  # whatever a full disk makes the writers raise
+        # A full disk raises any exception in the writers.
+        except Exception as error:
             raise SaveError(
-                f"a checkpoint could not be written to {self._path} ({_first_line(error)}); {self.last_whole()}."
+                f"a checkpoint could not be written to {self._path} ({_first_line(error)}); "
+                f"{self.last_whole()}."
             ) from error
 
     def last_whole(self) -> str:
-        """Says which there is to continue from."""
+        """Names the checkpoint from which the run can continue."""
         steps = [int(path.name) for path in self._path.glob("*") if path.name.isdecimal()]
-        return (
-            f"the last whole checkpoint is that of step {max(steps)}"
-            if steps
-            else "there is no checkpoint"
-        )
+        if not steps:
+            return "no checkpoint was saved"
+        return f"the last complete checkpoint is of step {max(steps)}"
 
 
-def _kept(cfg: Train):
+def _preservation_policy(cfg: Train):
     policies = [checkpoint_managers.LatestN(cfg.keep_checkpoints)]
     if cfg.keep_best:
-        policies.append(
-            checkpoint_managers.BestN(
-                get_metric_fn=_loss,
-                reverse=True,
-                n=cfg.keep_best,
-                keep_checkpoints_without_metrics=False,
-            )
+        best = checkpoint_managers.BestN(
+            get_metric_fn=_loss,
+            reverse=True,
+            n=cfg.keep_best,
+            keep_checkpoints_without_metrics=False,
         )
+        policies.append(best)
     if cfg.keep_every_steps:
         policies.append(checkpoint_managers.EveryNSteps(cfg.keep_every_steps))
     return checkpoint_managers.AnyPreservationPolicy(policies)

@@ -1,4 +1,4 @@
-"""What a run begins with: parameters and tokenizer of public checkpoints, of other runs, or new ones."""
+"""Initial parameters and tokenizer of a run: of public checkpoints, of other runs, or new ones."""
 
 import shutil
 from collections.abc import Mapping
@@ -22,92 +22,104 @@ from vlm_jax.structs import State
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.step import abstract_state
 
-SUBLAYERS = ("cross_mlp", "cross", "self", "mlp")  # the longest name first
+SUBLAYERS = ("cross_mlp", "cross", "self", "mlp")  # longer names before their prefixes
 LAYERS = "decoder/blocks/layers/"
 
 
 def load_parts(cfg: Experiment, like: State, mesh: Mesh) -> dict[str, jax.Array]:
-    """Path -> parameter of all parts that begin with a checkpoint, where `like` wants it; of no others."""
-    found = pretrained_parts.load_pretrained_parts(cfg, like.params, mesh)
-    wanted = traverse_util.flatten_dict(like.params, sep="/")
-    for folder in dict.fromkeys(getattr(cfg, part).checkpoint for part in cfg.pretrained_parts):
+    """Loads the parameters of all pretrained parts.
+
+    Args:
+      like: dtypes and shardings of the state.
+
+    Returns:
+      Path -> parameter, of pretrained parts alone.
+    """
+    params = pretrained_parts.load_pretrained_parts(cfg, like.params, mesh)
+    shapes = traverse_util.flatten_dict(like.params, sep="/")
+    parts_of_folder: dict[str, list[str]] = {}
+    for part in cfg.pretrained_parts:
+        parts_of_folder.setdefault(getattr(cfg, part).checkpoint, []).append(part)
+    for folder, parts in parts_of_folder.items():
         if is_run(folder):
-            parts = [
-                part for part in cfg.pretrained_parts if getattr(cfg, part).checkpoint == folder
-            ]
-            found |= _of_run(cfg, folder, parts, wanted, mesh)
-    return found
+            params |= _load_parts_of_run(cfg, folder, parts, shapes, mesh)
+    return params
 
 
-def _of_run(
-    cfg: Experiment, folder: str, parts: list[str], wanted: Mapping, mesh: Mesh
+def _load_parts_of_run(
+    cfg: Experiment, folder: str, parts: list[str], shapes: Mapping, mesh: Mesh
 ) -> dict[str, jax.Array]:
     source = Workdir(folder).read_config()
-    flat = traverse_util.flatten_dict(load_state(source, mesh=mesh).params, sep="/")
-    flat = {path: x for path, x in flat.items() if path.split("/")[0] in parts}
-    flat = pretrained_parts.with_positions(cfg, restacked(flat, source, cfg), mesh)
-    found = {path: x for path, x in flat.items() if path in wanted}
+    params = traverse_util.flatten_dict(load_state(source, mesh=mesh).params, sep="/")
+    params = {path: x for path, x in params.items() if path.split("/")[0] in parts}
+    params = pretrained_parts.with_positions(cfg, restack(params, source, cfg), mesh)
     return {
-        path: jax.device_put(x.astype(wanted[path].dtype), wanted[path].sharding)
-        for path, x in found.items()
+        path: jax.device_put(x.astype(shapes[path].dtype), shapes[path].sharding)
+        for path, x in params.items()
+        if path in shapes
     }
 
 
 def load_state(cfg: Experiment, step: int | None = None, mesh: Mesh | None = None) -> State:
-    """The state of a checkpoint of a run, of the last whole one by default, in the dtypes in which it keeps them.
+    """Loads the state of a checkpoint of a run, in the dtypes of the run.
 
     Args:
-      step: of the checkpoint; None: the last one.
-      mesh: where the parameters lie; None: that of the run.
+      step: of the checkpoint; None: the last complete one.
+      mesh: of the parameters; None: the mesh of the run.
 
     Raises:
-      ConfigError: there is none, or none is whole.
+      ConfigError: no checkpoint exists, or all are damaged.
     """
     workdir = Workdir(cfg.workdir)
     if not workdir.checkpoints.is_dir():
-        raise ConfigError(f"--workdir {workdir.path} holds no checkpoint.")
+        raise ConfigError(f"--workdir {workdir.path} has no checkpoint.")
     checkpoints = Checkpoints(workdir.checkpoints, cfg.train)
-    like = abstract_state(cfg, axes.make_mesh(cfg.mesh) if mesh is None else mesh)
-    restored = checkpoints.restore(like, step)
+    mesh = axes.make_mesh(cfg.mesh) if mesh is None else mesh
+    restored = checkpoints.restore(abstract_state(cfg, mesh), step)
     checkpoints.close()
     if restored is None:
-        raise ConfigError(f"--workdir {workdir.path} holds no checkpoint yet.")
+        raise ConfigError(f"--workdir {workdir.path} has no checkpoint yet.")
     return restored[0]
 
 
-def restacked(params: Mapping, source: Experiment, target: Experiment) -> dict:
-    """Parameters by path, with the decoder's layers stacked as the target's fusion style stacks them.
+def restack(params: Mapping, source: Experiment, target: Experiment) -> dict:
+    """Returns parameters by path with the decoder's layers stacked as in the target.
 
-    Cross-attention is left out where the two have it in other blocks.
+    Fusion styles differ in the repeating pattern of blocks over which layers are stacked.
+    Cross-attention is left out if the two have it in different blocks.
     """
-    blocks = [cfg.fusion.sublayers(cfg.decoder.depth) for cfg in (source, target)]
-    if blocks[0] == blocks[1]:
+    source_blocks = source.fusion.sublayers(source.decoder.depth)
+    target_blocks = target.fusion.sublayers(target.decoder.depth)
+    if source_blocks == target_blocks:
         return dict(params)
-    found = {path: x for path, x in params.items() if not path.startswith(LAYERS)}
-    layers: dict[str, dict[int, object]] = {}
+    restacked: dict[str, jax.Array] = {}
+    layers_of_path: dict[str, dict[int, jax.Array]] = {}
     for path, stack in params.items():
         if path.startswith(LAYERS):
-            _restack(path, stack, blocks, layers)
-    return found | {
-        path: jnp.stack([slices[turn] for turn in sorted(slices)])
-        for path, slices in layers.items()
-    }
+            _distribute(path, stack, source_blocks, target_blocks, layers_of_path)
+        else:
+            restacked[path] = stack
+    for path, layers in layers_of_path.items():
+        restacked[path] = jnp.stack([layers[index] for index in sorted(layers)])
+    return restacked
 
 
-def _restack(path: str, stack, blocks, layers: dict[str, dict[int, object]]) -> None:
-    """Distributes one stacked parameter of the source over the target's stacks."""
+def _distribute(path: str, stack, source_blocks, target_blocks, layers_of_path: dict) -> None:
+    """Distributes the layers of one stacked parameter of the source over the target's stacks."""
     block, _, rest = path.removeprefix(LAYERS).partition("/")
     sublayer = next(name for name in SUBLAYERS if rest.startswith(name))
-    old, new = (layers_with(all_blocks, sublayer) for all_blocks in blocks)
-    if len(old) != len(new):
+    source_places = layers_with(source_blocks, sublayer)
+    target_places = layers_with(target_blocks, sublayer)
+    if len(source_places) != len(target_places):
         return
-    for (source, turn), (target, other_turn) in zip(old, new, strict=True):
-        if source == f"blocks/layers/{block}":
-            layers.setdefault(f"decoder/{target}/{rest}", {})[other_turn] = stack[turn]
+    for (old_path, old_index), (new_path, new_index) in zip(source_places, target_places):
+        if old_path == f"blocks/layers/{block}":
+            layers = layers_of_path.setdefault(f"decoder/{new_path}/{rest}", {})
+            layers[new_index] = stack[old_index]
 
 
 def load_tokenizer(cfg: Experiment) -> Tokenizer:
-    """The tokenizer that is kept in the work folder, that of the decoder's checkpoint, or one trained now."""
+    """Loads the tokenizer of the work folder or decoder checkpoint, or trains a new one."""
     workdir = Workdir(cfg.workdir)
     if workdir.tokenizer.exists():
         return Tokenizer.load(
@@ -127,14 +139,14 @@ def _dialogue(cfg: Experiment, folder) -> Dialogue | None:
         return None
     if folder is None or not folder.is_dir():
         raise ConfigError(
-            "data.template checkpoint needs the chat template of a public checkpoint: name its folder in init_from, or "
-            "choose plain, vicuna or caption."
+            "data.template checkpoint needs the chat template of a public checkpoint: set "
+            "init_from to its folder, or choose plain, vicuna or caption."
         )
     return Dialogue.load(folder, cfg.fusion.has_images)
 
 
 def keep_processor(cfg: Experiment, workdir: Workdir) -> None:
-    """Copies the files that lie beside the weights of the decoder's checkpoint, so that the run can do without it."""
+    """Copies the processor files of the decoder's checkpoint, which the run then needs no more."""
     source = pretrained_parts.processor_source(cfg)
     if source is None or workdir.processor.exists():
         return

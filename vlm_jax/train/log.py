@@ -16,8 +16,8 @@ from vlm_jax.runtime.workdir import Workdir, write_atomic
 from vlm_jax.train.checkpoint import NO_LOSSES, LossSum
 
 
-def _is_whole(line: str) -> bool:
-    """False for what a machine leaves that goes away while it writes."""
+def _is_complete(line: str) -> bool:
+    """Returns False for the rest of a line that a crash left."""
     try:
         return line.endswith("\n") and isinstance(json.loads(line), dict)
     except ValueError:
@@ -26,23 +26,25 @@ def _is_whole(line: str) -> bool:
 
 @dataclass(frozen=True)
 class StepStats:
-    """What a step was given: counts are of all processes, the wait is that of the first."""
+    """Counts of a step's global batch, and the wait of the first process for it."""
 
     tokens: int
-    slots: int  # B*S: tokens and padding
-    images: int  # in tiles: views, the thumbnail among them
-    image_token_index: int  # B*I: images, and slots that no token reads
+    token_slots: int  # B*S: tokens and padding
+    images: int  # if images are cut into tiles: tiles and thumbnails
+    image_slots: int  # B*I: images, and slots that no token attends to
     examples: int  # questions, or conversations
-    data_wait_seconds: float  # what the loop waited for the batch
+    data_wait_seconds: float
 
 
 class Log:
-    """Summarizes the steps since the last logged one after step 1, every `train.log_every_steps` and the last step.
+    """Writes a row after step 1, every `train.log_every_steps` and the last step.
+
+    A row summarizes the steps since the row before.
 
     Args:
-      start: the step of the checkpoint that the run continues from; 0 for a new run.
-      seconds_at_peak: seconds of a step at the peak rate of the devices; None where that is not known.
-      loss_sum: the losses up to `start` that no row has yet.
+      start: step of the checkpoint that the run continues from; 0 for a new run.
+      seconds_at_peak: seconds of a step at the devices' peak matmul throughput; None: unknown.
+      loss_sum: the losses up to `start` that no row contains yet.
     """
 
     def __init__(
@@ -53,69 +55,80 @@ class Log:
         seconds_at_peak: float | None,
         loss_sum: LossSum = NO_LOSSES,
     ):
-        self._forget_after(workdir, start)
+        self._drop_rows_after(workdir, start)
         self._file = open(workdir.metrics, "a")  # noqa: SIM115
         self._board = tensorboardX.SummaryWriter(
             str(workdir.tensorboard), purge_step=start + 1, flush_secs=10
         )
         self._bar = None
-        self._start, self._steps, self._every = start, cfg.steps, cfg.log_every_steps
+        self._start = start
+        self._steps, self._every_steps = cfg.steps, cfg.log_every_steps
         self._seconds_at_peak = seconds_at_peak
         self.loss_sum = loss_sum
         self._begin_window()
 
-    def _forget_after(self, workdir: Workdir, start: int) -> None:
-        """Drops what was logged after the checkpoint that the run continues from: those steps come again."""
+    def _drop_rows_after(self, workdir: Workdir, start: int) -> None:
+        """Drops rows after the checkpoint that the run continues from: their steps are repeated."""
         if workdir.metrics.exists():
             lines = workdir.metrics.read_text(errors="replace").splitlines(keepends=True)
-            kept = [line for line in lines if _is_whole(line) and json.loads(line)["step"] <= start]
-            write_atomic(workdir.metrics, "".join(kept))
+            lines = [line for line in lines if _is_complete(line)]
+            lines = [line for line in lines if json.loads(line)["step"] <= start]
+            write_atomic(workdir.metrics, "".join(lines))
 
     def _begin_window(self):
-        self._since, self._work = time.perf_counter(), []
+        self._window_start, self._window = time.perf_counter(), []
 
     @contextlib.contextmanager
     def compiling(self):
-        """Reports how long the compilation takes; it is left out of the speed of the steps."""
+        """Prints the seconds of a compilation and excludes them from the speed of the steps."""
         print("compiling the training step ...", flush=True)
-        began = time.perf_counter()
+        start = time.perf_counter()
         yield
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         print(f"compiled in {seconds:.1f} s", flush=True)
-        self._since += seconds
+        self._window_start += seconds
 
-    def step(self, step: int, metrics: dict[str, float], work: StepStats) -> None:
-        """Takes note of step number `step` (from 1); `metrics` are those of this step alone."""
-        self._work.append(work)
+    def step(self, step: int, metrics: dict[str, float], stats: StepStats) -> None:
+        """Adds step number `step` (from 1), and writes a row if one is due.
+
+        Args:
+          metrics: of this step alone.
+        """
+        self._window.append(stats)
         self.loss_sum = LossSum(self.loss_sum.total + metrics["loss"], self.loss_sum.steps + 1)
         self._advance_bar()
-        if step % self._every and step not in (1, self._steps):
+        if step % self._every_steps and step not in (1, self._steps):
             return
-        seconds = time.perf_counter() - self._since
-        step_seconds = seconds / len(self._work)
         row = {
             "step": step,
             **metrics,
             "loss": self.loss_sum.total / self.loss_sum.steps,
-            "padding_fraction": 1
-            - work.tokens / work.slots,  # of this step alone, so that a resumed run logs the same
-            "image_padding_fraction": 1 - work.images / work.image_token_index
-            if work.image_token_index
-            else 0.0,
-            "step_seconds": step_seconds,
-            "data_wait_seconds": sum(one.data_wait_seconds for one in self._work) / len(self._work),
-            "tokens_per_second": sum(one.tokens for one in self._work) / seconds,
-            "examples_per_second": sum(one.examples for one in self._work) / seconds,
-            "mfu": self._seconds_at_peak
-            and self._seconds_at_peak / step_seconds,  # model FLOPs utilization
+            # Padding is of this step alone, so that a resumed run logs the same.
+            "padding_fraction": _padding_fraction(stats.tokens, stats.token_slots),
+            "image_padding_fraction": _padding_fraction(stats.images, stats.image_slots),
+            **self._speeds(),
             "hbm_peak_bytes": hbm_peak_bytes(),
         }
         self._begin_window()
         self.loss_sum = NO_LOSSES
         self._write(row)
 
+    def _speeds(self) -> dict[str, float | None]:
+        """Means over the steps since the last row; `mfu` is the model FLOPs utilization."""
+        steps = len(self._window)
+        seconds = time.perf_counter() - self._window_start
+        step_seconds = seconds / steps
+        peak = self._seconds_at_peak
+        return {
+            "step_seconds": step_seconds,
+            "data_wait_seconds": sum(stats.data_wait_seconds for stats in self._window) / steps,
+            "tokens_per_second": sum(stats.tokens for stats in self._window) / seconds,
+            "examples_per_second": sum(stats.examples for stats in self._window) / seconds,
+            "mfu": None if peak is None else peak / step_seconds,
+        }
+
     def _advance_bar(self) -> None:
-        """The bar appears with the first step: lines printed before would tear it apart."""
+        """Creates the bar with the first step: lines that are printed before would break it."""
         if self._bar is None and sys.stderr.isatty():
             self._bar = tqdm(
                 total=self._steps, initial=self._start, unit="step", dynamic_ncols=True
@@ -126,7 +139,7 @@ class Log:
     def _write(self, row: dict) -> None:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        os.fsync(self._file.fileno())  # a mounted bucket shows, and keeps, only what was synced
+        os.fsync(self._file.fileno())  # mounted buckets keep only synced data
         for name, value in row.items():
             if name != "step" and value is not None:
                 self._board.add_scalar(f"train/{name}", value, row["step"])
@@ -134,9 +147,8 @@ class Log:
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss}, {speed}")
             return
-        left = time.strftime(
-            "%H:%M:%S", time.gmtime((self._steps - row["step"]) * row["step_seconds"])
-        )
+        seconds_left = (self._steps - row["step"]) * row["step_seconds"]
+        left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
         print(f"step {row['step']}/{self._steps}  loss {loss}  {speed}  {left} left", flush=True)
 
     def close(self) -> None:
@@ -146,9 +158,15 @@ class Log:
         self._board.close()
 
 
+def _padding_fraction(used: int, slots: int) -> float:
+    return 1 - used / slots if slots else 0.0
+
+
 def hbm_peak_bytes() -> int | None:
-    """The most that any device of this process has held so far; None where the platform does not say (CPU)."""
-    peaks = [
-        (device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()
-    ]
-    return max((peak for peak in peaks if peak is not None), default=None)
+    """Returns the peak memory of the fullest device of this process; None: not reported (CPU)."""
+    peaks = []
+    for device in jax.local_devices():
+        stats = device.memory_stats() or {}
+        if stats.get("peak_bytes_in_use") is not None:
+            peaks.append(stats["peak_bytes_in_use"])
+    return max(peaks, default=None)

@@ -1,4 +1,7 @@
-"""Masked cross-entropy as a sum and a count, divided once after every reduction; a batch's logits are never whole."""
+"""Masked cross-entropy as a sum and a count, which are divided once after every reduction.
+
+Computed in chunks of tokens, so that the full logits (B, S, V) are never materialized.
+"""
 
 import functools
 from collections.abc import Callable
@@ -11,23 +14,30 @@ from jaxtyping import Array, Float
 from vlm_jax import axes
 from vlm_jax.structs import Batch
 
-CHUNK_BYTES = (
-    64 * 2**20
-)  # logits that a device holds at once, unless `train.loss_chunk` says otherwise
-CHUNK_TOKENS = 512  # of a chunk where one is not enough: a product's best rate, and few slots that no token fills
+# Logits that a device holds at once, if `train.loss_chunk` is not set.
+CHUNK_BYTES = 64 * 2**20
+# Tokens of each of several chunks: enough for a matmul's best rate, with few empty slots.
+CHUNK_TOKENS = 512
 Params = dict[tuple[str, ...], jax.Array]
 
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """The output head as a function of its own parameters, by path: (B, S, D) -> logits (B, S, V)."""
+    """The output head as a function of its parameters: (B, S, D) -> logits (B, S, V).
+
+    Its loss is differentiated apart from the model (`head_cross_entropy`).
+    """
 
     apply: Callable[[Params, jax.Array], jax.Array]
-    letters: dict[tuple[str, ...], str]
+    letters: dict[tuple[str, ...], str]  # logical axes of its parameters, by path
     vocab_size: int
 
+    def select(self, params: Params) -> Params:
+        """Returns the parameters that are the head's."""
+        return {path: x for path, x in params.items() if path in self.letters}
+
     def logits(self, params: Params, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
-        """In float32, whatever the dtype of parameters and hidden numbers."""
+        """Returns float32 logits for parameters and hidden states of any dtype."""
         wide = {path: value.astype(jnp.float32) for path, value in params.items()}
         return self.apply(wide, x.astype(jnp.float32))
 
@@ -35,7 +45,10 @@ class Head:
 def cross_entropy(
     logits: Float[Array, "B S V"], batch: Batch
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum of -log p(target) in nats over the scored tokens, and their number; computed in float32."""
+    """Returns the sum of -log p(target) over the scored tokens, in nats, and their number.
+
+    Computed in float32.
+    """
     return _nats(logits, batch.targets, batch.loss_weights), jnp.sum(batch.loss_weights)
 
 
@@ -53,12 +66,18 @@ def head_cross_entropy(
     batch: Batch,
     chunk: int = 0,
 ) -> Float[Array, ""]:
-    """The sum of `cross_entropy`, with logits of at most `chunk` scored tokens a device at a time.
+    """Returns the sum of `cross_entropy`, with logits of at most `chunk` tokens a device at a time.
 
-    The scored tokens of each device's rows are packed to the front, and a loop runs as far as they reach on the fullest
-    device: its cost grows with their number, whatever that is. A chunk's gradients are made together with its logits,
-    so that the backward pass holds no others. With `chunk` 0 it is that of `chunk_tokens`; what fits one needs no loop.
-    `trained` and `frozen` are the head's parameters; only the first get a gradient.
+    The scored tokens of each device's rows are packed to the front, and a loop runs over chunks up
+    to the last scored token of the fullest device, so that its cost grows with their number. The
+    gradients of a chunk are computed together with its logits, so that the backward pass needs no
+    logits. A single chunk needs no loop.
+
+    Args:
+      trained: parameters of the head that get a gradient.
+      frozen: the others.
+      hidden: final hidden states.
+      chunk: scored tokens of a device; 0: see `chunk_tokens`.
     """
     shards = axes.row_shards()
     tokens = batch.targets.size // shards
@@ -66,28 +85,37 @@ def head_cross_entropy(
     if tokens <= chunk:
         logits = axes.constrain(head.logits({**trained, **frozen}, hidden), "B S V")
         return cross_entropy(logits, batch)[0]
-    unscored = batch.loss_weights.reshape(shards, tokens) == 0
-    order = jnp.argsort(unscored, axis=1, stable=True)
-    order = jnp.pad(
-        order, ((0, 0), (0, -tokens % chunk)), constant_values=tokens
-    )  # out of bounds: filled with 0
-    packed = [_packed(x, order) for x in (hidden, batch.targets, batch.loss_weights)]
-    chunks = jnp.max(jnp.sum(~unscored, axis=1) + chunk - 1) // chunk
-    gathered = (
-        {path: axes.constrain(x, head.letters[path]) for path, x in part.items()}
-        for part in (trained, frozen)
-    )
-    return _chunked(head, chunk, *gathered, *packed, chunks)
+
+    # Scored tokens first. Slots that fill the last chunk are out of bounds, and read as 0.
+    is_unscored = batch.loss_weights.reshape(shards, tokens) == 0
+    order = jnp.argsort(is_unscored, axis=1, stable=True)
+    order = jnp.pad(order, ((0, 0), (0, -tokens % chunk)), constant_values=tokens)
+    packed = [_pack(x, order) for x in (hidden, batch.targets, batch.loss_weights)]
+    scored_in_fullest = jnp.max(jnp.sum(~is_unscored, axis=1))
+    chunks = (scored_in_fullest + chunk - 1) // chunk
+
+    trained = _constrain_parameters(head, trained)
+    frozen = _constrain_parameters(head, frozen)
+    return _chunked(head, chunk, trained, frozen, *packed, chunks)
+
+
+def _constrain_parameters(head: Head, params: Params) -> Params:
+    return {path: axes.constrain(x, head.letters[path]) for path, x in params.items()}
 
 
 def chunk_tokens(tokens: int, vocab_size: int, chunk: int = 0) -> int:
-    """How many of a device's tokens have their logits at once: `chunk`, or all that fit, or chunks that do."""
+    """Returns the chunk size in tokens of a device.
+
+    `chunk` if it is set; else all `tokens`, if their logits fit in CHUNK_BYTES.
+    """
+    if chunk:
+        return chunk
     fitting = max(1, CHUNK_BYTES // (4 * vocab_size))
-    return chunk or (tokens if tokens <= fitting else min(fitting, CHUNK_TOKENS))
+    return tokens if tokens <= fitting else min(fitting, CHUNK_TOKENS)
 
 
-def _packed(x, order):
-    """(B, S, ...) -> (shards, slots, ...), each device's tokens in their order."""
+def _pack(x, order):
+    """(B, S, ...) -> (shards, slots, ...): each device's tokens in their order."""
     shards, trailing = len(order), x.shape[2:]
     x = axes.constrain_rows(x.reshape(shards, -1, *trailing))
     index = order.reshape(*order.shape, *(1 for _ in trailing))
@@ -95,7 +123,7 @@ def _packed(x, order):
 
 
 def _shard_nats(head, trained, frozen, x, targets, weights):
-    """Of one shard's chunk: (chunk, D), (chunk,), (chunk,)."""
+    """Loss of one shard's chunk: (chunk, D), (chunk,), (chunk,) -> ()."""
     return _nats(head.logits({**trained, **frozen}, x[None])[0], targets, weights)
 
 
@@ -114,7 +142,10 @@ def _chunked(head, chunk, trained, frozen, x, targets, weights, chunks):
 
 
 def _chunked_forward(head, chunk, trained, frozen, x, targets, weights, chunks):
-    """Every shard sums its own gradient of the head, and they meet once, after the loop."""
+    """Returns the loss and its gradients.
+
+    Every shard sums its own gradient of the head; they are reduced once, after the loop.
+    """
     gradient = jax.value_and_grad(functools.partial(_shard_nats, head), argnums=(0, 2))
     gradient = jax.vmap(gradient, in_axes=(None, None, 0, 0, 0))
     zeros = {
@@ -137,14 +168,8 @@ def _chunked_forward(head, chunk, trained, frozen, x, targets, weights, chunks):
 
 def _chunked_backward(head, chunk, saved, dy):
     d_trained, dx = saved
-    return (
-        {path: dy * d for path, d in d_trained.items()},
-        None,
-        (dy * dx).astype(dx.dtype),
-        None,
-        None,
-        None,
-    )
+    d_trained = {path: dy * d for path, d in d_trained.items()}
+    return d_trained, None, (dy * dx).astype(dx.dtype), None, None, None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

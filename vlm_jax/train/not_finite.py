@@ -1,35 +1,74 @@
-"""Which parameter spoilt a step whose loss or gradient is NaN or infinite."""
+"""Checks that a step is finite, and the parameter in which NaN or infinity began."""
 
 import math
 
+from vlm_jax.config import NonFiniteError
 from vlm_jax.nn.parts import PARTS, part_of
 
 
-def first_nonfinite_parameter(finite: dict[str, bool], largest: dict[str, float]) -> str:
-    """Names the parameter where it began, and its part, out of which gradients are finite and the parameters' sizes.
+class NonFiniteStepError(NonFiniteError):
+    """A step whose loss or gradients are not finite."""
 
-    That is the first bad parameter of the forward pass, or else the first gradient that the backward pass spoils. Where
-    all of those are spoilt the forward pass was: there the largest number is named.
+    def __init__(self, message: str, data_state: dict):
+        super().__init__(message)
+        self.data_state = data_state  # position of the step's batch in the data
+
+
+def check_finite(step: int, metrics: dict, data_state: dict) -> None:
+    """Raises NonFiniteStepError if the loss or the norm of the gradients is not finite.
+
+    Args:
+      metrics: of `train.step.train_step`, on the host.
+      data_state: position of the step's batch in the data.
     """
-    bad = sorted((path for path, size in largest.items() if not math.isfinite(size)), key=_place)
-    if bad:
-        return f"the first parameter that is not finite is of {_named(bad[0])}, {len(bad)} of {len(largest)} are not"
-    spoilt = sorted((path for path, is_finite in finite.items() if not is_finite), key=_place)
-    if not spoilt:
-        return "each gradient is finite"
-    if len(spoilt) < len(finite):
-        return f"the backward pass spoils that of {_named(spoilt[-1])} first, {len(spoilt)} of {len(finite)} gradients"
+    for name in ("loss", "grad_norm"):
+        value = float(metrics[name])
+        if not math.isfinite(value):
+            origin = first_nonfinite_parameter(metrics["finite"], metrics["largest"])
+            message = f"step {step}: the {name} is {value}; {origin}. Earlier checkpoints are kept."
+            raise NonFiniteStepError(message, data_state)
+
+
+def first_nonfinite_parameter(finite: dict[str, bool], largest: dict[str, float]) -> str:
+    """Names the parameter in which NaN or infinity began, and its part.
+
+    That is the first non-finite parameter of the forward pass, or else the first non-finite
+    gradient of the backward pass. If no gradient is finite, the forward pass overflowed: the
+    parameter with the largest value is named.
+
+    Args:
+      finite: path -> whether the parameter's gradient is finite.
+      largest: path -> the parameter's largest absolute value.
+    """
+    bad_params = [path for path, size in largest.items() if not math.isfinite(size)]
+    if bad_params:
+        first = min(bad_params, key=_forward_order)
+        return (
+            f"first non-finite parameter: {_describe(first)} ({len(bad_params)} of {len(largest)} "
+            "parameters)"
+        )
+    bad_gradients = [path for path, is_finite in finite.items() if not is_finite]
+    if not bad_gradients:
+        return "every gradient is finite"
+    if len(bad_gradients) < len(finite):
+        first = max(bad_gradients, key=_forward_order)
+        return (
+            f"first non-finite gradient in the backward pass: {_describe(first)} "
+            f"({len(bad_gradients)} of {len(finite)} gradients)"
+        )
     path = max(largest, key=largest.get)
-    largest_number = f"the largest number, {largest[path]:.3g}, is of {_named(path)}"
-    return f"the parameters are finite and no gradient is; {largest_number}"
+    return (
+        "all parameters are finite and no gradient is; the largest value is "
+        f"{largest[path]:.3g}, of {_describe(path)}"
+    )
 
 
-def _place(path: str) -> tuple:
-    """Where a parameter is read in the forward pass."""
+def _forward_order(path: str) -> tuple:
+    """Sorts parameters by their position in the forward pass."""
     names = tuple(path.split("/"))
-    ends = {"patch_embed": 0, "embedding": 0, "final_norm": 2, "free_head": 3}
-    return PARTS.index(part_of(names)), ends.get(names[1], 1), path
+    stages = {"patch_embed": 0, "embedding": 0, "final_norm": 2, "free_head": 3}
+    return PARTS.index(part_of(names)), stages.get(names[1], 1), path
 
 
-def _named(path: str) -> str:
-    return f"{part_of(tuple(path.split('/')))} ({path})"
+def _describe(path: str) -> str:
+    return f"{path} of {part_of(tuple(path.split('/')))}"

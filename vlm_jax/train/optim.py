@@ -1,32 +1,38 @@
-"""Which parts are trained, and at which rate."""
+"""The optimizer: trained parts, their learning rates, and the rule that scales gradients.
+
+A new optimizer is one function and one row of `OPTIMIZERS`.
+"""
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 
 import optax
 import optax.contrib
 from flax import traverse_util
 
-from vlm_jax.config import Optim
+from vlm_jax.axes import Partitioned
+from vlm_jax.config import ConfigError, Experiment, Optim
+from vlm_jax.config.hints import nearest
+from vlm_jax.nn.models import abstract_params
 from vlm_jax.nn.parts import part_of, trained_parts
 
-MATRICES = (
-    "kernel",
-    "table",
-)  # they decay; the number of dimensions says nothing where layers are stacked
+Path = tuple[str, ...]
+Boxes = Mapping[Path, Partitioned]  # logical axes of the parameters, by path
 
 
 def split(params, cfg: Optim) -> tuple[dict, dict]:
-    """Parameters -> (trained, frozen), two flat dicts by path; `join` puts them together again.
+    """Splits parameters into (trained, frozen), two flat dicts by path; `join` is the inverse.
 
-    Only the trained ones are differentiated, so a frozen part costs neither gradient nor optimizer state.
+    Only trained parameters are differentiated, so that frozen parts cost neither gradients nor
+    optimizer state.
     """
-    trained = trained_parts(cfg)
-    flat = traverse_util.flatten_dict(params)
-    return (
-        {path: x for path, x in flat.items() if part_of(path) in trained},
-        {path: x for path, x in flat.items() if part_of(path) not in trained},
-    )
+    parts = trained_parts(cfg)
+    trained, frozen = {}, {}
+    for path, x in traverse_util.flatten_dict(params).items():
+        group = trained if part_of(path) in parts else frozen
+        group[path] = x
+    return trained, frozen
 
 
 def join(trained: dict, frozen: dict):
@@ -34,88 +40,104 @@ def join(trained: dict, frozen: dict):
 
 
 def schedule(cfg: Optim, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine down to `final_lr_fraction` of the peak."""
+    """Linear warm-up from 0, then a cosine decay to `final_lr_fraction` of the peak."""
     warmup = min(cfg.warmup_steps, max(steps - 1, 1))
     return optax.warmup_cosine_decay_schedule(
-        0.0,
-        cfg.learning_rate,
-        warmup,
-        max(steps, warmup + 1),
-        cfg.learning_rate * cfg.final_lr_fraction,
+        init_value=0.0,
+        peak_value=cfg.learning_rate,
+        warmup_steps=warmup,
+        decay_steps=max(steps, warmup + 1),
+        end_value=cfg.learning_rate * cfg.final_lr_fraction,
     )
 
 
-def optimizer(cfg: Optim, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW or Muon, for the flat dict of trained parameters that `split` makes.
-
-    Weight decay is for matrices; the learning rate of each part is the schedule times its `lr_mult`.
-    """
-    scales = dataclasses.asdict(cfg.lr_mult)
-
-    def is_matrix(params):
-        return {path: path[-1] in MATRICES for path in params}
-
-    def scale_parts(updates, _):
-        return {path: update * scales[part_of(path)] for path, update in updates.items()}
-
-    return optax.chain(
-        optax.clip_by_global_norm(cfg.clip_norm),
-        _adam(cfg) if cfg.kind == "adamw" else _muon(cfg),
-        optax.add_decayed_weights(cfg.weight_decay, is_matrix),
-        optax.stateless(scale_parts),
-        optax.scale_by_learning_rate(schedule(cfg, steps)),
-    )
-
-
-def _adam(cfg: Optim) -> optax.GradientTransformation:
+def adamw(cfg: Optim, boxes: Boxes) -> optax.GradientTransformation:
+    """Adam (Kingma and Ba 2015); weight decay is decoupled (Loshchilov and Hutter 2019)."""
     return optax.scale_by_adam(cfg.beta1, cfg.beta2)
 
 
-def _muon(cfg: Optim) -> optax.GradientTransformation:
+def muon(cfg: Optim, boxes: Boxes) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for kernels, Adam for embeddings, norms, biases and gates.
 
-    An orthogonal update is scaled to a root mean square of 1, so that one learning rate serves both.
+    Orthogonal updates are scaled to a root mean square of 1, so that one learning rate serves both.
     """
 
-    def groups(params):
-        return {path: "muon" if path[-1] == "kernel" else "adam" for path in params}
+    def group(params):
+        return {path: "muon" if boxes[path].is_kernel else "adam" for path in params}
 
-    def unit_rms(updates, _):
+    def dimension_numbers(params):
         return {
-            path: update if _masked(update) else _unit_rms(path, update)
-            for path, update in updates.items()
+            path: x if _is_masked(x) else _muon_dimensions(boxes[path])
+            for path, x in params.items()
         }
 
-    orthogonal = optax.contrib.scale_by_muon(weight_dimension_numbers=_kernel_sides)
-    muon = optax.chain(orthogonal, optax.stateless(unit_rms))
-    return optax.partition({"muon": muon, "adam": _adam(cfg)}, groups)
+    def scale_to_unit_rms(updates, _):
+        return {
+            path: x if _is_masked(x) else x * _inverse_rms(boxes[path], x.shape)
+            for path, x in updates.items()
+        }
+
+    orthogonal = optax.contrib.scale_by_muon(weight_dimension_numbers=dimension_numbers)
+    kernels = optax.chain(orthogonal, optax.stateless(scale_to_unit_rms))
+    return optax.partition({"muon": kernels, "adam": adamw(cfg, boxes)}, group)
 
 
-def _masked(x) -> bool:
+def _is_masked(x) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
-def _kernel_sides(params) -> dict:
-    """The letters of every kernel that are contracted and those that come out; `L`, stacked in front, is neither."""
+def _muon_dimensions(box: Partitioned) -> optax.contrib.MuonDimensionNumbers:
+    return optax.contrib.MuonDimensionNumbers(box.contracted_axes, box.output_axes)
 
-    def sides(path, kernel):
-        first = 1 if "layers" in path else 0
-        middle = first + (
-            2 if path[-2] == "out" else 1
-        )  # attention's output contracts heads and their numbers
-        return optax.contrib.MuonDimensionNumbers(
-            tuple(range(first, middle)), tuple(range(middle, kernel.ndim))
+
+def _inverse_rms(box: Partitioned, shape: tuple[int, ...]) -> float:
+    """Returns 1 / RMS of an orthogonal matrix (inputs, outputs): sqrt(max(inputs, outputs))."""
+    inputs = math.prod(shape[axis] for axis in box.contracted_axes)
+    outputs = math.prod(shape[axis] for axis in box.output_axes)
+    return math.sqrt(max(inputs, outputs))
+
+
+# The update rule of each `optim.kind`. `optimizer` clips the gradients before it, and adds weight
+# decay and learning rates after it.
+OPTIMIZERS: dict[str, Callable[[Optim, Boxes], optax.GradientTransformation]] = {
+    "adamw": adamw,
+    "muon": muon,
+}
+
+
+def check_kind(cfg: Optim) -> None:
+    """Raises ConfigError if `optim.kind` is not a row of `OPTIMIZERS`."""
+    if cfg.kind not in OPTIMIZERS:
+        raise ConfigError(
+            f"optim.kind {cfg.kind!r} is not an optimizer{nearest(cfg.kind, OPTIMIZERS)}: "
+            f"choose {', '.join(OPTIMIZERS)}."
         )
 
-    return {
-        path: kernel if _masked(kernel) else sides(path, kernel) for path, kernel in params.items()
-    }
 
+def optimizer(cfg: Experiment) -> optax.GradientTransformation:
+    """Returns the optimizer for the flat dict of trained parameters that `split` makes.
 
-def _unit_rms(path, update):
-    sides = _kernel_sides({path: update})[path]
-    inputs, outputs = (
-        math.prod(update.shape[i] for i in axes)
-        for axes in (sides.reduction_axis, sides.output_axis)
+    Gradients are clipped by their global norm and scaled by the rule of `optim.kind`. Kernels and
+    embedding tables decay. The learning rate of a part is the schedule times its `lr_mult`.
+
+    Raises:
+      ConfigError: `optim.kind` is not a row of `OPTIMIZERS`.
+    """
+    check_kind(cfg.optim)
+    boxes = traverse_util.flatten_dict(abstract_params(cfg))
+    lr_mult = dataclasses.asdict(cfg.optim.lr_mult)
+
+    def decays(params):
+        # Not by the number of dimensions: stacked layers give vectors a second one.
+        return {path: boxes[path].is_kernel or boxes[path].is_table for path in params}
+
+    def scale_parts(updates, _):
+        return {path: update * lr_mult[part_of(path)] for path, update in updates.items()}
+
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.optim.clip_norm),
+        OPTIMIZERS[cfg.optim.kind](cfg.optim, boxes),
+        optax.add_decayed_weights(cfg.optim.weight_decay, decays),
+        optax.stateless(scale_parts),
+        optax.scale_by_learning_rate(schedule(cfg.optim, cfg.train.steps)),
     )
-    return update * math.sqrt(max(inputs, outputs))

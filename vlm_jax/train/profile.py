@@ -7,28 +7,28 @@ from vlm_jax.runtime.workdir import Workdir
 
 
 class Profile:
-    """Writes `train.profile_steps` of the first process into the work folder's `profile`.
+    """Traces the steps of `train.profile_steps` on the first process, into the work folder.
 
-    Of a run that continues, those that are left.
+    A run that continues traces the remaining ones.
     """
 
     def __init__(self, cfg: Train, workdir: Workdir):
-        self._steps = range(0) if jax.process_index() else cfg.profiled
+        self._steps = cfg.profiled if jax.process_index() == 0 else range(0)
         self._folder = str(workdir.profile)
-        self._running = False
+        self._is_running = False
 
     def before(self, step: int) -> None:
-        if step in self._steps and not self._running:
+        if step in self._steps and not self._is_running:
             jax.profiler.start_trace(self._folder)
-            self._running = True
+            self._is_running = True
 
     def after(self, step: int, outputs) -> None:
-        """`outputs` of the step are waited for where it is the last of the trace."""
-        if self._running and step + 1 not in self._steps:
+        """Ends the trace after its last step, once that step's `outputs` are computed."""
+        if self._is_running and step + 1 not in self._steps:
             jax.block_until_ready(outputs)
             self.close()
 
     def close(self) -> None:
-        if self._running:
+        if self._is_running:
             jax.profiler.stop_trace()
-            self._running = False
+            self._is_running = False

@@ -1,4 +1,4 @@
-"""What a run prints before its first step: model, data, devices and work folder."""
+"""The lines that a run prints before its first step: model, data, devices, work folder."""
 
 import jax
 
@@ -10,7 +10,11 @@ from vlm_jax.train import optim
 
 
 def summarize(cfg: Experiment, mesh: jax.sharding.Mesh, params, start: int) -> str:
-    """Aligned lines `name  value` about a run that continues from step `start` (0: a new run)."""
+    """Returns aligned lines `name  value` about a run.
+
+    Args:
+      start: the step that the run continues from; 0 for a new run.
+    """
     facts = {
         "model": describe_model(cfg),
         "parameters": describe_parameters(cfg, params),
@@ -31,11 +35,9 @@ def describe_model(cfg: Experiment) -> str:
     vision, decoder = cfg.vision, cfg.decoder
     stages = [f"decoder {decoder.depth} x {decoder.width}"]
     if cfg.fusion.has_images:
-        images = (
-            "an image"
-            if vision.pictures == 1
-            else f"each of at most {vision.pictures} views of an image"
-        )
+        images = "an image"
+        if vision.pictures > 1:
+            images = f"each of at most {vision.pictures} views of an image"
         encoder = f"ViT {vision.depth} x {vision.width}" if vision.kind == "vit" else "no encoder"
         projector = f"{cfg.projector.kind} projector"
         tokens = f"{cfg.image_tokens} tokens"
@@ -45,15 +47,13 @@ def describe_model(cfg: Experiment) -> str:
 
 def describe_parameters(cfg: Experiment, params) -> str:
     trained, frozen = optim.split(params, cfg.optim)
-    trained_size, frozen_size = (
-        sum(x.size for x in trained.values()),
-        sum(x.size for x in frozen.values()),
-    )
-    total = trained_size + frozen_size
+    trained_size = sum(x.size for x in trained.values())
+    total = trained_size + sum(x.size for x in frozen.values())
     if not frozen:
         return f"{total:,}, all trained"
-    frozen_parts = [part for part in PARTS if part in {part_of(path) for path in frozen}]
-    return f"{total:,}, {trained_size / total:.1%} trained; frozen: {', '.join(frozen_parts)}"
+    frozen_parts = {part_of(path) for path in frozen}
+    names = [part for part in PARTS if part in frozen_parts]
+    return f"{total:,}, {trained_size / total:.1%} trained; frozen: {', '.join(names)}"
 
 
 def describe_devices(mesh: jax.sharding.Mesh) -> str:
@@ -72,7 +72,10 @@ def describe_data(cfg: Experiment) -> str:
         )
     images = len(sources.load(cfg.data, cfg.data.train_split))
     steps = images / cfg.train.batch_size
-    return f"{name}: {images:,} images, one a row of {cfg.row_length:,} tokens; an epoch is {steps:,.1f} steps"
+    return (
+        f"{name}: {images:,} images, one a row of {cfg.row_length:,} tokens; an epoch is "
+        f"{steps:,.1f} steps"
+    )
 
 
 def describe_steps(cfg: Experiment, start: int) -> str:
@@ -81,7 +84,7 @@ def describe_steps(cfg: Experiment, start: int) -> str:
 
 
 def describe_beginning(cfg: Experiment) -> str:
-    """The folder of each part that begins with a checkpoint; "" for a model from scratch."""
+    """Names the checkpoint folder of each pretrained part; "" for a model from scratch."""
     folders: dict[str, list[str]] = {}
     for part in cfg.pretrained_parts:
         folders.setdefault(getattr(cfg, part).checkpoint, []).append(part)

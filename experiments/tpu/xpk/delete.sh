@@ -11,6 +11,6 @@ jobs=$(query "$NAME " xpk workload list --cluster="$CLUSTER" "${WHERE[@]}" --fil
 if grep -q "^$NAME " <<<"$jobs"; then
   run xpk workload delete --workload="$NAME" --cluster="$CLUSTER" "${WHERE[@]}" --quiet
 else
-  say "there is no job $NAME"
+  say "job $NAME does not exist"
 fi
 [[ -z $ASKED ]] || run xpk cluster delete --cluster="$CLUSTER" "${WHERE[@]}" --quiet --force

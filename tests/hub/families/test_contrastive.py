@@ -1,4 +1,4 @@
-"""CLIP and SigLIP with both towers, and OpenCLIP's format: our vectors and logits are those of transformers."""
+"""CLIP and SigLIP with both towers, and OpenCLIP's format: outputs equal to transformers'."""
 
 import functools
 import json
@@ -59,7 +59,7 @@ every_model = pytest.mark.parametrize("kind", MODELS)
 
 
 def inputs(side_px=16) -> dict[str, np.ndarray]:
-    """Two images and three texts, the shorter ones padded at the right and at the left; two have their end twice."""
+    """Two images and three texts, padded right and left; two texts have their end token twice."""
     rng = np.random.default_rng(0)
     ids, mask = rng.integers(1, EOS, (3, 9)), np.ones((3, 9), int)
     ids[0, 8] = ids[1, 5] = ids[1, 7] = ids[2, 6] = ids[2, 8] = EOS
@@ -76,17 +76,21 @@ def expected_of(model, arrays) -> dict[str, np.ndarray]:
     return {name: getattr(found, name).numpy() for name in OUTPUTS}
 
 
-def assert_outputs_are_equal(folder, theirs, arrays, **settings):
+def assert_outputs_are_equal(folder, hf, arrays) -> dict:
+    """Compares vectors and logits; returns the intermediates of the same compiled program."""
     model, params = load_params(folder)
-    images, there = channels_last(arrays["pixel_values"]), arrays["attention_mask"].astype(bool)
-    found = forward(model, params, images, arrays["input_ids"], there, **settings)
-    for name, expected in expected_of(theirs, arrays).items():
+    images, mask = channels_last(arrays["pixel_values"]), arrays["attention_mask"].astype(bool)
+    found, state = forward(
+        model, params, images, arrays["input_ids"], mask, mutable="intermediates"
+    )
+    for name, expected in expected_of(hf, arrays).items():
         np.testing.assert_allclose(getattr(found, name), expected, atol=1e-4, err_msg=name)
+    return state["intermediates"]
 
 
 @pytest.fixture(scope="module")
 def pair_of(tmp_path_factory):
-    """`pair_of(kind)`: a folder, and the model of transformers that is in it."""
+    """`pair_of(kind)`: a folder and the model of transformers in it."""
 
     @functools.cache
     def make(kind):
@@ -98,41 +102,40 @@ def pair_of(tmp_path_factory):
 
 @every_model
 def test_vectors_and_logits_are_those_of_transformers_at_any_size(pair_of, kind):
-    assert_outputs_are_equal(*pair_of(kind), inputs(side_px=24))
-
-
-@every_model
-def test_the_blocks_of_the_text_tower_are_those_of_transformers(pair_of, kind):
-    folder, theirs = pair_of(kind)
-    model, params = load_params(folder)
-    ids = inputs()["input_ids"]
+    """The hidden states of the text tower are compared block by block as well."""
+    (_, hf), arrays = pair_of(kind), inputs(side_px=24)
+    text = assert_outputs_are_equal(*pair_of(kind), arrays)["text"]
+    states = [text["embeddings"][0], *text["blocks"]["layers"]["block_0_out"][0]]
     with torch.no_grad():
-        expected = theirs.text_model(torch.tensor(ids), output_hidden_states=True).hidden_states
-    _, between = forward(model, params, ids, method="text_features", mutable="intermediates")
-    found = between["intermediates"]["text"]
-    for i, state in enumerate(
-        [found["embeddings"][0], *found["blocks"]["layers"]["block_0_out"][0]]
-    ):
+        expected = hf.text_model(
+            torch.tensor(arrays["input_ids"]),
+            attention_mask=torch.tensor(arrays["attention_mask"]),
+            output_hidden_states=True,
+        ).hidden_states
+    is_token = arrays["attention_mask"] == 1
+    for i, state in enumerate(states):
         name = f"after block {i - 1}" if i else "embeddings"
-        np.testing.assert_allclose(state, expected[i].numpy(), atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(
+            np.asarray(state)[is_token], expected[i].numpy()[is_token], atol=1e-4, err_msg=name
+        )
 
 
 @every_model
 def test_an_export_is_what_was_loaded_and_transformers_loads_it(pair_of, tmp_path, kind):
-    folder, theirs = pair_of(kind)
+    folder, hf = pair_of(kind)
     assert_round_trip(folder, tmp_path)
-    again = reloaded(type(theirs), tmp_path, theirs)
-    for name, expected in expected_of(theirs, inputs()).items():
+    again = reloaded(type(hf), tmp_path, hf)
+    for name, expected in expected_of(hf, inputs()).items():
         np.testing.assert_allclose(expected_of(again, inputs())[name], expected, atol=1e-6)
     assert load_params(tmp_path)[0].cfg == load_params(folder)[0].cfg
 
 
 def test_verify_compares_what_both_towers_give(pair_of, tmp_path):
-    folder, theirs = pair_of("siglip")
+    folder, hf = pair_of("siglip")
     arrays = inputs()
-    expected = expected_of(theirs, arrays) | {"logits": np.zeros(3, np.float32)}
+    expected = expected_of(hf, arrays) | {"logits": np.zeros(3, np.float32)}
     with torch.no_grad():
-        expected["image_features"] = theirs.vision_model(
+        expected["image_features"] = hf.vision_model(
             torch.tensor(arrays["pixel_values"][..., :16])
         ).pooler_output
     np.savez(
@@ -181,9 +184,9 @@ def open_clip_tensors(model: CLIPModel) -> dict[str, torch.Tensor]:
             fused.setdefault(f"{found[1]}.attn.in_proj_{found[3]}", {})[found[2]] = x
         else:
             tensors[name] = x.T.contiguous() if name in ("visual.proj", "text_projection") else x
-    return tensors | {
-        name: torch.cat([parts[letter] for letter in "qkv"]) for name, parts in fused.items()
-    }
+    for name, parts in fused.items():
+        tensors[name] = torch.cat([parts["q"], parts["k"], parts["v"]])
+    return tensors
 
 
 def open_clip_config(quick_gelu: bool) -> dict:
@@ -212,15 +215,15 @@ def open_clip_config(quick_gelu: bool) -> dict:
 
 def open_clip_folder(folder, quick_gelu=False, prefix="", file_name="open_clip_model.safetensors"):
     """The folder, and a model of transformers with the same weights."""
-    theirs = randomized(clip(2, hidden_act="quick_gelu" if quick_gelu else "gelu"))
+    hf = randomized(clip(2, hidden_act="quick_gelu" if quick_gelu else "gelu"))
     of_text = re.compile("(?!visual|logit_scale)")
     tensors = {
         (prefix if of_text.match(name) else "") + name: x
-        for name, x in open_clip_tensors(theirs).items()
+        for name, x in open_clip_tensors(hf).items()
     }
     (save_file if file_name.endswith("safetensors") else torch.save)(tensors, folder / file_name)
     (folder / "open_clip_config.json").write_text(json.dumps(open_clip_config(quick_gelu)))
-    return folder, theirs
+    return folder, hf
 
 
 @pytest.mark.parametrize(
@@ -228,7 +231,7 @@ def open_clip_folder(folder, quick_gelu=False, prefix="", file_name="open_clip_m
     [
         {},
         {"quick_gelu": True, "file_name": "open_clip_pytorch_model.bin"},
-        {"prefix": "text."},  # a text tower that is a module of its own
+        {"prefix": "text."},  # the text tower is a submodule
     ],
     ids=lambda layout: " ".join(layout),
 )
@@ -247,21 +250,19 @@ def test_open_clip_is_exported_in_its_own_format(tmp_path):
         "open_clip_model.safetensors",
     }
     assert load_params(target)[0].cfg == load_params(folder)[0].cfg
-    written, given = (
-        json.loads((target / "open_clip_config.json").read_text()),
-        open_clip_config(False),
-    )
-    assert written["preprocess_cfg"] == given["preprocess_cfg"]
-    assert written["model_cfg"]["vision_cfg"] == given["model_cfg"]["vision_cfg"]
-    assert given["model_cfg"]["text_cfg"].items() <= written["model_cfg"]["text_cfg"].items()
+    written = json.loads((target / "open_clip_config.json").read_text())
+    original = open_clip_config(False)
+    assert written["preprocess_cfg"] == original["preprocess_cfg"]
+    assert written["model_cfg"]["vision_cfg"] == original["model_cfg"]["vision_cfg"]
+    assert original["model_cfg"]["text_cfg"].items() <= written["model_cfg"]["text_cfg"].items()
 
 
 def test_a_folder_with_both_formats_is_that_of_transformers(tmp_path):
-    """As those of LAION are: the weights that belong to config.json are taken."""
-    folder, theirs = open_clip_folder(tmp_path)
-    theirs.config.save_pretrained(folder)
-    torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
-    assert_outputs_are_equal(folder, theirs, inputs())
+    """As LAION's folders: config.json and its weights take precedence."""
+    folder, hf = open_clip_folder(tmp_path)
+    hf.config.save_pretrained(folder)
+    torch.save(hf.state_dict(), folder / "pytorch_model.bin")
+    assert_outputs_are_equal(folder, hf, inputs())
 
 
 # ---- as the encoder of another model

@@ -1,4 +1,4 @@
-"""Vision-encoder-decoder with GPT-2 and TrOCR: our logits and tokens are those of transformers."""
+"""Vision-encoder-decoder with GPT-2 and TrOCR: outputs equal to transformers', exact export."""
 
 import functools
 import json
@@ -79,7 +79,7 @@ every_kind = pytest.mark.parametrize("kind", SIDES)
 
 @pytest.fixture(scope="module")
 def pair_of(tmp_path_factory):
-    """`pair_of(kind)`: the model of transformers, and ours of its folder."""
+    """`pair_of(kind)`: the model of transformers and ours."""
 
     @functools.cache
     def make(kind):
@@ -92,7 +92,7 @@ def pair_of(tmp_path_factory):
 
 
 def inputs(side: str, lengths=LENGTHS, room: int = NEW) -> dict[str, np.ndarray]:
-    """One random image a row, and a text that begins with START, padded to the longest and `room` tokens more."""
+    """A random image and text a row, beginning with START, with `room` more slots than tokens."""
     rng = np.random.default_rng(0)
     length = max(lengths) + room
     ids = np.full((len(lengths), length), PAD)
@@ -108,9 +108,9 @@ def inputs(side: str, lengths=LENGTHS, room: int = NEW) -> dict[str, np.ndarray]
 @every_kind
 def test_logits_are_those_of_transformers(pair_of, kind, side):
     arrays = inputs(side)
-    found, expected = pair_of(kind).logits(**arrays), reference(pair_of(kind).hf, **arrays)
-    there = arrays["decoder_attention_mask"] == 1
-    np.testing.assert_allclose(found[there], expected[there], atol=1e-4)
+    logits, expected = pair_of(kind).logits(**arrays), reference(pair_of(kind).hf, **arrays)
+    is_token = arrays["decoder_attention_mask"] == 1
+    np.testing.assert_allclose(logits[is_token], expected[is_token], atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [GPT2, SINE])
@@ -126,8 +126,10 @@ def test_positions_may_be_given(pair_of):
         "decoder_position_ids": np.arange(7 + NEW)[None].repeat(3, axis=0) + 4
     }
     expected = reference(pair_of(GPT2).hf, **arrays)
-    there = arrays["decoder_attention_mask"] == 1
-    np.testing.assert_allclose(pair_of(GPT2).logits(**arrays)[there], expected[there], atol=1e-4)
+    is_token = arrays["decoder_attention_mask"] == 1
+    np.testing.assert_allclose(
+        pair_of(GPT2).logits(**arrays)[is_token], expected[is_token], atol=1e-4
+    )
 
 
 def states_of_transformers(model, arrays) -> dict[str, np.ndarray]:
@@ -168,7 +170,7 @@ def test_every_block_gives_what_it_gives_in_transformers(pair_of, kind):
 
 @every_kind
 def test_greedy_tokens_are_those_of_transformers(pair_of, kind):
-    """With sines, transformers numbers new tokens otherwise than a prompt's: they are decoded with the cache."""
+    """With sinusoidal positions, transformers numbers new tokens differently: uses the cache."""
     if kind == SINE:
         assert_cached_greedy_tokens_are_equal(pair_of(kind), **inputs("left", (1, 1, 1), room=0))
     else:
@@ -180,7 +182,7 @@ def test_cached_greedy_tokens_are_those_of_transformers(pair_of):
 
 
 def test_a_row_of_a_batch_has_the_logits_that_it_has_alone(pair_of):
-    """Given positions that count tokens; transformers counts slots, so that padding would matter."""
+    """With positions that count tokens; transformers counts slots, so padding would matter."""
     arrays = inputs("left")
     arrays |= {"decoder_position_ids": np.cumsum(arrays["decoder_attention_mask"], axis=1) - 1}
     alone = {name: x[2:] for name, x in arrays.items()}
@@ -210,7 +212,7 @@ def test_an_export_is_what_was_loaded_and_transformers_loads_it(pair_of, kind, t
 
 @pytest.mark.parametrize("is_copy", [True, False])
 def test_a_stored_head_is_tied_if_it_is_a_copy_of_the_embedding(pair_of, tmp_path, is_copy):
-    """As in `pytorch_model.bin` of vit-gpt2-image-captioning; another head is loaded whatever config.json says."""
+    """As in vit-gpt2-image-captioning; another head is loaded even if config.json ties it."""
     pair = pair_of(TIED)
     tensors = load_file(pair.checkpoint.folder / "model.safetensors")
     tensors["decoder.lm_head.weight"] = tensors["decoder.transformer.wte.weight"] + (not is_copy)

@@ -1,4 +1,4 @@
-"""ViT, CLIP, SigLIP and DINOv2 as encoders: our outputs are those of transformers at any size of the images."""
+"""ViT, CLIP, SigLIP and DINOv2 as encoders: outputs equal to transformers' at any image size."""
 
 import functools
 import itertools
@@ -30,7 +30,7 @@ from vlm_jax.nn.models import build_model
 
 
 class HeadlessViT:
-    """ViT without the layer that pools, as encoders of other models and many files have it."""
+    """ViT without a pooler, as in encoders of other models and in many files."""
 
     def __new__(cls, config):
         return ViTModel(config, add_pooling_layer=False)
@@ -63,17 +63,15 @@ MODELS = {
         Dinov2Config(**SIZES, use_swiglu_ffn=True, use_mask_token=False),
     ),
 }
-SIDES_PX = {
-    "its own size": (16, 16),
-    "another": (22, 13),
-}  # the second leaves pixels over beside whole patches
+OWN = "its own size"
+SIDES_PX = {OWN: (16, 16), "another": (22, 13)}  # the second is not a multiple of the patch size
 every_model = pytest.mark.parametrize("kind", MODELS)
 every_size = pytest.mark.parametrize("size", SIDES_PX)
 
 
 @pytest.fixture(scope="module")
 def pair_of(tmp_path_factory):
-    """`pair_of(kind)`: a folder, the model of transformers that is in it, and ours with its parameters."""
+    """`pair_of(kind)`: a folder, the model of transformers in it, our model and its parameters."""
 
     @functools.cache
     def make(kind):
@@ -84,58 +82,61 @@ def pair_of(tmp_path_factory):
     return make
 
 
-def outputs_of(pair, size):
-    """What transformers gives for two images of a size, and ours with its intermediate numbers."""
-    _, theirs, model, params = pair
-    pixels = np.random.default_rng(0).normal(size=(2, 3, *SIDES_PX[size])).astype(np.float32)
-    resampled = {} if isinstance(theirs, Dinov2Model) else {"interpolate_pos_encoding": True}
-    with torch.no_grad():
-        expected = theirs(torch.tensor(pixels), output_hidden_states=True, **resampled)
-    return expected, *forward(
-        model, params, channels_last(pixels), method="encode", mutable="intermediates"
-    )
+def random_pixels(size: str) -> np.ndarray:
+    """Two images (2, channels, height, width)."""
+    return np.random.default_rng(0).normal(size=(2, 3, *SIDES_PX[size])).astype(np.float32)
+
+
+def encode(model, params, size=OWN):
+    """Our outputs and intermediates; all laws of a model share the program of each size."""
+    settings = {"method": "encode", "mutable": "intermediates"}
+    return forward(model, params, channels_last(random_pixels(size)), **settings)
+
+
+def assert_equal_tokens(model, params, expected_model, expected_params) -> None:
+    found, expected = encode(model, params)[0], encode(expected_model, expected_params)[0]
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
 
 
 @every_size
 @every_model
 def test_outputs_are_those_of_transformers_layer_by_layer(pair_of, kind, size):
-    expected, found, between = outputs_of(pair_of(kind), size)
-    (embeddings,), blocks = (
-        between["intermediates"]["embeddings"],
-        between["intermediates"]["blocks"]["layers"],
-    )
+    _, hf, model, params = pair_of(kind)
+    resampled = {} if isinstance(hf, Dinov2Model) else {"interpolate_pos_encoding": True}
+    with torch.no_grad():
+        pixels = torch.tensor(random_pixels(size))
+        expected = hf(pixels, output_hidden_states=True, **resampled)
+    found, state = encode(model, params, size)
+    (embeddings,) = state["intermediates"]["embeddings"]
+    blocks = state["intermediates"]["blocks"]["layers"]
     for i, state in enumerate([embeddings, *blocks["block_0_out"][0]]):
         name = f"after block {i - 1}" if i else "embeddings"
         np.testing.assert_allclose(
             state, expected.hidden_states[i].numpy(), atol=1e-4, err_msg=name
         )
-    theirs = {"tokens": "last_hidden_state", "pooled": "pooler_output", "logits": "logits"}
-    for ours, name in theirs.items():
+    names = {"tokens": "last_hidden_state", "pooled": "pooler_output", "logits": "logits"}
+    for field, name in names.items():
         output = getattr(expected, name, None)
         if output is not None:
             np.testing.assert_allclose(
-                getattr(found, ours), output.numpy(), atol=1e-4, err_msg=name
+                getattr(found, field), output.numpy(), atol=1e-4, err_msg=name
             )
         else:
-            assert getattr(found, ours) is None or isinstance(
-                pair_of(kind)[1], ViTForImageClassification
-            )
+            assert getattr(found, field) is None or isinstance(hf, ViTForImageClassification)
 
 
 @every_model
 def test_an_export_is_what_was_loaded_and_transformers_loads_it(pair_of, tmp_path, kind):
-    folder, theirs, model, params = pair_of(kind)
+    folder, hf, model, params = pair_of(kind)
     assert_round_trip(folder, tmp_path)
-    reloaded(MODELS[kind][0], tmp_path, theirs)
+    reloaded(MODELS[kind][0], tmp_path, hf)
     again, params_again = load_params(tmp_path)
     assert again.cfg == model.cfg
-    images = np.ones((1, 16, 16, 3), np.float32)
-    expected = forward(model, params, images)
-    np.testing.assert_array_equal(forward(again, params_again, images), expected)
+    assert_equal_tokens(again, params_again, model, params)
 
 
 def test_a_classifier_alone_has_its_encoder_below_a_name(pair_of, tmp_path):
-    """As published: `embeddings.cls_token` of a bare ViT, `vit.embeddings.cls_token` beside a classifier."""
+    """As published: `embeddings.cls_token`, below `vit.` if it has a classifier."""
     for kind, token in {
         "vit": "embeddings.cls_token",
         "vit with classes": "vit.embeddings.cls_token",
@@ -146,32 +147,28 @@ def test_a_classifier_alone_has_its_encoder_below_a_name(pair_of, tmp_path):
 
 @pytest.mark.parametrize("kind", ["vit", "clip", "siglip", "dinov2", "dinov2 with a gated mlp"])
 def test_names_of_modules_in_memory_load_too(pair_of, tmp_path, kind):
-    _, theirs, model, params = pair_of(kind)
-    theirs.save_pretrained(tmp_path, save_original_format=False)
+    _, hf, model, params = pair_of(kind)
+    hf.save_pretrained(tmp_path, save_original_format=False)
     again, params_again = load_params(tmp_path)
-    images = np.ones((1, 16, 16, 3), np.float32)
-    np.testing.assert_array_equal(
-        forward(again, params_again, images), forward(model, params, images)
-    )
+    assert_equal_tokens(again, params_again, model, params)
 
 
 def test_a_model_may_be_stored_below_its_own_name(tmp_path):
-    """As files have it that were a classifier's once."""
-    theirs = randomized(Dinov2Model(MODELS["dinov2"][1]))
-    theirs.config.save_pretrained(tmp_path)
+    """Files that were extracted from a classifier have such names."""
+    hf = randomized(Dinov2Model(MODELS["dinov2"][1]))
+    hf.config.save_pretrained(tmp_path)
     torch.save(
-        {f"dinov2.{name}": x for name, x in theirs.state_dict().items()},
+        {f"dinov2.{name}": x for name, x in hf.state_dict().items()},
         tmp_path / "pytorch_model.bin",
     )
     model, params = load_params(tmp_path)
-    found = forward(model, params, np.ones((1, 16, 16, 3), np.float32), method="encode").tokens
     with torch.no_grad():
-        expected = theirs(torch.ones(1, 3, 16, 16)).last_hidden_state
-    np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+        expected = hf(torch.tensor(random_pixels(OWN))).last_hidden_state
+    np.testing.assert_allclose(encode(model, params)[0].tokens, expected.numpy(), atol=1e-4)
 
 
 def test_the_ratio_of_the_mlp_gives_its_width_again():
-    """Ratios are rounded, and products rounded down: 54 / 49 times 49 would give 53."""
+    """Plain division would fail: int(49 * (54 / 49)) is 53."""
     for width, mlp_width in itertools.product((49, 768, 1408), range(40, 240)):
         assert int(width * mlp_ratio(width, mlp_width)) == mlp_width
     assert repr(mlp_ratio(768, 3072)) == "4"

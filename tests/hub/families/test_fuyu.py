@@ -31,12 +31,11 @@ class TestFuyu(UnifiedLaws):
         "as published": (FuyuForCausalLM, config()),
         "without norms of queries and keys": (FuyuForCausalLM, config(qk_layernorm=False)),
     }
+    CACHED = ("as published",)
+    FEATURES_ATOL = 1e-5
 
     def config_keys(self, pair):
         return {"image_token_id": IMAGE}
-
-    CACHED = ("as published",)
-    FEATURES_ATOL = 1e-5
 
     def image_ids(self, pair):
         return PATCHES
@@ -64,9 +63,11 @@ def test_the_published_file_has_the_decoder_flat_and_half_of_a_head_turned():
         "rope_theta": 77.0
     }
     decoder = fuyu.config_from_hf({"model_type": "fuyu", **flat}, NAMES).decoder
-    theirs = FuyuConfig(**flat).text_config
-    assert decoder.rope.theta == theirs.rope_parameters["rope_theta"] == 77.0
-    assert decoder.rope.fraction == theirs.rope_parameters["partial_rotary_factor"] == 0.5
+    expected = FuyuConfig(**flat).text_config
+    assert decoder.rope.theta == expected.rope_parameters["rope_theta"] == 77.0
+    assert decoder.rope.fraction == expected.rope_parameters["partial_rotary_factor"] == 0.5
     assert (
-        (decoder.width, decoder.depth) == (theirs.hidden_size, theirs.num_hidden_layers) == (32, 3)
+        (decoder.width, decoder.depth)
+        == (expected.hidden_size, expected.num_hidden_layers)
+        == (32, 3)
     )

@@ -49,7 +49,7 @@ def test_layers_of_both_kinds_are_counted_together_and_taps_from_what_enters_the
 @pytest.mark.parametrize("taps", ["input", "output"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_config_is_read_as_it_was_written(kind, taps):
-    """In the spelling of transformers 4.x, which we write; what the loader is not told, the file says."""
+    """With the keys of transformers 4.x; the written file states its taps."""
     family = family_of(CONFIGS[kind], "config.json", taps)
     cfg = family.config_from_hf(CONFIGS[kind], ())
     written = json.loads(json.dumps(family.config_to_hf(cfg)))

@@ -1,4 +1,4 @@
-"""CLIP: the image encoder alone, or both towers."""
+"""CLIP: the image encoder alone, or both towers (transformers, models/clip/modeling_clip.py)."""
 
 from collections.abc import Collection
 
@@ -33,9 +33,8 @@ BLOCK = {
     "mlp/down": "mlp.fc2",
 }
 VISION, TEXT = "vision_model.", "text_model."
-LARGEST_ID = (
-    2  # an eos_token_id that older files have by mistake: the text ends with its largest id
-)
+# An eos_token_id of older files that is wrong: their texts end with the largest id.
+LARGEST_ID = 2
 TEXT_DEFAULTS = {
     "vocab_size": 49408,
     "hidden_size": 512,
@@ -70,7 +69,7 @@ def vision_to_hf(vision: Vision) -> Json:
 
 
 def vision_rows(vision: Vision, hub_prefix: str, param: str) -> list[Row]:
-    """The encoder's rows; both prefixes end with what separates them from names: "vision_model.", "vision/"."""
+    """Rows of the encoder. Prefixes include their separator: "vision_model.", "vision/"."""
     hf = f"{hub_prefix}embeddings"
     positions = (
         Target(f"{param}class_position", "1 D -> D"),
@@ -87,7 +86,7 @@ def vision_rows(vision: Vision, hub_prefix: str, param: str) -> list[Row]:
 
 
 def text_from_hf(config: Json) -> Decoder:
-    """A text tower; `config` has the defaults of its family filled in."""
+    """Reads a text tower; `config` includes the defaults of its family."""
     return Decoder(
         width=positive_int(config, "hidden_size"),
         depth=positive_int(config, "num_hidden_layers"),
@@ -124,7 +123,7 @@ def text_rows(text: Decoder) -> list[Row]:
 
 
 def tower_config(config: Json, name: str) -> Json:
-    """The settings of one tower; older files have them twice, and `..._dict` is what counts."""
+    """Settings of one tower; in older files `..._config_dict` takes precedence."""
     return drop_nulls(get_or(config, f"{name}_config_dict", get_or(config, f"{name}_config", {})))
 
 
@@ -133,18 +132,16 @@ def config_from_hf(config: Json, names: Collection[str]) -> Contrastive:
     eos = text["eos_token_id"]
     if not isinstance(eos, int):
         raise CheckpointError(
-            f"config.json: eos_token_id {eos} of text_config is not supported: it has to be one id."
+            f"config.json: eos_token_id {eos} of text_config is not supported: it must be one id."
         )
-    end = (
-        {"text_pool": "largest_id"}
-        if eos == LARGEST_ID
-        else {"text_pool": "first_eos", "eos_id": eos}
-    )
+    pooling = {"text_pool": "first_eos", "eos_id": eos}
+    if eos == LARGEST_ID:
+        pooling = {"text_pool": "largest_id"}
     return Contrastive(
         vision=vision_from_hf(tower_config(config, "vision")),
         text=text_from_hf(text),
         embed_width=positive_int(config, "projection_dim", 512),
-        **end,
+        **pooling,
     )
 
 

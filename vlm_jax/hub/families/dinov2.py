@@ -1,4 +1,4 @@
-"""DINOv2: a ViT whose sublayers are scaled by learned vectors, with a gated MLP in its largest size."""
+"""DINOv2: a ViT with LayerScale, and a gated MLP in its largest size."""
 
 from collections.abc import Collection
 
@@ -29,7 +29,7 @@ MASK_TOKEN = "embeddings.mask_token"
 
 
 def vision_from_hf(config: Json, names: Collection[str]) -> Vision:
-    """`names` are the stored tensors of the encoder, without its prefix: the mask token may be missing."""
+    """Reads the encoder; `names` are its tensors without prefix. Some files omit the mask token."""
     gated = get_or(config, "use_swiglu_ffn", False)
     shape = shape_from_hf(config, 14, "gelu")
     mlp_width = int(shape["width"] * positive_number(config, "mlp_ratio", 4))
@@ -47,7 +47,7 @@ def vision_from_hf(config: Json, names: Collection[str]) -> Vision:
 
 
 def gated_width(mlp_width: int) -> int:
-    """Two thirds, up to a multiple of 8: about as many parameters as two matrices of the whole width have."""
+    """Width of the gated MLP: two thirds, rounded up to a multiple of 8."""
     return (int(mlp_width * 2 / 3) + 7) // 8 * 8
 
 
@@ -60,24 +60,24 @@ def vision_to_hf(vision: Vision) -> Json:
         "use_mask_token": vision.mask_token,
     }
     if vision.gated_mlp:
-        del config["hidden_act"]  # of the other kind of MLP
+        del config["hidden_act"]  # belongs to the ungated MLP
         config["mlp_ratio"] = gated_ratio(vision)
     return config
 
 
 def gated_ratio(vision: Vision) -> int:
-    """The smallest ratio whose gated MLP is as wide."""
+    """Returns the smallest mlp_ratio with this width of the gated MLP."""
     for ratio in range(1, vision.mlp_width + 1):
         if gated_width(vision.width * ratio) == vision.mlp_width:
             return ratio
     raise CheckpointError(
-        f"vision.mlp_width {vision.mlp_width} is that of no mlp_ratio of DINOv2's gated MLP."
+        f"vision.mlp_width {vision.mlp_width} does not fit DINOv2's gated MLP for any mlp_ratio."
     )
 
 
 def vision_rows(vision: Vision, hub_prefix: str, param: str) -> list[Row]:
-    """The encoder's rows; both prefixes end with what separates them from names: "dinov2.", "vision/"."""
-    found = [
+    """Rows of the encoder. Prefixes include their separator: "dinov2.", "vision/"."""
+    rows = [
         *class_rows(f"{hub_prefix}embeddings", param),
         *patch_rows(f"{hub_prefix}embeddings.patch_embeddings.projection", param, vision),
         *block_rows(
@@ -89,14 +89,14 @@ def vision_rows(vision: Vision, hub_prefix: str, param: str) -> list[Row]:
         *norm_rows(f"{hub_prefix}layernorm", f"{param}final_norm"),
     ]
     if vision.mask_token:
-        found.append(row(f"{hub_prefix}{MASK_TOKEN}", f"{param}mask_token", "1 D -> D"))
+        rows.append(row(f"{hub_prefix}{MASK_TOKEN}", f"{param}mask_token", "1 D -> D"))
     for layer in range(vision.depth):
-        found += scale_rows(
+        rows += scale_rows(
             f"{hub_prefix}encoder.layer.{layer}", f"{param}blocks/layers/block_0", layer
         )
         if vision.gated_mlp:
-            found += gated_rows(f"{hub_prefix}encoder.layer.{layer}.mlp.weights_in", param, layer)
-    return found
+            rows += gated_rows(f"{hub_prefix}encoder.layer.{layer}.mlp.weights_in", param, layer)
+    return rows
 
 
 def scale_rows(hf: str, param: str, layer: int) -> list[Row]:
@@ -105,7 +105,7 @@ def scale_rows(hf: str, param: str, layer: int) -> list[Row]:
 
 
 def gated_rows(hf: str, param: str, layer: int) -> list[Row]:
-    """What is activated, then what it is multiplied with."""
+    """Rows of the gated MLP's input: the gate, then the value it multiplies."""
     mlp = f"{param}blocks/layers/block_0/mlp"
     kernels = tuple(Target(f"{mlp}/{name}/kernel", "F D -> D F", layer) for name in ("gate", "up"))
     biases = tuple(Target(f"{mlp}/{name}/bias", "", layer) for name in ("gate", "up"))
@@ -121,7 +121,6 @@ def param_table(vision: Vision) -> list[Row]:
 
 
 RENAMES = ((r"^dinov2\.", ""), (r"\.mlp\.down_proj\.", ".mlp.weights_out."), *ATTENTION_RENAMES)
-SPLITS = (
-    ("mlp.weights_in", ("mlp.gate_proj", "mlp.up_proj")),
-)  # the modules of transformers 5 in memory
+# Module names of transformers 5, which some files have.
+SPLITS = (("mlp.weights_in", ("mlp.gate_proj", "mlp.up_proj")),)
 DINOV2 = Family("dinov2", vision_from_hf, config_to_hf, param_table, RENAMES, splits=SPLITS)

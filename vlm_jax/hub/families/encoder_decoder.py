@@ -1,4 +1,4 @@
-"""Vision-encoder-decoder: a ViT, every token of which GPT-2 or TrOCR's decoder reads in each of its blocks."""
+"""Vision-encoder-decoder: a ViT, and GPT-2 or TrOCR's decoder with cross-attention."""
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -25,7 +25,7 @@ from vlm_jax.hub.families.table import Row
 
 
 class TextSide(NamedTuple):
-    """A decoder's part of config.json and of the table, and where its tensors stand below `decoder.`."""
+    """Config mapping and rows of one kind of decoder, and its tensor names below `decoder.`."""
 
     decoder_from_hf: Callable[[Json, Collection[str], str], Decoder]
     decoder_to_hf: Callable[[Decoder], Json]
@@ -70,22 +70,23 @@ def config_from_hf(config: Json, names: Collection[str]) -> Experiment:
 
 def config_to_hf(cfg: Experiment) -> Json:
     kind = decoder_type(cfg.decoder)
-    reads_as_it_is = cfg.projector.kind == "none" and cfg.vision.width != cfg.decoder.width
-    if reads_as_it_is and kind == "gpt2":
+    is_unprojected = cfg.projector.kind == "none" and cfg.vision.width != cfg.decoder.width
+    if is_unprojected and kind == "gpt2":
         raise CheckpointError(
-            "GPT-2 reads image tokens of its own width alone: choose projector.kind linear."
+            "GPT-2 needs image tokens of its own width: set projector.kind to linear."
         )
     return {
         "architectures": ["VisionEncoderDecoderModel"],
         "model_type": "vision-encoder-decoder",
         "is_encoder_decoder": True,
-        "tie_word_embeddings": False,  # of encoder and decoder; the decoder's own key is about its head
+        # Ties encoder and decoder; the decoder's own key ties its head.
+        "tie_word_embeddings": False,
         "encoder": vit.vision_to_hf(cfg.vision),
         "decoder": {
             "model_type": kind,
             "is_decoder": True,
             "add_cross_attention": True,
-            "cross_attention_hidden_size": cfg.vision.width if reads_as_it_is else None,
+            "cross_attention_hidden_size": cfg.vision.width if is_unprojected else None,
             **DECODERS[kind].decoder_to_hf(cfg.decoder),
         },
     }
@@ -93,15 +94,15 @@ def config_to_hf(cfg: Experiment) -> Json:
 
 def param_table(cfg: Experiment) -> list[Row]:
     side = DECODERS[decoder_type(cfg.decoder)]
-    found = vit.vision_rows(cfg.vision, "encoder.", "vision/")
+    rows = vit.vision_rows(cfg.vision, "encoder.", "vision/")
     if cfg.projector.kind == "linear":
-        found += dense_rows("enc_to_dec_proj", "projector/linear", "D E -> E D", True)
-    return found + side.decoder_rows(
+        rows += dense_rows("enc_to_dec_proj", "projector/linear", "D E -> E D", True)
+    return rows + side.decoder_rows(
         cfg.decoder, cfg.fusion, f"decoder.{side.prefix}", f"decoder.{side.head}"
     )
 
 
-RENAMES = (  # the modules of transformers 5 in memory
+RENAMES = (  # module names of transformers 5
     (r"^encoder\.layers\.", "encoder.encoder.layer."),
     *vit.MODULE_RENAMES,
 )

@@ -16,7 +16,8 @@ Renames = tuple[tuple[str, str], ...]  # (regular expression, replacement)
 
 # Buffers in the files of older versions of transformers: they are computed from the config.
 BUFFERS = re.compile(
-    r"(rotary_emb\.inv_freq|embeddings\.position_ids|h\.\d+\.(attn|crossattention)\.(bias|masked_bias)|_float_tensor)$"
+    r"(rotary_emb\.inv_freq|embeddings\.position_ids|_float_tensor"
+    r"|h\.\d+\.(attn|crossattention)\.(bias|masked_bias))$"
 )
 
 
@@ -28,8 +29,8 @@ class HfProcessor:
       name: of the class.
       adds_bos: its own code writes the bos token, rather than its tokenizer.
       needs_bos: its prompts begin with a bos token in any case.
-      needs_placeholder: an image needs a placeholder token in the text although none takes its place.
-      resize: the only `vision.resize` it knows; empty: as its config says.
+      needs_placeholder: every image needs a placeholder token in the text.
+      resize: the only supported `vision.resize`; empty: any.
       keeps_image_size: images keep sizes of their own.
       has_prompt_format: it writes prompts in its own format, without a chat template.
       counts_patches: it expands the image token by the encoder's patch size and class token.
@@ -49,20 +50,20 @@ class HfProcessor:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family of Hugging Face: a config mapping and a weight table, each used in both directions.
+    """A model family of Hugging Face: config mapping and weight table, used in both directions.
 
     Attributes:
       model_type: of config.json.
       config_from_hf: config.json and the tensor names of the files -> config.
       config_to_hf: config -> config.json with the keys of transformers 4.x.
       param_table: config -> rows of the weight table.
-      renames: other spellings of tensor names -> those of the table, applied in order; may depend on the names.
+      renames: other tensor names -> those of the table, in order; may depend on all names.
       tolerance: absolute error of float32 outputs, for `verify`.
       image_token: id of the image placeholder token if config.json does not give one.
       config_file: name of config.json.
-      weights_file: name of an exported weight file; `tensors.folder.READABLE` lists those that can be loaded.
+      weights_file: name of an exported weight file.
       processor: of transformers; None for a family without text or without images.
-      splits: (part of a tensor name, its replacements in files that store the tensor's targets separately).
+      splits: (part of a name, its replacements in files that store the targets separately).
     """
 
     model_type: str
@@ -95,14 +96,14 @@ class Family:
         return normalized
 
     def table_for(self, cfg: Config, names: Collection[str]) -> list[Row]:
-        """Returns the weight table of a folder with these (normalized) tensor names; see `splits`."""
+        """Returns the weight table of a folder with these (normalized) tensor names."""
         rows = []
         for row in self.param_table(cfg):
             rows += self._split(row, names)
         return rows
 
     def _split(self, row: Row, names: Collection[str]) -> list[Row]:
-        """Returns one row for each target if the folder stores them separately, else the row itself."""
+        """Returns a row for each target if the folder stores them separately, else the row."""
         for fused, parts in self.splits:
             rows = [
                 Row(row.tensor.replace(fused, part), (target,))
@@ -146,9 +147,9 @@ def positive_number(config: Mapping, key: str, default: float | None = None) -> 
 
 
 def resolve_aliases(config: Json, aliases: Mapping[str, str]) -> Json:
-    """Returns the config with the values of aliases under the keys they stand for.
+    """Returns the config with the values of aliases under their keys.
 
-    `aliases` is `attribute_map` of transformers' config class: alias -> key. As there, an alias overrides its key.
+    `aliases` is `attribute_map` of transformers' config class: alias -> key. An alias wins.
     """
     values = {key: config[alias] for alias, key in aliases.items() if config.get(alias) is not None}
     return config | values
@@ -163,7 +164,8 @@ def lookup(config: Mapping, key: str, choices: Mapping, default: str):
     word = get_or(config, key, default)
     if word not in choices:
         raise CheckpointError(
-            f"config.json: {key} {word!r} is not supported (choose from {', '.join(map(str, choices))})."
+            f"config.json: {key} {word!r} is not supported "
+            f"(choose from {', '.join(map(str, choices))})."
         )
     return choices[word]
 

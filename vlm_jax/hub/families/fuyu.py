@@ -1,4 +1,4 @@
-"""Fuyu: patches go through one product, and no encoder, into Persimmon's decoder."""
+"""Fuyu: linear patch projections, without an encoder, and Persimmon's decoder."""
 
 from collections.abc import Collection
 
@@ -52,7 +52,7 @@ def config_from_hf(config: Json, names: Collection[str]) -> Experiment:
 
 
 def decoder_from_hf(config: Json, tied: bool) -> Decoder:
-    """Persimmon's settings; the defaults are those of Fuyu."""
+    """Reads Persimmon's settings with the defaults of FuyuConfig."""
     return Decoder(
         width=positive_int(config, "hidden_size", 4096),
         depth=positive_int(config, "num_hidden_layers", 36),
@@ -70,7 +70,7 @@ def decoder_from_hf(config: Json, tied: bool) -> Decoder:
 
 
 def config_to_hf(cfg: Experiment) -> Json:
-    """The decoder's keys stand twice, flat as the published file has them and in `text_config` as 5.x reads them."""
+    """Writes the decoder's keys twice: flat, as published, and in `text_config`, for 5.x."""
     text = decoder_to_hf(cfg.decoder)
     return {
         "architectures": ["FuyuForCausalLM"],
@@ -102,44 +102,43 @@ def decoder_to_hf(decoder: Decoder) -> Json:
 
 def param_table(cfg: Experiment) -> list[Row]:
     decoder = cfg.decoder
-    found = dense_rows("vision_embed_tokens", "projector/linear", "D E -> E D", True)
-    found.append(row(f"{TEXT}embed_tokens.weight", "decoder/embedding/table"))
-    found += norm_rows(f"{TEXT}final_layernorm", "decoder/final_norm")
+    rows = dense_rows("vision_embed_tokens", "projector/linear", "D E -> E D", True)
+    rows.append(row(f"{TEXT}embed_tokens.weight", "decoder/embedding/table"))
+    rows += norm_rows(f"{TEXT}final_layernorm", "decoder/final_norm")
     if not decoder.tie_word_embeddings:
-        found.append(row(HEAD, "decoder/free_head/kernel", "V D -> D V"))
+        rows.append(row(HEAD, "decoder/free_head/kernel", "V D -> D V"))
     for n, (block, layer) in enumerate(layers_with(cfg.fusion.sublayers(decoder.depth), "self")):
         hf, param = f"{TEXT}layers.{n}", f"decoder/{block}"
-        found += attention_rows(f"{hf}.self_attn", f"{param}/self", decoder, layer)
-        found += dense_rows(f"{hf}.mlp.dense_h_to_4h", f"{param}/mlp/up", "F D -> D F", True, layer)
-        found += dense_rows(
+        rows += attention_rows(f"{hf}.self_attn", f"{param}/self", decoder, layer)
+        rows += dense_rows(f"{hf}.mlp.dense_h_to_4h", f"{param}/mlp/up", "F D -> D F", True, layer)
+        rows += dense_rows(
             f"{hf}.mlp.dense_4h_to_h", f"{param}/mlp/down", "D F -> F D", True, layer
         )
-        found += norm_rows(f"{hf}.input_layernorm", f"{param}/self_norm", layer)
-        found += norm_rows(f"{hf}.post_attention_layernorm", f"{param}/mlp_norm", layer)
-    return found
+        rows += norm_rows(f"{hf}.input_layernorm", f"{param}/self_norm", layer)
+        rows += norm_rows(f"{hf}.post_attention_layernorm", f"{param}/mlp_norm", layer)
+    return rows
 
 
 def attention_rows(hf: str, param: str, decoder: Decoder, layer: int) -> list[Row]:
-    """Query, key and value of a head lie next to each other."""
+    """Rows of attention, whose query, key and value are interleaved by head."""
 
-    def parts(leaf):
-        return tuple(
-            Target(f"{param}/{name}/{leaf}", layer=layer) for name in ("query", "key", "value")
-        )
+    def targets(leaf):
+        names = ("query", "key", "value")
+        return tuple(Target(f"{param}/{name}/{leaf}", layer=layer) for name in names)
 
-    found = [
+    rows = [
         Row(
             f"{hf}.query_key_value.weight",
-            parts("kernel"),
+            targets("kernel"),
             interleave="(N parts H) D -> parts D N H",
         ),
-        Row(f"{hf}.query_key_value.bias", parts("bias"), interleave="(N parts H) -> parts N H"),
+        Row(f"{hf}.query_key_value.bias", targets("bias"), interleave="(N parts H) -> parts N H"),
         *dense_rows(f"{hf}.dense", f"{param}/out", "D (N H) -> N H D", True, layer),
     ]
     if decoder.qk_norm:
-        found += norm_rows(f"{hf}.q_layernorm", f"{param}/query_norm", layer)
-        found += norm_rows(f"{hf}.k_layernorm", f"{param}/key_norm", layer)
-    return found
+        rows += norm_rows(f"{hf}.q_layernorm", f"{param}/query_norm", layer)
+        rows += norm_rows(f"{hf}.k_layernorm", f"{param}/key_norm", layer)
+    return rows
 
 
 FUYU = Family(

@@ -1,4 +1,4 @@
-"""Gemma, Gemma 2 and Gemma 3's text model: Llama's block with centred norms, scaled embeddings and wide heads."""
+"""Gemma 1, 2 and 3 (text): Llama's block with zero-centred norms and scaled embeddings."""
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -43,17 +43,18 @@ GEMMA3_DEFAULTS = GEMMA2_DEFAULTS | {
     "rope_local_base_freq": 10_000.0,
     "sliding_window_pattern": 6,
 }
-NORMS = {  # of a block with a norm before and one after each sublayer
+# Norms before and after each sublayer (Gemma 2 and 3).
+NORMS = {
     "input_layernorm": "self_norm",
     "post_attention_layernorm": "self_post_norm",
     "pre_feedforward_layernorm": "mlp_norm",
     "post_feedforward_layernorm": "mlp_post_norm",
 }
-TOLERANCE = 3e-4  # the final norm's scales are large
+TOLERANCE = 3e-4  # of logits: the scales of the final norm are large
 
 
 def gemma_from_hf(config: Json, tied: bool) -> Decoder:
-    """Gemma's settings; "gelu" in its first files means the approximation that the weights were trained with."""
+    """Reads Gemma's settings. "gelu" in its first files means the tanh approximation."""
     activation = get_or(config, "hidden_act", "gelu")
     activation = "gelu_pytorch_tanh" if activation == "gelu" else activation
     return _read_shared(
@@ -62,7 +63,7 @@ def gemma_from_hf(config: Json, tied: bool) -> Decoder:
 
 
 def gemma2_from_hf(config: Json, tied: bool) -> Decoder:
-    """Gemma 2's settings: every other block slides, the first one too. Null turns a softcap off."""
+    """Reads Gemma 2's settings: even blocks use a sliding window; null turns a softcap off."""
     return replace(
         _read_with_both_norms(GEMMA2_DEFAULTS | llama.drop_nulls(config), tied, every=2),
         score_softcap=config.get("attn_logit_softcapping", 50.0) or 0.0,
@@ -71,7 +72,7 @@ def gemma2_from_hf(config: Json, tied: bool) -> Decoder:
 
 
 def gemma3_from_hf(config: Json, tied: bool) -> Decoder:
-    """Gemma 3's settings: all blocks but every sixth slide, with a RoPE of their own. No softcap of the scores."""
+    """Reads Gemma 3's settings: five of six blocks have a sliding window and their own RoPE."""
     config = GEMMA3_DEFAULTS | llama.drop_nulls(config)
     decoder = _read_with_both_norms(
         config, tied, every=positive_int(config, "sliding_window_pattern")
@@ -94,7 +95,7 @@ def _read_shared(config: Json, tied: bool) -> Decoder:
 
 
 def _read_with_both_norms(config: Json, tied: bool, every: int) -> Decoder:
-    """What Gemma 2 and 3 share: a norm before and after each sublayer, and sliding blocks but for every n-th."""
+    """Reads the settings that Gemma 2 and 3 share; every n-th block has no sliding window."""
     decoder = _read_shared(config | {"hidden_act": config["hidden_activation"]}, tied)
     scalar = positive_number(config, "query_pre_attn_scalar")
     query_scale = 0.0 if scalar == decoder.head_width else scalar**-0.5
@@ -123,7 +124,7 @@ def gemma2_to_hf(decoder: Decoder) -> Json:
 
 
 def gemma3_to_hf(decoder: Decoder) -> Json:
-    """With the pattern beside the layers' types, as far as there is one, for transformers before 4.53."""
+    """Writes `layer_types` and, if the layers follow one, the pattern (transformers < 4.53)."""
     config = gemma2_to_hf(decoder) | {"rope_local_base_freq": decoder.rope.local_theta}
     local = decoder.sliding_layers
     every = next((i for i in range(decoder.depth) if i not in local), decoder.depth) + 1
@@ -135,7 +136,7 @@ def gemma3_to_hf(decoder: Decoder) -> Json:
 def decoder_rows(
     decoder: Decoder, fusion: Fusion, prefix: str = "model.", head: str = llama.HEAD
 ) -> list[Row]:
-    """The table of any Gemma."""
+    """Rows of the decoder of any Gemma."""
     return llama.decoder_rows(
         decoder,
         fusion,
@@ -146,12 +147,12 @@ def decoder_rows(
 
 
 def block_rows(hf: str, param: str, decoder: Decoder, layer: int) -> list[Row]:
-    found = [llama.norm_row(f"{hf}.{a}", f"{param}/{b}", layer) for a, b in NORMS.items()]
+    rows = [llama.norm_row(f"{hf}.{a}", f"{param}/{b}", layer) for a, b in NORMS.items()]
     if decoder.qk_norm:
-        found.append(llama.norm_row(f"{hf}.self_attn.q_norm", f"{param}/self/query_norm", layer))
-        found.append(llama.norm_row(f"{hf}.self_attn.k_norm", f"{param}/self/key_norm", layer))
-    found += llama.attention_rows(f"{hf}.self_attn", f"{param}/self", decoder, layer)
-    return found + llama.mlp_rows(f"{hf}.mlp", f"{param}/mlp", decoder, layer)
+        rows.append(llama.norm_row(f"{hf}.self_attn.q_norm", f"{param}/self/query_norm", layer))
+        rows.append(llama.norm_row(f"{hf}.self_attn.k_norm", f"{param}/self/key_norm", layer))
+    rows += llama.attention_rows(f"{hf}.self_attn", f"{param}/self", decoder, layer)
+    return rows + llama.mlp_rows(f"{hf}.mlp", f"{param}/mlp", decoder, layer)
 
 
 def param_table(cfg: Experiment) -> list[Row]:
@@ -164,7 +165,7 @@ def family(
     decoder_from_hf: Callable[[Json, bool], Decoder],
     decoder_to_hf: Callable[[Decoder], Json],
 ) -> Family:
-    """A Gemma, whose head is tied unless config.json says otherwise."""
+    """Builds a Gemma family. The head is tied by default."""
 
     def config_from_hf(config: Json, names: Collection[str]) -> Experiment:
         return text_experiment(decoder_from_hf(config, llama.is_tied(config, names, True)))

@@ -1,4 +1,4 @@
-"""GPT-2. Its Conv1D layers store weights as (in, out) (transformers, models/gpt2/modeling_gpt2.py)."""
+"""GPT-2, whose Conv1D layers store (in, out) (transformers, models/gpt2/modeling_gpt2.py)."""
 
 from collections.abc import Collection
 
@@ -64,7 +64,7 @@ def decoder_to_hf(decoder: Decoder) -> Json:
 
 
 def decoder_rows(decoder: Decoder, fusion: Fusion, prefix: str = "", head: str = HEAD) -> list[Row]:
-    """Rows of a decoder of GPT-2 blocks, with cross-attention in each if it is an encoder-decoder's."""
+    """Rows of GPT-2's blocks; in an encoder-decoder each has cross-attention."""
     rows = [
         row(f"{prefix}wte.weight", "decoder/embedding/table"),
         row(f"{prefix}wpe.weight", "decoder/position_embedding/table"),

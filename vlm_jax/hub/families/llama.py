@@ -1,4 +1,4 @@
-"""Llama, and the families that are Llama but for a few settings: Mistral and Qwen2."""
+"""Llama, and the families that differ from it in a few settings: Mistral and Qwen2."""
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
@@ -27,13 +27,14 @@ HEAD = "lm_head.weight"
 
 
 def decoder_from_hf(config: Json, tied: bool) -> Decoder:
-    """The settings that all families of Llama's block share. `config` has the defaults of LlamaConfig filled in."""
+    """Reads the settings shared by all families of Llama's block, with LlamaConfig's defaults."""
     heads = positive_int(config, "num_attention_heads", 32)
     width = positive_int(config, "hidden_size", 4096)
     bias = get_or(config, "attention_bias", False)
     max_positions = positive_int(config, "max_position_embeddings", 2048)
     depth = positive_int(config, "num_hidden_layers", 32)
-    check_numbers({"decoder.depth": depth})  # before anything is listed for every layer
+    # Checked here because lists of layers are built below.
+    check_numbers({"decoder.depth": depth})
     return Decoder(
         width=width,
         depth=depth,
@@ -75,7 +76,7 @@ def decoder_to_hf(decoder: Decoder) -> Json:
 
 
 def is_tied(config: Json, names: Collection[str], default: bool, head: str = HEAD) -> bool:
-    """Whether the output head is the embedding: config.json says so, and there is no head of its own beside it."""
+    """Returns whether the head is the embedding: by config.json, and no head is stored."""
     return bool(get_or(config, "tie_word_embeddings", default)) and head not in names
 
 
@@ -86,7 +87,7 @@ def norm_row(hf: str, param: str, layer: int | None = None) -> Row:
 def dense_rows(
     hf: str, param: str, pattern: str, bias: bool, layer: int | None = None
 ) -> list[Row]:
-    """A Linear of torch, (out, in), and its bias, which has the kernel's outputs."""
+    """Rows of a torch Linear, (out, in); its bias has the kernel's output axes."""
     rows = [row(f"{hf}.weight", f"{param}/kernel", pattern, layer)]
     if bias:
         outputs = " ".join(stored_axes(pattern)[0])
@@ -97,7 +98,7 @@ def dense_rows(
 def attention_rows(
     hf: str, param: str, decoder: Decoder, layer: int, out: str = "o_proj"
 ) -> list[Row]:
-    """Separate projections of queries, keys and values."""
+    """Rows of attention with separate query, key and value projections."""
     rows = dense_rows(f"{hf}.q_proj", f"{param}/query", "(N H) D -> D N H", decoder.qkv_bias, layer)
     rows += dense_rows(f"{hf}.k_proj", f"{param}/key", "(K H) D -> D K H", decoder.qkv_bias, layer)
     rows += dense_rows(
@@ -110,24 +111,23 @@ def attention_rows(
 
 def mlp_rows(hf: str, param: str, decoder: Decoder, layer: int) -> list[Row]:
     names = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
-    found = [
-        dense_rows(f"{hf}.{a}", f"{param}/{b}", "F D -> D F", decoder.mlp_bias, layer)
-        for a, b in names.items()
-    ]
-    return sum(found, [])
+    rows = []
+    for name, dense in names.items():
+        rows += dense_rows(
+            f"{hf}.{name}", f"{param}/{dense}", "F D -> D F", decoder.mlp_bias, layer
+        )
+    return rows
 
 
 def outer_rows(decoder: Decoder, prefix: str = "model.", head: str = HEAD) -> list[Row]:
-    """Embedding, final norm and head."""
+    """Rows of embedding, final norm and head."""
     rows = [
         row(f"{prefix}embed_tokens.weight", "decoder/embedding/table"),
         norm_row(f"{prefix}norm", "decoder/final_norm"),
     ]
-    return (
-        rows
-        if decoder.tie_word_embeddings
-        else [*rows, row(head, "decoder/free_head/kernel", "V D -> D V")]
-    )
+    if not decoder.tie_word_embeddings:
+        rows.append(row(head, "decoder/free_head/kernel", "V D -> D V"))
+    return rows
 
 
 def block_rows(hf: str, param: str, decoder: Decoder, layer: int) -> list[Row]:
@@ -150,7 +150,7 @@ def decoder_rows(
     head: str = HEAD,
     block_rows: Callable[[str, str, Decoder, int], list[Row]] = block_rows,
 ) -> list[Row]:
-    """The table of a decoder of such blocks, whatever cross-attention was grafted on it."""
+    """Rows of a decoder of such blocks, without the cross-attention that a fusion style adds."""
     rows = outer_rows(decoder, prefix, head)
     for n, (block, layer) in enumerate(layers_with(fusion.sublayers(decoder.depth), "self")):
         rows += block_rows(f"{prefix}layers.{n}", f"decoder/{block}", decoder, layer)
@@ -180,7 +180,8 @@ def mistral_from_hf(config: Json, names: Collection[str]) -> Experiment:
         "max_position_embeddings": 131072,
     }
     decoder = decoder_from_hf(defaults | drop_nulls(config), is_tied(config, names, False))
-    window = config.get("sliding_window", 4096) or 0  # null is no window, a missing key the default
+    # Null means no window; a missing key means the default.
+    window = config.get("sliding_window", 4096) or 0
     return text_experiment(
         with_sliding_window(decoder, window, range(decoder.depth) if window else ())
     )
@@ -224,7 +225,7 @@ def qwen2_to_hf(cfg: Experiment) -> Json:
 
 
 def with_sliding_window(decoder: Decoder, window: int, layers) -> Decoder:
-    """The decoder with a sliding window in the given layers."""
+    """Returns the decoder with a sliding window in these layers."""
     layers = tuple(layers)
     return replace(decoder, sliding_window=window if layers else 0, sliding_layers=layers)
 
@@ -233,19 +234,16 @@ SLIDES = {"sliding_attention": True, "full_attention": False}
 
 
 def sliding_layers(config: Json, depth: int, default: Iterable[int]) -> tuple[int, ...]:
-    """The layers that `layer_types` lets slide; without that key, the family's default."""
-    kinds = config.get("layer_types")
-    if kinds is None:
+    """Layers with a sliding window: by `layer_types` or, without that key, the family's default."""
+    types = config.get("layer_types")
+    if types is None:
         return tuple(default)
-    if len(kinds) != depth:
+    if len(types) != depth:
         raise CheckpointError(
-            f"config.json: layer_types has {len(kinds)} words, not {depth} as num_hidden_layers says."
+            f"config.json: layer_types has {len(types)} entries, but num_hidden_layers is {depth}."
         )
-    return tuple(
-        i
-        for i, kind in enumerate(kinds)
-        if lookup({"layer_types": kind}, "layer_types", SLIDES, kind)
-    )
+    is_sliding = [lookup({"layer_types": name}, "layer_types", SLIDES, name) for name in types]
+    return tuple(i for i, slides in enumerate(is_sliding) if slides)
 
 
 def layer_types(decoder: Decoder) -> list[str]:
@@ -256,11 +254,11 @@ def layer_types(decoder: Decoder) -> list[str]:
 
 
 def drop_nulls(config: Json) -> Json:
-    """Without the keys that are null, for a family's defaults to stand in their place."""
+    """Drops keys that are null, so that a family's defaults apply."""
     return {key: value for key, value in config.items() if value is not None}
 
 
-RENAMES = ((r"^(?!model\.|lm_head\.)", "model."),)  # the bare model without a head
+RENAMES = ((r"^(?!model\.|lm_head\.)", "model."),)  # files of a model without a head
 LLAMA = Family("llama", llama_from_hf, llama_to_hf, param_table, RENAMES)
 MISTRAL = Family("mistral", mistral_from_hf, mistral_to_hf, param_table, RENAMES)
 QWEN2 = Family("qwen2", qwen2_from_hf, qwen2_to_hf, param_table, RENAMES)

@@ -1,4 +1,4 @@
-"""LLaVA 1.5: the tokens of CLIP or SigLIP go through an MLP into the sequence of Llama, Mistral or Qwen2."""
+"""LLaVA 1.5: CLIP or SigLIP, an MLP projector, and Llama, Mistral or Qwen2."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -46,7 +46,7 @@ def config_from_hf(config: Json, names: Collection[str]) -> Experiment:
 
 
 def tower_from_hf(config: Json) -> Vision:
-    """The encoder without what it pools, which has no tensors of its own."""
+    """Reads the encoder. LLaVA uses patch tokens, so the pooled vector is dropped."""
     tower_config = get_or(config, "vision_config", {})
     vision = choose_nested(
         "vision_config", tower_config, TOWERS, "clip_vision_model"
@@ -55,19 +55,20 @@ def tower_from_hf(config: Json) -> Vision:
     layers = tuple(layers) if isinstance(layers, list | tuple) else (layers,)
     if not all(type(layer) is int for layer in layers):
         raise CheckpointError(
-            f"config.json: vision_feature_layer {layers} is not a whole number, or a list of them."
+            f"config.json: vision_feature_layer {layers} must be an integer or a list of integers."
         )
     if not all(-vision.depth - 1 <= layer <= vision.depth for layer in layers):
         raise CheckpointError(
-            f"config.json: vision_feature_layer {layers} goes beyond the encoder's {vision.depth + 1} hidden states."
+            f"config.json: vision_feature_layer {layers} is outside the encoder's "
+            f"{vision.depth + 1} hidden states."
         )
     keeps_all = lookup(
         config, "vision_feature_select_strategy", {"default": False, "full": True}, "default"
     )
     if not vision.class_token and not keeps_all:
         raise CheckpointError(
-            "config.json: vision_feature_select_strategy 'default' drops the class token, which the encoder does not "
-            "have: only 'full' is supported."
+            "config.json: vision_feature_select_strategy 'default' drops the class token, but the "
+            "encoder has none: only 'full' is supported."
         )
     return replace(
         vision,
@@ -80,10 +81,11 @@ def tower_from_hf(config: Json) -> Vision:
 def text_from_hf(
     config: Json, names: Collection[str], families: Mapping[str, Family], default: str
 ) -> Decoder:
-    """The decoder of `text_config`, whose family knows its tensors without the prefix."""
+    """Reads `text_config` with its family, whose tensor names have no prefix."""
     text = get_or(config, "text_config", {})
     family = choose_nested("text_config", text, families, default)
-    if config.get("tie_word_embeddings"):  # transformers 4 reads the key of text_config, 5 this one
+    # transformers 4 uses the key of text_config, 5 this one.
+    if config.get("tie_word_embeddings"):
         text = text | {"tie_word_embeddings": True}
     return family.config_from_hf(
         text, {name.removeprefix("language_model.") for name in names}
@@ -91,7 +93,7 @@ def text_from_hf(
 
 
 def choose_nested(key: str, config: Json, choices: Mapping, default: str):
-    """What the `model_type` of a nested config stands for."""
+    """Returns the choice that the `model_type` of a nested config names."""
     name = f"{key}.model_type"
     return lookup({name: config.get("model_type")}, name, choices, default)
 
@@ -115,12 +117,12 @@ def config_to_hf(cfg: Experiment) -> Json:
 
 
 def vision_family(vision: Vision):
-    """The module of the encoder's family."""
+    """Returns the module of the encoder's family."""
     return clip if vision.class_token else siglip
 
 
 def text_family(decoder: Decoder) -> Family:
-    """The family that can say what the decoder is; Mistral without a window is Llama."""
+    """Returns the family that can express the decoder; Mistral without a window is Llama."""
     if decoder.qkv_bias and not decoder.out_bias:
         return llama.QWEN2
     return llama.MISTRAL if decoder.sliding_layers else llama.LLAMA
@@ -136,7 +138,7 @@ def param_table(cfg: Experiment) -> list[Row]:
     ]
 
 
-RENAMES = (  # as transformers 5 has them in memory, and in part in its files
+RENAMES = (  # module names of transformers 5, in memory and in part in its files
     (r"^model\.language_model\.", TEXT),
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.", ""),

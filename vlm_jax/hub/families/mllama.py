@@ -1,6 +1,7 @@
-"""Llama 3.2 Vision: tiles pass an encoder of two stages and are read by gated cross-attention between Llama's blocks.
+"""Llama 3.2 Vision: a two-stage tile encoder and gated cross-attention between Llama's blocks.
 
-Both ways to take the encoder's taps (see `mllama_vision`) are families here; a config.json that names none is Meta's.
+Both conventions of the encoder's taps (see `mllama_vision`) are families here; the default of a
+config.json that names none is Meta's.
 """
 
 import functools
@@ -34,7 +35,7 @@ from vlm_jax.hub.families.table import Row, layers_with, row
 from vlm_jax.nn.blocks import Sublayers
 
 TEXT, HEAD = "language_model.model.", "language_model.lm_head.weight"
-EXTRA_TOKENS = 8  # rows of the embedding beyond the vocabulary; the first is the image token
+EXTRA_TOKENS = 8  # embedding rows beyond the vocabulary; the first is the image token
 TEXT_DEFAULTS = {
     "vocab_size": 128256,
     "num_hidden_layers": 40,
@@ -44,7 +45,7 @@ TEXT_DEFAULTS = {
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 131072,
 }
-NOT_READ = {
+UNUSED = {
     "attention_bias": False,
     "mlp_bias": False,
     "head_dim": None,
@@ -55,7 +56,7 @@ NOT_READ = {
 def config_from_hf(config: Json, names: Collection[str], taps: str) -> Experiment:
     text, vision = get_or(config, "text_config", {}), get_or(config, "vision_config", {})
     reject_unless(text, "tie_word_embeddings", False, None)
-    decoder = llama.decoder_from_hf(TEXT_DEFAULTS | llama.drop_nulls(text) | NOT_READ, tied=False)
+    decoder = llama.decoder_from_hf(TEXT_DEFAULTS | llama.drop_nulls(text) | UNUSED, tied=False)
     fusion = fusion_from_hf(text, decoder.depth)
     decoder = replace(
         decoder, depth=decoder.depth - len(fusion.cross_layers), extra_tokens=EXTRA_TOKENS
@@ -69,13 +70,17 @@ def config_from_hf(config: Json, names: Collection[str], taps: str) -> Experimen
 
 
 def fusion_from_hf(text: Json, layers: int) -> Fusion:
-    """transformers counts all layers; we count those of self-attention, and name the one after a cross layer."""
+    """Reads the positions of the cross-attention layers.
+
+    transformers counts all layers; `cross_layers` counts those of self-attention and names the one
+    that follows.
+    """
     numbers = sorted(
         {n for n in get_or(text, "cross_attention_layers", range(3, 40, 5)) if n < layers}
     )
     if not numbers:
         raise CheckpointError(
-            f"config.json: cross_attention_layers names none of the {layers} layers of text_config."
+            f"config.json: cross_attention_layers has none of the {layers} layers of text_config."
         )
     before = tuple(n - crossed for crossed, n in enumerate(numbers))
     return Fusion(
@@ -91,16 +96,17 @@ def fusion_from_hf(text: Json, layers: int) -> Fusion:
 def config_to_hf(cfg: Experiment, taps: str) -> Json:
     numbers = layer_numbers(cfg.fusion.sublayers(cfg.decoder.depth))
     text = {
-        key: value for key, value in llama.decoder_to_hf(cfg.decoder).items() if key not in NOT_READ
+        key: value for key, value in llama.decoder_to_hf(cfg.decoder).items() if key not in UNUSED
     }
     text |= {
         "model_type": "mllama_text_model",
         "num_hidden_layers": len(numbers["self"]) + len(numbers["cross"]),
         "cross_attention_layers": numbers["cross"],
         "tie_word_embeddings": False,
-        "rope_scaling": text["rope_scaling"]
-        or {"rope_type": "default"},  # transformers 4 wants to read its type
-        "pad_token_id": None,  # the default, 128004, is beyond a small vocabulary
+        # transformers 4 requires a type.
+        "rope_scaling": text["rope_scaling"] or {"rope_type": "default"},
+        # The default, 128004, may be beyond the vocabulary.
+        "pad_token_id": None,
     }
     return {
         "architectures": ["MllamaForConditionalGeneration"],
@@ -111,25 +117,29 @@ def config_to_hf(cfg: Experiment, taps: str) -> Json:
 
 
 def layer_numbers(blocks: tuple[Sublayers, ...]) -> dict[str, list[int]]:
-    """The numbers of the layers of each kind where all are counted together, as transformers does."""
-    kinds = [kind for block in blocks for kind in ("cross", "self") if kind in block]
-    return {
-        kind: [n for n, found in enumerate(kinds) if found == kind] for kind in ("cross", "self")
-    }
+    """Numbers of the layers of each kind, counted together as transformers does."""
+    numbers = {"cross": [], "self": []}
+    count = 0
+    for block in blocks:
+        for kind in numbers:
+            if kind in block:
+                numbers[kind].append(count)
+                count += 1
+    return numbers
 
 
 def param_table(cfg: Experiment) -> list[Row]:
-    found = llama.outer_rows(cfg.decoder, TEXT, HEAD)
+    rows = llama.outer_rows(cfg.decoder, TEXT, HEAD)
     blocks = cfg.fusion.sublayers(cfg.decoder.depth)
-    for kind, of_layer in {"self": llama.block_rows, "cross": cross_rows}.items():
+    for kind, layer_rows in {"self": llama.block_rows, "cross": cross_rows}.items():
         for n, (block, layer) in zip(layer_numbers(blocks)[kind], layers_with(blocks, kind)):
-            found += of_layer(f"{TEXT}layers.{n}", f"decoder/{block}", cfg.decoder, layer)
-    found += dense_rows("multi_modal_projector", "projector/linear", "D E -> E D", True)
-    return found + vision_rows(cfg.vision)
+            rows += layer_rows(f"{TEXT}layers.{n}", f"decoder/{block}", cfg.decoder, layer)
+    rows += dense_rows("multi_modal_projector", "projector/linear", "D E -> E D", True)
+    return rows + vision_rows(cfg.vision)
 
 
 def cross_rows(hf: str, param: str, decoder: Decoder, layer: int) -> list[Row]:
-    """A gated layer that reads the image."""
+    """Rows of a gated cross-attention layer."""
     return [
         *attention_rows(f"{hf}.cross_attn", f"{param}/cross", decoder, layer),
         norm_row(f"{hf}.cross_attn.q_norm", f"{param}/cross/query_norm", layer),
@@ -142,7 +152,7 @@ def cross_rows(hf: str, param: str, decoder: Decoder, layer: int) -> list[Row]:
     ]
 
 
-RENAMES = (  # the modules of transformers 5 in memory
+RENAMES = (  # module names of transformers 5
     (r"^model\.language_model\.", TEXT),
     (r"^lm_head\.weight$", HEAD),
     (r"^model\.(vision_model|multi_modal_projector)\.", r"\1."),
@@ -165,10 +175,10 @@ MLLAMA = BY_TAPS["input"]
 
 
 def family_of_taps(config: Json, taps: str | None) -> Family:
-    """The family with the given taps; None: those that config.json names, or "input".
+    """Returns the family with these taps; None: those of config.json, or "input".
 
     Raises:
-      CheckpointError: other taps than "input" and "output".
+      CheckpointError: the taps are neither "input" nor "output".
     """
     return lookup(
         {TAPS: taps or get_or(config, "vision_config", {}).get(TAPS)}, TAPS, BY_TAPS, "input"

@@ -1,8 +1,8 @@
-"""The encoder of Llama 3.2 Vision, images in tiles, and what its `intermediate_layers_indices` count.
+"""The tile encoder of Llama 3.2 Vision, and its two conventions of `intermediate_layers_indices`.
 
-They are layers of the encoder's first stage whose numbers go on beside its output ("taps"). Meta's code, with which the
-published weights were trained, and transformers up to 4.51 take what enters these layers; transformers 5 takes what
-leaves them.
+The indices are layers of the first stage whose hidden states are concatenated with the output
+("taps"). Meta's code, with which the published weights were trained, and transformers up to 4.51
+take the input of these layers; transformers 5 takes their output.
 """
 
 from vlm_jax.config import CHANNELS, CheckpointError, Vision
@@ -24,9 +24,11 @@ from vlm_jax.hub.families.table import Row, row
 from vlm_jax.hub.families.vit import patch_rows, side
 
 TOWER, OURS = "vision_model", "vision/tiled"
-TAPS = "intermediate_taps"  # a key of ours: "input" or "output", which neither transformers nor Meta's code says
+# Our own key of config.json, "input" or "output": neither transformers nor Meta's code has one.
+TAPS = "intermediate_taps"
 ALIASES = {"num_attention_heads": "attention_heads"}
-NORM_EPS = 1e-5  # of the norms before and after the blocks whatever config.json says, so of those in the blocks, too
+# The norms around the blocks ignore config.json, so another epsilon in the blocks is rejected.
+NORM_EPS = 1e-5
 
 
 def vision_from_hf(config: Json, taps: str) -> Vision:
@@ -37,7 +39,8 @@ def vision_from_hf(config: Json, taps: str) -> Vision:
         positive_int(config, "max_num_tiles", 4),
         positive_int(config, "num_hidden_layers", 32),
     )
-    check_numbers({"vision.tiles": tiles})  # before their layouts are listed
+    # Checked here because all layouts of the tiles are listed below.
+    check_numbers({"vision.tiles": tiles})
     vision = Vision(
         width=positive_int(config, "hidden_size", 1280),
         depth=depth,
@@ -65,11 +68,11 @@ def vision_from_hf(config: Json, taps: str) -> Vision:
 
 
 def feature_layers_from_hf(layers: list[int], depth: int, taps: str) -> tuple[int, ...]:
-    """Layers of config.json -> hidden states: 0 enters the first layer, n leaves the n-th."""
+    """Layers of config.json -> hidden states: 0 is the first layer's input, n the n-th's output."""
     states = tuple(n + (taps == "output") for n in layers)
     if not all(0 <= n <= depth for n in states):
         raise CheckpointError(
-            f"config.json: intermediate_layers_indices {layers} are not among the {depth} layers."
+            f"config.json: intermediate_layers_indices {layers} are outside the {depth} layers."
         )
     return states
 
@@ -99,13 +102,13 @@ def feature_layers_to_hf(vision: Vision, taps: str) -> list[int]:
     layers = [n % (vision.depth + 1) - (taps == "output") for n in vision.feature_layers]
     if -1 in layers:
         raise CheckpointError(
-            "vision.feature_layers 0 is the output of no layer: write the checkpoint with taps 'input'."
+            "vision.feature_layers 0 is not the output of a layer: export with taps 'input'."
         )
     return layers
 
 
 def vision_rows(vision: Vision) -> list[Row]:
-    found = [
+    rows = [
         *patch_rows(f"{TOWER}.patch_embedding", f"{OURS}/", vision),
         row(f"{TOWER}.class_embedding", f"{OURS}/class_token"),
         *norm_rows(f"{TOWER}.layernorm_pre", f"{OURS}/pre_norm"),
@@ -113,12 +116,12 @@ def vision_rows(vision: Vision) -> list[Row]:
         *position_rows(f"{TOWER}.gated_positional_embedding"),
     ]
     for name in ("pre_tile", "post_tile"):
-        found.append(
+        rows.append(
             row(f"{TOWER}.{name}_positional_embedding.embedding.weight", f"{OURS}/{name}/table")
         )
-        found.append(row(f"{TOWER}.{name}_positional_embedding.gate", f"{OURS}/{name}_gate"))
+        rows.append(row(f"{TOWER}.{name}_positional_embedding.gate", f"{OURS}/{name}_gate"))
     for layer in range(vision.depth):
-        found += block_rows(
+        rows += block_rows(
             f"{TOWER}.transformer.layers.{layer}", f"{OURS}/blocks/layers/block_0", vision, layer
         )
     for layer in range(vision.num_global_layers):
@@ -126,10 +129,10 @@ def vision_rows(vision: Vision) -> list[Row]:
             f"{TOWER}.global_transformer.layers.{layer}",
             f"{OURS}/global_blocks/layers/block_0",
         )
-        found += block_rows(hf, param, vision, layer)
-        found.append(row(f"{hf}.gate_attn", f"{param}/self_gate", layer=layer))
-        found.append(row(f"{hf}.gate_ffn", f"{param}/mlp_gate", layer=layer))
-    return found
+        rows += block_rows(hf, param, vision, layer)
+        rows.append(row(f"{hf}.gate_attn", f"{param}/self_gate", layer=layer))
+        rows.append(row(f"{hf}.gate_ffn", f"{param}/mlp_gate", layer=layer))
+    return rows
 
 
 def position_rows(hf: str) -> list[Row]:

@@ -1,4 +1,4 @@
-"""CLIP as OpenCLIP stores it: open_clip_config.json, and products that are applied from the right.
+"""CLIP in OpenCLIP's format: open_clip_config.json, and projections stored as (in, out).
 
 The reference is open_clip, src/open_clip/model.py and transformer.py.
 """
@@ -35,7 +35,8 @@ from vlm_jax.hub.families.vit import (
 BLOCK = {"self_norm": "ln_1", "mlp_norm": "ln_2", "mlp/up": "mlp.c_fc", "mlp/down": "mlp.c_proj"}
 EPS = 1e-5
 POOLED = {"argmax": "largest_id", "last": "last"}
-PLAIN = {  # the values of keys that make another model, if they are there at all
+# Supported values of keys that would change the architecture.
+PLAIN = {
     "ls_init_value": (None,),
     "norm_kwargs": (None, {}),
     "act_kwargs": (None, {}),
@@ -58,10 +59,10 @@ PLAIN_TEXT = PLAIN | {
 
 def config_from_hf(config: Json, names: Collection[str]) -> Contrastive:
     model = get_or(config, "model_cfg", {})
-    vision, text = (get_or(model, f"{tower_config}_cfg", {}) for tower_config in ("vision", "text"))
-    for tower_config, plain in ((vision, PLAIN_VISION), (text, PLAIN_TEXT)):
+    vision, text = get_or(model, "vision_cfg", {}), get_or(model, "text_cfg", {})
+    for tower, plain in ((vision, PLAIN_VISION), (text, PLAIN_TEXT)):
         for key, allowed in plain.items():
-            reject_unless(tower_config, key, *allowed)
+            reject_unless(tower, key, *allowed)
     activation = "quick_gelu" if get_or(model, "quick_gelu", False) else "gelu"
     return Contrastive(
         vision=replace(vision_from_hf(vision), activation=activation),
@@ -76,7 +77,7 @@ def vision_from_hf(config: Json) -> Vision:
     width, layers = positive_int(config, "width", 768), get_or(config, "layers", 12)
     if isinstance(layers, list):
         raise CheckpointError(
-            f"open_clip_config.json: layers {layers} are those of a ResNet, which is not supported."
+            f"open_clip_config.json: layers {layers} describes a ResNet, which is not supported."
         )
     return Vision(
         width=width,
@@ -109,7 +110,7 @@ def text_from_hf(config: Json) -> Decoder:
 
 
 def config_to_hf(cfg: Contrastive) -> Json:
-    pool_types = {param: theirs for theirs, param in POOLED.items()}
+    pool_types = {pool: pool_type for pool_type, pool in POOLED.items()}
     vision, text = tower_to_hf(cfg.vision), tower_to_hf(cfg.text)
     vision |= {
         "head_width": cfg.vision.head_width,
@@ -166,13 +167,13 @@ def param_table(cfg: Contrastive) -> list[Row]:
 
 def tower_rows(hf: str, param: str, cfg: Transformer) -> list[Row]:
     blocks = f"{hf}transformer.resblocks"
-    found = block_rows(blocks, param, cfg, BLOCK)
+    rows = block_rows(blocks, param, cfg, BLOCK)
     for layer in range(cfg.depth):
-        found += fused_rows(f"{blocks}.{layer}.attn", f"{param}blocks/layers/block_0/self", layer)
-    return found
+        rows += fused_rows(f"{blocks}.{layer}.attn", f"{param}blocks/layers/block_0/self", layer)
+    return rows
 
 
-RENAMES = ((r"^text\.", ""),)  # of a text tower that is a module of its own
+RENAMES = ((r"^text\.", ""),)  # files whose text tower is a submodule
 OPEN_CLIP = Family(
     "open_clip",
     config_from_hf,

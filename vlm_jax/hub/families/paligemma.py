@@ -1,6 +1,6 @@
-"""PaliGemma 1 and 2: SigLIP's tokens go through one product into the sequence of Gemma or Gemma 2.
+"""PaliGemma 1 and 2: SigLIP, a linear projector, and Gemma or Gemma 2.
 
-The image and the prompt behind it are a prefix that sees all of itself.
+Image and prompt are a prefix with bidirectional attention (prefix-LM).
 """
 
 from collections.abc import Collection
@@ -32,7 +32,8 @@ TEXTS = {family.model_type: family for family in (gemma.GEMMA, gemma.GEMMA2)}
 def config_from_hf(config: Json, names: Collection[str]) -> Experiment:
     tower_config = get_or(config, "vision_config", {})
     choose_nested("vision_config", tower_config, TOWERS, "siglip_vision_model")
-    causal = {"use_bidirectional_attention": False}  # but for the prefix, of which the batch knows
+    # The batch marks the bidirectional prefix; the decoder itself is causal.
+    causal = {"use_bidirectional_attention": False}
     text = get_or(config, "text_config", {}) | causal
     return Experiment(
         vision=siglip.vision_from_hf(tower_config),

@@ -1,4 +1,4 @@
-"""Phi-3: Llama's block with fused projections, and RoPE that has other angles for long texts."""
+"""Phi-3: Llama's block with fused projections, and longrope scaling."""
 
 from collections.abc import Collection
 
@@ -20,11 +20,11 @@ DEFAULTS = {
     "original_max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
 }
-OLD_NAMES = ("su", "yarn")  # of longrope, in the first files
+OLD_NAMES = ("su", "yarn")  # of longrope in early files
 
 
 def decoder_from_hf(config: Json, tied: bool) -> Decoder:
-    """The settings of a Phi-3 with the defaults of Phi3Config; nothing has a bias, whatever config.json says."""
+    """Reads the settings with Phi3Config's defaults; like transformers, ignores biases."""
     config = (
         DEFAULTS | _renamed(llama.drop_nulls(config)) | {"attention_bias": False, "mlp_bias": False}
     )
@@ -36,8 +36,8 @@ def decoder_from_hf(config: Json, tied: bool) -> Decoder:
     for name, count in counts.items():
         if decoder.rope.scaling == "longrope" and count != decoder.rotary_dim // 2:
             raise CheckpointError(
-                f"config.json: {name} has {count} numbers; a head whose first {decoder.rotary_dim} numbers RoPE turns "
-                f"needs {decoder.rotary_dim // 2}."
+                f"config.json: {name} has {count} factors, but a rotary dimension of "
+                f"{decoder.rotary_dim} needs {decoder.rotary_dim // 2}."
             )
     window = get_or(config, "sliding_window", 0)
     return llama.with_sliding_window(decoder, window, range(decoder.depth) if window else ())

@@ -1,4 +1,4 @@
-"""The families that are known, by the `model_type` of their config.json."""
+"""The supported families, by the `model_type` of their config.json."""
 
 import os
 from collections.abc import Mapping
@@ -51,33 +51,36 @@ FAMILIES = {family.model_type: family for family in KNOWN}
 
 
 def config_path(folder: Path) -> Path:
-    """config.json, or where there is none, OpenCLIP's."""
-    path = folder / open_clip.OPEN_CLIP.config_file
-    return (
-        path
-        if path.is_file() and not (folder / "config.json").is_file()
-        else folder / "config.json"
-    )
+    """Path of config.json or, in a folder that has only that, of OpenCLIP's config."""
+    path = folder / "config.json"
+    open_clip_path = folder / open_clip.OPEN_CLIP.config_file
+    return open_clip_path if open_clip_path.is_file() and not path.is_file() else path
 
 
 def family_of(config: Mapping, name: str, taps: str | None = None) -> Family:
-    """The family of a config.json; `name` says whose it is, `taps` is of `mllama.family_of_taps`.
+    """Returns the family of a config.json.
+
+    Args:
+      name: of the config, for messages.
+      taps: see `mllama.family_of_taps`.
 
     Raises:
-      CheckpointError: no known family (it lists those that are).
+      CheckpointError: the family is not supported (the message lists those that are).
     """
-    kind = config.get(
-        "model_type", open_clip.OPEN_CLIP.model_type if "model_cfg" in config else None
-    )
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    default = open_clip.OPEN_CLIP.model_type if "model_cfg" in config else None
+    model_type = config.get("model_type", default)
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
-            f"{name}: model_type {kind!r} is not supported: choose {', '.join(sorted(FAMILIES))}."
+            f"{name}: model_type {model_type!r} is not supported "
+            f"(choose from {', '.join(sorted(FAMILIES))})."
         )
-    return mllama.family_of_taps(config, taps) if kind == "mllama" else FAMILIES[kind]
+    if FAMILIES[model_type] is mllama.MLLAMA:
+        return mllama.family_of_taps(config, taps)
+    return FAMILIES[model_type]
 
 
 def possible_taps(folder: str | os.PathLike, taps: str | None) -> tuple[str | None, ...]:
-    """The taps that outputs of a folder may have: both, where neither `taps` nor a Llama 3.2 Vision's config tells."""
+    """Returns the taps to try for a folder: both, if it is a Llama 3.2 Vision that names none."""
     config = read_json(config_path(existing_folder(folder)))
-    told = taps or get_or(config, "vision_config", {}).get(mllama_vision.TAPS)
-    return ("input", "output") if config.get("model_type") == "mllama" and not told else (taps,)
+    stated = taps or get_or(config, "vision_config", {}).get(mllama_vision.TAPS)
+    return ("input", "output") if config.get("model_type") == "mllama" and not stated else (taps,)

@@ -1,4 +1,4 @@
-"""RoPE in config.json: `rope_theta` and `rope_scaling` of transformers 4.x, `rope_parameters` of 5.x."""
+"""RoPE in config.json: `rope_theta`, `rope_scaling` (transformers 4.x), `rope_parameters` (5.x)."""
 
 from collections.abc import Mapping
 
@@ -16,20 +16,24 @@ KNOWN = ("default", "linear", "llama3", "longrope")
 def rope_from_hf(
     config: Mapping, theta: float = 10_000.0, fraction: float = 1.0, max_positions: int = 0
 ) -> Rope:
-    """The settings of `config`; the other arguments are the family's defaults and the longest text of the model.
+    """Reads the RoPE settings.
+
+    Args:
+      theta: default of the family.
+      fraction: of the head dimension that is rotated, by default.
+      max_positions: of the model.
 
     Raises:
-      CheckpointError: the way of stretching is not supported.
+      CheckpointError: the scaling is not supported.
     """
     parameters = config.get("rope_parameters") or {}
-    parameters = (
-        parameters.get("full_attention", parameters) or {}
-    )  # Gemma 3 has one for each kind of layer
+    # Gemma 3 has parameters for each type of layer.
+    parameters = parameters.get("full_attention", parameters) or {}
     scaling = {**(config.get("rope_scaling") or {}), **parameters}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in KNOWN:
         raise CheckpointError(
-            f"config.json: the rope_type {kind!r} is not supported: choose {', '.join(KNOWN)}."
+            f"config.json: rope_type {kind!r} is not supported (choose from {', '.join(KNOWN)})."
         )
     rope = Rope(
         theta=float(get_or(scaling, "rope_theta", get_or(config, "rope_theta", theta))),
@@ -39,12 +43,10 @@ def rope_from_hf(
             )
         ),
     )
-    return _stretched(rope, kind, scaling, config, max_positions)
+    return _scaled(rope, kind, scaling, config, max_positions)
 
 
-def _stretched(
-    rope: Rope, kind: str, scaling: Mapping, config: Mapping, max_positions: int
-) -> Rope:
+def _scaled(rope: Rope, kind: str, scaling: Mapping, config: Mapping, max_positions: int) -> Rope:
     shared = {"theta": rope.theta, "fraction": rope.fraction}
     if kind == "linear":
         return Rope(**shared, scaling="linear", factor=float(scaling["factor"]))
@@ -73,7 +75,7 @@ def _stretched(
 
 
 def rope_to_hf(rope: Rope, max_positions: int = 0) -> Json:
-    """The keys of transformers 4.x; `max_positions` is the longest text of the model."""
+    """Writes the keys of transformers 4.x."""
     config = {"rope_theta": rope.theta, "rope_scaling": _scaling(rope, max_positions)}
     if rope.scaling == "longrope":
         config["original_max_position_embeddings"] = rope.original_positions
@@ -92,15 +94,13 @@ def _scaling(rope: Rope, max_positions: int) -> Json | None:
             "original_max_position_embeddings": rope.original_positions,
         }
     if rope.scaling == "longrope":
-        return {
+        scaling = {
             "type": "longrope",
             "short_factor": list(rope.short_factors),
             "long_factor": list(rope.long_factors),
-            # Transformers 4.x takes three keys and no other, and this from the lengths of the texts.
-            **(
-                {}
-                if rope.factor == max_positions / rope.original_positions
-                else {"factor": rope.factor}
-            ),
         }
+        # transformers 4.x accepts only these three keys and computes the factor from the lengths.
+        if rope.factor != max_positions / rope.original_positions:
+            scaling["factor"] = rope.factor
+        return scaling
     return None

@@ -1,4 +1,4 @@
-"""SigLIP: the image encoder alone, with or without the head that pools, or both towers."""
+"""SigLIP: the image encoder alone, with or without its pooling head, or both towers."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -54,7 +54,7 @@ def vision_to_hf(vision: Vision) -> Json:
 
 
 def vision_rows(vision: Vision, hub_prefix: str, param: str) -> list[Row]:
-    """The encoder's rows; both prefixes end with what separates them from names: "vision_model.", "vision/"."""
+    """Rows of the encoder. Prefixes include their separator: "vision_model.", "vision/"."""
     hf = f"{hub_prefix}embeddings"
     rows = [
         row(f"{hf}.position_embedding.weight", f"{param}patch_embed/positions"),
@@ -68,7 +68,7 @@ def vision_rows(vision: Vision, hub_prefix: str, param: str) -> list[Row]:
 
 
 def head_rows(hf: str, param: str) -> list[Row]:
-    """Attention of one learned query, and an MLP."""
+    """Rows of the pooling head: attention with one learned query, then an MLP."""
     return [
         row(f"{hf}.probe", f"{param}/query", "1 1 D -> D"),
         *fused_rows(f"{hf}.attention", f"{param}/attention"),
@@ -79,19 +79,17 @@ def head_rows(hf: str, param: str) -> list[Row]:
 
 
 def config_from_hf(config: Json, names: Collection[str]) -> Contrastive:
-    text, vision = (
-        TEXT_DEFAULTS | clip.tower_config(config, "text"),
-        vision_from_hf(clip.tower_config(config, "vision")),
-    )
+    text = TEXT_DEFAULTS | clip.tower_config(config, "text")
+    vision = vision_from_hf(clip.tower_config(config, "vision"))
     width = get_or(text, "projection_size", text["hidden_size"])
     if vision.pool == "none":
         raise CheckpointError(
-            "config.json: vision_use_head False leaves no vector of an image to compare with a text."
+            "config.json: vision_use_head False is not supported: texts need a pooled image vector."
         )
     if width != vision.width:
         raise CheckpointError(
-            f"config.json: texts of projection_size {width} cannot be compared with images of hidden_size "
-            f"{vision.width}."
+            f"config.json: projection_size {width} of text_config does not match hidden_size "
+            f"{vision.width} of vision_config."
         )
     return Contrastive(
         vision=vision,
@@ -130,7 +128,7 @@ def param_table(cfg: Contrastive) -> list[Row]:
 
 
 def vision_only_from_hf(config: Json, names: Collection[str]) -> Vision:
-    """Files may lack the head that their config.json does not deny."""
+    """Reads the encoder. Some files omit the pooling head without vision_use_head=False."""
     vision = vision_from_hf(config)
     return vision if f"{clip.VISION}head.probe" in names else replace(vision, pool="none")
 

@@ -1,15 +1,17 @@
 """Weight tables: for every tensor of a Hugging Face checkpoint, the parameters that hold it.
 
-A `Row` maps one tensor of the file to its target parameters and is read in both directions (load and export). A pattern
-is einops' notation from the axes in the file to the axes of the parameter. Axis lengths follow from the parameter's
-shape, except those passed as keywords:
+A `Row` maps one tensor of the file to its target parameters and is read in both directions (load
+and export). A pattern is einops' notation from the axes in the file to the axes of the parameter.
+Axis lengths follow from the parameter's shape, except those passed as keywords:
 
     row("wte.weight", "decoder/embedding/table")
-    row("h.0.attn.c_proj.weight", "decoder/blocks/layers/block_0/self/out/kernel", "(N H) D -> N H D", layer=0)
-    row("patch_embedding.weight", "patch_embed/projection/kernel", "D c p q -> (p q c) D", p=16, q=16)
+    row("h.0.mlp.c_fc.weight", "decoder/blocks/layers/block_0/mlp/up/kernel", layer=0)
+    row("visual_projection.weight", "image_projection/kernel", "W D -> D W")
+    row("patch.weight", "patch_embed/projection/kernel", "D c p q -> (p q c) D", p=16, q=16)
 
-`layer` is the index along the leading layer axis of a parameter that `nn.scan` stacks. The functions of the families
-take two prefixes: `hf`, of tensor names in the file, and `param`, of parameter paths.
+`layer` is the index along the leading layer axis of a parameter that `nn.scan` stacks. The
+functions of the families take two prefixes: `hf`, of tensor names in the file, and `param`, of
+parameter paths.
 """
 
 import itertools
@@ -131,7 +133,7 @@ def _axes(side: str) -> list[list[str]]:
 def _axis_lengths(
     pattern: str, shape: tuple[int, ...], lengths: AxisLengths = ()
 ) -> dict[str, int]:
-    """Length of every letter on the right of a pattern; at most one letter of an axis is inferred."""
+    """Length of every letter on the right of a pattern; infers at most one letter of an axis."""
     by_letter = dict(lengths)
     for axis, n in zip(_axes(pattern.split("->")[1]), shape, strict=True):
         known = math.prod(by_letter.get(letter, 1) for letter in axis)

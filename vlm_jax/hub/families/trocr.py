@@ -1,4 +1,4 @@
-"""TrOCR's decoder: BART's, whose norms stand behind the sums (transformers, models/trocr/modeling_trocr.py)."""
+"""TrOCR's decoder: BART's, with post-norm (transformers, models/trocr/modeling_trocr.py)."""
 
 from collections.abc import Collection
 
@@ -17,9 +17,9 @@ from vlm_jax.hub.families.llama import attention_rows, dense_rows, is_tied
 from vlm_jax.hub.families.table import Row, layers_with, row
 
 HEAD = "output_projection.weight"
-LEARNED_OFFSET = 2  # rows of the position table before that of the first token
+LEARNED_OFFSET = 2  # the first token has row 2 of the position table
 
-
+# `attribute_map` of transformers' TrOCRConfig.
 ALIASES = {
     "hidden_size": "d_model",
     "num_hidden_layers": "decoder_layers",
@@ -70,21 +70,21 @@ def decoder_to_hf(decoder: Decoder) -> Json:
 def decoder_rows(
     decoder: Decoder, fusion: Fusion, prefix: str = "model.decoder.", head: str = HEAD
 ) -> list[Row]:
-    found = [row(f"{prefix}embed_tokens.weight", "decoder/embedding/table")]
+    rows = [row(f"{prefix}embed_tokens.weight", "decoder/embedding/table")]
     if decoder.positions == "learned":
-        found.append(row(f"{prefix}embed_positions.weight", "decoder/position_embedding/table"))
+        rows.append(row(f"{prefix}embed_positions.weight", "decoder/position_embedding/table"))
     if decoder.embed_norm:
-        found += norm_rows(f"{prefix}layernorm_embedding", "decoder/embedding_norm")
+        rows += norm_rows(f"{prefix}layernorm_embedding", "decoder/embedding_norm")
     if not decoder.tie_word_embeddings:
-        found.append(row(head, "decoder/free_head/kernel", "V D -> D V"))
+        rows.append(row(head, "decoder/free_head/kernel", "V D -> D V"))
     for n, (block, layer) in enumerate(layers_with(fusion.sublayers(decoder.depth), "self")):
         hf, param = f"{prefix}layers.{n}", f"decoder/{block}"
-        for theirs, part in {"self_attn": "self", "encoder_attn": "cross"}.items():
-            found += attention_rows(
-                f"{hf}.{theirs}", f"{param}/{part}", decoder, layer, out="out_proj"
+        for name, sublayer in {"self_attn": "self", "encoder_attn": "cross"}.items():
+            rows += attention_rows(
+                f"{hf}.{name}", f"{param}/{sublayer}", decoder, layer, out="out_proj"
             )
-            found += norm_rows(f"{hf}.{theirs}_layer_norm", f"{param}/{part}_norm", layer)
-        found += dense_rows(f"{hf}.fc1", f"{param}/mlp/up", "F D -> D F", True, layer)
-        found += dense_rows(f"{hf}.fc2", f"{param}/mlp/down", "D F -> F D", True, layer)
-        found += norm_rows(f"{hf}.final_layer_norm", f"{param}/mlp_norm", layer)
-    return found
+            rows += norm_rows(f"{hf}.{name}_layer_norm", f"{param}/{sublayer}_norm", layer)
+        rows += dense_rows(f"{hf}.fc1", f"{param}/mlp/up", "F D -> D F", True, layer)
+        rows += dense_rows(f"{hf}.fc2", f"{param}/mlp/down", "D F -> F D", True, layer)
+        rows += norm_rows(f"{hf}.final_layer_norm", f"{param}/mlp_norm", layer)
+    return rows

@@ -1,4 +1,4 @@
-"""ViT, and the rows that all encoders of its kind share: CLIP, SigLIP and DINOv2 have other names for them."""
+"""ViT, and the rows that CLIP, SigLIP and DINOv2 share with it under other names."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -19,7 +19,8 @@ from vlm_jax.hub.families.gpt2 import norm_rows
 from vlm_jax.hub.families.llama import dense_rows
 from vlm_jax.hub.families.table import Row, Target, row
 
-KERNELS = {  # of a block: our names, and the way from torch's axes to ours
+# Kernels of a block: path and pattern from torch's axes.
+KERNELS = {
     "self/query": "(N H) D -> D N H",
     "self/key": "(K H) D -> D K H",
     "self/value": "(K H) D -> D K H",
@@ -44,7 +45,7 @@ PREFIX, CLASSIFIER, POOLER = "vit.", "classifier", "pooler.dense"
 
 
 def shape_from_hf(config: Json, patch: int, activation: str) -> dict:
-    """The fields of a Vision that all these encoders spell alike; `patch` and `activation` are a family's defaults."""
+    """Reads the fields that all these encoders name alike; `patch`, `activation` are defaults."""
     reject_unless(config, "num_channels", CHANNELS)
     return {
         "width": positive_int(config, "hidden_size", 768),
@@ -57,12 +58,12 @@ def shape_from_hf(config: Json, patch: int, activation: str) -> dict:
 
 
 def side(config: Json, key: str, default: int) -> int:
-    """The side of a square, which may be given twice."""
+    """Reads the side of a square, an integer or [height, width]."""
     value = get_or(config, key, default)
     sides = value if isinstance(value, list) else [value]
     if not sides or any(length != sides[0] for length in sides):
         raise CheckpointError(
-            f"config.json: {key} {value} is not supported: images and patches have to be square."
+            f"config.json: {key} {value} is not supported: images and patches must be square."
         )
     return positive_int({key: sides[0]}, key)
 
@@ -81,7 +82,7 @@ def shape_to_hf(vision: Vision) -> Json:
 
 
 def vision_from_hf(config: Json, names: Collection[str]) -> Vision:
-    """`names` are the stored tensors of the encoder, without its prefix: pooler and classifier may be missing."""
+    """Reads the encoder; `names` are its tensors, without prefix."""
     classes = num_classes(config) if f"{CLASSIFIER}.weight" in names else 0
     pools = f"{POOLER}.weight" in names
     vision = Vision(
@@ -100,7 +101,7 @@ def vision_from_hf(config: Json, names: Collection[str]) -> Vision:
 
 
 def num_classes(config: Json) -> int:
-    """config.json names the classes, or counts them; two go without saying."""
+    """Number of classes: len(id2label), else num_labels, else 2 (the default of transformers)."""
     return len(get_or(config, "id2label", {})) or positive_int(config, "num_labels", 2)
 
 
@@ -114,7 +115,7 @@ def vision_to_hf(vision: Vision) -> Json:
 
 
 def vision_rows(vision: Vision, hub_prefix: str, param: str) -> list[Row]:
-    """The encoder's rows; both prefixes end with what separates them from names: "encoder.", "vision/"."""
+    """Rows of the encoder. Prefixes include their separator: "encoder.", "vision/"."""
     rows = [
         *class_rows(f"{hub_prefix}embeddings", param),
         *patch_rows(f"{hub_prefix}embeddings.patch_embeddings.projection", param, vision),
@@ -128,7 +129,7 @@ def vision_rows(vision: Vision, hub_prefix: str, param: str) -> list[Row]:
 
 
 def class_rows(hf: str, param: str) -> list[Row]:
-    """The class token, and positions whose first row is its own."""
+    """Rows of the class token and of positions, whose first row is the class token's."""
     positions = (
         Target(f"{param}class_position", "1 1 D -> D"),
         Target(f"{param}patch_embed/positions", "1 P D -> P D"),
@@ -140,29 +141,30 @@ def class_rows(hf: str, param: str) -> list[Row]:
 
 
 def patch_rows(hf: str, param: str, vision: Vision) -> list[Row]:
-    """A strided convolution of torch, (D, channels, height, width), as the product that `PatchEmbed` keeps."""
+    """Rows of the patch embedding, stored as a convolution (D, channels, height, width)."""
     param, patch = f"{param}patch_embed/projection", vision.patch_size_px
     rows = [row(f"{hf}.weight", f"{param}/kernel", "D c p q -> (p q c) D", p=patch, q=patch)]
     return rows + ([row(f"{hf}.bias", f"{param}/bias")] if vision.patch_bias else [])
 
 
 def block_rows(hf: str, param: str, cfg: Transformer, names: Mapping[str, str]) -> list[Row]:
-    """Blocks of self-attention and MLP, `{hub}.0`, `{hub}.1`, ...; `names` says how each layer is called there."""
+    """Rows of blocks `{hf}.0`, `{hf}.1`, ...; `names` maps our sublayer paths to their names."""
     rows = []
     for layer in range(cfg.depth):
-        for name, called in names.items():
-            there, here = f"{hf}.{layer}.{called}", f"{param}blocks/layers/block_0/{name}"
+        for name, hf_name in names.items():
+            tensor = f"{hf}.{layer}.{hf_name}"
+            path = f"{param}blocks/layers/block_0/{name}"
             if name in KERNELS:
                 rows += dense_rows(
-                    there, here, KERNELS[name], cfg.qkv_bias or name not in QKV, layer
+                    tensor, path, KERNELS[name], cfg.qkv_bias or name not in QKV, layer
                 )
             else:
-                rows += norm_rows(there, here, layer)
+                rows += norm_rows(tensor, path, layer)
     return rows
 
 
 def fused_rows(hf: str, param: str, layer: int | None = None) -> list[Row]:
-    """torch's MultiheadAttention, in which the projections of queries, keys and values are one tensor."""
+    """Rows of torch's MultiheadAttention, with one tensor for query, key and value projections."""
     names = ("query", "key", "value")
     kernels = tuple(Target(f"{param}/{name}/kernel", "(N H) D -> D N H", layer) for name in names)
     biases = tuple(Target(f"{param}/{name}/bias", "(N H) -> N H", layer) for name in names)
@@ -171,7 +173,7 @@ def fused_rows(hf: str, param: str, layer: int | None = None) -> list[Row]:
 
 
 def mlp_ratio(width: int, mlp_width: int) -> float:
-    """What the width is multiplied by, and then rounded down, to give the MLP's; a whole number where there is one."""
+    """Returns a ratio with int(width * ratio) == mlp_width; an integer if possible."""
     ratio = mlp_width / width
     if ratio.is_integer():
         return int(ratio)
@@ -190,7 +192,7 @@ def config_to_hf(vision: Vision) -> Json:
 
 
 def param_table(vision: Vision) -> list[Row]:
-    """The model of a classifier stands below a name of its own."""
+    """Rows of the encoder; below the prefix "vit." if it has a classifier."""
     if not vision.classes:
         return vision_rows(vision, "", "")
     return vision_rows(vision, PREFIX, "") + dense_rows(
@@ -198,7 +200,7 @@ def param_table(vision: Vision) -> list[Row]:
     )
 
 
-ATTENTION_RENAMES = (  # the modules of transformers 5 in memory
+ATTENTION_RENAMES = (  # module names of transformers 5
     (r"\.attention\.q_proj\.", ".attention.attention.query."),
     (r"\.attention\.k_proj\.", ".attention.attention.key."),
     (r"\.attention\.v_proj\.", ".attention.attention.value."),

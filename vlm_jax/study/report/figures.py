@@ -1,4 +1,4 @@
-"""The charts of a report, each narrow enough for a phone."""
+"""Charts of a report, each narrow enough for a phone."""
 
 import contextlib
 import io
@@ -14,8 +14,11 @@ from vlm_jax.study.report import statistics
 from vlm_jax.study.report.page import Picture
 from vlm_jax.study.report.results import Result, Results
 
-WIDTH_INCHES, HEIGHT_INCHES, DPI = 4.6, 3.3, 160
-LEGEND_COLUMNS, LEGEND_ROW_INCHES = 2, 0.18
+WIDTH_INCHES = 4.6
+HEIGHT_INCHES = 3.3
+DPI = 160
+LEGEND_COLUMNS = 2
+LEGEND_ROW_INCHES = 0.18
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -26,18 +29,21 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
-# Okabe and Ito's colours, which the colour-blind tell apart; a ninth arm begins again with dashes.
+# Colours of Okabe and Ito, safe for colour-blind readers. A ninth arm has the first colour, dashed.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8a7a00", "#444444")
 DASHES = ("-", "--", ":")
-SEEDS_BELOW = (
-    0.24  # of the distance between two arms: where the dots of seeds stand, off the mean's interval
-)
-SMOOTHED_SHARE = 1 / 20  # of the logged steps that one point of a curve is the mean of
+# Distance of the dots of seeds from the interval, as a share of the distance between two arms.
+SEED_OFFSET = 0.24
+# A point of a curve is the mean of this share of the logged steps.
+SMOOTHED_SHARE = 1 / 20
+
+# A value for each logged step of a run.
+Series = Callable[[Result], np.ndarray]
 
 
 @contextlib.contextmanager
 def _figure(height_inches: float = HEIGHT_INCHES) -> Iterator[tuple]:
-    """Axes to draw on and the file that they are written to."""
+    """Yields axes and the file to which the figure is written at the end."""
     file = io.BytesIO()
     with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
@@ -46,102 +52,109 @@ def _figure(height_inches: float = HEIGHT_INCHES) -> Iterator[tuple]:
         pyplot.close(figure)
 
 
-def _looks(arms: Sequence[str]) -> dict[str, dict[str, str]]:
-    return {
-        arm: {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i // len(COLORS) % len(DASHES)]}
-        for i, arm in enumerate(arms)
-    }
+def _line_styles(arms: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Returns arm -> its colour and dashes."""
+    styles = {}
+    for i, arm in enumerate(arms):
+        dashes = DASHES[i // len(COLORS) % len(DASHES)]
+        styles[arm] = {"color": COLORS[i % len(COLORS)], "linestyle": dashes}
+    return styles
 
 
 def score_picture(results: Results, axis: str) -> Picture:
-    """A line an arm: the mean with its interval, and every seed as a small dot."""
+    """Returns a chart with a line for each arm: mean, interval, and a dot for each seed."""
     study = results.plan.study
-    arms, looks = list(study.arms), _looks(list(study.arms))
-    with _figure(height_inches=0.8 + 0.36 * len(arms)) as (axes, file):
-        for place, arm in enumerate(arms):
-            scores = list(results.scores(axis, arm).values())
-            if not scores:
-                continue
-            found, color = statistics.estimate(scores), looks[arm]["color"]
-            axes.scatter(
-                scores,
-                [place + SEEDS_BELOW] * len(scores),
-                s=14,
-                color=color,
-                alpha=0.6,
-                linewidths=0,
-            )
-            bounds = (
-                None if found.low is None else [[found.mean - found.low], [found.high - found.mean]]
-            )
-            axes.errorbar(
-                found.mean, place, xerr=bounds, fmt="o", color=color, markersize=6, capsize=3
-            )
-        axes.set_yticks(range(len(arms)), arms)
-        axes.set_ylim(len(arms) - 0.5, -0.5)
+    scores = {arm: list(results.scores(axis, arm).values()) for arm in study.arms}
+    png = draw_scores(scores, study.metric_bounds, study.metric.replace("_", " "))
+    label = axis_label(axis)
+    caption = f"Mean over seeds with its 95 % interval, and every seed; at matched {label}"
+    return Picture(f"score_{axis}.png", caption, png)
+
+
+def draw_scores(
+    scores: Mapping[str, Sequence[float]], bounds: statistics.Bounds, label: str
+) -> bytes:
+    """Returns the PNG of a chart of arm -> scores of its seeds."""
+    styles = _line_styles(list(scores))
+    with _figure(height_inches=0.8 + 0.36 * len(scores)) as (axes, file):
+        for row, (arm, seed_scores) in enumerate(scores.items()):
+            if seed_scores:
+                _draw_arm(axes, row, seed_scores, bounds, styles[arm]["color"])
+        axes.set_yticks(range(len(scores)), list(scores))
+        axes.set_ylim(len(scores) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
-        axes.set_xlabel(study.metric.replace("_", " "))
-    return Picture(
-        f"score_{axis}.png",
-        f"Mean over seeds with its 95 % interval, and every seed; at matched {axis_label(axis)}",
-        file.getvalue(),
-    )
+        axes.set_xlabel(label)
+    return file.getvalue()
+
+
+def _draw_arm(
+    axes, row: int, scores: Sequence[float], bounds: statistics.Bounds, color: str
+) -> None:
+    offsets = [row + SEED_OFFSET] * len(scores)
+    axes.scatter(scores, offsets, s=14, color=color, alpha=0.6, linewidths=0)
+    estimate = statistics.estimate(scores, bounds)
+    errors = None
+    if estimate.low is not None:
+        errors = [[estimate.mean - estimate.low], [estimate.high - estimate.mean]]
+    axes.errorbar(estimate.mean, row, xerr=errors, fmt="o", color=color, markersize=6, capsize=3)
 
 
 def curve_pictures(results: Results, axis: str) -> list[Picture]:
-    """Training loss over steps, over FLOPs and over seconds: the mean over seeds, from the lowest to the highest."""
+    """Returns charts of the training loss over steps, over FLOPs and over seconds."""
     plan = results.plan
+    runs = {}
+    for arm in plan.study.arms:
+        arm_runs = list(results.by_seed(axis, arm).values())
+        if arm_runs and all(run.metrics for run in arm_runs):
+            runs[arm] = arm_runs
+    if not runs:
+        return []
 
-    def flops(arm: str) -> Callable[[Result], np.ndarray]:
-        a_step = matching.flops_a_step(plan.built(plan.arms[axis, arm]))
-        return lambda result: _column(result, "step") * a_step
+    def flops(arm: str) -> Series:
+        flops_per_step = matching.flops_per_step(plan.resolve_decoder(plan.arms[axis, arm]))
+        return lambda result: _column(result, "step") * flops_per_step
 
-    ways = {
+    # Label of the horizontal axis -> its values for the runs of an arm.
+    horizontal: dict[str, Callable[[str], Series]] = {
         "training steps": lambda arm: lambda result: _column(result, "step"),
         "training FLOPs": flops,
         "seconds": lambda arm: _seconds,
     }
-    found = {arm: list(results.of(axis, arm).values()) for arm in plan.study.arms}
-    found = {arm: runs for arm, runs in found.items() if runs and all(run.metrics for run in runs)}
-    if not found:
-        return []
+    styles = _line_styles(list(plan.study.arms))
     return [
         Picture(
             f"loss_over_{label.split()[-1].lower()}_{axis}.png",
             f"Loss over {label}, at matched {axis_label(axis)}",
-            _curves(found, _looks(list(plan.study.arms)), label, way),
+            _draw_curves(runs, styles, label, series),
         )
-        for label, way in ways.items()
+        for label, series in horizontal.items()
     ]
 
 
-def _curves(
-    found: Mapping[str, Sequence[Result]], looks: Mapping, label: str, x_of: Callable
+def _draw_curves(
+    runs: Mapping[str, Sequence[Result]],
+    styles: Mapping[str, Mapping[str, str]],
+    label: str,
+    series: Callable[[str], Series],
 ) -> bytes:
-    legend_rows = -(-len(found) // LEGEND_COLUMNS)
+    legend_rows = -(-len(runs) // LEGEND_COLUMNS)
     with _figure(HEIGHT_INCHES + LEGEND_ROW_INCHES * legend_rows) as (axes, file):
-        for arm, runs in found.items():
-            points = min(len(run.metrics) for run in runs)
-            x = np.mean([x_of(arm)(run)[:points] for run in runs], axis=0)
-            losses = np.stack([_smoothed(_column(run, "loss")[:points]) for run in runs])
-            axes.plot(x, losses.mean(axis=0), label=arm, linewidth=1.6, **looks[arm])
-            axes.fill_between(
-                x,
-                losses.min(axis=0),
-                losses.max(axis=0),
-                color=looks[arm]["color"],
-                alpha=0.18,
-                lw=0,
-            )
+        for arm, arm_runs in runs.items():
+            # Curves end where the shortest run does.
+            points = min(len(run.metrics) for run in arm_runs)
+            x = np.mean([series(arm)(run)[:points] for run in arm_runs], axis=0)
+            losses = np.stack([_smooth(_column(run, "loss")[:points]) for run in arm_runs])
+            low, high = losses.min(axis=0), losses.max(axis=0)
+            axes.plot(x, losses.mean(axis=0), label=arm, linewidth=1.6, **styles[arm])
+            axes.fill_between(x, low, high, color=styles[arm]["color"], alpha=0.18, lw=0)
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
         axes.set_xlabel(label)
         axes.set_ylabel("training loss, nats")
-        axes.figure.legend(
-            loc="outside lower center", ncols=LEGEND_COLUMNS
-        )  # inside, many arms would hide a curve
+        # Inside the axes, the legend of many arms would hide a curve.
+        axes.figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS)
     return file.getvalue()
 
 
@@ -150,13 +163,13 @@ def _column(result: Result, name: str) -> np.ndarray:
 
 
 def _seconds(result: Result) -> np.ndarray:
-    """Since the start of training, as the run logged it."""
+    """Returns seconds since the start of training, from the logged speed of each interval."""
     steps = _column(result, "step")
     return np.cumsum(np.diff(steps, prepend=0) * _column(result, "step_seconds"))
 
 
-def _smoothed(values: np.ndarray) -> np.ndarray:
-    """The mean of every value and of those before it, as far back as `SMOOTHED_SHARE` goes."""
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Returns the trailing mean over `SMOOTHED_SHARE` of the values."""
     width = max(1, round(len(values) * SMOOTHED_SHARE))
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)

@@ -1,4 +1,4 @@
-"""What a report consists of, and its two forms: Markdown with pictures beside it, and one HTML file."""
+"""Contents of a report, written as Markdown with pictures beside it and as one HTML file."""
 
 import base64
 from collections.abc import Sequence
@@ -12,10 +12,11 @@ from vlm_jax.runtime.workdir import write_atomic
 
 @dataclass(frozen=True)
 class Cell:
-    """Of a table."""
+    """A table cell."""
 
     text: str
-    shade: float | None = None  # 0 to 1: how dark it stands in a heat table
+    # Darkness in a heat table, 0 to 1.
+    shade: float | None = None
     is_number: bool = False
 
 
@@ -28,9 +29,18 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    name: str  # of its file
+    name: str  # file name
     caption: str
     png: bytes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An arm's answer to a question."""
+
+    arm: str
+    text: str
+    correct: bool
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class Sample:
     question: str
     answer: str
     type: str
-    said: Sequence[tuple[str, str, bool]]  # arm, its answer, whether that is right
+    answers: Sequence[Answer]
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ class Section:
 @dataclass(frozen=True)
 class Page:
     title: str
-    lead: Sequence[str]  # what stands above all sections
+    lead: Sequence[str]  # paragraphs above all sections
     sections: Sequence[Section]
 
 
@@ -64,18 +74,21 @@ def write(page: Page, folder: Path) -> None:
     """Writes report.html, report.md and the pictures of the latter."""
     folder.mkdir(parents=True, exist_ok=True)
     for section in page.sections:
-        for picture in (*section.pictures, *(sample.picture for sample in section.samples)):
+        sample_pictures = [sample.picture for sample in section.samples]
+        for picture in (*section.pictures, *sample_pictures):
             (folder / picture.name).write_bytes(picture.png)
     for name in ("report.html", "report.md"):
         write_atomic(folder / name, _template(name).render(page=page))
 
 
 def _template(name: str) -> jinja2.Template:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    escaped = name.endswith(".html")
-    settings = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     environment = jinja2.Environment(
-        loader=loader, autoescape=escaped, undefined=jinja2.StrictUndefined, **settings
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=name.endswith(".html"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters["inline"] = lambda png: base64.b64encode(png).decode()
     environment.filters["cell"] = lambda text: text.replace("|", "\\|").replace("\n", " ")

@@ -1,4 +1,4 @@
-"""What the runs of a study left behind."""
+"""Results of the finished runs of a study."""
 
 import functools
 import json
@@ -8,91 +8,139 @@ from pathlib import Path
 
 from vlm_jax.config import ConfigError, UserError
 from vlm_jax.runtime.workdir import Workdir
-from vlm_jax.study.planning import Plan, Run, resolved
+from vlm_jax.study.planning import Plan, Run, resolve_checkpoints
 from vlm_jax.study.run import record, running
+
+ANSWER_FIELDS = {"image_id", "question", "type", "answer", "prediction", "correct"}
+METRIC_FIELDS = {"step", "loss", "step_seconds"}
 
 
 @dataclass(frozen=True)
 class Result:
-    """Of a finished run."""
+    """A finished run."""
 
     score: float  # the study's metric
-    blind: float  # exact match with shuffled images
+    shuffled_score: float  # exact match with shuffled images
     by_type: Mapping[str, float]
-    predictions: tuple[Mapping[str, object], ...]  # a line of predictions.jsonl each
-    metrics: tuple[Mapping[str, float], ...]  # a line of metrics.jsonl each
+    predictions: tuple[Mapping[str, object], ...]  # lines of predictions.jsonl
+    metrics: tuple[Mapping[str, float], ...]  # lines of metrics.jsonl
     record: Mapping[str, object]
 
     @functools.cached_property
-    def asked(self) -> list[tuple]:
-        """The questions, to see whether two runs were asked the same."""
+    def questions(self) -> list[tuple]:
+        """(image id, question, answer) of every test question."""
         return [(line["image_id"], line["question"], line["answer"]) for line in self.predictions]
+
+    def answers(self, metric: str) -> list[Mapping[str, object]]:
+        """Returns the lines of predictions.jsonl that a metric averages: all, or one type's."""
+        _, question_type = split_metric(metric)
+        return [line for line in self.predictions if question_type in (None, line["type"])]
+
+    def answer_values(self, metric: str) -> list[float] | None:
+        """Returns the metric of every answer that it averages; None where answers have none."""
+        name, _ = split_metric(metric)
+        field = "correct" if name == "exact_match" else name
+        lines = self.answers(metric)
+        if not lines or any(field not in line for line in lines):
+            return None
+        return [float(line[field]) for line in lines]
+
+
+def split_metric(metric: str) -> tuple[str, str | None]:
+    """Returns the name of a metric and its type of question.
+
+    exact_match -> (exact_match, None); by_type.count -> (exact_match, count);
+    NAME_by_type.count -> (NAME, count)
+    """
+    key, has_type, question_type = metric.partition(".")
+    if not has_type:
+        return metric, None
+    return key.removesuffix("by_type").removesuffix("_") or "exact_match", question_type
 
 
 @dataclass(frozen=True)
 class Results:
-    """Of all runs."""
+    """Results of all runs of a plan."""
 
     plan: Plan
-    found: Mapping[tuple[str, str, int], Result]  # axis, arm, seed
-    missing: Mapping[str, str]  # name of a run -> why there is nothing of it
-    broken: Mapping[str, str]  # name of a finished run -> what it lacks
+    finished: Mapping[tuple[str, str, int], Result]  # key: axis, arm, seed
+    missing: Mapping[str, str]  # name of an unfinished run -> reason
+    broken: Mapping[str, str]  # name of a finished run that cannot be read -> reason
 
-    def of(self, axis: str, arm: str) -> dict[int, Result]:
-        """Seed -> result."""
+    def by_seed(self, axis: str, arm: str) -> dict[int, Result]:
+        """Returns seed -> result of an arm on an axis."""
         return {
             seed: result
-            for (one, other, seed), result in self.found.items()
-            if (one, other) == (axis, arm)
+            for (result_axis, result_arm, seed), result in self.finished.items()
+            if (result_axis, result_arm) == (axis, arm)
         }
 
     def scores(self, axis: str, arm: str) -> dict[int, float]:
-        return {seed: result.score for seed, result in self.of(axis, arm).items()}
+        """Returns seed -> score of an arm on an axis."""
+        return {seed: result.score for seed, result in self.by_seed(axis, arm).items()}
 
 
-def read(plan: Plan) -> Results:
-    """Reads every run that is done; a run that answers on several axes stands for all of them."""
-    read_once: dict[Run, Result] = {}
-    missing, broken = {}, {}
+def read_results(plan: Plan) -> Results:
+    """Reads every finished run, once even if it serves several axes."""
+    by_run: dict[Run, Result] = {}
+    missing: dict[str, str] = {}
+    broken: dict[str, str] = {}
     for run in plan.runs():
         if not running.is_done(run):
-            missing[run.name] = _why_missing(run)
+            missing[run.name] = _missing_reason(run)
             continue
         try:
-            read_once[run] = _read(run, plan.study.metric)
+            by_run[run] = _read_run(run, plan.study.metric)
         except UserError as error:
             broken[run.name] = str(error)
-    wanted = [(axis, arm, seed) for seed in range(plan.study.seeds) for axis, arm in plan.arms]
-    found = {key: read_once[plan.run(*key)] for key in wanted if plan.run(*key) in read_once}
-    return Results(plan, found, missing, broken)
+    keys = [(axis, arm, seed) for seed in range(plan.study.seeds) for axis, arm in plan.arms]
+    finished = {key: by_run[plan.run(*key)] for key in keys if plan.run(*key) in by_run}
+    return Results(plan, finished, missing, broken)
 
 
-def _read(run: Run, metric: str) -> Result:
-    """Raises ConfigError where a finished run is not this one, or a file of it is missing or damaged."""
+def _read_run(run: Run, metric: str) -> Result:
+    """Raises ConfigError if the folder holds another run, or a file is missing or damaged."""
     workdir = Workdir(run.cfg.workdir)
-    workdir.check(resolved(run.cfg))
-    scores = score = record.read_json(workdir.eval)
+    workdir.check(resolve_checkpoints(run.cfg))
+    scores = record.read_json(workdir.eval)
     if not {"by_type", "image_shuffled_exact_match"} <= scores.keys():
         raise ConfigError(
             f"{workdir.eval} is damaged: it must have by_type and image_shuffled_exact_match."
         )
+    return Result(
+        _score(scores, metric, workdir.eval),
+        scores["image_shuffled_exact_match"],
+        scores["by_type"],
+        _read_lines(workdir.predictions, ANSWER_FIELDS),
+        _read_lines(workdir.metrics, METRIC_FIELDS),
+        record.read(run.cfg.workdir),
+    )
+
+
+def _score(scores: Mapping, metric: str, file: Path) -> float:
+    """Returns a score of eval.json by its key, `key` or `key.question_type`."""
+    score = scores
     for name in metric.split(".", 1):
         if not isinstance(score, Mapping) or name not in score:
-            raise ConfigError(
-                f"{workdir.eval} has no {metric}: it has {', '.join(_numbers(scores))}."
-            )
+            raise ConfigError(f"{file} has no {metric}; its scores: {', '.join(_names(scores))}.")
         score = score[name]
-    predictions = _lines(
-        workdir.predictions, {"image_id", "question", "type", "answer", "prediction", "correct"}
-    )
-    metrics = _lines(workdir.metrics, {"step", "loss", "step_seconds"})
-    blind, by_type = scores["image_shuffled_exact_match"], scores["by_type"]
-    return Result(score, blind, by_type, predictions, metrics, record.read(run.cfg.workdir))
+    return score
 
 
-def _lines(file: Path, fields: set[str]) -> tuple[dict, ...]:
-    """An object a line, each with at least these fields."""
-    lines = record.parsed(file, lambda text: tuple(map(json.loads, text.splitlines())))
+def _names(scores: Mapping) -> list[str]:
+    """Returns the names of all scores of eval.json, as a study's metric has them."""
+    names = []
+    for key, value in scores.items():
+        if isinstance(value, float):
+            names.append(key)
+        if isinstance(value, Mapping):
+            names += [f"{key}.{question_type}" for question_type in value]
+    return names
+
+
+def _read_lines(file: Path, fields: set[str]) -> tuple[dict, ...]:
+    """Returns the objects of a JSON lines file, which must have at least these fields."""
+    lines = record.parse_file(file, lambda text: tuple(map(json.loads, text.splitlines())))
     if not lines or not all(isinstance(line, dict) and fields <= line.keys() for line in lines):
         raise ConfigError(
             f"{file} is damaged: it must have lines, each with {', '.join(sorted(fields))}."
@@ -100,16 +148,11 @@ def _lines(file: Path, fields: set[str]) -> tuple[dict, ...]:
     return lines
 
 
-def _numbers(scores: Mapping) -> list[str]:
-    nested = [f"by_type.{name}" for name in scores.get("by_type", {})]
-    return [name for name, value in scores.items() if isinstance(value, float)] + nested
-
-
-def _why_missing(run: Run) -> str:
+def _missing_reason(run: Run) -> str:
     try:
-        known = record.read(run.cfg.workdir)
+        attempts = record.read(run.cfg.workdir)
     except UserError as error:
         return str(error)
-    if known.get("error"):
-        return f"failed: {known['error']}"
+    if attempts.get("error"):
+        return f"failed: {attempts['error']}"
     return "stopped, to be continued" if Path(run.cfg.workdir).exists() else "not run yet"

@@ -1,4 +1,4 @@
-"""The sections of a report about what was reached."""
+"""Report sections: scores, curves, types of questions, matching, and missing runs."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -12,93 +12,110 @@ from vlm_jax.study.report.statistics import Estimate, Pair
 from vlm_jax.study.run import record
 
 TESTS = (
-    "Intervals are 95 %. Over seeds: Student's t of the scores, or of the differences seed by seed; it assumes that "
-    "these are independent and normal, and holds for other seeds and these test questions.",
-    "Over images: a bootstrap of the test images, and a sign-flip test of them; they assume that the images are "
-    "independent draws, and hold for other images and these trained models.",
-    "Pairs are of arms that were asked the same. p values are corrected for the number of pairs (Holm); intervals are "
-    "not, each is for its pair alone. A pair is told apart only where both p values are below 0.05: with few seeds "
-    'only a large and steady difference is, and "not told apart" does not mean equal.',
+    "Intervals are 95 %. Over seeds: Wilson's score interval of the scores, or of the differences "
+    "seed by seed, with the variance of the seeds and the quantile of Student's t; it lies within "
+    "the bounds of the metric, and holds for other seeds and these test questions. Seeds without "
+    "spread determine no interval.",
+    "Over images: a bootstrap of the test images, and a sign-flip test of them. They assume that "
+    "the images are independent draws, and hold for other images and these trained models.",
+    "Pairs are arms with the same test questions. p values are corrected for the number of pairs "
+    "(Holm); intervals are not. A difference is significant if both p values are below 0.05: with "
+    'few seeds, only a large and steady one is, and "not significant" does not mean equal.',
 )
+# p values below it are shown as "< 0.001".
+SMALLEST_SHOWN_P = 0.001
 
 
-def number(text: str) -> Cell:
+def number_cell(text: str) -> Cell:
     return Cell(text, is_number=True)
 
 
-def interval(estimate: Estimate | None, sign: str = "") -> str:
+def format_estimate(estimate: Estimate | None, sign: str = "") -> str:
+    """0.796 (0.645 to 0.893); with `sign` "+", positive numbers have a sign, too."""
     if estimate is None:
         return "-"
     mean = f"{estimate.mean:{sign}.3f}"
-    return (
-        mean
-        if estimate.low is None
-        else f"{mean} ({estimate.low:{sign}.3f} to {estimate.high:{sign}.3f})"
-    )
+    if estimate.low is None:
+        return mean
+    return f"{mean} ({estimate.low:{sign}.3f} to {estimate.high:{sign}.3f})"
 
 
-def p_value(p: float | None, smallest: float = 0.001) -> str:
-    """`smallest` is what can be told at the least."""
-    return "-" if p is None else f"< {smallest:.3f}" if p < smallest else f"{p:.3f}"
+def format_p(p: float | None, smallest: float = SMALLEST_SHOWN_P) -> str:
+    """0.023, or "< 0.001" where the test cannot show less than `smallest`."""
+    if p is None:
+        return "-"
+    return f"< {smallest:.3f}" if p < smallest else f"{p:.3f}"
 
 
 def score_section(results: Results, axis: str, pairs: list[Pair]) -> Section:
-    """Scores of all arms, and the tests of every pair."""
-    explained = TESTS if axis == next(iter(results.plan.study.matched)) else ()  # once
-    tables = [score_table(results, axis), pair_table(pairs)]
+    """Returns the scores of all arms on an axis, and the tests of every pair."""
+    # The explanation precedes the first axis alone.
+    is_first = axis == next(iter(results.plan.study.matched))
     return Section(
         f"Score at matched {axis_label(axis)}",
-        explained,
+        TESTS if is_first else (),
         [figures.score_picture(results, axis)],
-        tables,
+        [score_table(results, axis), pair_table(pairs)],
     )
 
 
 def summary(results: Results, axis: str, pairs: list[Pair]) -> str:
-    """The finding on an axis, in a sentence."""
+    """Returns a paragraph with the highest score and the significant differences."""
     study = results.plan.study
-    means = {
-        arm: statistics.estimate(list(found))
-        for arm in study.arms
-        if (found := results.scores(axis, arm).values())
-    }
-    if not means:
+    estimates = {}
+    for arm in study.arms:
+        scores = list(results.scores(axis, arm).values())
+        if scores:
+            estimates[arm] = statistics.estimate(scores, study.metric_bounds)
+    if not estimates:
         return f"At matched {axis_label(axis)} no run is done yet."
-    best = max(means, key=lambda arm: means[arm].mean)
-    behind: dict[str, list[str]] = {}
-    for pair in pairs:
-        if pair.worse:
-            behind.setdefault(pair.better, []).append(pair.worse)
-    told = "; ".join(f"{arm} is better than {', '.join(others)}" for arm, others in behind.items())
+    best = max(estimates, key=lambda arm: estimates[arm].mean)
     return (
-        f"At matched {axis_label(axis)}, the highest {study.metric.replace('_', ' ')} is that of {best}, "
-        f"{interval(means[best])}. {told and f'Told apart: {told}' or f'None of {len(pairs)} pairs is told apart'}."
+        f"At matched {axis_label(axis)}, {best} has the highest {study.metric.replace('_', ' ')}, "
+        f"{format_estimate(estimates[best])}. {_significant_differences(pairs)}."
     )
+
+
+def _significant_differences(pairs: list[Pair]) -> str:
+    worse_arms: dict[str, list[str]] = {}
+    for pair in pairs:
+        if pair.is_significant:
+            worse_arms.setdefault(pair.better, []).append(pair.worse)
+    if not worse_arms:
+        return f"None of {len(pairs)} pairs differs significantly"
+    differences = [f"{arm} is better than {', '.join(worse)}" for arm, worse in worse_arms.items()]
+    return f"Significant differences: {'; '.join(differences)}"
 
 
 def curve_section(results: Results) -> Section:
-    """How the loss falls, over what was spent."""
-    axes = results.plan.study.matched
+    """Returns the training loss over steps, FLOPs and seconds."""
     text = (
-        "Loss on the training batches, smoothed over a twentieth of the run: the mean over seeds, and a band from the "
-        "lowest to the highest. Seconds are those of the runs, beside whatever else the machine did."
+        "Loss on the training batches, smoothed over a twentieth of the run: mean over seeds, and "
+        "a band from the lowest seed to the highest. Seconds include the effect of other work on "
+        "the machine."
     )
-    pictures = [picture for axis in axes for picture in figures.curve_pictures(results, axis)]
+    pictures = []
+    for axis in results.plan.study.matched:
+        pictures += figures.curve_pictures(results, axis)
     return Section("Learning curves", [text], pictures)
 
 
 def score_table(results: Results, axis: str) -> Table:
-    study, rows = results.plan.study, []
+    """Returns a row for each arm: mean with interval, each seed, and shuffled images."""
+    study = results.plan.study
+    rows = []
     for arm in study.arms:
         scores = results.scores(axis, arm)
-        each = ", ".join(f"{score:.3f}" for _, score in sorted(scores.items()))
-        blind = [result.blind for result in results.of(axis, arm).values()]
-        means = [
-            interval(statistics.estimate(found)) if found else "-"
-            for found in (list(scores.values()), blind)
-        ]
-        texts = [means[0], f"{len(scores)} of {study.seeds}", each or "-", means[1]]
-        rows.append([Cell(arm), *map(number, texts)])
+        shuffled = [result.shuffled_score for result in results.by_seed(axis, arm).values()]
+        texts = ["-", f"0 of {study.seeds}", "-", "-"]
+        if scores:
+            texts = [
+                format_estimate(statistics.estimate(list(scores.values()), study.metric_bounds)),
+                f"{len(scores)} of {study.seeds}",
+                ", ".join(f"{score:.3f}" for _, score in sorted(scores.items())),
+                format_estimate(statistics.estimate(shuffled)),
+            ]
+        rows.append([Cell(arm), *map(number_cell, texts)])
     columns = [
         "arm",
         f"{study.metric}, mean over seeds",
@@ -109,38 +126,36 @@ def score_table(results: Results, axis: str) -> Table:
     return Table(columns, rows)
 
 
-def first_section(results: Results) -> Section | None:
-    """How well what arms build on answers; None where they build on nothing."""
+def prerequisite_section(results: Results) -> Section | None:
+    """Returns the scores of the prerequisites; None without any."""
+    prerequisites = results.plan.prerequisites
+    if not prerequisites:
+        return None
     rows = []
-    for name, cfg in results.plan.first.items():
+    for name, cfg in prerequisites.items():
         file = Workdir(cfg.workdir).eval
         score = record.read_json(file).get("exact_match") if file.exists() else None
-        rows.append(
-            [
-                Cell(name),
-                number(f"{cfg.train.steps:,}"),
-                number("-" if score is None else f"{score:.3f}"),
-            ]
-        )
+        score_text = "-" if score is None else f"{score:.3f}"
+        rows.append([Cell(name), number_cell(f"{cfg.train.steps:,}"), number_cell(score_text)])
     text = (
-        "Trained once, with one seed, for all arms and seeds: what is said of other seeds holds for arms that build on "
-        "this very run."
+        "Trained once, with one seed, for all arms and seeds: results over seeds hold for arms "
+        "that start from this run."
     )
     table = Table(["run", "steps", "exact match"], rows)
-    return Section("What arms build on", [text], tables=[table]) if rows else None
+    return Section("Prerequisites", [text], tables=[table])
 
 
 def pair_table(pairs: list[Pair]) -> Table:
-    least = max(
-        0.001, 1.001 * len(pairs) * statistics.SMALLEST_P
-    )  # just above the smallest of all, corrected
+    """Returns a row for each pair of arms: differences with intervals, p values, verdict."""
+    # Just above the smallest p value of resampling, corrected for the number of pairs.
+    smallest = max(SMALLEST_SHOWN_P, 1.001 * len(pairs) * statistics.SMALLEST_P)
     rows = [
         [
             Cell(f"{pair.a} - {pair.b}"),
-            number(interval(pair.seeds, "+")),
-            number(p_value(pair.seeds_p)),
-            number(interval(pair.images, "+")),
-            number(p_value(pair.images_p, least)),
+            number_cell(format_estimate(pair.seeds, "+")),
+            number_cell(format_p(pair.seeds_p)),
+            number_cell(format_estimate(pair.images, "+")),
+            number_cell(format_p(pair.images_p, smallest)),
             Cell(pair.verdict),
         ]
         for pair in pairs
@@ -157,81 +172,81 @@ def pair_table(pairs: list[Pair]) -> Table:
 
 
 def matching_section(results: Results) -> Section:
-    """How near every arm came to the reference."""
+    """Returns the value of every arm on every axis, relative to the reference."""
+    study = results.plan.study
     rows = [
         [
             Cell(match.axis),
             Cell(match.arm),
             Cell(match.field or "-"),
-            number("-" if match.number is None else f"{match.number:,}"),
-            number(f"{match.value:.6g}"),
-            number(f"{match.residual:+.2%}"),
+            number_cell("-" if match.number is None else f"{match.number:,}"),
+            number_cell(f"{match.value:.6g}"),
+            number_cell(f"{match.residual:+.2%}"),
         ]
         for match in results.plan.matches
     ]
-    study = results.plan.study
-    text = f"All arms are matched to {study.reference}; {study.tolerance:.1%} is the largest miss that is allowed."
-    return Section(
-        "Matching",
-        [text],
-        tables=[Table(["axis", "arm", "solved for", "found", "value", "miss"], rows)],
-    )
+    text = f"All arms are matched to {study.reference}, within {study.tolerance:.1%}."
+    table = Table(["axis", "arm", "solved for", "solution", "value", "difference"], rows)
+    return Section("Matching", [text], tables=[table])
 
 
 def type_section(results: Results) -> Section:
-    """Exact match by the type of the question, mean over seeds with its interval."""
+    """Returns exact match by type of question."""
+    arms = list(results.plan.study.arms)
     tables = []
     for axis in results.plan.study.matched:
-        found = {arm: _of_types(results, axis, arm) for arm in results.plan.study.arms}
-        counts = {arm: _counts(results, axis, arm) for arm in found}
-        kinds = list(dict.fromkeys(kind for one in counts.values() for kind in one))
-        rows = [
-            [
-                Cell(kind),
-                number(_range(counts, kind)),
-                *(_shaded(found[arm].get(kind)) for arm in found),
-            ]
-            for kind in kinds
-        ]
-        tables.append(Table(["type", "questions", *found], rows, f"At matched {axis_label(axis)}"))
-    text = "Exact match, mean over seeds with its 95 % interval (Student's t), for each type and arm alone."
+        estimates = {arm: _type_estimates(results, axis, arm) for arm in arms}
+        counts = {arm: _type_counts(results, axis, arm) for arm in arms}
+        types: dict[str, None] = {}
+        for arm_counts in counts.values():
+            types |= dict.fromkeys(arm_counts)
+        rows = []
+        for question_type in types:
+            cells = [_shaded_cell(estimates[arm].get(question_type)) for arm in arms]
+            questions = number_cell(_format_counts(counts, question_type))
+            rows.append([Cell(question_type), questions, *cells])
+        caption = f"At matched {axis_label(axis)}"
+        tables.append(Table(["type", "questions", *arms], rows, caption))
+    text = "Exact match by type of question, mean over seeds with its 95 % interval."
     return Section("Score by type of question", [text], tables=tables)
 
 
-def _of_types(results: Results, axis: str, arm: str) -> dict[str, Estimate]:
-    found = [result.by_type for result in results.of(axis, arm).values()]
-    return {
-        kind: statistics.estimate([one[kind] for one in found])
-        for kind in (found[0] if found else ())
-    }
+def _type_estimates(results: Results, axis: str, arm: str) -> dict[str, Estimate]:
+    """Returns type of question -> exact match."""
+    by_type = [result.by_type for result in results.by_seed(axis, arm).values()]
+    estimates = {}
+    for question_type in by_type[0] if by_type else ():
+        estimates[question_type] = statistics.estimate([seed[question_type] for seed in by_type])
+    return estimates
 
 
-def _counts(results: Results, axis: str, arm: str) -> Counter:
-    """Type -> questions that an arm was asked of it."""
-    runs = list(results.of(axis, arm).values())
-    return Counter(line["type"] for line in (runs[0].predictions if runs else ()))
+def _type_counts(results: Results, axis: str, arm: str) -> Counter:
+    """Returns type of question -> number of test questions."""
+    runs = list(results.by_seed(axis, arm).values())
+    return Counter(line["type"] for line in runs[0].predictions) if runs else Counter()
 
 
-def _range(counts: Mapping[str, Counter], kind: str) -> str:
-    """How many questions of a type there are; from the fewest to the most where arms were asked differently."""
-    found = sorted({one[kind] for one in counts.values() if one})
-    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
+def _format_counts(counts: Mapping[str, Counter], question_type: str) -> str:
+    """Returns the number of questions of a type, or its range over arms: '346' or '13 to 257'."""
+    numbers = sorted({arm_counts[question_type] for arm_counts in counts.values() if arm_counts})
+    return f"{numbers[0]:,}" if len(numbers) == 1 else f"{numbers[0]:,} to {numbers[-1]:,}"
 
 
-def _shaded(found: Estimate | None) -> Cell:
-    """The interval stands below the mean, where a table has room for it."""
-    return (
-        Cell("-")
-        if found is None
-        else Cell(interval(found).replace(" (", "\n("), shade=found.mean, is_number=True)
-    )
+def _shaded_cell(estimate: Estimate | None) -> Cell:
+    if estimate is None:
+        return Cell("-")
+    # HTML has room for the interval below the mean only.
+    text = format_estimate(estimate).replace(" (", "\n(")
+    return Cell(text, shade=estimate.mean, is_number=True)
 
 
 def missing_section(results: Results) -> Section | None:
-    """What the report could not show; None where that is nothing."""
-    rows = [[Cell(name), Cell(why)] for name, why in (results.missing | results.broken).items()]
+    """Returns the runs that are not in the report, and why; None if all are."""
+    rows = [
+        [Cell(name), Cell(reason)] for name, reason in (results.missing | results.broken).items()
+    ]
     if not rows:
         return None
-    total = len(results.plan.runs())
-    text = f"{len(rows)} of {total} runs are missing; all that is said here is of the others."
+    count = len(results.plan.runs())
+    text = f"{len(rows)} of {count} runs are missing; this report is about the others."
     return Section("Missing runs", [text], tables=[Table(["run", "why"], rows)])

@@ -1,6 +1,7 @@
-"""What a model costs where it runs, by a short run: `python -m vlm_jax.study.run.measuring CONFIG.json OUT.json`.
+"""Measured costs of a model: `python -m vlm_jax.study.run.measuring CONFIG.json OUT.json`.
 
-Random parameters do as well as trained ones. The step is the one that the runs will want: it is compiled here.
+Parameters are random. The training step is the one of the runs, which find it in the compilation
+cache afterwards.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from vlm_jax import axes
+from vlm_jax import axes, sharding
 from vlm_jax.cli import commands
 from vlm_jax.config import Data, Experiment, files
 from vlm_jax.data import pipeline, questions, sources
@@ -33,24 +34,27 @@ from vlm_jax.train.step import (
     init_sharded_state,
 )
 
-STEPS, UNTIMED_STEPS = 12, 2
-DECODED_ROWS, DECODED_TOKENS, DECODINGS = 32, 64, 3
+WARMUP_STEPS = 2
+TIMED_STEPS = 12
+DECODED_ROWS = 32
+DECODED_TOKENS = 64
+TIMED_DECODINGS = 3
 
 
 def measure(cfg: Experiment) -> dict:
-    """Seconds of a step, peak memory, decoded tokens a second; on what machine, with which data.
+    """Returns seconds of a step, peak memory, decoded tokens per second, machine and data.
 
-    Speeds are those of the fastest turn, which other work on the machine disturbs least.
+    Times are of the fastest call, which other work on the machine disturbs least.
     """
     mesh = axes.make_mesh(cfg.mesh)
     tokenizer = initial.load_tokenizer(cfg)
-    state = init_sharded_state(cfg, mesh, initial.load_parts(cfg, abstract_state(cfg, mesh), mesh))
-    state, of_steps = _measure_steps(cfg, mesh, tokenizer, state)
+    parts = initial.load_parts(cfg, abstract_state(cfg, mesh), mesh)
+    state = init_sharded_state(cfg, mesh, parts)
+    state, step_costs = _measure_steps(cfg, mesh, tokenizer, state)
+    params = cast_to_compute_dtype(cfg, state.params)
     return {
-        **of_steps,
-        "decoded_tokens_per_second": _decoding_speed(
-            cfg, mesh, tokenizer, cast_to_compute_dtype(cfg, state.params)
-        ),
+        **step_costs,
+        "decoded_tokens_per_second": _decoding_speed(cfg, mesh, tokenizer, params),
         "data_sha256": data_hash(cfg),
         "devices": jax.device_count(),
         "device_kind": jax.devices()[0].device_kind,
@@ -60,56 +64,74 @@ def measure(cfg: Experiment) -> dict:
 
 
 def _measure_steps(cfg: Experiment, mesh, tokenizer: Tokenizer, state: State) -> tuple[State, dict]:
+    data = pipeline.training_iterator(cfg, tokenizer)
     step_fn = None
-    data, taken = pipeline.training_iterator(cfg, tokenizer), []
-    for _ in range(UNTIMED_STEPS + STEPS):
-        batch = axes.place_own_rows(next(data), mesh)
+    step_seconds = []
+    for _ in range(WARMUP_STEPS + TIMED_STEPS):
+        batch = sharding.place_own_rows(next(data), mesh)
+        # Compile with the shapes of the first batch.
         step_fn = step_fn or compile_train_step(cfg, mesh, state, batch)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         state, metrics = step_fn(state, batch)
         jax.block_until_ready(metrics)
-        taken.append(time.perf_counter() - begun)
-    memory = hbm_peak_bytes() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return state, {"step_seconds": min(taken[UNTIMED_STEPS:]), "peak_memory_bytes": memory}
+        step_seconds.append(time.perf_counter() - start)
+    peak_bytes = hbm_peak_bytes() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return state, {
+        "step_seconds": min(step_seconds[WARMUP_STEPS:]),
+        "peak_memory_bytes": peak_bytes,
+    }
 
 
 def _decoding_speed(cfg: Experiment, mesh, tokenizer: Tokenizer, params) -> float:
-    """Tokens a second of all rows together, the prompts read before."""
-    if cfg.eval.read_split:
-        asked = questions.to_evaluate(
-            replace(cfg, eval=replace(cfg.eval, max_examples=DECODED_ROWS))
-        )
-    else:
-        asked = questions.load(cfg, cfg.data.train_split, DECODED_ROWS)
-    rows = axes.round_up_to_shards(len(asked), mesh)
-    asked = [asked[i % len(asked)] for i in range(rows)]
-    batch = questions.question_batch(cfg, tokenizer, asked, asked)
-    count = min(DECODED_TOKENS, cfg.decoder.max_positions - batch.tokens.shape[1])
+    """Returns decoded tokens per second of all rows together, prefill excluded."""
+    batch = _question_batch(cfg, mesh, tokenizer)
+    rows, prompt_length = batch.tokens.shape
+    count = min(DECODED_TOKENS, cfg.decoder.max_positions - prompt_length)
 
-    def seconds(tokens: int) -> float:
+    def seconds(new_tokens: int) -> float:
         with jax.set_mesh(mesh):
-            placed = axes.place_rows(batch, mesh)
-            return _seconds(lambda: generate(cfg.model, params, placed, tokens, SamplingParams()))
+            sharded = sharding.place_rows(batch, mesh)
+            return _fastest_seconds(
+                lambda: generate(cfg.model, params, sharded, new_tokens, SamplingParams())
+            )
 
+    # The first token is the prefill's.
     return rows * (count - 1) / max(seconds(count) - seconds(1), 1e-9)
 
 
-def _seconds(work: Callable[[], jax.Array]) -> float:
-    """Of the fastest call, after one that compiles."""
+def _question_batch(cfg: Experiment, mesh, tokenizer: Tokenizer):
+    """Returns a batch of test questions, repeated to fill the rows."""
+    if cfg.eval.read_split:
+        limited = replace(cfg, eval=replace(cfg.eval, max_examples=DECODED_ROWS))
+        available = questions.to_evaluate(limited)
+    else:
+        available = questions.load(cfg, cfg.data.train_split, DECODED_ROWS)
+    row_count = axes.round_up_to_shards(len(available), mesh)
+    rows = [available[i % len(available)] for i in range(row_count)]
+    return questions.question_batch(cfg, tokenizer, rows, rows)
+
+
+def _fastest_seconds(work: Callable[[], jax.Array]) -> float:
+    """Returns the seconds of the fastest call, after one that compiles."""
     jax.block_until_ready(work())
-    taken = []
-    for _ in range(DECODINGS):
-        begun = time.perf_counter()
+    seconds = []
+    for _ in range(TIMED_DECODINGS):
+        start = time.perf_counter()
         jax.block_until_ready(work())
-        taken.append(time.perf_counter() - begun)
-    return min(taken)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def data_hash(cfg: Experiment) -> str:
-    """SHA-256 over the splits that are learned from and asked: texts and encoded images; of conversations the texts."""
+    """Returns the SHA-256 of the training and test splits: texts and encoded images.
+
+    Of conversations, the texts alone.
+    """
     digest = hashlib.sha256()
     splits = [(cfg.data, cfg.data.train_split), (cfg.eval_data, cfg.eval.read_split)]
-    for data, split in [pair for pair in splits if pair[1]]:
+    for data, split in splits:
+        if not split:
+            continue
         for part in _contents(data, split):
             digest.update(part if isinstance(part, bytes) else repr(part).encode())
     return digest.hexdigest()
@@ -117,10 +139,11 @@ def data_hash(cfg: Experiment) -> str:
 
 def _contents(data: Data, split: str) -> Iterable[bytes | tuple[str, ...]]:
     if data.is_conversations:
-        yield from (talk.turns for talk in pipeline.conversation_source(data, split))
+        for conversation in pipeline.conversation_source(data, split):
+            yield conversation.turns
         return
-    for one in sources.load(data, split):
-        yield from (one.image, one.questions, one.answers, one.types)
+    for example in sources.load(data, split):
+        yield from (example.image, example.questions, example.answers, example.types)
 
 
 def main(config: str, out: str) -> None:

@@ -1,4 +1,4 @@
-"""What is done once, before the runs: what arms build on is trained, and what every model costs is measured."""
+"""One-time steps before the runs: train prerequisites, measure costs."""
 
 import sys
 import time
@@ -11,74 +11,82 @@ from vlm_jax.config.files import to_json
 from vlm_jax.runtime.preemption import RESUME_ME
 from vlm_jax.runtime.workdir import Workdir, write_atomic
 from vlm_jax.study.definition import Study
-from vlm_jax.study.planning import resolved
+from vlm_jax.study.planning import Plan, export_folder, resolve_checkpoints
 from vlm_jax.study.run import record, running
 from vlm_jax.study.run.folder import Folder
 
 
-def train_first(name: str, cfg: Experiment, exported: Path) -> None:
-    """Trains a run that arms build on and writes it as a checkpoint folder, unless that is there.
+def train_prerequisites(plan: Plan) -> None:
+    """Trains every prerequisite and exports it as a checkpoint folder, unless that exists.
 
-    Where that fails it says so, and so will the runs that need it; the others do without.
+    A failure is printed; the runs that need the prerequisite will fail too, and the others go on.
 
     Raises:
-      ConfigError: its work folder cannot be written or holds another run.
+      ConfigError: a work folder cannot be written or holds another run.
     """
-    if (exported / "config.json").exists():
-        return
+    for name, cfg in plan.prerequisites.items():
+        exported = export_folder(plan.folder, name)
+        if not (exported / "config.json").exists():
+            _train_prerequisite(name, cfg, exported)
+
+
+def _train_prerequisite(name: str, cfg: Experiment, exported: Path) -> None:
     Workdir(cfg.workdir).open(cfg)
     log = Path(cfg.workdir) / record.LOG
-    print(f"training {name}, which arms build on", flush=True)
-    for arguments in (
-        ("train", "--workdir", cfg.workdir),
-        ("export", "--checkpoint", cfg.workdir, "--output", exported),
-    ):
-        command, began, environment = (
-            running.command(*map(str, arguments)),
-            time.monotonic(),
-            record.environment(),
-        )
-        code = _exit_code(command, log, f"first {name}")
-        record.add(cfg.workdir, command, time.monotonic() - began, code, environment)
+    print(f"training prerequisite {name}", flush=True)
+    train = ("train", "--workdir", cfg.workdir)
+    export = ("export", "--checkpoint", cfg.workdir, "--output", str(exported))
+    for arguments in (train, export):
+        command = running.run_command(*arguments)
+        start = time.monotonic()
+        environment = record.environment()
+        code = _run_to_end(command, log, f"prerequisite {name}")
+        record.add_attempt(cfg.workdir, command, time.monotonic() - start, code, environment)
         if code:
             return
 
 
-def measure(place: Folder, models: Mapping[str, Experiment]) -> None:
-    """Measures every model that was not measured yet, one after the other; each is a few steps in its own process.
+def measure_models(folder: Folder, models: Mapping[str, Experiment]) -> None:
+    """Measures every model without a measurement, one at a time, each in its own process.
 
-    One that cannot be measured is named, and its costs are left out.
+    A failure is printed, and the report goes without these costs.
     """
-    place.measured.mkdir(parents=True, exist_ok=True)
+    folder.measured.mkdir(parents=True, exist_ok=True)
     for name, cfg in models.items():
-        if place.read_measurement(name) is None:
-            print(f"measuring {name}", flush=True)
-            try:
-                _measure(place, name, cfg)
-            except UserError as error:  # what it builds on is not there
-                print(f"measuring {name} failed: {error}", flush=True)
+        if folder.read_measurement(name) is not None:
+            continue
+        print(f"measuring {name}", flush=True)
+        try:
+            _measure_model(folder, name, cfg)
+        except UserError as error:
+            # Its prerequisite failed.
+            print(f"measuring {name} failed: {error}", flush=True)
 
 
-def _measure(place: Folder, name: str, cfg: Experiment) -> None:
-    config, out = place.measured / f"{name}.config.json", place.measurement(name)
-    write_atomic(config, to_json(replace(resolved(cfg), workdir=str(place.measured / name))))
-    arguments = [sys.executable, "-m", "vlm_jax.study.run.measuring", str(config), str(out)]
-    _exit_code(arguments, place.measured / f"{name}.log", f"measuring {name}")
+def _measure_model(folder: Folder, name: str, cfg: Experiment) -> None:
+    config = folder.measured / f"{name}.config.json"
+    workdir = str(folder.measured / name)
+    write_atomic(config, to_json(replace(resolve_checkpoints(cfg), workdir=workdir)))
+    module = "vlm_jax.study.run.measuring"
+    command = [sys.executable, "-m", module, str(config), str(folder.measurement(name))]
+    _run_to_end(command, folder.measured / f"{name}.log", f"measuring {name}")
 
 
-def _exit_code(arguments: list[str], log: Path, what: str) -> int:
-    """Runs a process to its end; says so where it failed."""
-    while (code := running.call(arguments, log)) == RESUME_ME:
+def _run_to_end(command: list[str], log: Path, what: str) -> int:
+    """Runs a process, resumes it while preempted, and prints its failure; returns its exit code."""
+    while (code := running.call(command, log)) == RESUME_ME:
         pass
     if code:
-        print(
-            f"{what} failed with exit code {code}: {record.last_error(log)} (all it said: {log})",
-            flush=True,
-        )
+        error = record.last_error(log)
+        print(f"{what} failed with exit code {code}: {error} (log: {log})", flush=True)
     return code
 
 
-def step_seconds(place: Folder, study: Study) -> dict[str, float]:
-    """Arm -> measured seconds of a step of its own model, of those that were measured."""
-    found = {arm: place.read_measurement(arm) for arm in study.arms}
-    return {arm: values["step_seconds"] for arm, values in found.items() if values}
+def read_step_seconds(folder: Folder, study: Study) -> dict[str, float]:
+    """Returns the measured seconds of a step of every arm that is measured."""
+    step_seconds = {}
+    for arm in study.arms:
+        measurement = folder.read_measurement(arm)
+        if measurement is not None:
+            step_seconds[arm] = measurement["step_seconds"]
+    return step_seconds

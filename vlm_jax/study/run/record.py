@@ -1,4 +1,4 @@
-"""With what a run was made: kept beside its results."""
+"""run.json: the attempts of a run, each with its commit, versions and machine."""
 
 import importlib.metadata
 import json
@@ -15,7 +15,8 @@ from vlm_jax.config import ConfigError
 from vlm_jax.runtime.preemption import RESUME_ME
 from vlm_jax.runtime.workdir import write_atomic
 
-ROOT = Path(__file__).parents[3]  # of the repository
+# Root of the repository.
+ROOT = Path(__file__).parents[3]
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -27,11 +28,15 @@ PACKAGES = (
     "tokenizers",
     "scipy",
 )
-RECORD, LOG = "run.json", "log.txt"  # in a work folder: its attempts, and all that they printed
+# Files in the work folder of a run: its attempts, and their output.
+RECORD = "run.json"
+LOG = "log.txt"
+# An error message is searched for in the last lines of a log.
+ERROR_LINES = 40
 
 
 def environment() -> dict:
-    """The commit and whether files differ from it, versions, and the processor."""
+    """Returns the commit, the files that differ from it, package versions and the processor."""
     return {
         "commit": _git("rev-parse", "HEAD"),
         "changed_files": _git("status", "--porcelain", "--untracked-files=no").splitlines(),
@@ -43,26 +48,26 @@ def environment() -> dict:
 
 
 def _git(*arguments: str) -> str:
-    """What git says about this program; nothing where it was installed without its history."""
+    """Returns git's output for this repository; "" without git or without a history."""
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+        result = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True
+        )
     except OSError:
         return ""
-    return done.stdout.strip() if not done.returncode else ""
+    return "" if result.returncode else result.stdout.strip()
 
 
 def processor() -> str:
-    """The name of the CPU, where the system says it (Linux)."""
+    """Returns the model name of the CPU; its architecture where Linux does not know the name."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
-    return next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def read(workdir: str) -> dict:
-    """What is known of a run: its `attempts`, each with its `environment`, and the last `error`; {} where nothing is.
+    """Returns `attempts`, each with its environment, and the last `error`; {} for a new run.
 
     Raises:
       ConfigError: the file is damaged.
@@ -72,39 +77,40 @@ def read(workdir: str) -> dict:
 
 
 def read_json(file: Path) -> dict:
-    """Raises ConfigError where the file is not there or holds no JSON object."""
-    found = parsed(file, json.loads)
-    if not isinstance(found, dict):
-        raise ConfigError(f"{file} holds no JSON object.")
-    return found
+    """Returns the JSON object of a file; raises ConfigError if it has none."""
+    value = parse_file(file, json.loads)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file} does not hold a JSON object.")
+    return value
 
 
-def parsed(file: Path, parse: Callable[[str], Any]):
-    """What `parse` makes of a file; ConfigError where that is not there or damaged (a ValueError of `parse`)."""
+def parse_file(file: Path, parse: Callable[[str], Any]):
+    """Returns `parse(text)`; raises ConfigError if that or reading the file fails."""
     try:
         return parse(file.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{file} cannot be read: {getattr(error, 'strerror', None) or error}."
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{file} cannot be read: {reason}.") from None
 
 
-def add(
+def add_attempt(
     workdir: str, command: list[str], seconds: float, exit_code: int, environment: dict
 ) -> dict:
-    """Writes down that a run was tried once more, in the `environment` of then; returns all that is known of it."""
+    """Adds an attempt, made in `environment`, to a run's record, and returns the record."""
     attempt = {
         "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "seconds": seconds,
         "exit_code": exit_code,
+        "command": command,
+        **environment,
     }
-    attempts = [*read(workdir).get("attempts", []), attempt | {"command": command} | environment]
+    attempts = [*read(workdir).get("attempts", []), attempt]
     error = "" if exit_code in (0, RESUME_ME) else last_error(Path(workdir) / LOG)
     return _write(workdir, {"attempts": attempts, "error": error})
 
 
-def refuse(workdir: str, error: str) -> None:
-    """Writes down that a run could not begin."""
+def add_error(workdir: str, error: str) -> None:
+    """Records that a run could not start."""
     Path(workdir).mkdir(parents=True, exist_ok=True)
     _write(workdir, {"attempts": read(workdir).get("attempts", []), "error": error})
 
@@ -115,16 +121,9 @@ def _write(workdir: str, record: dict) -> dict:
 
 
 def last_error(log: Path) -> str:
-    """The line that says why a process ended: its last `error: ...` or `SomeError: ...`, or the last of all."""
-    lines = (
-        [line.strip() for line in log.read_text(errors="replace").splitlines()]
-        if log.exists()
-        else []
-    )
-    lines = [line for line in lines if line]
-    named = [
-        line
-        for line in lines[-40:]
-        if re.match(r"error:|[\w.]*(Error|Exception|Interrupt)\b", line)
-    ]
-    return (named or lines or [""])[-1]
+    """Returns the last `error: ...` or `SomeError: ...` line of a log, else its last line."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    pattern = re.compile(r"error:|[\w.]*(Error|Exception|Interrupt)\b")
+    errors = [line for line in lines[-ERROR_LINES:] if pattern.match(line)]
+    return (errors or lines or [""])[-1]

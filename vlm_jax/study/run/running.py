@@ -1,4 +1,7 @@
-"""Runs of a study as processes of their own: skipped when done, continued when stopped, left alone when they fail."""
+"""Runs of a study as separate processes.
+
+Finished runs are skipped, stopped ones continue, and a failed one stops no other.
+"""
 
 import contextlib
 import os
@@ -13,14 +16,14 @@ from pathlib import Path
 from vlm_jax.config import ConfigError, UserError
 from vlm_jax.runtime.preemption import RESUME_ME
 from vlm_jax.runtime.workdir import Workdir
-from vlm_jax.study.planning import Run, resolved
+from vlm_jax.study.planning import Run, resolve_checkpoints
 from vlm_jax.study.run import record
 
-PAUSE_SECONDS = 0.2  # between looks at the processes
+POLL_SECONDS = 0.2
 
 
 class Stopped(Exception):
-    """SIGTERM or Ctrl-C came; every run was told to save and stop."""
+    """Raised by SIGTERM or Ctrl-C, after every run was told to save and stop."""
 
     def __init__(self, number: int):
         super().__init__("stopped; the runs are saved, and the same command continues them.")
@@ -28,78 +31,80 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """SIGTERM and Ctrl-C raise `Stopped` meanwhile."""
+def stop_on_signals() -> Iterator[None]:
+    """Raises `Stopped` on SIGTERM and Ctrl-C."""
 
     def stop(number, _):
-        for one in before:  # a second one is not heard: the runs are saving
-            signal.signal(one, signal.SIG_IGN)
+        # Ignore a second signal: the runs are saving.
+        for handled in handlers:
+            signal.signal(handled, signal.SIG_IGN)
         raise Stopped(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def is_done(run: Run) -> bool:
-    """Whether it is trained and evaluated: its scores are written last."""
+    """Returns True if the run is trained and evaluated: eval.json is its last file."""
     return Workdir(run.cfg.workdir).eval.exists()
 
 
-def command(*arguments: str) -> list[str]:
+def run_command(*arguments: str) -> list[str]:
+    """Returns the command line of `run.py` with these arguments."""
     return [sys.executable, str(record.ROOT / "run.py"), *arguments]
 
 
 @dataclass
 class Process:
-    """A run that is under way."""
+    """A run in progress."""
 
     run: Run
-    began: float = field(default_factory=time.monotonic)
+    start: float = field(default_factory=time.monotonic)
 
     def __post_init__(self):
-        cfg = resolved(self.run.cfg)
+        cfg = resolve_checkpoints(self.run.cfg)
         Workdir(cfg.workdir).open(cfg)
-        self.command = command("train", "--workdir", cfg.workdir)
-        self._environment = record.environment()  # of now: files may change while it runs
+        self.command = run_command("train", "--workdir", cfg.workdir)
+        # Read at the start: the files of the repository may change during the run.
+        self._environment = record.environment()
         self._process = spawn(self.command, Path(cfg.workdir) / record.LOG)
 
     def exit_code(self) -> int | None:
-        """None while it runs; -15 where a signal 15 ended it."""
+        """Returns None while the run is in progress; -15 if signal 15 ended it."""
         return self._process.poll()
 
-    def ask_to_stop(self) -> None:
-        """It saves what it has, and ends."""
+    def terminate(self) -> None:
+        """Makes the run save and stop."""
         self._process.terminate()
 
-    def note(self) -> dict:
-        """Waits for its end, and writes down how it went."""
+    def wait_and_record(self) -> dict:
+        """Waits for the end of the run, and returns its record with this attempt."""
         code = self._process.wait()
-        return record.add(
-            self.run.cfg.workdir,
-            self.command,
-            time.monotonic() - self.began,
-            code,
-            self._environment,
-        )
+        seconds = time.monotonic() - self.start
+        workdir = self.run.cfg.workdir
+        return record.add_attempt(workdir, self.command, seconds, code, self._environment)
 
 
-def spawn(arguments: list[str], log: Path) -> subprocess.Popen:
-    """A process that knows this package, says everything to a file, and hears no Ctrl-C that is meant for the study."""
+def spawn(command: list[str], log: Path) -> subprocess.Popen:
+    """Starts a process that can import this package and writes its output to a file.
+
+    It has its own session, so that a Ctrl-C in the terminal reaches the study alone.
+    """
     paths = filter(None, [str(record.ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     with open(log, "a") as file:
         return subprocess.Popen(
-            arguments, stdout=file, stderr=file, env=environment, start_new_session=True
+            command, stdout=file, stderr=file, env=environment, start_new_session=True
         )
 
 
-def call(arguments: list[str], log: Path) -> int:
-    """Runs a process to its end and returns its exit code; it is stopped with the study."""
-    process = spawn(arguments, log)
+def call(command: list[str], log: Path) -> int:
+    """Runs a process and returns its exit code; it is stopped with the study."""
+    process = spawn(command, log)
     try:
         return process.wait()
     finally:
@@ -108,84 +113,94 @@ def call(arguments: list[str], log: Path) -> int:
 
 
 class Queue:
-    """Runs in their order, some at a time, and a line about each that ends."""
+    """Runs in their order, several at a time; prints a line about each run that ends."""
 
     def __init__(self, runs: list[Run], expected_seconds: Mapping[Run, float]):
         self._waiting = [run for run in runs if not is_done(run)]
         self._active: list[Process] = []
         self._expected = expected_seconds
-        self._count, self._ended = len(runs), len(runs) - len(self._waiting)
-        self._spent = self._began = 0.0
+        self._count = len(runs)
+        self._ended = len(runs) - len(self._waiting)
+        self._finished_seconds = 0.0  # expected seconds of the runs that finished here
+        self._start_time = 0.0
         self.failed: list[Run] = []
 
     def work(self, jobs: int) -> None:
         """Runs all that are not done.
 
         Raises:
-          Stopped: the study was asked to stop; so were its runs.
+          Stopped: a signal stopped the study and its runs.
         """
         if self._ended:
             print(f"{self._ended} of {self._count} runs are done", flush=True)
-        self._began = time.monotonic()
+        self._start_time = time.monotonic()
         try:
             while self._waiting or self._active:
                 while self._waiting and len(self._active) < jobs:
                     self._start(self._waiting.pop(0))
-                time.sleep(PAUSE_SECONDS)
-                for process in [one for one in self._active if one.exit_code() is not None]:
-                    self._active.remove(process)
-                    self._end(process)
+                time.sleep(POLL_SECONDS)
+                self._end_finished()
         finally:
+            # Stop all before waiting for any, so that they save at the same time.
             for process in self._active:
-                process.ask_to_stop()
+                process.terminate()
             for process in self._active:
-                process.note()
+                process.wait_and_record()
 
     def _start(self, run: Run) -> None:
-        if is_done(run):  # by a process beside this one
-            self._say(run, "is done")
+        # Another process of this study may have finished it.
+        if is_done(run):
+            self._print(run, "is done")
             return
         try:
             Workdir(run.cfg.workdir).refuse_second()
             record.read(run.cfg.workdir)
-        except (
-            ConfigError
-        ) as error:  # another process trains it, or what is written of it is damaged
+        except ConfigError as error:
+            # Another process trains it, or its record is damaged: leave its files alone.
             self._fail(run, str(error))
             return
         try:
             self._active.append(Process(run))
-        except UserError as error:  # it cannot begin, as where what it builds on is not there
-            record.refuse(run.cfg.workdir, str(error))
+        except UserError as error:
+            # It cannot start, for example because its prerequisite failed.
+            record.add_error(run.cfg.workdir, str(error))
             self._fail(run, str(error))
 
+    def _end_finished(self) -> None:
+        finished = [process for process in self._active if process.exit_code() is not None]
+        for process in finished:
+            self._active.remove(process)
+            self._end(process)
+
     def _end(self, process: Process) -> None:
-        run, noted = process.run, process.note()
+        run = process.run
+        run_record = process.wait_and_record()
         code = process.exit_code()
         if code == RESUME_ME:
             self._waiting.insert(0, run)
         elif code or not is_done(run):
-            self._fail(
-                run,
-                f"exit code {code}: {noted['error']} (all it said: {run.cfg.workdir}/{record.LOG})",
-            )
+            log = f"{run.cfg.workdir}/{record.LOG}"
+            self._fail(run, f"exit code {code}: {run_record['error']} (log: {log})")
         else:
-            self._spent += self._expected[run]
-            self._say(run, f"done in {noted['attempts'][-1]['seconds'] / 60:.1f} min")
+            self._finished_seconds += self._expected[run]
+            minutes = run_record["attempts"][-1]["seconds"] / 60
+            self._print(run, f"done in {minutes:.1f} min")
 
-    def _fail(self, run: Run, why: str) -> None:
+    def _fail(self, run: Run, reason: str) -> None:
         self.failed.append(run)
-        self._say(run, f"failed: {why}")
+        self._print(run, f"failed: {reason}")
 
-    def _say(self, run: Run, what: str) -> None:
+    def _print(self, run: Run, status: str) -> None:
         self._ended += 1
-        print(f"[{self._ended}/{self._count}] {run.name}  {what}{self._left()}", flush=True)
+        line = f"[{self._ended}/{self._count}] {run.name}  {status}{self._remaining_time()}"
+        print(line, flush=True)
 
-    def _left(self) -> str:
-        """How long the others will take, if they go as those that ended did."""
-        left = sum(
-            self._expected[run] for run in (*self._waiting, *(one.run for one in self._active))
-        )
-        if not left or not self._spent:
+    def _remaining_time(self) -> str:
+        """Returns the expected time of the other runs, by the speed of the finished ones."""
+        unfinished = [*self._waiting, *(process.run for process in self._active)]
+        remaining = sum(self._expected[run] for run in unfinished)
+        if not remaining or not self._finished_seconds:
             return ""
-        return f"; about {left * (time.monotonic() - self._began) / self._spent / 60:.0f} min left"
+        elapsed = time.monotonic() - self._start_time
+        minutes = remaining * elapsed / self._finished_seconds / 60
+        return f"; about {minutes:.0f} min left"

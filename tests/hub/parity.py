@@ -55,9 +55,8 @@ def forward(model, params, *inputs, **settings):
 
 
 def bare_model(cfg: Experiment) -> VLM:
-    """The model without the sections that it does not read: runs of equal models share programs."""
-    sections = ("vision", "projector", "fusion", "decoder")
-    return VLM(Experiment(**{name: getattr(cfg, name) for name in sections}))
+    """The model of an experiment: runs that differ only in their data share programs."""
+    return VLM(cfg.model)
 
 
 def assert_round_trip(folder, target, **config) -> None:

@@ -246,7 +246,7 @@ def test_other_sides_are_refused_with_those_that_are_known(pair_of, part, kind, 
 
 
 def test_gpt2_needs_a_projector_from_another_width(pair_of):
-    with pytest.raises(UserError, match="projector.kind linear"):
+    with pytest.raises(UserError, match="projector.kind to linear"):
         ENCODER_DECODER.config_to_hf(replace(pair_of(GPT2).cfg, projector=Projector("none")))
 
 

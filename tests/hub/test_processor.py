@@ -271,6 +271,8 @@ def test_image_tokens_of_the_prompt_stay_where_they_are(folder_of, pictures, nam
 
 
 def refusal(capsys, path, *arguments) -> str:
+    # A folder that was just made has printed a progress bar.
+    capsys.readouterr()
     code = main(["generate", "--checkpoint", str(path), *map(str, arguments)])
     out, error = capsys.readouterr()
     assert (code, out) == (2, "")

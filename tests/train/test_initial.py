@@ -125,9 +125,7 @@ def test_an_encoder_alone_is_not_a_whole_model(folder_of, config, tmp_path):
         "num_attention_heads": 4,
     }
     CLIPVisionModel(CLIPVisionConfig(**sizes)).save_pretrained(tmp_path)
-    with pytest.raises(
-        UserError, match="is an encoder without a decoder: name it with --vision.checkpoint"
-    ):
+    with pytest.raises(UserError, match="is an encoder without a decoder: use --vision.checkpoint"):
         experiment(config, "--checkpoint", tmp_path)
 
 

@@ -170,7 +170,7 @@ def _check_pairs(
         takes_one_image = cfg.fusion.has_images and not cfg.data.is_conversations
     else:
         name = f"--checkpoint {args.checkpoint}"
-        writes_captions = takes_one_image = cfg.fusion.kind == "encoder_decoder"
+        writes_captions = takes_one_image = cfg.fusion.is_encoder_decoder
     if args.image and not cfg.fusion.has_images:
         raise ConfigError(f"{name} reads no images: leave out --image.")
     if not args.prompt and not writes_captions:

@@ -119,7 +119,10 @@ def test_gelu_in_the_first_files_means_the_approximation(activation):
     ("change", "words"),
     [
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
-        ({"layer_types": ["sliding_attention"]}, "layer_types has 1 words, not 3"),
+        (
+            {"layer_types": ["sliding_attention"]},
+            "layer_types has 1 entries, but num_hidden_layers is 3",
+        ),
         (
             {"layer_types": ["full_attention", "chunked_attention", "full_attention"]},
             "chunked_attention.* .choose from sliding",

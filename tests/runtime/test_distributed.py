@@ -166,7 +166,7 @@ def test_two_processes_train_what_one_trains(one_process, arguments, tmp_path):
 
 SIGNALLED = """
 import os, signal, sys
-from vlm_jax import cli
+from vlm_jax.cli.main import main
 from vlm_jax.train import loop
 from vlm_jax.train.checkpoint import Checkpoints
 
@@ -184,7 +184,7 @@ def signal_and_save(self, step, *rest):
     save(self, step, *rest)
 
 loop.log_step, Checkpoints.save = log_then_signal, signal_and_save
-raise SystemExit(cli.main(sys.argv[2:]))
+raise SystemExit(main(sys.argv[2:]))
 """
 
 
@@ -332,7 +332,7 @@ def test_each_process_knows_its_share_of_the_rows_and_what_the_other_refuses():
 
 FAILING = """
 import sys
-from vlm_jax import cli
+from vlm_jax.cli.main import main
 from vlm_jax.config import ConfigError
 from vlm_jax.infer import evaluate
 from vlm_jax.train import loop
@@ -347,7 +347,7 @@ def fail(*arguments):
     return function(*arguments)
 
 setattr(module, name, fail)
-raise SystemExit(cli.main(sys.argv[4:]))
+raise SystemExit(main(sys.argv[4:]))
 """
 BROKEN, NO_DISK = (
     "ConfigError('image 7.jpg is broken.')",

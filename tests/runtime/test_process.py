@@ -8,7 +8,7 @@ import pytest
 
 HOLDS_AND_GIVES_BACK = textwrap.dedent(
     """
-    from vlm_jax.start import trim_memory
+    from vlm_jax.runtime.process import trim_memory
 
     def resident_bytes():
         with open("/proc/self/status") as file:

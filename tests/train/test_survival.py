@@ -212,7 +212,7 @@ def test_a_work_folder_in_a_bucket_is_refused(experiment):
 
 SIGNALLED_IN_IMPORT = """
 import os, signal, sys
-from vlm_jax import cli
+from vlm_jax.cli.main import main
 
 class Finder:
     def find_spec(name, *_):
@@ -220,7 +220,7 @@ class Finder:
             os.kill(os.getpid(), signal.SIGTERM)
 
 sys.meta_path.insert(0, Finder)
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -282,7 +282,7 @@ def start(cfg, *program):
 WITHOUT_FOLDER = """
 import sys
 from pathlib import Path
-from vlm_jax import cli
+from vlm_jax.cli.main import main
 from vlm_jax.train import loop
 
 log_step = loop.log_step
@@ -296,7 +296,7 @@ def go_away(run, pending):
     return log_step(run, pending)
 
 loop.log_step = go_away
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
 
 

@@ -338,7 +338,7 @@ from vlm_jax.infer import evaluate
 from vlm_jax.train import loop
 
 where, mine, failing = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-module, name = {"step": (loop, "log_step"), "answer": (evaluate, "answer"), "end": (evaluate, "_share")}[where]
+module, name = {"step": (loop, "log_step"), "answer": (evaluate, "answer"), "end": (evaluate, "prediction_lines")}[where]
 function = getattr(module, name)
 
 def fail(*arguments):

@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
-
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n# (\S+\.py)(?:, in (\w+))?\n(.*?)^```", re.M | re.S)
 STARCODER2 = Starcoder2Config(

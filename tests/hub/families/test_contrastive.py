@@ -147,8 +147,8 @@ def test_verify_compares_what_both_towers_give(pair_of, tmp_path):
             "b/out/image_features": expected["image_features"],
         },
     )
-    results = {result.output: result for result in verify(folder, tmp_path / "reference.npz")}
-    assert all(results[name].ok for name in (*OUTPUTS, "image_features")), results
+    results = {c.output: c for c in verify(folder, tmp_path / "reference.npz").comparisons}
+    assert all(results[name].agrees for name in (*OUTPUTS, "image_features")), results
     assert "not supported" in results["logits"].reason
 
 

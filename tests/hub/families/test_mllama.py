@@ -1,4 +1,4 @@
-"""Llama 3.2 Vision: outputs equal to transformers' with both conventions of its vision intermediate_layers."""
+"""Llama 3.2 Vision: outputs equal to transformers' with both conventions of intermediate layers."""
 
 import functools
 
@@ -81,7 +81,7 @@ every_kind = pytest.mark.parametrize("kind", CONFIGS)
 
 @pytest.fixture(scope="module")
 def pair_of(tmp_path_factory):
-    """`pair_of(kind)`: the model of transformers 5, which intermediate_layers the layers' outputs, and ours."""
+    """`pair_of(kind)`: the model of transformers 5, which takes the layers' outputs, and ours."""
 
     @functools.cache
     def make(kind):
@@ -186,7 +186,7 @@ def test_verify_finds_the_taps_of_a_reference_where_nobody_tells_them(
     np.savez(reference, **arguments, **{"a/out/logits": logits})
     assert main(command) == 0
     assert (
-        f"1 of 1 compared outputs agree, with --intermediate_layers {intermediate_layers}"
+        f"1 of 1 compared outputs agree, with --intermediate-layers {intermediate_layers}"
         in capsys.readouterr().out
     )
     if intermediate_layers == "input":

@@ -1,7 +1,7 @@
 """Llama 3.2 Vision: a two-stage tile encoder and gated cross-attention between Llama's blocks.
 
-Both conventions of the encoder's intermediate_layers (see `mllama_vision`) are families here; the default of a
-config.json that names none is Meta's.
+Both conventions of the encoder's intermediate layers (see `mllama_vision`) are families here; the
+default of a config.json that names none is Meta's.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """The tile encoder of Llama 3.2 Vision, and its two conventions of `intermediate_layers_indices`.
 
 The indices are layers of the first stage whose hidden states are concatenated with the output
-("intermediate_layers"). Meta's code, with which the published weights were trained, and transformers up to 4.51
-take the input of these layers; transformers 5 takes their output.
+(intermediate layers). Meta's code, with which the published weights were trained, and transformers
+up to 4.51 take the input of these layers; transformers 5 takes their output.
 """
 
 from vlm_jax.config import CHANNELS, CheckpointError, Vision
@@ -108,7 +108,8 @@ def feature_layers_to_hf(vision: Vision, intermediate_layers: str) -> list[int]:
     ]
     if -1 in layers:
         raise CheckpointError(
-            "vision.feature_layers 0 is not the output of a layer: export with intermediate_layers 'input'."
+            "vision.feature_layers 0 is not the output of a layer: export with "
+            "intermediate_layers 'input'."
         )
     return layers
 

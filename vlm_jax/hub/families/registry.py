@@ -82,7 +82,7 @@ def family_of(config: Mapping, name: str, intermediate_layers: str | None = None
 def possible_intermediate_layers(
     folder: str | os.PathLike, intermediate_layers: str | None
 ) -> tuple[str | None, ...]:
-    """Returns the intermediate_layers to try for a folder: both, if it is a Llama 3.2 Vision that names none."""
+    """Returns the conventions to try for a folder: both, for a Llama 3.2 Vision that names none."""
     config = read_json(config_path(existing_folder(folder)))
     stated = intermediate_layers or get_or(config, "vision_config", {}).get(
         mllama_vision.INTERMEDIATE_LAYERS

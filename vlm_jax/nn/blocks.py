@@ -31,6 +31,7 @@ SUBLAYERS = {
     "cross": Sublayer("cross_attention", needs_image=True),
     "cross_mlp": Sublayer("mlp", needs_image=True),
 }
+BLOCK = "block_"  # a block's module is named block_0, block_1, ...
 Sublayers = tuple[str, ...]  # names in SUBLAYERS, in the order in which they run
 NOT_FUSED = Fusion(kind="text_only")
 _policies = jax.checkpoint_policies
@@ -43,6 +44,18 @@ SAVED = {
     "dots": _dots,
     "full": _policies.nothing_saveable,
 }
+
+
+def sublayer_of(module: str) -> str | None:
+    """Returns the sublayer that a module of a block belongs to: "cross_mlp" for "cross_mlp_norm"."""
+    names = [name for name in SUBLAYERS if f"{module}_".startswith(f"{name}_")]
+    return max(names, key=len, default=None)
+
+
+def needs_image(module: str) -> bool:
+    """Returns whether a module of a block belongs to a sublayer of cross-attention."""
+    sublayer = sublayer_of(module)
+    return sublayer is not None and SUBLAYERS[sublayer].needs_image
 
 
 class Block(nn.Module):

@@ -1,8 +1,10 @@
 """Parts of a model: the units that are frozen, scaled in learning rate and counted in FLOPs."""
 
 import dataclasses
+import itertools
 
 from vlm_jax.config import LrMult, Optim
+from vlm_jax.nn.blocks import BLOCK, needs_image
 
 PARTS = tuple(field.name for field in dataclasses.fields(LrMult))
 
@@ -12,9 +14,11 @@ def part_of(path: tuple[str, ...]) -> str:
 
     Cross-attention sublayers are inside the decoder's blocks and are a part of their own.
     """
-    if path[0] == "decoder" and any(name.startswith("cross") for name in path):
-        return "cross_attention"
-    return path[0]
+    part, *modules = path
+    for module, child in itertools.pairwise(modules):
+        if part == "decoder" and module.startswith(BLOCK) and needs_image(child):
+            return "cross_attention"
+    return part
 
 
 def trained_parts(cfg: Optim) -> set[str]:

@@ -17,12 +17,12 @@ from vlm_jax.hub.export import COPIED_FILES
 from vlm_jax.hub.families.table import layers_with
 from vlm_jax.hub.text.dialogue import Dialogue
 from vlm_jax.hub.text.tokenizer import HubTokenizer
+from vlm_jax.nn.blocks import sublayer_of
 from vlm_jax.runtime.workdir import Workdir, is_run
 from vlm_jax.structs import State
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.step import abstract_state
 
-SUBLAYERS = ("cross_mlp", "cross", "self", "mlp")  # longer names before their prefixes
 LAYERS = "decoder/blocks/layers/"
 
 
@@ -107,7 +107,7 @@ def restack(params: Mapping, source: Experiment, target: Experiment) -> dict:
 def _distribute(path: str, stack, source_blocks, target_blocks, layers_of_path: dict) -> None:
     """Distributes the layers of one stacked parameter of the source over the target's stacks."""
     block, _, rest = path.removeprefix(LAYERS).partition("/")
-    sublayer = next(name for name in SUBLAYERS if rest.startswith(name))
+    sublayer = sublayer_of(rest.partition("/")[0])
     source_places = layers_with(source_blocks, sublayer)
     target_places = layers_with(target_blocks, sublayer)
     if len(source_places) != len(target_places):

@@ -15,7 +15,7 @@ from tests.nn.programs import equations
 from vlm_jax import axes
 from vlm_jax.config import Mesh, files
 from vlm_jax.nn.models import abstract_params
-from vlm_jax.nn.parts import PARTS, part_of
+from vlm_jax.nn.parts import PARTS, find_part
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.testing import (
     KINDS,
@@ -93,8 +93,8 @@ def test_every_part_is_divided_by_fsdp_at_least(name, sizes):
     """Biases and gates, which are not, are a few percent of a part."""
     held = {}
     for path, _, shape, _, size in rows(name, sizes):
-        whole, on_one = held.get(part_of(tuple(path.split("/"))), (0, 0))
-        held[part_of(tuple(path.split("/")))] = (
+        whole, on_one = held.get(find_part(tuple(path.split("/"))), (0, 0))
+        held[find_part(tuple(path.split("/")))] = (
             whole + FLOAT32_BYTES * math.prod(shape),
             on_one + size,
         )

@@ -47,7 +47,7 @@ def write_checkpoint(folder: Path, dtype: str) -> int:
     import numpy as np
 
     from vlm_jax.hub.families.registry import FAMILIES
-    from vlm_jax.hub.load import shapes_of
+    from vlm_jax.hub.load import param_shapes
     from vlm_jax.hub.save import Spec
     from vlm_jax.hub.tensors.folder import write_tensors
 
@@ -55,7 +55,8 @@ def write_checkpoint(folder: Path, dtype: str) -> int:
     cfg = family.config_from_hf(CONFIG, ["lm_head.weight"])
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     specs = {
-        row.tensor: Spec(row.stored_shape(shapes_of(cfg)), kind) for row in family.param_table(cfg)
+        row.tensor: Spec(row.stored_shape(param_shapes(cfg)), kind)
+        for row in family.param_table(cfg)
     }
     write_tensors(
         folder, specs, lambda name: rng.standard_normal(specs[name].shape, np.float32).astype(kind)

@@ -17,7 +17,7 @@ from vlm_jax.config import UserError
 from vlm_jax.config.validate import check_values
 from vlm_jax.hub.families import gpt2, mllama_vision, trocr
 from vlm_jax.hub.families.family import positive_int, positive_number
-from vlm_jax.hub.families.registry import family_of
+from vlm_jax.hub.families.registry import find_family
 from vlm_jax.hub.load import inspect, load_params
 from vlm_jax.hub.tensors.folder import open_tensors
 
@@ -131,7 +131,7 @@ def config_with(kind: str, part: str = "", **keys) -> dict:
 
 
 def check_config(config: dict) -> None:
-    check_values(family_of(config, "config.json").config_from_hf(config, ()))
+    check_values(find_family(config, "config.json").config_from_hf(config, ()))
 
 
 @pytest.mark.parametrize("kind", KEYS)

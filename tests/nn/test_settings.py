@@ -16,7 +16,7 @@ from vlm_jax.config import (
     Rope,
 )
 from vlm_jax.nn.models import abstract_params
-from vlm_jax.nn.parts import PARTS, part_of
+from vlm_jax.nn.parts import PARTS, find_part
 from vlm_jax.structs import PADDING
 from vlm_jax.testing import KINDS, random_batch, tiny
 
@@ -89,10 +89,10 @@ def test_every_parameter_has_a_letter_for_each_dimension_and_belongs_to_one_part
         assert len(letters) == len(box.value.shape), path
         assert set(letters) <= set(axes.ALPHABET), path
         assert ("layers" in path) == (letters[0] == "L"), path
-        assert part_of(path) in PARTS, path
-    crossing = {path for path in params if part_of(path) == "cross_attention"}
+        assert find_part(path) in PARTS, path
+    crossing = {path for path in params if find_part(path) == "cross_attention"}
     assert bool(crossing) == cfg.fusion.image_in_memory
-    assert {part_of(path) for path in params} >= {"projector", "decoder"}
+    assert {find_part(path) for path in params} >= {"projector", "decoder"}
 
 
 def test_every_letter_has_one_size_in_the_decoder():

@@ -9,7 +9,7 @@ from flax import traverse_util
 
 from vlm_jax.config import Projector
 from vlm_jax.data import questions, text, tiling
-from vlm_jax.nn.parts import part_of
+from vlm_jax.nn.parts import find_part
 from vlm_jax.nn.vlm import empty_cache
 from vlm_jax.structs import NO_IMAGE, PADDING, Batch
 from vlm_jax.testing import KINDS, tiny
@@ -148,7 +148,7 @@ def test_with_closed_gates_hybrid_is_unified_with_the_thumbnail_alone_bit_for_bi
         image_token_index=slots,
         image_mask=batch.image_mask[..., :1],
     )
-    own = {path: x for path, x in flat.items() if part_of(path) != "cross_attention"}
+    own = {path: x for path, x in flat.items() if find_part(path) != "cross_attention"}
     expected = forward(plain, traverse_util.unflatten_dict(own), alone).logits
     np.testing.assert_array_equal(hidden, expected)
     is_token = batch.segment_ids != PADDING

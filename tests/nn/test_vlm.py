@@ -25,7 +25,7 @@ from tests.nn.models import (
 from vlm_jax.config import Experiment, Fusion
 from vlm_jax.data import questions
 from vlm_jax.nn.models import initializer
-from vlm_jax.nn.parts import part_of
+from vlm_jax.nn.parts import find_part
 from vlm_jax.nn.vlm import empty_cache
 from vlm_jax.structs import PADDING, Batch
 from vlm_jax.testing import random_batch, tiny
@@ -169,7 +169,7 @@ def test_with_closed_gates_cross_attention_is_the_text_only_decoder_bit_for_bit(
     """The decoder without cross-attention is `unified` given text alone."""
     cfg, plain, batch = GATED, tiny("unified"), random_batch(GATED)
     flat = traverse_util.flatten_dict(random_params(cfg))
-    own = {path: value for path, value in flat.items() if part_of(path) != "cross_attention"}
+    own = {path: value for path, value in flat.items() if find_part(path) != "cross_attention"}
     expected = forward(plain, traverse_util.unflatten_dict(own), without_images(batch)).logits
     closed = flat | {
         path: np.zeros_like(value) for path, value in gates_of(random_params(cfg)).items()

@@ -22,7 +22,7 @@ from tests.train.steps import (
 )
 from vlm_jax import sharding
 from vlm_jax.config import LrMult, Optim, UserError
-from vlm_jax.nn.parts import part_of
+from vlm_jax.nn.parts import find_part
 from vlm_jax.testing import random_batch, variants_and_tiles
 from vlm_jax.train import inputs
 from vlm_jax.train.step import (
@@ -143,6 +143,6 @@ def test_frozen_parts_are_kept_in_the_compute_dtype_and_stay_bit_for_bit():
         after, _ = jit_train_step(cfg, mesh)(before, uneven_batch(cfg))
     new = traverse_util.flatten_dict(jax.device_get(after.params))
     for path, old in traverse_util.flatten_dict(before.params).items():
-        frozen = part_of(path) in ("vision", "decoder")
+        frozen = find_part(path) in ("vision", "decoder")
         assert new[path].dtype == (jnp.bfloat16 if frozen else jnp.float32), path
         assert np.array_equal(new[path], old) == frozen, path

@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from vlm_jax.config import ConfigError, LrMult, Optim
 from vlm_jax.nn.models import abstract_params
-from vlm_jax.nn.parts import PARTS, part_of
+from vlm_jax.nn.parts import PARTS, find_part
 from vlm_jax.structs import State
 from vlm_jax.testing import (
     KINDS,
@@ -56,7 +56,7 @@ def test_a_run_shorter_than_its_warm_up_still_learns():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_belongs_to_exactly_one_part(kind):
-    parts = {part_of(path) for path in traverse_util.flatten_dict(random_params(tiny(kind)))}
+    parts = {find_part(path) for path in traverse_util.flatten_dict(random_params(tiny(kind)))}
     assert parts == set(PARTS) - ({"cross_attention"} if kind == "unified" else set())
     assert set(PARTS) == {field.name for field in dataclasses.fields(LrMult)}
 
@@ -66,7 +66,7 @@ def test_split_and_join_are_inverse():
     cfg = Optim(lr_mult=LrMult(vision=0, cross_attention=0))
     trained, frozen = optim.split(params, cfg)
     assert not set(trained) & set(frozen)
-    assert {part_of(path) for path in frozen} == {"vision", "cross_attention"}
+    assert {find_part(path) for path in frozen} == {"vision", "cross_attention"}
     joined = optim.join(trained, frozen)
     assert jax.tree.structure(joined) == jax.tree.structure(params)
     assert jax.tree.all(jax.tree.map(lambda a, b: a is b, joined, params))
@@ -96,7 +96,7 @@ def test_a_part_learns_at_its_own_rate():
     factors = {"vision": 0.5, "projector": 3, "cross_attention": 0.25, "decoder": 1}
     for path in params:
         assert np.any(ones[path])
-        np.testing.assert_allclose(scaled[path], factors[part_of(path)] * ones[path], rtol=1e-5)
+        np.testing.assert_allclose(scaled[path], factors[find_part(path)] * ones[path], rtol=1e-5)
 
 
 @pytest.mark.parametrize("norm, clipped", [(100.0, 2.0), (0.5, 0.5)])
@@ -136,7 +136,7 @@ def test_frozen_parts_stay_bit_for_bit_and_the_others_move(frozen, cfg):
     after = traverse_util.flatten_dict(state.params)
     for path, before in traverse_util.flatten_dict(params).items():
         same = np.array_equal(before, after[path])
-        assert same == (part_of(path) in frozen), "/".join(path)
+        assert same == (find_part(path) in frozen), "/".join(path)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -145,7 +145,7 @@ def test_a_frozen_part_has_no_moments(part):
     state = jax.eval_shape(lambda: init_state(cfg, jax.random.key(0)))
     for moment in ("mu", "nu"):
         moments = set(optax.tree.get(state.optimizer, moment))
-        assert moments == {path for path in flat_params() if part_of(path) != part}
+        assert moments == {path for path in flat_params() if find_part(path) != part}
 
 
 def test_an_optimizer_is_one_function_and_one_row(monkeypatch):

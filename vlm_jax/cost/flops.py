@@ -26,7 +26,7 @@ from jax.interpreters import partial_eval
 from vlm_jax import axes
 from vlm_jax.config import Experiment, Model
 from vlm_jax.nn.models import abstract_params
-from vlm_jax.nn.parts import PARTS, part_of, trained_parts
+from vlm_jax.nn.parts import PARTS, find_part, trained_parts
 from vlm_jax.nn.tiled_vit import TOKEN_MULTIPLE
 from vlm_jax.nn.vlm import VLM, example_batch
 
@@ -123,7 +123,7 @@ def _row_flops(
     with jax.sharding.use_abstract_mesh(NO_MESH), jax.sharding.use_abstract_mesh(CPU):
         program = jax.make_jaxpr(forward)(params, batch).jaxpr
     program, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars), instantiate=True)
-    is_trained = {path: part_of(path) in trained for path in params}
+    is_trained = {path: find_part(path) in trained for path in params}
     has_gradient = jax.tree.leaves((is_trained, jax.tree.map(lambda _: False, batch)))
     flops = defaultdict(Flops)
     _count(program, has_gradient, flops)
@@ -214,4 +214,4 @@ def _multiplications(equation: core.JaxprEqn) -> int:
 def _part(scope: str) -> str:
     """Returns the part of a module, given the scope "VLM.hidden/decoder/blocks/..." of its call."""
     names = [name.partition(".")[0] for name in scope.split("/")]
-    return part_of(tuple(name for name in names if name not in ("", VLM.__name__)))
+    return find_part(tuple(name for name in names if name not in ("", VLM.__name__)))

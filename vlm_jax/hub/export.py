@@ -17,7 +17,7 @@ from flax import traverse_util
 from vlm_jax.config import FUSION_STYLES, CheckpointError, Experiment, UserError
 from vlm_jax.config.validate import flat
 from vlm_jax.hub.families.family import Family, Json
-from vlm_jax.hub.families.registry import KNOWN, family_of
+from vlm_jax.hub.families.registry import KNOWN, find_family
 from vlm_jax.hub.load import Checkpoint, load_checkpoint
 from vlm_jax.hub.run_files import (
     PREPROCESSOR,
@@ -188,7 +188,7 @@ def matching_family(
     fields = architecture_fields(cfg)
     candidates = []
     for known in KNOWN:
-        family = family_of({"model_type": known.model_type}, "", intermediate_layers)
+        family = find_family({"model_type": known.model_type}, "", intermediate_layers)
         written = _as_written(family, cfg)
         if written is None:
             continue

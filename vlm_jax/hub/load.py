@@ -23,7 +23,7 @@ from vlm_jax.hub.families.family import (
     Json,
     get_or,
 )
-from vlm_jax.hub.families.registry import config_path, family_of
+from vlm_jax.hub.families.registry import config_path, find_family
 from vlm_jax.hub.families.table import Row, Target
 from vlm_jax.hub.tensors.folder import Tensors, open_tensors, read_json
 from vlm_jax.hub.tensors.mapped import StoredTensor, tensors_equal
@@ -68,20 +68,20 @@ class Checkpoint(NamedTuple):
     @property
     def start_id(self) -> int | None:
         """Id that starts the decoder of an encoder-decoder; None: no file has one."""
-        return start_id_of(self.folder, self.config)
+        return read_start_id(self.folder, self.config)
 
 
-def start_id_of(folder: Path, config: Json) -> int | None:
+def read_start_id(folder: Path, config: Json) -> int | None:
     """Id that starts the decoder of an encoder-decoder; None: no file has one."""
     stated = stated_ids(folder, config)
     return stated.get("decoder_start_token_id", stated.get("bos_token_id"))
 
 
-def image_token_of(folder: str | os.PathLike) -> int | None:
+def read_image_token(folder: str | os.PathLike) -> int | None:
     """Returns the id of the image placeholder token of a folder; None: the model has none."""
     path = config_path(Path(folder).expanduser())
     config = read_json(path)
-    return _image_token(config, family_of(config, str(path)), path.parent)
+    return _image_token(config, find_family(config, str(path)), path.parent)
 
 
 def _image_token(config: Json, family: Family, folder: Path) -> int | None:
@@ -143,7 +143,7 @@ def inspect(
     path = config_path(folder)
     config = read_json(path)
     with _error_in(path):
-        family = family_of(config, "config.json", intermediate_layers)
+        family = find_family(config, "config.json", intermediate_layers)
         names = family.normalize_names(tensors)
         names = without_copied_head(family, config, names, tensors)
         cfg = family.config_from_hf(config, names)
@@ -153,7 +153,7 @@ def inspect(
     check(
         rows,
         {name: tensors[stored].shape for name, stored in names.items()},
-        shapes_of(cfg),
+        param_shapes(cfg),
         str(folder),
     )
     return Checkpoint(folder, config, family, cfg, rows, names)
@@ -200,7 +200,7 @@ def without_copied_head(
     return others if is_tied else names
 
 
-def shapes_of(cfg: Config) -> dict[str, tuple[int, ...]]:
+def param_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     """Returns path -> shape of every parameter of the model."""
     boxes = traverse_util.flatten_dict(abstract_params(cfg), sep="/")
     return {path: box.value.shape for path, box in boxes.items()}

@@ -30,10 +30,10 @@ from vlm_jax.hub.families.table import Row
 from vlm_jax.hub.images.settings import read_settings, vision_settings
 from vlm_jax.hub.load import (
     Checkpoint,
-    image_token_of,
     inspect,
+    param_shapes,
+    read_image_token,
     read_params,
-    shapes_of,
 )
 from vlm_jax.hub.tensors.folder import open_tensors
 from vlm_jax.hub.text.chat_template import ChatTemplate
@@ -203,7 +203,7 @@ def _token_settings(
     if is_whole_model and keeps_fusion and has_template(folder):
         values["template"] = "checkpoint"
         eos_id = Dialogue.load(folder, cfg.fusion.has_images).eos_id
-    values["special_ids"] = special_ids(tokenizer, cfg.decoder, image_token_of(folder), eos_id)
+    values["special_ids"] = special_ids(tokenizer, cfg.decoder, read_image_token(folder), eos_id)
     if cfg.tile_tags:
         values["tag_ids"] = tuple(
             tuple(tokenizer.encode(name, add_special_tokens=False))
@@ -279,7 +279,7 @@ def pretrained_shapes(cfg: Experiment) -> dict[str, tuple[int, ...]]:
     """Path -> shape of the parameters of all parts that start from a checkpoint."""
     return {
         path: shape
-        for path, shape in shapes_of(cfg).items()
+        for path, shape in param_shapes(cfg).items()
         if path.split("/")[0] in cfg.pretrained_parts
     }
 

@@ -10,7 +10,7 @@ from flax import traverse_util
 
 from vlm_jax.hub.families.family import Config, Family
 from vlm_jax.hub.families.table import Row
-from vlm_jax.hub.load import shapes_of
+from vlm_jax.hub.load import param_shapes
 from vlm_jax.hub.tensors.folder import all_or_none, write_tensors
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -41,7 +41,7 @@ def write_model(
       CheckpointError: the folder cannot be written or holds weights already.
     """
     flat_params = traverse_util.flatten_dict(params, sep="/")
-    shapes, dtypes = shapes_of(cfg), dtypes or {}
+    shapes, dtypes = param_shapes(cfg), dtypes or {}
     rows = {row.tensor: row for row in family.param_table(cfg)}
     specs = {}
     for name, row in rows.items():

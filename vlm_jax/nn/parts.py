@@ -9,7 +9,7 @@ from vlm_jax.nn.blocks import BLOCK, needs_image
 PARTS = tuple(field.name for field in dataclasses.fields(LrMult))
 
 
-def part_of(path: tuple[str, ...]) -> str:
+def find_part(path: tuple[str, ...]) -> str:
     """Returns the part that a parameter, or a module, belongs to by its path in the model.
 
     Cross-attention sublayers are inside the decoder's blocks and are a part of their own.

@@ -13,7 +13,7 @@ from vlm_jax.config import Experiment
 from vlm_jax.cost.chips import Chip, parse_slice
 from vlm_jax.cost.flops import flops_by_part, token_flow, train_flops
 from vlm_jax.hub.export import exportable
-from vlm_jax.nn.parts import PARTS, part_of, trained_parts
+from vlm_jax.nn.parts import PARTS, find_part, trained_parts
 from vlm_jax.plan import compiled, memory
 from vlm_jax.plan.hlo import Program
 from vlm_jax.plan.roofline import roofline
@@ -73,7 +73,7 @@ def part_costs(cfg: Experiment) -> dict[str, dict]:
     flat = traverse_util.flatten_dict(state_shapes(cfg).params)
     count = Counter()
     for path, x in flat.items():
-        count[part_of(path)] += math.prod(x.shape)
+        count[find_part(path)] += math.prod(x.shape)
     trained, flops = trained_parts(cfg.optim), flops_by_part(cfg)
     return {
         part: {

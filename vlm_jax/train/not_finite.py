@@ -3,7 +3,7 @@
 import math
 
 from vlm_jax.config import NonFiniteError
-from vlm_jax.nn.parts import PARTS, part_of
+from vlm_jax.nn.parts import PARTS, find_part
 
 
 class NonFiniteStepError(NonFiniteError):
@@ -67,8 +67,8 @@ def _forward_order(path: str) -> tuple:
     """Sorts parameters by their position in the forward pass."""
     names = tuple(path.split("/"))
     stages = {"patch_embed": 0, "embedding": 0, "final_norm": 2, "free_head": 3}
-    return PARTS.index(part_of(names)), stages.get(names[1], 1), path
+    return PARTS.index(find_part(names)), stages.get(names[1], 1), path
 
 
 def _describe(path: str) -> str:
-    return f"{path} of {part_of(tuple(path.split('/')))}"
+    return f"{path} of {find_part(tuple(path.split('/')))}"

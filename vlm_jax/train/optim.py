@@ -15,7 +15,7 @@ from vlm_jax.axes import Partitioned
 from vlm_jax.config import ConfigError, Experiment, Optim
 from vlm_jax.config.hints import nearest
 from vlm_jax.nn.models import abstract_params
-from vlm_jax.nn.parts import part_of, trained_parts
+from vlm_jax.nn.parts import find_part, trained_parts
 
 Path = tuple[str, ...]
 Boxes = Mapping[Path, Partitioned]  # logical axes of the parameters, by path
@@ -30,7 +30,7 @@ def split(params, cfg: Optim) -> tuple[dict, dict]:
     parts = trained_parts(cfg)
     trained, frozen = {}, {}
     for path, x in traverse_util.flatten_dict(params).items():
-        group = trained if part_of(path) in parts else frozen
+        group = trained if find_part(path) in parts else frozen
         group[path] = x
     return trained, frozen
 
@@ -132,7 +132,7 @@ def optimizer(cfg: Experiment) -> optax.GradientTransformation:
         return {path: boxes[path].is_kernel or boxes[path].is_table for path in params}
 
     def scale_parts(updates, _):
-        return {path: update * lr_mult[part_of(path)] for path, update in updates.items()}
+        return {path: update * lr_mult[find_part(path)] for path, update in updates.items()}
 
     return optax.chain(
         optax.clip_by_global_norm(cfg.optim.clip_norm),

@@ -5,7 +5,7 @@ import jax
 from vlm_jax.config import Experiment
 from vlm_jax.data import pipeline, sources
 from vlm_jax.hub.export import exportable
-from vlm_jax.nn.parts import PARTS, part_of
+from vlm_jax.nn.parts import PARTS, find_part
 from vlm_jax.train import optim
 
 
@@ -51,7 +51,7 @@ def describe_parameters(cfg: Experiment, params) -> str:
     total = trained_size + sum(x.size for x in frozen.values())
     if not frozen:
         return f"{total:,}, all trained"
-    frozen_parts = {part_of(path) for path in frozen}
+    frozen_parts = {find_part(path) for path in frozen}
     names = [part for part in PARTS if part in frozen_parts]
     return f"{total:,}, {trained_size / total:.1%} trained; frozen: {', '.join(names)}"
 

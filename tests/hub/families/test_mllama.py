@@ -17,7 +17,7 @@ from tests.hub.unified import (
 )
 from vlm_jax.cli.main import main
 from vlm_jax.config import UserError
-from vlm_jax.hub.families.registry import family_of
+from vlm_jax.hub.families.registry import find_family
 from vlm_jax.hub.load import load_checkpoint
 from vlm_jax.hub.save import write_model
 
@@ -293,7 +293,7 @@ def test_an_export_says_how_its_taps_are_meant_where_transformers_5_is_to_load_i
 def test_the_names_that_transformers_5_has_in_memory_are_known(pair_of):
     pair = pair_of(FIRST)
     in_memory = {name for name, _ in pair.hf.named_parameters()}
-    family = family_of({"model_type": "mllama"}, "")
+    family = find_family({"model_type": "mllama"}, "")
     assert set(family.normalize_names(in_memory)) == {
         row.tensor for row in family.param_table(pair.cfg)
     }

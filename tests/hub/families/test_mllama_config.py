@@ -7,7 +7,7 @@ from transformers import MllamaConfig
 
 from vlm_jax.config import UserError
 from vlm_jax.hub.families import mllama_vision
-from vlm_jax.hub.families.registry import family_of
+from vlm_jax.hub.families.registry import find_family
 
 PUBLISHED = MllamaConfig().to_dict()
 INTERMEDIATE_LAYERS = "intermediate_layers_indices"
@@ -29,13 +29,13 @@ CONFIGS = {
 
 
 def test_layers_of_both_kinds_are_counted_together_and_taps_from_what_enters_the_first():
-    cfg = family_of(PUBLISHED, "config.json").config_from_hf(PUBLISHED, ())
+    cfg = find_family(PUBLISHED, "config.json").config_from_hf(PUBLISHED, ())
     blocks = cfg.fusion.sublayers(cfg.decoder.depth)
     layers = [kind for block in blocks for kind in ("cross", "self") if kind in block]
     assert len(layers) == PUBLISHED["text_config"]["num_hidden_layers"] == 40
     assert [n for n, kind in enumerate(layers) if kind == "cross"] == [3, 8, 13, 18, 23, 28, 33, 38]
     assert cfg.vision.feature_layers == (3, 7, 15, 23, 30)
-    assert family_of(PUBLISHED, "", "output").config_from_hf(
+    assert find_family(PUBLISHED, "", "output").config_from_hf(
         PUBLISHED, ()
     ).vision.feature_layers == (
         4,
@@ -50,10 +50,10 @@ def test_layers_of_both_kinds_are_counted_together_and_taps_from_what_enters_the
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_config_is_read_as_it_was_written(kind, intermediate_layers):
     """With the keys of transformers 4.x; the written file states its intermediate_layers."""
-    family = family_of(CONFIGS[kind], "config.json", intermediate_layers)
+    family = find_family(CONFIGS[kind], "config.json", intermediate_layers)
     cfg = family.config_from_hf(CONFIGS[kind], ())
     written = json.loads(json.dumps(family.config_to_hf(cfg)))
-    assert family_of(written, "config.json").config_from_hf(written, ()) == cfg
+    assert find_family(written, "config.json").config_from_hf(written, ()) == cfg
     assert (
         written["vision_config"][INTERMEDIATE_LAYERS]
         == PUBLISHED["vision_config"][INTERMEDIATE_LAYERS]
@@ -75,12 +75,12 @@ def test_a_config_is_read_as_it_was_written(kind, intermediate_layers):
 def test_what_is_not_supported_is_refused_by_its_key(part, key, value):
     config = changed(part, **{key: value})
     with pytest.raises(UserError, match=key):
-        family_of(config, "config.json").config_from_hf(config, ())
+        find_family(config, "config.json").config_from_hf(config, ())
 
 
 def test_other_taps_are_refused_with_those_that_there_are():
     with pytest.raises(UserError, match="input, output"):
-        family_of(PUBLISHED, "config.json", "middle")
+        find_family(PUBLISHED, "config.json", "middle")
 
 
 @pytest.mark.parametrize("key, value", [("max_num_tiles", 10**7), ("num_global_layers", 0)])

@@ -26,7 +26,7 @@ EVERY = ABOUT_IMAGES | CAPTIONS | OF_TEXT
 def unchecked_shapes():
     """Skips the check of tensor shapes, which traces every model: no weights are used here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load, "shapes_of", lambda cfg: {})
+        patch.setattr(load, "param_shapes", lambda cfg: {})
         patch.setattr(load, "check", lambda *_: None)
         yield
 

@@ -57,7 +57,7 @@ def config_path(folder: Path) -> Path:
     return open_clip_path if open_clip_path.is_file() and not path.is_file() else path
 
 
-def family_of(config: Mapping, name: str, intermediate_layers: str | None = None) -> Family:
+def find_family(config: Mapping, name: str, intermediate_layers: str | None = None) -> Family:
     """Returns the family of a config.json.
 
     Args:

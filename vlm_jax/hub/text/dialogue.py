@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from vlm_jax.config import CheckpointError
 from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
-from vlm_jax.hub.load import start_id_of
+from vlm_jax.hub.load import read_start_id
 from vlm_jax.hub.tensors.folder import read_json
 from vlm_jax.hub.text.chat_template import ChatTemplate
 from vlm_jax.hub.text.prompt_formats import EncoderDecoderFormat, TextFormat, load_prompt_format
@@ -221,7 +221,7 @@ def decoder_start_ids(folder: str | os.PathLike, tokenizer: HubTokenizer) -> tup
       CheckpointError: decoder_start_token_id is not an id.
     """
     folder = Path(folder).expanduser()
-    start = start_id_of(folder, read_json(folder / CONFIG))
+    start = read_start_id(folder, read_json(folder / CONFIG))
     start = tokenizer.bos_id if start is None else start
     if not are_ids(start):
         raise CheckpointError(

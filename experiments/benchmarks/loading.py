@@ -54,10 +54,8 @@ def write_checkpoint(folder: Path, dtype: str) -> int:
     family, rng = FAMILIES["llama"], np.random.default_rng(0)
     cfg = family.config_from_hf(CONFIG, ["lm_head.weight"])
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    specs = {
-        row.tensor: Spec(row.stored_shape(param_shapes(cfg)), kind)
-        for row in family.param_table(cfg)
-    }
+    shapes = param_shapes(cfg)
+    specs = {row.tensor: Spec(row.stored_shape(shapes), kind) for row in family.param_table(cfg)}
     write_tensors(
         folder, specs, lambda name: rng.standard_normal(specs[name].shape, np.float32).astype(kind)
     )

@@ -62,7 +62,7 @@ def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Reader) -> Batch:
         images, is_view = _stack_images(cfg, fields["images"], filled, read)  # (B, I, ...), (B, I)
         image_mask = np.repeat(is_read, cfg.vision.views, axis=-1) & is_view[:, None]  # (B, S, I)
 
-    # Conversations count their views from 0; in the row they follow those of the slots before.
+    # Conversations count their views from 0; in the row they follow the views of the slots before.
     first_view = is_own.argmax(-1) * cfg.vision.views  # (B, S)
     image_tags = offset_ids(fields["image_tags"], first_view)
     batch = Batch(

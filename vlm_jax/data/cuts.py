@@ -46,7 +46,7 @@ class Cuts:
 def drop_unscored(
     cfg: Experiment, tokenizer: Tokenizer, source: Conversations
 ) -> tuple[Conversations | Selection, Cuts]:
-    """Returns the conversations that have a scored token in their row, and what is cut.
+    """Returns the conversations that have a scored token in their row, and counts of the cuts.
 
     Raises:
       ConfigError: no conversation has a scored token.
@@ -66,7 +66,7 @@ def drop_unscored(
 
 
 def count(cfg: Experiment, tokenizer: Tokenizer, source: Conversations) -> Cuts:
-    """Counts over all conversations. Only those that may be longer than a row are encoded."""
+    """Counts over all conversations. Encodes only conversations that may be longer than a row."""
     cuts, digest = Cuts(), hashlib.sha256()
     count_tiles = packing.tile_counter(cfg, source)
     for conversation, max_tokens in _with_lengths(cfg, tokenizer, source):
@@ -82,7 +82,7 @@ def count(cfg: Experiment, tokenizer: Tokenizer, source: Conversations) -> Cuts:
 
 
 def cut_message(cfg: Experiment, cuts: Cuts) -> str:
-    """Returns a sentence about what is cut and what is left out; "" if nothing is."""
+    """Returns a sentence about cut and omitted conversations; "" if none are."""
     if not cuts.cut_records and not cuts.unscored:
         return ""
     message = (

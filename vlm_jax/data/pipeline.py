@@ -153,7 +153,7 @@ def training_conversations(
     """Returns the conversations to train on, and what the length of a row cuts from them.
 
     Raises:
-      ConfigError: there are none, or one has more images than a row.
+      ConfigError: no conversation is left, or one has more images than a row.
     """
     return _training_conversations(cfg, tokenizer, tuple(fingerprint(cfg.data).items()))
 

@@ -25,7 +25,7 @@ def shortest_edge_shape(height: int, width: int, edge: int) -> tuple[int, int]:
 def center_crop(
     image: Image.Image, shape: tuple[int, int], round_margin: Callable = math.floor
 ) -> Image.Image:
-    """Crops the middle (height, width), with black borders where it is larger than the image.
+    """Crops the middle (height, width), with black borders if it is larger than the image.
 
     `round_margin` rounds the left and upper margins.
     """

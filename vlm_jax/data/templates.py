@@ -11,7 +11,7 @@ each are scored. An image is inserted at its placeholder and visible from there 
 the fusion style puts images into the sequence, otherwise only to cross-attention.
 
 A conversation begins with `data.bos_id`. Without one, a begin token (`Tokenizer.begin_id`) precedes
-a first question that has no token of its own, so that a token predicts the first token of every
+a first question without tokens, so that a token predicts the first token of every
 answer: a caption without an image in the sequence is `<eos> answer <eos>`.
 """
 
@@ -45,7 +45,7 @@ def encode(
       Fields of shape (N,). `image_token_index` and `image_tags` count the image tokens and views of
       this conversation alone. A token may read the first `images_seen` images: those up to it, or,
       if it predicts an answer, all before the predicted token. With `fusion.placeholder` it reads
-      only the last of them and those whose placeholders directly precede it, from number
+      only the last of them and the images whose placeholders directly precede it, from number
       `images_from` on.
 
     Source: Alayrac et al. 2022 (Flamingo), section 2.3; transformers,

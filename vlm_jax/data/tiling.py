@@ -37,7 +37,7 @@ def best_layout(width: int, height: int, vision: Vision) -> tuple[int, int]:
     """Returns the (rows, columns) of tiles for an image of `width` x `height` px.
 
     It is the layout of at most `vision.tiles` tiles with the nearest aspect ratio; among equally
-    near ones, the one with the most tiles of which the image fills more than half.
+    near ones, the largest layout that the image fills by more than half.
 
     Source: OpenGVLab/InternVL, `find_closest_aspect_ratio`, in the order of transformers,
     models/got_ocr2/image_processing_got_ocr2.py, for layouts with as many tiles.

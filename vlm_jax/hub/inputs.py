@@ -121,8 +121,7 @@ def _within_tables(decoder: Decoder, batch: Batch) -> Batch:
     if wrong.size:
         raise ConfigError(
             f"the text is too long: it has a token at position {wrong.max()}, counted from 0, but "
-            "the model has only "
-            f"{max_positions} positions."
+            f"the model has only {max_positions} positions."
         )
     return batch.replace(positions=positions.clip(0, max_positions - 1))
 
@@ -209,8 +208,8 @@ def _images(cfg: Experiment, arrays: Arrays, ids: np.ndarray, image_token: int |
     fusion = cfg.fusion
     if fusion.image_in_sequence == fusion.image_in_memory:
         raise ConfigError(
-            f"pixel_values are for models with images either in the sequence or in cross-attention, "
-            f"not for fusion.kind {fusion.kind}."
+            "pixel_values are for models with images either in the sequence or in "
+            f"cross-attention, not for fusion.kind {fusion.kind}."
         )
     to_fields = _in_sequence if fusion.image_in_sequence else _in_memory
     return to_fields(cfg, arrays, ids, image_token)
@@ -278,7 +277,7 @@ def _in_memory(cfg: Experiment, arrays: Arrays, ids: np.ndarray, image_token: in
 
 
 def _in_tiles(cfg: Experiment, arrays: Arrays, ids: np.ndarray) -> dict:
-    """Llama 3.2 Vision: I images of J tiles; every token reads every tile if there is no mask."""
+    """Llama 3.2 Vision: I images of J tiles; without a mask, every token attends to every tile."""
     rows, tiles, side = len(ids), cfg.vision.tiles, cfg.vision.image_size_px
     images = _shaped(arrays, "pixel_values", (rows, None, tiles, CHANNELS, side, side))
     shape = images.shape[:3]
@@ -289,12 +288,12 @@ def _in_tiles(cfg: Experiment, arrays: Arrays, ids: np.ndarray) -> dict:
             "layouts."
         )
     arrays = {"cross_attention_mask": np.ones((*ids.shape, *shape[1:])), **arrays}
-    read = _shaped(arrays, "cross_attention_mask", (*ids.shape, *shape[1:]))
+    mask = _shaped(arrays, "cross_attention_mask", (*ids.shape, *shape[1:]))
     return {
         "images": channels_last(images),
         "tile_layouts": layouts.astype(np.int32),
         "tile_mask": _shaped(arrays, "aspect_ratio_mask", shape).astype(bool),
-        "image_mask": read.reshape(*ids.shape, -1).astype(bool),
+        "image_mask": mask.reshape(*ids.shape, -1).astype(bool),
     }
 
 

@@ -72,7 +72,7 @@ class Checkpoint(NamedTuple):
 
 
 def read_start_id(folder: Path, config: Json) -> int | None:
-    """Id that starts the decoder of an encoder-decoder; None: no file has one."""
+    """Returns the id that starts the decoder of an encoder-decoder; None: no file has one."""
     stated = stated_ids(folder, config)
     return stated.get("decoder_start_token_id", stated.get("bos_token_id"))
 

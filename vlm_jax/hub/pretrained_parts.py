@@ -360,8 +360,11 @@ def _part_table(checkpoint: Checkpoint, cfg: Experiment, part: str) -> list[Row]
         # cross-attention.
         table = checkpoint.family.param_table(replace(checkpoint.cfg, fusion=cfg.fusion))
         rows = [row for row in table if row.tensor in checkpoint.stored_names]
-    prefix = f"{part}/"
-    return [row for row in rows if all(target.param.startswith(prefix) for target in row.targets)]
+    return [row for row in rows if _is_within(row, f"{part}/")]
+
+
+def _is_within(row: Row, prefix: str) -> bool:
+    return all(target.param.startswith(prefix) for target in row.targets)
 
 
 def _with_prefix(row: Row, prefix: str) -> Row:

@@ -1,4 +1,4 @@
-"""Encodes prompts and images for a public checkpoint, as the files beside its weights say."""
+"""Encodes prompts and images for a public checkpoint, from the files beside its weights."""
 
 import functools
 import itertools
@@ -162,7 +162,8 @@ class HubProcessor:
             return [[*ids, dialogue.eos_id] for ids in encoded]
         encoded = []
         for prompt, row, answer in zip(prompts, images, answers, strict=True):
-            tokens = dialogue.encode([f"{IMAGE_PLACEHOLDER}\n" * len(row) + prompt, answer])
+            placeholders = [IMAGE_PLACEHOLDER] * len(row)
+            tokens = dialogue.encode(["\n".join([*placeholders, prompt]), answer])
             encoded.append([i for i, is_scored in zip(tokens.ids, tokens.is_scored) if is_scored])
         return encoded
 
@@ -191,7 +192,7 @@ class HubProcessor:
         """Formats a user message about `images` images by the chat template, or by adding image
         tokens.
 
-        A prompt with image tokens keeps them where they are and gets no others.
+        A prompt that already has image tokens gets no others.
         """
         token = self.image_token
         if token and token in prompt:

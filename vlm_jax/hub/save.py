@@ -34,7 +34,7 @@ def write_model(
     """Writes config.json and the weights, all or nothing.
 
     Args:
-      config: further keys of config.json; those that the family writes take precedence.
+      config: further keys of config.json; the family's own keys take precedence.
       dtypes: by tensor name; the other tensors have the dtype of their parameters.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Evaluation of generated answers, with the right images and with those of other examples."""
+"""Evaluation of generated answers, with the right images and with images of other examples."""
 
 import itertools
 import json
@@ -32,8 +32,8 @@ def evaluate(
 ) -> dict:
     """Answers the questions of `eval.split` or `eval.files` and returns the scores of METRICS.
 
-    Every question is asked twice: about its own images, and about those of another question
-    (`image_shuffled_...`), which tells how much the answers depend on the images. All processes
+    Every question is answered twice: with its own images, and with the images of another question
+    (`image_shuffled_...`), which shows how much the answers depend on the images. All processes
     take part; the first one writes eval.json, predictions.jsonl and samples.png.
 
     Args:
@@ -49,41 +49,41 @@ def evaluate(
     with distributed.raise_on_all():
         if is_first_process:
             folder.check_writable()
-    asked = questions.to_evaluate(cfg)
-    warning = warn_of_long_answers(cfg, tokenizer, asked)
+    examples = questions.to_evaluate(cfg)
+    warning = warn_of_long_answers(cfg, tokenizer, examples)
     if is_first_process and warning:
         print(warning, flush=True)
 
-    image_sources = {"evaluating": asked, "with shuffled images": shuffle_images(asked)}
-    predictions, shuffled_predictions = answer(cfg, params, tokenizer, asked, image_sources)
+    image_sources = {"evaluating": examples, "with shuffled images": shuffle_images(examples)}
+    predictions, shuffled_predictions = answer(cfg, params, tokenizer, examples, image_sources)
     scores = {
         "split": cfg.eval.read_split,
         "files": list(cfg.eval_data.files),
-        "examples": len(asked),
+        "examples": len(examples),
         "step": step,
         "max_new_tokens": cfg.eval.max_new_tokens,
-        **score(asked, predictions, shuffled_predictions),
+        **score(examples, predictions, shuffled_predictions),
     }
 
     if is_first_process:
         folder.keep_settings()
-        write_atomic(folder.predictions, prediction_lines(asked, predictions))
-        draw_samples(folder.samples, asked, predictions, cfg.eval.title)
+        write_atomic(folder.predictions, prediction_lines(examples, predictions))
+        draw_samples(folder.samples, examples, predictions, cfg.eval.title)
         write_atomic(folder.eval, json.dumps(scores, indent=2) + "\n")
     return scores
 
 
 def score(
-    asked: list[Question], predictions: list[str], shuffled_predictions: list[str]
+    examples: list[Question], predictions: list[str], shuffled_predictions: list[str]
 ) -> dict[str, float | dict[str, float]]:
     """Returns the scores of every metric, with their keys in eval.json."""
     scores = {}
     for metric in METRICS:
         keys = metric_keys(metric)
-        values = score_each(metric, asked, predictions)
+        values = score_each(metric, examples, predictions)
         scores[keys.mean] = fmean(values)
-        scores[keys.by_type] = mean_by_type(asked, values)
-        scores[keys.shuffled] = fmean(score_each(metric, asked, shuffled_predictions))
+        scores[keys.by_type] = mean_by_type(examples, values)
+        scores[keys.shuffled] = fmean(score_each(metric, examples, shuffled_predictions))
     return scores
 
 
@@ -99,28 +99,30 @@ def describe_scores(scores: Mapping, title: str) -> list[str]:
     return lines
 
 
-def score_each(metric: str, asked: list[Question], predictions: list[str]) -> list[float]:
+def score_each(metric: str, examples: list[Question], predictions: list[str]) -> list[float]:
     """Returns the score of every prediction."""
     function = METRICS[metric]
     return [
         function(prediction, [question.answer])
-        for question, prediction in zip(asked, predictions, strict=True)
+        for question, prediction in zip(examples, predictions, strict=True)
     ]
 
 
-def mean_by_type(asked: list[Question], values: list[float]) -> dict[str, float]:
+def mean_by_type(examples: list[Question], values: list[float]) -> dict[str, float]:
     """Returns the mean value of the questions of each type."""
     by_type = defaultdict(list)
-    for question, value in zip(asked, values, strict=True):
+    for question, value in zip(examples, values, strict=True):
         by_type[question.type].append(value)
     return {name: fmean(by_type[name]) for name in sorted(by_type)}
 
 
-def prediction_lines(asked: list[Question], predictions: list[str]) -> str:
+def prediction_lines(examples: list[Question], predictions: list[str]) -> str:
     """Returns predictions.jsonl: a question, the prediction and its scores on each line."""
-    scores = {metric_keys(name).example: score_each(name, asked, predictions) for name in METRICS}
+    scores = {
+        metric_keys(name).example: score_each(name, examples, predictions) for name in METRICS
+    }
     lines = []
-    for i, question in enumerate(asked):
+    for i, question in enumerate(examples):
         row = {name: getattr(question, name) for name in ("image_id", "question", "type", "answer")}
         row["prediction"] = predictions[i]
         row |= {key: values[i] for key, values in scores.items()}
@@ -128,30 +130,30 @@ def prediction_lines(asked: list[Question], predictions: list[str]) -> str:
     return "".join(lines)
 
 
-def warn_of_long_answers(cfg: Experiment, tokenizer: Tokenizer, asked: list[Question]) -> str:
+def warn_of_long_answers(cfg: Experiment, tokenizer: Tokenizer, examples: list[Question]) -> str:
     """Returns a sentence about answers longer than `eval.max_new_tokens`; "" without any."""
     max_new_tokens = cfg.eval.max_new_tokens
-    lengths = [len(tokenizer.encode(question.answer)) for question in asked]
+    lengths = [len(tokenizer.encode(question.answer)) for question in examples]
     count = sum(length > max_new_tokens for length in lengths)
     if not count:
         return ""
     return (
-        f"{count} of {len(asked)} answers are longer than eval.max_new_tokens {max_new_tokens} and "
-        f"cannot be reached: the longest has {max(lengths)} tokens."
+        f"{count} of {len(examples)} answers are longer than eval.max_new_tokens {max_new_tokens} "
+        f"and cannot be reached: the longest has {max(lengths)} tokens."
     )
 
 
-def shuffle_images(asked: list[Question]) -> list[Question]:
+def shuffle_images(examples: list[Question]) -> list[Question]:
     """Pairs every question with another that has the same number of images.
 
     It is the question half of these away, so that in most cases its image is another, too.
     """
-    image_sources = list(asked)
-    for count in {question.image_count for question in asked}:
-        same_count = [i for i, question in enumerate(asked) if question.image_count == count]
+    image_sources = list(examples)
+    for count in {question.image_count for question in examples}:
+        same_count = [i for i, question in enumerate(examples) if question.image_count == count]
         half = len(same_count) // 2
         for i, other in zip(same_count, same_count[half:] + same_count[:half]):
-            image_sources[i] = asked[other]
+            image_sources[i] = examples[other]
     return image_sources
 
 
@@ -159,7 +161,7 @@ def answer(
     cfg: Experiment,
     params,
     tokenizer: Tokenizer,
-    asked: list[Question],
+    examples: list[Question],
     image_sources: Mapping[str, list[Question]],
 ) -> list[list[str]]:
     """Generates one answer to each question, for each labelled list of questions whose images to
@@ -169,21 +171,21 @@ def answer(
     """
     mesh, size = axes.make_mesh(cfg.mesh), cfg.eval.batch_size
     # The last question fills up the last batch.
-    padded = [*range(len(asked)), *[len(asked) - 1] * (-len(asked) % size)]
+    padded = [*range(len(examples)), *[len(examples) - 1] * (-len(examples) % size)]
     batches = [padded[start : start + size] for start in range(0, len(padded), size)]
     max_images = 0
     for sources in image_sources.values():
         for batch in batches:
             max_images = max(max_images, len({sources[i].images for i in batch}))
     image_rows = axes.round_up_to_shards(max_images, mesh)
-    row_length = questions.row_length(cfg, tokenizer, asked)
+    row_length = questions.row_length(cfg, tokenizer, examples)
     sampling = SamplingParams(eos=(cfg.data.eos_id,))
 
     def answer_batch(indices: list[int], sources: list[Question]) -> list[str]:
         batch = questions.question_batch(
             cfg,
             tokenizer,
-            [asked[i] for i in indices],
+            [examples[i] for i in indices],
             [sources[i] for i in indices],
             row_length,
             image_rows,
@@ -193,7 +195,7 @@ def answer(
                 batch = sharding.place_rows(batch, mesh)
                 tokens = generate(cfg.model, params, batch, cfg.eval.max_new_tokens, sampling)
         except NonFiniteLogits as error:
-            raise error.about(asked[indices[error.row]].question) from None
+            raise error.about(examples[indices[error.row]].question) from None
         tokens = multihost_utils.process_allgather(tokens, tiled=True)
         # A template may put a space before the answer.
         return [tokenizer.decode(ids).strip() for ids in tokens]
@@ -202,8 +204,8 @@ def answer(
     for label, sources in image_sources.items():
         # Without a terminal, tqdm shows no bar.
         if not sys.stderr.isatty():
-            print(f"{label}: {len(asked)} questions", flush=True)
+            print(f"{label}: {len(examples)} questions", flush=True)
         progress = tqdm(batches, desc=label, unit="batch", disable=None)
         texts = itertools.chain.from_iterable(answer_batch(batch, sources) for batch in progress)
-        answers.append(list(texts)[: len(asked)])
+        answers.append(list(texts)[: len(examples)])
     return answers

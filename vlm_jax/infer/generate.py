@@ -196,7 +196,7 @@ def forward(
 
 
 def unstack(stacked) -> list:
-    """Splits a tree of arrays (L, ...) into L trees, each array in a buffer of its own."""
+    """Splits a tree of arrays (L, ...) into L trees, each array in a separate buffer."""
     length = len(jax.tree.leaves(stacked)[0])
     return [jax.tree.map(lambda x, layer=layer: x[layer], stacked) for layer in range(length)]
 

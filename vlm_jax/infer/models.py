@@ -30,7 +30,7 @@ def open_run(cfg: Experiment) -> TextModel:
 
 
 def open_checkpoint(folder: str | os.PathLike, intermediate_layers: str | None = None) -> TextModel:
-    """Opens the folder of a public checkpoint; the arguments are those of `load_checkpoint`.
+    """Opens the folder of a public checkpoint; takes the arguments of `load_checkpoint`.
 
     Raises:
       CheckpointError: the folder is damaged or not supported, or holds an encoder.

@@ -47,5 +47,5 @@ class Processor(Protocol):
     def decode_stream(self) -> TextStream:
         """Returns a decoder that takes the ids of an answer as they are generated.
 
-        The pieces of text that it returns are together those of `decode`.
+        Its pieces of text join to the text that `decode` returns.
         """

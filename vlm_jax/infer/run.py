@@ -67,7 +67,7 @@ class RunProcessor:
             check_answers(answers, prompts)
         row_keys = [tuple(map(id, row)) for row in images]
         distinct_rows = dict(zip(row_keys, images))
-        pixels = [[self._pixels(image) for image in row] for row in distinct_rows.values()]
+        pixels = [list(map(self._pixels, row)) for row in distinct_rows.values()]
         image_rows = [list(distinct_rows).index(key) for key in row_keys]
         return questions.prompt_batch(
             self.cfg, self.tokenizer, pixels, prompts, image_rows=image_rows, answers=answers

@@ -20,7 +20,7 @@ LINE_CHARACTERS, MAX_LINES = 28, 4  # of a question or an answer
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 
 
-def draw_samples(path: Path, asked: list[Question], answers: list[str], split: str) -> None:
+def draw_samples(path: Path, examples: list[Question], answers: list[str], split: str) -> None:
     """Draws a grid of images, each with a question and its answer: wrong answers in red, then right
     ones.
 
@@ -29,7 +29,7 @@ def draw_samples(path: Path, asked: list[Question], answers: list[str], split: s
     """
     is_right = [
         exact_match(answer, [question.answer])
-        for question, answer in zip(asked, answers, strict=True)
+        for question, answer in zip(examples, answers, strict=True)
     ]
     wrong, right = choose_samples(is_right)
     samples = wrong + right
@@ -42,9 +42,9 @@ def draw_samples(path: Path, asked: list[Question], answers: list[str], split: s
     for cell in cells.flat:
         cell.axis("off")
     for cell, i in zip(cells.flat, samples):
-        for pixels in asked[i].images()[:1]:
+        for pixels in examples[i].images()[:1]:
             cell.imshow(pixels, interpolation="nearest")
-        title = f"{_wrap(asked[i].question)}\n{verdict(asked[i].answer, answers[i])}"
+        title = f"{_wrap(examples[i].question)}\n{verdict(examples[i].answer, answers[i])}"
         color = RIGHT if is_right[i] else WRONG
         # parse_math=False, because a model may write anything, "$" included.
         cell.set_title(title, fontsize=8, color=color, parse_math=False)

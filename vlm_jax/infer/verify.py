@@ -1,4 +1,4 @@
-"""Compares the outputs of a public checkpoint with those of a reference implementation.
+"""Compares the outputs of a public checkpoint with a reference implementation's.
 
 The reference is an .npz file with the arrays of one or more cases:
 

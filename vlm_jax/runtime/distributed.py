@@ -45,7 +45,7 @@ _exit_lock = threading.Lock()  # held by the thread that ends this process
 def start(cfg: Experiment) -> None:
     """Connects the processes of a run, if it has several; afterwards process 0 alone prints.
 
-    Must be called before a device is used. Without `distributed` fields the processes are those of
+    Must be called before a device is used. Without `distributed` fields the processes come from
     the TPU VMs, GKE, Slurm or Open MPI. If they do not all connect in
     `distributed.timeout_seconds`, the process ends with exit code 2.
 
@@ -177,7 +177,7 @@ def _timeout(cfg: Distributed):
 
 
 def check_same(cfg: Experiment) -> None:
-    """Raises ConfigError on every process if the config of one differs from that of process 0.
+    """Raises ConfigError on every process if the config of one differs from process 0's.
 
     `PER_PROCESS_FIELDS` may differ.
     """

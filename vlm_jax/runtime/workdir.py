@@ -102,7 +102,7 @@ class LaterEvaluation(EvaluationFolder):
 
 
 class Workdir(EvaluationFolder):
-    """Paths of a run's files, including those of the evaluation after the training."""
+    """Paths of a run's files, including its evaluation after the training."""
 
     def __init__(self, path: str):
         check_path("workdir", path)

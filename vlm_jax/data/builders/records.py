@@ -20,7 +20,7 @@ class Record:
     image: bytes  # content of an image file
     questions: tuple[str, ...]
     answers: tuple[str, ...]
-    types: tuple[str, ...]  # names by which an evaluation groups the questions
+    types: tuple[str, ...]  # names of the groups that an evaluation scores
 
 
 class RecordBuilder(LocalBuilder, skip_registration=True):

@@ -19,7 +19,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class QA:
-    """A question about an image, its answer, and its type, by which evaluations group questions."""
+    """A question about an image, its answer, and its type, a group of an evaluation."""
 
     question: str
     answer: str
@@ -28,7 +28,7 @@ class QA:
 
 @dataclass(eq=False)
 class SyntheticConfig(tfds.core.BuilderConfig):
-    """The fields of `Data` that decide what is drawn.
+    """The fields of `Data` that a synthetic dataset depends on.
 
     Its name is a folder name, so that datasets of several sizes and seeds exist side by side.
     """

@@ -57,7 +57,7 @@ class Family:
       config_from_hf: config.json and the tensor names of the files -> config.
       config_to_hf: config -> config.json with the keys of transformers 4.x.
       param_table: config -> rows of the weight table.
-      renames: other tensor names -> those of the table, in order; may depend on all names.
+      renames: other tensor names -> names in the table, in order; may depend on all names.
       tolerance: absolute error of float32 outputs, for `verify`.
       image_token: id of the image placeholder token if config.json does not give one.
       config_file: name of config.json.

@@ -72,8 +72,8 @@ def config_from_hf(config: Json, names: Collection[str], intermediate_layers: st
 def fusion_from_hf(text: Json, layers: int) -> Fusion:
     """Reads the positions of the cross-attention layers.
 
-    transformers counts all layers; `cross_layers` counts those of self-attention and names the one
-    that follows.
+    transformers counts all layers; `cross_layers` counts self-attention layers and names the next
+    one.
     """
     numbers = sorted(
         {n for n in get_or(text, "cross_attention_layers", range(3, 40, 5)) if n < layers}
@@ -175,7 +175,7 @@ MLLAMA = BY_INTERMEDIATE_LAYERS["input"]
 
 
 def select_family(config: Json, intermediate_layers: str | None) -> Family:
-    """Returns the family with these intermediate_layers; None: those of config.json, or "input".
+    """Returns the family with these intermediate_layers; None: from config.json, or "input".
 
     Raises:
       CheckpointError: the intermediate_layers are neither "input" nor "output".

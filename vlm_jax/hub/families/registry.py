@@ -65,7 +65,7 @@ def find_family(config: Mapping, name: str, intermediate_layers: str | None = No
       intermediate_layers: see `mllama.select_family`.
 
     Raises:
-      CheckpointError: the family is not supported (the message lists those that are).
+      CheckpointError: the family is not supported (the message lists the supported ones).
     """
     default = open_clip.OPEN_CLIP.model_type if "model_cfg" in config else None
     model_type = config.get("model_type", default)

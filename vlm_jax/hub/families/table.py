@@ -149,7 +149,10 @@ def _stored_shape(
     if not pattern:
         return shape
     by_letter = {"1": 1, **_axis_lengths(pattern, shape, lengths)}
-    return tuple(math.prod(by_letter[letter] for letter in axis) for axis in stored_axes(pattern))
+    stored = []
+    for axis in stored_axes(pattern):
+        stored.append(math.prod(by_letter[letter] for letter in axis))
+    return tuple(stored)
 
 
 def _inverse(pattern: str) -> str:

@@ -36,7 +36,7 @@ def pack_tiles(batch: Sequence[Sequence[ImageInput]], settings: ImageSettings) -
     """Pads rows of images to I images, the most of a row, of J tiles, the most of an image.
 
     Returns:
-      pixel_values (B, I, J, height, width, 3) float32: 0 where there is no tile;
+      pixel_values (B, I, J, height, width, 3) float32: 0 in blank tiles;
       aspect_ratio_ids (B, I) int32: position of the layout in `layouts`, from 1; 0: no image;
       aspect_ratio_mask (B, I, J) int32: 1 for a tile, and for the first tile of a missing image;
       num_tiles: number of tiles of every image, a list for each of the B rows.

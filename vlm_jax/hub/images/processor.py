@@ -37,12 +37,12 @@ from vlm_jax.hub.images.steps import (
 
 @dataclass(frozen=True)
 class ProcessedImages:
-    """Image inputs of a model; channels are last, where those of the reference are first.
+    """Image inputs of a model; channels are last (in the reference, first).
 
     Attributes:
       pixel_values: (I, height, width, 3) float32.
         Fuyu: (P, patch_height * patch_width * 3), the patches of all images, row by row.
-        mllama: (B, I, J, height, width, 3), 0 where there is no tile.
+        mllama: (B, I, J, height, width, 3), 0 in blank tiles.
       grids: Fuyu: (I, 2) int32, rows and columns of patches of every image.
       aspect_ratio_ids: mllama: (B, I) int32, layout of the tiles; 0: no image.
       aspect_ratio_mask: mllama: (B, I, J) int32, 1: a tile.

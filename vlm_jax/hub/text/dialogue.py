@@ -1,6 +1,6 @@
 """Conversations in a checkpoint's prompt format, for training: tokens and which of them are scored.
 
-The tokens of a conversation up to an answer are those of the inference prompt (`HubProcessor`):
+The tokens of a conversation up to an answer equal the inference prompt (`HubProcessor`):
 both are rendered by the same chat template and framed by the same `TextFormat`. Answers are scored,
 with whatever the template writes after them; if it writes no end-of-text token, one is added.
 """

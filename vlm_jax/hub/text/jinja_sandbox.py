@@ -95,7 +95,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def bounded(self, name: str, function):
         """Wraps a filter so that its work is counted."""
 
-        # wraps() also copies the attributes by which Jinja knows what else a filter takes.
+        # wraps() also copies the attributes that tell Jinja which further arguments a filter takes.
         @functools.wraps(function)
         def counted(*args, **kwargs):
             if name not in GROWING:

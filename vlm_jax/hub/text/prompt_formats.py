@@ -27,7 +27,7 @@ from vlm_jax.hub.text.tokenizer import NEWLINE_TOKEN, HubTokenizer
 from vlm_jax.hub.text.tokenizer_files import CONFIG
 
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
-MAX_EXTRA_TOKENS = 1024  # tokens of an image beside those of its patches
+MAX_EXTRA_TOKENS = 1024  # tokens of an image beside its patches
 
 
 @dataclass(frozen=True)

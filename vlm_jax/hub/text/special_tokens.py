@@ -1,6 +1,6 @@
 """Special and added tokens of a checkpoint's tokenizer, merged from all tokenizer files.
 
-Precedence and order are those of transformers 5.23 (`tokenization_utils_base.py`,
+Precedence and order follow transformers 5.23 (`tokenization_utils_base.py`,
 `tokenization_utils_tokenizers.py`): tokens that the vocabulary lacks get the next free ids, in the
 order in which they are added.
 """

@@ -94,7 +94,7 @@ class HubTokenizer:
 
     @property
     def newline_id(self) -> int | None:
-        """Id of the token that ends a row of image tokens: |NEWLINE|, else that of a line end."""
+        """Id of the token that ends a row of image tokens: |NEWLINE|, else a line end."""
         newline = self._backend.token_to_id(NEWLINE_TOKEN)
         return newline if newline is not None else next(iter(self.encode("\n", False)[-1:]), None)
 

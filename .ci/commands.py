@@ -2,9 +2,10 @@
 
     python .ci/commands.py [README.md docs/training.md ...]
 
-A fenced block without a language, or of `bash`, is a command if its first word is one of COMMANDS. A block is run
-as a whole, in a scratch folder that has the repository's files. Placeholders such as LLAVA_DIR are replaced by tiny
-checkpoints that transformers makes, and long commands get SHORT options.
+A fenced block without a language, or of `bash`, is a command if its first word is one of COMMANDS.
+A block is run as a whole, in a scratch folder that has the repository's files. Placeholders such as
+LLAVA_DIR are replaced by tiny checkpoints that transformers makes, and long commands get SHORT
+options.
 """
 
 import json
@@ -116,7 +117,7 @@ def run_notebook(document: str, folder: Path) -> None:
 
 
 def prepare(folder: Path) -> dict[str, str]:
-    """Links the repository's files, makes tiny checkpoints and data; returns what placeholders stand for."""
+    """Links files, makes tiny checkpoints and data; returns the values of the placeholders."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     for name in ("run.py", "requirements.txt", "configs", "experiments", "vlm_jax", "docs"):
         (folder / name).symlink_to(ROOT / name)

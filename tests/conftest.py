@@ -1,4 +1,4 @@
-"""Settings that must precede the import of JAX: eight CPU devices, and checked shape annotations."""
+"""Settings that must precede the import of JAX: eight CPU devices, checked shape annotations."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ install_import_hook(CHECKED, "beartype.beartype")
 
 
 def pytest_configure(config):
-    """Empties a compilation cache that is too large; pytest-xdist's workers leave that to their parent."""
+    """Empties a compilation cache that is too large, except in pytest-xdist's workers."""
     is_worker = hasattr(config, "workerinput")
     if is_worker or not COMPILATION_CACHE.is_dir():
         return

@@ -1,4 +1,4 @@
-"""Every benchmark runs, with as few calls as it can take: both sides agree where it compares, and it prints a table."""
+"""Every benchmark runs with its fewest calls, agrees with what it compares, and prints a table."""
 
 import os
 import re

@@ -7,7 +7,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "vlm_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A module may import from its own line and the lines above. The longest prefix of its name decides its line.
+# A module may import from its own line and the lines above. The longest prefix of its name decides
+# its line.
 FLOW = [
     ["config.errors", "runtime.process"],
     ["config.datasets", "config.hints", "config.model"],

@@ -1,6 +1,6 @@
 """A tiny model of every fusion kind learns 8 examples exactly; shuffled images give chance.
 
-Where hybrid cuts images into tiles, their thumbnails are all alike, so that the tiles alone tell them apart.
+Where hybrid cuts images into tiles, their thumbnails are all equal, so that only the tiles differ.
 """
 
 from dataclasses import replace

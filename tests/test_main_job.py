@@ -1,4 +1,4 @@
-"""The full run of each config from the command line: what the project promises about easy-VQA, and in what time."""
+"""The full run of each config from the command line: promised scores on easy-VQA, and times."""
 
 import json
 import os

@@ -31,7 +31,8 @@ def test_the_version_has_one_owner():
 
 
 def test_the_import_loads_no_numerical_library():
-    code = "import sys, vlm_jax; print(sorted({'jax', 'flax', 'numpy', 'PIL', 'tokenizers'} & set(sys.modules)))"
+    libraries = {"jax", "flax", "numpy", "PIL", "tokenizers"}
+    code = f"import sys, vlm_jax; print(sorted({libraries} & set(sys.modules)))"
     assert ended("-c", code).stdout == "[]\n"
 
 

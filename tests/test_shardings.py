@@ -1,4 +1,4 @@
-"""Where every parameter of two published models lies, as committed tables: a change of it is seen as a diff.
+"""Shardings of every parameter of two published models, as committed tables that show changes.
 
 `python -m tests.test_shardings` writes them anew, on purpose.
 """
@@ -35,7 +35,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def rows(name, sizes):
-    """(path, letters, shape, spec, bytes on one device, in float32) of every parameter, in the order of the paths."""
+    """(path, letters, shape, spec, float32 bytes on one device) of every parameter, by path."""
     mesh = AbstractMesh(sizes, axes.MESH_AXES)
     cfg = files.load(str(ROOT / "configs" / "published" / f"{name}.py"))
     boxes = traverse_util.flatten_dict(abstract_params(cfg), sep="/")

@@ -1,4 +1,4 @@
-"""The command line: a mistake is one sentence that names it, exit code 2, and nothing is written."""
+"""The command line: a mistake gives one sentence that names it and exit code 2, and no files."""
 
 import dataclasses
 import inspect
@@ -28,7 +28,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(arguments, capsys):
-    """-> (exit code, what was printed, what was complained); tyro's help ends the program on its own."""
+    """Returns (exit code, stdout, stderr); tyro's help ends the program on its own."""
     try:
         code = main(arguments)
     except SystemExit as end:
@@ -75,7 +75,8 @@ MISTAKES = {
         ["plan", "--config", CONFIG, "--vision.checkpoint", "openai/clip-vit-base-patch32"],
         [
             "is not a folder",
-            "hf download openai/clip-vit-base-patch32 --local-dir checkpoints/clip-vit-base-patch32",
+            "hf download openai/clip-vit-base-patch32 "
+            "--local-dir checkpoints/clip-vit-base-patch32",
         ],
     ),
     "an unknown option of a checkpoint's verb": (

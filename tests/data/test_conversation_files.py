@@ -1,4 +1,4 @@
-"""A file of conversations is read by its content, whatever editor wrote it; what cannot be read is named."""
+"""Files of conversations are read by content, whatever editor wrote them; errors name the entry."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Conversations in LLaVA's format: read as they are written, and refused by name where they are not."""
+"""Conversations in LLaVA's format: read as written; invalid entries are named in the error."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a row is too short for is cut between images, counted, and left out where nothing of it is scored."""
+"""Conversations longer than a row: cut between images, counted, left out if no token is scored."""
 
 import json
 from dataclasses import replace
@@ -153,7 +153,7 @@ def question(index, length):
 
 @pytest.fixture
 def short(data, tmp_path, tokenizer):
-    """`short(lengths)`: an experiment on questions of so many words, where 60 tokens fit into a row."""
+    """`short(lengths)`: an experiment on questions of these word counts, with rows of 60 tokens."""
 
     def make(lengths):
         talks = [question(index, length) for index, length in enumerate(lengths)]

@@ -1,4 +1,4 @@
-"""Packed rows of Llama 3.2 Vision: images on tiles, masks of the last images, and no leak between conversations."""
+"""Packed rows of Llama 3.2 Vision: tiles, masks of the last images, independent conversations."""
 
 import json
 from dataclasses import replace
@@ -50,7 +50,10 @@ def run(tmp_path_factory):
 
 
 def test_a_packed_conversation_has_the_logits_that_it_has_alone(run):
-    """Training rows against `processor(prompts, images, answers=)`, one at a time: tokens, tiles, masks and logits."""
+    """Training rows against `processor(prompts, images, answers=)`, one at a time.
+
+    Compares tokens, tiles, masks and logits.
+    """
     cfg, tokenizer, folder = run
     params, model = random_params(cfg, 0.2), build_model(cfg)
     processor, data = RunProcessor(cfg, tokenizer), pipeline.training_iterator(cfg, tokenizer)

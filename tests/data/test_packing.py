@@ -1,5 +1,7 @@
-"""Conversations in one row are as if each stood alone, for every fusion kind; what comes next is a function of the
-seed and the step."""
+"""Packed conversations do not affect each other, for every fusion kind.
+
+The next batch is a function of the seed and the step.
+"""
 
 import functools
 from collections import Counter
@@ -89,7 +91,7 @@ IDS = ("segment_ids", "positions")
 
 
 def to_batch(cfg, source, rows):
-    """Twelve rows, the last of them empty: of one shape, so that a model is compiled once for all tests."""
+    """Pads to twelve rows: with one shape, a model is compiled once for all tests."""
     rows = [*rows, *[[]] * (12 - len(rows))]
     read = packing.pixel_reader(cfg, source)
     return packing.to_batch(

@@ -1,4 +1,4 @@
-"""What comes next is a function of the seed and the step; processes share an epoch; evaluation reads in order."""
+"""Batches are a function of seed and step; processes share an epoch; evaluation reads in order."""
 
 import io
 import threading
@@ -118,7 +118,7 @@ def test_processes_read_disjoint_images(cfg, tokenizer):
 
 
 def test_a_process_decodes_the_images_of_its_rows_only(cfg, tokenizer, monkeypatch):
-    """Without threads of its own; those of earlier iterators may still decode what they read ahead."""
+    """Counts only this thread: threads of earlier iterators may still decode images ahead."""
     decoded, decode, own = [], image_files.decode, threading.get_ident()
 
     def counted(encoded, name):

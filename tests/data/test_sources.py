@@ -1,4 +1,4 @@
-"""Datasets of records are prepared by TFDS and read by index; a new one is one class and one row."""
+"""Datasets of records are prepared by TFDS and read by index; a new one is a class and a row."""
 
 import contextlib
 import functools

@@ -32,7 +32,7 @@ def experiment(kind="unified", template="plain", **data):
 
 
 def pieces(tokenizer, fields):
-    """The text of a conversation with i for an image token and $ for the end, and the part of it that is scored."""
+    """Text of a conversation, with i for an image token and $ for the end, and its scored part."""
     marks = {IMAGE: "i", EOS: "$"}
     text = [marks.get(int(i)) or tokenizer.decode([i]) for i in fields["tokens"]]
     scored = [piece for piece, is_target in zip(text[1:], fields["loss_weights"]) if is_target]
@@ -70,7 +70,7 @@ def a_space_before_a_text() -> Tokenizer:
 
 
 def trimmed_offsets() -> Tokenizer:
-    """A byte-level one that says a token begins after its space, and that white space is nowhere."""
+    """A byte-level tokenizer whose offsets begin after a token's space and omit white space."""
     bpe = Tokenizer.train(["what is it?\n a cat"] * 4, 300)._bpe
     bpe.post_processor = processors.ByteLevel(trim_offsets=True)
     return Tokenizer(bpe)

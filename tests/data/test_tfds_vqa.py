@@ -68,7 +68,7 @@ def test_rows_are_conversations_of_one_question(data):
 
 
 class PartlyLabelled(tfds.core.GeneratorBasedBuilder):
-    """Six rows of text, of which the last `unlabelled` of a split have no label, which TFDS writes as -1."""
+    """Six rows of text; the last `unlabelled` of a split have no label, in TFDS -1."""
 
     VERSION = tfds.core.Version("1.0.0")
     code_path = None
@@ -98,8 +98,8 @@ def test_rows_without_a_label_are_left_out_and_counted(labelled, capsys):
     assert [talk.turns[1] for talk in source] == ["dark", "bright"] * 2
     assert [talk.id for talk in source] == ["0", "1", "2", "3"]
     assert (
-        "2 of the 6 rows of data.source tfds:partly_labelled, split 'some' have no label in 'label' and are left out"
-        in capsys.readouterr().out
+        "2 of the 6 rows of data.source tfds:partly_labelled, split 'some' have no label in "
+        "'label' and are left out" in capsys.readouterr().out
     )
     pipeline.conversation_source(labelled, "some")
     assert len(pipeline.conversation_source(labelled, "train")) == 6
@@ -127,7 +127,8 @@ def test_a_text_that_is_not_utf_8_is_named_with_its_row(labelled, monkeypatch):
     )
     with pytest.raises(
         ConfigError,
-        match="row 1 of data.source tfds:partly_labelled, split 'train': the feature 'asked' .data.question_field. is",
+        match="row 1 of data.source tfds:partly_labelled, split 'train': "
+        "the feature 'asked' .data.question_field. is",
     ):
         list(source)
 

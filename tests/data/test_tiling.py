@@ -1,4 +1,4 @@
-"""Which tiles an image is cut into, what stands in the text for them, and which of them a token may read."""
+"""Tiles of an image: their layout, their tokens in the text, and the tiles that a token reads."""
 
 import io
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""transformers' arguments as a batch: where images stand, what a prefix sees, and what does not fit together."""
+"""transformers' arguments as a batch: image positions, prefix masks, mismatched arguments."""
 
 from dataclasses import replace
 

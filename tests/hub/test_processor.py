@@ -1,4 +1,4 @@
-"""Folders with all of their files: what is asked of them, and what they answer, is what transformers makes of it."""
+"""Complete checkpoint folders: prompts, inputs and answers are equal to those of transformers."""
 
 import functools
 import json
@@ -346,7 +346,7 @@ MIXED = {"text": [], "one": ["colour"], "two": ["turned", "tall"]}  # images of 
 
 @pytest.mark.parametrize("name", ["llava", "paligemma", "fuyu", "mllama"])
 def test_a_row_does_not_depend_on_the_images_of_the_others(folder_of, pictures, name):
-    """Chat templates put tokens before the image; they must not read what fills the rows of fewer images."""
+    """Chat templates put tokens before the image; these must not read the padding of images."""
     model, params, processor = from_pretrained(folder_of(name).path)
     shown = [
         [pictures[kind] for kind in kinds][: 1 if name == "fuyu" else 2] for kinds in MIXED.values()

@@ -1,4 +1,4 @@
-"""`vlm_jax.generate` for runs and public checkpoints: equal to the command line, and a batch equal to one by one."""
+"""`vlm_jax.generate` for runs and checkpoints: equal to the command line; batch equal to single."""
 
 from dataclasses import replace
 
@@ -280,7 +280,7 @@ def test_a_checkpoint_answers_several_prompts_about_images_together_or_one_by_on
 @pytest.mark.parametrize("kind", ["unified", "cross_attention"])
 @pytest.mark.parametrize("is_conversation", [True, False])
 def test_a_run_scores_answers_behind_its_prompts(tokenizer, pictures, kind, is_conversation):
-    """The tokens are those of the prompt to continue, the answer and <eos>, and these alone are scored."""
+    """Tokens: the prompt to continue, the answer and <eos>; only the latter two are scored."""
     cfg = experiment(kind) if is_conversation else replace(tiny(kind), eval=experiment().eval)
     processor = RunProcessor(cfg, tokenizer)
     prompts, images = PROMPTS[:2], [[pictures[0]], [pictures[1]]]

@@ -1,4 +1,4 @@
-"""A run on conversations from the command line: what is cut, what is evaluated, and other data under the same name."""
+"""A run on conversations from the command line: cuts, evaluation, other data of the same name."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The scores are the shares that they say; every question is asked once, about its own image and about another's."""
+"""Scores are correct shares; every question is answered with its own and with another image."""
 
 import json
 from dataclasses import replace
@@ -44,7 +44,7 @@ def cfg(tmp_path):
 
 @pytest.fixture
 def scores(cfg, asked, tokenizer, monkeypatch):
-    """The scores of answers given here: 3 of 5 right with the images, 2 of 5 with those of others."""
+    """Scores of fixed answers: 3 of 5 right with the images, 2 of 5 with shuffled images."""
     answers = [["yes", "circle", "yes", "triangle", ""], ["no"] * 4 + ["yes"]]
     monkeypatch.setattr(evaluate.questions, "to_evaluate", lambda cfg: asked)
     monkeypatch.setattr(evaluate, "answer", lambda cfg, params, tok, asked, shown: answers)

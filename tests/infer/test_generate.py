@@ -29,12 +29,12 @@ LENGTHS = (2, 7, 4)
 
 
 def untied(cfg):
-    """With a head of its own; a random model whose head is its embedding says the same token for ever."""
+    """Unties the head: a random model with tied embeddings repeats one token."""
     return replace(cfg, decoder=replace(cfg.decoder, tie_word_embeddings=False))
 
 
 def gated(cfg):
-    """With gates, whose random values leave the text some weight: without them, all answers repeat one token."""
+    """Adds gates with random values: without them, all answers repeat one token."""
     return replace(
         cfg, fusion=replace(cfg.fusion, gated=cfg.fusion.has_cross_blocks, qk_norm=False)
     )
@@ -44,7 +44,7 @@ CONFIGS = {name: gated(untied(cfg)) for name, cfg in variants_and_tiles().items(
 
 
 def prompts(cfg):
-    """Random prompts of three lengths, each with a random image; where those are cut into tiles, of several shapes."""
+    """Random prompts of three lengths and images; images cut into tiles have several shapes."""
     rng, side = np.random.default_rng(0), cfg.vision.image_size_px
     ids = [list(rng.integers(len(SPECIALS), cfg.decoder.vocab_size, length)) for length in LENGTHS]
     shapes = itertools.islice(itertools.cycle(tiling.layouts(cfg.vision.cut_tiles)), len(ids))
@@ -73,7 +73,7 @@ def generated(cfg, how=NEVER, only=slice(None)):
 
 
 def read_again(cfg):
-    """NEW times: a forward pass over a whole row without a cache, and the most likely token after its last."""
+    """Greedy tokens from NEW forward passes over whole rows, without a cache."""
     params, made = random_params(cfg, 0.3), []
     forward = jax.jit(lambda params, batch: VLM(cfg.model).apply({"params": params}, batch).logits)
     for prompt, image in zip(*prompts(cfg)):
@@ -87,7 +87,7 @@ def read_again(cfg):
 
 
 def right_padded(cfg, ids, image) -> Batch:
-    """One row as in training, so that every call has one shape; what is behind the last token is padding."""
+    """One row as in training, padded behind the last token so that every call has one shape."""
     row = question_batch(cfg, [ids], [image])
     room = cfg.row_length - row.tokens.shape[1]
     padding = {"segment_ids": PADDING, "image_token_index": NO_IMAGE}
@@ -143,7 +143,7 @@ SHARED = (1, 0, 1, 1, 0, 0, 0, 1)
 
 @pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
 def test_rows_that_share_an_image_say_what_they_say_with_one_each(cfg):
-    """On eight devices, where the rows of images are not on the devices of the rows of tokens that read them."""
+    """On eight devices; image rows are on other devices than the token rows that read them."""
     ids, images = prompts(cfg)
     asked = [ids[row % len(ids)] for row in range(len(SHARED))]
     alone = question_batch(cfg, asked, [images[row] for row in SHARED])

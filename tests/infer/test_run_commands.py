@@ -1,4 +1,4 @@
-"""The command line end to end on a tiny run: train, eval, generate, continue; and what is refused."""
+"""The command line end to end on a tiny run: train, eval, generate, continue; rejected commands."""
 
 import json
 import shutil
@@ -25,7 +25,9 @@ def get_config():
     cfg = tiny("cross_attention")
     return replace(
         cfg,
-        data=Data(dir={datasets_dir!r}, train_split="train[:40]", questions_per_row=3, text_length=100),
+        data=Data(
+            dir={datasets_dir!r}, train_split="train[:40]", questions_per_row=3, text_length=100
+        ),
         vision=replace(cfg.vision, image_size_px=64, patch_size_px=16),
         decoder=replace(cfg.decoder, max_positions=128),
         train=Train(steps=4, batch_size=8, checkpoint_every_steps=2, log_every_steps=1),

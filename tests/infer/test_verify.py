@@ -1,4 +1,4 @@
-"""`verify` says yes to the reference's own numbers, no to any others, and names what it did not compare."""
+"""`verify` passes the reference's own numbers, fails any others, and names outputs not compared."""
 
 import json
 import shutil

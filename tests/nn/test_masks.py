@@ -1,9 +1,10 @@
-"""The masks of every fusion style, drawn for one training row: an image of four tokens, and two questions about it.
+"""The masks of every fusion style, drawn for one training row.
 
-Where the image is cut into tiles, it has three at the most and is two and their thumbnail, of one token each.
+The row has an image of four tokens, and two questions about it. An image that is cut into tiles
+has at most three: two and their thumbnail, of one token each.
 
-The first question is `q q a` (two tokens and an answer), the second `Q A`; a row of the picture is a query, a column a
-key, 1 where the query sees the key.
+The first question is `q q a` (two tokens and an answer), the second `Q A`; a row of the picture is
+a query, a column a key, 1 where the query attends to the key.
 """
 
 from dataclasses import replace

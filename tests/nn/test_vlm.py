@@ -57,7 +57,7 @@ def test_nothing_after_a_token_changes_its_logits(cfg, forward, random_params):
 
 @every_style
 def test_padding_changes_nothing(cfg, forward, random_params):
-    """For any content of the slots; rows of several lengths, below, have different amounts of it."""
+    """For any content of the padding; the test of several lengths varies its amount."""
     batch, params = random_batch(cfg), random_params(cfg)
     empty = batch.segment_ids == PADDING
     assert empty.any()

@@ -113,7 +113,8 @@ def test_attention_by_a_kernel_counts_its_products():
 ENTRY %main (q: bf16[4,512,64], k: bf16[2,768,64]) -> bf16[4,512,64] {
   %q = bf16[4,512,64]{2,1,0} parameter(0)
   %k = bf16[2,768,64]{2,1,0} parameter(1)
-  ROOT %splash_mha_dq_no_residuals.1 = bf16[4,512,64]{2,1,0} custom-call(%q, %k), custom_call_target="tpu_custom_call"
+  ROOT %splash_mha_dq_no_residuals.1 = bf16[4,512,64]{2,1,0} custom-call(%q, %k), \
+custom_call_target="tpu_custom_call"
 }
 """
     assert hlo.analyze(text, 1).flops == 3 * 2 * 4 * 512 * 768 * 64

@@ -25,7 +25,12 @@ from vlm_jax.testing import hybrid_in_tiles, on_easy_vqa, write_conversations
 from vlm_jax.train import loop
 
 ROOT = Path(__file__).parents[2]
-CONFIG = "from tests.runtime.test_distributed import experiment\n\ndef get_config():\n    return experiment()\n"
+CONFIG = """
+from tests.runtime.test_distributed import experiment
+
+def get_config():
+    return experiment()
+"""
 LIMIT_SECONDS = 300
 
 
@@ -338,7 +343,11 @@ from vlm_jax.infer import evaluate
 from vlm_jax.train import loop
 
 where, mine, failing = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-module, name = {"step": (loop, "log_step"), "answer": (evaluate, "answer"), "end": (evaluate, "prediction_lines")}[where]
+module, name = {
+    "step": (loop, "log_step"),
+    "answer": (evaluate, "answer"),
+    "end": (evaluate, "prediction_lines"),
+}[where]
 function = getattr(module, name)
 
 def fail(*arguments):

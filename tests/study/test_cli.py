@@ -41,38 +41,78 @@ def run(arguments, capsys):
 
 
 FIELDS = {
-    "an unknown field": ("arms={'linear': {}, 'b': {'projector.knd': 'mlp'}}", ["arm b", "meant projector.kind"]),
-    "an unknown choice": ("arms={'linear': {}, 'b': {'projector.kind': 'mpl'}}", ["arm b", "projector.kind 'mpl'"]),
-    "an unknown axis": ("matched={'flops': None}", ["matched 'flops' is not an axis", "training_flops, parameters"]),
-    "an unknown reference": ("reference='linaer'", ["'linaer' is not an arm", "perhaps you meant linear"]),
-    "a solved field that is not an integer": ("matched={'examples': 'projector.kind'}", ["is not an integer field"]),
-    "an unknown solved field": ("matched={'examples': 'train.step'}", ["perhaps you meant train.steps"]),
-    "seconds by another field": ("matched={'seconds': 'decoder.depth'}", ["can only be solved for train.steps"]),
-    "bounds that are not numbers": ("metric_bounds=(1, 0)", ["metric_bounds is (1, 0)", "low < high"]),
+    "an unknown field": (
+        "arms={'linear': {}, 'b': {'projector.knd': 'mlp'}}",
+        ["arm b", "meant projector.kind"],
+    ),
+    "an unknown choice": (
+        "arms={'linear': {}, 'b': {'projector.kind': 'mpl'}}",
+        ["arm b", "projector.kind 'mpl'"],
+    ),
+    "an unknown axis": (
+        "matched={'flops': None}",
+        ["matched 'flops' is not an axis", "training_flops, parameters"],
+    ),
+    "an unknown reference": (
+        "reference='linaer'",
+        ["'linaer' is not an arm", "perhaps you meant linear"],
+    ),
+    "a solved field that is not an integer": (
+        "matched={'examples': 'projector.kind'}",
+        ["is not an integer field"],
+    ),
+    "an unknown solved field": (
+        "matched={'examples': 'train.step'}",
+        ["perhaps you meant train.steps"],
+    ),
+    "seconds by another field": (
+        "matched={'seconds': 'decoder.depth'}",
+        ["can only be solved for train.steps"],
+    ),
+    "bounds that are not numbers": (
+        "metric_bounds=(1, 0)",
+        ["metric_bounds is (1, 0)", "low < high"],
+    ),
     "an empty field": ("matched={'examples': ''}", ["matched examples is solved for ''", "(None:"]),
     "no axis": ("matched={}", ["matched has no axis"]),
     "one arm": ("arms={'linear': {}}", ["a comparison needs 2"]),
-    "a name that cannot be a folder": ("arms={'linear': {}, 'a/b': {'seed': 1}}", ["invalid name 'a/b'"]),
+    "a name that cannot be a folder": (
+        "arms={'linear': {}, 'a/b': {'seed': 1}}",
+        ["invalid name 'a/b'"],
+    ),
     "a seed of an arm": ("arms={'linear': {}, 'b': {'seed': 1}}", ["seed is set by the study"]),
     "an unknown metric": ("metric='accuracy'", ["metric 'accuracy'", "exact_match"]),
-    "an unknown prerequisite": ("arms={'linear': {}, 'b': {'decoder.checkpoint': '{text}'}}", ["is not a prerequisite"]),
+    "an unknown prerequisite": (
+        "arms={'linear': {}, 'b': {'decoder.checkpoint': '{text}'}}",
+        ["is not a prerequisite"],
+    ),
     "a tolerance above 1": ("tolerance=2", ["tolerance is 2"]),
     "seeds in words": ("seeds='3'", ["seeds is '3'", "an integer"]),
     "a tolerance in words": ("tolerance='0.1'", ["tolerance is '0.1'", "a number"]),
     "arms without fields": ("arms=['linear', 'mlp']", ["arms is ['linear', 'mlp']", "a dict"]),
-    "an arm that is a list": ("arms={'linear': {}, 'b': ['mlp']}", ["arm b is ['mlp']", "a dict of fields"]),
+    "an arm that is a list": (
+        "arms={'linear': {}, 'b': ['mlp']}",
+        ["arm b is ['mlp']", "a dict of fields"],
+    ),
     "a number for a name": ("arms={'linear': {}, 3: {}}", ["invalid name 3"]),
     "a field that no axis grows with": (
-        "matched={'image_tokens': 'train.steps'}, arms={'linear': {}, 'b': {'projector.kind': 'pixel_shuffle'}}",
+        "matched={'image_tokens': 'train.steps'}, "
+        "arms={'linear': {}, 'b': {'projector.kind': 'pixel_shuffle'}}",
         ["arm b cannot be matched in image_tokens", "train.steps cannot be solved for"],
     ),
-    "no split to be asked about": ("base=studies.override(studies.base('d'), {'eval.split': ''})", ["no eval.split"]),
-    "equal arms": ("arms={'linear': {}, 'b': {'projector.kind': 'linear'}}", ["linear and b are identical"]),
+    "no split to be asked about": (
+        "base=studies.override(studies.base('d'), {'eval.split': ''})",
+        ["no eval.split"],
+    ),
+    "equal arms": (
+        "arms={'linear': {}, 'b': {'projector.kind': 'linear'}}",
+        ["linear and b are identical"],
+    ),
     "an arm that cannot be matched": (
         "arms={'linear': {}, 'b': {'train.batch_size': 16}}",
         ["b misses examples by +100.0%", "solves for no field", "tolerance 10.0%"],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("fields", "words"), FIELDS.values(), ids=FIELDS)

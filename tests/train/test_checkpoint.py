@@ -245,7 +245,10 @@ def test_a_checkpoint_that_cannot_be_written_is_said_so(tmp_path, state, moment,
 
     checkpoints = Checkpoints(tmp_path, TRAIN)
     monkeypatch.setattr(checkpoints._manager, moment, write)
-    message = rf"could not be written to {tmp_path} \(No space left on device\); the last complete checkpoint .* step 7\.$"
+    message = (
+        rf"could not be written to {tmp_path} \(No space left on device\); "
+        r"the last complete checkpoint .* step 7\.$"
+    )
     (tmp_path / "7").mkdir()
     with pytest.raises(SaveError, match=message):
         checkpoints.save(1, at_step(state, 1), DATA_STATE, 1.0)

@@ -38,7 +38,9 @@ from vlm_jax.testing import tiny
 
 def get_config():
     cfg = tiny()
-    data = dataclasses.replace(cfg.data, source="conversations", files=("talks.json",), images_per_row=1)
+    data = dataclasses.replace(
+        cfg.data, source="conversations", files=("talks.json",), images_per_row=1
+    )
     return dataclasses.replace(cfg, data=data)
 """
 
@@ -75,7 +77,7 @@ def without_folder(section):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_whole_checkpoint_is_the_model_of_from_pretrained(folder_of, config, name):
-    """Every parameter bit for bit, and all settings of the logits: the logits of step 0 are equal."""
+    """Bitwise equal parameters, and equal logits at step 0, which depend on all settings."""
     folder = folder_of(name)
     cfg = experiment(config, "--checkpoint", folder)
     checkpoint, params = load_checkpoint(folder, np.float32)

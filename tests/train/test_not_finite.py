@@ -58,7 +58,8 @@ def test_what_is_not_finite_is_named_with_the_images_of_its_batch(cfg):
     assert not list(Workdir(cfg.workdir).checkpoints.iterdir())
     message = str(error.value)
     assert message.startswith(
-        "step 2: the loss is nan; all parameters are finite and no gradient is; the largest value is "
+        "step 2: the loss is nan; all parameters are finite and no gradient is; "
+        "the largest value is "
     )
     ids = pipeline.batch_ids(cfg, None, {"next_index": 1})
     assert message.endswith(f"The batch held the images {', '.join(map(str, ids))}.")

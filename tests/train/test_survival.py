@@ -46,7 +46,7 @@ def experiment(short_run, tmp_path):
 
 @pytest.fixture
 def file_size():
-    """`file_size(bytes)` limits the size of files, as a full disk; `file_size()` lifts the limit."""
+    """`file_size(bytes)` limits file sizes, as a full disk does; `file_size()` lifts the limit."""
     before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(size=before):

@@ -1,4 +1,4 @@
-"""Drawn datasets: the same bytes everywhere, whatever is drawn beside them; answers that cannot be guessed."""
+"""Drawn datasets: the same bytes everywhere, and answers that cannot be guessed."""
 
 import hashlib
 import io
@@ -143,7 +143,7 @@ def test_the_script_draws_a_sheet_and_prints_the_baselines(tmp_path, capsys):
     assert "| `count` | 10 |" in capsys.readouterr().out
 
 
-# What is said without looking is right in this share of cases at the most; a deviation of 0.03 is left to chance.
+# Share of questions that a guess without the image answers at most; chance may add 0.03.
 GUESSED = {
     "glyphs": {"count": 1 / 4, "first": 1 / 2, "present": 1 / 2}
     | {f"read_{what}": 0.02 for what in ("all", "nth", "color", "corner", "largest", "smallest")},
@@ -196,7 +196,8 @@ def test_questions_alone_are_answered_by_chance(name, datasets_dir):
         ),
         (
             {"transcript": True},
-            "data.transcript True does not contain the sizes of words, .* set data.cell_px to 6 to 8",
+            "data.transcript True does not contain the sizes of words, .* "
+            "set data.cell_px to 6 to 8",
         ),
         (
             {"source": "easy_vqa", "seed": 3},

@@ -1,4 +1,4 @@
-"""Pages of words: nothing hidden, cut off or ambiguous; answers found once more from where the words stand."""
+"""Pages of words: no word is hidden, cut off or ambiguous; boxes alone give the answers again."""
 
 import itertools
 import re
@@ -58,7 +58,7 @@ def test_ink_is_in_the_boxes_alone_and_of_the_words_color(image_px):
 
 @pytest.mark.parametrize("cell_px", (6, 8))
 def test_typewritten_letters_stand_in_cells_of_their_own(cell_px):
-    """Every word in whole cells, each of which holds one letter's ink, and at the very edge, too."""
+    """Every word in whole cells, each with the ink of one letter, and at the very edge, too."""
     lefts = set()
     for page, _ in pages(64, cell_px=cell_px, count=100):
         pixels = np.asarray(paper.draw(page)).astype(int)
@@ -78,7 +78,7 @@ def test_typewritten_letters_stand_in_cells_of_their_own(cell_px):
 
 
 def by_place(page):
-    """The words in reading order, from their boxes alone: those whose heights overlap stand on one line."""
+    """Words in reading order, from their boxes: words whose heights overlap share a line."""
     lines = []
     for word in sorted(page.words, key=lambda word: word.box[3]):
         if lines and word.box[1] < min(other.box[3] for other in lines[-1]):

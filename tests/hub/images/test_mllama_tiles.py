@@ -112,7 +112,7 @@ def test_the_layouts_of_the_published_models():
 
 
 def fuyu_reference(folder, images):
-    """(patches, grids) of `FuyuProcessor`, which expects tensors; its Pillow backend returns arrays."""
+    """(patches, grids) of `FuyuProcessor`, which needs tensors; its Pillow backend gives arrays."""
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
 
     class WithTensors:

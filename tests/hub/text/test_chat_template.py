@@ -15,21 +15,25 @@ from vlm_jax.hub.text.tokenizer import HubTokenizer
 
 # In the manner of published templates.
 LLAMA3 = """{{- bos_token }}
-{%- if strftime_now is defined %}{% set date = strftime_now("%Y") %}{% else %}{% set date = "2024" %}{% endif %}
+{%- if strftime_now is defined %}{% set date = strftime_now("%Y") %}\
+{% else %}{% set date = "2024" %}{% endif %}
 {%- if messages[0]['role'] == 'system' %}
     {%- set system = messages[0]['content'] | trim %}
     {%- set messages = messages[1:] %}
 {%- else %}
     {%- set system = '' %}
 {%- endif %}
-{{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday: ' + date + '\\n' + system + '<|eot_id|>' }}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday: ' \
++ date + '\\n' + system + '<|eot_id|>' }}
 {%- for message in messages %}
     {%- if message.content is string %}
-        {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + eos_token }}
+        {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' \
++ message.content | trim + eos_token }}
     {%- else %}
         {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' }}
         {%- for part in message.content %}
-            {%- if part['type'] == 'image' %}{{- '<|image|>' }}{%- else %}{{- part['text'] | trim }}{%- endif %}
+            {%- if part['type'] == 'image' %}{{- '<|image|>' }}\
+{%- else %}{{- part['text'] | trim }}{%- endif %}
         {%- endfor %}
         {{- '<|eot_id|>' }}
     {%- endif %}
@@ -48,25 +52,34 @@ CHATML = """{% for message in messages %}
 """
 LLAVA = """{% for message in messages %}
 {% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}
-{# images come first #}{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}
+{# images come first #}\
+{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}\
+{{ '<image>\\n' }}
 {% endfor %}{% if message['role'] != 'assistant' %}
-{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' '}}{% endfor %}
+{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}\
+{{ part['text'] + ' '}}{% endfor %}
 {% else %}{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}
 {% generation %}{{ part['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}
 {% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
-GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}
-{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}\
+{{ raise_exception('System role not supported') }}
+{% endif %}{% for message in messages %}\
+{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
 {{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}
-{% if message['role'] == 'assistant' %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}
+{% if message['role'] == 'assistant' %}{% set role = 'model' %}\
+{% else %}{% set role = message['role'] %}{% endif %}
 {{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}
 {% if add_generation_prompt %}{{'<start_of_turn>model\\n'}}{% endif %}"""
-LOOPS = """{% macro say(who, what='-') %}[{{ who }}|{{ what }}]{% endmacro %}{% set ns = namespace(n=0) %}
-{% for message in messages if message.role != 'tool' recursive %}{% if loop.index > 3 %}{% break %}{% endif %}
+LOOPS = """{% macro say(who, what='-') %}[{{ who }}|{{ what }}]{% endmacro %}\
+{% set ns = namespace(n=0) %}
+{% for message in messages if message.role != 'tool' recursive %}\
+{% if loop.index > 3 %}{% break %}{% endif %}
   {% if not message.content %}{% continue %}{% endif %}
     {% set ns.n = ns.n + 2 ** 3 * 1 %}{{ say(message.role, message.content) -}} {{ '-' * 3 ~ ns.n }}
 {% else %}nothing{% endfor %}
 {{ {'<b>': "é'\\"&", 'last': messages[-1]} | tojson }}
-{{ dict(a=1) | tojson(indent=2, sort_keys=True) }}{{ messages | map(attribute='role') | join(',') }}"""
+{{ dict(a=1) | tojson(indent=2, sort_keys=True) }}\
+{{ messages | map(attribute='role') | join(',') }}"""
 
 TEXTS = [
     {"role": "user", "content": "  What's <b>this</b>? 😀 {{ bos_token }}\n"},
@@ -202,8 +215,10 @@ MISBEHAVING = {
     "includes": "{% include '/etc/passwd' %}",
     "division": "{{ 1 / 0 }}",
     "large range": "{% for i in range(10000000) %}{% endfor %}",
-    "nested loops": "{% set r = range(100000) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
-    "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+    "nested loops": "{% set r = range(100000) %}"
+    "{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
+    "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+    "{{ f(99) }}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "recursive loop": "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
     "blocks": "{% block a %}{{ self.a() }}{% endblock %}",
@@ -254,8 +269,10 @@ def test_the_limits_leave_room_for_long_conversations(tmp_path):
 
 
 def test_arithmetic_and_short_texts_are_left_alone(tmp_path):
-    source = "{{ 3 * 4 }} {{ 2 ** 10 }} {{ 7 % 4 }} {{ 1 + 2 }} {{ 'ab' * 2 }}{{ 1 ~ none ~ 'x' }} {{ '%3d' % 5 }}"
-    source += " {{ [1, 2] }}"
+    source = (
+        "{{ 3 * 4 }} {{ 2 ** 10 }} {{ 7 % 4 }} {{ 1 + 2 }} {{ 'ab' * 2 }}"
+        "{{ 1 ~ none ~ 'x' }} {{ '%3d' % 5 }} {{ [1, 2] }}"
+    )
     assert template(source, tmp_path).render(TEXTS, {}) == "12 1024 3 3 abab1Nonex   5 [1, 2]"
     assert (
         template("{{ 'ab' | center(6) | upper }}{{ ['a', 'b'] | join(', ') }}", tmp_path).render(

@@ -47,7 +47,7 @@ SAVED = {
 
 
 def sublayer_of(module: str) -> str | None:
-    """Returns the sublayer that a module of a block belongs to: "cross_mlp" for "cross_mlp_norm"."""
+    """Returns the sublayer of a block's module: "cross_mlp" for "cross_mlp_norm"; None: of none."""
     names = [name for name in SUBLAYERS if f"{module}_".startswith(f"{name}_")]
     return max(names, key=len, default=None)
 

@@ -172,7 +172,7 @@ MISTAKES = {
     ),
     "eval of another model": (
         ["eval", "--workdir", "run", "--eval.max-examples", "9", "--decoder.width", "64"],
-        ["eval takes a run as it was trained", "decoder.width: 32 -> 64"],
+        ["eval cannot change decoder.width: 32 -> 64: only fields of data, mesh, "],
     ),
     "two folders to begin with": (
         ["train", "--checkpoint", "a", "--init_from", "b"],
@@ -291,7 +291,7 @@ GENERATE_MISTAKES = {
     ),
     "two images at once": (
         ["--workdir", "run", "--images-per-prompt", "all", "--image", "a", "b", "--prompt", "hi"],
-        "writes about one image at a time",
+        "takes one image per prompt",
     ),
     "a field of a checkpoint": (
         ["--checkpoint", "c", "--eval.max_examples", "3", "--prompt", "hi"],
@@ -303,7 +303,7 @@ GENERATE_MISTAKES = {
     ),
     "images of a model without any": (
         ["--workdir", "blind", "--image", "a", "--prompt", "hi"],
-        "--workdir blind reads no images",
+        "--workdir blind is a text-only model: leave out --image",
     ),
 }
 

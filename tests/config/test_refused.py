@@ -203,7 +203,7 @@ REFUSED = [
         TILED | {"vision_num_global_layers": 0},
         "vision.tile_layouts needs vision.num_global_layers of at least 1, not 0",
     ),
-    (TILED | {"vision_tile_layouts": ((1, 2),)}, "vision.tile_layouts lacks 1 1"),
+    (TILED | {"vision_tile_layouts": ((1, 2),)}, "vision.tile_layouts must contain 1 1"),
     (
         TILED | {"vision_tiles": 1},
         "vision.tile_layouts 1 2 is not a valid layout: .* 1 to vision.tiles 1",

@@ -283,10 +283,10 @@ def refusal(capsys, path, *arguments) -> str:
 def test_images_that_a_checkpoint_does_not_read(folder_of, pictures, capsys, tmp_path):
     two = ("--image", pictures["colour"], pictures["tall"], "--prompt", "x")
     assert "2 images: Fuyu takes at most one" in refusal(capsys, folder_of("fuyu").path, *two)
-    assert "writes about one image" in refusal(capsys, folder_of("trocr").path, *two)
-    assert "writes about one image" in refusal(capsys, folder_of("trocr").path, "--prompt", "x")
-    assert "reads no images" in refusal(capsys, folder_of("gemma").path, *two)
-    assert "give --prompt" in refusal(
+    assert "takes one image per prompt" in refusal(capsys, folder_of("trocr").path, *two)
+    assert "takes one image per prompt" in refusal(capsys, folder_of("trocr").path, "--prompt", "x")
+    assert "is a text-only model" in refusal(capsys, folder_of("gemma").path, *two)
+    assert "needs --prompt" in refusal(
         capsys, folder_of("llava").path, "--image", pictures["colour"]
     )
     assert "nothing.png" in refusal(

@@ -94,7 +94,7 @@ def test_prompts_of_mixed_lengths_are_padded_on_the_left(llama):
         (("--prompt", "x", "--checkpoint", ""), "--checkpoint is empty"),
         (("--prompt", "x", "--top-p", "0"), "--top-p 0.0: it must be above 0 and at most 1"),
         (("--prompt", "x", "--max-new-tokens", "many"), "max-new-tokens"),
-        (("--prompt", "x", "--image", "a.png"), "reads no images"),
+        (("--prompt", "x", "--image", "a.png"), "is a text-only model"),
         (("--prompt", "x", "--beams", "3"), "--beams"),
         (
             (

@@ -151,14 +151,14 @@ def test_times_of_a_small_step_have_columns(capsys, config):
         (["--topology", ""], "--topology '' is not a TPU slice: choose CHIP:LAYOUT"),
         (
             ["--topology", "v5e:2x2", "--devices", "64"],
-            "--topology v5e:2x2 says how many devices there are",
+            "--topology and --devices both set the device count: choose one.",
         ),
         (
             ["--topology", "v5e:2x2", "--devices", "1"],
-            "and so does --devices 1: choose one of the two.",
+            "--topology and --devices both set the device count: choose one.",
         ),
-        (["--no-compile"], "--no-compile goes with --topology: name a slice"),
-        (["--no-compile", "--devices", "2"], "--no-compile goes with --topology: name a slice"),
+        (["--no-compile"], "--no-compile needs --topology, such as v5e:8x8."),
+        (["--no-compile", "--devices", "2"], "--no-compile needs --topology, such as v5e:8x8."),
         (
             ["--toplogy", "v5e:8x8"],
             "--toplogy is not a field (perhaps you meant topology); --help lists all of them.",

@@ -126,6 +126,6 @@ def _refuse_another_model(command: str, stored: Experiment, cfg: Experiment) -> 
     ]
     if changed:
         raise ConfigError(
-            f"{command} takes a run as it was trained, and only fields of "
-            f"{', '.join(EDITABLE_SECTIONS)} may be others: {changed[0]}."
+            f"{command} cannot change {changed[0]}: only fields of "
+            f"{', '.join(EDITABLE_SECTIONS)} can change."
         )

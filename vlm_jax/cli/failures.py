@@ -24,8 +24,8 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
     if isinstance(error, jax.errors.JaxRuntimeError):
         reason = str(error).splitlines()[0]
         return 1, (
-            f"error: the run cannot go on ({reason}): if another process ended, its output tells "
-            "why."
+            f"error: the run cannot go on ({reason}): if another process ended, see the output of "
+            "the process that ended."
         )
     traceback.print_exception(error)
     return 1, f"error: {type(error).__name__}: {error}"

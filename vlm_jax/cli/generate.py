@@ -172,17 +172,16 @@ def _check_pairs(
         name = f"--checkpoint {args.checkpoint}"
         writes_captions = takes_one_image = cfg.fusion.is_encoder_decoder
     if args.image and not cfg.fusion.has_images:
-        raise ConfigError(f"{name} reads no images: leave out --image.")
+        raise ConfigError(f"{name} is a text-only model: leave out --image.")
     if not args.prompt and not writes_captions:
-        raise ConfigError(f'{name} answers a prompt: give --prompt "TEXT".')
+        raise ConfigError(f'{name} needs --prompt "TEXT".')
     if not takes_one_image:
         return
     if not args.image:
-        raise ConfigError(f"generate needs --image FILE: {name} writes about one image at a time.")
+        raise ConfigError(f"generate needs --image FILE: {name} takes one image per prompt.")
     if any(len(images) > 1 for images, _ in pairs):
         raise ConfigError(
-            f"{name} writes about one image at a time: give one --image FILE, or "
-            "--images-per-prompt one."
+            f"{name} takes one image per prompt: give one --image FILE, or --images-per-prompt one."
         )
 
 

@@ -44,14 +44,9 @@ def _check_plan_options(args: argparse.Namespace) -> None:
     if args.devices is not None and args.devices < 1:
         raise ConfigError(f"--devices is {args.devices}: it must be at least 1.")
     if args.topology is None and args.no_compile:
-        raise ConfigError(
-            "--no-compile goes with --topology: name a slice, such as v5e:8x8, or leave it out."
-        )
+        raise ConfigError("--no-compile needs --topology, such as v5e:8x8.")
     if args.topology is not None and args.devices is not None:
-        raise ConfigError(
-            f"--topology {args.topology} says how many devices there are, and so does --devices "
-            f"{args.devices}: choose one of the two."
-        )
+        raise ConfigError("--topology and --devices both set the device count: choose one.")
 
 
 def diff(arguments: list[str]) -> int:

@@ -115,9 +115,7 @@ def _tiled_encoder(cfg: Experiment) -> None:
             f"not {vision.num_global_layers}."
         )
     if (1, 1) not in layouts:
-        raise ConfigError(
-            "vision.tile_layouts lacks 1 1, the layout of all images in training: add it."
-        )
+        raise ConfigError("vision.tile_layouts must contain 1 1, the layout of training images.")
     wrong = [layout for layout in layouts if min(layout) < 1 or math.prod(layout) > vision.tiles]
     if wrong:
         raise ConfigError(

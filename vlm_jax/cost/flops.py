@@ -119,7 +119,7 @@ def _row_flops(
         return VLM(model).apply(variables, hidden[:, :text_length], method="head")
 
     batch = jax.eval_shape(lambda: example_batch(model, length, images=images))
-    # JAX replaces a mesh by one of another size only by way of none.
+    # JAX sets a mesh of another size only after the current one is unset.
     with jax.sharding.use_abstract_mesh(NO_MESH), jax.sharding.use_abstract_mesh(CPU):
         program = jax.make_jaxpr(forward)(params, batch).jaxpr
     program, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars), instantiate=True)

@@ -284,8 +284,7 @@ def _in_tiles(cfg: Experiment, arrays: Arrays, ids: np.ndarray) -> dict:
     layouts = _shaped(arrays, "aspect_ratio_ids", shape[:2])
     if not np.isin(layouts, range(1 + len(cfg.vision.tile_layouts))).all():
         raise ConfigError(
-            f"aspect_ratio_ids {layouts.tolist()} go beyond the {len(cfg.vision.tile_layouts)} "
-            "layouts."
+            f"aspect_ratio_ids {layouts.tolist()} must be at most {len(cfg.vision.tile_layouts)}."
         )
     arrays = {"cross_attention_mask": np.ones((*ids.shape, *shape[1:])), **arrays}
     mask = _shaped(arrays, "cross_attention_mask", (*ids.shape, *shape[1:]))

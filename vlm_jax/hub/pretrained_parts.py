@@ -93,7 +93,7 @@ def resolve_checkpoints(cfg: Experiment, explicit: Collection[str] = ()) -> Expe
 def _with_init_from(
     cfg: Experiment, requested: Mapping[str, object], config_of: ReadConfig
 ) -> Experiment:
-    """Makes `init_from` the folder of its parts; takes its fusion too if those are all parts."""
+    """Uses init_from as checkpoint of its parts, and its fusion style if it provides every part."""
     source = config_of(cfg.init_from)
     if not isinstance(source, Experiment):
         raise CheckpointError(

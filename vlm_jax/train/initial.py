@@ -146,7 +146,7 @@ def _dialogue(cfg: Experiment, folder) -> Dialogue | None:
 
 
 def keep_processor(cfg: Experiment, workdir: Workdir) -> None:
-    """Copies the processor files of the decoder's checkpoint, which the run then needs no more."""
+    """Copies the decoder's processor files, so that the run no longer needs the checkpoint."""
     source = pretrained_parts.processor_source(cfg)
     if source is None or workdir.processor.exists():
         return

@@ -33,7 +33,7 @@ class Head:
     vocab_size: int
 
     def select(self, params: Params) -> Params:
-        """Returns the parameters that are the head's."""
+        """Selects the head's parameters."""
         return {path: x for path, x in params.items() if path in self.letters}
 
     def logits(self, params: Params, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:

@@ -23,7 +23,7 @@ TRIES = 8  # layouts with one largest size, before it is given up
 def random_page(rng: np.random.Generator, image_px: int, split: str, cell_px: int = 0) -> Page:
     """Draws the words of a page and their places.
 
-    The largest sizes are given up one by one if the words do not fit.
+    Drops the largest font sizes until the words fit.
     """
     count = rng.integers(1, max_words(image_px) + 1)
     font = pick(rng, fonts(split, cell_px))

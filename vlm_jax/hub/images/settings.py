@@ -337,4 +337,4 @@ def _are_lengths(*values) -> bool:
 
 
 def _refusal(path: Path, key: str, value: Any, choices: str) -> CheckpointError:
-    return CheckpointError(f"{path}: {key} is {value!r}, but has to be {choices}.")
+    return CheckpointError(f"{path}: {key} is {value!r}, but must be {choices}.")

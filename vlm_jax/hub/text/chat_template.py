@@ -155,7 +155,7 @@ def _select_default(template: Any, path: Path) -> str | None:
         template = template[DEFAULT]
     if not isinstance(template, str | None):
         raise CheckpointError(
-            f"{path}: chat_template is {type(template).__name__}, but has to be text."
+            f"{path}: chat_template is {type(template).__name__}, but must be text."
         )
     return template
 

@@ -224,9 +224,7 @@ def decoder_start_ids(folder: str | os.PathLike, tokenizer: HubTokenizer) -> tup
     start = read_start_id(folder, read_json(folder / CONFIG))
     start = tokenizer.bos_id if start is None else start
     if not are_ids(start):
-        raise CheckpointError(
-            f"{folder}: decoder_start_token_id is {start!r}, but has to be an id."
-        )
+        raise CheckpointError(f"{folder}: decoder_start_token_id is {start!r}, but must be an id.")
     return (start,)
 
 

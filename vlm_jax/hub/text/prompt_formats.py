@@ -108,7 +108,7 @@ class LlavaFormat(TextFormat):
         named = tokenizer.special_tokens.get("image_token")
         token = named or processor.get("image_token") or "<image>"
         if not isinstance(token, str):
-            raise CheckpointError(f"{PROCESSOR}: image_token is {token!r}, but has to be text.")
+            raise CheckpointError(f"{PROCESSOR}: image_token is {token!r}, but must be text.")
         patch_size = processor.get("patch_size")
         extra = processor.get("num_additional_image_tokens", 0)
         strategy = processor.get("vision_feature_select_strategy")

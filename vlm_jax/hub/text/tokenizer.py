@@ -223,7 +223,7 @@ def stated_ids(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     eos = stated.get("eos_token_id")
     if not are_ids(*to_tuple(eos)):
         raise CheckpointError(
-            f"{folder}: eos_token_id is {eos!r}, but has to be an id or a list of ids."
+            f"{folder}: eos_token_id is {eos!r}, but must be an id or a list of ids."
         )
     return stated
 

@@ -34,7 +34,7 @@ from vlm_jax.hub.text.tokenizer import HubTokenizer
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.structs import NO_IMAGE, Batch
 from vlm_jax.testing import random_params
-from vlm_jax.train import initial
+from vlm_jax.train import initial, summary
 
 NEW = 5
 LENGTH = 64  # of prompts and answers, padded: equal models share a compiled program
@@ -314,6 +314,15 @@ def test_what_keeps_transformers_from_the_same_prompts_is_named():
     assert export.exportable(replace(llava_like(), fusion=Fusion("hybrid"))).startswith(
         "export: none, fusion.kind"
     )
+
+
+def test_a_training_run_names_its_export_unless_a_model_from_scratch_has_none():
+    exported = llava_like()
+    other = replace(exported, fusion=Fusion("hybrid"))
+    fine_tuned = replace(other, decoder=replace(other.decoder, checkpoint="vicuna"))
+    assert summary.describe_export(exported) == "llava"
+    assert summary.describe_export(other) == ""
+    assert summary.describe_export(fine_tuned).startswith("none, fusion.kind")
 
 
 def test_that_fuyus_processor_keeps_the_size_of_images_is_named(tmp_path):

@@ -192,8 +192,8 @@ def test_a_block_about_the_run_and_the_compilation_come_before_the_first_step(wh
     lines = output.splitlines()
     names = [line.split("  ")[0] for line in lines]
     first = names.index("model")
-    block = ["model", "parameters", "devices", "data", "steps", "export", "work folder", "curves"]
-    assert names[first : first + 8] == block
+    block = ["model", "parameters", "devices", "data", "steps", "work folder", "curves"]
+    assert names[first : first + 7] == block
     stages = [
         "an image (64 px)",
         "ViT 2 x 32",
@@ -205,10 +205,10 @@ def test_a_block_about_the_run_and_the_compilation_come_before_the_first_step(wh
     assert lines[first + 1].endswith(", all trained")
     assert lines[first + 2].endswith("8 x cpu, mesh data 8 x fsdp 1 x tensor 1")
     assert "5.0 steps" in lines[first + 3], "40 images in batches of 8"
-    assert lines[first + 7].endswith(f"tensorboard --logdir {cfg.workdir}")
-    assert lines[first + 8] == "compiling the training step ..."
-    assert re.match(r"compiled in \d+\.\d s", lines[first + 9])
-    assert lines[first + 10].startswith("step 1/6  loss ")
+    assert lines[first + 6].endswith(f"tensorboard --logdir {cfg.workdir}")
+    assert lines[first + 7] == "compiling the training step ..."
+    assert re.match(r"compiled in \d+\.\d s", lines[first + 8])
+    assert lines[first + 9].startswith("step 1/6  loss ")
 
 
 def test_the_block_names_the_frozen_parts_and_their_share():

@@ -226,6 +226,15 @@ def _differences(fields: Mapping, others: Mapping) -> list[str]:
     ]
 
 
+def is_exportable(cfg: Experiment) -> bool:
+    """Returns whether a family has the experiment's architecture."""
+    try:
+        matching_family(cfg)
+    except UserError:
+        return False
+    return True
+
+
 def exportable(cfg: Experiment) -> str:
     """Returns a line with the family that the experiment exports to, or why none matches."""
     try:

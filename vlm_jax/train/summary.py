@@ -4,7 +4,7 @@ import jax
 
 from vlm_jax.config import Experiment
 from vlm_jax.data import pipeline, sources
-from vlm_jax.hub.export import exportable
+from vlm_jax.hub.export import exportable, is_exportable
 from vlm_jax.nn.parts import PARTS, find_part
 from vlm_jax.train import optim
 
@@ -22,7 +22,7 @@ def summarize(cfg: Experiment, mesh: jax.sharding.Mesh, params, start: int) -> s
         "data": describe_data(cfg),
         "steps": describe_steps(cfg, start),
         "begins with": describe_beginning(cfg),
-        "export": exportable(cfg).removeprefix("export: "),
+        "export": describe_export(cfg),
         "work folder": cfg.workdir,
         "curves": f"tensorboard --logdir {cfg.workdir}",
     }
@@ -89,3 +89,13 @@ def describe_beginning(cfg: Experiment) -> str:
     for part in cfg.pretrained_parts:
         folders.setdefault(getattr(cfg, part).checkpoint, []).append(part)
     return "; ".join(f"{folder} ({', '.join(parts)})" for folder, parts in folders.items())
+
+
+def describe_export(cfg: Experiment) -> str:
+    """Names the family of an export, or why a model from a checkpoint has none any more.
+
+    It is "" for a model from scratch that no family describes.
+    """
+    if not cfg.begins_with_any and not is_exportable(cfg):
+        return ""
+    return exportable(cfg).removeprefix("export: ")

@@ -2,7 +2,10 @@
 
 import dataclasses
 import inspect
+import os
 import re
+import subprocess
+import sys
 import typing
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from vlm_jax import config
 from vlm_jax.cli import generate
 from vlm_jax.cli.main import COMMANDS, main
 from vlm_jax.cli.options import parse_options
+from vlm_jax.cli.plan import PLAN_OPTIONS
 from vlm_jax.config import files, hints, validate
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.testing import tiny
@@ -297,6 +301,14 @@ GENERATE_MISTAKES = {
         ["--checkpoint", "c", "--eval.max_examples", "3", "--prompt", "hi"],
         "no option --eval.max-examples",
     ),
+    "an option of a run with a typing error": (
+        ["--workdir", "run", "--max-new-tokns", "3", "--prompt", "hi"],
+        "--max_new_tokns is not a field (perhaps you meant max-new-tokens)",
+    ),
+    "a field of a run with a typing error": (
+        ["--workdir", "run", "--eval.max_new_tokns", "3", "--prompt", "hi"],
+        "(perhaps you meant eval.max_new_tokens)",
+    ),
     "an option out of range": (
         ["--workdir", "run", "--temperature", "-1", "--image", "a", "--prompt", "hi"],
         "--temperature -1.0: it must be at least 0",
@@ -357,13 +369,66 @@ def test_the_help_has_the_whole_comment_of_every_field(capsys, monkeypatch):
                 assert " ".join(found[field].split()) in text, f"{kind.__name__}.{field}"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["eval", "--help"], ["train", "-h"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--seed", "1", "-h"]])
 def test_help_names_every_verb(arguments, capsys):
     code, out, _ = run(arguments, capsys)
     assert code == 0
     for verb in ("train", "eval", "generate", "diff"):
         assert f"\n  {verb}" in out
     assert "\nexamples:\n  python run.py --config configs/easy_vqa/unified.py\n" in out
+
+
+OWN_OPTIONS = {
+    "train": ["--config FILE", "--workdir DIR", "--checkpoint DIR", "--section.field VALUE"],
+    "eval": ["--workdir DIR", "--checkpoint DIR", "--section.field VALUE"],
+    "plan": ["--config FILE", *(f"--{name}" for name in PLAN_OPTIONS), "--section.field VALUE"],
+    "diff": ["python run.py diff A.py B.py"],
+}
+
+
+@pytest.mark.parametrize("command, options", OWN_OPTIONS.items())
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_without_an_experiment_lists_the_options_of_a_command(flag, command, options, capsys):
+    code, out, err = run([command, flag], capsys)
+    assert (code, err) == (0, "")
+    for option in options:
+        assert option in out
+    if command != "diff":
+        assert re.search(rf"python run.py {command} --\w+ \w+ --help\n", out)
+    assert len(out.splitlines()) <= 30
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "plan"])
+@pytest.mark.parametrize("option", ["--checkpoint", "--init_from", "--init-from"])
+def test_help_with_a_checkpoint_lists_the_fields(option, command, capsys):
+    for arguments in ([option, "gpt2"], [f"{option}=gpt2"]):
+        code, out, _ = run([command, *arguments, "--help"], capsys)
+        assert code == 0
+        assert "--data.image_dir STR" in out
+        assert "(default: runs/gpt2)" in out
+
+
+def test_help_spells_fields_with_underscores_and_both_spellings_are_accepted(capsys):
+    _, out, _ = run(["train", "--config", CONFIG, "--help"], capsys)
+    fields = re.findall(r"--[a-z]+\.[\w.-]+", out)
+    assert len(fields) > 100
+    assert not [name for name in fields if "-" in name[2:]]
+    for option in ("--data.image_px", "--data.image-px"):
+        cfg = files.override(config.Experiment(), [option, "32"], "program")
+        assert cfg.data.image_px == 32
+
+
+@pytest.mark.parametrize(
+    "arguments", [["diff", CONFIG, OTHER], ["train", "--config", CONFIG, "-h"]]
+)
+def test_a_reader_that_has_ended_ends_the_command_in_silence(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "vlm_jax", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment)
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (141, b"")
 
 
 def test_no_arguments_at_all_show_the_usage_with_exit_code_2(capsys):

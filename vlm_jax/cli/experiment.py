@@ -4,13 +4,26 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from vlm_jax.cli.options import Parser
+from vlm_jax.cli.options import FILE, FOLDER, Parser
 from vlm_jax.config import ConfigError, Data, Eval, Experiment, Optim, Train, files
 from vlm_jax.config.validate import validate
 from vlm_jax.runtime.workdir import Workdir
 
 # One option under several names.
 INIT_OPTIONS = ("--checkpoint", "--init_from", "--init-from")
+# The options that name an experiment, and their help.
+OPTIONS = {
+    "config": {"metavar": FILE, "help": "Python file that defines an experiment"},
+    "workdir": {
+        "metavar": FOLDER,
+        "help": "work folder of the run; without --config and --checkpoint, of an existing run",
+    },
+    "checkpoint": {
+        "metavar": FOLDER,
+        "help": "public checkpoint or run to start from; --init_from is the same option",
+    },
+}
+USAGE = "[OPTIONS] [--section.field VALUE ...]"
 # Sections that may change after the training.
 EDITABLE_SECTIONS = ("data", "mesh", "distributed", "eval")
 # What --checkpoint starts from without a --config.
@@ -62,6 +75,12 @@ def parse_experiment(
         resolved = pretrained_parts.resolve_checkpoints(cfg, explicit)
         cfg = Workdir(cfg.workdir).as_begun(resolved, explicit)
     return validate(cfg)
+
+
+def names_experiment(arguments: list[str]) -> bool:
+    """Returns whether the arguments name an experiment, whose fields --help can list."""
+    names = {f"--{name}" for name in OPTIONS}.union(INIT_OPTIONS)
+    return any(argument.partition("=")[0] in names for argument in arguments)
 
 
 def is_checkpoint(arguments: list[str]) -> bool:

@@ -1,13 +1,17 @@
 """The entry point of the command line: chooses a command, and turns errors into exit codes."""
 
+import os
 import sys
 from collections.abc import Callable
 
 from vlm_jax.cli.checkpoints import export, verify
+from vlm_jax.cli.experiment import OPTIONS, names_experiment
+from vlm_jax.cli.experiment import USAGE as FIELDS
 from vlm_jax.cli.failures import describe_failure
 from vlm_jax.cli.generate import generate
-from vlm_jax.cli.plan import diff, plan
-from vlm_jax.cli.train import evaluate, train
+from vlm_jax.cli.options import format_help
+from vlm_jax.cli.plan import DIFF, PLAN, PLAN_OPTIONS, diff, plan
+from vlm_jax.cli.train import EVAL, EVAL_OPTIONS, TRAIN, evaluate, train
 from vlm_jax.config import ConfigError, RunError, UserError
 from vlm_jax.config.hints import nearest, suggestion
 
@@ -36,8 +40,8 @@ commands:
   diff      A.py B.py: print the fields in which two configs differ
 
 help:
-  python run.py COMMAND --config FILE --help        every field, with its value
-  python run.py generate|verify|export --help       the options of these commands"""
+  python run.py COMMAND --help                      the options of a command
+  python run.py COMMAND --config FILE --help        every field, with its value"""
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "eval": evaluate,
@@ -47,36 +51,62 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": plan,
     "diff": diff,
 }
-COMMANDS_WITH_OWN_HELP = ("generate", "verify", "export")
+# Arguments of `format_help`. The other commands print their help themselves.
+HELP = {
+    "train": (FIELDS, OPTIONS, TRAIN),
+    "eval": (FIELDS, EVAL_OPTIONS, EVAL),
+    "plan": (FIELDS, OPTIONS | PLAN_OPTIONS, PLAN),
+    "diff": ("A.py B.py", {}, DIFF),
+}
+# The exit code that a shell reports for a command that SIGPIPE ends.
+BROKEN_PIPE = 141
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code.
 
     0: success. 1: a run failed. 2: a mistake of the user. 75: SIGTERM stopped a run, which the same
-    command continues. 130: Ctrl-C.
+    command continues. 130: Ctrl-C. 141: the reader of the output, such as `head`, has ended.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    command, rest = "train", arguments
+    try:
+        try:
+            return _run_command(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            # An error here can be handled, but one at the exit of the interpreter cannot.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The text that could not be written is flushed once more at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _run_command(arguments: list[str]) -> int:
+    """Runs one command; prints the message of an error."""
+    command, rest = "", arguments
     if arguments and not arguments[0].startswith("-"):
         command, *rest = arguments
     try:
-        if not arguments or (command not in COMMANDS_WITH_OWN_HELP and _asks_for_usage(rest)):
+        if not arguments:
             print(USAGE)
-            return 0 if arguments else 2
+            return 2
+        if command in ("", *HELP) and _asks_for_help(rest):
+            print(format_help(command, *HELP[command]) if command else USAGE)
+            return 0
+        command = command or "train"
         if command not in COMMANDS:
             hint = nearest(command, COMMANDS)
             if command.endswith(".py"):
                 hint = suggestion([f"--config {command}"])
             raise ConfigError(f"unknown command {command!r}{hint}: choose {', '.join(COMMANDS)}.")
         return COMMANDS[command](rest)
+    except BrokenPipeError:
+        raise
     except (UserError, RunError, OSError, KeyboardInterrupt) as error:
         code, message = describe_failure(error)
         print(message, file=sys.stderr)
         return code
 
 
-def _asks_for_usage(arguments: list[str]) -> bool:
+def _asks_for_help(arguments: list[str]) -> bool:
     """Returns whether --help is given without an experiment whose fields it could list."""
-    names_experiment = any(argument.startswith(("--config", "--workdir")) for argument in arguments)
-    return not names_experiment and bool({"-h", "--help"} & set(arguments))
+    return bool({"-h", "--help"} & set(arguments)) and not names_experiment(arguments)

@@ -14,12 +14,12 @@ SYNONYMS = {
     **dict.fromkeys(("images", "image_file", "image_path", "img", "file"), "image"),
     **dict.fromkeys(("text", "question", "query", "input", "prompts"), "prompt"),
     **dict.fromkeys(
-        ("max_tokens", "max_length", "max_new", "new_tokens", "length"), "max-new-tokens"
+        ("max_tokens", "max_length", "max_new", "new_tokens", "length"), "max_new_tokens"
     ),
     **dict.fromkeys(("temp", "t"), "temperature"),
     **dict.fromkeys(("out", "out_dir", "output_dir", "save_dir"), "output"),
     **dict.fromkeys(("tol", "tolerance", "rtol"), "atol"),
-    "taps": "intermediate-layers",
+    "taps": "intermediate_layers",
 }
 INTERMEDIATE_LAYERS = {
     "choices": ("input", "output"),
@@ -67,12 +67,8 @@ def parse_options(
     Raises:
       ConfigError: an unknown option, a missing value, or a value of the wrong type.
     """
-    parser = Parser(
-        prog=f"python run.py {command}", description=description, formatter_class=_Formatter
-    )
+    parser = _build_parser(command, None, options, description)
     names = {name.replace("_", "-"): name for name in options}
-    for option, name in names.items():
-        parser.add_argument(f"--{option}", dest=name, **options[name])
     arguments = [_hyphenate(argument) for argument in arguments]
     if not keep_unknown:
         _refuse_unknown(command, arguments, names)
@@ -83,6 +79,31 @@ def parse_options(
         if settings.get("metavar") in (FOLDER, FILE) and getattr(values, name) == "":
             raise ConfigError(f"--{name} is empty.")
     return values, unknown
+
+
+def format_help(command: str, usage: str, options: Mapping[str, Mapping], description: str) -> str:
+    """Returns the help of a command that parses its arguments itself.
+
+    Args:
+      usage: its arguments, in a line.
+      options, description: as in `parse_options`.
+    """
+    usage = f"python run.py {command} {usage}"
+    return _build_parser(command, usage, options, description).format_help()
+
+
+def _build_parser(
+    command: str, usage: str | None, options: Mapping[str, Mapping], description: str
+) -> Parser:
+    parser = Parser(
+        prog=f"python run.py {command}",
+        usage=usage,
+        description=description,
+        formatter_class=_Formatter,
+    )
+    for name, settings in options.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, **settings)
+    return parser
 
 
 def _refuse_unknown(command: str, arguments: list[str], names: Mapping[str, str]) -> None:

@@ -7,9 +7,24 @@ from vlm_jax.cli.experiment import parse_experiment
 from vlm_jax.cli.options import Parser
 from vlm_jax.config import ConfigError, files
 
+PLAN = """examples:
+  python run.py plan --config configs/tpu/llava_1_5_7b_stage_2.py --devices 64
+  python run.py plan --config configs/tpu/llava_1_5_7b_stage_2.py --topology v5e:8x8
+  python run.py plan --checkpoint checkpoints/gpt2 --data.files train.json --json
+
+Predicts the FLOPs, the memory and the time of a training step, and trains nothing. The fields of
+the experiment are options too. These commands list them:
+  python run.py plan --config FILE --help
+  python run.py plan --checkpoint DIR --help"""
+DIFF = """example:
+  python run.py diff configs/easy_vqa/unified.py configs/easy_vqa/cross_attention.py
+
+Prints the fields in which two configs differ. This command lists all fields:
+  python run.py train --config FILE --help"""
 PLAN_OPTIONS = {
     "topology": {
-        "help": "TPU slice to plan for, CHIP:LAYOUT such as v5e:8x8; the step is compiled for it"
+        "metavar": "SLICE",
+        "help": "TPU slice, CHIP:LAYOUT such as v5e:8x8; the step is compiled for it",
     },
     "no-compile": {
         "action": "store_true",
@@ -17,6 +32,7 @@ PLAN_OPTIONS = {
     },
     "devices": {
         "type": int,
+        "metavar": "N",
         "help": "instead of --topology: number of devices, of any kind (default: 1)",
     },
     "json": {"action": "store_true", "help": "print the plan as JSON"},

@@ -7,10 +7,39 @@ from collections.abc import Iterator
 
 from vlm_jax.cli.experiment import is_checkpoint, parse_checkpoint_evaluation, parse_experiment
 from vlm_jax.cli.failures import describe_failure
+from vlm_jax.cli.options import FOLDER
 from vlm_jax.config import Experiment, RunError
 from vlm_jax.runtime import preemption
 from vlm_jax.runtime.process import exit_now
 from vlm_jax.runtime.workdir import Workdir
+
+TRAIN = """examples:
+  python run.py train --config configs/easy_vqa/unified.py --workdir runs/mine
+  python run.py train --workdir runs/mine
+  python run.py train --checkpoint checkpoints/gpt2 --data.files train.json
+
+Trains an experiment and evaluates it; --workdir alone continues a run that was stopped. The fields
+of the experiment are options too. These commands list them:
+  python run.py train --config FILE --help
+  python run.py train --checkpoint DIR --help"""
+EVAL = """examples:
+  python run.py eval --workdir runs/mine --eval.max_examples 500
+  python run.py eval --checkpoint checkpoints/gpt2 --data.files test.json
+
+Evaluates a run again, into a folder of its work folder, or a checkpoint before any training. The
+fields of the experiment are options too. These commands list them:
+  python run.py eval --workdir DIR --help
+  python run.py eval --checkpoint DIR --help"""
+EVAL_OPTIONS = {
+    "workdir": {
+        "metavar": FOLDER,
+        "help": "work folder of the run; with --checkpoint, of the evaluation",
+    },
+    "checkpoint": {
+        "metavar": FOLDER,
+        "help": "public checkpoint to evaluate; --init_from is the same option",
+    },
+}
 
 
 def train(arguments: list[str]) -> int:

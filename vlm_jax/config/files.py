@@ -174,6 +174,7 @@ def override(
         default=cfg,
         args=arguments,
         config=(tyro.conf.FlagConversionOff,),
+        use_underscores=True,
         prog=program,
         description=_help_header(program, options),
     )
@@ -224,7 +225,7 @@ def _check_option(
     fields: dict[str, object], name: str, values: list[str], options: dict[str, str]
 ) -> None:
     if name not in fields:
-        hint = nearest_field(name, [*fields, *options])
+        hint = nearest_field(name, [*options, *fields])
         raise ConfigError(f"--{name} is not a field{hint}; --help lists all of them.")
     count, is_repeated = _count_values(fields[name])
     if len(values) % count if is_repeated else len(values) != count:

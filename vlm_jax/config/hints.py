@@ -130,7 +130,9 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 def nearest_field(name: str, fields: Iterable[str], synonyms: Mapping[str, str] = SYNONYMS) -> str:
     """`nearest` for a field `section.field` whose section or field may be wrong or missing."""
     name = name.lower().replace("-", "_")
-    fields = sorted(fields, key=lambda field: field.count("."))
+    # Options are spelled with hyphens, which are compared as underscores.
+    spellings = {field.replace("-", "_"): field for field in fields}
+    fields = sorted(spellings, key=lambda field: field.count("."))
     section, _, last = name.rpartition(".")
     same_last = [field for field in fields if _last(field) == last]
     in_section = [field for field in fields if field.startswith(f"{section}.")]
@@ -146,7 +148,8 @@ def nearest_field(name: str, fields: Iterable[str], synonyms: Mapping[str, str] 
         [field for field in fields if _is_close(last, _last(field))][:1],
         difflib.get_close_matches(name, fields, 1),
     )
-    return suggestion(next(filter(None, candidates), [])[:MOST_SUGGESTIONS])
+    suggested = next(filter(None, candidates), [])[:MOST_SUGGESTIONS]
+    return suggestion([spellings[field] for field in suggested])
 
 
 def _is_close(a: str, b: str) -> bool:

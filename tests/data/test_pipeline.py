@@ -121,10 +121,10 @@ def test_a_process_decodes_the_images_of_its_rows_only(cfg, tokenizer, monkeypat
     """Counts only this thread: threads of earlier iterators may still decode images ahead."""
     decoded, decode, own = [], image_files.decode, threading.get_ident()
 
-    def counted(encoded, name):
+    def counted(encoded, name, **options):
         if threading.get_ident() == own:
             decoded.append(name)
-        return decode(encoded, name)
+        return decode(encoded, name, **options)
 
     monkeypatch.setattr(image_files, "decode", counted)
     monkeypatch.setattr(tiling, "CACHE_BYTES", 0)

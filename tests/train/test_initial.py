@@ -1,15 +1,20 @@
 """Initial parameters: of a public checkpoint, another run, or parts of them, with settings."""
 
 import functools
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import torch
 from flax import traverse_util
+from PIL import Image
+from transformers import AutoImageProcessor
+from transformers.image_utils import load_image
 
 from tests.hub.tiny_checkpoints import ABOUT_IMAGES, CAPTIONS, OF_TEXT
 from vlm_jax import axes
@@ -21,7 +26,12 @@ from vlm_jax.config import (
     UserError,
     files,
 )
+from vlm_jax.data import packing, pipeline, tiling
+from vlm_jax.data.builders.records import Record
+from vlm_jax.data.images import normalise
+from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub.load import load_checkpoint
+from vlm_jax.infer.run import RunProcessor
 from vlm_jax.nn.patches import resample_positions
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.structs import State
@@ -84,7 +94,7 @@ def test_a_whole_checkpoint_is_the_model_of_from_pretrained(folder_of, config, n
     for section in MODEL if name not in OF_TEXT else ("fusion", "decoder"):
         actual, expected = getattr(cfg, section), getattr(checkpoint.cfg, section)
         pixels = (
-            ("image_mean", "image_std", "resize", "resize_px", "resample")
+            ("image_mean", "image_std", "resize", "resize_px", "resample", "rgb_conversion")
             if section == "vision"
             else ()
         )
@@ -96,6 +106,86 @@ def test_a_whole_checkpoint_is_the_model_of_from_pretrained(folder_of, config, n
     assert flat.keys() == expected.keys()
     for path, x in expected.items():
         np.testing.assert_array_equal(flat[path], x, err_msg=path)
+
+
+MODES = ("RGBA", "LA", "P", "I;16")
+
+
+def image_file(folder: Path, mode: str) -> Path:
+    """An image with transparent pixels, or with values above 255."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (33, 47, 4), np.uint8))
+    options = {}
+    if mode == "P":
+        image, options = image.convert("RGB").quantize(8), {"transparency": 3}
+    elif mode == "I;16":
+        image = Image.fromarray(rng.integers(0, 1000, (33, 47)).astype(np.uint16))
+    image = image if image.mode == mode else image.convert(mode)
+    path = folder / "image.png"
+    image.save(path, **options)
+    return path
+
+
+class Records(list):
+    title = "records"
+
+
+def trained_pixels(cfg, path: Path) -> np.ndarray:
+    """Pixels of an image of conversations, which are those of an image of records."""
+    source = SimpleNamespace(image=lambda index: (path.name, path.read_bytes()))
+    pixels = packing.pixel_reader(cfg, source)(0)
+    records = Records([Record(0, path.read_bytes(), (), (), ())])
+    np.testing.assert_array_equal(pipeline.DecodedRecords(records, cfg.vision)[0].image, pixels)
+    return normalise(pixels, cfg.vision)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["llava", "paligemma", "trocr"])
+def test_pixels_of_a_run_are_those_of_its_checkpoint(folder_of, config, tmp_path, name, mode):
+    """Training, and questions about a file or an open image."""
+    cfg = experiment(config, "--checkpoint", folder_of(name))
+    path = image_file(tmp_path, mode)
+    processor = AutoImageProcessor.from_pretrained(folder_of(name), backend="pil")
+    pixels = processor([load_image(str(path))], return_tensors="np").pixel_values[0]
+    expected = np.moveaxis(pixels, 0, -1)
+    np.testing.assert_allclose(trained_pixels(cfg, path), expected, atol=1e-5)
+    ask = RunProcessor(cfg, initial.load_tokenizer(cfg))
+    for image in (str(path), Image.open(path)):
+        batch = ask(["what is it?"], [[image]])
+        np.testing.assert_allclose(np.squeeze(batch.images), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_a_run_without_a_checkpoint_composites_on_white(config, tmp_path, mode):
+    """Also one that earlier versions began from a checkpoint: its config has no rgb_conversion."""
+    cfg, path = experiment(config), image_file(tmp_path, mode)
+    white = Image.new("RGBA", (47, 33), "white")
+    composite = Image.alpha_composite(white, Image.open(path).convert("RGBA")).convert("RGB")
+    expected = tiling.to_pixels(composite, cfg.vision)
+    np.testing.assert_array_equal(trained_pixels(cfg, path), expected)
+    batch = RunProcessor(cfg, Tokenizer.train(["what?"], 300))(["what?"], [[str(path)]])
+    np.testing.assert_array_equal(np.squeeze(batch.images), expected)
+
+
+def test_a_run_of_an_earlier_version_keeps_its_rgb_conversion(folder_of, config, tmp_path):
+    options = ("--checkpoint", folder_of("llava"), "--workdir", tmp_path / "run")
+    cfg = experiment(config, *options)
+    assert cfg.vision.rgb_conversion == "convert_composite"
+    stored = json.loads(files.to_json(cfg))
+    del stored["vision"]["rgb_conversion"]
+    workdir = Workdir(cfg.workdir)
+    workdir.path.mkdir()
+    workdir.config.write_text(json.dumps(stored))
+    assert experiment(config, *options).vision.rgb_conversion == "composite"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_rgb_conversion_can_be_set_beside_a_checkpoint(folder_of, config, tmp_path, mode):
+    folder, path = folder_of("llava"), image_file(tmp_path, mode)
+    cfg = experiment(config, "--checkpoint", folder, "--vision.rgb_conversion", "composite")
+    assert cfg.vision.rgb_conversion == "composite"
+    converting = experiment(config, "--checkpoint", folder)
+    assert np.abs(trained_pixels(cfg, path) - trained_pixels(converting, path)).max() > 0.1
 
 
 def test_the_prompt_form_of_a_checkpoint_is_that_of_the_run(folder_of, config):

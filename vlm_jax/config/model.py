@@ -71,6 +71,10 @@ class Vision(Transformer):
     resize_px: int = 0
     #: filter of the resize
     resample: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] = "bicubic"
+    #: how images of other modes become RGB. composite: transparent pixels become white, 16 bits are
+    #: scaled to 8; convert: Pillow drops transparency and clips 16 bits at 255; convert_composite:
+    #: the same, but a colour that the file declares transparent becomes white
+    rgb_conversion: Literal["composite", "convert", "convert_composite"] = "composite"
     patch_size_px: int = 8  # height and width of a patch
     #: patch embedding as a matmul or as the equal strided convolution
     patch_embed: Literal["linear", "conv"] = "linear"

@@ -134,8 +134,10 @@ def _forget_exif(image: Image.Image) -> None:
         del exif[tag]
 
 
-def decode(encoded: bytes, name: str = "image", needed_px: int = 0) -> Image.Image:
-    """Decodes an image file to upright RGB; transparent pixels become white.
+def decode(
+    encoded: bytes, name: str = "image", needed_px: int = 0, rgb_conversion: str = "composite"
+) -> Image.Image:
+    """Decodes an image file to upright RGB.
 
     Args:
       encoded: the content of the file.
@@ -143,24 +145,36 @@ def decode(encoded: bytes, name: str = "image", needed_px: int = 0) -> Image.Ima
       needed_px: rows and columns that are needed (0: all). A JPEG is decoded at an eighth, a
         quarter or half of its size as long as that leaves twice as many: several times faster,
         with nearly the same image after resizing.
+      rgb_conversion: as in `to_rgb`.
 
     Raises:
       DataError: as `upright`.
     """
     image = upright(encoded, name, needed_px)
     with decoding(name):
-        return to_rgb(image)
+        return to_rgb(image, rgb_conversion)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an open image to RGB; transparent pixels become white."""
+def to_rgb(image: Image.Image, rgb_conversion: str = "composite") -> Image.Image:
+    """Converts an open image to RGB by one of the values of `Vision.rgb_conversion`."""
+    if rgb_conversion.startswith("convert"):
+        rgb = image.convert("RGB")
+        # Pillow keeps the transparent colour of a palette or of a grey image in `info`.
+        has_transparent_colour = rgb.info.get("transparency") is not None
+        if rgb_conversion == "convert_composite" and has_transparent_colour:
+            return composite_on_white(rgb)
+        return rgb
     if image.mode.startswith("I;16"):
         # Pillow would clip at 255.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return composite_on_white(image) if image.has_transparency_data else image.convert("RGB")
+
+
+def composite_on_white(image: Image.Image) -> Image.Image:
+    """Converts an image with transparency to RGB on a white background."""
+    image = image.convert("RGBA")
+    background = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(background, image).convert("RGB")
 
 
 def check(encoded: bytes, name: str = "image") -> None:

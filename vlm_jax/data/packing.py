@@ -140,7 +140,8 @@ def pixel_reader(
 
     def read(index: int) -> np.ndarray:
         name, encoded = source.image(index)
-        return tiling.resize_to_grid(image_files.decode(encoded, name, needed_px), vision)
+        image = image_files.decode(encoded, name, needed_px, vision.rgb_conversion)
+        return tiling.resize_to_grid(image, vision)
 
     return tiling.lru_cached(read, vision)
 

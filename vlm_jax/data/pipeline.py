@@ -43,7 +43,7 @@ class DecodedRecords:
     def _decode(self, index: int) -> Record:
         record = self.records[index]
         name = f"the image of row {index} of {self.records.title}"
-        image = image_files.decode(record.image, name)
+        image = image_files.decode(record.image, name, rgb_conversion=self._vision.rgb_conversion)
         return replace(record, image=tiling.resize_to_grid(image, self._vision))
 
 

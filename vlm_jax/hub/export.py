@@ -46,6 +46,7 @@ NON_ARCHITECTURE_FIELDS = (
     "resize",
     "resize_px",
     "resample",
+    "rgb_conversion",
     "thumbnail",
     "tile_tags",
 )

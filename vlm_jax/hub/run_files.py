@@ -211,6 +211,9 @@ def _prepares_images_alike(cfg: Experiment, processor: Path) -> bool:
     """Returns whether the checkpoint's processor makes the pixels of the run."""
     settings = read_settings(processor)
     expected = vision_settings(settings, cfg.vision)
+    if cfg.vision.rgb_conversion == "composite":
+        # No processor of transformers composites files: new settings would be no closer.
+        del expected["rgb_conversion"]
     if keeps_image_size(settings.kind):
         return True
     sides = {settings.crop_size[0]} if settings.do_center_crop else set(settings.size.values())

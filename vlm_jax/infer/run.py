@@ -75,7 +75,8 @@ class RunProcessor:
 
     def _pixels(self, image: ImageInput) -> np.ndarray:
         """Returns the image as float32 (H, W, 3), laid out in tiles and normalised."""
-        return to_pixels(image_files.to_rgb(read(image)), self.cfg.vision)
+        vision = self.cfg.vision
+        return to_pixels(image_files.to_rgb(read(image), vision.rgb_conversion), vision)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

@@ -42,7 +42,13 @@ CHANGEABLE_FIELDS = (
 NAMED_FILES = 3  # of eval.files, in the name of an evaluation
 LONGEST_NAME = 60
 # Fields that a checkpoint sets, and that earlier versions set to other values.
-TAKEN_OVER = ("vision.resize", "vision.resize_px", "vision.resample", "data.special_ids")
+TAKEN_OVER = (
+    "vision.resize",
+    "vision.resize_px",
+    "vision.resample",
+    "vision.rgb_conversion",
+    "data.special_ids",
+)
 
 
 class EvaluationFolder:

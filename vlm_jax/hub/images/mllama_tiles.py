@@ -21,7 +21,7 @@ from vlm_jax.hub.images.steps import (
 
 def to_tiles(image: ImageInput, settings: ImageSettings) -> tuple[np.ndarray, tuple[int, int]]:
     """Returns the tiles (tiles, height, width, 3) of an image, row by row, and (rows, columns)."""
-    rgb = to_rgb(image, settings.do_convert_rgb)
+    rgb = to_rgb(image, settings)
     tile_px = settings.size["height"]
     rows, columns = best_canvas(rgb.height, rgb.width, settings.max_image_tiles, tile_px)
     canvas = (rows * tile_px, columns * tile_px)

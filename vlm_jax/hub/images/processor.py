@@ -101,7 +101,7 @@ def _flat(images) -> Iterator[ImageInput]:
 
 
 def _pixels(image: ImageInput, settings: ImageSettings) -> np.ndarray:
-    rgb = to_rgb(image, settings.do_convert_rgb)
+    rgb = to_rgb(image, settings)
     if settings.pads_to_square:
         rgb = pad_to_square(rgb, tuple(int(mean * 255) for mean in settings.image_mean))
     if settings.do_resize:
@@ -127,7 +127,7 @@ def _patches(image: ImageInput, settings: ImageSettings) -> tuple[np.ndarray, tu
 
     The last row and column of patches are filled up with padding.
     """
-    rgb = to_rgb(image, settings.do_convert_rgb)
+    rgb = to_rgb(image, settings)
     if settings.do_resize:
         shape = fitting_shape(rgb.height, rgb.width, settings.size)
         rgb = resize(rgb, shape, settings.resample)

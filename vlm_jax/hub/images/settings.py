@@ -46,6 +46,14 @@ class ImageSettings:
         """LLaVA's meaning of `do_pad`: before the resize, with the mean colour."""
         return self.do_pad and self.kind == "LlavaImageProcessor"
 
+    @property
+    def rgb_conversion(self) -> str:
+        """Value of `Vision.rgb_conversion` for files.
+
+        `transformers.image_utils.load_image` converts every file, before do_convert_rgb.
+        """
+        return "convert_composite" if self.do_convert_rgb else "convert"
+
 
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -135,7 +143,7 @@ def read_settings(folder: str | os.PathLike) -> ImageSettings:
 
 
 def vision_settings(settings: ImageSettings, vision: Vision) -> dict[str, object]:
-    """Fields of `Vision` for the resize and normalisation of a processor; `vision` has the size."""
+    """Fields of `Vision` for the pixels of a processor; `vision` has the size."""
     resize, resize_px = _resize(settings, vision)
     return {
         "image_mean": tuple(settings.image_mean),
@@ -143,6 +151,7 @@ def vision_settings(settings: ImageSettings, vision: Vision) -> dict[str, object
         "resample": Image.Resampling(settings.resample).name.lower(),
         "resize": resize,
         "resize_px": resize_px,
+        "rgb_conversion": settings.rgb_conversion,
     }
 
 
@@ -162,7 +171,7 @@ def processor_config(vision: Vision) -> dict[str, Any]:
     side = vision.image_size_px
     square = {"height": side, "width": side}
     config: dict[str, Any] = {
-        "do_convert_rgb": True,
+        "do_convert_rgb": vision.rgb_conversion != "convert",
         "do_resize": True,
         "size": square,
         "resample": int(Image.Resampling[vision.resample.upper()]),

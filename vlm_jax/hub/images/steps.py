@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.config import ConfigError
-from vlm_jax.data.images import from_array, read_bytes, upright
+from vlm_jax.data import images as image_files
 from vlm_jax.data.resize import shortest_edge_shape
 from vlm_jax.hub.images.settings import ImageSettings
 
@@ -90,32 +90,29 @@ def read(image: ImageInput) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, str | os.PathLike):
-        return upright(read_bytes(image), str(image))
+        return image_files.upright(image_files.read_bytes(image), str(image))
     if not is_image(image):
         kind = type(image).__name__
         raise ConfigError(
             f"{kind} is not a kind of image: give a file, an open PIL image or an array of pixels."
         )
-    return from_array(np.asarray(image))
+    return image_files.from_array(np.asarray(image))
 
 
-def to_rgb(image: ImageInput, whiten: bool) -> Image.Image:
+def to_rgb(image: ImageInput, settings: ImageSettings) -> Image.Image:
     """Converts an image to RGB.
 
-    A file loses its transparency first, as in `transformers.image_utils.load_image`. Processors
-    that do not whiten reject open images of other modes than RGB; those are whitened here.
-
-    Args:
-      whiten: transparent pixels become white.
+    A file loses its transparency first, as in `transformers.image_utils.load_image`. Open images
+    that are not RGB become white where they are transparent, also if do_convert_rgb is False:
+    such processors reject them.
     """
     pil = read(image)
     if pil is not image:
-        pil = pil.convert("RGB")
-    if not whiten and pil.mode == "RGB":
+        return image_files.to_rgb(pil, settings.rgb_conversion)
+    if not settings.do_convert_rgb and pil.mode == "RGB":
         return pil
     if "A" in pil.getbands() or pil.info.get("transparency") is not None:
-        pil = pil.convert("RGBA")
-        pil = Image.alpha_composite(Image.new("RGBA", pil.size, "white"), pil)
+        return image_files.composite_on_white(pil)
     return pil.convert("RGB")
 
 

@@ -7,14 +7,16 @@ import pytest
 from PIL import Image
 from transformers import AutoImageProcessor, CLIPImageProcessorPil
 
-from vlm_jax.config import UserError
+from vlm_jax.config import UserError, Vision
 from vlm_jax.hub.images.processor import ImageProcessor
 from vlm_jax.hub.images.settings import (
     CLASS_OF_MODEL_TYPE,
     CLIP_MEAN,
     CLIP_STD,
     DEFAULTS,
+    processor_config,
     read_settings,
+    vision_settings,
 )
 
 RNG = np.random.default_rng(0)
@@ -143,6 +145,14 @@ def test_what_transformers_5_keeps_in_one_file_comes_first(tmp_path):
 def test_a_file_without_a_type_is_read_for_the_model(tmp_path, model_type):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     assert_same_as_reference(folder_of(tmp_path, preprocessor={"size": {"height": 9, "width": 9}}))
+
+
+@pytest.mark.parametrize("conversion", ["convert", "convert_composite"])
+@pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
+def test_an_exported_processor_keeps_the_rgb_conversion(tmp_path, conversion, resize):
+    vision = Vision(rgb_conversion=conversion, resize=resize)
+    settings = read_settings(folder_of(tmp_path, preprocessor=processor_config(vision)))
+    assert vision_settings(settings, vision)["rgb_conversion"] == conversion
 
 
 def open_clip(size, **preprocess) -> dict:

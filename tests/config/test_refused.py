@@ -97,7 +97,24 @@ REFUSED = [
     ),
     (
         {"optim_lr_mult": LrMult(0, 0, 0, 0)},
-        "optim.lr_mult is 0 for vision, .*: nothing would be trained",
+        "optim.lr_mult is 0 for vision, projector, decoder, all .*: nothing would be trained",
+    ),
+    (
+        {"optim_lr_mult": LrMult(0, 0, 0, 0), "fusion_kind": "cross_attention"},
+        "optim.lr_mult is 0 for vision, projector, decoder, cross_attention, all .* trained",
+    ),
+    ({"optim_lr_mult": LrMult(0, 0, 0, 1)}, "optim.lr_mult is 0 for vision, projector, decoder,"),
+    (
+        {"optim_lr_mult": LrMult(1, 1, 0, 1), "fusion_kind": "text_only"},
+        "optim.lr_mult is 0 for decoder, all parts of the model",
+    ),
+    (
+        {
+            "optim_lr_mult": LrMult(1, 0, 0, 1),
+            "vision_kind": "none",
+            "vision_positions": "sincos",
+        },
+        "optim.lr_mult is 0 for projector, decoder, all parts of the model",
     ),
     ({"data_source": "conversations"}, "data.source conversations needs data.files"),
     (
@@ -319,3 +336,12 @@ def test_room_for_exactly_the_row_is_enough():
 
 def test_fields_of_an_encoder_that_is_not_there_are_not_judged():
     validate(changed(tiny(), vision_kind="none", vision_heads=5))
+
+
+@pytest.mark.parametrize("kind", ["cross_attention", "encoder_decoder", "hybrid"])
+def test_one_trained_part_is_enough(kind):
+    validate(changed(tiny(kind), optim_lr_mult=LrMult(0, 0, 0, 1)))
+
+
+def test_position_embeddings_without_an_encoder_can_be_trained():
+    validate(changed(tiny(), vision_kind="none", optim_lr_mult=LrMult(1, 0, 0, 0)))

@@ -283,9 +283,20 @@ def _room(cfg: Experiment) -> None:
 
 
 def _rates(cfg: Experiment) -> None:
-    scales = dataclasses.asdict(cfg.optim.lr_mult)
-    if not any(scales.values()):
-        raise ConfigError(f"optim.lr_mult is 0 for {', '.join(scales)}: nothing would be trained.")
+    vision, fusion, lr_mult = cfg.vision, cfg.fusion, cfg.optim.lr_mult
+    # Parts of the model that have parameters.
+    has_part = {
+        "vision": fusion.has_images and (vision.kind == "vit" or vision.positions == "learned"),
+        "projector": fusion.has_images and cfg.projector.kind != "none",
+        "decoder": True,
+        "cross_attention": fusion.image_in_memory,
+    }
+    parts = [part for part, is_present in has_part.items() if is_present]
+    if not any(getattr(lr_mult, part) for part in parts):
+        raise ConfigError(
+            f"optim.lr_mult is 0 for {', '.join(parts)}, all parts of the model: nothing would be "
+            "trained."
+        )
 
 
 def _microbatches(cfg: Experiment) -> None:

@@ -99,6 +99,16 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(cfg, tmp_pat
         evaluate.evaluate(replace(cfg, workdir=str(tmp_path / "file" / "run")), None, None)
 
 
+def test_an_evaluation_that_fails_leaves_no_folder_behind(cfg, tmp_path):
+    missing = replace(cfg, eval=replace(cfg.eval, split="nowhere"))
+    folder = Workdir(str(tmp_path / "run")).later_evaluation(missing, 7, {})
+    with pytest.raises(UserError):
+        evaluate.evaluate(missing, None, None, folder=folder)
+    assert not (tmp_path / "run").exists()
+    folder.keep_settings()
+    assert folder.path.is_dir()
+
+
 def test_an_answer_that_has_no_room_is_refused(cfg, asked, tokenizer):
     room = questions.prompt_length(cfg, tokenizer, [question.question for question in asked])
     exact = replace(cfg, eval=replace(cfg.eval, max_new_tokens=cfg.decoder.max_positions - room))

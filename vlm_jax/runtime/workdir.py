@@ -98,12 +98,18 @@ class LaterEvaluation(EvaluationFolder):
             return not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
 
     def check_writable(self) -> None:
+        new_folders = [path for path in (self.path, *self.path.parents) if not path.exists()]
         with self.writing():
             self.path.mkdir(parents=True, exist_ok=True)
         super().check_writable()
+        # An evaluation that fails later leaves nothing behind; `keep_settings` creates them again.
+        for path in new_folders:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
     def keep_settings(self) -> None:
         with self.writing():
+            self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(self._settings_file, self._settings)
 
 

@@ -1,5 +1,7 @@
 """Prompts equal those of transformers' processors for the same tokenizer and images."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -139,10 +141,14 @@ def paligemma(tmp_path):
         tmp_path, tiny.gemma, added_tokens_decoder={"450": tiny.token("<image>")}
     )
     images = SiglipImageProcessorPil(size={"height": 28, "width": 28})
-    images.image_seq_length = 5
+    images.image_seq_length = 4
     return PaliGemmaProcessor(images, tokenizer)
 
 
+PALIGEMMA = {
+    "model_type": "paligemma",
+    "vision_config": {"image_size": 28, "patch_size": 14},
+}
 PALIGEMMA_TEXTS = [
     ("answer en what is it?", 1),
     ("<image>answer en", 1),
@@ -155,14 +161,14 @@ PALIGEMMA_TEXTS = [
 
 @pytest.mark.parametrize("text, count", PALIGEMMA_TEXTS)
 def test_paligemma(paligemma, text, count, tmp_path):
-    prompt_format = format_of(paligemma, tmp_path, model_type="paligemma")
+    prompt_format = format_of(paligemma, tmp_path, **PALIGEMMA)
     prompt = prompt_format.prompt(text, [None] * count)
     assert_prompt(prompt, paligemma(images=[[picture()] * count], text=[text]))
-    assert (prompt.input_ids == prompt_format.tokenizer.token_to_id("<image>")).sum() == 5 * count
+    assert (prompt.input_ids == prompt_format.tokenizer.token_to_id("<image>")).sum() == 4 * count
 
 
 def test_paligemma_in_batches(paligemma, tmp_path):
-    prompt_format = format_of(paligemma, tmp_path, model_type="paligemma")
+    prompt_format = format_of(paligemma, tmp_path, **PALIGEMMA)
     texts = ["<image> a red car", "<image><image> A", "<image>"]
     counts = [text.count("<image>") for text in texts]
     reference = paligemma(
@@ -170,6 +176,18 @@ def test_paligemma_in_batches(paligemma, tmp_path):
     )
     prompts = [prompt_format.prompt(text, [None] * count) for text, count in zip(texts, counts)]
     assert_stacked(prompts, reference, paligemma.tokenizer.pad_token_id)
+
+
+@pytest.mark.parametrize("file", ["processor_config.json", "preprocessor_config.json"])
+def test_paligemma_refuses_a_length_that_is_not_that_of_the_model(paligemma, tmp_path, file):
+    format_of(paligemma, tmp_path, **PALIGEMMA)
+    images = {"image_seq_length": 10**12}
+    (tmp_path / "processor_config.json").unlink()
+    config = {"image_processor": images} if file == "processor_config.json" else images
+    (tmp_path / file).write_text(json.dumps(config))
+    message = refusal(load_prompt_format, tmp_path, HubTokenizer.load(tmp_path))
+    assert message.startswith(f"{file}: image_seq_length is 1000000000000, but")
+    assert "4 tokens" in message
 
 
 def test_paligemma_without_images_and_without_a_stated_length(paligemma, tmp_path):

@@ -150,13 +150,19 @@ class PaliGemmaFormat(TextFormat):
 
     @classmethod
     def read(cls, tokenizer, config, processor, images):
+        vision = config["vision_config"]
+        # SigLIP's defaults (transformers 5.23).
+        rows = (vision.get("image_size") or 224) // (vision.get("patch_size") or 16)
+        if not all_nonnegative_ints(rows):
+            raise TypeError("image_size and patch_size are not numbers of pixels")
         count = images.get("image_seq_length")
-        if count is None:
-            vision = config["vision_config"]
-            count = (vision["image_size"] // vision["patch_size"]) ** 2
-        if not all_nonnegative_ints(count):
-            raise TypeError("image_seq_length is not a number of tokens")
-        return cls(tokenizer, count)
+        if count not in (None, rows**2):
+            file = PROCESSOR if processor.get("image_processor") else PREPROCESSOR
+            raise CheckpointError(
+                f"{file}: image_seq_length is {count!r}, but the model encodes an image as "
+                f"{rows**2} tokens."
+            )
+        return cls(tokenizer, rows**2)
 
     def prompt(self, text, images=(), add_special_tokens=True):
         if self.image_token not in text:

@@ -1,5 +1,6 @@
 """Image preprocessing settings of a checkpoint folder, with the defaults of its processor class."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -330,8 +331,8 @@ def _pair(path: Path, key: str, value: Any) -> tuple[int, int]:
 
 def _channels(path: Path, key: str, value: Any) -> tuple[float, ...]:
     values = tuple(value) if isinstance(value, list | tuple) else (value,) * 3
-    if len(values) != 3 or not _are_numbers(*values):
-        raise _refusal(path, key, value, "a number, or one for each of three channels")
+    if len(values) != 3 or not _are_numbers(*values) or not all(map(math.isfinite, values)):
+        raise _refusal(path, key, value, "a finite number, or one for each of three channels")
     if key.endswith("std") and 0 in values:
         raise _refusal(path, key, value, "other than 0, because images are divided by it")
     return values

@@ -36,6 +36,7 @@ from vlm_jax.hub.text.tokenizer import (
     to_tuple,
 )
 from vlm_jax.nn.models import abstract_params, build_model
+from vlm_jax.runtime.workdir import is_run
 
 THREADS = 2  # parameters assembled at a time; each holds memory
 
@@ -119,9 +120,13 @@ def load_checkpoint(
       intermediate_layers: see `mllama.select_family`; other families have none.
 
     Raises:
-      CheckpointError: no config, an unsupported `model_type`, damaged files, or tensors that are
-        unknown, missing or of a wrong shape (the message lists them all).
+      CheckpointError: the folder of a run, no config, an unsupported `model_type`, damaged files,
+        or tensors that are unknown, missing or of a wrong shape (the message lists them all).
     """
+    if is_run(folder):
+        raise CheckpointError(
+            f"{folder} is a run, not a public checkpoint: load it with vlm_jax.from_run."
+        )
     with open_tensors(folder) as tensors:
         checkpoint = inspect(folder, tensors, intermediate_layers)
         boxed = traverse_util.flatten_dict(abstract_params(checkpoint.cfg), sep="/")

@@ -14,6 +14,7 @@ from tests.hub import tiny_checkpoints, tiny_tokenizers
 from tests.hub.parity import saved
 from vlm_jax.cli.main import main
 from vlm_jax.config import UserError
+from vlm_jax.config.files import to_json
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer.answer import AnswerOptions, encode
 from vlm_jax.infer.processor import Processor
@@ -164,6 +165,8 @@ def test_files_open_images_and_arrays_are_one(tokenizer, pictures):
         (["a", "b"], [["x.png"]], "images has 1 lists for 2 prompts"),
         (["a", "b"], ["x.png"] * 3, "flat list of 3 images does not match 2 prompts"),
         ("<image> a <image>", [Image.new("RGB", (4, 4))], "2 <image> placeholders for 1 images"),
+        ("a", ["a\0.png"], r"cannot read the image 'a\\x00.png': embedded null byte"),
+        ("a", [b"x" * 9000], r"images holds b'x{1,60}\.\.\.x{1,60}': give one list"),
         ("a", ["nowhere.png"], "cannot read the image nowhere.png"),
         ("a", [np.zeros((4, 4, 3))], "float64 .* is not an image: it must be uint8"),
         ("word " * 100, (), "is too long: decoder.max_positions 128"),
@@ -178,6 +181,11 @@ def test_a_mistake_is_a_sentence(prompts, images, said, tokenizer):
     ("option", "said"),
     [
         ({"temperature": -1}, "temperature -1: it must be at least 0"),
+        ({"temperature": "1"}, "temperature '1': it must be a number"),
+        ({"top_p": None}, "top_p None: it must be a number"),
+        ({"top_k": 1.5}, "top_k 1.5: it must be a whole number"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens 2.0: it must be a whole number"),
+        ({"seed": True}, "seed True: it must be a whole number"),
         ({"max_new_tokens": 0}, "max_new_tokens 0: it must be at least 1"),
         ({"top_p": 2.0}, "top_p 2.0: it must be above 0 and at most 1"),
     ],
@@ -185,6 +193,29 @@ def test_a_mistake_is_a_sentence(prompts, images, said, tokenizer):
 def test_an_option_out_of_range_is_refused(option, said, tokenizer):
     with pytest.raises(UserError, match=said):
         vlm_jax.generate(*in_memory(experiment(), tokenizer), "a", **option)
+
+
+def test_options_may_be_numbers_of_numpy():
+    AnswerOptions(np.int64(3), np.float32(0.5), np.int32(2), np.float64(1), np.uint32(7)).check()
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ([None], r"^answers\[0\] is None, not a text"),
+        (["a", "b"], "answers must be a list of 1 texts"),
+    ],
+)
+def test_an_answer_that_is_not_a_text_is_refused(answers, said, tokenizer):
+    _, _, processor = in_memory(experiment(), tokenizer)
+    with pytest.raises(UserError, match=said):
+        processor(["a"], answers=answers)
+
+
+def test_a_run_is_not_loaded_as_a_public_checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text(to_json(experiment()))
+    with pytest.raises(UserError, match="is a run, not a public .*: load it with vlm_jax.from_run"):
+        vlm_jax.from_pretrained(tmp_path)
 
 
 def test_a_long_prompt_does_not_shorten_the_other_answers(tokenizer, pictures):

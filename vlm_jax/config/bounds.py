@@ -1,6 +1,7 @@
 """Bounds of an experiment's numbers and paths; a field without a row may have any value."""
 
 import math
+import numbers
 import operator
 import re
 from collections.abc import Callable
@@ -166,8 +167,16 @@ def check_sampling(
       named: spells an option in messages, such as --top-k for top_k.
 
     Raises:
-      ConfigError: an option is out of range.
+      ConfigError: an option is not a number, or out of range.
     """
+    whole = {"max_new_tokens": max_new_tokens, "top_k": top_k, "seed": seed}
+    for option, value in whole.items():
+        # True is an Integral.
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            raise ConfigError(f"{named(option)} {value!r}: it must be a whole number.")
+    for option, value in {"temperature": temperature, "top_p": top_p}.items():
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            raise ConfigError(f"{named(option)} {value!r}: it must be a number.")
     at_least = {
         "max_new_tokens": (max_new_tokens, 1),
         "temperature": (temperature, 0),

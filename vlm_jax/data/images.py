@@ -57,6 +57,9 @@ def read_bytes(path: str | os.PathLike) -> bytes:
         encoded = Path(path).expanduser().read_bytes()
     except OSError as error:
         raise DataError(f"cannot read the image {path}: {error.strerror}.") from None
+    # A NUL character in the path.
+    except ValueError as error:
+        raise DataError(f"cannot read the image {str(path)!r}: {error}.") from None
     refuse_pointer(path, encoded)
     return encoded
 

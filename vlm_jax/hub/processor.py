@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,7 +126,9 @@ class HubProcessor:
         prompts = [prompts] if isinstance(prompts, str) else prompts
         is_list = isinstance(prompts, list | tuple) and len(prompts) > 0
         if not is_list or not all(isinstance(text, str) for text in prompts):
-            raise ConfigError(f"prompts is {prompts!r}: it must be text, or a list of texts.")
+            raise ConfigError(
+                f"prompts is {reprlib.repr(prompts)}: it must be text, or a list of texts."
+            )
         return prompts
 
     def _encode_prompts(

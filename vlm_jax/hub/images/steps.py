@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -52,8 +53,8 @@ def to_rows(
     invalid = [row for row in rows if not isinstance(row, list | tuple)]
     if invalid:
         raise ConfigError(
-            f"images holds {invalid[0]!r}: give one list of images per prompt, [] for a prompt "
-            "without images."
+            f"images holds {reprlib.repr(invalid[0])}: give one list of images per prompt, [] for "
+            "a prompt without images."
         )
     if len(rows) != len(prompts):
         raise ConfigError(

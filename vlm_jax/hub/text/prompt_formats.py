@@ -12,6 +12,7 @@ mllama     <|image|> <|begin_of_text|> what is it?
 
 import itertools
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,11 +283,14 @@ FORMATS = {
 
 
 def check_answers(answers: Sequence[str], prompts: Sequence[str]) -> None:
-    """Raises CheckpointError unless there is one answer per prompt."""
+    """Raises CheckpointError unless there is one answer per prompt, and each is a text."""
     if isinstance(answers, str) or len(answers) != len(prompts):
         raise CheckpointError(
             f"answers must be a list of {len(prompts)} texts, one for each prompt."
         )
+    for index, answer in enumerate(answers):
+        if not isinstance(answer, str):
+            raise CheckpointError(f"answers[{index}] is {reprlib.repr(answer)}, not a text.")
 
 
 def has_own_format(folder: str | os.PathLike) -> bool:

@@ -271,6 +271,18 @@ def test_the_grid_of_a_projector_is_the_one_that_its_tokens_stand_in():
     assert projector.output_grid(kept) == (1, 17)
 
 
+@pytest.mark.parametrize(
+    "arguments, field",
+    [
+        (["--data.files", "a.json", "--seed", "1", "--data.files", "b.json"], "data.files"),
+        (["--train.batch_size=1", "--train.batch-size", "1"], "train.batch_size"),
+    ],
+)
+def test_an_option_given_twice_is_refused(arguments, field):
+    with pytest.raises(ConfigError, match=f"--{field} is given twice: give all values after one"):
+        files.override(tiny(), arguments, "run.py")
+
+
 def test_none_is_written_for_none_and_the_numbers_of_old_mean_it():
     """kv_heads 0, bos_id -1 and so on, as earlier versions wrote them."""
     cfg = files.override(tiny(), ["--decoder.kv_heads", "None", "--data.bos_id", "7"], "run.py")

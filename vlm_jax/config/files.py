@@ -162,13 +162,19 @@ def override(
       options: other options of the program and their help; they are not in `arguments`.
 
     Raises:
-      ConfigError: a field or a choice does not exist, or a value has the wrong type (in `cfg` too).
+      ConfigError: a field or a choice does not exist, an option is given twice, or a value has the
+        wrong type (in `cfg` too).
     """
     check_types(cfg)
     fields, options = kinds(cfg), options or {}
+    given = set()
     for name, values in _options(arguments):
-        if name != "help":
-            _check_option(fields, name, values, options)
+        if name == "help":
+            continue
+        if name in given:
+            raise ConfigError(f"--{name} is given twice: give all values after one option.")
+        given.add(name)
+        _check_option(fields, name, values, options)
     return tyro.cli(
         Experiment,
         default=cfg,

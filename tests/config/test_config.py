@@ -100,6 +100,7 @@ def test_differences_are_lines_with_both_values_and_leave_out_the_work_folder():
         ('{"typo": 1}', "typo"),
         ("3", "not the config of a run"),
         (b"\xff\xfe\x00", "not the config of a run"),
+        (b"\x1f\x8b\x08", "not the config of a run: it is not a text file"),
     ],
 )
 def test_json_that_is_no_experiment_is_refused_with_the_name_of_the_file(text, message):

@@ -1,5 +1,6 @@
 """Files of conversations are read by content, whatever editor wrote them; errors name the entry."""
 
+import gzip
 import json
 import re
 
@@ -67,6 +68,7 @@ UNREADABLE = {
         "UTF-8: line 2 .*0xe9",
     ),
     "UTF-16": (LIST.encode("utf-16"), "not text in UTF-8"),
+    "gzip": (gzip.compress(LIST.encode(), mtime=0), "not a text file: it may be compressed"),
     "zeros at the end": (("\n".join(LINES) + "\n\0\0").encode(), "line 5 has a NUL byte"),
     "an object": (
         json.dumps({"data": json.loads(LIST)}).encode(),

@@ -294,6 +294,10 @@ def from_json(text: str | bytes, name: str) -> Experiment:
         return _reset_unused(_rebuild(Experiment, values))
     except ConfigError:
         raise
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"{name} is not the config of a run: it is not a text file in UTF-8."
+        ) from None
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{name} is not the config of a run of this version: {error}.") from None
 

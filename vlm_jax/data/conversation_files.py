@@ -4,6 +4,7 @@ A file holds a list of records, or one record per line (JSON Lines). Its content
 its name.
 """
 
+import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ RECORD_FORMAT = (
     "'conversations', a list of turns with 'from' and 'value' that alternate between human and "
     f"gpt, and one path in 'image' for each {IMAGE_PLACEHOLDER}"
 )
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # Around records. Concatenated files have byte order marks between them.
 BLANK = "\ufeff \t\r\n"
 
@@ -115,6 +117,8 @@ def _text(file: str) -> str:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
+        if b"\0" in content and not content.startswith(UTF_16):
+            raise DataError(f"{file} is not a text file: it may be compressed.") from None
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(
             f"{file} is not text in UTF-8: line {line} has the byte 0x{content[error.start]:02x}. "

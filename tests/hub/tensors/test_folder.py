@@ -1,5 +1,6 @@
 """Weight files of a folder: reading, writing, and the memory they take."""
 
+import gzip
 import json
 import mmap
 import resource
@@ -236,7 +237,8 @@ def test_a_full_disk_is_named_and_leaves_no_file(tmp_path):
         (None, "No such file"),
         (b"", "not JSON"),
         (b"{", "not JSON"),
-        (b"\xff\xfe\xfa", "not JSON"),
+        (b"\xff\xfe\xfa", "not JSON: it is not a text file in UTF-8"),
+        (gzip.compress(b"{}", mtime=0), "not JSON: it is not a text file in UTF-8"),
         (b"[]", "JSON list"),
     ],
 )

@@ -147,6 +147,8 @@ def json_object(text: bytes, name: str) -> dict:
     """Parses a JSON object. CheckpointError names the text if it is something else."""
     try:
         value = json.loads(text)
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{name} is not JSON: it is not a text file in UTF-8.") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name} is not JSON: {error}.") from None
     if not isinstance(value, dict):

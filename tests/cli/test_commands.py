@@ -199,6 +199,15 @@ MISTAKES = {
         ["generate", "--workdir", "run", "--image", "--prompt", "hi"],
         ["--image"],
     ),
+    "an image flag twice": (
+        ["generate", "--workdir", "run", "--image", "a.png", "--prompt", "hi", "--image=b.png"],
+        ["--image is given twice: give all values after one option"],
+    ),
+    "a field twice": (
+        ["--config", CONFIG, "--train.steps", "9", "--train.steps", "8"],
+        ["--train.steps is given twice"],
+    ),
+    "two configs": (["--config", CONFIG, "--config", CONFIG], ["--config is given twice"]),
     "diff of one file": (["diff", CONFIG], ["diff needs two config files"]),
     "diff with a missing file": (["diff", CONFIG, "nothing.py"], ["nothing.py does not exist"]),
 }

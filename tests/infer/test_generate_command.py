@@ -106,7 +106,8 @@ def test_prompts_of_mixed_lengths_are_padded_on_the_left(llama):
     ],
 )
 def test_a_mistake_is_one_sentence(llama, capsys, arguments, said):
-    checkpoint = ("--checkpoint", llama[2]) if arguments else ()
+    needs_checkpoint = arguments and "--checkpoint" not in arguments
+    checkpoint = ("--checkpoint", llama[2]) if needs_checkpoint else ()
     code, out, error = run(capsys, *checkpoint, *arguments)
     assert code == 2
     assert said in error

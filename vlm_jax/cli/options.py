@@ -33,10 +33,20 @@ HELP_COLUMNS, NAME_COLUMNS = 98, 26
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ConfigError for a mistake, and can leave unknown options to others."""
+    """Raises ConfigError for a mistake, and can leave unknown options to others.
+
+    An option given twice is a mistake: argparse would use the last without a word.
+    """
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
+
+    def parse_known_args(self, args, namespace=None):
+        names = [argument.partition("=")[0] for argument in args]
+        for name in self._option_string_actions:
+            if name.startswith("--") and name != "--help" and names.count(name) > 1:
+                raise ConfigError(f"{name} is given twice: give all values after one option.")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         raise ConfigError(f"{message}.")

@@ -11,6 +11,7 @@ options.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,7 @@ def main() -> int:
         folder = Path(scratch)
         replacements = prepare(folder)
         for document in documents:
+            remove_runs(folder)
             if document.endswith(".ipynb"):
                 run_notebook(document, folder)
                 continue
@@ -98,6 +100,13 @@ def run(document: str, script: str, folder: Path) -> None:
     if done.returncode:
         raise SystemExit(f"{done.stdout}\n{document}: exit code {done.returncode} of\n{script}")
     print(f"   {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def remove_runs(folder: Path) -> None:
+    """Removes the runs of other documents, which may have the same names; README's main job stays."""
+    for run in (folder / "runs").glob("*"):
+        if run.name != "easy_vqa_unified":
+            shutil.rmtree(run)
 
 
 def run_notebook(document: str, folder: Path) -> None:

@@ -103,7 +103,7 @@ def run(document: str, script: str, folder: Path) -> None:
 
 
 def remove_runs(folder: Path) -> None:
-    """Removes the runs of other documents, which may have the same names; README's main job stays."""
+    """Removes the runs of other documents; README's main job stays."""
     for run in (folder / "runs").glob("*"):
         if run.name != "easy_vqa_unified":
             shutil.rmtree(run)

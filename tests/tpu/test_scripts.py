@@ -114,10 +114,10 @@ def test_a_command_that_is_not_installed_is_named_and_a_dry_run_needs_none(cloud
     command, how = (
         ("xpk", "pip install")
         if script in CLUSTER
-        else ("gcloud", "cloud.google.com/sdk/docs/install")
+        else ("gcloud", "see cloud.google.com/sdk/docs/install")
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert f"error: {command} is not installed: see {how}" in done.stderr
+    assert f"error: {command} is not installed: {how}" in done.stderr
     assert command in cloud.do(f"{script} --dry-run")
 
 

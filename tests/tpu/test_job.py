@@ -264,7 +264,7 @@ def test_an_outage_of_three_looks_stops_the_watching(cloud, calls, options):
     assert process.returncode == 1, output + errors
     assert (
         "asking Google Cloud failed, time 3 of 3" in output
-        and "started again, it takes up the job" in output
+        and "start it again to continue the job" in output
     )
     left = calls > 15
     assert (

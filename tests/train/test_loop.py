@@ -381,7 +381,7 @@ def test_a_work_folder_that_cannot_be_made_is_refused(experiment, tmp_path):
         (lambda cfg: replace(cfg, data=replace(cfg.data, text_length=3)), "data.text_length 3"),
         (
             lambda cfg: replace(cfg, data=replace(cfg.data, text_length=22, questions_per_row=1)),
-            "takes 23 tokens",
+            "a question has 23 tokens with its answer",
         ),
         (lambda cfg: replace(cfg, eval=replace(cfg.eval, split="tset")), "eval.split 'tset'"),
         (

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Mapping
 
 from vlm_jax.config import ConfigError
+from vlm_jax.config.files import check_given_once
 from vlm_jax.config.hints import nearest_field
 
 # Names in other programs -> the option.
@@ -43,9 +44,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args, namespace=None):
         names = [argument.partition("=")[0] for argument in args]
-        for name in self._option_string_actions:
-            if name.startswith("--") and name != "--help" and names.count(name) > 1:
-                raise ConfigError(f"{name} is given twice: give all values after one option.")
+        own_options = self._option_string_actions.keys() - {"-h", "--help"}
+        check_given_once([name for name in names if name in own_options])
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str):

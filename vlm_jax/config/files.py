@@ -153,6 +153,13 @@ def _module(file: Path):
     return module
 
 
+def check_given_once(options: list[str]) -> None:
+    """Raises ConfigError if an option is repeated: only its last values would be used."""
+    for name in options:
+        if options.count(name) > 1:
+            raise ConfigError(f"{name} is given twice: give all values after one option.")
+
+
 def override(
     cfg: Experiment, arguments: list[str], program: str, options: dict[str, str] | None = None
 ) -> Experiment:
@@ -167,13 +174,9 @@ def override(
     """
     check_types(cfg)
     fields, options = kinds(cfg), options or {}
-    given = set()
-    for name, values in _options(arguments):
-        if name == "help":
-            continue
-        if name in given:
-            raise ConfigError(f"--{name} is given twice: give all values after one option.")
-        given.add(name)
+    options_and_values = [(name, x) for name, x in _options(arguments) if name != "help"]
+    check_given_once([f"--{name}" for name, _ in options_and_values])
+    for name, values in options_and_values:
         _check_option(fields, name, values, options)
     return tyro.cli(
         Experiment,

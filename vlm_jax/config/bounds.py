@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 
 from vlm_jax.config import ConfigError
+from vlm_jax.config.model import PRETRAINED_PARTS
 
 
 def _for_stacks(**limits: float) -> dict[str, float]:
@@ -124,7 +125,7 @@ PATHS = (
     "data.files",
     "data.image_dir",
     "eval.files",
-    *(f"{part}.checkpoint" for part in ("vision", "projector", "decoder")),
+    *(f"{part}.checkpoint" for part in PRETRAINED_PARTS),
     "train.compilation_cache_dir",
 )
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")

@@ -11,7 +11,7 @@ from typing import Literal
 from vlm_jax.config.datasets import DATASETS, Dataset, source_format
 from vlm_jax.config.errors import ConfigError
 from vlm_jax.config.hints import nearest
-from vlm_jax.config.model import Decoder, Fusion, Model, Projector, Vision
+from vlm_jax.config.model import PRETRAINED_PARTS, Decoder, Fusion, Model, Projector, Vision
 
 
 @dataclass(frozen=True)
@@ -267,9 +267,7 @@ class Experiment:
     @property
     def pretrained_parts(self) -> tuple[str, ...]:
         """Parts that are initialised from a checkpoint."""
-        return tuple(
-            part for part in ("vision", "projector", "decoder") if getattr(self, part).checkpoint
-        )
+        return tuple(part for part in PRETRAINED_PARTS if getattr(self, part).checkpoint)
 
     @property
     def eval_data(self) -> Data:

@@ -22,6 +22,7 @@ from vlm_jax.config import (
     Vision,
 )
 from vlm_jax.config.hints import nearest, nearest_field, suggestion
+from vlm_jax.config.model import PRETRAINED_PARTS
 from vlm_jax.config.validate import (
     check_types,
     element_type,
@@ -198,7 +199,7 @@ def explicit_fields(cfg: Experiment, arguments: list[str]) -> set[str]:
     """
     names = {name for name, _ in _options(arguments)}
     values, defaults = flat(cfg), flat(Experiment())
-    for section in ("vision", "projector", "decoder"):
+    for section in PRETRAINED_PARTS:
         if cfg.init_from or values[f"{section}.checkpoint"]:
             changed = {name for name in values if values[name] != defaults[name]}
             names |= {name for name in changed if name.startswith(f"{section}.")}

@@ -11,6 +11,10 @@ CHANNELS = 3  # red, green, blue
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu2"]
 
 
+# Sections of a model that may start from a checkpoint of their own.
+PRETRAINED_PARTS = ("vision", "projector", "decoder")
+
+
 @dataclass(frozen=True)
 class Transformer:
     """Settings that the image encoder and the decoder share."""

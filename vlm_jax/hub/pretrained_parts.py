@@ -24,6 +24,7 @@ from vlm_jax.config import (
     Projector,
     Vision,
 )
+from vlm_jax.config.model import PRETRAINED_PARTS
 from vlm_jax.config.validate import check_values, flat, with_fields
 from vlm_jax.data.tiling import tag_names
 from vlm_jax.hub.families.table import Row
@@ -44,7 +45,6 @@ from vlm_jax.nn.models import Config, abstract_params
 from vlm_jax.nn.patches import resample_positions
 from vlm_jax.runtime.workdir import Workdir, is_run
 
-PARTS = ("vision", "projector", "decoder")
 Part = Vision | Projector | Decoder
 ReadConfig = Callable[[str], Config]  # folder -> config
 # Settings that do not depend on the weights: they stay the experiment's.
@@ -100,7 +100,7 @@ def _with_init_from(
             f"init_from {cfg.init_from} is an encoder without a decoder: use "
             "--vision.checkpoint instead."
         )
-    parts = cfg.init_parts or (PARTS if source.fusion.has_images else ("decoder",))
+    parts = cfg.init_parts or (PRETRAINED_PARTS if source.fusion.has_images else ("decoder",))
     for part in parts:
         if not getattr(cfg, part).checkpoint:
             cfg = replace(cfg, **{part: replace(getattr(cfg, part), checkpoint=cfg.init_from)})

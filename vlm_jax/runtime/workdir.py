@@ -18,6 +18,7 @@ from vlm_jax.config import (
     files,
 )
 from vlm_jax.config.bounds import check_path
+from vlm_jax.config.model import PRETRAINED_PARTS
 from vlm_jax.config.validate import flat, with_fields
 
 # Fields that may change on resume: they affect only speed, memory or the order of summation.
@@ -157,7 +158,7 @@ class Workdir(EvaluationFolder):
         stored = self.read_config()
         folders = (
             "init_from",
-            *(f"{part}.checkpoint" for part in ("vision", "projector", "decoder")),
+            *(f"{part}.checkpoint" for part in PRETRAINED_PARTS),
         )
         old, new = flat(stored), flat(cfg)
         if any(old[name] != new[name] for name in folders):

@@ -3,12 +3,13 @@
 import contextlib
 import json
 import os
+import socket
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
-import tensorboardX
 from tqdm import tqdm
 
 from vlm_jax.config import Train
@@ -36,6 +37,46 @@ class StepStats:
     data_wait_seconds: float
 
 
+class Board:
+    """Writes the rows of a run for TensorBoard.
+
+    It uses the parts of TensorBoard's writer that do not import TensorFlow.
+
+    Args:
+      start: as in `Log`; TensorBoard hides the rows of later steps that earlier files hold.
+    """
+
+    def __init__(self, folder: Path, start: int):
+        # They take half a second, which only a training run should wait for.
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._events, self._summaries = event_pb2, summary_pb2
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
+        self._writer = RecordWriter(open(folder / name, "wb"))  # noqa: SIM115
+        self._add(file_version="brain.Event:2")
+        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(session_log=restart, step=start + 1)
+
+    def write(self, row: dict) -> None:
+        """Writes the metrics of a row as `train/NAME`."""
+        values = [
+            self._summaries.Summary.Value(tag=f"train/{name}", simple_value=value)
+            for name, value in row.items()
+            if name != "step" and value is not None
+        ]
+        self._add(summary=self._summaries.Summary(value=values), step=row["step"])
+        self._writer.flush()
+
+    def _add(self, **fields) -> None:
+        event = self._events.Event(wall_time=time.time(), **fields)
+        self._writer.write(event.SerializeToString())
+
+    def close(self) -> None:
+        self._writer.close()
+
+
 class Log:
     """Writes a row after step 1, every `train.log_every_steps` and the last step.
 
@@ -57,9 +98,7 @@ class Log:
     ):
         self._drop_rows_after(workdir, start)
         self._file = open(workdir.metrics, "a")  # noqa: SIM115
-        self._board = tensorboardX.SummaryWriter(
-            str(workdir.tensorboard), purge_step=start + 1, flush_secs=10
-        )
+        self._board = Board(workdir.tensorboard, start)
         self._bar = None
         self._start = start
         self._steps, self._every_steps = cfg.steps, cfg.log_every_steps
@@ -140,9 +179,7 @@ class Log:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())  # mounted buckets keep only synced data
-        for name, value in row.items():
-            if name != "step" and value is not None:
-                self._board.add_scalar(f"train/{name}", value, row["step"])
+        self._board.write(row)
         loss, speed = f"{row['loss']:.4f}", f"{row['examples_per_second']:.0f} examples/s"
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss}, {speed}")

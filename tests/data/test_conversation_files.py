@@ -245,3 +245,33 @@ def test_a_record_has_its_type_place_and_number_as_id(tmp_path):
         "1",
         "line 3",
     )
+
+
+TWO_QUESTIONS = (human("a"), gpt("b"), human("c"), gpt("d"))
+
+
+def test_a_record_may_have_several_right_answers_and_choices_for_each_question(tmp_path):
+    lines = [
+        record(answers=["b", "B"], choices=["x", "b"]),
+        record(*TWO_QUESTIONS, answers=[["b", "B"], []]),
+        record(*TWO_QUESTIONS),
+    ]
+    flat, nested, none = read(tmp_path / "talks.json", json.dumps(lines))
+    assert (flat.answers, flat.choices) == ((("b", "B"),), (("x", "b"),))
+    assert nested.answers == (("b", "B"), ())
+    assert (none.answers, none.choices) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"answers": "b"}, "record 0 .id 'a7'. has a text as 'answers', not a list"),
+        ({"answers": [["b"], ["d"], ["e"]]}, "has 3 list.s. of 'answers' for 2 question.s."),
+        ({"choices": ["b", "d"]}, "has 1 list.s. of 'choices' for 2 question.s."),
+        ({"answers": [["b"], [3]]}, "has the number 3 as an element of 'answers', not text"),
+        ({"answers": [["b"], "d"]}, "has 1 list.s. of 'answers' for 2"),
+    ],
+)
+def test_right_answers_that_do_not_fit_the_questions_are_refused(fields, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "talks.json", json.dumps([record(*TWO_QUESTIONS, **fields)]))

@@ -1,6 +1,7 @@
 """Batches are a function of seed and step; processes share an epoch; evaluation reads in order."""
 
 import io
+import json
 import threading
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from vlm_jax.config import (
     Data,
+    Eval,
     Experiment,
     Fusion,
     Train,
@@ -315,3 +317,40 @@ def test_the_first_question_of_a_conversation_is_evaluated_with_its_images(tmp_p
         assert batch.tokens.shape == (1, length)
         assert batch.images.shape == (1, 3, 16, 16, 3), "of one shape, to be compiled once"
         assert batch.image_mask[0, -1].sum() == question.image_count
+
+
+def test_all_questions_of_a_conversation_are_evaluated_with_their_history(tmp_path):
+    data = write_conversations(tmp_path)
+    cfg = tiny(data=data, eval=Eval(turns="all"))
+    talks = json.loads((tmp_path / "talks.json").read_text())
+    talks[0] |= {"answers": ["none", "no image"], "choices": ["an image", "no image"]}
+    talks[0]["conversations"] = talks[0]["conversations"][:2]
+    (tmp_path / "talks.json").write_text(json.dumps(talks))
+    asked = questions.load(cfg, "train")
+    expected = []
+    for talk in talks:
+        texts = [turn["value"] for turn in talk["conversations"]]
+        for number in range(0, len(texts), 2):
+            expected.append((tuple(texts[:number]), texts[number], texts[number + 1]))
+    assert [(one.history, one.question, one.answer) for one in asked] == expected
+    assert len(asked) > len(talks)
+    assert asked[0].references == ("none", "no image")
+    assert asked[0].choices == ("an image", "no image")
+    assert asked[1].references == (asked[1].answer,)
+    assert "talks.json: record 0" in asked[0].location
+    assert questions.load(cfg, "train", limit=5) == asked[:5]
+    later = [one for one in asked if one.history and one.image_count]
+    first = next(one for one in asked if one.image_id == later[0].image_id)
+    assert later[0].images is first.images, "read and encoded once"
+    tokenizer = pipeline.train_tokenizer(cfg)
+    length = questions.row_length(cfg, tokenizer, asked)
+    batch = questions.question_batch(cfg, tokenizer, later[:2], later[:2], length)
+    alone = questions.prompt_row(
+        cfg,
+        tokenizer,
+        later[0].question,
+        [1] * later[0].image_count,
+        length,
+        history=later[0].history,
+    )
+    assert batch.tokens[0].tolist() == alone["tokens"].tolist()

@@ -202,3 +202,16 @@ def test_a_prompt_that_does_not_fit_is_refused(tokenizer):
         templates.prompt_row(experiment(), tokenizer, "<image> a", (1, 1))
     with pytest.raises(UserError, match="more than the 3 of its batch"):
         templates.prompt_row(experiment(), tokenizer, "<image> a", (1,), 3)
+
+
+@pytest.mark.parametrize("template", ["plain", "vicuna", "caption"])
+def test_a_later_question_is_asked_as_it_is_trained_on(tokenizer, template):
+    """Its prompt, the true turns before it included, is the beginning of the training tokens."""
+    cfg = experiment(template=template)
+    trained = templates.encode(cfg, tokenizer, TURNS, (1, 1))
+    prompt = templates.prompt_row(cfg, tokenizer, TURNS[2], (1, 1), history=TURNS[:2])
+    length = len(prompt["tokens"])
+    assert prompt["tokens"].tolist() == trained["tokens"][:length].tolist()
+    assert trained["loss_weights"][length - 1] == 1, "the next token is the answer's first"
+    assert not trained["loss_weights"][:length].all()
+    assert prompt["image_mask"][-1].all(), "both images are seen"

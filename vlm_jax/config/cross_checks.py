@@ -26,6 +26,8 @@ def _data(cfg: Experiment) -> None:
             raise ConfigError(_unread(f"data.{name}", sources, data.source))
     if "files" not in dataset.fields and cfg.eval.files:
         raise ConfigError(_unread("eval.files", sources_that_read("files"), data.source))
+    if "files" not in dataset.fields and _is_changed(cfg.eval, "turns"):
+        raise ConfigError(_unread("eval.turns", sources_that_read("files"), data.source))
     if "files" in dataset.fields and not data.files:
         raise ConfigError(
             f"data.source {data.source} needs data.files: JSON or JSONL files in LLaVA's format."

@@ -223,6 +223,10 @@ class Eval:
     max_examples: int = 0  # maximum number of examples to evaluate; 0: all
     batch_size: int = 256  # number of questions in a batch
     max_new_tokens: int = 8  # maximum length of an answer in tokens
+    #: rows of METRICS in infer/metrics/table.py, such as vqa_accuracy or anls
+    metrics: tuple[str, ...] = ("exact_match",)
+    #: conversations: questions to ask; all: each after the true turns before it
+    turns: Literal["first", "all"] = "first"
 
     @property
     def read_split(self) -> str:

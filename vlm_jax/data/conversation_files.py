@@ -37,6 +37,9 @@ class ConversationRecord:
     image_paths: tuple[str, ...]  # in the order of their placeholders
     turns: tuple[str, ...]
     type: str = DEFAULT_TYPE
+    # Of each question, in evaluation; empty: the record has none.
+    answers: tuple[tuple[str, ...], ...] = ()  # references, instead of the answer in `turns`
+    choices: tuple[tuple[str, ...], ...] = ()
 
 
 class _BadRecord(ValueError):
@@ -146,8 +149,8 @@ def _location(position: str, value: object) -> str:
     return position if name is None else f"{position} (id {name!r})"
 
 
-def _fields(value: object, index: int) -> tuple[str, tuple[str, ...], tuple[str, ...], str]:
-    """Returns the id of a record (`index` if it has none), its image paths, turns and type.
+def _fields(value: object, index: int) -> tuple:
+    """Returns the fields of a record from its id on, which is `index` if it has none.
 
     Raises:
       _BadRecord: the value is not a conversation in LLaVA's format.
@@ -169,7 +172,9 @@ def _fields(value: object, index: int) -> tuple[str, tuple[str, ...], tuple[str,
         raise _BadRecord("has no turn from human that gpt answers")
     record_type = _check_text(value.get("type", DEFAULT_TYPE), "'type'")
     record_id = _check_text(str(value.get("id", index)), "'id'")
-    return record_id, paths, turns, record_type
+    answers = _texts_per_question(value, "answers", len(turns) // 2)
+    choices = _texts_per_question(value, "choices", len(turns) // 2)
+    return record_id, paths, turns, record_type, answers, choices
 
 
 def _turns(record: dict) -> tuple[str, ...]:
@@ -220,6 +225,28 @@ def _image_paths(record: dict) -> tuple[str, ...]:
         if "\0" in _check_text(path, "'image'"):
             raise _BadRecord("has a NUL character in 'image', which no path has")
     return tuple(Path(path).as_posix() for path in paths)
+
+
+def _texts_per_question(record: dict, key: str, questions: int) -> tuple[tuple[str, ...], ...]:
+    """Returns the texts of each question, which a record of one question may have as a flat list.
+
+    Empty if the record has none.
+    """
+    value = record.get(key)
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise _BadRecord(f"has {_json_type(value)} as '{key}', not a list")
+    is_nested = bool(value) and all(isinstance(texts, list) for texts in value)
+    lists = value if is_nested else [value]
+    if len(lists) != questions:
+        raise _BadRecord(
+            f"has {len(lists)} list(s) of '{key}' for {questions} question(s), not one for each"
+        )
+    checked = []
+    for texts in lists:
+        checked.append(tuple(_check_text(text, f"an element of '{key}'") for text in texts))
+    return tuple(checked)
 
 
 def _check_text(value: object, name: str) -> str:

@@ -7,12 +7,15 @@ A file is a list (or JSON Lines, one record per line) of
         {"from": "gpt", "value": "A cat."}, ...]}
 
 `image` is a path below `data.image_dir`, a list of paths, or absent; every <image> in the texts is
-the placeholder of the next of them. A record may have a `type`; an evaluation groups the
-questions by it.
+the placeholder of the next of them. For evaluation, a record may have a `type`, by which questions
+are grouped, `answers`, several references for its question, and `choices`, the texts of a
+multiple-choice question. With several questions, `answers` and `choices` have a list for each; an
+empty one stands for the answer in the conversation.
 """
 
 import functools
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +35,10 @@ class Conversation:
     id: str
     images: tuple[int, ...]  # indices of images of the dataset, in the order of their placeholders
     turns: tuple[str, ...]
-    type: str = DEFAULT_TYPE  # of its first question, in evaluation
+    type: str = DEFAULT_TYPE  # of its questions, in evaluation
+    # As in ConversationRecord.
+    answers: Sequence[Sequence[str]] = ()
+    choices: Sequence[Sequence[str]] = ()
 
 
 class Conversations:
@@ -61,6 +67,8 @@ class Conversations:
             images=tuple(map(int, row["images"])),
             turns=tuple(turn.decode() for turn in row["turns"]),
             type=row["type"].decode(),
+            answers=json.loads(row["answers"]),
+            choices=json.loads(row["choices"]),
         )
 
     def location(self, index: int) -> str:

@@ -10,9 +10,12 @@ from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data import batching, packing, pipeline, sources, templates, text, tiling
 from vlm_jax.data import images as image_files
 from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
+from vlm_jax.data.conversations import Conversation
 from vlm_jax.data.fields import Fields
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import Batch
+
+ImagesReader = Callable[[], list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,18 @@ class Question:
     answer: str
     type: str
     #: returns (H, W, 3) uint8 pixels for each image, resized to its grid of tiles
-    images: Callable[[], list[np.ndarray]] = field(repr=False, compare=False)
+    images: ImagesReader = field(repr=False, compare=False)
     image_count: int = 1
+    history: tuple[str, ...] = ()  # questions and true answers before it in its conversation
+    #: right answers, instead of `answer` alone
+    answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()  # texts of a multiple-choice question
+    location: str = ""  # of its record, in messages
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """All right answers."""
+        return self.answers or (self.answer,)
 
 
 def to_evaluate(cfg: Experiment) -> list[Question]:
@@ -36,10 +49,10 @@ def to_evaluate(cfg: Experiment) -> list[Question]:
 def load(cfg: Experiment, split: str, limit: int = 0) -> list[Question]:
     """Returns the first `limit` questions of a split (0: all), in the order of the dataset.
 
-    A conversation has one: its first question.
+    `eval.turns` decides which questions of a conversation they are.
     """
     if cfg.data.is_conversations:
-        return _first_questions(cfg, split, limit)
+        return _conversation_questions(cfg, split, limit)
     decoded = pipeline.DecodedRecords(sources.load(cfg.data, split), cfg.vision)
     questions = []
     for index in range(len(decoded)):
@@ -52,25 +65,49 @@ def load(cfg: Experiment, split: str, limit: int = 0) -> list[Question]:
     return questions[:limit] if limit else questions
 
 
-def _first_questions(cfg: Experiment, split: str, limit: int) -> list[Question]:
+def _conversation_questions(cfg: Experiment, split: str, limit: int) -> list[Question]:
     source = pipeline.conversation_source(cfg.data, split)
     reader = packing.pixel_reader(cfg, source, is_exact=True)
+
+    # Questions about the same images share them in a batch.
+    @functools.cache
+    def images_reader(indices: tuple[int, ...]) -> ImagesReader:
+        return functools.partial(_read_images, reader, indices)
+
     questions = []
-    for index in range(min(limit or len(source), len(source))):
+    for index in range(len(source)):
         conversation = source[index]
-        question, answer = conversation.turns[:2]
-        indices = conversation.images[: question.count(IMAGE_PLACEHOLDER)]
-        questions.append(
-            Question(
-                image_id=conversation.id,
-                question=question,
-                answer=answer.strip(),
-                type=conversation.type,
-                images=functools.partial(_read_images, reader, indices),
-                image_count=len(indices),
-            )
-        )
+        asked = len(conversation.turns) // 2 if cfg.eval.turns == "all" else 1
+        for number in range(asked):
+            if limit and len(questions) >= limit:
+                return questions
+            location = source.location(index)
+            questions.append(_question(conversation, number, location, images_reader))
     return questions
+
+
+def _question(
+    conversation: Conversation,
+    number: int,
+    location: str,
+    images_reader: Callable[[tuple[int, ...]], ImagesReader],
+) -> Question:
+    """Returns a question of a conversation, with all images up to it."""
+    *history, question, answer = conversation.turns[: 2 * number + 2]
+    placeholders = sum(turn.count(IMAGE_PLACEHOLDER) for turn in [*history, question])
+    indices = conversation.images[:placeholders]
+    return Question(
+        image_id=conversation.id,
+        question=question,
+        answer=answer.strip(),
+        type=conversation.type,
+        images=images_reader(indices),
+        image_count=len(indices),
+        history=tuple(history),
+        answers=tuple(conversation.answers[number]) if conversation.answers else (),
+        choices=tuple(conversation.choices[number]) if conversation.choices else (),
+        location=location,
+    )
 
 
 def _read_images(read: Callable[[int], np.ndarray], indices: Sequence[int]) -> list[np.ndarray]:
@@ -83,7 +120,9 @@ def _read_record_image(decoded: pipeline.DecodedRecords, index: int) -> list[np.
 
 def row_length(cfg: Experiment, tokenizer: Tokenizer, questions: Iterable[Question]) -> int:
     """Returns `prompt_length` of the questions, as if every image had the most tiles."""
-    prompts = {(question.question, question.image_count) for question in questions}
+    prompts = {
+        (question.question, question.image_count, question.history) for question in questions
+    }
     return _max_prompt_length(cfg, tokenizer, prompts)
 
 
@@ -95,17 +134,18 @@ def prompt_length(
     Raises:
       ConfigError: the longest prompt leaves no room for an answer of `eval.max_new_tokens`.
     """
-    return _max_prompt_length(cfg, tokenizer, {(prompt, images) for prompt in prompts})
+    return _max_prompt_length(cfg, tokenizer, {(prompt, images, ()) for prompt in prompts})
 
 
 def _max_prompt_length(
-    cfg: Experiment, tokenizer: Tokenizer, prompts: Iterable[tuple[str, int]]
+    cfg: Experiment, tokenizer: Tokenizer, prompts: Iterable[tuple[str, int, Sequence[str]]]
 ) -> int:
-    """Returns the length of the longest prompt, each with its number of images."""
+    """Returns the length of the longest prompt, each with its number of images and its history."""
     lengths = []
-    for prompt, image_count in prompts:
+    for prompt, image_count, history in prompts:
         tiles = [cfg.vision.cut_tiles] * image_count
-        lengths.append(len(prompt_row(cfg, tokenizer, prompt, tiles)["tokens"]))
+        row = prompt_row(cfg, tokenizer, prompt, tiles, history=history)
+        lengths.append(len(row["tokens"]))
     length = max(lengths)
     if length + cfg.eval.max_new_tokens > cfg.decoder.max_positions:
         raise ConfigError(
@@ -122,13 +162,15 @@ def prompt_row(
     tiles: Sequence[int],
     length: int | None = None,
     answer: str | None = None,
+    history: Sequence[str] = (),
 ) -> Fields:
     """Returns the fields of a row to continue, in the form that the training data has.
 
-    `tiles` has the tile count of each image of the prompt.
+    `tiles` has the tile count of each image of the prompt and of `history`, the questions and
+    answers before it in a conversation.
     """
     if cfg.data.is_conversations:
-        return templates.prompt_row(cfg, tokenizer, prompt, tiles, length, answer)
+        return templates.prompt_row(cfg, tokenizer, prompt, tiles, length, answer, history)
     ids = () if answer is None else text.answer_ids(tokenizer, answer)
     return text.prompt_row(cfg, text.prompt_ids(tokenizer, prompt), tiles, length, ids)
 
@@ -141,6 +183,7 @@ def prompt_batch(
     length: int | None = None,
     image_rows: Sequence[int] | None = None,
     answers: Sequence[str] | None = None,
+    histories: Sequence[Sequence[str]] | None = None,
 ) -> Batch:
     """Makes a batch to continue, padded on the left, of prompts and the images of each.
 
@@ -155,6 +198,7 @@ def prompt_batch(
       image_rows: for each prompt, the row of `images` that it is about, so that images that
         several prompts share are encoded once.
       answers: one for each prompt. The batch then has `targets` and `loss_weights` to train on.
+      histories: for each prompt, the questions and answers before it in its conversation.
     """
     tiles = [_tile_counts(cfg, row) for row in images]  # for each row of images
     max_images = max(map(len, tiles))
@@ -162,18 +206,20 @@ def prompt_batch(
         tiles = [tiles[row] for row in image_rows]  # for each prompt
     if answers is None:
         answers = [None] * len(prompts)
+    if histories is None:
+        histories = [()] * len(prompts)
     if length is None:
         lengths = []
-        for prompt, counts, answer in zip(prompts, tiles, answers, strict=True):
-            row = prompt_row(cfg, tokenizer, prompt, counts, answer=answer)
+        for prompt, counts, answer, history in zip(prompts, tiles, answers, histories, strict=True):
+            row = prompt_row(cfg, tokenizer, prompt, counts, answer=answer, history=history)
             lengths.append(len(row["tokens"]))
         length = max(lengths)
     elif cfg.fusion.has_images:
         max_images = max(max_images, cfg.data.images_per_row)
     views = max_images * cfg.vision.views
     rows = []
-    for prompt, counts, answer in zip(prompts, tiles, answers, strict=True):
-        row = prompt_row(cfg, tokenizer, prompt, counts, length, answer)
+    for prompt, counts, answer, history in zip(prompts, tiles, answers, histories, strict=True):
+        row = prompt_row(cfg, tokenizer, prompt, counts, length, answer, history)
         rows.append(row | {"image_mask": _zero_pad(row["image_mask"], 1, views)})
     batch = Batch(**batching.stack_fields(rows))
     if not max_images:
@@ -225,11 +271,12 @@ def question_batch(
     images = [_read_normalised(cfg, reader) for reader in readers]
     images += images[-1:] * (image_rows - len(images))
     prompts = [question.question for question in questions]
+    histories = [question.history for question in questions]
     owners = [readers.index(source.images) for source in image_sources]
-    return prompt_batch(cfg, tokenizer, images, prompts, length, owners)
+    return prompt_batch(cfg, tokenizer, images, prompts, length, owners, histories=histories)
 
 
-def _read_normalised(cfg: Experiment, read: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
+def _read_normalised(cfg: Experiment, read: ImagesReader) -> list[np.ndarray]:
     return [image_files.normalise(pixels, cfg.vision) for pixels in read()]
 
 

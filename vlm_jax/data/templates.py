@@ -144,10 +144,11 @@ def prompt_row(
     tiles: Sequence[int],
     length: int | None = None,
     answer: str | None = None,
+    history: Sequence[str] = (),
 ) -> Fields:
     """Returns the fields of a row to continue with an answer, padded on the left.
 
-    Images precede a prompt without placeholders, each on a separate line.
+    Images precede turns without placeholders, each on a separate line.
 
     Args:
       cfg: the experiment.
@@ -155,22 +156,25 @@ def prompt_row(
       prompt: a question.
       tiles: tile count of each image.
       length: of the row, by default without padding.
-      answer: follows the prompt. The row then has `targets` and `loss_weights` that score it.
+      answer: follows the prompt. The row then has `targets` and `loss_weights` that score it, and
+        the answers of `history`.
+      history: questions and answers before the prompt.
 
     Raises:
-      ConfigError: the prompt has another number of placeholders, or is longer than `length`.
+      ConfigError: the turns have another number of placeholders, or are longer than `length`.
     """
     images = len(tiles)
-    if IMAGE_PLACEHOLDER not in prompt:
-        lines = [IMAGE_PLACEHOLDER] * images + [prompt]
-        prompt = "\n".join(lines)
-    placeholders = prompt.count(IMAGE_PLACEHOLDER)
+    turns = [*history, prompt]
+    placeholders = sum(turn.count(IMAGE_PLACEHOLDER) for turn in turns)
+    if not placeholders:
+        turns[0] = "\n".join([IMAGE_PLACEHOLDER] * images + turns[:1])
+        placeholders = images
     if placeholders != images:
         raise ConfigError(
             f"a prompt has {placeholders} {IMAGE_PLACEHOLDER} placeholders for {images} images: "
             f"{prompt!r}."
         )
-    row = encode(cfg, tokenizer, [prompt] if answer is None else [prompt, answer], tiles)
+    row = encode(cfg, tokenizer, turns if answer is None else [*turns, answer], tiles)
     seen, tags = row.pop("images_seen"), row.pop("image_tags")  # (N,)
     is_read = np.arange(images) < seen[:, None]  # (N, images)
     if cfg.fusion.placeholder:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import itertools
+import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,8 +35,8 @@ class ConversationTexts(LocalBuilder, skip_registration=True):
     the first record that names it.
     """
 
-    # Before version 1.2.0 rows had no file, place and type.
-    VERSION = tfds.core.Version("1.2.0")
+    # Before version 1.2.0 rows had no file, place and type, before 1.3.0 no answers and choices.
+    VERSION = tfds.core.Version("1.3.0")
 
     def __init__(self, files: tuple[str, ...], **settings):
         self._files = files
@@ -51,6 +52,9 @@ class ConversationTexts(LocalBuilder, skip_registration=True):
             type=text,
             images=tfds.features.Sequence(np.int64),
             turns=tfds.features.Sequence(text),
+            # JSON, since lists of lists have no feature that is read without TensorFlow.
+            answers=text,
+            choices=text,
         )
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
@@ -77,6 +81,8 @@ class ConversationTexts(LocalBuilder, skip_registration=True):
                     "type": record.type,
                     "images": [image_index[path] for path in record.image_paths],
                     "turns": record.turns,
+                    "answers": json.dumps(record.answers),
+                    "choices": json.dumps(record.choices),
                 },
             )
 

@@ -90,13 +90,18 @@ def test_a_run_uses_every_recipe(extended, datasets_dir):
         "train.steps": "2",
         "train.batch_size": "2",
         "eval.max_examples": "4",
+        "eval.metrics": "exact_match first_word",
         "data.dir": datasets_dir,
     }
-    arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
+    arguments = []
+    for name, value in options.items():
+        arguments += [f"--{name}", *value.split()]
     config_file = ROOT / "configs/easy_vqa/unified.py"
     run(extended, "train", "--config", str(config_file), "--workdir", "run", *arguments)
     scores = json.loads((extended / "run/eval.json").read_text())
-    assert {"exact_match", "contains", "image_shuffled_contains", "contains_by_type"} <= set(scores)
+    assert scores["metrics"]["first_word"]["source"] == "this page"
+    names = {"first_word", "image_shuffled_first_word", "first_word_by_type"}
+    assert {"exact_match", "first_word_interval", *names} <= set(scores)
     config = json.loads((extended / "run/config.json").read_text())
     assert config["projector"]["kind"] == "max_pool"
     with_factor_3 = [*arguments, "--projector.factor", "3"]

@@ -64,11 +64,12 @@ def write_run(run: Run, correct_share: float, seconds: float = 60.0) -> None:
     workdir, cfg = Workdir(run.cfg.workdir), run.cfg
     workdir.open(cfg)
     test_questions = questions.to_evaluate(cfg)
+    metrics = cfg.eval.metrics
     correct_count = round(correct_share * len(test_questions))
     predictions = [question.answer for question in test_questions[:correct_count]]
     predictions += ["| <b>"] * (len(test_questions) - correct_count)
-    workdir.predictions.write_text(evaluate.prediction_lines(test_questions, predictions))
-    scores = evaluate.score(test_questions, predictions, [""] * len(test_questions))
+    workdir.predictions.write_text(evaluate.prediction_lines(metrics, test_questions, predictions))
+    scores = evaluate.score(metrics, test_questions, predictions, [""] * len(test_questions))
     workdir.eval.write_text(json.dumps(scores))
 
     metrics = [

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.study import studies
-from vlm_jax.infer.metrics import METRICS
+from vlm_jax.infer.metrics.table import METRICS, Metric
 from vlm_jax.study import override, planning
 from vlm_jax.study.report import (
     costs,
@@ -169,9 +169,11 @@ def test_a_study_may_use_any_metric(datasets_dir, tmp_path, monkeypatch):
     def first_letter(prediction, references):
         return float(any(prediction[:1] == reference[:1] for reference in references))
 
-    monkeypatch.setitem(METRICS, "first_letter", first_letter)
+    row = Metric(first_letter, variant="equal first letters", source="this test")
+    monkeypatch.setitem(METRICS, "first_letter", row)
+    base = override(studies.base(datasets_dir), {"eval.metrics": ("exact_match", "first_letter")})
     for metric in ("first_letter", "first_letter_by_type.present"):
-        study = studies.study(datasets_dir, matched={"examples": None}, metric=metric)
+        study = studies.study(datasets_dir, base=base, matched={"examples": None}, metric=metric)
         report = results.read_results(studies.write_study(study, tmp_path / metric))
         assert not report.broken
         assert len(report.scores("examples", "linear")) == 2

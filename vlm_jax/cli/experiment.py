@@ -7,6 +7,7 @@ from pathlib import Path
 from vlm_jax.cli.options import FILE, FOLDER, Parser
 from vlm_jax.config import ConfigError, Data, Eval, Experiment, Optim, Train, files
 from vlm_jax.config.validate import validate
+from vlm_jax.infer.metrics.table import check_metrics
 from vlm_jax.runtime.workdir import Workdir
 
 # One option under several names.
@@ -45,7 +46,8 @@ def parse_experiment(
       options: as in `config.files.override`.
 
     Raises:
-      ConfigError: no experiment is named, or a field is unknown, invalid, or fixed by the run.
+      ConfigError: no experiment is named, a field is unknown, invalid, or fixed by the run, or a
+        metric does not exist.
     """
     parser = Parser(add_help=False)
     parser.add_argument("--config")
@@ -74,6 +76,7 @@ def parse_experiment(
         explicit = files.explicit_fields(base, fields)
         resolved = pretrained_parts.resolve_checkpoints(cfg, explicit)
         cfg = Workdir(cfg.workdir).as_begun(resolved, explicit)
+    check_metrics(cfg.eval.metrics, "eval.metrics")
     return validate(cfg)
 
 

@@ -3,9 +3,7 @@
 import itertools
 import json
 import sys
-from collections import defaultdict
-from collections.abc import Mapping
-from statistics import fmean
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.experimental import multihost_utils
@@ -17,7 +15,10 @@ from vlm_jax.data import questions
 from vlm_jax.data.questions import Question
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer.generate import NonFiniteLogits, SamplingParams, generate
-from vlm_jax.infer.metrics import METRICS, metric_keys
+from vlm_jax.infer.metrics import scores as metric_scores
+from vlm_jax.infer.metrics.answers import exact_match
+from vlm_jax.infer.metrics.scores import Reference, metric_keys
+from vlm_jax.infer.metrics.table import check_metrics
 from vlm_jax.infer.samples import draw_samples
 from vlm_jax.runtime import distributed
 from vlm_jax.runtime.workdir import EvaluationFolder, Workdir, write_atomic
@@ -30,7 +31,7 @@ def evaluate(
     step: int | None = None,
     folder: EvaluationFolder | None = None,
 ) -> dict:
-    """Answers the questions of `eval.split` or `eval.files` and returns the scores of METRICS.
+    """Answers the questions of `eval.split` or `eval.files` and scores them by `eval.metrics`.
 
     Every question is answered twice: with its own images, and with the images of another question
     (`image_shuffled_...`), which shows how much the answers depend on the images. All processes
@@ -41,15 +42,19 @@ def evaluate(
       folder: to write to; None: the work folder of the run.
 
     Raises:
-      ConfigError: the folder cannot be written, the split does not exist, or a prompt is too long.
+      ConfigError: a metric does not exist, the folder cannot be written, the split does not exist,
+        or a prompt is too long.
+      DataError: the references of a question do not fit a metric.
       NonFiniteLogits: the model computes NaN for a question; then nothing is written.
     """
+    check_metrics(cfg.eval.metrics, "eval.metrics")
     folder = folder or Workdir(cfg.workdir)
     is_first_process = jax.process_index() == 0
     with distributed.raise_on_all():
         if is_first_process:
             folder.check_writable()
     examples = questions.to_evaluate(cfg)
+    metric_scores.check_references(cfg.eval.metrics, references(examples))
     warning = warn_of_long_answers(cfg, tokenizer, examples)
     if is_first_process and warning:
         print(warning, flush=True)
@@ -62,78 +67,95 @@ def evaluate(
         "examples": len(examples),
         "step": step,
         "max_new_tokens": cfg.eval.max_new_tokens,
-        **score(examples, predictions, shuffled_predictions),
+        **score(cfg.eval.metrics, examples, predictions, shuffled_predictions),
     }
 
     if is_first_process:
         folder.keep_settings()
-        write_atomic(folder.predictions, prediction_lines(examples, predictions))
+        write_atomic(folder.predictions, prediction_lines(cfg.eval.metrics, examples, predictions))
         draw_samples(folder.samples, examples, predictions, cfg.eval.title)
         write_atomic(folder.eval, json.dumps(scores, indent=2) + "\n")
     return scores
 
 
+def references(examples: Sequence[Question]) -> list[Reference]:
+    """Returns the right answers of each question."""
+    right = []
+    for question in examples:
+        location = question.location or f"image {question.image_id}: {question.question!r}"
+        right.append(Reference(question.references, location, question.type, question.choices))
+    return right
+
+
 def score(
-    examples: list[Question], predictions: list[str], shuffled_predictions: list[str]
-) -> dict[str, float | dict[str, float]]:
+    metrics: Sequence[str],
+    examples: list[Question],
+    predictions: list[str],
+    shuffled_predictions: list[str],
+) -> dict:
     """Returns the scores of every metric, with their keys in eval.json."""
+    right = references(examples)
     scores = {}
-    for metric in METRICS:
-        keys = metric_keys(metric)
-        values = score_each(metric, examples, predictions)
-        scores[keys.mean] = fmean(values)
-        scores[keys.by_type] = mean_by_type(examples, values)
-        scores[keys.shuffled] = fmean(score_each(metric, examples, shuffled_predictions))
-    return scores
+    for metric in metrics:
+        values = metric_scores.evaluate_metric(metric, predictions, right)
+        scores |= metric_scores.describe_numbers(metric, values, right)
+        shuffled = metric_scores.evaluate_metric(metric, shuffled_predictions, right)
+        for name, number in metric_scores.summarize(metric, shuffled).items():
+            scores[metric_keys(name).shuffled] = number.mean
+    return {**scores, "metrics": metric_scores.describe_rules(metrics)}
 
 
 def describe_scores(scores: Mapping, title: str) -> list[str]:
-    """Returns a line about each metric, for people to read."""
+    """Returns a line about each number of each metric, for people to read."""
     lines = []
-    for metric in METRICS:
-        keys = metric_keys(metric)
-        lines.append(
-            f"{metric.replace('_', ' ')} {scores[keys.mean]:.4f} on {scores['examples']} questions "
-            f"of {title}, {scores[keys.shuffled]:.4f} with shuffled images"
-        )
+    for metric in scores["metrics"]:
+        for name in metric_scores.number_names(metric):
+            keys = metric_keys(name)
+            low, high = scores[keys.interval]
+            lines.append(
+                f"{name.replace('_', ' ')} {scores[keys.mean]:.4f} (95 % interval {low:.4f} to "
+                f"{high:.4f}) on {scores['examples']} questions of {title}, "
+                f"{scores[keys.shuffled]:.4f} with shuffled images"
+            )
     return lines
 
 
-def score_each(metric: str, examples: list[Question], predictions: list[str]) -> list[float]:
-    """Returns the score of every prediction."""
-    function = METRICS[metric]
-    return [
-        function(prediction, [question.answer])
-        for question, prediction in zip(examples, predictions, strict=True)
-    ]
+def prediction_lines(
+    metrics: Sequence[str], examples: list[Question], predictions: list[str]
+) -> str:
+    """Returns predictions.jsonl: a question, the prediction and its scores on each line.
 
-
-def mean_by_type(examples: list[Question], values: list[float]) -> dict[str, float]:
-    """Returns the mean value of the questions of each type."""
-    by_type = defaultdict(list)
-    for question, value in zip(examples, values, strict=True):
-        by_type[question.type].append(value)
-    return {name: fmean(by_type[name]) for name in sorted(by_type)}
-
-
-def prediction_lines(examples: list[Question], predictions: list[str]) -> str:
-    """Returns predictions.jsonl: a question, the prediction and its scores on each line."""
-    scores = {
-        metric_keys(name).example: score_each(name, examples, predictions) for name in METRICS
-    }
+    `python run.py score` reads it.
+    """
+    right = references(examples)
+    scores = {}
+    for metric in metrics:
+        values = metric_scores.evaluate_metric(metric, predictions, right)
+        answers = metric_scores.answer_scores(metric, values)
+        if answers is not None:
+            scores[metric_keys(metric).example] = answers
     lines = []
-    for i, question in enumerate(examples):
+    for i, (question, prediction) in enumerate(zip(examples, predictions, strict=True)):
         row = {name: getattr(question, name) for name in ("image_id", "question", "type", "answer")}
-        row["prediction"] = predictions[i]
+        row["references"] = list(question.references)
+        if question.choices:
+            row["choices"] = list(question.choices)
+        row["prediction"] = prediction
+        row["correct"] = exact_match(prediction, question.references)
         row |= {key: values[i] for key, values in scores.items()}
         lines.append(json.dumps(row) + "\n")
     return "".join(lines)
 
 
 def warn_of_long_answers(cfg: Experiment, tokenizer: Tokenizer, examples: list[Question]) -> str:
-    """Returns a sentence about answers longer than `eval.max_new_tokens`; "" without any."""
+    """Returns a sentence about answers longer than `eval.max_new_tokens`; "" without any.
+
+    Of several references the shortest counts.
+    """
     max_new_tokens = cfg.eval.max_new_tokens
-    lengths = [len(tokenizer.encode(question.answer)) for question in examples]
+    lengths = []
+    for question in examples:
+        lengths.append(min(len(tokenizer.encode(text)) for text in question.references))
     count = sum(length > max_new_tokens for length in lengths)
     if not count:
         return ""

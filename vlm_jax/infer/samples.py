@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 
 from vlm_jax.data.questions import Question
-from vlm_jax.infer.metrics import exact_match
+from vlm_jax.infer.metrics.answers import exact_match
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 (after the choice of a backend without a display)
@@ -28,7 +28,7 @@ def draw_samples(path: Path, examples: list[Question], answers: list[str], split
     on the split, and how many answers of each kind are drawn.
     """
     is_right = [
-        exact_match(answer, [question.answer])
+        exact_match(answer, question.references)
         for question, answer in zip(examples, answers, strict=True)
     ]
     wrong, right = choose_samples(is_right)
@@ -44,7 +44,9 @@ def draw_samples(path: Path, examples: list[Question], answers: list[str], split
     for cell, i in zip(cells.flat, samples):
         for pixels in examples[i].images()[:1]:
             cell.imshow(pixels, interpolation="nearest")
-        title = f"{_wrap(examples[i].question)}\n{verdict(examples[i].answer, answers[i])}"
+        # A right answer is drawn alone.
+        reference = answers[i] if is_right[i] else examples[i].answer
+        title = f"{_wrap(examples[i].question)}\n{verdict(reference, answers[i])}"
         color = RIGHT if is_right[i] else WRONG
         # parse_math=False, because a model may write anything, "$" included.
         cell.set_title(title, fontsize=8, color=color, parse_math=False)

@@ -9,7 +9,8 @@ from pathlib import Path
 from vlm_jax.config import ConfigError, Experiment, UserError
 from vlm_jax.config.hints import nearest
 from vlm_jax.config.validate import kinds
-from vlm_jax.infer.metrics import parse_score, score_names
+from vlm_jax.infer.metrics.scores import all_numbers, metric_of, parse_score, score_names
+from vlm_jax.infer.metrics.table import check_metrics
 from vlm_jax.study.changes import Overrides, is_placeholder, override
 from vlm_jax.study.matching import AXES
 
@@ -206,10 +207,17 @@ def _check_overrides(study: Study, where: str, overrides: Overrides) -> None:
 
 
 def _check_metric(study: Study) -> None:
-    if parse_score(study.metric) is None:
+    check_metrics(study.base.eval.metrics, "eval.metrics")
+    score = parse_score(study.metric)
+    if score is None:
         raise ConfigError(
-            f"metric {study.metric!r} does not exist: choose {', '.join(score_names())}."
+            f"metric {study.metric!r} does not exist{nearest(study.metric, score_names())}: choose "
+            "NAME, image_shuffled_NAME or NAME_by_type.TYPE (by_type.TYPE of exact_match), with "
+            f"NAME one of {', '.join(all_numbers())}."
         )
+    metric = metric_of(score.metric)
+    if metric not in study.base.eval.metrics:
+        raise ConfigError(f"metric {study.metric} needs {metric} in eval.metrics of base: add it.")
     match study.metric_bounds:
         case (float() | int() as low, float() | int() as high) if low < high:
             return

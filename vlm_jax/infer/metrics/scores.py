@@ -1,69 +1,168 @@
-"""Metrics of generated answers, and the names of their scores in the files of an evaluation.
+"""Scores of answers by chosen metrics, and their names in the files of an evaluation."""
 
-To add a metric, write a function and give it a row in METRICS. Evaluation scores every example with
-it, and reports the mean over the examples, over the examples with shuffled images, and by type of
-question.
-"""
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
-# A generated answer and the reference answers of its question -> a score; higher is better.
-Metric = Callable[[str, Sequence[str]], float]
-
-
-def exact_match(prediction: str, references: Sequence[str]) -> bool:
-    """Returns whether the prediction equals a reference, character by character."""
-    return prediction in references
-
-
-METRICS: dict[str, Metric] = {"exact_match": exact_match}
+from vlm_jax.config import DataError
+from vlm_jax.infer.metrics.intervals import Estimate
+from vlm_jax.infer.metrics.table import METRICS
 
 # Its scores have the plain keys `correct` and `by_type`.
 DEFAULT_METRIC = "exact_match"
 SHUFFLED = "image_shuffled_"
 
 
+class Reference(NamedTuple):
+    """The right answers of a question."""
+
+    texts: Sequence[str]
+    location: str  # of the question, in messages
+    type: str | None = None  # of the question; None: no group of `by_type`
+    choices: Sequence[str] = ()  # of a multiple-choice question, without their letters
+
+
 class Keys(NamedTuple):
-    """Keys of a metric's scores."""
+    """Keys of a number that a metric computes."""
 
     example: str  # in a line of predictions.jsonl
     mean: str  # in eval.json, like those below
+    interval: str  # its 95 % interval, [low, high]
     by_type: str  # type of question -> mean
+    type_intervals: str  # type of question -> interval
     shuffled: str  # mean over the examples, each with the images of another
 
 
-def metric_keys(metric: str) -> Keys:
-    """Returns the keys of a metric in predictions.jsonl and eval.json."""
-    if metric == DEFAULT_METRIC:
-        return Keys("correct", metric, "by_type", SHUFFLED + metric)
-    return Keys(metric, metric, f"{metric}_by_type", SHUFFLED + metric)
+def metric_keys(name: str) -> Keys:
+    """Returns the keys of a metric, or of a part such as `pope_f1`."""
+    by_type, example = f"{name}_by_type", name
+    if name == DEFAULT_METRIC:
+        by_type, example = "by_type", "correct"
+    interval = f"{name}_interval"
+    return Keys(example, name, interval, by_type, f"{by_type}_intervals", SHUFFLED + name)
 
 
 class Score(NamedTuple):
     """One number of eval.json."""
 
-    metric: str
+    metric: str  # or a part of a metric
     is_shuffled: bool = False
     type: str | None = None  # of question; None: all of them
+
+
+def number_names(metric: str) -> list[str]:
+    """Returns the names of the numbers that a metric computes: its own, and those of its parts."""
+    return [metric, *[f"{metric}_{part}" for part in METRICS[metric].parts]]
+
+
+def metric_of(number: str) -> str:
+    """Returns the metric that computes a number: `pope` for `pope_f1`."""
+    return next(metric for metric in METRICS if number in number_names(metric))
+
+
+def all_numbers() -> Iterator[str]:
+    """Yields the names of all numbers of all metrics."""
+    for metric in METRICS:
+        yield from number_names(metric)
 
 
 def parse_score(name: str) -> Score | None:
     """Returns the score with a name, such as `exact_match` or `by_type.color`; None if unknown."""
     key, _, question_type = name.partition(".")
-    for metric in METRICS:
-        keys = metric_keys(metric)
+    for number in all_numbers():
+        keys = metric_keys(number)
         if question_type and key == keys.by_type:
-            return Score(metric, type=question_type)
+            return Score(number, type=question_type)
         if not question_type and key in (keys.mean, keys.shuffled):
-            return Score(metric, is_shuffled=key == keys.shuffled)
+            return Score(number, is_shuffled=key == keys.shuffled)
     return None
 
 
 def score_names() -> list[str]:
     """Returns the names that `parse_score` accepts; NAME stands for a type of question."""
     names = []
-    for metric in METRICS:
-        keys = metric_keys(metric)
+    for number in all_numbers():
+        keys = metric_keys(number)
         names += [keys.mean, keys.shuffled, f"{keys.by_type}.NAME"]
     return names
+
+
+def check_references(metrics: Sequence[str], references: Sequence[Reference]) -> None:
+    """Checks, before any answer exists, that every metric can score every question.
+
+    Raises:
+      DataError: the references of a question do not fit a metric; the message names both.
+    """
+    for metric in metrics:
+        evaluate_metric(metric, [""] * len(references), references)
+
+
+def evaluate_metric(
+    metric: str, predictions: Sequence[str], references: Sequence[Reference]
+) -> list[Any]:
+    """Returns the value of a metric's function for every answer.
+
+    Raises:
+      DataError: the references of a question do not fit the metric.
+    """
+    row = METRICS[metric]
+    if row.takes_all:
+        try:
+            return row.function(predictions, [reference.texts for reference in references])
+        except DataError as error:
+            raise DataError(f"metric {metric}: {error}.") from None
+    values = []
+    for prediction, reference in zip(predictions, references, strict=True):
+        choices = [reference.choices] if row.takes_choices else []
+        try:
+            values.append(row.function(prediction, reference.texts, *choices))
+        except DataError as error:
+            raise DataError(f"{reference.location}: metric {metric}: {error}.") from None
+    return values
+
+
+def answer_scores(metric: str, values: Sequence[Any]) -> list[float] | None:
+    """Returns the score of every answer; None if an answer alone has none."""
+    score_answer = METRICS[metric].score_answer
+    return None if score_answer is None else [score_answer(value) for value in values]
+
+
+def summarize(metric: str, values: Sequence[Any]) -> dict[str, Estimate]:
+    """Returns the numbers of many answers by name, such as `pope` and `pope_f1`."""
+    summary = METRICS[metric].summary(values)
+    return {f"{metric}_{part}" if part else metric: number for part, number in summary.items()}
+
+
+def summarize_by_type(
+    metric: str, values: Sequence[Any], references: Sequence[Reference]
+) -> dict[str, dict[str, Estimate]]:
+    """Returns type of question -> `summarize` of its answers."""
+    by_type = defaultdict(list)
+    for value, reference in zip(values, references, strict=True):
+        if reference.type is not None:
+            by_type[reference.type].append(value)
+    return {name: summarize(metric, by_type[name]) for name in sorted(by_type)}
+
+
+def describe_numbers(
+    metric: str, values: Sequence[Any], references: Sequence[Reference]
+) -> dict[str, Any]:
+    """Returns the numbers of a metric with their intervals, by their keys in eval.json."""
+    by_type = summarize_by_type(metric, values, references)
+    numbers: dict[str, Any] = {}
+    for name, number in summarize(metric, values).items():
+        keys = metric_keys(name)
+        numbers[keys.mean] = number.mean
+        numbers[keys.interval] = [number.low, number.high]
+        numbers[keys.by_type] = {key: group[name].mean for key, group in by_type.items()}
+        numbers[keys.type_intervals] = {
+            key: [group[name].low, group[name].high] for key, group in by_type.items()
+        }
+    return numbers
+
+
+def describe_rules(metrics: Sequence[str]) -> dict[str, Mapping[str, str]]:
+    """Returns the variant and the source of each metric, for eval.json."""
+    return {
+        name: {"variant": METRICS[name].variant, "source": METRICS[name].source} for name in metrics
+    }

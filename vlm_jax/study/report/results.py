@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_jax.config import ConfigError, UserError
-from vlm_jax.infer.metrics import metric_keys, parse_score
+from vlm_jax.infer.metrics.scores import metric_keys, parse_score
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.study.planning import Plan, Run, resolve_checkpoints
 from vlm_jax.study.run import record, running
@@ -124,7 +124,7 @@ def _names(scores: Mapping) -> list[str]:
         if isinstance(value, float):
             names.append(key)
         if isinstance(value, Mapping):
-            names += [f"{key}.{question_type}" for question_type in value]
+            names += [f"{key}.{name}" for name in value if isinstance(value[name], float)]
     return names
 
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from vlm_jax.infer.metrics import metric_keys, parse_score
+from vlm_jax.infer.metrics.scores import metric_keys, parse_score
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.study.matching import axis_label
 from vlm_jax.study.report import figures, statistics

@@ -1,15 +1,10 @@
 """Confidence intervals and significance tests.
 
-Over seeds, an interval is Wilson's score interval for a mean of few bounded scores: all mu with
-
-    |mean - mu| <= t * standard_error * sqrt(v(mu) / v(mean)),   v(mu) = (mu - low) * (high - mu)
-
-where scores lie in [low, high] and t is the quantile of Student's t. It stays within the bounds for
-any scores, because v is 0 there; with no bounds, v is constant and the interval is Student's.
-This is the interval of Wilson (1927, J. Am. Stat. Assoc. 22) with the effective sample size of Korn
-and Graubard (1998, Survey Methodology 24), which Franco et al. (2019, J. Survey Statistics and
-Methodology 7) recommend for proportions of clustered samples. A p value inverts the interval of a
-difference, so it is below 0.05 exactly where the 95 % interval excludes 0.
+Over seeds, an interval is Wilson's score interval for a mean of few bounded scores
+(`score_interval`), with the quantile of Student's t. With no bounds, it is Student's. Franco et al.
+(2019, J. Survey Statistics and Methodology 7) recommend it for proportions of clustered samples. A
+p value inverts the interval of a difference, so it is below 0.05 exactly where the 95 % interval
+excludes 0.
 A bootstrap over 3 seeds respects the bounds as well, but covers the mean in 75 to 85 % of cases.
 
 Over test images, a percentile bootstrap, whose resampled means are all within the bounds, and a
@@ -25,25 +20,14 @@ from itertools import combinations
 import numpy as np
 from scipy import stats
 
+from vlm_jax.infer.metrics.intervals import CONFIDENCE, Bounds, Estimate, score_interval
 from vlm_jax.study.report.results import Result, Results
 
-CONFIDENCE = 0.95
 SIGNIFICANCE = 0.05
 RESAMPLES = 9999
 RESAMPLES_AT_ONCE = 500
 # The smallest p value that resampling can show.
 SMALLEST_P = 2 / (RESAMPLES + 1)
-
-Bounds = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its 95 % interval; the ends are None where the data determine none."""
-
-    mean: float
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,22 +80,6 @@ def estimate(scores: Sequence[float], bounds: Bounds = (0.0, 1.0)) -> Estimate:
     return Estimate(mean, *score_interval(mean, float(quantile * stats.sem(scores)), bounds))
 
 
-def score_interval(mean: float, half_width: float, bounds: Bounds) -> Bounds:
-    """Returns the score interval around `mean`; `half_width` is the one of Student's t."""
-    low, high = bounds
-    if math.isinf(low):
-        return mean - half_width, mean + half_width
-    # The ends solve a quadratic equation in the distance from a bound. In these forms, both are
-    # within the bounds in floating point, too.
-    below = mean - low
-    above = high - mean
-    spread = half_width**2 / (below * _share_above(mean, bounds))
-    root = math.sqrt(half_width**2 + spread**2 / 4)
-    reach = below + spread / 2 + root
-    upper = low + reach if math.isinf(high) else high - above**2 / (above + spread / 2 + root)
-    return low + below**2 / reach, upper
-
-
 def difference_bounds(bounds: Bounds) -> Bounds:
     """Returns the bounds of a difference of two scores; a one-sided bound is none."""
     width = bounds[1] - bounds[0]
@@ -129,7 +97,7 @@ def zero_p_value(differences: Sequence[float], bounds: Bounds) -> float | None:
     if not _has_spread(differences, mean, bounds):
         return None
     low, high = bounds
-    # v(mean) / v(0), see the docstring of the module.
+    # v(mean) / v(0), see the docstring of infer/metrics/intervals.py.
     shrinkage = 1.0 if math.isinf(low) else (mean - low) * (high - mean) / (-low * high)
     t_statistic = abs(mean) / stats.sem(differences) * math.sqrt(shrinkage)
     return float(2 * stats.t.sf(t_statistic, len(differences) - 1))
@@ -137,12 +105,6 @@ def zero_p_value(differences: Sequence[float], bounds: Bounds) -> float | None:
 
 def _has_spread(values: Sequence[float], mean: float, bounds: Bounds) -> bool:
     return len(values) > 1 and np.ptp(values) > 0 and bounds[0] < mean < bounds[1]
-
-
-def _share_above(mean: float, bounds: Bounds) -> float:
-    """Distance of the mean from the upper bound, divided by the width; 1 without upper bound."""
-    low, high = bounds
-    return 1.0 if math.isinf(high) else (high - mean) / (high - low)
 
 
 def pairs(results: Results, axis: str) -> list[Pair]:

@@ -1,0 +1,117 @@
+"""Scores of short answers: a text, a number or a box."""
+
+import re
+from collections.abc import Sequence
+
+from rapidfuzz.distance import Levenshtein
+
+from vlm_jax.config import DataError
+
+ANLS_THRESHOLD = 0.5
+LARGEST_RELATIVE_ERROR = 0.05
+IOU_THRESHOLD = 0.5
+_NUMBER = r"\s*(-?\d+(?:\.\d+)?)"
+BOX = re.compile(rf"\[{','.join([_NUMBER] * 4)}\s*\]")
+
+Box = tuple[float, ...]  # left, top, right, bottom
+
+
+def exact_match(prediction: str, references: Sequence[str]) -> bool:
+    """Returns whether the prediction equals a reference, character by character."""
+    return prediction in references
+
+
+def contains(prediction: str, references: Sequence[str]) -> bool:
+    """Returns whether a reference occurs in the prediction, ignoring case.
+
+    Source: OCRBench (Liu et al. 2023), `tasks/ocrbench/utils.py` of lmms-eval, which also makes
+    full-width characters narrow.
+    """
+    prediction = _one_line(prediction)
+    return any(_one_line(reference) in prediction for reference in references)
+
+
+def _one_line(text: str) -> str:
+    return text.lower().strip().replace("\n", " ")
+
+
+def anls(prediction: str, references: Sequence[str]) -> float:
+    """Returns the normalised Levenshtein similarity to the nearest reference, or 0 below 0.5.
+
+    The distance ignores case and repeated spaces, but is divided by the length of the longer text
+    as it was written.
+
+    Source: ST-VQA (Biten et al. 2019), `anls` in `api/metrics.py` of lmms-eval.
+    """
+    similarity = max(_similarity(prediction, reference) for reference in references)
+    return similarity if similarity >= ANLS_THRESHOLD else 0.0
+
+
+def _similarity(a: str, b: str) -> float:
+    # A character may have an upper case of several.
+    length = max(len(a.upper()), len(b.upper()))
+    if not length:
+        return 1.0
+    distance = Levenshtein.distance(" ".join(a.lower().split()), " ".join(b.lower().split()))
+    return 1 - distance / length
+
+
+def relaxed_accuracy(prediction: str, references: Sequence[str]) -> bool:
+    """Returns whether a number is within 5 % of a reference, or a text equals one ignoring case.
+
+    Source: ChartQA (Masry et al. 2022), section 5.1; `tasks/chartqa/utils.py` of lmms-eval.
+    """
+    return any(_is_close(prediction, reference) for reference in references)
+
+
+def _is_close(prediction: str, reference: str) -> bool:
+    number, target = _to_number(prediction), _to_number(reference)
+    # Nothing is within 5 % of 0.
+    if number is None or not target:
+        return prediction.lower() == reference.lower()
+    return abs(number - target) / abs(target) <= LARGEST_RELATIVE_ERROR
+
+
+def _to_number(text: str) -> float | None:
+    """Returns the number that a text is, a percentage as a share; None for other texts."""
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def box_iou(prediction: str, references: Sequence[str]) -> bool:
+    """Returns whether the first box of the prediction overlaps a reference, IoU >= 0.5.
+
+    A box is `[left, top, right, bottom]`, in the units of the references.
+
+    Source: RefCOCO, `tasks/refcoco/utils_rec.py` of lmms-eval.
+
+    Raises:
+      DataError: a reference has no box.
+    """
+    targets = [_parse_box(reference) for reference in references]
+    if None in targets:
+        text = references[targets.index(None)]
+        raise DataError(f"the reference {text!r} has no box [left, top, right, bottom]")
+    box = _parse_box(prediction)
+    return box is not None and any(_iou(box, target) >= IOU_THRESHOLD for target in targets)
+
+
+def _parse_box(text: str) -> Box | None:
+    match = BOX.search(text)
+    return tuple(map(float, match.groups())) if match else None
+
+
+def _iou(a: Box, b: Box) -> float:
+    """Returns the area of the intersection of two boxes, divided by that of their union."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    intersection = max(0.0, width) * max(0.0, height)
+    union = _area(a) + _area(b) - intersection
+    return intersection / union if union else 0.0
+
+
+def _area(box: Box) -> float:
+    left, top, right, bottom = box
+    return (right - left) * (bottom - top)

@@ -1,0 +1,162 @@
+"""Scores of captions: CIDEr-D, BLEU and ROUGE-L."""
+
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from vlm_jax.config import DataError
+from vlm_jax.infer.metrics.intervals import Estimate, estimate_of_sums
+
+ORDERS = 4  # n-grams of 1 to 4 words
+LENGTH_SIGMA = 6.0
+CIDER_SCALE = 10.0
+
+TOKEN = re.compile(
+    r"""
+    n't\b | '(?:s|re|ve|ll|d|m)\b    # of a contraction
+    | (?:[a-z]\.){2,}                # u.s.a.
+    | (?:mr|mrs|ms|dr|st|jr|co|inc|ltd|etc)\.
+    | @\w+ | \#[a-z]\w*
+    | (?<!\w)[+-]?\d+(?:[.,:]\d+)+   # 1,000 or 12:30
+    | (?<!\w)[+-]\d+
+    | \w+(?:[-/']\w+)*               # two-way
+    | [!?]+ | \.\.+ | --+ | \S
+    """,
+    re.VERBOSE,
+)
+CONTRACTION = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))\b")
+# Words that are two tokens.
+SPLIT = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na"}
+BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+# Tokens that are left out. Several marks such as "?!" are a word.
+PUNCTUATION = re.compile(r"""[?!,:;'"`\u2018-\u201d\u2013\u2014\u2026]|\.+|-+""")
+
+
+def tokenize_caption(text: str) -> list[str]:
+    """Returns lower-case words without punctuation, about as Stanford's PTB tokenizer writes them.
+
+    COCO's script (`tokenizer/ptbtokenizer.py` of pycocoevalcap) runs that tokenizer in Java. Rare
+    abbreviations and symbols may be tokenized in another way.
+    """
+    text = CONTRACTION.sub(r" \1", text.lower().replace("\u2019", "'"))
+    words = []
+    for token in TOKEN.findall(text):
+        if not PUNCTUATION.fullmatch(token):
+            words += SPLIT.get(token, BRACKETS.get(token, token)).split()
+    return words
+
+
+class _Caption(NamedTuple):
+    """n-grams of a caption with TF-IDF weights."""
+
+    weights: dict[tuple[str, ...], float]
+    norms: list[float]  # of each order
+    length: int  # number of bigrams
+
+
+def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """Returns CIDEr-D of each caption, from 0 to 10.
+
+    The weight of an n-gram depends on the references of all questions.
+
+    Source: Vedantam et al. 2015, section 6; `cider/cider_scorer.py` of pycocoevalcap.
+
+    Raises:
+      DataError: there is only one question, for which every weight would be 0.
+    """
+    if len(predictions) < 2:
+        raise DataError("the weight of a word needs the references of at least 2 questions")
+    reference_counts = [[_count_ngrams(text) for text in texts] for texts in references]
+    frequencies = Counter()
+    for counts in reference_counts:
+        frequencies.update(set().union(*counts))
+    log_questions = math.log(len(predictions))
+
+    def weigh(counts: Counter) -> _Caption:
+        weights = {}
+        squares = [0.0] * ORDERS
+        for ngram, count in counts.items():
+            weight = count * (log_questions - math.log(max(1, frequencies[ngram])))
+            weights[ngram] = weight
+            squares[len(ngram) - 1] += weight**2
+        length = sum(count for ngram, count in counts.items() if len(ngram) == 2)
+        return _Caption(weights, [math.sqrt(square) for square in squares], length)
+
+    scores = []
+    for prediction, counts in zip(predictions, reference_counts, strict=True):
+        caption = weigh(_count_ngrams(prediction))
+        similarities = [_similarity(caption, weigh(reference)) for reference in counts]
+        scores.append(CIDER_SCALE * sum(similarities) / len(similarities))
+    return scores
+
+
+@functools.lru_cache(maxsize=2**16)
+def _count_ngrams(text: str) -> Counter:
+    words = tokenize_caption(text)
+    counts = Counter()
+    for order in range(1, ORDERS + 1):
+        counts.update(tuple(words[i : i + order]) for i in range(len(words) - order + 1))
+    return counts
+
+
+def _similarity(caption: _Caption, reference: _Caption) -> float:
+    """Returns the mean over the orders of the clipped cosine, with a penalty for other lengths."""
+    products = [0.0] * ORDERS
+    for ngram, weight in caption.weights.items():
+        other = reference.weights.get(ngram, 0.0)
+        products[len(ngram) - 1] += min(weight, other) * other
+    cosines = 0.0
+    for product, a, b in zip(products, caption.norms, reference.norms):
+        cosines += product / (a * b) if a and b else product
+    difference = caption.length - reference.length
+    return cosines / ORDERS * math.exp(-(difference**2) / (2 * LENGTH_SIGMA**2))
+
+
+@functools.cache
+def _bleu():
+    from sacrebleu.metrics import BLEU
+
+    return BLEU(effective_order=True)
+
+
+def bleu(prediction: str, references: Sequence[str]) -> list[int]:
+    """Returns the counts that BLEU sums over the answers (Papineni et al. 2002).
+
+    They are the matching n-grams and the n-grams of each order, and the lengths of the prediction
+    and of the reference nearest in length, as sacrebleu counts them.
+    """
+    score = _bleu().sentence_score(prediction, references)
+    return [*score.counts, *score.totals, score.sys_len, score.ref_len]
+
+
+def corpus_bleu(counts: Sequence[Sequence[int]]) -> dict[str, Estimate]:
+    """Returns sacrebleu's BLEU of many answers, from 0 to 100, with a bootstrap interval."""
+    return {"": estimate_of_sums(np.array(counts), _bleu_of_sums)}
+
+
+def _bleu_of_sums(sums: np.ndarray) -> float:
+    *ngrams, prediction_length, reference_length = sums.tolist()
+    matches, totals = ngrams[:ORDERS], ngrams[ORDERS:]
+    lengths = (prediction_length, reference_length)
+    return _bleu().compute_bleu(matches, totals, *lengths, smooth_method="exp").score
+
+
+@functools.cache
+def _rouge():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"])
+
+
+def rouge_l(prediction: str, references: Sequence[str]) -> float:
+    """Returns the F measure of the longest common subsequence of words with the best reference.
+
+    Source: Lin 2004; the package rouge-score.
+    """
+    scores = [_rouge().score(reference, prediction) for reference in references]
+    return max(score["rougeL"].fmeasure for score in scores)

@@ -11,6 +11,7 @@ from vlm_jax.cli.failures import describe_failure
 from vlm_jax.cli.generate import generate
 from vlm_jax.cli.options import format_help
 from vlm_jax.cli.plan import DIFF, PLAN, PLAN_OPTIONS, diff, plan
+from vlm_jax.cli.score import score
 from vlm_jax.cli.train import EVAL, EVAL_OPTIONS, TRAIN, evaluate, train
 from vlm_jax.config import ConfigError, RunError, UserError
 from vlm_jax.config.hints import nearest, suggestion
@@ -32,6 +33,7 @@ commands:
             --checkpoint DIR --data.files F: fine-tune a public checkpoint
   eval      --workdir W [--eval.split S]: evaluate a run again, into W/eval/NAME
             --checkpoint DIR --data.files F: evaluate a public checkpoint
+  score     --predictions FILE.jsonl --metrics A,B: score answers of a file
   generate  --workdir W --image A.png --prompt "...": answer prompts with a run
             --checkpoint DIR --image A.png --prompt "...": answer them with a public checkpoint
   verify    --checkpoint DIR --reference FILE.npz: compare with the outputs of a reference
@@ -45,6 +47,7 @@ help:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "eval": evaluate,
+    "score": score,
     "generate": generate,
     "verify": verify,
     "export": export,

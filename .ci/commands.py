@@ -29,6 +29,7 @@ DOCUMENTS = [
     "docs/training.md",
     "docs/checkpoints.md",
     "docs/fine_tuning.md",
+    "docs/evaluation.md",
     "docs/quickstart.ipynb",
 ]
 COMMANDS = ("python", "image=", "XLA_FLAGS=", "run=")
@@ -138,7 +139,8 @@ def prepare(folder: Path) -> dict[str, str]:
         Image.fromarray(pixels).save(images / f"{number}.png")
         turns = [("human", "<image>\nhow bright is it?"), ("gpt", f"{number} of 8")]
         turns = [{"from": speaker, "value": value} for speaker, value in turns]
-        records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+        record = {"id": str(number), "image": f"{number}.png", "conversations": turns}
+        records.append(record | {"answers": [f"{number} of 8"] * 10})
     for name in ("train.json", "test.json"):
         (folder / name).write_text(json.dumps(records))
     Image.fromarray(pixels).save(folder / "a.jpg")

@@ -76,7 +76,9 @@ def test_train_leaves_everything_in_the_work_folder(trained):
     assert len(workdir.metrics.read_text().splitlines()) == 4
     scores = json.loads(workdir.eval.read_text())
     described = {"split", "files", "examples", "step", "max_new_tokens"}
-    assert set(scores) == described | {"exact_match", "by_type", "image_shuffled_exact_match"}
+    numbers = {"exact_match", "by_type", "image_shuffled_exact_match"}
+    intervals = {"exact_match_interval", "by_type_intervals"}
+    assert set(scores) == described | numbers | intervals | {"metrics"}
     assert (scores["examples"], scores["step"], scores["max_new_tokens"]) == (20, 4, 3)
     assert Image.open(workdir.samples).size
 
@@ -97,7 +99,8 @@ def test_eval_scores_again_in_a_folder_of_its_own_and_says_where_the_pictures_ar
     cut, right, shuffled, score, pictures = capsys.readouterr().out.splitlines()
     assert "of 20 answers are longer than eval.max_new_tokens" in cut
     assert (right, shuffled) == ("evaluating: 20 questions", "with shuffled images: 20 questions")
-    assert f"{scores['exact_match']:.4f} on 20 questions of test" in score
+    assert f"{scores['exact_match']:.4f} (95 % interval 0." in score
+    assert "on 20 questions of test" in score
     assert f"{scores['image_shuffled_exact_match']:.4f} with shuffled images" in score
     assert str(run / "eval" / "test_20" / "samples.png") in pictures
 

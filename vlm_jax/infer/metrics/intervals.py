@@ -19,6 +19,7 @@ import numpy as np
 CONFIDENCE = 0.95
 QUANTILE = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 RESAMPLES = 1000
+MOST_GROUPS = 500  # of answers that are resampled together
 
 Bounds = tuple[float, float]
 
@@ -62,16 +63,18 @@ def estimate_share(count: int, total: int) -> Estimate:
 def estimate_of_sums(counts: np.ndarray, function: Callable[[np.ndarray], float]) -> Estimate:
     """Returns a function of summed counts with a percentile bootstrap interval over the answers.
 
+    Of many answers, random groups of equal size are resampled: their sums vary like those of single
+    answers.
+
     Args:
       counts: (answers, kinds of counts).
       function: (kinds of counts,) -> a number.
     """
     rng = np.random.default_rng(0)
-    answers = len(counts)
-    resampled = []
-    for _ in range(RESAMPLES):
-        weights = np.bincount(rng.integers(answers, size=answers), minlength=answers)
-        resampled.append(function(weights @ counts))
+    groups = np.array_split(rng.permutation(counts), min(MOST_GROUPS, len(counts)))
+    sums = np.array([group.sum(axis=0) for group in groups])  # (groups, kinds)
+    weights = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), RESAMPLES)
+    resampled = [function(resampled_sums) for resampled_sums in weights @ sums]
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(resampled, (tail, 1 - tail))
     return Estimate(function(counts.sum(axis=0)), float(low), float(high))

@@ -37,6 +37,7 @@ def _contraction_table() -> dict[str, str]:
 
 # The script has one entry the other way round.
 CONTRACTIONS = _contraction_table() | {"somebody'd": "somebodyd"}
+REPLACEMENTS = NUMBERS | CONTRACTIONS
 
 
 def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
@@ -74,6 +75,7 @@ def _leave_one_out(prediction: str, references: Sequence[str]) -> float:
     return (matches * of_match + (count - matches) * of_other) / count
 
 
+@functools.lru_cache(maxsize=2**16)
 def _strip(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
@@ -98,8 +100,8 @@ def normalise(text: str) -> str:
         text = _remove_punctuation(text, marks)
     if "." in text:
         text = re.sub(r"\.(?!\d)", "", text)
-    words = [NUMBERS.get(word, word) for word in text.lower().split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+    words = [word for word in text.lower().split() if word not in ARTICLES]
+    return " ".join([REPLACEMENTS.get(word, word) for word in words])
 
 
 def _remove_punctuation(text: str, marks: frozenset[str]) -> str:

@@ -7,7 +7,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from vlm_jax.config import ConfigError, Data, Train, UserError
-from vlm_jax.data import pipeline
+from vlm_jax.data import pipeline, questions
 from vlm_jax.testing import tiny
 
 
@@ -25,6 +25,7 @@ class SmallVqa(tfds.core.GeneratorBasedBuilder):
                 "question": tfds.features.Text(),
                 "answer": tfds.features.Text(),
                 "label": tfds.features.ClassLabel(names=["dark", "bright"]),
+                "answers": tfds.features.Sequence(tfds.features.Text()),
             }
         )
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
@@ -40,6 +41,7 @@ class SmallVqa(tfds.core.GeneratorBasedBuilder):
                 "question": f"is {i} bright?",
                 "answer": "yes" if i > 2 else "no",
                 "label": int(i > 2),
+                "answers": ["dim", "dark", "dark"][: 3 - i % 3],
             }
             yield i, {"photo": path, **asked}
 
@@ -65,6 +67,15 @@ def test_rows_are_conversations_of_one_question(data):
     batch = next(pipeline.training_iterator(cfg, pipeline.train_tokenizer(cfg)))
     assert batch.images.shape == (2, 2, 16, 16, 3)
     assert batch.segment_ids.max() == 2
+
+
+def test_the_most_frequent_of_several_answers_is_trained_on_and_all_are_right(data):
+    several = replace(data, answer_field="answers")
+    source = pipeline.conversation_source(several, "train")
+    assert [talk.turns[1] for talk in source] == ["dark", "dim", "dim"] * 2
+    cfg = tiny(data=several)
+    asked = questions.load(cfg, "train", 2)
+    assert [one.references for one in asked] == [("dim", "dark", "dark"), ("dim", "dark")]
 
 
 class PartlyLabelled(tfds.core.GeneratorBasedBuilder):

@@ -82,6 +82,7 @@ FIELDS = {
     ),
     "a seed of an arm": ("arms={'linear': {}, 'b': {'seed': 1}}", ["seed is set by the study"]),
     "an unknown metric": ("metric='accuracy'", ["metric 'accuracy'", "exact_match"]),
+    "a metric that is not computed": ("metric='anls'", ["metric anls needs anls in eval.metrics"]),
     "an unknown prerequisite": (
         "arms={'linear': {}, 'b': {'decoder.checkpoint': '{text}'}}",
         ["is not a prerequisite"],

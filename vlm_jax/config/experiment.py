@@ -23,7 +23,7 @@ class Data:
     image_field: str = "image"  # tfds: feature of the image; empty: text only
     #: tfds: feature of the question; empty: no question, the image is the prompt
     question_field: str = "question"
-    answer_field: str = "answer"  # tfds: feature of the answer, a text or a class
+    answer_field: str = "answer"  # tfds: feature of the answer: a text, several or a class
     dir: str = "~/.cache/vlm_jax/datasets"  # folder of prepared datasets
     image_px: int = 64  # glyphs, digits: height and width of the generated images
     #: glyphs, digits: number of images in the splits train, validation and test

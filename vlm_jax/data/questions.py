@@ -96,6 +96,7 @@ def _question(
     *history, question, answer = conversation.turns[: 2 * number + 2]
     placeholders = sum(turn.count(IMAGE_PLACEHOLDER) for turn in [*history, question])
     indices = conversation.images[:placeholders]
+    answers = conversation.answers[number] if conversation.answers else ()
     return Question(
         image_id=conversation.id,
         question=question,
@@ -104,7 +105,7 @@ def _question(
         images=images_reader(indices),
         image_count=len(indices),
         history=tuple(history),
-        answers=tuple(conversation.answers[number]) if conversation.answers else (),
+        answers=tuple(text.strip() for text in answers),
         choices=tuple(conversation.choices[number]) if conversation.choices else (),
         location=location,
     )

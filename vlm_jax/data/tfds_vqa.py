@@ -1,6 +1,7 @@
 """TFDS datasets with an answer, and optionally a question and an image, in every row."""
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import tensorflow_datasets as tfds
@@ -17,6 +18,8 @@ FEATURE_TYPES = {
     "question_field": tfds.features.Text,
     "answer_field": (tfds.features.Text, tfds.features.ClassLabel),
 }
+# Fields that may name a list of texts.
+LIST_FIELDS = {"answer_field"}
 
 
 class TfdsVqa:
@@ -47,14 +50,14 @@ class TfdsVqa:
         if data.question_field:
             question = self._text(index, row, "question_field")
             lines.append(question.replace(IMAGE_PLACEHOLDER, ""))
-        if self._class_name is None:
-            answer = self._text(index, row, "answer_field")
-        else:
-            answer = self._class_name(row[data.answer_field])
+        answers = self._answers(index, row)
+        # The most frequent one, and of equally frequent ones the first.
+        ((answer, _),) = Counter(answers).most_common(1)
         return Conversation(
             id=str(index),
             images=(index,) * self.most_images,
             turns=("\n".join(lines), answer),
+            answers=(answers,),
         )
 
     def location(self, index: int) -> str:
@@ -65,11 +68,28 @@ class TfdsVqa:
         """Returns the name of an image for error messages, and the content of its file."""
         return f"the image of {self.location(index)}", self._rows[index][self._data.image_field]
 
+    def _answers(self, index: int, row: Mapping) -> list[str]:
+        """Returns the right answers of a row; a class has one, a text may be several."""
+        value = row[self._data.answer_field]
+        if self._class_name is not None:
+            return [self._class_name(value)]
+        texts = [value] if isinstance(value, bytes) else value
+        answers = [self._decode(index, text, "answer_field") for text in texts]
+        if not answers:
+            raise ConfigError(
+                f"{self.location(index)} has no text in {self._data.answer_field!r} "
+                "(data.answer_field): choose a split with answers."
+            )
+        return answers
+
     def _text(self, index: int, row: Mapping, field: str) -> str:
         """Returns the text of the feature that a field of `Data` names."""
+        return self._decode(index, row[getattr(self._data, field)], field)
+
+    def _decode(self, index: int, text: bytes, field: str) -> str:
         feature = getattr(self._data, field)
         try:
-            return row[feature].decode()
+            return text.decode()
         except UnicodeDecodeError:
             raise ConfigError(
                 f"{self.location(index)}: the feature {feature!r} (data.{field}) is not text in "
@@ -101,16 +121,19 @@ def load(data: Data, split: str) -> TfdsVqa | Selection:
 
 def _check_feature(dataset: tfds.core.DatasetBuilder, field: str, name: str) -> None:
     """Raises ConfigError if a field of `Data` names no feature of the right type."""
-    choices = [
-        key
-        for key, feature in dataset.info.features.items()
-        if isinstance(feature, FEATURE_TYPES[field])
-    ]
+    choices = [key for key, feature in dataset.info.features.items() if _has_type(feature, field)]
     is_optional = field != "answer_field"
     if name in choices or (is_optional and not name):
         return
     way_out = f"choose {', '.join(choices)}" if choices else "it has no such feature"
     raise ConfigError(f"data.{field} {name!r} is not a feature of {dataset.name}: {way_out}.")
+
+
+def _has_type(feature: tfds.features.FeatureConnector, field: str) -> bool:
+    """Returns whether a field of `Data` may name the feature."""
+    if field in LIST_FIELDS and isinstance(feature, tfds.features.Sequence):
+        return isinstance(feature.feature, tfds.features.Text)
+    return isinstance(feature, FEATURE_TYPES[field])
 
 
 def builder(data: Data) -> tfds.core.DatasetBuilder:

@@ -113,6 +113,7 @@ SYNONYMS = {
     **dict.fromkeys(("gradient_checkpointing", "checkpointing", "rematerialize"), "decoder.remat"),
     **dict.fromkeys(("eval_batch_size", "per_device_eval_batch_size"), "eval.batch_size"),
     **dict.fromkeys(("eval", "eval_split", "test_split"), "eval.split"),
+    **dict.fromkeys(("metric", "metrics", "compute_metrics"), "eval.metrics"),
     **dict.fromkeys(
         ("limit", "max_samples", "max_eval_samples", "eval_examples"), "eval.max_examples"
     ),

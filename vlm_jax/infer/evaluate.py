@@ -155,7 +155,7 @@ def warn_of_long_answers(cfg: Experiment, tokenizer: Tokenizer, examples: list[Q
     max_new_tokens = cfg.eval.max_new_tokens
     lengths = []
     for question in examples:
-        lengths.append(min(len(tokenizer.encode(text)) for text in question.references))
+        lengths.append(min(len(tokenizer.encode(text)) for text in set(question.references)))
     count = sum(length > max_new_tokens for length in lengths)
     if not count:
         return ""

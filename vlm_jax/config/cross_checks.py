@@ -196,7 +196,7 @@ def _fusion(cfg: Experiment) -> None:
             f"{fusion.kind} does not have: set it to False, or choose fusion.kind "
             f"{_styles(lambda style: style.image_in_sequence)}."
         )
-    if fusion.image_in_memory and cfg.vision.kind == "none" and cfg.vision.positions == "none":
+    if fusion.image_in_memory and not cfg.vision.has_encoder and cfg.vision.positions == "none":
         raise ConfigError(
             "vision.kind none with vision.positions none gives patches no positions in the "
             f"cross-attention of fusion.kind {fusion.kind}: set vision.positions to learned or "
@@ -233,7 +233,7 @@ def _fusion(cfg: Experiment) -> None:
             f"{cfg.decoder.depth}: choose 0 to {cfg.decoder.depth} (after the last)."
         )
     shared = cfg.data.questions_per_row > 1 and not cfg.data.is_conversations
-    if fusion.prefix == "bidirectional" and shared:
+    if fusion.is_prefix_lm and shared:
         raise ConfigError(
             "fusion.prefix bidirectional lets an image attend to its question, so "
             f"data.questions_per_row {cfg.data.questions_per_row} questions cannot share an image: "
@@ -288,7 +288,7 @@ def _rates(cfg: Experiment) -> None:
     vision, fusion, lr_mult = cfg.vision, cfg.fusion, cfg.optim.lr_mult
     # Parts of the model that have parameters.
     has_part = {
-        "vision": fusion.has_images and (vision.kind == "vit" or vision.positions == "learned"),
+        "vision": fusion.has_images and (vision.has_encoder or vision.positions == "learned"),
         "projector": fusion.has_images and cfg.projector.kind != "none",
         "decoder": True,
         "cross_attention": fusion.image_in_memory,

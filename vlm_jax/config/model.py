@@ -112,6 +112,11 @@ class Vision(Transformer):
     num_global_layers: int = 0
 
     @property
+    def has_encoder(self) -> bool:
+        """True if an encoder is between the patches and the projector."""
+        return self.kind != "none"
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         return (self.image_size_px // self.patch_size_px,) * 2
@@ -148,14 +153,14 @@ class Vision(Transformer):
     @property
     def output_width(self) -> int:
         """E: dimension of the projector's input tokens."""
-        if self.kind == "none":
+        if not self.has_encoder:
             return self.patch_dim
         return self.width * (len(self.feature_layers) + bool(self.tile_layouts) or 1)
 
     @property
     def extra_tokens(self) -> int:
         """Number of tokens besides the grid in the projector's input."""
-        return int(self.kind == "vit" and self.class_token and self.keep_class_token)
+        return int(self.has_encoder and self.class_token and self.keep_class_token)
 
 
 @dataclass(frozen=True)
@@ -287,6 +292,11 @@ class Fusion:
     @property
     def has_images(self) -> bool:
         return self.image_in_sequence or self.image_in_memory
+
+    @property
+    def is_prefix_lm(self) -> bool:
+        """True if image and prompt are a prefix with bidirectional attention."""
+        return self.prefix == "bidirectional"
 
     @property
     def splits_views(self) -> bool:

@@ -58,7 +58,7 @@ def check_values(cfg: Experiment | Vision | Contrastive) -> None:
     if isinstance(cfg, Contrastive):
         _heads(cfg.text, "text")
     vision = cfg if isinstance(cfg, Vision) else cfg.vision
-    if vision.kind == "vit":
+    if vision.has_encoder:
         _heads(vision, "vision")
     else:
         _patches(vision)

@@ -73,7 +73,7 @@ def encode(
     }
     if cfg.fusion.placeholder:
         fields["images_from"] = _first_image_read(parts)[fields["images_seen"]]
-    if cfg.fusion.prefix == "bidirectional":
+    if cfg.fusion.is_prefix_lm:
         # The tokens before the first answer.
         fields["block_ids"] = (np.cumsum(is_scored) == 0).astype(np.int32)
     return fields

@@ -98,7 +98,7 @@ def pack_row(cfg: Experiment, pairs: Sequence[Pair], tiles: int = 1) -> Fields:
         lengths += [len(prompt), len(answer)]
         is_answer += [False, True]
     in_answer = np.repeat(is_answer, lengths)  # (number of tokens,)
-    if cfg.fusion.prefix == "bidirectional":
+    if cfg.fusion.is_prefix_lm:
         row["block_ids"] = (~in_answer).astype(np.int32)
     # The target is the next token of the branch. The last token of a branch has none.
     pad = cfg.data.special_ids[0]
@@ -138,7 +138,7 @@ def prompt_row(
     size = len(row["tokens"])
     slots = np.arange(size)
     answer_start = size - len(answer)
-    if cfg.fusion.prefix == "bidirectional":
+    if cfg.fusion.is_prefix_lm:
         row["block_ids"] = (slots < answer_start).astype(np.int32)
     if answer:
         row["targets"] = np.append(row["tokens"][1:], cfg.data.special_ids[0])

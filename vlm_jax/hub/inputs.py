@@ -60,7 +60,7 @@ def to_batch(
         branch_ids=np.full_like(ids, TRUNK),
         image_token_index=np.full_like(ids, NO_IMAGE),
         image_mask=np.zeros((*ids.shape, 0), bool),
-        block_ids=_blocks(arrays, is_token) if cfg.fusion.prefix == "bidirectional" else None,
+        block_ids=_blocks(arrays, is_token) if cfg.fusion.is_prefix_lm else None,
     )
     # The older name of Fuyu's images.
     if "image_patches" in arrays:
@@ -158,10 +158,10 @@ def image_batch(cfg: Experiment, arrays: Arrays) -> Batch:
         own = {name: x for name, x in arrays.items() if name != "cross_attention_mask"}
         images = _in_memory(cfg, own, ids, None)
     else:
-        if cfg.vision.kind == "none":
-            pixels = _patches(cfg, arrays)[None]
-        else:
+        if cfg.vision.has_encoder:
             pixels = _whole_images(cfg, arrays)
+        else:
+            pixels = _patches(cfg, arrays)[None]
         ids = np.zeros((len(pixels), 1), np.int32)
         images = {"images": pixels[:, None], "image_mask": np.zeros((*ids.shape, 1), bool)}
     text = {
@@ -186,7 +186,7 @@ def _positions(
         counted = ids != cfg.decoder.position_offset - 1
         return np.where(counted, np.cumsum(counted, axis=1) - 1, -1).astype(np.int32)
     # PaliGemma counts from 1.
-    first = int(cfg.fusion.prefix == "bidirectional")
+    first = int(cfg.fusion.is_prefix_lm)
     if generating and not is_encoder_decoder:
         return np.maximum(np.cumsum(is_token, axis=1) - 1, 0).astype(np.int32) + first
     return np.broadcast_to(np.arange(is_token.shape[1], dtype=np.int32) + first, is_token.shape)
@@ -221,7 +221,7 @@ def _in_sequence(cfg: Experiment, arrays: Arrays, ids: np.ndarray, image_token: 
     The ids of image tokens may lie beyond the vocabulary; they become 0.
     """
     is_image = ids == image_token
-    patches_only = cfg.vision.kind == "none"
+    patches_only = not cfg.vision.has_encoder
     if patches_only:
         images, tokens_each = _patches(cfg, arrays), 1
     else:

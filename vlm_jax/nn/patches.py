@@ -114,7 +114,7 @@ class PatchEmbed(nn.Module):
     def _tokens(self, images):
         """(B, height, width, channels) -> (B, P, D), without positions."""
         cfg, patch = self.cfg, self.cfg.patch_size_px
-        if cfg.kind == "none":
+        if not cfg.has_encoder:
             return patchify(images, patch)
         if cfg.patch_embed == "conv":
             return _Convolution(cfg, name="projection")(images)

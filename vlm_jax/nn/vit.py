@@ -44,7 +44,7 @@ class ViT(nn.Module):
             tokens = TiledViT(cfg, name="tiled")(images, layouts, tile_mask)
             return EncoderOutput(tokens, features=tokens)
         x = PatchEmbed(cfg, name="patch_embed")(images)
-        if cfg.kind == "none":
+        if not cfg.has_encoder:
             return EncoderOutput(x, features=x)
 
         x = self._add_class_token(x)

@@ -114,7 +114,7 @@ def per_device_config(cfg: Experiment, mesh) -> Experiment:
     return replace(
         cfg,
         decoder=decoder,
-        vision=narrow(cfg.vision) if cfg.vision.kind == "vit" else cfg.vision,
+        vision=narrow(cfg.vision) if cfg.vision.has_encoder else cfg.vision,
         train=replace(cfg.train, batch_size=rows),
     )
 

@@ -91,11 +91,10 @@ def _tokens(cfg: Experiment, tokens: dict) -> str:
         patches += " each"
         if vision.views > vision.cut_tiles:
             images += " and a thumbnail"
-    has_encoder = vision.kind == "vit"
     steps = [
         f"{images} of {side} x {side} px",
         patches,
-        f"encoder: {tokens['encoder']} tokens" if has_encoder else "no encoder",
+        f"encoder: {tokens['encoder']} tokens" if vision.has_encoder else "no encoder",
         f"projector: {tokens['features']} -> {tokens['projected']} tokens",
         _decoder_tokens(cfg, tokens),
     ]

@@ -38,7 +38,7 @@ def describe_model(cfg: Experiment) -> str:
         images = "an image"
         if vision.pictures > 1:
             images = f"each of at most {vision.pictures} views of an image"
-        encoder = f"ViT {vision.depth} x {vision.width}" if vision.kind == "vit" else "no encoder"
+        encoder = f"ViT {vision.depth} x {vision.width}" if vision.has_encoder else "no encoder"
         projector = f"{cfg.projector.kind} projector"
         tokens = f"{cfg.image_tokens} tokens"
         stages = [f"{images} ({vision.image_size_px} px)", encoder, projector, tokens, *stages]

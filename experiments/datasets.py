@@ -26,7 +26,8 @@ class Show:
     source: Literal[SYNTHETIC]
     sheet: Path  # the picture to write
     image_px: int = 64  # height and width of an image
-    cell_px: int = 0  # glyphs: width of the cells of typewritten letters; 0: placed freely
+    #: glyphs: width of the cells of typewritten letters; None: placed freely
+    cell_px: int | None = None
     images: int = 2000  # of the training split, whose questions are counted
     dir: str = Data.dir  # the folder that datasets are prepared in
 

@@ -17,7 +17,7 @@ from vlm_jax.config import (
     Vision,
     files,
 )
-from vlm_jax.config.validate import flat, validate
+from vlm_jax.config.validate import flat, validate, with_fields
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.testing import KINDS, tiny
 
@@ -284,17 +284,43 @@ def test_an_option_given_twice_is_refused(arguments, field):
         files.override(tiny(), arguments, "run.py")
 
 
-def test_none_is_written_for_none_and_the_numbers_of_old_mean_it():
-    """kv_heads 0, bos_id -1 and so on, as earlier versions wrote them."""
-    cfg = files.override(tiny(), ["--decoder.kv_heads", "None", "--data.bos_id", "7"], "run.py")
-    assert (cfg.decoder.kv_heads, cfg.data.bos_id) == (None, 7)
-    cfg = files.override(cfg, ["--data.bos_id", "None", "--decoder.head_dim", "16"], "run.py")
-    assert (cfg.data.bos_id, cfg.decoder.head_dim) == (None, 16)
-    values = json.loads(files.to_json(cfg))
-    assert values["data"]["bos_id"] is values["decoder"]["kv_heads"] is None
-    values["data"]["bos_id"] = values["distributed"]["process_id"] = -1
-    values["decoder"]["kv_heads"] = values["vision"]["kv_heads"] = values["vision"]["head_dim"] = 0
-    values["distributed"]["num_processes"] = 0
-    assert files.from_json(json.dumps(values), "config.json") == validate(cfg)
+# Numbers that meant None in earlier versions.
+OLD_NONE = {
+    "vision.kv_heads": 0,
+    "vision.head_dim": 0,
+    "vision.query_scale": 0.0,
+    "vision.score_softcap": 0.0,
+    "decoder.kv_heads": 0,
+    "decoder.head_dim": 0,
+    "decoder.query_scale": 0.0,
+    "decoder.score_softcap": 0.0,
+    "vision.resize_px": 0,
+    "vision.classes": 0,
+    "decoder.rope.local_theta": 0.0,
+    "decoder.sliding_window": 0,
+    "decoder.logit_softcap": 0.0,
+    "data.cell_px": 0,
+    "data.bos_id": -1,
+    "train.loss_chunk": 0,
+    "train.keep_every_steps": 0,
+    "distributed.num_processes": 0,
+    "distributed.process_id": -1,
+    "eval.max_examples": 0,
+}
+
+
+def test_none_is_an_option_and_null_in_json():
+    cfg = with_fields(tiny(), dict.fromkeys(OLD_NONE, 7))
+    cfg = files.override(cfg, [f"--{field}=None" for field in OLD_NONE], "run.py")
+    assert {flat(cfg)[field] for field in OLD_NONE} == {None}
+    assert json.loads(files.to_json(cfg))["decoder"]["rope"]["local_theta"] is None
+    assert files.from_json(files.to_json(cfg), "config.json") == validate(cfg)
     with pytest.raises(ConfigError, match="--train.steps None is not a whole number"):
         files.override(cfg, ["--train.steps", "None"], "run.py")
+
+
+def test_the_numbers_of_earlier_versions_mean_none():
+    cfg = with_fields(tiny(), dict.fromkeys(OLD_NONE))
+    old = files.to_json(with_fields(cfg, OLD_NONE))
+    assert files.from_json(old, "config.json") == cfg
+    assert files.updated(flat(cfg) | OLD_NONE) == flat(cfg)

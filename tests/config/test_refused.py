@@ -20,7 +20,7 @@ from vlm_jax.config.bounds import (
     BELOW,
     PATHS,
 )
-from vlm_jax.config.validate import kinds, validate
+from vlm_jax.config.validate import is_optional, kinds, required_type, validate
 from vlm_jax.testing import KINDS, tiny
 
 
@@ -258,19 +258,24 @@ def with_value(part, field, value):
     return replace(part, **{name: with_value(getattr(part, name), rest, value) if rest else value})
 
 
+OPTIONAL = [field for field, kind in kinds(tiny()).items() if is_optional(kind)]
+
+
 @pytest.mark.parametrize("field", [field for field in AT_LEAST if field in kinds(tiny())])
 def test_a_value_below_its_least_is_refused_by_name(field):
     least = AT_LEAST[field]
-    with pytest.raises(ConfigError, match=f"^{field} is {least - 1}: it must be at least {least}"):
+    end = ", or None.$" if field in OPTIONAL else ".$"
+    message = f"^{field} is {least - 1}: it must be at least {least}{end}"
+    with pytest.raises(ConfigError, match=message):
         validate(with_value(tiny(), field, least - 1))
 
 
-FLOATS = [field for field, kind in kinds(tiny()).items() if kind is float]
+FLOATS = [field for field, kind in kinds(tiny()).items() if required_type(kind) is float]
 
 
 @pytest.mark.parametrize(
     "field, value, message",
-    [(field, 0.0, "above 0") for field in ABOVE]
+    [(field, 0.0, "above 0, or None" if field in OPTIONAL else "above 0") for field in ABOVE]
     + [
         (field, most + 1, f"at most {most}")
         for field, most in AT_MOST.items()

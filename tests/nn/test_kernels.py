@@ -15,7 +15,7 @@ from vlm_jax.nn.attention import dot_product_attention
 SCALE = 0.1
 CASES = {  # queries, keys, heads, key heads, cap, kind of mask
     "grouped": (256, 384, 4, 2, 5.0, "random"),
-    "odd": (130, 257, 2, 2, 0.0, "keys"),
+    "odd": (130, 257, 2, 2, None, "keys"),
 }
 every_case = pytest.mark.parametrize("name", CASES)
 
@@ -77,14 +77,14 @@ def test_splash_attention_is_attention(name):
 @every_case
 def test_cudnn_attention_is_attention(name):
     arrays, _ = case(name)
-    assert_equals_plain(cudnn, arrays, 0.0)
+    assert_equals_plain(cudnn, arrays, None)
 
 
 @every_case
 @pytest.mark.parametrize("kernel", [splash, cudnn])
 def test_in_bfloat16_a_kernel_is_as_near_to_float32_as_attention(kernel, name):
     arrays, cap = case(name)
-    cap = 0.0 if kernel is cudnn else cap
+    cap = None if kernel is cudnn else cap
     *qkv, mask, dy = arrays
     narrow = [x.astype(jnp.bfloat16) for x in qkv]
     _, exact = value_and_gradients(plain, cap, *arrays)
@@ -102,20 +102,20 @@ def error(x, exact):
 def test_splash_attention_on_a_mesh_is_attention():
     arrays = inputs(128, 128, 4, 2, "random", rows=4)
     with jax.set_mesh(axes.make_mesh(Mesh(1, 4, 2))):
-        assert_equals_plain(splash, arrays, 0.0)
+        assert_equals_plain(splash, arrays, None)
 
 
 @pytest.mark.parametrize(
     "platform, length, dtype, width, cap, kernel",
     [
-        ("cpu", 512, "bfloat16", 64, 0.0, None),
+        ("cpu", 512, "bfloat16", 64, None, None),
         ("tpu", 512, "float32", 72, 30.0, kernels.splash_attention),
-        ("tpu", 64, "bfloat16", 64, 0.0, None),
-        ("gpu", 64, "bfloat16", 64, 0.0, kernels.cudnn_attention),
-        ("gpu", 512, "float32", 64, 0.0, None),
-        ("gpu", 512, "bfloat16", 256, 0.0, None),
+        ("tpu", 64, "bfloat16", 64, None, None),
+        ("gpu", 64, "bfloat16", 64, None, kernels.cudnn_attention),
+        ("gpu", 512, "float32", 64, None, None),
+        ("gpu", 512, "bfloat16", 256, None, None),
         ("gpu", 512, "bfloat16", 64, 30.0, None),
-        ("gpu", 577, "bfloat16", 64, 0.0, None),
+        ("gpu", 577, "bfloat16", 64, None, None),
     ],
 )
 def test_the_platform_chooses_the_kernel(monkeypatch, platform, length, dtype, width, cap, kernel):

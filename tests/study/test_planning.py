@@ -171,6 +171,17 @@ def test_a_missing_field_counts_as_its_default():
     assert diff(old, new | {"decoder.unroll": 2}) == ["decoder.unroll: 1 -> 2"]
 
 
+def test_a_folder_of_an_earlier_version_continues(tmp_path):
+    folder = Folder(tmp_path / "study")
+    folder.open(plan(tmp_path))
+    values = json.loads(folder.definition.read_text())
+    for fields in values["experiments"].values():
+        fields |= {"decoder.query_scale": 0.0, "decoder.rope.local_theta": 0.0, "data.bos_id": -1}
+        fields["decoder.norm_order"] = fields.pop("decoder.norm_position")
+    folder.definition.write_text(json.dumps(values))
+    folder.check(plan(tmp_path))
+
+
 def test_microbatches_define_a_study(tmp_path):
     """They change the costs of an arm."""
     changed_cfg = override(studies.base("data"), {"train.microbatches": 2})

@@ -26,7 +26,7 @@ WEIGHTS = {
 }
 
 
-def experiment(tied=True, softcap=0.0):
+def experiment(tied=True, softcap=None):
     cfg = tiny()
     return replace(
         cfg, decoder=replace(cfg.decoder, tie_word_embeddings=tied, logit_softcap=softcap)
@@ -87,7 +87,7 @@ def test_what_does_not_fit_at_once_is_cut_into_chunks_that_few_scored_tokens_fil
     assert chunk_tokens(2048, 8192, chunk=7) == 7
 
 
-@pytest.mark.parametrize("tied, softcap", [(True, 5.0), (False, 0.0)])
+@pytest.mark.parametrize("tied, softcap", [(True, 5.0), (False, None)])
 def test_every_form_of_the_head(tied, softcap):
     cfg = experiment(tied, softcap)
     args = inputs(cfg, WEIGHTS["some, weighted"])

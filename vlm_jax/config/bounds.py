@@ -25,17 +25,16 @@ AT_LEAST = {
     "data.images_per_row": 1,
     "data.image_px": 64,
     "data.seed": 0,
-    "data.cell_px": 0,
+    # Typewritten letters are legible from this size.
+    "data.cell_px": 6,
     "data.bos_id": 0,
     "data.threads": 0,
     "data.prefetch": 0,
-    **_for_stacks(
-        width=1, depth=1, heads=1, mlp_width=1, kv_heads=1, head_dim=1, score_softcap=0, unroll=1
-    ),
+    **_for_stacks(width=1, depth=1, heads=1, mlp_width=1, kv_heads=1, head_dim=1, unroll=1),
     "vision.image_size_px": 1,
     "vision.patch_size_px": 1,
-    "vision.resize_px": 0,
-    "vision.classes": 0,
+    "vision.resize_px": 1,
+    "vision.classes": 1,
     "vision.tiles": 1,
     "vision.num_global_layers": 0,
     "projector.factor": 1,
@@ -47,8 +46,7 @@ AT_LEAST = {
     "decoder.extra_tokens": 0,
     "decoder.max_positions": 1,
     "decoder.position_offset": 0,
-    "decoder.sliding_window": 0,
-    "decoder.logit_softcap": 0,
+    "decoder.sliding_window": 1,
     "optim.learning_rate": 0,
     "optim.lr_mult.vision": 0,
     "optim.lr_mult.projector": 0,
@@ -62,26 +60,28 @@ AT_LEAST = {
     "train.steps": 1,
     "train.batch_size": 1,
     "train.microbatches": 1,
-    "train.loss_chunk": 0,
+    "train.loss_chunk": 1,
     "train.checkpoint_every_steps": 1,
     "train.keep_checkpoints": 1,
     "train.keep_best": 0,
-    "train.keep_every_steps": 0,
+    "train.keep_every_steps": 1,
     "train.log_every_steps": 1,
     "distributed.num_processes": 1,
     "distributed.process_id": 0,
     "distributed.timeout_seconds": 1,
     "distributed.heartbeat_seconds": 10,
-    "eval.max_examples": 0,
+    "eval.max_examples": 1,
     "eval.batch_size": 1,
     "eval.max_new_tokens": 1,
     "seed": 0,
 }
 ABOVE = {
     "optim.clip_norm": 0,
+    "decoder.logit_softcap": 0,
     "decoder.rope.theta": 0,
+    "decoder.rope.local_theta": 0,
     "decoder.rope.factor": 0,
-    **_for_stacks(norm_eps=0),
+    **_for_stacks(norm_eps=0, query_scale=0, score_softcap=0),
 }
 AT_MOST = {
     "data.threads": 256,
@@ -138,20 +138,22 @@ LIMITS = {
 }
 
 
-def check_numbers(values: dict[str, object]) -> None:
-    """Checks values by their field `section.field`.
+def check_number(path: str, value: object, may_be_none: bool = False) -> None:
+    """Checks the value of a field `section.field`; other values than numbers pass.
 
     Raises:
-      ConfigError: a number is outside its bounds or not finite.
+      ConfigError: the number is outside its bounds or not finite.
     """
-    for path, value in values.items():
-        if value is None:
-            continue
-        for relation, (limits, holds) in LIMITS.items():
-            if path in limits and not holds(value, limits[path]):
-                raise ConfigError(f"{path} is {value}: it must be {relation} {limits[path]}.")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{path} is {value}: it must be a finite number.")
+    if value is None:
+        return
+    otherwise = ", or None" if may_be_none else ""
+    for relation, (limits, holds) in LIMITS.items():
+        if path in limits and not holds(value, limits[path]):
+            raise ConfigError(
+                f"{path} is {value}: it must be {relation} {limits[path]}{otherwise}."
+            )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path} is {value}: it must be a finite number{otherwise}.")
 
 
 def check_sampling(

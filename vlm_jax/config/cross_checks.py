@@ -12,10 +12,9 @@ from vlm_jax.config import (
     Experiment,
     Fusion,
 )
+from vlm_jax.config.bounds import AT_LEAST, AT_MOST
 from vlm_jax.config.datasets import sources_that_read
 from vlm_jax.config.hints import either
-
-SMALLEST_CELL_PX = 6  # typewritten letters are legible from this size
 
 
 def _data(cfg: Experiment) -> None:
@@ -57,16 +56,11 @@ def _unread(field: str, sources: Sequence[str], source: str) -> str:
 
 def _synthetic(cfg: Experiment) -> None:
     data = cfg.data
-    if 0 < data.cell_px < SMALLEST_CELL_PX:
-        raise ConfigError(
-            f"data.cell_px is {data.cell_px}: choose {SMALLEST_CELL_PX} to 8, "
-            "or 0 for pages that are not typewritten."
-        )
-    if data.transcript and not data.cell_px:
+    if data.transcript and data.cell_px is None:
         raise ConfigError(
             "data.transcript True does not contain the sizes of words, which are asked for on "
-            f"pages that are not typewritten: set data.cell_px to {SMALLEST_CELL_PX} to 8, or "
-            "data.transcript to False."
+            f"pages that are not typewritten: set data.cell_px to {AT_LEAST['data.cell_px']} to "
+            f"{AT_MOST['data.cell_px']}, or data.transcript to False."
         )
     if min(data.images) < 1:
         raise ConfigError(
@@ -158,7 +152,8 @@ def _resize(cfg: Experiment) -> None:
             f"vision.resize {vision.resize} makes one square of an image, but vision.tiles "
             f"{vision.tiles} splits it into several: set it to squash, or vision.tiles to 1."
         )
-    if vision.resize_px and (vision.resize != "crop" or vision.resize_px < vision.image_size_px):
+    crops = vision.resize == "crop" and vision.shortest_edge_px >= vision.image_size_px
+    if vision.resize_px is not None and not crops:
         raise ConfigError(
             f"vision.resize_px {vision.resize_px} is the shorter side of an image before the crop: "
             "it needs vision.resize crop, and at least vision.image_size_px "

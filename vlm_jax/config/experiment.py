@@ -29,8 +29,8 @@ class Data:
     #: glyphs, digits: number of images in the splits train, validation and test
     images: tuple[int, int, int] = (20_000, 1_000, 2_000)
     seed: int = 0  # glyphs, digits: seed of the image generator
-    #: glyphs: size in pixels, 6 to 8, of the cell of each typewritten letter; 0: not typewritten
-    cell_px: int = 0
+    #: glyphs: size in pixels, 6 to 8, of the cell of each typewritten letter; None: not typewritten
+    cell_px: int | None = None
     #: glyphs: prepend the page's text to every question (text-only training)
     transcript: bool = False
     train_split: str = "train"  # TFDS split to train on, or a slice such as 'train[:90%]'
@@ -110,14 +110,14 @@ class Train:
     #: dtype of the forward and backward pass and of frozen parts; trained parameters, the optimizer
     #: and the loss are float32
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    #: scored tokens per device whose logits are computed at once; 0: all if they fit into 64 MiB,
-    #: else 512
-    loss_chunk: int = 0
+    #: scored tokens per device whose logits are computed at once; None: all if they fit into 64
+    #: MiB, else 512
+    loss_chunk: int | None = None
     checkpoint_every_steps: int = 500  # steps between checkpoints
     keep_checkpoints: int = 3  # number of most recent checkpoints to keep
     #: also keep the N checkpoints with the lowest mean training loss since the one before
     keep_best: int = 0
-    keep_every_steps: int = 0  # also keep the checkpoint of every N-th step; 0: none
+    keep_every_steps: int | None = None  # also keep the checkpoint of every N-th step
     log_every_steps: int = 20  # steps between logged rows
     #: "10:13": write a jax.profiler trace of steps 10 to 13 to the work folder; empty: none
     profile_steps: str = ""
@@ -220,7 +220,7 @@ class Distributed:
 class Eval:
     split: str = "test"  # TFDS split to evaluate on; empty: no evaluation
     files: tuple[str, ...] = ()  # conversations: JSON files to evaluate on instead of data.files
-    max_examples: int = 0  # maximum number of examples to evaluate; 0: all
+    max_examples: int | None = None  # maximum number of examples to evaluate; None: all
     batch_size: int = 256  # number of questions in a batch
     max_new_tokens: int = 8  # maximum length of an answer in tokens
     #: rows of METRICS in infer/metrics/table.py, such as vqa_accuracy or anls

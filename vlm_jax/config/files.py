@@ -16,9 +16,12 @@ from vlm_jax.config import (
     Data,
     Decoder,
     Distributed,
+    Eval,
     Experiment,
     Fusion,
     Optim,
+    Rope,
+    Train,
     Vision,
 )
 from vlm_jax.config.hints import nearest, nearest_field, suggestion
@@ -27,6 +30,7 @@ from vlm_jax.config.validate import (
     check_types,
     element_type,
     flat,
+    is_optional,
     kinds,
     literal_choices,
     required_type,
@@ -60,7 +64,18 @@ OLD_VALUES = {
     (Fusion, "tokens_without_image", "read_all"): "attend_all",
     **{(kind, "kv_heads", 0): None for kind in (Vision, Decoder)},
     **{(kind, "head_dim", 0): None for kind in (Vision, Decoder)},
+    **{(kind, "query_scale", 0): None for kind in (Vision, Decoder)},
+    **{(kind, "score_softcap", 0): None for kind in (Vision, Decoder)},
+    (Vision, "resize_px", 0): None,
+    (Vision, "classes", 0): None,
+    (Rope, "local_theta", 0): None,
+    (Decoder, "sliding_window", 0): None,
+    (Decoder, "logit_softcap", 0): None,
+    (Data, "cell_px", 0): None,
     (Data, "bos_id", -1): None,
+    (Train, "loss_chunk", 0): None,
+    (Train, "keep_every_steps", 0): None,
+    (Eval, "max_examples", 0): None,
     (Distributed, "num_processes", 0): None,
     (Distributed, "process_id", -1): None,
 }
@@ -244,12 +259,11 @@ def _check_option(
         expected += ", with spaces between them" if count > 1 else ""
         raise ConfigError(f"--{name} takes {expected}, not {' '.join(values) or 'none'}.")
     kind = required_type(element_type(fields[name]))
-    is_optional = kind is not element_type(fields[name])
     if "" in values and flat(Experiment())[name] != "" and name not in MAY_BE_EMPTY:
         raise ConfigError(f"--{name} is empty.")
     choices = ("True", "False") if kind is bool else literal_choices(kind)
     for value in values:
-        if is_optional and value == "None":
+        if value == "None" and is_optional(fields[name]):
             continue
         if choices and value not in choices:
             raise ConfigError(
@@ -330,12 +344,26 @@ def _rebuild(kind, values):
     return kind(**arguments)
 
 
+def updated(fields: typing.Mapping[str, object]) -> dict[str, object]:
+    """Returns fields {"section.field": value} of an earlier version as this version has them."""
+    return dict(_updated(Experiment, name, value) for name, value in fields.items())
+
+
+def _updated(kind, name: str, value) -> tuple[str, object]:
+    name, dot, rest = name.partition(".")
+    name, value = _rename(kind, name, value)
+    section = typing.get_type_hints(kind).get(name)
+    if dataclasses.is_dataclass(section):
+        rest, value = _updated(section, rest, value)
+    return f"{name}{dot}{rest}", value
+
+
 def _rename(kind, name: str, value) -> tuple[str, object]:
     """Returns the name and the value of a field in this version."""
     name = OLD_NAMES.get((kind, name), name)
-    return name, OLD_VALUES.get((kind, name, value), value) if isinstance(
-        value, (str, int)
-    ) else value
+    if isinstance(value, (str, int, float)):
+        value = OLD_VALUES.get((kind, name, value), value)
+    return name, value
 
 
 def _tuples(value):

@@ -37,9 +37,9 @@ class Transformer:
     out_bias: bool = True  # bias of attention's output projection
     mlp_bias: bool = True  # biases of the MLP
     qk_norm: bool = False  # normalise query and key heads before RoPE
-    query_scale: float = 0.0  # factor of the attention scores; 0: 1 / sqrt(H)
-    #: c: attention scores become c tanh(score / c); 0: not capped
-    score_softcap: float = 0.0
+    query_scale: float | None = None  # factor of the attention scores; None: 1 / sqrt(H)
+    #: c: attention scores become c tanh(score / c); None: not capped
+    score_softcap: float | None = None
     #: per-channel LayerScale, or a scalar tanh gate, on each residual branch
     layer_scale: Literal["none", "vector", "tanh_gate"] = "none"
     #: unroll of the scan over layers: faster steps, slower compilation, less saved by remat
@@ -71,8 +71,8 @@ class Vision(Transformer):
     #: how an image becomes square: scale both sides; scale the shorter side and crop the centre; or
     #: scale the longer side and pad. With tile_layouts, pad fits the image onto tiles
     resize: Literal["squash", "crop", "pad"] = "squash"
-    #: crop: length of the shorter side before the crop; 0: image_size_px
-    resize_px: int = 0
+    #: crop: length of the shorter side before the crop; None: image_size_px
+    resize_px: int | None = None
     #: filter of the resize
     resample: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] = "bicubic"
     #: how images of other modes become RGB. composite: transparent pixels become white, 16 bits are
@@ -96,8 +96,8 @@ class Vision(Transformer):
     feature_layers: tuple[int, ...] = ()
     #: pooled image vector: class token, tanh(linear(class token)), or attention pooling
     pool: Literal["none", "class", "tanh", "attention"] = "none"
-    #: classes of a classifier on the class token, kept for export; 0: no classifier
-    classes: int = 0
+    #: classes of a classifier on the class token, kept for export; None: no classifier
+    classes: int | None = None
     newline_token: bool = False  # unified: a text token after every row of image tokens (Fuyu)
     #: maximum number of tiles per image, each of image_size_px; 1: resize to one square
     tiles: int = 1
@@ -115,6 +115,11 @@ class Vision(Transformer):
     def has_encoder(self) -> bool:
         """True if an encoder is between the patches and the projector."""
         return self.kind != "none"
+
+    @property
+    def shortest_edge_px(self) -> int:
+        """Length of the shorter side of an image before the crop."""
+        return self.image_size_px if self.resize_px is None else self.resize_px
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -344,8 +349,8 @@ class Rope:
     """Rotary position embedding (Su et al. 2021) and its scaling to longer contexts."""
 
     theta: float = 10_000.0  # base of the wavelengths
-    #: base in sliding blocks, which are never scaled; 0: theta, scaled like the others
-    local_theta: float = 0.0
+    #: base in sliding blocks, which are never scaled; None: theta, scaled like the others
+    local_theta: float | None = None
     fraction: float = 1.0  # fraction of the head dimension that is rotated
     #: scaling to longer contexts
     scaling: Literal["none", "linear", "llama3", "longrope"] = "none"
@@ -376,11 +381,11 @@ class Decoder(Transformer):
     position_offset: int = 0  # learned, sincos: row of position 0
     rope: Rope = field(default_factory=Rope)
     #: number of tokens, itself included, that a token of a sliding block attends to
-    sliding_window: int = 0
+    sliding_window: int | None = None
     sliding_layers: tuple[int, ...] = ()  # blocks with a sliding window
     final_norm: bool = True  # normalise after the last block
     tie_word_embeddings: bool = True  # use the embedding as the output head
-    logit_softcap: float = 0.0  # c: logits become c tanh(logit / c); 0: not capped
+    logit_softcap: float | None = None  # c: logits become c tanh(logit / c); None: not capped
 
     @property
     def rotary_dim(self) -> int:

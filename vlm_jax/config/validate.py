@@ -11,7 +11,7 @@ from vlm_jax.config import (
     Transformer,
     Vision,
 )
-from vlm_jax.config.bounds import PATHS, check_numbers, check_path
+from vlm_jax.config.bounds import PATHS, check_number, check_path
 from vlm_jax.config.cross_checks import CHECKS
 
 
@@ -51,7 +51,8 @@ def check_values(cfg: Experiment | Vision | Contrastive) -> None:
             raise ConfigError(
                 f"{path} {wrong[0]!r} is not a valid choice: choose {', '.join(choices)}."
             )
-    check_numbers({path.replace("text.", "decoder."): value for path, value in values.items()})
+        # A text encoder has the bounds of a decoder.
+        check_number(path.replace("text.", "decoder."), value, is_optional(kind))
     if isinstance(cfg, Experiment):
         _heads(cfg.decoder, "decoder")
         _rotary(cfg.decoder)
@@ -141,9 +142,14 @@ def literal_choices(kind) -> tuple[str, ...]:
     return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
 
 
+def is_optional(kind) -> bool:
+    """Returns True for `T | None`."""
+    return types.NoneType in typing.get_args(kind)
+
+
 def required_type(kind):
     """Returns T for `T | None`, and other types unchanged."""
-    if not isinstance(kind, types.UnionType):
+    if not is_optional(kind):
         return kind
     return next(option for option in typing.get_args(kind) if option is not types.NoneType)
 

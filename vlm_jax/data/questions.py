@@ -46,8 +46,8 @@ def to_evaluate(cfg: Experiment) -> list[Question]:
     return load(replace(cfg, data=cfg.eval_data), cfg.eval.read_split, cfg.eval.max_examples)
 
 
-def load(cfg: Experiment, split: str, limit: int = 0) -> list[Question]:
-    """Returns the first `limit` questions of a split (0: all), in the order of the dataset.
+def load(cfg: Experiment, split: str, limit: int | None = None) -> list[Question]:
+    """Returns the first `limit` questions of a split (None: all), in the order of the dataset.
 
     `eval.turns` decides which questions of a conversation they are.
     """
@@ -56,16 +56,16 @@ def load(cfg: Experiment, split: str, limit: int = 0) -> list[Question]:
     decoded = pipeline.DecodedRecords(sources.load(cfg.data, split), cfg.vision)
     questions = []
     for index in range(len(decoded)):
-        if limit and len(questions) >= limit:
+        if limit is not None and len(questions) >= limit:
             break
         record = decoded.records[index]
         image = functools.partial(_read_record_image, decoded, index)
         for fields in zip(record.questions, record.answers, record.types, strict=True):
             questions.append(Question(record.image_id, *fields, image))
-    return questions[:limit] if limit else questions
+    return questions[:limit]
 
 
-def _conversation_questions(cfg: Experiment, split: str, limit: int) -> list[Question]:
+def _conversation_questions(cfg: Experiment, split: str, limit: int | None) -> list[Question]:
     source = pipeline.conversation_source(cfg.data, split)
     reader = packing.pixel_reader(cfg, source, is_exact=True)
 
@@ -79,7 +79,7 @@ def _conversation_questions(cfg: Experiment, split: str, limit: int) -> list[Que
         conversation = source[index]
         asked = len(conversation.turns) // 2 if cfg.eval.turns == "all" else 1
         for number in range(asked):
-            if limit and len(questions) >= limit:
+            if limit is not None and len(questions) >= limit:
                 return questions
             location = source.location(index)
             questions.append(_question(conversation, number, location, images_reader))

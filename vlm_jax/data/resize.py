@@ -50,8 +50,7 @@ def to_square(image: Image.Image, vision: Vision) -> Image.Image:
     """
     side, resample = vision.image_size_px, Image.Resampling[vision.resample.upper()]
     if vision.resize == "crop":
-        edge = vision.resize_px or side
-        shape = shortest_edge_shape(image.height, image.width, edge)
+        shape = shortest_edge_shape(image.height, image.width, vision.shortest_edge_px)
         return center_crop(resize(image, shape, resample), (side, side))
     if vision.resize == "pad":
         image = pad_to_square(image, tuple(int(mean * 255) for mean in vision.image_mean))

@@ -119,13 +119,13 @@ def _resolve_vision(own: Vision, is_whole_model: bool, config_of: ReadConfig) ->
         if not own.feature_layers and vision.final_norm == "pooled":
             # That norm is for the pooled vector, which a decoder does not use.
             vision = replace(vision, final_norm="none")
-        vision = replace(vision, pool="none", classes=0, mask_token=False)
+        vision = replace(vision, pool="none", classes=None, mask_token=False)
         own_fields += ENCODER_USE_FIELDS
     vision = _keep_own(vision, own, own_fields)
     if is_whole_model or vision.tile_layouts:
         return vision
     vision = replace(vision, **{name: getattr(own, name) for name in TILING_FIELDS})
-    return replace(vision, resize="squash", resize_px=0) if vision.cut_tiles > 1 else vision
+    return replace(vision, resize="squash", resize_px=None) if vision.cut_tiles > 1 else vision
 
 
 def _resolve_projector(cfg: Experiment, config_of: ReadConfig) -> Projector:

@@ -40,8 +40,8 @@ def dot_product_attention(
     k: Float[Array, "B K T H"],
     v: Float[Array, "B K T H"],
     mask: Bool[Array, "#B 1 #S T"] | None,
-    scale: float = 0.0,
-    cap: float = 0.0,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> Float[Array, "B S N H"]:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) with grouped-query heads.
 
@@ -53,10 +53,11 @@ def dot_product_attention(
       k: keys.
       v: values.
       mask: True where a query attends to a key; None: everywhere.
-      scale: factor of the scores; 0: 1 / sqrt(H).
-      cap: c > 0 replaces each score by c * tanh(score / c) (Gemma 2); 0: no cap.
+      scale: factor of the scores; None: 1 / sqrt(H).
+      cap: c > 0 replaces each score by c * tanh(score / c) (Gemma 2); None: no cap.
     """
-    scale = scale or q.shape[-1] ** -0.5
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
     q = checkpoint_name(q, ATTENTION_CHECKPOINT)
     k = checkpoint_name(k, ATTENTION_CHECKPOINT)
     kernel = kernel_for(q, k, mask, cap)
@@ -72,10 +73,10 @@ def dot_product_attention(
         mask = jnp.tile(mask, (1, 1, groups, 1))  # (B, 1, G * S, T)
 
     # The custom gradient omits the derivative of tanh: capped scores are differentiated by JAX.
-    if cap:
-        y, _ = _attention_forward(q, k, v, mask, cap)
-    else:
+    if cap is None:
         y = _attention(q, k, v, mask)
+    else:
+        y, _ = _attention_forward(q, k, v, mask, cap)
     return einops.rearrange(y, "B K (G S) H -> B S (K G) H", G=groups)
 
 
@@ -88,7 +89,7 @@ def _attention(q, k, v, mask):
     return _attention_forward(q, k, v, mask)[0]
 
 
-def _attention_forward(q, k, v, mask, cap=0.0):
+def _attention_forward(q, k, v, mask, cap=None):
     scores = softcap(jnp.einsum("bkrh,bkth->bkrt", q, k).astype(jnp.float32), cap)
     if mask is not None:
         scores = jnp.where(mask, scores, MASK_VALUE)

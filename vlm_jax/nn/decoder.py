@@ -88,6 +88,7 @@ class Decoder(nn.Module):
 
     def _forward(self, inputs: DecoderInputs, cache: Cache | None):
         cfg, positions = self.cfg, inputs.positions
+        has_local_rope = cfg.rope.local_theta is not None
         x = inputs.x
         if cfg.positions != "rope":
             x = x + self._position_embedding(positions).astype(x.dtype)
@@ -101,7 +102,7 @@ class Decoder(nn.Module):
             has_image=inputs.has_image,
             attends=inputs.attends,
             local_mask=inputs.local_mask,
-            local_rope=local_rope_tables(positions, cfg) if cfg.rope.local_theta else None,
+            local_rope=local_rope_tables(positions, cfg) if has_local_rope else None,
             index=cache.index if cache else None,
         )
         self.sow("intermediates", "embeddings", x)

@@ -45,12 +45,12 @@ def fuse(
     """
     has_memory = cfg.fusion.image_in_memory and batch.image_mask.shape[-1] > 0
     in_sequence = cfg.fusion.image_in_sequence and image is not None
-    window = cfg.decoder.sliding_window if cfg.decoder.sliding_layers else 0
+    window = cfg.decoder.sliding_window if cfg.decoder.sliding_layers else None
     inputs = DecoderInputs(
         x=insert_image_tokens(text, image, batch.image_token_index) if in_sequence else text,
         positions=batch.positions,
         mask=self_attention_mask(batch, cache),
-        local_mask=self_attention_mask(batch, cache, window) if window else None,
+        local_mask=None if window is None else self_attention_mask(batch, cache, window),
     )
     if not has_memory:
         return inputs
@@ -93,7 +93,7 @@ def insert_image_tokens(
 
 
 def self_attention_mask(
-    batch: Batch, cache: Cache | None = None, window: int = 0
+    batch: Batch, cache: Cache | None = None, window: int | None = None
 ) -> Bool[Array, "B 1 S T"]:
     """Attention mask over the tokens of the sequence, or over the T slots of the cache.
 
@@ -109,14 +109,14 @@ def self_attention_mask(
                                      . . . . . . 1 1
 
     With a `window` keys must be less than `window` positions before the token (Beltagy et al. 2020,
-    section 3.1); 0: no limit. Tokens of one block (`block_ids`) also attend to each other in both
-    directions, across branches and beyond the window.
+    section 3.1). Tokens of one block (`block_ids`) also attend to each other in both directions,
+    across branches and beyond the window.
     """
     keys, first_slot = (batch, 0) if cache is None else (cache, cache.index)
     slots = first_slot + jnp.arange(batch.tokens.shape[1])
     visible = (slots[:, None] >= jnp.arange(keys.segment_ids.shape[1]))[None]
     visible &= _same(batch.branch_ids, keys.branch_ids) | (keys.branch_ids == TRUNK)[:, None]
-    if window:
+    if window is not None:
         visible &= batch.positions[:, :, None] - keys.positions[:, None] < window
     if batch.block_ids is not None:
         visible |= _same(batch.block_ids, keys.block_ids) & (batch.block_ids > 0)[..., None]

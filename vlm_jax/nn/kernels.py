@@ -26,14 +26,16 @@ LARGEST_BLOCK = 640
 MIN_LENGTH = 256
 
 
-def kernel_for(q: jax.Array, k: jax.Array, mask: jax.Array | None, cap: float) -> Callable | None:
+def kernel_for(
+    q: jax.Array, k: jax.Array, mask: jax.Array | None, cap: float | None
+) -> Callable | None:
     """Returns the fused kernel for these inputs on the current platform, or None.
 
     Args:
       q: queries (B, S, N, H).
       k: keys (B, K, T, H).
       mask: (B, 1, S, T) or None.
-      cap: softcap of the scores, 0 for none.
+      cap: softcap of the scores, or None.
     """
     platform = axes.platform()
     length, keys = q.shape[1], k.shape[2]
@@ -50,10 +52,12 @@ def _fits_cudnn(q, keys, mask, cap) -> bool:
     is_half = q.dtype in (jnp.bfloat16, jnp.float16)
     is_even = length % 2 == 0 and keys % 2 == 0
     fits_head = head_dim % 8 == 0 and head_dim <= 128
-    return is_half and fits_head and not cap and (mask is None or is_even)
+    return is_half and fits_head and cap is None and (mask is None or is_even)
 
 
-def cudnn_attention(q, k, v, mask, scale: float, cap: float = 0.0, implementation: str = "cudnn"):
+def cudnn_attention(
+    q, k, v, mask, scale: float, cap: float | None = None, implementation: str = "cudnn"
+):
     """`attention.dot_product_attention` by cuDNN, for inputs that `kernel_for` lets through."""
     del cap
     if mask is not None:
@@ -65,7 +69,9 @@ def cudnn_attention(q, k, v, mask, scale: float, cap: float = 0.0, implementatio
     )
 
 
-def splash_attention(q, k, v, mask, scale: float, cap: float = 0.0, interpret: bool = False):
+def splash_attention(
+    q, k, v, mask, scale: float, cap: float | None = None, interpret: bool = False
+):
     """`attention.dot_product_attention` by splash attention.
 
     The results differ for a query without a visible key: it gets the value of key 0, and not the
@@ -97,7 +103,7 @@ def splash_attention(q, k, v, mask, scale: float, cap: float = 0.0, interpret: b
     return einops.rearrange(y, "B K G S H -> B S (K G) H")[:, :length]
 
 
-def _splash_row(q, k, v, mask, cap: float, interpret: bool):
+def _splash_row(q, k, v, mask, cap: float | None, interpret: bool):
     """One row: (K, G, S, H), (K, T, H), (K, T, H), (1, S, T) -> (K, G, S, H)."""
     # Imported here because the import takes a second.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -117,7 +123,7 @@ def _splash_row(q, k, v, mask, cap: float, interpret: bool):
         block_sizes=block_sizes,
         head_shards=1,
         q_seq_shards=1,
-        attn_logits_soft_cap=cap or None,
+        attn_logits_soft_cap=cap,
         interpret=interpret,
         residual_checkpoint_name=ATTENTION_CHECKPOINT,
     )

@@ -22,9 +22,9 @@ ACTIVATIONS = {
 embedding_init = nn.initializers.normal(0.02)
 
 
-def softcap(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
-    """cap * tanh(x / cap), or x if `cap` is 0 (Gemma 2, section 2)."""
-    return cap * jnp.tanh(x / cap) if cap else x
+def softcap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """cap * tanh(x / cap), or x if `cap` is None (Gemma 2, section 2)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 @jax.custom_vjp

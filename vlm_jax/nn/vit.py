@@ -96,7 +96,7 @@ class ViT(nn.Module):
     def _classify(self, x):
         """(B, P, D) -> class logits (B, V), or None."""
         cfg = self.cfg
-        if not cfg.classes:
+        if cfg.classes is None:
             return None
         return Dense("D V", (cfg.width, cfg.classes), name="classifier")(x[:, 0])
 

@@ -298,7 +298,7 @@ def evaluation_name(cfg: Eval) -> str:
         replaced = str.maketrans({"[": "_", "]": "", ":": "-", "%": "pct"})
         parts.append(cfg.read_split.translate(replaced))
     name = re.sub(r"[^\w.+-]", "_", "+".join(parts)).lstrip(".-")[:LONGEST_NAME]
-    return f"{name}_{cfg.max_examples}" if cfg.max_examples else name
+    return name if cfg.max_examples is None else f"{name}_{cfg.max_examples}"
 
 
 def is_run(folder: str | os.PathLike) -> bool:

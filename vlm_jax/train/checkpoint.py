@@ -175,7 +175,7 @@ def _preservation_policy(cfg: Train):
             keep_checkpoints_without_metrics=False,
         )
         policies.append(best)
-    if cfg.keep_every_steps:
+    if cfg.keep_every_steps is not None:
         policies.append(checkpoint_managers.EveryNSteps(cfg.keep_every_steps))
     return checkpoint_managers.AnyPreservationPolicy(policies)
 

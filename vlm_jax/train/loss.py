@@ -64,7 +64,7 @@ def head_cross_entropy(
     frozen: Params,
     hidden: Float[Array, "B S D"],
     batch: Batch,
-    chunk: int = 0,
+    chunk: int | None = None,
 ) -> Float[Array, ""]:
     """Returns the sum of `cross_entropy`, with logits of at most `chunk` tokens a device at a time.
 
@@ -77,7 +77,7 @@ def head_cross_entropy(
       trained: parameters of the head that get a gradient.
       frozen: the others.
       hidden: final hidden states.
-      chunk: scored tokens of a device; 0: see `chunk_tokens`.
+      chunk: scored tokens of a device; None: see `chunk_tokens`.
     """
     shards = axes.row_shards()
     tokens = batch.targets.size // shards
@@ -103,12 +103,12 @@ def _constrain_parameters(head: Head, params: Params) -> Params:
     return {path: axes.constrain(x, head.letters[path]) for path, x in params.items()}
 
 
-def chunk_tokens(tokens: int, vocab_size: int, chunk: int = 0) -> int:
+def chunk_tokens(tokens: int, vocab_size: int, chunk: int | None = None) -> int:
     """Returns the chunk size in tokens of a device.
 
     `chunk` if it is set; else all `tokens`, if their logits fit in CHUNK_BYTES.
     """
-    if chunk:
+    if chunk is not None:
         return chunk
     fitting = max(1, CHUNK_BYTES // (4 * vocab_size))
     return tokens if tokens <= fitting else min(fitting, CHUNK_TOKENS)

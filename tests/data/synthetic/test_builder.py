@@ -188,7 +188,7 @@ def test_questions_alone_are_answered_by_chance(name, datasets_dir):
             {"source": "easy_vqa", "image_px": 128},
             "data.image_px applies only to data.source glyphs and digits, not to easy_vqa",
         ),
-        ({"cell_px": 5}, "data.cell_px is 5: choose 6 to 8, or 0"),
+        ({"cell_px": 5}, "data.cell_px is 5: it must be at least 6, or None"),
         ({"cell_px": 9}, "data.cell_px is 9: it must be at most 8"),
         (
             {"source": "digits", "transcript": True},

@@ -17,11 +17,11 @@ from vlm_jax.data.synthetic.layout import random_page
 SIZES_PX = (64, 200, 448)
 every_size = pytest.mark.parametrize("image_px", SIZES_PX)
 every_page = pytest.mark.parametrize(
-    "image_px, cell_px", [*((px, 0) for px in SIZES_PX), (64, 6), (64, 8), (448, 8)]
+    "image_px, cell_px", [*((px, None) for px in SIZES_PX), (64, 6), (64, 8), (448, 8)]
 )
 
 
-def pages(image_px, split="train", count=60, cell_px=0):
+def pages(image_px, split="train", count=60, cell_px=None):
     for index in range(count):
         rng = np.random.default_rng([7, index])
         page = random_page(rng, image_px, split, cell_px)
@@ -143,10 +143,10 @@ def test_a_transcript_says_what_stands_on_the_page():
 def test_test_pages_have_words_and_a_font_that_are_never_seen():
     seen, held_out = map(set, paper.words())
     assert not seen & held_out
-    for cell_px in (0, 8):
+    for cell_px in (None, 8):
         assert not set(paper.fonts("train", cell_px)) & set(paper.fonts("test", cell_px))
         assert paper.fonts("validation", cell_px) == paper.fonts("train", cell_px)
-    for split, cell_px in itertools.product(("train", "validation", "test"), (0, 8)):
+    for split, cell_px in itertools.product(("train", "validation", "test"), (None, 8)):
         vocabulary = held_out if split == "test" else seen
         for page, asked in pages(64, split, cell_px=cell_px):
             assert page.font in paper.fonts(split, cell_px)

@@ -37,13 +37,13 @@ class SyntheticConfig(tfds.core.BuilderConfig):
     image_px: int = 64
     images: tuple[int, int, int] = (0, 0, 0)  # one number for each of SPLITS
     seed: int = 0
-    cell_px: int = 0
+    cell_px: int | None = None
     transcript: bool = False
 
     @classmethod
     def from_data(cls, data: Data) -> "SyntheticConfig":
         parts = [f"px{data.image_px}"]
-        if data.cell_px:
+        if data.cell_px is not None:
             parts.append(f"cell{data.cell_px}")
         if data.transcript:
             parts.append("transcript")

@@ -20,7 +20,9 @@ from vlm_jax.data.synthetic.pages import (
 TRIES = 8  # layouts with one largest size, before it is given up
 
 
-def random_page(rng: np.random.Generator, image_px: int, split: str, cell_px: int = 0) -> Page:
+def random_page(
+    rng: np.random.Generator, image_px: int, split: str, cell_px: int | None = None
+) -> Page:
     """Draws the words of a page and their places.
 
     Drops the largest font sizes until the words fit.
@@ -32,10 +34,10 @@ def random_page(rng: np.random.Generator, image_px: int, split: str, cell_px: in
     texts = [all_words[i] for i in rng.choice(len(all_words), count, replace=False)]
     reuses_colors = count > len(all_colors)
     colors = [all_colors[i] for i in rng.choice(len(all_colors), count, replace=reuses_colors)]
-    if cell_px:
-        page = Typewritten(image_px, font, background, cell_px=cell_px)
-    else:
+    if cell_px is None:
         page = Page(image_px, font, background)
+    else:
+        page = Typewritten(image_px, font, background, cell_px=cell_px)
     for attempt in itertools.count():
         allowed_px = page.sizes_px[: max(1, len(page.sizes_px) - attempt // TRIES)]
         items = []

@@ -172,11 +172,11 @@ def vocabulary(split: str) -> tuple[str, ...]:
     return held_out if split == "test" else seen
 
 
-def fonts(split: str, cell_px: int) -> tuple[str, ...]:
-    """Returns the fonts of a split; `cell_px` > 0 is the cell width of typewritten pages."""
-    if cell_px:
-        return HELD_OUT_TYPEWRITTEN_FONTS if split == "test" else TYPEWRITTEN_FONTS
-    return HELD_OUT_FONTS if split == "test" else SEEN_FONTS
+def fonts(split: str, cell_px: int | None) -> tuple[str, ...]:
+    """Returns the fonts of a split; `cell_px`: the cell width of typewritten pages."""
+    if cell_px is None:
+        return HELD_OUT_FONTS if split == "test" else SEEN_FONTS
+    return HELD_OUT_TYPEWRITTEN_FONTS if split == "test" else TYPEWRITTEN_FONTS
 
 
 @functools.cache

@@ -66,8 +66,8 @@ def gemma2_from_hf(config: Json, tied: bool) -> Decoder:
     """Reads Gemma 2's settings: even blocks use a sliding window; null turns a softcap off."""
     return replace(
         _read_with_both_norms(GEMMA2_DEFAULTS | llama.drop_nulls(config), tied, every=2),
-        score_softcap=config.get("attn_logit_softcapping", 50.0) or 0.0,
-        logit_softcap=config.get("final_logit_softcapping", 30.0) or 0.0,
+        score_softcap=config.get("attn_logit_softcapping", 50.0) or None,
+        logit_softcap=config.get("final_logit_softcapping", 30.0) or None,
     )
 
 
@@ -83,7 +83,7 @@ def gemma3_from_hf(config: Json, tied: bool) -> Decoder:
     return replace(
         decoder,
         qk_norm=True,
-        logit_softcap=get_or(config, "final_logit_softcapping", 0.0),
+        logit_softcap=config.get("final_logit_softcapping") or None,
         rope=replace(decoder.rope, local_theta=local_theta),
     )
 
@@ -98,7 +98,7 @@ def _read_with_both_norms(config: Json, tied: bool, every: int) -> Decoder:
     """Reads the settings that Gemma 2 and 3 share; every n-th block has no sliding window."""
     decoder = _read_shared(config | {"hidden_act": config["hidden_activation"]}, tied)
     scalar = positive_number(config, "query_pre_attn_scalar")
-    query_scale = 0.0 if scalar == decoder.head_width else scalar**-0.5
+    query_scale = None if scalar == decoder.head_width else scalar**-0.5
     local = [i for i in range(decoder.depth) if (i + 1) % every]
     decoder = replace(decoder, norm_position="sandwich", query_scale=query_scale)
     return llama.with_sliding_window(
@@ -113,11 +113,14 @@ def gemma_to_hf(decoder: Decoder) -> Json:
 
 
 def gemma2_to_hf(decoder: Decoder) -> Json:
-    scalar = round(decoder.query_scale**-2, 6) if decoder.query_scale else decoder.head_width
+    if decoder.query_scale is None:
+        scalar = decoder.head_width
+    else:
+        scalar = round(decoder.query_scale**-2, 6)
     return gemma_to_hf(decoder) | {
         "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
-        "attn_logit_softcapping": decoder.score_softcap or None,
-        "final_logit_softcapping": decoder.logit_softcap or None,
+        "attn_logit_softcapping": decoder.score_softcap,
+        "final_logit_softcapping": decoder.logit_softcap,
         "sliding_window": decoder.sliding_window or GEMMA2_DEFAULTS["sliding_window"],
         "layer_types": llama.layer_types(decoder),
     }

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
 from vlm_jax.config import CheckpointError, Decoder, Experiment, Fusion
-from vlm_jax.config.bounds import check_numbers
+from vlm_jax.config.bounds import check_number
 from vlm_jax.hub.families.family import (
     ACTIVATIONS,
     HUB_ACTIVATIONS,
@@ -34,7 +34,7 @@ def decoder_from_hf(config: Json, tied: bool) -> Decoder:
     max_positions = positive_int(config, "max_position_embeddings", 2048)
     depth = positive_int(config, "num_hidden_layers", 32)
     # Checked here because lists of layers are built below.
-    check_numbers({"decoder.depth": depth})
+    check_number("decoder.depth", depth)
     return Decoder(
         width=width,
         depth=depth,
@@ -181,14 +181,14 @@ def mistral_from_hf(config: Json, names: Collection[str]) -> Experiment:
     }
     decoder = decoder_from_hf(defaults | drop_nulls(config), is_tied(config, names, False))
     # Null means no window; a missing key means the default.
-    window = config.get("sliding_window", 4096) or 0
+    window = config.get("sliding_window", 4096)
     return text_experiment(
         with_sliding_window(decoder, window, range(decoder.depth) if window else ())
     )
 
 
 def mistral_to_hf(cfg: Experiment) -> Json:
-    config = decoder_to_hf(cfg.decoder) | {"sliding_window": cfg.decoder.sliding_window or None}
+    config = decoder_to_hf(cfg.decoder) | {"sliding_window": cfg.decoder.sliding_window}
     return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", **config}
 
 
@@ -201,9 +201,8 @@ def qwen2_from_hf(config: Json, names: Collection[str]) -> Experiment:
     defaults |= {"vocab_size": 151936}
     decoder = decoder_from_hf(defaults | drop_nulls(config), is_tied(config, names, False))
     decoder = replace(decoder, qkv_bias=True)
-    window = (
-        get_or(config, "sliding_window", 4096) if get_or(config, "use_sliding_window", False) else 0
-    )
+    slides = get_or(config, "use_sliding_window", False)
+    window = get_or(config, "sliding_window", 4096) if slides else None
     first = get_or(config, "max_window_layers", 28)
     sliding = sliding_layers(config, decoder.depth, range(first, decoder.depth)) if window else ()
     return text_experiment(with_sliding_window(decoder, window, sliding))
@@ -217,17 +216,17 @@ def qwen2_to_hf(cfg: Experiment) -> Json:
     sliding = decoder.sliding_layers
     config |= {
         "use_sliding_window": bool(sliding),
-        "sliding_window": decoder.sliding_window or None,
+        "sliding_window": decoder.sliding_window,
         "max_window_layers": min(sliding, default=decoder.depth),
         "layer_types": layer_types(decoder),
     }
     return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **config}
 
 
-def with_sliding_window(decoder: Decoder, window: int, layers) -> Decoder:
+def with_sliding_window(decoder: Decoder, window: int | None, layers) -> Decoder:
     """Returns the decoder with a sliding window in these layers."""
     layers = tuple(layers)
-    return replace(decoder, sliding_window=window if layers else 0, sliding_layers=layers)
+    return replace(decoder, sliding_window=window if layers else None, sliding_layers=layers)
 
 
 SLIDES = {"sliding_attention": True, "full_attention": False}

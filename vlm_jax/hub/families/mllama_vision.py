@@ -6,7 +6,7 @@ up to 4.51 take the input of these layers; transformers 5 takes their output.
 """
 
 from vlm_jax.config import CHANNELS, CheckpointError, Vision
-from vlm_jax.config.bounds import check_numbers
+from vlm_jax.config.bounds import check_number
 from vlm_jax.data.tiling import layouts
 from vlm_jax.hub.families.family import (
     ACTIVATIONS,
@@ -40,7 +40,7 @@ def vision_from_hf(config: Json, intermediate_layers: str) -> Vision:
         positive_int(config, "num_hidden_layers", 32),
     )
     # Checked here because all layouts of the tiles are listed below.
-    check_numbers({"vision.tiles": tiles})
+    check_number("vision.tiles", tiles)
     vision = Vision(
         width=positive_int(config, "hidden_size", 1280),
         depth=depth,

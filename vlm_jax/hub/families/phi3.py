@@ -39,7 +39,7 @@ def decoder_from_hf(config: Json, tied: bool) -> Decoder:
                 f"config.json: {name} has {count} factors, but a rotary dimension of "
                 f"{decoder.rotary_dim} needs {decoder.rotary_dim // 2}."
             )
-    window = get_or(config, "sliding_window", 0)
+    window = config.get("sliding_window")
     return llama.with_sliding_window(decoder, window, range(decoder.depth) if window else ())
 
 
@@ -55,7 +55,7 @@ def decoder_to_hf(decoder: Decoder) -> Json:
         config.pop(key)
     return config | {
         "partial_rotary_factor": decoder.rope.fraction,
-        "sliding_window": decoder.sliding_window or None,
+        "sliding_window": decoder.sliding_window,
     }
 
 

@@ -83,7 +83,7 @@ def shape_to_hf(vision: Vision) -> Json:
 
 def vision_from_hf(config: Json, names: Collection[str]) -> Vision:
     """Reads the encoder; `names` are its tensors, without prefix."""
-    classes = num_classes(config) if f"{CLASSIFIER}.weight" in names else 0
+    classes = num_classes(config) if f"{CLASSIFIER}.weight" in names else None
     pools = f"{POOLER}.weight" in names
     vision = Vision(
         **shape_from_hf(config, 16, "gelu"),
@@ -111,7 +111,7 @@ def vision_to_hf(vision: Vision) -> Json:
         "intermediate_size": vision.mlp_width,
         "qkv_bias": vision.qkv_bias,
     }
-    return config | ({"num_labels": vision.classes} if vision.classes else {})
+    return config if vision.classes is None else config | {"num_labels": vision.classes}
 
 
 def vision_rows(vision: Vision, hub_prefix: str, param: str) -> list[Row]:
@@ -186,14 +186,14 @@ def config_from_hf(config: Json, names: Collection[str]) -> Vision:
 
 def config_to_hf(vision: Vision) -> Json:
     return {
-        "architectures": ["ViTForImageClassification" if vision.classes else "ViTModel"],
+        "architectures": ["ViTModel" if vision.classes is None else "ViTForImageClassification"],
         **vision_to_hf(vision),
     }
 
 
 def param_table(vision: Vision) -> list[Row]:
     """Rows of the encoder; below the prefix "vit." if it has a classifier."""
-    if not vision.classes:
+    if vision.classes is None:
         return vision_rows(vision, "", "")
     return vision_rows(vision, PREFIX, "") + dense_rows(
         CLASSIFIER, "classifier", "V D -> D V", True

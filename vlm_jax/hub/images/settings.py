@@ -156,15 +156,17 @@ def vision_settings(settings: ImageSettings, vision: Vision) -> dict[str, object
     }
 
 
-def _resize(settings: ImageSettings, vision: Vision) -> tuple[str, int]:
+def _resize(settings: ImageSettings, vision: Vision) -> tuple[str, int | None]:
     """Values of `Vision.resize` and `resize_px` for a processor."""
     if vision.tile_layouts or settings.pads_to_square:
-        return "pad", 0
+        return "pad", None
     if not settings.do_center_crop or tuple(settings.size) == SQUARE:
-        return "squash", 0
-    edge = settings.size.get("shortest_edge", 0)
+        return "squash", None
+    edge = settings.size.get("shortest_edge")
     crop = (settings.crop_size or (edge,))[0]
-    return "crop", 0 if edge == crop else round(edge * vision.image_size_px / crop)
+    if edge is None or edge == crop:
+        return "crop", None
+    return "crop", round(edge * vision.image_size_px / crop)
 
 
 def processor_config(vision: Vision) -> dict[str, Any]:
@@ -193,7 +195,7 @@ def processor_config(vision: Vision) -> dict[str, Any]:
     else:
         config |= {
             "image_processor_type": "CLIPImageProcessor",
-            "size": {"shortest_edge": vision.resize_px or side},
+            "size": {"shortest_edge": vision.shortest_edge_px},
             "do_center_crop": True,
             "crop_size": square,
         }

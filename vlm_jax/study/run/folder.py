@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from vlm_jax.config import ConfigError, Experiment, Fusion
+from vlm_jax.config import ConfigError, Experiment, Fusion, files
 from vlm_jax.config.validate import flat
 from vlm_jax.runtime.workdir import MACHINE_FIELDS, write_atomic
 from vlm_jax.study.planning import PREREQUISITES, Plan
@@ -83,7 +83,7 @@ class Folder:
         new = definition(plan)["experiments"]
         lines = [f"{name}: is gone" for name in old if name not in new]
         for name in old.keys() & new.keys():
-            lines += [f"{name}: {line}" for line in diff(old[name], new[name])]
+            lines += [f"{name}: {line}" for line in diff(files.updated(old[name]), new[name])]
         if lines:
             raise ConfigError(
                 f"folder {self.path} holds another version of this study; "

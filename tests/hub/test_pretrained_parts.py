@@ -142,14 +142,19 @@ def test_the_encoder_is_that_of_transformers(folders, encoder):
 
 @pytest.mark.parametrize("decoder", ["gpt2", "llama"])
 def test_grafted_cross_attention_leaves_the_text_decoder_as_it_was(folders, decoder):
-    """Bit for bit while the gates are closed; and those logits are transformers'."""
+    """While the gates are closed, images change no bit; and those logits are transformers'."""
     cfg = composed(folders, "clip", decoder, "cross_attention")
     ids = np.random.default_rng(0).integers(0, 800, (2, 12))
     params, text = loaded(cfg), to_batch(cfg, {"input_ids": ids}, None)
     pixels = np.random.default_rng(0).normal(size=(2, 1, 32, 32, 3)).astype(np.float32)
     seen = text.replace(images=pixels, image_mask=np.ones((*ids.shape, 1), bool))
-    alone, grafted = (forward(build_model(cfg), params, batch).logits for batch in (text, seen))
-    np.testing.assert_array_equal(grafted, alone)
+    other = seen.replace(images=-pixels)
+    alone, grafted, grafted_on_other = (
+        forward(build_model(cfg), params, batch).logits for batch in (text, seen, other)
+    )
+    np.testing.assert_array_equal(grafted, grafted_on_other)
+    # Another program computes them.
+    np.testing.assert_allclose(grafted, alone, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(
         alone, reference(folders[f"{decoder} model"], input_ids=ids), atol=1e-4
     )

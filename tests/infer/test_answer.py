@@ -85,8 +85,15 @@ def printed(capsys, *arguments) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("template", ["plain", "caption"])
-@pytest.mark.parametrize("kind", ["unified", "cross_attention", "encoder_decoder", "text_only"])
+@pytest.mark.parametrize(
+    ("kind", "template"),
+    [
+        ("unified", "plain"),
+        ("cross_attention", "plain"),
+        ("encoder_decoder", "caption"),
+        ("text_only", "plain"),
+    ],
+)
 def test_a_batch_of_prompts_and_images_of_a_run_is_answered_as_one_by_one(
     kind, template, tokenizer, pictures
 ):

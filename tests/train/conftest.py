@@ -11,6 +11,7 @@ from vlm_jax.config import (
     Train,
 )
 from vlm_jax.testing import on_easy_vqa, variants_and_tiles
+from vlm_jax.train import loop
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +30,20 @@ def short_run(datasets_dir):
         )
 
     return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_steps_once():
+    """Compiles the step of equal runs once: that is most of the time of a short run."""
+    compile_step, programs = loop.compile_train_step, {}
+
+    def compile_once(cfg, mesh, state, batch):
+        train = replace(cfg.train, checkpoint_every_steps=1, log_every_steps=1)
+        key = replace(cfg, workdir="", train=train), mesh
+        if key not in programs:
+            programs[key] = compile_step(cfg, mesh, state, batch)
+        return programs[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "compile_train_step", compile_once)
+        yield

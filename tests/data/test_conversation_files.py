@@ -7,7 +7,8 @@ import re
 import pytest
 
 from vlm_jax.config import UserError
-from vlm_jax.data.conversation_files import DEFAULT_TYPE, read_files
+from vlm_jax.data.conversation_files import read_files
+from vlm_jax.data.forms.record import DEFAULT_TYPE
 
 MARK_BYTES = b"\xef\xbb\xbf"
 
@@ -105,17 +106,26 @@ def test_a_file_that_cannot_be_read_is_named_with_the_line(content, message, nam
 
 
 MALFORMED = {
-    "a system turn": (
-        record({"from": "system", "value": "be short"}, human("a"), gpt("b")),
-        "from 'system' .turn 1.: only",
-    ),
     "a system turn at the end": (
         record(human("a"), gpt("b"), {"from": "system", "value": ""}),
-        "from 'system' .turn 3.",
+        "turn from system where human must follow .turn 3.",
     ),
-    "user and assistant": (
-        record({"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}),
-        "from 'user'",
+    "two system turns": (
+        record({"from": "system", "value": "be short"}, human("a"), gpt("b"), system="be long"),
+        "has a system turn and 'system': keep one of them",
+    ),
+    "an image in a system turn": (
+        record(human("<image>"), gpt("b"), image="x.jpg", system="<image>"),
+        "has <image> in its system turn",
+    ),
+    "a tool": (
+        record(human("a"), {"from": "observation", "value": "b"}),
+        "from 'observation' .turn 2.: only user, assistant, system, human, gpt are supported",
+    ),
+    "a video": (record(video="x.mp4"), "has 'video', which is not supported"),
+    "a URL": (
+        record(human("<image>a"), gpt("b"), image="https://x.org/a.jpg"),
+        "has the URL 'https://x.org/a.jpg' as 'image': only paths, file",
     ),
     "two questions in a row": (
         record(human("a"), human("b"), gpt("c")),
@@ -137,9 +147,14 @@ MALFORMED = {
         record(human("a\ud800"), gpt("b")),
         "half a surrogate pair, .* in the value of turn 1",
     ),
-    "messages": (
-        {"id": "a7", "messages": []},
-        "has the keys 'id', 'messages', not a list 'conversations'",
+    "no messages": ({"id": "a7", "messages": []}, "no turn from user that assistant answers"),
+    "messages and conversations": (
+        record(messages=[]),
+        "has both 'conversations' and 'messages': keep one of them",
+    ),
+    "other keys": (
+        {"id": "a7", "chat": []},
+        "has the keys 'id', 'chat', not a list 'conversations' or 'messages', or 'question'",
     ),
     "roles": (
         record({"role": "user", "content": "a"}),
@@ -231,7 +246,7 @@ def test_fields_that_are_not_read_may_hold_anything(tmp_path):
     (one,) = read(
         tmp_path / "a.json", json.dumps([record(score=float("nan"), image=None, model=["x"])])
     )
-    assert (one.image_paths, one.type) == ((), DEFAULT_TYPE)
+    assert (one.images, one.type) == ((), DEFAULT_TYPE)
 
 
 def test_a_record_has_its_type_place_and_number_as_id(tmp_path):

@@ -13,8 +13,8 @@ from vlm_jax.config import (
     Fusion,
 )
 from vlm_jax.config.bounds import AT_LEAST, AT_MOST
-from vlm_jax.config.datasets import sources_that_read
-from vlm_jax.config.hints import either
+from vlm_jax.config.datasets import AUTO, CONVERSATION_FORMATS, sources_that_read
+from vlm_jax.config.hints import either, nearest
 
 
 def _data(cfg: Experiment) -> None:
@@ -29,7 +29,13 @@ def _data(cfg: Experiment) -> None:
         raise ConfigError(_unread("eval.turns", sources_that_read("files"), data.source))
     if "files" in dataset.fields and not data.files:
         raise ConfigError(
-            f"data.source {data.source} needs data.files: JSON or JSONL files in LLaVA's format."
+            f"data.source {data.source} needs data.files: conversations in one of the forms "
+            f"{', '.join(CONVERSATION_FORMATS)}."
+        )
+    if data.format not in (AUTO, *CONVERSATION_FORMATS):
+        raise ConfigError(
+            f"data.format {data.format!r} is unknown{nearest(data.format, CONVERSATION_FORMATS)}: "
+            f"choose one of {', '.join((AUTO, *CONVERSATION_FORMATS))}."
         )
     if data.augment and not dataset.allows_augment:
         raise ConfigError(

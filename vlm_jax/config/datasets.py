@@ -26,6 +26,34 @@ class Dataset:
     takes_name: bool = False
 
 
+@dataclass(frozen=True)
+class ConversationFormat:
+    """A row of `CONVERSATION_FORMATS`.
+
+    Attributes:
+      module: has `recognise(path, head)`, given the first bytes of a file, and `read(path)`, which
+        yields the location of each record and the record (data/forms/layouts.py) or its fault.
+      layout: the only layout of records that is read; "": any, and files may be recognised as this.
+    """
+
+    module: str
+    layout: str = ""
+
+
+AUTO = "auto"  # value of data.format: every file is recognised
+# A file is of the first form that recognises it.
+CONVERSATION_FORMATS = {
+    "arrow": ConversationFormat("vlm_jax.data.forms.arrow"),
+    "parquet": ConversationFormat("vlm_jax.data.forms.parquet"),
+    "webdataset": ConversationFormat("vlm_jax.data.forms.webdataset"),
+    "csv": ConversationFormat("vlm_jax.data.forms.tables"),
+    "json": ConversationFormat("vlm_jax.data.forms.json_files"),
+    # LLaVA's form is ShareGPT's with images.
+    "llava": ConversationFormat("vlm_jax.data.forms.json_files", "conversations"),
+    "sharegpt": ConversationFormat("vlm_jax.data.forms.json_files", "conversations"),
+    "openai": ConversationFormat("vlm_jax.data.forms.json_files", "messages"),
+}
+
 DATASETS = {
     "easy_vqa": Dataset(builder="vlm_jax.data.builders.easy_vqa:EasyVqa", allows_augment=True),
     "glyphs": Dataset(
@@ -38,11 +66,18 @@ DATASETS = {
     ),
     "conversations": Dataset(
         conversations="vlm_jax.data.conversations",
-        fields=("files", "image_dir", "images_per_row"),
+        fields=(
+            "files",
+            "image_dir",
+            "format",
+            "unreadable_images",
+            "too_long",
+            "images_per_row",
+        ),  # fmt: skip
     ),
     "tfds": Dataset(
         conversations="vlm_jax.data.tfds_vqa",
-        fields=("image_field", "question_field", "answer_field", "images_per_row"),
+        fields=("image_field", "question_field", "answer_field", "too_long", "images_per_row"),
         takes_name=True,
     ),
 }

@@ -18,8 +18,14 @@ from vlm_jax.config.model import PRETRAINED_PARTS, Decoder, Fusion, Model, Proje
 class Data:
     #: dataset: a row of `config.datasets.DATASETS`, such as easy_vqa, conversations or tfds:NAME
     source: str = "easy_vqa"
-    files: tuple[str, ...] = ()  # conversations: JSON or JSONL files in LLaVA's format
+    #: conversations: JSON, Parquet, webdataset, CSV or TSV files, or folders of save_to_disk
+    files: tuple[str, ...] = ()
+    #: conversations: form of all files, a row of `config.datasets.CONVERSATION_FORMATS`; auto: each
+    #: file is recognised
+    format: str = "auto"
     image_dir: str = ""  # conversations: folder of the images
+    #: conversations: leave out records with an image that is missing or cannot be decoded, or stop
+    unreadable_images: Literal["error", "skip"] = "error"
     image_field: str = "image"  # tfds: feature of the image; empty: text only
     #: tfds: feature of the question; empty: no question, the image is the prompt
     question_field: str = "question"
@@ -35,7 +41,9 @@ class Data:
     transcript: bool = False
     train_split: str = "train"  # TFDS split to train on, or a slice such as 'train[:90%]'
     questions_per_row: int = 8  # number of questions in a row, which share its image
-    text_length: int = 80  # text tokens in a row; longer conversations are truncated
+    text_length: int = 80  # text tokens in a row
+    #: conversations longer than a row: truncated, left out, or an error
+    too_long: Literal["truncate", "drop", "error"] = "truncate"
     images_per_row: int = 1  # I: conversations: maximum number of images in a row
     #: prompt format of a conversation (data/templates.py); checkpoint: the chat template or prompt
     #: format of init_from
@@ -219,7 +227,7 @@ class Distributed:
 @dataclass(frozen=True)
 class Eval:
     split: str = "test"  # TFDS split to evaluate on; empty: no evaluation
-    files: tuple[str, ...] = ()  # conversations: JSON files to evaluate on instead of data.files
+    files: tuple[str, ...] = ()  # conversations: files to evaluate on instead of data.files
     max_examples: int | None = None  # maximum number of examples to evaluate; None: all
     batch_size: int = 256  # number of questions in a batch
     max_new_tokens: int = 8  # maximum length of an answer in tokens

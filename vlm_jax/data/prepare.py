@@ -30,6 +30,11 @@ def prepare(cfg: Experiment, beam_options: list[str]) -> conversations.Conversat
             f"data.source {cfg.data.source} needs no Beam: training prepares it. "
             "This command prepares data.source conversations."
         )
+    if cfg.data.unreadable_images == "skip":
+        raise ConfigError(
+            "data.unreadable_images skip does not work on Beam: set it to error, or let training "
+            "prepare the dataset."
+        )
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError:

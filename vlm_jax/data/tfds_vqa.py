@@ -8,8 +8,8 @@ import tensorflow_datasets as tfds
 
 from vlm_jax.config import ConfigError, Data
 from vlm_jax.data import sources
-from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
 from vlm_jax.data.conversations import Conversation, Selection
+from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.data.sources import Rows, prepared, split_field, split_rows
 
 # Field of `Data` -> the features that it may name.
@@ -27,7 +27,10 @@ class TfdsVqa:
 
     Attributes:
       most_images: 1, or 0 if `data.image_field` is empty.
+      first_system: "", because no row has a system turn.
     """
+
+    first_system = ""
 
     def __init__(self, rows: Rows, data: Data, class_name: Callable[[int], str] | None):
         """`class_name` converts an answer that is a class to text; None if answers are text."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
+from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.hub.images.processor import ImageProcessor, ProcessedImages
 from vlm_jax.hub.images.steps import ImageInput, ImageInputs, to_rows
 from vlm_jax.hub.inputs import mask_images_of_other_rows, to_batch, with_targets

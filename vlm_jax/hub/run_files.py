@@ -13,8 +13,8 @@ from typing import NamedTuple
 from tokenizers import AddedToken, Tokenizer
 
 from vlm_jax.config import CheckpointError, Experiment
-from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
 from vlm_jax.data.conversation_parts import TEMPLATES
+from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.hub.families.family import Family, HfProcessor, Json
 from vlm_jax.hub.images.settings import processor_config, read_settings, vision_settings
 from vlm_jax.hub.text.special_tokens import (

@@ -15,7 +15,7 @@ from vlm_jax.config import Mesh as MeshSizes
 from vlm_jax.config.validate import validate
 from vlm_jax.data import images as image_files
 from vlm_jax.data import questions
-from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
+from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.data.tiling import to_pixels
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub.images.steps import ImageInput, ImageInputs, read, to_rows

@@ -1,0 +1,33 @@
+"""Parquet files, such as those of datasets on the Hugging Face hub; images are bytes or paths."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow.parquet import ParquetFile
+
+from vlm_jax.config import DataError
+from vlm_jax.data.forms.columns import ROWS_AT_ONCE, known_columns, read_rows
+
+SIGNATURE = b"PAR1"
+
+
+def recognise(path: Path, head: bytes) -> bool:
+    """Returns whether a file begins as a Parquet file."""
+    return head.startswith(SIGNATURE)
+
+
+def read(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yields the location and the values of each row.
+
+    Raises:
+      DataError: the file is damaged or has no rows.
+    """
+    try:
+        with ParquetFile(path) as file:
+            if not file.metadata.num_rows:
+                raise DataError(f"{path} has no rows: it has no conversations.")
+            columns = known_columns(file.schema_arrow)
+            yield from read_rows(file.iter_batches(ROWS_AT_ONCE, columns=columns))
+    except pa.ArrowException as error:
+        raise DataError(f"{path} is not a readable Parquet file: {error}.") from None

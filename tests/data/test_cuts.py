@@ -105,12 +105,12 @@ def test_most_tokens_are_those_of_the_encoded_conversations_and_of_a_begin_token
 ):
     tiles = 2 if experiments[kind].vision.cut_tiles > 1 else 1
     talks = [TURNS, TURNS[:2], ["a", ""], ["", "<image>"], ["a \n b", "c"]]
+    records = [conversations.Conversation("7", (), tuple(turns)) for turns in talks]
     for template in templates.TEMPLATES:
         changed = replace(experiments[kind].data, template=template, bos_id=bos_id)
         cfg = replace(experiments[kind], data=changed)
-        for turns, most in zip(
-            talks, templates.max_token_counts(cfg, tokenizer, talks), strict=True
-        ):
+        counts = templates.max_token_counts(cfg, tokenizer, records)
+        for turns, most in zip(talks, counts, strict=True):
             marks = sum(turn.count("<image>") for turn in turns)
             length = len(templates.encode(cfg, tokenizer, turns, [tiles] * marks)["tokens"])
             assert most - (bos_id is None) <= length <= most
@@ -134,12 +134,12 @@ def test_counts_are_those_of_all_encoded_conversations(
     scored, left = ([fields["loss_weights"].sum() for fields in of] for of in (whole, kept))
     is_cut = [len(fields["tokens"]) > cfg.row_length for fields in whole]
     assert counted.records == 9
-    assert counted.cut_records == sum(is_cut)
+    assert len(counted.too_long) == sum(is_cut)
     assert counted.scored_tokens == sum(number for number, cut in zip(scored, is_cut) if cut)
     assert counted.lost_tokens == sum(scored) - sum(left)
     assert counted.unscored == [index for index, number in enumerate(left) if not number]
     longer = with_text_length(cfg, text_length + max(counted.longest - cfg.row_length, 0))
-    assert not cuts.count(longer, tokenizer, source).cut_records
+    assert not cuts.count(longer, tokenizer, source).too_long
     assert cuts.cut_message(longer, cuts.count(longer, tokenizer, source)) == ""
 
 
@@ -188,6 +188,38 @@ def test_what_has_no_scored_token_left_is_never_learned_from(
         f"With data.text_length {cfg.data.text_length + counted.longest - cfg.row_length} nothing"
         in message
     )
+
+
+def test_what_is_too_long_is_dropped_with_its_count_and_its_tokens(short, tokenizer, tmp_path):
+    cfg = short([2, 40, 3, 400, 2])
+    cfg = replace(cfg, data=replace(cfg.data, too_long="drop"))
+    source, counted = pipeline.training_conversations(cfg, tokenizer)
+    assert [talk.id for talk in source] == ["a0", "a2", "a4"]
+    message = cuts.cut_message(cfg, counted)
+    named = ", ".join(f"{tmp_path}/talks.json: record {i} (id 'a{i}')" for i in (1, 3))
+    assert message.startswith(
+        "2 of 5 conversations are longer than a row (data.text_length 60) and are left out with "
+        f"{counted.scored_tokens} scored tokens: {named}. With data.text_length "
+    )
+
+
+@pytest.mark.parametrize(("too_long", "expected"), [("truncate", (1, 1, 4)), ("drop", (0, 2, 10))])
+def test_a_row_of_metrics_counts_what_is_cut_left_out_and_lost(too_long, expected):
+    cfg = tiny(data=replace(tiny().data, too_long=too_long))
+    counted = cuts.Cuts(5, too_long=[1, 3], scored_tokens=10, lost_tokens=4, unscored=[3])
+    assert tuple(cuts.data_counts(cfg, counted).values()) == expected
+
+
+def test_what_is_too_long_stops_the_run(short, tokenizer, tmp_path):
+    cfg = short([2, 40, 3, 400, 2])
+    cfg = replace(cfg, data=replace(cfg.data, too_long="error"))
+    with pytest.raises(
+        ConfigError, match=r"^2 of 5 .* \(data.too_long error\): .*record 1 .*, .*record 3 \(id"
+    ):
+        pipeline.training_iterator(cfg, tokenizer)
+    fitting = short([2, 3])
+    fitting = replace(fitting, data=replace(fitting.data, too_long="error"))
+    assert len(pipeline.training_conversations(fitting, tokenizer)[0]) == 2
 
 
 def test_nothing_to_learn_from_is_refused(short, tokenizer):

@@ -8,7 +8,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from vlm_jax.config import UserError
-from vlm_jax.data import templates, text
+from vlm_jax.data import packing, templates, text
+from vlm_jax.data.conversations import Conversation, Conversations
 from vlm_jax.data.tokenizer import (
     EOS,
     IMAGE,
@@ -56,6 +57,28 @@ def test_the_templates_written_out(tokenizer, template, text, scored):
     assert pieces(tokenizer, fields) == (text, scored)
     assert fields["targets"].tolist() == [*fields["tokens"][1:], PAD]
     assert fields["loss_weights"][-1] == 0
+
+
+def test_a_system_turn_comes_before_the_first_question_and_is_not_scored(tokenizer):
+    cfg = experiment(template="vicuna", text_length=40)
+    fields = templates.encode(cfg, tokenizer, TURNS, (1, 1), "be short")
+    expected = (
+        "be short USER: iiii\nwhat is it? ASSISTANT: a cat$USER: and iiii here? ASSISTANT: a dog$"
+    )
+    assert pieces(tokenizer, fields) == (expected, " a cat$ a dog$")
+    talk = Conversation("7", (0, 1), tuple(TURNS), system="be short")
+    packed = packing.encode_for_packing(cfg, tokenizer, lambda index: 1, talk)
+    assert packed["tokens"].tolist() == fields["tokens"].tolist()[: cfg.row_length]
+    prompt = templates.prompt_row(cfg, tokenizer, TURNS[0], (1,), system="be short")["tokens"]
+    assert prompt.tolist() == fields["tokens"][: len(prompt)].tolist()
+
+
+@pytest.mark.parametrize("template", ["plain", "caption"])
+def test_a_template_without_a_system_turn_names_the_record_that_has_it(template):
+    source = Conversations((), [], None, 0, first_system="a.json: record 3")
+    with pytest.raises(UserError, match=f"{template} has no .*, but a.json: record 3 has.*vicuna"):
+        templates.check_system_turns(experiment(template=template), source)
+    templates.check_system_turns(experiment(template="vicuna"), source)
 
 
 def a_space_before_a_text() -> Tokenizer:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from vlm_jax.config import Experiment
-from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
 from vlm_jax.data.fields import Fields, image_fields, text_fields
+from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.data.tokenizer import Tokenizer
 
 
@@ -29,6 +29,7 @@ class Template:
     after_question: str = ""
     before_answer: str = ""
     keeps_question: bool = True
+    after_system: str | None = None  # between a system turn and the first question; None: has none
 
     def format_question(self, question: str) -> str:
         """Returns the question as it is written, or only its placeholders."""
@@ -47,16 +48,22 @@ class Exchange(NamedTuple):
 
 TEMPLATES = {
     "plain": Template(after_question="\n"),
-    "vicuna": Template(before_question="USER: ", after_question=" ASSISTANT:", before_answer=" "),
+    "vicuna": Template(
+        before_question="USER: ", after_question=" ASSISTANT:", before_answer=" ", after_system=" "
+    ),
     "caption": Template(keeps_question=False),
 }
 
 
-def exchanges(template: Template, turns: Sequence[str]) -> list[Exchange]:
-    """Writes turns in the form of a template."""
+def exchanges(
+    template: Template, turns: Sequence[str], system: str | None = None
+) -> list[Exchange]:
+    """Writes turns in the form of a template, the system turn before the first question."""
     written = []
     for question, answer in zip(turns[::2], [*turns[1::2], None]):
         question = template.format_question(question)
+        if system is not None and not written:
+            question = f"{system}{template.after_system}{question}"
         if answer is None:
             written.append(Exchange(question, question, False))
         else:
@@ -66,11 +73,16 @@ def exchanges(template: Template, turns: Sequence[str]) -> list[Exchange]:
 
 
 def template_parts(
-    cfg: Experiment, tokenizer: Tokenizer, turns: Sequence[str], images: Iterator[Fields]
+    cfg: Experiment,
+    tokenizer: Tokenizer,
+    turns: Sequence[str],
+    images: Iterator[Fields],
+    system: str | None = None,
 ) -> list[Part]:
     """Returns the parts of a conversation in the form of `data.template`."""
     parts: list[Part] = []
-    for question, text, has_answer in exchanges(TEMPLATES[cfg.data.template], turns):
+    template = TEMPLATES[cfg.data.template]
+    for question, text, has_answer in exchanges(template, turns, system):
         if not parts:
             parts += _begin(cfg, tokenizer, question)
         parts += _text_parts(tokenizer, text, len(question), images)
@@ -92,10 +104,13 @@ def _begin(cfg: Experiment, tokenizer: Tokenizer, question: str) -> list[Part]:
 
 
 def checkpoint_parts(
-    cfg: Experiment, tokenizer: Tokenizer, turns: Sequence[str], images: Iterator[Fields]
+    tokenizer: Tokenizer,
+    turns: Sequence[str],
+    images: Iterator[Fields],
+    system: str | None = None,
 ) -> list[Part]:
     """Returns the tokens of the checkpoint's own processor, with an image at every placeholder."""
-    ids, is_scored, is_image = tokenizer.dialogue.encode(turns)
+    ids, is_scored, is_image = tokenizer.dialogue.encode(turns, system)
     parts, begin = [], 0
     for position in np.flatnonzero(is_image):
         parts.append(Part(text_fields(ids[begin:position]), is_scored[begin:position]))

@@ -1,7 +1,10 @@
-"""Counts, before training, what the length of a row cuts from conversations."""
+"""Conversations longer than a row: `data.too_long` truncates or drops them, or stops the run.
+
+They are counted before training.
+"""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
@@ -21,12 +24,13 @@ class Cuts:
     """Counts over the conversations of a training split, filled one conversation at a time."""
 
     records: int = 0
-    cut_records: int = 0  # longer than a row
-    scored_tokens: int = 0  # of the cut records
+    too_long: list[int] = field(default_factory=list)  # records longer than a row
+    scored_tokens: int = 0  # of the records that are too long
     lost_tokens: int = 0  # scored tokens beyond the row
-    longest: int = 0  # tokens of the longest cut record
+    longest: int = 0  # tokens of the longest record
     unscored: list[int] = field(default_factory=list)  # records without a scored token in their row
-    named: list[str] = field(default_factory=list)  # locations of the first few of those
+    #: locations of the first few of both kinds, by their index
+    locations: dict[int, str] = field(default_factory=dict)
     digest: str = ""  # SHA-256 of all turns
 
     def add(self, row_length: int, whole: Fields, cut: Fields) -> None:
@@ -37,32 +41,51 @@ class Cuts:
         if not scored_in_row:
             self.unscored.append(self.records)
         if length > row_length:
-            self.cut_records += 1
+            self.too_long.append(self.records)
             self.scored_tokens += scored
             self.lost_tokens += scored - scored_in_row
             self.longest = max(self.longest, length)
 
+    def list_records(self, indices: Sequence[int]) -> str:
+        """Returns the locations of the first few records, and the number of the others."""
+        named = [self.locations[index] for index in indices[:NAMED_RECORDS]]
+        more = len(indices) - len(named)
+        return ", ".join(named) + (f" and {more} more" if more else "")
 
-def drop_unscored(
+    def left_out(self, cfg: Experiment) -> set[int]:
+        """Returns the records that are not trained on."""
+        dropped = self.too_long if cfg.data.too_long == "drop" else []
+        return {*dropped, *self.unscored}
+
+
+def fit_rows(
     cfg: Experiment, tokenizer: Tokenizer, source: Conversations
 ) -> tuple[Conversations | Selection, Cuts]:
-    """Returns the conversations that have a scored token in their row, and counts of the cuts.
+    """Returns the conversations to train on, and counts of those longer than a row.
 
     Raises:
-      ConfigError: no conversation has a scored token.
+      ConfigError: no conversation has a scored token, or one is too long and `data.too_long` is
+        error.
     """
     cuts = count(cfg, tokenizer, source)
-    if len(cuts.unscored) == cuts.records:
+    if cfg.data.too_long == "error" and cuts.too_long:
+        raise ConfigError(
+            f"{_too_long(cfg, cuts)} (data.too_long error): {cuts.list_records(cuts.too_long)}. "
+            f"{_sufficient(cfg, cuts)}"
+        )
+    left_out = cuts.left_out(cfg)
+    if len(left_out) == cuts.records:
+        fault = "has a scored token in its row"
+        if cfg.data.too_long == "drop":
+            fault = "fits a row (data.too_long drop)"
         message = (
             f"data.text_length {cfg.data.text_length} leaves nothing to learn from: none of the "
-            f"{cuts.records} conversations has a scored token in its row. {_sufficient(cfg, cuts)}"
+            f"{cuts.records} conversations {fault}. {_sufficient(cfg, cuts)}"
         )
         raise ConfigError(message.strip())
-    if not cuts.unscored:
+    if not left_out:
         return source, cuts
-    unscored = set(cuts.unscored)
-    scored = [index for index in range(cuts.records) if index not in unscored]
-    return Selection(source, scored), cuts
+    return Selection(source, [i for i in range(cuts.records) if i not in left_out]), cuts
 
 
 def count(cfg: Experiment, tokenizer: Tokenizer, source: Conversations) -> Cuts:
@@ -73,30 +96,44 @@ def count(cfg: Experiment, tokenizer: Tokenizer, source: Conversations) -> Cuts:
         digest.update(repr(conversation.turns).encode())
         if max_tokens > cfg.row_length:
             tiles = [count_tiles(index) for index in conversation.images]
-            whole = templates.encode(cfg, tokenizer, conversation.turns, tiles)
+            whole = templates.encode(cfg, tokenizer, conversation.turns, tiles, conversation.system)
             cuts.add(cfg.row_length, whole, templates.cut(cfg, whole, tiles, cfg.row_length))
         cuts.records += 1
-    cuts.named = [source.location(index) for index in cuts.unscored[:NAMED_RECORDS]]
+    for index in (*cuts.too_long[:NAMED_RECORDS], *cuts.unscored[:NAMED_RECORDS]):
+        cuts.locations[index] = source.location(index)
     cuts.digest = digest.hexdigest()
     return cuts
 
 
 def cut_message(cfg: Experiment, cuts: Cuts) -> str:
     """Returns a sentence about cut and omitted conversations; "" if none are."""
-    if not cuts.cut_records and not cuts.unscored:
+    if not cuts.too_long and not cuts.unscored:
         return ""
-    message = (
-        f"{cuts.cut_records} of {cuts.records} conversations are longer than a row "
-        f"(data.text_length {cfg.data.text_length}) and are cut: {cuts.lost_tokens} of their "
-        f"{cuts.scored_tokens} scored tokens are lost."
-    )
-    if cuts.unscored:
-        more = len(cuts.unscored) - len(cuts.named)
-        records = ", ".join(cuts.named)
-        if more:
-            records += f" and {more} more"
-        message += f" {len(cuts.unscored)} have no scored token left and are left out: {records}."
+    message = _too_long(cfg, cuts)
+    records = cuts.list_records(cuts.too_long)
+    if cfg.data.too_long == "drop":
+        message += f" and are left out with {cuts.scored_tokens} scored tokens: {records}."
+    else:
+        message += (
+            f" and are cut: {cuts.lost_tokens} of their {cuts.scored_tokens} scored tokens are "
+            f"lost ({records})."
+        )
+    unscored = [index for index in cuts.unscored if cfg.data.too_long == "truncate"]
+    if unscored:
+        records = cuts.list_records(unscored)
+        message += f" {len(unscored)} have no scored token left and are left out: {records}."
     return f"{message} {_sufficient(cfg, cuts)}".strip()
+
+
+def data_counts(cfg: Experiment, cuts: Cuts) -> dict[str, int]:
+    """Returns what every row of metrics.jsonl says about the conversations that are too long."""
+    is_dropping = cfg.data.too_long == "drop"
+    left_out = cuts.left_out(cfg)
+    return {
+        "cut_conversations": len({*cuts.too_long} - left_out),
+        "left_out_conversations": len(left_out),
+        "lost_scored_tokens": cuts.scored_tokens if is_dropping else cuts.lost_tokens,
+    }
 
 
 def _with_lengths(
@@ -108,8 +145,7 @@ def _with_lengths(
         for start in range(0, len(source), CHUNK_RECORDS):
             end = min(start + CHUNK_RECORDS, len(source))
             chunk = [source[index] for index in range(start, end)]
-            turns = [conversation.turns for conversation in chunk]
-            yield from zip(chunk, templates.max_token_counts(cfg, tokenizer, turns), strict=True)
+            yield from zip(chunk, templates.max_token_counts(cfg, tokenizer, chunk), strict=True)
             bar.update(len(chunk))
 
 
@@ -117,9 +153,16 @@ def _count_scored(fields: Fields) -> int:
     return int(fields["loss_weights"].sum())
 
 
+def _too_long(cfg: Experiment, cuts: Cuts) -> str:
+    return (
+        f"{len(cuts.too_long)} of {cuts.records} conversations are longer than a row "
+        f"(data.text_length {cfg.data.text_length})"
+    )
+
+
 def _sufficient(cfg: Experiment, cuts: Cuts) -> str:
     """Returns a sentence with the data.text_length that cuts nothing; "" if nothing is cut."""
-    if not cuts.cut_records:
+    if not cuts.too_long:
         return ""
     sufficient = cfg.data.text_length + cuts.longest - cfg.row_length
     return f"With data.text_length {sufficient} nothing is cut."

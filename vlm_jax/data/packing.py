@@ -104,7 +104,7 @@ def encode_for_packing(
 ) -> Fields:
     """Returns the fields of a conversation and its images, cut to the length of a row."""
     tile_counts = [count_tiles(index) for index in conversation.images]
-    fields = templates.encode(cfg, tokenizer, conversation.turns, tile_counts)
+    fields = templates.encode(cfg, tokenizer, conversation.turns, tile_counts, conversation.system)
     fields = templates.cut(cfg, fields, tile_counts, cfg.row_length)
     seen = fields["images_seen"].max(initial=0) if cfg.fusion.has_images else 0
     return fields | {

@@ -9,12 +9,12 @@ import grain
 import numpy as np
 
 from vlm_jax.config import ConfigError, Data, Experiment, Vision
-from vlm_jax.data import batching, cuts, packing, sources, text, tiling
+from vlm_jax.data import batching, cuts, packing, sources, templates, text, tiling
 from vlm_jax.data import images as image_files
 from vlm_jax.data.builders.records import Record
-from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
 from vlm_jax.data.conversations import Conversations, Selection
 from vlm_jax.data.fields import Fields
+from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.data.tfds_vqa import TfdsVqa
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import Batch
@@ -164,7 +164,16 @@ def _training_conversations(cfg: Experiment, tokenizer: Tokenizer, contents: tup
     del contents  # a part of the cache's key
     source = conversation_source(cfg.data, cfg.data.train_split)
     packing.check_image_counts(cfg, source)
-    return cuts.drop_unscored(cfg, tokenizer, source)
+    templates.check_system_turns(cfg, source)
+    return cuts.fit_rows(cfg, tokenizer, source)
+
+
+def data_counts(cfg: Experiment, tokenizer: Tokenizer) -> dict[str, int]:
+    """Returns `cuts.data_counts` of conversations, and nothing for other datasets."""
+    if not cfg.data.is_conversations:
+        return {}
+    _, counts = training_conversations(cfg, tokenizer)
+    return cuts.data_counts(cfg, counts)
 
 
 def contents(cfg: Experiment, tokenizer: Tokenizer) -> dict[str, str]:
@@ -196,7 +205,7 @@ def train_tokenizer(cfg: Experiment) -> Tokenizer:
 def _training_texts(cfg: Experiment) -> Iterator[str]:
     if cfg.data.is_conversations:
         for conversation in conversation_source(cfg.data, cfg.data.train_split):
-            for turn in conversation.turns:
+            for turn in (conversation.system or "", *conversation.turns):
                 yield turn.replace(IMAGE_PLACEHOLDER, "")
     else:
         for record in sources.load(cfg.data, cfg.data.train_split):

@@ -9,9 +9,9 @@ import numpy as np
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data import batching, packing, pipeline, sources, templates, text, tiling
 from vlm_jax.data import images as image_files
-from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
 from vlm_jax.data.conversations import Conversation
 from vlm_jax.data.fields import Fields
+from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import Batch
 
@@ -34,6 +34,7 @@ class Question:
     answers: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()  # texts of a multiple-choice question
     location: str = ""  # of its record, in messages
+    system: str | None = None  # text of the system turn of its conversation
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -67,6 +68,7 @@ def load(cfg: Experiment, split: str, limit: int | None = None) -> list[Question
 
 def _conversation_questions(cfg: Experiment, split: str, limit: int | None) -> list[Question]:
     source = pipeline.conversation_source(cfg.data, split)
+    templates.check_system_turns(cfg, source)
     reader = packing.pixel_reader(cfg, source, is_exact=True)
 
     # Questions about the same images share them in a batch.
@@ -108,6 +110,7 @@ def _question(
         answers=tuple(text.strip() for text in answers),
         choices=tuple(conversation.choices[number]) if conversation.choices else (),
         location=location,
+        system=conversation.system,
     )
 
 
@@ -122,7 +125,8 @@ def _read_record_image(decoded: pipeline.DecodedRecords, index: int) -> list[np.
 def row_length(cfg: Experiment, tokenizer: Tokenizer, questions: Iterable[Question]) -> int:
     """Returns `prompt_length` of the questions, as if every image had the most tiles."""
     prompts = {
-        (question.question, question.image_count, question.history) for question in questions
+        (question.question, question.image_count, question.history, question.system)
+        for question in questions
     }
     return _max_prompt_length(cfg, tokenizer, prompts)
 
@@ -135,17 +139,22 @@ def prompt_length(
     Raises:
       ConfigError: the longest prompt leaves no room for an answer of `eval.max_new_tokens`.
     """
-    return _max_prompt_length(cfg, tokenizer, {(prompt, images, ()) for prompt in prompts})
+    return _max_prompt_length(cfg, tokenizer, {(prompt, images, (), None) for prompt in prompts})
 
 
 def _max_prompt_length(
-    cfg: Experiment, tokenizer: Tokenizer, prompts: Iterable[tuple[str, int, Sequence[str]]]
+    cfg: Experiment,
+    tokenizer: Tokenizer,
+    prompts: Iterable[tuple[str, int, Sequence[str], str | None]],
 ) -> int:
-    """Returns the length of the longest prompt, each with its number of images and its history."""
+    """Returns the length of the longest prompt.
+
+    Each has its number of images, its history and its system turn.
+    """
     lengths = []
-    for prompt, image_count, history in prompts:
+    for prompt, image_count, history, system in prompts:
         tiles = [cfg.vision.cut_tiles] * image_count
-        row = prompt_row(cfg, tokenizer, prompt, tiles, history=history)
+        row = prompt_row(cfg, tokenizer, prompt, tiles, history=history, system=system)
         lengths.append(len(row["tokens"]))
     length = max(lengths)
     if length + cfg.eval.max_new_tokens > cfg.decoder.max_positions:
@@ -164,14 +173,15 @@ def prompt_row(
     length: int | None = None,
     answer: str | None = None,
     history: Sequence[str] = (),
+    system: str | None = None,
 ) -> Fields:
     """Returns the fields of a row to continue, in the form that the training data has.
 
     `tiles` has the tile count of each image of the prompt and of `history`, the questions and
-    answers before it in a conversation.
+    answers before it in a conversation, which begins with the system turn `system`.
     """
     if cfg.data.is_conversations:
-        return templates.prompt_row(cfg, tokenizer, prompt, tiles, length, answer, history)
+        return templates.prompt_row(cfg, tokenizer, prompt, tiles, length, answer, history, system)
     ids = () if answer is None else text.answer_ids(tokenizer, answer)
     return text.prompt_row(cfg, text.prompt_ids(tokenizer, prompt), tiles, length, ids)
 
@@ -185,6 +195,7 @@ def prompt_batch(
     image_rows: Sequence[int] | None = None,
     answers: Sequence[str] | None = None,
     histories: Sequence[Sequence[str]] | None = None,
+    systems: Sequence[str | None] | None = None,
 ) -> Batch:
     """Makes a batch to continue, padded on the left, of prompts and the images of each.
 
@@ -200,6 +211,7 @@ def prompt_batch(
         several prompts share are encoded once.
       answers: one for each prompt. The batch then has `targets` and `loss_weights` to train on.
       histories: for each prompt, the questions and answers before it in its conversation.
+      systems: for each prompt, the system turn of its conversation.
     """
     tiles = [_tile_counts(cfg, row) for row in images]  # for each row of images
     max_images = max(map(len, tiles))
@@ -209,18 +221,21 @@ def prompt_batch(
         answers = [None] * len(prompts)
     if histories is None:
         histories = [()] * len(prompts)
+    if systems is None:
+        systems = [None] * len(prompts)
+    entries = list(zip(prompts, tiles, answers, histories, systems, strict=True))
     if length is None:
         lengths = []
-        for prompt, counts, answer, history in zip(prompts, tiles, answers, histories, strict=True):
-            row = prompt_row(cfg, tokenizer, prompt, counts, answer=answer, history=history)
+        for prompt, counts, answer, history, system in entries:
+            row = prompt_row(cfg, tokenizer, prompt, counts, None, answer, history, system)
             lengths.append(len(row["tokens"]))
         length = max(lengths)
     elif cfg.fusion.has_images:
         max_images = max(max_images, cfg.data.images_per_row)
     views = max_images * cfg.vision.views
     rows = []
-    for prompt, counts, answer, history in zip(prompts, tiles, answers, histories, strict=True):
-        row = prompt_row(cfg, tokenizer, prompt, counts, length, answer, history)
+    for prompt, counts, answer, history, system in entries:
+        row = prompt_row(cfg, tokenizer, prompt, counts, length, answer, history, system)
         rows.append(row | {"image_mask": _zero_pad(row["image_mask"], 1, views)})
     batch = Batch(**batching.stack_fields(rows))
     if not max_images:
@@ -273,8 +288,18 @@ def question_batch(
     images += images[-1:] * (image_rows - len(images))
     prompts = [question.question for question in questions]
     histories = [question.history for question in questions]
+    systems = [question.system for question in questions]
     owners = [readers.index(source.images) for source in image_sources]
-    return prompt_batch(cfg, tokenizer, images, prompts, length, owners, histories=histories)
+    return prompt_batch(
+        cfg,
+        tokenizer,
+        images,
+        prompts,
+        length,
+        owners,
+        histories=histories,
+        systems=systems,
+    )
 
 
 def _read_normalised(cfg: Experiment, read: ImagesReader) -> list[np.ndarray]:

@@ -10,6 +10,9 @@ the human's text but keeps its images, as LLaVA's first stage does. The answers 
 each are scored. An image is inserted at its placeholder and visible from there on: as its tokens if
 the fusion style puts images into the sequence, otherwise only to cross-attention.
 
+A system turn precedes the first question of vicuna, separated by a space. plain and caption have
+none.
+
 A conversation begins with `data.bos_id`. Without one, a begin token (`Tokenizer.begin_id`) precedes
 a first question without tokens, so that a token predicts the first token of every
 answer: a caption without an image in the sequence is `<eos> answer <eos>`.
@@ -20,7 +23,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
 from vlm_jax.data.conversation_parts import (
     TEMPLATES,
     Part,
@@ -28,18 +30,39 @@ from vlm_jax.data.conversation_parts import (
     exchanges,
     template_parts,
 )
+from vlm_jax.data.conversations import Conversation, Conversations
 from vlm_jax.data.fields import Fields, concat_fields, image_fields, pad_left, restrict_tags
+from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.data.tiling import view_mask
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import NO_IMAGE, TRUNK
 
 
+def check_system_turns(cfg: Experiment, source: Conversations) -> None:
+    """Raises ConfigError if conversations have a system turn and `data.template` has none.
+
+    A chat template of a checkpoint is checked when it is used.
+    """
+    name = cfg.data.template
+    if source.first_system and name in TEMPLATES and TEMPLATES[name].after_system is None:
+        others = [key for key, template in TEMPLATES.items() if template.after_system is not None]
+        raise ConfigError(
+            f"data.template {name} has no system turn, but {source.first_system} has: choose "
+            f"{', '.join(others)} or checkpoint, or remove the system turns."
+        )
+
+
 def encode(
-    cfg: Experiment, tokenizer: Tokenizer, turns: Sequence[str], tiles: Sequence[int]
+    cfg: Experiment,
+    tokenizer: Tokenizer,
+    turns: Sequence[str],
+    tiles: Sequence[int],
+    system: str | None = None,
 ) -> Fields:
     """Encodes turns; the last may be a question that is to be answered.
 
-    `tiles` has the tile count of the image of each placeholder.
+    `tiles` has the tile count of the image of each placeholder, `system` the text of the system
+    turn.
 
     Returns:
       Fields of shape (N,). `image_token_index` and `image_tags` count the image tokens and views of
@@ -53,9 +76,9 @@ def encode(
     """
     images = (image_fields(cfg, count, number) for number, count in enumerate(tiles))
     if cfg.data.template == "checkpoint":
-        parts = checkpoint_parts(cfg, tokenizer, turns, images)
+        parts = checkpoint_parts(tokenizer, turns, images, system)
     else:
-        parts = template_parts(cfg, tokenizer, turns, images)
+        parts = template_parts(cfg, tokenizer, turns, images, system)
     lengths = [len(part.is_scored) for part in parts]
     is_image = [part.is_image for part in parts]
     is_scored = np.concatenate([np.asarray(part.is_scored, bool) for part in parts])  # (N,)
@@ -108,7 +131,7 @@ def cut(cfg: Experiment, fields: Fields, tiles: Sequence[int], length: int) -> F
 
 
 def max_token_counts(
-    cfg: Experiment, tokenizer: Tokenizer, conversations: Sequence[Sequence[str]]
+    cfg: Experiment, tokenizer: Tokenizer, conversations: Sequence[Conversation]
 ) -> list[int]:
     """Returns an upper bound on the number of tokens of each conversation.
 
@@ -119,12 +142,12 @@ def max_token_counts(
     more_per_image = cfg.image_slots_in_row - 1
     counts = []
     if cfg.data.template == "checkpoint":
-        for turns in conversations:
-            ids, _, is_image = tokenizer.dialogue.encode(turns)
+        for conversation in conversations:
+            ids, _, is_image = tokenizer.dialogue.encode(conversation.turns, conversation.system)
             counts.append(len(ids) + int(np.sum(is_image)) * more_per_image)
         return counts
     template = TEMPLATES[cfg.data.template]
-    written = [exchanges(template, turns) for turns in conversations]
+    written = [exchanges(template, each.turns, each.system) for each in conversations]
     texts = [exchange.text for conversation in written for exchange in conversation]
     token_counts = iter(tokenizer.count_tokens(texts, IMAGE_PLACEHOLDER))
     for conversation in written:
@@ -145,6 +168,7 @@ def prompt_row(
     length: int | None = None,
     answer: str | None = None,
     history: Sequence[str] = (),
+    system: str | None = None,
 ) -> Fields:
     """Returns the fields of a row to continue with an answer, padded on the left.
 
@@ -159,6 +183,7 @@ def prompt_row(
       answer: follows the prompt. The row then has `targets` and `loss_weights` that score it, and
         the answers of `history`.
       history: questions and answers before the prompt.
+      system: text of the system turn before them.
 
     Raises:
       ConfigError: the turns have another number of placeholders, or are longer than `length`.
@@ -174,7 +199,7 @@ def prompt_row(
             f"a prompt has {placeholders} {IMAGE_PLACEHOLDER} placeholders for {images} images: "
             f"{prompt!r}."
         )
-    row = encode(cfg, tokenizer, turns if answer is None else [*turns, answer], tiles)
+    row = encode(cfg, tokenizer, turns if answer is None else [*turns, answer], tiles, system)
     seen, tags = row.pop("images_seen"), row.pop("image_tags")  # (N,)
     is_read = np.arange(images) < seen[:, None]  # (N, images)
     if cfg.fusion.placeholder:

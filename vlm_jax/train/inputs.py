@@ -25,6 +25,7 @@ class Inputs:
     data: Iterator[Batch]  # with `get_state` and `set_state`
     batch_shapes: Batch  # shapes and shardings of the global batch
     fingerprint: Mapping[str, str]  # of the data
+    data_counts: Mapping[str, int]  # of conversations that are cut or left out
     seconds_at_peak: float | None  # of a step; None: unknown devices
 
 
@@ -44,7 +45,15 @@ def prepare(cfg: Experiment, workdir: Workdir) -> Inputs:
     workdir.check_data(fingerprint)
     first_batch = check_data(cfg, tokenizer, data)
     batch_shapes = sharding.abstract_own_rows(first_batch, mesh)
-    return Inputs(mesh, tokenizer, data, batch_shapes, fingerprint, seconds_at_peak(cfg, mesh))
+    return Inputs(
+        mesh,
+        tokenizer,
+        data,
+        batch_shapes,
+        fingerprint,
+        pipeline.data_counts(cfg, tokenizer),
+        seconds_at_peak(cfg, mesh),
+    )
 
 
 def open_workdir(cfg: Experiment, workdir: Workdir, inputs: Inputs) -> None:

@@ -6,8 +6,10 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 from tqdm import tqdm
@@ -86,6 +88,7 @@ class Log:
       start: step of the checkpoint that the run continues from; 0 for a new run.
       seconds_at_peak: seconds of a step at the devices' peak matmul throughput; None: unknown.
       loss_sum: the losses up to `start` that no row contains yet.
+      data_counts: counts over the training data, the same in every row.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Log:
         cfg: Train,
         seconds_at_peak: float | None,
         loss_sum: LossSum = NO_LOSSES,
+        data_counts: Mapping[str, int] = MappingProxyType({}),
     ):
         self._drop_rows_after(workdir, start)
         self._file = open(workdir.metrics, "a")  # noqa: SIM115
@@ -103,6 +107,7 @@ class Log:
         self._start = start
         self._steps, self._every_steps = cfg.steps, cfg.log_every_steps
         self._seconds_at_peak = seconds_at_peak
+        self._data_counts = data_counts
         self.loss_sum = loss_sum
         self._begin_window()
 
@@ -145,6 +150,7 @@ class Log:
             # Padding is of this step alone, so that a resumed run logs the same.
             "padding_fraction": _padding_fraction(stats.tokens, stats.token_slots),
             "image_padding_fraction": _padding_fraction(stats.images, stats.image_slots),
+            **self._data_counts,
             **self._speeds(),
             "hbm_peak_bytes": hbm_peak_bytes(),
         }

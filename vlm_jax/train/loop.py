@@ -85,7 +85,9 @@ def train(cfg: Experiment) -> State:
         if is_main:
             print(summarize(cfg, inputs.mesh, state.params, start), flush=True)
             loss_sum = checkpoints.loss_sum(start)
-            log = Log(workdir, start, cfg.train, inputs.seconds_at_peak, loss_sum)
+            log = Log(
+                workdir, start, cfg.train, inputs.seconds_at_peak, loss_sum, inputs.data_counts
+            )
         # SIGTERM is handled until the last checkpoint is written, too.
         with preemption.handler(stop_signal.on_signal), closing(log, checkpoints):
             try:

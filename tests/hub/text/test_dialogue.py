@@ -12,7 +12,7 @@ from PIL import Image
 from tests.hub.test_processor import processor_of
 from tests.hub.tiny_checkpoints import ABOUT_IMAGES, CAPTIONS, OF_TEXT, Folder
 from vlm_jax.config import UserError
-from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
+from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.hub import load
 from vlm_jax.hub.text.chat_template import ChatTemplate
 from vlm_jax.hub.text.dialogue import NO_TOKEN, Dialogue, content_parts
@@ -104,6 +104,47 @@ def test_several_turns_are_those_of_transformers(folder_of, name):
         is_scored[len(before["input_ids"]) : len(through["input_ids"])] = True
     is_scored[len(expected) :] = True
     np.testing.assert_array_equal(tokens.is_scored, is_scored)
+
+
+@pytest.mark.parametrize(
+    ("source", "is_text"),
+    [
+        ("{% for m in messages %}<{{ m.role }}>{{ m.content }}|{% endfor %}", True),
+        (
+            "{% for m in messages %}<{{ m.role }}>"
+            "{% for part in m.content %}{{ part.text }}{% endfor %}|{% endfor %}",
+            False,
+        ),
+    ],
+)
+def test_a_system_turn_is_the_first_message_of_the_template(folder_of, tmp_path, source, is_text):
+    dialogue = dialogue_of("llama", folder_of("llama").path)
+    changed = replace(dialogue, template=ChatTemplate(source, tmp_path))
+    text, spans = changed.script([QUESTION, ANSWER, "and?", "blue"], "be short")
+    assert text == (
+        f"<system>be short|<user>{QUESTION}|<assistant>{ANSWER}|<user>and?|<assistant>blue|"
+    )
+    assert [text[start:end].rpartition(">")[2] for start, end in spans] == [f"{ANSWER}|", "blue|"]
+    assert changed._system_message("a")["content"] == (
+        "a" if is_text else [{"type": "text", "text": "a"}]
+    )
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}a",
+    ],
+)
+def test_a_template_that_leaves_out_a_system_turn_is_refused(folder_of, tmp_path, source):
+    dialogue = dialogue_of("llama", folder_of("llama").path)
+    for changed in (
+        replace(dialogue, template=ChatTemplate(source, tmp_path)),
+        replace(dialogue, template=None),
+    ):
+        with pytest.raises(UserError, match="has no system turn, .* set data.template to vicuna"):
+            changed.encode([QUESTION, ANSWER], "be short")
 
 
 def test_images_keep_their_order_among_the_texts():

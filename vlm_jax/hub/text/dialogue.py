@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_jax.config import CheckpointError
-from vlm_jax.data.conversation_files import IMAGE_PLACEHOLDER
+from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.hub.load import read_start_id
 from vlm_jax.hub.tensors.folder import read_json
 from vlm_jax.hub.text.chat_template import ChatTemplate
@@ -21,6 +21,10 @@ from vlm_jax.hub.text.prompt_formats import EncoderDecoderFormat, TextFormat, lo
 from vlm_jax.hub.text.tokenizer import HubTokenizer, are_ids
 from vlm_jax.hub.text.tokenizer_files import CONFIG
 
+NO_SYSTEM_TURN = (
+    "the prompt form of the checkpoint has no system turn, but a conversation has: set "
+    "data.template to vicuna, or remove the system turns."
+)
 NO_TOKEN = -1  # id of an image without a token in the text
 
 
@@ -69,17 +73,18 @@ class Dialogue:
             prefix_ids = dialogue._bos_ids(has_images)
         return replace(dialogue, prefix_ids=prefix_ids, eos_id=dialogue._closing_id())
 
-    def encode(self, messages: Sequence[str]) -> Tokens:
+    def encode(self, messages: Sequence[str], system: str | None = None) -> Tokens:
         """Tokenizes alternating messages of a user and an assistant.
 
         Args:
           messages: the last may be a question to be answered.
+          system: text of a system turn before them.
 
         Raises:
-          CheckpointError: the chat template fails, does not write one token per image, or its text
-            up to an answer is not the beginning of the whole text.
+          CheckpointError: the chat template fails, does not write one token per image or the system
+            turn, or its text up to an answer is not the beginning of the whole text.
         """
-        text, spans = self.script(messages)
+        text, spans = self.script(messages, system)
         ids, ends = self.tokenizer.encode_with_ends(text)
         is_scored = [_is_inside(end, spans) for end in ends]
         num_images = sum(message.count(IMAGE_PLACEHOLDER) for message in messages)
@@ -106,16 +111,21 @@ class Dialogue:
             [True] * leading_images + [False] * prefix + is_image,
         )
 
-    def script(self, messages: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
+    def script(
+        self, messages: Sequence[str], system: str | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
         """Returns the text of a conversation and the (start, end) characters of its answers."""
         if self.template is None:
+            if system is not None:
+                raise CheckpointError(NO_SYSTEM_TURN)
             return self._plain_script(messages)
-        chat = [self._message(number, text) for number, text in enumerate(messages)]
+        first = [] if system is None else [self._system_message(system)]
+        chat = [*first, *(self._message(number, text) for number, text in enumerate(messages))]
         whole, spans = self._render(chat), []
         # White space after the last answer is neither part of it nor generated.
         if _is_answered(messages) and not self._is_closed(whole):
             whole = whole.rstrip()
-        for number in range(1, len(messages), 2):
+        for number in range(len(first) + 1, len(chat), 2):
             prompt = self._render(chat[:number])
             answered = self._render(chat[: number + 1])
             if not whole.startswith(prompt):
@@ -164,6 +174,30 @@ class Dialogue:
         if token:
             return {"role": role, "content": text.replace(IMAGE_PLACEHOLDER, token)}
         return {"role": role, "content": self._with_image_tokens(text)}
+
+    def _system_message(self, text: str) -> dict[str, Any]:
+        if not self._takes_system_text:
+            return {"role": "system", "content": [{"type": "text", "text": text}]}
+        return {"role": "system", "content": text}
+
+    @functools.cached_property
+    def _takes_system_text(self) -> bool:
+        """True if the content of a system turn must be a text, not a list of parts.
+
+        Raises:
+          CheckpointError: the template does not write a system turn.
+        """
+        probe = "answer in one word"
+        for content in ([{"type": "text", "text": probe}], probe):
+            chat = [{"role": "system", "content": content}, self._message(0, "question")]
+            try:
+                text = self._render_template(chat)
+            except CheckpointError:
+                continue
+            # A template for text only may print the Python list, where the text is in quotes.
+            if probe in text and repr(probe) not in text:
+                return content == probe
+        raise CheckpointError(NO_SYSTEM_TURN)
 
     def _with_image_tokens(self, question: str) -> str:
         """Replaces the placeholders of a question by the family's image token."""

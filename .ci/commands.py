@@ -29,6 +29,7 @@ DOCUMENTS = [
     "docs/training.md",
     "docs/checkpoints.md",
     "docs/fine_tuning.md",
+    "docs/conversations.md",
     "docs/evaluation.md",
     "docs/quickstart.ipynb",
 ]
@@ -36,6 +37,7 @@ COMMANDS = ("python", "image=", "XLA_FLAGS=", "run=")
 SHORT = {  # subcommand: options that are added unless the command has them
     "train": {"--train.steps": "4", "--eval.max_examples": "20"},
     "train --checkpoint": {"--train.steps": "2", "--train.batch_size": "4"},
+    "eval": {"--eval.max_examples": "20", "--eval.batch_size": "20"},
     "generate": {"--max-new-tokens": "8"},
 }
 NOT_RUN = ("pip install", "hf download", "python -m pytest", "python experiments/benchmarks")

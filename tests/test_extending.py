@@ -109,6 +109,17 @@ def test_a_run_uses_every_recipe(extended, datasets_dir):
     assert "projector.factor 3" in message
 
 
+def test_the_new_form_of_conversations_is_recognised(extended):
+    (extended / "a.captions").write_text("a.png\ta cat\n")
+    code = (
+        "from vlm_jax.data.conversation_files import read_files; "
+        "(record,) = read_files(('a.captions',)); "
+        "assert (record.images, record.turns) == (('a.png',), ('<image>', 'a cat')), record"
+    )
+    environment = os.environ | {"PYTHONPATH": str(extended)}
+    subprocess.run([sys.executable, "-c", code], cwd=extended, env=environment, check=True)
+
+
 def test_the_new_family_has_the_outputs_of_transformers(extended, tmp_path):
     torch.manual_seed(0)
     model = Starcoder2ForCausalLM(STARCODER2).eval()

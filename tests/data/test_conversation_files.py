@@ -165,6 +165,10 @@ MALFORMED = {
         {"id": "a7", "conversations": {}},
         "has an object as 'conversations'",
     ),
+    "lists of different lengths": (
+        {"id": "a7", "conversations": {"from": ["human", "gpt"], "value": ["a"]}},
+        "has an object as 'conversations'",
+    ),
     "no answer": (record(human("a")), "no turn from human that gpt answers"),
     "no turns": ({"id": "a7", "conversations": []}, "no turn from human that gpt answers"),
     "a placeholder too many": (
@@ -240,6 +244,12 @@ def test_one_record_is_a_list_of_one(tmp_path):
     ):
         (one,) = read(tmp_path / "a.json", content)
         assert (one.turns, one.location) == (("question 0", "answer 0"), f"{place} (id 'a0')")
+
+
+def test_turns_may_be_lists_of_speakers_and_of_texts(tmp_path):
+    columns = {"from": ["system", "human", "gpt"], "value": ["be short", "a", "b"]}
+    (one,) = read(tmp_path / "a.json", json.dumps([{"conversations": columns}]))
+    assert (one.system, one.turns) == ("be short", ("a", "b"))
 
 
 def test_fields_that_are_not_read_may_hold_anything(tmp_path):

@@ -162,10 +162,11 @@ def _system(record: dict) -> str | None:
 
 def _rows_of_columns(values: object) -> object:
     """Converts {"from": [...], "value": [...]}, a list of structs in some Parquet files."""
-    is_columns = isinstance(values, dict) and values
-    if not is_columns or not all(isinstance(column, list) for column in values.values()):
+    if not isinstance(values, dict) or not all(isinstance(v, list) for v in values.values()):
         return values
-    return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+    if len(set(map(len, values.values()))) != 1:
+        return values
+    return [dict(zip(values, row)) for row in zip(*values.values())]
 
 
 def _alternating(layout: TurnList, turns: list[tuple[str, str]], skipped: int) -> tuple[str, ...]:

@@ -224,6 +224,11 @@ FAULTS = {
         b'{"answer": "b"}',
         "line 1 has neither a question nor an image",
     ),
+    "an empty list of answers": (
+        "a.jsonl",
+        b'{"question": "a", "answers": [[]]}',
+        "line 1 has an empty list in 'answers'",
+    ),
     "no answer": (
         "a.csv",
         b"image,question,answer\na.png,what?,b\na.png,what?,\n",

@@ -302,6 +302,8 @@ def _answers(record: dict, key: str) -> tuple[str, ...]:
     if not isinstance(record[key], list | dict):
         return (check_text(record[key], repr(key)),)
     (answers,) = _texts_per_question(record, key, 1)
+    if not answers:
+        raise BadRecord(f"has an empty list in {key!r}")
     return answers
 
 

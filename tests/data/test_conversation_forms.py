@@ -296,6 +296,8 @@ def test_a_folder_that_is_not_a_saved_split_is_named(tmp_path):
             "the splits train, test: name",
         ),
         ({"state.json": '{"_data_files": [{"filename": "a.arrow"}]}'}, "No such file"),
+        ({"state.json": "{}"}, "state.json names no Arrow files"),
+        ({"state.json": "{"}, "state.json is not valid JSON"),
     ):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
@@ -403,3 +405,15 @@ def test_unreadable_images_of_a_parquet_file_are_named_by_row(tmp_path):
     forms.write_parquet(file, rows[1:])
     with pytest.raises(UserError, match="1 of 1 conversations have images .*: none is left"):
         load(tmp_path, file, unreadable_images="skip")
+
+
+def test_offsets_outside_a_damaged_file_are_an_error(tmp_path):
+    """pyarrow would read outside its buffers."""
+    folder = forms.write_arrow(tmp_path / "saved", [{"question": "a", "answer": "b" * 9}], 1)
+    (file,) = folder.glob("*.arrow")
+    content = file.read_bytes()
+    answer = b"\x09\0\0\0" + b"b" * 9  # its last offset, and its text
+    assert content.count(answer) == 1
+    file.write_bytes(content.replace(answer, b"\x09\0\0\x70" + b"b" * 9))
+    with pytest.raises(UserError, match=f"{folder} is not a readable Arrow dataset: "):
+        list(read_files((str(folder),)))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from vlm_jax.config import DataError
-from vlm_jax.data.forms.columns import known_columns, read_rows
+from vlm_jax.data.forms.columns import known_columns, read_rows, reading
 
 STATE = "state.json"
 SPLITS = "dataset_dict.json"  # of a folder with a folder for each split
@@ -28,12 +28,10 @@ def read(path: Path) -> Iterator[tuple[str, dict]]:
       DataError: the folder is not a saved dataset, or a file of it is missing or damaged.
     """
     count = 0
-    try:
+    with reading(path, "Arrow dataset"):
         for row in read_rows(_batches(path)):
             yield row
             count += 1
-    except pa.ArrowException as error:
-        raise DataError(f"{path} is not a readable Arrow dataset: {error}.") from None
     if not count:
         raise DataError(f"{path} has no rows: it has no conversations.")
 
@@ -59,6 +57,8 @@ def files(path: Path) -> list[Path]:
         raise DataError(
             f"{path} has an index of its rows: save the dataset with flatten_indices()."
         )
+    if not state.get("_data_files"):
+        raise DataError(f"{path / STATE} names no Arrow files.")
     return [path / file["filename"] for file in state["_data_files"]]
 
 

@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow as pa
 from pyarrow.parquet import ParquetFile
 
 from vlm_jax.config import DataError
-from vlm_jax.data.forms.columns import ROWS_AT_ONCE, known_columns, read_rows
+from vlm_jax.data.forms.columns import ROWS_AT_ONCE, known_columns, read_rows, reading
 
 SIGNATURE = b"PAR1"
 
@@ -23,11 +22,8 @@ def read(path: Path) -> Iterator[tuple[str, dict]]:
     Raises:
       DataError: the file is damaged or has no rows.
     """
-    try:
-        with ParquetFile(path) as file:
-            if not file.metadata.num_rows:
-                raise DataError(f"{path} has no rows: it has no conversations.")
-            columns = known_columns(file.schema_arrow)
-            yield from read_rows(file.iter_batches(ROWS_AT_ONCE, columns=columns))
-    except pa.ArrowException as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error}.") from None
+    with reading(path, "Parquet file"), ParquetFile(path) as file:
+        if not file.metadata.num_rows:
+            raise DataError(f"{path} has no rows: it has no conversations.")
+        columns = known_columns(file.schema_arrow)
+        yield from read_rows(file.iter_batches(ROWS_AT_ONCE, columns=columns))

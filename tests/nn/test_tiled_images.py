@@ -124,10 +124,10 @@ class Letters:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_with_closed_gates_hybrid_is_unified_with_the_thumbnail_alone_bit_for_bit(
+def test_with_closed_gates_hybrid_is_unified_with_the_thumbnail_alone(
     count, forward, random_params
 ):
-    """An image of one tile: unified with that tile."""
+    """An image of one tile: unified with that tile. To rounding: two programs compute them."""
     cfg = experiment("hybrid")
     cfg = replace(cfg, fusion=replace(cfg.fusion, gated=True))
     batch = rows(cfg, count, count)
@@ -150,7 +150,7 @@ def test_with_closed_gates_hybrid_is_unified_with_the_thumbnail_alone_bit_for_bi
     )
     own = {path: x for path, x in flat.items() if find_part(path) != "cross_attention"}
     expected = forward(plain, traverse_util.unflatten_dict(own), alone).logits
-    np.testing.assert_array_equal(hidden, expected)
+    np.testing.assert_allclose(hidden, expected, rtol=1e-5, atol=1e-5)
     is_token = batch.segment_ids != PADDING
     opened = forward(cfg, random_params(cfg), batch).logits
     assert (np.abs(np.subtract(opened, expected)).max(-1) > 1e-3)[is_token].any()

@@ -33,6 +33,7 @@ TIMES = ("step_seconds", "data_wait_seconds", "tokens_per_second", "examples_per
 
 
 SAVED = {"steps": 6, "checkpoint_every_steps": 2}
+EIGHT_DEVICES = "unified on eight devices"
 
 
 @pytest.fixture
@@ -45,19 +46,19 @@ def experiment(short_run, tmp_path):
 
 @pytest.fixture(scope="module")
 def use_devices():
-    """`use_devices(name)`: 8 for `unified`; 1 for other kinds, which compiles faster."""
+    """`use_devices(name)`: 8 for EIGHT_DEVICES; 1 for other runs, which compile faster."""
     make_mesh = axes.make_mesh
     with pytest.MonkeyPatch.context() as patch:
 
         def use(name):
-            devices = jax.devices()[: 8 if name == "unified" else 1]
+            devices = jax.devices()[: 8 if name == EIGHT_DEVICES else 1]
             patch.setattr(axes, "make_mesh", functools.partial(make_mesh, devices=devices))
 
         yield use
 
 
 @pytest.fixture(autouse=True)
-def eight_devices(use_devices):
+def one_device(use_devices):
     use_devices("unified")
 
 
@@ -71,7 +72,11 @@ def whole(short_run, tmp_path_factory, use_devices):
     @functools.cache
     def make(name="unified"):
         use_devices(name)
-        cfg = short_run(name, tmp_path_factory.mktemp(name) / "run", **SAVED)
+        folder = tmp_path_factory.mktemp(name) / "run"
+        if name == EIGHT_DEVICES:
+            cfg = replace(short_run(workdir=folder, **SAVED), mesh=Mesh(data=1, fsdp=8))
+        else:
+            cfg = short_run(name, folder, **SAVED)
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             state = loop.train(cfg)
@@ -145,7 +150,7 @@ def assert_equal(state, other):
         assert np.array_equal(value, expected), jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("name", variants_and_tiles())
+@pytest.mark.parametrize("name", [*variants_and_tiles(), EIGHT_DEVICES])
 def test_stopped_and_continued_is_never_stopped_bit_for_bit(name, finished, capsys):
     cfg, expected = finished(name)
     expected_rows = rows(cfg)
@@ -203,7 +208,7 @@ def test_a_block_about_the_run_and_the_compilation_come_before_the_first_step(wh
     ]
     assert lines[first].endswith(f"unified: {' -> '.join(stages)}")
     assert lines[first + 1].endswith(", all trained")
-    assert lines[first + 2].endswith("8 x cpu, mesh data 8 x fsdp 1 x tensor 1")
+    assert lines[first + 2].endswith("1 x cpu, mesh data 1 x fsdp 1 x tensor 1")
     assert "5.0 steps" in lines[first + 3], "40 images in batches of 8"
     assert lines[first + 6].endswith(f"tensorboard --logdir {cfg.workdir}")
     assert lines[first + 7] == "compiling the training step ..."
@@ -309,7 +314,7 @@ def test_another_config_is_refused_with_the_difference_and_nothing_changes(finis
 
 
 def on_another_mesh(cfg):
-    return replace(cfg, mesh=Mesh(data=2, fsdp=4))
+    return replace(cfg, mesh=Mesh(data=1, fsdp=8))
 
 
 def in_less_memory(cfg):
@@ -324,10 +329,11 @@ def in_less_memory(cfg):
 
 
 @pytest.mark.parametrize("otherwise", [on_another_mesh, in_less_memory])
-def test_a_run_may_continue_otherwise(otherwise, finished, capsys):
+def test_a_run_may_continue_on_eight_devices(otherwise, finished, use_devices, capsys):
     cfg, expected = finished()
     before = rows(cfg)
     forget_step_6(cfg)
+    use_devices(EIGHT_DEVICES)
     state = loop.train(otherwise(cfg))
     assert "continuing from step 4" in capsys.readouterr().out
     assert [row["step"] for row in rows(cfg)] == [1, 2, 3, 4, 5, 6]
@@ -353,8 +359,11 @@ def test_the_metrics_of_a_step_have_every_field(whole):
     assert row["padding_fraction"] == pytest.approx(1 - tokens / (8 * cfg.row_length))
 
 
-def test_a_batch_that_the_devices_do_not_divide_is_refused_and_nothing_is_written(experiment):
+def test_a_batch_that_the_devices_do_not_divide_is_refused_and_nothing_is_written(
+    experiment, use_devices
+):
     cfg = experiment(train=Train(batch_size=12))
+    use_devices(EIGHT_DEVICES)
     with pytest.raises(UserError, match="train.batch_size 12 .* 8 devices"):
         loop.train(cfg)
     assert not Workdir(cfg.workdir).path.exists()

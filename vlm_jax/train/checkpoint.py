@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -13,6 +14,15 @@ from vlm_jax.runtime import distributed
 from vlm_jax.structs import State
 
 LOSS_SUM = "loss_sum"  # key of a checkpoint's metrics
+MIN_SLICE_BYTES = 2**20
+
+# Orbax lets every replica write a slice of each array, and each slice is a program to compile:
+# hundreds at the first save. For small arrays that takes longer than writing them.
+ocp.type_handlers.register_type_handler(
+    jax.Array,
+    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=MIN_SLICE_BYTES),
+    override=True,
+)
 
 
 class SaveError(RunError):

@@ -31,6 +31,9 @@ from tests.runtime.test_distributed import experiment
 def get_config():
     return experiment()
 """
+# A run that fails early: the model does not matter.
+SMALL = ["--fusion.kind", "unified", "--vision.tiles", "1", "--vision.image_size_px", "64"]
+SMALL += ["--train.steps", "2", "--eval.max_examples", "8"]
 LIMIT_SECONDS = 300
 
 
@@ -351,7 +354,7 @@ module, name = {
 function = getattr(module, name)
 
 def fail(*arguments):
-    if mine == failing and (where != "step" or arguments[1].step == 3):
+    if mine == failing and (where != "step" or arguments[1].step == 1):
         raise ERROR
     return function(*arguments)
 
@@ -385,7 +388,7 @@ def test_where_one_process_fails_alone_all_end_with_a_sentence(
 ):
     """Soon, with the same exit code, and none of them is aborted."""
     address, code = free_address(), FAILING.replace("ERROR", error)
-    fixed = [*arguments(tmp_path / "run"), "--distributed.heartbeat_seconds", 30]
+    fixed = [*arguments(tmp_path / "run"), *SMALL, "--distributed.heartbeat_seconds", 30]
     running = [
         begin(["-c", code, where, i, failing, *fixed, *fields(address, i)]) for i in range(2)
     ]

@@ -14,15 +14,7 @@ from vlm_jax.runtime import distributed
 from vlm_jax.structs import State
 
 LOSS_SUM = "loss_sum"  # key of a checkpoint's metrics
-MIN_SLICE_BYTES = 2**20
-
-# Orbax lets every replica write a slice of each array, and each slice is a program to compile:
-# hundreds at the first save. For small arrays that takes longer than writing them.
-ocp.type_handlers.register_type_handler(
-    jax.Array,
-    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=MIN_SLICE_BYTES),
-    override=True,
-)
+MIN_SLICE_BYTES = 2**20  # of an array that a replica writes
 
 
 class SaveError(RunError):
@@ -62,6 +54,12 @@ class Checkpoints:
         # They log at length the errors that are raised, too, and reported here in a sentence.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        # Orbax lets every replica write a slice of each array, and each slice is a program to
+        # compile: hundreds at the first save, which takes longer than writing small arrays.
+        array_handler = ocp.type_handlers.ArrayHandler(
+            min_slice_bytes_for_replica_parallel=MIN_SLICE_BYTES
+        )
+        ocp.type_handlers.register_type_handler(jax.Array, array_handler, override=True)
         self._path = path
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_preservation_policy(cfg), best_fn=_loss, best_mode="min"

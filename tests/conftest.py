@@ -1,5 +1,6 @@
 """Settings that must precede the import of JAX: eight CPU devices, checked shape annotations."""
 
+import functools
 import gc
 import os
 import signal
@@ -26,6 +27,8 @@ MAX_CACHE_BYTES = 2 * 2**30
 # `structs` is not checked: tree functions put leaves of any kind into them.
 CHECKED = ["vlm_jax.nn", "vlm_jax.train.loss", "vlm_jax.infer.generate"]
 install_import_hook(CHECKED, "beartype.beartype")
+
+from vlm_jax import axes  # noqa: E402
 
 
 def pytest_configure(config):
@@ -71,6 +74,15 @@ def release_programs():
     """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Meshes of this module have one device: its programs compile and run faster than on eight."""
+    make_mesh = axes.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(axes, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,8 @@ import pytest
 from vlm_jax.cli.main import main
 from vlm_jax.testing import write_conversations
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 CONFIG = """
 from dataclasses import replace
 from pathlib import Path

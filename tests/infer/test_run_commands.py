@@ -14,6 +14,8 @@ from vlm_jax.config import NonFiniteError
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.train import loop
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 CONFIG = """
 from dataclasses import replace
 

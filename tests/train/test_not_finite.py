@@ -17,6 +17,8 @@ from vlm_jax.train import loop
 from vlm_jax.train.not_finite import first_nonfinite_parameter
 from vlm_jax.train.step import init_state, train_step
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 step = jax.jit(train_step, static_argnums=0)
 
 
@@ -76,7 +78,7 @@ PLANTED = {
 @pytest.mark.parametrize("part", PLANTED)
 def test_a_parameter_that_is_not_finite_is_named_and_no_other(part):
     cfg = tiny("cross_attention")
-    with jax.set_mesh(axes.make_mesh(cfg.mesh, jax.devices()[:1])):
+    with jax.set_mesh(axes.make_mesh(cfg.mesh)):
         params = traverse_util.flatten_dict(random_params(cfg), sep="/")
         params[PLANTED[part]] = params[PLANTED[part]] * np.nan
         state = init_state(cfg, jax.random.key(0)).replace(

@@ -28,6 +28,8 @@ from vlm_jax.train import loop
 from vlm_jax.train.checkpoint import Checkpoints, SaveError
 from vlm_jax.train.step import abstract_state
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 ROOT = Path(__file__).parents[2]
 SAME = ("step", "loss", "grad_norm", "learning_rate", "padding_fraction")
 

@@ -40,6 +40,11 @@ SHORT = {  # subcommand: options that are added unless the command has them
     "eval": {"--eval.max_examples": "20", "--eval.batch_size": "20"},
     "generate": {"--max-new-tokens": "8"},
 }
+# As in tests/conftest.py. The runs are short: most of their time is compilation.
+QUICK_COMPILATION = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false"
+)
 NOT_RUN = ("pip install", "hf download", "python -m pytest", "python experiments/benchmarks")
 
 
@@ -131,6 +136,7 @@ def run_notebook(document: str, folder: Path) -> None:
 def prepare(folder: Path) -> dict[str, str]:
     """Links files, makes tiny checkpoints and data; returns the values of the placeholders."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("XLA_FLAGS", QUICK_COMPILATION)
     for name in ("run.py", "requirements.txt", "configs", "experiments", "vlm_jax", "docs"):
         (folder / name).symlink_to(ROOT / name)
     images = folder / "images"

@@ -93,7 +93,7 @@ def test_a_stopped_study_continues_where_it_was(file, tmp_path, capsys):
     assert "| linear |" in (tmp_path / "runs/studies/mine/report/report.md").read_text()
 
 
-def test_the_costs_of_a_model_are_measured(datasets_dir, tmp_path):
+def test_the_costs_of_a_model_are_measured(datasets_dir, tmp_path, one_device):
     cfg = dataclasses.replace(studies.base(datasets_dir), workdir=str(tmp_path / "none"))
     costs = measuring.measure(cfg)
     assert set(costs) == set(studies.MEASUREMENT)

@@ -176,6 +176,8 @@ def test_files_open_images_and_arrays_are_one(tokenizer, pictures):
         ("a", [b"x" * 9000], r"images holds b'x{1,60}\.\.\.x{1,60}': give one list"),
         ("a", ["nowhere.png"], "cannot read the image nowhere.png"),
         ("a", [np.zeros((4, 4, 3))], "float64 .* is not an image: it must be uint8"),
+        (7, (), "prompts is 7: it must be text, or a list of texts"),
+        (["a", b"b"], (), r"prompts is \['a', b'b'\]: it must be text"),
         ("word " * 100, (), "is too long: decoder.max_positions 128"),
     ],
 )

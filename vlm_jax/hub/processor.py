@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from vlm_jax.hub.text.dialogue import Dialogue, decoder_start_ids
 from vlm_jax.hub.text.prompt_formats import (
     Prompt,
     TextFormat,
+    as_prompt_list,
     check_answers,
     load_prompt_format,
     stack_prompts,
@@ -123,13 +123,7 @@ class HubProcessor:
             raise ConfigError(
                 f"{self.checkpoint.folder} has no tokenizer, or its model takes no text."
             )
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        is_list = isinstance(prompts, list | tuple) and len(prompts) > 0
-        if not is_list or not all(isinstance(text, str) for text in prompts):
-            raise ConfigError(
-                f"prompts is {reprlib.repr(prompts)}: it must be text, or a list of texts."
-            )
-        return prompts
+        return as_prompt_list(prompts)
 
     def _encode_prompts(
         self, prompts: Sequence[str], layouts: list[list], add_special_tokens: bool

@@ -19,7 +19,7 @@ from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.data.tiling import to_pixels
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub.images.steps import ImageInput, ImageInputs, read, to_rows
-from vlm_jax.hub.text.prompt_formats import check_answers
+from vlm_jax.hub.text.prompt_formats import as_prompt_list, check_answers
 from vlm_jax.hub.text.tokenizer import TextStream
 from vlm_jax.nn.models import build_model
 from vlm_jax.nn.vlm import VLM
@@ -61,7 +61,7 @@ class RunProcessor:
         """
         if not chat:
             raise ConfigError("chat is False, but a run formats every prompt as its training data.")
-        prompts = [prompts] if isinstance(prompts, str) else prompts
+        prompts = as_prompt_list(prompts)
         images = to_rows(images, prompts, IMAGE_PLACEHOLDER)
         if answers is not None:
             check_answers(answers, prompts)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.config import CheckpointError
+from vlm_jax.config import CheckpointError, ConfigError
 from vlm_jax.hub.tensors.folder import read_json
 from vlm_jax.hub.tensors.mapped import all_nonnegative_ints
 from vlm_jax.hub.text.special_tokens import read_json_if_exists
@@ -280,6 +280,21 @@ FORMATS = {
     "mllama": MllamaFormat,
     "vision-encoder-decoder": EncoderDecoderFormat,
 }
+
+
+def as_prompt_list(prompts: str | Sequence[str]) -> Sequence[str]:
+    """Returns a list of prompts, of which a single `str` is one.
+
+    Raises:
+      ConfigError: it is empty, or an item is not a text.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    is_list = isinstance(prompts, list | tuple) and len(prompts) > 0
+    if not is_list or not all(isinstance(text, str) for text in prompts):
+        raise ConfigError(
+            f"prompts is {reprlib.repr(prompts)}: it must be text, or a list of texts."
+        )
+    return prompts
 
 
 def check_answers(answers: Sequence[str], prompts: Sequence[str]) -> None:

@@ -111,6 +111,19 @@ def _row_flops(
     model: Model, length: int, text_length: int, images: int, trained: frozenset[str]
 ) -> dict[str, Flops]:
     """FLOPs of one training row, by part."""
+    program, inputs = _row_program(model, length, text_length, images)
+    has_gradient = [path is not None and find_part(path) in trained for path in inputs]
+    flops = defaultdict(Flops)
+    _count(program, has_gradient, flops)
+    return dict(flops)
+
+
+# Cached without the trained parts, which the program does not depend on.
+@functools.cache
+def _row_program(
+    model: Model, length: int, text_length: int, images: int
+) -> tuple[core.Jaxpr, list[tuple[str, ...] | None]]:
+    """Forward pass of one training row, with the path of each input (None: of the batch)."""
     params = traverse_util.flatten_dict(meta.unbox(abstract_params(model)))
 
     def forward(params, batch):
@@ -123,11 +136,8 @@ def _row_flops(
     with jax.sharding.use_abstract_mesh(NO_MESH), jax.sharding.use_abstract_mesh(CPU):
         program = jax.make_jaxpr(forward)(params, batch).jaxpr
     program, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars), instantiate=True)
-    is_trained = {path: find_part(path) in trained for path in params}
-    has_gradient = jax.tree.leaves((is_trained, jax.tree.map(lambda _: False, batch)))
-    flops = defaultdict(Flops)
-    _count(program, has_gradient, flops)
-    return dict(flops)
+    inputs = [*sorted(params), *[None] * len(jax.tree.leaves(batch))]
+    return program, inputs
 
 
 def _count(

@@ -77,7 +77,7 @@ class Letters:
         return list(text.encode())
 
 
-def pictures(cfg, images_of_each=(2, 0)):
+def pictures(cfg, images_of_each):
     """Images for every row: the last with the most tiles, those before it with one tile."""
     rng = np.random.default_rng(1)
     images = []
@@ -87,9 +87,10 @@ def pictures(cfg, images_of_each=(2, 0)):
     return images
 
 
-def prompts(cfg, images_of_each=(2, 0), asked=("two?", "no image at all?")):
-    """A left-padded batch of questions, with as many images each as asked for."""
-    return questions.prompt_batch(cfg, Letters(), pictures(cfg, images_of_each), asked)
+def prompts(cfg, images, asked, length=None, **options):
+    """A left-padded batch of questions, in the shape of four training rows."""
+    length = length or cfg.row_length
+    return questions.prompt_batch(cfg, Letters(), images, asked, length, **options)
 
 
 def without_images(batch: Batch) -> Batch:

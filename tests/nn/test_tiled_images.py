@@ -92,24 +92,36 @@ def test_a_tag_does_not_know_the_tiles_after_its_own(kind, forward, random_param
     assert moved[THUMBNAIL][whole] == (kind in ("cross_attention", "encoder_decoder"))
 
 
+PROMPTS = ["which of the two?", "what?", "small?", "nothing?"]
+IMAGES = [[picture(2)], [picture(3)], [picture(1)], []]
+
+
+def mixed_prompts(cfg) -> Batch:
+    """In the shape of four training rows."""
+    return questions.prompt_batch(cfg, Letters(), IMAGES, PROMPTS, cfg.row_length)
+
+
 @every_kind
-def test_a_batch_of_mixed_tile_counts_is_one_by_one_and_cached_is_uncached(
-    kind, forward, random_params
-):
+def test_a_batch_of_mixed_tile_counts_is_one_by_one(kind, forward, random_params):
     cfg, params = experiment(kind), random_params(experiment(kind))
-    images = [[picture(2)], [picture(3)], [picture(1)], []]
-    prompts = ["which of the two?", "what?", "small?", "nothing?"]
-    batch = questions.prompt_batch(cfg, Letters(), images, prompts)
-    logits, length = forward(cfg, params, batch).logits, batch.tokens.shape[1]
-    for row in range(4):
+    batch = mixed_prompts(cfg)
+    logits = forward(cfg, params, batch).logits
+    for row, images in enumerate(IMAGES):
         # Four equal rows instead of one, so that it is the program of the mixed batch.
         alone = questions.prompt_batch(
-            cfg, Letters(), [images[row]] * 4, [prompts[row]] * 4, length
+            cfg, Letters(), [images] * 4, [PROMPTS[row]] * 4, cfg.row_length
         )
         is_token = alone.segment_ids[0] != PADDING
         expected = forward(cfg, params, alone).logits[0]
         np.testing.assert_allclose(logits[row][is_token], expected[is_token], rtol=1e-4, atol=2e-4)
-    text_fields, length = batch.replace(images=None), length - 1
+
+
+def test_cached_is_uncached_with_mixed_tile_counts(forward, random_params):
+    """test_vlm.py has the other styles; here the memory has absent tiles."""
+    cfg, params = experiment("cross_attention"), random_params(experiment("cross_attention"))
+    batch = mixed_prompts(cfg)
+    logits, length = forward(cfg, params, batch).logits, batch.tokens.shape[1] - 1
+    text_fields = batch.replace(images=None)
     prompt = jax.tree.map(lambda x: x[:, :length], text_fields).replace(images=batch.images)
     cache = forward(cfg, params, prompt, empty_cache(cfg.model, prompt, 1)).cache
     last = forward(cfg, params, jax.tree.map(lambda x: x[:, length:], text_fields), cache).logits
@@ -127,16 +139,22 @@ class Letters:
 def test_with_closed_gates_hybrid_is_unified_with_the_thumbnail_alone(
     count, forward, random_params
 ):
-    """An image of one tile: unified with that tile. To rounding: two programs compute them."""
+    """An image of one tile: unified with that tile.
+
+    Nothing comes through the gates, bit for bit; two programs round differently.
+    """
     cfg = experiment("hybrid")
     cfg = replace(cfg, fusion=replace(cfg.fusion, gated=True))
-    batch = rows(cfg, count, count)
+    batch = rows(cfg, *[count] * 4)
     flat = traverse_util.flatten_dict(random_params(cfg))
-    closed = {
-        path: np.zeros_like(x) if path[-1].endswith("gate") else x for path, x in flat.items()
-    }
-    hidden = forward(cfg, traverse_util.unflatten_dict(closed), batch).logits
+    closed = traverse_util.unflatten_dict(
+        {path: np.zeros_like(x) if path[-1].endswith("gate") else x for path, x in flat.items()}
+    )
+    hidden = forward(cfg, closed, batch).logits
     view, plain = THUMBNAIL if count > 1 else 0, experiment("unified")
+    others = np.arange(cfg.vision.views)[:, None, None, None] != view
+    other_tiles = batch.replace(images=np.where(others, -batch.images, batch.images))
+    np.testing.assert_array_equal(forward(cfg, closed, other_tiles).logits, hidden)
     plain = replace(plain, vision=replace(plain.vision, tiles=1))
     slots = np.where(
         batch.image_token_index == NO_IMAGE,

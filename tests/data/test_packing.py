@@ -100,12 +100,18 @@ def to_batch(cfg, source, rows):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def logits_of(cfg, params, batch):
-    return VLM(cfg.model).apply({"params": params}, batch).logits
+def outputs(model, params, batch):
+    """Logits, and the loss: one program for all laws of a model."""
+    logits = VLM(model).apply({"params": params}, batch).logits
+    return logits, cross_entropy(logits, batch)
+
+
+def logits_of(cfg, batch):
+    return np.asarray(outputs(cfg.model, random_params(cfg), batch)[0])
 
 
 def loss_of(cfg, batch):
-    return np.array(cross_entropy(logits_of(cfg, random_params(cfg), batch), batch))
+    return np.array(outputs(cfg.model, random_params(cfg), batch)[1])
 
 
 def elements_of(cfg, tokenizer, source):
@@ -153,7 +159,7 @@ def test_what_another_conversation_says_and_shows_changes_nothing(
     elements = elements_of(cfg, tokenizer, source)
     batch = to_batch(cfg, source, [elements[:3]])  # 0, 1 and 2 images
     assert batch.segment_ids.max() == 3
-    before = logits_of(cfg, random_params(cfg), batch)
+    before = logits_of(cfg, batch)
     rng = np.random.default_rng(0)
     for changed, images in ((1, []), (2, [0]), (3, [1, 2])):
         own = batch.segment_ids == changed
@@ -163,14 +169,12 @@ def test_what_another_conversation_says_and_shows_changes_nothing(
         other = batch.replace(
             tokens=np.where(own, said, batch.tokens).astype(np.int32), images=shown
         )
-        after = logits_of(cfg, random_params(cfg), other)
+        after = logits_of(cfg, other)
         others = (batch.segment_ids != changed) & (batch.segment_ids > 0)
         np.testing.assert_array_equal(after[others], before[others])
         assert not np.array_equal(after[own], before[own])
         shown = batch.replace(images=shown)
-        assert np.array_equal(logits_of(cfg, random_params(cfg), shown)[own], before[own]) == (
-            not images
-        )
+        assert np.array_equal(logits_of(cfg, shown)[own], before[own]) == (not images)
 
 
 @every_kind
@@ -180,9 +184,7 @@ def test_a_slot_without_an_image_is_read_by_nobody(name, experiments, tokenizer,
     assert not batch.images[:, 1:].any()
     assert batch.image_mask.any(1).sum() == 1
     filled = np.where(batch.image_mask.any(1)[..., None, None, None], batch.images, np.float32(9))
-    before, after = (
-        logits_of(cfg, random_params(cfg), b) for b in (batch, batch.replace(images=filled))
-    )
+    before, after = logits_of(cfg, batch), logits_of(cfg, batch.replace(images=filled))
     there = batch.segment_ids > 0
     np.testing.assert_array_equal(after[there], before[there])
 

@@ -13,6 +13,7 @@ from vlm_jax.data import pipeline
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer.run import RunProcessor
 from vlm_jax.nn.models import build_model
+from vlm_jax.structs import PADDING
 from vlm_jax.testing import random_params
 
 TALKS = [  # images, question, answer
@@ -50,7 +51,7 @@ def run(tmp_path_factory):
 
 
 def test_a_packed_conversation_has_the_logits_that_it_has_alone(run):
-    """Training rows against `processor(prompts, images, answers=)`, one at a time.
+    """Training rows against `processor(prompts, images, answers=)`, a row for each conversation.
 
     Compares tokens, tiles, masks and logits.
     """
@@ -58,10 +59,18 @@ def test_a_packed_conversation_has_the_logits_that_it_has_alone(run):
     params, model = random_params(cfg, 0.2), build_model(cfg)
     processor, data = RunProcessor(cfg, tokenizer), pipeline.training_iterator(cfg, tokenizer)
     batches = [next(data) for _ in range(32)]
-    for number, (sizes, question, answer) in enumerate(TALKS):
-        files = [str(folder / f"{number}_{i}.png") for i in range(len(sizes))]
-        alone = processor([question], [files], answers=[answer])
-        tokens = np.asarray(alone.tokens)[0].tolist()
+    files = [
+        [str(folder / f"{number}_{i}.png") for i in range(len(sizes))]
+        for number, (sizes, _, _) in enumerate(TALKS)
+    ]
+    # One row each in one batch, of one shape.
+    alone = processor(
+        [question for _, question, _ in TALKS], files, answers=[answer for _, _, answer in TALKS]
+    )
+    own = np.asarray(forward(model, params, alone).logits)
+    for number in range(len(TALKS)):
+        is_own = np.asarray(alone.segment_ids)[number] != PADDING
+        tokens = np.asarray(alone.tokens)[number, is_own].tolist()
         batch, row, slots = next(
             (batch, row, slots)
             for batch in batches
@@ -69,10 +78,10 @@ def test_a_packed_conversation_has_the_logits_that_it_has_alone(run):
             if np.asarray(batch.tokens)[row, slots].tolist() == tokens
             and len(set(batch.segment_ids[row])) > 2
         )
-        found, own = (np.asarray(forward(model, params, x).logits) for x in (batch, alone))
-        np.testing.assert_allclose(found[row, slots], own[0], atol=1e-4)
+        found = np.asarray(forward(model, params, batch).logits)[row, slots]
+        np.testing.assert_allclose(found, own[number, is_own], atol=1e-4)
         weights = np.asarray(batch.loss_weights)[row, slots]
-        np.testing.assert_array_equal(weights, np.asarray(alone.loss_weights)[0])
+        np.testing.assert_array_equal(weights, np.asarray(alone.loss_weights)[number, is_own])
 
 
 def segments_of(batch):

@@ -20,6 +20,8 @@ SETTINGS = {
     "NAME": "first",
     "CLUSTER": "ours",
 }
+# Left out of the archive of the code: no machine reads them, and gzip takes 0.3 s for them.
+UNUSED_FILES = ("/.github", "/docs", "/experiments/results", "/tests", "/vlm_jax")
 
 
 class Cloud:
@@ -35,6 +37,7 @@ class Cloud:
         self.write("fake_python.py", (HERE / "fake_python.py").read_text(), self.bin)
         self.path = f"{self.bin}:{os.environ['PATH']}"
         self.write("ahead", "")
+        self.write("attributes", "".join(f"{path} export-ignore\n" for path in UNUSED_FILES))
         self.settings(MOUNT=str(folder / "mount"))
 
     def _executable(self, name: str, text: str) -> None:
@@ -62,6 +65,9 @@ class Cloud:
             "TEST_PYTHON": sys.executable,
             "TMPDIR": str(self.folder),
             "POLL_SECONDS": "0.05",
+            "GIT_CONFIG_COUNT": "1",
+            "GIT_CONFIG_KEY_0": "core.attributesFile",
+            "GIT_CONFIG_VALUE_0": str(self.folder / "attributes"),
         }
 
     def start(self, script: str, *options: str) -> subprocess.Popen:

@@ -106,12 +106,23 @@ class Cloud:
             time.sleep(0.05)
         raise AssertionError("the condition did not become true")
 
+    def end_trainings(self) -> None:
+        for group in self.folder.glob("machines/*/job/group"):
+            subprocess.run(
+                ["kill", "-KILL", "--", f"-{group.read_text().strip()}"], stderr=subprocess.DEVNULL
+            )
+
 
 @pytest.fixture
 def cloud(tmp_path):
-    yield Cloud(tmp_path)
-    # End the trainings that a test left running.
-    for group in tmp_path.glob("machines/*/job/group"):
-        subprocess.run(
-            ["kill", "-KILL", "--", f"-{group.read_text().strip()}"], stderr=subprocess.DEVNULL
-        )
+    cloud = Cloud(tmp_path)
+    yield cloud
+    cloud.end_trainings()
+
+
+@pytest.fixture(scope="module")
+def cloud_of_module(tmp_path_factory):
+    """For tests that leave it as it was."""
+    cloud = Cloud(tmp_path_factory.mktemp("cloud"))
+    yield cloud
+    cloud.end_trainings()

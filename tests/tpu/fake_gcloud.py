@@ -9,14 +9,12 @@ It refuses flags that the real one (528.0.0) lacks. Its state is in the folder $
   outage    number of calls that fail from now on
   machines  home folders, empty after every creation
   buckets   contents of gs://
+
+Modules that few commands need are imported there: imports take most of the time of a call.
 """
 
-import contextlib
 import json
 import os
-import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -86,6 +84,8 @@ def outage() -> bool:
 
 
 def create() -> int:
+    import shutil
+
     if (CLOUD / "request").exists():
         return refuse("ALREADY_EXISTS: the resource exists")
     (CLOUD / "request").write_text("CREATING")
@@ -117,6 +117,9 @@ def describe_node() -> int:
 
 
 def delete() -> int:
+    import contextlib
+    import signal
+
     if not (CLOUD / "request").exists():
         return refuse("NOT_FOUND: Resource 'queuedResources/x' was not found")
     for group in (CLOUD / "machines").glob("*/job/group"):
@@ -128,6 +131,8 @@ def delete() -> int:
 
 
 def ssh(worker: str, command: str) -> int:
+    import subprocess
+
     if (CLOUD / "request").read_text() != "ACTIVE" or (CLOUD / "node").exists():
         return refuse("the machines do not answer")
     codes = []
@@ -146,6 +151,8 @@ def in_bucket(url: str) -> Path:
 
 
 def copy(source: str, target: str) -> int:
+    import shutil
+
     source, target = (
         in_bucket(name) if name.startswith("gs://") else Path(name) for name in (source, target)
     )

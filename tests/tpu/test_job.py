@@ -30,6 +30,20 @@ def running(cloud) -> None:
     assert status(cloud) == {"training: running"}
 
 
+@pytest.fixture(scope="module")
+def running_cloud(cloud_of_module):
+    """A training runs in it, before and after each test."""
+    running(cloud_of_module)
+    return cloud_of_module
+
+
+@pytest.fixture
+def still_running(running_cloud):
+    yield running_cloud
+    assert len(running_cloud.starts()) == 2
+    assert status(running_cloud) == {"training: running"}
+
+
 def test_creating_waits_and_a_second_time_does_nothing(cloud):
     cloud.write("ahead", "WAITING_FOR_RESOURCES WAITING_FOR_RESOURCES PROVISIONING ACTIVE")
     output = cloud.do("create")
@@ -64,39 +78,44 @@ def test_an_error_is_not_taken_for_absence(cloud):
     assert not cloud.calls("create") and not cloud.calls("delete")
 
 
-def test_launching_twice_starts_one_training(cloud):
-    running(cloud)
+def test_launching_twice_starts_one_training(still_running):
+    cloud = still_running
     output = cloud.do("launch")
     assert output.count("is already running") == 2
-    assert len(cloud.starts()) == 2
     workdir = f"--config configs/easy_vqa/unified.py --workdir {cloud.folder}/mount/runs/first"
     assert sorted(cloud.starts()) == [f"{machine} tpu,cpu {workdir}" for machine in "01"]
     mounts = (cloud.folder / "mounts").read_text().splitlines()
     assert len(mounts) == 1 and mounts[0].endswith(f"our-bucket {cloud.folder}/mount")
 
 
-def test_the_machines_install_what_the_repository_says(cloud):
-    cloud.do("create", "setup")
-    installed = (cloud.folder / "installed").read_text().splitlines()
+def test_the_machines_install_what_the_repository_says(running_cloud):
+    installed = (running_cloud.folder / "installed").read_text().splitlines()
     assert len(installed) == 2
     assert all(line.endswith("/vlm_jax/requirements.txt jax[tpu]") for line in installed)
 
 
-def test_code_is_not_replaced_under_a_training(cloud):
-    running(cloud)
-    done = cloud.run("setup")
+def test_code_is_not_replaced_under_a_training(still_running):
+    done = still_running.run("setup")
     assert done.returncode == 2 and "the training of first runs" in done.stderr
 
 
-def test_code_is_not_replaced_where_the_machines_cannot_be_asked(cloud):
-    running(cloud)
+def test_code_is_not_replaced_where_the_machines_cannot_be_asked(still_running):
+    cloud = still_running
     uploads = len(cloud.calls("storage", "cp"))
     cloud.write("outage", "1")
     done = cloud.run("setup")
     assert (
         done.returncode == 1 and done.stderr == "ERROR: (gcloud) Could not reach metadata service\n"
     )
-    assert len(cloud.calls("storage", "cp")) == uploads and status(cloud) == {"training: running"}
+    assert len(cloud.calls("storage", "cp")) == uploads
+
+
+def test_watching_again_takes_up_a_job_that_runs(still_running):
+    before = len(still_running.calls("ssh"))
+    process = still_running.start("resume")
+    still_running.until(lambda: len(still_running.calls("ssh")) > before + 2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
 
 
 def refuses(cloud, script: str, machines: int, message: str) -> None:
@@ -106,28 +125,30 @@ def refuses(cloud, script: str, machines: int, message: str) -> None:
     assert done.stderr.count(message) == machines
 
 
-@pytest.mark.parametrize("script, machines", [("launch", 2), ("follow", 1), ("follow --all", 2)])
-def test_machines_that_are_not_set_up_say_so(cloud, script, machines):
+COMMANDS_OF_MACHINES = {"launch": 2, "follow": 1, "follow --all": 2}
+
+
+def refuse_all(cloud) -> None:
+    for script, machines in COMMANDS_OF_MACHINES.items():
+        refuses(cloud, script, machines, " is not set up: run setup.sh first.\n")
+
+
+def test_machines_that_are_not_set_up_say_so(cloud):
     """Without setup.sh, after a failed installation, and after a failure without the old code."""
-    message = " is not set up: run setup.sh first.\n"
     cloud.do("create")
-    refuses(cloud, script, machines, message)
+    refuse_all(cloud)
     system = (cloud.bin / "sudo").read_text()
     cloud.write("sudo", "#!/bin/sh\nexit 1\n", cloud.bin)
     assert cloud.run("setup").returncode == 1
-    refuses(cloud, script, machines, message)
+    refuse_all(cloud)
     cloud.write("sudo", system, cloud.bin)
     cloud.do("setup")
+    # Set up, but not launched.
+    for script in ("follow", "follow --all"):
+        refuses(cloud, script, COMMANDS_OF_MACHINES[script], ": run launch.sh first.\n")
     cloud.write("tar", "#!/bin/sh\nexit 1\n", cloud.bin).chmod(0o755)
     assert cloud.run("setup").returncode == 1
-    refuses(cloud, script, machines, message)
-
-
-def test_following_what_was_not_launched_says_so(cloud):
-    cloud.do("create", "setup")
-    message = ": run launch.sh first.\n"
-    refuses(cloud, "follow", 1, message)
-    refuses(cloud, "follow --all", 2, message)
+    refuse_all(cloud)
 
 
 def test_following_ends_with_the_training(cloud):
@@ -251,13 +272,11 @@ def test_watching_survives_outages(cloud):
     assert output.count("asking Google Cloud failed, time 2 of 3") == 2 and len(cloud.starts()) == 4
 
 
-@pytest.mark.parametrize(
-    "calls, options", [(1000, ()), (1000, ("--then-delete",)), (15, ("--then-delete",))]
-)
-def test_an_outage_of_three_looks_stops_the_watching(cloud, calls, options):
+@pytest.mark.parametrize("calls", [1000, 15])
+def test_an_outage_of_three_looks_stops_the_watching(cloud, calls):
     """Each poll has five attempts; if the outage is over then, the TPU can be deleted."""
     cloud.write("outcomes", "long")
-    process = cloud.start("resume", *options)
+    process = cloud.start("resume", "--then-delete")
     cloud.until(lambda: len(cloud.starts()) == 2)
     cloud.write("outage", str(calls))
     output, errors = process.communicate(timeout=120)
@@ -313,12 +332,3 @@ def test_a_request_that_google_refuses_three_times_stops_the_job(cloud):
     done = cloud.run("resume")
     assert done.returncode == 1 and "create.sh failed, time 3 of 3" in done.stdout
     assert len(cloud.calls("create")) == 3
-
-
-def test_watching_again_takes_up_a_job_that_runs(cloud):
-    running(cloud)
-    process = cloud.start("resume")
-    cloud.until(lambda: len(cloud.calls("ssh")) > 5)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
-    assert len(cloud.starts()) == 2 and status(cloud) == {"training: running"}

@@ -8,6 +8,7 @@ import functools
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -54,7 +55,8 @@ class Pair(NamedTuple):
         """Returns logits and intermediates (hidden states of all blocks, image tokens)."""
         settings = {"mutable": "intermediates", "capture_intermediates": is_image_tokens}
         output, state = forward(VLM(self.cfg.model), self.params, batch, **settings)
-        return np.asarray(output.logits), state["intermediates"]
+        # NumPy's: operations of JAX outside of a program are compiled one by one.
+        return np.asarray(output.logits), jax.device_get(state["intermediates"])
 
     def logits(self, **inputs) -> np.ndarray:
         return self.outputs(self.batch(**inputs))[0]

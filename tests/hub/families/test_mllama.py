@@ -102,10 +102,13 @@ def texts(side: str, room: int = NEW) -> dict[str, np.ndarray]:
     return padded(rows, side, max(LENGTHS) + room)
 
 
-def images(pair: Pair, layouts, per_row: int = 2) -> dict[str, np.ndarray]:
-    """Random tiles in these layouts, packed as transformers does, `per_row` images with padding."""
+def images(pair: Pair, layouts) -> dict[str, np.ndarray]:
+    """Random tiles in these layouts, packed as transformers does: two images, one may be padding.
+
+    All laws have this shape, so that a model is one program.
+    """
     vision = pair.cfg.vision
-    shape = (len(layouts), per_row, vision.tiles)
+    shape = (len(layouts), 2, vision.tiles)
     ids, is_tile = np.zeros(shape[:2], int), np.zeros(shape, int)
     is_tile[..., 0] = 1
     for b, row in enumerate(layouts):
@@ -164,7 +167,7 @@ def with_inputs_as_taps(model):
 def test_taps_are_what_enters_a_layer_unless_the_loader_is_told_otherwise(pair_of, tmp_path):
     model = with_inputs_as_taps(saved(MllamaForConditionalGeneration(CONFIGS[FIRST]), tmp_path))
     pair, text = Pair.load(model, tmp_path), texts("right")
-    image = images(pair, IMAGES["one image a row"], per_row=1)
+    image = images(pair, IMAGES["one image a row"])
     inputs = {**text, **image, **reading(text, image)}
     assert_logits_are_equal(pair, ATOL, **inputs)
     assert np.abs(pair_of(FIRST).logits(**inputs) - pair.logits(**inputs)).max() > 0.01
@@ -176,7 +179,7 @@ def test_verify_finds_the_taps_of_a_reference_where_nobody_tells_them(
 ):
     pair = pair_of(FIRST)
     text = texts("right")
-    inputs = text | images(pair, IMAGES["one image a row"], per_row=1)
+    inputs = text | images(pair, IMAGES["one image a row"])
     logits = Pair(
         None, *load_checkpoint(pair.checkpoint.folder, intermediate_layers=intermediate_layers)
     ).logits(**inputs)
@@ -265,10 +268,10 @@ def test_a_row_of_a_batch_has_the_logits_that_it_has_alone(pair_of):
     """Every token has an image: one without attends to the padding of other rows as well."""
     pair, text = pair_of(FIRST), texts("left")
     inputs = {**text, **images(pair, IMAGES["one image a row"])}
-    alone = {name: x[2:] for name, x in inputs.items()}
-    alone |= {name: alone[name][:, -4:] for name in text}
+    # Three equal rows instead of one have the shape of the other laws.
+    alone = {name: np.repeat(x[2:], 3, axis=0) for name, x in inputs.items()}
     found = pair.logits(generating=True, **inputs)[2, -4:]
-    np.testing.assert_allclose(found, pair.logits(generating=True, **alone)[0], atol=ATOL)
+    np.testing.assert_allclose(found, pair.logits(generating=True, **alone)[0, -4:], atol=ATOL)
 
 
 @every_kind

@@ -64,6 +64,7 @@ AT_LEAST = {
     "train.checkpoint_every_steps": 1,
     "train.keep_checkpoints": 1,
     "train.keep_best": 0,
+    "train.patience": 1,
     "train.keep_every_steps": 1,
     "train.log_every_steps": 1,
     "distributed.num_processes": 1,
@@ -73,6 +74,8 @@ AT_LEAST = {
     "eval.max_examples": 1,
     "eval.batch_size": 1,
     "eval.max_new_tokens": 1,
+    "eval.every_steps": 1,
+    "eval.during_examples": 0,
     "seed": 0,
 }
 ABOVE = {

@@ -12,9 +12,12 @@ from vlm_jax.config import (
     Experiment,
     Fusion,
 )
-from vlm_jax.config.bounds import AT_LEAST, AT_MOST
+from vlm_jax.config.bounds import AT_LEAST, AT_MOST, check_path
 from vlm_jax.config.datasets import AUTO, CONVERSATION_FORMATS, sources_that_read
 from vlm_jax.config.hints import either, nearest
+
+SPLIT_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
+TRAINING = "train"  # prefix of the training's own metrics
 
 
 def _data(cfg: Experiment) -> None:
@@ -324,7 +327,44 @@ def _profile(cfg: Experiment) -> None:
         raise ConfigError(f"train.profile_steps {profile} ends after train.steps {steps}.")
 
 
+def _validation(cfg: Experiment) -> None:
+    """Checks the fields of validation; `infer/metrics/scores.py` checks train.best_metric."""
+    entries, every_steps = cfg.eval.splits, cfg.eval.every_steps
+    if every_steps is None:
+        for name in ("eval.splits", "train.best_metric", "train.patience"):
+            section, _, field = name.partition(".")
+            value = getattr(getattr(cfg, section), field)
+            if value not in (None, ()):
+                raise ConfigError(
+                    f"{name} has no effect without validation: set eval.every_steps, or leave "
+                    f"{name} out."
+                )
+        return
+    if not entries:
+        raise ConfigError(
+            f"eval.every_steps {every_steps} needs a split to validate on: set eval.splits, such "
+            "as val=train[90%:] with data.train_split train[:90%]."
+        )
+    names = [entry.partition("=")[0] for entry in entries]
+    for name, entry in zip(names, entries, strict=True):
+        if not SPLIT_NAME.fullmatch(name) or entry.endswith("="):
+            raise ConfigError(
+                f"eval.splits {entry!r} is not NAME=SPLIT, such as val=train[90%:]: a name has "
+                "letters, digits, '.', '_', '+' and '-'."
+            )
+        if name == TRAINING:
+            raise ConfigError(
+                f"eval.splits {entry!r} has the name of the training's own metrics: choose another "
+                f"name, such as train_part={entry.partition('=')[2] or entry}."
+            )
+        if names.count(name) > 1:
+            raise ConfigError(f"eval.splits names {name} twice: choose another name.")
+    if "files" in cfg.data.dataset.fields:
+        for split in cfg.eval.named_splits.values():
+            check_path("eval.splits", split)
+
+
 CHECKS = (
     *(_data, _synthetic, _tokens, _tiled_encoder, _feature_layers, _resize, _projector, _fusion),
-    *(_tiles, _room, _rates, _microbatches, _profile),
+    *(_tiles, _room, _rates, _microbatches, _profile, _validation),
 )

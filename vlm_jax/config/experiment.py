@@ -123,10 +123,18 @@ class Train:
     loss_chunk: int | None = None
     checkpoint_every_steps: int = 500  # steps between checkpoints
     keep_checkpoints: int = 3  # number of most recent checkpoints to keep
-    #: also keep the N checkpoints with the lowest mean training loss since the one before
+    #: also keep the N checkpoints with the best `best_metric`; a new best one is saved at once
     keep_best: int = 0
+    #: score of a validation that ranks checkpoints: SPLIT/loss or SPLIT/METRIC, such as
+    #: val/exact_match; None: the loss of the first split of eval.splits, or without validation the
+    #: mean training loss since the checkpoint before
+    best_metric: str | None = None
+    #: end the run after N validations in sequence without a better best_metric; None: never
+    patience: int | None = None
     keep_every_steps: int | None = None  # also keep the checkpoint of every N-th step
     log_every_steps: int = 20  # steps between logged rows
+    #: services that get the metrics, too: rows of TRACKERS in train/trackers.py, such as wandb
+    trackers: tuple[str, ...] = ()
     #: "10:13": write a jax.profiler trace of steps 10 to 13 to the work folder; empty: none
     profile_steps: str = ""
     #: folder of compiled programs, reused by later runs; empty: off
@@ -235,6 +243,18 @@ class Eval:
     metrics: tuple[str, ...] = ("exact_match",)
     #: conversations: questions to ask; all: each after the true turns before it
     turns: Literal["first", "all"] = "first"
+    every_steps: int | None = None  # steps between validations on `splits`; None: no validation
+    #: splits to validate on while training, each NAME=SPLIT, such as val=train[90%:] (a split of
+    #: `files` if set), or NAME=FILE for conversations
+    splits: tuple[str, ...] = ()
+    #: first questions of each split that a validation answers and scores; 0: loss alone
+    during_examples: int = 500
+
+    @property
+    def named_splits(self) -> dict[str, str]:
+        """Name -> split or file, of `splits`."""
+        pairs = [entry.partition("=") for entry in self.splits]
+        return {name: split or name for name, _, split in pairs}
 
     @property
     def read_split(self) -> str:
@@ -285,6 +305,17 @@ class Experiment:
     def eval_data(self) -> Data:
         """The dataset that `eval.read_split` is a split of."""
         return replace(self.data, files=self.eval.files) if self.eval.files else self.data
+
+    def validation_data(self, split: str) -> Data:
+        """The dataset of a value of `eval.named_splits`, which is its `train_split`.
+
+        Images are not augmented. Conversations have no other split than train: all other values are
+        files.
+        """
+        data = replace(self.eval_data, train_split=split, augment=())
+        if "files" in data.dataset.fields and split.partition("[")[0] != "train":
+            data = replace(data, files=(split,), train_split="train")
+        return data
 
     @property
     def model(self) -> Model:

@@ -115,6 +115,14 @@ SYNONYMS = {
     **dict.fromkeys(("eval", "eval_split", "test_split"), "eval.split"),
     **dict.fromkeys(("metric", "metrics", "compute_metrics"), "eval.metrics"),
     **dict.fromkeys(
+        ("eval_steps", "eval_every", "eval_interval", "val_check_interval", "validate_every"),
+        "eval.every_steps",
+    ),
+    **dict.fromkeys(("val_split", "validation_split", "val", "validation"), "eval.splits"),
+    **dict.fromkeys(("metric_for_best_model", "monitor"), "train.best_metric"),
+    **dict.fromkeys(("early_stopping", "early_stopping_patience"), "train.patience"),
+    **dict.fromkeys(("report_to", "logger", "loggers", "tracker"), "train.trackers"),
+    **dict.fromkeys(
         ("limit", "max_samples", "max_eval_samples", "eval_examples"), "eval.max_examples"
     ),
     **dict.fromkeys(("tp", "tensor_parallel", "tensor_parallel_size"), "mesh.tensor"),

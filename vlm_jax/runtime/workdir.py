@@ -32,16 +32,21 @@ MACHINE_FIELDS = (
     "train.checkpoint_every_steps",
     "train.log_every_steps",
     "train.profile_steps",
+    "train.trackers",
     "train.compilation_cache_dir",
 )
 CHANGEABLE_FIELDS = (
     *MACHINE_FIELDS,
     "train.microbatches",
     "train.loss_chunk",
+    # The end of the run depends on it, but no step does.
+    "train.patience",
     *(f"{part}.{name}" for part in ("vision", "decoder") for name in ("remat", "unroll")),
 )
 NAMED_FILES = 3  # of eval.files, in the name of an evaluation
 LONGEST_NAME = 60
+# Fields of `eval` that the scores of a later evaluation do not depend on.
+VALIDATION_FIELDS = ("eval.every_steps", "eval.splits", "eval.during_examples")
 # Fields that a checkpoint sets, and that earlier versions set to other values.
 TAKEN_OVER = (
     "vision.resize",
@@ -125,6 +130,10 @@ class Workdir(EvaluationFolder):
         # Processor files of the public checkpoint that the run was initialized from.
         self.processor = self.path / "processor"
         self.metrics = self.path / "metrics.jsonl"
+        # Scores of the best validation.
+        self.best = self.path / "best.json"
+        # Id of the run in each tracker.
+        self.trackers = self.path / "trackers.json"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.profile = self.path / "profile"
@@ -226,7 +235,7 @@ class Workdir(EvaluationFolder):
             name: value
             for name, value in fields.items()
             if name.startswith(("data.", "eval."))
-            and not name.startswith((*MACHINE_FIELDS, "eval.batch_size"))
+            and not name.startswith((*MACHINE_FIELDS, *VALIDATION_FIELDS, "eval.batch_size"))
         }
         if not self.config.exists():
             # A public checkpoint without any training: no config.json names the model.

@@ -116,3 +116,8 @@ def pad_row(cfg: Experiment, row: Fields, before: int, length: int) -> Fields:
         padded[name] = np.full((length, *values.shape[1:]), fill)
         padded[name][before : before + len(values)] = values
     return padded
+
+
+def without_scores(row: Fields) -> Fields:
+    """Returns a row to fill up a batch: the same without a scored token."""
+    return row | {"loss_weights": np.zeros_like(row["loss_weights"])}

@@ -23,9 +23,9 @@ from vlm_jax.data import images as image_files
 from vlm_jax.data import templates, tiling
 from vlm_jax.data.batching import as_tiled_batch, to_batch
 from vlm_jax.data.conversations import Conversation, Conversations
-from vlm_jax.data.fields import FILL, Fields
+from vlm_jax.data.fields import FILL, Fields, without_scores
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.structs import NO_IMAGE
+from vlm_jax.structs import NO_IMAGE, Batch
 
 # Rows open at a time, at least. Fewer waste more slots (measured: docs/conversations.md).
 WINDOW_ROWS = 64
@@ -44,6 +44,28 @@ def batches(
     cfg: Experiment, tokenizer: Tokenizer, source: Conversations, shard: slice
 ) -> grain.IterDataset:
     """Endless `Batch`es of the rows `shard` of each global batch of `train.batch_size` rows."""
+    return _packed_dataset(cfg, tokenizer, source, _batch_maker(cfg, source, shard))
+
+
+def validation_batches(
+    cfg: Experiment, tokenizer: Tokenizer, source: Conversations, shard: slice
+) -> grain.IterDataset:
+    """The `Batch`es of `batches` of every conversation once, in the order of the source.
+
+    The last batch is filled up with rows without a scored token.
+    """
+    make_batch = _batch_maker(cfg, source, shard)
+
+    def make_full_batch(rows: Sequence[Fields]):
+        missing = cfg.train.batch_size - len(rows)
+        return make_batch([*rows, *[without_scores(rows[-1])] * missing])
+
+    return _packed_dataset(cfg, tokenizer, source, make_full_batch, is_training=False)
+
+
+def _batch_maker(
+    cfg: Experiment, source: Conversations, shard: slice
+) -> Callable[[Sequence[Fields]], Batch]:
     pool = ThreadPoolExecutor(max(cfg.data.threads, 1))
     reader = pixel_reader(cfg, source)
 
@@ -53,7 +75,7 @@ def batches(
     def make_batch(rows: Sequence[Fields]):
         return as_tiled_batch(cfg, to_batch(cfg, rows[shard], read))
 
-    return _packed_dataset(cfg, tokenizer, source, make_batch)
+    return make_batch
 
 
 def batch_ids(cfg: Experiment, tokenizer: Tokenizer, source: Conversations, state: dict) -> list:
@@ -72,12 +94,20 @@ def _packed_dataset(
     tokenizer: Tokenizer,
     source: Conversations,
     make_batch: Callable[[Sequence[Fields]], Any],
+    is_training: bool = True,
 ) -> grain.IterDataset:
-    """Yields `make_batch` of the rows of each global batch; the state is independent of it."""
+    """Yields `make_batch` of the rows of each global batch; the state is independent of it.
+
+    In training the conversations are shuffled and repeated, and all batches are full.
+    """
     threads, batch_size = cfg.data.threads, cfg.train.batch_size
     encode = functools.partial(encode_for_packing, cfg, tokenizer, tile_counter(cfg, source))
-    shuffled = grain.MapDataset.source(source).seed(cfg.seed).shuffle()
-    encoded = shuffled.map(encode).repeat()
+    conversations = grain.MapDataset.source(source)
+    if is_training:
+        conversations = conversations.seed(cfg.seed).shuffle()
+    encoded = conversations.map(encode)
+    if is_training:
+        encoded = encoded.repeat()
     lengths, padding = row_capacity(cfg)
     # The packer adds segment ids and positions to each field; only tokens and images need them.
     unsegmented = [name for name in lengths if name not in ("tokens", "images")]
@@ -91,7 +121,7 @@ def _packed_dataset(
         seed=cfg.seed,
     )
     return grain.experimental.ThreadPrefetchIterDataset(
-        packed.batch(batch_size, drop_remainder=True, batch_fn=make_batch),
+        packed.batch(batch_size, drop_remainder=is_training, batch_fn=make_batch),
         prefetch_buffer_size=cfg.data.prefetch,
     )
 

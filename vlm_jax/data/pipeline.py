@@ -13,7 +13,7 @@ from vlm_jax.data import batching, cuts, packing, sources, templates, text, tili
 from vlm_jax.data import images as image_files
 from vlm_jax.data.builders.records import Record
 from vlm_jax.data.conversations import Conversations, Selection
-from vlm_jax.data.fields import Fields
+from vlm_jax.data.fields import Fields, without_scores
 from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.data.tfds_vqa import TfdsVqa
 from vlm_jax.data.tokenizer import Tokenizer
@@ -70,14 +70,62 @@ def training_iterator(
         return iter(packing.batches(cfg, tokenizer, source, shard))
     records = DecodedRecords(sources.load(cfg.data, cfg.data.train_split), cfg.vision)
     rows = _shuffled(cfg, records).random_map(_make_row_builder(cfg, tokenizer)).repeat()
-    batches = rows[process_index::process_count].batch(
-        cfg.train.batch_size // process_count,
+    return iter(_batches(cfg, rows, slice(process_index, None, process_count)))
+
+
+def validation_batches(
+    cfg: Experiment, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
+) -> grain.IterDataset:
+    """Batches of `training_iterator` of every question of `data.train_split` once, in order.
+
+    The last batch is filled up with rows without a scored token.
+
+    Raises:
+      ConfigError: the data cannot be used.
+    """
+    shard = slice(process_index, None, process_count)
+    if cfg.data.is_conversations:
+        source, _ = training_conversations(cfg, tokenizer)
+        return packing.validation_batches(cfg, tokenizer, source, shard)
+    rows = grain.MapDataset.source(ValidationRows(cfg, tokenizer))
+    return _batches(cfg, rows, shard)
+
+
+class ValidationRows:
+    """Rows of all questions of a split of records, as many as fill whole batches."""
+
+    def __init__(self, cfg: Experiment, tokenizer: Tokenizer):
+        self._cfg = cfg
+        self._records = DecodedRecords(sources.load(cfg.data, cfg.data.train_split), cfg.vision)
+        # The index of a record, and the tokens of the questions of a row.
+        self._rows: list[tuple[int, list[text.Pair]]] = []
+        for index, record in enumerate(self._records.records):
+            pairs = zip(record.questions, record.answers, strict=True)
+            encoded = [text.encode_pair(tokenizer, *pair) for pair in pairs]
+            self._rows += [(index, row) for row in text.fill_rows(cfg, encoded)]
+
+    def __len__(self) -> int:
+        batch_size = self._cfg.train.batch_size
+        return -(-len(self._rows) // batch_size) * batch_size
+
+    def __getitem__(self, number: int) -> Fields:
+        index, pairs = self._rows[min(number, len(self._rows) - 1)]
+        pixels = self._records[index].image
+        row = text.pack_row(self._cfg, pairs, tiling.count_tiles(pixels, self._cfg.vision))
+        row = row if number < len(self._rows) else without_scores(row)
+        return row | {"images": pixels}
+
+
+def _batches(cfg: Experiment, rows: grain.MapDataset, shard: slice) -> grain.IterDataset:
+    """Batches of the rows `shard` of each global batch of `train.batch_size` rows."""
+    batches = rows[shard].batch(
+        cfg.train.batch_size // shard.step,
         drop_remainder=True,
         batch_fn=functools.partial(_stack, cfg),
     )
     threads = cfg.data.threads
     options = grain.ReadOptions(threads, max(threads, cfg.data.prefetch))
-    return iter(batches.to_iter_dataset(options))
+    return batches.to_iter_dataset(options)
 
 
 def _shuffled(cfg: Experiment, source: Sequence) -> grain.MapDataset:
@@ -158,7 +206,7 @@ def training_conversations(
     return _training_conversations(cfg, tokenizer, tuple(fingerprint(cfg.data).items()))
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=8)  # of the training, and of the splits to validate on
 def _training_conversations(cfg: Experiment, tokenizer: Tokenizer, contents: tuple):
     """Reads and tokenizes all texts once per process and `contents` of the files."""
     del contents  # a part of the cache's key

@@ -84,6 +84,23 @@ def drop_overflow(cfg: Experiment, pairs: Sequence[Pair]) -> list[Pair]:
     return fitting
 
 
+def fill_rows(cfg: Experiment, pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """Distributes all pairs over rows of at most `data.questions_per_row`, in order.
+
+    Raises:
+      ConfigError: a pair does not fit an empty row.
+    """
+    rows: list[list[Pair]] = []
+    for pair in pairs:
+        extended = [*rows[-1], pair] if rows else [pair]
+        fits = len(drop_overflow(cfg, extended)) == len(extended)
+        if rows and fits and len(extended) <= cfg.data.questions_per_row:
+            rows[-1] = extended
+        else:
+            rows.append([pair])
+    return rows
+
+
 def pack_row(cfg: Experiment, pairs: Sequence[Pair], tiles: int = 1) -> Fields:
     """Packs the pairs of `drop_overflow` behind one image of `tiles` tiles.
 

@@ -23,6 +23,7 @@ from vlm_jax.config import (
     UserError,
 )
 from vlm_jax.data import pipeline
+from vlm_jax.infer.validation import prepare_scores
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.testing import tiny, variants_and_tiles, write_conversations
 from vlm_jax.train import inputs, loop, optim, summary
@@ -162,6 +163,46 @@ def test_stopped_and_continued_is_never_stopped_bit_for_bit(name, finished, caps
     assert same(rows(cfg)) == same(expected_rows)
     assert [row["step"] for row in rows(cfg)] == [1, 2, 3, 4, 5, 6]
     assert len({row["loss"] for row in rows(cfg)}) == 6
+
+
+@pytest.fixture(scope="module")
+def validated(short_run, tmp_path_factory, use_devices):
+    """The config of a run that validates on two splits every 2 steps, and its last state."""
+    use_devices("unified")
+    cfg = short_run(workdir=tmp_path_factory.mktemp("validated") / "run", **SAVED)
+    splits = {"splits": ("a=test[:6]", "b=test[6:10]"), "during_examples": 8}
+    cfg = replace(cfg, eval=replace(cfg.eval, every_steps=2, max_new_tokens=2, **splits))
+    return cfg, loop.train(cfg, prepare_scores)
+
+
+def validations(cfg):
+    """The scores of the validations, without their seconds."""
+    scores = [row for row in rows(cfg) if "validation_seconds" in row]
+    return [row | {"validation_seconds": None} for row in scores]
+
+
+def test_validation_on_two_splits_changes_nothing_of_the_training(validated, whole):
+    cfg, state = validated
+    expected_cfg, expected, _ = whole()
+    assert_equal(state, expected)
+    steps = [row for row in rows(cfg) if "validation_seconds" not in row]
+    assert same(steps) == same(rows(expected_cfg))
+    names = ["a/loss", "a/exact_match", "b/loss", "b/exact_match"]
+    for row in validations(cfg):
+        assert list(row) == ["step", *names, "validation_seconds"]
+    losses = [row["a/loss"] for row in validations(cfg)]
+    assert losses == sorted(losses, reverse=True), "the model learns"
+    assert abs(losses[-1] - rows(expected_cfg)[-1]["loss"]) < 0.5
+
+
+def test_a_run_with_validation_continues_bit_for_bit(validated, tmp_path):
+    cfg, expected = validated
+    cfg = replace(cfg, workdir=str(shutil.copytree(cfg.workdir, tmp_path / "copy")))
+    before = validations(cfg)
+    forget_step_6(cfg)
+    assert_equal(loop.train(cfg, prepare_scores), expected)
+    assert validations(cfg) == before
+    assert [row["step"] for row in before] == [2, 4, 6]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from vlm_jax.nn.parts import find_part
 from vlm_jax.testing import random_batch, random_params, variants_and_tiles
 from vlm_jax.train import inputs, optim
 from vlm_jax.train.step import (
-    accumulate_gradients,
+    accumulate,
     init_state,
     jit_train_step,
     loss_and_gradients,
@@ -57,7 +57,7 @@ def test_rows_stay_on_their_devices_when_a_batch_is_cut_into_microbatches():
         rows = sharding.row_sharding(mesh)
         batch = jax.device_put(random_batch(cfg, rows=32), rows)
         cut = jax.jit(
-            lambda batch: accumulate_gradients(lambda part: jnp.sum(part.images**2), batch, 4),
+            lambda batch: accumulate(lambda part: jnp.sum(part.images**2), batch, 4),
             in_shardings=rows,
         )
         program = cut.lower(batch).compile().as_text()

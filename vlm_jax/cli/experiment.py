@@ -7,6 +7,7 @@ from pathlib import Path
 from vlm_jax.cli.options import FILE, FOLDER, Parser
 from vlm_jax.config import ConfigError, Data, Eval, Experiment, Optim, Train, files
 from vlm_jax.config.validate import validate
+from vlm_jax.infer.metrics.scores import check_best_metric
 from vlm_jax.infer.metrics.table import check_metrics
 from vlm_jax.runtime.workdir import Workdir
 
@@ -77,7 +78,9 @@ def parse_experiment(
         resolved = pretrained_parts.resolve_checkpoints(cfg, explicit)
         cfg = Workdir(cfg.workdir).as_begun(resolved, explicit)
     check_metrics(cfg.eval.metrics, "eval.metrics")
-    return validate(cfg)
+    validate(cfg)
+    check_best_metric(cfg)
+    return cfg
 
 
 def names_experiment(arguments: list[str]) -> bool:

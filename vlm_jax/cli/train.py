@@ -46,6 +46,7 @@ def train(arguments: list[str]) -> int:
     """Trains the experiment of --config, or continues the run in --workdir, and evaluates it."""
     with preemption.handler(preemption.leave_at_once):
         cfg = parse_experiment("train", arguments, stored=False)
+        from vlm_jax.infer.validation import prepare_scores
         from vlm_jax.runtime import distributed
         from vlm_jax.train import loop
 
@@ -54,7 +55,7 @@ def train(arguments: list[str]) -> int:
             distributed.start(cfg)
             enable_compilation_cache(cfg)
             with _end_together():
-                loop.train(cfg)
+                loop.train(cfg, prepare_scores)
                 return _evaluate(cfg, is_later=False)
     except (RunError, preemption.Preempted) as error:
         preemption.ignore()

@@ -4,6 +4,7 @@ import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import jax
 from jax.experimental import multihost_utils
@@ -179,6 +180,90 @@ def shuffle_images(examples: list[Question]) -> list[Question]:
     return image_sources
 
 
+@dataclass(frozen=True)
+class Answerer:
+    """Generates answers to questions in batches of one shape, which is compiled once.
+
+    Attributes:
+      batch_size: number of questions in a batch.
+      row_length: S of a batch.
+      image_rows: number of rows of images of a batch.
+    """
+
+    cfg: Experiment
+    tokenizer: Tokenizer
+    mesh: jax.sharding.Mesh
+    batch_size: int
+    row_length: int
+    image_rows: int
+
+    def answer(
+        self, params, examples: list[Question], image_sources: list[Question], label: str = ""
+    ) -> list[str]:
+        """Generates one answer to each question, about the images of its `image_sources` entry.
+
+        Progress is shown under `label`, if it is not empty.
+        """
+        batches = batch_indices(len(examples), self.batch_size)
+        if label:
+            # Without a terminal, tqdm shows no bar.
+            if not sys.stderr.isatty():
+                print(f"{label}: {len(examples)} questions", flush=True)
+            batches = tqdm(batches, desc=label, unit="batch", disable=None)
+        answers = []
+        for indices in batches:
+            questions_of_batch = [examples[i] for i in indices]
+            answers += self._answer_batch(
+                params, questions_of_batch, [image_sources[i] for i in indices]
+            )
+        return answers[: len(examples)]
+
+    def _answer_batch(
+        self, params, examples: list[Question], image_sources: list[Question]
+    ) -> list[str]:
+        cfg, tokenizer = self.cfg, self.tokenizer
+        batch = questions.question_batch(
+            cfg, tokenizer, examples, image_sources, self.row_length, self.image_rows
+        )
+        sampling = SamplingParams(eos=(cfg.data.eos_id,))
+        try:
+            with jax.set_mesh(self.mesh):
+                batch = sharding.place_rows(batch, self.mesh)
+                tokens = generate(cfg.model, params, batch, cfg.eval.max_new_tokens, sampling)
+        except NonFiniteLogits as error:
+            raise error.about(examples[error.row].question) from None
+        tokens = multihost_utils.process_allgather(tokens, tiled=True)
+        # A template may put a space before the answer.
+        return [tokenizer.decode(ids).strip() for ids in tokens]
+
+
+def batch_indices(count: int, batch_size: int) -> list[list[int]]:
+    """Returns the indices of each batch; the last question fills up the last batch."""
+    padded = [*range(count), *[count - 1] * (-count % batch_size)]
+    return [padded[start : start + batch_size] for start in range(0, len(padded), batch_size)]
+
+
+def make_answerer(
+    cfg: Experiment,
+    tokenizer: Tokenizer,
+    examples: Sequence[list[Question]],
+    image_sources: Sequence[list[Question]],
+    batch_size: int,
+) -> Answerer:
+    """Returns an `Answerer` for lists of questions, each with a list of `image_sources`.
+
+    Raises:
+      ConfigError: a prompt is too long.
+    """
+    mesh, max_images = axes.make_mesh(cfg.mesh), 0
+    for sources in image_sources:
+        for indices in batch_indices(len(sources), batch_size):
+            max_images = max(max_images, len({sources[i].images for i in indices}))
+    image_rows = axes.round_up_to_shards(max_images, mesh)
+    row_length = questions.row_length(cfg, tokenizer, itertools.chain.from_iterable(examples))
+    return Answerer(cfg, tokenizer, mesh, batch_size, row_length, image_rows)
+
+
 def answer(
     cfg: Experiment,
     params,
@@ -188,46 +273,11 @@ def answer(
 ) -> list[list[str]]:
     """Generates one answer to each question, for each labelled list of questions whose images to
     use.
-
-    All batches have one shape, which is compiled once.
     """
-    mesh, size = axes.make_mesh(cfg.mesh), cfg.eval.batch_size
-    # The last question fills up the last batch.
-    padded = [*range(len(examples)), *[len(examples) - 1] * (-len(examples) % size)]
-    batches = [padded[start : start + size] for start in range(0, len(padded), size)]
-    max_images = 0
-    for sources in image_sources.values():
-        for batch in batches:
-            max_images = max(max_images, len({sources[i].images for i in batch}))
-    image_rows = axes.round_up_to_shards(max_images, mesh)
-    row_length = questions.row_length(cfg, tokenizer, examples)
-    sampling = SamplingParams(eos=(cfg.data.eos_id,))
-
-    def answer_batch(indices: list[int], sources: list[Question]) -> list[str]:
-        batch = questions.question_batch(
-            cfg,
-            tokenizer,
-            [examples[i] for i in indices],
-            [sources[i] for i in indices],
-            row_length,
-            image_rows,
-        )
-        try:
-            with jax.set_mesh(mesh):
-                batch = sharding.place_rows(batch, mesh)
-                tokens = generate(cfg.model, params, batch, cfg.eval.max_new_tokens, sampling)
-        except NonFiniteLogits as error:
-            raise error.about(examples[indices[error.row]].question) from None
-        tokens = multihost_utils.process_allgather(tokens, tiled=True)
-        # A template may put a space before the answer.
-        return [tokenizer.decode(ids).strip() for ids in tokens]
-
-    answers = []
-    for label, sources in image_sources.items():
-        # Without a terminal, tqdm shows no bar.
-        if not sys.stderr.isatty():
-            print(f"{label}: {len(examples)} questions", flush=True)
-        progress = tqdm(batches, desc=label, unit="batch", disable=None)
-        texts = itertools.chain.from_iterable(answer_batch(batch, sources) for batch in progress)
-        answers.append(list(texts)[: len(examples)])
-    return answers
+    sources = list(image_sources.values())
+    answerer = make_answerer(
+        cfg, tokenizer, [examples] * len(sources), sources, cfg.eval.batch_size
+    )
+    return [
+        answerer.answer(params, examples, shown, label) for label, shown in image_sources.items()
+    ]

@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +15,9 @@ from vlm_jax.config import ConfigError, RunError, Train, UserError
 from vlm_jax.runtime import distributed
 from vlm_jax.structs import State
 
-LOSS_SUM = "loss_sum"  # key of a checkpoint's metrics
+# Keys of a checkpoint's metrics.
+LOSS_SUM = "loss_sum"
+SCORES = "scores"
 MIN_SLICE_BYTES = 2**20  # of an array that a replica writes
 
 
@@ -32,6 +36,27 @@ class LossSum(NamedTuple):
 
 
 NO_LOSSES = LossSum()
+NO_SCORES: Mapping[int, float] = {}
+
+
+@dataclass(frozen=True)
+class _Best(checkpoint_managers.PreservationPolicy):
+    """Preserves the checkpoints of lowest rank; of equal ones the earliest.
+
+    Attributes:
+      count: number of checkpoints.
+      rank: returns the rank of a checkpoint, or None if it has none; it is not preserved then.
+    """
+
+    count: int
+    rank: Callable[[checkpoint_managers.PolicyCheckpointInfo], float | None]
+
+    def should_preserve(self, checkpoints, *, context) -> Sequence[bool]:
+        del context
+        ranks = {checkpoint.step: self.rank(checkpoint) for checkpoint in checkpoints}
+        ranked = sorted(step for step, rank in ranks.items() if rank is not None)
+        best = sorted(ranked, key=ranks.get)[: self.count]
+        return [checkpoint.step in best for checkpoint in checkpoints]
 
 
 class _Manager(ocp.CheckpointManager):
@@ -48,9 +73,13 @@ class Checkpoints:
 
     A step's folder gets its name when it is complete, and older ones are deleted only after that:
     whenever the process crashes, the last complete checkpoint remains.
+
+    Args:
+      rank: returns the rank of a step for `keep_best`, the lowest first, or None if it has none;
+        None: the mean training loss is the rank.
     """
 
-    def __init__(self, path: Path, cfg: Train):
+    def __init__(self, path: Path, cfg: Train, rank: Callable[[int], float | None] | None = None):
         # They log at length the errors that are raised, too, and reported here in a sentence.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -62,7 +91,7 @@ class Checkpoints:
         ocp.type_handlers.register_type_handler(jax.Array, array_handler, override=True)
         self._path = path
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_preservation_policy(cfg), best_fn=_loss, best_mode="min"
+            preservation_policy=_preservation_policy(cfg, rank), best_fn=_loss, best_mode="min"
         )
         with self._writing():
             self._manager = _Manager(path.resolve(), options=options)
@@ -70,12 +99,19 @@ class Checkpoints:
         self._damaged: set[int] = set()
 
     def save(
-        self, step: int, state: State, data_state: dict, loss: float, loss_sum: LossSum = NO_LOSSES
+        self,
+        step: int,
+        state: State,
+        data_state: dict,
+        loss: float,
+        loss_sum: LossSum = NO_LOSSES,
+        scores: Mapping[int, float] = NO_SCORES,
     ) -> None:
         """Starts to write a checkpoint; `close` waits for the files.
 
         Args:
-          loss: mean since the checkpoint before; the lowest ones are the best.
+          loss: mean since the checkpoint before.
+          scores: of all validations so far, by step.
 
         Raises:
           SaveError: this checkpoint, or the one before, could not be written.
@@ -89,7 +125,7 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)
         )
-        metrics = {"loss": loss, LOSS_SUM: list(loss_sum)}
+        metrics = {"loss": loss, LOSS_SUM: list(loss_sum), SCORES: list(scores.items())}
         with self._writing():
             if not self._manager.save(step, args=args, metrics=metrics):
                 raise ValueError(f"Orbax did not save step {step}")
@@ -136,8 +172,14 @@ class Checkpoints:
 
         None for step 0 and for checkpoints of older versions.
         """
-        metrics = (self._manager.metrics(step) if step else None) or {}
-        return LossSum(*metrics.get(LOSS_SUM, ()))
+        return LossSum(*self._metrics(step).get(LOSS_SUM, ()))
+
+    def scores(self, step: int) -> dict[int, float]:
+        """Returns the scores of the validations up to a saved step, by step."""
+        return dict(self._metrics(step).get(SCORES, ()))
+
+    def _metrics(self, step: int) -> dict:
+        return (self._manager.metrics(step) if step else None) or {}
 
     def _read(self, step: int, like: State) -> tuple[State, dict]:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
@@ -173,16 +215,15 @@ class Checkpoints:
         return f"the last complete checkpoint is of step {max(steps)}"
 
 
-def _preservation_policy(cfg: Train):
+def _preservation_policy(cfg: Train, rank: Callable[[int], float | None] | None):
+    def rank_checkpoint(checkpoint) -> float | None:
+        if rank is not None:
+            return rank(checkpoint.step)
+        return None if checkpoint.metrics is None else _loss(checkpoint.metrics)
+
     policies = [checkpoint_managers.LatestN(cfg.keep_checkpoints)]
     if cfg.keep_best:
-        best = checkpoint_managers.BestN(
-            get_metric_fn=_loss,
-            reverse=True,
-            n=cfg.keep_best,
-            keep_checkpoints_without_metrics=False,
-        )
-        policies.append(best)
+        policies.append(_Best(cfg.keep_best, rank_checkpoint))
     if cfg.keep_every_steps is not None:
         policies.append(checkpoint_managers.EveryNSteps(cfg.keep_every_steps))
     return checkpoint_managers.AnyPreservationPolicy(policies)

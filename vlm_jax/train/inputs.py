@@ -13,7 +13,7 @@ from vlm_jax.data import length_check, pipeline
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.structs import Batch
-from vlm_jax.train import initial, optim
+from vlm_jax.train import initial, optim, trackers
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ def prepare(cfg: Experiment, workdir: Workdir) -> Inputs:
       ConfigError: see `loop.train`.
     """
     optim.check_kind(cfg.optim)
+    trackers.check_trackers(cfg.train.trackers)
     mesh = axes.make_mesh(cfg.mesh)
     check_rows(cfg, mesh)
     workdir.check(cfg)

@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from vlm_jax.config import Train
 from vlm_jax.runtime.workdir import Workdir, write_atomic
 from vlm_jax.train.checkpoint import NO_LOSSES, LossSum
+from vlm_jax.train.trackers import Tracker
 
 
 def _is_complete(line: str) -> bool:
@@ -61,14 +62,13 @@ class Board:
         restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._add(session_log=restart, step=start + 1)
 
-    def write(self, row: dict) -> None:
-        """Writes the metrics of a row as `train/NAME`."""
-        values = [
-            self._summaries.Summary.Value(tag=f"train/{name}", simple_value=value)
-            for name, value in row.items()
-            if name != "step" and value is not None
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes values by their tags."""
+        summaries = [
+            self._summaries.Summary.Value(tag=tag, simple_value=value)
+            for tag, value in values.items()
         ]
-        self._add(summary=self._summaries.Summary(value=values), step=row["step"])
+        self._add(summary=self._summaries.Summary(value=summaries), step=step)
         self._writer.flush()
 
     def _add(self, **fields) -> None:
@@ -82,13 +82,14 @@ class Board:
 class Log:
     """Writes a row after step 1, every `train.log_every_steps` and the last step.
 
-    A row summarizes the steps since the row before.
+    A row summarizes the steps since the row before. A validation has a row of its own.
 
     Args:
       start: step of the checkpoint that the run continues from; 0 for a new run.
       seconds_at_peak: seconds of a step at the devices' peak matmul throughput; None: unknown.
       loss_sum: the losses up to `start` that no row contains yet.
       data_counts: counts over the training data, the same in every row.
+      trackers: get the values of the rows, too.
     """
 
     def __init__(
@@ -99,10 +100,11 @@ class Log:
         seconds_at_peak: float | None,
         loss_sum: LossSum = NO_LOSSES,
         data_counts: Mapping[str, int] = MappingProxyType({}),
+        trackers: Sequence[Tracker] = (),
     ):
         self._drop_rows_after(workdir, start)
         self._file = open(workdir.metrics, "a")  # noqa: SIM115
-        self._board = Board(workdir.tensorboard, start)
+        self._outputs = (Board(workdir.tensorboard, start), *trackers)
         self._bar = None
         self._start = start
         self._steps, self._every_steps = cfg.steps, cfg.log_every_steps
@@ -156,7 +158,22 @@ class Log:
         }
         self._begin_window()
         self.loss_sum = NO_LOSSES
-        self._write(row)
+        # None stands for what the devices do not report.
+        values = {f"train/{name}": x for name, x in row.items() if x is not None and name != "step"}
+        self._write(row, values)
+        self._show(row)
+
+    def validation(self, step: int, scores: Mapping[str, float], seconds: float) -> None:
+        """Writes a row of scores; their seconds are not part of the speed of the steps."""
+        self._window_start += seconds
+        values = {**scores, "validation_seconds": seconds}
+        self._write({"step": step, **values}, values)
+        numbers = "  ".join(f"{name} {score:.4f}" for name, score in scores.items())
+        line = f"validation {step}/{self._steps}  {numbers}  {seconds:.1f} s"
+        if self._bar is not None:
+            self._bar.write(line)
+        else:
+            print(line, flush=True)
 
     def _speeds(self) -> dict[str, float | None]:
         """Means over the steps since the last row; `mfu` is the model FLOPs utilization."""
@@ -181,11 +198,16 @@ class Log:
         if self._bar is not None:
             self._bar.update()
 
-    def _write(self, row: dict) -> None:
+    def _write(self, row: Mapping[str, float | None], values: Mapping[str, float]) -> None:
+        """Writes a row, and its values by their tags in TensorBoard."""
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())  # mounted buckets keep only synced data
-        self._board.write(row)
+        for output in self._outputs:
+            output.write(row["step"], values)
+
+    def _show(self, row: Mapping[str, float]) -> None:
+        """Shows a row of the training on the bar, or prints it."""
         loss, speed = f"{row['loss']:.4f}", f"{row['examples_per_second']:.0f} examples/s"
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss}, {speed}")
@@ -198,7 +220,8 @@ class Log:
         if self._bar is not None:
             self._bar.close()
         self._file.close()
-        self._board.close()
+        for output in self._outputs:
+            output.close()
 
 
 def _padding_fraction(used: int, slots: int) -> float:

@@ -1,6 +1,7 @@
 """The one training loop.
 
-    next batch -> step -> log the previous step -> (when due, or on SIGTERM) check, save -> stop?
+    next batch -> step -> log the previous step -> (when due) check, validate -> (when due, or on
+    SIGTERM) check, save -> stop?
 
 The metrics of a step are read while the devices compute the next one, so that the devices never
 wait for the host. A step whose loss is not finite stops the run before it is saved.
@@ -32,6 +33,8 @@ from vlm_jax.train.not_finite import NonFiniteStepError, check_finite
 from vlm_jax.train.profile import Profile
 from vlm_jax.train.step import abstract_state, compile_train_step, init_sharded_state
 from vlm_jax.train.summary import summarize
+from vlm_jax.train.trackers import start_trackers
+from vlm_jax.train.validation import PrepareScores, ScoreHistory, Validation, score_name
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Run:
     checkpoints: Checkpoints
     log: Log | None  # None on every process but the first
     stop_signal: StopSignal
+    validation: Validation
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,12 @@ class PendingStep:
     data_state: dict  # position of its batch in the data
 
 
-def train(cfg: Experiment) -> State:
+def train(cfg: Experiment, prepare_scores: PrepareScores | None = None) -> State:
     """Trains in `cfg.workdir`, from its last checkpoint if it has one, and returns the last state.
+
+    Args:
+      cfg: the experiment.
+      prepare_scores: `infer.validation.prepare_scores`, for an experiment with eval.every_steps.
 
     Raises:
       ConfigError: the batch does not fit the devices, the config does not fit the data, or the work
@@ -73,28 +81,44 @@ def train(cfg: Experiment) -> State:
             if is_main:
                 workdir.refuse_second()
             inputs = prepare(cfg, workdir)
+            compute_scores = None
+            if cfg.eval.every_steps is not None:
+                compute_scores = prepare_scores(cfg, inputs)
         with distributed.raise_on_all():
             if is_main:
                 stack.enter_context(workdir.locked())
                 open_workdir(cfg, workdir, inputs)
         stack.enter_context(jax.set_mesh(inputs.mesh))
         stop_signal = StopSignal(inputs.mesh)
-        checkpoints = Checkpoints(workdir.checkpoints, cfg.train)
+        history = ScoreHistory(score_name(cfg))
+        rank = None if compute_scores is None else history.rank
+        checkpoints = Checkpoints(workdir.checkpoints, cfg.train, rank)
         state, start = restore_or_init(cfg, inputs, checkpoints)
+        history.scores |= checkpoints.scores(start)
         log = None
         if is_main:
             print(summarize(cfg, inputs.mesh, state.params, start), flush=True)
-            loss_sum = checkpoints.loss_sum(start)
             log = Log(
-                workdir, start, cfg.train, inputs.seconds_at_peak, loss_sum, inputs.data_counts
+                workdir,
+                start,
+                cfg.train,
+                inputs.seconds_at_peak,
+                checkpoints.loss_sum(start),
+                inputs.data_counts,
+                start_trackers(cfg, workdir),
             )
+        validation = Validation(cfg, compute_scores, history, log)
         # SIGTERM is handled until the last checkpoint is written, too.
         with preemption.handler(stop_signal.on_signal), closing(log, checkpoints):
             try:
-                return run_steps(Run(cfg, inputs, checkpoints, log, stop_signal), state)
+                run = Run(cfg, inputs, checkpoints, log, stop_signal, validation)
+                state = run_steps(run, state)
             except NonFiniteStepError as error:
                 batch = describe_batch(cfg, inputs.tokenizer, error.data_state)
                 raise NonFiniteError(f"{error} {batch}") from error
+        if validation.describe_end(int(state.step)):
+            print(validation.describe_end(int(state.step)), flush=True)
+        return state
 
 
 @contextlib.contextmanager
@@ -164,9 +188,12 @@ def restore_or_init(cfg: Experiment, inputs: Inputs, checkpoints: Checkpoints) -
 
 def run_steps(run: Run, state: State) -> State:
     """Trains the steps that are left. The order within a step is a contract (see the module)."""
-    cfg, data = run.cfg.train, run.inputs.data
+    cfg, data, validation = run.cfg.train, run.inputs.data, run.validation
     first_step = int(state.step) + 1
-    if first_step > cfg.steps:
+    # SIGTERM left no time for the validation of the step that was saved.
+    if validation.is_due(first_step - 1):
+        validation.run(first_step - 1, state.params)
+    if first_step > cfg.steps or validation.is_over:
         return state
     step_fn = compile_step(run, state)
     pending: PendingStep | None = None
@@ -188,23 +215,31 @@ def run_steps(run: Run, state: State) -> State:
             pending = PendingStep(step, metrics, count_tokens(batch), wait_seconds, data_state)
 
             is_stopping = run.stop_signal.received()
+            is_validated = validation.is_due(step) and not is_stopping
             is_saved = is_stopping or step % cfg.checkpoint_every_steps == 0 or step == cfg.steps
             # A step must be known to be finite before it is saved. The first step is logged at
             # once, because a user waits for it.
-            if is_saved or step == first_step:
+            if is_validated or is_saved or step == first_step:
                 losses.append(log_step(run, pending))
                 pending = None
+            if is_validated:
+                validation.run(step, state.params)
+                is_new_best = cfg.keep_best > 0 and validation.is_best(step)
+                is_saved = is_saved or is_new_best or validation.is_over
             if is_saved:
                 # Process 0 alone has a log, and writes the metrics of a checkpoint.
                 loss_sum = run.log.loss_sum if run.log else NO_LOSSES
                 mean_loss = statistics.fmean(losses)
-                run.checkpoints.save(step, state, data.get_state(), mean_loss, loss_sum)
+                scores = validation.history.scores
+                run.checkpoints.save(step, state, data.get_state(), mean_loss, loss_sum, scores)
                 losses = []
             if is_stopping:
                 raise Preempted(
                     f"stopped by SIGTERM after step {step}, which is saved: the same command "
                     "continues it."
                 )
+            if validation.is_over:
+                break
     return state
 
 

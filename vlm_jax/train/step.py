@@ -133,23 +133,23 @@ def output_head(cfg: Experiment) -> Head:
     return Head(apply, letters, cfg.decoder.vocab_size)
 
 
-def accumulate_gradients(gradient: Callable, batch: Batch, parts: int):
-    """Returns the sum of `gradient`, a tree of float32 arrays, over `parts` microbatches.
+def accumulate(function: Callable, batch: Batch, parts: int):
+    """Returns the sum of `function`, a tree of float32 arrays, over `parts` microbatches.
 
     Each microbatch takes every `parts`-th row, so that rows stay on their devices.
     """
     if parts == 1:
-        return gradient(batch)
+        return function(batch)
 
     def interleave(x):  # (B, ...) -> (parts, B / parts, ...)
         return x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
     def add(sums, microbatch):
         microbatch = jax.tree.map(axes.constrain_rows, microbatch)
-        return jax.tree.map(jnp.add, sums, gradient(microbatch)), None
+        return jax.tree.map(jnp.add, sums, function(microbatch)), None
 
     microbatches = jax.tree.map(interleave, batch)
-    shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], microbatches))
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], microbatches))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, zeros, microbatches)[0]
 
@@ -170,7 +170,25 @@ def loss_and_gradients(
 
         return jax.value_and_grad(loss)(trained)
 
-    return accumulate_gradients(gradient, batch, cfg.train.microbatches)
+    return accumulate(gradient, batch, cfg.train.microbatches)
+
+
+def validation_sums(cfg: Experiment, params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Returns the sum of the loss over scored tokens, in nats, and their number."""
+    trained, frozen = optim.split(params, cfg.optim)
+
+    def sums(microbatch):
+        nats = batch_loss(cfg, trained, frozen, microbatch)
+        return nats, jnp.sum(microbatch.loss_weights, dtype=jnp.float32)
+
+    return accumulate(sums, batch, cfg.train.microbatches)
+
+
+def jit_validation_sums(
+    cfg: Experiment, mesh: jax.sharding.Mesh
+) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+    """Returns `validation_sums`, jitted over the mesh."""
+    return jax.jit(functools.partial(validation_sums, cfg), out_shardings=sharding.replicated(mesh))
 
 
 def train_step(cfg: Experiment, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:

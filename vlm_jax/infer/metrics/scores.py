@@ -4,7 +4,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vlm_jax.config import DataError
+from vlm_jax.config import ConfigError, DataError, Experiment
+from vlm_jax.config.hints import nearest
 from vlm_jax.infer.metrics.intervals import Estimate
 from vlm_jax.infer.metrics.table import METRICS
 
@@ -85,6 +86,30 @@ def score_names() -> list[str]:
         keys = metric_keys(number)
         names += [keys.mean, keys.shuffled, f"{keys.by_type}.NAME"]
     return names
+
+
+def check_best_metric(cfg: Experiment) -> None:
+    """Checks `train.best_metric`.
+
+    Raises:
+      ConfigError: no validation computes the score.
+    """
+    name, names = cfg.train.best_metric, validation_scores(cfg)
+    if name is not None and name not in names:
+        reason = "" if cfg.eval.during_examples else " with eval.during_examples 0"
+        raise ConfigError(
+            f"train.best_metric {name!r} is not a score of a validation{reason}"
+            f"{nearest(name, names)}: choose one of {', '.join(names)}."
+        )
+
+
+def validation_scores(cfg: Experiment) -> list[str]:
+    """Returns the names of the scores of a validation, such as val/loss and val/exact_match."""
+    numbers = ["loss"]
+    if cfg.eval.during_examples:
+        for metric in cfg.eval.metrics:
+            numbers += number_names(metric)
+    return [f"{split}/{number}" for split in cfg.eval.named_splits for number in numbers]
 
 
 def check_references(metrics: Sequence[str], references: Sequence[Reference]) -> None:

@@ -14,6 +14,7 @@ from vlm_jax.study.run import record, running
 
 ANSWER_FIELDS = {"image_id", "question", "type", "answer", "prediction", "correct"}
 METRIC_FIELDS = {"step", "loss", "step_seconds"}
+VALIDATION_FIELD = "validation_seconds"  # of a validation's line of metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Result:
     shuffled_score: float  # the same metric with shuffled images
     by_type: Mapping[str, float]
     predictions: tuple[Mapping[str, object], ...]  # lines of predictions.jsonl
-    metrics: tuple[Mapping[str, float], ...]  # lines of metrics.jsonl
+    metrics: tuple[Mapping[str, float], ...]  # lines of metrics.jsonl without validations
     record: Mapping[str, object]
 
     @functools.cached_property
@@ -102,7 +103,7 @@ def _read_run(run: Run, metric: str) -> Result:
         scores[keys.shuffled],
         scores[keys.by_type],
         _read_lines(workdir.predictions, ANSWER_FIELDS),
-        _read_lines(workdir.metrics, METRIC_FIELDS),
+        _read_lines(workdir.metrics, METRIC_FIELDS, VALIDATION_FIELD),
         record.read(run.cfg.workdir),
     )
 
@@ -128,9 +129,13 @@ def _names(scores: Mapping) -> list[str]:
     return names
 
 
-def _read_lines(file: Path, fields: set[str]) -> tuple[dict, ...]:
-    """Returns the objects of a JSON lines file, which must have at least these fields."""
+def _read_lines(file: Path, fields: set[str], other: str | None = None) -> tuple[dict, ...]:
+    """Returns the objects of a JSON lines file, which must have at least these fields.
+
+    Objects with the field `other` are left out.
+    """
     lines = record.parse_file(file, lambda text: tuple(map(json.loads, text.splitlines())))
+    lines = tuple(line for line in lines if not (isinstance(line, dict) and other in line))
     if not lines or not all(isinstance(line, dict) and fields <= line.keys() for line in lines):
         raise ConfigError(
             f"{file} is damaged: it must have lines, each with {', '.join(sorted(fields))}."

@@ -1,0 +1,138 @@
+"""Scores of a validation while training: the loss of each split, and metrics of its answers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import grain
+import jax
+
+from vlm_jax import axes, sharding
+from vlm_jax.config import ConfigError, Experiment, UserError
+from vlm_jax.data import overlap, pipeline, questions
+from vlm_jax.data.questions import Question
+from vlm_jax.infer import evaluate
+from vlm_jax.infer.evaluate import Answerer, references
+from vlm_jax.infer.metrics import scores as metric_scores
+from vlm_jax.train import step
+from vlm_jax.train.inputs import Inputs
+from vlm_jax.train.validation import LOSS
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split to validate on."""
+
+    name: str
+    batches: grain.IterDataset  # this process's rows of batches with the shape of the training's
+    examples: list[Question]  # to be answered
+
+
+class Scorer:
+    """Computes the scores of all splits from the parameters of a run.
+
+    The loss and the answers have one compiled program each, which is kept.
+    """
+
+    def __init__(
+        self, cfg: Experiment, inputs: Inputs, splits: Sequence[Split], answerer: Answerer | None
+    ):
+        self._cfg, self._mesh, self._splits = cfg, inputs.mesh, splits
+        self._answerer = answerer  # None: no question is answered
+        self._sums = step.jit_validation_sums(cfg, inputs.mesh)
+
+    def __call__(self, params) -> dict[str, float]:
+        """Returns the scores by name, such as val/loss and val/exact_match."""
+        scores = {}
+        for split in self._splits:
+            scores[f"{split.name}/{LOSS}"] = self._mean_loss(params, split)
+            for name, score in self._metrics(params, split).items():
+                scores[f"{split.name}/{name}"] = score
+        return scores
+
+    def _mean_loss(self, params, split: Split) -> float:
+        """Returns the nats per scored token of the whole split."""
+        sums = []
+        for batch in split.batches:
+            batch = sharding.place_own_rows(batch, self._mesh)
+            sums.append(self._sums(params, batch))
+        nats, counts = zip(*jax.device_get(sums), strict=True)
+        return math.fsum(nats) / math.fsum(counts)
+
+    def _metrics(self, params, split: Split) -> dict[str, float]:
+        if self._answerer is None:
+            return {}
+        params = step.cast_to_compute_dtype(self._cfg, params)
+        predictions = self._answerer.answer(params, split.examples, split.examples)
+        right = references(split.examples)
+        numbers = {}
+        for metric in self._cfg.eval.metrics:
+            values = metric_scores.evaluate_metric(metric, predictions, right)
+            for name, number in metric_scores.summarize(metric, values).items():
+                numbers[name] = number.mean
+        return numbers
+
+
+def prepare_scores(cfg: Experiment, inputs: Inputs) -> Scorer:
+    """Reads the splits of `eval.splits` and checks that every question can be scored.
+
+    The first process prints questions that are also in the training data.
+
+    Raises:
+      ConfigError: a split does not exist, or a question is too long.
+      DataError: the references of a question do not fit a metric.
+    """
+    metric_scores.check_best_metric(cfg)
+    splits = []
+    for name, text in cfg.eval.named_splits.items():
+        data = cfg.validation_data(text)
+        try:
+            splits.append(_read_split(name, replace(cfg, data=data), inputs))
+        except UserError as error:
+            raise _name_split(error, name, text) from error
+        if jax.process_index() == 0:
+            _print_overlap(name, text, cfg)
+    return Scorer(cfg, inputs, splits, _make_answerer(cfg, inputs, splits))
+
+
+def _name_split(error: UserError, name: str, text: str) -> ConfigError:
+    """Returns the error of a reader, which names the field of the training, for a split."""
+    entry, field, message = f"eval.splits {name}={text}", f"data.train_split {text!r}", str(error)
+    if field in message:
+        return ConfigError(message.replace(field, entry))
+    return ConfigError(f"{entry}: {message}")
+
+
+def _read_split(name: str, cfg: Experiment, inputs: Inputs) -> Split:
+    """Reads the split `data.train_split` of an experiment."""
+    batches = pipeline.validation_batches(
+        cfg, inputs.tokenizer, *sharding.share_of_rows(inputs.mesh)
+    )
+    examples = questions.load(cfg, cfg.data.train_split, cfg.eval.during_examples)
+    if examples:
+        metric_scores.check_references(cfg.eval.metrics, references(examples))
+        warning = evaluate.warn_of_long_answers(cfg, inputs.tokenizer, examples)
+        if jax.process_index() == 0 and warning:
+            print(f"eval.splits {name}: {warning}", flush=True)
+    return Split(name, batches, examples)
+
+
+def _print_overlap(name: str, text: str, cfg: Experiment) -> None:
+    count, total = overlap.count_overlap(cfg.data, cfg.validation_data(text))
+    if count:
+        print(
+            f"warning: {count} of the {total} questions of eval.splits {name}={text} are also in "
+            f"the training data (data.train_split {cfg.data.train_split}), with the same images.",
+            flush=True,
+        )
+
+
+def _make_answerer(cfg: Experiment, inputs: Inputs, splits: Sequence[Split]) -> Answerer | None:
+    """Returns an answerer for the questions of all splits; None if none are to be answered."""
+    if not cfg.eval.during_examples:
+        return None
+    examples = [split.examples for split in splits]
+    # Few questions need no more rows than they have.
+    most = axes.round_up_to_shards(max(map(len, examples)), inputs.mesh)
+    batch_size = min(cfg.eval.batch_size, most)
+    return evaluate.make_answerer(cfg, inputs.tokenizer, examples, examples, batch_size)

@@ -230,8 +230,13 @@ SAME = ("step", "loss", "grad_norm", "learning_rate", "padding_fraction", "image
 
 @pytest.fixture
 def talks(tmp_path, arguments):
-    """`talks(workdir)`: arguments of a run on packed conversations."""
-    cfg = replace(experiment(), data=write_conversations(tmp_path / "talks"), eval=Eval(split=""))
+    """`talks(workdir)`: arguments of a run on packed conversations, validated every 3 steps."""
+    splits = {"splits": ("val=train[:5]",), "during_examples": 4, "max_new_tokens": 2}
+    cfg = replace(
+        experiment(),
+        data=write_conversations(tmp_path / "talks"),
+        eval=Eval(split="", every_steps=3, **splits),
+    )
     config = tmp_path / "talks.py"
     config.write_text(
         "from vlm_jax.config import files\n"
@@ -248,13 +253,25 @@ def talks(tmp_path, arguments):
     ]
 
 
+def steps(workdir):
+    return [row for row in logged(workdir) if "loss" in row]
+
+
 def exact(workdir):
-    return [[row[name] for name in SAME] for row in logged(workdir)]
+    return [[row[name] for name in SAME] for row in steps(workdir)]
+
+
+def validations(workdir):
+    scores = [row for row in logged(workdir) if "loss" not in row]
+    return [[row[name] for name in ("step", "val/loss", "val/exact_match")] for row in scores]
 
 
 @pytest.mark.slow
 def test_two_processes_that_were_stopped_go_on_as_if_never_stopped_and_so_does_one(talks, tmp_path):
-    """Packed conversations: the packer is part of the data state."""
+    """Packed conversations: the packer is part of the data state.
+
+    A validation is due at step 3, in which they are stopped.
+    """
     whole, stopped, alone = (tmp_path / name for name in ("whole", "stopped", "alone"))
     assert [code for code, _, _ in pair(talks(whole))] == [0, 0]
     stopped_pair(talks(stopped))
@@ -263,10 +280,13 @@ def test_two_processes_that_were_stopped_go_on_as_if_never_stopped_and_so_does_o
     assert (code, second_code) == (0, 0), err
     assert "continuing from step 3" in out
     assert exact(stopped) == exact(whole)
+    assert validations(stopped) == validations(whole)
+    assert [row[0] for row in validations(whole)] == [3, 6]
     code, out, err = ended(begin(["run.py", *talks(alone)], devices=8))
     assert code == 0, err
     assert "continuing from step 3" in out
-    assert_alike(logged(alone), logged(whole))
+    assert_alike(steps(alone), steps(whole))
+    np.testing.assert_allclose(validations(alone), validations(whole), rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -294,7 +314,7 @@ def test_where_one_process_is_killed_the_other_ends_and_both_go_on(killed, talks
     (code, out, err), _ = pair(talks(workdir))
     assert code == 0, err
     assert "continuing from step" in out
-    assert [row["step"] for row in logged(workdir)] == list(range(1, 7))
+    assert [row["step"] for row in steps(workdir)] == list(range(1, 7))
 
 
 @pytest.mark.slow

@@ -76,6 +76,7 @@ def write_run(run: Run, correct_share: float, seconds: float = 60.0) -> None:
         {"step": i, "loss": 5.0 - 0.1 * i, "step_seconds": 0.1}
         for i in range(1, cfg.train.steps + 1)
     ]
+    metrics.append({"step": cfg.train.steps, "val/loss": 1.0, "validation_seconds": 0.1})
     workdir.metrics.write_text("".join(json.dumps(line) + "\n" for line in metrics))
     command = ["python", "run.py", cfg.workdir]
     record.add_attempt(cfg.workdir, command, seconds, 0, record.environment())

@@ -101,6 +101,11 @@ FIELDS = {
         "arms={'linear': {}, 'b': {'projector.kind': 'pixel_shuffle'}}",
         ["arm b cannot be matched in image_tokens", "train.steps cannot be solved for"],
     ),
+    "an end that depends on the scores": (
+        "base=studies.override(studies.base('d'), {'train.patience': 2, 'eval.every_steps': 2, "
+        "'eval.splits': ('val=train[:9]',)})",
+        ["train.patience 2 would end the arms after different numbers of steps"],
+    ),
     "no split to be asked about": (
         "base=studies.override(studies.base('d'), {'eval.split': ''})",
         ["no eval.split"],

@@ -137,6 +137,7 @@ def check(study: Study) -> Study:
         _check_solved_field(study, axis, solved_field)
     for where, overrides in _all_overrides(study).items():
         _check_overrides(study, where, overrides)
+    _check_patience(study)
     if study.seeds < 1:
         raise ConfigError(f"seeds is {study.seeds}, but must be at least 1.")
     if not 0 <= study.tolerance < 1:
@@ -203,6 +204,17 @@ def _check_overrides(study: Study, where: str, overrides: Overrides) -> None:
             raise ConfigError(
                 f"{where}: {name} {value} is not a prerequisite"
                 f"{nearest(value[1:-1], study.prerequisites)}."
+            )
+
+
+def _check_patience(study: Study) -> None:
+    """Refuses early stopping, which gives arms different numbers of steps."""
+    values = [overrides.get("train.patience") for overrides in _all_overrides(study).values()]
+    for patience in (study.base.train.patience, *values):
+        if patience is not None:
+            raise ConfigError(
+                f"train.patience {patience} would end the arms after different numbers of steps, "
+                "so that they are not matched: leave it out."
             )
 
 

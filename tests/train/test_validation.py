@@ -274,7 +274,7 @@ def services(monkeypatch):
     failing = set()
     for package in trackers.TRACKERS:
         module = ModuleType(package)
-        module.__spec__ = ModuleSpec(package, None)
+        module.__spec__ = ModuleSpec(package, None, origin=package)
         methods = {name: note(f"{package}.{name}") for name in ("log", "finish")}
         module.init = note(f"{package}.init", SimpleNamespace(**methods))
         run = SimpleNamespace(info=SimpleNamespace(run_id="id of the server"))
@@ -323,6 +323,7 @@ def test_a_tracker_that_fails_is_reported_once_and_the_run_goes_on(
 def test_an_unknown_tracker_is_refused_and_a_missing_package_is_named(monkeypatch):
     with pytest.raises(ConfigError, match="'wandv' is not a tracker .perhaps you meant wandb"):
         trackers.check_trackers(["wandv"])
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="package mlflow: .*requirements-trackers.txt"):
-        trackers.check_trackers(["mlflow"])
+    for spec in (None, ModuleSpec("mlflow", None)):
+        monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name, spec=spec: spec)
+        with pytest.raises(ConfigError, match="package mlflow: .*requirements-trackers.txt"):
+            trackers.check_trackers(["mlflow"])

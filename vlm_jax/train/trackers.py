@@ -160,7 +160,9 @@ def check_trackers(names: Iterable[str]) -> None:
                 f"train.trackers {name!r} is not a tracker{nearest(name, TRACKERS)}: choose from "
                 f"{', '.join(TRACKERS)}."
             )
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        # Without an origin it is a folder of this name, such as wandb's files of earlier runs.
+        if spec is None or spec.origin is None:
             raise ConfigError(
                 f"train.trackers {name} needs the package {name}: pip install -r {EXTRA}."
             )

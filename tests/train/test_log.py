@@ -124,6 +124,21 @@ def test_a_bar_on_a_terminal(workdir, capsys, monkeypatch):
     assert "loss 9.5000" in err
 
 
+def test_a_validation_has_its_own_row_and_line_and_is_left_out_of_the_speed(workdir, capsys):
+    log = Log(workdir, 0, Train(steps=2), seconds_at_peak=0.25)
+    time.sleep(0.3)
+    log.validation(1, {"val/loss": 0.25, "val/anls": 1.0}, seconds=0.3)
+    log.step(1, METRICS, StepStats(100, 125, 3, 4, 7, data_wait_seconds=0.0))
+    log.close()
+    scores = {"val/loss": 0.25, "val/anls": 1.0, "validation_seconds": 0.3}
+    assert rows(workdir)[0] == {"step": 1, **scores}
+    assert rows(workdir)[1]["step_seconds"] < 0.3
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "validation 1/2  val/loss 0.2500  val/anls 1.0000  0.3 s"
+    board = EventAccumulator(str(workdir.tensorboard)).Reload()
+    assert scores.keys() <= set(board.Tags()["scalars"])
+
+
 def test_the_compilation_is_reported_and_left_out_of_the_speed(workdir, capsys):
     log = Log(workdir, 0, Train(steps=2), seconds_at_peak=0.25)
     with log.compiling():

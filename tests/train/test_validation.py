@@ -212,18 +212,28 @@ def test_every_conversation_is_scored_once(tmp_path):
     assert sum(batch.loss_weights.sum() for batch in batches) == expected
 
 
-def test_questions_that_are_also_trained_on_are_counted(make, tmp_path, capsys):
+def test_questions_that_are_also_trained_on_are_counted(make, tmp_path):
     cfg = make()
-    inside, outside = cfg.validation_data("train[38:42]"), cfg.validation_data("test[:4]")
-    count, total = overlap.count_overlap(cfg.data, inside)
+    names = ("train[38:42]", "train[40:44]", "test[:4]")
+    counts = overlap.count_overlaps(cfg.data, {name: cfg.validation_data(name) for name in names})
     records = pipeline.sources.load(cfg.data, "train[38:42]")
-    in_training = [len(record.questions) for record in records]
-    assert total == sum(in_training)
-    assert sum(in_training[:2]) <= count < total, "easy-VQA repeats some images"
-    assert overlap.count_overlap(cfg.data, outside)[0] < 4
-    data = write_conversations(tmp_path, count=12)
-    training = replace(data, train_split="train[:8]")
-    assert overlap.count_overlap(training, replace(data, train_split="train[6:]")) == (2, 6)
+    sizes = [len(record.questions) for record in records]
+    assert counts["train[38:42]"] == (sum(sizes[:2]), sum(sizes))
+    assert counts["train[40:44]"].count == counts["test[:4]"].count == 0
+
+
+def test_conversations_of_a_file_that_are_also_trained_on_are_counted(tmp_path):
+    """Those of two files with other ids."""
+    cfg = tiny(data=write_conversations(tmp_path, count=12))
+    talks = json.loads((tmp_path / "talks.json").read_text())
+    file = tmp_path / "mine.json"
+    new = talks[4] | {"conversations": [dict(turn) for turn in talks[4]["conversations"]]}
+    new["conversations"][0]["value"] += " and where?"
+    file.write_text(json.dumps([talk | {"id": "x"} for talk in (*talks[6:9], new)]))
+    cfg = replace(cfg, data=replace(cfg.data, train_split="train[:8]"))
+    splits = {name: cfg.validation_data(name) for name in ("train[6:]", str(file))}
+    counts = overlap.count_overlaps(cfg.data, splits)
+    assert counts == {"train[6:]": (2, 6), str(file): (2, 4)}
 
 
 @pytest.mark.parametrize(

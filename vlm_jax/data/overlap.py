@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from vlm_jax.config import Data
@@ -18,19 +18,32 @@ class Example(NamedTuple):
     digests: Callable[[], Digests]  # reads the images
 
 
-def count_overlap(training: Data, validation: Data) -> tuple[int, int]:
-    """Returns the number of questions of a validation split that are in the training, and of all.
+class Overlap(NamedTuple):
+    """Questions of a validation split."""
 
-    Both splits are `data.train_split`. Ids are not compared, because two files may use the same
-    ones. Images of the training are read where a question is the same.
+    count: int  # also in the training data
+    total: int
+
+
+def count_overlaps(training: Data, splits: Mapping[str, Data]) -> dict[str, Overlap]:
+    """Counts the questions of each named split that are also in the training data.
+
+    Each split is the `train_split` of its data. Ids are not compared, because two files may use the
+    same ones. Images of the training are read where a question is the same.
     """
-    examples = [(example.question, example.digests()) for example in read_examples(validation)]
-    questions = {question for question, _ in examples}
+    examples_of_split = {}
+    for name, data in splits.items():
+        examples = [(example.question, example.digests()) for example in read_examples(data)]
+        examples_of_split[name] = examples
+    questions = {question for examples in examples_of_split.values() for question, _ in examples}
     trained = set()
     for example in read_examples(training):
         if example.question in questions:
             trained.add((example.question, example.digests()))
-    return sum(example in trained for example in examples), len(examples)
+    return {
+        name: Overlap(sum(example in trained for example in examples), len(examples))
+        for name, examples in examples_of_split.items()
+    }
 
 
 def read_examples(data: Data) -> Iterator[Example]:

@@ -1,14 +1,14 @@
 """Scores of a validation while training: the loss of each split, and metrics of its answers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import grain
 import jax
 
 from vlm_jax import axes, sharding
-from vlm_jax.config import ConfigError, Experiment, UserError
+from vlm_jax.config import ConfigError, Data, Experiment, UserError
 from vlm_jax.data import overlap, pipeline, questions
 from vlm_jax.data.questions import Question
 from vlm_jax.infer import evaluate
@@ -83,15 +83,16 @@ def prepare_scores(cfg: Experiment, inputs: Inputs) -> Scorer:
       DataError: the references of a question do not fit a metric.
     """
     metric_scores.check_best_metric(cfg)
-    splits = []
+    splits, data_of_split = [], {}
     for name, text in cfg.eval.named_splits.items():
         data = cfg.validation_data(text)
+        data_of_split[f"{name}={text}"] = data
         try:
             splits.append(_read_split(name, replace(cfg, data=data), inputs))
         except UserError as error:
             raise _name_split(error, name, text) from error
-        if jax.process_index() == 0:
-            _print_overlap(name, text, cfg)
+    if jax.process_index() == 0:
+        _print_overlaps(cfg, data_of_split)
     return Scorer(cfg, inputs, splits, _make_answerer(cfg, inputs, splits))
 
 
@@ -117,14 +118,14 @@ def _read_split(name: str, cfg: Experiment, inputs: Inputs) -> Split:
     return Split(name, batches, examples)
 
 
-def _print_overlap(name: str, text: str, cfg: Experiment) -> None:
-    count, total = overlap.count_overlap(cfg.data, cfg.validation_data(text))
-    if count:
-        print(
-            f"warning: {count} of the {total} questions of eval.splits {name}={text} are also in "
-            f"the training data (data.train_split {cfg.data.train_split}), with the same images.",
-            flush=True,
-        )
+def _print_overlaps(cfg: Experiment, splits: Mapping[str, Data]) -> None:
+    for split, (count, total) in overlap.count_overlaps(cfg.data, splits).items():
+        if count:
+            print(
+                f"warning: {count} of the {total} questions of eval.splits {split} are also in the "
+                f"training data (data.train_split {cfg.data.train_split}), with the same images.",
+                flush=True,
+            )
 
 
 def _make_answerer(cfg: Experiment, inputs: Inputs, splits: Sequence[Split]) -> Answerer | None:

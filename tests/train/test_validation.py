@@ -74,7 +74,7 @@ def train(monkeypatch):
         return jax.tree.map(lambda x: jax.device_put(np.int32(0), x.sharding), abstract)
 
     stand_ins = {
-        "prepare": lambda cfg, workdir: Inputs(mesh, None, Counter(), None, {}, None),
+        "prepare": lambda cfg, workdir: Inputs(mesh, None, Counter(), None, {}, {}, None),
         "open_workdir": lambda cfg, workdir, inputs: workdir.open(cfg),
         "abstract_state": lambda cfg, mesh: abstract,
         "init_sharded_state": zeros,

@@ -9,7 +9,7 @@ import jax
 
 from vlm_jax import axes, sharding
 from vlm_jax.config import ConfigError, Data, Experiment, UserError
-from vlm_jax.data import overlap, pipeline, questions
+from vlm_jax.data import length_check, overlap, pipeline, questions
 from vlm_jax.data.questions import Question
 from vlm_jax.infer import evaluate
 from vlm_jax.infer.evaluate import Answerer, references
@@ -110,10 +110,14 @@ def _read_split(name: str, cfg: Experiment, inputs: Inputs) -> Split:
         cfg, inputs.tokenizer, *sharding.share_of_rows(inputs.mesh)
     )
     examples = questions.load(cfg, cfg.data.train_split, cfg.eval.during_examples)
+    warnings = []
+    if cfg.data.is_conversations:
+        warnings.append(length_check.dropped_questions_message(cfg, inputs.tokenizer))
     if examples:
         metric_scores.check_references(cfg.eval.metrics, references(examples))
-        warning = evaluate.warn_of_long_answers(cfg, inputs.tokenizer, examples)
-        if jax.process_index() == 0 and warning:
+        warnings.append(evaluate.warn_of_long_answers(cfg, inputs.tokenizer, examples))
+    for warning in filter(None, warnings):
+        if jax.process_index() == 0:
             print(f"eval.splits {name}: {warning}", flush=True)
     return Split(name, batches, examples)
 

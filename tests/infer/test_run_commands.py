@@ -238,7 +238,7 @@ def test_another_config_is_refused_and_the_run_is_kept(run, folder, capsys):
 
 
 def test_a_run_that_is_not_finite_ends_with_code_1(folder, tmp_path, capsys, monkeypatch):
-    def train(cfg):
+    def train(cfg, prepare_scores):
         raise NonFiniteError("step 2: the loss is nan")
 
     monkeypatch.setattr(loop, "train", train)

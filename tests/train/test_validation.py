@@ -145,6 +145,10 @@ def test_sigterm_leaves_the_validation_of_its_step_to_the_continued_run(make, tr
     train(whole, *scores)
     with sigterm_at(3):
         train(stopped, *scores[:2])
+    # A crash after the validation that was due.
+    with pytest.raises(StopIteration):
+        train(stopped, scores[2])
+    assert rows(stopped) == list(zip(range(1, 4), scores))
     # In the second step of the continued run, which is step 5.
     with sigterm_at(2):
         train(stopped, *scores[2:4])
@@ -234,6 +238,9 @@ def test_conversations_of_a_file_that_are_also_trained_on_are_counted(tmp_path):
     splits = {name: cfg.validation_data(name) for name in ("train[6:]", str(file))}
     counts = overlap.count_overlaps(cfg.data, splits)
     assert counts == {"train[6:]": (2, 6), str(file): (2, 4)}
+    cfg = replace(cfg, eval=replace(cfg.eval, splits=(f"mine={file}",)))
+    tokenizer = pipeline.train_tokenizer(cfg)
+    assert pipeline.contents(cfg, tokenizer).keys() == {*cfg.data.files, str(file)}
 
 
 @pytest.mark.parametrize(

@@ -78,9 +78,10 @@ def parse_experiment(
         resolved = pretrained_parts.resolve_checkpoints(cfg, explicit)
         cfg = Workdir(cfg.workdir).as_begun(resolved, explicit)
     check_metrics(cfg.eval.metrics, "eval.metrics")
-    validate(cfg)
-    check_best_metric(cfg)
-    return cfg
+    # A finished run may be evaluated by other metrics.
+    if not stored:
+        check_best_metric(cfg)
+    return validate(cfg)
 
 
 def names_experiment(arguments: list[str]) -> bool:

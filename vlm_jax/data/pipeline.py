@@ -225,11 +225,16 @@ def data_counts(cfg: Experiment, tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def contents(cfg: Experiment, tokenizer: Tokenizer) -> dict[str, str]:
-    """Returns the fingerprint of the training data; for TFDS, also the SHA-256 of its texts."""
+    """Returns the fingerprint of the data of a run: of its training and of its validation.
+
+    For TFDS it has the SHA-256 of the training's texts, too.
+    """
     identity = fingerprint(cfg.data)
     if cfg.data.is_conversations and not cfg.data.files:
         _, counts = training_conversations(cfg, tokenizer)
         identity[f"texts of {cfg.data.source}"] = counts.digest
+    for split in cfg.eval.named_splits.values():
+        identity |= fingerprint(cfg.validation_data(split))
     return identity
 
 

@@ -52,11 +52,13 @@ class Scorer:
 
     def _mean_loss(self, params, split: Split) -> float:
         """Returns the nats per scored token of the whole split."""
-        sums = []
+        nats, counts = [], []
         for batch in split.batches:
             batch = sharding.place_own_rows(batch, self._mesh)
-            sums.append(self._sums(params, batch))
-        nats, counts = zip(*jax.device_get(sums), strict=True)
+            # Waits for the devices, so that they hold one batch and not all.
+            batch_nats, count = jax.device_get(self._sums(params, batch))
+            nats.append(batch_nats)
+            counts.append(count)
         return math.fsum(nats) / math.fsum(counts)
 
     def _metrics(self, params, split: Split) -> dict[str, float]:

@@ -19,6 +19,8 @@ from vlm_jax.runtime.workdir import Workdir, write_atomic
 from vlm_jax.train.checkpoint import NO_LOSSES, LossSum
 from vlm_jax.train.trackers import Tracker
 
+SECONDS = "validation_seconds"  # field of the rows of validations alone
+
 
 def _is_complete(line: str) -> bool:
     """Returns False for the rest of a line that a crash left."""
@@ -90,6 +92,7 @@ class Log:
       loss_sum: the losses up to `start` that no row contains yet.
       data_counts: counts over the training data, the same in every row.
       trackers: get the values of the rows, too.
+      repeats_validation: the validation of step `start` is repeated.
     """
 
     def __init__(
@@ -101,8 +104,9 @@ class Log:
         loss_sum: LossSum = NO_LOSSES,
         data_counts: Mapping[str, int] = MappingProxyType({}),
         trackers: Sequence[Tracker] = (),
+        repeats_validation: bool = False,
     ):
-        self._drop_rows_after(workdir, start)
+        self._drop_repeated_rows(workdir, start, repeats_validation)
         self._file = open(workdir.metrics, "a")  # noqa: SIM115
         self._outputs = (Board(workdir.tensorboard, start), *trackers)
         self._bar = None
@@ -113,13 +117,19 @@ class Log:
         self.loss_sum = loss_sum
         self._begin_window()
 
-    def _drop_rows_after(self, workdir: Workdir, start: int) -> None:
-        """Drops rows after the checkpoint that the run continues from: their steps are repeated."""
+    def _drop_repeated_rows(self, workdir: Workdir, start: int, repeats_validation: bool) -> None:
+        """Drops the rows of what is repeated after the checkpoint that the run continues from."""
+
+        def is_kept(line: str) -> bool:
+            if not _is_complete(line):
+                return False
+            row = json.loads(line)
+            is_repeated = repeats_validation and row["step"] == start and SECONDS in row
+            return row["step"] <= start and not is_repeated
+
         if workdir.metrics.exists():
             lines = workdir.metrics.read_text(errors="replace").splitlines(keepends=True)
-            lines = [line for line in lines if _is_complete(line)]
-            lines = [line for line in lines if json.loads(line)["step"] <= start]
-            write_atomic(workdir.metrics, "".join(lines))
+            write_atomic(workdir.metrics, "".join(filter(is_kept, lines)))
 
     def _begin_window(self):
         self._window_start, self._window = time.perf_counter(), []
@@ -166,7 +176,7 @@ class Log:
     def validation(self, step: int, scores: Mapping[str, float], seconds: float) -> None:
         """Writes a row of scores; their seconds are not part of the speed of the steps."""
         self._window_start += seconds
-        values = {**scores, "validation_seconds": seconds}
+        values = {**scores, SECONDS: seconds}
         self._write({"step": step, **values}, values)
         numbers = "  ".join(f"{name} {score:.4f}" for name, score in scores.items())
         line = f"validation {step}/{self._steps}  {numbers}  {seconds:.1f} s"

@@ -95,7 +95,7 @@ def train(cfg: Experiment, prepare_scores: PrepareScores | None = None) -> State
         checkpoints = Checkpoints(workdir.checkpoints, cfg.train, rank)
         state, start = restore_or_init(cfg, inputs, checkpoints)
         history.scores |= checkpoints.scores(start)
-        log = None
+        log, validation = None, Validation(cfg, compute_scores, history)
         if is_main:
             print(summarize(cfg, inputs.mesh, state.params, start), flush=True)
             log = Log(
@@ -106,8 +106,9 @@ def train(cfg: Experiment, prepare_scores: PrepareScores | None = None) -> State
                 checkpoints.loss_sum(start),
                 inputs.data_counts,
                 start_trackers(cfg, workdir),
+                validation.is_due(start),
             )
-        validation = Validation(cfg, compute_scores, history, log)
+            validation.log = log
         # SIGTERM is handled until the last checkpoint is written, too.
         with preemption.handler(stop_signal.on_signal), closing(log, checkpoints):
             try:

@@ -11,10 +11,10 @@ from vlm_jax.infer.metrics.scores import metric_keys, parse_score
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.study.planning import Plan, Run, resolve_checkpoints
 from vlm_jax.study.run import record, running
+from vlm_jax.train import log
 
 ANSWER_FIELDS = {"image_id", "question", "type", "answer", "prediction", "correct"}
 METRIC_FIELDS = {"step", "loss", "step_seconds"}
-VALIDATION_FIELD = "validation_seconds"  # of a validation's line of metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _read_run(run: Run, metric: str) -> Result:
         scores[keys.shuffled],
         scores[keys.by_type],
         _read_lines(workdir.predictions, ANSWER_FIELDS),
-        _read_lines(workdir.metrics, METRIC_FIELDS, VALIDATION_FIELD),
+        _read_lines(workdir.metrics, METRIC_FIELDS, log.SECONDS),
         record.read(run.cfg.workdir),
     )
 

@@ -47,6 +47,8 @@ AT_LEAST = {
     "decoder.max_positions": 1,
     "decoder.position_offset": 0,
     "decoder.sliding_window": 1,
+    "lora.rank": 1,
+    "lora.dropout": 0,
     "optim.learning_rate": 0,
     "optim.lr_mult.vision": 0,
     "optim.lr_mult.projector": 0,
@@ -79,6 +81,7 @@ AT_LEAST = {
     "seed": 0,
 }
 ABOVE = {
+    "lora.alpha": 0,
     "optim.clip_norm": 0,
     "decoder.logit_softcap": 0,
     "decoder.rope.theta": 0,
@@ -120,7 +123,7 @@ AT_MOST = {
     "decoder.rope.theta": 1e12,
     "decoder.rope.original_positions": 2**24,
 }
-BELOW = {"optim.beta1": 1, "optim.beta2": 1}
+BELOW = {"lora.dropout": 1, "optim.beta1": 1, "optim.beta2": 1}
 PATHS = (
     "workdir",
     "init_from",

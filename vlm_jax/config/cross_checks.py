@@ -305,6 +305,26 @@ def _rates(cfg: Experiment) -> None:
         )
 
 
+def _lora(cfg: Experiment) -> None:
+    lora = cfg.lora
+    if lora.rank is None:
+        for field in dataclasses.fields(lora):
+            if _is_changed(lora, field.name):
+                raise ConfigError(
+                    f"lora.{field.name} has no effect without lora.rank: set lora.rank, or leave "
+                    f"lora.{field.name} out."
+                )
+    elif not lora.targets:
+        raise ConfigError("lora.rank needs lora.targets, such as decoder: it is empty.")
+    for target in lora.parsed_targets:
+        part = target.name.split(".")[0]
+        if getattr(cfg.optim.lr_mult, part, None) == 0:
+            raise ConfigError(
+                f"optim.lr_mult.{part} 0 trains no adapter of lora.targets {target.name}: set it "
+                "above 0; the kernels stay frozen."
+            )
+
+
 def _microbatches(cfg: Experiment) -> None:
     if cfg.train.batch_size % cfg.train.microbatches:
         raise ConfigError(
@@ -366,5 +386,5 @@ def _validation(cfg: Experiment) -> None:
 
 CHECKS = (
     *(_data, _synthetic, _tokens, _tiled_encoder, _feature_layers, _resize, _projector, _fusion),
-    *(_tiles, _room, _rates, _microbatches, _profile, _validation),
+    *(_tiles, _room, _rates, _lora, _microbatches, _profile, _validation),
 )

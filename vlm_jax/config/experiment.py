@@ -11,7 +11,7 @@ from typing import Literal
 from vlm_jax.config.datasets import DATASETS, Dataset, source_format
 from vlm_jax.config.errors import ConfigError
 from vlm_jax.config.hints import nearest
-from vlm_jax.config.model import PRETRAINED_PARTS, Decoder, Fusion, Model, Projector, Vision
+from vlm_jax.config.model import PRETRAINED_PARTS, Decoder, Fusion, Lora, Model, Projector, Vision
 
 
 @dataclass(frozen=True)
@@ -279,6 +279,8 @@ class Experiment:
     projector: Projector = field(default_factory=Projector)
     fusion: Fusion = field(default_factory=Fusion)
     decoder: Decoder = field(default_factory=Decoder)
+    # Not a factory: config.json of older runs lacks the section.
+    lora: Lora = Lora()
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     mesh: Mesh = field(default_factory=Mesh)
@@ -320,7 +322,7 @@ class Experiment:
     @property
     def model(self) -> Model:
         """The sections that `nn/` builds the model from."""
-        return Model(self.vision, self.projector, self.fusion, self.decoder)
+        return Model(self.vision, self.projector, self.fusion, self.decoder, self.lora)
 
     @property
     def image_tokens(self) -> int:

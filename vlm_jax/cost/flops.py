@@ -26,7 +26,7 @@ from jax.interpreters import partial_eval
 from vlm_jax import axes
 from vlm_jax.config import Experiment, Model
 from vlm_jax.nn.models import abstract_params
-from vlm_jax.nn.parts import PARTS, find_part, trained_parts
+from vlm_jax.nn.parts import PARTS, Path, find_part, trained_paths
 from vlm_jax.nn.tiled_vit import TOKEN_MULTIPLE
 from vlm_jax.nn.vlm import VLM, example_batch
 
@@ -99,7 +99,8 @@ def train_flops(cfg: Experiment) -> float:
 
 def flops_by_part(cfg: Experiment) -> dict[str, Flops]:
     """FLOPs of one optimizer step over the global batch, by part (`nn.parts.PARTS`)."""
-    trained = frozenset(trained_parts(cfg.optim))
+    paths = traverse_util.flatten_dict(meta.unbox(abstract_params(cfg)))
+    trained = frozenset(trained_paths(paths, cfg.optim))
     row = _row_flops(
         cfg.model, cfg.row_length, cfg.data.text_length, cfg.data.images_per_row, trained
     )
@@ -108,11 +109,11 @@ def flops_by_part(cfg: Experiment) -> dict[str, Flops]:
 
 @functools.cache
 def _row_flops(
-    model: Model, length: int, text_length: int, images: int, trained: frozenset[str]
+    model: Model, length: int, text_length: int, images: int, trained: frozenset[Path]
 ) -> dict[str, Flops]:
     """FLOPs of one training row, by part."""
     program, inputs = _row_program(model, length, text_length, images)
-    has_gradient = [path is not None and find_part(path) in trained for path in inputs]
+    has_gradient = [path in trained for path in inputs]
     flops = defaultdict(Flops)
     _count(program, has_gradient, flops)
     return dict(flops)

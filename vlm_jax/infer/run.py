@@ -21,6 +21,7 @@ from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub.images.steps import ImageInput, ImageInputs, read, to_rows
 from vlm_jax.hub.text.prompt_formats import as_prompt_list, check_answers
 from vlm_jax.hub.text.tokenizer import TextStream
+from vlm_jax.nn import lora
 from vlm_jax.nn.models import build_model
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.runtime.workdir import Workdir
@@ -110,7 +111,7 @@ def load_params(cfg: Experiment) -> dict:
     Raises:
       ConfigError: no checkpoint exists, or none is complete.
     """
-    return cast_to_compute_dtype(cfg, initial.load_state(cfg).params)
+    return cast_to_compute_dtype(cfg, _load_merged(cfg).params)
 
 
 def load_model(
@@ -153,6 +154,8 @@ def load_stored(
 ) -> tuple[dict, Tokenizer]:
     """Returns the parameters of a checkpoint in their stored dtypes, and the tokenizer.
 
+    Adapters are merged into their kernels, in float32.
+
     Args:
       step: of the checkpoint; None: the last complete one.
 
@@ -166,4 +169,12 @@ def load_stored(
 def _load_state(
     cfg: Experiment, step: int | None = None, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[State, Tokenizer]:
-    return initial.load_state(cfg, step, mesh), load_processor(cfg).tokenizer
+    return _load_merged(cfg, step, mesh), load_processor(cfg).tokenizer
+
+
+def _load_merged(
+    cfg: Experiment, step: int | None = None, mesh: jax.sharding.Mesh | None = None
+) -> State:
+    """Returns the state of a checkpoint; inference needs no adapters beside their kernels."""
+    state = initial.load_state(cfg, step, mesh)
+    return state.replace(params=lora.merge(cfg.lora, state.params))

@@ -31,6 +31,7 @@ SUBLAYERS = {
     "cross": Sublayer("cross_attention", needs_image=True),
     "cross_mlp": Sublayer("mlp", needs_image=True),
 }
+LAYERS = "layers"  # name of the scan over depth, which stacks parameters
 BLOCK = "block_"  # a block's module is named block_0, block_1, ...
 Sublayers = tuple[str, ...]  # names in SUBLAYERS, in the order in which they run
 NOT_FUSED = Fusion(kind="text_only")
@@ -212,7 +213,7 @@ class Stack(nn.Module):
         scan = nn.scan(
             ScanBlock,
             variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, 0, 0, 0),
             length=steps,
             unroll=min(self.cfg.unroll, steps),
@@ -220,7 +221,7 @@ class Stack(nn.Module):
         )
         return_layers = tuple(layer % (count + 1) for layer in self.return_layers)
         is_sliding = jnp.array([i in self.sliding for i in range(count)])
-        layers = scan(self.cfg, period, self.fusion, return_layers, name="layers")
+        layers = scan(self.cfg, period, self.fusion, return_layers, name=LAYERS)
         (x, hidden_states), cache = layers(
             (x, [x] * len(return_layers)),
             context,

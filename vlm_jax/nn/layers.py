@@ -20,6 +20,8 @@ ACTIVATIONS = {
     "relu2": lambda x: jnp.square(nn.relu(x)),
 }
 embedding_init = nn.initializers.normal(0.02)
+# Names of an adapter's parameters, beside the kernel (nn/lora.py).
+LORA_A, LORA_B, LORA_DROPOUT = "lora_a", "lora_b", "lora_dropout"
 
 
 def softcap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
@@ -65,6 +67,8 @@ class Dense(nn.Module):
 
     `Dense("D N H", (128, 4, 32))` maps (B, S, D) to (B, S, N, H), and
     `Dense("N H D", (4, 32, 128), contract=2)` maps it back. The output has the kernel's dtype.
+
+    If the parameters hold an adapter of the kernel, its output x lora_a lora_b is added.
     """
 
     letters: str  # logical axes of the kernel
@@ -93,7 +97,20 @@ class Dense(nn.Module):
             letters = " ".join(self.letters.split()[self.contract :])
             zeros = axes.with_axes(nn.initializers.zeros, letters)
             y += self.param("bias", zeros, outputs).reshape(-1)
+        if self.has_variable("params", LORA_A):
+            y += self._adapt(x)
         return y.reshape(*leading, *outputs)
+
+    def _adapt(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+        """Returns the output of the adapter, whose scale is in `lora_b` (`lora.as_applied`)."""
+        lora_a = self.get_variable("params", LORA_A)
+        lora_b = self.get_variable("params", LORA_B)
+        rank = lora_b.shape[0]
+        if self.has_rng("dropout"):
+            rate = self.get_variable("params", LORA_DROPOUT)
+            is_kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, x.shape)
+            x = jnp.where(is_kept, x / (1 - rate), 0).astype(x.dtype)
+        return matmul(matmul(x, lora_a.reshape(-1, rank)), lora_b.reshape(rank, -1))
 
 
 class Norm(nn.Module):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vlm_jax.config import Contrastive, Experiment, Model, Vision
-from vlm_jax.nn import contrastive
+from vlm_jax.nn import contrastive, lora
 from vlm_jax.nn.vit import ViT
 from vlm_jax.nn.vlm import VLM, example_batch, example_images
 
@@ -49,7 +49,11 @@ def abstract_params(cfg: Config):
 # Cached by the model, so that experiments that differ elsewhere share one trace.
 @functools.cache
 def _initializer(cfg: Model | Vision | Contrastive) -> Callable:
-    return jax.jit(lambda key: build_model(cfg).init(key, *example_inputs(cfg))["params"])
+    def init(key):
+        params = build_model(cfg).init(key, *example_inputs(cfg))["params"]
+        return lora.with_adapters(cfg, params, key) if isinstance(cfg, Model) else params
+
+    return jax.jit(init)
 
 
 @functools.cache

@@ -13,6 +13,8 @@ from vlm_jax.config import Experiment
 from vlm_jax.cost.chips import Chip, parse_slice
 from vlm_jax.cost.flops import flops_by_part, token_flow, train_flops
 from vlm_jax.hub.export import exportable
+from vlm_jax.nn import lora
+from vlm_jax.nn.models import abstract_params
 from vlm_jax.nn.parts import PARTS, find_part, trained_parts
 from vlm_jax.plan import compiled, memory
 from vlm_jax.plan.hlo import Program
@@ -43,6 +45,7 @@ def build_plan(
         sizes = cfg.mesh.sizes(devices)
         mesh = AbstractMesh(sizes, axes.MESH_AXES)
     check_rows(cfg, mesh)
+    lora.check_ranks(cfg.lora, traverse_util.flatten_dict(abstract_params(cfg)))
     predicted = memory.predict_memory(cfg, mesh)
     plan = {
         "mesh": dict(zip(axes.MESH_AXES, sizes)),

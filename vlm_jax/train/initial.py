@@ -17,6 +17,7 @@ from vlm_jax.hub.export import COPIED_FILES
 from vlm_jax.hub.families.table import layers_with
 from vlm_jax.hub.text.dialogue import Dialogue
 from vlm_jax.hub.text.tokenizer import HubTokenizer
+from vlm_jax.nn import lora
 from vlm_jax.nn.blocks import sublayer_of
 from vlm_jax.runtime.workdir import Workdir, is_run
 from vlm_jax.structs import State
@@ -50,7 +51,8 @@ def _load_parts_of_run(
     cfg: Experiment, folder: str, parts: list[str], shapes: Mapping, mesh: Mesh
 ) -> dict[str, jax.Array]:
     source = Workdir(folder).read_config()
-    params = traverse_util.flatten_dict(load_state(source, mesh=mesh).params, sep="/")
+    merged = lora.merge(source.lora, load_state(source, mesh=mesh).params)
+    params = traverse_util.flatten_dict(merged, sep="/")
     params = {path: x for path, x in params.items() if path.split("/")[0] in parts}
     params = pretrained_parts.with_positions(cfg, restack(params, source, cfg), mesh)
     return {

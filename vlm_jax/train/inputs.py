@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import jax
+from flax import traverse_util
 
 from vlm_jax import axes, sharding
 from vlm_jax.config import ConfigError, Experiment
@@ -11,6 +12,8 @@ from vlm_jax.cost.flops import train_flops
 from vlm_jax.cost.peak_flops import peak_flops_per_second
 from vlm_jax.data import length_check, pipeline
 from vlm_jax.data.tokenizer import Tokenizer
+from vlm_jax.nn import lora
+from vlm_jax.nn.models import abstract_params
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.structs import Batch
 from vlm_jax.train import initial, optim, trackers
@@ -37,6 +40,7 @@ def prepare(cfg: Experiment, workdir: Workdir) -> Inputs:
     """
     optim.check_kind(cfg.optim)
     trackers.check_trackers(cfg.train.trackers)
+    lora.check_ranks(cfg.lora, traverse_util.flatten_dict(abstract_params(cfg)))
     mesh = axes.make_mesh(cfg.mesh)
     check_rows(cfg, mesh)
     workdir.check(cfg)

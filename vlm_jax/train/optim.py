@@ -15,9 +15,8 @@ from vlm_jax.axes import Partitioned
 from vlm_jax.config import ConfigError, Experiment, Optim
 from vlm_jax.config.hints import nearest
 from vlm_jax.nn.models import abstract_params
-from vlm_jax.nn.parts import find_part, trained_parts
+from vlm_jax.nn.parts import Path, find_part, trained_paths
 
-Path = tuple[str, ...]
 Boxes = Mapping[Path, Partitioned]  # logical axes of the parameters, by path
 
 
@@ -27,12 +26,10 @@ def split(params, cfg: Optim) -> tuple[dict, dict]:
     Only trained parameters are differentiated, so that frozen parts cost neither gradients nor
     optimizer state.
     """
-    parts = trained_parts(cfg)
-    trained, frozen = {}, {}
-    for path, x in traverse_util.flatten_dict(params).items():
-        group = trained if find_part(path) in parts else frozen
-        group[path] = x
-    return trained, frozen
+    params = traverse_util.flatten_dict(params)
+    is_trained = trained_paths(params, cfg)
+    trained = {path: x for path, x in params.items() if path in is_trained}
+    return trained, {path: x for path, x in params.items() if path not in is_trained}
 
 
 def join(trained: dict, frozen: dict):

@@ -12,6 +12,7 @@ from flax.linen import meta
 
 from vlm_jax import axes, sharding
 from vlm_jax.config import Experiment
+from vlm_jax.nn import lora
 from vlm_jax.nn.models import abstract_params, initializer
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.runtime.process import trim_memory
@@ -101,14 +102,26 @@ def abstract_state(cfg: Experiment, mesh: jax.sharding.Mesh) -> State:
     return jax.tree.map(describe, state_shapes(cfg), state_shardings(cfg, mesh))
 
 
-def batch_loss(cfg: Experiment, trained: Params, frozen: Params, batch: Batch) -> jax.Array:
+def batch_loss(
+    cfg: Experiment,
+    trained: Params,
+    frozen: Params,
+    batch: Batch,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
     """Returns the sum of the loss over scored tokens, in nats.
 
     Everything but the output head computes in `train.compute_dtype`.
+
+    Args:
+      dropout_key: of `lora.dropout`; None: nothing is dropped.
     """
-    params = optim.join(cast_to_compute_dtype(cfg, trained), cast_to_compute_dtype(cfg, frozen))
+    drops = dropout_key is not None
+    applied = lora.as_applied(cfg.lora, trained, drops)
+    params = optim.join(cast_to_compute_dtype(cfg, applied), cast_to_compute_dtype(cfg, frozen))
     batch_in_dtype = batch.replace(images=cast_to_compute_dtype(cfg, batch.images))
-    hidden, _ = VLM(cfg.model).apply({"params": params}, batch_in_dtype, method="hidden")
+    rngs = {"dropout": dropout_key} if drops else None
+    hidden, _ = VLM(cfg.model).apply({"params": params}, batch_in_dtype, method="hidden", rngs=rngs)
 
     # The head is differentiated apart from the model: its loss and gradients are computed in
     # chunks of scored tokens, so that the logits (B, S, V) of a batch are never all in memory.
@@ -133,7 +146,7 @@ def output_head(cfg: Experiment) -> Head:
     return Head(apply, letters, cfg.decoder.vocab_size)
 
 
-def accumulate(function: Callable, batch: Batch, parts: int):
+def accumulate(function: Callable, batch: Batch | tuple, parts: int):
     """Returns the sum of `function`, a tree of float32 arrays, over `parts` microbatches.
 
     Each microbatch takes every `parts`-th row, so that rows stay on their devices.
@@ -155,22 +168,43 @@ def accumulate(function: Callable, batch: Batch, parts: int):
 
 
 def loss_and_gradients(
-    cfg: Experiment, trained: Params, frozen: Params, batch: Batch
+    cfg: Experiment,
+    trained: Params,
+    frozen: Params,
+    batch: Batch,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, Params]:
     """Returns the loss in nats per scored token, and its gradients by path.
 
     The loss is divided by the scored tokens of the whole batch, so that microbatches with few and
     with many of them have the right weights.
+
+    Args:
+      dropout_key: of `lora.dropout`; None: nothing is dropped.
     """
     count = jnp.maximum(jnp.sum(batch.loss_weights), 1)
 
-    def gradient(microbatch):
+    def gradient(microbatch_and_rows):
+        microbatch, rows = microbatch_and_rows
+        key = dropout_key
+        if key is not None:
+            # Each microbatch drops other inputs.
+            key = jax.random.fold_in(key, rows[0])
+
         def loss(trained):
-            return batch_loss(cfg, trained, frozen, microbatch) / count
+            return batch_loss(cfg, trained, frozen, microbatch, key) / count
 
         return jax.value_and_grad(loss)(trained)
 
-    return accumulate(gradient, batch, cfg.train.microbatches)
+    rows = jnp.arange(len(batch.tokens))
+    return accumulate(gradient, (batch, rows), cfg.train.microbatches)
+
+
+def dropout_key(cfg: Experiment, step: jax.Array) -> jax.Array | None:
+    """Returns the random key of a step, the same after a resume; None without dropout."""
+    if not cfg.lora.dropout:
+        return None
+    return jax.random.fold_in(jax.random.key(cfg.seed), step)
 
 
 def validation_sums(cfg: Experiment, params, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -202,7 +236,7 @@ def train_step(cfg: Experiment, state: State, batch: Batch) -> tuple[State, dict
       largest: path -> `max_abs_params` before the step, if loss or gradients are not finite.
     """
     trained, frozen = optim.split(state.params, cfg.optim)
-    loss, gradients = loss_and_gradients(cfg, trained, frozen, batch)
+    loss, gradients = loss_and_gradients(cfg, trained, frozen, batch, dropout_key(cfg, state.step))
     updates, optimizer_state = optim.optimizer(cfg).update(gradients, state.optimizer, trained)
     params = optim.join(optax.apply_updates(trained, updates), frozen)
     norm = optax.tree.norm(gradients)

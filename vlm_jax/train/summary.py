@@ -5,7 +5,7 @@ import jax
 from vlm_jax.config import Experiment
 from vlm_jax.data import pipeline, sources
 from vlm_jax.hub.export import exportable, is_exportable
-from vlm_jax.nn.parts import PARTS, find_part
+from vlm_jax.nn.parts import PARTS, find_part, is_adapter
 from vlm_jax.train import optim
 
 
@@ -52,7 +52,11 @@ def describe_parameters(cfg: Experiment, params) -> str:
     if not frozen:
         return f"{total:,}, all trained"
     frozen_parts = {find_part(path) for path in frozen}
-    names = [part for part in PARTS if part in frozen_parts]
+    adapted_parts = {find_part(path) for path in trained if is_adapter(path)}
+    names = []
+    for part in PARTS:
+        if part in frozen_parts:
+            names.append(f"{part} (with LoRA)" if part in adapted_parts else part)
     return f"{total:,}, {trained_size / total:.1%} trained; frozen: {', '.join(names)}"
 
 

@@ -1,0 +1,98 @@
+"""Training with LoRA: only adapters and parts without them move, however a step is computed."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from tests.train.steps import EIGHT, assert_same_gradients, experiment, gradients_of
+from vlm_jax.config import ConfigError, Lora, LrMult, Optim
+from vlm_jax.config.validate import validate
+from vlm_jax.nn.models import abstract_params
+from vlm_jax.nn.parts import find_part, is_adapter
+from vlm_jax.structs import State
+from vlm_jax.testing import random_batch, random_params
+from vlm_jax.train import optim
+from vlm_jax.train.step import dropout_key, loss_and_gradients, train_step
+from vlm_jax.train.summary import describe_parameters
+
+# The common recipe: adapters in the decoder, the projector in full, a frozen encoder.
+CFG = replace(
+    experiment("cross_attention"),
+    lora=Lora(rank=4, alpha=8, targets=("decoder", "cross_attention")),
+    optim=Optim(warmup_steps=0, lr_mult=LrMult(vision=0)),
+)
+
+
+def test_only_adapters_and_parts_without_them_are_trained():
+    params = random_params(CFG)
+    state = State(jax.numpy.int32(0), params, None)
+    state = state.replace(optimizer=optim.optimizer(CFG).init(optim.split(params, CFG.optim)[0]))
+    step = jax.jit(lambda state, batch: train_step(CFG, state, batch))
+    for _ in range(2):
+        state, _ = step(state, random_batch(CFG))
+    after = traverse_util.flatten_dict(state.params)
+    for path, before in traverse_util.flatten_dict(params).items():
+        is_same = np.array_equal(before, after[path])
+        assert is_same != (is_adapter(path) or find_part(path) == "projector"), "/".join(path)
+
+
+def test_a_frozen_base_has_no_moments():
+    trained, frozen = optim.split(random_params(CFG), CFG.optim)
+    assert {find_part(path) for path in trained if is_adapter(path)} == {
+        "decoder",
+        "cross_attention",
+    }
+    assert all(is_adapter(path) or path[0] == "projector" for path in trained)
+    assert not any(map(is_adapter, frozen))
+    line = describe_parameters(CFG, random_params(CFG))
+    assert line.endswith("frozen: vision, decoder (with LoRA), cross_attention (with LoRA)")
+
+
+def test_gradients_depend_on_no_mesh_no_remat_and_no_microbatches():
+    saving = replace(
+        CFG,
+        train=replace(CFG.train, microbatches=2),
+        decoder=replace(CFG.decoder, remat="full"),
+    )
+    assert_same_gradients(gradients_of(saving, EIGHT), gradients_of(CFG))
+
+
+def test_dropout_changes_a_step_and_is_the_same_after_a_resume():
+    cfg = replace(CFG, lora=replace(CFG.lora, dropout=0.5))
+    trained, frozen = optim.split(jax.device_put(random_params(cfg)), cfg.optim)
+    batch = random_batch(cfg)
+    loss = jax.jit(lambda batch, key: loss_and_gradients(cfg, trained, frozen, batch, key)[0])
+    losses = [float(loss(batch, dropout_key(cfg, step))) for step in (0, 1, 1)]
+    assert losses[0] != losses[1] == losses[2]
+    assert dropout_key(CFG, 1) is None
+
+
+def test_muon_takes_an_adapter_as_two_matrices():
+    cfg = replace(CFG, optim=Optim(kind="muon"))
+    trained, _ = optim.split(random_params(cfg), cfg.optim)
+    jax.eval_shape(optim.optimizer(cfg).init, trained)
+    boxes = traverse_util.flatten_dict(abstract_params(cfg))
+    layer = ("decoder", "blocks", "layers", "block_0", "self", "out")
+    assert boxes[*layer, "lora_a"].contracted_axes == (1, 2)
+    assert boxes[*layer, "lora_b"].output_axes == (2,)
+
+
+@pytest.mark.parametrize(
+    "cfg, message",
+    [
+        (replace(CFG, lora=Lora(alpha=8)), "lora.alpha has no effect without lora.rank"),
+        (replace(CFG, lora=Lora(rank=4, targets=())), "lora.rank needs lora.targets"),
+        (replace(CFG, lora=Lora(rank=0)), "lora.rank is 0: it must be at least 1, or None"),
+        (replace(CFG, lora=Lora(rank=2, dropout=1.0)), "lora.dropout is 1.0: it must be below 1"),
+        (
+            replace(CFG, lora=Lora(rank=4, targets=("vision.mlp",))),
+            "optim.lr_mult.vision 0 trains no adapter of lora.targets vision.mlp",
+        ),
+    ],
+)
+def test_settings_without_effect_are_refused(cfg, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(cfg)

@@ -6,7 +6,11 @@ __version__ = "0.1.0"
 
 
 def from_pretrained(
-    folder: str | os.PathLike, dtype=None, mesh=None, intermediate_layers: str | None = None
+    folder: str | os.PathLike,
+    dtype=None,
+    mesh=None,
+    intermediate_layers: str | None = None,
+    adapter: str | os.PathLike | None = None,
 ):
     """Loads the folder of a public checkpoint; returns (model, params, processor).
 
@@ -22,16 +26,18 @@ def from_pretrained(
       intermediate_layers: Llama 3.2 Vision only: whether `intermediate_layers_indices` of
         config.json count the inputs of layers ("input", the default: Meta's code and transformers
         up to 4.51) or their outputs ("output": transformers 5).
+      adapter: folder of a LoRA adapter that PEFT or `export --adapter` wrote; it is merged into
+        the parameters.
 
     Raises:
-      UserError: the folder is damaged, its tensors do not match its config.json, or its family is
-        not supported.
+      UserError: the folder is damaged, its tensors do not match its config.json, its family is not
+        supported, or the adapter is not supported or belongs to another model.
     """
     from vlm_jax.hub.load import load_checkpoint
     from vlm_jax.hub.processor import HubProcessor
     from vlm_jax.nn.models import build_model
 
-    checkpoint, params = load_checkpoint(folder, dtype, mesh, intermediate_layers)
+    checkpoint, params = load_checkpoint(folder, dtype, mesh, intermediate_layers, adapter)
     return build_model(checkpoint.cfg), params, HubProcessor.load(checkpoint)
 
 

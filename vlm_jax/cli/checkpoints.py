@@ -1,6 +1,7 @@
 """The commands `verify` and `export`, about folders of public checkpoints."""
 
-from vlm_jax.cli.options import FILE, FOLDER, INTERMEDIATE_LAYERS, parse_options
+from vlm_jax.cli.options import ADAPTER, FILE, FOLDER, INTERMEDIATE_LAYERS, parse_options
+from vlm_jax.config import ConfigError
 from vlm_jax.runtime.workdir import Workdir, is_run
 
 VERIFY = """examples:
@@ -11,6 +12,7 @@ Compares the outputs of a public checkpoint with those of a reference implementa
 code is 0 if all compared outputs agree, else 1."""
 VERIFY_OPTIONS = {
     "checkpoint": {"required": True, "metavar": FOLDER, "help": "folder of a public checkpoint"},
+    "adapter": ADAPTER,
     "reference": {
         "required": True,
         "metavar": FILE,
@@ -30,9 +32,12 @@ VERIFY_OPTIONS = {
 }
 EXPORT = """examples:
   python run.py export --checkpoint runs/mine --output exported
-  python run.py export --checkpoint checkpoints/gpt2 --output copy
+  python run.py export --checkpoint runs/mine --adapter --output adapter
+  python run.py export --checkpoint checkpoints/gpt2 --adapter adapter --output merged
 
-Writes a folder that transformers loads."""
+Writes a folder that transformers loads; with --adapter, of the adapters of a run alone, one that
+PEFT loads, or of a checkpoint with an adapter merged."""
+RUN_ADAPTERS = ""  # value of --adapter without a folder
 EXPORT_OPTIONS = {
     "checkpoint": {
         "required": True,
@@ -40,6 +45,13 @@ EXPORT_OPTIONS = {
         "help": "folder of a public checkpoint, or of a run",
     },
     "output": {"required": True, "metavar": FOLDER, "help": "folder to write"},
+    "adapter": {
+        "nargs": "?",
+        "const": RUN_ADAPTERS,
+        "metavar": "DIR",
+        "help": "without DIR: write the LoRA adapters of a run in PEFT's format; with DIR: merge "
+        "the adapter of that folder into a public checkpoint",
+    },
     "intermediate_layers": INTERMEDIATE_LAYERS,
 }
 
@@ -51,7 +63,12 @@ def verify(arguments: list[str]) -> int:
 
     outputs = [name for name in args.outputs.split(",") if name]
     verification = verify.verify(
-        args.checkpoint, args.reference, outputs, args.atol, args.intermediate_layers
+        args.checkpoint,
+        args.reference,
+        outputs,
+        args.atol,
+        args.intermediate_layers,
+        args.adapter,
     )
     print(verify.table(verification.comparisons))
     count = f"{len(verification.agreeing)} of {len(verification.compared)} compared outputs agree"
@@ -66,12 +83,47 @@ def export(arguments: list[str]) -> int:
     args, _ = parse_options("export", arguments, EXPORT_OPTIONS, EXPORT)
     from vlm_jax.hub import export
 
+    _check_adapter(args)
+    if args.adapter == RUN_ADAPTERS:
+        kind = _export_adapters(args)
+        print(f"wrote {args.output} (of {kind}), loadable with peft")
+        return 0
     if is_run(args.checkpoint):
         kind = _export_run(args)
     else:
-        kind = export.export_checkpoint(args.checkpoint, args.output, args.intermediate_layers)
+        kind = export.export_checkpoint(
+            args.checkpoint, args.output, args.intermediate_layers, args.adapter
+        )
     print(f"wrote {args.output} ({kind}), loadable with transformers")
     return 0
+
+
+def _check_adapter(args) -> None:
+    """Raises ConfigError if --adapter names a folder for a run, or none for a checkpoint."""
+    if args.adapter == RUN_ADAPTERS and not is_run(args.checkpoint):
+        raise ConfigError(
+            f"--adapter needs the folder of a PEFT adapter to merge into --checkpoint "
+            f"{args.checkpoint}, which is not a run."
+        )
+    if args.adapter and is_run(args.checkpoint):
+        raise ConfigError(
+            f"--adapter {args.adapter} cannot be merged into the run --checkpoint "
+            f"{args.checkpoint}: leave the folder out to write the adapters of the run."
+        )
+
+
+def _export_adapters(args) -> str:
+    """Writes the adapters of a run; returns the family of their base model."""
+    from vlm_jax.hub.peft.write import write_adapter
+    from vlm_jax.train.initial import load_state
+
+    cfg = Workdir(args.checkpoint).read_config()
+    if cfg.lora.rank is None:
+        raise ConfigError(
+            f"--checkpoint {args.checkpoint} has no adapters (lora.rank is None): leave out "
+            "--adapter to write the whole model."
+        )
+    return write_adapter(cfg, load_state(cfg).params, args.output)
 
 
 def _export_run(args) -> str:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from vlm_jax.cli.experiment import parse_experiment
-from vlm_jax.cli.options import FILE, FOLDER, INTERMEDIATE_LAYERS, parse_options
+from vlm_jax.cli.options import ADAPTER, FILE, FOLDER, INTERMEDIATE_LAYERS, parse_options
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.runtime.workdir import is_run
 
@@ -21,6 +21,7 @@ and eval can be changed too (python run.py eval --workdir W --help lists them)."
 OPTIONS = {
     "workdir": {"metavar": FOLDER, "help": "work folder of a training run"},
     "checkpoint": {"metavar": FOLDER, "help": "folder of a public checkpoint"},
+    "adapter": ADAPTER,
     "prompt": {
         "nargs": "+",
         "action": "extend",
@@ -71,7 +72,7 @@ OPTIONS = {
     },
     "intermediate_layers": INTERMEDIATE_LAYERS,
 }
-CHECKPOINT_ONLY = ("no_chat", "intermediate_layers")
+CHECKPOINT_ONLY = ("adapter", "no_chat", "intermediate_layers")
 
 
 def generate(arguments: list[str]) -> int:
@@ -86,7 +87,7 @@ def generate(arguments: list[str]) -> int:
     if cfg:
         model = models.open_run(cfg)
     else:
-        model = models.open_checkpoint(args.checkpoint, args.intermediate_layers)
+        model = models.open_checkpoint(args.checkpoint, args.intermediate_layers, args.adapter)
     pairs = _pair(args)
     _check_pairs(args, model.cfg, pairs)
     options = _answer_options(args, cfg)

@@ -29,6 +29,10 @@ INTERMEDIATE_LAYERS = {
 }
 # Metavars of options that must not be empty.
 FOLDER, FILE = "DIR", "FILE"
+ADAPTER = {
+    "metavar": FOLDER,
+    "help": "folder of a LoRA adapter in PEFT's format, which is merged into --checkpoint",
+}
 # Room for long names of options, within 100 columns.
 HELP_COLUMNS, NAME_COLUMNS = 98, 26
 

@@ -54,9 +54,15 @@ MAX_LISTED_DIFFERENCES = 3  # from the closest family, in one line
 
 
 def export_checkpoint(
-    folder: str | os.PathLike, output: str | os.PathLike, intermediate_layers: str | None = None
+    folder: str | os.PathLike,
+    output: str | os.PathLike,
+    intermediate_layers: str | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> str:
     """Exports a public checkpoint in the layout of transformers 4.x; tensors keep their bytes.
+
+    Args:
+      adapter: folder of a PEFT adapter, which is merged into the tensors.
 
     Returns:
       its model_type.
@@ -68,7 +74,9 @@ def export_checkpoint(
     refuse_used(output)
     # Opening the output first: an unwritable folder is reported before the weights are loaded.
     with all_or_none(output) as stage:
-        checkpoint, params = load_checkpoint(folder, intermediate_layers=intermediate_layers)
+        checkpoint, params = load_checkpoint(
+            folder, intermediate_layers=intermediate_layers, adapter=adapter
+        )
         with open_tensors(folder) as tensors:
             dtypes = {name: tensor.dtype for name, tensor in checkpoint.stored(tensors).items()}
         write_checkpoint(stage, checkpoint, params, dtypes)

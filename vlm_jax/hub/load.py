@@ -25,6 +25,8 @@ from vlm_jax.hub.families.family import (
 )
 from vlm_jax.hub.families.registry import config_path, find_family
 from vlm_jax.hub.families.table import Row, Target
+from vlm_jax.hub.peft.adapter import Adapter, read_adapter
+from vlm_jax.hub.peft.merge import merge
 from vlm_jax.hub.tensors.folder import Tensors, open_tensors, read_json
 from vlm_jax.hub.tensors.mapped import StoredTensor, tensors_equal
 from vlm_jax.hub.tensors.transpose import copy_into, empty_aligned
@@ -50,10 +52,15 @@ class Checkpoint(NamedTuple):
     cfg: Config
     rows: list[Row]
     stored_names: dict[str, str]  # name in the table -> name in the files
+    adapter: Adapter | None = None  # merged into the tensors
 
     def stored(self, tensors: Tensors) -> dict[str, StoredTensor]:
-        """Returns the tensors by their names in the table."""
-        return {name: tensors[stored] for name, stored in self.stored_names.items()}
+        """Returns the tensors by their names in the table, with its adapter if it has one."""
+        stored = {name: tensors[stored] for name, stored in self.stored_names.items()}
+        if self.adapter is None:
+            return stored
+        boxes = traverse_util.flatten_dict(abstract_params(self.cfg), sep="/")
+        return merge(self.adapter, self.family, self.rows, boxes, stored)
 
     @property
     def image_token(self) -> int | None:
@@ -98,9 +105,10 @@ def load_params(
     dtype=None,
     mesh: Mesh | None = None,
     intermediate_layers: str | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> tuple[nn.Module, dict]:
     """Returns the model of a folder and its parameters; see `load_checkpoint`."""
-    checkpoint, params = load_checkpoint(folder, dtype, mesh, intermediate_layers)
+    checkpoint, params = load_checkpoint(folder, dtype, mesh, intermediate_layers, adapter)
     return build_model(checkpoint.cfg), params
 
 
@@ -109,6 +117,7 @@ def load_checkpoint(
     dtype=None,
     mesh: Mesh | None = None,
     intermediate_layers: str | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> tuple[Checkpoint, dict]:
     """Loads a folder; each parameter is assembled in its sharding on the mesh.
 
@@ -118,17 +127,19 @@ def load_checkpoint(
         parameters are not committed to a device, as `model.init` returns them: a jitted training
         step that takes its own outputs then compiles once.
       intermediate_layers: see `mllama.select_family`; other families have none.
+      adapter: folder of a PEFT adapter, which is merged into the parameters.
 
     Raises:
       CheckpointError: the folder of a run, no config, an unsupported `model_type`, damaged files,
-        or tensors that are unknown, missing or of a wrong shape (the message lists them all).
+        tensors that are unknown, missing or of a wrong shape (the message lists them all), or an
+        adapter that is not supported or belongs to another model.
     """
     if is_run(folder):
         raise CheckpointError(
             f"{folder} is a run, not a public checkpoint: load it with vlm_jax.from_run."
         )
     with open_tensors(folder) as tensors:
-        checkpoint = inspect(folder, tensors, intermediate_layers)
+        checkpoint = inspect(folder, tensors, intermediate_layers, adapter)
         boxed = traverse_util.flatten_dict(abstract_params(checkpoint.cfg), sep="/")
         if mesh is None and jax.device_count() > 1:
             mesh = axes.make_mesh(MeshSizes())
@@ -137,9 +148,14 @@ def load_checkpoint(
 
 
 def inspect(
-    folder: str | os.PathLike, tensors: Tensors, intermediate_layers: str | None = None
+    folder: str | os.PathLike,
+    tensors: Tensors,
+    intermediate_layers: str | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> Checkpoint:
     """Parses the config and checks names, shapes and dtypes of all tensors; loads none.
+
+    Takes the arguments of `load_checkpoint`.
 
     Raises:
       CheckpointError: see `load_checkpoint`.
@@ -161,7 +177,12 @@ def inspect(
         param_shapes(cfg),
         str(folder),
     )
-    return Checkpoint(folder, config, family, cfg, rows, names)
+    checkpoint = Checkpoint(folder, config, family, cfg, rows, names)
+    if adapter is None:
+        return checkpoint
+    checkpoint = checkpoint._replace(adapter=read_adapter(adapter))
+    checkpoint.stored(tensors)
+    return checkpoint
 
 
 def _reject_quantized(tensors: Tensors, names: Mapping[str, str], folder: Path) -> None:
@@ -260,8 +281,7 @@ def read_params(
         param_dtype = np.dtype(dtype) if dtype is not None else tensors[0].dtype
 
         def shard(index):
-            arrays = [tensor.read() for tensor in tensors]
-            return _shard(index, shapes, param_dtype, arrays, sources[path])
+            return _shard(index, shapes, param_dtype, tensors, sources[path])
 
         if shardings is None:
             array = jax.device_put(shard((slice(None),) * len(shapes[path])))
@@ -280,21 +300,24 @@ def _shard(
     index: tuple[slice, ...],
     shapes: Mapping[str, tuple[int, ...]],
     dtype: np.dtype,
-    arrays: Sequence[np.ndarray],
+    tensors: Sequence[StoredTensor],
     sources: Sequence[tuple[Row, Target]],
 ) -> np.ndarray:
-    """Copies the shard `index` of a parameter out of the files, in the order of its own axes."""
+    """Copies the shard `index` of a parameter out of the files, in the order of its own axes.
+
+    Layer by layer, because a merged tensor is made when it is read.
+    """
     is_stacked = sources[0][1].layer is not None
     layers, inner = [0], index
     if is_stacked:
         layers, inner = range(len(sources))[index[0]], index[1:]
     by_layer = {target.layer or 0: i for i, (_, target) in enumerate(sources)}
-    views = []
-    for layer in layers:
+    shard = None
+    for n, layer in enumerate(layers):
         i = by_layer[layer]
         row, target = sources[i]
-        views.append(row.from_hf(arrays[i], target, shapes)[inner])
-    shard = empty_aligned((len(views), *views[0].shape), dtype)
-    for copy, view in zip(shard, views):
-        copy_into(copy, view)
+        view = row.from_hf(tensors[i].read(), target, shapes)[inner]
+        if shard is None:
+            shard = empty_aligned((len(layers), *view.shape), dtype)
+        copy_into(shard[n], view)
     return shard if is_stacked else shard[0]

@@ -29,18 +29,22 @@ def open_run(cfg: Experiment) -> TextModel:
     return TextModel(cfg, lambda: run.load_processor(cfg), lambda: run.load_params(cfg))
 
 
-def open_checkpoint(folder: str | os.PathLike, intermediate_layers: str | None = None) -> TextModel:
+def open_checkpoint(
+    folder: str | os.PathLike,
+    intermediate_layers: str | None = None,
+    adapter: str | os.PathLike | None = None,
+) -> TextModel:
     """Opens the folder of a public checkpoint; takes the arguments of `load_checkpoint`.
 
     Raises:
       CheckpointError: the folder is damaged or not supported, or holds an encoder.
     """
     with open_tensors(folder) as tensors:
-        checkpoint = load.inspect(folder, tensors, intermediate_layers)
+        checkpoint = load.inspect(folder, tensors, intermediate_layers, adapter)
     if not isinstance(checkpoint.cfg, Experiment):
         raise CheckpointError(f"{folder} is an encoder-only model and cannot generate text.")
 
     def load_params() -> dict:
-        return load.load_params(folder, intermediate_layers=intermediate_layers)[1]
+        return load.load_params(folder, intermediate_layers=intermediate_layers, adapter=adapter)[1]
 
     return TextModel(checkpoint.cfg, lambda: HubProcessor.load(checkpoint), load_params)

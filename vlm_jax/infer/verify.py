@@ -93,6 +93,7 @@ def verify(
     outputs: Collection[str] = (),
     atol: float | None = None,
     intermediate_layers: str | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> Verification:
     """Runs every case of the reference and compares the outputs.
 
@@ -104,7 +105,7 @@ def verify(
       reference: .npz file, as described at the top of this module.
       outputs: names of the outputs to compare; empty: all.
       atol: largest absolute difference; None: the tolerance of the family.
-      intermediate_layers: as in `load_checkpoint`.
+      intermediate_layers, adapter: as in `load_checkpoint`.
 
     Raises:
       UserError: the folder cannot be loaded, or the reference is not such a file.
@@ -112,7 +113,9 @@ def verify(
     cases = read_cases(reference)
     conventions = possible_intermediate_layers(folder, intermediate_layers)
     for convention in conventions:
-        model = Model(*load_checkpoint(folder, np.float32, intermediate_layers=convention))
+        model = Model(
+            *load_checkpoint(folder, np.float32, intermediate_layers=convention, adapter=adapter)
+        )
         tolerance = model.checkpoint.family.tolerance if atol is None else atol
         comparisons = []
         with jax.default_matmul_precision("highest"):

@@ -106,6 +106,10 @@ RENAMES = (  # module names of transformers 5
     (r"^encoder\.layers\.", "encoder.encoder.layer."),
     *vit.MODULE_RENAMES,
 )
+MODULE_NAMES = (  # the inverse
+    (r"^encoder\.encoder\.layer\.", "encoder.layers."),
+    *vit.MODULE_NAMES,
+)
 ENCODER_DECODER = Family(
     "vision-encoder-decoder",
     config_from_hf,
@@ -113,4 +117,5 @@ ENCODER_DECODER = Family(
     param_table,
     RENAMES,
     processor=HfProcessor("TrOCRProcessor", needs_bos=True),
+    module_names=MODULE_NAMES,
 )

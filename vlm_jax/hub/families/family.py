@@ -63,6 +63,7 @@ class Family:
       config_file: name of config.json.
       weights_file: name of an exported weight file.
       processor: of transformers; None for a family without text or without images.
+      module_names: names in the table -> names of modules in transformers 5, where they differ.
       splits: (part of a name, its replacements in files that store the targets separately).
     """
 
@@ -77,6 +78,7 @@ class Family:
     weights_file: str = WEIGHTS
     processor: HfProcessor | None = None
     splits: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    module_names: Renames = ()
 
     def normalize_names(self, stored_names: Collection[str]) -> dict[str, str]:
         """Returns {name in the table: name in the files}, without buffers."""

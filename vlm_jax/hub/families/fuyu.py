@@ -22,7 +22,7 @@ from vlm_jax.hub.families.family import (
 )
 from vlm_jax.hub.families.gpt2 import norm_rows
 from vlm_jax.hub.families.llama import dense_rows, is_tied
-from vlm_jax.hub.families.llava import HEAD, RENAMES, TEXT
+from vlm_jax.hub.families.llava import HEAD, MODULE_NAMES, RENAMES, TEXT
 from vlm_jax.hub.families.rope import rope_from_hf, rope_to_hf
 from vlm_jax.hub.families.table import (
     Row,
@@ -149,4 +149,5 @@ FUYU = Family(
     RENAMES,
     image_token=71011,
     processor=HfProcessor("FuyuProcessor", has_prompt_format=True, keeps_image_size=True),
+    module_names=MODULE_NAMES,
 )

@@ -144,6 +144,12 @@ RENAMES = (  # module names of transformers 5, in memory and in part in its file
     (r"^model\.", ""),
     (r"^vision_tower\.(?!vision_model\.)", TOWER),
 )
+MODULE_NAMES = (  # the inverse
+    (r"^vision_tower\.vision_model\.", "model.vision_tower."),
+    (r"^(multi_modal_projector|vision_embed_tokens)\.", r"model.\1."),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+)
 LLAVA = Family(
     "llava",
     config_from_hf,
@@ -152,4 +158,5 @@ LLAVA = Family(
     RENAMES,
     image_token=32000,
     processor=HfProcessor("LlavaProcessor", counts_patches=True),
+    module_names=MODULE_NAMES,
 )

@@ -157,6 +157,11 @@ RENAMES = (  # module names of transformers 5
     (r"^lm_head\.weight$", HEAD),
     (r"^model\.(vision_model|multi_modal_projector)\.", r"\1."),
 )
+MODULE_NAMES = (  # the inverse
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^(vision_model|multi_modal_projector)\.", r"model.\1."),
+)
 PROCESSOR = HfProcessor(
     "MllamaProcessor", adds_bos=True, needs_bos=True, needs_placeholder=True, resize="pad"
 )
@@ -168,6 +173,7 @@ BY_INTERMEDIATE_LAYERS = {
         param_table,
         RENAMES,
         processor=PROCESSOR,
+        module_names=MODULE_NAMES,
     )
     for intermediate_layers in ("input", "output")
 }

@@ -16,6 +16,7 @@ from vlm_jax.hub.families.family import (
 )
 from vlm_jax.hub.families.llava import (
     HEAD,
+    MODULE_NAMES,
     PROJECTOR,
     RENAMES,
     TEXT,
@@ -73,4 +74,5 @@ PALIGEMMA = Family(
     gemma.TOLERANCE,
     image_token=256000,
     processor=HfProcessor("PaliGemmaProcessor", has_prompt_format=True, counts_image_tokens=True),
+    module_names=MODULE_NAMES,
 )

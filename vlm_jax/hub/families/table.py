@@ -89,6 +89,20 @@ class Row:
         length = sum(shape[self.axis] for shape in parts)
         return (*parts[0][: self.axis], length, *parts[0][self.axis + 1 :])
 
+    def stores_inputs_first(self, contracted: int) -> bool:
+        """Returns whether a kernel's file has its inputs before its outputs, as Conv1D of GPT-2.
+
+        Args:
+          contracted: number of axes of the parameter that its product sums over.
+        """
+        pattern = self.interleave or self.targets[0].pattern
+        if not pattern:
+            return True
+        # The first axis of interleaved targets counts them.
+        first = 1 if self.interleave else 0
+        inputs = sum(_axes(pattern.split("->")[1])[first : first + contracted], [])
+        return set(stored_axes(pattern)[0]) <= set(inputs)
+
     def from_hf(self, tensor: np.ndarray, target: Target, shapes: Shapes) -> np.ndarray:
         """Extracts one target from a tensor of the file, as a view where the layout allows it."""
         index = self.targets.index(target)

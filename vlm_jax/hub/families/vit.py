@@ -211,6 +211,14 @@ MODULE_RENAMES = (
     (r"\.mlp\.fc2\.", ".output.dense."),
     *ATTENTION_RENAMES,
 )
+MODULE_NAMES = (  # the inverse, for names below `encoder.`
+    (r"^(encoder\..+)\.attention\.attention\.query\.", r"\1.attention.q_proj."),
+    (r"^(encoder\..+)\.attention\.attention\.key\.", r"\1.attention.k_proj."),
+    (r"^(encoder\..+)\.attention\.attention\.value\.", r"\1.attention.v_proj."),
+    (r"^(encoder\..+)\.attention\.output\.dense\.", r"\1.attention.o_proj."),
+    (r"^(encoder\..+)\.intermediate\.dense\.", r"\1.mlp.fc1."),
+    (r"^(encoder\..+)\.output\.dense\.", r"\1.mlp.fc2."),
+)
 
 
 def renames(names: Collection[str]) -> Renames:

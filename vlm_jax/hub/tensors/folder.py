@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,25 +87,25 @@ class Tensors(Mapping[str, StoredTensor]):
                 data.close()
 
 
-def open_tensors(folder: str | os.PathLike) -> Tensors:
-    """Opens the first of the weight files `READABLE` that a folder has.
+def open_tensors(folder: str | os.PathLike, names: Sequence[str] = READABLE) -> Tensors:
+    """Opens the first of the weight files `names` that a folder has.
 
     Raises:
       CheckpointError: the folder does not exist or has no weights, a shard is missing or lacks a
         tensor, a file is damaged or truncated, or a pickle would run code.
     """
     folder = existing_folder(folder)
-    path = _find_weights(folder)
+    path = _find_weights(folder, names)
     if path is None:
         raise CheckpointError(
-            f"{folder} has no weights: expected one of {', '.join(READABLE)}, or its {INDEX}."
+            f"{folder} has no weights: expected one of {', '.join(names)}, or its {INDEX}."
         )
     return Tensors(_read_shards(path) if path.name.endswith(INDEX) else _read_file(path))
 
 
-def _find_weights(folder: Path) -> Path | None:
-    """Path of the first weight file or index of `READABLE` in a folder."""
-    candidates = (folder / (name + suffix) for name in READABLE for suffix in ("", INDEX))
+def _find_weights(folder: Path, names: Sequence[str] = READABLE) -> Path | None:
+    """Path of the first weight file of `names`, or its index, in a folder."""
+    candidates = (folder / (name + suffix) for name in names for suffix in ("", INDEX))
     return next((path for path in candidates if os.path.isfile(path)), None)
 
 

@@ -1,0 +1,198 @@
+"""Writes the adapters of a run in the format of PEFT.
+
+Fused projections of the files, such as Phi-3's qkv_proj, become one adapter of the ranks together:
+lora_A is stacked, and each output has its own columns of lora_B.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from vlm_jax import axes
+from vlm_jax.config import CheckpointError, Experiment, Lora
+from vlm_jax.hub.export import matching_family
+from vlm_jax.hub.families.family import Family, Json
+from vlm_jax.hub.families.table import Row, Target
+from vlm_jax.hub.peft.adapter import CONFIG, PREFIX, WEIGHTS
+from vlm_jax.hub.tensors.folder import all_or_none, write_tensors
+from vlm_jax.nn import lora
+from vlm_jax.nn.layers import LORA_A, LORA_B
+from vlm_jax.nn.models import abstract_params
+from vlm_jax.nn.parts import is_adapter, trained_paths
+
+Tensors = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The adapter of a module as PEFT stores it, with its rank and alpha."""
+
+    lora_a: np.ndarray  # (rank, in)
+    lora_b: np.ndarray  # (out, rank)
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return len(self.lora_a)
+
+
+def write_adapter(cfg: Experiment, params: Mapping, output: str | os.PathLike) -> str:
+    """Writes adapter_config.json and adapter_model.safetensors, with the names of transformers 5.
+
+    Parts that are trained without adapters are written whole (`modules_to_save`).
+
+    Args:
+      params: of a run, its adapters not merged.
+
+    Returns:
+      the model_type of the base model.
+
+    Raises:
+      CheckpointError: no family has this architecture, a trained part has modules that PEFT cannot
+        save, or the output cannot be written.
+    """
+    if (Path(output).expanduser() / CONFIG).exists():
+        raise CheckpointError(f"--output {output} holds an adapter already: choose another folder.")
+    family = matching_family(cfg)
+    boxes = traverse_util.flatten_dict(abstract_params(cfg), sep="/")
+    flat_params = traverse_util.flatten_dict(params, sep="/")
+    rows = {module_name(family, row): row for row in family.param_table(cfg)}
+    layers = {}
+    for name, row in rows.items():
+        layer = _layer(cfg.lora, row, boxes, flat_params)
+        if layer is not None:
+            layers[name.removesuffix(".weight")] = layer
+    saved = modules_to_save(cfg, rows, boxes)
+    tensors: Tensors = {}
+    for name, layer in layers.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b
+    for module in saved:
+        for name, row in rows.items():
+            if name.startswith(f"{module}."):
+                arrays = [_read(target, target.param, flat_params) for target in row.targets]
+                tensors[f"{PREFIX}{name}"] = row.to_hf(arrays)
+    config = adapter_config(cfg, layers, saved)
+    with all_or_none(output) as stage:
+        write_tensors(stage, tensors, tensors.__getitem__, file_name=WEIGHTS[0])
+        (stage / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    return family.model_type
+
+
+def module_name(family: Family, row: Row) -> str:
+    """Returns the name of a row's tensor in the modules of transformers 5."""
+    name = row.tensor
+    for pattern, replacement in family.module_names:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def adapter_config(cfg: Experiment, layers: Mapping[str, Layer], saved: list[str]) -> Json:
+    """Returns adapter_config.json; modules are listed by their full names."""
+    rank, alpha = cfg.lora.rank, cfg.lora.alpha
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": cfg.init_from or None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": cfg.lora.dropout,
+        "use_rslora": cfg.lora.rslora,
+        "bias": "none",
+        "target_modules": list(layers),
+        "rank_pattern": {name: x.rank for name, x in layers.items() if x.rank != rank},
+        "alpha_pattern": {name: x.alpha for name, x in layers.items() if x.alpha != alpha},
+        "modules_to_save": saved or None,
+    }
+
+
+def modules_to_save(
+    cfg: Experiment, rows: Mapping[str, Row], boxes: Mapping[str, axes.Partitioned]
+) -> list[str]:
+    """Returns the outermost modules that hold parameters which are trained without adapters.
+
+    Raises:
+      CheckpointError: such a module holds an adapter, too.
+    """
+    trained = trained_paths([tuple(path.split("/")) for path in boxes], cfg.optim)
+    whole = {"/".join(path) for path in trained if not is_adapter(path)}
+    modules = set()
+    for name, row in rows.items():
+        if any(target.param in whole for target in row.targets):
+            modules.add(name.rpartition(".")[0])
+    outer = [name for name in sorted(modules) if not any(map(modules.__contains__, _above(name)))]
+    for module in outer:
+        inside = [row for name, row in rows.items() if name.startswith(f"{module}.")]
+        for target in [target for row in inside for target in row.targets]:
+            if _adapter_path(target, LORA_A) in boxes:
+                raise CheckpointError(
+                    f"{module} is trained in part with adapters and in part without, which PEFT "
+                    "cannot store: export the merged model, without --adapter."
+                )
+    return outer
+
+
+def _above(name: str) -> list[str]:
+    """Returns the modules around a module: "a.b.c" -> ["a", "a.b"]."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def _adapter_path(target: Target, name: str) -> str:
+    return f"{target.param.rpartition('/')[0]}/{name}"
+
+
+def _read(target: Target, path: str, params: Mapping) -> np.ndarray:
+    """Returns a parameter, or one layer of a stacked one, in float32."""
+    array = params[path] if target.layer is None else params[path][target.layer]
+    return np.asarray(jax.device_get(array)).astype(np.float32)
+
+
+def _layer(cfg: Lora, row: Row, boxes: Mapping, params: Mapping) -> Layer | None:
+    """Returns the adapter of a tensor of the files; None: none of its parameters has one."""
+    targets = [target for target in row.targets if _is_adapted(target, boxes)]
+    if not targets:
+        return None
+    settings = [lora.find_target(cfg, tuple(target.param.split("/"))) for target in targets]
+    rank = sum(setting.rank for setting in settings)
+    scale = cfg.scale(settings[0].rank, settings[0].alpha)
+    sides, first_rank = {}, 0
+    for target, setting in zip(targets, settings):
+        lora_a = _read(target, _adapter_path(target, LORA_A), params)
+        lora_b = _read(target, _adapter_path(target, LORA_B), params)
+        # Its own ranks of the product, which all outputs of a fused tensor share.
+        wide_b = np.zeros((rank, *lora_b.shape[1:]), np.float32)
+        wide_b[first_rank : first_rank + setting.rank] = lora_b
+        # Scales may differ; the file has one.
+        wide_b *= cfg.scale(setting.rank, setting.alpha) / scale
+        sides[target] = lora_a, wide_b
+        first_rank += setting.rank
+    contracted = boxes[row.targets[0].param].contracted
+    lora_a = [_as_kernel_inputs(row, target, sides[target][0]) for target in targets]
+    outputs = []
+    for target in row.targets:
+        shape = boxes[target.param].value.shape[contracted + (target.layer is not None) :]
+        wide_b = sides[target][1] if target in sides else np.zeros((rank, *shape), np.float32)
+        outputs.append(wide_b.reshape(rank, *[1] * (contracted - 1), *shape))
+    lora_b = row.to_hf(outputs)
+    if row.stores_inputs_first(contracted):
+        lora_a, lora_b = [x.T for x in lora_a], lora_b.T
+    alpha = scale * (math.sqrt(rank) if cfg.rslora else rank)
+    return Layer(np.concatenate(lora_a), np.ascontiguousarray(lora_b), alpha)
+
+
+def _is_adapted(target: Target, boxes: Mapping) -> bool:
+    return target.param.endswith("/kernel") and _adapter_path(target, LORA_A) in boxes
+
+
+def _as_kernel_inputs(row: Row, target: Target, lora_a: np.ndarray) -> np.ndarray:
+    """Returns lora_a (inputs, rank) in the file's layout of a kernel with `rank` outputs."""
+    return replace(row, targets=(target,)).to_hf([lora_a])

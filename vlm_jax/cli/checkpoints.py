@@ -37,7 +37,6 @@ EXPORT = """examples:
 
 Writes a folder that transformers loads; with --adapter, of the adapters of a run alone, one that
 PEFT loads, or of a checkpoint with an adapter merged."""
-RUN_ADAPTERS = ""  # value of --adapter without a folder
 EXPORT_OPTIONS = {
     "checkpoint": {
         "required": True,
@@ -47,7 +46,7 @@ EXPORT_OPTIONS = {
     "output": {"required": True, "metavar": FOLDER, "help": "folder to write"},
     "adapter": {
         "nargs": "?",
-        "const": RUN_ADAPTERS,
+        "const": True,
         "metavar": "DIR",
         "help": "without DIR: write the LoRA adapters of a run in PEFT's format; with DIR: merge "
         "the adapter of that folder into a public checkpoint",
@@ -84,7 +83,7 @@ def export(arguments: list[str]) -> int:
     from vlm_jax.hub import export
 
     _check_adapter(args)
-    if args.adapter == RUN_ADAPTERS:
+    if args.adapter is True:
         kind = _export_adapters(args)
         print(f"wrote {args.output} (of {kind}), loadable with peft")
         return 0
@@ -100,12 +99,12 @@ def export(arguments: list[str]) -> int:
 
 def _check_adapter(args) -> None:
     """Raises ConfigError if --adapter names a folder for a run, or none for a checkpoint."""
-    if args.adapter == RUN_ADAPTERS and not is_run(args.checkpoint):
+    if args.adapter is True and not is_run(args.checkpoint):
         raise ConfigError(
             f"--adapter needs the folder of a PEFT adapter to merge into --checkpoint "
             f"{args.checkpoint}, which is not a run."
         )
-    if args.adapter and is_run(args.checkpoint):
+    if isinstance(args.adapter, str) and is_run(args.checkpoint):
         raise ConfigError(
             f"--adapter {args.adapter} cannot be merged into the run --checkpoint "
             f"{args.checkpoint}: leave the folder out to write the adapters of the run."
@@ -115,15 +114,19 @@ def _check_adapter(args) -> None:
 def _export_adapters(args) -> str:
     """Writes the adapters of a run; returns the family of their base model."""
     from vlm_jax.hub.peft.write import write_adapter
+    from vlm_jax.hub.tensors.folder import read_json
     from vlm_jax.train.initial import load_state
 
-    cfg = Workdir(args.checkpoint).read_config()
+    workdir = Workdir(args.checkpoint)
+    cfg = workdir.read_config()
     if cfg.lora.rank is None:
         raise ConfigError(
             f"--checkpoint {args.checkpoint} has no adapters (lora.rank is None): leave out "
             "--adapter to write the whole model."
         )
-    return write_adapter(cfg, load_state(cfg).params, args.output)
+    config = workdir.processor / "config.json"
+    base = read_json(config) if config.is_file() else None
+    return write_adapter(cfg, load_state(cfg).params, args.output, base)
 
 
 def _export_run(args) -> str:

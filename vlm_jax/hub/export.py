@@ -179,12 +179,16 @@ def with_embedding_row(cfg: Experiment, params: Mapping, image: int) -> tuple[Ex
 
 
 def matching_family(
-    cfg: Experiment, intermediate_layers: str = "output", max_differences: int | None = None
+    cfg: Experiment,
+    intermediate_layers: str = "output",
+    max_differences: int | None = None,
+    preferred: str | None = None,
 ) -> Family:
     """Returns the family whose config.json can express this experiment's architecture.
 
     Args:
       max_differences: number of the closest family's differences that an error lists; None: all.
+      preferred: model_type of the family to choose if several can.
 
     Raises:
       CheckpointError: no family can.
@@ -196,7 +200,7 @@ def matching_family(
         )
     fields = architecture_fields(cfg)
     candidates = []
-    for known in KNOWN:
+    for known in sorted(KNOWN, key=lambda family: family.model_type != preferred):
         family = find_family({"model_type": known.model_type}, "", intermediate_layers)
         written = _as_written(family, cfg)
         if written is None:

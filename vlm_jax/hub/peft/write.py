@@ -44,13 +44,16 @@ class Layer:
         return len(self.lora_a)
 
 
-def write_adapter(cfg: Experiment, params: Mapping, output: str | os.PathLike) -> str:
+def write_adapter(
+    cfg: Experiment, params: Mapping, output: str | os.PathLike, base: Json | None = None
+) -> str:
     """Writes adapter_config.json and adapter_model.safetensors, with the names of transformers 5.
 
     Parts that are trained without adapters are written whole (`modules_to_save`).
 
     Args:
       params: of a run, its adapters not merged.
+      base: config.json of the checkpoint that the run began with.
 
     Returns:
       the model_type of the base model.
@@ -61,7 +64,7 @@ def write_adapter(cfg: Experiment, params: Mapping, output: str | os.PathLike) -
     """
     if (Path(output).expanduser() / CONFIG).exists():
         raise CheckpointError(f"--output {output} holds an adapter already: choose another folder.")
-    family = matching_family(cfg)
+    family = matching_family(cfg, preferred=(base or {}).get("model_type"))
     boxes = traverse_util.flatten_dict(abstract_params(cfg), sep="/")
     flat_params = traverse_util.flatten_dict(params, sep="/")
     rows = {module_name(family, row): row for row in family.param_table(cfg)}
@@ -163,36 +166,32 @@ def _layer(cfg: Lora, row: Row, boxes: Mapping, params: Mapping) -> Layer | None
         return None
     settings = [lora.find_target(cfg, tuple(target.param.split("/"))) for target in targets]
     rank = sum(setting.rank for setting in settings)
+    # Scales of a fused tensor's parts may differ, but the file has one.
     scale = cfg.scale(settings[0].rank, settings[0].alpha)
-    sides, first_rank = {}, 0
+    lora_a, wide_b, first_rank = [], {}, 0
     for target, setting in zip(targets, settings):
-        lora_a = _read(target, _adapter_path(target, LORA_A), params)
-        lora_b = _read(target, _adapter_path(target, LORA_B), params)
-        # Its own ranks of the product, which all outputs of a fused tensor share.
-        wide_b = np.zeros((rank, *lora_b.shape[1:]), np.float32)
-        wide_b[first_rank : first_rank + setting.rank] = lora_b
-        # Scales may differ; the file has one.
-        wide_b *= cfg.scale(setting.rank, setting.alpha) / scale
-        sides[target] = lora_a, wide_b
+        a = _read(target, _adapter_path(target, LORA_A), params)
+        b = _read(target, _adapter_path(target, LORA_B), params)
+        outputs = [1] * (b.ndim - 2)
+        # In the layout of a kernel (inputs, outputs) whose outputs are the ranks.
+        lora_a.append(replace(row, targets=(target,)).to_hf([a.reshape(*a.shape, *outputs)]))
+        wide_b[target] = np.zeros((rank, *b.shape[1:]), np.float32)
+        ranks = slice(first_rank, first_rank + setting.rank)
+        wide_b[target][ranks] = b * (cfg.scale(setting.rank, setting.alpha) / scale)
         first_rank += setting.rank
+    # In the layout of a kernel whose inputs are the ranks.
     contracted = boxes[row.targets[0].param].contracted
-    lora_a = [_as_kernel_inputs(row, target, sides[target][0]) for target in targets]
-    outputs = []
+    kernels = []
     for target in row.targets:
-        shape = boxes[target.param].value.shape[contracted + (target.layer is not None) :]
-        wide_b = sides[target][1] if target in sides else np.zeros((rank, *shape), np.float32)
-        outputs.append(wide_b.reshape(rank, *[1] * (contracted - 1), *shape))
-    lora_b = row.to_hf(outputs)
+        outputs = target.shape({target.param: boxes[target.param].value.shape})[contracted:]
+        b = wide_b.get(target, np.zeros((rank, *outputs), np.float32))
+        kernels.append(b.reshape(rank, *[1] * (contracted - 1), *outputs))
+    lora_b = row.to_hf(kernels)
     if row.stores_inputs_first(contracted):
-        lora_a, lora_b = [x.T for x in lora_a], lora_b.T
+        lora_a, lora_b = [a.T for a in lora_a], lora_b.T
     alpha = scale * (math.sqrt(rank) if cfg.rslora else rank)
     return Layer(np.concatenate(lora_a), np.ascontiguousarray(lora_b), alpha)
 
 
 def _is_adapted(target: Target, boxes: Mapping) -> bool:
     return target.param.endswith("/kernel") and _adapter_path(target, LORA_A) in boxes
-
-
-def _as_kernel_inputs(row: Row, target: Target, lora_a: np.ndarray) -> np.ndarray:
-    """Returns lora_a (inputs, rank) in the file's layout of a kernel with `rank` outputs."""
-    return replace(row, targets=(target,)).to_hf([lora_a])

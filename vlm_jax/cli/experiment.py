@@ -75,7 +75,7 @@ def parse_experiment(
         from vlm_jax.hub import pretrained_parts
 
         explicit = files.explicit_fields(base, fields)
-        resolved = pretrained_parts.resolve_checkpoints(cfg, explicit)
+        resolved = pretrained_parts.resolve_checkpoints(cfg, explicit, command == "eval")
         cfg = Workdir(cfg.workdir).as_begun(resolved, explicit)
     check_metrics(cfg.eval.metrics, "eval.metrics")
     # A finished run may be evaluated by other metrics.

@@ -127,6 +127,7 @@ BELOW = {"lora.dropout": 1, "optim.beta1": 1, "optim.beta2": 1}
 PATHS = (
     "workdir",
     "init_from",
+    "adapter",
     "data.dir",
     "data.files",
     "data.image_dir",

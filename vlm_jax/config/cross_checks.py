@@ -307,6 +307,11 @@ def _rates(cfg: Experiment) -> None:
 
 def _lora(cfg: Experiment) -> None:
     lora = cfg.lora
+    if cfg.adapter and (not cfg.init_from or cfg.init_parts):
+        raise ConfigError(
+            f"adapter {cfg.adapter} needs its whole base model: set init_from to its folder, and "
+            "leave init_parts out."
+        )
     if lora.rank is None:
         for field in dataclasses.fields(lora):
             if _is_changed(lora, field.name):

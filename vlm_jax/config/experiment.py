@@ -290,6 +290,8 @@ class Experiment:
     init_from: str = ""
     #: the parts of init_from to use; (): all
     init_parts: tuple[Literal["vision", "projector", "decoder"], ...] = ()
+    #: folder of a LoRA adapter of init_from, in PEFT's format: its training continues
+    adapter: str = ""
     workdir: str = ""  # folder of the run; empty: runs/<config name>
     seed: int = 0  # seed of new parameters and of the order of the data
 

@@ -26,7 +26,7 @@ from vlm_jax.hub.families.family import (
 from vlm_jax.hub.families.registry import config_path, find_family
 from vlm_jax.hub.families.table import Row, Target
 from vlm_jax.hub.peft.adapter import Adapter, read_adapter
-from vlm_jax.hub.peft.merge import merge
+from vlm_jax.hub.peft.merge import check_base, merge
 from vlm_jax.hub.tensors.folder import Tensors, open_tensors, read_json
 from vlm_jax.hub.tensors.mapped import StoredTensor, tensors_equal
 from vlm_jax.hub.tensors.transpose import copy_into, empty_aligned
@@ -59,8 +59,21 @@ class Checkpoint(NamedTuple):
         stored = {name: tensors[stored] for name, stored in self.stored_names.items()}
         if self.adapter is None:
             return stored
-        boxes = traverse_util.flatten_dict(abstract_params(self.cfg), sep="/")
-        return merge(self.adapter, self.family, self.rows, boxes, stored)
+        return merge(self.adapter, self.family, self.rows, self._boxes, stored)
+
+    def with_adapter(self, adapter: Adapter, tensors: Tensors) -> "Checkpoint":
+        """Returns the checkpoint with an adapter, which is merged into `stored`.
+
+        Raises:
+          CheckpointError: the adapter belongs to another model.
+        """
+        stored = self.stored(tensors)
+        adapter = check_base(adapter, self.family, self.rows, self._boxes, stored)
+        return self._replace(adapter=adapter)
+
+    @property
+    def _boxes(self) -> dict[str, axes.Partitioned]:
+        return traverse_util.flatten_dict(abstract_params(self.cfg), sep="/")
 
     @property
     def image_token(self) -> int | None:
@@ -180,9 +193,7 @@ def inspect(
     checkpoint = Checkpoint(folder, config, family, cfg, rows, names)
     if adapter is None:
         return checkpoint
-    checkpoint = checkpoint._replace(adapter=read_adapter(adapter))
-    checkpoint.stored(tensors)
-    return checkpoint
+    return checkpoint.with_adapter(read_adapter(adapter), tensors)
 
 
 def _reject_quantized(tensors: Tensors, names: Mapping[str, str], folder: Path) -> None:

@@ -36,7 +36,8 @@ from vlm_jax.hub.load import (
     read_image_token,
     read_params,
 )
-from vlm_jax.hub.tensors.folder import open_tensors
+from vlm_jax.hub.peft.start import with_adapter_settings
+from vlm_jax.hub.tensors.folder import Tensors, open_tensors
 from vlm_jax.hub.text.chat_template import ChatTemplate
 from vlm_jax.hub.text.dialogue import Dialogue
 from vlm_jax.hub.text.prompt_formats import has_own_format
@@ -61,12 +62,15 @@ TILING_FIELDS = ("tiles", "thumbnail", "tile_tags")
 POSITIONS = "vision/patch_embed/positions"
 
 
-def resolve_checkpoints(cfg: Experiment, explicit: Collection[str] = ()) -> Experiment:
-    """Returns the experiment with the settings of its checkpoints.
+def resolve_checkpoints(
+    cfg: Experiment, explicit: Collection[str] = (), merges_adapter: bool = False
+) -> Experiment:
+    """Returns the experiment with the settings of its checkpoints and its adapter.
 
     Args:
       explicit: fields, such as "vision.image_size_px", that the user set in addition to a
         checkpoint.
+      merges_adapter: the adapter is not trained, so that its settings do not matter.
 
     Raises:
       CheckpointError: a folder is not a checkpoint or lacks the part; a projector connects other
@@ -87,7 +91,9 @@ def resolve_checkpoints(cfg: Experiment, explicit: Collection[str] = ()) -> Expe
         cfg = replace(cfg, data=_resolve_data(cfg, is_whole_model, requested, config_of))
     if cfg.projector.checkpoint:
         cfg = replace(cfg, projector=_resolve_projector(cfg, config_of))
-    return _with_requested(cfg, requested)
+    cfg = _with_requested(cfg, requested)
+    trains_adapter = cfg.adapter and is_whole_model and not merges_adapter
+    return with_adapter_settings(cfg) if trains_adapter else cfg
 
 
 def _with_init_from(
@@ -311,7 +317,7 @@ def _load_part(cfg: Experiment, part: str, shapes: dict, mesh: Mesh) -> dict[str
     folder = getattr(cfg, part).checkpoint
     params = {}
     with open_tensors(folder) as tensors:
-        checkpoint = inspect(folder, tensors)
+        checkpoint = _inspect_with_adapter(cfg, folder, tensors)
         stored_cfg = _with_stored_image_size(cfg, checkpoint.cfg)
         boxed = traverse_util.flatten_dict(abstract_params(stored_cfg), sep="/")
         rows = _part_table(checkpoint, cfg, part)
@@ -325,6 +331,19 @@ def _load_part(cfg: Experiment, part: str, shapes: dict, mesh: Mesh) -> dict[str
         for dtype, boxed_of_dtype in by_dtype.items():
             params |= read_params(rows, stored, boxed_of_dtype, dtype, mesh)
     return with_positions(cfg, params, mesh)
+
+
+def _inspect_with_adapter(cfg: Experiment, folder: str, tensors: Tensors) -> Checkpoint:
+    """Inspects a checkpoint with the adapter of the experiment, if it is for this folder.
+
+    The adapter is merged; in training, its saved modules alone (`hub.peft.start` has the rest).
+    """
+    if not cfg.adapter or folder != cfg.init_from:
+        return inspect(folder, tensors)
+    checkpoint = inspect(folder, tensors, adapter=cfg.adapter)
+    if cfg.lora.rank is None:
+        return checkpoint
+    return checkpoint._replace(adapter=replace(checkpoint.adapter, layers={}))
 
 
 def _with_stored_image_size(cfg: Experiment, stored: Config) -> Experiment:

@@ -15,6 +15,7 @@ from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub import pretrained_parts
 from vlm_jax.hub.export import COPIED_FILES
 from vlm_jax.hub.families.table import layers_with
+from vlm_jax.hub.peft import start
 from vlm_jax.hub.text.dialogue import Dialogue
 from vlm_jax.hub.text.tokenizer import HubTokenizer
 from vlm_jax.nn import lora
@@ -44,6 +45,17 @@ def load_parts(cfg: Experiment, like: State, mesh: Mesh) -> dict[str, jax.Array]
     for folder, parts in parts_of_folder.items():
         if is_run(folder):
             params |= _load_parts_of_run(cfg, folder, parts, shapes, mesh)
+    if cfg.adapter and cfg.lora.rank is not None:
+        params |= _load_adapters(cfg, shapes)
+    return params
+
+
+def _load_adapters(cfg: Experiment, shapes: Mapping) -> dict[str, jax.Array]:
+    """Lays the parameters of `cfg.adapter` out on the mesh."""
+    params = {}
+    for path, x in start.load_adapters(cfg).items():
+        sharding = shapes[path].sharding
+        params[path] = jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
     return params
 
 

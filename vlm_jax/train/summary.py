@@ -92,7 +92,10 @@ def describe_beginning(cfg: Experiment) -> str:
     folders: dict[str, list[str]] = {}
     for part in cfg.pretrained_parts:
         folders.setdefault(getattr(cfg, part).checkpoint, []).append(part)
-    return "; ".join(f"{folder} ({', '.join(parts)})" for folder, parts in folders.items())
+    beginnings = [f"{folder} ({', '.join(parts)})" for folder, parts in folders.items()]
+    if cfg.adapter:
+        beginnings.append(f"{cfg.adapter} (adapter)")
+    return "; ".join(beginnings)
 
 
 def describe_export(cfg: Experiment) -> str:

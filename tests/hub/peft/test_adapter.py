@@ -81,6 +81,8 @@ CASES = {
     ),
     # Gated cross-attention, the tiled encoder and the projector.
     "mllama": (hub("mllama"), {"target_modules": "all-linear"}),
+    # Queries, keys and values interleaved by head.
+    "fuyu": (hub("fuyu"), {"target_modules": ["query_key_value", "dense", "vision_embed_tokens"]}),
 }
 
 

@@ -5,7 +5,7 @@ of any module of any family needs no rows of its own.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from vlm_jax.config import CheckpointError
 from vlm_jax.hub.families.family import Family
 from vlm_jax.hub.families.table import Row
 from vlm_jax.hub.peft.adapter import Adapter, LoraLayer
-from vlm_jax.hub.tensors.mapped import StoredTensor
+from vlm_jax.hub.tensors.mapped import StoredTensor, tensors_equal
 
 MAX_LISTED = 3  # tensors that do not fit, in one line
 
@@ -55,65 +55,73 @@ def merge(
     Args:
       rows: weight table of the checkpoint.
       boxes: path -> shape and logical axes of the parameters.
-      stored: tensors by their names in the table.
-
-    Raises:
-      CheckpointError: the adapter belongs to another model, or replaces a tied embedding.
+      stored: tensors by their names in the table, which `check_base` has compared.
     """
-    names = family.normalize_names([*adapter.layers, *adapter.saved])
     row_of = {row.tensor: row for row in rows}
     merged = dict(stored)
-    problems = []
-    for name, name_in_file in names.items():
-        if name not in stored:
-            problems.append(f"{name_in_file} is unknown")
-            continue
-        if name_in_file in adapter.saved:
-            merged[name] = adapter.saved[name_in_file]
-            shape = merged[name].shape
-        else:
-            merged[name] = _merged(stored[name], adapter.layers[name_in_file], row_of[name], boxes)
-            shape = _shape(merged[name])
-        if shape != stored[name].shape:
-            problems.append(f"{name_in_file} has the shape {shape}, not {stored[name].shape}")
+    for name, name_in_file in family.normalize_names(adapter.saved).items():
+        merged[name] = adapter.saved[name_in_file]
+    for name, name_in_file in family.normalize_names(adapter.layers).items():
+        contracted = boxes[row_of[name].targets[0].param].contracted
+        is_transposed = row_of[name].stores_inputs_first(contracted)
+        merged[name] = MergedTensor(merged[name], adapter.layers[name_in_file], is_transposed)
+    return merged
+
+
+def check_base(
+    adapter: Adapter,
+    family: Family,
+    rows: list[Row],
+    boxes: Mapping[str, axes.Partitioned],
+    stored: Mapping[str, StoredTensor],
+) -> Adapter:
+    """Returns the adapter without saved copies of unchanged tensors; takes the args of `merge`.
+
+    Raises:
+      CheckpointError: the adapter belongs to another model, or changes an embedding that is the
+        output head, too.
+    """
+    row_of = {row.tensor: row for row in rows}
+    problems, saved = [], {}
+    for name, name_in_file in family.normalize_names(adapter.saved).items():
+        tensor = adapter.saved[name_in_file]
+        if name not in stored or tensor.shape != stored[name].shape:
+            problems.append(_problem(name_in_file, tensor.shape, stored.get(name)))
+        elif not tensors_equal(tensor, stored[name]):
+            _reject_tied(adapter, row_of[name], boxes)
+            saved[name_in_file] = tensor
+    for name, name_in_file in family.normalize_names(adapter.layers).items():
+        shape = adapter.layers[name_in_file].shape
+        if name in stored:
+            _reject_tied(adapter, row_of[name], boxes)
+            contracted = boxes[row_of[name].targets[0].param].contracted
+            is_transposed = row_of[name].stores_inputs_first(contracted)
+            shape = shape[::-1] if is_transposed else shape
+        if name not in stored or shape != stored[name].shape:
+            problems.append(_problem(name_in_file, shape, stored.get(name)))
     if problems:
         more = f" and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
         raise CheckpointError(
             f"adapter {adapter.folder} belongs to another model: "
             f"{'; '.join(problems[:MAX_LISTED])}{more}."
         )
-    _reject_tied(adapter, row_of, names, boxes)
-    return merged
+    return replace(adapter, saved=saved)
 
 
-def _merged(
-    base: StoredTensor, layer: LoraLayer, row: Row, boxes: Mapping[str, axes.Partitioned]
-) -> MergedTensor:
-    contracted = boxes[row.targets[0].param].contracted
-    return MergedTensor(base, layer, row.stores_inputs_first(contracted))
+def _problem(name: str, shape: tuple[int, ...], base: StoredTensor | None) -> str:
+    if base is None:
+        return f"{name} is unknown"
+    return f"{name} has the shape {shape}, not {base.shape}"
 
 
-def _shape(tensor: MergedTensor) -> tuple[int, ...]:
-    """Shape of the adapter in the layout of the file."""
-    shape = tensor.layer.shape
-    return shape[::-1] if tensor.is_transposed else shape
+def _reject_tied(adapter: Adapter, row: Row, boxes: Mapping[str, axes.Partitioned]) -> None:
+    """Raises CheckpointError for an embedding whose table is the output head, too.
 
-
-def _reject_tied(
-    adapter: Adapter,
-    row_of: Mapping[str, Row],
-    names: Mapping[str, str],
-    boxes: Mapping[str, axes.Partitioned],
-) -> None:
-    """Raises CheckpointError for a saved embedding whose table is the output head, too.
-
-    In PEFT the copy of one of them is trained, so that they differ.
+    In PEFT one of them is changed, so that they differ.
     """
-    if "decoder/free_head/kernel" in boxes:
-        return
-    for name, name_in_file in names.items():
-        if row_of[name].targets[0].param == "decoder/embedding/table":
-            raise CheckpointError(
-                f"adapter {adapter.folder} changes {name_in_file}, which is the output head of "
-                "this model, too: that is not supported."
-            )
+    param = row.targets[0].param
+    if param == "decoder/embedding/table" and "decoder/free_head/kernel" not in boxes:
+        raise CheckpointError(
+            f"adapter {adapter.folder} changes {row.tensor}, which is the output head of this "
+            "model, too: that is not supported."
+        )

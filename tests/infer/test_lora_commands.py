@@ -1,0 +1,131 @@
+"""LoRA from the command line: train, continue, export, and use the exported adapter."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from tests.hub import tiny_checkpoints
+from vlm_jax import axes, from_run
+from vlm_jax.cli.experiment import parse_checkpoint_evaluation, parse_experiment
+from vlm_jax.cli.main import main
+from vlm_jax.hub.load import load_params
+from vlm_jax.infer import run
+from vlm_jax.nn import lora
+from vlm_jax.runtime.workdir import Workdir
+from vlm_jax.testing import write_conversations
+from vlm_jax.train import initial
+from vlm_jax.train.step import abstract_state
+from vlm_jax.train.summary import describe_beginning
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Holds `llava`, conversations, and `run`: its decoder with LoRA, its projector in full."""
+    folder = tmp_path_factory.mktemp("lora")
+    (folder / "llava").mkdir()
+    tiny_checkpoints.llava(folder / "llava")
+    write_conversations(folder / "talks", count=6)
+    assert main(train(folder, "run", *LORA)) == 0
+    return folder
+
+
+LORA = ["--lora.rank", "3", "--lora.alpha", "6", "--lora.dropout", "0.1"]
+
+
+def data(folder):
+    talks = folder / "talks"
+    options = {"files": talks / "talks.json", "image_dir": talks, "dir": folder / "datasets"}
+    options |= {"images_per_row": 2, "text_length": 60, "template": "plain"}
+    return [str(x) for name, value in options.items() for x in (f"--data.{name}", value)]
+
+
+def train(folder, name, *options):
+    return [
+        *("train", "--checkpoint", str(folder / "llava"), "--workdir", str(folder / name)),
+        *data(folder),
+        *("--optim.lr_mult.vision", "0", "--optim.learning_rate", "0.01"),
+        *("--train.steps", "2", "--train.batch_size", "8", "--train.checkpoint_every_steps", "1"),
+        *("--optim.warmup_steps", "0", *options),
+    ]
+
+
+def flat(params):
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def assert_equal(actual, expected, atol=0.0):
+    assert actual.keys() == expected.keys()
+    for path, x in expected.items():
+        np.testing.assert_allclose(actual[path], x, rtol=0, atol=atol, err_msg=path)
+
+
+def test_a_run_that_was_stopped_continues_bit_for_bit(folder, tmp_path):
+    copy = shutil.copytree(folder / "run", tmp_path / "run")
+    cfg = Workdir(str(copy)).read_config()
+    expected = initial.load_state(cfg)
+    shutil.rmtree(copy / "checkpoints" / "2")
+    assert main(["train", "--workdir", str(copy)]) == 0
+    continued = initial.load_state(cfg)
+    assert jax.tree.all(jax.tree.map(np.array_equal, continued, expected))
+
+
+def test_exports_are_the_run(folder, tmp_path):
+    """Merged, and as an adapter of its base."""
+    workdir, merged, adapter = str(folder / "run"), tmp_path / "merged", str(tmp_path / "adapter")
+    base = str(folder / "llava")
+    _, params, _ = from_run(workdir)
+    params = flat(params)
+    before = flat(load_params(base)[1])
+    changed = {path for path in before if not np.array_equal(before[path], params[path])}
+    assert any("decoder" in path for path in changed)
+    assert {path.split("/")[0] for path in changed} == {"decoder", "projector"}
+
+    assert main(["export", "--checkpoint", workdir, "--output", str(merged)]) == 0
+    assert_equal(flat(load_params(merged)[1]), params)
+    assert main(["export", "--checkpoint", workdir, "--adapter", "--output", adapter]) == 0
+    assert_equal(flat(load_params(base, adapter=adapter)[1]), params, atol=1e-6)
+
+
+def test_an_exported_adapter_is_evaluated_and_trained_as_the_run(folder, tmp_path):
+    adapter = str(tmp_path / "adapter")
+    assert (
+        main(["export", "--checkpoint", str(folder / "run"), "--adapter", "--output", adapter]) == 0
+    )
+    expected = flat(from_run(folder / "run")[1])
+
+    arguments = ["--checkpoint", str(folder / "llava"), "--adapter", adapter, *data(folder)]
+    arguments += ["--workdir", str(tmp_path / "evaluation")]
+    cfg = parse_checkpoint_evaluation([*arguments, "--eval.split", "train"])
+    assert_equal(flat(run.load_untrained(cfg)[0]), expected, atol=1e-6)
+
+    _, *arguments = train(folder, "again", "--adapter", adapter)
+    cfg = parse_experiment("train", arguments, stored=False)
+    assert (cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout) == (3, 6, 0)
+    mesh = axes.make_mesh(cfg.mesh)
+    loaded = traverse_util.unflatten_dict(
+        initial.load_parts(cfg, abstract_state(cfg, mesh), mesh), sep="/"
+    )
+    assert_equal(flat(lora.merge(cfg.lora, loaded)), expected, atol=1e-6)
+    assert "(adapter)" in describe_beginning(cfg)
+
+
+def test_what_does_not_fit_is_refused(folder, capsys):
+    def refused(*command):
+        assert main(list(command)) == 2
+        return capsys.readouterr().err
+
+    base, workdir, output = str(folder / "llava"), str(folder / "run"), str(folder / "no")
+    export = ("export", "--output", output, "--checkpoint")
+    assert "needs the folder of a PEFT adapter to merge into" in refused(*export, base, "--adapter")
+    assert "leave the folder out to write the adapters" in refused(
+        *export, workdir, "--adapter", base
+    )
+    assert "is not a PEFT adapter" in refused(*export, base, "--adapter", base)
+    command = train(folder, "no", "--lora.rank", "33")
+    assert "lora.rank 33 of lora.targets decoder exceeds the smaller width" in refused(*command)
+    command = train(folder, "no", "--lora.rank", "2", "--lora.targets", "decoder.fc1")
+    assert "decoder.fc1 matches no kernel of the model" in refused(*command)
+    assert not (folder / "no").exists()

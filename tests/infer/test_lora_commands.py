@@ -90,10 +90,8 @@ def test_exports_are_the_run(folder, tmp_path):
 
 
 def test_an_exported_adapter_is_evaluated_and_trained_as_the_run(folder, tmp_path):
-    adapter = str(tmp_path / "adapter")
-    assert (
-        main(["export", "--checkpoint", str(folder / "run"), "--adapter", "--output", adapter]) == 0
-    )
+    workdir, adapter = str(folder / "run"), str(tmp_path / "adapter")
+    assert main(["export", "--checkpoint", workdir, "--adapter", "--output", adapter]) == 0
     expected = flat(from_run(folder / "run")[1])
 
     arguments = ["--checkpoint", str(folder / "llava"), "--adapter", adapter, *data(folder)]
@@ -103,7 +101,7 @@ def test_an_exported_adapter_is_evaluated_and_trained_as_the_run(folder, tmp_pat
 
     _, *arguments = train(folder, "again", "--adapter", adapter)
     cfg = parse_experiment("train", arguments, stored=False)
-    assert (cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout) == (3, 6, 0)
+    assert (cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout) == (3, 6, 0.1)
     mesh = axes.make_mesh(cfg.mesh)
     loaded = traverse_util.unflatten_dict(
         initial.load_parts(cfg, abstract_state(cfg, mesh), mesh), sep="/"
@@ -120,9 +118,8 @@ def test_what_does_not_fit_is_refused(folder, capsys):
     base, workdir, output = str(folder / "llava"), str(folder / "run"), str(folder / "no")
     export = ("export", "--output", output, "--checkpoint")
     assert "needs the folder of a PEFT adapter to merge into" in refused(*export, base, "--adapter")
-    assert "leave the folder out to write the adapters" in refused(
-        *export, workdir, "--adapter", base
-    )
+    command = (*export, workdir, "--adapter", base)
+    assert "leave the folder out to write the adapters" in refused(*command)
     assert "is not a PEFT adapter" in refused(*export, base, "--adapter", base)
     command = train(folder, "no", "--lora.rank", "33")
     assert "lora.rank 33 of lora.targets decoder exceeds the smaller width" in refused(*command)

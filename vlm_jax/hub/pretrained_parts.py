@@ -92,8 +92,9 @@ def resolve_checkpoints(
     if cfg.projector.checkpoint:
         cfg = replace(cfg, projector=_resolve_projector(cfg, config_of))
     cfg = _with_requested(cfg, requested)
-    trains_adapter = cfg.adapter and is_whole_model and not merges_adapter
-    return with_adapter_settings(cfg) if trains_adapter else cfg
+    if cfg.adapter and is_whole_model and not merges_adapter:
+        return with_adapter_settings(cfg, "lora.dropout" in requested)
+    return cfg
 
 
 def _with_init_from(

@@ -39,8 +39,11 @@ class Adapted(NamedTuple):
         return tuple(self.target.param.split("/"))
 
 
-def with_adapter_settings(cfg: Experiment) -> Experiment:
-    """Returns the experiment with the ranks, alphas and targets of `cfg.adapter`.
+def with_adapter_settings(cfg: Experiment, keeps_dropout: bool = False) -> Experiment:
+    """Returns the experiment with the ranks, alphas, targets and dropout of `cfg.adapter`.
+
+    Args:
+      keeps_dropout: keeps the experiment's own dropout.
 
     Raises:
       CheckpointError: the adapter cannot be trained here, or not with this experiment.
@@ -67,7 +70,10 @@ def with_adapter_settings(cfg: Experiment) -> Experiment:
         alpha = layer.scale * (math.sqrt(layer.rank) if use_rslora else layer.rank)
         targets.append(LoraTarget(name, layer.rank, alpha))
     rank, alpha = targets[0].rank, targets[0].alpha
-    settings = Lora(rank, alpha, cfg.lora.dropout, _spell(targets, rank, alpha), use_rslora)
+    dropout = cfg.lora.dropout
+    if not keeps_dropout:
+        dropout = float(checkpoint.adapter.config.get("lora_dropout", 0))
+    settings = Lora(rank, alpha, dropout, _spell(targets, rank, alpha), use_rslora)
     cfg = replace(cfg, lora=settings)
     _check_saved(cfg, checkpoint)
     return cfg

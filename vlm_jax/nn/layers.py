@@ -110,7 +110,10 @@ class Dense(nn.Module):
             rate = self.get_variable("params", LORA_DROPOUT)
             is_kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, x.shape)
             x = jnp.where(is_kept, x / (1 - rate), 0).astype(x.dtype)
-        return matmul(matmul(x, lora_a.reshape(-1, rank)), lora_b.reshape(rank, -1))
+        hidden = matmul(x, lora_a.reshape(-1, rank))
+        # With a batch axis, so that remat does not save this product beside that of the kernel.
+        dimensions = (((hidden.ndim,), (1,)), ((0,), (0,)))
+        return jax.lax.dot_general(hidden[None], lora_b.reshape(1, rank, -1), dimensions)[0]
 
 
 class Norm(nn.Module):

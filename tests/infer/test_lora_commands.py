@@ -20,6 +20,8 @@ from vlm_jax.train import initial
 from vlm_jax.train.step import abstract_state
 from vlm_jax.train.summary import describe_beginning
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

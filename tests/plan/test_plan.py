@@ -49,11 +49,23 @@ def test_json_is_the_only_thing_on_stdout_and_adds_up(capsys, config):
     assert sizes.pop("total") == sum(sizes.values())
     work = [part["forward_flops"] + part["backward_flops"] for part in plan["parts"].values()]
     assert sum(work) == plan["train_flops"]
-    assert not plan["parts"]["vision"]["trained"] and plan["parts"]["vision"]["backward_flops"] == 0
+    vision, decoder = plan["parts"]["vision"], plan["parts"]["decoder"]
+    assert vision["trained_parameters"] == vision["backward_flops"] == 0
+    assert decoder["trained_parameters"] == decoder["parameters"]
     assert plan["tokens"] == {
         "images": 1, "tiles": 1, "patches": 4, "encoder": 4, "features": 4,
         "projected": 4, "sequence": 28, "memory": 0,
     }  # fmt: skip
+
+
+def test_lora_trains_a_share_of_its_part(capsys, config):
+    options = ["--lora.rank", "2", "--lora.targets", "decoder.query"]
+    decoder = planned(capsys, "--config", config, *options)["parts"]["decoder"]
+    # Of two layers with 32 inputs and 4 heads of 8 dimensions.
+    assert decoder["trained_parameters"] == 2 * (32 * 2 + 2 * 32)
+    assert main(["plan", "--config", config, *options]) == 0
+    share = decoder["trained_parameters"] / decoder["parameters"]
+    assert f"{share:.1%} trained" in capsys.readouterr().out
 
 
 def test_the_table_names_every_part_and_size(capsys, config):

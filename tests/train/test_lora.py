@@ -102,8 +102,8 @@ def test_settings_without_effect_are_refused(cfg, message):
 def test_remat_saves_no_product_of_an_adapter():
     """Its output is as large as its layer's, which is saved already; x lora_a is small."""
     one_device = AbstractMesh((1, 1, 1), axes.MESH_AXES)
-    decoder = replace(CFG.decoder, remat="dots", depth=8)
+    decoder = replace(CFG.decoder, remat="dots", depth=4)
     cfg = replace(CFG, decoder=decoder, lora=Lora(rank=2))
     base = replace(cfg, lora=Lora(), optim=replace(cfg.optim, lr_mult=LrMult(vision=0)))
     adapted, full = [predict_memory(x, one_device).activations for x in (cfg, base)]
-    assert adapted < 1.1 * full
+    assert adapted < 1.2 * full

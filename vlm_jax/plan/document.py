@@ -15,7 +15,7 @@ from vlm_jax.cost.flops import flops_by_part, token_flow, train_flops
 from vlm_jax.hub.export import exportable
 from vlm_jax.nn import lora
 from vlm_jax.nn.models import abstract_params
-from vlm_jax.nn.parts import PARTS, find_part, trained_parts
+from vlm_jax.nn.parts import PARTS, find_part, trained_paths
 from vlm_jax.plan import compiled, memory
 from vlm_jax.plan.hlo import Program
 from vlm_jax.plan.roofline import roofline
@@ -72,16 +72,18 @@ def build_plan(
 
 
 def part_costs(cfg: Experiment) -> dict[str, dict]:
-    """Parameters and FLOPs per step of every part of the model, and whether it is trained."""
+    """Parameters, trained parameters and FLOPs per step of every part of the model."""
     flat = traverse_util.flatten_dict(state_shapes(cfg).params)
-    count = Counter()
+    is_trained = trained_paths(flat, cfg.optim)
+    count, trained = Counter(), Counter()
     for path, x in flat.items():
         count[find_part(path)] += math.prod(x.shape)
-    trained, flops = trained_parts(cfg.optim), flops_by_part(cfg)
+        trained[find_part(path)] += math.prod(x.shape) if path in is_trained else 0
+    flops = flops_by_part(cfg)
     return {
         part: {
             "parameters": count[part],
-            "trained": part in trained,
+            "trained_parameters": trained[part],
             "forward_flops": flops[part].forward,
             "backward_flops": flops[part].backward,
         }

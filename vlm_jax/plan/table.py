@@ -63,10 +63,17 @@ def _parts(cfg: Experiment, plan: dict) -> str:
     total = Counter()
     for name, part in plan["parts"].items():
         total.update({key: part[key] for key in ("parameters", "forward_flops", "backward_flops")})
-        rows.append(_part_row(name, part, "trained" if part["trained"] else "frozen"))
+        rows.append(_part_row(name, part, _training_state(part)))
     rows.append(_part_row("total", total, ""))
     tokens = f"all {cfg.data.text_length} text tokens per row"
     return f"One step of {plan['rows']} rows, if {tokens} are scored\n{align(rows)}"
+
+
+def _training_state(part: dict) -> str:
+    count, trained = part["parameters"], part["trained_parameters"]
+    if not trained:
+        return "frozen"
+    return "trained" if trained == count else f"{trained / count:.1%} trained"
 
 
 def _part_row(name: str, part: dict, state: str) -> list[str]:

@@ -56,7 +56,7 @@ def _cost_row(name: str, cfg: Experiment, measurement: dict | None) -> list[Cell
     forward_flops = sum(part["forward_flops"] for part in parts) / rows
     backward_flops = sum(part["backward_flops"] for part in parts) / rows
     parameters = sum(part["parameters"] for part in parts)
-    trained = sum(part["parameters"] for part in parts if part["trained"])
+    trained = sum(part["trained_parameters"] for part in parts)
     numbers = [
         f"{parameters:,}",
         f"{trained:,}",

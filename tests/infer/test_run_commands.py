@@ -184,6 +184,11 @@ def test_a_file_that_is_no_image_is_named(name, trained, folder, capsys):
     assert out == ""
 
 
+def test_eval_without_a_split_is_refused(trained, capsys):
+    assert main(["eval", "--workdir", str(trained), "--eval.split", ""]) == 2
+    assert "eval.split is empty, so there is nothing to evaluate" in capsys.readouterr().err
+
+
 def test_a_prompt_that_is_too_long_is_refused(trained, folder, capsys):
     arguments = [
         "generate",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from vlm_jax.cli.experiment import is_checkpoint, parse_checkpoint_evaluation, parse_experiment
 from vlm_jax.cli.failures import describe_failure
 from vlm_jax.cli.options import FOLDER
-from vlm_jax.config import Experiment, RunError
+from vlm_jax.config import ConfigError, Experiment, RunError
 from vlm_jax.runtime import preemption
 from vlm_jax.runtime.process import exit_now
 from vlm_jax.runtime.workdir import Workdir
@@ -114,6 +114,11 @@ def _evaluate(cfg: Experiment, is_later: bool) -> int:
     The evaluation after the training is written to the work folder, a later one to a folder below.
     """
     if not cfg.eval.read_split:
+        if is_later:
+            raise ConfigError(
+                "eval.split is empty, so there is nothing to evaluate: choose one, such as "
+                "--eval.split test."
+            )
         print("eval.split is empty: nothing to evaluate")
         return 0
     from vlm_jax.data import pipeline

@@ -13,16 +13,18 @@ import numpy as np
 import pytest
 
 from vlm_jax import axes, sharding
-from vlm_jax.config import ConfigError, Mesh, NonFiniteError, UserError
+from vlm_jax.config import ConfigError, Eval, Lora, Mesh, NonFiniteError, UserError
 from vlm_jax.config.validate import validate
 from vlm_jax.data import overlap, pipeline, text
+from vlm_jax.data.questions import Question
 from vlm_jax.infer.metrics.scores import check_best_metric
-from vlm_jax.infer.validation import prepare_scores
+from vlm_jax.infer.validation import Scorer, Split, prepare_scores
+from vlm_jax.nn import lora
 from vlm_jax.runtime.preemption import Preempted
 from vlm_jax.runtime.stop_signal import StopSignal
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.structs import State
-from vlm_jax.testing import tiny, write_conversations
+from vlm_jax.testing import random_params, tiny, write_conversations
 from vlm_jax.train import loop, trackers
 from vlm_jax.train.inputs import Inputs
 from vlm_jax.train.validation import score_name
@@ -241,6 +243,23 @@ def test_conversations_of_a_file_that_are_also_trained_on_are_counted(tmp_path):
     cfg = replace(cfg, eval=replace(cfg.eval, splits=(f"mine={file}",)))
     tokenizer = pipeline.train_tokenizer(cfg)
     assert pipeline.contents(cfg, tokenizer).keys() == {*cfg.data.files, str(file)}
+
+
+def test_answers_are_generated_with_the_adapters_as_they_are_trained():
+    cfg = tiny(lora=Lora(rank=2, alpha=8.0), eval=Eval(splits=("a=test",)))
+    params, seen = random_params(cfg), []
+
+    def answer(applied, examples, shown):
+        seen.append(applied)
+        return ["yes"]
+
+    split = Split("a", None, [Question(0, "is it red?", "yes", "yes_no", list)])
+    mesh = axes.make_mesh(Mesh())
+    scorer = Scorer(cfg, SimpleNamespace(mesh=mesh), [split], SimpleNamespace(answer=answer))
+    assert scorer._metrics(params, split) == {"exact_match": 1}
+    unscaled = replace(cfg.lora, alpha=2.0)
+    expected = lora.merge(cfg.lora, params)
+    jax.tree.map(np.testing.assert_allclose, lora.merge(unscaled, seen[0]), expected)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import grain
 import jax
+from flax import traverse_util
 
 from vlm_jax import axes, sharding
 from vlm_jax.config import ConfigError, Data, Experiment, UserError
@@ -14,6 +15,7 @@ from vlm_jax.data.questions import Question
 from vlm_jax.infer import evaluate
 from vlm_jax.infer.evaluate import Answerer, references
 from vlm_jax.infer.metrics import scores as metric_scores
+from vlm_jax.nn import lora
 from vlm_jax.train import step
 from vlm_jax.train.inputs import Inputs
 from vlm_jax.train.validation import LOSS
@@ -64,7 +66,9 @@ class Scorer:
     def _metrics(self, params, split: Split) -> dict[str, float]:
         if self._answerer is None:
             return {}
-        params = step.cast_to_compute_dtype(self._cfg, params)
+        # Not merged: that would be a copy of every kernel with an adapter.
+        params = lora.as_applied(self._cfg.lora, traverse_util.flatten_dict(params))
+        params = step.cast_to_compute_dtype(self._cfg, traverse_util.unflatten_dict(params))
         predictions = self._answerer.answer(params, split.examples, split.examples)
         right = references(split.examples)
         numbers = {}

@@ -19,6 +19,14 @@ from vlm_jax import config
 MESH_AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the mesh axes that the rows of a batch are split over
 
+# A CPU that need not be there: tracing on it starts no backend.
+ABSTRACT_CPU = AbstractMesh(
+    (1, 1, 1),
+    MESH_AXES,
+    axis_types=(AxisType.Auto,) * 3,
+    abstract_device=jax.sharding.AbstractDevice("cpu", None, "cpu"),
+)
+
 
 @dataclass(frozen=True)
 class Axis:

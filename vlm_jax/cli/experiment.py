@@ -72,10 +72,15 @@ def parse_experiment(
     if stored:
         _refuse_another_model(command, base, cfg)
     elif cfg.begins_with_any and not _continues_run(args):
+        import jax
+
+        from vlm_jax import axes
         from vlm_jax.hub import pretrained_parts
 
         explicit = files.explicit_fields(base, fields)
-        resolved = pretrained_parts.resolve_checkpoints(cfg, explicit, command == "eval")
+        # The processes of a run are not connected yet: no device may be used before.
+        with jax.sharding.use_abstract_mesh(axes.ABSTRACT_CPU):
+            resolved = pretrained_parts.resolve_checkpoints(cfg, explicit, command == "eval")
         cfg = Workdir(cfg.workdir).as_begun(resolved, explicit)
     check_metrics(cfg.eval.metrics, "eval.metrics")
     # A finished run may be evaluated by other metrics.

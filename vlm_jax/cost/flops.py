@@ -31,13 +31,6 @@ from vlm_jax.nn.tiled_vit import TOKEN_MULTIPLE
 from vlm_jax.nn.vlm import VLM, example_batch
 
 NO_MESH = jax.sharding.AbstractMesh((), ())
-# Kernels of accelerators hide their products, so the program for a CPU is counted.
-CPU = jax.sharding.AbstractMesh(
-    (1, 1, 1),
-    axes.MESH_AXES,
-    axis_types=(jax.sharding.AxisType.Auto,) * 3,
-    abstract_device=jax.sharding.AbstractDevice("cpu", None, "cpu"),
-)
 
 
 @dataclass(frozen=True)
@@ -133,8 +126,9 @@ def _row_program(
         return VLM(model).apply(variables, hidden[:, :text_length], method="head")
 
     batch = jax.eval_shape(lambda: example_batch(model, length, images=images))
+    # Kernels of accelerators hide their products, so the program for a CPU is counted.
     # JAX sets a mesh of another size only after the current one is unset.
-    with jax.sharding.use_abstract_mesh(NO_MESH), jax.sharding.use_abstract_mesh(CPU):
+    with jax.sharding.use_abstract_mesh(NO_MESH), jax.sharding.use_abstract_mesh(axes.ABSTRACT_CPU):
         program = jax.make_jaxpr(forward)(params, batch).jaxpr
     program, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars), instantiate=True)
     inputs = [*sorted(params), *[None] * len(jax.tree.leaves(batch))]

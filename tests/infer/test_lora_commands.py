@@ -91,7 +91,7 @@ def test_exports_are_the_run(folder, tmp_path):
     assert_equal(flat(load_params(base, adapter=adapter)[1]), params, atol=1e-6)
 
 
-def test_an_exported_adapter_is_evaluated_and_trained_as_the_run(folder, tmp_path):
+def test_an_exported_adapter_is_evaluated_and_trained_as_the_run(folder, tmp_path, monkeypatch):
     workdir, adapter = str(folder / "run"), str(tmp_path / "adapter")
     assert main(["export", "--checkpoint", workdir, "--adapter", "--output", adapter]) == 0
     expected = flat(from_run(folder / "run")[1])
@@ -102,7 +102,10 @@ def test_an_exported_adapter_is_evaluated_and_trained_as_the_run(folder, tmp_pat
     assert_equal(flat(run.load_untrained(cfg)[0]), expected, atol=1e-6)
 
     _, *arguments = train(folder, "again", "--adapter", adapter)
-    cfg = parse_experiment("train", arguments, stored=False)
+    with monkeypatch.context() as patch:
+        # Processes that train together must be connected before a backend starts.
+        patch.setattr(jax, "default_backend", None)
+        cfg = parse_experiment("train", arguments, stored=False)
     assert (cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout) == (3, 6, 0.1)
     mesh = axes.make_mesh(cfg.mesh)
     loaded = traverse_util.unflatten_dict(

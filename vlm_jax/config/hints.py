@@ -21,6 +21,12 @@ SYNONYMS = {
     "tied_head": "decoder.tie_word_embeddings",
     "blind_rows": "fusion.tokens_without_image",
     **dict.fromkeys(("optimizer", "optim", "opt"), "optim.kind"),
+    **dict.fromkeys(("lora_r", "lora_rank", "peft", "use_lora"), "lora.rank"),
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "use_rslora": "lora.rslora",
+    **dict.fromkeys(("target_modules", "lora_target_modules", "lora_targets"), "lora.targets"),
+    **dict.fromkeys(("lora_path", "adapter_path", "adapter_name_or_path"), "adapter"),
     **dict.fromkeys(("freeze", "freeze_vision", "freeze_encoder"), "optim.lr_mult.vision"),
     **dict.fromkeys(
         ("freeze_decoder", "freeze_llm", "freeze_language_model"), "optim.lr_mult.decoder"

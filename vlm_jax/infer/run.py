@@ -111,7 +111,7 @@ def load_params(cfg: Experiment) -> dict:
     Raises:
       ConfigError: no checkpoint exists, or none is complete.
     """
-    return cast_to_compute_dtype(cfg, _load_merged(cfg).params)
+    return cast_to_compute_dtype(cfg, _load_merged(cfg, dtype=cfg.train.compute_dtype).params)
 
 
 def load_model(
@@ -120,13 +120,14 @@ def load_model(
     """Implements `vlm_jax.from_run`."""
     cfg = validate(Workdir(str(Path(workdir).expanduser())).read_config())
     mesh = axes.make_mesh(MeshSizes()) if mesh is None else mesh
-    params, tokenizer = load_stored(cfg, step, mesh)
-    return build_model(cfg), cast_to_compute_dtype(cfg, params), RunProcessor(cfg, tokenizer)
+    state, tokenizer = _load_state(cfg, step, mesh, cfg.train.compute_dtype)
+    params = cast_to_compute_dtype(cfg, state.params)
+    return build_model(cfg), params, RunProcessor(cfg, tokenizer)
 
 
 def load_with_step(cfg: Experiment) -> tuple[dict, Tokenizer, int]:
     """Returns `load_params`, the tokenizer, and the step of the checkpoint."""
-    state, tokenizer = _load_state(cfg)
+    state, tokenizer = _load_state(cfg, dtype=cfg.train.compute_dtype)
     return cast_to_compute_dtype(cfg, state.params), tokenizer, int(state.step)
 
 
@@ -167,14 +168,24 @@ def load_stored(
 
 
 def _load_state(
-    cfg: Experiment, step: int | None = None, mesh: jax.sharding.Mesh | None = None
+    cfg: Experiment,
+    step: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: str | None = None,
 ) -> tuple[State, Tokenizer]:
-    return _load_merged(cfg, step, mesh), load_processor(cfg).tokenizer
+    return _load_merged(cfg, step, mesh, dtype), load_processor(cfg).tokenizer
 
 
 def _load_merged(
-    cfg: Experiment, step: int | None = None, mesh: jax.sharding.Mesh | None = None
+    cfg: Experiment,
+    step: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: str | None = None,
 ) -> State:
-    """Returns the state of a checkpoint; inference needs no adapters beside their kernels."""
+    """Returns the state of a checkpoint; inference needs no adapters beside their kernels.
+
+    Args:
+      dtype: of the merged kernels; None: float32.
+    """
     state = initial.load_state(cfg, step, mesh)
-    return state.replace(params=lora.merge(cfg.lora, state.params))
+    return state.replace(params=lora.merge(cfg.lora, state.params, dtype))

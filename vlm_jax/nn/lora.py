@@ -9,6 +9,7 @@ Not qwix 0.1.8: it looks for kernels among the operands of products and adds no 
 whose reshaped kernel is behind a custom VJP; nor does it know the axes of `axes.Partitioned`.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 
@@ -134,25 +135,30 @@ def as_applied(cfg: Lora, params: Mapping, drops: bool = False) -> dict:
     return applied
 
 
-def merge(cfg: Lora, params: Mapping) -> dict:
-    """Returns parameters without adapters, which are added to their kernels.
+def merge(cfg: Lora, params: Mapping, dtype=None) -> dict:
+    """Returns parameters without adapters, which are added to their kernels in float32.
 
-    A merged kernel has the wider dtype of the two.
+    Args:
+      dtype: of the merged kernels; None: the wider one of kernel and adapter.
     """
     flat = traverse_util.flatten_dict(params)
     merged = {path: x for path, x in flat.items() if path[-1] not in (LORA_A, LORA_B)}
     for path, lora_b in as_applied(cfg, flat).items():
         if path[-1] == LORA_B:
             kernel = (*path[:-1], "kernel")
-            lora_a = flat[*path[:-1], LORA_A]
-            merged[kernel] = flat[kernel] + _product(lora_a, lora_b, LAYERS in path)
+            arrays = flat[kernel], flat[*path[:-1], LORA_A], lora_b
+            merged[kernel] = _add_product(*arrays, is_stacked=LAYERS in path, dtype=dtype)
     return traverse_util.unflatten_dict(merged)
 
 
-def _product(lora_a, lora_b, is_stacked: bool) -> jax.Array:
-    """Returns lora_a lora_b, layer by layer if they are stacked."""
+@functools.partial(jax.jit, static_argnames=("is_stacked", "dtype"))
+def _add_product(kernel, lora_a, lora_b, is_stacked: bool, dtype):
+    """Returns kernel + lora_a lora_b; stacked layers one by one, which takes less memory."""
 
-    def multiply(a, b):
-        return jnp.tensordot(a, b, axes=1, precision="highest")
+    def add(arrays):
+        kernel, lora_a, lora_b = arrays
+        total = kernel + jnp.tensordot(lora_a, lora_b, axes=1, precision="highest")
+        return total if dtype is None else total.astype(dtype)
 
-    return (jax.vmap(multiply) if is_stacked else multiply)(lora_a, lora_b)
+    arrays = kernel, lora_a, lora_b
+    return jax.lax.map(add, arrays) if is_stacked else add(arrays)

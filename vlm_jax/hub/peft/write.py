@@ -38,6 +38,7 @@ class Layer:
     lora_a: np.ndarray  # (rank, in)
     lora_b: np.ndarray  # (out, rank)
     alpha: float
+    is_transposed: bool  # the module is a Conv1D, whose weight has the inputs first
 
     @property
     def rank(self) -> int:
@@ -110,6 +111,8 @@ def adapter_config(cfg: Experiment, layers: Mapping[str, Layer], saved: list[str
         "lora_dropout": cfg.lora.dropout,
         "use_rslora": cfg.lora.rslora,
         "bias": "none",
+        # Where layers of both kinds are adapted, PEFT corrects it by the class of the layer.
+        "fan_in_fan_out": all(layer.is_transposed for layer in layers.values()),
         "target_modules": list(layers),
         "rank_pattern": {name: x.rank for name, x in layers.items() if x.rank != rank},
         "alpha_pattern": {name: x.alpha for name, x in layers.items() if x.alpha != alpha},
@@ -187,10 +190,11 @@ def _layer(cfg: Lora, row: Row, boxes: Mapping, params: Mapping) -> Layer | None
         b = wide_b.get(target, np.zeros((rank, *outputs), np.float32))
         kernels.append(b.reshape(rank, *[1] * (contracted - 1), *outputs))
     lora_b = row.to_hf(kernels)
-    if row.stores_inputs_first(contracted):
+    is_transposed = row.stores_inputs_first(contracted)
+    if is_transposed:
         lora_a, lora_b = [a.T for a in lora_a], lora_b.T
     alpha = scale * (math.sqrt(rank) if cfg.rslora else rank)
-    return Layer(np.concatenate(lora_a), np.ascontiguousarray(lora_b), alpha)
+    return Layer(np.concatenate(lora_a), np.ascontiguousarray(lora_b), alpha, is_transposed)
 
 
 def _is_adapted(target: Target, boxes: Mapping) -> bool:

@@ -178,6 +178,8 @@ def adapter(tuned, tmp_path):
         ({"init_lora_weights": "pissa"}, "init_lora_weights pissa is not supported, because"),
         ({"trainable_token_indices": [3]}, r"trainable_token_indices \[3\] is not supported"),
         ({"a_later_method": {"x": 1}}, "a_later_method .* is not supported"),
+        ({"rank_pattern": {"(": 2}}, r"rank_pattern '\(' is not a regular expression"),
+        ({"alpha_pattern": {"qkv_proj": "x"}}, "alpha_pattern 'qkv_proj' is 'x', but must be a"),
         ({"r": 4}, r"_proj do not have the rank 4 of adapter_config.json"),
     ],
 )
@@ -197,6 +199,7 @@ def renamed(old, new):
     [
         (renamed("lora_A.weight", "lora_embedding_A"), "lora_embedding_A is not supported"),
         (renamed("lora_B", "lora_magnitude_vector"), "lora_magnitude_vector.* is not supported"),
+        (renamed(".lora_", ".other_"), "holds no tensor lora_A.weight: it adapts nothing"),
         (
             lambda tensors: {name: x for name, x in tensors.items() if "lora_B" in name},
             "lora_A.weight is missing",

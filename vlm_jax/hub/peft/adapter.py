@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from vlm_jax.config import CheckpointError
-from vlm_jax.hub.families.family import Json, get_or, positive_int, positive_number
+from vlm_jax.hub.families.family import Json, get_or
 from vlm_jax.hub.tensors.folder import existing_folder, open_tensors, read_json
 from vlm_jax.hub.tensors.mapped import StoredTensor
 
@@ -32,6 +32,7 @@ KNOWN = {
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("modules_to_save", "megatron_core", "qalora_group_size", "loftq_config", "eva_config"),
 }
+PEFT_DEFAULT = 8  # of r and lora_alpha
 # Methods of initialization that leave the base model as it is; PiSSA, OLoRA and others change it.
 KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -105,6 +106,8 @@ def read_adapter(folder: str | os.PathLike) -> Adapter:
             )
         else:
             saved[_unwrapped(name)] = tensors[stored_name]
+    if not sides:
+        raise CheckpointError(f"{folder} holds no tensor lora_A.weight: it adapts nothing.")
     layers = {
         f"{module}.weight": _layer(module, pair, config, folder) for module, pair in sides.items()
     }
@@ -138,8 +141,9 @@ def _layer(module: str, sides: Mapping[str, StoredTensor], config: Json, folder:
     if len(sides) < 2:
         (side,) = {"A", "B"} - sides.keys()
         raise CheckpointError(f"{folder}: {module}.lora_{side}.weight is missing.")
-    rank = _by_pattern(config, "rank_pattern", module, positive_int(config, "r", 8))
-    alpha = _by_pattern(config, "alpha_pattern", module, positive_number(config, "lora_alpha", 8))
+    path = folder / CONFIG
+    rank = _number(config, "r", "rank_pattern", module, path)
+    alpha = _number(config, "lora_alpha", "alpha_pattern", module, path)
     lora_a, lora_b = sides["A"], sides["B"]
     if len(lora_a.shape) < 2 or lora_a.shape[0] != rank or lora_b.shape[1:2] != (rank,):
         raise CheckpointError(
@@ -150,9 +154,18 @@ def _layer(module: str, sides: Mapping[str, StoredTensor], config: Json, folder:
     return LoraLayer(lora_a, lora_b, alpha / divisor)
 
 
-def _by_pattern(config: Json, key: str, module: str, default: float) -> float:
-    """Returns the value of the first pattern that a module's name ends with."""
-    for pattern, value in get_or(config, key, {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _number(config: Json, key: str, patterns: str, module: str, path: Path) -> float:
+    """Returns the value of a key for a module: of the first pattern that its name ends with."""
+    number = get_or(config, key, PEFT_DEFAULT)
+    for pattern, value in get_or(config, patterns, {}).items():
+        try:
+            is_match = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error as error:
+            message = f"{path}: {patterns} {pattern!r} is not a regular expression ({error})."
+            raise CheckpointError(message) from None
+        if is_match:
+            key, number = f"{patterns} {pattern!r}", value
+            break
+    if type(number) not in (int, float) or not 0 < number < math.inf:
+        raise CheckpointError(f"{path}: {key} is {number!r}, but must be a number above 0.")
+    return number

@@ -64,6 +64,17 @@ def assert_equal(actual, expected, atol=0.0):
         np.testing.assert_allclose(actual[path], x, rtol=0, atol=atol, err_msg=path)
 
 
+def test_only_adapters_and_the_projector_are_trained(folder):
+    after = flat(initial.load_state(Workdir(str(folder / "run")).read_config()).params)
+    for path, before in flat(load_params(folder / "llava")[1]).items():
+        is_same = np.array_equal(before, after.pop(path))
+        assert is_same != path.startswith("projector"), path
+    assert after
+    for path, x in after.items():
+        assert "lora" in path
+        assert np.any(x), path
+
+
 def test_a_run_that_was_stopped_continues_bit_for_bit(folder, tmp_path):
     copy = shutil.copytree(folder / "run", tmp_path / "run")
     cfg = Workdir(str(copy)).read_config()

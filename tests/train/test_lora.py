@@ -1,9 +1,8 @@
-"""Training with LoRA: only adapters and parts without them move, however a step is computed."""
+"""Training with LoRA: adapters alone get moments and gradients, however a step is computed."""
 
 from dataclasses import replace
 
 import jax
-import numpy as np
 import pytest
 from flax import traverse_util
 from jax.sharding import AbstractMesh
@@ -15,10 +14,8 @@ from vlm_jax.config.validate import validate
 from vlm_jax.nn.models import abstract_params
 from vlm_jax.nn.parts import find_part, is_adapter
 from vlm_jax.plan.memory import predict_memory
-from vlm_jax.structs import State
-from vlm_jax.testing import random_batch, random_params
+from vlm_jax.testing import random_params
 from vlm_jax.train import optim
-from vlm_jax.train.step import train_step
 from vlm_jax.train.summary import describe_parameters
 
 # The common recipe: adapters in the decoder, the projector in full, a frozen encoder.
@@ -27,27 +24,6 @@ CFG = replace(
     lora=Lora(rank=4, alpha=8, targets=("decoder", "cross_attention")),
     optim=Optim(warmup_steps=0, lr_mult=LrMult(vision=0)),
 )
-
-
-def test_only_adapters_and_parts_without_them_are_trained():
-    """With dropout, which is the same in an equal step: after a resume."""
-    cfg = replace(CFG, lora=replace(CFG.lora, dropout=0.5))
-    params = random_params(cfg)
-    optimizer = optim.optimizer(cfg).init(optim.split(params, cfg.optim)[0])
-    step = jax.jit(lambda state, batch: train_step(cfg, state, batch))
-
-    def state_at(number):
-        return State(jax.numpy.int32(number), params, optimizer)
-
-    (state, metrics), (again, _), (_, other) = [
-        step(state_at(number), random_batch(cfg)) for number in (0, 0, 1)
-    ]
-    assert metrics["loss"] != other["loss"]
-    assert jax.tree.all(jax.tree.map(np.array_equal, state, again))
-    after = traverse_util.flatten_dict(step(state, random_batch(cfg))[0].params)
-    for path, before in traverse_util.flatten_dict(params).items():
-        is_same = np.array_equal(before, after[path])
-        assert is_same != (is_adapter(path) or find_part(path) == "projector"), "/".join(path)
 
 
 def test_a_frozen_base_has_no_moments():

@@ -30,7 +30,8 @@ def begin(base, adapter, **sections):
     return with_adapter_settings(cfg)
 
 
-@pytest.mark.parametrize("name", CASES)
+# Not mllama, whose rows are like those of the others.
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"mllama"}))
 def test_a_run_begins_with_the_function_of_the_adapter(name, tmp_path):
     build, settings = CASES[name]
     (tmp_path / "base").mkdir()

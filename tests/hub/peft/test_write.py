@@ -33,11 +33,6 @@ CASES = {
         Lora(rank=3, targets=("decoder", "vision", "cross_attention")),
         None,
     ),
-    "mllama": (
-        hub("mllama"),
-        Lora(rank=3, targets=("decoder.mlp", "cross_attention.value", "vision.attention")),
-        "projector",
-    ),
     # Cross-attention and its gates are trained in full.
     "mllama with whole layers": (hub("mllama"), Lora(rank=3), "vision"),
     "fuyu": (hub("fuyu"), Lora(rank=3, targets=("decoder", "projector")), None),

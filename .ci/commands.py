@@ -38,6 +38,7 @@ SHORT = {  # subcommand: options that are added unless the command has them
     "train": {"--train.steps": "4", "--eval.max_examples": "20"},
     "train --checkpoint": {"--train.steps": "2", "--train.batch_size": "4"},
     "eval": {"--eval.max_examples": "20", "--eval.batch_size": "20"},
+    "eval --checkpoint": {"--eval.batch_size": "20"},
     "generate": {"--max-new-tokens": "8"},
 }
 # As in tests/conftest.py. The runs are short: most of their time is compilation.
@@ -94,8 +95,8 @@ def short_options(line: str) -> dict[str, str]:
         return {}
     words = line.split("run.py", 1)[1].split()
     command = "train" if words[0].startswith("--") else words[0]
-    if command == "train" and "--checkpoint" in words:
-        command = "train --checkpoint"
+    if f"{command} --checkpoint" in SHORT and "--checkpoint" in words:
+        command = f"{command} --checkpoint"
     return SHORT.get(command, {})
 
 

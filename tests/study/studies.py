@@ -6,6 +6,7 @@ from pathlib import Path
 from vlm_jax.config import Experiment
 from vlm_jax.data import questions
 from vlm_jax.infer import evaluate
+from vlm_jax.infer.metrics.scores import evaluate_metrics
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.study import Study, override, planning
 from vlm_jax.study.planning import Plan, Run
@@ -68,8 +69,11 @@ def write_run(run: Run, correct_share: float, seconds: float = 60.0) -> None:
     correct_count = round(correct_share * len(test_questions))
     predictions = [question.answer for question in test_questions[:correct_count]]
     predictions += ["| <b>"] * (len(test_questions) - correct_count)
-    workdir.predictions.write_text(evaluate.prediction_lines(metrics, test_questions, predictions))
-    scores = evaluate.score(metrics, test_questions, predictions, [""] * len(test_questions))
+    right = evaluate.references(test_questions)
+    values = evaluate_metrics(metrics, predictions, right)
+    shuffled_values = evaluate_metrics(metrics, [""] * len(right), right)
+    workdir.predictions.write_text(evaluate.prediction_lines(test_questions, predictions, values))
+    scores = evaluate.score(right, values, shuffled_values)
     workdir.eval.write_text(json.dumps(scores))
 
     metrics = [

@@ -55,25 +55,28 @@ def evaluate(
         if is_first_process:
             folder.check_writable()
     examples = questions.to_evaluate(cfg)
-    metric_scores.check_references(cfg.eval.metrics, references(examples))
+    metrics, right = cfg.eval.metrics, references(examples)
+    metric_scores.check_references(metrics, right)
     warning = warn_of_long_answers(cfg, tokenizer, examples)
     if is_first_process and warning:
         print(warning, flush=True)
 
     image_sources = {"evaluating": examples, "with shuffled images": shuffle_images(examples)}
     predictions, shuffled_predictions = answer(cfg, params, tokenizer, examples, image_sources)
+    values = metric_scores.evaluate_metrics(metrics, predictions, right)
+    shuffled_values = metric_scores.evaluate_metrics(metrics, shuffled_predictions, right)
     scores = {
         "split": cfg.eval.read_split,
         "files": list(cfg.eval_data.files),
         "examples": len(examples),
         "step": step,
         "max_new_tokens": cfg.eval.max_new_tokens,
-        **score(cfg.eval.metrics, examples, predictions, shuffled_predictions),
+        **score(right, values, shuffled_values),
     }
 
     if is_first_process:
         folder.keep_settings()
-        write_atomic(folder.predictions, prediction_lines(cfg.eval.metrics, examples, predictions))
+        write_atomic(folder.predictions, prediction_lines(examples, predictions, values))
         draw_samples(folder.samples, examples, predictions, cfg.eval.title)
         write_atomic(folder.eval, json.dumps(scores, indent=2) + "\n")
     return scores
@@ -89,21 +92,22 @@ def references(examples: Sequence[Question]) -> list[Reference]:
 
 
 def score(
-    metrics: Sequence[str],
-    examples: list[Question],
-    predictions: list[str],
-    shuffled_predictions: list[str],
+    right: Sequence[Reference],
+    values: Mapping[str, Sequence],
+    shuffled_values: Mapping[str, Sequence],
 ) -> dict:
-    """Returns the scores of every metric, with their keys in eval.json."""
-    right = references(examples)
+    """Returns the scores of every metric, with their keys in eval.json.
+
+    Args:
+      values: metric -> value of each answer.
+      shuffled_values: the same of the answers about shuffled images.
+    """
     scores = {}
-    for metric in metrics:
-        values = metric_scores.evaluate_metric(metric, predictions, right)
-        scores |= metric_scores.describe_numbers(metric, values, right)
-        shuffled = metric_scores.evaluate_metric(metric, shuffled_predictions, right)
-        for name, number in metric_scores.summarize(metric, shuffled).items():
+    for metric in values:
+        scores |= metric_scores.describe_numbers(metric, values[metric], right)
+        for name, number in metric_scores.summarize(metric, shuffled_values[metric]).items():
             scores[metric_keys(name).shuffled] = number.mean
-    return {**scores, "metrics": metric_scores.describe_rules(metrics)}
+    return {**scores, "metrics": metric_scores.describe_rules(values)}
 
 
 def describe_scores(scores: Mapping, title: str) -> list[str]:
@@ -122,17 +126,15 @@ def describe_scores(scores: Mapping, title: str) -> list[str]:
 
 
 def prediction_lines(
-    metrics: Sequence[str], examples: list[Question], predictions: list[str]
+    examples: list[Question], predictions: list[str], values: Mapping[str, Sequence]
 ) -> str:
     """Returns predictions.jsonl: a question, the prediction and its scores on each line.
 
-    `python run.py score` reads it.
+    `python run.py score` reads it. `values` are as in `score`.
     """
-    right = references(examples)
     scores = {}
-    for metric in metrics:
-        values = metric_scores.evaluate_metric(metric, predictions, right)
-        answers = metric_scores.answer_scores(metric, values)
+    for metric in values:
+        answers = metric_scores.answer_scores(metric, values[metric])
         if answers is not None:
             scores[metric_keys(metric).example] = answers
     lines = []
@@ -143,7 +145,7 @@ def prediction_lines(
             row["choices"] = list(question.choices)
         row["prediction"] = prediction
         row["correct"] = exact_match(prediction, question.references)
-        row |= {key: values[i] for key, values in scores.items()}
+        row |= {key: answers[i] for key, answers in scores.items()}
         lines.append(json.dumps(row) + "\n")
     return "".join(lines)
 

@@ -72,9 +72,9 @@ class Scorer:
         predictions = self._answerer.answer(params, split.examples, split.examples)
         right = references(split.examples)
         numbers = {}
-        for metric in self._cfg.eval.metrics:
-            values = metric_scores.evaluate_metric(metric, predictions, right)
-            for name, number in metric_scores.summarize(metric, values).items():
+        values = metric_scores.evaluate_metrics(self._cfg.eval.metrics, predictions, right)
+        for metric in values:
+            for name, number in metric_scores.summarize(metric, values[metric]).items():
                 numbers[name] = number.mean
         return numbers
 

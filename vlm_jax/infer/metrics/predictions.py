@@ -87,8 +87,7 @@ def score_predictions(
     """
     numbers: dict[str, Any] = {"examples": len(predictions.texts)}
     examples = [{} for _ in predictions.texts]
-    for metric in metrics:
-        values = scores.evaluate_metric(metric, *predictions)
+    for metric, values in scores.evaluate_metrics(metrics, *predictions).items():
         numbers |= scores.describe_numbers(metric, values, predictions.references)
         for example, score in zip(examples, scores.answer_scores(metric, values) or ()):
             example[metric] = score

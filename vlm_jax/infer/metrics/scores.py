@@ -1,7 +1,7 @@
 """Scores of answers by chosen metrics, and their names in the files of an evaluation."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vlm_jax.config import ConfigError, DataError, Experiment
@@ -118,8 +118,14 @@ def check_references(metrics: Sequence[str], references: Sequence[Reference]) ->
     Raises:
       DataError: the references of a question do not fit a metric; the message names both.
     """
-    for metric in metrics:
-        evaluate_metric(metric, [""] * len(references), references)
+    evaluate_metrics(metrics, [""] * len(references), references)
+
+
+def evaluate_metrics(
+    metrics: Sequence[str], predictions: Sequence[str], references: Sequence[Reference]
+) -> dict[str, list[Any]]:
+    """Returns metric -> `evaluate_metric`."""
+    return {metric: evaluate_metric(metric, predictions, references) for metric in metrics}
 
 
 def evaluate_metric(
@@ -186,7 +192,7 @@ def describe_numbers(
     return numbers
 
 
-def describe_rules(metrics: Sequence[str]) -> dict[str, Mapping[str, str]]:
+def describe_rules(metrics: Iterable[str]) -> dict[str, Mapping[str, str]]:
     """Returns the variant and the source of each metric, for eval.json."""
     return {
         name: {"variant": METRICS[name].variant, "source": METRICS[name].source} for name in metrics

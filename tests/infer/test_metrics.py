@@ -1,5 +1,6 @@
 """Metrics have the values of the programs that define them, and honest intervals."""
 
+import importlib.util
 import json
 import random
 import time
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.config import ConfigError, DataError
-from vlm_jax.infer.metrics import choices, intervals, table
+from vlm_jax.infer.metrics import choices, intervals
 from vlm_jax.infer.metrics.captions import tokenize_caption
 from vlm_jax.infer.metrics.scores import (
     Reference,
@@ -132,7 +133,7 @@ def test_an_unknown_or_repeated_metric_is_refused():
 
 
 def test_a_missing_package_is_named_with_its_requirements(monkeypatch):
-    monkeypatch.setattr(table.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     check_metrics(["vqa_accuracy"], "eval.metrics")
     with pytest.raises(ConfigError, match="bleu needs .* sacrebleu: pip install -r requirements-"):
         check_metrics(["bleu"], "eval.metrics")

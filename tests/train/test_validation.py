@@ -1,6 +1,7 @@
 """Validation while training: the best checkpoint, patience, resume, overlap, trackers."""
 
 import contextlib
+import importlib.util
 import itertools
 import json
 import sys
@@ -360,6 +361,6 @@ def test_an_unknown_tracker_is_refused_and_a_missing_package_is_named(monkeypatc
     with pytest.raises(ConfigError, match="'wandv' is not a tracker .perhaps you meant wandb"):
         trackers.check_trackers(["wandv"])
     for spec in (None, ModuleSpec("mlflow", None)):
-        monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name, spec=spec: spec)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, spec=spec: spec)
         with pytest.raises(ConfigError, match="package mlflow: .*requirements-trackers.txt"):
             trackers.check_trackers(["mlflow"])

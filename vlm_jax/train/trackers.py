@@ -3,17 +3,17 @@
 A tracker that fails is left out of the rest of the run: metrics.jsonl has every row in any case.
 """
 
-import importlib.util
 import json
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.config.hints import nearest
 from vlm_jax.config.validate import flat
+from vlm_jax.runtime.packages import check_installed
 from vlm_jax.runtime.workdir import Workdir, write_atomic
 
 EXTRA = "requirements-trackers.txt"
@@ -40,7 +40,19 @@ class Service(Protocol):
     def close(self) -> None: ...
 
 
-class Wandb:
+class _LoggedRun:
+    """A run with the methods of wandb's, which trackio has as well."""
+
+    _run: Any
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Wandb(_LoggedRun):
     """Weights & Biases. WANDB_MODE=offline writes to the work folder."""
 
     def __init__(self, run: TrackedRun):
@@ -55,12 +67,6 @@ class Wandb:
             dir=run.folder,
             config=dict(run.config),
         )
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 class Mlflow:
@@ -83,7 +89,7 @@ class Mlflow:
         self._mlflow.end_run()
 
 
-class Trackio:
+class Trackio(_LoggedRun):
     """Trackio, which is local unless a Space is named. TRACKIO_DIR is its folder."""
 
     def __init__(self, run: TrackedRun):
@@ -94,12 +100,6 @@ class Trackio:
         self._run = trackio.init(
             project=PROJECT, name=self.id, resume="allow", config=dict(run.config)
         )
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 # The name of a row is that of the package.
@@ -160,12 +160,7 @@ def check_trackers(names: Iterable[str]) -> None:
                 f"train.trackers {name!r} is not a tracker{nearest(name, TRACKERS)}: choose from "
                 f"{', '.join(TRACKERS)}."
             )
-        spec = importlib.util.find_spec(name)
-        # Without an origin it is a folder of this name, such as wandb's files of earlier runs.
-        if spec is None or spec.origin is None:
-            raise ConfigError(
-                f"train.trackers {name} needs the package {name}: pip install -r {EXTRA}."
-            )
+        check_installed(name, f"train.trackers {name}", EXTRA)
 
 
 def start_trackers(cfg: Experiment, workdir: Workdir) -> list[Tracker]:

@@ -1,6 +1,5 @@
 """The table of metrics: a function and a row each."""
 
-import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ from vlm_jax.config import ConfigError
 from vlm_jax.config.hints import nearest
 from vlm_jax.infer.metrics import answers, captions, choices, vqa
 from vlm_jax.infer.metrics.intervals import Bounds, Estimate, estimate_mean
+from vlm_jax.runtime.packages import check_installed
 
 EXTRA = "requirements-eval.txt"
 
@@ -141,7 +141,5 @@ def check_metrics(names: Iterable[str], where: str) -> None:
         if name in names[:i]:
             raise ConfigError(f"{where} names {name} twice: leave one out.")
         package = METRICS[name].package
-        if package and importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                f"{where} {name} needs the package {package}: pip install -r {EXTRA}."
-            )
+        if package:
+            check_installed(package, f"{where} {name}", EXTRA)

@@ -62,8 +62,7 @@ def merge(
     for name, name_in_file in family.normalize_names(adapter.saved).items():
         merged[name] = adapter.saved[name_in_file]
     for name, name_in_file in family.normalize_names(adapter.layers).items():
-        contracted = boxes[row_of[name].targets[0].param].contracted
-        is_transposed = row_of[name].stores_inputs_first(contracted)
+        is_transposed = _stores_inputs_first(row_of[name], boxes)
         merged[name] = MergedTensor(merged[name], adapter.layers[name_in_file], is_transposed)
     return merged
 
@@ -94,9 +93,8 @@ def check_base(
         shape = adapter.layers[name_in_file].shape
         if name in stored:
             _reject_tied(adapter, row_of[name], boxes)
-            contracted = boxes[row_of[name].targets[0].param].contracted
-            is_transposed = row_of[name].stores_inputs_first(contracted)
-            shape = shape[::-1] if is_transposed else shape
+            if _stores_inputs_first(row_of[name], boxes):
+                shape = shape[::-1]
         if name not in stored or shape != stored[name].shape:
             problems.append(_problem(name_in_file, shape, stored.get(name)))
     if problems:
@@ -106,6 +104,11 @@ def check_base(
             f"{'; '.join(problems[:MAX_LISTED])}{more}."
         )
     return replace(adapter, saved=saved)
+
+
+def _stores_inputs_first(row: Row, boxes: Mapping[str, axes.Partitioned]) -> bool:
+    """Returns whether the tensor of a row is the transpose of torch's Linear, as in a Conv1D."""
+    return row.stores_inputs_first(boxes[row.targets[0].param].contracted)
 
 
 def _problem(name: str, shape: tuple[int, ...], base: StoredTensor | None) -> str:

@@ -7,8 +7,6 @@ from pathlib import Path
 from vlm_jax.cli.options import FILE, FOLDER, Parser
 from vlm_jax.config import ConfigError, Data, Eval, Experiment, Optim, Train, files
 from vlm_jax.config.validate import validate
-from vlm_jax.infer.metrics.scores import check_best_metric
-from vlm_jax.infer.metrics.table import check_metrics
 from vlm_jax.runtime.workdir import Workdir
 
 # One option under several names.
@@ -82,6 +80,10 @@ def parse_experiment(
         with jax.sharding.use_abstract_mesh(axes.ABSTRACT_CPU):
             resolved = pretrained_parts.resolve_checkpoints(cfg, explicit, command == "eval")
         cfg = Workdir(cfg.workdir).as_begun(resolved, explicit)
+    # They import NumPy, which the help of a command should not wait for.
+    from vlm_jax.infer.metrics.scores import check_best_metric
+    from vlm_jax.infer.metrics.table import check_metrics
+
     check_metrics(cfg.eval.metrics, "eval.metrics")
     # A finished run may be evaluated by other metrics.
     if not stored:

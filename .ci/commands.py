@@ -24,6 +24,8 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tests.xla_flags import QUICK_COMPILATION  # noqa: E402
+
 DOCUMENTS = [
     "README.md",
     "docs/training.md",
@@ -41,11 +43,6 @@ SHORT = {  # subcommand: options that are added unless the command has them
     "eval --checkpoint": {"--eval.batch_size": "20"},
     "generate": {"--max-new-tokens": "8"},
 }
-# As in tests/conftest.py. The runs are short: most of their time is compilation.
-QUICK_COMPILATION = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false"
-)
 NOT_RUN = ("pip install", "hf download", "python -m pytest", "python experiments/benchmarks")
 
 
@@ -137,7 +134,7 @@ def run_notebook(document: str, folder: Path) -> None:
 def prepare(folder: Path) -> dict[str, str]:
     """Links files, makes tiny checkpoints and data; returns the values of the placeholders."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("XLA_FLAGS", QUICK_COMPILATION)
+    os.environ.setdefault("XLA_FLAGS", " ".join(QUICK_COMPILATION))
     for name in ("run.py", "requirements.txt", "configs", "experiments", "vlm_jax", "docs"):
         (folder / name).symlink_to(ROOT / name)
     images = folder / "images"

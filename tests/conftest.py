@@ -6,12 +6,11 @@ import os
 import signal
 from pathlib import Path
 
+from tests.xla_flags import QUICK_COMPILATION
+
 FLAGS = (
     "--xla_force_host_platform_device_count=8",
-    # Most of the suite's time is compilation: these three flags cut it to a quarter.
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_use_fusion_emitters=false",
+    *QUICK_COMPILATION,
     # Eight devices on two busy cores may wait for each other longer than the default 40 s.
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 )

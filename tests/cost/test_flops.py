@@ -90,7 +90,7 @@ def loss_program(cfg):
 
 
 def of_gradients(cfg) -> float:
-    """Of a step without its optimizer, which has no matmuls.
+    """FLOPs of a step without its optimizer, which has no matmuls.
 
     The loss is traced once for all choices with a trained head and once for all others: the head
     has a gradient of its own.

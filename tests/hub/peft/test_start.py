@@ -30,7 +30,7 @@ def begin(base, adapter, **sections):
     return with_adapter_settings(cfg)
 
 
-# Not mllama, whose rows are like those of the others.
+# Without mllama: its rows are of the same kinds.
 @pytest.mark.parametrize("name", sorted(CASES.keys() - {"mllama"}))
 def test_a_run_begins_with_the_function_of_the_adapter(name, tmp_path):
     build, settings = CASES[name]

@@ -1,4 +1,4 @@
-"""Parquet files, such as those of datasets on the Hugging Face hub; images are bytes or paths."""
+"""Parquet files, such as the Hugging Face hub has; images are bytes or paths."""
 
 from collections.abc import Iterator
 from pathlib import Path

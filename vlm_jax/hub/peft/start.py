@@ -80,7 +80,7 @@ def with_adapter_settings(cfg: Experiment, keeps_dropout: bool = False) -> Exper
 
 
 def _spell(targets: list[LoraTarget], rank: int, alpha: float) -> tuple[str, ...]:
-    """Returns `lora.targets`; those of this rank and alpha need no numbers."""
+    """Returns `lora.targets`; a target with this rank and alpha needs no numbers."""
     spelled = []
     for target in targets:
         is_default = (target.rank, target.alpha) == (rank, alpha)
@@ -183,5 +183,5 @@ def _to_params(adapted: Adapted, boxes: Mapping) -> tuple[np.ndarray, np.ndarray
 
 
 def _stacked(target: Target, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the shape of the parameter, given that of a layer."""
+    """Returns the shape of the parameter, given the shape of a layer."""
     return shape if target.layer is None else (1, *shape)

@@ -104,7 +104,7 @@ def _parse_box(text: str) -> Box | None:
 
 
 def _iou(a: Box, b: Box) -> float:
-    """Returns the area of the intersection of two boxes, divided by that of their union."""
+    """Returns the intersection over union of the areas of two boxes."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     intersection = max(0.0, width) * max(0.0, height)

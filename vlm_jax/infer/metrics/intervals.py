@@ -36,7 +36,7 @@ class Estimate:
 def estimate_mean(values: Sequence[float], bounds: Bounds = (0.0, 1.0)) -> Estimate:
     """Returns the mean of the scores of independent answers with its interval.
 
-    Equal scores have no spread to estimate an interval from. Theirs is that of scores at the
+    Equal scores have no spread to estimate an interval from. They get the interval of scores at the
     bounds with the same mean, the widest.
     """
     mean = fmean(values)

@@ -25,5 +25,5 @@ def get_config() -> Experiment:
         cfg,
         data=data,
         optim=replace(cfg.optim, learning_rate=2e-5, lr_mult=rates, warmup_steps=156),
-        train=replace(cfg.train, steps=5200, batch_size=128, microbatches=2),
+        train=replace(cfg.train, steps=5200, batch_size=128),
     )

@@ -1,5 +1,6 @@
 """Every benchmark runs with its fewest calls, agrees with what it compares, and prints a table."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -20,13 +21,42 @@ SCRIPTS = {
     "loading": [],
     "start": ["--pairs", "1"],
 }
-PARTS = {"probe", "turns"}  # of the others
+# Modules of the others, and the script that runs them all.
+PARTS = {"probe", "turns", "report", "all"}
 
 
 def test_all_benchmarks_are_here():
     assert {
         path.stem for path in (ROOT / "experiments" / "benchmarks").glob("*.py")
     } == SCRIPTS.keys() | PARTS
+
+
+def load_script(monkeypatch, name: str):
+    folder = ROOT / "experiments" / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", folder / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_the_document_has_every_result(monkeypatch):
+    everything = load_script(monkeypatch, "all")
+    document = everything.DOCUMENT.read_text()
+    assert everything.with_table(document, everything.table(everything.load())) == document
+
+
+def test_a_figure_that_one_processor_lacks_is_not_measured(monkeypatch):
+    everything = load_script(monkeypatch, "all")
+    machine = {"processor": "A", "model": "x 6 1", "cores": 2, "instruction_sets": ["avx2"]}
+    figure = {"name": "step", "unit": "s", "median": 2, "lowest": 1, "highest": 3, "fastest": None}
+    first = {"machine": machine, "date": "2026-01-01", "results": {"train_step": [figure]}}
+    second = first | {"results": {"train_step": [figure | {"name": "memory"}]}}
+    rows = everything.table([first, second]).splitlines()[2:]
+    assert rows == [
+        "| step, s | 2.00 (1.00 to 3.00) | not measured | `train_step.py` |",
+        "| memory, s | not measured | 2.00 (1.00 to 3.00) | `train_step.py` |",
+    ]
 
 
 @pytest.mark.slow

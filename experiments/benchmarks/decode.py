@@ -1,6 +1,6 @@
 """Greedy generation of the 39 M model, ours against transformers' `generate`: ms a token.
 
-    python experiments/benchmarks/decode.py [--rows 1 8] [--turns 7]
+    python experiments/benchmarks/decode.py [--rows 1 8 32] [--turns 7]
 
 Float32, the same weights and prompts (an image of 196 tokens and 16 text tokens a row), 128 new
 tokens without end-of-text. Times are of the whole call, prefill included. The tokens of both sides
@@ -11,6 +11,7 @@ import argparse
 
 import numpy as np
 import probe
+import report
 import turns
 
 from vlm_jax.runtime.process import prepare_process
@@ -65,7 +66,7 @@ def serve(side: str, folder: str, rows: int) -> None:
     turns.serve(first, lambda seconds: turns.times(generate, seconds))
 
 
-def compare(rows: int, options: argparse.Namespace) -> None:
+def compare(rows: int, options: argparse.Namespace) -> report.Result:
     first, answers = turns.with_one_model(probe.torch_model("llava"), options, "--rows", str(rows))
     tokens = [np.array(answer["tokens"]) for answer in first]
     same = np.mean(tokens[0] == tokens[1])
@@ -76,18 +77,17 @@ def compare(rows: int, options: argparse.Namespace) -> None:
         median_ms = 1e3 * turns.middle(side_answers, "seconds") / NEW_TOKENS
         best_ms = 1e3 * turns.best(side_answers) / NEW_TOKENS
         print(f"{side:<16}{median_ms:>8.2f} ms a token, fastest {best_ms:.2f}")
-    print(f"{'speed, ours over theirs':<28}{turns.speed(*answers.values())}", flush=True)
+    return turns.speed(f"generation, batch {rows}", *answers.values())
 
 
 def main() -> None:
     parser = turns.parser(__doc__, seconds=3.0)
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32])
     options = parser.parse_args()
     if options.serve:
         serve(options.serve, options.folder, options.rows[0])
         return
-    for rows in options.rows:
-        compare(rows, options)
+    report.write([compare(rows, options) for rows in options.rows], options.json)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import report
 import turns
 from packing import Side
 from PIL import Image
+from report import Result
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -89,7 +91,7 @@ def photograph_config(cfg):
     )
 
 
-def compare(name: str, cfg, seconds: float) -> None:
+def compare(name: str, cfg, seconds: float) -> Result:
     import jax
 
     from vlm_jax.data import pipeline
@@ -111,9 +113,10 @@ def compare(name: str, cfg, seconds: float) -> None:
         with jax.set_mesh(side.mesh):
             steps.append(turns.times(step, seconds)["seconds"])
         batches.append(turns.times(mean_of_many, seconds)["seconds"] / (4 * cfg.data.prefetch))
-    ratio = statistics.median(step / batch for step, batch in zip(steps, batches))
+    ratios = [step / batch for step, batch in zip(steps, batches)]
     rows = [cfg.train.batch_size / statistics.median(seconds) for seconds in (steps, batches)]
-    print(f"{name:<24}{rows[0]:>12.0f}{rows[1]:>12.0f}{ratio:>8.1f}", flush=True)
+    print(f"{name:<24}{rows[0]:>12.0f}{rows[1]:>12.0f}", flush=True)
+    return Result.of(f"input pipeline, {name}", "times the step's speed", ratios)
 
 
 def main() -> None:
@@ -121,15 +124,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=3.0, help="minimum of each turn")
-    seconds = parser.parse_args().seconds
+    report.add_option(parser)
+    options = parser.parse_args()
+    seconds = options.seconds
 
     from vlm_jax.config import files
 
     cfg = files.load("configs/easy_vqa/unified.py")
-    print(f"{'rows a second':<24}{'step':>12}{'pipeline':>12}{'ratio':>8}")
-    compare("easy-VQA, 64 px", cfg, seconds)
+    print(f"{'rows a second':<24}{'step':>12}{'pipeline':>12}")
+    results = [compare("easy-VQA, 64 px", cfg, seconds)]
     show_photographs()
-    compare("JPEGs of 336 px", photograph_config(cfg), seconds)
+    results.append(compare("JPEGs of 336 px", photograph_config(cfg), seconds))
+    report.write(results, options.json)
 
 
 if __name__ == "__main__":

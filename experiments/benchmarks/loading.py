@@ -20,6 +20,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import report
+from report import Result
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 TURNS = 5
@@ -114,6 +117,7 @@ def main() -> None:
     )
     parser.add_argument("--stored", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--loaded", default="float32", choices=("float32", "bfloat16"))
+    report.add_option(parser)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -136,11 +140,17 @@ def main() -> None:
             statistics.median(turn[side][key] for turn in turns) for key in MEASURED
         )
         print(f"{side:<24}{load:>8.2f}{process:>11.2f}{peak / 1e9:>9.2f}{peak / size:>13.2f}")
-    load, process, peak = (
-        statistics.median(turn["vlm_jax"][key] / turn["transformers"][key] for turn in turns)
+    ratios = {
+        key: [turn["vlm_jax"][key] / turn["transformers"][key] for turn in turns]
         for key in MEASURED
-    )
-    print(f"{'vlm_jax / transformers':<24}{load:>8.2f}{process:>11.2f}{peak:>9.2f}")
+    }
+    unit = "times transformers'"
+    results = [
+        Result.of("loading a checkpoint: seconds", unit, ratios["seconds"]),
+        Result.of("loading a checkpoint: process to first logits", unit, ratios["process_seconds"]),
+        Result.of("loading a checkpoint: peak memory", unit, ratios["peak_bytes"]),
+    ]
+    report.write(results, options.json)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import report
+from report import Result
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from vlm_jax.runtime.process import prepare_process
@@ -36,24 +39,29 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=3.0, help="of each of the five turns of a side"
     )
+    report.add_option(parser)
     arguments = parser.parse_args()
 
     from vlm_jax.config import files
 
+    results = []
     print(f"{'config':<40}{'packed':>12}{'one a row':>12}{'ratio':>8}   (questions a second)")
     for path in arguments.config:
-        packed, single = compare(files.load(path), arguments.seconds)
+        speeds = compare(files.load(path), arguments.seconds)
+        packed, single = map(statistics.median, zip(*speeds))
         print(f"{path:<40}{packed:>12.0f}{single:>12.0f}{packed / single:>8.2f}", flush=True)
+        name = f"packed questions, {Path(path).stem}"
+        results.append(Result.of(name, "times one per row", [a / b for a, b in speeds]))
+    report.write(results, arguments.json)
 
 
-def compare(cfg, seconds: float) -> tuple[float, float]:
-    """Returns questions per second packed as configured, and one a row."""
+def compare(cfg, seconds: float) -> list[tuple[float, float]]:
+    """Returns questions per second packed as configured, and one a row, turn by turn."""
     from vlm_jax.data import pipeline
 
     tokenizer = pipeline.train_tokenizer(cfg)
     sides = [Side(cfg, tokenizer), Side(batch_views(cfg, tokenizer), tokenizer)]
-    speeds = [[side.questions_per_second(seconds) for side in sides] for _ in range(TURNS)]
-    return tuple(map(statistics.median, zip(*speeds)))
+    return [tuple(side.questions_per_second(seconds) for side in sides) for _ in range(TURNS)]
 
 
 def batch_views(cfg, tokenizer):

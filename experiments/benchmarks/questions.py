@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import probe
+import report
 import turns
 
 from vlm_jax.runtime.process import prepare_process
@@ -166,7 +167,7 @@ def main() -> None:
     for side, side_answers in answers.items():
         speed = 1 / turns.middle(side_answers, "seconds")
         print(f"{side:<16}{speed:>8.0f} questions a second")
-    print(f"{'ours over theirs':<28}{turns.speed(*answers.values())}")
+    report.write([turns.speed("questions of easy-VQA", *answers.values())], options.json)
 
 
 if __name__ == "__main__":

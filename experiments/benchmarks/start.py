@@ -8,12 +8,14 @@ cache; the result is the median of the ratios.
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import report
+from report import Result
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,20 +56,26 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/easy_vqa/unified.py")
     parser.add_argument("--pairs", type=int, default=5)
+    report.add_option(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        folder, ratios = Path(folder), []
+        folder, firsts, ratios = Path(folder), [], []
         seconds_to_first_step(options.config, folder / "prepared", folder / "unused")
         for pair in map(str, range(options.pairs)):
             cache = folder / pair / "cache"
             first = seconds_to_first_step(options.config, folder / pair / "first", cache)
             second = seconds_to_first_step(options.config, folder / pair / "second", cache)
+            firsts.append(first)
             ratios.append(second / first)
             print(
                 f"first step after {first:.1f} s, second start {second:.1f} s: {ratios[-1]:.2f}",
                 flush=True,
             )
-    print(f"median {statistics.median(ratios):.2f}")
+    results = [
+        Result.of("first start to the first step", "s", firsts, min(firsts)),
+        Result.of("second start", "times the first", ratios),
+    ]
+    report.write(results, options.json)
 
 
 if __name__ == "__main__":

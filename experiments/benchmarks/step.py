@@ -13,7 +13,9 @@ import statistics
 import sys
 from pathlib import Path
 
+import report
 import turns
+from report import Result
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -54,22 +56,24 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=3.0, help="minimum of each turn")
+    report.add_option(parser)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
         serve(arguments.config[0], arguments.serve)
         return
     variants = [AS_IT_IS] + [name for name in arguments.variants if name != AS_IT_IS]
+    results = []
     for config in arguments.config:
         times = measure(config, variants, arguments.turns, arguments.seconds)
-        print(f"{config:<40}{'seconds a step':>16}{'ratio':>8}{'lowest':>8}{'highest':>9}")
+        print(f"{config:<40}{'seconds a step':>16}")
         for name in variants:
+            print(f"{name:<40}{statistics.median(times[name]):>16.4f}", flush=True)
+        for name in variants[1:]:
             ratios = [time / base for time, base in zip(times[name], times[AS_IT_IS])]
-            middle, ratio = statistics.median(times[name]), statistics.median(ratios)
-            print(
-                f"{name:<40}{middle:>16.4f}{ratio:>8.2f}{min(ratios):>8.2f}{max(ratios):>9.2f}",
-                flush=True,
-            )
+            title = f"step of {Path(config).stem}, {name}"
+            results.append(Result.of(title, "times the step's time", ratios))
+    report.write(results, arguments.json)
 
 
 def measure(config: str, variants: list[str], count: int, seconds: float) -> dict[str, list[float]]:

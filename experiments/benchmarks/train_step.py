@@ -18,12 +18,15 @@ import math
 from dataclasses import replace
 
 import probe
+import report
 import turns
+from report import Result
 
 from vlm_jax.runtime.process import prepare_process
 
 # Steps of the schedule, and steps whose losses are compared.
 STEPS, COMPARED = 10_000, 8
+NAMES = {"llava": "LLaVA-like", "mllama": "Llama-3.2-Vision-like"}
 RATE, BETAS, DECAY, CLIP = 1e-4, (0.9, 0.99), 1e-4, 1.0
 
 
@@ -140,7 +143,7 @@ def counted(step) -> int:
     return counter.get_total_flops()
 
 
-def compare(kind: str, options: argparse.Namespace) -> None:
+def compare(kind: str, options: argparse.Namespace) -> list[Result]:
     first, answers = turns.with_one_model(probe.torch_model(kind), options, "--model", kind)
     losses = {side: answer["losses"] for side, answer in zip(answers, first)}
     own, flops = [answer["flops"] for answer in first]
@@ -158,11 +161,14 @@ def compare(kind: str, options: argparse.Namespace) -> None:
         peak_gb = turns.middle(side_answers, "peak_bytes") / 1e9
         shares = f"{flops / middle / peak:>9.2f}{flops / best / peak:>9.2f}"
         print(f"{side:<16}{middle:>9.2f}{best:>9.2f}{shares}{peak_gb:>9.2f}")
-    share = own / turns.middle(mine, "seconds") / peak
-    print(f"{'of peak, by our FLOPs':<28}{share:.2f} ({own / 1e9:.0f} GFLOP)")
-    print(f"{'speed, ours over theirs':<28}{turns.speed(mine, other)}")
-    memory = turns.middle(mine, "peak_bytes") / turns.middle(other, "peak_bytes")
-    print(f"{'memory, ours over theirs':<28}{memory:.2f}", flush=True)
+    name = f"training step, {NAMES[kind]}"
+    memory = [a["peak_bytes"] / b["peak_bytes"] for a, b in zip(mine, other, strict=True)]
+    shares = [own / answer["seconds"] / peak for answer in mine]
+    return [
+        turns.speed(name, mine, other),
+        Result.of(f"{name}: peak memory", "times transformers'", memory),
+        Result.of(f"{name}: own FLOPs", "of the peak", shares, own / turns.best(mine) / peak),
+    ]
 
 
 def main() -> None:
@@ -172,8 +178,8 @@ def main() -> None:
     if options.serve:
         serve(options.serve, options.model[0], options.folder)
         return
-    for kind in options.model:
-        compare(kind, options)
+    results = [result for kind in options.model for result in compare(kind, options)]
+    report.write(results, options.json)
 
 
 if __name__ == "__main__":

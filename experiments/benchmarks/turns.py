@@ -14,6 +14,9 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 
+import report
+from report import Result
+
 # Sides of a comparison of one model.
 SIDES = ("vlm_jax", "transformers")
 
@@ -63,6 +66,7 @@ def parser(description: str, seconds: float) -> argparse.ArgumentParser:
     benchmark_parser.add_argument(
         "--seconds", type=float, default=seconds, help="minimum of each turn"
     )
+    report.add_option(benchmark_parser)
     benchmark_parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
     benchmark_parser.add_argument("--folder", help=argparse.SUPPRESS)
     return benchmark_parser
@@ -95,7 +99,11 @@ def take_turns(servers: Mapping[str, Server], turns: int, question) -> dict[str,
 
 
 def times(work: Callable[[], object], seconds: float, at_least: int = 2) -> dict[str, float]:
-    """Returns the median and the shortest time of the calls made within `seconds`."""
+    """Returns the median and the shortest time of the calls made within `seconds`.
+
+    The first call is not counted: after the other side's turn, caches are cold.
+    """
+    work()
     first_start, calls = time.perf_counter(), []
     while len(calls) < at_least or time.perf_counter() - first_start < seconds:
         start = time.perf_counter()
@@ -113,13 +121,11 @@ def best(answers: list[dict]) -> float:
     return min(answer["best_seconds"] for answer in answers)
 
 
-def speed(ours: list[dict], theirs: list[dict]) -> str:
-    """Returns their time over ours: median over turns, range, and ratio of the fastest calls."""
+def speed(name: str, ours: list[dict], theirs: list[dict]) -> Result:
+    """Returns their time over ours: above 1, ours is faster."""
     ratios = [b["seconds"] / a["seconds"] for a, b in zip(ours, theirs, strict=True)]
     fastest = best(theirs) / best(ours)
-    ratio = statistics.median(ratios)
-    lowest, highest = min(ratios), max(ratios)
-    return f"{ratio:.2f} ({lowest:.2f} to {highest:.2f}; fastest calls {fastest:.2f})"
+    return Result.of(name, "times transformers' speed", ratios, fastest)
 
 
 def peak_bytes(work: Callable[[], object]) -> int:

@@ -25,11 +25,13 @@ class Batch:
     tokens: Array  # (B, S) int32
     positions: Array  # (B, S) int32: every branch continues from the length of the trunk
     segment_ids: Array  # (B, S) int32: PADDING, or 1, 2, ...
-    branch_ids: Array  # (B, S) int32: TRUNK, or 1, 2, ...
     #: (B, S) int32: index into the row's I*M image tokens (with `vision.tile_layouts` I*J*M), or
     #: NO_IMAGE for a text token
     image_token_index: Array
     image_mask: Array  # (B, S, I) bool: the images that a token attends to in cross-attention
+    #: (B, S) int32: TRUNK, or 1, 2, ...; None: all TRUNK. Without branches and blocks, attention is
+    #: causal within segments, for which a kernel needs no mask
+    branch_ids: Array | None = None
     #: (B, S, I) bool: with `fusion.tokens_without_image` attend_all, the images that a token
     #: attends to if its row of `image_mask` is empty (such as a token before the first image). If
     #: it is empty here as well, the token skips cross-attention. None: all images
@@ -57,6 +59,8 @@ class DecoderInputs:
     x: jax.Array  # (B, S, D): embeddings
     positions: jax.Array  # (B, S)
     mask: jax.Array  # (B, 1, S, T) bool: self-attention mask
+    #: (B, S) int32: set if `mask` is causal within segments and nothing else
+    causal_segments: jax.Array | None = None
     memory: jax.Array | None = None  # (B, T, D): image tokens for cross-attention
     memory_mask: jax.Array | None = None  # (B, 1, S, T) bool: cross-attention mask
     has_image: jax.Array | None = None  # (B, S) bool: the token has an image in `image_mask`
@@ -71,6 +75,7 @@ class BlockInputs:
     """Inputs that all blocks of a stack share."""
 
     mask: jax.Array | None = None  # (B, 1, S, T) bool: self-attention mask; None: all
+    causal_segments: jax.Array | None = None  # (B, S) int32: see `DecoderInputs`
     rope: Any = None  # cosines and sines, (B, S, R) each
     memory: jax.Array | None = None  # (B, T, D)
     memory_mask: jax.Array | None = None  # (B, 1, S, T) bool: cross-attention mask; None: all
@@ -89,7 +94,7 @@ class Cache:
 
     index: jax.Array  # () int32: the next free slot
     segment_ids: jax.Array  # (B, T): of all slots, free ones included
-    branch_ids: jax.Array  # (B, T)
+    branch_ids: jax.Array | None  # (B, T)
     positions: jax.Array  # (B, T)
     block_ids: jax.Array | None  # (B, T)
     layers: Any  # by block of the repeating pattern and sublayer: keys, values (L, B, K, T, H)

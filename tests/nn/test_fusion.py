@@ -8,13 +8,14 @@ import pytest
 
 from vlm_jax.config import Projector, Vision
 from vlm_jax.nn.fusion import (
+    causal_segments,
     cross_attention_mask,
     fuse,
     insert_image_tokens,
     self_attention_mask,
     text_mask,
 )
-from vlm_jax.structs import NO_IMAGE, Batch, Cache
+from vlm_jax.structs import NO_IMAGE, PADDING, Batch, Cache
 from vlm_jax.testing import tiny
 
 KINDS_WITH_MEMORY = ("cross_attention", "encoder_decoder")
@@ -333,3 +334,23 @@ def test_place_puts_image_tokens_where_they_stand_and_leaves_the_text():
 def test_place_keeps_rows_apart():
     text, image = jnp.zeros((2, 1, 1)), jnp.asarray([[[1.0]], [[2.0]]])
     assert insert_image_tokens(text, image, jnp.asarray([[0], [0]]))[:, 0, 0].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "branches, blocks, has_cache",
+    [(None, None, False), ([0] * 6, None, False), (None, [1] * 6, False), (None, None, True)],
+)
+def test_segments_stand_for_the_mask_only_where_they_say_all_of_it(branches, blocks, has_cache):
+    segments = [1, 1, 2, 2, 2, 0]
+    row = batch(segments, [0] * 6).replace(
+        branch_ids=None if branches is None else jnp.asarray([branches]),
+        block_ids=None if blocks is None else jnp.asarray([blocks]),
+    )
+    ids = causal_segments(row, cache(0, segments, [0] * 6) if has_cache else None)
+    if branches or blocks or has_cache:
+        assert ids is None
+        return
+    causal_in_segments = np.tri(6, dtype=bool) & (ids[0][:, None] == ids[0])
+    is_token = np.asarray(segments) != PADDING
+    expected = causal_in_segments & is_token
+    np.testing.assert_array_equal(self_attention_mask(row)[0, 0], expected)

@@ -99,6 +99,40 @@ def error(x, exact):
     return np.linalg.norm(np.float32(x) - exact) / np.linalg.norm(exact)
 
 
+@pytest.mark.parametrize("length, heads, kv_heads, cap", [(384, 4, 2, 5.0), (130, 2, 2, None)])
+def test_splash_attention_by_segments_is_attention(length, heads, kv_heads, cap):
+    q, k, v, mask, dy, segments = packed_inputs(length, heads, kv_heads)
+    assert_equals_plain(splash_by_segments(segments), (q, k, v, mask, dy), cap)
+
+
+def packed_inputs(length, heads, kv_heads, rows=2):
+    """Inputs of rows with three segments and padding, their causal mask, and the segment ids."""
+    q, k, v, _, dy = inputs(length, length, heads, kv_heads, "keys", rows)
+    ends = np.array([[40, 100, 128], [1, 60, length]] * (rows // 2))
+    slots = np.arange(length)
+    segments = (slots < ends[:, 2:]) * (1 + (slots[None, None] >= ends[:, :2, None]).sum(1))
+    same = segments[:, :, None] == segments[:, None]
+    mask = same & (slots[:, None] >= slots) & (segments > 0)[:, None]
+    dy *= (segments > 0)[:, :, None, None]
+    return q, k, v, mask[:, None], dy, segments.astype(np.int32)
+
+
+def splash_by_segments(segments):
+    """Splash attention that has the segments instead of the mask."""
+
+    def attend(q, k, v, mask, cap):
+        del mask
+        return kernels.splash_attention(q, k, v, None, SCALE, cap, segments, interpret=True)
+
+    return attend
+
+
+def test_splash_attention_by_segments_on_a_mesh_is_attention():
+    q, k, v, mask, dy, segments = packed_inputs(130, 4, 2, rows=4)
+    with jax.set_mesh(axes.make_mesh(Mesh(1, 4, 2))):
+        assert_equals_plain(splash_by_segments(segments), (q, k, v, mask, dy), None)
+
+
 def test_splash_attention_on_a_mesh_is_attention():
     arrays = inputs(128, 128, 4, 2, "random", rows=4)
     with jax.set_mesh(axes.make_mesh(Mesh(1, 4, 2))):

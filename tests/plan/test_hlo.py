@@ -108,7 +108,9 @@ def test_products_that_the_tpu_compiler_writes_as_convolutions_count_without_the
     assert hlo.analyze(product(*parts), 1).flops == flops
 
 
-def test_attention_by_a_kernel_counts_its_products():
+@pytest.mark.parametrize("rows", ["", "3,"])
+def test_attention_by_a_kernel_counts_its_products(rows):
+    """With and without the rows of the batch in front of the heads."""
     text = """
 ENTRY %main (q: bf16[4,512,64], k: bf16[2,768,64]) -> bf16[4,512,64] {
   %q = bf16[4,512,64]{2,1,0} parameter(0)
@@ -117,7 +119,8 @@ ENTRY %main (q: bf16[4,512,64], k: bf16[2,768,64]) -> bf16[4,512,64] {
 custom_call_target="tpu_custom_call"
 }
 """
-    assert hlo.analyze(text, 1).flops == 3 * 2 * 4 * 512 * 768 * 64
+    text = text.replace("bf16[", f"bf16[{rows}")
+    assert hlo.analyze(text, 1).flops == (3 if rows else 1) * 3 * 2 * 4 * 512 * 768 * 64
 
 
 def test_what_lies_in_the_fast_memory_is_not_read_from_hbm():

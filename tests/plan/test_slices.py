@@ -80,6 +80,23 @@ def test_attention_is_a_kernel_that_holds_no_scores():
     assert not re.search(rf"{length}x{length}x(bf16|f32)>", text)
 
 
+def test_packed_conversations_need_no_mask_in_memory():
+    """A mask (B, 1, S, T) would be read by every layer."""
+    cfg = experiment(width=128, depth=2, heads=2, mlp_width=128)
+    cfg = replace(
+        cfg,
+        decoder=replace(cfg.decoder, head_dim=64, vocab_size=128),
+        data=replace(cfg.data, source="conversations", files=("a.json",)),
+        train=replace(cfg.train, batch_size=4),
+    )
+    text = compiled.lower_train_step(cfg, four_chips(cfg)).as_text()
+    decoder = re.findall(r'kernel_name = "splash_mha_(fwd|dq|dkv)_segmented', text)
+    assert set(decoder) == {"fwd", "dq", "dkv"}
+    masks = [kernels for kernels in kernels_of_attention(text) if kernels == "fwd"]
+    # Those of the encoder, whose images are not packed.
+    assert len(masks) - decoder.count("fwd") == decoder.count("fwd")
+
+
 def test_what_the_kernel_gave_is_kept_by_remat_attention_and_computed_again_by_remat_dots():
     counts = {
         remat: kernels_of_attention(lowered_text(remat)[1]).count("fwd")

@@ -8,7 +8,7 @@ from vlm_jax.config import Experiment
 from vlm_jax.data import images as image_files
 from vlm_jax.data import tiling
 from vlm_jax.data.fields import Fields, offset_ids, restrict_tags
-from vlm_jax.structs import TRUNK, Batch
+from vlm_jax.structs import Batch
 
 NO_CONVERSATION = 0  # owner of an empty image slot
 
@@ -72,7 +72,6 @@ def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Reader) -> Batch:
         block_ids=fields.get("block_ids"),
         positions=fields["tokens_positions"],
         segment_ids=segment_ids,
-        branch_ids=np.full_like(segment_ids, TRUNK),
         image_token_index=offset_ids(fields["image_token_index"], first_view * cfg.image_tokens),
         image_mask=restrict_tags(image_mask, image_tags),
         images=images if cfg.fusion.has_images else None,

@@ -35,7 +35,7 @@ from vlm_jax.data.fields import Fields, concat_fields, image_fields, pad_left, r
 from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.data.tiling import view_mask
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.structs import NO_IMAGE, TRUNK
+from vlm_jax.structs import NO_IMAGE
 
 
 def check_system_turns(cfg: Experiment, source: Conversations) -> None:
@@ -211,7 +211,6 @@ def prompt_row(
     row |= {
         "positions": np.arange(len(seen), dtype=np.int32),
         "segment_ids": np.ones_like(seen),
-        "branch_ids": np.full_like(seen, TRUNK),
         "image_mask": restrict_tags(image_mask, tags),
     }
     return pad_left(cfg, row, length)

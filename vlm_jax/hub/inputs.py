@@ -17,7 +17,7 @@ from vlm_jax.config import (
     Experiment,
     Fusion,
 )
-from vlm_jax.structs import NO_IMAGE, TRUNK, Batch
+from vlm_jax.structs import NO_IMAGE, Batch
 
 Arrays = Mapping[str, np.ndarray]
 TEXT = ("input_ids", "attention_mask", "position_ids")
@@ -57,7 +57,6 @@ def to_batch(
         tokens=ids,
         positions=_positions(cfg, arrays, ids, is_token, generating),
         segment_ids=is_token.astype(np.int32),
-        branch_ids=np.full_like(ids, TRUNK),
         image_token_index=np.full_like(ids, NO_IMAGE),
         image_mask=np.zeros((*ids.shape, 0), bool),
         block_ids=_blocks(arrays, is_token) if cfg.fusion.is_prefix_lm else None,
@@ -168,7 +167,6 @@ def image_batch(cfg: Experiment, arrays: Arrays) -> Batch:
         "tokens": ids,
         "positions": ids,
         "segment_ids": ids + 1,
-        "branch_ids": ids,
         "image_token_index": ids - 1,
     }
     return Batch(**(text | images))

@@ -42,6 +42,7 @@ def dot_product_attention(
     mask: Bool[Array, "#B 1 #S T"] | None,
     scale: float | None = None,
     cap: float | None = None,
+    causal_segments: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S N H"]:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) with grouped-query heads.
 
@@ -55,6 +56,8 @@ def dot_product_attention(
       mask: True where a query attends to a key; None: everywhere.
       scale: factor of the scores; None: 1 / sqrt(H).
       cap: c > 0 replaces each score by c * tanh(score / c) (Gemma 2); None: no cap.
+      causal_segments: set if `mask` is causal within these segments and nothing else: a kernel may
+        use them instead of the mask.
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
@@ -62,7 +65,7 @@ def dot_product_attention(
     k = checkpoint_name(k, ATTENTION_CHECKPOINT)
     kernel = kernel_for(q, k, mask, cap)
     if kernel is not None:
-        return kernel(q, k, v, mask, scale, cap)
+        return kernel(q, k, v, mask, scale, cap, causal_segments)
 
     # The queries of the G heads that share a key head become rows of one matmul, so that keys and
     # values are not repeated.
@@ -145,6 +148,7 @@ class Attention(nn.Module):
         rope: RopeTables | None = None,
         cache: KeyValue | None = None,
         index: Int[Array, ""] | None = None,
+        causal_segments: Int[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B S D"], KeyValue]:
         cfg = self.cfg
         q = axes.constrain(self._project(x, "query", "N"), "B S N H")
@@ -157,7 +161,9 @@ class Attention(nn.Module):
             if cache is not None:
                 k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, index, axis=2)
                 v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, index, axis=2)
-        y = dot_product_attention(q, k, v, mask, cfg.query_scale, cfg.score_softcap)
+        y = dot_product_attention(
+            q, k, v, mask, cfg.query_scale, cfg.score_softcap, causal_segments
+        )
         shape = (cfg.heads, cfg.head_width, cfg.width)
         out = Dense("N H D", shape, contract=2, bias=cfg.out_bias, name="out")(y)
         return out, (k, v)

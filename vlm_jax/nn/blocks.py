@@ -105,15 +105,16 @@ class Block(nn.Module):
         return Norm(self.cfg.norm, self.cfg.norm_eps, name=name)(x)
 
     def _self_attention(self, name, x, context: BlockInputs, is_sliding, cache):
-        mask, rope = context.mask, context.rope
+        mask, rope, segments = context.mask, context.rope, context.causal_segments
         if context.local_mask is not None:
+            segments = None
             mask = jnp.where(is_sliding, context.local_mask, mask)
         if context.local_rope is not None:
             rope = jax.tree.map(
                 lambda local, other: jnp.where(is_sliding, local, other), context.local_rope, rope
             )
         attention = Attention(self.cfg, self.cfg.qk_norm, name=name)
-        return attention(x, x, mask, rope, cache, context.index)
+        return attention(x, x, mask, rope, cache, context.index, segments)
 
     def _cross_attention(self, name, x, context: BlockInputs, cache):
         # While decoding, keys and values of the memory are in the cache.

@@ -96,6 +96,7 @@ class Decoder(nn.Module):
             x = self.embedding_norm(x)
         block_inputs = BlockInputs(
             mask=inputs.mask,
+            causal_segments=inputs.causal_segments,
             rope=rope_tables(positions, cfg) if cfg.positions == "rope" else None,
             memory=inputs.memory,
             memory_mask=inputs.memory_mask,

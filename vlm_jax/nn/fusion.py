@@ -50,6 +50,7 @@ def fuse(
         x=insert_image_tokens(text, image, batch.image_token_index) if in_sequence else text,
         positions=batch.positions,
         mask=self_attention_mask(batch, cache),
+        causal_segments=causal_segments(batch, cache),
         local_mask=None if window is None else self_attention_mask(batch, cache, window),
     )
     if not has_memory:
@@ -115,13 +116,26 @@ def self_attention_mask(
     keys, first_slot = (batch, 0) if cache is None else (cache, cache.index)
     slots = first_slot + jnp.arange(batch.tokens.shape[1])
     visible = (slots[:, None] >= jnp.arange(keys.segment_ids.shape[1]))[None]
-    visible &= _same(batch.branch_ids, keys.branch_ids) | (keys.branch_ids == TRUNK)[:, None]
+    if batch.branch_ids is not None:
+        visible &= _same(batch.branch_ids, keys.branch_ids) | (keys.branch_ids == TRUNK)[:, None]
     if window is not None:
         visible &= batch.positions[:, :, None] - keys.positions[:, None] < window
     if batch.block_ids is not None:
         visible |= _same(batch.block_ids, keys.block_ids) & (batch.block_ids > 0)[..., None]
     visible &= _same(batch.segment_ids, keys.segment_ids) & (keys.segment_ids != PADDING)[:, None]
     return visible[:, None]
+
+
+def causal_segments(batch: Batch, cache: Cache | None = None) -> Ids | None:
+    """Returns segment ids if they and the order of tokens say which keys a token attends to.
+
+    The ids are all that a kernel then needs. Segments of padding attend to themselves, whereas
+    `self_attention_mask` hides padding; nothing reads these hidden states. None: with a cache, or
+    with branches or blocks.
+    """
+    if cache is not None or batch.branch_ids is not None or batch.block_ids is not None:
+        return None
+    return batch.segment_ids
 
 
 def _same(ids: Ids, key_ids: KeyIds) -> Bool[Array, "B S T"]:

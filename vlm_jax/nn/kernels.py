@@ -3,8 +3,10 @@
 GPU: cuDNN, through `jax.nn.dot_product_attention`. TPU: JAX's splash attention, a Pallas kernel of
 FlashAttention (Dao et al. 2022) that skips the blocks the mask leaves empty.
 
-Splash attention takes one mask for all rows of a batch, so the rows are processed one after
-another; one row fills a TPU core. Tokamax has the same kernel, but no masks that differ between
+Where tokens attend causally within segments, splash attention gets segment ids: the kernel skips
+the blocks above the diagonal, and no mask exists in memory. Other masks are arrays, of which it
+takes one for all rows of a batch, so the rows are processed one after another; one row fills a TPU
+core. Tokamax has the same kernel, but no masks that differ between
 rows, and cannot be installed beside tyro (0.0.12 pins typeguard 2).
 """
 
@@ -56,10 +58,17 @@ def _fits_cudnn(q, keys, mask, cap) -> bool:
 
 
 def cudnn_attention(
-    q, k, v, mask, scale: float, cap: float | None = None, implementation: str = "cudnn"
+    q,
+    k,
+    v,
+    mask,
+    scale: float,
+    cap: float | None = None,
+    causal_segments=None,
+    implementation: str = "cudnn",
 ):
     """`attention.dot_product_attention` by cuDNN, for inputs that `kernel_for` lets through."""
-    del cap
+    del cap, causal_segments
     if mask is not None:
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[2]))
     k = k.swapaxes(1, 2)  # (B, T, K, H)
@@ -70,46 +79,87 @@ def cudnn_attention(
 
 
 def splash_attention(
-    q, k, v, mask, scale: float, cap: float | None = None, interpret: bool = False
+    q, k, v, mask, scale: float, cap: float | None = None, causal_segments=None, interpret=False
 ):
     """`attention.dot_product_attention` by splash attention.
 
     The results differ for a query without a visible key: it gets the value of key 0, and not the
-    mean of all values.
+    mean of all values. With `causal_segments`, tokens of padding attend to each other.
     """
-    (rows, length, _, _), (kv_heads, keys) = q.shape, k.shape[1:3]
+    (rows, length), (kv_heads, keys) = q.shape[:2], k.shape[1:3]
     q = einops.rearrange(q * scale, "B S (K G) H -> B K G S H", K=kv_heads)
-
-    # Pad queries and keys to whole blocks; the mask hides the padding keys.
-    query_padding = (0, -length % LANES)
-    key_padding = (0, -keys % LANES)
-    no_padding = (0, 0)
-    q = jnp.pad(q, (no_padding, no_padding, no_padding, query_padding, no_padding))
-    k = jnp.pad(k, (no_padding, no_padding, key_padding, no_padding))
-    v = jnp.pad(v, (no_padding, no_padding, key_padding, no_padding))
-    mask = jnp.ones((1, 1, 1, keys), bool) if mask is None else mask
-    mask = jnp.broadcast_to(mask, (rows, 1, length, keys))
-    mask = jnp.pad(mask, (no_padding, no_padding, query_padding, key_padding))
-
-    # Splash attention returns NaN for a query with no visible key: let such a query see key 0.
-    mask |= (jnp.arange(mask.shape[3]) == 0) & ~mask.any(-1, keepdims=True)
-
-    def row_by_row(q, k, v, mask):
-        return jax.lax.map(lambda row: _splash_row(*row, cap, interpret), (q, k, v, mask))
-
-    # XLA cannot partition a Pallas kernel, so each device is given its rows and heads.
-    input_letters = ("B K G S H", "B K T H", "B K T H", "B 1 S T")
-    y = axes.shard_mapped(row_by_row, input_letters, "B K G S H")(q, k, v, mask)
+    # The kernel takes whole blocks.
+    q, k, v = _pad_to_blocks(q, axis=3), _pad_to_blocks(k, axis=2), _pad_to_blocks(v, axis=2)
+    if causal_segments is not None:
+        y = _splash_causal(q, k, v, causal_segments, cap, interpret)
+    else:
+        y = _splash_masked(q, k, v, _padded_mask(mask, rows, length, keys), cap, interpret)
     return einops.rearrange(y, "B K G S H -> B S (K G) H")[:, :length]
 
 
-def _splash_row(q, k, v, mask, cap: float | None, interpret: bool):
-    """One row: (K, G, S, H), (K, T, H), (K, T, H), (1, S, T) -> (K, G, S, H)."""
+def _pad_to_blocks(x, axis: int):
+    """Pads an axis with zeros to a multiple of LANES."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % LANES)
+    return jnp.pad(x, widths)
+
+
+def _splash_causal(q, k, v, segment_ids, cap: float | None, interpret: bool):
+    """(B, K, G, S, H), 2 x (B, K, S, H), (B, S) -> (B, K, G, S, H), causal within segments."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    segment_ids = _pad_to_blocks(segment_ids, axis=1)
+    length = segment_ids.shape[1]
+
+    def attend(q, k, v, segment_ids):
+        heads = q.shape[1] * q.shape[2]
+        mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
+        kernel = _make_kernel(mask, length, length, cap, interpret)
+
+        def attend_in_row(q, k, v, ids):
+            return kernel(q.reshape(-1, *q.shape[2:]), k, v, splash.SegmentIds(ids, ids))
+
+        return jax.vmap(attend_in_row)(q, k, v, segment_ids).reshape(q.shape)
+
+    # XLA cannot partition a Pallas kernel, so each device is given its rows and heads.
+    input_letters = ("B K G S H", "B K T H", "B K T H", "B S")
+    return axes.shard_mapped(attend, input_letters, "B K G S H")(q, k, v, segment_ids)
+
+
+def _padded_mask(mask, rows: int, length: int, keys: int):
+    """(#B, 1, #S, T) or None (all keys) -> (B, 1, S, T), padded to whole blocks."""
+    mask = jnp.ones((1, 1, 1, keys), bool) if mask is None else mask
+    mask = jnp.broadcast_to(mask, (rows, 1, length, keys))
+    mask = _pad_to_blocks(_pad_to_blocks(mask, axis=2), axis=3)
+    # Splash attention returns NaN for a query with no visible key: let such a query see key 0.
+    return mask | ((jnp.arange(mask.shape[3]) == 0) & ~mask.any(-1, keepdims=True))
+
+
+def _splash_masked(q, k, v, mask, cap: float | None, interpret: bool):
+    """(B, K, G, S, H), 2 x (B, K, T, H), (B, 1, S, T) -> (B, K, G, S, H)."""
+
+    def attend_in_row(q, k, v, mask):
+        kernel = _make_kernel(mask, q.shape[2], k.shape[1], cap, interpret)
+        # Under tracing `is_dynamic_mask` has become an array, but the kernel branches on it in
+        # Python: set it back to True, its value for a mask that is an array.
+        kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
+        return kernel(q.reshape(-1, *q.shape[2:]), k, v).reshape(q.shape)
+
+    def attend(*arrays):
+        return jax.lax.map(lambda row: attend_in_row(*row), arrays)
+
+    # XLA cannot partition a Pallas kernel, so each device is given its rows and heads.
+    input_letters = ("B K G S H", "B K T H", "B K T H", "B 1 S T")
+    return axes.shard_mapped(attend, input_letters, "B K G S H")(q, k, v, mask)
+
+
+def _make_kernel(mask, length: int, keys: int, cap: float | None, interpret: bool):
+    """Returns the kernel of one row: (K * G, S, H), 2 x (K, T, H) -> (K * G, S, H)."""
     # Imported here because the import takes a second.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
-    block_q = _block_size(q.shape[2])
-    block_kv = _block_size(k.shape[1])
+    block_q, block_kv = _block_size(length), _block_size(keys)
     block_sizes = splash.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,
@@ -118,7 +168,7 @@ def _splash_row(q, k, v, mask, cap: float | None, interpret: bool):
         block_q_dq=block_q,
         block_kv_dq=block_kv,
     )
-    kernel = splash.make_splash_mha(
+    return splash.make_splash_mha(
         mask,
         block_sizes=block_sizes,
         head_shards=1,
@@ -127,10 +177,6 @@ def _splash_row(q, k, v, mask, cap: float | None, interpret: bool):
         interpret=interpret,
         residual_checkpoint_name=ATTENTION_CHECKPOINT,
     )
-    # Under tracing `is_dynamic_mask` has become an array, but the kernel branches on it in Python:
-    # set it back to True, its value for a mask that is an array.
-    kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
-    return kernel(q.reshape(-1, *q.shape[2:]), k, v).reshape(q.shape)
 
 
 def _block_size(length: int) -> int:

@@ -83,6 +83,8 @@ def empty_cache(cfg: Model, prompt: Batch, new_tokens: int, dtype=jnp.float32) -
     """
 
     def extend(ids, step=0):
+        if ids is None:
+            return None
         new_ids = ids[:, -1:] + step * jnp.arange(1, new_tokens + 1)
         return jnp.concatenate([ids, new_ids], axis=1)
 
@@ -106,7 +108,6 @@ def example_batch(cfg: Model, length: int, rows: int = 1, images: int = 1) -> Ba
         tokens=ids,
         positions=ids,
         segment_ids=ids + 1,
-        branch_ids=ids,
         image_token_index=ids,
         image_mask=jnp.ones((rows, length, images * cfg.vision.pictures), bool),
         targets=ids,

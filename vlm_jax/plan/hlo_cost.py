@@ -53,15 +53,16 @@ def flops(instruction: Instruction, computation: Computation) -> float:
 def _kernel_flops(instruction: Instruction, computation: Computation) -> float:
     """FLOPs of an attention kernel, whose matmuls the compiler does not see.
 
-    Blocks that the kernel skips are counted as well.
+    Queries and keys are (heads, length, head dim), with the rows in front where all rows of a batch
+    are in one call. Blocks that the kernel skips are counted as well.
     """
     counts = [count for name, count in KERNELS.items() if instruction.name.startswith(name)]
     if not counts:
         return 0.0
     inputs = [computation[name].shapes[0] for name in instruction.operands]
-    floats = [x.sizes for x in inputs if len(x.sizes) == 3 and x.dtype in ("bf16", "f32")]
+    floats = [x.sizes for x in inputs if len(x.sizes) in (3, 4) and x.dtype in ("bf16", "f32")]
     queries, keys = floats[:2]
-    return 2.0 * counts[0] * math.prod(queries) * keys[1]
+    return 2.0 * counts[0] * math.prod(queries) * keys[-2]
 
 
 def _convolution_flops(left, right, out, attributes: str) -> float:

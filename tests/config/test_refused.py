@@ -36,6 +36,12 @@ TILED = {"vision_tiles": 2, "vision_tile_layouts": ((1, 1), (1, 2)), "vision_num
 TILED |= {"vision_class_token": True, "vision_keep_class_token": True}
 # Changes of `tiny`, and the message.
 REFUSED = [
+    ({"decoder_sliding_layers": (0,)}, "decoder.sliding_layers needs decoder.sliding_window"),
+    ({"decoder_sliding_window": 4}, "decoder.sliding_window 4 .* list layers, or leave it out"),
+    (
+        {"decoder_sliding_window": 4, "decoder_sliding_layers": (0, 9)},
+        "decoder.sliding_layers names layer 9: choose from 0 to 1",
+    ),
     ({"fusion_kind": "unifid"}, "fusion.kind 'unifid' .* unified, cross_attention"),
     ({"data_augment": ("mirror", "shft")}, "data.augment 'shft' .* mirror, turn, shift"),
     (

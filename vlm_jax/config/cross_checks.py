@@ -330,6 +330,29 @@ def _lora(cfg: Experiment) -> None:
             )
 
 
+def _sliding(cfg: Experiment) -> None:
+    window, layers, depth = (
+        cfg.decoder.sliding_window,
+        cfg.decoder.sliding_layers,
+        cfg.decoder.depth,
+    )
+    if layers and window is None:
+        raise ConfigError(
+            "decoder.sliding_layers needs decoder.sliding_window, the number of tokens that a "
+            "token attends to."
+        )
+    if window is not None and not layers:
+        raise ConfigError(
+            f"decoder.sliding_window {window} applies to decoder.sliding_layers alone: list "
+            "layers, or leave it out."
+        )
+    outside = [layer for layer in layers if not 0 <= layer < depth]
+    if outside:
+        raise ConfigError(
+            f"decoder.sliding_layers names layer {outside[0]}: choose from 0 to {depth - 1}."
+        )
+
+
 def _microbatches(cfg: Experiment) -> None:
     if cfg.train.batch_size % cfg.train.microbatches:
         raise ConfigError(
@@ -391,5 +414,5 @@ def _validation(cfg: Experiment) -> None:
 
 CHECKS = (
     *(_data, _synthetic, _tokens, _tiled_encoder, _feature_layers, _resize, _projector, _fusion),
-    *(_tiles, _room, _rates, _lora, _microbatches, _profile, _validation),
+    *(_tiles, _room, _rates, _lora, _sliding, _microbatches, _profile, _validation),
 )

@@ -155,4 +155,4 @@ def test_splash_attention_on_a_mesh_is_attention():
 def test_the_platform_chooses_the_kernel(monkeypatch, platform, length, dtype, width, cap, kernel):
     monkeypatch.setattr(axes, "platform", lambda: platform)
     q, k = jnp.zeros((1, length, 2, width), dtype), jnp.zeros((1, 2, length, width), dtype)
-    assert kernels.kernel_for(q, k, jnp.ones((1, 1, 1, length), bool), cap) is kernel
+    assert kernels.kernel_for(q, k, cap) is kernel

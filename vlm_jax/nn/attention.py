@@ -63,7 +63,7 @@ def dot_product_attention(
         scale = q.shape[-1] ** -0.5
     q = checkpoint_name(q, ATTENTION_CHECKPOINT)
     k = checkpoint_name(k, ATTENTION_CHECKPOINT)
-    kernel = kernel_for(q, k, mask, cap)
+    kernel = kernel_for(q, k, cap)
     if kernel is not None:
         return kernel(q, k, v, mask, scale, cap, causal_segments)
 

@@ -28,33 +28,33 @@ LARGEST_BLOCK = 640
 MIN_LENGTH = 256
 
 
-def kernel_for(
-    q: jax.Array, k: jax.Array, mask: jax.Array | None, cap: float | None
-) -> Callable | None:
+def kernel_for(q: jax.Array, k: jax.Array, cap: float | None) -> Callable | None:
     """Returns the fused kernel for these inputs on the current platform, or None.
 
     Args:
       q: queries (B, S, N, H).
       k: keys (B, K, T, H).
-      mask: (B, 1, S, T) or None.
       cap: softcap of the scores, or None.
     """
     platform = axes.platform()
     length, keys = q.shape[1], k.shape[2]
     if platform == "tpu" and min(length, keys) >= MIN_LENGTH:
         return splash_attention
-    if platform in ("gpu", "cuda") and _fits_cudnn(q, keys, mask, cap):
+    if platform in ("gpu", "cuda") and _fits_cudnn(q, keys, cap):
         return cudnn_attention
     return None
 
 
-def _fits_cudnn(q, keys, mask, cap) -> bool:
-    """True for half precision, heads of at most 128, no softcap and, with a mask, even lengths."""
+def _fits_cudnn(q, keys, cap) -> bool:
+    """True for half precision, heads of at most 128, no softcap and even lengths.
+
+    JAX differentiates cuDNN's attention for even lengths only, without a mask too (0.11.2).
+    """
     length, head_dim = q.shape[1], q.shape[3]
     is_half = q.dtype in (jnp.bfloat16, jnp.float16)
     is_even = length % 2 == 0 and keys % 2 == 0
     fits_head = head_dim % 8 == 0 and head_dim <= 128
-    return is_half and fits_head and cap is None and (mask is None or is_even)
+    return is_half and fits_head and cap is None and is_even
 
 
 def cudnn_attention(

@@ -9,8 +9,6 @@ import sys
 import typing
 from pathlib import Path
 
-import tyro
-
 from vlm_jax.config import (
     ConfigError,
     Data,
@@ -194,6 +192,9 @@ def override(
     check_given_once([f"--{name}" for name, _ in options_and_values])
     for name, values in options_and_values:
         _check_option(fields, name, values, options)
+    # Imported here: of a run, only its command line needs it.
+    import tyro
+
     return tyro.cli(
         Experiment,
         default=cfg,

@@ -25,6 +25,7 @@ from jax.interpreters import partial_eval
 
 from vlm_jax import axes
 from vlm_jax.config import Experiment, Model
+from vlm_jax.cost.scan import carried_inputs
 from vlm_jax.nn.models import abstract_params
 from vlm_jax.nn.parts import PARTS, Path, find_part, trained_paths
 from vlm_jax.nn.tiled_vit import TOKEN_MULTIPLE
@@ -192,14 +193,13 @@ def _loop_gradients(scan: core.JaxprEqn, has_gradient: list[bool], scope: str) -
     A loop is differentiated as a whole: a carry with a gradient after one iteration has it in all.
     """
     (body,) = core.jaxprs_in_params(scan.params)
-    first = scan.params["num_consts"]
-    last = first + scan.params["num_carry"]
+    carried = carried_inputs(scan.params)
     while True:
         outputs = _count(body, has_gradient, defaultdict(Flops), scope)
-        carries = [old or new for old, new in zip(has_gradient[first:last], outputs)]
-        if carries == has_gradient[first:last]:
+        carries = [old or new for old, new in zip(has_gradient[carried], outputs)]
+        if carries == has_gradient[carried]:
             return has_gradient
-        has_gradient = [*has_gradient[:first], *carries, *has_gradient[last:]]
+        has_gradient = [*has_gradient[: carried.start], *carries, *has_gradient[carried.stop :]]
 
 
 def _multiplications(equation: core.JaxprEqn) -> int:

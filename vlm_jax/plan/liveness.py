@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from jax.extend import core
 
+from vlm_jax.cost.scan import carried_inputs
+
 # Primitives that XLA fuses into the operation that reads their result.
 FUSED = {
     "add", "add_any", "sub", "mul", "div", "neg", "max", "min", "exp", "log", "tanh",
@@ -136,8 +138,7 @@ def _loop_body_peak(operation: Operation, split: Split) -> float:
     for program in core.jaxprs_in_params(operation.params):
         slices = 0
         if operation.name == "scan":
-            not_sliced = operation.params["num_consts"] + operation.params["num_carry"]
-            slices = len(program.invars) - not_sliced
+            slices = len(program.invars) - carried_inputs(operation.params).stop
         peaks.append(peak_bytes(program, split, slices))
     return gathered + max(peaks)
 
@@ -231,8 +232,7 @@ def _carried(equation) -> list:
     """Inputs of a loop that it replaces at every iteration."""
     params, name = equation.params, equation.primitive.name
     if name == "scan":
-        first = params["num_consts"]
-        return equation.invars[first : first + params["num_carry"]]
+        return equation.invars[carried_inputs(params)]
     if name == "while":
         return equation.invars[params["cond_nconsts"] + params["body_nconsts"] :]
     return []

@@ -1,12 +1,14 @@
 """Every benchmark runs with its fewest calls, agrees with what it compares, and prints a table."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -21,8 +23,8 @@ SCRIPTS = {
     "loading": [],
     "start": ["--pairs", "1"],
 }
-# Modules of the others, and the script that runs them all.
-PARTS = {"probe", "turns", "report", "all"}
+# Modules of the others, the script that runs them all, and the one for accelerators.
+PARTS = {"probe", "turns", "report", "all", "device"}
 
 
 def test_all_benchmarks_are_here():
@@ -57,6 +59,47 @@ def test_a_figure_that_one_processor_lacks_is_not_measured(monkeypatch):
         "| step, s | 2.00 (1.00 to 3.00) | not measured | `train_step.py` |",
         "| memory, s | not measured | 2.00 (1.00 to 3.00) | `train_step.py` |",
     ]
+
+
+def test_the_script_for_accelerators_runs_on_a_cpu(tmp_path):
+    command = ["experiments/benchmarks/device.sh", "--tiny", "--out", tmp_path]
+    settings = {
+        "PYTHON": sys.executable,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "cpu.json").read_text())["rows"]
+    assert {row["status"] for row in rows} == {"passed", "measured"}
+    groups = {row["group"].partition(":")[0] for row in rows}
+    assert groups == {"Attention", "Tokens", "Resume", "Training step", "Generation"}
+    table = (tmp_path / "cpu.md").read_text()
+    assert all(f"{row['name']} | {row['status']} |" in table for row in rows)
+
+
+def test_a_wrong_or_broken_check_is_a_row(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "benchmarks"))
+    from on_device import groups, report
+
+    def break_down():
+        raise RuntimeError("no kernel")
+
+    rows = [
+        report.Row("Attention", name, *groups.run_task(task))
+        for name, task in {"wrong": lambda: {"passed": False}, "broken": break_down}.items()
+    ]
+    assert [row.status for row in rows] == ["failed", "error"]
+    assert "RuntimeError: no kernel" in rows[1].values["error"]
+
+
+def test_rows_without_time_are_listed_as_not_run(monkeypatch):
+    script = load_script(monkeypatch, "device")
+    rows = script.run_group("Attention", is_tiny=True, deadline=0)
+    assert [row.status for row in rows] == ["not run"]
 
 
 @pytest.mark.slow

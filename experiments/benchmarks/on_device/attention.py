@@ -8,6 +8,7 @@ queries, keys and values. A fused kernel must also be about as exact as the plai
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 from unittest import mock
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.nn import attention, fusion, kernels
-from vlm_jax.structs import NO_IMAGE, Batch, Cache
+from vlm_jax.structs import NO_IMAGE, PADDING, TRUNK, Batch, Cache
 
 ROWS = 2
 DTYPES = ("bfloat16", "float32")
@@ -49,7 +50,13 @@ SELF = Shape()
 SEVERAL_IMAGES = Shape(keys=4 * 144)
 PREFILL = Shape(queries=512, keys=640)
 DECODE = Shape(queries=1, keys=640)
-Mask = jax.Array | None
+
+
+class Pattern(NamedTuple):
+    """The keys that each query attends to; None: all."""
+
+    mask: jax.Array | None = None  # (#B, 1, #S, T)
+    causal_segments: jax.Array | None = None  # (B, S): set if they say the same as `mask`
 
 
 def text(shape: Shape, blocks: bool = False, segments: int = 1, branches: int = 0) -> Batch:
@@ -64,15 +71,13 @@ def text(shape: Shape, blocks: bool = False, segments: int = 1, branches: int = 
     inside = slots % size
     second_half = inside >= size // 2
     segment_ids = np.minimum(slots // size + 1, segments)
-    segment_ids[shape.queries - size // 4 :] = 0
-    branch_ids = np.zeros_like(slots)
-    if branches:
-        branch_ids = np.where(second_half, 1 + inside * branches // size, 0)
+    segment_ids[shape.queries - size // 4 :] = PADDING
+    branch_ids = np.where(second_half, 1 + inside * branches // size, TRUNK)
     ids = {
         "tokens": slots,
         "positions": inside,
         "segment_ids": segment_ids,
-        "branch_ids": branch_ids,
+        "branch_ids": branch_ids if branches else None,
         "image_token_index": np.full_like(slots, NO_IMAGE),
         "block_ids": (~second_half).astype(np.int64) if blocks else None,
     }
@@ -83,13 +88,13 @@ def text(shape: Shape, blocks: bool = False, segments: int = 1, branches: int = 
     return Batch(**rows, image_mask=jnp.zeros((ROWS, shape.queries, 0), bool))
 
 
-def cached(shape: Shape, first_slot: int) -> Mask:
-    """Mask of queries from `first_slot` on over a KV cache of all keys, with left padding."""
+def cached(shape: Shape, first_slot: int) -> Pattern:
+    """Queries from `first_slot` on with a KV cache of all keys, and padding on the left."""
     slots = jnp.broadcast_to(jnp.arange(shape.keys), (ROWS, shape.keys))
     padding = jnp.arange(ROWS)[:, None] * (shape.keys // 8)  # row i has i eighths of padding
     keys = {
-        "segment_ids": jnp.where(slots >= padding, 1, 0),
-        "branch_ids": jnp.zeros_like(slots),
+        "segment_ids": jnp.where(slots >= padding, 1, PADDING),
+        "branch_ids": None,
         "positions": slots,
         "block_ids": None,
     }
@@ -97,33 +102,42 @@ def cached(shape: Shape, first_slot: int) -> Mask:
     now = slice(first_slot, first_slot + shape.queries)
     queries = {name: None if x is None else x[:, now] for name, x in keys.items()}
     batch = Batch(tokens=slots[:, now], image_token_index=None, image_mask=None, **queries)
-    return fusion.self_attention_mask(batch, cache)
+    return Pattern(fusion.self_attention_mask(batch, cache))
 
 
-def images(shape: Shape, count: int) -> Mask:
-    """Mask of cross-attention: segment i sees image i, and the tokens of padding none."""
+def images(shape: Shape, count: int) -> Pattern:
+    """Cross-attention: segment i sees image i, and the tokens of padding none."""
     batch = text(shape, segments=count)
     image_mask = batch.segment_ids[..., None] == jnp.arange(1, count + 1)
-    return fusion.cross_attention_mask(batch.replace(image_mask=image_mask), shape.keys // count)
+    batch = batch.replace(image_mask=image_mask)
+    return Pattern(fusion.cross_attention_mask(batch, shape.keys // count))
 
 
-def padded_keys(shape: Shape) -> Mask:
-    """Mask of an encoder with padding: every query sees the same keys."""
-    return jnp.broadcast_to(jnp.arange(shape.keys) < 3 * shape.keys // 4, (ROWS, 1, 1, shape.keys))
+def padded_keys(shape: Shape) -> Pattern:
+    """An encoder with padding: every query sees the same keys."""
+    is_token = jnp.arange(shape.keys) < 3 * shape.keys // 4
+    return Pattern(jnp.broadcast_to(is_token, (ROWS, 1, 1, shape.keys)))
 
 
-def sequence(window_divisor: int | None = None, **options) -> Callable[[Shape], Mask]:
-    """Returns a function: shape -> mask of self-attention over the rows of `text`."""
+def everything(shape: Shape) -> Pattern:
+    return Pattern()
 
-    def build(shape: Shape) -> Mask:
-        window = shape.queries // window_divisor if window_divisor else None
-        return fusion.self_attention_mask(text(shape, **options), window=window)
+
+def sequence(window_divisor: int | None = None, **options) -> Callable[[Shape], Pattern]:
+    """Returns a function: shape -> pattern of self-attention over the rows of `text`."""
+
+    def build(shape: Shape) -> Pattern:
+        batch = text(shape, **options)
+        if window_divisor is None:
+            return Pattern(fusion.self_attention_mask(batch), fusion.causal_segments(batch))
+        window = shape.queries // window_divisor
+        return Pattern(fusion.self_attention_mask(batch, window=window))
 
     return build
 
 
-# Name -> shape and function that builds the mask.
-CASES: dict[str, tuple[Shape, Callable[[Shape], Mask]]] = {
+# Name -> shape and function that builds the pattern.
+CASES: dict[str, tuple[Shape, Callable[[Shape], Pattern]]] = {
     "causal": (SELF, sequence()),
     "packed rows": (SELF, sequence(segments=4)),
     "branches of a shared image": (SELF, sequence(branches=4)),
@@ -136,10 +150,10 @@ CASES: dict[str, tuple[Shape, Callable[[Shape], Mask]]] = {
     "cross-attention, four images": (SEVERAL_IMAGES, functools.partial(images, count=4)),
     "prefill into a cache": (PREFILL, functools.partial(cached, first_slot=0)),
     "decode from a cache": (DECODE, lambda shape: cached(shape, shape.keys - 1)),
-    "encoder": (Shape(576, 576, 16, 16), lambda shape: None),
-    "encoder, odd length": (Shape(577, 577, 16, 16), lambda shape: None),
+    "encoder": (Shape(576, 576, 16, 16), everything),
+    "encoder, odd length": (Shape(577, 577, 16, 16), everything),
     "encoder, padded tiles": (Shape(1024, 1024, 16, 16), padded_keys),
-    "head dim 72": (Shape(256, 256, 16, 16, 72), lambda shape: None),
+    "head dim 72": (Shape(256, 256, 16, 16, 72), everything),
     "head dim 128, causal": (Shape(head_dim=128, heads=8, kv_heads=2), sequence()),
     "head dim 256, one key head": (Shape(head_dim=256, heads=8, kv_heads=1), sequence()),
     "capped scores": (Shape(cap=30.0), sequence()),
@@ -157,32 +171,32 @@ TINY_CASES = (
 def tasks(is_tiny: bool) -> dict[str, Callable[[], dict]]:
     rows = {}
     for name in TINY_CASES if is_tiny else CASES:
-        shape, build_mask = CASES[name]
+        shape, build_pattern = CASES[name]
         shape = shape.tiny() if is_tiny else shape
         for dtype in DTYPES:
-            rows[f"{name}, {dtype}"] = functools.partial(check, shape, build_mask, dtype)
+            rows[f"{name}, {dtype}"] = functools.partial(check, shape, build_pattern, dtype)
     return rows
 
 
-def check(shape: Shape, build_mask: Callable[[Shape], Mask], dtype: str) -> dict:
+def check(shape: Shape, build_pattern: Callable[[Shape], Pattern], dtype: str) -> dict:
     """Returns the path that the platform chooses, and its error."""
-    mask = build_mask(shape)
-    q, k, v, dy = inputs(shape, mask)
+    pattern = build_pattern(shape)
+    q, k, v, dy = inputs(shape, pattern.mask)
     narrow = [x.astype(dtype) for x in (q, k, v, dy)]
     with jax.default_matmul_precision("highest"):
         wide = [x.astype(jnp.float32) for x in narrow]
-        exact = value_and_gradients(formula, shape.cap, *wide, mask)
+        exact = value_and_gradients(formula, shape.cap, *wide, pattern)
     kernel = kernels.kernel_for(narrow[0], narrow[1], shape.cap)
-    error, limit = relative_error(chosen, shape, narrow, mask, exact), LIMITS[dtype]
+    error, limit = relative_error(chosen, shape, narrow, pattern, exact), LIMITS[dtype]
     values = {"path": "plain" if kernel is None else kernel.__name__, "largest error": error}
     if kernel is not None:
-        plain_error = relative_error(plain, shape, narrow, mask, exact)
+        plain_error = relative_error(plain, shape, narrow, pattern, exact)
         values["error of the plain path"] = plain_error
         limit = min(limit, KERNEL_FACTOR * plain_error + KERNEL_SLACK)
     return values | {"limit": limit, "passed": error <= limit}
 
 
-def inputs(shape: Shape, mask: Mask) -> list[jax.Array]:
+def inputs(shape: Shape, mask: jax.Array | None) -> list[jax.Array]:
     """Random queries, keys, values and gradient of the output, in float32.
 
     Paths differ for a query that sees no key, and the model does not use it: its gradient is 0.
@@ -196,25 +210,28 @@ def inputs(shape: Shape, mask: Mask) -> list[jax.Array]:
     return [jnp.asarray(x, jnp.float32) for x in (q, k, v, dy)]
 
 
-def formula(q, k, v, mask, cap):
+def formula(q, k, v, pattern, cap):
     """Attention in its plainest form, with keys and values repeated for the heads of a group."""
     groups = q.shape[2] // k.shape[1]
     k, v = (jnp.repeat(x, groups, axis=1) for x in (k, v))
     scores = jnp.einsum("bsnh,bnth->bnst", q, k) * q.shape[-1] ** -0.5
     scores = scores if cap is None else cap * jnp.tanh(scores / cap)
-    scores = scores if mask is None else jnp.where(mask, scores, attention.MASK_VALUE)
+    if pattern.mask is not None:
+        scores = jnp.where(pattern.mask, scores, attention.MASK_VALUE)
     return jnp.einsum("bnst,bnth->bsnh", jax.nn.softmax(scores), v)
 
 
-def chosen(q, k, v, mask, cap):
+def chosen(q, k, v, pattern, cap):
     """The path that the platform chooses."""
-    return attention.dot_product_attention(q, k, v, mask, cap=cap)
+    return attention.dot_product_attention(
+        q, k, v, pattern.mask, cap=cap, causal_segments=pattern.causal_segments
+    )
 
 
-def plain(q, k, v, mask, cap):
+def plain(q, k, v, pattern, cap):
     """The path without a fused kernel."""
     with plain_attention():
-        return attention.dot_product_attention(q, k, v, mask, cap=cap)
+        return chosen(q, k, v, pattern, cap)
 
 
 def plain_attention():
@@ -223,11 +240,11 @@ def plain_attention():
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def value_and_gradients(function, cap, q, k, v, dy, mask) -> tuple:
+def value_and_gradients(function, cap, q, k, v, dy, pattern) -> tuple:
     """Returns the output, 0 where its gradient is, and the gradients of q, k and v."""
 
     def loss(q, k, v):
-        y = function(q, k, v, mask, cap)
+        y = function(q, k, v, pattern, cap)
         y = jnp.where((dy == 0).all((2, 3), keepdims=True), 0, y).astype(jnp.float32)
         return jnp.sum(y * dy), y
 
@@ -235,9 +252,11 @@ def value_and_gradients(function, cap, q, k, v, dy, mask) -> tuple:
     return y, *gradients
 
 
-def relative_error(function, shape: Shape, arrays: list[jax.Array], mask: Mask, exact) -> float:
+def relative_error(
+    function, shape: Shape, arrays: list[jax.Array], pattern: Pattern, exact
+) -> float:
     """Returns the largest of the relative errors of the output and the gradients; NaN stays."""
-    results = value_and_gradients(function, shape.cap, *arrays, mask)
+    results = value_and_gradients(function, shape.cap, *arrays, pattern)
     errors = [
         np.linalg.norm(np.float32(x) - np.float32(reference)) / np.linalg.norm(reference)
         for x, reference in zip(results, exact)

@@ -57,7 +57,6 @@ def _product_flops_per_second(device: jax.Device) -> float:
     side = TINY_PRODUCT_SIDE if device.platform == "cpu" else PRODUCT_SIDE
     x = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
     product = jax.jit(jnp.matmul)
-    product(x, x).block_until_ready()
     times = turns.times(lambda: product(x, x).block_until_ready(), seconds=0.2)
     return 2 * side**3 / times["best_seconds"]
 

@@ -41,7 +41,6 @@ class Speed:
                 tokens = generate(self.cfg.model, self.params, prompt, new_tokens, SamplingParams())
                 return tokens.block_until_ready()
 
-            run()
             return turns.times(run, self.timed_seconds)["seconds"]
 
         first, whole = seconds(1), seconds(self.new_tokens)

@@ -110,7 +110,6 @@ def extend(prompt: Batch, tokens: jax.Array) -> Batch:
         tokens=append(prompt.tokens, tokens[:, :-1]),
         positions=append(prompt.positions, prompt.positions[:, -1:] + 1 + jnp.arange(count)),
         segment_ids=repeat_last(prompt.segment_ids),
-        branch_ids=repeat_last(prompt.branch_ids),
         image_token_index=append(prompt.image_token_index, jnp.array(NO_IMAGE)),
         image_mask=repeat_last(prompt.image_mask),
         block_ids=None if prompt.block_ids is None else append(prompt.block_ids, jnp.array(0)),

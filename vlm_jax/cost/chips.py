@@ -67,6 +67,8 @@ CHIPS = (
     # H100 datasheet (nvidia.com/h100): with sparsity 1,979 TFLOPs bfloat16 and 989 TF32, half of it
     # dense; 3.35 TB/s, NVLink 900 GB/s.
     Chip("H100", "NVIDIA H100 80GB HBM3", 989.5e12, 494.7e12, 80 * GIB, 3350 * GB, 450 * GB),
+    # H200 datasheet (nvidia.com/h200): the rates of an H100; 141 GB at 4.8 TB/s, NVLink 900 GB/s.
+    Chip("H200", "NVIDIA H200", 989.5e12, 494.7e12, 141 * GB, 4800 * GB, 450 * GB),
 )
 
 

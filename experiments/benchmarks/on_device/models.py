@@ -78,7 +78,8 @@ def experiment(kind: str, size: str) -> Experiment:
         projector=Projector("mlp"),
         fusion=Fusion(kind, cross_every=cross_every),
         decoder=replace(sizes.decoder, remat="attention"),
-        optim=Optim(warmup_steps=1),
+        # A rate at which a new model of any size learns.
+        optim=Optim(learning_rate=1e-4, warmup_steps=1),
         train=Train(batch_size=sizes.rows, compute_dtype="bfloat16"),
     )
 

@@ -36,6 +36,14 @@ def test_the_import_loads_no_numerical_library():
     assert ended("-c", code).stdout == "[]\n"
 
 
+def test_a_run_imports_what_it_may_not_need_later():
+    """The log, the samples, the studies and the command line import these when they use them."""
+    libraries = {"tensorboard", "matplotlib", "scipy", "tyro", "sklearn", "pandas"}
+    modules = "vlm_jax.cli.main, vlm_jax.cli.train, vlm_jax.train.loop"
+    code = f"import sys, {modules}; print(sorted({libraries} & set(sys.modules)))"
+    assert ended("-c", code).stdout == "[]\n"
+
+
 def test_the_command_restarts_as_it_was_started():
     config = "configs/easy_vqa/unified.py"
     done = ended(

@@ -6,19 +6,21 @@ from collections.abc import Callable
 DEVICE = "Device"
 # Names of a group are TABLE or TABLE:MODEL; the most important come first.
 CHECKS = ("Attention", "Tokens", "Resume")
-MEASUREMENTS = ("Training step", "Generation")
-MODELS = ("unified 0.4B", "unified 1B", "cross_attention 0.4B", "cross_attention 1B")
-TINY_MODELS = ("unified tiny",)
-DECODED = ("unified 1B", "cross_attention 1B")
+MEASUREMENTS = (
+    "Training step:unified 0.4B",
+    "Training step:unified 1B",
+    "Generation:unified 1B",
+    "Training step:cross_attention 0.4B",
+    "Training step:cross_attention 1B",
+    "Generation:cross_attention 1B",
+)
+TINY_MEASUREMENTS = ("Training step:unified tiny", "Generation:unified tiny")
 # Returns the values of a row; `passed`, if it is a check, tells whether it holds.
 Task = Callable[[], dict]
 
 
-def names(is_tiny: bool) -> list[str]:
-    models, decoded = (TINY_MODELS, TINY_MODELS) if is_tiny else (MODELS, DECODED)
-    steps = [f"Training step:{model}" for model in models]
-    generation = [f"Generation:{model}" for model in decoded]
-    return [*CHECKS, *steps, *generation]
+def names(is_tiny: bool) -> tuple[str, ...]:
+    return CHECKS + (TINY_MEASUREMENTS if is_tiny else MEASUREMENTS)
 
 
 def tasks(group: str, is_tiny: bool) -> dict[str, Task]:
@@ -51,7 +53,10 @@ def tasks(group: str, is_tiny: bool) -> dict[str, Task]:
 
 
 def run_task(task: Task) -> tuple[str, dict]:
-    """Returns the status and the values of a row; an exception is a row, too."""
+    """Returns the status and the values of a row; an exception is a row, too.
+
+    NaN becomes None, which JSON has.
+    """
     try:
         values = task()
     # Compilers, kernels and allocators raise any exception.
@@ -59,6 +64,7 @@ def run_task(task: Task) -> tuple[str, dict]:
         place = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
         return "error", {"error": message}
+    values = {name: None if value != value else value for name, value in values.items()}
     passed = values.pop("passed", None)
     if passed is None:
         return "measured", values

@@ -81,5 +81,7 @@ def _line(cells: list[str]) -> str:
 
 
 def _cell(value) -> str:
+    if value is None:
+        return "not known"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return " ".join(text.replace("|", "/").split())[:MAX_CELL]

@@ -1,6 +1,7 @@
 """Vision-language models in JAX/Flax in which the fusion style is one config field."""
 
 import os
+from collections.abc import Sequence
 
 __version__ = "0.1.0"
 
@@ -73,11 +74,12 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     chat: bool = True,
+    stop: str | Sequence[str] = (),
 ) -> list[str]:
     """Generates the answer to each prompt; by default the text that `vlm-jax generate` prints.
 
-    An answer ends at an end-of-text token, after `max_new_tokens`, or at the last position of the
-    model.
+    An answer ends at an end-of-text token, before a stop string, after `max_new_tokens`, or at the
+    last position of the model.
 
     Args:
       model, params, processor: of `from_pretrained` or `from_run`.
@@ -91,6 +93,7 @@ def generate(
       seed: of the sampling.
       chat: formats prompts by the chat template of a public checkpoint, if it has one; False passes
         them as they are. A run always formats prompts as its training data, and refuses False.
+      stop: texts that end an answer and are not part of it; a single `str` is one of them.
 
     Raises:
       UserError: an option is out of range, a prompt is too long, or the images do not match the
@@ -98,7 +101,8 @@ def generate(
     """
     from vlm_jax.infer.answer import AnswerOptions, answer
 
-    options = AnswerOptions(max_new_tokens, temperature, top_k, top_p, seed, chat)
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    options = AnswerOptions(max_new_tokens, temperature, top_k, top_p, seed, chat, stop)
     return answer(model, params, processor, prompts, images, options)
 
 

@@ -135,6 +135,12 @@ def test_the_answer_of_a_run_is_streamed(run, pictures, capsys):
     command = printed(capsys, "--workdir", run, "--image", pictures[0], "--prompt", PROMPTS[0])
     assert command == f"{pictures[0]}  {PROMPTS[0]}  {answer}\n"
 
+    first, stop = answer[:1], answer[1:]
+    request = encode(model, processor, PROMPTS[:1], images, replace(options, stop=(stop,)))
+    assert request.answers(params) == ["".join(request.stream(params))] == [first]
+    arguments = ["--workdir", run, "--image", pictures[0], "--prompt", PROMPTS[0], "--stop", stop]
+    assert printed(capsys, *arguments) == f"{pictures[0]}  {PROMPTS[0]}  {first}\n"
+
 
 def test_both_processors_are_of_the_protocol(gpt2, tokenizer):
     assert isinstance(RunProcessor(experiment(), tokenizer), Processor)

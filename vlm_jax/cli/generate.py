@@ -66,6 +66,13 @@ OPTIONS = {
         "help": "sample from the most likely tokens with total probability P (default: 1)",
     },
     "seed": {"type": int, "default": 0, "metavar": "N", "help": "of the sampling (default: 0)"},
+    "stop": {
+        "nargs": "+",
+        "action": "extend",
+        "default": [],
+        "metavar": "TEXT",
+        "help": "texts that end an answer and are not part of it",
+    },
     "no_chat": {
         "action": "store_true",
         "help": "pass prompts to a checkpoint as they are, without its chat template",
@@ -149,7 +156,7 @@ def _answer_options(args: argparse.Namespace, cfg: Experiment | None):
         sampling["max_new_tokens"] = args.max_new_tokens
     elif cfg:
         sampling["max_new_tokens"] = cfg.eval.max_new_tokens
-    return AnswerOptions(**sampling, chat=not args.no_chat)
+    return AnswerOptions(**sampling, chat=not args.no_chat, stop=tuple(args.stop))
 
 
 def _pair(args: argparse.Namespace) -> list[tuple[list[str], str]]:

@@ -12,6 +12,7 @@ from vlm_jax.config.bounds import check_sampling
 from vlm_jax.hub.images.steps import ImageInputs
 from vlm_jax.infer.generate import NonFiniteLogits, SamplingParams, generate, stream
 from vlm_jax.infer.processor import Processor
+from vlm_jax.infer.stop import AnswerText, check_stop
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import Batch
 
@@ -28,12 +29,14 @@ class AnswerOptions:
     top_p: float = 1.0
     seed: int = 0
     chat: bool = True
+    stop: tuple[str, ...] = ()
 
     def check(self, spell: Callable[[str], str] = str) -> None:
         """Raises ConfigError for an option that is out of range; `spell` is applied to its name."""
         check_sampling(
             self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed, spell
         )
+        check_stop(self.stop, spell("stop"))
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,27 @@ class Request:
             rows = np.flatnonzero(self.max_lengths == length)
             batch = self.batch if len(rows) == len(self.prompts) else _select(self.batch, rows)
             try:
-                tokens = generate(
-                    self.model.cfg, params, batch, int(length), self._sampling, self._key
-                )
+                texts = self._generate(params, batch, int(length))
             except NonFiniteLogits as error:
                 raise error.about(self.prompts[rows[error.row]]) from None
-            for row, ids in zip(rows, jax.device_get(tokens), strict=True):
-                answers[row] = self.processor.decode(ids)
+            for row, text in zip(rows, texts, strict=True):
+                answers[row] = text
         return answers
+
+    def _generate(self, params, batch: Batch, length: int) -> list[str]:
+        """Generates the answers to the prompts of a batch, of at most `length` tokens each."""
+        arguments = (self.model.cfg, params, batch, length, self._sampling, self._key)
+        if not self.options.stop:
+            return [self.processor.decode(ids) for ids in jax.device_get(generate(*arguments))]
+        # Stop strings are found in the text, which the device does not have.
+        texts = [self._answer_text() for _ in batch.tokens]
+        answers = [""] * len(texts)
+        for tokens in stream(*arguments):
+            for row, text in enumerate(texts):
+                answers[row] += text.feed(int(tokens[row]))
+            if all(text.is_ended for text in texts):
+                break
+        return [answer + text.end() for answer, text in zip(answers, texts, strict=True)]
 
     def stream(self, params) -> Iterator[str]:
         """Yields the answer to a single prompt in pieces, each as soon as it is generated.
@@ -75,15 +91,19 @@ class Request:
           NonFiniteLogits: the model computes NaN.
         """
         (prompt,), (length,) = self.prompts, self.max_lengths
-        text = self.processor.decode_stream()
+        text = self._answer_text()
         tokens = stream(self.model.cfg, params, self.batch, int(length), self._sampling, self._key)
         try:
             for (token,) in tokens:
-                if token not in self._sampling.eos:
-                    yield text.feed([token])
+                yield text.feed(int(token))
+                if text.is_ended:
+                    break
         except NonFiniteLogits as error:
             raise error.about(prompt) from None
         yield text.end()
+
+    def _answer_text(self) -> AnswerText:
+        return AnswerText(self.processor.decode_stream(), self.processor.eos_ids, self.options.stop)
 
     @property
     def _sampling(self) -> SamplingParams:

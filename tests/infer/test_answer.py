@@ -16,6 +16,7 @@ from vlm_jax.cli.main import main
 from vlm_jax.config import UserError
 from vlm_jax.config.files import to_json
 from vlm_jax.data.tokenizer import Tokenizer
+from vlm_jax.hub.text.prompt_formats import ChatPrompt
 from vlm_jax.infer.answer import AnswerOptions, encode
 from vlm_jax.infer.processor import Processor
 from vlm_jax.infer.run import RunProcessor
@@ -145,6 +146,29 @@ def test_the_answer_of_a_run_is_streamed(run, pictures, capsys):
 def test_both_processors_are_of_the_protocol(gpt2, tokenizer):
     assert isinstance(RunProcessor(experiment(), tokenizer), Processor)
     assert isinstance(vlm_jax.from_pretrained(gpt2)[2], Processor)
+
+
+def test_a_conversation_is_a_prompt_of_a_run(tokenizer, pictures):
+    """One turn is the prompt itself; later ones follow the answers before them."""
+    processor = RunProcessor(experiment(template="vicuna"), tokenizer)
+    alone = processor(PROMPTS[0], [pictures[:1]])
+    chat = ChatPrompt((f"<image>\n{PROMPTS[0]}",))
+    np.testing.assert_array_equal(processor(chat, [pictures[:1]]).tokens, alone.tokens)
+    longer = ChatPrompt((*chat.turns, "a cat", PROMPTS[1]), system="be brief")
+    padded = processor([longer, chat], [pictures[:1]] * 2, pad_to_multiple_of=64)
+    assert padded.tokens.shape == (2, 128)
+    is_token = np.asarray(padded.segment_ids) > 0
+    texts = [tokenizer.backend.decode(row[keep]) for row, keep in zip(padded.tokens, is_token)]
+    assert texts[0].index("be brief") < texts[0].index("a cat") < texts[0].index(PROMPTS[1])
+    np.testing.assert_array_equal(padded.tokens[1][is_token[1]], alone.tokens[0])
+
+
+def test_a_run_of_single_questions_refuses_a_conversation(tokenizer):
+    processor = RunProcessor(tiny(), tokenizer)
+    alone, chat = processor("what?"), ChatPrompt(("<image>\nwhat?",))
+    np.testing.assert_array_equal(processor(chat).tokens, alone.tokens)
+    with pytest.raises(UserError, match="trained on single questions .data.source easy_vqa"):
+        processor(ChatPrompt(("what?", "a", "b")))
 
 
 def test_a_run_refuses_prompts_without_its_format(tokenizer):

@@ -196,6 +196,7 @@ def prompt_batch(
     answers: Sequence[str] | None = None,
     histories: Sequence[Sequence[str]] | None = None,
     systems: Sequence[str | None] | None = None,
+    pad_to_multiple_of: int = 1,
 ) -> Batch:
     """Makes a batch to continue, padded on the left, of prompts and the images of each.
 
@@ -212,6 +213,7 @@ def prompt_batch(
       answers: one for each prompt. The batch then has `targets` and `loss_weights` to train on.
       histories: for each prompt, the questions and answers before it in its conversation.
       systems: for each prompt, the system turn of its conversation.
+      pad_to_multiple_of: without `length`, S is rounded up to a multiple of it.
     """
     tiles = [_tile_counts(cfg, row) for row in images]  # for each row of images
     max_images = max(map(len, tiles))
@@ -229,7 +231,7 @@ def prompt_batch(
         for prompt, counts, answer, history, system in entries:
             row = prompt_row(cfg, tokenizer, prompt, counts, None, answer, history, system)
             lengths.append(len(row["tokens"]))
-        length = max(lengths)
+        length = max(lengths) + -max(lengths) % pad_to_multiple_of
     elif cfg.fusion.has_images:
         max_images = max(max_images, cfg.data.images_per_row)
     views = max_images * cfg.vision.views

@@ -17,7 +17,9 @@ from vlm_jax.hub.load import Checkpoint
 from vlm_jax.hub.text.chat_template import ChatTemplate
 from vlm_jax.hub.text.dialogue import Dialogue, decoder_start_ids
 from vlm_jax.hub.text.prompt_formats import (
+    ChatPrompt,
     Prompt,
+    Prompts,
     TextFormat,
     as_prompt_list,
     check_answers,
@@ -62,18 +64,19 @@ class HubProcessor:
 
     def __call__(
         self,
-        prompts: str | Sequence[str],
+        prompts: Prompts,
         images: ImageInputs = (),
         add_special_tokens: bool = True,
         chat: bool = False,
         answers: Sequence[str] | None = None,
+        pad_to_multiple_of: int = 1,
     ) -> Batch:
         """Encodes prompts and their images as a left-padded batch, to continue or to train on.
 
         A row gives the same outputs whatever the other rows are.
 
         Args:
-          prompts: texts; a single `str` is a batch of one.
+          prompts: texts, or conversations, which need `chat`; a single one is a batch of one.
           images: one list for each prompt, or another nesting that `steps.to_rows` accepts. An
             image is a file, an open PIL image, or a uint8 array (height, width, 3).
           add_special_tokens: lets the tokenizer add its special tokens to a prompt that does not
@@ -81,18 +84,20 @@ class HubProcessor:
           chat: formats each prompt as a user message by the chat template, if the folder has one.
           answers: one for each prompt. The batch then has the answer and an end-of-text token after
             each prompt, and the `targets` and `loss_weights` that score them.
+          pad_to_multiple_of: S is rounded up to a multiple of it, so that batches share a shape.
 
         Raises:
           ConfigError: the images or answers do not match the prompts, or the folder lacks a
             tokenizer or an image processor.
         """
-        cfg, prompts = self.checkpoint.cfg, self._check_prompts(prompts)
-        images = to_rows(images, prompts, self.image_token)
+        cfg, prompts = self.checkpoint.cfg, self._check_prompts(prompts, chat)
+        texts = [prompt if isinstance(prompt, str) else self.chat(prompt) for prompt in prompts]
+        images = to_rows(images, texts, self.image_token)
         answer_ids = None
         if answers is not None:
             answer_ids = self._answer_ids(prompts, images, answers, chat)
         if chat:
-            prompts = [
+            texts = [
                 self.chat(prompt, len(row)) for prompt, row in zip(prompts, images, strict=True)
             ]
             # As in transformers: a tokenizer's template writes every special token, a processor's
@@ -101,13 +106,13 @@ class HubProcessor:
 
         processed = self.pixels(images)
         layouts = _image_layouts(processed, [len(row) for row in images])
-        encoded = self._encode_prompts(prompts, layouts, add_special_tokens)
+        encoded = self._encode_prompts(texts, layouts, add_special_tokens)
         if answer_ids is not None:
             encoded = [
                 prompt.with_answer(ids) for prompt, ids in zip(encoded, answer_ids, strict=True)
             ]
 
-        arrays = stack_prompts(encoded, self.tokenizer.pad_id or 0)
+        arrays = stack_prompts(encoded, self.tokenizer.pad_id or 0, pad_to_multiple_of)
         if cfg.fusion.is_encoder_decoder:
             arrays = {f"decoder_{name}": x for name, x in arrays.items()}
         arrays |= _image_arrays(processed)
@@ -118,12 +123,15 @@ class HubProcessor:
             batch = with_targets(batch, [len(ids) for ids in answer_ids])
         return batch
 
-    def _check_prompts(self, prompts: str | Sequence[str]) -> Sequence[str]:
+    def _check_prompts(self, prompts: Prompts, chat: bool) -> Sequence[str | ChatPrompt]:
         if self.form is None:
             raise ConfigError(
                 f"{self.checkpoint.folder} has no tokenizer, or its model takes no text."
             )
-        return as_prompt_list(prompts)
+        prompts = as_prompt_list(prompts)
+        if not chat and not all(isinstance(prompt, str) for prompt in prompts):
+            raise ConfigError("chat is False, but a prompt is a conversation: give its text.")
+        return prompts
 
     def _encode_prompts(
         self, prompts: Sequence[str], layouts: list[list], add_special_tokens: bool
@@ -146,7 +154,7 @@ class HubProcessor:
 
     def _answer_ids(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | ChatPrompt],
         images: Sequence[Sequence[ImageInput]],
         answers: Sequence[str],
         chat: bool,
@@ -159,9 +167,13 @@ class HubProcessor:
             return [[*ids, dialogue.eos_id] for ids in encoded]
         encoded = []
         for prompt, row, answer in zip(prompts, images, answers, strict=True):
-            placeholders = [IMAGE_PLACEHOLDER] * len(row)
-            tokens = dialogue.encode(["\n".join([*placeholders, prompt]), answer])
-            encoded.append([i for i, is_scored in zip(tokens.ids, tokens.is_scored) if is_scored])
+            if isinstance(prompt, str):
+                placeholders = [IMAGE_PLACEHOLDER] * len(row)
+                prompt = ChatPrompt(("\n".join([*placeholders, prompt]),))
+            tokens = dialogue.encode([*prompt.turns, answer], prompt.system)
+            # Answers before the last question belong to the prompt.
+            last_unscored = np.flatnonzero(~np.array(tokens.is_scored))[-1]
+            encoded.append(tokens.ids[last_unscored + 1 :])
         return encoded
 
     # Cached because a training loop encodes answers for every batch.
@@ -185,12 +197,14 @@ class HubProcessor:
             )
         return self.images(images)
 
-    def chat(self, prompt: str, images: int) -> str:
+    def chat(self, prompt: str | ChatPrompt, images: int = 0) -> str:
         """Formats a user message about `images` images by the chat template, or by adding image
         tokens.
 
-        A prompt that already has image tokens gets no others.
+        A prompt that already has image tokens gets no others; a conversation has its own.
         """
+        if isinstance(prompt, ChatPrompt):
+            return self._dialogue.prompt_text(prompt.turns, prompt.system)
         token = self.image_token
         if token and token in prompt:
             images = 0

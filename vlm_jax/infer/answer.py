@@ -1,6 +1,6 @@
 """Answers to prompts about images, by a training run or a public checkpoint alike."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -10,6 +10,7 @@ from flax import linen as nn
 from vlm_jax.config import ConfigError
 from vlm_jax.config.bounds import check_sampling
 from vlm_jax.hub.images.steps import ImageInputs
+from vlm_jax.hub.text.prompt_formats import ChatPrompt, Prompts
 from vlm_jax.infer.generate import NonFiniteLogits, SamplingParams, generate, stream
 from vlm_jax.infer.processor import Processor
 from vlm_jax.infer.stop import AnswerText, check_stop
@@ -45,7 +46,7 @@ class Request:
 
     model: VLM
     processor: Processor
-    prompts: list[str]
+    prompts: Sequence[str | ChatPrompt]
     batch: Batch
     max_lengths: np.ndarray  # (B,) most tokens of each answer
     options: AnswerOptions
@@ -64,7 +65,7 @@ class Request:
             try:
                 texts = self._generate(params, batch, int(length))
             except NonFiniteLogits as error:
-                raise error.about(self.prompts[rows[error.row]]) from None
+                raise error.about(question(self.prompts[rows[error.row]])) from None
             for row, text in zip(rows, texts, strict=True):
                 answers[row] = text
         return answers
@@ -99,7 +100,7 @@ class Request:
                 if text.is_ended:
                     break
         except NonFiniteLogits as error:
-            raise error.about(prompt) from None
+            raise error.about(question(prompt)) from None
         yield text.end()
 
     def _answer_text(self) -> AnswerText:
@@ -120,11 +121,15 @@ class Request:
 def encode(
     model: nn.Module,
     processor: Processor,
-    prompts: list[str],
+    prompts: Sequence[str | ChatPrompt],
     images: ImageInputs,
     options: AnswerOptions,
+    pad_to_multiple_of: int = 1,
 ) -> Request:
     """Encodes prompts and their images.
+
+    Args:
+      pad_to_multiple_of: as of a `Processor`; requests of one shape are compiled once.
 
     Raises:
       ConfigError: an option is out of range, the model is an encoder, a prompt is too long, or the
@@ -133,11 +138,11 @@ def encode(
     options.check()
     if not isinstance(model, VLM):
         raise ConfigError("the model is an encoder and cannot generate text.")
-    batch = processor(prompts, images, chat=options.chat)
+    batch = processor(prompts, images, chat=options.chat, pad_to_multiple_of=pad_to_multiple_of)
     max_positions = model.cfg.decoder.max_positions
     free = max_positions - 1 - np.max(batch.positions, axis=1)  # (B,)
     if min(free) < 1:
-        longest = prompts[int(np.argmin(free))]
+        longest = question(prompts[int(np.argmin(free))])
         raise ConfigError(
             f"the prompt {longest[:SHOWN_CHARACTERS]!r} is too long: decoder.max_positions "
             f"{max_positions} leaves no room for an answer."
@@ -150,15 +155,20 @@ def answer(
     model: nn.Module,
     params,
     processor: Processor,
-    prompts: str | list[str],
+    prompts: Prompts,
     images: ImageInputs,
     options: AnswerOptions,
 ) -> list[str]:
     """Implements `vlm_jax.generate`."""
-    prompts = [prompts] if isinstance(prompts, str) else prompts
+    prompts = [prompts] if isinstance(prompts, str | ChatPrompt) else prompts
     if not prompts:
         return []
     return encode(model, processor, prompts, images, options).answers(params)
+
+
+def question(prompt: str | ChatPrompt) -> str:
+    """Returns the text of a prompt, or the last turn of a conversation."""
+    return prompt if isinstance(prompt, str) else prompt.turns[-1]
 
 
 def _select(batch: Batch, rows: np.ndarray) -> Batch:

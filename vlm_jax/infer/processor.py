@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 from vlm_jax.hub.images.steps import ImageInputs
+from vlm_jax.hub.text.prompt_formats import Prompts
 from vlm_jax.hub.text.tokenizer import TextStream
 from vlm_jax.structs import Batch
 
@@ -18,20 +19,22 @@ class Processor(Protocol):
 
     def __call__(
         self,
-        prompts: str | Sequence[str],
+        prompts: Prompts,
         images: ImageInputs = (),
         *,
         chat: bool = ...,
         answers: Sequence[str] | None = None,
+        pad_to_multiple_of: int = 1,
     ) -> Batch:
         """Encodes prompts and the images of each as a left-padded batch (B, S).
 
         Args:
-          prompts: texts; a single `str` is a batch of one.
+          prompts: texts or conversations; a single one is a batch of one.
           images: one list of images for each prompt, or another nesting that
             `hub.images.steps.to_rows` accepts.
           chat: formats prompts as user messages. A run always formats them as its training data.
           answers: one for each prompt, to score: the batch then has `targets` and `loss_weights`.
+          pad_to_multiple_of: S is rounded up to a multiple of it.
 
         Raises:
           UserError: the images or answers do not match the prompts, or an image cannot be read.

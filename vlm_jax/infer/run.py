@@ -19,7 +19,8 @@ from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.data.tiling import to_pixels
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub.images.steps import ImageInput, ImageInputs, read, to_rows
-from vlm_jax.hub.text.prompt_formats import as_prompt_list, check_answers
+from vlm_jax.hub.text.dialogue import content_parts
+from vlm_jax.hub.text.prompt_formats import ChatPrompt, Prompts, as_prompt_list, check_answers
 from vlm_jax.hub.text.tokenizer import TextStream
 from vlm_jax.nn import lora
 from vlm_jax.nn.models import build_model
@@ -39,22 +40,24 @@ class RunProcessor:
 
     def __call__(
         self,
-        prompts: str | Sequence[str],
+        prompts: Prompts,
         images: ImageInputs = (),
         *,
         chat: bool = True,
         answers: Sequence[str] | None = None,
+        pad_to_multiple_of: int = 1,
     ) -> Batch:
         """Encodes prompts and their images as a left-padded batch, to continue or to train on.
 
         An image that several prompts share is encoded once if their rows hold the same objects.
 
         Args:
-          prompts: texts; a single `str` is a batch of one.
+          prompts: texts or conversations; a single one is a batch of one.
           images: one list for each prompt, or another nesting that `steps.to_rows` accepts.
           chat: must be True: a run formats every prompt like the questions of its training data.
           answers: one for each prompt. The batch then has them, and the `targets` and
-            `loss_weights` that score them.
+            `loss_weights` that score them, and the answers in a conversation.
+          pad_to_multiple_of: S is rounded up to a multiple of it, so that batches share a shape.
 
         Raises:
           ConfigError: chat is False, the images or answers do not match the prompts, or an image
@@ -62,8 +65,8 @@ class RunProcessor:
         """
         if not chat:
             raise ConfigError("chat is False, but a run formats every prompt as its training data.")
-        prompts = as_prompt_list(prompts)
-        images = to_rows(images, prompts, IMAGE_PLACEHOLDER)
+        prompts = [self._as_chat(prompt) for prompt in as_prompt_list(prompts)]
+        images = to_rows(images, [prompt.text for prompt in prompts], IMAGE_PLACEHOLDER)
         if answers is not None:
             check_answers(answers, prompts)
         row_keys = [tuple(map(id, row)) for row in images]
@@ -71,8 +74,35 @@ class RunProcessor:
         pixels = [list(map(self._pixels, row)) for row in distinct_rows.values()]
         image_rows = [list(distinct_rows).index(key) for key in row_keys]
         return questions.prompt_batch(
-            self.cfg, self.tokenizer, pixels, prompts, image_rows=image_rows, answers=answers
+            self.cfg,
+            self.tokenizer,
+            pixels,
+            [prompt.turns[-1] for prompt in prompts],
+            image_rows=image_rows,
+            answers=answers,
+            histories=[prompt.turns[:-1] for prompt in prompts],
+            systems=[prompt.system for prompt in prompts],
+            pad_to_multiple_of=pad_to_multiple_of,
         )
+
+    def _as_chat(self, prompt: str | ChatPrompt) -> ChatPrompt:
+        """Returns a prompt in the form that the run's data has.
+
+        Raises:
+          ConfigError: the prompt has several turns, but the run was not trained on conversations.
+        """
+        if isinstance(prompt, str):
+            return ChatPrompt((prompt,))
+        if self.cfg.data.is_conversations:
+            return prompt
+        if len(prompt.turns) > 1 or prompt.system is not None:
+            raise ConfigError(
+                "a prompt has several turns or a system turn, but the run was trained on single "
+                f"questions (data.source {self.cfg.data.source})."
+            )
+        # Such a question is text alone: its image precedes it.
+        parts = content_parts(prompt.turns[0])
+        return ChatPrompt(("".join(part.get("text", "") for part in parts),))
 
     def _pixels(self, image: ImageInput) -> np.ndarray:
         """Returns the image as float32 (H, W, 3), laid out in tiles and normalised."""

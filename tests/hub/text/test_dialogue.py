@@ -16,6 +16,7 @@ from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.hub import load
 from vlm_jax.hub.text.chat_template import ChatTemplate
 from vlm_jax.hub.text.dialogue import NO_TOKEN, Dialogue, content_parts
+from vlm_jax.hub.text.prompt_formats import ChatPrompt
 from vlm_jax.structs import NO_IMAGE
 
 QUESTION, ANSWER = "what is it?", "a red car"
@@ -79,6 +80,11 @@ def test_training_tokens_are_those_of_the_inference_prompt(folder_of, name):
     assert "aredcar" in text.replace(" ", "").replace("\u2581", "")
     assert tokens.ids[-1] in dialogue.eos_ids or name == "a chat without bos"
 
+    prompt = ChatPrompt((QUESTION if name in OF_TEXT else f"{IMAGE_PLACEHOLDER}\n{QUESTION}",))
+    as_chat = processor(prompt, [] if name in OF_TEXT else [picture], chat=True)
+    np.testing.assert_array_equal(as_chat.tokens, batch.tokens)
+    np.testing.assert_array_equal(as_chat.image_token_index, batch.image_token_index)
+
 
 @pytest.mark.parametrize("name", ["llama", "mistral's chat"])
 def test_several_turns_are_those_of_transformers(folder_of, name):
@@ -94,6 +100,11 @@ def test_several_turns_are_those_of_transformers(folder_of, name):
     expected = folder.reader.apply_chat_template(messages, **settings)["input_ids"]
     tokens = dialogue_of(name, folder.path).encode(turns)
     assert tokens.ids[: len(expected)] == expected
+    prompt = folder.reader.apply_chat_template(
+        messages[:3], add_generation_prompt=True, **settings
+    )["input_ids"]
+    batch = processor_of(folder.path)(ChatPrompt(tuple(turns[:3])), chat=True)
+    assert np.asarray(batch.tokens[0]).tolist() == prompt
     assert set(tokens.ids[len(expected) :]) <= set(dialogue_of(name, folder.path).eos_ids)
     is_scored = np.zeros(len(tokens.ids), bool)
     for answered in (1, 3):

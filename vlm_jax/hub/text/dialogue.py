@@ -119,13 +119,12 @@ class Dialogue:
             if system is not None:
                 raise CheckpointError(NO_SYSTEM_TURN)
             return self._plain_script(messages)
-        first = [] if system is None else [self._system_message(system)]
-        chat = [*first, *(self._message(number, text) for number, text in enumerate(messages))]
-        whole, spans = self._render(chat), []
+        chat, spans = self._chat(messages, system), []
+        whole = self._render(chat)
         # White space after the last answer is neither part of it nor generated.
         if _is_answered(messages) and not self._is_closed(whole):
             whole = whole.rstrip()
-        for number in range(len(first) + 1, len(chat), 2):
+        for number in range(len(chat) - len(messages) + 1, len(chat), 2):
             prompt = self._render(chat[:number])
             answered = self._render(chat[: number + 1])
             if not whole.startswith(prompt):
@@ -136,6 +135,23 @@ class Dialogue:
             end = len(answered) if whole.startswith(answered) else len(whole)
             spans.append((len(prompt), end))
         return whole, spans
+
+    def prompt_text(self, messages: Sequence[str], system: str | None = None) -> str:
+        """Returns the text to continue with an answer, before `prompt_format` frames it.
+
+        Raises:
+          CheckpointError: as `encode`; or without a chat template, there are several messages.
+        """
+        if self.template is not None:
+            return self._render_template(self._chat(messages, system))
+        if system is not None:
+            raise CheckpointError(NO_SYSTEM_TURN)
+        if len(messages) > 1:
+            raise CheckpointError(
+                f"a prompt has {len(messages)} turns, but the checkpoint has no chat template: ask "
+                "a single question."
+            )
+        return self._with_image_tokens(messages[0])
 
     def _plain_script(self, messages: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
         """Conversation without a chat template.
@@ -164,6 +180,10 @@ class Dialogue:
         return self.template.render(
             chat, self.tokenizer.special_tokens, add_generation_prompt=is_question
         )
+
+    def _chat(self, messages: Sequence[str], system: str | None) -> list[dict[str, Any]]:
+        first = [] if system is None else [self._system_message(system)]
+        return [*first, *(self._message(number, text) for number, text in enumerate(messages))]
 
     def _message(self, number: int, text: str) -> dict[str, Any]:
         role = "assistant" if number % 2 else "user"

@@ -32,6 +32,19 @@ MAX_EXTRA_TOKENS = 1024  # tokens of an image beside its patches
 
 
 @dataclass(frozen=True)
+class ChatPrompt:
+    """A question to answer, with the turns before it in its conversation."""
+
+    turns: tuple[str, ...]  # question, answer, ..., question; <image> is the place of an image
+    system: str | None = None  # text of the system turn
+
+    @property
+    def text(self) -> str:
+        """All turns, to count the images."""
+        return "\n".join(self.turns)
+
+
+@dataclass(frozen=True)
 class Prompt:
     """Token ids of one prompt and its attention inputs; T tokens, I images, J tiles."""
 
@@ -48,6 +61,9 @@ class Prompt:
             None if types is None else np.pad(types, (0, count), constant_values=1),
             None if mask is None else np.concatenate([mask, np.repeat(mask[-1:], count, axis=0)]),
         )
+
+
+Prompts = str | ChatPrompt | Sequence[str | ChatPrompt]
 
 
 @dataclass(frozen=True)
@@ -282,22 +298,22 @@ FORMATS = {
 }
 
 
-def as_prompt_list(prompts: str | Sequence[str]) -> Sequence[str]:
-    """Returns a list of prompts, of which a single `str` is one.
+def as_prompt_list(prompts: Prompts) -> Sequence[str | ChatPrompt]:
+    """Returns a list of prompts, of which a single one is the only item.
 
     Raises:
       ConfigError: it is empty, or an item is not a text.
     """
-    prompts = [prompts] if isinstance(prompts, str) else prompts
+    prompts = [prompts] if isinstance(prompts, str | ChatPrompt) else prompts
     is_list = isinstance(prompts, list | tuple) and len(prompts) > 0
-    if not is_list or not all(isinstance(text, str) for text in prompts):
+    if not is_list or not all(isinstance(prompt, str | ChatPrompt) for prompt in prompts):
         raise ConfigError(
             f"prompts is {reprlib.repr(prompts)}: it must be text, or a list of texts."
         )
     return prompts
 
 
-def check_answers(answers: Sequence[str], prompts: Sequence[str]) -> None:
+def check_answers(answers: Sequence[str], prompts: Sequence[str | ChatPrompt]) -> None:
     """Raises CheckpointError unless there is one answer per prompt, and each is a text."""
     if isinstance(answers, str) or len(answers) != len(prompts):
         raise CheckpointError(
@@ -334,14 +350,20 @@ def load_prompt_format(folder: str | os.PathLike, tokenizer: HubTokenizer) -> Te
         ) from None
 
 
-def stack_prompts(prompts: Sequence[Prompt], pad_id: int) -> dict[str, np.ndarray]:
+def stack_prompts(
+    prompts: Sequence[Prompt], pad_id: int, multiple: int = 1
+) -> dict[str, np.ndarray]:
     """Stacks prompts as inputs of a model, by name; shorter ones are padded on the left.
+
+    Args:
+      multiple: T is rounded up to a multiple of it.
 
     Returns:
       input_ids, attention_mask and, for a family that has them, token_type_ids (B, T) int32, and
       cross_attention_mask (B, T, I, J) int32.
     """
-    shape = (len(prompts), max(len(prompt.input_ids) for prompt in prompts))
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    shape = (len(prompts), longest + -longest % multiple)
     ids = np.full(shape, pad_id, np.int32)
     attention_mask, types = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     masks = [

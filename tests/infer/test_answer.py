@@ -158,7 +158,7 @@ def test_a_conversation_is_a_prompt_of_a_run(tokenizer, pictures):
     padded = processor([longer, chat], [pictures[:1]] * 2, pad_to_multiple_of=64)
     assert padded.tokens.shape == (2, 128)
     is_token = np.asarray(padded.segment_ids) > 0
-    texts = [tokenizer.backend.decode(row[keep]) for row, keep in zip(padded.tokens, is_token)]
+    texts = [tokenizer.decode(row[keep]) for row, keep in zip(padded.tokens, is_token)]
     assert texts[0].index("be brief") < texts[0].index("a cat") < texts[0].index(PROMPTS[1])
     np.testing.assert_array_equal(padded.tokens[1][is_token[1]], alone.tokens[0])
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import ConfigError, Model
 from vlm_jax.config.bounds import check_sampling
 from vlm_jax.hub.images.steps import ImageInputs
 from vlm_jax.hub.text.prompt_formats import ChatPrompt, Prompts
@@ -138,7 +138,8 @@ def encode(
     options.check()
     if not isinstance(model, VLM):
         raise ConfigError("the model is an encoder and cannot generate text.")
-    batch = processor(prompts, images, chat=options.chat, pad_to_multiple_of=pad_to_multiple_of)
+    multiple = pad_multiple(model.cfg, pad_to_multiple_of)
+    batch = processor(prompts, images, chat=options.chat, pad_to_multiple_of=multiple)
     max_positions = model.cfg.decoder.max_positions
     free = max_positions - 1 - np.max(batch.positions, axis=1)  # (B,)
     if min(free) < 1:
@@ -164,6 +165,11 @@ def answer(
     if not prompts:
         return []
     return encode(model, processor, prompts, images, options).answers(params)
+
+
+def pad_multiple(cfg: Model, multiple: int) -> int:
+    """Returns 1 instead for a table of learned positions, which has no slots for more padding."""
+    return 1 if cfg.decoder.positions == "learned" else multiple
 
 
 def question(prompt: str | ChatPrompt) -> str:

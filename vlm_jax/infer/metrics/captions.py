@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from rapidfuzz.distance import LCSseq
 
 from vlm_jax.config import DataError
 from vlm_jax.infer.metrics.intervals import Estimate, estimate_of_sums
@@ -15,6 +16,7 @@ from vlm_jax.infer.metrics.intervals import Estimate, estimate_of_sums
 ORDERS = 4  # n-grams of 1 to 4 words
 LENGTH_SIGMA = 6.0
 CIDER_SCALE = 10.0
+CACHED_TEXTS = 2**16  # texts with their tokens: answers and references repeat
 
 TOKEN = re.compile(
     r"""
@@ -71,7 +73,7 @@ def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> li
     """
     if len(predictions) < 2:
         raise DataError("the weight of a word needs the references of at least 2 questions")
-    reference_counts = [[_count_ngrams(text) for text in texts] for texts in references]
+    reference_counts = [[_caption_ngrams(text) for text in texts] for texts in references]
     frequencies = Counter()
     for counts in reference_counts:
         frequencies.update(set().union(*counts))
@@ -89,19 +91,22 @@ def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> li
 
     scores = []
     for prediction, counts in zip(predictions, reference_counts, strict=True):
-        caption = weigh(_count_ngrams(prediction))
+        caption = weigh(_caption_ngrams(prediction))
         similarities = [_similarity(caption, weigh(reference)) for reference in counts]
         scores.append(CIDER_SCALE * sum(similarities) / len(similarities))
     return scores
 
 
-@functools.lru_cache(maxsize=2**16)
-def _count_ngrams(text: str) -> Counter:
-    words = tokenize_caption(text)
-    counts = Counter()
+@functools.lru_cache(maxsize=CACHED_TEXTS)
+def _caption_ngrams(text: str) -> Counter:
+    return _count_ngrams(tokenize_caption(text))
+
+
+def _count_ngrams(words: Sequence[str]) -> Counter:
+    ngrams = []
     for order in range(1, ORDERS + 1):
-        counts.update(tuple(words[i : i + order]) for i in range(len(words) - order + 1))
-    return counts
+        ngrams += [tuple(words[i : i + order]) for i in range(len(words) - order + 1)]
+    return Counter(ngrams)
 
 
 def _similarity(caption: _Caption, reference: _Caption) -> float:
@@ -128,10 +133,26 @@ def bleu(prediction: str, references: Sequence[str]) -> list[int]:
     """Returns the counts that BLEU sums over the answers (Papineni et al. 2002).
 
     They are the matching n-grams and the n-grams of each order, and the lengths of the prediction
-    and of the reference nearest in length, as sacrebleu counts them.
+    and of the reference nearest in length, as in `metrics/bleu.py` of sacrebleu. Its
+    `sentence_score` takes twice as long, because it tokenizes and counts a text every time.
     """
-    score = _bleu().sentence_score(prediction, references)
-    return [*score.counts, *score.totals, score.sys_len, score.ref_len]
+    counts, length = _bleu_ngrams(prediction)
+    reference_counts, lengths = zip(*map(_bleu_ngrams, references))
+    matches, totals = [0] * ORDERS, [0] * ORDERS
+    for ngram, count in counts.items():
+        order = len(ngram) - 1
+        totals[order] += count
+        matches[order] += min(count, max(reference[ngram] for reference in reference_counts))
+    # Of two that are equally near, the shorter.
+    reference_length = min(lengths, key=lambda other: (abs(other - length), other))
+    return [*matches, *totals, length, reference_length]
+
+
+@functools.lru_cache(maxsize=CACHED_TEXTS)
+def _bleu_ngrams(text: str) -> tuple[Counter, int]:
+    """Counts of the n-grams of a text, and its number of words."""
+    words = _bleu().tokenizer(text.rstrip()).split()
+    return _count_ngrams(words), len(words)
 
 
 def corpus_bleu(counts: Sequence[Sequence[int]]) -> dict[str, Estimate]:
@@ -146,17 +167,23 @@ def _bleu_of_sums(sums: np.ndarray) -> float:
     return _bleu().compute_bleu(matches, totals, *lengths, smooth_method="exp").score
 
 
-@functools.cache
-def _rouge():
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"])
-
-
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """Returns the F measure of the longest common subsequence of words with the best reference.
 
-    Source: Lin 2004; the package rouge-score.
+    Source: Lin 2004; `rouge_scorer.py` of rouge-score, with its tokenizer.
     """
-    scores = [_rouge().score(reference, prediction) for reference in references]
-    return max(score["rougeL"].fmeasure for score in scores)
+    words = _rouge_words(prediction)
+    best = 0.0
+    for reference in map(_rouge_words, references):
+        common = LCSseq.similarity(words, reference)
+        if common:
+            # The harmonic mean of common / len(words) and common / len(reference).
+            best = max(best, 2 * common / (len(words) + len(reference)))
+    return best
+
+
+@functools.lru_cache(maxsize=CACHED_TEXTS)
+def _rouge_words(text: str) -> tuple[str, ...]:
+    from rouge_score.tokenize import tokenize
+
+    return tuple(tokenize(text, None))

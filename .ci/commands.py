@@ -43,7 +43,13 @@ SHORT = {  # subcommand: options that are added unless the command has them
     "eval --checkpoint": {"--eval.batch_size": "20"},
     "generate": {"--max-new-tokens": "8"},
 }
-NOT_RUN = ("pip install", "hf download", "python -m pytest", "python experiments/benchmarks")
+NOT_RUN = (
+    "pip install",
+    "hf download",
+    "python -m pytest",
+    "python -m lmms_eval",  # downloads its tasks' data
+    "python experiments/benchmarks",
+)
 
 
 def main() -> int:

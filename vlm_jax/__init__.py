@@ -42,14 +42,15 @@ def from_pretrained(
     return build_model(checkpoint.cfg), params, HubProcessor.load(checkpoint)
 
 
-def from_run(workdir: str | os.PathLike, step: int | None = None, mesh=None):
+def from_run(workdir: str | os.PathLike, step: str | int | None = None, mesh=None):
     """Loads a training run; returns (model, params, processor) like `from_pretrained`.
 
     Parameters have the compute dtype of the run; prompts are formatted as its training data.
 
     Args:
       workdir: `--workdir` of the run.
-      step: of the checkpoint to load; None: the last one.
+      step: of the checkpoint to load, or "best" by `train.best_metric`; None or "last": the last
+        one.
       mesh: of `vlm_jax.axes.make_mesh`, which may differ from that of the training; None: all
         devices along `data`.
 

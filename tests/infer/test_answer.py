@@ -17,6 +17,7 @@ from vlm_jax.config import UserError
 from vlm_jax.config.files import to_json
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub.text.prompt_formats import ChatPrompt
+from vlm_jax.infer import run as infer_run
 from vlm_jax.infer.answer import AnswerOptions, encode
 from vlm_jax.infer.processor import Processor
 from vlm_jax.infer.run import RunProcessor
@@ -158,8 +159,10 @@ def test_a_conversation_is_a_prompt_of_a_run(tokenizer, pictures):
     padded = processor([longer, chat], [pictures[:1]] * 2, pad_to_multiple_of=64)
     assert padded.tokens.shape == (2, 128)
     is_token = np.asarray(padded.segment_ids) > 0
-    texts = [tokenizer.decode(row[keep]) for row, keep in zip(padded.tokens, is_token)]
-    assert texts[0].index("be brief") < texts[0].index("a cat") < texts[0].index(PROMPTS[1])
+    # <eos> ends the answer of the first turn, and would end its text.
+    ids = [i for i in padded.tokens[0][is_token[0]] if i != tokenizer.eos_id]
+    text = tokenizer.decode(ids)
+    assert text.index("be brief") < text.index("a cat") < text.index(PROMPTS[1])
     np.testing.assert_array_equal(padded.tokens[1][is_token[1]], alone.tokens[0])
 
 
@@ -184,6 +187,43 @@ def test_a_checkpoint_of_a_run_is_named_by_its_step(run, tokenizer):
         vlm_jax.from_run(run, step=3)
     with pytest.raises(UserError, match="is not a run"):
         vlm_jax.from_run(run + "/nowhere")
+
+
+def test_generate_and_export_take_the_best_checkpoint(run, pictures, capsys, monkeypatch):
+    """`eval` is tested in tests/infer/test_conversation_runs.py."""
+    Workdir(run).best.write_text('{"step": 2}')
+    params = vlm_jax.from_run(run, step="best")[1]
+    expected = random_params(Workdir(run).read_config(), 0.3, seed=2)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    arguments = ["--workdir", run, "--image", pictures[0], "--prompt", PROMPTS[0]]
+    printed_best = printed(capsys, *arguments, "--step", "best")
+    assert printed_best == printed(capsys, *arguments, "--step", 2)
+    assert printed_best != printed(capsys, *arguments)
+
+    # No family has the layers of this run, so that `export` ends after it has loaded the run.
+    loaded = []
+    load = infer_run.load_stored
+
+    def load_stored(cfg, step):
+        loaded.append(load(cfg, step))
+        return loaded[-1]
+
+    monkeypatch.setattr(infer_run, "load_stored", load_stored)
+    assert main(["export", "--checkpoint", run, "--step", "best", "--output", "x"]) != 0
+    jax.tree.map(np.testing.assert_array_equal, loaded[0][0], expected)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["generate", "--prompt", "a"], "--step applies to --workdir only"),
+        (["export", "--output", "x"], "--step is for a run"),
+        (["eval"], "--step is for the run in --workdir"),
+    ],
+)
+def test_a_checkpoint_has_no_steps(command, message, gpt2, capsys):
+    assert main([*command, "--checkpoint", str(gpt2), "--step", "best"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_files_open_images_and_arrays_are_one(tokenizer, pictures):

@@ -92,6 +92,18 @@ def test_what_is_cut_is_printed_before_the_training(folder, tmp_path, capsys):
     )
 
 
+def test_eval_takes_the_checkpoint_of_a_step(run, capsys):
+    (run / "best.json").write_text('{"step": 1}')
+    steps = []
+    for name in ("best", "last"):
+        assert main(["eval", "--workdir", str(run), "--step", name]) == 0
+        scores = max((run / "eval").glob("*/eval.json"), key=lambda file: file.stat().st_mtime_ns)
+        steps.append(json.loads(scores.read_text())["step"])
+    assert steps == [1, 2]
+    assert main(["eval", "--workdir", str(run), "--step", "7"]) == 2
+    assert "no checkpoint of step 7: choose 2, 1" in capsys.readouterr().err
+
+
 def test_eval_of_other_files_has_a_folder_of_its_own_and_the_types_of_its_records(
     run, folder, capsys
 ):

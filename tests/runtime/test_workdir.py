@@ -20,6 +20,29 @@ def workdir(tmp_path):
     return workdir
 
 
+def test_a_checkpoint_is_named_by_its_step_or_as_the_best_or_last(workdir):
+    workdir.best.write_text('{"step": 20, "metric": "val/loss"}')
+    names = (None, "last", "best", "30", 40)
+    assert [workdir.find_step(name) for name in names] == [None, None, 20, 30, 40]
+
+
+@pytest.mark.parametrize(
+    ("best", "name", "message"),
+    [
+        (None, "best", "step best: .* has no best.json, because the run had no validation"),
+        ("{", "best", "step best: .*best.json is damaged"),
+        ("{}", "best", "step best: .*best.json is damaged"),
+        (None, "first", "step first: it must be best, last or the number of a step"),
+        (None, -1, "step -1: it must be best"),
+    ],
+)
+def test_a_step_that_no_checkpoint_can_have_is_refused(best, name, message, workdir):
+    if best:
+        workdir.best.write_text(best)
+    with pytest.raises(ConfigError, match=message):
+        workdir.find_step(name)
+
+
 def test_a_run_continues_with_the_same_data(workdir):
     workdir.check_data(PRINTS)  # a run from before fingerprints were kept
     workdir.keep_data(PRINTS)

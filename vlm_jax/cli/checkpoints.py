@@ -1,6 +1,6 @@
 """The commands `verify` and `export`, about folders of public checkpoints."""
 
-from vlm_jax.cli.options import ADAPTER, FILE, FOLDER, INTERMEDIATE_LAYERS, parse_options
+from vlm_jax.cli.options import ADAPTER, FILE, FOLDER, INTERMEDIATE_LAYERS, STEP, parse_options
 from vlm_jax.config import ConfigError
 from vlm_jax.runtime.workdir import Workdir, is_run
 
@@ -44,6 +44,7 @@ EXPORT_OPTIONS = {
         "help": "folder of a public checkpoint, or of a run",
     },
     "output": {"required": True, "metavar": FOLDER, "help": "folder to write"},
+    "step": STEP,
     "adapter": {
         "nargs": "?",
         "const": True,
@@ -83,6 +84,8 @@ def export(arguments: list[str]) -> int:
     from vlm_jax.hub import export
 
     _check_adapter(args)
+    if args.step is not None and not is_run(args.checkpoint):
+        raise ConfigError(f"--step is for a run, and --checkpoint {args.checkpoint} is not one.")
     if args.adapter is True:
         kind = _export_adapters(args)
         print(f"wrote {args.output} (of {kind}), loadable with peft")
@@ -126,7 +129,7 @@ def _export_adapters(args) -> str:
         )
     config = workdir.processor / "config.json"
     base = read_json(config) if config.is_file() else None
-    return write_adapter(cfg, load_state(cfg).params, args.output, base)
+    return write_adapter(cfg, load_state(cfg, args.step).params, args.output, base)
 
 
 def _export_run(args) -> str:
@@ -138,7 +141,7 @@ def _export_run(args) -> str:
     workdir = Workdir(args.checkpoint)
     cfg = workdir.read_config()
     export.refuse_used(args.output)
-    params, _ = run.load_stored(cfg)
+    params, _ = run.load_stored(cfg, args.step)
     kind = export.export_run(
         cfg, params, workdir.tokenizer, args.output, args.intermediate_layers, workdir.processor
     )

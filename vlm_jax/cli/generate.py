@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from vlm_jax.cli.experiment import parse_experiment
-from vlm_jax.cli.options import ADAPTER, FILE, FOLDER, INTERMEDIATE_LAYERS, parse_options
+from vlm_jax.cli.options import ADAPTER, FILE, FOLDER, INTERMEDIATE_LAYERS, STEP, parse_options
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.runtime.workdir import is_run
 
@@ -21,6 +21,7 @@ and eval can be changed too (python run.py eval --workdir W --help lists them)."
 OPTIONS = {
     "workdir": {"metavar": FOLDER, "help": "work folder of a training run"},
     "checkpoint": {"metavar": FOLDER, "help": "folder of a public checkpoint"},
+    "step": STEP,
     "adapter": ADAPTER,
     "prompt": {
         "nargs": "+",
@@ -92,7 +93,7 @@ def generate(arguments: list[str]) -> int:
     from vlm_jax.nn.models import build_model
 
     if cfg:
-        model = models.open_run(cfg)
+        model = models.open_run(cfg, args.step)
     else:
         model = models.open_checkpoint(args.checkpoint, args.intermediate_layers, args.adapter)
     pairs = _pair(args)
@@ -141,6 +142,8 @@ def _check_options(args: argparse.Namespace) -> None:
             "generate needs --workdir DIR, the folder of a run, or --checkpoint DIR, a public "
             "checkpoint."
         )
+    if args.checkpoint and args.step is not None:
+        raise ConfigError("--step applies to --workdir only, not to --checkpoint.")
     if args.checkpoint and is_run(args.checkpoint):
         raise ConfigError(
             f"--checkpoint {args.checkpoint} is the folder of a run: name it with --workdir "

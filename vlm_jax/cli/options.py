@@ -33,6 +33,11 @@ ADAPTER = {
     "metavar": FOLDER,
     "help": "folder of a LoRA adapter in PEFT's format, which is merged into --checkpoint",
 }
+STEP = {
+    "metavar": "STEP",
+    "help": "checkpoint of the run: last (default), best by train.best_metric, or the number of "
+    "its step",
+}
 # Room for long names of options, within 100 columns.
 HELP_COLUMNS, NAME_COLUMNS = 98, 26
 

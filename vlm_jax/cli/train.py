@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from vlm_jax.cli.experiment import is_checkpoint, parse_checkpoint_evaluation, parse_experiment
 from vlm_jax.cli.failures import describe_failure
-from vlm_jax.cli.options import FOLDER
+from vlm_jax.cli.options import FOLDER, STEP, Parser
 from vlm_jax.config import ConfigError, Experiment, RunError
 from vlm_jax.runtime import preemption
 from vlm_jax.runtime.process import exit_now
@@ -39,6 +39,7 @@ EVAL_OPTIONS = {
         "metavar": FOLDER,
         "help": "public checkpoint to evaluate; --init_from is the same option",
     },
+    "step": STEP,
 }
 
 
@@ -56,7 +57,7 @@ def train(arguments: list[str]) -> int:
             enable_compilation_cache(cfg)
             with _end_together():
                 loop.train(cfg, prepare_scores)
-                return _evaluate(cfg, is_later=False)
+                return _evaluate(cfg)
     except (RunError, preemption.Preempted) as error:
         preemption.ignore()
         code, message = describe_failure(error)
@@ -68,15 +69,21 @@ def train(arguments: list[str]) -> int:
 
 def evaluate(arguments: list[str]) -> int:
     """Evaluates the run in --workdir, or a checkpoint before any training."""
+    parser = Parser(add_help=False)
+    parser.add_argument("--step", **STEP)
+    args, arguments = parser.parse_known_args(arguments)
     if is_checkpoint(arguments):
+        if args.step is not None:
+            raise ConfigError("--step is for the run in --workdir, not for --checkpoint.")
         cfg = parse_checkpoint_evaluation(arguments)
     else:
-        cfg = parse_experiment("eval", arguments, stored=True)
+        options = {"step": STEP["help"]}
+        cfg = parse_experiment("eval", arguments, stored=True, options=options)
     from vlm_jax.runtime import distributed
 
     distributed.start(cfg)
     with _end_together():
-        return _evaluate(cfg, is_later=True)
+        return _evaluate(cfg, is_later=True, step=args.step)
 
 
 def enable_compilation_cache(cfg: Experiment) -> None:
@@ -108,8 +115,8 @@ def _end_together() -> Iterator[None]:
         raise
 
 
-def _evaluate(cfg: Experiment, is_later: bool) -> int:
-    """Evaluates the last checkpoint and prints its scores.
+def _evaluate(cfg: Experiment, is_later: bool = False, step: str | None = None) -> int:
+    """Evaluates a checkpoint, by default the last one, and prints its scores.
 
     The evaluation after the training is written to the work folder, a later one to a folder below.
     """
@@ -125,8 +132,10 @@ def _evaluate(cfg: Experiment, is_later: bool) -> int:
     from vlm_jax.infer import evaluate, run
 
     folder = Workdir(cfg.workdir)
-    load = run.load_with_step if folder.config.exists() else run.load_untrained
-    params, tokenizer, step = load(cfg)
+    if folder.config.exists():
+        params, tokenizer, step = run.load_with_step(cfg, step)
+    else:
+        params, tokenizer, step = run.load_untrained(cfg)
     if is_later:
         folder = folder.later_evaluation(cfg, step, pipeline.fingerprint(cfg.eval_data))
     scores = evaluate.evaluate(cfg, params, tokenizer, step, folder)

@@ -24,9 +24,9 @@ class TextModel:
     load_params: Callable[[], dict]
 
 
-def open_run(cfg: Experiment) -> TextModel:
-    """Opens the training run in `cfg.workdir`."""
-    return TextModel(cfg, lambda: run.load_processor(cfg), lambda: run.load_params(cfg))
+def open_run(cfg: Experiment, step: str | int | None = None) -> TextModel:
+    """Opens the training run in `cfg.workdir`; `step` is as of `vlm_jax.from_run`."""
+    return TextModel(cfg, lambda: run.load_processor(cfg), lambda: run.load_params(cfg, step))
 
 
 def open_checkpoint(

@@ -135,17 +135,20 @@ def load_processor(cfg: Experiment) -> RunProcessor:
     return RunProcessor(cfg, initial.load_tokenizer(cfg))
 
 
-def load_params(cfg: Experiment) -> dict:
-    """Returns the parameters of the last checkpoint, in the dtype that the run computes in.
+def load_params(cfg: Experiment, step: str | int | None = None) -> dict:
+    """Returns the parameters of a checkpoint, in the dtype that the run computes in.
 
     Raises:
-      ConfigError: no checkpoint exists, or none is complete.
+      ConfigError: no checkpoint exists (of this step), or none is complete.
     """
-    return cast_to_compute_dtype(cfg, _load_merged(cfg, dtype=cfg.train.compute_dtype).params)
+    state = _load_merged(cfg, step, dtype=cfg.train.compute_dtype)
+    return cast_to_compute_dtype(cfg, state.params)
 
 
 def load_model(
-    workdir: str | os.PathLike, step: int | None = None, mesh: jax.sharding.Mesh | None = None
+    workdir: str | os.PathLike,
+    step: str | int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[VLM, dict, RunProcessor]:
     """Implements `vlm_jax.from_run`."""
     cfg = validate(Workdir(str(Path(workdir).expanduser())).read_config())
@@ -155,9 +158,9 @@ def load_model(
     return build_model(cfg), params, RunProcessor(cfg, tokenizer)
 
 
-def load_with_step(cfg: Experiment) -> tuple[dict, Tokenizer, int]:
+def load_with_step(cfg: Experiment, step: str | int | None = None) -> tuple[dict, Tokenizer, int]:
     """Returns `load_params`, the tokenizer, and the step of the checkpoint."""
-    state, tokenizer = _load_state(cfg, dtype=cfg.train.compute_dtype)
+    state, tokenizer = _load_state(cfg, step, dtype=cfg.train.compute_dtype)
     return cast_to_compute_dtype(cfg, state.params), tokenizer, int(state.step)
 
 
@@ -181,14 +184,14 @@ def load_untrained(cfg: Experiment) -> tuple[dict, Tokenizer, int]:
 
 
 def load_stored(
-    cfg: Experiment, step: int | None = None, mesh: jax.sharding.Mesh | None = None
+    cfg: Experiment, step: str | int | None = None, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[dict, Tokenizer]:
     """Returns the parameters of a checkpoint in their stored dtypes, and the tokenizer.
 
     Adapters are merged into their kernels, in float32.
 
     Args:
-      step: of the checkpoint; None: the last complete one.
+      step: of the checkpoint, or "best"; None or "last": the last complete one.
 
     Raises:
       ConfigError: no checkpoint exists, or none is complete.
@@ -199,7 +202,7 @@ def load_stored(
 
 def _load_state(
     cfg: Experiment,
-    step: int | None = None,
+    step: str | int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     dtype: str | None = None,
 ) -> tuple[State, Tokenizer]:
@@ -208,7 +211,7 @@ def _load_state(
 
 def _load_merged(
     cfg: Experiment,
-    step: int | None = None,
+    step: str | int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     dtype: str | None = None,
 ) -> State:

@@ -141,6 +141,33 @@ class Workdir(EvaluationFolder):
         self._later_evaluations = self.path / "eval"
         self._lock = self.path / ".lock"
 
+    def find_step(self, name: str | int | None) -> int | None:
+        """Returns the step of the checkpoint that "best", "last" or a number names.
+
+        None stands for the last one, which may be damaged, so that an earlier one is read.
+
+        Raises:
+          ConfigError: the name is another, or the run has no best step.
+        """
+        if name in (None, "last"):
+            return None
+        if name == "best":
+            return self._best_step()
+        if isinstance(name, bool) or not str(name).isdecimal():
+            raise ConfigError(f"step {name}: it must be best, last or the number of a step.")
+        return int(name)
+
+    def _best_step(self) -> int:
+        try:
+            return json.loads(self.best.read_text())["step"]
+        except FileNotFoundError:
+            raise ConfigError(
+                f"step best: {self.path} has no {self.best.name}, because the run had no "
+                "validation (eval.every_steps); choose last or the number of a step."
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ConfigError(f"step best: {self.best} is damaged.") from None
+
     def read_config(self) -> Experiment:
         """Reads the experiment of the run; its `workdir` is the present path of the folder."""
         try:

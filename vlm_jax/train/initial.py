@@ -74,11 +74,11 @@ def _load_parts_of_run(
     }
 
 
-def load_state(cfg: Experiment, step: int | None = None, mesh: Mesh | None = None) -> State:
+def load_state(cfg: Experiment, step: str | int | None = None, mesh: Mesh | None = None) -> State:
     """Loads the state of a checkpoint of a run, in the dtypes of the run.
 
     Args:
-      step: of the checkpoint; None: the last complete one.
+      step: of the checkpoint, or "best"; None or "last": the last complete one.
       mesh: of the parameters; None: the mesh of the run.
 
     Raises:
@@ -89,7 +89,7 @@ def load_state(cfg: Experiment, step: int | None = None, mesh: Mesh | None = Non
         raise ConfigError(f"--workdir {workdir.path} has no checkpoint.")
     checkpoints = Checkpoints(workdir.checkpoints, cfg.train)
     mesh = axes.make_mesh(cfg.mesh) if mesh is None else mesh
-    restored = checkpoints.restore(abstract_state(cfg, mesh), step)
+    restored = checkpoints.restore(abstract_state(cfg, mesh), workdir.find_step(step))
     checkpoints.close()
     if restored is None:
         raise ConfigError(f"--workdir {workdir.path} has no checkpoint yet.")

@@ -42,7 +42,7 @@ class SimpleVlmJax(lmms):
           adapter, intermediate_layers: as of `vlm_jax.from_pretrained`.
           step: as of `vlm_jax.from_run`.
           model: instead of a folder, (model, params, processor) of `vlm_jax.from_run` or
-            `from_pretrained`, such as a run in training.
+            `from_pretrained`.
           max_new_tokens: most tokens of an answer to a task that states none; None:
             `eval.max_new_tokens` of a run, 256 of a checkpoint.
           batch_size: number of requests in a batch.

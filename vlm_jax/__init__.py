@@ -107,6 +107,29 @@ def generate(
     return answer(model, params, processor, prompts, images, options)
 
 
+def look(model, params, batch, *, rollout: bool = False, gradient: bool = False):
+    """Returns where the model looks: for each row, the attention of every answer token over images.
+
+    Args:
+      model, params: of `from_pretrained` or `from_run`.
+      batch: of `processor(prompts, images, answers=answers)`; the tokens that it scores are looked
+        at.
+      rollout: also computes attention rollout (Abnar and Zuidema 2020).
+      gradient: also computes gradient-weighted relevance (Chefer et al. 2021), one backward pass
+        for each token.
+
+    Returns:
+      A list of `vlm_jax.infer.look.maps.AttentionMaps`: `weights` by layer and head, and
+      `combine("mean")`, "max", "rollout" or "gradient", over the patches of every image.
+
+    Raises:
+      UserError: the model reads no image, or the batch has no image or no answer.
+    """
+    from vlm_jax.infer.look.maps import look
+
+    return look(model, params, batch, rollout, gradient)
+
+
 def save_pretrained(folder: str | os.PathLike, params, processor) -> None:
     """Writes a model of `from_pretrained`, trained further or not, so that transformers loads it.
 

@@ -1,5 +1,6 @@
 """Answers to prompts about images, by a training run or a public checkpoint alike."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -52,33 +53,54 @@ class Request:
     options: AnswerOptions
 
     def answers(self, params) -> list[str]:
-        """Generates the answer to each prompt.
+        """Generates the answer to each prompt, up to the first stop string.
 
         Raises:
           NonFiniteLogits: the model computes NaN for a prompt.
         """
-        answers = [""] * len(self.prompts)
-        # Grouped by length, so that a long prompt does not shorten the answers to the others.
+        if not self.options.stop:
+            return [self.processor.decode(ids) for ids in self.answer_ids(params)]
+        return self._by_length(functools.partial(self._texts_to_stop, params))
+
+    def answer_ids(self, params) -> list[np.ndarray]:
+        """Generates the tokens of the answer to each prompt, with its end token and padding.
+
+        Stop strings are not applied. Raises the errors of `answers`.
+        """
+        return self._by_length(functools.partial(self._ids, params))
+
+    def _by_length(self, generate_rows: Callable[[Batch, int], Sequence]) -> list:
+        """Returns the answers of `generate_rows` in the order of the prompts.
+
+        Prompts are grouped by the length of their answers, so that a long prompt does not shorten
+        the answers to the others.
+        """
+        answers = [None] * len(self.prompts)
         for length in np.unique(self.max_lengths):
             rows = np.flatnonzero(self.max_lengths == length)
             batch = self.batch if len(rows) == len(self.prompts) else _select(self.batch, rows)
             try:
-                texts = self._generate(params, batch, int(length))
+                generated = generate_rows(batch, int(length))
             except NonFiniteLogits as error:
                 raise error.about(question(self.prompts[rows[error.row]])) from None
-            for row, text in zip(rows, texts, strict=True):
-                answers[row] = text
+            for row, answer in zip(rows, generated, strict=True):
+                answers[row] = answer
         return answers
 
-    def _generate(self, params, batch: Batch, length: int) -> list[str]:
-        """Generates the answers to the prompts of a batch, of at most `length` tokens each."""
-        arguments = (self.model.cfg, params, batch, length, self._sampling, self._key)
-        if not self.options.stop:
-            return [self.processor.decode(ids) for ids in jax.device_get(generate(*arguments))]
-        # Stop strings are found in the text, which the device does not have.
+    def _ids(self, params, batch: Batch, length: int) -> np.ndarray:
+        """Generates the tokens of the answers to the prompts of a batch, (B, length)."""
+        return jax.device_get(
+            generate(self.model.cfg, params, batch, length, self._sampling, self._key)
+        )
+
+    def _texts_to_stop(self, params, batch: Batch, length: int) -> list[str]:
+        """Generates answers until each has a stop string.
+
+        Stop strings are found in the text, which the device does not have.
+        """
         texts = [self._answer_text() for _ in batch.tokens]
         answers = [""] * len(texts)
-        for tokens in stream(*arguments):
+        for tokens in stream(self.model.cfg, params, batch, length, self._sampling, self._key):
             for row, text in enumerate(texts):
                 answers[row] += text.feed(int(tokens[row]))
             if all(text.is_ended for text in texts):

@@ -1,5 +1,7 @@
 """Self- and cross-attention in one module, with grouped-query heads, RoPE and a KV cache."""
 
+from collections.abc import Callable
+
 import einops
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,11 @@ from vlm_jax.nn.positions import RopeTables
 KeyValue = tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]
 # Score of a masked key. It is finite, so that a query whose keys are all masked gives no NaN.
 MASK_VALUE = -1e30
+# Collections of Flax variables, which only exist if `apply` is asked for them: the attention
+# weights (mutable), and arrays that are added to them (given), whose gradient is the weights'.
+WEIGHTS = "attention_weights"
+PERTURBATIONS = "attention_perturbations"
+WEIGHT = "weights"  # name of the variable in both
 
 
 def apply_rope(x: Float[Array, "B S N H"], rope: RopeTables) -> Float[Array, "B S N H"]:
@@ -43,11 +50,13 @@ def dot_product_attention(
     scale: float | None = None,
     cap: float | None = None,
     causal_segments: Int[Array, "B S"] | None = None,
+    observe: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Float[Array, "B S N H"]:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) with grouped-query heads.
 
     Key/value head j serves query heads j * G to (j + 1) * G - 1, where G = N / K. Fused kernels
-    replace this implementation on accelerators (`kernels.kernel_for`).
+    replace this implementation on accelerators (`kernels.kernel_for`), unless the weights are
+    observed.
 
     Args:
       q: queries.
@@ -58,12 +67,13 @@ def dot_product_attention(
       cap: c > 0 replaces each score by c * tanh(score / c) (Gemma 2); None: no cap.
       causal_segments: set if `mask` is causal within these segments and nothing else: a kernel may
         use them instead of the mask.
+      observe: takes the weights (B, N, S, T) in float32, and returns the weights to use.
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
     q = checkpoint_name(q, ATTENTION_CHECKPOINT)
     k = checkpoint_name(k, ATTENTION_CHECKPOINT)
-    kernel = kernel_for(q, k, cap)
+    kernel = kernel_for(q, k, cap) if observe is None else None
     if kernel is not None:
         return kernel(q, k, v, mask, scale, cap, causal_segments)
 
@@ -75,10 +85,15 @@ def dot_product_attention(
     if mask is not None and mask.shape[2] > 1:
         mask = jnp.tile(mask, (1, 1, groups, 1))  # (B, 1, G * S, T)
 
-    # The custom gradient omits the derivative of tanh: capped scores are differentiated by JAX.
-    if cap is None:
+    if observe is not None:
+        weights = _probabilities(q, k, mask, cap)
+        weights = observe(einops.rearrange(weights, "B K (G S) T -> B (K G) S T", G=groups))
+        weights = einops.rearrange(weights, "B (K G) S T -> B K (G S) T", G=groups).astype(v.dtype)
+        y = jnp.einsum("bkrt,bkth->bkrh", weights, v)
+    elif cap is None:
         y = _attention(q, k, v, mask)
     else:
+        # The custom gradient omits the derivative of tanh: JAX differentiates capped scores.
         y, _ = _attention_forward(q, k, v, mask, cap)
     return einops.rearrange(y, "B K (G S) H -> B S (K G) H", G=groups)
 
@@ -92,11 +107,16 @@ def _attention(q, k, v, mask):
     return _attention_forward(q, k, v, mask)[0]
 
 
-def _attention_forward(q, k, v, mask, cap=None):
+def _probabilities(q, k, mask, cap):
+    """Attention weights in float32: (B, K, G*S, H), (B, K, T, H) -> (B, K, G*S, T)."""
     scores = softcap(jnp.einsum("bkrh,bkth->bkrt", q, k).astype(jnp.float32), cap)
     if mask is not None:
         scores = jnp.where(mask, scores, MASK_VALUE)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def _attention_forward(q, k, v, mask, cap=None):
+    probabilities = _probabilities(q, k, mask, cap).astype(q.dtype)
     probabilities = checkpoint_name(probabilities, ATTENTION_CHECKPOINT)
     y = jnp.einsum("bkrt,bkth->bkrh", probabilities, v)
     y = checkpoint_name(y, ATTENTION_CHECKPOINT)
@@ -161,12 +181,21 @@ class Attention(nn.Module):
             if cache is not None:
                 k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, index, axis=2)
                 v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, index, axis=2)
+        is_observed = self.is_mutable_collection(WEIGHTS) and not self.is_initializing()
+        observe = self._observe if is_observed else None
         y = dot_product_attention(
-            q, k, v, mask, cfg.query_scale, cfg.score_softcap, causal_segments
+            q, k, v, mask, cfg.query_scale, cfg.score_softcap, causal_segments, observe
         )
         shape = (cfg.heads, cfg.head_width, cfg.width)
         out = Dense("N H D", shape, contract=2, bias=cfg.out_bias, name="out")(y)
         return out, (k, v)
+
+    def _observe(self, weights):
+        """Stores the attention weights, (B, N, S, T), and adds their perturbation if one exists."""
+        self.sow(WEIGHTS, WEIGHT, weights, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+        if self.has_variable(PERTURBATIONS, WEIGHT):
+            weights = weights + self.get_variable(PERTURBATIONS, WEIGHT)
+        return weights
 
     def _keys_and_values(self, kv_input, rope):
         """(B, length, E) -> keys and values, (B, K, length, H) each."""

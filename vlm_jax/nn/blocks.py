@@ -9,7 +9,7 @@ from flax.linen import meta
 
 from vlm_jax import axes
 from vlm_jax.config import Fusion, Transformer
-from vlm_jax.nn.attention import Attention
+from vlm_jax.nn.attention import PERTURBATIONS, WEIGHTS, Attention
 from vlm_jax.nn.kernels import ATTENTION_CHECKPOINT
 from vlm_jax.nn.layers import Mlp, Norm
 from vlm_jax.structs import BlockInputs
@@ -213,7 +213,7 @@ class Stack(nn.Module):
         # One compiled body for each pattern.
         scan = nn.scan(
             ScanBlock,
-            variable_axes={"params": 0, "intermediates": 0},
+            variable_axes={"params": 0, "intermediates": 0, WEIGHTS: 0, PERTURBATIONS: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, 0, 0, 0),
             length=steps,

@@ -1,0 +1,245 @@
+"""Maps of attention over the patches of images, for every token of an answer.
+
+    attention weights -> image tokens -> patches of each view
+    (queries, keys)      (I, M)          (I, rows, columns)
+
+A patch stands for its token of the encoder, which has mixed the patches before: the maps show where
+a decoder reads, and not what an encoder put there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import einops
+import jax
+import numpy as np
+from flax import linen as nn
+
+from vlm_jax.config import ConfigError, Model
+from vlm_jax.infer.look.observe import ATTENTIONS, Observed, gradient_relevance, observe
+from vlm_jax.nn.vlm import VLM
+from vlm_jax.structs import NO_IMAGE, Batch
+
+METHODS = ("mean", "max", "rollout", "gradient")
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """Attention of A tokens over the patches of the I views of a row's images.
+
+    A view is an image, one of its tiles, or its thumbnail. `weights` are those of the query that
+    predicts the token; their sum over views and patches is the share of the attention that is on
+    image tokens: 1 in cross-attention, at most 1 in self-attention.
+    """
+
+    tokens: np.ndarray  # (A,) int32
+    layers: tuple[str, ...]  # L names, such as "cross 0": the sublayer and its block
+    weights: np.ndarray  # (A, L, N, I, rows, columns)
+    #: (A, I, rows, columns): attention rollout (Abnar and Zuidema 2020); None: not asked for
+    rollout: np.ndarray | None = None
+    #: (A, I, rows, columns): gradient-weighted relevance (Chefer et al. 2021); None: not asked for
+    gradient: np.ndarray | None = None
+
+    def combine(self, method: str) -> np.ndarray:
+        """Returns one map for each token, (A, I, rows, columns), by a row of METHODS.
+
+        Raises:
+          ConfigError: the method does not exist, or `look` was not asked for it.
+        """
+        check_method(method)
+        if method == "mean":
+            return self.weights.mean((1, 2))
+        if method == "max":
+            return self.weights.max((1, 2))
+        combined = getattr(self, method)
+        if combined is None:
+            raise ConfigError(f"the maps have no {method}: call look with {method}=True.")
+        return combined
+
+
+def check_method(method: str, where: str = "method") -> None:
+    """Raises ConfigError if a method of combining layers and heads does not exist."""
+    if method not in METHODS:
+        raise ConfigError(f"{where} {method!r} does not exist: choose {', '.join(METHODS)}.")
+
+
+def look(
+    model: nn.Module, params, batch: Batch, rollout: bool = False, gradient: bool = False
+) -> list[AttentionMaps]:
+    """Implements `vlm_jax.look`."""
+    cfg = _check(model, batch)
+    slots = [np.flatnonzero(row > 0) for row in np.asarray(batch.loss_weights)]
+    most = max(map(len, slots))
+    if not most:
+        raise ConfigError("the batch scores no token: there is no answer to look at.")
+    # Rows with fewer tokens repeat one.
+    padded = np.stack([np.resize(row, most) if len(row) else np.zeros(most, int) for row in slots])
+    targets = np.take_along_axis(np.asarray(batch.targets), padded, axis=1)
+    inputs = batch.replace(targets=None, loss_weights=None)
+    observed = jax.device_get(observe(cfg, params, inputs, padded, rollout))
+    relevance = None
+    if gradient:
+        by_token = []
+        for token in range(most):
+            relevant = gradient_relevance(cfg, params, inputs, padded[:, token], targets[:, token])
+            by_token.append(jax.device_get(relevant))
+        relevance = np.stack(by_token, axis=1)  # (B, A, S + T)
+    maps = []
+    for row, row_slots in enumerate(slots):
+        count = len(row_slots)
+        patches = _RowPatches(cfg, batch, row, observed.resampler)
+        maps.append(
+            AttentionMaps(
+                tokens=targets[row, :count],
+                layers=layer_names(cfg),
+                weights=patches.by_layer(observed)[:count],
+                rollout=patches.of_all_tokens(observed.rollout)[:count] if rollout else None,
+                gradient=patches.of_all_tokens(relevance)[:count] if gradient else None,
+            )
+        )
+    return maps
+
+
+def _check(model: nn.Module, batch: Batch) -> Model:
+    if not isinstance(model, VLM):
+        raise ConfigError("the model is an encoder: it writes no answer whose attention has maps.")
+    check_maps(model.cfg)
+    if batch.images is None:
+        raise ConfigError("the batch has no image: there is nothing to look at.")
+    if batch.images.ndim < 5:
+        raise ConfigError("images that are already cut into patches (Fuyu) have no attention maps.")
+    if batch.loss_weights is None:
+        raise ConfigError(
+            "the batch has no answers: make it with processor(prompts, images, answers=answers)."
+        )
+    return model.cfg
+
+
+def check_maps(cfg: Model) -> None:
+    """Raises ConfigError if the model reads no images."""
+    if not cfg.fusion.has_images:
+        raise ConfigError(f"fusion.kind {cfg.fusion.kind} reads no image, so it has no maps.")
+
+
+def image_sublayers(cfg: Model) -> tuple[str, ...]:
+    """Returns the kinds of attention that read image tokens."""
+    reads = {"self": cfg.fusion.image_in_sequence, "cross": cfg.fusion.image_in_memory}
+    return tuple(name for name in ATTENTIONS if reads[name])
+
+
+def layer_names(cfg: Model) -> tuple[str, ...]:
+    """Returns the attention sublayers that read image tokens, in the order in which they run."""
+    names = []
+    for block, sublayers in enumerate(cfg.fusion.sublayers(cfg.decoder.depth)):
+        names += [f"{name} {block}" for name in sublayers if name in image_sublayers(cfg)]
+    return tuple(names)
+
+
+@dataclass(frozen=True)
+class _RowPatches:
+    """Turns weights of a row's keys into weights of the patches of its views."""
+
+    cfg: Model
+    batch: Batch
+    row: int
+    resampler: np.ndarray | None  # of `Observed`
+
+    def by_layer(self, observed: Observed) -> np.ndarray:
+        """Returns the weights of all layers, (A, L, N, I, rows, columns)."""
+        by_name = {}
+        for name in image_sublayers(self.cfg):
+            weights = np.moveaxis(getattr(observed, name)[:, self.row], 2, 1)  # (L, A, N, keys)
+            by_name[name] = iter(self._place(name, weights))
+        layers = [next(by_name[layer.split()[0]]) for layer in layer_names(self.cfg)]
+        return self._to_patches(np.stack(layers, axis=1))
+
+    def of_all_tokens(self, shares: np.ndarray) -> np.ndarray:
+        """Returns shares (B, A, S + T) of the row as (A, I, rows, columns)."""
+        of_sequence, of_memory = np.split(shares[self.row], [self._index.size], axis=-1)
+        placed = 0.0
+        if "self" in image_sublayers(self.cfg):
+            placed = placed + self._place("self", of_sequence)
+        if "cross" in image_sublayers(self.cfg):
+            placed = placed + self._place("cross", of_memory)
+        return self._to_patches(placed)
+
+    @property
+    def _index(self) -> np.ndarray:
+        return np.asarray(self.batch.image_token_index)[self.row]  # (S,)
+
+    def _place(self, name: str, weights: np.ndarray) -> np.ndarray:
+        """Weights of keys -> weights of image tokens, (..., I, M)."""
+        cfg, lead = self.cfg, weights.shape[:-1]
+        views, size = self.batch.image_mask.shape[-1], cfg.image_tokens
+        if name == "self":
+            index = self._index
+            placed = np.zeros((*lead, views * size), weights.dtype)
+            placed[..., index[index != NO_IMAGE]] = weights[..., index != NO_IMAGE]
+        elif cfg.fusion.splits_views:
+            vision = cfg.vision
+            placed = np.zeros((*lead, views // vision.views, vision.views, size), weights.dtype)
+            tiles = weights.reshape(*lead, -1, vision.cut_tiles, size)
+            placed[..., : vision.cut_tiles, :] = tiles
+        else:
+            placed = weights
+        return placed.reshape(*lead, views, size)
+
+    def _to_patches(self, weights: np.ndarray) -> np.ndarray:
+        """Weights of image tokens (..., I, M) -> weights of patches (..., I, rows, columns).
+
+        The weight of a token of several patches is divided among them: equally, or as the resampler
+        reads them. A class token belongs to no patch.
+        """
+        cfg = self.cfg
+        rows, columns = cfg.vision.grid
+        match cfg.projector.spec.tokens:
+            case "queries":
+                weights = np.einsum("...iq,iqp->...ip", weights, self._resampler_of_row)
+            case "squares":
+                f = cfg.projector.factor
+                weights = einops.repeat(
+                    weights / f**2, "... (h w) -> ... (h f w g)", w=columns // f, f=f, g=f
+                )
+            case "all":
+                weights = weights[..., cfg.vision.extra_tokens :]
+        return weights.reshape(*weights.shape[:-1], rows, columns)
+
+    @property
+    def _resampler_of_row(self) -> np.ndarray:
+        rows = self.batch.image_rows
+        row = self.row if rows is None else int(rows[self.row])
+        by_row = self.resampler.reshape(len(self.batch.images), -1, *self.resampler.shape[1:])
+        return by_row[row]
+
+
+def append_answer(batch: Batch, ids: Sequence[int]) -> Batch:
+    """Appends generated tokens to a prompt, (1, S) -> (1, S + A - 1), as the scored targets.
+
+    The fields of a new token are those that decoding gives it (`infer.generate.decode_step`).
+    """
+    ids = np.asarray(ids, np.int32)[None]  # (1, A)
+    length, added = batch.tokens.shape[1], ids.shape[1] - 1
+
+    def repeat_last(x, step=0):
+        steps = step * np.arange(1, added + 1).reshape(1, -1, *[1] * (x.ndim - 2))
+        new = np.repeat(np.asarray(x)[:, -1:], added, axis=1)
+        return np.concatenate([x, new + steps if step else new], axis=1)
+
+    tokens = np.concatenate([batch.tokens, ids], axis=1)
+    slots = np.arange(length + added)
+    return batch.replace(
+        tokens=tokens[:, :-1],
+        positions=repeat_last(batch.positions, step=1),
+        segment_ids=repeat_last(batch.segment_ids),
+        branch_ids=repeat_last(batch.branch_ids),
+        image_token_index=np.pad(
+            batch.image_token_index, ((0, 0), (0, added)), constant_values=NO_IMAGE
+        ),
+        image_mask=repeat_last(batch.image_mask),
+        no_image_mask=None if batch.no_image_mask is None else repeat_last(batch.no_image_mask),
+        block_ids=None
+        if batch.block_ids is None
+        else np.pad(batch.block_ids, ((0, 0), (0, added))),
+        targets=tokens[:, 1:],
+        loss_weights=(slots >= length - 1).astype(np.float32)[None],
+    )

@@ -87,8 +87,8 @@ def generate(arguments: list[str]) -> int:
     """Prints the answers to all prompts."""
     names_run = any(argument.partition("=")[0] == "--workdir" for argument in arguments)
     args, fields = parse_options("generate", arguments, OPTIONS, GENERATE, keep_unknown=names_run)
+    check_model_options("generate", args)
     cfg = _parse_run(args, fields) if args.workdir else None
-    _check_options(args)
     from vlm_jax.infer import answer, models
     from vlm_jax.nn.models import build_model
 
@@ -99,7 +99,7 @@ def generate(arguments: list[str]) -> int:
     pairs = _pair(args)
     _check_pairs(args, model.cfg, pairs)
     options = _answer_options(args, cfg)
-    options.check(_spell)
+    options.check(spell)
     request = answer.encode(
         build_model(model.cfg),
         model.load_processor(),
@@ -122,27 +122,28 @@ def generate(arguments: list[str]) -> int:
 
 def _parse_run(args: argparse.Namespace, fields: list[str]) -> Experiment:
     """Returns the experiment of the run in --workdir, with changed fields."""
-    if args.checkpoint:
-        raise ConfigError(
-            f"--workdir {args.workdir} and --checkpoint {args.checkpoint} are two models: leave "
-            "one out."
-        )
-    for name in CHECKPOINT_ONLY:
-        if getattr(args, name):
-            raise ConfigError(f"{_spell(name)} applies to --checkpoint only, not to --workdir.")
     help_texts = {name.replace("_", "-"): option["help"] for name, option in OPTIONS.items()}
     arguments = ["--workdir", args.workdir, *fields]
     return parse_experiment("generate", arguments, stored=True, options=help_texts)
 
 
-def _check_options(args: argparse.Namespace) -> None:
-    """Raises ConfigError if no model is named, or a run is named as a checkpoint."""
+def check_model_options(command: str, args: argparse.Namespace) -> None:
+    """Raises ConfigError unless the options name one model, a run or a checkpoint."""
     if not args.workdir and not args.checkpoint:
         raise ConfigError(
-            "generate needs --workdir DIR, the folder of a run, or --checkpoint DIR, a public "
+            f"{command} needs --workdir DIR, the folder of a run, or --checkpoint DIR, a public "
             "checkpoint."
         )
-    if args.checkpoint and args.step is not None:
+    if args.workdir and args.checkpoint:
+        raise ConfigError(
+            f"--workdir {args.workdir} and --checkpoint {args.checkpoint} are two models: leave "
+            "one out."
+        )
+    for name in CHECKPOINT_ONLY:
+        if args.workdir and getattr(args, name):
+            raise ConfigError(f"{spell(name)} applies to --checkpoint only, not to --workdir.")
+    # Not an option of every command.
+    if args.checkpoint and getattr(args, "step", None) is not None:
         raise ConfigError("--step applies to --workdir only, not to --checkpoint.")
     if args.checkpoint and is_run(args.checkpoint):
         raise ConfigError(
@@ -201,6 +202,6 @@ def _label(images: list[str], prompt: str) -> str:
     return "".join(f"{part}  " for part in [*images, prompt])
 
 
-def _spell(name: str) -> str:
+def spell(name: str) -> str:
     """Returns an option as it is written on the command line."""
     return f"--{name.replace('_', '-')}"

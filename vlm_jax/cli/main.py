@@ -9,6 +9,7 @@ from vlm_jax.cli.experiment import OPTIONS, names_experiment
 from vlm_jax.cli.experiment import USAGE as FIELDS
 from vlm_jax.cli.failures import describe_failure
 from vlm_jax.cli.generate import generate
+from vlm_jax.cli.look import look
 from vlm_jax.cli.options import format_help
 from vlm_jax.cli.plan import DIFF, PLAN, PLAN_OPTIONS, diff, plan
 from vlm_jax.cli.score import score
@@ -36,6 +37,8 @@ commands:
   score     --predictions FILE.jsonl --metrics A,B: score answers of a file
   generate  --workdir W --image A.png --prompt "...": answer prompts with a run
             --checkpoint DIR --image A.png --prompt "...": answer them with a public checkpoint
+  look      --workdir W --image A.png --prompt "...": where the model looks for each word
+            --against W2: two models side by side
   verify    --checkpoint DIR --reference FILE.npz: compare with the outputs of a reference
   export    --checkpoint DIR_OR_WORKDIR --output DIR: write a folder that transformers loads
   plan      --config FILE [--topology v5e:8x8 | --devices N]: predict the cost of a step
@@ -49,6 +52,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "score": score,
     "generate": generate,
+    "look": look,
     "verify": verify,
     "export": export,
     "plan": plan,

@@ -11,7 +11,13 @@ import numpy as np
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.hub.images.processor import ImageProcessor, ProcessedImages
-from vlm_jax.hub.images.steps import ImageInput, ImageInputs, to_rows
+from vlm_jax.hub.images.steps import (
+    ImageInput,
+    ImageInputs,
+    PixelScale,
+    pixel_scale,
+    to_rows,
+)
 from vlm_jax.hub.inputs import mask_images_of_other_rows, to_batch, with_targets
 from vlm_jax.hub.load import Checkpoint
 from vlm_jax.hub.text.chat_template import ChatTemplate
@@ -218,6 +224,11 @@ class HubProcessor:
         return self.template.render(
             [{"role": "user", "content": content}], special, add_generation_prompt=True
         )
+
+    @property
+    def pixel_scale(self) -> PixelScale:
+        """Scale of the pixel values of a batch."""
+        return pixel_scale(self.images.settings)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
-from vlm_jax.hub.images.steps import ImageInputs
+from vlm_jax.hub.images.steps import ImageInputs, PixelScale
 from vlm_jax.hub.text.prompt_formats import Prompts
 from vlm_jax.hub.text.tokenizer import TextStream
 from vlm_jax.structs import Batch
@@ -39,6 +39,10 @@ class Processor(Protocol):
         Raises:
           UserError: the images or answers do not match the prompts, or an image cannot be read.
         """
+
+    @property
+    def pixel_scale(self) -> PixelScale:
+        """Scale of the pixel values of a batch."""
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

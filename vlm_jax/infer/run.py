@@ -18,7 +18,7 @@ from vlm_jax.data import questions
 from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.data.tiling import to_pixels
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.hub.images.steps import ImageInput, ImageInputs, read, to_rows
+from vlm_jax.hub.images.steps import ImageInput, ImageInputs, PixelScale, read, to_rows
 from vlm_jax.hub.text.dialogue import content_parts
 from vlm_jax.hub.text.prompt_formats import ChatPrompt, Prompts, as_prompt_list, check_answers
 from vlm_jax.hub.text.tokenizer import TextStream
@@ -108,6 +108,11 @@ class RunProcessor:
         """Returns the image as float32 (H, W, 3), laid out in tiles and normalised."""
         vision = self.cfg.vision
         return to_pixels(image_files.to_rgb(read(image), vision.rgb_conversion), vision)
+
+    @property
+    def pixel_scale(self) -> PixelScale:
+        """Scale of the pixel values of a batch."""
+        return PixelScale(self.cfg.vision.image_mean, self.cfg.vision.image_std)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

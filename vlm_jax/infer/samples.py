@@ -16,6 +16,7 @@ from matplotlib import pyplot  # noqa: E402 (after the choice of a backend witho
 COLUMNS, ROWS = 6, 4
 CELL_INCHES = (2.2, 2.7)
 HEADING_INCHES = 0.6
+DPI = 110
 LINE_CHARACTERS, MAX_LINES = 28, 4  # of a question or an answer
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 
@@ -46,14 +47,19 @@ def draw_samples(path: Path, examples: list[Question], answers: list[str], split
             cell.imshow(pixels, interpolation="nearest")
         # A right answer is drawn alone.
         reference = answers[i] if is_right[i] else examples[i].answer
-        title = f"{_wrap(examples[i].question)}\n{verdict(reference, answers[i])}"
+        title = f"{wrap(examples[i].question)}\n{verdict(reference, answers[i])}"
         color = RIGHT if is_right[i] else WRONG
         # parse_math=False, because a model may write anything, "$" included.
         cell.set_title(title, fontsize=8, color=color, parse_math=False)
+    save_figure(figure, path)
+
+
+def save_figure(figure: pyplot.Figure, path: Path) -> None:
+    """Writes a figure with texts of a model, and closes it."""
     with warnings.catch_warnings():
         # Matplotlib draws a box for a character that the font lacks.
         warnings.filterwarnings("ignore", "Glyph")
-        figure.savefig(path, dpi=110)
+        figure.savefig(path, dpi=DPI)
     pyplot.close(figure)
 
 
@@ -86,14 +92,14 @@ def heading(is_right: list[bool], drawn_wrong: int, drawn_right: int, split: str
 def verdict(reference: str, answer: str) -> str:
     """Returns the answer if it is right, else "said ANSWER, is REFERENCE", wrapped."""
     if exact_match(answer, [reference]):
-        return _wrap(answer) or "(nothing)"
-    wrong = _wrap(f"said {answer.strip() or 'nothing'}")
-    right = _wrap(f"is {reference or 'nothing'}")
+        return wrap(answer) or "(nothing)"
+    wrong = wrap(f"said {answer.strip() or 'nothing'}")
+    right = wrap(f"is {reference or 'nothing'}")
     fits_one_line = len(wrong) + len(right) + 2 <= LINE_CHARACTERS
     return f"{wrong}, {right}" if fits_one_line else f"{wrong},\n{right}"
 
 
-def _wrap(text: str) -> str:
+def wrap(text: str) -> str:
     """Breaks text into at most MAX_LINES lines; longer text ends in an ellipsis."""
     printable = "".join(char if char.isprintable() or char.isspace() else "\ufffd" for char in text)
     return textwrap.fill(printable, LINE_CHARACTERS, max_lines=MAX_LINES, placeholder=" …")

@@ -5,6 +5,7 @@ import math
 import os
 import reprlib
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -176,3 +177,24 @@ def to_values(pixels: Image.Image | np.ndarray, settings: ImageSettings) -> np.n
     if settings.do_normalize:
         pixels = normalise(pixels, settings.image_mean, settings.image_std)
     return pixels
+
+
+class PixelScale(NamedTuple):
+    """Maps pixel values back to colours: value * std + mean is in 0..1, channel by channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def to_rgb(self, values: np.ndarray) -> np.ndarray:
+        """Returns pixel values (..., 3) as uint8 colours."""
+        colours = np.asarray(values, np.float32) * np.float32(self.std) + np.float32(self.mean)
+        return np.round(colours.clip(0, 1) * 255).astype(np.uint8)
+
+
+def pixel_scale(settings: ImageSettings) -> PixelScale:
+    """Returns the scale of the values of `to_values`."""
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if settings.do_normalize:
+        mean, std = settings.image_mean, settings.image_std
+    white = 255 * settings.rescale_factor if settings.do_rescale else 255
+    return PixelScale(tuple(x / white for x in mean), tuple(x / white for x in std))

@@ -16,11 +16,10 @@ import numpy as np
 from flax import linen as nn
 
 from vlm_jax.config import ConfigError, Model
+from vlm_jax.infer.look import METHODS
 from vlm_jax.infer.look.observe import ATTENTIONS, Observed, gradient_relevance, observe
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import NO_IMAGE, Batch
-
-METHODS = ("mean", "max", "rollout", "gradient")
 
 
 @dataclass(frozen=True)

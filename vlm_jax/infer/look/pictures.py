@@ -1,0 +1,95 @@
+"""Images as the model sees them, in one piece, with maps on the same pixels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import einops
+import numpy as np
+from PIL import Image
+
+from vlm_jax.config import ConfigError, Vision
+from vlm_jax.data import tiling
+from vlm_jax.hub.images.steps import ImageInput, PixelScale, read
+from vlm_jax.structs import Batch
+
+Layout = tuple[int, int]  # rows and columns of tiles
+DARKEST = 0.15  # brightness of a pixel without attention, as a share of its own
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image, resized and cropped as the model sees it, whose views are cut from it."""
+
+    pixels: np.ndarray  # (height, width, 3) uint8
+    layout: Layout
+    first_view: int  # index of its first tile among the views of the row
+    thumbnail: int | None  # index of its thumbnail; None: it has none
+
+    def join(self, maps: np.ndarray) -> np.ndarray:
+        """Joins maps of all views, (..., I, rows, columns), to maps of this image.
+
+        A patch of the thumbnail is as large as layout[0] x layout[1] patches of the tiles, which
+        share its weight.
+
+        Returns:
+          (..., layout[0] * rows, layout[1] * columns), with the sum of the views' maps.
+        """
+        r, c = self.layout
+        tiles = maps[..., self.first_view : self.first_view + r * c, :, :]
+        joined = einops.rearrange(tiles, "... (r c) h w -> ... (r h) (c w)", r=r, c=c)
+        if self.thumbnail is not None:
+            whole = maps[..., self.thumbnail, :, :] / (r * c)
+            joined = joined + einops.repeat(whole, "... h w -> ... (h r) (w c)", r=r, c=c)
+        return joined
+
+    def shade(self, weights: np.ndarray) -> np.ndarray:
+        """Darkens pixels with less attention than the maximum of a map (rows, columns).
+
+        Returns:
+          (height, width, 3) uint8.
+        """
+        height, width = self.pixels.shape[:2]
+        relative = Image.fromarray((weights / max(weights.max(), 1e-30)).astype(np.float32))
+        relative = np.asarray(relative.resize((width, height), Image.Resampling.BILINEAR))
+        brightness = DARKEST + (1 - DARKEST) * relative
+        return (self.pixels * brightness[..., None]).astype(np.uint8)
+
+
+def image_layouts(vision: Vision, images: Sequence[ImageInput]) -> list[Layout]:
+    """Returns the tiles that each image is cut into; the encoder sees them separately."""
+    if vision.cut_tiles == 1:
+        return [(1, 1)] * len(images)
+    return [tiling.best_layout(*read(image).size, vision) for image in images]
+
+
+def join_views(
+    vision: Vision, scale: PixelScale, batch: Batch, row: int, layouts: Sequence[Layout]
+) -> list[Picture]:
+    """Returns the images of a row of a batch.
+
+    Args:
+      layouts: of `image_layouts`. If the encoder sees the tiles together (Llama 3.2 Vision), the
+        layouts of the batch are used.
+
+    Raises:
+      ConfigError: the batch has another number of images.
+    """
+    image_row = row if batch.image_rows is None else int(batch.image_rows[row])
+    pixels = scale.to_rgb(batch.images[image_row])
+    per_image = vision.views
+    if vision.tile_layouts:
+        per_image = pixels.shape[1]  # J
+        ids = [int(number) for number in batch.tile_layouts[image_row] if number]
+        layouts = [vision.tile_layouts[number - 1] for number in ids]
+        pixels = pixels.reshape(-1, *pixels.shape[2:])  # (I * J, height, width, 3)
+    if len(pixels) < per_image * len(layouts):
+        raise ConfigError(f"{len(layouts)} layouts do not fit a batch of {len(pixels)} views.")
+    pictures = []
+    for number, (r, c) in enumerate(layouts):
+        first = number * per_image
+        tiles = pixels[first : first + r * c]
+        whole = einops.rearrange(tiles, "(r c) h w d -> (r h) (c w) d", r=r, c=c)
+        has_thumbnail = vision.views > vision.cut_tiles and r * c > 1
+        thumbnail = first + vision.cut_tiles if has_thumbnail else None
+        pictures.append(Picture(whole, (r, c), first, thumbnail))
+    return pictures

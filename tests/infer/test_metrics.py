@@ -25,7 +25,7 @@ from vlm_jax.infer.metrics.scores import (
     score_names,
     summarize,
 )
-from vlm_jax.infer.metrics.table import METRICS, check_metrics
+from vlm_jax.infer.metrics.table import METRICS, check_metrics, of_answers
 
 # Computed by the programs that it names, on inputs of our own.
 REFERENCE_VALUES = json.loads((Path(__file__).parent / "metric_cases.json").read_text())
@@ -44,7 +44,7 @@ def values(metric, cases):
 
 
 def test_every_metric_has_reference_values():
-    assert METRICS.keys() - REFERENCE_VALUES.keys() == {"exact_match"}
+    assert set(of_answers(METRICS)) - REFERENCE_VALUES.keys() == {"exact_match"}
 
 
 @pytest.mark.parametrize("metric", REFERENCE_VALUES)
@@ -66,7 +66,7 @@ def test_exact_match_compares_characters():
     assert not match("a cat ", ["a cat"]) and not match("A cat", ["a cat"]) and not match("", ["a"])
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", of_answers(METRICS))
 def test_the_best_answer_has_the_highest_score_and_an_empty_one_the_lowest(metric):
     right = {
         "pope": ["yes", "no"],

@@ -81,10 +81,11 @@ def parse_experiment(
             resolved = pretrained_parts.resolve_checkpoints(cfg, explicit, command == "eval")
         cfg = Workdir(cfg.workdir).as_begun(resolved, explicit)
     # They import NumPy, which the help of a command should not wait for.
-    from vlm_jax.infer.metrics.scores import check_best_metric
+    from vlm_jax.infer.metrics.scores import check_attention, check_best_metric
     from vlm_jax.infer.metrics.table import check_metrics
 
     check_metrics(cfg.eval.metrics, "eval.metrics")
+    check_attention(cfg)
     # A finished run may be evaluated by other metrics.
     if not stored:
         check_best_metric(cfg)

@@ -3,6 +3,7 @@
 import json
 
 from vlm_jax.cli.options import FILE, parse_options
+from vlm_jax.config import ConfigError
 
 SCORE = """examples:
   python run.py score --predictions answers.jsonl --metrics vqa_accuracy,anls
@@ -27,10 +28,16 @@ def score(arguments: list[str]) -> int:
     """Prints the scores of the answers in a file as JSON."""
     args, _ = parse_options("score", arguments, SCORE_OPTIONS, SCORE)
     from vlm_jax.infer.metrics.predictions import read_predictions, score_predictions
-    from vlm_jax.infer.metrics.table import check_metrics
+    from vlm_jax.infer.metrics.table import check_metrics, of_attention
 
     metrics = [name.strip() for name in args.metrics.split(",") if name.strip()]
     check_metrics(metrics, "--metrics")
+    of_model = of_attention(metrics)
+    if of_model:
+        raise ConfigError(
+            f"--metrics {of_model[0]} needs a model: python run.py eval --eval.metrics "
+            f"{of_model[0]}."
+        )
     numbers = score_predictions(metrics, read_predictions(args.predictions), args.per_example)
     print(json.dumps(numbers, indent=2))
     return 0

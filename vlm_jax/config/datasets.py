@@ -17,6 +17,7 @@ class Dataset:
       fields: fields of `Data` that this dataset reads and some others do not.
       allows_augment: the answers stay true if the pixels of an image are mirrored, turned or moved.
       takes_name: `data.source` is KEY:NAME instead of KEY.
+      has_boxes: the builder knows where in an image the object of a question is.
     """
 
     builder: str | None = None
@@ -24,6 +25,7 @@ class Dataset:
     fields: tuple[str, ...] = ()
     allows_augment: bool = False
     takes_name: bool = False
+    has_boxes: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,18 @@ CONVERSATION_FORMATS = {
 }
 
 DATASETS = {
-    "easy_vqa": Dataset(builder="vlm_jax.data.builders.easy_vqa:EasyVqa", allows_augment=True),
+    "easy_vqa": Dataset(
+        builder="vlm_jax.data.builders.easy_vqa:EasyVqa", allows_augment=True, has_boxes=True
+    ),
     "glyphs": Dataset(
         builder="vlm_jax.data.synthetic.glyphs:Glyphs",
         fields=(*SYNTHETIC_FIELDS, "cell_px", "transcript"),
+        has_boxes=True,
     ),
     "digits": Dataset(
         builder="vlm_jax.data.synthetic.digits:Digits",
         fields=SYNTHETIC_FIELDS,
+        has_boxes=True,
     ),
     "conversations": Dataset(
         conversations="vlm_jax.data.conversations",

@@ -9,6 +9,7 @@ import numpy as np
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data import batching, packing, pipeline, sources, templates, text, tiling
 from vlm_jax.data import images as image_files
+from vlm_jax.data.builders.boxes import Box
 from vlm_jax.data.conversations import Conversation
 from vlm_jax.data.fields import Fields
 from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
@@ -45,6 +46,27 @@ class Question:
 def to_evaluate(cfg: Experiment) -> list[Question]:
     """Returns the first `eval.max_examples` questions of the split or files of `eval`."""
     return load(replace(cfg, data=cfg.eval_data), cfg.eval.read_split, cfg.eval.max_examples)
+
+
+def boxes_to_evaluate(cfg: Experiment) -> list[Box | None]:
+    """Returns for each question of `to_evaluate` the box of the object it asks about, or None.
+
+    The row of the dataset must have `has_boxes`.
+
+    Raises:
+      ConfigError: `eval.split` has several splits.
+    """
+    data, split, limit = cfg.eval_data, cfg.eval.read_split, cfg.eval.max_examples
+    if "+" in split:
+        raise ConfigError(
+            f"eval.split {split!r} has several splits: boxes are known for one, or a slice of it."
+        )
+    builder, boxes = sources.builder(data), []
+    for record in sources.load(data, split):
+        if limit is not None and len(boxes) >= limit:
+            break
+        boxes += builder.boxes(record, split)
+    return boxes[:limit]
 
 
 def load(cfg: Experiment, split: str, limit: int | None = None) -> list[Question]:
@@ -279,11 +301,13 @@ def question_batch(
     image_sources: Sequence[Question],
     length: int | None = None,
     image_rows: int = 0,
+    answers: Sequence[str] | None = None,
 ) -> Batch:
     """Makes the `prompt_batch` of questions, each about the images of its `image_sources` entry.
 
     Images that several questions share are in the batch once. `image_rows` is the smallest number
-    of rows of images: set it, like `length`, to get batches of one shape.
+    of rows of images: set it, like `length`, to get batches of one shape. `answers` as in
+    `prompt_batch`.
     """
     readers = list(dict.fromkeys(source.images for source in image_sources))
     images = [_read_normalised(cfg, reader) for reader in readers]
@@ -299,6 +323,7 @@ def question_batch(
         prompts,
         length,
         owners,
+        answers,
         histories=histories,
         systems=systems,
     )

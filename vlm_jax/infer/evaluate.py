@@ -3,7 +3,7 @@
 import itertools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -16,10 +16,12 @@ from vlm_jax.data import questions
 from vlm_jax.data.questions import Question
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer.generate import NonFiniteLogits, SamplingParams, generate
+from vlm_jax.infer.look.grounding import attention_on_objects
 from vlm_jax.infer.metrics import scores as metric_scores
 from vlm_jax.infer.metrics.answers import exact_match
+from vlm_jax.infer.metrics.grounding import Attention
 from vlm_jax.infer.metrics.scores import Reference, metric_keys
-from vlm_jax.infer.metrics.table import check_metrics
+from vlm_jax.infer.metrics.table import check_metrics, of_answers, of_attention
 from vlm_jax.infer.samples import draw_samples
 from vlm_jax.runtime import distributed
 from vlm_jax.runtime.workdir import EvaluationFolder, Workdir, write_atomic
@@ -49,6 +51,7 @@ def evaluate(
       NonFiniteLogits: the model computes NaN for a question; then nothing is written.
     """
     check_metrics(cfg.eval.metrics, "eval.metrics")
+    metric_scores.check_attention(cfg)
     folder = folder or Workdir(cfg.workdir)
     is_first_process = jax.process_index() == 0
     with distributed.raise_on_all():
@@ -63,8 +66,13 @@ def evaluate(
 
     image_sources = {"evaluating": examples, "with shuffled images": shuffle_images(examples)}
     predictions, shuffled_predictions = answer(cfg, params, tokenizer, examples, image_sources)
-    values = metric_scores.evaluate_metrics(metrics, predictions, right)
-    shuffled_values = metric_scores.evaluate_metrics(metrics, shuffled_predictions, right)
+    of_text = of_answers(metrics)
+    values = metric_scores.evaluate_metrics(of_text, predictions, right)
+    shuffled_values = metric_scores.evaluate_metrics(of_text, shuffled_predictions, right)
+    if len(of_text) < len(metrics):
+        attention, shuffled = attend(cfg, params, tokenizer, examples, image_sources.values())
+        values |= metric_scores.evaluate_attention(of_attention(metrics), attention)
+        shuffled_values |= metric_scores.evaluate_attention(of_attention(metrics), shuffled)
     scores = {
         "split": cfg.eval.read_split,
         "files": list(cfg.eval_data.files),
@@ -80,6 +88,31 @@ def evaluate(
         draw_samples(folder.samples, examples, predictions, cfg.eval.title)
         write_atomic(folder.eval, json.dumps(scores, indent=2) + "\n")
     return scores
+
+
+def attend(
+    cfg: Experiment,
+    params,
+    tokenizer: Tokenizer,
+    examples: list[Question],
+    image_sources: Iterable[list[Question]],
+) -> list[list[Attention | None]]:
+    """Returns the attention on the object of every question, for each list of questions whose
+    images to use.
+
+    Raises:
+      ConfigError: no question has an object.
+    """
+    boxes = questions.boxes_to_evaluate(cfg)
+    if not any(boxes):
+        raise ConfigError(
+            f"eval.metrics {of_attention(cfg.eval.metrics)[0]} has no question to score: none of "
+            f"the {len(examples)} questions of {cfg.eval.title} asks about a single object."
+        )
+    return [
+        attention_on_objects(cfg, params, tokenizer, examples, sources, boxes)
+        for sources in image_sources
+    ]
 
 
 def references(examples: Sequence[Question]) -> list[Reference]:
@@ -114,12 +147,13 @@ def describe_scores(scores: Mapping, title: str) -> list[str]:
     """Returns a line about each number of each metric, for people to read."""
     lines = []
     for metric in scores["metrics"]:
+        examples = scores.get(metric_keys(metric).count, scores["examples"])
         for name in metric_scores.number_names(metric):
             keys = metric_keys(name)
             low, high = scores[keys.interval]
             lines.append(
                 f"{name.replace('_', ' ')} {scores[keys.mean]:.4f} (95 % interval {low:.4f} to "
-                f"{high:.4f}) on {scores['examples']} questions of {title}, "
+                f"{high:.4f}) on {examples} questions of {title}, "
                 f"{scores[keys.shuffled]:.4f} with shuffled images"
             )
     return lines

@@ -15,6 +15,7 @@ from vlm_jax.data.questions import Question
 from vlm_jax.infer import evaluate
 from vlm_jax.infer.evaluate import Answerer, references
 from vlm_jax.infer.metrics import scores as metric_scores
+from vlm_jax.infer.metrics.table import of_answers
 from vlm_jax.nn import lora
 from vlm_jax.train import step
 from vlm_jax.train.inputs import Inputs
@@ -72,7 +73,8 @@ class Scorer:
         predictions = self._answerer.answer(params, split.examples, split.examples)
         right = references(split.examples)
         numbers = {}
-        values = metric_scores.evaluate_metrics(self._cfg.eval.metrics, predictions, right)
+        metrics = of_answers(self._cfg.eval.metrics)
+        values = metric_scores.evaluate_metrics(metrics, predictions, right)
         for metric in values:
             for name, number in metric_scores.summarize(metric, values[metric]).items():
                 numbers[name] = number.mean

@@ -1,12 +1,16 @@
 """easy-VQA: coloured shapes on 64 x 64 px and questions about them (PyPI: easy-vqa, MIT)."""
 
+import io
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import easy_vqa
+import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
 
+from vlm_jax.data.builders.boxes import Box
 from vlm_jax.data.builders.records import Record, RecordBuilder
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -35,6 +39,15 @@ class EasyVqa(RecordBuilder):
             questions, answers = zip(*pairs_by_image[image_id], strict=True)
             types = tuple(answer_type(answer) for answer in answers)
             yield Record(image_id, Path(path).read_bytes(), questions, answers, types)
+
+    def boxes(self, record: Record, split: str) -> list[Box]:
+        """Every question is about the only shape; the most frequent colour is the background."""
+        pixels = np.asarray(Image.open(io.BytesIO(record.image)).convert("RGB"))
+        colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
+        is_shape = (pixels != colours[counts.argmax()]).any(-1)
+        rows, columns = np.flatnonzero(is_shape.any(1)), np.flatnonzero(is_shape.any(0))
+        edges_px = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+        return [tuple((edges_px / self.image_px).tolist())] * len(record.questions)
 
 
 def answer_type(answer: str) -> str:

@@ -1,7 +1,7 @@
 """Records: an image with questions about it, and the base class of datasets of records."""
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import tensorflow_datasets as tfds
 
 from vlm_jax.config import Data
 from vlm_jax.data.builders.base import LocalBuilder
+from vlm_jax.data.builders.boxes import Box
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,13 @@ class RecordBuilder(LocalBuilder, skip_registration=True):
     @abc.abstractmethod
     def records(self, split: str) -> Iterator[Record]:
         """Yields the records of a split, in a fixed order, each with a unique `image_id`."""
+
+    def boxes(self, record: Record, split: str) -> Sequence[Box | None]:
+        """Returns for each question of a record the box of the object it asks about, or None.
+
+        A row of `DATASETS` with `has_boxes` needs it. `split` may be a slice such as "test[:10]".
+        """
+        raise NotImplementedError
 
     def _info(self) -> tfds.core.DatasetInfo:
         texts = tfds.features.Sequence(tfds.features.Text())

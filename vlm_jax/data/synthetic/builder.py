@@ -12,6 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vlm_jax.config import Data
+from vlm_jax.data.builders.boxes import Box
 from vlm_jax.data.builders.records import Record, RecordBuilder
 
 SPLITS = ("train", "validation", "test")
@@ -24,6 +25,9 @@ class QA:
     question: str
     answer: str
     type: str
+    #: left, top, right and bottom of the object that the question asks for, in pixels; None: it
+    #: asks for several or for none
+    box_px: tuple[int, int, int, int] | None = None
 
 
 @dataclass(eq=False)
@@ -71,12 +75,10 @@ class SyntheticBuilder(RecordBuilder, skip_registration=True):
         """Draws an image of `image_px` and writes the questions about it."""
 
     def records(self, split: str) -> Iterator[Record]:
-        split_index = SPLITS.index(split)
-        count = self.builder_config.images[split_index]
+        count = self.builder_config.images[SPLITS.index(split)]
         title = f"drawing {self.name} {split}"
         for index in tqdm(range(count), desc=title, unit="image", disable=None):
-            rng = np.random.default_rng([self.builder_config.seed, split_index, index])
-            image, pairs = self.example(rng, split)
+            image, pairs = self._example(split, index)
             yield Record(
                 image_id=index,
                 image=_png(image),
@@ -84,6 +86,19 @@ class SyntheticBuilder(RecordBuilder, skip_registration=True):
                 answers=tuple(pair.answer for pair in pairs),
                 types=tuple(pair.type for pair in pairs),
             )
+
+    def boxes(self, record: Record, split: str) -> list[Box | None]:
+        """Draws the example again: it depends on its split and index alone."""
+        _, pairs = self._example(split.partition("[")[0], record.image_id)
+        boxes = []
+        for pair in pairs:
+            box_px = pair.box_px
+            boxes.append(box_px and tuple(edge / self.image_px for edge in box_px))
+        return boxes
+
+    def _example(self, split: str, index: int) -> tuple[Image.Image, list[QA]]:
+        rng = np.random.default_rng([self.builder_config.seed, SPLITS.index(split), index])
+        return self.example(rng, split)
 
 
 def _png(image: Image.Image) -> bytes:

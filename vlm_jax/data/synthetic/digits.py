@@ -43,6 +43,10 @@ class Digit:
     def right_px(self) -> int:
         return self.left_px + self.side_px
 
+    @property
+    def box_px(self) -> tuple[int, int, int, int]:
+        return self.left_px, self.top_px, self.right_px, self.top_px + self.side_px
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -162,22 +166,23 @@ def _locate_corner(rng, scene: Scene) -> list[QA]:
         return []
     digit = pick(rng, digits)
     question = f"which digit is in the {names[digit.cell]} corner?"
-    return [QA(question, str(digit.value), "locate_corner")]
+    return [QA(question, str(digit.value), "locate_corner", digit.box_px)]
 
 
 def _locate_beside(rng, scene: Scene, counts) -> list[QA]:
     """Asks for the neighbour in the row of a digit whose value occurs once."""
-    values = {digit.cell: digit.value for digit in scene.digits}
+    by_cell = {digit.cell: digit for digit in scene.digits}
     candidates = []
-    for (row, column), value in values.items():
+    for (row, column), digit in by_cell.items():
         for side, step in (("left", -1), ("right", 1)):
             neighbour = (row, column + step)
-            if counts[value] == 1 and neighbour in values:
-                candidates.append((value, side, values[neighbour]))
+            if counts[digit.value] == 1 and neighbour in by_cell:
+                candidates.append((digit.value, side, by_cell[neighbour]))
     if not candidates:
         return []
     value, side, answer = pick(rng, candidates)
-    return [QA(f"which digit is next to the {value}, on its {side}?", str(answer), "locate_beside")]
+    question = f"which digit is next to the {value}, on its {side}?"
+    return [QA(question, str(answer.value), "locate_beside", answer.box_px)]
 
 
 def _compare_sizes(rng, scene: Scene, counts) -> list[QA]:
@@ -188,7 +193,7 @@ def _compare_sizes(rng, scene: Scene, counts) -> list[QA]:
     larger, smaller = pick(rng, pairs)
     named = [larger, smaller][:: pick(rng, (1, -1))]
     question = f"which is drawn larger, the {named[0].value} or the {named[1].value}?"
-    return [QA(question, str(larger.value), "compare_sizes")]
+    return [QA(question, str(larger.value), "compare_sizes", larger.box_px)]
 
 
 def _compare_ends(scene: Scene) -> list[QA]:

@@ -42,15 +42,16 @@ def transcript(page: Page) -> str:
 def questions(rng: np.random.Generator, page: Page, words: tuple[str, ...]) -> list[QA]:
     """Asks one question of every type that has an unambiguous answer; `words` may occur in them."""
     texts = [word.text for word in page.words]
+    boxes_px = {word.text: word.box for word in page.words}
     number = rng.integers(len(texts))
     pairs = [
         QA("how many words are there?", str(len(texts)), "count"),
         QA("what does it say?", " ".join(texts), "read_all"),
-        QA(f"what is word {number + 1}?", texts[number], "read_nth"),
-        _present(rng, texts, words),
+        QA(f"what is word {number + 1}?", texts[number], "read_nth", boxes_px[texts[number]]),
+        _present(rng, boxes_px, words),
     ]
     if len(texts) > 1:
-        pairs.append(_first(rng, texts))
+        pairs.append(_first(rng, page.words))
     pairs += _by_color(rng, page)
     if len(texts) > 1:
         pairs += _by_size(page, "largest", max(word.size_px for word in page.words))
@@ -65,15 +66,15 @@ def _by_color(rng, page: Page) -> list[QA]:
     if not unique:
         return []
     word: Word = pick(rng, unique)
-    return [QA(f"what is the {word.color} word?", word.text, "read_color")]
+    return [QA(f"what is the {word.color} word?", word.text, "read_color", word.box)]
 
 
 def _by_size(page: Page, name: str, size_px: int) -> list[QA]:
     """Asks for the word of this size, if only one has it."""
-    texts = [word.text for word in page.words if word.size_px == size_px]
-    if len(texts) > 1:
+    words = [word for word in page.words if word.size_px == size_px]
+    if len(words) > 1:
         return []
-    return [QA(f"what is the {name} word?", texts[0], f"read_{name}")]
+    return [QA(f"what is the {name} word?", words[0].text, f"read_{name}", words[0].box)]
 
 
 def _in_corner(rng, page: Page) -> list[QA]:
@@ -83,20 +84,24 @@ def _in_corner(rng, page: Page) -> list[QA]:
         return []
     name = pick(rng, corners)
     line, position = CORNERS[name]
-    return [QA(f"what is the {name} word?", page.lines[line][position].text, "read_corner")]
+    word = page.lines[line][position]
+    return [QA(f"what is the {name} word?", word.text, "read_corner", word.box)]
 
 
-def _present(rng, texts, words) -> QA:
+def _present(rng, boxes_px, words) -> QA:
     """Asks for a word of the page or for another one, each as often."""
+    texts = list(boxes_px)
     is_present = bool(rng.integers(2))
     word = pick(rng, texts)
     while not is_present and word in texts:
         word = pick(rng, words)
-    return QA(f"is {word} there?", "yes" if is_present else "no", "present")
+    answer = "yes" if is_present else "no"
+    return QA(f"is {word} there?", answer, "present", boxes_px.get(word))
 
 
-def _first(rng, texts) -> QA:
+def _first(rng, words) -> QA:
     """Asks which of two words comes first, in random order."""
-    first, second = sorted(rng.choice(len(texts), 2, replace=False))
-    named = [texts[first], texts[second]][:: pick(rng, (1, -1))]
-    return QA(f"which comes first, {named[0]} or {named[1]}?", texts[first], "first")
+    first, second = sorted(rng.choice(len(words), 2, replace=False))
+    named = [words[first].text, words[second].text][:: pick(rng, (1, -1))]
+    question = f"which comes first, {named[0]} or {named[1]}?"
+    return QA(question, words[first].text, "first", words[first].box)

@@ -40,11 +40,11 @@ def _draw_group(cells, answer: WordMaps, number: int, method: str) -> None:
     """Draws one image of a prompt, and its map for each word."""
     picture, maps = answer.pictures[number], answer.combine(method)[number]
     drawn = answer.words[:MAX_WORDS]
-    title = f"{answer.model}\n{answer.prompt}"
+    title = f"{wrap(answer.model)}\n{wrap(answer.prompt)}"
     if len(drawn) < len(answer.words):
         title += f"\nfirst {len(drawn)} of {len(answer.words)} words"
     pictures = [picture.pixels, *[picture.shade(weights) for weights in maps[: len(drawn)]]]
-    for cell, pixels, text in zip(cells, pictures, [title, *drawn]):
+    for cell, pixels, text in zip(cells, pictures, [title, *map(wrap, drawn)]):
         cell.imshow(pixels, interpolation="nearest")
         # parse_math=False, because a model may write anything, "$" included.
-        cell.set_title(wrap(text.strip("\n")), fontsize=8, parse_math=False)
+        cell.set_title(text, fontsize=8, parse_math=False)

@@ -11,15 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import einops
-import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental import multihost_utils
 
 from vlm_jax.config import ConfigError, Model
 from vlm_jax.infer.look import METHODS
 from vlm_jax.infer.look.observe import ATTENTIONS, Observed, gradient_relevance, observe
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import NO_IMAGE, Batch
+
+SLOTS = 4  # the number of tokens that are looked at together is a multiple of it
 
 
 @dataclass(frozen=True)
@@ -68,20 +70,20 @@ def look(
     """Implements `vlm_jax.look`."""
     cfg = _check(model, batch)
     slots = [np.flatnonzero(row > 0) for row in np.asarray(batch.loss_weights)]
-    most = max(map(len, slots))
-    if not most:
+    if not max(map(len, slots)):
         raise ConfigError("the batch scores no token: there is no answer to look at.")
-    # Rows with fewer tokens repeat one.
+    # Rows with fewer tokens repeat some, and few lengths mean few compiled programs.
+    most = -(-max(map(len, slots)) // SLOTS) * SLOTS
     padded = np.stack([np.resize(row, most) if len(row) else np.zeros(most, int) for row in slots])
     targets = np.take_along_axis(np.asarray(batch.targets), padded, axis=1)
     inputs = batch.replace(targets=None, loss_weights=None)
-    observed = jax.device_get(observe(cfg, params, inputs, padded, rollout))
+    observed = _gather(observe(cfg, params, inputs, padded, rollout))
     relevance = None
     if gradient:
         by_token = []
-        for token in range(most):
+        for token in range(max(map(len, slots))):
             relevant = gradient_relevance(cfg, params, inputs, padded[:, token], targets[:, token])
-            by_token.append(jax.device_get(relevant))
+            by_token.append(_gather(relevant))
         relevance = np.stack(by_token, axis=1)  # (B, A, S + T)
     maps = []
     for row, row_slots in enumerate(slots):
@@ -97,6 +99,11 @@ def look(
             )
         )
     return maps
+
+
+def _gather(arrays):
+    """Returns arrays of all devices and processes as NumPy arrays."""
+    return multihost_utils.process_allgather(arrays, tiled=True)
 
 
 def _check(model: nn.Module, batch: Batch) -> Model:

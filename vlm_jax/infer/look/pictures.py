@@ -1,5 +1,6 @@
 """Images as the model sees them, in one piece, with maps on the same pixels."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,7 +90,12 @@ def join_views(
         first = number * per_image
         tiles = pixels[first : first + r * c]
         whole = einops.rearrange(tiles, "(r c) h w d -> (r h) (c w) d", r=r, c=c)
-        has_thumbnail = vision.views > vision.cut_tiles and r * c > 1
-        thumbnail = first + vision.cut_tiles if has_thumbnail else None
-        pictures.append(Picture(whole, (r, c), first, thumbnail))
+        pictures.append(place_views(vision, whole, (r, c), first))
     return pictures
+
+
+def place_views(vision: Vision, pixels: np.ndarray, layout: Layout, first_view: int = 0) -> Picture:
+    """Returns an image with the places of its views among the views of its row."""
+    has_thumbnail = vision.views > vision.cut_tiles and math.prod(layout) > 1
+    thumbnail = first_view + vision.cut_tiles if has_thumbnail else None
+    return Picture(pixels, layout, first_view, thumbnail)

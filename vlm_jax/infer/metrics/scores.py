@@ -5,9 +5,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vlm_jax.config import ConfigError, DataError, Experiment
+from vlm_jax.config.datasets import DATASETS
 from vlm_jax.config.hints import nearest
+from vlm_jax.infer.metrics import grounding
+from vlm_jax.infer.metrics.grounding import Attention
 from vlm_jax.infer.metrics.intervals import Estimate
-from vlm_jax.infer.metrics.table import METRICS
+from vlm_jax.infer.metrics.table import METRICS, of_answers, of_attention
 
 # Its scores have the plain keys `correct` and `by_type`.
 DEFAULT_METRIC = "exact_match"
@@ -32,6 +35,9 @@ class Keys(NamedTuple):
     by_type: str  # type of question -> mean
     type_intervals: str  # type of question -> interval
     shuffled: str  # mean over the examples, each with the images of another
+    # of a metric of attention
+    count: str  # number of questions that have a value
+    by_layer: str  # layer -> name of a number -> mean
 
 
 def metric_keys(name: str) -> Keys:
@@ -40,7 +46,16 @@ def metric_keys(name: str) -> Keys:
     if name == DEFAULT_METRIC:
         by_type, example = "by_type", "correct"
     interval = f"{name}_interval"
-    return Keys(example, name, interval, by_type, f"{by_type}_intervals", SHUFFLED + name)
+    return Keys(
+        example,
+        name,
+        interval,
+        by_type,
+        f"{by_type}_intervals",
+        SHUFFLED + name,
+        f"{name}_examples",
+        f"{name}_by_layer",
+    )
 
 
 class Score(NamedTuple):
@@ -107,9 +122,36 @@ def validation_scores(cfg: Experiment) -> list[str]:
     """Returns the names of the scores of a validation, such as val/loss and val/exact_match."""
     numbers = ["loss"]
     if cfg.eval.during_examples:
-        for metric in cfg.eval.metrics:
+        for metric in of_answers(cfg.eval.metrics):
             numbers += number_names(metric)
     return [f"{split}/{number}" for split in cfg.eval.named_splits for number in numbers]
+
+
+def check_attention(cfg: Experiment) -> None:
+    """Checks that the attention metrics of `eval.metrics` can be computed.
+
+    Raises:
+      ConfigError: the model has no attention to images, or the place of objects is not known.
+    """
+    for metric in of_attention(cfg.eval.metrics):
+        vision = cfg.vision
+        if not cfg.fusion.has_images:
+            raise ConfigError(
+                f"eval.metrics {metric} needs a model with images: fusion.kind {cfg.fusion.kind} "
+                "has none."
+            )
+        if not cfg.eval_data.dataset.has_boxes:
+            names = [name for name, row in DATASETS.items() if row.has_boxes]
+            raise ConfigError(
+                f"eval.metrics {metric} needs to know where objects are: data.source "
+                f"{cfg.data.source} does not say, choose {', '.join(names)}."
+            )
+        is_cropped = vision.resize == "crop" and vision.shortest_edge_px != vision.image_size_px
+        if is_cropped or vision.keeps_aspect_in_tiles:
+            raise ConfigError(
+                f"eval.metrics {metric} needs whole images: vision.resize {vision.resize} cuts or "
+                "pads them, choose squash."
+            )
 
 
 def check_references(metrics: Sequence[str], references: Sequence[Reference]) -> None:
@@ -118,7 +160,7 @@ def check_references(metrics: Sequence[str], references: Sequence[Reference]) ->
     Raises:
       DataError: the references of a question do not fit a metric; the message names both.
     """
-    for metric in metrics:
+    for metric in of_answers(metrics):
         # A metric of all answers together needs a number of them, whatever their texts.
         checked = references[:2] if METRICS[metric].takes_all else references
         evaluate_metric(metric, [""] * len(checked), checked)
@@ -129,6 +171,17 @@ def evaluate_metrics(
 ) -> dict[str, list[Any]]:
     """Returns metric -> `evaluate_metric`."""
     return {metric: evaluate_metric(metric, predictions, references) for metric in metrics}
+
+
+def evaluate_attention(
+    metrics: Sequence[str], attention: Sequence[Attention | None]
+) -> dict[str, list[Any]]:
+    """Returns metric -> value of its function for every question; None without an object."""
+    values = {}
+    for metric in metrics:
+        function = METRICS[metric].function
+        values[metric] = [None if one is None else function(one) for one in attention]
+    return values
 
 
 def evaluate_metric(
@@ -173,7 +226,7 @@ def summarize_by_type(
     """Returns type of question -> `summarize` of its answers."""
     by_type = defaultdict(list)
     for value, reference in zip(values, references, strict=True):
-        if reference.type is not None:
+        if reference.type is not None and value is not None:
             by_type[reference.type].append(value)
     return {name: summarize(metric, by_type[name]) for name in sorted(by_type)}
 
@@ -192,6 +245,10 @@ def describe_numbers(
         numbers[keys.type_intervals] = {
             key: [group[name].low, group[name].high] for key, group in by_type.items()
         }
+    if METRICS[metric].of_attention:
+        scored = [value for value in values if value is not None]
+        numbers[metric_keys(metric).count] = len(scored)
+        numbers[metric_keys(metric).by_layer] = grounding.by_layer(scored)
     return numbers
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from vlm_jax.config import ConfigError
 from vlm_jax.config.hints import nearest
-from vlm_jax.infer.metrics import answers, captions, choices, vqa
+from vlm_jax.infer.metrics import answers, captions, choices, grounding, vqa
 from vlm_jax.infer.metrics.intervals import Bounds, Estimate, estimate_mean
 from vlm_jax.runtime.packages import check_installed
 
@@ -36,9 +36,16 @@ class Metric:
     score_answer: Callable[[Any], float] | None = lambda value: value
     #: package of requirements-eval.txt that `function` imports
     package: str = ""
+    #: `function` takes the `grounding.Attention` of a question instead, which only a model has;
+    #: questions without an object have no value
+    of_attention: bool = False
 
     def summary(self, values: Sequence[Any]) -> Mapping[str, Estimate]:
-        """Returns the numbers of many answers, with 95 % intervals, by name."""
+        """Returns the numbers of many answers, with 95 % intervals, by name.
+
+        `values` may hold None, for questions that the metric does not apply to.
+        """
+        values = [value for value in values if value is not None]
         if self.summarize:
             return self.summarize(values)
         return {"": estimate_mean(values, self.bounds)}
@@ -119,7 +126,27 @@ METRICS: dict[str, Metric] = {
         source="ROUGE (Lin 2004), rouge-score rouge_scorer.py",
         package="rouge_score",
     ),
+    "grounding": Metric(
+        grounding.score,
+        variant="share of the attention to the image that is on the object asked about, mean over "
+        "heads, layers and the tokens of the right answer",
+        source="pointing game of Zhang et al. 2018 (Excitation Backprop), on patches",
+        summarize=grounding.summarize,
+        parts=grounding.PARTS,
+        score_answer=None,
+        of_attention=True,
+    ),
 }
+
+
+def of_answers(metrics: Iterable[str]) -> list[str]:
+    """Returns the metrics that need no more than the answers."""
+    return [name for name in metrics if not METRICS[name].of_attention]
+
+
+def of_attention(metrics: Iterable[str]) -> list[str]:
+    """Returns the metrics that need the attention of the model."""
+    return [name for name in metrics if METRICS[name].of_attention]
 
 
 def check_metrics(names: Iterable[str], where: str) -> None:

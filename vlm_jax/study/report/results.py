@@ -3,11 +3,12 @@
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlm_jax.config import ConfigError, UserError
 from vlm_jax.infer.metrics.scores import metric_keys, parse_score
+from vlm_jax.infer.metrics.table import of_attention
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.study.planning import Plan, Run, resolve_checkpoints
 from vlm_jax.study.run import record, running
@@ -27,6 +28,8 @@ class Result:
     predictions: tuple[Mapping[str, object], ...]  # lines of predictions.jsonl
     metrics: tuple[Mapping[str, float], ...]  # lines of metrics.jsonl without validations
     record: Mapping[str, object]
+    #: metric of attention -> layer -> name of a number -> its mean
+    by_layer: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
     @functools.cached_property
     def questions(self) -> list[tuple]:
@@ -105,6 +108,7 @@ def _read_run(run: Run, metric: str) -> Result:
         _read_lines(workdir.predictions, ANSWER_FIELDS),
         _read_lines(workdir.metrics, METRIC_FIELDS, log.SECONDS),
         record.read(run.cfg.workdir),
+        {name: scores[metric_keys(name).by_layer] for name in of_attention(run.cfg.eval.metrics)},
     )
 
 

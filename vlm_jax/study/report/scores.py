@@ -1,9 +1,11 @@
 """Report sections: scores, curves, types of questions, matching, and missing runs."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 
+from vlm_jax.infer.metrics.grounding import LAYER_NUMBERS
 from vlm_jax.infer.metrics.scores import metric_keys, parse_score
+from vlm_jax.infer.metrics.table import of_attention
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.study.matching import axis_label
 from vlm_jax.study.report import figures, statistics
@@ -125,6 +127,33 @@ def score_table(results: Results, axis: str) -> Table:
         f"{_metric_title(results)} with shuffled images",
     ]
     return Table(columns, rows)
+
+
+def layer_section(results: Results) -> Section | None:
+    """Returns the attention on objects by layer; None without a metric of attention."""
+    study, rows = results.plan.study, []
+    metrics = of_attention(study.base.eval.metrics)
+    if not metrics:
+        return None
+    for arm in study.arms:
+        by_layer = defaultdict(list)  # a dict of numbers for each seed
+        for run in results.by_seed(next(iter(study.matched)), arm).values():
+            for layer, numbers in run.by_layer[metrics[0]].items():
+                by_layer[layer].append(numbers)
+        for layer, of_seeds in by_layer.items():
+            cells = [Cell(arm), Cell(layer)]
+            for name in LAYER_NUMBERS:
+                values = [numbers[name] for numbers in of_seeds]
+                cells.append(number_cell(format_estimate(statistics.estimate(values))))
+            rows.append(cells)
+    text = (
+        "Attention of the right answers to questions about one object. Mass: share of the "
+        "attention to the image that is on the object. Pointing: share of the patch with the most "
+        "attention that the object covers. Image: share of the attention that is on the image; "
+        "layers of self-attention (self) also attend to text. Intervals are over seeds."
+    )
+    table = Table(["arm", "layer", *LAYER_NUMBERS], rows)
+    return Section("Attention by layer", [text], tables=[table])
 
 
 def _metric_title(results: Results) -> str:

@@ -24,6 +24,7 @@ def build_page(results: Results, file: str) -> Page:
         scores.curve_section(results),
         costs.cost_section(results),
         scores.type_section(results),
+        scores.layer_section(results),
         samples.sample_section(results),
         scores.matching_section(results),
         costs.difference_section(results),

@@ -1,0 +1,25 @@
+"""Where fusion styles look: attention on the digit that a question asks about.
+
+The score is the share of the attention to the image that is on that digit. Uniform attention has
+the digit's share of the area, `grounding_area` of eval.json. The report also lists the layers.
+"""
+
+from configs.synthetic.digits_unified import get_config
+from experiments.fusion import CROSS
+from vlm_jax.study import Study, override
+
+
+def get_study() -> Study:
+    fields = {"eval.split": "test", "eval.metrics": ("exact_match", "grounding")}
+    return Study(
+        question="Which fusion style attends to the digit that a question asks about?",
+        base=override(get_config(), fields),
+        arms={
+            "unified": {},
+            "cross_attention": {"fusion.kind": "cross_attention", **CROSS},
+        },
+        matched={"examples": None},
+        reference="unified",
+        metric="grounding",
+        quick={"train.steps": 6, "data.images": (200, 50, 50), "eval.max_examples": 60},
+    )

@@ -1,0 +1,69 @@
+"""Attention of the answers of an evaluation, with the boxes of the objects they are about."""
+
+from collections.abc import Sequence
+
+import jax
+
+from vlm_jax import axes
+from vlm_jax.config import Experiment
+from vlm_jax.data import questions
+from vlm_jax.data.builders.boxes import Box
+from vlm_jax.data.questions import Question
+from vlm_jax.data.tiling import grid_shape
+from vlm_jax.data.tokenizer import Tokenizer
+from vlm_jax.infer.look.maps import AttentionMaps, look
+from vlm_jax.infer.look.pictures import place_views
+from vlm_jax.infer.metrics.grounding import Attention
+from vlm_jax.nn.models import build_model
+
+
+def attention_on_objects(
+    cfg: Experiment,
+    params,
+    tokenizer: Tokenizer,
+    examples: Sequence[Question],
+    image_sources: Sequence[Question],
+    boxes: Sequence[Box | None],
+) -> list[Attention | None]:
+    """Returns the attention of the right answer to each question; None without a box.
+
+    The right answers are read in one forward pass. They are the same for all models, and the token
+    that predicts the first one has seen the question alone.
+    """
+    model, mesh = build_model(cfg), axes.make_mesh(cfg.mesh)
+    attention: list[Attention | None] = [None] * len(examples)
+    with_box = [i for i, box in enumerate(boxes) if box is not None]
+    length = questions.row_length(cfg, tokenizer, [examples[i] for i in with_box])
+    length += max(len(tokenizer.encode(examples[i].answer)) + 1 for i in with_box)
+    size = cfg.eval.batch_size
+    for start in range(0, len(with_box), size):
+        indices = with_box[start : start + size]
+        # The last batch has the shape of the others.
+        filled = [*indices, *indices[-1:] * (size - len(indices))]
+        batch = questions.question_batch(
+            cfg,
+            tokenizer,
+            [examples[i] for i in filled],
+            [image_sources[i] for i in filled],
+            length,
+            size,
+            [examples[i].answer for i in filled],
+        )
+        with jax.set_mesh(mesh):
+            rows = look(model, params, batch)
+        for i, maps in zip(indices, rows):
+            attention[i] = _measure(maps, image_sources[i], cfg, boxes[i], tokenizer.eos_id)
+    return attention
+
+
+def _measure(
+    maps: AttentionMaps, question: Question, cfg: Experiment, box: Box, eos_id: int
+) -> Attention:
+    """Returns the attention of the answer's tokens, without its end, on the first image."""
+    count = len(maps.tokens)
+    if count > 1 and maps.tokens[-1] == eos_id:
+        count -= 1
+    weights = maps.weights[:count].mean((0, 2))  # (L, I, rows, columns)
+    pixels, *_ = question.images()
+    picture = place_views(cfg.vision, pixels, grid_shape(pixels, cfg.vision))
+    return Attention(maps.layers, picture.join(weights), box)

@@ -33,6 +33,7 @@ DOCUMENTS = [
     "docs/fine_tuning.md",
     "docs/conversations.md",
     "docs/evaluation.md",
+    "docs/attention_maps.md",
     "docs/quickstart.ipynb",
 ]
 COMMANDS = ("python", "image=", "XLA_FLAGS=", "run=")
@@ -42,6 +43,7 @@ SHORT = {  # subcommand: options that are added unless the command has them
     "eval": {"--eval.max_examples": "20", "--eval.batch_size": "20"},
     "eval --checkpoint": {"--eval.batch_size": "20"},
     "generate": {"--max-new-tokens": "8"},
+    "look": {"--max-new-tokens": "8"},
 }
 NOT_RUN = (
     "pip install",

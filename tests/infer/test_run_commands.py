@@ -1,6 +1,8 @@
 """The command line end to end on a tiny run: train, eval, generate, continue; rejected commands."""
 
+import base64
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -201,6 +203,78 @@ def test_a_prompt_that_is_too_long_is_refused(trained, folder, capsys):
     ]
     assert main(arguments) == 2
     assert "decoder.max_positions 128" in capsys.readouterr().err
+
+
+def test_look_shows_the_answer_of_generate_for_one_model_and_for_two(
+    trained, folder, tmp_path, capsys
+):
+    asked = ["--workdir", str(trained), "--image", str(folder / "cat.png"), "--prompt", "red ?"]
+    assert main(["generate", *asked]) == 0
+    answer = capsys.readouterr().out.rstrip("\n").split("red ?  ", 1)[1]
+    options = ["--against", str(trained), "--method", "rollout", "--output", str(tmp_path / "maps")]
+    assert main(["look", *asked, *options]) == 0
+    name = "run (cross_attention)"
+    assert f"{name}: {answer}\n{name}: {answer}\n" in capsys.readouterr().out
+    assert Image.open(tmp_path / "maps" / "look.png").size
+    page = (tmp_path / "maps" / "look.html").read_text()
+    assert "://" not in page, "the page needs no network"
+    panels = json.loads(re.search(r"^const data = (.*);$", page, re.MULTILINE)[1])
+    assert len(panels) == 2 and panels[0] == panels[1]
+    assert "".join(panels[0]["words"]).strip() in (answer, "(end)")
+    assert panels[0]["layers"] == ["cross 0", "cross 1"]
+    image, words = panels[0]["images"][0], len(panels[0]["words"])
+    assert (image["rows"], image["columns"]) == (4, 4)
+    peaks = np.frombuffer(base64.b64decode(panels[0]["weights"]["peaks"]), "<f4")
+    steps = np.frombuffer(base64.b64decode(panels[0]["weights"]["steps"]), np.uint8)
+    maps = peaks[:, None] * steps.reshape(len(peaks), 16) / 255
+    assert len(peaks) == words * 2 * 4
+    np.testing.assert_allclose(maps.sum(1), 1, atol=0.02)
+    assert set(panels[0]["combined"]) == {"rollout"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--image": None}, "look needs --image FILE."),
+        ({"--prompt": None}, "look needs --prompt"),
+        ({"--workdir": None}, "look needs --workdir DIR"),
+        ({"--against": "missing"}, "missing"),
+        ({"--method": "median"}, "median"),
+        ({"--image": "text.png"}, "text.png"),
+    ],
+)
+def test_look_names_a_mistake_and_writes_nothing(
+    trained, folder, tmp_path, capsys, changes, message
+):
+    options = {
+        "--workdir": str(trained),
+        "--image": "cat.png",
+        "--prompt": "red ?",
+        "--output": str(tmp_path / "maps"),
+        **changes,
+    }
+    if options["--image"]:
+        options["--image"] = str(folder / options["--image"])
+    given = [text for pair in options.items() if pair[1] for text in pair]
+    assert main(["look", *given]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "maps").exists()
+
+
+def test_eval_measures_the_attention_on_the_shape(run):
+    options = ["--eval.metrics", "exact_match", "grounding", "--eval.max_examples", "10"]
+    assert main(["eval", "--workdir", str(run), *options]) == 0
+    (file,) = (run / "eval").glob("*/eval.json")
+    scores = json.loads(file.read_text())
+    assert scores["grounding_examples"] == 10
+    assert scores["grounding_image"] == pytest.approx(1)
+    assert 0 < scores["grounding_area"] < 0.5
+    layers = scores["grounding_by_layer"]
+    assert list(layers) == ["cross 0", "cross 1"]
+    mass = np.mean([numbers["mass"] for numbers in layers.values()])
+    assert scores["grounding"] == pytest.approx(mass)
+    assert "image_shuffled_grounding" in scores
 
 
 def test_generate_falls_back_to_the_last_whole_checkpoint(run, folder, capsys):

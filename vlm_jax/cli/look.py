@@ -138,5 +138,5 @@ def _write(folder: Path, answers: Sequence["WordMaps"], method: str) -> None:
         if of_page is not answer:
             print(f"{answer.model}: {HTML} has the mean of all heads, to be small enough to open")
     draw_maps(folder / PNG, answers, method)
-    write_page(folder / HTML, merged)
+    write_page(folder / HTML, merged, method)
     print(f"maps: {folder / PNG}   to explore: {folder / HTML}")

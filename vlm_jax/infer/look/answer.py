@@ -94,10 +94,13 @@ def split_words(processor: Processor, ids: Sequence[int]) -> list[tuple[str, sli
     """
     words, shown, start = [], 0, 0
     ends = [i for i, token in enumerate(ids) if token in processor.eos_ids]
-    for i in range(ends[0] if ends else len(ids)):
+    length = ends[0] if ends else len(ids)
+    for i in range(length):
         # A stream would withhold text that later tokens may change: the tokens of a word would be
         # unknown.
-        text = processor.decode(ids[: i + 1]).rstrip(REPLACEMENT_CHAR)
+        text = processor.decode(ids[: i + 1])
+        if i + 1 < length:
+            text = text.rstrip(REPLACEMENT_CHAR)
         piece, shown = text[shown:], max(shown, len(text))
         if not piece:
             continue

@@ -13,15 +13,25 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from vlm_jax.infer.look import COMPUTED, METHODS
 from vlm_jax.infer.look.answer import WordMaps
 from vlm_jax.runtime.workdir import write_atomic
 
 MAX_BYTES = 24 << 20  # of the maps of a model by layer and head, one byte each
+TITLES = {  # of the methods of `look.METHODS`
+    "mean": "mean of layers and heads",
+    "max": "maximum of layers and heads",
+    "rollout": "rollout through the layers",
+    "gradient": "gradient-weighted relevance",
+}
 LARGEST = 255  # a map is stored as shares of its maximum, in this many steps
 
 
-def write_page(path: Path, answers: Sequence[WordMaps]) -> None:
-    """Writes the maps of one model, or of models to compare side by side."""
+def write_page(path: Path, answers: Sequence[WordMaps], method: str) -> None:
+    """Writes the maps of one model, or of models to compare side by side.
+
+    The page begins with a method of combining layers and heads.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -33,7 +43,8 @@ def write_page(path: Path, answers: Sequence[WordMaps]) -> None:
     panels = [_panel(answer) for answer in answers]
     # "<" would let a text of a model end the script that holds the data.
     data = json.dumps(panels).replace("<", "\\u003c")
-    write_atomic(path, template.render(answers=answers, data=data, panels=panels))
+    text = template.render(answers=answers, panels=panels, method=method, data=data)
+    write_atomic(path, text)
 
 
 def merge_heads(answer: WordMaps) -> WordMaps:
@@ -50,8 +61,10 @@ def _panel(answer: WordMaps) -> dict[str, Any]:
     for picture, weights in zip(answer.pictures, answer.weights):
         rows, columns = weights.shape[-2:]
         images.append({"source": _data_url(picture.pixels), "rows": rows, "columns": columns})
+    methods = [name for name in METHODS if name not in COMPUTED or name in answer.combined]
     combined = {method: _pack(maps) for method, maps in answer.combined.items()}
     return {
+        "methods": {name: TITLES[name] for name in methods},
         "words": answer.words,
         "layers": answer.layers,
         "heads": answer.weights[0].shape[2],

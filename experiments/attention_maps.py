@@ -42,10 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
     for example, *answers in zip(tried, *by_model):
         if all(answer.answer in example.references for answer in answers):
             drawn.append((example, answers))
-    drawn = [drawn[int(i)] for i in np.linspace(0, len(drawn) - 1, args.questions)][: len(drawn)]
     if not drawn:
-        print(f"no question of {count} is answered rightly by both runs", file=sys.stderr)
+        print(f"none of {count} questions is answered rightly by both runs", file=sys.stderr)
         return 1
+    shown = np.linspace(0, len(drawn) - 1, min(args.questions, len(drawn)))
+    drawn = [drawn[int(i)] for i in shown]
     draw(args.output, drawn, args.method)
     print(f"{len(drawn)} of {count} questions: {args.output}")
     return 0
@@ -61,7 +62,7 @@ def read_maps(folder: str, examples: list, method: str) -> list:
 
     model, params, processor = from_run(folder)
     options = AnswerOptions(max_new_tokens=processor.cfg.eval.max_new_tokens)
-    name = f"{Path(folder).name} ({processor.cfg.fusion.kind})"
+    name = Path(folder).name
     methods = [computed for computed in COMPUTED if computed == method]
     answers = []
     for example in examples:

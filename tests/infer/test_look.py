@@ -11,6 +11,7 @@ import pytest
 from vlm_jax import look
 from vlm_jax.config import Projector, UserError
 from vlm_jax.data import tiling
+from vlm_jax.infer.look.answer import END, split_words
 from vlm_jax.infer.look.maps import _RowPatches, append_answer
 from vlm_jax.infer.look.observe import gradient_relevance, observe
 from vlm_jax.infer.look.pictures import place_views
@@ -176,6 +177,20 @@ def test_an_appended_answer_is_read_as_it_was_written():
     last = prompt.positions[0, -1]
     assert read.positions[0, length:].tolist() == [last + 1, last + 2]
     assert read.image_mask.shape[:2] == read.image_token_index.shape == (1, length + 2)
+
+
+def test_a_word_has_the_tokens_of_its_characters():
+    class Processor:
+        """Tokens are bytes; 0 ends an answer."""
+
+        eos_ids = (0,)
+
+        def decode(self, ids):
+            return bytes(ids).split(b"\0")[0].decode(errors="replace").strip()
+
+    ids = [*"a né".encode(), 0, 0]
+    assert split_words(Processor(), ids) == [("a", slice(0, 1)), (" né", slice(1, 5))]
+    assert split_words(Processor(), [0, 0]) == [(END, slice(0, 1))]
 
 
 @pytest.mark.parametrize(

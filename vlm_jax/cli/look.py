@@ -107,7 +107,8 @@ def _encode(args: argparse.Namespace, name: str, model: "TextModel") -> "Request
     of_run = isinstance(processor, RunProcessor)
     if most is None:
         most = model.cfg.eval.max_new_tokens if of_run else MAX_NEW_TOKENS
-    options = AnswerOptions(max_new_tokens=most, chat=not args.no_chat)
+    # A run always formats prompts as its training data.
+    options = AnswerOptions(max_new_tokens=most, chat=of_run or not args.no_chat)
     options.check(spell)
     if len(args.image) > 1 and of_run and not model.cfg.data.is_conversations:
         raise ConfigError(f"{name} takes one image per prompt: give one --image FILE.")

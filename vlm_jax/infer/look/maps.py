@@ -223,29 +223,31 @@ def append_answer(batch: Batch, ids: Sequence[int]) -> Batch:
 
     The fields of a new token are those that decoding gives it (`infer.generate.decode_step`).
     """
-    ids = np.asarray(ids, np.int32)[None]  # (1, A)
-    length, added = batch.tokens.shape[1], ids.shape[1] - 1
+    tokens = np.concatenate([batch.tokens, np.asarray(ids, np.int32)[None]], axis=1)
+    length, added = batch.tokens.shape[1], len(ids) - 1
 
-    def repeat_last(x, step=0):
-        steps = step * np.arange(1, added + 1).reshape(1, -1, *[1] * (x.ndim - 2))
-        new = np.repeat(np.asarray(x)[:, -1:], added, axis=1)
-        return np.concatenate([x, new + steps if step else new], axis=1)
+    def repeat_last(x):
+        return np.concatenate([x, np.repeat(np.asarray(x)[:, -1:], added, axis=1)], axis=1)
 
-    tokens = np.concatenate([batch.tokens, ids], axis=1)
-    slots = np.arange(length + added)
+    def fill(x, value):
+        return np.pad(x, ((0, 0), (0, added)), constant_values=value)
+
+    new_positions = batch.positions[:, -1:] + np.arange(1, added + 1, dtype=np.int32)
+    optional = {}
+    if batch.branch_ids is not None:
+        optional["branch_ids"] = repeat_last(batch.branch_ids)
+    if batch.no_image_mask is not None:
+        optional["no_image_mask"] = repeat_last(batch.no_image_mask)
+    if batch.block_ids is not None:
+        optional["block_ids"] = fill(batch.block_ids, 0)
+    is_scored = np.arange(length + added) >= length - 1
     return batch.replace(
         tokens=tokens[:, :-1],
-        positions=repeat_last(batch.positions, step=1),
+        positions=np.concatenate([batch.positions, new_positions], axis=1),
         segment_ids=repeat_last(batch.segment_ids),
-        branch_ids=repeat_last(batch.branch_ids),
-        image_token_index=np.pad(
-            batch.image_token_index, ((0, 0), (0, added)), constant_values=NO_IMAGE
-        ),
+        image_token_index=fill(batch.image_token_index, NO_IMAGE),
         image_mask=repeat_last(batch.image_mask),
-        no_image_mask=None if batch.no_image_mask is None else repeat_last(batch.no_image_mask),
-        block_ids=None
-        if batch.block_ids is None
-        else np.pad(batch.block_ids, ((0, 0), (0, added))),
         targets=tokens[:, 1:],
-        loss_weights=(slots >= length - 1).astype(np.float32)[None],
+        loss_weights=is_scored[None].astype(np.float32),
+        **optional,
     )

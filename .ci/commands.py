@@ -71,7 +71,8 @@ def main() -> int:
 
 def commands(document: Path) -> list[str]:
     """The fenced blocks of a document that are shell commands."""
-    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", document.read_text(), re.M | re.S)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", document.read_text(), re.M | re.S)
+    blocks = [block for language, block in fenced if language in ("", "bash")]
     blocks = [re.sub(r"\\\n\s*", "", block) for block in blocks]
     return [block for block in blocks if run_lines(block)]
 

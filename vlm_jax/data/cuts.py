@@ -3,6 +3,7 @@
 They are counted before training.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -145,8 +146,14 @@ def _with_lengths(
         for start in range(0, len(source), CHUNK_RECORDS):
             end = min(start + CHUNK_RECORDS, len(source))
             chunk = [source[index] for index in range(start, end)]
-            yield from zip(chunk, templates.max_token_counts(cfg, tokenizer, chunk), strict=True)
+            locate = functools.partial(_locate, source, start)
+            counts = templates.max_token_counts(cfg, tokenizer, chunk, locate)
+            yield from zip(chunk, counts, strict=True)
             bar.update(len(chunk))
+
+
+def _locate(source: Conversations, start: int, number: int) -> str:
+    return source.location(start + number)
 
 
 def _count_scored(fields: Fields) -> int:

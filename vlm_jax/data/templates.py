@@ -18,11 +18,11 @@ a first question without tokens, so that a token predicts the first token of eve
 answer: a caption without an image in the sequence is `<eos> answer <eos>`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.config import CheckpointError, ConfigError, DataError, Experiment
 from vlm_jax.data.conversation_parts import (
     TEMPLATES,
     Part,
@@ -131,19 +131,33 @@ def cut(cfg: Experiment, fields: Fields, tiles: Sequence[int], length: int) -> F
 
 
 def max_token_counts(
-    cfg: Experiment, tokenizer: Tokenizer, conversations: Sequence[Conversation]
+    cfg: Experiment,
+    tokenizer: Tokenizer,
+    conversations: Sequence[Conversation],
+    locate: Callable[[int], str] = str,
 ) -> list[int]:
     """Returns an upper bound on the number of tokens of each conversation.
 
     It counts a begin token, and the most tiles for every image. The texts are tokenized together,
     on all cores.
+
+    Args:
+      locate: returns the location of the n-th of `conversations`, for error messages.
+
+    Raises:
+      DataError: the checkpoint's chat template cannot write a conversation.
     """
     # A placeholder counts as one token already.
     more_per_image = cfg.image_slots_in_row - 1
     counts = []
     if cfg.data.template == "checkpoint":
-        for conversation in conversations:
-            ids, _, is_image = tokenizer.dialogue.encode(conversation.turns, conversation.system)
+        for number, conversation in enumerate(conversations):
+            try:
+                ids, _, is_image = tokenizer.dialogue.encode(
+                    conversation.turns, conversation.system
+                )
+            except CheckpointError as error:
+                raise DataError(f"{locate(number)}: {error}") from None
             counts.append(len(ids) + int(np.sum(is_image)) * more_per_image)
         return counts
     template = TEMPLATES[cfg.data.template]

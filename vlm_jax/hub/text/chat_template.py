@@ -39,6 +39,7 @@ class ChatTemplate:
         self._environment = BoundedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
         )
+        self._generation = self._environment.extensions[_Generation.identifier]
         self._environment.filters["tojson"] = self._environment.bounded("tojson", _to_json)
         self._environment.globals |= {
             "raise_exception": _raise_exception,
@@ -87,7 +88,7 @@ class ChatTemplate:
             sandbox.
         """
         self._environment.begin()
-        self._characters = 0
+        self._generation.begin()
         names = {
             "messages": messages,
             "tools": None,
@@ -101,6 +102,16 @@ class ChatTemplate:
         except Exception as error:
             raise self._refusal(error) from None
 
+    @property
+    def marks_answers(self) -> bool:
+        """True if the template has `{% generation %}` blocks."""
+        return self._generation.is_used
+
+    @property
+    def marked_spans(self) -> list[tuple[int, int]]:
+        """The (start, end) characters of the `{% generation %}` blocks in the text of `render`."""
+        return list(self._generation.spans)
+
     def accepts_lists(self, special_tokens: Mapping[str, str]) -> bool:
         """Returns True if the content of a message can be a list, as messages with images need."""
         text = "which of them"
@@ -113,8 +124,8 @@ class ChatTemplate:
         return text in rendered and repr(text) not in rendered
 
     def _counted(self, part: str) -> str:
-        self._characters += len(part)
-        if self._characters > MAX_CHARACTERS:
+        self._generation.position += len(part)
+        if self._generation.position > MAX_CHARACTERS:
             raise jinja2.TemplateRuntimeError(f"it writes more than {MAX_CHARACTERS} characters")
         return part
 
@@ -125,14 +136,34 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks answers for training; here it changes nothing."""
+    """`{% generation %}` marks answers for training; it does not change the text.
+
+    As in transformers, a block within a macro or a filter is marked at a wrong position.
+    """
 
     tags = {"generation"}
 
+    def __init__(self, environment):
+        super().__init__(environment)
+        self.is_used = False
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets the text and the blocks written so far."""
+        self.position = 0  # characters written
+        self.spans: list[tuple[int, int]] = []
+
     def parse(self, parser):
+        self.is_used = True
         line = next(parser.stream).lineno
         body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return nodes.Scope(body, lineno=line)
+        return nodes.CallBlock(self.call_method("mark"), [], [], body, lineno=line)
+
+    def mark(self, caller) -> str:
+        """Returns the text of a block, and keeps its position."""
+        text = caller()
+        self.spans.append((self.position, self.position + len(text)))
+        return text
 
 
 def _read_text(path: Path) -> str:

@@ -1,11 +1,13 @@
 """Conversations in a checkpoint's prompt format, for training: tokens and which of them are scored.
 
 The tokens of a conversation up to an answer equal the inference prompt (`HubProcessor`):
-both are rendered by the same chat template and framed by the same `TextFormat`. Answers are scored,
-with whatever the template writes after them; if it writes no end-of-text token, one is added.
+both are rendered by the same chat template and framed by the same `TextFormat`. The tokens in the
+`{% generation %}` blocks of a template are scored. Without blocks it is the answers, with whatever
+the template writes after them. If it writes no end-of-text token, one is added.
 """
 
 import functools
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +27,7 @@ NO_SYSTEM_TURN = (
     "the prompt form of the checkpoint has no system turn, but a conversation has: set "
     "data.template to vicuna, or remove the system turns."
 )
+CANNOT_MARK = "so its answers cannot be marked: set data.template to plain or vicuna."
 NO_TOKEN = -1  # id of an image without a token in the text
 
 
@@ -85,8 +88,8 @@ class Dialogue:
             turn, or its text up to an answer is not the beginning of the whole text.
         """
         text, spans = self.script(messages, system)
-        ids, ends = self.tokenizer.encode_with_ends(text)
-        is_scored = [_is_inside(end, spans) for end in ends]
+        ids, offsets = self.tokenizer.encode_with_offsets(text)
+        is_scored = [_is_inside(text, offset, spans) for offset in offsets]
         num_images = sum(message.count(IMAGE_PLACEHOLDER) for message in messages)
         if self.prompt_format.image_token:
             leading_images = 0
@@ -114,27 +117,55 @@ class Dialogue:
     def script(
         self, messages: Sequence[str], system: str | None = None
     ) -> tuple[str, list[tuple[int, int]]]:
-        """Returns the text of a conversation and the (start, end) characters of its answers."""
+        """Returns the text of a conversation and the (start, end) characters that are scored."""
         if self.template is None:
             if system is not None:
                 raise CheckpointError(NO_SYSTEM_TURN)
             return self._plain_script(messages)
         chat, spans = self._chat(messages, system), []
-        whole = self._render(chat)
+        whole, marked = self._render(chat), self.template.marked_spans
+        if marked:
+            marked = _shift(marked, self._render_template(chat), whole)
         # White space after the last answer is neither part of it nor generated.
         if _is_answered(messages) and not self._is_closed(whole):
             whole = whole.rstrip()
         for number in range(len(chat) - len(messages) + 1, len(chat), 2):
             prompt = self._render(chat[:number])
-            answered = self._render(chat[: number + 1])
             if not whole.startswith(prompt):
                 raise CheckpointError(
-                    "the chat template changes a question once it is answered, so its answers "
-                    "cannot be marked: set data.template to plain or vicuna."
+                    f"the chat template changes a question once it is answered, {CANNOT_MARK}"
                 )
-            end = len(answered) if whole.startswith(answered) else len(whole)
+            end = len(whole)
+            if number + 1 < len(chat):
+                end = self._answer_end(whole, len(prompt), chat[: number + 1], messages)
             spans.append((len(prompt), end))
-        return whole, spans
+        if not (spans and self.template.marks_answers):
+            return whole, spans
+        if not marked:
+            raise CheckpointError(f"the chat template marks no answer, {CANNOT_MARK}")
+        return whole, [(start, min(end, len(whole))) for start, end in marked]
+
+    def _answer_end(self, whole: str, start: int, chat: list, messages: Sequence[str]) -> int:
+        """Returns the end of the last answer of `chat` in the text of the whole conversation.
+
+        A template may end every text with a token, such as Phi-3's <|endoftext|>. So the answer
+        ends where the tokens of the two texts begin to differ.
+        """
+        answered = self._render(chat)
+        if whole.startswith(answered):
+            return len(answered)
+        ids, offsets = self.tokenizer.encode_with_offsets(whole)
+        answered_ids, _ = self.tokenizer.encode_with_offsets(answered)
+        pairs = zip(ids, answered_ids)
+        count = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        end = offsets[count - 1][1] if count else 0
+        has_system = chat[0]["role"] == "system"
+        answer = messages[len(chat) - 1 - has_system]
+        if answer.strip() not in whole[start:end]:
+            raise CheckpointError(
+                f"the chat template changes an answer once a question follows, {CANNOT_MARK}"
+            )
+        return end
 
     def prompt_text(self, messages: Sequence[str], system: str | None = None) -> str:
         """Returns the text to continue with an answer, before `prompt_format` frames it.
@@ -263,9 +294,23 @@ def _is_answered(messages: Sequence[str]) -> bool:
     return len(messages) % 2 == 0
 
 
-def _is_inside(end: int, spans: list[tuple[int, int]]) -> bool:
-    """True if a token that ends at this character belongs to one of the (start, end) spans."""
-    return any(start < end <= span_end for start, span_end in spans)
+def _is_inside(text: str, offset: tuple[int, int], spans: list[tuple[int, int]]) -> bool:
+    """True if a token at (start, end) characters belongs to one of the (start, end) spans.
+
+    Of the text after a span the token may hold only white space.
+    """
+    token_start, token_end = offset
+    for start, end in spans:
+        if start < token_end and token_start < end:
+            return not text[end:token_end].strip()
+    return False
+
+
+def _shift(spans: list[tuple[int, int]], rendered: str, framed: str) -> list[tuple[int, int]]:
+    """Moves spans of a template's text to their characters in the framed text."""
+    first = spans[0][0]
+    shift = framed.rindex(rendered[first:]) - first
+    return [(start + shift, end + shift) for start, end in spans]
 
 
 def decoder_start_ids(folder: str | os.PathLike, tokenizer: HubTokenizer) -> tuple[int, ...]:

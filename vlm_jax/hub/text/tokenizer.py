@@ -121,14 +121,14 @@ class HubTokenizer:
         """
         return self._encoding(text, add_special_tokens).ids
 
-    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """Returns ids without special tokens around them, and the end of each in characters.
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Returns ids without special tokens around them, and (start, end) characters of each.
 
         Raises:
           CheckpointError: the text is not valid Unicode.
         """
         encoding = self._encoding(text, add_special_tokens=False)
-        return encoding.ids, [end for _, end in encoding.offsets]
+        return encoding.ids, encoding.offsets
 
     def _encoding(self, text: str, add_special_tokens: bool) -> Encoding:
         try:

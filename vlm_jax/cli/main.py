@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 from vlm_jax.cli.checkpoints import export, verify
+from vlm_jax.cli.data import DATA, DATA_OPTIONS, data
 from vlm_jax.cli.experiment import OPTIONS, names_experiment
 from vlm_jax.cli.experiment import USAGE as FIELDS
 from vlm_jax.cli.failures import describe_failure
@@ -34,6 +35,7 @@ commands:
             --checkpoint DIR --data.files F: fine-tune a public checkpoint
   eval      --workdir W [--eval.split S]: evaluate a run again, into W/eval/NAME
             --checkpoint DIR --data.files F: evaluate a public checkpoint
+  data      --config FILE [--rows N] [--json]: show what a run will be trained on
   score     --predictions FILE.jsonl --metrics A,B: score answers of a file
   generate  --workdir W --image A.png --prompt "...": answer prompts with a run
             --checkpoint DIR --image A.png --prompt "...": answer them with a public checkpoint
@@ -50,6 +52,7 @@ help:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "eval": evaluate,
+    "data": data,
     "score": score,
     "generate": generate,
     "look": look,
@@ -62,6 +65,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 HELP = {
     "train": (FIELDS, OPTIONS, TRAIN),
     "eval": (FIELDS, EVAL_OPTIONS, EVAL),
+    "data": (FIELDS, OPTIONS | DATA_OPTIONS, DATA),
     "plan": (FIELDS, OPTIONS | PLAN_OPTIONS, PLAN),
     "diff": ("A.py B.py", {}, DIFF),
 }

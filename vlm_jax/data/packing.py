@@ -78,13 +78,15 @@ def _batch_maker(
     return make_batch
 
 
-def batch_ids(cfg: Experiment, tokenizer: Tokenizer, source: Conversations, state: dict) -> list:
-    """Returns the conversation ids in the global batch that follows iterator state `state`."""
+def row_ids(
+    cfg: Experiment, tokenizer: Tokenizer, source: Conversations, state: dict
+) -> list[list[str]]:
+    """Returns the conversation ids of each row of the global batch after iterator state `state`."""
 
-    def row_ids(rows: Sequence[Fields]) -> list:
-        return [conversation_id for row in rows for conversation_id in row["id"]]
+    def read_ids(rows: Sequence[Fields]) -> list[list[str]]:
+        return [list(row["id"]) for row in rows]
 
-    iterator = iter(_packed_dataset(cfg, tokenizer, source, row_ids))
+    iterator = iter(_packed_dataset(cfg, tokenizer, source, read_ids))
     iterator.set_state(state)
     return next(iterator)
 

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -68,9 +69,14 @@ def training_iterator(
         source, _ = training_conversations(cfg, tokenizer)
         shard = slice(process_index, None, process_count)
         return iter(packing.batches(cfg, tokenizer, source, shard))
-    records = DecodedRecords(sources.load(cfg.data, cfg.data.train_split), cfg.vision)
-    rows = _shuffled(cfg, records).random_map(_make_row_builder(cfg, tokenizer)).repeat()
+    rows = record_rows(cfg, tokenizer).repeat()
     return iter(_batches(cfg, rows, slice(process_index, None, process_count)))
+
+
+def record_rows(cfg: Experiment, tokenizer: Tokenizer) -> grain.MapDataset:
+    """Returns the rows of the first epoch of a dataset of records, with pixels as `images`."""
+    records = DecodedRecords(sources.load(cfg.data, cfg.data.train_split), cfg.vision)
+    return shuffled(cfg, records).random_map(_make_row_builder(cfg, tokenizer))
 
 
 def validation_batches(
@@ -128,22 +134,29 @@ def _batches(cfg: Experiment, rows: grain.MapDataset, shard: slice) -> grain.Ite
     return batches.to_iter_dataset(options)
 
 
-def _shuffled(cfg: Experiment, source: Sequence) -> grain.MapDataset:
+def shuffled(cfg: Experiment, source: Sequence) -> grain.MapDataset:
+    """Returns the items of a source in the order of the first epoch."""
     return grain.MapDataset.source(source).seed(cfg.seed).shuffle()
 
 
 def batch_ids(cfg: Experiment, tokenizer: Tokenizer, state: dict) -> list:
-    """Returns the example ids in the global batch that follows iterator state `state`.
+    """Returns the example ids in the global batch that follows iterator state `state`."""
+    return list(itertools.chain(*row_ids(cfg, tokenizer, state)))
+
+
+def row_ids(cfg: Experiment, tokenizer: Tokenizer, state: dict) -> list[list]:
+    """Returns the example ids of each row of the global batch after iterator state `state`.
 
     They are the ids of conversations, or else of images.
     """
     if cfg.data.is_conversations:
         source, _ = training_conversations(cfg, tokenizer)
-        return packing.batch_ids(cfg, tokenizer, source, state)
+        return packing.row_ids(cfg, tokenizer, source, state)
     records = sources.load(cfg.data, cfg.data.train_split)
-    order = _shuffled(cfg, range(len(records))).repeat()
+    order = shuffled(cfg, range(len(records))).repeat()
     first = state["next_index"] * cfg.train.batch_size
-    return [records[order[row]].image_id for row in range(first, first + cfg.train.batch_size)]
+    rows = range(first, first + cfg.train.batch_size)
+    return [[records[order[row]].image_id] for row in rows]
 
 
 def _make_row_builder(

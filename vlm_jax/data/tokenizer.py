@@ -15,6 +15,7 @@ from vlm_jax.runtime.workdir import write_atomic
 
 SPECIALS = ("<pad>", "<image>", "<newline>", "<eos>")
 PAD, IMAGE, NEWLINE, EOS = SPECIAL_IDS = tuple(range(4))  # of a tokenizer that is trained here
+SPACE_MARKS = ("\u2581", "\u0120")  # begin a token after a space: SentencePiece, byte-level BPE
 # Replaces the characters of a placeholder: a private character of Unicode, which no text uses.
 STAND_IN = "\ue000"
 
@@ -146,6 +147,17 @@ class Tokenizer:
         """Returns the text up to <eos>, without special tokens and unknown ids."""
         ids = itertools.takewhile(lambda i: i != self.eos_id, map(int, ids))
         return self._bpe.decode(list(ids), skip_special_tokens=True)
+
+    def show_token(self, token_id: int) -> str:
+        """Returns the text of one token with its space, for a reader; "" for an unknown id."""
+        piece = self._bpe.id_to_token(int(token_id)) or ""
+        text = self._bpe.decode([int(token_id)], skip_special_tokens=False)
+        # A part of a character has no text of its own.
+        if not text or "\ufffd" in text:
+            return piece
+        if piece.startswith(SPACE_MARKS) and not text.startswith(" "):
+            return f" {text}"
+        return text
 
     @property
     def eos_id(self) -> int:

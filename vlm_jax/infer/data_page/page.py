@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -100,7 +102,8 @@ def write(path: Path, cfg: Experiment, counts: Counts, rows: list[Row]) -> None:
 
 def _split(cfg: Experiment, tokenizer: Tokenizer, batch: Batch, ids: list[list]) -> Iterator[Row]:
     is_scored = shift_scores(batch.loss_weights)
-    attention = np.asarray(self_attention_mask(batch))[:, 0]
+    inputs = jax.tree.map(jnp.asarray, batch.replace(images=None))
+    attention = np.asarray(self_attention_mask(inputs))[:, 0]  # (B, S, S)
     for number in range(len(batch.tokens)):
         pictures = []
         if batch.images is not None:

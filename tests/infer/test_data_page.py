@@ -63,14 +63,14 @@ def test_json_has_the_examples_that_are_packed(config, data, capsys):
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines[:2]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("is_conversations", [True, False])
-def test_the_page_has_the_rows_of_training(kind, is_conversations, data, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "is_conversations"), [*((kind, True) for kind in KINDS), ("unified", False)]
+)
+def test_the_page_has_the_rows_of_training(kind, is_conversations, data, datasets_dir, tmp_path):
     cfg = experiment(kind, data)
     if not is_conversations:
-        own = KINDS[kind].data
-        few = replace(own, dir=str(tmp_path), text_length=60, train_split="train[:16]")
-        cfg = replace(cfg, data=replace(few, source="glyphs"))
+        few = replace(KINDS[kind].data, dir=datasets_dir, text_length=60, train_split="train[:16]")
+        cfg = replace(cfg, data=few)
     tokenizer = pipeline.train_tokenizer(cfg)
     batch = next(pipeline.training_iterator(cfg, tokenizer))
     rows = page.read_rows(cfg, tokenizer, 3)

@@ -225,9 +225,8 @@ class HubProcessor:
             [{"role": "user", "content": content}], special, add_generation_prompt=True
         )
 
-    @property
     def pixel_scale(self) -> PixelScale:
-        """Scale of the pixel values of a batch."""
+        """Returns the scale of the pixel values of a batch."""
         return pixel_scale(self.images.settings)
 
     @property

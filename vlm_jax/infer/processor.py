@@ -40,9 +40,8 @@ class Processor(Protocol):
           UserError: the images or answers do not match the prompts, or an image cannot be read.
         """
 
-    @property
     def pixel_scale(self) -> PixelScale:
-        """Scale of the pixel values of a batch."""
+        """Returns the scale of the pixel values of a batch."""
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

@@ -109,9 +109,8 @@ class RunProcessor:
         vision = self.cfg.vision
         return to_pixels(image_files.to_rgb(read(image), vision.rgb_conversion), vision)
 
-    @property
     def pixel_scale(self) -> PixelScale:
-        """Scale of the pixel values of a batch."""
+        """Returns the scale of the pixel values of a batch."""
         return PixelScale(self.cfg.vision.image_mean, self.cfg.vision.image_std)
 
     @property

@@ -20,6 +20,7 @@ from PIL import Image
 from vlm_jax.config import ConfigError, Experiment, Vision
 from vlm_jax.data import pipeline
 from vlm_jax.data.tokenizer import Tokenizer
+from vlm_jax.hub.images.steps import PixelScale
 from vlm_jax.infer.data_page.counts import Counts
 from vlm_jax.infer.data_page.examples import shift_scores
 from vlm_jax.nn.fusion import self_attention_mask
@@ -104,6 +105,9 @@ def _split(cfg: Experiment, tokenizer: Tokenizer, batch: Batch, ids: list[list])
     is_scored = shift_scores(batch.loss_weights)
     inputs = jax.tree.map(jnp.asarray, batch.replace(images=None))
     attention = np.asarray(self_attention_mask(inputs))[:, 0]  # (B, S, S)
+    branch_ids = batch.branch_ids
+    if branch_ids is None:
+        branch_ids = np.full_like(batch.segment_ids, TRUNK)
     for number in range(len(batch.tokens)):
         pictures = []
         if batch.images is not None:
@@ -114,7 +118,7 @@ def _split(cfg: Experiment, tokenizer: Tokenizer, batch: Batch, ids: list[list])
             tokens=batch.tokens[number],
             is_scored=is_scored[number],
             segment_ids=batch.segment_ids[number],
-            branch_ids=batch.branch_ids[number],
+            branch_ids=branch_ids[number],
             positions=batch.positions[number],
             is_image=batch.image_token_index[number] != NO_IMAGE,
             image_mask=batch.image_mask[number],
@@ -130,9 +134,8 @@ def _to_pictures(images: np.ndarray, vision: Vision) -> list[Image.Image]:
       images: (I, height, width, 3) or (I, J, height, width, 3), normalised.
     """
     views = images.reshape(-1, *images.shape[-3:])
-    pixels = (views * np.array(vision.image_std) + np.array(vision.image_mean)) * 255
-    pixels = np.clip(np.round(pixels), 0, 255).astype(np.uint8)
-    return [Image.fromarray(view) for view in pixels]
+    scale = PixelScale(vision.image_mean, vision.image_std)
+    return [Image.fromarray(view) for view in scale.to_rgb(views)]
 
 
 # ---- HTML

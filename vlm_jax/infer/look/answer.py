@@ -67,7 +67,7 @@ def look_at_answer(
     batch = append_answer(request.batch, ids[:count])
     computed = {name: name in methods for name in COMPUTED}
     (maps,) = look(request.model, params, batch, **computed)
-    vision, scale = request.model.cfg.vision, request.processor.pixel_scale
+    vision, scale = request.model.cfg.vision, request.processor.pixel_scale()
     pictures = join_views(vision, scale, batch, 0, layouts)
     slices = [tokens for _, tokens in words]
     combined = {}

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from tests.hub import tiny_checkpoints as tiny
 from vlm_jax.config import UserError
 from vlm_jax.config.validate import check_values
-from vlm_jax.hub.families import gpt2, mllama_vision, trocr
+from vlm_jax.hub.families.decoders import gpt2, trocr
+from vlm_jax.hub.families.encoders import mllama_vision
 from vlm_jax.hub.families.family import positive_int, positive_number
 from vlm_jax.hub.families.registry import find_family
 from vlm_jax.hub.load import inspect, load_params

@@ -18,9 +18,9 @@ from vlm_jax import axes
 from vlm_jax.config import Fusion, Mesh, Projector, UserError
 from vlm_jax.config.validate import validate
 from vlm_jax.hub import pretrained_parts
-from vlm_jax.hub.families.clip import CLIP
-from vlm_jax.hub.families.open_clip import OPEN_CLIP
-from vlm_jax.hub.families.siglip import SIGLIP
+from vlm_jax.hub.families.encoders.clip import CLIP
+from vlm_jax.hub.families.encoders.open_clip import OPEN_CLIP
+from vlm_jax.hub.families.encoders.siglip import SIGLIP
 from vlm_jax.hub.inputs import channels_last
 from vlm_jax.hub.load import load_params
 from vlm_jax.infer.verify import verify

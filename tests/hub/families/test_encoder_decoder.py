@@ -27,7 +27,7 @@ from tests.hub.unified import (
     new_pair,
 )
 from vlm_jax.config import Projector, UserError
-from vlm_jax.hub.families.encoder_decoder import ENCODER_DECODER
+from vlm_jax.hub.families.multimodal.encoder_decoder import ENCODER_DECODER
 from vlm_jax.hub.load import load_checkpoint
 from vlm_jax.infer.verify import verify
 

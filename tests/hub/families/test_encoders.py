@@ -23,8 +23,8 @@ from transformers import (
 from tests.hub.parity import assert_round_trip, forward, randomized, reloaded, saved
 from vlm_jax.config import UserError
 from vlm_jax.hub.export import export_checkpoint
+from vlm_jax.hub.families.encoders.vit import mlp_ratio
 from vlm_jax.hub.families.registry import FAMILIES
-from vlm_jax.hub.families.vit import mlp_ratio
 from vlm_jax.hub.inputs import channels_last
 from vlm_jax.hub.load import load_params
 from vlm_jax.nn.models import build_model

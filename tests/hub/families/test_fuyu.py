@@ -5,7 +5,7 @@ import torch
 from transformers import FuyuConfig, FuyuForCausalLM
 
 from tests.hub.unified import UnifiedLaws, assert_logits_are_equal, padded, random_images
-from vlm_jax.hub.families import fuyu
+from vlm_jax.hub.families.multimodal import fuyu
 
 IMAGE, NEWLINE = 60, 61
 PATCHES = [IMAGE, IMAGE, NEWLINE, IMAGE, IMAGE, NEWLINE]  # an image of two rows of two patches

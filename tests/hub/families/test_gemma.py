@@ -13,7 +13,7 @@ from transformers import (
 from tests.hub.parity import SMALL
 from tests.hub.unified import DecoderLaws
 from vlm_jax.config import UserError
-from vlm_jax.hub.families import gemma
+from vlm_jax.hub.families.decoders import gemma
 
 TEXT = SMALL | {
     "head_dim": 12,

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from tests.hub.unified import DecoderLaws, Pair, new_pair
 from vlm_jax.config import UserError
-from vlm_jax.hub.families import gpt2
+from vlm_jax.hub.families.decoders import gpt2
 from vlm_jax.hub.load import load_params
 from vlm_jax.hub.tensors.folder import WEIGHTS
 

@@ -14,7 +14,7 @@ from transformers import (
 from tests.hub.parity import SMALL
 from tests.hub.unified import UnifiedLaws
 from vlm_jax.config import UserError
-from vlm_jax.hub.families import llava
+from vlm_jax.hub.families.multimodal import llava
 
 IMAGE = 60
 TOWER = {

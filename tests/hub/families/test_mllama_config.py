@@ -6,7 +6,7 @@ import pytest
 from transformers import MllamaConfig
 
 from vlm_jax.config import UserError
-from vlm_jax.hub.families import mllama_vision
+from vlm_jax.hub.families.encoders import mllama_vision
 from vlm_jax.hub.families.registry import find_family
 
 PUBLISHED = MllamaConfig().to_dict()

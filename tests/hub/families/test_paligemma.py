@@ -15,7 +15,7 @@ from transformers import (
 from tests.hub.parity import SMALL, forward, reference
 from tests.hub.unified import MIXED, NEW, UnifiedLaws
 from vlm_jax.config import UserError
-from vlm_jax.hub.families import paligemma
+from vlm_jax.hub.families.multimodal import paligemma
 from vlm_jax.nn.vlm import VLM, empty_cache
 
 SUFFIX = 3  # causal tokens at the end of every row

@@ -13,8 +13,8 @@ from tests.hub.unified import (
     padded,
 )
 from vlm_jax.config import UserError
-from vlm_jax.hub.families import phi3
-from vlm_jax.hub.families.llama import HEAD
+from vlm_jax.hub.families.decoders import phi3
+from vlm_jax.hub.families.decoders.llama import HEAD
 
 ORIGINAL = 16  # positions that the short factors are for
 FACTORS = {

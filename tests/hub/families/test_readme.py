@@ -8,14 +8,14 @@ import jax
 import numpy as np
 
 from vlm_jax.hub import export
-from vlm_jax.hub.families.gpt2 import GPT2
+from vlm_jax.hub.families.decoders.gpt2 import GPT2
 from vlm_jax.hub.families.registry import FAMILIES
 from vlm_jax.hub.load import load_checkpoint
 from vlm_jax.hub.save import write_model
 from vlm_jax.testing import random_params
 
 FOLDER = Path("vlm_jax/hub/families")
-SOURCES = (FOLDER / "gpt2.py", Path("tests/hub/families/test_gpt2.py"))
+SOURCES = (FOLDER / "decoders/gpt2.py", Path("tests/hub/families/test_gpt2.py"))
 
 
 def test_quoted_code_is_in_the_source():

@@ -5,24 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vlm_jax.config import CheckpointError
-from vlm_jax.hub.families import (
-    clip,
-    dinov2,
-    encoder_decoder,
-    fuyu,
-    gemma,
-    gpt2,
-    llama,
-    llava,
-    mllama,
-    mllama_vision,
-    open_clip,
-    paligemma,
-    phi3,
-    siglip,
-    vit,
-)
+from vlm_jax.hub.families.decoders import gemma, gpt2, llama, phi3
+from vlm_jax.hub.families.encoders import clip, dinov2, mllama_vision, open_clip, siglip, vit
 from vlm_jax.hub.families.family import Family, get_or
+from vlm_jax.hub.families.multimodal import encoder_decoder, fuyu, llava, mllama, paligemma
 from vlm_jax.hub.tensors.folder import existing_folder, read_json
 
 KNOWN = (

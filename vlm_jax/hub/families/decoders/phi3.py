@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from vlm_jax.config import CheckpointError, Decoder, Experiment
-from vlm_jax.hub.families import llama
+from vlm_jax.hub.families.decoders import llama
 from vlm_jax.hub.families.family import (
     Family,
     Json,

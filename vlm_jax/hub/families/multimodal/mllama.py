@@ -15,7 +15,14 @@ from vlm_jax.config import (
     Fusion,
     Projector,
 )
-from vlm_jax.hub.families import llama
+from vlm_jax.hub.families.decoders import llama
+from vlm_jax.hub.families.decoders.llama import attention_rows, dense_rows, norm_row
+from vlm_jax.hub.families.encoders.mllama_vision import (
+    INTERMEDIATE_LAYERS,
+    vision_from_hf,
+    vision_rows,
+    vision_to_hf,
+)
 from vlm_jax.hub.families.family import (
     Family,
     HfProcessor,
@@ -23,13 +30,6 @@ from vlm_jax.hub.families.family import (
     get_or,
     lookup,
     reject_unless,
-)
-from vlm_jax.hub.families.llama import attention_rows, dense_rows, norm_row
-from vlm_jax.hub.families.mllama_vision import (
-    INTERMEDIATE_LAYERS,
-    vision_from_hf,
-    vision_rows,
-    vision_to_hf,
 )
 from vlm_jax.hub.families.table import Row, layers_with, row
 from vlm_jax.nn.blocks import Sublayers

@@ -3,15 +3,8 @@
 from collections.abc import Collection
 
 from vlm_jax.config import CheckpointError, Vision
-from vlm_jax.hub.families.family import (
-    Family,
-    Json,
-    get_or,
-    positive_number,
-)
-from vlm_jax.hub.families.gpt2 import norm_rows
-from vlm_jax.hub.families.table import Row, Target, row
-from vlm_jax.hub.families.vit import (
+from vlm_jax.hub.families.decoders.gpt2 import norm_rows
+from vlm_jax.hub.families.encoders.vit import (
     ATTENTION,
     ATTENTION_RENAMES,
     block_rows,
@@ -21,6 +14,13 @@ from vlm_jax.hub.families.vit import (
     shape_from_hf,
     shape_to_hf,
 )
+from vlm_jax.hub.families.family import (
+    Family,
+    Json,
+    get_or,
+    positive_number,
+)
+from vlm_jax.hub.families.table import Row, Target, row
 
 BLOCK = ATTENTION | {"self_norm": "norm1", "mlp_norm": "norm2"}
 MLP = {"mlp/up": "mlp.fc1", "mlp/down": "mlp.fc2"}

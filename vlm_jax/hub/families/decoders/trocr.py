@@ -3,6 +3,8 @@
 from collections.abc import Collection
 
 from vlm_jax.config import Decoder, Fusion
+from vlm_jax.hub.families.decoders.gpt2 import norm_rows
+from vlm_jax.hub.families.decoders.llama import attention_rows, dense_rows, is_tied
 from vlm_jax.hub.families.family import (
     ACTIVATIONS,
     HUB_ACTIVATIONS,
@@ -12,8 +14,6 @@ from vlm_jax.hub.families.family import (
     positive_int,
     resolve_aliases,
 )
-from vlm_jax.hub.families.gpt2 import norm_rows
-from vlm_jax.hub.families.llama import attention_rows, dense_rows, is_tied
 from vlm_jax.hub.families.table import Row, layers_with, row
 
 HEAD = "output_projection.weight"

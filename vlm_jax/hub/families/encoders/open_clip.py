@@ -13,6 +13,14 @@ from vlm_jax.config import (
     Transformer,
     Vision,
 )
+from vlm_jax.hub.families.decoders.gpt2 import norm_rows
+from vlm_jax.hub.families.encoders.vit import (
+    block_rows,
+    fused_rows,
+    mlp_ratio,
+    patch_rows,
+    side,
+)
 from vlm_jax.hub.families.family import (
     Family,
     Json,
@@ -22,15 +30,7 @@ from vlm_jax.hub.families.family import (
     positive_number,
     reject_unless,
 )
-from vlm_jax.hub.families.gpt2 import norm_rows
 from vlm_jax.hub.families.table import Row, Target, row
-from vlm_jax.hub.families.vit import (
-    block_rows,
-    fused_rows,
-    mlp_ratio,
-    patch_rows,
-    side,
-)
 
 BLOCK = {"self_norm": "ln_1", "mlp_norm": "ln_2", "mlp/up": "mlp.c_fc", "mlp/down": "mlp.c_proj"}
 EPS = 1e-5

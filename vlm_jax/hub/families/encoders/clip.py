@@ -3,6 +3,14 @@
 from collections.abc import Collection
 
 from vlm_jax.config import CheckpointError, Contrastive, Decoder, Vision
+from vlm_jax.hub.families.decoders.gpt2 import norm_rows
+from vlm_jax.hub.families.decoders.llama import drop_nulls
+from vlm_jax.hub.families.encoders.vit import (
+    block_rows,
+    patch_rows,
+    shape_from_hf,
+    shape_to_hf,
+)
 from vlm_jax.hub.families.family import (
     ACTIVATIONS,
     HUB_ACTIVATIONS,
@@ -12,15 +20,7 @@ from vlm_jax.hub.families.family import (
     lookup,
     positive_int,
 )
-from vlm_jax.hub.families.gpt2 import norm_rows
-from vlm_jax.hub.families.llama import drop_nulls
 from vlm_jax.hub.families.table import Row, Target, row
-from vlm_jax.hub.families.vit import (
-    block_rows,
-    patch_rows,
-    shape_from_hf,
-    shape_to_hf,
-)
 
 BLOCK = {
     "self_norm": "layer_norm1",

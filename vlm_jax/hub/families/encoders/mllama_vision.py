@@ -8,6 +8,9 @@ up to 4.51 take the input of these layers; transformers 5 takes their output.
 from vlm_jax.config import CHANNELS, CheckpointError, Vision
 from vlm_jax.config.bounds import check_number
 from vlm_jax.data.tiling import layouts
+from vlm_jax.hub.families.decoders.gpt2 import norm_rows
+from vlm_jax.hub.families.decoders.llama import attention_rows, dense_rows
+from vlm_jax.hub.families.encoders.vit import patch_rows, side
 from vlm_jax.hub.families.family import (
     ACTIVATIONS,
     HUB_ACTIVATIONS,
@@ -18,10 +21,7 @@ from vlm_jax.hub.families.family import (
     reject_unless,
     resolve_aliases,
 )
-from vlm_jax.hub.families.gpt2 import norm_rows
-from vlm_jax.hub.families.llama import attention_rows, dense_rows
 from vlm_jax.hub.families.table import Row, row
-from vlm_jax.hub.families.vit import patch_rows, side
 
 TOWER, OURS = "vision_model", "vision/tiled"
 # Our own key of config.json, "input" or "output": neither transformers nor Meta's code has one.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from vlm_jax.config import Decoder, Experiment, Fusion
-from vlm_jax.hub.families import llama
+from vlm_jax.hub.families.decoders import llama
 from vlm_jax.hub.families.family import (
     Family,
     Json,

@@ -11,7 +11,9 @@ from vlm_jax.config import (
     Fusion,
     Projector,
 )
-from vlm_jax.hub.families import gpt2, trocr, vit
+from vlm_jax.hub.families.decoders import gpt2, trocr
+from vlm_jax.hub.families.decoders.llama import dense_rows
+from vlm_jax.hub.families.encoders import vit
 from vlm_jax.hub.families.family import (
     Family,
     HfProcessor,
@@ -20,7 +22,6 @@ from vlm_jax.hub.families.family import (
     lookup,
     reject_unless,
 )
-from vlm_jax.hub.families.llama import dense_rows
 from vlm_jax.hub.families.table import Row
 
 

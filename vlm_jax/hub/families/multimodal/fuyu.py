@@ -9,6 +9,9 @@ from vlm_jax.config import (
     Projector,
     Vision,
 )
+from vlm_jax.hub.families.decoders.gpt2 import norm_rows
+from vlm_jax.hub.families.decoders.llama import dense_rows, is_tied
+from vlm_jax.hub.families.decoders.rope import rope_from_hf, rope_to_hf
 from vlm_jax.hub.families.family import (
     ACTIVATIONS,
     HUB_ACTIVATIONS,
@@ -20,10 +23,7 @@ from vlm_jax.hub.families.family import (
     positive_int,
     reject_unless,
 )
-from vlm_jax.hub.families.gpt2 import norm_rows
-from vlm_jax.hub.families.llama import dense_rows, is_tied
-from vlm_jax.hub.families.llava import HEAD, MODULE_NAMES, RENAMES, TEXT
-from vlm_jax.hub.families.rope import rope_from_hf, rope_to_hf
+from vlm_jax.hub.families.multimodal.llava import HEAD, MODULE_NAMES, RENAMES, TEXT
 from vlm_jax.hub.families.table import (
     Row,
     Target,

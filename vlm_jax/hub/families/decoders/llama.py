@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from vlm_jax.config import CheckpointError, Decoder, Experiment, Fusion
 from vlm_jax.config.bounds import check_number
+from vlm_jax.hub.families.decoders.rope import rope_from_hf, rope_to_hf
 from vlm_jax.hub.families.family import (
     ACTIVATIONS,
     HUB_ACTIVATIONS,
@@ -15,7 +16,6 @@ from vlm_jax.hub.families.family import (
     positive_int,
     text_experiment,
 )
-from vlm_jax.hub.families.rope import rope_from_hf, rope_to_hf
 from vlm_jax.hub.families.table import (
     Row,
     layers_with,

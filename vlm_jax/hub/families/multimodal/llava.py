@@ -11,7 +11,8 @@ from vlm_jax.config import (
     Projector,
     Vision,
 )
-from vlm_jax.hub.families import clip, llama, siglip
+from vlm_jax.hub.families.decoders import llama
+from vlm_jax.hub.families.encoders import clip, siglip
 from vlm_jax.hub.families.family import (
     ACTIVATIONS,
     HUB_ACTIVATIONS,

@@ -6,7 +6,8 @@ Image and prompt are a prefix with bidirectional attention (prefix-LM).
 from collections.abc import Collection
 
 from vlm_jax.config import Experiment, Fusion, Projector
-from vlm_jax.hub.families import gemma, llama, siglip
+from vlm_jax.hub.families.decoders import gemma, llama
+from vlm_jax.hub.families.encoders import siglip
 from vlm_jax.hub.families.family import (
     Family,
     HfProcessor,
@@ -14,7 +15,7 @@ from vlm_jax.hub.families.family import (
     get_or,
     text_experiment,
 )
-from vlm_jax.hub.families.llava import (
+from vlm_jax.hub.families.multimodal.llava import (
     HEAD,
     MODULE_NAMES,
     PROJECTOR,

@@ -4,6 +4,8 @@ import math
 from collections.abc import Collection, Mapping
 
 from vlm_jax.config import CHANNELS, CheckpointError, Transformer, Vision
+from vlm_jax.hub.families.decoders.gpt2 import norm_rows
+from vlm_jax.hub.families.decoders.llama import dense_rows
 from vlm_jax.hub.families.family import (
     ACTIVATIONS,
     HUB_ACTIVATIONS,
@@ -15,8 +17,6 @@ from vlm_jax.hub.families.family import (
     positive_int,
     reject_unless,
 )
-from vlm_jax.hub.families.gpt2 import norm_rows
-from vlm_jax.hub.families.llama import dense_rows
 from vlm_jax.hub.families.table import Row, Target, row
 
 # Kernels of a block: path and pattern from torch's axes.

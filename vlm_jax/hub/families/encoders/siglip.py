@@ -4,17 +4,10 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from vlm_jax.config import CheckpointError, Contrastive, Vision
-from vlm_jax.hub.families import clip
-from vlm_jax.hub.families.family import (
-    Family,
-    Json,
-    get_or,
-    positive_int,
-)
-from vlm_jax.hub.families.gpt2 import norm_rows
-from vlm_jax.hub.families.llama import dense_rows
-from vlm_jax.hub.families.table import Row, row
-from vlm_jax.hub.families.vit import (
+from vlm_jax.hub.families.decoders.gpt2 import norm_rows
+from vlm_jax.hub.families.decoders.llama import dense_rows
+from vlm_jax.hub.families.encoders import clip
+from vlm_jax.hub.families.encoders.vit import (
     KERNELS,
     block_rows,
     fused_rows,
@@ -22,6 +15,13 @@ from vlm_jax.hub.families.vit import (
     shape_from_hf,
     shape_to_hf,
 )
+from vlm_jax.hub.families.family import (
+    Family,
+    Json,
+    get_or,
+    positive_int,
+)
+from vlm_jax.hub.families.table import Row, row
 
 TEXT_DEFAULTS = {
     "vocab_size": 32000,

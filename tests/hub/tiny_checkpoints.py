@@ -32,6 +32,8 @@ from transformers import (
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     PaliGemmaProcessor,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
     TokenizersBackend,
@@ -79,6 +81,15 @@ MISTRAL_CHAT = (
     "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}"
     "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endfor %}"
+)
+# The last answer has an empty block of reasoning, which earlier answers lose.
+QWEN3_CHAT = (
+    "{% set last = namespace(question=-1) %}{% for m in messages if m['role'] == 'user' %}"
+    "{% set last.question = messages.index(m) %}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.index0 > last.question %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LLAVA_CHAT = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
@@ -157,6 +168,12 @@ def gemma(path: Path) -> Folder:
     tokenizer = _tokenizer(path, tiny_tokenizers.gemma)
     model = GemmaForCausalLM(GemmaConfig(**TEXT, head_dim=16, vocab_size=len(tokenizer)))
     return _finished(model, tokenizer, path)
+
+
+def qwen3(path: Path) -> Folder:
+    tokenizer = _tokenizer(path, tiny_tokenizers.qwen3)
+    model = Qwen3ForCausalLM(Qwen3Config(**TEXT, head_dim=16, vocab_size=len(tokenizer)))
+    return _finished(model, tokenizer, path, QWEN3_CHAT)
 
 
 def llava(path: Path, template: str | None = LLAVA_CHAT) -> Folder:
@@ -313,6 +330,7 @@ OF_TEXT = {
     "mistral's chat": mistral_chat,
     "a chat without bos": zephyr_chat,
     "gemma": gemma,
+    "qwen3": qwen3,
 }
 
 

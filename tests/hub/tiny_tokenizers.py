@@ -157,12 +157,13 @@ def clip_whole(folder: Path) -> None:
     write(folder, tokenizer_config={"tokenizer_class": "CLIPTokenizerFast", "pad_token": "!"})
 
 
-def qwen2(folder: Path) -> None:
+def qwen2(folder: Path, model_type: str = "qwen2", eos: str = "<|im_start|>") -> None:
     byte_level("<|endoftext|>").model.save(str(folder))
     added = {
         "0": token("<|endoftext|>"),
         "700": token("<|im_start|>"),
         "701": token("<image>", special=False),
+        "702": token("<|im_end|>"),
     }
     settings = {
         "tokenizer_class": "Qwen2Tokenizer",
@@ -170,11 +171,15 @@ def qwen2(folder: Path) -> None:
         "bos_token": None,
     }
     settings |= {
-        "eos_token": "<|im_start|>",
+        "eos_token": eos,
         "pad_token": "<|endoftext|>",
         UNNAMED: ["<|im_start|>"],
     }
-    write(folder, config={"model_type": "qwen2"}, tokenizer_config=settings)
+    write(folder, config={"model_type": model_type}, tokenizer_config=settings)
+
+
+def qwen3(folder: Path) -> None:
+    qwen2(folder, "qwen3", "<|im_end|>")
 
 
 def llama3(folder: Path, model_type: str = "llama") -> None:

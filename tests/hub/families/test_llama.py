@@ -1,4 +1,4 @@
-"""Llama, Mistral and Qwen2: outputs equal to transformers', exact export."""
+"""Llama, Mistral, Qwen2 and Qwen3: outputs equal to transformers', exact export."""
 
 from transformers import (
     LlamaConfig,
@@ -7,6 +7,8 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from tests.hub.parity import SMALL
@@ -43,6 +45,18 @@ class TestLlama(DecoderLaws):
             Qwen2ForCausalLM,
             Qwen2Config(**SMALL, sliding_window=4, use_sliding_window=True, max_window_layers=1),
         ),
+        "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SMALL, head_dim=12, tie_word_embeddings=True)),
+        "qwen3 with a window and biases": (
+            Qwen3ForCausalLM,
+            Qwen3Config(
+                **SMALL,
+                head_dim=12,
+                attention_bias=True,
+                sliding_window=4,
+                use_sliding_window=True,
+                max_window_layers=1,
+            ),
+        ),
     }
-    CACHED = ("mistral",)
+    CACHED = ("mistral", "qwen3")
     LENGTHS = (13, 20)

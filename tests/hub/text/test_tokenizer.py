@@ -22,6 +22,7 @@ FOLDERS = {
             tiny.clip,
             tiny.clip_whole,
             tiny.qwen2,
+            tiny.qwen3,
         ),
         *(
             tiny.llama3,

@@ -16,6 +16,7 @@ KNOWN = (
     llama.LLAMA,
     llama.MISTRAL,
     llama.QWEN2,
+    llama.QWEN3,
     phi3.PHI3,
     gemma.GEMMA,
     gemma.GEMMA2,

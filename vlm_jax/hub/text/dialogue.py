@@ -149,7 +149,9 @@ class Dialogue:
         """Returns the end of the last answer of `chat` in the text of the whole conversation.
 
         A template may end every text with a token, such as Phi-3's <|endoftext|>. So the answer
-        ends where the tokens of the two texts begin to differ.
+        ends where the tokens of the two texts begin to differ. If these do not hold the answer, as
+        with Qwen3's template, which writes an empty block of reasoning in the last answer only, the
+        answer ends at its end-of-text token.
         """
         answered = self._render(chat)
         if whole.startswith(answered):
@@ -160,8 +162,11 @@ class Dialogue:
         count = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         end = offsets[count - 1][1] if count else 0
         has_system = chat[0]["role"] == "system"
-        answer = messages[len(chat) - 1 - has_system]
-        if answer.strip() not in whole[start:end]:
+        answer = messages[len(chat) - 1 - has_system].strip()
+        if answer not in whole[start:end]:
+            eos = self.tokenizer.id_to_token(self.eos_id)
+            end = whole.find(eos, start) + len(eos)
+        if answer not in whole[start:end]:
             raise CheckpointError(
                 f"the chat template changes an answer once a question follows, {CANNOT_MARK}"
             )

@@ -190,6 +190,7 @@ CLASS_OF_MODEL_TYPE = {
     "mistral": None,
     "phi3": None,
     "qwen2": QWEN2,
+    "qwen3": QWEN2,
     "trocr": XLM_ROBERTA,
 }
 

@@ -152,8 +152,7 @@ def decoder_rows(
 def block_rows(hf: str, param: str, decoder: Decoder, layer: int) -> list[Row]:
     rows = [llama.norm_row(f"{hf}.{a}", f"{param}/{b}", layer) for a, b in NORMS.items()]
     if decoder.qk_norm:
-        rows.append(llama.norm_row(f"{hf}.self_attn.q_norm", f"{param}/self/query_norm", layer))
-        rows.append(llama.norm_row(f"{hf}.self_attn.k_norm", f"{param}/self/key_norm", layer))
+        rows += llama.qk_norm_rows(f"{hf}.self_attn", f"{param}/self", layer)
     rows += llama.attention_rows(f"{hf}.self_attn", f"{param}/self", decoder, layer)
     return rows + llama.mlp_rows(f"{hf}.mlp", f"{param}/mlp", decoder, layer)
 

@@ -1,4 +1,4 @@
-"""Llama, and the families that differ from it in a few settings: Mistral and Qwen2."""
+"""Llama, and the families that differ from it in a few settings: Mistral, Qwen2 and Qwen3."""
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
@@ -109,6 +109,12 @@ def attention_rows(
     )
 
 
+def qk_norm_rows(hf: str, param: str, layer: int) -> list[Row]:
+    """Rows of the norms of query and key heads (Gemma 3, Qwen3)."""
+    names = {"q_norm": "query_norm", "k_norm": "key_norm"}
+    return [norm_row(f"{hf}.{a}", f"{param}/{b}", layer) for a, b in names.items()]
+
+
 def mlp_rows(hf: str, param: str, decoder: Decoder, layer: int) -> list[Row]:
     names = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
     rows = []
@@ -131,8 +137,10 @@ def outer_rows(decoder: Decoder, prefix: str = "model.", head: str = HEAD) -> li
 
 
 def block_rows(hf: str, param: str, decoder: Decoder, layer: int) -> list[Row]:
+    attention = f"{hf}.self_attn", f"{param}/self"
     return [
-        *attention_rows(f"{hf}.self_attn", f"{param}/self", decoder, layer),
+        *attention_rows(*attention, decoder, layer),
+        *(qk_norm_rows(*attention, layer) if decoder.qk_norm else ()),
         *mlp_rows(f"{hf}.mlp", f"{param}/mlp", decoder, layer),
         *block_norm_rows(hf, param, layer),
     ]
@@ -193,34 +201,58 @@ def mistral_to_hf(cfg: Experiment) -> Json:
 
 
 def qwen2_from_hf(config: Json, names: Collection[str]) -> Experiment:
-    defaults = {
-        "num_key_value_heads": 32,
-        "intermediate_size": 22016,
-        "max_position_embeddings": 32768,
-    }
-    defaults |= {"vocab_size": 151936}
-    decoder = decoder_from_hf(defaults | drop_nulls(config), is_tied(config, names, False))
-    decoder = replace(decoder, qkv_bias=True)
+    defaults = QWEN_DEFAULTS | {"num_key_value_heads": 32}
+    decoder = _read_qwen(defaults | drop_nulls(config), names)
+    return text_experiment(replace(decoder, qkv_bias=True, out_bias=False, mlp_bias=False))
+
+
+def qwen2_to_hf(cfg: Experiment) -> Json:
+    config = decoder_to_hf(cfg.decoder)
+    for key in ("attention_bias", "mlp_bias", "head_dim"):
+        config.pop(key)
+    config |= _qwen_window_to_hf(cfg.decoder)
+    return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **config}
+
+
+def qwen3_from_hf(config: Json, names: Collection[str]) -> Experiment:
+    """Reads Qwen3's settings: query and key heads are normalised; biases by `attention_bias`."""
+    defaults = QWEN_DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128}
+    decoder = _read_qwen(defaults | drop_nulls(config), names)
+    return text_experiment(replace(decoder, qk_norm=True, mlp_bias=False))
+
+
+def qwen3_to_hf(cfg: Experiment) -> Json:
+    config = decoder_to_hf(cfg.decoder)
+    config.pop("mlp_bias")
+    config |= _qwen_window_to_hf(cfg.decoder)
+    return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **config}
+
+
+QWEN_DEFAULTS = {
+    "intermediate_size": 22016,
+    "max_position_embeddings": 32768,
+    "vocab_size": 151936,
+}
+
+
+def _read_qwen(config: Json, names: Collection[str]) -> Decoder:
+    """Reads the settings that Qwen2 and Qwen3 share; the last blocks may have a window."""
+    decoder = decoder_from_hf(config, is_tied(config, names, False))
     slides = get_or(config, "use_sliding_window", False)
     window = get_or(config, "sliding_window", 4096) if slides else None
     first = get_or(config, "max_window_layers", 28)
     sliding = sliding_layers(config, decoder.depth, range(first, decoder.depth)) if window else ()
-    return text_experiment(with_sliding_window(decoder, window, sliding))
+    return with_sliding_window(decoder, window, sliding)
 
 
-def qwen2_to_hf(cfg: Experiment) -> Json:
-    decoder = cfg.decoder
-    config = decoder_to_hf(decoder)
-    for key in ("attention_bias", "mlp_bias", "head_dim"):
-        config.pop(key)
+def _qwen_window_to_hf(decoder: Decoder) -> Json:
     sliding = decoder.sliding_layers
-    config |= {
+    return {
         "use_sliding_window": bool(sliding),
         "sliding_window": decoder.sliding_window,
         "max_window_layers": min(sliding, default=decoder.depth),
         "layer_types": layer_types(decoder),
     }
-    return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **config}
 
 
 def with_sliding_window(decoder: Decoder, window: int | None, layers) -> Decoder:
@@ -261,3 +293,4 @@ RENAMES = ((r"^(?!model\.|lm_head\.)", "model."),)  # files of a model without a
 LLAMA = Family("llama", llama_from_hf, llama_to_hf, param_table, RENAMES)
 MISTRAL = Family("mistral", mistral_from_hf, mistral_to_hf, param_table, RENAMES)
 QWEN2 = Family("qwen2", qwen2_from_hf, qwen2_to_hf, param_table, RENAMES)
+QWEN3 = Family("qwen3", qwen3_from_hf, qwen3_to_hf, param_table, RENAMES)

@@ -230,6 +230,11 @@ class HubProcessor:
         return pixel_scale(self.images.settings)
 
     @property
+    def takes_conversations(self) -> bool:
+        """Whether a prompt may have turns before its question: there is a chat template."""
+        return self.template is not None
+
+    @property
     def eos_ids(self) -> tuple[int, ...]:
         """Ids of the tokens that end an answer."""
         return self.tokenizer.eos_ids

@@ -40,6 +40,10 @@ class AnswerOptions:
         )
         check_stop(self.stop, spell("stop"))
 
+    def sampling(self, eos: tuple[int, ...]) -> SamplingParams:
+        """Returns the options of the token loop; `eos` are the ids that end an answer."""
+        return SamplingParams(eos, self.temperature, self.top_k, self.top_p)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -130,10 +134,7 @@ class Request:
 
     @property
     def _sampling(self) -> SamplingParams:
-        options = self.options
-        return SamplingParams(
-            self.processor.eos_ids, options.temperature, options.top_k, options.top_p
-        )
+        return self.options.sampling(self.processor.eos_ids)
 
     @property
     def _key(self) -> jax.Array:

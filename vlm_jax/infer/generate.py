@@ -6,6 +6,7 @@
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,16 @@ from vlm_jax.nn.vlm import VLM, empty_cache
 from vlm_jax.structs import NO_IMAGE, Batch, Cache
 
 
+@runtime_checkable
+class Sampling(Protocol):
+    """Chooses the next token of every row."""
+
+    eos: tuple[int, ...]  # ids that end a text; the first of them pads a row after its end
+
+    def draw(self, logits: Float[Array, "B V"], key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns a token for each row (B,), and the key of the next draw."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """Settings that choose the next token and end a text."""
@@ -29,6 +40,11 @@ class SamplingParams:
     top_k: int = 0  # only the k most likely tokens; 0: all
     # Only the most likely tokens that together have this probability (Holtzman et al. 2020).
     top_p: float = 1.0
+
+    def draw(self, logits: Float[Array, "B V"], key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns a token for each row (B,), and the key of the next draw."""
+        key, now = jax.random.split(key)
+        return choose(logits, now, self), key
 
 
 @struct.dataclass
@@ -71,19 +87,23 @@ def choose(
     if not sampling.temperature:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits.astype(jnp.float32) / sampling.temperature
-    if sampling.top_k:
-        least = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if sampling.top_p < 1:
-        descending = jnp.sort(logits, axis=-1)[:, ::-1]
-        before = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1) - jax.nn.softmax(
-            descending, axis=-1
-        )
-        least = jnp.min(
-            jnp.where(before < sampling.top_p, descending, jnp.inf), axis=-1, keepdims=True
-        )
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if sampling.top_k or sampling.top_p < 1:
+        logits = truncate(logits, sampling.top_k, sampling.top_p)
     return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def truncate(logits: Float[Array, "B V"], top_k, top_p) -> Float[Array, "B V"]:
+    """Sets the logits outside `top_k` and `top_p` to -inf; each is a number or (B, 1)."""
+    size = logits.shape[-1]
+    descending = jnp.sort(logits, axis=-1)[:, ::-1]
+    is_kept = jnp.arange(size) < jnp.where(top_k == 0, size, top_k)
+    descending = jnp.where(is_kept, descending, -jnp.inf)
+    probabilities = jax.nn.softmax(descending, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    # Rounding may keep the sum below 1.
+    is_kept &= (before < top_p) | (jnp.asarray(top_p) >= 1)
+    least = jnp.min(jnp.where(is_kept, descending, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits < least, -jnp.inf, logits)
 
 
 def prefill(
@@ -114,22 +134,26 @@ def decode_step(
       blocks: of `unstacked_blocks`.
       last: of `last_tokens`: the fields of the last token of each prompt.
     """
+    logits, cache = decode_logits(cfg, blocks, params, last, state)
+    return choose_next(logits, state.replace(cache=cache), sampling)
+
+
+def decode_logits(
+    cfg: Model, blocks, params, last: Batch, state: DecodeState
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Reads the last token of every row; takes the arguments of `decode_step`."""
     batch = last.replace(
         tokens=state.token[:, None],
         positions=last.positions + state.count,
         image_token_index=jnp.full_like(last.image_token_index, NO_IMAGE),
         block_ids=None if last.block_ids is None else jnp.zeros_like(last.block_ids),
     )
-    logits, cache = forward(cfg, blocks, params, batch, state.cache)
-    return choose_next(logits, state.replace(cache=cache), sampling)
+    return forward(cfg, blocks, params, batch, state.cache)
 
 
-def choose_next(
-    logits: Float[Array, "B V"], state: DecodeState, sampling: SamplingParams
-) -> DecodeState:
+def choose_next(logits: Float[Array, "B V"], state: DecodeState, sampling: Sampling) -> DecodeState:
     """Chooses the next token of every row; a row ends if its logits are not finite."""
-    key, now = jax.random.split(state.key)
-    token = choose(logits, now, sampling)
+    token, key = sampling.draw(logits, state.key)
     token = jnp.where(state.ended, sampling.eos[0], token) if sampling.eos else token
     fails = ~jnp.isfinite(logits).all(axis=-1) & ~state.ended
     return state.replace(
@@ -205,7 +229,7 @@ def stack(layers: list):
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
 
 
-def is_end(token: Int[Array, "B"], sampling: SamplingParams) -> Bool[Array, "B"]:
+def is_end(token: Int[Array, "B"], sampling: Sampling) -> Bool[Array, "B"]:
     return jnp.isin(token, jnp.array(sampling.eos, jnp.int32))
 
 

@@ -44,6 +44,10 @@ class Processor(Protocol):
         """Returns the scale of the pixel values of a batch."""
 
     @property
+    def takes_conversations(self) -> bool:
+        """Whether a prompt may have turns before its question."""
+
+    @property
     def eos_ids(self) -> tuple[int, ...]:
         """Ids of the tokens that end an answer."""
 

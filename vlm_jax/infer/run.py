@@ -93,7 +93,7 @@ class RunProcessor:
         """
         if isinstance(prompt, str):
             return ChatPrompt((prompt,))
-        if self.cfg.data.is_conversations:
+        if self.takes_conversations:
             return prompt
         if len(prompt.turns) > 1 or prompt.system is not None:
             raise ConfigError(
@@ -112,6 +112,11 @@ class RunProcessor:
     def pixel_scale(self) -> PixelScale:
         """Returns the scale of the pixel values of a batch."""
         return PixelScale(self.cfg.vision.image_mean, self.cfg.vision.image_std)
+
+    @property
+    def takes_conversations(self) -> bool:
+        """Whether a prompt may have turns before its question."""
+        return self.cfg.data.is_conversations
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

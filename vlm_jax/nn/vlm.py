@@ -42,10 +42,16 @@ class VLM(nn.Module):
         return axes.constrain(self.head(hidden[:, -1:]), "B S V")[:, 0], cache
 
     def hidden(
-        self, batch: Batch, cache: Cache | None = None
+        self,
+        batch: Batch,
+        cache: Cache | None = None,
+        image_tokens: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
-        """Returns the final hidden states (B, S, D) and the updated KV cache."""
-        image_tokens = None
+        """Returns the final hidden states (B, S, D) and the updated KV cache.
+
+        Args:
+          image_tokens: of `image_tokens`, if they were computed before, instead of `batch.images`.
+        """
         # While decoding, the image tokens are in the cache already.
         if self.cfg.fusion.has_images and batch.images is not None:
             image_tokens = self.image_tokens(batch)

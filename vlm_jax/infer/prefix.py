@@ -1,0 +1,82 @@
+"""Common beginning of two batches of one row: tokens with equal keys and values in a KV cache."""
+
+import numpy as np
+
+from vlm_jax.config import Model
+from vlm_jax.infer.rows import IMAGE_FIELDS
+from vlm_jax.structs import Batch
+
+TOKEN_FIELDS = ("tokens", "positions", "segment_ids", "branch_ids", "image_token_index")
+
+
+def count_images(old: Batch, new: Batch) -> int:
+    """Returns the number of leading images (I) that two batches have in common."""
+    if old.images is None or new.images is None or old.images.shape[2:] != new.images.shape[2:]:
+        return 0
+    count = min(old.images.shape[1], new.images.shape[1])
+    for number in range(count):
+        if not all(_has_same(old, new, name, number) for name in IMAGE_FIELDS):
+            return number
+    return count
+
+
+def _has_same(old: Batch, new: Batch, name: str, number: int) -> bool:
+    old_values, new_values = getattr(old, name), getattr(new, name)
+    if old_values is None or new_values is None:
+        return old_values is new_values
+    return np.array_equal(old_values[:, number], new_values[:, number])
+
+
+def count_tokens(cfg: Model, old: Batch, new: Batch, images: int, image_tokens: int) -> int:
+    """Returns the number of leading tokens of `new` with the same keys and values as in `old`.
+
+    The last token is not among them: it is always read, for the logits.
+
+    Args:
+      images: result of `count_images`.
+      image_tokens: number of image tokens of these images.
+    """
+    length = min(old.tokens.shape[1], new.tokens.shape[1] - 1)
+    is_same = np.asarray(new.image_token_index)[0, :length] < image_tokens
+    for name in TOKEN_FIELDS:
+        values = np.asarray(getattr(old, name)), np.asarray(getattr(new, name))
+        is_same &= values[0][0, :length] == values[1][0, :length]
+    width = max(old.image_mask.shape[-1], new.image_mask.shape[-1])
+    for mask in (_own_images, _attended_images):
+        old_mask, new_mask = mask(cfg, old, width), mask(cfg, new, width)
+        is_same &= (old_mask[:length] == new_mask[:length]).all(-1)
+    if new.images is not None:
+        views = new.image_mask.shape[-1] // new.images.shape[1]
+        is_same &= ~_attended_images(cfg, new, width)[:length, images * views :].any(-1)
+    count = int(np.argmin(np.append(is_same, False)))
+    for batch in (old, new):
+        count = _before_open_block(batch, count)
+    return count
+
+
+def _own_images(cfg: Model, batch: Batch, width: int) -> np.ndarray:
+    """(S, width) bool: `image_mask`."""
+    mask = np.asarray(batch.image_mask)[0]
+    return np.pad(mask, ((0, 0), (0, width - mask.shape[1])))
+
+
+def _attended_images(cfg: Model, batch: Batch, width: int) -> np.ndarray:
+    """(S, width) bool: as `fusion.mask_tokens_without_image`, for styles that use it."""
+    mask = _own_images(cfg, batch, width)
+    if cfg.fusion.tokens_without_image != "attend_all":
+        return mask
+    others = np.ones_like(batch.image_mask) if batch.no_image_mask is None else batch.no_image_mask
+    others = np.pad(others[0], ((0, 0), (0, width - others.shape[-1])))
+    return mask | (~mask.any(-1, keepdims=True) & others)
+
+
+def _before_open_block(batch: Batch, count: int) -> int:
+    """Returns the start of a block (`block_ids`) that continues after `count` tokens, else `count`.
+
+    Its tokens attend to all of the block.
+    """
+    if batch.block_ids is None:
+        return count
+    blocks = np.asarray(batch.block_ids)[0]
+    is_open = (blocks[:count] > 0) & np.isin(blocks[:count], blocks[count:])
+    return int(np.argmax(np.append(is_open, True)))

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_jax.cli.experiment import parse_experiment
-from vlm_jax.cli.generate import OPTIONS, check_model_options, spell
-from vlm_jax.cli.options import FOLDER, parse_options
+from vlm_jax.cli.generate import OPTIONS
+from vlm_jax.cli.model import MODEL_OPTIONS, open_model, parse_model, spell
+from vlm_jax.cli.options import FOLDER
 from vlm_jax.config import ConfigError
 from vlm_jax.infer.look import COMPUTED, METHODS
 from vlm_jax.runtime.workdir import is_run
@@ -28,7 +29,7 @@ maps."""
 PNG, HTML = "look.png", "look.html"
 MAX_NEW_TOKENS = 64  # of a checkpoint, by default
 LOOK_OPTIONS = {
-    **{name: OPTIONS[name] for name in ("workdir", "checkpoint", "adapter")},
+    **MODEL_OPTIONS,
     "against": {
         "metavar": FOLDER,
         "help": "a second model, to compare side by side: folder of a run or of a checkpoint",
@@ -53,19 +54,17 @@ LOOK_OPTIONS = {
         "help": f"folder of {PNG} and {HTML}, which are replaced (default: this folder)",
     },
     "no_chat": OPTIONS["no_chat"],
-    "intermediate_layers": OPTIONS["intermediate_layers"],
 }
 
 
 def look(arguments: list[str]) -> int:
     """Writes the attention maps of one answer."""
-    args, _ = parse_options("look", arguments, LOOK_OPTIONS, LOOK)
-    check_model_options("look", args)
+    args, cfg = parse_model("look", arguments, LOOK_OPTIONS, LOOK)
     if not args.image:
         raise ConfigError("look needs --image FILE.")
-    models = [_open(args, args.workdir or args.checkpoint, args.adapter, args.intermediate_layers)]
+    models = [_checked(args, args.workdir or args.checkpoint, open_model(args, cfg))]
     if args.against:
-        models.append(_open(args, args.against))
+        models.append(_checked(args, args.against, _open(args.against)))
     # Both prompts are checked before the parameters of a model are loaded.
     requests = [_encode(args, *model) for model in models]
     answers = []
@@ -75,21 +74,19 @@ def look(arguments: list[str]) -> int:
     return 0
 
 
-def _open(
-    args: argparse.Namespace,
-    folder: str,
-    adapter: str | None = None,
-    intermediate_layers: str | None = None,
-) -> tuple[str, "TextModel"]:
-    """Returns the name of a model, and the model: a run or a public checkpoint."""
+def _open(folder: str) -> "TextModel":
+    """Returns the model of a run or of a public checkpoint."""
     from vlm_jax.infer import models
+
+    if is_run(folder):
+        return models.open_run(parse_experiment("look", ["--workdir", folder], stored=True))
+    return models.open_checkpoint(folder)
+
+
+def _checked(args: argparse.Namespace, folder: str, model: "TextModel") -> tuple[str, "TextModel"]:
+    """Returns the name of a model that has maps and a prompt, and the model."""
     from vlm_jax.infer.look.maps import check_maps
 
-    if folder == args.workdir or is_run(folder):
-        cfg = parse_experiment("look", ["--workdir", folder], stored=True)
-        model = models.open_run(cfg)
-    else:
-        model = models.open_checkpoint(folder, intermediate_layers, adapter)
     check_maps(model.cfg.model)
     takes_no_prompt = not is_run(folder) and model.cfg.fusion.is_encoder_decoder
     if args.prompt is None and not takes_no_prompt:

@@ -52,6 +52,13 @@ def check_system_turns(cfg: Experiment, source: Conversations) -> None:
         )
 
 
+def has_system_turn(cfg: Experiment, tokenizer: Tokenizer) -> bool:
+    """Returns whether `data.template` has a form for a system turn."""
+    if cfg.data.template == "checkpoint":
+        return tokenizer.dialogue.takes_system_turn
+    return TEMPLATES[cfg.data.template].after_system is not None
+
+
 def encode(
     cfg: Experiment,
     tokenizer: Tokenizer,

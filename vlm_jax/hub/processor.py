@@ -235,6 +235,11 @@ class HubProcessor:
         return self.template is not None
 
     @property
+    def takes_system_turn(self) -> bool:
+        """Whether a conversation may begin with a system turn."""
+        return self.template is not None and self._dialogue.takes_system_turn
+
+    @property
     def eos_ids(self) -> tuple[int, ...]:
         """Ids of the tokens that end an answer."""
         return self.tokenizer.eos_ids

@@ -48,6 +48,10 @@ class Processor(Protocol):
         """Whether a prompt may have turns before its question."""
 
     @property
+    def takes_system_turn(self) -> bool:
+        """Whether a conversation may begin with a system turn."""
+
+    @property
     def eos_ids(self) -> tuple[int, ...]:
         """Ids of the tokens that end an answer."""
 

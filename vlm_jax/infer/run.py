@@ -16,6 +16,7 @@ from vlm_jax.config.validate import validate
 from vlm_jax.data import images as image_files
 from vlm_jax.data import questions
 from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
+from vlm_jax.data.templates import has_system_turn
 from vlm_jax.data.tiling import to_pixels
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub.images.steps import ImageInput, ImageInputs, PixelScale, read, to_rows
@@ -117,6 +118,11 @@ class RunProcessor:
     def takes_conversations(self) -> bool:
         """Whether a prompt may have turns before its question."""
         return self.cfg.data.is_conversations
+
+    @property
+    def takes_system_turn(self) -> bool:
+        """Whether a conversation may begin with a system turn."""
+        return self.takes_conversations and has_system_turn(self.cfg, self.tokenizer)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

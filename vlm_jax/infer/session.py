@@ -5,14 +5,17 @@ cached ones, and only the tokens after the common prefix are computed. The answe
 the answer to the whole conversation read anew, whatever a chat template does to earlier turns.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from vlm_jax.config import ConfigError
 from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.hub.images.steps import ImageInput
 from vlm_jax.hub.text.prompt_formats import ChatPrompt
@@ -22,6 +25,7 @@ from vlm_jax.infer.generate import NonFiniteLogits, check_finite
 from vlm_jax.infer.processor import Processor
 from vlm_jax.infer.stop import AnswerText
 from vlm_jax.nn import longrope
+from vlm_jax.runtime.workdir import write_atomic
 from vlm_jax.structs import NO_IMAGE, Batch
 
 LEAST_CHUNK = 16  # tokens that are read together, rounded up to a power of two
@@ -238,3 +242,23 @@ def with_placeholders(question: str, count: int) -> str:
     if IMAGE_PLACEHOLDER in question:
         return question
     return "\n".join([*[IMAGE_PLACEHOLDER] * count, question])
+
+
+def save_conversation(session: Session, path: Path) -> None:
+    """Writes a conversation as a JSON file in LLaVA's form, with absolute paths of its images.
+
+    Raises:
+      ConfigError: there is no turn, or an image is not a file.
+    """
+    if not session.turns:
+        raise ConfigError("there is no turn to save.")
+    files = [image for image in session.images if isinstance(image, str)]
+    if len(files) != len(session.images):
+        raise ConfigError("an image of the conversation is not a file.")
+    messages = [{"from": "system", "value": session.system}] if session.system else []
+    for number, turn in enumerate(session.turns):
+        messages.append({"from": ("human", "gpt")[number % 2], "value": turn})
+    record = {"id": path.stem, "conversations": messages}
+    if files:
+        record["image"] = files
+    write_atomic(path, json.dumps([record], ensure_ascii=False, indent=2) + "\n")

@@ -236,6 +236,17 @@ class Dialogue:
             return {"role": "system", "content": [{"type": "text", "text": text}]}
         return {"role": "system", "content": text}
 
+    @property
+    def takes_system_turn(self) -> bool:
+        """True if the form of the prompts has a system turn."""
+        if self.template is None:
+            return False
+        try:
+            self._takes_system_text  # noqa: B018 (raises without one)
+        except CheckpointError:
+            return False
+        return True
+
     @functools.cached_property
     def _takes_system_text(self) -> bool:
         """True if the content of a system turn must be a text, not a list of parts.

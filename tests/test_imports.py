@@ -33,6 +33,7 @@ FLOW = [
     ["train"],
     ["plan"],
     ["infer"],
+    ["serve"],
     ["cli"],
     ["__main__"],
     ["study"],

@@ -48,7 +48,10 @@ MISTAKES = {
     ),
     "a verb that is nothing like one": (
         ["xyz"],
-        ["unknown command 'xyz'", "train, eval, score, generate, verify, export, plan, diff"],
+        [
+            "unknown command 'xyz'",
+            "train, eval, data, score, generate, look, chat, serve, verify, export, plan, diff",
+        ],
     ),
     "no config": (["train"], ["train needs --config"]),
     "a config that is not there": (

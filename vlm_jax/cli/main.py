@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from vlm_jax.cli.chat import chat
 from vlm_jax.cli.checkpoints import export, verify
 from vlm_jax.cli.data import DATA, DATA_OPTIONS, data
 from vlm_jax.cli.experiment import OPTIONS, names_experiment
@@ -14,6 +15,7 @@ from vlm_jax.cli.look import look
 from vlm_jax.cli.options import format_help
 from vlm_jax.cli.plan import DIFF, PLAN, PLAN_OPTIONS, diff, plan
 from vlm_jax.cli.score import score
+from vlm_jax.cli.serve import serve
 from vlm_jax.cli.train import EVAL, EVAL_OPTIONS, TRAIN, evaluate, train
 from vlm_jax.config import ConfigError, RunError, UserError
 from vlm_jax.config.hints import nearest, suggestion
@@ -41,6 +43,8 @@ commands:
             --checkpoint DIR --image A.png --prompt "...": answer them with a public checkpoint
   look      --workdir W --image A.png --prompt "...": where the model looks for each word
             --against W2: two models side by side
+  chat      --workdir W | --checkpoint DIR: a conversation, with images
+  serve     --workdir W | --checkpoint DIR [--port P]: a server with OpenAI's API
   verify    --checkpoint DIR --reference FILE.npz: compare with the outputs of a reference
   export    --checkpoint DIR_OR_WORKDIR --output DIR: write a folder that transformers loads
   plan      --config FILE [--topology v5e:8x8 | --devices N]: predict the cost of a step
@@ -56,6 +60,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "score": score,
     "generate": generate,
     "look": look,
+    "chat": chat,
+    "serve": serve,
     "verify": verify,
     "export": export,
     "plan": plan,

@@ -3,7 +3,8 @@
     python experiments/attention_maps.py --workdir runs/easy_vqa_unified \\
         --against runs/easy_vqa_cross_attention --output attention_maps.png
 
-Takes evenly spaced questions of the first run's `eval.split` that both runs answer rightly.
+Takes evenly spaced questions of the first run's `eval.split` that both runs answer rightly, or
+any if there is none.
 """
 
 import argparse
@@ -43,8 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         if all(answer.answer in example.references for answer in answers):
             drawn.append((example, answers))
     if not drawn:
-        print(f"none of {count} questions is answered rightly by both runs", file=sys.stderr)
-        return 1
+        print(f"none of {count} questions is answered rightly by both runs: drawing any of them")
+        drawn = [(example, answers) for example, *answers in zip(tried, *by_model)]
     shown = np.linspace(0, len(drawn) - 1, min(args.questions, len(drawn)))
     drawn = [drawn[int(i)] for i in shown]
     draw(args.output, drawn, args.method)

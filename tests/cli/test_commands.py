@@ -13,6 +13,7 @@ import pytest
 
 from vlm_jax import config
 from vlm_jax.cli import generate
+from vlm_jax.cli.data import DATA_OPTIONS
 from vlm_jax.cli.main import COMMANDS, main
 from vlm_jax.cli.options import parse_options
 from vlm_jax.cli.plan import PLAN_OPTIONS
@@ -50,7 +51,7 @@ MISTAKES = {
         ["xyz"],
         [
             "unknown command 'xyz'",
-            "train, eval, data, score, generate, look, chat, serve, verify, export, plan, diff",
+            "choose train, eval, data, score, generate, look, verify, export",
         ],
     ),
     "no config": (["train"], ["train needs --config"]),
@@ -394,6 +395,7 @@ OWN_OPTIONS = {
     "train": ["--config FILE", "--workdir DIR", "--checkpoint DIR", "--section.field VALUE"],
     "eval": ["--workdir DIR", "--checkpoint DIR", "--section.field VALUE"],
     "plan": ["--config FILE", *(f"--{name}" for name in PLAN_OPTIONS), "--section.field VALUE"],
+    "data": ["--config FILE", *(f"--{name}" for name in DATA_OPTIONS), "--section.field VALUE"],
     "diff": ["python run.py diff A.py B.py"],
 }
 
@@ -410,7 +412,7 @@ def test_help_without_an_experiment_lists_the_options_of_a_command(flag, command
     assert len(out.splitlines()) <= 30
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "plan"])
+@pytest.mark.parametrize("command", ["train", "eval", "data", "plan"])
 @pytest.mark.parametrize("option", ["--checkpoint", "--init_from", "--init-from"])
 def test_help_with_a_checkpoint_lists_the_fields(option, command, capsys):
     for arguments in ([option, "gpt2"], [f"{option}=gpt2"]):

@@ -231,12 +231,12 @@ class HubProcessor:
 
     @property
     def takes_conversations(self) -> bool:
-        """Whether a prompt may have turns before its question: there is a chat template."""
+        """True if a prompt may have turns before its question: there is a chat template."""
         return self.template is not None
 
     @property
     def takes_system_turn(self) -> bool:
-        """Whether a conversation may begin with a system turn."""
+        """True if a conversation may begin with a system turn."""
         return self.template is not None and self._dialogue.takes_system_turn
 
     @property

@@ -45,11 +45,11 @@ class Processor(Protocol):
 
     @property
     def takes_conversations(self) -> bool:
-        """Whether a prompt may have turns before its question."""
+        """True if a prompt may have turns before its question."""
 
     @property
     def takes_system_turn(self) -> bool:
-        """Whether a conversation may begin with a system turn."""
+        """True if a conversation may begin with a system turn."""
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

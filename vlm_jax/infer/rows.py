@@ -143,14 +143,20 @@ def cache_of(text: Batch, layers, index: int, slots: int) -> Cache:
       layers: of `new_layers` or `grow`.
     """
     free = slots - text.tokens.shape[1]
-    ids = {}
-    for name in ("segment_ids", "branch_ids", "positions"):
-        ids[name] = np.pad(getattr(text, name), ((0, 0), (0, free)), mode="edge")
-    ids["positions"][:, slots - free :] += np.arange(1, free + 1, dtype=np.int32)
-    blocks = text.block_ids
-    if blocks is not None:
-        blocks = np.pad(blocks, ((0, 0), (0, free)))
-    return Cache(index=np.int32(index), block_ids=blocks, layers=layers, **ids)
+
+    def extend(ids, mode="edge"):
+        return None if ids is None else np.pad(ids, ((0, 0), (0, free)), mode=mode)
+
+    positions = extend(text.positions)
+    positions[:, slots - free :] += np.arange(1, free + 1, dtype=np.int32)
+    return Cache(
+        index=np.int32(index),
+        segment_ids=extend(text.segment_ids),
+        branch_ids=extend(text.branch_ids),
+        positions=positions,
+        block_ids=extend(text.block_ids, "constant"),
+        layers=layers,
+    )
 
 
 def new_layers(cfg: Model, params, rows: int, slots: int):

@@ -116,12 +116,12 @@ class RunProcessor:
 
     @property
     def takes_conversations(self) -> bool:
-        """Whether a prompt may have turns before its question."""
+        """True if a prompt may have turns before its question."""
         return self.cfg.data.is_conversations
 
     @property
     def takes_system_turn(self) -> bool:
-        """Whether a conversation may begin with a system turn."""
+        """True if a conversation may begin with a system turn."""
         return self.takes_conversations and has_system_turn(self.cfg, self.tokenizer)
 
     @property

@@ -51,7 +51,7 @@ MISTAKES = {
         ["xyz"],
         [
             "unknown command 'xyz'",
-            "choose train, eval, data, score, generate, look, verify, export",
+            "choose train, eval, data, score, generate, look, chat, serve, verify, export",
         ],
     ),
     "no config": (["train"], ["train needs --config"]),

@@ -39,8 +39,9 @@ def count_tokens(cfg: Model, old: Batch, new: Batch, images: int, image_tokens: 
     length = min(old.tokens.shape[1], new.tokens.shape[1] - 1)
     is_same = np.asarray(new.image_token_index)[0, :length] < image_tokens
     for name in TOKEN_FIELDS:
-        values = np.asarray(getattr(old, name)), np.asarray(getattr(new, name))
-        is_same &= values[0][0, :length] == values[1][0, :length]
+        old_values, new_values = getattr(old, name), getattr(new, name)
+        if old_values is not None:
+            is_same &= np.asarray(old_values)[0, :length] == np.asarray(new_values)[0, :length]
     width = max(old.image_mask.shape[-1], new.image_mask.shape[-1])
     for mask in (_own_images, _attended_images):
         old_mask, new_mask = mask(cfg, old, width), mask(cfg, new, width)

@@ -34,6 +34,7 @@ DOCUMENTS = [
     "docs/conversations.md",
     "docs/evaluation.md",
     "docs/attention_maps.md",
+    "docs/chat_and_server.md",
     "docs/quickstart.ipynb",
 ]
 COMMANDS = ("python", "image=", "XLA_FLAGS=", "run=")
@@ -44,12 +45,14 @@ SHORT = {  # subcommand: options that are added unless the command has them
     "eval --checkpoint": {"--eval.batch_size": "20"},
     "generate": {"--max-new-tokens": "8"},
     "look": {"--max-new-tokens": "8"},
+    "chat": {"--max-new-tokens": "8"},
 }
 NOT_RUN = (
     "pip install",
     "hf download",
     "python -m pytest",
     "python -m lmms_eval",  # downloads its tasks' data
+    "python run.py serve",  # runs until it is stopped
     "python experiments/benchmarks",
 )
 
@@ -159,6 +162,7 @@ def prepare(folder: Path) -> dict[str, str]:
     for name in ("train.json", "test.json"):
         (folder / name).write_text(json.dumps(records))
     Image.fromarray(pixels).save(folder / "a.jpg")
+    (folder / "questions.txt").write_text("/image a.jpg\nhow bright is it?\nis it red?\n/undo\n")
     return {"LLAVA_DIR": "checkpoints/llava", "DIR": "checkpoints/llava", **checkpoints(folder)}
 
 

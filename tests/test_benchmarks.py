@@ -21,6 +21,7 @@ SCRIPTS = {
     "packing_window": ["--conversations", "500"],
     "input_pipeline": ["--seconds", "0"],
     "loading": [],
+    "serve": ["--turns", "1", "--seconds", "0"],
     "start": ["--pairs", "1"],
 }
 # Modules of the others, the script that runs them all, and the one for accelerators.

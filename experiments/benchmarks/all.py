@@ -98,6 +98,8 @@ def load() -> list[dict]:
 
 def table(processors: list[dict]) -> str:
     """Returns one Markdown table: a row for each figure, a column for each processor."""
+    if not processors:
+        return "Not measured yet."
     heads = [title(measured) for measured in processors]
     lines = [f"| | {' | '.join(heads)} | command |", f"|---|{'---|' * (len(heads) + 1)}"]
     for script in BENCHMARKS:

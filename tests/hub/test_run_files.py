@@ -192,6 +192,8 @@ def with_answer(batch: Batch, answer: list[int]) -> Batch:
 
     def extend(x, step=0):
         """Repeats the last token's value, or counts on from it."""
+        if x is None:
+            return None
         after = x[:, -1:] + step * np.arange(1, len(answer) + 1)
         return np.concatenate([np.zeros((1, left), x.dtype), x, after], axis=1)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 import vlm_jax
 from tests.infer.test_likelihood import tiny_run
@@ -39,6 +39,13 @@ DOCUMENTS = [
     {"question": "where is it?", "images": PICTURES[2:], "answer": "it", "choices": ["a", "cat"]},
 ]
 OPTIONS = {"max_new_tokens": NEW, "temperature": 0, "top_p": None, "num_beams": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def images_cut_short_stay_errors():
+    """Undo what an import of lmms-eval changes in the whole process."""
+    yield
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 def documents(task: str, split: str, doc_id: int):

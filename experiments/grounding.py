@@ -1,4 +1,4 @@
-"""Where fusion styles look: attention on the digit that a question asks about.
+"""Attention by fusion style on the digit that a question asks about.
 
 The score is the share of the attention to the image that is on that digit. Uniform attention has
 the digit's share of the area, `grounding_area` of eval.json. The report also lists the layers.

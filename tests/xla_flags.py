@@ -1,4 +1,4 @@
-"""Flags of XLA for short runs, whose time is mostly compilation: they cut it to a quarter."""
+"""Flags of XLA for short runs, which mostly compile: they cut compile time to a quarter."""
 
 QUICK_COMPILATION = (
     "--xla_backend_optimization_level=0",

@@ -1,4 +1,4 @@
-"""Attention weights that `vlm_jax.look` maps are those of transformers' `output_attentions`."""
+"""Attention weights that `vlm_jax.look` maps equal transformers' `output_attentions`."""
 
 import numpy as np
 import pytest

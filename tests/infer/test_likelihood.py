@@ -1,4 +1,4 @@
-"""Likelihoods of answers in a batch are those of a direct forward pass, one by one."""
+"""Likelihoods of answers in a batch equal a direct forward pass, one by one."""
 
 import functools
 from dataclasses import replace

@@ -281,7 +281,7 @@ def mean(scores):
 
 @pytest.fixture
 def task_folder(tmp_path, expected):
-    """Tasks about DOCUMENTS; the answers of two of them are those of the run."""
+    """Tasks about DOCUMENTS; two of them have the run's answers."""
     datasets = pytest.importorskip("datasets")
     rows = [dict(document, label=0) for document in DOCUMENTS]
     for row, answer in zip(rows[:2], expected):

@@ -93,7 +93,7 @@ def test_packed_conversations_need_no_mask_in_memory():
     decoder = re.findall(r'kernel_name = "splash_mha_(fwd|dq|dkv)_segmented', text)
     assert set(decoder) == {"fwd", "dq", "dkv"}
     masks = [kernels for kernels in kernels_of_attention(text) if kernels == "fwd"]
-    # Those of the encoder, whose images are not packed.
+    # Kernels of the encoder: images are not packed.
     assert len(masks) - decoder.count("fwd") == decoder.count("fwd")
 
 

@@ -237,8 +237,7 @@ def _tokens_per_image(cached: _Cached) -> int:
 
 
 def with_placeholders(question: str, count: int) -> str:
-    """Returns a question with a placeholder for each of `count` images before it, if it has
-    none."""
+    """Returns a question with `count` placeholders before it, unless it has placeholders."""
     if IMAGE_PLACEHOLDER in question:
         return question
     return "\n".join([*[IMAGE_PLACEHOLDER] * count, question])

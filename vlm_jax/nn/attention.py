@@ -20,7 +20,7 @@ KeyValue = tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]
 # Score of a masked key. It is finite, so that a query whose keys are all masked gives no NaN.
 MASK_VALUE = -1e30
 # Collections of Flax variables, which only exist if `apply` is asked for them: the attention
-# weights (mutable), and arrays that are added to them (given), whose gradient is the weights'.
+# weights (mutable), and arrays that are added to them (given), which have their gradient.
 WEIGHTS = "attention_weights"
 PERTURBATIONS = "attention_perturbations"
 WEIGHT = "weights"  # name of the variable in both

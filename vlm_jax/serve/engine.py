@@ -137,7 +137,7 @@ class Engine:
                         job.end(ApiError(f"the batch failed: {message}.", 500, code="failed"))
 
     def _next_jobs(self) -> list[Job]:
-        """Waits for jobs; returns those of the next batch, [] when the engine is closed."""
+        """Waits for jobs; returns the jobs of the next batch, [] when the engine is closed."""
         with self._changed:
             while not self._queue and not self._is_closing:
                 self._changed.wait()

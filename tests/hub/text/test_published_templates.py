@@ -1,4 +1,4 @@
-"""Tokens and scores of training conversations equal those of `apply_chat_template`."""
+"""Training conversations have the tokens and scores of `apply_chat_template`."""
 
 import itertools
 import types

@@ -102,7 +102,7 @@ class Request:
 
         Stop strings are found in the text, which the device does not have.
         """
-        texts = [self._answer_text() for _ in batch.tokens]
+        texts = [self.answer_text() for _ in batch.tokens]
         answers = [""] * len(texts)
         for tokens in stream(self.model.cfg, params, batch, length, self._sampling, self._key):
             for row, text in enumerate(texts):
@@ -118,7 +118,7 @@ class Request:
           NonFiniteLogits: the model computes NaN.
         """
         (prompt,), (length,) = self.prompts, self.max_lengths
-        text = self._answer_text()
+        text = self.answer_text()
         tokens = stream(self.model.cfg, params, self.batch, int(length), self._sampling, self._key)
         try:
             for (token,) in tokens:
@@ -129,7 +129,8 @@ class Request:
             raise error.about(question(prompt)) from None
         yield text.end()
 
-    def _answer_text(self) -> AnswerText:
+    def answer_text(self) -> AnswerText:
+        """Returns the empty text of an answer, which takes its tokens."""
         return AnswerText(self.processor.decode_stream(), self.processor.eos_ids, self.options.stop)
 
     @property

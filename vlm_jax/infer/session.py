@@ -23,7 +23,6 @@ from vlm_jax.infer import prefix, rows
 from vlm_jax.infer.answer import AnswerOptions, encode
 from vlm_jax.infer.generate import NonFiniteLogits, check_finite
 from vlm_jax.infer.processor import Processor
-from vlm_jax.infer.stop import AnswerText
 from vlm_jax.nn import longrope
 from vlm_jax.runtime.workdir import write_atomic
 from vlm_jax.structs import NO_IMAGE, Batch
@@ -92,7 +91,7 @@ class Session:
         question = with_placeholders(question, len(images))
         prompt, shown = self._prompt(question, images)
         request = encode(self.model, self.processor, [prompt], [shown], self.options)
-        text = AnswerText(self.processor.decode_stream(), self.processor.eos_ids, self.options.stop)
+        text = request.answer_text()
         answer, is_failed = "", True
         try:
             for token in self._generate(request.batch, int(request.max_lengths[0])):

@@ -30,6 +30,7 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 BENCHMARKS = {
     "train_step": ["--turns", "5"],
     "decode": ["--turns", "3"],
+    "serve": ["--turns", "3"],
     "questions": ["--turns", "5"],
     "start": ["--pairs", "3"],
     "loading": [],

@@ -1,6 +1,6 @@
 """The server and chats with the 39 M model: tokens a second, and the first token of a second turn.
 
-    python experiments/benchmarks/serve.py [--clients 1 8] [--turns 7]
+    python experiments/benchmarks/serve.py [--clients 1 8] [--turns 7] [--json FILE]
 
 Float32 and the same weights and prompts (an image of 196 tokens and 16 text tokens), 128 greedy
 tokens without end-of-text. vlm_jax answers over HTTP, `clients` requests at once; transformers'
@@ -14,7 +14,6 @@ import concurrent.futures
 import io
 import json
 import socket
-import statistics
 import tempfile
 import threading
 import time
@@ -22,6 +21,7 @@ import urllib.request
 
 import numpy as np
 import probe
+import report
 import turns
 from PIL import Image
 
@@ -157,7 +157,7 @@ def serve(side: str, folder: str, clients: int) -> None:
     turns.serve(first, lambda seconds: turns.times(answer, seconds))
 
 
-def compare(clients: int, options: argparse.Namespace) -> None:
+def compare(clients: int, options: argparse.Namespace) -> report.Result:
     model = probe.torch_model("llava")
     first, answers = turns.with_one_model(model, options, "--clients", str(clients))
     tokens = [np.array(answer["tokens"]) for answer in first]
@@ -168,11 +168,11 @@ def compare(clients: int, options: argparse.Namespace) -> None:
     for side, side_answers in answers.items():
         per_second = clients * NEW_TOKENS / turns.middle(side_answers, "seconds")
         print(f"{side:<16}{per_second:>8.0f} tokens a second")
-    print(f"{'speed, ours over theirs':<28}{turns.speed(*answers.values())}", flush=True)
+    return turns.speed(f"server, {clients} at once", *answers.values())
 
 
-def second_turn(folder: str, turn_count: int) -> None:
-    """Prints the time to the first token of a second turn, with and without the kept cache."""
+def second_turn(folder: str, turn_count: int) -> report.Result:
+    """Compares the time to the first token of a second turn with and without the kept cache."""
     from vlm_jax.infer.answer import AnswerOptions
     from vlm_jax.infer.session import Session
 
@@ -191,21 +191,25 @@ def second_turn(folder: str, turn_count: int) -> None:
         session.undo()
         return seconds
 
-    ratios, best = [], {"kept": [], "anew": []}
-    for row in range(1, turn_count + 2):
-        best["kept"].append(first_token(kept, row))
+    kept_times, anew_times = [], []
+    # The first turn compiles, and is not counted.
+    for row in range(turn_count + 1):
+        kept_seconds = first_token(kept, row + 1)
         anew = Session(*model, kept.options, turns=[f"<image>\n{question}", answer])
         anew.images = [picture(0)]
         anew._blocks = kept._blocks
-        best["anew"].append(first_token(anew, row))
-        # The first turn compiles.
-        if row > 1:
-            ratios.append(best["kept"][-1] / best["anew"][-1])
-    kept_ms, anew_ms = (1e3 * min(times) for times in best.values())
-    print(
-        f"first token after {HISTORY_TOKENS} tokens: {kept_ms:.1f} ms, {anew_ms:.1f} without cache"
+        anew_seconds = first_token(anew, row + 1)
+        if row > 0:
+            kept_times.append(kept_seconds)
+            anew_times.append(anew_seconds)
+    fastest_kept, fastest_anew = min(kept_times), min(anew_times)
+    print(f"first token {1e3 * fastest_kept:.1f} ms, {1e3 * fastest_anew:.1f} without cache")
+    return report.Result.of(
+        f"first token of a second turn after {HISTORY_TOKENS} tokens",
+        "times the time without a kept cache",
+        [a / b for a, b in zip(kept_times, anew_times, strict=True)],
+        fastest_kept / fastest_anew,
     )
-    print(f"{'time, kept over anew':<28}{statistics.median(ratios):.2f}", flush=True)
 
 
 def main() -> None:
@@ -217,9 +221,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         probe.torch_model("llava").save_pretrained(folder)
-        second_turn(folder, options.turns)
-    for clients in options.clients:
-        compare(clients, options)
+        results = [second_turn(folder, options.turns)]
+    results += [compare(clients, options) for clients in options.clients]
+    report.write(results, options.json)
 
 
 if __name__ == "__main__":

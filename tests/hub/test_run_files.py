@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,8 @@ from tests.hub import tiny_checkpoints, tiny_tokenizers
 from tests.hub.parity import SMALL, bare_model, forward, saved
 from tests.hub.test_export import encoder_decoder_like, llava_like, mllama_like
 from tests.hub.test_processor import processor_of
+from tests.hub.text import published_templates
+from tests.hub.text.published_templates import PUBLISHED
 from vlm_jax.cli.experiment import parse_experiment
 from vlm_jax.config import Experiment, Fusion
 from vlm_jax.data import images, questions, tiling
@@ -53,7 +56,12 @@ def from_scratch(make, **data) -> callable:
     return experiment
 
 
-def composed(kind: str):
+def chat(folder: Path) -> None:
+    """Writes a tokenizer with a chat template that takes text only."""
+    published_templates.write(folder, PUBLISHED["phi 3"])
+
+
+def composed(write_tokenizer: Callable[[Path], object], **data):
     """A CLIP tower and a Llama without an image token or a spare embedding row."""
 
     def experiment(tmp_path) -> Experiment:
@@ -68,17 +76,17 @@ def composed(kind: str):
             folder.mkdir()
         saved(CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=8)), tower)
         CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size=32).save_pretrained(tower)
-        getattr(tiny_tokenizers, kind)(text)
+        write_tokenizer(text)
         (text / "added_tokens.json").unlink(missing_ok=True)
-        eos = 1 if kind == "llama3" else 2
-        rows = HubTokenizer.load(text).next_id
+        tokenizer = HubTokenizer.load(text)
+        eos, rows = tokenizer.eos_ids[0], tokenizer.next_id
         config = LlamaConfig(
             **SMALL | {"vocab_size": rows, "max_position_embeddings": 256}, eos_token_id=eos
         )
         saved(LlamaForCausalLM(config), tmp_path)
         for name in ("config.json", "model.safetensors"):
             (tmp_path / name).replace(text / name)
-        cfg = from_scratch(llava_like, source="conversations", template="vicuna")(tmp_path)
+        cfg = from_scratch(llava_like, source="conversations", **data)(tmp_path)
         vision = replace(cfg.vision, checkpoint=str(tower), feature_layers=(-2,))
         cfg = replace(cfg, vision=vision, decoder=replace(cfg.decoder, checkpoint=str(text)))
         return pretrained_parts.resolve_checkpoints(cfg)
@@ -115,8 +123,9 @@ RUNS = {
     "llava, vicuna": from_scratch(llava_like, source="conversations", template="vicuna"),
     "llava, captions": from_scratch(llava_like, source="conversations", template="caption"),
     "llava, questions": from_scratch(llava_like),
-    "llava of a llama 2": composed("llama"),
-    "llava of a llama 3": composed("llama3"),
+    "llava of a llama 2": composed(tiny_tokenizers.llama, template="vicuna"),
+    "llava of a llama 3": composed(tiny_tokenizers.llama3, template="vicuna"),
+    "llava of a chat model": composed(chat),
     "whole llava": whole("llava"),
     "whole llava without a template": whole("llava_without_a_template"),
     "whole paligemma": whole("paligemma"),
@@ -272,7 +281,9 @@ def test_our_own_processor_encodes_for_the_exported_folder_as_the_run_does(runs,
     """The same tokens and pixels: `generate --checkpoint` and `--workdir` answer alike."""
     run, prompt = runs(name), "" if "captions" in name else QUESTION
     expected = run.prompt(picture, prompt)
-    batch = processor_of(run.folder)(prompt, [picture], chat=True)
+    processor = processor_of(run.folder)
+    assert set(run.tokenizer.eos_ids) <= set(processor.eos_ids)
+    batch = processor(prompt, [picture], chat=True)
     np.testing.assert_array_equal(text_tokens(batch), text_tokens(expected))
     np.testing.assert_allclose(np.asarray(batch.images), np.asarray(expected.images), atol=1e-5)
 
@@ -337,3 +348,8 @@ def test_why_a_run_has_no_family_is_said_in_whole_fields():
     message = export.exportable(replace(llava_like(), fusion=Fusion("cross_attention")))
     assert message.count("(") == message.count(")")
     assert message.endswith(" more")
+
+
+def test_the_chat_template_of_a_text_decoder_replaces_the_default_form_only(runs, tmp_path):
+    assert runs("llava of a chat model").cfg.data.template == "checkpoint"
+    assert composed(chat, template="vicuna")(tmp_path).data.template == "vicuna"

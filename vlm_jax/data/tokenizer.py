@@ -144,8 +144,8 @@ class Tokenizer:
         return _encoding(self._bpe, text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text up to <eos>, without special tokens and unknown ids."""
-        ids = itertools.takewhile(lambda i: i != self.eos_id, map(int, ids))
+        """Returns the text up to its end token, without special tokens and unknown ids."""
+        ids = itertools.takewhile(lambda i: i not in self.eos_ids, map(int, ids))
         return self._bpe.decode(list(ids), skip_special_tokens=True)
 
     def show_token(self, token_id: int) -> str:
@@ -162,6 +162,11 @@ class Tokenizer:
     @property
     def eos_id(self) -> int:
         return self._special_ids[-1]
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every token that ends an answer; a public checkpoint may have several."""
+        return (self.eos_id,) if self.dialogue is None else self.dialogue.eos_ids
 
     @property
     def begin_id(self) -> int:

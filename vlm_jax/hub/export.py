@@ -153,8 +153,10 @@ def export_run(
             config |= {"image_token_index": ids.image, "image_token_id": ids.image}
             cfg, params = with_embedding_row(cfg, params, ids.image)
         if keeps_prompt_format(cfg, processor):
-            config = without_v5_keys(read_json(processor / "config.json"))
-            config["torch_dtype"] = "float32"
+            stored = read_json(processor / "config.json")
+            # A text decoder's config is not the config of a model that takes images.
+            if stored.get("model_type") == family.model_type:
+                config = without_v5_keys(stored) | {"torch_dtype": "float32"}
         write_model(stage, family, cfg, params, config)
     return family.model_type
 

@@ -206,8 +206,7 @@ def _token_settings(
     tokenizer = HubTokenizer.load(folder)
     values: dict[str, object] = {"bos_id": tokenizer.bos_id}
     eos_id = None
-    keeps_fusion = config_of(folder).fusion.style == cfg.fusion.style
-    if is_whole_model and keeps_fusion and has_template(folder):
+    if _uses_template(cfg, config_of(folder), is_whole_model) and has_template(folder):
         values["template"] = "checkpoint"
         eos_id = Dialogue.load(folder, cfg.fusion.has_images).eos_id
     values["special_ids"] = special_ids(tokenizer, cfg.decoder, read_image_token(folder), eos_id)
@@ -217,6 +216,18 @@ def _token_settings(
             for name in tag_names(cfg.vision)
         )
     return values
+
+
+def _uses_template(cfg: Experiment, source: Experiment, is_whole_model: bool) -> bool:
+    """Returns whether conversations have the prompt format of the decoder's checkpoint.
+
+    A whole model keeps its format. The format of a text decoder fits every fusion style, and
+    replaces the default format only.
+    """
+    if is_whole_model and source.fusion.style == cfg.fusion.style:
+        return True
+    is_default = cfg.data.template == Data().template
+    return is_default and cfg.data.is_conversations and not source.fusion.has_images
 
 
 def has_template(folder: str) -> bool:

@@ -10,25 +10,32 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 
 from vlm_jax.config import CheckpointError, Experiment
 from vlm_jax.data.conversation_parts import TEMPLATES
 from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.hub.families.family import Family, HfProcessor, Json
 from vlm_jax.hub.images.settings import processor_config, read_settings, vision_settings
+from vlm_jax.hub.text.chat_template import ChatTemplate
 from vlm_jax.hub.text.special_tokens import (
     TOKENIZER,
     TOKENIZER_CONFIG,
     read_json_if_exists,
     set_template,
 )
-from vlm_jax.hub.text.tokenizer import GENERATION_CONFIG, IMAGE_TOKENS, HubTokenizer
+from vlm_jax.hub.text.tokenizer import (
+    GENERATION_CONFIG,
+    IMAGE_TOKENS,
+    HubTokenizer,
+    add_image_token,
+)
 
+CHAT_TEMPLATE = "chat_template.jinja"
 TEXT_FILES = (
     *(TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json"),
+    *(CHAT_TEMPLATE, "chat_template.json"),
 )
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
@@ -80,8 +87,44 @@ def _copy_text_files(stage: Path, cfg: Experiment, processor: Path) -> TokenIds:
             shutil.copy(processor / name, stage / name)
     pad, image, _, eos = cfg.data.special_ids
     tokenizer = HubTokenizer.load(processor)
-    image = image if tokenizer.image_id is None else tokenizer.image_id
+    if tokenizer.image_id is not None:
+        image = tokenizer.image_id
+    elif has_image_placeholder(cfg):
+        image = tokenizer.add_image_token()
+        _add_image_files(stage, tokenizer)
     return TokenIds(pad, image, eos, tokenizer.bos_id)
+
+
+def _add_image_files(stage: Path, tokenizer: HubTokenizer) -> None:
+    """Gives the files of a text decoder an image token, and a chat template that writes it."""
+    image = tokenizer.id_to_token(tokenizer.image_id)
+    tokenizer.backend.save(str(stage / TOKENIZER))
+    settings = read_json_if_exists(stage / TOKENIZER_CONFIG)
+    extra = settings.get("extra_special_tokens")
+    named = extra if isinstance(extra, dict) else {}
+    settings["extra_special_tokens"] = named | {"image_token": image}
+    _write_json(stage / TOKENIZER_CONFIG, settings)
+    template = ChatTemplate.load(stage)
+    if template is not None and not template.accepts_lists(tokenizer.special_tokens):
+        (stage / CHAT_TEMPLATE).write_text(_flatten_content(image) + template.source)
+
+
+def _flatten_content(image: str) -> str:
+    """Returns Jinja code that turns messages of parts into messages of text.
+
+    An image becomes its token and a line end, as in the training.
+    """
+    part_text = f"{_quoted(image + chr(10))} if part['type'] == 'image' else part['text']"
+    return (
+        "{%- set flat = namespace(messages=[]) -%}"
+        "{%- for message in messages -%}{%- set flat.content = message['content'] -%}"
+        "{%- if flat.content is not string -%}{%- set parts, flat.content = flat.content, '' -%}"
+        f"{{%- for part in parts -%}}"
+        f"{{%- set flat.content = flat.content + ({part_text}) -%}}{{%- endfor -%}}{{%- endif -%}}"
+        "{%- set flat.messages = flat.messages"
+        " + [{'role': message['role'], 'content': flat.content}] -%}"
+        "{%- endfor -%}{%- set messages = flat.messages -%}"
+    )
 
 
 def _write_text_files(
@@ -115,7 +158,7 @@ def _write_text_files(
     )
     bos_text = texts.get("bos_token", "") if template_adds_bos else ""
     template = chat_template(cfg, image_text, bos_text, texts["eos_token"])
-    (stage / "chat_template.jinja").write_text(template)
+    (stage / CHAT_TEMPLATE).write_text(template)
     return TokenIds(pad, image, eos, bos)
 
 
@@ -126,10 +169,7 @@ def has_image_placeholder(cfg: Experiment) -> bool:
 
 def _image_id(backend: Tokenizer, image: int) -> int:
     """Returns the id of the image token; adds one if the tokenizer has another token at `image`."""
-    if backend.id_to_token(image) in IMAGE_TOKENS:
-        return image
-    backend.add_special_tokens([AddedToken(IMAGE_TOKENS[0], normalized=False, special=True)])
-    return backend.token_to_id(IMAGE_TOKENS[0])
+    return image if backend.id_to_token(image) in IMAGE_TOKENS else add_image_token(backend)
 
 
 def _bos_id(cfg: Experiment) -> int | None:

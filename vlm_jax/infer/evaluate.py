@@ -261,7 +261,7 @@ class Answerer:
         batch = questions.question_batch(
             cfg, tokenizer, examples, image_sources, self.row_length, self.image_rows
         )
-        sampling = SamplingParams(eos=(cfg.data.eos_id,))
+        sampling = SamplingParams(eos=tokenizer.eos_ids)
         try:
             with jax.set_mesh(self.mesh):
                 batch = sharding.place_rows(batch, self.mesh)

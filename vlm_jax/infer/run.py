@@ -127,7 +127,7 @@ class RunProcessor:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """Ids of the tokens that end an answer."""
-        return (self.tokenizer.eos_id,)
+        return self.tokenizer.eos_ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of an answer up to its end token, without surrounding whitespace."""

@@ -54,6 +54,7 @@ TAKEN_OVER = (
     "vision.resample",
     "vision.rgb_conversion",
     "data.special_ids",
+    "data.template",
 )
 
 

@@ -33,8 +33,11 @@ Message = Mapping[str, Any]
 
 
 class ChatTemplate:
+    """Compiled chat template; `source` is its Jinja code."""
+
     def __init__(self, source: str, path: Path):
         """Compiles a template. Raises CheckpointError, which names `path`, if it is not valid."""
+        self.source = source
         self._path = path
         self._environment = BoundedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]

@@ -19,7 +19,12 @@ from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.hub.load import read_start_id
 from vlm_jax.hub.tensors.folder import read_json
 from vlm_jax.hub.text.chat_template import ChatTemplate
-from vlm_jax.hub.text.prompt_formats import EncoderDecoderFormat, TextFormat, load_prompt_format
+from vlm_jax.hub.text.prompt_formats import (
+    EncoderDecoderFormat,
+    PlaceholderFormat,
+    TextFormat,
+    load_prompt_format,
+)
 from vlm_jax.hub.text.tokenizer import HubTokenizer, are_ids
 from vlm_jax.hub.text.tokenizer_files import CONFIG
 
@@ -68,6 +73,8 @@ class Dialogue:
                 f"{folder} names no end-of-text token: set eos_token in tokenizer_config.json."
             )
         text_format = load_prompt_format(folder, tokenizer)
+        if has_images and type(text_format) is TextFormat:
+            text_format = PlaceholderFormat.of(tokenizer)
         # The other two ids are found by rendering a conversation without them.
         dialogue = cls(tokenizer, template, text_format, (), eos_ids[0], eos_ids)
         if isinstance(text_format, EncoderDecoderFormat):

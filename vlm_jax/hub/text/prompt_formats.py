@@ -113,6 +113,22 @@ class TextFormat:
 
 
 @dataclass(frozen=True)
+class PlaceholderFormat(TextFormat):
+    """Prompt format of a text decoder that was combined with an encoder for images.
+
+    `tokenizer` has one token for the placeholder.
+    """
+
+    image_token: str
+
+    @classmethod
+    def of(cls, tokenizer: HubTokenizer) -> "PlaceholderFormat":
+        """Adds an image token to the tokenizer unless it has one."""
+        image_id = tokenizer.add_image_token()
+        return cls(tokenizer, tokenizer.id_to_token(image_id))
+
+
+@dataclass(frozen=True)
 class LlavaFormat(TextFormat):
     """`images` of a prompt: (height, width) of each in pixels."""
 

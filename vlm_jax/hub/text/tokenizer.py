@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 
 from vlm_jax.config import CheckpointError
 from vlm_jax.hub.tensors.folder import existing_folder
@@ -92,6 +92,10 @@ class HubTokenizer:
         ids = map(self._backend.token_to_id, names)
         return next((i for i in ids if i is not None), None)
 
+    def add_image_token(self) -> int:
+        """Adds an image placeholder unless there is one; returns its id."""
+        return add_image_token(self._backend) if self.image_id is None else self.image_id
+
     @property
     def newline_id(self) -> int | None:
         """Id of the token that ends a row of image tokens: |NEWLINE|, else a line end."""
@@ -164,6 +168,12 @@ class HubTokenizer:
         decode = functools.partial(self.decode, skip_special_tokens=skip_special_tokens)
         # Two more words may still remove a space: "do n ' t" becomes "don't".
         return TextStream(decode, withheld_words=2 if self.cleans_up_spaces else 0)
+
+
+def add_image_token(backend: Tokenizer) -> int:
+    """Adds an image placeholder to a pipeline; returns its id."""
+    backend.add_special_tokens([AddedToken(IMAGE_TOKENS[0], normalized=False, special=True)])
+    return backend.token_to_id(IMAGE_TOKENS[0])
 
 
 class TextStream:

@@ -143,21 +143,25 @@ class Server:
         try:
             start = time.monotonic()
             fields = parse_body(await self._read_body(request))
-            async with self._encoding:
-                parsed, prompt, length = await asyncio.to_thread(self._encode, fields)
-            loop, events = asyncio.get_running_loop(), asyncio.Queue()
-
-            def emit(event) -> None:
-                # The loop is closed if the server was stopped by force.
-                with contextlib.suppress(RuntimeError):
-                    loop.call_soon_threadsafe(events.put_nowait, event)
-
-            deadline = start + limits.time_limit_seconds
-            job = Job(prompt, length, parsed.options, parsed.logprobs, emit, deadline)
-            self._engine.submit(job)
-            return Answer(parsed, job, events, start)
+            with self._engine.expect_job():
+                return await self._submit(fields, start)
         finally:
             self._pending -= 1
+
+    async def _submit(self, fields, start: float) -> Answer:
+        async with self._encoding:
+            parsed, prompt, length = await asyncio.to_thread(self._encode, fields)
+        loop, events = asyncio.get_running_loop(), asyncio.Queue()
+
+        def emit(event) -> None:
+            # The loop is closed if the server was stopped by force.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        deadline = start + self._engine.limits.time_limit_seconds
+        job = Job(prompt, length, parsed.options, parsed.logprobs, emit, deadline)
+        self._engine.submit(job)
+        return Answer(parsed, job, events, start)
 
     async def _read_body(self, request: Request) -> bytes:
         limit, body = self._engine.limits.max_body_bytes, bytearray()

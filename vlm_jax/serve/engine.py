@@ -5,11 +5,12 @@ tokens and cache slots, so that few programs are compiled. A row has its own sam
 end. A batch ends when all its rows have; then the next requests are gathered.
 """
 
+import contextlib
 import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import jax
@@ -26,7 +27,8 @@ from vlm_jax.structs import Batch
 
 LEAST_TOKENS = 32  # of a prompt, rounded up to a power of two
 LEAST_SLOTS = 64  # of a cache, rounded up to a power of two
-GATHER_SECONDS = 0.005  # for requests that arrive together
+ARRIVE_SECONDS = 0.005  # between requests that arrive together
+ENCODE_SECONDS = 0.25  # at most, for requests that are being encoded
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Engine:
         self._params = params
         self._blocks = rows.decoder_blocks(model.cfg, params)
         self._queue: deque[Job] = deque()
+        self._encoding = 0  # requests that will be submitted soon
         self._changed = threading.Condition()
         self._is_closing = False
         self.batches: dict[int, int] = {}
@@ -99,6 +102,18 @@ class Engine:
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
+
+    @contextlib.contextmanager
+    def expect_job(self) -> Iterator[None]:
+        """Announces a job that is encoded meanwhile, so that the next batch waits for it."""
+        with self._changed:
+            self._encoding += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._encoding -= 1
+                self._changed.notify()
 
     def submit(self, job: Job) -> None:
         """Adds a job to the queue.
@@ -141,8 +156,9 @@ class Engine:
         with self._changed:
             while not self._queue and not self._is_closing:
                 self._changed.wait()
-        time.sleep(GATHER_SECONDS)
+        time.sleep(ARRIVE_SECONDS)
         with self._changed:
+            self._changed.wait_for(self._has_batch, ENCODE_SECONDS)
             jobs: list[Job] = []
             others: list[Job] = []
             for job in self._queue:
@@ -151,6 +167,9 @@ class Engine:
                 (jobs if is_next else others).append(job)
             self._queue = deque(others)
         return jobs
+
+    def _has_batch(self) -> bool:
+        return not self._encoding or len(self._queue) >= self.limits.max_batch
 
     def _answer(self, jobs: list[Job]) -> None:
         """Generates the answers to the prompts of a batch."""

@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/all.py [--only train_step decode ...]
 
-Takes up to 20 minutes on two cores; leave the machine alone meanwhile. The results go to
+Takes 20 to 30 minutes on two cores; leave the machine alone meanwhile. The results go to
 `experiments/benchmarks/results/cpu/PROCESSOR.json`, with the machine and its load before and after.
 The table of the document has one column for each of these files. `--table` writes it anew without
 measuring.
@@ -48,35 +48,46 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only write the document's table")
     options = parser.parse_args()
     if not options.table:
-        measured = measure(options.only)
-        file = RESULTS / f"{slug(measured['machine'])}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(measured, indent=1) + "\n")
-        print(f"Wrote {file.relative_to(ROOT)}.")
+        failed = measure(options.only)
+        if failed:
+            raise SystemExit(f"failed, and keep their earlier results: {', '.join(failed)}")
     DOCUMENT.write_text(with_table(DOCUMENT.read_text(), table(load())))
     print(f"Wrote the table of {DOCUMENT.relative_to(ROOT)}.")
 
 
-def measure(names: list[str]) -> dict:
-    """Runs the benchmarks one after the other; returns their results by script."""
-    start, load_before, results = time.monotonic(), os.getloadavg()[0], {}
+def measure(names: list[str]) -> list[str]:
+    """Runs the benchmarks one after the other; returns the names of those that failed.
+
+    The processor's file is written after each of them. Earlier results of the same processor stay
+    where a benchmark was not run or failed.
+    """
+    start, load_before, failed = time.monotonic(), os.getloadavg()[0], []
+    machine = report.machine()
+    file = RESULTS / f"{slug(machine)}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(file.read_text())["results"] if file.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            file = Path(folder) / f"{name}.json"
-            command = [sys.executable, HERE / f"{name}.py", *BENCHMARKS[name], "--json", file]
+            output = Path(folder) / f"{name}.json"
+            command = [sys.executable, HERE / f"{name}.py", *BENCHMARKS[name], "--json", output]
             print(f"{time.monotonic() - start:5.0f} s  {name}", flush=True)
-            subprocess.run(command, cwd=ROOT, check=True)
-            results[name] = json.loads(file.read_text())
-    return {
-        "machine": report.machine(),
-        "date": date.today().isoformat(),
-        "commit": commit(),
-        "load_before": load_before,
-        # Includes the load of the benchmarks themselves.
-        "load_after": os.getloadavg()[0],
-        "seconds": round(time.monotonic() - start),
-        "results": results,
-    }
+            if subprocess.run(command, cwd=ROOT).returncode:
+                failed.append(name)
+                continue
+            results[name] = json.loads(output.read_text())
+            measured = {
+                "machine": machine,
+                "date": date.today().isoformat(),
+                "commit": commit(),
+                "load_before": load_before,
+                # Includes the load of the benchmarks themselves.
+                "load_after": os.getloadavg()[0],
+                "seconds": round(time.monotonic() - start),
+                "results": results,
+            }
+            file.write_text(json.dumps(measured, indent=1) + "\n")
+            print(f"Wrote {file.relative_to(ROOT)}.")
+    return failed
 
 
 def commit() -> str:

@@ -45,6 +45,7 @@ class Photographs:
 
     def __init__(self, records):
         self._records, self._images = records, [photograph(seed) for seed in range(PHOTOGRAPHS)]
+        self.title = "photographs"
 
     def __len__(self) -> int:
         return len(self._records)

@@ -34,10 +34,12 @@ class Server:
         self.first = self._answer()
 
     def _answer(self) -> dict:
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("the process of a side ended; its output is above")
-        return json.loads(line)
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+            # Output before `serve`, such as the progress of preparing a dataset.
+            print(line, end="", file=sys.stderr)
+        raise SystemExit("the process of a side ended; its output is above")
 
     def ask(self, question) -> dict:
         self._process.stdin.write(json.dumps(question) + "\n")

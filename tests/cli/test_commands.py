@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import vlm_jax
 from vlm_jax import config
 from vlm_jax.cli import generate
 from vlm_jax.cli.data import DATA_OPTIONS
@@ -445,6 +446,10 @@ def test_a_reader_that_has_ended_ends_the_command_in_silence(arguments):
     assert (process.returncode, process.stderr) == (141, b"")
 
 
+def test_the_version_is_printed(capsys):
+    assert run(["--version"], capsys) == (0, f"{vlm_jax.__version__}\n", "")
+
+
 def test_no_arguments_at_all_show_the_usage_with_exit_code_2(capsys):
     code, out, _ = run([], capsys)
     assert code == 2
@@ -459,6 +464,11 @@ def test_no_arguments_at_all_show_the_usage_with_exit_code_2(capsys):
             OSError(28, "No space left on device", "a.json"),
             1,
             "error: [Errno 28] No space left on device: 'a.json'\n",
+        ),
+        (
+            ModuleNotFoundError("No module named 'tyro'", name="tyro"),
+            2,
+            "error: the package tyro is not installed: pip install -r requirements.txt.\n",
         ),
     ],
 )

@@ -15,6 +15,11 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
         # An OSError, such as a full disk, names its file.
         case OSError() | RunError():
             return 1, f"error: {error}"
+        case ModuleNotFoundError():
+            return 2, (
+                f"error: the package {error.name} is not installed: "
+                "pip install -r requirements.txt."
+            )
         case preemption.Preempted():
             return preemption.RESUME_ME, str(error)
         case KeyboardInterrupt():

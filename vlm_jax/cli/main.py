@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 
+import vlm_jax
 from vlm_jax.cli.chat import chat
 from vlm_jax.cli.checkpoints import export, verify
 from vlm_jax.cli.data import DATA, DATA_OPTIONS, data
@@ -51,6 +52,7 @@ commands:
   diff      A.py B.py: print the fields in which two configs differ
 
 help:
+  python run.py --version                           the version of vlm_jax
   python run.py COMMAND --help                      the options of a command
   python run.py COMMAND --config FILE --help        every field, with its value"""
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -106,6 +108,9 @@ def _run_command(arguments: list[str]) -> int:
         if not arguments:
             print(USAGE)
             return 2
+        if arguments == ["--version"]:
+            print(vlm_jax.__version__)
+            return 0
         if command in ("", *HELP) and _asks_for_help(rest):
             print(format_help(command, *HELP[command]) if command else USAGE)
             return 0
@@ -118,7 +123,7 @@ def _run_command(arguments: list[str]) -> int:
         return COMMANDS[command](rest)
     except BrokenPipeError:
         raise
-    except (UserError, RunError, OSError, KeyboardInterrupt) as error:
+    except (UserError, RunError, OSError, ModuleNotFoundError, KeyboardInterrupt) as error:
         code, message = describe_failure(error)
         print(message, file=sys.stderr)
         return code

@@ -144,11 +144,14 @@ def main() -> None:
         key: [turn["vlm_jax"][key] / turn["transformers"][key] for turn in turns]
         for key in MEASURED
     }
-    unit = "times transformers'"
     results = [
-        Result.of("loading a checkpoint: seconds", unit, ratios["seconds"]),
-        Result.of("loading a checkpoint: process to first logits", unit, ratios["process_seconds"]),
-        Result.of("loading a checkpoint: peak memory", unit, ratios["peak_bytes"]),
+        Result.of("loading a checkpoint", "times transformers' seconds", ratios["seconds"]),
+        Result.of(
+            "start of Python to first logits",
+            "times transformers' seconds",
+            ratios["process_seconds"],
+        ),
+        Result.of("loading a checkpoint", "times transformers' peak memory", ratios["peak_bytes"]),
     ]
     report.write(results, options.json)
 

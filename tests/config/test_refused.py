@@ -168,6 +168,10 @@ REFUSED = [
         "fusion.prefix bidirectional .* data.questions_per_row 3",
     ),
     (
+        {"fusion_kind": "cross_attention", "fusion_prefix": "bidirectional_images"},
+        "fusion.prefix bidirectional_images .* fusion.kind cross_attention .* unified or hybrid",
+    ),
+    (
         {"vision_tiles": 8},
         r"decoder.max_positions 64 has no room for the 45 image tokens of a row "
         r"\(vision.tiles 8\) .* at least 69",

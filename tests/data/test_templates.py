@@ -204,6 +204,15 @@ def test_a_bidirectional_prefix_ends_where_the_first_answer_begins(tokenizer):
     assert fields["block_ids"].tolist() == [1] * prefix + [0] * (len(fields["tokens"]) - prefix)
 
 
+def test_every_image_is_a_block_of_its_own(tokenizer):
+    cfg = experiment()
+    cfg = replace(cfg, fusion=replace(cfg.fusion, prefix="bidirectional_images"))
+    fields = templates.encode(cfg, tokenizer, TURNS, (1, 1))
+    blocks = fields["block_ids"]
+    assert (blocks == 0).tolist() == (fields["image_token_index"] == NO_IMAGE).tolist()
+    assert blocks[blocks > 0].tolist() == [1] * cfg.image_tokens + [2] * cfg.image_tokens
+
+
 def test_a_prompt_is_the_start_of_its_conversation(tokenizer):
     cfg = experiment(template="vicuna", bos_id=7)
     fields = templates.encode(cfg, tokenizer, TURNS[:2], (1,))

@@ -14,6 +14,7 @@ IMAGE = 999  # beyond the vocabulary, as PaliGemma's may be
 N = NO_IMAGE
 CFG = tiny("unified")  # images of 16 px, 4 tokens each
 PALIGEMMA = replace(CFG, fusion=Fusion("unified", prefix="bidirectional"))
+GEMMA3 = replace(CFG, fusion=Fusion("unified", prefix="bidirectional_images"))
 FUYU = variants()["encoder_free"]
 
 
@@ -116,6 +117,15 @@ def test_the_prefix_is_one_block_without_the_padding(types, block):
     arrays |= {} if types is None else {"token_type_ids": np.array(types)}
     assert to_batch(PALIGEMMA, arrays, IMAGE).block_ids.tolist() == [block]
     assert to_batch(CFG, arrays, IMAGE).block_ids is None
+
+
+def test_every_run_of_image_tokens_is_a_block_of_gemma_3():
+    arrays = {"input_ids": ids_of("tttttt"), "token_type_ids": np.array([[1, 0, 1, 1, 0, 1]])}
+    assert to_batch(GEMMA3, arrays, IMAGE).block_ids.tolist() == [[1, 0, 2, 2, 0, 3]]
+    padded = arrays | {"attention_mask": np.array([[0, 0, 1, 1, 1, 1]])}
+    assert to_batch(GEMMA3, padded, IMAGE).block_ids.tolist() == [[0, 0, 1, 1, 0, 2]]
+    del arrays["token_type_ids"]
+    assert to_batch(GEMMA3, arrays, IMAGE).block_ids is None
 
 
 @pytest.mark.parametrize(

@@ -271,6 +271,21 @@ def test_a_block_is_seen_whole_through_a_sliding_window():
     """)
 
 
+def test_a_window_may_also_limit_a_block():
+    """The sliding layers of Gemma 3: an image of four tokens and a window of three."""
+    row = batch([1] * 6, [0] * 6).replace(
+        positions=jnp.arange(6)[None], block_ids=jnp.asarray([[0, 1, 1, 1, 1, 0]])
+    )
+    assert drawn(self_attention_mask(row, window=3, limits_blocks=True)) == picture("""
+        1 . . . . .
+        1 1 1 1 1 .
+        1 1 1 1 1 .
+        . 1 1 1 1 .
+        . . 1 1 1 .
+        . . . 1 1 1
+    """)
+
+
 def test_a_sliding_window_counts_positions_and_so_leaves_packed_questions_alone():
     """Two questions about a trunk of two: the second window reaches the trunk past the first."""
     row = batch([1] * 6, [0, 0, 1, 1, 2, 2]).replace(positions=jnp.asarray([[0, 1, 2, 3, 2, 3]]))

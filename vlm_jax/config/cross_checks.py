@@ -217,6 +217,12 @@ def _fusion(cfg: Experiment) -> None:
             "vision.resize pad with vision.tile_layouts works only with cross-attention, not with "
             f"fusion.kind {fusion.kind}: set it to squash."
         )
+    if fusion.has_image_blocks and not fusion.image_in_sequence:
+        raise ConfigError(
+            "fusion.prefix bidirectional_images needs image tokens in the sequence, which "
+            f"fusion.kind {fusion.kind} does not have: set it to causal, or choose fusion.kind "
+            f"{_styles(lambda style: style.image_in_sequence)}."
+        )
     unused = [name for name in fusion.unused if _is_changed(fusion, name)]
     if unused:
         name = unused[0]

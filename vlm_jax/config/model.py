@@ -264,8 +264,9 @@ FUSION_STYLES = {
 @dataclass(frozen=True)
 class Fusion:
     kind: "Literal[tuple(FUSION_STYLES)]" = "unified"  # how image tokens reach the decoder
-    #: bidirectional: prefix-LM attention over image and prompt (PaliGemma)
-    prefix: Literal["causal", "bidirectional"] = "causal"
+    #: tokens that attend to each other in both directions: none; image and prompt, as the prefix of
+    #: a prefix-LM (PaliGemma); or the tokens of an image, as far as sliding windows reach (Gemma 3)
+    prefix: Literal["causal", "bidirectional", "bidirectional_images"] = "causal"
     #: cross_attention, hybrid: k: a cross-attention block before decoder blocks 0, k, 2k, ...
     cross_every: int = 1
     #: cross_attention, hybrid: cross-attention blocks before these decoder blocks instead;
@@ -303,6 +304,16 @@ class Fusion:
     def is_prefix_lm(self) -> bool:
         """True if image and prompt are a prefix with bidirectional attention."""
         return self.prefix == "bidirectional"
+
+    @property
+    def has_image_blocks(self) -> bool:
+        """True if the tokens of each image attend to each other in both directions."""
+        return self.prefix == "bidirectional_images"
+
+    @property
+    def has_blocks(self) -> bool:
+        """True if some tokens attend to each other in both directions."""
+        return self.is_prefix_lm or self.has_image_blocks
 
     @property
     def splits_views(self) -> bool:

@@ -80,6 +80,11 @@ def offset_ids(ids: np.ndarray, offset: np.ndarray | int) -> np.ndarray:
     return np.where(ids == NO_IMAGE, NO_IMAGE, ids + offset).astype(np.int32)
 
 
+def image_blocks(cfg: Experiment, image_token_index: np.ndarray) -> np.ndarray:
+    """Returns `Batch.block_ids` in which the tokens of each view of an image are a block."""
+    return (image_token_index // cfg.image_tokens + 1).astype(np.int32)
+
+
 def restrict_tags(image_mask: np.ndarray, image_tags: np.ndarray) -> np.ndarray:
     """Restricts a tag to the view that it names.
 

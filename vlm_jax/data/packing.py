@@ -152,7 +152,7 @@ def row_capacity(cfg: Experiment) -> tuple[dict[str, int], dict[str, int]]:
     padding |= {name: FILL[name] for name in ("image_token_index", "image_tags", "loss_weights")}
     if cfg.fusion.placeholder:
         padding["images_from"] = 0
-    if cfg.fusion.is_prefix_lm:
+    if cfg.fusion.has_blocks:
         padding["block_ids"] = FILL["block_ids"]
     lengths = dict.fromkeys(padding, cfg.row_length) | {"images": cfg.data.images_per_row}
     return lengths, padding

@@ -31,7 +31,14 @@ from vlm_jax.data.conversation_parts import (
     template_parts,
 )
 from vlm_jax.data.conversations import Conversation, Conversations
-from vlm_jax.data.fields import Fields, concat_fields, image_fields, pad_left, restrict_tags
+from vlm_jax.data.fields import (
+    Fields,
+    concat_fields,
+    image_blocks,
+    image_fields,
+    pad_left,
+    restrict_tags,
+)
 from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.data.tiling import view_mask
 from vlm_jax.data.tokenizer import Tokenizer
@@ -106,6 +113,8 @@ def encode(
     if cfg.fusion.is_prefix_lm:
         # The tokens before the first answer.
         fields["block_ids"] = (np.cumsum(is_scored) == 0).astype(np.int32)
+    if cfg.fusion.has_image_blocks:
+        fields["block_ids"] = image_blocks(cfg, fields["image_token_index"])
     return fields
 
 

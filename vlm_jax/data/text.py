@@ -29,6 +29,7 @@ from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data.fields import (
     Fields,
     concat_fields,
+    image_blocks,
     image_fields,
     pad_left,
     pad_row,
@@ -179,7 +180,7 @@ def _segment(cfg: Experiment, tiles: Sequence[int], branches: Sequence[Sequence[
     image_mask = np.broadcast_to(
         view_mask(tiles, cfg.vision), (size, len(tiles) * cfg.vision.views)
     )  # (N, I)
-    return {
+    segment = {
         "tokens": fields["tokens"],
         "positions": np.arange(size) - np.repeat(starts, lengths),
         "segment_ids": np.ones_like(fields["tokens"]),
@@ -187,3 +188,6 @@ def _segment(cfg: Experiment, tiles: Sequence[int], branches: Sequence[Sequence[
         "image_token_index": fields["image_token_index"],
         "image_mask": restrict_tags(image_mask, fields["image_tags"]),
     }
+    if cfg.fusion.has_image_blocks:
+        segment["block_ids"] = image_blocks(cfg, fields["image_token_index"])
+    return segment

@@ -59,7 +59,7 @@ def to_batch(
         segment_ids=is_token.astype(np.int32),
         image_token_index=np.full_like(ids, NO_IMAGE),
         image_mask=np.zeros((*ids.shape, 0), bool),
-        block_ids=_blocks(arrays, is_token) if cfg.fusion.is_prefix_lm else None,
+        block_ids=_blocks(cfg.fusion, arrays, is_token),
     )
     # The older name of Fuyu's images.
     if "image_patches" in arrays:
@@ -190,10 +190,21 @@ def _positions(
     return np.broadcast_to(np.arange(is_token.shape[1], dtype=np.int32) + first, is_token.shape)
 
 
-def _blocks(arrays: Arrays, is_token: np.ndarray) -> np.ndarray:
-    """Block ids: 1 for the prefix, whose `token_type_ids` are 0 (by default: every token)."""
-    types = np.asarray(arrays.get("token_type_ids", np.zeros_like(is_token)))
-    return (is_token & (types == 0)).astype(np.int32)
+def _blocks(fusion: Fusion, arrays: Arrays, is_token: np.ndarray) -> np.ndarray | None:
+    """Block ids by `token_type_ids`; None: attention is causal.
+
+    PaliGemma: 1 for the prefix, whose type is 0 (by default: every token). Gemma 3: 1, 2, ... for
+    runs of image tokens, whose type is 1; without types there is no block, as in transformers.
+    """
+    types = arrays.get("token_type_ids")
+    if fusion.is_prefix_lm:
+        types = np.zeros_like(is_token) if types is None else np.asarray(types)
+        return (is_token & (types == 0)).astype(np.int32)
+    if types is None or not fusion.has_image_blocks:
+        return None
+    is_image = is_token & (np.asarray(types) == 1)
+    begins = is_image & ~np.pad(is_image, ((0, 0), (1, 0)))[:, :-1]
+    return np.where(is_image, np.cumsum(begins, axis=1), 0).astype(np.int32)
 
 
 def channels_last(images: np.ndarray) -> np.ndarray:

@@ -45,13 +45,17 @@ def fuse(
     """
     has_memory = cfg.fusion.image_in_memory and batch.image_mask.shape[-1] > 0
     in_sequence = cfg.fusion.image_in_sequence and image is not None
-    window = cfg.decoder.sliding_window if cfg.decoder.sliding_layers else None
+    local_mask = None
+    if cfg.decoder.sliding_layers:
+        local_mask = self_attention_mask(
+            batch, cache, cfg.decoder.sliding_window, limits_blocks=cfg.fusion.has_image_blocks
+        )
     inputs = DecoderInputs(
         x=insert_image_tokens(text, image, batch.image_token_index) if in_sequence else text,
         positions=batch.positions,
         mask=self_attention_mask(batch, cache),
         causal_segments=causal_segments(batch, cache),
-        local_mask=None if window is None else self_attention_mask(batch, cache, window),
+        local_mask=local_mask,
     )
     if not has_memory:
         return inputs
@@ -94,7 +98,10 @@ def insert_image_tokens(
 
 
 def self_attention_mask(
-    batch: Batch, cache: Cache | None = None, window: int | None = None
+    batch: Batch,
+    cache: Cache | None = None,
+    window: int | None = None,
+    limits_blocks: bool = False,
 ) -> Bool[Array, "B 1 S T"]:
     """Attention mask over the tokens of the sequence, or over the T slots of the cache.
 
@@ -111,17 +118,21 @@ def self_attention_mask(
 
     With a `window` keys must be less than `window` positions before the token (Beltagy et al. 2020,
     section 3.1). Tokens of one block (`block_ids`) also attend to each other in both directions,
-    across branches and beyond the window.
+    across branches and, unless the window `limits_blocks`, beyond it (transformers,
+    `create_masks_for_vision_model` of models/gemma3).
     """
     keys, first_slot = (batch, 0) if cache is None else (cache, cache.index)
     slots = first_slot + jnp.arange(batch.tokens.shape[1])
     visible = (slots[:, None] >= jnp.arange(keys.segment_ids.shape[1]))[None]
     if batch.branch_ids is not None:
         visible &= _same(batch.branch_ids, keys.branch_ids) | (keys.branch_ids == TRUNK)[:, None]
+    reaches = True
     if window is not None:
-        visible &= batch.positions[:, :, None] - keys.positions[:, None] < window
+        reaches = batch.positions[:, :, None] - keys.positions[:, None] < window
+        visible &= reaches
     if batch.block_ids is not None:
-        visible |= _same(batch.block_ids, keys.block_ids) & (batch.block_ids > 0)[..., None]
+        in_block = _same(batch.block_ids, keys.block_ids) & (batch.block_ids > 0)[..., None]
+        visible |= in_block & reaches if limits_blocks else in_block
     visible &= _same(batch.segment_ids, keys.segment_ids) & (keys.segment_ids != PADDING)[:, None]
     return visible[:, None]
 

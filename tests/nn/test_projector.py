@@ -90,6 +90,21 @@ def test_a_square_is_as_large_as_the_factor():
     assert project(cfg, identity(1), NUMBERED)[0].tolist() == [[7.5]]
 
 
+@pytest.mark.parametrize("kind, width", [("pixel_shuffle", 32), ("average_pool", 8)])
+def test_merged_tokens_are_normalised_before_their_projection(kind, width):
+    """Gemma 3: RMSNorm of the averages, whose weights are stored less 1, and no bias."""
+    cfg = experiment(kind, width=width)
+    x = jnp.asarray(RNG.normal(size=(2, 16, 8)), jnp.float32)
+    merged = project(cfg, identity(width), x)
+    norm = {"norm": "rmsnorm_zero_centered", "norm_eps": 0.1, "bias": False}
+    cfg = replace(cfg, projector=replace(cfg.projector, **norm))
+    params = random_params(cfg, x)
+    assert set(params["linear"]) == {"kernel"}
+    rms = jnp.sqrt(jnp.square(merged).mean(-1, keepdims=True) + 0.1)
+    expected = merged / rms * (1 + params["norm"]["scale"]) @ params["linear"]["kernel"]
+    np.testing.assert_allclose(project(cfg, params, x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_linear_is_one_product_a_token():
     cfg, x = experiment("linear", width=4), jnp.asarray(RNG.normal(size=(2, 16, 8)), jnp.float32)
     params = random_params(cfg, x)

@@ -87,6 +87,7 @@ ABOVE = {
     "decoder.rope.theta": 0,
     "decoder.rope.local_theta": 0,
     "decoder.rope.factor": 0,
+    "projector.norm_eps": 0,
     **_for_stacks(norm_eps=0, query_scale=0, score_softcap=0),
 }
 AT_MOST = {
@@ -107,6 +108,7 @@ AT_MOST = {
     **_for_stacks(
         width=2**20, depth=4096, heads=2**16, mlp_width=2**22, kv_heads=2**16, head_dim=2**16
     ),
+    "projector.norm_eps": 1,
     **_for_stacks(norm_eps=1, score_softcap=1e6),
     "vision.image_size_px": 2**14,
     "vision.patch_size_px": 2**14,

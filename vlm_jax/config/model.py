@@ -10,6 +10,7 @@ from vlm_jax.config.errors import ConfigError
 CHANNELS = 3  # red, green, blue
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu2"]
+NormKind = Literal["layernorm", "rmsnorm", "rmsnorm_zero_centered"]
 
 
 # Sections of a model that may start from a checkpoint of their own.
@@ -28,7 +29,7 @@ class Transformer:
     head_dim: int | None = None  # H: head dimension; None: width / heads
     mlp_width: int = 512  # F: hidden dimension of the MLP
     #: rmsnorm_zero_centered: stores scale - 1 (Gemma)
-    norm: Literal["layernorm", "rmsnorm", "rmsnorm_zero_centered"] = "layernorm"
+    norm: NormKind = "layernorm"
     norm_eps: float = 1e-6  # added to the variance
     #: x + f(norm(x)), norm(x + f(x)), or x + norm(f(norm(x)))
     norm_position: Literal["pre", "post", "sandwich"] = "pre"
@@ -180,11 +181,13 @@ class ProjectorSpec:
     fields: tuple[str, ...] = ()  # settings of `Projector` that the class uses
 
 
+# Settings of projectors that merge squares of tokens.
+MERGING = ("factor", "norm", "norm_eps", "bias")
 PROJECTORS = {
     "linear": ProjectorSpec("Linear", fields=("bias",)),
     "mlp": ProjectorSpec("Mlp", fields=("bias", "activation")),
-    "pixel_shuffle": ProjectorSpec("PixelShuffle", tokens="squares", fields=("factor",)),
-    "average_pool": ProjectorSpec("AveragePool", tokens="squares", fields=("factor",)),
+    "pixel_shuffle": ProjectorSpec("PixelShuffle", tokens="squares", fields=MERGING),
+    "average_pool": ProjectorSpec("AveragePool", tokens="squares", fields=MERGING),
     "resampler": ProjectorSpec("Resampler", tokens="queries", fields=("queries", "depth", "heads")),
     "none": ProjectorSpec("Identity"),
 }
@@ -210,8 +213,12 @@ class Projector:
     #: checkpoint folder: its projector's settings and initial weights
     checkpoint: str = ""
     activation: Activation = "gelu"  # mlp: activation between its two layers
-    bias: bool = True  # linear, mlp: use biases
+    #: linear, mlp, pixel_shuffle, average_pool: use biases
+    bias: bool = True
     factor: int = 2  # pixel_shuffle, average_pool: factor x factor tokens become one
+    #: pixel_shuffle, average_pool: norm of the merged tokens, before their projection
+    norm: Literal["none", NormKind] = "none"
+    norm_eps: float = 1e-6  # pixel_shuffle, average_pool: added to the variance
     queries: int = 16  # resampler: number of output tokens
     depth: int = 2  # resampler: number of blocks
     heads: int = 4  # resampler: number of attention heads

@@ -59,6 +59,14 @@ class Identity(nn.Module):
         return x
 
 
+def _project_merged(cfg: Model, x: Tokens) -> Projected:
+    """Projects merged tokens, within a module; `projector.norm` normalises them first."""
+    projector = cfg.projector
+    if projector.norm != "none":
+        x = Norm(projector.norm, projector.norm_eps, letters="E", name="norm")(x)
+    return Dense("E D", (x.shape[-1], cfg.decoder.width), bias=projector.bias, name="linear")(x)
+
+
 class PixelShuffle(nn.Module):
     """Concatenates every f x f square of tokens into one, then projects it (Idefics3).
 
@@ -74,7 +82,7 @@ class PixelShuffle(nn.Module):
         x = einops.rearrange(
             x, "B (h f w g) E -> B (h w) (f g E)", h=rows // f, w=columns // f, f=f, g=f
         )
-        return Dense("E D", (x.shape[-1], self.cfg.decoder.width), name="linear")(x)
+        return _project_merged(self.cfg, x)
 
 
 class AveragePool(nn.Module):
@@ -92,7 +100,7 @@ class AveragePool(nn.Module):
         x = einops.reduce(
             x, "B (h f w g) E -> B (h w) E", "mean", h=rows // f, w=columns // f, f=f, g=f
         )
-        return Dense("E D", (x.shape[-1], self.cfg.decoder.width), name="linear")(x)
+        return _project_merged(self.cfg, x)
 
 
 class Resampler(nn.Module):

@@ -23,6 +23,7 @@ PARAMETERS = {
     "gemma_2b": 2_506_172_416,
     "llava_1_5_7b": 7_063_427_072,
     "paligemma_3b_224": 2_923_466_480,
+    "gemma3_4b": 4_300_079_472,
     "fuyu_8b": 9_408_238_592,
     "llama_3_2_11b_vision": 10_642_941_475,
 }
@@ -34,6 +35,7 @@ MODEL_TYPES = {
     "gemma_2b": "gemma",
     "llava_1_5_7b": "llava",
     "paligemma_3b_224": "paligemma",
+    "gemma3_4b": "gemma3",
     "fuyu_8b": "fuyu",
     "llama_3_2_11b_vision": "mllama",
 }

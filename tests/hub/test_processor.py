@@ -154,7 +154,7 @@ def test_a_caption_is_asked_for_as_transformers_asks(folder_of, pictures, name):
     assert ours.tokens.tolist() == [[folder.model.config.decoder_start_token_id]]
 
 
-@pytest.mark.parametrize("name", ["llava", "paligemma", "fuyu", "mllama"])
+@pytest.mark.parametrize("name", ["llava", "paligemma", "gemma3", "fuyu", "mllama"])
 def test_the_answer_about_images_is_that_of_transformers(folder_of, pictures, name, capsys):
     folder = folder_of(name)
     files = [pictures["turned"]] if name == "fuyu" else [pictures["turned"], pictures["alpha"]]
@@ -271,7 +271,13 @@ def test_an_end_that_is_no_id_is_refused(folder_of, tmp_path, end):
 
 
 @pytest.mark.parametrize(
-    "name, token", [("llava", "<image>"), ("mllama", "<|image|>"), ("paligemma", "<image>")]
+    "name, token",
+    [
+        ("llava", "<image>"),
+        ("mllama", "<|image|>"),
+        ("paligemma", "<image>"),
+        ("gemma3", "<start_of_image>"),
+    ],
 )
 def test_image_tokens_of_the_prompt_stay_where_they_are(folder_of, pictures, name, token):
     processor, files = processor_of(folder_of(name).path), [pictures["colour"], pictures["tall"]]

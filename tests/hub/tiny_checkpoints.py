@@ -17,6 +17,11 @@ from transformers import (
     FuyuForCausalLM,
     FuyuProcessor,
     Gemma2Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
@@ -90,6 +95,22 @@ QWEN3_CHAT = (
     "{% if m['role'] == 'assistant' and loop.index0 > last.question %}"
     "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# The system turn begins the first question; texts lose the white space around them.
+GEMMA3_CHAT = (
+    "{{ bos_token }}{% set first = namespace(text='', messages=messages) %}"
+    "{% if messages[0]['role'] == 'system' %}{% set first.messages = messages[1:] %}"
+    "{% if messages[0]['content'] is string %}"
+    "{% set first.text = messages[0]['content'] + '\n\n' %}{% else %}"
+    "{% set first.text = messages[0]['content'][0]['text'] + '\n\n' %}{% endif %}{% endif %}"
+    "{% for m in first.messages %}{{ '<start_of_turn>' }}"
+    "{{ 'model' if m['role'] == 'assistant' else m['role'] }}{{ '\n' }}"
+    "{{ first.text if loop.first else '' }}"
+    "{% if m['content'] is string %}{{ m['content'] | trim }}{% else %}"
+    "{% for part in m['content'] %}{% if part['type'] == 'image' %}{{ '<start_of_image>' }}"
+    "{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 LLAVA_CHAT = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
@@ -224,6 +245,28 @@ def paligemma2(path: Path) -> Folder:
     return paligemma(path, Gemma2Config, sliding_window=8, query_pre_attn_scalar=24)
 
 
+def gemma3(path: Path, template: str | None = GEMMA3_CHAT) -> Folder:
+    tokenizer = _tokenizer(path, tiny_tokenizers.gemma3)
+    images = Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
+    text = Gemma3TextConfig(
+        **TEXT,
+        head_dim=16,
+        vocab_size=1000,
+        sliding_window=3,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    config = Gemma3Config(
+        vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
+        text_config=text,
+        mm_tokens_per_image=4,
+        image_token_index=tokenizer.image_token_id,
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+    )
+    processor = Gemma3Processor(images, tokenizer, image_seq_length=4)
+    return _finished(Gemma3ForConditionalGeneration(config), processor, path, template)
+
+
 class FuyuImageProcessorPil(transformers.FuyuImageProcessorPil):
     def patchify_image(self, image, patch_size=None):
         """The processor hands tensors over, which the Pillow backend does not take."""
@@ -321,6 +364,7 @@ ABOUT_IMAGES = {
     "llava without a template": llava_without_a_template,
     "paligemma": paligemma,
     "paligemma 2": paligemma2,
+    "gemma3": gemma3,
     "fuyu": fuyu,
     "mllama": mllama,
 }

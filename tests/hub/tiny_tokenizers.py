@@ -302,6 +302,16 @@ def gemma(folder: Path, **settings) -> None:
     write(folder, config={"model_type": "gemma"}, tokenizer_config=settings)
 
 
+def gemma3(folder: Path) -> None:
+    names = {
+        "boi_token": "<start_of_image>",
+        "image_token": "<image_soft_token>",
+        "eoi_token": "<end_of_image>",
+    }
+    added = {str(i): token(text) for i, text in enumerate(names.values(), start=450)}
+    gemma(folder, added_tokens_decoder=added, extra_special_tokens=names)
+
+
 def xlm_roberta(folder: Path) -> None:
     """TrOCR's small ones."""
     path = folder / "sentencepiece.bpe.model"

@@ -152,15 +152,17 @@ def hf_greedy(pair: Pair, **inputs) -> np.ndarray:
     return sequences
 
 
-ONES = ("attention_mask", "decoder_attention_mask", "token_type_ids")  # of an answer's tokens
-
-
-def continued(inputs: dict[str, np.ndarray], sequences: np.ndarray) -> dict[str, np.ndarray]:
+def continued(
+    pair: Pair, inputs: dict[str, np.ndarray], sequences: np.ndarray
+) -> dict[str, np.ndarray]:
     """Extends the inputs of left-padded prompts to `sequences`, prompts and NEW answer tokens."""
+    # Of an answer's tokens: after PaliGemma's prefix they have type 1, which Gemma 3's images have.
+    values = {"attention_mask": 1, "decoder_attention_mask": 1}
+    values["token_type_ids"] = int(pair.cfg.fusion.is_prefix_lm)
     arrays = dict(inputs)
     for name, x in inputs.items():
-        if name in ONES:
-            arrays[name] = np.pad(x, ((0, 0), (0, NEW)), constant_values=1)
+        if name in values:
+            arrays[name] = np.pad(x, ((0, 0), (0, NEW)), constant_values=values[name])
         elif name == "cross_attention_mask":
             # Answers attend to the images of the last prompt token.
             arrays[name] = np.concatenate([x, np.repeat(x[:, -1:], NEW, axis=1)], axis=1)
@@ -172,7 +174,7 @@ def continued(inputs: dict[str, np.ndarray], sequences: np.ndarray) -> dict[str,
 def assert_greedy_tokens_are_equal(pair: Pair, **inputs) -> None:
     """Teacher forcing: every token that transformers generates is our most likely one."""
     sequences = hf_greedy(pair, **inputs)
-    logits = pair.logits(generating=True, **continued(inputs, sequences))
+    logits = pair.logits(generating=True, **continued(pair, inputs, sequences))
     np.testing.assert_array_equal(logits[:, -NEW - 1 : -1].argmax(-1), sequences[:, -NEW:])
 
 

@@ -237,6 +237,8 @@ def _write_processor(
         _write_json(stage / PREPROCESSOR, preprocessor)
         return
     preprocessor["processor_class"] = hf_processor.name
+    if hf_processor.image_processor:
+        preprocessor["image_processor_type"] = hf_processor.image_processor
     if hf_processor.counts_image_tokens:
         preprocessor["image_seq_length"] = cfg.image_tokens
     _write_json(stage / PREPROCESSOR, preprocessor)
@@ -244,6 +246,8 @@ def _write_processor(
     settings = {key: value for key, value in settings.items() if key != "image_processor"}
     if hf_processor.counts_patches:
         settings |= _patch_settings(cfg)
+    if hf_processor.counts_image_tokens:
+        settings["image_seq_length"] = cfg.image_tokens
     _write_json(stage / PROCESSOR, settings | {"processor_class": hf_processor.name})
 
 

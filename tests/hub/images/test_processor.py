@@ -98,6 +98,11 @@ CONFIGS = {
         "size": {"shortest_edge": 28},
         "crop_size": 24,
     },
+    "gemma3": {
+        "image_processor_type": "Gemma3ImageProcessor",
+        "size": {"height": 24, "width": 24},
+        "do_pan_and_scan": None,
+    },
     "llava": {"image_processor_type": "LlavaImageProcessor", **SMALL, "do_pad": True},
     "llava_unpadded": {"image_processor_type": "LlavaImageProcessor", **SMALL},
 }

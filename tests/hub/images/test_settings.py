@@ -261,6 +261,10 @@ def test_open_clip_resizes_in_the_images_own_mode(tmp_path, mode):
             {"image_processor_type": "MllamaImageProcessor", "max_image_tiles": 0},
             ["tiles is 0", "from 1 to 8192"],
         ),
+        (
+            {"image_processor_type": "Gemma3ImageProcessor", "do_pan_and_scan": True},
+            ["do_pan_and_scan is True", "must be false"],
+        ),
     ],
 )
 def test_settings_that_are_not_understood_are_named_with_the_choices(tmp_path, change, words):

@@ -36,6 +36,8 @@ CASES = {
     # Cross-attention and its gates are trained in full.
     "mllama with whole layers": (hub("mllama"), Lora(rank=3), "vision"),
     "fuyu": (hub("fuyu"), Lora(rank=3, targets=("decoder", "projector")), None),
+    # The projector, a parameter without a module of its own and a norm, is trained in full.
+    "gemma3": (hub("gemma3"), Lora(rank=3), "vision"),
 }
 
 
@@ -87,7 +89,9 @@ def test_the_projector_beside_adapters_is_saved_whole(tmp_path):
     assert adapter.config["base_model_name_or_path"] == str(tmp_path / "base")
 
 
-@pytest.mark.parametrize("name", ["llava", "paligemma", "fuyu", "mllama", "vit_gpt2", "trocr"])
+@pytest.mark.parametrize(
+    "name", ["llava", "paligemma", "gemma3", "fuyu", "mllama", "vit_gpt2", "trocr"]
+)
 def test_names_of_modules_are_the_inverse_of_those_of_the_table(name, tmp_path):
     getattr(tiny_checkpoints, name)(tmp_path)
     checkpoint, _ = load_checkpoint(tmp_path)
@@ -95,6 +99,14 @@ def test_names_of_modules_are_the_inverse_of_those_of_the_table(name, tmp_path):
     names = [module_name(family, row) for row in checkpoint.rows]
     assert list(family.normalize_names(names)) == [row.tensor for row in checkpoint.rows]
     assert names != [row.tensor for row in checkpoint.rows]
+
+
+def test_an_adapter_of_a_parameter_without_a_module_is_refused(tmp_path):
+    (tmp_path / "base").mkdir()
+    tiny_checkpoints.gemma3(tmp_path / "base")
+    run = run_of(tmp_path / "base", Lora(rank=2, targets=("projector",)), None)
+    with pytest.raises(CheckpointError, match="mm_input_projection_weight is a parameter"):
+        write_adapter(*run, tmp_path / "adapter")
 
 
 def test_a_folder_that_holds_an_adapter_is_refused(tmp_path):

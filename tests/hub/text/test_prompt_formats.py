@@ -12,6 +12,8 @@ from transformers import (
     CLIPImageProcessorPil,
     FuyuImageProcessorPil,
     FuyuProcessor,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
     LlavaProcessor,
     MllamaImageProcessorPil,
     MllamaProcessor,
@@ -206,6 +208,51 @@ def test_paligemma_without_images_and_without_a_stated_length(paligemma, tmp_pat
     assert image == [prompt_format.tokenizer.token_to_id("<image>")] * 16 + text
     message = refusal(prompt_format.prompt, "<image><image>", [None])
     assert "2 image tokens" in message and "1 images" in message
+
+
+# ---- Gemma 3: an image between its own tokens and empty lines
+
+
+@pytest.fixture
+def gemma3(tmp_path):
+    tokenizer = tokenizer_in(tmp_path, tiny.gemma3)
+    images = Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
+    return Gemma3Processor(images, tokenizer, image_seq_length=4)
+
+
+GEMMA3 = {"model_type": "gemma3", "mm_tokens_per_image": 4}
+GEMMA3_TEXTS = [
+    ("what is it?", 0),
+    ("<start_of_image>what is it?", 1),
+    ("<bos>user\n<start_of_image>\nwhat is it?", 1),
+    ("<start_of_image><start_of_image> A", 2),
+    ("a <start_of_image> b<start_of_image>\n", 2),
+]
+
+
+@pytest.mark.parametrize("text, count", GEMMA3_TEXTS)
+def test_gemma3(gemma3, text, count, tmp_path):
+    prompt_format = format_of(gemma3, tmp_path, **GEMMA3)
+    prompt = prompt_format.prompt(text, [None] * count, not text.startswith("<bos>"))
+    images = {"images": [[picture()] * count]} if count else {}
+    settings = {"add_special_tokens": not text.startswith("<bos>")}
+    assert_prompt(prompt, gemma3(text=[text], **images, **settings))
+    assert prompt.token_type_ids.sum() == 4 * count
+    assert not prompt.with_answer([5, 6]).token_type_ids[-2:].any()
+
+
+def test_gemma3_refuses_what_does_not_match(gemma3, tmp_path):
+    prompt_format = format_of(gemma3, tmp_path, **GEMMA3)
+    message = refusal(prompt_format.prompt, "<start_of_image>", [None] * 2)
+    assert "1 image tokens (<start_of_image>)" in message and "2 images" in message
+    tiny.write(tmp_path, config={"model_type": "gemma3"})
+    message = refusal(load_prompt_format, tmp_path, HubTokenizer.load(tmp_path))
+    assert message.startswith("processor_config.json: image_seq_length is 4, but")
+    tiny.write(tmp_path, config=GEMMA3)
+    settings = tiny.read(tmp_path, "tokenizer_config")
+    tiny.write(tmp_path, tokenizer_config={k: x for k, x in settings.items() if k != "eoi_token"})
+    message = refusal(load_prompt_format, tmp_path, HubTokenizer.load(tmp_path))
+    assert message.startswith("tokenizer_config.json: eoi_token is missing")
 
 
 # ---- Fuyu: rows of patches, <s>, the prompt, and what begins an answer

@@ -35,6 +35,7 @@ class HfProcessor:
       has_prompt_format: it writes prompts in its own format, without a chat template.
       counts_patches: it expands the image token by the encoder's patch size and class token.
       counts_image_tokens: it expands the image token by `image_seq_length`.
+      image_processor: the image processor class that it needs; empty: any.
     """
 
     name: str
@@ -46,6 +47,7 @@ class HfProcessor:
     has_prompt_format: bool = False
     counts_patches: bool = False
     counts_image_tokens: bool = False
+    image_processor: str = ""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,14 @@ from vlm_jax.config import CheckpointError
 from vlm_jax.hub.families.decoders import gemma, gpt2, llama, phi3
 from vlm_jax.hub.families.encoders import clip, dinov2, mllama_vision, open_clip, siglip, vit
 from vlm_jax.hub.families.family import Family, get_or
-from vlm_jax.hub.families.multimodal import encoder_decoder, fuyu, llava, mllama, paligemma
+from vlm_jax.hub.families.multimodal import (
+    encoder_decoder,
+    fuyu,
+    gemma3,
+    llava,
+    mllama,
+    paligemma,
+)
 from vlm_jax.hub.tensors.folder import existing_folder, read_json
 
 KNOWN = (
@@ -23,6 +30,7 @@ KNOWN = (
     gemma.GEMMA3,
     llava.LLAVA,
     paligemma.PALIGEMMA,
+    gemma3.GEMMA3,
     fuyu.FUYU,
     mllama.MLLAMA,
     vit.VIT,

@@ -88,6 +88,7 @@ DEFAULTS = {
     "FuyuImageProcessor": _SQUARE
     | {"size": {"height": 1080, "width": 1920}, "do_pad": True, "padding_value": 1.0},
     "MllamaImageProcessor": _SQUARE | {"do_convert_rgb": True, "do_pad": True},
+    "Gemma3ImageProcessor": _SQUARE | {"do_convert_rgb": True},
 }
 
 # `model_type` of config.json -> image processor class, if the file names none.
@@ -97,6 +98,7 @@ CLASS_OF_MODEL_TYPE = {
     "deit": "DeiTImageProcessor",
     "dinov2": "BitImageProcessor",
     "fuyu": "FuyuImageProcessor",
+    "gemma3": "Gemma3ImageProcessor",
     "llava": "LlavaImageProcessor",
     "mllama": "MllamaImageProcessor",
     "paligemma": "SiglipImageProcessor",
@@ -210,6 +212,8 @@ def _from_transformers(path: Path, values: dict) -> ImageSettings:
     kind = _processor_class(path, values)
     settings = DEFAULTS[kind] | {key: x for key, x in values.items() if x is not None}
     settings = {key: _checked(path, key, x) for key, x in settings.items()}
+    if kind == "Gemma3ImageProcessor" and settings.get("do_pan_and_scan"):
+        raise _refusal(path, "do_pan_and_scan", True, "false: crops of an image are not supported")
     default_to_square = settings.get("default_to_square", True)
     settings["size"] = _size(path, "size", settings["size"], default_to_square)
     fields = {key: x for key, x in settings.items() if key in ImageSettings.__dataclass_fields__}

@@ -60,8 +60,8 @@ def write_adapter(
       the model_type of the base model.
 
     Raises:
-      CheckpointError: no family has this architecture, a trained part has modules that PEFT cannot
-        save, or the output cannot be written.
+      CheckpointError: no family has this architecture, PEFT cannot save modules of a trained part
+        or an adapter, or the output cannot be written.
     """
     if (Path(output).expanduser() / CONFIG).exists():
         raise CheckpointError(f"--output {output} holds an adapter already: choose another folder.")
@@ -72,6 +72,11 @@ def write_adapter(
     layers = {}
     for name, row in rows.items():
         layer = _layer(cfg.lora, row, boxes, flat_params)
+        if layer is not None and not name.endswith(".weight"):
+            raise CheckpointError(
+                f"{name} is a parameter without a linear module, whose adapter PEFT cannot store: "
+                "export the merged model, without --adapter."
+            )
         if layer is not None:
             layers[name.removesuffix(".weight")] = layer
     saved = modules_to_save(cfg, rows, boxes)

@@ -100,12 +100,12 @@ class Dialogue:
         num_images = sum(message.count(IMAGE_PLACEHOLDER) for message in messages)
         if self.prompt_format.image_token:
             leading_images = 0
-            image_id = self.tokenizer.token_to_id(self.prompt_format.image_token)
+            image_id = self.tokenizer.token_to_id(self.prompt_format.slot_token)
             is_image = [i == image_id for i in ids]
             if sum(is_image) != num_images:
                 raise CheckpointError(
                     f"the chat template writes {sum(is_image)} image tokens "
-                    f"({self.prompt_format.image_token}) for the {num_images} images of a "
+                    f"({self.prompt_format.slot_token}) for the {num_images} images of a "
                     "conversation: set data.template to plain or vicuna."
                 )
         else:
@@ -132,7 +132,7 @@ class Dialogue:
         chat, spans = self._chat(messages, system), []
         whole, marked = self._render(chat), self.template.marked_spans
         if marked:
-            marked = _shift(marked, self._render_template(chat), whole)
+            marked = self._shift(marked, self._render_template(chat), whole)
         # White space after the last answer is neither part of it nor generated.
         if _is_answered(messages) and not self._is_closed(whole):
             whole = whole.rstrip()
@@ -208,14 +208,26 @@ class Dialogue:
                 text += message
             elif number:
                 eos = self.tokenizer.id_to_token(self.eos_id)
-                text += eos + self.prompt_format.follow_up(self._with_image_tokens(message))
+                text += eos + self.prompt_format.follow_up(self._image_texts(message))
             else:
                 has_images = IMAGE_PLACEHOLDER in message
-                text += self.prompt_format.frame(self._with_image_tokens(message), has_images)
+                text += self.prompt_format.frame(self._image_texts(message), has_images)
         return text, spans
 
     def _render(self, chat: list[dict[str, Any]]) -> str:
-        return self.prompt_format.frame(self._render_template(chat))
+        return self.prompt_format.frame(self.prompt_format.expand(self._render_template(chat)))
+
+    def _shift(
+        self, spans: list[tuple[int, int]], rendered: str, framed: str
+    ) -> list[tuple[int, int]]:
+        """Moves spans of a template's text to their characters in the framed text."""
+        expand = self.prompt_format.expand
+        moved = []
+        for start, end in spans:
+            moved.append((len(expand(rendered[:start])), len(expand(rendered[:end]))))
+        first = moved[0][0]
+        shift = framed.rindex(expand(rendered)[first:]) - first
+        return [(start + shift, end + shift) for start, end in moved]
 
     def _render_template(self, chat: list[dict[str, Any]]) -> str:
         """Text of the template alone, ready for an answer if the last message is a question."""
@@ -278,6 +290,10 @@ class Dialogue:
         parts = content_parts(question)
         return "".join(part.get("text", self.prompt_format.image_token) for part in parts)
 
+    def _image_texts(self, question: str) -> str:
+        """Replaces the placeholders of a question by the family's text of an image."""
+        return self.prompt_format.expand(self._with_image_tokens(question))
+
     def _is_closed(self, text: str) -> bool:
         """True if a text ends with an end-of-text token, up to white space."""
         return text.rstrip().endswith(tuple(map(self.tokenizer.id_to_token, self.eos_ids)))
@@ -327,13 +343,6 @@ def _is_inside(text: str, offset: tuple[int, int], spans: list[tuple[int, int]])
         if start < token_end and token_start < end:
             return not text[end:token_end].strip()
     return False
-
-
-def _shift(spans: list[tuple[int, int]], rendered: str, framed: str) -> list[tuple[int, int]]:
-    """Moves spans of a template's text to their characters in the framed text."""
-    first = spans[0][0]
-    shift = framed.rindex(rendered[first:]) - first
-    return [(start + shift, end + shift) for start, end in spans]
 
 
 def decoder_start_ids(folder: str | os.PathLike, tokenizer: HubTokenizer) -> tuple[int, ...]:

@@ -4,6 +4,8 @@ llava      <s> USER: <image> <image> <image> <image> what is it? ASSISTANT:
            N tokens for every <image> of the text
 paligemma  <image> <image> <image> <image> <bos> what is it? \\n
            N tokens for every image, at the start unless the text has placeholders
+gemma3     <bos> \\n\\n <start_of_image> N x <image_soft_token> <end_of_image> \\n\\n what is it?
+           <start_of_image> in the text marks an image
 fuyu       |SPEAKER| |SPEAKER| |NEWLINE| |SPEAKER| |SPEAKER| |NEWLINE| <s> what is it? <0x04>
            one token per patch, one per row of patches
 mllama     <|image|> <|begin_of_text|> what is it?
@@ -14,7 +16,7 @@ import itertools
 import os
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ import numpy as np
 from vlm_jax.config import CheckpointError, ConfigError
 from vlm_jax.hub.tensors.folder import read_json
 from vlm_jax.hub.tensors.mapped import all_nonnegative_ints
-from vlm_jax.hub.text.special_tokens import read_json_if_exists
+from vlm_jax.hub.text.special_tokens import TOKENIZER_CONFIG, read_json_if_exists
 from vlm_jax.hub.text.tokenizer import NEWLINE_TOKEN, HubTokenizer
 from vlm_jax.hub.text.tokenizer_files import CONFIG
 
@@ -49,17 +51,24 @@ class Prompt:
     """Token ids of one prompt and its attention inputs; T tokens, I images, J tiles."""
 
     input_ids: np.ndarray  # (T,) int32
-    token_type_ids: np.ndarray | None = None  # (T,) int32; 0: attends to the whole prompt
+    # (T,) int32. PaliGemma: 0: attends to the whole prompt. Gemma 3: 1: an image token.
+    token_type_ids: np.ndarray | None = None
+    answer_type: int = 0  # token_type_ids of an answer
     # (T, I, J) int32; 1: the token attends to this tile of this image.
     cross_attention_mask: np.ndarray | None = None
 
     def with_answer(self, ids: Sequence[int]) -> "Prompt":
         """Appends an answer, whose tokens attend to the same images as the prompt's last token."""
         types, mask, count = self.token_type_ids, self.cross_attention_mask, len(ids)
-        return Prompt(
-            np.concatenate([self.input_ids, _ids(ids)]),
-            None if types is None else np.pad(types, (0, count), constant_values=1),
-            None if mask is None else np.concatenate([mask, np.repeat(mask[-1:], count, axis=0)]),
+        if types is not None:
+            types = np.pad(types, (0, count), constant_values=self.answer_type)
+        if mask is not None:
+            mask = np.concatenate([mask, np.repeat(mask[-1:], count, axis=0)])
+        return replace(
+            self,
+            input_ids=np.concatenate([self.input_ids, _ids(ids)]),
+            token_type_ids=types,
+            cross_attention_mask=mask,
         )
 
 
@@ -85,6 +94,15 @@ class TextFormat:
     ) -> "TextFormat":
         """Builds the format from config.json, processor_config.json, preprocessor_config.json."""
         return cls(tokenizer)
+
+    @property
+    def slot_token(self) -> str:
+        """Text of the token that is repeated for the tokens of an image."""
+        return self.image_token
+
+    def expand(self, text: str) -> str:
+        """Replaces each image placeholder by the text of an image, with one `slot_token`."""
+        return text
 
     def frame(self, text: str, has_images: bool = True) -> str:
         """Adds the family's own tokens around a text with one placeholder per image."""
@@ -206,7 +224,7 @@ class PaliGemmaFormat(TextFormat):
             self.image_token, self.image_token * self.tokens_per_image
         )
         ids = _ids(self.tokenizer.encode(framed, add_special_tokens=False))
-        return Prompt(ids, token_type_ids=np.zeros_like(ids))
+        return Prompt(ids, token_type_ids=np.zeros_like(ids), answer_type=1)
 
     def frame(self, text, has_images=True):
         before, last, question = text.rpartition(self.image_token)
@@ -215,6 +233,53 @@ class PaliGemmaFormat(TextFormat):
 
     def follow_up(self, text):
         return f"{text}\n"
+
+
+@dataclass(frozen=True)
+class Gemma3Format(TextFormat):
+    """The sizes of images are ignored: each has the same number of tokens."""
+
+    tokens_per_image: int
+    soft_token: str
+    end_token: str
+    image_token: str
+    has_own_format = True
+
+    @classmethod
+    def read(cls, tokenizer, config, processor, images):
+        # The defaults of Gemma3Config and Gemma3Processor (transformers 5.23).
+        model_count = config.get("mm_tokens_per_image") or 256
+        count = processor.get("image_seq_length", 256)
+        if count != model_count:
+            raise CheckpointError(
+                f"{PROCESSOR}: image_seq_length is {count!r}, but the model encodes an image as "
+                f"{model_count} tokens."
+            )
+        names = ("image_token", "eoi_token", "boi_token")
+        missing = [name for name in names if name not in tokenizer.special_tokens]
+        if missing:
+            raise CheckpointError(
+                f"{TOKENIZER_CONFIG}: {missing[0]} is missing, but the text of an image has it."
+            )
+        return cls(tokenizer, count, *(tokenizer.special_tokens[name] for name in names))
+
+    @property
+    def slot_token(self):
+        return self.soft_token
+
+    def expand(self, text):
+        return self._with_images(text, self.soft_token)
+
+    def prompt(self, text, images=(), add_special_tokens=True):
+        _check_count(text, self.image_token, len(images))
+        soft_id = self.tokenizer.token_to_id(self.soft_token)
+        expanded = self._with_images(text, self.soft_token * self.tokens_per_image)
+        ids = _ids(self.tokenizer.encode(expanded, add_special_tokens))
+        return Prompt(ids, token_type_ids=(ids == soft_id).astype(np.int32))
+
+    def _with_images(self, text: str, tokens: str) -> str:
+        image = f"\n\n{self.image_token}{tokens}{self.end_token}\n\n"
+        return text.replace(self.image_token, image)
 
 
 @dataclass(frozen=True)
@@ -308,6 +373,7 @@ class EncoderDecoderFormat(TextFormat):
 FORMATS = {
     "llava": LlavaFormat,
     "paligemma": PaliGemmaFormat,
+    "gemma3": Gemma3Format,
     "fuyu": FuyuFormat,
     "mllama": MllamaFormat,
     "vision-encoder-decoder": EncoderDecoderFormat,

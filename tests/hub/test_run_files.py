@@ -309,19 +309,24 @@ def test_an_image_token_is_added_with_a_row_that_never_wins(runs):
     torch.testing.assert_close(head[rows], head[:rows].mean(0))
 
 
-def test_another_image_size_is_that_of_the_exported_processor(tmp_path):
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_another_image_size_is_that_of_the_exported_processor(name, tmp_path):
     folder = tmp_path / "whole"
     folder.mkdir()
     torch.manual_seed(0)
-    tiny_checkpoints.llava(folder)
+    getattr(tiny_checkpoints, name)(folder)
     config = tmp_path / "config.py"
     config.write_text(
         "from vlm_jax.config import Experiment\n\ndef get_config():\n    return Experiment()\n"
     )
     arguments = ["--config", config, "--checkpoint", folder, "--vision.image_size_px", 42]
     cfg = parse_experiment("train", list(map(str, arguments)), stored=False)
-    out = exported(cfg, tmp_path).folder
-    assert AutoProcessor.from_pretrained(out).image_processor.crop_size["height"] == 42
+    processor = AutoProcessor.from_pretrained(exported(cfg, tmp_path).folder)
+    if name == "llava":
+        assert processor.image_processor.crop_size["height"] == 42
+    else:
+        assert processor.image_processor.size["height"] == 42
+        assert processor.image_seq_length == cfg.image_tokens == 9
 
 
 def test_what_keeps_transformers_from_the_same_prompts_is_named():

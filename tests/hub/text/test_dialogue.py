@@ -188,6 +188,22 @@ def test_an_image_has_a_placeholder_where_the_family_writes_one(folder_of, name,
     assert (image_ids == [NO_TOKEN] * 2) != in_text
 
 
+def test_marked_answers_lie_between_the_texts_of_images(folder_of, tmp_path):
+    """Gemma 3's processor replaces the placeholders of the template by longer texts."""
+    source = (
+        "{{ bos_token }}{% for m in messages %}{% for part in m.content %}"
+        "{% if part.type == 'image' %}<start_of_image>{% elif m.role == 'user' %}{{ part.text }}"
+        "{% else %}{% generation %}{{ part.text }}|{% endgeneration %}{% endif %}"
+        "{% endfor %}{% endfor %}"
+    )
+    dialogue = dialogue_of("gemma3", folder_of("gemma3").path)
+    changed = replace(dialogue, template=ChatTemplate(source, tmp_path))
+    question = f"{IMAGE_PLACEHOLDER}\n{QUESTION}"
+    text, spans = changed.script([question, ANSWER, question, "blue"])
+    assert text.count("\n\n<start_of_image><image_soft_token><end_of_image>\n\n") == 2
+    assert [text[start:end] for start, end in spans] == [f"{ANSWER}|", "blue|"]
+
+
 def test_a_template_that_rewrites_questions_is_refused(folder_of, tmp_path):
     folder = folder_of("llama").path
     dialogue = dialogue_of("llama", folder)

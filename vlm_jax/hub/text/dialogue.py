@@ -208,10 +208,10 @@ class Dialogue:
                 text += message
             elif number:
                 eos = self.tokenizer.id_to_token(self.eos_id)
-                text += eos + self.prompt_format.follow_up(self._image_texts(message))
+                text += eos + self.prompt_format.follow_up(self._with_image_texts(message))
             else:
                 has_images = IMAGE_PLACEHOLDER in message
-                text += self.prompt_format.frame(self._image_texts(message), has_images)
+                text += self.prompt_format.frame(self._with_image_texts(message), has_images)
         return text, spans
 
     def _render(self, chat: list[dict[str, Any]]) -> str:
@@ -290,7 +290,7 @@ class Dialogue:
         parts = content_parts(question)
         return "".join(part.get("text", self.prompt_format.image_token) for part in parts)
 
-    def _image_texts(self, question: str) -> str:
+    def _with_image_texts(self, question: str) -> str:
         """Replaces the placeholders of a question by the family's text of an image."""
         return self.prompt_format.expand(self._with_image_tokens(question))
 

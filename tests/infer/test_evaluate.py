@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,11 +13,14 @@ from vlm_jax.data import questions
 from vlm_jax.data.questions import Question
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer import evaluate, samples
+from vlm_jax.infer.answer_loss import answer_losses
+from vlm_jax.infer.metrics.loss import AnswerLoss
 from vlm_jax.infer.metrics.predictions import read_predictions, score_predictions
 from vlm_jax.infer.metrics.scores import parse_score
 from vlm_jax.infer.metrics.table import METRICS, Metric
+from vlm_jax.nn.vlm import VLM
 from vlm_jax.runtime.workdir import Workdir
-from vlm_jax.testing import tiny
+from vlm_jax.testing import random_params, tiny
 
 QUESTIONS = [  # image, question, answer, type
     (0, "is it red ?", "yes", "yes_no"),
@@ -339,3 +343,35 @@ def test_a_question_is_asked_about_the_images_of_another_with_as_many():
     assert [i for i, question in enumerate(shown) if question.image_id == i] == [0], (
         "it is alone with no image"
     )
+
+
+def test_the_loss_of_the_right_answers_is_that_of_a_forward_pass(cfg, asked, tokenizer):
+    """In batches of two, of which the last is filled up; an end token follows each answer."""
+    cfg = replace(cfg, decoder=replace(cfg.decoder, tie_word_embeddings=False))
+    params = jax.device_put(random_params(cfg, 0.3))
+    shown = evaluate.shuffle_images(asked)
+    losses = answer_losses(cfg, params, tokenizer, asked, shown)
+    batch = questions.question_batch(
+        cfg, tokenizer, asked, shown, answers=[question.answer for question in asked]
+    )
+    logits = VLM(cfg.model).apply({"params": params}, jax.device_put(batch)).logits
+    log_probs = jax.nn.log_softmax(logits)
+    for row, (question, loss) in enumerate(zip(asked, losses, strict=True)):
+        ids = [*tokenizer.encode(question.answer), tokenizer.eos_id]
+        slots = range(batch.tokens.shape[1] - len(ids) - 1, batch.tokens.shape[1] - 1)
+        expected = -sum(float(log_probs[row, slot, token]) for slot, token in zip(slots, ids))
+        assert loss.tokens == len(ids)
+        np.testing.assert_allclose(loss.nats, expected, rtol=1e-4)
+
+
+def test_nats_are_summed_over_all_tokens_of_a_type(cfg, asked, tokenizer, monkeypatch):
+    cfg = replace(cfg, eval=replace(cfg.eval, metrics=("exact_match", "nats")))
+    losses = [AnswerLoss(nats, tokens) for nats, tokens in ((1, 2), (6, 2), (2, 1), (2, 2), (0, 1))]
+    monkeypatch.setattr(evaluate.questions, "to_evaluate", lambda cfg: asked)
+    monkeypatch.setattr(evaluate, "answer", lambda *args: [[""] * 5] * 2)
+    monkeypatch.setattr(evaluate, "answer_losses", lambda *args: losses)
+    scores = evaluate.evaluate(cfg, None, tokenizer)
+    assert scores["nats"] == scores["image_shuffled_nats"] == pytest.approx(11 / 8)
+    assert scores["nats_by_type"] == pytest.approx({"shape": 8 / 4, "yes_no": 3 / 4})
+    low, high = scores["nats_interval"]
+    assert low < 11 / 8 < high

@@ -15,7 +15,7 @@ from vlm_jax.infer.metrics.scores import (
     Reference,
     check_attention,
     describe_numbers,
-    evaluate_attention,
+    evaluate_model,
 )
 from vlm_jax.testing import tiny
 
@@ -24,7 +24,7 @@ QUARTER = (0.0, 0.0, 0.5, 0.5)  # the upper left quarter of an image
 
 def grounding(maps, box=QUARTER):
     attention = Attention(("self 0",), np.asarray(maps, float)[None], box)
-    return evaluate_attention(["grounding"], [attention])["grounding"][0]
+    return evaluate_model(["grounding"], [attention])["grounding"][0]
 
 
 def test_uniform_attention_has_the_area_of_the_object():

@@ -28,11 +28,11 @@ def score(arguments: list[str]) -> int:
     """Prints the scores of the answers in a file as JSON."""
     args, _ = parse_options("score", arguments, SCORE_OPTIONS, SCORE)
     from vlm_jax.infer.metrics.predictions import read_predictions, score_predictions
-    from vlm_jax.infer.metrics.table import check_metrics, of_attention
+    from vlm_jax.infer.metrics.table import check_metrics, of_answers
 
     metrics = [name.strip() for name in args.metrics.split(",") if name.strip()]
     check_metrics(metrics, "--metrics")
-    of_model = of_attention(metrics)
+    of_model = [name for name in metrics if name not in of_answers(metrics)]
     if of_model:
         raise ConfigError(
             f"--metrics {of_model[0]} needs a model: python run.py eval --eval.metrics "

@@ -15,13 +15,15 @@ from vlm_jax.config import Experiment
 from vlm_jax.data import questions
 from vlm_jax.data.questions import Question
 from vlm_jax.data.tokenizer import Tokenizer
+from vlm_jax.infer.answer_loss import answer_losses
 from vlm_jax.infer.generate import NonFiniteLogits, SamplingParams, generate
 from vlm_jax.infer.look.grounding import attention_on_objects
 from vlm_jax.infer.metrics import scores as metric_scores
 from vlm_jax.infer.metrics.answers import exact_match
 from vlm_jax.infer.metrics.grounding import Attention
+from vlm_jax.infer.metrics.loss import AnswerLoss
 from vlm_jax.infer.metrics.scores import Reference, metric_keys
-from vlm_jax.infer.metrics.table import check_metrics, of_answers, of_attention
+from vlm_jax.infer.metrics.table import check_metrics, of_answers, of_attention, of_loss
 from vlm_jax.infer.samples import draw_samples
 from vlm_jax.runtime import distributed
 from vlm_jax.runtime.workdir import EvaluationFolder, Workdir, write_atomic
@@ -69,10 +71,11 @@ def evaluate(
     of_text = of_answers(metrics)
     values = metric_scores.evaluate_metrics(of_text, predictions, right)
     shuffled_values = metric_scores.evaluate_metrics(of_text, shuffled_predictions, right)
-    if len(of_text) < len(metrics):
-        attention, shuffled = attend(cfg, params, tokenizer, examples, image_sources.values())
-        values |= metric_scores.evaluate_attention(of_attention(metrics), attention)
-        shuffled_values |= metric_scores.evaluate_attention(of_attention(metrics), shuffled)
+    for computed_metrics, compute in ((of_attention(metrics), attend), (of_loss(metrics), losses)):
+        if computed_metrics:
+            computed, shuffled = compute(cfg, params, tokenizer, examples, image_sources.values())
+            values |= metric_scores.evaluate_model(computed_metrics, computed)
+            shuffled_values |= metric_scores.evaluate_model(computed_metrics, shuffled)
     scores = {
         "split": cfg.eval.read_split,
         "files": list(cfg.eval_data.files),
@@ -113,6 +116,17 @@ def attend(
         attention_on_objects(cfg, params, tokenizer, examples, sources, boxes)
         for sources in image_sources
     ]
+
+
+def losses(
+    cfg: Experiment,
+    params,
+    tokenizer: Tokenizer,
+    examples: list[Question],
+    image_sources: Iterable[list[Question]],
+) -> list[list[AnswerLoss]]:
+    """Returns the loss of every right answer, for each list of questions whose images to use."""
+    return [answer_losses(cfg, params, tokenizer, examples, sources) for sources in image_sources]
 
 
 def references(examples: Sequence[Question]) -> list[Reference]:

@@ -55,7 +55,7 @@ def score_answers(
     # The answers end the rows, which are padded on the left.
     first = int(np.argmax(is_scored.any(axis=0)))
     width = min(length, length - first + -(length - first) % WIDTH_MULTIPLE)
-    log_probs, is_top = jax.device_get(_token_scores(model.cfg, params, batch, width))
+    log_probs, is_top = jax.device_get(token_scores(model.cfg, params, batch, width))
     likelihoods = []
     for row, scored in enumerate(is_scored[:, -width:]):
         scores = log_probs[row, scored].astype(np.float64)
@@ -69,19 +69,27 @@ def score_answers(
 
 def find_answers(batch: Batch, eos_ids: Collection[int]) -> np.ndarray:
     """Mask (B, S) of the slots that predict the last answer of each row, up to its end token."""
-    weights, targets = np.asarray(batch.loss_weights) > 0, np.asarray(batch.targets)
+    is_scored, targets = last_answers(batch), np.asarray(batch.targets)
+    for row, slots in enumerate(map(np.flatnonzero, is_scored)):
+        ends = np.flatnonzero(np.isin(targets[row, slots], list(eos_ids)))
+        if ends.size:
+            is_scored[row, slots[ends[0] :]] = False
+    return is_scored
+
+
+def last_answers(batch: Batch) -> np.ndarray:
+    """Mask (B, S) of the scored slots that predict the last answer of each row, with its end."""
+    weights = np.asarray(batch.loss_weights) > 0
     is_scored = np.zeros_like(weights)
     for row, slots in enumerate(map(np.flatnonzero, weights)):
         # Slots of earlier answers of a conversation are apart from these.
         start = np.flatnonzero(np.diff(slots, prepend=-2) > 1)[-1]
-        answer = slots[start:]
-        ends = np.flatnonzero(np.isin(targets[row, answer], list(eos_ids)))
-        is_scored[row, answer[: ends[0]] if ends.size else answer] = True
+        is_scored[row, slots[start:]] = True
     return is_scored
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "width"))
-def _token_scores(
+def token_scores(
     cfg: Model, params, batch: Batch, width: int
 ) -> tuple[Float[Array, "B width"], Bool[Array, "B width"]]:
     """Log-probabilities of the targets of the last `width` slots, and whether each is the top."""

@@ -9,7 +9,8 @@ from vlm_jax.config.datasets import DATASETS
 from vlm_jax.config.hints import nearest
 from vlm_jax.infer.metrics import grounding
 from vlm_jax.infer.metrics.grounding import Attention
-from vlm_jax.infer.metrics.intervals import Estimate
+from vlm_jax.infer.metrics.intervals import Bounds, Estimate
+from vlm_jax.infer.metrics.loss import AnswerLoss
 from vlm_jax.infer.metrics.table import METRICS, of_answers, of_attention
 
 # Its scores have the plain keys `correct` and `by_type`.
@@ -94,6 +95,11 @@ def parse_score(name: str) -> Score | None:
     return None
 
 
+def score_bounds(name: str) -> Bounds:
+    """Returns the lowest and the highest possible value of a score that `parse_score` accepts."""
+    return METRICS[metric_of(parse_score(name).metric)].bounds
+
+
 def score_names() -> list[str]:
     """Returns the names that `parse_score` accepts; NAME stands for a type of question."""
     names = []
@@ -173,14 +179,17 @@ def evaluate_metrics(
     return {metric: evaluate_metric(metric, predictions, references) for metric in metrics}
 
 
-def evaluate_attention(
-    metrics: Sequence[str], attention: Sequence[Attention | None]
+def evaluate_model(
+    metrics: Sequence[str], computed: Sequence[Attention | AnswerLoss | None]
 ) -> dict[str, list[Any]]:
-    """Returns metric -> value of its function for every question; None without an object."""
+    """Returns metric -> value of its function for what a model computes of every question.
+
+    None for a question without an object.
+    """
     values = {}
     for metric in metrics:
         function = METRICS[metric].function
-        values[metric] = [None if one is None else function(one) for one in attention]
+        values[metric] = [None if one is None else function(one) for one in computed]
     return values
 
 

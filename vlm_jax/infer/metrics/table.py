@@ -1,12 +1,13 @@
 """The table of metrics: a function and a row each."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vlm_jax.config import ConfigError
 from vlm_jax.config.hints import nearest
-from vlm_jax.infer.metrics import answers, captions, choices, grounding, vqa
+from vlm_jax.infer.metrics import answers, captions, choices, grounding, loss, vqa
 from vlm_jax.infer.metrics.intervals import Bounds, Estimate, estimate_mean
 from vlm_jax.runtime.packages import check_installed
 
@@ -15,7 +16,7 @@ EXTRA = "requirements-eval.txt"
 
 @dataclass(frozen=True)
 class Metric:
-    """A rule that scores generated answers; higher is better."""
+    """A rule that scores generated answers, or what a model computes of the right ones."""
 
     #: (prediction, references) -> the score of an answer
     function: Callable[..., Any]
@@ -39,6 +40,9 @@ class Metric:
     #: `function` takes the `grounding.Attention` of a question instead, which only a model has;
     #: questions without an object have no value
     of_attention: bool = False
+    #: `function` takes the `loss.AnswerLoss` of a question instead
+    of_loss: bool = False
+    higher_is_better: bool = True
 
     def summary(self, values: Sequence[Any]) -> Mapping[str, Estimate]:
         """Returns the numbers of many answers, with 95 % intervals, by name.
@@ -116,6 +120,7 @@ METRICS: dict[str, Metric] = {
         captions.bleu,
         variant="BLEU-4 of all answers together from 0 to 100, tokenizer 13a, smoothing exp",
         source="BLEU (Papineni et al. 2002), sacrebleu (Post 2018)",
+        bounds=(0.0, 100.0),
         summarize=captions.corpus_bleu,
         score_answer=None,
         package="sacrebleu",
@@ -136,17 +141,33 @@ METRICS: dict[str, Metric] = {
         score_answer=None,
         of_attention=True,
     ),
+    "nats": Metric(
+        lambda value: value,
+        variant="mean cross-entropy of the tokens of the right answer, its end token included; "
+        "all questions, or those of a type, are one text",
+        source="the loss of the training; perplexity is its exponential",
+        bounds=(0.0, math.inf),
+        summarize=loss.summarize,
+        score_answer=None,
+        of_loss=True,
+        higher_is_better=False,
+    ),
 }
 
 
 def of_answers(metrics: Iterable[str]) -> list[str]:
     """Returns the metrics that need no more than the answers."""
-    return [name for name in metrics if not METRICS[name].of_attention]
+    return [name for name in metrics if not (METRICS[name].of_attention or METRICS[name].of_loss)]
 
 
 def of_attention(metrics: Iterable[str]) -> list[str]:
     """Returns the metrics that need the attention of the model."""
     return [name for name in metrics if METRICS[name].of_attention]
+
+
+def of_loss(metrics: Iterable[str]) -> list[str]:
+    """Returns the metrics that need the loss of the right answers."""
+    return [name for name in metrics if METRICS[name].of_loss]
 
 
 def check_metrics(names: Iterable[str], where: str) -> None:

@@ -8,11 +8,13 @@ from vlm_jax.data import questions
 from vlm_jax.infer import evaluate
 from vlm_jax.infer.metrics.scores import evaluate_metrics
 from vlm_jax.runtime.workdir import Workdir
-from vlm_jax.study import Study, override, planning
+from vlm_jax.study import Contrast, Study, override, planning
 from vlm_jax.study.planning import Plan, Run
 from vlm_jax.study.run import record
 from vlm_jax.study.run.folder import Folder
 from vlm_jax.testing import tiny
+
+__all__ = ["Contrast", "override"]  # for study files of tests
 
 MEASUREMENT = {
     "step_seconds": 0.1,

@@ -69,10 +69,6 @@ FIELDS = {
         "matched={'seconds': 'decoder.depth'}",
         ["can only be solved for train.steps"],
     ),
-    "bounds that are not numbers": (
-        "metric_bounds=(1, 0)",
-        ["metric_bounds is (1, 0)", "low < high"],
-    ),
     "an empty field": ("matched={'examples': ''}", ["matched examples is solved for ''", "(None:"]),
     "no axis": ("matched={}", ["matched has no axis"]),
     "one arm": ("arms={'linear': {}}", ["a comparison needs 2"]),
@@ -109,6 +105,42 @@ FIELDS = {
     "no split to be asked about": (
         "base=studies.override(studies.base('d'), {'eval.split': ''})",
         ["no eval.split"],
+    ),
+    "a contrast over an unknown arm": (
+        "contrasts={'c': studies.Contrast('shufle - linear', '> 0', 'a paper')}",
+        ["contrast c: the sum's 'shufle' is not an arm (perhaps you meant shuffle)"],
+    ),
+    "a contrast without spaces": (
+        "contrasts={'c': studies.Contrast('shuffle-linear', '> 0', 'a paper')}",
+        ["contrast c: the sum's 'shuffle-linear' is not an arm"],
+    ),
+    "a contrast with an open bracket": (
+        "contrasts={'c': studies.Contrast('(shuffle - linear', '> 0', 'a paper')}",
+        ["contrast c: '(shuffle - linear' is not a sum of arms"],
+    ),
+    "a contrast that does not add up to 0": (
+        "contrasts={'c': studies.Contrast('shuffle + linear', '> 0', 'a paper')}",
+        ["contrast c: the coefficients", "add up to 2, but must add up to 0"],
+    ),
+    "a contrast with another sign": (
+        "contrasts={'c': studies.Contrast('shuffle - linear', 'better', 'a paper')}",
+        ["contrast c: published 'better' is not a sign", "> 0, < 0, = 0"],
+    ),
+    "an equality without a margin": (
+        "contrasts={'c': studies.Contrast('shuffle - linear', '= 0', 'a paper')}",
+        ["contrast c: margin is None", "'= 0' needs one"],
+    ),
+    "a contrast without a source": (
+        "contrasts={'c': studies.Contrast('shuffle - linear', '> 0', '')}",
+        ["contrast c: source is empty"],
+    ),
+    "a contrast of a score that is not computed": (
+        "contrasts={'c': studies.Contrast('shuffle@anls - linear@anls', '> 0', 'a paper')}",
+        ["contrast c: score anls needs anls in eval.metrics"],
+    ),
+    "many contrasts": (
+        "contrasts=dict.fromkeys('abcd', studies.Contrast('shuffle - linear', '> 0', 'a paper'))",
+        ["contrasts has 4 entries, but at most 3"],
     ),
     "equal arms": (
         "arms={'linear': {}, 'b': {'projector.kind': 'linear'}}",

@@ -8,9 +8,10 @@ import pytest
 
 from tests.study import studies
 from vlm_jax.infer.metrics.table import METRICS, Metric
-from vlm_jax.study import override, planning
+from vlm_jax.study import Contrast, override, planning
 from vlm_jax.study.report import (
     costs,
+    curves,
     page,
     results,
     samples,
@@ -26,7 +27,9 @@ def written(datasets_dir, tmp_path_factory):
     """The folder with the report of a study whose last run is missing."""
     folder = tmp_path_factory.mktemp("study")
     question = "Does <b>the</b> connector matter?"
-    plan = studies.write_study(studies.study(datasets_dir, question=question), folder)
+    contrasts = {"gain": Contrast("shuffle - linear", "> 0", "a paper, table 1")}
+    study = studies.study(datasets_dir, question=question, contrasts=contrasts)
+    plan = studies.write_study(study, folder)
     page.write(sections.build_page(results.read_results(plan), "mine.py"), folder / "report")
     return folder / "report"
 
@@ -62,10 +65,43 @@ def test_every_picture_of_the_markdown_exists(written, markdown):
 
 
 def test_scores_and_tests_are_reported(markdown):
-    """The missing run leaves one seed of shuffle at matched FLOPs."""
     assert "| linear | 0.531 (" in markdown
     assert "| linear - shuffle | -0.2" in markdown
-    assert "needs more seeds" in markdown
+
+
+def test_the_answer_is_a_sentence_for_each_contrast_and_a_figure(written, markdown):
+    lead, _, rest = markdown.partition("## Answer")
+    assert "\ngain: reproduced. shuffle - linear is +0.250 (" in lead
+    assert "; published: > 0 (a paper, table 1).\n" in lead
+    assert rest.lstrip().partition("## ")[0].count("![") == 1
+    assert "| gain | shuffle - linear, at matched examples | > 0 |" in rest
+    assert (written / "contrasts.png").exists()
+
+
+def test_types_have_a_floor_and_their_number_of_questions(markdown):
+    (columns,) = set(re.findall(r"^\| type .*", markdown, re.MULTILINE))
+    assert columns == "| type | questions | floor | linear | shuffle |"
+    assert re.search(r"^\| present \| [0-9]+ \| [01]\.[0-9]{3} \| ", markdown, re.MULTILINE)
+
+
+def test_the_time_to_a_threshold_is_that_of_the_seeds_that_reach_it(copy_study, tmp_path):
+    """Losses of 4.9, 4.8, ... in steps of 0.1 s; the arm with more steps reaches a lower one."""
+    plan = copy_study(tmp_path / "study")
+    study = dataclasses.replace(plan.study, loss_threshold=4.35)
+    plan_results = results.read_results(dataclasses.replace(plan, study=study))
+    rows = curves.threshold_section(plan_results).tables[0].rows
+    times = {
+        (axis.text, arm.text): (seeds.text, steps.text, seconds.text)
+        for axis, arm, seeds, steps, _, seconds in rows
+    }
+    assert times["examples", "linear"] == ("0 of 2", "-", "-")
+    assert times["training FLOPs", "shuffle"] == ("1 of 1", "7", "1")
+    assert curves.threshold_section(results.read_results(plan)) is None
+
+
+def test_pairs_have_no_verdict(markdown):
+    (columns,) = set(re.findall(r"^\| pair .*", markdown, re.MULTILINE))
+    assert columns == "| pair | difference (over seeds) | difference (over images) |"
 
 
 def test_the_score_with_shuffled_images_is_beside_it(markdown):
@@ -138,12 +174,13 @@ def test_a_missing_run_is_named(markdown):
 
 def test_all_sections_are_in_order(markdown):
     assert re.findall("^## (.*)", markdown, re.MULTILINE) == [
+        "Answer",
         "Missing runs",
+        "Cost",
         "Score at matched examples",
         "Score at matched training FLOPs",
-        "Learning curves",
-        "Cost",
         "Score by type of question",
+        "Learning curves",
         "Where the arms disagree",
         "Matching",
         "What differs",

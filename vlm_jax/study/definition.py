@@ -9,9 +9,17 @@ from pathlib import Path
 from vlm_jax.config import ConfigError, Experiment, UserError
 from vlm_jax.config.hints import nearest
 from vlm_jax.config.validate import kinds
-from vlm_jax.infer.metrics.scores import all_numbers, metric_of, parse_score, score_names
-from vlm_jax.infer.metrics.table import check_metrics
+from vlm_jax.infer.metrics.intervals import Bounds
+from vlm_jax.infer.metrics.scores import (
+    all_numbers,
+    metric_of,
+    parse_score,
+    score_bounds,
+    score_names,
+)
+from vlm_jax.infer.metrics.table import METRICS, check_metrics
 from vlm_jax.study.changes import Overrides, is_placeholder, override
+from vlm_jax.study.contrasts import MAX_CONTRASTS, SIGNS, Contrast, Term, parse_sum
 from vlm_jax.study.matching import AXES
 
 # A study file holds a question, a base and a few overrides: anything longer belongs elsewhere.
@@ -21,12 +29,14 @@ QUICK_SEEDS = 1
 FIELD_TYPES = {
     "question": (str, "a string"),
     "base": (Experiment, "an Experiment"),
-    **dict.fromkeys(("arms", "matched", "quick", "prerequisites"), (Mapping, "a dict")),
+    **dict.fromkeys(
+        ("arms", "matched", "quick", "prerequisites", "contrasts"), (Mapping, "a dict")
+    ),
     "reference": (str, "the name of an arm"),
     "tolerance": (float | int, "a number"),
     "seeds": (int, "an integer"),
+    "loss_threshold": (float | int | None, "a number of nats, or None"),
     "metric": (str, "the name of a score"),
-    "metric_bounds": (tuple, "a tuple (low, high)"),
 }
 
 
@@ -51,12 +61,29 @@ class Study:
     seeds: int = 3
     # A score of eval.json; by_type.NAME: the score of one type of question.
     metric: str = "exact_match"
-    # Lowest and highest possible score; (0.0, inf) and (-inf, inf) are possible, too.
-    metric_bounds: tuple[float, float] = (0.0, 1.0)
+    # Name -> a difference of arms with its published sign, named before any run: the only ones
+    # that are tested.
+    contrasts: Mapping[str, Contrast] = field(default_factory=dict)
+    # Nats of the smoothed training loss to which the time of each arm is reported.
+    loss_threshold: float | None = None
     # Overrides of --quick, applied on top of the arms' overrides.
     quick: Overrides = field(default_factory=dict)
     # Runs that are trained once and exported; in an arm, "{name}" is the exported checkpoint.
     prerequisites: Mapping[str, Overrides] = field(default_factory=dict)
+
+    @property
+    def shares_parts(self) -> bool:
+        """True if the arms of a seed start from the same pretrained parts."""
+        return bool(self.prerequisites)
+
+    @property
+    def metric_bounds(self) -> Bounds:
+        """Lowest and highest possible score."""
+        return score_bounds(self.metric)
+
+    @property
+    def higher_is_better(self) -> bool:
+        return METRICS[metric_of(parse_score(self.metric).metric)].higher_is_better
 
 
 def load(path: str) -> Study:
@@ -142,7 +169,8 @@ def check(study: Study) -> Study:
         raise ConfigError(f"seeds is {study.seeds}, but must be at least 1.")
     if not 0 <= study.tolerance < 1:
         raise ConfigError(f"tolerance is {study.tolerance}, but must be in [0, 1).")
-    _check_metric(study)
+    _check_score(study, study.metric, "metric")
+    _check_contrasts(study)
     return study
 
 
@@ -218,21 +246,60 @@ def _check_patience(study: Study) -> None:
             )
 
 
-def _check_metric(study: Study) -> None:
+def _check_score(study: Study, name: str, where: str) -> None:
     check_metrics(study.base.eval.metrics, "eval.metrics")
-    score = parse_score(study.metric)
+    score = parse_score(name)
     if score is None:
         raise ConfigError(
-            f"metric {study.metric!r} does not exist{nearest(study.metric, score_names())}: choose "
+            f"{where} {name!r} does not exist{nearest(name, score_names())}: choose "
             "NAME, image_shuffled_NAME or NAME_by_type.TYPE (by_type.TYPE of exact_match), with "
             f"NAME one of {', '.join(all_numbers())}."
         )
     metric = metric_of(score.metric)
     if metric not in study.base.eval.metrics:
-        raise ConfigError(f"metric {study.metric} needs {metric} in eval.metrics of base: add it.")
-    match study.metric_bounds:
-        case (float() | int() as low, float() | int() as high) if low < high:
-            return
-    raise ConfigError(
-        f"metric_bounds is {study.metric_bounds}, but must be two numbers (low, high), low < high."
-    )
+        raise ConfigError(f"{where} {name} needs {metric} in eval.metrics of base: add it.")
+
+
+def _check_contrasts(study: Study) -> None:
+    if len(study.contrasts) > MAX_CONTRASTS:
+        raise ConfigError(
+            f"contrasts has {len(study.contrasts)} entries, but at most {MAX_CONTRASTS} are "
+            "tested: leave the others to the pairs of the report."
+        )
+    for name, contrast in study.contrasts.items():
+        try:
+            _check_contrast(study, contrast)
+        except UserError as error:
+            raise ConfigError(f"contrast {name}: {error}") from None
+
+
+def _check_contrast(study: Study, contrast: Contrast) -> None:
+    _check_type("it", contrast, Contrast, "a vlm_jax.study.Contrast")
+    _check_choice(contrast.published, SIGNS, "published", "a sign")
+    if contrast.axis is not None:
+        _check_choice(contrast.axis, study.matched, "axis", "matched")
+    if not contrast.source:
+        raise ConfigError("source is empty: name the paper and the table.")
+    if (contrast.margin is not None) != (contrast.published == "= 0"):
+        raise ConfigError(
+            f"margin is {contrast.margin}, but it is the largest difference that counts as equal: "
+            "'= 0' needs one, and no other sign."
+        )
+    if contrast.margin is not None and not contrast.margin > 0:
+        raise ConfigError(f"margin is {contrast.margin}, but must be above 0.")
+    terms = parse_sum(contrast.sum)
+    for term in terms:
+        _check_term(study, term)
+    total = sum(term.coefficient for term in terms)
+    if abs(total) > 1e-9:
+        raise ConfigError(
+            f"the coefficients of {contrast.sum!r} add up to {total:g}, but must add up to 0."
+        )
+    if len({metric_of(parse_score(term.score or study.metric).metric) for term in terms}) > 1:
+        raise ConfigError(f"{contrast.sum!r} compares scores of several metrics: choose one.")
+
+
+def _check_term(study: Study, term: Term) -> None:
+    _check_choice(term.arm, study.arms, "the sum's", "an arm")
+    if term.score is not None:
+        _check_score(study, term.score, "score")

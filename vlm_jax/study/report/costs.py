@@ -11,9 +11,8 @@ from vlm_jax.cost.flops import token_flow
 from vlm_jax.plan import memory
 from vlm_jax.plan.document import part_costs
 from vlm_jax.study.planning import Plan
-from vlm_jax.study.report.page import Cell, Section, Table
+from vlm_jax.study.report.page import Cell, Section, Table, number_cell
 from vlm_jax.study.report.results import Results
-from vlm_jax.study.report.scores import number_cell
 from vlm_jax.study.run import record
 from vlm_jax.study.run.folder import Folder, as_json, default_folder, definition, diff
 

@@ -3,14 +3,17 @@
 import contextlib
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib import ticker
 
+from vlm_jax.infer.metrics.intervals import Estimate
 from vlm_jax.infer.samples import pyplot
 from vlm_jax.study import matching
 from vlm_jax.study.matching import axis_label
 from vlm_jax.study.report import statistics
+from vlm_jax.study.report.curves import Series, column, seconds, smooth
 from vlm_jax.study.report.page import Picture
 from vlm_jax.study.report.results import Result, Results
 
@@ -34,11 +37,6 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8a
 DASHES = ("-", "--", ":")
 # Distance of the dots of seeds from the interval, as a share of the distance between two arms.
 SEED_OFFSET = 0.24
-# A point of a curve is the mean of this share of the logged steps.
-SMOOTHED_SHARE = 1 / 20
-
-# A value for each logged step of a run.
-Series = Callable[[Result], np.ndarray]
 
 
 @contextlib.contextmanager
@@ -71,6 +69,39 @@ def score_picture(results: Results, axis: str) -> Picture:
     return Picture(f"score_{axis}.png", caption, png)
 
 
+@dataclass(frozen=True)
+class Row:
+    """A contrast in a chart."""
+
+    label: str
+    estimate: Estimate
+    seeds: Sequence[float]  # the difference of each seed
+    margin: float | None = None  # of an equality
+
+
+def contrast_picture(rows: Sequence[Row], label: str) -> Picture:
+    """Returns a chart with a line for each contrast: mean, interval, and a dot for each seed."""
+    with _figure(height_inches=0.9 + 0.42 * len(rows)) as (axes, file):
+        for y, row in enumerate(rows):
+            color = COLORS[y % len(COLORS)]
+            if row.margin is not None:
+                axes.plot([-row.margin, row.margin], [y, y], color=color, alpha=0.2, linewidth=9)
+            axes.scatter(
+                row.seeds, [y + SEED_OFFSET] * len(row.seeds), s=14, color=color, alpha=0.6
+            )
+            _draw_estimate(axes, y, row.estimate, color)
+        axes.axvline(0, color="#444444", linewidth=0.8)
+        axes.set_yticks(range(len(rows)), [row.label for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel(label)
+    caption = (
+        "Contrasts with their published signs: mean over seeds with its 95 % interval, every seed, "
+        "and as a band the margin of an equality"
+    )
+    return Picture("contrasts.png", caption, file.getvalue())
+
+
 def draw_scores(
     scores: Mapping[str, Sequence[float]], bounds: statistics.Bounds, label: str
 ) -> bytes:
@@ -92,7 +123,10 @@ def _draw_arm(
 ) -> None:
     offsets = [row + SEED_OFFSET] * len(scores)
     axes.scatter(scores, offsets, s=14, color=color, alpha=0.6, linewidths=0)
-    estimate = statistics.estimate(scores, bounds)
+    _draw_estimate(axes, row, statistics.estimate(scores, bounds), color)
+
+
+def _draw_estimate(axes, row: int, estimate: Estimate, color: str) -> None:
     errors = None
     if estimate.low is not None:
         errors = [[estimate.mean - estimate.low], [estimate.high - estimate.mean]]
@@ -112,13 +146,13 @@ def curve_pictures(results: Results, axis: str) -> list[Picture]:
 
     def flops(arm: str) -> Series:
         flops_per_step = matching.flops_per_step(plan.resolve_decoder(plan.arms[axis, arm]))
-        return lambda result: _column(result, "step") * flops_per_step
+        return lambda result: column(result, "step") * flops_per_step
 
     # Label of the horizontal axis -> its values for the runs of an arm.
     horizontal: dict[str, Callable[[str], Series]] = {
-        "training steps": lambda arm: lambda result: _column(result, "step"),
+        "training steps": lambda arm: lambda result: column(result, "step"),
         "training FLOPs": flops,
-        "seconds": lambda arm: _seconds,
+        "seconds": lambda arm: seconds,
     }
     styles = _line_styles(list(plan.study.arms))
     return [
@@ -143,7 +177,7 @@ def _draw_curves(
             # Curves end where the shortest run does.
             points = min(len(run.metrics) for run in arm_runs)
             x = np.mean([series(arm)(run)[:points] for run in arm_runs], axis=0)
-            losses = np.stack([_smooth(_column(run, "loss")[:points]) for run in arm_runs])
+            losses = np.stack([smooth(column(run, "loss")[:points]) for run in arm_runs])
             low, high = losses.min(axis=0), losses.max(axis=0)
             axes.plot(x, losses.mean(axis=0), label=arm, linewidth=1.6, **styles[arm])
             axes.fill_between(x, low, high, color=styles[arm]["color"], alpha=0.18, lw=0)
@@ -156,22 +190,3 @@ def _draw_curves(
         # Inside the axes, the legend of many arms would hide a curve.
         axes.figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS)
     return file.getvalue()
-
-
-def _column(result: Result, name: str) -> np.ndarray:
-    return np.array([line[name] for line in result.metrics], float)
-
-
-def _seconds(result: Result) -> np.ndarray:
-    """Returns seconds since the start of training, from the logged speed of each interval."""
-    steps = _column(result, "step")
-    return np.cumsum(np.diff(steps, prepend=0) * _column(result, "step_seconds"))
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Returns the trailing mean over `SMOOTHED_SHARE` of the values."""
-    width = max(1, round(len(values) * SMOOTHED_SHARE))
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - width)
-    return (sums[ends] - sums[starts]) / (ends - starts)

@@ -20,6 +20,11 @@ class Cell:
     is_number: bool = False
 
 
+def number_cell(text: str) -> Cell:
+    """Returns a cell that is aligned like a number."""
+    return Cell(text, is_number=True)
+
+
 @dataclass(frozen=True)
 class Table:
     columns: Sequence[str]

@@ -30,6 +30,7 @@ class Result:
     record: Mapping[str, object]
     #: metric of attention -> layer -> name of a number -> its mean
     by_layer: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    scores: Mapping[str, object] = field(default_factory=dict)  # eval.json
 
     @functools.cached_property
     def questions(self) -> list[tuple]:
@@ -72,6 +73,17 @@ class Results:
         """Returns seed -> score of an arm on an axis."""
         return {seed: result.score for seed, result in self.by_seed(axis, arm).items()}
 
+    def other_scores(self, axis: str, arm: str, name: str) -> dict[int, float]:
+        """Returns seed -> another score than the study's metric, by its key in eval.json.
+
+        Raises:
+          ConfigError: an evaluation has no such score.
+        """
+        return {
+            seed: _score(result.scores, name, f"the evaluation of {axis}/{arm}/seed_{seed}")
+            for seed, result in self.by_seed(axis, arm).items()
+        }
+
 
 def read_results(plan: Plan) -> Results:
     """Reads every finished run, once even if it serves several axes."""
@@ -109,15 +121,16 @@ def _read_run(run: Run, metric: str) -> Result:
         _read_lines(workdir.metrics, METRIC_FIELDS, log.SECONDS),
         record.read(run.cfg.workdir),
         {name: scores[metric_keys(name).by_layer] for name in of_attention(run.cfg.eval.metrics)},
+        scores,
     )
 
 
-def _score(scores: Mapping, metric: str, file: Path) -> float:
+def _score(scores: Mapping, metric: str, where: str | Path) -> float:
     """Returns a score of eval.json by its key, `key` or `key.question_type`."""
     score = scores
     for name in metric.split(".", 1):
         if not isinstance(score, Mapping) or name not in score:
-            raise ConfigError(f"{file} has no {metric}; its scores: {', '.join(_names(scores))}.")
+            raise ConfigError(f"{where} has no {metric}; its scores: {', '.join(_names(scores))}.")
         score = score[name]
     return score
 

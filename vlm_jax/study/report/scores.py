@@ -3,34 +3,31 @@
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 
+from vlm_jax.data import blind_baselines
+from vlm_jax.data.blind_baselines import Asked
 from vlm_jax.infer.metrics.grounding import LAYER_NUMBERS
-from vlm_jax.infer.metrics.scores import metric_keys, parse_score
+from vlm_jax.infer.metrics.scores import DEFAULT_METRIC, metric_keys, parse_score, score_bounds
 from vlm_jax.infer.metrics.table import of_attention
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.study.matching import axis_label
 from vlm_jax.study.report import figures, statistics
-from vlm_jax.study.report.page import Cell, Section, Table
+from vlm_jax.study.report.page import Cell, Section, Table, number_cell
 from vlm_jax.study.report.results import Results
 from vlm_jax.study.report.statistics import Estimate, Pair
 from vlm_jax.study.run import record
 
 TESTS = (
-    "Intervals are 95 %. Over seeds: Wilson's score interval of the scores, or of the differences "
-    "seed by seed, with the variance of the seeds and the quantile of Student's t; it lies within "
-    "the bounds of the metric, and holds for other seeds and these test questions. Seeds without "
-    "spread determine no interval.",
-    "Over images: a bootstrap of the test images, and a sign-flip test of them. They assume that "
-    "the images are independent draws, and hold for other images and these trained models.",
-    "Pairs are arms with the same test questions. p values are corrected for the number of pairs "
-    "(Holm); intervals are not. A difference is significant if both p values are below 0.05: with "
-    'few seeds, only a large and steady one is, and "not significant" does not mean equal.',
+    "Intervals are 95 %. Over seeds: Wilson's score interval of the scores, or of the differences, "
+    "with the variance of the seeds and the quantile of Student's t; it lies within the bounds of "
+    "the metric, and holds for other seeds and these test questions. Seeds without spread "
+    "determine no interval.",
+    "Over images: a bootstrap of the test images. It assumes that the images are independent "
+    "draws, and holds for other images and these trained models.",
+    "Pairs are arms with the same test questions. They are exploration: of many pairs, some "
+    "intervals exclude 0 by chance, and an interval with 0 does not mean equal.",
 )
 # p values below it are shown as "< 0.001".
 SMALLEST_SHOWN_P = 0.001
-
-
-def number_cell(text: str) -> Cell:
-    return Cell(text, is_number=True)
 
 
 def format_estimate(estimate: Estimate | None, sign: str = "") -> str:
@@ -51,7 +48,7 @@ def format_p(p: float | None, smallest: float = SMALLEST_SHOWN_P) -> str:
 
 
 def score_section(results: Results, axis: str, pairs: list[Pair]) -> Section:
-    """Returns the scores of all arms on an axis, and the tests of every pair."""
+    """Returns the scores of all arms on an axis, and the difference of every pair."""
     # The explanation precedes the first axis alone.
     is_first = axis == next(iter(results.plan.study.matched))
     return Section(
@@ -62,8 +59,8 @@ def score_section(results: Results, axis: str, pairs: list[Pair]) -> Section:
     )
 
 
-def summary(results: Results, axis: str, pairs: list[Pair]) -> str:
-    """Returns a paragraph with the highest score and the significant differences."""
+def summary(results: Results, axis: str) -> str:
+    """Returns a paragraph with the highest score."""
     study = results.plan.study
     estimates = {}
     for arm in study.arms:
@@ -72,22 +69,13 @@ def summary(results: Results, axis: str, pairs: list[Pair]) -> str:
             estimates[arm] = statistics.estimate(scores, study.metric_bounds)
     if not estimates:
         return f"At matched {axis_label(axis)} no run is done yet."
-    best = max(estimates, key=lambda arm: estimates[arm].mean)
+    choose, extreme = (max, "highest") if study.higher_is_better else (min, "lowest")
+    best = choose(estimates, key=lambda arm: estimates[arm].mean)
+    metric = study.metric.replace("_", " ")
     return (
-        f"At matched {axis_label(axis)}, {best} has the highest {study.metric.replace('_', ' ')}, "
-        f"{format_estimate(estimates[best])}. {_significant_differences(pairs)}."
+        f"At matched {axis_label(axis)}, {best} has the {extreme} {metric}, "
+        f"{format_estimate(estimates[best])}. The study names no contrast: it is exploration."
     )
-
-
-def _significant_differences(pairs: list[Pair]) -> str:
-    worse_arms: dict[str, list[str]] = {}
-    for pair in pairs:
-        if pair.is_significant:
-            worse_arms.setdefault(pair.better, []).append(pair.worse)
-    if not worse_arms:
-        return f"None of {len(pairs)} pairs differs significantly"
-    differences = [f"{arm} is better than {', '.join(worse)}" for arm, worse in worse_arms.items()]
-    return f"Significant differences: {'; '.join(differences)}"
 
 
 def curve_section(results: Results) -> Section:
@@ -116,7 +104,7 @@ def score_table(results: Results, axis: str) -> Table:
                 format_estimate(statistics.estimate(list(scores.values()), study.metric_bounds)),
                 f"{len(scores)} of {study.seeds}",
                 ", ".join(f"{score:.3f}" for _, score in sorted(scores.items())),
-                format_estimate(statistics.estimate(shuffled)),
+                format_estimate(statistics.estimate(shuffled, study.metric_bounds)),
             ]
         rows.append([Cell(arm), *map(number_cell, texts)])
     columns = [
@@ -181,28 +169,16 @@ def prerequisite_section(results: Results) -> Section | None:
 
 
 def pair_table(pairs: list[Pair]) -> Table:
-    """Returns a row for each pair of arms: differences with intervals, p values, verdict."""
-    # Just above the smallest p value of resampling, corrected for the number of pairs.
-    smallest = max(SMALLEST_SHOWN_P, 1.001 * len(pairs) * statistics.SMALLEST_P)
+    """Returns a row for each pair of arms: differences with intervals."""
     rows = [
         [
             Cell(f"{pair.a} - {pair.b}"),
             number_cell(format_estimate(pair.seeds, "+")),
-            number_cell(format_p(pair.seeds_p)),
             number_cell(format_estimate(pair.images, "+")),
-            number_cell(format_p(pair.images_p, smallest)),
-            Cell(pair.verdict),
         ]
         for pair in pairs
     ]
-    columns = [
-        "pair",
-        "difference (over seeds)",
-        "p, seeds",
-        "difference (over images)",
-        "p, images",
-        "verdict",
-    ]
+    columns = ["pair", "difference (over seeds)", "difference (over images)"]
     return Table(columns, rows)
 
 
@@ -225,55 +201,92 @@ def matching_section(results: Results) -> Section:
     return Section("Matching", [text], tables=[table])
 
 
-def type_section(results: Results) -> Section:
-    """Returns the metric by type of question."""
-    arms = list(results.plan.study.arms)
+def type_section(results: Results) -> Section | None:
+    """Returns every metric by type of question; None without types."""
     tables = []
     for axis in results.plan.study.matched:
-        estimates = {arm: _type_estimates(results, axis, arm) for arm in arms}
-        counts = {arm: _type_counts(results, axis, arm) for arm in arms}
-        types: dict[str, None] = {}
-        for arm_counts in counts.values():
-            types |= dict.fromkeys(arm_counts)
-        rows = []
-        for question_type in types:
-            cells = [_shaded_cell(estimates[arm].get(question_type)) for arm in arms]
-            questions = number_cell(_format_counts(counts, question_type))
-            rows.append([Cell(question_type), questions, *cells])
-        caption = f"At matched {axis_label(axis)}"
-        tables.append(Table(["type", "questions", *arms], rows, caption))
-    title = _metric_title(results).capitalize()
-    text = f"{title} by type of question, mean over seeds with its 95 % interval."
+        for metric in of_types(results):
+            tables.append(type_table(results, axis, metric))
+    tables = [table for table in tables if table.rows]
+    if not tables:
+        return None
+    text = (
+        "Mean over seeds with its 95 % interval. Floor: exact match of the best reader that "
+        "ignores what is asked. It gives all questions of a type one answer, repeats their k-th "
+        "word, or names the k-th word of the page."
+    )
     return Section("Score by type of question", [text], tables=tables)
 
 
-def _type_estimates(results: Results, axis: str, arm: str) -> dict[str, Estimate]:
+def of_types(results: Results) -> list[str]:
+    """Returns the metrics of the study that have a mean for each type of question."""
+    metrics = results.plan.study.base.eval.metrics
+    own = parse_score(results.plan.study.metric).metric
+    return list(dict.fromkeys((own, *metrics)))
+
+
+def type_table(results: Results, axis: str, metric: str) -> Table:
+    """Returns a row for each type of question: number, floor, and the mean of each arm."""
+    arms = list(results.plan.study.arms)
+    estimates = {arm: _type_estimates(results, axis, arm, metric) for arm in arms}
+    counts = {arm: _type_counts(results, axis, arm) for arm in arms}
+    floors = {arm: _floors(results, axis, arm) for arm in arms}
+    types: dict[str, None] = {}
+    for arm_counts in counts.values():
+        types |= dict.fromkeys(arm_counts)
+    has_floor = metric == DEFAULT_METRIC
+    rows = []
+    for question_type in types:
+        numbers = [_format_range(counts, question_type, ",")]
+        numbers += [_format_range(floors, question_type, ".3f")] if has_floor else []
+        cells = [_shaded_cell(estimates[arm].get(question_type), metric) for arm in arms]
+        rows.append([Cell(question_type), *map(number_cell, numbers), *cells])
+    columns = ["type", "questions", *(["floor"] if has_floor else []), *arms]
+    title = metric.replace("_", " ").capitalize()
+    return Table(columns, rows, f"{title} at matched {axis_label(axis)}")
+
+
+def _type_estimates(results: Results, axis: str, arm: str, metric: str) -> dict[str, Estimate]:
     """Returns type of question -> mean over seeds."""
-    by_type = [result.by_type for result in results.by_seed(axis, arm).values()]
+    key = metric_keys(metric).by_type
+    by_type = [result.scores.get(key, {}) for result in results.by_seed(axis, arm).values()]
     estimates = {}
     for question_type in by_type[0] if by_type else ():
-        estimates[question_type] = statistics.estimate([seed[question_type] for seed in by_type])
+        scores = [seed[question_type] for seed in by_type if question_type in seed]
+        estimates[question_type] = statistics.estimate(scores, score_bounds(metric))
     return estimates
 
 
-def _type_counts(results: Results, axis: str, arm: str) -> Counter:
+def _type_counts(results: Results, axis: str, arm: str) -> dict[str, int]:
     """Returns type of question -> number of test questions."""
+    return Counter(asked.type for asked in _asked(results, axis, arm))
+
+
+def _floors(results: Results, axis: str, arm: str) -> dict[str, float]:
+    return blind_baselines.floors(_asked(results, axis, arm))
+
+
+def _asked(results: Results, axis: str, arm: str) -> list[Asked]:
+    """Returns the test questions of an arm."""
     runs = list(results.by_seed(axis, arm).values())
-    return Counter(line["type"] for line in runs[0].predictions) if runs else Counter()
+    lines = runs[0].predictions if runs else ()
+    return [Asked(*(line[name] for name in Asked._fields)) for line in lines]
 
 
-def _format_counts(counts: Mapping[str, Counter], question_type: str) -> str:
-    """Returns the number of questions of a type, or its range over arms: '346' or '13 to 257'."""
-    numbers = sorted({arm_counts[question_type] for arm_counts in counts.values() if arm_counts})
-    return f"{numbers[0]:,}" if len(numbers) == 1 else f"{numbers[0]:,} to {numbers[-1]:,}"
+def _format_range(by_arm: Mapping[str, Mapping], question_type: str, form: str) -> str:
+    """Returns the number of a type of question, or its range over arms: '346' or '13 to 257'."""
+    numbers = [numbers[question_type] for numbers in by_arm.values() if question_type in numbers]
+    texts = dict.fromkeys(f"{number:{form}}" for number in (min(numbers), max(numbers)))
+    return " to ".join(texts)
 
 
-def _shaded_cell(estimate: Estimate | None) -> Cell:
+def _shaded_cell(estimate: Estimate | None, metric: str) -> Cell:
     if estimate is None:
         return Cell("-")
     # HTML has room for the interval below the mean only.
     text = format_estimate(estimate).replace(" (", "\n(")
-    return Cell(text, shade=estimate.mean, is_number=True)
+    is_share = score_bounds(metric) == (0.0, 1.0)
+    return Cell(text, shade=estimate.mean if is_share else None, is_number=True)
 
 
 def missing_section(results: Results) -> Section | None:

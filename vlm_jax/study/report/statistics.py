@@ -7,8 +7,11 @@ p value inverts the interval of a difference, so it is below 0.05 exactly where 
 excludes 0.
 A bootstrap over 3 seeds respects the bounds as well, but covers the mean in 75 to 85 % of cases.
 
-Over test images, a percentile bootstrap, whose resampled means are all within the bounds, and a
-sign-flip test.
+Where the arms of a seed share pretrained parts, a difference is taken seed by seed. Elsewhere a
+seed's number makes nothing equal, and Welch's test (1947, Biometrika 34) takes the arms as
+independent samples.
+
+Over test images, a percentile bootstrap, whose resampled means are all within the bounds.
 """
 
 import math
@@ -26,45 +29,93 @@ from vlm_jax.study.report.results import Result, Results
 SIGNIFICANCE = 0.05
 RESAMPLES = 9999
 RESAMPLES_AT_ONCE = 500
-# The smallest p value that resampling can show.
-SMALLEST_P = 2 / (RESAMPLES + 1)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Difference of two arms on an axis; None where the data determine no value.
-
-    p values are corrected for the number of pairs.
-    """
+    """Difference of two arms on an axis: exploration, which is not tested."""
 
     a: str
     b: str
     seeds: Estimate  # score of a minus score of b, interval over seeds
-    seeds_p: float | None
     images: Estimate | None  # the same difference, interval over test images
-    images_p: float | None
 
-    @property
-    def is_significant(self) -> bool:
-        """True if the difference holds for other seeds and, where tested, for other images."""
-        p_values = [p for p in (self.seeds_p, self.images_p) if p is not None]
-        return self.seeds_p is not None and max(p_values) < SIGNIFICANCE
 
-    @property
-    def better(self) -> str:
-        """The arm with the higher mean."""
-        return self.a if self.seeds.mean > 0 else self.b
+@dataclass(frozen=True)
+class Mean:
+    """Mean over seeds, or a sum of such means, with its standard error."""
 
-    @property
-    def worse(self) -> str:
-        """The arm with the lower mean."""
-        return self.b if self.seeds.mean > 0 else self.a
+    mean: float
+    error: float | None = None  # None: the seeds determine none
+    freedom: float = math.inf  # degrees of freedom
 
-    @property
-    def verdict(self) -> str:
-        if self.seeds_p is None:
-            return "needs more seeds"
-        return f"{self.better} is better" if self.is_significant else "not significant"
+    def estimate(self, bounds: Bounds) -> Estimate:
+        """Returns the 95 % score interval, which lies within `bounds`."""
+        if not self._has_error(bounds):
+            return Estimate(self.mean)
+        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.freedom))
+        return Estimate(self.mean, *score_interval(self.mean, quantile * self.error, bounds))
+
+    def p_above(self, null: float, bounds: Bounds) -> float | None:
+        """Returns the one-sided p value against a mean of at most `null`, inside the bounds."""
+        if not self._has_error(bounds):
+            return None
+        ratio = _variance(self.mean, bounds) / _variance(null, bounds)
+        return float(stats.t.sf((self.mean - null) / self.error * math.sqrt(ratio), self.freedom))
+
+    def p_unequal(self, null: float, bounds: Bounds) -> float | None:
+        """Returns the two-sided p value against a mean of `null`."""
+        if self.error == 0 and self.mean == null:
+            return 1.0
+        above = self.p_above(null, bounds)
+        return None if above is None else 2 * min(above, 1 - above)
+
+    def _has_error(self, bounds: Bounds) -> bool:
+        return bool(self.error) and bounds[0] < self.mean < bounds[1]
+
+
+def _variance(mean: float, bounds: Bounds) -> float:
+    """v of the docstring of infer/metrics/intervals.py, up to a factor; 1 without bounds."""
+    low, high = bounds
+    below = 1.0 if math.isinf(low) else mean - low
+    return below * (1.0 if math.isinf(high) else high - mean)
+
+
+def average(scores: Sequence[float]) -> Mean:
+    """Returns the mean over seeds."""
+    mean = float(np.mean(scores))
+    if len(scores) < 2:
+        return Mean(mean)
+    error = float(stats.sem(scores)) if np.ptp(scores) > 0 else 0.0
+    return Mean(mean, error, len(scores) - 1)
+
+
+def add(samples: Sequence[Mapping[int, float]], is_paired: bool) -> Mean:
+    """Returns the sum of the means of several samples, each seed -> value.
+
+    Args:
+      is_paired: values of one seed belong together. Else the samples are independent, with the
+        degrees of freedom of Welch and Satterthwaite.
+    """
+    if is_paired:
+        return average(list(sums_by_seed(samples).values()))
+    means = [average(list(sample.values())) for sample in samples]
+    total = sum(mean.mean for mean in means)
+    if any(mean.error is None for mean in means):
+        return Mean(total)
+    variances = [mean.error**2 for mean in means]
+    if not sum(variances):
+        return Mean(total, 0.0)
+    freedom = sum(variances) ** 2 / sum(
+        variance**2 / mean.freedom for variance, mean in zip(variances, means)
+    )
+    return Mean(total, math.sqrt(sum(variances)), freedom)
+
+
+def sums_by_seed(samples: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """Returns seed -> sum of the values of all samples, of the seeds that all have."""
+    seeds = sorted(set.intersection(*map(set, samples)))
+    return {seed: sum(sample[seed] for sample in samples) for seed in seeds}
 
 
 def estimate(scores: Sequence[float], bounds: Bounds = (0.0, 1.0)) -> Estimate:
@@ -73,11 +124,7 @@ def estimate(scores: Sequence[float], bounds: Bounds = (0.0, 1.0)) -> Estimate:
     `bounds` of the scores are (low, high), (low, inf) or (-inf, inf). Without spread, as with one
     seed, the scores determine no interval.
     """
-    mean = float(np.mean(scores))
-    if not _has_spread(scores, mean, bounds):
-        return Estimate(mean)
-    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(scores) - 1)
-    return Estimate(mean, *score_interval(mean, float(quantile * stats.sem(scores)), bounds))
+    return average(scores).estimate(bounds)
 
 
 def difference_bounds(bounds: Bounds) -> Bounds:
@@ -86,47 +133,24 @@ def difference_bounds(bounds: Bounds) -> Bounds:
     return -width, width
 
 
-def zero_p_value(differences: Sequence[float], bounds: Bounds) -> float | None:
-    """Returns the two-sided p value of a zero mean difference over seeds.
-
-    None where the differences have no spread and are not 0.
-    """
-    mean = float(np.mean(differences))
-    if len(differences) > 1 and np.ptp(differences) == 0 and mean == 0:
-        return 1.0
-    if not _has_spread(differences, mean, bounds):
-        return None
-    low, high = bounds
-    # v(mean) / v(0), see the docstring of infer/metrics/intervals.py.
-    shrinkage = 1.0 if math.isinf(low) else (mean - low) * (high - mean) / (-low * high)
-    t_statistic = abs(mean) / stats.sem(differences) * math.sqrt(shrinkage)
-    return float(2 * stats.t.sf(t_statistic, len(differences) - 1))
-
-
-def _has_spread(values: Sequence[float], mean: float, bounds: Bounds) -> bool:
-    return len(values) > 1 and np.ptp(values) > 0 and bounds[0] < mean < bounds[1]
-
-
 def pairs(results: Results, axis: str) -> list[Pair]:
     """Returns every pair of arms with a common seed and the same test questions, in arm order."""
     study = results.plan.study
     arms = [arm for plan_axis, arm in results.plan.arms if plan_axis == axis]
-    compared: dict[tuple[str, str], Runs] = {}
+    found = []
     for a, b in combinations(arms, 2):
         runs = _paired_runs(results.by_seed(axis, a), results.by_seed(axis, b))
-        if runs and same_questions(runs):
-            compared[a, b] = runs
+        if not runs or not same_questions(runs):
+            continue
+        over_seeds = add(
+            [results.scores(axis, a), _negative(results.scores(axis, b))], study.shares_parts
+        ).estimate(difference_bounds(study.metric_bounds))
+        found.append(Pair(a, b, over_seeds, compare_images(runs, study.metric)))
+    return found
 
-    over_seeds = {
-        names: compare_seeds(runs, study.metric_bounds) for names, runs in compared.items()
-    }
-    over_images = {names: compare_images(runs, study.metric) for names, runs in compared.items()}
-    seeds_p = holm({names: p for names, (_, p) in over_seeds.items()})
-    images_p = holm({names: p for names, (_, p) in over_images.items()})
-    return [
-        Pair(*names, over_seeds[names][0], seeds_p[names], over_images[names][0], images_p[names])
-        for names in compared
-    ]
+
+def _negative(sample: Mapping[int, float]) -> dict[int, float]:
+    return {seed: -value for seed, value in sample.items()}
 
 
 # Runs of two arms, a pair for each seed.
@@ -137,47 +161,39 @@ def _paired_runs(a: Mapping[int, Result], b: Mapping[int, Result]) -> Runs:
     return [(a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())]
 
 
-def compare_seeds(runs: Runs, bounds: Bounds) -> tuple[Estimate, float | None]:
-    """Returns the mean difference, paired by seed, with its score interval and its p value."""
-    differences = [a.score - b.score for a, b in runs]
-    bounds = difference_bounds(bounds)
-    return estimate(differences, bounds), zero_p_value(differences, bounds)
-
-
 def same_questions(runs: Runs) -> bool:
     """Returns True if all runs answered the same questions about the same images."""
     questions = runs[0][0].questions
     return all(run.questions == questions for pair in runs for run in pair)
 
 
-def compare_images(runs: Runs, metric: str) -> tuple[Estimate | None, float | None]:
-    """Returns the mean difference with a bootstrap interval and a sign-flip p value over images.
+def compare_images(runs: Runs, metric: str) -> Estimate | None:
+    """Returns the mean difference with a bootstrap interval over images.
 
-    Answers about one image are correlated, so whole images are resampled, and the two arms are
-    swapped for whole images. None for a metric without values for single answers.
+    Answers about one image are correlated, so whole images are resampled. None for a metric
+    without values for single answers.
     """
     difference = image_differences(runs, metric)
     if difference is None:
-        return None, None
+        return None
     totals, counts = difference
     mean = float(totals.sum() / counts.sum())
     if len(totals) < 2 or not totals.any():
-        return Estimate(mean, mean, mean), float(not totals.any())
-
-    options = {
-        "vectorized": True,
-        "n_resamples": RESAMPLES,
-        "batch": RESAMPLES_AT_ONCE,
-        "rng": np.random.default_rng(0),
-    }
+        return Estimate(mean, mean, mean)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         bootstrap = stats.bootstrap(
-            (totals, counts), _ratio, paired=True, method="percentile", **options
+            (totals, counts),
+            _ratio,
+            paired=True,
+            method="percentile",
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            batch=RESAMPLES_AT_ONCE,
+            rng=np.random.default_rng(0),
         )
-    flips = stats.permutation_test((totals,), np.sum, permutation_type="samples", **options)
     interval = bootstrap.confidence_interval
-    return Estimate(mean, float(interval.low), float(interval.high)), float(flips.pvalue)
+    return Estimate(mean, float(interval.low), float(interval.high))
 
 
 def image_differences(runs: Runs, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -199,12 +215,12 @@ def _ratio(totals, counts, axis):
     return totals.sum(axis=axis) / counts.sum(axis=axis)
 
 
-def holm(p_values: Mapping[tuple, float | None]) -> dict[tuple, float | None]:
+def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:
     """Returns p values corrected for their number (Holm 1979, Scand. J. Statistics 6)."""
-    ranked = sorted((p, names) for names, p in p_values.items() if p is not None)
-    corrected: dict[tuple, float | None] = dict.fromkeys(p_values)
+    ranked = sorted((p, name) for name, p in p_values.items() if p is not None)
+    corrected: dict[str, float | None] = dict.fromkeys(p_values)
     largest = 0.0
-    for rank, (p, names) in enumerate(ranked):
+    for rank, (p, name) in enumerate(ranked):
         largest = max(largest, min(1.0, p * (len(ranked) - rank)))
-        corrected[names] = largest
+        corrected[name] = largest
     return corrected

@@ -78,10 +78,45 @@ FIELDS = {
     ),
     "a seed of an arm": ("arms={'linear': {}, 'b': {'seed': 1}}", ["seed is set by the study"]),
     "an unknown metric": ("metric='accuracy'", ["metric 'accuracy'", "exact_match"]),
-    "a metric that is not computed": ("metric='anls'", ["metric anls needs anls in eval.metrics"]),
+    "a metric that is not computed": (
+        "metric='anls'",
+        ["metric anls needs anls in eval.metrics: add it"],
+    ),
     "an unknown prerequisite": (
         "arms={'linear': {}, 'b': {'decoder.checkpoint': '{text}'}}",
         ["is not a prerequisite"],
+    ),
+    "a prerequisite for another field": (
+        "prerequisites={'text': {}}, arms={'linear': {}, 'b': {'init_from': '{text}'}}",
+        ["arm b: init_from {text} cannot be a prerequisite: only vision.checkpoint"],
+    ),
+    "an encoder of a prerequisite without one": (
+        "prerequisites={'text': {'fusion.kind': 'text_only'}}, "
+        "arms={'linear': {}, 'b': {'vision.checkpoint': '{text}'}}",
+        ["vision.checkpoint {text}: the prerequisite is text_only and has no vision"],
+    ),
+    "arms whose pretrained parts differ": (
+        "prerequisites={'text': {}, 'other': {}}, arms={'linear': {'decoder.checkpoint': '{text}'},"
+        " 'b': {'decoder.checkpoint': '{other}'}}",
+        ["arms linear and b start from different checkpoints", "{text} and {other}"],
+    ),
+    "versions of a prerequisite that differ in what is taken": (
+        "prerequisites={'text': [{}, {'decoder.depth': 3}]}, "
+        "arms={'linear': {}, 'b': {'decoder.checkpoint': '{text}'}}",
+        ["decoder.checkpoint {text}: the versions of the prerequisite differ in decoder"],
+    ),
+    "a prerequisite that is a number": ("prerequisites={'text': 3}", ["prerequisite text is 3"]),
+    "a probe of another model": (
+        "probes={'wide': {'vision.width': 64}}",
+        ["probe wide changes vision.width to 64, but the run is trained"],
+    ),
+    "a probe that an arm cannot answer": (
+        "probes={'text': {'fusion.kind': 'text_only', 'data.text_length': 999}}",
+        ["probe text: arm linear cannot answer it:", "999"],
+    ),
+    "a contrast over an unknown probe": (
+        "contrasts={'c': studies.Contrast('shuffle@text:nats - linear', '> 0', 'a paper')}",
+        ["contrast c: the sum's 'text' is not a probe"],
     ),
     "a tolerance above 1": ("tolerance=2", ["tolerance is 2"]),
     "seeds in words": ("seeds='3'", ["seeds is '3'", "an integer"]),

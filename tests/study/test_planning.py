@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.study import studies
-from vlm_jax.config import ConfigError, UserError
+from vlm_jax.config import ConfigError, Optim, UserError
 from vlm_jax.study import override, planning
 from vlm_jax.study.definition import load, study_files
 from vlm_jax.study.run.folder import (
@@ -71,38 +71,85 @@ def test_seconds_are_matched_by_the_measured_step(tmp_path):
         plan(tmp_path, matched=matched)
 
 
-def test_a_placeholder_is_the_exported_folder(tmp_path):
-    first = {"text": {"fusion.kind": "text_only"}}
-    arms = {"new": {}, "taught": {"decoder.checkpoint": "{text}"}}
-    study_plan = plan(
-        tmp_path, prerequisites=first, arms=arms, reference="new", matched={"examples": None}
-    )
-    assert study_plan.arms["examples", "taught"].decoder.checkpoint == str(
-        tmp_path / "study/first/text_exported"
-    )
-    assert study_plan.prerequisites["text"].fusion.kind == "text_only"
-    assert study_plan.prerequisites["text"].workdir == str(tmp_path / "study/first/text")
+TEXT_ONLY = {"fusion.kind": "text_only"}
+TAUGHT = {"decoder.checkpoint": "{text}"}
 
 
-def test_an_arm_has_the_size_of_its_prerequisite(tmp_path):
-    """The checkpoint decides, not the arm's config."""
-    first = {"text": {"fusion.kind": "text_only", "decoder.depth": 4}}
-    arms = {"new": {"decoder.depth": 4}, "taught": {"decoder.checkpoint": "{text}"}}
+def test_every_seed_has_its_own_prerequisites(tmp_path):
+    """Seeds take the versions of one in turn, and their arms share them."""
+    first = {"text": TEXT_ONLY, "eye": [{"train.steps": 7}, {"train.steps": 8}]}
+    taught = TAUGHT | {"vision.checkpoint": "{eye}"}
     study_plan = plan(
-        tmp_path, prerequisites=first, arms=arms, reference="new", matched={"parameters": None}
+        tmp_path,
+        prerequisites=first,
+        arms={"new": {}, "taught": taught, "other": taught | {"projector.kind": "mlp"}},
+        reference="new",
+        matched={"examples": None},
+        seeds=3,
+    )
+    runs = study_plan.prerequisites_of(study_plan.runs())
+    assert [run.name for run in runs] == [
+        f"first/{name}/seed_{seed}" for seed in range(3) for name in ("text", "eye")
+    ]
+    assert [run.cfg.train.steps for run in runs if run.arm == "eye"] == [7, 8, 7]
+    assert [run.cfg.seed for run in runs] == [0, 0, 1, 1, 2, 2]
+    assert runs[0].cfg.fusion.kind == "text_only"
+    for seed in range(3):
+        for arm in ("taught", "other"):
+            cfg = study_plan.run("examples", arm, seed).cfg
+            assert cfg.decoder.checkpoint == str(tmp_path / f"study/first/text/seed_{seed}")
+            assert cfg.vision.checkpoint == str(tmp_path / f"study/first/eye/seed_{seed}")
+
+
+def test_an_arm_has_the_size_of_its_prerequisites(tmp_path):
+    """The checkpoints decide, not the arm's config."""
+    sizes = {"decoder.depth": 4, "vision.mlp_width": 96}
+    study_plan = plan(
+        tmp_path,
+        prerequisites={"both": sizes},
+        arms={
+            "new": sizes,
+            "taught": {"decoder.checkpoint": "{both}", "vision.checkpoint": "{both}"},
+        },
+        reference="new",
+        matched={"parameters": None},
     )
     assert [match.residual for match in study_plan.matches] == [0.0, 0.0]
-    assert study_plan.resolve_decoder(study_plan.arms["parameters", "taught"]).decoder.depth == 4
+    resolved = study_plan.resolve(study_plan.arms["parameters", "taught"])
+    assert (resolved.decoder.depth, resolved.vision.mlp_width) == (4, 96)
 
 
 def test_arms_that_differ_in_fields_of_a_checkpoint_are_equal(tmp_path):
-    first = {"text": {"fusion.kind": "text_only"}, "other": {"fusion.kind": "text_only"}}
-    taught = {"decoder.checkpoint": "{text}"}
-    arms = {"a": taught, "b": {"decoder.checkpoint": "{other}"}}
-    settings = {"prerequisites": first, "reference": "a", "matched": {"examples": None}}
+    arms = {"a": TAUGHT, "b": {}}
+    settings = {
+        "prerequisites": {"text": TEXT_ONLY},
+        "reference": "a",
+        "matched": {"examples": None},
+    }
     plan(tmp_path, arms=arms, **settings)
     with pytest.raises(UserError, match="arms a and c are identical after matching examples"):
-        plan(tmp_path, arms=arms | {"c": taught | {"decoder.depth": 4}}, **settings)
+        plan(tmp_path, arms=arms | {"c": TAUGHT | {"decoder.depth": 4}}, **settings)
+
+
+def test_a_probe_starts_from_the_run_and_keeps_all_but_its_questions(tmp_path):
+    study_plan = plan(tmp_path, probes={"text": TEXT_ONLY | {"data.seed": 1}})
+    (run, *_), (probe,) = study_plan.runs(), study_plan.probes
+    folder = run.probe_folder("text")
+    assert folder == tmp_path / "study/examples/linear/seed_0/probes/text"
+    asked = planning.probe_experiment(run.cfg, probe, folder)
+    assert (asked.decoder.checkpoint, asked.vision.checkpoint) == (run.cfg.workdir, "")
+    expected = override(run.cfg, dict(probe.overrides) | {"workdir": str(folder)})
+    assert override(asked, {"decoder.checkpoint": ""}) == dataclasses.replace(
+        expected, optim=Optim()
+    )
+
+
+def test_another_probe_of_the_same_name_is_another_version(tmp_path):
+    folder = Folder(tmp_path / "study")
+    folder.open(plan(tmp_path, probes={"text": TEXT_ONLY}))
+    folder.check(plan(tmp_path, probes={"text": TEXT_ONLY, "more": {"data.seed": 1}}))
+    with pytest.raises(UserError, match="probe text: "):
+        folder.check(plan(tmp_path, probes={"text": TEXT_ONLY | {"data.seed": 1}}))
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])

@@ -12,6 +12,7 @@ from vlm_jax.study import Contrast, override, planning
 from vlm_jax.study.report import (
     costs,
     curves,
+    findings,
     page,
     results,
     samples,
@@ -116,14 +117,42 @@ def test_prerequisites_are_reported_with_score_and_hours(copy_study, tmp_path):
 
     plan = copy_study(tmp_path / "study")
     without = results.read_results(plan)
-    cfg = override(plan.study.base, {"workdir": str(tmp_path / "first/text")})
-    studies.write_run(planning.Run("first", "text", 0, cfg), 0.75, seconds=3600.0)
-    plan = dataclasses.replace(plan, prerequisites={"text": cfg})
+    plan = dataclasses.replace(plan, prerequisites={"text": (plan.study.base,)})
+    run = plan.prerequisite("text", 1)
+    assert run.name == "first/text/seed_1"
+    studies.write_run(run, 0.75, seconds=3600.0)
     with_prerequisite = results.read_results(plan)
     (row,) = scores.prerequisite_section(with_prerequisite).tables[0].rows
-    assert [cell.text for cell in row] == ["text", "6", "0.750"]
+    assert [cell.text for cell in row] == ["text", "6", "-, 0.750"]
     assert hours(with_prerequisite) == hours(without) + 1
     assert scores.prerequisite_section(without) is None
+
+
+def test_probes_are_reported_and_can_be_contrasted(datasets_dir, tmp_path):
+    contrast = Contrast("shuffle@text:by_type.count - linear@text:by_type.count", "> 0", "a paper")
+    study = studies.study(
+        datasets_dir,
+        matched={"examples": None},
+        probes={"text": {"fusion.kind": "text_only"}},
+        contrasts={"text": contrast},
+    )
+    plan = planning.build_plan(study, tmp_path, False, {})
+    for run in plan.runs():
+        studies.write_run(run, 0.5)
+        (probe,) = run.probes
+        folder = run.probe_folder(probe.name)
+        asked = planning.probe_experiment(run.cfg, probe, folder)
+        studies.write_run(dataclasses.replace(run, cfg=asked), 1.0 if run.arm == "shuffle" else 0.0)
+    found = results.read_results(plan)
+    assert not found.missing and not found.broken
+    (table,) = scores.probe_section(found).tables
+    assert table.columns == ["arm", "exact match"]
+    assert [[cell.text for cell in row] for row in table.rows] == [
+        ["linear", "0.000"],
+        ["shuffle", "1.000"],
+    ]
+    (finding,) = findings.find(found)
+    assert finding.total.mean == 1.0
 
 
 def facts(report):

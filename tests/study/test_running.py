@@ -14,12 +14,14 @@ import jax
 import pytest
 
 from tests.study import studies
+from vlm_jax.config import files
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.study import cli, definition, planning
 from vlm_jax.study.report import results
 from vlm_jax.study.run import (
     measuring,
     preparing,
+    probing,
     record,
     running,
 )
@@ -89,8 +91,23 @@ def test_a_stopped_study_continues_where_it_was(file, tmp_path, capsys):
         lines = workdir.metrics.read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(1, 7))
         assert workdir.predictions.exists()
+    check_probe(runs / "linear/seed_0")
     assert cli.main(["report", str(file)]) == 0
     assert "| linear |" in (tmp_path / "runs/studies/mine/report/report.md").read_text()
+
+
+def check_probe(workdir):
+    """The decoder alone answers the questions with the text of the page before them."""
+    text = {"fusion.kind": "text_only", "data.cell_px": 8, "data.transcript": True}
+    probe = planning.Probe("text", text)
+    cfg = Workdir(str(workdir)).read_config()
+    run = planning.Run("examples", "linear", 0, cfg, (probe,))
+    assert probing.main(running.make_probe_command(run, probe)[-1]) == 0
+    scores = json.loads((run.probe_folder("text") / "eval.json").read_text())
+    assert scores["examples"] == 16
+    assert scores["exact_match"] == scores["image_shuffled_exact_match"], "no image is used"
+    (asked, *_) = (run.probe_folder("text") / "predictions.jsonl").read_text().splitlines()
+    assert json.loads(asked)["question"].endswith("\nhow many words are there?")
 
 
 def test_the_costs_of_a_model_are_measured(datasets_dir, tmp_path, one_device):
@@ -162,13 +179,42 @@ def test_a_failed_one_time_step_stops_no_other_run(datasets_dir, tmp_path, monke
     monkeypatch.setattr(definition, "load", lambda file: study)
     assert cli.main(["run", "mine.py", "--folder", str(tmp_path)]) == 1
     output = capsys.readouterr().out
-    assert "prerequisite text failed with exit code 1: error: no room." in output
+    assert "first/text/seed_0  failed: exit code 1: error: no room." in output
     assert "measuring new failed" in output and "measuring taught failed" in output
     plan = planning.build_plan(study, tmp_path, False, {})
     new, taught = plan.runs()
     assert running.is_done(new) and not running.is_done(taught)
     reason = results.read_results(plan).missing[taught.name]
-    assert reason.startswith("failed: ") and "text_exported" in reason
+    assert reason.startswith("failed: ") and "first/text/seed_0" in reason
+
+
+def test_a_trained_run_answers_its_probes_next(queue, datasets_dir, tmp_path, monkeypatch):
+    """One attempt each: the training, and the probe that fails once."""
+    work_queue, plan = queue(SUCCEED)
+    probes = {"text": {"fusion.kind": "text_only"}, "more": {"data.seed": 1}}
+    study = dataclasses.replace(plan.study, probes=probes)
+    plan = planning.build_plan(study, tmp_path, False, {})
+    script = (
+        "import os, sys; W = os.path.dirname(sys.argv[-1])\n"
+        "if 'more' in W and not os.path.exists(W + '/t'): open(W + '/t', 'w'); sys.exit('error: x')"
+        f"\n{SUCCEED}"
+    )
+    make_command = running.make_probe_command
+
+    def fake(run, probe):
+        return [sys.executable, "-c", script, make_command(run, probe)[-1]]
+
+    monkeypatch.setattr(running, "make_probe_command", fake)
+    run = plan.runs()[0]
+    for failures in (1, 0):
+        work_queue = Queue([run], {run: 1.0})
+        work_queue.work(jobs=1)
+        assert len(work_queue.failed) == failures
+        assert running.is_done(run) == (not failures)
+    codes = [attempt["exit_code"] for attempt in record.read(run.cfg.workdir)["attempts"]]
+    assert codes == [0, 0, 1, 0]
+    asked = files.from_json((run.probe_folder("text") / running.PROBE_CONFIG).read_text(), "it")
+    assert asked.decoder.checkpoint == run.cfg.workdir and asked.fusion.kind == "text_only"
 
 
 def test_every_attempt_is_recorded_with_the_commit_at_its_start(queue, monkeypatch):

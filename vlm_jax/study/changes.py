@@ -24,12 +24,12 @@ def override(cfg: Experiment, overrides: Overrides) -> Experiment:
 
 
 def is_placeholder(value) -> bool:
-    """Returns True for "{name}", the exported checkpoint of a prerequisite."""
+    """Returns True for "{name}", the run of a prerequisite."""
     return isinstance(value, str) and value.startswith("{") and value.endswith("}")
 
 
 def fill_placeholders(cfg: Experiment, folders: Mapping[str, Path]) -> Experiment:
-    """Returns the experiment with the checkpoint folder of every placeholder in its place."""
+    """Returns the experiment with a folder for every placeholder; `folders` has them by name."""
     filled = {
         name: str(folders[value[1:-1]])
         for name, value in flat(cfg).items()

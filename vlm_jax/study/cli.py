@@ -122,7 +122,7 @@ def _run(
     # Steps of matched seconds depend on measured speeds, so these come before the plan.
     if "seconds" in study.matched:
         with folder.locked():
-            arms = planning.unmatched_arms(study, options.folder, options.quick)
+            arms = planning.unmatched_arms(study, options.quick)
             preparing.measure_models(folder, arms)
     step_seconds = preparing.read_step_seconds(folder, study)
     plan = planning.build_plan(study, options.folder, options.quick, step_seconds)
@@ -130,7 +130,9 @@ def _run(
 
     runs = select(plan.runs())
     with folder.locked():
-        preparing.train_prerequisites(plan)
+        first = plan.prerequisites_of(runs)
+        # Those that fail are printed; the runs that start from them will fail too.
+        running.Queue(first, {run: run.cfg.train.steps for run in first}).work(options.jobs)
         preparing.measure_models(folder, _models_to_measure(plan, runs))
 
     expected_seconds = {run: _expected_seconds(folder, plan, run) for run in runs}
@@ -143,12 +145,11 @@ def _run(
 
 def _models_to_measure(plan: Plan, runs: list[Run]) -> dict:
     """Returns the models of the runs; for a quick study only the model of the reference."""
-    names = {
-        plan.model_name(run.axis, run.arm)
-        for run in runs
-        if not plan.quick or run.arm == plan.study.reference
-    }
-    return {name: cfg for name, cfg in plan.models().items() if name in names}
+    models = {}
+    for run in runs:
+        if not plan.quick or run.arm == plan.study.reference:
+            models.setdefault(plan.model_name(run.axis, run.arm), run.cfg)
+    return models
 
 
 def _expected_seconds(folder: Folder, plan: Plan, run: Run) -> float:

@@ -2,13 +2,14 @@
 
 import importlib.util
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlm_jax.config import ConfigError, Experiment, UserError
 from vlm_jax.config.hints import nearest
-from vlm_jax.config.validate import kinds
+from vlm_jax.config.model import PRETRAINED_PARTS
+from vlm_jax.config.validate import flat, kinds
 from vlm_jax.infer.metrics.intervals import Bounds
 from vlm_jax.infer.metrics.scores import (
     all_numbers,
@@ -30,7 +31,7 @@ FIELD_TYPES = {
     "question": (str, "a string"),
     "base": (Experiment, "an Experiment"),
     **dict.fromkeys(
-        ("arms", "matched", "quick", "prerequisites", "contrasts"), (Mapping, "a dict")
+        ("arms", "matched", "quick", "prerequisites", "probes", "contrasts"), (Mapping, "a dict")
     ),
     "reference": (str, "the name of an arm"),
     "tolerance": (float | int, "a number"),
@@ -38,6 +39,9 @@ FIELD_TYPES = {
     "loss_threshold": (float | int | None, "a number of nats, or None"),
     "metric": (str, "the name of a score"),
 }
+
+
+PREREQUISITE = "a dict of fields and values, or several that the seeds take in turn"
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,17 @@ class Study:
     loss_threshold: float | None = None
     # Overrides of --quick, applied on top of the arms' overrides.
     quick: Overrides = field(default_factory=dict)
-    # Runs that are trained once and exported; in an arm, "{name}" is the exported checkpoint.
-    prerequisites: Mapping[str, Overrides] = field(default_factory=dict)
+    # Runs that each seed trains first, for all of its arms; in an arm, `decoder.checkpoint`
+    # "{name}" is the run of its seed. The seeds take several versions of a run in turn.
+    prerequisites: Mapping[str, Overrides | Sequence[Overrides]] = field(default_factory=dict)
+    # Other questions that every finished run is asked: name -> overrides of data, eval and
+    # fusion.kind.
+    probes: Mapping[str, Overrides] = field(default_factory=dict)
+
+    def versions(self, prerequisite: str) -> tuple[Overrides, ...]:
+        """Returns the versions of a prerequisite, which the seeds take in turn."""
+        overrides = self.prerequisites[prerequisite]
+        return (overrides,) if isinstance(overrides, Mapping) else tuple(overrides)
 
     @property
     def shares_parts(self) -> bool:
@@ -148,13 +161,15 @@ def check(study: Study) -> Study:
     """
     for name, (field_type, words) in FIELD_TYPES.items():
         _check_type(name, getattr(study, name), field_type, words)
+    for name, overrides in study.prerequisites.items():
+        _check_type(f"prerequisite {name}", overrides, Mapping | list | tuple, PREREQUISITE)
     for where, overrides in _all_overrides(study).items():
         _check_type(where, overrides, Mapping, "a dict of fields and values")
     if not study.base.eval.read_split:
         raise ConfigError("base has no eval.split, on which the arms are compared.")
     if len(study.arms) < 2:
         raise ConfigError(f"arms has {len(study.arms)} entries, but a comparison needs 2.")
-    for name in (*study.arms, *study.prerequisites):
+    for name in (*study.arms, *study.prerequisites, *study.probes):
         _check_name(name)
     _check_choice(study.reference, study.arms, "reference", "an arm")
     if not study.matched:
@@ -164,12 +179,17 @@ def check(study: Study) -> Study:
         _check_solved_field(study, axis, solved_field)
     for where, overrides in _all_overrides(study).items():
         _check_overrides(study, where, overrides)
+    for name, value in flat(study.base).items():
+        if is_placeholder(value):
+            _check_placeholder(study, "base", name, value)
     _check_patience(study)
     if study.seeds < 1:
         raise ConfigError(f"seeds is {study.seeds}, but must be at least 1.")
     if not 0 <= study.tolerance < 1:
         raise ConfigError(f"tolerance is {study.tolerance}, but must be in [0, 1).")
-    _check_score(study, study.metric, "metric")
+    check_metrics(study.base.eval.metrics, "eval.metrics")
+    _check_score(study.metric, study.base.eval.metrics, "metric")
+    _check_probes(study)
     _check_contrasts(study)
     return study
 
@@ -214,10 +234,12 @@ def _check_solved_field(study: Study, axis: str, name: str | None) -> None:
 def _all_overrides(study: Study) -> dict[str, Overrides]:
     """Returns the place of overrides in the study, as a message names it -> overrides."""
     arms = {f"arm {name}": overrides for name, overrides in study.arms.items()}
-    prerequisites = {
-        f"prerequisite {name}": overrides for name, overrides in study.prerequisites.items()
-    }
-    return arms | prerequisites | {"quick": study.quick}
+    probes = {f"probe {name}": overrides for name, overrides in study.probes.items()}
+    prerequisites = {}
+    for name in study.prerequisites:
+        for i, overrides in enumerate(study.versions(name)):
+            prerequisites[f"prerequisite {name}{f' ({i})' if i else ''}"] = overrides
+    return arms | probes | prerequisites | {"quick": study.quick}
 
 
 def _check_overrides(study: Study, where: str, overrides: Overrides) -> None:
@@ -228,11 +250,39 @@ def _check_overrides(study: Study, where: str, overrides: Overrides) -> None:
     for name, value in overrides.items():
         if name in ("workdir", "seed"):
             raise ConfigError(f"{where}: {name} is set by the study.")
-        if is_placeholder(value) and value[1:-1] not in study.prerequisites:
-            raise ConfigError(
-                f"{where}: {name} {value} is not a prerequisite"
-                f"{nearest(value[1:-1], study.prerequisites)}."
-            )
+        if is_placeholder(value):
+            _check_placeholder(study, where, name, value)
+
+
+def _check_placeholder(study: Study, where: str, name: str, value: str) -> None:
+    if value[1:-1] not in study.prerequisites:
+        raise ConfigError(
+            f"{where}: {name} {value} is not a prerequisite"
+            f"{nearest(value[1:-1], study.prerequisites)}."
+        )
+    fields = [f"{part}.checkpoint" for part in PRETRAINED_PARTS]
+    if name not in fields or where.startswith("prerequisite"):
+        raise ConfigError(
+            f"{where}: {name} {value} cannot be a prerequisite: only {', '.join(fields)} of arms "
+            "can."
+        )
+
+
+def _check_probes(study: Study) -> None:
+    """Refuses a probe that changes more than the questions."""
+    for name, overrides in study.probes.items():
+        for field_name, value in overrides.items():
+            asks_text = (field_name, value) == ("fusion.kind", "text_only")
+            if not (asks_text or field_name.startswith(("data.", "eval."))):
+                raise ConfigError(
+                    f"probe {name} changes {field_name} to {value!r}, but the run is trained: only "
+                    "fields of data and eval can change, and fusion.kind to text_only."
+                )
+        check_metrics(_probe_metrics(study, name), f"probe {name}: eval.metrics")
+
+
+def _probe_metrics(study: Study, name: str) -> tuple[str, ...]:
+    return study.probes[name].get("eval.metrics", study.base.eval.metrics)
 
 
 def _check_patience(study: Study) -> None:
@@ -246,8 +296,7 @@ def _check_patience(study: Study) -> None:
             )
 
 
-def _check_score(study: Study, name: str, where: str) -> None:
-    check_metrics(study.base.eval.metrics, "eval.metrics")
+def _check_score(name: str, metrics: Iterable[str], where: str) -> None:
     score = parse_score(name)
     if score is None:
         raise ConfigError(
@@ -256,8 +305,8 @@ def _check_score(study: Study, name: str, where: str) -> None:
             f"NAME one of {', '.join(all_numbers())}."
         )
     metric = metric_of(score.metric)
-    if metric not in study.base.eval.metrics:
-        raise ConfigError(f"{where} {name} needs {metric} in eval.metrics of base: add it.")
+    if metric not in metrics:
+        raise ConfigError(f"{where} {name} needs {metric} in eval.metrics: add it.")
 
 
 def _check_contrasts(study: Study) -> None:
@@ -301,5 +350,8 @@ def _check_contrast(study: Study, contrast: Contrast) -> None:
 
 def _check_term(study: Study, term: Term) -> None:
     _check_choice(term.arm, study.arms, "the sum's", "an arm")
-    if term.score is not None:
-        _check_score(study, term.score, "score")
+    metrics = study.base.eval.metrics
+    if term.probe is not None:
+        _check_choice(term.probe, study.probes, "the sum's", "a probe")
+        metrics = _probe_metrics(study, term.probe)
+    _check_score(term.score or study.metric, metrics, "score")

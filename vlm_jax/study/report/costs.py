@@ -42,7 +42,7 @@ def cost_section(results: Results) -> Section:
     plan = results.plan
     folder = Folder(plan.folder)
     rows = [
-        _cost_row(name, plan.resolve_decoder(cfg), folder.read_measurement(name))
+        _cost_row(name, plan.resolve(cfg), folder.read_measurement(name))
         for name, cfg in plan.models().items()
     ]
     return Section("Cost", [COST_TEXT], tables=[Table(COST_COLUMNS, rows)])
@@ -152,7 +152,8 @@ def _attempts(results: Results) -> list[dict]:
     """Returns the attempts of all prerequisites, and of every run once."""
     # A run that serves several axes has one result, with one record.
     records = {id(result): result.record for result in results.finished.values()}
-    prerequisites = [record.read(cfg.workdir) for cfg in results.plan.prerequisites.values()]
+    first = results.plan.prerequisites_of(results.plan.runs())
+    prerequisites = [record.read(run.cfg.workdir) for run in first]
     attempts = []
     for run_record in (*prerequisites, *records.values()):
         attempts += run_record.get("attempts", [])

@@ -50,7 +50,7 @@ def threshold_section(results: Results) -> Section | None:
     rows = []
     for axis, arm in plan.arms:
         runs = list(results.by_seed(axis, arm).values())
-        flops_per_step = matching.flops_per_step(plan.resolve_decoder(plan.arms[axis, arm]))
+        flops_per_step = matching.flops_per_step(plan.resolve(plan.arms[axis, arm]))
         steps, run_seconds = [], []
         for run in runs:
             index = first_below(run, threshold)

@@ -145,7 +145,7 @@ def curve_pictures(results: Results, axis: str) -> list[Picture]:
         return []
 
     def flops(arm: str) -> Series:
-        flops_per_step = matching.flops_per_step(plan.resolve_decoder(plan.arms[axis, arm]))
+        flops_per_step = matching.flops_per_step(plan.resolve(plan.arms[axis, arm]))
         return lambda result: column(result, "step") * flops_per_step
 
     # Label of the horizontal axis -> its values for the runs of an arm.

@@ -91,10 +91,11 @@ def _samples(results: Results, axis: str, terms: list[Term]) -> list[dict[int, f
     """Returns for each arm: seed -> sum of its terms. Scores of one run are not independent."""
     by_arm: dict[str, list[dict[int, float]]] = {}
     for term in terms:
-        if term.score is None:
+        if (term.score, term.probe) == (None, None):
             scores = results.scores(axis, term.arm)
         else:
-            scores = results.other_scores(axis, term.arm, term.score)
+            name = term.score or results.plan.study.metric
+            scores = results.other_scores(axis, term.arm, name, term.probe)
         sample = {seed: term.coefficient * score for seed, score in scores.items()}
         by_arm.setdefault(term.arm, []).append(sample)
     return [statistics.sums_by_seed(samples) for samples in by_arm.values()]

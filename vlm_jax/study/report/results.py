@@ -9,8 +9,8 @@ from pathlib import Path
 from vlm_jax.config import ConfigError, UserError
 from vlm_jax.infer.metrics.scores import metric_keys, parse_score
 from vlm_jax.infer.metrics.table import of_attention
-from vlm_jax.runtime.workdir import Workdir
-from vlm_jax.study.planning import Plan, Run, resolve_checkpoints
+from vlm_jax.runtime.workdir import EvaluationFolder, Workdir
+from vlm_jax.study.planning import Plan, Probe, Run, resolve_checkpoints
 from vlm_jax.study.run import record, running
 from vlm_jax.train import log
 
@@ -31,6 +31,7 @@ class Result:
     #: metric of attention -> layer -> name of a number -> its mean
     by_layer: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
     scores: Mapping[str, object] = field(default_factory=dict)  # eval.json
+    probes: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # of each probe
 
     @functools.cached_property
     def questions(self) -> list[tuple]:
@@ -73,16 +74,25 @@ class Results:
         """Returns seed -> score of an arm on an axis."""
         return {seed: result.score for seed, result in self.by_seed(axis, arm).items()}
 
-    def other_scores(self, axis: str, arm: str, name: str) -> dict[int, float]:
+    def other_scores(
+        self, axis: str, arm: str, name: str, probe: str | None = None
+    ) -> dict[int, float]:
         """Returns seed -> another score than the study's metric, by its key in eval.json.
+
+        Args:
+          probe: whose score it is; None: of the evaluation after the training.
 
         Raises:
           ConfigError: an evaluation has no such score.
         """
-        return {
-            seed: _score(result.scores, name, f"the evaluation of {axis}/{arm}/seed_{seed}")
-            for seed, result in self.by_seed(axis, arm).items()
-        }
+        scores = {}
+        for seed, result in self.by_seed(axis, arm).items():
+            where = f"the evaluation of {axis}/{arm}/seed_{seed}"
+            if probe is not None:
+                where = f"probe {probe} of {axis}/{arm}/seed_{seed}"
+            evaluation = result.scores if probe is None else result.probes[probe]
+            scores[seed] = _score(evaluation, name, where)
+        return scores
 
 
 def read_results(plan: Plan) -> Results:
@@ -122,7 +132,12 @@ def _read_run(run: Run, metric: str) -> Result:
         record.read(run.cfg.workdir),
         {name: scores[metric_keys(name).by_layer] for name in of_attention(run.cfg.eval.metrics)},
         scores,
+        {probe.name: record.read_json(_probe_file(run, probe)) for probe in run.probes},
     )
+
+
+def _probe_file(run: Run, probe: Probe) -> Path:
+    return EvaluationFolder(run.probe_folder(probe.name)).eval
 
 
 def _score(scores: Mapping, metric: str, where: str | Path) -> float:

@@ -33,7 +33,8 @@ def sample_section(results: Results) -> Section:
     samples: list[Sample] = []
     for group in groups:
         # Show the sharpest images that an arm of the group had.
-        cfg = max((results.plan.arms[axis, arm] for arm in group), key=_max_pixels)
+        plan = results.plan
+        cfg = max((plan.resolve(plan.arms[axis, arm]) for arm in group), key=_max_pixels)
         group_questions = questions.to_evaluate(cfg)
         for i in _select(group, MAX_SAMPLES // len(groups)):
             samples.append(_sample(len(samples), i, group, group_questions[i].images()))

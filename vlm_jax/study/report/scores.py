@@ -150,22 +150,51 @@ def _metric_title(results: Results) -> str:
 
 def prerequisite_section(results: Results) -> Section | None:
     """Returns the scores of the prerequisites; None without any."""
-    prerequisites = results.plan.prerequisites
-    if not prerequisites:
+    plan = results.plan
+    if not plan.prerequisites:
         return None
-    key = metric_keys(parse_score(results.plan.study.metric).metric).mean
+    key = metric_keys(parse_score(plan.study.metric).metric).mean
     rows = []
-    for name, cfg in prerequisites.items():
-        file = Workdir(cfg.workdir).eval
-        score = record.read_json(file).get(key) if file.exists() else None
-        score_text = "-" if score is None else f"{score:.3f}"
-        rows.append([Cell(name), number_cell(f"{cfg.train.steps:,}"), number_cell(score_text)])
-    text = (
-        "Trained once, with one seed, for all arms and seeds: results over seeds hold for arms "
-        "that start from this run."
-    )
-    table = Table(["run", "steps", _metric_title(results)], rows)
+    for name, versions in plan.prerequisites.items():
+        scores = []
+        for seed in range(plan.study.seeds):
+            file = Workdir(plan.prerequisite(name, seed).cfg.workdir).eval
+            score = record.read_json(file).get(key) if file.exists() else None
+            scores.append("-" if score is None else f"{score:.3f}")
+        steps = dict.fromkeys(f"{version.train.steps:,}" for version in versions)
+        rows.append([Cell(name), *map(number_cell, (", ".join(steps), ", ".join(scores)))])
+    text = "Each seed trains these first, and all of its arms start from them."
+    if any(len(versions) > 1 for versions in plan.prerequisites.values()):
+        text += " The seeds take the versions of a run in turn."
+    table = Table(["run", "steps", f"{_metric_title(results)}, each seed"], rows)
     return Section("Prerequisites", [text], tables=[table])
+
+
+def probe_section(results: Results) -> Section | None:
+    """Returns the scores of each arm on the questions of the probes; None without any."""
+    study, tables = results.plan.study, []
+    for probe in results.plan.probes:
+        metrics = probe.overrides.get("eval.metrics", study.base.eval.metrics)
+        for axis in study.matched:
+            rows = []
+            for arm in study.arms:
+                cells = [_probe_cell(results, axis, arm, probe.name, name) for name in metrics]
+                rows.append([Cell(arm), *cells])
+            caption = f"{probe.name}, at matched {axis_label(axis)}"
+            columns = ["arm", *(name.replace("_", " ") for name in metrics)]
+            tables.append(Table(columns, rows, caption))
+    if not tables:
+        return None
+    text = "Other questions, asked of the finished runs: mean over seeds with its 95 % interval."
+    return Section("Probes", [text], tables=tables)
+
+
+def _probe_cell(results: Results, axis: str, arm: str, probe: str, metric: str) -> Cell:
+    scores = results.other_scores(axis, arm, metric_keys(metric).mean, probe)
+    if not scores:
+        return number_cell("-")
+    estimate = statistics.estimate(list(scores.values()), score_bounds(metric))
+    return number_cell(format_estimate(estimate))
 
 
 def pair_table(pairs: list[Pair]) -> Table:

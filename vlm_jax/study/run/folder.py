@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from vlm_jax.config import ConfigError, Experiment, Fusion, files
@@ -84,6 +85,10 @@ class Folder:
         lines = [f"{name}: is gone" for name in old if name not in new]
         for name in old.keys() & new.keys():
             lines += [f"{name}: {line}" for line in diff(files.updated(old[name]), new[name])]
+        old_probes = record.read_json(self.definition).get("probes", {})
+        for name, overrides in definition(plan)["probes"].items():
+            if old_probes.get(name, overrides) != overrides:
+                lines.append(f"probe {name}: {old_probes[name]} -> {overrides}")
         if lines:
             raise ConfigError(
                 f"folder {self.path} holds another version of this study; "
@@ -119,7 +124,10 @@ class Folder:
 def definition(plan: Plan) -> dict:
     """Returns the JSON values of a study: every experiment with all its fields."""
     study = plan.study
-    experiments = {f"{PREREQUISITES}/{name}": cfg for name, cfg in plan.prerequisites.items()}
+    experiments = {}
+    for name, versions in plan.prerequisites.items():
+        for i, cfg in enumerate(versions):
+            experiments[f"{PREREQUISITES}/{name}{f' ({i})' if i else ''}"] = cfg
     experiments |= {f"{axis}/{arm}": cfg for (axis, arm), cfg in plan.arms.items()}
     return {
         "question": study.question,
@@ -128,7 +136,11 @@ def definition(plan: Plan) -> dict:
         "tolerance": study.tolerance,
         "seeds": study.seeds,
         "matched": dict(study.matched),
+        "contrasts": {name: asdict(contrast) for name, contrast in study.contrasts.items()},
         "experiments": {name: as_json(cfg) for name, cfg in experiments.items()},
+        "probes": {
+            probe.name: json.loads(json.dumps(dict(probe.overrides))) for probe in plan.probes
+        },
     }
 
 

@@ -1,7 +1,6 @@
-"""One-time steps before the runs: train prerequisites, measure costs."""
+"""One-time steps before the runs: measure costs."""
 
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,41 +8,11 @@ from pathlib import Path
 from vlm_jax.config import Experiment, UserError
 from vlm_jax.config.files import to_json
 from vlm_jax.runtime.preemption import RESUME_ME
-from vlm_jax.runtime.workdir import Workdir, write_atomic
+from vlm_jax.runtime.workdir import write_atomic
 from vlm_jax.study.definition import Study
-from vlm_jax.study.planning import Plan, export_folder, resolve_checkpoints
+from vlm_jax.study.planning import resolve_checkpoints
 from vlm_jax.study.run import record, running
 from vlm_jax.study.run.folder import Folder
-
-
-def train_prerequisites(plan: Plan) -> None:
-    """Trains every prerequisite and exports it as a checkpoint folder, unless that exists.
-
-    A failure is printed; the runs that need the prerequisite will fail too, and the others go on.
-
-    Raises:
-      ConfigError: a work folder cannot be written or holds another run.
-    """
-    for name, cfg in plan.prerequisites.items():
-        exported = export_folder(plan.folder, name)
-        if not (exported / "config.json").exists():
-            _train_prerequisite(name, cfg, exported)
-
-
-def _train_prerequisite(name: str, cfg: Experiment, exported: Path) -> None:
-    Workdir(cfg.workdir).open(cfg)
-    log = Path(cfg.workdir) / record.LOG
-    print(f"training prerequisite {name}", flush=True)
-    train = ("train", "--workdir", cfg.workdir)
-    export = ("export", "--checkpoint", cfg.workdir, "--output", str(exported))
-    for arguments in (train, export):
-        command = running.run_command(*arguments)
-        start = time.monotonic()
-        environment = record.environment()
-        code = _run_to_end(command, log, f"prerequisite {name}")
-        record.add_attempt(cfg.workdir, command, time.monotonic() - start, code, environment)
-        if code:
-            return
 
 
 def measure_models(folder: Folder, models: Mapping[str, Experiment]) -> None:

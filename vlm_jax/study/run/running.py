@@ -13,13 +13,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlm_jax.config import ConfigError, UserError
+from vlm_jax.config import ConfigError, UserError, files
 from vlm_jax.runtime.preemption import RESUME_ME
-from vlm_jax.runtime.workdir import Workdir
-from vlm_jax.study.planning import Run, resolve_checkpoints
+from vlm_jax.runtime.workdir import EvaluationFolder, Workdir, write_atomic
+from vlm_jax.study.planning import Probe, Run, probe_experiment, resolve_checkpoints
 from vlm_jax.study.run import record
 
 POLL_SECONDS = 0.2
+# Experiment of a probe, in the folder of its answers.
+PROBE_CONFIG = "experiment.json"
 
 
 class Stopped(Exception):
@@ -49,8 +51,14 @@ def stop_on_signals() -> Iterator[None]:
 
 
 def is_done(run: Run) -> bool:
-    """Returns True if the run is trained and evaluated: eval.json is its last file."""
-    return Workdir(run.cfg.workdir).eval.exists()
+    """Returns True if the run is trained and evaluated, and has answered its probes."""
+    return all(output.exists() for output in outputs(run))
+
+
+def outputs(run: Run) -> list[Path]:
+    """Returns the last file of the training and of each probe, in their order."""
+    probed = [EvaluationFolder(run.probe_folder(probe.name)).eval for probe in run.probes]
+    return [Workdir(run.cfg.workdir).eval, *probed]
 
 
 def run_command(*arguments: str) -> list[str]:
@@ -60,15 +68,27 @@ def run_command(*arguments: str) -> list[str]:
 
 @dataclass
 class Process:
-    """A run in progress."""
+    """A run in progress: its training, or one of its probes."""
 
     run: Run
     start: float = field(default_factory=time.monotonic)
 
     def __post_init__(self):
-        cfg = resolve_checkpoints(self.run.cfg)
-        Workdir(cfg.workdir).open(cfg)
-        self.command = run_command("train", "--workdir", cfg.workdir)
+        cfg = self.run.cfg
+        training, *probed = outputs(self.run)
+        unanswered = [pair for pair in zip(self.run.probes, probed) if not pair[1].exists()]
+        if training.exists() and unanswered:
+            probe, self.output = unanswered[0]
+            self.command = make_probe_command(self.run, probe)
+        else:
+            self.output = training
+            for folder in self.run.prerequisites:
+                # A stopped one has checkpoints, too.
+                if not Workdir(folder).eval.exists():
+                    raise ConfigError(f"prerequisite {folder} is not finished.")
+            resolved = resolve_checkpoints(cfg)
+            Workdir(cfg.workdir).open(resolved)
+            self.command = run_command("train", "--workdir", cfg.workdir)
         # Read at the start: the files of the repository may change during the run.
         self._environment = record.environment()
         self._process = spawn(self.command, Path(cfg.workdir) / record.LOG)
@@ -87,6 +107,16 @@ class Process:
         seconds = time.monotonic() - self.start
         workdir = self.run.cfg.workdir
         return record.add_attempt(workdir, self.command, seconds, code, self._environment)
+
+
+def make_probe_command(run: Run, probe: Probe) -> list[str]:
+    """Writes the experiment of a probe, and returns the command line that evaluates it."""
+    folder = run.probe_folder(probe.name)
+    cfg = probe_experiment(Workdir(run.cfg.workdir).read_config(), probe, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / PROBE_CONFIG
+    write_atomic(config, files.to_json(cfg))
+    return [sys.executable, "-m", "vlm_jax.study.run.probing", str(config)]
 
 
 def spawn(command: list[str], log: Path) -> subprocess.Popen:
@@ -176,14 +206,15 @@ class Queue:
         run = process.run
         run_record = process.wait_and_record()
         code = process.exit_code()
-        if code == RESUME_ME:
+        if code == RESUME_ME or (not code and process.output.exists() and not is_done(run)):
+            # To be continued, or its probes are next.
             self._waiting.insert(0, run)
         elif code or not is_done(run):
             log = f"{run.cfg.workdir}/{record.LOG}"
             self._fail(run, f"exit code {code}: {run_record['error']} (log: {log})")
         else:
             self._finished_seconds += self._expected[run]
-            minutes = run_record["attempts"][-1]["seconds"] / 60
+            minutes = sum(attempt["seconds"] for attempt in run_record["attempts"]) / 60
             self._print(run, f"done in {minutes:.1f} min")
 
     def _fail(self, run: Run, reason: str) -> None:

@@ -99,6 +99,23 @@ def test_a_part_learns_at_its_own_rate():
         np.testing.assert_allclose(scaled[path], factors[find_part(path)] * ones[path], rtol=1e-5)
 
 
+def test_gates_learn_at_their_own_rate():
+    cfg = tiny("cross_attention", fusion=replace(GATED.fusion, gated=True))
+    params = flat_params(cfg)
+
+    def updates(settings: Optim):
+        transform = optimizer(settings, cfg)
+        return jax.jit(transform.update)(filled(params, 0.1), transform.init(params), params)[0]
+
+    ones = updates(Optim(warmup_steps=0))
+    scaled = updates(Optim(warmup_steps=0, gate_lr_mult=10.0, lr_mult=LrMult(cross_attention=0.5)))
+    factors = {path: scaled[path] / ones[path] for path in params}
+    gates = {path for path, factor in factors.items() if np.allclose(factor, 5.0)}
+    assert gates == {path for path in params if path[-1] in ("cross_gate", "cross_mlp_gate")}
+    assert len(gates) > 1
+    assert {round(float(np.mean(factors[path])), 3) for path in set(params) - gates} == {0.5, 1.0}
+
+
 @pytest.mark.parametrize("norm, clipped", [(100.0, 2.0), (0.5, 0.5)])
 def test_the_gradient_is_clipped_to_a_global_norm(norm, clipped):
     params = flat_params()

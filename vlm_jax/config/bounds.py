@@ -27,6 +27,7 @@ AT_LEAST = {
     "data.seed": 0,
     # Typewritten letters are legible from this size.
     "data.cell_px": 6,
+    "data.fold": 0,
     "data.bos_id": 0,
     "data.threads": 0,
     "data.prefetch": 0,
@@ -54,6 +55,7 @@ AT_LEAST = {
     "optim.lr_mult.projector": 0,
     "optim.lr_mult.decoder": 0,
     "optim.lr_mult.cross_attention": 0,
+    "optim.gate_lr_mult": 0,
     "optim.warmup_steps": 0,
     "optim.beta1": 0,
     "optim.beta2": 0,
@@ -96,6 +98,7 @@ AT_MOST = {
     "data.seed": 2**32 - 1,
     # Up to here the longest words fit into the lines of a page of any size.
     "data.cell_px": 8,
+    "data.fold": 1,
     "data.prefetch": 10_000,
     "distributed.num_processes": 2**20,
     "distributed.timeout_seconds": 86_400,

@@ -62,7 +62,7 @@ DATASETS = {
     ),
     "glyphs": Dataset(
         builder="vlm_jax.data.synthetic.glyphs:Glyphs",
-        fields=(*SYNTHETIC_FIELDS, "cell_px", "transcript"),
+        fields=(*SYNTHETIC_FIELDS, "cell_px", "transcript", "fold"),
         has_boxes=True,
     ),
     "digits": Dataset(

@@ -39,6 +39,8 @@ class Data:
     cell_px: int | None = None
     #: glyphs: prepend the page's text to every question (text-only training)
     transcript: bool = False
+    #: glyphs: words and fonts that only the test split has: 0, or 1, which nothing was chosen on
+    fold: int = 0
     train_split: str = "train"  # TFDS split to train on, or a slice such as 'train[:90%]'
     questions_per_row: int = 8  # number of questions in a row, which share its image
     text_length: int = 80  # text tokens in a row
@@ -101,6 +103,9 @@ class Optim:
     kind: str = "adamw"
     learning_rate: float = 1e-3  # peak learning rate, after warm-up
     lr_mult: LrMult = field(default_factory=LrMult)
+    #: multiplier for the gates of cross-attention, on top of lr_mult.cross_attention: a gate is one
+    #: number, which Adam moves by at most about the learning rate a step
+    gate_lr_mult: float = 1.0
     warmup_steps: int = 100  # steps in which the learning rate rises from 0 to the peak
     final_lr_fraction: float = 0.0  # final learning rate as a fraction of the peak
     beta1: float = 0.9  # decay of the gradients' running mean

@@ -15,6 +15,7 @@ SYNONYMS = {
     ),
     **dict.fromkeys(("min_lr", "min_lr_ratio", "final_fraction"), "optim.final_lr_fraction"),
     **{f"rate_scale.{part}": f"optim.lr_mult.{part}" for part in PARTS},
+    "rate_scale.gates": "optim.gate_lr_mult",
     "norm_order": "decoder.norm_position",
     "residual_scale": "decoder.layer_scale",
     "global_depth": "vision.num_global_layers",

@@ -31,6 +31,7 @@ SUBLAYERS = {
     "cross": Sublayer("cross_attention", needs_image=True),
     "cross_mlp": Sublayer("mlp", needs_image=True),
 }
+GATE = "_gate"  # end of the name of a sublayer's gate
 LAYERS = "layers"  # name of the scan over depth, which stacks parameters
 BLOCK = "block_"  # a block's module is named block_0, block_1, ...
 Sublayers = tuple[str, ...]  # names in SUBLAYERS, in the order in which they run
@@ -142,7 +143,7 @@ class Block(nn.Module):
         is_gated = SUBLAYERS[name].needs_image and self.fusion.has_gates
         if self.cfg.layer_scale == "tanh_gate" or is_gated:
             init = axes.with_axes(nn.initializers.zeros, "1")
-            return y * jnp.tanh(self.param(f"{name}_gate", init, (1,)))
+            return y * jnp.tanh(self.param(f"{name}{GATE}", init, (1,)))
         return y
 
 

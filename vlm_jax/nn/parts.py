@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterable
 
 from vlm_jax.config import LrMult, Optim
-from vlm_jax.nn.blocks import BLOCK, needs_image
+from vlm_jax.nn.blocks import BLOCK, GATE, needs_image
 from vlm_jax.nn.layers import LORA_A, LORA_B
 
 Path = tuple[str, ...]
@@ -31,6 +31,11 @@ def trained_parts(cfg: Optim) -> set[str]:
 def is_adapter(path: Path) -> bool:
     """Returns whether a parameter belongs to a LoRA adapter."""
     return path[-1] in (LORA_A, LORA_B)
+
+
+def is_cross_attention_gate(path: Path) -> bool:
+    """Returns whether a parameter is the gate of a sublayer of cross-attention."""
+    return path[-1].endswith(GATE) and find_part(path) == "cross_attention"
 
 
 def trained_paths(paths: Iterable[Path], cfg: Optim) -> set[Path]:

@@ -15,7 +15,7 @@ from vlm_jax.axes import Partitioned
 from vlm_jax.config import ConfigError, Experiment, Optim
 from vlm_jax.config.hints import nearest
 from vlm_jax.nn.models import abstract_params
-from vlm_jax.nn.parts import Path, find_part, trained_paths
+from vlm_jax.nn.parts import Path, find_part, is_cross_attention_gate, trained_paths
 
 Boxes = Mapping[Path, Partitioned]  # logical axes of the parameters, by path
 
@@ -115,7 +115,8 @@ def optimizer(cfg: Experiment) -> optax.GradientTransformation:
     """Returns the optimizer for the flat dict of trained parameters that `split` makes.
 
     Gradients are clipped by their global norm and scaled by the rule of `optim.kind`. Kernels and
-    embedding tables decay. The learning rate of a part is the schedule times its `lr_mult`.
+    embedding tables decay. The learning rate of a part is the schedule times its `lr_mult`,
+    of the gates of cross-attention times `gate_lr_mult` as well.
 
     Raises:
       ConfigError: `optim.kind` is not a row of `OPTIMIZERS`.
@@ -128,8 +129,12 @@ def optimizer(cfg: Experiment) -> optax.GradientTransformation:
         # Not by the number of dimensions: stacked layers give vectors a second one.
         return {path: boxes[path].is_kernel or boxes[path].is_table for path in params}
 
+    def scale(path: Path) -> float:
+        gate = cfg.optim.gate_lr_mult if is_cross_attention_gate(path) else 1.0
+        return gate * lr_mult[find_part(path)]
+
     def scale_parts(updates, _):
-        return {path: update * lr_mult[find_part(path)] for path, update in updates.items()}
+        return {path: update * scale(path) for path, update in updates.items()}
 
     return optax.chain(
         optax.clip_by_global_norm(cfg.optim.clip_norm),

@@ -22,11 +22,11 @@ every_page = pytest.mark.parametrize(
 )
 
 
-def pages(image_px, split="train", count=60, cell_px=None):
+def pages(image_px, split="train", count=60, cell_px=None, fold=0):
     for index in range(count):
         rng = np.random.default_rng([7, index])
-        page = random_page(rng, image_px, split, cell_px)
-        yield page, glyphs.questions(rng, page, paper.vocabulary(split))
+        page = random_page(rng, image_px, split, cell_px, fold)
+        yield page, glyphs.questions(rng, page, paper.vocabulary(split, fold))
 
 
 def overlap(a, b):
@@ -141,16 +141,18 @@ def test_a_transcript_says_what_stands_on_the_page():
             assert answered(page, question) == each.answer
 
 
-def test_test_pages_have_words_and_a_font_that_are_never_seen():
-    seen, held_out = map(set, paper.words())
+@pytest.mark.parametrize("fold", (0, 1))
+def test_test_pages_have_words_and_a_font_that_are_never_seen(fold):
+    seen, held_out = map(set, paper.words(fold))
     assert not seen & held_out
     for cell_px in (None, 8):
-        assert not set(paper.fonts("train", cell_px)) & set(paper.fonts("test", cell_px))
-        assert paper.fonts("validation", cell_px) == paper.fonts("train", cell_px)
+        seen_fonts, (font,) = (paper.fonts(split, cell_px, fold) for split in ("train", "test"))
+        assert font not in seen_fonts
+        assert paper.fonts("validation", cell_px, fold) == seen_fonts
     for split, cell_px in itertools.product(("train", "validation", "test"), (None, 8)):
         vocabulary = held_out if split == "test" else seen
-        for page, asked in pages(64, split, cell_px=cell_px):
-            assert page.font in paper.fonts(split, cell_px)
+        for page, asked in pages(64, split, cell_px=cell_px, fold=fold):
+            assert page.font in paper.fonts(split, cell_px, fold)
             assert {word.text for word in page.words} <= vocabulary
             assert all(
                 set(each.answer.split()) <= vocabulary
@@ -162,11 +164,18 @@ def test_test_pages_have_words_and_a_font_that_are_never_seen():
             )
 
 
-def test_every_letter_of_a_held_out_word_is_learned_at_its_place():
+def test_the_test_splits_of_the_folds_share_neither_words_nor_fonts():
+    assert not set(paper.vocabulary("test", 0)) & set(paper.vocabulary("test", 1))
+    for cell_px in (None, 8):
+        assert paper.fonts("test", cell_px, 0) != paper.fonts("test", cell_px, 1)
+
+
+@pytest.mark.parametrize("fold", (0, 1))
+def test_every_letter_of_a_held_out_word_is_learned_at_its_place(fold):
     """So that a reader of letters can read them."""
     seen, held_out = (
         {(len(word), i, word[i]) for word in words for i in range(len(word))}
-        for words in paper.words()
+        for words in paper.words(fold)
     )
     assert held_out <= seen
 
@@ -189,7 +198,7 @@ def test_what_the_list_of_words_gives_away_is_what_the_docs_say():
     assert sum(any(longer.endswith(word) for longer in seen[5]) for word in held_out[3]) == 105
 
 
-@pytest.mark.parametrize("font", paper.SEEN_FONTS + paper.HELD_OUT_FONTS)
+@pytest.mark.parametrize("font", (*paper.SEEN_FONTS, paper.HELD_OUT_FONTS[0]))
 def test_the_smallest_letters_are_as_high_as_the_docs_say(font):
     for letter, height_px in (("x", 5), ("d", 8)):
         _, top, _, bottom = paper._font(font, paper.MIN_SIZE_PX).getbbox(letter, anchor="ls")

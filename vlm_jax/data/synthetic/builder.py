@@ -43,6 +43,7 @@ class SyntheticConfig(tfds.core.BuilderConfig):
     seed: int = 0
     cell_px: int | None = None
     transcript: bool = False
+    fold: int = 0
 
     @classmethod
     def from_data(cls, data: Data) -> "SyntheticConfig":
@@ -51,6 +52,8 @@ class SyntheticConfig(tfds.core.BuilderConfig):
             parts.append(f"cell{data.cell_px}")
         if data.transcript:
             parts.append("transcript")
+        if data.fold:
+            parts.append(f"fold{data.fold}")
         parts += [f"seed{data.seed}", *map(str, data.images)]
         fields = {field: getattr(data, field) for field in cls.__annotations__ if field != "name"}
         return cls(name="_".join(parts), **fields)

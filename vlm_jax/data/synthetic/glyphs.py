@@ -23,8 +23,8 @@ class Glyphs(SyntheticBuilder):
 
     def example(self, rng, split):
         config = self.builder_config
-        page = random_page(rng, config.image_px, split, config.cell_px)
-        pairs = questions(rng, page, vocabulary(split))
+        page = random_page(rng, config.image_px, split, config.cell_px, config.fold)
+        pairs = questions(rng, page, vocabulary(split, config.fold))
         if config.transcript:
             text = transcript(page)
             pairs = [replace(pair, question=f"{text}\n{pair.question}") for pair in pairs]

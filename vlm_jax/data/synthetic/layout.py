@@ -21,16 +21,20 @@ TRIES = 8  # layouts with one largest size, before it is given up
 
 
 def random_page(
-    rng: np.random.Generator, image_px: int, split: str, cell_px: int | None = None
+    rng: np.random.Generator,
+    image_px: int,
+    split: str,
+    cell_px: int | None = None,
+    fold: int = 0,
 ) -> Page:
     """Draws the words of a page and their places.
 
     Drops the largest font sizes until the words fit.
     """
     count = rng.integers(1, max_words(image_px) + 1)
-    font = pick(rng, fonts(split, cell_px))
+    font = pick(rng, fonts(split, cell_px, fold))
     background = tuple(int(channel) for channel in rng.integers(225, 256, 3))
-    all_words, all_colors = vocabulary(split), list(COLORS)
+    all_words, all_colors = vocabulary(split, fold), list(COLORS)
     texts = [all_words[i] for i in rng.choice(len(all_words), count, replace=False)]
     reuses_colors = count > len(all_colors)
     colors = [all_colors[i] for i in rng.choice(len(all_colors), count, replace=reuses_colors)]

@@ -118,6 +118,25 @@ FIELDS = {
         "contrasts={'c': studies.Contrast('shuffle@text:nats - linear', '> 0', 'a paper')}",
         ["contrast c: the sum's 'text' is not a probe"],
     ),
+    "tuning on the test split": (
+        "tune={'linear': [{'optim.learning_rate': 0.1, 'eval.split': 'test'}]}",
+        ["tune of arm linear sets eval.split to 'test'", "the test split is for the final number"],
+    ),
+    "reporting the split of the choices": (
+        "tune={'linear': [{'optim.learning_rate': 0.1}]}, "
+        "base=studies.override(studies.base('d'), {'eval.split': 'validation'})",
+        ["tune chooses on the split validation, which is also eval.split"],
+    ),
+    "a rate of an unknown arm": (
+        "tune={'liner': [{'optim.learning_rate': 0.1}]}",
+        ["tune 'liner' is not an arm (perhaps you meant linear)"],
+    ),
+    "no candidates": ("tune={'linear': []}", ["tune of arm linear has no candidates"]),
+    "a candidate that is a number": ("tune={'linear': [3]}", ["tune of arm linear is 3"]),
+    "rates that are not chosen yet": (
+        "tune={'linear': [{'optim.learning_rate': 0.1}]}",
+        ["rates/mine.json does not exist", "python experiments/study.py tune "],
+    ),
     "a tolerance above 1": ("tolerance=2", ["tolerance is 2"]),
     "seeds in words": ("seeds='3'", ["seeds is '3'", "an integer"]),
     "a tolerance in words": ("tolerance='0.1'", ["tolerance is '0.1'", "a number"]),

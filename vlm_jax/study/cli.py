@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,14 @@ import jax
 from vlm_jax.cli.options import Parser
 from vlm_jax.config import ConfigError, UserError
 from vlm_jax.config.hints import nearest
-from vlm_jax.study import definition, planning
+from vlm_jax.runtime.workdir import write_atomic
+from vlm_jax.study import definition, planning, tuning
 from vlm_jax.study.definition import Study
 from vlm_jax.study.planning import Plan, Run
 from vlm_jax.study.report import costs, page, results, sections
 from vlm_jax.study.run import preparing, record, running
 from vlm_jax.study.run.folder import Folder, default_folder
+from vlm_jax.study.tuning import SEPARATOR, Sweep
 
 USAGE = """usage: python experiments/study.py COMMAND ...
 
@@ -28,6 +31,9 @@ USAGE = """usage: python experiments/study.py COMMAND ...
     --arms A,B      only these arms
     --shard 2/8     only the second of eight shards of the runs
     --folder DIR    folder of the study (default runs/studies/NAME)
+  tune FILE       train the candidates of `tune` on the validation split, and write the rates that
+                  the study takes to rates/NAME.json beside FILE
+    --quick, --jobs N, --folder DIR
   report FILE     write report.html and report.md of the finished runs
     --to DIR        folder of the report (default: report/ in the study's folder)
     --folder DIR, --quick
@@ -71,8 +77,14 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
 
 
-def parse_options(command: str, arguments: list[str], *names: str) -> argparse.Namespace:
-    """Returns the options of a command for one study; `names` are those it has beside the common.
+def parse_options(
+    command: str, arguments: list[str], *options: str, name: str = ""
+) -> argparse.Namespace:
+    """Returns the options of a command for one study.
+
+    Args:
+      options: those it has beside the common ones.
+      name: of the default folder, after the study's name.
 
     Raises:
       ConfigError: an option does not exist, or its value is invalid.
@@ -82,21 +94,22 @@ def parse_options(command: str, arguments: list[str], *names: str) -> argparse.N
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--quick", action="store_true")
     settings = {"seeds": {"type": int}, "jobs": {"type": int, "default": 1}, "to": {"type": Path}}
-    for name in names:
-        parser.add_argument(f"--{name}", **settings.get(name, {}))
-    options = parser.parse_args(arguments)
-    for name in INTEGER_OPTIONS:
-        number = getattr(options, name, None)
+    for option in options:
+        parser.add_argument(f"--{option}", **settings.get(option, {}))
+    args = parser.parse_args(arguments)
+    for option in INTEGER_OPTIONS:
+        number = getattr(args, option, None)
         if number is not None and number < 1:
-            raise ConfigError(f"--{name} is {number}, but must be at least 1.")
-    options.command = shlex.join(["python", "experiments/study.py", command, *arguments])
-    options.folder = options.folder or default_folder(options.file, options.quick)
-    return options
+            raise ConfigError(f"--{option} is {number}, but must be at least 1.")
+    args.command = shlex.join(["python", "experiments/study.py", command, *arguments])
+    args.folder = args.folder or default_folder(args.file, args.quick, name)
+    return args
 
 
 def load_study(options: argparse.Namespace) -> Study:
-    """Returns the study of the file, with the number of seeds of the options."""
+    """Returns the study of the file, with its tuned rates and the options' number of seeds."""
     study = definition.load(options.file)
+    study = tuning.apply(study, tuning.read(options.file))
     seeds = definition.QUICK_SEEDS if options.quick else study.seeds
     return replace(study, seeds=getattr(options, "seeds", None) or seeds)
 
@@ -105,6 +118,11 @@ def run(arguments: list[str]) -> int:
     """Trains and evaluates the runs that are not done."""
     options = parse_options("run", arguments, "seeds", "jobs", "arms", "shard")
     study = load_study(options)
+    if study.tune and not options.quick and tuning.read(options.file) is None:
+        raise ConfigError(
+            f"{tuning.rates_file(options.file)} does not exist: choose the rates first, with "
+            f"python experiments/study.py tune {options.file}."
+        )
     arms = _parse_arms(options.arms, study)
     index, count = _parse_shard(options.shard)
 
@@ -141,6 +159,47 @@ def _run(
     report_command = costs.study_command("report", options.file, plan)
     print(f"{report_command} writes a report of the finished runs")
     return 1 if queue.failed else 0
+
+
+def tune(arguments: list[str]) -> int:
+    """Trains the candidates of every arm, and writes their scores on the validation split."""
+    options = parse_options("tune", arguments, "jobs", name="tune")
+    study = definition.load(options.file)
+    if not study.tune:
+        raise ConfigError(f"study {options.file} has no tune: name candidates of its arms.")
+    folder = Folder(options.folder)
+    plan = planning.build_plan(tuning.sweep_study(study), options.folder, options.quick, {})
+    folder.open(plan, options.command)
+    runs = plan.runs()
+    with running.stop_on_signals(), folder.locked():
+        for group in (plan.prerequisites_of(runs), runs):
+            queue = running.Queue(group, {run: run.cfg.train.steps for run in group})
+            queue.work(options.jobs)
+
+    sweep = _read_sweep(options, study, results.read_results(plan))
+    for arm, candidates in sweep.arms.items():
+        chosen = sweep.best(study, arm)
+        for i, (overrides, score) in enumerate(candidates):
+            mark = "  chosen" if i == chosen else ""
+            score_text = "failed" if score is None else f"{score:.4f}"
+            print(f"{arm}: {study.metric} {score_text} with {dict(overrides)}{mark}")
+    if options.quick:
+        print("a quick sweep chooses nothing: no file is written")
+        return 1 if queue.failed else 0
+    file = tuning.rates_file(options.file)
+    file.parent.mkdir(exist_ok=True)
+    write_atomic(file, tuning.as_text(sweep))
+    print(f"{file} is written: commit it before the study is run")
+    return 1 if queue.failed else 0
+
+
+def _read_sweep(options: argparse.Namespace, study: Study, found: results.Results) -> Sweep:
+    (axis,) = found.plan.study.matched
+    arms = {}
+    for arm, candidates in study.tune.items():
+        scores = [found.scores(axis, f"{arm}{SEPARATOR}{i}").get(0) for i in range(len(candidates))]
+        arms[arm] = list(zip(candidates, scores))
+    return Sweep(study.metric, arms, time.strftime("%Y-%m-%d"), options.command)
 
 
 def _models_to_measure(plan: Plan, runs: list[Run]) -> dict:
@@ -197,7 +256,8 @@ def report(arguments: list[str]) -> int:
 
     study_results = results.read_results(plan)
     to = options.to or options.folder / "report"
-    page.write(sections.build_page(study_results, options.file), to)
+    sweep = tuning.read(options.file) if study.tune else None
+    page.write(sections.build_page(study_results, options.file, sweep), to)
     count = len(plan.runs())
     done = count - len(study_results.missing) - len(study_results.broken)
     print(f"{done} of {count} runs are done: {to}/report.html, report.md")
@@ -232,6 +292,7 @@ def _print_study(options: argparse.Namespace) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": run,
+    "tune": tune,
     "report": report,
     "list": list_studies,
 }

@@ -26,12 +26,15 @@ from vlm_jax.study.matching import AXES
 # A study file holds a question, a base and a few overrides: anything longer belongs elsewhere.
 MAX_LINES = 60
 QUICK_SEEDS = 1
+# Everything that is chosen by a score is chosen on this split.
+SPLIT_OF_CHOICES = "validation"
 # Field -> its type, and the words for it in a message.
 FIELD_TYPES = {
     "question": (str, "a string"),
     "base": (Experiment, "an Experiment"),
     **dict.fromkeys(
-        ("arms", "matched", "quick", "prerequisites", "probes", "contrasts"), (Mapping, "a dict")
+        ("arms", "matched", "quick", "prerequisites", "probes", "contrasts", "tune"),
+        (Mapping, "a dict"),
     ),
     "reference": (str, "the name of an arm"),
     "tolerance": (float | int, "a number"),
@@ -75,6 +78,8 @@ class Study:
     # Runs that each seed trains first, for all of its arms; in an arm, `decoder.checkpoint`
     # "{name}" is the run of its seed. The seeds take several versions of a run in turn.
     prerequisites: Mapping[str, Overrides | Sequence[Overrides]] = field(default_factory=dict)
+    # Arm -> candidates for the fields of `optim`, of which a sweep chooses one (`tuning.py`).
+    tune: Mapping[str, Sequence[Overrides]] = field(default_factory=dict)
     # Other questions that every finished run is asked: name -> overrides of data, eval and
     # fusion.kind.
     probes: Mapping[str, Overrides] = field(default_factory=dict)
@@ -190,6 +195,7 @@ def check(study: Study) -> Study:
     check_metrics(study.base.eval.metrics, "eval.metrics")
     _check_score(study.metric, study.base.eval.metrics, "metric")
     _check_probes(study)
+    _check_tune(study)
     _check_contrasts(study)
     return study
 
@@ -307,6 +313,33 @@ def _check_score(name: str, metrics: Iterable[str], where: str) -> None:
     metric = metric_of(score.metric)
     if metric not in metrics:
         raise ConfigError(f"{where} {name} needs {metric} in eval.metrics: add it.")
+
+
+def _check_tune(study: Study) -> None:
+    """Refuses a choice by the scores of the split that the study reports."""
+    if study.tune and study.base.eval.read_split == SPLIT_OF_CHOICES:
+        raise ConfigError(
+            f"tune chooses on the split {SPLIT_OF_CHOICES}, which is also eval.split: report the "
+            "arms on another, such as test."
+        )
+    for arm, candidates in study.tune.items():
+        _check_choice(arm, study.arms, "tune", "an arm")
+        _check_type(f"tune of arm {arm}", candidates, list | tuple, "a list of dicts")
+        if not candidates:
+            raise ConfigError(f"tune of arm {arm} has no candidates.")
+        for candidate in candidates:
+            _check_type(f"tune of arm {arm}", candidate, Mapping, "a list of dicts")
+            _check_overrides(study, f"tune of arm {arm}", candidate)
+            _check_candidate(arm, candidate)
+
+
+def _check_candidate(arm: str, candidate: Overrides) -> None:
+    for name, value in candidate.items():
+        if not name.startswith("optim."):
+            raise ConfigError(
+                f"tune of arm {arm} sets {name} to {value!r}, but chooses fields of optim alone, "
+                f"on the split {SPLIT_OF_CHOICES}: the test split is for the final number."
+            )
 
 
 def _check_contrasts(study: Study) -> None:

@@ -16,6 +16,7 @@ from vlm_jax.study.report import statistics
 from vlm_jax.study.report.curves import Series, column, seconds, smooth
 from vlm_jax.study.report.page import Picture
 from vlm_jax.study.report.results import Result, Results
+from vlm_jax.study.tuning import Sweep
 
 WIDTH_INCHES = 4.6
 HEIGHT_INCHES = 3.3
@@ -35,6 +36,7 @@ STYLE = {
 # Colours of Okabe and Ito, safe for colour-blind readers. A ninth arm has the first colour, dashed.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8a7a00", "#444444")
 DASHES = ("-", "--", ":")
+RATE = "optim.learning_rate"
 # Distance of the dots of seeds from the interval, as a share of the distance between two arms.
 SEED_OFFSET = 0.24
 
@@ -100,6 +102,36 @@ def contrast_picture(rows: Sequence[Row], label: str) -> Picture:
         "and as a band the margin of an equality"
     )
     return Picture("contrasts.png", caption, file.getvalue())
+
+
+def sweep_picture(sweep: Sweep) -> Picture | None:
+    """Returns a chart of the score over the learning rate; None if no candidate sets one.
+
+    An arm has a line for each combination of its other candidate fields.
+    """
+    lines: dict[str, dict[float, float]] = {}  # label -> rate -> score
+    for arm, candidates in sweep.arms.items():
+        for overrides, score in candidates:
+            others = {name: value for name, value in overrides.items() if name != RATE}
+            values = dict.fromkeys(map(str, others.values()))
+            label = " ".join([arm, *(["x"] if values else []), *values])
+            if RATE in overrides and score is not None:
+                lines.setdefault(label, {})[overrides[RATE]] = score
+    if not lines:
+        return None
+    styles = _line_styles(list(lines))
+    legend_rows = -(-len(lines) // LEGEND_COLUMNS)
+    with _figure(HEIGHT_INCHES + LEGEND_ROW_INCHES * legend_rows) as (axes, file):
+        for label, line in lines.items():
+            rates = sorted(line)
+            scores = [line[rate] for rate in rates]
+            axes.plot(rates, scores, label=label, marker="o", markersize=4, **styles[label])
+        axes.set_xscale("log")
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel(sweep.metric.replace("_", " "))
+        axes.figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS)
+    caption = "Score of the candidates over the learning rate; x: the other fields that were tuned"
+    return Picture("learning_rates.png", caption, file.getvalue())
 
 
 def draw_scores(

@@ -9,12 +9,14 @@ from vlm_jax.infer.metrics.grounding import LAYER_NUMBERS
 from vlm_jax.infer.metrics.scores import DEFAULT_METRIC, metric_keys, parse_score, score_bounds
 from vlm_jax.infer.metrics.table import of_attention
 from vlm_jax.runtime.workdir import Workdir
+from vlm_jax.study.definition import SPLIT_OF_CHOICES
 from vlm_jax.study.matching import axis_label
 from vlm_jax.study.report import figures, statistics
 from vlm_jax.study.report.page import Cell, Section, Table, number_cell
 from vlm_jax.study.report.results import Results
 from vlm_jax.study.report.statistics import Estimate, Pair
 from vlm_jax.study.run import record
+from vlm_jax.study.tuning import SEED, Sweep
 
 TESTS = (
     "Intervals are 95 %. Over seeds: Wilson's score interval of the scores, or of the differences, "
@@ -195,6 +197,31 @@ def _probe_cell(results: Results, axis: str, arm: str, probe: str, metric: str) 
         return number_cell("-")
     estimate = statistics.estimate(list(scores.values()), score_bounds(metric))
     return number_cell(format_estimate(estimate))
+
+
+def sweep_section(results: Results, sweep: Sweep | None) -> Section | None:
+    """Returns the scores of all candidates for the learning rates; None without candidates."""
+    study = results.plan.study
+    if not study.tune:
+        return None
+    if sweep is None:
+        return Section("Learning rates", ["Not tuned yet: every arm has its first candidate."])
+    rows = []
+    for arm, candidates in sweep.arms.items():
+        chosen = sweep.best(study, arm)
+        for i, (overrides, score) in enumerate(candidates):
+            settings = ", ".join(f"{name} {value}" for name, value in overrides.items())
+            score_text = "failed" if score is None else f"{score:.4f}"
+            mark = "chosen" if i == chosen else ""
+            rows.append([Cell(arm), Cell(settings), number_cell(score_text), Cell(mark)])
+    text = (
+        f"Candidates of each arm, trained once with seed {SEED} and scored on the "
+        f"{SPLIT_OF_CHOICES} split, on {sweep.date}: {sweep.command}"
+    )
+    metric = sweep.metric.replace("_", " ")
+    table = Table(["arm", "candidate", f"{metric}, {SPLIT_OF_CHOICES}", ""], rows)
+    picture = figures.sweep_picture(sweep)
+    return Section("Learning rates", [text], [picture] if picture else [], [table])
 
 
 def pair_table(pairs: list[Pair]) -> Table:

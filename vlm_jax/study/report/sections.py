@@ -5,10 +5,16 @@ from vlm_jax.study.report import costs, curves, findings, samples, scores, stati
 from vlm_jax.study.report.findings import Finding
 from vlm_jax.study.report.page import Page
 from vlm_jax.study.report.results import Results
+from vlm_jax.study.tuning import Sweep
 
 
-def build_page(results: Results, file: str) -> Page:
-    """Returns the report of the finished runs; `file` is the study's file."""
+def build_page(results: Results, file: str, sweep: Sweep | None = None) -> Page:
+    """Returns the report of the finished runs.
+
+    Args:
+      file: of the study.
+      sweep: in which its learning rates were chosen.
+    """
     plan = results.plan
     study = plan.study
     pairs = {axis: statistics.pairs(results, axis) for axis in study.matched}
@@ -31,6 +37,7 @@ def build_page(results: Results, file: str) -> Page:
         scores.curve_section(results),
         scores.layer_section(results),
         samples.sample_section(results),
+        scores.sweep_section(results, sweep),
         scores.matching_section(results),
         costs.difference_section(results),
         costs.reproduction_section(results, file),

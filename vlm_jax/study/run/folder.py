@@ -24,10 +24,10 @@ MEASUREMENT_KEYS = {
 RUN_FIELDS = ("workdir", *MACHINE_FIELDS)
 
 
-def default_folder(file: str, quick: bool) -> Path:
+def default_folder(file: str, quick: bool, suffix: str = "") -> Path:
     """Returns the folder of a study file without --folder."""
-    name = Path(file).stem
-    return Path("runs", "studies", f"{name}_quick" if quick else name)
+    names = [Path(file).stem, suffix, "quick" if quick else ""]
+    return Path("runs", "studies", "_".join(filter(None, names)))
 
 
 class Folder:

@@ -221,7 +221,7 @@ TEXTS = {
     "a study without get_study": ("x = 1", "has no get_study() that returns"),
     "a study of nothing": ("def get_study():\n    return 3", "has no get_study() that returns"),
     "a study that ends the program": ("raise SystemExit(0)", "could not be loaded: SystemExit"),
-    "a long study": ("x = 1\n" * 61, "has 61 lines, but at most 60"),
+    "a long study": ("x = 1\n" * 91, "has 91 lines, but at most 90"),
 }
 
 

@@ -23,8 +23,8 @@ from vlm_jax.study.changes import Overrides, is_placeholder, override
 from vlm_jax.study.contrasts import MAX_CONTRASTS, SIGNS, Contrast, Term, parse_sum
 from vlm_jax.study.matching import AXES
 
-# A study file holds a question, a base and a few overrides: anything longer belongs elsewhere.
-MAX_LINES = 60
+# A study file holds a question, overrides and contrasts: anything longer belongs elsewhere.
+MAX_LINES = 90
 QUICK_SEEDS = 1
 # Everything that is chosen by a score is chosen on this split.
 SPLIT_OF_CHOICES = "validation"
@@ -117,7 +117,7 @@ def load(path: str) -> Study:
     if lines > MAX_LINES:
         raise ConfigError(
             f"study {path} has {lines} lines, but at most {MAX_LINES} are allowed: "
-            "a question, a base and a few overrides."
+            "a question, overrides and contrasts."
         )
     try:
         get_study = getattr(_import_file(file), "get_study", None)

@@ -110,6 +110,10 @@ FIELDS = {
         "probes={'wide': {'vision.width': 64}}",
         ["probe wide changes vision.width to 64, but the run is trained"],
     ),
+    "a probe without the study's metric": (
+        "probes={'text': {'eval.metrics': ('anls',)}}",
+        ["probe text: metric exact_match needs exact_match in eval.metrics"],
+    ),
     "a probe that an arm cannot answer": (
         "probes={'text': {'fusion.kind': 'text_only', 'data.text_length': 999}}",
         ["probe text: arm linear cannot answer it:", "999"],

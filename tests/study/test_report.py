@@ -100,6 +100,23 @@ def test_the_time_to_a_threshold_is_that_of_the_seeds_that_reach_it(copy_study, 
     assert curves.threshold_section(results.read_results(plan)) is None
 
 
+def test_contrasts_that_were_changed_after_a_run_are_called_so(datasets_dir, tmp_path):
+    contrasts = {"gain": Contrast("shuffle - linear", "> 0", "a paper")}
+    study = studies.study(datasets_dir, matched={"examples": None}, contrasts=contrasts)
+    other = dataclasses.replace(
+        study, contrasts={"gain": dataclasses.replace(contrasts["gain"], published="< 0")}
+    )
+    # Before the first run they may change.
+    Folder(tmp_path).open(planning.build_plan(other, tmp_path, False, {}))
+    plan = studies.write_study(study, tmp_path)
+    for changed in (False, True):
+        plan = dataclasses.replace(plan, study=other if changed else study)
+        Folder(tmp_path).open(plan)
+        found = results.read_results(plan)
+        section = findings.answer_section(found, findings.find(found))
+        assert (findings.CHANGED in section.text) == changed
+
+
 def test_pairs_have_no_verdict(markdown):
     (columns,) = set(re.findall(r"^\| pair .*", markdown, re.MULTILINE))
     assert columns == "| pair | difference (over seeds) | difference (over images) |"
@@ -146,10 +163,10 @@ def test_probes_are_reported_and_can_be_contrasted(datasets_dir, tmp_path):
     found = results.read_results(plan)
     assert not found.missing and not found.broken
     (table,) = scores.probe_section(found).tables
-    assert table.columns == ["arm", "exact match"]
-    assert [[cell.text for cell in row] for row in table.rows] == [
-        ["linear", "0.000"],
-        ["shuffle", "1.000"],
+    assert table.columns[:3] == ["arm", "exact match", "count"]
+    assert [[cell.text for cell in row[:3]] for row in table.rows] == [
+        ["linear", "0.000", "0.000"],
+        ["shuffle", "1.000", "1.000"],
     ]
     (finding,) = findings.find(found)
     assert finding.total.mean == 1.0

@@ -42,8 +42,6 @@ FIELD_TYPES = {
     "loss_threshold": (float | int | None, "a number of nats, or None"),
     "metric": (str, "the name of a score"),
 }
-
-
 PREREQUISITE = "a dict of fields and values, or several that the seeds take in turn"
 
 
@@ -284,7 +282,9 @@ def _check_probes(study: Study) -> None:
                     f"probe {name} changes {field_name} to {value!r}, but the run is trained: only "
                     "fields of data and eval can change, and fusion.kind to text_only."
                 )
-        check_metrics(_probe_metrics(study, name), f"probe {name}: eval.metrics")
+        metrics = _probe_metrics(study, name)
+        check_metrics(metrics, f"probe {name}: eval.metrics")
+        _check_score(study.metric, metrics, f"probe {name}: metric")
 
 
 def _probe_metrics(study: Study, name: str) -> tuple[str, ...]:

@@ -13,10 +13,11 @@ from vlm_jax.study.report.page import Cell, Section, Table, number_cell
 from vlm_jax.study.report.results import Results
 from vlm_jax.study.report.scores import format_estimate, format_p
 from vlm_jax.study.report.statistics import SIGNIFICANCE, Mean
+from vlm_jax.study.run.folder import Folder, as_stored
 
 REPRODUCED, REVERSED, NOT_RESOLVED = "reproduced", "reversed", "not resolved"
 TEXT = (
-    "Contrasts were named before any run, and only they are tested. Intervals are 95 % over seeds, "
+    "Only contrasts are tested, which a study names before any run. Intervals are 95 % over seeds, "
     "within the bounds of the metric. p values are corrected for the number of contrasts (Holm), "
     "intervals are not. Reproduced: p is below 0.05, and the difference has the published sign. "
     "Reversed: it has the other sign. Equality is claimed only if two one-sided tests place the "
@@ -24,6 +25,10 @@ TEXT = (
     "and reversed if it is beyond the margin."
 )
 PAIRED = "Arms of a seed share their pretrained parts, so that differences are taken seed by seed."
+CHANGED = (
+    "The contrasts were changed after the first run: they are exploration, not tests that were "
+    "named beforehand."
+)
 UNPAIRED = "Arms of a seed share no trained part, so that they are independent samples (Welch)."
 
 
@@ -184,8 +189,11 @@ def answer_section(results: Results, findings: list[Finding]) -> Section | None:
         "excluded",
         "each seed",
     ]
-    pairing = PAIRED if results.plan.study.shares_parts else UNPAIRED
-    return Section("Answer", [TEXT, pairing], [_picture(results, findings)], [Table(columns, rows)])
+    text = [TEXT, PAIRED if results.plan.study.shares_parts else UNPAIRED]
+    named = Folder(results.plan.folder).contrasts()
+    if named is not None and named != as_stored(results.plan.study.contrasts):
+        text.insert(0, CHANGED)
+    return Section("Answer", text, [_picture(results, findings)], [Table(columns, rows)])
 
 
 def _picture(results: Results, findings: list[Finding]):

@@ -174,29 +174,38 @@ def prerequisite_section(results: Results) -> Section | None:
 
 def probe_section(results: Results) -> Section | None:
     """Returns the scores of each arm on the questions of the probes; None without any."""
-    study, tables = results.plan.study, []
+    tables = []
     for probe in results.plan.probes:
-        metrics = probe.overrides.get("eval.metrics", study.base.eval.metrics)
-        for axis in study.matched:
-            rows = []
-            for arm in study.arms:
-                cells = [_probe_cell(results, axis, arm, probe.name, name) for name in metrics]
-                rows.append([Cell(arm), *cells])
-            caption = f"{probe.name}, at matched {axis_label(axis)}"
-            columns = ["arm", *(name.replace("_", " ") for name in metrics)]
-            tables.append(Table(columns, rows, caption))
+        for axis in results.plan.study.matched:
+            tables.append(probe_table(results, axis, probe.name))
     if not tables:
         return None
-    text = "Other questions, asked of the finished runs: mean over seeds with its 95 % interval."
+    text = (
+        "Other questions, asked of the finished runs: mean over seeds with its 95 % interval; "
+        "exact match by type of question."
+    )
     return Section("Probes", [text], tables=tables)
 
 
-def _probe_cell(results: Results, axis: str, arm: str, probe: str, metric: str) -> Cell:
-    scores = results.other_scores(axis, arm, metric_keys(metric).mean, probe)
+def probe_table(results: Results, axis: str, probe: str) -> Table:
+    """Returns a row for each arm: the study's metric of a probe, and exact match by type."""
+    study = results.plan.study
+    own = metric_keys(parse_score(study.metric).metric).mean
+    names, by_type = {own: own.replace("_", " ")}, metric_keys(DEFAULT_METRIC).by_type
+    for arm in study.arms:
+        for run in results.by_seed(axis, arm).values():
+            names |= {f"{by_type}.{kind}": kind for kind in run.probes[probe].get(by_type, ())}
+    rows = []
+    for arm in study.arms:
+        scores = [results.other_scores(axis, arm, name, probe) for name in names]
+        rows.append([Cell(arm), *map(_mean_cell, scores, map(score_bounds, names))])
+    return Table(["arm", *names.values()], rows, f"{probe}, at matched {axis_label(axis)}")
+
+
+def _mean_cell(scores: Mapping[int, float], bounds: statistics.Bounds) -> Cell:
     if not scores:
         return number_cell("-")
-    estimate = statistics.estimate(list(scores.values()), score_bounds(metric))
-    return number_cell(format_estimate(estimate))
+    return number_cell(format_estimate(statistics.estimate(list(scores.values()), bounds)))
 
 
 def sweep_section(results: Results, sweep: Sweep | None) -> Section | None:

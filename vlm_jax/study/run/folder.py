@@ -10,6 +10,7 @@ from pathlib import Path
 from vlm_jax.config import ConfigError, Experiment, Fusion, files
 from vlm_jax.config.validate import flat
 from vlm_jax.runtime.workdir import MACHINE_FIELDS, write_atomic
+from vlm_jax.study.contrasts import Contrast
 from vlm_jax.study.planning import PREREQUISITES, Plan
 from vlm_jax.study.run import record
 
@@ -67,6 +68,14 @@ class Folder:
             return []
         return record.read_json(self.definition).get("commands", [])
 
+    def contrasts(self) -> dict | None:
+        """Returns the contrasts that were named before the first run was done.
+
+        None without a finished run, and for folders of older versions.
+        """
+        is_begun = self.definition.exists() and any(self.path.glob("*/*/seed_*/eval.json"))
+        return record.read_json(self.definition).get("contrasts") if is_begun else None
+
     def _read_definition(self, name: str):
         values = record.read_json(self.definition)
         if name not in values:
@@ -107,6 +116,9 @@ class Folder:
             self.measured.mkdir(parents=True, exist_ok=True)
             commands = dict.fromkeys(filter(None, (*self.commands(), command)))
             history = {"seeds": max(plan.study.seeds, self.seeds()), "commands": list(commands)}
+            named = self.contrasts()
+            if named is not None:
+                history["contrasts"] = named
             text = json.dumps(definition(plan) | history, indent=1)
             write_atomic(self.definition, text + "\n")
         except OSError as error:
@@ -136,12 +148,17 @@ def definition(plan: Plan) -> dict:
         "tolerance": study.tolerance,
         "seeds": study.seeds,
         "matched": dict(study.matched),
-        "contrasts": {name: asdict(contrast) for name, contrast in study.contrasts.items()},
+        "contrasts": as_stored(study.contrasts),
         "experiments": {name: as_json(cfg) for name, cfg in experiments.items()},
         "probes": {
             probe.name: json.loads(json.dumps(dict(probe.overrides))) for probe in plan.probes
         },
     }
+
+
+def as_stored(contrasts: Mapping[str, Contrast]) -> dict[str, dict]:
+    """Returns the contrasts as `Folder.contrasts` does."""
+    return {name: asdict(contrast) for name, contrast in contrasts.items()}
 
 
 def as_json(cfg: Experiment) -> dict[str, object]:

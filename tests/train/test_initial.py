@@ -364,6 +364,22 @@ def test_the_decoder_of_a_run_keeps_its_layers_under_another_fusion(run, config,
         )
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_frozen_decoder_answers_text_bit_for_bit_as_before(gated, every):
+    """Taken out of cross-attention again, every number is the one that was put in."""
+    alone = tiny("text_only")
+    crossing = tiny(
+        "cross_attention", fusion=Fusion("cross_attention", cross_every=every, gated=gated)
+    )
+    before = traverse_util.flatten_dict(random_params(alone), sep="/")
+    inside = traverse_util.flatten_dict(random_params(crossing), sep="/")
+    inside |= initial.restack(before, alone, crossing)
+    after = initial.restack(inside, crossing, alone)
+    for path, x in before.items():
+        np.testing.assert_array_equal(after[path], x)
+
+
 def test_a_folder_without_a_checkpoint_is_named(tmp_path, config):
     Workdir(str(tmp_path / "run")).open(replace(tiny(), workdir=str(tmp_path / "run")))
     with pytest.raises(UserError, match="has no checkpoint yet"):

@@ -117,6 +117,22 @@ def test_contrasts_that_were_changed_after_a_run_are_called_so(datasets_dir, tmp
         assert (findings.CHANGED in section.text) == changed
 
 
+def test_a_contrast_is_reported_for_each_version_of_a_prerequisite(copy_study, tmp_path):
+    plan = copy_study(tmp_path / "study")
+    base, contrasts = plan.study.base, {"gain": Contrast("shuffle - linear", "> 0", "a paper")}
+    versions = (base, override(base, {"fusion.kind": "encoder_decoder"}))
+    study = dataclasses.replace(plan.study, contrasts=contrasts, prerequisites={"eye": {}})
+    plan = dataclasses.replace(plan, study=study, prerequisites={"eye": versions})
+    found = results.read_results(plan)
+    _, table = findings.answer_section(found, findings.find(found)).tables
+    assert table.columns == [
+        "contrast",
+        "first version",
+        "fusion.kind: unified -> encoder_decoder",
+    ]
+    assert [cell.text for cell in table.rows[0]] == ["gain", "+0.312", "+0.188"]
+
+
 def test_pairs_have_no_verdict(markdown):
     (columns,) = set(re.findall(r"^\| pair .*", markdown, re.MULTILINE))
     assert columns == "| pair | difference (over seeds) | difference (over images) |"

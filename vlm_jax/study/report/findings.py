@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from statistics import fmean
 
 from vlm_jax.infer.metrics.intervals import Bounds, Estimate
 from vlm_jax.infer.metrics.scores import score_bounds
@@ -13,7 +14,7 @@ from vlm_jax.study.report.page import Cell, Section, Table, number_cell
 from vlm_jax.study.report.results import Results
 from vlm_jax.study.report.scores import format_estimate, format_p
 from vlm_jax.study.report.statistics import SIGNIFICANCE, Mean
-from vlm_jax.study.run.folder import Folder, as_stored
+from vlm_jax.study.run.folder import Folder, as_json, as_stored, diff
 
 REPRODUCED, REVERSED, NOT_RESOLVED = "reproduced", "reversed", "not resolved"
 TEXT = (
@@ -193,7 +194,31 @@ def answer_section(results: Results, findings: list[Finding]) -> Section | None:
     named = Folder(results.plan.folder).contrasts()
     if named is not None and named != as_stored(results.plan.study.contrasts):
         text.insert(0, CHANGED)
-    return Section("Answer", text, [_picture(results, findings)], [Table(columns, rows)])
+    tables = [Table(columns, rows), *_version_tables(results, findings)]
+    return Section("Answer", text, [_picture(results, findings)], tables)
+
+
+def _version_tables(results: Results, findings: list[Finding]) -> list[Table]:
+    """Returns for each prerequisite with several versions: contrast -> mean over the seeds of each.
+
+    A difference that has another sign with another version is about the prerequisite.
+    """
+    tables = []
+    for name, versions in results.plan.prerequisites.items():
+        count, fields = len(versions), [as_json(version) for version in versions]
+        if count == 1:
+            continue
+        rows = []
+        for finding in findings:
+            cells = [Cell(finding.name)]
+            for i in range(count):
+                values = [x for seed, x in finding.by_seed.items() if seed % count == i]
+                cells.append(number_cell(f"{fmean(values):+.3f}" if values else "-"))
+            rows.append(cells)
+        changes = ["; ".join(diff(fields[0], other)) for other in fields[1:]]
+        caption = f"By version of the prerequisite {name}: means over its seeds"
+        tables.append(Table(["contrast", "first version", *changes], rows, caption))
+    return tables
 
 
 def _picture(results: Results, findings: list[Finding]):

@@ -56,7 +56,7 @@ def get_study() -> Study:
         contrasts={
             "frozen": Contrast("unified_frozen - cross_frozen", "> 0", "Idefics2, table 3: +6.4"),
             "trained": Contrast(
-                "cross_trained - unified_trained", "> 0", "Idefics2, table 3: +2.2"
+                "cross_trained - unified_trained", "> 0", "Idefics2, table 3: +2.2 (LoRA)"
             ),
         },
         tune={

@@ -53,6 +53,7 @@ NOT_RUN = (
     "python -m pytest",
     "python -m lmms_eval",  # downloads its tasks' data
     "python run.py serve",  # runs until it is stopped
+    "python run.py demo",  # so does this
     "python experiments/benchmarks",
 )
 

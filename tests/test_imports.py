@@ -34,6 +34,7 @@ FLOW = [
     ["plan"],
     ["infer"],
     ["serve"],
+    ["demo"],
     ["cli"],
     ["__main__"],
     ["study"],

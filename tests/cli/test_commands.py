@@ -52,7 +52,7 @@ MISTAKES = {
         ["xyz"],
         [
             "unknown command 'xyz'",
-            "choose train, eval, data, score, generate, look, chat, serve, verify, export",
+            "choose train, eval, data, score, generate, look, chat, serve, demo, verify, export",
         ],
     ),
     "no config": (["train"], ["train needs --config"]),

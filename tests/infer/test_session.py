@@ -69,6 +69,28 @@ def test_turns_and_images_are_answered_as_if_read_anew_and_cost_their_own_tokens
     assert "".join(session.ask(QUESTIONS[0])) == expected
 
 
+def test_another_conversation_takes_the_cache_and_an_earlier_turn_is_encoded_again():
+    model = model_of("unified")
+    options = AnswerOptions(max_new_tokens=NEW)
+    session, other = Session(*model, options), Session(*model, options)
+    for question, images in zip(QUESTIONS, [IMAGES[:1], IMAGES[1:2]]):
+        "".join(session.ask(question, images))
+    other.take_cache(session)
+    expected = read_anew(model, other, QUESTIONS[0], IMAGES[:1])
+    assert "".join(other.ask(QUESTIONS[0], IMAGES[:1])) == expected
+    assert (other.computed_tokens, other.encoded_images) == (1, 0)
+
+    for number, images in ((0, IMAGES[:1]), (1, IMAGES[:2])):
+        request, shown = session.encode_turn(number)
+        assert shown == images
+        prompt = ChatPrompt(tuple(session.turns[: 2 * number + 1]))
+        np.testing.assert_array_equal(request.batch.tokens, model[2]([prompt], [images]).tokens)
+        ids = session.answer_ids[number]
+        assert model[2].decode(ids) == session.turns[2 * number + 1].strip()
+    session.undo()
+    assert len(session.answer_ids) == 1
+
+
 def replace_turns(session: Session) -> Session:
     """The conversation before its last turn."""
     before = replace(session, turns=session.turns[:], images=session.images[:])

@@ -5,9 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm_jax.cli.experiment import parse_experiment
 from vlm_jax.cli.generate import OPTIONS
-from vlm_jax.cli.model import MODEL_OPTIONS, open_model, parse_model, spell
+from vlm_jax.cli.model import (
+    AGAINST,
+    MODEL_OPTIONS,
+    open_folder,
+    open_model,
+    parse_model,
+    spell,
+)
 from vlm_jax.cli.options import FOLDER
 from vlm_jax.config import ConfigError
 from vlm_jax.infer.look import COMPUTED, METHODS
@@ -30,10 +36,7 @@ PNG, HTML = "look.png", "look.html"
 MAX_NEW_TOKENS = 64  # of a checkpoint, by default
 LOOK_OPTIONS = {
     **MODEL_OPTIONS,
-    "against": {
-        "metavar": FOLDER,
-        "help": "a second model, to compare side by side: folder of a run or of a checkpoint",
-    },
+    "against": AGAINST,
     "image": OPTIONS["image"],
     "prompt": {"metavar": "TEXT", "help": "the prompt; a model that writes captions needs none"},
     "max_new_tokens": {
@@ -64,7 +67,7 @@ def look(arguments: list[str]) -> int:
         raise ConfigError("look needs --image FILE.")
     models = [_checked(args, args.workdir or args.checkpoint, open_model(args, cfg))]
     if args.against:
-        models.append(_checked(args, args.against, _open(args.against)))
+        models.append(_checked(args, args.against, open_folder("look", args.against)))
     # Both prompts are checked before the parameters of a model are loaded.
     requests = [_encode(args, *model) for model in models]
     answers = []
@@ -72,15 +75,6 @@ def look(arguments: list[str]) -> int:
         answers.append(_look_at(args, name, model, request))
     _write(Path(args.output), answers, args.method)
     return 0
-
-
-def _open(folder: str) -> "TextModel":
-    """Returns the model of a run or of a public checkpoint."""
-    from vlm_jax.infer import models
-
-    if is_run(folder):
-        return models.open_run(parse_experiment("look", ["--workdir", folder], stored=True))
-    return models.open_checkpoint(folder)
 
 
 def _checked(args: argparse.Namespace, folder: str, model: "TextModel") -> tuple[str, "TextModel"]:

@@ -8,6 +8,7 @@ import vlm_jax
 from vlm_jax.cli.chat import chat
 from vlm_jax.cli.checkpoints import export, verify
 from vlm_jax.cli.data import DATA, DATA_OPTIONS, data
+from vlm_jax.cli.demo import demo
 from vlm_jax.cli.experiment import OPTIONS, names_experiment
 from vlm_jax.cli.experiment import USAGE as FIELDS
 from vlm_jax.cli.failures import describe_failure
@@ -46,6 +47,7 @@ commands:
             --against W2: two models side by side
   chat      --workdir W | --checkpoint DIR: a conversation, with images
   serve     --workdir W | --checkpoint DIR [--port P]: a server with OpenAI's API
+  demo      --workdir W | --checkpoint DIR [--against W2]: chat and attention maps in a browser
   verify    --checkpoint DIR --reference FILE.npz: compare with the outputs of a reference
   export    --checkpoint DIR_OR_WORKDIR --output DIR: write a folder that transformers loads
   plan      --config FILE [--topology v5e:8x8 | --devices N]: predict the cost of a step
@@ -64,6 +66,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "look": look,
     "chat": chat,
     "serve": serve,
+    "demo": demo,
     "verify": verify,
     "export": export,
     "plan": plan,

@@ -15,6 +15,10 @@ MODEL_OPTIONS = {
     "adapter": ADAPTER,
     "intermediate_layers": INTERMEDIATE_LAYERS,
 }
+AGAINST = {
+    "metavar": FOLDER,
+    "help": "a second model, to compare side by side: folder of a run or of a checkpoint",
+}
 ANSWER_OPTIONS = {
     "max_new_tokens": {
         "type": int,
@@ -77,6 +81,15 @@ def open_model(args: argparse.Namespace, cfg: Experiment | None):
     if cfg:
         return models.open_run(cfg, args.step)
     return models.open_checkpoint(args.checkpoint, args.intermediate_layers, args.adapter)
+
+
+def open_folder(command: str, folder: str):
+    """Returns the `infer.models.TextModel` in a folder of a run or of a public checkpoint."""
+    from vlm_jax.infer import models
+
+    if is_run(folder):
+        return models.open_run(parse_experiment(command, ["--workdir", folder], stored=True))
+    return models.open_checkpoint(folder)
 
 
 def answer_options(args: argparse.Namespace, cfg: Experiment | None):

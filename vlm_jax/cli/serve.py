@@ -1,6 +1,8 @@
 """The command `serve`: a server with OpenAI's API for a training run or a public checkpoint."""
 
+import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from vlm_jax.cli.model import (
@@ -9,6 +11,7 @@ from vlm_jax.cli.model import (
     answer_options,
     open_model,
     parse_model,
+    spell,
 )
 from vlm_jax.config import ConfigError
 from vlm_jax.runtime.packages import check_installed
@@ -20,14 +23,17 @@ SERVE = """examples:
 Answers /v1/chat/completions and /v1/models as OpenAI's API does, and has /health and /metrics.
 Options of answers are the defaults for requests that leave them out. Ctrl-C or SIGTERM ends the
 server after the requests that it has. Needs pip install -r requirements-serve.txt."""
-OPTIONS = {
-    **MODEL_OPTIONS,
+ADDRESS_OPTIONS = {
     "host": {
         "default": "127.0.0.1",
         "metavar": "ADDRESS",
         "help": "0.0.0.0 lets other machines in (default: 127.0.0.1)",
     },
     "port": {"type": int, "default": 8000, "metavar": "N", "help": "0: a free one (default: 8000)"},
+}
+OPTIONS = {
+    **MODEL_OPTIONS,
+    **ADDRESS_OPTIONS,
     "api_key": {
         "default": os.environ.get("VLM_JAX_API_KEY", ""),
         "metavar": "KEY",
@@ -58,8 +64,9 @@ OPTIONS = {
     },
     **ANSWER_OPTIONS,
 }
+PORTS = (0, 65_535)
 BOUNDS = {
-    "port": (0, 65_535),
+    "port": PORTS,
     "max_batch": (1, 256),
     "max_queue": (1, 100_000),
     "time_limit_seconds": (0.1, 86_400),
@@ -70,16 +77,10 @@ GRACE_SECONDS = 30  # for the requests that are being answered when the server i
 def serve(arguments: list[str]) -> int:
     """Serves a model until the process is stopped."""
     args, cfg = parse_model("serve", arguments, OPTIONS, SERVE)
-    for name, (least, most) in BOUNDS.items():
-        value = getattr(args, name)
-        if not least <= value <= most:
-            option = name.replace("_", "-")
-            raise ConfigError(f"--{option} {value}: it must be from {least} to {most}.")
+    check_bounds(args, BOUNDS)
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         check_installed(package, "serve", "requirements-serve.txt")
     options = answer_options(args, cfg)
-    import uvicorn
-
     from vlm_jax.nn.models import build_model
     from vlm_jax.serve.app import Settings, build_app
     from vlm_jax.serve.engine import Engine
@@ -91,8 +92,27 @@ def serve(arguments: list[str]) -> int:
     engine = Engine(build_model(model.cfg), model.load_params(), processor, limits)
     name = args.model_name or Path(args.workdir or args.checkpoint).resolve().name
     settings = Settings(name, options, args.api_key, args.allow_http_images)
+    listen(build_app(engine, settings), args, f"serving {name}", "/v1")
+    return 0
+
+
+def check_bounds(args: argparse.Namespace, bounds: Mapping[str, tuple[float, float]]) -> None:
+    """Raises ConfigError if the value of an option is out of its bounds."""
+    for name, (least, most) in bounds.items():
+        value = getattr(args, name)
+        if not least <= value <= most:
+            raise ConfigError(f"{spell(name)} {value}: it must be from {least} to {most}.")
+
+
+def listen(app, args: argparse.Namespace, message: str, path: str = "") -> None:
+    """Serves an application on --host and --port until the process is stopped.
+
+    A message with the address, which ends in `path`, is printed first.
+    """
+    import uvicorn
+
     config = uvicorn.Config(
-        build_app(engine, settings),
+        app,
         host=args.host,
         port=args.port,
         log_level="warning",
@@ -100,6 +120,5 @@ def serve(arguments: list[str]) -> int:
     )
     with config.bind_socket() as socket:
         address = socket.getsockname()
-        print(f"serving {name} on http://{args.host}:{address[1]}/v1", flush=True)
+        print(f"{message} on http://{args.host}:{address[1]}{path}", flush=True)
         uvicorn.Server(config).run([socket])
-    return 0

@@ -7,7 +7,7 @@ the answer to the whole conversation read anew, whatever a chat template does to
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jax
@@ -20,7 +20,7 @@ from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.hub.images.steps import ImageInput
 from vlm_jax.hub.text.prompt_formats import ChatPrompt
 from vlm_jax.infer import prefix, rows
-from vlm_jax.infer.answer import AnswerOptions, encode
+from vlm_jax.infer.answer import AnswerOptions, Request, encode
 from vlm_jax.infer.generate import NonFiniteLogits, check_finite
 from vlm_jax.infer.processor import Processor
 from vlm_jax.nn import longrope
@@ -57,6 +57,7 @@ class Session:
     Attributes:
       turns: question, answer, question, ..., with <image> at the place of every image.
       images: of all turns, in the order of their placeholders.
+      answer_ids: tokens of each answer that was generated here.
       system: text of the system turn; None: none.
       computed_tokens: number of tokens of the last prompt that were not in the cache.
       encoded_images: number of images (views of tiled ones) that the last prompt added.
@@ -69,6 +70,7 @@ class Session:
     system: str | None = None
     turns: list[str] = field(default_factory=list)
     images: list[ImageInput] = field(default_factory=list)
+    answer_ids: list[list[int]] = field(default_factory=list)
     computed_tokens: int = 0
     encoded_images: int = 0
     _blocks: list | None = None
@@ -92,9 +94,10 @@ class Session:
         prompt, shown = self._prompt(question, images)
         request = encode(self.model, self.processor, [prompt], [shown], self.options)
         text = request.answer_text()
-        answer, is_failed = "", True
+        answer, ids, is_failed = "", [], True
         try:
             for token in self._generate(request.batch, int(request.max_lengths[0])):
+                ids.append(token)
                 piece = text.feed(token)
                 answer += piece
                 yield piece
@@ -113,6 +116,7 @@ class Session:
             if not is_failed:
                 self.turns += [question, answer]
                 self.images += images
+                self.answer_ids.append(ids)
 
     def undo(self) -> bool:
         """Removes the last question with its answer; returns False if there is none."""
@@ -121,12 +125,35 @@ class Session:
         count = self.turns[-2].count(IMAGE_PLACEHOLDER)
         del self.turns[-2:]
         del self.images[len(self.images) - count :]
+        del self.answer_ids[-1:]
         return True
 
     def reset(self) -> None:
         """Removes all turns and images; the system turn stays."""
         self.turns.clear()
         self.images.clear()
+        self.answer_ids.clear()
+
+    def take_cache(self, other: "Session") -> None:
+        """Takes the KV cache of another conversation with the same model, which loses it.
+
+        The next prompt uses what both have in common: several conversations need the memory of one.
+        """
+        self._cached, other._cached = other._cached, None
+        self._blocks = self._blocks or other._blocks
+
+    def encode_turn(self, number: int) -> tuple[Request, list[ImageInput]]:
+        """Encodes the prompt of an earlier answer again; returns it with its images.
+
+        `number` counts the answers from 0.
+        """
+        earlier = self.turns[: 2 * number]
+        question = self.turns[2 * number]
+        before = sum(turn.count(IMAGE_PLACEHOLDER) for turn in earlier)
+        until = before + question.count(IMAGE_PLACEHOLDER)
+        past = replace(self, turns=earlier, images=self.images[:before])
+        prompt, images = past._prompt(question, self.images[before:until])
+        return encode(self.model, self.processor, [prompt], [images], self.options), images
 
     def _prompt(
         self, question: str, images: Sequence[ImageInput]

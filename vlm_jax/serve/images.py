@@ -35,21 +35,31 @@ def image_reader(limits: Limits, allows_http: bool = False) -> ImageReader:
                 f"{name}: the server takes images as data URLs (data:image/png;base64,...).",
                 param=name,
             )
-        if len(encoded) > limits.max_image_bytes:
-            raise ApiError(
-                f"{name}: the image has more than {limits.max_image_bytes} bytes.", param=name
-            )
-        # The header has the size, so that a decompression bomb is not decoded.
-        width, height = image_files.upright_size(encoded, name)
-        if width * height > limits.max_image_px:
-            raise ApiError(
-                f"{name}: the image has {width} x {height} px, more than {limits.max_image_px} "
-                "pixels: scale it down.",
-                param=name,
-            )
-        return image_files.upright(encoded, name)
+        return decode_image(encoded, name, limits)
 
     return read
+
+
+def decode_image(encoded: bytes, name: str, limits: Limits) -> Image.Image:
+    """Decodes an image file within the limits.
+
+    Raises:
+      ApiError: the image is beyond the limits.
+      DataError: the bytes are not an image.
+    """
+    if len(encoded) > limits.max_image_bytes:
+        raise ApiError(
+            f"{name}: the image has more than {limits.max_image_bytes} bytes.", param=name
+        )
+    # The header has the size, so that a decompression bomb is not decoded.
+    width, height = image_files.upright_size(encoded, name)
+    if width * height > limits.max_image_px:
+        raise ApiError(
+            f"{name}: the image has {width} x {height} px, more than {limits.max_image_px} "
+            "pixels: scale it down.",
+            param=name,
+        )
+    return image_files.upright(encoded, name)
 
 
 def _decode_data_url(url: str, name: str, limits: Limits) -> bytes:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlm_jax.hub.text.tokenizer import REPLACEMENT_CHAR
-from vlm_jax.infer.answer import Request
+from vlm_jax.infer import rows
+from vlm_jax.infer.answer import Request, question
 from vlm_jax.infer.look import COMPUTED
 from vlm_jax.infer.look.maps import append_answer, look
 from vlm_jax.infer.look.pictures import Layout, Picture, join_views
@@ -46,7 +47,13 @@ class WordMaps:
 
 
 def look_at_answer(
-    request: Request, params, name: str, layouts: Sequence[Layout], methods: Sequence[str] = ()
+    request: Request,
+    params,
+    name: str,
+    layouts: Sequence[Layout],
+    methods: Sequence[str] = (),
+    ids: Sequence[int] | None = None,
+    pad_to_multiple_of: int = 1,
 ) -> WordMaps:
     """Answers the prompt of a request, and returns the maps of the answer's words.
 
@@ -56,15 +63,22 @@ def look_at_answer(
       name: of the model.
       layouts: tiles of each image, of `pictures.image_layouts`.
       methods: which of rollout and gradient to compute.
+      ids: tokens of the answer if it was generated before.
+      pad_to_multiple_of: the length of the forward pass, S + A - 1, is rounded up to a multiple of
+        it, so that several answers share compiled programs.
 
     Raises:
       ConfigError: the model reads no image, or the prompt has none.
       NonFiniteLogits: the model computes NaN.
     """
-    (ids,) = request.answer_ids(params)
+    if ids is None:
+        (ids,) = request.answer_ids(params)
     words = split_words(request.processor, ids)
     count = max(tokens.stop for _, tokens in words)
     batch = append_answer(request.batch, ids[:count])
+    free = -batch.tokens.shape[1] % pad_to_multiple_of
+    images = {name: getattr(batch, name) for name in rows.IMAGE_FIELDS}
+    batch = rows.pad(rows.text_only(batch), after=free).replace(**images)
     computed = {name: name in methods for name in COMPUTED}
     (maps,) = look(request.model, params, batch, **computed)
     vision, scale = request.model.cfg.vision, request.processor.pixel_scale()
@@ -77,7 +91,7 @@ def look_at_answer(
     by_word = _mean_of_words(maps.weights, slices)
     return WordMaps(
         model=name,
-        prompt=request.prompts[0],
+        prompt=question(request.prompts[0]),
         words=tuple(text for text, _ in words),
         layers=maps.layers,
         pictures=tuple(pictures),

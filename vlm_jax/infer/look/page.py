@@ -28,7 +28,12 @@ LARGEST = 255  # a map is stored as shares of its maximum, in this many steps
 
 
 def write_page(path: Path, answers: Sequence[WordMaps], method: str) -> None:
-    """Writes the maps of one model, or of models to compare side by side.
+    """Writes the file of `render_page`."""
+    write_atomic(path, render_page(answers, method))
+
+
+def render_page(answers: Sequence[WordMaps], method: str) -> str:
+    """Returns the page with the maps of one model, or of models to compare side by side.
 
     The page begins with a method of combining layers and heads.
     """
@@ -43,8 +48,7 @@ def write_page(path: Path, answers: Sequence[WordMaps], method: str) -> None:
     panels = [_panel(answer) for answer in answers]
     # "<" would let a text of a model end the script that holds the data.
     data = json.dumps(panels).replace("<", "\\u003c")
-    text = template.render(answers=answers, panels=panels, method=method, data=data)
-    write_atomic(path, text)
+    return template.render(answers=answers, panels=panels, method=method, data=data)
 
 
 def merge_heads(answer: WordMaps) -> WordMaps:

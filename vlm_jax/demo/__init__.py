@@ -1,0 +1,1 @@
+"""A page to chat with models and to see where they look."""

@@ -56,7 +56,9 @@ def url(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
         limits = Limits(max_image_px=10_000, max_image_bytes=50_000)
-        config = uvicorn.Config(build_app(MODELS, OPTIONS, limits), log_level="error")
+        app = build_app(MODELS, OPTIONS, limits)
+        # A page keeps a connection open.
+        config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             thread = threading.Thread(target=server.run, args=([listener],))

@@ -35,6 +35,7 @@ OPTIONS = {
     "system": {"metavar": "TEXT", "help": "system turn before every conversation"},
     **ANSWER_OPTIONS,
 }
+GRACE_SECONDS = 1  # a page in a browser keeps a connection open
 
 
 def demo(arguments: list[str]) -> int:
@@ -57,7 +58,8 @@ def demo(arguments: list[str]) -> int:
 
         loaded = [_load(args, folder, model) for folder, model in models.items()]
         app = build_app(loaded, options, Limits())
-        listen(app, args, f"demo of {' and '.join(model.name for model in loaded)}")
+        names = " and ".join(model.name for model in loaded)
+        listen(app, args, f"demo of {names}", "", GRACE_SECONDS)
     return 0
 
 

@@ -92,7 +92,7 @@ def serve(arguments: list[str]) -> int:
     engine = Engine(build_model(model.cfg), model.load_params(), processor, limits)
     name = args.model_name or Path(args.workdir or args.checkpoint).resolve().name
     settings = Settings(name, options, args.api_key, args.allow_http_images)
-    listen(build_app(engine, settings), args, f"serving {name}", "/v1")
+    listen(build_app(engine, settings), args, f"serving {name}", "/v1", GRACE_SECONDS)
     return 0
 
 
@@ -104,10 +104,14 @@ def check_bounds(args: argparse.Namespace, bounds: Mapping[str, tuple[float, flo
             raise ConfigError(f"{spell(name)} {value}: it must be from {least} to {most}.")
 
 
-def listen(app, args: argparse.Namespace, message: str, path: str = "") -> None:
+def listen(app, args: argparse.Namespace, message: str, path: str, grace_seconds: int) -> None:
     """Serves an application on --host and --port until the process is stopped.
 
-    A message with the address, which ends in `path`, is printed first.
+    Args:
+      app: the application, ASGI.
+      message: printed first, with the address.
+      path: end of this address.
+      grace_seconds: for open connections when the process is stopped.
     """
     import uvicorn
 
@@ -116,7 +120,7 @@ def listen(app, args: argparse.Namespace, message: str, path: str = "") -> None:
         host=args.host,
         port=args.port,
         log_level="warning",
-        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_graceful_shutdown=grace_seconds,
     )
     with config.bind_socket() as socket:
         address = socket.getsockname()

@@ -140,7 +140,7 @@ def test_a_visitor_gets_an_answer_or_a_sentence(url, picture, tmp_path, capfd):
 
     def ask(text, files=(), sampling=SAMPLING):
         message = {"text": text, "files": [gradio_client.handle_file(file) for file in files]}
-        *chats, status, _, _ = client.predict(message, *sampling, api_name="/ask")
+        *chats, status, _, _, _ = client.predict(message, *sampling, api_name="/ask")
         return chats, re.sub("<.*?>", "", html.unescape(status))
 
     bomb = tmp_path / "bomb.png"

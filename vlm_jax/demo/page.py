@@ -26,6 +26,7 @@ UPLOAD_SECONDS = 24 * 3600  # after which the file of an image is deleted
 # Questions and maps take turns, because they use the same accelerator.
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}
 ANSWERING, DRAWING = "Answering …", "Computing the attention maps …"
+WAITING = "The attention maps follow the answer."
 NO_MAPS = "Ask about an image: the maps of the answer appear here, one for each word."
 CSS = (Path(__file__).parent / "page.css").read_text()
 # The frame is as high as the page in it.
@@ -47,7 +48,7 @@ def build_app(models: Sequence[ChatModel], options: AnswerOptions, limits: Limit
         page.blocks,
         path="/",
         css=CSS,
-        theme=gr.themes.Default(primary_hue="blue"),
+        theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"]),
         footer_links=[],
         run_history=False,
         ssr_mode=False,
@@ -131,7 +132,9 @@ class Page:
         # Plain text: Markdown of a model could have links and images of other hosts.
         return gr.Chatbot(
             label=model.name,
-            height="min(60vh, 26rem)",
+            height=None,
+            min_height="12rem",
+            max_height="min(60vh, 26rem)",
             min_width=280,
             render_markdown=False,
             latex_delimiters=[],
@@ -139,16 +142,16 @@ class Page:
             buttons=[],
             allow_file_downloads=False,
             placeholder="No question yet.",
+            elem_classes="chat",
         )
 
     def _add_maps(self) -> None:
         gr.HTML("<h2>Attention maps</h2>")
-        with gr.Row():
-            self._shows = gr.Checkbox(True, label="show after each answer", min_width=160)
-            self._number = gr.Dropdown([], label="answer to", interactive=True, min_width=200)
-            self._methods = gr.CheckboxGroup(
-                [(TITLES[name], name) for name in COMPUTED], label="also", min_width=200
-            )
+        self._number = gr.Dropdown([], label="answer to", interactive=True)
+        self._methods = gr.CheckboxGroup(
+            [(TITLES[name], name) for name in COMPUTED], label="compute also"
+        )
+        self._shows = gr.Checkbox(True, label="show after each answer")
         self._maps = gr.HTML(_note(NO_MAPS), elem_id="maps")
 
     def _connect(self) -> None:
@@ -156,7 +159,7 @@ class Page:
         asked = self._box.submit(
             self.ask,
             [self._talk, self._box, *self._sampling.values()],
-            [*chats, self._box],
+            [*chats, self._box, self._maps],
             api_name="ask",
             show_progress="hidden",
             **ONE_AT_A_TIME,
@@ -185,8 +188,14 @@ class Page:
         is_asked = False
         try:
             for _ in talk.ask(message["text"], message["files"], options):
-                yield self._show(talk, ANSWERING, is_cleared=not is_asked)
-                is_asked = True
+                shown = self._show(talk, ANSWERING)
+                if not is_asked:
+                    is_asked = True
+                    shown[self._box] = gr.MultimodalTextbox(
+                        {"text": "", "files": []}, submit_btn=False, stop_btn=True
+                    )
+                    shown[self._maps] = _note(WAITING)
+                yield shown
         except SENTENCES as error:
             # The question stays in its box, to be changed.
             yield self._show(talk, describe(error), is_error=True)
@@ -223,9 +232,7 @@ class Page:
         frame = FRAME.format(page=html.escape(page)) if page else ""
         yield notes + frame or _note(NO_MAPS)
 
-    def _show(
-        self, talk: Talk | None, status: str = "", is_error: bool = False, is_cleared: bool = False
-    ) -> dict:
+    def _show(self, talk: Talk | None, status: str = "", is_error: bool = False) -> dict:
         """Returns the values of the components for the state of a conversation."""
         turns = talk.turns if talk else []
         is_answering = status == ANSWERING
@@ -244,10 +251,8 @@ class Page:
             choices = [(f"{i + 1}. {turn.question[:60]}", i) for i, turn in enumerate(turns)]
             last = len(turns) - 1 if turns else None
             shown[self._number] = gr.Dropdown(choices=choices, value=last)
-        box = {"submit_btn": not is_answering, "stop_btn": is_answering}
-        if is_cleared:
-            box["value"] = {"text": "", "files": []}
-        shown[self._box] = gr.MultimodalTextbox(**box)
+        if not is_answering:
+            shown[self._box] = gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
         return shown
 
 

@@ -1,8 +1,8 @@
 """The command `demo`: a page to chat with models and to see where they look."""
 
-import argparse
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from vlm_jax.cli.model import (
@@ -56,19 +56,27 @@ def demo(arguments: list[str]) -> int:
         from vlm_jax.demo.page import build_app
         from vlm_jax.serve.limits import Limits
 
-        loaded = [_load(args, folder, model) for folder, model in models.items()]
+        names = _names(models)
+        loaded = [_load(args.system, names[folder], model) for folder, model in models.items()]
         app = build_app(loaded, options, Limits())
-        names = " and ".join(model.name for model in loaded)
-        listen(app, args, f"demo of {names}", "", GRACE_SECONDS)
+        listen(app, args, f"demo of {' and '.join(names.values())}", "", GRACE_SECONDS)
     return 0
 
 
-def _load(args: argparse.Namespace, folder: str, model):
-    """Returns the model of a folder as a `ChatModel`."""
+def _names(models: Mapping) -> dict[str, str]:
+    """Returns the name of the model in each folder; the folder itself if two would be alike."""
+    names = {
+        folder: f"{Path(folder).resolve().name} ({model.cfg.fusion.kind})"
+        for folder, model in models.items()
+    }
+    return names if len(set(names.values())) == len(names) else {name: name for name in names}
+
+
+def _load(system: str | None, name: str, model):
+    """Returns an `infer.models.TextModel` as a `ChatModel`."""
     from vlm_jax.demo.talk import ChatModel
 
     processor = model.load_processor()
-    if args.system and not processor.takes_system_turn:
-        raise ConfigError(f"{folder}: the prompt form of the model has no system turn.")
-    name = f"{Path(folder).resolve().name} ({model.cfg.fusion.kind})"
-    return ChatModel(name, model.cfg, processor, model.load_params(), args.system)
+    if system and not processor.takes_system_turn:
+        raise ConfigError(f"--system: the prompt form of {name} has no system turn.")
+    return ChatModel(name, model.cfg, processor, model.load_params(), system)

@@ -115,17 +115,18 @@ class Page:
         with gr.Row():
             self._undo = gr.Button("Undo", size="sm", min_width=120)
             self._reset = gr.Button("New conversation", size="sm", min_width=120)
-        options = self._options
         with gr.Accordion("Sampling", open=False), gr.Row():
             # Their bounds are checked by `AnswerOptions`.
+            numbers = {
+                "temperature": {"label": "temperature", "step": 0.1},
+                "top_p": {"label": "top p", "step": 0.05},
+                "top_k": {"label": "top k (0: all)", "precision": 0},
+                "seed": {"label": "seed", "precision": 0},
+                "max_new_tokens": {"label": "most tokens of an answer", "precision": 0},
+            }
             self._sampling = {
-                "temperature": gr.Number(options.temperature, label="temperature", step=0.1),
-                "top_p": gr.Number(options.top_p, label="top p", step=0.05),
-                "top_k": gr.Number(options.top_k, label="top k (0: all)", precision=0),
-                "seed": gr.Number(options.seed, label="seed", precision=0),
-                "max_new_tokens": gr.Number(
-                    options.max_new_tokens, label="most tokens of an answer", precision=0
-                ),
+                name: gr.Number(getattr(self._options, name), min_width=120, **settings)
+                for name, settings in numbers.items()
             }
 
     def _chat(self, model: ChatModel) -> gr.Chatbot:
@@ -141,7 +142,6 @@ class Page:
             allow_tags=False,
             buttons=[],
             allow_file_downloads=False,
-            placeholder="No question yet.",
             elem_classes="chat",
         )
 

@@ -1,6 +1,10 @@
 """The command `demo`: a page to chat with models and to see where they look."""
 
+import asyncio
+import logging
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,6 +54,9 @@ def demo(arguments: list[str]) -> int:
     models = {first: open_model(args, cfg)}
     if args.against:
         models[args.against] = open_folder("demo", args.against)
+    # Uploads are removed after SIGTERM as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    logging.getLogger("uvicorn.error").addFilter(_is_unexpected)
     with tempfile.TemporaryDirectory(prefix="vlm_jax_demo_") as uploads:
         # Not in a folder that other users of the machine share.
         os.environ["GRADIO_TEMP_DIR"] = uploads
@@ -61,6 +68,12 @@ def demo(arguments: list[str]) -> int:
         app = build_app(loaded, options, Limits())
         listen(app, args, f"demo of {' and '.join(names.values())}", "", GRACE_SECONDS)
     return 0
+
+
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    """Returns False for messages about the connections of open pages when the command ends."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, asyncio.CancelledError) and "graceful" not in str(record.msg)
 
 
 def _names(models: Mapping) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The demo answers as `generate` does, shows maps, and survives what visitors send."""
+"""The demo answers as `chat` does, shows maps, and survives what visitors send."""
 
 import html
 import re
@@ -13,16 +13,15 @@ import pytest
 import uvicorn
 from PIL import Image
 
-import vlm_jax
 from vlm_jax.cli.main import main
 from vlm_jax.config import Data
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.demo.page import build_app
 from vlm_jax.demo.talk import ChatModel, Talk
-from vlm_jax.hub.text.prompt_formats import ChatPrompt
 from vlm_jax.infer.answer import AnswerOptions
 from vlm_jax.infer.look.answer import look_at_answer
 from vlm_jax.infer.run import RunProcessor
+from vlm_jax.infer.session import Session
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.serve.limits import Limits
 from vlm_jax.testing import random_params, tiny
@@ -69,14 +68,17 @@ def url(tmp_path_factory):
 
 
 def expected(model: ChatModel, turns: tuple[str, ...], images=()) -> str:
-    arguments = VLM(model.cfg.model), model.params, model.processor
-    (answer,) = vlm_jax.generate(
-        *arguments, [ChatPrompt(turns)], [list(images)], max_new_tokens=OPTIONS.max_new_tokens
-    )
-    return answer
+    """The answer of a new conversation with the same turns."""
+    arguments = VLM(model.cfg.model), model.params, model.processor, OPTIONS
+    *earlier, question = turns
+    count = question.count("<image>")
+    shown = list(images)
+    before = shown[: len(shown) - count]
+    session = Session(*arguments, turns=earlier, images=before)
+    return "".join(session.ask(question, shown[len(before) :]))
 
 
-def test_both_models_answer_as_generate_does_and_a_failure_is_in_its_own_reply(picture):
+def test_both_models_answer_as_in_a_chat_and_a_failure_is_in_its_own_reply(picture):
     talk = Talk(MODELS)
     *_, turn = talk.ask("what is it?", [picture], OPTIONS)
     first = expected(MODELS[0], ("<image>\nwhat is it?",), [picture])
@@ -92,7 +94,7 @@ def test_both_models_answer_as_generate_does_and_a_failure_is_in_its_own_reply(p
 
     # An image of an earlier turn has maps too.
     for number in (0, 1):
-        page, sentences = talk.render_maps(number, [])
+        page, sentences = talk.render_maps(number, ["rollout"])
         words = turn.replies[0].text.split() if number else first.split()
         shown = re.findall(r'aria-pressed="false">(.*?)</button>', page, re.S)
         assert [html.unescape(word).strip() for word in shown] == words
@@ -100,7 +102,7 @@ def test_both_models_answer_as_generate_does_and_a_failure_is_in_its_own_reply(p
 
     # The maps are read with padding after the answer.
     session = talk._sessions[0]
-    padded = MODELS[0].look(session, 0, [])
+    padded = MODELS[0].look(session, 0, ["rollout"])
     request, _ = session.encode_turn(0)
     exact = look_at_answer(request, MODELS[0].params, "", [(1, 1)], ids=session.answer_ids[0])
     np.testing.assert_allclose(padded.weights[0], exact.weights[0], atol=1e-6)

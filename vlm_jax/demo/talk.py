@@ -30,8 +30,8 @@ SENTENCES = (UserError, NonFiniteError, ApiError, OSError, jax.errors.JaxRuntime
 class ChatModel:
     """A model of the page.
 
-    Its KV cache belongs to the conversation that has asked last, so that its size does not depend
-    on the number of visitors.
+    Its KV cache goes from conversation to conversation, so that its size does not depend on the
+    number of visitors.
     """
 
     name: str
@@ -39,7 +39,7 @@ class ChatModel:
     processor: Processor
     params: dict
     system: str | None = None
-    _last: Session | None = None
+    _last: Session | None = None  # has the KV cache
 
     def new_session(self) -> Session:
         return Session(build_model(self.cfg), self.params, self.processor, system=self.system)
@@ -48,10 +48,14 @@ class ChatModel:
         """Yields the answer to a question in pieces."""
         if images and not self.cfg.fusion.has_images:
             raise ConfigError("the model is a text-only model: it takes no images.")
-        if self._last is not None and self._last is not session:
-            session.take_cache(self._last)
-        self._last = session
-        yield from session.ask(question, images)
+        # None while an answer is generated: its cache is in use.
+        last, self._last = self._last, None
+        if last is not None and last is not session:
+            session.take_cache(last)
+        try:
+            yield from session.ask(question, images)
+        finally:
+            self._last = session
 
     def look(self, session: Session, number: int, methods: Sequence[str]) -> WordMaps:
         """Returns the maps of an answer; `number` is its place in the session, from 0."""

@@ -24,7 +24,7 @@ def get_config() -> Experiment:
             mlp_width=16_384,
             norm_eps=1e-5,
             activation="relu2",
-            qk_norm=True,
+            qk_norm="head",
             vocab_size=262_144,
             max_positions=16_384,
             rope=Rope(theta=25_000.0, fraction=0.5),

@@ -15,7 +15,7 @@ DECODER = Decoder(
     qkv_bias=False,
     out_bias=False,
     mlp_bias=False,
-    qk_norm=True,
+    qk_norm="head",
     vocab_size=151_936,
     max_positions=40_960,
     rope=Rope(theta=1_000_000.0),

@@ -31,7 +31,7 @@ def get_config() -> Experiment:
             norm="rmsnorm",
             activation="silu",
             gated_mlp=True,
-            qk_norm=True,
+            qk_norm="head",
             qkv_bias=False,
             out_bias=False,
             mlp_bias=False,

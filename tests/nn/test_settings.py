@@ -32,6 +32,10 @@ SETTINGS = {
     "gated mlp": {"gated_mlp": True},
     "no biases": {"qkv_bias": False, "out_bias": False, "mlp_bias": False},
     "silu": {"activation": "silu"},
+    "norms of outputs, and of all query or key heads": {
+        "norm_position": "output",
+        "qk_norm": "all_heads",
+    },
 }
 
 

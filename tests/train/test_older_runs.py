@@ -54,6 +54,8 @@ def test_the_config_of_an_older_run_has_the_names_and_values_of_today():
         ("vision", {"norm": "rmsnorm_centred"}, "norm", "rmsnorm_zero_centered"),
         ("vision", {"norm_order": "post"}, "norm_position", "post"),
         ("vision", {"residual_scale": "tanh"}, "layer_scale", "tanh_gate"),
+        ("vision", {"qk_norm": False}, "qk_norm", "none"),
+        ("decoder", {"qk_norm": True}, "qk_norm", "head"),
         ("decoder", {"tied_head": True}, "tie_word_embeddings", True),
         ("fusion", {"blind_rows": "skip"}, "tokens_without_image", "mask_out"),
         ("optim", {"kind": "muon"}, "kind", "muon"),

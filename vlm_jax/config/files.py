@@ -57,6 +57,8 @@ OLD_NAMES = {
 OLD_VALUES = {
     **{(kind, "norm", "rmsnorm_centred"): "rmsnorm_zero_centered" for kind in (Vision, Decoder)},
     **{(kind, "norm_position", "both"): "sandwich" for kind in (Vision, Decoder)},
+    **{(kind, "qk_norm", False): "none" for kind in (Vision, Decoder)},
+    **{(kind, "qk_norm", True): "head" for kind in (Vision, Decoder)},
     **{(kind, "layer_scale", "tanh"): "tanh_gate" for kind in (Vision, Decoder)},
     (Fusion, "tokens_without_image", "skip"): "mask_out",
     (Fusion, "tokens_without_image", "read_all"): "attend_all",

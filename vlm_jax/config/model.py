@@ -31,14 +31,15 @@ class Transformer:
     #: rmsnorm_zero_centered: stores scale - 1 (Gemma)
     norm: NormKind = "layernorm"
     norm_eps: float = 1e-6  # added to the variance
-    #: x + f(norm(x)), norm(x + f(x)), or x + norm(f(norm(x)))
-    norm_position: Literal["pre", "post", "sandwich"] = "pre"
+    #: x + f(norm(x)), norm(x + f(x)), x + norm(f(norm(x))), or x + norm(f(x))
+    norm_position: Literal["pre", "post", "sandwich", "output"] = "pre"
     activation: Activation = "gelu_tanh"  # activation of the MLP
     gated_mlp: bool = False  # down(act(gate x) * up x) instead of down(act(up x))
     qkv_bias: bool = True  # biases of the query, key and value projections
     out_bias: bool = True  # bias of attention's output projection
     mlp_bias: bool = True  # biases of the MLP
-    qk_norm: bool = False  # normalise query and key heads before RoPE
+    #: normalise queries and keys before RoPE: each head, or all heads of a token together
+    qk_norm: Literal["none", "head", "all_heads"] = "none"
     query_scale: float | None = None  # factor of the attention scores; None: 1 / sqrt(H)
     #: c: attention scores become c tanh(score / c); None: not capped
     score_softcap: float | None = None

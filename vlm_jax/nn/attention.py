@@ -157,7 +157,7 @@ class Attention(nn.Module):
     """
 
     cfg: Transformer
-    qk_norm: bool = False
+    qk_norm: str = "none"  # a value of `Transformer.qk_norm`
 
     @nn.compact
     def __call__(
@@ -212,6 +212,7 @@ class Attention(nn.Module):
         letters = f"D {heads_letter} H"
         shape = (x.shape[-1], heads, cfg.head_width)
         x = Dense(letters, shape, bias=cfg.qkv_bias, name=name)(x)
-        if self.qk_norm and name != "value":
-            x = Norm(cfg.norm, cfg.norm_eps, letters="H", name=f"{name}_norm")(x)
+        if self.qk_norm != "none" and name != "value":
+            normed = {"head": "H", "all_heads": f"{heads_letter} H"}[self.qk_norm]
+            x = Norm(cfg.norm, cfg.norm_eps, letters=normed, name=f"{name}_norm")(x)
         return x

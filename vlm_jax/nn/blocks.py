@@ -66,6 +66,7 @@ class Block(nn.Module):
         pre       x = x + scale * sublayer(norm(x))
         post      x = norm(x + scale * sublayer(x))
         sandwich  x = x + scale * norm(sublayer(norm(x)))
+        output    x = x + scale * norm(sublayer(x))
 
     `cfg.norm_position` chooses the line and `cfg.layer_scale` the scale. Sublayers of
     cross-attention are scaled by a tanh gate that starts at 0 if `fusion.has_gates` (Alayrac et al.
@@ -85,7 +86,7 @@ class Block(nn.Module):
             sublayer = SUBLAYERS[name]
             if sublayer.needs_image and not has_memory:
                 continue
-            y = x if position == "post" else self._norm(f"{name}_norm", x)
+            y = self._norm(f"{name}_norm", x) if position in ("pre", "sandwich") else x
             if sublayer.kind == "mlp":
                 y = Mlp(self.cfg, name=name)(y)
             elif sublayer.kind == "cross_attention":
@@ -94,7 +95,7 @@ class Block(nn.Module):
                 y, new_cache[name] = self._self_attention(
                     name, y, context, is_sliding, cache.get(name)
                 )
-            if position == "sandwich":
+            if position in ("sandwich", "output"):
                 y = self._norm(f"{name}_post_norm", y)
             y = self._scale_residual(name, self._mask_tokens_without_image(sublayer, y, context))
             x = axes.constrain(x + y, "B S D")
@@ -120,7 +121,7 @@ class Block(nn.Module):
     def _cross_attention(self, name, x, context: BlockInputs, cache):
         # While decoding, keys and values of the memory are in the cache.
         cache = cache if context.memory is None else None
-        attention = Attention(self.cfg, self.fusion.qk_norm, name=name)
+        attention = Attention(self.cfg, "head" if self.fusion.qk_norm else "none", name=name)
         return attention(x, context.memory, context.memory_mask, cache=cache)
 
     def _mask_tokens_without_image(self, sublayer: Sublayer, y, context: BlockInputs):

@@ -119,7 +119,8 @@ class Dense(nn.Module):
 class Norm(nn.Module):
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019), computed in float32.
 
-    `rmsnorm_zero_centered` stores `scale - 1`, as in Gemma.
+    `rmsnorm_zero_centered` stores `scale - 1`, as in Gemma. The last axes of `x`, one for each of
+    `letters`, are normalised together.
     """
 
     kind: str
@@ -127,14 +128,16 @@ class Norm(nn.Module):
     letters: str = "D"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        count = len(self.letters.split())
+        axis, shape = tuple(range(-count, 0)), x.shape[-count:]
         is_zero_centered = self.kind == "rmsnorm_zero_centered"
         init = nn.initializers.zeros if is_zero_centered else nn.initializers.ones
-        scale = self.param("scale", axes.with_axes(init, self.letters), x.shape[-1:])
+        scale = self.param("scale", axes.with_axes(init, self.letters), shape)
         y = x.astype(jnp.float32)
         if self.kind == "layernorm":
-            y -= y.mean(-1, keepdims=True)
-        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+            y -= y.mean(axis, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.square(y).mean(axis, keepdims=True) + self.eps)
 
         # As in transformers: Gemma scales in float32, Llama after the cast to the input's dtype.
         if is_zero_centered:
@@ -142,7 +145,7 @@ class Norm(nn.Module):
         y = y.astype(x.dtype) * scale
         if self.kind == "layernorm":
             zeros = axes.with_axes(nn.initializers.zeros, self.letters)
-            y += self.param("bias", zeros, x.shape[-1:])
+            y += self.param("bias", zeros, shape)
         return y
 
 

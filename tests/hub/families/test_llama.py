@@ -1,10 +1,12 @@
-"""Llama, Mistral, Qwen2 and Qwen3: outputs equal to transformers', exact export."""
+"""Llama, Mistral, Qwen2, Qwen3 and OLMo 2: outputs equal to transformers', exact export."""
 
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -57,6 +59,7 @@ class TestLlama(DecoderLaws):
                 max_window_layers=1,
             ),
         ),
+        "olmo 2": (Olmo2ForCausalLM, Olmo2Config(**SMALL)),
     }
-    CACHED = ("mistral", "qwen3")
+    CACHED = ("mistral", "qwen3", "olmo 2")
     LENGTHS = (13, 20)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
-from vlm_jax.config import Decoder, Experiment, Fusion
+from vlm_jax.config import Decoder, Experiment
 from vlm_jax.hub.families.decoders import llama
 from vlm_jax.hub.families.family import (
     Family,
@@ -14,7 +14,6 @@ from vlm_jax.hub.families.family import (
     reject_unless,
     text_experiment,
 )
-from vlm_jax.hub.families.table import Row
 
 GEMMA_DEFAULTS = {
     "vocab_size": 256000,
@@ -42,13 +41,6 @@ GEMMA3_DEFAULTS = GEMMA2_DEFAULTS | {
     "rope_theta": 1_000_000.0,
     "rope_local_base_freq": 10_000.0,
     "sliding_window_pattern": 6,
-}
-# Norms before and after each sublayer (Gemma 2 and 3).
-NORMS = {
-    "input_layernorm": "self_norm",
-    "post_attention_layernorm": "self_post_norm",
-    "pre_feedforward_layernorm": "mlp_norm",
-    "post_feedforward_layernorm": "mlp_post_norm",
 }
 TOLERANCE = 3e-4  # of logits: the scales of the final norm are large
 
@@ -82,7 +74,7 @@ def gemma3_from_hf(config: Json, tied: bool) -> Decoder:
     local_theta = float(get_or(local, "rope_theta", config["rope_local_base_freq"]))
     return replace(
         decoder,
-        qk_norm=True,
+        qk_norm="head",
         logit_softcap=config.get("final_logit_softcapping") or None,
         rope=replace(decoder.rope, local_theta=local_theta),
     )
@@ -136,31 +128,6 @@ def gemma3_to_hf(decoder: Decoder) -> Json:
     return config
 
 
-def decoder_rows(
-    decoder: Decoder, fusion: Fusion, prefix: str = "model.", head: str = llama.HEAD
-) -> list[Row]:
-    """Rows of the decoder of any Gemma."""
-    return llama.decoder_rows(
-        decoder,
-        fusion,
-        prefix,
-        head,
-        block_rows if decoder.norm_position == "sandwich" else llama.block_rows,
-    )
-
-
-def block_rows(hf: str, param: str, decoder: Decoder, layer: int) -> list[Row]:
-    rows = [llama.norm_row(f"{hf}.{a}", f"{param}/{b}", layer) for a, b in NORMS.items()]
-    if decoder.qk_norm:
-        rows += llama.qk_norm_rows(f"{hf}.self_attn", f"{param}/self", layer)
-    rows += llama.attention_rows(f"{hf}.self_attn", f"{param}/self", decoder, layer)
-    return rows + llama.mlp_rows(f"{hf}.mlp", f"{param}/mlp", decoder, layer)
-
-
-def param_table(cfg: Experiment) -> list[Row]:
-    return decoder_rows(cfg.decoder, cfg.fusion)
-
-
 def family(
     model_type: str,
     architecture: str,
@@ -179,7 +146,9 @@ def family(
             **decoder_to_hf(cfg.decoder),
         }
 
-    return Family(model_type, config_from_hf, config_to_hf, param_table, llama.RENAMES, TOLERANCE)
+    return Family(
+        model_type, config_from_hf, config_to_hf, llama.param_table, llama.RENAMES, TOLERANCE
+    )
 
 
 GEMMA = family("gemma", "GemmaForCausalLM", gemma_from_hf, gemma_to_hf)

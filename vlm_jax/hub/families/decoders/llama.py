@@ -24,6 +24,24 @@ from vlm_jax.hub.families.table import (
 )
 
 HEAD = "lm_head.weight"
+# Names of a block's norms in the files, by `norm_position`. No family has "post" yet: a run that
+# has it is compared with the families by these names.
+BLOCK_NORMS = {
+    "pre": {"input_layernorm": "self_norm", "post_attention_layernorm": "mlp_norm"},
+    "post": {"input_layernorm": "self_norm", "post_attention_layernorm": "mlp_norm"},
+    "sandwich": {
+        "input_layernorm": "self_norm",
+        "post_attention_layernorm": "self_post_norm",
+        "pre_feedforward_layernorm": "mlp_norm",
+        "post_feedforward_layernorm": "mlp_post_norm",
+    },
+    "output": {
+        "post_attention_layernorm": "self_post_norm",
+        "post_feedforward_layernorm": "mlp_post_norm",
+    },
+}
+# Patterns of the scales of the query's and the key's norm, by `qk_norm`.
+QK_NORM_PATTERNS = {"none": (), "head": ("", ""), "all_heads": ("(N H) -> N H", "(K H) -> K H")}
 
 
 def decoder_from_hf(config: Json, tied: bool) -> Decoder:
@@ -109,10 +127,13 @@ def attention_rows(
     )
 
 
-def qk_norm_rows(hf: str, param: str, layer: int) -> list[Row]:
-    """Rows of the norms of query and key heads (Gemma 3, Qwen3)."""
+def qk_norm_rows(hf: str, param: str, decoder: Decoder, layer: int) -> list[Row]:
+    """Rows of the norms of queries and keys, if the decoder has them."""
     names = {"q_norm": "query_norm", "k_norm": "key_norm"}
-    return [norm_row(f"{hf}.{a}", f"{param}/{b}", layer) for a, b in names.items()]
+    return [
+        row(f"{hf}.{name}.weight", f"{param}/{norm}/scale", pattern, layer)
+        for (name, norm), pattern in zip(names.items(), QK_NORM_PATTERNS[decoder.qk_norm])
+    ]
 
 
 def mlp_rows(hf: str, param: str, decoder: Decoder, layer: int) -> list[Row]:
@@ -140,14 +161,14 @@ def block_rows(hf: str, param: str, decoder: Decoder, layer: int) -> list[Row]:
     attention = f"{hf}.self_attn", f"{param}/self"
     return [
         *attention_rows(*attention, decoder, layer),
-        *(qk_norm_rows(*attention, layer) if decoder.qk_norm else ()),
+        *qk_norm_rows(*attention, decoder, layer),
         *mlp_rows(f"{hf}.mlp", f"{param}/mlp", decoder, layer),
-        *block_norm_rows(hf, param, layer),
+        *block_norm_rows(hf, param, decoder, layer),
     ]
 
 
-def block_norm_rows(hf: str, param: str, layer: int) -> list[Row]:
-    names = {"input_layernorm": "self_norm", "post_attention_layernorm": "mlp_norm"}
+def block_norm_rows(hf: str, param: str, decoder: Decoder, layer: int) -> list[Row]:
+    names = BLOCK_NORMS[decoder.norm_position]
     return [norm_row(f"{hf}.{a}", f"{param}/{b}", layer) for a, b in names.items()]
 
 
@@ -218,7 +239,7 @@ def qwen3_from_hf(config: Json, names: Collection[str]) -> Experiment:
     """Reads Qwen3's settings: query and key heads are normalised; biases by `attention_bias`."""
     defaults = QWEN_DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128}
     decoder = _read_qwen(defaults | drop_nulls(config), names)
-    return text_experiment(replace(decoder, qk_norm=True, mlp_bias=False))
+    return text_experiment(replace(decoder, qk_norm="head", mlp_bias=False))
 
 
 def qwen3_to_hf(cfg: Experiment) -> Json:

@@ -70,7 +70,7 @@ def block_rows(hf: str, param: str, decoder: Decoder, layer: int) -> list[Row]:
         ),
         Row(f"{hf}.mlp.gate_up_proj.weight", tuple(gate_up)),
         *llama.dense_rows(f"{hf}.mlp.down_proj", f"{param}/mlp/down", "D F -> F D", False, layer),
-        *llama.block_norm_rows(hf, param, layer),
+        *llama.block_norm_rows(hf, param, decoder, layer),
     ]
 
 

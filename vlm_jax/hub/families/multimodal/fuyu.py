@@ -61,7 +61,7 @@ def decoder_from_hf(config: Json, tied: bool) -> Decoder:
         norm="layernorm",
         norm_eps=get_or(config, "layer_norm_eps", 1e-5),
         activation=lookup(config, "hidden_act", ACTIVATIONS, "relu2"),
-        qk_norm=get_or(config, "qk_layernorm", True),
+        qk_norm="head" if get_or(config, "qk_layernorm", True) else "none",
         vocab_size=positive_int(config, "vocab_size", 262144),
         max_positions=positive_int(config, "max_position_embeddings", 16384),
         rope=rope_from_hf(config, theta=25_000.0, fraction=0.5),
@@ -91,7 +91,7 @@ def decoder_to_hf(decoder: Decoder) -> Json:
         "intermediate_size": decoder.mlp_width,
         "layer_norm_eps": decoder.norm_eps,
         "hidden_act": HUB_ACTIVATIONS[decoder.activation],
-        "qk_layernorm": decoder.qk_norm,
+        "qk_layernorm": decoder.qk_norm == "head",
         "vocab_size": decoder.vocab_size,
         "max_position_embeddings": decoder.max_positions,
         "partial_rotary_factor": decoder.rope.fraction,
@@ -135,7 +135,7 @@ def attention_rows(hf: str, param: str, decoder: Decoder, layer: int) -> list[Ro
         Row(f"{hf}.query_key_value.bias", targets("bias"), interleave="(N parts H) -> parts N H"),
         *dense_rows(f"{hf}.dense", f"{param}/out", "D (N H) -> N H D", True, layer),
     ]
-    if decoder.qk_norm:
+    if decoder.qk_norm == "head":
         rows += norm_rows(f"{hf}.q_layernorm", f"{param}/query_norm", layer)
         rows += norm_rows(f"{hf}.k_layernorm", f"{param}/key_norm", layer)
     return rows

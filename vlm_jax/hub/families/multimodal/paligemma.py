@@ -62,7 +62,7 @@ def param_table(cfg: Experiment) -> list[Row]:
     return [
         *siglip.vision_rows(cfg.vision, TOWER, "vision/"),
         *llama.dense_rows(f"{PROJECTOR}linear", "projector/linear", "D E -> E D", True),
-        *gemma.decoder_rows(cfg.decoder, cfg.fusion, TEXT, HEAD),
+        *llama.decoder_rows(cfg.decoder, cfg.fusion, TEXT, HEAD),
     ]
 
 

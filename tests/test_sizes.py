@@ -20,6 +20,7 @@ PARAMETERS = {
     # 751,632,384 in its file on the hub, which holds the tied embedding a second time as the head.
     "qwen3_0_6b": 751_632_384 - 151_936 * 1024,
     "olmo_2_1b": 1_484_916_736,
+    "smollm3_3b": 3_075_098_624,
     "phi_3_mini": 3_821_079_552,
     "gemma_2b": 2_506_172_416,
     "llava_1_5_7b": 7_063_427_072,
@@ -33,6 +34,7 @@ MODEL_TYPES = {
     "llama_3_2_1b": "llama",
     "qwen3_0_6b": "qwen3",
     "olmo_2_1b": "olmo2",
+    "smollm3_3b": "smollm3",
     "phi_3_mini": "phi3",
     "gemma_2b": "gemma",
     "llava_1_5_7b": "llava",

@@ -42,6 +42,14 @@ REFUSED = [
         {"decoder_sliding_window": 4, "decoder_sliding_layers": (0, 9)},
         "decoder.sliding_layers names layer 9: choose from 0 to 1",
     ),
+    (
+        {"decoder_no_rope_layers": (2,)},
+        "decoder.no_rope_layers names layer 2: choose from 0 to 1",
+    ),
+    (
+        {"decoder_no_rope_layers": (0,), "decoder_positions": "learned"},
+        "decoder.no_rope_layers has no effect with decoder.positions learned",
+    ),
     ({"fusion_kind": "unifid"}, "fusion.kind 'unifid' .* unified, cross_attention"),
     ({"data_augment": ("mirror", "shft")}, "data.augment 'shft' .* mirror, turn, shift"),
     (

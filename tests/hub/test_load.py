@@ -108,6 +108,7 @@ KEYS = {  # part of config.json -> keys that hold a size
     "gpt2": {"": ("n_embd", "n_layer", "n_head", "n_inner", "n_positions", "vocab_size")},
     "llama": {"": (*TEXT, "num_key_value_heads", "head_dim")},
     "qwen3": {"": (*TEXT, "num_key_value_heads", "head_dim")},
+    "smollm3": {"": (*TEXT, "num_key_value_heads", "no_rope_layer_interval")},
     "phi3": {"": TEXT},
     "gemma3_text": {"": (*TEXT, "num_key_value_heads", "head_dim", "sliding_window_pattern")},
     "clip": {"": ("projection_dim",), "text_config": TEXT, "vision_config": VISION},

@@ -182,6 +182,17 @@ def qwen3(folder: Path) -> None:
     qwen2(folder, "qwen3", "<|im_end|>")
 
 
+def olmo2(folder: Path) -> None:
+    """It names GPT-2's class, but splits text in another way."""
+    backend = byte_level("<|endoftext|>")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
+    write(folder, config={"model_type": "olmo2"}, tokenizer_config=settings)
+
+
 def llama3(folder: Path, model_type: str = "llama") -> None:
     specials = (
         "<|begin_of_text|>",

@@ -13,6 +13,7 @@ from vlm_jax.config import Fusion, Transformer
 from vlm_jax.nn.blocks import (
     NOT_FUSED,
     Block,
+    BlockFlags,
     Stack,
     repeating_period,
 )
@@ -78,7 +79,7 @@ def run(cfg, blocks, fusion, params, x, context):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def one_block(cfg, sublayers, params, x, context):
-    return Block(cfg, sublayers).apply({"params": params}, x, context, False, {})[0]
+    return Block(cfg, sublayers).apply({"params": params}, x, context, BlockFlags(), {})[0]
 
 
 def test_the_loop_is_the_blocks_one_after_the_other():

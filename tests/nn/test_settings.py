@@ -36,6 +36,7 @@ SETTINGS = {
         "norm_position": "output",
         "qk_norm": "all_heads",
     },
+    "no rope": {"no_rope_layers": (0,)},
 }
 
 
@@ -57,6 +58,19 @@ def test_positions_distinguish_equal_tokens_in_both_schemes(forward, random_para
         batch = without_images(rows(cfg, [(a[:5], a[5:])], [(b[:5], b[5:])]))
         logits = forward(cfg, random_params(cfg), batch).logits[:, 5]
         assert differ(logits[:1], logits[1:])
+
+
+def test_blocks_without_rope_know_no_positions_but_the_order(forward, random_params):
+    base = decoder(tiny("cross_attention"), depth=1)
+    batch = without_images(random_batch(base))
+    is_token = batch.segment_ids != PADDING
+    for layers in ((), (0,)):
+        cfg = decoder(base, no_rope_layers=layers)
+        logits, stretched = (
+            forward(cfg, random_params(cfg), batch.replace(positions=positions)).logits[is_token]
+            for positions in (batch.positions, 3 * batch.positions)
+        )
+        assert np.array_equal(logits, stretched) == bool(layers)
 
 
 # Parameters

@@ -352,11 +352,24 @@ def _sliding(cfg: Experiment) -> None:
             f"decoder.sliding_window {window} applies to decoder.sliding_layers alone: list "
             "layers, or leave it out."
         )
+    _check_layers("decoder.sliding_layers", layers, depth)
+
+
+def _no_rope(cfg: Experiment) -> None:
+    layers, positions = cfg.decoder.no_rope_layers, cfg.decoder.positions
+    if layers and positions != "rope":
+        raise ConfigError(
+            f"decoder.no_rope_layers has no effect with decoder.positions {positions}: set it to "
+            "rope, or leave decoder.no_rope_layers out."
+        )
+    _check_layers("decoder.no_rope_layers", layers, cfg.decoder.depth)
+
+
+def _check_layers(field: str, layers: tuple[int, ...], depth: int) -> None:
+    """Raises ConfigError if a field names a block that the decoder does not have."""
     outside = [layer for layer in layers if not 0 <= layer < depth]
     if outside:
-        raise ConfigError(
-            f"decoder.sliding_layers names layer {outside[0]}: choose from 0 to {depth - 1}."
-        )
+        raise ConfigError(f"{field} names layer {outside[0]}: choose from 0 to {depth - 1}.")
 
 
 def _microbatches(cfg: Experiment) -> None:
@@ -420,5 +433,5 @@ def _validation(cfg: Experiment) -> None:
 
 CHECKS = (
     *(_data, _synthetic, _tokens, _tiled_encoder, _feature_layers, _resize, _projector, _fusion),
-    *(_tiles, _room, _rates, _lora, _sliding, _microbatches, _profile, _validation),
+    *(_tiles, _room, _rates, _lora, _sliding, _no_rope, _microbatches, _profile, _validation),
 )

@@ -403,6 +403,8 @@ class Decoder(Transformer):
     #: number of tokens, itself included, that a token of a sliding block attends to
     sliding_window: int | None = None
     sliding_layers: tuple[int, ...] = ()  # blocks with a sliding window
+    #: blocks whose queries and keys are not rotated (NoPE, Kazemnejad et al. 2023)
+    no_rope_layers: tuple[int, ...] = ()
     final_norm: bool = True  # normalise after the last block
     tie_word_embeddings: bool = True  # use the embedding as the output head
     logit_softcap: float | None = None  # c: logits become c tanh(logit / c); None: not capped

@@ -1,6 +1,6 @@
 """Blocks of sublayers and the loop over depth, shared by the image encoder and the decoder."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,22 @@ def needs_image(module: str) -> bool:
     return sublayer is not None and SUBLAYERS[sublayer].needs_image
 
 
+class BlockFlags(NamedTuple):
+    """Differences between blocks that share a compiled program.
+
+    Attributes:
+      is_sliding: self-attention has the local mask and the local RoPE.
+      has_no_rope: self-attention does not rotate queries and keys; None: all blocks rotate them.
+    """
+
+    is_sliding: Any = False
+    has_no_rope: Any = None
+
+    def at(self, i: int) -> "BlockFlags":
+        """Returns the flags of block i from those of several blocks."""
+        return jax.tree.map(lambda flag: flag[i], self)
+
+
 class Block(nn.Module):
     """A transformer block: a residual branch for each of its sublayers in turn.
 
@@ -78,7 +94,7 @@ class Block(nn.Module):
     fusion: Fusion = NOT_FUSED
 
     @nn.compact
-    def __call__(self, x, context: BlockInputs, is_sliding, cache: dict):
+    def __call__(self, x, context: BlockInputs, flags: BlockFlags, cache: dict):
         """Returns the hidden states (B, S, D), and with a cache keys and values by sublayer."""
         has_memory = context.memory is not None or context.memory_mask is not None
         new_cache, position = {}, self.cfg.norm_position
@@ -92,9 +108,7 @@ class Block(nn.Module):
             elif sublayer.kind == "cross_attention":
                 y, new_cache[name] = self._cross_attention(name, y, context, cache.get(name))
             else:
-                y, new_cache[name] = self._self_attention(
-                    name, y, context, is_sliding, cache.get(name)
-                )
+                y, new_cache[name] = self._self_attention(name, y, context, flags, cache.get(name))
             if position in ("sandwich", "output"):
                 y = self._norm(f"{name}_post_norm", y)
             y = self._scale_residual(name, self._mask_tokens_without_image(sublayer, y, context))
@@ -106,15 +120,20 @@ class Block(nn.Module):
     def _norm(self, name, x):
         return Norm(self.cfg.norm, self.cfg.norm_eps, name=name)(x)
 
-    def _self_attention(self, name, x, context: BlockInputs, is_sliding, cache):
+    def _self_attention(self, name, x, context: BlockInputs, flags: BlockFlags, cache):
         mask, rope, segments = context.mask, context.rope, context.causal_segments
         if context.local_mask is not None:
             segments = None
-            mask = jnp.where(is_sliding, context.local_mask, mask)
+            mask = jnp.where(flags.is_sliding, context.local_mask, mask)
         if context.local_rope is not None:
             rope = jax.tree.map(
-                lambda local, other: jnp.where(is_sliding, local, other), context.local_rope, rope
+                lambda local, other: jnp.where(flags.is_sliding, local, other),
+                context.local_rope,
+                rope,
             )
+        if flags.has_no_rope is not None:
+            cos, sin = rope
+            rope = jnp.where(flags.has_no_rope, 1, cos), jnp.where(flags.has_no_rope, 0, sin)
         attention = Attention(self.cfg, self.cfg.qk_norm, name=name)
         return attention(x, x, mask, rope, cache, context.index, segments)
 
@@ -168,12 +187,12 @@ class ScanBlock(nn.Module):
     return_layers: tuple[int, ...]
 
     @nn.compact
-    def __call__(self, carry, context: BlockInputs, scan_step, is_sliding, cache: list):
+    def __call__(self, carry, context: BlockInputs, scan_step, flags: BlockFlags, cache: list):
         x, hidden_states = carry
         new_cache, block_class = [], self._block_class()
         for i, sublayers in enumerate(self.blocks):
             block = block_class(self.cfg, sublayers, self.fusion, name=f"block_{i}")
-            x, block_cache = block(x, context, is_sliding[i], cache[i])
+            x, block_cache = block(x, context, flags.at(i), cache[i])
             new_cache.append(block_cache)
             self.sow("intermediates", f"block_{i}_out", x)
             layer = scan_step * len(self.blocks) + i + 1
@@ -204,6 +223,7 @@ class Stack(nn.Module):
     blocks: tuple[Sublayers, ...]
     fusion: Fusion = NOT_FUSED
     sliding: tuple[int, ...] = ()  # blocks whose self-attention has the local mask and RoPE
+    no_rope: tuple[int, ...] = ()  # blocks whose self-attention has no RoPE
     #: hidden states to return: 0 is the input, n the output of block n (from 1), -1 of the last
     return_layers: tuple[int, ...] = ()
 
@@ -223,13 +243,20 @@ class Stack(nn.Module):
             metadata_params={meta.PARTITION_NAME: "L"},
         )
         return_layers = tuple(layer % (count + 1) for layer in self.return_layers)
-        is_sliding = jnp.array([i in self.sliding for i in range(count)])
         layers = scan(self.cfg, period, self.fusion, return_layers, name=LAYERS)
         (x, hidden_states), cache = layers(
             (x, [x] * len(return_layers)),
             context,
             jnp.arange(steps),
-            is_sliding.reshape(steps, len(period)),
+            self._flags(steps, len(period)),
             cache or [{} for _ in period],
         )
         return x, hidden_states, cache
+
+    def _flags(self, steps: int, period: int) -> BlockFlags:
+        """Flags of all blocks, each an array (L, length of the pattern)."""
+
+        def names(blocks):
+            return jnp.array([i in blocks for i in range(steps * period)]).reshape(steps, period)
+
+        return BlockFlags(names(self.sliding), names(self.no_rope) if self.no_rope else None)

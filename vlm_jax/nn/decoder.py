@@ -34,21 +34,27 @@ class Decoder(nn.Module):
         if cfg.embed_norm:
             self.embedding_norm = Norm(cfg.norm, cfg.norm_eps)
         sublayers = self.fusion.sublayers(cfg.depth)
-        self.blocks = Stack(cfg, sublayers, self.fusion, self.sliding_blocks())
+        self.blocks = Stack(
+            cfg,
+            sublayers,
+            self.fusion,
+            sliding=self._stack_indices(cfg.sliding_layers),
+            no_rope=self._stack_indices(cfg.no_rope_layers),
+        )
         if cfg.final_norm:
             self.final_norm = Norm(cfg.norm, cfg.norm_eps)
         if not cfg.tie_word_embeddings:
             self.free_head = Dense("D V", (cfg.width, cfg.vocab_size), bias=False)
 
-    def sliding_blocks(self) -> tuple[int, ...]:
-        """Indices in the stack of the blocks with a sliding window.
+    def _stack_indices(self, layers: tuple[int, ...]) -> tuple[int, ...]:
+        """Indices in the stack of some blocks of the decoder.
 
-        `sliding_layers` counts blocks with self-attention only; the stack also has blocks of
+        `layers` counts blocks with self-attention only; the stack also has blocks of
         cross-attention alone.
         """
         blocks = self.fusion.sublayers(self.cfg.depth)
         with_self_attention = [i for i, sublayers in enumerate(blocks) if "self" in sublayers]
-        return tuple(with_self_attention[layer] for layer in self.cfg.sliding_layers)
+        return tuple(with_self_attention[layer] for layer in layers)
 
     def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Token embeddings, without positions."""

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax import axes
 from vlm_jax.config import Model, Transformer
-from vlm_jax.nn.blocks import Block
+from vlm_jax.nn.blocks import Block, BlockFlags
 from vlm_jax.nn.layers import (
     ACTIVATIONS,
     Dense,
@@ -123,7 +123,9 @@ class Resampler(nn.Module):
         q = jnp.broadcast_to(queries, (len(x), *queries.shape))
         for i in range(cfg.depth):
             context = BlockInputs(memory=jnp.concatenate([memory, q], axis=1))
-            q, _ = Block(settings, ("cross", "mlp"), name=f"block_{i}")(q, context, False, {})
+            q, _ = Block(settings, ("cross", "mlp"), name=f"block_{i}")(
+                q, context, BlockFlags(), {}
+            )
         return Norm("layernorm", settings.norm_eps, name="final_norm")(q)
 
 

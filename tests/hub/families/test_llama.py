@@ -1,5 +1,6 @@
-"""Llama, Mistral, Qwen2, Qwen3 and OLMo 2: outputs equal to transformers', exact export."""
+"""Llama and its relatives, Mistral to SmolLM3: outputs equal to transformers', exact export."""
 
+import pytest
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -11,10 +12,14 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from tests.hub.parity import SMALL
 from tests.hub.unified import DecoderLaws
+from vlm_jax.config import UserError
+from vlm_jax.hub.families.decoders import smollm3
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -60,6 +65,40 @@ class TestLlama(DecoderLaws):
             ),
         ),
         "olmo 2": (Olmo2ForCausalLM, Olmo2Config(**SMALL)),
+        # Its second block has no RoPE, and therefore a window.
+        "smollm3": (
+            SmolLM3ForCausalLM,
+            SmolLM3Config(
+                **SMALL,
+                pad_token_id=0,
+                no_rope_layer_interval=2,
+                use_sliding_window=True,
+                sliding_window=4,
+            ),
+        ),
     }
-    CACHED = ("mistral", "qwen3", "olmo 2")
+    CACHED = ("mistral", "qwen3", "smollm3")
     LENGTHS = (13, 20)
+
+    def config_keys(self, pair):
+        # SmolLM3's default is beyond the vocabulary.
+        return {"pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    "keys, layers",
+    [
+        ({}, (3, 7)),
+        ({"no_rope_layer_interval": 3}, (2, 5)),
+        ({"no_rope_layers": [0, 1, 1, 1, 1, 1, 1, 0, 0, 0]}, (0, 7)),
+    ],
+)
+def test_the_blocks_of_smollm3_without_rope(keys, layers):
+    cfg = smollm3.config_from_hf({"num_hidden_layers": 8} | keys, ())
+    assert cfg.decoder.no_rope_layers == layers
+
+
+@pytest.mark.parametrize("flags", [[1, 0], [1, 2, 1], "111", [True, None, True]])
+def test_flags_of_rope_that_do_not_fit_the_blocks_are_refused(flags):
+    with pytest.raises(UserError, match="no_rope_layers is .* for each of the 3 layers"):
+        smollm3.config_from_hf({"num_hidden_layers": 3, "no_rope_layers": flags}, ())

@@ -23,6 +23,7 @@ FOLDERS = {
             tiny.clip_whole,
             tiny.qwen2,
             tiny.qwen3,
+            tiny.olmo2,
         ),
         *(
             tiny.llama3,

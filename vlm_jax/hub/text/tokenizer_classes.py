@@ -188,6 +188,7 @@ CLASS_OF_MODEL_TYPE = {
     "gpt2": GPT2,
     "llava": None,
     "mistral": None,
+    "olmo2": None,
     "phi3": None,
     "qwen2": QWEN2,
     "qwen3": QWEN2,

@@ -327,8 +327,9 @@ def test_an_address_in_the_place_of_a_path_is_refused_by_name(field, address):
         ("vision.tile_layouts", ((1, 1, 1),), "it must be a tuple of a tuple of 2 int"),
         ("fusion", "unified", "it must be Fusion"),
         ("vision", Fusion(), "it must be Vision"),
-        ("fusion.kind", None, "it must be str"),
-        ("data.augment", "mirror", "it must be a tuple of str"),
+        ("fusion.kind", None, "it must be unified, cross_attention"),
+        ("decoder.qk_norm", True, "it must be none, head or all_heads"),
+        ("data.augment", "mirror", "it must be a tuple of mirror, turn or shift"),
         ("fusion.cross_layers", (0, "1"), "it must be a tuple of int"),
     ],
 )

@@ -13,6 +13,7 @@ from vlm_jax.config import (
 )
 from vlm_jax.config.bounds import PATHS, check_number, check_path
 from vlm_jax.config.cross_checks import CHECKS
+from vlm_jax.config.hints import either
 
 
 def validate(cfg: Experiment) -> Experiment:
@@ -100,7 +101,8 @@ def _type_name(kind) -> str:
         return " or ".join(map(_type_name, typing.get_args(kind)))
     if kind is types.NoneType:
         return "None"
-    return "str" if literal_choices(kind) else kind.__name__
+    choices = literal_choices(kind)
+    return either(choices) if choices else kind.__name__
 
 
 def flat(cfg, prefix: str = "") -> dict[str, object]:

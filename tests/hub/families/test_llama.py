@@ -1,6 +1,9 @@
 """Llama and its relatives, Mistral to SmolLM3: outputs equal to transformers', exact export."""
 
+import shutil
+
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -17,7 +20,7 @@ from transformers import (
 )
 
 from tests.hub.parity import SMALL
-from tests.hub.unified import DecoderLaws
+from tests.hub.unified import DecoderLaws, Pair
 from vlm_jax.config import UserError
 from vlm_jax.hub.families.decoders import smollm3
 
@@ -83,6 +86,19 @@ class TestLlama(DecoderLaws):
     def config_keys(self, pair):
         # SmolLM3's default is beyond the vocabulary.
         return {"pad_token_id": 0}
+
+    @pytest.mark.parametrize("change", [0, 1])
+    def test_a_stored_head_is_tied_if_it_equals_the_embedding(self, pairs, tmp_path, change):
+        """Qwen3's files hold both; transformers unties heads that differ."""
+        folder = pairs("qwen3").checkpoint.folder
+        tensors = load_file(folder / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + change
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        shutil.copy(folder / "config.json", tmp_path)
+        model = Qwen3ForCausalLM.from_pretrained(tmp_path)
+        pair = Pair.load(model, tmp_path)
+        is_tied = model.lm_head.weight is model.model.embed_tokens.weight
+        assert pair.cfg.decoder.tie_word_embeddings == is_tied == (not change)
 
 
 @pytest.mark.parametrize(

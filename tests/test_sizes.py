@@ -26,6 +26,7 @@ PARAMETERS = {
     "llava_1_5_7b": 7_063_427_072,
     "paligemma_3b_224": 2_923_466_480,
     "gemma3_4b": 4_300_079_472,
+    "smolvlm_256m": 256_484_928,
     "fuyu_8b": 9_408_238_592,
     "llama_3_2_11b_vision": 10_642_941_475,
 }
@@ -40,6 +41,7 @@ MODEL_TYPES = {
     "llava_1_5_7b": "llava",
     "paligemma_3b_224": "paligemma",
     "gemma3_4b": "gemma3",
+    "smolvlm_256m": "idefics3",
     "fuyu_8b": "fuyu",
     "llama_3_2_11b_vision": "mllama",
 }

@@ -360,7 +360,7 @@ def test_a_run_like_no_public_family_is_refused_and_the_nearest_named():
     with pytest.raises(
         UserError, match="matches no supported architecture; the closest is .* projector.kind"
     ):
-        export.matching_family(tiny(projector=Projector("pixel_shuffle")))
+        export.matching_family(tiny(projector=Projector("resampler")))
 
 
 def test_what_makes_no_difference_does_not_keep_a_run_from_its_family():

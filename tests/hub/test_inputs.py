@@ -91,7 +91,7 @@ def test_patches_that_do_not_match_the_image_tokens_are_refused():
     "cfg, shape, found",
     [
         (CFG, (1, 3, 16, 8), "pixel_values .* [(]any, 3, 16, 16[)], not [(]1, 3, 16, 8[)]"),
-        (CFG, (1, 1, 3, 16, 16), "pixel_values .* [(]any, 3, 16, 16[)]"),
+        (CFG, (1, 1, 3, 16, 8), "pixel_values .* [(]any, 3, 16, 16[)]"),
         (FUYU, (1, 4, 12), "pixel_values .* [(]any, 192[)]"),
     ],
 )

@@ -130,6 +130,7 @@ RUNS = {
     "whole llava without a template": whole("llava_without_a_template"),
     "whole paligemma": whole("paligemma"),
     "whole gemma3": whole("gemma3"),
+    "whole idefics3": whole("idefics3"),
     "whole mllama": whole("mllama"),
     "whole vit and gpt2": whole("vit_gpt2"),
     "mllama, conversations": from_scratch(with_placeholder, source="conversations", bos_id=3),

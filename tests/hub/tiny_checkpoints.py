@@ -25,6 +25,10 @@ from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -111,6 +115,13 @@ GEMMA3_CHAT = (
     "{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}{% endif %}"
     "{{ '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+IDEFICS3_CHAT = (
+    "<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}"
+    "{{ ':' if m['content'][0]['type'] == 'image' else ': ' }}"
+    "{% for part in m['content'] %}{% if part['type'] == 'image' %}{{ '<image>' }}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ '<end_of_utterance>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 LLAVA_CHAT = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
@@ -267,6 +278,30 @@ def gemma3(path: Path, template: str | None = GEMMA3_CHAT) -> Folder:
     return _finished(Gemma3ForConditionalGeneration(config), processor, path, template)
 
 
+def idefics3(path: Path, do_image_splitting: bool = True) -> Folder:
+    tokenizer = _tokenizer(path, tiny_tokenizers.idefics3)
+    images = Idefics3ImageProcessorPil(
+        size={"longest_edge": 84},
+        max_image_size={"longest_edge": 28},
+        do_image_splitting=do_image_splitting,
+    )
+    config = Idefics3Config(
+        vision_config=TOWER,
+        text_config=LlamaConfig(**TEXT, vocab_size=len(tokenizer)),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    return _finished(
+        Idefics3ForConditionalGeneration(config),
+        Idefics3Processor(images, tokenizer, image_seq_len=4),
+        path,
+        IDEFICS3_CHAT,
+    )
+
+
+def idefics3_whole(path: Path) -> Folder:
+    return idefics3(path, do_image_splitting=False)
+
+
 class FuyuImageProcessorPil(transformers.FuyuImageProcessorPil):
     def patchify_image(self, image, patch_size=None):
         """The processor hands tensors over, which the Pillow backend does not take."""
@@ -365,6 +400,7 @@ ABOUT_IMAGES = {
     "paligemma": paligemma,
     "paligemma 2": paligemma2,
     "gemma3": gemma3,
+    "idefics3": idefics3,
     "fuyu": fuyu,
     "mllama": mllama,
 }

@@ -193,6 +193,21 @@ def olmo2(folder: Path) -> None:
     write(folder, config={"model_type": "olmo2"}, tokenizer_config=settings)
 
 
+def idefics3(folder: Path) -> None:
+    tiles = [f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)]
+    specials = ("<|im_start|>", "<|im_end|>", "<image>", "<fake_token_around_image>")
+    byte_level(*specials, "<end_of_utterance>", "<global-img>", *tiles).save(
+        str(folder / "tokenizer.json")
+    )
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "bos_token": "<|im_start|>",
+        "eos_token": "<end_of_utterance>",
+        "pad_token": "<|im_end|>",
+    }
+    write(folder, config={"model_type": "idefics3"}, tokenizer_config=settings)
+
+
 def llama3(folder: Path, model_type: str = "llama") -> None:
     specials = (
         "<|begin_of_text|>",

@@ -11,10 +11,11 @@ import pytest
 from vlm_jax import look
 from vlm_jax.config import Projector, UserError
 from vlm_jax.data import tiling
+from vlm_jax.hub.images.steps import PixelScale
 from vlm_jax.infer.look.answer import END, split_words
 from vlm_jax.infer.look.maps import _RowPatches, append_answer
 from vlm_jax.infer.look.observe import gradient_relevance, observe
-from vlm_jax.infer.look.pictures import place_views
+from vlm_jax.infer.look.pictures import join_views, place_views
 from vlm_jax.nn import attention
 from vlm_jax.nn.attention import PERTURBATIONS, WEIGHT, WEIGHTS
 from vlm_jax.nn.vlm import VLM
@@ -163,6 +164,22 @@ def test_tiles_and_a_thumbnail_are_joined_to_one_map():
     only_thumbnail = views - only_tiles
     np.testing.assert_array_equal(picture.join(only_thumbnail), [[0, 0, 0.5, 0.5]] * 2)
     assert picture.join(views).sum() == views.sum()
+
+
+def test_tiles_that_a_processor_cuts_follow_one_another():
+    """An image of one tile, and one of two with its whole."""
+    vision = tiny().vision
+    views = np.arange(4.0)[None, :, None, None, None] * np.ones((1, 4, 16, 16, 3)) / 4
+    batch = random_batch(tiny(), 1).replace(images=views)
+    scale = PixelScale((0, 0, 0), (1, 1, 1))
+    one, two = join_views(vision, scale, batch, 0, [(1, 1), (2, 1)])
+    assert (one.first_view, one.thumbnail) == (0, None)
+    assert (two.first_view, two.thumbnail) == (1, 3)
+    assert [set(np.unique(part)) for part in np.split(two.pixels, 2)] == [{64}, {128}]
+    maps = np.arange(1.0, 5.0)[:, None, None] * np.ones((4, 2, 2))
+    assert one.join(maps).sum() + two.join(maps).sum() == maps.sum()
+    with pytest.raises(UserError, match="2 layouts do not fit a batch of 4 views"):
+        join_views(vision, scale, batch, 0, [(1, 1), (1, 1)])
 
 
 def test_an_appended_answer_is_read_as_it_was_written():

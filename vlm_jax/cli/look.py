@@ -114,7 +114,7 @@ def _look_at(
     from vlm_jax.infer.look.pictures import image_layouts
 
     methods = [name for name in COMPUTED if name == args.method]
-    layouts = image_layouts(model.cfg.vision, args.image)
+    layouts = image_layouts(model.cfg.vision, args.image, request.processor)
     answer = look_at_answer(request, model.load_params(), name, layouts, methods)
     print(f"{name}: {answer.answer}")
     return answer

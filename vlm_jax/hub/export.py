@@ -298,4 +298,6 @@ def _prefixed(section: str, fields: Mapping) -> dict[str, object]:
 def _projector_fields(projector) -> dict[str, object]:
     """Returns the settings that the projector's kind uses."""
     fields = {name: getattr(projector, name) for name in projector.spec.fields}
+    if fields.get("norm") == "none":
+        del fields["norm_eps"]
     return {"kind": projector.kind} | fields

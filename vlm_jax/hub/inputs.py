@@ -1,9 +1,10 @@
 """Converts model inputs, named and laid out as in transformers, to a `Batch`.
 
 The names are `input_ids`, `attention_mask`, `position_ids`, `token_type_ids`, `pixel_values` (or
-`image_patches`), `aspect_ratio_ids`, `aspect_ratio_mask`, `cross_attention_mask`,
-`decoder_input_ids`, `decoder_attention_mask` and `decoder_position_ids`. Images are (..., channels,
-height, width), except Fuyu's, which are patches flattened in the order (row, column, channel).
+`image_patches`), `pixel_attention_mask`, `aspect_ratio_ids`, `aspect_ratio_mask`,
+`cross_attention_mask`, `decoder_input_ids`, `decoder_attention_mask` and `decoder_position_ids`.
+Images are (..., channels, height, width), except Fuyu's, which are patches flattened in the order
+(row, column, channel). Idefics3's are rows of images, with blank ones at the end.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from vlm_jax.structs import NO_IMAGE, Batch
 Arrays = Mapping[str, np.ndarray]
 TEXT = ("input_ids", "attention_mask", "position_ids")
 DECODER_TEXT = tuple(f"decoder_{name}" for name in TEXT)
-IN_SEQUENCE = ("token_type_ids", "pixel_values", "image_patches")
+IN_SEQUENCE = ("token_type_ids", "pixel_values", "pixel_attention_mask", "image_patches")
 IN_MEMORY = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
 
 
@@ -264,9 +265,18 @@ def _patches(cfg: Experiment, arrays: Arrays) -> np.ndarray:
 
 
 def _whole_images(cfg: Experiment, arrays: Arrays) -> np.ndarray:
-    """Images (images, height, width, channels)."""
-    side = cfg.vision.image_size_px
-    return channels_last(_shaped(arrays, "pixel_values", (None, CHANNELS, side, side)))
+    """Images (images, height, width, channels); blank ones that fill up rows are left out."""
+    shape = (CHANNELS, *[cfg.vision.image_size_px] * 2)
+    if np.shape(arrays.get("pixel_values"))[2:] != shape:
+        return channels_last(_shaped(arrays, "pixel_values", (None, *shape)))
+    images = np.reshape(arrays["pixel_values"], (-1, *shape))
+    is_image = images.any(axis=(1, 2, 3))
+    mask = arrays.get("pixel_attention_mask")
+    if mask is not None and not np.reshape(mask, (-1, *shape[1:]))[is_image].all():
+        raise ConfigError(
+            "pixel_attention_mask has padding within an image: only whole images are supported."
+        )
+    return channels_last(images[is_image])
 
 
 def _row_by_row(images: np.ndarray, counts: np.ndarray) -> np.ndarray:

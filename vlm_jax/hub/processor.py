@@ -203,6 +203,11 @@ class HubProcessor:
             )
         return self.images(images)
 
+    def tile_grids(self, images: Sequence[ImageInput]) -> list[tuple[int, int]] | None:
+        """Returns the rows and columns of tiles that each image is cut into; None: it is not."""
+        processed = self.pixels([images])
+        return None if processed is None else processed.tile_grids
+
     def chat(self, prompt: str | ChatPrompt, images: int = 0) -> str:
         """Formats a user message about `images` images by the chat template, or by adding image
         tokens.
@@ -258,14 +263,16 @@ IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", "open_clip_c
 
 
 def _image_layouts(processed: ProcessedImages | None, counts: Sequence[int]) -> list[list]:
-    """Size of every image of every row as its prompt needs it: tile count, patch grid, or (height,
-    width) in pixels."""
+    """Size of every image of every row as its prompt needs it: tile count, grid of patches or of
+    tiles, or (height, width) in pixels."""
     if processed is None:
         return [[] for _ in counts]
     if processed.num_tiles is not None:
         return processed.num_tiles
     if processed.grids is not None:
         layouts = iter([tuple(map(int, grid)) for grid in processed.grids])
+    elif processed.tile_grids is not None:
+        layouts = iter(processed.tile_grids)
     else:
         layouts = iter([processed.pixel_values.shape[1:3]] * sum(counts))
     return [list(itertools.islice(layouts, count)) for count in counts]

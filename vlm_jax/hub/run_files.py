@@ -16,7 +16,13 @@ from vlm_jax.config import CheckpointError, Experiment
 from vlm_jax.data.conversation_parts import TEMPLATES
 from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.hub.families.family import Family, HfProcessor, Json
-from vlm_jax.hub.images.settings import processor_config, read_settings, vision_settings
+from vlm_jax.hub.images.settings import (
+    processor_config,
+    read_settings,
+    vision_settings,
+    whole_image_settings,
+)
+from vlm_jax.hub.images.tile_cutters import TILE_CUTTERS
 from vlm_jax.hub.text.chat_template import ChatTemplate
 from vlm_jax.hub.text.special_tokens import (
     TOKENIZER,
@@ -239,21 +245,25 @@ def _write_processor(
     preprocessor["processor_class"] = hf_processor.name
     if hf_processor.image_processor:
         preprocessor["image_processor_type"] = hf_processor.image_processor
+        preprocessor |= whole_image_settings(hf_processor.image_processor, cfg.vision)
     if hf_processor.counts_image_tokens:
-        preprocessor["image_seq_length"] = cfg.image_tokens
+        preprocessor[hf_processor.token_count_key] = cfg.image_tokens
     _write_json(stage / PREPROCESSOR, preprocessor)
     settings = read_json_if_exists(processor / PROCESSOR) if keeps_format else {}
     settings = {key: value for key, value in settings.items() if key != "image_processor"}
     if hf_processor.counts_patches:
         settings |= _patch_settings(cfg)
     if hf_processor.counts_image_tokens:
-        settings["image_seq_length"] = cfg.image_tokens
+        settings[hf_processor.token_count_key] = cfg.image_tokens
     _write_json(stage / PROCESSOR, settings | {"processor_class": hf_processor.name})
 
 
 def _prepares_images_alike(cfg: Experiment, processor: Path) -> bool:
     """Returns whether the checkpoint's processor makes the pixels of the run."""
     settings = read_settings(processor)
+    if settings.kind in TILE_CUTTERS:
+        # It may cut images into more tiles than the run.
+        return False
     expected = vision_settings(settings, cfg.vision)
     if cfg.vision.rgb_conversion == "composite":
         # No processor of transformers composites files: new settings would be no closer.

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
-from vlm_jax.hub.images.steps import ImageInputs, PixelScale
+from vlm_jax.hub.images.steps import ImageInput, ImageInputs, PixelScale
 from vlm_jax.hub.text.prompt_formats import Prompts
 from vlm_jax.hub.text.tokenizer import TextStream
 from vlm_jax.structs import Batch
@@ -42,6 +42,12 @@ class Processor(Protocol):
 
     def pixel_scale(self) -> PixelScale:
         """Returns the scale of the pixel values of a batch."""
+
+    def tile_grids(self, images: Sequence[ImageInput]) -> list[tuple[int, int]] | None:
+        """Returns the rows and columns of tiles that each image is cut into.
+
+        None: they follow from the settings of the encoder.
+        """
 
     @property
     def takes_conversations(self) -> bool:

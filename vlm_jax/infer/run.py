@@ -86,6 +86,9 @@ class RunProcessor:
             pad_to_multiple_of=pad_to_multiple_of,
         )
 
+    def tile_grids(self, images: Sequence[ImageInput]) -> None:
+        """Returns None: `vision` determines the tiles of an image."""
+
     def _as_chat(self, prompt: str | ChatPrompt) -> ChatPrompt:
         """Returns a prompt in the form that the run's data has.
 

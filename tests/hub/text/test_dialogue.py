@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tests.hub.test_processor import processor_of
-from tests.hub.tiny_checkpoints import ABOUT_IMAGES, CAPTIONS, OF_TEXT, Folder
+from tests.hub.tiny_checkpoints import ABOUT_IMAGES, CAPTIONS, OF_TEXT, Folder, idefics3_whole
 from vlm_jax.config import UserError
 from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.hub import load
@@ -20,7 +20,8 @@ from vlm_jax.hub.text.prompt_formats import ChatPrompt
 from vlm_jax.structs import NO_IMAGE
 
 QUESTION, ANSWER = "what is it?", "a red car"
-EVERY = ABOUT_IMAGES | CAPTIONS | OF_TEXT
+# In training an image is one square.
+EVERY = ABOUT_IMAGES | {"idefics3": idefics3_whole} | CAPTIONS | OF_TEXT
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,8 +79,9 @@ def test_training_tokens_are_those_of_the_inference_prompt(folder_of, name):
     text = processor.tokenizer.decode(tokens.ids[first:])
     # Some tokenizers put spaces between single letters.
     assert "aredcar" in text.replace(" ", "").replace("\u2581", "")
-    # Two templates write a line end after the end of text.
-    assert tokens.ids[-1] in dialogue.eos_ids or name in ("a chat without bos", "qwen3")
+    # Some templates write a line end after the end of text.
+    writes_line_end = ("a chat without bos", "qwen3", "idefics3")
+    assert tokens.ids[-1] in dialogue.eos_ids or name in writes_line_end
 
     prompt = ChatPrompt((QUESTION if name in OF_TEXT else f"{IMAGE_PLACEHOLDER}\n{QUESTION}",))
     as_chat = processor(prompt, [] if name in OF_TEXT else [picture], chat=True)

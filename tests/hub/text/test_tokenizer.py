@@ -24,6 +24,7 @@ FOLDERS = {
             tiny.qwen2,
             tiny.qwen3,
             tiny.olmo2,
+            tiny.idefics3,
         ),
         *(
             tiny.llama3,

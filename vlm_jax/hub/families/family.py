@@ -34,7 +34,8 @@ class HfProcessor:
       keeps_image_size: images keep sizes of their own.
       has_prompt_format: it writes prompts in its own format, without a chat template.
       counts_patches: it expands the image token by the encoder's patch size and class token.
-      counts_image_tokens: it expands the image token by `image_seq_length`.
+      counts_image_tokens: it expands the image token by the key `token_count_key`.
+      token_count_key: of processor_config.json, with the number of tokens of an image.
       image_processor: the image processor class that it needs; empty: any.
     """
 
@@ -47,6 +48,7 @@ class HfProcessor:
     has_prompt_format: bool = False
     counts_patches: bool = False
     counts_image_tokens: bool = False
+    token_count_key: str = "image_seq_length"
     image_processor: str = ""
 
 

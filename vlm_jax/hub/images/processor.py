@@ -7,7 +7,7 @@ inference. Tests compare the two to 1e-5.
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import einops
@@ -33,6 +33,7 @@ from vlm_jax.hub.images.steps import (
     to_rgb,
     to_values,
 )
+from vlm_jax.hub.images.tile_cutters import TILE_CUTTERS
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,15 @@ class ProcessedImages:
     """Image inputs of a model; channels are last (in the reference, first).
 
     Attributes:
-      pixel_values: (I, height, width, 3) float32.
+      pixel_values: (I, height, width, 3) float32; I counts every tile (`TILE_CUTTERS`).
         Fuyu: (P, patch_height * patch_width * 3), the patches of all images, row by row.
         mllama: (B, I, J, height, width, 3), 0 in blank tiles.
       grids: Fuyu: (I, 2) int32, rows and columns of patches of every image.
       aspect_ratio_ids: mllama: (B, I) int32, layout of the tiles; 0: no image.
       aspect_ratio_mask: mllama: (B, I, J) int32, 1: a tile.
       num_tiles: mllama: number of tiles of every image of every row.
+      tile_grids: rows and columns of the tiles of every image, which follow one another in
+        `pixel_values`; an image of several tiles is followed by the whole image as a tile.
     """
 
     pixel_values: np.ndarray
@@ -54,6 +57,7 @@ class ProcessedImages:
     aspect_ratio_ids: np.ndarray | None = None
     aspect_ratio_mask: np.ndarray | None = None
     num_tiles: list[list[int]] | None = None
+    tile_grids: list[tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,9 +94,22 @@ class ImageProcessor:
         if self.settings.kind == "FuyuImageProcessor":
             patches, grids = zip(*[_patches(image, self.settings) for image in _flat(images)])
             return ProcessedImages(np.concatenate(patches), grids=np.array(grids, np.int32))
+        if self.settings.kind in TILE_CUTTERS:
+            return self._cut(_flat(images))
         to_pixels = _open_clip if self.settings.kind == OPEN_CLIP else _pixels
         pixels = [to_pixels(image, self.settings) for image in _flat(images)]
         return ProcessedImages(_stack(pixels, self.settings))
+
+    def _cut(self, images: Iterable[ImageInput]) -> ProcessedImages:
+        """Cuts images into tiles, each an image of its own to the encoder."""
+        settings = self.settings
+        cut = TILE_CUTTERS[settings.kind]
+        pixels, grids = [], []
+        for image in images:
+            tiles = cut(to_rgb(image, settings), settings)
+            pixels += [to_values(tile, settings) for tile in tiles.images]
+            grids.append(tiles.grid)
+        return ProcessedImages(np.stack(pixels), tile_grids=grids)
 
 
 def _flat(images) -> Iterator[ImageInput]:

@@ -41,6 +41,8 @@ class ImageSettings:
     padding_mode: str = "constant"
     patch_size: tuple[int, int] = (30, 30)  # Fuyu
     max_image_tiles: int = 4  # mllama
+    do_image_splitting: bool = True  # Idefics3
+    max_image_size: Mapping[str, int] | None = None  # Idefics3: longest_edge of a tile, px
 
     @property
     def pads_to_square(self) -> bool:
@@ -69,6 +71,13 @@ _CLIP = {
     "image_mean": CLIP_MEAN,
     "image_std": CLIP_STD,
 }
+IDEFICS3 = ("Idefics3ImageProcessor", "SmolVLMImageProcessor")
+_IDEFICS3 = {
+    "size": {"longest_edge": 4 * 364},
+    "resample": Image.Resampling.LANCZOS,
+    "do_convert_rgb": True,
+    "max_image_size": {"longest_edge": 364},
+}
 
 # Image processor class -> values of missing and null keys
 # (transformers 5.23, `models/*/image_processing_*`).
@@ -89,6 +98,7 @@ DEFAULTS = {
     | {"size": {"height": 1080, "width": 1920}, "do_pad": True, "padding_value": 1.0},
     "MllamaImageProcessor": _SQUARE | {"do_convert_rgb": True, "do_pad": True},
     "Gemma3ImageProcessor": _SQUARE | {"do_convert_rgb": True},
+    **dict.fromkeys(IDEFICS3, _IDEFICS3),
 }
 
 # `model_type` of config.json -> image processor class, if the file names none.
@@ -99,10 +109,12 @@ CLASS_OF_MODEL_TYPE = {
     "dinov2": "BitImageProcessor",
     "fuyu": "FuyuImageProcessor",
     "gemma3": "Gemma3ImageProcessor",
+    "idefics3": "Idefics3ImageProcessor",
     "llava": "LlavaImageProcessor",
     "mllama": "MllamaImageProcessor",
     "paligemma": "SiglipImageProcessor",
     "siglip": "SiglipImageProcessor",
+    "smolvlm": "SmolVLMImageProcessor",
     "trocr": "ViTImageProcessor",
     "vit": "ViTImageProcessor",
 }
@@ -110,10 +122,15 @@ CLASS_OF_MODEL_TYPE = {
 MAX_PX = 2**13  # Pillow rejects larger squares as decompression bombs
 
 SQUARE = ("height", "width")
+LONGEST_EDGE = ("longest_edge",)
+# Classes that need a height and a width; of these, the ones that cut images into squares.
+SHAPED = ("FuyuImageProcessor", "MllamaImageProcessor")
+SQUARE_TILES = ("MllamaImageProcessor",)
 SIZE_KEYS = (
     SQUARE,
     ("shortest_edge",),
     ("shortest_edge", "longest_edge"),
+    LONGEST_EDGE,
     ("max_height", "max_width"),
 )
 PADDING_MODES = ("constant", "edge", "reflect", "symmetric")
@@ -206,6 +223,14 @@ def processor_config(vision: Vision) -> dict[str, Any]:
     return config
 
 
+def whole_image_settings(kind: str, vision: Vision) -> dict[str, Any]:
+    """Keys with which a processor class that cuts images into tiles makes one square of each."""
+    if kind in IDEFICS3:
+        side = vision.image_size_px
+        return {"do_image_splitting": False, "max_image_size": {"longest_edge": side}}
+    return {}
+
+
 def _from_transformers(path: Path, values: dict) -> ImageSettings:
     if not isinstance(values, dict):
         raise _refusal(path, "image_processor", values, "an object")
@@ -291,6 +316,8 @@ def _checked(path: Path, key: str, value: Any) -> Any:
         return _channels(path, key, value)
     if key in ("crop_size", "pad_size", "patch_size"):
         return _pair(path, key, value)
+    if key == "max_image_size":
+        return _size(path, key, value, square=False)
     return value
 
 
@@ -298,16 +325,23 @@ def _check_together(path: Path, settings: ImageSettings) -> None:
     """Rejects combinations that the reference's processor class rejects as well."""
     if settings.do_center_crop and settings.crop_size is None:
         raise _refusal(path, "crop_size", None, "the height and width that do_center_crop leaves")
-    needs_shape = settings.kind in ("FuyuImageProcessor", "MllamaImageProcessor")
-    if needs_shape and tuple(settings.size) != SQUARE:
-        raise _refusal(path, "size", dict(settings.size), "a height and a width")
-    if settings.kind == "MllamaImageProcessor":
-        if len(set(settings.size.values())) > 1:
-            raise _refusal(path, "size", dict(settings.size), "a square, the shape of tiles")
-        if not (settings.do_resize and settings.do_pad):
-            raise CheckpointError(
-                f"{path}: images can be cut into tiles only with do_resize and do_pad."
-            )
+    size, size_keys = dict(settings.size), tuple(settings.size)
+    if settings.kind in SHAPED and size_keys != SQUARE:
+        raise _refusal(path, "size", size, "a height and a width")
+    if settings.kind in IDEFICS3:
+        tile = dict(settings.max_image_size)
+        if size_keys not in (LONGEST_EDGE, SQUARE):
+            raise _refusal(path, "size", size, "a longest_edge, or a height and a width")
+        if tuple(tile) != LONGEST_EDGE:
+            raise _refusal(path, "max_image_size", tile, "the longest_edge of a tile")
+    elif size_keys == LONGEST_EDGE:
+        raise _refusal(path, "size", size, "a shortest_edge and longest_edge, or other keys")
+    if settings.kind in SQUARE_TILES and len(set(size.values())) > 1:
+        raise _refusal(path, "size", size, "a square, the shape of tiles")
+    if settings.kind == "MllamaImageProcessor" and not (settings.do_resize and settings.do_pad):
+        raise CheckpointError(
+            f"{path}: images can be cut into tiles only with do_resize and do_pad."
+        )
 
 
 def _size(path: Path, key: str, value: Any, square: bool) -> dict[str, int]:

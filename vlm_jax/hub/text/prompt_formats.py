@@ -6,6 +6,8 @@ paligemma  <image> <image> <image> <image> <bos> what is it? \\n
            N tokens for every image, at the start unless the text has placeholders
 gemma3     <bos> \\n\\n <start_of_image> N x <image_soft_token> <end_of_image> \\n\\n what is it?
            <start_of_image> in the text marks an image
+idefics3   <fake_token_around_image> <global-img> N x <image> <fake_token_around_image> what is it?
+           N tokens for every tile, <row_1_col_1> and so on, then for the whole image, <global-img>
 fuyu       |SPEAKER| |SPEAKER| |NEWLINE| |SPEAKER| |SPEAKER| |NEWLINE| <s> what is it? <0x04>
            one token per patch, one per row of patches
 mllama     <|image|> <|begin_of_text|> what is it?
@@ -181,10 +183,8 @@ class LlavaFormat(TextFormat):
         size = self.patch_size_px
         counts = [(height // size) * (width // size) for height, width in images]
         tokens = [self.image_token * (count + self.tokens_beside_patches) for count in counts]
-        parts = itertools.zip_longest(text.split(self.image_token), tokens, fillvalue="")
-        return super().prompt(
-            "".join(itertools.chain(*parts)), add_special_tokens=add_special_tokens
-        )
+        filled = _fill(text, self.image_token, tokens)
+        return super().prompt(filled, add_special_tokens=add_special_tokens)
 
 
 @dataclass(frozen=True)
@@ -283,6 +283,56 @@ class Gemma3Format(TextFormat):
 
 
 @dataclass(frozen=True)
+class Idefics3Format(TextFormat):
+    """`images` of a prompt: (rows, columns) of tiles of each."""
+
+    tokens_per_tile: int
+    fake_token: str  # before every tile and after the last
+    global_token: str  # names the tile with the whole image
+    image_token: str
+    has_own_format = True
+
+    @classmethod
+    def read(cls, tokenizer, config, processor, images):
+        count = processor.get("image_seq_len", 169)
+        if not all_nonnegative_ints(count) or not count:
+            raise CheckpointError(
+                f"{PROCESSOR}: image_seq_len is {count!r}, but must be a number of tokens."
+            )
+        named = tokenizer.special_tokens
+        return cls(
+            tokenizer,
+            count,
+            named.get("fake_image_token", "<fake_token_around_image>"),
+            named.get("global_image_token", "<global-img>"),
+            named.get("image_token", "<image>"),
+        )
+
+    def expand(self, text):
+        return text.replace(self.image_token, self._image((1, 1), self.image_token))
+
+    def prompt(self, text, images=(), add_special_tokens=True):
+        _check_count(text, self.image_token, len(images))
+        for token in (self.image_token, self.fake_token):
+            self.tokenizer.token_to_id(token)
+        tile = self.image_token * self.tokens_per_tile
+        texts = [self._image(grid, tile) for grid in images]
+        filled = _fill(text, self.image_token, texts)
+        return super().prompt(filled, add_special_tokens=add_special_tokens)
+
+    def _image(self, grid: tuple[int, int], tile: str) -> str:
+        """Text of an image: each tile with its name, line by line, and the whole image."""
+        rows, columns = grid
+        lines = []
+        for row in range(rows if rows * columns > 1 else 0):
+            names = [f"<row_{row + 1}_col_{column + 1}>" for column in range(columns)]
+            lines.append("".join(f"{self.fake_token}{name}{tile}" for name in names) + "\n")
+        # An empty line precedes the whole image.
+        gap = "\n" if lines else ""
+        return "".join(lines) + f"{gap}{self.fake_token}{self.global_token}{tile}{self.fake_token}"
+
+
+@dataclass(frozen=True)
 class FuyuFormat(TextFormat):
     """`images` of a prompt: (rows, columns) of patches of at most one image.
 
@@ -374,6 +424,8 @@ FORMATS = {
     "llava": LlavaFormat,
     "paligemma": PaliGemmaFormat,
     "gemma3": Gemma3Format,
+    "idefics3": Idefics3Format,
+    "smolvlm": Idefics3Format,
     "fuyu": FuyuFormat,
     "mllama": MllamaFormat,
     "vision-encoder-decoder": EncoderDecoderFormat,
@@ -473,6 +525,12 @@ def stack_prompts(
 
 def _ids(ids: Sequence[int]) -> np.ndarray:
     return np.array(ids, np.int32)
+
+
+def _fill(text: str, token: str, images: Sequence[str]) -> str:
+    """Replaces the n-th image token of a text by the n-th text of an image."""
+    parts = itertools.zip_longest(text.split(token), images, fillvalue="")
+    return "".join(itertools.chain(*parts))
 
 
 def _check_count(text: str, token: str, num_images: int) -> None:

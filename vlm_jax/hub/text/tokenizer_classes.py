@@ -192,6 +192,7 @@ CLASS_OF_MODEL_TYPE = {
     "phi3": None,
     "qwen2": QWEN2,
     "qwen3": QWEN2,
+    "smolvlm": None,
     "trocr": XLM_ROBERTA,
 }
 

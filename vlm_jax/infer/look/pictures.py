@@ -11,6 +11,7 @@ from PIL import Image
 from vlm_jax.config import ConfigError, Vision
 from vlm_jax.data import tiling
 from vlm_jax.hub.images.steps import ImageInput, PixelScale, read
+from vlm_jax.infer.processor import Processor
 from vlm_jax.structs import Batch
 
 Layout = tuple[int, int]  # rows and columns of tiles
@@ -56,8 +57,17 @@ class Picture:
         return (self.pixels * brightness[..., None]).astype(np.uint8)
 
 
-def image_layouts(vision: Vision, images: Sequence[ImageInput]) -> list[Layout]:
-    """Returns the tiles that each image is cut into; the encoder sees them separately."""
+def image_layouts(
+    vision: Vision, images: Sequence[ImageInput], processor: Processor | None = None
+) -> list[Layout]:
+    """Returns the tiles that each image is cut into; the encoder sees them separately.
+
+    Args:
+      processor: of the model; None: it cuts no images beyond the settings of the encoder.
+    """
+    grids = None if processor is None else processor.tile_grids(images)
+    if grids is not None:
+        return grids
     if vision.cut_tiles == 1:
         return [(1, 1)] * len(images)
     return [tiling.best_layout(*read(image).size, vision) for image in images]
@@ -83,19 +93,36 @@ def join_views(
         ids = [int(number) for number in batch.tile_layouts[image_row] if number]
         layouts = [vision.tile_layouts[number - 1] for number in ids]
         pixels = pixels.reshape(-1, *pixels.shape[2:])  # (I * J, height, width, 3)
-    if len(pixels) < per_image * len(layouts):
+    counts = [per_image] * len(layouts)
+    if _is_cut_by_processor(vision):
+        counts = [r * c + _has_thumbnail(vision, (r, c)) for r, c in layouts]
+    # A row with fewer images than others is filled up, but not within a single row.
+    is_short = len(pixels) < sum(counts)
+    if is_short or (len(batch.images) == 1 and len(pixels) > sum(counts)):
         raise ConfigError(f"{len(layouts)} layouts do not fit a batch of {len(pixels)} views.")
-    pictures = []
-    for number, (r, c) in enumerate(layouts):
-        first = number * per_image
+    pictures, first = [], 0
+    for (r, c), count in zip(layouts, counts):
         tiles = pixels[first : first + r * c]
         whole = einops.rearrange(tiles, "(r c) h w d -> (r h) (c w) d", r=r, c=c)
         pictures.append(place_views(vision, whole, (r, c), first))
+        first += count
     return pictures
 
 
 def place_views(vision: Vision, pixels: np.ndarray, layout: Layout, first_view: int = 0) -> Picture:
     """Returns an image with the places of its views among the views of its row."""
-    has_thumbnail = vision.views > vision.cut_tiles and math.prod(layout) > 1
-    thumbnail = first_view + vision.cut_tiles if has_thumbnail else None
+    # Settings leave room for the most tiles; a processor puts the thumbnail right after the last.
+    tiles = math.prod(layout) if _is_cut_by_processor(vision) else vision.cut_tiles
+    thumbnail = first_view + tiles if _has_thumbnail(vision, layout) else None
     return Picture(pixels, layout, first_view, thumbnail)
+
+
+def _is_cut_by_processor(vision: Vision) -> bool:
+    """Returns whether only the processor of a checkpoint can have cut an image into tiles."""
+    return vision.views == 1 and not vision.tile_layouts
+
+
+def _has_thumbnail(vision: Vision, layout: Layout) -> bool:
+    """Returns whether an image of this layout has its whole as one more view."""
+    has_room = vision.views > vision.cut_tiles or _is_cut_by_processor(vision)
+    return has_room and math.prod(layout) > 1

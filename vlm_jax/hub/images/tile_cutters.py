@@ -1,0 +1,85 @@
+"""Image processors that cut an image into square tiles, each an image of its own to the encoder.
+
+Reference: transformers 5.23, `models/idefics3/image_processing_pil_idefics3.py`; SmolVLM's is the
+same.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from PIL import Image
+
+from vlm_jax.data.resize import resize
+from vlm_jax.hub.images.settings import SQUARE, ImageSettings
+
+MAX_SIDE_PX = 4096  # of Idefics3's images before they are cut
+
+
+class Tiles(NamedTuple):
+    """Squares cut from one image, row by row; then the whole image, if there are several tiles."""
+
+    images: list[Image.Image]
+    grid: tuple[int, int]  # rows and columns of tiles
+
+
+def cut_idefics3(image: Image.Image, settings: ImageSettings) -> Tiles:
+    """Resizes an RGB image to whole tiles, nearly in its aspect ratio, and cuts it."""
+    tile_px = settings.max_image_size["longest_edge"]
+    square = (tile_px, tile_px)
+    if settings.do_resize:
+        image = resize(image, resized_shape(image, settings), settings.resample)
+    if not settings.do_image_splitting:
+        return Tiles([resize(image, square, settings.resample)], (1, 1))
+    image = resize(image, _whole_tiles(image.height, image.width, tile_px), settings.resample)
+    return _cut(image, tile_px, lambda: resize(image, square, settings.resample))
+
+
+TILE_CUTTERS: dict[str, Callable[[Image.Image, ImageSettings], Tiles]] = {
+    "Idefics3ImageProcessor": cut_idefics3,
+    "SmolVLMImageProcessor": cut_idefics3,
+}
+
+
+def resized_shape(image: Image.Image, settings: ImageSettings) -> tuple[int, int]:
+    """(height, width) of Idefics3's first resize: the longer side becomes `longest_edge`."""
+    if tuple(settings.size) == SQUARE:
+        return settings.size["height"], settings.size["width"]
+    height, width = _scaled(image.height, image.width, settings.size["longest_edge"])
+    if image.width >= image.height:
+        height += height % 2
+    else:
+        width += width % 2
+    if max(height, width) > MAX_SIDE_PX:
+        return _scaled(height, width, MAX_SIDE_PX)
+    return height, width
+
+
+def _scaled(height: int, width: int, longest_edge: int) -> tuple[int, int]:
+    """Returns the (height, width) whose longer side is `longest_edge`, rounded down."""
+    aspect = width / height
+    if width >= height:
+        return int(longest_edge / aspect), longest_edge
+    return longest_edge, int(longest_edge * aspect)
+
+
+def _whole_tiles(height: int, width: int, tile_px: int) -> tuple[int, int]:
+    """(height, width) in whole tiles: the longer side is rounded up, and the other follows it."""
+    aspect = width / height
+    if width >= height:
+        width = math.ceil(width / tile_px) * tile_px
+        height = math.ceil(int(width / aspect) / tile_px) * tile_px
+    else:
+        height = math.ceil(height / tile_px) * tile_px
+        width = math.ceil(int(height * aspect) / tile_px) * tile_px
+    return height, width
+
+
+def _cut(canvas: Image.Image, tile_px: int, whole: Callable[[], Image.Image]) -> Tiles:
+    rows, columns = canvas.height // tile_px, canvas.width // tile_px
+    tiles = []
+    for row in range(rows):
+        for column in range(columns):
+            left, top = column * tile_px, row * tile_px
+            tiles.append(canvas.crop((left, top, left + tile_px, top + tile_px)))
+    return Tiles(tiles if len(tiles) == 1 else [*tiles, whole()], (rows, columns))

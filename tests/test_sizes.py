@@ -27,6 +27,7 @@ PARAMETERS = {
     "paligemma_3b_224": 2_923_466_480,
     "gemma3_4b": 4_300_079_472,
     "smolvlm_256m": 256_484_928,
+    "internvl3_1b": 938_193_024,
     "fuyu_8b": 9_408_238_592,
     "llama_3_2_11b_vision": 10_642_941_475,
 }
@@ -42,6 +43,7 @@ MODEL_TYPES = {
     "paligemma_3b_224": "paligemma",
     "gemma3_4b": "gemma3",
     "smolvlm_256m": "idefics3",
+    "internvl3_1b": "internvl",
     "fuyu_8b": "fuyu",
     "llama_3_2_11b_vision": "mllama",
 }

@@ -154,7 +154,9 @@ def test_a_caption_is_asked_for_as_transformers_asks(folder_of, pictures, name):
     assert ours.tokens.tolist() == [[folder.model.config.decoder_start_token_id]]
 
 
-@pytest.mark.parametrize("name", ["llava", "paligemma", "gemma3", "idefics3", "fuyu", "mllama"])
+@pytest.mark.parametrize(
+    "name", ["llava", "paligemma", "gemma3", "idefics3", "internvl", "fuyu", "mllama"]
+)
 def test_the_answer_about_images_is_that_of_transformers(folder_of, pictures, name, capsys):
     folder = folder_of(name)
     files = [pictures["turned"]] if name == "fuyu" else [pictures["turned"], pictures["alpha"]]

@@ -24,11 +24,14 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
+    GotOcr2ImageProcessorPil,
     GPT2Config,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3ImageProcessorPil,
     Idefics3Processor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -41,6 +44,7 @@ from transformers import (
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     PaliGemmaProcessor,
+    Qwen2Config,
     Qwen3Config,
     Qwen3ForCausalLM,
     SiglipImageProcessorPil,
@@ -122,6 +126,13 @@ IDEFICS3_CHAT = (
     "{% for part in m['content'] %}{% if part['type'] == 'image' %}{{ '<image>' }}"
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ '<end_of_utterance>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+INTERNVL_CHAT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}{% else %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LLAVA_CHAT = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
@@ -302,6 +313,30 @@ def idefics3_whole(path: Path) -> Folder:
     return idefics3(path, do_image_splitting=False)
 
 
+class InternVLProcessor(transformers.InternVLProcessor):
+    @classmethod
+    def get_attributes(cls):
+        """Without the processor of videos, which needs torchvision."""
+        return ["image_processor", "tokenizer"]
+
+
+def internvl(path: Path) -> Folder:
+    tokenizer = _tokenizer(path, tiny_tokenizers.internvl)
+    images = GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, max_patches=4)
+    config = InternVLConfig(
+        vision_config=TOWER,
+        text_config=Qwen2Config(**TEXT, vocab_size=len(tokenizer)),
+        image_token_id=tokenizer.context_image_token_id,
+        image_seq_length=4,
+    )
+    return _finished(
+        InternVLForConditionalGeneration(config),
+        InternVLProcessor(images, tokenizer, image_seq_length=4),
+        path,
+        INTERNVL_CHAT,
+    )
+
+
 class FuyuImageProcessorPil(transformers.FuyuImageProcessorPil):
     def patchify_image(self, image, patch_size=None):
         """The processor hands tensors over, which the Pillow backend does not take."""
@@ -401,6 +436,7 @@ ABOUT_IMAGES = {
     "paligemma 2": paligemma2,
     "gemma3": gemma3,
     "idefics3": idefics3,
+    "internvl": internvl,
     "fuyu": fuyu,
     "mllama": mllama,
 }

@@ -208,6 +208,21 @@ def idefics3(folder: Path) -> None:
     write(folder, config={"model_type": "idefics3"}, tokenizer_config=settings)
 
 
+def internvl(folder: Path) -> None:
+    qwen3(folder)
+    names = {
+        "context_image_token": "<IMG_CONTEXT>",
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "video_token": "<video>",
+    }
+    settings = read(folder, "tokenizer_config")
+    added = {str(i): token(text) for i, text in enumerate(names.values(), start=703)}
+    settings["added_tokens_decoder"] |= added
+    settings["extra_special_tokens"] = names
+    write(folder, config={"model_type": "internvl"}, tokenizer_config=settings)
+
+
 def llama3(folder: Path, model_type: str = "llama") -> None:
     specials = (
         "<|begin_of_text|>",

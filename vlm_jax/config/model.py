@@ -183,7 +183,7 @@ class ProjectorSpec:
 
 
 # Settings of projectors that merge squares of tokens.
-MERGING = ("factor", "norm", "norm_eps", "bias")
+MERGING = ("factor", "norm", "norm_eps", "projection", "activation", "bias")
 PROJECTORS = {
     "linear": ProjectorSpec("Linear", fields=("bias",)),
     "mlp": ProjectorSpec("Mlp", fields=("bias", "activation")),
@@ -213,13 +213,15 @@ class Projector:
     kind: "Literal[tuple(PROJECTORS)]" = "linear"
     #: checkpoint folder: its projector's settings and initial weights
     checkpoint: str = ""
-    activation: Activation = "gelu"  # mlp: activation between its two layers
+    activation: Activation = "gelu"  # mlp, projection mlp: activation between its two layers
     #: linear, mlp, pixel_shuffle, average_pool: use biases
     bias: bool = True
     factor: int = 2  # pixel_shuffle, average_pool: factor x factor tokens become one
     #: pixel_shuffle, average_pool: norm of the merged tokens, before their projection
     norm: Literal["none", NormKind] = "none"
     norm_eps: float = 1e-6  # pixel_shuffle, average_pool: added to the variance
+    #: pixel_shuffle, average_pool: layers that project the merged tokens, as the kinds of this name
+    projection: Literal["linear", "mlp"] = "linear"
     queries: int = 16  # resampler: number of output tokens
     depth: int = 2  # resampler: number of blocks
     heads: int = 4  # resampler: number of attention heads
@@ -372,9 +374,10 @@ class Rope:
     #: base in sliding blocks, which are never scaled; None: theta, scaled like the others
     local_theta: float | None = None
     fraction: float = 1.0  # fraction of the head dimension that is rotated
-    #: scaling to longer contexts
-    scaling: Literal["none", "linear", "llama3", "longrope"] = "none"
-    #: linear, llama3: factor by which long wavelengths grow; longrope: extended / original context
+    #: scaling to longer contexts. dynamic: none up to max_positions; longer texts are refused
+    scaling: Literal["none", "linear", "dynamic", "llama3", "longrope"] = "none"
+    #: linear, llama3: factor by which long wavelengths grow; longrope: extended / original context;
+    #: dynamic: kept for export
     factor: float = 1.0
     #: llama3: wavelengths above original_positions / low_freq_factor are scaled
     low_freq_factor: float = 1.0
@@ -408,6 +411,11 @@ class Decoder(Transformer):
     final_norm: bool = True  # normalise after the last block
     tie_word_embeddings: bool = True  # use the embedding as the output head
     logit_softcap: float | None = None  # c: logits become c tanh(logit / c); None: not capped
+
+    @property
+    def limits_positions(self) -> bool:
+        """True if a token cannot have a position beyond `max_positions`."""
+        return self.positions == "learned" or self.rope.scaling == "dynamic"
 
     @property
     def rotary_dim(self) -> int:

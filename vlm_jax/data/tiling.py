@@ -36,19 +36,28 @@ def layouts(max_tiles: int) -> list[tuple[int, int]]:
 def best_layout(width: int, height: int, vision: Vision) -> tuple[int, int]:
     """Returns the (rows, columns) of tiles for an image of `width` x `height` px.
 
-    It is the layout of at most `vision.tiles` tiles with the nearest aspect ratio; among equally
-    near ones, the largest layout that the image fills by more than half.
+    It has at most `vision.tiles` tiles (see `nearest_layout`).
+    """
+    return nearest_layout(width, height, 1, vision.cut_tiles, vision.image_size_px)
+
+
+def nearest_layout(
+    width: int, height: int, min_tiles: int, max_tiles: int, tile_px: int
+) -> tuple[int, int]:
+    """Returns the (rows, columns) with the nearest aspect ratio to that of an image.
+
+    Among equally near ones it is the largest layout that the image fills by more than half.
 
     Source: OpenGVLab/InternVL, `find_closest_aspect_ratio`, in the order of transformers,
     models/got_ocr2/image_processing_got_ocr2.py, for layouts with as many tiles.
     """
     best, smallest_difference = (1, 1), math.inf
-    candidates = sorted(
-        layouts(vision.cut_tiles), key=lambda layout: (math.prod(layout), layout[1])
-    )
+    candidates = sorted(layouts(max_tiles), key=lambda layout: (math.prod(layout), layout[1]))
     for rows, columns in candidates:
+        if rows * columns < min_tiles:
+            continue
         difference = abs(width / height - columns / rows)
-        is_filled = width * height > 0.5 * rows * columns * vision.image_size_px**2
+        is_filled = width * height > 0.5 * rows * columns * tile_px**2
         is_tie = difference == smallest_difference
         if difference < smallest_difference or (is_tie and is_filled):
             best, smallest_difference = (rows, columns), difference

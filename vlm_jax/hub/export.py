@@ -300,4 +300,6 @@ def _projector_fields(projector) -> dict[str, object]:
     fields = {name: getattr(projector, name) for name in projector.spec.fields}
     if fields.get("norm") == "none":
         del fields["norm_eps"]
+    if fields.get("projection") == "linear":
+        del fields["activation"]
     return {"kind": projector.kind} | fields

@@ -104,7 +104,7 @@ def _within_tables(decoder: Decoder, batch: Batch) -> Batch:
     padding.
 
     Raises:
-      ConfigError: an id or a learned position of a token is outside its table.
+      ConfigError: an id or a position of a token is outside its table.
     """
     is_token, rows = batch.segment_ids > 0, decoder.vocab_size + decoder.extra_tokens
     wrong = batch.tokens[is_token & ((batch.tokens < 0) | (batch.tokens >= rows))]
@@ -113,8 +113,8 @@ def _within_tables(decoder: Decoder, batch: Batch) -> Batch:
             f"the text has the id {wrong.max()}, but the model has only {rows} tokens."
         )
     batch = batch.replace(tokens=batch.tokens.clip(0, rows - 1))
-    # Other positions are computed, so they have no upper bound.
-    if decoder.positions != "learned":
+    # Most other positions are computed, so they have no upper bound.
+    if not decoder.limits_positions:
         return batch
     max_positions, positions = decoder.max_positions, batch.positions
     wrong = positions[is_token & ((positions < 0) | (positions >= max_positions))]

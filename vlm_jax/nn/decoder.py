@@ -94,6 +94,7 @@ class Decoder(nn.Module):
 
     def _forward(self, inputs: DecoderInputs, cache: Cache | None):
         cfg, positions = self.cfg, inputs.positions
+        check_length(cfg, positions.shape[1])
         has_local_rope = cfg.rope.local_theta is not None
         x = inputs.x
         if cfg.positions != "rope":
@@ -124,7 +125,6 @@ class Decoder(nn.Module):
         """(B, S) -> (B, S, D), learned or sinusoidal."""
         rows = positions + self.cfg.position_offset
         if self.cfg.positions == "learned":
-            check_length(self.cfg, positions.shape[1])
             return self.position_embedding(rows)
         # Padding has position -1 and no embedding (TrOCR).
         return jnp.where(positions[..., None] < 0, 0.0, sinusoidal_embedding(rows, self.cfg.width))
@@ -136,11 +136,11 @@ class Decoder(nn.Module):
 
 
 def check_length(cfg: DecoderConfig, length: int) -> None:
-    """Raises ConfigError if `length` tokens exceed the table of learned positions.
+    """Raises ConfigError if `length` tokens exceed the positions of the model.
 
-    RoPE and sinusoidal positions have no maximum.
+    Sinusoidal positions and most kinds of RoPE have no maximum.
     """
-    if cfg.positions == "learned" and length > cfg.max_positions:
+    if cfg.limits_positions and length > cfg.max_positions:
         raise ConfigError(
             f"{length} tokens are too many: the model has {cfg.max_positions} positions."
         )

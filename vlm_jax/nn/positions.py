@@ -54,6 +54,7 @@ def _scale_llama3(inv_freq, rope: Rope):
 # By `rope.scaling`. `longrope` is not a row: its frequencies depend on the positions.
 ROPE_SCALING = {
     "none": lambda inv_freq, rope: inv_freq,
+    "dynamic": lambda inv_freq, rope: inv_freq,
     "linear": lambda inv_freq, rope: inv_freq / np.float32(rope.factor),
     "llama3": _scale_llama3,
 }

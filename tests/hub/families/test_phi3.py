@@ -94,7 +94,7 @@ def test_a_rope_that_cannot_be_is_refused():
     for change, word in [
         ({"short_factor": [1.0]}, "short_factor"),
         ({"attention_factor": 2.0}, "attention_factor"),
-        ({"rope_type": "dynamic"}, "dynamic"),
+        ({"rope_type": "proportional"}, "proportional"),
     ]:
         config = CONFIGS["longrope"].to_dict() | {"rope_parameters": LONGROPE | change}
         with pytest.raises(UserError, match=f"config.json.*{word}"):

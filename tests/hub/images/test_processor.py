@@ -114,6 +114,13 @@ CONFIGS = {
         "max_image_size": {"longest_edge": 16},
         "do_image_splitting": False,
     },
+    "internvl": {
+        "image_processor_type": "GotOcr2ImageProcessor",
+        "size": {"height": 16, "width": 16},
+        "crop_to_patches": True,
+        "min_patches": 2,
+        "max_patches": 6,
+    },
     "llava": {"image_processor_type": "LlavaImageProcessor", **SMALL, "do_pad": True},
     "llava_unpadded": {"image_processor_type": "LlavaImageProcessor", **SMALL},
 }

@@ -54,6 +54,10 @@ def assert_same_as_reference(folder, image=None):
     )
 
 
+# InternVL's processor cuts images into tiles unless it is told otherwise.
+CUT = {"crop_to_patches": True}
+
+
 @pytest.mark.parametrize("kind", [*PIXELS, "MllamaImageProcessor"])
 def test_a_missing_or_null_key_means_the_class_default(tmp_path, kind):
     nulls = dict.fromkeys(
@@ -67,7 +71,7 @@ def test_a_missing_or_null_key_means_the_class_default(tmp_path, kind):
             "rescale_factor",
         ]
     )
-    folder = folder_of(tmp_path, preprocessor={"image_processor_type": kind})
+    folder = folder_of(tmp_path, preprocessor={"image_processor_type": kind} | CUT)
     assert_same_as_reference(folder)
     settings = read_settings(folder)
     assert (
@@ -147,7 +151,7 @@ def test_what_transformers_5_keeps_in_one_file_comes_first(tmp_path):
 @pytest.mark.parametrize("model_type", sorted(CLASS_OF_MODEL_TYPE.keys() - {"fuyu", "trocr"}))
 def test_a_file_without_a_type_is_read_for_the_model(tmp_path, model_type):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    settings = {"size": {"height": 9, "width": 9}}
+    settings = {"size": {"height": 9, "width": 9}} | CUT
     assert_same_as_reference(folder_of(tmp_path, preprocessor=settings))
 
 
@@ -276,6 +280,10 @@ def test_open_clip_resizes_in_the_images_own_mode(tmp_path, mode):
         (
             {"image_processor_type": "Idefics3ImageProcessor", "max_image_size": 9},
             ["max_image_size is", "longest_edge"],
+        ),
+        (
+            {"image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 8, "width": 9}},
+            ["size is", "a square"],
         ),
     ],
 )

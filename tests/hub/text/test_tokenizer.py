@@ -25,6 +25,7 @@ FOLDERS = {
             tiny.qwen3,
             tiny.olmo2,
             tiny.idefics3,
+            tiny.internvl,
         ),
         *(
             tiny.llama3,

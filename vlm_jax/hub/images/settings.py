@@ -43,6 +43,8 @@ class ImageSettings:
     max_image_tiles: int = 4  # mllama
     do_image_splitting: bool = True  # Idefics3
     max_image_size: Mapping[str, int] | None = None  # Idefics3: longest_edge of a tile, px
+    min_patches: int = 1  # InternVL: number of tiles
+    max_patches: int = 12
 
     @property
     def pads_to_square(self) -> bool:
@@ -99,6 +101,13 @@ DEFAULTS = {
     "MllamaImageProcessor": _SQUARE | {"do_convert_rgb": True, "do_pad": True},
     "Gemma3ImageProcessor": _SQUARE | {"do_convert_rgb": True},
     **dict.fromkeys(IDEFICS3, _IDEFICS3),
+    "GotOcr2ImageProcessor": {
+        "size": {"height": 384, "width": 384},
+        "resample": BICUBIC,
+        "do_convert_rgb": True,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    },
 }
 
 # `model_type` of config.json -> image processor class, if the file names none.
@@ -110,6 +119,7 @@ CLASS_OF_MODEL_TYPE = {
     "fuyu": "FuyuImageProcessor",
     "gemma3": "Gemma3ImageProcessor",
     "idefics3": "Idefics3ImageProcessor",
+    "internvl": "GotOcr2ImageProcessor",
     "llava": "LlavaImageProcessor",
     "mllama": "MllamaImageProcessor",
     "paligemma": "SiglipImageProcessor",
@@ -124,8 +134,8 @@ MAX_PX = 2**13  # Pillow rejects larger squares as decompression bombs
 SQUARE = ("height", "width")
 LONGEST_EDGE = ("longest_edge",)
 # Classes that need a height and a width; of these, the ones that cut images into squares.
-SHAPED = ("FuyuImageProcessor", "MllamaImageProcessor")
-SQUARE_TILES = ("MllamaImageProcessor",)
+SHAPED = ("FuyuImageProcessor", "MllamaImageProcessor", "GotOcr2ImageProcessor")
+SQUARE_TILES = ("MllamaImageProcessor", "GotOcr2ImageProcessor")
 SIZE_KEYS = (
     SQUARE,
     ("shortest_edge",),
@@ -228,7 +238,7 @@ def whole_image_settings(kind: str, vision: Vision) -> dict[str, Any]:
     if kind in IDEFICS3:
         side = vision.image_size_px
         return {"do_image_splitting": False, "max_image_size": {"longest_edge": side}}
-    return {}
+    return {"max_patches": 1} if kind == "GotOcr2ImageProcessor" else {}
 
 
 def _from_transformers(path: Path, values: dict) -> ImageSettings:
@@ -310,7 +320,7 @@ def _checked(path: Path, key: str, value: Any) -> Any:
         raise _refusal(path, key, value, "a number")
     if key == "padding_value" and not (_are_numbers(value) and 0 <= value <= 255):
         raise _refusal(path, key, value, "a number from 0 to 255")
-    if key == "max_image_tiles" and not _are_lengths(value):
+    if key in ("max_image_tiles", "min_patches", "max_patches") and not _are_lengths(value):
         raise _refusal(path, key, value, f"a whole number from 1 to {MAX_PX}")
     if key in ("image_mean", "image_std"):
         return _channels(path, key, value)

@@ -1,7 +1,7 @@
 """Image processors that cut an image into square tiles, each an image of its own to the encoder.
 
-Reference: transformers 5.23, `models/idefics3/image_processing_pil_idefics3.py`; SmolVLM's is the
-same.
+References: transformers 5.23, `models/idefics3/image_processing_pil_idefics3.py` (SmolVLM's is the
+same) and `models/got_ocr2/image_processing_pil_got_ocr2.py` (InternVL).
 """
 
 import math
@@ -11,6 +11,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from vlm_jax.data.resize import resize
+from vlm_jax.data.tiling import nearest_layout
 from vlm_jax.hub.images.settings import SQUARE, ImageSettings
 
 MAX_SIDE_PX = 4096  # of Idefics3's images before they are cut
@@ -35,9 +36,23 @@ def cut_idefics3(image: Image.Image, settings: ImageSettings) -> Tiles:
     return _cut(image, tile_px, lambda: resize(image, square, settings.resample))
 
 
+def cut_got_ocr2(image: Image.Image, settings: ImageSettings) -> Tiles:
+    """Squashes an RGB image onto the grid of tiles with the nearest aspect ratio, and cuts it.
+
+    InternVLProcessor cuts images whatever `crop_to_patches` of the image processor is.
+    """
+    tile_px = settings.size["height"]
+    rows, columns = nearest_layout(
+        image.width, image.height, settings.min_patches, settings.max_patches, tile_px
+    )
+    canvas = resize(image, (rows * tile_px, columns * tile_px), settings.resample)
+    return _cut(canvas, tile_px, lambda: resize(image, (tile_px, tile_px), settings.resample))
+
+
 TILE_CUTTERS: dict[str, Callable[[Image.Image, ImageSettings], Tiles]] = {
     "Idefics3ImageProcessor": cut_idefics3,
     "SmolVLMImageProcessor": cut_idefics3,
+    "GotOcr2ImageProcessor": cut_got_ocr2,
 }
 
 

@@ -8,6 +8,8 @@ gemma3     <bos> \\n\\n <start_of_image> N x <image_soft_token> <end_of_image> \
            <start_of_image> in the text marks an image
 idefics3   <fake_token_around_image> <global-img> N x <image> <fake_token_around_image> what is it?
            N tokens for every tile, <row_1_col_1> and so on, then for the whole image, <global-img>
+internvl   <img> N x <IMG_CONTEXT> </img> what is it?
+           N tokens for every tile, then for the whole image
 fuyu       |SPEAKER| |SPEAKER| |NEWLINE| |SPEAKER| |SPEAKER| |NEWLINE| <s> what is it? <0x04>
            one token per patch, one per row of patches
 mllama     <|image|> <|begin_of_text|> what is it?
@@ -333,6 +335,48 @@ class Idefics3Format(TextFormat):
 
 
 @dataclass(frozen=True)
+class InternVLFormat(TextFormat):
+    """`images` of a prompt: (rows, columns) of tiles of each."""
+
+    tokens_per_tile: int
+    start_token: str
+    end_token: str
+    image_token: str
+    has_own_format = True
+
+    @classmethod
+    def read(cls, tokenizer, config, processor, images):
+        count = processor.get("image_seq_length", 256)
+        if not all_nonnegative_ints(count) or not count:
+            raise CheckpointError(
+                f"{PROCESSOR}: image_seq_length is {count!r}, but must be a number of tokens."
+            )
+        names = ("start_image_token", "end_image_token", "context_image_token")
+        missing = [name for name in names if name not in tokenizer.special_tokens]
+        if missing:
+            raise CheckpointError(
+                f"{TOKENIZER_CONFIG}: {missing[0]} is missing, but the text of an image has it."
+            )
+        return cls(tokenizer, count, *(tokenizer.special_tokens[name] for name in names))
+
+    def expand(self, text):
+        return text.replace(self.image_token, self._image(self.image_token))
+
+    def prompt(self, text, images=(), add_special_tokens=True):
+        _check_count(text, self.image_token, len(images))
+        texts = []
+        for rows, columns in images:
+            # An image of several tiles has the whole image as one more.
+            tiles = rows * columns + (rows * columns > 1)
+            texts.append(self._image(self.image_token * (tiles * self.tokens_per_tile)))
+        filled = _fill(text, self.image_token, texts)
+        return super().prompt(filled, add_special_tokens=add_special_tokens)
+
+    def _image(self, tokens: str) -> str:
+        return f"{self.start_token}{tokens}{self.end_token}"
+
+
+@dataclass(frozen=True)
 class FuyuFormat(TextFormat):
     """`images` of a prompt: (rows, columns) of patches of at most one image.
 
@@ -426,6 +470,7 @@ FORMATS = {
     "gemma3": Gemma3Format,
     "idefics3": Idefics3Format,
     "smolvlm": Idefics3Format,
+    "internvl": InternVLFormat,
     "fuyu": FuyuFormat,
     "mllama": MllamaFormat,
     "vision-encoder-decoder": EncoderDecoderFormat,

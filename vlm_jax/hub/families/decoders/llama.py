@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
-from vlm_jax.config import CheckpointError, Decoder, Experiment, Fusion
+from vlm_jax.config import CheckpointError, Decoder, Experiment, Fusion, Transformer
 from vlm_jax.config.bounds import check_number
 from vlm_jax.hub.families.decoders.rope import rope_from_hf, rope_to_hf
 from vlm_jax.hub.families.family import (
@@ -127,12 +127,12 @@ def attention_rows(
     )
 
 
-def qk_norm_rows(hf: str, param: str, decoder: Decoder, layer: int) -> list[Row]:
-    """Rows of the norms of queries and keys, if the decoder has them."""
+def qk_norm_rows(hf: str, param: str, cfg: Transformer, layer: int) -> list[Row]:
+    """Rows of the norms of queries and keys, if the attention has them."""
     names = {"q_norm": "query_norm", "k_norm": "key_norm"}
     return [
         row(f"{hf}.{name}.weight", f"{param}/{norm}/scale", pattern, layer)
-        for (name, norm), pattern in zip(names.items(), QK_NORM_PATTERNS[decoder.qk_norm])
+        for (name, norm), pattern in zip(names.items(), QK_NORM_PATTERNS[cfg.qk_norm])
     ]
 
 

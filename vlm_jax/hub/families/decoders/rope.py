@@ -10,7 +10,7 @@ from vlm_jax.hub.families.family import (
     reject_unless,
 )
 
-KNOWN = ("default", "linear", "llama3", "longrope")
+KNOWN = ("default", "linear", "dynamic", "llama3", "longrope")
 
 
 def rope_from_hf(
@@ -48,8 +48,8 @@ def rope_from_hf(
 
 def _scaled(rope: Rope, kind: str, scaling: Mapping, config: Mapping, max_positions: int) -> Rope:
     shared = {"theta": rope.theta, "fraction": rope.fraction}
-    if kind == "linear":
-        return Rope(**shared, scaling="linear", factor=float(scaling["factor"]))
+    if kind in ("linear", "dynamic"):
+        return Rope(**shared, scaling=kind, factor=float(scaling["factor"]))
     if kind == "llama3":
         return Rope(
             **shared,
@@ -83,8 +83,8 @@ def rope_to_hf(rope: Rope, max_positions: int = 0) -> Json:
 
 
 def _scaling(rope: Rope, max_positions: int) -> Json | None:
-    if rope.scaling == "linear":
-        return {"rope_type": "linear", "factor": rope.factor}
+    if rope.scaling in ("linear", "dynamic"):
+        return {"rope_type": rope.scaling, "factor": rope.factor}
     if rope.scaling == "llama3":
         return {
             "rope_type": "llama3",

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 
 from vlm_jax.config import CHANNELS, CheckpointError, Transformer, Vision
 from vlm_jax.hub.families.decoders.gpt2 import norm_rows
-from vlm_jax.hub.families.decoders.llama import dense_rows
+from vlm_jax.hub.families.decoders.llama import dense_rows, norm_row
 from vlm_jax.hub.families.family import (
     ACTIVATIONS,
     HUB_ACTIVATIONS,
@@ -158,8 +158,10 @@ def block_rows(hf: str, param: str, cfg: Transformer, names: Mapping[str, str]) 
                 rows += dense_rows(
                     tensor, path, KERNELS[name], cfg.qkv_bias or name not in QKV, layer
                 )
-            else:
+            elif cfg.norm == "layernorm":
                 rows += norm_rows(tensor, path, layer)
+            else:
+                rows.append(norm_row(tensor, path, layer))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""LLaVA 1.5: CLIP or SigLIP, an MLP projector, and Llama, Mistral or Qwen2."""
+"""LLaVA 1.5: CLIP or SigLIP, an MLP projector, and Llama, Mistral or Qwen."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -26,7 +26,9 @@ from vlm_jax.hub.families.family import (
 from vlm_jax.hub.families.table import Row
 
 TOWERS = {"clip_vision_model": clip, "siglip_vision_model": siglip}
-TEXTS = {family.model_type: family for family in (llama.LLAMA, llama.MISTRAL, llama.QWEN2)}
+TEXTS = {
+    family.model_type: family for family in (llama.LLAMA, llama.MISTRAL, llama.QWEN2, llama.QWEN3)
+}
 TOWER, PROJECTOR, TEXT = (
     "vision_tower.vision_model.",
     "multi_modal_projector.",
@@ -124,6 +126,8 @@ def vision_family(vision: Vision):
 
 def text_family(decoder: Decoder) -> Family:
     """Returns the family that can express the decoder; Mistral without a window is Llama."""
+    if decoder.qk_norm == "head":
+        return llama.QWEN3
     if decoder.qkv_bias and not decoder.out_bias:
         return llama.QWEN2
     return llama.MISTRAL if decoder.sliding_layers else llama.LLAMA

@@ -34,7 +34,7 @@ def get_config() -> Experiment:
             qkv_bias=False,
             out_bias=False,
             mlp_bias=False,
-            qk_norm=True,
+            qk_norm="head",
             vocab_size=262_208,
             embed_scale=True,
             max_positions=131_072,

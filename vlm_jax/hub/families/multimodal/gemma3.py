@@ -87,7 +87,7 @@ def param_table(cfg: Experiment) -> list[Row]:
         *siglip.vision_rows(cfg.vision, TOWER, "vision/"),
         llama.norm_row(f"{PROJECTOR}mm_soft_emb_norm", "projector/norm"),
         row(f"{PROJECTOR}mm_input_projection_weight", "projector/linear/kernel"),
-        *gemma.decoder_rows(cfg.decoder, cfg.fusion, TEXT, HEAD),
+        *llama.decoder_rows(cfg.decoder, cfg.fusion, TEXT, HEAD),
     ]
 
 

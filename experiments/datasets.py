@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from vlm_jax.config import Data, Experiment, Vision
 from vlm_jax.config.datasets import sources_that_read
 from vlm_jax.data import questions, sources
-from vlm_jax.data.blind_baselines import question_only_baselines
+from vlm_jax.data.synthetic.blind_baselines import question_only_baselines
 from vlm_jax.infer.samples import draw_samples
 
 SYNTHETIC = tuple(sources_that_read("image_px"))

@@ -50,6 +50,9 @@ class Batch:
     block_ids: Array | None = None
     targets: Array | None = None  # (B, S) int32: the next token
     loss_weights: Array | None = None  # (B, S) float32: 1 where the target is scored
+    #: (B, S) int32: number of each token's source in `data.mixture`, any in a slot of padding;
+    #: None: no mixture
+    source_ids: Array | None = None
 
 
 @struct.dataclass

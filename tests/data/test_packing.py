@@ -293,7 +293,7 @@ def test_processes_share_each_batch_of_one_process_and_any_number_of_them_contin
     shares = [pipeline.training_iterator(cfg, tokenizer, i, 2) for i in range(2)]
     for batch in expected[:3]:
         for i, share in enumerate(shares):
-            assert equal(next(share), jax.tree.map(lambda x, i=i: x[i::2], batch))
+            assert equal(next(share), jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], batch))
     assert shares[0].get_state() == shares[1].get_state()
     alone = pipeline.training_iterator(cfg, tokenizer)
     alone.set_state(shares[0].get_state())

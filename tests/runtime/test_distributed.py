@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from vlm_jax.config import (
     Data,
     Eval,
+    Source,
     Train,
     files,
 )
@@ -229,28 +231,33 @@ SAME = ("step", "loss", "grad_norm", "learning_rate", "padding_fraction", "image
 
 
 @pytest.fixture
-def talks(tmp_path, arguments):
+def write_config(tmp_path, arguments):
+    """`write_config(cfg)(workdir)`: arguments of a run of an experiment."""
+
+    def write(cfg):
+        config = tmp_path / "run.py"
+        config.write_text(
+            "from vlm_jax.config import files\n"
+            f"def get_config(): return files.from_json({files.to_json(cfg)!r}, 'config')\n"
+        )
+        cache = arguments("")[arguments("").index("--train.compilation_cache_dir") + 1]
+        given = ["--config", config, "--train.compilation_cache_dir", cache]
+        return lambda workdir: [*given, "--workdir", workdir]
+
+    return write
+
+
+@pytest.fixture
+def talks(tmp_path, write_config):
     """`talks(workdir)`: arguments of a run on packed conversations, validated every 3 steps."""
     splits = {"splits": ("val=train[:5]",), "during_examples": 4, "max_new_tokens": 2}
-    cfg = replace(
-        experiment(),
-        data=write_conversations(tmp_path / "talks"),
-        eval=Eval(split="", every_steps=3, **splits),
+    return write_config(
+        replace(
+            experiment(),
+            data=write_conversations(tmp_path / "talks"),
+            eval=Eval(split="", every_steps=3, **splits),
+        )
     )
-    config = tmp_path / "talks.py"
-    config.write_text(
-        "from vlm_jax.config import files\n"
-        f"def get_config(): return files.from_json({files.to_json(cfg)!r}, 'config')\n"
-    )
-    cache = arguments("")[arguments("").index("--train.compilation_cache_dir") + 1]
-    return lambda workdir: [
-        "--config",
-        config,
-        "--train.compilation_cache_dir",
-        cache,
-        "--workdir",
-        workdir,
-    ]
 
 
 def steps(workdir):
@@ -287,6 +294,66 @@ def test_two_processes_that_were_stopped_go_on_as_if_never_stopped_and_so_does_o
     assert "continuing from step 3" in out
     assert_alike(steps(alone), steps(whole))
     np.testing.assert_allclose(validations(alone), validations(whole), rtol=1e-4)
+
+
+def mixture(folder):
+    """The data of three sources of conversations with a template each."""
+    sources = []
+    for seed, template in enumerate(("plain", "vicuna", "caption")):
+        data = write_conversations(folder / template, 40 + seed, seed)
+        own = {"files": data.files, "image_dir": data.image_dir, "template": template}
+        sources.append(Source(f"{template}_talks", weight=1.0 + seed, **own))
+    return replace(data, files=(), image_dir="", mixture=tuple(sources))
+
+
+TIMES = ("_seconds", "_per_second")  # ends of fields that no two runs have the same of
+
+
+@pytest.mark.slow
+def test_a_mixture_that_was_killed_goes_on_in_one_process_with_the_same_metrics(
+    write_config, tmp_path
+):
+    """Bit for bit: two devices hold the same rows in one process and in two, and sum two numbers.
+
+    A row is the mean over three steps, and a checkpoint is in the middle of a row.
+    """
+    splits = {"splits": ("val=train[:5]",), "during_examples": 4, "max_new_tokens": 2}
+    run = write_config(
+        replace(
+            experiment(),
+            data=mixture(tmp_path),
+            train=Train(steps=20, batch_size=8, log_every_steps=3, checkpoint_every_steps=2),
+            eval=Eval(split="", every_steps=10, **splits),
+        )
+    )
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+    def begin_pair(workdir):
+        address = free_address()
+        return [begin(["run.py", *run(workdir), *fields(address, i)], devices=1) for i in range(2)]
+
+    for code, _, err in map(ended, begin_pair(whole)):
+        assert code == 0, err
+    running = begin_pair(killed)
+    for line in running[0].stdout:
+        if line.startswith("step 6/"):
+            break
+    for process in running:
+        process.kill()
+    assert [ended(process)[0] for process in running] == [-signal.SIGKILL] * 2
+    code, out, err = ended(begin(["run.py", *run(killed)], devices=2))
+    assert code == 0, err
+    assert "continuing from step" in out
+
+    def metrics(workdir):
+        rows = logged(workdir)
+        return [{key: x for key, x in row.items() if not key.endswith(TIMES)} for row in rows]
+
+    assert metrics(killed) == metrics(whole)
+    row = metrics(whole)[-2]
+    for name in ("plain_talks", "vicuna_talks", "caption_talks"):
+        assert {f"loss/{name}", f"token_share/{name}"} <= row.keys()
+        assert f"val/loss/{name}" in metrics(whole)[-1]
 
 
 @pytest.mark.slow

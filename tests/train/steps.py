@@ -57,7 +57,8 @@ def gradients_of(cfg, shape=ONE):
         batch = jax.device_put(uneven_batch(cfg), sharding.row_sharding(mesh))
         trained, frozen = optim.split(random_state(cfg, mesh).params, cfg.optim)
         function = jax.jit(functools.partial(loss_and_gradients, cfg))
-        return jax.device_get(function(trained, frozen, batch))
+        (loss, _), gradients = jax.device_get(function(trained, frozen, batch))
+        return loss, gradients
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from vlm_jax.train.loss import chunk_tokens, cross_entropy, head_cross_entropy
 from vlm_jax.train.step import output_head
 
 ROWS, LENGTH = 8, 28
+SOURCES = 3  # of a mixture
 RNG = np.random.default_rng(0)
 WEIGHTS = {
     "none": np.zeros((ROWS, LENGTH)),
@@ -45,15 +46,19 @@ def chunked(cfg, chunk, params, hidden, batch):
     """Value and gradients of the head and the hidden numbers."""
 
     def loss(params, hidden):
-        return 3 * head_cross_entropy(output_head(cfg), params, {}, hidden, batch, chunk)
+        nats = head_cross_entropy(output_head(cfg), params, {}, hidden, batch, chunk, SOURCES)
+        return 3 * nats.total, nats.by_source
 
-    return jax.value_and_grad(loss, argnums=(0, 1))(params, hidden)
+    (value, by_source), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+        params, hidden
+    )
+    return (value, gradients) if by_source is None else (value, gradients, by_source)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def chunked_value(cfg, chunk, params, hidden, batch):
     """The value alone, without the gradients that `chunked` makes on the way."""
-    return 3 * head_cross_entropy(output_head(cfg), params, {}, hidden, batch, chunk)
+    return 3 * head_cross_entropy(output_head(cfg), params, {}, hidden, batch, chunk).total
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -78,6 +83,20 @@ def test_in_chunks_is_plain_whatever_is_scored(chunk, weights):
     args = inputs(cfg, weights)
     assert_equal(chunked(cfg, chunk, *args), plain(cfg, *args))
     assert_equal(chunked_value(cfg, chunk, *args), plain(cfg, *args)[0])
+
+
+@pytest.mark.parametrize("chunk", [1000, 16])
+def test_the_losses_of_the_sources_of_a_mixture_sum_to_the_whole(chunk):
+    cfg = experiment()
+    params, hidden, batch = inputs(cfg, WEIGHTS["some, weighted"])
+    ids = np.random.default_rng(2).integers(0, SOURCES, (ROWS, LENGTH)).astype(np.int32)
+    value, gradients, by_source = chunked(cfg, chunk, params, hidden, batch.replace(source_ids=ids))
+    assert_equal((value, gradients), chunked(cfg, chunk, params, hidden, batch))
+    for source in range(SOURCES):
+        alone = batch.replace(loss_weights=batch.loss_weights * (ids == source))
+        expected = chunked_value(cfg, chunk, params, hidden, alone) / 3
+        assert_equal(by_source[source], expected)
+    assert_equal(3 * by_source.sum(), value)
 
 
 def test_what_does_not_fit_at_once_is_cut_into_chunks_that_few_scored_tokens_fill():
@@ -142,7 +161,8 @@ def test_the_logits_of_a_large_vocabulary_are_never_all_there(trained):
     )
 
     def loss(params, hidden, batch):
-        return head_cross_entropy(head, *((params, {}) if trained else ({}, params)), hidden, batch)
+        parts = (params, {}) if trained else ({}, params)
+        return head_cross_entropy(head, *parts, hidden, batch).total
 
     whole = rows * length * vocabulary * 4
     assert temporary_bytes(loss, params, hidden, batch) < 0.2 * whole

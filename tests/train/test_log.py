@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vlm_jax.config import Train
 from vlm_jax.runtime.workdir import Workdir
+from vlm_jax.train.checkpoint import LossSum
 from vlm_jax.train.log import Log, StepStats
 
 METRICS = {"loss": 0.5, "grad_norm": 2.0, "learning_rate": 1e-3}
@@ -149,3 +150,29 @@ def test_the_compilation_is_reported_and_left_out_of_the_speed(workdir, capsys):
     assert re.match(
         r"compiling the training step ...\ncompiled in 0.[34] s\nstep 1/2 ", capsys.readouterr().out
     )
+
+
+def test_the_sources_of_a_mixture_have_losses_and_shares_over_the_steps_of_a_row(workdir):
+    """A continued run has the sums of the steps before its checkpoint."""
+    stats = StepStats(100, 125, 3, 4, 7, data_wait_seconds=0.5)
+    train = Train(steps=4, log_every_steps=3)
+    names = ["talks", "scans"]
+    log = Log(workdir, 0, train, None, source_names=names)
+    log.step(1, METRICS, stats, [[6.0, 3, 30], [0.0, 0, 10]])
+    log.step(2, METRICS, stats, [[1.0, 1, 30], [8.0, 2, 30]])
+    saved = json.loads(json.dumps(log.loss_sum))
+    log.close()
+    log = Log(workdir, 2, train, None, LossSum(*saved), source_names=names)
+    log.step(3, METRICS, stats, [[5.0, 2, 10], [1.0, 1, 30]])
+    log.close()
+    sources = [{name: row[name] for name in row if "/" in name} for row in rows(workdir)]
+    assert sources == [
+        {
+            **{"loss/talks": 2.0, "loss/scans": None},
+            **{"token_share/talks": 0.75, "token_share/scans": 0.25},
+        },
+        {
+            **{"loss/talks": 2.0, "loss/scans": 3.0},
+            **{"token_share/talks": 0.4, "token_share/scans": 0.6},
+        },
+    ]

@@ -116,7 +116,7 @@ def parse_checkpoint_evaluation(arguments: list[str]) -> Experiment:
             f"--checkpoint {cfg.init_from}, or leave out --checkpoint to evaluate the run."
         )
     # Files have no other split than train, so the evaluation reads the same ones.
-    if cfg.data.files and not cfg.eval.files:
+    if cfg.data.files and not cfg.eval.files and not cfg.data.mixture:
         cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, files=cfg.data.files))
     return cfg
 

@@ -7,6 +7,7 @@ from vlm_jax.config.errors import (
     NonFiniteError,
     RunError,
     UserError,
+    naming_source,
 )
 from vlm_jax.config.experiment import (
     Data,
@@ -16,6 +17,7 @@ from vlm_jax.config.experiment import (
     LrMult,
     Mesh,
     Optim,
+    Source,
     Train,
     factorizations,
 )
@@ -61,9 +63,11 @@ __all__ = [
     "LrMult",
     "Rope",
     "RunError",
+    "Source",
     "Train",
     "Transformer",
     "UserError",
     "Vision",
     "factorizations",
+    "naming_source",
 ]

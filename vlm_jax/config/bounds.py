@@ -28,6 +28,8 @@ AT_LEAST = {
     # Typewritten letters are legible from this size.
     "data.cell_px": 6,
     "data.fold": 0,
+    # A lower one would leave nothing of the smaller sources.
+    "data.mixture_temperature": 0.1,
     "data.bos_id": 0,
     "data.threads": 0,
     "data.prefetch": 0,

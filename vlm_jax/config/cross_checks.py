@@ -11,23 +11,97 @@ from vlm_jax.config import (
     ConfigError,
     Experiment,
     Fusion,
+    naming_source,
 )
 from vlm_jax.config.bounds import AT_LEAST, AT_MOST, check_path
-from vlm_jax.config.datasets import AUTO, CONVERSATION_FORMATS, sources_that_read
+from vlm_jax.config.datasets import (
+    AUTO,
+    CONVERSATION_FORMATS,
+    restricted_fields,
+    sources_that_read,
+)
 from vlm_jax.config.hints import either, nearest
 
-SPLIT_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
+NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
+NAME_CHARACTERS = "a name has letters, digits, '.', '_', '+' and '-'"
 TRAINING = "train"  # prefix of the training's own metrics
+LEAST_WEIGHT = 1e-6  # of a source of a mixture, relative to the largest
+
+
+def _mixture(cfg: Experiment) -> None:
+    """Checks names, weights and kinds of the sources; `validate` checks the data of each."""
+    mixture, temperature = cfg.data.mixture, cfg.data.mixture_temperature
+    if not mixture:
+        if temperature is not None:
+            raise ConfigError(
+                f"data.mixture_temperature {temperature} has no effect without data.mixture: leave "
+                "it out."
+            )
+        return
+    names = [source.name for source in mixture]
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise ConfigError(f"data.mixture {name!r} is not a name: {NAME_CHARACTERS}.")
+        if names.count(name) > 1:
+            raise ConfigError(f"data.mixture names {name} twice: choose another name.")
+    _weights(cfg)
+    kinds = {}
+    for source in mixture:
+        with naming_source(source.name):
+            dataset = dataclasses.replace(cfg.data, mixture=(), **source.own_fields).dataset
+        kinds.setdefault(dataset.conversations is None, source.name)
+    if len(kinds) > 1:
+        parts = cfg.data.parts
+        raise ConfigError(
+            f"data.mixture {kinds[True]} (data.source {parts[kinds[True]].source}) has rows of one "
+            f"image with its questions, and {kinds[False]} (data.source "
+            f"{parts[kinds[False]].source}) packed conversations: mix sources of one kind."
+        )
+    read = {name for part in cfg.data.parts.values() for name in part.dataset.fields}
+    for name in sorted(restricted_fields() - read):
+        if _is_changed(cfg.data, name):
+            raise ConfigError(
+                f"data.{name} applies only to data.source "
+                f"{' and '.join(sources_that_read(name))}, which no source of data.mixture is: "
+                "leave it out."
+            )
+
+
+def _weights(cfg: Experiment) -> None:
+    weights = {source.name: source.weight for source in cfg.data.mixture}
+    missing = [name for name, weight in weights.items() if weight is None]
+    if len(missing) == len(weights):
+        return
+    if missing:
+        raise ConfigError(
+            f"data.mixture {missing[0]} has no weight, but other sources have: give every source a "
+            "weight, or none of them (data.mixture_temperature)."
+        )
+    if cfg.data.mixture_temperature is not None:
+        raise ConfigError(
+            f"data.mixture_temperature {cfg.data.mixture_temperature} and the weights of "
+            "data.mixture both set the shares of the sources: leave one out."
+        )
+    for name, weight in weights.items():
+        if weight <= 0:
+            raise ConfigError(f"data.mixture {name} has the weight {weight}: it must be above 0.")
+        if weight < LEAST_WEIGHT * max(weights.values()):
+            raise ConfigError(
+                f"data.mixture {name} has the weight {weight}, less than a millionth of "
+                f"{max(weights.values())}, the largest: leave the source out."
+            )
 
 
 def _data(cfg: Experiment) -> None:
     data, dataset = cfg.data, cfg.data.dataset
+    if "files" not in dataset.fields and cfg.eval.files:
+        raise ConfigError(_unread("eval.files", sources_that_read("files"), data.source))
+    if data.mixture:
+        return
     for name in (field.name for field in dataclasses.fields(data)):
         sources = sources_that_read(name)
         if sources and name not in dataset.fields and _is_changed(data, name):
             raise ConfigError(_unread(f"data.{name}", sources, data.source))
-    if "files" not in dataset.fields and cfg.eval.files:
-        raise ConfigError(_unread("eval.files", sources_that_read("files"), data.source))
     if "files" not in dataset.fields and _is_changed(cfg.eval, "turns"):
         raise ConfigError(_unread("eval.turns", sources_that_read("files"), data.source))
     if "files" in dataset.fields and not data.files:
@@ -414,10 +488,10 @@ def _validation(cfg: Experiment) -> None:
         )
     names = [entry.partition("=")[0] for entry in entries]
     for name, entry in zip(names, entries, strict=True):
-        if not SPLIT_NAME.fullmatch(name) or entry.endswith("="):
+        if not NAME.fullmatch(name) or entry.endswith("="):
             raise ConfigError(
-                f"eval.splits {entry!r} is not NAME=SPLIT, such as val=train[90%:]: a name has "
-                "letters, digits, '.', '_', '+' and '-'."
+                f"eval.splits {entry!r} is not NAME=SPLIT, such as val=train[90%:]: "
+                f"{NAME_CHARACTERS}."
             )
         if name == TRAINING:
             raise ConfigError(
@@ -432,6 +506,7 @@ def _validation(cfg: Experiment) -> None:
 
 
 CHECKS = (
-    *(_data, _synthetic, _tokens, _tiled_encoder, _feature_layers, _resize, _projector, _fusion),
-    *(_tiles, _room, _rates, _lora, _sliding, _no_rope, _microbatches, _profile, _validation),
+    *(_mixture, _data, _synthetic, _tokens, _tiled_encoder, _feature_layers, _resize, _projector),
+    *(_fusion, _tiles, _room, _rates, _lora, _sliding, _no_rope, _microbatches, _profile),
+    _validation,
 )

@@ -94,6 +94,11 @@ def source_format(key: str) -> str:
     return f"{key}:NAME" if DATASETS[key].takes_name else key
 
 
+def restricted_fields() -> set[str]:
+    """Returns the fields of `Data` that some datasets read and some do not."""
+    return {name for dataset in DATASETS.values() for name in dataset.fields}
+
+
 def sources_that_read(field: str) -> list[str]:
     """Returns the forms of `data.source` whose datasets read a field of `Data`."""
     return [source_format(key) for key, dataset in DATASETS.items() if field in dataset.fields]

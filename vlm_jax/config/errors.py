@@ -1,5 +1,8 @@
 """Errors: mistakes that the user can correct, and runs that cannot continue."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
     """A mistake that the user can correct, in one sentence; commands print it and exit with 2."""
@@ -27,3 +30,14 @@ class NonFiniteError(RunError):
     """A number that became NaN or infinite: the run failed without a mistake of the user."""
 
     on_all_processes = True
+
+
+@contextlib.contextmanager
+def naming_source(name: str) -> Iterator[None]:
+    """Names a source of `data.mixture` in an error of a user; "": there is no mixture."""
+    try:
+        yield
+    except UserError as error:
+        if not name:
+            raise
+        raise type(error)(f"data.mixture {name}: {error}") from error

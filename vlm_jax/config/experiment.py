@@ -5,13 +5,47 @@ Derived values are properties, so that an override on the command line never lea
 
 import math
 import re
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
-from vlm_jax.config.datasets import DATASETS, Dataset, source_format
+from vlm_jax.config.datasets import DATASETS, Dataset, restricted_fields, source_format
 from vlm_jax.config.errors import ConfigError
 from vlm_jax.config.hints import nearest
 from vlm_jax.config.model import PRETRAINED_PARTS, Decoder, Fusion, Lora, Model, Projector, Vision
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source of `data.mixture`: a dataset, or a part of one.
+
+    A field that is None has the value of the same field of the section `data`.
+    """
+
+    name: str  # in metrics, such as loss/NAME
+    #: share of its examples, relative to the other weights; None for all: data.mixture_temperature
+    weight: float | None = None
+    source: str | None = None  # as data.source
+    files: tuple[str, ...] | None = None  # as data.files
+    format: str | None = None  # as data.format
+    image_dir: str | None = None  # as data.image_dir
+    unreadable_images: str | None = None  # as data.unreadable_images
+    image_field: str | None = None  # as data.image_field
+    question_field: str | None = None  # as data.question_field
+    answer_field: str | None = None  # as data.answer_field
+    train_split: str | None = None  # as data.train_split
+    template: str | None = None  # as data.template
+    augment: tuple[str, ...] | None = None  # as data.augment
+
+    @property
+    def own_fields(self) -> dict[str, object]:
+        """The fields of `Data` that this source sets."""
+        values = {name: getattr(self, name) for name in SOURCE_FIELDS}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+# Fields of `Data` that a source of a mixture may set.
+SOURCE_FIELDS = tuple(x.name for x in fields(Source) if x.name not in ("name", "weight"))
 
 
 @dataclass(frozen=True)
@@ -24,6 +58,11 @@ class Data:
     #: file is recognised
     format: str = "auto"
     image_dir: str = ""  # conversations: folder of the images
+    #: several datasets to train on instead of one, as Source(...) in a config file
+    mixture: tuple[Source, ...] = ()
+    #: T of a mixture without weights: a source of n examples has the weight n^(1/T); 1: in
+    #: proportion to n, high: all alike; None: 1
+    mixture_temperature: float | None = None
     #: conversations: leave out records with an image that is missing or cannot be decoded, or stop
     unreadable_images: Literal["error", "skip"] = "error"
     image_field: str = "image"  # tfds: feature of the image; empty: text only
@@ -82,9 +121,47 @@ class Data:
         return row
 
     @property
+    def parts(self) -> dict[str, "Data"]:
+        """The data of each source of the mixture by its name; without a mixture itself, as "".
+
+        Fields that a source does not set and its dataset does not read have their defaults.
+
+        Raises:
+          ConfigError: a source names an unknown dataset.
+        """
+        if not self.mixture:
+            return {"": self}
+        return {source.name: self._part(source) for source in self.mixture}
+
+    def _part(self, source: Source) -> "Data":
+        part = replace(self, mixture=(), mixture_temperature=None, **source.own_fields)
+        unread = restricted_fields() - {*part.dataset.fields, *source.own_fields}
+        return replace(part, **{name: getattr(Data, name) for name in unread})
+
+    @property
     def is_conversations(self) -> bool:
         """Rows are packed with conversations, instead of one image and its questions."""
-        return self.dataset.conversations is not None
+        return all(part.dataset.conversations is not None for part in self.parts.values())
+
+    @property
+    def templates(self) -> set[str]:
+        """The prompt formats of all conversations: of training, and `template` of other prompts."""
+        return {self.template, *(part.template for part in self.parts.values())}
+
+    def mixture_shares(self, counts: Sequence[int]) -> list[float]:
+        """Returns the share of each source of the mixture in the examples; the sum is 1.
+
+        Source: Arivazhagan et al. 2019, "Massively multilingual neural machine translation in the
+        wild", temperature-based sampling.
+
+        Args:
+          counts: number of examples of each source.
+        """
+        weights = [source.weight for source in self.mixture]
+        if None in weights:
+            exponent = 1 / (self.mixture_temperature or 1.0)
+            weights = [(count / max(counts)) ** exponent for count in counts]
+        return [weight / sum(weights) for weight in weights]
 
 
 @dataclass(frozen=True)
@@ -313,18 +390,29 @@ class Experiment:
     @property
     def eval_data(self) -> Data:
         """The dataset that `eval.read_split` is a split of."""
-        return replace(self.data, files=self.eval.files) if self.eval.files else self.data
+        if not self.eval.files:
+            return self.data
+        return replace(self.data, files=self.eval.files, mixture=(), mixture_temperature=None)
+
+    @property
+    def parts(self) -> dict[str, "Experiment"]:
+        """The experiment with the data of each source of the mixture, as `Data.parts`."""
+        return {name: replace(self, data=part) for name, part in self.data.parts.items()}
 
     def validation_data(self, split: str) -> Data:
         """The dataset of a value of `eval.named_splits`, which is its `train_split`.
 
         Images are not augmented. Conversations have no other split than train: all other values are
-        files.
+        files. Of a mixture it is the split of every source.
         """
         data = replace(self.eval_data, train_split=split, augment=())
         if "files" in data.dataset.fields and split.partition("[")[0] != "train":
-            data = replace(data, files=(split,), train_split="train")
-        return data
+            files = (split,)
+            return replace(
+                data, files=files, train_split="train", mixture=(), mixture_temperature=None
+            )
+        sources = (replace(source, train_split=None, augment=None) for source in data.mixture)
+        return replace(data, mixture=tuple(sources))
 
     @property
     def model(self) -> Model:

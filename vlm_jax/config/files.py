@@ -219,7 +219,7 @@ def explicit_fields(cfg: Experiment, arguments: list[str]) -> set[str]:
     values, defaults = flat(cfg), flat(Experiment())
     for section in PRETRAINED_PARTS:
         if cfg.init_from or values[f"{section}.checkpoint"]:
-            changed = {name for name in values if values[name] != defaults[name]}
+            changed = {name for name in values if values[name] != defaults.get(name)}
             names |= {name for name in changed if name.startswith(f"{section}.")}
     return names
 
@@ -255,14 +255,19 @@ def _check_option(
     if name not in fields:
         hint = nearest_field(name, [*options, *fields])
         raise ConfigError(f"--{name} is not a field{hint}; --help lists all of them.")
-    count, is_repeated = _count_values(fields[name])
+    if dataclasses.is_dataclass(element_type(fields[name])):
+        raise ConfigError(
+            f"--{name} cannot be given as an option: set it in a config file; its fields are then "
+            f"options such as --{name}.0.weight."
+        )
+    count, is_repeated = _count_values(required_type(fields[name]))
     if len(values) % count if is_repeated else len(values) != count:
         expected = "one value" if count == 1 else f"{count} values"
         expected += " each" if is_repeated else ""
         expected += ", with spaces between them" if count > 1 else ""
         raise ConfigError(f"--{name} takes {expected}, not {' '.join(values) or 'none'}.")
-    kind = required_type(element_type(fields[name]))
-    if "" in values and flat(Experiment())[name] != "" and name not in MAY_BE_EMPTY:
+    kind = required_type(element_type(required_type(fields[name])))
+    if "" in values and flat(Experiment()).get(name) != "" and name not in MAY_BE_EMPTY:
         raise ConfigError(f"--{name} is empty.")
     choices = ("True", "False") if kind is bool else literal_choices(kind)
     for value in values:
@@ -342,8 +347,13 @@ def _rebuild(kind, values):
     types = typing.get_type_hints(kind)
     arguments = {}
     for name, value in (OLD_DEFAULTS.get(kind, {}) | values).items():
-        nested = dataclasses.is_dataclass(types[name])
-        arguments[name] = _rebuild(types[name], value) if nested else _tuples(value)
+        element = element_type(types[name])
+        if not dataclasses.is_dataclass(element):
+            arguments[name] = _tuples(value)
+        elif isinstance(value, list):
+            arguments[name] = tuple(_rebuild(element, section) for section in value)
+        else:
+            arguments[name] = _rebuild(element, value)
     return kind(**arguments)
 
 
@@ -378,7 +388,7 @@ def differences(a: Experiment, b: Experiment) -> list[str]:
     """Returns a line `section.field: a's value -> b's value` for each difference except workdir."""
     old, new = flat(a), flat(b)
     return [
-        f"{name}: {old[name]} -> {new[name]}"
-        for name in old
-        if old[name] != new[name] and name != "workdir"
+        f"{name}: {old.get(name)} -> {new.get(name)}"
+        for name in dict.fromkeys((*old, *new))
+        if old.get(name) != new.get(name) and name != "workdir"
     ]

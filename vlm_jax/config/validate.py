@@ -10,6 +10,7 @@ from vlm_jax.config import (
     Experiment,
     Transformer,
     Vision,
+    naming_source,
 )
 from vlm_jax.config.bounds import PATHS, check_number, check_path
 from vlm_jax.config.cross_checks import CHECKS
@@ -30,7 +31,17 @@ def validate(cfg: Experiment) -> Experiment:
     for check in CHECKS:
         check(cfg)
     cfg.distributed.check()
+    if cfg.data.mixture:
+        _check_parts(cfg)
     return cfg
+
+
+def _check_parts(cfg: Experiment) -> None:
+    """Validates the experiment with the data of each source of a mixture."""
+    evaluation = dataclasses.replace(cfg.eval, files=())
+    for name, part in cfg.parts.items():
+        with naming_source(name):
+            validate(dataclasses.replace(part, eval=evaluation))
 
 
 def check_values(cfg: Experiment | Vision | Contrastive) -> None:
@@ -72,8 +83,8 @@ def check_types(cfg, prefix: str = "") -> None:
         value = getattr(cfg, name)
         if not _fits(value, kind):
             raise ConfigError(f"{prefix}{name} is {value!r}: it must be {_type_name(kind)}.")
-        if dataclasses.is_dataclass(kind):
-            check_types(value, f"{prefix}{name}.")
+        for path, section in sections(f"{prefix}{name}", value).items():
+            check_types(section, f"{path}.")
 
 
 def _fits(value, kind) -> bool:
@@ -109,11 +120,22 @@ def flat(cfg, prefix: str = "") -> dict[str, object]:
     """Flattens nested dataclasses to {"section.field": value}."""
     values = {}
     for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        nested = dataclasses.is_dataclass(value)
-        name = f"{prefix}{field.name}"
-        values |= flat(value, f"{name}.") if nested else {name: value}
+        value, name = getattr(cfg, field.name), f"{prefix}{field.name}"
+        nested = sections(name, value)
+        for path, section in nested.items():
+            values |= flat(section, f"{path}.")
+        if not nested:
+            values[name] = value
     return values
+
+
+def sections(name: str, value) -> dict[str, object]:
+    """Returns the dataclasses that a field holds: itself, or those of a tuple as `name.INDEX`."""
+    if dataclasses.is_dataclass(value):
+        return {name: value}
+    if isinstance(value, tuple) and all(map(dataclasses.is_dataclass, value)):
+        return {f"{name}.{index}": section for index, section in enumerate(value)}
+    return {}
 
 
 def with_fields(cfg, values: typing.Mapping[str, object]):
@@ -124,8 +146,14 @@ def with_fields(cfg, values: typing.Mapping[str, object]):
 
 
 def _with_field(section, path: list[str], value):
+    if not path:
+        return value
     name, *deeper = path
-    inner = _with_field(getattr(section, name), deeper, value) if deeper else value
+    if isinstance(section, tuple):
+        elements = list(section)
+        elements[int(name)] = _with_field(elements[int(name)], deeper, value)
+        return tuple(elements)
+    inner = _with_field(getattr(section, name), deeper, value)
     return dataclasses.replace(section, **{name: inner})
 
 
@@ -133,8 +161,11 @@ def kinds(cfg, prefix: str = "") -> dict[str, object]:
     """Returns the types of nested dataclasses' fields as {"section.field": type}."""
     fields = {}
     for name, kind in typing.get_type_hints(type(cfg)).items():
-        nested = dataclasses.is_dataclass(kind)
-        fields |= kinds(getattr(cfg, name), f"{prefix}{name}.") if nested else {prefix + name: kind}
+        nested = sections(f"{prefix}{name}", getattr(cfg, name))
+        for path, section in nested.items():
+            fields |= kinds(section, f"{path}.")
+        if not nested:
+            fields[prefix + name] = kind
     return fields
 
 

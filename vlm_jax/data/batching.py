@@ -75,6 +75,7 @@ def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Reader) -> Batch:
         image_token_index=offset_ids(fields["image_token_index"], first_view * cfg.image_tokens),
         image_mask=restrict_tags(image_mask, image_tags),
         images=images if cfg.fusion.has_images else None,
+        source_ids=fields.get("source_ids"),
     )
     if not cfg.vision.keeps_aspect_in_tiles:
         return batch

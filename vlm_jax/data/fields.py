@@ -19,6 +19,7 @@ FILL = {
     "segment_ids": np.int32(PADDING),
     "branch_ids": np.int32(TRUNK),
     "block_ids": np.int32(0),
+    "source_ids": np.int32(0),
     "image_token_index": np.int32(NO_IMAGE),
     "image_mask": np.bool_(False),
     "loss_weights": np.float32(0),

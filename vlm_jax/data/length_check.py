@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vlm_jax.config import Experiment
+from vlm_jax.config import Experiment, naming_source
 from vlm_jax.data import (
     cuts,
     pipeline,
@@ -24,7 +24,9 @@ def check_lengths(cfg: Experiment, tokenizer: Tokenizer) -> None:
       ConfigError: a question does not fit.
     """
     if not cfg.data.is_conversations:
-        text.pack_row(cfg, [longest_pair(cfg, tokenizer)])
+        for name, part in cfg.parts.items():
+            with naming_source(name):
+                text.pack_row(part, [longest_pair(part, tokenizer)])
     if cfg.eval.read_split:
         questions.row_length(cfg, tokenizer, questions.to_evaluate(cfg))
 
@@ -32,8 +34,18 @@ def check_lengths(cfg: Experiment, tokenizer: Tokenizer) -> None:
 def dropped_questions_message(cfg: Experiment, tokenizer: Tokenizer) -> str:
     """Returns a sentence about what does not fit the training rows; "" if everything does.
 
-    All conversations are counted; of other datasets the questions of `sampled_rows`.
+    All conversations are counted; of other datasets the questions of `sampled_rows`. Of a mixture
+    it is a sentence for each source.
     """
+    messages = {name: _dropped_message(part, tokenizer) for name, part in cfg.parts.items()}
+    return " ".join(
+        f"data.mixture {name}: {message}" if name else message
+        for name, message in messages.items()
+        if message
+    )
+
+
+def _dropped_message(cfg: Experiment, tokenizer: Tokenizer) -> str:
     if cfg.data.is_conversations:
         return cuts.cut_message(cfg, pipeline.training_conversations(cfg, tokenizer)[1])
     rows = sampled_rows(cfg, tokenizer)

@@ -47,14 +47,19 @@ def count_overlaps(training: Data, splits: Mapping[str, Data]) -> dict[str, Over
 
 
 def read_examples(data: Data) -> Iterator[Example]:
-    """Yields the questions of `data.train_split`."""
-    if data.is_conversations:
-        yield from _conversation_examples(data)
-    else:
-        for record in sources.load(data, data.train_split):
-            digest = hashlib.sha256(record.image).digest()
-            for question in record.questions:
-                yield Example(question, functools.partial(tuple, [digest]))
+    """Yields the questions of `data.train_split`, of every source."""
+    for part in data.parts.values():
+        if part.is_conversations:
+            yield from _conversation_examples(part)
+        else:
+            yield from _record_examples(part)
+
+
+def _record_examples(data: Data) -> Iterator[Example]:
+    for record in sources.load(data, data.train_split):
+        digest = hashlib.sha256(record.image).digest()
+        for question in record.questions:
+            yield Example(question, functools.partial(tuple, [digest]))
 
 
 def _conversation_examples(data: Data) -> Iterator[Example]:

@@ -24,6 +24,7 @@ from vlm_jax.data import templates, tiling
 from vlm_jax.data.batching import as_tiled_batch, to_batch
 from vlm_jax.data.conversations import Conversation, Conversations
 from vlm_jax.data.fields import FILL, Fields, without_scores
+from vlm_jax.data.mixture import Part, mix
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import NO_IMAGE, Batch
 
@@ -41,52 +42,52 @@ def check_image_counts(cfg: Experiment, source: Conversations) -> None:
 
 
 def batches(
-    cfg: Experiment, tokenizer: Tokenizer, source: Conversations, shard: slice
+    cfg: Experiment, tokenizer: Tokenizer, parts: Sequence[Part], own: slice
 ) -> grain.IterDataset:
-    """Endless `Batch`es of the rows `shard` of each global batch of `train.batch_size` rows."""
-    return _packed_dataset(cfg, tokenizer, source, _batch_maker(cfg, source, shard))
+    """Endless `Batch`es of the rows `own` of each global batch of `train.batch_size` rows."""
+    return _packed_dataset(cfg, tokenizer, parts, _batch_maker(cfg, parts, own))
 
 
 def validation_batches(
-    cfg: Experiment, tokenizer: Tokenizer, source: Conversations, shard: slice
+    cfg: Experiment, tokenizer: Tokenizer, parts: Sequence[Part], own: slice
 ) -> grain.IterDataset:
-    """The `Batch`es of `batches` of every conversation once, in the order of the source.
+    """The `Batch`es of `batches` of every conversation once, in the order of the sources.
 
     The last batch is filled up with rows without a scored token.
     """
-    make_batch = _batch_maker(cfg, source, shard)
+    make_batch = _batch_maker(cfg, parts, own)
 
     def make_full_batch(rows: Sequence[Fields]):
         missing = cfg.train.batch_size - len(rows)
         return make_batch([*rows, *[without_scores(rows[-1])] * missing])
 
-    return _packed_dataset(cfg, tokenizer, source, make_full_batch, is_training=False)
+    return _packed_dataset(cfg, tokenizer, parts, make_full_batch, is_training=False)
 
 
 def _batch_maker(
-    cfg: Experiment, source: Conversations, shard: slice
+    cfg: Experiment, parts: Sequence[Part], own: slice
 ) -> Callable[[Sequence[Fields]], Batch]:
     pool = ThreadPoolExecutor(max(cfg.data.threads, 1))
-    reader = pixel_reader(cfg, source)
+    reader = pixel_reader(cfg, MixedImages([part.examples for part in parts]))
 
     def read(indices: Sequence[int]):
         return pool.map(reader, indices)
 
     def make_batch(rows: Sequence[Fields]):
-        return as_tiled_batch(cfg, to_batch(cfg, rows[shard], read))
+        return as_tiled_batch(cfg, to_batch(cfg, rows[own], read))
 
     return make_batch
 
 
 def row_ids(
-    cfg: Experiment, tokenizer: Tokenizer, source: Conversations, state: dict
+    cfg: Experiment, tokenizer: Tokenizer, parts: Sequence[Part], state: dict
 ) -> list[list[str]]:
     """Returns the conversation ids of each row of the global batch after iterator state `state`."""
 
     def read_ids(rows: Sequence[Fields]) -> list[list[str]]:
         return [list(row["id"]) for row in rows]
 
-    iterator = iter(_packed_dataset(cfg, tokenizer, source, read_ids))
+    iterator = iter(_packed_dataset(cfg, tokenizer, parts, read_ids))
     iterator.set_state(state)
     return next(iterator)
 
@@ -94,22 +95,20 @@ def row_ids(
 def _packed_dataset(
     cfg: Experiment,
     tokenizer: Tokenizer,
-    source: Conversations,
+    parts: Sequence[Part],
     make_batch: Callable[[Sequence[Fields]], Any],
     is_training: bool = True,
 ) -> grain.IterDataset:
     """Yields `make_batch` of the rows of each global batch; the state is independent of it.
 
-    In training the conversations are shuffled and repeated, and all batches are full.
+    In training the conversations are shuffled, repeated and mixed, and all batches are full.
     """
     threads, batch_size = cfg.data.threads, cfg.train.batch_size
-    encode = functools.partial(encode_for_packing, cfg, tokenizer, tile_counter(cfg, source))
-    conversations = grain.MapDataset.source(source)
-    if is_training:
-        conversations = conversations.seed(cfg.seed).shuffle()
-    encoded = conversations.map(encode)
-    if is_training:
-        encoded = encoded.repeat()
+    epochs = []
+    for part in parts:
+        conversations = part.shuffled() if is_training else grain.MapDataset.source(part.examples)
+        epochs.append(conversations.map(_part_encoder(tokenizer, part, len(parts))))
+    encoded = mix(cfg, epochs) if is_training else grain.MapDataset.concatenate(epochs)
     lengths, padding = row_capacity(cfg)
     # The packer adds segment ids and positions to each field; only tokens and images need them.
     unsegmented = [name for name in lengths if name not in ("tokens", "images")]
@@ -126,6 +125,32 @@ def _packed_dataset(
         packed.batch(batch_size, drop_remainder=is_training, batch_fn=make_batch),
         prefetch_buffer_size=cfg.data.prefetch,
     )
+
+
+def _part_encoder(tokenizer: Tokenizer, part: Part, count: int) -> Callable[[Conversation], Fields]:
+    """Returns a function: conversation of a source -> its fields, with indices of `MixedImages`."""
+    encode = functools.partial(
+        encode_for_packing, part.cfg, tokenizer, tile_counter(part.cfg, part.examples)
+    )
+
+    def encode_part(conversation: Conversation) -> Fields:
+        fields = part.tagged(encode(conversation))
+        images = fields["images"] * count + part.number
+        return fields | {"images": images, "id": part.label(conversation.id)}
+
+    return encode_part
+
+
+class MixedImages:
+    """The images of several sources: image i of source n of N has the index i * N + n."""
+
+    def __init__(self, sources: Sequence[Conversations]):
+        self._sources = sources
+
+    def image(self, index: int) -> tuple[str, bytes]:
+        """Returns the name of an image for error messages, and the content of its file."""
+        index, number = divmod(index, len(self._sources))
+        return self._sources[number].image(index)
 
 
 def encode_for_packing(
@@ -154,12 +179,14 @@ def row_capacity(cfg: Experiment) -> tuple[dict[str, int], dict[str, int]]:
         padding["images_from"] = 0
     if cfg.fusion.has_blocks:
         padding["block_ids"] = FILL["block_ids"]
+    if cfg.data.mixture:
+        padding["source_ids"] = FILL["source_ids"]
     lengths = dict.fromkeys(padding, cfg.row_length) | {"images": cfg.data.images_per_row}
     return lengths, padding
 
 
 def pixel_reader(
-    cfg: Experiment, source: Conversations, is_exact: bool = False
+    cfg: Experiment, source: Conversations | MixedImages, is_exact: bool = False
 ) -> Callable[[int], np.ndarray]:
     """Returns a cached function: image index -> (H, W, 3) uint8, resized to its grid of tiles.
 

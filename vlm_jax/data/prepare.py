@@ -12,29 +12,22 @@ import sys
 
 import tensorflow_datasets as tfds
 
-from vlm_jax.config import ConfigError, Experiment, UserError, files
+from vlm_jax.config import ConfigError, Data, Experiment, UserError, files, naming_source
 from vlm_jax.config.validate import validate
 from vlm_jax.data import conversations
 from vlm_jax.data.builders.conversations import ConversationImagesOnBeam
 
 
-def prepare(cfg: Experiment, beam_options: list[str]) -> conversations.Conversations:
-    """Prepares and returns the conversations of `data.train_split`.
+def prepare(cfg: Experiment, beam_options: list[str]) -> int:
+    """Prepares the conversations of `data.train_split` and returns their number.
 
     Raises:
       ConfigError: the dataset is not read from `data.files`, or Beam is not installed.
       DataError: a file is malformed or missing.
     """
-    if not cfg.data.files:
-        raise ConfigError(
-            f"data.source {cfg.data.source} needs no Beam: training prepares it. "
-            "This command prepares data.source conversations."
-        )
-    if cfg.data.unreadable_images == "skip":
-        raise ConfigError(
-            "data.unreadable_images skip does not work on Beam: set it to error, or let training "
-            "prepare the dataset."
-        )
+    for name, data in cfg.data.parts.items():
+        with naming_source(name):
+            _check(data)
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError:
@@ -44,9 +37,25 @@ def prepare(cfg: Experiment, beam_options: list[str]) -> conversations.Conversat
     download_config = tfds.download.DownloadConfig(beam_options=PipelineOptions(beam_options))
     # Beam logs an error of a worker that is raised here as well.
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
-    return conversations.load(
-        cfg.data, cfg.data.train_split, ConversationImagesOnBeam, download_config
-    )
+    count = 0
+    for data in cfg.data.parts.values():
+        count += len(
+            conversations.load(data, data.train_split, ConversationImagesOnBeam, download_config)
+        )
+    return count
+
+
+def _check(data: Data) -> None:
+    if not data.files:
+        raise ConfigError(
+            f"data.source {data.source} needs no Beam: training prepares it. "
+            "This command prepares data.source conversations."
+        )
+    if data.unreadable_images == "skip":
+        raise ConfigError(
+            "data.unreadable_images skip does not work on Beam: set it to error, or let training "
+            "prepare the dataset."
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,12 +68,12 @@ def main(arguments: list[str] | None = None) -> int:
     args, fields = parser.parse_known_args(arguments[:end])
     try:
         cfg = files.override(files.load(args.config), fields, parser.prog)
-        source = prepare(validate(cfg), beam_options)
+        count = prepare(validate(cfg), beam_options)
     except UserError as error:
         message = str(error).partition(" [while running")[0]  # Beam appends the step
         print(f"error: {message}", file=sys.stderr)
         return 2
-    print(f"{len(source)} conversations are prepared in {cfg.data.dir}")
+    print(f"{count} conversations are prepared in {cfg.data.dir}")
     return 0
 
 

@@ -1,18 +1,19 @@
 """Reads the questions of a split, and makes batches to continue from questions or prompts."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from vlm_jax.config import ConfigError, Experiment
+from vlm_jax.config import ConfigError, Experiment, naming_source
 from vlm_jax.data import batching, packing, pipeline, sources, templates, text, tiling
 from vlm_jax.data import images as image_files
 from vlm_jax.data.builders.boxes import Box
 from vlm_jax.data.conversations import Conversation
 from vlm_jax.data.fields import Fields
-from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
+from vlm_jax.data.forms.record import DEFAULT_TYPE, IMAGE_PLACEHOLDER
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import Batch
 
@@ -36,6 +37,7 @@ class Question:
     choices: tuple[str, ...] = ()  # texts of a multiple-choice question
     location: str = ""  # of its record, in messages
     system: str | None = None  # text of the system turn of its conversation
+    source: str = ""  # name of its source in `data.mixture`
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -72,8 +74,26 @@ def boxes_to_evaluate(cfg: Experiment) -> list[Box | None]:
 def load(cfg: Experiment, split: str, limit: int | None = None) -> list[Question]:
     """Returns the first `limit` questions of a split (None: all), in the order of the dataset.
 
-    `eval.turns` decides which questions of a conversation they are.
+    `eval.turns` decides which questions of a conversation they are. The sources of a mixture, all
+    of which have the split, take turns; the type of a question is its source.
     """
+    if not cfg.data.mixture:
+        return _load(cfg, split, limit)
+    columns = []
+    for name, part in cfg.parts.items():
+        with naming_source(name):
+            found = _load(part, split, limit)
+        columns.append([_of_source(question, name) for question in found])
+    turns = itertools.chain(*itertools.zip_longest(*columns))
+    return [question for question in turns if question is not None][:limit]
+
+
+def _of_source(question: Question, name: str) -> Question:
+    kind = name if question.type == DEFAULT_TYPE else f"{name}/{question.type}"
+    return replace(question, source=name, type=kind)
+
+
+def _load(cfg: Experiment, split: str, limit: int | None) -> list[Question]:
     if cfg.data.is_conversations:
         return _conversation_questions(cfg, split, limit)
     decoded = pipeline.DecodedRecords(sources.load(cfg.data, split), cfg.vision)
@@ -147,7 +167,13 @@ def _read_record_image(decoded: pipeline.DecodedRecords, index: int) -> list[np.
 def row_length(cfg: Experiment, tokenizer: Tokenizer, questions: Iterable[Question]) -> int:
     """Returns `prompt_length` of the questions, as if every image had the most tiles."""
     prompts = {
-        (question.question, question.image_count, question.history, question.system)
+        (
+            question.question,
+            question.image_count,
+            question.history,
+            question.system,
+            question.source,
+        )
         for question in questions
     }
     return _max_prompt_length(cfg, tokenizer, prompts)
@@ -161,22 +187,23 @@ def prompt_length(
     Raises:
       ConfigError: the longest prompt leaves no room for an answer of `eval.max_new_tokens`.
     """
-    return _max_prompt_length(cfg, tokenizer, {(prompt, images, (), None) for prompt in prompts})
+    entries = {(prompt, images, (), None, "") for prompt in prompts}
+    return _max_prompt_length(cfg, tokenizer, entries)
 
 
 def _max_prompt_length(
     cfg: Experiment,
     tokenizer: Tokenizer,
-    prompts: Iterable[tuple[str, int, Sequence[str], str | None]],
+    prompts: Iterable[tuple[str, int, Sequence[str], str | None, str]],
 ) -> int:
     """Returns the length of the longest prompt.
 
-    Each has its number of images, its history and its system turn.
+    Each has its number of images, its history, its system turn and the name of its source.
     """
-    lengths = []
-    for prompt, image_count, history, system in prompts:
+    lengths, parts = [], _parts_of_prompts(cfg)
+    for prompt, image_count, history, system, source in prompts:
         tiles = [cfg.vision.cut_tiles] * image_count
-        row = prompt_row(cfg, tokenizer, prompt, tiles, history=history, system=system)
+        row = prompt_row(parts[source], tokenizer, prompt, tiles, history=history, system=system)
         lengths.append(len(row["tokens"]))
     length = max(lengths)
     if length + cfg.eval.max_new_tokens > cfg.decoder.max_positions:
@@ -185,6 +212,12 @@ def _max_prompt_length(
             f"with its image, {length} tokens, and eval.max_new_tokens {cfg.eval.max_new_tokens}."
         )
     return length
+
+
+@functools.lru_cache
+def _parts_of_prompts(cfg: Experiment) -> dict[str, Experiment]:
+    """Returns `Experiment.parts`, and the experiment itself for prompts without a source."""
+    return {"": cfg, **cfg.parts}
 
 
 def prompt_row(
@@ -218,6 +251,7 @@ def prompt_batch(
     answers: Sequence[str] | None = None,
     histories: Sequence[Sequence[str]] | None = None,
     systems: Sequence[str | None] | None = None,
+    sources: Sequence[str] | None = None,
     pad_to_multiple_of: int = 1,
 ) -> Batch:
     """Makes a batch to continue, padded on the left, of prompts and the images of each.
@@ -235,6 +269,8 @@ def prompt_batch(
       answers: one for each prompt. The batch then has `targets` and `loss_weights` to train on.
       histories: for each prompt, the questions and answers before it in its conversation.
       systems: for each prompt, the system turn of its conversation.
+      sources: for each prompt, the name of the source of the mixture that it has the form of; None:
+        all have the form of `data`.
       pad_to_multiple_of: without `length`, S is rounded up to a multiple of it.
     """
     tiles = [_tile_counts(cfg, row) for row in images]  # for each row of images
@@ -247,19 +283,23 @@ def prompt_batch(
         histories = [()] * len(prompts)
     if systems is None:
         systems = [None] * len(prompts)
-    entries = list(zip(prompts, tiles, answers, histories, systems, strict=True))
+    if sources is None:
+        sources = [""] * len(prompts)
+    parts = _parts_of_prompts(cfg)
+    forms = [parts[source] for source in sources]
+    entries = list(zip(forms, prompts, tiles, answers, histories, systems, strict=True))
     if length is None:
         lengths = []
-        for prompt, counts, answer, history, system in entries:
-            row = prompt_row(cfg, tokenizer, prompt, counts, None, answer, history, system)
+        for form, prompt, counts, answer, history, system in entries:
+            row = prompt_row(form, tokenizer, prompt, counts, None, answer, history, system)
             lengths.append(len(row["tokens"]))
         length = max(lengths) + -max(lengths) % pad_to_multiple_of
     elif cfg.fusion.has_images:
         max_images = max(max_images, cfg.data.images_per_row)
     views = max_images * cfg.vision.views
     rows = []
-    for prompt, counts, answer, history, system in entries:
-        row = prompt_row(cfg, tokenizer, prompt, counts, length, answer, history, system)
+    for form, prompt, counts, answer, history, system in entries:
+        row = prompt_row(form, tokenizer, prompt, counts, length, answer, history, system)
         rows.append(row | {"image_mask": _zero_pad(row["image_mask"], 1, views)})
     batch = Batch(**batching.stack_fields(rows))
     if not max_images:
@@ -315,6 +355,7 @@ def question_batch(
     prompts = [question.question for question in questions]
     histories = [question.history for question in questions]
     systems = [question.system for question in questions]
+    sources = [question.source for question in questions]
     owners = [readers.index(source.images) for source in image_sources]
     return prompt_batch(
         cfg,
@@ -326,6 +367,7 @@ def question_batch(
         answers,
         histories=histories,
         systems=systems,
+        sources=sources,
     )
 
 

@@ -133,10 +133,14 @@ def resize_to_grid(image: Image.Image, vision: Vision) -> np.ndarray:
     return np.asarray(to_square(image, vision))
 
 
-def lru_cached(read: Callable[[int], Any], vision: Vision) -> Callable[[int], Any]:
-    """Returns `read` behind an LRU cache of CACHE_BYTES, if it returns one image of `vision`."""
+def lru_cached(read: Callable[[int], Any], vision: Vision, caches: int = 1) -> Callable[[int], Any]:
+    """Returns `read` behind an LRU cache, if it returns one image of `vision`.
+
+    Args:
+      caches: number of caches that share CACHE_BYTES.
+    """
     max_image_bytes = CHANNELS * vision.cut_tiles * vision.image_size_px**2
-    return functools.lru_cache(CACHE_BYTES // max_image_bytes)(read)
+    return functools.lru_cache(CACHE_BYTES // max_image_bytes // caches)(read)
 
 
 def to_pixels(image: Image.Image, vision: Vision) -> np.ndarray:

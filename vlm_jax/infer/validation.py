@@ -29,6 +29,7 @@ class Split:
     name: str
     batches: grain.IterDataset  # this process's rows of batches with the shape of the training's
     examples: list[Question]  # to be answered
+    sources: Sequence[str] = ()  # names of the sources of a mixture
 
 
 class Scorer:
@@ -48,21 +49,27 @@ class Scorer:
         """Returns the scores by name, such as val/loss and val/exact_match."""
         scores = {}
         for split in self._splits:
-            scores[f"{split.name}/{LOSS}"] = self._mean_loss(params, split)
+            for name, loss in self._mean_losses(params, split).items():
+                scores[f"{split.name}/{name}"] = loss
             for name, score in self._metrics(params, split).items():
                 scores[f"{split.name}/{name}"] = score
         return scores
 
-    def _mean_loss(self, params, split: Split) -> float:
-        """Returns the nats per scored token of the whole split."""
-        nats, counts = [], []
+    def _mean_losses(self, params, split: Split) -> dict[str, float]:
+        """Returns the nats per scored token of the whole split, and of each source of a mixture."""
+        sums = []
         for batch in split.batches:
             batch = sharding.place_own_rows(batch, self._mesh)
             # Waits for the devices, so that they hold one batch and not all.
-            batch_nats, count = jax.device_get(self._sums(params, batch))
-            nats.append(batch_nats)
-            counts.append(count)
-        return math.fsum(nats) / math.fsum(counts)
+            sums.append(jax.device_get(self._sums(params, batch)))
+        nats = math.fsum(batch.nats.total for batch in sums)
+        losses = {LOSS: nats / math.fsum(batch.count for batch in sums)}
+        for number, name in enumerate(split.sources):
+            count = math.fsum(batch.count_by_source[number] for batch in sums)
+            if count:
+                nats = math.fsum(batch.nats.by_source[number] for batch in sums)
+                losses[f"{LOSS}/{name}"] = nats / count
+        return losses
 
     def _metrics(self, params, split: Split) -> dict[str, float]:
         if self._answerer is None:
@@ -127,7 +134,7 @@ def _read_split(name: str, cfg: Experiment, inputs: Inputs) -> Split:
     for warning in filter(None, warnings):
         if jax.process_index() == 0:
             print(f"eval.splits {name}: {warning}", flush=True)
-    return Split(name, batches, examples)
+    return Split(name, batches, examples, [source.name for source in cfg.data.mixture])
 
 
 def _print_overlaps(cfg: Experiment, splits: Mapping[str, Data]) -> None:

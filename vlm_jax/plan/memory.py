@@ -122,7 +122,8 @@ def per_device_config(cfg: Experiment, mesh) -> Experiment:
 def batch_shapes(cfg: Experiment) -> Batch:
     """Shapes of a training batch whose rows have as many images as they have room for."""
     sizes = cfg.row_length, cfg.train.batch_size, cfg.data.images_per_row
-    return jax.eval_shape(lambda: example_batch(cfg.model, *sizes))
+    batch = jax.eval_shape(lambda: example_batch(cfg.model, *sizes))
+    return batch.replace(source_ids=batch.tokens) if cfg.data.mixture else batch
 
 
 def _splits(cfg: Experiment, mesh) -> dict[tuple[int, ...], int]:

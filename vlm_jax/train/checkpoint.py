@@ -33,6 +33,15 @@ class LossSum(NamedTuple):
 
     total: float = 0.0
     steps: int = 0
+    #: nats, scored tokens and tokens of each source of a mixture
+    sources: Sequence[Sequence[float]] = ()
+
+    def add(self, loss: float, sources: Sequence[Sequence[float]]) -> "LossSum":
+        """Returns the sum with the loss of a further step, and with its sums of each source."""
+        if self.sources:
+            pairs = zip(self.sources, sources, strict=True)
+            sources = [[a + b for a, b in zip(*pair, strict=True)] for pair in pairs]
+        return LossSum(self.total + loss, self.steps + 1, sources)
 
 
 NO_LOSSES = LossSum()

@@ -149,7 +149,7 @@ def load_tokenizer(cfg: Experiment) -> Tokenizer:
 
 
 def _dialogue(cfg: Experiment, folder) -> Dialogue | None:
-    if cfg.data.template != "checkpoint":
+    if "checkpoint" not in cfg.data.templates:
         return None
     if folder is None or not folder.is_dir():
         raise ConfigError(

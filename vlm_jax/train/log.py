@@ -93,6 +93,7 @@ class Log:
       data_counts: counts over the training data, the same in every row.
       trackers: get the values of the rows, too.
       repeats_validation: the validation of step `start` is repeated.
+      source_names: of the sources of a mixture.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Log:
         data_counts: Mapping[str, int] = MappingProxyType({}),
         trackers: Sequence[Tracker] = (),
         repeats_validation: bool = False,
+        source_names: Sequence[str] = (),
     ):
         self._drop_repeated_rows(workdir, start, repeats_validation)
         self._file = open(workdir.metrics, "a")  # noqa: SIM115
@@ -114,6 +116,7 @@ class Log:
         self._steps, self._every_steps = cfg.steps, cfg.log_every_steps
         self._seconds_at_peak = seconds_at_peak
         self._data_counts = data_counts
+        self._source_names = source_names
         self.loss_sum = loss_sum
         self._begin_window()
 
@@ -144,14 +147,21 @@ class Log:
         print(f"compiled in {seconds:.1f} s", flush=True)
         self._window_start += seconds
 
-    def step(self, step: int, metrics: dict[str, float], stats: StepStats) -> None:
+    def step(
+        self,
+        step: int,
+        metrics: dict[str, float],
+        stats: StepStats,
+        sources: Sequence[Sequence[float]] = (),
+    ) -> None:
         """Adds step number `step` (from 1), and writes a row if one is due.
 
         Args:
           metrics: of this step alone.
+          sources: of each source of a mixture its nats, scored tokens and tokens.
         """
         self._window.append(stats)
-        self.loss_sum = LossSum(self.loss_sum.total + metrics["loss"], self.loss_sum.steps + 1)
+        self.loss_sum = self.loss_sum.add(metrics["loss"], sources)
         self._advance_bar()
         if step % self._every_steps and step not in (1, self._steps):
             return
@@ -159,6 +169,7 @@ class Log:
             "step": step,
             **metrics,
             "loss": self.loss_sum.total / self.loss_sum.steps,
+            **self._of_sources(),
             # Padding is of this step alone, so that a resumed run logs the same.
             "padding_fraction": _padding_fraction(stats.tokens, stats.token_slots),
             "image_padding_fraction": _padding_fraction(stats.images, stats.image_slots),
@@ -198,6 +209,19 @@ class Log:
             "examples_per_second": sum(stats.examples for stats in self._window) / seconds,
             "mfu": None if peak is None else peak / step_seconds,
         }
+
+    def _of_sources(self) -> dict[str, float | None]:
+        """Loss and share of tokens of each source of a mixture, since the last row.
+
+        The loss is None if no token of the source was scored.
+        """
+        sums = self.loss_sum.sources
+        all_tokens = sum(tokens for _, _, tokens in sums)
+        losses, shares = {}, {}
+        for name, (nats, scored, tokens) in zip(self._source_names, sums, strict=True):
+            losses[f"loss/{name}"] = nats / scored if scored else None
+            shares[f"token_share/{name}"] = tokens / all_tokens
+        return losses | shares
 
     def _advance_bar(self) -> None:
         """Creates the bar with the first step: lines that are printed before would break it."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vlm_jax import sharding
 from vlm_jax.config import Experiment, NonFiniteError
@@ -97,7 +98,7 @@ def train(cfg: Experiment, prepare_scores: PrepareScores | None = None) -> State
         history.scores |= checkpoints.scores(start)
         log, validation = None, Validation(cfg, compute_scores, history)
         if is_main:
-            print(summarize(cfg, inputs.mesh, state.params, start), flush=True)
+            print(summarize(cfg, inputs.mesh, inputs.tokenizer, state.params, start), flush=True)
             log = Log(
                 workdir,
                 start,
@@ -107,6 +108,7 @@ def train(cfg: Experiment, prepare_scores: PrepareScores | None = None) -> State
                 inputs.data_counts,
                 start_trackers(cfg, workdir),
                 validation.is_due(start),
+                [source.name for source in cfg.data.mixture],
             )
             validation.log = log
         # SIGTERM is handled until the last checkpoint is written, too.
@@ -284,7 +286,10 @@ def log_step(run: Run, pending: PendingStep) -> float:
     if run.log is not None:
         stats = StepStats(*map(int, counts), pending.data_wait_seconds)
         scalars = {name: float(metrics[name]) for name in ("loss", "grad_norm", "learning_rate")}
-        run.log.step(pending.step, scalars, stats)
+        sources = []
+        if "sources" in metrics:
+            sources = np.transpose(metrics["sources"]).tolist()
+        run.log.step(pending.step, scalars, stats, sources)
     return float(metrics["loss"])
 
 

@@ -6,10 +6,11 @@ Computed in chunks of tokens, so that the full logits (B, S, V) are never materi
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Shaped
 
 from vlm_jax import axes
 from vlm_jax.structs import Batch
@@ -19,6 +20,14 @@ CHUNK_BYTES = 64 * 2**20
 # Tokens of each of several chunks: enough for a matmul's best rate, with few empty slots.
 CHUNK_TOKENS = 512
 Params = dict[tuple[str, ...], jax.Array]
+
+
+class Nats(NamedTuple):
+    """Sum of -log p(target) over scored tokens, in nats."""
+
+    total: Float[Array, ""]
+    #: the same for the tokens of each source of a mixture, not differentiated; None: no mixture
+    by_source: Float[Array, "N"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,13 +58,28 @@ def cross_entropy(
 
     Computed in float32.
     """
-    return _nats(logits, batch.targets, batch.loss_weights), jnp.sum(batch.loss_weights)
+    return _nats(logits, batch.targets, batch.loss_weights).total, jnp.sum(batch.loss_weights)
 
 
-def _nats(logits, targets, weights) -> Float[Array, ""]:
+def _nats(logits, targets, weights, source_ids=None, num_sources: int = 0) -> Nats:
     logits = logits.astype(jnp.float32)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - target_logits) * weights)
+    nats = (jax.nn.logsumexp(logits, axis=-1) - target_logits) * weights
+    if source_ids is None:
+        return Nats(jnp.sum(nats))
+    return Nats(jnp.sum(nats), sum_by_source(nats, source_ids, num_sources))
+
+
+def sum_by_source(
+    values: Array, source_ids: Int[Array, "..."], num_sources: int
+) -> Shaped[Array, "N"]:
+    """Returns the sum of the values of each source, without their gradient.
+
+    Not a scatter, which sums in another order in every run on a GPU.
+    """
+    is_source = source_ids[..., None] == jnp.arange(num_sources)  # (..., N)
+    values = jnp.where(is_source, jax.lax.stop_gradient(values)[..., None], 0)
+    return jnp.sum(values, axis=tuple(range(values.ndim - 1)))
 
 
 def head_cross_entropy(
@@ -65,7 +89,8 @@ def head_cross_entropy(
     hidden: Float[Array, "B S D"],
     batch: Batch,
     chunk: int | None = None,
-) -> Float[Array, ""]:
+    num_sources: int = 0,
+) -> Nats:
     """Returns the sum of `cross_entropy`, with logits of at most `chunk` tokens a device at a time.
 
     The scored tokens of each device's rows are packed to the front, and a loop runs over chunks up
@@ -78,25 +103,27 @@ def head_cross_entropy(
       frozen: the others.
       hidden: final hidden states.
       chunk: scored tokens of a device; None: see `chunk_tokens`.
+      num_sources: N, of the mixture that `batch.source_ids` counts.
     """
     shards = axes.row_shards()
     tokens = batch.targets.size // shards
     chunk = chunk_tokens(tokens, head.vocab_size, chunk)
     if tokens <= chunk:
         logits = axes.constrain(head.logits({**trained, **frozen}, hidden), "B S V")
-        return cross_entropy(logits, batch)[0]
+        return _nats(logits, batch.targets, batch.loss_weights, batch.source_ids, num_sources)
 
     # Scored tokens first. Slots that fill the last chunk are out of bounds, and read as 0.
     is_unscored = batch.loss_weights.reshape(shards, tokens) == 0
     order = jnp.argsort(is_unscored, axis=1, stable=True)
     order = jnp.pad(order, ((0, 0), (0, -tokens % chunk)), constant_values=tokens)
-    packed = [_pack(x, order) for x in (hidden, batch.targets, batch.loss_weights)]
+    per_token = (hidden, batch.targets, batch.loss_weights, batch.source_ids)
+    packed = [None if x is None else _pack(x, order) for x in per_token]
     scored_in_fullest = jnp.max(jnp.sum(~is_unscored, axis=1))
     chunks = (scored_in_fullest + chunk - 1) // chunk
 
     trained = _constrain_parameters(head, trained)
     frozen = _constrain_parameters(head, frozen)
-    return _chunked(head, chunk, trained, frozen, *packed, chunks)
+    return _chunked(head, chunk, num_sources, trained, frozen, *packed, chunks)
 
 
 def _constrain_parameters(head: Head, params: Params) -> Params:
@@ -122,54 +149,80 @@ def _pack(x, order):
     return axes.constrain_rows(jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0))
 
 
-def _shard_nats(head, trained, frozen, x, targets, weights):
-    """Loss of one shard's chunk: (chunk, D), (chunk,), (chunk,) -> ()."""
-    return _nats(head.logits({**trained, **frozen}, x[None])[0], targets, weights)
+def _shard_nats(head, num_sources, trained, frozen, x, targets, weights, source_ids):
+    """Loss of one shard's chunk: (chunk, D), and (chunk,) of the others -> (), (N,) or None."""
+    logits = head.logits({**trained, **frozen}, x[None])[0]
+    return tuple(_nats(logits, targets, weights, source_ids, num_sources))
+
+
+def _zero_nats(shards, num_sources, source_ids):
+    """Sums of each shard before the first chunk."""
+    by_source = None
+    if source_ids is not None:
+        by_source = axes.constrain_rows(jnp.zeros((shards, num_sources)))
+    return axes.constrain_rows(jnp.zeros(shards)), by_source
+
+
+def _sum_shards(sums) -> Nats:
+    return Nats(*jax.tree.map(lambda x: jnp.sum(x, axis=0), sums))
 
 
 def _piece(arrays, i, chunk):
-    return [jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1) for x in arrays]
+    def cut(x):
+        return jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1)
+
+    return jax.tree.map(cut, arrays)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(head, chunk, trained, frozen, x, targets, weights, chunks):
-    shard_nats = jax.vmap(functools.partial(_shard_nats, head), in_axes=(None, None, 0, 0, 0))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _chunked(
+    head, chunk, num_sources, trained, frozen, x, targets, weights, source_ids, chunks
+) -> Nats:
+    shard_nats = functools.partial(_shard_nats, head, num_sources)
+    shard_nats = jax.vmap(shard_nats, in_axes=(None, None, 0, 0, 0, 0))
 
-    def body(i, totals):
-        return totals + shard_nats(trained, frozen, *_piece((x, targets, weights), i, chunk))
+    def body(i, sums):
+        pieces = _piece((x, targets, weights, source_ids), i, chunk)
+        return jax.tree.map(jnp.add, sums, shard_nats(trained, frozen, *pieces))
 
-    return jnp.sum(jax.lax.fori_loop(0, chunks, body, axes.constrain_rows(jnp.zeros(len(x)))))
+    start = _zero_nats(len(x), num_sources, source_ids)
+    return _sum_shards(jax.lax.fori_loop(0, chunks, body, start))
 
 
-def _chunked_forward(head, chunk, trained, frozen, x, targets, weights, chunks):
+def _chunked_forward(
+    head, chunk, num_sources, trained, frozen, x, targets, weights, source_ids, chunks
+):
     """Returns the loss and its gradients.
 
     Every shard sums its own gradient of the head; they are reduced once, after the loop.
     """
-    gradient = jax.value_and_grad(functools.partial(_shard_nats, head), argnums=(0, 2))
-    gradient = jax.vmap(gradient, in_axes=(None, None, 0, 0, 0))
+    shard_nats = functools.partial(_shard_nats, head, num_sources)
+    gradient = jax.value_and_grad(shard_nats, argnums=(0, 2), has_aux=True)
+    gradient = jax.vmap(gradient, in_axes=(None, None, 0, 0, 0, 0))
     zeros = {
         path: axes.constrain(jnp.zeros((len(x), *w.shape)), f"B {head.letters[path]}")
         for path, w in trained.items()
     }
 
     def body(i, sums):
-        totals, d_trained, dx = sums
-        nats, (d_head, d_piece) = gradient(
-            trained, frozen, *_piece((x, targets, weights), i, chunk)
-        )
+        nats, d_trained, dx = sums
+        pieces = _piece((x, targets, weights, source_ids), i, chunk)
+        new_nats, (d_head, d_piece) = gradient(trained, frozen, *pieces)
         dx = jax.lax.dynamic_update_slice_in_dim(dx, d_piece, i * chunk, axis=1)
-        return totals + nats, jax.tree.map(jnp.add, d_trained, d_head), dx
+        add = functools.partial(jax.tree.map, jnp.add)
+        return add(nats, new_nats), add(d_trained, d_head), dx
 
-    start = (axes.constrain_rows(jnp.zeros(len(x))), zeros, jnp.zeros_like(x))
-    totals, d_trained, dx = jax.lax.fori_loop(0, chunks, body, start)
-    return jnp.sum(totals), (jax.tree.map(lambda d: jnp.sum(d, axis=0), d_trained), dx)
+    start = (_zero_nats(len(x), num_sources, source_ids), zeros, jnp.zeros_like(x))
+    nats, d_trained, dx = jax.lax.fori_loop(0, chunks, body, start)
+    d_trained = jax.tree.map(lambda d: jnp.sum(d, axis=0), d_trained)
+    return _sum_shards(nats), (d_trained, dx)
 
 
-def _chunked_backward(head, chunk, saved, dy):
+def _chunked_backward(head, chunk, num_sources, saved, d_nats):
     d_trained, dx = saved
+    dy = d_nats.total
     d_trained = {path: dy * d for path, d in d_trained.items()}
-    return d_trained, None, (dy * dx).astype(dx.dtype), None, None, None
+    return d_trained, None, (dy * dx).astype(dx.dtype), None, None, None, None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

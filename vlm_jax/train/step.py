@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,9 @@ from vlm_jax.nn import lora
 from vlm_jax.nn.models import abstract_params, initializer
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.runtime.process import trim_memory
-from vlm_jax.structs import Batch, State
+from vlm_jax.structs import PADDING, Batch, State
 from vlm_jax.train import optim
-from vlm_jax.train.loss import Head, Params, head_cross_entropy
+from vlm_jax.train.loss import Head, Nats, Params, head_cross_entropy, sum_by_source
 
 
 def init_state(cfg: Experiment, key: jax.Array) -> State:
@@ -108,8 +109,8 @@ def batch_loss(
     frozen: Params,
     batch: Batch,
     dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """Returns the sum of the loss over scored tokens, in nats.
+) -> Nats:
+    """Returns the sum of the loss over scored tokens, and over those of each source of a mixture.
 
     Everything but the output head computes in `train.compute_dtype`.
 
@@ -128,7 +129,13 @@ def batch_loss(
     # It gets the parameters in float32 as they are stored, not the copies in the compute dtype.
     head = output_head(cfg)
     return head_cross_entropy(
-        head, head.select(trained), head.select(frozen), hidden, batch, cfg.train.loss_chunk
+        head,
+        head.select(trained),
+        head.select(frozen),
+        hidden,
+        batch,
+        cfg.train.loss_chunk,
+        len(cfg.data.mixture),
     )
 
 
@@ -173,11 +180,11 @@ def loss_and_gradients(
     frozen: Params,
     batch: Batch,
     dropout_key: jax.Array | None = None,
-) -> tuple[jax.Array, Params]:
+) -> tuple[tuple[jax.Array, jax.Array | None], Params]:
     """Returns the loss in nats per scored token, and its gradients by path.
 
     The loss is divided by the scored tokens of the whole batch, so that microbatches with few and
-    with many of them have the right weights.
+    with many of them have the right weights. With it comes `Nats.by_source`, which is not divided.
 
     Args:
       dropout_key: of `lora.dropout`; None: nothing is dropped.
@@ -192,9 +199,10 @@ def loss_and_gradients(
             key = jax.random.fold_in(key, rows[0])
 
         def loss(trained):
-            return batch_loss(cfg, trained, frozen, microbatch, key) / count
+            nats = batch_loss(cfg, trained, frozen, microbatch, key)
+            return nats.total / count, nats.by_source
 
-        return jax.value_and_grad(loss)(trained)
+        return jax.value_and_grad(loss, has_aux=True)(trained)
 
     rows = jnp.arange(len(batch.tokens))
     return accumulate(gradient, (batch, rows), cfg.train.microbatches)
@@ -207,22 +215,47 @@ def dropout_key(cfg: Experiment, step: jax.Array) -> jax.Array | None:
     return jax.random.fold_in(jax.random.key(cfg.seed), step)
 
 
-def validation_sums(cfg: Experiment, params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Returns the sum of the loss over scored tokens, in nats, and their number."""
+class ValidationSums(NamedTuple):
+    """Sums over the scored tokens of a batch, and over those of each source of a mixture."""
+
+    nats: Nats
+    count: jax.Array  # ()
+    count_by_source: jax.Array | None  # (N,)
+
+
+def validation_sums(cfg: Experiment, params, batch: Batch) -> ValidationSums:
+    """Returns the sum of the loss over scored tokens, and their number."""
     trained, frozen = optim.split(params, cfg.optim)
 
     def sums(microbatch):
         nats = batch_loss(cfg, trained, frozen, microbatch)
-        return nats, jnp.sum(microbatch.loss_weights, dtype=jnp.float32)
+        count = jnp.sum(microbatch.loss_weights, dtype=jnp.float32)
+        return ValidationSums(nats, count, scored_by_source(cfg, microbatch))
 
     return accumulate(sums, batch, cfg.train.microbatches)
 
 
+def scored_by_source(cfg: Experiment, batch: Batch) -> jax.Array | None:
+    """Returns the number of scored tokens of each source, (N,) float32; None without a mixture."""
+    if batch.source_ids is None:
+        return None
+    weights = batch.loss_weights.astype(jnp.float32)
+    return sum_by_source(weights, batch.source_ids, len(cfg.data.mixture))
+
+
 def jit_validation_sums(
     cfg: Experiment, mesh: jax.sharding.Mesh
-) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+) -> Callable[[Params, Batch], ValidationSums]:
     """Returns `validation_sums`, jitted over the mesh."""
     return jax.jit(functools.partial(validation_sums, cfg), out_shardings=sharding.replicated(mesh))
+
+
+class SourceSums(NamedTuple):
+    """Sums over the tokens of each of the N sources of a mixture in a batch."""
+
+    nats: jax.Array  # (N,) of scored tokens
+    scored_tokens: jax.Array  # (N,)
+    tokens: jax.Array  # (N,) without padding
 
 
 def train_step(cfg: Experiment, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
@@ -234,9 +267,12 @@ def train_step(cfg: Experiment, state: State, batch: Batch) -> tuple[State, dict
       learning_rate: of the schedule, without the `lr_mult` of a part.
       finite: path -> whether the gradient's contribution to `grad_norm` is finite.
       largest: path -> `max_abs_params` before the step, if loss or gradients are not finite.
+      sources: with a mixture, `SourceSums`.
     """
     trained, frozen = optim.split(state.params, cfg.optim)
-    loss, gradients = loss_and_gradients(cfg, trained, frozen, batch, dropout_key(cfg, state.step))
+    (loss, source_nats), gradients = loss_and_gradients(
+        cfg, trained, frozen, batch, dropout_key(cfg, state.step)
+    )
     updates, optimizer_state = optim.optimizer(cfg).update(gradients, state.optimizer, trained)
     params = optim.join(optax.apply_updates(trained, updates), frozen)
     norm = optax.tree.norm(gradients)
@@ -247,6 +283,10 @@ def train_step(cfg: Experiment, state: State, batch: Batch) -> tuple[State, dict
         "finite": {"/".join(path): _has_finite_norm(x) for path, x in gradients.items()},
         "largest": max_abs_params(trained | frozen, ~jnp.isfinite(loss + norm)),
     }
+    if source_nats is not None:
+        is_token = (batch.segment_ids != PADDING).astype(jnp.int32)
+        tokens = sum_by_source(is_token, batch.source_ids, len(cfg.data.mixture))
+        metrics["sources"] = SourceSums(source_nats, scored_by_source(cfg, batch), tokens)
     return State(state.step + 1, params, optimizer_state), metrics
 
 

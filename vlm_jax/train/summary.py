@@ -4,12 +4,15 @@ import jax
 
 from vlm_jax.config import Experiment
 from vlm_jax.data import pipeline, sources
+from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub.export import exportable, is_exportable
 from vlm_jax.nn.parts import PARTS, find_part, is_adapter
 from vlm_jax.train import optim
 
 
-def summarize(cfg: Experiment, mesh: jax.sharding.Mesh, params, start: int) -> str:
+def summarize(
+    cfg: Experiment, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, params, start: int
+) -> str:
     """Returns aligned lines `name  value` about a run.
 
     Args:
@@ -19,7 +22,7 @@ def summarize(cfg: Experiment, mesh: jax.sharding.Mesh, params, start: int) -> s
         "model": describe_model(cfg),
         "parameters": describe_parameters(cfg, params),
         "devices": describe_devices(mesh),
-        "data": describe_data(cfg),
+        "data": describe_data(cfg, tokenizer),
         "steps": describe_steps(cfg, start),
         "begins with": describe_beginning(cfg),
         "export": describe_export(cfg),
@@ -67,7 +70,9 @@ def describe_devices(mesh: jax.sharding.Mesh) -> str:
     return f"{mesh.size} x {kind}{processes}, mesh {sizes}"
 
 
-def describe_data(cfg: Experiment) -> str:
+def describe_data(cfg: Experiment, tokenizer: Tokenizer) -> str:
+    if cfg.data.mixture:
+        return describe_mixture(cfg, tokenizer)
     name = f"{cfg.data.source} {cfg.data.train_split}"
     if cfg.data.is_conversations:
         source = pipeline.conversation_source(cfg.data, cfg.data.train_split)
@@ -80,6 +85,18 @@ def describe_data(cfg: Experiment) -> str:
         f"{name}: {images:,} images, one a row of {cfg.row_length:,} tokens; an epoch is "
         f"{steps:,.1f} steps"
     )
+
+
+def describe_mixture(cfg: Experiment, tokenizer: Tokenizer) -> str:
+    examples = "conversations" if cfg.data.is_conversations else "images"
+    sources = []
+    for name, (count, share) in pipeline.mixture_counts(cfg, tokenizer).items():
+        facts = f"{count:,} {examples}"
+        if not cfg.data.is_conversations:
+            steps = count / share / cfg.train.batch_size
+            facts += f", an epoch is {steps:,.1f} steps"
+        sources.append(f"{name} {share:.1%} ({facts})")
+    return f"{', '.join(sources)}; rows of {cfg.row_length:,} tokens"
 
 
 def describe_steps(cfg: Experiment, start: int) -> str:

@@ -20,8 +20,8 @@ from vlm_jax.data import (
     questions,
     sources,
 )
-from vlm_jax.data.blind_baselines import question_only_baselines
 from vlm_jax.data.builders.records import Record
+from vlm_jax.data.synthetic.blind_baselines import question_only_baselines
 from vlm_jax.data.text import answer_ids, drop_overflow, prompt_ids
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer.evaluate import warn_of_long_answers

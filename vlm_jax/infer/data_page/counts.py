@@ -36,7 +36,9 @@ class Counts:
 def count(cfg: Experiment, tokenizer: Tokenizer, examples: Iterable[Example]) -> Counts:
     """Counts all examples of a training split."""
     turns, images, lengths, scored = [], [], [], []
+    tokens_of_source = Counter()
     for example in examples:
+        tokens_of_source[example.source] += len(example.tokens)
         turns.append(example.turns)
         images.append(len(example.images))
         lengths.append(len(example.tokens))
@@ -44,7 +46,7 @@ def count(cfg: Experiment, tokenizer: Tokenizer, examples: Iterable[Example]) ->
     is_conversations = cfg.data.is_conversations
     name = "conversation" if is_conversations else "row of questions"
     lines = {
-        "dataset": f"{cfg.data.source} {cfg.data.train_split}",
+        "dataset": describe_dataset(cfg),
         "examples": f"{len(lengths):,}, each a {name}",
         "turns": _describe(turns),
         "images": _describe_counts(images),
@@ -52,6 +54,11 @@ def count(cfg: Experiment, tokenizer: Tokenizer, examples: Iterable[Example]) ->
         "scored tokens": f"{_describe(scored)}; {sum(scored) / max(sum(lengths), 1):.1%} of all",
         "row": f"{cfg.row_length:,} slots",
     }
+    for source, (examples_of_source, share) in pipeline.mixture_counts(cfg, tokenizer).items():
+        lines[source] = (
+            f"{examples_of_source:,} examples, {tokens_of_source[source]:,} tokens; {share:.1%} of "
+            "the examples of the training"
+        )
     numbers = pipeline.data_counts(cfg, tokenizer)
     if numbers:
         lines["cut"] = f"{numbers['cut_conversations']:,} conversations"
@@ -59,6 +66,15 @@ def count(cfg: Experiment, tokenizer: Tokenizer, examples: Iterable[Example]) ->
         lines["lost"] = f"{numbers['lost_scored_tokens']:,} scored tokens"
     message = length_check.dropped_questions_message(cfg, tokenizer)
     return Counts(lines, histogram(lengths), message)
+
+
+def describe_dataset(cfg: Experiment) -> str:
+    """Names the dataset and split of an experiment, or those of each source of its mixture."""
+    names = []
+    for name, data in cfg.data.parts.items():
+        dataset = f"{data.source} {data.train_split}"
+        names.append(f"{name}: {dataset}" if name else dataset)
+    return ", ".join(names)
 
 
 def histogram(lengths: list[int]) -> list[Bin]:

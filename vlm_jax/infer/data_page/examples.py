@@ -8,7 +8,8 @@ import numpy as np
 from tqdm import tqdm
 
 from vlm_jax.config import Experiment
-from vlm_jax.data import packing, pipeline, sources
+from vlm_jax.data import packing, pipeline
+from vlm_jax.data.mixture import Part
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import PADDING, TRUNK
 
@@ -23,10 +24,13 @@ class Example:
     images: list[Any]  # indices of images of the dataset, or the id of the image
     segments: np.ndarray  # (N,): 1; of a row of questions their numbers, 0 for the image
     turns: int
+    source: str = ""  # of the mixture
 
     def as_json(self) -> dict[str, Any]:
         """Returns the fields that `data --json` prints."""
+        source = {"source": self.source} if self.source else {}
         return {
+            **source,
             "id": self.id,
             "tokens": self.tokens.tolist(),
             "scored": self.is_scored.astype(int).tolist(),
@@ -38,18 +42,20 @@ class Example:
 def read(cfg: Experiment, tokenizer: Tokenizer, limit: int | None = None) -> Iterator[Example]:
     """Yields the first `limit` examples of `data.train_split` (None: all) and shows the progress.
 
-    Conversations are in the order of the files; rows of questions are those of the first epoch.
+    Conversations are in the order of the files; rows of questions are those of the first epoch. The
+    sources of a mixture follow each other.
 
     Raises:
       ConfigError: the data cannot be used for training.
     """
     if cfg.data.is_conversations:
-        examples = _Conversations(cfg, tokenizer)
+        parts = pipeline.conversation_parts(cfg, tokenizer)
+        readers = [_Conversations(tokenizer, part) for part in parts]
     else:
-        examples = _Questions(cfg, tokenizer)
-    count = len(examples) if limit is None else min(limit, len(examples))
-    for index in tqdm(range(count), desc="reading examples", unit="example", disable=None):
-        yield examples[index]
+        readers = [_Questions(tokenizer, part) for part in pipeline.record_parts(cfg)]
+    places = [(reader, index) for reader in readers for index in range(len(reader))][:limit]
+    for reader, index in tqdm(places, desc="reading examples", unit="example", disable=None):
+        yield reader[index]
 
 
 def shift_scores(loss_weights: np.ndarray) -> np.ndarray:
@@ -64,19 +70,18 @@ def shift_scores(loss_weights: np.ndarray) -> np.ndarray:
 
 
 class _Conversations:
-    def __init__(self, cfg: Experiment, tokenizer: Tokenizer):
-        self._cfg = cfg
+    def __init__(self, tokenizer: Tokenizer, part: Part):
         self._tokenizer = tokenizer
-        self._source, _ = pipeline.training_conversations(cfg, tokenizer)
-        self._count_tiles = packing.tile_counter(cfg, self._source)
+        self._part = part
+        self._count_tiles = packing.tile_counter(part.cfg, part.examples)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._part.examples)
 
     def __getitem__(self, index: int) -> Example:
-        conversation = self._source[index]
+        conversation = self._part.examples[index]
         fields = packing.encode_for_packing(
-            self._cfg, self._tokenizer, self._count_tiles, conversation
+            self._part.cfg, self._tokenizer, self._count_tiles, conversation
         )
         return Example(
             id=conversation.id,
@@ -85,22 +90,23 @@ class _Conversations:
             images=fields["images"].tolist(),
             segments=np.ones_like(fields["tokens"]),
             turns=len(conversation.turns),
+            source=self._part.name,
         )
 
 
 class _Questions:
-    def __init__(self, cfg: Experiment, tokenizer: Tokenizer):
-        self._records = sources.load(cfg.data, cfg.data.train_split)
-        self._order = pipeline.shuffled(cfg, range(len(self._records)))
-        self._rows = pipeline.record_rows(cfg, tokenizer)
-        self._has_images = cfg.fusion.has_images
+    def __init__(self, tokenizer: Tokenizer, part: Part):
+        self._part = part
+        self._records = part.shuffled()
+        self._rows = pipeline.record_rows(tokenizer, part)
+        self._has_images = part.cfg.fusion.has_images
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
         row = self._rows[index]
-        image_id = self._records[self._order[index]].image_id
+        image_id = self._records[index].image_id
         is_token = row["segment_ids"] != PADDING
         branches = row["branch_ids"][is_token]
         return Example(
@@ -111,4 +117,5 @@ class _Questions:
             segments=branches,
             # A question and its answer.
             turns=2 * int(branches.max(initial=TRUNK)),
+            source=self._part.name,
         )

@@ -21,7 +21,7 @@ from vlm_jax.config import ConfigError, Experiment, Vision
 from vlm_jax.data import pipeline
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub.images.steps import PixelScale
-from vlm_jax.infer.data_page.counts import Counts
+from vlm_jax.infer.data_page.counts import Counts, describe_dataset
 from vlm_jax.infer.data_page.examples import shift_scores
 from vlm_jax.nn.fusion import self_attention_mask
 from vlm_jax.runtime.workdir import write_atomic
@@ -80,7 +80,7 @@ def read_rows(cfg: Experiment, tokenizer: Tokenizer, count: int) -> list[Row]:
     batches = pipeline.training_iterator(cfg, tokenizer, 0, step)
     rows: list[Row] = []
     while len(rows) < count:
-        ids = pipeline.row_ids(cfg, tokenizer, batches.get_state())[::step]
+        ids = pipeline.row_ids(cfg, tokenizer, batches.get_state())[:shown]
         rows += _split(cfg, tokenizer, next(batches), ids)
     return rows[:count]
 
@@ -95,7 +95,7 @@ def describe_padding(rows: list[Row]) -> str:
 def write(path: Path, cfg: Experiment, counts: Counts, rows: list[Row]) -> None:
     """Writes the page of counts and rows."""
     content = "\n".join([*_write_counts(counts, rows), *_write_rows(cfg, rows)])
-    title = html.escape(f"{cfg.data.source} {cfg.data.train_split}")
+    title = html.escape(describe_dataset(cfg))
     template = string.Template(TEMPLATE.read_text())
     page = template.substitute(generator=GENERATOR, title=title, content=content)
     write_atomic(path, page)

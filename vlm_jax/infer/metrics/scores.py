@@ -146,6 +146,11 @@ def check_attention(cfg: Experiment) -> None:
                 f"eval.metrics {metric} needs a model with images: fusion.kind {cfg.fusion.kind} "
                 "has none."
             )
+        if cfg.eval_data.mixture:
+            raise ConfigError(
+                f"eval.metrics {metric} needs to know where objects are, which data.mixture does "
+                "not say: leave the metric out."
+            )
         if not cfg.eval_data.dataset.has_boxes:
             names = [name for name, row in DATASETS.items() if row.has_boxes]
             raise ConfigError(

@@ -138,12 +138,15 @@ def data_hash(cfg: Experiment) -> str:
 
 
 def _contents(data: Data, split: str) -> Iterable[bytes | tuple[str, ...]]:
-    if data.is_conversations:
-        for conversation in pipeline.conversation_source(data, split):
-            yield conversation.turns
-        return
-    for example in sources.load(data, split):
-        yield from (example.image, example.questions, example.answers, example.types)
+    for part in data.parts.values():
+        # The split to train on is a field of each source.
+        part_split = part.train_split if split == data.train_split else split
+        if part.is_conversations:
+            for conversation in pipeline.conversation_source(part, part_split):
+                yield conversation.turns
+            continue
+        for example in sources.load(part, part_split):
+            yield from (example.image, example.questions, example.answers, example.types)
 
 
 def main(config: str, out: str) -> None:

@@ -306,7 +306,8 @@ def mixture(folder):
     return replace(data, files=(), image_dir="", mixture=tuple(sources))
 
 
-TIMES = ("_seconds", "_per_second")  # ends of fields that no two runs have the same of
+# Ends of fields that depend on the time.
+TIMES = ("_seconds", "_per_second", "mfu")
 
 
 @pytest.mark.slow

@@ -144,7 +144,7 @@ def test_the_sources_of_a_mixture_are_named_and_counted(data, tmp_path):
     result = counts.count(cfg, tokenizer, read)
     tokens = sum(len(example.tokens) for example in read[9:])
     expected = f"9 examples, {tokens:,} tokens; 75.0% of the examples of the training"
-    assert result.lines["told"] == expected
+    assert result.lines["source told"] == expected
     rows = page.read_rows(cfg, tokenizer, 2)
     assert {name.partition("/")[0] for row in rows for name in row.ids} == {"asked", "told"}
     page.write(tmp_path / "data.html", cfg, result, rows)

@@ -82,8 +82,8 @@ def load(cfg: Experiment, split: str, limit: int | None = None) -> list[Question
     columns = []
     for name, part in cfg.parts.items():
         with naming_source(name):
-            found = _load(part, split, limit)
-        columns.append([_of_source(question, name) for question in found])
+            questions = _load(part, split, limit)
+        columns.append([_of_source(question, name) for question in questions])
     turns = itertools.chain(*itertools.zip_longest(*columns))
     return [question for question in turns if question is not None][:limit]
 

@@ -55,7 +55,7 @@ def count(cfg: Experiment, tokenizer: Tokenizer, examples: Iterable[Example]) ->
         "row": f"{cfg.row_length:,} slots",
     }
     for source, (examples_of_source, share) in pipeline.mixture_counts(cfg, tokenizer).items():
-        lines[source] = (
+        lines[f"source {source}"] = (
             f"{examples_of_source:,} examples, {tokens_of_source[source]:,} tokens; {share:.1%} of "
             "the examples of the training"
         )

@@ -214,8 +214,7 @@ def _chunked_forward(
 
     start = (_zero_nats(len(x), num_sources, source_ids), zeros, jnp.zeros_like(x))
     nats, d_trained, dx = jax.lax.fori_loop(0, chunks, body, start)
-    d_trained = jax.tree.map(lambda d: jnp.sum(d, axis=0), d_trained)
-    return _sum_shards(nats), (d_trained, dx)
+    return _sum_shards(nats), (jax.tree.map(lambda d: jnp.sum(d, axis=0), d_trained), dx)
 
 
 def _chunked_backward(head, chunk, num_sources, saved, d_nats):

@@ -88,6 +88,7 @@ examples:
   {program} ... --data.augment                    an empty list of values
   {program} ... --eval.split ""                   an empty text
   {program} ... --data.bos_id None                no value, where None is allowed
+  {program} ... --data.mixture.0.weight 2         a field of the first source of a config's mixture
 """
 NUMBERS = {int: "a whole number", float: "a number"}
 

@@ -1,22 +1,32 @@
 """Shardings of whole arrays on a mesh: parameters by their logical axes, batches by rows."""
 
 import jax
+from flax.linen import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax import axes
 from vlm_jax.config import ConfigError
 
 
-def parameter_shardings(abstract_params, mesh: Mesh):
-    """Returns one sharding per parameter of a tree of boxed ones (`axes.Partitioned`)."""
+def parameter_shardings(abstract_params, mesh: Mesh, stored=None):
+    """Returns one sharding per parameter of a tree of boxed ones (`axes.Partitioned`).
 
-    def sharding(box: axes.Partitioned):
-        return NamedSharding(mesh, axes.parameter_spec(box.letters, box.value.shape, mesh))
+    Args:
+      stored: the same tree with, instead of each box, the shape of its array or a tree of the
+        shapes of several, which have the box's logical axes; None: the shapes in the boxes.
+    """
+
+    def shardings(box: axes.Partitioned, shapes):
+        def sharding(x):
+            return NamedSharding(mesh, axes.parameter_spec(box.letters, x.shape, mesh))
+
+        return jax.tree.map(sharding, shapes)
 
     def is_box(x):
         return isinstance(x, axes.Partitioned)
 
-    return jax.tree.map(sharding, abstract_params, is_leaf=is_box)
+    stored = meta.unbox(abstract_params) if stored is None else stored
+    return jax.tree.map(shardings, abstract_params, stored, is_leaf=is_box)
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,11 +1,15 @@
 """LoRA from the command line: train, continue, export, and use the exported adapter."""
 
+import contextlib
+import io
+import re
 import shutil
 
 import jax
 import numpy as np
 import pytest
 from flax import traverse_util
+from safetensors.numpy import load_file
 
 from tests.hub import tiny_checkpoints
 from vlm_jax import axes, from_run
@@ -14,6 +18,7 @@ from vlm_jax.cli.main import main
 from vlm_jax.hub.load import load_params
 from vlm_jax.infer import run
 from vlm_jax.nn import lora
+from vlm_jax.nn.quantized import is_quantized, quantize
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.testing import write_conversations
 from vlm_jax.train import initial
@@ -124,6 +129,84 @@ def test_an_exported_adapter_is_evaluated_and_trained_as_the_run(folder, tmp_pat
     )
     assert_equal(flat(lora.merge(cfg.lora, loaded)), expected, atol=1e-6)
     assert "(adapter)" in describe_beginning(cfg)
+
+
+@pytest.fixture(scope="module")
+def nf4(folder):
+    """Work folder of a run with frozen kernels in 4 bits, and what its training printed."""
+    output = io.StringIO()
+    options = ["--train.frozen_dtype", "nf4", "--train.compute_dtype", "bfloat16"]
+    with contextlib.redirect_stdout(output):
+        assert main(train(folder, "nf4", *LORA, *options)) == 0
+    return folder / "nf4", output.getvalue()
+
+
+def load_initial(cfg):
+    mesh = axes.make_mesh(cfg.mesh)
+    return initial.load_parts(cfg, abstract_state(cfg, mesh), mesh)
+
+
+def assert_identical(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    assert jax.tree.all(jax.tree.map(np.array_equal, actual, expected))
+
+
+def test_codes_of_frozen_kernels_never_change(folder, nf4):
+    workdir, printed = nf4
+    assert re.search(
+        r"^frozen +vision .* MiB in nf4 .* decoder 0.\d MiB in nf4 instead of 0.\d MiB in "
+        r"bfloat16, with an RMS error of \d\.\d\d% in its kernels",
+        printed,
+        re.MULTILINE,
+    )
+    cfg = Workdir(str(workdir)).read_config()
+    after = flat(initial.load_state(cfg).params)
+    before = {path: x for path, x in load_initial(cfg).items() if is_quantized(x)}
+    assert {path.split("/")[0] for path in before} == {"vision", "decoder"}
+    assert_identical({path: after[path] for path in before}, before)
+    path = "decoder/blocks/layers/block_0/mlp/up/kernel"
+    stored = flat(load_params(folder / "llava", np.dtype("bfloat16"))[1])[path]
+    assert_identical(before[path], jax.jit(quantize, static_argnums=(1, 2))(stored, "nf4", (1,)))
+
+
+def test_a_quantized_run_continues_bit_for_bit_and_is_exported(folder, nf4, tmp_path):
+    workdir, _ = nf4
+    copy, merged, adapter = tmp_path / "run", str(tmp_path / "merged"), tmp_path / "adapter"
+    shutil.copytree(workdir, copy)
+    cfg = Workdir(str(copy)).read_config()
+    expected = initial.load_state(cfg)
+    shutil.rmtree(copy / "checkpoints" / "2")
+    assert main(["train", "--workdir", str(copy)]) == 0
+    assert_identical(initial.load_state(cfg), expected)
+
+    params = flat(from_run(workdir)[1])
+    assert {str(x.dtype) for x in params.values()} == {"bfloat16"}
+    assert main(["export", "--checkpoint", str(workdir), "--output", merged]) == 0
+    assert_equal(flat(load_params(merged, params["decoder/embedding/table"].dtype)[1]), params)
+    export = ["export", "--checkpoint", str(workdir), "--adapter", "--output", str(adapter)]
+    assert main(export) == 0
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    stored = flat(expected.params)["decoder/blocks/layers/block_0/mlp/up/lora_a"]
+    (name,) = [name for name in tensors if "layers.1.mlp.up_proj.lora_A" in name]
+    np.testing.assert_array_equal(tensors[name], stored[1].T)
+
+
+def test_a_quantized_run_is_the_start_of_another(folder, nf4, monkeypatch):
+    """Its adapters are merged into dequantized kernels, which are quantized again."""
+    workdir, _ = nf4
+    options = ["--lora.rank", "2", "--train.frozen_dtype", "int8"]
+    _, *arguments = train(folder, "next", *options, "--init_from", str(workdir))
+    arguments = [x for x in arguments if x not in ("--checkpoint", str(folder / "llava"))]
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", None)
+        cfg = parse_experiment("train", arguments, stored=False)
+    loaded, expected = (
+        load_initial(cfg),
+        flat(run.load_stored(Workdir(str(workdir)).read_config())[0]),
+    )
+    path = "decoder/blocks/layers/block_0/mlp/up/kernel"
+    largest = np.abs(expected[path]).max(1, keepdims=True)
+    assert (np.abs(loaded[path].dequantize() - expected[path]) <= largest * 0.005).all()
 
 
 def test_what_does_not_fit_is_refused(folder, capsys):

@@ -368,17 +368,21 @@ def _room(cfg: Experiment) -> None:
         )
 
 
-def _rates(cfg: Experiment) -> None:
-    vision, fusion, lr_mult = cfg.vision, cfg.fusion, cfg.optim.lr_mult
-    # Parts of the model that have parameters.
+def _parts(cfg: Experiment) -> list[str]:
+    """Returns the parts of the model that have parameters."""
+    vision, fusion = cfg.vision, cfg.fusion
     has_part = {
         "vision": fusion.has_images and (vision.has_encoder or vision.positions == "learned"),
         "projector": fusion.has_images and cfg.projector.kind != "none",
         "decoder": True,
         "cross_attention": fusion.image_in_memory,
     }
-    parts = [part for part, is_present in has_part.items() if is_present]
-    if not any(getattr(lr_mult, part) for part in parts):
+    return [part for part, is_present in has_part.items() if is_present]
+
+
+def _rates(cfg: Experiment) -> None:
+    parts = _parts(cfg)
+    if not any(getattr(cfg.optim.lr_mult, part) for part in parts):
         raise ConfigError(
             f"optim.lr_mult is 0 for {', '.join(parts)}, all parts of the model: nothing would be "
             "trained."
@@ -408,6 +412,15 @@ def _lora(cfg: Experiment) -> None:
                 f"optim.lr_mult.{part} 0 trains no adapter of lora.targets {target.name}: set it "
                 "above 0; the kernels stay frozen."
             )
+
+
+def _frozen(cfg: Experiment) -> None:
+    is_any_frozen = not all(getattr(cfg.optim.lr_mult, part) for part in _parts(cfg))
+    if cfg.train.frozen_dtype is not None and cfg.lora.rank is None and not is_any_frozen:
+        raise ConfigError(
+            f"train.frozen_dtype {cfg.train.frozen_dtype} has no effect, because all parts are "
+            "trained: set lora.rank, or optim.lr_mult.PART to 0, or leave it out."
+        )
 
 
 def _sliding(cfg: Experiment) -> None:
@@ -507,6 +520,6 @@ def _validation(cfg: Experiment) -> None:
 
 CHECKS = (
     *(_mixture, _data, _synthetic, _tokens, _tiled_encoder, _feature_layers, _resize, _projector),
-    *(_fusion, _tiles, _room, _rates, _lora, _sliding, _no_rope, _microbatches, _profile),
+    *(_fusion, _tiles, _room, _rates, _lora, _frozen, _sliding, _no_rope, _microbatches, _profile),
     _validation,
 )

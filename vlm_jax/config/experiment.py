@@ -197,9 +197,12 @@ class Train:
     batch_size: int = 128  # number of rows in a global batch
     #: number of parts of a batch that are computed in sequence, with accumulated gradients
     microbatches: int = 1
-    #: dtype of the forward and backward pass and of frozen parts; trained parameters, the optimizer
-    #: and the loss are float32
+    #: dtype of the forward and backward pass; trained parameters, the optimizer and the loss are
+    #: float32
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    #: dtype in which frozen parameters are stored; int8 and nf4 (QLoRA) quantize the kernels of
+    #: blocks and of the projector, the rest is stored in compute_dtype; None: compute_dtype
+    frozen_dtype: Literal["float32", "bfloat16", "int8", "nf4"] | None = None
     #: scored tokens per device whose logits are computed at once; None: all if they fit into 64
     #: MiB, else 512
     loss_chunk: int | None = None
@@ -221,6 +224,18 @@ class Train:
     profile_steps: str = ""
     #: folder of compiled programs, reused by later runs; empty: off
     compilation_cache_dir: str = "~/.cache/vlm_jax/compiled"
+
+    @property
+    def quantizes_frozen(self) -> bool:
+        """Frozen kernels are stored in 8 or 4 bits."""
+        return self.frozen_dtype in ("int8", "nf4")
+
+    @property
+    def frozen_float_dtype(self) -> str:
+        """Dtype of the frozen parameters that are not quantized."""
+        if self.frozen_dtype is None or self.quantizes_frozen:
+            return self.compute_dtype
+        return self.frozen_dtype
 
     @property
     def profiled(self) -> range:

@@ -28,6 +28,10 @@ SYNONYMS = {
     "use_rslora": "lora.rslora",
     **dict.fromkeys(("target_modules", "lora_target_modules", "lora_targets"), "lora.targets"),
     **dict.fromkeys(("lora_path", "adapter_path", "adapter_name_or_path"), "adapter"),
+    **dict.fromkeys(
+        ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bits", "qlora", "quantization"),
+        "train.frozen_dtype",
+    ),
     **dict.fromkeys(("freeze", "freeze_vision", "freeze_encoder"), "optim.lr_mult.vision"),
     **dict.fromkeys(
         ("freeze_decoder", "freeze_llm", "freeze_language_model"), "optim.lr_mult.decoder"

@@ -16,6 +16,9 @@ from vlm_jax.config.bounds import PATHS, check_number, check_path
 from vlm_jax.config.cross_checks import CHECKS
 from vlm_jax.config.hints import either
 
+# Types of `int | None` and of `Literal["a"] | None`.
+UNIONS = (types.UnionType, typing.Union)
+
 
 def validate(cfg: Experiment) -> Experiment:
     """Returns the experiment unchanged.
@@ -57,6 +60,8 @@ def check_values(cfg: Experiment | Vision | Contrastive) -> None:
     values = flat(cfg, part)
     for path, kind in kinds(cfg, part).items():
         value, choices = values[path], literal_choices(kind)
+        if value is None:
+            continue
         words = value if isinstance(value, tuple) else (value,)
         wrong = [word for word in words if choices and word not in choices]
         if wrong:
@@ -88,7 +93,7 @@ def check_types(cfg, prefix: str = "") -> None:
 
 
 def _fits(value, kind) -> bool:
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in UNIONS:
         return any(_fits(value, option) for option in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, tuple):
@@ -108,7 +113,7 @@ def _type_name(kind) -> str:
         element_types = typing.get_args(kind)
         number = "" if element_types[-1] is Ellipsis else f"{len(element_types)} "
         return f"a tuple of {number}{_type_name(element_types[0])}"
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in UNIONS:
         return " or ".join(map(_type_name, typing.get_args(kind)))
     if kind is types.NoneType:
         return "None"
@@ -170,8 +175,8 @@ def kinds(cfg, prefix: str = "") -> dict[str, object]:
 
 
 def literal_choices(kind) -> tuple[str, ...]:
-    """Returns the choices of a Literal, or of a tuple of it; empty for other types."""
-    kind = element_type(kind)
+    """Returns the choices of a Literal, optional or in a tuple; empty for other types."""
+    kind = element_type(required_type(kind))
     return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
 
 

@@ -1,8 +1,9 @@
 """Loads public checkpoints: the model of a folder, and its parameters on the mesh."""
 
+import collections
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -156,7 +157,7 @@ def load_checkpoint(
         boxed = traverse_util.flatten_dict(abstract_params(checkpoint.cfg), sep="/")
         if mesh is None and jax.device_count() > 1:
             mesh = axes.make_mesh(MeshSizes())
-        params = read_params(checkpoint.rows, checkpoint.stored(tensors), boxed, dtype, mesh)
+        params = dict(read_params(checkpoint.rows, checkpoint.stored(tensors), boxed, dtype, mesh))
     return checkpoint, traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -270,8 +271,11 @@ def read_params(
     boxed: Mapping[str, axes.Partitioned],
     dtype,
     mesh: Mesh | None,
-) -> dict[str, jax.Array]:
-    """Assembles parameters from the tensors of a checkpoint.
+) -> Iterator[tuple[str, jax.Array]]:
+    """Assembles parameters from the tensors of a checkpoint, and yields (path, parameter).
+
+    THREADS parameters at most are assembled in advance: a caller that quantizes them needs no
+    memory for all.
 
     Args:
       rows: weight table.
@@ -304,7 +308,14 @@ def read_params(
         return array
 
     with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip(boxed, pool.map(assemble, boxed)))
+        pending = collections.deque()
+        for path in boxed:
+            pending.append((path, pool.submit(assemble, path)))
+            if len(pending) > THREADS:
+                path, future = pending.popleft()
+                yield path, future.result()
+        for path, future in pending:
+            yield path, future.result()
 
 
 def _shard(

@@ -44,6 +44,7 @@ from vlm_jax.hub.text.prompt_formats import has_own_format
 from vlm_jax.hub.text.tokenizer import HubTokenizer
 from vlm_jax.nn.models import Config, abstract_params
 from vlm_jax.nn.patches import resample_positions
+from vlm_jax.nn.quantized import is_quantized, store_as
 from vlm_jax.runtime.workdir import Workdir, is_run
 
 Part = Vision | Projector | Decoder
@@ -314,7 +315,7 @@ def load_pretrained_parts(cfg: Experiment, shapes: dict, mesh: Mesh) -> dict[str
     """Loads the parts that start from public checkpoints, and no others; returns path -> parameter.
 
     Args:
-      shapes: tree of the shapes and dtypes of all parameters.
+      shapes: tree of the shapes, dtypes and shardings of all parameters; some may be `Quantized`.
       mesh: each parameter is assembled in its sharding on it.
     """
     params = {}
@@ -341,7 +342,10 @@ def _load_part(cfg: Experiment, part: str, shapes: dict, mesh: Mesh) -> dict[str
                 by_dtype.setdefault(shapes[path].dtype, {})[path] = boxed[path]
         stored = checkpoint.stored(tensors)
         for dtype, boxed_of_dtype in by_dtype.items():
-            params |= read_params(rows, stored, boxed_of_dtype, dtype, mesh)
+            for path, x in read_params(rows, stored, boxed_of_dtype, dtype, mesh):
+                if is_quantized(shapes[path]):
+                    x = store_as(x, shapes[path], boxed[path].contracted_axes)
+                params[path] = x
     return with_positions(cfg, params, mesh)
 
 

@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax import axes
 from vlm_jax.config import ConfigError, Transformer
+from vlm_jax.nn import quantized
+from vlm_jax.nn.quantized import is_quantized
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -68,7 +70,8 @@ class Dense(nn.Module):
     `Dense("D N H", (128, 4, 32))` maps (B, S, D) to (B, S, N, H), and
     `Dense("N H D", (4, 32, 128), contract=2)` maps it back. The output has the kernel's dtype.
 
-    If the parameters hold an adapter of the kernel, its output x lora_a lora_b is added.
+    If the parameters hold an adapter of the kernel, its output x lora_a lora_b is added. The kernel
+    may be `Quantized`; then it gets no gradient.
     """
 
     letters: str  # logical axes of the kernel
@@ -87,12 +90,17 @@ class Dense(nn.Module):
             out_axis=range(self.contract, len(self.shape)),
         )
         init = axes.with_axes(init, self.letters, contracted=self.contract)
-        kernel = self.param("kernel", init, self.shape)
+        kernel = self.get_variable("params", "kernel")
+        if not is_quantized(kernel):
+            kernel = self.param("kernel", init, self.shape)
 
         # One 2-D matmul, whatever the number of input and output axes.
         leading = x.shape[: x.ndim - self.contract]
         x = x.reshape(*leading, math.prod(inputs)).astype(kernel.dtype)
-        y = matmul(x, kernel.reshape(math.prod(inputs), math.prod(outputs)))
+        if is_quantized(kernel):
+            y = quantized.matmul(x, kernel)
+        else:
+            y = matmul(x, kernel.reshape(math.prod(inputs), math.prod(outputs)))
         if self.bias:
             letters = " ".join(self.letters.split()[self.contract :])
             zeros = axes.with_axes(nn.initializers.zeros, letters)

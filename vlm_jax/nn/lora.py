@@ -25,6 +25,7 @@ from vlm_jax.config.model import LoraTarget
 from vlm_jax.nn.blocks import BLOCK, LAYERS, SUBLAYERS
 from vlm_jax.nn.layers import LORA_A, LORA_B, LORA_DROPOUT
 from vlm_jax.nn.parts import Path, find_part
+from vlm_jax.nn.quantized import Quantized, is_quantized
 
 # As torch initializes a linear layer, and PEFT lora_A: uniform up to 1 / sqrt(inputs).
 INIT_SCALE = 1 / 3
@@ -45,6 +46,11 @@ def target_names(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
+def takes_adapter(path: Path, box: axes.Partitioned) -> bool:
+    """Returns whether a parameter is a kernel of a block or of the projector."""
+    return box.is_kernel and bool(target_names(path))
+
+
 def find_target(cfg: Lora, path: Path) -> LoraTarget | None:
     """Returns the most specific target that a kernel, or its adapter, matches; None: none."""
     targets = {target.name: target for target in cfg.parsed_targets}
@@ -58,7 +64,7 @@ def with_adapters(cfg: Model, params: Mapping, key: jax.Array) -> dict:
       ConfigError: a target matches no kernel.
     """
     boxes = traverse_util.flatten_dict(params)
-    kernels = {path: box for path, box in boxes.items() if box.is_kernel and target_names(path)}
+    kernels = {path: box for path, box in boxes.items() if takes_adapter(path, box)}
     check_targets(cfg.lora, kernels)
     for i, (path, box) in enumerate(sorted(kernels.items())):
         target = find_target(cfg.lora, path)
@@ -138,6 +144,8 @@ def as_applied(cfg: Lora, params: Mapping, drops: bool = False) -> dict:
 def merge(cfg: Lora, params: Mapping, dtype=None) -> dict:
     """Returns parameters without adapters, which are added to their kernels in float32.
 
+    Quantized kernels are dequantized.
+
     Args:
       dtype: of the merged kernels; None: the wider one of kernel and adapter.
     """
@@ -148,6 +156,9 @@ def merge(cfg: Lora, params: Mapping, dtype=None) -> dict:
             kernel = (*path[:-1], "kernel")
             arrays = flat[kernel], flat[*path[:-1], LORA_A], lora_b
             merged[kernel] = _add_product(*arrays, is_stacked=LAYERS in path, dtype=dtype)
+    for path, x in merged.items():
+        if is_quantized(x):
+            merged[path] = jax.jit(Quantized.dequantize)(x)
     return traverse_util.unflatten_dict(merged)
 
 
@@ -157,6 +168,8 @@ def _add_product(kernel, lora_a, lora_b, is_stacked: bool, dtype):
 
     def add(arrays):
         kernel, lora_a, lora_b = arrays
+        if is_quantized(kernel):
+            kernel = kernel.dequantize()
         total = kernel + jnp.tensordot(lora_a, lora_b, axes=1, precision="highest")
         return total if dtype is None else total.astype(dtype)
 

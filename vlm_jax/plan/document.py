@@ -16,6 +16,7 @@ from vlm_jax.hub.export import exportable
 from vlm_jax.nn import lora
 from vlm_jax.nn.models import abstract_params
 from vlm_jax.nn.parts import PARTS, find_part, trained_paths
+from vlm_jax.nn.quantized import is_quantized
 from vlm_jax.plan import compiled, memory
 from vlm_jax.plan.hlo import Program
 from vlm_jax.plan.roofline import roofline
@@ -72,18 +73,21 @@ def build_plan(
 
 
 def part_costs(cfg: Experiment) -> dict[str, dict]:
-    """Parameters, trained parameters and FLOPs per step of every part of the model."""
+    """Parameters, trained and quantized ones, and FLOPs per step of every part of the model."""
     flat = traverse_util.flatten_dict(state_shapes(cfg).params)
     is_trained = trained_paths(flat, cfg.optim)
-    count, trained = Counter(), Counter()
+    count, trained, quantized = Counter(), Counter(), Counter()
     for path, x in flat.items():
-        count[find_part(path)] += math.prod(x.shape)
-        trained[find_part(path)] += math.prod(x.shape) if path in is_trained else 0
+        part, size = find_part(path), math.prod(x.shape)
+        count[part] += size
+        trained[part] += size if path in is_trained else 0
+        quantized[part] += size if is_quantized(x) else 0
     flops = flops_by_part(cfg)
     return {
         part: {
             "parameters": count[part],
             "trained_parameters": trained[part],
+            "quantized_parameters": quantized[part],
             "forward_flops": flops[part].forward,
             "backward_flops": flops[part].backward,
         }

@@ -21,7 +21,8 @@ REMEDIES = {
     "more train.microbatches",
     "gradients": "a larger mesh.fsdp, or fewer trained parts (optim.lr_mult.PART 0)",
     "optimizer": "a larger mesh.fsdp, or fewer trained parts (optim.lr_mult.PART 0)",
-    "parameters": "a larger mesh.fsdp or mesh.tensor",
+    "parameters": "a larger mesh.fsdp or mesh.tensor, train.frozen_dtype int8 or nf4 for "
+    "frozen parts",
 }
 # Steps of an operation's path that are not modules.
 NOT_MODULES = ("jit(", "while", "body", "closed_call")
@@ -63,17 +64,19 @@ def _parts(cfg: Experiment, plan: dict) -> str:
     total = Counter()
     for name, part in plan["parts"].items():
         total.update({key: part[key] for key in ("parameters", "forward_flops", "backward_flops")})
-        rows.append(_part_row(name, part, _training_state(part)))
+        rows.append(_part_row(name, part, _training_state(cfg, part)))
     rows.append(_part_row("total", total, ""))
     tokens = f"all {cfg.data.text_length} text tokens per row"
     return f"One step of {plan['rows']} rows, if {tokens} are scored\n{align(rows)}"
 
 
-def _training_state(part: dict) -> str:
+def _training_state(cfg: Experiment, part: dict) -> str:
     count, trained = part["parameters"], part["trained_parameters"]
-    if not trained:
-        return "frozen"
-    return "trained" if trained == count else f"{trained / count:.1%} trained"
+    state = "frozen"
+    if trained:
+        state = "trained" if trained == count else f"{trained / count:.1%} trained"
+    quantized = part["quantized_parameters"]
+    return f"{state}, {quantized / count:.1%} {cfg.train.frozen_dtype}" if quantized else state
 
 
 def _part_row(name: str, part: dict, state: str) -> list[str]:

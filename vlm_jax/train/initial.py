@@ -20,6 +20,8 @@ from vlm_jax.hub.text.dialogue import Dialogue
 from vlm_jax.hub.text.tokenizer import HubTokenizer
 from vlm_jax.nn import lora
 from vlm_jax.nn.blocks import sublayer_of
+from vlm_jax.nn.models import abstract_params
+from vlm_jax.nn.quantized import store_as
 from vlm_jax.runtime.workdir import Workdir, is_run
 from vlm_jax.structs import State
 from vlm_jax.train.checkpoint import Checkpoints
@@ -67,8 +69,9 @@ def _load_parts_of_run(
     params = traverse_util.flatten_dict(merged, sep="/")
     params = {path: x for path, x in params.items() if path.split("/")[0] in parts}
     params = pretrained_parts.with_positions(cfg, restack(params, source, cfg), mesh)
+    boxes = traverse_util.flatten_dict(abstract_params(cfg), sep="/")
     return {
-        path: jax.device_put(x.astype(shapes[path].dtype), shapes[path].sharding)
+        path: store_as(x, shapes[path], boxes[path].contracted_axes)
         for path, x in params.items()
         if path in shapes
     }

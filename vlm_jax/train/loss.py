@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from vlm_jax import axes
+from vlm_jax.nn.quantized import Quantized
 from vlm_jax.structs import Batch
 
 # Logits that a device holds at once, if `train.loss_chunk` is not set.
 CHUNK_BYTES = 64 * 2**20
 # Tokens of each of several chunks: enough for a matmul's best rate, with few empty slots.
 CHUNK_TOKENS = 512
-Params = dict[tuple[str, ...], jax.Array]
+Params = dict[tuple[str, ...], jax.Array | Quantized]
 
 
 class Nats(NamedTuple):

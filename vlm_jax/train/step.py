@@ -15,6 +15,7 @@ from vlm_jax import axes, sharding
 from vlm_jax.config import Experiment
 from vlm_jax.nn import lora
 from vlm_jax.nn.models import abstract_params, initializer
+from vlm_jax.nn.quantized import is_quantized, quantize
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.runtime.process import trim_memory
 from vlm_jax.structs import PADDING, Batch, State
@@ -52,17 +53,27 @@ def init_sharded_state(
 
 
 def cast_for_storage(cfg: Experiment, params):
-    """Casts frozen parameters to the compute dtype; trained ones stay in float32.
+    """Stores frozen parameters as `train.frozen_dtype`; trained ones stay in float32.
 
     Frozen parameters get no updates, so that they need only the precision of the forward pass.
     """
     trained, frozen = optim.split(params, cfg.optim)
-    return optim.join(trained, cast_to_compute_dtype(cfg, frozen))
+    boxes = traverse_util.flatten_dict(abstract_params(cfg))
+    for path, x in frozen.items():
+        frozen[path] = x.astype(cfg.train.frozen_float_dtype)
+        if cfg.train.quantizes_frozen and lora.takes_adapter(path, boxes[path]):
+            kind, inputs = cfg.train.frozen_dtype, boxes[path].contracted_axes
+            frozen[path] = quantize(frozen[path], kind, inputs)
+    return optim.join(trained, frozen)
 
 
 def cast_to_compute_dtype(cfg: Experiment, tree):
-    """Casts a tree of floating-point arrays to `train.compute_dtype`."""
-    return jax.tree.map(lambda x: x.astype(cfg.train.compute_dtype), tree)
+    """Casts a tree of floating-point arrays to `train.compute_dtype`.
+
+    `Quantized` ones keep their codes.
+    """
+    dtype = cfg.train.compute_dtype
+    return jax.tree.map(lambda x: x.astype(dtype), tree, is_leaf=is_quantized)
 
 
 def state_shapes(cfg: Experiment) -> State:
@@ -79,7 +90,8 @@ def state_shardings(cfg: Experiment, mesh: jax.sharding.Mesh) -> State:
 
     What the optimizer keeps of a parameter is sharded like it; everything else is replicated.
     """
-    params = sharding.parameter_shardings(abstract_params(cfg), mesh)
+    shapes = state_shapes(cfg)
+    params = sharding.parameter_shardings(abstract_params(cfg), mesh, shapes.params)
     sharding_of_path = traverse_util.flatten_dict(params)
 
     def optimizer_sharding(keys, _):
@@ -89,8 +101,7 @@ def state_shardings(cfg: Experiment, mesh: jax.sharding.Mesh) -> State:
                 return sharding_of_path[path]
         return sharding.replicated(mesh)
 
-    shapes = state_shapes(cfg).optimizer
-    optimizer_shardings = jax.tree_util.tree_map_with_path(optimizer_sharding, shapes)
+    optimizer_shardings = jax.tree_util.tree_map_with_path(optimizer_sharding, shapes.optimizer)
     return State(sharding.replicated(mesh), params, optimizer_shardings)
 
 
@@ -300,10 +311,12 @@ def max_abs_params(params: Params, is_needed: jax.Array) -> dict[str, jax.Array]
     Unless `is_needed`, all are 0 and no parameter is read.
     """
 
+    def largest(x):
+        # The scale of a block is its largest absolute value.
+        return jnp.max(jnp.abs(x.scale if is_quantized(x) else x)).astype(jnp.float32)
+
     def measure():
-        return {
-            "/".join(path): jnp.max(jnp.abs(x)).astype(jnp.float32) for path, x in params.items()
-        }
+        return {"/".join(path): largest(x) for path, x in params.items()}
 
     def zeros():
         return {"/".join(path): jnp.float32(0) for path in params}

@@ -1,12 +1,16 @@
 """The lines that a run prints before its first step: model, data, devices, work folder."""
 
+import math
+
 import jax
+import numpy as np
 
 from vlm_jax.config import Experiment
 from vlm_jax.data import pipeline, sources
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub.export import exportable, is_exportable
 from vlm_jax.nn.parts import PARTS, find_part, is_adapter
+from vlm_jax.nn.quantized import is_quantized
 from vlm_jax.train import optim
 
 
@@ -21,6 +25,7 @@ def summarize(
     facts = {
         "model": describe_model(cfg),
         "parameters": describe_parameters(cfg, params),
+        "frozen": describe_frozen(cfg, params),
         "devices": describe_devices(mesh),
         "data": describe_data(cfg, tokenizer),
         "steps": describe_steps(cfg, start),
@@ -61,6 +66,39 @@ def describe_parameters(cfg: Experiment, params) -> str:
         if part in frozen_parts:
             names.append(f"{part} (with LoRA)" if part in adapted_parts else part)
     return f"{total:,}, {trained_size / total:.1%} trained; frozen: {', '.join(names)}"
+
+
+def describe_frozen(cfg: Experiment, params) -> str:
+    """Returns the size of the frozen parameters of each part, and the error of quantized ones."""
+    _, frozen = optim.split(params, cfg.optim)
+    arrays_of_part: dict[str, list] = {}
+    for path, x in frozen.items():
+        arrays_of_part.setdefault(find_part(path), []).append(x)
+    texts = []
+    for part in PARTS:
+        if part in arrays_of_part:
+            texts.append(f"{part} {_describe_storage(cfg, arrays_of_part[part])}")
+    return "; ".join(texts)
+
+
+def _describe_storage(cfg: Experiment, arrays: list) -> str:
+    num_stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+    quantized = [x for x in arrays if is_quantized(x)]
+    if not quantized:
+        return f"{_mib(num_stored)} in {cfg.train.frozen_float_dtype}"
+    num_bfloat16 = sum(2 * x.size for x in arrays)
+    # The errors of each layer are relative to its own kernel.
+    weights = [x.size for x in quantized]
+    squares = [np.mean(np.square(jax.device_get(x.error))) for x in quantized]
+    error = math.sqrt(np.average(squares, weights=weights))
+    return (
+        f"{_mib(num_stored)} in {cfg.train.frozen_dtype} instead of {_mib(num_bfloat16)} in "
+        f"bfloat16, with an RMS error of {error:.2%} in its kernels"
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def describe_devices(mesh: jax.sharding.Mesh) -> str:

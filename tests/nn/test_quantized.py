@@ -1,0 +1,75 @@
+"""Kernels in 8 and 4 bits: levels, rounding errors, and products."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from vlm_jax.nn.quantized import NF4, is_quantized, matmul, quantize
+
+# Largest rounding error, relative to the largest weight of a block.
+MAX_ERROR = {"int8": 0.5 / 127, "nf4": (1 - 0.6961928) / 2}
+INPUTS, OUTPUTS = 128, 6
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def round_trip(kernel, kind, contracted_axes):
+    quantized = quantize(kernel, kind, contracted_axes)
+    return quantized, quantized.dequantize()
+
+
+def test_the_levels_are_quantiles_of_a_normal_distribution():
+    """As the authors compute them: 8 positive and 7 negative quantiles, 0, and the scale."""
+    outermost = 0.9677083
+    positive = norm.ppf(np.linspace(outermost, 0.5, 9)[:-1])
+    negative = -norm.ppf(np.linspace(outermost, 0.5, 8)[:-1])
+    levels = np.sort(np.concatenate([positive, [0], negative])) / positive.max()
+    np.testing.assert_allclose(NF4, levels, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", MAX_ERROR)
+def test_errors_are_at_most_half_a_step_of_their_block(kind):
+    """Two stacked layers, one of them with weights that are 1,000 times as large."""
+    kernel = np.random.default_rng(0).normal(size=(2, INPUTS, OUTPUTS)).astype(np.float32)
+    kernel[1] *= 1000
+    kernel[0, :, 2] = 0
+    quantized, result = round_trip(kernel, kind, (1,))
+    assert quantized.shape == kernel.shape
+    assert quantized.codes.nbytes == kernel.size / {"int8": 1, "nf4": 2}[kind]
+
+    blocks = kernel.reshape(2, 1 if kind == "int8" else 2, -1, OUTPUTS)
+    largest = np.abs(blocks).max(2, keepdims=True)
+    errors = np.asarray(result).reshape(blocks.shape) - blocks
+    assert (np.abs(errors) <= largest * MAX_ERROR[kind] + 1e-6).all()
+    np.testing.assert_array_equal(result[0, :, 2], 0)
+    relative = np.linalg.norm(result - kernel, axis=(1, 2)) / np.linalg.norm(kernel, axis=(1, 2))
+    np.testing.assert_allclose(quantized.error[:, 0, 0], relative, rtol=1e-4)
+    if kind == "nf4":
+        nearest = np.abs((blocks / np.maximum(largest, 1e-9))[..., None] - NF4).argmin(-1)
+        first, second = np.split(nearest, 2, axis=2)
+        codes = np.asarray(quantized.codes).reshape(first.shape)
+        np.testing.assert_array_equal(codes, first + 16 * second)
+
+
+@pytest.mark.parametrize("kind", MAX_ERROR)
+def test_a_product_and_its_gradient_are_of_the_dequantized_kernel(kind):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 3, INPUTS)).astype(np.float32)
+    kernel = rng.normal(size=(8, INPUTS // 8, OUTPUTS)).astype(np.float32)
+    quantized, dequantized = round_trip(kernel, kind, (0, 1))
+
+    @jax.jit
+    def product_and_gradient(x, kernel):
+        def product(x):
+            if is_quantized(kernel):
+                return matmul(x, kernel)
+            return x @ kernel.reshape(INPUTS, OUTPUTS)
+
+        return product(x), jax.grad(lambda x: jnp.sum(jnp.sin(product(x))))(x)
+
+    actual = product_and_gradient(x, quantized)
+    for a, b in zip(actual, product_and_gradient(x, dequantized)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

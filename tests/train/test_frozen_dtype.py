@@ -8,12 +8,11 @@ import pytest
 from flax import traverse_util
 
 from tests.train.steps import EIGHT, ONE, assert_same_gradients, experiment, mesh_of, uneven_batch
-from vlm_jax import axes, sharding
+from vlm_jax import sharding
 from vlm_jax.config import ConfigError, Lora, LrMult, Optim
 from vlm_jax.config.validate import validate
 from vlm_jax.nn.quantized import Quantized, is_quantized
 from vlm_jax.plan.document import part_costs
-from vlm_jax.plan.memory import predict_memory
 from vlm_jax.testing import random_params
 from vlm_jax.train import optim
 from vlm_jax.train.step import abstract_state, cast_for_storage, loss_and_gradients
@@ -71,15 +70,12 @@ def test_kernels_of_frozen_parts_are_quantized_and_nothing_else():
 
 
 def test_the_plan_counts_weights_and_not_scales():
-    one_device = jax.sharding.AbstractMesh(ONE, axes.MESH_AXES)
     costs, dense = part_costs(NF4), part_costs(CFG)
     for part, expected in dense.items():
         has_frozen = expected["trained_parameters"] < expected["parameters"]
         assert bool(costs[part].pop("quantized_parameters")) == has_frozen
         assert expected.pop("quantized_parameters") == 0
     assert costs == dense
-    stored = sum(x.nbytes for x in jax.tree.leaves(stored_params()))
-    assert predict_memory(NF4, one_device).parameters == stored
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "nf4"])

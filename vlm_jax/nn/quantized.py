@@ -190,10 +190,11 @@ def _encode_nf4(units: jax.Array) -> jax.Array:
 
 def _decode_nf4(codes: jax.Array) -> jax.Array:
     """Returns the levels, chosen bit by bit: TPUs have no fast lookup in a table."""
-    index = codes.astype(jnp.int32)
-    levels = [jnp.float32(level) for level in NF4]
-    for bit in range(4):
-        is_set = (index >> bit) & 1 == 1
+    # Not `where` of two constants: JAX would move them out of the loop over layers, as arrays.
+    is_odd = (codes & 1).astype(jnp.float32)
+    levels = [even + is_odd * (odd - even) for even, odd in zip(NF4[::2], NF4[1::2])]
+    for bit in (2, 4, 8):
+        is_set = (codes & bit) > 0
         levels = [jnp.where(is_set, odd, even) for even, odd in zip(levels[::2], levels[1::2])]
     return levels[0]
 

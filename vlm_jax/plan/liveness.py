@@ -23,7 +23,7 @@ FUSED = {
     "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "iota", "stop_gradient", "copy",
     "is_finite", "clamp", "rem", "floor", "slice", "name", "sharding_constraint",
     "optimization_barrier", "transpose", "cos", "sin", "exp2", "log1p", "pad", "dynamic_slice",
-    "rev",
+    "rev", "shift_right_logical",
 }  # fmt: skip
 CALLS = {
     "jit",

@@ -27,7 +27,6 @@ NF4 = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-LOW_BITS = 0b1111
 NF4_BLOCK = 64  # weights that share a scale
 
 
@@ -43,8 +42,8 @@ class Quantized(struct.PyTreeNode):
     #: float32, (L, 1, ...) or (1, ...): root mean square of the errors, relative to the kernel's
     error: Any
     dtype: jnp.dtype = struct.field(pytree_node=False)
-    #: axis, counted from the end, along which a byte has the codes of two weights of a block: one
-    #: of its first half and one of its second half; None: each has a byte of its own
+    #: axis of the blocks, counted from the end; a byte has the codes of two weights of a block, one
+    #: of its first half and one of its second half. None: each weight has a byte
     packed_axis: int | None = struct.field(pytree_node=False, default=None)
 
     @property
@@ -68,15 +67,9 @@ class Quantized(struct.PyTreeNode):
         return self.replace(dtype=jnp.dtype(dtype))
 
     def dequantize(self) -> jax.Array:
-        """Returns the kernel: levels times scales in float32, rounded to its dtype."""
-        blocks = self.scale.shape
-        codes = self.codes.reshape(_split_axes(self.codes.shape, blocks))
-        if self.packed_axis is not None:
-            halves = [codes & LOW_BITS, codes >> 4]
-            codes = jnp.concatenate(halves, axis=_within_block(self.packed_axis))
-        scale = self.scale.reshape(_split_axes(blocks, blocks))
-        levels = FORMATS[self.kind].decode(codes)
-        return (levels * scale).astype(self.dtype).reshape(self.shape)
+        """Returns the kernel, computed in float32 and rounded to its dtype."""
+        wide = FORMATS[self.kind].dequantize(self)
+        return wide.astype(self.dtype).reshape(self.shape)
 
 
 def is_quantized(x) -> bool:
@@ -89,13 +82,16 @@ def quantize(x: jax.Array, kind: str, contracted_axes: tuple[int, ...]) -> Quant
     Args:
       kind: a row of `FORMATS`.
       contracted_axes: of the kernel (`axes.Partitioned.contracted_axes`).
+
+    Raises:
+      ConfigError: the kernel has no even axis, along which nf4 could pack two codes in a byte.
     """
-    first = contracted_axes[0]
-    inputs = range(len(contracted_axes))
-    if first == 0:
-        return _quantize(x, kind, inputs)
+    is_stacked = contracted_axes[0] > 0
+    num_inputs = len(contracted_axes)
+    if not is_stacked:
+        return _quantize(x, kind, num_inputs)
     # One layer after the other: float32 copies of all would be twice as large as the kernels.
-    return jax.lax.map(lambda layer: _quantize(layer, kind, inputs), x)
+    return jax.lax.map(lambda layer: _quantize(layer, kind, num_inputs), x)
 
 
 def store_as(x: jax.Array, like, contracted_axes: tuple[int, ...]):
@@ -113,83 +109,64 @@ def store_as(x: jax.Array, like, contracted_axes: tuple[int, ...]):
     return jitted(x, like.kind, contracted_axes)
 
 
-def _quantize(x: jax.Array, kind: str, inputs: range) -> Quantized:
-    """Quantizes a kernel of one layer; `inputs` are its contracted axes."""
-    row, wide = FORMATS[kind], x.astype(jnp.float32)
-    blocks = row.num_blocks(x.shape, inputs)
-    groups = wide.reshape(_split_axes(x.shape, blocks))
-    scale = jnp.max(jnp.abs(groups), axis=range(1, groups.ndim, 2), keepdims=True)
-    codes = row.encode(groups / jnp.where(scale > 0, scale, 1)).astype(row.dtype)
-    packed_axis, sizes = None, list(x.shape)
-    if row.is_packed:
-        (axis,) = [axis for axis, count in enumerate(blocks) if count != x.shape[axis]]
-        packed_axis = axis - x.ndim
-        sizes[axis] //= 2
-        first, second = jnp.split(codes, 2, axis=_within_block(packed_axis))
-        codes = first | second << 4
-    unknown = jnp.zeros((1,) * x.ndim)
-    codes, scale = codes.reshape(sizes), scale.reshape(blocks)
-    result = Quantized(codes, scale, unknown, x.dtype, packed_axis)
+def _quantize(x: jax.Array, kind: str, num_inputs: int) -> Quantized:
+    """Quantizes the kernel of one layer, the first axes of which are its inputs."""
+    wide = x.astype(jnp.float32)
+    result = FORMATS[kind].quantize(wide, num_inputs).astype(x.dtype)
     errors = result.dequantize().astype(jnp.float32) - wide
     squares = jnp.sum(jnp.square(wide), keepdims=True)
-    ratio = jnp.sum(jnp.square(errors), keepdims=True) / jnp.where(squares > 0, squares, 1)
+    ratio = jnp.sum(jnp.square(errors), keepdims=True) / _nonzero(squares)
     return result.replace(error=jnp.sqrt(ratio))
 
 
-def _split_axes(shape: tuple[int, ...], blocks: tuple[int, ...]) -> list[int]:
-    """Returns a shape with every axis split in two: number of blocks, size of a block."""
-    sizes = []
-    for size, count in zip(shape, blocks):
-        sizes += [count, size // count]
-    return sizes
+def _nonzero(x: jax.Array) -> jax.Array:
+    return jnp.where(x > 0, x, 1)
 
 
-def _within_block(axis: int) -> int:
-    """Returns the axis within a block after `_split_axes`; both are counted from the end."""
-    return 2 * axis + 1
+def _quantize_int8(wide: jax.Array, num_inputs: int) -> Quantized:
+    """A block is the weights of all inputs of an output."""
+    scale = jnp.max(jnp.abs(wide), axis=range(num_inputs), keepdims=True)
+    codes = jnp.round(wide / _nonzero(scale) * INT8_MAX).astype(jnp.int8)
+    return Quantized(codes, scale, None, wide.dtype)
 
 
-def _one_block_for_all_inputs(shape: tuple[int, ...], inputs: range) -> tuple[int, ...]:
-    return tuple(1 if axis in inputs else size for axis, size in enumerate(shape))
+def _dequantize_int8(kernel: Quantized) -> jax.Array:
+    return kernel.codes.astype(jnp.float32) / INT8_MAX * kernel.scale
 
 
-def _blocks_of_64(shape: tuple[int, ...], inputs: range) -> tuple[int, ...]:
-    """Blocks along the first axis that 64 divides, else along the one with the largest divisor.
+def _quantize_nf4(wide: jax.Array, num_inputs: int) -> Quantized:
+    """Blocks lie along the first axis that 64 divides, else the one with the largest divisor.
 
-    Raises:
-      ConfigError: no axis is even.
+    The inputs are the first axes.
     """
-    del inputs  # they are the first axes
-    sizes = [math.gcd(size, NF4_BLOCK) for size in shape]
-    longest = max(range(len(shape)), key=sizes.__getitem__)
-    if sizes[longest] == 1:
+    del num_inputs
+    sizes = [math.gcd(size, NF4_BLOCK) for size in wide.shape]
+    axis = max(range(wide.ndim), key=sizes.__getitem__)
+    if sizes[axis] == 1:
         raise ConfigError(
-            f"train.frozen_dtype nf4 needs kernels with an even width, and one has the shape "
-            f"{' x '.join(map(str, shape))}: choose int8."
+            "train.frozen_dtype nf4 needs kernels with an even width, and one has the shape "
+            f"{' x '.join(map(str, wide.shape))}: choose int8."
         )
-    return tuple(
-        size // sizes[axis] if axis == longest else size for axis, size in enumerate(shape)
-    )
-
-
-def _encode_int8(units: jax.Array) -> jax.Array:
-    return jnp.round(units * INT8_MAX)
-
-
-def _decode_int8(codes: jax.Array) -> jax.Array:
-    return codes.astype(jnp.float32) / INT8_MAX
-
-
-def _encode_nf4(units: jax.Array) -> jax.Array:
-    """Returns the indices of the nearest levels."""
-    codes = jnp.zeros(units.shape, jnp.int32)
+    groups = _split_axis(wide, axis, wide.shape[axis] // sizes[axis])
+    scale = jnp.max(jnp.abs(groups), axis=axis + 1)
+    units = groups / _nonzero(jnp.expand_dims(scale, axis + 1))
+    codes = jnp.zeros(units.shape, jnp.uint8)
     for level, following in zip(NF4[:-1], NF4[1:]):
         codes += units > (level + following) / 2
-    return codes
+    first, second = jnp.split(codes, 2, axis=axis + 1)
+    packed = _merge_axis(first | second << 4, axis)
+    return Quantized(packed, scale, None, wide.dtype, packed_axis=axis - wide.ndim)
 
 
-def _decode_nf4(codes: jax.Array) -> jax.Array:
-    """Returns the levels, chosen bit by bit: TPUs have no fast lookup in a table."""
+def _dequantize_nf4(kernel: Quantized) -> jax.Array:
+    axis = kernel.packed_axis + kernel.codes.ndim
+    codes = _split_axis(kernel.codes, axis, kernel.scale.shape[axis])
+    codes = jnp.concatenate([codes & 0b1111, codes >> 4], axis=axis + 1)
+    return _levels(codes) * jnp.expand_dims(kernel.scale, axis + 1)
+
+
+def _levels(codes: jax.Array) -> jax.Array:
+    """Returns NF4[codes], chosen bit by bit: TPUs have no fast lookup in a table."""
     # Not `where` of two constants: JAX would move them out of the loop over layers, as arrays.
     is_odd = (codes & 1).astype(jnp.float32)
     levels = [even + is_odd * (odd - even) for even, odd in zip(NF4[::2], NF4[1::2])]
@@ -199,30 +176,37 @@ def _decode_nf4(codes: jax.Array) -> jax.Array:
     return levels[0]
 
 
+def _split_axis(x: jax.Array, axis: int, blocks: int) -> jax.Array:
+    """Splits an axis in two: number of blocks, size of a block.
+
+    No other axis: of more axes, XLA:TPU makes float32 copies of the kernel.
+    """
+    return x.reshape(*x.shape[:axis], blocks, x.shape[axis] // blocks, *x.shape[axis + 1 :])
+
+
+def _merge_axis(x: jax.Array, axis: int) -> jax.Array:
+    """Inverse of `_split_axis`."""
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
 class Format(NamedTuple):
     """A row of `FORMATS`.
 
     Attributes:
-      dtype: of the codes, another one in every row.
-      is_packed: a byte has two codes.
-      num_blocks: shape of a kernel and its input axes -> blocks, which share a scale, on each axis.
-      encode: weights between -1 and 1 -> codes.
-      decode: codes -> float32 levels between -1 and 1.
+      dtype: of the codes; rows differ in it.
+      quantize: float32 kernel of a layer, number of its input axes -> the kernel without `error`.
+      dequantize: quantized kernel -> float32, in any shape.
     """
 
     dtype: jnp.dtype
-    is_packed: bool
-    num_blocks: Callable[[tuple[int, ...], range], tuple[int, ...]]
-    encode: Callable[[jax.Array], jax.Array]
-    decode: Callable[[jax.Array], jax.Array]
+    quantize: Callable[[jax.Array, int], Quantized]
+    dequantize: Callable[[Quantized], jax.Array]
 
 
 # By `train.frozen_dtype`.
 FORMATS = {
-    "int8": Format(
-        jnp.dtype(jnp.int8), False, _one_block_for_all_inputs, _encode_int8, _decode_int8
-    ),
-    "nf4": Format(jnp.dtype(jnp.uint8), True, _blocks_of_64, _encode_nf4, _decode_nf4),
+    "int8": Format(jnp.dtype(jnp.int8), _quantize_int8, _dequantize_int8),
+    "nf4": Format(jnp.dtype(jnp.uint8), _quantize_nf4, _dequantize_nf4),
 }
 
 

@@ -307,6 +307,7 @@ def test_what_is_kept_of_a_training_config_is_what_is_planned_today(capsys, file
     [
         ("llava_1_5_7b_stage_1", {"projector"}),
         ("llava_1_5_7b_stage_2", {"projector", "decoder"}),
+        ("llava_1_5_7b_lora", {"projector", "decoder"}),
         ("paligemma_3b_224_transfer", {"vision", "projector", "decoder"}),
         ("llama_3_2_11b_vision_train", {"vision", "projector", "cross_attention"}),
     ],

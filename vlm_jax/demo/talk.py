@@ -63,7 +63,7 @@ class ChatModel:
         request, images = session.encode_turn(number)
         if not images:
             raise ConfigError("the question has no image: there is nothing to look at.")
-        layouts = image_layouts(self.cfg.vision, images)
+        layouts = image_layouts(self.cfg.vision, images, request.processor)
         ids = session.answer_ids[number]
         maps = look_at_answer(
             request, self.params, self.name, layouts, methods, ids, LENGTH_MULTIPLE

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vlm_jax.data.blind_baselines import Asked, floors
 from vlm_jax.data.synthetic import glyphs
 from vlm_jax.data.synthetic import pages as paper
+from vlm_jax.data.synthetic.blind_baselines import Asked, floors
 from vlm_jax.data.synthetic.builder import SyntheticConfig
 from vlm_jax.data.synthetic.layout import random_page
 

@@ -58,14 +58,10 @@ class Picture:
 
 
 def image_layouts(
-    vision: Vision, images: Sequence[ImageInput], processor: Processor | None = None
+    vision: Vision, images: Sequence[ImageInput], processor: Processor
 ) -> list[Layout]:
-    """Returns the tiles that each image is cut into; the encoder sees them separately.
-
-    Args:
-      processor: of the model; None: it cuts no images beyond the settings of the encoder.
-    """
-    grids = None if processor is None else processor.tile_grids(images)
+    """Returns the tiles that each image is cut into; the encoder sees them separately."""
+    grids = processor.tile_grids(images)
     if grids is not None:
         return grids
     if vision.cut_tiles == 1:

@@ -3,8 +3,8 @@
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 
-from vlm_jax.data import blind_baselines
-from vlm_jax.data.blind_baselines import Asked
+from vlm_jax.data.synthetic import blind_baselines
+from vlm_jax.data.synthetic.blind_baselines import Asked
 from vlm_jax.infer.metrics.grounding import LAYER_NUMBERS
 from vlm_jax.infer.metrics.scores import DEFAULT_METRIC, metric_keys, parse_score, score_bounds
 from vlm_jax.infer.metrics.table import of_attention

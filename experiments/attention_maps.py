@@ -69,7 +69,7 @@ def read_maps(folder: str, examples: list, method: str) -> list:
     for example in examples:
         images = example.images()
         request = encode(model, processor, [example.question], [images], options)
-        layouts = image_layouts(processor.cfg.vision, images)
+        layouts = image_layouts(processor.cfg.vision, images, processor)
         answers.append(look_at_answer(request, params, name, layouts, methods))
     return answers
 

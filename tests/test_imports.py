@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from its own line and the lines above. The longest prefix of its name decides
 # its line.
 FLOW = [
-    ["config.errors", "runtime.process"],
+    ["__version__", "config.errors", "runtime.process"],
     ["config.datasets", "config.hints", "config.model"],
     ["config.experiment"],
     ["config"],

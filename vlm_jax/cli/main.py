@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 
-import vlm_jax
+from vlm_jax import __version__
 from vlm_jax.cli.chat import chat
 from vlm_jax.cli.checkpoints import export, verify
 from vlm_jax.cli.data import DATA, DATA_OPTIONS, data
@@ -112,7 +112,7 @@ def _run_command(arguments: list[str]) -> int:
             print(USAGE)
             return 2
         if arguments == ["--version"]:
-            print(vlm_jax.__version__)
+            print(__version__)
             return 0
         if command in ("", *HELP) and _asks_for_help(rest):
             print(format_help(command, *HELP[command]) if command else USAGE)

@@ -23,6 +23,7 @@ SCRIPTS = {
     "loading": [],
     "serve": ["--turns", "1", "--seconds", "0"],
     "start": ["--pairs", "1"],
+    "metrics": ["--answers", "100"],
 }
 # Modules of the others, the script that runs them all, and the one for accelerators.
 PARTS = {"probe", "turns", "report", "all", "device"}

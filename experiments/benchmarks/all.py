@@ -37,6 +37,7 @@ BENCHMARKS = {
     "input_pipeline": [],
     "packing": [],
     "step": ["--turns", "3"],
+    "metrics": [],
 }
 
 

@@ -65,6 +65,7 @@ def test_captions_are_learned_and_lost_when_the_pictures_are_shuffled(name, tmp_
         "train.steps": 200,
         "train.batch_size": 64,
         "train.checkpoint_every_steps": 200,
+        "eval.batch_size": 64,
         "eval.max_new_tokens": 16,
         "workdir": workdir,
     }

@@ -19,6 +19,8 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     VisionEncoderDecoderModel,
 )
 
@@ -33,6 +35,7 @@ from vlm_jax.config import Experiment, Fusion
 from vlm_jax.data import images, questions, tiling
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub import export, pretrained_parts
+from vlm_jax.hub.tensors.folder import open_tensors
 from vlm_jax.hub.text.tokenizer import HubTokenizer
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.structs import NO_IMAGE, Batch
@@ -255,6 +258,25 @@ def test_transformers_answers_as_the_run_does(runs, name, picture):
     assert len(set(answer)) > 1, "equal tokens would prove little"
     logits = run.logits(with_answer(run.prompt(picture, prompt), answer))
     assert logits[0, -NEW - 1 : -1].argmax(-1).tolist() == answer
+
+
+def test_a_run_begun_from_phi_3_is_exported_as_phi_3(tmp_path):
+    """And not as Llama, which has the same architecture, but other tensors."""
+    base = tmp_path / "base"
+    base.mkdir()
+    chat(base)
+    rows = HubTokenizer.load(base).next_id
+    sizes = SMALL | {"vocab_size": rows, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
+    saved(Phi3ForCausalLM(Phi3Config(**sizes)), base)
+    cfg = Experiment(init_from=str(base), fusion=Fusion("text_only"))
+    cfg = replace(cfg, data=replace(cfg.data, source="conversations", augment=()))
+    run = exported(pretrained_parts.resolve_checkpoints(cfg), tmp_path)
+    assert (run.family, export.exportable(run.cfg)) == ("phi3", "export: phi3")
+    with open_tensors(base) as before, open_tensors(run.folder) as after:
+        assert set(after) == set(before)
+    assert export.exportable(replace(run.cfg, decoder=replace(run.cfg.decoder, checkpoint=""))) == (
+        "export: llama"
+    )
 
 
 def asked_of_transformers(processor, family, name, image, prompt) -> dict:

@@ -117,7 +117,6 @@ def _check_adapter(args) -> None:
 def _export_adapters(args) -> str:
     """Writes the adapters of a run; returns the family of their base model."""
     from vlm_jax.hub.peft.write import write_adapter
-    from vlm_jax.hub.tensors.folder import read_json
     from vlm_jax.train.initial import load_state
 
     workdir = Workdir(args.checkpoint)
@@ -127,9 +126,7 @@ def _export_adapters(args) -> str:
             f"--checkpoint {args.checkpoint} has no adapters (lora.rank is None): leave out "
             "--adapter to write the whole model."
         )
-    config = workdir.processor / "config.json"
-    base = read_json(config) if config.is_file() else None
-    return write_adapter(cfg, load_state(cfg, args.step).params, args.output, base)
+    return write_adapter(cfg, load_state(cfg, args.step).params, args.output, workdir.processor)
 
 
 def _export_run(args) -> str:

@@ -19,6 +19,7 @@ from vlm_jax.config.validate import flat
 from vlm_jax.hub.families.family import Family, Json
 from vlm_jax.hub.families.registry import KNOWN, find_family
 from vlm_jax.hub.load import Checkpoint, load_checkpoint
+from vlm_jax.hub.pretrained_parts import processor_source
 from vlm_jax.hub.run_files import (
     PREPROCESSOR,
     PROCESSOR,
@@ -132,7 +133,8 @@ def export_run(
     Args:
       tokenizer: tokenizer.json of the run.
       processor: the processor files of the checkpoint that the run started from,
-        `Workdir.processor`.
+        `Workdir.processor`. If several families have this architecture, that checkpoint's is
+        written.
 
     Returns:
       the family's model_type.
@@ -142,7 +144,7 @@ def export_run(
         differences), or the output cannot be written.
     """
     refuse_used(output)
-    family = matching_family(cfg, intermediate_layers or "output")
+    family = matching_family(cfg, intermediate_layers or "output", base=processor)
     with all_or_none(output) as stage:
         ids = write_run_files(stage, cfg, family, tokenizer, processor)
         config = {"pad_token_id": ids.pad, "eos_token_id": ids.eos, "torch_dtype": "float32"}
@@ -184,13 +186,13 @@ def matching_family(
     cfg: Experiment,
     intermediate_layers: str = "output",
     max_differences: int | None = None,
-    preferred: str | None = None,
+    base: Path | None = None,
 ) -> Family:
     """Returns the family whose config.json can express this experiment's architecture.
 
     Args:
       max_differences: number of the closest family's differences that an error lists; None: all.
-      preferred: model_type of the family to choose if several can.
+      base: folder with the config.json of a checkpoint, whose family is chosen if several can.
 
     Raises:
       CheckpointError: no family can.
@@ -201,7 +203,7 @@ def matching_family(
             "architecture."
         )
     fields = architecture_fields(cfg)
-    candidates = []
+    preferred, candidates = _model_type(base), []
     for known in sorted(KNOWN, key=lambda family: family.model_type != preferred):
         family = find_family({"model_type": known.model_type}, "", intermediate_layers)
         written = _as_written(family, cfg)
@@ -221,6 +223,12 @@ def matching_family(
         f"this run matches no supported architecture; the closest is {name}, which differs in "
         f"{listed}."
     )
+
+
+def _model_type(folder: Path | None) -> str | None:
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    return read_json(folder / "config.json").get("model_type")
 
 
 def _as_written(family: Family, cfg: Experiment) -> Experiment | None:
@@ -253,7 +261,9 @@ def is_exportable(cfg: Experiment) -> bool:
 def exportable(cfg: Experiment) -> str:
     """Returns a line with the family that the experiment exports to, or why none matches."""
     try:
-        family = matching_family(cfg, max_differences=MAX_LISTED_DIFFERENCES)
+        family = matching_family(
+            cfg, max_differences=MAX_LISTED_DIFFERENCES, base=processor_source(cfg)
+        )
     except UserError as error:
         return f"export: none, {str(error).rstrip('.')}"
     fields = prompt_differences(cfg, family)

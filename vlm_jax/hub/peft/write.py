@@ -46,7 +46,7 @@ class Layer:
 
 
 def write_adapter(
-    cfg: Experiment, params: Mapping, output: str | os.PathLike, base: Json | None = None
+    cfg: Experiment, params: Mapping, output: str | os.PathLike, base: Path | None = None
 ) -> str:
     """Writes adapter_config.json and adapter_model.safetensors, with the names of transformers 5.
 
@@ -54,7 +54,7 @@ def write_adapter(
 
     Args:
       params: of a run, its adapters not merged.
-      base: config.json of the checkpoint that the run began with.
+      base: folder with the config.json of the checkpoint that the run began with.
 
     Returns:
       the model_type of the base model.
@@ -65,7 +65,7 @@ def write_adapter(
     """
     if (Path(output).expanduser() / CONFIG).exists():
         raise CheckpointError(f"--output {output} holds an adapter already: choose another folder.")
-    family = matching_family(cfg, preferred=(base or {}).get("model_type"))
+    family = matching_family(cfg, base=base)
     boxes = traverse_util.flatten_dict(abstract_params(cfg), sep="/")
     flat_params = traverse_util.flatten_dict(params, sep="/")
     rows = {module_name(family, row): row for row in family.param_table(cfg)}

@@ -160,7 +160,7 @@ def prepare(folder: Path) -> dict[str, str]:
         turns = [{"from": speaker, "value": value} for speaker, value in turns]
         record = {"id": str(number), "image": f"{number}.png", "conversations": turns}
         records.append(record | {"answers": [f"{number} of 8"] * 10})
-    for name in ("train.json", "test.json"):
+    for name in ("train.json", "captions.json", "test.json"):
         (folder / name).write_text(json.dumps(records))
     Image.fromarray(pixels).save(folder / "a.jpg")
     (folder / "questions.txt").write_text("/image a.jpg\nhow bright is it?\nis it red?\n/undo\n")

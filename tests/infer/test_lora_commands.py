@@ -107,6 +107,29 @@ def test_exports_are_the_run(folder, tmp_path):
     assert_equal(flat(load_params(base, adapter=adapter)[1]), params, atol=1e-6)
 
 
+def test_a_second_stage_begins_with_the_first_and_continues_bit_for_bit(folder, tmp_path):
+    """The projector, then LoRA and the projector; the adapter is of the public checkpoint."""
+    base, stage_1, stage_2 = (str(folder / name) for name in ("llava", "stage_1", "stage_2"))
+    assert main(train(folder, "stage_1", "--optim.lr_mult.decoder", "0")) == 0
+    command = train(folder, "stage_2", *LORA)
+    command[command.index(base)] = stage_1
+    assert main(command) == 0
+    cfg = Workdir(stage_2).read_config()
+    mesh = axes.make_mesh(cfg.mesh)
+    first = initial.load_state(Workdir(stage_1).read_config()).params
+    assert_equal(initial.load_parts(cfg, abstract_state(cfg, mesh), mesh), flat(first))
+
+    expected = initial.load_state(cfg)
+    shutil.rmtree(folder / "stage_2" / "checkpoints" / "2")
+    assert main(["train", "--workdir", stage_2]) == 0
+    assert jax.tree.all(jax.tree.map(np.array_equal, initial.load_state(cfg), expected))
+
+    adapter = str(tmp_path / "adapter")
+    assert main(["export", "--checkpoint", stage_2, "--adapter", "--output", adapter]) == 0
+    merged = flat(load_params(base, adapter=adapter)[1])
+    assert_equal(merged, flat(from_run(stage_2)[1]), atol=1e-6)
+
+
 def test_an_exported_adapter_is_evaluated_and_trained_as_the_run(folder, tmp_path, monkeypatch):
     workdir, adapter = str(folder / "run"), str(tmp_path / "adapter")
     assert main(["export", "--checkpoint", workdir, "--adapter", "--output", adapter]) == 0

@@ -302,6 +302,43 @@ def test_what_is_kept_of_a_training_config_is_what_is_planned_today(capsys, file
     assert "\nfits: " in compiled_part
 
 
+# The devices that the docstring of a LoRA config names: a slice, or one GPU.
+V5E, H100 = "v5e:2x4", chips.find_chip("NVIDIA H100 80GB HBM3")
+LORA_DEVICES = {
+    "llava_1_5_7b_stage_1": V5E,
+    "llava_1_5_7b": V5E,
+    "paligemma_3b_224": V5E,
+    "llama_3_2_11b_vision": V5E,
+    "llava_1_5_7b_h100": H100,
+}
+
+
+def test_every_config_of_a_large_model_names_its_devices():
+    assert {path.stem for path in (CONFIGS / "lora").glob("*.py")} == LORA_DEVICES.keys()
+    assert {path.stem for path in (CONFIGS / "tpu").glob("*.py")} == {
+        path.stem for path in PLANS.glob("*.txt")
+    }
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    "name",
+    # Traced for seconds.
+    [pytest.param(n, marks=pytest.mark.slow) if "llama" in n else n for n in LORA_DEVICES],
+)
+def test_a_lora_config_fits_its_devices(capsys, name):
+    config, devices = ["--config", str(CONFIGS / "lora" / f"{name}.py")], LORA_DEVICES[name]
+    if devices == V5E:
+        plan = planned(capsys, *config, "--topology", V5E, "--no-compile")
+        assert plan["topology"]["fits"]
+    else:
+        plan = planned(capsys, *config)
+        assert plan["bytes_per_device"]["total"] < devices.hbm_bytes
+    assert plan["parts"]["vision"]["trained_parameters"] == 0
+    decoder = plan["parts"]["decoder"]
+    assert decoder["trained_parameters"] < decoder["parameters"] / 20
+
+
 @pytest.mark.parametrize(
     "name, trained",
     [

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
     "train_step": ["--turns", "1", "--seconds", "0"],
+    "lora": ["--turns", "1", "--seconds", "0"],
     "decode": ["--turns", "1", "--seconds", "0"],
     "questions": ["--turns", "1", "--seconds", "0"],
     "step": ["--turns", "1", "--seconds", "0"],

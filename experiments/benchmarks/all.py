@@ -29,6 +29,7 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 # Script -> arguments: fewer turns than the script's own default.
 BENCHMARKS = {
     "train_step": ["--turns", "5"],
+    "lora": ["--turns", "5"],
     "decode": ["--turns", "3"],
     "serve": ["--turns", "3"],
     "questions": ["--turns", "5"],

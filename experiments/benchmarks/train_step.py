@@ -30,16 +30,9 @@ NAMES = {"llava": "LLaVA-like", "mllama": "Llama-3.2-Vision-like"}
 RATE, BETAS, DECAY, CLIP = 1e-4, (0.9, 0.99), 1e-4, 1.0
 
 
-def ours(kind: str, folder: str):
-    """Returns a function that takes a step and returns its loss, and one that counts its FLOPs."""
-    import jax
-
-    from vlm_jax import axes, sharding
-    from vlm_jax.config import Mesh, Optim, Train
-    from vlm_jax.cost.flops import train_flops
-    from vlm_jax.structs import State
-    from vlm_jax.train import optim as optimizers
-    from vlm_jax.train.step import compile_train_step, state_shardings
+def load(folder: str):
+    """Returns our model of a checkpoint, with the settings of this benchmark."""
+    from vlm_jax.config import Optim, Train
 
     optim = Optim(
         "adamw",
@@ -51,7 +44,28 @@ def ours(kind: str, folder: str):
         clip_norm=CLIP,
     )
     train = Train(steps=STEPS, batch_size=probe.ROWS)
-    model = probe.Ours.load(folder, unroll=1, remat="attention", optim=optim, train=train)
+    return probe.Ours.load(folder, unroll=1, remat="attention", optim=optim, train=train)
+
+
+def ours(kind: str, folder: str):
+    """Returns a function that takes a step and returns its loss, and one that counts its FLOPs."""
+    from vlm_jax.cost.flops import train_flops
+
+    model = load(folder)
+    cfg = replace(model.cfg, data=replace(model.cfg.data, text_length=probe.TEXT_TOKENS))
+    return own_step(model, kind), lambda: train_flops(cfg)
+
+
+def own_step(model: probe.Ours, kind: str):
+    """Returns a function that takes a step and returns its loss."""
+    import jax
+
+    from vlm_jax import axes, sharding
+    from vlm_jax.config import Mesh
+    from vlm_jax.structs import State
+    from vlm_jax.train import optim as optimizers
+    from vlm_jax.train.step import compile_train_step, state_shardings
+
     cfg, mesh, batch = model.cfg, axes.make_mesh(Mesh()), model.batch(probe.inputs(kind))
     with jax.set_mesh(mesh):
         trained, _ = optimizers.split(model.params, cfg.optim)
@@ -67,24 +81,34 @@ def ours(kind: str, folder: str):
             held["state"], metrics = step(held["state"], batch)
             return float(metrics["loss"])
 
-    return take, lambda: train_flops(
-        replace(cfg, data=replace(cfg.data, text_length=probe.TEXT_TOKENS))
-    )
+    return take
 
 
 def theirs(kind: str, folder: str):
+    take = torch_step(torch_model(folder), kind)
+    return take, lambda: counted(take)
+
+
+def torch_model(folder: str):
     import torch
     from transformers import AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_pretrained(
+    return AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa"
     )
+
+
+def torch_step(model, kind: str):
+    """Returns a function that takes a step of torch's model and returns its loss."""
+    import torch
+
     model.train()
     arrays = probe.inputs(kind)
     batch = {name: torch.tensor(array) for name, array in arrays.items()}
     batch["labels"] = torch.tensor(probe.labels(arrays))
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim > 1]
+    others = [p for p in trained if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, RATE, BETAS, fused=True)
 
@@ -96,13 +120,13 @@ def theirs(kind: str, folder: str):
     def take() -> float:
         loss = model(**batch, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         return float(loss.detach())
 
-    return take, lambda: counted(take)
+    return take
 
 
 def jax_product():
@@ -151,8 +175,7 @@ def compare(kind: str, options: argparse.Namespace) -> list[Result]:
     for side, side_losses in losses.items():
         numbers = [f"{loss:.5f}" for loss in side_losses]
         print(f"{kind}: losses of the first steps, {side:<13}", *numbers)
-    if not all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(*losses.values())):
-        raise SystemExit("the losses do not agree")
+    check_losses(*losses.values())
     peak = max(answer["peak_flops"] for answer in mine + other)
     print(f"{kind}: {flops / 1e9:.0f} GFLOP a step; peak of a matmul {peak / 1e9:.0f} GFLOP/s")
     print(f"{kind:<16}{'seconds':>9}{'fastest':>9}{'of peak':>9}{'fastest':>9}{'peak GB':>9}")
@@ -169,6 +192,11 @@ def compare(kind: str, options: argparse.Namespace) -> list[Result]:
         Result.of(f"{name}: peak memory", "times transformers'", memory),
         Result.of(f"{name}: own FLOPs", "of the peak", shares, own / turns.best(mine) / peak),
     ]
+
+
+def check_losses(mine: list[float], others: list[float]) -> None:
+    if not all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(mine, others, strict=True)):
+        raise SystemExit("the losses do not agree")
 
 
 def main() -> None:

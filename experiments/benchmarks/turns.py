@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import report
 from report import Result
@@ -59,7 +59,9 @@ def serve(first: dict, answer: Callable[..., dict]) -> None:
         print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
 
 
-def parser(description: str, seconds: float) -> argparse.ArgumentParser:
+def parser(
+    description: str, seconds: float, sides: Collection[str] = SIDES
+) -> argparse.ArgumentParser:
     """Returns the parser of a benchmark of one model, and of the processes of its sides."""
     benchmark_parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -69,7 +71,7 @@ def parser(description: str, seconds: float) -> argparse.ArgumentParser:
         "--seconds", type=float, default=seconds, help="minimum of each turn"
     )
     report.add_option(benchmark_parser)
-    benchmark_parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
+    benchmark_parser.add_argument("--serve", choices=sides, help=argparse.SUPPRESS)
     benchmark_parser.add_argument("--folder", help=argparse.SUPPRESS)
     return benchmark_parser
 
@@ -123,11 +125,13 @@ def best(answers: list[dict]) -> float:
     return min(answer["best_seconds"] for answer in answers)
 
 
-def speed(name: str, ours: list[dict], theirs: list[dict]) -> Result:
+def speed(
+    name: str, ours: list[dict], theirs: list[dict], unit: str = "times transformers' speed"
+) -> Result:
     """Returns their time over ours: above 1, ours is faster."""
     ratios = [b["seconds"] / a["seconds"] for a, b in zip(ours, theirs, strict=True)]
     fastest = best(theirs) / best(ours)
-    return Result.of(name, "times transformers' speed", ratios, fastest)
+    return Result.of(name, unit, ratios, fastest)
 
 
 def peak_bytes(work: Callable[[], object]) -> int:

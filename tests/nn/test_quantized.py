@@ -73,3 +73,16 @@ def test_a_product_and_its_gradient_are_of_the_dequantized_kernel(kind):
     actual = product_and_gradient(x, quantized)
     for a, b in zip(actual, product_and_gradient(x, dequantized)):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_remat_that_saves_products_saves_those_of_quantized_kernels():
+    kernel = quantize(jnp.ones((64, 64)), "int8", contracted_axes=(0,))
+
+    def loss(x):
+        hidden = jnp.sin(matmul(x, kernel))
+        return matmul(hidden, kernel).sum()
+
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    program = jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=policy)))(jnp.ones((2, 64)))
+    # Two in the forward pass and two in the backward pass.
+    assert str(program).count("dot_general") == 4

@@ -216,11 +216,16 @@ def matmul(x: Float[Array, "... D"], kernel: Quantized) -> Float[Array, "... F"]
 
     The kernel gets no gradient. The backward pass keeps its codes, not the dequantized kernel.
     """
+    return _product(x, kernel)
+
+
+def _product(x, kernel):
     return x @ kernel.dequantize().reshape(x.shape[-1], -1)
 
 
 def _matmul_forward(x, kernel):
-    return matmul(x, kernel), kernel
+    # Not `matmul`, whose product the policies of remat would not see.
+    return _product(x, kernel), kernel
 
 
 def _matmul_backward(kernel, dy):

@@ -45,7 +45,8 @@ def gradients_of(cfg, params, shape):
         batch = jax.device_put(uneven_batch(cfg), sharding.row_sharding(mesh))
         trained, frozen = optim.split(params, cfg.optim)
         function = jax.jit(functools.partial(loss_and_gradients, cfg))
-        return jax.device_get(function(trained, frozen, batch))
+        (loss, _), gradients = function(trained, frozen, batch)
+        return jax.device_get((loss, gradients))
 
 
 def test_a_step_on_eight_devices_is_the_step_with_dequantized_kernels_on_one():

@@ -46,7 +46,7 @@ ALPHABET = {
     "M": Axis("image tokens that leave the projector"),
     "Q": Axis("learned queries of the resampler"),
     "R": Axis("rotary dimensions of a head; rows of a resampled grid"),
-    "A": Axis("rank of a LoRA adapter"),
+    "A": Axis("rank of a LoRA adapter", parameter="fsdp"),
     "L": Axis("layers, stacked"),
     "D": Axis("hidden width of the decoder or of the transformer at hand", parameter="fsdp"),
     "E": Axis("hidden width of the image encoder, as input of the projector", parameter="fsdp"),

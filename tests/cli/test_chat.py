@@ -15,7 +15,7 @@ from vlm_jax.cli.main import main
 from vlm_jax.config import Data, UserError
 from vlm_jax.data import conversations
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.hub.text.prompt_formats import ChatPrompt
+from vlm_jax.hub.text.prompts import ChatPrompt
 from vlm_jax.infer.answer import AnswerOptions
 from vlm_jax.infer.run import RunProcessor
 from vlm_jax.infer.session import Session

@@ -16,7 +16,7 @@ from vlm_jax.cli.main import main
 from vlm_jax.config import UserError
 from vlm_jax.config.files import to_json
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.hub.text.prompt_formats import ChatPrompt
+from vlm_jax.hub.text.prompts import ChatPrompt
 from vlm_jax.infer import run as infer_run
 from vlm_jax.infer.answer import AnswerOptions, encode
 from vlm_jax.infer.processor import Processor

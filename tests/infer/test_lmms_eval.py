@@ -16,7 +16,7 @@ import vlm_jax
 from tests.infer.test_likelihood import tiny_run
 from vlm_jax.config import UserError
 from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
-from vlm_jax.hub.text.prompt_formats import ChatPrompt
+from vlm_jax.hub.text.prompts import ChatPrompt
 from vlm_jax.infer.answer import AnswerOptions
 from vlm_jax.infer.likelihood import score_answers
 from vlm_jax.infer.lmms_eval import queries, responses

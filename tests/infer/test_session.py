@@ -8,7 +8,7 @@ import pytest
 import vlm_jax
 from vlm_jax.config import Data
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.hub.text.prompt_formats import ChatPrompt
+from vlm_jax.hub.text.prompts import ChatPrompt
 from vlm_jax.infer.answer import AnswerOptions
 from vlm_jax.infer.run import RunProcessor
 from vlm_jax.infer.session import Session

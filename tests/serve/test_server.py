@@ -21,7 +21,7 @@ from PIL import Image
 import vlm_jax
 from vlm_jax.config import Data
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.hub.text.prompt_formats import ChatPrompt
+from vlm_jax.hub.text.prompts import ChatPrompt
 from vlm_jax.infer.answer import AnswerOptions
 from vlm_jax.infer.run import RunProcessor
 from vlm_jax.nn.vlm import VLM

@@ -22,14 +22,13 @@ from vlm_jax.hub.inputs import mask_images_of_other_rows, to_batch, with_targets
 from vlm_jax.hub.load import Checkpoint
 from vlm_jax.hub.text.chat_template import ChatTemplate
 from vlm_jax.hub.text.dialogue import Dialogue, decoder_start_ids
-from vlm_jax.hub.text.prompt_formats import (
+from vlm_jax.hub.text.prompt_formats import TextFormat, load_prompt_format
+from vlm_jax.hub.text.prompts import (
     ChatPrompt,
     Prompt,
     Prompts,
-    TextFormat,
     as_prompt_list,
     check_answers,
-    load_prompt_format,
     stack_prompts,
 )
 from vlm_jax.hub.text.tokenizer import HubTokenizer, TextStream, has_tokenizer

@@ -11,7 +11,7 @@ from flax import linen as nn
 from vlm_jax.config import ConfigError, Model
 from vlm_jax.config.bounds import check_sampling
 from vlm_jax.hub.images.steps import ImageInputs
-from vlm_jax.hub.text.prompt_formats import ChatPrompt, Prompts
+from vlm_jax.hub.text.prompts import ChatPrompt, Prompts
 from vlm_jax.infer.generate import NonFiniteLogits, SamplingParams, generate, stream
 from vlm_jax.infer.processor import Processor
 from vlm_jax.infer.stop import AnswerText, check_stop

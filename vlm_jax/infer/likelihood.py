@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from vlm_jax.config import Model
 from vlm_jax.hub.images.steps import ImageInputs
-from vlm_jax.hub.text.prompt_formats import ChatPrompt
+from vlm_jax.hub.text.prompts import ChatPrompt
 from vlm_jax.infer.answer import pad_multiple, question
 from vlm_jax.infer.generate import NonFiniteLogits, params_dtype
 from vlm_jax.infer.processor import Processor

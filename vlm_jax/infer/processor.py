@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 from vlm_jax.hub.images.steps import ImageInput, ImageInputs, PixelScale
-from vlm_jax.hub.text.prompt_formats import Prompts
+from vlm_jax.hub.text.prompts import Prompts
 from vlm_jax.hub.text.tokenizer import TextStream
 from vlm_jax.structs import Batch
 

@@ -21,7 +21,7 @@ from vlm_jax.data.tiling import to_pixels
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub.images.steps import ImageInput, ImageInputs, PixelScale, read, to_rows
 from vlm_jax.hub.text.dialogue import content_parts
-from vlm_jax.hub.text.prompt_formats import ChatPrompt, Prompts, as_prompt_list, check_answers
+from vlm_jax.hub.text.prompts import ChatPrompt, Prompts, as_prompt_list, check_answers
 from vlm_jax.hub.text.tokenizer import TextStream
 from vlm_jax.nn import lora
 from vlm_jax.nn.models import build_model

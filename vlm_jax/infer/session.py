@@ -18,7 +18,7 @@ from flax import linen as nn
 from vlm_jax.config import ConfigError
 from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.hub.images.steps import ImageInput
-from vlm_jax.hub.text.prompt_formats import ChatPrompt
+from vlm_jax.hub.text.prompts import ChatPrompt
 from vlm_jax.infer import prefix, rows
 from vlm_jax.infer.answer import AnswerOptions, Request, encode
 from vlm_jax.infer.generate import NonFiniteLogits, check_finite

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from PIL import Image
 
 from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
-from vlm_jax.hub.text.prompt_formats import ChatPrompt
+from vlm_jax.hub.text.prompts import ChatPrompt
 from vlm_jax.infer.answer import AnswerOptions
 from vlm_jax.infer.rows import TOP_LOGPROBS
 from vlm_jax.serve.images import ImageReader

@@ -16,7 +16,7 @@ from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.hub import load
 from vlm_jax.hub.text.chat_template import ChatTemplate
 from vlm_jax.hub.text.dialogue import NO_TOKEN, Dialogue, content_parts
-from vlm_jax.hub.text.prompt_formats import ChatPrompt
+from vlm_jax.hub.text.prompts import ChatPrompt
 from vlm_jax.structs import NO_IMAGE
 
 QUESTION, ANSWER = "what is it?", "a red car"

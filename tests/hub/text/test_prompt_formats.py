@@ -24,7 +24,8 @@ from transformers import (
 
 from tests.hub import tiny_tokenizers as tiny
 from vlm_jax.config import UserError
-from vlm_jax.hub.text.prompt_formats import Prompt, load_prompt_format, stack_prompts
+from vlm_jax.hub.text.prompt_formats import load_prompt_format
+from vlm_jax.hub.text.prompts import Prompt, stack_prompts
 from vlm_jax.hub.text.tokenizer import HubTokenizer
 
 RNG = np.random.default_rng(0)

@@ -21,7 +21,6 @@ from vlm_jax.hub.tensors.folder import read_json
 from vlm_jax.hub.text.chat_template import ChatTemplate
 from vlm_jax.hub.text.prompt_formats import (
     EncoderDecoderFormat,
-    PlaceholderFormat,
     TextFormat,
     load_prompt_format,
 )
@@ -72,9 +71,7 @@ class Dialogue:
             raise CheckpointError(
                 f"{folder} names no end-of-text token: set eos_token in tokenizer_config.json."
             )
-        text_format = load_prompt_format(folder, tokenizer)
-        if has_images and type(text_format) is TextFormat:
-            text_format = PlaceholderFormat.of(tokenizer)
+        text_format = load_prompt_format(folder, tokenizer, has_images)
         # The other two ids are found by rendering a conversation without them.
         dialogue = cls(tokenizer, template, text_format, (), eos_ids[0], eos_ids)
         if isinstance(text_format, EncoderDecoderFormat):

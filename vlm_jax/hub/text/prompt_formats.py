@@ -18,65 +18,23 @@ mllama     <|image|> <|begin_of_text|> what is it?
 
 import itertools
 import os
-import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlm_jax.config import CheckpointError, ConfigError
+from vlm_jax.config import CheckpointError
 from vlm_jax.hub.tensors.folder import read_json
 from vlm_jax.hub.tensors.mapped import all_nonnegative_ints
+from vlm_jax.hub.text.prompts import Prompt, to_ids
 from vlm_jax.hub.text.special_tokens import TOKENIZER_CONFIG, read_json_if_exists
 from vlm_jax.hub.text.tokenizer import NEWLINE_TOKEN, HubTokenizer
 from vlm_jax.hub.text.tokenizer_files import CONFIG
 
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
 MAX_EXTRA_TOKENS = 1024  # tokens of an image beside its patches
-
-
-@dataclass(frozen=True)
-class ChatPrompt:
-    """A question to answer, with the turns before it in its conversation."""
-
-    turns: tuple[str, ...]  # question, answer, ..., question; <image> is the place of an image
-    system: str | None = None  # text of the system turn
-
-    @property
-    def text(self) -> str:
-        """All turns, to count the images."""
-        return "\n".join(self.turns)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids of one prompt and its attention inputs; T tokens, I images, J tiles."""
-
-    input_ids: np.ndarray  # (T,) int32
-    # (T,) int32. PaliGemma: 0: attends to the whole prompt. Gemma 3: 1: an image token.
-    token_type_ids: np.ndarray | None = None
-    answer_type: int = 0  # token_type_ids of an answer
-    # (T, I, J) int32; 1: the token attends to this tile of this image.
-    cross_attention_mask: np.ndarray | None = None
-
-    def with_answer(self, ids: Sequence[int]) -> "Prompt":
-        """Appends an answer, whose tokens attend to the same images as the prompt's last token."""
-        types, mask, count = self.token_type_ids, self.cross_attention_mask, len(ids)
-        if types is not None:
-            types = np.pad(types, (0, count), constant_values=self.answer_type)
-        if mask is not None:
-            mask = np.concatenate([mask, np.repeat(mask[-1:], count, axis=0)])
-        return replace(
-            self,
-            input_ids=np.concatenate([self.input_ids, _ids(ids)]),
-            token_type_ids=types,
-            cross_attention_mask=mask,
-        )
-
-
-Prompts = str | ChatPrompt | Sequence[str | ChatPrompt]
 
 
 @dataclass(frozen=True)
@@ -131,7 +89,7 @@ class TextFormat:
           CheckpointError: the text has more or fewer image tokens than images, or the tokenizer has
             no image token.
         """
-        return Prompt(_ids(self.tokenizer.encode(text, add_special_tokens)))
+        return Prompt(to_ids(self.tokenizer.encode(text, add_special_tokens)))
 
 
 @dataclass(frozen=True)
@@ -144,8 +102,8 @@ class PlaceholderFormat(TextFormat):
     image_token: str
 
     @classmethod
-    def of(cls, tokenizer: HubTokenizer) -> "PlaceholderFormat":
-        """Adds an image token to the tokenizer unless it has one."""
+    def read(cls, tokenizer, config, processor, images):
+        # Adds an image token unless there is one.
         image_id = tokenizer.add_image_token()
         return cls(tokenizer, tokenizer.id_to_token(image_id))
 
@@ -225,7 +183,7 @@ class PaliGemmaFormat(TextFormat):
         framed = self.frame(text).replace(
             self.image_token, self.image_token * self.tokens_per_image
         )
-        ids = _ids(self.tokenizer.encode(framed, add_special_tokens=False))
+        ids = to_ids(self.tokenizer.encode(framed, add_special_tokens=False))
         return Prompt(ids, token_type_ids=np.zeros_like(ids), answer_type=1)
 
     def frame(self, text, has_images=True):
@@ -257,13 +215,7 @@ class Gemma3Format(TextFormat):
                 f"{PROCESSOR}: image_seq_length is {count!r}, but the model encodes an image as "
                 f"{model_count} tokens."
             )
-        names = ("image_token", "eoi_token", "boi_token")
-        missing = [name for name in names if name not in tokenizer.special_tokens]
-        if missing:
-            raise CheckpointError(
-                f"{TOKENIZER_CONFIG}: {missing[0]} is missing, but the text of an image has it."
-            )
-        return cls(tokenizer, count, *(tokenizer.special_tokens[name] for name in names))
+        return cls(tokenizer, count, *_tokens(tokenizer, "image_token", "eoi_token", "boi_token"))
 
     @property
     def slot_token(self):
@@ -276,7 +228,7 @@ class Gemma3Format(TextFormat):
         _check_count(text, self.image_token, len(images))
         soft_id = self.tokenizer.token_to_id(self.soft_token)
         expanded = self._with_images(text, self.soft_token * self.tokens_per_image)
-        ids = _ids(self.tokenizer.encode(expanded, add_special_tokens))
+        ids = to_ids(self.tokenizer.encode(expanded, add_special_tokens))
         return Prompt(ids, token_type_ids=(ids == soft_id).astype(np.int32))
 
     def _with_images(self, text: str, tokens: str) -> str:
@@ -296,15 +248,10 @@ class Idefics3Format(TextFormat):
 
     @classmethod
     def read(cls, tokenizer, config, processor, images):
-        count = processor.get("image_seq_len", 169)
-        if not all_nonnegative_ints(count) or not count:
-            raise CheckpointError(
-                f"{PROCESSOR}: image_seq_len is {count!r}, but must be a number of tokens."
-            )
         named = tokenizer.special_tokens
         return cls(
             tokenizer,
-            count,
+            _token_count(processor, "image_seq_len", 169),
             named.get("fake_image_token", "<fake_token_around_image>"),
             named.get("global_image_token", "<global-img>"),
             named.get("image_token", "<image>"),
@@ -346,18 +293,9 @@ class InternVLFormat(TextFormat):
 
     @classmethod
     def read(cls, tokenizer, config, processor, images):
-        count = processor.get("image_seq_length", 256)
-        if not all_nonnegative_ints(count) or not count:
-            raise CheckpointError(
-                f"{PROCESSOR}: image_seq_length is {count!r}, but must be a number of tokens."
-            )
         names = ("start_image_token", "end_image_token", "context_image_token")
-        missing = [name for name in names if name not in tokenizer.special_tokens]
-        if missing:
-            raise CheckpointError(
-                f"{TOKENIZER_CONFIG}: {missing[0]} is missing, but the text of an image has it."
-            )
-        return cls(tokenizer, count, *(tokenizer.special_tokens[name] for name in names))
+        count = _token_count(processor, "image_seq_length", 256)
+        return cls(tokenizer, count, *_tokens(tokenizer, *names))
 
     def expand(self, text):
         return text.replace(self.image_token, self._image(self.image_token))
@@ -402,7 +340,7 @@ class FuyuFormat(TextFormat):
         patch, newline = map(self.tokenizer.token_to_id, (self.patch_token, NEWLINE_TOKEN))
         ((rows, columns),) = images
         question = self.tokenizer.encode(self.frame(text), add_special_tokens=False)
-        return Prompt(_ids([*([patch] * columns + [newline]) * rows, *question]))
+        return Prompt(to_ids([*([patch] * columns + [newline]) * rows, *question]))
 
 
 @dataclass(frozen=True)
@@ -420,7 +358,7 @@ class MllamaFormat(TextFormat):
 
     def prompt(self, text, images=(), add_special_tokens=True):
         _check_count(text, self.image_token, len(images))
-        ids = _ids(self.tokenizer.encode(self.frame(text), add_special_tokens))
+        ids = to_ids(self.tokenizer.encode(self.frame(text), add_special_tokens))
         if not images:
             return Prompt(ids)
         is_image = ids == self.tokenizer.token_to_id(self.image_token)
@@ -477,40 +415,19 @@ FORMATS = {
 }
 
 
-def as_prompt_list(prompts: Prompts) -> Sequence[str | ChatPrompt]:
-    """Returns a list of prompts, of which a single one is the only item.
-
-    Raises:
-      ConfigError: it is empty, or an item is not a text.
-    """
-    prompts = [prompts] if isinstance(prompts, str | ChatPrompt) else prompts
-    is_list = isinstance(prompts, list | tuple) and len(prompts) > 0
-    if not is_list or not all(isinstance(prompt, str | ChatPrompt) for prompt in prompts):
-        raise ConfigError(
-            f"prompts is {reprlib.repr(prompts)}: it must be text, or a list of texts."
-        )
-    return prompts
-
-
-def check_answers(answers: Sequence[str], prompts: Sequence[str | ChatPrompt]) -> None:
-    """Raises CheckpointError unless there is one answer per prompt, and each is a text."""
-    if isinstance(answers, str) or len(answers) != len(prompts):
-        raise CheckpointError(
-            f"answers must be a list of {len(prompts)} texts, one for each prompt."
-        )
-    for index, answer in enumerate(answers):
-        if not isinstance(answer, str):
-            raise CheckpointError(f"answers[{index}] is {reprlib.repr(answer)}, not a text.")
-
-
 def has_own_format(folder: str | os.PathLike) -> bool:
     """True if the family in a folder has its own prompt format, without a chat template."""
     config = read_json(Path(folder).expanduser() / CONFIG)
     return FORMATS.get(config.get("model_type"), TextFormat).has_own_format
 
 
-def load_prompt_format(folder: str | os.PathLike, tokenizer: HubTokenizer) -> TextFormat:
+def load_prompt_format(
+    folder: str | os.PathLike, tokenizer: HubTokenizer, has_images: bool = False
+) -> TextFormat:
     """Loads the prompt format of the checkpoint in a folder.
+
+    Args:
+      has_images: the model takes images; a text decoder then gets an image placeholder.
 
     Raises:
       CheckpointError: config.json is missing, a file is damaged, or no file states the number of
@@ -519,7 +436,8 @@ def load_prompt_format(folder: str | os.PathLike, tokenizer: HubTokenizer) -> Te
     folder = Path(folder).expanduser()
     config, processor = read_json(folder / CONFIG), read_json_if_exists(folder / PROCESSOR)
     images = processor.get("image_processor") or read_json_if_exists(folder / PREPROCESSOR)
-    text_format = FORMATS.get(config.get("model_type"), TextFormat)
+    default = PlaceholderFormat if has_images else TextFormat
+    text_format = FORMATS.get(config.get("model_type"), default)
     try:
         return text_format.read(tokenizer, config, processor, images)
     except (KeyError, TypeError, AttributeError, ZeroDivisionError):
@@ -529,47 +447,30 @@ def load_prompt_format(folder: str | os.PathLike, tokenizer: HubTokenizer) -> Te
         ) from None
 
 
-def stack_prompts(
-    prompts: Sequence[Prompt], pad_id: int, multiple: int = 1
-) -> dict[str, np.ndarray]:
-    """Stacks prompts as inputs of a model, by name; shorter ones are padded on the left.
+def _token_count(processor: Mapping, name: str, default: int) -> int:
+    """Returns the number of tokens of a tile.
 
-    Args:
-      multiple: T is rounded up to a multiple of it.
-
-    Returns:
-      input_ids, attention_mask and, for a family that has them, token_type_ids (B, T) int32, and
-      cross_attention_mask (B, T, I, J) int32.
+    Raises:
+      CheckpointError: it is not a positive integer.
     """
-    longest = max(len(prompt.input_ids) for prompt in prompts)
-    shape = (len(prompts), longest + -longest % multiple)
-    ids = np.full(shape, pad_id, np.int32)
-    attention_mask, types = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    masks = [
-        prompt.cross_attention_mask for prompt in prompts if prompt.cross_attention_mask is not None
-    ]
-    # Prompts without images have no mask: theirs is 0 for the most images and tiles of the others.
-    sizes = np.max([mask.shape[1:] for mask in masks], axis=0, initial=0) if masks else ()
-    cross_mask = np.zeros((*shape, *sizes), np.int32)
-    for row, prompt in enumerate(prompts):
-        start = shape[1] - len(prompt.input_ids)
-        ids[row, start:] = prompt.input_ids
-        attention_mask[row, start:] = 1
-        if prompt.token_type_ids is not None:
-            types[row, start:] = prompt.token_type_ids
-        if prompt.cross_attention_mask is not None:
-            num_images = prompt.cross_attention_mask.shape[1]
-            cross_mask[row, start:, :num_images] = prompt.cross_attention_mask
-    inputs = {"input_ids": ids, "attention_mask": attention_mask}
-    if any(prompt.token_type_ids is not None for prompt in prompts):
-        inputs["token_type_ids"] = types
-    if masks:
-        inputs["cross_attention_mask"] = cross_mask
-    return inputs
+    count = processor.get(name, default)
+    if not all_nonnegative_ints(count) or not count:
+        raise CheckpointError(f"{PROCESSOR}: {name} is {count!r}, but must be a number of tokens.")
+    return count
 
 
-def _ids(ids: Sequence[int]) -> np.ndarray:
-    return np.array(ids, np.int32)
+def _tokens(tokenizer: HubTokenizer, *names: str) -> list[str]:
+    """Returns the texts of named special tokens.
+
+    Raises:
+      CheckpointError: the tokenizer does not name one of them.
+    """
+    missing = [name for name in names if name not in tokenizer.special_tokens]
+    if missing:
+        raise CheckpointError(
+            f"{TOKENIZER_CONFIG}: {missing[0]} is missing, but the text of an image has it."
+        )
+    return [tokenizer.special_tokens[name] for name in names]
 
 
 def _fill(text: str, token: str, images: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from vlm_jax.config import ConfigError
 from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.hub.images.steps import ImageInput
-from vlm_jax.hub.text.prompt_formats import ChatPrompt
+from vlm_jax.hub.text.prompts import ChatPrompt
 from vlm_jax.infer.answer import AnswerOptions
 
 # Of gen_kwargs; the others are about videos or other models.

@@ -11,6 +11,7 @@ from vlm_jax.config import Experiment
 from vlm_jax.data import questions
 from vlm_jax.data.questions import Question
 from vlm_jax.data.tokenizer import Tokenizer
+from vlm_jax.infer.batches import batch_indices, image_rows
 from vlm_jax.infer.generate import NonFiniteLogits, params_dtype
 from vlm_jax.infer.likelihood import WIDTH_MULTIPLE, last_answers, token_scores
 from vlm_jax.infer.metrics.loss import AnswerLoss
@@ -41,20 +42,17 @@ def answer_losses(
     length = min(length, cfg.decoder.max_positions)
     # The answers end the rows, which are padded on the left.
     width = min(length, longest + -longest % WIDTH_MULTIPLE)
-    batches = [range(i, min(i + size, len(examples))) for i in range(0, len(examples), size)]
-    most_images = max(len({image_sources[i].images for i in indices}) for indices in batches)
+    rows = image_rows([image_sources], size, mesh)
     losses = []
-    for indices in batches:
-        # The last batch has the shape of the others.
-        filled = [*indices, *[indices[-1]] * (size - len(indices))]
+    for indices in batch_indices(len(examples), size):
         batch = questions.question_batch(
             cfg,
             tokenizer,
-            [examples[i] for i in filled],
-            [image_sources[i] for i in filled],
+            [examples[i] for i in indices],
+            [image_sources[i] for i in indices],
             length,
-            axes.round_up_to_shards(most_images, mesh),
-            [examples[i].answer for i in filled],
+            rows,
+            [examples[i].answer for i in indices],
         )
         is_scored = last_answers(batch)[:, -width:]
         with jax.set_mesh(mesh):
@@ -68,4 +66,4 @@ def answer_losses(
                 error = NonFiniteLogits(int(failed[0]) + 1, row, params_dtype(params))
                 raise error.about(examples[i].question)
             losses.append(AnswerLoss(-float(scores.sum()), len(scores)))
-    return losses
+    return losses[: len(examples)]

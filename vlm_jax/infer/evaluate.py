@@ -16,6 +16,7 @@ from vlm_jax.data import questions
 from vlm_jax.data.questions import Question
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer.answer_loss import answer_losses
+from vlm_jax.infer.batches import batch_indices, image_rows
 from vlm_jax.infer.generate import NonFiniteLogits, SamplingParams, generate
 from vlm_jax.infer.look.grounding import attention_on_objects
 from vlm_jax.infer.metrics import scores as metric_scores
@@ -287,12 +288,6 @@ class Answerer:
         return [tokenizer.decode(ids).strip() for ids in tokens]
 
 
-def batch_indices(count: int, batch_size: int) -> list[list[int]]:
-    """Returns the indices of each batch; the last question fills up the last batch."""
-    padded = [*range(count), *[count - 1] * (-count % batch_size)]
-    return [padded[start : start + batch_size] for start in range(0, len(padded), batch_size)]
-
-
 def make_answerer(
     cfg: Experiment,
     tokenizer: Tokenizer,
@@ -305,13 +300,10 @@ def make_answerer(
     Raises:
       ConfigError: a prompt is too long.
     """
-    mesh, max_images = axes.make_mesh(cfg.mesh), 0
-    for sources in image_sources:
-        for indices in batch_indices(len(sources), batch_size):
-            max_images = max(max_images, len({sources[i].images for i in indices}))
-    image_rows = axes.round_up_to_shards(max_images, mesh)
+    mesh = axes.make_mesh(cfg.mesh)
     row_length = questions.row_length(cfg, tokenizer, itertools.chain.from_iterable(examples))
-    return Answerer(cfg, tokenizer, mesh, batch_size, row_length, image_rows)
+    rows = image_rows(image_sources, batch_size, mesh)
+    return Answerer(cfg, tokenizer, mesh, batch_size, row_length, rows)
 
 
 def answer(

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from vlm_jax.config import ConfigError
 from vlm_jax.infer import models, run
 from vlm_jax.infer.answer import AnswerOptions, encode
-from vlm_jax.infer.evaluate import batch_indices
+from vlm_jax.infer.batches import batch_indices
 from vlm_jax.infer.likelihood import Likelihood, score_answers
 from vlm_jax.infer.lmms_eval.queries import Documents, Query, likelihood_query, read_options
 from vlm_jax.infer.processor import Processor

@@ -11,6 +11,7 @@ from vlm_jax.data.builders.boxes import Box
 from vlm_jax.data.questions import Question
 from vlm_jax.data.tiling import grid_shape
 from vlm_jax.data.tokenizer import Tokenizer
+from vlm_jax.infer.batches import batch_indices
 from vlm_jax.infer.look.maps import AttentionMaps, look
 from vlm_jax.infer.look.pictures import place_views
 from vlm_jax.infer.metrics.grounding import Attention
@@ -36,18 +37,16 @@ def attention_on_objects(
     length = questions.row_length(cfg, tokenizer, [examples[i] for i in with_box])
     length += max(len(tokenizer.encode(examples[i].answer)) + 1 for i in with_box)
     size = cfg.eval.batch_size
-    for start in range(0, len(with_box), size):
-        indices = with_box[start : start + size]
-        # The last batch has the shape of the others.
-        filled = [*indices, *indices[-1:] * (size - len(indices))]
+    for numbers in batch_indices(len(with_box), size):
+        indices = [with_box[number] for number in numbers]
         batch = questions.question_batch(
             cfg,
             tokenizer,
-            [examples[i] for i in filled],
-            [image_sources[i] for i in filled],
+            [examples[i] for i in indices],
+            [image_sources[i] for i in indices],
             length,
             size,
-            [examples[i].answer for i in filled],
+            [examples[i].answer for i in indices],
         )
         with jax.set_mesh(mesh):
             rows = look(model, params, batch)

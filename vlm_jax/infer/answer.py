@@ -44,6 +44,10 @@ class AnswerOptions:
         """Returns the options of the token loop; `eos` are the ids that end an answer."""
         return SamplingParams(eos, self.temperature, self.top_k, self.top_p)
 
+    def answer_text(self, processor: Processor) -> AnswerText:
+        """Returns the empty text of an answer, which takes its tokens."""
+        return AnswerText(processor.decode_stream(), processor.eos_ids, self.stop)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -131,7 +135,7 @@ class Request:
 
     def answer_text(self) -> AnswerText:
         """Returns the empty text of an answer, which takes its tokens."""
-        return AnswerText(self.processor.decode_stream(), self.processor.eos_ids, self.options.stop)
+        return self.options.answer_text(self.processor)
 
     @property
     def _sampling(self) -> SamplingParams:

@@ -175,9 +175,7 @@ class Engine:
         """Generates the answers to the prompts of a batch."""
         cfg = self.model.cfg
         for job in jobs:
-            job.answer = AnswerText(
-                self.processor.decode_stream(), self.processor.eos_ids, job.options.stop
-            )
+            job.answer = job.options.answer_text(self.processor)
         self._end_late(jobs)
         if all(job.is_ended for job in jobs):
             return

@@ -48,7 +48,7 @@ def _mixture(cfg: Experiment) -> None:
     kinds = {}
     for source in mixture:
         with naming_source(source.name):
-            dataset = dataclasses.replace(cfg.data, mixture=(), **source.own_fields).dataset
+            dataset = cfg.data.part(source).dataset
         kinds.setdefault(dataset.conversations is None, source.name)
     if len(kinds) > 1:
         parts = cfg.data.parts

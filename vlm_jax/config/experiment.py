@@ -131,10 +131,15 @@ class Data:
         """
         if not self.mixture:
             return {"": self}
-        return {source.name: self._part(source) for source in self.mixture}
+        return {source.name: self.part(source) for source in self.mixture}
 
-    def _part(self, source: Source) -> "Data":
-        part = replace(self, mixture=(), mixture_temperature=None, **source.own_fields)
+    def alone(self, **values) -> "Data":
+        """Returns the data of one dataset, without a mixture, with other values of fields."""
+        return replace(self, mixture=(), mixture_temperature=None, **values)
+
+    def part(self, source: Source) -> "Data":
+        """Returns an entry of `parts`."""
+        part = self.alone(**source.own_fields)
         unread = restricted_fields() - {*part.dataset.fields, *source.own_fields}
         return replace(part, **{name: getattr(Data, name) for name in unread})
 
@@ -407,7 +412,7 @@ class Experiment:
         """The dataset that `eval.read_split` is a split of."""
         if not self.eval.files:
             return self.data
-        return replace(self.data, files=self.eval.files, mixture=(), mixture_temperature=None)
+        return self.data.alone(files=self.eval.files)
 
     @property
     def parts(self) -> dict[str, "Experiment"]:
@@ -422,10 +427,7 @@ class Experiment:
         """
         data = replace(self.eval_data, train_split=split, augment=())
         if "files" in data.dataset.fields and split.partition("[")[0] != "train":
-            files = (split,)
-            return replace(
-                data, files=files, train_split="train", mixture=(), mixture_temperature=None
-            )
+            return data.alone(files=(split,), train_split="train")
         sources = (replace(source, train_split=None, augment=None) for source in data.mixture)
         return replace(data, mixture=tuple(sources))
 

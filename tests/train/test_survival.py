@@ -268,6 +268,8 @@ def start(cfg, *program):
     )
     environment = {
         **os.environ,
+        # As in this module: eight devices round differently. The last flag of a name counts.
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     }
     command = [sys.executable, *(program or ["run.py"]), "--config", str(path)]

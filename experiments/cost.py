@@ -106,7 +106,7 @@ def nvlm_rows() -> list[list[str]]:
 
 
 def crossing_ratio(image_tokens: int, text_tokens: int, cross_every: int) -> float:
-    """Returns training FLOPs of `unified` divided by those of `cross_attention`."""
+    """Returns training FLOPs of `unified` divided by training FLOPs of `cross_attention`."""
     fields = {
         "vision.image_size_px": SIZES_PX[image_tokens],
         "projector.kind": "linear",
@@ -158,8 +158,8 @@ def main() -> None:
     )
     print("\n## Where the two cross\n")
     print(
-        "Training FLOPs of `unified` divided by those of `cross_attention`, at the size of the "
-        "other studies: above 1, cross-attention costs less.\n"
+        "Ratio of training FLOPs, `unified` to `cross_attention`, at the size of the other "
+        "studies: above 1, cross-attention costs less.\n"
     )
     print_table(
         ["text tokens", "cross-attention every", *(f"{n:,} image tokens" for n in SIZES_PX)],

@@ -21,7 +21,7 @@ ALL_PARTS = [
     for rate in RATES
     for part in (0.1, 0.3)
 ]
-# Other pages than those of the arms, and nothing of the test split.
+# Pages that no arm sees, and nothing of the test split.
 FIRST = {"vision.checkpoint": "", "decoder.checkpoint": "", "data.seed": 25}
 FIRST |= {"eval.split": "validation"}
 TEXT = {"fusion.kind": "text_only", "data.transcript": True, "data.text_length": 240}

@@ -135,7 +135,7 @@ def flat(cfg, prefix: str = "") -> dict[str, object]:
 
 
 def sections(name: str, value) -> dict[str, object]:
-    """Returns the dataclasses that a field holds: itself, or those of a tuple as `name.INDEX`."""
+    """Returns the dataclasses that a field holds: itself, or a tuple's as `name.INDEX`."""
     if dataclasses.is_dataclass(value):
         return {name: value}
     if isinstance(value, tuple) and all(map(dataclasses.is_dataclass, value)):

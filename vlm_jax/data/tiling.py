@@ -44,7 +44,7 @@ def best_layout(width: int, height: int, vision: Vision) -> tuple[int, int]:
 def nearest_layout(
     width: int, height: int, min_tiles: int, max_tiles: int, tile_px: int
 ) -> tuple[int, int]:
-    """Returns the (rows, columns) with the nearest aspect ratio to that of an image.
+    """Returns the (rows, columns) with the aspect ratio nearest to the image's.
 
     Among equally near ones it is the largest layout that the image fills by more than half.
 

@@ -72,7 +72,7 @@ class BlockFlags(NamedTuple):
     has_no_rope: Any = None
 
     def at(self, i: int) -> "BlockFlags":
-        """Returns the flags of block i from those of several blocks."""
+        """Returns the flags of block i, from the stacked flags of several blocks."""
         return jax.tree.map(lambda flag: flag[i], self)
 
 

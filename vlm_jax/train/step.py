@@ -121,7 +121,7 @@ def batch_loss(
     batch: Batch,
     dropout_key: jax.Array | None = None,
 ) -> Nats:
-    """Returns the sum of the loss over scored tokens, and over those of each source of a mixture.
+    """Returns the sum of the loss over scored tokens, in all and by source of a mixture.
 
     Everything but the output head computes in `train.compute_dtype`.
 
@@ -227,7 +227,7 @@ def dropout_key(cfg: Experiment, step: jax.Array) -> jax.Array | None:
 
 
 class ValidationSums(NamedTuple):
-    """Sums over the scored tokens of a batch, and over those of each source of a mixture."""
+    """Sums over the scored tokens of a batch, in all and by source of a mixture."""
 
     nats: Nats
     count: jax.Array  # ()

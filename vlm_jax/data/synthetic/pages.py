@@ -6,8 +6,8 @@ an encoder with fewer pixels than the page may be unable to resolve it. A page m
 typewritten: each letter in its cell, all of one size, which a small encoder learns to read in
 minutes. The words and the font of the test split occur in no page of training or validation.
 
-A fold decides which words and fonts those are. What was chosen by looking at the test split of fold
-0 leaves that of fold 1 untouched.
+A fold decides which words and fonts those are. A choice made by looking at the test split of fold 0
+leaves the test split of fold 1 untouched.
 """
 
 import functools

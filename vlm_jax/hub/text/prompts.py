@@ -96,7 +96,7 @@ def stack_prompts(
     masks = [
         prompt.cross_attention_mask for prompt in prompts if prompt.cross_attention_mask is not None
     ]
-    # Prompts without images have no mask: theirs is 0 for the most images and tiles of the others.
+    # A prompt without images has no mask. Here it is 0, as wide as the widest of the others.
     sizes = np.max([mask.shape[1:] for mask in masks], axis=0, initial=0) if masks else ()
     cross_mask = np.zeros((*shape, *sizes), np.int32)
     for row, prompt in enumerate(prompts):

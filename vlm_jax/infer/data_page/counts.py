@@ -69,7 +69,7 @@ def count(cfg: Experiment, tokenizer: Tokenizer, examples: Iterable[Example]) ->
 
 
 def describe_dataset(cfg: Experiment) -> str:
-    """Names the dataset and split of an experiment, or those of each source of its mixture."""
+    """Names the dataset and split of an experiment, or of each source of its mixture."""
     names = []
     for name, data in cfg.data.parts.items():
         dataset = f"{data.source} {data.train_split}"

@@ -42,7 +42,7 @@ class Example:
 def read(cfg: Experiment, tokenizer: Tokenizer, limit: int | None = None) -> Iterator[Example]:
     """Yields the first `limit` examples of `data.train_split` (None: all) and shows the progress.
 
-    Conversations are in the order of the files; rows of questions are those of the first epoch. The
+    Conversations are in the order of the files; questions are packed as in the first epoch. The
     sources of a mixture follow each other.
 
     Raises:

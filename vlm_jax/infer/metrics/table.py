@@ -144,7 +144,7 @@ METRICS: dict[str, Metric] = {
     "nats": Metric(
         lambda value: value,
         variant="mean cross-entropy of the tokens of the right answer, its end token included; "
-        "all questions, or those of a type, are one text",
+        "all questions, or all of one type, are one text",
         source="the loss of the training; perplexity is its exponential",
         bounds=(0.0, math.inf),
         summarize=loss.summarize,

@@ -68,6 +68,7 @@ def generate(arguments: list[str]) -> int:
         [prompt for _, prompt in pairs],
         [images for images, _ in pairs],
         options,
+        answer.LENGTH_MULTIPLE,
     )
     params = model.load_params()
     if len(pairs) > 1:

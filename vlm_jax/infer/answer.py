@@ -19,6 +19,8 @@ from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import Batch
 
 SHOWN_CHARACTERS = 40  # of a prompt, in a message
+# Prompts are padded to a multiple of it, so that prompts of like lengths share a compiled program.
+LENGTH_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,8 @@ def answer(
     prompts = [prompts] if isinstance(prompts, str | ChatPrompt) else prompts
     if not prompts:
         return []
-    return encode(model, processor, prompts, images, options).answers(params)
+    request = encode(model, processor, prompts, images, options, LENGTH_MULTIPLE)
+    return request.answers(params)
 
 
 def pad_multiple(cfg: Model, multiple: int) -> int:

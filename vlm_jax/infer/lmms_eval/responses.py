@@ -10,16 +10,13 @@ from tqdm import tqdm
 
 from vlm_jax.config import ConfigError
 from vlm_jax.infer import models, run
-from vlm_jax.infer.answer import AnswerOptions, encode
+from vlm_jax.infer.answer import LENGTH_MULTIPLE, AnswerOptions, encode
 from vlm_jax.infer.batches import batch_indices
 from vlm_jax.infer.likelihood import Likelihood, score_answers
 from vlm_jax.infer.lmms_eval.queries import Documents, Query, likelihood_query, read_options
 from vlm_jax.infer.processor import Processor
 from vlm_jax.nn.models import build_model
 from vlm_jax.nn.vlm import VLM
-
-# Row lengths are rounded up to it, so that batches share a compiled program.
-LENGTH_MULTIPLE = 64
 
 
 @dataclass(frozen=True)

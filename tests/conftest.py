@@ -87,7 +87,7 @@ def one_device():
 
 @pytest.fixture(scope="module", autouse=True)
 def shape_checks(request):
-    """Checks shape annotations in `CHECKED_IN` alone: checks take an eighth of the time to trace."""
+    """Checks shape annotations in `CHECKED_IN` alone: checks take an eighth of tracing."""
     is_checked = request.node.nodeid.startswith(CHECKED_IN)
     jaxtyping.config.update("jaxtyping_disable", not is_checked)
 

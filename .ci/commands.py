@@ -3,9 +3,9 @@
     python .ci/commands.py [README.md docs/training.md ...]
 
 A fenced block without a language, or of `bash`, is a command if its first word is one of COMMANDS.
-A block is run as a whole, in a scratch folder that has the repository's files. Placeholders such as
-LLAVA_DIR are replaced by tiny checkpoints that transformers makes, and long commands get SHORT
-options.
+A block is run as a whole, in a scratch folder that has the repository's files; each document has
+its own. Placeholders such as LLAVA_DIR are replaced by tiny checkpoints that transformers makes,
+and long commands get SHORT options.
 """
 
 import json
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ DOCUMENTS = [
     "docs/chat_and_server.md",
     "docs/quickstart.ipynb",
 ]
+WORKERS = 3  # documents at once: most commands wait for one core
 COMMANDS = ("python", "image=", "XLA_FLAGS=", "run=")
 SHORT = {  # subcommand: options that are added unless the command has them
     "train": {"--train.steps": "4", "--eval.max_examples": "20"},
@@ -59,18 +61,36 @@ NOT_RUN = (
 
 
 def main() -> int:
-    documents = sys.argv[1:] or DOCUMENTS
+    documents = sys.argv[1:] or list(DOCUMENTS)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+        folder = Path(scratch, "first")
+        folder.mkdir()
         replacements = prepare(folder)
-        for document in documents:
-            remove_runs(folder)
-            if document.endswith(".ipynb"):
-                run_notebook(document, folder)
-                continue
-            for block in commands(ROOT / document):
-                run(document, shortened(block, replacements), folder)
+        # Later documents use the main job of README.
+        if documents[0] == "README.md":
+            print(run_document(documents.pop(0), replacements, folder), flush=True)
+        with ThreadPoolExecutor(WORKERS) as pool:
+            runs = []
+            for document in documents:
+                copy = Path(scratch, Path(document).stem)
+                shutil.copytree(folder, copy, symlinks=True)
+                remove_runs(copy)
+                runs.append(pool.submit(run_document, document, replacements, copy))
+            try:
+                for run in as_completed(runs):
+                    print(run.result(), flush=True)
+            except SystemExit:
+                pool.shutdown(cancel_futures=True)
+                raise
     return 0
+
+
+def run_document(document: str, replacements: dict[str, str], folder: Path) -> str:
+    """Runs the commands of a document in a folder; returns them with their seconds."""
+    if document.endswith(".ipynb"):
+        return run_notebook(document, folder)
+    blocks = [shortened(block, replacements) for block in commands(ROOT / document)]
+    return "\n".join(run(document, block, folder) for block in blocks)
 
 
 def commands(document: Path) -> list[str]:
@@ -110,15 +130,14 @@ def short_options(line: str) -> dict[str, str]:
     return SHORT.get(command, {})
 
 
-def run(document: str, script: str, folder: Path) -> None:
-    print(f"== {document}\n{script}", flush=True)
+def run(document: str, script: str, folder: Path) -> str:
     start = time.perf_counter()
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script], cwd=folder, stdout=subprocess.PIPE, text=True
     )
     if done.returncode:
         raise SystemExit(f"{done.stdout}\n{document}: exit code {done.returncode} of\n{script}")
-    print(f"   {time.perf_counter() - start:.0f} s", flush=True)
+    return f"== {document}\n{script}\n   {time.perf_counter() - start:.0f} s"
 
 
 def remove_runs(folder: Path) -> None:
@@ -128,12 +147,11 @@ def remove_runs(folder: Path) -> None:
             shutil.rmtree(run)
 
 
-def run_notebook(document: str, folder: Path) -> None:
+def run_notebook(document: str, folder: Path) -> str:
     """Executes the cells of a notebook with few training steps; the first error ends it."""
     import nbformat
     from nbclient import NotebookClient
 
-    print(f"== {document}", flush=True)
     start = time.perf_counter()
     os.environ |= {"STEPS": "2", "CHECKPOINT": str(folder / "checkpoints" / "llama")}
     notebook = nbformat.read(ROOT / document, as_version=4)
@@ -141,7 +159,7 @@ def run_notebook(document: str, folder: Path) -> None:
         cell.source = cell.source.replace("max_examples 500", "max_examples 20")
     resources = {"metadata": {"path": str(folder)}}
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
-    print(f"   {time.perf_counter() - start:.0f} s", flush=True)
+    return f"== {document}\n   {time.perf_counter() - start:.0f} s"
 
 
 def prepare(folder: Path) -> dict[str, str]:

@@ -23,6 +23,15 @@ import pytest  # noqa: E402
 
 COMPILATION_CACHE = Path("~/.cache/vlm_jax/tests").expanduser()
 MAX_CACHE_BYTES = 2 * 2**30
+LONGEST = (
+    "tests/runtime/test_distributed.py",
+    "tests/train/test_loop.py",
+    "tests/train/test_memory.py",
+    "tests/train/test_survival.py",
+    "tests/study/test_running.py",
+    "tests/test_extending.py",
+    "tests/test_learning.py",
+)
 # `structs` is not checked: tree functions put leaves of any kind into them.
 CHECKED = ["vlm_jax.nn", "vlm_jax.train.loss", "vlm_jax.infer.generate"]
 CHECKED_IN = ("tests/nn/", "tests/train/test_loss.py", "tests/infer/test_generate.py")
@@ -40,6 +49,11 @@ def pytest_configure(config):
     if sum(file.stat().st_size for file in files) > MAX_CACHE_BYTES:
         for file in files:
             file.unlink(missing_ok=True)
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the longest files first, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
 def pytest_collection_finish():

@@ -79,7 +79,7 @@ class BlockInputs:
 
     mask: jax.Array | None = None  # (B, 1, S, T) bool: self-attention mask; None: all
     causal_segments: jax.Array | None = None  # (B, S) int32: see `DecoderInputs`
-    rope: Any = None  # cosines and sines, (B, S, R) each
+    rope: Any = None  # cosines and sines, (B, S, R) or (1, S, R) each
     memory: jax.Array | None = None  # (B, T, D)
     memory_mask: jax.Array | None = None  # (B, 1, S, T) bool: cross-attention mask; None: all
     has_image: jax.Array | None = None  # (B, S) bool: the token has an image; None: all have

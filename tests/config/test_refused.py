@@ -10,6 +10,7 @@ from vlm_jax.config import (
     Experiment,
     Fusion,
     LrMult,
+    PatchRope,
     Rope,
     files,
 )
@@ -59,6 +60,15 @@ REFUSED = [
     ({"decoder_heads": 5}, "decoder.width 32 .* decoder.heads 5"),
     ({"vision_heads": 5}, "vision.width 32 .* vision.heads 5"),
     ({"decoder_kv_heads": 3}, "decoder.heads 4 .* decoder.kv_heads 3"),
+    (
+        {"vision_rope": PatchRope("same"), "vision_heads": 16},
+        "vision.rope.kind same needs a multiple of 4 .* not 2",
+    ),
+    (
+        {"vision_rope": PatchRope("same"), "vision_kind": "none"},
+        "vision.rope.kind same has no effect with vision.kind none",
+    ),
+    ({"vision_rope": PatchRope(theta=100.0)}, "vision.rope.theta 100.0 has no effect"),
     ({"vision_kv_heads": 3}, "vision.heads 4 .* vision.kv_heads 3"),
     ({"projector_kind": "resampler", "projector_heads": 5}, "decoder.width 32 .* projector.heads"),
     ({"decoder_rope": Rope(fraction=0.4)}, "decoder.rope.fraction 0.4 .* even"),

@@ -88,6 +88,7 @@ ABOVE = {
     "lora.alpha": 0,
     "optim.clip_norm": 0,
     "decoder.logit_softcap": 0,
+    "vision.rope.theta": 0,
     "decoder.rope.theta": 0,
     "decoder.rope.local_theta": 0,
     "decoder.rope.factor": 0,
@@ -127,6 +128,7 @@ AT_MOST = {
     "decoder.position_offset": 2**24,
     "decoder.sliding_window": 2**31 - 1,
     "decoder.logit_softcap": 1e6,
+    "vision.rope.theta": 1e12,
     "decoder.rope.theta": 1e12,
     "decoder.rope.original_positions": 2**24,
 }

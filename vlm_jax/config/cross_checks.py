@@ -218,6 +218,22 @@ def _styles(accepts: Callable[[Fusion], bool]) -> str:
     return either([kind for kind in FUSION_STYLES if accepts(Fusion(kind))])
 
 
+def _patch_rope(cfg: Experiment) -> None:
+    vision, rope = cfg.vision, cfg.vision.rope
+    if rope.kind == "none":
+        for name in ("theta", "coordinates"):
+            if _is_changed(rope, name):
+                raise ConfigError(
+                    f"vision.rope.{name} {getattr(rope, name)} has no effect with vision.rope.kind "
+                    "none: set that to same or alternate, or leave it out."
+                )
+    elif vision.tile_layouts or not vision.has_encoder:
+        setting = "tile_layouts" if vision.tile_layouts else "kind none"
+        raise ConfigError(
+            f"vision.rope.kind {rope.kind} has no effect with vision.{setting}: leave one out."
+        )
+
+
 def _feature_layers(cfg: Experiment) -> None:
     vision = cfg.vision
     outside = [i for i in vision.feature_layers if not -vision.depth - 1 <= i <= vision.depth]
@@ -519,7 +535,19 @@ def _validation(cfg: Experiment) -> None:
 
 
 CHECKS = (
-    *(_mixture, _data, _synthetic, _tokens, _tiled_encoder, _feature_layers, _resize, _projector),
-    *(_fusion, _tiles, _room, _rates, _lora, _frozen, _sliding, _no_rope, _microbatches, _profile),
+    *(_mixture, _data, _synthetic, _tokens, _tiled_encoder, _patch_rope, _feature_layers, _resize),
+    *(
+        _projector,
+        _fusion,
+        _tiles,
+        _room,
+        _rates,
+        _lora,
+        _frozen,
+        _sliding,
+        _no_rope,
+        _microbatches,
+        _profile,
+    ),
     _validation,
 )

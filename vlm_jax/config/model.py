@@ -61,6 +61,23 @@ class Transformer:
 
 
 @dataclass(frozen=True)
+class PatchRope:
+    """2-D rotary position embedding of patches (Heo et al. 2024, RoPE-ViT, section 3.2, axial).
+
+    Half of the frequencies rotate with the row of a patch, the other half with its column.
+    """
+
+    #: frequencies, of H / 2 for a head of dimension H. same: theta^(-4 i / H) for rows and for
+    #: columns (Qwen2-VL, DINOv3); alternate: of theta^(-2 i / H), even i for rows and odd i for
+    #: columns (Pixtral)
+    kind: Literal["none", "same", "alternate"] = "none"
+    theta: float = 10_000.0  # base of the wavelengths
+    #: what a frequency is multiplied by. index: row or column, from 0; centered: -2 pi to 2 pi from
+    #: one border of the image to the other, whatever its size (DINOv3)
+    coordinates: Literal["index", "centered"] = "index"
+
+
+@dataclass(frozen=True)
 class Vision(Transformer):
     #: the encoder; none: patches go straight to the projector (Fuyu)
     kind: Literal["vit", "none"] = "vit"
@@ -88,6 +105,8 @@ class Vision(Transformer):
     patch_bias: bool = True  # bias of the patch embedding
     #: position embeddings that are added to the patches
     positions: Literal["learned", "sincos", "none"] = "learned"
+    #: positions of patches in the blocks' self-attention, with or without embeddings that are added
+    rope: PatchRope = field(default_factory=PatchRope)
     class_token: bool = False  # prepend a learned token to the patches
     keep_class_token: bool = False  # pass the class token to the projector
     #: mask token of DINOv2's pretraining; unused, kept for export
@@ -128,6 +147,11 @@ class Vision(Transformer):
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         return (self.image_size_px // self.patch_size_px,) * 2
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Number of tokens before the patches in the encoder's blocks."""
+        return int(self.has_encoder and self.class_token)
 
     @property
     def cut_tiles(self) -> int:

@@ -78,6 +78,7 @@ def check_values(cfg: Experiment | Vision | Contrastive) -> None:
     vision = cfg if isinstance(cfg, Vision) else cfg.vision
     if vision.has_encoder:
         _heads(vision, "vision")
+        _patch_rotary(vision)
     else:
         _patches(vision)
 
@@ -224,6 +225,14 @@ def _heads(part: Transformer, name: str):
     if part.heads % part.num_kv_heads:
         raise ConfigError(
             f"{name}.heads {part.heads} is not a multiple of {name}.kv_heads {part.kv_heads}."
+        )
+
+
+def _patch_rotary(vision):
+    if vision.rope.kind != "none" and vision.head_width % 4:
+        raise ConfigError(
+            f"vision.rope.kind {vision.rope.kind} needs a multiple of 4 as the head dimension "
+            f"(vision.head_dim, or vision.width / vision.heads), not {vision.head_width}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Position embeddings of tokens: rotary (RoPE), with scaling to longer texts, and sinusoidal."""
+"""Position embeddings: rotary (RoPE) of tokens and of patches, and sinusoidal."""
 
 import math
 
@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from vlm_jax.config import Decoder, Rope
+from vlm_jax.config import Decoder, PatchRope, Rope, Vision
 from vlm_jax.nn import longrope
 
-RopeTables = tuple[Float[Array, "B S R"], Float[Array, "B S R"]]  # cosines and sines
+RopeTables = tuple[Float[Array, "#B S R"], Float[Array, "#B S R"]]  # cosines and sines
 
 
 def rope_tables(positions: Int[Array, "B S"], cfg: Decoder) -> RopeTables:
@@ -33,8 +33,12 @@ def _inv_freq(cfg: Decoder, theta: float) -> Float[np.ndarray, "half"]:
 
 
 def _tables(positions, inv_freq, scale=1.0):
-    angles = positions[..., None].astype(jnp.float32) * inv_freq  # (B, S, R / 2)
-    angles = jnp.concatenate([angles, angles], axis=-1)  # (B, S, R)
+    return _cosines_and_sines(positions[..., None].astype(jnp.float32) * inv_freq, scale)
+
+
+def _cosines_and_sines(angles, scale=1.0):
+    """(B, S, R / 2) -> 2 x (B, S, R)."""
+    angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
@@ -58,6 +62,30 @@ ROPE_SCALING = {
     "linear": lambda inv_freq, rope: inv_freq / np.float32(rope.factor),
     "llama3": _scale_llama3,
 }
+
+
+def patch_coordinates(grid: tuple[int, int], rope: PatchRope) -> Float[np.ndarray, "P 2"]:
+    """Row and column of every patch of a grid, row by row, as `patch_rope_tables` takes them."""
+    rows_columns = np.indices(grid).reshape(2, -1).T.astype(np.float32)
+    if rope.coordinates == "index":
+        return rows_columns
+    centers = (rows_columns + 0.5) / np.float32(grid)
+    return 2 * np.float32(np.pi) * (2 * centers - 1)
+
+
+def patch_rope_tables(coordinates: Float[Array, "B P 2"], cfg: Vision) -> RopeTables:
+    """Cosines and sines of 2-D RoPE: in each half of R, frequencies of rows, then of columns.
+
+    Tokens with coordinates of 0, such as a class token, are not rotated.
+    """
+    inv_freq = cfg.rope.theta ** (-np.arange(0, cfg.head_width, 2) / cfg.head_width)
+    inv_freq = np.float32(inv_freq)  # (H / 2,)
+    of_rows = inv_freq[::2]
+    of_columns = inv_freq[1::2] if cfg.rope.kind == "alternate" else of_rows
+    inv_freq = np.stack([of_rows, of_columns])  # (2, H / 4)
+    angles = coordinates[..., None].astype(jnp.float32) * inv_freq  # (B, P, 2, H / 4)
+    angles = angles.reshape(*angles.shape[:2], -1)
+    return _cosines_and_sines(angles)
 
 
 def sinusoidal_embedding(rows: Int[Array, "B S"], width: int) -> Float[Array, "B S D"]:

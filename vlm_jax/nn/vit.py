@@ -1,6 +1,7 @@
 """The image encoder: a Vision Transformer (Dosovitskiy et al. 2021), or patches alone (Fuyu)."""
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
@@ -10,6 +11,7 @@ from vlm_jax.nn.attention import Attention
 from vlm_jax.nn.blocks import Stack
 from vlm_jax.nn.layers import Dense, Mlp, Norm, embedding_init
 from vlm_jax.nn.patches import PatchEmbed
+from vlm_jax.nn.positions import patch_coordinates, patch_rope_tables
 from vlm_jax.nn.tiled_vit import TiledViT
 from vlm_jax.structs import BlockInputs, EncoderOutput
 
@@ -54,7 +56,7 @@ class ViT(nn.Module):
         x = axes.constrain(x, "B P D")
         sublayers = (("self", "mlp"),) * cfg.depth
         stack = Stack(cfg, sublayers, return_layers=cfg.feature_layers, name="blocks")
-        x, hidden_states, _ = stack(x, BlockInputs())
+        x, hidden_states, _ = stack(x, self._block_inputs(images))
         if cfg.final_norm == "tokens":
             x = self._norm("final_norm", x)
 
@@ -66,6 +68,16 @@ class ViT(nn.Module):
 
     def _norm(self, name, x):
         return Norm(self.cfg.norm, self.cfg.norm_eps, name=name)(x)
+
+    def _block_inputs(self, images) -> BlockInputs:
+        """Rotations of the patches of (B, height, width, channels); other tokens have none."""
+        cfg = self.cfg
+        if cfg.rope.kind == "none":
+            return BlockInputs()
+        grid = images.shape[1] // cfg.patch_size_px, images.shape[2] // cfg.patch_size_px
+        coordinates = patch_coordinates(grid, cfg.rope)
+        coordinates = np.pad(coordinates, ((cfg.prefix_tokens, 0), (0, 0)))
+        return BlockInputs(rope=patch_rope_tables(jnp.asarray(coordinates[None]), cfg))
 
     def _add_class_token(self, x):
         """(B, P, D) -> (B, 1 + P, D), or x without `class_token`."""

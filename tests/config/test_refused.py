@@ -68,6 +68,7 @@ REFUSED = [
         {"vision_rope": PatchRope("same"), "vision_kind": "none"},
         "vision.rope.kind same has no effect with vision.kind none",
     ),
+    (TILED | {"vision_registers": 4}, "vision.tile_layouts .* vision.registers 4: set that to 0"),
     ({"vision_rope": PatchRope(theta=100.0)}, "vision.rope.theta 100.0 has no effect"),
     ({"vision_kv_heads": 3}, "vision.heads 4 .* vision.kv_heads 3"),
     ({"projector_kind": "resampler", "projector_heads": 5}, "decoder.width 32 .* projector.heads"),

@@ -168,6 +168,8 @@ def test_biases_exist_only_if_configured():
     assert {name for name in params if "bias" in params[name]} == {"out"}
     params = random_params(replace(CFG, qkv_bias=True, out_bias=False))
     assert {name for name in params if "bias" in params[name]} == {"query", "key", "value"}
+    params = random_params(replace(CFG, key_bias=False, out_bias=False))
+    assert {name for name in params if "bias" in params[name]} == {"query", "value"}
 
 
 def causal(queries, keys, first=0):

@@ -43,11 +43,14 @@ def test_the_class_token_is_kept_or_dropped_in_front_of_the_same_patches():
     np.testing.assert_array_equal(with_class[:, 1:], without)
 
 
-def test_patches_read_the_class_token():
-    cfg = replace(TINY, class_token=True)
+def test_patches_read_the_class_token_and_registers_which_do_not_leave():
+    cfg = replace(TINY, class_token=True, keep_class_token=True, registers=3)
     params = random_params(cfg)
-    other = params | {"class_token": -params["class_token"]}
-    assert np.abs(encode(cfg, params) - encode(cfg, other)).max() > 1e-3
+    tokens = encode(cfg, params)
+    assert tokens.shape == (2, 1 + 4, 16)
+    for name in ("class_token", "registers"):
+        other = params | {name: -params[name]}
+        assert np.abs(encode(cfg, other) - tokens)[:, 1:].max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["none", "same"])

@@ -181,7 +181,12 @@ def _tiled_encoder(cfg: Experiment) -> None:
     vision, layouts, projector = cfg.vision, cfg.vision.tile_layouts, cfg.projector
     if not layouts:
         return
-    for name, needed in (("kind", "vit"), ("class_token", True), ("keep_class_token", True)):
+    for name, needed in (
+        ("kind", "vit"),
+        ("class_token", True),
+        ("keep_class_token", True),
+        ("registers", 0),
+    ):
         if getattr(vision, name) != needed:
             raise ConfigError(
                 "vision.tile_layouts (the encoder of Llama 3.2 Vision) does not work with "
@@ -536,18 +541,6 @@ def _validation(cfg: Experiment) -> None:
 
 CHECKS = (
     *(_mixture, _data, _synthetic, _tokens, _tiled_encoder, _patch_rope, _feature_layers, _resize),
-    *(
-        _projector,
-        _fusion,
-        _tiles,
-        _room,
-        _rates,
-        _lora,
-        _frozen,
-        _sliding,
-        _no_rope,
-        _microbatches,
-        _profile,
-    ),
-    _validation,
+    *(_projector, _fusion, _tiles, _room, _rates, _lora, _frozen, _sliding, _no_rope),
+    *(_microbatches, _profile, _validation),
 )

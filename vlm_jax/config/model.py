@@ -36,6 +36,7 @@ class Transformer:
     activation: Activation = "gelu_tanh"  # activation of the MLP
     gated_mlp: bool = False  # down(act(gate x) * up x) instead of down(act(up x))
     qkv_bias: bool = True  # biases of the query, key and value projections
+    key_bias: bool = True  # False: the key projection has no bias, even with qkv_bias
     out_bias: bool = True  # bias of attention's output projection
     mlp_bias: bool = True  # biases of the MLP
     #: normalise queries and keys before RoPE: each head, or all heads of a token together
@@ -50,6 +51,12 @@ class Transformer:
     #: rematerialise nothing; all but attention and matmuls with weights; all but those matmuls;
     #: everything
     remat: Literal["none", "attention", "dots", "full"] = "none"
+
+    def has_bias(self, kernel: str) -> bool:
+        """Returns whether a kernel of a block, such as "key" or "up", has a bias."""
+        if kernel in ("query", "key", "value"):
+            return self.qkv_bias and (self.key_bias or kernel != "key")
+        return self.out_bias if kernel == "out" else self.mlp_bias
 
     @property
     def num_kv_heads(self) -> int:
@@ -108,8 +115,10 @@ class Vision(Transformer):
     #: positions of patches in the blocks' self-attention, with or without embeddings that are added
     rope: PatchRope = field(default_factory=PatchRope)
     class_token: bool = False  # prepend a learned token to the patches
+    #: learned tokens after the class token, which the projector does not get (Darcet et al. 2024)
+    registers: int = 0
     keep_class_token: bool = False  # pass the class token to the projector
-    #: mask token of DINOv2's pretraining; unused, kept for export
+    #: mask token of DINO's pretraining; unused, kept for export
     mask_token: bool = False
     pre_norm: bool = False  # normalise before the first block (CLIP)
     #: norm after the last block: of all tokens, of the pooled vector, or none
@@ -151,7 +160,7 @@ class Vision(Transformer):
     @property
     def prefix_tokens(self) -> int:
         """Number of tokens before the patches in the encoder's blocks."""
-        return int(self.has_encoder and self.class_token)
+        return int(self.class_token) + self.registers if self.has_encoder else 0
 
     @property
     def cut_tiles(self) -> int:

@@ -19,6 +19,8 @@ from vlm_jax.structs import BlockInputs, EncoderOutput
 class ViT(nn.Module):
     """Images -> the projector's input, (B, P, E), or (B, 1 + P, E) with `keep_class_token`.
 
+    The blocks also see `registers`, which do not leave.
+
     | cfg                      | images                           | output                |
     |--------------------------|----------------------------------|-----------------------|
     | kind "vit"               | (B, height, width, channels)     | hidden states         |
@@ -49,7 +51,7 @@ class ViT(nn.Module):
         if not cfg.has_encoder:
             return EncoderOutput(x, features=x)
 
-        x = self._add_class_token(x)
+        x = self._add_prefix_tokens(x)
         if cfg.pre_norm:
             x = self._norm("pre_norm", x)
         self.sow("intermediates", "embeddings", x)
@@ -62,8 +64,9 @@ class ViT(nn.Module):
 
         # Features of intermediate layers come without the final norm (LLaVA).
         features = jnp.concatenate(hidden_states, axis=-1) if hidden_states else x
-        if cfg.class_token and not cfg.keep_class_token:
-            features = features[:, 1:]
+        if cfg.prefix_tokens > cfg.extra_tokens:
+            kept = features[:, : cfg.extra_tokens]
+            features = jnp.concatenate([kept, features[:, cfg.prefix_tokens :]], axis=1)
         return EncoderOutput(x, self._pool(x), features, self._classify(x))
 
     def _norm(self, name, x):
@@ -79,19 +82,27 @@ class ViT(nn.Module):
         coordinates = np.pad(coordinates, ((cfg.prefix_tokens, 0), (0, 0)))
         return BlockInputs(rope=patch_rope_tables(jnp.asarray(coordinates[None]), cfg))
 
-    def _add_class_token(self, x):
-        """(B, P, D) -> (B, 1 + P, D), or x without `class_token`."""
+    def _add_prefix_tokens(self, x):
+        """(B, P, D) -> (B, 1 + Q + P, D): class token, if any, then registers, then patches."""
         cfg = self.cfg
-        if cfg.mask_token:
-            # Never used, but part of DINOv2's checkpoints: kept so that they export completely.
-            self.param("mask_token", axes.with_axes(nn.initializers.zeros, "D"), (cfg.width,))
-        if not cfg.class_token:
-            return x
         init = axes.with_axes(embedding_init, "D")
-        token = self.param("class_token", init, (cfg.width,))
-        position = self.param("class_position", init, (cfg.width,))
-        class_token = jnp.broadcast_to(token + position, (len(x), 1, cfg.width))
-        return jnp.concatenate([class_token, x], axis=1)
+        tokens = []
+        if cfg.mask_token:
+            # Never used, but part of DINO's checkpoints: kept so that they export completely.
+            self.param("mask_token", axes.with_axes(nn.initializers.zeros, "D"), (cfg.width,))
+        if cfg.class_token:
+            token = self.param("class_token", init, (cfg.width,))
+            if cfg.positions != "none":
+                token = token + self.param("class_position", init, (cfg.width,))
+            tokens.append(token[None])
+        if cfg.registers:
+            registers_init = axes.with_axes(embedding_init, "Q D")
+            tokens.append(self.param("registers", registers_init, (cfg.registers, cfg.width)))
+        if not tokens:
+            return x
+        tokens = jnp.concatenate(tokens)
+        tokens = jnp.broadcast_to(tokens, (len(x), *tokens.shape))
+        return jnp.concatenate([tokens, x], axis=1)
 
     def _pool(self, x):
         """(B, P, D) -> (B, D), or None."""

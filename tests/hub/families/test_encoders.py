@@ -1,4 +1,4 @@
-"""ViT, CLIP, SigLIP and DINOv2 as encoders: outputs equal to transformers' at any image size."""
+"""ViT, CLIP, SigLIP, DINOv2 and DINOv3 as encoders: outputs equal to transformers'."""
 
 import functools
 import itertools
@@ -13,6 +13,8 @@ from transformers import (
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     SiglipVisionConfig,
     SiglipVisionModel,
     ViTConfig,
@@ -63,13 +65,25 @@ MODELS = {
         Dinov2Model,
         Dinov2Config(**SIZES, use_swiglu_ffn=True, use_mask_token=False),
     ),
+    "dinov3": (DINOv3ViTModel, DINOv3ViTConfig(**SMALL, num_register_tokens=4)),
+    "dinov3 of 7B": (
+        DINOv3ViTModel,
+        DINOv3ViTConfig(
+            **SMALL,
+            num_register_tokens=2,
+            use_gated_mlp=True,
+            hidden_act="silu",
+            query_bias=False,
+            value_bias=False,
+        ),
+    ),
 }
 OWN = "its own size"
 SIDES_PX = {OWN: (16, 16), "another": (22, 13)}  # the second is not a multiple of the patch size
 every_model = pytest.mark.parametrize("kind", MODELS)
 # Each family resamples its positions in a way of its own.
 SIZES_OF_MODELS = [(kind, OWN) for kind in MODELS]
-SIZES_OF_MODELS += [(kind, "another") for kind in ("vit", "clip", "siglip", "dinov2")]
+SIZES_OF_MODELS += [(kind, "another") for kind in ("vit", "clip", "siglip", "dinov2", "dinov3")]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +118,9 @@ def assert_equal_tokens(model, params, expected_model, expected_params) -> None:
 @pytest.mark.parametrize(("kind", "size"), SIZES_OF_MODELS)
 def test_outputs_are_those_of_transformers_layer_by_layer(pair_of, kind, size):
     _, hf, model, params = pair_of(kind)
-    resampled = {} if isinstance(hf, Dinov2Model) else {"interpolate_pos_encoding": True}
+    resampled = {"interpolate_pos_encoding": True}
+    if isinstance(hf, Dinov2Model | DINOv3ViTModel):
+        resampled = {}
     with torch.no_grad():
         pixels = torch.tensor(random_pixels(size))
         expected = hf(pixels, output_hidden_states=True, **resampled)
@@ -147,7 +163,9 @@ def test_a_classifier_alone_has_its_encoder_below_a_name(pair_of, tmp_path):
         assert token in load_file(tmp_path / kind / "model.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["vit", "clip", "siglip", "dinov2", "dinov2 with a gated mlp"])
+@pytest.mark.parametrize(
+    "kind", ["vit", "clip", "siglip", "dinov2", "dinov2 with a gated mlp", "dinov3"]
+)
 def test_names_of_modules_in_memory_load_too(pair_of, tmp_path, kind):
     _, hf, model, params = pair_of(kind)
     hf.save_pretrained(tmp_path, save_original_format=False)
@@ -196,6 +214,8 @@ POOLED = ["vit.pooler.dense.weight"]
         ("clip_vision_model", {"hidden_act": "mish"}, ["hidden_act 'mish'", "quick_gelu"]),
         ("siglip_vision_model", {"patch_size": [4, 8]}, ["patch_size [4, 8]"]),
         ("dinov2", {"num_channels": 4}, ["num_channels 4"]),
+        ("dinov3_vit", {"num_register_tokens": 0}, ["num_register_tokens is 0", "from 1 to"]),
+        ("dinov3_vit", {"query_bias": False, "value_bias": True}, ["value_bias True", "False"]),
     ],
 )
 def test_settings_that_are_not_supported_are_refused(family, config, words):

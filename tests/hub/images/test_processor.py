@@ -5,7 +5,9 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 from transformers import AutoImageProcessor
 
 from vlm_jax.config import UserError
@@ -190,6 +192,24 @@ def test_an_image_becomes_no_thinner_than_a_pixel(tmp_path):
         [Image.new("RGB", (200, 1), "white")]
     )
     assert (pixels.pixel_values > 0).any(axis=-1).sum() == 80
+
+
+def test_dinov3_keeps_the_fractions_of_the_resize(tmp_path):
+    """Its class in transformers rescales, resizes tensors and normalises, and needs torchvision.
+
+    That resize is `interpolate` with antialiasing.
+    """
+    size = {"height": 24, "width": 20}
+    config = {"image_processor_type": "DINOv3ViTImageProcessorFast", "size": size}
+    processor = ImageProcessor.load(folder_of(tmp_path, config))
+    mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+    for shape in SHAPES:
+        pixels = picture(*shape)
+        values = torch.tensor(pixels / np.float32(255)).permute(2, 0, 1)[None]
+        values = interpolate(values, size=(24, 20), mode="bilinear", antialias=True)
+        expected = (np.moveaxis(values.numpy(), 1, -1) - mean) / std
+        ours = processor([Image.fromarray(pixels)]).pixel_values
+        np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=0, err_msg=str(shape))
 
 
 def of_every_mode() -> dict[str, Image.Image]:

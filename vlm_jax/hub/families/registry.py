@@ -6,7 +6,15 @@ from pathlib import Path
 
 from vlm_jax.config import CheckpointError
 from vlm_jax.hub.families.decoders import gemma, gpt2, llama, olmo2, phi3, smollm3
-from vlm_jax.hub.families.encoders import clip, dinov2, mllama_vision, open_clip, siglip, vit
+from vlm_jax.hub.families.encoders import (
+    clip,
+    dinov2,
+    dinov3,
+    mllama_vision,
+    open_clip,
+    siglip,
+    vit,
+)
 from vlm_jax.hub.families.family import Family, get_or
 from vlm_jax.hub.families.multimodal import (
     encoder_decoder,
@@ -47,6 +55,7 @@ KNOWN = (
     siglip.SIGLIP,
     siglip.SIGLIP_VISION,
     dinov2.DINOV2,
+    dinov3.DINOV3,
     encoder_decoder.ENCODER_DECODER,
 )
 FAMILIES = {family.model_type: family for family in KNOWN}

@@ -14,7 +14,7 @@ import einops
 import numpy as np
 
 from vlm_jax.config import CheckpointError
-from vlm_jax.data.resize import center_crop, pad_to_square, resize
+from vlm_jax.data.resize import center_crop, pad_to_square, resize, resize_unrounded
 from vlm_jax.hub.images.mllama_tiles import pack_tiles
 from vlm_jax.hub.images.settings import (
     OPEN_CLIP,
@@ -123,6 +123,8 @@ def _pixels(image: ImageInput, settings: ImageSettings) -> np.ndarray:
         rgb = pad_to_square(rgb, tuple(int(mean * 255) for mean in settings.image_mean))
     if settings.do_resize:
         shape = resized_shape(rgb.height, rgb.width, settings.size)
+        if settings.resizes_before_rounding:
+            return to_values(resize_unrounded(rgb, shape, settings.resample), settings)
         rgb = resize(rgb, shape, settings.resample)
     if settings.do_center_crop:
         rgb = center_crop(rgb, settings.crop_size)

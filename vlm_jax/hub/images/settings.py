@@ -52,6 +52,11 @@ class ImageSettings:
         return self.do_pad and self.kind == "LlavaImageProcessor"
 
     @property
+    def resizes_before_rounding(self) -> bool:
+        """DINOv3: pixels keep the fractions that the resize gives them."""
+        return self.kind == "DINOv3ViTImageProcessor"
+
+    @property
     def rgb_conversion(self) -> str:
         """Value of `Vision.rgb_conversion` for files.
 
@@ -96,6 +101,8 @@ DEFAULTS = {
         "do_center_crop": True,
         "crop_size": 224,
     },
+    "DINOv3ViTImageProcessor": _SQUARE
+    | {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)},
     "FuyuImageProcessor": _SQUARE
     | {"size": {"height": 1080, "width": 1920}, "do_pad": True, "padding_value": 1.0},
     "MllamaImageProcessor": _SQUARE | {"do_convert_rgb": True, "do_pad": True},
@@ -116,6 +123,7 @@ CLASS_OF_MODEL_TYPE = {
     "clip": "CLIPImageProcessor",
     "deit": "DeiTImageProcessor",
     "dinov2": "BitImageProcessor",
+    "dinov3_vit": "DINOv3ViTImageProcessor",
     "fuyu": "FuyuImageProcessor",
     "gemma3": "Gemma3ImageProcessor",
     "idefics3": "Idefics3ImageProcessor",
@@ -348,6 +356,8 @@ def _check_together(path: Path, settings: ImageSettings) -> None:
         raise _refusal(path, "size", size, "a shortest_edge and longest_edge, or other keys")
     if settings.kind in SQUARE_TILES and len(set(size.values())) > 1:
         raise _refusal(path, "size", size, "a square, the shape of tiles")
+    if settings.resizes_before_rounding and (settings.do_center_crop or not settings.do_resize):
+        raise CheckpointError(f"{path}: {settings.kind} needs do_resize, without do_center_crop.")
     if settings.kind == "MllamaImageProcessor" and not (settings.do_resize and settings.do_pad):
         raise CheckpointError(
             f"{path}: images can be cut into tiles only with do_resize and do_pad."

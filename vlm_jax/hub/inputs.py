@@ -2,13 +2,16 @@
 
 The names are `input_ids`, `attention_mask`, `position_ids`, `token_type_ids`, `pixel_values` (or
 `image_patches`), `pixel_attention_mask`, `aspect_ratio_ids`, `aspect_ratio_mask`,
-`cross_attention_mask`, `decoder_input_ids`, `decoder_attention_mask` and `decoder_position_ids`.
+`cross_attention_mask`, `image_grid_thw`, `mm_token_type_ids`, `decoder_input_ids`,
+`decoder_attention_mask` and `decoder_position_ids`.
 Images are (..., channels, height, width), except Fuyu's, which are patches flattened in the order
-(row, column, channel). Idefics3's are rows of images, with blank ones at the end.
+(row, column, channel), and at native resolution (Qwen2-VL), which are patches of all images in the
+order (channel, frame, row, column). Idefics3's are rows of images, with blank ones at the end.
 """
 
 from collections.abc import Mapping, Sequence
 
+import einops
 import numpy as np
 
 from vlm_jax.config import (
@@ -18,17 +21,26 @@ from vlm_jax.config import (
     Experiment,
     Fusion,
 )
+from vlm_jax.data import native
 from vlm_jax.structs import NO_IMAGE, Batch
 
 Arrays = Mapping[str, np.ndarray]
 TEXT = ("input_ids", "attention_mask", "position_ids")
 DECODER_TEXT = tuple(f"decoder_{name}" for name in TEXT)
 IN_SEQUENCE = ("token_type_ids", "pixel_values", "pixel_attention_mask", "image_patches")
+NATIVE = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
 IN_MEMORY = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
 
 
-def argument_names(fusion: Fusion) -> tuple[str, ...]:
-    """Returns the arguments that models of a fusion style take."""
+# The patches of a row are padded to a multiple of so many squares: fewer shapes are compiled.
+PATCHES = 16
+
+
+def argument_names(cfg: Experiment) -> tuple[str, ...]:
+    """Returns the arguments that a model takes."""
+    fusion = cfg.fusion
+    if cfg.vision.is_native and fusion.has_images:
+        return (*TEXT, *NATIVE)
     if fusion.is_encoder_decoder:
         return (*DECODER_TEXT, "pixel_values")
     in_sequence = IN_SEQUENCE if fusion.image_in_sequence else ()
@@ -72,6 +84,8 @@ def to_batch(
                 "pixel_values."
             )
         batch = text
+    elif cfg.vision.is_native:
+        batch = text.replace(**_packed(cfg, arrays, is_token, image_token))
     else:
         batch = text.replace(**_images(cfg, arrays, ids, image_token))
     return _within_tables(cfg.decoder, batch)
@@ -153,7 +167,12 @@ def with_targets(batch: Batch, counts: Sequence[int]) -> Batch:
 def image_batch(cfg: Experiment, arrays: Arrays) -> Batch:
     """Returns the batch for `VLM.image_tokens`: a row per image, or per row of tiled images."""
     pixels = np.asarray(arrays["pixel_values"])
-    if cfg.fusion.image_in_memory:
+    if cfg.vision.is_native:
+        patches, grids = _native_images(cfg, arrays)
+        packed = native.pack([patches], [grids], cfg.projector.merged_side)
+        ids = np.zeros((1, 1), np.int32)
+        images = packed._asdict() | {"image_mask": np.zeros((1, 1, len(grids)), bool)}
+    elif cfg.fusion.image_in_memory:
         ids = np.zeros((len(pixels), 1), np.int32)
         own = {name: x for name, x in arrays.items() if name != "cross_attention_mask"}
         images = _in_memory(cfg, own, ids, None)
@@ -255,6 +274,84 @@ def _in_sequence(cfg: Experiment, arrays: Arrays, ids: np.ndarray, image_token: 
         ),
         "image_mask": np.zeros((*ids.shape, filled.shape[1]), bool),
     }
+
+
+def _packed(
+    cfg: Experiment, arrays: Arrays, is_token: np.ndarray, image_token: int
+) -> dict[str, np.ndarray]:
+    """Distributes images at native resolution, in reading order over all rows.
+
+    Positions of M-RoPE count the tokens that are not padding.
+    """
+    ids = np.asarray(arrays["input_ids"], np.int32)
+    patches, grids = _native_images(cfg, arrays)
+    side = cfg.projector.merged_side
+    token_grids = [(rows // side, columns // side) for rows, columns in grids]
+    is_image = (ids == image_token) & is_token
+    # An answer may have the id of an image token without being one.
+    if "mm_token_type_ids" in arrays:
+        is_image &= _shaped(arrays, "mm_token_type_ids", ids.shape) == 1
+    # The image of each image token, from 0, over all rows.
+    sizes = [rows * columns for rows, columns in token_grids]
+    owners = np.repeat(np.arange(len(grids)), sizes)
+    if len(owners) != is_image.sum():
+        raise ConfigError(
+            f"The {' + '.join(map(str, is_image.sum(axis=1)))} image tokens (id {image_token}) in "
+            f"the rows of input_ids do not match image_grid_thw: {len(grids)} images of "
+            f"{' + '.join(map(str, sizes))} tokens."
+        )
+    rows_patches, rows_grids = [], []
+    rope_positions = np.zeros((*ids.shape, 3), np.int32)
+    for row, own in enumerate(np.split(owners, np.cumsum(is_image.sum(axis=1))[:-1])):
+        images = np.unique(own)
+        if np.sum([sizes[image] for image in images], dtype=int) != len(own):
+            raise ConfigError(f"row {row} of input_ids has image tokens of a part of an image.")
+        rows_patches.append([patches[image] for image in images])
+        rows_grids.append([grids[image] for image in images])
+        numbers = np.zeros(ids.shape[1], np.int32)
+        if len(own):
+            numbers[is_image[row]] = own - own[0] + 1
+        rope_positions[row, is_token[row]] = native.rope_positions(
+            numbers[is_token[row]], [token_grids[image] for image in images]
+        )
+    longest = max(sum(map(len, row)) for row in rows_patches)
+    length = longest + -longest % (PATCHES * side**2)
+    packed = native.pack(rows_patches, rows_grids, side, length)
+    return packed._asdict() | {
+        "tokens": np.where(is_image, 0, ids),
+        "image_token_index": np.where(is_image, np.cumsum(is_image, axis=1) - 1, NO_IMAGE).astype(
+            np.int32
+        ),
+        "image_mask": np.zeros((*ids.shape, max(map(len, rows_grids))), bool),
+        "rope_positions": rope_positions if cfg.decoder.rope.sections else None,
+    }
+
+
+def _native_images(
+    cfg: Experiment, arrays: Arrays
+) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
+    """Patches (P, C) of one frame, and their rows and columns, of every image."""
+    vision, side = cfg.vision, cfg.projector.merged_side
+    grids = _shaped(arrays, "image_grid_thw", (None, 3))
+    if (grids[:, 0] != 1).any() or (grids[:, 1:] % side).any() or (grids < 1).any():
+        raise ConfigError(
+            f"image_grid_thw {grids.tolist()} must have one frame for each image, and rows and "
+            f"columns in multiples of {side}: videos are not supported."
+        )
+    count = int(grids.prod(axis=1).sum())
+    values = _shaped(arrays, "pixel_values", (count, vision.patch_frames * vision.patch_dim))
+    frames = einops.rearrange(
+        values,
+        "P (c t p q) -> t P (p q c)",
+        c=CHANNELS,
+        t=vision.patch_frames,
+        p=vision.patch_size_px,
+    )
+    if (frames != frames[:1]).any():
+        raise ConfigError("pixel_values has patches of several frames: videos are not supported.")
+    starts = np.cumsum(grids.prod(axis=1))[:-1]
+    patches = np.split(np.asarray(frames[0], np.float32), starts)
+    return patches, [(int(rows), int(columns)) for _, rows, columns in grids]
 
 
 def _patches(cfg: Experiment, arrays: Arrays) -> np.ndarray:

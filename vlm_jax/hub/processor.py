@@ -282,7 +282,9 @@ def _image_arrays(processed: ProcessedImages | None) -> dict[str, np.ndarray]:
     if processed is None:
         return {}
     if processed.grids is not None:
-        return {"pixel_values": processed.pixel_values}
+        frames = np.ones((len(processed.grids), 1), np.int32)
+        grids = np.concatenate([frames, processed.grids], axis=1)
+        return {"pixel_values": processed.pixel_values, "image_grid_thw": grids}
     arrays = {"pixel_values": np.moveaxis(processed.pixel_values, -1, -3)}
     if processed.num_tiles is None:
         return arrays

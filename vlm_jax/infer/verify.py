@@ -210,7 +210,7 @@ def compare_output(model: Model, case: Case, name: str, tolerance: float) -> Com
 def supported_arguments(cfg) -> tuple[str, ...]:
     """Names of the arguments that a model takes."""
     if isinstance(cfg, Experiment):
-        return argument_names(cfg.fusion)
+        return argument_names(cfg)
     if isinstance(cfg, Vision):
         return ("pixel_values",)
     return ("input_ids", "attention_mask", "pixel_values")

@@ -40,8 +40,9 @@ def fuse(
 
     Args:
       text: embedded tokens.
-      image: the I*M image tokens of each row, where I counts every view of an image; None while
-        decoding, when the image tokens, or their keys and values, are in the cache.
+      image: the image tokens of each row: M for every view of an image, or at native resolution as
+        many as each image has; None while decoding, when the image tokens, or their keys and
+        values, are in the cache.
     """
     has_memory = cfg.fusion.image_in_memory and batch.image_mask.shape[-1] > 0
     in_sequence = cfg.fusion.image_in_sequence and image is not None
@@ -53,6 +54,7 @@ def fuse(
     inputs = DecoderInputs(
         x=insert_image_tokens(text, image, batch.image_token_index) if in_sequence else text,
         positions=batch.positions,
+        rope_positions=batch.rope_positions,
         mask=self_attention_mask(batch, cache),
         causal_segments=causal_segments(batch, cache),
         local_mask=local_mask,
@@ -61,7 +63,7 @@ def fuse(
         return inputs
 
     # The thumbnails are in the sequence, so cross-attention has the tiles alone.
-    if cfg.fusion.splits_views:
+    if cfg.fusion.splits_views and not cfg.vision.is_native:
         if image is not None:
             image = without_thumbnails(cfg, image, axis=1, tokens=cfg.image_tokens)
         batch = batch.replace(image_mask=without_thumbnails(cfg, batch.image_mask, axis=2))
@@ -70,7 +72,9 @@ def fuse(
     if cfg.fusion.tokens_without_image == "attend_all":
         batch = batch.replace(image_mask=mask_tokens_without_image(batch))
         inputs = inputs.replace(attends=batch.image_mask.any(-1))
-    return inputs.replace(memory_mask=cross_attention_mask(batch, cfg.image_tokens))
+    return inputs.replace(
+        memory_mask=cross_attention_mask(batch, cfg.image_tokens, cfg.projector.merged_side**2)
+    )
 
 
 def mask_tokens_without_image(batch: Batch) -> Bool[Array, "B S I"]:
@@ -159,6 +163,18 @@ def text_mask(is_token: Bool[Array, "B S"], causal: bool) -> Bool[Array, "B 1 #S
     return visible & jnp.tri(is_token.shape[1], dtype=bool) if causal else visible
 
 
-def cross_attention_mask(batch: Batch, tokens_per_image: int) -> Bool[Array, "B 1 S T"]:
-    """Attention mask over image tokens: all M tokens of each image in a token's `image_mask`."""
-    return jnp.repeat(batch.image_mask, tokens_per_image, axis=-1)[:, None]
+def cross_attention_mask(
+    batch: Batch, tokens_per_image: int, patches_per_token: int = 1
+) -> Bool[Array, "B 1 S T"]:
+    """Attention mask over image tokens: all tokens of each image in a token's `image_mask`.
+
+    Args:
+      tokens_per_image: M; at native resolution `patch_images` says how many there are.
+      patches_per_token: at native resolution.
+    """
+    if batch.patch_images is None:
+        return jnp.repeat(batch.image_mask, tokens_per_image, axis=-1)[:, None]
+    images = batch.patch_images[:, ::patches_per_token]  # (B, T)
+    # Image 0 is padding, which no token reads.
+    mask = jnp.pad(batch.image_mask, ((0, 0), (0, 0), (1, 0)))
+    return jnp.take_along_axis(mask, images[:, None], axis=-1)[:, None]

@@ -44,8 +44,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Tokens) -> Projected:
         cfg, width = self.cfg.projector, self.cfg.decoder.width
-        x = Dense("E D", (x.shape[-1], width), bias=cfg.bias, name="linear_1")(x)
-        return Dense("E D", (width, width), bias=cfg.bias, name="linear_2")(
+        hidden = cfg.mlp_width or width
+        x = Dense("E D", (x.shape[-1], hidden), bias=cfg.bias, name="linear_1")(x)
+        return Dense("E D", (hidden, width), bias=cfg.bias, name="linear_2")(
             ACTIVATIONS[cfg.activation](x)
         )
 
@@ -79,8 +80,12 @@ class PixelShuffle(nn.Module):
 
     @nn.compact
     def __call__(self, x: Tokens) -> Projected:
-        rows, columns = self.cfg.vision.grid
         f = self.cfg.projector.factor
+        if self.cfg.vision.is_native:
+            # The tokens of a square follow one another already.
+            x = einops.rearrange(x, "B (M n) E -> B M (n E)", n=f * f)
+            return _project_merged(self.cfg, x)
+        rows, columns = self.cfg.vision.grid
         x = einops.rearrange(
             x, "B (h f w g) E -> B (h w) (f g E)", h=rows // f, w=columns // f, f=f, g=f
         )
@@ -97,8 +102,11 @@ class AveragePool(nn.Module):
 
     @nn.compact
     def __call__(self, x: Tokens) -> Projected:
-        rows, columns = self.cfg.vision.grid
         f = self.cfg.projector.factor
+        if self.cfg.vision.is_native:
+            x = einops.reduce(x, "B (M n) E -> B M E", "mean", n=f * f)
+            return _project_merged(self.cfg, x)
+        rows, columns = self.cfg.vision.grid
         x = einops.reduce(
             x, "B (h f w g) E -> B (h w) E", "mean", h=rows // f, w=columns // f, f=f, g=f
         )

@@ -60,8 +60,14 @@ class VLM(nn.Module):
         return self.decoder(decoder_inputs, cache)
 
     def image_tokens(self, batch: Batch) -> Float[Array, "B T D"]:
-        """Returns the I*M projected tokens of each row: image after image, view after view."""
+        """Returns the projected tokens of each row: image after image, view after view."""
+        encode = self._packed_tokens if self.cfg.vision.is_native else self._tokens_by_image
+        x = axes.constrain(encode(batch), "B M D")
+        if batch.image_rows is None:
+            return x
+        return axes.constrain(x[batch.image_rows], "B M D")
 
+    def _tokens_by_image(self, batch: Batch):
         def by_image(x):
             return None if x is None else x.reshape(-1, *x.shape[2:])
 
@@ -70,10 +76,13 @@ class VLM(nn.Module):
         )
         x = self.projector(x)
         rows, images = batch.images.shape[:2]
-        x = axes.constrain(x.reshape(rows, images * x.shape[1], x.shape[2]), "B M D")
-        if batch.image_rows is None:
-            return x
-        return axes.constrain(x[batch.image_rows], "B M D")
+        return x.reshape(rows, images * x.shape[1], x.shape[2])
+
+    def _packed_tokens(self, batch: Batch):
+        x = self.vision(
+            batch.images, patch_images=batch.patch_images, patch_places=batch.patch_places
+        )
+        return self.projector(x)
 
     def head(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         return self.decoder.head(hidden)
@@ -127,6 +136,14 @@ def example_batch(cfg: Model, length: int, rows: int = 1, images: int = 1) -> Ba
 def example_images(cfg: Vision, rows: int, images: int = 1) -> dict[str, jax.Array]:
     """The image fields of a batch of `rows` rows with `images` images each, all zeros."""
     side = cfg.image_size_px
+    if cfg.is_native:
+        count = images * cfg.max_patches
+        ids = jnp.ones((rows, count), jnp.int32)
+        return {
+            "images": jnp.zeros((rows, count, cfg.patch_dim)),
+            "patch_images": ids,
+            "patch_places": jnp.zeros((rows, count, 2), jnp.int32),
+        }
     if not cfg.tile_layouts:
         return {"images": jnp.zeros((rows, images * cfg.views, side, side, CHANNELS))}
     return {

@@ -25,6 +25,7 @@ from vlm_jax.hub.families.multimodal import (
     llava,
     mllama,
     paligemma,
+    qwen2_vl,
 )
 from vlm_jax.hub.tensors.folder import existing_folder, read_json
 
@@ -46,6 +47,8 @@ KNOWN = (
     idefics3.IDEFICS3,
     idefics3.SMOLVLM,
     internvl.INTERNVL,
+    qwen2_vl.QWEN2_VL,
+    qwen2_vl.QWEN2_5_VL,
     fuyu.FUYU,
     mllama.MLLAMA,
     vit.VIT,

@@ -14,10 +14,12 @@ import einops
 import numpy as np
 
 from vlm_jax.config import CheckpointError
+from vlm_jax.data import native
 from vlm_jax.data.resize import center_crop, pad_to_square, resize, resize_unrounded
 from vlm_jax.hub.images.mllama_tiles import pack_tiles
 from vlm_jax.hub.images.settings import (
     OPEN_CLIP,
+    QWEN2_VL,
     SQUARE,
     ImageSettings,
     read_settings,
@@ -43,8 +45,9 @@ class ProcessedImages:
     Attributes:
       pixel_values: (I, height, width, 3) float32; I counts every tile (`TILE_CUTTERS`).
         Fuyu: (P, patch_height * patch_width * 3), the patches of all images, row by row.
+        Qwen2-VL: (P, 3 * frames * patch_height * patch_width), square by square of the projector.
         mllama: (B, I, J, height, width, 3), 0 in blank tiles.
-      grids: Fuyu: (I, 2) int32, rows and columns of patches of every image.
+      grids: Fuyu, Qwen2-VL: (I, 2) int32, rows and columns of patches of every image.
       aspect_ratio_ids: mllama: (B, I) int32, layout of the tiles; 0: no image.
       aspect_ratio_mask: mllama: (B, I, J) int32, 1: a tile.
       num_tiles: mllama: number of tiles of every image of every row.
@@ -93,6 +96,9 @@ class ImageProcessor:
             return ProcessedImages(**pack_tiles(rows, self.settings))
         if self.settings.kind == "FuyuImageProcessor":
             patches, grids = zip(*[_patches(image, self.settings) for image in _flat(images)])
+            return ProcessedImages(np.concatenate(patches), grids=np.array(grids, np.int32))
+        if self.settings.kind == QWEN2_VL:
+            patches, grids = zip(*[_native(image, self.settings) for image in _flat(images)])
             return ProcessedImages(np.concatenate(patches), grids=np.array(grids, np.int32))
         if self.settings.kind in TILE_CUTTERS:
             return self._cut(_flat(images))
@@ -164,6 +170,32 @@ def _patches(image: ImageInput, settings: ImageSettings) -> tuple[np.ndarray, tu
         )
     pixels = to_values(pixels[:height, :width], settings)
     return einops.rearrange(pixels, "(r p) (c q) d -> (r c) (p q d)", r=grid[0], c=grid[1]), grid
+
+
+def _native(image: ImageInput, settings: ImageSettings) -> tuple[np.ndarray, tuple[int, int]]:
+    """Returns Qwen2-VL's patches (P, C) and their (rows, columns); every frame is the image."""
+    rgb, patch = to_rgb(image, settings), settings.patch_size[0]
+    unit = patch * settings.merge_size
+    if settings.do_resize:
+        aspect = max(rgb.size) / min(rgb.size)
+        if aspect > native.MAX_ASPECT:
+            raise CheckpointError(
+                f"an image of {rgb.width} x {rgb.height} px is too long: its aspect ratio must be "
+                f"at most {native.MAX_ASPECT}."
+            )
+        limits = settings.size["longest_edge"], settings.size["shortest_edge"]
+        shape = native.fitting_shape(rgb.height, rgb.width, unit, *limits)
+        rgb = resize(rgb, shape, settings.resample)
+    elif rgb.height % unit or rgb.width % unit:
+        raise CheckpointError(
+            f"an image of {rgb.width} x {rgb.height} px is not made of squares of {unit} px: set "
+            "do_resize."
+        )
+    patches = native.to_patches(to_values(rgb, settings), patch, settings.merge_size)
+    patches = einops.repeat(
+        patches, "P (p q c) -> P (c t p q)", p=patch, q=patch, t=settings.temporal_patch_size
+    )
+    return patches, (rgb.height // patch, rgb.width // patch)
 
 
 def _stack(images: list[np.ndarray], settings: ImageSettings) -> np.ndarray:

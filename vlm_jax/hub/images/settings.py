@@ -24,7 +24,8 @@ class ImageSettings:
     """
 
     kind: str  # one of `DEFAULTS`, or `OPEN_CLIP`
-    size: Mapping[str, int]  # of the resize, px; its keys are one of `SIZE_KEYS`
+    #: of the resize, px; its keys are one of `SIZE_KEYS`. Qwen2-VL: least and most px of an image
+    size: Mapping[str, int]
     resample: int  # one of Pillow's `Resampling`
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -39,7 +40,9 @@ class ImageSettings:
     pad_size: tuple[int, int] | None = None  # None: the largest image of the batch
     padding_value: float = 0.0  # Fuyu; 0..255
     padding_mode: str = "constant"
-    patch_size: tuple[int, int] = (30, 30)  # Fuyu
+    patch_size: tuple[int, int] = (30, 30)  # Fuyu, Qwen2-VL
+    temporal_patch_size: int = 2  # Qwen2-VL: frames of a patch
+    merge_size: int = 2  # Qwen2-VL: side of the squares of patches that become a token
     max_image_tiles: int = 4  # mllama
     do_image_splitting: bool = True  # Idefics3
     max_image_size: Mapping[str, int] | None = None  # Idefics3: longest_edge of a tile, px
@@ -78,6 +81,7 @@ _CLIP = {
     "image_mean": CLIP_MEAN,
     "image_std": CLIP_STD,
 }
+QWEN2_VL = "Qwen2VLImageProcessor"
 IDEFICS3 = ("Idefics3ImageProcessor", "SmolVLMImageProcessor")
 _IDEFICS3 = {
     "size": {"longest_edge": 4 * 364},
@@ -117,6 +121,15 @@ DEFAULTS = {
     },
 }
 
+DEFAULTS[QWEN2_VL] = {
+    "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+    "resample": BICUBIC,
+    "do_convert_rgb": True,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+    "patch_size": 14,
+}
+
 # `model_type` of config.json -> image processor class, if the file names none.
 CLASS_OF_MODEL_TYPE = {
     "bit": "BitImageProcessor",
@@ -131,6 +144,8 @@ CLASS_OF_MODEL_TYPE = {
     "llava": "LlavaImageProcessor",
     "mllama": "MllamaImageProcessor",
     "paligemma": "SiglipImageProcessor",
+    "qwen2_5_vl": QWEN2_VL,
+    "qwen2_vl": QWEN2_VL,
     "siglip": "SiglipImageProcessor",
     "smolvlm": "SmolVLMImageProcessor",
     "trocr": "ViTImageProcessor",
@@ -151,6 +166,7 @@ SIZE_KEYS = (
     LONGEST_EDGE,
     ("max_height", "max_width"),
 )
+COUNTS = ("max_image_tiles", "min_patches", "max_patches", "temporal_patch_size", "merge_size")
 PADDING_MODES = ("constant", "edge", "reflect", "symmetric")
 OPEN_CLIP_RESIZES = ("shortest", "squash")
 # "random" applies to training only.
@@ -258,7 +274,10 @@ def _from_transformers(path: Path, values: dict) -> ImageSettings:
     if kind == "Gemma3ImageProcessor" and settings.get("do_pan_and_scan"):
         raise _refusal(path, "do_pan_and_scan", True, "false: crops of an image are not supported")
     default_to_square = settings.get("default_to_square", True)
-    settings["size"] = _size(path, "size", settings["size"], default_to_square)
+    if kind == QWEN2_VL:
+        settings["size"] = _pixel_limits(path, settings)
+    else:
+        settings["size"] = _size(path, "size", settings["size"], default_to_square)
     fields = {key: x for key, x in settings.items() if key in ImageSettings.__dataclass_fields__}
     image_settings = ImageSettings(**fields | {"kind": kind})
     _check_together(path, image_settings)
@@ -328,7 +347,7 @@ def _checked(path: Path, key: str, value: Any) -> Any:
         raise _refusal(path, key, value, "a number")
     if key == "padding_value" and not (_are_numbers(value) and 0 <= value <= 255):
         raise _refusal(path, key, value, "a number from 0 to 255")
-    if key in ("max_image_tiles", "min_patches", "max_patches") and not _are_lengths(value):
+    if key in COUNTS and not _are_lengths(value):
         raise _refusal(path, key, value, f"a whole number from 1 to {MAX_PX}")
     if key in ("image_mean", "image_std"):
         return _channels(path, key, value)
@@ -344,6 +363,8 @@ def _check_together(path: Path, settings: ImageSettings) -> None:
     if settings.do_center_crop and settings.crop_size is None:
         raise _refusal(path, "crop_size", None, "the height and width that do_center_crop leaves")
     size, size_keys = dict(settings.size), tuple(settings.size)
+    if settings.kind == QWEN2_VL and len(set(settings.patch_size)) > 1:
+        raise _refusal(path, "patch_size", settings.patch_size, "the side of a square")
     if settings.kind in SHAPED and size_keys != SQUARE:
         raise _refusal(path, "size", size, "a height and a width")
     if settings.kind in IDEFICS3:
@@ -362,6 +383,19 @@ def _check_together(path: Path, settings: ImageSettings) -> None:
         raise CheckpointError(
             f"{path}: images can be cut into tiles only with do_resize and do_pad."
         )
+
+
+def _pixel_limits(path: Path, settings: Mapping[str, Any]) -> dict[str, int]:
+    """Least and most px of an image of Qwen2-VL; min_pixels and max_pixels of older files win."""
+    size = settings["size"]
+    limits = dict(DEFAULTS[QWEN2_VL]["size"]) | (size if isinstance(size, dict) else {})
+    limits["shortest_edge"] = settings.get("min_pixels", limits["shortest_edge"])
+    limits["longest_edge"] = settings.get("max_pixels", limits["longest_edge"])
+    values = tuple(limits.values())
+    is_valid = all(type(value) is int and 0 < value <= MAX_PX**2 for value in values)
+    if tuple(limits) != ("shortest_edge", "longest_edge") or not is_valid:
+        raise _refusal(path, "size", size, f"a shortest_edge and longest_edge of 1 to {MAX_PX**2}")
+    return limits
 
 
 def _size(path: Path, key: str, value: Any, square: bool) -> dict[str, int]:

@@ -10,6 +10,8 @@ idefics3   <fake_token_around_image> <global-img> N x <image> <fake_token_around
            N tokens for every tile, <row_1_col_1> and so on, then for the whole image, <global-img>
 internvl   <img> N x <IMG_CONTEXT> </img> what is it?
            N tokens for every tile, then for the whole image
+qwen2_vl   <|vision_start|> N x <|image_pad|> <|vision_end|> what is it?
+           N tokens for every image, a square of its patches each
 fuyu       |SPEAKER| |SPEAKER| |NEWLINE| |SPEAKER| |SPEAKER| |NEWLINE| <s> what is it? <0x04>
            one token per patch, one per row of patches
 mllama     <|image|> <|begin_of_text|> what is it?
@@ -315,6 +317,31 @@ class InternVLFormat(TextFormat):
 
 
 @dataclass(frozen=True)
+class Qwen2VLFormat(TextFormat):
+    """`images` of a prompt: (rows, columns) of patches of each.
+
+    The text of an image is `start_token` image token `end_token`; a chat template writes all three.
+    """
+
+    patches_per_token: int
+    image_token: str = "<|image_pad|>"
+
+    @classmethod
+    def read(cls, tokenizer, config, processor, images):
+        token = tokenizer.special_tokens.get("image_token") or cls.image_token
+        side = images.get("merge_size") or 2
+        if not all_nonnegative_ints(side):
+            raise TypeError("merge_size is not a number of patches")
+        return cls(tokenizer, side**2, token)
+
+    def prompt(self, text, images=(), add_special_tokens=True):
+        _check_count(text, self.image_token, len(images))
+        counts = [rows * columns // self.patches_per_token for rows, columns in images]
+        filled = _fill(text, self.image_token, [self.image_token * count for count in counts])
+        return super().prompt(filled, add_special_tokens=add_special_tokens)
+
+
+@dataclass(frozen=True)
 class FuyuFormat(TextFormat):
     """`images` of a prompt: (rows, columns) of patches of at most one image.
 
@@ -409,6 +436,8 @@ FORMATS = {
     "idefics3": Idefics3Format,
     "smolvlm": Idefics3Format,
     "internvl": InternVLFormat,
+    "qwen2_vl": Qwen2VLFormat,
+    "qwen2_5_vl": Qwen2VLFormat,
     "fuyu": FuyuFormat,
     "mllama": MllamaFormat,
     "vision-encoder-decoder": EncoderDecoderFormat,

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from vlm_jax.config import ConfigError, Model
 from vlm_jax.infer.look import METHODS
 from vlm_jax.infer.look.observe import ATTENTIONS, Observed, gradient_relevance, observe
+from vlm_jax.nn.positions import continued_rope_positions
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import NO_IMAGE, Batch
 
@@ -240,6 +241,10 @@ def append_answer(batch: Batch, ids: Sequence[int]) -> Batch:
         optional["no_image_mask"] = repeat_last(batch.no_image_mask)
     if batch.block_ids is not None:
         optional["block_ids"] = fill(batch.block_ids, 0)
+    if batch.rope_positions is not None:
+        last, steps = batch.rope_positions[:, -1:], np.arange(1, added + 1, dtype=np.int32)
+        new_rope_positions = continued_rope_positions(np.repeat(last, added, axis=1), steps)
+        optional["rope_positions"] = np.concatenate([batch.rope_positions, new_rope_positions], 1)
     is_scored = np.arange(length + added) >= length - 1
     return batch.replace(
         tokens=tokens[:, :-1],

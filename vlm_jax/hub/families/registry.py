@@ -15,6 +15,7 @@ from vlm_jax.hub.families.multimodal import (
     idefics3,
     internvl,
     llava,
+    llava_next,
     mllama,
     paligemma,
 )
@@ -33,6 +34,7 @@ KNOWN = (
     gemma.GEMMA2,
     gemma.GEMMA3,
     llava.LLAVA,
+    llava_next.LLAVA_NEXT,
     paligemma.PALIGEMMA,
     gemma3.GEMMA3,
     idefics3.IDEFICS3,

@@ -338,6 +338,17 @@ def _map_images(cfg: Experiment, arrays: Arrays) -> list[MapImage]:
 
     The views of all images follow one another, or each image has as many as the largest.
     """
+    images = map_sizes(arrays)
+    counts = [1 + _count_tiles(cfg, size) for size in images]
+    pixels = channels_last(_all_views(cfg, arrays, counts)).astype(np.float32)
+    views = np.split(pixels, np.cumsum(counts)[:-1])
+    return [
+        MapImage(np.roll(own, -1, axis=0), size) for own, size in zip(views, images, strict=True)
+    ]
+
+
+def map_sizes(arrays: Arrays) -> list[Shape | None]:
+    """Returns `MapImage.size` of every image."""
     sizes = _shaped(arrays, "image_sizes", (None, 2)).tolist()
     row_counts = np.asarray(arrays.get("batch_num_images", np.ones(len(sizes), int)))
     # Several images in a row are not cut.
@@ -352,12 +363,7 @@ def _map_images(cfg: Experiment, arrays: Arrays) -> list[MapImage]:
         if min(size) < 1:
             raise ConfigError(f"image_sizes has {size}: a height and a width are at least 1.")
         images.append(tuple(size) if cut else None)
-    counts = [1 + _count_tiles(cfg, size) for size in images]
-    pixels = channels_last(_all_views(cfg, arrays, counts)).astype(np.float32)
-    views = np.split(pixels, np.cumsum(counts)[:-1])
-    return [
-        MapImage(np.roll(own, -1, axis=0), size) for own, size in zip(views, images, strict=True)
-    ]
+    return images
 
 
 def _count_tiles(cfg: Experiment, size: Shape | None) -> int:

@@ -12,6 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOW = [
     ["__version__", "config.errors", "runtime.process"],
     ["config.datasets", "config.hints", "config.model"],
+    ["config.tile_maps"],
     ["config.experiment"],
     ["config"],
     [

@@ -11,6 +11,7 @@ TRUNK = 0  # branch id of a token that every later token of its segment attends 
 NO_IMAGE = -1  # `image_token_index` of a text token
 # Fields of a batch that only the encoder needs.
 IMAGE_FIELDS = ("images", "image_rows", "tile_layouts", "tile_mask", "patch_places")
+NEWLINE = -2  # `image_token_index` of the learned vector that ends a row of a tile map
 
 Array = Any  # a NumPy array in data/, a jax.Array in the model, a shape while compiling
 
@@ -29,7 +30,8 @@ class Batch:
     positions: Array  # (B, S) int32: every branch continues from the length of the trunk
     segment_ids: Array  # (B, S) int32: PADDING, or 1, 2, ...
     #: (B, S) int32: index into the row's I*M image tokens (with `vision.tile_layouts` I*J*M; at
-    #: native resolution one for each square of patches), or NO_IMAGE for a text token
+    #: native resolution one for each square of patches), NO_IMAGE for a text token, or with
+    #: `vision.tile_grids` NEWLINE
     image_token_index: Array
     image_mask: Array  # (B, S, I) bool: the images that a token attends to in cross-attention
     #: (B, S, 3) int32: time, row and column by which `rope.sections` rotate a token; None: all
@@ -38,6 +40,10 @@ class Batch:
     #: (B, S) int32: TRUNK, or 1, 2, ...; None: all TRUNK. Without branches and blocks, attention is
     #: causal within segments, for which a kernel needs no mask
     branch_ids: Array | None = None
+    #: (B, S, 4) int32: with `vision.max_map_tiles`, the image tokens that a token of a resized map
+    #: is interpolated from, instead of `image_token_index`. None: no token is interpolated
+    image_taps: Array | None = None
+    tap_weights: Array | None = None  # (B, S, 4) float32: the weight of each in the sum
     #: (B, S, I) bool: with `fusion.tokens_without_image` attend_all, the images that a token
     #: attends to if its row of `image_mask` is empty (such as a token before the first image). If
     #: it is empty here as well, the token skips cross-attention. None: all images

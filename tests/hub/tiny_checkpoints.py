@@ -36,7 +36,12 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
     LlavaProcessor,
+    MistralConfig,
     MllamaConfig,
     MllamaForConditionalGeneration,
     MllamaImageProcessorPil,
@@ -254,6 +259,33 @@ def llava(path: Path, template: str | None = LLAVA_CHAT) -> Folder:
 
 def llava_without_a_template(path: Path) -> Folder:
     return llava(path, None)
+
+
+def llava_next(path: Path) -> Folder:
+    tokenizer = _tokenizer(path, tiny_tokenizers.llama)
+    pinpoints = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 28},
+        crop_size={"height": 28, "width": 28},
+        image_grid_pinpoints=pinpoints,
+    )
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**TOWER),
+        text_config=MistralConfig(**TEXT, vocab_size=len(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=pinpoints,
+    )
+    options = {
+        "patch_size": 7,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    }
+    return _finished(
+        LlavaNextForConditionalGeneration(config),
+        LlavaNextProcessor(images, tokenizer, **options),
+        path,
+        LLAVA_CHAT,
+    )
 
 
 def paligemma(path: Path, text=GemmaConfig, **settings) -> Folder:
@@ -479,6 +511,7 @@ def trocr(path: Path) -> Folder:
 ABOUT_IMAGES = {
     "llava": llava,
     "llava without a template": llava_without_a_template,
+    "llava_next": llava_next,
     "paligemma": paligemma,
     "paligemma 2": paligemma2,
     "gemma3": gemma3,

@@ -214,6 +214,46 @@ def _tiled_encoder(cfg: Experiment) -> None:
         )
 
 
+def _tile_map(cfg: Experiment) -> None:
+    vision, fusion, projector = cfg.vision, cfg.fusion, cfg.projector
+    if not vision.tile_grids:
+        if vision.max_map_tiles is not None:
+            raise ConfigError(
+                f"vision.max_map_tiles {vision.max_map_tiles} has no effect without "
+                "vision.tile_grids: leave it out."
+            )
+        return
+    if not fusion.image_in_sequence or fusion.image_in_memory:
+        in_sequence = _styles(lambda style: style.image_in_sequence and not style.image_in_memory)
+        raise ConfigError(
+            "vision.tile_grids makes a map of tokens for the sequence, which fusion.kind "
+            f"{fusion.kind} does not read whole: leave it out, or choose fusion.kind {in_sequence}."
+        )
+    for name, needed in (("tile_layouts", ()), ("newline_token", False)):
+        if getattr(vision, name) != needed:
+            raise ConfigError(
+                f"vision.tile_grids does not work with vision.{name} {getattr(vision, name)}: "
+                "leave one of them out."
+            )
+    wrong = [grid for grid in vision.tile_grids if min(grid) < 1 or math.prod(grid) > vision.tiles]
+    if wrong:
+        raise ConfigError(
+            f"vision.tile_grids {' '.join(map(str, wrong[0]))} is not a valid grid: rows times "
+            f"columns must be 1 to vision.tiles {vision.tiles}."
+        )
+    if projector.spec.tokens == "queries" or projector.kind == "none" or vision.extra_tokens:
+        raise ConfigError(
+            "vision.tile_grids needs a grid of projected tokens: set vision.keep_class_token to "
+            f"False, and projector.kind to {_projectors('all', 'squares')} other than none."
+        )
+    turns = any("turn" in part.augment for part in cfg.data.parts.values())
+    if turns and {(columns, rows) for rows, columns in vision.tile_grids} != set(vision.tile_grids):
+        raise ConfigError(
+            "data.augment turn turns images to grids that are not in vision.tile_grids: leave it "
+            "out, or add the grids with rows and columns exchanged."
+        )
+
+
 def _projectors(*tokens: str) -> str:
     """Lists the projectors that emit such tokens, for a message."""
     return either([kind for kind, spec in PROJECTORS.items() if spec.tokens in tokens])
@@ -262,6 +302,7 @@ def _native(cfg: Experiment) -> None:
         "newline_token": not vision.newline_token,
         "tiles": vision.tiles == 1,
         "tile_layouts": not vision.tile_layouts,
+        "tile_grids": not vision.tile_grids,
         "resize": vision.resize == "squash",
     }
     for name, is_possible in others.items():
@@ -301,7 +342,8 @@ def _feature_layers(cfg: Experiment) -> None:
 
 def _resize(cfg: Experiment) -> None:
     vision = cfg.vision
-    if vision.resize != "squash" and vision.cut_tiles > 1:
+    fits_tiles = vision.resize == "pad" and vision.tile_grids
+    if vision.resize != "squash" and vision.cut_tiles > 1 and not fits_tiles:
         raise ConfigError(
             f"vision.resize {vision.resize} makes one square of an image, but vision.tiles "
             f"{vision.tiles} splits it into several: set it to squash, or vision.tiles to 1."
@@ -613,6 +655,6 @@ def _validation(cfg: Experiment) -> None:
 
 CHECKS = (
     *(_mixture, _data, _synthetic, _tokens, _tiled_encoder, _patch_rope, _native, _feature_layers),
-    *(_resize, _projector, _fusion, _tiles, _room, _rates, _lora, _frozen, _sliding, _no_rope),
-    *(_rope_sections, _microbatches, _profile, _validation),
+    *(_resize, _projector, _tile_map, _fusion, _tiles, _room, _rates, _lora, _frozen, _sliding),
+    *(_no_rope, _rope_sections, _microbatches, _profile, _validation),
 )

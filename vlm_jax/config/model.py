@@ -99,7 +99,7 @@ class Vision(Transformer):
     #: standard deviation of red, green and blue, the divisor of the pixels
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     #: how an image becomes square: scale both sides; scale the shorter side and crop the centre; or
-    #: scale the longer side and pad. With tile_layouts, pad fits the image onto tiles
+    #: scale the longer side and pad. With tile_layouts or tile_grids, pad fits the image onto tiles
     resize: Literal["squash", "crop", "pad"] = "squash"
     #: crop: length of the shorter side before the crop; None: image_size_px
     resize_px: int | None = None
@@ -149,6 +149,12 @@ class Vision(Transformer):
     tile_layouts: tuple[tuple[int, int], ...] = ()
     #: gated blocks after the other blocks; features are then the output and feature_layers
     num_global_layers: int = 0
+    #: unified: rows and columns of tiles that an image may have. Its tokens are then the thumbnail
+    #: and one map of the tiles without padding, in which a learned vector ends each row
+    #: (LLaVA-NeXT)
+    tile_grids: tuple[tuple[int, int], ...] = ()
+    #: tile_grids: larger maps are resized to about the tokens of so many tiles (LLaVA-OneVision)
+    max_map_tiles: int | None = None
 
     @property
     def has_encoder(self) -> bool:
@@ -183,7 +189,12 @@ class Vision(Transformer):
     @property
     def views(self) -> int:
         """J: maximum number of views per image in the data: its tiles, then its thumbnail."""
-        return self.cut_tiles + int(self.thumbnail and self.cut_tiles > 1)
+        return self.cut_tiles + int(self.thumbnail and self.cut_tiles >= self.least_tiles)
+
+    @property
+    def least_tiles(self) -> int:
+        """Number of tiles from which on an image has a thumbnail."""
+        return 1 if self.tile_grids else 2
 
     @property
     def pictures(self) -> int:
@@ -197,7 +208,7 @@ class Vision(Transformer):
 
     @property
     def has_tags(self) -> bool:
-        return self.tile_tags != "none" and self.views > 1
+        return self.tile_tags != "none" and self.views > 1 and not self.tile_grids
 
     @property
     def patch_dim(self) -> int:

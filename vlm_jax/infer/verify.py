@@ -261,8 +261,11 @@ def _logits(model: Model, case: Case) -> np.ndarray:
 
 
 def _image_features(model: Model, case: Case) -> np.ndarray:
-    checkpoint = model.checkpoint
-    return model.apply(image_batch(checkpoint.cfg, case.inputs), method=VLM.image_tokens)
+    cfg = model.checkpoint.cfg
+    batch = image_batch(cfg, case.inputs)
+    if cfg.vision.tile_grids:
+        return model.apply(batch, method=VLM.decoder_inputs).x
+    return model.apply(batch, method=VLM.image_tokens)
 
 
 def _new_ids(model: Model, case: Case) -> np.ndarray:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.config import Model
 from vlm_jax.structs import (
+    NEWLINE,
     NO_IMAGE,
     PADDING,
     TRUNK,
@@ -35,6 +36,7 @@ def fuse(
     image: Float[Array, "B T E"] | None,
     batch: Batch,
     cache: Cache | None = None,
+    newline: Float[Array, "D"] | None = None,
 ) -> DecoderInputs:
     """Combines text embeddings and image tokens into the decoder's inputs.
 
@@ -43,6 +45,7 @@ def fuse(
       image: the image tokens of each row: M for every view of an image, or at native resolution as
         many as each image has; None while decoding, when the image tokens, or their keys and
         values, are in the cache.
+      newline: with `vision.tile_grids`, the vector that ends each row of a map.
     """
     has_memory = cfg.fusion.image_in_memory and batch.image_mask.shape[-1] > 0
     in_sequence = cfg.fusion.image_in_sequence and image is not None
@@ -51,8 +54,13 @@ def fuse(
         local_mask = self_attention_mask(
             batch, cache, cfg.decoder.sliding_window, limits_blocks=cfg.fusion.has_image_blocks
         )
+    x = text
+    if in_sequence:
+        x = insert_image_tokens(
+            *(text, image, batch.image_token_index, newline, batch.image_taps, batch.tap_weights)
+        )
     inputs = DecoderInputs(
-        x=insert_image_tokens(text, image, batch.image_token_index) if in_sequence else text,
+        x=x,
         positions=batch.positions,
         rope_positions=batch.rope_positions,
         mask=self_attention_mask(batch, cache),
@@ -94,11 +102,43 @@ def without_thumbnails(cfg: Model, x: Array, axis: int, tokens: int = 1) -> Arra
 
 
 def insert_image_tokens(
-    text: Float[Array, "B S D"], image: Float[Array, "B T D"], index: Int[Array, "B S"]
+    text: Float[Array, "B S D"],
+    image: Float[Array, "B T D"],
+    index: Int[Array, "B S"],
+    newline: Float[Array, "D"] | None = None,
+    taps: Int[Array, "B S 4"] | None = None,
+    weights: Float[Array, "B S 4"] | None = None,
 ) -> Float[Array, "B S D"]:
-    """Replaces text embeddings by image token `index` unless it is NO_IMAGE."""
-    image_at = jnp.take_along_axis(image, jnp.maximum(index, 0)[..., None], axis=1)
+    """Replaces text embeddings by image token `index` unless it is NO_IMAGE.
+
+    With `taps` and `weights` it is the weighted sum of four image tokens instead.
+    """
+    if taps is None:
+        image_at = take_image_tokens(image, index)
+    else:
+        image_at = interpolate_image_tokens(image, taps, weights)
+    if newline is not None:
+        newline = newline.astype(image.dtype)
+        image_at = jnp.where((index == NEWLINE)[..., None], newline, image_at)
     return jnp.where((index == NO_IMAGE)[..., None], text, image_at)
+
+
+def take_image_tokens(
+    image: Float[Array, "B T D"], index: Int[Array, "B S"]
+) -> Float[Array, "B S D"]:
+    """Returns the image token of each slot; slots without one get any."""
+    return jnp.take_along_axis(image, jnp.maximum(index, 0)[..., None], axis=1)
+
+
+def interpolate_image_tokens(
+    image: Float[Array, "B T D"], taps: Int[Array, "B S 4"], weights: Float[Array, "B S 4"]
+) -> Float[Array, "B S D"]:
+    """Returns the weighted sum of the four image tokens of each slot."""
+    total = 0.0
+    for tap in range(taps.shape[-1]):
+        weight = weights[..., tap, None].astype(image.dtype)
+        total = total + weight * take_image_tokens(image, taps[..., tap])
+    return total
 
 
 def self_attention_mask(

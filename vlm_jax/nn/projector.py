@@ -139,6 +139,29 @@ class Resampler(nn.Module):
         return Norm("layernorm", settings.norm_eps, name="final_norm")(q)
 
 
+class WithNewline(nn.Module):
+    """A projector with the learned vector that ends each row of a tile map (LLaVA-NeXT).
+
+    The parameters of the projector keep their paths.
+    """
+
+    cfg: Model
+
+    def setup(self):
+        self.tokens = _build(self.cfg)
+        nn.share_scope(self, self.tokens)
+        init = axes.with_axes(embedding_init, "D")
+        self.newline = self.param("newline", init, (self.cfg.decoder.width,))
+
+    def __call__(self, x: Tokens) -> Projected:
+        return self.tokens(x)
+
+
 def build_projector(cfg: Model) -> nn.Module:
+    """Builds the projector, with `newline` for `vision.tile_grids`."""
+    return WithNewline(cfg) if cfg.vision.tile_grids else _build(cfg)
+
+
+def _build(cfg: Model) -> nn.Module:
     """Builds the class of this file that the row of `projector.kind` names."""
     return globals()[cfg.projector.spec.module](cfg)

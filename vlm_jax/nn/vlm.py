@@ -11,7 +11,7 @@ from vlm_jax.nn.decoder import Decoder, check_length, empty_layers
 from vlm_jax.nn.fusion import fuse
 from vlm_jax.nn.projector import build_projector
 from vlm_jax.nn.vit import ViT
-from vlm_jax.structs import Batch, Cache, Output
+from vlm_jax.structs import Batch, Cache, DecoderInputs, Output
 
 
 class VLM(nn.Module):
@@ -52,12 +52,21 @@ class VLM(nn.Module):
         Args:
           image_tokens: of `image_tokens`, if they were computed before, instead of `batch.images`.
         """
+        return self.decoder(self.decoder_inputs(batch, cache, image_tokens), cache)
+
+    def decoder_inputs(
+        self,
+        batch: Batch,
+        cache: Cache | None = None,
+        image_tokens: Float[Array, "B T D"] | None = None,
+    ) -> DecoderInputs:
+        """Returns the embedded text together with the image tokens; arguments as of `hidden`."""
         # While decoding, the image tokens are in the cache already.
         if self.cfg.fusion.has_images and batch.images is not None:
             image_tokens = self.image_tokens(batch)
         text_tokens = self.decoder.embed(batch.tokens)
-        decoder_inputs = fuse(self.cfg, text_tokens, image_tokens, batch, cache)
-        return self.decoder(decoder_inputs, cache)
+        newline = self.projector.newline if self.cfg.vision.tile_grids else None
+        return fuse(self.cfg, text_tokens, image_tokens, batch, cache, newline)
 
     def image_tokens(self, batch: Batch) -> Float[Array, "B T D"]:
         """Returns the projected tokens of each row: image after image, view after view."""

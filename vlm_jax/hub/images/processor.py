@@ -18,6 +18,7 @@ from vlm_jax.data import native
 from vlm_jax.data.resize import center_crop, pad_to_square, resize, resize_unrounded
 from vlm_jax.hub.images.mllama_tiles import pack_tiles
 from vlm_jax.hub.images.settings import (
+    LLAVA_NEXT,
     OPEN_CLIP,
     QWEN2_VL,
     SQUARE,
@@ -52,7 +53,9 @@ class ProcessedImages:
       aspect_ratio_mask: mllama: (B, I, J) int32, 1: a tile.
       num_tiles: mllama: number of tiles of every image of every row.
       tile_grids: rows and columns of the tiles of every image, which follow one another in
-        `pixel_values`; an image of several tiles is followed by the whole image as a tile.
+        `pixel_values`; an image of several tiles is followed by the whole image as a tile
+        (LLaVA-NeXT: every image follows its whole).
+      image_sizes: LLaVA-NeXT: (height, width) in px of every image, before its resize.
     """
 
     pixel_values: np.ndarray
@@ -61,6 +64,7 @@ class ProcessedImages:
     aspect_ratio_mask: np.ndarray | None = None
     num_tiles: list[list[int]] | None = None
     tile_grids: list[tuple[int, int]] | None = None
+    image_sizes: list[tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,12 +114,17 @@ class ImageProcessor:
         """Cuts images into tiles, each an image of its own to the encoder."""
         settings = self.settings
         cut = TILE_CUTTERS[settings.kind]
-        pixels, grids = [], []
+        pixels, grids, sizes = [], [], []
         for image in images:
-            tiles = cut(to_rgb(image, settings), settings)
+            rgb = to_rgb(image, settings)
+            tiles = cut(rgb, settings)
             pixels += [to_values(tile, settings) for tile in tiles.images]
             grids.append(tiles.grid)
-        return ProcessedImages(np.stack(pixels), tile_grids=grids)
+            sizes.append((rgb.height, rgb.width))
+        has_sizes = settings.kind in LLAVA_NEXT
+        return ProcessedImages(
+            np.stack(pixels), tile_grids=grids, image_sizes=sizes if has_sizes else None
+        )
 
 
 def _flat(images) -> Iterator[ImageInput]:

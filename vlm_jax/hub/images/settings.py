@@ -48,6 +48,12 @@ class ImageSettings:
     max_image_size: Mapping[str, int] | None = None  # Idefics3: longest_edge of a tile, px
     min_patches: int = 1  # InternVL: number of tiles
     max_patches: int = 12
+    image_grid_pinpoints: tuple[tuple[int, int], ...] = ()  # LLaVA-NeXT: sizes in whole tiles
+
+    @property
+    def tile_px(self) -> int:
+        """LLaVA-NeXT: side of a tile, before the resize."""
+        return self.crop_size[0] if self.crop_size else next(iter(self.size.values()))
 
     @property
     def pads_to_square(self) -> bool:
@@ -89,6 +95,7 @@ _IDEFICS3 = {
     "do_convert_rgb": True,
     "max_image_size": {"longest_edge": 364},
 }
+LLAVA_NEXT = ("LlavaNextImageProcessor",)
 
 # Image processor class -> values of missing and null keys
 # (transformers 5.23, `models/*/image_processing_*`).
@@ -112,6 +119,8 @@ DEFAULTS = {
     "MllamaImageProcessor": _SQUARE | {"do_convert_rgb": True, "do_pad": True},
     "Gemma3ImageProcessor": _SQUARE | {"do_convert_rgb": True},
     **dict.fromkeys(IDEFICS3, _IDEFICS3),
+    "LlavaNextImageProcessor": _CLIP
+    | {"image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]},
     "GotOcr2ImageProcessor": {
         "size": {"height": 384, "width": 384},
         "resample": BICUBIC,
@@ -142,6 +151,7 @@ CLASS_OF_MODEL_TYPE = {
     "idefics3": "Idefics3ImageProcessor",
     "internvl": "GotOcr2ImageProcessor",
     "llava": "LlavaImageProcessor",
+    "llava_next": "LlavaNextImageProcessor",
     "mllama": "MllamaImageProcessor",
     "paligemma": "SiglipImageProcessor",
     "qwen2_5_vl": QWEN2_VL,
@@ -211,7 +221,7 @@ def vision_settings(settings: ImageSettings, vision: Vision) -> dict[str, object
 
 def _resize(settings: ImageSettings, vision: Vision) -> tuple[str, int | None]:
     """Values of `Vision.resize` and `resize_px` for a processor."""
-    if vision.tile_layouts or settings.pads_to_square:
+    if vision.tile_layouts or vision.tile_grids or settings.pads_to_square:
         return "pad", None
     if not settings.do_center_crop or tuple(settings.size) == SQUARE:
         return "squash", None
@@ -257,8 +267,12 @@ def processor_config(vision: Vision) -> dict[str, Any]:
     return config
 
 
-def whole_image_settings(kind: str, vision: Vision) -> dict[str, Any]:
-    """Keys with which a processor class that cuts images into tiles makes one square of each."""
+def tile_settings(kind: str, vision: Vision) -> dict[str, Any]:
+    """Keys with which a processor class cuts an image as training does: most make one square."""
+    if kind in LLAVA_NEXT:
+        side = vision.image_size_px
+        pinpoints = [[rows * side, columns * side] for rows, columns in vision.tile_grids]
+        return {"image_grid_pinpoints": pinpoints}
     if kind in IDEFICS3:
         side = vision.image_size_px
         return {"do_image_splitting": False, "max_image_size": {"longest_edge": side}}
@@ -353,6 +367,10 @@ def _checked(path: Path, key: str, value: Any) -> Any:
         return _channels(path, key, value)
     if key in ("crop_size", "pad_size", "patch_size"):
         return _pair(path, key, value)
+    if key == "image_grid_pinpoints":
+        if not isinstance(value, list | tuple) or not value:
+            raise _refusal(path, key, value, "a list of pairs of a height and a width")
+        return tuple(_pair(path, key, size) for size in value)
     if key == "max_image_size":
         return _size(path, key, value, square=False)
     return value
@@ -375,6 +393,8 @@ def _check_together(path: Path, settings: ImageSettings) -> None:
             raise _refusal(path, "max_image_size", tile, "the longest_edge of a tile")
     elif size_keys == LONGEST_EDGE:
         raise _refusal(path, "size", size, "a shortest_edge and longest_edge, or other keys")
+    if settings.kind in LLAVA_NEXT:
+        _check_pinpoints(path, settings)
     if settings.kind in SQUARE_TILES and len(set(size.values())) > 1:
         raise _refusal(path, "size", size, "a square, the shape of tiles")
     if settings.resizes_before_rounding and (settings.do_center_crop or not settings.do_resize):
@@ -396,6 +416,22 @@ def _pixel_limits(path: Path, settings: Mapping[str, Any]) -> dict[str, int]:
     if tuple(limits) != ("shortest_edge", "longest_edge") or not is_valid:
         raise _refusal(path, "size", size, f"a shortest_edge and longest_edge of 1 to {MAX_PX**2}")
     return limits
+
+
+def _check_pinpoints(path: Path, settings: ImageSettings) -> None:
+    if (
+        tuple(settings.size) not in (SQUARE, ("shortest_edge",))
+        or len({*settings.size.values()}) > 1
+    ):
+        raise _refusal(path, "size", dict(settings.size), "a square, or a shortest_edge")
+    if not settings.do_resize:
+        raise _refusal(path, "do_resize", False, "true: the whole image is resized to a tile")
+    for size in settings.image_grid_pinpoints:
+        if any(px % settings.tile_px for px in size):
+            raise _refusal(
+                *(path, "image_grid_pinpoints", list(size)),
+                f"heights and widths in whole tiles of {settings.tile_px} px",
+            )
 
 
 def _size(path: Path, key: str, value: Any, square: bool) -> dict[str, int]:

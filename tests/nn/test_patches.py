@@ -172,3 +172,11 @@ def test_resampling_is_bicubic_as_in_pytorch(new):
     table = random(12, 2)
     expected = bicubic(np.asarray(table).reshape(3, 4, 2), new).reshape(-1, 2)
     np.testing.assert_allclose(patches.resample_positions(table, (3, 4), new), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("new", [(6, 8), (2, 3), (1, 7)])
+def test_bilinear_resampling_has_antialiasing(new):
+    table = random(12, 2)
+    expected = jax.image.resize(table.reshape(3, 4, 2), (*new, 2), "bilinear", antialias=True)
+    resampled = patches.resample_positions(table, (3, 4), new, "bilinear")
+    np.testing.assert_allclose(resampled, expected.reshape(-1, 2), atol=1e-5)

@@ -112,6 +112,9 @@ class Vision(Transformer):
     patch_bias: bool = True  # bias of the patch embedding
     #: position embeddings that are added to the patches
     positions: Literal["learned", "sincos", "none"] = "learned"
+    #: interpolation of learned positions to another grid. bicubic: PyTorch's, without antialiasing;
+    #: bilinear: with antialiasing (SigLIP 2 NaFlex)
+    resample_positions: Literal["bicubic", "bilinear"] = "bicubic"
     #: positions of patches in the blocks' self-attention, with or without embeddings that are added
     rope: PatchRope = field(default_factory=PatchRope)
     class_token: bool = False  # prepend a learned token to the patches

@@ -54,29 +54,40 @@ def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
 
 
 def resample_positions(
-    table: Float[Array, "P D"], old: tuple[int, int], new: tuple[int, int]
+    table: Float[Array, "P D"], old: tuple[int, int], new: tuple[int, int], kind: str = "bicubic"
 ) -> Float[Array, "R D"]:
-    """Resamples learned position embeddings to another grid by bicubic interpolation.
+    """Resamples learned position embeddings to another grid, at half-pixel centres.
 
-    Keys' cubic kernel with a = -0.75 at half-pixel centres, clamped at the border and without
-    antialiasing. This is PyTorch's `interpolate(mode="bicubic")`, which public checkpoints use;
-    `jax.image.resize` uses a = -0.5.
+    Equal to PyTorch's `interpolate`, which public checkpoints use.
 
     Args:
       table: one embedding per patch, row by row.
       old: rows and columns of the table's grid.
       new: rows and columns of the grid of the result; R = rows * columns.
+      kind: a value of `Vision.resample_positions`.
     """
     if old == new:
         return table
+    weights = INTERPOLATIONS[kind]
     grid = table.reshape(*old, -1)  # (h, w, D)
-    grid = jnp.einsum("rh,hwd->rwd", _cubic_weights(old[0], new[0]), grid)
-    grid = jnp.einsum("cw,rwd->rcd", _cubic_weights(old[1], new[1]), grid)
+    grid = jnp.einsum("rh,hwd->rwd", weights(old[0], new[0]), grid)
+    grid = jnp.einsum("cw,rwd->rcd", weights(old[1], new[1]), grid)
     return grid.reshape(new[0] * new[1], -1)
 
 
+def _linear_weights(old: int, new: int) -> np.ndarray:
+    """Interpolation matrix (new, old): a triangle, as wide as a new cell if that is the wider."""
+    centers = (np.arange(new) + 0.5) * old / new - 0.5
+    distances = np.abs(np.arange(old) - centers[:, None])
+    weights = np.maximum(0, 1 - distances / max(1, old / new))
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
 def _cubic_weights(old: int, new: int, a: float = -0.75) -> np.ndarray:
-    """Interpolation matrix (new, old) with four taps a row."""
+    """Interpolation matrix (new, old) with four taps a row, clamped at the border.
+
+    Keys' cubic kernel; `jax.image.resize` uses a = -0.5.
+    """
     centers = (np.arange(new) + 0.5) * old / new - 0.5
     weights = np.zeros((new, old))
     for tap in range(-1, 3):
@@ -88,6 +99,9 @@ def _cubic_weights(old: int, new: int, a: float = -0.75) -> np.ndarray:
         # At the border several taps fall on the same clamped cell: `np.add.at` sums them.
         np.add.at(weights, (np.arange(new), np.clip(cells, 0, old - 1)), values)
     return weights.astype(np.float32)
+
+
+INTERPOLATIONS = {"bicubic": _cubic_weights, "bilinear": _linear_weights}
 
 
 class PatchEmbed(nn.Module):
@@ -129,7 +143,7 @@ class PatchEmbed(nn.Module):
             return jnp.asarray(sincos_positions(grid, width))
         shape = (cfg.grid[0] * cfg.grid[1], width)
         table = self.param("positions", axes.with_axes(embedding_init, "P D"), shape)
-        return resample_positions(table, cfg.grid, grid)
+        return resample_positions(table, cfg.grid, grid, cfg.resample_positions)
 
 
 class _Convolution(nn.Module):

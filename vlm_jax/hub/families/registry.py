@@ -13,6 +13,7 @@ from vlm_jax.hub.families.encoders import (
     mllama_vision,
     open_clip,
     siglip,
+    siglip2,
     vit,
 )
 from vlm_jax.hub.families.family import Family, get_or
@@ -54,6 +55,8 @@ KNOWN = (
     open_clip.OPEN_CLIP,
     siglip.SIGLIP,
     siglip.SIGLIP_VISION,
+    siglip2.SIGLIP2,
+    siglip2.SIGLIP2_VISION,
     dinov2.DINOV2,
     dinov3.DINOV3,
     encoder_decoder.ENCODER_DECODER,

@@ -39,7 +39,8 @@ class ImageSettings:
     pad_size: tuple[int, int] | None = None  # None: the largest image of the batch
     padding_value: float = 0.0  # Fuyu; 0..255
     padding_mode: str = "constant"
-    patch_size: tuple[int, int] = (30, 30)  # Fuyu
+    patch_size: tuple[int, int] = (30, 30)  # Fuyu, SigLIP 2
+    max_num_patches: int = 256  # SigLIP 2
     max_image_tiles: int = 4  # mllama
     do_image_splitting: bool = True  # Idefics3
     max_image_size: Mapping[str, int] | None = None  # Idefics3: longest_edge of a tile, px
@@ -94,6 +95,8 @@ DEFAULTS = {
     "LlavaImageProcessor": _CLIP,
     "SiglipImageProcessor": _SQUARE
     | {"resample": BICUBIC, "do_convert_rgb": True, "default_to_square": False},
+    # An image has the size of its patches.
+    "Siglip2ImageProcessor": _SQUARE | {"patch_size": 16},
     "ViTImageProcessor": _SQUARE,
     "DeiTImageProcessor": {
         "size": 256,
@@ -132,6 +135,7 @@ CLASS_OF_MODEL_TYPE = {
     "mllama": "MllamaImageProcessor",
     "paligemma": "SiglipImageProcessor",
     "siglip": "SiglipImageProcessor",
+    "siglip2": "Siglip2ImageProcessor",
     "smolvlm": "SmolVLMImageProcessor",
     "trocr": "ViTImageProcessor",
     "vit": "ViTImageProcessor",
@@ -143,6 +147,8 @@ SQUARE = ("height", "width")
 LONGEST_EDGE = ("longest_edge",)
 # Classes that need a height and a width; of these, the ones that cut images into squares.
 SHAPED = ("FuyuImageProcessor", "MllamaImageProcessor", "GotOcr2ImageProcessor")
+# Classes that resize whole images, without options.
+WHOLE = ("DINOv3ViTImageProcessor", "Siglip2ImageProcessor")
 SQUARE_TILES = ("MllamaImageProcessor", "GotOcr2ImageProcessor")
 SIZE_KEYS = (
     SQUARE,
@@ -328,7 +334,8 @@ def _checked(path: Path, key: str, value: Any) -> Any:
         raise _refusal(path, key, value, "a number")
     if key == "padding_value" and not (_are_numbers(value) and 0 <= value <= 255):
         raise _refusal(path, key, value, "a number from 0 to 255")
-    if key in ("max_image_tiles", "min_patches", "max_patches") and not _are_lengths(value):
+    counts = ("max_image_tiles", "min_patches", "max_patches", "max_num_patches")
+    if key in counts and not _are_lengths(value):
         raise _refusal(path, key, value, f"a whole number from 1 to {MAX_PX}")
     if key in ("image_mean", "image_std"):
         return _channels(path, key, value)
@@ -356,8 +363,10 @@ def _check_together(path: Path, settings: ImageSettings) -> None:
         raise _refusal(path, "size", size, "a shortest_edge and longest_edge, or other keys")
     if settings.kind in SQUARE_TILES and len(set(size.values())) > 1:
         raise _refusal(path, "size", size, "a square, the shape of tiles")
-    if settings.resizes_before_rounding and (settings.do_center_crop or not settings.do_resize):
+    if settings.kind in WHOLE and (settings.do_center_crop or not settings.do_resize):
         raise CheckpointError(f"{path}: {settings.kind} needs do_resize, without do_center_crop.")
+    if settings.kind == "Siglip2ImageProcessor" and len(set(settings.patch_size)) > 1:
+        raise _refusal(path, "patch_size", settings.patch_size, "the side of a square")
     if settings.kind == "MllamaImageProcessor" and not (settings.do_resize and settings.do_pad):
         raise CheckpointError(
             f"{path}: images can be cut into tiles only with do_resize and do_pad."

@@ -30,6 +30,7 @@ PARAMETERS = {
     "gemma3_4b": 4_300_079_472,
     "smolvlm_256m": 256_484_928,
     "internvl3_1b": 938_193_024,
+    "qwen2_5_vl_3b": 3_754_622_976,
     "fuyu_8b": 9_408_238_592,
     "llama_3_2_11b_vision": 10_642_941_475,
 }
@@ -47,6 +48,7 @@ MODEL_TYPES = {
     "gemma3_4b": "gemma3",
     "smolvlm_256m": "idefics3",
     "internvl3_1b": "internvl",
+    "qwen2_5_vl_3b": "qwen2_5_vl",
     "fuyu_8b": "fuyu",
     "llama_3_2_11b_vision": "mllama",
 }

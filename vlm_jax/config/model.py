@@ -91,12 +91,15 @@ class Vision(Transformer):
     #: checkpoint folder: its encoder's settings and initial weights
     checkpoint: str = ""
     image_size_px: int = 64  # height and width of an image
+    #: native resolution: an image keeps its shape, in at most so many patches, and the patches of
+    #: all images of a row are one sequence; None: every image has image_size_px
+    max_patches: int | None = None
     #: mean of red, green and blue in 0..1, subtracted from the pixels
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     #: standard deviation of red, green and blue, the divisor of the pixels
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     #: how an image becomes square: scale both sides; scale the shorter side and crop the centre; or
-    #: scale the longer side and pad. With tile_layouts, pad fits the image onto tiles
+    #: scale the longer side and pad. With tile_layouts or tile_grids, pad fits the image onto tiles
     resize: Literal["squash", "crop", "pad"] = "squash"
     #: crop: length of the shorter side before the crop; None: image_size_px
     resize_px: int | None = None
@@ -110,6 +113,8 @@ class Vision(Transformer):
     #: patch embedding as a matmul or as the equal strided convolution
     patch_embed: Literal["linear", "conv"] = "linear"
     patch_bias: bool = True  # bias of the patch embedding
+    #: video frames that a patch covers; an image is repeated as often (Qwen2-VL)
+    patch_frames: int = 1
     #: position embeddings that are added to the patches
     positions: Literal["learned", "sincos", "none"] = "learned"
     #: interpolation of learned positions to another grid. bicubic: PyTorch's, without antialiasing;
@@ -117,6 +122,9 @@ class Vision(Transformer):
     resample_positions: Literal["bicubic", "bilinear"] = "bicubic"
     #: positions of patches in the blocks' self-attention, with or without embeddings that are added
     rope: PatchRope = field(default_factory=PatchRope)
+    #: side in patches of the squares within which the patches of windowed_layers attend
+    window_patches: int | None = None
+    windowed_layers: tuple[int, ...] = ()  # blocks with attention in windows (Qwen2.5-VL)
     class_token: bool = False  # prepend a learned token to the patches
     #: learned tokens after the class token, which the projector does not get (Darcet et al. 2024)
     registers: int = 0
@@ -144,11 +152,22 @@ class Vision(Transformer):
     tile_layouts: tuple[tuple[int, int], ...] = ()
     #: gated blocks after the other blocks; features are then the output and feature_layers
     num_global_layers: int = 0
+    #: unified: rows and columns of tiles that an image may have. Its tokens are then the thumbnail
+    #: and one map of the tiles without padding, in which a learned vector ends each row
+    #: (LLaVA-NeXT)
+    tile_grids: tuple[tuple[int, int], ...] = ()
+    #: tile_grids: larger maps are resized to about the tokens of so many tiles (LLaVA-OneVision)
+    max_map_tiles: int | None = None
 
     @property
     def has_encoder(self) -> bool:
         """True if an encoder is between the patches and the projector."""
         return self.kind != "none"
+
+    @property
+    def is_native(self) -> bool:
+        """True if images keep their shape, and their patches are packed."""
+        return self.max_patches is not None
 
     @property
     def shortest_edge_px(self) -> int:
@@ -173,7 +192,12 @@ class Vision(Transformer):
     @property
     def views(self) -> int:
         """J: maximum number of views per image in the data: its tiles, then its thumbnail."""
-        return self.cut_tiles + int(self.thumbnail and self.cut_tiles > 1)
+        return self.cut_tiles + int(self.thumbnail and self.cut_tiles >= self.least_tiles)
+
+    @property
+    def least_tiles(self) -> int:
+        """Number of tiles from which on an image has a thumbnail."""
+        return 1 if self.tile_grids else 2
 
     @property
     def pictures(self) -> int:
@@ -187,11 +211,11 @@ class Vision(Transformer):
 
     @property
     def has_tags(self) -> bool:
-        return self.tile_tags != "none" and self.views > 1
+        return self.tile_tags != "none" and self.views > 1 and not self.tile_grids
 
     @property
     def patch_dim(self) -> int:
-        """C: size of a flattened patch."""
+        """C: size of a flattened patch of one frame."""
         return self.patch_size_px**2 * CHANNELS
 
     @property
@@ -219,10 +243,10 @@ class ProjectorSpec:
 
 
 # Settings of projectors that merge squares of tokens.
-MERGING = ("factor", "norm", "norm_eps", "projection", "activation", "bias")
+MERGING = ("factor", "norm", "norm_eps", "projection", "mlp_width", "activation", "bias")
 PROJECTORS = {
     "linear": ProjectorSpec("Linear", fields=("bias",)),
-    "mlp": ProjectorSpec("Mlp", fields=("bias", "activation")),
+    "mlp": ProjectorSpec("Mlp", fields=("bias", "activation", "mlp_width")),
     "pixel_shuffle": ProjectorSpec("PixelShuffle", tokens="squares", fields=MERGING),
     "average_pool": ProjectorSpec("AveragePool", tokens="squares", fields=MERGING),
     "resampler": ProjectorSpec("Resampler", tokens="queries", fields=("queries", "depth", "heads")),
@@ -250,6 +274,8 @@ class Projector:
     #: checkpoint folder: its projector's settings and initial weights
     checkpoint: str = ""
     activation: Activation = "gelu"  # mlp, projection mlp: activation between its two layers
+    #: mlp, projection mlp: width between its two layers; None: decoder.width
+    mlp_width: int | None = None
     #: linear, mlp, pixel_shuffle, average_pool: use biases
     bias: bool = True
     factor: int = 2  # pixel_shuffle, average_pool: factor x factor tokens become one
@@ -266,11 +292,19 @@ class Projector:
     def spec(self) -> ProjectorSpec:
         return _row(PROJECTORS, "projector.kind", self.kind)
 
+    @property
+    def merged_side(self) -> int:
+        """Side of the squares of patches of which one token comes out."""
+        return self.factor if self.spec.tokens == "squares" else 1
+
     def output_grid(self, vision: Vision) -> tuple[int, int]:
         """Rows and columns of the tokens that the projector emits for one image.
 
-        Tokens that are not on a grid, such as learned queries, are one row.
+        Tokens that are not on a grid, such as learned queries, are one row. At native resolution it
+        is one row of the maximum number of tokens.
         """
+        if vision.max_patches is not None:
+            return 1, vision.max_patches // self.merged_side**2
         rows, columns = vision.grid
         if self.spec.tokens == "queries":
             return 1, self.queries
@@ -279,7 +313,7 @@ class Projector:
         return (1, rows * columns + vision.extra_tokens) if vision.extra_tokens else (rows, columns)
 
     def num_tokens(self, vision: Vision) -> int:
-        """M: number of tokens that the projector emits for one view of an image."""
+        """M: (maximum) number of tokens that the projector emits for one view of an image."""
         rows, columns = self.output_grid(vision)
         return rows * columns
 
@@ -410,6 +444,9 @@ class Rope:
     #: base in sliding blocks, which are never scaled; None: theta, scaled like the others
     local_theta: float | None = None
     fraction: float = 1.0  # fraction of the head dimension that is rotated
+    #: numbers of frequencies that rotate with the time, the row and the column of an image token
+    #: (M-RoPE; Wang et al. 2024, Qwen2-VL, section 2.1); empty: all with the token's position
+    sections: tuple[int, ...] = ()
     #: scaling to longer contexts. dynamic: none up to max_positions; longer texts are refused
     scaling: Literal["none", "linear", "dynamic", "llama3", "longrope"] = "none"
     #: linear, llama3: factor by which long wavelengths grow; longrope: extended / original context;

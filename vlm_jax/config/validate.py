@@ -209,7 +209,7 @@ def _paths(values: dict[str, object]):
 
 def _patches(vision):
     size, patch = vision.image_size_px, vision.patch_size_px
-    if size % patch:
+    if size % patch and not vision.is_native:
         fitting = [p for p in range(1, size + 1) if size % p == 0]
         raise ConfigError(
             f"vision.image_size_px {size} is not a multiple of vision.patch_size_px {patch}: "

@@ -65,6 +65,8 @@ def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Reader) -> Batch:
     # Conversations count their views from 0; in the row they follow the views of the slots before.
     first_view = is_own.argmax(-1) * cfg.vision.views  # (B, S)
     image_tags = offset_ids(fields["image_tags"], first_view)
+    first_token = first_view * cfg.image_tokens
+    taps = fields.get("image_taps")
     batch = Batch(
         tokens=fields["tokens"],
         targets=fields["targets"],
@@ -72,7 +74,9 @@ def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Reader) -> Batch:
         block_ids=fields.get("block_ids"),
         positions=fields["tokens_positions"],
         segment_ids=segment_ids,
-        image_token_index=offset_ids(fields["image_token_index"], first_view * cfg.image_tokens),
+        image_token_index=offset_ids(fields["image_token_index"], first_token),
+        image_taps=None if taps is None else taps + first_token[..., None].astype(np.int32),
+        tap_weights=fields.get("tap_weights"),
         image_mask=restrict_tags(image_mask, image_tags),
         images=images if cfg.fusion.has_images else None,
         source_ids=fields.get("source_ids"),

@@ -145,7 +145,7 @@ class ValidationRows:
     def __getitem__(self, number: int) -> Fields:
         source, index, pairs = self._rows[min(number, len(self._rows) - 1)]
         pixels = self._decoded[source][index].image
-        row = text.pack_row(self._cfg, pairs, tiling.count_tiles(pixels, self._cfg.vision))
+        row = text.pack_row(self._cfg, pairs, tiling.describe_tiles(pixels, self._cfg.vision))
         row = self._parts[source].tagged(row)
         row = row if number < len(self._rows) else without_scores(row)
         return row | {"images": pixels}
@@ -212,7 +212,7 @@ def _make_row_builder(
     def build_row(record: Record, rng: np.random.Generator) -> Fields:
         pairs = sample(record, rng)
         pixels = image_files.augment(record.image, cfg.data.augment, rng)
-        row = text.pack_row(cfg, pairs, tiling.count_tiles(pixels, cfg.vision))
+        row = text.pack_row(cfg, pairs, tiling.describe_tiles(pixels, cfg.vision))
         return part.tagged(row) | {"images": pixels}
 
     return build_row

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment, naming_source
+from vlm_jax.config.tile_maps import longest_image
 from vlm_jax.data import batching, packing, pipeline, sources, templates, text, tiling
 from vlm_jax.data import images as image_files
 from vlm_jax.data.builders.boxes import Box
@@ -202,7 +203,7 @@ def _max_prompt_length(
     """
     lengths, parts = [], _parts_of_prompts(cfg)
     for prompt, image_count, history, system, source in prompts:
-        tiles = [cfg.vision.cut_tiles] * image_count
+        tiles = [_most_tiles(cfg)] * image_count
         row = prompt_row(parts[source], tokenizer, prompt, tiles, history=history, system=system)
         lengths.append(len(row["tokens"]))
     length = max(lengths)
@@ -224,7 +225,7 @@ def prompt_row(
     cfg: Experiment,
     tokenizer: Tokenizer,
     prompt: str,
-    tiles: Sequence[int],
+    tiles: Sequence[tiling.Tiles],
     length: int | None = None,
     answer: str | None = None,
     history: Sequence[str] = (),
@@ -232,7 +233,7 @@ def prompt_row(
 ) -> Fields:
     """Returns the fields of a row to continue, in the form that the training data has.
 
-    `tiles` has the tile count of each image of the prompt and of `history`, the questions and
+    `tiles` has the tiles of each image of the prompt and of `history`, the questions and
     answers before it in a conversation, which begins with the system turn `system`.
     """
     if cfg.data.is_conversations:
@@ -273,7 +274,7 @@ def prompt_batch(
         all have the form of `data`.
       pad_to_multiple_of: without `length`, S is rounded up to a multiple of it.
     """
-    tiles = [_tile_counts(cfg, row) for row in images]  # for each row of images
+    tiles = [_tiles_of_row(cfg, row) for row in images]  # for each row of images
     max_images = max(map(len, tiles))
     if image_rows is not None:
         tiles = [tiles[row] for row in image_rows]  # for each prompt
@@ -312,15 +313,21 @@ def prompt_batch(
     return batching.as_tiled_batch(cfg, batch.replace(images=np.stack(pixels)))
 
 
-def _tile_counts(cfg: Experiment, images: Sequence[np.ndarray]) -> list[int]:
-    return [tiling.count_tiles(pixels, cfg.vision) for pixels in images]
+def _tiles_of_row(cfg: Experiment, images: Sequence[np.ndarray]) -> list[tiling.Tiles]:
+    return [tiling.describe_tiles(pixels, cfg.vision) for pixels in images]
+
+
+def _most_tiles(cfg: Experiment) -> tiling.Tiles:
+    """Returns the tiles of an image with the most tokens."""
+    vision = cfg.vision
+    return longest_image(vision, cfg.projector) if vision.tile_grids else vision.cut_tiles
 
 
 def _stack_tiles(
     cfg: Experiment,
     batch: Batch,
     images: Sequence[Sequence[np.ndarray]],
-    tiles: Sequence[Sequence[int]],
+    tiles: Sequence[Sequence[tiling.Tiles]],
     max_images: int,
 ) -> Batch:
     """Adds the images of `prompt_batch` by `batching.stack_tiles`; `tiles` has a row per prompt."""

@@ -19,8 +19,8 @@ from vlm_jax.hub.families.family import Family, HfProcessor, Json
 from vlm_jax.hub.images.settings import (
     processor_config,
     read_settings,
+    tile_settings,
     vision_settings,
-    whole_image_settings,
 )
 from vlm_jax.hub.images.tile_cutters import TILE_CUTTERS
 from vlm_jax.hub.text.chat_template import ChatTemplate
@@ -245,7 +245,7 @@ def _write_processor(
     preprocessor["processor_class"] = hf_processor.name
     if hf_processor.image_processor:
         preprocessor["image_processor_type"] = hf_processor.image_processor
-        preprocessor |= whole_image_settings(hf_processor.image_processor, cfg.vision)
+        preprocessor |= tile_settings(hf_processor.image_processor, cfg.vision)
     if hf_processor.counts_image_tokens:
         preprocessor[hf_processor.token_count_key] = cfg.image_tokens
     _write_json(stage / PREPROCESSOR, preprocessor)
@@ -261,8 +261,12 @@ def _write_processor(
 def _prepares_images_alike(cfg: Experiment, processor: Path) -> bool:
     """Returns whether the checkpoint's processor makes the pixels of the run."""
     settings = read_settings(processor)
-    if settings.kind in TILE_CUTTERS:
-        # It may cut images into more tiles than the run.
+    # It may cut images into more tiles than the run.
+    if settings.kind in TILE_CUTTERS and not cfg.vision.tile_grids:
+        return False
+    needed = tile_settings(settings.kind, cfg.vision) if cfg.vision.tile_grids else {}
+    stored = [list(size) for size in settings.image_grid_pinpoints]
+    if needed != ({"image_grid_pinpoints": stored} if stored else {}):
         return False
     expected = vision_settings(settings, cfg.vision)
     if cfg.vision.rgb_conversion == "composite":

@@ -210,7 +210,7 @@ def compare_output(model: Model, case: Case, name: str, tolerance: float) -> Com
 def supported_arguments(cfg) -> tuple[str, ...]:
     """Names of the arguments that a model takes."""
     if isinstance(cfg, Experiment):
-        return argument_names(cfg.fusion)
+        return argument_names(cfg)
     if isinstance(cfg, Vision):
         return ("pixel_values",)
     return ("input_ids", "attention_mask", "pixel_values")
@@ -261,8 +261,11 @@ def _logits(model: Model, case: Case) -> np.ndarray:
 
 
 def _image_features(model: Model, case: Case) -> np.ndarray:
-    checkpoint = model.checkpoint
-    return model.apply(image_batch(checkpoint.cfg, case.inputs), method=VLM.image_tokens)
+    cfg = model.checkpoint.cfg
+    batch = image_batch(cfg, case.inputs)
+    if cfg.vision.tile_grids:
+        return model.apply(batch, method=VLM.decoder_inputs).x
+    return model.apply(batch, method=VLM.image_tokens)
 
 
 def _new_ids(model: Model, case: Case) -> np.ndarray:

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vlm_jax import axes
 from vlm_jax.config import Vision
@@ -46,11 +46,23 @@ def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
     A quarter of D each for sine and cosine of the column, then of the row; a remainder is 0.
     """
     rows, columns = np.mgrid[: grid[0], : grid[1]].reshape(2, -1, 1)  # (P, 1) each
-    quarter = width // 4
-    frequencies = 10_000.0 ** (-np.arange(quarter) / max(quarter - 1, 1))
+    frequencies = _sincos_frequencies(width)
     x, y = columns * frequencies, rows * frequencies  # (P, D // 4)
     table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
-    return np.pad(table, ((0, 0), (0, width - 4 * quarter))).astype(np.float32)
+    return np.pad(table, ((0, 0), (0, width - table.shape[1]))).astype(np.float32)
+
+
+def _sincos_frequencies(width: int) -> np.ndarray:
+    quarter = width // 4
+    return 10_000.0 ** (-np.arange(quarter) / max(quarter - 1, 1))
+
+
+def sincos_embedding(places: Int[Array, "B P 2"], width: int) -> Float[Array, "B P D"]:
+    """`sincos_positions` of patches at any (row, column)."""
+    frequencies = jnp.asarray(_sincos_frequencies(width), jnp.float32)
+    y, x = (places[..., axis, None] * frequencies for axis in (0, 1))
+    table = jnp.concatenate([jnp.sin(x), jnp.cos(x), jnp.sin(y), jnp.cos(y)], axis=-1)
+    return jnp.pad(table, ((0, 0), (0, 0), (0, width - table.shape[-1])))
 
 
 def resample_positions(
@@ -108,33 +120,42 @@ class PatchEmbed(nn.Module):
     """Patch and position embedding (Dosovitskiy et al. 2021, eq. 1): images -> (B, P, D).
 
     A linear layer over flattened patches, or the equal strided convolution. Both store their
-    kernel as (C, D), so the weights of one load into the other. Images that are already cut into
-    patches, (B, P, C), pass unchanged (Fuyu).
+    kernel as (C, D), so the weights of one load into the other. Without an encoder, images that are
+    already cut into patches, (B, P, C), pass unchanged (Fuyu). With `patch_frames` f the kernel is
+    (f * C, D).
+
+    Args:
+      places: row and column of each patch of images (B, P, C) at native resolution.
     """
 
     cfg: Vision
 
     @nn.compact
-    def __call__(self, images: Float[Array, "B *dims"]) -> Float[Array, "B P D"]:
+    def __call__(
+        self, images: Float[Array, "B *dims"], places: Int[Array, "B P 2"] | None = None
+    ) -> Float[Array, "B P D"]:
         cfg, patch = self.cfg, self.cfg.patch_size_px
-        if images.ndim == 3:
+        if images.ndim == 3 and not cfg.has_encoder:
             return images
         tokens = self._tokens(images)
         if cfg.positions == "none":
             return tokens
+        if places is not None:
+            return tokens + sincos_embedding(places, tokens.shape[-1]).astype(tokens.dtype)
         grid = images.shape[1] // patch, images.shape[2] // patch
         return tokens + self._position_embedding(grid, tokens.shape[-1]).astype(tokens.dtype)
 
     def _tokens(self, images):
-        """(B, height, width, channels) -> (B, P, D), without positions."""
+        """(B, height, width, channels) or (B, P, C) -> (B, P, D), without positions."""
         cfg, patch = self.cfg, self.cfg.patch_size_px
         if not cfg.has_encoder:
             return patchify(images, patch)
         if cfg.patch_embed == "conv":
             return _Convolution(cfg, name="projection")(images)
-        shape = (cfg.patch_dim, cfg.width)
+        shape = (cfg.patch_frames * cfg.patch_dim, cfg.width)
         projection = Dense("C D", shape, bias=cfg.patch_bias, name="projection")
-        return projection(patchify(whole_patches(images, patch), patch))
+        patches = images if images.ndim == 3 else patchify(whole_patches(images, patch), patch)
+        return projection(jnp.tile(patches, cfg.patch_frames) if cfg.patch_frames > 1 else patches)
 
     def _position_embedding(self, grid, width):
         """(P, D) for a grid of rows and columns."""

@@ -12,18 +12,24 @@ from vlm_jax.nn import longrope
 RopeTables = tuple[Float[Array, "#B S R"], Float[Array, "#B S R"]]  # cosines and sines
 
 
-def rope_tables(positions: Int[Array, "B S"], cfg: Decoder) -> RopeTables:
-    """Cosines and sines of RoPE (Su et al. 2021, eq. 34), the two halves of R side by side."""
+def rope_tables(positions: Int[Array, "B S *axes"], cfg: Decoder) -> RopeTables:
+    """Cosines and sines of RoPE (Su et al. 2021, eq. 34), the two halves of R side by side.
+
+    With `rope.sections`, `positions` (B, S, 3) are time, row and column (M-RoPE).
+    """
     inv_freq = _inv_freq(cfg, cfg.rope.theta)
+    if positions.ndim == 3:
+        axis_of_frequency = np.repeat(np.arange(3), cfg.rope.sections)  # (R / 2,)
+        return _tables(positions[..., axis_of_frequency], inv_freq)
     if cfg.rope.scaling == "longrope":
         inv_freq = longrope.scale_inv_freq(inv_freq, positions, cfg.rope)
-        return _tables(positions, inv_freq, longrope.attention_factor(cfg.rope))
-    return _tables(positions, ROPE_SCALING[cfg.rope.scaling](inv_freq, cfg.rope))
+        return _tables(positions[..., None], inv_freq, longrope.attention_factor(cfg.rope))
+    return _tables(positions[..., None], ROPE_SCALING[cfg.rope.scaling](inv_freq, cfg.rope))
 
 
 def local_rope_tables(positions: Int[Array, "B S"], cfg: Decoder) -> RopeTables:
     """RoPE with `rope.local_theta` and without scaling, for the sliding blocks of Gemma 3."""
-    return _tables(positions, _inv_freq(cfg, cfg.rope.local_theta))
+    return _tables(positions[..., None], _inv_freq(cfg, cfg.rope.local_theta))
 
 
 def _inv_freq(cfg: Decoder, theta: float) -> Float[np.ndarray, "half"]:
@@ -33,7 +39,7 @@ def _inv_freq(cfg: Decoder, theta: float) -> Float[np.ndarray, "half"]:
 
 
 def _tables(positions, inv_freq, scale=1.0):
-    return _cosines_and_sines(positions[..., None].astype(jnp.float32) * inv_freq, scale)
+    return _cosines_and_sines(positions.astype(jnp.float32) * inv_freq, scale)
 
 
 def _cosines_and_sines(angles, scale=1.0):
@@ -86,6 +92,17 @@ def patch_rope_tables(coordinates: Float[Array, "B P 2"], cfg: Vision) -> RopeTa
     angles = coordinates[..., None].astype(jnp.float32) * inv_freq  # (B, P, 2, H / 4)
     angles = angles.reshape(*angles.shape[:2], -1)
     return _cosines_and_sines(angles)
+
+
+def continued_rope_positions(last: Int[Array, "B S 3"], steps) -> Int[Array, "B S 3"]:
+    """Positions of M-RoPE `steps` tokens of text after tokens, such as the last of a prompt.
+
+    Args:
+      last: of NumPy or JAX.
+      steps: a number, or one for each of S.
+    """
+    steps = steps[:, None] if np.ndim(steps) else steps
+    return last.max(axis=-1, keepdims=True) + steps + np.zeros(3, np.int32)
 
 
 def sinusoidal_embedding(rows: Int[Array, "B S"], width: int) -> Float[Array, "B S D"]:

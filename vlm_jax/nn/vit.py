@@ -26,8 +26,11 @@ class ViT(nn.Module):
     | kind "vit"               | (B, height, width, channels)     | hidden states         |
     | kind "none"              | (B, height, width, channels)     | flattened patches     |
     | `tile_layouts` (mllama)  | (B, J, height, width, channels)  | (B, J * (1 + P), E)   |
+    | `max_patches` (native)   | (B, P, C): patches of any images | (B, P, E)             |
 
-    Images may have any size: learned positions are resampled to the grid of patches.
+    Images may have any size: learned positions are resampled to the grid of patches. At native
+    resolution a row holds the patches of several images, which attend to their own image alone
+    (NaViT; Dehghani et al. 2023, section 2.1).
     """
 
     cfg: Vision
@@ -37,17 +40,24 @@ class ViT(nn.Module):
         images: Float[Array, "B *dims"],
         layouts: Int[Array, "B"] | None = None,
         tile_mask: Bool[Array, "B J"] | None = None,
+        patch_images: Int[Array, "B P"] | None = None,
+        patch_places: Int[Array, "B P 2"] | None = None,
     ) -> Float[Array, "B P E"]:
-        return self.encode(images, layouts, tile_mask).features
+        return self.encode(images, layouts, tile_mask, patch_images, patch_places).features
 
     @nn.compact
-    def encode(self, images, layouts=None, tile_mask=None) -> EncoderOutput:
-        """Returns all outputs: tokens, pooled vector, projector features and class logits."""
+    def encode(
+        self, images, layouts=None, tile_mask=None, patch_images=None, patch_places=None
+    ) -> EncoderOutput:
+        """Returns all outputs: tokens, pooled vector, projector features and class logits.
+
+        `patch_images` and `patch_places` are of `Batch`, at native resolution.
+        """
         cfg = self.cfg
         if cfg.tile_layouts:
             tokens = TiledViT(cfg, name="tiled")(images, layouts, tile_mask)
             return EncoderOutput(tokens, features=tokens)
-        x = PatchEmbed(cfg, name="patch_embed")(images)
+        x = PatchEmbed(cfg, name="patch_embed")(images, patch_places)
         if not cfg.has_encoder:
             return EncoderOutput(x, features=x)
 
@@ -57,8 +67,14 @@ class ViT(nn.Module):
         self.sow("intermediates", "embeddings", x)
         x = axes.constrain(x, "B P D")
         sublayers = (("self", "mlp"),) * cfg.depth
-        stack = Stack(cfg, sublayers, return_layers=cfg.feature_layers, name="blocks")
-        x, hidden_states, _ = stack(x, self._block_inputs(images))
+        stack = Stack(
+            cfg,
+            sublayers,
+            sliding=cfg.windowed_layers,
+            return_layers=cfg.feature_layers,
+            name="blocks",
+        )
+        x, hidden_states, _ = stack(x, self._block_inputs(images, patch_images, patch_places))
         if cfg.final_norm == "tokens":
             x = self._norm("final_norm", x)
 
@@ -72,15 +88,33 @@ class ViT(nn.Module):
     def _norm(self, name, x):
         return Norm(self.cfg.norm, self.cfg.norm_eps, name=name)(x)
 
-    def _block_inputs(self, images) -> BlockInputs:
-        """Rotations of the patches of (B, height, width, channels); other tokens have none."""
+    def _block_inputs(self, images, patch_images, patch_places) -> BlockInputs:
+        """Rotations of the patches, and masks that keep images and windows apart."""
         cfg = self.cfg
+        if patch_images is not None:
+            return self._packed_inputs(patch_images, patch_places)
         if cfg.rope.kind == "none":
             return BlockInputs()
         grid = images.shape[1] // cfg.patch_size_px, images.shape[2] // cfg.patch_size_px
         coordinates = patch_coordinates(grid, cfg.rope)
         coordinates = np.pad(coordinates, ((cfg.prefix_tokens, 0), (0, 0)))
         return BlockInputs(rope=patch_rope_tables(jnp.asarray(coordinates[None]), cfg))
+
+    def _packed_inputs(self, patch_images, patch_places) -> BlockInputs:
+        """As `_block_inputs`, for packed patches. Padding attends to padding, and nothing to it."""
+        cfg = self.cfg
+        mask = patch_images[:, :, None] == patch_images[:, None]
+        local_mask = None
+        if cfg.windowed_layers:
+            windows = patch_places // cfg.window_patches
+            is_same = (windows[:, :, None] == windows[:, None]).all(-1)
+            local_mask = (mask & is_same)[:, None]
+        has_rope = cfg.rope.kind != "none"
+        return BlockInputs(
+            mask=mask[:, None],
+            local_mask=local_mask,
+            rope=patch_rope_tables(patch_places.astype(jnp.float32), cfg) if has_rope else None,
+        )
 
     def _add_prefix_tokens(self, x):
         """(B, P, D) -> (B, 1 + Q + P, D): class token, if any, then registers, then patches."""

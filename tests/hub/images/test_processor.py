@@ -129,6 +129,12 @@ CONFIGS = {
         "max_patches": 6,
     },
     "llava": {"image_processor_type": "LlavaImageProcessor", **SMALL, "do_pad": True},
+    "llava_next": {
+        "image_processor_type": "LlavaNextImageProcessor",
+        "size": {"shortest_edge": 27},
+        "crop_size": 24,
+        "image_grid_pinpoints": [[24, 48], [48, 24], [48, 48], [72, 24]],
+    },
     "llava_unpadded": {"image_processor_type": "LlavaImageProcessor", **SMALL},
 }
 

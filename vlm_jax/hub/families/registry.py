@@ -24,8 +24,10 @@ from vlm_jax.hub.families.multimodal import (
     idefics3,
     internvl,
     llava,
+    llava_next,
     mllama,
     paligemma,
+    qwen2_vl,
 )
 from vlm_jax.hub.tensors.folder import existing_folder, read_json
 
@@ -42,11 +44,14 @@ KNOWN = (
     gemma.GEMMA2,
     gemma.GEMMA3,
     llava.LLAVA,
+    llava_next.LLAVA_NEXT,
     paligemma.PALIGEMMA,
     gemma3.GEMMA3,
     idefics3.IDEFICS3,
     idefics3.SMOLVLM,
     internvl.INTERNVL,
+    qwen2_vl.QWEN2_VL,
+    qwen2_vl.QWEN2_5_VL,
     fuyu.FUYU,
     mllama.MLLAMA,
     vit.VIT,

@@ -14,10 +14,13 @@ import einops
 import numpy as np
 
 from vlm_jax.config import CheckpointError
+from vlm_jax.data import native
 from vlm_jax.data.resize import center_crop, pad_to_square, resize, resize_unrounded
 from vlm_jax.hub.images.mllama_tiles import pack_tiles
 from vlm_jax.hub.images.settings import (
+    LLAVA_NEXT,
     OPEN_CLIP,
+    QWEN2_VL,
     SQUARE,
     ImageSettings,
     read_settings,
@@ -44,14 +47,17 @@ class ProcessedImages:
     Attributes:
       pixel_values: (I, height, width, 3) float32; I counts every tile (`TILE_CUTTERS`).
         Fuyu: (P, patch_height * patch_width * 3), the patches of all images, row by row.
+        Qwen2-VL: (P, 3 * frames * patch_height * patch_width), square by square of the projector.
         mllama: (B, I, J, height, width, 3), 0 in blank tiles.
         SigLIP 2: (I, P, C), the patches of every image, padded with zeros to `max_num_patches`.
-      grids: Fuyu, SigLIP 2: (I, 2) int32, rows and columns of patches of every image.
+      grids: Fuyu, Qwen2-VL, SigLIP 2: (I, 2) int32, rows and columns of patches of every image.
       aspect_ratio_ids: mllama: (B, I) int32, layout of the tiles; 0: no image.
       aspect_ratio_mask: mllama: (B, I, J) int32, 1: a tile.
       num_tiles: mllama: number of tiles of every image of every row.
       tile_grids: rows and columns of the tiles of every image, which follow one another in
-        `pixel_values`; an image of several tiles is followed by the whole image as a tile.
+        `pixel_values`; an image of several tiles is followed by the whole image as a tile
+        (LLaVA-NeXT: every image follows its whole).
+      image_sizes: LLaVA-NeXT: (height, width) in px of every image, before its resize.
     """
 
     pixel_values: np.ndarray
@@ -60,6 +66,7 @@ class ProcessedImages:
     aspect_ratio_mask: np.ndarray | None = None
     num_tiles: list[list[int]] | None = None
     tile_grids: list[tuple[int, int]] | None = None
+    image_sizes: list[tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,9 @@ class ImageProcessor:
         if self.settings.kind == "Siglip2ImageProcessor":
             patches, grids = zip(*[_padded_patches(x, self.settings) for x in _flat(images)])
             return ProcessedImages(np.stack(patches), grids=np.array(grids, np.int32))
+        if self.settings.kind == QWEN2_VL:
+            patches, grids = zip(*[_native(image, self.settings) for image in _flat(images)])
+            return ProcessedImages(np.concatenate(patches), grids=np.array(grids, np.int32))
         if self.settings.kind in TILE_CUTTERS:
             return self._cut(_flat(images))
         to_pixels = _open_clip if self.settings.kind == OPEN_CLIP else _pixels
@@ -109,12 +119,17 @@ class ImageProcessor:
         """Cuts images into tiles, each an image of its own to the encoder."""
         settings = self.settings
         cut = TILE_CUTTERS[settings.kind]
-        pixels, grids = [], []
+        pixels, grids, sizes = [], [], []
         for image in images:
-            tiles = cut(to_rgb(image, settings), settings)
+            rgb = to_rgb(image, settings)
+            tiles = cut(rgb, settings)
             pixels += [to_values(tile, settings) for tile in tiles.images]
             grids.append(tiles.grid)
-        return ProcessedImages(np.stack(pixels), tile_grids=grids)
+            sizes.append((rgb.height, rgb.width))
+        has_sizes = settings.kind in LLAVA_NEXT
+        return ProcessedImages(
+            np.stack(pixels), tile_grids=grids, image_sizes=sizes if has_sizes else None
+        )
 
 
 def _flat(images) -> Iterator[ImageInput]:
@@ -184,6 +199,32 @@ def _padded_patches(
 def _cut_patches(pixels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """(height, width, 3) -> (P, C), row by row."""
     return einops.rearrange(pixels, "(r p) (c q) d -> (r c) (p q d)", r=grid[0], c=grid[1])
+
+
+def _native(image: ImageInput, settings: ImageSettings) -> tuple[np.ndarray, tuple[int, int]]:
+    """Returns Qwen2-VL's patches (P, C) and their (rows, columns); every frame is the image."""
+    rgb, patch = to_rgb(image, settings), settings.patch_size[0]
+    unit = patch * settings.merge_size
+    if settings.do_resize:
+        aspect = max(rgb.size) / min(rgb.size)
+        if aspect > native.MAX_ASPECT:
+            raise CheckpointError(
+                f"an image of {rgb.width} x {rgb.height} px is too long: its aspect ratio must be "
+                f"at most {native.MAX_ASPECT}."
+            )
+        limits = settings.size["longest_edge"], settings.size["shortest_edge"]
+        shape = native.fitting_shape(rgb.height, rgb.width, unit, *limits)
+        rgb = resize(rgb, shape, settings.resample)
+    elif rgb.height % unit or rgb.width % unit:
+        raise CheckpointError(
+            f"an image of {rgb.width} x {rgb.height} px is not made of squares of {unit} px: set "
+            "do_resize."
+        )
+    patches = native.to_patches(to_values(rgb, settings), patch, settings.merge_size)
+    patches = einops.repeat(
+        patches, "P (p q c) -> P (c t p q)", p=patch, q=patch, t=settings.temporal_patch_size
+    )
+    return patches, (rgb.height // patch, rgb.width // patch)
 
 
 def _stack(images: list[np.ndarray], settings: ImageSettings) -> np.ndarray:

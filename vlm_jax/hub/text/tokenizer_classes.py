@@ -192,6 +192,8 @@ CLASS_OF_MODEL_TYPE = {
     "olmo2": None,
     "phi3": None,
     "qwen2": QWEN2,
+    "qwen2_5_vl": QWEN2,
+    "qwen2_vl": QWEN2,
     "qwen3": QWEN2,
     "smolvlm": None,
     "trocr": XLM_ROBERTA,

@@ -1,0 +1,106 @@
+"""LLaVA-NeXT: outputs equal to transformers', exact export."""
+
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    MistralConfig,
+)
+
+from tests.hub.parity import SMALL
+from tests.hub.unified import IMAGE_COUNTS, MIXED, NEW, UnifiedLaws, padded
+from vlm_jax.hub.inputs import count_map_tokens
+
+IMAGE, SIDE = 60, 24
+TOWER = {
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 40,
+    "image_size": SIDE,
+    "patch_size": 8,
+}
+PINPOINTS = [[rows * SIDE, columns * SIDE] for rows, columns in [(1, 2), (2, 1), (2, 2), (3, 1)]]
+# (height, width): on 2 x 2 tiles with padding on the left, on 1 x 2 with padding above, on 3 x 1.
+SIZES = [(41, 29), (7, 33), (100, 31)]
+
+
+class TileMapLaws(UnifiedLaws):
+    """Laws of a family whose images have different numbers of tokens."""
+
+    # Decoding with the KV cache is compared in test_processor.py.
+    test_cached_greedy_tokens_are_those_of_transformers = None
+    MORE_INPUTS: ClassVar[dict[str, np.ndarray]] = {}
+
+    def config_keys(self, pair):
+        return {"image_token_index": IMAGE}
+
+    def sizes_of_rows(self, pair, counts: str) -> list[list]:
+        """Sizes of the images of each row, as `count_map_tokens` takes them."""
+        sizes = iter(SIZES)
+        return [[next(sizes) for _ in range(count)] for count in IMAGE_COUNTS[counts]]
+
+    def inputs(self, pair, side, room=NEW, counts=MIXED):
+        texts = np.random.default_rng(0).integers(1, 50, (3, 7)).tolist()
+        rows, longest = [], 0
+        for text, sizes in zip(texts, self.sizes_of_rows(pair, counts), strict=True):
+            images = [[IMAGE] * count_map_tokens(pair.cfg, size) for size in sizes]
+            for position, image in zip((4, 1), images):
+                text[position:position] = image
+            rows.append(text)
+        for sizes in self.sizes_of_rows(pair, MIXED):
+            longest = max(longest, 7 + sum(count_map_tokens(pair.cfg, size) for size in sizes))
+        return padded(rows, side, longest + room) | self.images(pair, counts)
+
+    def images(self, pair, counts: str) -> dict[str, np.ndarray]:
+        """Random views of all images, with blank ones up to the most tiles."""
+        row_counts = IMAGE_COUNTS[counts]
+        number = sum(row_counts)
+        if not number:
+            return {}
+        shape = (number, 1 + pair.cfg.vision.tiles, 3, SIDE, SIDE)
+        pixels = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+        return {"pixel_values": pixels, "image_sizes": np.array(SIZES[:number])}
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_image_features_are_those_of_transformers(self, pair, side):
+        inputs = self.inputs(pair, side)
+        images = {
+            name: x for name, x in inputs.items() if name not in ("input_ids", "attention_mask")
+        }
+        tensors = {name: torch.tensor(x) for name, x in images.items()}
+        expected = torch.cat(tuple(pair.hf.get_image_features(**tensors).pooler_output))
+        embeddings = pair.intermediates(**inputs)["decoder"]["embeddings"][0]
+        found = np.asarray(embeddings)[inputs["input_ids"] == IMAGE]
+        np.testing.assert_allclose(found, expected.detach().numpy(), atol=1e-4)
+
+
+class TestLlavaNext(TileMapLaws):
+    MODELS = {
+        "clip and llama": (
+            LlavaNextForConditionalGeneration,
+            LlavaNextConfig(
+                vision_config=CLIPVisionConfig(**TOWER),
+                text_config=LlamaConfig(**SMALL),
+                image_token_index=IMAGE,
+                image_grid_pinpoints=PINPOINTS,
+            ),
+        ),
+        "two layers of clip, and mistral": (
+            LlavaNextForConditionalGeneration,
+            LlavaNextConfig(
+                vision_config=CLIPVisionConfig(**TOWER),
+                text_config=MistralConfig(**SMALL, sliding_window=40),
+                vision_feature_layer=[1, -1],
+                multimodal_projector_bias=False,
+                image_token_index=IMAGE,
+                image_grid_pinpoints=PINPOINTS[::-1],
+            ),
+        ),
+    }

@@ -36,8 +36,9 @@ from vlm_jax.config import UserError
 from vlm_jax.hub.export import export_checkpoint
 from vlm_jax.hub.families.encoders.vit import mlp_ratio
 from vlm_jax.hub.families.registry import FAMILIES
-from vlm_jax.hub.inputs import channels_last
+from vlm_jax.hub.inputs import channels_last, encoder_inputs
 from vlm_jax.hub.load import load_params
+from vlm_jax.infer.verify import verify
 from vlm_jax.nn.models import build_model
 
 
@@ -162,6 +163,38 @@ def test_outputs_are_those_of_transformers_layer_by_layer(pair_of, kind, size):
             )
         else:
             assert getattr(found, field) is None or isinstance(hf, ViTForImageClassification)
+
+
+def test_siglip2_takes_images_of_unequal_shapes(pair_of, tmp_path):
+    """Padding beside the patches of an image is masked; `verify` compares the other tokens."""
+    folder, hf, _, _ = pair_of("siglip2")
+    rng = np.random.default_rng(0)
+    grids = [[3, 5], [2, 2]]
+    mask = np.arange(16) < np.prod(grids, axis=1)[:, None]
+    inputs = {
+        "pixel_values": rng.normal(size=(2, 16, 48)).astype(np.float32) * mask[..., None],
+        "pixel_attention_mask": mask.astype(np.int32),
+        "spatial_shapes": np.array(grids),
+    }
+    with torch.no_grad():
+        outputs = hf(**{name: torch.tensor(x) for name, x in inputs.items()})
+    expected = {name: outputs[name] for name in ("last_hidden_state", "pooler_output")}
+    arrays = {f"a/in/{name}": x for name, x in inputs.items()}
+    arrays |= {f"a/out/{name}": x.numpy() for name, x in expected.items()}
+    np.savez(tmp_path / "reference.npz", **arrays)
+    verification = verify(folder, tmp_path / "reference.npz")
+    assert len(verification.agreeing) == 2, verification.comparisons
+
+
+def test_patches_without_their_grids_are_refused():
+    patches = {"pixel_values": np.zeros((2, 16, 48))}
+    for arrays, message in (
+        (patches, "spatial_shapes must have the shape"),
+        (patches | {"spatial_shapes": [[4, 4], [4, 5]]}, r"spatial_shapes \[4, 5\] .* 16 patches"),
+        ({"pixel_values": np.zeros((2, 3, 8, 8)), "spatial_shapes": 0}, "spatial_shapes needs"),
+    ):
+        with pytest.raises(UserError, match=message):
+            encoder_inputs(arrays)
 
 
 @every_model

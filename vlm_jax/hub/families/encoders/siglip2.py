@@ -1,7 +1,7 @@
 """SigLIP 2 NaFlex (Tschannen et al. 2025): SigLIP whose positions are resampled to every image.
 
-Images have one shape here. Checkpoints of SigLIP 2 with a fixed resolution are of the family
-`siglip`. Source: transformers, models/siglip2/modeling_siglip2.py.
+Images have one square shape, or with `vision.max_patches` any. Checkpoints of SigLIP 2 with a fixed
+resolution are of the family `siglip`. Source: transformers, models/siglip2/modeling_siglip2.py.
 """
 
 import math

@@ -243,7 +243,10 @@ class ProjectorSpec:
 
 
 # Settings of projectors that merge squares of tokens.
-MERGING = ("factor", "norm", "norm_eps", "projection", "mlp_width", "activation", "bias")
+MERGING = (
+    *("factor", "norm", "norm_eps", "merge_linear"),
+    *("projection", "mlp_width", "activation", "bias"),
+)
 PROJECTORS = {
     "linear": ProjectorSpec("Linear", fields=("bias",)),
     "mlp": ProjectorSpec("Mlp", fields=("bias", "activation", "mlp_width")),
@@ -282,6 +285,9 @@ class Projector:
     #: pixel_shuffle, average_pool: norm of the merged tokens, before their projection
     norm: Literal["none", NormKind] = "none"
     norm_eps: float = 1e-6  # pixel_shuffle, average_pool: added to the variance
+    #: pixel_shuffle, average_pool: a linear layer without bias from the merged tokens to the
+    #: encoder's width, before their projection (Mistral 3)
+    merge_linear: bool = False
     #: pixel_shuffle, average_pool: layers that project the merged tokens, as the kinds of this name
     projection: Literal["linear", "mlp"] = "linear"
     queries: int = 16  # resampler: number of output tokens

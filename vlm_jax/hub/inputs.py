@@ -33,7 +33,7 @@ Arrays = Mapping[str, np.ndarray]
 TEXT = ("input_ids", "attention_mask", "position_ids")
 DECODER_TEXT = tuple(f"decoder_{name}" for name in TEXT)
 IN_SEQUENCE = ("token_type_ids", "pixel_values", "pixel_attention_mask", "image_patches")
-NATIVE = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
+NATIVE = ("pixel_values", "image_grid_thw", "mm_token_type_ids", "image_sizes")
 IN_TILE_MAPS = ("image_sizes", "batch_num_images")
 IN_MEMORY = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
 
@@ -310,9 +310,10 @@ def _packed(
     sizes = [rows * columns for rows, columns in token_grids]
     owners = np.repeat(np.arange(len(grids)), sizes)
     if len(owners) != is_image.sum():
+        name = "image_grid_thw" if "image_grid_thw" in arrays else "the sizes of pixel_values"
         raise ConfigError(
             f"The {' + '.join(map(str, is_image.sum(axis=1)))} image tokens (id {image_token}) in "
-            f"the rows of input_ids do not match image_grid_thw: {len(grids)} images of "
+            f"the rows of input_ids do not match {name}: {len(grids)} images of "
             f"{' + '.join(map(str, sizes))} tokens."
         )
     rows_patches, rows_grids = [], []
@@ -342,10 +343,33 @@ def _packed(
     }
 
 
+def _sized_images(
+    cfg: Experiment, arrays: Arrays
+) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
+    """As `_native_images`, for padded images with their `image_sizes` in pixels (Pixtral)."""
+    patch, side = cfg.vision.patch_size_px, cfg.projector.merged_side
+    images = channels_last(_shaped(arrays, "pixel_values", (None, CHANNELS, None, None)))
+    sizes = np.full((len(images), 2), images.shape[1:3])
+    if "image_sizes" in arrays:
+        sizes = _shaped(arrays, "image_sizes", sizes.shape)
+    if (sizes % (patch * side)).any() or (sizes < 1).any() or (sizes > images.shape[1:3]).any():
+        raise ConfigError(
+            f"image_sizes {sizes.tolist()} must be heights and widths in multiples of "
+            f"{patch * side} px within pixel_values {images.shape[1]} x {images.shape[2]}."
+        )
+    patches, grids = [], []
+    for image, (height, width) in zip(images, sizes.tolist()):
+        patches.append(native.to_patches(image[:height, :width], patch, side))
+        grids.append((height // patch, width // patch))
+    return patches, grids
+
+
 def _native_images(
     cfg: Experiment, arrays: Arrays
 ) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
     """Patches (P, C) of one frame, and their rows and columns, of every image."""
+    if np.ndim(arrays.get("pixel_values")) == 4:
+        return _sized_images(cfg, arrays)
     vision, side = cfg.vision, cfg.projector.merged_side
     grids = _shaped(arrays, "image_grid_thw", (None, 3))
     if (grids[:, 0] != 1).any() or (grids[:, 1:] % side).any() or (grids < 1).any():

@@ -1,7 +1,6 @@
 """Combinations of settings that are refused, each in a sentence that names the fields."""
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -294,8 +293,6 @@ def _native(cfg: Experiment) -> None:
     others = {
         "kind": vision.has_encoder,
         "patch_embed": vision.patch_embed == "linear",
-        "positions": vision.positions != "learned",
-        "rope.coordinates": vision.rope.coordinates == "index",
         "class_token": not vision.class_token,
         "registers": not vision.registers,
         "pool": vision.pool == "none",
@@ -307,10 +304,9 @@ def _native(cfg: Experiment) -> None:
     }
     for name, is_possible in others.items():
         if not is_possible:
-            value = functools.reduce(getattr, name.split("."), vision)
             raise ConfigError(
-                f"vision.{name} {value} is not possible at native resolution: leave out "
-                "vision.max_patches, or choose another value."
+                f"vision.{name} {getattr(vision, name)} is not possible at native resolution: "
+                "leave out vision.max_patches, or choose another value."
             )
     if projector.spec.tokens == "queries":
         raise ConfigError(

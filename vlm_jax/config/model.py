@@ -120,6 +120,9 @@ class Vision(Transformer):
     patch_frames: int = 1
     #: position embeddings that are added to the patches
     positions: Literal["learned", "sincos", "none"] = "learned"
+    #: interpolation of learned positions to another grid. bicubic: PyTorch's, without antialiasing;
+    #: bilinear: with antialiasing (SigLIP 2 NaFlex)
+    resample_positions: Literal["bicubic", "bilinear"] = "bicubic"
     #: positions of patches in the blocks' self-attention, with or without embeddings that are added
     rope: PatchRope = field(default_factory=PatchRope)
     #: side in patches of the squares within which the patches of windowed_layers attend
@@ -253,7 +256,10 @@ class ProjectorSpec:
 
 
 # Settings of projectors that merge squares of tokens.
-MERGING = ("factor", "norm", "norm_eps", "projection", "mlp_width", "activation", "bias")
+MERGING = (
+    *("factor", "norm", "norm_eps", "merge_linear"),
+    *("projection", "mlp_width", "activation", "bias"),
+)
 PROJECTORS = {
     "linear": ProjectorSpec("Linear", fields=("bias",)),
     "mlp": ProjectorSpec("Mlp", fields=("bias", "activation", "mlp_width")),
@@ -292,6 +298,9 @@ class Projector:
     #: pixel_shuffle, average_pool: norm of the merged tokens, before their projection
     norm: Literal["none", NormKind] = "none"
     norm_eps: float = 1e-6  # pixel_shuffle, average_pool: added to the variance
+    #: pixel_shuffle, average_pool: a linear layer without bias from the merged tokens to the
+    #: encoder's width, before their projection (Mistral 3)
+    merge_linear: bool = False
     #: pixel_shuffle, average_pool: layers that project the merged tokens, as the kinds of this name
     projection: Literal["linear", "mlp"] = "linear"
     queries: int = 16  # resampler: number of output tokens

@@ -173,6 +173,9 @@ def _count_equation(
 ) -> list[bool]:
     """As `_count`, for one equation and all programs in it."""
     programs = list(core.jaxprs_in_params(equation.params))
+    if equation.primitive.name.startswith("scatter"):
+        # Its program combines two numbers, and does not take its inputs.
+        programs = []
     if equation.primitive.name == "scan":
         has_gradient = _loop_gradients(equation, has_gradient, scope)
         return _count(programs[0], has_gradient, flops, scope, times * equation.params["length"])

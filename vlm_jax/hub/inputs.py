@@ -1,9 +1,9 @@
 """Converts model inputs, named and laid out as in transformers, to a `Batch`.
 
 The names are `input_ids`, `attention_mask`, `position_ids`, `token_type_ids`, `pixel_values` (or
-`image_patches`), `pixel_attention_mask`, `image_sizes`, `batch_num_images`, `aspect_ratio_ids`,
-`aspect_ratio_mask`, `cross_attention_mask`, `image_grid_thw`, `mm_token_type_ids`,
-`decoder_input_ids`, `decoder_attention_mask` and `decoder_position_ids`.
+`image_patches`), `pixel_attention_mask`, `spatial_shapes`, `image_sizes`, `batch_num_images`,
+`aspect_ratio_ids`, `aspect_ratio_mask`, `cross_attention_mask`, `image_grid_thw`,
+`mm_token_type_ids`, `decoder_input_ids`, `decoder_attention_mask` and `decoder_position_ids`.
 Images are (..., channels, height, width), except Fuyu's, which are patches flattened in the order
 (row, column, channel), and at native resolution (Qwen2-VL), which are patches of all images in the
 order (channel, frame, row, column). Idefics3's are rows of images, with blank ones at the end.
@@ -33,7 +33,7 @@ Arrays = Mapping[str, np.ndarray]
 TEXT = ("input_ids", "attention_mask", "position_ids")
 DECODER_TEXT = tuple(f"decoder_{name}" for name in TEXT)
 IN_SEQUENCE = ("token_type_ids", "pixel_values", "pixel_attention_mask", "image_patches")
-NATIVE = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
+NATIVE = ("pixel_values", "image_grid_thw", "mm_token_type_ids", "image_sizes")
 IN_TILE_MAPS = ("image_sizes", "batch_num_images")
 IN_MEMORY = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
 
@@ -310,9 +310,10 @@ def _packed(
     sizes = [rows * columns for rows, columns in token_grids]
     owners = np.repeat(np.arange(len(grids)), sizes)
     if len(owners) != is_image.sum():
+        name = "image_grid_thw" if "image_grid_thw" in arrays else "the sizes of pixel_values"
         raise ConfigError(
             f"The {' + '.join(map(str, is_image.sum(axis=1)))} image tokens (id {image_token}) in "
-            f"the rows of input_ids do not match image_grid_thw: {len(grids)} images of "
+            f"the rows of input_ids do not match {name}: {len(grids)} images of "
             f"{' + '.join(map(str, sizes))} tokens."
         )
     rows_patches, rows_grids = [], []
@@ -342,10 +343,33 @@ def _packed(
     }
 
 
+def _sized_images(
+    cfg: Experiment, arrays: Arrays
+) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
+    """As `_native_images`, for padded images with their `image_sizes` in pixels (Pixtral)."""
+    patch, side = cfg.vision.patch_size_px, cfg.vision.patch_square
+    images = channels_last(_shaped(arrays, "pixel_values", (None, CHANNELS, None, None)))
+    sizes = np.full((len(images), 2), images.shape[1:3])
+    if "image_sizes" in arrays:
+        sizes = _shaped(arrays, "image_sizes", sizes.shape)
+    if (sizes % (patch * side)).any() or (sizes < 1).any() or (sizes > images.shape[1:3]).any():
+        raise ConfigError(
+            f"image_sizes {sizes.tolist()} must be heights and widths in multiples of "
+            f"{patch * side} px within pixel_values {images.shape[1]} x {images.shape[2]}."
+        )
+    patches, grids = [], []
+    for image, (height, width) in zip(images, sizes.tolist()):
+        patches.append(native.to_patches(image[:height, :width], patch, side))
+        grids.append((height // patch, width // patch))
+    return patches, grids
+
+
 def _native_images(
     cfg: Experiment, arrays: Arrays
 ) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
     """Patches (P, C) of one frame, and their rows and columns, of every image."""
+    if np.ndim(arrays.get("pixel_values")) == 4:
+        return _sized_images(cfg, arrays)
     vision, side = cfg.vision, cfg.vision.patch_square
     grids = _shaped(arrays, "image_grid_thw", (None, 3))
     if (grids[:, 0] != 1).any() or (grids[:, 1:] % side).any() or (grids < 1).any():
@@ -511,6 +535,40 @@ def _whole_images(cfg: Experiment, arrays: Arrays) -> np.ndarray:
             "pixel_attention_mask has padding within an image: only whole images are supported."
         )
     return channels_last(images[is_image])
+
+
+class EncoderInputs(NamedTuple):
+    """Images of an encoder alone, each a row: as images, or as patches of SigLIP 2."""
+
+    images: np.ndarray  # (B, height, width, channels), or (B, P, C) with the fields below
+    patch_images: np.ndarray | None = None  # (B, P) int32: 1, or PADDING
+    patch_places: np.ndarray | None = None  # (B, P, 2) int32: row and column of each patch
+
+
+def encoder_inputs(arrays: Arrays) -> EncoderInputs:
+    """Returns the inputs of an encoder for `pixel_values`.
+
+    `spatial_shapes` has the rows and columns of patches of each image of SigLIP 2; further patches
+    are padding, so `pixel_attention_mask` says nothing more.
+
+    Raises:
+      ConfigError: `spatial_shapes` is missing, has another shape or exceeds the patches.
+    """
+    pixels = np.asarray(arrays["pixel_values"])
+    if pixels.ndim != 3:
+        for name in ("pixel_attention_mask", "spatial_shapes"):
+            if name in arrays:
+                raise ConfigError(f"{name} needs patches as pixel_values, of the shape (B, P, C).")
+        return EncoderInputs(channels_last(pixels))
+    grids = _shaped(arrays, "spatial_shapes", (len(pixels), 2)).tolist()
+    wrong = [grid for grid in grids if not 0 < math.prod(grid) <= pixels.shape[1]]
+    if wrong:
+        raise ConfigError(
+            f"spatial_shapes {wrong[0]} does not fit the {pixels.shape[1]} patches of pixel_values."
+        )
+    patches = [[x[: math.prod(grid)]] for x, grid in zip(pixels, grids)]
+    packed = native.pack(patches, [[grid] for grid in grids], 1, length=pixels.shape[1])
+    return EncoderInputs(*packed)
 
 
 def _row_by_row(images: np.ndarray, counts: np.ndarray) -> np.ndarray:

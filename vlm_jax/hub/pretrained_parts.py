@@ -378,10 +378,12 @@ def with_positions(
     side = round(len(table) ** 0.5)
     boxed = traverse_util.flatten_dict(abstract_params(cfg), sep="/")[POSITIONS]
     shardings = sharding.parameter_shardings({POSITIONS: boxed}, mesh)
-    resample = jax.jit(
-        lambda x: resample_positions(x, (side, side), (rows, columns)).astype(x.dtype),
-        out_shardings=shardings[POSITIONS],
-    )
+
+    def resample(x):
+        kind = cfg.vision.resample_positions
+        return resample_positions(x, (side, side), (rows, columns), kind).astype(x.dtype)
+
+    resample = jax.jit(resample, out_shardings=shardings[POSITIONS])
     return params | {POSITIONS: resample(table)}
 
 

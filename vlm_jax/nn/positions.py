@@ -70,12 +70,16 @@ ROPE_SCALING = {
 }
 
 
-def patch_coordinates(grid: tuple[int, int], rope: PatchRope) -> Float[np.ndarray, "P 2"]:
-    """Row and column of every patch of a grid, row by row, as `patch_rope_tables` takes them."""
-    rows_columns = np.indices(grid).reshape(2, -1).T.astype(np.float32)
+def patch_coordinates(places, grids, rope: PatchRope):
+    """Coordinates of patches, as `patch_rope_tables` takes them.
+
+    Args:
+      places: (..., 2) row and column of each patch, in NumPy or JAX.
+      grids: (..., 2) rows and columns of its image.
+    """
     if rope.coordinates == "index":
-        return rows_columns
-    centers = (rows_columns + 0.5) / np.float32(grid)
+        return places.astype(np.float32)
+    centers = (places + np.float32(0.5)) / grids.astype(np.float32)
     return 2 * np.float32(np.pi) * (2 * centers - 1)
 
 

@@ -65,6 +65,9 @@ def _project_merged(cfg: Model, x: Tokens) -> Projected:
     projector = cfg.projector
     if projector.norm != "none":
         x = Norm(projector.norm, projector.norm_eps, letters="E", name="norm")(x)
+    if projector.merge_linear:
+        shape = (x.shape[-1], cfg.vision.output_width)
+        x = Dense("E E", shape, bias=False, name="merge")(x)
     if projector.projection == "mlp":
         return Mlp(cfg, name="mlp")(x)
     return Dense("E D", (x.shape[-1], cfg.decoder.width), bias=projector.bias, name="linear")(x)

@@ -10,10 +10,10 @@ from vlm_jax.config import Transformer, Vision
 from vlm_jax.nn.attention import Attention
 from vlm_jax.nn.blocks import Stack
 from vlm_jax.nn.layers import Dense, Mlp, Norm, embedding_init
-from vlm_jax.nn.patches import PatchEmbed
+from vlm_jax.nn.patches import PatchEmbed, image_grids
 from vlm_jax.nn.positions import patch_coordinates, patch_rope_tables
 from vlm_jax.nn.tiled_vit import TiledViT
-from vlm_jax.structs import BlockInputs, EncoderOutput
+from vlm_jax.structs import PADDING, BlockInputs, EncoderOutput
 
 
 class ViT(nn.Module):
@@ -57,7 +57,9 @@ class ViT(nn.Module):
         if cfg.tile_layouts:
             tokens = TiledViT(cfg, name="tiled")(images, layouts, tile_mask)
             return EncoderOutput(tokens, features=tokens)
-        x = PatchEmbed(cfg, name="patch_embed")(images, patch_places)
+        is_packed = patch_images is not None
+        grids = image_grids(patch_images, patch_places) if is_packed else None
+        x = PatchEmbed(cfg, name="patch_embed")(images, patch_places, grids)
         if not cfg.has_encoder:
             return EncoderOutput(x, features=x)
 
@@ -74,7 +76,11 @@ class ViT(nn.Module):
             return_layers=cfg.feature_layers,
             name="blocks",
         )
-        x, hidden_states, _ = stack(x, self._block_inputs(images, patch_images, patch_places))
+        if is_packed:
+            block_inputs = self._packed_inputs(patch_images, patch_places, grids)
+        else:
+            block_inputs = self._block_inputs(images)
+        x, hidden_states, _ = stack(x, block_inputs)
         if cfg.final_norm == "tokens":
             x = self._norm("final_norm", x)
 
@@ -83,25 +89,28 @@ class ViT(nn.Module):
         if cfg.prefix_tokens > cfg.extra_tokens:
             kept = features[:, : cfg.extra_tokens]
             features = jnp.concatenate([kept, features[:, cfg.prefix_tokens :]], axis=1)
-        return EncoderOutput(x, self._pool(x), features, self._classify(x))
+        mask = (patch_images != PADDING)[:, None, None] if is_packed else None
+        return EncoderOutput(x, self._pool(x, mask), features, self._classify(x))
 
     def _norm(self, name, x):
         return Norm(self.cfg.norm, self.cfg.norm_eps, name=name)(x)
 
-    def _block_inputs(self, images, patch_images, patch_places) -> BlockInputs:
-        """Rotations of the patches, and masks that keep images and windows apart."""
+    def _block_inputs(self, images) -> BlockInputs:
+        """Rotations of the patches of (B, height, width, channels); other tokens have none."""
         cfg = self.cfg
-        if patch_images is not None:
-            return self._packed_inputs(patch_images, patch_places)
         if cfg.rope.kind == "none":
             return BlockInputs()
         grid = images.shape[1] // cfg.patch_size_px, images.shape[2] // cfg.patch_size_px
-        coordinates = patch_coordinates(grid, cfg.rope)
+        places = np.indices(grid).reshape(2, -1).T  # (P, 2)
+        coordinates = patch_coordinates(places, np.array(grid), cfg.rope)
         coordinates = np.pad(coordinates, ((cfg.prefix_tokens, 0), (0, 0)))
         return BlockInputs(rope=patch_rope_tables(jnp.asarray(coordinates[None]), cfg))
 
-    def _packed_inputs(self, patch_images, patch_places) -> BlockInputs:
-        """As `_block_inputs`, for packed patches. Padding attends to padding, and nothing to it."""
+    def _packed_inputs(self, patch_images, patch_places, grids) -> BlockInputs:
+        """As `_block_inputs`, for packed patches, and masks that keep images and windows apart.
+
+        Padding attends to padding, and nothing to it.
+        """
         cfg = self.cfg
         mask = patch_images[:, :, None] == patch_images[:, None]
         local_mask = None
@@ -109,12 +118,10 @@ class ViT(nn.Module):
             windows = patch_places // cfg.window_patches
             is_same = (windows[:, :, None] == windows[:, None]).all(-1)
             local_mask = (mask & is_same)[:, None]
-        has_rope = cfg.rope.kind != "none"
-        return BlockInputs(
-            mask=mask[:, None],
-            local_mask=local_mask,
-            rope=patch_rope_tables(patch_places.astype(jnp.float32), cfg) if has_rope else None,
-        )
+        rope = None
+        if cfg.rope.kind != "none":
+            rope = patch_rope_tables(patch_coordinates(patch_places, grids, cfg.rope), cfg)
+        return BlockInputs(mask=mask[:, None], local_mask=local_mask, rope=rope)
 
     def _add_prefix_tokens(self, x):
         """(B, P, D) -> (B, 1 + Q + P, D): class token, if any, then registers, then patches."""
@@ -138,11 +145,11 @@ class ViT(nn.Module):
         tokens = jnp.broadcast_to(tokens, (len(x), *tokens.shape))
         return jnp.concatenate([tokens, x], axis=1)
 
-    def _pool(self, x):
+    def _pool(self, x, mask):
         """(B, P, D) -> (B, D), or None."""
         cfg = self.cfg
         if cfg.pool == "attention":
-            return AttentionPool(cfg, name="pool")(x)
+            return AttentionPool(cfg, name="pool")(x, mask)
         pooled = x[:, 0]  # the class token
         if cfg.final_norm == "pooled":
             pooled = self._norm("final_norm", pooled)
@@ -167,11 +174,13 @@ class AttentionPool(nn.Module):
     cfg: Transformer
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B D"]:
+    def __call__(
+        self, x: Float[Array, "B P D"], mask: Bool[Array, "B 1 1 P"] | None = None
+    ) -> Float[Array, "B D"]:
         cfg = self.cfg
         query = self.param("query", axes.with_axes(embedding_init, "D"), (cfg.width,))
         query = jnp.broadcast_to(query, (len(x), 1, cfg.width))
-        y, _ = Attention(cfg, name="attention")(query, x)
+        y, _ = Attention(cfg, name="attention")(query, x, mask)
         normed = Norm(cfg.norm, cfg.norm_eps, name="norm")(y)
         y = y + Mlp(cfg, name="mlp")(normed)
         return y[:, 0]

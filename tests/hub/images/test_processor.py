@@ -100,6 +100,11 @@ CONFIGS = {
         "size": {"shortest_edge": 28},
         "crop_size": 24,
     },
+    "siglip2": {
+        "image_processor_type": "Siglip2ImageProcessorFast",
+        "patch_size": 4,
+        "max_num_patches": 30,
+    },
     "gemma3": {
         "image_processor_type": "Gemma3ImageProcessor",
         "size": {"height": 24, "width": 24},
@@ -155,10 +160,15 @@ def assert_same(folder, *batches):
         AutoImageProcessor.from_pretrained(folder, backend="pil"),
     )
     for images in batches:
-        ours = processor(images).pixel_values
-        expected = np.moveaxis(np.asarray(reference(images=images)["pixel_values"]), -3, -1)
-        # Tiles of a row of images, as one list.
-        expected = expected.reshape(-1, *expected.shape[-3:])
+        ours, expected = processor(images), reference(images=images)
+        ours, grids, expected = ours.pixel_values, ours.grids, dict(expected)
+        if grids is not None:
+            np.testing.assert_array_equal(grids, expected["spatial_shapes"])
+            expected = np.asarray(expected["pixel_values"])
+        else:
+            # Tiles of a row of images, as one list.
+            expected = np.moveaxis(np.asarray(expected["pixel_values"]), -3, -1)
+            expected = expected.reshape(-1, *expected.shape[-3:])
         assert (ours.dtype, ours.shape) == (np.float32, expected.shape), images
         np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=0, err_msg=str(images))
 
@@ -252,7 +262,7 @@ def test_open_images_of_every_mode(tmp_path, kind):
     assert_same(folder_of(tmp_path, CONFIGS[kind]), *[[image] for image in MODES.values()])
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip", "vit", "trocr"])
+@pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2", "vit", "trocr"])
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 def test_files_of_every_mode(tmp_path, kind):
     paths = [str(tmp_path / f"{mode}.{'tif' if mode == 'CMYK' else 'png'}") for mode in MODES]

@@ -13,6 +13,7 @@ from vlm_jax.hub.families.encoders import (
     mllama_vision,
     open_clip,
     siglip,
+    siglip2,
     vit,
 )
 from vlm_jax.hub.families.family import Family, get_or
@@ -24,6 +25,7 @@ from vlm_jax.hub.families.multimodal import (
     internvl,
     llava,
     llava_next,
+    mistral3,
     mllama,
     paligemma,
     qwen2_vl,
@@ -52,6 +54,7 @@ KNOWN = (
     qwen2_vl.QWEN2_VL,
     qwen2_vl.QWEN2_5_VL,
     fuyu.FUYU,
+    mistral3.MISTRAL3,
     mllama.MLLAMA,
     vit.VIT,
     clip.CLIP,
@@ -59,6 +62,8 @@ KNOWN = (
     open_clip.OPEN_CLIP,
     siglip.SIGLIP,
     siglip.SIGLIP_VISION,
+    siglip2.SIGLIP2,
+    siglip2.SIGLIP2_VISION,
     dinov2.DINOV2,
     dinov3.DINOV3,
     encoder_decoder.ENCODER_DECODER,

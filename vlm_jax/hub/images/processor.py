@@ -28,6 +28,7 @@ from vlm_jax.hub.images.settings import (
 from vlm_jax.hub.images.steps import (
     ImageInput,
     ImageInputs,
+    fitting_grid,
     fitting_shape,
     is_image,
     pad,
@@ -48,7 +49,8 @@ class ProcessedImages:
         Fuyu: (P, patch_height * patch_width * 3), the patches of all images, row by row.
         Qwen2-VL: (P, 3 * frames * patch_height * patch_width), square by square of the projector.
         mllama: (B, I, J, height, width, 3), 0 in blank tiles.
-      grids: Fuyu, Qwen2-VL: (I, 2) int32, rows and columns of patches of every image.
+        SigLIP 2: (I, P, C), the patches of every image, padded with zeros to `max_num_patches`.
+      grids: Fuyu, Qwen2-VL, SigLIP 2: (I, 2) int32, rows and columns of patches of every image.
       aspect_ratio_ids: mllama: (B, I) int32, layout of the tiles; 0: no image.
       aspect_ratio_mask: mllama: (B, I, J) int32, 1: a tile.
       num_tiles: mllama: number of tiles of every image of every row.
@@ -101,6 +103,9 @@ class ImageProcessor:
         if self.settings.kind == "FuyuImageProcessor":
             patches, grids = zip(*[_patches(image, self.settings) for image in _flat(images)])
             return ProcessedImages(np.concatenate(patches), grids=np.array(grids, np.int32))
+        if self.settings.kind == "Siglip2ImageProcessor":
+            patches, grids = zip(*[_padded_patches(x, self.settings) for x in _flat(images)])
+            return ProcessedImages(np.stack(patches), grids=np.array(grids, np.int32))
         if self.settings.kind == QWEN2_VL:
             patches, grids = zip(*[_native(image, self.settings) for image in _flat(images)])
             return ProcessedImages(np.concatenate(patches), grids=np.array(grids, np.int32))
@@ -177,8 +182,23 @@ def _patches(image: ImageInput, settings: ImageSettings) -> tuple[np.ndarray, tu
             f"an image of {len(pixels)} x {len(pixels[0])} px cannot be cut into patches of "
             f"{settings.patch_size}: size must be a multiple of patch_size, with do_pad."
         )
-    pixels = to_values(pixels[:height, :width], settings)
-    return einops.rearrange(pixels, "(r p) (c q) d -> (r c) (p q d)", r=grid[0], c=grid[1]), grid
+    return _cut_patches(to_values(pixels[:height, :width], settings), grid), grid
+
+
+def _padded_patches(
+    image: ImageInput, settings: ImageSettings
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Returns SigLIP 2's patches (P, C), padded with zeros, and their (rows, columns)."""
+    rgb, (side, _) = to_rgb(image, settings), settings.patch_size
+    grid = fitting_grid(rgb.height, rgb.width, side, settings.max_num_patches)
+    rgb = resize(rgb, (grid[0] * side, grid[1] * side), settings.resample)
+    patches = _cut_patches(to_values(rgb, settings), grid)
+    return np.pad(patches, ((0, settings.max_num_patches - len(patches)), (0, 0))), grid
+
+
+def _cut_patches(pixels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """(height, width, 3) -> (P, C), row by row."""
+    return einops.rearrange(pixels, "(r p) (c q) d -> (r c) (p q d)", r=grid[0], c=grid[1])
 
 
 def _native(image: ImageInput, settings: ImageSettings) -> tuple[np.ndarray, tuple[int, int]]:

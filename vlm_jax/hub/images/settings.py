@@ -40,7 +40,8 @@ class ImageSettings:
     pad_size: tuple[int, int] | None = None  # None: the largest image of the batch
     padding_value: float = 0.0  # Fuyu; 0..255
     padding_mode: str = "constant"
-    patch_size: tuple[int, int] = (30, 30)  # Fuyu, Qwen2-VL
+    patch_size: tuple[int, int] = (30, 30)  # Fuyu, Qwen2-VL, SigLIP 2
+    max_num_patches: int = 256  # SigLIP 2
     temporal_patch_size: int = 2  # Qwen2-VL: frames of a patch
     merge_size: int = 2  # Qwen2-VL: side of the squares of patches that become a token
     max_image_tiles: int = 4  # mllama
@@ -105,6 +106,8 @@ DEFAULTS = {
     "LlavaImageProcessor": _CLIP,
     "SiglipImageProcessor": _SQUARE
     | {"resample": BICUBIC, "do_convert_rgb": True, "default_to_square": False},
+    # An image has the size of its patches.
+    "Siglip2ImageProcessor": _SQUARE | {"patch_size": 16},
     "ViTImageProcessor": _SQUARE,
     "DeiTImageProcessor": {
         "size": 256,
@@ -157,6 +160,7 @@ CLASS_OF_MODEL_TYPE = {
     "qwen2_5_vl": QWEN2_VL,
     "qwen2_vl": QWEN2_VL,
     "siglip": "SiglipImageProcessor",
+    "siglip2": "Siglip2ImageProcessor",
     "smolvlm": "SmolVLMImageProcessor",
     "trocr": "ViTImageProcessor",
     "vit": "ViTImageProcessor",
@@ -168,6 +172,8 @@ SQUARE = ("height", "width")
 LONGEST_EDGE = ("longest_edge",)
 # Classes that need a height and a width; of these, the ones that cut images into squares.
 SHAPED = ("FuyuImageProcessor", "MllamaImageProcessor", "GotOcr2ImageProcessor")
+# Classes that resize whole images, without options.
+WHOLE = ("DINOv3ViTImageProcessor", "Siglip2ImageProcessor")
 SQUARE_TILES = ("MllamaImageProcessor", "GotOcr2ImageProcessor")
 SIZE_KEYS = (
     SQUARE,
@@ -176,7 +182,10 @@ SIZE_KEYS = (
     LONGEST_EDGE,
     ("max_height", "max_width"),
 )
-COUNTS = ("max_image_tiles", "min_patches", "max_patches", "temporal_patch_size", "merge_size")
+COUNTS = (
+    *("max_image_tiles", "min_patches", "max_patches", "max_num_patches"),
+    *("temporal_patch_size", "merge_size"),
+)
 PADDING_MODES = ("constant", "edge", "reflect", "symmetric")
 OPEN_CLIP_RESIZES = ("shortest", "squash")
 # "random" applies to training only.
@@ -381,7 +390,8 @@ def _check_together(path: Path, settings: ImageSettings) -> None:
     if settings.do_center_crop and settings.crop_size is None:
         raise _refusal(path, "crop_size", None, "the height and width that do_center_crop leaves")
     size, size_keys = dict(settings.size), tuple(settings.size)
-    if settings.kind == QWEN2_VL and len(set(settings.patch_size)) > 1:
+    has_squares = settings.kind in (QWEN2_VL, "Siglip2ImageProcessor")
+    if has_squares and len(set(settings.patch_size)) > 1:
         raise _refusal(path, "patch_size", settings.patch_size, "the side of a square")
     if settings.kind in SHAPED and size_keys != SQUARE:
         raise _refusal(path, "size", size, "a height and a width")
@@ -397,7 +407,7 @@ def _check_together(path: Path, settings: ImageSettings) -> None:
         _check_pinpoints(path, settings)
     if settings.kind in SQUARE_TILES and len(set(size.values())) > 1:
         raise _refusal(path, "size", size, "a square, the shape of tiles")
-    if settings.resizes_before_rounding and (settings.do_center_crop or not settings.do_resize):
+    if settings.kind in WHOLE and (settings.do_center_crop or not settings.do_resize):
         raise CheckpointError(f"{path}: {settings.kind} needs do_resize, without do_center_crop.")
     if settings.kind == "MllamaImageProcessor" and not (settings.do_resize and settings.do_pad):
         raise CheckpointError(

@@ -1,6 +1,4 @@
-"""LLaVA-NeXT: outputs equal to transformers', exact export."""
-
-from typing import ClassVar
+"""LLaVA-NeXT and LLaVA-OneVision: outputs equal to transformers', exact export."""
 
 import numpy as np
 import pytest
@@ -10,7 +8,11 @@ from transformers import (
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     MistralConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
 )
 
 from tests.hub.parity import SMALL
@@ -36,7 +38,6 @@ class TileMapLaws(UnifiedLaws):
 
     # Decoding with the KV cache is compared in test_processor.py.
     test_cached_greedy_tokens_are_those_of_transformers = None
-    MORE_INPUTS: ClassVar[dict[str, np.ndarray]] = {}
 
     def config_keys(self, pair):
         return {"image_token_index": IMAGE}
@@ -104,3 +105,37 @@ class TestLlavaNext(TileMapLaws):
             ),
         ),
     }
+
+
+class TestLlavaOnevision(TileMapLaws):
+    MODELS = {
+        "siglip and qwen2": (
+            LlavaOnevisionForConditionalGeneration,
+            LlavaOnevisionConfig(
+                vision_config=SiglipVisionConfig(**TOWER),
+                text_config=Qwen2Config(**SMALL),
+                image_token_index=IMAGE,
+                image_grid_pinpoints=PINPOINTS,
+                vision_aspect_ratio="anyres_max_2",
+            ),
+        ),
+        "tied, and larger maps": (
+            LlavaOnevisionForConditionalGeneration,
+            LlavaOnevisionConfig(
+                vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
+                text_config=Qwen2Config(**SMALL, tie_word_embeddings=True),
+                image_token_index=IMAGE,
+                image_grid_pinpoints=PINPOINTS,
+            ),
+        ),
+    }
+
+    def sizes_of_rows(self, pair, counts):
+        """Several images of a row are not cut."""
+        rows = super().sizes_of_rows(pair, counts)
+        return [row if len(row) == 1 else [None] * len(row) for row in rows]
+
+    def images(self, pair, counts):
+        row_counts = [count for count in IMAGE_COUNTS[counts] if count]
+        images = super().images(pair, counts)
+        return images | {"batch_num_images": np.array(row_counts)} if images else {}

@@ -86,7 +86,9 @@ _IDEFICS3 = {
     "do_convert_rgb": True,
     "max_image_size": {"longest_edge": 364},
 }
-LLAVA_NEXT = ("LlavaNextImageProcessor",)
+LLAVA_ONEVISION = "LlavaOnevisionImageProcessor"
+LLAVA_NEXT = ("LlavaNextImageProcessor", LLAVA_ONEVISION)
+SIDES_PX = range(384, 2305, 384)  # LLaVA-OneVision
 
 # Image processor class -> values of missing and null keys
 # (transformers 5.23, `models/*/image_processing_*`).
@@ -110,6 +112,14 @@ DEFAULTS = {
     **dict.fromkeys(IDEFICS3, _IDEFICS3),
     "LlavaNextImageProcessor": _CLIP
     | {"image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]},
+    LLAVA_ONEVISION: {
+        "size": {"height": 384, "width": 384},
+        "resample": BICUBIC,
+        "do_convert_rgb": True,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+        "image_grid_pinpoints": [[height, width] for height in SIDES_PX for width in SIDES_PX],
+    },
     "GotOcr2ImageProcessor": {
         "size": {"height": 384, "width": 384},
         "resample": BICUBIC,
@@ -131,6 +141,7 @@ CLASS_OF_MODEL_TYPE = {
     "internvl": "GotOcr2ImageProcessor",
     "llava": "LlavaImageProcessor",
     "llava_next": "LlavaNextImageProcessor",
+    "llava_onevision": LLAVA_ONEVISION,
     "mllama": "MllamaImageProcessor",
     "paligemma": "SiglipImageProcessor",
     "siglip": "SiglipImageProcessor",

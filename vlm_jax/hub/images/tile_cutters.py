@@ -24,7 +24,7 @@ MAX_SIDE_PX = 4096  # of Idefics3's images before they are cut
 class Tiles(NamedTuple):
     """Squares cut from one image, row by row; then the whole image, if there are several tiles.
 
-    LLaVA-NeXT has the whole image first, and with one tile, too.
+    LLaVA-NeXT has the whole image first, and with one tile or none, too.
     """
 
     images: list[Image.Image]
@@ -73,7 +73,7 @@ def cut_llava_next(image: Image.Image, settings: ImageSettings) -> Tiles:
 def pad_llava_onevision(image: Image.Image, settings: ImageSettings) -> Tiles:
     """Pads an RGB image to one square of the mean colour: one of several in a prompt."""
     colour = tuple(int(mean * 255) for mean in settings.image_mean)
-    return Tiles([_finish(pad_to_square(image, colour), settings)], (1, 1))
+    return Tiles([_finish(pad_to_square(image, colour), settings)], (0, 0))
 
 
 def _finish(view: Image.Image, settings: ImageSettings) -> Image.Image:

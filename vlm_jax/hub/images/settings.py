@@ -255,7 +255,7 @@ def processor_config(vision: Vision) -> dict[str, Any]:
 
 
 def tile_settings(kind: str, vision: Vision) -> dict[str, Any]:
-    """Keys with which a processor class cuts an image as training does: most make one square."""
+    """Keys with which a processor class cuts images as training does: most make one square."""
     if kind in LLAVA_NEXT:
         side = vision.image_size_px
         pinpoints = [[rows * side, columns * side] for rows, columns in vision.tile_grids]

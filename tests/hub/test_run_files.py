@@ -387,3 +387,41 @@ def test_why_a_run_has_no_family_is_said_in_whole_fields():
 def test_the_chat_template_of_a_text_decoder_replaces_the_default_form_only(runs, tmp_path):
     assert runs("llava of a chat model").cfg.data.template == "checkpoint"
     assert composed(chat, template="vicuna")(tmp_path).data.template == "vicuna"
+
+
+def tile_map_like() -> Experiment:
+    """LLaVA-NeXT's layout."""
+    cfg = llava_like()
+    grids = {"tiles": 2, "tile_grids": ((1, 1), (1, 2)), "resize": "pad"}
+    return replace(cfg, vision=replace(cfg.vision, **grids))
+
+
+def test_the_exported_processor_cuts_the_tiles_of_the_run(tmp_path, picture):
+    run = exported(from_scratch(tile_map_like, source="conversations")(tmp_path), tmp_path)
+    assert run.family == "llava_next"
+    assert export.exportable(run.cfg) == "export: llava_next"
+    image, expected = Image.open(picture).convert("RGB"), run.prompt(picture, QUESTION)
+    processor = AutoProcessor.from_pretrained(run.folder)
+    inputs = asked_of_transformers(processor, run.family, "", image, QUESTION)
+    assert inputs["input_ids"].shape == expected.tokens.shape
+    whole, *tiles = np.moveaxis(inputs["pixel_values"].numpy()[0], 1, -1)
+    np.testing.assert_allclose(tiles, expected.images[0, :2], atol=1e-5)
+    # The run's is made of the resized image.
+    assert np.abs(whole - expected.images[0, 2]).mean() < 0.2
+    batch = processor_of(run.folder)(QUESTION, [picture], chat=True)
+    np.testing.assert_array_equal(batch.image_token_index, expected.image_token_index)
+    np.testing.assert_array_equal(text_tokens(batch), text_tokens(expected))
+
+
+def test_a_run_begun_from_tile_maps_keeps_their_processor(tmp_path):
+    run = exported(whole("llava_next")(tmp_path), tmp_path)
+    assert run.family == "llava_next"
+    stored = tmp_path / "whole" / "processor_config.json"
+    assert (run.folder / stored.name).read_bytes() == stored.read_bytes()
+
+
+def test_the_largest_map_decides_between_the_families_with_tile_maps(tmp_path):
+    cfg = whole("llava_onevision")(tmp_path)
+    assert export.exportable(cfg) == "export: llava_onevision"
+    cfg = replace(cfg, vision=replace(cfg.vision, max_map_tiles=None))
+    assert export.exportable(cfg) == "export: llava_next"

@@ -255,19 +255,19 @@ def _write_processor(
         settings |= _patch_settings(cfg)
     if hf_processor.counts_image_tokens:
         settings[hf_processor.token_count_key] = cfg.image_tokens
+    if cfg.vision.max_map_tiles is not None:
+        settings["vision_aspect_ratio"] = f"anyres_max_{cfg.vision.max_map_tiles}"
     _write_json(stage / PROCESSOR, settings | {"processor_class": hf_processor.name})
 
 
 def _prepares_images_alike(cfg: Experiment, processor: Path) -> bool:
     """Returns whether the checkpoint's processor makes the pixels of the run."""
     settings = read_settings(processor)
-    # It may cut images into more tiles than the run.
-    if settings.kind in TILE_CUTTERS and not cfg.vision.tile_grids:
-        return False
-    needed = tile_settings(settings.kind, cfg.vision) if cfg.vision.tile_grids else {}
-    stored = [list(size) for size in settings.image_grid_pinpoints]
-    if needed != ({"image_grid_pinpoints": stored} if stored else {}):
-        return False
+    if settings.kind in TILE_CUTTERS or cfg.vision.tile_grids:
+        # It may cut images into other tiles than the run.
+        pinpoints = [list(size) for size in settings.image_grid_pinpoints]
+        if tile_settings(settings.kind, cfg.vision) != {"image_grid_pinpoints": pinpoints}:
+            return False
     expected = vision_settings(settings, cfg.vision)
     if cfg.vision.rgb_conversion == "composite":
         # No processor of transformers composites files: new settings would be no closer.

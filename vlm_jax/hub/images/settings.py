@@ -96,7 +96,9 @@ _IDEFICS3 = {
     "do_convert_rgb": True,
     "max_image_size": {"longest_edge": 364},
 }
-LLAVA_NEXT = ("LlavaNextImageProcessor",)
+LLAVA_ONEVISION = "LlavaOnevisionImageProcessor"
+LLAVA_NEXT = ("LlavaNextImageProcessor", LLAVA_ONEVISION)
+SIDES_PX = range(384, 2305, 384)  # LLaVA-OneVision
 
 # Image processor class -> values of missing and null keys
 # (transformers 5.23, `models/*/image_processing_*`).
@@ -124,6 +126,14 @@ DEFAULTS = {
     **dict.fromkeys(IDEFICS3, _IDEFICS3),
     "LlavaNextImageProcessor": _CLIP
     | {"image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]},
+    LLAVA_ONEVISION: {
+        "size": {"height": 384, "width": 384},
+        "resample": BICUBIC,
+        "do_convert_rgb": True,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+        "image_grid_pinpoints": [[height, width] for height in SIDES_PX for width in SIDES_PX],
+    },
     "GotOcr2ImageProcessor": {
         "size": {"height": 384, "width": 384},
         "resample": BICUBIC,
@@ -155,6 +165,7 @@ CLASS_OF_MODEL_TYPE = {
     "internvl": "GotOcr2ImageProcessor",
     "llava": "LlavaImageProcessor",
     "llava_next": "LlavaNextImageProcessor",
+    "llava_onevision": LLAVA_ONEVISION,
     "mllama": "MllamaImageProcessor",
     "paligemma": "SiglipImageProcessor",
     "qwen2_5_vl": QWEN2_VL,
@@ -277,7 +288,7 @@ def processor_config(vision: Vision) -> dict[str, Any]:
 
 
 def tile_settings(kind: str, vision: Vision) -> dict[str, Any]:
-    """Keys with which a processor class cuts an image as training does: most make one square."""
+    """Keys with which a processor class cuts images as training does: most make one square."""
     if kind in LLAVA_NEXT:
         side = vision.image_size_px
         pinpoints = [[rows * side, columns * side] for rows, columns in vision.tile_grids]

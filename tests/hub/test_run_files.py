@@ -26,7 +26,12 @@ from transformers import (
 
 from tests.hub import tiny_checkpoints, tiny_tokenizers
 from tests.hub.parity import SMALL, bare_model, forward, saved
-from tests.hub.test_export import encoder_decoder_like, llava_like, mllama_like
+from tests.hub.test_export import (
+    encoder_decoder_like,
+    llava_like,
+    mllama_like,
+    qwen2_5_vl_like,
+)
 from tests.hub.test_processor import processor_of
 from tests.hub.text import published_templates
 from tests.hub.text.published_templates import PUBLISHED
@@ -38,7 +43,7 @@ from vlm_jax.hub import export, pretrained_parts
 from vlm_jax.hub.tensors.folder import open_tensors
 from vlm_jax.hub.text.tokenizer import HubTokenizer
 from vlm_jax.runtime.workdir import Workdir
-from vlm_jax.structs import NO_IMAGE, Batch
+from vlm_jax.structs import NO_IMAGE, PADDING, Batch
 from vlm_jax.testing import random_params
 from vlm_jax.train import initial, summary
 
@@ -146,8 +151,12 @@ RUNS = {
     "encoder-decoder, questions": from_scratch(encoder_decoder_like, bos_id=3),
 }
 
-# AutoProcessor needs torchvision for InternVL's videos.
-OWN_PROCESSOR_ALONE = {"whole internvl": whole("internvl")}
+# AutoProcessor needs torchvision for the videos of InternVL and Qwen2.5-VL.
+OWN_PROCESSOR_ALONE = {
+    "whole internvl": whole("internvl"),
+    "whole qwen2.5 vl": whole("qwen2_5_vl"),
+    "qwen2.5 vl, questions": from_scratch(qwen2_5_vl_like, bos_id=3),
+}
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +323,14 @@ def test_our_own_processor_encodes_for_the_exported_folder_as_the_run_does(runs,
     assert set(run.tokenizer.eos_ids) <= set(processor.eos_ids)
     batch = processor(prompt, [picture], chat=True)
     np.testing.assert_array_equal(text_tokens(batch), text_tokens(expected))
-    np.testing.assert_allclose(np.asarray(batch.images), np.asarray(expected.images), atol=1e-5)
+    np.testing.assert_allclose(pixels(batch), pixels(expected), atol=1e-5)
+    np.testing.assert_array_equal(batch.rope_positions, expected.rope_positions)
+
+
+def pixels(batch: Batch) -> np.ndarray:
+    """Images, or at native resolution their patches without padding."""
+    images = np.asarray(batch.images)
+    return images if batch.patch_images is None else images[batch.patch_images > PADDING]
 
 
 def text_tokens(batch: Batch) -> np.ndarray:

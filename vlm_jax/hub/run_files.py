@@ -17,6 +17,8 @@ from vlm_jax.data.conversation_parts import TEMPLATES
 from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.hub.families.family import Family, HfProcessor, Json
 from vlm_jax.hub.images.settings import (
+    QWEN2_VL,
+    max_patches,
     processor_config,
     read_settings,
     tile_settings,
@@ -274,6 +276,9 @@ def _prepares_images_alike(cfg: Experiment, processor: Path) -> bool:
         del expected["rgb_conversion"]
     if keeps_image_size(settings.kind):
         return True
+    if settings.kind == QWEN2_VL:
+        expected["max_patches"] = max_patches(settings)
+        return all(getattr(cfg.vision, name) == x for name, x in expected.items())
     sides = {settings.crop_size[0]} if settings.do_center_crop else set(settings.size.values())
     has_size = sides == {cfg.vision.image_size_px}
     return has_size and all(getattr(cfg.vision, name) == x for name, x in expected.items())

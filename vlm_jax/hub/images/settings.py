@@ -229,7 +229,11 @@ def read_settings(folder: str | os.PathLike) -> ImageSettings:
 def vision_settings(settings: ImageSettings, vision: Vision) -> dict[str, object]:
     """Fields of `Vision` for the pixels of a processor; `vision` has the size."""
     resize, resize_px = _resize(settings, vision)
-    return {
+    budget = {}
+    if settings.kind == QWEN2_VL:
+        # Published processors allow images that no row of training has room for.
+        budget["max_patches"] = min(max_patches(settings), vision.max_patches)
+    return budget | {
         "image_mean": tuple(settings.image_mean),
         "image_std": tuple(settings.image_std),
         "resample": Image.Resampling(settings.resample).name.lower(),
@@ -237,6 +241,11 @@ def vision_settings(settings: ImageSettings, vision: Vision) -> dict[str, object
         "resize_px": resize_px,
         "rgb_conversion": settings.rgb_conversion,
     }
+
+
+def max_patches(settings: ImageSettings) -> int:
+    """Returns the maximum number of patches of an image of Qwen2-VL."""
+    return settings.size["longest_edge"] // settings.patch_size[0] ** 2
 
 
 def _resize(settings: ImageSettings, vision: Vision) -> tuple[str, int | None]:
@@ -267,6 +276,15 @@ def processor_config(vision: Vision) -> dict[str, Any]:
         "image_mean": list(vision.image_mean),
         "image_std": list(vision.image_std),
     }
+    if vision.is_native:
+        patch, unit = vision.patch_size_px, vision.square_px
+        return config | {
+            "image_processor_type": QWEN2_VL,
+            "size": {"shortest_edge": unit**2, "longest_edge": vision.max_squares * unit**2},
+            "patch_size": patch,
+            "temporal_patch_size": vision.patch_frames,
+            "merge_size": vision.patch_square,
+        }
     if vision.keeps_aspect_in_tiles:
         config |= {
             "image_processor_type": "MllamaImageProcessor",

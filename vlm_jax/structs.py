@@ -1,5 +1,6 @@
 """Data structures passed between modules; shapes use the letters of axes.py."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,6 +9,9 @@ from flax import struct
 PADDING = 0  # segment id of a slot without a token
 TRUNK = 0  # branch id of a token that every later token of its segment attends to
 NO_IMAGE = -1  # `image_token_index` of a text token
+# Fields of a batch that only the encoder needs.
+IMAGE_FIELDS = ("images", "image_rows", "tile_layouts", "tile_mask", "patch_places")
+NEWLINE = -2  # `image_token_index` of the learned vector that ends a row of a tile map
 
 Array = Any  # a NumPy array in data/, a jax.Array in the model, a shape while compiling
 
@@ -25,21 +29,35 @@ class Batch:
     tokens: Array  # (B, S) int32
     positions: Array  # (B, S) int32: every branch continues from the length of the trunk
     segment_ids: Array  # (B, S) int32: PADDING, or 1, 2, ...
-    #: (B, S) int32: index into the row's I*M image tokens (with `vision.tile_layouts` I*J*M), or
-    #: NO_IMAGE for a text token
+    #: (B, S) int32: index into the row's I*M image tokens (with `vision.tile_layouts` I*J*M; at
+    #: native resolution one for each square of patches), NO_IMAGE for a text token, or with
+    #: `vision.tile_grids` NEWLINE
     image_token_index: Array
     image_mask: Array  # (B, S, I) bool: the images that a token attends to in cross-attention
+    #: (B, S, 3) int32: time, row and column by which `rope.sections` rotate a token; None: all
+    #: three are its position
+    rope_positions: Array | None = None
     #: (B, S) int32: TRUNK, or 1, 2, ...; None: all TRUNK. Without branches and blocks, attention is
     #: causal within segments, for which a kernel needs no mask
     branch_ids: Array | None = None
+    #: (B, S, 4) int32: with `vision.max_map_tiles`, the image tokens that a token of a resized map
+    #: is interpolated from, instead of `image_token_index`. None: no token is interpolated
+    image_taps: Array | None = None
+    tap_weights: Array | None = None  # (B, S, 4) float32: the weight of each in the sum
     #: (B, S, I) bool: with `fusion.tokens_without_image` attend_all, the images that a token
     #: attends to if its row of `image_mask` is empty (such as a token before the first image). If
     #: it is empty here as well, the token skips cross-attention. None: all images
     no_image_mask: Array | None = None
     #: (B, I, height, width, channels) float32, normalised. I counts every view of an image: its
     #: tiles, then its thumbnail. With `vision.tile_layouts` (B, I, J, ...), and `image_mask` is
-    #: (B, S, I*J). Without an encoder it may be (B, I, P, C) patches. None: text only
+    #: (B, S, I*J). Without an encoder it may be (B, I, P, C) patches. At native resolution
+    #: (B, P, C): the patches of all images, see `patch_images`. None: text only
     images: Array | None = None
+    #: (B, P) int32, at native resolution: the image of each patch, from 1, or PADDING. The patches
+    #: of an image follow one another, and in it the patches of each square that the projector
+    #: merges; the image tokens have the same order
+    patch_images: Array | None = None
+    patch_places: Array | None = None  # (B, P, 2) int32: row and column of a patch in its image
     #: (B,) int32: the row of `images` (and of `tile_layouts` and `tile_mask`) for each row of
     #: tokens. If set, questions share images, and `images` may have another B. None: one to one
     image_rows: Array | None = None
@@ -55,6 +73,24 @@ class Batch:
     source_ids: Array | None = None
 
 
+def without_images(batch: Batch) -> Batch:
+    """Returns a batch without its images; its tokens still refer to them.
+
+    It keeps `patch_images`, with which cross-attention finds the image tokens of an image.
+    """
+    patch_images = batch.patch_images
+    if patch_images is not None and batch.image_rows is not None:
+        patch_images = patch_images[batch.image_rows]
+    return batch.replace(**dict.fromkeys(IMAGE_FIELDS), patch_images=patch_images)
+
+
+def map_tokens(function: Callable, *batches: Batch) -> Batch:
+    """Applies a function to every field (B, S, ...) of batches `without_images`."""
+    first = batches[0]
+    fields = [batch.replace(patch_images=None) for batch in batches]
+    return jax.tree.map(function, *fields).replace(patch_images=first.patch_images)
+
+
 @struct.dataclass
 class DecoderInputs:
     """Inputs of the decoder. `memory` is None without images for cross-attention."""
@@ -62,6 +98,7 @@ class DecoderInputs:
     x: jax.Array  # (B, S, D): embeddings
     positions: jax.Array  # (B, S)
     mask: jax.Array  # (B, 1, S, T) bool: self-attention mask
+    rope_positions: jax.Array | None = None  # (B, S, 3): see `Batch`
     #: (B, S) int32: set if `mask` is causal within segments and nothing else
     causal_segments: jax.Array | None = None
     memory: jax.Array | None = None  # (B, T, D): image tokens for cross-attention
@@ -79,7 +116,7 @@ class BlockInputs:
 
     mask: jax.Array | None = None  # (B, 1, S, T) bool: self-attention mask; None: all
     causal_segments: jax.Array | None = None  # (B, S) int32: see `DecoderInputs`
-    rope: Any = None  # cosines and sines, (B, S, R) each
+    rope: Any = None  # cosines and sines, (B, S, R) or (1, S, R) each
     memory: jax.Array | None = None  # (B, T, D)
     memory_mask: jax.Array | None = None  # (B, 1, S, T) bool: cross-attention mask; None: all
     has_image: jax.Array | None = None  # (B, S) bool: the token has an image; None: all have

@@ -10,6 +10,7 @@ from vlm_jax.config import (
     Experiment,
     Fusion,
     LrMult,
+    PatchRope,
     Rope,
     files,
 )
@@ -32,6 +33,7 @@ def changed(cfg: Experiment, **values) -> Experiment:
     return cfg
 
 
+MAPPED = {"vision_tiles": 2, "vision_tile_grids": ((1, 1), (1, 2))}
 TILED = {"vision_tiles": 2, "vision_tile_layouts": ((1, 1), (1, 2)), "vision_num_global_layers": 1}
 TILED |= {"vision_class_token": True, "vision_keep_class_token": True}
 # Changes of `tiny`, and the message.
@@ -59,6 +61,16 @@ REFUSED = [
     ({"decoder_heads": 5}, "decoder.width 32 .* decoder.heads 5"),
     ({"vision_heads": 5}, "vision.width 32 .* vision.heads 5"),
     ({"decoder_kv_heads": 3}, "decoder.heads 4 .* decoder.kv_heads 3"),
+    (
+        {"vision_rope": PatchRope("same"), "vision_heads": 16},
+        "vision.rope.kind same needs a multiple of 4 .* not 2",
+    ),
+    (
+        {"vision_rope": PatchRope("same"), "vision_kind": "none"},
+        "vision.rope.kind same has no effect with vision.kind none",
+    ),
+    (TILED | {"vision_registers": 4}, "vision.tile_layouts .* vision.registers 4: set that to 0"),
+    ({"vision_rope": PatchRope(theta=100.0)}, "vision.rope.theta 100.0 has no effect"),
     ({"vision_kv_heads": 3}, "vision.heads 4 .* vision.kv_heads 3"),
     ({"projector_kind": "resampler", "projector_heads": 5}, "decoder.width 32 .* projector.heads"),
     ({"decoder_rope": Rope(fraction=0.4)}, "decoder.rope.fraction 0.4 .* even"),
@@ -225,6 +237,25 @@ REFUSED = [
         {"decoder_extra_tokens": 8, "data_special_ids": (0, 1, 2, 300)},
         r"data.special_ids ends in 300, the end of text, .* 0 to 299 \(decoder.vocab_size 300\)",
     ),
+    (
+        MAPPED | {"fusion_kind": "hybrid"},
+        "vision.tile_grids .* fusion.kind hybrid .* choose fusion.kind unified",
+    ),
+    (
+        MAPPED | {"vision_newline_token": True},
+        "vision.tile_grids does not work with vision.newline_token True",
+    ),
+    (
+        MAPPED | {"vision_tile_grids": ((1, 3),)},
+        "vision.tile_grids 1 3 is not a valid grid: .* 1 to vision.tiles 2",
+    ),
+    (
+        MAPPED | {"projector_kind": "resampler"},
+        "vision.tile_grids needs a grid .* projector.kind to linear, mlp",
+    ),
+    (MAPPED | {"data_augment": ("turn",)}, "data.augment turn .* vision.tile_grids"),
+    (MAPPED | {"vision_resize": "crop"}, "vision.resize crop .* vision.tiles 2"),
+    ({"vision_max_map_tiles": 2}, "vision.max_map_tiles 2 has no effect without vision.tile_grids"),
     (TILED | {"vision_kind": "none"}, "vision.tile_layouts .* vision.kind none: set that to vit"),
     (
         TILED | {"vision_class_token": False, "vision_keep_class_token": False},

@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import torch
+from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
 from vlm_jax.config import Experiment
 from vlm_jax.hub.load import inspect, load_params
@@ -44,6 +45,18 @@ def reference(model: torch.nn.Module, output: str = "logits", **inputs) -> np.nd
     tensors = {name: torch.tensor(x) for name, x in inputs.items()}
     with torch.no_grad():
         return getattr(model(**tensors), output).numpy()
+
+
+def siglip2_inputs(pixels: torch.Tensor, patch: int) -> dict[str, torch.Tensor]:
+    """Arguments of SigLIP 2 in transformers for images (B, channels, height, width)."""
+    rows, columns = (side // patch for side in pixels.shape[2:])
+    whole = pixels[:, :, : rows * patch, : columns * patch].numpy()
+    patches = np.stack([convert_image_to_patches(image, patch) for image in whole])
+    return {
+        "pixel_values": torch.tensor(patches),
+        "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.int32),
+        "spatial_shapes": torch.tensor([[rows, columns]] * len(pixels)),
+    }
 
 
 @functools.partial(

@@ -36,7 +36,15 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessorPil,
     LlavaProcessor,
+    MistralConfig,
     MllamaConfig,
     MllamaForConditionalGeneration,
     MllamaImageProcessorPil,
@@ -44,7 +52,10 @@ from transformers import (
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     PaliGemmaProcessor,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
+    Qwen2VLImageProcessorPil,
     Qwen3Config,
     Qwen3ForCausalLM,
     SiglipImageProcessorPil,
@@ -134,6 +145,13 @@ INTERNVL_CHAT = (
     "{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+QWEN2_VL_CHAT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 LLAVA_CHAT = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
     "{% for part in m['content'] | selectattr('type', 'equalto', 'image') %}"
@@ -141,6 +159,14 @@ LLAVA_CHAT = (
     "{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}"
     "{{ part['text'] + ' ' }}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+ONEVISION_CHAT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ' ' }}"
+    "{% for part in m['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>' }}{% endfor %}"
+    "{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ '\n' + part['text'] }}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -246,6 +272,63 @@ def llava_without_a_template(path: Path) -> Folder:
     return llava(path, None)
 
 
+def llava_next(path: Path) -> Folder:
+    tokenizer = _tokenizer(path, tiny_tokenizers.llama)
+    pinpoints = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 28},
+        crop_size={"height": 28, "width": 28},
+        image_grid_pinpoints=pinpoints,
+    )
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**TOWER),
+        text_config=MistralConfig(**TEXT, vocab_size=len(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=pinpoints,
+    )
+    options = {
+        "patch_size": 7,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    }
+    return _finished(
+        LlavaNextForConditionalGeneration(config),
+        LlavaNextProcessor(images, tokenizer, **options),
+        path,
+        LLAVA_CHAT,
+    )
+
+
+class LlavaOnevisionProcessor(transformers.LlavaOnevisionProcessor):
+    @classmethod
+    def get_attributes(cls):
+        """Without the processor of videos, which needs torchvision."""
+        return ["image_processor", "tokenizer"]
+
+
+def llava_onevision(path: Path) -> Folder:
+    tokenizer = _tokenizer(path, tiny_tokenizers.qwen3)
+    # Maps of three tiles and more are resized.
+    options = {"vision_aspect_ratio": "anyres_max_2", "vision_feature_select_strategy": "full"}
+    pinpoints = [[height, width] for height in (28, 56, 84) for width in (28, 56)]
+    images = LlavaOnevisionImageProcessorPil(
+        size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints
+    )
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
+        text_config=Qwen2Config(**TEXT, vocab_size=len(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=pinpoints,
+        **options,
+    )
+    return _finished(
+        LlavaOnevisionForConditionalGeneration(config),
+        LlavaOnevisionProcessor(images, tokenizer, num_image_tokens=16, **options),
+        path,
+        ONEVISION_CHAT,
+    )
+
+
 def paligemma(path: Path, text=GemmaConfig, **settings) -> Folder:
     added = {"450": tiny_tokenizers.token("<image>")}
     tokenizer = _tokenizer(path, tiny_tokenizers.gemma, added_tokens_decoder=added)
@@ -334,6 +417,43 @@ def internvl(path: Path) -> Folder:
         InternVLProcessor(images, tokenizer, image_seq_length=4),
         path,
         INTERNVL_CHAT,
+    )
+
+
+class Qwen2_5_VLProcessor(transformers.Qwen2_5_VLProcessor):
+    @classmethod
+    def get_attributes(cls):
+        """Without the processor of videos, which needs torchvision."""
+        return ["image_processor", "tokenizer"]
+
+
+def qwen2_5_vl(path: Path) -> Folder:
+    tokenizer = _tokenizer(path, tiny_tokenizers.qwen2_vl)
+    images = Qwen2VLImageProcessorPil(
+        patch_size=4, size={"shortest_edge": 256, "longest_edge": 2048}
+    )
+    rope = {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [2, 1, 1]}
+    vision = {
+        "depth": 2,
+        "num_heads": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "out_hidden_size": 32,
+        "patch_size": 4,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    }
+    config = Qwen2_5_VLConfig(
+        vision_config=vision,
+        text_config=TEXT | {"vocab_size": len(tokenizer), "rope_parameters": rope},
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+    )
+    return _finished(
+        Qwen2_5_VLForConditionalGeneration(config),
+        Qwen2_5_VLProcessor(images, tokenizer),
+        path,
+        QWEN2_VL_CHAT,
     )
 
 
@@ -432,11 +552,14 @@ def trocr(path: Path) -> Folder:
 ABOUT_IMAGES = {
     "llava": llava,
     "llava without a template": llava_without_a_template,
+    "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
     "paligemma": paligemma,
     "paligemma 2": paligemma2,
     "gemma3": gemma3,
     "idefics3": idefics3,
     "internvl": internvl,
+    "qwen2.5 vl": qwen2_5_vl,
     "fuyu": fuyu,
     "mllama": mllama,
 }

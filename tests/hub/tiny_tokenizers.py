@@ -223,6 +223,14 @@ def internvl(folder: Path) -> None:
     write(folder, config={"model_type": "internvl"}, tokenizer_config=settings)
 
 
+def qwen2_vl(folder: Path) -> None:
+    qwen3(folder)
+    names = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    settings = read(folder, "tokenizer_config")
+    settings["added_tokens_decoder"] |= {str(i): token(x) for i, x in enumerate(names, start=703)}
+    write(folder, config={"model_type": "qwen2_5_vl"}, tokenizer_config=settings)
+
+
 def llama3(folder: Path, model_type: str = "llama") -> None:
     specials = (
         "<|begin_of_text|>",

@@ -157,7 +157,7 @@ def continued(
 ) -> dict[str, np.ndarray]:
     """Extends the inputs of left-padded prompts to `sequences`, prompts and NEW answer tokens."""
     # Of an answer's tokens: after PaliGemma's prefix they have type 1, which Gemma 3's images have.
-    values = {"attention_mask": 1, "decoder_attention_mask": 1}
+    values = {"attention_mask": 1, "decoder_attention_mask": 1, "mm_token_type_ids": 0}
     values["token_type_ids"] = int(pair.cfg.fusion.is_prefix_lm)
     arrays = dict(inputs)
     for name, x in inputs.items():

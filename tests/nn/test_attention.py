@@ -10,9 +10,9 @@ import pytest
 from flax.linen import meta
 
 from tests.nn.programs import equations
-from vlm_jax.config import Decoder, Rope
+from vlm_jax.config import Decoder, PatchRope, Rope, Vision
 from vlm_jax.nn.attention import Attention, apply_rope, dot_product_attention
-from vlm_jax.nn.positions import rope_tables
+from vlm_jax.nn.positions import patch_coordinates, patch_rope_tables, rope_tables
 
 RNG = np.random.default_rng(0)
 CFG = Decoder(width=16, heads=4)
@@ -168,6 +168,8 @@ def test_biases_exist_only_if_configured():
     assert {name for name in params if "bias" in params[name]} == {"out"}
     params = random_params(replace(CFG, qkv_bias=True, out_bias=False))
     assert {name for name in params if "bias" in params[name]} == {"query", "key", "value"}
+    params = random_params(replace(CFG, key_bias=False, out_bias=False))
+    assert {name for name in params if "bias" in params[name]} == {"query", "value"}
 
 
 def causal(queries, keys, first=0):
@@ -240,3 +242,39 @@ def test_a_fraction_of_rope_passes_the_rest_through():
     np.testing.assert_array_equal(y[..., 4:], x[..., 4:])
     assert (np.abs(y - x)[..., :4] > 1e-6).all()
     close(y[..., :4], apply_rope(x[..., :4], rope_tables(positions, Decoder(width=12, heads=3))))
+
+
+def patch_scores(cfg, coordinates, q, k):
+    rope = patch_rope_tables(jnp.asarray(coordinates[None]), cfg)
+    return np.einsum("bsnh,btnh->bnst", apply_rope(q, rope), apply_rope(k, rope))
+
+
+@pytest.mark.parametrize("kind", ["same", "alternate"])
+def test_scores_of_patches_depend_on_the_distance_in_rows_and_in_columns(kind):
+    cfg = Vision(width=8, heads=1, rope=PatchRope(kind, theta=100.0))
+    places = np.float32([[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]])
+    q, k = random(1, 6, 1, 8), random(1, 6, 1, 8)
+    scores = patch_scores(cfg, places, q, k)
+    close(patch_scores(cfg, places + np.float32([5, -3]), q, k), scores, atol=1e-4)
+    for stretched in ((2, 1), (1, 2)):
+        assert np.abs(patch_scores(cfg, places * stretched, q, k) - scores).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("kind", "exponents"), [("same", (0, 1 / 2, 0, 1 / 2)), ("alternate", (0, 1 / 2, 1 / 4, 3 / 4))]
+)
+def test_patches_are_rotated_by_row_then_by_column(kind, exponents):
+    """As complex numbers: two frequencies for the row 3, then two for the column 5."""
+    cfg, x = Vision(width=8, heads=1, rope=PatchRope(kind, theta=100.0)), random(1, 1, 1, 8)
+    angles = np.array([3, 3, 5, 5]) * 100.0 ** -np.array(exponents)
+    rotated = np.asarray(x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)
+    expected = np.concatenate([rotated.real, rotated.imag], axis=-1)
+    close(apply_rope(x, patch_rope_tables(jnp.asarray([[[3.0, 5.0]]]), cfg)), expected)
+
+
+def test_centered_coordinates_do_not_depend_on_the_size_of_the_grid():
+    rope = PatchRope("same", coordinates="centered")
+    small = patch_coordinates(np.array([[0, 0], [1, 0]]), np.array([2, 1]), rope)
+    large = patch_coordinates(np.array([[1, 1], [4, 1]]), np.array([6, 3]), rope)
+    close(small, [[-np.pi, 0], [np.pi, 0]])
+    close(large, small)

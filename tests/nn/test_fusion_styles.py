@@ -35,7 +35,7 @@ def test_a_copy_has_the_parts_and_the_checkpoints_of_the_original(copy_of, kind)
     assert jax.tree.map(np.shape, abstract_params(cfg)) == jax.tree.map(
         np.shape, abstract_params(original)
     )
-    assert argument_names(cfg.fusion) == argument_names(original.fusion)
+    assert argument_names(cfg) == argument_names(original)
     old, new = f"fusion.kind {kind} cannot", f"fusion.kind {cfg.fusion.kind} cannot"
     assert exportable(cfg) == exportable(original).replace(old, new)
 

@@ -172,3 +172,28 @@ def test_resampling_is_bicubic_as_in_pytorch(new):
     table = random(12, 2)
     expected = bicubic(np.asarray(table).reshape(3, 4, 2), new).reshape(-1, 2)
     np.testing.assert_allclose(patches.resample_positions(table, (3, 4), new), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("new", [(6, 8), (2, 3), (1, 7)])
+def test_bilinear_resampling_has_antialiasing(new):
+    table = random(12, 2)
+    expected = jax.image.resize(table.reshape(3, 4, 2), (*new, 2), "bilinear", antialias=True)
+    resampled = patches.resample_positions(table, (3, 4), new, "bilinear")
+    np.testing.assert_allclose(resampled, expected.reshape(-1, 2), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", patches.INTERPOLATIONS)
+def test_positions_of_packed_patches_are_resampled_to_the_grid_of_each_image(kind):
+    """A row with an image of 2 x 5 patches, one of 4 x 1 and two slots of padding."""
+    table, grids = random(12, 2), [(2, 5), (4, 1)]
+    images = np.array([1] * 10 + [2] * 4 + [0] * 2)
+    places = np.zeros((16, 2), int)
+    places[:10] = np.indices((2, 5)).reshape(2, -1).T
+    places[10:14, 0] = np.arange(4)
+    found_grids = patches.image_grids(jnp.asarray(images[None]), jnp.asarray(places[None]))
+    np.testing.assert_array_equal(found_grids[0], np.array([(1, 1), *grids])[images])
+    found = patches.positions_at(
+        table.reshape(3, 4, 2), jnp.asarray(places[None]), found_grids, kind
+    )
+    expected = [patches.resample_positions(table, (3, 4), grid, kind) for grid in grids]
+    np.testing.assert_allclose(found[0, :14], np.concatenate(expected), atol=1e-5)

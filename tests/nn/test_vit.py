@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax.linen import meta
 
-from vlm_jax.config import Vision
+from vlm_jax.config import PatchRope, Vision
 from vlm_jax.nn.patches import patchify
 from vlm_jax.nn.vit import ViT
 
@@ -43,11 +43,24 @@ def test_the_class_token_is_kept_or_dropped_in_front_of_the_same_patches():
     np.testing.assert_array_equal(with_class[:, 1:], without)
 
 
-def test_patches_read_the_class_token():
-    cfg = replace(TINY, class_token=True)
+def test_patches_read_the_class_token_and_registers_which_do_not_leave():
+    cfg = replace(TINY, class_token=True, keep_class_token=True, registers=3)
     params = random_params(cfg)
-    other = params | {"class_token": -params["class_token"]}
-    assert np.abs(encode(cfg, params) - encode(cfg, other)).max() > 1e-3
+    tokens = encode(cfg, params)
+    assert tokens.shape == (2, 1 + 4, 16)
+    for name in ("class_token", "registers"):
+        other = params | {name: -params[name]}
+        assert np.abs(encode(cfg, other) - tokens)[:, 1:].max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["none", "same"])
+def test_rope_gives_patches_positions(kind):
+    """Without positions, patches of a row that change places take their tokens along."""
+    cfg = replace(TINY, positions="none", rope=PatchRope(kind))
+    params = random_params(cfg)
+    swapped = encode(cfg, params, jnp.concatenate([IMAGES[:, :, 4:], IMAGES[:, :, :4]], axis=2))
+    difference = np.abs(swapped[:, [1, 0, 3, 2]] - encode(cfg, params)).max()
+    assert difference > 1e-2 if kind == "same" else difference < 1e-4
 
 
 def test_linear_and_conv_encoders_agree():

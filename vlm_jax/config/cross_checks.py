@@ -181,7 +181,12 @@ def _tiled_encoder(cfg: Experiment) -> None:
     vision, layouts, projector = cfg.vision, cfg.vision.tile_layouts, cfg.projector
     if not layouts:
         return
-    for name, needed in (("kind", "vit"), ("class_token", True), ("keep_class_token", True)):
+    for name, needed in (
+        ("kind", "vit"),
+        ("class_token", True),
+        ("keep_class_token", True),
+        ("registers", 0),
+    ):
         if getattr(vision, name) != needed:
             raise ConfigError(
                 "vision.tile_layouts (the encoder of Llama 3.2 Vision) does not work with "
@@ -208,6 +213,46 @@ def _tiled_encoder(cfg: Experiment) -> None:
         )
 
 
+def _tile_map(cfg: Experiment) -> None:
+    vision, fusion, projector = cfg.vision, cfg.fusion, cfg.projector
+    if not vision.tile_grids:
+        if vision.max_map_tiles is not None:
+            raise ConfigError(
+                f"vision.max_map_tiles {vision.max_map_tiles} has no effect without "
+                "vision.tile_grids: leave it out."
+            )
+        return
+    if not fusion.image_in_sequence or fusion.image_in_memory:
+        in_sequence = _styles(lambda style: style.image_in_sequence and not style.image_in_memory)
+        raise ConfigError(
+            "vision.tile_grids makes a map of tokens for the sequence, which fusion.kind "
+            f"{fusion.kind} does not read whole: leave it out, or choose fusion.kind {in_sequence}."
+        )
+    for name, needed in (("tile_layouts", ()), ("newline_token", False)):
+        if getattr(vision, name) != needed:
+            raise ConfigError(
+                f"vision.tile_grids does not work with vision.{name} {getattr(vision, name)}: "
+                "leave one of them out."
+            )
+    wrong = [grid for grid in vision.tile_grids if min(grid) < 1 or math.prod(grid) > vision.tiles]
+    if wrong:
+        raise ConfigError(
+            f"vision.tile_grids {' '.join(map(str, wrong[0]))} is not a valid grid: rows times "
+            f"columns must be 1 to vision.tiles {vision.tiles}."
+        )
+    if projector.spec.tokens == "queries" or vision.extra_tokens:
+        raise ConfigError(
+            "vision.tile_grids needs a grid of projected tokens: set vision.keep_class_token to "
+            f"False, and projector.kind to {_projectors('all', 'squares')}."
+        )
+    turns = any("turn" in part.augment for part in cfg.data.parts.values())
+    if turns and {(columns, rows) for rows, columns in vision.tile_grids} != set(vision.tile_grids):
+        raise ConfigError(
+            "data.augment turn turns images to grids that are not in vision.tile_grids: leave it "
+            "out, or add the grids with rows and columns exchanged."
+        )
+
+
 def _projectors(*tokens: str) -> str:
     """Lists the projectors that emit such tokens, for a message."""
     return either([kind for kind, spec in PROJECTORS.items() if spec.tokens in tokens])
@@ -216,6 +261,80 @@ def _projectors(*tokens: str) -> str:
 def _styles(accepts: Callable[[Fusion], bool]) -> str:
     """Lists the fusion styles that `accepts` returns True for, for a message."""
     return either([kind for kind in FUSION_STYLES if accepts(Fusion(kind))])
+
+
+def _patch_rope(cfg: Experiment) -> None:
+    vision, rope = cfg.vision, cfg.vision.rope
+    if rope.kind == "none":
+        for name in ("theta", "coordinates"):
+            if _is_changed(rope, name):
+                raise ConfigError(
+                    f"vision.rope.{name} {getattr(rope, name)} has no effect with vision.rope.kind "
+                    "none: set that to same or alternate, or leave it out."
+                )
+    elif vision.tile_layouts or not vision.has_encoder:
+        setting = "tile_layouts" if vision.tile_layouts else "kind none"
+        raise ConfigError(
+            f"vision.rope.kind {rope.kind} has no effect with vision.{setting}: leave one out."
+        )
+
+
+def _native(cfg: Experiment) -> None:
+    """Checks the settings of images at native resolution, and those that need it."""
+    vision, projector = cfg.vision, cfg.projector
+    if not vision.is_native:
+        for name in ("patch_square", "patch_frames", "window_patches", "windowed_layers"):
+            if _is_changed(vision, name):
+                raise ConfigError(
+                    f"vision.{name} {getattr(vision, name)} applies to images at native resolution "
+                    "alone: set vision.max_patches, or leave it out."
+                )
+        return
+    others = {
+        "kind": vision.has_encoder,
+        "patch_embed": vision.patch_embed == "linear",
+        "class_token": not vision.class_token,
+        "registers": not vision.registers,
+        "pool": vision.pool == "none",
+        "newline_token": not vision.newline_token,
+        "tiles": vision.tiles == 1,
+        "tile_layouts": not vision.tile_layouts,
+        "tile_grids": not vision.tile_grids,
+        "resize": vision.resize == "squash",
+    }
+    for name, is_possible in others.items():
+        if not is_possible:
+            raise ConfigError(
+                f"vision.{name} {getattr(vision, name)} is not possible at native resolution: "
+                "leave out vision.max_patches, or choose another value."
+            )
+    if projector.spec.tokens == "queries":
+        raise ConfigError(
+            f"projector.kind {projector.kind} needs images of one size: leave out "
+            f"vision.max_patches, or choose {_projectors('all', 'squares')}."
+        )
+    if vision.patch_square != projector.merged_side:
+        raise ConfigError(
+            f"vision.patch_square {vision.patch_square} must be the side of the squares of patches "
+            f"that projector.kind {projector.kind} makes a token of: set it to "
+            f"{projector.merged_side}."
+        )
+    if not vision.max_squares:
+        raise ConfigError(
+            f"vision.max_patches {vision.max_patches} is less than a square of vision.patch_square "
+            f"{vision.patch_square} x {vision.patch_square} patches."
+        )
+    if cfg.fusion.has_blocks:
+        raise ConfigError(
+            f"fusion.prefix {cfg.fusion.prefix} needs images of one size: leave out "
+            "vision.max_patches, or choose causal."
+        )
+    _check_layers("vision.windowed_layers", vision.windowed_layers, vision.depth)
+    if bool(vision.windowed_layers) != (vision.window_patches is not None):
+        raise ConfigError(
+            "vision.windowed_layers and vision.window_patches need one another: set both, or leave "
+            "both out."
+        )
 
 
 def _feature_layers(cfg: Experiment) -> None:
@@ -230,7 +349,8 @@ def _feature_layers(cfg: Experiment) -> None:
 
 def _resize(cfg: Experiment) -> None:
     vision = cfg.vision
-    if vision.resize != "squash" and vision.cut_tiles > 1:
+    fits_tiles = vision.resize == "pad" and vision.tile_grids
+    if vision.resize != "squash" and vision.cut_tiles > 1 and not fits_tiles:
         raise ConfigError(
             f"vision.resize {vision.resize} makes one square of an image, but vision.tiles "
             f"{vision.tiles} splits it into several: set it to squash, or vision.tiles to 1."
@@ -253,7 +373,7 @@ def _projector(cfg: Experiment) -> None:
         )
     if projector.spec.tokens != "squares":
         return
-    if rows % projector.factor:
+    if rows % projector.factor and not cfg.vision.is_native:
         raise ConfigError(
             f"projector.factor {projector.factor} does not divide the {rows} x {rows} patches of "
             f"vision.image_size_px {cfg.vision.image_size_px} and vision.patch_size_px "
@@ -442,6 +562,27 @@ def _sliding(cfg: Experiment) -> None:
     _check_layers("decoder.sliding_layers", layers, depth)
 
 
+def _rope_sections(cfg: Experiment) -> None:
+    decoder, sections = cfg.decoder, cfg.decoder.rope.sections
+    if not sections:
+        return
+    if decoder.positions != "rope" or decoder.rope.scaling != "none":
+        setting = "positions" if decoder.positions != "rope" else "rope.scaling"
+        raise ConfigError(
+            f"decoder.rope.sections has no effect with decoder.{setting} other than "
+            f"{'rope' if setting == 'positions' else 'none'}: leave one out."
+        )
+    if len(sections) != 3 or sum(sections) != decoder.rotary_dim // 2:
+        raise ConfigError(
+            f"decoder.rope.sections {sections} must be three numbers of frequencies, for time, row "
+            f"and column, with the sum {decoder.rotary_dim // 2}, half of the rotated dimensions."
+        )
+    if cfg.vision.tile_grids:
+        raise ConfigError(
+            "decoder.rope.sections need images on one grid of tokens: leave out vision.tile_grids."
+        )
+
+
 def _no_rope(cfg: Experiment) -> None:
     layers, positions = cfg.decoder.no_rope_layers, cfg.decoder.positions
     if layers and positions != "rope":
@@ -519,7 +660,7 @@ def _validation(cfg: Experiment) -> None:
 
 
 CHECKS = (
-    *(_mixture, _data, _synthetic, _tokens, _tiled_encoder, _feature_layers, _resize, _projector),
-    *(_fusion, _tiles, _room, _rates, _lora, _frozen, _sliding, _no_rope, _microbatches, _profile),
-    _validation,
+    *(_mixture, _data, _synthetic, _tokens, _tiled_encoder, _patch_rope, _native, _feature_layers),
+    *(_resize, _projector, _tile_map, _fusion, _tiles, _room, _rates, _lora, _frozen, _sliding),
+    *(_no_rope, _rope_sections, _microbatches, _profile, _validation),
 )

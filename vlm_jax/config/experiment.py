@@ -13,6 +13,7 @@ from vlm_jax.config.datasets import DATASETS, Dataset, restricted_fields, source
 from vlm_jax.config.errors import ConfigError
 from vlm_jax.config.hints import nearest
 from vlm_jax.config.model import PRETRAINED_PARTS, Decoder, Fusion, Lora, Model, Projector, Vision
+from vlm_jax.config.tile_maps import image_length, longest_image
 
 
 @dataclass(frozen=True)
@@ -459,6 +460,9 @@ class Experiment:
     @property
     def image_slots_in_row(self) -> int:
         """Maximum length of an image in the sequence, with newlines, tags and placeholder."""
+        if self.vision.tile_grids:
+            longest = longest_image(self.vision, self.projector)
+            return image_length(self.vision, self.projector, longest)
         newlines = self.projector.output_grid(self.vision)[0] if self.vision.newline_token else 0
         beside = sum(map(len, self.tile_tags)) + self.fusion.placeholder
         return self.views_in_sequence * (self.image_tokens + newlines) + beside

@@ -36,6 +36,7 @@ class Transformer:
     activation: Activation = "gelu_tanh"  # activation of the MLP
     gated_mlp: bool = False  # down(act(gate x) * up x) instead of down(act(up x))
     qkv_bias: bool = True  # biases of the query, key and value projections
+    key_bias: bool = True  # False: the key projection has no bias, even with qkv_bias
     out_bias: bool = True  # bias of attention's output projection
     mlp_bias: bool = True  # biases of the MLP
     #: normalise queries and keys before RoPE: each head, or all heads of a token together
@@ -51,6 +52,12 @@ class Transformer:
     #: everything
     remat: Literal["none", "attention", "dots", "full"] = "none"
 
+    def has_bias(self, kernel: str) -> bool:
+        """Returns whether a kernel of a block, such as "key" or "up", has a bias."""
+        if kernel in ("query", "key", "value"):
+            return self.qkv_bias and (self.key_bias or kernel != "key")
+        return self.out_bias if kernel == "out" else self.mlp_bias
+
     @property
     def num_kv_heads(self) -> int:
         return self.heads if self.kv_heads is None else self.kv_heads
@@ -61,18 +68,41 @@ class Transformer:
 
 
 @dataclass(frozen=True)
+class PatchRope:
+    """2-D rotary position embedding of patches (Heo et al. 2024, RoPE-ViT, section 3.2, axial).
+
+    Half of the frequencies rotate with the row of a patch, the other half with its column.
+    """
+
+    #: frequencies, of H / 2 for a head of dimension H. same: theta^(-4 i / H) for rows and for
+    #: columns (Qwen2-VL, DINOv3); alternate: of theta^(-2 i / H), even i for rows and odd i for
+    #: columns (Pixtral)
+    kind: Literal["none", "same", "alternate"] = "none"
+    theta: float = 10_000.0  # base of the wavelengths
+    #: what a frequency is multiplied by. index: row or column, from 0; centered: -2 pi to 2 pi from
+    #: one border of the image to the other, whatever its size (DINOv3)
+    coordinates: Literal["index", "centered"] = "index"
+
+
+@dataclass(frozen=True)
 class Vision(Transformer):
     #: the encoder; none: patches go straight to the projector (Fuyu)
     kind: Literal["vit", "none"] = "vit"
     #: checkpoint folder: its encoder's settings and initial weights
     checkpoint: str = ""
     image_size_px: int = 64  # height and width of an image
+    #: native resolution: an image keeps its shape, in at most so many patches, and the patches of
+    #: all images of a row are one sequence; None: every image has image_size_px
+    max_patches: int | None = None
+    #: native resolution: rows and columns of patches are multiples of it, and the patches of a
+    #: square of this side follow one another; projector.factor of a projector that merges squares
+    patch_square: int = 1
     #: mean of red, green and blue in 0..1, subtracted from the pixels
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     #: standard deviation of red, green and blue, the divisor of the pixels
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     #: how an image becomes square: scale both sides; scale the shorter side and crop the centre; or
-    #: scale the longer side and pad. With tile_layouts, pad fits the image onto tiles
+    #: scale the longer side and pad. With tile_layouts or tile_grids, pad fits the image onto tiles
     resize: Literal["squash", "crop", "pad"] = "squash"
     #: crop: length of the shorter side before the crop; None: image_size_px
     resize_px: int | None = None
@@ -86,11 +116,23 @@ class Vision(Transformer):
     #: patch embedding as a matmul or as the equal strided convolution
     patch_embed: Literal["linear", "conv"] = "linear"
     patch_bias: bool = True  # bias of the patch embedding
+    #: video frames that a patch covers; an image is repeated as often (Qwen2-VL)
+    patch_frames: int = 1
     #: position embeddings that are added to the patches
     positions: Literal["learned", "sincos", "none"] = "learned"
+    #: interpolation of learned positions to another grid. bicubic: PyTorch's, without antialiasing;
+    #: bilinear: with antialiasing (SigLIP 2 NaFlex)
+    resample_positions: Literal["bicubic", "bilinear"] = "bicubic"
+    #: positions of patches in the blocks' self-attention, with or without embeddings that are added
+    rope: PatchRope = field(default_factory=PatchRope)
+    #: side in patches of the squares within which the patches of windowed_layers attend
+    window_patches: int | None = None
+    windowed_layers: tuple[int, ...] = ()  # blocks with attention in windows (Qwen2.5-VL)
     class_token: bool = False  # prepend a learned token to the patches
+    #: learned tokens after the class token, which the projector does not get (Darcet et al. 2024)
+    registers: int = 0
     keep_class_token: bool = False  # pass the class token to the projector
-    #: mask token of DINOv2's pretraining; unused, kept for export
+    #: mask token of DINO's pretraining; unused, kept for export
     mask_token: bool = False
     pre_norm: bool = False  # normalise before the first block (CLIP)
     #: norm after the last block: of all tokens, of the pooled vector, or none
@@ -113,11 +155,32 @@ class Vision(Transformer):
     tile_layouts: tuple[tuple[int, int], ...] = ()
     #: gated blocks after the other blocks; features are then the output and feature_layers
     num_global_layers: int = 0
+    #: unified: rows and columns of tiles that an image may have. Its tokens are then the thumbnail
+    #: and one map of the tiles without padding, in which a learned vector ends each row
+    #: (LLaVA-NeXT)
+    tile_grids: tuple[tuple[int, int], ...] = ()
+    #: tile_grids: larger maps are resized to about the tokens of so many tiles (LLaVA-OneVision)
+    max_map_tiles: int | None = None
 
     @property
     def has_encoder(self) -> bool:
         """True if an encoder is between the patches and the projector."""
         return self.kind != "none"
+
+    @property
+    def is_native(self) -> bool:
+        """True if images keep their shape, and their patches are packed."""
+        return self.max_patches is not None
+
+    @property
+    def square_px(self) -> int:
+        """Side of a square of patches at native resolution."""
+        return self.patch_size_px * self.patch_square
+
+    @property
+    def max_squares(self) -> int:
+        """Maximum number of squares of patches of an image at native resolution."""
+        return (self.max_patches or 0) // self.patch_square**2
 
     @property
     def shortest_edge_px(self) -> int:
@@ -130,6 +193,11 @@ class Vision(Transformer):
         return (self.image_size_px // self.patch_size_px,) * 2
 
     @property
+    def prefix_tokens(self) -> int:
+        """Number of tokens before the patches in the encoder's blocks."""
+        return int(self.class_token) + self.registers if self.has_encoder else 0
+
+    @property
     def cut_tiles(self) -> int:
         """Maximum number of tiles per image that the encoder encodes separately."""
         return 1 if self.tile_layouts else self.tiles
@@ -137,7 +205,12 @@ class Vision(Transformer):
     @property
     def views(self) -> int:
         """J: maximum number of views per image in the data: its tiles, then its thumbnail."""
-        return self.cut_tiles + int(self.thumbnail and self.cut_tiles > 1)
+        return self.cut_tiles + int(self.thumbnail and self.cut_tiles >= self.least_tiles)
+
+    @property
+    def least_tiles(self) -> int:
+        """Number of tiles from which on an image has a thumbnail."""
+        return 1 if self.tile_grids else 2
 
     @property
     def pictures(self) -> int:
@@ -151,11 +224,11 @@ class Vision(Transformer):
 
     @property
     def has_tags(self) -> bool:
-        return self.tile_tags != "none" and self.views > 1
+        return self.tile_tags != "none" and self.views > 1 and not self.tile_grids
 
     @property
     def patch_dim(self) -> int:
-        """C: size of a flattened patch."""
+        """C: size of a flattened patch of one frame."""
         return self.patch_size_px**2 * CHANNELS
 
     @property
@@ -183,10 +256,13 @@ class ProjectorSpec:
 
 
 # Settings of projectors that merge squares of tokens.
-MERGING = ("factor", "norm", "norm_eps", "projection", "activation", "bias")
+MERGING = (
+    *("factor", "norm", "norm_eps", "merge_linear"),
+    *("projection", "mlp_width", "activation", "bias"),
+)
 PROJECTORS = {
     "linear": ProjectorSpec("Linear", fields=("bias",)),
-    "mlp": ProjectorSpec("Mlp", fields=("bias", "activation")),
+    "mlp": ProjectorSpec("Mlp", fields=("bias", "activation", "mlp_width")),
     "pixel_shuffle": ProjectorSpec("PixelShuffle", tokens="squares", fields=MERGING),
     "average_pool": ProjectorSpec("AveragePool", tokens="squares", fields=MERGING),
     "resampler": ProjectorSpec("Resampler", tokens="queries", fields=("queries", "depth", "heads")),
@@ -214,12 +290,17 @@ class Projector:
     #: checkpoint folder: its projector's settings and initial weights
     checkpoint: str = ""
     activation: Activation = "gelu"  # mlp, projection mlp: activation between its two layers
+    #: mlp, projection mlp: width between its two layers; None: decoder.width
+    mlp_width: int | None = None
     #: linear, mlp, pixel_shuffle, average_pool: use biases
     bias: bool = True
     factor: int = 2  # pixel_shuffle, average_pool: factor x factor tokens become one
     #: pixel_shuffle, average_pool: norm of the merged tokens, before their projection
     norm: Literal["none", NormKind] = "none"
     norm_eps: float = 1e-6  # pixel_shuffle, average_pool: added to the variance
+    #: pixel_shuffle, average_pool: a linear layer without bias from the merged tokens to the
+    #: encoder's width, before their projection (Mistral 3)
+    merge_linear: bool = False
     #: pixel_shuffle, average_pool: layers that project the merged tokens, as the kinds of this name
     projection: Literal["linear", "mlp"] = "linear"
     queries: int = 16  # resampler: number of output tokens
@@ -230,11 +311,19 @@ class Projector:
     def spec(self) -> ProjectorSpec:
         return _row(PROJECTORS, "projector.kind", self.kind)
 
+    @property
+    def merged_side(self) -> int:
+        """Side of the squares of patches of which one token comes out."""
+        return self.factor if self.spec.tokens == "squares" else 1
+
     def output_grid(self, vision: Vision) -> tuple[int, int]:
         """Rows and columns of the tokens that the projector emits for one image.
 
-        Tokens that are not on a grid, such as learned queries, are one row.
+        Tokens that are not on a grid, such as learned queries, are one row. At native resolution it
+        is one row of the maximum number of tokens.
         """
+        if vision.is_native:
+            return 1, vision.max_squares
         rows, columns = vision.grid
         if self.spec.tokens == "queries":
             return 1, self.queries
@@ -243,7 +332,7 @@ class Projector:
         return (1, rows * columns + vision.extra_tokens) if vision.extra_tokens else (rows, columns)
 
     def num_tokens(self, vision: Vision) -> int:
-        """M: number of tokens that the projector emits for one view of an image."""
+        """M: (maximum) number of tokens that the projector emits for one view of an image."""
         rows, columns = self.output_grid(vision)
         return rows * columns
 
@@ -374,6 +463,9 @@ class Rope:
     #: base in sliding blocks, which are never scaled; None: theta, scaled like the others
     local_theta: float | None = None
     fraction: float = 1.0  # fraction of the head dimension that is rotated
+    #: numbers of frequencies that rotate with the time, the row and the column of an image token
+    #: (M-RoPE; Wang et al. 2024, Qwen2-VL, section 2.1); empty: all with the token's position
+    sections: tuple[int, ...] = ()
     #: scaling to longer contexts. dynamic: none up to max_positions; longer texts are refused
     scaling: Literal["none", "linear", "dynamic", "llama3", "longrope"] = "none"
     #: linear, llama3: factor by which long wavelengths grow; longrope: extended / original context;

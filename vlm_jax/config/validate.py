@@ -28,8 +28,9 @@ def validate(cfg: Experiment) -> Experiment:
     """
     check_values(cfg)
     _paths(flat(cfg))
-    # Images of public models may have a border that is not a whole patch.
-    if not cfg.vision.checkpoint:
+    # Images of public models may have a border that is not a whole patch: a convolution drops it.
+    drops_border = cfg.vision.has_encoder and cfg.vision.patch_embed == "conv"
+    if not cfg.vision.checkpoint and not drops_border:
         _patches(cfg.vision)
     for check in CHECKS:
         check(cfg)
@@ -78,6 +79,7 @@ def check_values(cfg: Experiment | Vision | Contrastive) -> None:
     vision = cfg if isinstance(cfg, Vision) else cfg.vision
     if vision.has_encoder:
         _heads(vision, "vision")
+        _patch_rotary(vision)
     else:
         _patches(vision)
 
@@ -208,7 +210,7 @@ def _paths(values: dict[str, object]):
 
 def _patches(vision):
     size, patch = vision.image_size_px, vision.patch_size_px
-    if size % patch:
+    if size % patch and not vision.is_native:
         fitting = [p for p in range(1, size + 1) if size % p == 0]
         raise ConfigError(
             f"vision.image_size_px {size} is not a multiple of vision.patch_size_px {patch}: "
@@ -224,6 +226,14 @@ def _heads(part: Transformer, name: str):
     if part.heads % part.num_kv_heads:
         raise ConfigError(
             f"{name}.heads {part.heads} is not a multiple of {name}.kv_heads {part.kv_heads}."
+        )
+
+
+def _patch_rotary(vision):
+    if vision.rope.kind != "none" and vision.head_width % 4:
+        raise ConfigError(
+            f"vision.rope.kind {vision.rope.kind} needs a multiple of 4 as the head dimension "
+            f"(vision.head_dim, or vision.width / vision.heads), not {vision.head_width}."
         )
 
 

@@ -70,7 +70,9 @@ def token_flow(cfg: Experiment) -> Tokens:
     if not cfg.fusion.has_images:
         return Tokens(0, 0, 0, 0, 0, 0, cfg.row_length, 0)
     images, patches = cfg.data.images_per_row, math.prod(vision.grid)
-    encoder = patches + int(vision.has_encoder and vision.class_token)
+    if vision.is_native:
+        patches = vision.max_squares * vision.patch_square**2
+    encoder = patches * (images if vision.is_native else 1) + vision.prefix_tokens
     if vision.tile_layouts:
         encoder = tiles * math.ceil(encoder / TOKEN_MULTIPLE) * TOKEN_MULTIPLE
     tiles_in_memory = vision.cut_tiles if cfg.fusion.splits_views else tiles
@@ -171,6 +173,9 @@ def _count_equation(
 ) -> list[bool]:
     """As `_count`, for one equation and all programs in it."""
     programs = list(core.jaxprs_in_params(equation.params))
+    if equation.primitive.name.startswith("scatter"):
+        # Its program combines two numbers, and does not take its inputs.
+        programs = []
     if equation.primitive.name == "scan":
         has_gradient = _loop_gradients(equation, has_gradient, scope)
         return _count(programs[0], has_gradient, flops, scope, times * equation.params["length"])

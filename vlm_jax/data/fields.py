@@ -5,9 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vlm_jax.config import ConfigError, Experiment
-from vlm_jax.data.tiling import view_mask
-from vlm_jax.structs import NO_IMAGE, PADDING, TRUNK
+from vlm_jax.config import ConfigError, Experiment, Projector, Vision
+from vlm_jax.config.tile_maps import Shape, TileMap, make_tile_map
+from vlm_jax.data import native
+from vlm_jax.data.tiling import Tiles, shape_of_tiles, view_mask
+from vlm_jax.structs import NEWLINE, NO_IMAGE, PADDING, TRUNK
 
 Fields = dict[str, np.ndarray]  # of a row
 
@@ -16,28 +18,38 @@ Fields = dict[str, np.ndarray]  # of a row
 FILL = {
     "image_tags": np.int32(NO_IMAGE),
     "positions": np.int32(0),
+    "rope_positions": np.int32(0),
     "segment_ids": np.int32(PADDING),
     "branch_ids": np.int32(TRUNK),
     "block_ids": np.int32(0),
     "source_ids": np.int32(0),
     "image_token_index": np.int32(NO_IMAGE),
+    "image_taps": np.int32(0),
+    "tap_weights": np.float32(0),
     "image_mask": np.bool_(False),
     "loss_weights": np.float32(0),
 }
+TAP_FIELDS = ("image_taps", "tap_weights")
+TAPS = 4  # image tokens that a token of a resized map is interpolated from
 
 
 @functools.lru_cache
-def image_fields(cfg: Experiment, tiles: int = 1, number: int = 0) -> Fields:
-    """Tokens inserted for image `number` of a row, which has `tiles` tiles.
+def image_fields(cfg: Experiment, tiles: Tiles = 1, number: int = 0) -> Fields:
+    """Tokens inserted for image `number` of a row, which has these tiles.
 
     Arrays of shape (N,), int32; cached, do not modify:
 
     - tokens: with `fusion.placeholder` first one <image>. Then, for each view, its tag and its
       grid of <image> tokens row by row; without the grid if the fusion style puts no image into the
-      sequence. With `vision.newline_token` a <newline> ends every row of a grid.
+      sequence. With `vision.newline_token` a <newline> ends every row of a grid. With
+      `vision.tile_grids` there is one <image> for each token of the thumbnail and the map.
     - image_token_index: index of the I * M image tokens that the slot holds, or NO_IMAGE.
     - image_tags: index of the I views that the token is a tag of, or NO_IMAGE.
     """
+    if cfg.vision.tile_grids:
+        return _map_fields(cfg, tiles, number)
+    if cfg.vision.is_native:
+        return _native_fields(cfg, tiles, number)
     rows, columns = cfg.projector.output_grid(cfg.vision)
     _, image, newline, _ = cfg.data.special_ids
     grid = np.full((rows, columns + cfg.vision.newline_token), image)
@@ -61,6 +73,135 @@ def image_fields(cfg: Experiment, tiles: int = 1, number: int = 0) -> Fields:
     return concat_fields(parts)
 
 
+def _native_fields(cfg: Experiment, tiles: Tiles, number: int) -> Fields:
+    """`image_fields` of an image at native resolution, which has the slot `number` of its row."""
+    image = cfg.data.special_ids[1]
+    placeholder = text_fields([image] if cfg.fusion.placeholder else [])
+    if not cfg.fusion.image_in_sequence:
+        return placeholder
+    rows, columns = native.token_grid(shape_of_tiles(tiles, cfg.vision), cfg.vision)
+    index = np.arange(rows * columns, dtype=np.int32) + number * cfg.image_tokens
+    tokens = text_fields([image] * (rows * columns)) | {"image_token_index": index}
+    return concat_fields([placeholder, tokens])
+
+
+def rope_fields(cfg: Experiment, image_token_index: np.ndarray, tiles: Sequence[Tiles]) -> Fields:
+    """Returns `rope_positions` (N, 3) of a text about images, if `rope.sections` need them."""
+    if not (cfg.decoder.rope.sections and cfg.fusion.image_in_sequence):
+        return {}
+    grids = [cfg.projector.output_grid(cfg.vision)] * (len(tiles) * cfg.vision.views)
+    if cfg.vision.is_native:
+        shapes = [shape_of_tiles(image, cfg.vision) for image in tiles]
+        grids = [native.token_grid(shape, cfg.vision) for shape in shapes]
+    # The view of each token, from 1; a token of text has -1 // M + 1 = 0.
+    views = image_token_index // cfg.image_tokens + 1
+    return {"rope_positions": native.rope_positions(views, grids)}
+
+
+def _map_fields(cfg: Experiment, tiles: Tiles, number: int) -> Fields:
+    """`image_fields` of an image whose tiles are put back together."""
+    vision = cfg.vision
+    first_view = number * vision.views
+    tokens = map_tokens(
+        vision,
+        cfg.projector,
+        shape_of_tiles(tiles, vision),
+        first_view,
+        first_view + vision.cut_tiles if vision.thumbnail else None,
+    )
+    ids = [cfg.data.special_ids[1]] * len(tokens["image_token_index"])
+    return text_fields(ids) | tokens
+
+
+def map_tokens(
+    vision: Vision,
+    projector: Projector,
+    image: Shape | None,
+    first_view: int = 0,
+    thumbnail_view: int | None = None,
+) -> Fields:
+    """Returns the N tokens of an image: its thumbnail, then the map of its tiles, row by row.
+
+    `config/tile_maps.py` draws the map.
+
+    Args:
+      image: (height, width) in px; None: the image is its thumbnail alone, which one vector ends.
+      first_view: the view that is its first tile.
+      thumbnail_view: the view that is its thumbnail; None: it has none.
+
+    Returns:
+      image_token_index (N,) and, with `vision.max_map_tiles`, image_taps and tap_weights (N, 4).
+    """
+    size = projector.num_tokens(vision)
+    parts = []
+    if thumbnail_view is not None:
+        parts.append(_uninterpolated(np.arange(size) + thumbnail_view * size))
+    if image is None:
+        parts.append(_uninterpolated(np.array([NEWLINE])))
+    else:
+        tile_map = make_tile_map(vision, projector, image)
+        parts.append(_grid_tokens(tile_map, projector.output_grid(vision), first_view))
+    names = ("image_token_index",)
+    if vision.max_map_tiles is not None:
+        names += TAP_FIELDS
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+
+def _grid_tokens(tile_map: TileMap, view: Shape, first_view: int) -> Fields:
+    """Tokens of a map, each row with its last vector; `view` is the (rows, columns) of a tile."""
+    rows, columns = tile_map.resized
+    size = view[0] * view[1]
+    row_taps, row_weights = _interpolate(tile_map.rows, rows)  # (2, rows)
+    column_taps, column_weights = _interpolate(tile_map.columns, columns)  # (2, columns)
+    tile_row, row = np.divmod(row_taps + tile_map.top, view[0])
+    tile_column, column = np.divmod(column_taps + tile_map.left, view[1])
+    # The index of a token is a number of its row plus a number of its column.
+    of_row = (tile_row * tile_map.grid[1] + first_view) * size + row * view[1]
+    of_column = tile_column * size + column
+    taps = of_row[:, None, :, None] + of_column[None, :, None, :]  # (2, 2, rows, columns)
+    weights = row_weights[:, None, :, None] * column_weights[None, :, None, :]
+    taps = taps.reshape(TAPS, rows, columns)
+    weights = weights.reshape(TAPS, rows, columns)
+    nearest = np.take_along_axis(taps, weights.argmax(0)[None], axis=0)[0]  # (rows, columns)
+
+    tokens = {
+        "image_token_index": nearest,
+        "image_taps": np.moveaxis(taps, 0, -1),
+        "tap_weights": np.moveaxis(weights, 0, -1),
+    }
+    newlines = _uninterpolated(np.full(rows, NEWLINE))
+    fields = {}
+    for name, values in tokens.items():
+        row = np.concatenate([values, newlines[name][:, None]], axis=1)
+        fields[name] = row.reshape(-1, *row.shape[2:]).astype(newlines[name].dtype)
+    return fields
+
+
+def _interpolate(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the two taps of each position of a resized axis, and their weights, (2, new_size).
+
+    The centres of pixels are aligned and nothing is averaged, as in torch's `interpolate`.
+    """
+    scale = np.float32(size / max(new_size, 1))
+    position = (np.arange(new_size, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
+    position = np.maximum(position, 0)
+    low = np.floor(position).astype(np.int32)
+    high = np.minimum(low + 1, size - 1)
+    fraction = position - low
+    return np.stack([low, high]), np.stack([1 - fraction, fraction])
+
+
+def _uninterpolated(index: np.ndarray) -> Fields:
+    taps = np.repeat(np.maximum(index, 0)[:, None], TAPS, axis=1)
+    weights = np.zeros(taps.shape, np.float32)
+    weights[:, 0] = 1
+    return {
+        "image_token_index": index.astype(np.int32),
+        "image_taps": taps.astype(np.int32),
+        "tap_weights": weights,
+    }
+
+
 def text_fields(ids: Sequence[int]) -> Fields:
     """Returns the fields of `image_fields` for tokens of text."""
     tokens = np.array(ids, np.int32)
@@ -69,16 +210,32 @@ def text_fields(ids: Sequence[int]) -> Fields:
 
 
 def concat_fields(parts: Sequence[Fields]) -> Fields:
-    """Concatenates each field of parts that have the same fields."""
+    """Concatenates each field of parts; only images have the fields of `tap_fields`."""
     joined = {}
-    for name in parts[0]:
-        joined[name] = np.concatenate([part[name] for part in parts])
+    for name in dict.fromkeys(name for part in parts for name in part):
+        arrays = [part[name] if name in part else _no_taps(part, name) for part in parts]
+        joined[name] = np.concatenate(arrays)
     return joined
 
 
+def tap_fields(cfg: Experiment, fields: Fields) -> Fields:
+    """Returns the fields of resized maps (`vision.max_map_tiles`), also of a text without images.
+
+    Args:
+      fields: of `concat_fields`.
+    """
+    if cfg.vision.max_map_tiles is None:
+        return {}
+    return {name: fields.get(name, _no_taps(fields, name)) for name in TAP_FIELDS}
+
+
+def _no_taps(fields: Fields, name: str) -> np.ndarray:
+    return np.full((len(fields["tokens"]), TAPS), FILL[name])
+
+
 def offset_ids(ids: np.ndarray, offset: np.ndarray | int) -> np.ndarray:
-    """Adds an offset to indices of image tokens or of views; NO_IMAGE stays."""
-    return np.where(ids == NO_IMAGE, NO_IMAGE, ids + offset).astype(np.int32)
+    """Adds an offset to indices of image tokens or of views; NO_IMAGE and NEWLINE stay."""
+    return np.where(ids < 0, ids, ids + offset).astype(np.int32)
 
 
 def image_blocks(cfg: Experiment, image_token_index: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from vlm_jax.data import images as image_files
 from vlm_jax.data import templates, tiling
 from vlm_jax.data.batching import as_tiled_batch, to_batch
 from vlm_jax.data.conversations import Conversation, Conversations
-from vlm_jax.data.fields import FILL, Fields, without_scores
+from vlm_jax.data.fields import FILL, TAP_FIELDS, Fields, without_scores
 from vlm_jax.data.mixture import Part, mix
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import NO_IMAGE, Batch
@@ -156,13 +156,13 @@ class MixedImages:
 def encode_for_packing(
     cfg: Experiment,
     tokenizer: Tokenizer,
-    count_tiles: Callable[[int], int],
+    predict_tiles: Callable[[int], tiling.Tiles],
     conversation: Conversation,
 ) -> Fields:
     """Returns the fields of a conversation and its images, cut to the length of a row."""
-    tile_counts = [count_tiles(index) for index in conversation.images]
-    fields = templates.encode(cfg, tokenizer, conversation.turns, tile_counts, conversation.system)
-    fields = templates.cut(cfg, fields, tile_counts, cfg.row_length)
+    tiles = [predict_tiles(index) for index in conversation.images]
+    fields = templates.encode(cfg, tokenizer, conversation.turns, tiles, conversation.system)
+    fields = templates.cut(cfg, fields, tiles, cfg.row_length)
     seen = fields["images_seen"].max(initial=0) if cfg.fusion.has_images else 0
     return fields | {
         "images": np.array(conversation.images[:seen], np.int32),
@@ -179,6 +179,10 @@ def row_capacity(cfg: Experiment) -> tuple[dict[str, int], dict[str, int]]:
         padding["images_from"] = 0
     if cfg.fusion.has_blocks:
         padding["block_ids"] = FILL["block_ids"]
+    if cfg.decoder.rope.sections and cfg.fusion.image_in_sequence:
+        padding["rope_positions"] = FILL["rope_positions"]
+    if cfg.vision.max_map_tiles is not None:
+        padding |= {name: FILL[name] for name in TAP_FIELDS}
     if cfg.data.mixture:
         padding["source_ids"] = FILL["source_ids"]
     lengths = dict.fromkeys(padding, cfg.row_length) | {"images": cfg.data.images_per_row}
@@ -194,7 +198,8 @@ def pixel_reader(
     """
     vision = cfg.vision
     # The grid of tiles depends on the image's own size, so a reduced JPEG could change it.
-    keeps_size = is_exact or vision.cut_tiles > 1 or vision.keeps_aspect_in_tiles
+    has_grid = vision.cut_tiles > 1 or vision.keeps_aspect_in_tiles or bool(vision.tile_grids)
+    keeps_size = is_exact or has_grid or vision.is_native
     needed_px = 0 if keeps_size else vision.image_size_px
 
     def read(index: int) -> np.ndarray:
@@ -205,14 +210,15 @@ def pixel_reader(
     return tiling.lru_cached(read, vision)
 
 
-def tile_counter(cfg: Experiment, source: Conversations) -> Callable[[int], int]:
-    """Returns a function: image index -> tile count; it reads the header of an image once."""
-    if cfg.vision.cut_tiles == 1 or not cfg.fusion.has_images:
+def tile_counter(cfg: Experiment, source: Conversations) -> Callable[[int], tiling.Tiles]:
+    """Returns a function: image index -> its tiles; it reads the header of an image once."""
+    has_grid = cfg.vision.cut_tiles > 1 or cfg.vision.tile_grids or cfg.vision.is_native
+    if not has_grid or not cfg.fusion.has_images:
         return lambda index: 1
 
     @functools.cache
-    def count(index: int) -> int:
+    def count(index: int) -> tiling.Tiles:
         name, encoded = source.image(index)
-        return tiling.tile_count(*image_files.upright_size(encoded, name), cfg.vision)
+        return tiling.predict_tiles(*image_files.upright_size(encoded, name), cfg.vision)
 
     return count

@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from vlm_jax.config import ConfigError, Data, Experiment, Vision, naming_source
-from vlm_jax.data import batching, cuts, packing, sources, templates, text, tiling
+from vlm_jax.data import batching, cuts, native, packing, sources, templates, text, tiling
 from vlm_jax.data import images as image_files
 from vlm_jax.data.builders.records import Record
 from vlm_jax.data.conversations import Conversations, Selection
@@ -145,7 +145,7 @@ class ValidationRows:
     def __getitem__(self, number: int) -> Fields:
         source, index, pairs = self._rows[min(number, len(self._rows) - 1)]
         pixels = self._decoded[source][index].image
-        row = text.pack_row(self._cfg, pairs, tiling.count_tiles(pixels, self._cfg.vision))
+        row = text.pack_row(self._cfg, pairs, tiling.describe_tiles(pixels, self._cfg.vision))
         row = self._parts[source].tagged(row)
         row = row if number < len(self._rows) else without_scores(row)
         return row | {"images": pixels}
@@ -212,7 +212,7 @@ def _make_row_builder(
     def build_row(record: Record, rng: np.random.Generator) -> Fields:
         pairs = sample(record, rng)
         pixels = image_files.augment(record.image, cfg.data.augment, rng)
-        row = text.pack_row(cfg, pairs, tiling.count_tiles(pixels, cfg.vision))
+        row = text.pack_row(cfg, pairs, tiling.describe_tiles(pixels, cfg.vision))
         return part.tagged(row) | {"images": pixels}
 
     return build_row
@@ -244,6 +244,12 @@ def _stack(cfg: Experiment, rows: Sequence[Fields]) -> Batch:
         }
         is_own = np.ones_like(batch.image_mask)
         return batching.stack_tiles(cfg, batch, pixels, (len(rows), 1), is_own)
+    if cfg.vision.is_native:
+        pixels = {
+            (row, 0): image_files.normalise(image, cfg.vision) for row, image in enumerate(images)
+        }
+        packed = native.pack_slots(pixels, (len(rows), 1), cfg.vision)
+        return batch.replace(**packed._asdict())
     views = tiling.batch_views(images, cfg.vision)
     return batching.as_tiled_batch(cfg, batch.replace(images=views))
 

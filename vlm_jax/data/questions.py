@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment, naming_source
-from vlm_jax.data import batching, packing, pipeline, sources, templates, text, tiling
+from vlm_jax.config.tile_maps import longest_image
+from vlm_jax.data import batching, native, packing, pipeline, sources, templates, text, tiling
 from vlm_jax.data import images as image_files
 from vlm_jax.data.builders.boxes import Box
 from vlm_jax.data.conversations import Conversation
@@ -202,7 +203,7 @@ def _max_prompt_length(
     """
     lengths, parts = [], _parts_of_prompts(cfg)
     for prompt, image_count, history, system, source in prompts:
-        tiles = [cfg.vision.cut_tiles] * image_count
+        tiles = [_most_tiles(cfg)] * image_count
         row = prompt_row(parts[source], tokenizer, prompt, tiles, history=history, system=system)
         lengths.append(len(row["tokens"]))
     length = max(lengths)
@@ -224,7 +225,7 @@ def prompt_row(
     cfg: Experiment,
     tokenizer: Tokenizer,
     prompt: str,
-    tiles: Sequence[int],
+    tiles: Sequence[tiling.Tiles],
     length: int | None = None,
     answer: str | None = None,
     history: Sequence[str] = (),
@@ -232,7 +233,7 @@ def prompt_row(
 ) -> Fields:
     """Returns the fields of a row to continue, in the form that the training data has.
 
-    `tiles` has the tile count of each image of the prompt and of `history`, the questions and
+    `tiles` has the tiles of each image of the prompt and of `history`, the questions and
     answers before it in a conversation, which begins with the system turn `system`.
     """
     if cfg.data.is_conversations:
@@ -273,7 +274,7 @@ def prompt_batch(
         all have the form of `data`.
       pad_to_multiple_of: without `length`, S is rounded up to a multiple of it.
     """
-    tiles = [_tile_counts(cfg, row) for row in images]  # for each row of images
+    tiles = [_tiles_of_row(cfg, row) for row in images]  # for each row of images
     max_images = max(map(len, tiles))
     if image_rows is not None:
         tiles = [tiles[row] for row in image_rows]  # for each prompt
@@ -308,26 +309,42 @@ def prompt_batch(
         batch = batch.replace(image_rows=np.array(image_rows, np.int32))
     if cfg.vision.keeps_aspect_in_tiles:
         return _stack_tiles(cfg, batch, images, tiles, max_images)
+    if cfg.vision.is_native:
+        pixels = _by_slot(images)
+        packed = native.pack_slots(pixels, (len(images), max_images), cfg.vision)
+        return batch.replace(**packed._asdict())
     pixels = [_zero_pad(tiling.stack_views(row, cfg.vision), 0, views) for row in images]
     return batching.as_tiled_batch(cfg, batch.replace(images=np.stack(pixels)))
 
 
-def _tile_counts(cfg: Experiment, images: Sequence[np.ndarray]) -> list[int]:
-    return [tiling.count_tiles(pixels, cfg.vision) for pixels in images]
+def _tiles_of_row(cfg: Experiment, images: Sequence[np.ndarray]) -> list[tiling.Tiles]:
+    return [tiling.describe_tiles(pixels, cfg.vision) for pixels in images]
+
+
+def _most_tiles(cfg: Experiment) -> tiling.Tiles:
+    """Returns the tiles of an image with the most tokens."""
+    vision = cfg.vision
+    return longest_image(vision, cfg.projector) if vision.tile_grids else vision.cut_tiles
+
+
+def _by_slot(images: Sequence[Sequence[np.ndarray]]) -> dict[tuple[int, int], np.ndarray]:
+    """Returns (row, slot) -> image."""
+    pixels = {}
+    for row, row_images in enumerate(images):
+        for slot, image in enumerate(row_images):
+            pixels[row, slot] = image
+    return pixels
 
 
 def _stack_tiles(
     cfg: Experiment,
     batch: Batch,
     images: Sequence[Sequence[np.ndarray]],
-    tiles: Sequence[Sequence[int]],
+    tiles: Sequence[Sequence[tiling.Tiles]],
     max_images: int,
 ) -> Batch:
     """Adds the images of `prompt_batch` by `batching.stack_tiles`; `tiles` has a row per prompt."""
-    pixels = {}
-    for row, row_images in enumerate(images):
-        for slot, image in enumerate(row_images):
-            pixels[row, slot] = image
+    pixels = _by_slot(images)
     image_counts = np.array([len(counts) for counts in tiles])  # (B,)
     is_own = np.arange(max_images) < image_counts[:, None, None]  # (B, 1, I)
     is_own = np.broadcast_to(is_own, batch.image_mask.shape)  # (B, S, I)

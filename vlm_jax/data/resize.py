@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 from PIL import Image
 
 from vlm_jax.config import Vision
@@ -12,6 +13,12 @@ def resize(image: Image.Image, shape: tuple[int, int], resample: int) -> Image.I
     """Resizes to (height, width), at least one pixel each."""
     height, width = shape
     return image.resize((max(1, width), max(1, height)), resample)
+
+
+def resize_unrounded(image: Image.Image, shape: tuple[int, int], resample: int) -> np.ndarray:
+    """Resizes an RGB image to (height, width); returns (height, width, 3) float32 in 0..255."""
+    bands = [resize(band.convert("F"), shape, resample) for band in image.split()]
+    return np.stack([np.asarray(band) for band in bands], axis=-1)
 
 
 def shortest_edge_shape(height: int, width: int, edge: int) -> tuple[int, int]:

@@ -38,9 +38,11 @@ from vlm_jax.data.fields import (
     image_fields,
     pad_left,
     restrict_tags,
+    rope_fields,
+    tap_fields,
 )
 from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
-from vlm_jax.data.tiling import view_mask
+from vlm_jax.data.tiling import Tiles, view_mask
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import NO_IMAGE
 
@@ -70,12 +72,12 @@ def encode(
     cfg: Experiment,
     tokenizer: Tokenizer,
     turns: Sequence[str],
-    tiles: Sequence[int],
+    tiles: Sequence[Tiles],
     system: str | None = None,
 ) -> Fields:
     """Encodes turns; the last may be a question that is to be answered.
 
-    `tiles` has the tile count of the image of each placeholder, `system` the text of the system
+    `tiles` has the tiles of the image of each placeholder, `system` the text of the system
     turn.
 
     Returns:
@@ -108,6 +110,7 @@ def encode(
         "targets": np.append(fields["tokens"][1:], np.int32(cfg.data.special_ids[0])),
         "loss_weights": np.append(is_scored[1:], False).astype(np.float32),
     }
+    fields |= tap_fields(cfg, fields) | rope_fields(cfg, fields["image_token_index"], tiles)
     if cfg.fusion.placeholder:
         fields["images_from"] = _first_image_read(parts)[fields["images_seen"]]
     if cfg.fusion.is_prefix_lm:
@@ -131,7 +134,7 @@ def _first_image_read(parts: Sequence[Part]) -> np.ndarray:
     return np.array([0, *starts], np.int32)
 
 
-def cut(cfg: Experiment, fields: Fields, tiles: Sequence[int], length: int) -> Fields:
+def cut(cfg: Experiment, fields: Fields, tiles: Sequence[Tiles], length: int) -> Fields:
     """Cuts the fields of `encode` to at most `length` tokens, and never within an image."""
     seen = fields["images_seen"]
     if len(seen) <= length:
@@ -194,7 +197,7 @@ def prompt_row(
     cfg: Experiment,
     tokenizer: Tokenizer,
     prompt: str,
-    tiles: Sequence[int],
+    tiles: Sequence[Tiles],
     length: int | None = None,
     answer: str | None = None,
     history: Sequence[str] = (),
@@ -208,7 +211,7 @@ def prompt_row(
       cfg: the experiment.
       tokenizer: its tokenizer.
       prompt: a question.
-      tiles: tile count of each image.
+      tiles: the tiles of each image.
       length: of the row, by default without padding.
       answer: follows the prompt. The row then has `targets` and `loss_weights` that score it, and
         the answers of `history`.

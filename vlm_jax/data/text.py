@@ -34,9 +34,11 @@ from vlm_jax.data.fields import (
     pad_left,
     pad_row,
     restrict_tags,
+    rope_fields,
+    tap_fields,
     text_fields,
 )
-from vlm_jax.data.tiling import view_mask
+from vlm_jax.data.tiling import Tiles, view_mask
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import TRUNK
 
@@ -102,8 +104,8 @@ def fill_rows(cfg: Experiment, pairs: Sequence[Pair]) -> list[list[Pair]]:
     return rows
 
 
-def pack_row(cfg: Experiment, pairs: Sequence[Pair], tiles: int = 1) -> Fields:
-    """Packs the pairs of `drop_overflow` behind one image of `tiles` tiles.
+def pack_row(cfg: Experiment, pairs: Sequence[Pair], tiles: Tiles = 1) -> Fields:
+    """Packs the pairs of `drop_overflow` behind one image of these tiles.
 
     Returns:
       The fields of a training row of length S = cfg.row_length; image_mask is (S, J).
@@ -129,7 +131,7 @@ def pack_row(cfg: Experiment, pairs: Sequence[Pair], tiles: int = 1) -> Fields:
 def prompt_row(
     cfg: Experiment,
     prompt: Sequence[int],
-    tiles: Sequence[int] = (1,),
+    tiles: Sequence[Tiles] = (1,),
     length: int | None = None,
     answer: Sequence[int] = (),
 ) -> Fields:
@@ -142,7 +144,7 @@ def prompt_row(
     Args:
       cfg: the experiment.
       prompt: its tokens.
-      tiles: tile count of each image.
+      tiles: the tiles of each image.
       length: of the row, by default without padding.
       answer: tokens after the prompt. The row then has `targets` and `loss_weights` for them.
 
@@ -164,7 +166,7 @@ def prompt_row(
     return pad_left(cfg, row, length)
 
 
-def _segment(cfg: Experiment, tiles: Sequence[int], branches: Sequence[Sequence[int]]) -> Fields:
+def _segment(cfg: Experiment, tiles: Sequence[Tiles], branches: Sequence[Sequence[int]]) -> Fields:
     """Returns the fields of images as a trunk, followed by its branches, without padding."""
     images = [image_fields(cfg, count, number) for number, count in enumerate(tiles)]
     begin = text_fields(begin_ids(cfg))
@@ -188,6 +190,13 @@ def _segment(cfg: Experiment, tiles: Sequence[int], branches: Sequence[Sequence[
         "image_token_index": fields["image_token_index"],
         "image_mask": restrict_tags(image_mask, fields["image_tags"]),
     }
+    segment |= tap_fields(cfg, fields)
+    for name, values in rope_fields(cfg, fields["image_token_index"], tiles).items():
+        # As the positions: every branch continues from the number where the trunk ends.
+        end = values[:trunk_length].max(initial=-1) + 1
+        steps = segment["positions"][trunk_length:, None] - trunk_length
+        segment[name] = np.concatenate([values[:trunk_length], end + steps + np.zeros(3, np.int32)])
+        segment[name] = segment[name].astype(np.int32)
     if cfg.fusion.has_image_blocks:
         segment["block_ids"] = image_blocks(cfg, fields["image_token_index"])
     return segment

@@ -8,6 +8,9 @@
 
 The grid is chosen as in InternVL 1.5 (Chen et al. 2024, section 3.3) and NVLM. An image of one tile
 has no thumbnail. Missing views are grey; they have no tokens, and no token reads them.
+
+With `vision.tile_grids` the grid is chosen as in LLaVA-NeXT, every image has a thumbnail, and an
+image that keeps its aspect ratio (`vision.resize` pad) is padded when it is cut.
 """
 
 import functools
@@ -20,11 +23,18 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.config import CHANNELS, Vision
+from vlm_jax.config.tile_maps import Shape, choose_grid, fitted_shape
+from vlm_jax.data import native
 from vlm_jax.data.images import fit, normalise
 from vlm_jax.data.resize import resize, to_square
 
 # Decoded images kept in memory. Reading and decoding a small one takes 0.3 ms of a core.
 CACHE_BYTES = 512 << 20
+
+# The number of tiles of an image; with `vision.tile_grids` and at native resolution the (height,
+# width) in px of the image from `resize_to_grid`, on which its tokens depend. A number is then an
+# image of so many tiles in a row, or the image with the most tokens.
+Tiles = int | Shape
 
 
 def layouts(max_tiles: int) -> list[tuple[int, int]]:
@@ -36,8 +46,10 @@ def layouts(max_tiles: int) -> list[tuple[int, int]]:
 def best_layout(width: int, height: int, vision: Vision) -> tuple[int, int]:
     """Returns the (rows, columns) of tiles for an image of `width` x `height` px.
 
-    It has at most `vision.tiles` tiles (see `nearest_layout`).
+    It has at most `vision.tiles` tiles (see `nearest_layout`), or is one of `vision.tile_grids`.
     """
+    if vision.tile_grids:
+        return choose_grid((height, width), vision.tile_grids, vision.image_size_px)
     return nearest_layout(width, height, 1, vision.cut_tiles, vision.image_size_px)
 
 
@@ -120,14 +132,28 @@ def fit_on_canvas(image: Image.Image, vision: Vision) -> np.ndarray:
     return np.pad(pixels, ((0, below), (0, right), (0, 0)))
 
 
+def shape_in_map(image: Shape, vision: Vision) -> Shape:
+    """Returns the (height, width) in px of an image after its resize for `vision.tile_grids`."""
+    rows, columns = choose_grid(image, vision.tile_grids, vision.image_size_px)
+    canvas = rows * vision.image_size_px, columns * vision.image_size_px
+    return fitted_shape(image, canvas) if vision.resize == "pad" else canvas
+
+
 def resize_to_grid(image: Image.Image, vision: Vision) -> np.ndarray:
     """Resizes an RGB image to its grid of tiles.
 
     Returns:
-      (rows * image_size_px, columns * image_size_px, 3) uint8.
+      (rows * image_size_px, columns * image_size_px, 3) uint8; with `vision.tile_grids` and
+      `vision.resize` pad less, without the padding.
     """
+    if vision.is_native:
+        shape = native.resized_shape(image.height, image.width, vision)
+        return np.asarray(resize(image, shape, Image.Resampling[vision.resample.upper()]))
     if vision.keeps_aspect_in_tiles:
         return fit_on_canvas(image, vision)
+    if vision.tile_grids:
+        shape = shape_in_map((image.height, image.width), vision)
+        return np.asarray(resize(image, shape, Image.Resampling[vision.resample.upper()]))
     if vision.cut_tiles > 1:
         return fit(image, vision.image_size_px, best_layout(*image.size, vision), vision.resample)
     return np.asarray(to_square(image, vision))
@@ -140,6 +166,8 @@ def lru_cached(read: Callable[[int], Any], vision: Vision, caches: int = 1) -> C
       caches: number of caches that share CACHE_BYTES.
     """
     max_image_bytes = CHANNELS * vision.cut_tiles * vision.image_size_px**2
+    if vision.is_native:
+        max_image_bytes = vision.max_squares * CHANNELS * vision.square_px**2
     return functools.lru_cache(CACHE_BYTES // max_image_bytes // caches)(read)
 
 
@@ -151,12 +179,38 @@ def to_pixels(image: Image.Image, vision: Vision) -> np.ndarray:
 def grid_shape(pixels: np.ndarray, vision: Vision) -> tuple[int, int]:
     """Returns the rows and columns of tiles of an image from `resize_to_grid`."""
     height, width = pixels.shape[:2]
+    if vision.tile_grids:
+        # The resized image gets the grid that it was resized for.
+        return choose_grid((height, width), vision.tile_grids, vision.image_size_px)
     return height // vision.image_size_px, width // vision.image_size_px
 
 
 def count_tiles(pixels: np.ndarray, vision: Vision) -> int:
     """Returns the number of tiles of an image from `resize_to_grid`."""
     return math.prod(grid_shape(pixels, vision))
+
+
+def describe_tiles(pixels: np.ndarray, vision: Vision) -> Tiles:
+    """Returns the tiles of an image from `resize_to_grid`."""
+    has_shape = vision.tile_grids or vision.is_native
+    return pixels.shape[:2] if has_shape else count_tiles(pixels, vision)
+
+
+def predict_tiles(width: int, height: int, vision: Vision) -> Tiles:
+    """Returns the tiles of an image of `width` x `height` px before it is resized."""
+    if vision.is_native:
+        return native.resized_shape(height, width, vision)
+    if vision.tile_grids:
+        return shape_in_map((height, width), vision)
+    return tile_count(width, height, vision)
+
+
+def shape_of_tiles(tiles: Tiles, vision: Vision) -> Shape:
+    """Returns the (height, width) in px that `tiles` stands for, if they are more than a number."""
+    if vision.is_native:
+        return native.longest_image(vision) if isinstance(tiles, int) else tiles
+    side = vision.image_size_px
+    return (side, side * tiles) if isinstance(tiles, int) else tiles
 
 
 def cut_tiles(pixels: np.ndarray, vision: Vision) -> np.ndarray:
@@ -168,18 +222,43 @@ def cut_tiles(pixels: np.ndarray, vision: Vision) -> np.ndarray:
 def split_into_views(pixels: np.ndarray, vision: Vision) -> np.ndarray:
     """Splits an image from `resize_to_grid` into its tiles and, if it has one, its thumbnail.
 
-    A pixel of the thumbnail is the mean of rows x columns pixels.
+    A pixel of the thumbnail is the mean of rows x columns pixels; with `vision.tile_grids` it is
+    interpolated.
 
     Args:
       pixels: (height, width, 3) float32.
       vision: the size of a tile.
     """
+    if vision.tile_grids:
+        tiles = cut_tiles(pad_to_grid(pixels, vision), vision)
+        return np.concatenate([tiles, squash(pixels, vision)[None]]) if vision.thumbnail else tiles
     tiles = cut_tiles(pixels, vision)
     if len(tiles) == 1 or not vision.thumbnail:
         return tiles
     rows, columns = grid_shape(pixels, vision)
     whole = einops.reduce(pixels, "(h r) (w c) d -> 1 h w d", "mean", r=rows, c=columns)
     return np.concatenate([tiles, whole])
+
+
+def pad_to_grid(pixels: np.ndarray, vision: Vision) -> np.ndarray:
+    """Centres a normalised image on the black canvas of its tiles (LLaVA-NeXT)."""
+    height, width = pixels.shape[:2]
+    rows, columns = grid_shape(pixels, vision)
+    shape = rows * vision.image_size_px, columns * vision.image_size_px, CHANNELS
+    canvas = normalise(np.zeros(shape, np.uint8), vision)
+    top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
+    canvas[top : top + height, left : left + width] = pixels
+    return canvas
+
+
+def squash(pixels: np.ndarray, vision: Vision) -> np.ndarray:
+    """Resizes (height, width, 3) float32 to one square, whatever the aspect ratio."""
+    side, resample = vision.image_size_px, Image.Resampling[vision.resample.upper()]
+    channels = [
+        Image.fromarray(channel).resize((side, side), resample)
+        for channel in np.moveaxis(pixels, -1, 0)
+    ]
+    return np.stack(channels, axis=-1)
 
 
 def stack_views(images: Sequence[np.ndarray], vision: Vision) -> np.ndarray:
@@ -189,7 +268,7 @@ def stack_views(images: Sequence[np.ndarray], vision: Vision) -> np.ndarray:
       (I, image_size_px, image_size_px, 3) float32, I = images * J.
     """
     side = vision.image_size_px
-    is_view = view_mask([count_tiles(pixels, vision) for pixels in images], vision)
+    is_view = view_mask([describe_tiles(pixels, vision) for pixels in images], vision)
     views = np.zeros((len(is_view), side, side, 3), np.float32)
     if len(images):
         views[is_view] = np.concatenate([split_into_views(pixels, vision) for pixels in images])
@@ -202,21 +281,33 @@ def batch_views(images: Sequence[np.ndarray], vision: Vision) -> np.ndarray:
     Returns:
       (B, J, image_size_px, image_size_px, 3) float32.
     """
-    if vision.views == 1:
+    if vision.views == 1 and not vision.tile_grids:
         # Images of one size are normalised at once: NumPy lets other threads run meanwhile.
         return normalise(np.stack(images), vision)[:, None]
     return np.stack([stack_views([normalise(pixels, vision)], vision) for pixels in images])
 
 
-def view_mask(tiles: Sequence[int], vision: Vision) -> np.ndarray:
+def view_mask(tiles: Sequence[Tiles], vision: Vision) -> np.ndarray:
     """Returns (I,) bool, I = images * J: False for missing views.
 
-    `tiles` has the tile count of each image; 0 is a missing image.
+    `tiles` has the tiles of each image; 0 is a missing image.
     """
+    if vision.is_native:
+        tiles = [int(tiles_of_image != 0) for tiles_of_image in tiles]
+    if vision.tile_grids:
+        tiles = [_count_in_map(tiles_of_image, vision) for tiles_of_image in tiles]
     tile_counts = np.array(tiles, np.int32)[:, None]  # (images, 1)
     views = np.arange(vision.views)  # (J,)
     is_thumbnail = views >= vision.cut_tiles
-    return np.where(is_thumbnail, tile_counts > 1, views < tile_counts).reshape(-1)
+    has_thumbnail = tile_counts >= vision.least_tiles
+    return np.where(is_thumbnail, has_thumbnail, views < tile_counts).reshape(-1)
+
+
+def _count_in_map(tiles: Tiles, vision: Vision) -> int:
+    if not tiles:
+        return 0
+    shape = shape_of_tiles(tiles, vision)
+    return math.prod(choose_grid(shape, vision.tile_grids, vision.image_size_px))
 
 
 def tag_names(vision: Vision) -> list[str]:

@@ -58,7 +58,7 @@ EXPERIMENT_FIELDS = {
 # The experiment's as well if the checkpoint is an encoder alone.
 ENCODER_USE_FIELDS = ("feature_layers", "keep_class_token", "newline_token")
 # The experiment's as well unless the checkpoint encodes tiles together.
-TILING_FIELDS = ("tiles", "thumbnail", "tile_tags")
+TILING_FIELDS = ("tiles", "thumbnail", "tile_tags", "tile_grids", "max_map_tiles")
 # Interpolated if `vision.image_size_px` is not the checkpoint's.
 POSITIONS = "vision/patch_embed/positions"
 
@@ -378,10 +378,12 @@ def with_positions(
     side = round(len(table) ** 0.5)
     boxed = traverse_util.flatten_dict(abstract_params(cfg), sep="/")[POSITIONS]
     shardings = sharding.parameter_shardings({POSITIONS: boxed}, mesh)
-    resample = jax.jit(
-        lambda x: resample_positions(x, (side, side), (rows, columns)).astype(x.dtype),
-        out_shardings=shardings[POSITIONS],
-    )
+
+    def resample(x):
+        kind = cfg.vision.resample_positions
+        return resample_positions(x, (side, side), (rows, columns), kind).astype(x.dtype)
+
+    resample = jax.jit(resample, out_shardings=shardings[POSITIONS])
     return params | {POSITIONS: resample(table)}
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,13 @@ from vlm_jax.hub.images.steps import (
     pixel_scale,
     to_rows,
 )
-from vlm_jax.hub.inputs import mask_images_of_other_rows, to_batch, with_targets
+from vlm_jax.hub.inputs import (
+    count_map_tokens,
+    map_sizes,
+    mask_images_of_other_rows,
+    to_batch,
+    with_targets,
+)
 from vlm_jax.hub.load import Checkpoint
 from vlm_jax.hub.text.chat_template import ChatTemplate
 from vlm_jax.hub.text.dialogue import Dialogue, decoder_start_ids
@@ -110,7 +116,8 @@ class HubProcessor:
             add_special_tokens = self.template is None or cfg.fusion.has_images
 
         processed = self.pixels(images)
-        layouts = _image_layouts(processed, [len(row) for row in images])
+        image_arrays = _image_arrays(processed)
+        layouts = _image_layouts(cfg, processed, image_arrays, [len(row) for row in images])
         encoded = self._encode_prompts(texts, layouts, add_special_tokens)
         if answer_ids is not None:
             encoded = [
@@ -120,7 +127,7 @@ class HubProcessor:
         arrays = stack_prompts(encoded, self.tokenizer.pad_id or 0, pad_to_multiple_of)
         if cfg.fusion.is_encoder_decoder:
             arrays = {f"decoder_{name}": x for name, x in arrays.items()}
-        arrays |= _image_arrays(processed)
+        arrays |= image_arrays
         batch = to_batch(cfg, arrays, self.checkpoint.image_token, generating=True)
         if batch.tile_layouts is not None:
             batch = mask_images_of_other_rows(batch)
@@ -261,15 +268,25 @@ class HubProcessor:
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", "open_clip_config.json")
 
 
-def _image_layouts(processed: ProcessedImages | None, counts: Sequence[int]) -> list[list]:
+def _image_layouts(
+    cfg: Experiment,
+    processed: ProcessedImages | None,
+    arrays: Mapping[str, np.ndarray],
+    counts: Sequence[int],
+) -> list[list]:
     """Size of every image of every row as its prompt needs it: tile count, grid of patches or of
-    tiles, or (height, width) in pixels."""
+    tiles, (height, width) in pixels, or number of tokens.
+
+    `arrays` are of `_image_arrays`, `counts` the number of images of each row.
+    """
     if processed is None:
         return [[] for _ in counts]
     if processed.num_tiles is not None:
         return processed.num_tiles
     if processed.grids is not None:
         layouts = iter([tuple(map(int, grid)) for grid in processed.grids])
+    elif processed.image_sizes is not None:
+        layouts = iter([count_map_tokens(cfg, size) for size in map_sizes(arrays)])
     elif processed.tile_grids is not None:
         layouts = iter(processed.tile_grids)
     else:
@@ -282,8 +299,15 @@ def _image_arrays(processed: ProcessedImages | None) -> dict[str, np.ndarray]:
     if processed is None:
         return {}
     if processed.grids is not None:
-        return {"pixel_values": processed.pixel_values}
+        frames = np.ones((len(processed.grids), 1), np.int32)
+        grids = np.concatenate([frames, processed.grids], axis=1)
+        return {"pixel_values": processed.pixel_values, "image_grid_thw": grids}
     arrays = {"pixel_values": np.moveaxis(processed.pixel_values, -1, -3)}
+    if processed.image_sizes is not None:
+        arrays["image_sizes"] = np.array(processed.image_sizes)
+        if processed.batch_num_images is not None:
+            arrays["batch_num_images"] = np.array(processed.batch_num_images)
+        return arrays
     if processed.num_tiles is None:
         return arrays
     return arrays | {

@@ -16,8 +16,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.config import Model, NonFiniteError
 from vlm_jax.nn import longrope
+from vlm_jax.nn.positions import continued_rope_positions
 from vlm_jax.nn.vlm import VLM, empty_cache
-from vlm_jax.structs import NO_IMAGE, Batch, Cache
+from vlm_jax.structs import NO_IMAGE, Batch, Cache, map_tokens, without_images
 
 
 @runtime_checkable
@@ -142,9 +143,13 @@ def decode_logits(
     cfg: Model, blocks, params, last: Batch, state: DecodeState
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Reads the last token of every row; takes the arguments of `decode_step`."""
+    rope_positions = last.rope_positions
+    if rope_positions is not None:
+        rope_positions = continued_rope_positions(rope_positions, state.count)
     batch = last.replace(
         tokens=state.token[:, None],
         positions=last.positions + state.count,
+        rope_positions=rope_positions,
         image_token_index=jnp.full_like(last.image_token_index, NO_IMAGE),
         block_ids=None if last.block_ids is None else jnp.zeros_like(last.block_ids),
     )
@@ -235,8 +240,7 @@ def is_end(token: Int[Array, "B"], sampling: Sampling) -> Bool[Array, "B"]:
 
 def last_tokens(prompt: Batch) -> Batch:
     """Selects the last slot of every row, without the images, which are in the cache by then."""
-    without_images = prompt.replace(images=None, image_rows=None, tile_layouts=None, tile_mask=None)
-    return jax.tree.map(lambda x: x[:, -1:], without_images)
+    return map_tokens(lambda x: x[:, -1:], without_images(prompt))
 
 
 def generate(

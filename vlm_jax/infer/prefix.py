@@ -3,20 +3,31 @@
 import numpy as np
 
 from vlm_jax.config import Model
-from vlm_jax.infer.rows import IMAGE_FIELDS
-from vlm_jax.structs import Batch
+from vlm_jax.structs import IMAGE_FIELDS, Batch
 
 TOKEN_FIELDS = ("tokens", "positions", "segment_ids", "branch_ids", "image_token_index")
 
 
 def count_images(old: Batch, new: Batch) -> int:
-    """Returns the number of leading images (I) that two batches have in common."""
+    """Returns the number of leading images (I) that two batches have in common.
+
+    At native resolution it is the number of their patches.
+    """
     if old.images is None or new.images is None or old.images.shape[2:] != new.images.shape[2:]:
         return 0
     count = min(old.images.shape[1], new.images.shape[1])
+    names = (*IMAGE_FIELDS, "patch_images")
     for number in range(count):
-        if not all(_has_same(old, new, name, number) for name in IMAGE_FIELDS):
-            return number
+        if not all(_has_same(old, new, name, number) for name in names):
+            count = number
+            break
+    if new.patch_images is None:
+        return count
+    # An image that continues after the common patches is not in common.
+    for batch in (old, new):
+        ids = np.asarray(batch.patch_images)[0]
+        if count < len(ids):
+            count = int(np.argmax(np.append(ids[:count] == ids[count], True)))
     return count
 
 
@@ -47,8 +58,11 @@ def count_tokens(cfg: Model, old: Batch, new: Batch, images: int, image_tokens: 
         old_mask, new_mask = mask(cfg, old, width), mask(cfg, new, width)
         is_same &= (old_mask[:length] == new_mask[:length]).all(-1)
     if new.images is not None:
-        views = new.image_mask.shape[-1] // new.images.shape[1]
-        is_same &= ~_attended_images(cfg, new, width)[:length, images * views :].any(-1)
+        if new.patch_images is None:
+            masks = images * (new.image_mask.shape[-1] // new.images.shape[1])
+        else:
+            masks = int(np.max(new.patch_images[0, :images], initial=0))
+        is_same &= ~_attended_images(cfg, new, width)[:length, masks:].any(-1)
     count = int(np.argmin(np.append(is_same, False)))
     for batch in (old, new):
         count = _before_open_block(batch, count)

@@ -25,7 +25,7 @@ from vlm_jax.infer.generate import NonFiniteLogits, check_finite
 from vlm_jax.infer.processor import Processor
 from vlm_jax.nn import longrope
 from vlm_jax.runtime.workdir import write_atomic
-from vlm_jax.structs import NO_IMAGE, Batch
+from vlm_jax.structs import IMAGE_FIELDS, NO_IMAGE, Batch, map_tokens, without_images
 
 LEAST_CHUNK = 16  # tokens that are read together, rounded up to a power of two
 LEAST_SLOTS = 256  # of a cache, which grows to powers of two
@@ -44,7 +44,7 @@ class _Cached:
     @property
     def tokens(self) -> Batch:
         """All tokens, without images."""
-        return rows.append(rows.text_only(self.prompt), self.generated)
+        return rows.append(without_images(self.prompt), self.generated)
 
 
 @dataclass
@@ -188,8 +188,8 @@ class Session:
         else:
             slots = max(slots, cached.slots)
             layers = rows.grow(cached.layers, slots)
-        text = rows.text_only(prompt)
-        tokens = jax.tree.map(lambda x: x[:, start:], text)
+        text = without_images(prompt)
+        tokens = map_tokens(lambda x: x[:, start:], text)
         reads_images = (np.asarray(tokens.image_token_index) != NO_IMAGE).any()
         # Keys and values of the images are in the cache of cross-attention, unless one is new.
         if start and not reads_images and image_tokens is cached.image_tokens:
@@ -235,7 +235,7 @@ class Session:
         if cached is None or longrope.may_recompute(cfg.decoder.rope):
             return 0
         images = prefix.count_images(cached.prompt, prompt)
-        limit = images * _tokens_per_image(cached) if images else 0
+        limit = _count_image_tokens(cached, images) if images else 0
         return prefix.count_tokens(cfg, cached.tokens, prompt, images, limit)
 
     def _image_tokens(self, cached: _Cached | None, prompt: Batch) -> jax.Array | None:
@@ -249,17 +249,21 @@ class Session:
             return cached.image_tokens
         parts = []
         if shared:
-            parts.append(cached.image_tokens[:, : shared * _tokens_per_image(cached)])
+            parts.append(cached.image_tokens[:, : _count_image_tokens(cached, shared)])
         if shared < count:
-            new = {name: getattr(prompt, name) for name in rows.IMAGE_FIELDS}
+            names = (*IMAGE_FIELDS, "patch_images")
+            new = {name: getattr(prompt, name) for name in names}
             new = jax.tree.map(lambda x: x[:, shared:], new)
             self.encoded_images = count - shared
+            if prompt.patch_images is not None:
+                self.encoded_images = len(np.unique(new["patch_images"][new["patch_images"] > 0]))
             parts.append(rows.encode_images(self.model.cfg, self.params, prompt.replace(**new)))
         return jnp.concatenate(parts, axis=1)
 
 
-def _tokens_per_image(cached: _Cached) -> int:
-    return cached.image_tokens.shape[1] // cached.prompt.images.shape[1]
+def _count_image_tokens(cached: _Cached, images: int) -> int:
+    """Returns the number of tokens of the first images (at native resolution patches)."""
+    return images * cached.image_tokens.shape[1] // cached.prompt.images.shape[1]
 
 
 def with_placeholders(question: str, count: int) -> str:

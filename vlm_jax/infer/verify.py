@@ -21,7 +21,7 @@ import numpy as np
 
 from vlm_jax.config import ConfigError, Contrastive, Experiment, UserError, Vision
 from vlm_jax.hub.families.registry import possible_intermediate_layers
-from vlm_jax.hub.inputs import argument_names, channels_last, image_batch, to_batch
+from vlm_jax.hub.inputs import argument_names, encoder_inputs, image_batch, to_batch
 from vlm_jax.hub.load import Checkpoint, load_checkpoint
 from vlm_jax.infer.generate import NonFiniteLogits, SamplingParams, generate
 from vlm_jax.nn.models import build_model
@@ -210,10 +210,9 @@ def compare_output(model: Model, case: Case, name: str, tolerance: float) -> Com
 def supported_arguments(cfg) -> tuple[str, ...]:
     """Names of the arguments that a model takes."""
     if isinstance(cfg, Experiment):
-        return argument_names(cfg.fusion)
-    if isinstance(cfg, Vision):
-        return ("pixel_values",)
-    return ("input_ids", "attention_mask", "pixel_values")
+        return argument_names(cfg)
+    images = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+    return images if isinstance(cfg, Vision) else ("input_ids", "attention_mask", *images)
 
 
 def measure_difference(model: Model, case: Case, name: str, actual: np.ndarray) -> float:
@@ -238,8 +237,10 @@ def measure_difference(model: Model, case: Case, name: str, actual: np.ndarray) 
 
 
 def find_valid(case: Case, name: str, expected: np.ndarray) -> np.ndarray | None:
-    """Mask of the positions to compare: `valid` of the case, or the attention mask for logits."""
+    """Mask of the positions to compare: `valid` of the case, or the mask of tokens or patches."""
     masks = [case.valid]
+    if name == "last_hidden_state":
+        masks.append(case.inputs.get("pixel_attention_mask"))
     if name == "logits":
         masks += [case.inputs.get(key) for key in ("decoder_attention_mask", "attention_mask")]
     for mask in masks:
@@ -261,8 +262,11 @@ def _logits(model: Model, case: Case) -> np.ndarray:
 
 
 def _image_features(model: Model, case: Case) -> np.ndarray:
-    checkpoint = model.checkpoint
-    return model.apply(image_batch(checkpoint.cfg, case.inputs), method=VLM.image_tokens)
+    cfg = model.checkpoint.cfg
+    batch = image_batch(cfg, case.inputs)
+    if cfg.vision.tile_grids:
+        return model.apply(batch, method=VLM.decoder_inputs).x
+    return model.apply(batch, method=VLM.image_tokens)
 
 
 def _new_ids(model: Model, case: Case) -> np.ndarray:
@@ -279,13 +283,15 @@ def _new_ids(model: Model, case: Case) -> np.ndarray:
 
 def _encoder_output(field: str) -> Callable:
     def output(model: Model, case: Case):
-        return getattr(model.apply(*_images(case), method="encode"), field)
+        images, *packed = _images(case)
+        tiles = None, None  # layouts and mask of tiles
+        return getattr(model.apply(images, *tiles, *packed, method="encode"), field)
 
     return output
 
 
 def _images(case: Case) -> tuple:
-    return (channels_last(case.inputs["pixel_values"]),)
+    return encoder_inputs(case.inputs)
 
 
 def _texts(case: Case) -> tuple:
@@ -298,7 +304,8 @@ def _embedding(inputs: Callable, method: str) -> Callable:
 
 
 def _logits_per_image(model: Model, case: Case):
-    return model.apply(*_images(case), *_texts(case)).logits_per_image
+    images, *packed = _images(case)
+    return model.apply(images, *_texts(case), *packed).logits_per_image
 
 
 OUTPUTS = {

@@ -211,7 +211,7 @@ class Attention(nn.Module):
         heads = cfg.heads if heads_letter == "N" else cfg.num_kv_heads
         letters = f"D {heads_letter} H"
         shape = (x.shape[-1], heads, cfg.head_width)
-        x = Dense(letters, shape, bias=cfg.qkv_bias, name=name)(x)
+        x = Dense(letters, shape, bias=cfg.has_bias(name), name=name)(x)
         if self.qk_norm != "none" and name != "value":
             normed = {"head": "H", "all_heads": f"{heads_letter} H"}[self.qk_norm]
             x = Norm(cfg.norm, cfg.norm_eps, letters=normed, name=f"{name}_norm")(x)

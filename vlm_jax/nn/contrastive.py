@@ -22,7 +22,9 @@ INITIAL_BIAS = -10.0  # Zhai et al. 2023 (SigLIP), section 3.2
 class Contrastive(nn.Module):
     """B images and R texts -> unit-length embeddings of width W, and logits of all B x R pairs.
 
-    Images may have any size. `attention_mask` is False for padding tokens.
+    Images may have any size. `attention_mask` is False for padding tokens. Images may also be
+    patches (B, P, C) of unequal numbers, padded: `patch_images` is 1 for a patch and 0 for padding,
+    `patch_places` has row and column of each (SigLIP 2 NaFlex).
     """
 
     cfg: ContrastiveConfig
@@ -45,20 +47,27 @@ class Contrastive(nn.Module):
 
     def __call__(
         self,
-        images: Float[Array, "B height width channels"],
+        images: Float[Array, "B *dims"],
         tokens: Int[Array, "R S"],
         attention_mask: Bool[Array, "R S"] | None = None,
+        patch_images: Int[Array, "B P"] | None = None,
+        patch_places: Int[Array, "B P 2"] | None = None,
     ) -> ContrastiveOutput:
-        image_embeds = self.image_embeds(images)
+        image_embeds = self.image_embeds(images, patch_images, patch_places)
         text_embeds = self.text_embeds(tokens, attention_mask)
         logits = image_embeds @ text_embeds.T * jnp.exp(self.logit_scale)
         if self.cfg.logit_bias:
             logits = logits + self.logit_bias
         return ContrastiveOutput(image_embeds, text_embeds, logits)
 
-    def image_embeds(self, images: Float[Array, "B height width channels"]) -> Float[Array, "B W"]:
+    def image_embeds(
+        self,
+        images: Float[Array, "B *dims"],
+        patch_images: Int[Array, "B P"] | None = None,
+        patch_places: Int[Array, "B P 2"] | None = None,
+    ) -> Float[Array, "B W"]:
         """Image features, normalised to length 1."""
-        return _normalize(self.image_features(images))
+        return _normalize(self.image_features(images, patch_images, patch_places))
 
     def text_embeds(
         self, tokens: Int[Array, "R S"], attention_mask: Bool[Array, "R S"] | None = None
@@ -67,10 +76,15 @@ class Contrastive(nn.Module):
         return _normalize(self.text_features(tokens, attention_mask))
 
     def image_features(
-        self, images: Float[Array, "B height width channels"]
+        self,
+        images: Float[Array, "B *dims"],
+        patch_images: Int[Array, "B P"] | None = None,
+        patch_places: Int[Array, "B P 2"] | None = None,
     ) -> Float[Array, "B W"]:
         """Projected pooled output of the image tower, not normalised."""
-        pooled = self.vision.encode(images).pooled
+        pooled = self.vision.encode(
+            images, patch_images=patch_images, patch_places=patch_places
+        ).pooled
         return self.image_projection(pooled) if self.cfg.image_projection else pooled
 
     def text_features(

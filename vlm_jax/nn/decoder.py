@@ -104,7 +104,7 @@ class Decoder(nn.Module):
         block_inputs = BlockInputs(
             mask=inputs.mask,
             causal_segments=inputs.causal_segments,
-            rope=rope_tables(positions, cfg) if cfg.positions == "rope" else None,
+            rope=self._rope(inputs),
             memory=inputs.memory,
             memory_mask=inputs.memory_mask,
             has_image=inputs.has_image,
@@ -120,6 +120,14 @@ class Decoder(nn.Module):
         if cfg.final_norm:
             x = self.final_norm(x)
         return x, cache
+
+    def _rope(self, inputs: DecoderInputs):
+        """Cosines and sines, or None without RoPE."""
+        if self.cfg.positions != "rope":
+            return None
+        if self.cfg.rope.sections and inputs.rope_positions is not None:
+            return rope_tables(inputs.rope_positions, self.cfg)
+        return rope_tables(inputs.positions, self.cfg)
 
     def _position_embedding(self, positions):
         """(B, S) -> (B, S, D), learned or sinusoidal."""

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.config import Model
 from vlm_jax.structs import (
+    NEWLINE,
     NO_IMAGE,
     PADDING,
     TRUNK,
@@ -35,13 +36,16 @@ def fuse(
     image: Float[Array, "B T E"] | None,
     batch: Batch,
     cache: Cache | None = None,
+    newline: Float[Array, "D"] | None = None,
 ) -> DecoderInputs:
     """Combines text embeddings and image tokens into the decoder's inputs.
 
     Args:
       text: embedded tokens.
-      image: the I*M image tokens of each row, where I counts every view of an image; None while
-        decoding, when the image tokens, or their keys and values, are in the cache.
+      image: the image tokens of each row: M for every view of an image, or at native resolution as
+        many as each image has; None while decoding, when the image tokens, or their keys and
+        values, are in the cache.
+      newline: with `vision.tile_grids`, the vector that ends each row of a map.
     """
     has_memory = cfg.fusion.image_in_memory and batch.image_mask.shape[-1] > 0
     in_sequence = cfg.fusion.image_in_sequence and image is not None
@@ -50,9 +54,15 @@ def fuse(
         local_mask = self_attention_mask(
             batch, cache, cfg.decoder.sliding_window, limits_blocks=cfg.fusion.has_image_blocks
         )
+    x = text
+    if in_sequence:
+        x = insert_image_tokens(
+            *(text, image, batch.image_token_index, newline, batch.image_taps, batch.tap_weights)
+        )
     inputs = DecoderInputs(
-        x=insert_image_tokens(text, image, batch.image_token_index) if in_sequence else text,
+        x=x,
         positions=batch.positions,
+        rope_positions=batch.rope_positions,
         mask=self_attention_mask(batch, cache),
         causal_segments=causal_segments(batch, cache),
         local_mask=local_mask,
@@ -61,7 +71,7 @@ def fuse(
         return inputs
 
     # The thumbnails are in the sequence, so cross-attention has the tiles alone.
-    if cfg.fusion.splits_views:
+    if cfg.fusion.splits_views and not cfg.vision.is_native:
         if image is not None:
             image = without_thumbnails(cfg, image, axis=1, tokens=cfg.image_tokens)
         batch = batch.replace(image_mask=without_thumbnails(cfg, batch.image_mask, axis=2))
@@ -70,7 +80,9 @@ def fuse(
     if cfg.fusion.tokens_without_image == "attend_all":
         batch = batch.replace(image_mask=mask_tokens_without_image(batch))
         inputs = inputs.replace(attends=batch.image_mask.any(-1))
-    return inputs.replace(memory_mask=cross_attention_mask(batch, cfg.image_tokens))
+    return inputs.replace(
+        memory_mask=cross_attention_mask(batch, cfg.image_tokens, cfg.vision.patch_square**2)
+    )
 
 
 def mask_tokens_without_image(batch: Batch) -> Bool[Array, "B S I"]:
@@ -90,11 +102,43 @@ def without_thumbnails(cfg: Model, x: Array, axis: int, tokens: int = 1) -> Arra
 
 
 def insert_image_tokens(
-    text: Float[Array, "B S D"], image: Float[Array, "B T D"], index: Int[Array, "B S"]
+    text: Float[Array, "B S D"],
+    image: Float[Array, "B T D"],
+    index: Int[Array, "B S"],
+    newline: Float[Array, "D"] | None = None,
+    taps: Int[Array, "B S 4"] | None = None,
+    weights: Float[Array, "B S 4"] | None = None,
 ) -> Float[Array, "B S D"]:
-    """Replaces text embeddings by image token `index` unless it is NO_IMAGE."""
-    image_at = jnp.take_along_axis(image, jnp.maximum(index, 0)[..., None], axis=1)
+    """Replaces text embeddings by image token `index` unless it is NO_IMAGE.
+
+    With `taps` and `weights` it is the weighted sum of four image tokens instead.
+    """
+    if taps is None:
+        image_at = take_image_tokens(image, index)
+    else:
+        image_at = interpolate_image_tokens(image, taps, weights)
+    if newline is not None:
+        newline = newline.astype(image.dtype)
+        image_at = jnp.where((index == NEWLINE)[..., None], newline, image_at)
     return jnp.where((index == NO_IMAGE)[..., None], text, image_at)
+
+
+def take_image_tokens(
+    image: Float[Array, "B T D"], index: Int[Array, "B S"]
+) -> Float[Array, "B S D"]:
+    """Returns the image token of each slot; slots without one get any."""
+    return jnp.take_along_axis(image, jnp.maximum(index, 0)[..., None], axis=1)
+
+
+def interpolate_image_tokens(
+    image: Float[Array, "B T D"], taps: Int[Array, "B S 4"], weights: Float[Array, "B S 4"]
+) -> Float[Array, "B S D"]:
+    """Returns the weighted sum of the four image tokens of each slot."""
+    total = 0.0
+    for tap in range(taps.shape[-1]):
+        weight = weights[..., tap, None].astype(image.dtype)
+        total = total + weight * take_image_tokens(image, taps[..., tap])
+    return total
 
 
 def self_attention_mask(
@@ -159,6 +203,20 @@ def text_mask(is_token: Bool[Array, "B S"], causal: bool) -> Bool[Array, "B 1 #S
     return visible & jnp.tri(is_token.shape[1], dtype=bool) if causal else visible
 
 
-def cross_attention_mask(batch: Batch, tokens_per_image: int) -> Bool[Array, "B 1 S T"]:
-    """Attention mask over image tokens: all M tokens of each image in a token's `image_mask`."""
-    return jnp.repeat(batch.image_mask, tokens_per_image, axis=-1)[:, None]
+def cross_attention_mask(
+    batch: Batch, tokens_per_image: int, patches_per_token: int = 1
+) -> Bool[Array, "B 1 S T"]:
+    """Attention mask over image tokens: all tokens of each image in a token's `image_mask`.
+
+    Args:
+      tokens_per_image: M; at native resolution `patch_images` says how many there are.
+      patches_per_token: at native resolution.
+    """
+    if batch.patch_images is None:
+        return jnp.repeat(batch.image_mask, tokens_per_image, axis=-1)[:, None]
+    images = batch.patch_images[:, ::patches_per_token]  # (B, T)
+    if batch.image_rows is not None:
+        images = images[batch.image_rows]
+    # Image 0 is padding, which no token reads.
+    mask = jnp.pad(batch.image_mask, ((0, 0), (0, 0), (1, 0)))
+    return jnp.take_along_axis(mask, images[:, None], axis=-1)[:, None]

@@ -32,7 +32,10 @@ def example_inputs(cfg: Model | Vision | Contrastive) -> tuple:
     if isinstance(cfg, Model):
         return (example_batch(cfg, length=1),)
     if isinstance(cfg, Vision):
-        return (example_images(cfg, 1)["images"][:, 0],)
+        images = example_images(cfg, 1)
+        if cfg.is_native:
+            return images["images"], None, None, images["patch_images"], images["patch_places"]
+        return (images["images"][:, 0],)
     return (*example_inputs(cfg.vision), jnp.zeros((1, cfg.text.max_positions), jnp.int32))
 
 

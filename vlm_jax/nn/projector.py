@@ -44,8 +44,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Tokens) -> Projected:
         cfg, width = self.cfg.projector, self.cfg.decoder.width
-        x = Dense("E D", (x.shape[-1], width), bias=cfg.bias, name="linear_1")(x)
-        return Dense("E D", (width, width), bias=cfg.bias, name="linear_2")(
+        hidden = cfg.mlp_width or width
+        x = Dense("E D", (x.shape[-1], hidden), bias=cfg.bias, name="linear_1")(x)
+        return Dense("E D", (hidden, width), bias=cfg.bias, name="linear_2")(
             ACTIVATIONS[cfg.activation](x)
         )
 
@@ -64,6 +65,9 @@ def _project_merged(cfg: Model, x: Tokens) -> Projected:
     projector = cfg.projector
     if projector.norm != "none":
         x = Norm(projector.norm, projector.norm_eps, letters="E", name="norm")(x)
+    if projector.merge_linear:
+        shape = (x.shape[-1], cfg.vision.output_width)
+        x = Dense("E E", shape, bias=False, name="merge")(x)
     if projector.projection == "mlp":
         return Mlp(cfg, name="mlp")(x)
     return Dense("E D", (x.shape[-1], cfg.decoder.width), bias=projector.bias, name="linear")(x)
@@ -79,8 +83,12 @@ class PixelShuffle(nn.Module):
 
     @nn.compact
     def __call__(self, x: Tokens) -> Projected:
-        rows, columns = self.cfg.vision.grid
         f = self.cfg.projector.factor
+        if self.cfg.vision.is_native:
+            # The tokens of a square follow one another already.
+            x = einops.rearrange(x, "B (M n) E -> B M (n E)", n=f * f)
+            return _project_merged(self.cfg, x)
+        rows, columns = self.cfg.vision.grid
         x = einops.rearrange(
             x, "B (h f w g) E -> B (h w) (f g E)", h=rows // f, w=columns // f, f=f, g=f
         )
@@ -97,8 +105,11 @@ class AveragePool(nn.Module):
 
     @nn.compact
     def __call__(self, x: Tokens) -> Projected:
-        rows, columns = self.cfg.vision.grid
         f = self.cfg.projector.factor
+        if self.cfg.vision.is_native:
+            x = einops.reduce(x, "B (M n) E -> B M E", "mean", n=f * f)
+            return _project_merged(self.cfg, x)
+        rows, columns = self.cfg.vision.grid
         x = einops.reduce(
             x, "B (h f w g) E -> B (h w) E", "mean", h=rows // f, w=columns // f, f=f, g=f
         )
@@ -131,6 +142,29 @@ class Resampler(nn.Module):
         return Norm("layernorm", settings.norm_eps, name="final_norm")(q)
 
 
+class WithNewline(nn.Module):
+    """A projector with the learned vector that ends each row of a tile map (LLaVA-NeXT).
+
+    The parameters of the projector keep their paths.
+    """
+
+    cfg: Model
+
+    def setup(self):
+        self.tokens = _build(self.cfg)
+        nn.share_scope(self, self.tokens)
+        init = axes.with_axes(embedding_init, "D")
+        self.newline = self.param("newline", init, (self.cfg.decoder.width,))
+
+    def __call__(self, x: Tokens) -> Projected:
+        return self.tokens(x)
+
+
 def build_projector(cfg: Model) -> nn.Module:
+    """Builds the projector, with `newline` for `vision.tile_grids`."""
+    return WithNewline(cfg) if cfg.vision.tile_grids else _build(cfg)
+
+
+def _build(cfg: Model) -> nn.Module:
     """Builds the class of this file that the row of `projector.kind` names."""
     return globals()[cfg.projector.spec.module](cfg)

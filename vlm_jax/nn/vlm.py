@@ -11,7 +11,7 @@ from vlm_jax.nn.decoder import Decoder, check_length, empty_layers
 from vlm_jax.nn.fusion import fuse
 from vlm_jax.nn.projector import build_projector
 from vlm_jax.nn.vit import ViT
-from vlm_jax.structs import Batch, Cache, Output
+from vlm_jax.structs import Batch, Cache, DecoderInputs, Output
 
 
 class VLM(nn.Module):
@@ -52,16 +52,31 @@ class VLM(nn.Module):
         Args:
           image_tokens: of `image_tokens`, if they were computed before, instead of `batch.images`.
         """
+        return self.decoder(self.decoder_inputs(batch, cache, image_tokens), cache)
+
+    def decoder_inputs(
+        self,
+        batch: Batch,
+        cache: Cache | None = None,
+        image_tokens: Float[Array, "B T D"] | None = None,
+    ) -> DecoderInputs:
+        """Returns the embedded text together with the image tokens; arguments as of `hidden`."""
         # While decoding, the image tokens are in the cache already.
         if self.cfg.fusion.has_images and batch.images is not None:
             image_tokens = self.image_tokens(batch)
         text_tokens = self.decoder.embed(batch.tokens)
-        decoder_inputs = fuse(self.cfg, text_tokens, image_tokens, batch, cache)
-        return self.decoder(decoder_inputs, cache)
+        newline = self.projector.newline if self.cfg.vision.tile_grids else None
+        return fuse(self.cfg, text_tokens, image_tokens, batch, cache, newline)
 
     def image_tokens(self, batch: Batch) -> Float[Array, "B T D"]:
-        """Returns the I*M projected tokens of each row: image after image, view after view."""
+        """Returns the projected tokens of each row: image after image, view after view."""
+        encode = self._packed_tokens if self.cfg.vision.is_native else self._tokens_by_image
+        x = axes.constrain(encode(batch), "B M D")
+        if batch.image_rows is None:
+            return x
+        return axes.constrain(x[batch.image_rows], "B M D")
 
+    def _tokens_by_image(self, batch: Batch):
         def by_image(x):
             return None if x is None else x.reshape(-1, *x.shape[2:])
 
@@ -70,10 +85,13 @@ class VLM(nn.Module):
         )
         x = self.projector(x)
         rows, images = batch.images.shape[:2]
-        x = axes.constrain(x.reshape(rows, images * x.shape[1], x.shape[2]), "B M D")
-        if batch.image_rows is None:
-            return x
-        return axes.constrain(x[batch.image_rows], "B M D")
+        return x.reshape(rows, images * x.shape[1], x.shape[2])
+
+    def _packed_tokens(self, batch: Batch):
+        x = self.vision(
+            batch.images, patch_images=batch.patch_images, patch_places=batch.patch_places
+        )
+        return self.projector(x)
 
     def head(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         return self.decoder.head(hidden)
@@ -127,6 +145,14 @@ def example_batch(cfg: Model, length: int, rows: int = 1, images: int = 1) -> Ba
 def example_images(cfg: Vision, rows: int, images: int = 1) -> dict[str, jax.Array]:
     """The image fields of a batch of `rows` rows with `images` images each, all zeros."""
     side = cfg.image_size_px
+    if cfg.is_native:
+        count = images * cfg.max_squares * cfg.patch_square**2
+        ids = jnp.ones((rows, count), jnp.int32)
+        return {
+            "images": jnp.zeros((rows, count, cfg.patch_dim)),
+            "patch_images": ids,
+            "patch_places": jnp.zeros((rows, count, 2), jnp.int32),
+        }
     if not cfg.tile_layouts:
         return {"images": jnp.zeros((rows, images * cfg.views, side, side, CHANNELS))}
     return {

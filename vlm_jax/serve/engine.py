@@ -23,7 +23,7 @@ from vlm_jax.infer.generate import SamplingParams
 from vlm_jax.infer.processor import Processor
 from vlm_jax.infer.stop import AnswerText
 from vlm_jax.serve.limits import ApiError, Limits
-from vlm_jax.structs import Batch
+from vlm_jax.structs import IMAGE_FIELDS, Batch, without_images
 
 LEAST_TOKENS = 32  # of a prompt, rounded up to a power of two
 LEAST_SLOTS = 64  # of a cache, rounded up to a power of two
@@ -191,7 +191,7 @@ class Engine:
         image_tokens = None
         if cfg.fusion.has_images and prompt.images is not None:
             image_tokens = rows.encode_images(cfg, self._params, prompt)
-        text = rows.text_only(prompt)
+        text = without_images(prompt)
         layers = rows.new_layers(cfg, self._params, count, slots)
         cache = rows.cache_of(text, layers, 0, slots)
         state, choice = rows.read(
@@ -268,7 +268,7 @@ def stack_prompts(prompts: list[Batch], max_positions: int) -> Batch:
     length = max(longest, min(rows.power_of_two(longest, LEAST_TOKENS), max_positions))
     stacked = []
     for prompt in prompts:
-        images = {name: getattr(prompt, name) for name in rows.IMAGE_FIELDS}
-        text = rows.pad(rows.text_only(prompt), before=length - prompt.tokens.shape[1])
+        images = {name: getattr(prompt, name) for name in IMAGE_FIELDS}
+        text = rows.pad(without_images(prompt), before=length - prompt.tokens.shape[1])
         stacked.append(text.replace(**images))
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *stacked)

@@ -11,9 +11,23 @@ import torch
 from flax import traverse_util
 from flax.linen import meta
 from safetensors.torch import save_file
-from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    Siglip2Config,
+    Siglip2Model,
+    SiglipConfig,
+    SiglipModel,
+)
 
-from tests.hub.parity import assert_round_trip, forward, randomized, reloaded, saved
+from tests.hub.parity import (
+    assert_round_trip,
+    forward,
+    randomized,
+    reloaded,
+    saved,
+    siglip2_inputs,
+)
 from vlm_jax import axes
 from vlm_jax.config import Fusion, Mesh, Projector, UserError
 from vlm_jax.config.validate import validate
@@ -49,10 +63,18 @@ def siglip():
     )
 
 
+def siglip2():
+    vision = {**SMALL, "patch_size": 4, "num_patches": 16}
+    return Siglip2Model(
+        Siglip2Config(text_config={**TEXT, "projection_size": 32}, vision_config=vision)
+    )
+
+
 MODELS = {
     "clip that ends with its largest id": functools.partial(clip, 2),
     "clip that ends with eos": functools.partial(clip, EOS, hidden_act="gelu"),
     "siglip": siglip,
+    "siglip2": siglip2,
 }
 OUTPUTS = ("image_embeds", "text_embeds", "logits_per_image")
 every_model = pytest.mark.parametrize("kind", MODELS)
@@ -71,8 +93,12 @@ def inputs(side_px=16) -> dict[str, np.ndarray]:
 
 def expected_of(model, arrays) -> dict[str, np.ndarray]:
     tensors = {name: torch.tensor(x) for name, x in arrays.items()}
+    if isinstance(model, Siglip2Model):
+        tensors |= siglip2_inputs(tensors["pixel_values"], 4)
+    else:
+        tensors["interpolate_pos_encoding"] = True
     with torch.no_grad():
-        found = model(**tensors, interpolate_pos_encoding=True)
+        found = model(**tensors)
     return {name: getattr(found, name).numpy() for name in OUTPUTS}
 
 

@@ -1,4 +1,4 @@
-"""ViT, CLIP, SigLIP and DINOv2 as encoders: outputs equal to transformers' at any image size."""
+"""ViT, CLIP, SigLIP 1 and 2, DINOv2 and DINOv3 as encoders: outputs equal to transformers'."""
 
 import functools
 import itertools
@@ -13,6 +13,10 @@ from transformers import (
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
     SiglipVisionConfig,
     SiglipVisionModel,
     ViTConfig,
@@ -20,13 +24,21 @@ from transformers import (
     ViTModel,
 )
 
-from tests.hub.parity import assert_round_trip, forward, randomized, reloaded, saved
+from tests.hub.parity import (
+    assert_round_trip,
+    forward,
+    randomized,
+    reloaded,
+    saved,
+    siglip2_inputs,
+)
 from vlm_jax.config import UserError
 from vlm_jax.hub.export import export_checkpoint
 from vlm_jax.hub.families.encoders.vit import mlp_ratio
 from vlm_jax.hub.families.registry import FAMILIES
-from vlm_jax.hub.inputs import channels_last
+from vlm_jax.hub.inputs import channels_last, encoder_inputs
 from vlm_jax.hub.load import load_params
+from vlm_jax.infer.verify import verify
 from vlm_jax.nn.models import build_model
 
 
@@ -58,10 +70,26 @@ MODELS = {
         SiglipVisionModel,
         SiglipVisionConfig(**SMALL, vision_use_head=False),
     ),
+    "siglip2": (
+        Siglip2VisionModel,
+        Siglip2VisionConfig(**SMALL | {"image_size": None}, num_patches=16),
+    ),
     "dinov2": (Dinov2Model, Dinov2Config(**SIZES, mlp_ratio=2)),
     "dinov2 with a gated mlp": (
         Dinov2Model,
         Dinov2Config(**SIZES, use_swiglu_ffn=True, use_mask_token=False),
+    ),
+    "dinov3": (DINOv3ViTModel, DINOv3ViTConfig(**SMALL, num_register_tokens=4)),
+    "dinov3 of 7B": (
+        DINOv3ViTModel,
+        DINOv3ViTConfig(
+            **SMALL,
+            num_register_tokens=2,
+            use_gated_mlp=True,
+            hidden_act="silu",
+            query_bias=False,
+            value_bias=False,
+        ),
     ),
 }
 OWN = "its own size"
@@ -69,7 +97,9 @@ SIDES_PX = {OWN: (16, 16), "another": (22, 13)}  # the second is not a multiple 
 every_model = pytest.mark.parametrize("kind", MODELS)
 # Each family resamples its positions in a way of its own.
 SIZES_OF_MODELS = [(kind, OWN) for kind in MODELS]
-SIZES_OF_MODELS += [(kind, "another") for kind in ("vit", "clip", "siglip", "dinov2")]
+SIZES_OF_MODELS += [
+    (kind, "another") for kind in ("vit", "clip", "siglip", "siglip2", "dinov2", "dinov3")
+]
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +120,16 @@ def random_pixels(size: str) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(2, 3, *SIDES_PX[size])).astype(np.float32)
 
 
+def reference_inputs(hf, size: str) -> dict:
+    """Arguments of a model of transformers; SigLIP 2 takes patches."""
+    pixels = torch.tensor(random_pixels(size))
+    if isinstance(hf, Siglip2VisionModel):
+        return siglip2_inputs(pixels, 4)
+    if isinstance(hf, Dinov2Model | DINOv3ViTModel):
+        return {"pixel_values": pixels}
+    return {"pixel_values": pixels, "interpolate_pos_encoding": True}
+
+
 def encode(model, params, size=OWN):
     """Our outputs and intermediates; all laws of a model share the program of each size."""
     settings = {"method": "encode", "mutable": "intermediates"}
@@ -104,10 +144,8 @@ def assert_equal_tokens(model, params, expected_model, expected_params) -> None:
 @pytest.mark.parametrize(("kind", "size"), SIZES_OF_MODELS)
 def test_outputs_are_those_of_transformers_layer_by_layer(pair_of, kind, size):
     _, hf, model, params = pair_of(kind)
-    resampled = {} if isinstance(hf, Dinov2Model) else {"interpolate_pos_encoding": True}
     with torch.no_grad():
-        pixels = torch.tensor(random_pixels(size))
-        expected = hf(pixels, output_hidden_states=True, **resampled)
+        expected = hf(**reference_inputs(hf, size), output_hidden_states=True)
     found, state = encode(model, params, size)
     (embeddings,) = state["intermediates"]["embeddings"]
     blocks = state["intermediates"]["blocks"]["layers"]
@@ -125,6 +163,38 @@ def test_outputs_are_those_of_transformers_layer_by_layer(pair_of, kind, size):
             )
         else:
             assert getattr(found, field) is None or isinstance(hf, ViTForImageClassification)
+
+
+def test_siglip2_takes_images_of_unequal_shapes(pair_of, tmp_path):
+    """Padding beside the patches of an image is masked; `verify` compares the other tokens."""
+    folder, hf, _, _ = pair_of("siglip2")
+    rng = np.random.default_rng(0)
+    grids = [[3, 5], [2, 2]]
+    mask = np.arange(16) < np.prod(grids, axis=1)[:, None]
+    inputs = {
+        "pixel_values": rng.normal(size=(2, 16, 48)).astype(np.float32) * mask[..., None],
+        "pixel_attention_mask": mask.astype(np.int32),
+        "spatial_shapes": np.array(grids),
+    }
+    with torch.no_grad():
+        outputs = hf(**{name: torch.tensor(x) for name, x in inputs.items()})
+    expected = {name: outputs[name] for name in ("last_hidden_state", "pooler_output")}
+    arrays = {f"a/in/{name}": x for name, x in inputs.items()}
+    arrays |= {f"a/out/{name}": x.numpy() for name, x in expected.items()}
+    np.savez(tmp_path / "reference.npz", **arrays)
+    verification = verify(folder, tmp_path / "reference.npz")
+    assert len(verification.agreeing) == 2, verification.comparisons
+
+
+def test_patches_without_their_grids_are_refused():
+    patches = {"pixel_values": np.zeros((2, 16, 48))}
+    for arrays, message in (
+        (patches, "spatial_shapes must have the shape"),
+        (patches | {"spatial_shapes": [[4, 4], [4, 5]]}, r"spatial_shapes \[4, 5\] .* 16 patches"),
+        ({"pixel_values": np.zeros((2, 3, 8, 8)), "spatial_shapes": 0}, "spatial_shapes needs"),
+    ):
+        with pytest.raises(UserError, match=message):
+            encoder_inputs(arrays)
 
 
 @every_model
@@ -147,7 +217,9 @@ def test_a_classifier_alone_has_its_encoder_below_a_name(pair_of, tmp_path):
         assert token in load_file(tmp_path / kind / "model.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["vit", "clip", "siglip", "dinov2", "dinov2 with a gated mlp"])
+@pytest.mark.parametrize(
+    "kind", ["vit", "clip", "siglip", "dinov2", "dinov2 with a gated mlp", "dinov3"]
+)
 def test_names_of_modules_in_memory_load_too(pair_of, tmp_path, kind):
     _, hf, model, params = pair_of(kind)
     hf.save_pretrained(tmp_path, save_original_format=False)
@@ -195,7 +267,10 @@ POOLED = ["vit.pooler.dense.weight"]
         ("vit", {"pooler_output_size": 8}, ["pooler_output_size 8"]),
         ("clip_vision_model", {"hidden_act": "mish"}, ["hidden_act 'mish'", "quick_gelu"]),
         ("siglip_vision_model", {"patch_size": [4, 8]}, ["patch_size [4, 8]"]),
+        ("siglip2_vision_model", {"num_patches": 200}, ["num_patches 200", "square"]),
         ("dinov2", {"num_channels": 4}, ["num_channels 4"]),
+        ("dinov3_vit", {"num_register_tokens": 0}, ["num_register_tokens is 0", "from 1 to"]),
+        ("dinov3_vit", {"query_bias": False, "value_bias": True}, ["value_bias True", "False"]),
     ],
 )
 def test_settings_that_are_not_supported_are_refused(family, config, words):

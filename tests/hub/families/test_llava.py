@@ -79,8 +79,8 @@ def test_the_nearly_empty_config_of_the_published_files():
             "text_config.model_type 'bloom' .* llama, mistral, qwen2",
         ),
         (
-            {"vision_config": {"model_type": "pixtral"}},
-            "vision_config.model_type 'pixtral' .* clip_vision_model",
+            {"vision_config": {"model_type": "dinov2"}},
+            "vision_config.model_type 'dinov2' .* clip_vision_model",
         ),
         (
             {"vision_config": TOWER, "vision_feature_layer": [1, 4]},

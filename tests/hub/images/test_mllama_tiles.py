@@ -1,4 +1,4 @@
-"""Tiles (Llama 3.2 Vision, InternVL) and patches (Fuyu) equal those of transformers' processors."""
+"""Tiles (Llama 3.2 Vision, InternVL) and patches (Fuyu, Qwen2-VL) equal transformers'."""
 
 import json
 from types import SimpleNamespace
@@ -161,3 +161,29 @@ def test_an_image_that_patches_do_not_cover_is_refused(tmp_path):
         ImageProcessor.load(folder_of(tmp_path, FUYU | {"do_pad": False}))([picture(9, 8)])
     with pytest.raises(UserError, match="cannot be padded"):
         ImageProcessor.load(folder_of(tmp_path, FUYU | {"do_resize": False}))([picture(25, 8)])
+
+
+@pytest.mark.parametrize("limits", [{"min_pixels": 600, "max_pixels": 4000}, {"merge_size": 1}])
+def test_patches_of_qwen2_vl_are_those_of_transformers(tmp_path, limits):
+    config = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 6, **limits}
+    folder = folder_of(tmp_path, config)
+    images = [picture(*shape) for shape in SHAPES]
+    ours = ImageProcessor.load(folder)(images)
+    reference = AutoImageProcessor.from_pretrained(folder, backend="pil")(images=images)
+    np.testing.assert_array_equal(ours.grids, np.asarray(reference["image_grid_thw"])[:, 1:])
+    np.testing.assert_allclose(ours.pixel_values, reference["pixel_values"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "settings", "found"),
+    [
+        ((1, 201), {}, "too long: its aspect ratio must be at most 200"),
+        ((13, 12), {"do_resize": False}, "not made of squares of 12 px"),
+        ((12, 12), {"max_pixels": "many"}, "size is .* must be a shortest_edge and longest_edge"),
+        ((12, 12), {"patch_size": [6, 7]}, r"patch_size is \(6, 7\), but must be the side"),
+    ],
+)
+def test_an_image_that_has_no_patches_is_refused(tmp_path, size, settings, found):
+    config = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 6, **settings}
+    with pytest.raises(UserError, match=found):
+        ImageProcessor.load(folder_of(tmp_path, config))([picture(*size)])

@@ -5,7 +5,9 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 from transformers import AutoImageProcessor
 
 from vlm_jax.config import UserError
@@ -98,6 +100,11 @@ CONFIGS = {
         "size": {"shortest_edge": 28},
         "crop_size": 24,
     },
+    "siglip2": {
+        "image_processor_type": "Siglip2ImageProcessorFast",
+        "patch_size": 4,
+        "max_num_patches": 30,
+    },
     "gemma3": {
         "image_processor_type": "Gemma3ImageProcessor",
         "size": {"height": 24, "width": 24},
@@ -122,6 +129,17 @@ CONFIGS = {
         "max_patches": 6,
     },
     "llava": {"image_processor_type": "LlavaImageProcessor", **SMALL, "do_pad": True},
+    "llava_onevision": {
+        "image_processor_type": "LlavaOnevisionImageProcessor",
+        "size": {"height": 24, "width": 24},
+        "image_grid_pinpoints": [[24, 24], [24, 48], [48, 24], [48, 48], [48, 72]],
+    },
+    "llava_next": {
+        "image_processor_type": "LlavaNextImageProcessor",
+        "size": {"shortest_edge": 27},
+        "crop_size": 24,
+        "image_grid_pinpoints": [[24, 48], [48, 24], [48, 48], [72, 24]],
+    },
     "llava_unpadded": {"image_processor_type": "LlavaImageProcessor", **SMALL},
 }
 
@@ -147,10 +165,15 @@ def assert_same(folder, *batches):
         AutoImageProcessor.from_pretrained(folder, backend="pil"),
     )
     for images in batches:
-        ours = processor(images).pixel_values
-        expected = np.moveaxis(np.asarray(reference(images=images)["pixel_values"]), -3, -1)
-        # Tiles of a row of images, as one list.
-        expected = expected.reshape(-1, *expected.shape[-3:])
+        ours, expected = processor(images), reference(images=images)
+        ours, grids, expected = ours.pixel_values, ours.grids, dict(expected)
+        if grids is not None:
+            np.testing.assert_array_equal(grids, expected["spatial_shapes"])
+            expected = np.asarray(expected["pixel_values"])
+        else:
+            # Tiles of a row of images, as one list.
+            expected = np.moveaxis(np.asarray(expected["pixel_values"]), -3, -1)
+            expected = expected.reshape(-1, *expected.shape[-3:])
         assert (ours.dtype, ours.shape) == (np.float32, expected.shape), images
         np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=0, err_msg=str(images))
 
@@ -192,6 +215,24 @@ def test_an_image_becomes_no_thinner_than_a_pixel(tmp_path):
     assert (pixels.pixel_values > 0).any(axis=-1).sum() == 80
 
 
+def test_dinov3_keeps_the_fractions_of_the_resize(tmp_path):
+    """Its class in transformers rescales, resizes tensors and normalises, and needs torchvision.
+
+    That resize is `interpolate` with antialiasing.
+    """
+    size = {"height": 24, "width": 20}
+    config = {"image_processor_type": "DINOv3ViTImageProcessorFast", "size": size}
+    processor = ImageProcessor.load(folder_of(tmp_path, config))
+    mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+    for shape in SHAPES:
+        pixels = picture(*shape)
+        values = torch.tensor(pixels / np.float32(255)).permute(2, 0, 1)[None]
+        values = interpolate(values, size=(24, 20), mode="bilinear", antialias=True)
+        expected = (np.moveaxis(values.numpy(), 1, -1) - mean) / std
+        ours = processor([Image.fromarray(pixels)]).pixel_values
+        np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=0, err_msg=str(shape))
+
+
 def of_every_mode() -> dict[str, Image.Image]:
     """Images in the modes that files come in, with all degrees of transparency."""
     grey, colour, alpha = (
@@ -226,7 +267,7 @@ def test_open_images_of_every_mode(tmp_path, kind):
     assert_same(folder_of(tmp_path, CONFIGS[kind]), *[[image] for image in MODES.values()])
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip", "vit", "trocr"])
+@pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2", "vit", "trocr"])
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 def test_files_of_every_mode(tmp_path, kind):
     paths = [str(tmp_path / f"{mode}.{'tif' if mode == 'CMYK' else 'png'}") for mode in MODES]

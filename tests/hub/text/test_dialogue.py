@@ -80,7 +80,7 @@ def test_training_tokens_are_those_of_the_inference_prompt(folder_of, name):
     # Some tokenizers put spaces between single letters.
     assert "aredcar" in text.replace(" ", "").replace("\u2581", "")
     # Some templates write a line end after the end of text.
-    writes_line_end = ("a chat without bos", "qwen3", "idefics3", "internvl")
+    writes_line_end = ("a chat without bos", "qwen3", "idefics3", "internvl", "qwen2.5 vl")
     assert tokens.ids[-1] in dialogue.eos_ids or name in writes_line_end
 
     prompt = ChatPrompt((QUESTION if name in OF_TEXT else f"{IMAGE_PLACEHOLDER}\n{QUESTION}",))

@@ -6,7 +6,16 @@ from pathlib import Path
 
 from vlm_jax.config import CheckpointError
 from vlm_jax.hub.families.decoders import gemma, gpt2, llama, olmo2, phi3, smollm3
-from vlm_jax.hub.families.encoders import clip, dinov2, mllama_vision, open_clip, siglip, vit
+from vlm_jax.hub.families.encoders import (
+    clip,
+    dinov2,
+    dinov3,
+    mllama_vision,
+    open_clip,
+    siglip,
+    siglip2,
+    vit,
+)
 from vlm_jax.hub.families.family import Family, get_or
 from vlm_jax.hub.families.multimodal import (
     encoder_decoder,
@@ -15,8 +24,11 @@ from vlm_jax.hub.families.multimodal import (
     idefics3,
     internvl,
     llava,
+    llava_next,
+    mistral3,
     mllama,
     paligemma,
+    qwen2_vl,
 )
 from vlm_jax.hub.tensors.folder import existing_folder, read_json
 
@@ -33,12 +45,17 @@ KNOWN = (
     gemma.GEMMA2,
     gemma.GEMMA3,
     llava.LLAVA,
+    llava_next.LLAVA_NEXT,
+    llava_next.LLAVA_ONEVISION,
     paligemma.PALIGEMMA,
     gemma3.GEMMA3,
     idefics3.IDEFICS3,
     idefics3.SMOLVLM,
     internvl.INTERNVL,
+    qwen2_vl.QWEN2_VL,
+    qwen2_vl.QWEN2_5_VL,
     fuyu.FUYU,
+    mistral3.MISTRAL3,
     mllama.MLLAMA,
     vit.VIT,
     clip.CLIP,
@@ -46,7 +63,10 @@ KNOWN = (
     open_clip.OPEN_CLIP,
     siglip.SIGLIP,
     siglip.SIGLIP_VISION,
+    siglip2.SIGLIP2,
+    siglip2.SIGLIP2_VISION,
     dinov2.DINOV2,
+    dinov3.DINOV3,
     encoder_decoder.ENCODER_DECODER,
 )
 FAMILIES = {family.model_type: family for family in KNOWN}

@@ -24,7 +24,8 @@ class ImageSettings:
     """
 
     kind: str  # one of `DEFAULTS`, or `OPEN_CLIP`
-    size: Mapping[str, int]  # of the resize, px; its keys are one of `SIZE_KEYS`
+    #: of the resize, px; its keys are one of `SIZE_KEYS`. Qwen2-VL: least and most px of an image
+    size: Mapping[str, int]
     resample: int  # one of Pillow's `Resampling`
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -39,17 +40,31 @@ class ImageSettings:
     pad_size: tuple[int, int] | None = None  # None: the largest image of the batch
     padding_value: float = 0.0  # Fuyu; 0..255
     padding_mode: str = "constant"
-    patch_size: tuple[int, int] = (30, 30)  # Fuyu
+    patch_size: tuple[int, int] = (30, 30)  # Fuyu, Qwen2-VL, SigLIP 2
+    max_num_patches: int = 256  # SigLIP 2
+    temporal_patch_size: int = 2  # Qwen2-VL: frames of a patch
+    merge_size: int = 2  # Qwen2-VL: side of the squares of patches that become a token
     max_image_tiles: int = 4  # mllama
     do_image_splitting: bool = True  # Idefics3
     max_image_size: Mapping[str, int] | None = None  # Idefics3: longest_edge of a tile, px
     min_patches: int = 1  # InternVL: number of tiles
     max_patches: int = 12
+    image_grid_pinpoints: tuple[tuple[int, int], ...] = ()  # LLaVA-NeXT: sizes in whole tiles
+
+    @property
+    def tile_px(self) -> int:
+        """LLaVA-NeXT: side of a tile, before the resize."""
+        return self.crop_size[0] if self.crop_size else next(iter(self.size.values()))
 
     @property
     def pads_to_square(self) -> bool:
         """LLaVA's meaning of `do_pad`: before the resize, with the mean colour."""
         return self.do_pad and self.kind == "LlavaImageProcessor"
+
+    @property
+    def resizes_before_rounding(self) -> bool:
+        """DINOv3: pixels keep the fractions that the resize gives them."""
+        return self.kind == "DINOv3ViTImageProcessor"
 
     @property
     def rgb_conversion(self) -> str:
@@ -73,6 +88,7 @@ _CLIP = {
     "image_mean": CLIP_MEAN,
     "image_std": CLIP_STD,
 }
+QWEN2_VL = "Qwen2VLImageProcessor"
 IDEFICS3 = ("Idefics3ImageProcessor", "SmolVLMImageProcessor")
 _IDEFICS3 = {
     "size": {"longest_edge": 4 * 364},
@@ -80,6 +96,9 @@ _IDEFICS3 = {
     "do_convert_rgb": True,
     "max_image_size": {"longest_edge": 364},
 }
+LLAVA_ONEVISION = "LlavaOnevisionImageProcessor"
+LLAVA_NEXT = ("LlavaNextImageProcessor", LLAVA_ONEVISION)
+SIDES_PX = range(384, 2305, 384)  # LLaVA-OneVision
 
 # Image processor class -> values of missing and null keys
 # (transformers 5.23, `models/*/image_processing_*`).
@@ -89,6 +108,8 @@ DEFAULTS = {
     "LlavaImageProcessor": _CLIP,
     "SiglipImageProcessor": _SQUARE
     | {"resample": BICUBIC, "do_convert_rgb": True, "default_to_square": False},
+    # An image has the size of its patches.
+    "Siglip2ImageProcessor": _SQUARE | {"patch_size": 16},
     "ViTImageProcessor": _SQUARE,
     "DeiTImageProcessor": {
         "size": 256,
@@ -96,11 +117,23 @@ DEFAULTS = {
         "do_center_crop": True,
         "crop_size": 224,
     },
+    "DINOv3ViTImageProcessor": _SQUARE
+    | {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)},
     "FuyuImageProcessor": _SQUARE
     | {"size": {"height": 1080, "width": 1920}, "do_pad": True, "padding_value": 1.0},
     "MllamaImageProcessor": _SQUARE | {"do_convert_rgb": True, "do_pad": True},
     "Gemma3ImageProcessor": _SQUARE | {"do_convert_rgb": True},
     **dict.fromkeys(IDEFICS3, _IDEFICS3),
+    "LlavaNextImageProcessor": _CLIP
+    | {"image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]},
+    LLAVA_ONEVISION: {
+        "size": {"height": 384, "width": 384},
+        "resample": BICUBIC,
+        "do_convert_rgb": True,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+        "image_grid_pinpoints": [[height, width] for height in SIDES_PX for width in SIDES_PX],
+    },
     "GotOcr2ImageProcessor": {
         "size": {"height": 384, "width": 384},
         "resample": BICUBIC,
@@ -110,20 +143,35 @@ DEFAULTS = {
     },
 }
 
+DEFAULTS[QWEN2_VL] = {
+    "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+    "resample": BICUBIC,
+    "do_convert_rgb": True,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+    "patch_size": 14,
+}
+
 # `model_type` of config.json -> image processor class, if the file names none.
 CLASS_OF_MODEL_TYPE = {
     "bit": "BitImageProcessor",
     "clip": "CLIPImageProcessor",
     "deit": "DeiTImageProcessor",
     "dinov2": "BitImageProcessor",
+    "dinov3_vit": "DINOv3ViTImageProcessor",
     "fuyu": "FuyuImageProcessor",
     "gemma3": "Gemma3ImageProcessor",
     "idefics3": "Idefics3ImageProcessor",
     "internvl": "GotOcr2ImageProcessor",
     "llava": "LlavaImageProcessor",
+    "llava_next": "LlavaNextImageProcessor",
+    "llava_onevision": LLAVA_ONEVISION,
     "mllama": "MllamaImageProcessor",
     "paligemma": "SiglipImageProcessor",
+    "qwen2_5_vl": QWEN2_VL,
+    "qwen2_vl": QWEN2_VL,
     "siglip": "SiglipImageProcessor",
+    "siglip2": "Siglip2ImageProcessor",
     "smolvlm": "SmolVLMImageProcessor",
     "trocr": "ViTImageProcessor",
     "vit": "ViTImageProcessor",
@@ -135,6 +183,8 @@ SQUARE = ("height", "width")
 LONGEST_EDGE = ("longest_edge",)
 # Classes that need a height and a width; of these, the ones that cut images into squares.
 SHAPED = ("FuyuImageProcessor", "MllamaImageProcessor", "GotOcr2ImageProcessor")
+# Classes that resize whole images, without options.
+WHOLE = ("DINOv3ViTImageProcessor", "Siglip2ImageProcessor")
 SQUARE_TILES = ("MllamaImageProcessor", "GotOcr2ImageProcessor")
 SIZE_KEYS = (
     SQUARE,
@@ -142,6 +192,10 @@ SIZE_KEYS = (
     ("shortest_edge", "longest_edge"),
     LONGEST_EDGE,
     ("max_height", "max_width"),
+)
+COUNTS = (
+    *("max_image_tiles", "min_patches", "max_patches", "max_num_patches"),
+    *("temporal_patch_size", "merge_size"),
 )
 PADDING_MODES = ("constant", "edge", "reflect", "symmetric")
 OPEN_CLIP_RESIZES = ("shortest", "squash")
@@ -175,7 +229,11 @@ def read_settings(folder: str | os.PathLike) -> ImageSettings:
 def vision_settings(settings: ImageSettings, vision: Vision) -> dict[str, object]:
     """Fields of `Vision` for the pixels of a processor; `vision` has the size."""
     resize, resize_px = _resize(settings, vision)
-    return {
+    budget = {}
+    if settings.kind == QWEN2_VL:
+        # Published processors allow images that no row of training has room for.
+        budget["max_patches"] = min(max_patches(settings), vision.max_patches)
+    return budget | {
         "image_mean": tuple(settings.image_mean),
         "image_std": tuple(settings.image_std),
         "resample": Image.Resampling(settings.resample).name.lower(),
@@ -185,9 +243,14 @@ def vision_settings(settings: ImageSettings, vision: Vision) -> dict[str, object
     }
 
 
+def max_patches(settings: ImageSettings) -> int:
+    """Returns the maximum number of patches of an image of Qwen2-VL."""
+    return settings.size["longest_edge"] // settings.patch_size[0] ** 2
+
+
 def _resize(settings: ImageSettings, vision: Vision) -> tuple[str, int | None]:
     """Values of `Vision.resize` and `resize_px` for a processor."""
-    if vision.tile_layouts or settings.pads_to_square:
+    if vision.tile_layouts or vision.tile_grids or settings.pads_to_square:
         return "pad", None
     if not settings.do_center_crop or tuple(settings.size) == SQUARE:
         return "squash", None
@@ -213,6 +276,15 @@ def processor_config(vision: Vision) -> dict[str, Any]:
         "image_mean": list(vision.image_mean),
         "image_std": list(vision.image_std),
     }
+    if vision.is_native:
+        patch, unit = vision.patch_size_px, vision.square_px
+        return config | {
+            "image_processor_type": QWEN2_VL,
+            "size": {"shortest_edge": unit**2, "longest_edge": vision.max_squares * unit**2},
+            "patch_size": patch,
+            "temporal_patch_size": vision.patch_frames,
+            "merge_size": vision.patch_square,
+        }
     if vision.keeps_aspect_in_tiles:
         config |= {
             "image_processor_type": "MllamaImageProcessor",
@@ -233,8 +305,12 @@ def processor_config(vision: Vision) -> dict[str, Any]:
     return config
 
 
-def whole_image_settings(kind: str, vision: Vision) -> dict[str, Any]:
-    """Keys with which a processor class that cuts images into tiles makes one square of each."""
+def tile_settings(kind: str, vision: Vision) -> dict[str, Any]:
+    """Keys with which a processor class cuts images as training does: most make one square."""
+    if kind in LLAVA_NEXT:
+        side = vision.image_size_px
+        pinpoints = [[rows * side, columns * side] for rows, columns in vision.tile_grids]
+        return {"image_grid_pinpoints": pinpoints}
     if kind in IDEFICS3:
         side = vision.image_size_px
         return {"do_image_splitting": False, "max_image_size": {"longest_edge": side}}
@@ -250,7 +326,10 @@ def _from_transformers(path: Path, values: dict) -> ImageSettings:
     if kind == "Gemma3ImageProcessor" and settings.get("do_pan_and_scan"):
         raise _refusal(path, "do_pan_and_scan", True, "false: crops of an image are not supported")
     default_to_square = settings.get("default_to_square", True)
-    settings["size"] = _size(path, "size", settings["size"], default_to_square)
+    if kind == QWEN2_VL:
+        settings["size"] = _pixel_limits(path, settings)
+    else:
+        settings["size"] = _size(path, "size", settings["size"], default_to_square)
     fields = {key: x for key, x in settings.items() if key in ImageSettings.__dataclass_fields__}
     image_settings = ImageSettings(**fields | {"kind": kind})
     _check_together(path, image_settings)
@@ -320,12 +399,16 @@ def _checked(path: Path, key: str, value: Any) -> Any:
         raise _refusal(path, key, value, "a number")
     if key == "padding_value" and not (_are_numbers(value) and 0 <= value <= 255):
         raise _refusal(path, key, value, "a number from 0 to 255")
-    if key in ("max_image_tiles", "min_patches", "max_patches") and not _are_lengths(value):
+    if key in COUNTS and not _are_lengths(value):
         raise _refusal(path, key, value, f"a whole number from 1 to {MAX_PX}")
     if key in ("image_mean", "image_std"):
         return _channels(path, key, value)
     if key in ("crop_size", "pad_size", "patch_size"):
         return _pair(path, key, value)
+    if key == "image_grid_pinpoints":
+        if not isinstance(value, list | tuple) or not value:
+            raise _refusal(path, key, value, "a list of pairs of a height and a width")
+        return tuple(_pair(path, key, size) for size in value)
     if key == "max_image_size":
         return _size(path, key, value, square=False)
     return value
@@ -336,6 +419,9 @@ def _check_together(path: Path, settings: ImageSettings) -> None:
     if settings.do_center_crop and settings.crop_size is None:
         raise _refusal(path, "crop_size", None, "the height and width that do_center_crop leaves")
     size, size_keys = dict(settings.size), tuple(settings.size)
+    has_squares = settings.kind in (QWEN2_VL, "Siglip2ImageProcessor")
+    if has_squares and len(set(settings.patch_size)) > 1:
+        raise _refusal(path, "patch_size", settings.patch_size, "the side of a square")
     if settings.kind in SHAPED and size_keys != SQUARE:
         raise _refusal(path, "size", size, "a height and a width")
     if settings.kind in IDEFICS3:
@@ -346,12 +432,45 @@ def _check_together(path: Path, settings: ImageSettings) -> None:
             raise _refusal(path, "max_image_size", tile, "the longest_edge of a tile")
     elif size_keys == LONGEST_EDGE:
         raise _refusal(path, "size", size, "a shortest_edge and longest_edge, or other keys")
+    if settings.kind in LLAVA_NEXT:
+        _check_pinpoints(path, settings)
     if settings.kind in SQUARE_TILES and len(set(size.values())) > 1:
         raise _refusal(path, "size", size, "a square, the shape of tiles")
+    if settings.kind in WHOLE and (settings.do_center_crop or not settings.do_resize):
+        raise CheckpointError(f"{path}: {settings.kind} needs do_resize, without do_center_crop.")
     if settings.kind == "MllamaImageProcessor" and not (settings.do_resize and settings.do_pad):
         raise CheckpointError(
             f"{path}: images can be cut into tiles only with do_resize and do_pad."
         )
+
+
+def _pixel_limits(path: Path, settings: Mapping[str, Any]) -> dict[str, int]:
+    """Least and most px of an image of Qwen2-VL; min_pixels and max_pixels of older files win."""
+    size = settings["size"]
+    limits = dict(DEFAULTS[QWEN2_VL]["size"]) | (size if isinstance(size, dict) else {})
+    limits["shortest_edge"] = settings.get("min_pixels", limits["shortest_edge"])
+    limits["longest_edge"] = settings.get("max_pixels", limits["longest_edge"])
+    values = tuple(limits.values())
+    is_valid = all(type(value) is int and 0 < value <= MAX_PX**2 for value in values)
+    if tuple(limits) != ("shortest_edge", "longest_edge") or not is_valid:
+        raise _refusal(path, "size", size, f"a shortest_edge and longest_edge of 1 to {MAX_PX**2}")
+    return limits
+
+
+def _check_pinpoints(path: Path, settings: ImageSettings) -> None:
+    if (
+        tuple(settings.size) not in (SQUARE, ("shortest_edge",))
+        or len({*settings.size.values()}) > 1
+    ):
+        raise _refusal(path, "size", dict(settings.size), "a square, or a shortest_edge")
+    if not settings.do_resize:
+        raise _refusal(path, "do_resize", False, "true: the whole image is resized to a tile")
+    for size in settings.image_grid_pinpoints:
+        if any(px % settings.tile_px for px in size):
+            raise _refusal(
+                *(path, "image_grid_pinpoints", list(size)),
+                f"heights and widths in whole tiles of {settings.tile_px} px",
+            )
 
 
 def _size(path: Path, key: str, value: Any, square: bool) -> dict[str, int]:

@@ -146,6 +146,26 @@ def fitting_shape(height: int, width: int, size: Mapping[str, int]) -> tuple[int
     return int(height * scale), int(width * scale)
 
 
+def fitting_grid(height: int, width: int, patch_px: int, max_patches: int) -> tuple[int, int]:
+    """(rows, columns) of patches of an image that is scaled to at most `max_patches` patches.
+
+    The scale is bisected to 1e-5, from 1e-6 to 100, as in transformers' `Siglip2ImageProcessor`;
+    sides are rounded up to whole patches.
+    """
+
+    def grid(scale):
+        return tuple(max(1, math.ceil(side * scale / patch_px)) for side in (height, width))
+
+    low, high = 1e-6, 100.0
+    while high - low >= 1e-5:
+        middle = (low + high) / 2
+        if math.prod(grid(middle)) <= max_patches:
+            low = middle
+        else:
+            high = middle
+    return grid(low)
+
+
 def pad(
     pixels: np.ndarray, shape: tuple[int, int], mode: str = "constant", value: float = 0
 ) -> np.ndarray:

@@ -1,7 +1,9 @@
 """Image processors that cut an image into square tiles, each an image of its own to the encoder.
 
 References: transformers 5.23, `models/idefics3/image_processing_pil_idefics3.py` (SmolVLM's is the
-same) and `models/got_ocr2/image_processing_pil_got_ocr2.py` (InternVL).
+same), `models/got_ocr2/image_processing_pil_got_ocr2.py` (InternVL) and
+`models/llava_onevision/image_processing_pil_llava_onevision.py` (LLaVA-NeXT's is the same for one
+image).
 """
 
 import math
@@ -10,15 +12,20 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from vlm_jax.data.resize import resize
+from vlm_jax.config.tile_maps import choose_grid, fitted_shape
+from vlm_jax.data.resize import center_crop, pad_to_square, resize
 from vlm_jax.data.tiling import nearest_layout
-from vlm_jax.hub.images.settings import SQUARE, ImageSettings
+from vlm_jax.hub.images import steps
+from vlm_jax.hub.images.settings import LLAVA_ONEVISION, SQUARE, ImageSettings
 
 MAX_SIDE_PX = 4096  # of Idefics3's images before they are cut
 
 
 class Tiles(NamedTuple):
-    """Squares cut from one image, row by row; then the whole image, if there are several tiles."""
+    """Squares cut from one image, row by row; then the whole image, if there are several tiles.
+
+    LLaVA-NeXT has the whole image first, and with one tile or none, too.
+    """
 
     images: list[Image.Image]
     grid: tuple[int, int]  # rows and columns of tiles
@@ -49,11 +56,41 @@ def cut_got_ocr2(image: Image.Image, settings: ImageSettings) -> Tiles:
     return _cut(canvas, tile_px, lambda: resize(image, (tile_px, tile_px), settings.resample))
 
 
-TILE_CUTTERS: dict[str, Callable[[Image.Image, ImageSettings], Tiles]] = {
+def cut_llava_next(image: Image.Image, settings: ImageSettings) -> Tiles:
+    """Fits an RGB image onto the grid that keeps most of its pixels, with black borders."""
+    side = settings.tile_px
+    grids = [(height // side, width // side) for height, width in settings.image_grid_pinpoints]
+    size = image.height, image.width
+    rows, columns = choose_grid(size, grids, side)
+    fitted = resize(image, fitted_shape(size, (rows * side, columns * side)), settings.resample)
+    canvas = Image.new("RGB", (columns * side, rows * side))
+    canvas.paste(fitted, ((canvas.width - fitted.width) // 2, (canvas.height - fitted.height) // 2))
+    edge = next(iter(settings.size.values()))
+    views = [resize(image, (edge, edge), settings.resample), *_cut_canvas(canvas, side)]
+    return Tiles([_finish(view, settings) for view in views], (rows, columns))
+
+
+def pad_llava_onevision(image: Image.Image, settings: ImageSettings) -> Tiles:
+    """Pads an RGB image to one square of the mean colour: one of several in a prompt."""
+    colour = tuple(int(mean * 255) for mean in settings.image_mean)
+    return Tiles([_finish(pad_to_square(image, colour), settings)], (0, 0))
+
+
+def _finish(view: Image.Image, settings: ImageSettings) -> Image.Image:
+    view = resize(view, steps.resized_shape(*view.size, settings.size), settings.resample)
+    return center_crop(view, settings.crop_size) if settings.do_center_crop else view
+
+
+Cutter = Callable[[Image.Image, ImageSettings], Tiles]
+TILE_CUTTERS: dict[str, Cutter] = {
     "Idefics3ImageProcessor": cut_idefics3,
     "SmolVLMImageProcessor": cut_idefics3,
     "GotOcr2ImageProcessor": cut_got_ocr2,
+    "LlavaNextImageProcessor": cut_llava_next,
+    LLAVA_ONEVISION: cut_llava_next,
 }
+# Instead of it, for an image that is not alone in its prompt.
+CUTTERS_OF_SEVERAL: dict[str, Cutter] = {LLAVA_ONEVISION: pad_llava_onevision}
 
 
 def resized_shape(image: Image.Image, settings: ImageSettings) -> tuple[int, int]:
@@ -91,10 +128,14 @@ def _whole_tiles(height: int, width: int, tile_px: int) -> tuple[int, int]:
 
 
 def _cut(canvas: Image.Image, tile_px: int, whole: Callable[[], Image.Image]) -> Tiles:
-    rows, columns = canvas.height // tile_px, canvas.width // tile_px
+    tiles = _cut_canvas(canvas, tile_px)
+    grid = canvas.height // tile_px, canvas.width // tile_px
+    return Tiles(tiles if len(tiles) == 1 else [*tiles, whole()], grid)
+
+
+def _cut_canvas(canvas: Image.Image, tile_px: int) -> list[Image.Image]:
     tiles = []
-    for row in range(rows):
-        for column in range(columns):
-            left, top = column * tile_px, row * tile_px
+    for top in range(0, canvas.height, tile_px):
+        for left in range(0, canvas.width, tile_px):
             tiles.append(canvas.crop((left, top, left + tile_px, top + tile_px)))
-    return Tiles(tiles if len(tiles) == 1 else [*tiles, whole()], (rows, columns))
+    return tiles

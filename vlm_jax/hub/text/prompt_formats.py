@@ -2,6 +2,7 @@
 
 llava      <s> USER: <image> <image> <image> <image> what is it? ASSISTANT:
            N tokens for every <image> of the text
+llava_next the same, with a number of tokens for each image of its own
 paligemma  <image> <image> <image> <image> <bos> what is it? \\n
            N tokens for every image, at the start unless the text has placeholders
 gemma3     <bos> \\n\\n <start_of_image> N x <image_soft_token> <end_of_image> \\n\\n what is it?
@@ -10,6 +11,8 @@ idefics3   <fake_token_around_image> <global-img> N x <image> <fake_token_around
            N tokens for every tile, <row_1_col_1> and so on, then for the whole image, <global-img>
 internvl   <img> N x <IMG_CONTEXT> </img> what is it?
            N tokens for every tile, then for the whole image
+qwen2_vl   <|vision_start|> N x <|image_pad|> <|vision_end|> what is it?
+           N tokens for every image, a square of its patches each
 fuyu       |SPEAKER| |SPEAKER| |NEWLINE| |SPEAKER| |SPEAKER| |NEWLINE| <s> what is it? <0x04>
            one token per patch, one per row of patches
 mllama     <|image|> <|begin_of_text|> what is it?
@@ -118,10 +121,7 @@ class LlavaFormat(TextFormat):
 
     @classmethod
     def read(cls, tokenizer, config, processor, images):
-        named = tokenizer.special_tokens.get("image_token")
-        token = named or processor.get("image_token") or "<image>"
-        if not isinstance(token, str):
-            raise CheckpointError(f"{PROCESSOR}: image_token is {token!r}, but must be text.")
+        token = _image_token(tokenizer, processor)
         patch_size = processor.get("patch_size")
         extra = processor.get("num_additional_image_tokens", 0)
         strategy = processor.get("vision_feature_select_strategy")
@@ -144,6 +144,23 @@ class LlavaFormat(TextFormat):
         counts = [(height // size) * (width // size) for height, width in images]
         tokens = [self.image_token * (count + self.tokens_beside_patches) for count in counts]
         filled = _fill(text, self.image_token, tokens)
+        return super().prompt(filled, add_special_tokens=add_special_tokens)
+
+
+@dataclass(frozen=True)
+class TileMapFormat(TextFormat):
+    """`images` of a prompt: number of tokens of each."""
+
+    image_token: str
+
+    @classmethod
+    def read(cls, tokenizer, config, processor, images):
+        return cls(tokenizer, _image_token(tokenizer, processor))
+
+    def prompt(self, text, images=(), add_special_tokens=True):
+        _check_count(text, self.image_token, len(images))
+        self.tokenizer.token_to_id(self.image_token)
+        filled = _fill(text, self.image_token, [self.image_token * count for count in images])
         return super().prompt(filled, add_special_tokens=add_special_tokens)
 
 
@@ -315,6 +332,31 @@ class InternVLFormat(TextFormat):
 
 
 @dataclass(frozen=True)
+class Qwen2VLFormat(TextFormat):
+    """`images` of a prompt: (rows, columns) of patches of each.
+
+    The text of an image is `start_token` image token `end_token`; a chat template writes all three.
+    """
+
+    patches_per_token: int
+    image_token: str = "<|image_pad|>"
+
+    @classmethod
+    def read(cls, tokenizer, config, processor, images):
+        token = tokenizer.special_tokens.get("image_token") or cls.image_token
+        side = images.get("merge_size") or 2
+        if not all_nonnegative_ints(side):
+            raise TypeError("merge_size is not a number of patches")
+        return cls(tokenizer, side**2, token)
+
+    def prompt(self, text, images=(), add_special_tokens=True):
+        _check_count(text, self.image_token, len(images))
+        counts = [rows * columns // self.patches_per_token for rows, columns in images]
+        filled = _fill(text, self.image_token, [self.image_token * count for count in counts])
+        return super().prompt(filled, add_special_tokens=add_special_tokens)
+
+
+@dataclass(frozen=True)
 class FuyuFormat(TextFormat):
     """`images` of a prompt: (rows, columns) of patches of at most one image.
 
@@ -404,11 +446,15 @@ class EncoderDecoderFormat(TextFormat):
 
 FORMATS = {
     "llava": LlavaFormat,
+    "llava_next": TileMapFormat,
+    "llava_onevision": TileMapFormat,
     "paligemma": PaliGemmaFormat,
     "gemma3": Gemma3Format,
     "idefics3": Idefics3Format,
     "smolvlm": Idefics3Format,
     "internvl": InternVLFormat,
+    "qwen2_vl": Qwen2VLFormat,
+    "qwen2_5_vl": Qwen2VLFormat,
     "fuyu": FuyuFormat,
     "mllama": MllamaFormat,
     "vision-encoder-decoder": EncoderDecoderFormat,
@@ -457,6 +503,19 @@ def _token_count(processor: Mapping, name: str, default: int) -> int:
     if not all_nonnegative_ints(count) or not count:
         raise CheckpointError(f"{PROCESSOR}: {name} is {count!r}, but must be a number of tokens.")
     return count
+
+
+def _image_token(tokenizer: HubTokenizer, processor: Mapping) -> str:
+    """Returns the text of LLaVA's image token.
+
+    Raises:
+      CheckpointError: it is not text.
+    """
+    named = tokenizer.special_tokens.get("image_token")
+    token = named or processor.get("image_token") or "<image>"
+    if not isinstance(token, str):
+        raise CheckpointError(f"{PROCESSOR}: image_token is {token!r}, but must be text.")
+    return token
 
 
 def _tokens(tokenizer: HubTokenizer, *names: str) -> list[str]:

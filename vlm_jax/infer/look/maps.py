@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from vlm_jax.config import ConfigError, Model
 from vlm_jax.infer.look import METHODS
 from vlm_jax.infer.look.observe import ATTENTIONS, Observed, gradient_relevance, observe
+from vlm_jax.nn.positions import continued_rope_positions
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import NO_IMAGE, Batch
 
@@ -122,9 +123,14 @@ def _check(model: nn.Module, batch: Batch) -> Model:
 
 
 def check_maps(cfg: Model) -> None:
-    """Raises ConfigError if the model reads no images."""
+    """Raises ConfigError if the model reads no images, or images of any shape."""
     if not cfg.fusion.has_images:
         raise ConfigError(f"fusion.kind {cfg.fusion.kind} reads no image, so it has no maps.")
+    if cfg.vision.is_native:
+        raise ConfigError(
+            f"images at native resolution (vision.max_patches {cfg.vision.max_patches}) have no "
+            "attention maps: only images of one size have."
+        )
 
 
 def image_sublayers(cfg: Model) -> tuple[str, ...]:
@@ -180,7 +186,9 @@ class _RowPatches:
         if name == "self":
             index = self._index
             placed = np.zeros((*lead, views * size), weights.dtype)
-            placed[..., index[index != NO_IMAGE]] = weights[..., index != NO_IMAGE]
+            is_placed = index >= 0
+            # Tokens of a resized map may have a nearest image token in common.
+            np.add.at(placed, (..., index[is_placed]), weights[..., is_placed])
         elif cfg.fusion.splits_views:
             vision = cfg.vision
             placed = np.zeros((*lead, views // vision.views, vision.views, size), weights.dtype)
@@ -240,6 +248,13 @@ def append_answer(batch: Batch, ids: Sequence[int]) -> Batch:
         optional["no_image_mask"] = repeat_last(batch.no_image_mask)
     if batch.block_ids is not None:
         optional["block_ids"] = fill(batch.block_ids, 0)
+    if batch.rope_positions is not None:
+        last, steps = batch.rope_positions[:, -1:], np.arange(1, added + 1, dtype=np.int32)
+        new_rope_positions = continued_rope_positions(np.repeat(last, added, axis=1), steps)
+        optional["rope_positions"] = np.concatenate([batch.rope_positions, new_rope_positions], 1)
+    if batch.image_taps is not None:
+        optional["image_taps"] = repeat_last(batch.image_taps)
+        optional["tap_weights"] = repeat_last(batch.tap_weights)
     is_scored = np.arange(length + added) >= length - 1
     return batch.replace(
         tokens=tokens[:, :-1],

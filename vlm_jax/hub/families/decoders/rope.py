@@ -10,7 +10,8 @@ from vlm_jax.hub.families.family import (
     reject_unless,
 )
 
-KNOWN = ("default", "linear", "dynamic", "llama3", "longrope")
+# mrope: as default; the family reads its sections.
+KNOWN = ("default", "mrope", "linear", "dynamic", "llama3", "longrope")
 
 
 def rope_from_hf(
@@ -83,6 +84,8 @@ def rope_to_hf(rope: Rope, max_positions: int = 0) -> Json:
 
 
 def _scaling(rope: Rope, max_positions: int) -> Json | None:
+    if rope.sections:
+        return {"type": "mrope", "mrope_section": list(rope.sections)}
     if rope.scaling in ("linear", "dynamic"):
         return {"rope_type": rope.scaling, "factor": rope.factor}
     if rope.scaling == "llama3":

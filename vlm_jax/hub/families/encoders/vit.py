@@ -25,10 +25,10 @@ KERNELS = {
     "self/key": "(K H) D -> D K H",
     "self/value": "(K H) D -> D K H",
     "self/out": "D (N H) -> N H D",
+    "mlp/gate": "F D -> D F",
     "mlp/up": "F D -> D F",
     "mlp/down": "D F -> F D",
 }
-QKV = ("self/query", "self/key", "self/value")
 ATTENTION = {
     "self/query": "attention.attention.query",
     "self/key": "attention.attention.key",
@@ -155,9 +155,8 @@ def block_rows(hf: str, param: str, cfg: Transformer, names: Mapping[str, str]) 
             tensor = f"{hf}.{layer}.{hf_name}"
             path = f"{param}blocks/layers/block_0/{name}"
             if name in KERNELS:
-                rows += dense_rows(
-                    tensor, path, KERNELS[name], cfg.qkv_bias or name not in QKV, layer
-                )
+                has_bias = cfg.has_bias(name.split("/")[1])
+                rows += dense_rows(tensor, path, KERNELS[name], has_bias, layer)
             elif cfg.norm == "layernorm":
                 rows += norm_rows(tensor, path, layer)
             else:

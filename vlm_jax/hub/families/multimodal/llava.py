@@ -1,4 +1,4 @@
-"""LLaVA 1.5: CLIP or SigLIP, an MLP projector, and Llama, Mistral or Qwen."""
+"""LLaVA 1.5: CLIP, SigLIP or Pixtral, an MLP projector, and Llama, Mistral or Qwen."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -12,7 +12,7 @@ from vlm_jax.config import (
     Vision,
 )
 from vlm_jax.hub.families.decoders import llama
-from vlm_jax.hub.families.encoders import clip, siglip
+from vlm_jax.hub.families.encoders import clip, pixtral, siglip
 from vlm_jax.hub.families.family import (
     ACTIVATIONS,
     HUB_ACTIVATIONS,
@@ -25,7 +25,7 @@ from vlm_jax.hub.families.family import (
 )
 from vlm_jax.hub.families.table import Row
 
-TOWERS = {"clip_vision_model": clip, "siglip_vision_model": siglip}
+TOWERS = {"clip_vision_model": clip, "siglip_vision_model": siglip, "pixtral": pixtral}
 TEXTS = {
     family.model_type: family for family in (llama.LLAMA, llama.MISTRAL, llama.QWEN2, llama.QWEN3)
 }
@@ -34,6 +34,7 @@ TOWER, PROJECTOR, TEXT = (
     "multi_modal_projector.",
     "language_model.model.",
 )
+BARE_TOWER = "vision_tower."  # of Pixtral's encoder
 HEAD = "language_model.lm_head.weight"
 
 
@@ -121,6 +122,8 @@ def config_to_hf(cfg: Experiment) -> Json:
 
 def vision_family(vision: Vision):
     """Returns the module of the encoder's family."""
+    if vision.is_native:
+        return pixtral
     return clip if vision.class_token else siglip
 
 
@@ -135,8 +138,9 @@ def text_family(decoder: Decoder) -> Family:
 
 def param_table(cfg: Experiment) -> list[Row]:
     bias = cfg.projector.bias
+    tower = BARE_TOWER if cfg.vision.is_native else TOWER
     return [
-        *vision_family(cfg.vision).vision_rows(cfg.vision, TOWER, "vision/"),
+        *vision_family(cfg.vision).vision_rows(cfg.vision, tower, "vision/"),
         *llama.dense_rows(f"{PROJECTOR}linear_1", "projector/linear_1", "D E -> E D", bias),
         *llama.dense_rows(f"{PROJECTOR}linear_2", "projector/linear_2", "F D -> D F", bias),
         *llama.decoder_rows(cfg.decoder, cfg.fusion, TEXT, HEAD),
@@ -147,11 +151,11 @@ RENAMES = (  # module names of transformers 5, in memory and in part in its file
     (r"^model\.language_model\.", TEXT),
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.", ""),
-    (r"^vision_tower\.(?!vision_model\.)", TOWER),
+    (r"^vision_tower\.(?!vision_model\.|patch_conv\.|ln_pre\.|transformer\.)", TOWER),
 )
 MODULE_NAMES = (  # the inverse
     (r"^vision_tower\.vision_model\.", "model.vision_tower."),
-    (r"^(multi_modal_projector|vision_embed_tokens)\.", r"model.\1."),
+    (r"^(multi_modal_projector|vision_embed_tokens|vision_tower)\.", r"model.\1."),
     (r"^language_model\.model\.", "model.language_model."),
     (r"^language_model\.lm_head\.", "lm_head."),
 )

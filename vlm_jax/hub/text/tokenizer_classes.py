@@ -189,6 +189,7 @@ CLASS_OF_MODEL_TYPE = {
     "internvl": QWEN2,
     "llava": None,
     "mistral": None,
+    "mistral3": None,
     "olmo2": None,
     "phi3": None,
     "qwen2": QWEN2,

@@ -17,6 +17,7 @@ def get_config() -> Experiment:
             gated_mlp=True,
             # 1280 image tokens; the processor allows 16,384.
             max_patches=5120,
+            patch_square=2,
             image_mean=(0.48145466, 0.4578275, 0.40821073),
             image_std=(0.26862954, 0.26130258, 0.27577711),
             patch_size_px=14,

@@ -283,7 +283,7 @@ def _native(cfg: Experiment) -> None:
     """Checks the settings of images at native resolution, and those that need it."""
     vision, projector = cfg.vision, cfg.projector
     if not vision.is_native:
-        for name in ("patch_frames", "window_patches", "windowed_layers"):
+        for name in ("patch_square", "patch_frames", "window_patches", "windowed_layers"):
             if _is_changed(vision, name):
                 raise ConfigError(
                     f"vision.{name} {getattr(vision, name)} applies to images at native resolution "
@@ -312,6 +312,17 @@ def _native(cfg: Experiment) -> None:
         raise ConfigError(
             f"projector.kind {projector.kind} needs images of one size: leave out "
             f"vision.max_patches, or choose {_projectors('all', 'squares')}."
+        )
+    if vision.patch_square != projector.merged_side:
+        raise ConfigError(
+            f"vision.patch_square {vision.patch_square} must be the side of the squares of patches "
+            f"that projector.kind {projector.kind} makes a token of: set it to "
+            f"{projector.merged_side}."
+        )
+    if not vision.max_squares:
+        raise ConfigError(
+            f"vision.max_patches {vision.max_patches} is less than a square of vision.patch_square "
+            f"{vision.patch_square} x {vision.patch_square} patches."
         )
     if cfg.fusion.has_blocks:
         raise ConfigError(
@@ -362,11 +373,6 @@ def _projector(cfg: Experiment) -> None:
         )
     if projector.spec.tokens != "squares":
         return
-    if cfg.vision.is_native and cfg.vision.max_patches < projector.factor**2:
-        raise ConfigError(
-            f"vision.max_patches {cfg.vision.max_patches} is less than the {projector.factor} x "
-            f"{projector.factor} patches of projector.factor, which become one token."
-        )
     if rows % projector.factor and not cfg.vision.is_native:
         raise ConfigError(
             f"projector.factor {projector.factor} does not divide the {rows} x {rows} patches of "
@@ -570,6 +576,10 @@ def _rope_sections(cfg: Experiment) -> None:
         raise ConfigError(
             f"decoder.rope.sections {sections} must be three numbers of frequencies, for time, row "
             f"and column, with the sum {decoder.rotary_dim // 2}, half of the rotated dimensions."
+        )
+    if cfg.vision.tile_grids:
+        raise ConfigError(
+            "decoder.rope.sections need images on one grid of tokens: leave out vision.tile_grids."
         )
 
 

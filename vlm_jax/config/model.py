@@ -94,6 +94,9 @@ class Vision(Transformer):
     #: native resolution: an image keeps its shape, in at most so many patches, and the patches of
     #: all images of a row are one sequence; None: every image has image_size_px
     max_patches: int | None = None
+    #: native resolution: rows and columns of patches are multiples of it, and the patches of a
+    #: square of this side follow one another; projector.factor of a projector that merges squares
+    patch_square: int = 1
     #: mean of red, green and blue in 0..1, subtracted from the pixels
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     #: standard deviation of red, green and blue, the divisor of the pixels
@@ -168,6 +171,16 @@ class Vision(Transformer):
     def is_native(self) -> bool:
         """True if images keep their shape, and their patches are packed."""
         return self.max_patches is not None
+
+    @property
+    def square_px(self) -> int:
+        """Side of a square of patches at native resolution."""
+        return self.patch_size_px * self.patch_square
+
+    @property
+    def max_squares(self) -> int:
+        """Maximum number of squares of patches of an image at native resolution."""
+        return (self.max_patches or 0) // self.patch_square**2
 
     @property
     def shortest_edge_px(self) -> int:
@@ -309,8 +322,8 @@ class Projector:
         Tokens that are not on a grid, such as learned queries, are one row. At native resolution it
         is one row of the maximum number of tokens.
         """
-        if vision.max_patches is not None:
-            return 1, vision.max_patches // self.merged_side**2
+        if vision.is_native:
+            return 1, vision.max_squares
         rows, columns = vision.grid
         if self.spec.tokens == "queries":
             return 1, self.queries

@@ -70,7 +70,9 @@ def token_flow(cfg: Experiment) -> Tokens:
     if not cfg.fusion.has_images:
         return Tokens(0, 0, 0, 0, 0, 0, cfg.row_length, 0)
     images, patches = cfg.data.images_per_row, math.prod(vision.grid)
-    encoder = patches + vision.prefix_tokens
+    if vision.is_native:
+        patches = vision.max_squares * vision.patch_square**2
+    encoder = patches * (images if vision.is_native else 1) + vision.prefix_tokens
     if vision.tile_layouts:
         encoder = tiles * math.ceil(encoder / TOKEN_MULTIPLE) * TOKEN_MULTIPLE
     tiles_in_memory = vision.cut_tiles if cfg.fusion.splits_views else tiles

@@ -6,7 +6,7 @@ import numpy as np
 
 from vlm_jax.config import Experiment
 from vlm_jax.data import images as image_files
-from vlm_jax.data import tiling
+from vlm_jax.data import native, tiling
 from vlm_jax.data.fields import Fields, offset_ids, restrict_tags
 from vlm_jax.structs import Batch
 
@@ -56,9 +56,13 @@ def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Reader) -> Batch:
     if cfg.fusion.placeholder:
         is_read &= position >= fields["images_from"][:, :, None]
 
-    images = None
+    images, packed = None, {}
     image_mask = is_read
-    if not cfg.vision.keeps_aspect_in_tiles:
+    if cfg.vision.is_native:
+        pixels = _read_normalised(cfg, fields["images"], filled, read)
+        packed = native.pack_slots(pixels, filled.shape, cfg.vision)._asdict()
+        images = packed.pop("images")
+    elif not cfg.vision.keeps_aspect_in_tiles:
         images, is_view = _stack_images(cfg, fields["images"], filled, read)  # (B, I, ...), (B, I)
         image_mask = np.repeat(is_read, cfg.vision.views, axis=-1) & is_view[:, None]  # (B, S, I)
 
@@ -80,19 +84,28 @@ def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Reader) -> Batch:
         image_mask=restrict_tags(image_mask, image_tags),
         images=images if cfg.fusion.has_images else None,
         source_ids=fields.get("source_ids"),
+        rope_positions=fields.get("rope_positions"),
+        **(packed if cfg.fusion.has_images else {}),
     )
     if not cfg.vision.keeps_aspect_in_tiles:
         return batch
-    slots = _slots(filled)
-    pixels = {}
-    for slot, image in zip(slots, read(fields["images"][filled].tolist()), strict=True):
-        pixels[slot] = image_files.normalise(image, cfg.vision)
+    pixels = _read_normalised(cfg, fields["images"], filled, read)
     return stack_tiles(cfg, batch, pixels, filled.shape, is_own)
 
 
 def _slots(filled: np.ndarray) -> list[tuple[int, int]]:
     """Returns (row, slot) of the image slots that are filled, (B, i) bool."""
     return list(zip(*np.nonzero(filled), strict=True))
+
+
+def _read_normalised(
+    cfg: Experiment, indices: np.ndarray, filled: np.ndarray, read: Reader
+) -> dict[tuple[int, int], np.ndarray]:
+    """Reads the images of (B, i) slots: (row, slot) -> (H, W, 3) float32."""
+    pixels = {}
+    for slot, image in zip(_slots(filled), read(indices[filled].tolist()), strict=True):
+        pixels[slot] = image_files.normalise(image, cfg.vision)
+    return pixels
 
 
 def _stack_images(

@@ -7,6 +7,7 @@ import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment, Projector, Vision
 from vlm_jax.config.tile_maps import Shape, TileMap, make_tile_map
+from vlm_jax.data import native
 from vlm_jax.data.tiling import Tiles, shape_of_tiles, view_mask
 from vlm_jax.structs import NEWLINE, NO_IMAGE, PADDING, TRUNK
 
@@ -17,6 +18,7 @@ Fields = dict[str, np.ndarray]  # of a row
 FILL = {
     "image_tags": np.int32(NO_IMAGE),
     "positions": np.int32(0),
+    "rope_positions": np.int32(0),
     "segment_ids": np.int32(PADDING),
     "branch_ids": np.int32(TRUNK),
     "block_ids": np.int32(0),
@@ -46,6 +48,8 @@ def image_fields(cfg: Experiment, tiles: Tiles = 1, number: int = 0) -> Fields:
     """
     if cfg.vision.tile_grids:
         return _map_fields(cfg, tiles, number)
+    if cfg.vision.is_native:
+        return _native_fields(cfg, tiles, number)
     rows, columns = cfg.projector.output_grid(cfg.vision)
     _, image, newline, _ = cfg.data.special_ids
     grid = np.full((rows, columns + cfg.vision.newline_token), image)
@@ -67,6 +71,31 @@ def image_fields(cfg: Experiment, tiles: Tiles = 1, number: int = 0) -> Fields:
             image_token_index = offset_ids(grid_index.reshape(-1), index * cfg.image_tokens)
             parts.append(tokens | {"image_token_index": image_token_index})
     return concat_fields(parts)
+
+
+def _native_fields(cfg: Experiment, tiles: Tiles, number: int) -> Fields:
+    """`image_fields` of an image at native resolution, which has the slot `number` of its row."""
+    image = cfg.data.special_ids[1]
+    placeholder = text_fields([image] if cfg.fusion.placeholder else [])
+    if not cfg.fusion.image_in_sequence:
+        return placeholder
+    rows, columns = native.token_grid(shape_of_tiles(tiles, cfg.vision), cfg.vision)
+    index = np.arange(rows * columns, dtype=np.int32) + number * cfg.image_tokens
+    tokens = text_fields([image] * (rows * columns)) | {"image_token_index": index}
+    return concat_fields([placeholder, tokens])
+
+
+def rope_fields(cfg: Experiment, image_token_index: np.ndarray, tiles: Sequence[Tiles]) -> Fields:
+    """Returns `rope_positions` (N, 3) of a text about images, if `rope.sections` need them."""
+    if not (cfg.decoder.rope.sections and cfg.fusion.image_in_sequence):
+        return {}
+    grids = [cfg.projector.output_grid(cfg.vision)] * (len(tiles) * cfg.vision.views)
+    if cfg.vision.is_native:
+        shapes = [shape_of_tiles(image, cfg.vision) for image in tiles]
+        grids = [native.token_grid(shape, cfg.vision) for shape in shapes]
+    # The view of each token, from 1; a token of text has -1 // M + 1 = 0.
+    views = image_token_index // cfg.image_tokens + 1
+    return {"rope_positions": native.rope_positions(views, grids)}
 
 
 def _map_fields(cfg: Experiment, tiles: Tiles, number: int) -> Fields:

@@ -1,12 +1,14 @@
 """Images at native resolution: their size in patches, packing, and positions of their tokens."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import einops
 import numpy as np
 
+from vlm_jax.config import Vision
+from vlm_jax.config.tile_maps import Shape
 from vlm_jax.structs import PADDING
 
 MAX_ASPECT = 200  # of an image: a longer one has no sensible size in patches
@@ -37,6 +39,26 @@ def fitting_shape(
         new_height = math.ceil(height * scale / unit) * unit
         new_width = math.ceil(width * scale / unit) * unit
     return new_height, new_width
+
+
+def resized_shape(height: int, width: int, vision: Vision) -> Shape:
+    """Returns the (height, width) in px of an image in whole squares, at most `max_squares`."""
+    unit, most = vision.square_px, vision.max_squares
+    new_height, new_width = fitting_shape(height, width, unit, most * unit**2, unit**2)
+    # An image that is long and thin has at least one row or column.
+    rows = min(new_height // unit, most)
+    columns = min(new_width // unit, most // rows)
+    return rows * unit, columns * unit
+
+
+def token_grid(image: Shape, vision: Vision) -> Shape:
+    """Returns the rows and columns of the tokens of an image of (height, width) px."""
+    return image[0] // vision.square_px, image[1] // vision.square_px
+
+
+def longest_image(vision: Vision) -> Shape:
+    """Returns a (height, width) in px of images with the most tokens."""
+    return vision.square_px, vision.max_squares * vision.square_px
 
 
 def to_patches(image: np.ndarray, patch_size_px: int, merged_side: int) -> np.ndarray:
@@ -89,6 +111,48 @@ def pack(
     return PackedPatches(images, ids, places)
 
 
+def pack_slots(
+    images: Mapping[tuple[int, int], np.ndarray], shape: tuple[int, int], vision: Vision
+) -> PackedPatches:
+    """Packs images into slots of `max_squares` each, so that the slots before do not move them.
+
+    Args:
+      images: (row, slot) -> (height, width, 3) float32, normalised, of `resized_shape`.
+      shape: rows, and slots of a row.
+    """
+    square, side = vision.patch_square, vision.patch_size_px
+    length = vision.max_squares * square**2
+    packed = PackedPatches(
+        np.zeros((*shape, length, vision.patch_dim), np.float32),
+        np.full((*shape, length), PADDING, np.int32),
+        np.zeros((*shape, length, 2), np.int32),
+    )
+    for (row, slot), image in images.items():
+        grid = image.shape[0] // side, image.shape[1] // side
+        patches = to_patches(image, side, square)
+        packed.images[row, slot, : len(patches)] = patches
+        packed.patch_images[row, slot, : len(patches)] = slot + 1
+        packed.patch_places[row, slot, : len(patches)] = patch_places(grid, square)
+    return PackedPatches(*(x.reshape(shape[0], -1, *x.shape[3:]) for x in packed))
+
+
+def unpack(
+    patches: np.ndarray, images: np.ndarray, places: np.ndarray, patch_size_px: int
+) -> list[np.ndarray]:
+    """Returns the images (height, width, channels) of a row of `PackedPatches`, in order."""
+    unpacked = []
+    for number in range(1, int(images.max(initial=0)) + 1):
+        own = images == number
+        if not own.any():
+            continue
+        rows, columns = places[own].max(axis=0) + 1
+        grid = np.zeros((rows, columns, patches.shape[-1]), patches.dtype)
+        grid[tuple(places[own].T)] = patches[own]
+        p = patch_size_px
+        unpacked.append(einops.rearrange(grid, "h w (p q c) -> (h p) (w q) c", p=p, q=p))
+    return unpacked
+
+
 def rope_positions(images: np.ndarray, grids: Sequence[tuple[int, int]]) -> np.ndarray:
     """Time, row and column of the tokens of a text with images (M-RoPE; Qwen2-VL, section 2.1).
 
@@ -111,6 +175,8 @@ def rope_positions(images: np.ndarray, grids: Sequence[tuple[int, int]]) -> np.n
     offsets = np.zeros((len(images), 3), np.int32)
     for number, (rows, columns) in enumerate(grids, 1):
         (slots,) = np.nonzero(images == number)
+        if not slots.size:
+            continue
         steps[slots] = 0
         steps[slots[-1]] = max(rows, columns)
         offsets[slots, 1], offsets[slots, 2] = np.divmod(np.arange(len(slots)), columns)

@@ -179,6 +179,8 @@ def row_capacity(cfg: Experiment) -> tuple[dict[str, int], dict[str, int]]:
         padding["images_from"] = 0
     if cfg.fusion.has_blocks:
         padding["block_ids"] = FILL["block_ids"]
+    if cfg.decoder.rope.sections and cfg.fusion.image_in_sequence:
+        padding["rope_positions"] = FILL["rope_positions"]
     if cfg.vision.max_map_tiles is not None:
         padding |= {name: FILL[name] for name in TAP_FIELDS}
     if cfg.data.mixture:
@@ -197,7 +199,7 @@ def pixel_reader(
     vision = cfg.vision
     # The grid of tiles depends on the image's own size, so a reduced JPEG could change it.
     has_grid = vision.cut_tiles > 1 or vision.keeps_aspect_in_tiles or bool(vision.tile_grids)
-    keeps_size = is_exact or has_grid
+    keeps_size = is_exact or has_grid or vision.is_native
     needed_px = 0 if keeps_size else vision.image_size_px
 
     def read(index: int) -> np.ndarray:
@@ -210,7 +212,7 @@ def pixel_reader(
 
 def tile_counter(cfg: Experiment, source: Conversations) -> Callable[[int], tiling.Tiles]:
     """Returns a function: image index -> its tiles; it reads the header of an image once."""
-    has_grid = cfg.vision.cut_tiles > 1 or cfg.vision.tile_grids
+    has_grid = cfg.vision.cut_tiles > 1 or cfg.vision.tile_grids or cfg.vision.is_native
     if not has_grid or not cfg.fusion.has_images:
         return lambda index: 1
 

@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from vlm_jax.config import ConfigError, Data, Experiment, Vision, naming_source
-from vlm_jax.data import batching, cuts, packing, sources, templates, text, tiling
+from vlm_jax.data import batching, cuts, native, packing, sources, templates, text, tiling
 from vlm_jax.data import images as image_files
 from vlm_jax.data.builders.records import Record
 from vlm_jax.data.conversations import Conversations, Selection
@@ -244,6 +244,12 @@ def _stack(cfg: Experiment, rows: Sequence[Fields]) -> Batch:
         }
         is_own = np.ones_like(batch.image_mask)
         return batching.stack_tiles(cfg, batch, pixels, (len(rows), 1), is_own)
+    if cfg.vision.is_native:
+        pixels = {
+            (row, 0): image_files.normalise(image, cfg.vision) for row, image in enumerate(images)
+        }
+        packed = native.pack_slots(pixels, (len(rows), 1), cfg.vision)
+        return batch.replace(**packed._asdict())
     views = tiling.batch_views(images, cfg.vision)
     return batching.as_tiled_batch(cfg, batch.replace(images=views))
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment, naming_source
 from vlm_jax.config.tile_maps import longest_image
-from vlm_jax.data import batching, packing, pipeline, sources, templates, text, tiling
+from vlm_jax.data import batching, native, packing, pipeline, sources, templates, text, tiling
 from vlm_jax.data import images as image_files
 from vlm_jax.data.builders.boxes import Box
 from vlm_jax.data.conversations import Conversation
@@ -309,6 +309,10 @@ def prompt_batch(
         batch = batch.replace(image_rows=np.array(image_rows, np.int32))
     if cfg.vision.keeps_aspect_in_tiles:
         return _stack_tiles(cfg, batch, images, tiles, max_images)
+    if cfg.vision.is_native:
+        pixels = _by_slot(images)
+        packed = native.pack_slots(pixels, (len(images), max_images), cfg.vision)
+        return batch.replace(**packed._asdict())
     pixels = [_zero_pad(tiling.stack_views(row, cfg.vision), 0, views) for row in images]
     return batching.as_tiled_batch(cfg, batch.replace(images=np.stack(pixels)))
 
@@ -323,6 +327,15 @@ def _most_tiles(cfg: Experiment) -> tiling.Tiles:
     return longest_image(vision, cfg.projector) if vision.tile_grids else vision.cut_tiles
 
 
+def _by_slot(images: Sequence[Sequence[np.ndarray]]) -> dict[tuple[int, int], np.ndarray]:
+    """Returns (row, slot) -> image."""
+    pixels = {}
+    for row, row_images in enumerate(images):
+        for slot, image in enumerate(row_images):
+            pixels[row, slot] = image
+    return pixels
+
+
 def _stack_tiles(
     cfg: Experiment,
     batch: Batch,
@@ -331,10 +344,7 @@ def _stack_tiles(
     max_images: int,
 ) -> Batch:
     """Adds the images of `prompt_batch` by `batching.stack_tiles`; `tiles` has a row per prompt."""
-    pixels = {}
-    for row, row_images in enumerate(images):
-        for slot, image in enumerate(row_images):
-            pixels[row, slot] = image
+    pixels = _by_slot(images)
     image_counts = np.array([len(counts) for counts in tiles])  # (B,)
     is_own = np.arange(max_images) < image_counts[:, None, None]  # (B, 1, I)
     is_own = np.broadcast_to(is_own, batch.image_mask.shape)  # (B, S, I)

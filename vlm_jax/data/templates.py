@@ -38,6 +38,7 @@ from vlm_jax.data.fields import (
     image_fields,
     pad_left,
     restrict_tags,
+    rope_fields,
     tap_fields,
 )
 from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
@@ -109,7 +110,7 @@ def encode(
         "targets": np.append(fields["tokens"][1:], np.int32(cfg.data.special_ids[0])),
         "loss_weights": np.append(is_scored[1:], False).astype(np.float32),
     }
-    fields |= tap_fields(cfg, fields)
+    fields |= tap_fields(cfg, fields) | rope_fields(cfg, fields["image_token_index"], tiles)
     if cfg.fusion.placeholder:
         fields["images_from"] = _first_image_read(parts)[fields["images_seen"]]
     if cfg.fusion.is_prefix_lm:

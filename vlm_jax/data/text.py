@@ -34,6 +34,7 @@ from vlm_jax.data.fields import (
     pad_left,
     pad_row,
     restrict_tags,
+    rope_fields,
     tap_fields,
     text_fields,
 )
@@ -190,6 +191,12 @@ def _segment(cfg: Experiment, tiles: Sequence[Tiles], branches: Sequence[Sequenc
         "image_mask": restrict_tags(image_mask, fields["image_tags"]),
     }
     segment |= tap_fields(cfg, fields)
+    for name, values in rope_fields(cfg, fields["image_token_index"], tiles).items():
+        # As the positions: every branch continues from the number where the trunk ends.
+        end = values[:trunk_length].max(initial=-1) + 1
+        steps = segment["positions"][trunk_length:, None] - trunk_length
+        segment[name] = np.concatenate([values[:trunk_length], end + steps + np.zeros(3, np.int32)])
+        segment[name] = segment[name].astype(np.int32)
     if cfg.fusion.has_image_blocks:
         segment["block_ids"] = image_blocks(cfg, fields["image_token_index"])
     return segment

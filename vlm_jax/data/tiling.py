@@ -24,15 +24,16 @@ from PIL import Image
 
 from vlm_jax.config import CHANNELS, Vision
 from vlm_jax.config.tile_maps import Shape, choose_grid, fitted_shape
+from vlm_jax.data import native
 from vlm_jax.data.images import fit, normalise
 from vlm_jax.data.resize import resize, to_square
 
 # Decoded images kept in memory. Reading and decoding a small one takes 0.3 ms of a core.
 CACHE_BYTES = 512 << 20
 
-# The number of tiles of an image; with `vision.tile_grids` the (height, width) in px of the image
-# from `resize_to_grid`, on which its tokens depend. A number is then an image of so many tiles in a
-# row.
+# The number of tiles of an image; with `vision.tile_grids` and at native resolution the (height,
+# width) in px of the image from `resize_to_grid`, on which its tokens depend. A number is then an
+# image of so many tiles in a row, or the image with the most tokens.
 Tiles = int | Shape
 
 
@@ -143,6 +144,9 @@ def resize_to_grid(image: Image.Image, vision: Vision) -> np.ndarray:
       (rows * image_size_px, columns * image_size_px, 3) uint8; with `vision.tile_grids` and
       `vision.resize` pad less, without the padding.
     """
+    if vision.is_native:
+        shape = native.resized_shape(image.height, image.width, vision)
+        return np.asarray(resize(image, shape, Image.Resampling[vision.resample.upper()]))
     if vision.keeps_aspect_in_tiles:
         return fit_on_canvas(image, vision)
     if vision.tile_grids:
@@ -160,6 +164,8 @@ def lru_cached(read: Callable[[int], Any], vision: Vision, caches: int = 1) -> C
       caches: number of caches that share CACHE_BYTES.
     """
     max_image_bytes = CHANNELS * vision.cut_tiles * vision.image_size_px**2
+    if vision.is_native:
+        max_image_bytes = vision.max_squares * CHANNELS * vision.square_px**2
     return functools.lru_cache(CACHE_BYTES // max_image_bytes // caches)(read)
 
 
@@ -184,18 +190,23 @@ def count_tiles(pixels: np.ndarray, vision: Vision) -> int:
 
 def describe_tiles(pixels: np.ndarray, vision: Vision) -> Tiles:
     """Returns the tiles of an image from `resize_to_grid`."""
-    return pixels.shape[:2] if vision.tile_grids else count_tiles(pixels, vision)
+    has_shape = vision.tile_grids or vision.is_native
+    return pixels.shape[:2] if has_shape else count_tiles(pixels, vision)
 
 
 def predict_tiles(width: int, height: int, vision: Vision) -> Tiles:
     """Returns the tiles of an image of `width` x `height` px before it is resized."""
+    if vision.is_native:
+        return native.resized_shape(height, width, vision)
     if vision.tile_grids:
         return shape_in_map((height, width), vision)
     return tile_count(width, height, vision)
 
 
 def shape_of_tiles(tiles: Tiles, vision: Vision) -> Shape:
-    """Returns the (height, width) in px that `tiles` stands for with `vision.tile_grids`."""
+    """Returns the (height, width) in px that `tiles` stands for, if they are more than a number."""
+    if vision.is_native:
+        return native.longest_image(vision) if isinstance(tiles, int) else tiles
     side = vision.image_size_px
     return (side, side * tiles) if isinstance(tiles, int) else tiles
 
@@ -279,6 +290,8 @@ def view_mask(tiles: Sequence[Tiles], vision: Vision) -> np.ndarray:
 
     `tiles` has the tiles of each image; 0 is a missing image.
     """
+    if vision.is_native:
+        tiles = [int(tiles_of_image != 0) for tiles_of_image in tiles]
     if vision.tile_grids:
         tiles = [_count_in_map(tiles_of_image, vision) for tiles_of_image in tiles]
     tile_counts = np.array(tiles, np.int32)[:, None]  # (images, 1)

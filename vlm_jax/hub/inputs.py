@@ -180,7 +180,7 @@ def image_batch(cfg: Experiment, arrays: Arrays) -> Batch:
     pixels = np.asarray(arrays["pixel_values"])
     if cfg.vision.is_native:
         patches, grids = _native_images(cfg, arrays)
-        packed = native.pack([patches], [grids], cfg.projector.merged_side)
+        packed = native.pack([patches], [grids], cfg.vision.patch_square)
         ids = np.zeros((1, 1), np.int32)
         images = packed._asdict() | {"image_mask": np.zeros((1, 1, len(grids)), bool)}
     elif cfg.fusion.image_in_memory:
@@ -300,7 +300,7 @@ def _packed(
     """
     ids = np.asarray(arrays["input_ids"], np.int32)
     patches, grids = _native_images(cfg, arrays)
-    side = cfg.projector.merged_side
+    side = cfg.vision.patch_square
     token_grids = [(rows // side, columns // side) for rows, columns in grids]
     is_image = (ids == image_token) & is_token
     # An answer may have the id of an image token without being one.
@@ -347,7 +347,7 @@ def _sized_images(
     cfg: Experiment, arrays: Arrays
 ) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
     """As `_native_images`, for padded images with their `image_sizes` in pixels (Pixtral)."""
-    patch, side = cfg.vision.patch_size_px, cfg.projector.merged_side
+    patch, side = cfg.vision.patch_size_px, cfg.vision.patch_square
     images = channels_last(_shaped(arrays, "pixel_values", (None, CHANNELS, None, None)))
     sizes = np.full((len(images), 2), images.shape[1:3])
     if "image_sizes" in arrays:
@@ -370,7 +370,7 @@ def _native_images(
     """Patches (P, C) of one frame, and their rows and columns, of every image."""
     if np.ndim(arrays.get("pixel_values")) == 4:
         return _sized_images(cfg, arrays)
-    vision, side = cfg.vision, cfg.projector.merged_side
+    vision, side = cfg.vision, cfg.vision.patch_square
     grids = _shaped(arrays, "image_grid_thw", (None, 3))
     if (grids[:, 0] != 1).any() or (grids[:, 1:] % side).any() or (grids < 1).any():
         raise ConfigError(

@@ -81,7 +81,7 @@ def fuse(
         batch = batch.replace(image_mask=mask_tokens_without_image(batch))
         inputs = inputs.replace(attends=batch.image_mask.any(-1))
     return inputs.replace(
-        memory_mask=cross_attention_mask(batch, cfg.image_tokens, cfg.projector.merged_side**2)
+        memory_mask=cross_attention_mask(batch, cfg.image_tokens, cfg.vision.patch_square**2)
     )
 
 
@@ -215,6 +215,8 @@ def cross_attention_mask(
     if batch.patch_images is None:
         return jnp.repeat(batch.image_mask, tokens_per_image, axis=-1)[:, None]
     images = batch.patch_images[:, ::patches_per_token]  # (B, T)
+    if batch.image_rows is not None:
+        images = images[batch.image_rows]
     # Image 0 is padding, which no token reads.
     mask = jnp.pad(batch.image_mask, ((0, 0), (0, 0), (1, 0)))
     return jnp.take_along_axis(mask, images[:, None], axis=-1)[:, None]

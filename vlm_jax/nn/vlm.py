@@ -146,7 +146,7 @@ def example_images(cfg: Vision, rows: int, images: int = 1) -> dict[str, jax.Arr
     """The image fields of a batch of `rows` rows with `images` images each, all zeros."""
     side = cfg.image_size_px
     if cfg.is_native:
-        count = images * cfg.max_patches
+        count = images * cfg.max_squares * cfg.patch_square**2
         ids = jnp.ones((rows, count), jnp.int32)
         return {
             "images": jnp.zeros((rows, count, cfg.patch_dim)),

@@ -101,8 +101,11 @@ def _tokens(cfg: Experiment, tokens: dict) -> str:
         patches += " each"
         if vision.views > vision.cut_tiles:
             images += " and a thumbnail"
+    size = f"of {side} x {side} px"
+    if vision.is_native:
+        size, patches = "of any shape", f"at most {patches} each"
     steps = [
-        f"{images} of {side} x {side} px",
+        f"{images} {size}",
         patches,
         f"encoder: {tokens['encoder']} tokens" if vision.has_encoder else "no encoder",
         f"projector: {tokens['features']} -> {tokens['projected']} tokens",

@@ -48,8 +48,10 @@ def describe_model(cfg: Experiment) -> str:
             images = f"each of at most {vision.pictures} views of an image"
         encoder = f"ViT {vision.depth} x {vision.width}" if vision.has_encoder else "no encoder"
         projector = f"{cfg.projector.kind} projector"
-        tokens = f"{cfg.image_tokens} tokens"
-        stages = [f"{images} ({vision.image_size_px} px)", encoder, projector, tokens, *stages]
+        at_most = "at most " if vision.is_native else ""
+        tokens = f"{at_most}{cfg.image_tokens} tokens"
+        size = "any shape" if vision.is_native else f"{vision.image_size_px} px"
+        stages = [f"{images} ({size})", encoder, projector, tokens, *stages]
     return f"{cfg.fusion.kind}: {' -> '.join(stages)} (blocks x width)"
 
 

@@ -70,7 +70,7 @@ class TestPixtral(UnifiedLaws):
         return {"image_token_index": IMAGE}
 
     def inputs(self, pair, side, room=NEW, counts=MIXED):
-        merged = pair.cfg.projector.merged_side
+        merged = pair.cfg.vision.patch_square
         grids = iter(GRIDS)
         rng, rows, used = np.random.default_rng(0), [], []
         for length, count in zip(TEXT_LENGTHS, IMAGE_COUNTS[counts]):

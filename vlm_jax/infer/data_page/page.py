@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.config import ConfigError, Experiment, Vision
-from vlm_jax.data import pipeline
+from vlm_jax.data import native, pipeline
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub.images.steps import PixelScale
 from vlm_jax.infer.data_page.counts import Counts, describe_dataset
@@ -111,7 +111,7 @@ def _split(cfg: Experiment, tokenizer: Tokenizer, batch: Batch, ids: list[list])
     for number in range(len(batch.tokens)):
         pictures = []
         if batch.images is not None:
-            pictures = _to_pictures(batch.images[number], cfg.vision)
+            pictures = _to_pictures(batch, number, cfg.vision)
         yield Row(
             ids=ids[number],
             texts=[tokenizer.show_token(token) for token in batch.tokens[number]],
@@ -127,15 +127,16 @@ def _split(cfg: Experiment, tokenizer: Tokenizer, batch: Batch, ids: list[list])
         )
 
 
-def _to_pictures(images: np.ndarray, vision: Vision) -> list[Image.Image]:
-    """Returns the views of a row as pictures.
-
-    Args:
-      images: (I, height, width, 3) or (I, J, height, width, 3), normalised.
-    """
-    views = images.reshape(-1, *images.shape[-3:])
+def _to_pictures(batch: Batch, row: int, vision: Vision) -> list[Image.Image]:
+    """Returns the views of a row, or its images at native resolution, as pictures."""
+    views = batch.images[row]
+    if vision.is_native:
+        packed = (views, batch.patch_images[row], batch.patch_places[row])
+        views = native.unpack(*packed, vision.patch_size_px)
+    else:
+        views = views.reshape(-1, *views.shape[-3:])
     scale = PixelScale(vision.image_mean, vision.image_std)
-    return [Image.fromarray(view) for view in scale.to_rgb(views)]
+    return [Image.fromarray(scale.to_rgb(view)) for view in views]
 
 
 # ---- HTML

@@ -123,9 +123,14 @@ def _check(model: nn.Module, batch: Batch) -> Model:
 
 
 def check_maps(cfg: Model) -> None:
-    """Raises ConfigError if the model reads no images."""
+    """Raises ConfigError if the model reads no images, or images of any shape."""
     if not cfg.fusion.has_images:
         raise ConfigError(f"fusion.kind {cfg.fusion.kind} reads no image, so it has no maps.")
+    if cfg.vision.is_native:
+        raise ConfigError(
+            f"images at native resolution (vision.max_patches {cfg.vision.max_patches}) have no "
+            "attention maps: only images of one size have."
+        )
 
 
 def image_sublayers(cfg: Model) -> tuple[str, ...]:

@@ -117,6 +117,7 @@ def _shared_vision(config: Json, width: str) -> Vision:
         norm_eps=EPS,
         activation=lookup(config, "hidden_act", ACTIVATIONS, ""),
         max_patches=MAX_PATCHES,
+        patch_square=positive_int(config, "spatial_merge_size"),
         patch_size_px=side(config, "patch_size", 14),
         patch_frames=side(config, "temporal_patch_size", 2),
         patch_bias=False,
@@ -125,7 +126,7 @@ def _shared_vision(config: Json, width: str) -> Vision:
     )
 
 
-def _vision_to_hf(vision: Vision, projector: Projector) -> Json:
+def _vision_to_hf(vision: Vision) -> Json:
     return {
         "depth": vision.depth,
         "num_heads": vision.heads,
@@ -133,14 +134,14 @@ def _vision_to_hf(vision: Vision, projector: Projector) -> Json:
         "in_channels": CHANNELS,
         "patch_size": vision.patch_size_px,
         "temporal_patch_size": vision.patch_frames,
-        "spatial_merge_size": projector.factor,
+        "spatial_merge_size": vision.patch_square,
     }
 
 
 def qwen2_vision_to_hf(cfg: Experiment) -> Json:
     vision = cfg.vision
     ratio = vision.mlp_width / vision.width
-    return _vision_to_hf(vision, cfg.projector) | {
+    return _vision_to_hf(vision) | {
         "embed_dim": vision.width,
         "hidden_size": cfg.decoder.width,
         "mlp_ratio": int(ratio) if ratio.is_integer() else ratio,
@@ -149,8 +150,8 @@ def qwen2_vision_to_hf(cfg: Experiment) -> Json:
 
 def qwen2_5_vision_to_hf(cfg: Experiment) -> Json:
     vision = cfg.vision
-    window = vision.window_patches or cfg.projector.factor
-    return _vision_to_hf(vision, cfg.projector) | {
+    window = vision.window_patches or vision.patch_square
+    return _vision_to_hf(vision) | {
         "hidden_size": vision.width,
         "out_hidden_size": cfg.decoder.width,
         "intermediate_size": vision.mlp_width,
@@ -243,14 +244,13 @@ def family(model_type: str, name: str, vision_from_hf, vision_to_hf) -> Family:
     def config_from_hf(config: Json, names: Collection[str]) -> Experiment:
         tower = SHARED_DEFAULTS | llama.drop_nulls(get_or(config, "vision_config", {}))
         vision = vision_from_hf(tower)
-        factor = positive_int(tower, "spatial_merge_size")
         return Experiment(
             vision=vision,
             projector=Projector(
                 "pixel_shuffle",
-                factor=factor,
+                factor=vision.patch_square,
                 projection="mlp",
-                mlp_width=vision.width * factor**2,
+                mlp_width=vision.width * vision.patch_square**2,
             ),
             fusion=Fusion("unified"),
             decoder=_text_from_hf(config, names),

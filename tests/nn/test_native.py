@@ -1,0 +1,183 @@
+"""Images at native resolution, for every fusion style."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from vlm_jax.config import PatchRope, Projector, Rope
+from vlm_jax.data import native, pipeline, questions
+from vlm_jax.data.tokenizer import Tokenizer
+from vlm_jax.infer.generate import SamplingParams, generate
+from vlm_jax.nn.vlm import VLM
+from vlm_jax.structs import NO_IMAGE, PADDING, Batch
+from vlm_jax.testing import KINDS, tiny, write_conversations
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+MOST = 24  # patches of an image; 2 x 2 of them become a token
+
+
+def experiment(kind):
+    """One block each; the encoder's has windows, and M-RoPE where images are in the sequence."""
+    cfg = tiny(kind, projector=Projector("pixel_shuffle", factor=2))
+    vision = replace(
+        cfg.vision,
+        depth=2,
+        max_patches=MOST,
+        patch_square=2,
+        positions="sincos",
+        rope=PatchRope("same"),
+        window_patches=4,
+        windowed_layers=(0,),
+    )
+    decoder = replace(cfg.decoder, depth=1, rope=Rope(sections=(2, 1, 1)))
+    return replace(cfg, vision=vision, decoder=decoder)
+
+
+def picture(rows, columns, seed=0):
+    """An image of so many squares of 16 px."""
+    rng = np.random.default_rng((rows, columns, seed))
+    return rng.uniform(-1, 1, (16 * rows, 16 * columns, 3)).astype(np.float32)
+
+
+class Letters:
+    """A tokenizer: a character is a token."""
+
+    def encode(self, text):
+        return [20 + ord(letter) % 200 for letter in text]
+
+
+PROMPTS = ["which of the two?", "what?", "small?", "nothing?"]
+IMAGES = [[picture(2, 3), picture(1, 2)], [picture(3, 2)], [picture(1, 1)], []]
+
+
+def prompts(cfg, images=IMAGES, texts=PROMPTS) -> Batch:
+    return questions.prompt_batch(cfg, Letters(), images, texts, 32)
+
+
+def close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=2e-4)
+
+
+@every_kind
+def test_a_batch_of_images_of_any_size_is_one_by_one(kind, forward, random_params):
+    cfg = experiment(kind)
+    params, batch = random_params(cfg), prompts(cfg)
+    logits = forward(cfg, params, batch).logits
+    for row, images in enumerate(IMAGES):
+        # The most images first, so that it is the program of the mixed batch.
+        alone = prompts(cfg, [IMAGES[0], images, images, images], [PROMPTS[row]] * 4)
+        is_token = alone.segment_ids[1] != PADDING
+        close(logits[row][is_token], forward(cfg, params, alone).logits[1][is_token])
+
+
+@every_kind
+def test_a_token_reads_its_own_images_alone_and_no_padding(kind, forward, random_params):
+    cfg = experiment(kind)
+    params, batch = random_params(cfg), prompts(cfg)
+    logits = forward(cfg, params, batch).logits
+    is_token = np.asarray(batch.segment_ids) != PADDING
+
+    def moved(images):
+        other = forward(cfg, params, batch.replace(images=images)).logits
+        return [bool(np.abs(a - b)[own].max() > 1e-4) for a, b, own in zip(logits, other, is_token)]
+
+    noise = np.random.default_rng(9).uniform(-1, 1, batch.images.shape).astype(np.float32)
+    is_padding = (batch.patch_images == PADDING)[..., None]
+    assert moved(np.where(is_padding, noise, batch.images)) == [False] * 4
+    of_first = (batch.patch_images == 1)[..., None]
+    assert moved(np.where(of_first, noise, batch.images)) == [True, True, True, False]
+
+
+def test_an_image_has_the_same_tokens_whatever_is_packed_with_it(random_params):
+    cfg = experiment("unified")
+    params, batch = random_params(cfg), prompts(cfg)
+
+    @jax.jit
+    def encode(batch):
+        return VLM(cfg.model).apply({"params": params}, batch, method="image_tokens")
+
+    tokens, images = np.asarray(encode(batch)), batch.patch_images[:, ::4]
+    noise = np.random.default_rng(9).uniform(-1, 1, batch.images.shape).astype(np.float32)
+    of_first = (batch.patch_images == 1)[..., None]
+    other = encode(batch.replace(images=np.where(of_first, noise, batch.images)))
+    close(other[images == 2], tokens[images == 2])
+    assert np.abs(tokens - other)[images == 1].max() > 1e-3
+    moved = prompts(cfg, [[picture(1, 2)], IMAGES[0], [], []])
+    close(encode(moved)[0, :2], tokens[0][images[0] == 2])
+
+
+def test_a_decoded_token_reads_the_images_of_its_row(forward, random_params):
+    """The tokens of images are in the memory, of unequal number in each row."""
+    cfg = experiment("cross_attention")
+    params, batch = random_params(cfg), prompts(cfg)
+    new = np.asarray(generate(cfg.model, params, batch, 2, SamplingParams()))
+    logits = forward(cfg, params, batch).logits[:, -1]
+    np.testing.assert_array_equal(new[:, 0], logits.argmax(-1))
+    # A prompt ends with a line end; the first new token replaces another one after it.
+    longer = prompts(cfg, texts=[text + "\n" for text in PROMPTS])
+    tokens = np.concatenate([longer.tokens[:, :-1], new[:, :1]], axis=1)
+    logits = forward(cfg, params, longer.replace(tokens=tokens)).logits[:, -1]
+    np.testing.assert_array_equal(new[:, 1], logits.argmax(-1))
+
+
+def test_positions_of_m_rope_count_from_the_start_of_an_image():
+    images = np.array([0, 1, 1, 1, 1, 1, 1, 0, 2, 0])
+    time, row, column = native.rope_positions(images, [(2, 3), (1, 1)]).T
+    np.testing.assert_array_equal(time, [0, 1, 1, 1, 1, 1, 1, 4, 5, 6])
+    np.testing.assert_array_equal(row, [0, 1, 1, 1, 2, 2, 2, 4, 5, 6])
+    np.testing.assert_array_equal(column, [0, 1, 2, 3, 1, 2, 3, 4, 5, 6])
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        ((16, 16), (16, 16)),
+        ((40, 25), (32, 32)),
+        ((1, 1), (16, 16)),
+        ((1, 5000), (16, 96)),
+        ((5000, 1), (96, 16)),
+        ((1000, 1000), (32, 32)),
+        ((300, 200), (48, 32)),
+    ],
+)
+def test_an_image_keeps_its_shape_within_the_budget_of_patches(size, shape):
+    assert native.resized_shape(*size, experiment("unified").vision) == shape
+
+
+def test_patches_of_a_square_follow_one_another():
+    image = np.arange(16).reshape(4, 4, 1)
+    places = native.patch_places((4, 4), 2)
+    np.testing.assert_array_equal(places[:5], [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2]])
+    patches = native.to_patches(image, 1, 2)
+    np.testing.assert_array_equal(patches[:, 0], image[tuple(places.T)][:, 0])
+
+
+def test_conversations_that_share_a_row_have_their_own_patches_and_positions(tmp_path):
+    cfg = experiment("hybrid")
+    data = write_conversations(tmp_path, count=4)
+    cfg = replace(cfg, data=replace(data, images_per_row=4, text_length=200))
+    cfg = replace(cfg, train=replace(cfg.train, batch_size=1))
+    tokenizer = Tokenizer.train(PROMPTS, cfg.decoder.vocab_size)
+    batch = next(pipeline.training_iterator(cfg, tokenizer))
+    ids = np.asarray(batch.segment_ids[0])
+    assert ids.max() > 1
+    images = batch.patch_images[0, ::4]
+    for segment in range(1, ids.max() + 1):
+        own = ids == segment
+        index = batch.image_token_index[0][own]
+        owners = images[index[index != NO_IMAGE]]
+        read = np.flatnonzero(batch.image_mask[0][own].any(axis=0)) + 1
+        np.testing.assert_array_equal(np.unique(owners), read)
+        # 24 x 18 px are 1 x 2 tokens. The images of a conversation count from 1.
+        numbers = np.zeros(len(index), int)
+        numbers[index != NO_IMAGE] = np.searchsorted(read, owners) + 1
+        expected = native.rope_positions(numbers, [(1, 2)] * len(read))
+        np.testing.assert_array_equal(batch.rope_positions[0][own], expected)
+
+
+def test_the_tokens_of_an_image_are_as_many_as_its_squares():
+    batch = prompts(experiment("unified"))
+    counts = [(np.asarray(index) != NO_IMAGE).sum() for index in batch.image_token_index]
+    assert counts == [6 + 2, 6, 1, 0]

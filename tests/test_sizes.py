@@ -33,6 +33,7 @@ PARAMETERS = {
     "smolvlm_256m": 256_484_928,
     "internvl3_1b": 938_193_024,
     "qwen2_5_vl_3b": 3_754_622_976,
+    "mistral_small_3_1_24b": 24_011_361_280,
     "fuyu_8b": 9_408_238_592,
     "llama_3_2_11b_vision": 10_642_941_475,
 }
@@ -53,6 +54,7 @@ MODEL_TYPES = {
     "smolvlm_256m": "idefics3",
     "internvl3_1b": "internvl",
     "qwen2_5_vl_3b": "qwen2_5_vl",
+    "mistral_small_3_1_24b": "mistral3",
     "fuyu_8b": "fuyu",
     "llama_3_2_11b_vision": "mllama",
 }

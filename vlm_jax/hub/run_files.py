@@ -328,7 +328,7 @@ def prompt_differences(cfg: Experiment, family: Family) -> list[str]:
     if not cfg.fusion.has_images or processor is None:
         return []
     fields = []
-    if processor.keeps_image_size:
+    if processor.keeps_image_size or cfg.vision.is_native:
         fields.append(f"vision.image_size_px {cfg.vision.image_size_px}")
     if cfg.data.template == "checkpoint":
         return fields

@@ -31,7 +31,8 @@ from vlm_jax.data.resize import resize, to_square
 CACHE_BYTES = 512 << 20
 
 # The number of tiles of an image; with `vision.tile_grids` the (height, width) in px of the image
-# from `resize_to_grid`, on which its tokens depend. A number n is then an image of n tiles in a row.
+# from `resize_to_grid`, on which its tokens depend. A number is then an image with its tiles in a
+# row.
 Tiles = int | Shape
 
 

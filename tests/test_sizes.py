@@ -30,6 +30,7 @@ PARAMETERS = {
     "internvl3_1b": 938_193_024,
     "fuyu_8b": 9_408_238_592,
     "llama_3_2_11b_vision": 10_642_941_475,
+    "idefics_9b": 8_929_679_632,
 }
 MODEL_TYPES = {
     "gpt2": "gpt2",
@@ -46,6 +47,7 @@ MODEL_TYPES = {
     "internvl3_1b": "internvl",
     "fuyu_8b": "fuyu",
     "llama_3_2_11b_vision": "mllama",
+    "idefics_9b": "idefics",
 }
 
 

@@ -71,6 +71,8 @@ def asked_of_transformers(name: str, folder: Folder, text: str, files=()) -> dic
         return dict(
             folder.reader.apply_chat_template([{"role": "user", "content": content}], **settings)
         )
+    if name == "idefics":
+        return dict(folder.reader(text=[[*images, text]], return_tensors="pt"))
     if name == "llava without a template":
         text = "<image>" * len(images) + text
     if name in ABOUT_IMAGES and name.startswith("paligemma"):
@@ -155,7 +157,7 @@ def test_a_caption_is_asked_for_as_transformers_asks(folder_of, pictures, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["llava", "paligemma", "gemma3", "idefics3", "internvl", "fuyu", "mllama"]
+    "name", ["llava", "paligemma", "gemma3", "idefics3", "internvl", "fuyu", "mllama", "idefics"]
 )
 def test_the_answer_about_images_is_that_of_transformers(folder_of, pictures, name, capsys):
     folder = folder_of(name)

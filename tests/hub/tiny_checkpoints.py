@@ -30,6 +30,10 @@ from transformers import (
     Idefics3ForConditionalGeneration,
     Idefics3ImageProcessorPil,
     Idefics3Processor,
+    IdeficsConfig,
+    IdeficsForVisionText2Text,
+    IdeficsImageProcessorPil,
+    IdeficsProcessor,
     InternVLConfig,
     InternVLForConditionalGeneration,
     LlamaConfig,
@@ -398,6 +402,35 @@ def mllama(path: Path, template: str | None = LLAMA_CHAT) -> Folder:
     )
 
 
+def idefics(path: Path) -> Folder:
+    added = {"420": tiny_tokenizers.token("<fake_token_around_image>")}
+    added |= {"421": tiny_tokenizers.token("<image>")}
+    tokenizer = _tokenizer(
+        path, tiny_tokenizers.llama, config={"model_type": "idefics"}, added_tokens_decoder=added
+    )
+    images = IdeficsImageProcessorPil(image_size=28)
+    vision = {key: value for key, value in TOWER.items() if key != "hidden_size"}
+    text = {key: value for key, value in TEXT.items() if key != "num_key_value_heads"}
+    config = IdeficsConfig(
+        **text | {"pad_token_id": 0},
+        vocab_size=420,
+        additional_vocab_size=len(tokenizer) - 420,
+        cross_layer_interval=2,
+        qk_layer_norms=True,
+        use_resampler=True,
+        vision_config=vision | {"embed_dim": TOWER["hidden_size"]},
+        perceiver_config={
+            "resampler_n_latents": 3,
+            "resampler_depth": 2,
+            "resampler_n_heads": 2,
+            "resampler_head_dim": 10,
+            "qk_layer_norms_perceiver": True,
+        },
+    )
+    reader = IdeficsProcessor(images, tokenizer, image_size=28)
+    return _finished(IdeficsForVisionText2Text(config), reader, path)
+
+
 def _encoder_decoder(path: Path, tokenizer, decoder, **special) -> Folder:
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(VIT, decoder, **special)
     reader = TrOCRProcessor(ViTImageProcessorPil(size={"height": 28, "width": 28}), tokenizer)
@@ -439,6 +472,7 @@ ABOUT_IMAGES = {
     "internvl": internvl,
     "fuyu": fuyu,
     "mllama": mllama,
+    "idefics": idefics,
 }
 CAPTIONS = {"vit and gpt2": vit_gpt2, "trocr": trocr}
 OF_TEXT = {

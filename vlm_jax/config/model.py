@@ -184,12 +184,14 @@ class ProjectorSpec:
 
 # Settings of projectors that merge squares of tokens.
 MERGING = ("factor", "norm", "norm_eps", "projection", "activation", "bias")
+RESAMPLING = ("queries", "depth", "heads", "head_dim", "qk_norm", "block_norms", "norm_eps")
+RESAMPLING += ("projection", "activation", "block_activation", "bias")
 PROJECTORS = {
     "linear": ProjectorSpec("Linear", fields=("bias",)),
     "mlp": ProjectorSpec("Mlp", fields=("bias", "activation")),
     "pixel_shuffle": ProjectorSpec("PixelShuffle", tokens="squares", fields=MERGING),
     "average_pool": ProjectorSpec("AveragePool", tokens="squares", fields=MERGING),
-    "resampler": ProjectorSpec("Resampler", tokens="queries", fields=("queries", "depth", "heads")),
+    "resampler": ProjectorSpec("Resampler", tokens="queries", fields=RESAMPLING),
     "none": ProjectorSpec("Identity"),
 }
 
@@ -214,21 +216,32 @@ class Projector:
     #: checkpoint folder: its projector's settings and initial weights
     checkpoint: str = ""
     activation: Activation = "gelu"  # mlp, projection mlp: activation between its two layers
-    #: linear, mlp, pixel_shuffle, average_pool: use biases
-    bias: bool = True
+    bias: bool = True  # use biases
     factor: int = 2  # pixel_shuffle, average_pool: factor x factor tokens become one
     #: pixel_shuffle, average_pool: norm of the merged tokens, before their projection
     norm: Literal["none", NormKind] = "none"
-    norm_eps: float = 1e-6  # pixel_shuffle, average_pool: added to the variance
-    #: pixel_shuffle, average_pool: layers that project the merged tokens, as the kinds of this name
-    projection: Literal["linear", "mlp"] = "linear"
+    norm_eps: float = 1e-6  # pixel_shuffle, average_pool, resampler: added to the variance
+    #: layers, as the kinds of this name, that project merged tokens (pixel_shuffle, average_pool)
+    #: or the input of the blocks (resampler). none: resampler, blocks of the encoder's width
+    projection: Literal["linear", "mlp", "none"] = "linear"
     queries: int = 16  # resampler: number of output tokens
     depth: int = 2  # resampler: number of blocks
     heads: int = 4  # resampler: number of attention heads
+    head_dim: int | None = None  # resampler: head dimension; None: width of the blocks / heads
+    qk_norm: bool = True  # resampler: normalise query and key heads
+    #: resampler: every block normalises the image tokens anew, and its queries are normalised as
+    #: keys, too (Idefics); otherwise the image tokens are normalised once
+    block_norms: bool = False
+    block_activation: Activation = "gelu_tanh"  # resampler: activation of the blocks' MLPs
 
     @property
     def spec(self) -> ProjectorSpec:
         return _row(PROJECTORS, "projector.kind", self.kind)
+
+    @property
+    def keeps_width(self) -> bool:
+        """True if the tokens that it emits have the encoder's width."""
+        return self.kind == "none" or (self.spec.tokens == "queries" and self.projection == "none")
 
     def output_grid(self, vision: Vision) -> tuple[int, int]:
         """Rows and columns of the tokens that the projector emits for one image.
@@ -284,14 +297,16 @@ class Fusion:
     cross_layers: tuple[int, ...] = ()
     #: cross_attention, hybrid: tanh gates that start at 0 and so keep a trained decoder at first
     gated: bool = False
+    #: gated: a gate for each sublayer, or for each of its channels (Idefics)
+    gate: Literal["scalar", "vector"] = "scalar"
     #: cross_attention, encoder_decoder, hybrid: normalise query and key heads in cross-attention
     qk_norm: bool = True
     #: cross_attention, encoder_decoder: a placeholder token in the text for each image (Llama 3.2
     #: Vision, Flamingo)
     placeholder: bool = False
-    #: tokens before any image: masked out of cross-attention, or attend to all images (Llama 3.2
-    #: Vision)
-    tokens_without_image: Literal["mask_out", "attend_all"] = "mask_out"
+    #: tokens before any image: masked out of cross-attention, masked out of its attention but not
+    #: of its MLP (Idefics), or attend to all images (Llama 3.2 Vision)
+    tokens_without_image: Literal["mask_out", "mask_attention", "attend_all"] = "mask_out"
 
     @property
     def style(self) -> FusionStyle:
@@ -347,7 +362,8 @@ class Fusion:
     @property
     def unused(self) -> tuple[str, ...]:
         """Names of the fields that have no effect with this kind."""
-        placement = () if self.has_cross_blocks else ("cross_every", "cross_layers", "gated")
+        placement = ("cross_every", "cross_layers", "gated", "gate")
+        placement = () if self.has_cross_blocks else placement
         return placement if self.image_in_memory else (*placement, "qk_norm")
 
     def sublayers(self, depth: int) -> tuple[tuple[str, ...], ...]:
@@ -396,6 +412,8 @@ class Decoder(Transformer):
     vocab_size: int = 512  # V: size of the output head; not less than the tokenizer's
     #: input-only ids: additional rows of the embedding (mllama)
     extra_tokens: int = 0
+    #: ids after vocab_size with an embedding table and an output head of their own (Idefics)
+    added_tokens: int = 0
     embed_scale: bool = False  # multiply embeddings by sqrt(D)
     embed_norm: bool = False  # normalise the sum of embeddings and positions
     #: rotary, or position embeddings that are added
@@ -411,6 +429,16 @@ class Decoder(Transformer):
     final_norm: bool = True  # normalise after the last block
     tie_word_embeddings: bool = True  # use the embedding as the output head
     logit_softcap: float | None = None  # c: logits become c tanh(logit / c); None: not capped
+
+    @property
+    def num_ids(self) -> int:
+        """Number of ids that have an embedding."""
+        return self.num_logits + self.extra_tokens
+
+    @property
+    def num_logits(self) -> int:
+        """Number of ids that the output head has logits of."""
+        return self.vocab_size + self.added_tokens
 
     @property
     def limits_positions(self) -> bool:

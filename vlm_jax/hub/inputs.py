@@ -2,9 +2,10 @@
 
 The names are `input_ids`, `attention_mask`, `position_ids`, `token_type_ids`, `pixel_values` (or
 `image_patches`), `pixel_attention_mask`, `aspect_ratio_ids`, `aspect_ratio_mask`,
-`cross_attention_mask`, `decoder_input_ids`, `decoder_attention_mask` and `decoder_position_ids`.
-Images are (..., channels, height, width), except Fuyu's, which are patches flattened in the order
-(row, column, channel). Idefics3's are rows of images, with blank ones at the end.
+`cross_attention_mask`, `image_attention_mask`, `decoder_input_ids`, `decoder_attention_mask` and
+`decoder_position_ids`. Images are (..., channels, height, width), except Fuyu's, which are patches
+flattened in the order (row, column, channel). Those of Idefics and Idefics3 are rows of images,
+with blank ones at the end.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,9 @@ Arrays = Mapping[str, np.ndarray]
 TEXT = ("input_ids", "attention_mask", "position_ids")
 DECODER_TEXT = tuple(f"decoder_{name}" for name in TEXT)
 IN_SEQUENCE = ("token_type_ids", "pixel_values", "pixel_attention_mask", "image_patches")
-IN_MEMORY = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
+# The images that each token attends to; in the first, their tiles.
+IMAGE_MASKS = ("cross_attention_mask", "image_attention_mask")
+IN_MEMORY = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", *IMAGE_MASKS)
 
 
 def argument_names(fusion: Fusion) -> tuple[str, ...]:
@@ -106,7 +109,7 @@ def _within_tables(decoder: Decoder, batch: Batch) -> Batch:
     Raises:
       ConfigError: an id or a position of a token is outside its table.
     """
-    is_token, rows = batch.segment_ids > 0, decoder.vocab_size + decoder.extra_tokens
+    is_token, rows = batch.segment_ids > 0, decoder.num_ids
     wrong = batch.tokens[is_token & ((batch.tokens < 0) | (batch.tokens >= rows))]
     if wrong.size:
         raise ConfigError(
@@ -155,7 +158,7 @@ def image_batch(cfg: Experiment, arrays: Arrays) -> Batch:
     pixels = np.asarray(arrays["pixel_values"])
     if cfg.fusion.image_in_memory:
         ids = np.zeros((len(pixels), 1), np.int32)
-        own = {name: x for name, x in arrays.items() if name != "cross_attention_mask"}
+        own = {name: x for name, x in arrays.items() if name not in IMAGE_MASKS}
         images = _in_memory(cfg, own, ids, None)
     else:
         if cfg.vision.has_encoder:
@@ -244,7 +247,7 @@ def _in_sequence(cfg: Experiment, arrays: Arrays, ids: np.ndarray, image_token: 
             f"pixel_values: {len(images)} {'patches' if patches_only else 'images'} of "
             f"{tokens_each} tokens each."
         )
-    filled = _row_by_row(images, counts // tokens_each)
+    filled = row_by_row(images, counts // tokens_each)
     if patches_only:
         filled = filled[:, None]
     return {
@@ -279,7 +282,7 @@ def _whole_images(cfg: Experiment, arrays: Arrays) -> np.ndarray:
     return channels_last(images[is_image])
 
 
-def _row_by_row(images: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def row_by_row(images: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Splits images (sum of I, ...) by row, padded with zeros to (B, I, ...); I is at least 1."""
     filled = np.zeros((len(counts), max(1, counts.max()), *images.shape[1:]), np.float32)
     for target, row in zip(filled, np.split(images, np.cumsum(counts)[:-1])):
@@ -288,9 +291,19 @@ def _row_by_row(images: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _in_memory(cfg: Experiment, arrays: Arrays, ids: np.ndarray, image_token: int | None) -> dict:
-    """Images for cross-attention: one a row, read by every token, or any number of tiled ones."""
+    """Images for cross-attention: one a row, read by every token, or any number of images.
+
+    The text has a placeholder for each of any number of images (Idefics); without a mask, every
+    token attends to every image.
+    """
     if cfg.vision.tile_layouts:
         return _in_tiles(cfg, arrays, ids)
+    if cfg.fusion.placeholder:
+        images = _shaped(arrays, "pixel_values", (len(ids), None, CHANNELS, None, None))
+        shape = (*ids.shape, images.shape[1])
+        arrays = {"image_attention_mask": np.ones(shape), **arrays}
+        mask = _shaped(arrays, "image_attention_mask", shape)
+        return {"images": channels_last(images), "image_mask": mask.astype(bool)}
     images = _shaped(arrays, "pixel_values", (len(ids), CHANNELS, None, None))
     return {"images": channels_last(images)[:, None], "image_mask": np.ones((*ids.shape, 1), bool)}
 

@@ -259,9 +259,8 @@ def special_ids(
     eos = tokenizer.eos_ids[0] if eos_id is None else eos_id
     pad = eos if tokenizer.pad_id is None else tokenizer.pad_id
     newline = eos if tokenizer.newline_id is None else tokenizer.newline_id
-    rows = decoder.vocab_size + decoder.extra_tokens
     candidates = (image_id, tokenizer.image_id, tokenizer.next_id)
-    image = next((i for i in candidates if i is not None and i < rows), eos)
+    image = next((i for i in candidates if i is not None and i < decoder.num_ids), eos)
     return pad, image, newline, eos
 
 

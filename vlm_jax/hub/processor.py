@@ -18,7 +18,12 @@ from vlm_jax.hub.images.steps import (
     pixel_scale,
     to_rows,
 )
-from vlm_jax.hub.inputs import mask_images_of_other_rows, to_batch, with_targets
+from vlm_jax.hub.inputs import (
+    mask_images_of_other_rows,
+    row_by_row,
+    to_batch,
+    with_targets,
+)
 from vlm_jax.hub.load import Checkpoint
 from vlm_jax.hub.text.chat_template import ChatTemplate
 from vlm_jax.hub.text.dialogue import Dialogue, decoder_start_ids
@@ -110,7 +115,8 @@ class HubProcessor:
             add_special_tokens = self.template is None or cfg.fusion.has_images
 
         processed = self.pixels(images)
-        layouts = _image_layouts(processed, [len(row) for row in images])
+        counts = [len(row) for row in images]
+        layouts = _image_layouts(processed, counts)
         encoded = self._encode_prompts(texts, layouts, add_special_tokens)
         if answer_ids is not None:
             encoded = [
@@ -120,7 +126,7 @@ class HubProcessor:
         arrays = stack_prompts(encoded, self.tokenizer.pad_id or 0, pad_to_multiple_of)
         if cfg.fusion.is_encoder_decoder:
             arrays = {f"decoder_{name}": x for name, x in arrays.items()}
-        arrays |= _image_arrays(processed)
+        arrays |= _image_arrays(processed, counts if cfg.fusion.placeholder else None)
         batch = to_batch(cfg, arrays, self.checkpoint.image_token, generating=True)
         if batch.tile_layouts is not None:
             batch = mask_images_of_other_rows(batch)
@@ -277,14 +283,22 @@ def _image_layouts(processed: ProcessedImages | None, counts: Sequence[int]) -> 
     return [list(itertools.islice(layouts, count)) for count in counts]
 
 
-def _image_arrays(processed: ProcessedImages | None) -> dict[str, np.ndarray]:
-    """Arrays with the names and in the layout of transformers."""
+def _image_arrays(
+    processed: ProcessedImages | None, counts: Sequence[int] | None
+) -> dict[str, np.ndarray]:
+    """Arrays with the names and in the layout of transformers.
+
+    Args:
+      counts: number of images of each row, if the model takes rows of images (Idefics).
+    """
     if processed is None:
         return {}
     if processed.grids is not None:
         return {"pixel_values": processed.pixel_values}
     arrays = {"pixel_values": np.moveaxis(processed.pixel_values, -1, -3)}
     if processed.num_tiles is None:
+        if counts is not None:
+            arrays["pixel_values"] = row_by_row(arrays["pixel_values"], np.array(counts))
         return arrays
     return arrays | {
         "aspect_ratio_ids": processed.aspect_ratio_ids,

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.config import Model, Transformer
+from vlm_jax.config import Fusion, Model, Transformer
 from vlm_jax.nn.blocks import Block, BlockFlags
 from vlm_jax.nn.layers import (
     ACTIVATIONS,
@@ -64,6 +64,12 @@ def _project_merged(cfg: Model, x: Tokens) -> Projected:
     projector = cfg.projector
     if projector.norm != "none":
         x = Norm(projector.norm, projector.norm_eps, letters="E", name="norm")(x)
+    return _project(cfg, x)
+
+
+def _project(cfg: Model, x: Tokens) -> Projected:
+    """Applies the layers of `projector.projection`, within a module."""
+    projector = cfg.projector
     if projector.projection == "mlp":
         return Mlp(cfg, name="mlp")(x)
     return Dense("E D", (x.shape[-1], cfg.decoder.width), bias=projector.bias, name="linear")(x)
@@ -109,26 +115,40 @@ class Resampler(nn.Module):
     """Learned queries attend to the tokens: (B, P, E) -> (B, Q, D).
 
     The Perceiver resampler of Flamingo (Alayrac et al. 2022, appendix A.1.1). Keys and values come
-    from tokens and queries together.
+    from tokens and queries together. With `projector.block_norms`, the form of Idefics
+    (transformers, models/idefics/perceiver.py).
     """
 
     cfg: Model
 
     @nn.compact
     def __call__(self, x: Tokens) -> Projected:
-        cfg, width = self.cfg.projector, self.cfg.decoder.width
-        settings = Transformer(width=width, heads=cfg.heads, mlp_width=4 * width)
-        memory = Norm("layernorm", settings.norm_eps, name="norm")(
-            Dense("E D", (x.shape[-1], width), name="linear")(x)
+        cfg = self.cfg.projector
+        if cfg.projection != "none":
+            x = _project(self.cfg, x)
+        width = x.shape[-1]
+        settings = Transformer(
+            width=width,
+            heads=cfg.heads,
+            head_dim=cfg.head_dim,
+            mlp_width=4 * width,
+            norm_eps=cfg.norm_eps,
+            activation=cfg.block_activation,
+            qkv_bias=cfg.bias,
+            out_bias=cfg.bias,
+            mlp_bias=cfg.bias,
         )
+        if not cfg.block_norms:
+            x = Norm(settings.norm, settings.norm_eps, name="norm")(x)
+        sublayers = ("latent" if cfg.block_norms else "cross", "mlp")
+        fusion = Fusion("text_only", qk_norm=cfg.qk_norm)
         queries = self.param("queries", axes.with_axes(embedding_init, "Q D"), (cfg.queries, width))
         q = jnp.broadcast_to(queries, (len(x), *queries.shape))
         for i in range(cfg.depth):
-            context = BlockInputs(memory=jnp.concatenate([memory, q], axis=1))
-            q, _ = Block(settings, ("cross", "mlp"), name=f"block_{i}")(
-                q, context, BlockFlags(), {}
-            )
-        return Norm("layernorm", settings.norm_eps, name="final_norm")(q)
+            memory = x if cfg.block_norms else jnp.concatenate([x, q], axis=1)
+            block = Block(settings, sublayers, fusion, name=f"block_{i}")
+            q, _ = block(q, BlockInputs(memory=memory), BlockFlags(), {})
+        return Norm(settings.norm, settings.norm_eps, name="final_norm")(q)
 
 
 def build_projector(cfg: Model) -> nn.Module:

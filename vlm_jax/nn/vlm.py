@@ -45,7 +45,7 @@ class VLM(nn.Module):
         self,
         batch: Batch,
         cache: Cache | None = None,
-        image_tokens: Float[Array, "B T D"] | None = None,
+        image_tokens: Float[Array, "B T E"] | None = None,
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
         """Returns the final hidden states (B, S, D) and the updated KV cache.
 
@@ -59,7 +59,7 @@ class VLM(nn.Module):
         decoder_inputs = fuse(self.cfg, text_tokens, image_tokens, batch, cache)
         return self.decoder(decoder_inputs, cache)
 
-    def image_tokens(self, batch: Batch) -> Float[Array, "B T D"]:
+    def image_tokens(self, batch: Batch) -> Float[Array, "B T E"]:
         """Returns the I*M projected tokens of each row: image after image, view after view."""
 
         def by_image(x):

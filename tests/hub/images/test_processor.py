@@ -103,6 +103,7 @@ CONFIGS = {
         "size": {"height": 24, "width": 24},
         "do_pan_and_scan": None,
     },
+    "idefics": {"image_processor_type": "IdeficsImageProcessor", "image_size": 24},
     "idefics3": {
         "image_processor_type": "Idefics3ImageProcessor",
         "size": {"longest_edge": 59},
@@ -148,7 +149,11 @@ def assert_same(folder, *batches):
     )
     for images in batches:
         ours = processor(images).pixel_values
-        expected = np.moveaxis(np.asarray(reference(images=images)["pixel_values"]), -3, -1)
+        expected = reference(images=images)
+        # The class of Idefics returns the arrays alone.
+        if not isinstance(expected, list):
+            expected = expected["pixel_values"]
+        expected = np.moveaxis(np.asarray(expected), -3, -1)
         # Tiles of a row of images, as one list.
         expected = expected.reshape(-1, *expected.shape[-3:])
         assert (ours.dtype, ours.shape) == (np.float32, expected.shape), images

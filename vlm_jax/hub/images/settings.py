@@ -100,6 +100,8 @@ DEFAULTS = {
     | {"size": {"height": 1080, "width": 1920}, "do_pad": True, "padding_value": 1.0},
     "MllamaImageProcessor": _SQUARE | {"do_convert_rgb": True, "do_pad": True},
     "Gemma3ImageProcessor": _SQUARE | {"do_convert_rgb": True},
+    "IdeficsImageProcessor": _SQUARE
+    | {"resample": BICUBIC, "do_convert_rgb": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD},
     **dict.fromkeys(IDEFICS3, _IDEFICS3),
     "GotOcr2ImageProcessor": {
         "size": {"height": 384, "width": 384},
@@ -118,6 +120,7 @@ CLASS_OF_MODEL_TYPE = {
     "dinov2": "BitImageProcessor",
     "fuyu": "FuyuImageProcessor",
     "gemma3": "Gemma3ImageProcessor",
+    "idefics": "IdeficsImageProcessor",
     "idefics3": "Idefics3ImageProcessor",
     "internvl": "GotOcr2ImageProcessor",
     "llava": "LlavaImageProcessor",
@@ -234,10 +237,12 @@ def processor_config(vision: Vision) -> dict[str, Any]:
 
 
 def whole_image_settings(kind: str, vision: Vision) -> dict[str, Any]:
-    """Keys with which a processor class that cuts images into tiles makes one square of each."""
+    """Keys with which a processor class makes one square of each image; others need none."""
     if kind in IDEFICS3:
         side = vision.image_size_px
         return {"do_image_splitting": False, "max_image_size": {"longest_edge": side}}
+    if kind == "IdeficsImageProcessor":
+        return {"image_size": vision.image_size_px}
     return {"max_patches": 1} if kind == "GotOcr2ImageProcessor" else {}
 
 
@@ -245,7 +250,10 @@ def _from_transformers(path: Path, values: dict) -> ImageSettings:
     if not isinstance(values, dict):
         raise _refusal(path, "image_processor", values, "an object")
     kind = _processor_class(path, values)
-    settings = DEFAULTS[kind] | {key: x for key, x in values.items() if x is not None}
+    values = {key: x for key, x in values.items() if x is not None}
+    if kind == "IdeficsImageProcessor" and "image_size" in values:
+        values["size"] = values["image_size"]
+    settings = DEFAULTS[kind] | values
     settings = {key: _checked(path, key, x) for key, x in settings.items()}
     if kind == "Gemma3ImageProcessor" and settings.get("do_pan_and_scan"):
         raise _refusal(path, "do_pan_and_scan", True, "false: crops of an image are not supported")

@@ -14,6 +14,8 @@ fuyu       |SPEAKER| |SPEAKER| |NEWLINE| |SPEAKER| |SPEAKER| |NEWLINE| <s> what 
            one token per patch, one per row of patches
 mllama     <|image|> <|begin_of_text|> what is it?
            one token per image, and a cross-attention mask
+idefics    <s> <fake_token_around_image> <image> <fake_token_around_image> what is it?
+           one token per image, and an image attention mask
 """
 
 import itertools
@@ -395,6 +397,57 @@ class MllamaFormat(TextFormat):
 
 
 @dataclass(frozen=True)
+class IdeficsFormat(TextFormat):
+    """The sizes of images are ignored. Images one after another share the token between them.
+
+    The format writes all special tokens itself.
+    """
+
+    image_token: str = "<image>"
+    fake_token: str = "<fake_token_around_image>"
+    takes_bos = False
+    has_own_format = True
+
+    def expand(self, text):
+        image = f"{self.fake_token}{self.image_token}{self.fake_token}"
+        # As in transformers, where images lie between texts.
+        texts = [piece.strip(" ") for piece in text.split(self.image_token)]
+        return image.join(texts).replace(self.fake_token * 2, self.fake_token)
+
+    def frame(self, text, has_images=True):
+        bos = self.tokenizer.special_tokens.get("bos_token", "")
+        return text if bos and text.startswith(bos) else bos + text
+
+    def prompt(self, text, images=(), add_special_tokens=True):
+        _check_count(text, self.image_token, len(images))
+        framed = self.frame(self.expand(text))
+        ids = to_ids(self.tokenizer.encode(framed, add_special_tokens=False))
+        if not images:
+            return Prompt(ids)
+        is_image = ids == self.tokenizer.token_to_id(self.image_token)
+        return Prompt(ids, image_attention_mask=self._mask(ids, is_image))
+
+    def _mask(self, ids: np.ndarray, is_image: np.ndarray) -> np.ndarray:
+        """Tokens attend to the last image before them, in the text that an end of text closes.
+
+        x: attends.
+        tokens      the  A  cat  B  </s>  end
+        image A      .   x   x   .    .    .
+        image B      .   .   .   x    x    .
+        """
+        eos = self.tokenizer.special_tokens.get("eos_token")
+        is_end = np.zeros_like(is_image)
+        if eos is not None:
+            is_end = ids == self.tokenizer.token_to_id(eos)
+        ends_before = np.cumsum(is_end) - is_end
+        ends_before_image = np.maximum.accumulate(np.where(is_image, ends_before, 0))
+        is_open = ends_before == ends_before_image
+        last_image = np.cumsum(is_image) - 1
+        mask = (last_image[:, None] == np.arange(is_image.sum())) & is_open[:, None]
+        return mask.astype(np.int32)
+
+
+@dataclass(frozen=True)
 class EncoderDecoderFormat(TextFormat):
     """The text follows the decoder's start token; the text does not mention the image."""
 
@@ -411,6 +464,7 @@ FORMATS = {
     "internvl": InternVLFormat,
     "fuyu": FuyuFormat,
     "mllama": MllamaFormat,
+    "idefics": IdeficsFormat,
     "vision-encoder-decoder": EncoderDecoderFormat,
 }
 

@@ -186,6 +186,7 @@ CLASS_OF_MODEL_TYPE = {
     "gemma3": GEMMA,
     "gemma3_text": GEMMA,
     "gpt2": GPT2,
+    "idefics": LLAMA,
     "internvl": QWEN2,
     "llava": None,
     "mistral": None,

@@ -181,7 +181,8 @@ def _resampler_weights(cfg: Model, variables: dict[str, Any]) -> jax.Array | Non
     projector = variables[WEIGHTS]["projector"]
     shares = jnp.zeros(())
     for block in _ordered(projector):
-        weights = projector[block]["cross"][WEIGHT].mean(1)  # (I, Q, P + Q)
+        # Of its only attention: (I, Q, P + Q).
+        (weights,) = [sublayer[WEIGHT].mean(1) for sublayer in projector[block].values()]
         patches, queries = jnp.split(weights, [weights.shape[2] - weights.shape[1]], axis=-1)
         # A query starts without a share of any patch.
         shares = jnp.broadcast_to(shares, patches.shape)

@@ -49,7 +49,8 @@ class Pair(NamedTuple):
         return self.checkpoint.cfg
 
     def batch(self, generating: bool = False, **inputs) -> Batch:
-        return to_batch(self.cfg, inputs, self.checkpoint.image_token, generating)
+        counts = generating or self.checkpoint.family.counts_positions
+        return to_batch(self.cfg, inputs, self.checkpoint.image_token, counts)
 
     def outputs(self, batch: Batch) -> tuple[np.ndarray, dict]:
         """Returns logits and intermediates (hidden states of all blocks, image tokens)."""

@@ -47,7 +47,8 @@ def to_batch(
     Args:
       image_token: id of the image placeholder in the sequence.
       generating: counts positions over the tokens that are not padding, like `generate` of
-        transformers. Otherwise, and always in an encoder-decoder, positions are slot indices.
+        transformers, and `forward` with `Family.counts_positions`. Otherwise, and always in an
+        encoder-decoder, positions are slot indices.
 
     Raises:
       ConfigError: the image tokens in the text do not match the images, an array is missing or has

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vlm_jax.config import CheckpointError
-from vlm_jax.hub.families.decoders import gemma, gpt2, llama, olmo2, phi3, smollm3
+from vlm_jax.hub.families.decoders import gemma, gpt2, llama, olmo2, opt, phi3, smollm3
 from vlm_jax.hub.families.encoders import clip, dinov2, mllama_vision, open_clip, siglip, vit
 from vlm_jax.hub.families.family import Family, get_or
 from vlm_jax.hub.families.multimodal import (
@@ -30,6 +30,7 @@ KNOWN = (
     olmo2.OLMO2,
     smollm3.SMOLLM3,
     phi3.PHI3,
+    opt.OPT,
     gemma.GEMMA,
     gemma.GEMMA2,
     gemma.GEMMA3,

@@ -179,6 +179,7 @@ CLASSES = {
 
 # Model type -> tokenizer class; None: the pipeline of tokenizer.json as it is.
 CLASS_OF_MODEL_TYPE = {
+    "blip-2": GPT2,
     "clip": CLIP,
     "fuyu": None,
     "gemma": GEMMA,
@@ -191,6 +192,7 @@ CLASS_OF_MODEL_TYPE = {
     "llava": None,
     "mistral": None,
     "olmo2": None,
+    "opt": GPT2,
     "phi3": None,
     "qwen2": QWEN2,
     "qwen3": QWEN2,

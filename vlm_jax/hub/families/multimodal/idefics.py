@@ -204,4 +204,5 @@ IDEFICS = Family(
         has_prompt_format=True,
         image_processor="IdeficsImageProcessor",
     ),
+    counts_positions=True,
 )

@@ -67,7 +67,7 @@ REFUSED = [
     ),
     (
         {"projector_kind": "pixel_shuffle", "projector_projection": "none"},
-        "projector.projection none is for resampler, not for projector.kind pixel_shuffle",
+        "projector.projection none is for projector.kind resampler, not for pixel_shuffle",
     ),
     (
         {"fusion_kind": "cross_attention", "fusion_gate": "vector"},

@@ -11,6 +11,10 @@ from PIL import Image
 from tokenizers import Tokenizer, models, normalizers
 from transformers import (
     AutoTokenizer,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    BlipImageProcessorPil,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     FuyuConfig,
@@ -45,6 +49,7 @@ from transformers import (
     MllamaForConditionalGeneration,
     MllamaImageProcessorPil,
     MllamaProcessor,
+    OPTConfig,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     PaliGemmaProcessor,
@@ -402,6 +407,35 @@ def mllama(path: Path, template: str | None = LLAMA_CHAT) -> Folder:
     )
 
 
+def blip_2(path: Path) -> Folder:
+    tokenizer = _tokenizer(path, tiny_tokenizers.opt, model_type="blip-2")
+    images = BlipImageProcessorPil(size={"height": 28, "width": 28})
+    # It adds the image token to the tokenizer.
+    reader = Blip2Processor(images, tokenizer, num_query_tokens=3)
+    text = OPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=48,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=None,
+    )
+    config = Blip2Config(
+        vision_config=TOWER,
+        qformer_config={
+            "hidden_size": 20,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 28,
+        },
+        text_config=text.to_dict(),
+        num_query_tokens=3,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    return _finished(Blip2ForConditionalGeneration(config), reader, path)
+
+
 def idefics(path: Path) -> Folder:
     added = {"420": tiny_tokenizers.token("<fake_token_around_image>")}
     added |= {"421": tiny_tokenizers.token("<image>")}
@@ -473,6 +507,7 @@ ABOUT_IMAGES = {
     "fuyu": fuyu,
     "mllama": mllama,
     "idefics": idefics,
+    "blip-2": blip_2,
 }
 CAPTIONS = {"vit and gpt2": vit_gpt2, "trocr": trocr}
 OF_TEXT = {

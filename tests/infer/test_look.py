@@ -145,9 +145,10 @@ def test_a_resampler_divides_the_weight_of_a_query_among_patches():
     assert maps.weights.shape[-2:] == cfg.vision.grid
 
 
-def test_a_resampler_whose_blocks_normalise_its_queries_is_observed_too():
-    resampler = Projector("resampler", heads=4, queries=3, depth=2, block_norms=True)
-    cfg = tiny("cross_attention", projector=resampler)
+@pytest.mark.parametrize("kind, block_norms", [("resampler", True), ("qformer", False)])
+def test_other_projectors_with_queries_are_observed_too(kind, block_norms):
+    projector = Projector(kind, heads=4, queries=3, depth=2, block_norms=block_norms)
+    cfg = tiny("cross_attention", projector=projector)
     batch = random_batch(cfg, 2)
     slots = np.zeros((2, 1), np.int32)
     observed = jax.eval_shape(observe, cfg.model, random_params(cfg), batch, slots)

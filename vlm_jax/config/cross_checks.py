@@ -257,10 +257,13 @@ def _resize(cfg: Experiment) -> None:
 def _projector(cfg: Experiment) -> None:
     projector, rows = cfg.projector, cfg.vision.grid[0]
     if "heads" in projector.spec.fields and projector.head_dim is None:
-        width, owner = cfg.decoder.width, "decoder.width"
-        if projector.keeps_width:
-            width, owner = cfg.vision.output_width, "the encoder's width"
+        width = projector.block_width(cfg.vision, cfg.decoder.width)
         if width % projector.heads:
+            owner = "decoder.width"
+            if projector.keeps_width:
+                owner = "the encoder's width"
+            elif "width" in projector.spec.fields and projector.width is not None:
+                owner = "projector.width"
             raise ConfigError(
                 f"{owner} {width} is not a multiple of projector.heads {projector.heads}: choose "
                 "other heads, or set projector.head_dim."
@@ -277,7 +280,7 @@ def _projector(cfg: Experiment) -> None:
         return
     if projector.projection == "none":
         raise ConfigError(
-            f"projector.projection none is for {_projectors('queries')}, not for projector.kind "
+            "projector.projection none is for projector.kind resampler, not for "
             f"{projector.kind}: choose linear or mlp."
         )
     if rows % projector.factor:

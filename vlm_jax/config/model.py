@@ -184,14 +184,19 @@ class ProjectorSpec:
 
 # Settings of projectors that merge squares of tokens.
 MERGING = ("factor", "norm", "norm_eps", "projection", "activation", "bias")
-RESAMPLING = ("queries", "depth", "heads", "head_dim", "qk_norm", "block_norms", "norm_eps")
-RESAMPLING += ("projection", "activation", "block_activation", "bias")
+# Settings of projectors with learned queries.
+QUERYING = ("queries", "depth", "heads", "head_dim", "mlp_width", "qk_norm", "norm_eps")
+QUERYING += ("block_activation", "bias")
+RESAMPLING = (*QUERYING, "block_norms", "projection", "activation")
 PROJECTORS = {
     "linear": ProjectorSpec("Linear", fields=("bias",)),
     "mlp": ProjectorSpec("Mlp", fields=("bias", "activation")),
     "pixel_shuffle": ProjectorSpec("PixelShuffle", tokens="squares", fields=MERGING),
     "average_pool": ProjectorSpec("AveragePool", tokens="squares", fields=MERGING),
     "resampler": ProjectorSpec("Resampler", tokens="queries", fields=RESAMPLING),
+    "qformer": ProjectorSpec(
+        "QFormer", tokens="queries", fields=(*QUERYING, "width", "cross_every")
+    ),
     "none": ProjectorSpec("Identity"),
 }
 
@@ -220,19 +225,26 @@ class Projector:
     factor: int = 2  # pixel_shuffle, average_pool: factor x factor tokens become one
     #: pixel_shuffle, average_pool: norm of the merged tokens, before their projection
     norm: Literal["none", NormKind] = "none"
-    norm_eps: float = 1e-6  # pixel_shuffle, average_pool, resampler: added to the variance
+    #: pixel_shuffle, average_pool, resampler, qformer: added to the variance
+    norm_eps: float = 1e-6
     #: layers, as the kinds of this name, that project merged tokens (pixel_shuffle, average_pool)
     #: or the input of the blocks (resampler). none: resampler, blocks of the encoder's width
     projection: Literal["linear", "mlp", "none"] = "linear"
-    queries: int = 16  # resampler: number of output tokens
-    depth: int = 2  # resampler: number of blocks
-    heads: int = 4  # resampler: number of attention heads
-    head_dim: int | None = None  # resampler: head dimension; None: width of the blocks / heads
-    qk_norm: bool = True  # resampler: normalise query and key heads
+    queries: int = 16  # resampler, qformer: number of output tokens
+    depth: int = 2  # resampler, qformer: number of blocks
+    width: int | None = None  # qformer: width of the blocks; None: decoder.width
+    heads: int = 4  # resampler, qformer: number of attention heads
+    #: resampler, qformer: head dimension; None: width of the blocks / heads
+    head_dim: int | None = None
+    #: resampler, qformer: hidden dimension of the blocks' MLPs; None: 4 * width of the blocks
+    mlp_width: int | None = None
+    qk_norm: bool = True  # resampler, qformer: normalise query and key heads
     #: resampler: every block normalises the image tokens anew, and its queries are normalised as
     #: keys, too (Idefics); otherwise the image tokens are normalised once
     block_norms: bool = False
-    block_activation: Activation = "gelu_tanh"  # resampler: activation of the blocks' MLPs
+    cross_every: int = 2  # qformer: k: cross-attention in blocks 0, k, 2k, ...
+    #: resampler, qformer: activation of the blocks' MLPs
+    block_activation: Activation = "gelu_tanh"
 
     @property
     def spec(self) -> ProjectorSpec:
@@ -241,7 +253,14 @@ class Projector:
     @property
     def keeps_width(self) -> bool:
         """True if the tokens that it emits have the encoder's width."""
-        return self.kind == "none" or (self.spec.tokens == "queries" and self.projection == "none")
+        is_unprojected = "projection" in self.spec.fields and self.projection == "none"
+        return self.kind == "none" or is_unprojected
+
+    def block_width(self, vision: Vision, decoder_width: int) -> int:
+        """Width of the blocks of a projector with learned queries."""
+        if "width" in self.spec.fields and self.width is not None:
+            return self.width
+        return vision.output_width if self.keeps_width else decoder_width
 
     def output_grid(self, vision: Vision) -> tuple[int, int]:
         """Rows and columns of the tokens that the projector emits for one image.

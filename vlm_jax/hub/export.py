@@ -299,7 +299,7 @@ def architecture_fields(cfg: Experiment) -> dict[str, object]:
         vision = cfg.vision
         vision = replace(vision, kv_heads=vision.num_kv_heads, head_dim=vision.head_width)
         fields |= _prefixed("vision", flat(vision))
-        fields |= _prefixed("projector", _projector_fields(cfg.projector))
+        fields |= _prefixed("projector", _projector_fields(cfg))
     return {
         name: value
         for name, value in fields.items()
@@ -311,8 +311,17 @@ def _prefixed(section: str, fields: Mapping) -> dict[str, object]:
     return {f"{section}.{name}": value for name, value in fields.items()}
 
 
-def _projector_fields(projector) -> dict[str, object]:
-    """Returns the settings that the projector's kind uses."""
+def _projector_fields(cfg: Experiment) -> dict[str, object]:
+    """Returns the settings that the projector's kind uses, with the values of those left out."""
+    projector = cfg.projector
+    if projector.spec.tokens == "queries":
+        width = projector.block_width(cfg.vision, cfg.decoder.width)
+        projector = replace(
+            projector,
+            width=width,
+            head_dim=projector.head_dim or width // projector.heads,
+            mlp_width=projector.mlp_width or 4 * width,
+        )
     fields = {name: getattr(projector, name) for name in projector.spec.fields}
     if fields.get("norm") == "none":
         del fields["norm_eps"]

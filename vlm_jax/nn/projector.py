@@ -5,6 +5,8 @@ class and states how many tokens it emits (`config.Projector.num_tokens`). It ma
 (B, M, D).
 """
 
+from dataclasses import replace
+
 import einops
 import jax.numpy as jnp
 from flax import linen as nn
@@ -111,6 +113,32 @@ class AveragePool(nn.Module):
         return _project_merged(self.cfg, x)
 
 
+def _block_settings(cfg: Model) -> tuple[Transformer, Fusion]:
+    """Settings of the blocks of a projector with learned queries."""
+    projector = cfg.projector
+    width = projector.block_width(cfg.vision, cfg.decoder.width)
+    settings = Transformer(
+        width=width,
+        heads=projector.heads,
+        head_dim=projector.head_dim,
+        mlp_width=4 * width if projector.mlp_width is None else projector.mlp_width,
+        norm_eps=projector.norm_eps,
+        activation=projector.block_activation,
+        qkv_bias=projector.bias,
+        out_bias=projector.bias,
+        mlp_bias=projector.bias,
+        qk_norm="head" if projector.qk_norm else "none",
+    )
+    return settings, Fusion("text_only", qk_norm=projector.qk_norm)
+
+
+def _queries(module: nn.Module, settings: Transformer, images: int) -> Projected:
+    """Learned queries of a module, one copy for each image."""
+    shape = (module.cfg.projector.queries, settings.width)
+    queries = module.param("queries", axes.with_axes(embedding_init, "Q D"), shape)
+    return jnp.broadcast_to(queries, (images, *shape))
+
+
 class Resampler(nn.Module):
     """Learned queries attend to the tokens: (B, P, E) -> (B, Q, D).
 
@@ -126,29 +154,38 @@ class Resampler(nn.Module):
         cfg = self.cfg.projector
         if cfg.projection != "none":
             x = _project(self.cfg, x)
-        width = x.shape[-1]
-        settings = Transformer(
-            width=width,
-            heads=cfg.heads,
-            head_dim=cfg.head_dim,
-            mlp_width=4 * width,
-            norm_eps=cfg.norm_eps,
-            activation=cfg.block_activation,
-            qkv_bias=cfg.bias,
-            out_bias=cfg.bias,
-            mlp_bias=cfg.bias,
-        )
+        settings, fusion = _block_settings(self.cfg)
         if not cfg.block_norms:
             x = Norm(settings.norm, settings.norm_eps, name="norm")(x)
         sublayers = ("latent" if cfg.block_norms else "cross", "mlp")
-        fusion = Fusion("text_only", qk_norm=cfg.qk_norm)
-        queries = self.param("queries", axes.with_axes(embedding_init, "Q D"), (cfg.queries, width))
-        q = jnp.broadcast_to(queries, (len(x), *queries.shape))
+        q = _queries(self, settings, len(x))
         for i in range(cfg.depth):
             memory = x if cfg.block_norms else jnp.concatenate([x, q], axis=1)
             block = Block(settings, sublayers, fusion, name=f"block_{i}")
             q, _ = block(q, BlockInputs(memory=memory), BlockFlags(), {})
         return Norm(settings.norm, settings.norm_eps, name="final_norm")(q)
+
+
+class QFormer(nn.Module):
+    """Learned queries attend to each other and to the tokens, as in BERT: (B, P, E) -> (B, Q, D).
+
+    The Q-Former of BLIP-2 (Li et al. 2023, section 3.1) without its text, and a linear projection.
+    """
+
+    cfg: Model
+
+    @nn.compact
+    def __call__(self, x: Tokens) -> Projected:
+        cfg, context = self.cfg.projector, BlockInputs(memory=x)
+        settings, fusion = _block_settings(self.cfg)
+        settings = replace(settings, norm_position="post")
+        q = Norm(settings.norm, settings.norm_eps, name="norm")(_queries(self, settings, len(x)))
+        for i in range(cfg.depth):
+            sublayers = ("self", "cross", "mlp") if i % cfg.cross_every == 0 else ("self", "mlp")
+            block = Block(settings, sublayers, fusion, name=f"block_{i}")
+            q, _ = block(q, context, BlockFlags(), {})
+        shape = (settings.width, self.cfg.decoder.width)
+        return Dense("E D", shape, bias=cfg.bias, name="linear")(q)
 
 
 def build_projector(cfg: Model) -> nn.Module:

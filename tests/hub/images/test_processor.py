@@ -103,6 +103,7 @@ CONFIGS = {
         "size": {"height": 24, "width": 24},
         "do_pan_and_scan": None,
     },
+    "blip-2": {"image_processor_type": "BlipImageProcessor", "size": {"height": 24, "width": 24}},
     "idefics": {"image_processor_type": "IdeficsImageProcessor", "image_size": 24},
     "idefics3": {
         "image_processor_type": "Idefics3ImageProcessor",

@@ -9,6 +9,7 @@ from vlm_jax.hub.families.decoders import gemma, gpt2, llama, olmo2, opt, phi3, 
 from vlm_jax.hub.families.encoders import clip, dinov2, mllama_vision, open_clip, siglip, vit
 from vlm_jax.hub.families.family import Family, get_or
 from vlm_jax.hub.families.multimodal import (
+    blip_2,
     encoder_decoder,
     fuyu,
     gemma3,
@@ -40,6 +41,7 @@ KNOWN = (
     idefics3.IDEFICS3,
     idefics3.SMOLVLM,
     internvl.INTERNVL,
+    blip_2.BLIP_2,
     fuyu.FUYU,
     mllama.MLLAMA,
     idefics.IDEFICS,

@@ -102,6 +102,14 @@ DEFAULTS = {
     "Gemma3ImageProcessor": _SQUARE | {"do_convert_rgb": True},
     "IdeficsImageProcessor": _SQUARE
     | {"resample": BICUBIC, "do_convert_rgb": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD},
+    "BlipImageProcessor": _SQUARE
+    | {
+        "size": {"height": 384, "width": 384},
+        "resample": BICUBIC,
+        "do_convert_rgb": True,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    },
     **dict.fromkeys(IDEFICS3, _IDEFICS3),
     "GotOcr2ImageProcessor": {
         "size": {"height": 384, "width": 384},
@@ -115,6 +123,7 @@ DEFAULTS = {
 # `model_type` of config.json -> image processor class, if the file names none.
 CLASS_OF_MODEL_TYPE = {
     "bit": "BitImageProcessor",
+    "blip-2": "BlipImageProcessor",
     "clip": "CLIPImageProcessor",
     "deit": "DeiTImageProcessor",
     "dinov2": "BitImageProcessor",

@@ -14,6 +14,8 @@ fuyu       |SPEAKER| |SPEAKER| |NEWLINE| |SPEAKER| |SPEAKER| |NEWLINE| <s> what 
            one token per patch, one per row of patches
 mllama     <|image|> <|begin_of_text|> what is it?
            one token per image, and a cross-attention mask
+blip-2     <image> <image> <image> <image> </s> what is it?
+           N tokens for every image, at the start unless the text has placeholders
 idefics    <s> <fake_token_around_image> <image> <fake_token_around_image> what is it?
            one token per image, and an image attention mask
 """
@@ -195,6 +197,40 @@ class PaliGemmaFormat(TextFormat):
 
     def follow_up(self, text):
         return f"{text}\n"
+
+
+@dataclass(frozen=True)
+class Blip2Format(TextFormat):
+    """The sizes of images are ignored; a text without image tokens gets them at the start.
+
+    The format writes all special tokens itself.
+    """
+
+    tokens_per_image: int
+    image_token: str
+    takes_bos = False
+    has_own_format = True
+
+    @classmethod
+    def read(cls, tokenizer, config, processor, images):
+        count = _token_count(config, "num_query_tokens", 32, file=CONFIG)
+        # The processor adds an image token unless there is one.
+        return cls(tokenizer, count, tokenizer.id_to_token(tokenizer.add_image_token()))
+
+    def prompt(self, text, images=(), add_special_tokens=True):
+        if self.image_token not in text:
+            text = self.image_token * len(images) + text
+        _check_count(text, self.image_token, len(images))
+        tokens = self.image_token * self.tokens_per_image
+        framed = self.frame(text).replace(self.image_token, tokens)
+        return Prompt(to_ids(self.tokenizer.encode(framed, add_special_tokens=False)))
+
+    def frame(self, text, has_images=True):
+        before, last, question = text.rpartition(self.image_token)
+        bos_id = self.tokenizer.bos_id
+        adds_bos = bos_id is not None and self.tokenizer.encode("a")[:1] == [bos_id]
+        bos = self.tokenizer.id_to_token(bos_id) if adds_bos else ""
+        return f"{before}{last}{bos}{question}"
 
 
 @dataclass(frozen=True)
@@ -456,6 +492,7 @@ class EncoderDecoderFormat(TextFormat):
 
 
 FORMATS = {
+    "blip-2": Blip2Format,
     "llava": LlavaFormat,
     "paligemma": PaliGemmaFormat,
     "gemma3": Gemma3Format,
@@ -501,15 +538,15 @@ def load_prompt_format(
         ) from None
 
 
-def _token_count(processor: Mapping, name: str, default: int) -> int:
-    """Returns the number of tokens of a tile.
+def _token_count(values: Mapping, name: str, default: int, file: str = PROCESSOR) -> int:
+    """Returns the number of tokens of a tile, by a key of a file.
 
     Raises:
       CheckpointError: it is not a positive integer.
     """
-    count = processor.get(name, default)
+    count = values.get(name, default)
     if not all_nonnegative_ints(count) or not count:
-        raise CheckpointError(f"{PROCESSOR}: {name} is {count!r}, but must be a number of tokens.")
+        raise CheckpointError(f"{file}: {name} is {count!r}, but must be a number of tokens.")
     return count
 
 

@@ -43,6 +43,7 @@ from vlm_jax.hub.text.dialogue import Dialogue
 from vlm_jax.hub.text.prompt_formats import has_own_format
 from vlm_jax.hub.text.tokenizer import HubTokenizer
 from vlm_jax.nn.models import Config, abstract_params
+from vlm_jax.nn.parts import find_part
 from vlm_jax.nn.patches import resample_positions
 from vlm_jax.nn.quantized import is_quantized, store_as
 from vlm_jax.runtime.workdir import Workdir, is_run
@@ -394,11 +395,30 @@ def _part_table(checkpoint: Checkpoint, cfg: Experiment, part: str) -> list[Row]
         # cross-attention.
         table = checkpoint.family.param_table(replace(checkpoint.cfg, fusion=cfg.fusion))
         rows = [row for row in table if row.tensor in checkpoint.stored_names]
+        crossing = _cross_attention_shapes(cfg)
+        if crossing != _cross_attention_shapes(checkpoint.cfg):
+            rows = [row for row in rows if crossing.keys().isdisjoint(_params(row))]
     return [row for row in rows if _is_within(row, f"{part}/")]
 
 
+def _cross_attention_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of the parameters of cross-attention.
+
+    With other shapes than the checkpoint's, such as in more blocks, it starts from random weights.
+    """
+    return {
+        path: shape
+        for path, shape in param_shapes(cfg).items()
+        if find_part(tuple(path.split("/"))) == "cross_attention"
+    }
+
+
+def _params(row: Row) -> list[str]:
+    return [target.param for target in row.targets]
+
+
 def _is_within(row: Row, prefix: str) -> bool:
-    return all(target.param.startswith(prefix) for target in row.targets)
+    return all(param.startswith(prefix) for param in _params(row))
 
 
 def _with_prefix(row: Row, prefix: str) -> Row:

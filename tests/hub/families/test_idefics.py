@@ -1,7 +1,11 @@
 """Idefics: outputs equal to transformers', exact export."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from flax import traverse_util
+from flax.linen import meta
 from safetensors.torch import load_file, save_file
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
@@ -15,10 +19,14 @@ from tests.hub.unified import (
     padded,
     random_rows,
 )
-from vlm_jax.config import UserError
+from vlm_jax import axes
+from vlm_jax.config import Mesh, UserError
 from vlm_jax.hub.export import matching_family, with_embedding_row
 from vlm_jax.hub.families.multimodal import idefics
 from vlm_jax.hub.inputs import argument_names, image_batch
+from vlm_jax.hub.pretrained_parts import load_pretrained_parts
+from vlm_jax.nn.blocks import needs_image
+from vlm_jax.nn.models import abstract_params
 
 ATOL = 1e-4
 SIDE = 8
@@ -122,6 +130,20 @@ def test_verify_takes_the_rows_of_images_of_a_reference(pair):
     arrays = inputs("right")
     assert image_batch(pair.cfg, arrays).images.shape == (3, 2, SIDE, SIDE, 3)
     assert set(arrays) <= set(argument_names(pair.cfg.fusion))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_decoder_brings_its_cross_attention_where_it_fits(pair, every):
+    """Under a fusion with more blocks of it, they start from random weights."""
+    decoder = replace(pair.cfg.decoder, checkpoint=str(pair.checkpoint.folder))
+    fusion = replace(pair.cfg.fusion, cross_every=every)
+    cfg = replace(pair.cfg, decoder=decoder, fusion=fusion)
+    boxes = traverse_util.flatten_dict(abstract_params(cfg), sep="/")
+    shapes = meta.unbox(abstract_params(cfg))
+    loaded = load_pretrained_parts(cfg, shapes, axes.make_mesh(Mesh()))
+    absent = {path for path in boxes if path.startswith("decoder/") and path not in loaded}
+    assert all(needs_image(path.split("/")[4]) for path in absent)
+    assert bool(absent) == (every == 1)
 
 
 @pytest.mark.parametrize("name", ["pixel_values", "image_attention_mask"])

@@ -25,6 +25,7 @@ PARAMETERS = {
     "phi_3_mini": 3_821_079_552,
     "gemma_2b": 2_506_172_416,
     "gemma3_1b": 999_885_952,
+    "opt_2_7b": 2_651_596_800,
     "llava_1_5_7b": 7_063_427_072,
     "llava_next_mistral_7b": 7_566_747_648,
     "llava_onevision_0_5b": 893_675_552,
@@ -34,8 +35,10 @@ PARAMETERS = {
     "internvl3_1b": 938_193_024,
     "qwen2_5_vl_3b": 3_754_622_976,
     "mistral_small_3_1_24b": 24_011_361_280,
+    "blip_2_opt_2_7b": 3_744_679_936,
     "fuyu_8b": 9_408_238_592,
     "llama_3_2_11b_vision": 10_642_941_475,
+    "idefics_9b": 8_929_679_632,
 }
 MODEL_TYPES = {
     "gpt2": "gpt2",
@@ -46,6 +49,7 @@ MODEL_TYPES = {
     "phi_3_mini": "phi3",
     "gemma_2b": "gemma",
     "gemma3_1b": "gemma3_text",
+    "opt_2_7b": "opt",
     "llava_1_5_7b": "llava",
     "llava_next_mistral_7b": "llava_next",
     "llava_onevision_0_5b": "llava_onevision",
@@ -55,8 +59,10 @@ MODEL_TYPES = {
     "internvl3_1b": "internvl",
     "qwen2_5_vl_3b": "qwen2_5_vl",
     "mistral_small_3_1_24b": "mistral3",
+    "blip_2_opt_2_7b": "blip-2",
     "fuyu_8b": "fuyu",
     "llama_3_2_11b_vision": "mllama",
+    "idefics_9b": "idefics",
 }
 
 

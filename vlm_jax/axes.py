@@ -44,7 +44,7 @@ ALPHABET = {
     "P": Axis("patches of an image"),
     "C": Axis("numbers of a patch: height x width x channels"),
     "M": Axis("image tokens that leave the projector"),
-    "Q": Axis("learned queries of the resampler; registers of the image encoder"),
+    "Q": Axis("learned queries of the projector; registers of the image encoder"),
     "R": Axis("rotary dimensions of a head; rows of a resampled grid"),
     "A": Axis("rank of a LoRA adapter", parameter="fsdp"),
     "L": Axis("layers, stacked"),

@@ -73,6 +73,18 @@ REFUSED = [
     ({"vision_rope": PatchRope(theta=100.0)}, "vision.rope.theta 100.0 has no effect"),
     ({"vision_kv_heads": 3}, "vision.heads 4 .* vision.kv_heads 3"),
     ({"projector_kind": "resampler", "projector_heads": 5}, "decoder.width 32 .* projector.heads"),
+    (
+        {"projector_kind": "resampler", "projector_projection": "none", "vision_width": 16},
+        "projector.projection none .* width 16, but with fusion.kind unified .* decoder.width 32",
+    ),
+    (
+        {"projector_kind": "pixel_shuffle", "projector_projection": "none"},
+        "projector.projection none is for projector.kind resampler, not for pixel_shuffle",
+    ),
+    (
+        {"fusion_kind": "cross_attention", "fusion_gate": "vector"},
+        "fusion.gate vector has no effect without gates: set fusion.gated to True",
+    ),
     ({"decoder_rope": Rope(fraction=0.4)}, "decoder.rope.fraction 0.4 .* even"),
     ({"decoder_rope": Rope(fraction=0.0)}, "decoder.rope.fraction 0.0"),
     ({"decoder_rope": Rope(fraction=1.5)}, "decoder.rope.fraction 1.5"),
@@ -232,6 +244,14 @@ REFUSED = [
     (
         {"decoder_extra_tokens": 8, "data_special_ids": (0, 308, 2, 3)},
         "data.special_ids 308 .* 0 to 307 .decoder.vocab_size 300 and decoder.extra_tokens 8",
+    ),
+    (
+        {"decoder_added_tokens": 2, "data_special_ids": (0, 301, 2, 302)},
+        r"data.special_ids 302 is not a token: .* 0 to 301 .* decoder.added_tokens 2",
+    ),
+    (
+        {"decoder_added_tokens": 2, "decoder_extra_tokens": 8},
+        "decoder.extra_tokens 8 and decoder.added_tokens 2 both",
     ),
     (
         {"decoder_extra_tokens": 8, "data_special_ids": (0, 1, 2, 300)},

@@ -170,6 +170,7 @@ EVERY = {
     "average_pool, views": wide("unified", ALL, VIEWS, projector=Projector("average_pool")),
     "resampler, memory": wide("encoder_decoder", ALL, projector=RESAMPLER),
     "resampler, hybrid": wide("hybrid", ALL, {"tiles": 2}, projector=RESAMPLER),
+    "qformer, unified": wide("unified", ALL, projector=replace(RESAMPLER, kind="qformer")),
     "text_only": wide("text_only", ALL),
 }
 

@@ -11,6 +11,10 @@ from PIL import Image
 from tokenizers import Tokenizer, models, normalizers
 from transformers import (
     AutoTokenizer,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    BlipImageProcessorPil,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     FuyuConfig,
@@ -30,6 +34,10 @@ from transformers import (
     Idefics3ForConditionalGeneration,
     Idefics3ImageProcessorPil,
     Idefics3Processor,
+    IdeficsConfig,
+    IdeficsForVisionText2Text,
+    IdeficsImageProcessorPil,
+    IdeficsProcessor,
     InternVLConfig,
     InternVLForConditionalGeneration,
     LlamaConfig,
@@ -49,6 +57,7 @@ from transformers import (
     MllamaForConditionalGeneration,
     MllamaImageProcessorPil,
     MllamaProcessor,
+    OPTConfig,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     PaliGemmaProcessor,
@@ -518,6 +527,64 @@ def mllama(path: Path, template: str | None = LLAMA_CHAT) -> Folder:
     )
 
 
+def blip_2(path: Path) -> Folder:
+    tokenizer = _tokenizer(path, tiny_tokenizers.opt, model_type="blip-2")
+    images = BlipImageProcessorPil(size={"height": 28, "width": 28})
+    # It adds the image token to the tokenizer.
+    reader = Blip2Processor(images, tokenizer, num_query_tokens=3)
+    text = OPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=48,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=None,
+    )
+    config = Blip2Config(
+        vision_config=TOWER,
+        qformer_config={
+            "hidden_size": 20,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 28,
+        },
+        text_config=text.to_dict(),
+        num_query_tokens=3,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    return _finished(Blip2ForConditionalGeneration(config), reader, path)
+
+
+def idefics(path: Path) -> Folder:
+    added = {"420": tiny_tokenizers.token("<fake_token_around_image>")}
+    added |= {"421": tiny_tokenizers.token("<image>")}
+    tokenizer = _tokenizer(
+        path, tiny_tokenizers.llama, config={"model_type": "idefics"}, added_tokens_decoder=added
+    )
+    images = IdeficsImageProcessorPil(image_size=28)
+    vision = {key: value for key, value in TOWER.items() if key != "hidden_size"}
+    text = {key: value for key, value in TEXT.items() if key != "num_key_value_heads"}
+    config = IdeficsConfig(
+        **text | {"pad_token_id": 0},
+        vocab_size=420,
+        additional_vocab_size=len(tokenizer) - 420,
+        cross_layer_interval=2,
+        qk_layer_norms=True,
+        use_resampler=True,
+        vision_config=vision | {"embed_dim": TOWER["hidden_size"]},
+        perceiver_config={
+            "resampler_n_latents": 3,
+            "resampler_depth": 2,
+            "resampler_n_heads": 2,
+            "resampler_head_dim": 10,
+            "qk_layer_norms_perceiver": True,
+        },
+    )
+    reader = IdeficsProcessor(images, tokenizer, image_size=28)
+    return _finished(IdeficsForVisionText2Text(config), reader, path)
+
+
 def _encoder_decoder(path: Path, tokenizer, decoder, **special) -> Folder:
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(VIT, decoder, **special)
     reader = TrOCRProcessor(ViTImageProcessorPil(size={"height": 28, "width": 28}), tokenizer)
@@ -562,6 +629,8 @@ ABOUT_IMAGES = {
     "qwen2.5 vl": qwen2_5_vl,
     "fuyu": fuyu,
     "mllama": mllama,
+    "idefics": idefics,
+    "blip-2": blip_2,
 }
 CAPTIONS = {"vit and gpt2": vit_gpt2, "trocr": trocr}
 OF_TEXT = {

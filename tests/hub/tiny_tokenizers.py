@@ -134,6 +134,14 @@ def gpt2_with_older_files(folder: Path) -> None:
     )
 
 
+def opt(folder: Path, model_type: str = "opt") -> None:
+    """GPT-2's, with a beginning of text that has the name of its end."""
+    byte_level("<s>", "<pad>", "</s>", "<unk>").model.save(str(folder))
+    special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
+    settings = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "errors": "replace"}
+    write(folder, config={"model_type": model_type}, tokenizer_config=settings | special)
+
+
 def roberta(folder: Path) -> None:
     """TrOCR's."""
     byte_level("<s>", "<pad>", "</s>", "<unk>", "<mask>").model.save(str(folder))

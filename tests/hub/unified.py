@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tests.hub.parity import assert_round_trip, forward, reference, reloaded, saved
-from vlm_jax.hub.inputs import to_batch
+from vlm_jax.hub.inputs import IMAGE_MASKS, to_batch
 from vlm_jax.hub.load import Checkpoint, load_checkpoint
 from vlm_jax.infer.generate import SamplingParams, generate
 from vlm_jax.nn.vlm import VLM
@@ -49,7 +49,8 @@ class Pair(NamedTuple):
         return self.checkpoint.cfg
 
     def batch(self, generating: bool = False, **inputs) -> Batch:
-        return to_batch(self.cfg, inputs, self.checkpoint.image_token, generating)
+        counts = generating or self.checkpoint.family.counts_positions
+        return to_batch(self.cfg, inputs, self.checkpoint.image_token, counts)
 
     def outputs(self, batch: Batch) -> tuple[np.ndarray, dict]:
         """Returns logits and intermediates (hidden states of all blocks, image tokens)."""
@@ -163,7 +164,7 @@ def continued(
     for name, x in inputs.items():
         if name in values:
             arrays[name] = np.pad(x, ((0, 0), (0, NEW)), constant_values=values[name])
-        elif name == "cross_attention_mask":
+        elif name in IMAGE_MASKS:
             # Answers attend to the images of the last prompt token.
             arrays[name] = np.concatenate([x, np.repeat(x[:, -1:], NEW, axis=1)], axis=1)
         elif name.endswith("input_ids"):

@@ -1,6 +1,7 @@
 """Attention maps: weights become maps of patches, and cost nothing unless they are asked for."""
 
 import functools
+import math
 from dataclasses import replace
 
 import jax
@@ -142,6 +143,16 @@ def test_a_resampler_divides_the_weight_of_a_query_among_patches():
     (maps, _) = look(VLM(cfg.model), random_params(cfg, 0.3), batch)
     np.testing.assert_allclose(maps.weights.sum((-3, -2, -1)), 1, atol=1e-5)
     assert maps.weights.shape[-2:] == cfg.vision.grid
+
+
+@pytest.mark.parametrize("kind, block_norms", [("resampler", True), ("qformer", False)])
+def test_other_projectors_with_queries_are_observed_too(kind, block_norms):
+    projector = Projector(kind, heads=4, queries=3, depth=2, block_norms=block_norms)
+    cfg = tiny("cross_attention", projector=projector)
+    batch = random_batch(cfg, 2)
+    slots = np.zeros((2, 1), np.int32)
+    observed = jax.eval_shape(observe, cfg.model, random_params(cfg), batch, slots)
+    assert observed.resampler.shape == (2, 3, math.prod(cfg.vision.grid))
 
 
 def test_a_token_of_several_patches_is_divided_among_them():

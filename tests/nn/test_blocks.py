@@ -151,6 +151,19 @@ def test_gates_scale_what_crosses_and_closed_ones_let_nothing_through():
     )
 
 
+def test_an_mlp_applies_to_tokens_without_an_image_where_only_their_attention_is_masked():
+    fusion = replace(GATED, gate="vector", tokens_without_image="mask_attention")
+    blocks, (rows, length, width) = (("cross", "cross_mlp"),), X.shape
+    params = random_params(CFG, blocks, fusion)
+    assert params["layers"]["block_0"]["cross_gate"].shape == (1, width)
+    has_image = jnp.zeros((rows, length), bool).at[:, 1:].set(True)
+    y = run(CFG, blocks, fusion, params, X, BlockInputs(memory=MEMORY, has_image=has_image))
+    alone = run(CFG, blocks, fusion, params, X, BlockInputs())
+    np.testing.assert_allclose(y[:, 0], alone[:, 0], rtol=1e-5, atol=1e-5)
+    for other in (y[:, 1:], X[:, 1:]):
+        assert np.abs(other - alone[:, 1:]).min(axis=(0, 1)).max() > 1e-3
+
+
 def test_without_a_memory_the_sublayers_that_cross_are_not_there():
     params = random_params(CFG, (CROSSING,))
     alone = {

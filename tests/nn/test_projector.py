@@ -15,7 +15,7 @@ from vlm_jax.nn.projector import build_projector
 from vlm_jax.testing import tiny
 
 RNG = np.random.default_rng(0)
-KINDS = ("linear", "mlp", "pixel_shuffle", "average_pool", "resampler")
+KINDS = ("linear", "mlp", "pixel_shuffle", "average_pool", "resampler", "qformer")
 
 
 def experiment(projector, width=8, **vision):
@@ -52,7 +52,9 @@ KEPT = {"class_token": True, "keep_class_token": True}
 COUNTED = [
     (kind, vision) for kind in KINDS for vision in ({}, {"kind": "none"}, {"class_token": True})
 ]
-COUNTED += [(kind, KEPT) for kind in ("linear", "mlp", "resampler")]  # the others need a grid
+COUNTED += [
+    (kind, KEPT) for kind in ("linear", "mlp", "resampler", "qformer")
+]  # the others need a grid
 
 
 @pytest.mark.parametrize("kind, vision", COUNTED)
@@ -142,3 +144,19 @@ def test_the_tokens_of_the_resampler_differ():
     cfg, x = experiment("resampler", width=8), jnp.asarray(RNG.normal(size=(1, 16, 8)), jnp.float32)
     y = project(cfg, random_params(cfg, x), x)[0]
     assert min(np.abs(y[i] - y[j]).max() for i in range(3) for j in range(i)) > 1e-2
+
+
+def test_the_q_former_is_the_blocks_of_bert_with_cross_attention_in_every_kth():
+    cfg, x = experiment("qformer", width=24), jnp.asarray(RNG.normal(size=(2, 16, 8)), jnp.float32)
+    small = {"width": 6, "block_mlp_width": 10, "depth": 3, "cross_every": 2}
+    cfg = replace(cfg, projector=replace(cfg.projector, **small))
+    params = random_params(cfg, x)
+    assert [f"block_{i}" for i in range(3) if "cross" in params[f"block_{i}"]] == [
+        "block_0",
+        "block_2",
+    ]
+    assert params["block_1"]["mlp"]["up"]["kernel"].shape == (6, 10)
+    y = project(cfg, params, x)
+    assert y.shape == (2, 3, 24)
+    np.testing.assert_allclose(project(cfg, params, x[:, ::-1]), y, atol=1e-4)
+    assert np.abs(project(cfg, params, x.at[:, 5].multiply(-1)) - y).max() > 1e-3

@@ -80,8 +80,12 @@ def all_sorts() -> Iterator[Experiment]:
     for kind in KINDS:
         yield tiny(kind)
         yield tiny(kind, fusion=Fusion(kind=kind, gated=False, cross_layers=(1,)))
-    for projector in ("mlp", "pixel_shuffle", "average_pool", "resampler"):
+    for projector in ("mlp", "pixel_shuffle", "average_pool", "resampler", "qformer"):
         yield tiny(projector=Projector(kind=projector, heads=4))
+    latents = Projector("resampler", heads=2, head_dim=6, block_norms=True, projection="none")
+    yield tiny(projector=latents)
+    gates = Fusion("cross_attention", gated=True, gate="vector")
+    yield decoder(tiny(fusion=gates), added_tokens=2, tie_word_embeddings=False)
     yield EXPERIMENTS["fuyu"]
     cfg = decoder(
         tiny(), positions="learned", tie_word_embeddings=False, gated_mlp=True, norm="rmsnorm"

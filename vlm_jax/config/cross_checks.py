@@ -153,21 +153,25 @@ def _synthetic(cfg: Experiment) -> None:
 
 
 def _tokens(cfg: Experiment) -> None:
-    data, vocab = cfg.data, cfg.decoder.vocab_size
-    num_ids, tags = vocab + cfg.decoder.extra_tokens, sum(data.tag_ids, ())
+    data, decoder, tags = cfg.data, cfg.decoder, sum(cfg.data.tag_ids, ())
+    if decoder.extra_tokens and decoder.added_tokens:
+        raise ConfigError(
+            f"decoder.extra_tokens {decoder.extra_tokens} and decoder.added_tokens "
+            f"{decoder.added_tokens} both name the ids after decoder.vocab_size: leave one out."
+        )
     bos = () if data.bos_id is None else (data.bos_id,)
     for name, ids in (("special_ids", data.special_ids), ("tag_ids", tags), ("bos_id", bos)):
-        outside = [i for i in ids if not 0 <= i < num_ids]
+        outside = [i for i in ids if not 0 <= i < decoder.num_ids]
         if outside:
-            extra = f" and decoder.extra_tokens {num_ids - vocab}" if num_ids > vocab else ""
             raise ConfigError(
-                f"data.{name} {outside[0]} is not a token: choose ids of 0 to {num_ids - 1} "
-                f"(decoder.vocab_size {vocab}{extra})."
+                f"data.{name} {outside[0]} is not a token: choose ids of 0 to "
+                f"{decoder.num_ids - 1} ({_vocabulary(cfg, 'added_tokens', 'extra_tokens')})."
             )
-    if data.eos_id >= vocab:
+    if data.eos_id >= decoder.num_logits:
         raise ConfigError(
             f"data.special_ids ends in {data.eos_id}, the end of text, which the decoder must be "
-            f"able to generate: choose an id of 0 to {vocab - 1} (decoder.vocab_size {vocab})."
+            f"able to generate: choose an id of 0 to {decoder.num_logits - 1} "
+            f"({_vocabulary(cfg, 'added_tokens')})."
         )
     both = [i for i in tags if i in data.special_ids]
     if both:
@@ -175,6 +179,12 @@ def _tokens(cfg: Experiment) -> None:
             f"data.tag_ids {both[0]} is also in data.special_ids: choose ids without another "
             "meaning."
         )
+
+
+def _vocabulary(cfg: Experiment, *others: str) -> str:
+    """Lists decoder.vocab_size and the other fields that add ids, for a message."""
+    names = ["vocab_size", *(name for name in others if getattr(cfg.decoder, name))]
+    return " and ".join(f"decoder.{name} {getattr(cfg.decoder, name)}" for name in names)
 
 
 def _tiled_encoder(cfg: Experiment) -> None:
@@ -366,13 +376,33 @@ def _resize(cfg: Experiment) -> None:
 
 def _projector(cfg: Experiment) -> None:
     projector, rows = cfg.projector, cfg.vision.grid[0]
-    if "heads" in projector.spec.fields and cfg.decoder.width % projector.heads:
+    if "heads" in projector.spec.fields and projector.head_dim is None:
+        width = projector.block_width(cfg.vision, cfg.decoder.width)
+        if width % projector.heads:
+            owner = "decoder.width"
+            if projector.keeps_width:
+                owner = "the encoder's width"
+            elif "width" in projector.spec.fields and projector.width is not None:
+                owner = "projector.width"
+            raise ConfigError(
+                f"{owner} {width} is not a multiple of projector.heads {projector.heads}: choose "
+                "other heads, or set projector.head_dim."
+            )
+    in_sequence = cfg.fusion.image_in_sequence
+    if in_sequence and projector.keeps_width and cfg.vision.output_width != cfg.decoder.width:
+        name = "kind" if projector.kind == "none" else "projection"
         raise ConfigError(
-            f"decoder.width {cfg.decoder.width} is not a multiple of "
-            f"projector.heads {projector.heads}."
+            f"projector.{name} none leaves image tokens in the encoder's width "
+            f"{cfg.vision.output_width}, but with fusion.kind {cfg.fusion.kind} they need "
+            f"decoder.width {cfg.decoder.width}: choose projector.{name} linear."
         )
     if projector.spec.tokens != "squares":
         return
+    if projector.projection == "none":
+        raise ConfigError(
+            "projector.projection none is for projector.kind resampler, not for "
+            f"{projector.kind}: choose linear or mlp."
+        )
     if rows % projector.factor and not cfg.vision.is_native:
         raise ConfigError(
             f"projector.factor {projector.factor} does not divide the {rows} x {rows} patches of "
@@ -424,6 +454,11 @@ def _fusion(cfg: Experiment) -> None:
             f"fusion.{name} {getattr(fusion, name)} has no effect with fusion.kind {fusion.kind}: "
             "leave it out, or choose fusion.kind "
             f"{_styles(lambda style: name not in style.unused)}."
+        )
+    if fusion.gate != "scalar" and not fusion.gated:
+        raise ConfigError(
+            f"fusion.gate {fusion.gate} has no effect without gates: set fusion.gated to True, or "
+            "leave fusion.gate out."
         )
     if fusion.cross_layers and _is_changed(fusion, "cross_every"):
         raise ConfigError(

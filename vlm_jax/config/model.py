@@ -261,12 +261,21 @@ MERGING = (
     *("factor", "norm", "norm_eps", "merge_linear"),
     *("projection", "mlp_width", "activation", "bias"),
 )
+# Settings of projectors with learned queries.
+QUERYING = (
+    *("queries", "depth", "heads", "head_dim", "qk_norm", "norm_eps"),
+    *("block_mlp_width", "block_activation", "bias"),
+)
+RESAMPLING = (*QUERYING, "block_norms", "projection", "mlp_width", "activation")
 PROJECTORS = {
     "linear": ProjectorSpec("Linear", fields=("bias",)),
     "mlp": ProjectorSpec("Mlp", fields=("bias", "activation", "mlp_width")),
     "pixel_shuffle": ProjectorSpec("PixelShuffle", tokens="squares", fields=MERGING),
     "average_pool": ProjectorSpec("AveragePool", tokens="squares", fields=MERGING),
-    "resampler": ProjectorSpec("Resampler", tokens="queries", fields=("queries", "depth", "heads")),
+    "resampler": ProjectorSpec("Resampler", tokens="queries", fields=RESAMPLING),
+    "qformer": ProjectorSpec(
+        "QFormer", tokens="queries", fields=(*QUERYING, "width", "cross_every")
+    ),
     "none": ProjectorSpec("Identity"),
 }
 
@@ -293,20 +302,33 @@ class Projector:
     activation: Activation = "gelu"  # mlp, projection mlp: activation between its two layers
     #: mlp, projection mlp: width between its two layers; None: decoder.width
     mlp_width: int | None = None
-    #: linear, mlp, pixel_shuffle, average_pool: use biases
-    bias: bool = True
+    bias: bool = True  # use biases
     factor: int = 2  # pixel_shuffle, average_pool: factor x factor tokens become one
     #: pixel_shuffle, average_pool: norm of the merged tokens, before their projection
     norm: Literal["none", NormKind] = "none"
-    norm_eps: float = 1e-6  # pixel_shuffle, average_pool: added to the variance
+    #: pixel_shuffle, average_pool, resampler, qformer: added to the variance
+    norm_eps: float = 1e-6
     #: pixel_shuffle, average_pool: a linear layer without bias from the merged tokens to the
     #: encoder's width, before their projection (Mistral 3)
     merge_linear: bool = False
-    #: pixel_shuffle, average_pool: layers that project the merged tokens, as the kinds of this name
-    projection: Literal["linear", "mlp"] = "linear"
-    queries: int = 16  # resampler: number of output tokens
-    depth: int = 2  # resampler: number of blocks
-    heads: int = 4  # resampler: number of attention heads
+    #: layers, as the kinds of this name, that project merged tokens (pixel_shuffle, average_pool)
+    #: or the input of the blocks (resampler). none: resampler, blocks of the encoder's width
+    projection: Literal["linear", "mlp", "none"] = "linear"
+    queries: int = 16  # resampler, qformer: number of output tokens
+    depth: int = 2  # resampler, qformer: number of blocks
+    width: int | None = None  # qformer: width of the blocks; None: decoder.width
+    heads: int = 4  # resampler, qformer: number of attention heads
+    #: resampler, qformer: head dimension; None: width of the blocks / heads
+    head_dim: int | None = None
+    #: resampler, qformer: hidden dimension of the blocks' MLPs; None: 4 * width of the blocks
+    block_mlp_width: int | None = None
+    qk_norm: bool = True  # resampler, qformer: normalise query and key heads
+    #: resampler: every block normalises the image tokens anew, and its queries are normalised as
+    #: keys, too (Idefics); otherwise the image tokens are normalised once
+    block_norms: bool = False
+    cross_every: int = 2  # qformer: k: cross-attention in blocks 0, k, 2k, ...
+    #: resampler, qformer: activation of the blocks' MLPs
+    block_activation: Activation = "gelu_tanh"
 
     @property
     def spec(self) -> ProjectorSpec:
@@ -316,6 +338,18 @@ class Projector:
     def merged_side(self) -> int:
         """Side of the squares of patches of which one token comes out."""
         return self.factor if self.spec.tokens == "squares" else 1
+
+    @property
+    def keeps_width(self) -> bool:
+        """True if the tokens that it emits have the encoder's width."""
+        is_unprojected = "projection" in self.spec.fields and self.projection == "none"
+        return self.kind == "none" or is_unprojected
+
+    def block_width(self, vision: Vision, decoder_width: int) -> int:
+        """Width of the blocks of a projector with learned queries."""
+        if "width" in self.spec.fields and self.width is not None:
+            return self.width
+        return vision.output_width if self.keeps_width else decoder_width
 
     def output_grid(self, vision: Vision) -> tuple[int, int]:
         """Rows and columns of the tokens that the projector emits for one image.
@@ -374,14 +408,16 @@ class Fusion:
     cross_layers: tuple[int, ...] = ()
     #: cross_attention, hybrid: tanh gates that start at 0 and so keep a trained decoder at first
     gated: bool = False
+    #: gated: a gate for each sublayer, or for each of its channels (Idefics)
+    gate: Literal["scalar", "vector"] = "scalar"
     #: cross_attention, encoder_decoder, hybrid: normalise query and key heads in cross-attention
     qk_norm: bool = True
     #: cross_attention, encoder_decoder: a placeholder token in the text for each image (Llama 3.2
     #: Vision, Flamingo)
     placeholder: bool = False
-    #: tokens before any image: masked out of cross-attention, or attend to all images (Llama 3.2
-    #: Vision)
-    tokens_without_image: Literal["mask_out", "attend_all"] = "mask_out"
+    #: tokens before any image: masked out of cross-attention, masked out of its attention but not
+    #: of its MLP (Idefics), or attend to all images (Llama 3.2 Vision)
+    tokens_without_image: Literal["mask_out", "mask_attention", "attend_all"] = "mask_out"
 
     @property
     def style(self) -> FusionStyle:
@@ -437,7 +473,8 @@ class Fusion:
     @property
     def unused(self) -> tuple[str, ...]:
         """Names of the fields that have no effect with this kind."""
-        placement = () if self.has_cross_blocks else ("cross_every", "cross_layers", "gated")
+        placement = ("cross_every", "cross_layers", "gated", "gate")
+        placement = () if self.has_cross_blocks else placement
         return placement if self.image_in_memory else (*placement, "qk_norm")
 
     def sublayers(self, depth: int) -> tuple[tuple[str, ...], ...]:
@@ -489,6 +526,8 @@ class Decoder(Transformer):
     vocab_size: int = 512  # V: size of the output head; not less than the tokenizer's
     #: input-only ids: additional rows of the embedding (mllama)
     extra_tokens: int = 0
+    #: ids after vocab_size with an embedding table and an output head of their own (Idefics)
+    added_tokens: int = 0
     embed_scale: bool = False  # multiply embeddings by sqrt(D)
     embed_norm: bool = False  # normalise the sum of embeddings and positions
     #: rotary, or position embeddings that are added
@@ -504,6 +543,16 @@ class Decoder(Transformer):
     final_norm: bool = True  # normalise after the last block
     tie_word_embeddings: bool = True  # use the embedding as the output head
     logit_softcap: float | None = None  # c: logits become c tanh(logit / c); None: not capped
+
+    @property
+    def num_ids(self) -> int:
+        """Number of ids that have an embedding."""
+        return self.num_logits + self.extra_tokens
+
+    @property
+    def num_logits(self) -> int:
+        """Number of ids that the output head has logits of."""
+        return self.vocab_size + self.added_tokens
 
     @property
     def limits_positions(self) -> bool:

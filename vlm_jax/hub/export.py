@@ -168,13 +168,18 @@ def with_embedding_row(cfg: Experiment, params: Mapping, image: int) -> tuple[Ex
 
     The new rows are the mean of the others, so that their logit is never the largest.
     """
-    rows = cfg.decoder.vocab_size
-    if image < rows + cfg.decoder.extra_tokens:
+    decoder = cfg.decoder
+    if image < decoder.num_ids:
         return cfg, params
-    added = image + 1 - rows
-    grown = replace(cfg, decoder=replace(cfg.decoder, vocab_size=image + 1))
+    field, paths = "vocab_size", {"decoder/embedding/table": 0, "decoder/free_head/kernel": 1}
+    if decoder.added_tokens:
+        field = "added_tokens"
+        paths = {"decoder/added_embedding/table": 0, "decoder/added_head/kernel": 1}
+    added = image + 1 - decoder.num_logits
+    size = getattr(decoder, field) + added
+    grown = replace(cfg, decoder=replace(decoder, **{field: size}))
     flat_params = traverse_util.flatten_dict(params, sep="/")
-    for path, axis in {"decoder/embedding/table": 0, "decoder/free_head/kernel": 1}.items():
+    for path, axis in paths.items():
         if path in flat_params:
             table = np.asarray(jax.device_get(flat_params[path]))
             mean = table.mean(axis, keepdims=True, dtype=np.float32).astype(table.dtype)
@@ -288,6 +293,7 @@ def architecture_fields(cfg: Experiment) -> dict[str, object]:
     fields["fusion.sublayers"] = fusion.sublayers(decoder.depth)
     if fusion.image_in_memory:
         fields |= {"fusion.has_gates": fusion.has_gates, "fusion.qk_norm": fusion.qk_norm}
+        fields["fusion.gate"] = fusion.gate
         fields["fusion.tokens_without_image"] = fusion.tokens_without_image
     if fusion.has_images:
         vision = cfg.vision
@@ -298,7 +304,7 @@ def architecture_fields(cfg: Experiment) -> dict[str, object]:
             fields["vision.max_patches"] = "native"
             if vision.positions != "learned":
                 del fields["vision.image_size_px"]
-        fields |= _prefixed("projector", _projector_fields(cfg.projector))
+        fields |= _prefixed("projector", _projector_fields(cfg))
     return {
         name: value
         for name, value in fields.items()
@@ -310,11 +316,20 @@ def _prefixed(section: str, fields: Mapping) -> dict[str, object]:
     return {f"{section}.{name}": value for name, value in fields.items()}
 
 
-def _projector_fields(projector) -> dict[str, object]:
-    """Returns the settings that the projector's kind uses."""
+def _projector_fields(cfg: Experiment) -> dict[str, object]:
+    """Returns the settings that the projector's kind uses, with the values of those left out."""
+    projector = cfg.projector
+    if projector.spec.tokens == "queries":
+        width = projector.block_width(cfg.vision, cfg.decoder.width)
+        projector = replace(
+            projector,
+            width=width,
+            head_dim=projector.head_dim or width // projector.heads,
+            block_mlp_width=projector.block_mlp_width or 4 * width,
+        )
     fields = {name: getattr(projector, name) for name in projector.spec.fields}
     if fields.get("norm") == "none":
         del fields["norm_eps"]
-    if fields.get("projection") == "linear":
+    if fields.get("projection") in ("linear", "none"):
         del fields["activation"]
     return {"kind": projector.kind} | fields

@@ -2,12 +2,13 @@
 
 The names are `input_ids`, `attention_mask`, `position_ids`, `token_type_ids`, `pixel_values` (or
 `image_patches`), `pixel_attention_mask`, `spatial_shapes`, `image_sizes`, `batch_num_images`,
-`aspect_ratio_ids`, `aspect_ratio_mask`, `cross_attention_mask`, `image_grid_thw`,
-`mm_token_type_ids`, `decoder_input_ids`, `decoder_attention_mask` and `decoder_position_ids`.
-Images are (..., channels, height, width), except Fuyu's, which are patches flattened in the order
-(row, column, channel), and at native resolution (Qwen2-VL), which are patches of all images in the
-order (channel, frame, row, column). Idefics3's are rows of images, with blank ones at the end.
-LLaVA-NeXT's are views of images, the whole image first; blank ones may be at the end.
+`aspect_ratio_ids`, `aspect_ratio_mask`, `cross_attention_mask`, `image_attention_mask`,
+`image_grid_thw`, `mm_token_type_ids`, `decoder_input_ids`, `decoder_attention_mask` and
+`decoder_position_ids`. Images are (..., channels, height, width), except Fuyu's, which are patches
+flattened in the order (row, column, channel), and at native resolution (Qwen2-VL), which are
+patches of all images in the order (channel, frame, row, column). Those of Idefics and Idefics3 are
+rows of images, with blank ones at the end. LLaVA-NeXT's are views of images, the whole image first;
+blank ones may be at the end.
 """
 
 import math
@@ -24,7 +25,7 @@ from vlm_jax.config import (
     Experiment,
     Fusion,
 )
-from vlm_jax.config.tile_maps import Shape, choose_grid, image_length, make_tile_map
+from vlm_jax.config.tile_maps import Shape, choose_grid, image_length
 from vlm_jax.data import native
 from vlm_jax.data.fields import TAPS, map_tokens
 from vlm_jax.structs import NO_IMAGE, Batch
@@ -35,7 +36,9 @@ DECODER_TEXT = tuple(f"decoder_{name}" for name in TEXT)
 IN_SEQUENCE = ("token_type_ids", "pixel_values", "pixel_attention_mask", "image_patches")
 NATIVE = ("pixel_values", "image_grid_thw", "mm_token_type_ids", "image_sizes")
 IN_TILE_MAPS = ("image_sizes", "batch_num_images")
-IN_MEMORY = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
+# The images that each token attends to; in the first, their tiles.
+IMAGE_MASKS = ("cross_attention_mask", "image_attention_mask")
+IN_MEMORY = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", *IMAGE_MASKS)
 
 
 # The patches of a row are padded to a multiple of so many squares: fewer shapes are compiled.
@@ -63,7 +66,8 @@ def to_batch(
     Args:
       image_token: id of the image placeholder in the sequence.
       generating: counts positions over the tokens that are not padding, like `generate` of
-        transformers. Otherwise, and always in an encoder-decoder, positions are slot indices.
+        transformers, and `forward` with `Family.counts_positions`. Otherwise, and always in an
+        encoder-decoder, positions are slot indices.
 
     Raises:
       ConfigError: the image tokens in the text do not match the images, an array is missing or has
@@ -127,7 +131,7 @@ def _within_tables(decoder: Decoder, batch: Batch) -> Batch:
     Raises:
       ConfigError: an id or a position of a token is outside its table.
     """
-    is_token, rows = batch.segment_ids > 0, decoder.vocab_size + decoder.extra_tokens
+    is_token, rows = batch.segment_ids > 0, decoder.num_ids
     wrong = batch.tokens[is_token & ((batch.tokens < 0) | (batch.tokens >= rows))]
     if wrong.size:
         raise ConfigError(
@@ -185,7 +189,7 @@ def image_batch(cfg: Experiment, arrays: Arrays) -> Batch:
         images = packed._asdict() | {"image_mask": np.zeros((1, 1, len(grids)), bool)}
     elif cfg.fusion.image_in_memory:
         ids = np.zeros((len(pixels), 1), np.int32)
-        own = {name: x for name, x in arrays.items() if name != "cross_attention_mask"}
+        own = {name: x for name, x in arrays.items() if name not in IMAGE_MASKS}
         images = _in_memory(cfg, own, ids, None)
     else:
         if cfg.vision.tile_grids:
@@ -278,7 +282,7 @@ def _in_sequence(cfg: Experiment, arrays: Arrays, ids: np.ndarray, image_token: 
             f"pixel_values: {len(images)} {'patches' if patches_only else 'images'} of "
             f"{tokens_each} tokens each."
         )
-    filled = _row_by_row(images, counts // tokens_each)
+    filled = row_by_row(images, counts // tokens_each)
     if patches_only:
         filled = filled[:, None]
     return {
@@ -431,7 +435,7 @@ def _in_tile_maps(cfg: Experiment, arrays: Arrays, is_image: np.ndarray) -> dict
         view_counts.append(view_count)
         first = end
     views = np.concatenate([image.views for image in images])
-    filled = _row_by_row(views, np.array(view_counts))
+    filled = row_by_row(views, np.array(view_counts))
     return fields | {
         "images": filled,
         "image_mask": np.zeros((*is_image.shape, filled.shape[1]), bool),
@@ -567,7 +571,7 @@ def encoder_inputs(arrays: Arrays) -> EncoderInputs:
     return EncoderInputs(*packed)
 
 
-def _row_by_row(images: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def row_by_row(images: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Splits images (sum of I, ...) by row, padded with zeros to (B, I, ...); I is at least 1."""
     filled = np.zeros((len(counts), max(1, counts.max()), *images.shape[1:]), np.float32)
     for target, row in zip(filled, np.split(images, np.cumsum(counts)[:-1])):
@@ -576,9 +580,19 @@ def _row_by_row(images: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _in_memory(cfg: Experiment, arrays: Arrays, ids: np.ndarray, image_token: int | None) -> dict:
-    """Images for cross-attention: one a row, read by every token, or any number of tiled ones."""
+    """Images for cross-attention: one a row, read by every token, or any number of images.
+
+    The text has a placeholder for each of any number of images (Idefics); without a mask, every
+    token attends to every image.
+    """
     if cfg.vision.tile_layouts:
         return _in_tiles(cfg, arrays, ids)
+    if cfg.fusion.placeholder:
+        images = _shaped(arrays, "pixel_values", (len(ids), None, CHANNELS, None, None))
+        shape = (*ids.shape, images.shape[1])
+        arrays = {"image_attention_mask": np.ones(shape), **arrays}
+        mask = _shaped(arrays, "image_attention_mask", shape)
+        return {"images": channels_last(images), "image_mask": mask.astype(bool)}
     images = _shaped(arrays, "pixel_values", (len(ids), CHANNELS, None, None))
     return {"images": channels_last(images)[:, None], "image_mask": np.ones((*ids.shape, 1), bool)}
 

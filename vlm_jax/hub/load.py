@@ -42,6 +42,11 @@ from vlm_jax.nn.models import abstract_params, build_model
 from vlm_jax.runtime.workdir import is_run
 
 THREADS = 2  # parameters assembled at a time; each holds memory
+# Output heads and the embeddings that they may be tied to.
+HEADS = {
+    "decoder/free_head/kernel": "decoder/embedding/table",
+    "decoder/added_head/kernel": "decoder/added_embedding/table",
+}
 
 
 class Checkpoint(NamedTuple):
@@ -228,13 +233,18 @@ def without_copied_head(
     for row in family.param_table(family.config_from_hf(config, names)):
         for target in row.targets:
             stored[target.param] = names.get(row.tensor)
-    head, embedding = stored.get("decoder/free_head/kernel"), stored.get("decoder/embedding/table")
-    if head is None or embedding is None:
+    copies = set()
+    for head_param, embedding_param in HEADS.items():
+        head, embedding = stored.get(head_param), stored.get(embedding_param)
+        if head is None or embedding is None:
+            continue
+        if not tensors_equal(tensors[head], tensors[embedding]):
+            return names
+        copies.add(head)
+    if not copies:
         return names
-    others = {name: stored_name for name, stored_name in names.items() if stored_name != head}
-    is_tied = family.config_from_hf(config, others).decoder.tie_word_embeddings and tensors_equal(
-        tensors[head], tensors[embedding]
-    )
+    others = {name: stored_name for name, stored_name in names.items() if stored_name not in copies}
+    is_tied = family.config_from_hf(config, others).decoder.tie_word_embeddings
     return others if is_tied else names
 
 

@@ -27,7 +27,7 @@ from vlm_jax.config import (
 from vlm_jax.config.model import PRETRAINED_PARTS
 from vlm_jax.config.validate import check_values, flat, with_fields
 from vlm_jax.data.tiling import tag_names
-from vlm_jax.hub.families.table import Row
+from vlm_jax.hub.families.table import Row, Target, layers_with
 from vlm_jax.hub.images.settings import read_settings, vision_settings
 from vlm_jax.hub.load import (
     Checkpoint,
@@ -42,7 +42,9 @@ from vlm_jax.hub.text.chat_template import ChatTemplate
 from vlm_jax.hub.text.dialogue import Dialogue
 from vlm_jax.hub.text.prompt_formats import has_own_format
 from vlm_jax.hub.text.tokenizer import HubTokenizer
+from vlm_jax.nn.blocks import SUBLAYERS, sublayer_of
 from vlm_jax.nn.models import Config, abstract_params
+from vlm_jax.nn.parts import find_part
 from vlm_jax.nn.patches import resample_positions
 from vlm_jax.nn.quantized import is_quantized, store_as
 from vlm_jax.runtime.workdir import Workdir, is_run
@@ -59,6 +61,7 @@ EXPERIMENT_FIELDS = {
 ENCODER_USE_FIELDS = ("feature_layers", "keep_class_token", "newline_token")
 # The experiment's as well unless the checkpoint encodes tiles together.
 TILING_FIELDS = ("tiles", "thumbnail", "tile_tags", "tile_grids", "max_map_tiles")
+BLOCK_LENGTH = 4  # number of names in decoder/blocks/layers/block_0
 # Interpolated if `vision.image_size_px` is not the checkpoint's.
 POSITIONS = "vision/patch_embed/positions"
 
@@ -259,9 +262,8 @@ def special_ids(
     eos = tokenizer.eos_ids[0] if eos_id is None else eos_id
     pad = eos if tokenizer.pad_id is None else tokenizer.pad_id
     newline = eos if tokenizer.newline_id is None else tokenizer.newline_id
-    rows = decoder.vocab_size + decoder.extra_tokens
     candidates = (image_id, tokenizer.image_id, tokenizer.next_id)
-    image = next((i for i in candidates if i is not None and i < rows), eos)
+    image = next((i for i in candidates if i is not None and i < decoder.num_ids), eos)
     return pad, image, newline, eos
 
 
@@ -391,17 +393,60 @@ def _part_table(checkpoint: Checkpoint, cfg: Experiment, part: str) -> list[Row]
     """Returns the weight table of one part, with the parameter paths of the experiment."""
     if isinstance(checkpoint.cfg, Vision):
         return [_with_prefix(row, "vision/") for row in checkpoint.rows]
-    rows = checkpoint.rows
-    if part == "decoder":
-        # The experiment's fusion decides how blocks are stacked; the checkpoint may lack its
-        # cross-attention.
-        table = checkpoint.family.param_table(replace(checkpoint.cfg, fusion=cfg.fusion))
-        rows = [row for row in table if row.tensor in checkpoint.stored_names]
-    return [row for row in rows if _is_within(row, f"{part}/")]
+    rows = [row for row in checkpoint.rows if _is_within(row, f"{part}/")]
+    return _restack(rows, checkpoint.cfg, cfg) if part == "decoder" else rows
+
+
+def _restack(rows: list[Row], stored: Experiment, cfg: Experiment) -> list[Row]:
+    """Moves the blocks of a decoder to where the experiment's fusion stacks them.
+
+    Its cross-attention is left out unless that of the experiment has the same shapes.
+    """
+    places = {}
+    for name in SUBLAYERS:
+        stored_blocks = layers_with(stored.fusion.sublayers(stored.decoder.depth), name)
+        own_blocks = layers_with(cfg.fusion.sublayers(cfg.decoder.depth), name)
+        for (block, layer), place in zip(stored_blocks, own_blocks):
+            places[name, f"decoder/{block}", layer] = place
+    crossing = _cross_attention_shapes(stored)
+    if crossing == _cross_attention_shapes(cfg):
+        crossing = {}
+    restacked = []
+    for row in rows:
+        if crossing.keys().isdisjoint(_params(row)):
+            targets = [_move(target, places) for target in row.targets]
+            restacked.append(replace(row, targets=tuple(targets)))
+    return restacked
+
+
+def _move(target: Target, places: Mapping) -> Target:
+    """Returns a target in another block; `places`: (sublayer, block, layer) -> (block, layer)."""
+    if target.layer is None:
+        return target
+    names = target.param.split("/")
+    block, modules = "/".join(names[:BLOCK_LENGTH]), names[BLOCK_LENGTH:]
+    new_block, layer = places[sublayer_of(modules[0]), block, target.layer]
+    return replace(target, param="/".join(("decoder", new_block, *modules)), layer=layer)
+
+
+def _cross_attention_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of the parameters of cross-attention.
+
+    With other shapes than the checkpoint's, such as in more blocks, it starts from random weights.
+    """
+    return {
+        path: shape
+        for path, shape in param_shapes(cfg).items()
+        if find_part(tuple(path.split("/"))) == "cross_attention"
+    }
+
+
+def _params(row: Row) -> list[str]:
+    return [target.param for target in row.targets]
 
 
 def _is_within(row: Row, prefix: str) -> bool:
-    return all(target.param.startswith(prefix) for target in row.targets)
+    return all(param.startswith(prefix) for param in _params(row))
 
 
 def _with_prefix(row: Row, prefix: str) -> Row:

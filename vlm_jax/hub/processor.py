@@ -22,6 +22,7 @@ from vlm_jax.hub.inputs import (
     count_map_tokens,
     map_sizes,
     mask_images_of_other_rows,
+    row_by_row,
     to_batch,
     with_targets,
 )
@@ -116,8 +117,9 @@ class HubProcessor:
             add_special_tokens = self.template is None or cfg.fusion.has_images
 
         processed = self.pixels(images)
-        image_arrays = _image_arrays(processed)
-        layouts = _image_layouts(cfg, processed, image_arrays, [len(row) for row in images])
+        counts = [len(row) for row in images]
+        image_arrays = _image_arrays(processed, counts if cfg.fusion.placeholder else None)
+        layouts = _image_layouts(cfg, processed, image_arrays, counts)
         encoded = self._encode_prompts(texts, layouts, add_special_tokens)
         if answer_ids is not None:
             encoded = [
@@ -296,8 +298,14 @@ def _image_layouts(
     return [list(itertools.islice(layouts, count)) for count in counts]
 
 
-def _image_arrays(processed: ProcessedImages | None) -> dict[str, np.ndarray]:
-    """Arrays with the names and in the layout of transformers."""
+def _image_arrays(
+    processed: ProcessedImages | None, counts: Sequence[int] | None
+) -> dict[str, np.ndarray]:
+    """Arrays with the names and in the layout of transformers.
+
+    Args:
+      counts: number of images of each row, if the model takes rows of images (Idefics).
+    """
     if processed is None:
         return {}
     if processed.grids is not None:
@@ -311,6 +319,8 @@ def _image_arrays(processed: ProcessedImages | None) -> dict[str, np.ndarray]:
             arrays["batch_num_images"] = np.array(processed.batch_num_images)
         return arrays
     if processed.num_tiles is None:
+        if counts is not None:
+            arrays["pixel_values"] = row_by_row(arrays["pixel_values"], np.array(counts))
         return arrays
     return arrays | {
         "aspect_ratio_ids": processed.aspect_ratio_ids,

@@ -257,7 +257,7 @@ def advance(
         write = lambda all_choices, x: all_choices.at[number].set(x)  # noqa: E731
         return state, jax.tree.map(write, choices, choice)
 
-    vocabulary = jnp.zeros((len(state.token), cfg.decoder.vocab_size), params_dtype(params))
+    vocabulary = jnp.zeros((len(state.token), cfg.decoder.num_logits), params_dtype(params))
     one = jax.eval_shape(lambda: _choice(vocabulary, state.token, with_logprobs))
     empty = jax.tree.map(lambda x: jnp.zeros((CHUNK_TOKENS, *x.shape), x.dtype), one)
     return jax.lax.fori_loop(0, steps, next_token, (state, empty))

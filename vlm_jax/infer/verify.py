@@ -258,7 +258,10 @@ def find_padding(ids: np.ndarray, eos_ids: Collection[int]) -> np.ndarray:
 
 def _logits(model: Model, case: Case) -> np.ndarray:
     checkpoint = model.checkpoint
-    return model.apply(to_batch(checkpoint.cfg, case.inputs, checkpoint.image_token)).logits
+    counts = checkpoint.family.counts_positions
+    return model.apply(
+        to_batch(checkpoint.cfg, case.inputs, checkpoint.image_token, generating=counts)
+    ).logits
 
 
 def _image_features(model: Model, case: Case) -> np.ndarray:

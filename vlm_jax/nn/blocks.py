@@ -18,9 +18,9 @@ from vlm_jax.structs import BlockInputs
 class Sublayer(NamedTuple):
     """A kind of sublayer in `SUBLAYERS`."""
 
-    kind: Literal["self_attention", "cross_attention", "mlp"]
-    #: belongs to the part cross_attention: is absent without images, masked for tokens without an
-    #: image, and gated if `fusion.has_gates`
+    kind: Literal["self_attention", "cross_attention", "latent_attention", "mlp"]
+    #: belongs to the part cross_attention: is absent without images and masked for tokens without
+    #: an image, as `fusion.tokens_without_image` states, and gated if `fusion.has_gates`
     needs_image: bool = False
 
 
@@ -30,6 +30,7 @@ SUBLAYERS = {
     "mlp": Sublayer("mlp"),
     "cross": Sublayer("cross_attention", needs_image=True),
     "cross_mlp": Sublayer("mlp", needs_image=True),
+    "latent": Sublayer("latent_attention"),
 }
 GATE = "_gate"  # end of the name of a sublayer's gate
 LAYERS = "layers"  # name of the scan over depth, which stacks parameters
@@ -100,11 +101,13 @@ class Block(nn.Module):
         new_cache, position = {}, self.cfg.norm_position
         for name in self.sublayers:
             sublayer = SUBLAYERS[name]
-            if sublayer.needs_image and not has_memory:
+            if sublayer.needs_image and not has_memory and not self._has_no_mask(sublayer):
                 continue
             y = self._norm(f"{name}_norm", x) if position in ("pre", "sandwich") else x
             if sublayer.kind == "mlp":
                 y = Mlp(self.cfg, name=name)(y)
+            elif sublayer.kind == "latent_attention":
+                y = self._latent_attention(name, y, context)
             elif sublayer.kind == "cross_attention":
                 y, new_cache[name] = self._cross_attention(name, y, context, cache.get(name))
             else:
@@ -140,19 +143,34 @@ class Block(nn.Module):
     def _cross_attention(self, name, x, context: BlockInputs, cache):
         # While decoding, keys and values of the memory are in the cache.
         cache = cache if context.memory is None else None
-        attention = Attention(self.cfg, "head" if self.fusion.qk_norm else "none", name=name)
+        attention = Attention(self.cfg, self._qk_norm, name=name)
         return attention(x, context.memory, context.memory_mask, cache=cache)
+
+    def _latent_attention(self, name, x, context: BlockInputs):
+        """Attention to the normalised memory and to `x` (Jaegle et al. 2022, Perceiver IO)."""
+        memory = self._norm(f"{name}_memory_norm", context.memory)
+        attention = Attention(self.cfg, self._qk_norm, name=name)
+        return attention(x, jnp.concatenate([memory, x], axis=1))[0]
+
+    @property
+    def _qk_norm(self) -> str:
+        """Value of `Transformer.qk_norm` for attention to memory."""
+        return "head" if self.fusion.qk_norm else "none"
+
+    def _has_no_mask(self, sublayer: Sublayer) -> bool:
+        """Returns whether a sublayer of cross-attention applies to tokens without an image, too."""
+        return sublayer.kind == "mlp" and self.fusion.tokens_without_image == "mask_attention"
 
     def _mask_tokens_without_image(self, sublayer: Sublayer, y, context: BlockInputs):
         """Zeroes what a sublayer of cross-attention would add to a token without an image.
 
         With `fusion.tokens_without_image` "attend_all" such tokens pass the attention, and only
-        their MLP is zeroed.
+        their MLP is zeroed; with "mask_attention" only their attention is.
         """
         mask = context.has_image
         if sublayer.kind == "cross_attention" and context.attends is not None:
             mask = context.attends
-        if not sublayer.needs_image or mask is None:
+        if not sublayer.needs_image or self._has_no_mask(sublayer) or mask is None:
             return y
         return jnp.where(mask[..., None], y, 0)
 
@@ -162,8 +180,11 @@ class Block(nn.Module):
             return y * self.param(f"{name}_scale", init, y.shape[-1:])
         is_gated = SUBLAYERS[name].needs_image and self.fusion.has_gates
         if self.cfg.layer_scale == "tanh_gate" or is_gated:
-            init = axes.with_axes(nn.initializers.zeros, "1")
-            return y * jnp.tanh(self.param(f"{name}{GATE}", init, (1,)))
+            letter, size = "1", 1
+            if is_gated and self.fusion.gate == "vector":
+                letter, size = "D", y.shape[-1]
+            init = axes.with_axes(nn.initializers.zeros, letter)
+            return y * jnp.tanh(self.param(f"{name}{GATE}", init, (size,)))
         return y
 
 

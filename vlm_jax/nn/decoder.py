@@ -28,6 +28,8 @@ class Decoder(nn.Module):
     def setup(self):
         cfg = self.cfg
         self.embedding = Embed(cfg.vocab_size + cfg.extra_tokens, cfg.width)
+        if cfg.added_tokens:
+            self.added_embedding = Embed(cfg.added_tokens, cfg.width)
         if cfg.positions == "learned":
             rows = cfg.max_positions + cfg.position_offset
             self.position_embedding = Embed(rows, cfg.width, letters="S D")
@@ -45,6 +47,8 @@ class Decoder(nn.Module):
             self.final_norm = Norm(cfg.norm, cfg.norm_eps)
         if not cfg.tie_word_embeddings:
             self.free_head = Dense("D V", (cfg.width, cfg.vocab_size), bias=False)
+            if cfg.added_tokens:
+                self.added_head = Dense("D V", (cfg.width, cfg.added_tokens), bias=False)
 
     def _stack_indices(self, layers: tuple[int, ...]) -> tuple[int, ...]:
         """Indices in the stack of some blocks of the decoder.
@@ -58,7 +62,15 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Token embeddings, without positions."""
-        x = self.embedding(tokens)
+        vocab = self.cfg.vocab_size
+        if self.cfg.added_tokens:
+            x = jnp.where(
+                (tokens < vocab)[..., None],
+                self.embedding(jnp.minimum(tokens, vocab - 1)),
+                self.added_embedding(jnp.maximum(tokens - vocab, 0)),
+            )
+        else:
+            x = self.embedding(tokens)
         if self.cfg.embed_scale:
             x = x * jnp.asarray(math.sqrt(self.cfg.width), x.dtype)
         return x
@@ -139,8 +151,13 @@ class Decoder(nn.Module):
 
     def head(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         """Logits of the next token."""
-        logits = self.embedding.attend(x) if self.cfg.tie_word_embeddings else self.free_head(x)
-        return softcap(logits, self.cfg.logit_softcap)
+        cfg = self.cfg
+        logits = self.embedding.attend(x) if cfg.tie_word_embeddings else self.free_head(x)
+        if cfg.added_tokens:
+            is_tied = cfg.tie_word_embeddings
+            added = self.added_embedding.attend(x) if is_tied else self.added_head(x)
+            logits = jnp.concatenate([logits, added], axis=-1)
+        return softcap(logits, cfg.logit_softcap)
 
 
 def check_length(cfg: DecoderConfig, length: int) -> None:

@@ -5,13 +5,15 @@ class and states how many tokens it emits (`config.Projector.num_tokens`). It ma
 (B, M, D).
 """
 
+from dataclasses import replace
+
 import einops
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.config import Model, Transformer
+from vlm_jax.config import Fusion, Model, Transformer
 from vlm_jax.nn.blocks import Block, BlockFlags
 from vlm_jax.nn.layers import (
     ACTIVATIONS,
@@ -68,6 +70,12 @@ def _project_merged(cfg: Model, x: Tokens) -> Projected:
     if projector.merge_linear:
         shape = (x.shape[-1], cfg.vision.output_width)
         x = Dense("E E", shape, bias=False, name="merge")(x)
+    return _project(cfg, x)
+
+
+def _project(cfg: Model, x: Tokens) -> Projected:
+    """Applies the layers of `projector.projection`, within a module."""
+    projector = cfg.projector
     if projector.projection == "mlp":
         return Mlp(cfg, name="mlp")(x)
     return Dense("E D", (x.shape[-1], cfg.decoder.width), bias=projector.bias, name="linear")(x)
@@ -116,30 +124,79 @@ class AveragePool(nn.Module):
         return _project_merged(self.cfg, x)
 
 
+def _block_settings(cfg: Model) -> tuple[Transformer, Fusion]:
+    """Settings of the blocks of a projector with learned queries."""
+    projector = cfg.projector
+    width = projector.block_width(cfg.vision, cfg.decoder.width)
+    settings = Transformer(
+        width=width,
+        heads=projector.heads,
+        head_dim=projector.head_dim,
+        mlp_width=projector.block_mlp_width or 4 * width,
+        norm_eps=projector.norm_eps,
+        activation=projector.block_activation,
+        qkv_bias=projector.bias,
+        out_bias=projector.bias,
+        mlp_bias=projector.bias,
+        qk_norm="head" if projector.qk_norm else "none",
+    )
+    return settings, Fusion("text_only", qk_norm=projector.qk_norm)
+
+
+def _queries(module: nn.Module, settings: Transformer, images: int) -> Projected:
+    """Learned queries of a module, one copy for each image."""
+    shape = (module.cfg.projector.queries, settings.width)
+    queries = module.param("queries", axes.with_axes(embedding_init, "Q D"), shape)
+    return jnp.broadcast_to(queries, (images, *shape))
+
+
 class Resampler(nn.Module):
     """Learned queries attend to the tokens: (B, P, E) -> (B, Q, D).
 
     The Perceiver resampler of Flamingo (Alayrac et al. 2022, appendix A.1.1). Keys and values come
-    from tokens and queries together.
+    from tokens and queries together. With `projector.block_norms`, the form of Idefics
+    (transformers, models/idefics/perceiver.py).
     """
 
     cfg: Model
 
     @nn.compact
     def __call__(self, x: Tokens) -> Projected:
-        cfg, width = self.cfg.projector, self.cfg.decoder.width
-        settings = Transformer(width=width, heads=cfg.heads, mlp_width=4 * width)
-        memory = Norm("layernorm", settings.norm_eps, name="norm")(
-            Dense("E D", (x.shape[-1], width), name="linear")(x)
-        )
-        queries = self.param("queries", axes.with_axes(embedding_init, "Q D"), (cfg.queries, width))
-        q = jnp.broadcast_to(queries, (len(x), *queries.shape))
+        cfg = self.cfg.projector
+        if cfg.projection != "none":
+            x = _project(self.cfg, x)
+        settings, fusion = _block_settings(self.cfg)
+        if not cfg.block_norms:
+            x = Norm(settings.norm, settings.norm_eps, name="norm")(x)
+        sublayers = ("latent" if cfg.block_norms else "cross", "mlp")
+        q = _queries(self, settings, len(x))
         for i in range(cfg.depth):
-            context = BlockInputs(memory=jnp.concatenate([memory, q], axis=1))
-            q, _ = Block(settings, ("cross", "mlp"), name=f"block_{i}")(
-                q, context, BlockFlags(), {}
-            )
-        return Norm("layernorm", settings.norm_eps, name="final_norm")(q)
+            memory = x if cfg.block_norms else jnp.concatenate([x, q], axis=1)
+            block = Block(settings, sublayers, fusion, name=f"block_{i}")
+            q, _ = block(q, BlockInputs(memory=memory), BlockFlags(), {})
+        return Norm(settings.norm, settings.norm_eps, name="final_norm")(q)
+
+
+class QFormer(nn.Module):
+    """Learned queries attend to each other and to the tokens, as in BERT: (B, P, E) -> (B, Q, D).
+
+    The Q-Former of BLIP-2 (Li et al. 2023, section 3.1) without its text, and a linear projection.
+    """
+
+    cfg: Model
+
+    @nn.compact
+    def __call__(self, x: Tokens) -> Projected:
+        cfg, context = self.cfg.projector, BlockInputs(memory=x)
+        settings, fusion = _block_settings(self.cfg)
+        settings = replace(settings, norm_position="post")
+        q = Norm(settings.norm, settings.norm_eps, name="norm")(_queries(self, settings, len(x)))
+        for i in range(cfg.depth):
+            sublayers = ("self", "cross", "mlp") if i % cfg.cross_every == 0 else ("self", "mlp")
+            block = Block(settings, sublayers, fusion, name=f"block_{i}")
+            q, _ = block(q, context, BlockFlags(), {})
+        shape = (settings.width, self.cfg.decoder.width)
+        return Dense("E D", shape, bias=cfg.bias, name="linear")(q)
 
 
 class WithNewline(nn.Module):

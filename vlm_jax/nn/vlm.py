@@ -45,7 +45,7 @@ class VLM(nn.Module):
         self,
         batch: Batch,
         cache: Cache | None = None,
-        image_tokens: Float[Array, "B T D"] | None = None,
+        image_tokens: Float[Array, "B T E"] | None = None,
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
         """Returns the final hidden states (B, S, D) and the updated KV cache.
 
@@ -58,7 +58,7 @@ class VLM(nn.Module):
         self,
         batch: Batch,
         cache: Cache | None = None,
-        image_tokens: Float[Array, "B T D"] | None = None,
+        image_tokens: Float[Array, "B T E"] | None = None,
     ) -> DecoderInputs:
         """Returns the embedded text together with the image tokens; arguments as of `hidden`."""
         # While decoding, the image tokens are in the cache already.
@@ -68,7 +68,7 @@ class VLM(nn.Module):
         newline = self.projector.newline if self.cfg.vision.tile_grids else None
         return fuse(self.cfg, text_tokens, image_tokens, batch, cache, newline)
 
-    def image_tokens(self, batch: Batch) -> Float[Array, "B T D"]:
+    def image_tokens(self, batch: Batch) -> Float[Array, "B T E"]:
         """Returns the projected tokens of each row: image after image, view after view."""
         encode = self._packed_tokens if self.cfg.vision.is_native else self._tokens_by_image
         x = axes.constrain(encode(batch), "B M D")

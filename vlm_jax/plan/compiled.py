@@ -107,5 +107,5 @@ def loss_chunks(cfg: Experiment, mesh: jax.sharding.Mesh) -> int:
     """Chunks of the loss per device and microbatch, if all text tokens are scored."""
     rows = cfg.train.batch_size // axes.row_shards(mesh)
     rows //= cfg.train.microbatches
-    chunk = chunk_tokens(rows * cfg.row_length, cfg.decoder.vocab_size, cfg.train.loss_chunk)
+    chunk = chunk_tokens(rows * cfg.row_length, cfg.decoder.num_logits, cfg.train.loss_chunk)
     return math.ceil(rows * cfg.data.text_length / chunk)

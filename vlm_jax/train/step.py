@@ -161,7 +161,7 @@ def output_head(cfg: Experiment) -> Head:
     init = functools.partial(model.init, method="head")
     boxes = jax.eval_shape(init, jax.eval_shape(jax.random.key, 0), hidden)["params"]
     letters = {path: box.letters for path, box in traverse_util.flatten_dict(boxes).items()}
-    return Head(apply, letters, cfg.decoder.vocab_size)
+    return Head(apply, letters, cfg.decoder.num_logits)
 
 
 def accumulate(function: Callable, batch: Batch | tuple, parts: int):

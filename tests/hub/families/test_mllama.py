@@ -1,9 +1,12 @@
 """Llama 3.2 Vision: outputs equal to transformers' with both conventions of intermediate layers."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from flax import traverse_util
+from flax.linen import meta
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from tests.hub.parity import assert_round_trip, reference, reloaded, saved
@@ -15,11 +18,15 @@ from tests.hub.unified import (
     assert_logits_are_equal,
     padded,
 )
+from vlm_jax import axes
 from vlm_jax.cli.main import main
-from vlm_jax.config import UserError
+from vlm_jax.config import Fusion, Mesh, UserError
 from vlm_jax.hub.families.registry import find_family
+from vlm_jax.hub.families.table import layers_with
 from vlm_jax.hub.load import load_checkpoint
+from vlm_jax.hub.pretrained_parts import load_pretrained_parts
 from vlm_jax.hub.save import write_model
+from vlm_jax.nn.models import abstract_params
 
 ATOL = 1e-4
 SIDE = 8  # pixels of a tile
@@ -148,6 +155,25 @@ def test_without_a_cross_attention_mask_every_token_reads_everything(pair_of, ki
 @every_kind
 def test_text_alone_skips_the_cross_layers(pair_of, kind):
     assert_logits_are_equal(pair_of(kind), ATOL, **texts("left"))
+
+
+def test_its_layers_are_in_order_in_a_decoder_of_another_fusion(pair_of):
+    """transformers numbers cross-attention layers together with the others."""
+    pair = pair_of(FIRST)
+    decoder = replace(pair.cfg.decoder, checkpoint=str(pair.checkpoint.folder))
+    cfg = replace(pair.cfg, decoder=decoder, fusion=Fusion("unified"))
+    shapes = meta.unbox(abstract_params(cfg))
+    loaded = load_pretrained_parts(cfg, shapes, axes.make_mesh(Mesh()))
+    paths = traverse_util.flatten_dict(shapes["decoder"], sep="/")
+    assert set(loaded) == {f"decoder/{path}" for path in paths}
+    own = layers_with(pair.cfg.fusion.sublayers(decoder.depth), "self")
+    for n, (block, layer) in enumerate(own):
+        stored = traverse_util.flatten_dict(pair.params, sep="/")
+        for name in ("self/query/kernel", "mlp/up/kernel", "mlp_norm/scale"):
+            np.testing.assert_array_equal(
+                loaded[f"decoder/blocks/layers/block_0/{name}"][n],
+                stored[f"decoder/{block}/{name}"][layer],
+            )
 
 
 def with_inputs_as_taps(model):

@@ -14,6 +14,8 @@ from transformers import (
     FuyuProcessor,
     Gemma3ImageProcessorPil,
     Gemma3Processor,
+    IdeficsImageProcessorPil,
+    IdeficsProcessor,
     LlavaProcessor,
     MllamaImageProcessorPil,
     MllamaProcessor,
@@ -24,12 +26,13 @@ from transformers import (
 
 from tests.hub import tiny_tokenizers as tiny
 from vlm_jax.config import UserError
+from vlm_jax.hub.inputs import IMAGE_MASKS
 from vlm_jax.hub.text.prompt_formats import load_prompt_format
 from vlm_jax.hub.text.prompts import Prompt, stack_prompts
 from vlm_jax.hub.text.tokenizer import HubTokenizer
 
 RNG = np.random.default_rng(0)
-NAMES = ("input_ids", "attention_mask", "token_type_ids", "cross_attention_mask")
+NAMES = ("input_ids", "attention_mask", "token_type_ids", *IMAGE_MASKS)
 
 
 def picture(height: int = 20, width: int = 30) -> Image.Image:
@@ -374,6 +377,69 @@ def test_mllama_without_images_and_with_too_many(mllama, tmp_path):
     assert_prompt(prompt_format.prompt("x"), mllama(text=["x"]))
     message = refusal(prompt_format.prompt, "<|image|>x<|image|>", [1])
     assert "2 image tokens" in message and "1 images" in message
+
+
+# ---- Idefics: one token an image between two others, and the text that reads it
+
+
+@pytest.fixture
+def idefics(tmp_path):
+    names = ("<fake_token_around_image>", "<image>")
+    added = {str(i): tiny.token(text) for i, text in enumerate(names, start=420)}
+    tokenizer = tokenizer_in(tmp_path, tiny.llama, added_tokens_decoder=added)
+    return IdeficsProcessor(IdeficsImageProcessorPil(image_size=16), tokenizer, image_size=16)
+
+
+# Each "" is an image.
+IDEFICS_TEXTS = [
+    ["", "what is it?"],
+    ["User: ", "", "", " and ", "", "what  is it?  "],
+    ["a", "", "cat</s>the cat", "", "", "</s> a </s>"],
+    ["", ""],
+]
+
+
+def idefics_reference(idefics, texts, **options):
+    parts = [[part or picture() for part in text] for text in texts]
+    reference = idefics(text=parts, padding=True, return_tensors="pt", **options)
+    if not any("" in text for text in texts):
+        del reference["image_attention_mask"]
+    return reference
+
+
+def test_idefics(idefics, tmp_path):
+    prompt_format = format_of(idefics, tmp_path, model_type="idefics")
+    for text in [*IDEFICS_TEXTS, ["what is it?"]]:
+        prompt = prompt_format.prompt("<image>".join(_join(text)), [None] * text.count(""))
+        assert_prompt(prompt, idefics_reference(idefics, [text]))
+
+
+def _join(text: list[str]) -> list[str]:
+    """Texts between images."""
+    pieces = [""]
+    for part in text:
+        pieces[-1] += part
+        if not part:
+            pieces.append("")
+    return pieces
+
+
+def test_idefics_in_batches(idefics, tmp_path):
+    prompt_format = format_of(idefics, tmp_path, model_type="idefics")
+    texts = [*IDEFICS_TEXTS, ["no image"]]
+    prompts = [
+        prompt_format.prompt("<image>".join(_join(text)), [None] * text.count("")) for text in texts
+    ]
+    reference = idefics_reference(idefics, texts, padding_side="left")
+    assert_stacked(prompts, reference, idefics.tokenizer.pad_token_id)
+
+
+def test_idefics_keeps_what_a_text_has_already(idefics, tmp_path):
+    prompt_format = format_of(idefics, tmp_path, model_type="idefics")
+    written = "<s><fake_token_around_image><image><fake_token_around_image>x"
+    ids = prompt_format.prompt("<image>x", [None]).input_ids
+    np.testing.assert_array_equal(prompt_format.prompt(written, [None]).input_ids, ids)
+    assert "1 image tokens" in refusal(prompt_format.prompt, "<image>x")
 
 
 # ---- other families and invalid folders

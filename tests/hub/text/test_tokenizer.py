@@ -18,6 +18,7 @@ FOLDERS = {
             tiny.gpt2,
             tiny.gpt2_whole,
             tiny.gpt2_with_older_files,
+            tiny.opt,
             tiny.roberta,
             tiny.clip,
             tiny.clip_whole,

@@ -68,6 +68,8 @@ class Family:
       weights_file: name of an exported weight file.
       processor: of transformers; None for a family without text or without images.
       module_names: names in the table -> names of modules in transformers 5, where they differ.
+      counts_positions: `forward` of transformers counts positions over the tokens that are not
+        padding, as `generate` does; otherwise they are slot indices.
       splits: (part of a name, its replacements in files that store the targets separately).
     """
 
@@ -83,6 +85,7 @@ class Family:
     processor: HfProcessor | None = None
     splits: tuple[tuple[str, tuple[str, ...]], ...] = ()
     module_names: Renames = ()
+    counts_positions: bool = False
 
     def normalize_names(self, stored_names: Collection[str]) -> dict[str, str]:
         """Returns {name in the table: name in the files}, without buffers."""

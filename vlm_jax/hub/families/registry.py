@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vlm_jax.config import CheckpointError
-from vlm_jax.hub.families.decoders import gemma, gpt2, llama, olmo2, phi3, smollm3
+from vlm_jax.hub.families.decoders import gemma, gpt2, llama, olmo2, opt, phi3, smollm3
 from vlm_jax.hub.families.encoders import (
     clip,
     dinov2,
@@ -18,9 +18,11 @@ from vlm_jax.hub.families.encoders import (
 )
 from vlm_jax.hub.families.family import Family, get_or
 from vlm_jax.hub.families.multimodal import (
+    blip_2,
     encoder_decoder,
     fuyu,
     gemma3,
+    idefics,
     idefics3,
     internvl,
     llava,
@@ -41,6 +43,7 @@ KNOWN = (
     olmo2.OLMO2,
     smollm3.SMOLLM3,
     phi3.PHI3,
+    opt.OPT,
     gemma.GEMMA,
     gemma.GEMMA2,
     gemma.GEMMA3,
@@ -54,9 +57,11 @@ KNOWN = (
     internvl.INTERNVL,
     qwen2_vl.QWEN2_VL,
     qwen2_vl.QWEN2_5_VL,
+    blip_2.BLIP_2,
     fuyu.FUYU,
     mistral3.MISTRAL3,
     mllama.MLLAMA,
+    idefics.IDEFICS,
     vit.VIT,
     clip.CLIP,
     clip.CLIP_VISION,

@@ -124,6 +124,16 @@ DEFAULTS = {
     | {"size": {"height": 1080, "width": 1920}, "do_pad": True, "padding_value": 1.0},
     "MllamaImageProcessor": _SQUARE | {"do_convert_rgb": True, "do_pad": True},
     "Gemma3ImageProcessor": _SQUARE | {"do_convert_rgb": True},
+    "IdeficsImageProcessor": _SQUARE
+    | {"resample": BICUBIC, "do_convert_rgb": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD},
+    "BlipImageProcessor": _SQUARE
+    | {
+        "size": {"height": 384, "width": 384},
+        "resample": BICUBIC,
+        "do_convert_rgb": True,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    },
     **dict.fromkeys(IDEFICS3, _IDEFICS3),
     "LlavaNextImageProcessor": _CLIP
     | {"image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]},
@@ -166,12 +176,14 @@ DEFAULTS[PIXTRAL] = {
 # `model_type` of config.json -> image processor class, if the file names none.
 CLASS_OF_MODEL_TYPE = {
     "bit": "BitImageProcessor",
+    "blip-2": "BlipImageProcessor",
     "clip": "CLIPImageProcessor",
     "deit": "DeiTImageProcessor",
     "dinov2": "BitImageProcessor",
     "dinov3_vit": "DINOv3ViTImageProcessor",
     "fuyu": "FuyuImageProcessor",
     "gemma3": "Gemma3ImageProcessor",
+    "idefics": "IdeficsImageProcessor",
     "idefics3": "Idefics3ImageProcessor",
     "internvl": "GotOcr2ImageProcessor",
     "llava": "LlavaImageProcessor",
@@ -326,6 +338,8 @@ def tile_settings(kind: str, vision: Vision) -> dict[str, Any]:
     if kind in IDEFICS3:
         side = vision.image_size_px
         return {"do_image_splitting": False, "max_image_size": {"longest_edge": side}}
+    if kind == "IdeficsImageProcessor":
+        return {"image_size": vision.image_size_px}
     return {"max_patches": 1} if kind == "GotOcr2ImageProcessor" else {}
 
 
@@ -335,7 +349,10 @@ def _from_transformers(path: Path, values: dict) -> ImageSettings:
     kind = _processor_class(path, values)
     if kind == PIXTRAL:
         values = values | _pixtral_patches(path.with_name(PROCESSOR))
-    settings = DEFAULTS[kind] | {key: x for key, x in values.items() if x is not None}
+    values = {key: x for key, x in values.items() if x is not None}
+    if kind == "IdeficsImageProcessor" and "image_size" in values:
+        values["size"] = values["image_size"]
+    settings = DEFAULTS[kind] | values
     settings = {key: _checked(path, key, x) for key, x in settings.items()}
     if kind == "Gemma3ImageProcessor" and settings.get("do_pan_and_scan"):
         raise _refusal(path, "do_pan_and_scan", True, "false: crops of an image are not supported")

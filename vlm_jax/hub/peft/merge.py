@@ -123,7 +123,8 @@ def _reject_tied(adapter: Adapter, row: Row, boxes: Mapping[str, axes.Partitione
     In PEFT one of them is changed, so that they differ.
     """
     param = row.targets[0].param
-    if param == "decoder/embedding/table" and "decoder/free_head/kernel" not in boxes:
+    is_embedding = param in ("decoder/embedding/table", "decoder/added_embedding/table")
+    if is_embedding and "decoder/free_head/kernel" not in boxes:
         raise CheckpointError(
             f"adapter {adapter.folder} changes {row.tensor}, which is the output head of this "
             "model, too: that is not supported."

@@ -19,6 +19,10 @@ fuyu       |SPEAKER| |SPEAKER| |NEWLINE| |SPEAKER| |SPEAKER| |NEWLINE| <s> what 
            one token per patch, one per row of patches
 mllama     <|image|> <|begin_of_text|> what is it?
            one token per image, and a cross-attention mask
+blip-2     <image> <image> <image> <image> </s> what is it?
+           N tokens for every image, at the start unless the text has placeholders
+idefics    <s> <fake_token_around_image> <image> <fake_token_around_image> what is it?
+           one token per image, and an image attention mask
 """
 
 import itertools
@@ -214,6 +218,40 @@ class PaliGemmaFormat(TextFormat):
 
     def follow_up(self, text):
         return f"{text}\n"
+
+
+@dataclass(frozen=True)
+class Blip2Format(TextFormat):
+    """The sizes of images are ignored; a text without image tokens gets them at the start.
+
+    The format writes all special tokens itself.
+    """
+
+    tokens_per_image: int
+    image_token: str
+    takes_bos = False
+    has_own_format = True
+
+    @classmethod
+    def read(cls, tokenizer, config, processor, images):
+        count = _token_count(config, "num_query_tokens", 32, file=CONFIG)
+        # The processor adds an image token unless there is one.
+        return cls(tokenizer, count, tokenizer.id_to_token(tokenizer.add_image_token()))
+
+    def prompt(self, text, images=(), add_special_tokens=True):
+        if self.image_token not in text:
+            text = self.image_token * len(images) + text
+        _check_count(text, self.image_token, len(images))
+        tokens = self.image_token * self.tokens_per_image
+        framed = self.frame(text).replace(self.image_token, tokens)
+        return Prompt(to_ids(self.tokenizer.encode(framed, add_special_tokens=False)))
+
+    def frame(self, text, has_images=True):
+        before, last, question = text.rpartition(self.image_token)
+        bos_id = self.tokenizer.bos_id
+        adds_bos = bos_id is not None and self.tokenizer.encode("a")[:1] == [bos_id]
+        bos = self.tokenizer.id_to_token(bos_id) if adds_bos else ""
+        return f"{before}{last}{bos}{question}"
 
 
 @dataclass(frozen=True)
@@ -471,6 +509,57 @@ class MllamaFormat(TextFormat):
 
 
 @dataclass(frozen=True)
+class IdeficsFormat(TextFormat):
+    """The sizes of images are ignored. Images one after another share the token between them.
+
+    The format writes all special tokens itself.
+    """
+
+    image_token: str = "<image>"
+    fake_token: str = "<fake_token_around_image>"
+    takes_bos = False
+    has_own_format = True
+
+    def expand(self, text):
+        image = f"{self.fake_token}{self.image_token}{self.fake_token}"
+        # As in transformers, where images lie between texts.
+        texts = [piece.strip(" ") for piece in text.split(self.image_token)]
+        return image.join(texts).replace(self.fake_token * 2, self.fake_token)
+
+    def frame(self, text, has_images=True):
+        bos = self.tokenizer.special_tokens.get("bos_token", "")
+        return text if bos and text.startswith(bos) else bos + text
+
+    def prompt(self, text, images=(), add_special_tokens=True):
+        _check_count(text, self.image_token, len(images))
+        framed = self.frame(self.expand(text))
+        ids = to_ids(self.tokenizer.encode(framed, add_special_tokens=False))
+        if not images:
+            return Prompt(ids)
+        is_image = ids == self.tokenizer.token_to_id(self.image_token)
+        return Prompt(ids, image_attention_mask=self._mask(ids, is_image))
+
+    def _mask(self, ids: np.ndarray, is_image: np.ndarray) -> np.ndarray:
+        """Tokens attend to the last image before them, in the text that an end of text closes.
+
+        x: attends.
+        tokens      the  A  cat  B  </s>  end
+        image A      .   x   x   .    .    .
+        image B      .   .   .   x    x    .
+        """
+        eos = self.tokenizer.special_tokens.get("eos_token")
+        is_end = np.zeros_like(is_image)
+        if eos is not None:
+            is_end = ids == self.tokenizer.token_to_id(eos)
+        ends_before = np.cumsum(is_end) - is_end
+        ends_before_image = np.maximum.accumulate(np.where(is_image, ends_before, 0))
+        is_open = ends_before == ends_before_image
+        last_image = np.cumsum(is_image) - 1
+        mask = (last_image[:, None] == np.arange(is_image.sum())) & is_open[:, None]
+        return mask.astype(np.int32)
+
+
+@dataclass(frozen=True)
 class EncoderDecoderFormat(TextFormat):
     """The text follows the decoder's start token; the text does not mention the image."""
 
@@ -479,6 +568,7 @@ class EncoderDecoderFormat(TextFormat):
 
 
 FORMATS = {
+    "blip-2": Blip2Format,
     "llava": LlavaFormat,
     "llava_next": TileMapFormat,
     "llava_onevision": TileMapFormat,
@@ -492,6 +582,7 @@ FORMATS = {
     "mistral3": PixtralFormat,
     "fuyu": FuyuFormat,
     "mllama": MllamaFormat,
+    "idefics": IdeficsFormat,
     "vision-encoder-decoder": EncoderDecoderFormat,
 }
 
@@ -528,15 +619,15 @@ def load_prompt_format(
         ) from None
 
 
-def _token_count(processor: Mapping, name: str, default: int) -> int:
-    """Returns the number of tokens of a tile.
+def _token_count(values: Mapping, name: str, default: int, file: str = PROCESSOR) -> int:
+    """Returns the number of tokens of a tile, by a key of a file.
 
     Raises:
       CheckpointError: it is not a positive integer.
     """
-    count = processor.get(name, default)
+    count = values.get(name, default)
     if not all_nonnegative_ints(count) or not count:
-        raise CheckpointError(f"{PROCESSOR}: {name} is {count!r}, but must be a number of tokens.")
+        raise CheckpointError(f"{file}: {name} is {count!r}, but must be a number of tokens.")
     return count
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vlm_jax.config import CheckpointError, ConfigError
+from vlm_jax.hub.inputs import IMAGE_MASKS
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,24 @@ class Prompt:
     answer_type: int = 0  # token_type_ids of an answer
     # (T, I, J) int32; 1: the token attends to this tile of this image.
     cross_attention_mask: np.ndarray | None = None
+    # (T, I) int32; 1: the token attends to this image.
+    image_attention_mask: np.ndarray | None = None
 
     def with_answer(self, ids: Sequence[int]) -> "Prompt":
         """Appends an answer, whose tokens attend to the same images as the prompt's last token."""
-        types, mask, count = self.token_type_ids, self.cross_attention_mask, len(ids)
+        types, count = self.token_type_ids, len(ids)
         if types is not None:
             types = np.pad(types, (0, count), constant_values=self.answer_type)
-        if mask is not None:
-            mask = np.concatenate([mask, np.repeat(mask[-1:], count, axis=0)])
+        masks = {}
+        for name in IMAGE_MASKS:
+            mask = getattr(self, name)
+            if mask is not None:
+                masks[name] = np.concatenate([mask, np.repeat(mask[-1:], count, axis=0)])
         return replace(
             self,
             input_ids=np.concatenate([self.input_ids, to_ids(ids)]),
             token_type_ids=types,
-            cross_attention_mask=mask,
+            **masks,
         )
 
 
@@ -87,33 +93,39 @@ def stack_prompts(
 
     Returns:
       input_ids, attention_mask and, for a family that has them, token_type_ids (B, T) int32, and
-      cross_attention_mask (B, T, I, J) int32.
+      cross_attention_mask (B, T, I, J) or image_attention_mask (B, T, I) int32.
     """
     longest = max(len(prompt.input_ids) for prompt in prompts)
     shape = (len(prompts), longest + -longest % multiple)
     ids = np.full(shape, pad_id, np.int32)
     attention_mask, types = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    masks = [
-        prompt.cross_attention_mask for prompt in prompts if prompt.cross_attention_mask is not None
-    ]
-    # A prompt without images has no mask. Here it is 0, as wide as the widest of the others.
-    sizes = np.max([mask.shape[1:] for mask in masks], axis=0, initial=0) if masks else ()
-    cross_mask = np.zeros((*shape, *sizes), np.int32)
     for row, prompt in enumerate(prompts):
         start = shape[1] - len(prompt.input_ids)
         ids[row, start:] = prompt.input_ids
         attention_mask[row, start:] = 1
         if prompt.token_type_ids is not None:
             types[row, start:] = prompt.token_type_ids
-        if prompt.cross_attention_mask is not None:
-            num_images = prompt.cross_attention_mask.shape[1]
-            cross_mask[row, start:, :num_images] = prompt.cross_attention_mask
     inputs = {"input_ids": ids, "attention_mask": attention_mask}
     if any(prompt.token_type_ids is not None for prompt in prompts):
         inputs["token_type_ids"] = types
-    if masks:
-        inputs["cross_attention_mask"] = cross_mask
+    for name in IMAGE_MASKS:
+        masks = [getattr(prompt, name) for prompt in prompts]
+        if any(mask is not None for mask in masks):
+            inputs[name] = _stack_masks(masks, shape)
     return inputs
+
+
+def _stack_masks(masks: Sequence[np.ndarray | None], shape: tuple[int, int]) -> np.ndarray:
+    """Stacks masks (T, I, ...) of images as (B, T, I, ...); a prompt without images has none.
+
+    Missing images are 0, up to the number of images of the prompt that has most.
+    """
+    sizes = np.max([mask.shape[1:] for mask in masks if mask is not None], axis=0)
+    stacked = np.zeros((*shape, *sizes), np.int32)
+    for row, mask in zip(stacked, masks, strict=True):
+        if mask is not None:
+            row[shape[1] - len(mask) :, : mask.shape[1]] = mask
+    return stacked
 
 
 def to_ids(ids: Sequence[int]) -> np.ndarray:

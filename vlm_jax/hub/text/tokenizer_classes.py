@@ -179,6 +179,7 @@ CLASSES = {
 
 # Model type -> tokenizer class; None: the pipeline of tokenizer.json as it is.
 CLASS_OF_MODEL_TYPE = {
+    "blip-2": GPT2,
     "clip": CLIP,
     "fuyu": None,
     "gemma": GEMMA,
@@ -186,12 +187,14 @@ CLASS_OF_MODEL_TYPE = {
     "gemma3": GEMMA,
     "gemma3_text": GEMMA,
     "gpt2": GPT2,
+    "idefics": LLAMA,
     "internvl": QWEN2,
     "llava": None,
     "llava_next": None,
     "mistral": None,
     "mistral3": None,
     "olmo2": None,
+    "opt": GPT2,
     "phi3": None,
     "qwen2": QWEN2,
     "qwen2_5_vl": QWEN2,

@@ -28,7 +28,7 @@ class Observed(NamedTuple):
     cross: jax.Array | None  # (L, B, N, A, T)
     #: (B, A, S + T): tokens of the sequence, then image tokens in cross-attention
     rollout: jax.Array | None
-    #: (I, Q, P): image by image, the patches that a query of the resampler attends to, sum 1
+    #: (I, Q, P): image by image, the patches that a learned query attends to, sum 1
     resampler: jax.Array | None
 
 
@@ -175,16 +175,36 @@ def _accumulate(cfg: Model, tree, combine: Callable[[jax.Array, jax.Array], jax.
 
 
 def _resampler_weights(cfg: Model, variables: dict[str, Any]) -> jax.Array | None:
-    """Rollout through the resampler, restricted to the patches and normalised."""
+    """Rollout through a projector with learned queries, on the patches alone and normalised."""
     if cfg.projector.spec.tokens != "queries":
         return None
-    projector = variables[WEIGHTS]["projector"]
-    shares = jnp.zeros(())
-    for block in _ordered(projector):
-        weights = projector[block]["cross"][WEIGHT].mean(1)  # (I, Q, P + Q)
-        patches, queries = jnp.split(weights, [weights.shape[2] - weights.shape[1]], axis=-1)
-        # A query starts without a share of any patch.
-        shares = jnp.broadcast_to(shares, patches.shape)
-        shares = _mix(shares, patches + queries @ shares)
+    blocks = [
+        {name: sublayer[WEIGHT].mean(1) for name, sublayer in block.items()}
+        for block in _in_order(variables[WEIGHTS]["projector"])
+    ]
+    # A query starts without a share of any patch.
+    shares = jnp.zeros(_patch_weights(blocks[0])[0].shape)
+    for block in blocks:
+        if "self" in block:
+            shares = _mix(shares, block["self"] @ shares)
+        if len(block) > ("self" in block):
+            patches, queries = _patch_weights(block)
+            attended = patches if queries is None else patches + queries @ shares
+            shares = _mix(shares, attended)
     shares = shares[..., cfg.vision.extra_tokens :]
     return shares / shares.sum(-1, keepdims=True)
+
+
+def _in_order(tree) -> list:
+    return [tree[block] for block in _ordered(tree)]
+
+
+def _patch_weights(block: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
+    """Weights of the patches (I, Q, P) in a block, and of the queries if they are keys, too.
+
+    They are not if the block also has self-attention.
+    """
+    (weights,) = [weights for name, weights in block.items() if name != "self"]
+    if "self" in block:
+        return weights, None
+    return tuple(jnp.split(weights, [weights.shape[2] - weights.shape[1]], axis=-1))

@@ -70,6 +70,7 @@ def decoder_to_hf(decoder: Decoder) -> Json:
 def decoder_rows(
     decoder: Decoder, fusion: Fusion, prefix: str = "model.decoder.", head: str = HEAD
 ) -> list[Row]:
+    """Rows of BART's blocks; in an encoder-decoder each has cross-attention."""
     rows = [row(f"{prefix}embed_tokens.weight", "decoder/embedding/table")]
     if decoder.positions == "learned":
         rows.append(row(f"{prefix}embed_positions.weight", "decoder/position_embedding/table"))
@@ -77,14 +78,20 @@ def decoder_rows(
         rows += norm_rows(f"{prefix}layernorm_embedding", "decoder/embedding_norm")
     if not decoder.tie_word_embeddings:
         rows.append(row(head, "decoder/free_head/kernel", "V D -> D V"))
+    if decoder.final_norm:
+        rows += norm_rows(f"{prefix}final_layer_norm", "decoder/final_norm")
+    attention = {"self_attn": "self"}
+    if fusion.is_encoder_decoder:
+        attention["encoder_attn"] = "cross"
     for n, (block, layer) in enumerate(layers_with(fusion.sublayers(decoder.depth), "self")):
         hf, param = f"{prefix}layers.{n}", f"decoder/{block}"
-        for name, sublayer in {"self_attn": "self", "encoder_attn": "cross"}.items():
+        for name, sublayer in attention.items():
             rows += attention_rows(
                 f"{hf}.{name}", f"{param}/{sublayer}", decoder, layer, out="out_proj"
             )
             rows += norm_rows(f"{hf}.{name}_layer_norm", f"{param}/{sublayer}_norm", layer)
-        rows += dense_rows(f"{hf}.fc1", f"{param}/mlp/up", "F D -> D F", True, layer)
-        rows += dense_rows(f"{hf}.fc2", f"{param}/mlp/down", "D F -> F D", True, layer)
+        bias = decoder.mlp_bias
+        rows += dense_rows(f"{hf}.fc1", f"{param}/mlp/up", "F D -> D F", bias, layer)
+        rows += dense_rows(f"{hf}.fc2", f"{param}/mlp/down", "D F -> F D", bias, layer)
         rows += norm_rows(f"{hf}.final_layer_norm", f"{param}/mlp_norm", layer)
     return rows

@@ -19,7 +19,7 @@ def get_study() -> Study:
     }
     return Study(
         question="Does a resampler lose detail, and is a linear connector as good as an MLP?",
-        base=base({}),
+        base=base(),
         arms=arms,
         matched={"examples": None},
         reference="pixel_shuffle",
@@ -29,7 +29,7 @@ def get_study() -> Study:
             "resampler": Contrast(
                 "resampler - pixel_shuffle",
                 "> 0",
-                "Honeybee, table 9: 64.2 against 70.0 (linear); NVLM, section 4.3",
+                "NVLM, section 4.3; Honeybee, table 9: 64.2 against 70.0",
             ),
             "linear": Contrast(
                 "linear - mlp", "= 0", "Honeybee, table 9: 70.0 and 70.2", margin=0.1

@@ -31,7 +31,7 @@ def get_study() -> Study:
             ),
         },
         tune=CANDIDATES,
-        prerequisites=prerequisites(),
+        prerequisites=prerequisites(eye_steps=800),
         probes={"text": TEXT},
         quick=QUICK,
     )

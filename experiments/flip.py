@@ -37,7 +37,7 @@ CONTRASTS = {
 def get_study() -> Study:
     return Study(
         question="Does the ranking of A and B flip when encoder and decoder are frozen?",
-        base=base({}),
+        base=base(),
         arms=ARMS,
         matched={"examples": None},
         reference="unified_frozen",

@@ -21,21 +21,22 @@ from vlm_jax.study import Contrast, Study
 GATED = {"fusion.gated": True}
 NEW_DECODER = {"decoder.checkpoint": "", "optim.lr_mult.vision": 0.0}
 GATED_PARTS = [{**rates, "optim.gate_lr_mult": gate} for rates in NEW_PARTS for gate in (1.0, 10.0)]
+ARMS = {
+    "every": {},
+    "every_2nd": {"fusion.cross_every": 2},
+    "once": {"fusion.cross_layers": (2,)},
+    "frozen": FROZEN,
+    "frozen_gated": FROZEN | GATED,
+    "new": NEW_DECODER,
+    "new_gated": NEW_DECODER | GATED,
+}
 
 
 def get_study() -> Study:
     return Study(
         question="How many cross-attention layers does reading need, and when do gates help?",
-        base=base(CROSS_ATTENTION),
-        arms={
-            "every": {},
-            "every_2nd": {"fusion.cross_every": 2},
-            "once": {"fusion.cross_layers": (2,)},
-            "frozen": FROZEN,
-            "frozen_gated": FROZEN | GATED,
-            "new": NEW_DECODER,
-            "new_gated": NEW_DECODER | GATED,
-        },
+        base=base({"train.steps": 600}),
+        arms={name: CROSS_ATTENTION | overrides for name, overrides in ARMS.items()},
         matched={"examples": None},
         reference="every",
         seeds=5,

@@ -23,7 +23,7 @@ def get_study() -> Study:
     }
     return Study(
         question="Does unified read whole pages better than cross-attention, and only these?",
-        base=base({}),
+        base=base(),
         arms=arms,
         matched={"examples": None, "training_flops": "train.steps"},
         reference="unified_16",

@@ -51,7 +51,7 @@ QUICK = {
 }
 
 
-def base(fields: Overrides) -> Experiment:
+def base(fields: Overrides | None = None) -> Experiment:
     """Returns the experiment of arms that start from `prerequisites`, with other fields."""
     shared = {
         "data.fold": 1,
@@ -64,12 +64,15 @@ def base(fields: Overrides) -> Experiment:
         "decoder.checkpoint": "{text}",
         "train.steps": 400,
     }
-    return override(get_config(), {**GEMMA_3, **shared, **fields})
+    return override(get_config(), {**GEMMA_3, **shared, **(fields or {})})
 
 
-def prerequisites() -> dict[str, Overrides | list[Overrides]]:
-    """Returns the pretrained decoder, `text`, and the encoder, `eye`, of a study."""
-    eye = {**FIRST, "projector.kind": "linear"}
+def prerequisites(eye_steps: int = 400) -> dict[str, Overrides | list[Overrides]]:
+    """Returns the pretrained decoder, `text`, and the encoder, `eye`, of a study.
+
+    They are the same runs in all studies of a dataset if these change no other field of `base`.
+    """
+    eye = {**FIRST, "projector.kind": "linear", "train.steps": eye_steps}
     return {
         "text": {**FIRST, **TEXT, "train.steps": 500},
         "eye": [eye, {**eye, **CROSS_ATTENTION}],

@@ -10,6 +10,12 @@ tags are four of its bytes that no page has.
 from experiments.settings import CROSS_ATTENTION, NEW_ENCODER, QUICK, base, prerequisites
 from vlm_jax.study import Contrast, Study
 
+TILES = {
+    "vision.checkpoint": "",
+    "vision.image_size_px": 32,
+    "vision.tiles": 4,
+    "vision.thumbnail": False,
+}
 NO_TAGS = {"vision.tile_tags": "none"}
 IN_CROSS = "cross_none - cross_tags"
 IN_UNIFIED = "unified_none - unified_tags"
@@ -17,21 +23,14 @@ IN_UNIFIED = "unified_none - unified_tags"
 
 def get_study() -> Study:
     arms = {
-        "unified_tags": {},
-        "unified_none": NO_TAGS,
-        "cross_tags": CROSS_ATTENTION,
-        "cross_none": CROSS_ATTENTION | NO_TAGS,
-    }
-    fields = {
-        "vision.checkpoint": "",
-        "vision.image_size_px": 32,
-        "vision.tiles": 4,
-        "vision.thumbnail": False,
-        "train.steps": 600,
+        "unified_tags": TILES,
+        "unified_none": TILES | NO_TAGS,
+        "cross_tags": TILES | CROSS_ATTENTION,
+        "cross_none": TILES | CROSS_ATTENTION | NO_TAGS,
     }
     return Study(
         question="Do tags that name the tiles help cross-attention, and more than unified?",
-        base=base(fields),
+        base=base({"train.steps": 600}),
         arms=arms,
         matched={"examples": None},
         reference="cross_none",

@@ -10,12 +10,7 @@ tags are four of its bytes that no page has.
 from experiments.settings import CROSS_ATTENTION, NEW_ENCODER, QUICK, base, prerequisites
 from vlm_jax.study import Contrast, Study
 
-TILES = {
-    "vision.checkpoint": "",
-    "vision.image_size_px": 32,
-    "vision.tiles": 4,
-    "vision.thumbnail": False,
-}
+TILES = {"vision.image_size_px": 32, "vision.tiles": 4, "vision.thumbnail": False}
 NO_TAGS = {"vision.tile_tags": "none"}
 IN_CROSS = "cross_none - cross_tags"
 IN_UNIFIED = "unified_none - unified_tags"
@@ -30,7 +25,7 @@ def get_study() -> Study:
     }
     return Study(
         question="Do tags that name the tiles help cross-attention, and more than unified?",
-        base=base({"train.steps": 600}),
+        base=base({"vision.checkpoint": "", "train.steps": 600}),
         arms=arms,
         matched={"examples": None},
         reference="cross_none",

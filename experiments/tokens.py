@@ -10,7 +10,7 @@ another size in half of the arms.
 from experiments.settings import NEW_ENCODER, QUICK, base, prerequisites
 from vlm_jax.study import Contrast, Study
 
-MERGED = {"projector.kind": "pixel_shuffle", "vision.checkpoint": ""}
+MERGED = {"projector.kind": "pixel_shuffle"}
 PX_64 = {"vision.image_size_px": 64, "vision.patch_size_px": 8}
 PX_32 = {"vision.image_size_px": 32, "vision.patch_size_px": 4}
 TOKENS_16 = {"projector.factor": 2}
@@ -26,7 +26,7 @@ def get_study() -> Study:
     }
     return Study(
         question="Do resolution and the number of image tokens each help to read the same pages?",
-        base=base({"train.steps": 600}),
+        base=base({"vision.checkpoint": "", "train.steps": 600}),
         arms=arms,
         matched={"examples": None},
         reference="px64_tokens16",

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax  # noqa: E402
 
 from configs.synthetic.glyphs_typewritten_unified import get_config  # noqa: E402
-from experiments.fusion import CROSS  # noqa: E402
+from experiments.settings import CROSS  # noqa: E402
 from vlm_jax.config import (  # noqa: E402
     Data,
     Decoder,

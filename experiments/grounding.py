@@ -5,7 +5,7 @@ the digit's share of the area, `grounding_area` of eval.json. The report also li
 """
 
 from configs.synthetic.digits_unified import get_config
-from experiments.fusion import CROSS
+from experiments.settings import CROSS_ATTENTION
 from vlm_jax.study import Study, override
 
 
@@ -16,7 +16,7 @@ def get_study() -> Study:
         base=override(get_config(), fields),
         arms={
             "unified": {},
-            "cross_attention": {"fusion.kind": "cross_attention", **CROSS},
+            "cross_attention": CROSS_ATTENTION,
         },
         matched={"examples": None},
         reference="unified",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.config import Source, Train, UserError
+from vlm_jax.config.validate import validate
 from vlm_jax.data import mixture, packing, pipeline, questions, templates
 from vlm_jax.structs import PADDING
 from vlm_jax.testing import on_easy_vqa, tiny, write_conversations
@@ -209,6 +210,20 @@ def pictures(datasets_dir):
     )
     data = replace(cfg.data, dir=datasets_dir, mixture=sources)
     return replace(cfg, data=data, train=Train(batch_size=8))
+
+
+def test_one_source_alone_may_be_evaluated(pictures):
+    """Its questions are those of its dataset, in the form of the source."""
+    asked = replace(pictures.eval, source="still", split="train[:8]", max_examples=12)
+    mixed = questions.to_evaluate(replace(pictures, eval=asked))
+    part = replace(pictures.parts["still"], eval=replace(asked, source=""))
+    assert [replace(question, source="") for question in mixed] == questions.to_evaluate(part)
+    assert {question.source for question in mixed} == {"still"}
+    for source, message in (("stil", "perhaps you meant still"), ("x", "choose moved, still")):
+        with pytest.raises(UserError, match=f"eval.source '{source}'.*{message}"):
+            validate(replace(pictures, eval=replace(asked, source=source)))
+    with pytest.raises(UserError, match="eval.source still has no effect without data.mixture"):
+        validate(replace(pictures, data=pictures.data.alone(), eval=asked))
 
 
 def test_rows_of_questions_are_mixed_too(pictures):

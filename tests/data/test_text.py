@@ -75,6 +75,23 @@ def test_without_image_tokens_branches_start_at_zero(kind):
     assert row["image_mask"][:, 0].tolist() == [True] * 8 + [False]
 
 
+@pytest.mark.parametrize("kind", ["unified", "cross_attention"])
+def test_a_text_of_the_image_replaces_it(kind):
+    """The row is one without images, in the shapes of the rows with one."""
+    cfg = experiment(kind)
+    shown = text.pack_row(cfg, PAIRS)
+    cfg = replace(cfg, data=replace(cfg.data, transcript=True))
+    row, alone = text.pack_row(cfg, PAIRS), text.pack_row(experiment("text_only"), PAIRS)
+    assert not row["image_mask"].any() and (row["image_token_index"] == -1).all()
+    for name, values in row.items():
+        assert values.shape == shown[name].shape
+        if name != "image_mask":
+            slots = len(alone[name])
+            np.testing.assert_array_equal(values[:slots], alone[name])
+    assert not text.prompt_row(cfg, [10, 11])["image_mask"].any()
+    assert text.prompt_row(cfg, [10, 11])["tokens"].tolist() == [10, 11]
+
+
 def test_newlines_end_the_rows_of_the_grid_and_take_no_image_token():
     cfg = experiment(newline=True)
     row = text.pack_row(cfg, PAIRS)

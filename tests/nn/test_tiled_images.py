@@ -92,6 +92,23 @@ def test_a_tag_does_not_know_the_tiles_after_its_own(kind, forward, random_param
     assert moved[THUMBNAIL][whole] == (kind in ("cross_attention", "encoder_decoder"))
 
 
+@pytest.mark.parametrize("kind", ["cross_attention", "unified"])
+def test_tiles_without_names_are_exchangeable_for_cross_attention_alone(
+    kind, forward, random_params
+):
+    """Why NVLM names its tiles (tables 1 and 2): in `unified` they have an order, at least."""
+    cfg = experiment(kind, tile_tags="none", thumbnail=False)
+    batch, params = rows(cfg, MOST, MOST, MOST, MOST), random_params(cfg)
+    logits = forward(cfg, params, batch).logits
+    permuted = batch.replace(images=batch.images[:, ::-1])
+    difference = np.abs(np.subtract(forward(cfg, params, permuted).logits, logits)).max(-1)
+    is_question = batch.branch_ids > 0
+    if kind == "cross_attention":
+        assert difference.max() < 1e-5
+    else:
+        assert difference[is_question].min() > 1e-3
+
+
 PROMPTS = ["which of the two?", "what?", "small?", "nothing?"]
 IMAGES = [[picture(2)], [picture(3)], [picture(1)], []]
 

@@ -143,6 +143,17 @@ def test_with_closed_gates_cross_attention_is_the_text_only_decoder_bit_for_bit(
     assert differ(forward(cfg, random_params(cfg), batch).logits[there], expected[there])
 
 
+@pytest.mark.parametrize("cfg", [GATED, EXPERIMENTS["cross_attention"]], ids=["gated", "ungated"])
+def test_on_text_alone_cross_attention_is_its_decoder_bit_for_bit(cfg, forward, random_params):
+    """Open gates or none: a frozen decoder keeps its answers to questions without an image."""
+    text_alone = without_images(random_batch(cfg))
+    flat = traverse_util.flatten_dict(random_params(cfg))
+    own = {path: value for path, value in flat.items() if find_part(path) == "decoder"}
+    decoder = traverse_util.unflatten_dict(own)
+    expected = forward(tiny("unified"), decoder, text_alone).logits
+    np.testing.assert_array_equal(forward(cfg, random_params(cfg), text_alone).logits, expected)
+
+
 @with_memory
 def test_a_row_that_reads_no_image_is_text_only_even_with_open_gates(cfg, forward, random_params):
     batch, params = random_batch(cfg), random_params(cfg)

@@ -266,6 +266,48 @@ def test_all_studies_are_listed_with_question_arms_and_progress(folder, capsys):
     for file in definition.study_files(record.ROOT / "experiments"):
         study = definition.load(str(file))
         assert f"{file.name}: {study.question}\n  arms {', '.join(study.arms)}\n  0 of " in output
+    assert "group core: cost, flip, retention\n" in output
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Names of the files and of the folders of runs that commands would have trained."""
+    names = []
+    monkeypatch.setattr(preparing, "measure_models", lambda *_: None)
+
+    def call(command, _):
+        names.append(Path(command[1]).stem)
+        return 0
+
+    def work(queue, _):
+        names.extend(dict.fromkeys(Path(run.cfg.workdir).parts[2] for run in queue._waiting))
+
+    monkeypatch.setattr(running, "call", call)
+    monkeypatch.setattr(running.Queue, "work", work)
+    return names
+
+
+def test_a_group_runs_its_studies_one_after_the_other(folder, trained, capsys):
+    assert cli.main(["run", "core", "--quick"]) == 0
+    assert list(dict.fromkeys(trained)) == ["cost", "flip_quick", "retention_quick"]
+    assert (folder / "runs/studies/retention_quick/study.json").exists()
+    code, error = run(["run", "core", "--arms", "a"], capsys)
+    assert code == 2
+    assert "--arms is an option of one study, but core is the group cost, flip" in error
+
+
+def test_a_mistake_in_the_last_study_of_a_group_is_found_before_the_first(
+    folder, trained, monkeypatch, capsys
+):
+    monkeypatch.setitem(cli.GROUPS, "mine", ("cost", "none"))
+    code, error = run(["run", "mine"], capsys)
+    assert code == 2 and "study none is not a Python file" in error
+    assert not trained and not (folder / "runs").exists()
+
+
+def test_a_study_of_experiments_has_a_short_name(folder, trained):
+    assert cli.main(["run", "flip", "--quick"]) == 0
+    assert trained == 2 * ["flip_quick"], "prerequisites, and arms"
 
 
 def test_another_version_of_the_study_is_refused_with_the_difference(

@@ -8,7 +8,8 @@ import pytest
 
 from tests.study import studies
 from vlm_jax.config import ConfigError, Optim, UserError
-from vlm_jax.study import override, planning
+from vlm_jax.nn.models import abstract_params
+from vlm_jax.study import override, planning, tuning
 from vlm_jax.study.definition import load, study_files
 from vlm_jax.study.run.folder import (
     Folder,
@@ -241,8 +242,55 @@ def test_folders_do_not_define_a_study(tmp_path):
     assert json.dumps(definition(moved)) == here
 
 
+STUDIES = study_files(ROOT / "experiments")
+every_study = pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+
+
 @pytest.mark.parametrize("quick", [False, True], ids=["whole", "quick"])
-@pytest.mark.parametrize("file", study_files(ROOT / "experiments"), ids=lambda file: file.stem)
+@every_study
 def test_every_study_of_experiments_can_be_planned(file, quick, tmp_path):
     study_plan = planning.build_plan(load(str(file)), tmp_path, quick, {})
     assert study_plan.runs()
+
+
+@pytest.mark.parametrize(
+    "file", study_files(ROOT / "experiments/2026_11"), ids=lambda file: file.stem
+)
+def test_the_arms_of_a_superseded_study_are_still_valid(file):
+    assert planning.unmatched_arms(load(str(file)), True)
+
+
+@every_study
+def test_the_models_and_the_sweep_of_every_study_can_be_built(file, tmp_path):
+    study = load(str(file))
+    study_plan = planning.build_plan(study, tmp_path, False, {})
+    for cfg in study_plan.models().values():
+        assert abstract_params(study_plan.resolve(cfg))
+    if study.tune:
+        assert study.tune.keys() == study.arms.keys()
+        sweep = planning.build_plan(tuning.sweep_study(study), tmp_path, False, {})
+        assert len(sweep.runs()) == sum(map(len, study.tune.values()))
+
+
+def test_studies_of_a_dataset_share_their_prerequisites(tmp_path):
+    """So that a study takes over those of another (`preparing.reuse_finished`)."""
+    first: dict[tuple[str, str], set] = {}
+    for study in (load(str(file)) for file in STUDIES):
+        study_plan = planning.build_plan(study, tmp_path, False, {})
+        for name, versions in study_plan.prerequisites.items():
+            fields = json.dumps([as_json(version) for version in versions])
+            first.setdefault((study.base.data.source, name), set()).add(fields)
+    assert len(first) == 4, "two parts for each of two datasets"
+    assert all(len(experiments) == 1 for experiments in first.values())
+
+
+def test_final_numbers_are_of_a_split_that_no_choice_has_seen():
+    for study in (load(str(file)) for file in STUDIES):
+        if study.contrasts:
+            data = study.base.data
+            assert (data.fold, study.base.eval.split) == (1, "test")
+            assert study.metric == "nats" and "exact_match" in study.base.eval.metrics
+            assert study.seeds >= 5
+            first = [version for name in study.prerequisites for version in study.versions(name)]
+            seeds = {data.seed, *(version["data.seed"] for version in first)}
+            assert len(seeds) == 2 and 0 not in seeds

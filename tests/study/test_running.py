@@ -110,6 +110,33 @@ def check_probe(workdir):
     assert json.loads(asked)["question"].endswith("\nhow many words are there?")
 
 
+def test_a_prerequisite_of_another_study_is_taken_over(datasets_dir, tmp_path, capsys):
+    """If it has the same experiment and is finished; a work folder that exists stays as it is."""
+    settings = {
+        "arms": {"a": {"decoder.checkpoint": "{text}"}, "b": {}},
+        "reference": "b",
+        "prerequisites": {"text": {"fusion.kind": "text_only"}},
+        "matched": {"examples": None},
+    }
+
+    def first(name: str, **fields):
+        study = studies.study(datasets_dir, **settings | fields)
+        plan = planning.build_plan(study, tmp_path / name, False, {})
+        runs = plan.prerequisites_of(plan.runs())
+        preparing.reuse_finished(Folder(plan.folder), runs)
+        return runs
+
+    finished, stopped = first("one")
+    studies.write_run(finished, 0.5)
+    Workdir(stopped.cfg.workdir).open(stopped.cfg)
+    same, unfinished = first("two")
+    assert running.is_done(same) and not running.is_done(unfinished)
+    assert f"first/text/seed_0 is copied from {finished.cfg.workdir}" in capsys.readouterr().out
+    assert Workdir(same.cfg.workdir).read_config() == same.cfg
+    longer = {"text": {"fusion.kind": "text_only", "train.steps": 7}}
+    assert not any(map(running.is_done, first("three", prerequisites=longer)))
+
+
 def test_the_costs_of_a_model_are_measured(datasets_dir, tmp_path, one_device):
     cfg = dataclasses.replace(studies.base(datasets_dir), workdir=str(tmp_path / "none"))
     costs = measuring.measure(cfg)

@@ -31,6 +31,7 @@ LEAST_WEIGHT = 1e-6  # of a source of a mixture, relative to the largest
 def _mixture(cfg: Experiment) -> None:
     """Checks names, weights and kinds of the sources; `validate` checks the data of each."""
     mixture, temperature = cfg.data.mixture, cfg.data.mixture_temperature
+    _evaluated_source(cfg)
     if not mixture:
         if temperature is not None:
             raise ConfigError(
@@ -65,6 +66,18 @@ def _mixture(cfg: Experiment) -> None:
                 f"{' and '.join(sources_that_read(name))}, which no source of data.mixture is: "
                 "leave it out."
             )
+
+
+def _evaluated_source(cfg: Experiment) -> None:
+    source, names = cfg.eval.source, [part.name for part in cfg.data.mixture]
+    if not source or source in names:
+        return
+    if not names:
+        raise ConfigError(f"eval.source {source} has no effect without data.mixture: leave it out.")
+    raise ConfigError(
+        f"eval.source {source!r} is not a source of data.mixture{nearest(source, names)}: choose "
+        f"{', '.join(names)}."
+    )
 
 
 def _weights(cfg: Experiment) -> None:
@@ -139,7 +152,7 @@ def _unread(field: str, sources: Sequence[str], source: str) -> str:
 
 def _synthetic(cfg: Experiment) -> None:
     data = cfg.data
-    if data.transcript and data.cell_px is None:
+    if data.transcript and data.cell_px is None and "cell_px" in data.dataset.fields:
         raise ConfigError(
             "data.transcript True does not contain the sizes of words, which are asked for on "
             f"pages that are not typewritten: set data.cell_px to {AT_LEAST['data.cell_px']} to "

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-SYNTHETIC_FIELDS = ("image_px", "images", "seed")
+SYNTHETIC_FIELDS = ("image_px", "images", "seed", "transcript", "fold")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ DATASETS = {
     ),
     "glyphs": Dataset(
         builder="vlm_jax.data.synthetic.glyphs:Glyphs",
-        fields=(*SYNTHETIC_FIELDS, "cell_px", "transcript", "fold"),
+        fields=(*SYNTHETIC_FIELDS, "cell_px"),
         has_boxes=True,
     ),
     "digits": Dataset(

@@ -36,6 +36,7 @@ class Source:
     answer_field: str | None = None  # as data.answer_field
     train_split: str | None = None  # as data.train_split
     template: str | None = None  # as data.template
+    transcript: bool | None = None  # as data.transcript
     augment: tuple[str, ...] | None = None  # as data.augment
 
     @property
@@ -77,9 +78,10 @@ class Data:
     seed: int = 0  # glyphs, digits: seed of the image generator
     #: glyphs: size in pixels, 6 to 8, of the cell of each typewritten letter; None: not typewritten
     cell_px: int | None = None
-    #: glyphs: prepend the page's text to every question (text-only training)
+    #: glyphs, digits: the text of the image before every question, instead of the image
     transcript: bool = False
-    #: glyphs: words and fonts that only the test split has: 0, or 1, which nothing was chosen on
+    #: glyphs, digits: words and fonts, or digits, that only the test split has: 0, or 1, which
+    #: nothing was chosen on
     fold: int = 0
     train_split: str = "train"  # TFDS split to train on, or a slice such as 'train[:90%]'
     questions_per_row: int = 8  # number of questions in a row, which share its image
@@ -339,6 +341,7 @@ class Distributed:
 class Eval:
     split: str = "test"  # TFDS split to evaluate on; empty: no evaluation
     files: tuple[str, ...] = ()  # conversations: files to evaluate on instead of data.files
+    source: str = ""  # name of a source of data.mixture to evaluate on; empty: all of them
     max_examples: int | None = None  # maximum number of examples to evaluate; None: all
     batch_size: int = 256  # number of questions in a batch
     max_new_tokens: int = 8  # maximum length of an answer in tokens
@@ -411,9 +414,9 @@ class Experiment:
     @property
     def eval_data(self) -> Data:
         """The dataset that `eval.read_split` is a split of."""
-        if not self.eval.files:
-            return self.data
-        return self.data.alone(files=self.eval.files)
+        if self.eval.files:
+            return self.data.alone(files=self.eval.files)
+        return self.data.parts[self.eval.source] if self.eval.source else self.data
 
     @property
     def parts(self) -> dict[str, "Experiment"]:

@@ -42,7 +42,7 @@ def validate(cfg: Experiment) -> Experiment:
 
 def _check_parts(cfg: Experiment) -> None:
     """Validates the experiment with the data of each source of a mixture."""
-    evaluation = dataclasses.replace(cfg.eval, files=())
+    evaluation = dataclasses.replace(cfg.eval, files=(), source="")
     for name, part in cfg.parts.items():
         with naming_source(name):
             validate(dataclasses.replace(part, eval=evaluation))

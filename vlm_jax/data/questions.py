@@ -48,7 +48,9 @@ class Question:
 
 def to_evaluate(cfg: Experiment) -> list[Question]:
     """Returns the first `eval.max_examples` questions of the split or files of `eval`."""
-    return load(replace(cfg, data=cfg.eval_data), cfg.eval.read_split, cfg.eval.max_examples)
+    data, source = cfg.eval_data, cfg.eval.source
+    questions = load(replace(cfg, data=data), cfg.eval.read_split, cfg.eval.max_examples)
+    return [replace(question, source=source) for question in questions] if source else questions
 
 
 def boxes_to_evaluate(cfg: Experiment) -> list[Box | None]:

@@ -168,7 +168,9 @@ def prompt_row(
 
 def _segment(cfg: Experiment, tiles: Sequence[Tiles], branches: Sequence[Sequence[int]]) -> Fields:
     """Returns the fields of images as a trunk, followed by its branches, without padding."""
-    images = [image_fields(cfg, count, number) for number, count in enumerate(tiles)]
+    # A text of the image replaces it: no token is an image token, and none reads the image.
+    is_shown = not cfg.data.transcript
+    images = [image_fields(cfg, count, number) for number, count in enumerate(tiles) if is_shown]
     begin = text_fields(begin_ids(cfg))
     # Llama 3.2 Vision writes the placeholder before the begin token; other models begin with it.
     trunk = [*images, begin] if cfg.fusion.placeholder else [begin, *images]
@@ -180,7 +182,7 @@ def _segment(cfg: Experiment, tiles: Sequence[Tiles], branches: Sequence[Sequenc
     fields = concat_fields([*trunk, text_fields(list(itertools.chain(*branches)))])
     size = len(fields["tokens"])
     image_mask = np.broadcast_to(
-        view_mask(tiles, cfg.vision), (size, len(tiles) * cfg.vision.views)
+        view_mask(tiles, cfg.vision) & is_shown, (size, len(tiles) * cfg.vision.views)
     )  # (N, I)
     segment = {
         "tokens": fields["tokens"],

@@ -16,7 +16,8 @@ def override(cfg: Experiment, overrides: Overrides) -> Experiment:
     Raises:
       ConfigError: a field does not exist.
     """
-    fields = kinds(cfg)
+    # A mixture can be replaced whole, beside the fields of its sources.
+    fields = {"data.mixture": tuple, **kinds(cfg)}
     for name in overrides:
         if name not in fields:
             raise ConfigError(f"field {name!r} does not exist{nearest(str(name), fields)}.")

@@ -1,6 +1,8 @@
 """Command line of studies. A user's mistake prints one sentence and exits with code 2."""
 
 import argparse
+import functools
+import re
 import shlex
 import sys
 import time
@@ -24,7 +26,8 @@ from vlm_jax.study.tuning import SEPARATOR, Sweep
 
 USAGE = """usage: python experiments/study.py COMMAND ...
 
-  run FILE        train and evaluate every arm with every seed; the same command resumes
+  run FILE        train and evaluate every arm with every seed; the same command resumes. FILE may
+                  be the name of a study of experiments/, or of a group of them (see list)
     --quick         a few steps and one seed, in a separate folder: does it work?
     --seeds N       number of seeds (default: the study's)
     --jobs N        runs at a time (default 1)
@@ -37,13 +40,19 @@ USAGE = """usage: python experiments/study.py COMMAND ...
   report FILE     write report.html and report.md of the finished runs
     --to DIR        folder of the report (default: report/ in the study's folder)
     --folder DIR, --quick
-  list            print the studies of experiments/, their arms and finished runs
+  list            print the studies of experiments/, their arms and finished runs, and the groups
 
 examples:
-  python experiments/study.py run experiments/fusion.py --quick
-  python experiments/study.py run experiments/fusion.py --jobs 2
-  python experiments/study.py report experiments/fusion.py --to out"""
+  python experiments/study.py run flip --quick
+  python experiments/study.py run core --jobs 2
+  python experiments/study.py report experiments/flip.py --to out"""
 
+# Name -> files of experiments/ that `run` runs one after the other.
+GROUPS = {"core": ("cost", "flip", "retention")}
+# Those that train nothing, and print their report.
+SCRIPTS = ("cost",)
+OPTIONS_OF_ONE_STUDY = ("--folder", "--arms")
+NAME = re.compile(r"\w+")
 INTEGER_OPTIONS = ("seeds", "jobs")
 
 
@@ -102,8 +111,17 @@ def parse_options(
         if number is not None and number < 1:
             raise ConfigError(f"--{option} is {number}, but must be at least 1.")
     args.command = shlex.join(["python", "experiments/study.py", command, *arguments])
+    args.file = find_file(args.file)
     args.folder = args.folder or default_folder(args.file, args.quick, name)
     return args
+
+
+def find_file(name: str) -> str:
+    """Returns the file of a study: a path, or the name of a file of experiments/ without .py."""
+    file = record.ROOT / "experiments" / f"{name}.py"
+    if not NAME.fullmatch(name) or not file.exists():
+        return name
+    return str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)
 
 
 def load_study(options: argparse.Namespace) -> Study:
@@ -115,8 +133,29 @@ def load_study(options: argparse.Namespace) -> Study:
 
 
 def run(arguments: list[str]) -> int:
-    """Trains and evaluates the runs that are not done."""
+    """Trains and evaluates the runs that are not done, of a study or of a group."""
+    if arguments and arguments[0] in GROUPS:
+        return _run_group(*arguments)
+    return _prepare_run(arguments)()
+
+
+def _run_group(name: str, *options: str) -> int:
+    for option in options:
+        if option.partition("=")[0] in OPTIONS_OF_ONE_STUDY:
+            raise ConfigError(
+                f"{option} is an option of one study, but {name} is the group "
+                f"{', '.join(GROUPS[name])}: run one of them."
+            )
+    # A mistake in the last study is found before the first runs.
+    runs = [_prepare_run([member, *options]) for member in GROUPS[name]]
+    return max(run_member() for run_member in runs)
+
+
+def _prepare_run(arguments: list[str]) -> Callable[[], int]:
+    """Returns a function that runs a file, after the checks of its options."""
     options = parse_options("run", arguments, "seeds", "jobs", "arms", "shard")
+    if options.file in map(find_file, SCRIPTS):
+        return functools.partial(_run_script, options)
     study = load_study(options)
     if study.tune and not options.quick and tuning.read(options.file) is None:
         raise ConfigError(
@@ -129,8 +168,22 @@ def run(arguments: list[str]) -> int:
     def select(runs: list[Run]) -> list[Run]:
         return planning.shard([run for run in runs if run.arm in arms], index, count)
 
+    def run_study() -> int:
+        with running.stop_on_signals():
+            return _run(options, study, select)
+
+    return run_study
+
+
+def _run_script(options: argparse.Namespace) -> int:
+    """Writes what a script prints to report.md of its folder."""
+    report_file = options.folder / "report.md"
+    report_file.parent.mkdir(parents=True, exist_ok=True)
+    report_file.unlink(missing_ok=True)
     with running.stop_on_signals():
-        return _run(options, study, select)
+        code = running.call([sys.executable, options.file], report_file)
+    print(f"{options.file} {'failed, see' if code else 'wrote'} {report_file}", flush=True)
+    return 1 if code else 0
 
 
 def _run(
@@ -149,6 +202,7 @@ def _run(
     runs = select(plan.runs())
     with folder.locked():
         first = plan.prerequisites_of(runs)
+        preparing.reuse_finished(folder, first)
         # Those that fail are printed; the runs that start from them will fail too.
         running.Queue(first, {run: run.cfg.train.steps for run in first}).work(options.jobs)
         preparing.measure_models(folder, _models_to_measure(plan, runs))
@@ -172,7 +226,9 @@ def tune(arguments: list[str]) -> int:
     folder.open(plan, options.command)
     runs = plan.runs()
     with running.stop_on_signals(), folder.locked():
-        for group in (plan.prerequisites_of(runs), runs):
+        first = plan.prerequisites_of(runs)
+        preparing.reuse_finished(folder, first)
+        for group in (first, runs):
             queue = running.Queue(group, {run: run.cfg.train.steps for run in group})
             queue.work(options.jobs)
 
@@ -270,7 +326,7 @@ def report(arguments: list[str]) -> int:
 
 
 def list_studies(arguments: list[str]) -> int:
-    """Prints the studies of experiments/."""
+    """Prints the studies of experiments/, and the groups."""
     if arguments:
         raise ConfigError(f"list has no argument {arguments[0]}.")
     for file in definition.study_files(record.ROOT / "experiments"):
@@ -278,6 +334,8 @@ def list_studies(arguments: list[str]) -> int:
             _print_study(parse_options("list", [str(file)]))
         except UserError as error:
             print(f"{file.name}: {error}")
+    for name, members in GROUPS.items():
+        print(f"group {name}: {', '.join(members)}")
     return 0
 
 

@@ -191,8 +191,8 @@ def test_questions_alone_are_answered_by_chance(name, datasets_dir):
         ({"cell_px": 5}, "data.cell_px is 5: it must be at least 6, or None"),
         ({"cell_px": 9}, "data.cell_px is 9: it must be at most 8"),
         (
-            {"source": "digits", "transcript": True},
-            "data.transcript applies only to data.source glyphs, not to digits",
+            {"source": "easy_vqa", "transcript": True},
+            "data.transcript applies only to data.source glyphs and digits, not to easy_vqa",
         ),
         (
             {"transcript": True},

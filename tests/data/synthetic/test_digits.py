@@ -1,33 +1,36 @@
 """Scenes of digits: none hidden or cut off; answers found once more from where the digits lie."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from vlm_jax.data.synthetic import digits
+from vlm_jax.data.synthetic.builder import SyntheticConfig
 
 every_size = pytest.mark.parametrize("image_px", (64, 200, 448))
 
 
-def scenes(image_px, split="train", count=60):
+def scenes(image_px, split="train", count=60, fold=0):
     for index in range(count):
         rng = np.random.default_rng([7, index])
-        scene = digits.random_scene(rng, image_px, split)
+        scene = digits.random_scene(rng, image_px, split, fold)
         yield scene, digits.questions(rng, scene)
 
 
-def test_a_fifth_of_every_digits_images_is_kept_for_the_test_split():
+@pytest.mark.parametrize("fold", (0, 1))
+def test_a_fifth_of_every_digits_images_is_kept_for_the_test_split(fold):
     from sklearn.datasets import load_digits
 
     target = load_digits().target
-    _, seen, held_out = digits.sources()
+    _, seen, held_out = digits.sources(fold)
     assert sorted(np.concatenate([*seen, *held_out])) == list(range(1797))
     for value in range(10):
         assert set(target[seen[value]]) == set(target[held_out[value]]) == {value}
         assert abs(len(held_out[value]) / (len(seen[value]) + len(held_out[value])) - 1 / 5) < 0.005
     for split, allowed in (("train", seen), ("validation", seen), ("test", held_out)):
-        for scene, _ in scenes(64, split):
+        for scene, _ in scenes(64, split, fold=fold):
             assert all(digit.source in allowed[digit.value] for digit in scene.digits)
 
 
@@ -109,3 +112,31 @@ def test_the_answers_follow_from_where_the_digits_lie(image_px):
             assert answered(scene, each.question) == each.answer, each
             kinds.add(each.type)
     assert len(kinds) == 9
+
+
+def test_no_held_out_image_of_one_fold_is_held_out_in_the_other():
+    (_, _, first), (_, _, second) = digits.sources(0), digits.sources(1)
+    assert not set(np.concatenate(first)) & set(np.concatenate(second))
+
+
+def test_the_questions_of_a_transcript_can_be_answered_from_it():
+    """From the grid alone, with a digit of equal size in the middle of each of its cells."""
+    config = SyntheticConfig(name="x", image_px=64, images=(1, 1, 1), transcript=True)
+    kinds = set()
+    for index in range(30):
+        _, asked = digits.Digits.example(
+            SimpleNamespace(builder_config=config), np.random.default_rng(index), "train"
+        )
+        for each in asked:
+            grid, _, question = each.question.rpartition("\n")
+            values = [row.split(" ") for row in grid.splitlines()]
+            found = tuple(
+                digits.Digit(int(value), 0, (y, x), 20 * x + 2, 20 * y + 2, 16)
+                for y, row in enumerate(values)
+                for x, value in enumerate(row)
+                if value != "."
+            )
+            scene = digits.Scene(20 * len(values), (255,) * 3, (0,) * 3, 0, found)
+            assert answered(scene, question) == each.answer, each
+            kinds.add(each.type)
+    assert kinds == set(digits.TRANSCRIBED)

@@ -3,7 +3,7 @@
 import abc
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -102,6 +102,11 @@ class SyntheticBuilder(RecordBuilder, skip_registration=True):
     def _example(self, split: str, index: int) -> tuple[Image.Image, list[QA]]:
         rng = np.random.default_rng([self.builder_config.seed, SPLITS.index(split), index])
         return self.example(rng, split)
+
+
+def with_transcript(text: str, pairs: Sequence[QA]) -> list[QA]:
+    """Returns the questions, each after the text of its image."""
+    return [replace(pair, question=f"{text}\n{pair.question}") for pair in pairs]
 
 
 def _png(image: Image.Image) -> bytes:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from vlm_jax.data.synthetic.builder import QA, SyntheticBuilder, pick
+from vlm_jax.data.synthetic.builder import QA, SyntheticBuilder, pick, with_transcript
 
 HELD_OUT_ONE_IN = 5
 INK_LEVELS = 16  # of the images: 0 is paper
@@ -21,6 +21,11 @@ MAX_COUNTED = 3  # digits of the value that is counted
 MIN_SIDE_PX = 14
 LARGER_RATIO = 1.25  # a digit is called larger if its side is at least this many times as long
 CORNERS = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1)}
+# Types of questions that a transcript answers: it has neither sizes nor pixels.
+TRANSCRIBED = (
+    *("count", "count_value", "sum_all", "compare_counts"),
+    *("locate_corner", "locate_beside"),
+)
 
 
 def max_digits(image_px: int) -> int:
@@ -69,12 +74,26 @@ class Digits(SyntheticBuilder):
     """Scenes of digits to count, find, compare and add."""
 
     def example(self, rng, split):
-        scene = random_scene(rng, self.builder_config.image_px, split)
-        return draw(scene), questions(rng, scene)
+        config = self.builder_config
+        scene = random_scene(rng, config.image_px, split, config.fold)
+        pairs = questions(rng, scene)
+        if config.transcript:
+            answered = [pair for pair in pairs if pair.type in TRANSCRIBED]
+            pairs = with_transcript(transcript(scene), answered)
+        return draw(scene), pairs
+
+
+def transcript(scene: Scene) -> str:
+    """Returns the digits in the rows of the grid, with a dot for an empty cell."""
+    values = {digit.cell: str(digit.value) for digit in scene.digits}
+    rows = []
+    for row in range(scene.cells):
+        rows.append(" ".join(values.get((row, column), ".") for column in range(scene.cells)))
+    return "\n".join(rows)
 
 
 @functools.cache
-def sources() -> tuple[np.ndarray, tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+def sources(fold: int = 0) -> tuple[np.ndarray, tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
     """Loads the images of digits.
 
     Returns:
@@ -88,14 +107,14 @@ def sources() -> tuple[np.ndarray, tuple[np.ndarray, ...], tuple[np.ndarray, ...
     seen, held_out = [], []
     for value in range(10):
         indices = np.flatnonzero(dataset.target == value)
-        is_held_out = np.arange(len(indices)) % HELD_OUT_ONE_IN == HELD_OUT_ONE_IN - 1
+        is_held_out = np.arange(len(indices)) % HELD_OUT_ONE_IN == HELD_OUT_ONE_IN - 1 - fold
         seen.append(indices[~is_held_out])
         held_out.append(indices[is_held_out])
     images = np.round(dataset.images * (255 / INK_LEVELS)).astype(np.uint8)
     return images, tuple(seen), tuple(held_out)
 
 
-def random_scene(rng: np.random.Generator, image_px: int, split: str) -> Scene:
+def random_scene(rng: np.random.Generator, image_px: int, split: str, fold: int = 0) -> Scene:
     """Draws the digits of a scene and their places."""
     count, counted_count, counted = rng.integers(
         (MIN_DIGITS, 0, 0), (max_digits(image_px) + 1, MAX_COUNTED + 1, 10)
@@ -106,22 +125,26 @@ def random_scene(rng: np.random.Generator, image_px: int, split: str) -> Scene:
     background = tuple(int(channel) for channel in rng.integers(200, 256, 3))
     ink = tuple(int(channel) for channel in rng.integers(0, 100, 3))
     empty = Scene(image_px, background, ink, int(counted), ())
+    _, seen, held_out = sources(fold)
+    allowed = held_out if split == "test" else seen
     digits = []
     for value, cell in zip(values, rng.permutation(empty.cells**2)[:count]):
-        digits.append(_place(rng, empty, value, divmod(int(cell), empty.cells), split))
+        place = divmod(int(cell), empty.cells)
+        digits.append(_place(rng, empty, value, place, allowed[value]))
     return Scene(image_px, background, ink, int(counted), tuple(digits))
 
 
-def _place(rng, scene: Scene, value: int, cell: tuple[int, int], split: str) -> Digit:
-    """Returns a digit of random size at a random place in its cell, one pixel off its borders."""
+def _place(rng, scene: Scene, value: int, cell: tuple[int, int], images: np.ndarray) -> Digit:
+    """Returns a digit of random size at a random place in its cell, one pixel off its borders.
+
+    `images` are the indices of its possible images.
+    """
     cell_px = scene.image_px // scene.cells
     side_px = int(rng.integers(MIN_SIDE_PX, cell_px - 1))
     row, column = cell
     top_px = int(row * cell_px + rng.integers(1, cell_px - side_px))
     left_px = int(column * cell_px + rng.integers(1, cell_px - side_px))
-    _, seen, held_out = sources()
-    indices = held_out if split == "test" else seen
-    return Digit(value, int(pick(rng, indices[value])), cell, left_px, top_px, side_px)
+    return Digit(value, int(pick(rng, images)), cell, left_px, top_px, side_px)
 
 
 def draw(scene: Scene) -> Image.Image:

@@ -1,11 +1,10 @@
 """Pages of words (`pages.py`), and questions about the words and their positions."""
 
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 
-from vlm_jax.data.synthetic.builder import QA, SyntheticBuilder, pick
+from vlm_jax.data.synthetic.builder import QA, SyntheticBuilder, pick, with_transcript
 from vlm_jax.data.synthetic.layout import random_page
 from vlm_jax.data.synthetic.pages import Page, Word, draw, vocabulary
 
@@ -26,8 +25,7 @@ class Glyphs(SyntheticBuilder):
         page = random_page(rng, config.image_px, split, config.cell_px, config.fold)
         pairs = questions(rng, page, vocabulary(split, config.fold))
         if config.transcript:
-            text = transcript(page)
-            pairs = [replace(pair, question=f"{text}\n{pair.question}") for pair in pairs]
+            pairs = with_transcript(transcript(page), pairs)
         return draw(page), pairs
 
 

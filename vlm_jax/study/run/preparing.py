@@ -1,18 +1,42 @@
-"""One-time steps before the runs: measure costs."""
+"""One-time steps before the runs: take over prerequisites, measure costs."""
 
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from vlm_jax.config import Experiment, UserError
 from vlm_jax.config.files import to_json
 from vlm_jax.runtime.preemption import RESUME_ME
-from vlm_jax.runtime.workdir import write_atomic
+from vlm_jax.runtime.workdir import Workdir, write_atomic
 from vlm_jax.study.definition import Study
-from vlm_jax.study.planning import resolve_checkpoints
+from vlm_jax.study.planning import Run, resolve_checkpoints
 from vlm_jax.study.run import record, running
-from vlm_jax.study.run.folder import Folder
+from vlm_jax.study.run.folder import Folder, as_json, diff
+
+
+def reuse_finished(folder: Folder, prerequisites: Iterable[Run]) -> None:
+    """Copies prerequisites that a study beside this one has finished with the same experiment."""
+    for run in prerequisites:
+        workdir = Path(run.cfg.workdir)
+        if workdir.exists():
+            continue
+        for other in sorted(folder.path.parent.glob(f"*/{workdir.relative_to(folder.path)}")):
+            if _is_finished_equal(other, run.cfg):
+                staged = workdir.with_name(f"{workdir.name}.tmp")
+                shutil.rmtree(staged, ignore_errors=True)
+                shutil.copytree(other, staged)
+                staged.rename(workdir)
+                print(f"{run.name} is copied from {other}", flush=True)
+                break
+
+
+def _is_finished_equal(folder: Path, cfg: Experiment) -> bool:
+    workdir = Workdir(str(folder))
+    if not workdir.eval.exists():
+        return False
+    return not diff(as_json(workdir.read_config()), as_json(resolve_checkpoints(cfg)))
 
 
 def measure_models(folder: Folder, models: Mapping[str, Experiment]) -> None:

@@ -6,15 +6,14 @@ as small as their initialization, a gate's first outputs are large, and gated ar
 """
 
 from configs.synthetic.glyphs_typewritten_unified import get_config
-from experiments.fusion import CROSS
+from experiments.settings import CROSS_ATTENTION
 from vlm_jax.study import Study, override
 
 
 def get_study() -> Study:
     fields = {
         "eval.split": "test",
-        "fusion.kind": "cross_attention",
-        **CROSS,
+        **CROSS_ATTENTION,
         "decoder.depth": 8,
         "decoder.unroll": 8,
         "decoder.embed_scale": True,

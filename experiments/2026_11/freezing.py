@@ -9,18 +9,12 @@ norms, learns with some seeds only.
 """
 
 from configs.synthetic.glyphs_typewritten_unified import get_config
-from experiments.fusion import CROSS
+from experiments.settings import CROSS_ATTENTION, GEMMA_3
 from vlm_jax.study import Study, override
 
-GEMMA_3 = {
-    "decoder.norm": "rmsnorm_zero_centered",
-    "decoder.norm_position": "sandwich",
-    "decoder.embed_scale": True,
-    "decoder.activation": "gelu_tanh",
-}
 KINDS = {
     "unified": {},
-    "cross_attention": {"fusion.kind": "cross_attention", **CROSS},
+    "cross_attention": CROSS_ATTENTION,
     "cross_attention_gated": {"fusion.kind": "cross_attention", "fusion.gated": True},
 }
 FROZEN = {"optim.lr_mult.decoder": 0.0}

@@ -7,9 +7,8 @@ this decoder. It has no gates: they protect a trained decoder, and this one lear
 """
 
 from configs.synthetic.glyphs_typewritten_unified import get_config
+from experiments.settings import CROSS, CROSS_ATTENTION
 from vlm_jax.study import Study, override
-
-CROSS = {"fusion.gated": False, "fusion.qk_norm": True}
 
 
 def get_study() -> Study:
@@ -18,7 +17,7 @@ def get_study() -> Study:
         base=override(get_config(), {"eval.split": "test"}),
         arms={
             "unified": {},
-            "cross_attention": {"fusion.kind": "cross_attention", **CROSS},
+            "cross_attention": CROSS_ATTENTION,
             "hybrid": {"fusion.kind": "hybrid", **CROSS},
             "encoder_decoder": {"fusion.kind": "encoder_decoder", "fusion.qk_norm": True},
             "encoder_free": {"vision.kind": "none"},

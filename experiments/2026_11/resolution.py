@@ -8,15 +8,14 @@ tokens as at the other sizes.
 """
 
 from configs.synthetic.glyphs_typewritten_unified import get_config
-from experiments.freezing import GEMMA_3
-from experiments.fusion import CROSS
+from experiments.settings import CROSS, CROSS_ATTENTION, GEMMA_3
 from vlm_jax.study import Study, override
 
 # Page size in px -> tiles, text tokens of a row.
 SIZES = {64: (4, 130), 128: (16, 160), 224: (49, 176)}
 KINDS = {
     "unified": {},
-    "cross_attention": {"fusion.kind": "cross_attention", **CROSS},
+    "cross_attention": CROSS_ATTENTION,
     "hybrid": {"fusion.kind": "hybrid", **CROSS},
 }
 

@@ -165,9 +165,12 @@ def test_the_masks_of_all_styles(style):
     sequence, memory = DRAWN[style]
     stream = stream_of(STYLES[style], PAIRS)
     assert drawn(stream.mask) == picture(sequence)
-    assert (stream.memory_mask is None) == (memory is None)
+    assert (stream.memory is None) == (memory is None)
     if memory is not None:
-        assert drawn(stream.memory_mask) == picture(memory)
+        # All of the only image, for tokens that have it.
+        assert stream.memory_mask is None
+        has_image = stream.has_image[:, None, :, None].repeat(stream.memory.shape[1], axis=3)
+        assert drawn(has_image) == picture(memory)
 
 
 def test_the_mask_of_a_prefix_that_sees_all_of_itself():

@@ -103,7 +103,7 @@ class Decoder(nn.Module):
             x = self.embedding_norm(x)
         block_inputs = BlockInputs(
             mask=inputs.mask,
-            causal_segments=inputs.causal_segments,
+            causal=inputs.causal,
             rope=rope_tables(positions, cfg) if cfg.positions == "rope" else None,
             memory=inputs.memory,
             memory_mask=inputs.memory_mask,

@@ -69,7 +69,7 @@ class CausalPattern:
     hidden states.
     """
 
-    segment_ids: Array  # (B, S) int32
+    segments: Array  # (B, S) int32: `Batch.segment_ids`
     #: a token attends to the last `window` tokens of its segment, itself included; None: to all
     window: int | None = struct.field(pytree_node=False, default=None)
     #: () bool: the layer at hand has the window; None: every layer has it

@@ -371,7 +371,7 @@ def test_a_pattern_stands_for_the_mask_only_if_it_is_all_of_it(
         assert pattern is None
         return
     assert not pattern.one_segment
-    (ids,) = pattern.segment_ids
+    (ids,) = pattern.segments
     distance = np.arange(6)[:, None] - np.arange(6)
     in_window = (distance >= 0) & (distance < (pattern.window or 6))
     expected = in_window & (ids[:, None] == ids) & (np.asarray(segments) != PADDING)

@@ -97,7 +97,7 @@ def fused_attention(
     if kernel.form in ("all", "mask"):
         return attend(mask=mask)
     if kernel.form == "segments":
-        attend = partial(attend, segment_ids=causal.segment_ids)
+        attend = partial(attend, segment_ids=causal.segments)
     attend = partial(attend, causal=True)
     if causal.window is None:
         return attend()

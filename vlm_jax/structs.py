@@ -15,6 +15,11 @@ NEWLINE = -2  # `image_token_index` of the learned vector that ends a row of a t
 
 Array = Any  # a NumPy array in data/, a jax.Array in the model, a shape while compiling
 
+# What is known of the rows of a batch before their values are (`Batch.layout`). Kernels need it.
+ANY_LAYOUT = "any"
+PACKED = "packed"  # the slots of a segment follow each other, and so do its positions
+ONE_SEGMENT = "one_segment"  # PACKED, with one segment from the first slot on, then padding
+
 
 @struct.dataclass
 class Batch:
@@ -71,6 +76,24 @@ class Batch:
     #: (B, S) int32: number of each token's source in `data.mixture`, any in a slot of padding;
     #: None: no mixture
     source_ids: Array | None = None
+    layout: str = struct.field(pytree_node=False, default=ANY_LAYOUT)
+
+
+@struct.dataclass
+class CausalPattern:
+    """Causal attention within segments, for kernels that need no mask.
+
+    Segments of padding attend to themselves, whereas a mask hides padding; nothing reads these
+    hidden states.
+    """
+
+    segments: Array  # (B, S) int32: `Batch.segment_ids`
+    #: a token attends to the last `window` tokens of its segment, itself included; None: to all
+    window: int | None = struct.field(pytree_node=False, default=None)
+    #: () bool: the layer at hand has the window; None: every layer has it
+    has_window: Array | None = None
+    #: a row is one segment from the first slot on, then padding: causality is all of the pattern
+    one_segment: bool = struct.field(pytree_node=False, default=False)
 
 
 def without_images(batch: Batch) -> Batch:
@@ -99,10 +122,11 @@ class DecoderInputs:
     positions: jax.Array  # (B, S)
     mask: jax.Array  # (B, 1, S, T) bool: self-attention mask
     rope_positions: jax.Array | None = None  # (B, S, 3): see `Batch`
-    #: (B, S) int32: set if `mask` is causal within segments and nothing else
-    causal_segments: jax.Array | None = None
+    #: set if `mask` is causal within segments (and `local_mask` within its window), nothing else
+    causal: CausalPattern | None = None
     memory: jax.Array | None = None  # (B, T, D): image tokens for cross-attention
-    memory_mask: jax.Array | None = None  # (B, 1, S, T) bool: cross-attention mask
+    #: (B, 1, S, T) bool: cross-attention mask; None: with `memory`, all that `has_image` allows
+    memory_mask: jax.Array | None = None
     has_image: jax.Array | None = None  # (B, S) bool: the token has an image in `image_mask`
     #: (B, S) bool: the token passes cross-attention; None: equal to `has_image`
     attends: jax.Array | None = None
@@ -115,7 +139,7 @@ class BlockInputs:
     """Inputs that all blocks of a stack share."""
 
     mask: jax.Array | None = None  # (B, 1, S, T) bool: self-attention mask; None: all
-    causal_segments: jax.Array | None = None  # (B, S) int32: see `DecoderInputs`
+    causal: CausalPattern | None = None  # see `DecoderInputs`
     rope: Any = None  # cosines and sines, (B, S, R) or (1, S, R) each
     memory: jax.Array | None = None  # (B, T, D)
     memory_mask: jax.Array | None = None  # (B, 1, S, T) bool: cross-attention mask; None: all

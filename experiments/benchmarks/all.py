@@ -67,7 +67,8 @@ def measure(names: list[str]) -> list[str]:
     machine = report.machine()
     file = RESULTS / f"{slug(machine)}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(file.read_text())["results"] if file.exists() else {}
+    earlier = json.loads(file.read_text()) if file.exists() else {"results": {}, "commits": {}}
+    results, commits = earlier["results"], earlier["commits"]
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             output = Path(folder) / f"{name}.json"
@@ -77,10 +78,11 @@ def measure(names: list[str]) -> list[str]:
                 failed.append(name)
                 continue
             results[name] = json.loads(output.read_text())
+            commits[name] = commit()
             measured = {
                 "machine": machine,
                 "date": date.today().isoformat(),
-                "commit": commit(),
+                "commits": commits,  # of each script, when it ran
                 "load_before": load_before,
                 # Includes the load of the benchmarks themselves.
                 "load_after": os.getloadavg()[0],

@@ -20,7 +20,7 @@ from vlm_jax.data import (
     tiling,
 )
 from vlm_jax.nn.vlm import VLM
-from vlm_jax.structs import NO_IMAGE
+from vlm_jax.structs import NO_IMAGE, PACKED
 from vlm_jax.testing import (
     KINDS,
     hybrid_in_tiles,
@@ -235,7 +235,14 @@ def test_rows_hold_whole_conversations_each_equally_often(cfg, expected, tokeniz
     }
     found = Counter()
     for batch in expected[:9]:
-        for tokens, ids in zip(batch.tokens, batch.segment_ids, strict=True):
+        assert batch.layout == PACKED
+        for tokens, ids, positions in zip(
+            batch.tokens, batch.segment_ids, batch.positions, strict=True
+        ):
+            # The slots of a segment follow each other, and so do its positions.
+            steps = np.diff(ids)
+            assert (np.diff(positions)[steps == 0] == 1)[ids[1:][steps == 0] > 0].all()
+            assert set(steps[steps != 0]) <= {1, -ids.max()}
             found.update(
                 known[tuple(tokens[ids == segment].tolist())] for segment in range(1, ids.max() + 1)
             )

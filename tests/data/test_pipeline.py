@@ -27,6 +27,7 @@ from vlm_jax.data import (
     tiling,
 )
 from vlm_jax.data.tokenizer import Tokenizer
+from vlm_jax.structs import ANY_LAYOUT, ONE_SEGMENT
 from vlm_jax.testing import tiny, write_conversations
 
 
@@ -63,10 +64,11 @@ def test_shapes_and_types(cfg, tokenizer):
     batch = next(pipeline.training_iterator(cfg, tokenizer))
     rows, length = 8, cfg.row_length
     there = {name: values for name, values in batch.__dict__.items() if values is not None}
+    assert there.pop("layout") == ANY_LAYOUT
     shapes = dict.fromkeys(there, (rows, length))
     shapes |= {"images": (rows, 1, 64, 64, 3), "image_mask": (rows, length, 1)}
     assert {name: values.shape for name, values in there.items()} == shapes
-    assert batch.__dict__.keys() - there.keys() == {
+    assert batch.__dict__.keys() - there.keys() - {"layout"} == {
         "image_rows",
         "tile_layouts",
         "tile_mask",
@@ -267,6 +269,16 @@ def test_questions_are_read_in_order(cfg):
     )
     picture = np.asarray(Image.open(io.BytesIO(record.image)).convert("RGB"))
     np.testing.assert_array_equal(last.images()[0], picture)
+
+
+def test_rows_of_one_question_are_one_causal_segment_then_padding(cfg, tokenizer):
+    alone = replace(cfg, data=replace(cfg.data, questions_per_row=1))
+    batch = next(pipeline.training_iterator(alone, tokenizer))
+    assert (batch.layout, batch.branch_ids) == (ONE_SEGMENT, None)
+    lengths = (batch.segment_ids == 1).sum(axis=1, keepdims=True)
+    slots = np.arange(cfg.row_length)
+    np.testing.assert_array_equal(batch.segment_ids, slots < lengths)
+    np.testing.assert_array_equal(batch.positions, np.where(slots < lengths, slots, 0))
 
 
 def test_prompts_of_a_batch_all_end_in_the_last_slot(cfg, tokenizer):

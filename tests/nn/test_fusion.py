@@ -8,14 +8,14 @@ import pytest
 
 from vlm_jax.config import Projector, Vision
 from vlm_jax.nn.fusion import (
-    causal_segments,
+    causal_pattern,
     cross_attention_mask,
     fuse,
     insert_image_tokens,
     self_attention_mask,
     text_mask,
 )
-from vlm_jax.structs import NO_IMAGE, PADDING, Batch, Cache
+from vlm_jax.structs import ANY_LAYOUT, NO_IMAGE, PACKED, PADDING, Batch, Cache
 from vlm_jax.testing import tiny
 
 KINDS_WITH_MEMORY = ("cross_attention", "encoder_decoder")
@@ -105,14 +105,8 @@ def test_with_a_memory_two_questions_about_one_image(kind):
         . . . 1 1 .
         . . . . . .
     """)
-    assert drawn(seen.memory_mask) == picture("""
-        1 1
-        1 1
-        1 1
-        1 1
-        1 1
-        . .
-    """)
+    assert seen.memory_mask is None  # the image is whole, or hidden from a token
+    assert drawn(seen.has_image[:, None, None]) == picture("1 1 1 1 1 .")
     assert seen.memory.shape == (1, 2, 3)
     assert not seen.x.any()
 
@@ -352,20 +346,33 @@ def test_place_keeps_rows_apart():
 
 
 @pytest.mark.parametrize(
-    "branches, blocks, has_cache",
-    [(None, None, False), ([0] * 6, None, False), (None, [1] * 6, False), (None, None, True)],
+    "branches, blocks, has_cache, layout, window",
+    [
+        (None, None, False, ANY_LAYOUT, None),
+        (None, None, False, PACKED, 2),
+        ([0] * 6, None, False, PACKED, None),
+        (None, [1] * 6, False, PACKED, None),
+        (None, None, True, PACKED, None),
+        (None, None, False, ANY_LAYOUT, 2),
+    ],
 )
-def test_segments_stand_for_the_mask_only_where_they_say_all_of_it(branches, blocks, has_cache):
+def test_a_pattern_stands_for_the_mask_only_if_it_is_all_of_it(
+    branches, blocks, has_cache, layout, window
+):
     segments = [1, 1, 2, 2, 2, 0]
     row = batch(segments, [0] * 6).replace(
+        layout=layout,
+        positions=jnp.asarray([[0, 1, 0, 1, 2, 0]]),
         branch_ids=None if branches is None else jnp.asarray([branches]),
         block_ids=None if blocks is None else jnp.asarray([blocks]),
     )
-    ids = causal_segments(row, cache(0, segments, [0] * 6) if has_cache else None)
-    if branches or blocks or has_cache:
-        assert ids is None
+    pattern = causal_pattern(row, cache(0, segments, [0] * 6) if has_cache else None, window)
+    if branches or blocks or has_cache or (window and layout == ANY_LAYOUT):
+        assert pattern is None
         return
-    causal_in_segments = np.tri(6, dtype=bool) & (ids[0][:, None] == ids[0])
-    is_token = np.asarray(segments) != PADDING
-    expected = causal_in_segments & is_token
-    np.testing.assert_array_equal(self_attention_mask(row)[0, 0], expected)
+    assert not pattern.one_segment
+    (ids,) = pattern.segments
+    distance = np.arange(6)[:, None] - np.arange(6)
+    in_window = (distance >= 0) & (distance < (pattern.window or 6))
+    expected = in_window & (ids[:, None] == ids) & (np.asarray(segments) != PADDING)
+    np.testing.assert_array_equal(self_attention_mask(row, window=window)[0, 0], expected)

@@ -11,6 +11,7 @@ from vlm_jax import axes
 from vlm_jax.config import Mesh
 from vlm_jax.nn import kernels
 from vlm_jax.nn.attention import dot_product_attention
+from vlm_jax.structs import CausalPattern
 
 SCALE = 0.1
 CASES = {  # queries, keys, heads, key heads, cap, kind of mask
@@ -25,11 +26,12 @@ def plain(q, k, v, mask, cap):
 
 
 def splash(q, k, v, mask, cap):
-    return kernels.splash_attention(q, k, v, mask, SCALE, cap, interpret=True)
+    return kernels.splash_attention(q, k, v, SCALE, cap, mask, interpret=True)
 
 
 def cudnn(q, k, v, mask, cap):
-    return kernels.cudnn_attention(q, k, v, mask, SCALE, cap, implementation="xla")
+    """The structure that cuDNN gets, by XLA."""
+    return kernels.cudnn_attention(q, k, v, SCALE, cap, mask, implementation="xla")
 
 
 def inputs(length, keys, heads, kv_heads, kind, rows=2, width=64):
@@ -99,12 +101,6 @@ def error(x, exact):
     return np.linalg.norm(np.float32(x) - exact) / np.linalg.norm(exact)
 
 
-@pytest.mark.parametrize("length, heads, kv_heads, cap", [(384, 4, 2, 5.0), (130, 2, 2, None)])
-def test_splash_attention_by_segments_is_attention(length, heads, kv_heads, cap):
-    q, k, v, mask, dy, segments = packed_inputs(length, heads, kv_heads)
-    assert_equals_plain(splash_by_segments(segments), (q, k, v, mask, dy), cap)
-
-
 def packed_inputs(length, heads, kv_heads, rows=2):
     """Inputs of rows with three segments and padding, their causal mask, and the segment ids."""
     q, k, v, _, dy = inputs(length, length, heads, kv_heads, "keys", rows)
@@ -117,20 +113,77 @@ def packed_inputs(length, heads, kv_heads, rows=2):
     return q, k, v, mask[:, None], dy, segments.astype(np.int32)
 
 
-def splash_by_segments(segments):
-    """Splash attention that has the segments instead of the mask."""
+def without_mask(kernel, form, causal=None, **options):
+    """Attention by a kernel that gets the pattern in another form than the mask."""
+    choice = kernels.Kernel(functools.partial(kernel, **options), form)
 
     def attend(q, k, v, mask, cap):
         del mask
-        return kernels.splash_attention(q, k, v, None, SCALE, cap, segments, interpret=True)
+        return kernels.fused_attention(choice, q, k, v, None, SCALE, cap, causal)
 
     return attend
 
 
-def test_splash_attention_by_segments_on_a_mesh_is_attention():
-    q, k, v, mask, dy, segments = packed_inputs(130, 4, 2, rows=4)
+INTERPRETED = {"interpret": True}
+BY_XLA = {"implementation": "xla"}
+WINDOW = 16
+
+
+@pytest.mark.parametrize(
+    "kernel, options, length, heads, kv_heads, cap",
+    [
+        (kernels.splash_attention, INTERPRETED, 384, 4, 2, 5.0),
+        (kernels.splash_attention, INTERPRETED, 130, 2, 2, None),
+        (kernels.pallas_attention, INTERPRETED, 130, 4, 2, None),
+    ],
+)
+def test_a_kernel_by_segments_is_attention(kernel, options, length, heads, kv_heads, cap):
+    *arrays, segments = packed_inputs(length, heads, kv_heads)
+    attend = without_mask(kernel, "segments", CausalPattern(segments), **options)
+    assert_equals_plain(attend, arrays, cap)
+
+
+@pytest.mark.parametrize(
+    "kernel, options, has_window",
+    [
+        (kernels.splash_attention, INTERPRETED, True),
+        (kernels.cudnn_attention, BY_XLA, True),
+        (kernels.cudnn_attention, BY_XLA, False),
+        (kernels.cudnn_attention, BY_XLA, None),
+    ],
+)
+def test_a_causal_kernel_has_the_window_of_its_layer(kernel, options, has_window):
+    """Rows of one segment, then padding; None: all layers have the window."""
+    q, k, v, _, dy = inputs(130, 130, 2, 2, "keys")
+    slots = np.arange(130)
+    distance = slots[:, None] - slots
+    is_token = slots < np.array([[100], [130]])
+    mask = (distance >= 0) & is_token[:, None]
+    if has_window is not False:
+        mask &= distance < WINDOW
+    dy *= is_token[:, :, None, None]
+    flag = None if has_window is None else jnp.bool_(has_window)
+    pattern = CausalPattern(is_token.astype(np.int32), WINDOW, flag, one_segment=True)
+    attend = without_mask(kernel, "causal", pattern, **options)
+    assert_equals_plain(attend, (q, k, v, mask[:, None], dy), None)
+
+
+@pytest.mark.parametrize(
+    "kernel, options",
+    [(kernels.splash_attention, INTERPRETED), (kernels.cudnn_attention, BY_XLA)],
+)
+def test_a_kernel_of_all_keys_hides_what_it_is_padded_with(kernel, options):
+    q, k, v, mask, dy = inputs(130, 257, 2, 2, "keys")
+    attend = without_mask(kernel, "all", **options)
+    assert_equals_plain(attend, (q, k, v, np.ones_like(mask), dy), None)
+
+
+@pytest.mark.parametrize("kernel", [kernels.splash_attention, kernels.pallas_attention])
+def test_a_kernel_by_segments_on_a_mesh_is_attention(kernel):
+    *arrays, segments = packed_inputs(130, 4, 2, rows=4)
+    attend = without_mask(kernel, "segments", CausalPattern(segments), interpret=True)
     with jax.set_mesh(axes.make_mesh(Mesh(1, 4, 2))):
-        assert_equals_plain(splash_by_segments(segments), (q, k, v, mask, dy), None)
+        assert_equals_plain(attend, arrays, None)
 
 
 def test_splash_attention_on_a_mesh_is_attention():
@@ -139,20 +192,48 @@ def test_splash_attention_on_a_mesh_is_attention():
         assert_equals_plain(splash, arrays, None)
 
 
-@pytest.mark.parametrize(
-    "platform, length, dtype, width, cap, kernel",
-    [
-        ("cpu", 512, "bfloat16", 64, None, None),
-        ("tpu", 512, "float32", 72, 30.0, kernels.splash_attention),
-        ("tpu", 64, "bfloat16", 64, None, None),
-        ("gpu", 64, "bfloat16", 64, None, kernels.cudnn_attention),
-        ("gpu", 512, "float32", 64, None, None),
-        ("gpu", 512, "bfloat16", 256, None, None),
-        ("gpu", 512, "bfloat16", 64, 30.0, None),
-        ("gpu", 577, "bfloat16", 64, None, None),
-    ],
-)
-def test_the_platform_chooses_the_kernel(monkeypatch, platform, length, dtype, width, cap, kernel):
+CUDNN, PALLAS, SPLASH = "cudnn_attention", "pallas_attention", "splash_attention"
+ONE = {"one_segment": True}
+PACKED = {}
+PLAIN = None
+CHOICES = [  # platform, queries, keys, type, head dim, cap, pattern -> kernel and form of pattern
+    ("cpu", 512, 512, "bfloat16", 64, None, ONE, PLAIN),
+    # On a GPU: shapes that no kernel takes
+    ("gpu", 512, 512, "float32", 64, None, ONE, PLAIN),
+    ("gpu", 512, 512, "bfloat16", 256, None, ONE, PLAIN),
+    ("gpu", 512, 512, "bfloat16", 64, 30.0, ONE, PLAIN),
+    ("gpu", 1, 640, "bfloat16", 64, None, "mask", PLAIN),
+    # rows
+    ("gpu", 512, 512, "bfloat16", 64, None, ONE, (CUDNN, "causal")),
+    ("gpu", 577, 577, "float16", 72, None, ONE, (CUDNN, "causal")),
+    ("gpu", 512, 512, "bfloat16", 64, None, ONE | {"window": 64}, (CUDNN, "causal")),
+    ("gpu", 512, 512, "bfloat16", 64, None, PACKED, (PALLAS, "segments")),
+    ("gpu", 64, 64, "bfloat16", 64, None, PACKED, (CUDNN, "mask")),
+    ("gpu", 512, 512, "bfloat16", 64, None, PACKED | {"window": 64}, (CUDNN, "mask")),
+    ("gpu", 512, 512, "bfloat16", 64, None, "mask", (CUDNN, "mask")),
+    # an encoder, and memories
+    ("gpu", 577, 577, "bfloat16", 64, None, "all", (CUDNN, "all")),
+    ("gpu", 512, 144, "bfloat16", 64, None, "all", (CUDNN, "all")),
+    ("gpu", 512, 577, "bfloat16", 64, None, "mask", (CUDNN, "mask")),
+    # On a TPU
+    ("tpu", 64, 64, "bfloat16", 64, None, ONE, PLAIN),
+    ("tpu", 512, 144, "bfloat16", 64, None, "all", PLAIN),
+    ("tpu", 512, 512, "float32", 72, 30.0, ONE, (SPLASH, "causal")),
+    ("tpu", 512, 512, "bfloat16", 64, None, PACKED | {"window": 64}, (SPLASH, "segments")),
+    ("tpu", 512, 512, "bfloat16", 64, None, "mask", (SPLASH, "mask")),
+    ("tpu", 577, 577, "bfloat16", 64, None, "all", (SPLASH, "all")),
+]
+
+
+@pytest.mark.parametrize("platform, queries, keys, dtype, width, cap, pattern, expected", CHOICES)
+def test_shapes_and_pattern_choose_the_kernel(
+    monkeypatch, platform, queries, keys, dtype, width, cap, pattern, expected
+):
     monkeypatch.setattr(axes, "platform", lambda: platform)
-    q, k = jnp.zeros((1, length, 2, width), dtype), jnp.zeros((1, 2, length, width), dtype)
-    assert kernels.kernel_for(q, k, cap) is kernel
+    q, k = jnp.zeros((1, queries, 2, width), dtype), jnp.zeros((1, 2, keys, width), dtype)
+    mask = None if pattern == "all" else jnp.ones((1, 1, queries, keys), bool)
+    causal = None
+    if isinstance(pattern, dict):
+        causal = CausalPattern(jnp.ones((1, queries), jnp.int32), **pattern)
+    kernel = kernels.kernel_for(q, k, cap, mask, causal)
+    assert (kernel and (kernel.attend.__name__, kernel.form)) == expected

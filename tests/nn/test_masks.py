@@ -15,8 +15,8 @@ import pytest
 
 from vlm_jax.config import Data, Fusion, Projector
 from vlm_jax.data import text
-from vlm_jax.nn.fusion import fuse
-from vlm_jax.structs import Batch
+from vlm_jax.nn.fusion import causal_pattern, fuse, self_attention_mask
+from vlm_jax.structs import ONE_SEGMENT, Batch
 from vlm_jax.testing import tiny, variants
 
 UNIFIED = """
@@ -149,13 +149,17 @@ def drawn(mask) -> list[str]:
     return ["".join(".1"[int(seen)] for seen in row) for row in np.asarray(mask)[0, 0]]
 
 
+def batch_of(cfg, pairs):
+    row = text.pack_row(cfg, pairs, min(cfg.vision.tiles, 2))
+    return Batch(**{name: jnp.asarray(values)[None] for name, values in row.items()})
+
+
 def stream_of(cfg, pairs):
     cfg = replace(
         cfg,
         data=Data(questions_per_row=len(pairs), text_length=sum(len(p) + len(a) for p, a in pairs)),
     )
-    row = text.pack_row(cfg, pairs, min(cfg.vision.tiles, 2))
-    batch = Batch(**{name: jnp.asarray(values)[None] for name, values in row.items()})
+    batch = batch_of(cfg, pairs)
     image = jnp.zeros((1, cfg.vision.views * cfg.image_tokens, 8))
     return fuse(cfg.model, jnp.zeros((1, cfg.row_length, 8)), image, batch)
 
@@ -165,9 +169,25 @@ def test_the_masks_of_all_styles(style):
     sequence, memory = DRAWN[style]
     stream = stream_of(STYLES[style], PAIRS)
     assert drawn(stream.mask) == picture(sequence)
-    assert (stream.memory_mask is None) == (memory is None)
+    assert (stream.memory is None) == (memory is None)
     if memory is not None:
-        assert drawn(stream.memory_mask) == picture(memory)
+        # All of the only image, for tokens that have it.
+        assert stream.memory_mask is None
+        has_image = stream.has_image[:, None, :, None].repeat(stream.memory.shape[1], axis=3)
+        assert drawn(has_image) == picture(memory)
+
+
+def test_one_question_in_a_row_is_causal_without_branches():
+    """Kernels then need no mask."""
+    with_branches = batch_of(STYLES["unified"], PAIRS[:1])
+    batch = with_branches.replace(branch_ids=None, layout=ONE_SEGMENT)
+    mask = self_attention_mask(batch)
+    np.testing.assert_array_equal(mask, self_attention_mask(with_branches))
+    slots = np.arange(mask.shape[-1])
+    is_token = slots < mask.any((0, 1, 2)).sum()
+    causal = (slots[:, None] >= slots) & is_token[:, None] & is_token
+    np.testing.assert_array_equal(mask[0, 0], causal)
+    assert causal_pattern(batch).one_segment
 
 
 def test_the_mask_of_a_prefix_that_sees_all_of_itself():

@@ -14,7 +14,16 @@ import numpy as np
 import pytest
 
 from vlm_jax import axes, sharding
-from vlm_jax.config import ConfigError, Eval, Lora, Mesh, NonFiniteError, UserError
+from vlm_jax.config import (
+    ConfigError,
+    Data,
+    Eval,
+    Lora,
+    Mesh,
+    NonFiniteError,
+    Source,
+    UserError,
+)
 from vlm_jax.config.validate import validate
 from vlm_jax.data import overlap, pipeline, text
 from vlm_jax.data.questions import Question
@@ -28,7 +37,7 @@ from vlm_jax.structs import State
 from vlm_jax.testing import random_params, tiny, write_conversations
 from vlm_jax.train import loop, trackers
 from vlm_jax.train.inputs import Inputs
-from vlm_jax.train.validation import score_name
+from vlm_jax.train.validation import ScoreHistory, Validation, score_name
 
 EVERY = {"every_steps": 1, "splits": ("a=test[:6]",)}
 
@@ -293,6 +302,22 @@ def test_a_score_or_a_split_that_does_not_exist_is_refused_before_the_training(m
     with pytest.raises(UserError, match="^eval.splits a=tset does not exist: choose train, test"):
         loop.train(cfg, prepare_scores)
     assert not Workdir(cfg.workdir).path.exists()
+
+
+def test_the_loss_of_a_source_of_a_mixture_ranks_checkpoints(make):
+    names = ("talks", "captions")
+    data = Data(
+        source="conversations", files=("a.json",), mixture=tuple(Source(name) for name in names)
+    )
+    cfg = make({**EVERY, "splits": ("a=train[:6]", "b=b.json")}, best_metric="a/loss/talks")
+    cfg = replace(cfg, data=data, eval=replace(cfg.eval, during_examples=0))
+    check_best_metric(cfg)
+    with pytest.raises(ConfigError, match="choose one of a/loss, a/loss/talks, a/loss/captions, b"):
+        check_best_metric(replace(cfg, train=replace(cfg.train, best_metric="b/loss/talks")))
+    assert ScoreHistory("a/loss/talks", {1: 2.0, 2: 1.0, 3: 1.5}).best_step == 2
+    validation = Validation(cfg, lambda params: {"a/loss": 1.0}, ScoreHistory("a/loss/talks"))
+    with pytest.raises(ConfigError, match="no token of this source .* Choose one of a/loss"):
+        validation.run(1, None)
 
 
 @pytest.fixture

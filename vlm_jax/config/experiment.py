@@ -220,9 +220,9 @@ class Train:
     keep_checkpoints: int = 3  # number of most recent checkpoints to keep
     #: also keep the N checkpoints with the best `best_metric`; a new best one is saved at once
     keep_best: int = 0
-    #: score of a validation that ranks checkpoints: SPLIT/loss or SPLIT/METRIC, such as
-    #: val/exact_match; None: the loss of the first split of eval.splits, or without validation the
-    #: mean training loss since the checkpoint before
+    #: score of a validation that ranks checkpoints: SPLIT/loss, SPLIT/METRIC such as
+    #: val/exact_match, or SPLIT/loss/NAME for a source of data.mixture; None: the loss of the first
+    #: split of eval.splits; without validation the mean training loss since the last checkpoint
     best_metric: str | None = None
     #: end the run after N validations in sequence without a better best_metric; None: never
     patience: int | None = None

@@ -4,15 +4,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from vlm_jax.config import Experiment
+from vlm_jax.config import Data, Experiment
 from vlm_jax.data import images as image_files
 from vlm_jax.data import native, tiling
 from vlm_jax.data.fields import Fields, offset_ids, restrict_tags
-from vlm_jax.structs import Batch
+from vlm_jax.structs import ANY_LAYOUT, ONE_SEGMENT, PACKED, Batch
 
 NO_CONVERSATION = 0  # owner of an empty image slot
 
 Reader = Callable[[Sequence[int]], Iterable[np.ndarray]]
+
+
+def row_layout(data: Data) -> str:
+    """Returns `Batch.layout` of training rows.
+
+    Rows that may have several questions about their image have branches: any layout.
+    """
+    if data.is_conversations:
+        return PACKED
+    has_branches = any(part.questions_per_row > 1 for part in data.parts.values())
+    return ANY_LAYOUT if has_branches else ONE_SEGMENT
 
 
 def stack_fields(rows: Sequence[Fields], without: str | None = None) -> Fields:
@@ -86,6 +97,7 @@ def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Reader) -> Batch:
         source_ids=fields.get("source_ids"),
         rope_positions=fields.get("rope_positions"),
         **(packed if cfg.fusion.has_images else {}),
+        layout=row_layout(cfg.data),
     )
     if not cfg.vision.keeps_aspect_in_tiles:
         return batch

@@ -23,7 +23,7 @@ from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.data.mixture import Part, mix, read_parts
 from vlm_jax.data.tfds_vqa import TfdsVqa
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.structs import Batch
+from vlm_jax.structs import ONE_SEGMENT, Batch
 
 # Questions with answers whose tokens are cached: datasets made from templates repeat theirs.
 CACHED_PAIRS = 1 << 16
@@ -236,7 +236,12 @@ def make_question_sampler(
 
 def _stack(cfg: Experiment, rows: Sequence[Fields]) -> Batch:
     """Makes a batch of rows with one image each."""
-    batch = Batch(**batching.stack_fields(rows, without="images"))
+    batch = Batch(
+        **batching.stack_fields(rows, without="images"), layout=batching.row_layout(cfg.data)
+    )
+    if batch.layout == ONE_SEGMENT:
+        # The only branch continues the trunk: attention is causal in the whole row.
+        batch = batch.replace(branch_ids=None)
     images = [row["images"] for row in rows]
     if cfg.vision.keeps_aspect_in_tiles:
         pixels = {

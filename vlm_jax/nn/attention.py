@@ -11,9 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import axes
 from vlm_jax.config import Transformer
-from vlm_jax.nn.kernels import ATTENTION_CHECKPOINT, kernel_for
+from vlm_jax.nn.kernels import ATTENTION_CHECKPOINT, fused_attention, kernel_for
 from vlm_jax.nn.layers import Dense, Norm, softcap
 from vlm_jax.nn.positions import RopeTables
+from vlm_jax.structs import CausalPattern
 
 # Cached with the heads in front, so that the keys of one head are contiguous.
 KeyValue = tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]
@@ -49,7 +50,7 @@ def dot_product_attention(
     mask: Bool[Array, "#B 1 #S T"] | None,
     scale: float | None = None,
     cap: float | None = None,
-    causal_segments: Int[Array, "B S"] | None = None,
+    causal: CausalPattern | None = None,
     observe: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Float[Array, "B S N H"]:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) with grouped-query heads.
@@ -65,17 +66,17 @@ def dot_product_attention(
       mask: True where a query attends to a key; None: everywhere.
       scale: factor of the scores; None: 1 / sqrt(H).
       cap: c > 0 replaces each score by c * tanh(score / c) (Gemma 2); None: no cap.
-      causal_segments: set if `mask` is causal within these segments and nothing else: a kernel may
-        use them instead of the mask.
+      causal: set if `mask` is this pattern and nothing else: a kernel may use it instead of the
+        mask.
       observe: takes the weights (B, N, S, T) in float32, and returns the weights to use.
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
     q = checkpoint_name(q, ATTENTION_CHECKPOINT)
     k = checkpoint_name(k, ATTENTION_CHECKPOINT)
-    kernel = kernel_for(q, k, cap) if observe is None else None
+    kernel = kernel_for(q, k, cap, mask, causal) if observe is None else None
     if kernel is not None:
-        return kernel(q, k, v, mask, scale, cap, causal_segments)
+        return fused_attention(kernel, q, k, v, mask, scale, cap, causal)
 
     # The queries of the G heads that share a key head become rows of one matmul, so that keys and
     # values are not repeated.
@@ -168,7 +169,7 @@ class Attention(nn.Module):
         rope: RopeTables | None = None,
         cache: KeyValue | None = None,
         index: Int[Array, ""] | None = None,
-        causal_segments: Int[Array, "B S"] | None = None,
+        causal: CausalPattern | None = None,
     ) -> tuple[Float[Array, "B S D"], KeyValue]:
         cfg = self.cfg
         q = axes.constrain(self._project(x, "query", "N"), "B S N H")
@@ -184,7 +185,7 @@ class Attention(nn.Module):
         is_observed = self.is_mutable_collection(WEIGHTS) and not self.is_initializing()
         observe = self._observe if is_observed else None
         y = dot_product_attention(
-            q, k, v, mask, cfg.query_scale, cfg.score_softcap, causal_segments, observe
+            q, k, v, mask, cfg.query_scale, cfg.score_softcap, causal, observe
         )
         shape = (cfg.heads, cfg.head_width, cfg.width)
         out = Dense("N H D", shape, contract=2, bias=cfg.out_bias, name="out")(y)

@@ -115,7 +115,7 @@ class Decoder(nn.Module):
             x = self.embedding_norm(x)
         block_inputs = BlockInputs(
             mask=inputs.mask,
-            causal_segments=inputs.causal_segments,
+            causal=inputs.causal,
             rope=self._rope(inputs),
             memory=inputs.memory,
             memory_mask=inputs.memory_mask,

@@ -17,12 +17,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.config import Model
 from vlm_jax.structs import (
+    ANY_LAYOUT,
     NEWLINE,
     NO_IMAGE,
+    ONE_SEGMENT,
     PADDING,
     TRUNK,
     Batch,
     Cache,
+    CausalPattern,
     DecoderInputs,
 )
 
@@ -49,10 +52,11 @@ def fuse(
     """
     has_memory = cfg.fusion.image_in_memory and batch.image_mask.shape[-1] > 0
     in_sequence = cfg.fusion.image_in_sequence and image is not None
-    local_mask = None
+    local_mask = window = None
     if cfg.decoder.sliding_layers:
+        window = cfg.decoder.sliding_window
         local_mask = self_attention_mask(
-            batch, cache, cfg.decoder.sliding_window, limits_blocks=cfg.fusion.has_image_blocks
+            batch, cache, window, limits_blocks=cfg.fusion.has_image_blocks
         )
     x = text
     if in_sequence:
@@ -64,7 +68,7 @@ def fuse(
         positions=batch.positions,
         rope_positions=batch.rope_positions,
         mask=self_attention_mask(batch, cache),
-        causal_segments=causal_segments(batch, cache),
+        causal=causal_pattern(batch, cache, window),
         local_mask=local_mask,
     )
     if not has_memory:
@@ -80,6 +84,9 @@ def fuse(
     if cfg.fusion.tokens_without_image == "attend_all":
         batch = batch.replace(image_mask=mask_tokens_without_image(batch))
         inputs = inputs.replace(attends=batch.image_mask.any(-1))
+    if batch.image_mask.shape[-1] == 1 and not cfg.vision.is_native:
+        # A token attends to all of the image, or the sublayer adds nothing to it.
+        return inputs
     return inputs.replace(
         memory_mask=cross_attention_mask(batch, cfg.image_tokens, cfg.vision.patch_square**2)
     )
@@ -181,16 +188,19 @@ def self_attention_mask(
     return visible[:, None]
 
 
-def causal_segments(batch: Batch, cache: Cache | None = None) -> Ids | None:
-    """Returns segment ids if they and the order of tokens say which keys a token attends to.
+def causal_pattern(
+    batch: Batch, cache: Cache | None = None, window: int | None = None
+) -> CausalPattern | None:
+    """Returns the pattern of `self_attention_mask` if it is causal within segments, nothing else.
 
-    The ids are all that a kernel then needs. Segments of padding attend to themselves, whereas
-    `self_attention_mask` hides padding; nothing reads these hidden states. None: with a cache, or
-    with branches or blocks.
+    None: with a cache, with branches or blocks, or with a `window` over positions that need not
+    follow each other as the slots do.
     """
     if cache is not None or batch.branch_ids is not None or batch.block_ids is not None:
         return None
-    return batch.segment_ids
+    if window is not None and batch.layout == ANY_LAYOUT:
+        return None
+    return CausalPattern(batch.segment_ids, window, one_segment=batch.layout == ONE_SEGMENT)
 
 
 def _same(ids: Ids, key_ids: KeyIds) -> Bool[Array, "B S T"]:

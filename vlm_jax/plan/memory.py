@@ -14,6 +14,7 @@ from jax.interpreters import partial_eval
 from vlm_jax import axes
 from vlm_jax.config import Experiment
 from vlm_jax.cost.flops import token_flow
+from vlm_jax.data.batching import row_layout
 from vlm_jax.nn.decoder import empty_layers
 from vlm_jax.nn.models import abstract_params
 from vlm_jax.nn.vlm import example_batch
@@ -123,6 +124,7 @@ def batch_shapes(cfg: Experiment) -> Batch:
     """Shapes of a training batch whose rows have as many images as they have room for."""
     sizes = cfg.row_length, cfg.train.batch_size, cfg.data.images_per_row
     batch = jax.eval_shape(lambda: example_batch(cfg.model, *sizes))
+    batch = batch.replace(layout=row_layout(cfg.data))
     return batch.replace(source_ids=batch.tokens) if cfg.data.mixture else batch
 
 

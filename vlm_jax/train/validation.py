@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlm_jax.config import Experiment, NonFiniteError
+from vlm_jax.config import ConfigError, Experiment, NonFiniteError
 from vlm_jax.runtime.workdir import Workdir, write_atomic
 from vlm_jax.train.inputs import Inputs
 from vlm_jax.train.log import Log
 
-LOSS = "loss"  # the score that is better if it is lower
+LOSS = "loss"  # the score that is better if it is lower, also that of a source: SPLIT/loss/NAME
 
 # Parameters of the model -> scores by name, such as val/loss. Every process calls it, and gets the
 # same scores.
@@ -39,7 +39,7 @@ class ScoreHistory:
         """Returns a number that is lower for a better score; None without a validation."""
         if step not in self.scores:
             return None
-        is_loss = self.name.rpartition("/")[2] == LOSS
+        is_loss = LOSS in self.name.split("/")[1:]
         return self.scores[step] if is_loss else -self.scores[step]
 
     @property
@@ -72,6 +72,7 @@ class Validation:
 
         Raises:
           NonFiniteError: a score or a logit is not finite.
+          ConfigError: the validation has no scored token for `train.best_metric`.
         """
         start = time.perf_counter()
         scores = self.compute_scores(params)
@@ -82,6 +83,11 @@ class Validation:
                     f"step {step}: {name} is {score}, but the loss of the training is finite. "
                     "Earlier checkpoints are kept."
                 )
+        if self.history.name not in scores:
+            raise ConfigError(
+                f"train.best_metric {self.history.name!r}: no token of this source is scored in "
+                f"the validation. Choose one of {', '.join(scores)}."
+            )
         self.history.scores[step] = scores[self.history.name]
         if self.log is not None:
             self.log.validation(step, scores, seconds)

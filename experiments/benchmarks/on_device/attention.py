@@ -16,7 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.nn import attention, fusion, kernels
-from vlm_jax.structs import NO_IMAGE, PADDING, TRUNK, Batch, Cache
+from vlm_jax.structs import (
+    ANY_LAYOUT,
+    NO_IMAGE,
+    ONE_SEGMENT,
+    PACKED,
+    PADDING,
+    TRUNK,
+    Batch,
+    Cache,
+    CausalPattern,
+)
 
 ROWS = 2
 DTYPES = ("bfloat16", "float32")
@@ -47,7 +57,9 @@ class Shape:
 
 
 SELF = Shape()
+ODD = Shape(577, 577, 16, 16)
 SEVERAL_IMAGES = Shape(keys=4 * 144)
+WIDE_HEADS = Shape(head_dim=128, heads=8, kv_heads=2)
 PREFILL = Shape(queries=512, keys=640)
 DECODE = Shape(queries=1, keys=640)
 
@@ -56,7 +68,7 @@ class Pattern(NamedTuple):
     """The keys that each query attends to; None: all."""
 
     mask: jax.Array | None = None  # (#B, 1, #S, T)
-    causal_segments: jax.Array | None = None  # (B, S): set if they say the same as `mask`
+    causal: CausalPattern | None = None  # set if it is the same as `mask`
 
 
 def text(shape: Shape, blocks: bool = False, segments: int = 1, branches: int = 0) -> Batch:
@@ -85,7 +97,10 @@ def text(shape: Shape, blocks: bool = False, segments: int = 1, branches: int = 
         name: None if x is None else jnp.asarray(np.tile(x, (ROWS, 1)), jnp.int32)
         for name, x in ids.items()
     }
-    return Batch(**rows, image_mask=jnp.zeros((ROWS, shape.queries, 0), bool))
+    layout = ONE_SEGMENT if segments == 1 else PACKED
+    if branches or blocks:
+        layout = ANY_LAYOUT
+    return Batch(**rows, image_mask=jnp.zeros((ROWS, shape.queries, 0), bool), layout=layout)
 
 
 def cached(shape: Shape, first_slot: int) -> Pattern:
@@ -128,10 +143,20 @@ def sequence(window_divisor: int | None = None, **options) -> Callable[[Shape], 
 
     def build(shape: Shape) -> Pattern:
         batch = text(shape, **options)
-        if window_divisor is None:
-            return Pattern(fusion.self_attention_mask(batch), fusion.causal_segments(batch))
-        window = shape.queries // window_divisor
-        return Pattern(fusion.self_attention_mask(batch, window=window))
+        window = shape.queries // window_divisor if window_divisor else None
+        mask = fusion.self_attention_mask(batch, window=window)
+        return Pattern(mask, fusion.causal_pattern(batch, window=window))
+
+    return build
+
+
+def layer(has_window: bool) -> Callable[[Shape], Pattern]:
+    """Returns a function as `sequence` does, for a model of layers with and without a window."""
+
+    def build(shape: Shape) -> Pattern:
+        mask = sequence(window_divisor=4 if has_window else None)(shape).mask
+        causal = sequence(window_divisor=4)(shape).causal
+        return Pattern(mask, causal.replace(has_window=jnp.bool_(has_window)))
 
     return build
 
@@ -144,17 +169,25 @@ CASES: dict[str, tuple[Shape, Callable[[Shape], Pattern]]] = {
     "packed rows with branches": (SELF, sequence(segments=2, branches=2)),
     "prefix": (SELF, sequence(blocks=True)),
     "packed prefixes": (SELF, sequence(blocks=True, segments=4)),
+    "causal, odd length": (ODD, sequence()),
+    "branches, odd length": (ODD, sequence(branches=4)),
     "window": (SELF, sequence(window_divisor=4)),
+    "window, of some layers": (SELF, layer(has_window=True)),
+    "no window, unlike other layers": (SELF, layer(has_window=False)),
+    "packed rows with a window": (SELF, sequence(window_divisor=8, segments=4)),
     "window and prefix": (SELF, sequence(window_divisor=8, blocks=True, segments=2)),
-    "cross-attention, an image": (SEVERAL_IMAGES, functools.partial(images, count=1)),
+    "cross-attention, an image": (Shape(keys=576), everything),
+    "cross-attention, an image of odd length": (Shape(keys=577), everything),
     "cross-attention, four images": (SEVERAL_IMAGES, functools.partial(images, count=4)),
     "prefill into a cache": (PREFILL, functools.partial(cached, first_slot=0)),
     "decode from a cache": (DECODE, lambda shape: cached(shape, shape.keys - 1)),
     "encoder": (Shape(576, 576, 16, 16), everything),
-    "encoder, odd length": (Shape(577, 577, 16, 16), everything),
+    "encoder, odd length": (ODD, everything),
     "encoder, padded tiles": (Shape(1024, 1024, 16, 16), padded_keys),
     "head dim 72": (Shape(256, 256, 16, 16, 72), everything),
-    "head dim 128, causal": (Shape(head_dim=128, heads=8, kv_heads=2), sequence()),
+    "head dim 128, causal": (WIDE_HEADS, sequence()),
+    "head dim 128, packed rows": (WIDE_HEADS, sequence(segments=4)),
+    "head dim 72, packed rows of odd length": (Shape(577, 577, head_dim=72), sequence(segments=4)),
     "head dim 256, one key head": (Shape(head_dim=256, heads=8, kv_heads=1), sequence()),
     "capped scores": (Shape(cap=30.0), sequence()),
 }
@@ -181,16 +214,21 @@ def tasks(is_tiny: bool) -> dict[str, Callable[[], dict]]:
 def check(shape: Shape, build_pattern: Callable[[Shape], Pattern], dtype: str) -> dict:
     """Returns the path that the platform chooses, and its error."""
     pattern = build_pattern(shape)
+    # Cases of one shape share the programs of the formula and of the plain path.
+    mask_alone = Pattern(pattern.mask)
     q, k, v, dy = inputs(shape, pattern.mask)
     narrow = [x.astype(dtype) for x in (q, k, v, dy)]
     with jax.default_matmul_precision("highest"):
         wide = [x.astype(jnp.float32) for x in narrow]
-        exact = value_and_gradients(formula, shape.cap, *wide, pattern)
-    kernel = kernels.kernel_for(narrow[0], narrow[1], shape.cap)
+        exact = value_and_gradients(formula, shape.cap, *wide, mask_alone)
+    kernel = kernels.kernel_for(*narrow[:2], shape.cap, pattern.mask, pattern.causal)
+    if kernel is None:
+        pattern = mask_alone
     error, limit = relative_error(chosen, shape, narrow, pattern, exact), LIMITS[dtype]
-    values = {"path": "plain" if kernel is None else kernel.__name__, "largest error": error}
+    values = {"path": "plain", "largest error": error}
     if kernel is not None:
-        plain_error = relative_error(plain, shape, narrow, pattern, exact)
+        values["path"] = f"{kernel.attend.__name__}, {kernel.form}"
+        plain_error = relative_error(plain, shape, narrow, mask_alone, exact)
         values["error of the plain path"] = plain_error
         limit = min(limit, KERNEL_FACTOR * plain_error + KERNEL_SLACK)
     return values | {"limit": limit, "passed": error <= limit}
@@ -223,9 +261,7 @@ def formula(q, k, v, pattern, cap):
 
 def chosen(q, k, v, pattern, cap):
     """The path that the platform chooses."""
-    return attention.dot_product_attention(
-        q, k, v, pattern.mask, cap=cap, causal_segments=pattern.causal_segments
-    )
+    return attention.dot_product_attention(q, k, v, pattern.mask, cap=cap, causal=pattern.causal)
 
 
 def plain(q, k, v, pattern, cap):

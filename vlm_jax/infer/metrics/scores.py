@@ -125,12 +125,19 @@ def check_best_metric(cfg: Experiment) -> None:
 
 
 def validation_scores(cfg: Experiment) -> list[str]:
-    """Returns the names of the scores of a validation, such as val/loss and val/exact_match."""
-    numbers = ["loss"]
+    """Returns the names of the scores of a validation, such as val/loss and val/exact_match.
+
+    A split of a mixture has the loss of each source, too: val/loss/NAME.
+    """
+    numbers = []
     if cfg.eval.during_examples:
         for metric in of_answers(cfg.eval.metrics):
             numbers += number_names(metric)
-    return [f"{split}/{number}" for split in cfg.eval.named_splits for number in numbers]
+    names = []
+    for split, text in cfg.eval.named_splits.items():
+        sources = [f"loss/{source.name}" for source in cfg.validation_data(text).mixture]
+        names += [f"{split}/{number}" for number in ("loss", *sources, *numbers)]
+    return names
 
 
 def check_attention(cfg: Experiment) -> None:

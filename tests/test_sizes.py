@@ -33,6 +33,7 @@ PARAMETERS = {
     "smolvlm_256m": 256_484_928,
     "internvl3_1b": 938_193_024,
     "qwen2_5_vl_3b": 3_754_622_976,
+    "qwen3_vl_2b": 2_127_532_032,
     "fuyu_8b": 9_408_238_592,
     "llama_3_2_11b_vision": 10_642_941_475,
 }
@@ -53,6 +54,7 @@ MODEL_TYPES = {
     "smolvlm_256m": "idefics3",
     "internvl3_1b": "internvl",
     "qwen2_5_vl_3b": "qwen2_5_vl",
+    "qwen3_vl_2b": "qwen3_vl",
     "fuyu_8b": "fuyu",
     "llama_3_2_11b_vision": "mllama",
 }

@@ -38,7 +38,7 @@ IN_TILE_MAPS = ("image_sizes", "batch_num_images")
 IN_MEMORY = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
 
 
-# The patches of a row are padded to a multiple of so many squares: fewer shapes are compiled.
+# The patches of a row are padded to a multiple of this many squares: fewer shapes are compiled.
 PATCHES = 16
 
 

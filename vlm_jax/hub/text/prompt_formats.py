@@ -455,6 +455,7 @@ FORMATS = {
     "internvl": InternVLFormat,
     "qwen2_vl": Qwen2VLFormat,
     "qwen2_5_vl": Qwen2VLFormat,
+    "qwen3_vl": Qwen2VLFormat,
     "fuyu": FuyuFormat,
     "mllama": MllamaFormat,
     "vision-encoder-decoder": EncoderDecoderFormat,

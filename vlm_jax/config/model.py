@@ -163,7 +163,8 @@ class Vision(Transformer):
     #: and one map of the tiles without padding, in which a learned vector ends each row
     #: (LLaVA-NeXT)
     tile_grids: tuple[tuple[int, int], ...] = ()
-    #: tile_grids: larger maps are resized to about the tokens of so many tiles (LLaVA-OneVision)
+    #: tile_grids: larger maps are resized to about the tokens of this number of tiles
+    #: (LLaVA-OneVision)
     max_map_tiles: int | None = None
 
     @property

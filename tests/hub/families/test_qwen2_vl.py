@@ -70,7 +70,7 @@ class TestQwen2VL(UnifiedLaws):
             ),
         ),
     }
-    CACHED = ("2, tied", "3, with the hidden states of two blocks")
+    CACHED = ("3, with the hidden states of two blocks",)
 
     def config_keys(self, pair):
         return IDS

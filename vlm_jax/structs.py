@@ -124,6 +124,7 @@ class DecoderInputs:
     rope_positions: jax.Array | None = None  # (B, S, 3): see `Batch`
     #: set if `mask` is causal within segments (and `local_mask` within its window), nothing else
     causal: CausalPattern | None = None
+    deepstack: jax.Array | None = None  # (L, B, S, D): is added after the first L blocks
     memory: jax.Array | None = None  # (B, T, D): image tokens for cross-attention
     #: (B, 1, S, T) bool: cross-attention mask; None: with `memory`, all that `has_image` allows
     memory_mask: jax.Array | None = None
@@ -141,6 +142,7 @@ class BlockInputs:
     mask: jax.Array | None = None  # (B, 1, S, T) bool: self-attention mask; None: all
     causal: CausalPattern | None = None  # see `DecoderInputs`
     rope: Any = None  # cosines and sines, (B, S, R) or (1, S, R) each
+    deepstack: jax.Array | None = None  # (L, B, S, D): is added after the first L blocks
     memory: jax.Array | None = None  # (B, T, D)
     memory_mask: jax.Array | None = None  # (B, 1, S, T) bool: cross-attention mask; None: all
     has_image: jax.Array | None = None  # (B, S) bool: the token has an image; None: all have

@@ -41,7 +41,7 @@ IMAGE_MASKS = ("cross_attention_mask", "image_attention_mask")
 IN_MEMORY = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", *IMAGE_MASKS)
 
 
-# The patches of a row are padded to a multiple of so many squares: fewer shapes are compiled.
+# The patches of a row are padded to a multiple of this many squares: fewer shapes are compiled.
 PATCHES = 16
 
 

@@ -117,6 +117,7 @@ class Decoder(nn.Module):
             mask=inputs.mask,
             causal=inputs.causal,
             rope=self._rope(inputs),
+            deepstack=inputs.deepstack,
             memory=inputs.memory,
             memory_mask=inputs.memory_mask,
             has_image=inputs.has_image,

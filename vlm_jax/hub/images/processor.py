@@ -7,7 +7,7 @@ inference. Tests compare the two to 1e-5.
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import einops

@@ -50,8 +50,8 @@ def refusal(folder, target, part: str, key: str, value) -> str:
 @pytest.mark.parametrize(
     "part, key, value, message",
     [
-        ("", "model_type", [], r"choose from clip, .*, vit"),
-        ("", "model_type", "someting", r"choose from clip, .*, vit"),
+        ("", "model_type", [], r"choose from blip-2, clip, .*, vit"),
+        ("", "model_type", "someting", r"choose from blip-2, clip, .*, vit"),
         ("", "image_token_index", [], "must be an id"),
         ("", "text_config", "abc", "invalid value"),
         ("", "multimodal_projector_bias", {}, "projector.bias is {}"),

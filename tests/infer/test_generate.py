@@ -107,7 +107,7 @@ def right_padded(cfg, ids, image) -> Batch:
     fields = {
         name: values
         for name, values in row.__dict__.items()
-        if values is not None and name != "images"
+        if isinstance(values, np.ndarray) and name != "images"
     }
     padded = {
         name: np.pad(

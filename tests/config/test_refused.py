@@ -36,6 +36,10 @@ TILED = {"vision_tiles": 2, "vision_tile_layouts": ((1, 1), (1, 2)), "vision_num
 TILED |= {"vision_class_token": True, "vision_keep_class_token": True}
 # Changes of `tiny`, and the message.
 REFUSED = [
+    (
+        {"train_double_quantization": False},
+        "train.double_quantization False has no effect without train.frozen_dtype nf4",
+    ),
     ({"decoder_sliding_layers": (0,)}, "decoder.sliding_layers needs decoder.sliding_window"),
     ({"decoder_sliding_window": 4}, "decoder.sliding_window 4 .* list layers, or leave it out"),
     (

@@ -66,3 +66,13 @@ def test_an_older_field_or_value_is_read(section, older, name, value):
     config[section] |= older
     cfg = files.from_json(json.dumps(config), "config.json")
     assert getattr(getattr(cfg, section), name) == value
+
+
+def test_an_older_run_in_nf4_keeps_its_scales_in_float32():
+    config = json.loads((OLDER / "config.json").read_text())
+    config["train"]["frozen_dtype"] = "nf4"
+    older = files.from_json(json.dumps(config), "config.json")
+    assert older.train.frozen_format == "nf4_single"
+    assert files.from_json(files.to_json(older), "config.json") == older
+    config["train"]["double_quantization"] = True
+    assert files.from_json(json.dumps(config), "config.json").train.frozen_format == "nf4"

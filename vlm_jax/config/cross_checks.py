@@ -421,6 +421,11 @@ def _frozen(cfg: Experiment) -> None:
             f"train.frozen_dtype {cfg.train.frozen_dtype} has no effect, because all parts are "
             "trained: set lora.rank, or optim.lr_mult.PART to 0, or leave it out."
         )
+    if not cfg.train.double_quantization and cfg.train.frozen_dtype != "nf4":
+        raise ConfigError(
+            "train.double_quantization False has no effect without train.frozen_dtype nf4: leave "
+            "it out."
+        )
 
 
 def _sliding(cfg: Experiment) -> None:

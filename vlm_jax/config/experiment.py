@@ -208,6 +208,8 @@ class Train:
     #: dtype in which frozen parameters are stored; int8 and nf4 (QLoRA) quantize the kernels of
     #: blocks and of the projector, the rest is stored in compute_dtype; None: compute_dtype
     frozen_dtype: Literal["float32", "bfloat16", "int8", "nf4"] | None = None
+    #: nf4: store scales in 8 bits; False: in float32, as runs of older versions have them
+    double_quantization: bool = True
     #: scored tokens per device whose logits are computed at once; None: all if they fit into 64
     #: MiB, else 512
     loss_chunk: int | None = None
@@ -234,6 +236,12 @@ class Train:
     def quantizes_frozen(self) -> bool:
         """Frozen kernels are stored in 8 or 4 bits."""
         return self.frozen_dtype in ("int8", "nf4")
+
+    @property
+    def frozen_format(self) -> str:
+        """Format of the frozen kernels, if they are quantized: a row of `FORMATS` in nn."""
+        is_single = self.frozen_dtype == "nf4" and not self.double_quantization
+        return "nf4_single" if is_single else self.frozen_dtype
 
     @property
     def frozen_float_dtype(self) -> str:

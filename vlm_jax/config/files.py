@@ -318,7 +318,7 @@ def from_json(text: str | bytes, name: str) -> Experiment:
                 f"{name} belongs to a public checkpoint, not to a run: name its folder with "
                 "--checkpoint."
             )
-        return _reset_unused(_rebuild(Experiment, values))
+        return _reset_unused(_rebuild(Experiment, _as_trained(values)))
     except ConfigError:
         raise
     except UnicodeDecodeError:
@@ -327,6 +327,17 @@ def from_json(text: str | bytes, name: str) -> Experiment:
         ) from None
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{name} is not the config of a run of this version: {error}.") from None
+
+
+def _as_trained(values: dict) -> dict:
+    """Sets fields by which this version would compute another model than an older one.
+
+    A field that the older version lacked tells that it is older.
+    """
+    train = dict(values.get("train", {}))
+    if train.get("frozen_dtype") == "nf4":
+        train = {"double_quantization": False} | train
+    return values | {"train": train} if train else values
 
 
 def _reset_unused(cfg: Experiment) -> Experiment:

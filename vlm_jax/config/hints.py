@@ -32,6 +32,10 @@ SYNONYMS = {
         ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bits", "qlora", "quantization"),
         "train.frozen_dtype",
     ),
+    **dict.fromkeys(
+        ("bnb_4bit_use_double_quant", "double_quant", "use_double_quant"),
+        "train.double_quantization",
+    ),
     **dict.fromkeys(("freeze", "freeze_vision", "freeze_encoder"), "optim.lr_mult.vision"),
     **dict.fromkeys(
         ("freeze_decoder", "freeze_llm", "freeze_language_model"), "optim.lr_mult.decoder"

@@ -1,7 +1,7 @@
 """Frozen kernels in 8 or 4 bits, as in QLoRA (Dettmers et al. 2023, section 3).
 
 A kernel is dequantized where it is multiplied, one layer at a time, and again in the backward pass.
-The scales are not quantized a second time. A format is one row of `FORMATS`.
+A format is one row of `FORMATS`.
 
 Not qwix 0.1.8: it casts the scales to the dtype of the products, keeps nf4 codes as uint4, which
 Orbax cannot save, and replaces products by its own instead of the custom VJPs of `Dense`. Nor int4
@@ -28,6 +28,28 @@ NF4 = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 NF4_BLOCK = 64  # weights that share a scale
+SCALE_BLOCK = 256  # largest number of scales that share a scale of their own
+SCALE_CODES = 255
+
+
+class QuantizedScales(struct.PyTreeNode):
+    """Scales of blocks in 8 bits: a share of the largest scale of their own block.
+
+    The code is of the square root of the share, so that small scales have small errors. QLoRA in
+    bitsandbytes codes the difference to the mean, which can make a small scale 0 or negative.
+    """
+
+    codes: Any  # uint8, 1 to 255, in the shape of the scales
+    largest: Any  # float32; its sizes divide the codes'
+
+    def dequantize(self) -> jax.Array:
+        """Returns the scales, in float32."""
+        largest = self.largest
+        for axis, size in enumerate(self.codes.shape):
+            largest = jnp.repeat(largest, size // largest.shape[axis], axis)
+        scales = jnp.square(self.codes.astype(jnp.float32) / SCALE_CODES) * largest
+        # Computed once: within the product with the levels, each scale would be computed 64 times.
+        return jax.lax.optimization_barrier(scales)
 
 
 class Quantized(struct.PyTreeNode):
@@ -38,13 +60,16 @@ class Quantized(struct.PyTreeNode):
 
     # Arrays, or their shapes or shardings.
     codes: Any  # integers in the shape of the kernel, but for `packed_axis`
-    scale: Any  # float32: largest absolute value of each block; its sizes divide the kernel's
+    #: float32: largest absolute value of each block; its sizes divide the kernel's. Or
+    #: `QuantizedScales` of these
+    scale: Any
     #: float32, (L, 1, ...) or (1, ...): root mean square of the errors, relative to the kernel's
     error: Any
     dtype: jnp.dtype = struct.field(pytree_node=False)
     #: axis of the blocks, counted from the end; a byte has the codes of two weights of a block, one
     #: of its first half and one of its second half. None: each weight has a byte
     packed_axis: int | None = struct.field(pytree_node=False, default=None)
+    kind: str = struct.field(pytree_node=False, default="")  # row of `FORMATS`
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,9 +83,9 @@ class Quantized(struct.PyTreeNode):
         return math.prod(self.shape)
 
     @property
-    def kind(self) -> str:
-        """Its row of `FORMATS`."""
-        return next(kind for kind, row in FORMATS.items() if row.dtype == self.codes.dtype)
+    def largest(self) -> jax.Array:
+        """Largest absolute value of each block, or of all blocks that share a scale's scale."""
+        return self.scale.largest if isinstance(self.scale, QuantizedScales) else self.scale
 
     def astype(self, dtype) -> "Quantized":
         """Returns the same codes, which are dequantized to another dtype."""
@@ -112,7 +137,7 @@ def store_as(x: jax.Array, like, contracted_axes: tuple[int, ...]):
 def _quantize(x: jax.Array, kind: str, num_inputs: int) -> Quantized:
     """Quantizes the kernel of one layer, the first axes of which are its inputs."""
     wide = x.astype(jnp.float32)
-    result = FORMATS[kind].quantize(wide, num_inputs).astype(x.dtype)
+    result = FORMATS[kind].quantize(wide, num_inputs).replace(dtype=x.dtype, kind=kind)
     errors = result.dequantize().astype(jnp.float32) - wide
     squares = jnp.sum(jnp.square(wide), keepdims=True)
     ratio = jnp.sum(jnp.square(errors), keepdims=True) / _nonzero(squares)
@@ -135,11 +160,29 @@ def _dequantize_int8(kernel: Quantized) -> jax.Array:
 
 
 def _quantize_nf4(wide: jax.Array, num_inputs: int) -> Quantized:
-    """Blocks lie along the first axis that 64 divides, else the one with the largest divisor.
+    """Quantizes with scales in 8 bits.
 
-    The inputs are the first axes.
+    The levels are chosen for the scales in 8 bits, so that their rounding adds almost no error.
     """
     del num_inputs
+    groups, axis = _blocks(wide)
+    scales = _quantize_scales(_largest(groups, axis))
+    return _nf4(wide, groups, axis, scales.dequantize()).replace(scale=scales)
+
+
+def _quantize_nf4_single(wide: jax.Array, num_inputs: int) -> Quantized:
+    """Quantizes with scales in float32."""
+    del num_inputs
+    groups, axis = _blocks(wide)
+    return _nf4(wide, groups, axis, _largest(groups, axis))
+
+
+def _blocks(wide: jax.Array) -> tuple[jax.Array, int]:
+    """Returns the kernel with the axis of the blocks split in two, and the first of these axes.
+
+    The axis is the first that 64 divides, else the one with the largest divisor. The inputs are the
+    first axes.
+    """
     sizes = [math.gcd(size, NF4_BLOCK) for size in wide.shape]
     axis = max(range(wide.ndim), key=sizes.__getitem__)
     if sizes[axis] == 1:
@@ -147,8 +190,16 @@ def _quantize_nf4(wide: jax.Array, num_inputs: int) -> Quantized:
             "train.frozen_dtype nf4 needs kernels with an even width, and one has the shape "
             f"{' x '.join(map(str, wide.shape))}: choose int8."
         )
-    groups = _split_axis(wide, axis, wide.shape[axis] // sizes[axis])
-    scale = jnp.max(jnp.abs(groups), axis=axis + 1)
+    return _split_axis(wide, axis, wide.shape[axis] // sizes[axis]), axis
+
+
+def _largest(groups: jax.Array, axis: int) -> jax.Array:
+    """Returns the largest absolute value of each block."""
+    return jnp.max(jnp.abs(groups), axis=axis + 1)
+
+
+def _nf4(wide: jax.Array, groups: jax.Array, axis: int, scale: jax.Array) -> Quantized:
+    """Returns the kernel with the level nearest to each weight of the blocks (`_blocks`)."""
     units = groups / _nonzero(jnp.expand_dims(scale, axis + 1))
     codes = jnp.zeros(units.shape, jnp.uint8)
     for level, following in zip(NF4[:-1], NF4[1:]):
@@ -158,11 +209,30 @@ def _quantize_nf4(wide: jax.Array, num_inputs: int) -> Quantized:
     return Quantized(packed, scale, None, wide.dtype, packed_axis=axis - wide.ndim)
 
 
+def _quantize_scales(scale: jax.Array) -> QuantizedScales:
+    """Blocks lie along the first axis with the largest divisor up to 256."""
+    sizes = [_largest_divisor(size) for size in scale.shape]
+    axis = max(range(scale.ndim), key=sizes.__getitem__)
+    blocks = scale.shape[axis] // sizes[axis]
+    largest = jnp.max(_split_axis(scale, axis, blocks), axis=axis + 1)
+    shares = scale / _nonzero(jnp.repeat(largest, sizes[axis], axis))
+    # A code of 0 would drop all weights of a block.
+    codes = jnp.clip(jnp.round(jnp.sqrt(shares) * SCALE_CODES), 1, SCALE_CODES)
+    return QuantizedScales(codes.astype(jnp.uint8), largest)
+
+
+def _largest_divisor(size: int) -> int:
+    return next(n for n in range(min(size, SCALE_BLOCK), 0, -1) if size % n == 0)
+
+
 def _dequantize_nf4(kernel: Quantized) -> jax.Array:
     axis = kernel.packed_axis + kernel.codes.ndim
-    codes = _split_axis(kernel.codes, axis, kernel.scale.shape[axis])
+    scale = kernel.scale
+    if isinstance(scale, QuantizedScales):
+        scale = scale.dequantize()
+    codes = _split_axis(kernel.codes, axis, scale.shape[axis])
     codes = jnp.concatenate([codes & 0b1111, codes >> 4], axis=axis + 1)
-    return _levels(codes) * jnp.expand_dims(kernel.scale, axis + 1)
+    return _levels(codes) * jnp.expand_dims(scale, axis + 1)
 
 
 def _levels(codes: jax.Array) -> jax.Array:
@@ -193,20 +263,19 @@ class Format(NamedTuple):
     """A row of `FORMATS`.
 
     Attributes:
-      dtype: of the codes; rows differ in it.
       quantize: float32 kernel of a layer, number of its input axes -> the kernel without `error`.
       dequantize: quantized kernel -> float32, in any shape.
     """
 
-    dtype: jnp.dtype
     quantize: Callable[[jax.Array, int], Quantized]
     dequantize: Callable[[Quantized], jax.Array]
 
 
-# By `train.frozen_dtype`.
+# By `Train.frozen_format`.
 FORMATS = {
-    "int8": Format(jnp.dtype(jnp.int8), _quantize_int8, _dequantize_int8),
-    "nf4": Format(jnp.dtype(jnp.uint8), _quantize_nf4, _dequantize_nf4),
+    "int8": Format(_quantize_int8, _dequantize_int8),
+    "nf4": Format(_quantize_nf4, _dequantize_nf4),
+    "nf4_single": Format(_quantize_nf4_single, _dequantize_nf4),
 }
 
 

@@ -62,7 +62,7 @@ def cast_for_storage(cfg: Experiment, params):
     for path, x in frozen.items():
         frozen[path] = x.astype(cfg.train.frozen_float_dtype)
         if cfg.train.quantizes_frozen and lora.takes_adapter(path, boxes[path]):
-            kind, inputs = cfg.train.frozen_dtype, boxes[path].contracted_axes
+            kind, inputs = cfg.train.frozen_format, boxes[path].contracted_axes
             frozen[path] = quantize(frozen[path], kind, inputs)
     return optim.join(trained, frozen)
 
@@ -312,8 +312,7 @@ def max_abs_params(params: Params, is_needed: jax.Array) -> dict[str, jax.Array]
     """
 
     def largest(x):
-        # The scale of a block is its largest absolute value.
-        return jnp.max(jnp.abs(x.scale if is_quantized(x) else x)).astype(jnp.float32)
+        return jnp.max(x.largest if is_quantized(x) else jnp.abs(x)).astype(jnp.float32)
 
     def measure():
         return {"/".join(path): largest(x) for path, x in params.items()}

@@ -43,17 +43,28 @@ def anls(prediction: str, references: Sequence[str]) -> float:
 
     Source: ST-VQA (Biten et al. 2019), `anls` in `api/metrics.py` of lmms-eval.
     """
-    similarity = max(_similarity(prediction, reference) for reference in references)
-    return similarity if similarity >= ANLS_THRESHOLD else 0.0
-
-
-def _similarity(a: str, b: str) -> float:
-    # A character may have an upper case of several.
-    length = max(len(a.upper()), len(b.upper()))
-    if not length:
+    if prediction in references:
         return 1.0
-    distance = Levenshtein.distance(" ".join(a.lower().split()), " ".join(b.lower().split()))
-    return 1 - distance / length
+    folded, length = _fold(prediction), _length(prediction)
+    best = 0.0
+    for reference in references:
+        longest = max(length, _length(reference))
+        if longest:
+            # A larger distance counts as one more than the largest, whose similarity is below 0.5.
+            largest = int(longest * (1 - ANLS_THRESHOLD))
+            distance = Levenshtein.distance(folded, _fold(reference), score_cutoff=largest)
+            best = max(best, 1 - distance / longest)
+    return best if best >= ANLS_THRESHOLD else 0.0
+
+
+def _fold(text: str) -> str:
+    """Returns a text without case and repeated spaces."""
+    return " ".join(text.lower().split())
+
+
+def _length(text: str) -> int:
+    """Returns the length in upper case: a character outside of ASCII may have one of several."""
+    return len(text) if text.isascii() else len(text.upper())
 
 
 def relaxed_accuracy(prediction: str, references: Sequence[str]) -> bool:
@@ -61,14 +72,16 @@ def relaxed_accuracy(prediction: str, references: Sequence[str]) -> bool:
 
     Source: ChartQA (Masry et al. 2022), section 5.1; `tasks/chartqa/utils.py` of lmms-eval.
     """
-    return any(_is_close(prediction, reference) for reference in references)
+    number, lowered = _to_number(prediction), prediction.lower()
+    return any(_is_close(number, lowered, reference) for reference in references)
 
 
-def _is_close(prediction: str, reference: str) -> bool:
-    number, target = _to_number(prediction), _to_number(reference)
+def _is_close(number: float | None, lowered: str, reference: str) -> bool:
+    """Compares a prediction, as a number if it is one and in lower case, with a reference."""
+    target = None if number is None else _to_number(reference)
     # Nothing is within 5 % of 0.
-    if number is None or not target:
-        return prediction.lower() == reference.lower()
+    if not target:
+        return lowered == reference.lower()
     return abs(number - target) / abs(target) <= LARGEST_RELATIVE_ERROR
 
 

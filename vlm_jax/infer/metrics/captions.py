@@ -12,6 +12,7 @@ from rapidfuzz.distance import LCSseq
 
 from vlm_jax.config import DataError
 from vlm_jax.infer.metrics.intervals import Estimate, estimate_of_sums
+from vlm_jax.infer.metrics.memory import remember
 
 ORDERS = 4  # n-grams of 1 to 4 words
 LENGTH_SIGMA = 6.0
@@ -35,6 +36,10 @@ CONTRACTION = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))\b")
 # Words that are two tokens.
 SPLIT = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na"}
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+# A word without these is a token of BLEU's tokenizer 13a; other marks than .,- always are tokens.
+BLEU_MARK = re.compile(r"[!-&(-/:-@\[-`{-~]")
+HYPHEN_AT_END = "-\n"  # of a line: the tokenizer joins the word with the next line
+ROUGE_GAP = re.compile("[^a-z0-9]+")
 # Tokens that are left out. Several marks such as "?!" are a word.
 PUNCTUATION = re.compile(r"""[?!,:;'"`\u2018-\u201d\u2013\u2014\u2026]|\.+|-+""")
 
@@ -134,25 +139,58 @@ def bleu(prediction: str, references: Sequence[str]) -> list[int]:
 
     They are the matching n-grams and the n-grams of each order, and the lengths of the prediction
     and of the reference nearest in length, as in `metrics/bleu.py` of sacrebleu. Its
-    `sentence_score` takes twice as long, because it tokenizes and counts a text every time.
+    `sentence_score` counts the n-grams of all references; here those of the prediction are searched
+    for in them.
     """
-    counts, length = _bleu_ngrams(prediction)
-    reference_counts, lengths = zip(*map(_bleu_ngrams, references))
-    matches, totals = [0] * ORDERS, [0] * ORDERS
-    for ngram, count in counts.items():
-        order = len(ngram) - 1
-        totals[order] += count
-        matches[order] += min(count, max(reference[ngram] for reference in reference_counts))
+    text, texts = _bleu_text(prediction), list(map(_bleu_text, references))
+    words, lengths = text.split(), [reference.count(" ") - 1 for reference in texts]
+    length = len(words)
     # Of two that are equally near, the shorter.
     reference_length = min(lengths, key=lambda other: (abs(other - length), other))
+    totals = [max(0, length - order) for order in range(ORDERS)]
+    if len(set(words)) < length:
+        matches = _clipped_matches(words, texts)
+    else:
+        matches = _matches(words, "".join(texts))
     return [*matches, *totals, length, reference_length]
 
 
-@functools.lru_cache(maxsize=CACHED_TEXTS)
-def _bleu_ngrams(text: str) -> tuple[Counter, int]:
-    """Counts of the n-grams of a text, and its number of words."""
-    words = _bleu().tokenizer(text.rstrip()).split()
-    return _count_ngrams(words), len(words)
+def _matches(words: Sequence[str], references: str) -> list[int]:
+    """Counts the n-grams of words that differ from each other which the references have."""
+    matches = [0] * ORDERS
+    for order in range(1, ORDERS + 1):
+        for i in range(len(words) - order + 1):
+            matches[order - 1] += f" {' '.join(words[i : i + order])} " in references
+        if not matches[order - 1]:
+            # Nor does a longer n-gram match.
+            break
+    return matches
+
+
+def _clipped_matches(words: Sequence[str], references: Sequence[str]) -> list[int]:
+    """Counts matching n-grams, each as often as the reference with the most of them has it."""
+    counts = [_count_ngrams(reference.split()) for reference in references]
+    matches = [0] * ORDERS
+    for ngram, count in _count_ngrams(words).items():
+        matches[len(ngram) - 1] += min(count, max(reference[ngram] for reference in counts))
+    return matches
+
+
+@remember
+def _bleu_text(text: str) -> str:
+    """Returns the words of a text with a space before and after each."""
+    if HYPHEN_AT_END in text:
+        text = _bleu().tokenizer(text.rstrip())
+    elif BLEU_MARK.search(text):
+        words = text.split()
+        text = " ".join([_bleu_word(word) if BLEU_MARK.search(word) else word for word in words])
+    return " ".join(["", *text.split(), ""])
+
+
+@remember
+def _bleu_word(word: str) -> str:
+    """Returns the tokens of a text without spaces; the rules never look beyond a space."""
+    return _bleu().tokenizer(word)
 
 
 def corpus_bleu(counts: Sequence[Sequence[int]]) -> dict[str, Estimate]:
@@ -170,20 +208,21 @@ def _bleu_of_sums(sums: np.ndarray) -> float:
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """Returns the F measure of the longest common subsequence of words with the best reference.
 
-    Source: Lin 2004; `rouge_scorer.py` of rouge-score, with its tokenizer.
+    Source: Lin 2004; `rouge_scorer.py` of rouge-score, with the words of its tokenizer.
     """
-    words = _rouge_words(prediction)
+    words = _rouge_text(prediction).split()
+    different_words = set(words)
     best = 0.0
-    for reference in map(_rouge_words, references):
+    for reference in map(str.split, map(_rouge_text, references)):
+        if different_words.isdisjoint(reference):
+            continue
         common = LCSseq.similarity(words, reference)
-        if common:
-            # The harmonic mean of common / len(words) and common / len(reference).
-            best = max(best, 2 * common / (len(words) + len(reference)))
+        # The harmonic mean of common / len(words) and common / len(reference).
+        best = max(best, 2 * common / (len(words) + len(reference)))
     return best
 
 
-@functools.lru_cache(maxsize=CACHED_TEXTS)
-def _rouge_words(text: str) -> tuple[str, ...]:
-    from rouge_score.tokenize import tokenize
-
-    return tuple(tokenize(text, None))
+@remember
+def _rouge_text(text: str) -> str:
+    """Returns the words of a text with spaces between them."""
+    return ROUGE_GAP.sub(" ", text.lower())

@@ -129,7 +129,6 @@ METRICS: dict[str, Metric] = {
         captions.rouge_l,
         variant="F measure with the best reference, without stemming; only Latin letters count",
         source="ROUGE (Lin 2004), rouge-score rouge_scorer.py",
-        package="rouge_score",
     ),
     "grounding": Metric(
         grounding.score,

@@ -1,14 +1,14 @@
 """Accuracy of short answers with several human references: VQAv2 and TextVQA."""
 
-import functools
 import re
 from collections.abc import Sequence
 
 from vlm_jax.config import DataError
+from vlm_jax.infer.metrics.memory import remember
 
 # An answer is right if this many people gave it.
 AGREEING = 3
-PUNCTUATION = frozenset(';/[]"{}()=+\\_-><@`,?!')
+MARK = re.compile(r"""[;/\[\]"{}()=+\\_><@`,?!-]""")
 ARTICLES = frozenset(("a", "an", "the"))
 NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
 NUMBERS |= {"six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
@@ -38,6 +38,9 @@ def _contraction_table() -> dict[str, str]:
 # The script has one entry the other way round.
 CONTRACTIONS = _contraction_table() | {"somebody'd": "somebodyd"}
 REPLACEMENTS = NUMBERS | CONTRACTIONS
+CHANGED_WORDS = ARTICLES.union(REPLACEMENTS)
+PERIOD = re.compile(r"\.(?!\d)")
+GROUPED_DIGITS = re.compile(r"\d,\d")
 
 
 def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
@@ -45,12 +48,9 @@ def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
 
     Texts are normalised only if the references differ, as in that script.
     """
-    prediction = _strip(prediction)
-    references = [_strip(reference) for reference in references]
-    if len(set(references)) > 1:
-        prediction = normalise(prediction)
-        references = [normalise(reference) for reference in references]
-    return _leave_one_out(prediction, references)
+    is_different = any(_strip(reference) != _strip(references[0]) for reference in references[1:])
+    clean = normalise if is_different else _strip
+    return _leave_one_out(clean(prediction), list(map(clean, references)))
 
 
 def text_vqa(prediction: str, references: Sequence[str]) -> float:
@@ -59,7 +59,7 @@ def text_vqa(prediction: str, references: Sequence[str]) -> float:
     Before the rules of VQAv2, EvalAI's processor removes commas and question marks and separates
     `'s` (`_task_utils/vqa_eval_metric.py` of lmms-eval).
     """
-    references = [_normalise_text_vqa(reference) for reference in references]
+    references = list(map(_normalise_text_vqa, references))
     return _leave_one_out(_normalise_text_vqa(prediction), references)
 
 
@@ -75,19 +75,17 @@ def _leave_one_out(prediction: str, references: Sequence[str]) -> float:
     return (matches * of_match + (count - matches) * of_other) / count
 
 
-@functools.lru_cache(maxsize=2**16)
 def _strip(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-@functools.lru_cache(maxsize=2**16)
+@remember
 def _normalise_text_vqa(text: str) -> str:
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
-    return normalise(_strip(text))
+    return _apply_rules(text)
 
 
-@functools.lru_cache(maxsize=2**16)
-def normalise(text: str) -> str:
+def _apply_rules(text: str) -> str:
     """Returns the text as VQAv2's script compares it.
 
     A punctuation mark is removed if it stands beside a space anywhere in the text, or if the text
@@ -95,17 +93,22 @@ def normalise(text: str) -> str:
     follows. Numbers up to ten become digits, articles are dropped, and contractions get their
     apostrophes.
     """
-    marks = PUNCTUATION.intersection(text)
-    if marks:
-        text = _remove_punctuation(text, marks)
+    if MARK.search(text):
+        text = _remove_punctuation(_strip(text))
     if "." in text:
-        text = re.sub(r"\.(?!\d)", "", text)
-    words = [word for word in text.lower().split() if word not in ARTICLES]
-    return " ".join([REPLACEMENTS.get(word, word) for word in words])
+        text = PERIOD.sub("", text)
+    words = text.lower().split()
+    if not CHANGED_WORDS.isdisjoint(words):
+        words = [REPLACEMENTS.get(word, word) for word in words if word not in ARTICLES]
+    return " ".join(words)
 
 
-def _remove_punctuation(text: str, marks: frozenset[str]) -> str:
-    has_grouped_digits = "," in marks and re.search(r"\d,\d", text) is not None
+normalise = remember(_apply_rules)
+
+
+def _remove_punctuation(text: str) -> str:
+    marks = set(MARK.findall(text))
+    has_grouped_digits = "," in marks and GROUPED_DIGITS.search(text) is not None
     cleaned = text
     for mark in marks:
         is_removed = has_grouped_digits or f"{mark} " in text or f" {mark}" in text

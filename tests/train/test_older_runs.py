@@ -76,3 +76,14 @@ def test_an_older_run_in_nf4_keeps_its_scales_in_float32():
     assert files.from_json(files.to_json(older), "config.json") == older
     config["train"]["double_quantization"] = True
     assert files.from_json(json.dumps(config), "config.json").train.frozen_format == "nf4"
+
+
+@pytest.mark.parametrize("kind", ["pixel_shuffle", "average_pool", "linear"])
+def test_an_older_projector_that_merges_squares_has_its_bias(kind):
+    """`bias` had an effect on `linear` and `mlp` alone, before these had a `projection`."""
+    config = json.loads((OLDER / "config.json").read_text())
+    config["projector"] |= {"kind": kind, "bias": False}
+    older = files.from_json(json.dumps(config), "config.json")
+    assert older.projector.bias == (kind != "linear")
+    config["projector"]["projection"] = "linear"
+    assert not files.from_json(json.dumps(config), "config.json").projector.bias

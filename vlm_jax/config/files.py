@@ -334,10 +334,14 @@ def _as_trained(values: dict) -> dict:
 
     A field that the older version lacked tells that it is older.
     """
-    train = dict(values.get("train", {}))
+    sections = {name: dict(values[name]) for name in ("train", "projector") if name in values}
+    train, projector = sections.get("train", {}), sections.get("projector", {})
     if train.get("frozen_dtype") == "nf4":
-        train = {"double_quantization": False} | train
-    return values | {"train": train} if train else values
+        train.setdefault("double_quantization", False)
+    if projector.get("kind") in ("pixel_shuffle", "average_pool") and "projection" not in projector:
+        # They had a bias in any case.
+        projector["bias"] = True
+    return values | sections
 
 
 def _reset_unused(cfg: Experiment) -> Experiment:

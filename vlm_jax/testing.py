@@ -108,13 +108,14 @@ def random_batch(cfg: Experiment, rows: int = 4, seed: int = 0) -> Batch:
         ids = rng.integers(len(SPECIALS), cfg.decoder.vocab_size, question + answer)
         return list(ids[:question]), list(ids[question:])
 
-    side, layouts = cfg.vision.image_size_px, tiling.layouts(cfg.vision.cut_tiles)
+    side = cfg.vision.image_size_px
+    layouts = cfg.vision.tile_grids or tiling.layouts(cfg.vision.cut_tiles)
     packed = []
     for row in range(rows):
         height, width = layouts[row % len(layouts)]
         pixels = rng.uniform(-1, 1, (height * side, width * side, 3)).astype(np.float32)
         pairs = [question_and_answer() for _ in range(cfg.data.questions_per_row)]
-        fields = text.pack_row(cfg, pairs, height * width)
+        fields = text.pack_row(cfg, pairs, tiling.describe_tiles(pixels, cfg.vision))
         packed.append(fields | {"images": tiling.stack_views([pixels], cfg.vision)})
     return Batch(**jax.tree.map(lambda *arrays: np.stack(arrays), *packed))
 

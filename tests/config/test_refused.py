@@ -33,6 +33,7 @@ def changed(cfg: Experiment, **values) -> Experiment:
     return cfg
 
 
+MAPPED = {"vision_tiles": 2, "vision_tile_grids": ((1, 1), (1, 2))}
 TILED = {"vision_tiles": 2, "vision_tile_layouts": ((1, 1), (1, 2)), "vision_num_global_layers": 1}
 TILED |= {"vision_class_token": True, "vision_keep_class_token": True}
 # Changes of `tiny`, and the message.
@@ -236,6 +237,25 @@ REFUSED = [
         {"decoder_extra_tokens": 8, "data_special_ids": (0, 1, 2, 300)},
         r"data.special_ids ends in 300, the end of text, .* 0 to 299 \(decoder.vocab_size 300\)",
     ),
+    (
+        MAPPED | {"fusion_kind": "hybrid"},
+        "vision.tile_grids .* fusion.kind hybrid .* choose fusion.kind unified",
+    ),
+    (
+        MAPPED | {"vision_newline_token": True},
+        "vision.tile_grids does not work with vision.newline_token True",
+    ),
+    (
+        MAPPED | {"vision_tile_grids": ((1, 3),)},
+        "vision.tile_grids 1 3 is not a valid grid: .* 1 to vision.tiles 2",
+    ),
+    (
+        MAPPED | {"projector_kind": "resampler"},
+        "vision.tile_grids needs a grid .* projector.kind to linear, mlp",
+    ),
+    (MAPPED | {"data_augment": ("turn",)}, "data.augment turn .* vision.tile_grids"),
+    (MAPPED | {"vision_resize": "crop"}, "vision.resize crop .* vision.tiles 2"),
+    ({"vision_max_map_tiles": 2}, "vision.max_map_tiles 2 has no effect without vision.tile_grids"),
     (TILED | {"vision_kind": "none"}, "vision.tile_layouts .* vision.kind none: set that to vit"),
     (
         TILED | {"vision_class_token": False, "vision_keep_class_token": False},

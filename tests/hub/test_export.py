@@ -30,7 +30,9 @@ from vlm_jax.config import (
     Fusion,
     LrMult,
     Mesh,
+    PatchRope,
     Projector,
+    Rope,
     UserError,
     Vision,
 )
@@ -176,6 +178,25 @@ def llama() -> Decoder:
         tiny().decoder, norm="rmsnorm", activation="silu", gated_mlp=True, tie_word_embeddings=False
     )
     return replace(decoder, qkv_bias=False, out_bias=False, mlp_bias=False)
+
+
+def qwen2_5_vl_like() -> Experiment:
+    """Images of any shape, in at most 8 tokens of 2 x 2 patches."""
+    vision = replace(
+        tiny().vision,
+        norm="rmsnorm",
+        activation="silu",
+        gated_mlp=True,
+        max_patches=32,
+        patch_square=2,
+        patch_frames=2,
+        patch_bias=False,
+        positions="none",
+        rope=PatchRope("same"),
+    )
+    decoder = replace(llama(), qkv_bias=True, rope=Rope(sections=(2, 1, 1)))
+    projector = Projector("pixel_shuffle", projection="mlp", mlp_width=4 * vision.width)
+    return tiny(vision=vision, projector=projector, decoder=decoder)
 
 
 def mllama_like() -> Experiment:

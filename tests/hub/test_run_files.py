@@ -26,7 +26,12 @@ from transformers import (
 
 from tests.hub import tiny_checkpoints, tiny_tokenizers
 from tests.hub.parity import SMALL, bare_model, forward, saved
-from tests.hub.test_export import encoder_decoder_like, llava_like, mllama_like
+from tests.hub.test_export import (
+    encoder_decoder_like,
+    llava_like,
+    mllama_like,
+    qwen2_5_vl_like,
+)
 from tests.hub.test_processor import processor_of
 from tests.hub.text import published_templates
 from tests.hub.text.published_templates import PUBLISHED
@@ -38,7 +43,7 @@ from vlm_jax.hub import export, pretrained_parts
 from vlm_jax.hub.tensors.folder import open_tensors
 from vlm_jax.hub.text.tokenizer import HubTokenizer
 from vlm_jax.runtime.workdir import Workdir
-from vlm_jax.structs import NO_IMAGE, Batch
+from vlm_jax.structs import NO_IMAGE, PADDING, Batch
 from vlm_jax.testing import random_params
 from vlm_jax.train import initial, summary
 
@@ -146,8 +151,12 @@ RUNS = {
     "encoder-decoder, questions": from_scratch(encoder_decoder_like, bos_id=3),
 }
 
-# AutoProcessor needs torchvision for InternVL's videos.
-OWN_PROCESSOR_ALONE = {"whole internvl": whole("internvl")}
+# AutoProcessor needs torchvision for the videos of InternVL and Qwen2.5-VL.
+OWN_PROCESSOR_ALONE = {
+    "whole internvl": whole("internvl"),
+    "whole qwen2.5 vl": whole("qwen2_5_vl"),
+    "qwen2.5 vl, questions": from_scratch(qwen2_5_vl_like, bos_id=3),
+}
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +323,14 @@ def test_our_own_processor_encodes_for_the_exported_folder_as_the_run_does(runs,
     assert set(run.tokenizer.eos_ids) <= set(processor.eos_ids)
     batch = processor(prompt, [picture], chat=True)
     np.testing.assert_array_equal(text_tokens(batch), text_tokens(expected))
-    np.testing.assert_allclose(np.asarray(batch.images), np.asarray(expected.images), atol=1e-5)
+    np.testing.assert_allclose(pixels(batch), pixels(expected), atol=1e-5)
+    np.testing.assert_array_equal(batch.rope_positions, expected.rope_positions)
+
+
+def pixels(batch: Batch) -> np.ndarray:
+    """Images, or at native resolution their patches without padding."""
+    images = np.asarray(batch.images)
+    return images if batch.patch_images is None else images[batch.patch_images > PADDING]
 
 
 def text_tokens(batch: Batch) -> np.ndarray:
@@ -387,3 +403,41 @@ def test_why_a_run_has_no_family_is_said_in_whole_fields():
 def test_the_chat_template_of_a_text_decoder_replaces_the_default_form_only(runs, tmp_path):
     assert runs("llava of a chat model").cfg.data.template == "checkpoint"
     assert composed(chat, template="vicuna")(tmp_path).data.template == "vicuna"
+
+
+def tile_map_like() -> Experiment:
+    """LLaVA-NeXT's layout."""
+    cfg = llava_like()
+    grids = {"tiles": 2, "tile_grids": ((1, 1), (1, 2)), "resize": "pad"}
+    return replace(cfg, vision=replace(cfg.vision, **grids))
+
+
+def test_the_exported_processor_cuts_the_tiles_of_the_run(tmp_path, picture):
+    run = exported(from_scratch(tile_map_like, source="conversations")(tmp_path), tmp_path)
+    assert run.family == "llava_next"
+    assert export.exportable(run.cfg) == "export: llava_next"
+    image, expected = Image.open(picture).convert("RGB"), run.prompt(picture, QUESTION)
+    processor = AutoProcessor.from_pretrained(run.folder)
+    inputs = asked_of_transformers(processor, run.family, "", image, QUESTION)
+    assert inputs["input_ids"].shape == expected.tokens.shape
+    whole, *tiles = np.moveaxis(inputs["pixel_values"].numpy()[0], 1, -1)
+    np.testing.assert_allclose(tiles, expected.images[0, :2], atol=1e-5)
+    # The run's is made of the resized image.
+    assert np.abs(whole - expected.images[0, 2]).mean() < 0.2
+    batch = processor_of(run.folder)(QUESTION, [picture], chat=True)
+    np.testing.assert_array_equal(batch.image_token_index, expected.image_token_index)
+    np.testing.assert_array_equal(text_tokens(batch), text_tokens(expected))
+
+
+def test_a_run_begun_from_tile_maps_keeps_their_processor(tmp_path):
+    run = exported(whole("llava_next")(tmp_path), tmp_path)
+    assert run.family == "llava_next"
+    stored = tmp_path / "whole" / "processor_config.json"
+    assert (run.folder / stored.name).read_bytes() == stored.read_bytes()
+
+
+def test_the_largest_map_decides_between_the_families_with_tile_maps(tmp_path):
+    cfg = whole("llava_onevision")(tmp_path)
+    assert export.exportable(cfg) == "export: llava_onevision"
+    cfg = replace(cfg, vision=replace(cfg.vision, max_map_tiles=None))
+    assert export.exportable(cfg) == "export: llava_next"

@@ -40,6 +40,9 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessorPil,
     LlavaProcessor,
     MistralConfig,
     MllamaConfig,
@@ -156,6 +159,14 @@ LLAVA_CHAT = (
     "{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}"
     "{{ part['text'] + ' ' }}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+ONEVISION_CHAT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ' ' }}"
+    "{% for part in m['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>' }}{% endfor %}"
+    "{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ '\n' + part['text'] }}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -285,6 +296,36 @@ def llava_next(path: Path) -> Folder:
         LlavaNextProcessor(images, tokenizer, **options),
         path,
         LLAVA_CHAT,
+    )
+
+
+class LlavaOnevisionProcessor(transformers.LlavaOnevisionProcessor):
+    @classmethod
+    def get_attributes(cls):
+        """Without the processor of videos, which needs torchvision."""
+        return ["image_processor", "tokenizer"]
+
+
+def llava_onevision(path: Path) -> Folder:
+    tokenizer = _tokenizer(path, tiny_tokenizers.qwen3)
+    # Maps of three tiles and more are resized.
+    options = {"vision_aspect_ratio": "anyres_max_2", "vision_feature_select_strategy": "full"}
+    pinpoints = [[height, width] for height in (28, 56, 84) for width in (28, 56)]
+    images = LlavaOnevisionImageProcessorPil(
+        size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints
+    )
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
+        text_config=Qwen2Config(**TEXT, vocab_size=len(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=pinpoints,
+        **options,
+    )
+    return _finished(
+        LlavaOnevisionForConditionalGeneration(config),
+        LlavaOnevisionProcessor(images, tokenizer, num_image_tokens=16, **options),
+        path,
+        ONEVISION_CHAT,
     )
 
 
@@ -512,6 +553,7 @@ ABOUT_IMAGES = {
     "llava": llava,
     "llava without a template": llava_without_a_template,
     "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
     "paligemma": paligemma,
     "paligemma 2": paligemma2,
     "gemma3": gemma3,

@@ -94,7 +94,10 @@ def test_a_whole_checkpoint_is_the_model_of_from_pretrained(folder_of, config, n
     for section in MODEL if name not in OF_TEXT else ("fusion", "decoder"):
         actual, expected = getattr(cfg, section), getattr(checkpoint.cfg, section)
         pixels = (
-            ("image_mean", "image_std", "resize", "resize_px", "resample", "rgb_conversion")
+            (
+                *("image_mean", "image_std", "resize", "resize_px", "resample", "rgb_conversion"),
+                "max_patches",
+            )
             if section == "vision"
             else ()
         )

@@ -240,10 +240,10 @@ def _tile_map(cfg: Experiment) -> None:
             f"vision.tile_grids {' '.join(map(str, wrong[0]))} is not a valid grid: rows times "
             f"columns must be 1 to vision.tiles {vision.tiles}."
         )
-    if projector.spec.tokens == "queries" or projector.kind == "none" or vision.extra_tokens:
+    if projector.spec.tokens == "queries" or vision.extra_tokens:
         raise ConfigError(
             "vision.tile_grids needs a grid of projected tokens: set vision.keep_class_token to "
-            f"False, and projector.kind to {_projectors('all', 'squares')} other than none."
+            f"False, and projector.kind to {_projectors('all', 'squares')}."
         )
     turns = any("turn" in part.augment for part in cfg.data.parts.values())
     if turns and {(columns, rows) for rows, columns in vision.tile_grids} != set(vision.tile_grids):

@@ -115,6 +115,6 @@ def longest_image(vision: Vision, projector: Projector) -> Shape:
     for grid in vision.tile_grids:
         rows, columns = grid[0] * view_rows, grid[1] * view_columns
         height, width = grid[0] * vision.image_size_px, grid[1] * vision.image_size_px
-        images += [(math.ceil(height * n / rows), width) for n in range(1, rows + 1)]
-        images += [(height, math.ceil(width * n / columns)) for n in range(1, columns + 1)]
+        images += [(math.ceil(height * n / rows), width) for n in range(rows, 0, -1)]
+        images += [(height, math.ceil(width * n / columns)) for n in range(columns, 0, -1)]
     return max(images, key=lambda image: image_length(vision, projector, image))

@@ -28,8 +28,9 @@ def validate(cfg: Experiment) -> Experiment:
     """
     check_values(cfg)
     _paths(flat(cfg))
-    # Images of public models may have a border that is not a whole patch.
-    if not cfg.vision.checkpoint:
+    # Images of public models may have a border that is not a whole patch: a convolution drops it.
+    drops_border = cfg.vision.has_encoder and cfg.vision.patch_embed == "conv"
+    if not cfg.vision.checkpoint and not drops_border:
         _patches(cfg.vision)
     for check in CHECKS:
         check(cfg)

@@ -121,7 +121,7 @@ def _stack_images(
     is_view = np.zeros((*indices.shape, vision.views), bool)
     for slot, pixels in zip(_slots(filled), read(indices[filled].tolist()), strict=True):
         images[slot] = tiling.stack_views([image_files.normalise(pixels, vision)], vision)
-        is_view[slot] = tiling.view_mask([tiling.count_tiles(pixels, vision)], vision)
+        is_view[slot] = tiling.view_mask([tiling.describe_tiles(pixels, vision)], vision)
     rows = len(indices)
     return images.reshape(rows, -1, *images.shape[3:]), is_view.reshape(rows, -1)
 

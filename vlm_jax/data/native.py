@@ -61,21 +61,21 @@ def longest_image(vision: Vision) -> Shape:
     return vision.square_px, vision.max_squares * vision.square_px
 
 
-def to_patches(image: np.ndarray, patch_size_px: int, merged_side: int) -> np.ndarray:
+def to_patches(image: np.ndarray, patch_size_px: int, square: int) -> np.ndarray:
     """(height, width, channels) -> patches (P, C), in the order of `patch_places`."""
     return einops.rearrange(
         image,
         "(h f p) (w g q) c -> (h w f g) (p q c)",
         p=patch_size_px,
         q=patch_size_px,
-        f=merged_side,
-        g=merged_side,
+        f=square,
+        g=square,
     )
 
 
-def patch_places(grid: tuple[int, int], merged_side: int) -> np.ndarray:
+def patch_places(grid: tuple[int, int], square: int) -> np.ndarray:
     """Row and column of each patch of a grid, (P, 2) int32, square by square of the projector."""
-    f = merged_side
+    f = square
     places = np.stack(np.mgrid[: grid[0], : grid[1]], axis=-1)  # (rows, columns, 2)
     return einops.rearrange(places, "(h f) (w g) a -> (h w f g) a", f=f, g=f).astype(np.int32)
 
@@ -83,7 +83,7 @@ def patch_places(grid: tuple[int, int], merged_side: int) -> np.ndarray:
 def pack(
     rows: Sequence[Sequence[np.ndarray]],
     grids: Sequence[Sequence[tuple[int, int]]],
-    merged_side: int,
+    square: int,
     length: int | None = None,
 ) -> PackedPatches:
     """Packs the patches of the images of each row, one image after another.
@@ -91,7 +91,7 @@ def pack(
     Args:
       rows: patches (P, C) of each image of each row.
       grids: rows and columns of patches of each.
-      merged_side: side of the squares that the projector merges.
+      square: side of the squares that the projector merges.
       length: P; None: of the longest row.
     """
     counts = [sum(map(len, row)) for row in rows]
@@ -106,7 +106,7 @@ def pack(
             slots = slice(start, start + len(patches))
             images[row, slots] = patches
             ids[row, slots] = number
-            places[row, slots] = patch_places(grid, merged_side)
+            places[row, slots] = patch_places(grid, square)
             start += len(patches)
     return PackedPatches(images, ids, places)
 

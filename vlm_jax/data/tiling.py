@@ -46,8 +46,10 @@ def layouts(max_tiles: int) -> list[tuple[int, int]]:
 def best_layout(width: int, height: int, vision: Vision) -> tuple[int, int]:
     """Returns the (rows, columns) of tiles for an image of `width` x `height` px.
 
-    It has at most `vision.tiles` tiles (see `nearest_layout`).
+    It has at most `vision.tiles` tiles (see `nearest_layout`), or is one of `vision.tile_grids`.
     """
+    if vision.tile_grids:
+        return choose_grid((height, width), vision.tile_grids, vision.image_size_px)
     return nearest_layout(width, height, 1, vision.cut_tiles, vision.image_size_px)
 
 
@@ -266,7 +268,7 @@ def stack_views(images: Sequence[np.ndarray], vision: Vision) -> np.ndarray:
       (I, image_size_px, image_size_px, 3) float32, I = images * J.
     """
     side = vision.image_size_px
-    is_view = view_mask([count_tiles(pixels, vision) for pixels in images], vision)
+    is_view = view_mask([describe_tiles(pixels, vision) for pixels in images], vision)
     views = np.zeros((len(is_view), side, side, 3), np.float32)
     if len(images):
         views[is_view] = np.concatenate([split_into_views(pixels, vision) for pixels in images])

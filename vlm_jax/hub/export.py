@@ -293,6 +293,11 @@ def architecture_fields(cfg: Experiment) -> dict[str, object]:
         vision = cfg.vision
         vision = replace(vision, kv_heads=vision.num_kv_heads, head_dim=vision.head_width)
         fields |= _prefixed("vision", flat(vision))
+        if vision.is_native:
+            # The weights allow any budget, and without learned positions any size.
+            fields["vision.max_patches"] = "native"
+            if vision.positions != "learned":
+                del fields["vision.image_size_px"]
         fields |= _prefixed("projector", _projector_fields(cfg.projector))
     return {
         name: value

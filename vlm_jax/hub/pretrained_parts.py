@@ -58,7 +58,7 @@ EXPERIMENT_FIELDS = {
 # The experiment's as well if the checkpoint is an encoder alone.
 ENCODER_USE_FIELDS = ("feature_layers", "keep_class_token", "newline_token")
 # The experiment's as well unless the checkpoint encodes tiles together.
-TILING_FIELDS = ("tiles", "thumbnail", "tile_tags")
+TILING_FIELDS = ("tiles", "thumbnail", "tile_tags", "tile_grids", "max_map_tiles")
 # Interpolated if `vision.image_size_px` is not the checkpoint's.
 POSITIONS = "vision/patch_embed/positions"
 

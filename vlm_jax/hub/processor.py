@@ -306,7 +306,10 @@ def _image_arrays(processed: ProcessedImages | None) -> dict[str, np.ndarray]:
         return {"pixel_values": processed.pixel_values, "image_grid_thw": grids}
     arrays = {"pixel_values": np.moveaxis(processed.pixel_values, -1, -3)}
     if processed.image_sizes is not None:
-        return arrays | {"image_sizes": np.array(processed.image_sizes)}
+        arrays["image_sizes"] = np.array(processed.image_sizes)
+        if processed.batch_num_images is not None:
+            arrays["batch_num_images"] = np.array(processed.batch_num_images)
+        return arrays
     if processed.num_tiles is None:
         return arrays
     return arrays | {

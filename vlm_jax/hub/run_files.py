@@ -17,6 +17,8 @@ from vlm_jax.data.conversation_parts import TEMPLATES
 from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.hub.families.family import Family, HfProcessor, Json
 from vlm_jax.hub.images.settings import (
+    QWEN2_VL,
+    max_patches,
     processor_config,
     read_settings,
     tile_settings,
@@ -255,25 +257,28 @@ def _write_processor(
         settings |= _patch_settings(cfg)
     if hf_processor.counts_image_tokens:
         settings[hf_processor.token_count_key] = cfg.image_tokens
+    if cfg.vision.max_map_tiles is not None:
+        settings["vision_aspect_ratio"] = f"anyres_max_{cfg.vision.max_map_tiles}"
     _write_json(stage / PROCESSOR, settings | {"processor_class": hf_processor.name})
 
 
 def _prepares_images_alike(cfg: Experiment, processor: Path) -> bool:
     """Returns whether the checkpoint's processor makes the pixels of the run."""
     settings = read_settings(processor)
-    # It may cut images into more tiles than the run.
-    if settings.kind in TILE_CUTTERS and not cfg.vision.tile_grids:
-        return False
-    needed = tile_settings(settings.kind, cfg.vision) if cfg.vision.tile_grids else {}
-    stored = [list(size) for size in settings.image_grid_pinpoints]
-    if needed != ({"image_grid_pinpoints": stored} if stored else {}):
-        return False
+    if settings.kind in TILE_CUTTERS or cfg.vision.tile_grids:
+        # It may cut images into other tiles than the run.
+        pinpoints = [list(size) for size in settings.image_grid_pinpoints]
+        if tile_settings(settings.kind, cfg.vision) != {"image_grid_pinpoints": pinpoints}:
+            return False
     expected = vision_settings(settings, cfg.vision)
     if cfg.vision.rgb_conversion == "composite":
         # No processor of transformers composites files: new settings would be no closer.
         del expected["rgb_conversion"]
     if keeps_image_size(settings.kind):
         return True
+    if settings.kind == QWEN2_VL:
+        expected["max_patches"] = max_patches(settings)
+        return all(getattr(cfg.vision, name) == x for name, x in expected.items())
     sides = {settings.crop_size[0]} if settings.do_center_crop else set(settings.size.values())
     has_size = sides == {cfg.vision.image_size_px}
     return has_size and all(getattr(cfg.vision, name) == x for name, x in expected.items())
@@ -323,7 +328,10 @@ def prompt_differences(cfg: Experiment, family: Family) -> list[str]:
     if not cfg.fusion.has_images or processor is None:
         return []
     fields = []
-    if processor.keeps_image_size or cfg.vision.is_native:
+    # At native resolution, files are written for the image processor of Qwen2-VL.
+    if cfg.vision.is_native and processor.image_processor != QWEN2_VL:
+        fields.append(f"vision.max_patches {cfg.vision.max_patches}")
+    elif processor.keeps_image_size:
         fields.append(f"vision.image_size_px {cfg.vision.image_size_px}")
     if cfg.data.template == "checkpoint":
         return fields

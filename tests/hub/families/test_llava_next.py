@@ -1,6 +1,4 @@
-"""LLaVA-NeXT: outputs equal to transformers', exact export."""
-
-from typing import ClassVar
+"""LLaVA-NeXT and LLaVA-OneVision: outputs equal to transformers', exact export."""
 
 import numpy as np
 import pytest
@@ -10,12 +8,18 @@ from transformers import (
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     MistralConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
 )
 
 from tests.hub.parity import SMALL
 from tests.hub.unified import IMAGE_COUNTS, MIXED, NEW, UnifiedLaws, padded
-from vlm_jax.hub.inputs import count_map_tokens
+from vlm_jax.config import Experiment, UserError, Vision
+from vlm_jax.hub.families.multimodal import llava_next
+from vlm_jax.hub.inputs import count_map_tokens, to_batch
 
 IMAGE, SIDE = 60, 24
 TOWER = {
@@ -36,7 +40,6 @@ class TileMapLaws(UnifiedLaws):
 
     # Decoding with the KV cache is compared in test_processor.py.
     test_cached_greedy_tokens_are_those_of_transformers = None
-    MORE_INPUTS: ClassVar[dict[str, np.ndarray]] = {}
 
     def config_keys(self, pair):
         return {"image_token_index": IMAGE}
@@ -104,3 +107,67 @@ class TestLlavaNext(TileMapLaws):
             ),
         ),
     }
+
+
+class TestLlavaOnevision(TileMapLaws):
+    MODELS = {
+        "siglip and tied qwen2": (
+            LlavaOnevisionForConditionalGeneration,
+            LlavaOnevisionConfig(
+                vision_config=SiglipVisionConfig(**TOWER),
+                text_config=Qwen2Config(**SMALL, tie_word_embeddings=True),
+                image_token_index=IMAGE,
+                image_grid_pinpoints=PINPOINTS,
+                vision_aspect_ratio="anyres_max_2",
+            ),
+        ),
+    }
+
+    def sizes_of_rows(self, pair, counts):
+        """Several images of a row are not cut."""
+        rows = super().sizes_of_rows(pair, counts)
+        return [row if len(row) == 1 else [None] * len(row) for row in rows]
+
+    def images(self, pair, counts):
+        row_counts = [count for count in IMAGE_COUNTS[counts] if count]
+        images = super().images(pair, counts)
+        return images | {"batch_num_images": np.array(row_counts)} if images else {}
+
+
+@pytest.mark.parametrize(
+    "config, found",
+    [
+        ({"image_grid_pinpoints": [[336, 500]]}, r"\[336, 500\] .* whole tiles of 336 px"),
+        ({"image_grid_pinpoints": [336]}, "image_grid_pinpoints 336 is not supported"),
+        ({"image_grid_pinpoints": []}, "image_grid_pinpoints is empty"),
+        ({"vision_feature_select_strategy": "full"}, "'full' keeps the class token"),
+        ({"vision_aspect_ratio": "pad"}, "vision_aspect_ratio 'pad' .* only 'anyres_max_N'"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_its_name(config, found):
+    tower = {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14}
+    with pytest.raises(UserError, match=found):
+        llava_next.LLAVA_NEXT.config_from_hf({"vision_config": tower} | config, ())
+
+
+PIXELS = np.zeros((1, 3, 3, SIDE, SIDE), np.float32)
+
+
+@pytest.mark.parametrize(
+    "images, found",
+    [
+        ({}, r"image_sizes must have the shape \(any, 2\)"),
+        ({"image_sizes": [[9, 0]]}, "a height and a width are at least 1"),
+        ({"image_sizes": [[41, 29]]}, "3 views of an image, but image_sizes needs 5"),
+        ({"image_sizes": [[7, 33]]}, "0 image tokens in the rows .* images of 16 tokens"),
+        ({"image_sizes": [[7, 33]], "batch_num_images": [2]}, "does not match the 1 images"),
+    ],
+)
+def test_images_that_do_not_match_are_refused(images, found):
+    vision = Vision(
+        image_size_px=SIDE, patch_size_px=8, tiles=4, tile_grids=((1, 2), (2, 2)), thumbnail=True
+    )
+    cfg = Experiment(vision=vision)
+    inputs = {"input_ids": np.ones((1, 4), int), "pixel_values": PIXELS}
+    with pytest.raises(UserError, match=found):
+        to_batch(cfg, inputs | {name: np.array(x) for name, x in images.items()}, IMAGE)

@@ -134,6 +134,11 @@ CONFIGS = {
         "max_patches": 6,
     },
     "llava": {"image_processor_type": "LlavaImageProcessor", **SMALL, "do_pad": True},
+    "llava_onevision": {
+        "image_processor_type": "LlavaOnevisionImageProcessor",
+        "size": {"height": 24, "width": 24},
+        "image_grid_pinpoints": [[24, 24], [24, 48], [48, 24], [48, 48], [48, 72]],
+    },
     "llava_next": {
         "image_processor_type": "LlavaNextImageProcessor",
         "size": {"shortest_edge": 27},

@@ -46,6 +46,7 @@ KNOWN = (
     gemma.GEMMA3,
     llava.LLAVA,
     llava_next.LLAVA_NEXT,
+    llava_next.LLAVA_ONEVISION,
     paligemma.PALIGEMMA,
     gemma3.GEMMA3,
     idefics3.IDEFICS3,

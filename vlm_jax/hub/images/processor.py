@@ -7,7 +7,7 @@ inference. Tests compare the two to 1e-5.
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import einops
@@ -39,7 +39,7 @@ from vlm_jax.hub.images.steps import (
     to_rgb,
     to_values,
 )
-from vlm_jax.hub.images.tile_cutters import TILE_CUTTERS
+from vlm_jax.hub.images.tile_cutters import CUTTERS_OF_SEVERAL, TILE_CUTTERS
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class ProcessedImages:
         (LLaVA-NeXT: every image follows its whole).
       image_sizes: (height, width) in px of every image: LLaVA-NeXT, before its resize; Pixtral,
         after it, in `pixel_values` of the largest height and width.
+      batch_num_images: LLaVA-OneVision: number of images of every row that has any. Several images
+        of a row are not cut into tiles.
     """
 
     pixel_values: np.ndarray
@@ -70,6 +72,7 @@ class ProcessedImages:
     num_tiles: list[list[int]] | None = None
     tile_grids: list[tuple[int, int]] | None = None
     image_sizes: list[tuple[int, int]] | None = None
+    batch_num_images: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,8 @@ class ImageProcessor:
 
         Args:
           images: files, which are rotated upright, or open Pillow images or uint8 arrays
-            (height, width, 3), which are not. Rows matter for mllama only: each is an example, and
-            a flat list is one.
+            (height, width, 3), which are not. Rows matter for mllama, where each is an example and
+            a flat list is one, and for LLaVA-OneVision, where an image of a flat list is a row.
 
         Raises:
           CheckpointError: a file is not an image, or the images do not fit the settings or one
@@ -115,25 +118,30 @@ class ImageProcessor:
         if self.settings.kind == PIXTRAL:
             return _padded(_flat(images), self.settings)
         if self.settings.kind in TILE_CUTTERS:
-            return self._cut(_flat(images))
+            return self._cut([row if isinstance(row, list | tuple) else [row] for row in images])
         to_pixels = _open_clip if self.settings.kind == OPEN_CLIP else _pixels
         pixels = [to_pixels(image, self.settings) for image in _flat(images)]
         return ProcessedImages(_stack(pixels, self.settings))
 
-    def _cut(self, images: Iterable[ImageInput]) -> ProcessedImages:
+    def _cut(self, rows: Sequence[Sequence[ImageInput]]) -> ProcessedImages:
         """Cuts images into tiles, each an image of its own to the encoder."""
         settings = self.settings
         cut = TILE_CUTTERS[settings.kind]
+        cut_several = CUTTERS_OF_SEVERAL.get(settings.kind, cut)
         pixels, grids, sizes = [], [], []
-        for image in images:
-            rgb = to_rgb(image, settings)
-            tiles = cut(rgb, settings)
-            pixels += [to_values(tile, settings) for tile in tiles.images]
-            grids.append(tiles.grid)
-            sizes.append((rgb.height, rgb.width))
-        has_sizes = settings.kind in LLAVA_NEXT
+        for row in rows:
+            for image in row:
+                rgb = to_rgb(image, settings)
+                tiles = (cut if len(row) == 1 else cut_several)(rgb, settings)
+                pixels += [to_values(tile, settings) for tile in tiles.images]
+                grids.append(tiles.grid)
+                sizes.append((rgb.height, rgb.width))
+        counts = [len(row) for row in rows if row]
         return ProcessedImages(
-            np.stack(pixels), tile_grids=grids, image_sizes=sizes if has_sizes else None
+            np.stack(pixels),
+            tile_grids=grids,
+            image_sizes=sizes if settings.kind in LLAVA_NEXT else None,
+            batch_num_images=counts if settings.kind in CUTTERS_OF_SEVERAL else None,
         )
 
 

@@ -97,7 +97,9 @@ _IDEFICS3 = {
     "do_convert_rgb": True,
     "max_image_size": {"longest_edge": 364},
 }
-LLAVA_NEXT = ("LlavaNextImageProcessor",)
+LLAVA_ONEVISION = "LlavaOnevisionImageProcessor"
+LLAVA_NEXT = ("LlavaNextImageProcessor", LLAVA_ONEVISION)
+SIDES_PX = range(384, 2305, 384)  # LLaVA-OneVision
 
 # Image processor class -> values of missing and null keys
 # (transformers 5.23, `models/*/image_processing_*`).
@@ -125,6 +127,14 @@ DEFAULTS = {
     **dict.fromkeys(IDEFICS3, _IDEFICS3),
     "LlavaNextImageProcessor": _CLIP
     | {"image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]},
+    LLAVA_ONEVISION: {
+        "size": {"height": 384, "width": 384},
+        "resample": BICUBIC,
+        "do_convert_rgb": True,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+        "image_grid_pinpoints": [[height, width] for height in SIDES_PX for width in SIDES_PX],
+    },
     "GotOcr2ImageProcessor": {
         "size": {"height": 384, "width": 384},
         "resample": BICUBIC,
@@ -166,6 +176,7 @@ CLASS_OF_MODEL_TYPE = {
     "internvl": "GotOcr2ImageProcessor",
     "llava": "LlavaImageProcessor",
     "llava_next": "LlavaNextImageProcessor",
+    "llava_onevision": LLAVA_ONEVISION,
     "mistral3": PIXTRAL,
     "mllama": "MllamaImageProcessor",
     "paligemma": "SiglipImageProcessor",
@@ -230,7 +241,11 @@ def read_settings(folder: str | os.PathLike) -> ImageSettings:
 def vision_settings(settings: ImageSettings, vision: Vision) -> dict[str, object]:
     """Fields of `Vision` for the pixels of a processor; `vision` has the size."""
     resize, resize_px = _resize(settings, vision)
-    return {
+    budget = {}
+    if settings.kind == QWEN2_VL:
+        # Published processors allow images that no row of training has room for.
+        budget["max_patches"] = min(max_patches(settings), vision.max_patches)
+    return budget | {
         "image_mean": tuple(settings.image_mean),
         "image_std": tuple(settings.image_std),
         "resample": Image.Resampling(settings.resample).name.lower(),
@@ -238,6 +253,11 @@ def vision_settings(settings: ImageSettings, vision: Vision) -> dict[str, object
         "resize_px": resize_px,
         "rgb_conversion": settings.rgb_conversion,
     }
+
+
+def max_patches(settings: ImageSettings) -> int:
+    """Returns the maximum number of patches of an image of Qwen2-VL."""
+    return settings.size["longest_edge"] // settings.patch_size[0] ** 2
 
 
 def _resize(settings: ImageSettings, vision: Vision) -> tuple[str, int | None]:
@@ -268,6 +288,15 @@ def processor_config(vision: Vision) -> dict[str, Any]:
         "image_mean": list(vision.image_mean),
         "image_std": list(vision.image_std),
     }
+    if vision.is_native:
+        patch, unit = vision.patch_size_px, vision.square_px
+        return config | {
+            "image_processor_type": QWEN2_VL,
+            "size": {"shortest_edge": unit**2, "longest_edge": vision.max_squares * unit**2},
+            "patch_size": patch,
+            "temporal_patch_size": vision.patch_frames,
+            "merge_size": vision.patch_square,
+        }
     if vision.keeps_aspect_in_tiles:
         config |= {
             "image_processor_type": "MllamaImageProcessor",
@@ -289,7 +318,7 @@ def processor_config(vision: Vision) -> dict[str, Any]:
 
 
 def tile_settings(kind: str, vision: Vision) -> dict[str, Any]:
-    """Keys with which a processor class cuts an image as training does: most make one square."""
+    """Keys with which a processor class cuts images as training does: most make one square."""
     if kind in LLAVA_NEXT:
         side = vision.image_size_px
         pinpoints = [[rows * side, columns * side] for rows, columns in vision.tile_grids]

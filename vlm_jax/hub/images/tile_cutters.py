@@ -2,7 +2,8 @@
 
 References: transformers 5.23, `models/idefics3/image_processing_pil_idefics3.py` (SmolVLM's is the
 same), `models/got_ocr2/image_processing_pil_got_ocr2.py` (InternVL) and
-`models/llava_next/image_processing_pil_llava_next.py`.
+`models/llava_onevision/image_processing_pil_llava_onevision.py` (LLaVA-NeXT's is the same for one
+image).
 """
 
 import math
@@ -12,10 +13,10 @@ from typing import NamedTuple
 from PIL import Image
 
 from vlm_jax.config.tile_maps import choose_grid, fitted_shape
-from vlm_jax.data.resize import center_crop, resize
+from vlm_jax.data.resize import center_crop, pad_to_square, resize
 from vlm_jax.data.tiling import nearest_layout
 from vlm_jax.hub.images import steps
-from vlm_jax.hub.images.settings import SQUARE, ImageSettings
+from vlm_jax.hub.images.settings import LLAVA_ONEVISION, SQUARE, ImageSettings
 
 MAX_SIDE_PX = 4096  # of Idefics3's images before they are cut
 
@@ -23,7 +24,7 @@ MAX_SIDE_PX = 4096  # of Idefics3's images before they are cut
 class Tiles(NamedTuple):
     """Squares cut from one image, row by row; then the whole image, if there are several tiles.
 
-    LLaVA-NeXT has the whole image first, and with one tile, too.
+    LLaVA-NeXT has the whole image first, and with one tile or none, too.
     """
 
     images: list[Image.Image]
@@ -69,17 +70,27 @@ def cut_llava_next(image: Image.Image, settings: ImageSettings) -> Tiles:
     return Tiles([_finish(view, settings) for view in views], (rows, columns))
 
 
+def pad_llava_onevision(image: Image.Image, settings: ImageSettings) -> Tiles:
+    """Pads an RGB image to one square of the mean colour: one of several in a prompt."""
+    colour = tuple(int(mean * 255) for mean in settings.image_mean)
+    return Tiles([_finish(pad_to_square(image, colour), settings)], (0, 0))
+
+
 def _finish(view: Image.Image, settings: ImageSettings) -> Image.Image:
     view = resize(view, steps.resized_shape(*view.size, settings.size), settings.resample)
     return center_crop(view, settings.crop_size) if settings.do_center_crop else view
 
 
-TILE_CUTTERS: dict[str, Callable[[Image.Image, ImageSettings], Tiles]] = {
+Cutter = Callable[[Image.Image, ImageSettings], Tiles]
+TILE_CUTTERS: dict[str, Cutter] = {
     "Idefics3ImageProcessor": cut_idefics3,
     "SmolVLMImageProcessor": cut_idefics3,
     "GotOcr2ImageProcessor": cut_got_ocr2,
     "LlavaNextImageProcessor": cut_llava_next,
+    LLAVA_ONEVISION: cut_llava_next,
 }
+# Instead of it, for an image that is not alone in its prompt.
+CUTTERS_OF_SEVERAL: dict[str, Cutter] = {LLAVA_ONEVISION: pad_llava_onevision}
 
 
 def resized_shape(image: Image.Image, settings: ImageSettings) -> tuple[int, int]:

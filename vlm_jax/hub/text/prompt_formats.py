@@ -481,6 +481,7 @@ class EncoderDecoderFormat(TextFormat):
 FORMATS = {
     "llava": LlavaFormat,
     "llava_next": TileMapFormat,
+    "llava_onevision": TileMapFormat,
     "paligemma": PaliGemmaFormat,
     "gemma3": Gemma3Format,
     "idefics3": Idefics3Format,

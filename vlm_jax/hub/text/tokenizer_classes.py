@@ -188,6 +188,7 @@ CLASS_OF_MODEL_TYPE = {
     "gpt2": GPT2,
     "internvl": QWEN2,
     "llava": None,
+    "llava_next": None,
     "mistral": None,
     "mistral3": None,
     "olmo2": None,

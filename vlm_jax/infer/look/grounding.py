@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 
 from vlm_jax import axes
 from vlm_jax.config import Experiment
@@ -64,5 +65,22 @@ def _measure(
         count -= 1
     weights = maps.weights[:count].mean((0, 2))  # (L, I, rows, columns)
     pixels, *_ = question.images()
-    picture = place_views(cfg.vision, pixels, grid_shape(pixels, cfg.vision))
-    return Attention(maps.layers, picture.join(weights), box)
+    grid = grid_shape(pixels, cfg.vision)
+    joined = place_views(cfg.vision, pixels, grid).join(weights)
+    return Attention(maps.layers, _without_padding(joined, pixels.shape[:2], grid, cfg), box)
+
+
+def _without_padding(
+    maps: np.ndarray, shape: tuple[int, int], grid: tuple[int, int], cfg: Experiment
+) -> np.ndarray:
+    """Cuts the padding of a grid of tiles off maps (..., rows, columns), to whole patches.
+
+    `shape` is the (height, width) in px of the image in the middle of the grid.
+    """
+    margins = []
+    for length_px, tiles in zip(shape, grid):
+        margin_px = (tiles * cfg.vision.image_size_px - length_px) // 2
+        margins.append(margin_px // cfg.vision.patch_size_px)
+    top, left = margins
+    rows, columns = maps.shape[-2:]
+    return maps[..., top : rows - top, left : columns - left]

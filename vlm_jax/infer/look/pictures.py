@@ -76,7 +76,7 @@ def join_views(
 
     Args:
       layouts: of `image_layouts`. If the encoder sees the tiles together (Llama 3.2 Vision), the
-        layouts of the batch are used.
+        layouts of the batch are used. (0, 0): the image is its thumbnail alone.
 
     Raises:
       ConfigError: the batch has another number of images.
@@ -90,27 +90,32 @@ def join_views(
         layouts = [vision.tile_layouts[number - 1] for number in ids]
         pixels = pixels.reshape(-1, *pixels.shape[2:])  # (I * J, height, width, 3)
     counts = [per_image] * len(layouts)
-    if _is_cut_by_processor(vision):
-        counts = [r * c + _has_thumbnail(vision, (r, c)) for r, c in layouts]
+    own_counts = [r * c + _has_thumbnail(vision, (r, c)) for r, c in layouts]
+    # A processor of maps of tiles leaves no room, settings do.
+    if _is_cut_by_processor(vision) or (vision.tile_grids and len(pixels) == sum(own_counts)):
+        counts = own_counts
     # A row with fewer images than others is filled up, but not within a single row.
     is_short = len(pixels) < sum(counts)
     if is_short or (len(batch.images) == 1 and len(pixels) > sum(counts)):
         raise ConfigError(f"{len(layouts)} layouts do not fit a batch of {len(pixels)} views.")
     pictures, first = [], 0
     for (r, c), count in zip(layouts, counts):
-        tiles = pixels[first : first + r * c]
-        whole = einops.rearrange(tiles, "(r c) h w d -> (r h) (c w) d", r=r, c=c)
-        pictures.append(place_views(vision, whole, (r, c), first))
+        last = first + count - 1
+        if not r * c:
+            pictures.append(Picture(pixels[first], (1, 1), first, None))
+        else:
+            tiles = pixels[first : first + r * c]
+            whole = einops.rearrange(tiles, "(r c) h w d -> (r h) (c w) d", r=r, c=c)
+            thumbnail = last if _has_thumbnail(vision, (r, c)) else None
+            pictures.append(Picture(whole, (r, c), first, thumbnail))
         first += count
     return pictures
 
 
-def place_views(vision: Vision, pixels: np.ndarray, layout: Layout, first_view: int = 0) -> Picture:
-    """Returns an image with the places of its views among the views of its row."""
-    # Settings leave room for the most tiles; a processor puts the thumbnail right after the last.
-    tiles = math.prod(layout) if _is_cut_by_processor(vision) else vision.cut_tiles
-    thumbnail = first_view + tiles if _has_thumbnail(vision, layout) else None
-    return Picture(pixels, layout, first_view, thumbnail)
+def place_views(vision: Vision, pixels: np.ndarray, layout: Layout) -> Picture:
+    """Returns the first image of a row of a run with the places of its views."""
+    thumbnail = vision.cut_tiles if _has_thumbnail(vision, layout) else None
+    return Picture(pixels, layout, 0, thumbnail)
 
 
 def _is_cut_by_processor(vision: Vision) -> bool:
@@ -121,4 +126,4 @@ def _is_cut_by_processor(vision: Vision) -> bool:
 def _has_thumbnail(vision: Vision, layout: Layout) -> bool:
     """Returns whether an image of this layout has its whole as one more view."""
     has_room = vision.views > vision.cut_tiles or _is_cut_by_processor(vision)
-    return has_room and math.prod(layout) > 1
+    return has_room and (math.prod(layout) >= vision.least_tiles or not math.prod(layout))

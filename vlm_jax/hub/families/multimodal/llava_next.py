@@ -18,12 +18,12 @@ from vlm_jax.hub.families.table import Row, row
 
 PINPOINTS, ASPECT = "image_grid_pinpoints", "vision_aspect_ratio"
 NEWLINE = row("image_newline", "projector/newline")
+SIDES_PX = range(384, 2305, 384)
 NEXT_DEFAULTS = {  # of LlavaNextConfig
     "vision_config": {"model_type": "clip_vision_model"},
     "text_config": {"model_type": "llama"},
     PINPOINTS: [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
 }
-SIDES_PX = range(384, 2305, 384)
 ONEVISION_DEFAULTS = {  # of LlavaOnevisionConfig
     "vision_config": {"model_type": "siglip_vision_model"},
     "text_config": {"model_type": "qwen2"},
@@ -141,5 +141,18 @@ LLAVA_NEXT = family(
         resize="pad",
         counts_patches=True,
         image_processor="LlavaNextImageProcessor",
+    ),
+)
+LLAVA_ONEVISION = family(
+    "llava_onevision",
+    "LlavaOnevision",
+    ONEVISION_DEFAULTS,
+    image_token=151646,
+    processor=HfProcessor(
+        "LlavaOnevisionProcessor",
+        resize="pad",
+        counts_image_tokens=True,
+        token_count_key="num_image_tokens",
+        image_processor="LlavaOnevisionImageProcessor",
     ),
 )

@@ -257,8 +257,11 @@ def family(model_type: str, name: str, vision_from_hf, vision_to_hf) -> Family:
         )
 
     def config_to_hf(cfg: Experiment) -> Json:
+        text = llama.qwen2_to_hf(text_experiment(cfg.decoder))
         return {
-            **llama.qwen2_to_hf(text_experiment(cfg.decoder)),
+            # Published files have the keys of the text beside the others, newer ones in a config.
+            **text,
+            "text_config": text | {"model_type": f"{model_type}_text"},
             "architectures": [f"{name}ForConditionalGeneration"],
             "model_type": model_type,
             "vision_config": {"model_type": model_type, **vision_to_hf(cfg)},
@@ -271,12 +274,7 @@ def family(model_type: str, name: str, vision_from_hf, vision_to_hf) -> Family:
         param_table,
         RENAMES,
         image_token=151655,
-        processor=HfProcessor(
-            f"{name}Processor",
-            has_prompt_format=True,
-            keeps_image_size=True,
-            image_processor="Qwen2VLImageProcessor",
-        ),
+        processor=HfProcessor(f"{name}Processor", image_processor="Qwen2VLImageProcessor"),
         module_names=MODULE_NAMES,
     )
 

@@ -34,6 +34,7 @@ PARAMETERS = {
     "internvl3_1b": 938_193_024,
     "qwen2_5_vl_3b": 3_754_622_976,
     "qwen3_vl_2b": 2_127_532_032,
+    "mistral_small_3_1_24b": 24_011_361_280,
     "fuyu_8b": 9_408_238_592,
     "llama_3_2_11b_vision": 10_642_941_475,
 }
@@ -55,6 +56,7 @@ MODEL_TYPES = {
     "internvl3_1b": "internvl",
     "qwen2_5_vl_3b": "qwen2_5_vl",
     "qwen3_vl_2b": "qwen3_vl",
+    "mistral_small_3_1_24b": "mistral3",
     "fuyu_8b": "fuyu",
     "llama_3_2_11b_vision": "mllama",
 }

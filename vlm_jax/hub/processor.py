@@ -285,6 +285,8 @@ def _image_layouts(
         return processed.num_tiles
     if processed.grids is not None:
         layouts = iter([tuple(map(int, grid)) for grid in processed.grids])
+    elif processed.image_sizes is not None and cfg.vision.is_native:
+        layouts = iter(processed.image_sizes)
     elif processed.image_sizes is not None:
         layouts = iter([count_map_tokens(cfg, size) for size in map_sizes(arrays)])
     elif processed.tile_grids is not None:

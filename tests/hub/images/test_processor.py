@@ -105,6 +105,11 @@ CONFIGS = {
         "patch_size": 4,
         "max_num_patches": 30,
     },
+    "pixtral": {
+        "image_processor_type": "PixtralImageProcessor",
+        "size": {"longest_edge": 60},
+        "patch_size": {"height": 6, "width": 6},
+    },
     "gemma3": {
         "image_processor_type": "Gemma3ImageProcessor",
         "size": {"height": 24, "width": 24},
@@ -186,7 +191,7 @@ def test_every_shape_of_image(tmp_path, config):
 
 
 @pytest.mark.parametrize(
-    "kind", ["clip", "siglip", "vit", "trocr", "dinov2", "llava", "clip_padded_alike"]
+    "kind", ["clip", "siglip", "vit", "trocr", "dinov2", "llava", "clip_padded_alike", "pixtral"]
 )
 def test_a_batch_is_its_images_one_by_one(tmp_path, kind):
     folder = folder_of(tmp_path, CONFIGS[kind])

@@ -27,10 +27,14 @@ PREPROCESSOR, PROCESSOR, OPEN_CLIP = (
     "open_clip_config.json",
 )
 VIT = {"image_processor_type": "ViTImageProcessor", "size": {"height": 9, "width": 9}}
-# The processor of DINOv3 needs torchvision.
-PIXELS = sorted(
-    DEFAULTS.keys() - {"FuyuImageProcessor", "MllamaImageProcessor", "DINOv3ViTImageProcessor"}
-)
+OTHERS = {
+    "FuyuImageProcessor",
+    "MllamaImageProcessor",
+    "DINOv3ViTImageProcessor",  # needs torchvision
+    "LlavaNextImageProcessor",  # its default tiles do not have its default size
+}
+PIXELS = sorted(DEFAULTS.keys() - OTHERS)
+LIMITED = {"PixtralImageProcessor", "Qwen2VLImageProcessor"}  # their size is a limit
 
 
 def folder_of(tmp_path, **files):
@@ -137,7 +141,7 @@ def test_spellings_of_one_processor(tmp_path, spelling):
     assert_same_as_reference(folder)
 
 
-@pytest.mark.parametrize("kind", sorted(set(PIXELS) - set(TILE_CUTTERS)))
+@pytest.mark.parametrize("kind", sorted({*PIXELS} - {*TILE_CUTTERS} - LIMITED))
 def test_a_size_of_one_number_is_both_sides_or_the_shorter(tmp_path, kind):
     given = {"image_processor_type": kind, "size": 30, "crop_size": 8}
     assert_same_as_reference(folder_of(tmp_path, preprocessor=given))
@@ -158,9 +162,10 @@ def test_what_transformers_5_keeps_in_one_file_comes_first(tmp_path):
     assert_same_as_reference(folder)
 
 
-@pytest.mark.parametrize(
-    "model_type", sorted(CLASS_OF_MODEL_TYPE.keys() - {"dinov3_vit", "fuyu", "trocr"})
-)
+OTHER_MODELS = {"dinov3_vit", "fuyu", "llava_next", "qwen2_vl", "qwen2_5_vl", "trocr"}
+
+
+@pytest.mark.parametrize("model_type", sorted(CLASS_OF_MODEL_TYPE.keys() - OTHER_MODELS))
 def test_a_file_without_a_type_is_read_for_the_model(tmp_path, model_type):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     settings = {"size": {"height": 9, "width": 9}} | CUT
@@ -234,8 +239,8 @@ def test_open_clip_resizes_in_the_images_own_mode(tmp_path, mode):
     ("change", "words"),
     [
         (
-            {"image_processor_type": "PixtralImageProcessor"},
-            ["PixtralImageProcessor", "CLIPImageProcessor, "],
+            {"image_processor_type": "LevitImageProcessor"},
+            ["LevitImageProcessor", "CLIPImageProcessor, "],
         ),
         ({"image_processor_type": None}, ["image_processor_type is None", "CLIPImageProcessor, "]),
         ({"image_processor_type": ["a"]}, ["image_processor_type", "CLIPImageProcessor, "]),

@@ -20,6 +20,7 @@ from vlm_jax.hub.images.mllama_tiles import pack_tiles
 from vlm_jax.hub.images.settings import (
     LLAVA_NEXT,
     OPEN_CLIP,
+    PIXTRAL,
     QWEN2_VL,
     SQUARE,
     ImageSettings,
@@ -34,6 +35,7 @@ from vlm_jax.hub.images.steps import (
     pad,
     read,
     resized_shape,
+    shape_in_units,
     to_rgb,
     to_values,
 )
@@ -57,7 +59,8 @@ class ProcessedImages:
       tile_grids: rows and columns of the tiles of every image, which follow one another in
         `pixel_values`; an image of several tiles is followed by the whole image as a tile
         (LLaVA-NeXT: every image follows its whole).
-      image_sizes: LLaVA-NeXT: (height, width) in px of every image, before its resize.
+      image_sizes: (height, width) in px of every image: LLaVA-NeXT, before its resize; Pixtral,
+        after it, in `pixel_values` of the largest height and width.
       batch_num_images: LLaVA-OneVision: number of images of every row that has any. Several images
         of a row are not cut into tiles.
     """
@@ -112,6 +115,8 @@ class ImageProcessor:
         if self.settings.kind == QWEN2_VL:
             patches, grids = zip(*[_native(image, self.settings) for image in _flat(images)])
             return ProcessedImages(np.concatenate(patches), grids=np.array(grids, np.int32))
+        if self.settings.kind == PIXTRAL:
+            return _padded(_flat(images), self.settings)
         if self.settings.kind in TILE_CUTTERS:
             return self._cut([row if isinstance(row, list | tuple) else [row] for row in images])
         to_pixels = _open_clip if self.settings.kind == OPEN_CLIP else _pixels
@@ -202,6 +207,26 @@ def _padded_patches(
     rgb = resize(rgb, (grid[0] * side, grid[1] * side), settings.resample)
     patches = _cut_patches(to_values(rgb, settings), grid)
     return np.pad(patches, ((0, settings.max_num_patches - len(patches)), (0, 0))), grid
+
+
+def _padded(images: Iterable[ImageInput], settings: ImageSettings) -> ProcessedImages:
+    """Pixtral's images, shrunk to whole squares of patches; zeros are below and to the right."""
+    unit = settings.patch_size[0] * settings.merge_size
+    limits = settings.size.get("longest_edge")
+    limits = (limits, limits) if limits else tuple(settings.size[side] for side in SQUARE)
+    pixels = []
+    for image in images:
+        rgb = to_rgb(image, settings)
+        shape = shape_in_units(rgb.height, rgb.width, unit, limits)
+        if min(shape) < 1:
+            raise CheckpointError(
+                f"an image of {rgb.width} x {rgb.height} px is too long for {limits[1]} x "
+                f"{limits[0]} px: its shorter side would vanish."
+            )
+        pixels.append(to_values(resize(rgb, shape, settings.resample), settings))
+    sizes = [image.shape[:2] for image in pixels]
+    largest = max(height for height, _ in sizes), max(width for _, width in sizes)
+    return ProcessedImages(np.stack([pad(image, largest) for image in pixels]), image_sizes=sizes)
 
 
 def _cut_patches(pixels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

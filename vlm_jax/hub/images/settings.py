@@ -40,10 +40,11 @@ class ImageSettings:
     pad_size: tuple[int, int] | None = None  # None: the largest image of the batch
     padding_value: float = 0.0  # Fuyu; 0..255
     padding_mode: str = "constant"
-    patch_size: tuple[int, int] = (30, 30)  # Fuyu, Qwen2-VL, SigLIP 2
+    patch_size: tuple[int, int] = (30, 30)  # Fuyu, Qwen2-VL, Pixtral, SigLIP 2
     max_num_patches: int = 256  # SigLIP 2
     temporal_patch_size: int = 2  # Qwen2-VL: frames of a patch
-    merge_size: int = 2  # Qwen2-VL: side of the squares of patches that become a token
+    #: Qwen2-VL, Pixtral: side of the squares of patches that become a token
+    merge_size: int = 2
     max_image_tiles: int = 4  # mllama
     do_image_splitting: bool = True  # Idefics3
     max_image_size: Mapping[str, int] | None = None  # Idefics3: longest_edge of a tile, px
@@ -88,7 +89,7 @@ _CLIP = {
     "image_mean": CLIP_MEAN,
     "image_std": CLIP_STD,
 }
-QWEN2_VL = "Qwen2VLImageProcessor"
+QWEN2_VL, PIXTRAL = "Qwen2VLImageProcessor", "PixtralImageProcessor"
 IDEFICS3 = ("Idefics3ImageProcessor", "SmolVLMImageProcessor")
 _IDEFICS3 = {
     "size": {"longest_edge": 4 * 364},
@@ -152,6 +153,16 @@ DEFAULTS[QWEN2_VL] = {
     "patch_size": 14,
 }
 
+DEFAULTS[PIXTRAL] = {
+    "size": {"longest_edge": 1024},
+    "resample": BICUBIC,
+    "do_convert_rgb": True,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+    "patch_size": 16,
+    "merge_size": 1,
+}
+
 # `model_type` of config.json -> image processor class, if the file names none.
 CLASS_OF_MODEL_TYPE = {
     "bit": "BitImageProcessor",
@@ -166,6 +177,7 @@ CLASS_OF_MODEL_TYPE = {
     "llava": "LlavaImageProcessor",
     "llava_next": "LlavaNextImageProcessor",
     "llava_onevision": LLAVA_ONEVISION,
+    "mistral3": PIXTRAL,
     "mllama": "MllamaImageProcessor",
     "paligemma": "SiglipImageProcessor",
     "qwen2_5_vl": QWEN2_VL,
@@ -185,7 +197,7 @@ LONGEST_EDGE = ("longest_edge",)
 # Classes that need a height and a width; of these, the ones that cut images into squares.
 SHAPED = ("FuyuImageProcessor", "MllamaImageProcessor", "GotOcr2ImageProcessor")
 # Classes that resize whole images, without options.
-WHOLE = ("DINOv3ViTImageProcessor", "Siglip2ImageProcessor")
+WHOLE = ("DINOv3ViTImageProcessor", "Siglip2ImageProcessor", PIXTRAL)
 SQUARE_TILES = ("MllamaImageProcessor", "GotOcr2ImageProcessor")
 SIZE_KEYS = (
     SQUARE,
@@ -322,6 +334,8 @@ def _from_transformers(path: Path, values: dict) -> ImageSettings:
     if not isinstance(values, dict):
         raise _refusal(path, "image_processor", values, "an object")
     kind = _processor_class(path, values)
+    if kind == PIXTRAL:
+        values = values | _pixtral_patches(path.with_name(PROCESSOR))
     settings = DEFAULTS[kind] | {key: x for key, x in values.items() if x is not None}
     settings = {key: _checked(path, key, x) for key, x in settings.items()}
     if kind == "Gemma3ImageProcessor" and settings.get("do_pan_and_scan"):
@@ -335,6 +349,13 @@ def _from_transformers(path: Path, values: dict) -> ImageSettings:
     image_settings = ImageSettings(**fields | {"kind": kind})
     _check_together(path, image_settings)
     return image_settings
+
+
+def _pixtral_patches(path: Path) -> dict[str, Any]:
+    """Patches of an image, for which Pixtral's processor overrides its image processor."""
+    processor = read_json(path) if os.path.isfile(path) else {}
+    keys = {"patch_size": "patch_size", "spatial_merge_size": "merge_size"}
+    return {keys[key]: x for key, x in processor.items() if key in keys and x is not None}
 
 
 def _processor_class(path: Path, values: dict) -> str:
@@ -420,18 +441,19 @@ def _check_together(path: Path, settings: ImageSettings) -> None:
     if settings.do_center_crop and settings.crop_size is None:
         raise _refusal(path, "crop_size", None, "the height and width that do_center_crop leaves")
     size, size_keys = dict(settings.size), tuple(settings.size)
-    has_squares = settings.kind in (QWEN2_VL, "Siglip2ImageProcessor")
+    has_squares = settings.kind in (QWEN2_VL, PIXTRAL, "Siglip2ImageProcessor")
     if has_squares and len(set(settings.patch_size)) > 1:
         raise _refusal(path, "patch_size", settings.patch_size, "the side of a square")
     if settings.kind in SHAPED and size_keys != SQUARE:
         raise _refusal(path, "size", size, "a height and a width")
+    takes_longest_edge = settings.kind in (*IDEFICS3, PIXTRAL)
+    if takes_longest_edge and size_keys not in (LONGEST_EDGE, SQUARE):
+        raise _refusal(path, "size", size, "a longest_edge, or a height and a width")
     if settings.kind in IDEFICS3:
         tile = dict(settings.max_image_size)
-        if size_keys not in (LONGEST_EDGE, SQUARE):
-            raise _refusal(path, "size", size, "a longest_edge, or a height and a width")
         if tuple(tile) != LONGEST_EDGE:
             raise _refusal(path, "max_image_size", tile, "the longest_edge of a tile")
-    elif size_keys == LONGEST_EDGE:
+    elif size_keys == LONGEST_EDGE and not takes_longest_edge:
         raise _refusal(path, "size", size, "a shortest_edge and longest_edge, or other keys")
     if settings.kind in LLAVA_NEXT:
         _check_pinpoints(path, settings)

@@ -146,6 +146,18 @@ def fitting_shape(height: int, width: int, size: Mapping[str, int]) -> tuple[int
     return int(height * scale), int(width * scale)
 
 
+def shape_in_units(height: int, width: int, unit: int, limits: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of an image that is shrunk into `limits`, rounded up to multiples of `unit`.
+
+    Source: transformers, models/pixtral/image_processing_pixtral.py.
+    """
+    ratio = max(height / limits[0], width / limits[1])
+    if ratio > 1:
+        height, width = math.floor(height / ratio), math.floor(width / ratio)
+    rows, columns = (height - 1) // unit + 1, (width - 1) // unit + 1
+    return rows * unit, columns * unit
+
+
 def fitting_grid(height: int, width: int, patch_px: int, max_patches: int) -> tuple[int, int]:
     """(rows, columns) of patches of an image that is scaled to at most `max_patches` patches.
 

@@ -13,6 +13,8 @@ internvl   <img> N x <IMG_CONTEXT> </img> what is it?
            N tokens for every tile, then for the whole image
 qwen2_vl   <|vision_start|> N x <|image_pad|> <|vision_end|> what is it?
            N tokens for every image, a square of its patches each
+mistral3   [IMG] [IMG] [IMG_BREAK] [IMG] [IMG] [IMG_END] what is it?
+           one token per square of patches, one per row of them; llava with Pixtral's encoder alike
 fuyu       |SPEAKER| |SPEAKER| |NEWLINE| |SPEAKER| |SPEAKER| |NEWLINE| <s> what is it? <0x04>
            one token per patch, one per row of patches
 mllama     <|image|> <|begin_of_text|> what is it?
@@ -121,6 +123,8 @@ class LlavaFormat(TextFormat):
 
     @classmethod
     def read(cls, tokenizer, config, processor, images):
+        if config.get("vision_config", {}).get("model_type") == "pixtral":
+            return PixtralFormat.read(tokenizer, config, processor, images)
         token = _image_token(tokenizer, processor)
         patch_size = processor.get("patch_size")
         extra = processor.get("num_additional_image_tokens", 0)
@@ -357,6 +361,36 @@ class Qwen2VLFormat(TextFormat):
 
 
 @dataclass(frozen=True)
+class PixtralFormat(TextFormat):
+    """`images` of a prompt: (height, width) of each in pixels."""
+
+    unit_px: int  # side of the square that is a token
+    image_token: str = "[IMG]"
+    break_token: str = "[IMG_BREAK]"
+    end_token: str = "[IMG_END]"
+
+    @classmethod
+    def read(cls, tokenizer, config, processor, images):
+        patch, side = processor.get("patch_size", 16), processor.get("spatial_merge_size", 1)
+        if not all_nonnegative_ints(patch, side) or not patch * side:
+            raise TypeError("patch_size or spatial_merge_size is not a number")
+        names = ("image_token", "image_break_token", "image_end_token")
+        defaults = (cls.image_token, cls.break_token, cls.end_token)
+        tokens = [processor.get(name) or token for name, token in zip(names, defaults)]
+        return cls(tokenizer, patch * side, *tokens)
+
+    def prompt(self, text, images=(), add_special_tokens=True):
+        _check_count(text, self.image_token, len(images))
+        texts = []
+        for height, width in images:
+            row = self.image_token * (width // self.unit_px)
+            rows = [row] * (height // self.unit_px)
+            texts.append(self.break_token.join(rows) + self.end_token)
+        filled = _fill(text, self.image_token, texts)
+        return super().prompt(filled, add_special_tokens=add_special_tokens)
+
+
+@dataclass(frozen=True)
 class FuyuFormat(TextFormat):
     """`images` of a prompt: (rows, columns) of patches of at most one image.
 
@@ -456,6 +490,7 @@ FORMATS = {
     "qwen2_vl": Qwen2VLFormat,
     "qwen2_5_vl": Qwen2VLFormat,
     "qwen3_vl": Qwen2VLFormat,
+    "mistral3": PixtralFormat,
     "fuyu": FuyuFormat,
     "mllama": MllamaFormat,
     "vision-encoder-decoder": EncoderDecoderFormat,

@@ -190,6 +190,7 @@ CLASS_OF_MODEL_TYPE = {
     "llava": None,
     "llava_next": None,
     "mistral": None,
+    "mistral3": None,
     "olmo2": None,
     "phi3": None,
     "qwen2": QWEN2,

@@ -101,6 +101,7 @@ class DecoderInputs:
     rope_positions: jax.Array | None = None  # (B, S, 3): see `Batch`
     #: (B, S) int32: set if `mask` is causal within segments and nothing else
     causal_segments: jax.Array | None = None
+    deepstack: jax.Array | None = None  # (L, B, S, D): is added after the first L blocks
     memory: jax.Array | None = None  # (B, T, D): image tokens for cross-attention
     memory_mask: jax.Array | None = None  # (B, 1, S, T) bool: cross-attention mask
     has_image: jax.Array | None = None  # (B, S) bool: the token has an image in `image_mask`
@@ -117,6 +118,7 @@ class BlockInputs:
     mask: jax.Array | None = None  # (B, 1, S, T) bool: self-attention mask; None: all
     causal_segments: jax.Array | None = None  # (B, S) int32: see `DecoderInputs`
     rope: Any = None  # cosines and sines, (B, S, R) or (1, S, R) each
+    deepstack: jax.Array | None = None  # (L, B, S, D): is added after the first L blocks
     memory: jax.Array | None = None  # (B, T, D)
     memory_mask: jax.Array | None = None  # (B, 1, S, T) bool: cross-attention mask; None: all
     has_image: jax.Array | None = None  # (B, S) bool: the token has an image; None: all have

@@ -38,6 +38,36 @@ TILED = {"vision_tiles": 2, "vision_tile_layouts": ((1, 1), (1, 2)), "vision_num
 TILED |= {"vision_class_token": True, "vision_keep_class_token": True}
 # Changes of `tiny`, and the message.
 REFUSED = [
+    (
+        {"vision_patch_square": 2},
+        "patch_square 2 .* set vision.max_patches, or leave it out",
+    ),
+    ({"vision_windowed_layers": (0,)}, "vision.windowed_layers .* native resolution alone"),
+    (
+        {"vision_max_patches": 8, "vision_window_patches": 2},
+        "windowed_layers .* one another",
+    ),
+    (
+        {"vision_max_patches": 8, "vision_class_token": True},
+        "class_token True is not possible",
+    ),
+    (
+        {"vision_max_patches": 8, "projector_kind": "resampler"},
+        "resampler needs .* one size",
+    ),
+    ({"vision_max_patches": 8, "projector_kind": "pixel_shuffle"}, "patch_square 1 .* set it to 2"),
+    ({"vision_max_patches": 8, "fusion_prefix": "bidirectional"}, "fusion.prefix .* of one size"),
+    ({"vision_deepstack_layers": (1,)}, r"deepstack_layers \(1,\) needs vision.max_patches"),
+    ({"vision_deepstack_layers": (3,)}, "deepstack_layers 3 is not a block of .* choose 1 to 2"),
+    ({"decoder_rope": Rope(sections=(1, 1))}, "rope.sections .* with the sum 4, half of"),
+    (
+        {"decoder_rope": Rope(interleaved=True)},
+        "rope.interleaved True .* without .*sections",
+    ),
+    (
+        {"decoder_rope": Rope(sections=(2, 1, 1), scaling="linear", factor=2.0)},
+        r"rope.sections has no effect with .*scaling",
+    ),
     ({"decoder_sliding_layers": (0,)}, "decoder.sliding_layers needs decoder.sliding_window"),
     ({"decoder_sliding_window": 4}, "decoder.sliding_window 4 .* list layers, or leave it out"),
     (

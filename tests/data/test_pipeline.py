@@ -72,6 +72,8 @@ def test_shapes_and_types(cfg, tokenizer):
         "tile_mask",
         "block_ids",
         "no_image_mask",
+        "image_taps",
+        "tap_weights",
         "source_ids",
     }
     assert batch.images.dtype == np.float32

@@ -34,6 +34,10 @@ def test_a_map_has_the_thumbnail_then_the_rows_without_padding():
     second = [17, 18, N, 21, 22, N, 25, 26, N, 29, 30, N]
     assert found["image_token_index"].tolist() == thumbnail + first + second
     assert list(found) == ["image_token_index"]
+    # A wide one fills the two rows in the middle of 1 x 2 tiles.
+    found = map_tokens(VISIONS["whole"], Projector(), (8, 32))
+    rows = [[4, 5, 6, 7, 20, 21, 22, 23, N], [8, 9, 10, 11, 24, 25, 26, 27, N]]
+    assert found["image_token_index"].tolist() == rows[0] + rows[1]
 
 
 def test_an_image_that_is_not_cut_is_its_thumbnail_and_one_vector():
@@ -46,7 +50,7 @@ def test_a_resized_map_interpolates_between_its_tokens(name):
     """A slope stays a slope, except at the border, where it is flat."""
     vision, projector = VISIONS[name], Projector()
     tile_map = make_tile_map(vision, projector, (28, 27))
-    assert tile_map.is_resized
+    assert tile_map.resized != (tile_map.rows, tile_map.columns)
     side = projector.output_grid(vision)[0]
     rows, columns = tile_map.grid
     row, column = np.mgrid[: rows * side, : columns * side]

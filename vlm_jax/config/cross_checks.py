@@ -279,6 +279,32 @@ def _patch_rope(cfg: Experiment) -> None:
         )
 
 
+def _deepstack(cfg: Experiment) -> None:
+    vision, layers = cfg.vision, cfg.vision.deepstack_layers
+    if not layers:
+        return
+    outside = [layer for layer in layers if not 1 <= layer <= vision.depth]
+    if outside:
+        raise ConfigError(
+            f"vision.deepstack_layers {outside[0]} is not a block of an encoder of vision.depth "
+            f"{vision.depth}: choose 1 to {vision.depth}."
+        )
+    needed = {
+        "vision.max_patches": vision.is_native,
+        "vision.feature_layers ()": not vision.feature_layers,
+        "projector.kind pixel_shuffle": cfg.projector.kind == "pixel_shuffle",
+        "fusion.kind unified": cfg.fusion.image_in_sequence and not cfg.fusion.image_in_memory,
+    }
+    missing = [setting for setting, is_met in needed.items() if not is_met]
+    if missing:
+        raise ConfigError(f"vision.deepstack_layers {layers} needs {missing[0]}: or leave it out.")
+    if len(layers) > cfg.decoder.depth:
+        raise ConfigError(
+            f"vision.deepstack_layers {layers} needs a block of the decoder each: decoder.depth "
+            f"{cfg.decoder.depth} is too small."
+        )
+
+
 def _native(cfg: Experiment) -> None:
     """Checks the settings of images at native resolution, and those that need it."""
     vision, projector = cfg.vision, cfg.projector
@@ -565,6 +591,11 @@ def _sliding(cfg: Experiment) -> None:
 def _rope_sections(cfg: Experiment) -> None:
     decoder, sections = cfg.decoder, cfg.decoder.rope.sections
     if not sections:
+        if decoder.rope.interleaved:
+            raise ConfigError(
+                "decoder.rope.interleaved True has no effect without decoder.rope.sections: leave "
+                "it out."
+            )
         return
     if decoder.positions != "rope" or decoder.rope.scaling != "none":
         setting = "positions" if decoder.positions != "rope" else "rope.scaling"
@@ -661,6 +692,7 @@ def _validation(cfg: Experiment) -> None:
 
 CHECKS = (
     *(_mixture, _data, _synthetic, _tokens, _tiled_encoder, _patch_rope, _native, _feature_layers),
+    _deepstack,
     *(_resize, _projector, _tile_map, _fusion, _tiles, _room, _rates, _lora, _frozen, _sliding),
     *(_no_rope, _rope_sections, _microbatches, _profile, _validation),
 )

@@ -91,7 +91,7 @@ class Vision(Transformer):
     #: checkpoint folder: its encoder's settings and initial weights
     checkpoint: str = ""
     image_size_px: int = 64  # height and width of an image
-    #: native resolution: an image keeps its shape, in at most so many patches, and the patches of
+    #: native resolution: an image keeps its shape, in at most this many patches, and the patches of
     #: all images of a row are one sequence; None: every image has image_size_px
     max_patches: int | None = None
     #: native resolution: rows and columns of patches are multiples of it, and the patches of a
@@ -121,8 +121,9 @@ class Vision(Transformer):
     #: position embeddings that are added to the patches
     positions: Literal["learned", "sincos", "none"] = "learned"
     #: interpolation of learned positions to another grid. bicubic: PyTorch's, without antialiasing;
-    #: bilinear: with antialiasing (SigLIP 2 NaFlex)
-    resample_positions: Literal["bicubic", "bilinear"] = "bicubic"
+    #: bilinear: with antialiasing (SigLIP 2 NaFlex); corners: bilinear, with the corners of both
+    #: grids on each other (Qwen3-VL)
+    resample_positions: Literal["bicubic", "bilinear", "corners"] = "bicubic"
     #: positions of patches in the blocks' self-attention, with or without embeddings that are added
     rope: PatchRope = field(default_factory=PatchRope)
     #: side in patches of the squares within which the patches of windowed_layers attend
@@ -139,6 +140,9 @@ class Vision(Transformer):
     final_norm: Literal["tokens", "pooled", "none"] = "tokens"
     #: hidden states for the projector; 0: embeddings, -1: last block; (): the encoder's output
     feature_layers: tuple[int, ...] = ()
+    #: unified, pixel_shuffle: hidden states (from 1, as feature_layers) that are projected apart,
+    #: and added to the image tokens after the first decoder blocks, one each (DeepStack; Qwen3-VL)
+    deepstack_layers: tuple[int, ...] = ()
     #: pooled image vector: class token, tanh(linear(class token)), or attention pooling
     pool: Literal["none", "class", "tanh", "attention"] = "none"
     #: classes of a classifier on the class token, kept for export; None: no classifier
@@ -159,7 +163,8 @@ class Vision(Transformer):
     #: and one map of the tiles without padding, in which a learned vector ends each row
     #: (LLaVA-NeXT)
     tile_grids: tuple[tuple[int, int], ...] = ()
-    #: tile_grids: larger maps are resized to about the tokens of so many tiles (LLaVA-OneVision)
+    #: tile_grids: larger maps are resized to about the tokens of this number of tiles
+    #: (LLaVA-OneVision)
     max_map_tiles: int | None = None
 
     @property
@@ -466,6 +471,8 @@ class Rope:
     #: numbers of frequencies that rotate with the time, the row and the column of an image token
     #: (M-RoPE; Wang et al. 2024, Qwen2-VL, section 2.1); empty: all with the token's position
     sections: tuple[int, ...] = ()
+    #: sections: the frequencies of time, row and column take turns (Qwen3-VL)
+    interleaved: bool = False
     #: scaling to longer contexts. dynamic: none up to max_positions; longer texts are refused
     scaling: Literal["none", "linear", "dynamic", "llama3", "longrope"] = "none"
     #: linear, llama3: factor by which long wavelengths grow; longrope: extended / original context;

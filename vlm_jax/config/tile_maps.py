@@ -37,10 +37,6 @@ class TileMap(NamedTuple):
     resized: Shape
 
     @property
-    def is_resized(self) -> bool:
-        return self.resized != (self.rows, self.columns)
-
-    @property
     def length(self) -> int:
         """Number of tokens, with the vectors that end the rows."""
         rows, columns = self.resized

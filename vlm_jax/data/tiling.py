@@ -33,7 +33,7 @@ CACHE_BYTES = 512 << 20
 
 # The number of tiles of an image; with `vision.tile_grids` and at native resolution the (height,
 # width) in px of the image from `resize_to_grid`, on which its tokens depend. A number is then an
-# image of so many tiles in a row, or the image with the most tokens.
+# image with its tiles in a row, or the image with the most tokens.
 Tiles = int | Shape
 
 

@@ -24,7 +24,7 @@ from vlm_jax.config import (
     Experiment,
     Fusion,
 )
-from vlm_jax.config.tile_maps import Shape, choose_grid, image_length, make_tile_map
+from vlm_jax.config.tile_maps import Shape, choose_grid, image_length
 from vlm_jax.data import native
 from vlm_jax.data.fields import TAPS, map_tokens
 from vlm_jax.structs import NO_IMAGE, Batch
@@ -38,7 +38,7 @@ IN_TILE_MAPS = ("image_sizes", "batch_num_images")
 IN_MEMORY = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
 
 
-# The patches of a row are padded to a multiple of so many squares: fewer shapes are compiled.
+# The patches of a row are padded to a multiple of this many squares: fewer shapes are compiled.
 PATCHES = 16
 
 
@@ -419,11 +419,10 @@ def _in_tile_maps(cfg: Experiment, arrays: Arrays, is_image: np.ndarray) -> dict
             f"The {' + '.join(map(str, counts))} image tokens in the rows of input_ids do not "
             f"match image_sizes: images of {' + '.join(map(str, lengths))} tokens."
         )
-    fields = {
-        "image_token_index": np.full(is_image.shape, NO_IMAGE, np.int32),
-        "image_taps": np.zeros((*is_image.shape, TAPS), np.int32),
-        "tap_weights": np.zeros((*is_image.shape, TAPS), np.float32),
-    }
+    fields = {"image_token_index": np.full(is_image.shape, NO_IMAGE, np.int32)}
+    if cfg.vision.max_map_tiles is not None:
+        fields["image_taps"] = np.zeros((*is_image.shape, TAPS), np.int32)
+        fields["tap_weights"] = np.zeros((*is_image.shape, TAPS), np.float32)
     view_counts, first = [], 0
     for row, end in enumerate(np.searchsorted(ends, row_ends)):
         placed, view_count = _place_images(cfg, images[first:end])
@@ -431,9 +430,6 @@ def _in_tile_maps(cfg: Experiment, arrays: Arrays, is_image: np.ndarray) -> dict
             fields[name][row, is_image[row]] = values
         view_counts.append(view_count)
         first = end
-    maps = [make_tile_map(cfg.vision, cfg.projector, image.size) for image in images if image.size]
-    if not any(tile_map.is_resized for tile_map in maps):
-        del fields["image_taps"], fields["tap_weights"]
     views = np.concatenate([image.views for image in images])
     filled = _row_by_row(views, np.array(view_counts))
     return fields | {

@@ -328,10 +328,8 @@ def prompt_differences(cfg: Experiment, family: Family) -> list[str]:
     if not cfg.fusion.has_images or processor is None:
         return []
     fields = []
-    # At native resolution, files are written for the image processor of Qwen2-VL.
-    if cfg.vision.is_native and processor.image_processor != QWEN2_VL:
-        fields.append(f"vision.max_patches {cfg.vision.max_patches}")
-    elif processor.keeps_image_size:
+    is_written = processor.image_processor == QWEN2_VL
+    if processor.keeps_image_size or (cfg.vision.is_native and not is_written):
         fields.append(f"vision.image_size_px {cfg.vision.image_size_px}")
     if cfg.data.template == "checkpoint":
         return fields

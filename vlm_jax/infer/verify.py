@@ -266,7 +266,9 @@ def _image_features(model: Model, case: Case) -> np.ndarray:
     batch = image_batch(cfg, case.inputs)
     if cfg.vision.tile_grids:
         return model.apply(batch, method=VLM.decoder_inputs).x
-    return model.apply(batch, method=VLM.image_tokens)
+    tokens = model.apply(batch, method=VLM.image_tokens)
+    # The reference's features are without the hidden states of DeepStack, which follow.
+    return tokens[..., : cfg.decoder.width] if cfg.vision.deepstack_layers else tokens
 
 
 def _new_ids(model: Model, case: Case) -> np.ndarray:

@@ -195,6 +195,8 @@ class ScanBlock(nn.Module):
             x, block_cache = block(x, context, flags.at(i), cache[i])
             new_cache.append(block_cache)
             self.sow("intermediates", f"block_{i}_out", x)
+            if context.deepstack is not None:
+                x = _add_deepstack(x, context.deepstack, scan_step * len(self.blocks) + i)
             layer = scan_step * len(self.blocks) + i + 1
             hidden_states = [
                 jnp.where(layer == number, x, old)
@@ -211,6 +213,13 @@ class ScanBlock(nn.Module):
         if self.cfg.remat == "none":
             return Block
         return nn.remat(Block, policy=SAVED[self.cfg.remat], prevent_cse=self.cfg.unroll > 1)
+
+
+def _add_deepstack(x, deepstack, number):
+    """Adds (L, B, S, D) after the blocks of the numbers 0 to L - 1."""
+    last = len(deepstack) - 1
+    added = jax.lax.dynamic_index_in_dim(deepstack, jnp.minimum(number, last), keepdims=False)
+    return x + jnp.where(number <= last, added, 0).astype(x.dtype)
 
 
 class Stack(nn.Module):

@@ -105,6 +105,7 @@ class Decoder(nn.Module):
             mask=inputs.mask,
             causal_segments=inputs.causal_segments,
             rope=self._rope(inputs),
+            deepstack=inputs.deepstack,
             memory=inputs.memory,
             memory_mask=inputs.memory_mask,
             has_image=inputs.has_image,

@@ -54,7 +54,12 @@ def fuse(
         local_mask = self_attention_mask(
             batch, cache, cfg.decoder.sliding_window, limits_blocks=cfg.fusion.has_image_blocks
         )
-    x = text
+    x, deepstack = text, None
+    if in_sequence and cfg.vision.deepstack_layers:
+        image, *features = jnp.split(image, 1 + len(cfg.vision.deepstack_layers), axis=-1)
+        zeros = jnp.zeros_like(text)
+        index = batch.image_token_index
+        deepstack = jnp.stack([insert_image_tokens(zeros, part, index) for part in features])
     if in_sequence:
         x = insert_image_tokens(
             *(text, image, batch.image_token_index, newline, batch.image_taps, batch.tap_weights)
@@ -63,6 +68,7 @@ def fuse(
         x=x,
         positions=batch.positions,
         rope_positions=batch.rope_positions,
+        deepstack=deepstack,
         mask=self_attention_mask(batch, cache),
         causal_segments=causal_segments(batch, cache),
         local_mask=local_mask,

@@ -68,7 +68,7 @@ def sincos_embedding(places: Int[Array, "B P 2"], width: int) -> Float[Array, "B
 def resample_positions(
     table: Float[Array, "P D"], old: tuple[int, int], new: tuple[int, int], kind: str = "bicubic"
 ) -> Float[Array, "R D"]:
-    """Resamples learned position embeddings to another grid, at half-pixel centres.
+    """Resamples learned position embeddings to another grid, at half-pixel centres or `corners`.
 
     Equal to PyTorch's `interpolate`, which public checkpoints use.
 
@@ -126,6 +126,9 @@ def _interpolation(cells, count, old: int, kind: str, xp=np):
     Args:
       xp: numpy, or jax.numpy for traced `cells` and `count`.
     """
+    if kind == "corners":
+        centers = cells * ((old - 1) / xp.maximum(count - 1, 1))
+        return xp.maximum(0, 1 - xp.abs(xp.arange(old) - centers[..., None]))
     scale = xp.broadcast_to(xp.asarray(old / count), cells.shape)
     return INTERPOLATIONS[kind]((cells + 0.5) * scale - 0.5, scale, old, xp)
 

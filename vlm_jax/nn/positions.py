@@ -19,12 +19,24 @@ def rope_tables(positions: Int[Array, "B S *axes"], cfg: Decoder) -> RopeTables:
     """
     inv_freq = _inv_freq(cfg, cfg.rope.theta)
     if positions.ndim == 3:
-        axis_of_frequency = np.repeat(np.arange(3), cfg.rope.sections)  # (R / 2,)
-        return _tables(positions[..., axis_of_frequency], inv_freq)
+        return _tables(positions[..., _axes_of_frequencies(cfg.rope)], inv_freq)
     if cfg.rope.scaling == "longrope":
         inv_freq = longrope.scale_inv_freq(inv_freq, positions, cfg.rope)
         return _tables(positions[..., None], inv_freq, longrope.attention_factor(cfg.rope))
     return _tables(positions[..., None], ROPE_SCALING[cfg.rope.scaling](inv_freq, cfg.rope))
+
+
+def _axes_of_frequencies(rope: Rope) -> Int[np.ndarray, "half"]:
+    """Position that each frequency rotates with: 0, 1, 2 for time, row, column.
+
+    With `rope.interleaved`, 0 1 2 0 1 2 ... as far as row and column have frequencies, then 0.
+    """
+    if not rope.interleaved:
+        return np.repeat(np.arange(3), rope.sections)
+    axes = np.zeros(sum(rope.sections), int)
+    for axis in (1, 2):
+        axes[axis : 3 * rope.sections[axis] : 3] = axis
+    return axes
 
 
 def local_rope_tables(positions: Int[Array, "B S"], cfg: Decoder) -> RopeTables:

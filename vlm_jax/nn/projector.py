@@ -5,6 +5,8 @@ class and states how many tokens it emits (`config.Projector.num_tokens`). It ma
 (B, M, D).
 """
 
+from dataclasses import replace
+
 import einops
 import jax.numpy as jnp
 from flax import linen as nn
@@ -73,21 +75,35 @@ def _project_merged(cfg: Model, x: Tokens) -> Projected:
     return Dense("E D", (x.shape[-1], cfg.decoder.width), bias=projector.bias, name="linear")(x)
 
 
+def _deepstack_config(cfg: Model) -> Model:
+    """Returns the settings that project a hidden state of DeepStack: normalised once merged."""
+    return replace(
+        cfg,
+        vision=replace(cfg.vision, deepstack_layers=()),
+        projector=replace(cfg.projector, norm="layernorm"),
+    )
+
+
 class PixelShuffle(nn.Module):
     """Concatenates every f x f square of tokens into one, then projects it (Idefics3).
 
-    (B, P, E) -> (B, P / f^2, D).
+    (B, P, E) -> (B, P / f^2, D). With `vision.deepstack_layers`, E and D count all hidden states.
     """
 
     cfg: Model
 
     @nn.compact
     def __call__(self, x: Tokens) -> Projected:
-        f = self.cfg.projector.factor
-        if self.cfg.vision.is_native:
+        f, vision = self.cfg.projector.factor, self.cfg.vision
+        if vision.is_native:
+            x, *deepstack = jnp.split(x, 1 + len(vision.deepstack_layers), axis=-1)
             # The tokens of a square follow one another already.
             x = einops.rearrange(x, "B (M n) E -> B M (n E)", n=f * f)
-            return _project_merged(self.cfg, x)
+            projected = [_project_merged(self.cfg, x)]
+            for i, features in enumerate(deepstack):
+                layer = PixelShuffle(_deepstack_config(self.cfg), name=f"deepstack_{i}")
+                projected.append(layer(features))
+            return jnp.concatenate(projected, axis=-1) if deepstack else projected[0]
         rows, columns = self.cfg.vision.grid
         x = einops.rearrange(
             x, "B (h f w g) E -> B (h w) (f g E)", h=rows // f, w=columns // f, f=f, g=f

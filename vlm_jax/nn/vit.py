@@ -73,7 +73,7 @@ class ViT(nn.Module):
             cfg,
             sublayers,
             sliding=cfg.windowed_layers,
-            return_layers=cfg.feature_layers,
+            return_layers=cfg.feature_layers + cfg.deepstack_layers,
             name="blocks",
         )
         if is_packed:
@@ -85,7 +85,10 @@ class ViT(nn.Module):
             x = self._norm("final_norm", x)
 
         # Features of intermediate layers come without the final norm (LLaVA).
-        features = jnp.concatenate(hidden_states, axis=-1) if hidden_states else x
+        count = len(cfg.feature_layers)
+        features = jnp.concatenate(hidden_states[:count], axis=-1) if count else x
+        if cfg.deepstack_layers:
+            features = jnp.concatenate([features, *hidden_states[count:]], axis=-1)
         if cfg.prefix_tokens > cfg.extra_tokens:
             kept = features[:, : cfg.extra_tokens]
             features = jnp.concatenate([kept, features[:, cfg.prefix_tokens :]], axis=1)

@@ -45,7 +45,7 @@ class VLM(nn.Module):
         self,
         batch: Batch,
         cache: Cache | None = None,
-        image_tokens: Float[Array, "B T D"] | None = None,
+        image_tokens: Float[Array, "B T E"] | None = None,
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
         """Returns the final hidden states (B, S, D) and the updated KV cache.
 
@@ -58,7 +58,7 @@ class VLM(nn.Module):
         self,
         batch: Batch,
         cache: Cache | None = None,
-        image_tokens: Float[Array, "B T D"] | None = None,
+        image_tokens: Float[Array, "B T E"] | None = None,
     ) -> DecoderInputs:
         """Returns the embedded text together with the image tokens; arguments as of `hidden`."""
         # While decoding, the image tokens are in the cache already.

@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL: outputs equal to transformers', exact export."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: outputs equal to transformers', exact export."""
 
 import numpy as np
 import pytest
@@ -8,6 +8,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from tests.hub.parity import SMALL
@@ -52,8 +54,23 @@ class TestQwen2VL(UnifiedLaws):
                 **IDS,
             ),
         ),
+        "3, with the hidden states of two blocks": (
+            Qwen3VLForConditionalGeneration,
+            Qwen3VLConfig(
+                vision_config=TOWER
+                | {
+                    "hidden_size": 16,
+                    "intermediate_size": 24,
+                    "out_hidden_size": 32,
+                    "num_position_embeddings": 25,
+                    "deepstack_visual_indexes": [0, 1],
+                },
+                text_config=TEXT | {"head_dim": 8},
+                **IDS,
+            ),
+        ),
     }
-    CACHED = ("2, tied",)
+    CACHED = ("2, tied", "3, with the hidden states of two blocks")
 
     def config_keys(self, pair):
         return IDS
@@ -82,7 +99,9 @@ class TestQwen2VL(UnifiedLaws):
 
     def image_features(self, pair, inputs):
         pixels, grids = (torch.tensor(inputs[x]) for x in ("pixel_values", "image_grid_thw"))
-        return torch.cat(tuple(pair.hf.get_image_features(pixels, grids).pooler_output))
+        features = pair.hf.get_image_features(pixels, grids)
+        parts = [features.pooler_output, *getattr(features, "deepstack_features", ())]
+        return torch.cat([torch.cat(tuple(part)) for part in parts], dim=-1)
 
 
 @pytest.mark.parametrize(

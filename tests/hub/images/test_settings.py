@@ -67,6 +67,11 @@ def assert_same_as_reference(folder, image=None):
 CUT = {"crop_to_patches": True}
 
 
+def of_whole_tiles(side: int) -> dict:
+    """Sizes for LLaVA-NeXT's default tile of 224 px or another; its default sizes fit neither."""
+    return {"image_grid_pinpoints": [[side, 2 * side], [2 * side, side]]}
+
+
 @pytest.mark.parametrize("kind", [*PIXELS, "MllamaImageProcessor"])
 def test_a_missing_or_null_key_means_the_class_default(tmp_path, kind):
     nulls = dict.fromkeys(
@@ -80,13 +85,13 @@ def test_a_missing_or_null_key_means_the_class_default(tmp_path, kind):
             "rescale_factor",
         ]
     )
-    folder = folder_of(tmp_path, preprocessor={"image_processor_type": kind} | CUT)
+    stated = {"image_processor_type": kind}
+    if kind == "LlavaNextImageProcessor":
+        stated |= of_whole_tiles(224)
+    folder = folder_of(tmp_path, preprocessor=stated | CUT)
     assert_same_as_reference(folder)
     settings = read_settings(folder)
-    assert (
-        read_settings(folder_of(tmp_path, preprocessor={"image_processor_type": kind} | nulls))
-        == settings
-    )
+    assert read_settings(folder_of(tmp_path, preprocessor=stated | nulls)) == settings
 
 
 def test_fuyus_defaults(tmp_path):
@@ -158,13 +163,14 @@ def test_what_transformers_5_keeps_in_one_file_comes_first(tmp_path):
 
 
 OTHER_MODELS = {"dinov3_vit", "fuyu", "llava_next", "llava_onevision"}
-OTHER_MODELS |= {"qwen2_vl", "qwen2_5_vl", "trocr"}
+OTHER_MODELS |= {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "trocr"}
 
 
 @pytest.mark.parametrize("model_type", sorted(CLASS_OF_MODEL_TYPE.keys() - OTHER_MODELS))
 def test_a_file_without_a_type_is_read_for_the_model(tmp_path, model_type):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     settings = {"size": {"height": 9, "width": 9}} | CUT
+    settings |= of_whole_tiles(9 if model_type == "llava_onevision" else 224)
     assert_same_as_reference(folder_of(tmp_path, preprocessor=settings))
 
 

@@ -29,6 +29,7 @@ from vlm_jax.hub.families.multimodal import (
     mllama,
     paligemma,
     qwen2_vl,
+    qwen3_vl,
 )
 from vlm_jax.hub.tensors.folder import existing_folder, read_json
 
@@ -54,6 +55,7 @@ KNOWN = (
     internvl.INTERNVL,
     qwen2_vl.QWEN2_VL,
     qwen2_vl.QWEN2_5_VL,
+    qwen3_vl.QWEN3_VL,
     fuyu.FUYU,
     mistral3.MISTRAL3,
     mllama.MLLAMA,

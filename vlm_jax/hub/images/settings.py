@@ -182,6 +182,7 @@ CLASS_OF_MODEL_TYPE = {
     "paligemma": "SiglipImageProcessor",
     "qwen2_5_vl": QWEN2_VL,
     "qwen2_vl": QWEN2_VL,
+    "qwen3_vl": QWEN2_VL,
     "siglip": "SiglipImageProcessor",
     "siglip2": "Siglip2ImageProcessor",
     "smolvlm": "SmolVLMImageProcessor",

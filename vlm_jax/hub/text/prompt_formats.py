@@ -489,6 +489,7 @@ FORMATS = {
     "internvl": InternVLFormat,
     "qwen2_vl": Qwen2VLFormat,
     "qwen2_5_vl": Qwen2VLFormat,
+    "qwen3_vl": Qwen2VLFormat,
     "mistral3": PixtralFormat,
     "fuyu": FuyuFormat,
     "mllama": MllamaFormat,

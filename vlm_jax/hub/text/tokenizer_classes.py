@@ -197,6 +197,7 @@ CLASS_OF_MODEL_TYPE = {
     "qwen2_5_vl": QWEN2,
     "qwen2_vl": QWEN2,
     "qwen3": QWEN2,
+    "qwen3_vl": QWEN2,
     "smolvlm": None,
     "trocr": XLM_ROBERTA,
 }

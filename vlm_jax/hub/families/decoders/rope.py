@@ -84,6 +84,9 @@ def rope_to_hf(rope: Rope, max_positions: int = 0) -> Json:
 
 
 def _scaling(rope: Rope, max_positions: int) -> Json | None:
+    if rope.sections and rope.interleaved:
+        sections = {"mrope_section": list(rope.sections), "mrope_interleaved": True}
+        return {"rope_type": "default"} | sections
     if rope.sections:
         return {"type": "mrope", "mrope_section": list(rope.sections)}
     if rope.scaling in ("linear", "dynamic"):

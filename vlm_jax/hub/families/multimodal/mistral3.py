@@ -38,8 +38,8 @@ def config_from_hf(config: Json, names: Collection[str]) -> Experiment:
     reject_unless(config, "vision_feature_layer", -1, [-1], None)
     tower = get_or(config, "vision_config", VISION_DEFAULTS)
     llava.choose_nested("vision_config", tower, {"pixtral": pixtral}, "pixtral")
-    factor = positive_int(config, "spatial_merge_size", 2)
-    vision = replace(pixtral.vision_from_hf(tower), final_norm="tokens", patch_square=factor)
+    side = positive_int(config, "spatial_merge_size", 2)
+    vision = replace(pixtral.vision_from_hf(tower), final_norm="tokens", patch_square=side)
     tied = {"tie_word_embeddings": get_or(config, "tie_word_embeddings", True)}
     decoder = llava.text_from_hf(config | tied, names, llava.TEXTS, "mistral")
     if decoder.norm_eps != vision.norm_eps:
@@ -51,7 +51,7 @@ def config_from_hf(config: Json, names: Collection[str]) -> Experiment:
         vision=vision,
         projector=Projector(
             "pixel_shuffle",
-            factor=factor,
+            factor=side,
             merge_linear=True,
             projection="mlp",
             activation=lookup(config, "projector_hidden_act", ACTIVATIONS, "gelu"),

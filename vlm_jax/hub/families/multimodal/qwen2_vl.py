@@ -1,10 +1,11 @@
-"""Qwen2-VL and Qwen2.5-VL: a ViT over the patches of images at native resolution, and Qwen2.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: a ViT over patches of images at native resolution, and Qwen.
 
-Wang et al. 2024 (Qwen2-VL, section 2.1) and Bai et al. 2025 (Qwen2.5-VL, section 2.1). Images only:
-a video is refused. The norm of the merger is the norm after the encoder's last block.
+Wang et al. 2024 (Qwen2-VL, section 2.1), Bai et al. 2025 (Qwen2.5-VL, section 2.1) and Bai et al.
+2025 (Qwen3-VL). Images only: a video is refused. The norm of the merger is the norm after the
+encoder's last block.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from vlm_jax.config import (
@@ -74,7 +75,7 @@ GATED_MLP = {"mlp/gate": "mlp.gate_proj", "mlp/up": "mlp.up_proj", "mlp/down": "
 def qwen2_vision(config: Json) -> Vision:
     """Reads the encoder of Qwen2-VL."""
     config = QWEN2_DEFAULTS | config
-    vision = _shared_vision(config, "embed_dim")
+    vision = shared_vision(config, "embed_dim")
     return replace(vision, mlp_width=int(vision.width * positive_number(config, "mlp_ratio")))
 
 
@@ -85,7 +86,7 @@ def qwen2_5_vision(config: Json) -> Vision:
       CheckpointError: the windows do not consist of whole squares of the merger.
     """
     config = QWEN2_5_DEFAULTS | config
-    vision = _shared_vision(config, "hidden_size")
+    vision = shared_vision(config, "hidden_size")
     full = config["fullatt_block_indexes"]
     merge, window = config["spatial_merge_size"], positive_int(config, "window_size")
     squares = window // merge // vision.patch_size_px
@@ -105,7 +106,32 @@ def qwen2_5_vision(config: Json) -> Vision:
     )
 
 
-def _shared_vision(config: Json, width: str) -> Vision:
+def qwen3_vision(config: Json) -> Vision:
+    """Reads the encoder of Qwen3-VL.
+
+    Raises:
+      CheckpointError: its positions are not on a square.
+    """
+    config = QWEN3_DEFAULTS | config
+    vision = shared_vision(config, "hidden_size")
+    count = positive_int(config, "num_position_embeddings")
+    side_count = math.isqrt(count)
+    if side_count**2 != count:
+        raise CheckpointError(
+            f"config.json: num_position_embeddings is {count}, but must be a square of patches."
+        )
+    return replace(
+        vision,
+        mlp_width=positive_int(config, "intermediate_size"),
+        patch_bias=True,
+        positions="learned",
+        resample_positions="corners",
+        image_size_px=side_count * vision.patch_size_px,
+        deepstack_layers=tuple(layer + 1 for layer in config["deepstack_visual_indexes"]),
+    )
+
+
+def shared_vision(config: Json, width: str) -> Vision:
     channels = config.get("in_channels", CHANNELS)
     if channels != CHANNELS:
         raise CheckpointError(f"config.json: in_channels is {channels}, but must be {CHANNELS}.")
@@ -126,7 +152,7 @@ def _shared_vision(config: Json, width: str) -> Vision:
     )
 
 
-def _vision_to_hf(vision: Vision) -> Json:
+def shared_vision_to_hf(vision: Vision) -> Json:
     return {
         "depth": vision.depth,
         "num_heads": vision.heads,
@@ -141,7 +167,7 @@ def _vision_to_hf(vision: Vision) -> Json:
 def qwen2_vision_to_hf(cfg: Experiment) -> Json:
     vision = cfg.vision
     ratio = vision.mlp_width / vision.width
-    return _vision_to_hf(vision) | {
+    return shared_vision_to_hf(vision) | {
         "embed_dim": vision.width,
         "hidden_size": cfg.decoder.width,
         "mlp_ratio": int(ratio) if ratio.is_integer() else ratio,
@@ -151,7 +177,7 @@ def qwen2_vision_to_hf(cfg: Experiment) -> Json:
 def qwen2_5_vision_to_hf(cfg: Experiment) -> Json:
     vision = cfg.vision
     window = vision.window_patches or vision.patch_square
-    return _vision_to_hf(vision) | {
+    return shared_vision_to_hf(vision) | {
         "hidden_size": vision.width,
         "out_hidden_size": cfg.decoder.width,
         "intermediate_size": vision.mlp_width,
@@ -167,44 +193,70 @@ def _text_from_hf(config: Json, names: Collection[str]) -> Decoder:
     text = TEXT_DEFAULTS | llama.drop_nulls(get_or(config, "text_config", config))
     tied = get_or(config, "tie_word_embeddings", get_or(text, "tie_word_embeddings", False))
     text["tie_word_embeddings"] = tied
-    decoder = llama.qwen2_from_hf(text, names).decoder
+    return with_sections(llama.qwen2_from_hf(text, names).decoder, text, SECTIONS)
+
+
+def with_sections(
+    decoder: Decoder, text: Json, default: Sequence[int], interleaved: bool = False
+) -> Decoder:
+    """Returns the decoder with M-RoPE.
+
+    Raises:
+      CheckpointError: the sections do not divide all frequencies, or these are scaled.
+    """
     scaling = get_or(text, "rope_scaling", {}) | get_or(text, "rope_parameters", {})
-    sections = tuple(get_or(scaling, "mrope_section", SECTIONS))
+    sections = tuple(get_or(scaling, "mrope_section", default))
     if decoder.rope.scaling != "none" or sum(sections) != decoder.head_width // 2:
         raise CheckpointError(
             f"config.json: rope_scaling {scaling} is not supported: it must have the type mrope or "
             f"default, and an mrope_section of {decoder.head_width // 2} frequencies in all."
         )
-    return replace(decoder, rope=replace(decoder.rope, sections=sections))
+    rope = replace(decoder.rope, sections=sections, interleaved=interleaved)
+    return replace(decoder, rope=rope)
+
+
+def native_projector(vision: Vision) -> Projector:
+    """Returns the merger: squares of patches, and an MLP as wide as a square."""
+    return Projector(
+        "pixel_shuffle",
+        factor=vision.patch_square,
+        projection="mlp",
+        mlp_width=vision.width * vision.patch_square**2,
+    )
 
 
 def param_table(cfg: Experiment) -> list[Row]:
-    mlp = "projector/mlp"
+    mlp, vision = "projector/mlp", cfg.vision
     return [
-        *_vision_rows(cfg.vision),
+        *vision_rows(vision, TOWER, GATED_MLP if vision.gated_mlp else PLAIN_MLP),
+        *_norm_rows(vision, f"{MERGER}ln_q", "vision/final_norm"),
         *llama.dense_rows(f"{MERGER}mlp.0", f"{mlp}/linear_1", "D E -> E D", True),
         *llama.dense_rows(f"{MERGER}mlp.2", f"{mlp}/linear_2", "F D -> D F", True),
         *llama.decoder_rows(cfg.decoder, cfg.fusion),
     ]
 
 
-def _vision_rows(vision: Vision) -> list[Row]:
+def vision_rows(vision: Vision, tower: str, mlp: Mapping[str, str]) -> list[Row]:
+    """Rows of patches and blocks.
+
+    Args:
+      tower: prefix of the names.
+      mlp: kernels of a block's MLP -> their names.
+    """
     patch = vision.patch_size_px
     rows = [
         row(
-            f"{TOWER}patch_embed.proj.weight",
+            f"{tower}patch_embed.proj.weight",
             "vision/patch_embed/projection/kernel",
             "D c t p q -> (t p q c) D",
             t=vision.patch_frames,
             p=patch,
             q=patch,
         ),
-        *_norm_rows(vision, f"{MERGER}ln_q", "vision/final_norm"),
     ]
-    modules = GATED_MLP if vision.gated_mlp else PLAIN_MLP
     param = "vision/blocks/layers/block_0"
     for layer in range(vision.depth):
-        hf = f"{TOWER}blocks.{layer}"
+        hf = f"{tower}blocks.{layer}"
         rows += _norm_rows(vision, f"{hf}.norm1", f"{param}/self_norm", layer)
         rows += _norm_rows(vision, f"{hf}.norm2", f"{param}/mlp_norm", layer)
         kernels, biases = [], []
@@ -216,7 +268,7 @@ def _vision_rows(vision: Vision) -> list[Row]:
         rows += llama.dense_rows(
             f"{hf}.attn.proj", f"{param}/self/out", KERNELS["self/out"], True, layer
         )
-        for name, module in modules.items():
+        for name, module in mlp.items():
             path = f"{param}/{name}"
             rows += llama.dense_rows(f"{hf}.{module}", path, KERNELS[name], True, layer)
     return rows
@@ -246,12 +298,7 @@ def family(model_type: str, name: str, vision_from_hf, vision_to_hf) -> Family:
         vision = vision_from_hf(tower)
         return Experiment(
             vision=vision,
-            projector=Projector(
-                "pixel_shuffle",
-                factor=vision.patch_square,
-                projection="mlp",
-                mlp_width=vision.width * vision.patch_square**2,
-            ),
+            projector=native_projector(vision),
             fusion=Fusion("unified"),
             decoder=_text_from_hf(config, names),
         )

@@ -318,7 +318,8 @@ def from_json(text: str | bytes, name: str) -> Experiment:
                 f"{name} belongs to a public checkpoint, not to a run: name its folder with "
                 "--checkpoint."
             )
-        return _reset_unused(_rebuild(Experiment, _as_trained(values)))
+        older = _as_trained(values) if isinstance(values, dict) else values
+        return _reset_unused(_rebuild(Experiment, older))
     except ConfigError:
         raise
     except UnicodeDecodeError:

@@ -318,8 +318,9 @@ def from_json(text: str | bytes, name: str) -> Experiment:
                 f"{name} belongs to a public checkpoint, not to a run: name its folder with "
                 "--checkpoint."
             )
-        older = _as_trained(values) if isinstance(values, dict) else values
-        return _reset_unused(_rebuild(Experiment, older))
+        if isinstance(values, dict):
+            values = _as_trained(values)
+        return _reset_unused(_rebuild(Experiment, values))
     except ConfigError:
         raise
     except UnicodeDecodeError:

@@ -323,6 +323,8 @@ def prompt_differences(cfg: Experiment, family: Family) -> list[str]:
     if not cfg.fusion.has_images or processor is None:
         return []
     fields = []
+    if cfg.vision.tile_grids and not cfg.vision.thumbnail:
+        fields.append("vision.thumbnail False")
     if processor.keeps_image_size:
         fields.append(f"vision.image_size_px {cfg.vision.image_size_px}")
     if cfg.data.template == "checkpoint":

@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import torch
+from transformers import AutoImageProcessor
 
 from vlm_jax.config import Experiment
 from vlm_jax.hub.load import inspect, load_params
@@ -44,6 +45,14 @@ def reference(model: torch.nn.Module, output: str = "logits", **inputs) -> np.nd
     tensors = {name: torch.tensor(x) for name, x in inputs.items()}
     with torch.no_grad():
         return getattr(model(**tensors), output).numpy()
+
+
+def reference_pixels(folder, images) -> np.ndarray:
+    """Pixel values of transformers' processor with the Pillow backend, channels last."""
+    output = AutoImageProcessor.from_pretrained(folder, backend="pil")(images=images)
+    # The class of Idefics returns the arrays alone.
+    pixels = output if isinstance(output, list) else output["pixel_values"]
+    return np.moveaxis(np.asarray(pixels), -3, -1)
 
 
 @functools.partial(

@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import torch
+from transformers import AutoImageProcessor
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
 from vlm_jax.config import Experiment
@@ -57,6 +58,15 @@ def siglip2_inputs(pixels: torch.Tensor, patch: int) -> dict[str, torch.Tensor]:
         "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.int32),
         "spatial_shapes": torch.tensor([[rows, columns]] * len(pixels)),
     }
+
+
+def reference_pixels(folder, images) -> np.ndarray:
+    """Pixel values of transformers' processor with the Pillow backend, channels last, or patches."""
+    output = AutoImageProcessor.from_pretrained(folder, backend="pil")(images=images)
+    # The class of Idefics returns the arrays alone.
+    pixels = output if isinstance(output, list) else output["pixel_values"]
+    pixels = np.asarray(pixels)
+    return np.moveaxis(pixels, -3, -1) if pixels.ndim > 3 else pixels
 
 
 @functools.partial(

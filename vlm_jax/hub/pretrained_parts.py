@@ -44,7 +44,7 @@ from vlm_jax.hub.text.prompt_formats import has_own_format
 from vlm_jax.hub.text.tokenizer import HubTokenizer
 from vlm_jax.nn.blocks import SUBLAYERS, sublayer_of
 from vlm_jax.nn.models import Config, abstract_params
-from vlm_jax.nn.parts import find_part
+from vlm_jax.nn.parts import find_part, is_adapter
 from vlm_jax.nn.patches import resample_positions
 from vlm_jax.nn.quantized import is_quantized, store_as
 from vlm_jax.runtime.workdir import Workdir, is_run
@@ -430,15 +430,16 @@ def _move(target: Target, places: Mapping) -> Target:
 
 
 def _cross_attention_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of the parameters of cross-attention.
+    """Path -> shape of the parameters of cross-attention, without adapters.
 
     With other shapes than the checkpoint's, such as in more blocks, it starts from random weights.
     """
-    return {
-        path: shape
-        for path, shape in param_shapes(cfg).items()
-        if find_part(tuple(path.split("/"))) == "cross_attention"
-    }
+    shapes = {}
+    for path, shape in param_shapes(cfg).items():
+        names = tuple(path.split("/"))
+        if find_part(names) == "cross_attention" and not is_adapter(names):
+            shapes[path] = shape
+    return shapes
 
 
 def _params(row: Row) -> list[str]:

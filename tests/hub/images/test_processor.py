@@ -10,6 +10,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from transformers import AutoImageProcessor
 
+from tests.hub.parity import reference_pixels
 from vlm_jax.config import UserError
 from vlm_jax.hub.images.processor import ImageProcessor
 
@@ -167,24 +168,16 @@ def folder_of(tmp_path, config, name="preprocessor_config.json"):
 
 def assert_same(folder, *batches):
     """Our pixel values of every batch are the reference's, but for the place of the channels."""
-    processor, reference = (
-        ImageProcessor.load(folder),
-        AutoImageProcessor.from_pretrained(folder, backend="pil"),
-    )
+    processor = ImageProcessor.load(folder)
     for images in batches:
-        ours, expected = processor(images), reference(images=images)
-        ours, grids = ours.pixel_values, ours.grids
-        # The class of Idefics returns the arrays alone.
-        if not isinstance(expected, list):
-            expected = dict(expected)
-        if grids is not None:
-            np.testing.assert_array_equal(grids, expected["spatial_shapes"])
-            expected = np.asarray(expected["pixel_values"])
-        else:
-            expected = expected if isinstance(expected, list) else expected["pixel_values"]
+        processed, expected = processor(images), reference_pixels(folder, images)
+        ours = processed.pixel_values
+        if processed.grids is None:
             # Tiles of a row of images, as one list.
-            expected = np.moveaxis(np.asarray(expected), -3, -1)
             expected = expected.reshape(-1, *expected.shape[-3:])
+        else:
+            reference = AutoImageProcessor.from_pretrained(folder, backend="pil")(images=images)
+            np.testing.assert_array_equal(processed.grids, reference["spatial_shapes"])
         assert (ours.dtype, ours.shape) == (np.float32, expected.shape), images
         np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=0, err_msg=str(images))
 

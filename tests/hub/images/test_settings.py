@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from transformers import AutoImageProcessor, CLIPImageProcessorPil
 
+from tests.hub.parity import reference_pixels
 from vlm_jax.config import UserError, Vision
 from vlm_jax.hub.images.processor import ImageProcessor
 from vlm_jax.hub.images.settings import (
@@ -50,12 +51,7 @@ def picture(height: int, width: int) -> Image.Image:
 
 def assert_same_as_reference(folder, image=None):
     image = image or picture(40, 61)
-    reference = AutoImageProcessor.from_pretrained(folder, backend="pil")(images=[image])[
-        "pixel_values"
-    ]
-    expected = np.asarray(reference)
-    # SigLIP 2's are patches.
-    expected = np.moveaxis(expected, -3, -1) if expected.ndim > 3 else expected
+    expected = reference_pixels(folder, [image])
     # Idefics3's are rows of images.
     expected = expected.reshape(-1, *expected.shape[-3:]) if expected.ndim == 5 else expected
     np.testing.assert_allclose(

@@ -61,7 +61,7 @@ def siglip2_inputs(pixels: torch.Tensor, patch: int) -> dict[str, torch.Tensor]:
 
 
 def reference_pixels(folder, images) -> np.ndarray:
-    """Pixel values of transformers' processor with the Pillow backend, channels last, or patches."""
+    """Pixel values of transformers' Pillow backend: channels last, or patches."""
     output = AutoImageProcessor.from_pretrained(folder, backend="pil")(images=images)
     # The class of Idefics returns the arrays alone.
     pixels = output if isinstance(output, list) else output["pixel_values"]

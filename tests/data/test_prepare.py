@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from vlm_jax.config import Data
+from vlm_jax.config import Data, Source
 from vlm_jax.data import conversations, prepare
 from vlm_jax.testing import write_conversations
 
@@ -29,15 +29,28 @@ def test_a_source_that_needs_no_beam_is_refused(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def on_beam(tmp_path_factory):
-    """Conversations with broken and with whole images, prepared by Beam's local runner."""
+    """Conversations with broken and with whole images, prepared by Beam's local runner.
+
+    Then mixtures: whole conversations, which are prepared by then, with others and with broken
+    ones.
+    """
     pytest.importorskip("apache_beam", reason="pip install -r requirements-beam.txt")
     folder = tmp_path_factory.mktemp("beam")
-    imports = "from vlm_jax.config import Data\nfrom vlm_jax.testing import tiny\n"
-    configs = []
-    for name in ("broken", "whole"):
-        data = replace(write_conversations(folder / name, 6), text_length=40)
+    imports = "from vlm_jax.config import Data, Source\nfrom vlm_jax.testing import tiny\n"
+    configs, sources = [], {}
+
+    def add_config(name: str, data: Data) -> None:
         configs.append(folder / f"{name}.py")
         configs[-1].write_text(f"{imports}get_config = lambda: tiny(data={data})\n")
+
+    for name, count in {"broken": 6, "whole": 6, "more": 4}.items():
+        data = replace(write_conversations(folder / name, count), text_length=40)
+        sources[name] = Source(name, files=data.files, image_dir=data.image_dir)
+        if name != "more":
+            add_config(name, data)
+    mixed = replace(data, files=(), image_dir="", dir=str(folder / "whole" / "datasets"))
+    for other in ("more", "broken"):
+        add_config(f"with_{other}", replace(mixed, mixture=(sources["whole"], sources[other])))
     for name in ("1_0.jpg", "5_1.png"):
         path = folder / "broken" / name
         path.write_bytes(path.read_bytes()[:60])
@@ -64,6 +77,20 @@ def test_beam_names_all_broken_images_at_once(on_beam):
         assert re.search(
             f"image {name} is not a readable image: [^;]* \\(record 'talk {talk}'\\)", message
         )
+
+
+def test_a_mixture_is_prepared_and_an_error_names_its_source(on_beam, capsys):
+    folder, done = on_beam
+    assert f"{folder}/with_more.py 0\n" in done.stdout, done.stderr
+    assert f"10 conversations are prepared in {folder}/whole/datasets" in done.stdout
+    for name, count in {"whole": 6, "more": 4}.items():
+        files, shared = (f"{folder}/{name}/talks.json",), f"{folder}/whole/datasets"
+        data = Data(source="conversations", files=files, image_dir=f"{folder}/{name}", dir=shared)
+        assert len(conversations.load(data, "train")) == count
+    assert "preparing" not in capsys.readouterr().out
+    assert f"{folder}/with_broken.py 2\n" in done.stdout
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors[-1].startswith("error: data.mixture broken: 2 of 6 images in data.image_dir")
 
 
 def test_what_beam_prepares_is_found(on_beam, tmp_path, capsys):

@@ -171,6 +171,13 @@ def test_a_visitor_gets_an_answer_or_a_sentence(url, picture, tmp_path, capfd):
     assert answers[0] == expected(MODELS[0], ("<image>\nwhat is it?",), [picture]).strip()
     assert "takes no images" in answers[1] and status == ""
     page = client.predict(0, ["rollout"], True, api_name="/look")
+    assert client.predict(api_name="/reset")[0] == []
+    # Browsers do not show TIFF.
+    tiff = tmp_path / "scan.tif"
+    Image.open(picture).save(tiff)
+    chats, _ = ask("what is it?", [tiff])
+    with Image.open(chats[0][0]["content"][0]["file"]) as image:
+        assert image.format == "PNG" and image.size == (24, 20)
     assert 'srcdoc="&lt;!doctype html&gt;' in page and "rollout through the layers" in page
     assert client.predict(api_name="/undo")[0] == []
     assert "Traceback" not in capfd.readouterr().err

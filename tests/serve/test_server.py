@@ -22,11 +22,12 @@ import vlm_jax
 from vlm_jax.config import Data
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub.text.prompts import ChatPrompt
-from vlm_jax.infer.answer import AnswerOptions
+from vlm_jax.infer import rows
+from vlm_jax.infer.answer import AnswerOptions, encode
 from vlm_jax.infer.run import RunProcessor
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.serve.app import Settings, build_app
-from vlm_jax.serve.engine import Engine
+from vlm_jax.serve.engine import End, Engine, Job
 from vlm_jax.serve.limits import Limits
 from vlm_jax.testing import random_params, tiny
 
@@ -47,6 +48,7 @@ def make_model():
 
 
 MODEL = make_model()
+ADVANCE = rows.advance
 
 
 @contextlib.contextmanager
@@ -102,6 +104,46 @@ def alone(question: str, pictures=(), history=(), **options) -> str:
 def ask(client, question: str, pictures=(), history=(), **options):
     messages = messages_of(question, pictures, history)
     return client.chat.completions.create(model="tiny", messages=messages, **options)
+
+
+def test_long_answers_are_computed_ahead(monkeypatch):
+    """The last tokens are computed while earlier ones are handed over, and are the same."""
+    options = AnswerOptions(max_new_tokens=24)
+    request = encode(MODEL[0], MODEL[2], [ChatPrompt(("yes or no?",))], [[]], options)
+    batch = rows.with_own_images(request.batch)
+    engine = Engine(*MODEL, Limits())
+    emitted_before = []
+
+    def answer() -> list:
+        events, is_ended = [], threading.Event()
+
+        def emit(event):
+            events.append(event)
+            if isinstance(event, End):
+                is_ended.set()
+
+        def advance(*arguments):
+            emitted_before.append(len(events))
+            return ADVANCE(*arguments)
+
+        emitted_before.clear()
+        monkeypatch.setattr(rows, "advance", advance)
+        engine.submit(Job(batch, 24, options, False, emit, time.monotonic() + 100))
+        assert is_ended.wait(100)
+        return events
+
+    ahead = answer()
+    assert emitted_before == [1, 5, 9, 13, 13, 17]
+    monkeypatch.setattr("vlm_jax.serve.engine.AHEAD_TOKENS", 1000)
+    assert answer() == ahead
+    assert emitted_before == [1, 5, 9, 13, 17, 21]
+    engine.close()
+
+
+def test_rooms_are_few_and_not_much_larger_than_asked():
+    rooms = [rows.room(count, 32) for count in range(1, 1025)]
+    assert all(count <= room <= 1.5 * count for count, room in enumerate(rooms, 1) if count > 32)
+    assert set(rooms) == {32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024}
 
 
 def test_fifty_requests_at_once_are_answered_as_each_alone(server, client):

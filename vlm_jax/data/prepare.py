@@ -38,10 +38,10 @@ def prepare(cfg: Experiment, beam_options: list[str]) -> int:
     # Beam logs an error of a worker that is raised here as well.
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
     count = 0
-    for data in cfg.data.parts.values():
-        count += len(
-            conversations.load(data, data.train_split, ConversationImagesOnBeam, download_config)
-        )
+    for name, data in cfg.data.parts.items():
+        with naming_source(name):
+            builder = ConversationImagesOnBeam
+            count += len(conversations.load(data, data.train_split, builder, download_config))
     return count
 
 

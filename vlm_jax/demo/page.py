@@ -11,7 +11,9 @@ from pathlib import Path
 
 import gradio as gr
 from fastapi import FastAPI
+from PIL import Image
 
+from vlm_jax.data import images as image_files
 from vlm_jax.demo.talk import SENTENCES, ChatModel, Reply, Talk, describe
 from vlm_jax.infer.answer import AnswerOptions
 from vlm_jax.infer.look import COMPUTED
@@ -22,6 +24,7 @@ POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
     "frame-ancestors 'self'; form-action 'self'; base-uri 'self'"
 )
+BROWSER_FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP")
 UPLOAD_SECONDS = 24 * 3600  # after which the file of an image is deleted
 # Questions and maps take turns, because they use the same accelerator.
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}
@@ -240,7 +243,10 @@ class Page:
         for index, chat in enumerate(self._chats):
             messages = []
             for turn in turns:
-                images = [{"path": file, "alt_text": Path(file).name} for file in turn.images]
+                images = [
+                    {"path": _displayable(file), "alt_text": Path(file).name}
+                    for file in turn.images
+                ]
                 texts = [_text(turn.question)] if turn.question else []
                 messages.append({"role": "user", "content": [*images, *texts]})
                 is_open = is_answering and turn is turns[-1]
@@ -254,6 +260,17 @@ class Page:
         if not is_answering:
             shown[self._box] = gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
         return shown
+
+
+def _displayable(file: str) -> str:
+    """Returns an image file that browsers show: the file itself, or a PNG of it beside it."""
+    with Image.open(file) as image:
+        if image.format in BROWSER_FORMATS:
+            return file
+    shown = Path(f"{file}.png")
+    if not shown.exists():
+        image_files.decode(image_files.read_bytes(file), shown.name).save(shown)
+    return str(shown)
 
 
 def _text(text: str) -> dict:

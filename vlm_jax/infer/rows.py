@@ -92,12 +92,25 @@ class Choice:
 
 def row_keys(seeds: Sequence[int]) -> jax.Array:
     """Returns a key for each row: the one of `generate` for the same seed."""
-    return jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
+    return _keys(np.array(seeds, np.uint32))
+
+
+# One program each instead of one for every array.
+_keys = jax.jit(jax.vmap(jax.random.key))
 
 
 def power_of_two(count: int, least: int = 1) -> int:
     """Returns the smallest power of two that is at least `count` and `least`."""
     return max(least, 1 << max(count - 1, 0).bit_length())
+
+
+def room(count: int, least: int) -> int:
+    """Returns a length of at least `count`, of few: powers of two and half as many more.
+
+    Attention reads all slots of a cache, so powers of two alone would cost up to twice as much.
+    """
+    length = power_of_two(count, least)
+    return length * 3 // 4 if max(count, least) <= length * 3 // 4 else length
 
 
 def select_slot(batch: Batch, slot: int) -> Batch:
@@ -170,7 +183,12 @@ def cache_of(text: Batch, layers, index: int, slots: int) -> Cache:
 
 def new_layers(cfg: Model, params, rows: int, slots: int):
     """Returns empty keys and values, as `Cache.layers` of a `DecodeState`."""
-    layers = empty_layers(cfg.decoder, cfg.fusion, rows, slots, params_dtype(params))
+    return _new_layers(cfg, rows, slots, params_dtype(params))
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "rows", "slots", "dtype"))
+def _new_layers(cfg: Model, rows: int, slots: int, dtype: np.dtype):
+    layers = empty_layers(cfg.decoder, cfg.fusion, rows, slots, dtype)
     return unstack(layers) if unstacks_layers(cfg) else layers
 
 

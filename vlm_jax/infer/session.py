@@ -28,7 +28,7 @@ from vlm_jax.runtime.workdir import write_atomic
 from vlm_jax.structs import IMAGE_FIELDS, NO_IMAGE, Batch, map_tokens, without_images
 
 LEAST_CHUNK = 16  # tokens that are read together, rounded up to a power of two
-LEAST_SLOTS = 256  # of a cache, which grows to powers of two
+LEAST_SLOTS = 256  # of a cache, which grows by `rows.room`
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Session:
         if cfg.decoder.positions == "learned":
             chunk = min(chunk, cfg.decoder.max_positions)
         needed = max(length + new_tokens, start + chunk)
-        slots = rows.power_of_two(needed, LEAST_SLOTS)
+        slots = rows.room(needed, LEAST_SLOTS)
         if cached is None:
             layers = rows.new_layers(cfg, self.params, 1, slots)
         else:

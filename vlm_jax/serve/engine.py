@@ -1,8 +1,8 @@
 """Answers requests in batches of few shapes, in one thread that owns the model.
 
-Requests that wait are gathered into a batch of rows, padded to a power of two of rows, prompt
-tokens and cache slots, so that few programs are compiled. A row has its own sampling options and
-end. A batch ends when all its rows have; then the next requests are gathered.
+Requests that wait are gathered into a batch, padded to a power of two of rows and to `rows.room` of
+prompt tokens and cache slots, so that few programs are compiled. A row has its own sampling options
+and end. A batch ends when all its rows have; then the next requests are gathered.
 """
 
 import contextlib
@@ -12,8 +12,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -25,8 +27,11 @@ from vlm_jax.infer.stop import AnswerText
 from vlm_jax.serve.limits import ApiError, Limits
 from vlm_jax.structs import IMAGE_FIELDS, Batch, without_images
 
-LEAST_TOKENS = 32  # of a prompt, rounded up to a power of two
-LEAST_SLOTS = 64  # of a cache, rounded up to a power of two
+LEAST_TOKENS = 32  # of a prompt, rounded up by `rows.room`
+LEAST_SLOTS = 64  # of a cache, rounded up by `rows.room`
+# Tokens after which the next ones are computed while these are handed over. They are computed in
+# vain if the answers end, which would cost short answers much.
+AHEAD_TOKENS = 16
 ARRIVE_SECONDS = 0.005  # between requests that arrive together
 ENCODE_SECONDS = 0.25  # at most, for requests that are being encoded
 
@@ -74,6 +79,14 @@ class Job:
     def end(self, event: End | ApiError) -> None:
         self.is_ended = True
         self.emit(event)
+
+
+class _Made(NamedTuple):
+    """Tokens of a few steps that are being computed."""
+
+    choice: rows.Choice
+    failed: jax.Array  # (B,), as in `DecodeState`
+    steps: int
 
 
 class Engine:
@@ -185,7 +198,7 @@ class Engine:
         prompt = stack_prompts([job.prompt for job in padded_jobs], cfg.decoder.max_positions)
         length = prompt.tokens.shape[1]
         most_new = max(job.max_new_tokens for job in jobs)
-        slots = rows.power_of_two(length + most_new, LEAST_SLOTS)
+        slots = rows.room(length + most_new, LEAST_SLOTS)
         sampling, keys = self._sampling(padded_jobs)
         logprobs = any(job.logprobs for job in jobs)
         image_tokens = None
@@ -205,26 +218,32 @@ class Engine:
             keys,
             logprobs,
         )
-        self._emit(jobs, state, jax.tree.map(lambda x: x[None], choice), 1)
+        # The state is donated to the next program, so its failures are copied.
+        pending = [_Made(jax.tree.map(lambda x: x[None], choice), jnp.copy(state.failed), 1)]
         last = rows.select_slot(prompt, length - 1)
-        made = 1
-        while not all(job.is_ended for job in jobs):
-            steps = min(rows.CHUNK_TOKENS, most_new - made)
+        count = 1
+        while True:
+            ahead = 1 if AHEAD_TOKENS <= count < most_new else 0
+            while len(pending) > ahead:
+                self._emit(jobs, pending.pop(0))
+            if all(job.is_ended for job in jobs):
+                return
+            steps = min(rows.CHUNK_TOKENS, most_new - count)
             state, choice = rows.advance(
                 cfg, self._blocks, self._params, last, state, sampling, steps, logprobs
             )
-            self._emit(jobs, state, choice, steps)
-            made += steps
+            pending.append(_Made(choice, jnp.copy(state.failed), steps))
+            count += steps
 
     def _sampling(self, jobs: list[Job]) -> tuple[rows.RowSampling, jax.Array]:
         eos = self.processor.eos_ids
         options: list[SamplingParams] = [job.options.sampling(eos) for job in jobs]
         return rows.RowSampling.stack(options), rows.row_keys([job.options.seed for job in jobs])
 
-    def _emit(self, jobs: list[Job], state, choice: rows.Choice, steps: int) -> None:
-        """Hands the tokens of `steps` steps to their jobs, and ends the jobs that are complete."""
-        choice, failed = jax.device_get((choice, state.failed))
-        for step, (row, job) in itertools.product(range(steps), enumerate(jobs)):
+    def _emit(self, jobs: list[Job], made: _Made) -> None:
+        """Hands tokens to their jobs, and ends the jobs that are complete."""
+        choice, failed = jax.device_get((made.choice, made.failed))
+        for step, (row, job) in itertools.product(range(made.steps), enumerate(jobs)):
             if job.is_ended:
                 continue
             job.generated += 1
@@ -263,9 +282,9 @@ def _token(text: str, token: int, job: Job, choice: rows.Choice, step: int, row:
 
 
 def stack_prompts(prompts: list[Batch], max_positions: int) -> Batch:
-    """Stacks prompts of one row with images of one shape, padded on the left to a power of two."""
+    """Stacks prompts of one row with images of one shape, padded on the left by `rows.room`."""
     longest = max(prompt.tokens.shape[1] for prompt in prompts)
-    length = max(longest, min(rows.power_of_two(longest, LEAST_TOKENS), max_positions))
+    length = max(longest, min(rows.room(longest, LEAST_TOKENS), max_positions))
     stacked = []
     for prompt in prompts:
         images = {name: getattr(prompt, name) for name in IMAGE_FIELDS}

@@ -260,3 +260,20 @@ def test_an_encoder_by_hand():
     forward = flops.flops_by_part(replace(cfg, train=replace(cfg.train, batch_size=1)))
     blocks = 24 * (2 * 577 * (4 * 1024**2 + 2 * 1024 * 4096) + 4 * 577**2 * 1024)
     assert forward["vision"].forward == 2 * 576 * 588 * 1024 + blocks
+
+
+def test_native_resolution_costs_the_budget_of_patches():
+    """The projector computes each patch once, and cross-attention reads each token."""
+
+    def counted(max_patches):
+        cfg = testing.tiny("cross_attention", projector=Projector("pixel_shuffle", factor=2))
+        native = {"max_patches": max_patches, "patch_square": 2, "positions": "none"}
+        cfg = replace(cfg, vision=replace(cfg.vision, **native))
+        return flops.token_flow(cfg), flops.flops_by_part(cfg)
+
+    (tokens, parts), (more_tokens, more_parts) = counted(32), counted(64)
+    assert (tokens.memory, more_tokens.memory) == (8, 16)
+    assert more_parts["projector"].forward == 2 * parts["projector"].forward
+    # Attention over the patches of a row grows with their square.
+    assert more_parts["vision"].forward > 2 * parts["vision"].forward
+    assert more_parts["decoder"] == parts["decoder"]

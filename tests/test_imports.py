@@ -20,7 +20,7 @@ FLOW = [
         "sharding",
         "structs",
         "config.bounds",
-        "config.cross_checks",
+        "config.checks",
         "cost.chips",
         "runtime.lfs",
     ],

@@ -13,7 +13,7 @@ from vlm_jax.config import (
     naming_source,
 )
 from vlm_jax.config.bounds import PATHS, check_number, check_path
-from vlm_jax.config.cross_checks import CHECKS
+from vlm_jax.config.checks import CHECKS
 from vlm_jax.config.hints import either
 
 # Types of `int | None` and of `Literal["a"] | None`.

@@ -416,6 +416,8 @@ def test_the_exported_processor_cuts_the_tiles_of_the_run(tmp_path, picture):
     run = exported(from_scratch(tile_map_like, source="conversations")(tmp_path), tmp_path)
     assert run.family == "llava_next"
     assert export.exportable(run.cfg) == "export: llava_next"
+    bare = replace(run.cfg, vision=replace(run.cfg.vision, thumbnail=False))
+    assert export.exportable(bare).endswith("does not support vision.thumbnail False")
     image, expected = Image.open(picture).convert("RGB"), run.prompt(picture, QUESTION)
     processor = AutoProcessor.from_pretrained(run.folder)
     inputs = asked_of_transformers(processor, run.family, "", image, QUESTION)

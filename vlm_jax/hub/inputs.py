@@ -466,6 +466,8 @@ def _map_images(cfg: Experiment, arrays: Arrays) -> list[MapImage]:
 def map_sizes(arrays: Arrays) -> list[Shape | None]:
     """Returns `MapImage.size` of every image."""
     sizes = _shaped(arrays, "image_sizes", (None, 2)).tolist()
+    if not sizes:
+        raise ConfigError("image_sizes is empty: leave pixel_values out of a text without images.")
     row_counts = np.asarray(arrays.get("batch_num_images", np.ones(len(sizes), int)))
     # Several images in a row are not cut.
     is_cut = np.repeat(row_counts == 1, row_counts)

@@ -328,6 +328,8 @@ def prompt_differences(cfg: Experiment, family: Family) -> list[str]:
     if not cfg.fusion.has_images or processor is None:
         return []
     fields = []
+    if cfg.vision.tile_grids and not cfg.vision.thumbnail:
+        fields.append("vision.thumbnail False")
     is_written = processor.image_processor == QWEN2_VL
     if processor.keeps_image_size or (cfg.vision.is_native and not is_written):
         fields.append(f"vision.image_size_px {cfg.vision.image_size_px}")

@@ -88,7 +88,11 @@ def test_the_projector_beside_adapters_is_saved_whole(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["llava", "paligemma", "gemma3", "internvl", "fuyu", "mllama", "vit_gpt2", "trocr"]
+    "name",
+    [
+        *("llava", "llava_next", "paligemma", "gemma3", "internvl", "fuyu", "mllama", "vit_gpt2"),
+        "trocr",
+    ],
 )
 def test_names_of_modules_are_the_inverse_of_those_of_the_table(name, tmp_path):
     getattr(tiny_checkpoints, name)(tmp_path)

@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tests.hub.parity import assert_round_trip, forward, reference, reloaded, saved
-from vlm_jax.hub.inputs import IMAGE_MASKS, to_batch
+from vlm_jax.hub.image_inputs import IMAGE_MASKS
+from vlm_jax.hub.inputs import to_batch
 from vlm_jax.hub.load import Checkpoint, load_checkpoint
 from vlm_jax.infer.generate import SamplingParams, generate
 from vlm_jax.nn.vlm import VLM

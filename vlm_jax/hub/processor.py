@@ -10,6 +10,7 @@ import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
+from vlm_jax.hub.image_inputs import count_map_tokens, map_sizes, row_by_row
 from vlm_jax.hub.images.processor import ImageProcessor, ProcessedImages
 from vlm_jax.hub.images.steps import (
     ImageInput,
@@ -18,14 +19,7 @@ from vlm_jax.hub.images.steps import (
     pixel_scale,
     to_rows,
 )
-from vlm_jax.hub.inputs import (
-    count_map_tokens,
-    map_sizes,
-    mask_images_of_other_rows,
-    row_by_row,
-    to_batch,
-    with_targets,
-)
+from vlm_jax.hub.inputs import mask_images_of_other_rows, to_batch, with_targets
 from vlm_jax.hub.load import Checkpoint
 from vlm_jax.hub.text.chat_template import ChatTemplate
 from vlm_jax.hub.text.dialogue import Dialogue, decoder_start_ids

@@ -21,7 +21,8 @@ import numpy as np
 
 from vlm_jax.config import ConfigError, Contrastive, Experiment, UserError, Vision
 from vlm_jax.hub.families.registry import possible_intermediate_layers
-from vlm_jax.hub.inputs import argument_names, encoder_inputs, image_batch, to_batch
+from vlm_jax.hub.image_inputs import encoder_inputs, image_batch
+from vlm_jax.hub.inputs import argument_names, to_batch
 from vlm_jax.hub.load import Checkpoint, load_checkpoint
 from vlm_jax.infer.generate import NonFiniteLogits, SamplingParams, generate
 from vlm_jax.nn.models import build_model

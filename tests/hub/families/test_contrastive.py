@@ -35,7 +35,7 @@ from vlm_jax.hub import pretrained_parts
 from vlm_jax.hub.families.encoders.clip import CLIP
 from vlm_jax.hub.families.encoders.open_clip import OPEN_CLIP
 from vlm_jax.hub.families.encoders.siglip import SIGLIP
-from vlm_jax.hub.inputs import channels_last
+from vlm_jax.hub.image_inputs import channels_last
 from vlm_jax.hub.load import load_params
 from vlm_jax.infer.verify import verify
 from vlm_jax.nn.models import abstract_params, build_model

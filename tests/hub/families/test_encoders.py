@@ -36,7 +36,7 @@ from vlm_jax.config import UserError
 from vlm_jax.hub.export import export_checkpoint
 from vlm_jax.hub.families.encoders.vit import mlp_ratio
 from vlm_jax.hub.families.registry import FAMILIES
-from vlm_jax.hub.inputs import channels_last, encoder_inputs
+from vlm_jax.hub.image_inputs import channels_last, encoder_inputs
 from vlm_jax.hub.load import load_params
 from vlm_jax.infer.verify import verify
 from vlm_jax.nn.models import build_model

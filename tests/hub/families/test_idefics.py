@@ -23,7 +23,8 @@ from vlm_jax import axes
 from vlm_jax.config import Mesh, UserError
 from vlm_jax.hub.export import matching_family, with_embedding_row
 from vlm_jax.hub.families.multimodal import idefics
-from vlm_jax.hub.inputs import argument_names, image_batch
+from vlm_jax.hub.image_inputs import image_batch
+from vlm_jax.hub.inputs import argument_names
 from vlm_jax.hub.pretrained_parts import load_pretrained_parts
 from vlm_jax.nn.blocks import needs_image
 from vlm_jax.nn.models import abstract_params

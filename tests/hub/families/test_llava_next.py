@@ -19,7 +19,8 @@ from tests.hub.parity import SMALL
 from tests.hub.unified import IMAGE_COUNTS, MIXED, NEW, UnifiedLaws, padded
 from vlm_jax.config import Experiment, UserError, Vision
 from vlm_jax.hub.families.multimodal import llava_next
-from vlm_jax.hub.inputs import count_map_tokens, to_batch
+from vlm_jax.hub.image_inputs import count_map_tokens
+from vlm_jax.hub.inputs import to_batch
 
 IMAGE, SIDE = 60, 24
 TOWER = {

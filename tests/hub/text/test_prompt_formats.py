@@ -26,7 +26,7 @@ from transformers import (
 
 from tests.hub import tiny_tokenizers as tiny
 from vlm_jax.config import UserError
-from vlm_jax.hub.inputs import IMAGE_MASKS
+from vlm_jax.hub.image_inputs import IMAGE_MASKS
 from vlm_jax.hub.text.prompt_formats import load_prompt_format
 from vlm_jax.hub.text.prompts import Prompt, stack_prompts
 from vlm_jax.hub.text.tokenizer import HubTokenizer

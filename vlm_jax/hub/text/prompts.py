@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vlm_jax.config import CheckpointError, ConfigError
-from vlm_jax.hub.inputs import IMAGE_MASKS
+from vlm_jax.hub.image_inputs import IMAGE_MASKS
 
 
 @dataclass(frozen=True)

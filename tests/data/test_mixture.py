@@ -213,7 +213,7 @@ def pictures(datasets_dir):
 
 
 def test_one_source_alone_may_be_evaluated(pictures):
-    """Its questions are those of its dataset, in the form of the source."""
+    """The questions of its dataset are asked, in the form of the source."""
     asked = replace(pictures.eval, source="still", split="train[:8]", max_examples=12)
     mixed = questions.to_evaluate(replace(pictures, eval=asked))
     part = replace(pictures.parts["still"], eval=replace(asked, source=""))

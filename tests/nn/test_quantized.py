@@ -34,7 +34,7 @@ def test_the_levels_are_quantiles_of_a_normal_distribution():
 def test_errors_are_at_most_half_a_step_of_their_block(kind):
     """Two stacked layers, one of them with weights that are 1,000 times as large.
 
-    A block of scales in 8 bits has those of the 6 outputs of a layer.
+    A block of 8-bit scales holds the 6 outputs of a layer.
     """
     kernel = np.random.default_rng(0).normal(size=(2, INPUTS, OUTPUTS)).astype(np.float32)
     kernel[1] *= 1000

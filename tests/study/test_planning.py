@@ -273,7 +273,7 @@ def test_the_models_and_the_sweep_of_every_study_can_be_built(file, tmp_path):
 
 
 def test_studies_of_a_dataset_share_their_prerequisites(tmp_path):
-    """So that a study takes over those of another (`preparing.reuse_finished`)."""
+    """A study takes over finished prerequisites of another (`preparing.reuse_finished`)."""
     first: dict[tuple[str, str], set] = {}
     for study in (load(str(file)) for file in STUDIES):
         study_plan = planning.build_plan(study, tmp_path, False, {})

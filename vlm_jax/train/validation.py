@@ -16,7 +16,7 @@ from vlm_jax.runtime.workdir import Workdir, write_atomic
 from vlm_jax.train.inputs import Inputs
 from vlm_jax.train.log import Log
 
-LOSS = "loss"  # the score that is better if it is lower, also that of a source: SPLIT/loss/NAME
+LOSS = "loss"  # the score that is better if it is lower; of a source: SPLIT/loss/NAME
 
 # Parameters of the model -> scores by name, such as val/loss. Every process calls it, and gets the
 # same scores.

@@ -81,7 +81,7 @@ def inputs(side: str, room: int = 5, counts: str = MIXED) -> dict[str, np.ndarra
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("counts", COUNTS)
 def test_logits_are_those_of_transformers(pair, counts, side):
-    """Also those of added tokens, and of tokens without an image."""
+    """Added tokens and tokens without an image included."""
     arrays = inputs(side, counts=counts)
     assert_logits_are_equal(pair, ATOL, **arrays)
     assert pair.logits(**arrays).shape[-1] == 66

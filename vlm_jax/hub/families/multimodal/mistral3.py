@@ -44,8 +44,8 @@ def config_from_hf(config: Json, names: Collection[str]) -> Experiment:
     decoder = llava.text_from_hf(config | tied, names, llava.TEXTS, "mistral")
     if decoder.norm_eps != vision.norm_eps:
         raise CheckpointError(
-            f"config.json: rms_norm_eps {decoder.norm_eps} of text_config holds for the norm of the "
-            f"projector, too, where only {vision.norm_eps} is supported."
+            f"config.json: rms_norm_eps {decoder.norm_eps} of text_config is also used by the "
+            f"projector's norm, where only {vision.norm_eps} is supported."
         )
     return Experiment(
         vision=vision,

@@ -251,7 +251,7 @@ HINTS = {  # option: what was meant
     "--vision.layers": "vision.depth",
     "--decoder.layers": "decoder.depth",
     "--decode.width": "decoder.width",
-    "--width": "vision.width or decoder.width",
+    "--width": "vision.width, projector.width or decoder.width",
     "--mesh": "mesh.data, mesh.fsdp or mesh.tensor",
 }
 

@@ -77,6 +77,9 @@ def test_shapes_and_types(cfg, tokenizer):
         "image_taps",
         "tap_weights",
         "source_ids",
+        "patch_images",
+        "patch_places",
+        "rope_positions",
     }
     assert batch.images.dtype == np.float32
     assert batch.images.min() >= -1

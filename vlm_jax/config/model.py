@@ -124,7 +124,6 @@ class Vision(Transformer):
     #: bilinear: with antialiasing (SigLIP 2 NaFlex); corners: bilinear, with the corners of both
     #: grids on each other (Qwen3-VL)
     resample_positions: Literal["bicubic", "bilinear", "corners"] = "bicubic"
-    # Not a factory: config.json of older runs lacks the section.
     #: positions of patches in the blocks' self-attention, with or without embeddings that are added
     rope: PatchRope = PatchRope()
     #: side in patches of the squares within which the patches of windowed_layers attend

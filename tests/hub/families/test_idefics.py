@@ -130,7 +130,7 @@ def test_an_image_token_beyond_the_added_ones_is_another_added_one(pair):
 def test_verify_takes_the_rows_of_images_of_a_reference(pair):
     arrays = inputs("right")
     assert image_batch(pair.cfg, arrays).images.shape == (3, 2, SIDE, SIDE, 3)
-    assert set(arrays) <= set(argument_names(pair.cfg.fusion))
+    assert set(arrays) <= set(argument_names(pair.cfg))
 
 
 @pytest.mark.parametrize("every", [1, 2])

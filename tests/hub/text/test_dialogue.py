@@ -22,6 +22,8 @@ from vlm_jax.structs import NO_IMAGE
 QUESTION, ANSWER = "what is it?", "a red car"
 # In training an image is one square.
 EVERY = ABOUT_IMAGES | {"idefics3": idefics3_whole} | CAPTIONS | OF_TEXT
+# Its template is refused (`test_a_template_that_changes_a_question_is_refused`).
+del EVERY["llava_onevision"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -216,6 +218,13 @@ def test_a_template_that_rewrites_questions_is_refused(folder_of, tmp_path):
     changed = replace(dialogue, template=template)
     with pytest.raises(UserError, match="answers cannot be marked: set data.template"):
         changed.encode([QUESTION, ANSWER])
+
+
+def test_a_template_that_changes_a_question_is_refused(tmp_path):
+    """LLaVA-OneVision's writes a space behind `assistant` once there is an answer."""
+    folder = ABOUT_IMAGES["llava_onevision"](tmp_path).path
+    with pytest.raises(UserError, match="changes a question once it is answered"):
+        dialogue_of("llava_onevision", folder).encode([QUESTION, ANSWER])
 
 
 @pytest.mark.parametrize("name", EVERY)

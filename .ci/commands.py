@@ -29,14 +29,16 @@ from tests.xla_flags import QUICK_COMPILATION  # noqa: E402
 
 DOCUMENTS = [
     "README.md",
+    # The others at the same time, the longest first.
     "docs/training.md",
-    "docs/checkpoints.md",
+    "docs/attention_maps.md",
     "docs/fine_tuning.md",
     "docs/conversations.md",
-    "docs/evaluation.md",
-    "docs/attention_maps.md",
-    "docs/chat_and_server.md",
     "docs/quickstart.ipynb",
+    "docs/checkpoints.md",
+    "docs/evaluation.md",
+    "docs/chat_and_server.md",
+    "docs/native_resolution.md",
 ]
 WORKERS = 3  # documents at once: most commands wait for one core
 COMMANDS = ("python", "image=", "XLA_FLAGS=", "run=")

@@ -1,6 +1,6 @@
 """As `small.py`, with pictures in their own shape: at most 64 patches each, four to a token.
 
-`--fusion.kind cross_attention` or `hybrid` reads them by cross-attention: docs/native_resolution.md.
+`--fusion.kind cross_attention` or `hybrid` chooses another fusion: docs/native_resolution.md.
 """
 
 from dataclasses import replace

@@ -106,31 +106,6 @@ def qwen2_5_vision(config: Json) -> Vision:
     )
 
 
-def qwen3_vision(config: Json) -> Vision:
-    """Reads the encoder of Qwen3-VL.
-
-    Raises:
-      CheckpointError: its positions are not on a square.
-    """
-    config = QWEN3_DEFAULTS | config
-    vision = shared_vision(config, "hidden_size")
-    count = positive_int(config, "num_position_embeddings")
-    side_count = math.isqrt(count)
-    if side_count**2 != count:
-        raise CheckpointError(
-            f"config.json: num_position_embeddings is {count}, but must be a square of patches."
-        )
-    return replace(
-        vision,
-        mlp_width=positive_int(config, "intermediate_size"),
-        patch_bias=True,
-        positions="learned",
-        resample_positions="corners",
-        image_size_px=side_count * vision.patch_size_px,
-        deepstack_layers=tuple(layer + 1 for layer in config["deepstack_visual_indexes"]),
-    )
-
-
 def shared_vision(config: Json, width: str) -> Vision:
     channels = config.get("in_channels", CHANNELS)
     if channels != CHANNELS:

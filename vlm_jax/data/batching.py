@@ -1,5 +1,6 @@
 """Stacks rows and their images into a `Batch`."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -15,6 +16,7 @@ NO_CONVERSATION = 0  # owner of an empty image slot
 Reader = Callable[[Sequence[int]], Iterable[np.ndarray]]
 
 
+@functools.lru_cache
 def row_layout(data: Data) -> str:
     """Returns `Batch.layout` of training rows.
 

@@ -36,7 +36,7 @@ def experiment(kind):
 
 
 def picture(rows, columns, seed=0):
-    """An image of so many squares of 16 px."""
+    """A random image, (16 * rows, 16 * columns, 3)."""
     rng = np.random.default_rng((rows, columns, seed))
     return rng.uniform(-1, 1, (16 * rows, 16 * columns, 3)).astype(np.float32)
 

@@ -400,7 +400,7 @@ def _part_table(checkpoint: Checkpoint, cfg: Experiment, part: str) -> list[Row]
 def _restack(rows: list[Row], stored: Experiment, cfg: Experiment) -> list[Row]:
     """Moves the blocks of a decoder to where the experiment's fusion stacks them.
 
-    Its cross-attention is left out unless that of the experiment has the same shapes.
+    Its cross-attention is left out unless the experiment's has the same shapes.
     """
     places = {}
     for name in SUBLAYERS:

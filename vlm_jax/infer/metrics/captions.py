@@ -139,8 +139,8 @@ def bleu(prediction: str, references: Sequence[str]) -> list[int]:
 
     They are the matching n-grams and the n-grams of each order, and the lengths of the prediction
     and of the reference nearest in length, as in `metrics/bleu.py` of sacrebleu. Its
-    `sentence_score` counts the n-grams of all references; here those of the prediction are searched
-    for in them.
+    `sentence_score` counts the n-grams of all references, which takes longer than to search them
+    for the n-grams of the prediction.
     """
     text, texts = _bleu_text(prediction), list(map(_bleu_text, references))
     words, lengths = text.split(), [reference.count(" ") - 1 for reference in texts]

@@ -9,6 +9,8 @@ from flax import struct
 PADDING = 0  # segment id of a slot without a token
 TRUNK = 0  # branch id of a token that every later token of its segment attends to
 NO_IMAGE = -1  # `image_token_index` of a text token
+# Fields of a batch with a row for each row of `images`.
+IMAGE_ARRAYS = ("images", "tile_layouts", "tile_mask", "patch_images", "patch_places")
 # Fields of a batch that only the encoder needs.
 IMAGE_FIELDS = ("images", "image_rows", "tile_layouts", "tile_mask", "patch_places")
 NEWLINE = -2  # `image_token_index` of the learned vector that ends a row of a tile map
@@ -96,6 +98,11 @@ class CausalPattern:
     one_segment: bool = struct.field(pytree_node=False, default=False)
 
 
+def image_arrays(batch: Batch) -> dict[str, Array | None]:
+    """Returns the fields `IMAGE_ARRAYS` of a batch."""
+    return {name: getattr(batch, name) for name in IMAGE_ARRAYS}
+
+
 def without_images(batch: Batch) -> Batch:
     """Returns a batch without its images; its tokens still refer to them.
 
@@ -107,7 +114,7 @@ def without_images(batch: Batch) -> Batch:
     return batch.replace(**dict.fromkeys(IMAGE_FIELDS), patch_images=patch_images)
 
 
-def map_tokens(function: Callable, *batches: Batch) -> Batch:
+def map_token_fields(function: Callable, *batches: Batch) -> Batch:
     """Applies a function to every field (B, S, ...) of batches `without_images`."""
     first = batches[0]
     fields = [batch.replace(patch_images=None) for batch in batches]

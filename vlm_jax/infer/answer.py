@@ -16,7 +16,7 @@ from vlm_jax.infer.generate import NonFiniteLogits, SamplingParams, generate, st
 from vlm_jax.infer.processor import Processor
 from vlm_jax.infer.stop import AnswerText, check_stop
 from vlm_jax.nn.vlm import VLM
-from vlm_jax.structs import IMAGE_FIELDS, Batch
+from vlm_jax.structs import Batch, image_arrays
 
 SHOWN_CHARACTERS = 40  # of a prompt, in a message
 # Prompts are padded to a multiple of it, so that prompts of like lengths share a compiled program.
@@ -210,8 +210,7 @@ def question(prompt: str | ChatPrompt) -> str:
 
 def _select(batch: Batch, rows: np.ndarray) -> Batch:
     """Selects rows of a batch, and keeps the images of all rows."""
-    names = {*IMAGE_FIELDS, "patch_images"} - {"image_rows"}
-    images = {name: getattr(batch, name) for name in names}
+    images = image_arrays(batch)
     image_rows = batch.image_rows
     if image_rows is None:
         image_rows = np.arange(len(batch.tokens), dtype=np.int32)

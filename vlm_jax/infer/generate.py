@@ -18,7 +18,7 @@ from vlm_jax.config import Model, NonFiniteError
 from vlm_jax.nn import longrope
 from vlm_jax.nn.positions import continued_rope_positions
 from vlm_jax.nn.vlm import VLM, empty_cache
-from vlm_jax.structs import NO_IMAGE, Batch, Cache, map_tokens, without_images
+from vlm_jax.structs import NO_IMAGE, Batch, Cache, map_token_fields, without_images
 
 
 @runtime_checkable
@@ -240,7 +240,7 @@ def is_end(token: Int[Array, "B"], sampling: Sampling) -> Bool[Array, "B"]:
 
 def last_tokens(prompt: Batch) -> Batch:
     """Selects the last slot of every row, without the images, which are in the cache by then."""
-    return map_tokens(lambda x: x[:, -1:], without_images(prompt))
+    return map_token_fields(lambda x: x[:, -1:], without_images(prompt))
 
 
 def generate(

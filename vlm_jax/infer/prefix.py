@@ -3,7 +3,7 @@
 import numpy as np
 
 from vlm_jax.config import Model
-from vlm_jax.structs import IMAGE_FIELDS, Batch
+from vlm_jax.structs import IMAGE_ARRAYS, Batch
 
 TOKEN_FIELDS = ("tokens", "positions", "segment_ids", "branch_ids", "image_token_index")
 
@@ -16,9 +16,8 @@ def count_images(old: Batch, new: Batch) -> int:
     if old.images is None or new.images is None or old.images.shape[2:] != new.images.shape[2:]:
         return 0
     count = min(old.images.shape[1], new.images.shape[1])
-    names = (*IMAGE_FIELDS, "patch_images")
     for number in range(count):
-        if not all(_has_same(old, new, name, number) for name in names):
+        if not all(_has_same(old, new, name, number) for name in IMAGE_ARRAYS):
             count = number
             break
     if new.patch_images is None:

@@ -37,7 +37,8 @@ from vlm_jax.structs import (
     NO_IMAGE,
     Batch,
     Cache,
-    map_tokens,
+    image_arrays,
+    map_token_fields,
     without_images,
 )
 
@@ -115,15 +116,14 @@ def room(count: int, least: int) -> int:
 
 def select_slot(batch: Batch, slot: int) -> Batch:
     """Selects one slot of every row, without the images."""
-    return map_tokens(lambda x: x[:, slot, None], without_images(batch))
+    return map_token_fields(lambda x: x[:, slot, None], without_images(batch))
 
 
 def with_own_images(batch: Batch) -> Batch:
     """Returns a batch in which every row has its own images."""
     if batch.image_rows is None:
         return batch
-    names = {*IMAGE_FIELDS, "patch_images"} - {"image_rows"}
-    images = {name: getattr(batch, name) for name in names}
+    images = image_arrays(batch)
     rows = np.asarray(batch.image_rows)
     return batch.replace(image_rows=None, **jax.tree.map(lambda x: x[rows], images))
 
@@ -132,7 +132,7 @@ def append(text: Batch, tokens: Sequence[int]) -> Batch:
     """Appends generated tokens to a batch of one row without images."""
     count = len(tokens)
     last = select_slot(text, -1)
-    new = map_tokens(lambda x: np.repeat(x, count, axis=1), last)
+    new = map_token_fields(lambda x: np.repeat(x, count, axis=1), last)
     steps = np.arange(1, count + 1, dtype=np.int32)
     rope_positions = new.rope_positions
     if rope_positions is not None:
@@ -144,7 +144,7 @@ def append(text: Batch, tokens: Sequence[int]) -> Batch:
         image_token_index=np.full_like(new.image_token_index, NO_IMAGE),
         block_ids=None if new.block_ids is None else np.zeros_like(new.block_ids),
     )
-    return map_tokens(lambda *parts: np.concatenate(parts, axis=1), text, new)
+    return map_token_fields(lambda *parts: np.concatenate(parts, axis=1), text, new)
 
 
 def pad(text: Batch, before: int = 0, after: int = 0) -> Batch:
@@ -155,6 +155,12 @@ def pad(text: Batch, before: int = 0, after: int = 0) -> Batch:
             widths = [(0, 0), (before, after), *[(0, 0)] * (values.ndim - 2)]
             padded[name] = np.pad(values, widths, constant_values=FILL.get(name, 0))
     return text.replace(**padded, layout=ANY_LAYOUT)
+
+
+def pad_text(batch: Batch, before: int = 0, after: int = 0) -> Batch:
+    """Adds slots without tokens to a batch, which keeps its images."""
+    images = {name: getattr(batch, name) for name in IMAGE_FIELDS}
+    return pad(without_images(batch), before, after).replace(**images)
 
 
 def cache_of(text: Batch, layers, index: int, slots: int) -> Cache:

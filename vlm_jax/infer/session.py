@@ -25,7 +25,7 @@ from vlm_jax.infer.generate import NonFiniteLogits, check_finite
 from vlm_jax.infer.processor import Processor
 from vlm_jax.nn import longrope
 from vlm_jax.runtime.workdir import write_atomic
-from vlm_jax.structs import IMAGE_FIELDS, NO_IMAGE, Batch, map_tokens, without_images
+from vlm_jax.structs import NO_IMAGE, Batch, image_arrays, map_token_fields, without_images
 
 LEAST_CHUNK = 16  # tokens that are read together, rounded up to a power of two
 LEAST_SLOTS = 256  # of a cache, which grows by `rows.room`
@@ -189,7 +189,7 @@ class Session:
             slots = max(slots, cached.slots)
             layers = rows.grow(cached.layers, slots)
         text = without_images(prompt)
-        tokens = map_tokens(lambda x: x[:, start:], text)
+        tokens = map_token_fields(lambda x: x[:, start:], text)
         reads_images = (np.asarray(tokens.image_token_index) != NO_IMAGE).any()
         # Keys and values of the images are in the cache of cross-attention, unless one is new.
         if start and not reads_images and image_tokens is cached.image_tokens:
@@ -251,9 +251,7 @@ class Session:
         if shared:
             parts.append(cached.image_tokens[:, : _count_image_tokens(cached, shared)])
         if shared < count:
-            names = (*IMAGE_FIELDS, "patch_images")
-            new = {name: getattr(prompt, name) for name in names}
-            new = jax.tree.map(lambda x: x[:, shared:], new)
+            new = jax.tree.map(lambda x: x[:, shared:], image_arrays(prompt))
             self.encoded_images = count - shared
             if prompt.patch_images is not None:
                 self.encoded_images = len(np.unique(new["patch_images"][new["patch_images"] > 0]))

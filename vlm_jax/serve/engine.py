@@ -25,7 +25,7 @@ from vlm_jax.infer.generate import SamplingParams
 from vlm_jax.infer.processor import Processor
 from vlm_jax.infer.stop import AnswerText
 from vlm_jax.serve.limits import ApiError, Limits
-from vlm_jax.structs import IMAGE_FIELDS, Batch, without_images
+from vlm_jax.structs import Batch, without_images
 
 LEAST_TOKENS = 32  # of a prompt, rounded up by `rows.room`
 LEAST_SLOTS = 64  # of a cache, rounded up by `rows.room`
@@ -285,9 +285,5 @@ def stack_prompts(prompts: list[Batch], max_positions: int) -> Batch:
     """Stacks prompts of one row with images of one shape, padded on the left by `rows.room`."""
     longest = max(prompt.tokens.shape[1] for prompt in prompts)
     length = max(longest, min(rows.room(longest, LEAST_TOKENS), max_positions))
-    stacked = []
-    for prompt in prompts:
-        images = {name: getattr(prompt, name) for name in IMAGE_FIELDS}
-        text = rows.pad(without_images(prompt), before=length - prompt.tokens.shape[1])
-        stacked.append(text.replace(**images))
+    stacked = [rows.pad_text(prompt, length - prompt.tokens.shape[1]) for prompt in prompts]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *stacked)

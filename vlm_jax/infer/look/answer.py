@@ -12,7 +12,6 @@ from vlm_jax.infer.look import COMPUTED
 from vlm_jax.infer.look.maps import append_answer, look
 from vlm_jax.infer.look.pictures import Layout, Picture, join_views
 from vlm_jax.infer.processor import Processor
-from vlm_jax.structs import IMAGE_FIELDS, without_images
 
 END = "(end)"  # stands for the end token of an empty answer
 
@@ -78,8 +77,7 @@ def look_at_answer(
     count = max(tokens.stop for _, tokens in words)
     batch = append_answer(request.batch, ids[:count])
     free = -batch.tokens.shape[1] % pad_to_multiple_of
-    images = {name: getattr(batch, name) for name in IMAGE_FIELDS}
-    batch = rows.pad(without_images(batch), after=free).replace(**images)
+    batch = rows.pad_text(batch, after=free)
     computed = {name: name in methods for name in COMPUTED}
     (maps,) = look(request.model, params, batch, **computed)
     vision, scale = request.model.cfg.vision, request.processor.pixel_scale()

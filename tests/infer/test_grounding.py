@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from vlm_jax.config import Data, UserError
-from vlm_jax.data import sources
+from vlm_jax.data import questions, sources
 from vlm_jax.data.builders.boxes import coverage
+from vlm_jax.infer.evaluate import attend
 from vlm_jax.infer.metrics.grounding import Attention
 from vlm_jax.infer.metrics.scores import (
     Reference,
@@ -115,3 +116,11 @@ def test_models_and_datasets_without_objects_are_refused(cfg, message):
     cfg = replace(cfg, eval=replace(cfg.eval, metrics=("grounding",)))
     with pytest.raises(UserError, match=message):
         check_attention(cfg)
+
+
+def test_questions_of_which_none_has_an_object_are_refused(monkeypatch):
+    monkeypatch.setattr(questions, "boxes_to_evaluate", lambda cfg: [None, None])
+    cfg = tiny()
+    cfg = replace(cfg, eval=replace(cfg.eval, metrics=("grounding",)))
+    with pytest.raises(UserError, match="eval.metrics grounding has no question to score"):
+        attend(cfg, None, None, [], [])

@@ -190,7 +190,8 @@ def test_cached_is_uncached_and_compiled_once(kind, forward, random_params):
         token = jax.tree.map(lambda x, at=length + i: x[:, at : at + 1], text_fields)
         out = forward(cfg, params, token, out.cache)
         logits.append(out.logits)
-        compiled = forward.compiled_programs() if i == 0 else compiled
+        if i == 0:
+            compiled = forward.compiled_programs()
     assert forward.compiled_programs() == compiled
     there = whole.segment_ids != PADDING
     close(np.concatenate(logits, axis=1)[there], forward(cfg, params, whole).logits[there])

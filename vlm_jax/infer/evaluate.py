@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from vlm_jax import axes, sharding
-from vlm_jax.config import Experiment
+from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data import questions
 from vlm_jax.data.questions import Question
 from vlm_jax.data.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""Seconds of a training step without the custom gradients or without huge pages.
+"""Seconds of a training step without the custom gradients or with other settings of malloc.
 
     python experiments/benchmarks/step.py [--config configs/easy_vqa/unified.py ...]
 
@@ -18,6 +18,8 @@ import turns
 from report import Result
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from vlm_jax.runtime.process import ALLOCATOR
 
 CONFIG = "configs/easy_vqa/unified.py"
 AS_IT_IS = "as it is"
@@ -45,6 +47,12 @@ VARIANTS = {
     "plain gradient of attention": [plain_attention],
     "both plain": [plain_products, plain_attention],
     "small pages": [],
+    "memory returned": [],
+}
+# Variant -> settings of malloc other than `ALLOCATOR`.
+ALLOCATORS = {
+    "small pages": ALLOCATOR.replace("hugetlb=1", "hugetlb=0"),
+    "memory returned": "glibc.malloc.hugetlb=1",
 }
 
 
@@ -80,8 +88,8 @@ def measure(config: str, variants: list[str], count: int, seconds: float) -> dic
     """Returns seconds of a step of each variant, turn by turn."""
     servers = {}
     for name in variants:
-        pages = {"GLIBC_TUNABLES": f"glibc.malloc.hugetlb={int(name != 'small pages')}"}
-        servers[name] = turns.Server("--config", config, "--serve", name, env=pages)
+        settings = {"GLIBC_TUNABLES": ALLOCATORS.get(name, ALLOCATOR)}
+        servers[name] = turns.Server("--config", config, "--serve", name, env=settings)
     answers = turns.take_turns(servers, count, seconds)
     return {
         name: [answer["seconds"] for answer in variant_answers]

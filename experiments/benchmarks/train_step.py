@@ -10,7 +10,7 @@ turns; the share counts the FLOPs of torch's operators (`FlopCounterMode`) for b
 line has our share by `vlm_jax/cost/flops.py`: without the head for unscored tokens, and with
 attention, which torch's counter omits on a CPU. Our backward pass recomputes all but attention and
 matmuls with weights (`remat` "attention", layers not unrolled), which is faster than storing them.
-Both have glibc's huge pages, as `run.py` has.
+Both have the settings of malloc that `run.py` has.
 """
 
 import argparse

@@ -61,6 +61,14 @@ REFUSED = [
     ),
     ({"vision_max_patches": 8, "projector_kind": "pixel_shuffle"}, "patch_square 1 .* set it to 2"),
     ({"vision_max_patches": 8, "fusion_prefix": "bidirectional"}, "fusion.prefix .* of one size"),
+    (
+        {"data_source": "tfds:vqa", "data_patches_per_row": 8},
+        "data.patches_per_row 8 applies to images at native resolution alone",
+    ),
+    (
+        {"data_source": "tfds:vqa", "vision_max_patches": 8, "data_patches_per_row": 7},
+        "data.patches_per_row 7 has no room for an image of vision.max_patches 8",
+    ),
     ({"vision_deepstack_layers": (1,)}, r"deepstack_layers \(1,\) needs vision.max_patches"),
     ({"vision_deepstack_layers": (3,)}, "deepstack_layers 3 is not a block of .* choose 1 to 2"),
     ({"decoder_rope": Rope(sections=(1, 1))}, "rope.sections .* with the sum 4, half of"),

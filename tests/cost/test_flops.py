@@ -265,10 +265,10 @@ def test_an_encoder_by_hand():
 def test_native_resolution_costs_the_budget_of_patches():
     """The projector computes each patch once, and cross-attention reads each token."""
 
-    def counted(max_patches):
+    def counted(max_patches, **row):
         cfg = testing.tiny("cross_attention", projector=Projector("pixel_shuffle", factor=2))
         native = {"max_patches": max_patches, "patch_square": 2, "positions": "none"}
-        cfg = replace(cfg, vision=replace(cfg.vision, **native))
+        cfg = replace(cfg, vision=replace(cfg.vision, **native), data=replace(cfg.data, **row))
         return flops.token_flow(cfg), flops.flops_by_part(cfg)
 
     (tokens, parts), (more_tokens, more_parts) = counted(32), counted(64)
@@ -277,3 +277,6 @@ def test_native_resolution_costs_the_budget_of_patches():
     # Attention over the patches of a row grows with their square.
     assert more_parts["vision"].forward > 2 * parts["vision"].forward
     assert more_parts["decoder"] == parts["decoder"]
+    packed, packed_parts = counted(32, images_per_row=4, patches_per_row=64)
+    assert (packed.memory, packed.encoder) == (16, 64)
+    assert packed_parts == more_parts

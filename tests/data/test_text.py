@@ -14,6 +14,7 @@ from vlm_jax.config import (
     Vision,
 )
 from vlm_jax.data import text
+from vlm_jax.data.fields import image_fields
 from vlm_jax.data.tokenizer import (
     EOS,
     IMAGE,
@@ -109,7 +110,7 @@ def test_newlines_end_the_rows_of_the_grid_and_take_no_image_token():
 @pytest.mark.parametrize("fusion", ["unified", "cross_attention"])
 def test_an_image_takes_the_slots_that_the_config_says(projector, newline, fusion):
     cfg = replace(experiment(fusion, newline), projector=projector)
-    ids = text.image_fields(cfg)["tokens"]
+    ids = image_fields(cfg)["tokens"]
     assert len(ids) == cfg.image_slots_in_row
     assert np.sum(ids == IMAGE) == (cfg.image_tokens if fusion == "unified" else 0)
     assert len(text.pack_row(cfg, PAIRS)["tokens"]) == cfg.row_length

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from vlm_jax.config import PatchRope, Projector, Rope
+from vlm_jax.config import ConfigError, PatchRope, Projector, Rope
 from vlm_jax.data import native, pipeline, questions
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer.generate import SamplingParams, generate
@@ -154,22 +154,35 @@ def test_patches_of_a_square_follow_one_another():
     np.testing.assert_array_equal(patches[:, 0], image[tuple(places.T)][:, 0])
 
 
-def test_conversations_that_share_a_row_have_their_own_patches_and_positions(tmp_path):
+# Room for as many images, and for as many patches as five small images have.
+@pytest.mark.parametrize("patches", [None, 40])
+def test_conversations_that_share_a_row_have_their_own_patches_and_positions(tmp_path, patches):
     cfg = experiment("hybrid")
     data = write_conversations(tmp_path, count=4)
-    cfg = replace(cfg, data=replace(data, images_per_row=4, text_length=200))
+    sizes = {"images_per_row": 5, "patches_per_row": patches, "text_length": 200}
+    cfg = replace(cfg, data=replace(data, **sizes))
+    cfg = replace(cfg, vision=replace(cfg.vision, max_patches=12))
     cfg = replace(cfg, train=replace(cfg.train, batch_size=1))
     tokenizer = Tokenizer.train(PROMPTS, cfg.decoder.vocab_size)
     batch = next(pipeline.training_iterator(cfg, tokenizer))
+    small = replace(cfg, data=replace(cfg.data, patches_per_row=20))
+    with pytest.raises(ConfigError, match="patches_per_row 20 is too small: .* 2 .* at least 24"):
+        pipeline.training_iterator(small, tokenizer)
     ids = np.asarray(batch.segment_ids[0])
     assert ids.max() > 1
     images = batch.patch_images[0, ::4]
+    assert batch.images.shape[1] == cfg.patches_per_row == (patches or 60)
+    assert batch.tokens.shape[1] == cfg.row_length == cfg.squares_per_row + 200
     for segment in range(1, ids.max() + 1):
         own = ids == segment
         index = batch.image_token_index[0][own]
         owners = images[index[index != NO_IMAGE]]
         read = np.flatnonzero(batch.image_mask[0][own].any(axis=0)) + 1
         np.testing.assert_array_equal(np.unique(owners), read)
+        # All tokens of its images, in order.
+        np.testing.assert_array_equal(
+            index[index != NO_IMAGE], np.flatnonzero(np.isin(images, read))
+        )
         # 24 x 18 px are 1 x 2 tokens. The images of a conversation count from 1.
         numbers = np.zeros(len(index), int)
         numbers[index != NO_IMAGE] = np.searchsorted(read, owners) + 1

@@ -23,6 +23,7 @@ AT_LEAST = {
     "data.questions_per_row": 1,
     "data.text_length": 1,
     "data.images_per_row": 1,
+    "data.patches_per_row": 1,
     "data.image_px": 64,
     "data.seed": 0,
     # Typewritten letters are legible from this size.

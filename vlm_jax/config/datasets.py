@@ -79,11 +79,15 @@ DATASETS = {
             "unreadable_images",
             "too_long",
             "images_per_row",
+            "patches_per_row",
         ),  # fmt: skip
     ),
     "tfds": Dataset(
         conversations="vlm_jax.data.tfds_vqa",
-        fields=("image_field", "question_field", "answer_field", "too_long", "images_per_row"),
+        fields=(
+            *("image_field", "question_field", "answer_field"),
+            *("too_long", "images_per_row", "patches_per_row"),
+        ),
         takes_name=True,
     ),
 }

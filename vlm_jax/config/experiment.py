@@ -89,6 +89,9 @@ class Data:
     #: conversations longer than a row: truncated, left out, or an error
     too_long: Literal["truncate", "drop", "error"] = "truncate"
     images_per_row: int = 1  # I: conversations: maximum number of images in a row
+    #: conversations with images at native resolution: maximum number of patches in a row, those of
+    #: all its images; None: room for images_per_row images of vision.max_patches
+    patches_per_row: int | None = None
     #: prompt format of a conversation (data/templates.py); checkpoint: the chat template or prompt
     #: format of init_from
     template: Literal["plain", "vicuna", "caption", "checkpoint"] = "plain"
@@ -481,4 +484,21 @@ class Experiment:
     @property
     def row_length(self) -> int:
         """S: length of a training row in tokens."""
-        return self.data.images_per_row * self.image_slots_in_row + self.data.text_length
+        image_slots = self.data.images_per_row * self.image_slots_in_row
+        if self.vision.is_native and self.fusion.image_in_sequence:
+            image_slots = self.squares_per_row + self.data.images_per_row * self.fusion.placeholder
+        return image_slots + self.data.text_length
+
+    @property
+    def squares_per_row(self) -> int:
+        """Maximum number of image tokens in a training row at native resolution."""
+        if self.data.patches_per_row is None:
+            return self.data.images_per_row * self.vision.max_squares
+        return self.data.patches_per_row // self.vision.patch_square**2
+
+    @property
+    def patches_per_row(self) -> int | None:
+        """P: number of patches in a training row at native resolution, with padding, or None."""
+        if not self.vision.is_native:
+            return None
+        return self.squares_per_row * self.vision.patch_square**2

@@ -71,8 +71,18 @@ def token_flow(cfg: Experiment) -> Tokens:
         return Tokens(0, 0, 0, 0, 0, 0, cfg.row_length, 0)
     images, patches = cfg.data.images_per_row, math.prod(vision.grid)
     if vision.is_native:
-        patches = vision.max_squares * vision.patch_square**2
-    encoder = patches * (images if vision.is_native else 1) + vision.prefix_tokens
+        # The patches of all images are one sequence.
+        return Tokens(
+            images=images,
+            tiles=1,
+            patches=vision.max_squares * vision.patch_square**2,
+            encoder=cfg.patches_per_row,
+            features=cfg.patches_per_row,
+            projected=cfg.squares_per_row,
+            sequence=cfg.row_length,
+            memory=cfg.squares_per_row if cfg.fusion.image_in_memory else 0,
+        )
+    encoder = patches + vision.prefix_tokens
     if vision.tile_layouts:
         encoder = tiles * math.ceil(encoder / TOKEN_MULTIPLE) * TOKEN_MULTIPLE
     tiles_in_memory = vision.cut_tiles if cfg.fusion.splits_views else tiles
@@ -97,18 +107,22 @@ def flops_by_part(cfg: Experiment) -> dict[str, Flops]:
     """FLOPs of one optimizer step over the global batch, by part (`nn.parts.PARTS`)."""
     paths = traverse_util.flatten_dict(meta.unbox(abstract_params(cfg)))
     trained = frozenset(trained_paths(paths, cfg.optim))
-    row = _row_flops(
-        cfg.model, cfg.row_length, cfg.data.text_length, cfg.data.images_per_row, trained
-    )
+    sizes = cfg.row_length, cfg.data.text_length, cfg.data.images_per_row, cfg.patches_per_row
+    row = _row_flops(cfg.model, *sizes, trained)
     return {part: row.get(part, Flops()).times(cfg.train.batch_size) for part in PARTS}
 
 
 @functools.cache
 def _row_flops(
-    model: Model, length: int, text_length: int, images: int, trained: frozenset[Path]
+    model: Model,
+    length: int,
+    text_length: int,
+    images: int,
+    patches: int | None,
+    trained: frozenset[Path],
 ) -> dict[str, Flops]:
     """FLOPs of one training row, by part."""
-    program, inputs = _row_program(model, length, text_length, images)
+    program, inputs = _row_program(model, length, text_length, images, patches)
     has_gradient = [path in trained for path in inputs]
     flops = defaultdict(Flops)
     _count(program, has_gradient, flops)
@@ -118,7 +132,7 @@ def _row_flops(
 # Cached without the trained parts, which the program does not depend on.
 @functools.cache
 def _row_program(
-    model: Model, length: int, text_length: int, images: int
+    model: Model, length: int, text_length: int, images: int, patches: int | None
 ) -> tuple[core.Jaxpr, list[tuple[str, ...] | None]]:
     """Forward pass of one training row, with the path of each input (None: of the batch)."""
     params = traverse_util.flatten_dict(meta.unbox(abstract_params(model)))
@@ -128,7 +142,7 @@ def _row_program(
         hidden, _ = VLM(model).apply(variables, batch, method="hidden")
         return VLM(model).apply(variables, hidden[:, :text_length], method="head")
 
-    batch = jax.eval_shape(lambda: example_batch(model, length, images=images))
+    batch = jax.eval_shape(lambda: example_batch(model, length, 1, images, patches))
     # Kernels of accelerators hide their products, so the program for a CPU is counted.
     # JAX sets a mesh of another size only after the current one is unset.
     with jax.sharding.use_abstract_mesh(NO_MESH), jax.sharding.use_abstract_mesh(axes.ABSTRACT_CPU):

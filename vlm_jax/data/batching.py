@@ -72,17 +72,21 @@ def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Reader) -> Batch:
     images, packed = None, {}
     image_mask = is_read
     if cfg.vision.is_native:
-        pixels = _read_normalised(cfg, fields["images"], filled, read)
-        packed = native.pack_slots(pixels, filled.shape, cfg.vision)._asdict()
+        pixels = _rows(_read_normalised(cfg, fields["images"], filled, read), len(filled))
+        packed = native.pack_images(pixels, cfg.vision, cfg.patches_per_row)._asdict()
         images = packed.pop("images")
     elif not cfg.vision.keeps_aspect_in_tiles:
         images, is_view = _stack_images(cfg, fields["images"], filled, read)  # (B, I, ...), (B, I)
         image_mask = np.repeat(is_read, cfg.vision.views, axis=-1) & is_view[:, None]  # (B, S, I)
 
     # Conversations count their views from 0; in the row they follow the views of the slots before.
-    first_view = is_own.argmax(-1) * cfg.vision.views  # (B, S)
+    first_image = is_own.argmax(-1)  # (B, S)
+    first_view = first_image * cfg.vision.views
     image_tags = offset_ids(fields["image_tags"], first_view)
     first_token = first_view * cfg.image_tokens
+    if cfg.vision.is_native:
+        starts = _first_tokens(cfg, pixels, filled.shape)
+        first_token = np.take_along_axis(starts, first_image, axis=1)
     taps = fields.get("image_taps")
     batch = Batch(
         tokens=fields["tokens"],
@@ -105,6 +109,25 @@ def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Reader) -> Batch:
         return batch
     pixels = _read_normalised(cfg, fields["images"], filled, read)
     return stack_tiles(cfg, batch, pixels, filled.shape, is_own)
+
+
+def _rows(images: Mapping[tuple[int, int], np.ndarray], count: int) -> list[list[np.ndarray]]:
+    """Returns the images of each of `count` rows, given (row, slot) -> image in order."""
+    rows = [[] for _ in range(count)]
+    for (row, _), image in images.items():
+        rows[row].append(image)
+    return rows
+
+
+def _first_tokens(
+    cfg: Experiment, rows: Sequence[Sequence[np.ndarray]], shape: tuple[int, int]
+) -> np.ndarray:
+    """Returns the first token of each of (B, i) slots at native resolution, int32."""
+    counts = np.zeros(shape, np.int32)
+    for row, images in enumerate(rows):
+        for slot, image in enumerate(images):
+            counts[row, slot] = native.count_squares(image.shape[:2], cfg.vision)
+    return np.cumsum(counts, axis=1, dtype=np.int32) - counts
 
 
 def _slots(filled: np.ndarray) -> list[tuple[int, int]]:

@@ -1,7 +1,8 @@
 """Fields of rows: the tokens of texts and images, with the attributes of each token."""
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -33,9 +34,25 @@ TAP_FIELDS = ("image_taps", "tap_weights")
 TAPS = 4  # image tokens that a token of a resized map is interpolated from
 
 
+def fields_of_images(cfg: Experiment, tiles: Sequence[Tiles]) -> Iterator[Fields]:
+    """Yields `image_fields` of the images of a row, in order."""
+    if not cfg.vision.is_native:
+        for number, image in enumerate(tiles):
+            yield image_fields(cfg, image, number)
+        return
+    first_token = 0
+    for image in tiles:
+        fields = image_fields(cfg, image)
+        index = offset_ids(fields["image_token_index"], first_token)
+        yield fields | {"image_token_index": index}
+        first_token += native.count_squares(shape_of_tiles(image, cfg.vision), cfg.vision)
+
+
 @functools.lru_cache
 def image_fields(cfg: Experiment, tiles: Tiles = 1, number: int = 0) -> Fields:
     """Tokens inserted for image `number` of a row, which has these tiles.
+
+    At native resolution the tokens are counted as if it was the first image.
 
     Arrays of shape (N,), int32; cached, do not modify:
 
@@ -49,7 +66,7 @@ def image_fields(cfg: Experiment, tiles: Tiles = 1, number: int = 0) -> Fields:
     if cfg.vision.tile_grids:
         return _map_fields(cfg, tiles, number)
     if cfg.vision.is_native:
-        return _native_fields(cfg, tiles, number)
+        return _native_fields(cfg, tiles)
     rows, columns = cfg.projector.output_grid(cfg.vision)
     _, image, newline, _ = cfg.data.special_ids
     grid = np.full((rows, columns + cfg.vision.newline_token), image)
@@ -73,15 +90,15 @@ def image_fields(cfg: Experiment, tiles: Tiles = 1, number: int = 0) -> Fields:
     return concat_fields(parts)
 
 
-def _native_fields(cfg: Experiment, tiles: Tiles, number: int) -> Fields:
-    """`image_fields` of an image at native resolution, which has the slot `number` of its row."""
+def _native_fields(cfg: Experiment, tiles: Tiles) -> Fields:
+    """`image_fields` of an image at native resolution."""
     image = cfg.data.special_ids[1]
     placeholder = text_fields([image] if cfg.fusion.placeholder else [])
     if not cfg.fusion.image_in_sequence:
         return placeholder
-    rows, columns = native.token_grid(shape_of_tiles(tiles, cfg.vision), cfg.vision)
-    index = np.arange(rows * columns, dtype=np.int32) + number * cfg.image_tokens
-    tokens = text_fields([image] * (rows * columns)) | {"image_token_index": index}
+    count = native.count_squares(shape_of_tiles(tiles, cfg.vision), cfg.vision)
+    index = np.arange(count, dtype=np.int32)
+    tokens = text_fields([image] * count) | {"image_token_index": index}
     return concat_fields([placeholder, tokens])
 
 
@@ -89,13 +106,15 @@ def rope_fields(cfg: Experiment, image_token_index: np.ndarray, tiles: Sequence[
     """Returns `rope_positions` (N, 3) of a text about images, if `rope.sections` need them."""
     if not (cfg.decoder.rope.sections and cfg.fusion.image_in_sequence):
         return {}
-    grids = [cfg.projector.output_grid(cfg.vision)] * (len(tiles) * cfg.vision.views)
     if cfg.vision.is_native:
         shapes = [shape_of_tiles(image, cfg.vision) for image in tiles]
         grids = [native.token_grid(shape, cfg.vision) for shape in shapes]
-    # The view of each token, from 1; a token of text has -1 // M + 1 = 0.
-    views = image_token_index // cfg.image_tokens + 1
-    return {"rope_positions": native.rope_positions(views, grids)}
+    else:
+        grids = [cfg.projector.output_grid(cfg.vision)] * (len(tiles) * cfg.vision.views)
+    counts = np.array([math.prod(grid) for grid in grids], np.int32)
+    # The image or view of each token, from 1; a token of text has the index -1, so 0.
+    owners = np.searchsorted(np.cumsum(counts) - counts, image_token_index, side="right")
+    return {"rope_positions": native.rope_positions(owners, grids)}
 
 
 def _map_fields(cfg: Experiment, tiles: Tiles, number: int) -> Fields:

@@ -1,7 +1,7 @@
 """Images at native resolution: their size in patches, packing, and positions of their tokens."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import einops
@@ -80,11 +80,17 @@ def patch_places(grid: tuple[int, int], square: int) -> np.ndarray:
     return einops.rearrange(places, "(h f) (w g) a -> (h w f g) a", f=f, g=f).astype(np.int32)
 
 
+def count_squares(image: Shape, vision: Vision) -> int:
+    """Returns the number of tokens of an image of (height, width) px."""
+    return math.prod(token_grid(image, vision))
+
+
 def pack(
     rows: Sequence[Sequence[np.ndarray]],
     grids: Sequence[Sequence[tuple[int, int]]],
     square: int,
     length: int | None = None,
+    dims: int | None = None,
 ) -> PackedPatches:
     """Packs the patches of the images of each row, one image after another.
 
@@ -93,10 +99,12 @@ def pack(
       grids: rows and columns of patches of each.
       square: side of the squares that the projector merges.
       length: P; None: of the longest row.
+      dims: C; None: of the first patches.
     """
     counts = [sum(map(len, row)) for row in rows]
     length = max(counts) if length is None else length
-    dims = next(patches.shape[1] for row in rows for patches in row)
+    if dims is None:
+        dims = next(patches.shape[1] for row in rows for patches in row)
     images = np.zeros((len(rows), length, dims), np.float32)
     ids = np.full((len(rows), length), PADDING, np.int32)
     places = np.zeros((len(rows), length, 2), np.int32)
@@ -111,29 +119,18 @@ def pack(
     return PackedPatches(images, ids, places)
 
 
-def pack_slots(
-    images: Mapping[tuple[int, int], np.ndarray], shape: tuple[int, int], vision: Vision
-) -> PackedPatches:
-    """Packs images into slots of `max_squares` each, so that the slots before do not move them.
+def pack_images(rows: Sequence[Sequence[np.ndarray]], vision: Vision, length: int) -> PackedPatches:
+    """Packs images of each row, (height, width, 3) float32, normalised, of `resized_shape`.
 
     Args:
-      images: (row, slot) -> (height, width, 3) float32, normalised, of `resized_shape`.
-      shape: rows, and slots of a row.
+      length: P.
     """
     square, side = vision.patch_square, vision.patch_size_px
-    length = vision.max_squares * square**2
-    packed = PackedPatches(
-        np.zeros((*shape, length, vision.patch_dim), np.float32),
-        np.full((*shape, length), PADDING, np.int32),
-        np.zeros((*shape, length, 2), np.int32),
-    )
-    for (row, slot), image in images.items():
-        grid = image.shape[0] // side, image.shape[1] // side
-        patches = to_patches(image, side, square)
-        packed.images[row, slot, : len(patches)] = patches
-        packed.patch_images[row, slot, : len(patches)] = slot + 1
-        packed.patch_places[row, slot, : len(patches)] = patch_places(grid, square)
-    return PackedPatches(*(x.reshape(shape[0], -1, *x.shape[3:]) for x in packed))
+    patches, grids = [], []
+    for row in rows:
+        patches.append([to_patches(image, side, square) for image in row])
+        grids.append([(image.shape[0] // side, image.shape[1] // side) for image in row])
+    return pack(patches, grids, square, length, vision.patch_dim)
 
 
 def unpack(

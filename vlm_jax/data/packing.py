@@ -20,7 +20,7 @@ import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data import images as image_files
-from vlm_jax.data import templates, tiling
+from vlm_jax.data import native, templates, tiling
 from vlm_jax.data.batching import as_tiled_batch, to_batch
 from vlm_jax.data.conversations import Conversation, Conversations
 from vlm_jax.data.fields import FILL, TAP_FIELDS, Fields, without_scores
@@ -39,6 +39,15 @@ def check_image_counts(cfg: Experiment, source: Conversations) -> None:
             f"data.images_per_row {cfg.data.images_per_row} is too small: a conversation of "
             f"data.source {cfg.data.source} has {source.most_images} images."
         )
+    if cfg.fusion.has_images and cfg.vision.is_native:
+        needed = source.most_images * cfg.vision.max_squares
+        if needed > cfg.squares_per_row:
+            raise ConfigError(
+                f"data.patches_per_row {cfg.data.patches_per_row} is too small: a conversation of "
+                f"data.source {cfg.data.source} has {source.most_images} images of up to "
+                f"vision.max_patches {cfg.vision.max_patches} patches. Set at least "
+                f"{needed * cfg.vision.patch_square**2}."
+            )
 
 
 def batches(
@@ -164,10 +173,12 @@ def encode_for_packing(
     fields = templates.encode(cfg, tokenizer, conversation.turns, tiles, conversation.system)
     fields = templates.cut(cfg, fields, tiles, cfg.row_length)
     seen = fields["images_seen"].max(initial=0) if cfg.fusion.has_images else 0
-    return fields | {
-        "images": np.array(conversation.images[:seen], np.int32),
-        "id": conversation.id,
-    }
+    fields |= {"images": np.array(conversation.images[:seen], np.int32), "id": conversation.id}
+    if cfg.fusion.has_images and cfg.vision.is_native:
+        counts = [native.count_squares(image, cfg.vision) for image in tiles[:seen]]
+        # The packer adds up their number.
+        fields["image_squares"] = np.zeros(sum(counts), np.int8)
+    return fields
 
 
 def row_capacity(cfg: Experiment) -> tuple[dict[str, int], dict[str, int]]:
@@ -186,6 +197,8 @@ def row_capacity(cfg: Experiment) -> tuple[dict[str, int], dict[str, int]]:
     if cfg.data.mixture:
         padding["source_ids"] = FILL["source_ids"]
     lengths = dict.fromkeys(padding, cfg.row_length) | {"images": cfg.data.images_per_row}
+    if cfg.fusion.has_images and cfg.vision.is_native:
+        lengths["image_squares"], padding["image_squares"] = cfg.squares_per_row, 0
     return lengths, padding
 
 

@@ -250,10 +250,8 @@ def _stack(cfg: Experiment, rows: Sequence[Fields]) -> Batch:
         is_own = np.ones_like(batch.image_mask)
         return batching.stack_tiles(cfg, batch, pixels, (len(rows), 1), is_own)
     if cfg.vision.is_native:
-        pixels = {
-            (row, 0): image_files.normalise(image, cfg.vision) for row, image in enumerate(images)
-        }
-        packed = native.pack_slots(pixels, (len(rows), 1), cfg.vision)
+        pixels = [[image_files.normalise(image, cfg.vision)] for image in images]
+        packed = native.pack_images(pixels, cfg.vision, cfg.patches_per_row)
         return batch.replace(**packed._asdict())
     views = tiling.batch_views(images, cfg.vision)
     return batching.as_tiled_batch(cfg, batch.replace(images=views))

@@ -312,8 +312,8 @@ def prompt_batch(
     if cfg.vision.keeps_aspect_in_tiles:
         return _stack_tiles(cfg, batch, images, tiles, max_images)
     if cfg.vision.is_native:
-        pixels = _by_slot(images)
-        packed = native.pack_slots(pixels, (len(images), max_images), cfg.vision)
+        length = max_images * cfg.vision.max_squares * cfg.vision.patch_square**2
+        packed = native.pack_images(images, cfg.vision, length)
         return batch.replace(**packed._asdict())
     pixels = [_zero_pad(tiling.stack_views(row, cfg.vision), 0, views) for row in images]
     return batching.as_tiled_batch(cfg, batch.replace(images=np.stack(pixels)))

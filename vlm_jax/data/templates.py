@@ -34,6 +34,7 @@ from vlm_jax.data.conversations import Conversation, Conversations
 from vlm_jax.data.fields import (
     Fields,
     concat_fields,
+    fields_of_images,
     image_blocks,
     image_fields,
     pad_left,
@@ -90,7 +91,7 @@ def encode(
     Source: Alayrac et al. 2022 (Flamingo), section 2.3; transformers,
     `get_cross_attention_token_mask` of models/mllama.
     """
-    images = (image_fields(cfg, count, number) for number, count in enumerate(tiles))
+    images = fields_of_images(cfg, tiles)
     if cfg.data.template == "checkpoint":
         parts = checkpoint_parts(tokenizer, turns, images, system)
     else:

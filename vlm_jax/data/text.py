@@ -29,8 +29,8 @@ from vlm_jax.config import ConfigError, Experiment
 from vlm_jax.data.fields import (
     Fields,
     concat_fields,
+    fields_of_images,
     image_blocks,
-    image_fields,
     pad_left,
     pad_row,
     restrict_tags,
@@ -170,7 +170,7 @@ def _segment(cfg: Experiment, tiles: Sequence[Tiles], branches: Sequence[Sequenc
     """Returns the fields of images as a trunk, followed by its branches, without padding."""
     # A text of the image replaces it: no token is an image token, and none reads the image.
     is_shown = not cfg.data.transcript
-    images = [image_fields(cfg, count, number) for number, count in enumerate(tiles) if is_shown]
+    images = list(fields_of_images(cfg, tiles)) if is_shown else []
     begin = text_fields(begin_ids(cfg))
     # Llama 3.2 Vision writes the placeholder before the begin token; other models begin with it.
     trunk = [*images, begin] if cfg.fusion.placeholder else [begin, *images]

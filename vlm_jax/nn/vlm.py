@@ -125,8 +125,14 @@ def empty_cache(cfg: Model, prompt: Batch, new_tokens: int, dtype=jnp.float32) -
     )
 
 
-def example_batch(cfg: Model, length: int, rows: int = 1, images: int = 1) -> Batch:
-    """Zeros in the shape of a batch of `rows` rows of `length` tokens with `images` images each."""
+def example_batch(
+    cfg: Model, length: int, rows: int = 1, images: int = 1, patches: int | None = None
+) -> Batch:
+    """Zeros in the shape of a batch of `rows` rows of `length` tokens with `images` images each.
+
+    Args:
+      patches: P, patches of a row at native resolution; None: of images with the most patches.
+    """
     ids = jnp.zeros((rows, length), jnp.int32)
     text = Batch(
         tokens=ids,
@@ -139,14 +145,16 @@ def example_batch(cfg: Model, length: int, rows: int = 1, images: int = 1) -> Ba
     )
     if not cfg.fusion.has_images:
         return text
-    return text.replace(**example_images(cfg.vision, rows, images))
+    return text.replace(**example_images(cfg.vision, rows, images, patches))
 
 
-def example_images(cfg: Vision, rows: int, images: int = 1) -> dict[str, jax.Array]:
-    """The image fields of a batch of `rows` rows with `images` images each, all zeros."""
+def example_images(
+    cfg: Vision, rows: int, images: int = 1, patches: int | None = None
+) -> dict[str, jax.Array]:
+    """The image fields of `example_batch`, all zeros."""
     side = cfg.image_size_px
     if cfg.is_native:
-        count = images * cfg.max_squares * cfg.patch_square**2
+        count = images * cfg.max_squares * cfg.patch_square**2 if patches is None else patches
         ids = jnp.ones((rows, count), jnp.int32)
         return {
             "images": jnp.zeros((rows, count, cfg.patch_dim)),

@@ -122,7 +122,7 @@ def per_device_config(cfg: Experiment, mesh) -> Experiment:
 
 def batch_shapes(cfg: Experiment) -> Batch:
     """Shapes of a training batch whose rows have as many images as they have room for."""
-    sizes = cfg.row_length, cfg.train.batch_size, cfg.data.images_per_row
+    sizes = cfg.row_length, cfg.train.batch_size, cfg.data.images_per_row, cfg.patches_per_row
     batch = jax.eval_shape(lambda: example_batch(cfg.model, *sizes))
     batch = batch.replace(layout=row_layout(cfg.data))
     return batch.replace(source_ids=batch.tokens) if cfg.data.mixture else batch

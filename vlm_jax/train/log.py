@@ -36,8 +36,8 @@ class StepStats:
 
     tokens: int
     token_slots: int  # B*S: tokens and padding
-    images: int  # if images are cut into tiles: tiles and thumbnails
-    image_slots: int  # B*I: images, and slots that no token attends to
+    images: int  # tiles and thumbnails of images that are cut; patches at native resolution
+    image_slots: int  # B*I: images, and slots that no token attends to; B*P: patches and padding
     examples: int  # questions, or conversations
     data_wait_seconds: float
 

@@ -262,15 +262,18 @@ def timed_next(data: Iterator[Batch]) -> tuple[Batch, float]:
 @jax.jit
 def count_tokens(batch: Batch) -> tuple:
     """Returns the counts of a global batch: the first fields of `StepStats`, in their order."""
-    is_image_read = batch.image_mask.any(axis=1)  # (B, I)
+    if batch.patch_images is None:
+        is_image = batch.image_mask.any(axis=1)  # (B, I)
+    else:
+        is_image = batch.patch_images != PADDING  # (B, P)
     examples = batch.segment_ids  # (B, S): of each token, counted from 1 in its row
     if batch.branch_ids is not None:
         examples = jnp.maximum(examples, batch.branch_ids)
     return (
         jnp.sum(batch.segment_ids != PADDING),
         batch.tokens.size,
-        jnp.sum(is_image_read),
-        is_image_read.size,
+        jnp.sum(is_image),
+        is_image.size,
         jnp.sum(examples.max(axis=1)),
     )
 

@@ -146,6 +146,11 @@ def _native(cfg: Experiment) -> None:
                     f"vision.{name} {getattr(vision, name)} applies to images at native resolution "
                     "alone: set vision.max_patches, or leave it out."
                 )
+        if cfg.data.patches_per_row is not None:
+            raise ConfigError(
+                f"data.patches_per_row {cfg.data.patches_per_row} applies to images at native "
+                "resolution alone: set vision.max_patches, or leave it out."
+            )
         return
     others = {
         "kind": vision.has_encoder,
@@ -180,6 +185,11 @@ def _native(cfg: Experiment) -> None:
         raise ConfigError(
             f"vision.max_patches {vision.max_patches} is less than a square of vision.patch_square "
             f"{vision.patch_square} x {vision.patch_square} patches."
+        )
+    if cfg.squares_per_row < vision.max_squares:
+        raise ConfigError(
+            f"data.patches_per_row {cfg.data.patches_per_row} has no room for an image of "
+            f"vision.max_patches {vision.max_patches} patches."
         )
     if cfg.fusion.has_blocks:
         raise ConfigError(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 PADDING = 0  # segment id of a slot without a token
@@ -82,20 +83,30 @@ class Batch:
 
 
 @struct.dataclass
-class CausalPattern:
-    """Causal attention within segments, for kernels that need no mask.
+class SegmentPattern:
+    """Attention within segments, for kernels that need no mask.
 
     Segments of padding attend to themselves, whereas a mask hides padding; nothing reads these
     hidden states.
     """
 
-    segments: Array  # (B, S) int32: `Batch.segment_ids`
+    segments: Array  # (B, S) int32: such as `Batch.segment_ids`
     #: a token attends to the last `window` tokens of its segment, itself included; None: to all
     window: int | None = struct.field(pytree_node=False, default=None)
     #: () bool: the layer at hand has the window; None: every layer has it
     has_window: Array | None = None
     #: a row is one segment from the first slot on, then padding: causality is all of the pattern
     one_segment: bool = struct.field(pytree_node=False, default=False)
+    causal: bool = struct.field(pytree_node=False, default=True)  # no token attends to a later one
+    #: (B, S) int32: segments of sliding blocks that have no `window`; None: `segments`
+    local_segments: Array | None = None
+
+    def in_block(self, is_sliding: Array) -> "SegmentPattern":
+        """Returns the pattern of a block of a stack with sliding blocks."""
+        if self.local_segments is None:
+            return self.replace(has_window=is_sliding)
+        segments = jnp.where(is_sliding, self.local_segments, self.segments)
+        return self.replace(segments=segments, local_segments=None)
 
 
 def image_arrays(batch: Batch) -> dict[str, Array | None]:
@@ -129,8 +140,8 @@ class DecoderInputs:
     positions: jax.Array  # (B, S)
     mask: jax.Array  # (B, 1, S, T) bool: self-attention mask
     rope_positions: jax.Array | None = None  # (B, S, 3): see `Batch`
-    #: set if `mask` is causal within segments (and `local_mask` within its window), nothing else
-    causal: CausalPattern | None = None
+    #: set if `mask` (and `local_mask`) is this pattern and nothing else
+    pattern: SegmentPattern | None = None
     deepstack: jax.Array | None = None  # (L, B, S, D): is added after the first L blocks
     memory: jax.Array | None = None  # (B, T, D): image tokens for cross-attention
     #: (B, 1, S, T) bool: cross-attention mask; None: with `memory`, all that `has_image` allows
@@ -147,7 +158,7 @@ class BlockInputs:
     """Inputs that all blocks of a stack share."""
 
     mask: jax.Array | None = None  # (B, 1, S, T) bool: self-attention mask; None: all
-    causal: CausalPattern | None = None  # see `DecoderInputs`
+    pattern: SegmentPattern | None = None  # see `DecoderInputs`
     rope: Any = None  # cosines and sines, (B, S, R) or (1, S, R) each
     deepstack: jax.Array | None = None  # (L, B, S, D): is added after the first L blocks
     memory: jax.Array | None = None  # (B, T, D)

@@ -11,7 +11,7 @@ from vlm_jax import axes
 from vlm_jax.config import Mesh
 from vlm_jax.nn import kernels
 from vlm_jax.nn.attention import dot_product_attention
-from vlm_jax.structs import CausalPattern
+from vlm_jax.structs import SegmentPattern
 
 SCALE = 0.1
 CASES = {  # queries, keys, heads, key heads, cap, kind of mask
@@ -101,25 +101,27 @@ def error(x, exact):
     return np.linalg.norm(np.float32(x) - exact) / np.linalg.norm(exact)
 
 
-def packed_inputs(length, heads, kv_heads, rows=2):
-    """Inputs of rows with three segments and padding, their causal mask, and the segment ids."""
+def packed_inputs(length, heads, kv_heads, rows=2, causal=True):
+    """Inputs of rows with three segments and padding, their mask, and the segment ids."""
     q, k, v, _, dy = inputs(length, length, heads, kv_heads, "keys", rows)
     ends = np.array([[40, 100, 128], [1, 60, length]] * (rows // 2))
     slots = np.arange(length)
     segments = (slots < ends[:, 2:]) * (1 + (slots[None, None] >= ends[:, :2, None]).sum(1))
     same = segments[:, :, None] == segments[:, None]
-    mask = same & (slots[:, None] >= slots) & (segments > 0)[:, None]
+    mask = same & (segments > 0)[:, None]
+    if causal:
+        mask &= slots[:, None] >= slots
     dy *= (segments > 0)[:, :, None, None]
     return q, k, v, mask[:, None], dy, segments.astype(np.int32)
 
 
-def without_mask(kernel, form, causal=None, **options):
+def without_mask(kernel, form, pattern=None, **options):
     """Attention by a kernel that gets the pattern in another form than the mask."""
     choice = kernels.Kernel(functools.partial(kernel, **options), form)
 
     def attend(q, k, v, mask, cap):
         del mask
-        return kernels.fused_attention(choice, q, k, v, None, SCALE, cap, causal)
+        return kernels.fused_attention(choice, q, k, v, None, SCALE, cap, pattern)
 
     return attend
 
@@ -130,16 +132,19 @@ WINDOW = 16
 
 
 @pytest.mark.parametrize(
-    "kernel, options, length, heads, kv_heads, cap",
+    "kernel, length, heads, kv_heads, cap, causal",
     [
-        (kernels.splash_attention, INTERPRETED, 384, 4, 2, 5.0),
-        (kernels.splash_attention, INTERPRETED, 130, 2, 2, None),
-        (kernels.pallas_attention, INTERPRETED, 130, 4, 2, None),
+        (kernels.splash_attention, 384, 4, 2, 5.0, True),
+        (kernels.splash_attention, 130, 2, 2, None, True),
+        (kernels.splash_attention, 130, 2, 2, None, False),
+        (kernels.pallas_attention, 130, 4, 2, None, True),
+        (kernels.pallas_attention, 130, 2, 2, None, False),
     ],
 )
-def test_a_kernel_by_segments_is_attention(kernel, options, length, heads, kv_heads, cap):
-    *arrays, segments = packed_inputs(length, heads, kv_heads)
-    attend = without_mask(kernel, "segments", CausalPattern(segments), **options)
+def test_a_kernel_by_segments_is_attention(kernel, length, heads, kv_heads, cap, causal):
+    *arrays, segments = packed_inputs(length, heads, kv_heads, causal=causal)
+    pattern = SegmentPattern(segments, causal=causal)
+    attend = without_mask(kernel, "segments", pattern, **INTERPRETED)
     assert_equals_plain(attend, arrays, cap)
 
 
@@ -163,7 +168,7 @@ def test_a_causal_kernel_has_the_window_of_its_layer(kernel, options, has_window
         mask &= distance < WINDOW
     dy *= is_token[:, :, None, None]
     flag = None if has_window is None else jnp.bool_(has_window)
-    pattern = CausalPattern(is_token.astype(np.int32), WINDOW, flag, one_segment=True)
+    pattern = SegmentPattern(is_token.astype(np.int32), WINDOW, flag, one_segment=True)
     attend = without_mask(kernel, "causal", pattern, **options)
     assert_equals_plain(attend, (q, k, v, mask[:, None], dy), None)
 
@@ -181,7 +186,7 @@ def test_a_kernel_of_all_keys_hides_what_it_is_padded_with(kernel, options):
 @pytest.mark.parametrize("kernel", [kernels.splash_attention, kernels.pallas_attention])
 def test_a_kernel_by_segments_on_a_mesh_is_attention(kernel):
     *arrays, segments = packed_inputs(130, 4, 2, rows=4)
-    attend = without_mask(kernel, "segments", CausalPattern(segments), interpret=True)
+    attend = without_mask(kernel, "segments", SegmentPattern(segments), interpret=True)
     with jax.set_mesh(axes.make_mesh(Mesh(1, 4, 2))):
         assert_equals_plain(attend, arrays, None)
 
@@ -195,6 +200,7 @@ def test_splash_attention_on_a_mesh_is_attention():
 CUDNN, PALLAS, SPLASH = "cudnn_attention", "pallas_attention", "splash_attention"
 ONE = {"one_segment": True}
 PACKED = {}
+IMAGES = {"causal": False}
 PLAIN = None
 CHOICES = [  # platform, queries, keys, type, head dim, cap, pattern -> kernel and form of pattern
     ("cpu", 512, 512, "bfloat16", 64, None, ONE, PLAIN),
@@ -211,7 +217,8 @@ CHOICES = [  # platform, queries, keys, type, head dim, cap, pattern -> kernel a
     ("gpu", 64, 64, "bfloat16", 64, None, PACKED, (CUDNN, "mask")),
     ("gpu", 512, 512, "bfloat16", 64, None, PACKED | {"window": 64}, (CUDNN, "mask")),
     ("gpu", 512, 512, "bfloat16", 64, None, "mask", (CUDNN, "mask")),
-    # an encoder, and memories
+    # an encoder, alone or with packed images, and memories
+    ("gpu", 512, 512, "bfloat16", 64, None, IMAGES, (PALLAS, "segments")),
     ("gpu", 577, 577, "bfloat16", 64, None, "all", (CUDNN, "all")),
     ("gpu", 512, 144, "bfloat16", 64, None, "all", (CUDNN, "all")),
     ("gpu", 512, 577, "bfloat16", 64, None, "mask", (CUDNN, "mask")),
@@ -222,6 +229,7 @@ CHOICES = [  # platform, queries, keys, type, head dim, cap, pattern -> kernel a
     ("tpu", 512, 512, "bfloat16", 64, None, PACKED | {"window": 64}, (SPLASH, "segments")),
     ("tpu", 512, 512, "bfloat16", 64, None, "mask", (SPLASH, "mask")),
     ("tpu", 577, 577, "bfloat16", 64, None, "all", (SPLASH, "all")),
+    ("tpu", 512, 512, "bfloat16", 64, None, IMAGES, (SPLASH, "segments")),
 ]
 
 
@@ -232,8 +240,8 @@ def test_shapes_and_pattern_choose_the_kernel(
     monkeypatch.setattr(axes, "platform", lambda: platform)
     q, k = jnp.zeros((1, queries, 2, width), dtype), jnp.zeros((1, 2, keys, width), dtype)
     mask = None if pattern == "all" else jnp.ones((1, 1, queries, keys), bool)
-    causal = None
+    segments = None
     if isinstance(pattern, dict):
-        causal = CausalPattern(jnp.ones((1, queries), jnp.int32), **pattern)
-    kernel = kernels.kernel_for(q, k, cap, mask, causal)
+        segments = SegmentPattern(jnp.ones((1, queries), jnp.int32), **pattern)
+    kernel = kernels.kernel_for(q, k, cap, mask, segments)
     assert (kernel and (kernel.attend.__name__, kernel.form)) == expected

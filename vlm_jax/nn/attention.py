@@ -14,7 +14,7 @@ from vlm_jax.config import Transformer
 from vlm_jax.nn.kernels import ATTENTION_CHECKPOINT, fused_attention, kernel_for
 from vlm_jax.nn.layers import Dense, Norm, softcap
 from vlm_jax.nn.positions import RopeTables
-from vlm_jax.structs import CausalPattern
+from vlm_jax.structs import SegmentPattern
 
 # Cached with the heads in front, so that the keys of one head are contiguous.
 KeyValue = tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]
@@ -50,7 +50,7 @@ def dot_product_attention(
     mask: Bool[Array, "#B 1 #S T"] | None,
     scale: float | None = None,
     cap: float | None = None,
-    causal: CausalPattern | None = None,
+    pattern: SegmentPattern | None = None,
     observe: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Float[Array, "B S N H"]:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) with grouped-query heads.
@@ -66,7 +66,7 @@ def dot_product_attention(
       mask: True where a query attends to a key; None: everywhere.
       scale: factor of the scores; None: 1 / sqrt(H).
       cap: c > 0 replaces each score by c * tanh(score / c) (Gemma 2); None: no cap.
-      causal: set if `mask` is this pattern and nothing else: a kernel may use it instead of the
+      pattern: set if `mask` is this pattern and nothing else: a kernel may use it instead of the
         mask.
       observe: takes the weights (B, N, S, T) in float32, and returns the weights to use.
     """
@@ -74,9 +74,9 @@ def dot_product_attention(
         scale = q.shape[-1] ** -0.5
     q = checkpoint_name(q, ATTENTION_CHECKPOINT)
     k = checkpoint_name(k, ATTENTION_CHECKPOINT)
-    kernel = kernel_for(q, k, cap, mask, causal) if observe is None else None
+    kernel = kernel_for(q, k, cap, mask, pattern) if observe is None else None
     if kernel is not None:
-        return fused_attention(kernel, q, k, v, mask, scale, cap, causal)
+        return fused_attention(kernel, q, k, v, mask, scale, cap, pattern)
 
     # The queries of the G heads that share a key head become rows of one matmul, so that keys and
     # values are not repeated.
@@ -169,7 +169,7 @@ class Attention(nn.Module):
         rope: RopeTables | None = None,
         cache: KeyValue | None = None,
         index: Int[Array, ""] | None = None,
-        causal: CausalPattern | None = None,
+        pattern: SegmentPattern | None = None,
     ) -> tuple[Float[Array, "B S D"], KeyValue]:
         cfg = self.cfg
         q = axes.constrain(self._project(x, "query", "N"), "B S N H")
@@ -185,7 +185,7 @@ class Attention(nn.Module):
         is_observed = self.is_mutable_collection(WEIGHTS) and not self.is_initializing()
         observe = self._observe if is_observed else None
         y = dot_product_attention(
-            q, k, v, mask, cfg.query_scale, cfg.score_softcap, causal, observe
+            q, k, v, mask, cfg.query_scale, cfg.score_softcap, pattern, observe
         )
         shape = (cfg.heads, cfg.head_width, cfg.width)
         out = Dense("N H D", shape, contract=2, bias=cfg.out_bias, name="out")(y)

@@ -124,10 +124,10 @@ class Block(nn.Module):
         return Norm(self.cfg.norm, self.cfg.norm_eps, name=name)(x)
 
     def _self_attention(self, name, x, context: BlockInputs, flags: BlockFlags, cache):
-        mask, rope, causal = context.mask, context.rope, context.causal
+        mask, rope, pattern = context.mask, context.rope, context.pattern
         if context.local_mask is not None:
             mask = jnp.where(flags.is_sliding, context.local_mask, mask)
-            causal = causal and causal.replace(has_window=flags.is_sliding)
+            pattern = pattern and pattern.in_block(flags.is_sliding)
         if context.local_rope is not None:
             rope = jax.tree.map(
                 lambda local, other: jnp.where(flags.is_sliding, local, other),
@@ -138,7 +138,7 @@ class Block(nn.Module):
             cos, sin = rope
             rope = jnp.where(flags.has_no_rope, 1, cos), jnp.where(flags.has_no_rope, 0, sin)
         attention = Attention(self.cfg, self.cfg.qk_norm, name=name)
-        return attention(x, x, mask, rope, cache, context.index, causal)
+        return attention(x, x, mask, rope, cache, context.index, pattern)
 
     def _cross_attention(self, name, x, context: BlockInputs, cache):
         # While decoding, keys and values of the memory are in the cache.

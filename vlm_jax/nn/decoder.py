@@ -115,7 +115,7 @@ class Decoder(nn.Module):
             x = self.embedding_norm(x)
         block_inputs = BlockInputs(
             mask=inputs.mask,
-            causal=inputs.causal,
+            pattern=inputs.pattern,
             rope=self._rope(inputs),
             deepstack=inputs.deepstack,
             memory=inputs.memory,

@@ -25,8 +25,8 @@ from vlm_jax.structs import (
     TRUNK,
     Batch,
     Cache,
-    CausalPattern,
     DecoderInputs,
+    SegmentPattern,
 )
 
 Ids = Int[Array, "B S"]
@@ -74,7 +74,7 @@ def fuse(
         rope_positions=batch.rope_positions,
         deepstack=deepstack,
         mask=self_attention_mask(batch, cache),
-        causal=causal_pattern(batch, cache, window),
+        pattern=causal_pattern(batch, cache, window),
         local_mask=local_mask,
     )
     if not has_memory:
@@ -196,7 +196,7 @@ def self_attention_mask(
 
 def causal_pattern(
     batch: Batch, cache: Cache | None = None, window: int | None = None
-) -> CausalPattern | None:
+) -> SegmentPattern | None:
     """Returns the pattern of `self_attention_mask` if it is causal within segments, nothing else.
 
     None: with a cache, with branches or blocks, or with a `window` over positions that need not
@@ -206,7 +206,7 @@ def causal_pattern(
         return None
     if window is not None and batch.layout == ANY_LAYOUT:
         return None
-    return CausalPattern(batch.segment_ids, window, one_segment=batch.layout == ONE_SEGMENT)
+    return SegmentPattern(batch.segment_ids, window, one_segment=batch.layout == ONE_SEGMENT)
 
 
 def _same(ids: Ids, key_ids: KeyIds) -> Bool[Array, "B S T"]:

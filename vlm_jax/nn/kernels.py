@@ -2,7 +2,7 @@
 
     platform  pattern                                 kernel            memory beside q, k, v
     gpu       all keys, one causal segment (window)   cudnn_attention   none
-    gpu       causal within packed segments           pallas_attention  segment ids
+    gpu       packed segments, causal or not          pallas_attention  segment ids
     gpu       packed segments with a window, any      cudnn_attention   mask
     tpu       all keys, causal (segments, window)     splash_attention  segment ids
     tpu       any other                               splash_attention  mask
@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax import axes
-from vlm_jax.structs import CausalPattern
+from vlm_jax.structs import SegmentPattern
 
 # Name under which `remat` "attention" saves attention's inputs and output (`jax.ad_checkpoint`).
 # The softmax statistics of kernels for GPUs cannot be named: their forward pass is recomputed.
@@ -48,36 +48,36 @@ class Kernel(NamedTuple):
 
 
 def kernel_for(
-    q: jax.Array, k: jax.Array, cap: float | None, mask, causal: CausalPattern | None
+    q: jax.Array, k: jax.Array, cap: float | None, mask, pattern: SegmentPattern | None
 ) -> Kernel | None:
     """Returns the fused kernel for these inputs on the current platform, or None.
 
-    The choice depends on shapes, types and the fields of `causal` that are not arrays.
+    The choice depends on shapes, types and the fields of `pattern` that are not arrays.
 
     Args:
       q: queries (B, S, N, H).
       k: keys (B, K, T, H).
       cap: softcap of the scores, or None.
       mask: (#B, 1, #S, T) bool; None: all keys.
-      causal: set if `mask` is this pattern and nothing else.
+      pattern: set if `mask` is this pattern and nothing else.
     """
     platform = axes.platform()
     shortest = min(q.shape[1], k.shape[2])
-    form = _form(mask, causal)
+    form = _form(mask, pattern)
     if platform == "tpu" and shortest >= MIN_LENGTH:
         return Kernel(splash_attention, form)
     if platform not in ("gpu", "cuda") or not _fits_gpu(q, cap):
         return None
     if form != "segments":
         return Kernel(cudnn_attention, form)
-    if causal.window is None and shortest >= MIN_LENGTH:
+    if pattern.window is None and shortest >= MIN_LENGTH:
         return Kernel(pallas_attention, form)
     return Kernel(cudnn_attention, "mask")
 
 
-def _form(mask, causal: CausalPattern | None) -> str:
-    if causal is not None:
-        return "causal" if causal.one_segment else "segments"
+def _form(mask, pattern: SegmentPattern | None) -> str:
+    if pattern is not None:
+        return "causal" if pattern.one_segment else "segments"
     return "all" if mask is None else "mask"
 
 
@@ -90,22 +90,22 @@ def _fits_gpu(q, cap) -> bool:
 
 
 def fused_attention(
-    kernel: Kernel, q, k, v, mask, scale: float, cap: float | None, causal: CausalPattern | None
+    kernel: Kernel, q, k, v, mask, scale: float, cap: float | None, pattern: SegmentPattern | None
 ):
     """`attention.dot_product_attention` by `kernel`, with the pattern in the form that it takes."""
     attend = partial(kernel.attend, q, k, v, scale=scale, cap=cap)
     if kernel.form in ("all", "mask"):
         return attend(mask=mask)
     if kernel.form == "segments":
-        attend = partial(attend, segment_ids=causal.segments)
-    attend = partial(attend, causal=True)
-    if causal.window is None:
+        attend = partial(attend, segment_ids=pattern.segments)
+    attend = partial(attend, causal=pattern.causal)
+    if pattern.window is None:
         return attend()
-    with_window = partial(attend, window=causal.window)
-    if causal.has_window is None:
+    with_window = partial(attend, window=pattern.window)
+    if pattern.has_window is None:
         return with_window()
     # Layers with and without a window share a program, but a kernel has one window.
-    return jax.lax.cond(causal.has_window, with_window, attend)
+    return jax.lax.cond(pattern.has_window, with_window, attend)
 
 
 def cudnn_attention(

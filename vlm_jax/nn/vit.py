@@ -13,7 +13,7 @@ from vlm_jax.nn.layers import Dense, Mlp, Norm, embedding_init
 from vlm_jax.nn.patches import PatchEmbed, image_grids
 from vlm_jax.nn.positions import patch_coordinates, patch_rope_tables
 from vlm_jax.nn.tiled_vit import TiledViT
-from vlm_jax.structs import PADDING, BlockInputs, EncoderOutput
+from vlm_jax.structs import PADDING, BlockInputs, EncoderOutput, SegmentPattern
 
 
 class ViT(nn.Module):
@@ -115,16 +115,20 @@ class ViT(nn.Module):
         Padding attends to padding, and nothing to it.
         """
         cfg = self.cfg
-        mask = patch_images[:, :, None] == patch_images[:, None]
-        local_mask = None
+        windows, local_mask = None, None
         if cfg.windowed_layers:
-            windows = patch_places // cfg.window_patches
-            is_same = (windows[:, :, None] == windows[:, None]).all(-1)
-            local_mask = (mask & is_same)[:, None]
+            # Numbered within an image, which has fewer windows than the row has patches.
+            row, column = jnp.moveaxis(patch_places // cfg.window_patches, -1, 0)
+            windows = row * -(-grids[..., 1] // cfg.window_patches) + column
+            windows += patch_images * patch_images.shape[1]
+            local_mask = _same(windows)
+        pattern = SegmentPattern(patch_images, causal=False, local_segments=windows)
         rope = None
         if cfg.rope.kind != "none":
             rope = patch_rope_tables(patch_coordinates(patch_places, grids, cfg.rope), cfg)
-        return BlockInputs(mask=mask[:, None], local_mask=local_mask, rope=rope)
+        return BlockInputs(
+            mask=_same(patch_images), local_mask=local_mask, pattern=pattern, rope=rope
+        )
 
     def _add_prefix_tokens(self, x):
         """(B, P, D) -> (B, 1 + Q + P, D): class token, if any, then registers, then patches."""
@@ -166,6 +170,11 @@ class ViT(nn.Module):
         if cfg.classes is None:
             return None
         return Dense("D V", (cfg.width, cfg.classes), name="classifier")(x[:, 0])
+
+
+def _same(ids: Int[Array, "B P"]) -> Bool[Array, "B 1 P P"]:
+    """Returns the mask of patches with equal ids."""
+    return (ids[:, :, None] == ids[:, None])[:, None]
 
 
 class AttentionPool(nn.Module):

@@ -25,7 +25,7 @@ from vlm_jax.structs import (
     TRUNK,
     Batch,
     Cache,
-    CausalPattern,
+    SegmentPattern,
 )
 
 ROWS = 2
@@ -68,7 +68,7 @@ class Pattern(NamedTuple):
     """The keys that each query attends to; None: all."""
 
     mask: jax.Array | None = None  # (#B, 1, #S, T)
-    causal: CausalPattern | None = None  # set if it is the same as `mask`
+    segments: SegmentPattern | None = None  # set if it is the same as `mask`
 
 
 def text(shape: Shape, blocks: bool = False, segments: int = 1, branches: int = 0) -> Batch:
@@ -134,6 +134,13 @@ def padded_keys(shape: Shape) -> Pattern:
     return Pattern(jnp.broadcast_to(is_token, (ROWS, 1, 1, shape.keys)))
 
 
+def packed_images(shape: Shape, count: int) -> Pattern:
+    """An encoder of images at native resolution, with padding at the end of a row."""
+    ids = text(shape, segments=count).segment_ids
+    mask = (ids[:, :, None] == ids[:, None])[:, None]
+    return Pattern(mask, SegmentPattern(ids, causal=False))
+
+
 def everything(shape: Shape) -> Pattern:
     return Pattern()
 
@@ -155,8 +162,8 @@ def layer(has_window: bool) -> Callable[[Shape], Pattern]:
 
     def build(shape: Shape) -> Pattern:
         mask = sequence(window_divisor=4 if has_window else None)(shape).mask
-        causal = sequence(window_divisor=4)(shape).causal
-        return Pattern(mask, causal.replace(has_window=jnp.bool_(has_window)))
+        segments = sequence(window_divisor=4)(shape).segments
+        return Pattern(mask, segments.replace(has_window=jnp.bool_(has_window)))
 
     return build
 
@@ -183,6 +190,10 @@ CASES: dict[str, tuple[Shape, Callable[[Shape], Pattern]]] = {
     "decode from a cache": (DECODE, lambda shape: cached(shape, shape.keys - 1)),
     "encoder": (Shape(576, 576, 16, 16), everything),
     "encoder, odd length": (ODD, everything),
+    "encoder, packed images": (
+        Shape(1024, 1024, 16, 16),
+        functools.partial(packed_images, count=4),
+    ),
     "encoder, padded tiles": (Shape(1024, 1024, 16, 16), padded_keys),
     "head dim 72": (Shape(256, 256, 16, 16, 72), everything),
     "head dim 128, causal": (WIDE_HEADS, sequence()),
@@ -221,7 +232,7 @@ def check(shape: Shape, build_pattern: Callable[[Shape], Pattern], dtype: str) -
     with jax.default_matmul_precision("highest"):
         wide = [x.astype(jnp.float32) for x in narrow]
         exact = value_and_gradients(formula, shape.cap, *wide, mask_alone)
-    kernel = kernels.kernel_for(*narrow[:2], shape.cap, pattern.mask, pattern.causal)
+    kernel = kernels.kernel_for(*narrow[:2], shape.cap, pattern.mask, pattern.segments)
     if kernel is None:
         pattern = mask_alone
     error, limit = relative_error(chosen, shape, narrow, pattern, exact), LIMITS[dtype]
@@ -261,7 +272,7 @@ def formula(q, k, v, pattern, cap):
 
 def chosen(q, k, v, pattern, cap):
     """The path that the platform chooses."""
-    return attention.dot_product_attention(q, k, v, pattern.mask, cap=cap, causal=pattern.causal)
+    return attention.dot_product_attention(q, k, v, pattern.mask, cap=cap, pattern=pattern.segments)
 
 
 def plain(q, k, v, pattern, cap):

@@ -61,7 +61,7 @@ def compare(cfg, seconds: float) -> list[tuple[float, float]]:
 
     tokenizer = pipeline.train_tokenizer(cfg)
     sides = [Side(cfg, tokenizer), Side(batch_views(cfg, tokenizer), tokenizer)]
-    return [tuple(side.questions_per_second(seconds) for side in sides) for _ in range(TURNS)]
+    return [tuple(side.count_per_second(seconds) for side in sides) for _ in range(TURNS)]
 
 
 def batch_views(cfg, tokenizer):
@@ -92,20 +92,24 @@ class Side:
                 self.take_step()
 
     def take_step(self) -> int:
-        """Trains on the next batch; returns its number of questions."""
+        """Trains on the next batch; returns its `count`."""
         batch = next(self.data)
         self.state, metrics = self.step(self.state, batch)
         metrics["loss"].block_until_ready()
+        return self.count(batch)
+
+    def count(self, batch) -> int:
+        """Returns the number of questions of a batch."""
         return int(batch.branch_ids.max(axis=1).sum())
 
-    def questions_per_second(self, seconds: float) -> float:
+    def count_per_second(self, seconds: float) -> float:
         import jax
 
-        start, questions = time.perf_counter(), 0
+        start, count = time.perf_counter(), 0
         with jax.set_mesh(self.mesh):
             while time.perf_counter() - start < seconds:
-                questions += self.take_step()
-        return questions / (time.perf_counter() - start)
+                count += self.take_step()
+        return count / (time.perf_counter() - start)
 
 
 if __name__ == "__main__":

@@ -294,6 +294,7 @@ class Slow:
 
     def __init__(self, data):
         self.data, self.get_state, self.set_state = data, data.get_state, data.set_state
+        self.start_prefetch = data.start_prefetch
 
     def __next__(self):
         time.sleep(0.1)

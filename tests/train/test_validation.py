@@ -71,6 +71,9 @@ class Counter:
     def set_state(self, state):
         self.count = state["count"]
 
+    def start_prefetch(self):
+        pass
+
 
 @pytest.fixture
 def train(monkeypatch):
@@ -90,7 +93,7 @@ def train(monkeypatch):
         "open_workdir": lambda cfg, workdir, inputs: workdir.open(cfg),
         "abstract_state": lambda cfg, mesh: abstract,
         "init_sharded_state": zeros,
-        "compile_step": lambda run, state: step,
+        "compile_step": lambda *arguments: step,
         "count_tokens": lambda batch: (1, 1, 1, 1, 1),
         "summarize": lambda *arguments: "",
     }

@@ -107,6 +107,11 @@ class Checkpoints:
         # Steps that could not be read. They are kept until that step, or an earlier one, is saved.
         self._damaged: set[int] = set()
 
+    @property
+    def last_step(self) -> int:
+        """The last step that was saved; 0 if none was."""
+        return max(self._manager.all_steps(), default=0)
+
     def save(
         self,
         step: int,

@@ -11,6 +11,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import jax
@@ -48,6 +49,7 @@ class Run:
     log: Log | None  # None on every process but the first
     stop_signal: StopSignal
     validation: Validation
+    step_program: Future | None  # of `compile_step`; None: no step is left
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,14 @@ def train(cfg: Experiment, prepare_scores: PrepareScores | None = None) -> State
         history = ScoreHistory(score_name(cfg))
         rank = None if compute_scores is None else history.rank
         checkpoints = Checkpoints(workdir.checkpoints, cfg.train, rank)
-        state, start = restore_or_init(cfg, inputs, checkpoints)
+        abstract = abstract_state(cfg, inputs.mesh)
+        step_program = None
+        if checkpoints.last_step < cfg.train.steps:
+            step_program = compile_in_thread(cfg, inputs, abstract)
+        state, start = restore_or_init(cfg, inputs, abstract, checkpoints)
+        if step_program is None and start < cfg.train.steps:
+            # The last checkpoint is damaged.
+            step_program = compile_in_thread(cfg, inputs, abstract)
         history.scores |= checkpoints.scores(start)
         log, validation = None, Validation(cfg, compute_scores, history)
         if is_main:
@@ -114,7 +123,7 @@ def train(cfg: Experiment, prepare_scores: PrepareScores | None = None) -> State
         # SIGTERM is handled until the last checkpoint is written, too.
         with preemption.handler(stop_signal.on_signal), closing(log, checkpoints):
             try:
-                run = Run(cfg, inputs, checkpoints, log, stop_signal, validation)
+                run = Run(cfg, inputs, checkpoints, log, stop_signal, validation, step_program)
                 state = run_steps(run, state)
             except NonFiniteStepError as error:
                 batch = describe_batch(cfg, inputs.tokenizer, error.data_state)
@@ -176,9 +185,10 @@ def as_save_error(error: BaseException, checkpoints: Checkpoints) -> SaveError |
     return None
 
 
-def restore_or_init(cfg: Experiment, inputs: Inputs, checkpoints: Checkpoints) -> tuple[State, int]:
+def restore_or_init(
+    cfg: Experiment, inputs: Inputs, abstract: State, checkpoints: Checkpoints
+) -> tuple[State, int]:
     """Returns the state of the last complete checkpoint, or a new one, and its step."""
-    abstract = abstract_state(cfg, inputs.mesh)
     restored = checkpoints.restore(abstract)
     if restored is None:
         loaded = initial.load_parts(cfg, abstract, inputs.mesh)
@@ -198,7 +208,9 @@ def run_steps(run: Run, state: State) -> State:
         validation.run(first_step - 1, state.params)
     if first_step > cfg.steps or validation.is_over:
         return state
-    step_fn = compile_step(run, state)
+    data.start_prefetch()
+    with run.log.compiling() if run.log else contextlib.nullcontext():
+        step_fn = run.step_program.result()
     pending: PendingStep | None = None
     losses: list[float] = []  # since the last checkpoint
     with contextlib.closing(Profile(cfg, Workdir(run.cfg.workdir))) as profile:
@@ -246,10 +258,21 @@ def run_steps(run: Run, state: State) -> State:
     return state
 
 
-def compile_step(run: Run, state: State) -> Callable[[State, Batch], tuple[State, dict]]:
-    """Compiles the training step; the process that logs reports the time."""
-    with run.log.compiling() if run.log else contextlib.nullcontext():
-        return compile_train_step(run.cfg, run.inputs.mesh, state, run.inputs.batch_shapes)
+def compile_in_thread(cfg: Experiment, inputs: Inputs, abstract: State) -> Future:
+    """Starts `compile_step`, for a state that is read or initialized meanwhile."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
+    program = pool.submit(compile_step, cfg, inputs, abstract)
+    pool.shutdown(wait=False)
+    return program
+
+
+def compile_step(
+    cfg: Experiment, inputs: Inputs, abstract: State
+) -> Callable[[State, Batch], tuple[State, dict]]:
+    """Compiles the training step."""
+    # Each thread has its own mesh.
+    with jax.set_mesh(inputs.mesh):
+        return compile_train_step(cfg, inputs.mesh, abstract, inputs.batch_shapes)
 
 
 def timed_next(data: Iterator[Batch]) -> tuple[Batch, float]:

@@ -124,7 +124,7 @@ def test_the_counts_of_bleu_are_sacrebleus_for_any_text():
         assert captions.bleu(prediction, references) == expected
 
 
-def test_the_texts_of_a_question_are_normalised_as_each_alone():
+def test_the_texts_of_a_question_are_normalized_as_each_alone():
     """Marks at the end of and within words, numbers and null characters among them."""
     rng = random.Random(0)
     pieces = [*"abAN.,-/?!'s01 \t\n\0\u00a0\u00e9", " the ", " one ", " isnt ", "1,000", " 3.5 "]
@@ -132,7 +132,7 @@ def test_the_texts_of_a_question_are_normalised_as_each_alone():
         texts = ["".join(rng.choices(pieces, k=rng.randint(0, 9))) for _ in range(4)]
         alone = [text.replace("\0", " ") for text in texts]
         expected = [vqa.replace_words(vqa.remove_punctuation(text)) for text in alone]
-        assert vqa.normalise(join_texts(texts)) == expected
+        assert vqa.normalize(join_texts(texts)) == expected
         rouge = [captions.rouge_l(texts[0], [text]) for text in alone]
         assert captions.rouge_l(texts[0], texts) == max(rouge)
 

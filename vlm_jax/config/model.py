@@ -39,7 +39,7 @@ class Transformer:
     key_bias: bool = True  # False: the key projection has no bias, even with qkv_bias
     out_bias: bool = True  # bias of attention's output projection
     mlp_bias: bool = True  # biases of the MLP
-    #: normalise queries and keys before RoPE: each head, or all heads of a token together
+    #: normalize queries and keys before RoPE: each head, or all heads of a token together
     qk_norm: Literal["none", "head", "all_heads"] = "none"
     query_scale: float | None = None  # factor of the attention scores; None: 1 / sqrt(H)
     #: c: attention scores become c tanh(score / c); None: not capped
@@ -48,7 +48,7 @@ class Transformer:
     layer_scale: Literal["none", "vector", "tanh_gate"] = "none"
     #: unroll of the scan over layers: faster steps, slower compilation, less saved by remat
     unroll: int = 1
-    #: rematerialise nothing; all but attention and matmuls with weights; all but those matmuls;
+    #: rematerialize nothing; all but attention and matmuls with weights; all but those matmuls;
     #: everything
     remat: Literal["none", "attention", "dots", "full"] = "none"
 
@@ -101,7 +101,7 @@ class Vision(Transformer):
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     #: standard deviation of red, green and blue, the divisor of the pixels
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    #: how an image becomes square: scale both sides; scale the shorter side and crop the centre; or
+    #: how an image becomes square: scale both sides; scale the shorter side and crop the center; or
     #: scale the longer side and pad. With tile_layouts or tile_grids, pad fits the image onto tiles
     resize: Literal["squash", "crop", "pad"] = "squash"
     #: crop: length of the shorter side before the crop; None: image_size_px
@@ -110,7 +110,7 @@ class Vision(Transformer):
     resample: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] = "bicubic"
     #: how images of other modes become RGB. composite: transparent pixels become white, 16 bits are
     #: scaled to 8; convert: Pillow drops transparency and clips 16 bits at 255; convert_composite:
-    #: the same, but a colour that the file declares transparent becomes white
+    #: the same, but a color that the file declares transparent becomes white
     rgb_conversion: Literal["composite", "convert", "convert_composite"] = "composite"
     patch_size_px: int = 8  # height and width of a patch
     #: patch embedding as a matmul or as the equal strided convolution
@@ -135,7 +135,7 @@ class Vision(Transformer):
     keep_class_token: bool = False  # pass the class token to the projector
     #: mask token of DINO's pretraining; unused, kept for export
     mask_token: bool = False
-    pre_norm: bool = False  # normalise before the first block (CLIP)
+    pre_norm: bool = False  # normalize before the first block (CLIP)
     #: norm after the last block: of all tokens, of the pooled vector, or none
     final_norm: Literal["tokens", "pooled", "none"] = "tokens"
     #: hidden states for the projector; 0: embeddings, -1: last block; (): the encoder's output
@@ -326,9 +326,9 @@ class Projector:
     head_dim: int | None = None
     #: resampler, qformer: hidden dimension of the blocks' MLPs; None: 4 * width of the blocks
     block_mlp_width: int | None = None
-    qk_norm: bool = True  # resampler, qformer: normalise query and key heads
-    #: resampler: every block normalises the image tokens anew, and its queries are normalised as
-    #: keys, too (Idefics); otherwise the image tokens are normalised once
+    qk_norm: bool = True  # resampler, qformer: normalize query and key heads
+    #: resampler: every block normalizes the image tokens anew, and its queries are normalized as
+    #: keys, too (Idefics); otherwise the image tokens are normalized once
     block_norms: bool = False
     cross_every: int = 2  # qformer: k: cross-attention in blocks 0, k, 2k, ...
     #: resampler, qformer: activation of the blocks' MLPs
@@ -414,7 +414,7 @@ class Fusion:
     gated: bool = False
     #: gated: a gate for each sublayer, or for each of its channels (Idefics)
     gate: Literal["scalar", "vector"] = "scalar"
-    #: cross_attention, encoder_decoder, hybrid: normalise query and key heads in cross-attention
+    #: cross_attention, encoder_decoder, hybrid: normalize query and key heads in cross-attention
     qk_norm: bool = True
     #: cross_attention, encoder_decoder: a placeholder token in the text for each image (Llama 3.2
     #: Vision, Flamingo)
@@ -535,7 +535,7 @@ class Decoder(Transformer):
     #: ids after vocab_size with an embedding table and an output head of their own (Idefics)
     added_tokens: int = 0
     embed_scale: bool = False  # multiply embeddings by sqrt(D)
-    embed_norm: bool = False  # normalise the sum of embeddings and positions
+    embed_norm: bool = False  # normalize the sum of embeddings and positions
     #: rotary, or position embeddings that are added
     positions: Literal["rope", "learned", "sincos"] = "rope"
     max_positions: int = 256  # maximum sequence length
@@ -546,7 +546,7 @@ class Decoder(Transformer):
     sliding_layers: tuple[int, ...] = ()  # blocks with a sliding window
     #: blocks whose queries and keys are not rotated (NoPE, Kazemnejad et al. 2023)
     no_rope_layers: tuple[int, ...] = ()
-    final_norm: bool = True  # normalise after the last block
+    final_norm: bool = True  # normalize after the last block
     tie_word_embeddings: bool = True  # use the embedding as the output head
     logit_softcap: float | None = None  # c: logits become c tanh(logit / c); None: not capped
 

@@ -2,7 +2,7 @@
 
 `vision.checkpoint`, `projector.checkpoint` and `decoder.checkpoint` each name the folder of a
 public checkpoint or of a run and take that part of it. The fusion is the experiment's own, and a
-part without a folder is initialised as in a new run. `init_from` names one folder for the whole
+part without a folder is initialized as in a new run. `init_from` names one folder for the whole
 model, including its fusion and its prompt format.
 """
 

@@ -59,7 +59,7 @@ class ImageSettings:
 
     @property
     def pads_to_square(self) -> bool:
-        """LLaVA's meaning of `do_pad`: before the resize, with the mean colour."""
+        """LLaVA's meaning of `do_pad`: before the resize, with the mean color."""
         return self.do_pad and self.kind == "LlavaImageProcessor"
 
     @property

@@ -37,7 +37,7 @@ def _one_line(text: str) -> str:
 
 
 def anls(prediction: str, references: Sequence[str]) -> float:
-    """Returns the normalised Levenshtein similarity to the nearest reference, or 0 below 0.5.
+    """Returns the normalized Levenshtein similarity to the nearest reference, or 0 below 0.5.
 
     The distance ignores case and repeated spaces, but is divided by the length of the longer text
     as it was written.

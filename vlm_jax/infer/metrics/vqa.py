@@ -50,24 +50,24 @@ GROUPED_DIGITS = re.compile(r"\d,\d")
 def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
     """Returns the VQAv2 accuracy (Goyal et al. 2017; `vqaEval.py` of GT-Vision-Lab/VQA).
 
-    Texts are normalised only if the references differ, as in that script.
+    Texts are normalized only if the references differ, as in that script.
     """
     first = _strip(references[0])
     texts = [prediction, *references]
     if any(_strip(reference) != first for reference in references[1:]):
-        return _leave_one_out(normalise(join_texts(texts)))
+        return _leave_one_out(normalize(join_texts(texts)))
     return _leave_one_out(list(map(_strip, texts)))
 
 
 def text_vqa(prediction: str, references: Sequence[str]) -> float:
-    """Returns the TextVQA accuracy (Singh et al. 2019): texts are always normalised.
+    """Returns the TextVQA accuracy (Singh et al. 2019): texts are always normalized.
 
     Before the rules of VQAv2, EvalAI's processor removes commas and question marks and separates
     `'s` (`_task_utils/vqa_eval_metric.py` of lmms-eval).
     """
     texts = join_texts([prediction, *references]).lower()
     texts = texts.replace(",", "").replace("?", "").replace("'s", " 's")
-    return _leave_one_out(normalise(texts))
+    return _leave_one_out(normalize(texts))
 
 
 def _leave_one_out(texts: Sequence[str]) -> float:
@@ -87,7 +87,7 @@ def _strip(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def normalise(joined: str) -> list[str]:
+def normalize(joined: str) -> list[str]:
     """Returns the texts of `join_texts` as VQAv2's script compares them.
 
     Every mark becomes a space, which at the end of a word is the same as to remove it. The few

@@ -1,8 +1,8 @@
 """Projectors: map the encoder's tokens to the decoder's width.
 
-A new projector is one class here and one row of `PROJECTORS` in config/model.py, which names the
-class and states how many tokens it emits (`config.Projector.num_tokens`). It maps (B, P, E) to
-(B, M, D).
+A new projector is one class here and one row of `PROJECTORS` in config/model/projector.py, which
+names the class and states how many tokens it emits (`config.Projector.num_tokens`). It maps
+(B, P, E) to (B, M, D).
 """
 
 from dataclasses import replace

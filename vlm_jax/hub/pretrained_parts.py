@@ -28,7 +28,8 @@ from vlm_jax.config.model import PRETRAINED_PARTS
 from vlm_jax.config.validate import check_values, flat, with_fields
 from vlm_jax.data.tiling import tag_names
 from vlm_jax.hub.families.table import Row, Target, layers_with
-from vlm_jax.hub.images.settings import read_settings, vision_settings
+from vlm_jax.hub.images.conversion import vision_settings
+from vlm_jax.hub.images.files import read_settings
 from vlm_jax.hub.load import (
     Checkpoint,
     inspect,

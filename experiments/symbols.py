@@ -3,7 +3,7 @@
 python experiments/symbols.py --folder symbols
 
 The folder gets `pictures/`, and `train.csv` and `test.csv` with the columns image, question and
-answer. A picture of the test table has a colour and a size that its symbol does not have in the
+answer. A picture of the test table has a color and a size that its symbol does not have in the
 other table.
 """
 

@@ -1,4 +1,4 @@
-"""Logical axes and their mesh axes: a misspelt letter is an error, never 'replicated'."""
+"""Logical axes and their mesh axes: a misspelled letter is an error, never 'replicated'."""
 
 import jax
 import jax.numpy as jnp

@@ -109,7 +109,7 @@ def test_a_run_uses_every_recipe(extended, datasets_dir):
     assert "projector.factor 3" in message
 
 
-def test_the_new_form_of_conversations_is_recognised(extended):
+def test_the_new_form_of_conversations_is_recognized(extended):
     (extended / "a.captions").write_text("a.png\ta cat\n")
     code = (
         "from vlm_jax.data.conversation_files import read_files; "

@@ -32,7 +32,7 @@ def pictures(vision) -> np.ndarray:
     side, count = vision.image_size_px, vision.cut_tiles
     pixels = np.random.default_rng(0).uniform(-1, 1, (8, side, count * side, 3)).astype(np.float32)
     if count > 1:
-        pixels[:, :, 1::2] = -pixels[:, :, ::2]  # a thumbnail is the mean of neighbours
+        pixels[:, :, 1::2] = -pixels[:, :, ::2]  # a thumbnail is the mean of neighbors
     return np.stack([tiling.stack_views([image], vision) for image in pixels])
 
 

@@ -1,7 +1,7 @@
 """Logical axis names: one letter per dimension, and the mesh axis that it is split over.
 
 A letter has two columns, because the width of a parameter is split over `fsdp` and the width of an
-activation is not. An unknown letter raises KeyError: a misspelt axis must never mean "replicated".
+activation is not. An unknown letter raises KeyError: a misspelled axis never means "replicated".
 """
 
 import math

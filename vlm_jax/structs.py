@@ -56,7 +56,7 @@ class Batch:
     #: attends to if its row of `image_mask` is empty (such as a token before the first image). If
     #: it is empty here as well, the token skips cross-attention. None: all images
     no_image_mask: Array | None = None
-    #: (B, I, height, width, channels) float32, normalised. I counts every view of an image: its
+    #: (B, I, height, width, channels) float32, normalized. I counts every view of an image: its
     #: tiles, then its thumbnail. With `vision.tile_layouts` (B, I, J, ...), and `image_mask` is
     #: (B, S, I*J). Without an encoder it may be (B, I, P, C) patches. At native resolution
     #: (B, P, C): the patches of all images, see `patch_images`. None: text only

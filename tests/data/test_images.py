@@ -226,7 +226,7 @@ def test_the_check_finds_every_file_that_is_cut_short(kind):
         (Image.new("RGB", (2, 2), (1, 2, 3)).quantize(4), (1, 2, 3)),
         (Image.fromarray(np.full((2, 2), 0x4D00, np.uint16)), (77, 77, 77)),
     ],
-    ids=["transparent", "opaque", "grey_alpha", "grey", "bits", "palette", "grey16"],
+    ids=["transparent", "opaque", "gray_alpha", "gray", "bits", "palette", "gray16"],
 )
 def test_every_mode_becomes_rgb(image, expected):
     buffer = io.BytesIO()

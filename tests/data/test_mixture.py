@@ -103,7 +103,7 @@ def test_the_images_of_a_row_are_those_of_its_conversations(cfg, tokenizer):
             own = batch.image_mask[row][batch.segment_ids[row] == segment].any(axis=0)
             assert own.sum() == len(talk.images)
             for pixels, index in zip(batch.images[row][own], talk.images, strict=True):
-                expected = packing.image_files.normalise(read(index), cfg.vision)
+                expected = packing.image_files.normalize(read(index), cfg.vision)
                 np.testing.assert_array_equal(pixels, expected)
                 checked += 1
     assert checked > 4
@@ -248,7 +248,7 @@ def test_rows_of_questions_are_mixed_too(pictures):
             str(record.image_id): record.image
             for record in map(decoded.__getitem__, range(len(decoded)))
         }
-        pixels = packing.image_files.normalise(images[image_id], pictures.vision)
+        pixels = packing.image_files.normalize(images[image_id], pictures.vision)
         is_same = np.array_equal(batch.images[row, 0], pixels)
         assert is_same or name == "moved"
         moved += not is_same

@@ -235,7 +235,7 @@ def test_the_ids_of_a_batch_are_those_of_its_images(cfg, tokenizer):
             batch.images[:, 0], pipeline.batch_ids(cfg, None, state), strict=True
         ):
             pixels = image_files.fit(image_files.decode(by_id[image_id].image, "image"), 64)
-            assert np.array_equal(image, image_files.normalise(pixels, cfg.vision))
+            assert np.array_equal(image, image_files.normalize(pixels, cfg.vision))
 
 
 def test_the_place_in_the_data_is_the_same_for_any_number_of_processes(cfg, tokenizer):

@@ -12,7 +12,7 @@ from vlm_jax.testing import tiny
 
 
 class SmallVqa(tfds.core.GeneratorBasedBuilder):
-    """Six grey squares; registered with TFDS by being defined."""
+    """Six gray squares; registered with TFDS by being defined."""
 
     VERSION = tfds.core.Version("1.0.0")
     code_path = None
@@ -78,8 +78,8 @@ def test_the_most_frequent_of_several_answers_is_trained_on_and_all_are_right(da
     assert [one.references for one in asked] == [("dim", "dark", "dark"), ("dim", "dark")]
 
 
-class PartlyLabelled(tfds.core.GeneratorBasedBuilder):
-    """Six rows of text; the last `unlabelled` of a split have no label, in TFDS -1."""
+class PartlyLabeled(tfds.core.GeneratorBasedBuilder):
+    """Six rows of text; the last `unlabeled` of a split have no label, in TFDS -1."""
 
     VERSION = tfds.core.Version("1.0.0")
     code_path = None
@@ -90,30 +90,30 @@ class PartlyLabelled(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager):
-        unlabelled = {"train": 0, "some": 2, "test": 6}
-        return {split: self._generate_examples(count) for split, count in unlabelled.items()}
+        unlabeled = {"train": 0, "some": 2, "test": 6}
+        return {split: self._generate_examples(count) for split, count in unlabeled.items()}
 
-    def _generate_examples(self, unlabelled):
+    def _generate_examples(self, unlabeled):
         for i in range(6):
-            yield i, {"asked": f"is {i} bright?", "label": i % 2 if i < 6 - unlabelled else -1}
+            yield i, {"asked": f"is {i} bright?", "label": i % 2 if i < 6 - unlabeled else -1}
 
 
 @pytest.fixture
-def labelled(tmp_path):
+def labeled(tmp_path):
     fields = {"image_field": "", "question_field": "asked", "answer_field": "label"}
-    return Data(source="tfds:partly_labelled", **fields, dir=str(tmp_path), augment=())
+    return Data(source="tfds:partly_labeled", **fields, dir=str(tmp_path), augment=())
 
 
-def test_rows_without_a_label_are_left_out_and_counted(labelled, capsys):
-    source = pipeline.conversation_source(labelled, "some")
+def test_rows_without_a_label_are_left_out_and_counted(labeled, capsys):
+    source = pipeline.conversation_source(labeled, "some")
     assert [talk.turns[1] for talk in source] == ["dark", "bright"] * 2
     assert [talk.id for talk in source] == ["0", "1", "2", "3"]
     assert (
-        "2 of the 6 rows of data.source tfds:partly_labelled, split 'some' have no label in "
+        "2 of the 6 rows of data.source tfds:partly_labeled, split 'some' have no label in "
         "'label' and are left out" in capsys.readouterr().out
     )
-    pipeline.conversation_source(labelled, "some")
-    assert len(pipeline.conversation_source(labelled, "train")) == 6
+    pipeline.conversation_source(labeled, "some")
+    assert len(pipeline.conversation_source(labeled, "train")) == 6
     assert capsys.readouterr().out == "", "printed once, and only where rows are left out"
 
 
@@ -121,24 +121,24 @@ def test_rows_without_a_label_are_left_out_and_counted(labelled, capsys):
     "split, field",
     [("test", "eval.split"), ("some[4:]", "eval.split"), ("test", "data.train_split")],
 )
-def test_a_split_without_any_label_is_refused(split, field, labelled):
+def test_a_split_without_any_label_is_refused(split, field, labeled):
     if field == "data.train_split":
-        labelled = replace(labelled, train_split=split)
+        labeled = replace(labeled, train_split=split)
     with pytest.raises(
         ConfigError,
-        match=f"{field} .*: all of the . rows of data.source tfds:partly_labelled, .* no label",
+        match=f"{field} .*: all of the . rows of data.source tfds:partly_labeled, .* no label",
     ):
-        pipeline.conversation_source(labelled, split)
+        pipeline.conversation_source(labeled, split)
 
 
-def test_a_text_that_is_not_utf_8_is_named_with_its_row(labelled, monkeypatch):
-    source = pipeline.conversation_source(labelled, "train")
+def test_a_text_that_is_not_utf_8_is_named_with_its_row(labeled, monkeypatch):
+    source = pipeline.conversation_source(labeled, "train")
     monkeypatch.setattr(
         source._rows, "_rows", [{"asked": b"a", "label": 0}, {"asked": b"\xff", "label": 0}]
     )
     with pytest.raises(
         ConfigError,
-        match="row 1 of data.source tfds:partly_labelled, split 'train': "
+        match="row 1 of data.source tfds:partly_labeled, split 'train': "
         "the feature 'asked' .data.question_field. is",
     ):
         list(source)

@@ -60,12 +60,12 @@ def test_a_resized_map_interpolates_between_its_tokens(name):
     is_token = found["image_token_index"] != NEWLINE
     values = (by_tile[found["image_taps"]] * found["tap_weights"]).sum(-1)[is_token]
 
-    def centres(size, new_size, padding):
+    def centers(size, new_size, padding):
         position = (np.arange(new_size) + 0.5) * size / new_size - 0.5
         return position.clip(0, size - 1) + padding
 
-    y = centres(tile_map.rows, tile_map.resized[0], tile_map.top)
-    x = centres(tile_map.columns, tile_map.resized[1], tile_map.left)
+    y = centers(tile_map.rows, tile_map.resized[0], tile_map.top)
+    x = centers(tile_map.columns, tile_map.resized[1], tile_map.left)
     np.testing.assert_allclose(values, (3 * y[:, None] + 7 * x).reshape(-1), rtol=1e-5)
 
 

@@ -252,7 +252,7 @@ def test_a_question_is_evaluated_with_the_views_that_it_is_trained_with(datasets
     trained = next(pipeline.training_iterator(cfg, tokenizer)).images
     assert trained.shape == (8, 5, 32, 32, 3)
     asked = {question.image_id: question for question in questions.load(cfg, "test[:8]")}
-    shown = [[images.normalise(question.images()[0], vision)] for question in asked.values()]
+    shown = [[images.normalize(question.images()[0], vision)] for question in asked.values()]
     assert shown[0][0].shape == (64, 64, 3)
     asked_about = questions.prompt_batch(cfg, tokenizer, shown, ["red?"] * 8).images
 

@@ -88,7 +88,7 @@ def test_an_exported_checkpoint_has_the_bytes_and_the_files_of_the_first(
     assert tokenizers[0]("hello world").input_ids == tokenizers[1]("hello world").input_ids
 
 
-def test_the_config_is_spelt_as_transformers_4_reads_it(checkpoint, tmp_path):
+def test_the_config_is_spelled_as_transformers_4_reads_it(checkpoint, tmp_path):
     export.export_checkpoint(checkpoint[0], tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["rope_theta"] == 500.0
@@ -362,7 +362,7 @@ def assert_transformers_agrees(kind, cfg, params, tokenizer, folder):
     )
     asked = questions.load(cfg, "test", 2)
     pixels = [
-        pipeline.image_files.normalise(question.images()[0], cfg.vision) for question in asked
+        pipeline.image_files.normalize(question.images()[0], cfg.vision) for question in asked
     ]
     batch = questions.prompt_batch(cfg, tokenizer, [[x] for x in pixels], ["is it red ?"] * 2)
     ours = np.asarray(forward(bare_model(cfg), params, batch).logits)

@@ -175,7 +175,7 @@ def test_pixels_and_special_tokens_are_the_checkpoints(folders):
     assert random_batch(llama).image_token_index.max() == 15
 
 
-def test_tags_of_tiles_are_spelt_by_the_tokenizer_of_the_decoder(folders):
+def test_tags_of_tiles_are_spelled_by_the_tokenizer_of_the_decoder(folders):
     cfg = tiny("hybrid", projector=Projector("mlp"))
     vision = replace(cfg.vision, checkpoint=str(folders["siglip"]), tiles=2)
     decoder = replace(cfg.decoder, checkpoint=str(folders["llama"]))

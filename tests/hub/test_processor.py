@@ -115,7 +115,7 @@ def transformers_takes(name: str, images: int) -> bool:
     return images > 0 or not name.startswith("paligemma")
 
 
-SHOWN = [["turned", "alpha"], ["colour"], ["tall"], ["grey"], ["palette"], []]
+SHOWN = [["turned", "alpha"], ["color"], ["tall"], ["gray"], ["palette"], []]
 ASKED = [
     (name, kinds)
     for name in ABOUT_IMAGES
@@ -193,13 +193,13 @@ def test_a_caption_needs_no_prompt(folder_of, pictures, capsys):
 
 def test_a_caption_may_be_begun(folder_of, pictures, capsys):
     folder = folder_of("trocr")
-    inputs = asked_of_transformers("trocr", folder, "", [pictures["colour"]])
+    inputs = asked_of_transformers("trocr", folder, "", [pictures["color"]])
     begun = [2, *folder.tokenizer(" a photo", add_special_tokens=False).input_ids]
     inputs["decoder_input_ids"] = torch.tensor([begun])
     made = folder.model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0, len(begun) :]
     expected = folder.tokenizer.decode(made, skip_special_tokens=True)
     assert (
-        said(capsys, folder.path, "--image", pictures["colour"], "--prompt", " a photo")
+        said(capsys, folder.path, "--image", pictures["color"], "--prompt", " a photo")
         == expected + "\n"
     )
 
@@ -266,11 +266,11 @@ def test_an_end_that_only_the_tokenizer_states_ends_the_answer(folder_of, tmp_pa
 def test_the_start_is_that_of_generation_config_before_others(folder_of, pictures, tmp_path):
     folder = folder_of("trocr")
     path = changed(folder, tmp_path, generation_config={"decoder_start_token_id": 9})
-    assert processor_of(folder.path)("", [pictures["grey"]], chat=True).tokens.tolist() == [[2]]
-    assert processor_of(path)("", [pictures["grey"]], chat=True).tokens.tolist() == [[9]]
+    assert processor_of(folder.path)("", [pictures["gray"]], chat=True).tokens.tolist() == [[2]]
+    assert processor_of(path)("", [pictures["gray"]], chat=True).tokens.tolist() == [[9]]
     path = changed(folder, tmp_path, generation_config={"decoder_start_token_id": "<s>"})
     with pytest.raises(UserError, match="decoder_start_token_id is '<s>'"):
-        processor_of(path)("", [pictures["grey"]], chat=True)
+        processor_of(path)("", [pictures["gray"]], chat=True)
 
 
 @pytest.mark.parametrize("end", ["</s>", [1, None], -1, 1.5, 2**31])
@@ -293,7 +293,7 @@ def test_an_end_that_is_no_id_is_refused(folder_of, tmp_path, end):
     ],
 )
 def test_image_tokens_of_the_prompt_stay_where_they_are(folder_of, pictures, name, token):
-    processor, files = processor_of(folder_of(name).path), [pictures["colour"], pictures["tall"]]
+    processor, files = processor_of(folder_of(name).path), [pictures["color"], pictures["tall"]]
     prompt = f"this {token} or {token}?"
     assert prompt in processor.chat(prompt, 2)
     assert processor.chat(prompt, 2).count(token) == 2
@@ -313,18 +313,18 @@ def refusal(capsys, path, *arguments) -> str:
 
 
 def test_images_that_a_checkpoint_does_not_read(folder_of, pictures, capsys, tmp_path):
-    two = ("--image", pictures["colour"], pictures["tall"], "--prompt", "x")
+    two = ("--image", pictures["color"], pictures["tall"], "--prompt", "x")
     assert "2 images: Fuyu takes at most one" in refusal(capsys, folder_of("fuyu").path, *two)
     assert "takes one image per prompt" in refusal(capsys, folder_of("trocr").path, *two)
     assert "takes one image per prompt" in refusal(capsys, folder_of("trocr").path, "--prompt", "x")
     assert "is a text-only model" in refusal(capsys, folder_of("gemma").path, *two)
     assert "needs --prompt" in refusal(
-        capsys, folder_of("llava").path, "--image", pictures["colour"]
+        capsys, folder_of("llava").path, "--image", pictures["color"]
     )
     assert "nothing.png" in refusal(
         capsys, folder_of("llava").path, "--image", "nothing.png", "--prompt", "x"
     )
-    (tmp_path / "half.jpg").write_bytes(pictures["colour"].read_bytes()[:500])
+    (tmp_path / "half.jpg").write_bytes(pictures["color"].read_bytes()[:500])
     assert "half.jpg" in refusal(
         capsys, folder_of("llava").path, "--image", tmp_path / "half.jpg", "--prompt", "x"
     )
@@ -347,7 +347,7 @@ def without(folder: Folder, target, *names: str):
 
 
 def test_a_folder_without_a_tokenizer_or_an_image_processor(folder_of, pictures, capsys, tmp_path):
-    asks = ("--image", pictures["colour"], "--prompt", "x")
+    asks = ("--image", pictures["color"], "--prompt", "x")
     path = without(folder_of("llava"), tmp_path / "a", "tokenizer*")
     assert "has no tokenizer" in refusal(capsys, path, *asks)
     path = without(folder_of("llava"), tmp_path / "b", "processor_config.json")
@@ -374,7 +374,7 @@ def test_an_image_processor_is_of_no_concern_to_a_text_model(folder_of, tmp_path
 
 
 # Images of each row.
-MIXED = {"llava": [[], ["colour"], ["turned", "tall"]], "fuyu": [[], ["colour"]]}
+MIXED = {"llava": [[], ["color"], ["turned", "tall"]], "fuyu": [[], ["color"]]}
 MIXED["mllama"] = MIXED["llava"]
 
 
@@ -401,7 +401,7 @@ def test_a_row_does_not_depend_on_the_images_of_the_others(folder_of, pictures, 
     "name, token", [("llava", "<image>"), ("mllama", "<|image|>"), ("paligemma", "")]
 )
 def test_images_may_be_nested_as_transformers_takes_them(folder_of, pictures, name, token):
-    processor, file = processor_of(folder_of(name).path), pictures["colour"]
+    processor, file = processor_of(folder_of(name).path), pictures["color"]
     opened, prompt, other = Image.open(file), f"{token}hello", f"{token}what is it?"
     expected = processor([prompt], [[file]])
     pixels = np.asarray(opened)
@@ -460,7 +460,7 @@ def test_images_may_be_nested_as_transformers_takes_them(folder_of, pictures, na
 def test_another_nesting_is_refused_by_what_is_wrong(folder_of, pictures, prompts, images, message):
     processor = processor_of(folder_of("llava").path)
     with pytest.raises(UserError, match=message):
-        processor(["<image>hello"] * prompts, images(pictures["colour"]))
+        processor(["<image>hello"] * prompts, images(pictures["color"]))
 
 
 # ---- texts longer than the model's positions
@@ -469,4 +469,4 @@ def test_another_nesting_is_refused_by_what_is_wrong(folder_of, pictures, prompt
 def test_a_text_of_more_tokens_than_learned_positions_is_refused(folder_of, pictures):
     processor = processor_of(folder_of("vit and gpt2").path)  # 64 positions
     with pytest.raises(UserError, match="too long: .* but the model has only 64 positions"):
-        processor(["cat " * 200], [[pictures["colour"]]])
+        processor(["cat " * 200], [[pictures["color"]]])

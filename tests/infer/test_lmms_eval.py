@@ -49,7 +49,7 @@ def images_cut_short_stay_errors():
 
 
 def documents(task: str, split: str, doc_id: int):
-    assert (task, split) == ("colours", "test")
+    assert (task, split) == ("colors", "test")
     return DOCUMENTS[doc_id]
 
 
@@ -59,14 +59,13 @@ def messages(document) -> list[dict]:
 
 
 def simple_requests(options=OPTIONS) -> list[tuple]:
-    source = lambda i: (lambda document: document["images"], i, "colours", "test")  # noqa: E731
+    source = lambda i: (lambda document: document["images"], i, "colors", "test")  # noqa: E731
     return [(doc["question"], options, *source(i)) for i, doc in enumerate(DOCUMENTS)]
 
 
 def chat_requests(options=OPTIONS) -> list[tuple]:
     return [
-        (doc["question"], messages, options, i, "colours", "test")
-        for i, doc in enumerate(DOCUMENTS)
+        (doc["question"], messages, options, i, "colors", "test") for i, doc in enumerate(DOCUMENTS)
     ]
 
 
@@ -105,7 +104,7 @@ def test_both_forms_are_answered_in_batches_as_one_by_one(run, expected):
 
 def test_choices_are_scored_without_the_white_space_around_them(run):
     requests = [
-        (doc["question"], f" {choice}", lambda doc: doc["images"], i, "colours", "test")
+        (doc["question"], f" {choice}", lambda doc: doc["images"], i, "colors", "test")
         for i, doc in enumerate(DOCUMENTS)
         for choice in doc["choices"]
     ]
@@ -236,7 +235,7 @@ def test_a_run_states_the_most_tokens_of_a_task_that_states_none(run):
 # ---- real lmms-eval: pip install --no-deps lmms-eval, and requirements-lmms-eval.txt
 
 TASKS = {
-    "colours_generate": """
+    "colors_generate": """
 output_type: generate_until
 generation_kwargs:
   max_new_tokens: 6
@@ -248,7 +247,7 @@ metric_list:
     aggregation: !function utils.mean
     higher_is_better: true
 """,
-    "colours_choice": """
+    "colors_choice": """
 output_type: multiple_choice
 doc_to_choice: choices
 metric_list:
@@ -298,7 +297,7 @@ def task_folder(tmp_path, expected):
     split = datasets.Dataset.from_list(rows, features)
     datasets.DatasetDict({"test": split}).save_to_disk(tmp_path / "data")
     (tmp_path / "utils.py").write_text(UTILS)
-    targets = {"colours_generate": "answer", "colours_choice": "label"}
+    targets = {"colors_generate": "answer", "colors_choice": "label"}
     for name, text in TASKS.items():
         common = COMMON.replace("NAME", name).replace("FOLDER", str(tmp_path))
         task = f"{common}doc_to_target: {targets[name]}\n{text}"
@@ -326,7 +325,7 @@ def test_lmms_eval_generates_with_a_model_in_memory(evaluate, run, expected):
     from vlm_jax.infer.lmms_eval.models import ChatVlmJax, SimpleVlmJax
 
     for kind in (ChatVlmJax, SimpleVlmJax):
-        scores, samples = evaluate(kind(model=run, batch_size=2), "colours_generate")
+        scores, samples = evaluate(kind(model=run, batch_size=2), "colors_generate")
         assert scores["is_equal,none"] == pytest.approx(2 / 3)
         assert [sample["filtered_resps"] for sample in samples] == [[text] for text in expected]
 
@@ -334,7 +333,7 @@ def test_lmms_eval_generates_with_a_model_in_memory(evaluate, run, expected):
 def test_lmms_eval_chooses_by_the_likelihood(evaluate, run):
     from vlm_jax.infer.lmms_eval.models import SimpleVlmJax
 
-    scores, _ = evaluate(SimpleVlmJax(model=run, batch_size=4), "colours_choice")
+    scores, _ = evaluate(SimpleVlmJax(model=run, batch_size=4), "colors_choice")
     are_first = []
     for document in DOCUMENTS:
         prompt = "<image>\n" * len(document["images"]) + document["question"]

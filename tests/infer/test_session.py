@@ -16,7 +16,7 @@ from vlm_jax.nn.vlm import VLM
 from vlm_jax.testing import random_params, tiny
 
 NEW = 6
-QUESTIONS = ("what shape is it?", "and the colour?", "is it red?")
+QUESTIONS = ("what shape is it?", "and the color?", "is it red?")
 RNG = np.random.default_rng(0)
 IMAGES = [RNG.integers(0, 256, (20, 24, 3)).astype(np.uint8) for _ in range(3)]
 TOKENIZER = Tokenizer.train([*QUESTIONS, "USER: ASSISTANT: yes no"], 290)

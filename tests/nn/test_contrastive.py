@@ -148,7 +148,7 @@ def test_every_parameter_has_logical_axes_and_a_sharding(cfg):
 def test_a_new_model_begins_as_its_paper_says(cfg):
     @jax.jit
     def initial_scalars(key):
-        # XLA drops the initialisers of everything that is not returned.
+        # XLA drops the initializers of everything that is not returned.
         images, ids = jnp.asarray(IMAGES), jnp.asarray(IDS)
         params = meta.unbox(build_model(cfg).init(key, images, ids)["params"])
         return params["logit_scale"], params.get("logit_bias")

@@ -35,7 +35,7 @@ def test_nine_patches_of_16x16x3_give_1_9_768():
     assert patches.patchify(random(1, 48, 48, 3), 16).shape == (1, 9, 768)
 
 
-def test_a_grey_patch_goes_from_256_to_768():
+def test_a_gray_patch_goes_from_256_to_768():
     flat = patches.patchify(random(1, 16, 16, 1), 16)
     assert flat.shape == (1, 1, 256)
     assert (flat @ random(256, 768)).shape == (1, 1, 768)
@@ -154,7 +154,7 @@ def keys_cubic(d, a=-0.75):
 
 
 def bicubic(grid, new):
-    """Cell by cell: 4 x 4 taps at half-pixel centres, clamped at the border."""
+    """Cell by cell: 4 x 4 taps at half-pixel centers, clamped at the border."""
     (height, width), out = grid.shape[:2], np.zeros((*new, *grid.shape[2:]))
     for row in range(new[0]):
         for column in range(new[1]):

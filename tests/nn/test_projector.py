@@ -93,7 +93,7 @@ def test_a_square_is_as_large_as_the_factor():
 
 
 @pytest.mark.parametrize("kind, width", [("pixel_shuffle", 32), ("average_pool", 8)])
-def test_merged_tokens_are_normalised_before_their_projection(kind, width):
+def test_merged_tokens_are_normalized_before_their_projection(kind, width):
     """Gemma 3: RMSNorm of the averages, whose weights are stored less 1, and no bias."""
     cfg = experiment(kind, width=width)
     x = jnp.asarray(RNG.normal(size=(2, 16, 8)), jnp.float32)

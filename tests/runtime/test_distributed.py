@@ -174,7 +174,7 @@ def test_two_processes_train_what_one_trains(one_process, arguments, tmp_path):
     )
 
 
-SIGNALLED = """
+SIGNALED = """
 import os, signal, sys
 from vlm_jax.cli.main import main
 from vlm_jax.train import loop
@@ -201,7 +201,7 @@ raise SystemExit(main(sys.argv[2:]))
 def stopped_pair(arguments):
     """Two processes: the second alone gets SIGTERM, then both get it while they save."""
     address = free_address()
-    running = [begin(["-c", SIGNALLED, i, *arguments, *fields(address, i)]) for i in range(2)]
+    running = [begin(["-c", SIGNALED, i, *arguments, *fields(address, i)]) for i in range(2)]
     for code, _, err in map(ended, running):
         assert (code, err) == (
             75,

@@ -32,7 +32,7 @@ from vlm_jax.serve.limits import Limits
 from vlm_jax.testing import random_params, tiny
 
 NEW = 6
-QUESTIONS = ("what shape is it?", "and the colour?", "is it red?", "yes or no?")
+QUESTIONS = ("what shape is it?", "and the color?", "is it red?", "yes or no?")
 TOKENIZER = Tokenizer.train([*QUESTIONS, "USER: ASSISTANT: yes no"], 290)
 PICTURES = [
     Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 24, 3)).astype(np.uint8))
@@ -240,7 +240,7 @@ MALFORMED = {
     with_fields(stop=3): "stop must be text or a list",
     with_fields(n=2): "n 2 is not supported",
     with_fields(tools=[{}]): "is not supported",
-    with_fields(colour="red"): "unknown field colour",
+    with_fields(color="red"): "unknown field color",
     with_fields(top_logprobs=3): "top_logprobs needs logprobs",
     with_fields(stream="yes"): "stream is .yes.: it must be a Boolean",
     with_url("http://localhost/a.png"): "takes images as data URLs",

@@ -10,7 +10,7 @@ from vlm_jax.testing import tiny
 
 
 def assert_closest(solved, field, value, target):
-    """No neighbour of the solution is closer to the target."""
+    """No neighbor of the solution is closer to the target."""
     section, name = field.split(".")
     solution = getattr(getattr(solved, section), name)
     distances = {

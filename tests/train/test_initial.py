@@ -28,7 +28,7 @@ from vlm_jax.config import (
 )
 from vlm_jax.data import packing, pipeline, tiling
 from vlm_jax.data.builders.records import Record
-from vlm_jax.data.images import normalise
+from vlm_jax.data.images import normalize
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub.load import load_checkpoint
 from vlm_jax.infer.run import RunProcessor
@@ -139,7 +139,7 @@ def trained_pixels(cfg, path: Path) -> np.ndarray:
     pixels = packing.pixel_reader(cfg, source)(0)
     records = Records([Record(0, path.read_bytes(), (), (), ())])
     np.testing.assert_array_equal(pipeline.DecodedRecords(records, cfg.vision)[0].image, pixels)
-    return normalise(pixels, cfg.vision)
+    return normalize(pixels, cfg.vision)
 
 
 @pytest.mark.parametrize("mode", MODES)

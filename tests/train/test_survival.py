@@ -116,7 +116,7 @@ def test_a_second_sigterm_while_saving_changes_nothing(experiment, monkeypatch):
     cfg = experiment()
     save, close = Checkpoints.save, Checkpoints.close
 
-    def signalled(method):
+    def signaled(method):
         def call(self, *arguments):
             os.kill(os.getpid(), signal.SIGTERM)
             method(self, *arguments)
@@ -126,8 +126,8 @@ def test_a_second_sigterm_while_saving_changes_nothing(experiment, monkeypatch):
 
     with monkeypatch.context() as patched:
         signals_at(4, patched, number=2)
-        patched.setattr(Checkpoints, "save", signalled(save))
-        patched.setattr(Checkpoints, "close", signalled(close))
+        patched.setattr(Checkpoints, "save", signaled(save))
+        patched.setattr(Checkpoints, "close", signaled(close))
         with pytest.raises(preemption.Preempted):
             loop.train(cfg)
     steps = saved_steps(cfg)
@@ -212,7 +212,7 @@ def test_a_work_folder_in_a_bucket_is_refused(experiment):
         loop.train(replace(experiment(), workdir="gs://bucket/run"))
 
 
-SIGNALLED_IN_IMPORT = """
+SIGNALED_IN_IMPORT = """
 import os, signal, sys
 from vlm_jax.cli.main import main
 
@@ -227,7 +227,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_sigterm_while_jax_is_imported_says_resume_me(experiment):
-    process = start(experiment(), "-c", SIGNALLED_IN_IMPORT)
+    process = start(experiment(), "-c", SIGNALED_IN_IMPORT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     assert output == "stopped by SIGTERM: the same command continues the run.\n"

@@ -33,17 +33,17 @@ class ConversationFormat:
     """A row of `CONVERSATION_FORMATS`.
 
     Attributes:
-      module: has `recognise(path, head)`, given the first bytes of a file, and `read(path)`, which
+      module: has `recognize(path, head)`, given the first bytes of a file, and `read(path)`, which
         yields the location of each record and the record (data/forms/layouts.py) or its fault.
-      layout: the only layout of records that is read; "": any, and files may be recognised as this.
+      layout: the only layout of records that is read; "": any, and files may be recognized as this.
     """
 
     module: str
     layout: str = ""
 
 
-AUTO = "auto"  # value of data.format: every file is recognised
-# A file is of the first form that recognises it.
+AUTO = "auto"  # value of data.format: every file is recognized
+# A file is of the first form that recognizes it.
 CONVERSATION_FORMATS = {
     "arrow": ConversationFormat("vlm_jax.data.forms.arrow"),
     "parquet": ConversationFormat("vlm_jax.data.forms.parquet"),

@@ -57,7 +57,7 @@ class Data:
     #: conversations: JSON, Parquet, webdataset, CSV or TSV files, or folders of save_to_disk
     files: tuple[str, ...] = ()
     #: conversations: form of all files, a row of `config.datasets.CONVERSATION_FORMATS`; auto: each
-    #: file is recognised
+    #: file is recognized
     format: str = "auto"
     image_dir: str = ""  # conversations: folder of the images
     #: several datasets to train on instead of one, as Source(...) in a config file
@@ -419,7 +419,7 @@ class Experiment:
 
     @property
     def pretrained_parts(self) -> tuple[str, ...]:
-        """Parts that are initialised from a checkpoint."""
+        """Parts that are initialized from a checkpoint."""
         return tuple(part for part in PRETRAINED_PARTS if getattr(self, part).checkpoint)
 
     @property

@@ -1,4 +1,4 @@
-"""Peak matmul throughput of the devices, for MFU (model FLOPs utilisation)."""
+"""Peak matmul throughput of the devices, for MFU (model FLOPs utilization)."""
 
 import functools
 import time

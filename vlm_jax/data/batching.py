@@ -72,7 +72,7 @@ def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Reader) -> Batch:
     images, packed = None, {}
     image_mask = is_read
     if cfg.vision.is_native:
-        pixels = _rows(_read_normalised(cfg, fields["images"], filled, read), len(filled))
+        pixels = _rows(_read_normalized(cfg, fields["images"], filled, read), len(filled))
         packed = native.pack_images(pixels, cfg.vision, cfg.patches_per_row)._asdict()
         images = packed.pop("images")
     elif not cfg.vision.keeps_aspect_in_tiles:
@@ -107,7 +107,7 @@ def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Reader) -> Batch:
     )
     if not cfg.vision.keeps_aspect_in_tiles:
         return batch
-    pixels = _read_normalised(cfg, fields["images"], filled, read)
+    pixels = _read_normalized(cfg, fields["images"], filled, read)
     return stack_tiles(cfg, batch, pixels, filled.shape, is_own)
 
 
@@ -135,20 +135,20 @@ def _slots(filled: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(*np.nonzero(filled), strict=True))
 
 
-def _read_normalised(
+def _read_normalized(
     cfg: Experiment, indices: np.ndarray, filled: np.ndarray, read: Reader
 ) -> dict[tuple[int, int], np.ndarray]:
     """Reads the images of (B, i) slots: (row, slot) -> (H, W, 3) float32."""
     pixels = {}
     for slot, image in zip(_slots(filled), read(indices[filled].tolist()), strict=True):
-        pixels[slot] = image_files.normalise(image, cfg.vision)
+        pixels[slot] = image_files.normalize(image, cfg.vision)
     return pixels
 
 
 def _stack_images(
     cfg: Experiment, indices: np.ndarray, filled: np.ndarray, read: Reader
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Reads and normalises the images of (B, i) slots.
+    """Reads and normalizes the images of (B, i) slots.
 
     Returns:
       All views, (B, I, H, W, 3) float32, and (B, I) bool, False for a missing view.
@@ -157,7 +157,7 @@ def _stack_images(
     images = np.zeros((*indices.shape, vision.views, side, side, 3), np.float32)
     is_view = np.zeros((*indices.shape, vision.views), bool)
     for slot, pixels in zip(_slots(filled), read(indices[filled].tolist()), strict=True):
-        images[slot] = tiling.stack_views([image_files.normalise(pixels, vision)], vision)
+        images[slot] = tiling.stack_views([image_files.normalize(pixels, vision)], vision)
         is_view[slot] = tiling.view_mask([tiling.describe_tiles(pixels, vision)], vision)
     rows = len(indices)
     return images.reshape(rows, -1, *images.shape[3:]), is_view.reshape(rows, -1)
@@ -175,7 +175,7 @@ def stack_tiles(
     Args:
       cfg: the experiment.
       batch: its `image_mask` is (B, S, I), the images that each token reads.
-      images: (row, slot) -> (rows * side, columns * side, 3) float32, normalised, of
+      images: (row, slot) -> (rows * side, columns * side, 3) float32, normalized, of
         `tiling.fit_on_canvas`.
       shape: rows of images, and I, image slots of a row.
       is_own: (B, S, I) bool, the images of each token's own conversation.

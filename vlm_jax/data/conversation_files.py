@@ -12,7 +12,7 @@ from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER, BadRecord, Conversation
 from vlm_jax.runtime.lfs import refuse_pointer
 
 REPORTED_RECORDS = 5
-HEAD_BYTES = 512  # of a file, from which its form is recognised
+HEAD_BYTES = 512  # of a file, from which its form is recognized
 RECORD_FORMAT = (
     "turns that alternate between two speakers, as 'from' and 'value' in 'conversations' (human, "
     "gpt) or as 'role' and 'content' in 'messages' (user, assistant), or a question and its "
@@ -25,7 +25,7 @@ def read_files(files: tuple[str, ...], format_name: str = AUTO) -> Iterator[Conv
 
     Args:
       files: files, or folders of `datasets.save_to_disk`.
-      format_name: a row of CONVERSATION_FORMATS; "auto": the form of each file is recognised.
+      format_name: a row of CONVERSATION_FORMATS; "auto": the form of each file is recognized.
 
     Raises:
       DataError: at once if a file cannot be read or has no records; after the last record if
@@ -70,7 +70,7 @@ def _values(file: str, format_name: str) -> Iterator[tuple[str, object, str]]:
 
 
 def _find_format(path: Path, format_name: str) -> ConversationFormat:
-    """Returns the format that is named, or the first that recognises a file."""
+    """Returns the format that is named, or the first that recognizes a file."""
     head = b""
     if not path.is_dir():
         with open(path, "rb") as file:
@@ -80,7 +80,7 @@ def _find_format(path: Path, format_name: str) -> ConversationFormat:
         return CONVERSATION_FORMATS[format_name]
     # The last of them, json, takes every file.
     candidates = [row for row in CONVERSATION_FORMATS.values() if not row.layout]
-    return next(row for row in candidates if _module(row).recognise(path, head))
+    return next(row for row in candidates if _module(row).recognize(path, head))
 
 
 def _module(row: ConversationFormat) -> ModuleType:

@@ -199,7 +199,7 @@ def _grid_tokens(tile_map: TileMap, view: Shape, first_view: int) -> Fields:
 def _interpolate(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the two taps of each position of a resized axis, and their weights, (2, new_size).
 
-    The centres of pixels are aligned and nothing is averaged, as in torch's `interpolate`.
+    The centers of pixels are aligned and nothing is averaged, as in torch's `interpolate`.
     """
     scale = np.float32(size / max(new_size, 1))
     position = (np.arange(new_size, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)

@@ -1,4 +1,4 @@
-"""Decodes, resizes, normalises and augments images."""
+"""Decodes, resizes, normalizes and augments images."""
 
 import contextlib
 import io
@@ -162,9 +162,9 @@ def to_rgb(image: Image.Image, rgb_conversion: str = "composite") -> Image.Image
     """Converts an open image to RGB by one of the values of `Vision.rgb_conversion`."""
     if rgb_conversion.startswith("convert"):
         rgb = image.convert("RGB")
-        # Pillow keeps the transparent colour of a palette or of a grey image in `info`.
-        has_transparent_colour = rgb.info.get("transparency") is not None
-        if rgb_conversion == "convert_composite" and has_transparent_colour:
+        # Pillow keeps the transparent color of a palette or of a gray image in `info`.
+        has_transparent_color = rgb.info.get("transparency") is not None
+        if rgb_conversion == "convert_composite" and has_transparent_color:
             return composite_on_white(rgb)
         return rgb
     if image.mode.startswith("I;16"):
@@ -214,8 +214,8 @@ def fit(
     return np.asarray(image)
 
 
-def normalise(pixels: np.ndarray, vision: Vision) -> np.ndarray:
-    """Scales uint8 pixels to 0..1, then normalises each channel by mean and standard deviation.
+def normalize(pixels: np.ndarray, vision: Vision) -> np.ndarray:
+    """Scales uint8 pixels to 0..1, then normalizes each channel by mean and standard deviation.
 
     The defaults of `vision` give -1..1.
 

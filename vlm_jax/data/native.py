@@ -120,7 +120,7 @@ def pack(
 
 
 def pack_images(rows: Sequence[Sequence[np.ndarray]], vision: Vision, length: int) -> PackedPatches:
-    """Packs images of each row, (height, width, 3) float32, normalised, of `resized_shape`.
+    """Packs images of each row, (height, width, 3) float32, normalized, of `resized_shape`.
 
     Args:
       length: P.

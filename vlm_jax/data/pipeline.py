@@ -194,12 +194,12 @@ def row_ids(cfg: Experiment, tokenizer: Tokenizer, state: dict) -> list[list]:
     """
     if cfg.data.is_conversations:
         return packing.row_ids(cfg, tokenizer, conversation_parts(cfg, tokenizer), state)
-    ids = mix(cfg, [part.shuffled().map(_make_labeller(part)) for part in record_parts(cfg)])
+    ids = mix(cfg, [part.shuffled().map(_make_labeler(part)) for part in record_parts(cfg)])
     first = state["next_index"] * cfg.train.batch_size
     return [[ids[row]] for row in range(first, first + cfg.train.batch_size)]
 
 
-def _make_labeller(part: Part) -> Callable[[Record], int | str]:
+def _make_labeler(part: Part) -> Callable[[Record], int | str]:
     return lambda record: part.label(record.image_id)
 
 
@@ -245,12 +245,12 @@ def _stack(cfg: Experiment, rows: Sequence[Fields]) -> Batch:
     images = [row["images"] for row in rows]
     if cfg.vision.keeps_aspect_in_tiles:
         pixels = {
-            (row, 0): image_files.normalise(image, cfg.vision) for row, image in enumerate(images)
+            (row, 0): image_files.normalize(image, cfg.vision) for row, image in enumerate(images)
         }
         is_own = np.ones_like(batch.image_mask)
         return batching.stack_tiles(cfg, batch, pixels, (len(rows), 1), is_own)
     if cfg.vision.is_native:
-        pixels = [[image_files.normalise(image, cfg.vision)] for image in images]
+        pixels = [[image_files.normalize(image, cfg.vision)] for image in images]
         packed = native.pack_images(pixels, cfg.vision, cfg.patches_per_row)
         return batch.replace(**packed._asdict())
     views = tiling.batch_views(images, cfg.vision)

@@ -263,7 +263,7 @@ def prompt_batch(
       cfg: the experiment.
       tokenizer: its tokenizer.
       images: rows of images, (H, W, 3) float32 each, resized to their grids of tiles. Rows may
-        have different numbers of images; a missing view is grey and read by no token.
+        have different numbers of images; a missing view is gray and read by no token.
       prompts: one for each row of `images`, unless `image_rows` is given.
       length: S, by default of the longest row. Set it to get batches of one shape, so that nothing
         is compiled twice; I then has at least `data.images_per_row` images.
@@ -369,7 +369,7 @@ def question_batch(
     `prompt_batch`.
     """
     readers = list(dict.fromkeys(source.images for source in image_sources))
-    images = [_read_normalised(cfg, reader) for reader in readers]
+    images = [_read_normalized(cfg, reader) for reader in readers]
     images += images[-1:] * (image_rows - len(images))
     prompts = [question.question for question in questions]
     histories = [question.history for question in questions]
@@ -390,8 +390,8 @@ def question_batch(
     )
 
 
-def _read_normalised(cfg: Experiment, read: ImagesReader) -> list[np.ndarray]:
-    return [image_files.normalise(pixels, cfg.vision) for pixels in read()]
+def _read_normalized(cfg: Experiment, read: ImagesReader) -> list[np.ndarray]:
+    return [image_files.normalize(pixels, cfg.vision) for pixels in read()]
 
 
 def _zero_pad(x: np.ndarray, axis: int, size: int) -> np.ndarray:

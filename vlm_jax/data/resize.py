@@ -42,10 +42,10 @@ def center_crop(
     return image.crop((left, top, left + width, top + height))
 
 
-def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """Centres an RGB image on a square of this colour."""
+def pad_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
+    """Centers an RGB image on a square of this color."""
     side = max(image.size)
-    square = Image.new("RGB", (side, side), colour)
+    square = Image.new("RGB", (side, side), color)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 

@@ -118,8 +118,8 @@ def load(data: Data, split: str) -> TfdsVqa | Selection:
     if not isinstance(answer, tfds.features.ClassLabel):
         return TfdsVqa(rows, data, None)
     source = TfdsVqa(rows, data, answer.int2str)
-    labelled = _labelled(data, split)
-    return source if len(labelled) == len(rows) else Selection(source, labelled)
+    labeled = _labeled(data, split)
+    return source if len(labeled) == len(rows) else Selection(source, labeled)
 
 
 def _check_feature(dataset: tfds.core.DatasetBuilder, field: str, name: str) -> None:
@@ -155,7 +155,7 @@ def fingerprint(data: Data) -> dict[str, str]:
 
 
 @functools.cache
-def _labelled(data: Data, split: str) -> Sequence[int]:
+def _labeled(data: Data, split: str) -> Sequence[int]:
     """Returns the indices of the rows with a label, and prints how many have none (-1 in TFDS).
 
     A process reads a split for this once.
@@ -164,17 +164,17 @@ def _labelled(data: Data, split: str) -> Sequence[int]:
       ConfigError: no row has a label.
     """
     rows = Rows(*split_rows(builder(data), data, split))
-    labelled = [index for index, row in enumerate(rows) if row[data.answer_field] >= 0]
-    unlabelled = len(rows) - len(labelled)
+    labeled = [index for index, row in enumerate(rows) if row[data.answer_field] >= 0]
+    unlabeled = len(rows) - len(labeled)
     description = f"of the {len(rows)} rows of {rows.title} have no label in {data.answer_field!r}"
-    if not labelled:
+    if not labeled:
         raise ConfigError(
             f"{split_field(data, split)} {split!r}: all {description} (data.answer_field): choose "
             "a split with labels."
         )
-    if unlabelled:
-        print(f"{unlabelled} {description} and are left out", flush=True)
-    return labelled
+    if unlabeled:
+        print(f"{unlabeled} {description} and are left out", flush=True)
+    return labeled
 
 
 def _make_builder(name: str, **settings) -> tfds.core.DatasetBuilder:

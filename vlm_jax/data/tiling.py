@@ -7,7 +7,7 @@
     +---+---+---+
 
 The grid is chosen as in InternVL 1.5 (Chen et al. 2024, section 3.3) and NVLM. An image of one tile
-has no thumbnail. Missing views are grey; they have no tokens, and no token reads them.
+has no thumbnail. Missing views are gray; they have no tokens, and no token reads them.
 
 With `vision.tile_grids` the grid is chosen as in LLaVA-NeXT, every image has a thumbnail, and an
 image that keeps its aspect ratio (`vision.resize` pad) is padded when it is cut.
@@ -25,7 +25,7 @@ from PIL import Image
 from vlm_jax.config import CHANNELS, Vision
 from vlm_jax.config.tile_maps import Shape, choose_grid, fitted_shape
 from vlm_jax.data import native
-from vlm_jax.data.images import fit, normalise
+from vlm_jax.data.images import fit, normalize
 from vlm_jax.data.resize import resize, to_square
 
 # Decoded images kept in memory. Reading and decoding a small one takes 0.3 ms of a core.
@@ -172,8 +172,8 @@ def lru_cached(read: Callable[[int], Any], vision: Vision, caches: int = 1) -> C
 
 
 def to_pixels(image: Image.Image, vision: Vision) -> np.ndarray:
-    """Resizes an RGB image to its grid of tiles and normalises it, to float32."""
-    return normalise(resize_to_grid(image, vision), vision)
+    """Resizes an RGB image to its grid of tiles and normalizes it, to float32."""
+    return normalize(resize_to_grid(image, vision), vision)
 
 
 def grid_shape(pixels: np.ndarray, vision: Vision) -> tuple[int, int]:
@@ -241,11 +241,11 @@ def split_into_views(pixels: np.ndarray, vision: Vision) -> np.ndarray:
 
 
 def pad_to_grid(pixels: np.ndarray, vision: Vision) -> np.ndarray:
-    """Centres a normalised image on the black canvas of its tiles (LLaVA-NeXT)."""
+    """Centers a normalized image on the black canvas of its tiles (LLaVA-NeXT)."""
     height, width = pixels.shape[:2]
     rows, columns = grid_shape(pixels, vision)
     shape = rows * vision.image_size_px, columns * vision.image_size_px, CHANNELS
-    canvas = normalise(np.zeros(shape, np.uint8), vision)
+    canvas = normalize(np.zeros(shape, np.uint8), vision)
     top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
     canvas[top : top + height, left : left + width] = pixels
     return canvas
@@ -276,15 +276,15 @@ def stack_views(images: Sequence[np.ndarray], vision: Vision) -> np.ndarray:
 
 
 def batch_views(images: Sequence[np.ndarray], vision: Vision) -> np.ndarray:
-    """Normalises a batch of images from `resize_to_grid`, (height, width, 3) uint8.
+    """Normalizes a batch of images from `resize_to_grid`, (height, width, 3) uint8.
 
     Returns:
       (B, J, image_size_px, image_size_px, 3) float32.
     """
     if vision.views == 1 and not vision.tile_grids:
-        # Images of one size are normalised at once: NumPy lets other threads run meanwhile.
-        return normalise(np.stack(images), vision)[:, None]
-    return np.stack([stack_views([normalise(pixels, vision)], vision) for pixels in images])
+        # Images of one size are normalized at once: NumPy lets other threads run meanwhile.
+        return normalize(np.stack(images), vision)[:, None]
+    return np.stack([stack_views([normalize(pixels, vision)], vision) for pixels in images])
 
 
 def view_mask(tiles: Sequence[Tiles], vision: Vision) -> np.ndarray:

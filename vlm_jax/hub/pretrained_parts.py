@@ -2,7 +2,7 @@
 
 `vision.checkpoint`, `projector.checkpoint` and `decoder.checkpoint` each name the folder of a
 public checkpoint or of a run and take that part of it. The fusion is the experiment's own, and a
-part without a folder is initialised as in a new run. `init_from` names one folder for the whole
+part without a folder is initialized as in a new run. `init_from` names one folder for the whole
 model, including its fusion and its prompt format.
 """
 
@@ -28,7 +28,8 @@ from vlm_jax.config.model import PRETRAINED_PARTS
 from vlm_jax.config.validate import check_values, flat, with_fields
 from vlm_jax.data.tiling import tag_names
 from vlm_jax.hub.families.table import Row, Target, layers_with
-from vlm_jax.hub.images.settings import read_settings, vision_settings
+from vlm_jax.hub.images.conversion import vision_settings
+from vlm_jax.hub.images.files import read_settings
 from vlm_jax.hub.load import (
     Checkpoint,
     inspect,

@@ -16,14 +16,14 @@ from vlm_jax.config import CheckpointError, Experiment
 from vlm_jax.data.conversation_parts import TEMPLATES
 from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.hub.families.family import Family, HfProcessor, Json
-from vlm_jax.hub.images.settings import (
-    QWEN2_VL,
+from vlm_jax.hub.images.conversion import (
     max_patches,
     processor_config,
-    read_settings,
     tile_settings,
     vision_settings,
 )
+from vlm_jax.hub.images.files import read_settings
+from vlm_jax.hub.images.settings import QWEN2_VL
 from vlm_jax.hub.images.tile_cutters import TILE_CUTTERS
 from vlm_jax.hub.text.chat_template import ChatTemplate
 from vlm_jax.hub.text.special_tokens import (

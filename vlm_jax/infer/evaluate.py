@@ -313,7 +313,7 @@ def answer(
     examples: list[Question],
     image_sources: Mapping[str, list[Question]],
 ) -> list[list[str]]:
-    """Generates one answer to each question, for each labelled list of questions whose images to
+    """Generates one answer to each question, for each labeled list of questions whose images to
     use.
     """
     sources = list(image_sources.values())

@@ -109,7 +109,7 @@ class RunProcessor:
         return ChatPrompt(("".join(part.get("text", "") for part in parts),))
 
     def _pixels(self, image: ImageInput) -> np.ndarray:
-        """Returns the image as float32 (H, W, 3), laid out in tiles and normalised."""
+        """Returns the image as float32 (H, W, 3), laid out in tiles and normalized."""
         vision = self.cfg.vision
         return to_pixels(image_files.to_rgb(read(image), vision.rgb_conversion), vision)
 

@@ -147,7 +147,7 @@ class Block(nn.Module):
         return attention(x, context.memory, context.memory_mask, cache=cache)
 
     def _latent_attention(self, name, x, context: BlockInputs):
-        """Attention to the normalised memory and to `x` (Jaegle et al. 2022, Perceiver IO)."""
+        """Attention to the normalized memory and to `x` (Jaegle et al. 2022, Perceiver IO)."""
         memory = self._norm(f"{name}_memory_norm", context.memory)
         attention = Attention(self.cfg, self._qk_norm, name=name)
         return attention(x, jnp.concatenate([memory, x], axis=1))[0]
@@ -226,7 +226,7 @@ class ScanBlock(nn.Module):
         return (x, hidden_states), new_cache
 
     def _block_class(self):
-        """Rematerialises block by block (Chen et al. 2016), however many a pattern has.
+        """Rematerializes block by block (Chen et al. 2016), however many a pattern has.
 
         The forward and the backward pass are separate loops, so common subexpressions are never
         shared between them; barriers against that are needed only where the loop is unrolled.

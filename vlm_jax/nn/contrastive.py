@@ -66,13 +66,13 @@ class Contrastive(nn.Module):
         patch_images: Int[Array, "B P"] | None = None,
         patch_places: Int[Array, "B P 2"] | None = None,
     ) -> Float[Array, "B W"]:
-        """Image features, normalised to length 1."""
+        """Image features, normalized to length 1."""
         return _normalize(self.image_features(images, patch_images, patch_places))
 
     def text_embeds(
         self, tokens: Int[Array, "R S"], attention_mask: Bool[Array, "R S"] | None = None
     ) -> Float[Array, "R W"]:
-        """Text features, normalised to length 1."""
+        """Text features, normalized to length 1."""
         return _normalize(self.text_features(tokens, attention_mask))
 
     def image_features(
@@ -81,7 +81,7 @@ class Contrastive(nn.Module):
         patch_images: Int[Array, "B P"] | None = None,
         patch_places: Int[Array, "B P 2"] | None = None,
     ) -> Float[Array, "B W"]:
-        """Projected pooled output of the image tower, not normalised."""
+        """Projected pooled output of the image tower, not normalized."""
         pooled = self.vision.encode(
             images, patch_images=patch_images, patch_places=patch_places
         ).pooled
@@ -90,7 +90,7 @@ class Contrastive(nn.Module):
     def text_features(
         self, tokens: Int[Array, "R S"], attention_mask: Bool[Array, "R S"] | None = None
     ) -> Float[Array, "R W"]:
-        """Projected hidden state of each text's pooled token, not normalised."""
+        """Projected hidden state of each text's pooled token, not normalized."""
         if attention_mask is None:
             attention_mask = jnp.ones(tokens.shape, bool)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)

@@ -1,4 +1,4 @@
-"""Fused attention kernels, which never materialise the scores, and when to use them.
+"""Fused attention kernels, which never materialize the scores, and when to use them.
 
     platform  pattern                                 kernel            memory beside q, k, v
     gpu       all keys, one causal segment (window)   cudnn_attention   none

@@ -128,7 +128,7 @@ class Norm(nn.Module):
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019), computed in float32.
 
     `rmsnorm_zero_centered` stores `scale - 1`, as in Gemma. The last axes of `x`, one for each of
-    `letters`, are normalised together.
+    `letters`, are normalized together.
     """
 
     kind: str

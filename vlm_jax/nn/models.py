@@ -28,7 +28,7 @@ def model_config(cfg: Config) -> Model | Vision | Contrastive:
 
 
 def example_inputs(cfg: Model | Vision | Contrastive) -> tuple:
-    """Returns zeros in the shapes of a model's inputs, for its initialisation."""
+    """Returns zeros in the shapes of a model's inputs, for its initialization."""
     if isinstance(cfg, Model):
         return (example_batch(cfg, length=1),)
     if isinstance(cfg, Vision):

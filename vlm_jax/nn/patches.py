@@ -68,7 +68,7 @@ def sincos_embedding(places: Int[Array, "B P 2"], width: int) -> Float[Array, "B
 def resample_positions(
     table: Float[Array, "P D"], old: tuple[int, int], new: tuple[int, int], kind: str = "bicubic"
 ) -> Float[Array, "R D"]:
-    """Resamples learned position embeddings to another grid, at half-pixel centres or `corners`.
+    """Resamples learned position embeddings to another grid, at half-pixel centers or `corners`.
 
     Equal to PyTorch's `interpolate`, which public checkpoints use.
 

@@ -1,8 +1,8 @@
 """Projectors: map the encoder's tokens to the decoder's width.
 
-A new projector is one class here and one row of `PROJECTORS` in config/model.py, which names the
-class and states how many tokens it emits (`config.Projector.num_tokens`). It maps (B, P, E) to
-(B, M, D).
+A new projector is one class here and one row of `PROJECTORS` in config/model/projector.py, which
+names the class and states how many tokens it emits (`config.Projector.num_tokens`). It maps
+(B, P, E) to (B, M, D).
 """
 
 from dataclasses import replace
@@ -63,7 +63,7 @@ class Identity(nn.Module):
 
 
 def _project_merged(cfg: Model, x: Tokens) -> Projected:
-    """Projects merged tokens, within a module; `projector.norm` normalises them first."""
+    """Projects merged tokens, within a module; `projector.norm` normalizes them first."""
     projector = cfg.projector
     if projector.norm != "none":
         x = Norm(projector.norm, projector.norm_eps, letters="E", name="norm")(x)
@@ -82,7 +82,7 @@ def _project(cfg: Model, x: Tokens) -> Projected:
 
 
 def _deepstack_config(cfg: Model) -> Model:
-    """Returns the settings that project a hidden state of DeepStack: normalised once merged."""
+    """Returns the settings that project a hidden state of DeepStack: normalized once merged."""
     return replace(
         cfg,
         vision=replace(cfg.vision, deepstack_layers=()),

@@ -96,7 +96,7 @@ class Step:
             "tokens/s": rows * cfg.row_length / seconds,
             "images/s": rows * cfg.data.images_per_row / seconds,
             "peak GiB": peak_bytes / GIB,
-            "peak after initialisation GiB": init_peak / GIB,
+            "peak after initialization GiB": init_peak / GIB,
             "predicted GiB": self.predicted_bytes / GIB,
             "peak over predicted": peak_bytes / self.predicted_bytes,
             "XLA's buffers GiB": _compiled_bytes(step) / GIB,

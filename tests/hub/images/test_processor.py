@@ -220,7 +220,7 @@ def test_an_image_becomes_no_thinner_than_a_pixel(tmp_path):
 
 
 def test_dinov3_keeps_the_fractions_of_the_resize(tmp_path):
-    """Its class in transformers rescales, resizes tensors and normalises, and needs torchvision.
+    """Its class in transformers rescales, resizes tensors and normalizes, and needs torchvision.
 
     That resize is `interpolate` with antialiasing.
     """
@@ -239,23 +239,23 @@ def test_dinov3_keeps_the_fractions_of_the_resize(tmp_path):
 
 def of_every_mode() -> dict[str, Image.Image]:
     """Images in the modes that files come in, with all degrees of transparency."""
-    grey, colour, alpha = (
+    gray, color, alpha = (
         Image.fromarray(picture(29, 40)[..., 0]),
         Image.fromarray(picture(29, 40)),
         picture(29, 40)[..., 1],
     )
-    palette = colour.quantize(16)
+    palette = color.quantize(16)
     images = {
-        "L": grey,
-        "1": grey.convert("1"),
+        "L": gray,
+        "1": gray.convert("1"),
         "I16": Image.fromarray(picture(29, 40)[..., 0].astype(np.uint16) * 3),
-        "LA": Image.merge("LA", [grey, Image.fromarray(alpha)]),
-        "RGBA": Image.merge("RGBA", [*colour.split(), Image.fromarray(alpha)]),
+        "LA": Image.merge("LA", [gray, Image.fromarray(alpha)]),
+        "RGBA": Image.merge("RGBA", [*color.split(), Image.fromarray(alpha)]),
         "P": palette,
         "P_one_transparent": palette.copy(),
         "P_transparent": palette.copy(),
         "RGB_one_transparent": palette.convert("RGB"),
-        "CMYK": colour.convert("CMYK"),
+        "CMYK": color.convert("CMYK"),
     }
     images["P_one_transparent"].info["transparency"] = 3
     images["P_transparent"].info["transparency"] = bytes(range(0, 256, 16))

@@ -9,16 +9,10 @@ from transformers import AutoImageProcessor, CLIPImageProcessorPil
 
 from tests.hub.parity import reference_pixels
 from vlm_jax.config import UserError, Vision
+from vlm_jax.hub.images.conversion import processor_config, vision_settings
+from vlm_jax.hub.images.defaults import CLASS_OF_MODEL_TYPE, CLIP_MEAN, CLIP_STD, DEFAULTS
+from vlm_jax.hub.images.files import read_settings
 from vlm_jax.hub.images.processor import ImageProcessor
-from vlm_jax.hub.images.settings import (
-    CLASS_OF_MODEL_TYPE,
-    CLIP_MEAN,
-    CLIP_STD,
-    DEFAULTS,
-    processor_config,
-    read_settings,
-    vision_settings,
-)
 from vlm_jax.hub.images.tile_cutters import TILE_CUTTERS
 
 RNG = np.random.default_rng(0)

@@ -13,6 +13,7 @@ from flax import traverse_util
 from peft import LoraConfig
 from safetensors.numpy import load_file, save_file
 from transformers import (
+    CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -40,7 +41,7 @@ class Tuned(NamedTuple):
 
 def llava(path):
     config = LlavaConfig(
-        vision_config=tiny_checkpoints.CLIPVisionConfig(**tiny_checkpoints.TOWER),
+        vision_config=CLIPVisionConfig(**tiny_checkpoints.TOWER),
         text_config=LlamaConfig(**SMALL),
         image_token_index=63,
     )

@@ -1,4 +1,4 @@
-"""easy-VQA: coloured shapes on 64 x 64 px and questions about them (PyPI: easy-vqa, MIT)."""
+"""easy-VQA: colored shapes on 64 x 64 px and questions about them (PyPI: easy-vqa, MIT)."""
 
 import io
 from collections import defaultdict
@@ -41,10 +41,10 @@ class EasyVqa(RecordBuilder):
             yield Record(image_id, Path(path).read_bytes(), questions, answers, types)
 
     def boxes(self, record: Record, split: str) -> list[Box]:
-        """Every question is about the only shape; the most frequent colour is the background."""
+        """Every question is about the only shape; the most frequent color is the background."""
         pixels = np.asarray(Image.open(io.BytesIO(record.image)).convert("RGB"))
-        colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
-        is_shape = (pixels != colours[counts.argmax()]).any(-1)
+        colors, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
+        is_shape = (pixels != colors[counts.argmax()]).any(-1)
         rows, columns = np.flatnonzero(is_shape.any(1)), np.flatnonzero(is_shape.any(0))
         edges_px = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
         return [tuple((edges_px / self.image_px).tolist())] * len(record.questions)

@@ -16,7 +16,7 @@ STATE = "state.json"
 SPLITS = "dataset_dict.json"  # of a folder with a folder for each split
 
 
-def recognise(path: Path, head: bytes) -> bool:
+def recognize(path: Path, head: bytes) -> bool:
     """Returns whether a path is a folder: no other form is."""
     return path.is_dir()
 

@@ -10,8 +10,8 @@ from vlm_jax.data.forms.record import BadRecord, list_keys, locate
 from vlm_jax.data.forms.text_files import BLANK, read_text
 
 
-def recognise(path: Path, head: bytes) -> bool:
-    """Returns True: other forms are recognised first, and text has no signature."""
+def recognize(path: Path, head: bytes) -> bool:
+    """Returns True: other forms are recognized first, and text has no signature."""
     return True
 
 

@@ -11,7 +11,7 @@ from vlm_jax.data.forms.columns import ROWS_AT_ONCE, known_columns, read_rows, r
 SIGNATURE = b"PAR1"
 
 
-def recognise(path: Path, head: bytes) -> bool:
+def recognize(path: Path, head: bytes) -> bool:
     """Returns whether a file begins as a Parquet file."""
     return head.startswith(SIGNATURE)
 

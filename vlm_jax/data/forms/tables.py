@@ -17,7 +17,7 @@ DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 csv.field_size_limit(2**31 - 1)
 
 
-def recognise(path: Path, head: bytes) -> bool:
+def recognize(path: Path, head: bytes) -> bool:
     """Returns whether a file has the suffix of a table: text has no signature."""
     return path.suffix.lower() in DELIMITERS
 

@@ -18,7 +18,7 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 
-def recognise(path: Path, head: bytes) -> bool:
+def recognize(path: Path, head: bytes) -> bool:
     """Returns whether a file has the signature of a tar file at byte 257, or its suffix."""
     return head[257:262] == b"ustar" or path.name.lower().endswith(SUFFIXES)
 

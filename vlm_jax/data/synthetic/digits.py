@@ -193,14 +193,14 @@ def _locate_corner(rng, scene: Scene) -> list[QA]:
 
 
 def _locate_beside(rng, scene: Scene, counts) -> list[QA]:
-    """Asks for the neighbour in the row of a digit whose value occurs once."""
+    """Asks for the neighbor in the row of a digit whose value occurs once."""
     by_cell = {digit.cell: digit for digit in scene.digits}
     candidates = []
     for (row, column), digit in by_cell.items():
         for side, step in (("left", -1), ("right", 1)):
-            neighbour = (row, column + step)
-            if counts[digit.value] == 1 and neighbour in by_cell:
-                candidates.append((digit.value, side, by_cell[neighbour]))
+            neighbor = (row, column + step)
+            if counts[digit.value] == 1 and neighbor in by_cell:
+                candidates.append((digit.value, side, by_cell[neighbor]))
     if not candidates:
         return []
     value, side, answer = pick(rng, candidates)

@@ -16,6 +16,7 @@ import numpy as np
 from vlm_jax.config import CheckpointError
 from vlm_jax.data import native
 from vlm_jax.data.resize import center_crop, pad_to_square, resize, resize_unrounded
+from vlm_jax.hub.images.files import read_settings
 from vlm_jax.hub.images.mllama_tiles import pack_tiles
 from vlm_jax.hub.images.settings import (
     LLAVA_NEXT,
@@ -24,7 +25,6 @@ from vlm_jax.hub.images.settings import (
     QWEN2_VL,
     SQUARE,
     ImageSettings,
-    read_settings,
 )
 from vlm_jax.hub.images.steps import (
     ImageInput,

@@ -195,7 +195,7 @@ def rescale(pixels: np.ndarray, factor: float) -> np.ndarray:
     return (pixels * np.float64(factor)).astype(np.float32)
 
 
-def normalise(pixels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+def normalize(pixels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     return (pixels - np.float32(mean)) / np.float32(std)
 
 
@@ -207,20 +207,20 @@ def to_values(pixels: Image.Image | np.ndarray, settings: ImageSettings) -> np.n
     else:
         pixels = pixels.astype(np.float32)
     if settings.do_normalize:
-        pixels = normalise(pixels, settings.image_mean, settings.image_std)
+        pixels = normalize(pixels, settings.image_mean, settings.image_std)
     return pixels
 
 
 class PixelScale(NamedTuple):
-    """Maps pixel values back to colours: value * std + mean is in 0..1, channel by channel."""
+    """Maps pixel values back to colors: value * std + mean is in 0..1, channel by channel."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def to_rgb(self, values: np.ndarray) -> np.ndarray:
-        """Returns pixel values (..., 3) as uint8 colours."""
-        colours = np.asarray(values, np.float32) * np.float32(self.std) + np.float32(self.mean)
-        return np.round(colours.clip(0, 1) * 255).astype(np.uint8)
+        """Returns pixel values (..., 3) as uint8 colors."""
+        colors = np.asarray(values, np.float32) * np.float32(self.std) + np.float32(self.mean)
+        return np.round(colors.clip(0, 1) * 255).astype(np.uint8)
 
 
 def pixel_scale(settings: ImageSettings) -> PixelScale:

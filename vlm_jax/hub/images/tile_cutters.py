@@ -71,9 +71,9 @@ def cut_llava_next(image: Image.Image, settings: ImageSettings) -> Tiles:
 
 
 def pad_llava_onevision(image: Image.Image, settings: ImageSettings) -> Tiles:
-    """Pads an RGB image to one square of the mean colour: one of several in a prompt."""
-    colour = tuple(int(mean * 255) for mean in settings.image_mean)
-    return Tiles([_finish(pad_to_square(image, colour), settings)], (0, 0))
+    """Pads an RGB image to one square of the mean color: one of several in a prompt."""
+    color = tuple(int(mean * 255) for mean in settings.image_mean)
+    return Tiles([_finish(pad_to_square(image, color), settings)], (0, 0))
 
 
 def _finish(view: Image.Image, settings: ImageSettings) -> Image.Image:

@@ -12,7 +12,7 @@ CACHE_LINE_BYTES = 64
 
 
 def empty_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
-    """Uninitialised array aligned to a cache line, which JAX on a CPU takes over without a copy."""
+    """Uninitialized array aligned to a cache line, which JAX on a CPU takes over without a copy."""
     size_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
     buffer = np.empty(size_bytes + CACHE_LINE_BYTES, np.uint8)
     start = -buffer.ctypes.data % CACHE_LINE_BYTES

@@ -78,7 +78,7 @@ def read_json_if_exists(path: Path) -> dict:
 
 
 def add_special_tokens(backend: Tokenizer, special: SpecialTokens) -> None:
-    """Adds the tokens to a pipeline, which then recognises them in text; marks special ones."""
+    """Adds the tokens to a pipeline, which then recognizes them in text; marks special ones."""
     tokens = [token for _, token in sorted(special.added.items())]
     known = {str(token) for token in (*backend.get_added_tokens_decoder().values(), *tokens)}
     named = dict.fromkeys(NAMED) | special.named

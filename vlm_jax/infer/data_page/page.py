@@ -27,12 +27,12 @@ from vlm_jax.nn.fusion import self_attention_mask
 from vlm_jax.runtime.workdir import write_atomic
 from vlm_jax.structs import NO_IMAGE, PADDING, TRUNK, Batch
 
-# By this line a page of this command is recognised, which may be overwritten.
+# By this line a page of this command is recognized, which may be overwritten.
 GENERATOR = '<meta name="generator" content="vlm_jax data">'
 TEMPLATE = Path(__file__).with_name("page.html")
 MASK_PX = 480  # largest side of a drawn mask
-COLOURS = np.array([(47, 111, 214), (31, 138, 76), (184, 92, 0), (140, 70, 180)], np.uint8)
-NO_COLOUR = np.array((245, 245, 245), np.uint8)
+COLORS = np.array([(47, 111, 214), (31, 138, 76), (184, 92, 0), (140, 70, 180)], np.uint8)
+NO_COLOR = np.array((245, 245, 245), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -237,9 +237,9 @@ def _write_masks(cfg: Experiment, row: Row) -> Iterator[str]:
 
 
 def _write_mask(mask: np.ndarray, owners: np.ndarray, caption: str) -> str:
-    """Draws a mask (tokens, keys); the colour is the segment of the token."""
-    colours = COLOURS[(owners - 1) % len(COLOURS)][:, None]
-    pixels = np.where(mask[..., None], colours, NO_COLOUR)
+    """Draws a mask (tokens, keys); the color is the segment of the token."""
+    colors = COLORS[(owners - 1) % len(COLORS)][:, None]
+    pixels = np.where(mask[..., None], colors, NO_COLOR)
     picture = Image.fromarray(pixels.astype(np.uint8))
     height, width = mask.shape
     scale = min(MASK_PX / max(height, width), 8)

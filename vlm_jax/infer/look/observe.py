@@ -175,7 +175,7 @@ def _accumulate(cfg: Model, tree, combine: Callable[[jax.Array, jax.Array], jax.
 
 
 def _resampler_weights(cfg: Model, variables: dict[str, Any]) -> jax.Array | None:
-    """Rollout through a projector with learned queries, on the patches alone and normalised."""
+    """Rollout through a projector with learned queries, on the patches alone and normalized."""
     if cfg.projector.spec.tokens != "queries":
         return None
     blocks = [

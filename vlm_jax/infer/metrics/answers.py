@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from rapidfuzz.distance import Levenshtein
 
 from vlm_jax.config import DataError
+from vlm_jax.infer.metrics.memory import remember
 
 ANLS_THRESHOLD = 0.5
 LARGEST_RELATIVE_ERROR = 0.05
@@ -36,7 +37,7 @@ def _one_line(text: str) -> str:
 
 
 def anls(prediction: str, references: Sequence[str]) -> float:
-    """Returns the normalised Levenshtein similarity to the nearest reference, or 0 below 0.5.
+    """Returns the normalized Levenshtein similarity to the nearest reference, or 0 below 0.5.
 
     The distance ignores case and repeated spaces, but is divided by the length of the longer text
     as it was written.
@@ -111,6 +112,7 @@ def box_iou(prediction: str, references: Sequence[str]) -> bool:
     return box is not None and any(_iou(box, target) >= IOU_THRESHOLD for target in targets)
 
 
+@remember
 def _parse_box(text: str) -> Box | None:
     match = BOX.search(text)
     return tuple(map(float, match.groups())) if match else None
@@ -120,11 +122,8 @@ def _iou(a: Box, b: Box) -> float:
     """Returns the intersection over union of the areas of two boxes."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
-    intersection = max(0.0, width) * max(0.0, height)
-    union = _area(a) + _area(b) - intersection
-    return intersection / union if union else 0.0
-
-
-def _area(box: Box) -> float:
-    left, top, right, bottom = box
-    return (right - left) * (bottom - top)
+    if width <= 0 or height <= 0:
+        return 0.0
+    intersection = width * height
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection
+    return intersection / union

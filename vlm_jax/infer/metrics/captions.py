@@ -3,8 +3,9 @@
 import functools
 import math
 import re
-from collections import Counter
-from collections.abc import Sequence
+import string
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from rapidfuzz.distance import LCSseq
 
 from vlm_jax.config import DataError
 from vlm_jax.infer.metrics.intervals import Estimate, estimate_of_sums
-from vlm_jax.infer.metrics.memory import remember
+from vlm_jax.infer.metrics.memory import SEPARATOR, join_texts, remember
 
 ORDERS = 4  # n-grams of 1 to 4 words
 LENGTH_SIGMA = 6.0
@@ -39,7 +40,10 @@ BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-"
 # A word without these is a token of BLEU's tokenizer 13a; other marks than .,- always are tokens.
 BLEU_MARK = re.compile(r"[!-&(-/:-@\[-`{-~]")
 HYPHEN_AT_END = "-\n"  # of a line: the tokenizer joins the word with the next line
-ROUGE_GAP = re.compile("[^a-z0-9]+")
+# Code of a character -> the same in a word of ROUGE, else a space.
+ROUGE_CHARACTERS = defaultdict(
+    lambda: " ", {ord(c): c for c in string.ascii_lowercase + string.digits + SEPARATOR}
+)
 # Tokens that are left out. Several marks such as "?!" are a word.
 PUNCTUATION = re.compile(r"""[?!,:;'"`\u2018-\u201d\u2013\u2014\u2026]|\.+|-+""")
 
@@ -142,11 +146,12 @@ def bleu(prediction: str, references: Sequence[str]) -> list[int]:
     `sentence_score` counts the n-grams of all references, which takes longer than to search them
     for the n-grams of the prediction.
     """
-    text, texts = _bleu_text(prediction), list(map(_bleu_text, references))
+    text, *texts = _bleu_texts([prediction, *references])
     words, lengths = text.split(), [reference.count(" ") - 1 for reference in texts]
-    length = len(words)
-    # Of two that are equally near, the shorter.
-    reference_length = min(lengths, key=lambda other: (abs(other - length), other))
+    length = reference_length = len(words)
+    if length not in lengths:
+        # Of two that are equally near, the shorter.
+        reference_length = min(lengths, key=lambda other: (abs(other - length), other))
     totals = [max(0, length - order) for order in range(ORDERS)]
     if len(set(words)) < length:
         matches = _clipped_matches(words, texts)
@@ -176,21 +181,20 @@ def _clipped_matches(words: Sequence[str], references: Sequence[str]) -> list[in
     return matches
 
 
-@remember
-def _bleu_text(text: str) -> str:
-    """Returns the words of a text with a space before and after each."""
-    if HYPHEN_AT_END in text:
-        text = _bleu().tokenizer(text.rstrip())
-    elif BLEU_MARK.search(text):
-        words = text.split()
-        text = " ".join([_bleu_word(word) if BLEU_MARK.search(word) else word for word in words])
-    return " ".join(["", *text.split(), ""])
+def _bleu_texts(texts: Sequence[str]) -> list[str]:
+    """Returns the tokens of each text with a space before and after each."""
+    joined = join_texts(texts)
+    if HYPHEN_AT_END in joined:
+        words = join_texts([_bleu().tokenizer(text.rstrip()) for text in texts]).split()
+    else:
+        words = [word if word.isalnum() else _bleu_word(word) for word in joined.split()]
+    return " ".join(["", *filter(None, words), ""]).split(SEPARATOR)
 
 
 @remember
 def _bleu_word(word: str) -> str:
     """Returns the tokens of a text without spaces; the rules never look beyond a space."""
-    return _bleu().tokenizer(word)
+    return " ".join(_bleu().tokenizer(word).split()) if BLEU_MARK.search(word) else word
 
 
 def corpus_bleu(counts: Sequence[Sequence[int]]) -> dict[str, Estimate]:
@@ -210,10 +214,10 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
 
     Source: Lin 2004; `rouge_scorer.py` of rouge-score, with the words of its tokenizer.
     """
-    words = _rouge_text(prediction).split()
+    words, *reference_words = _rouge_words([prediction, *references])
     different_words = set(words)
     best = 0.0
-    for reference in map(str.split, map(_rouge_text, references)):
+    for reference in reference_words:
         if different_words.isdisjoint(reference):
             continue
         common = LCSseq.similarity(words, reference)
@@ -222,7 +226,7 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     return best
 
 
-@remember
-def _rouge_text(text: str) -> str:
-    """Returns the words of a text with spaces between them."""
-    return ROUGE_GAP.sub(" ", text.lower())
+def _rouge_words(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Yields the words of each text."""
+    characters = join_texts(texts).lower().translate(ROUGE_CHARACTERS)
+    return map(str.split, characters.split(SEPARATOR))

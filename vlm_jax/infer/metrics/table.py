@@ -59,7 +59,7 @@ METRICS: dict[str, Metric] = {
     "exact_match": Metric(
         answers.exact_match,
         variant="equal to a reference, character by character",
-        source="SQuAD's exact match (Rajpurkar et al. 2016) without its normalisation",
+        source="SQuAD's exact match (Rajpurkar et al. 2016) without its normalization",
     ),
     "contains": Metric(
         answers.contains,
@@ -68,13 +68,13 @@ METRICS: dict[str, Metric] = {
     ),
     "vqa_accuracy": Metric(
         vqa.vqa_accuracy,
-        variant="mean over the references, each left out, of min(1, matches / 3); normalised "
+        variant="mean over the references, each left out, of min(1, matches / 3); normalized "
         "only if the references differ (lmms-eval: always); below 4 references none reaches 1",
         source="VQAv2 (Goyal et al. 2017), GT-Vision-Lab/VQA vqaEval.py",
     ),
     "text_vqa": Metric(
         vqa.text_vqa,
-        variant="vqa_accuracy after EvalAI's processor, always normalised; below 4 references "
+        variant="vqa_accuracy after EvalAI's processor, always normalized; below 4 references "
         "none reaches 1",
         source="TextVQA (Singh et al. 2019), lmms-eval tasks/textvqa/utils.py",
     ),

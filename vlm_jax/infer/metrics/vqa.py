@@ -4,12 +4,17 @@ import re
 from collections.abc import Sequence
 
 from vlm_jax.config import DataError
-from vlm_jax.infer.metrics.memory import remember
+from vlm_jax.infer.metrics.memory import SEPARATOR, join_texts
 
 # An answer is right if this many people gave it.
 AGREEING = 3
-MARK = re.compile(r"""[;/\[\]"{}()=+\\_><@`,?!-]""")
-ARTICLES = frozenset(("a", "an", "the"))
+MARKS = """;/[]"{}()=+\\_><@`,?!-"""
+MARKS_TO_SPACES = str.maketrans(dict.fromkeys(MARKS, " "))
+_MARK, _LETTER = f"[{re.escape(MARKS)}]", rf"[^\s{re.escape(MARKS)}]"
+MARK = re.compile(_MARK)
+# Begins with the mark, which is found faster than a letter.
+MARK_IN_WORD = re.compile(f"{_MARK}(?<={_LETTER}{_MARK}){_MARK}*{_LETTER}")
+ARTICLES = dict.fromkeys(("a", "an", "the"), "")
 NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
 NUMBERS |= {"six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 # A word of the table that lacks one apostrophe gets it back.
@@ -37,8 +42,7 @@ def _contraction_table() -> dict[str, str]:
 
 # The script has one entry the other way round.
 CONTRACTIONS = _contraction_table() | {"somebody'd": "somebodyd"}
-REPLACEMENTS = NUMBERS | CONTRACTIONS
-CHANGED_WORDS = ARTICLES.union(REPLACEMENTS)
+REPLACEMENTS = NUMBERS | CONTRACTIONS | ARTICLES
 PERIOD = re.compile(r"\.(?!\d)")
 GROUPED_DIGITS = re.compile(r"\d,\d")
 
@@ -46,25 +50,29 @@ GROUPED_DIGITS = re.compile(r"\d,\d")
 def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
     """Returns the VQAv2 accuracy (Goyal et al. 2017; `vqaEval.py` of GT-Vision-Lab/VQA).
 
-    Texts are normalised only if the references differ, as in that script.
+    Texts are normalized only if the references differ, as in that script.
     """
-    is_different = any(_strip(reference) != _strip(references[0]) for reference in references[1:])
-    clean = normalise if is_different else _strip
-    return _leave_one_out(clean(prediction), list(map(clean, references)))
+    first = _strip(references[0])
+    texts = [prediction, *references]
+    if any(_strip(reference) != first for reference in references[1:]):
+        return _leave_one_out(normalize(join_texts(texts)))
+    return _leave_one_out(list(map(_strip, texts)))
 
 
 def text_vqa(prediction: str, references: Sequence[str]) -> float:
-    """Returns the TextVQA accuracy (Singh et al. 2019): texts are always normalised.
+    """Returns the TextVQA accuracy (Singh et al. 2019): texts are always normalized.
 
     Before the rules of VQAv2, EvalAI's processor removes commas and question marks and separates
     `'s` (`_task_utils/vqa_eval_metric.py` of lmms-eval).
     """
-    references = list(map(_normalise_text_vqa, references))
-    return _leave_one_out(_normalise_text_vqa(prediction), references)
+    texts = join_texts([prediction, *references]).lower()
+    texts = texts.replace(",", "").replace("?", "").replace("'s", " 's")
+    return _leave_one_out(normalize(texts))
 
 
-def _leave_one_out(prediction: str, references: Sequence[str]) -> float:
-    """Returns the mean over the references of the accuracy against the others."""
+def _leave_one_out(texts: Sequence[str]) -> float:
+    """Returns the mean accuracy of the first text against all others but one, each left out."""
+    prediction, *references = texts
     count = len(references)
     if count < 2:
         raise DataError("the rule compares with several references, and there is only one")
@@ -79,34 +87,37 @@ def _strip(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-@remember
-def _normalise_text_vqa(text: str) -> str:
-    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
-    return _apply_rules(text)
+def normalize(joined: str) -> list[str]:
+    """Returns the texts of `join_texts` as VQAv2's script compares them.
 
-
-def _apply_rules(text: str) -> str:
-    """Returns the text as VQAv2's script compares it.
-
-    A punctuation mark is removed if it stands beside a space anywhere in the text, or if the text
-    has a comma between digits; otherwise it becomes a space. A period is removed unless a digit
-    follows. Numbers up to ten become digits, articles are dropped, and contractions get their
-    apostrophes.
+    Every mark becomes a space, which at the end of a word is the same as to remove it. The few
+    texts with a mark in a word follow all rules.
     """
-    if MARK.search(text):
-        text = _remove_punctuation(_strip(text))
+    words = replace_words(joined.translate(MARKS_TO_SPACES))
+    texts = [text.strip() for text in words.split(SEPARATOR)]
+    for match in MARK_IN_WORD.finditer(joined):
+        i = joined.count(SEPARATOR, 0, match.start())
+        texts[i] = replace_words(remove_punctuation(joined.split(SEPARATOR)[i]))
+    return texts
+
+
+def replace_words(text: str) -> str:
+    """Removes periods, unless a digit follows, and articles.
+
+    Numbers up to ten become digits, and contractions get their apostrophes.
+    """
     if "." in text:
         text = PERIOD.sub("", text)
-    words = text.lower().split()
-    if not CHANGED_WORDS.isdisjoint(words):
-        words = [REPLACEMENTS.get(word, word) for word in words if word not in ARTICLES]
-    return " ".join(words)
+    words = [REPLACEMENTS.get(word, word) for word in text.lower().split()]
+    return " ".join(filter(None, words))
 
 
-normalise = remember(_apply_rules)
+def remove_punctuation(text: str) -> str:
+    """Removes a mark that is beside a space anywhere in the text; others become spaces.
 
-
-def _remove_punctuation(text: str) -> str:
+    All are removed if the text has a comma between digits.
+    """
+    text = _strip(text)
     marks = set(MARK.findall(text))
     has_grouped_digits = "," in marks and GROUPED_DIGITS.search(text) is not None
     cleaned = text

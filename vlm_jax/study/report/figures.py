@@ -33,7 +33,7 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
-# Colours of Okabe and Ito, safe for colour-blind readers. A ninth arm has the first colour, dashed.
+# Colors of Okabe and Ito, safe for color-blind readers. A ninth arm has the first color, dashed.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8a7a00", "#444444")
 DASHES = ("-", "--", ":")
 RATE = "optim.learning_rate"
@@ -53,7 +53,7 @@ def _figure(height_inches: float = HEIGHT_INCHES) -> Iterator[tuple]:
 
 
 def _line_styles(arms: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Returns arm -> its colour and dashes."""
+    """Returns arm -> its color and dashes."""
     styles = {}
     for i, arm in enumerate(arms):
         dashes = DASHES[i // len(COLORS) % len(DASHES)]

@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3 (text): Llama's block with zero-centred norms and scaled embeddings."""
+"""Gemma 1, 2 and 3 (text): Llama's block with zero-centered norms and scaled embeddings."""
 
 from collections.abc import Callable, Collection
 from dataclasses import replace

@@ -236,7 +236,7 @@ def qwen2_to_hf(cfg: Experiment) -> Json:
 
 
 def qwen3_from_hf(config: Json, names: Collection[str]) -> Experiment:
-    """Reads Qwen3's settings: query and key heads are normalised; biases by `attention_bias`."""
+    """Reads Qwen3's settings: query and key heads are normalized; biases by `attention_bias`."""
     defaults = QWEN_DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128}
     decoder = _read_qwen(defaults | drop_nulls(config), names)
     return text_experiment(replace(decoder, qk_norm="head", mlp_bias=False))

@@ -1,0 +1,90 @@
+"""Checkpoints whose images keep their shape."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, normalizers
+from transformers import (
+    FuyuConfig,
+    FuyuForCausalLM,
+    FuyuProcessor,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+    TokenizersBackend,
+)
+
+from tests.hub import tiny_tokenizers
+from tests.hub.tiny_checkpoints.common import TEXT, Folder, finish, load_tokenizer
+from tests.hub.tiny_checkpoints.templates import QWEN2_VL_CHAT
+
+
+class Qwen2_5_VLProcessor(transformers.Qwen2_5_VLProcessor):
+    @classmethod
+    def get_attributes(cls):
+        """Without the processor of videos, which needs torchvision."""
+        return ["image_processor", "tokenizer"]
+
+
+def qwen2_5_vl(path: Path) -> Folder:
+    tokenizer = load_tokenizer(path, tiny_tokenizers.qwen2_vl)
+    images = Qwen2VLImageProcessorPil(
+        patch_size=4, size={"shortest_edge": 256, "longest_edge": 2048}
+    )
+    rope = {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [2, 1, 1]}
+    vision = {
+        "depth": 2,
+        "num_heads": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "out_hidden_size": 32,
+        "patch_size": 4,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    }
+    config = Qwen2_5_VLConfig(
+        vision_config=vision,
+        text_config=TEXT | {"vocab_size": len(tokenizer), "rope_parameters": rope},
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+    )
+    return finish(
+        Qwen2_5_VLForConditionalGeneration(config),
+        Qwen2_5_VLProcessor(images, tokenizer),
+        path,
+        QWEN2_VL_CHAT,
+    )
+
+
+class FuyuImageProcessorPil(transformers.FuyuImageProcessorPil):
+    def patchify_image(self, image, patch_size=None):
+        """The processor hands tensors over, which the Pillow backend does not take."""
+        return torch.from_numpy(super().patchify_image(image.numpy(), patch_size))
+
+
+def fuyu(path: Path) -> Folder:
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "|SPEAKER|",
+        "|NEWLINE|",
+    ]
+    words = ["▁", *"abcdefghijklmnopqrst", "is", "at", "▁cat", "▁what"]
+    scored = [(piece, 0.0) for piece in pieces] + [(word, -5.0) for word in words]
+    backend = Tokenizer(models.Unigram(scored, unk_id=0, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer = TokenizersBackend(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    images = FuyuImageProcessorPil(
+        size={"height": 36, "width": 48}, patch_size={"height": 6, "width": 6}
+    )
+    text = {**TEXT, "num_key_value_heads": 4, "vocab_size": 300}
+    image = tokenizer.convert_tokens_to_ids("|SPEAKER|")
+    config = FuyuConfig(text_config=text, patch_size=6, image_size=48, image_token_id=image)
+    return finish(FuyuForCausalLM(config), FuyuProcessor(images, tokenizer), path)

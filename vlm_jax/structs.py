@@ -133,6 +133,8 @@ class DecoderInputs:
     causal: CausalPattern | None = None
     deepstack: jax.Array | None = None  # (L, B, S, D): is added after the first L blocks
     memory: jax.Array | None = None  # (B, T, D): image tokens for cross-attention
+    #: (L, B, T, D): the first L cross-attentions read them instead of `memory`, one each
+    deepstack_memory: jax.Array | None = None
     #: (B, 1, S, T) bool: cross-attention mask; None: with `memory`, all that `has_image` allows
     memory_mask: jax.Array | None = None
     has_image: jax.Array | None = None  # (B, S) bool: the token has an image in `image_mask`
@@ -151,6 +153,7 @@ class BlockInputs:
     rope: Any = None  # cosines and sines, (B, S, R) or (1, S, R) each
     deepstack: jax.Array | None = None  # (L, B, S, D): is added after the first L blocks
     memory: jax.Array | None = None  # (B, T, D)
+    deepstack_memory: jax.Array | None = None  # (L, B, T, D): see `DecoderInputs`
     memory_mask: jax.Array | None = None  # (B, 1, S, T) bool: cross-attention mask; None: all
     has_image: jax.Array | None = None  # (B, S) bool: the token has an image; None: all have
     #: (B, S) bool: the token passes cross-attention; None: equal to `has_image`

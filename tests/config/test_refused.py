@@ -62,6 +62,16 @@ REFUSED = [
     ({"vision_max_patches": 8, "projector_kind": "pixel_shuffle"}, "patch_square 1 .* set it to 2"),
     ({"vision_max_patches": 8, "fusion_prefix": "bidirectional"}, "fusion.prefix .* of one size"),
     ({"vision_deepstack_layers": (1,)}, r"deepstack_layers \(1,\) needs vision.max_patches"),
+    (
+        {
+            "vision_max_patches": 8,
+            "vision_patch_square": 2,
+            "vision_deepstack_layers": (1, 2),
+            "projector_kind": "pixel_shuffle",
+            "fusion_kind": "cross_attention",
+        },
+        "deepstack_layers .* and one more .* cross_attention has 2",
+    ),
     ({"vision_deepstack_layers": (3,)}, "deepstack_layers 3 is not a block of .* choose 1 to 2"),
     ({"decoder_rope": Rope(sections=(1, 1))}, "rope.sections .* with the sum 4, half of"),
     (

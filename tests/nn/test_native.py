@@ -1,5 +1,7 @@
 """Images at native resolution, for every fusion style."""
 
+import functools
+import operator
 from dataclasses import replace
 
 import jax
@@ -19,7 +21,7 @@ MOST = 24  # patches of an image; 2 x 2 of them become a token
 
 
 def experiment(kind):
-    """One block each; the encoder's has windows, and M-RoPE where images are in the sequence."""
+    """Two blocks each, windows, DeepStack, and M-RoPE where images are in the sequence."""
     cfg = tiny(kind, projector=Projector("pixel_shuffle", factor=2))
     vision = replace(
         cfg.vision,
@@ -30,8 +32,9 @@ def experiment(kind):
         rope=PatchRope("same"),
         window_patches=4,
         windowed_layers=(0,),
+        deepstack_layers=() if kind == "encoder_decoder" else (1,),
     )
-    decoder = replace(cfg.decoder, depth=1, rope=Rope(sections=(2, 1, 1)))
+    decoder = replace(cfg.decoder, rope=Rope(sections=(2, 1, 1)))
     return replace(cfg, vision=vision, decoder=decoder)
 
 
@@ -120,6 +123,28 @@ def test_a_decoded_token_reads_the_images_of_its_row(forward, random_params):
     tokens = np.concatenate([longer.tokens[:, :-1], new[:, :1]], axis=1)
     logits = forward(cfg, params, longer.replace(tokens=tokens)).logits[:, -1]
     np.testing.assert_array_equal(new[:, 1], logits.argmax(-1))
+
+
+def test_a_cross_attention_reads_its_own_level(forward, random_params):
+    """The first reads the level of DeepStack alone, the second the encoder's output alone."""
+    cfg = experiment("cross_attention")
+    params, batch = random_params(cfg), prompts(cfg)
+
+    def is_read(silent, projection):
+        """Returns whether a projection has an effect without the cross-attention `silent`."""
+        logits = []
+        for factor in (1, 2):
+            model = jax.tree.map(np.array, params)
+            out = model["decoder"]["blocks"]["layers"]["block_0"]["cross"]["out"]
+            out["kernel"][silent] = 0
+            kernel = functools.reduce(operator.getitem, projection, model["projector"])
+            kernel["kernel"] *= factor
+            logits.append(forward(cfg, model, batch).logits)
+        return bool(np.abs(np.subtract(*logits)).max() > 1e-3)
+
+    level, output = ("deepstack_0", "linear"), ("linear",)
+    assert [is_read(0, level), is_read(0, output)] == [False, True]
+    assert [is_read(1, level), is_read(1, output)] == [True, False]
 
 
 def test_positions_of_m_rope_count_from_the_start_of_an_image():

@@ -140,8 +140,9 @@ class Vision(Transformer):
     final_norm: Literal["tokens", "pooled", "none"] = "tokens"
     #: hidden states for the projector; 0: embeddings, -1: last block; (): the encoder's output
     feature_layers: tuple[int, ...] = ()
-    #: unified, pixel_shuffle: hidden states (from 1, as feature_layers) that are projected apart,
-    #: and added to the image tokens after the first decoder blocks, one each (DeepStack; Qwen3-VL)
+    #: pixel_shuffle: hidden states (from 1, as feature_layers) that are projected apart. After each
+    #: of the first decoder blocks one is added to the image tokens in the sequence, and each of
+    #: the first blocks of cross-attention reads one instead of the output (DeepStack; Qwen3-VL)
     deepstack_layers: tuple[int, ...] = ()
     #: pooled image vector: class token, tanh(linear(class token)), or attention pooling
     pool: Literal["none", "class", "tanh", "attention"] = "none"

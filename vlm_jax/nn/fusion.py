@@ -9,6 +9,11 @@ text_only          x: [t t t]                          memory: none
 If an image has several tiles, hybrid puts its thumbnail into x and its tiles into memory (NVLM-H;
 Dai et al. 2024, section 4). The other styles keep all of them together. An image of one tile is in
 both places of hybrid.
+
+DeepStack (`vision.deepstack_layers`; Qwen3-VL, after Meng et al. 2024) projects L more hidden
+states of the encoder, the levels. In x, level i is added to the image tokens after decoder block
+i < L. Memory has no hidden states to add it to: level i is the memory of cross-attention i < L, and
+the later ones read the encoder's output. Hybrid does both. While decoding, all are in the KV cache.
 """
 
 import jax
@@ -58,12 +63,13 @@ def fuse(
         local_mask = self_attention_mask(
             batch, cache, window, limits_blocks=cfg.fusion.has_image_blocks
         )
-    x, deepstack = text, None
-    if in_sequence and cfg.vision.deepstack_layers:
-        image, *features = jnp.split(image, 1 + len(cfg.vision.deepstack_layers), axis=-1)
+    x, deepstack, levels = text, None, []
+    if image is not None and cfg.vision.deepstack_layers:
+        image, *levels = jnp.split(image, 1 + len(cfg.vision.deepstack_layers), axis=-1)
+    if in_sequence and levels:
         zeros = jnp.zeros_like(text)
         index = batch.image_token_index
-        deepstack = jnp.stack([insert_image_tokens(zeros, part, index) for part in features])
+        deepstack = jnp.stack([insert_image_tokens(zeros, level, index) for level in levels])
     if in_sequence:
         x = insert_image_tokens(
             *(text, image, batch.image_token_index, newline, batch.image_taps, batch.tap_weights)
@@ -85,7 +91,11 @@ def fuse(
         if image is not None:
             image = without_thumbnails(cfg, image, axis=1, tokens=cfg.image_tokens)
         batch = batch.replace(image_mask=without_thumbnails(cfg, batch.image_mask, axis=2))
-    inputs = inputs.replace(memory=image, has_image=batch.image_mask.any(-1))
+    inputs = inputs.replace(
+        memory=image,
+        deepstack_memory=jnp.stack(levels) if levels else None,
+        has_image=batch.image_mask.any(-1),
+    )
 
     if cfg.fusion.tokens_without_image == "attend_all":
         batch = batch.replace(image_mask=mask_tokens_without_image(batch))

@@ -124,11 +124,17 @@ def _deepstack(cfg: Experiment) -> None:
         "vision.max_patches": vision.is_native,
         "vision.feature_layers ()": not vision.feature_layers,
         "projector.kind pixel_shuffle": cfg.projector.kind == "pixel_shuffle",
-        "fusion.kind unified": cfg.fusion.image_in_sequence and not cfg.fusion.image_in_memory,
     }
     missing = [setting for setting, is_met in needed.items() if not is_met]
     if missing:
         raise ConfigError(f"vision.deepstack_layers {layers} needs {missing[0]}: or leave it out.")
+    blocks = cfg.fusion.sublayers(cfg.decoder.depth)
+    crossing = sum("cross" in sublayers for sublayers in blocks)
+    if cfg.fusion.image_in_memory and len(layers) >= crossing:
+        raise ConfigError(
+            f"vision.deepstack_layers {layers} needs a block of cross-attention each, and one more "
+            f"that reads the encoder's output: fusion.kind {cfg.fusion.kind} has {crossing}."
+        )
     if len(layers) > cfg.decoder.depth:
         raise ConfigError(
             f"vision.deepstack_layers {layers} needs a block of the decoder each: decoder.depth "

@@ -302,8 +302,8 @@ REFUSED = [
         r"data.special_ids ends in 300, the end of text, .* 0 to 299 \(decoder.vocab_size 300\)",
     ),
     (
-        MAPPED | {"fusion_kind": "hybrid"},
-        "vision.tile_grids .* fusion.kind hybrid .* choose fusion.kind unified",
+        MAPPED | {"fusion_kind": "hybrid", "vision_thumbnail": False},
+        "vision.thumbnail False leaves fusion.kind hybrid without image tokens",
     ),
     (
         MAPPED | {"vision_newline_token": True},

@@ -160,9 +160,8 @@ class Vision(Transformer):
     tile_layouts: tuple[tuple[int, int], ...] = ()
     #: gated blocks after the other blocks; features are then the output and feature_layers
     num_global_layers: int = 0
-    #: unified: rows and columns of tiles that an image may have. Its tokens are then the thumbnail
-    #: and one map of the tiles without padding, in which a learned vector ends each row
-    #: (LLaVA-NeXT)
+    #: rows and columns of tiles that an image may have. Its tokens are then the thumbnail and one
+    #: map of the tiles without padding, in which a learned vector ends each row (LLaVA-NeXT)
     tile_grids: tuple[tuple[int, int], ...] = ()
     #: tile_grids: larger maps are resized to about the tokens of this number of tiles
     #: (LLaVA-OneVision)
@@ -230,7 +229,7 @@ class Vision(Transformer):
 
     @property
     def has_tags(self) -> bool:
-        return self.tile_tags != "none" and self.views > 1 and not self.tile_grids
+        return self.tile_tags != "none" and self.views > 1
 
     @property
     def patch_dim(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment, Projector, Vision
-from vlm_jax.config.tile_maps import Shape, TileMap, make_tile_map
+from vlm_jax.config.tile_maps import TAPS, Shape, TileMap, make_tile_map
 from vlm_jax.data import native
 from vlm_jax.data.tiling import Tiles, shape_of_tiles, view_mask
 from vlm_jax.structs import NEWLINE, NO_IMAGE, PADDING, TRUNK
@@ -30,7 +30,6 @@ FILL = {
     "loss_weights": np.float32(0),
 }
 TAP_FIELDS = ("image_taps", "tap_weights")
-TAPS = 4  # image tokens that a token of a resized map is interpolated from
 
 
 @functools.lru_cache
@@ -41,12 +40,12 @@ def image_fields(cfg: Experiment, tiles: Tiles = 1, number: int = 0) -> Fields:
 
     - tokens: with `fusion.placeholder` first one <image>. Then, for each view, its tag and its
       grid of <image> tokens row by row; without the grid if the fusion style puts no image into the
-      sequence. With `vision.newline_token` a <newline> ends every row of a grid. With
-      `vision.tile_grids` there is one <image> for each token of the thumbnail and the map.
+      sequence. With `vision.newline_token` a <newline> ends every row of a grid. With a map in
+      the sequence (`vision.tile_grids`) there is one <image> for each token of thumbnail and map.
     - image_token_index: index of the I * M image tokens that the slot holds, or NO_IMAGE.
     - image_tags: index of the I views that the token is a tag of, or NO_IMAGE.
     """
-    if cfg.vision.tile_grids:
+    if cfg.has_maps_in_sequence:
         return _map_fields(cfg, tiles, number)
     if cfg.vision.is_native:
         return _native_fields(cfg, tiles, number)
@@ -224,7 +223,7 @@ def tap_fields(cfg: Experiment, fields: Fields) -> Fields:
     Args:
       fields: of `concat_fields`.
     """
-    if cfg.vision.max_map_tiles is None:
+    if cfg.vision.max_map_tiles is None or not cfg.has_maps_in_sequence:
         return {}
     return {name: fields.get(name, _no_taps(fields, name)) for name in TAP_FIELDS}
 

@@ -251,7 +251,8 @@ class Session:
         if shared:
             parts.append(cached.image_tokens[:, : _count_image_tokens(cached, shared)])
         if shared < count:
-            new = jax.tree.map(lambda x: x[:, shared:], image_arrays(prompt))
+            arrays = image_arrays(prompt) | {"map_memory": None}
+            new = jax.tree.map(lambda x: x[:, shared:], arrays)
             self.encoded_images = count - shared
             if prompt.patch_images is not None:
                 self.encoded_images = len(np.unique(new["patch_images"][new["patch_images"] > 0]))

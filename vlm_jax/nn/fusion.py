@@ -16,6 +16,8 @@ i < L. Memory has no hidden states to add it to: level i is the memory of cross-
 the later ones read the encoder's output. Hybrid does both. While decoding, all are in the KV cache.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -32,6 +34,7 @@ from vlm_jax.structs import (
     Cache,
     CausalPattern,
     DecoderInputs,
+    MapMemory,
 )
 
 Ids = Int[Array, "B S"]
@@ -87,10 +90,13 @@ def fuse(
         return inputs
 
     # The thumbnails are in the sequence, so cross-attention has the tiles alone.
+    has_maps = batch.map_memory is not None
     if cfg.fusion.splits_views and not cfg.vision.is_native:
-        if image is not None:
+        if image is not None and not has_maps:
             image = without_thumbnails(cfg, image, axis=1, tokens=cfg.image_tokens)
         batch = batch.replace(image_mask=without_thumbnails(cfg, batch.image_mask, axis=2))
+    if image is not None and has_maps:
+        image = map_tiles(image, _of_token_rows(batch, batch.map_memory), newline)
     inputs = inputs.replace(
         memory=image,
         deepstack_memory=jnp.stack(levels) if levels else None,
@@ -100,7 +106,7 @@ def fuse(
     if cfg.fusion.tokens_without_image == "attend_all":
         batch = batch.replace(image_mask=mask_tokens_without_image(batch))
         inputs = inputs.replace(attends=batch.image_mask.any(-1))
-    if batch.image_mask.shape[-1] == 1 and not cfg.vision.is_native:
+    if batch.image_mask.shape[-1] == 1 and not cfg.vision.is_native and not has_maps:
         # A token attends to all of the image, or the sublayer adds nothing to it.
         return inputs
     return inputs.replace(
@@ -162,6 +168,25 @@ def interpolate_image_tokens(
         weight = weights[..., tap, None].astype(image.dtype)
         total = total + weight * take_image_tokens(image, taps[..., tap])
     return total
+
+
+def map_tiles(
+    image: Float[Array, "B length D"], memory: MapMemory, newline: Float[Array, "D"]
+) -> Float[Array, "B T D"]:
+    """Puts the image tokens of tiles together to the maps that cross-attention reads.
+
+    Keys of padding are 0. Cross-attention is blind to the order of its keys: a vector that ends a
+    row of a map is one more key.
+    """
+    zeros = jnp.zeros((*memory.index.shape, image.shape[-1]), image.dtype)
+    return insert_image_tokens(zeros, image, memory.index, newline, memory.taps, memory.weights)
+
+
+def _of_token_rows(batch: Batch, by_image_row: Any) -> Any:
+    """Returns arrays with a row for each row of images as arrays with one for each of tokens."""
+    if batch.image_rows is None:
+        return by_image_row
+    return jax.tree.map(lambda x: x[batch.image_rows], by_image_row)
 
 
 def self_attention_mask(
@@ -235,14 +260,16 @@ def cross_attention_mask(
     """Attention mask over image tokens: all tokens of each image in a token's `image_mask`.
 
     Args:
-      tokens_per_image: M; at native resolution `patch_images` says how many there are.
+      tokens_per_image: M; at native resolution and in maps of tiles, images have unequal numbers.
       patches_per_token: at native resolution.
     """
-    if batch.patch_images is None:
+    if batch.map_memory is not None:
+        images = batch.map_memory.views  # (B, T)
+    elif batch.patch_images is not None:
+        images = batch.patch_images[:, ::patches_per_token]  # (B, T)
+    else:
         return jnp.repeat(batch.image_mask, tokens_per_image, axis=-1)[:, None]
-    images = batch.patch_images[:, ::patches_per_token]  # (B, T)
-    if batch.image_rows is not None:
-        images = images[batch.image_rows]
+    images = _of_token_rows(batch, images)
     # Image 0 is padding, which no token reads.
     mask = jnp.pad(batch.image_mask, ((0, 0), (0, 0), (1, 0)))
     return jnp.take_along_axis(mask, images[:, None], axis=-1)[:, None]

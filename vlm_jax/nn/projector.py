@@ -224,8 +224,10 @@ class WithNewline(nn.Module):
     def setup(self):
         self.tokens = _build(self.cfg)
         nn.share_scope(self, self.tokens)
-        init = axes.with_axes(embedding_init, "D")
-        self.newline = self.param("newline", init, (self.cfg.decoder.width,))
+        cfg, init = self.cfg, axes.with_axes(embedding_init, "D")
+        keeps_width = cfg.projector.keeps_width
+        width = cfg.vision.output_width if keeps_width else cfg.decoder.width
+        self.newline = self.param("newline", init, (width,))
 
     def __call__(self, x: Tokens) -> Projected:
         return self.tokens(x)

@@ -183,8 +183,9 @@ class _RowPatches:
         """Weights of keys -> weights of image tokens, (..., I, M)."""
         cfg, lead = self.cfg, weights.shape[:-1]
         views, size = self.batch.image_mask.shape[-1], cfg.image_tokens
-        if name == "self":
-            index = self._index
+        maps = self.batch.map_memory
+        if name == "self" or maps is not None:
+            index = self._index if name == "self" else np.asarray(maps.index)[self._image_row]
             placed = np.zeros((*lead, views * size), weights.dtype)
             is_placed = index >= 0
             # Tokens of a resized map may have a nearest image token in common.
@@ -219,11 +220,14 @@ class _RowPatches:
         return weights.reshape(*weights.shape[:-1], rows, columns)
 
     @property
-    def _resampler_of_row(self) -> np.ndarray:
+    def _image_row(self) -> int:
         rows = self.batch.image_rows
-        row = self.row if rows is None else int(rows[self.row])
+        return self.row if rows is None else int(rows[self.row])
+
+    @property
+    def _resampler_of_row(self) -> np.ndarray:
         by_row = self.resampler.reshape(len(self.batch.images), -1, *self.resampler.shape[1:])
-        return by_row[row]
+        return by_row[self._image_row]
 
 
 def append_answer(batch: Batch, ids: Sequence[int]) -> Batch:

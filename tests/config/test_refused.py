@@ -55,10 +55,6 @@ REFUSED = [
         {"vision_max_patches": 8, "vision_class_token": True},
         "class_token True is not possible",
     ),
-    (
-        {"vision_max_patches": 8, "projector_kind": "resampler"},
-        "resampler needs .* one size",
-    ),
     ({"vision_max_patches": 8, "projector_kind": "pixel_shuffle"}, "patch_square 1 .* set it to 2"),
     ({"vision_max_patches": 8, "fusion_prefix": "bidirectional"}, "fusion.prefix .* of one size"),
     ({"vision_deepstack_layers": (1,)}, r"deepstack_layers \(1,\) needs vision.max_patches"),

@@ -12,6 +12,7 @@ from vlm_jax.config import PatchRope, Projector, Rope
 from vlm_jax.data import native, pipeline, questions
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer.generate import SamplingParams, generate
+from vlm_jax.nn.projector import build_projector
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import NO_IMAGE, PADDING, Batch
 from vlm_jax.testing import KINDS, tiny, write_conversations
@@ -36,6 +37,20 @@ def experiment(kind):
     )
     decoder = replace(cfg.decoder, rope=Rope(sections=(2, 1, 1)))
     return replace(cfg, vision=vision, decoder=decoder)
+
+
+# Each of the images of a row has three queries.
+WITH_QUERIES = [
+    Projector("resampler", heads=4, queries=3, depth=1),
+    Projector("resampler", heads=4, queries=3, depth=1, block_norms=True),
+    Projector("qformer", heads=4, queries=3, depth=1),
+]
+
+
+def with_queries(kind, projector):
+    cfg = replace(experiment(kind), projector=projector)
+    vision = replace(cfg.vision, patch_square=1, deepstack_layers=(), depth=1)
+    return replace(cfg, vision=vision, decoder=replace(cfg.decoder, depth=1))
 
 
 def picture(rows, columns, seed=0):
@@ -91,6 +106,67 @@ def test_a_token_reads_its_own_images_alone_and_no_padding(kind, forward, random
     assert moved(np.where(is_padding, noise, batch.images)) == [False] * 4
     of_first = (batch.patch_images == 1)[..., None]
     assert moved(np.where(of_first, noise, batch.images)) == [True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "projector",
+    [Projector("average_pool", factor=2), Projector("pixel_shuffle", factor=2), *WITH_QUERIES[::2]],
+    ids=lambda projector: projector.kind,
+)
+def test_a_projector_has_the_tokens_of_an_image_of_one_size(projector, random_params):
+    """An image of `vision.image_size_px` px is an image like any other at native resolution."""
+    vision = replace(tiny().vision, image_size_px=32)
+    square = projector.merged_side
+    native_vision = replace(vision, max_patches=16, patch_square=square)
+    cfg, of_native = [tiny(projector=projector, vision=x) for x in (vision, native_vision)]
+    params = random_params(cfg)["projector"]
+    x = np.random.default_rng(0).normal(size=(2, 16, 32)).astype(np.float32)
+    rows, columns = native.patch_places((4, 4), square).T
+
+    def project(cfg, *inputs):
+        return jax.jit(build_projector(cfg.model).apply)({"params": params}, *inputs)
+
+    inputs = (x[:, 4 * rows + columns],)
+    if projector.spec.tokens == "queries":
+        inputs += (np.ones((2, 16), np.int32),)
+    close(project(of_native, *inputs), project(cfg, x))
+
+
+@pytest.mark.parametrize("projector", WITH_QUERIES[1:], ids=lambda projector: projector.kind)
+def test_the_queries_of_an_image_read_its_patches_alone(projector, random_params):
+    """An image is the same 3 tokens, whatever is packed with it; padding is not read."""
+    cfg = with_queries("unified", projector)
+    params, batch = random_params(cfg), prompts(cfg)
+
+    @jax.jit
+    def encode(batch):
+        return VLM(cfg.model).apply({"params": params}, batch, method="image_tokens")
+
+    tokens = np.asarray(encode(batch)).reshape(4, 2, 3, -1)  # (B, I, Q, D)
+    noise = np.random.default_rng(9).uniform(-1, 1, batch.images.shape).astype(np.float32)
+    is_other = (batch.patch_images != 2)[..., None]
+    other = np.asarray(encode(batch.replace(images=np.where(is_other, noise, batch.images))))
+    other = other.reshape(tokens.shape)
+    close(other[0, 1], tokens[0, 1])
+    assert np.abs(other - tokens)[:3, 0].max((1, 2)).min() > 1e-3
+    moved = prompts(cfg, [[picture(1, 2)], IMAGES[0], [picture(3, 2)], []])
+    tokens_of_moved = np.asarray(encode(moved)).reshape(tokens.shape)
+    close(tokens_of_moved[0, 0], tokens[0, 1])
+    close(tokens_of_moved[1], tokens[0])
+
+
+def test_a_batch_with_queries_is_one_by_one(forward, random_params):
+    in_sequence = prompts(with_queries("unified", WITH_QUERIES[0]))
+    counts = (np.asarray(in_sequence.image_token_index) != NO_IMAGE).sum(1)
+    assert counts.tolist() == [2 * 3, 3, 3, 0]
+    cfg = with_queries("cross_attention", WITH_QUERIES[0])
+    params, batch = random_params(cfg), prompts(cfg)
+    logits = forward(cfg, params, batch).logits
+    for row in (1, 2):
+        images = [IMAGES[0], IMAGES[row], [], []]
+        alone = prompts(cfg, images, ["?", PROMPTS[row], "?", "?"])
+        is_token = alone.segment_ids[1] != PADDING
+        close(logits[row][is_token], forward(cfg, params, alone).logits[1][is_token])
 
 
 def test_an_image_has_the_same_tokens_whatever_is_packed_with_it(random_params):

@@ -361,11 +361,11 @@ class Projector:
         Tokens that are not on a grid, such as learned queries, are one row. At native resolution it
         is one row of the maximum number of tokens.
         """
+        if self.spec.tokens == "queries":
+            return 1, self.queries
         if vision.is_native:
             return 1, vision.max_squares
         rows, columns = vision.grid
-        if self.spec.tokens == "queries":
-            return 1, self.queries
         if self.spec.tokens == "squares":
             return rows // self.factor, columns // self.factor
         return (1, rows * columns + vision.extra_tokens) if vision.extra_tokens else (rows, columns)
@@ -638,6 +638,11 @@ class Model:
     def image_tokens(self) -> int:
         """M: number of tokens of one view of an image after the projector."""
         return self.projector.num_tokens(self.vision)
+
+    @property
+    def has_tokens_by_size(self) -> bool:
+        """True if an image has a token for each of its squares of patches, M at most."""
+        return self.vision.is_native and self.projector.spec.tokens != "queries"
 
 
 @dataclass(frozen=True)

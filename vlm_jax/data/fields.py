@@ -78,10 +78,17 @@ def _native_fields(cfg: Experiment, tiles: Tiles, number: int) -> Fields:
     placeholder = text_fields([image] if cfg.fusion.placeholder else [])
     if not cfg.fusion.image_in_sequence:
         return placeholder
-    rows, columns = native.token_grid(shape_of_tiles(tiles, cfg.vision), cfg.vision)
+    rows, columns = _native_grid(cfg, tiles)
     index = np.arange(rows * columns, dtype=np.int32) + number * cfg.image_tokens
     tokens = text_fields([image] * (rows * columns)) | {"image_token_index": index}
     return concat_fields([placeholder, tokens])
+
+
+def _native_grid(cfg: Experiment, tiles: Tiles) -> Shape:
+    """Returns the rows and columns of the tokens of an image at native resolution."""
+    if not cfg.model.has_tokens_by_size:
+        return cfg.projector.output_grid(cfg.vision)
+    return native.token_grid(shape_of_tiles(tiles, cfg.vision), cfg.vision)
 
 
 def rope_fields(cfg: Experiment, image_token_index: np.ndarray, tiles: Sequence[Tiles]) -> Fields:
@@ -90,8 +97,7 @@ def rope_fields(cfg: Experiment, image_token_index: np.ndarray, tiles: Sequence[
         return {}
     grids = [cfg.projector.output_grid(cfg.vision)] * (len(tiles) * cfg.vision.views)
     if cfg.vision.is_native:
-        shapes = [shape_of_tiles(image, cfg.vision) for image in tiles]
-        grids = [native.token_grid(shape, cfg.vision) for shape in shapes]
+        grids = [_native_grid(cfg, image) for image in tiles]
     # The view of each token, from 1; a token of text has -1 // M + 1 = 0.
     views = image_token_index // cfg.image_tokens + 1
     return {"rope_positions": native.rope_positions(views, grids)}

@@ -34,6 +34,11 @@ def count_images(old: Batch, new: Batch) -> int:
     return count
 
 
+def count_packed(batch: Batch, patches: int) -> int:
+    """Returns the number of images in the first patches of a batch at native resolution."""
+    return int(np.max(batch.patch_images[0, :patches], initial=0))
+
+
 def _has_same_maps(old: Batch, new: Batch) -> bool:
     """Returns whether the maps of tiles of two batches begin with the same keys."""
     if old.map_memory is None or new.map_memory is None:
@@ -75,7 +80,7 @@ def count_tokens(cfg: Model, old: Batch, new: Batch, images: int, image_tokens: 
         if new.patch_images is None:
             masks = images * (new.image_mask.shape[-1] // new.images.shape[1])
         else:
-            masks = int(np.max(new.patch_images[0, :images], initial=0))
+            masks = count_packed(new, images)
         is_same &= ~_attended_images(cfg, new, width)[:length, masks:].any(-1)
     count = int(np.argmin(np.append(is_same, False)))
     for batch in (old, new):

@@ -158,7 +158,7 @@ class Block(nn.Module):
         """Attention to the normalised memory and to `x` (Jaegle et al. 2022, Perceiver IO)."""
         memory = self._norm(f"{name}_memory_norm", context.memory)
         attention = Attention(self.cfg, self._qk_norm, name=name)
-        return attention(x, jnp.concatenate([memory, x], axis=1))[0]
+        return attention(x, jnp.concatenate([memory, x], axis=1), context.memory_mask)[0]
 
     @property
     def _qk_norm(self) -> str:

@@ -106,12 +106,12 @@ def fuse(
     if cfg.fusion.tokens_without_image == "attend_all":
         batch = batch.replace(image_mask=mask_tokens_without_image(batch))
         inputs = inputs.replace(attends=batch.image_mask.any(-1))
-    if batch.image_mask.shape[-1] == 1 and not cfg.vision.is_native and not has_maps:
+    has_equal_numbers = not cfg.has_tokens_by_size and not has_maps
+    if batch.image_mask.shape[-1] == 1 and has_equal_numbers:
         # A token attends to all of the image, or the sublayer adds nothing to it.
         return inputs
-    return inputs.replace(
-        memory_mask=cross_attention_mask(batch, cfg.image_tokens, cfg.vision.patch_square**2)
-    )
+    patches = cfg.vision.patch_square**2 if cfg.has_tokens_by_size else None
+    return inputs.replace(memory_mask=cross_attention_mask(batch, cfg.image_tokens, patches))
 
 
 def mask_tokens_without_image(batch: Batch) -> Bool[Array, "B S I"]:
@@ -255,17 +255,18 @@ def text_mask(is_token: Bool[Array, "B S"], causal: bool) -> Bool[Array, "B 1 #S
 
 
 def cross_attention_mask(
-    batch: Batch, tokens_per_image: int, patches_per_token: int = 1
+    batch: Batch, tokens_per_image: int, patches_per_token: int | None = None
 ) -> Bool[Array, "B 1 S T"]:
     """Attention mask over image tokens: all tokens of each image in a token's `image_mask`.
 
     Args:
-      tokens_per_image: M; at native resolution and in maps of tiles, images have unequal numbers.
-      patches_per_token: at native resolution.
+      tokens_per_image: M, unless images have unequal numbers of tokens: in maps of tiles, and with
+        `patches_per_token`.
+      patches_per_token: at native resolution, if the number of patches decides that of tokens.
     """
     if batch.map_memory is not None:
         images = batch.map_memory.views  # (B, T)
-    elif batch.patch_images is not None:
+    elif patches_per_token is not None:
         images = batch.patch_images[:, ::patches_per_token]  # (B, T)
     else:
         return jnp.repeat(batch.image_mask, tokens_per_image, axis=-1)[:, None]

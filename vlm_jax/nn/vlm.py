@@ -93,7 +93,9 @@ class VLM(nn.Module):
         x = self.vision(
             batch.images, patch_images=batch.patch_images, patch_places=batch.patch_places
         )
-        return self.projector(x)
+        if self.cfg.has_tokens_by_size:
+            return self.projector(x)
+        return self.projector(x, batch.patch_images, batch.image_mask.shape[-1])
 
     def head(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         return self.decoder.head(hidden)

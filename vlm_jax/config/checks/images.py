@@ -163,11 +163,6 @@ def _native(cfg: Experiment) -> None:
                 f"vision.{name} {getattr(vision, name)} is not possible at native resolution: "
                 "leave out vision.max_patches, or choose another value."
             )
-    if projector.spec.tokens == "queries":
-        raise ConfigError(
-            f"projector.kind {projector.kind} needs images of one size: leave out "
-            f"vision.max_patches, or choose {_projectors('all', 'squares')}."
-        )
     if vision.patch_square != projector.merged_side:
         raise ConfigError(
             f"vision.patch_square {vision.patch_square} must be the side of the squares of patches "

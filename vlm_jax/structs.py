@@ -11,9 +11,11 @@ PADDING = 0  # segment id of a slot without a token
 TRUNK = 0  # branch id of a token that every later token of its segment attends to
 NO_IMAGE = -1  # `image_token_index` of a text token
 # Fields of a batch with a row for each row of `images`.
-IMAGE_ARRAYS = ("images", "tile_layouts", "tile_mask", "patch_images", "patch_places")
+IMAGE_ARRAYS = ("images", "tile_layouts", "tile_mask", "patch_images", "patch_places", "map_memory")
 # Fields of a batch that only the encoder needs.
 IMAGE_FIELDS = ("images", "image_rows", "tile_layouts", "tile_mask", "patch_places")
+# Fields of a batch with which cross-attention finds the image tokens of an image.
+MEMORY_FIELDS = ("patch_images", "map_memory")
 NEWLINE = -2  # `image_token_index` of the learned vector that ends a row of a tile map
 
 Array = Any  # a NumPy array in data/, a jax.Array in the model, a shape while compiling
@@ -22,6 +24,20 @@ Array = Any  # a NumPy array in data/, a jax.Array in the model, a shape while c
 ANY_LAYOUT = "any"
 PACKED = "packed"  # the slots of a segment follow each other, and so do its positions
 ONE_SEGMENT = "one_segment"  # PACKED, with one segment from the first slot on, then padding
+
+
+@struct.dataclass
+class MapMemory:
+    """Image tokens that cross-attention reads as maps of tiles (`vision.tile_grids`).
+
+    `index`, `taps` and `weights` are as `Batch.image_token_index`, `image_taps` and `tap_weights`,
+    of T keys instead of S slots.
+    """
+
+    index: Array  # (B, T) int32
+    views: Array  # (B, T) int32: the view of each key, of I from 1, or PADDING
+    taps: Array | None = None  # (B, T, 4) int32
+    weights: Array | None = None  # (B, T, 4) float32
 
 
 @struct.dataclass
@@ -66,6 +82,8 @@ class Batch:
     #: merges; the image tokens have the same order
     patch_images: Array | None = None
     patch_places: Array | None = None  # (B, P, 2) int32: row and column of a patch in its image
+    #: with `vision.tile_grids` and cross-attention, its keys; a row for each row of `images`
+    map_memory: MapMemory | None = None
     #: (B,) int32: the row of `images` (and of `tile_layouts` and `tile_mask`) for each row of
     #: tokens. If set, questions share images, and `images` may have another B. None: one to one
     image_rows: Array | None = None
@@ -117,19 +135,24 @@ def image_arrays(batch: Batch) -> dict[str, Array | None]:
 def without_images(batch: Batch) -> Batch:
     """Returns a batch without its images; its tokens still refer to them.
 
-    It keeps `patch_images`, with which cross-attention finds the image tokens of an image.
+    It keeps `MEMORY_FIELDS`.
     """
-    patch_images = batch.patch_images
-    if patch_images is not None and batch.image_rows is not None:
-        patch_images = patch_images[batch.image_rows]
-    return batch.replace(**dict.fromkeys(IMAGE_FIELDS), patch_images=patch_images)
+    kept = memory_fields(batch)
+    if batch.image_rows is not None:
+        kept = jax.tree.map(lambda x: x[batch.image_rows], kept)
+    return batch.replace(**dict.fromkeys(IMAGE_FIELDS), **kept)
+
+
+def memory_fields(batch: Batch) -> dict[str, Any]:
+    """Returns the fields `MEMORY_FIELDS` of a batch."""
+    return {name: getattr(batch, name) for name in MEMORY_FIELDS}
 
 
 def map_token_fields(function: Callable, *batches: Batch) -> Batch:
     """Applies a function to every field (B, S, ...) of batches `without_images`."""
     first = batches[0]
-    fields = [batch.replace(patch_images=None) for batch in batches]
-    return jax.tree.map(function, *fields).replace(patch_images=first.patch_images)
+    fields = [batch.replace(**dict.fromkeys(MEMORY_FIELDS)) for batch in batches]
+    return jax.tree.map(function, *fields).replace(**memory_fields(first))
 
 
 @struct.dataclass
@@ -144,6 +167,8 @@ class DecoderInputs:
     pattern: SegmentPattern | None = None
     deepstack: jax.Array | None = None  # (L, B, S, D): is added after the first L blocks
     memory: jax.Array | None = None  # (B, T, D): image tokens for cross-attention
+    #: (L, B, T, D): the first L cross-attentions read them instead of `memory`, one each
+    deepstack_memory: jax.Array | None = None
     #: (B, 1, S, T) bool: cross-attention mask; None: with `memory`, all that `has_image` allows
     memory_mask: jax.Array | None = None
     has_image: jax.Array | None = None  # (B, S) bool: the token has an image in `image_mask`
@@ -162,6 +187,7 @@ class BlockInputs:
     rope: Any = None  # cosines and sines, (B, S, R) or (1, S, R) each
     deepstack: jax.Array | None = None  # (L, B, S, D): is added after the first L blocks
     memory: jax.Array | None = None  # (B, T, D)
+    deepstack_memory: jax.Array | None = None  # (L, B, T, D): see `DecoderInputs`
     memory_mask: jax.Array | None = None  # (B, 1, S, T) bool: cross-attention mask; None: all
     has_image: jax.Array | None = None  # (B, S) bool: the token has an image; None: all have
     #: (B, S) bool: the token passes cross-attention; None: equal to `has_image`

@@ -21,7 +21,7 @@ from vlm_jax.config import (
     Train,
     Vision,
 )
-from vlm_jax.data import text, tiling
+from vlm_jax.data import batching, text, tiling
 from vlm_jax.data.tokenizer import SPECIALS
 from vlm_jax.nn.models import abstract_params
 from vlm_jax.structs import Batch
@@ -110,14 +110,16 @@ def random_batch(cfg: Experiment, rows: int = 4, seed: int = 0) -> Batch:
 
     side = cfg.vision.image_size_px
     layouts = cfg.vision.tile_grids or tiling.layouts(cfg.vision.cut_tiles)
-    packed = []
+    packed, tiles = [], {}
     for row in range(rows):
         height, width = layouts[row % len(layouts)]
         pixels = rng.uniform(-1, 1, (height * side, width * side, 3)).astype(np.float32)
         pairs = [question_and_answer() for _ in range(cfg.data.questions_per_row)]
-        fields = text.pack_row(cfg, pairs, tiling.describe_tiles(pixels, cfg.vision))
+        tiles[row, 0] = tiling.describe_tiles(pixels, cfg.vision)
+        fields = text.pack_row(cfg, pairs, tiles[row, 0])
         packed.append(fields | {"images": tiling.stack_views([pixels], cfg.vision)})
-    return Batch(**jax.tree.map(lambda *arrays: np.stack(arrays), *packed))
+    fields = jax.tree.map(lambda *arrays: np.stack(arrays), *packed)
+    return Batch(**fields, map_memory=batching.map_memory(cfg, tiles, (rows, 1)))
 
 
 def write_conversations(folder: Path, count: int = 12, seed: int = 0) -> Data:

@@ -55,10 +55,6 @@ REFUSED = [
         {"vision_max_patches": 8, "vision_class_token": True},
         "class_token True is not possible",
     ),
-    (
-        {"vision_max_patches": 8, "projector_kind": "resampler"},
-        "resampler needs .* one size",
-    ),
     ({"vision_max_patches": 8, "projector_kind": "pixel_shuffle"}, "patch_square 1 .* set it to 2"),
     ({"vision_max_patches": 8, "fusion_prefix": "bidirectional"}, "fusion.prefix .* of one size"),
     (
@@ -70,6 +66,16 @@ REFUSED = [
         "data.patches_per_row 7 has no room for an image of vision.max_patches 8",
     ),
     ({"vision_deepstack_layers": (1,)}, r"deepstack_layers \(1,\) needs vision.max_patches"),
+    (
+        {
+            "vision_max_patches": 8,
+            "vision_patch_square": 2,
+            "vision_deepstack_layers": (1, 2),
+            "projector_kind": "pixel_shuffle",
+            "fusion_kind": "cross_attention",
+        },
+        "deepstack_layers .* and one more .* cross_attention has 2",
+    ),
     ({"vision_deepstack_layers": (3,)}, "deepstack_layers 3 is not a block of .* choose 1 to 2"),
     ({"decoder_rope": Rope(sections=(1, 1))}, "rope.sections .* with the sum 4, half of"),
     (
@@ -300,8 +306,8 @@ REFUSED = [
         r"data.special_ids ends in 300, the end of text, .* 0 to 299 \(decoder.vocab_size 300\)",
     ),
     (
-        MAPPED | {"fusion_kind": "hybrid"},
-        "vision.tile_grids .* fusion.kind hybrid .* choose fusion.kind unified",
+        MAPPED | {"fusion_kind": "hybrid", "vision_thumbnail": False},
+        "vision.thumbnail False leaves fusion.kind hybrid without image tokens",
     ),
     (
         MAPPED | {"vision_newline_token": True},

@@ -8,10 +8,11 @@ from PIL import Image
 
 from vlm_jax.config import Projector
 from vlm_jax.config.tile_maps import image_length, longest_image, make_tile_map
-from vlm_jax.data import tiling
+from vlm_jax.data import pipeline, tiling
 from vlm_jax.data.fields import image_fields, map_tokens
+from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.structs import NEWLINE
-from vlm_jax.testing import tiny
+from vlm_jax.testing import tiny, write_conversations
 
 N = NEWLINE
 GRIDS = ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1))
@@ -87,6 +88,32 @@ def test_an_image_has_the_tokens_and_tiles_that_its_size_predicts(name):
         index = fields["image_token_index"]
         assert set(index[index >= 0] // cfg.image_tokens) <= set(own_views.tolist())
         assert len(own_views) == len(tiling.split_into_views(pixels.astype(np.float32), vision))
+
+
+@pytest.mark.parametrize("kind", ["cross_attention", "hybrid"])
+def test_conversations_that_share_a_row_have_keys_of_their_own(kind, tmp_path):
+    cfg = tiny(kind, vision=VISIONS["resized"])
+    data = write_conversations(tmp_path, count=4)
+    cfg = replace(cfg, data=replace(data, images_per_row=4, text_length=200))
+    cfg = replace(cfg, train=replace(cfg.train, batch_size=1))
+    tokenizer = Tokenizer.train(["what do you see?"], cfg.decoder.vocab_size)
+    batch = next(pipeline.training_iterator(cfg, tokenizer))
+    memory, size, views = batch.map_memory, cfg.image_tokens, cfg.vision.views
+    slots = memory.views.reshape(4, -1)
+    # Images of 24 x 18 px, of which map and thumbnail have as many tokens each.
+    length = image_length(cfg.vision, cfg.projector, tiling.predict_tiles(24, 18, cfg.vision))
+    length -= size if kind == "hybrid" else 0
+    counts = (slots > 0).sum(1)
+    assert set(counts.tolist()) <= {0, length}
+    read = batch.image_mask[0].reshape(-1, 4, views).any(-1)  # (S, images)
+    np.testing.assert_array_equal(read.any(0), counts > 0)
+    owners = [set(batch.segment_ids[0][read[:, image]]) for image in np.flatnonzero(counts)]
+    assert all(len(segments) == 1 for segments in owners) and len(set.union(*owners)) > 1
+    # A key is a token of a view of its image.
+    index, of_image = memory.index.reshape(4, -1), np.arange(4)[:, None]
+    assert (index // (size * views) == of_image)[index >= 0].all()
+    per_image = cfg.vision.cut_tiles if kind == "hybrid" else views
+    assert ((slots - 1) // per_image == of_image)[slots > 0].all()
 
 
 def test_tiles_have_black_borders_and_the_thumbnail_has_none():

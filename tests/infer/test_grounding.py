@@ -11,6 +11,8 @@ from vlm_jax.config import Data, UserError
 from vlm_jax.data import questions, sources
 from vlm_jax.data.builders.boxes import coverage
 from vlm_jax.infer.evaluate import attend
+from vlm_jax.infer.look.grounding import _measure
+from vlm_jax.infer.look.maps import AttentionMaps
 from vlm_jax.infer.metrics.grounding import Attention
 from vlm_jax.infer.metrics.scores import (
     Reference,
@@ -55,6 +57,18 @@ def test_questions_without_an_object_have_no_value():
     assert numbers["grounding_examples"] == 2
     assert numbers["grounding_by_type"].keys() == {"corner"}
     assert numbers["grounding_by_layer"]["self 0"]["mass"] == numbers["grounding"]
+
+
+def test_the_map_of_an_image_at_native_resolution_has_its_shape():
+    """It is in the upper left of the maps of a row, and all of it is the image."""
+    cfg = tiny(vision=replace(tiny().vision, max_patches=64))
+    weights = np.zeros((1, 1, 1, 2, 8, 9))
+    weights[0, 0, 0, 0, :4, :6] = np.arange(24).reshape(4, 6)
+    maps = AttentionMaps(np.array([7], np.int32), ("self 0",), weights)
+    pixels = np.zeros((32, 48, 3), np.uint8)
+    question = questions.Question(0, "where?", "there", "", lambda: [pixels])
+    attention = _measure(maps, question, cfg, QUARTER, eos_id=3)
+    np.testing.assert_array_equal(attention.maps[0], weights[0, 0, 0, 0, :4, :6])
 
 
 @pytest.mark.parametrize(("source", "types"), [

@@ -11,7 +11,7 @@ import pytest
 
 from vlm_jax import look
 from vlm_jax.config import Projector, UserError
-from vlm_jax.data import tiling
+from vlm_jax.data import questions, tiling
 from vlm_jax.hub.images.steps import PixelScale
 from vlm_jax.infer.look.answer import END, split_words
 from vlm_jax.infer.look.maps import _RowPatches, append_answer
@@ -153,6 +153,68 @@ def test_other_projectors_with_queries_are_observed_too(kind, block_norms):
     slots = np.zeros((2, 1), np.int32)
     observed = jax.eval_shape(observe, cfg.model, random_params(cfg), batch, slots)
     assert observed.resampler.shape == (2, 3, math.prod(cfg.vision.grid))
+
+
+IMAGES = [[(2, 3), (1, 2)], [(3, 1)]]  # rows and columns of squares of 16 px, by row
+NATIVE = {
+    "hybrid": Projector("pixel_shuffle", factor=2),
+    "cross_attention": Projector("resampler", heads=4, queries=3, depth=1),
+}
+
+
+class Letters:
+    """A tokenizer: a character is a token."""
+
+    def encode(self, text):
+        return [20 + ord(letter) % 200 for letter in text]
+
+
+def at_native_resolution(kind):
+    """A model of one block, two rows with images of three shapes, and the images."""
+    cfg = tiny(kind, projector=NATIVE[kind])
+    square = NATIVE[kind].merged_side
+    vision = replace(cfg.vision, depth=1, max_patches=24, patch_square=square, positions="sincos")
+    cfg = replace(cfg, vision=vision, decoder=replace(cfg.decoder, depth=1))
+    rng = np.random.default_rng(0)
+    images = []
+    for row in IMAGES:
+        sizes = [(16 * rows, 16 * columns, 3) for rows, columns in row]
+        images.append([rng.uniform(-1, 1, size).astype(np.float32) for size in sizes])
+    batch = questions.prompt_batch(cfg, Letters(), images, ["two?", "one?"])
+    is_last = np.arange(batch.tokens.shape[1]) == batch.tokens.shape[1] - 1
+    weights = np.broadcast_to(is_last, batch.tokens.shape).astype(np.float32)
+    return cfg, batch.replace(targets=batch.tokens, loss_weights=weights), images
+
+
+@pytest.mark.parametrize("kind", NATIVE)
+def test_maps_of_images_of_any_shape_sum_to_the_attention(kind):
+    cfg, batch, _ = at_native_resolution(kind)
+    rows = look(VLM(cfg.model), random_params(cfg, 0.3), batch, rollout=True)
+    for maps, shapes in zip(rows, IMAGES):
+        on_images = maps.weights[:, maps.layers.index("cross 0")].sum((-3, -2, -1))
+        np.testing.assert_allclose(on_images, 1, atol=1e-5)
+        largest = 2 * np.max(shapes, axis=0)
+        assert maps.weights.shape[-3:] == maps.rollout.shape[-3:] == (2, *largest)
+        is_patch = np.zeros((2, *largest), bool)
+        for image, (height, width) in enumerate(shapes):
+            is_patch[image, : 2 * height, : 2 * width] = True
+        assert ((maps.weights > 0).any((0, 1, 2)) == is_patch).all()
+        assert ((maps.rollout[0] > 0) == is_patch).all()
+
+
+def test_a_map_of_an_image_of_any_shape_is_on_its_pixels():
+    cfg, batch, images = at_native_resolution("hybrid")
+    scale = PixelScale(cfg.vision.image_mean, cfg.vision.image_std)
+    patches = _RowPatches(cfg.model, batch, 0, None)
+    # Tokens that weigh the mean of their pixels.
+    weights = batch.images[0].reshape(-1, 4 * cfg.vision.patch_dim).mean(-1)
+    maps = patches._to_patches(weights)
+    pictures = join_views(cfg.vision, scale, batch, 0, [(1, 1), (1, 1)])
+    for picture, image in zip(pictures, images[0], strict=True):
+        np.testing.assert_array_equal(picture.pixels, scale.to_rgb(image))
+        means = image.reshape(len(image) // 16, 16, -1, 16, 3).mean((1, 3, 4)) / 4
+        expected = means.repeat(2, axis=0).repeat(2, axis=1)
+        np.testing.assert_allclose(picture.join(maps), expected, atol=1e-6)
 
 
 def test_a_token_of_several_patches_is_divided_among_them():

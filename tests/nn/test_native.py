@@ -1,5 +1,7 @@
 """Images at native resolution, for every fusion style."""
 
+import functools
+import operator
 from dataclasses import replace
 
 import jax
@@ -10,6 +12,7 @@ from vlm_jax.config import ConfigError, PatchRope, Projector, Rope
 from vlm_jax.data import native, pipeline, questions
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer.generate import SamplingParams, generate
+from vlm_jax.nn.projector import build_projector
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import NO_IMAGE, PADDING, Batch
 from vlm_jax.testing import KINDS, tiny, write_conversations
@@ -19,7 +22,7 @@ MOST = 24  # patches of an image; 2 x 2 of them become a token
 
 
 def experiment(kind):
-    """One block each; the encoder's has windows, and M-RoPE where images are in the sequence."""
+    """Two blocks each, windows, DeepStack, and M-RoPE where images are in the sequence."""
     cfg = tiny(kind, projector=Projector("pixel_shuffle", factor=2))
     vision = replace(
         cfg.vision,
@@ -30,9 +33,24 @@ def experiment(kind):
         rope=PatchRope("same"),
         window_patches=4,
         windowed_layers=(0,),
+        deepstack_layers=() if kind == "encoder_decoder" else (1,),
     )
-    decoder = replace(cfg.decoder, depth=1, rope=Rope(sections=(2, 1, 1)))
+    decoder = replace(cfg.decoder, rope=Rope(sections=(2, 1, 1)))
     return replace(cfg, vision=vision, decoder=decoder)
+
+
+# Each of the images of a row has three queries.
+WITH_QUERIES = [
+    Projector("resampler", heads=4, queries=3, depth=1),
+    Projector("resampler", heads=4, queries=3, depth=1, block_norms=True),
+    Projector("qformer", heads=4, queries=3, depth=1),
+]
+
+
+def with_queries(kind, projector):
+    cfg = replace(experiment(kind), projector=projector)
+    vision = replace(cfg.vision, patch_square=1, deepstack_layers=(), depth=1)
+    return replace(cfg, vision=vision, decoder=replace(cfg.decoder, depth=1))
 
 
 def picture(rows, columns, seed=0):
@@ -90,6 +108,67 @@ def test_a_token_reads_its_own_images_alone_and_no_padding(kind, forward, random
     assert moved(np.where(of_first, noise, batch.images)) == [True, True, True, False]
 
 
+@pytest.mark.parametrize(
+    "projector",
+    [Projector("average_pool", factor=2), Projector("pixel_shuffle", factor=2), *WITH_QUERIES[::2]],
+    ids=lambda projector: projector.kind,
+)
+def test_a_projector_has_the_tokens_of_an_image_of_one_size(projector, random_params):
+    """An image of `vision.image_size_px` px is an image like any other at native resolution."""
+    vision = replace(tiny().vision, image_size_px=32)
+    square = projector.merged_side
+    native_vision = replace(vision, max_patches=16, patch_square=square)
+    cfg, of_native = [tiny(projector=projector, vision=x) for x in (vision, native_vision)]
+    params = random_params(cfg)["projector"]
+    x = np.random.default_rng(0).normal(size=(2, 16, 32)).astype(np.float32)
+    rows, columns = native.patch_places((4, 4), square).T
+
+    def project(cfg, *inputs):
+        return jax.jit(build_projector(cfg.model).apply)({"params": params}, *inputs)
+
+    inputs = (x[:, 4 * rows + columns],)
+    if projector.spec.tokens == "queries":
+        inputs += (np.ones((2, 16), np.int32),)
+    close(project(of_native, *inputs), project(cfg, x))
+
+
+@pytest.mark.parametrize("projector", WITH_QUERIES[1:], ids=lambda projector: projector.kind)
+def test_the_queries_of_an_image_read_its_patches_alone(projector, random_params):
+    """An image is the same 3 tokens, whatever is packed with it; padding is not read."""
+    cfg = with_queries("unified", projector)
+    params, batch = random_params(cfg), prompts(cfg)
+
+    @jax.jit
+    def encode(batch):
+        return VLM(cfg.model).apply({"params": params}, batch, method="image_tokens")
+
+    tokens = np.asarray(encode(batch)).reshape(4, 2, 3, -1)  # (B, I, Q, D)
+    noise = np.random.default_rng(9).uniform(-1, 1, batch.images.shape).astype(np.float32)
+    is_other = (batch.patch_images != 2)[..., None]
+    other = np.asarray(encode(batch.replace(images=np.where(is_other, noise, batch.images))))
+    other = other.reshape(tokens.shape)
+    close(other[0, 1], tokens[0, 1])
+    assert np.abs(other - tokens)[:3, 0].max((1, 2)).min() > 1e-3
+    moved = prompts(cfg, [[picture(1, 2)], IMAGES[0], [picture(3, 2)], []])
+    tokens_of_moved = np.asarray(encode(moved)).reshape(tokens.shape)
+    close(tokens_of_moved[0, 0], tokens[0, 1])
+    close(tokens_of_moved[1], tokens[0])
+
+
+def test_a_batch_with_queries_is_one_by_one(forward, random_params):
+    in_sequence = prompts(with_queries("unified", WITH_QUERIES[0]))
+    counts = (np.asarray(in_sequence.image_token_index) != NO_IMAGE).sum(1)
+    assert counts.tolist() == [2 * 3, 3, 3, 0]
+    cfg = with_queries("cross_attention", WITH_QUERIES[0])
+    params, batch = random_params(cfg), prompts(cfg)
+    logits = forward(cfg, params, batch).logits
+    for row in (1, 2):
+        images = [IMAGES[0], IMAGES[row], [], []]
+        alone = prompts(cfg, images, ["?", PROMPTS[row], "?", "?"])
+        is_token = alone.segment_ids[1] != PADDING
+        close(logits[row][is_token], forward(cfg, params, alone).logits[1][is_token])
+
+
 def test_an_image_has_the_same_tokens_whatever_is_packed_with_it(random_params):
     cfg = experiment("unified")
     params, batch = random_params(cfg), prompts(cfg)
@@ -120,6 +199,28 @@ def test_a_decoded_token_reads_the_images_of_its_row(forward, random_params):
     tokens = np.concatenate([longer.tokens[:, :-1], new[:, :1]], axis=1)
     logits = forward(cfg, params, longer.replace(tokens=tokens)).logits[:, -1]
     np.testing.assert_array_equal(new[:, 1], logits.argmax(-1))
+
+
+def test_a_cross_attention_reads_its_own_level(forward, random_params):
+    """The first reads the level of DeepStack alone, the second the encoder's output alone."""
+    cfg = experiment("cross_attention")
+    params, batch = random_params(cfg), prompts(cfg)
+
+    def is_read(silent, projection):
+        """Returns whether a projection has an effect without the cross-attention `silent`."""
+        logits = []
+        for factor in (1, 2):
+            model = jax.tree.map(np.array, params)
+            out = model["decoder"]["blocks"]["layers"]["block_0"]["cross"]["out"]
+            out["kernel"][silent] = 0
+            kernel = functools.reduce(operator.getitem, projection, model["projector"])
+            kernel["kernel"] *= factor
+            logits.append(forward(cfg, model, batch).logits)
+        return bool(np.abs(np.subtract(*logits)).max() > 1e-3)
+
+    level, output = ("deepstack_0", "linear"), ("linear",)
+    assert [is_read(0, level), is_read(0, output)] == [False, True]
+    assert [is_read(1, level), is_read(1, output)] == [True, False]
 
 
 def test_positions_of_m_rope_count_from_the_start_of_an_image():

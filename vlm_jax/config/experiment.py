@@ -13,7 +13,7 @@ from vlm_jax.config.datasets import DATASETS, Dataset, restricted_fields, source
 from vlm_jax.config.errors import ConfigError
 from vlm_jax.config.hints import nearest
 from vlm_jax.config.model import PRETRAINED_PARTS, Decoder, Fusion, Lora, Model, Projector, Vision
-from vlm_jax.config.tile_maps import image_length, longest_image
+from vlm_jax.config.tile_maps import has_maps_in_sequence, image_length, longest_image
 
 
 @dataclass(frozen=True)
@@ -464,9 +464,16 @@ class Experiment:
         return 1 if self.fusion.splits_views else self.vision.views
 
     @property
+    def has_maps_in_sequence(self) -> bool:
+        """True if image tokens are in the sequence as maps of tiles."""
+        return has_maps_in_sequence(self.vision, self.fusion)
+
+    @property
     def tile_tags(self) -> tuple[tuple[int, ...], ...]:
         """Ids of the text tokens that name each of the J views of an image; empty without tags."""
-        if not (self.vision.has_tags and self.fusion.has_images):
+        # The tokens of a map have their place in the sequence, but not in cross-attention.
+        is_named = self.vision.has_tags and not self.has_maps_in_sequence
+        if not (is_named and self.fusion.has_images):
             return ()
         first = max(self.data.special_ids) + 1
         return self.data.tag_ids or tuple((first + view,) for view in range(self.vision.views))
@@ -474,7 +481,7 @@ class Experiment:
     @property
     def image_slots_in_row(self) -> int:
         """Maximum length of an image in the sequence, with newlines, tags and placeholder."""
-        if self.vision.tile_grids:
+        if self.has_maps_in_sequence:
             longest = longest_image(self.vision, self.projector)
             return image_length(self.vision, self.projector, longest)
         newlines = self.projector.output_grid(self.vision)[0] if self.vision.newline_token else 0
@@ -486,12 +493,20 @@ class Experiment:
         """S: length of a training row in tokens."""
         image_slots = self.data.images_per_row * self.image_slots_in_row
         if self.vision.is_native and self.fusion.image_in_sequence:
-            image_slots = self.squares_per_row + self.data.images_per_row * self.fusion.placeholder
+            image_slots = self.image_tokens_per_row
+            image_slots += self.data.images_per_row * self.fusion.placeholder
         return image_slots + self.data.text_length
 
     @property
+    def image_tokens_per_row(self) -> int:
+        """Maximum number of image tokens of a training row at native resolution."""
+        if self.model.has_tokens_by_size:
+            return self.squares_per_row
+        return self.data.images_per_row * self.image_tokens
+
+    @property
     def squares_per_row(self) -> int:
-        """Maximum number of image tokens in a training row at native resolution."""
+        """Maximum number of squares of patches in a training row at native resolution."""
         if self.data.patches_per_row is None:
             return self.data.images_per_row * self.vision.max_squares
         return self.data.patches_per_row // self.vision.patch_square**2

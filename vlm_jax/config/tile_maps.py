@@ -17,8 +17,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vlm_jax.config.model import Projector, Vision
+from vlm_jax.config.model import Fusion, Projector, Vision
 
+TAPS = 4  # image tokens that a token of a resized map is interpolated from
 Shape = tuple[int, int]  # rows and columns, or height and width in px
 RESIZE_RATIO = (
     1.1  # a map is resized if its sides exceed the largest map's by more than this factor
@@ -100,6 +101,28 @@ def image_length(vision: Vision, projector: Projector, image: Shape) -> int:
     """Returns the number of tokens of an image of (height, width) px, thumbnail included."""
     whole = projector.num_tokens(vision) if vision.thumbnail else 0
     return whole + make_tile_map(vision, projector, image).length
+
+
+def has_maps_in_sequence(vision: Vision, fusion: Fusion) -> bool:
+    """Returns whether the tokens of a map are in the decoder's sequence."""
+    return bool(vision.tile_grids) and fusion.image_in_sequence and not fusion.image_in_memory
+
+
+def has_maps_in_memory(vision: Vision, fusion: Fusion) -> bool:
+    """Returns whether the tokens of a map are keys and values of cross-attention."""
+    return bool(vision.tile_grids) and fusion.image_in_memory
+
+
+def has_thumbnail_in_memory(vision: Vision, fusion: Fusion) -> bool:
+    """Returns whether the thumbnail precedes the map among the keys of cross-attention."""
+    return vision.thumbnail and not fusion.splits_views
+
+
+def map_memory_length(vision: Vision, projector: Projector, fusion: Fusion) -> int:
+    """Returns the number of keys of an image with the most tokens, if a map is in memory."""
+    length = image_length(vision, projector, longest_image(vision, projector))
+    has_other_thumbnail = vision.thumbnail and not has_thumbnail_in_memory(vision, fusion)
+    return length - projector.num_tokens(vision) if has_other_thumbnail else length
 
 
 @functools.lru_cache

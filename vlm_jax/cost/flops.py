@@ -25,6 +25,7 @@ from jax.interpreters import partial_eval
 
 from vlm_jax import axes
 from vlm_jax.config import Experiment, Model
+from vlm_jax.config.tile_maps import has_maps_in_memory, map_memory_length
 from vlm_jax.cost.scan import carried_inputs
 from vlm_jax.nn.models import abstract_params
 from vlm_jax.nn.parts import PARTS, Path, find_part, trained_paths
@@ -78,14 +79,17 @@ def token_flow(cfg: Experiment) -> Tokens:
             patches=vision.max_squares * vision.patch_square**2,
             encoder=cfg.patches_per_row,
             features=cfg.patches_per_row,
-            projected=cfg.squares_per_row,
+            projected=cfg.image_tokens_per_row,
             sequence=cfg.row_length,
-            memory=cfg.squares_per_row if cfg.fusion.image_in_memory else 0,
+            memory=cfg.image_tokens_per_row if cfg.fusion.image_in_memory else 0,
         )
     encoder = patches + vision.prefix_tokens
     if vision.tile_layouts:
         encoder = tiles * math.ceil(encoder / TOKEN_MULTIPLE) * TOKEN_MULTIPLE
     tiles_in_memory = vision.cut_tiles if cfg.fusion.splits_views else tiles
+    keys = tiles_in_memory * cfg.image_tokens
+    if has_maps_in_memory(vision, cfg.fusion):
+        keys = map_memory_length(vision, cfg.projector, cfg.fusion)
     return Tokens(
         images=images,
         tiles=tiles,
@@ -94,7 +98,7 @@ def token_flow(cfg: Experiment) -> Tokens:
         features=images * tiles * (patches + vision.extra_tokens),
         projected=images * tiles * cfg.image_tokens,
         sequence=cfg.row_length,
-        memory=images * tiles_in_memory * cfg.image_tokens if cfg.fusion.image_in_memory else 0,
+        memory=images * keys if cfg.fusion.image_in_memory else 0,
     )
 
 

@@ -1,15 +1,30 @@
 """Stacks rows and their images into a `Batch`."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from vlm_jax.config import Data, Experiment
+from vlm_jax.config.tile_maps import (
+    TAPS,
+    has_maps_in_memory,
+    has_thumbnail_in_memory,
+    map_memory_length,
+)
 from vlm_jax.data import images as image_files
 from vlm_jax.data import native, tiling
-from vlm_jax.data.fields import Fields, offset_ids, restrict_tags
-from vlm_jax.structs import ANY_LAYOUT, ONE_SEGMENT, PACKED, Batch
+from vlm_jax.data.fields import Fields, map_tokens, native_token_grid, offset_ids, restrict_tags
+from vlm_jax.structs import (
+    ANY_LAYOUT,
+    NO_IMAGE,
+    ONE_SEGMENT,
+    PACKED,
+    PADDING,
+    Batch,
+    MapMemory,
+)
 
 NO_CONVERSATION = 0  # owner of an empty image slot
 
@@ -76,7 +91,8 @@ def to_batch(cfg: Experiment, rows: Sequence[Fields], read: Reader) -> Batch:
         packed = native.pack_images(pixels, cfg.vision, cfg.patches_per_row)._asdict()
         images = packed.pop("images")
     elif not cfg.vision.keeps_aspect_in_tiles:
-        images, is_view = _stack_images(cfg, fields["images"], filled, read)  # (B, I, ...), (B, I)
+        stacked = _stack_images(cfg, fields["images"], filled, read)
+        images, is_view, packed["map_memory"] = stacked  # (B, I, ...), (B, I)
         image_mask = np.repeat(is_read, cfg.vision.views, axis=-1) & is_view[:, None]  # (B, S, I)
 
     # Conversations count their views from 0; in the row they follow the views of the slots before.
@@ -126,7 +142,7 @@ def _first_tokens(
     counts = np.zeros(shape, np.int32)
     for row, images in enumerate(rows):
         for slot, image in enumerate(images):
-            counts[row, slot] = native.count_squares(image.shape[:2], cfg.vision)
+            counts[row, slot] = math.prod(native_token_grid(cfg, image.shape[:2]))
     return np.cumsum(counts, axis=1, dtype=np.int32) - counts
 
 
@@ -147,20 +163,62 @@ def _read_normalized(
 
 def _stack_images(
     cfg: Experiment, indices: np.ndarray, filled: np.ndarray, read: Reader
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, MapMemory | None]:
     """Reads and normalizes the images of (B, i) slots.
 
     Returns:
-      All views, (B, I, H, W, 3) float32, and (B, I) bool, False for a missing view.
+      All views, (B, I, H, W, 3) float32; (B, I) bool, False for a missing view; and `map_memory`.
     """
     vision, side = cfg.vision, cfg.vision.image_size_px
     images = np.zeros((*indices.shape, vision.views, side, side, 3), np.float32)
     is_view = np.zeros((*indices.shape, vision.views), bool)
+    tiles = {}
     for slot, pixels in zip(_slots(filled), read(indices[filled].tolist()), strict=True):
         images[slot] = tiling.stack_views([image_files.normalize(pixels, vision)], vision)
-        is_view[slot] = tiling.view_mask([tiling.describe_tiles(pixels, vision)], vision)
+        tiles[slot] = tiling.describe_tiles(pixels, vision)
+        is_view[slot] = tiling.view_mask([tiles[slot]], vision)
     rows = len(indices)
-    return images.reshape(rows, -1, *images.shape[3:]), is_view.reshape(rows, -1)
+    memory = map_memory(cfg, tiles, indices.shape)
+    return images.reshape(rows, -1, *images.shape[3:]), is_view.reshape(rows, -1), memory
+
+
+def map_memory(
+    cfg: Experiment, tiles: Mapping[tuple[int, int], tiling.Tiles], shape: tuple[int, int]
+) -> MapMemory | None:
+    """Returns the keys of cross-attention if they are maps of tiles, else None.
+
+    Every image slot has room for the longest map, so that the slots before do not move a key.
+
+    Args:
+      tiles: (row, slot) -> the tiles of an image.
+      shape: rows of images, and image slots of a row.
+    """
+    vision = cfg.vision
+    if not has_maps_in_memory(vision, cfg.fusion):
+        return None
+    has_thumbnail = has_thumbnail_in_memory(vision, cfg.fusion)
+    length = map_memory_length(vision, cfg.projector, cfg.fusion)  # of a slot
+    shape = shape[0], shape[1] * length
+    memory = MapMemory(np.full(shape, NO_IMAGE, np.int32), np.full(shape, PADDING, np.int32))
+    if vision.max_map_tiles is not None:
+        taps = np.zeros((*shape, TAPS), np.int32)
+        memory = memory.replace(taps=taps, weights=taps.astype(np.float32))
+    for (row, slot), tiles_of_image in tiles.items():
+        first = slot * vision.views
+        thumbnail = first + vision.cut_tiles if has_thumbnail else None
+        size = tiling.shape_of_tiles(tiles_of_image, vision)
+        fields = map_tokens(vision, cfg.projector, size, first, thumbnail)
+        index = fields["image_token_index"]
+        keys = row, slice(slot * length, slot * length + len(index))
+        memory.index[keys] = index
+        # The vector that ends a row belongs to the view before it.
+        last_token = np.maximum.accumulate(np.where(index >= 0, np.arange(len(index)), 0))
+        view = index[last_token] // cfg.image_tokens - first
+        memory.views[keys] = slot * (vision.cut_tiles + has_thumbnail) + view + 1
+        if memory.taps is not None:
+            memory.taps[keys] = fields["image_taps"]
+            memory.weights[keys] = fields["tap_weights"]
+    return memory
 
 
 def stack_tiles(

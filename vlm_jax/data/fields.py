@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from vlm_jax.config import ConfigError, Experiment, Projector, Vision
-from vlm_jax.config.tile_maps import Shape, TileMap, make_tile_map
+from vlm_jax.config.tile_maps import TAPS, Shape, TileMap, make_tile_map
 from vlm_jax.data import native
 from vlm_jax.data.tiling import Tiles, shape_of_tiles, view_mask
 from vlm_jax.structs import NEWLINE, NO_IMAGE, PADDING, TRUNK
@@ -31,7 +31,6 @@ FILL = {
     "loss_weights": np.float32(0),
 }
 TAP_FIELDS = ("image_taps", "tap_weights")
-TAPS = 4  # image tokens that a token of a resized map is interpolated from
 
 
 def fields_of_images(cfg: Experiment, tiles: Sequence[Tiles]) -> Iterator[Fields]:
@@ -45,7 +44,7 @@ def fields_of_images(cfg: Experiment, tiles: Sequence[Tiles]) -> Iterator[Fields
         fields = image_fields(cfg, image)
         index = offset_ids(fields["image_token_index"], first_token)
         yield fields | {"image_token_index": index}
-        first_token += native.count_squares(shape_of_tiles(image, cfg.vision), cfg.vision)
+        first_token += math.prod(native_token_grid(cfg, image))
 
 
 @functools.lru_cache
@@ -58,12 +57,12 @@ def image_fields(cfg: Experiment, tiles: Tiles = 1, number: int = 0) -> Fields:
 
     - tokens: with `fusion.placeholder` first one <image>. Then, for each view, its tag and its
       grid of <image> tokens row by row; without the grid if the fusion style puts no image into the
-      sequence. With `vision.newline_token` a <newline> ends every row of a grid. With
-      `vision.tile_grids` there is one <image> for each token of the thumbnail and the map.
+      sequence. With `vision.newline_token` a <newline> ends every row of a grid. With a map in
+      the sequence (`vision.tile_grids`) there is one <image> for each token of thumbnail and map.
     - image_token_index: index of the I * M image tokens that the slot holds, or NO_IMAGE.
     - image_tags: index of the I views that the token is a tag of, or NO_IMAGE.
     """
-    if cfg.vision.tile_grids:
+    if cfg.has_maps_in_sequence:
         return _map_fields(cfg, tiles, number)
     if cfg.vision.is_native:
         return _native_fields(cfg, tiles)
@@ -96,10 +95,17 @@ def _native_fields(cfg: Experiment, tiles: Tiles) -> Fields:
     placeholder = text_fields([image] if cfg.fusion.placeholder else [])
     if not cfg.fusion.image_in_sequence:
         return placeholder
-    count = native.count_squares(shape_of_tiles(tiles, cfg.vision), cfg.vision)
+    count = math.prod(native_token_grid(cfg, tiles))
     index = np.arange(count, dtype=np.int32)
     tokens = text_fields([image] * count) | {"image_token_index": index}
     return concat_fields([placeholder, tokens])
+
+
+def native_token_grid(cfg: Experiment, tiles: Tiles) -> Shape:
+    """Returns the rows and columns of the tokens of an image at native resolution."""
+    if not cfg.model.has_tokens_by_size:
+        return cfg.projector.output_grid(cfg.vision)
+    return native.token_grid(shape_of_tiles(tiles, cfg.vision), cfg.vision)
 
 
 def rope_fields(cfg: Experiment, image_token_index: np.ndarray, tiles: Sequence[Tiles]) -> Fields:
@@ -107,8 +113,7 @@ def rope_fields(cfg: Experiment, image_token_index: np.ndarray, tiles: Sequence[
     if not (cfg.decoder.rope.sections and cfg.fusion.image_in_sequence):
         return {}
     if cfg.vision.is_native:
-        shapes = [shape_of_tiles(image, cfg.vision) for image in tiles]
-        grids = [native.token_grid(shape, cfg.vision) for shape in shapes]
+        grids = [native_token_grid(cfg, image) for image in tiles]
     else:
         grids = [cfg.projector.output_grid(cfg.vision)] * (len(tiles) * cfg.vision.views)
     counts = np.array([math.prod(grid) for grid in grids], np.int32)
@@ -243,7 +248,7 @@ def tap_fields(cfg: Experiment, fields: Fields) -> Fields:
     Args:
       fields: of `concat_fields`.
     """
-    if cfg.vision.max_map_tiles is None:
+    if cfg.vision.max_map_tiles is None or not cfg.has_maps_in_sequence:
         return {}
     return {name: fields.get(name, _no_taps(fields, name)) for name in TAP_FIELDS}
 

@@ -192,7 +192,7 @@ def row_capacity(cfg: Experiment) -> tuple[dict[str, int], dict[str, int]]:
         padding["block_ids"] = FILL["block_ids"]
     if cfg.decoder.rope.sections and cfg.fusion.image_in_sequence:
         padding["rope_positions"] = FILL["rope_positions"]
-    if cfg.vision.max_map_tiles is not None:
+    if cfg.vision.max_map_tiles is not None and cfg.has_maps_in_sequence:
         padding |= {name: FILL[name] for name in TAP_FIELDS}
     if cfg.data.mixture:
         padding["source_ids"] = FILL["source_ids"]

@@ -254,7 +254,9 @@ def _stack(cfg: Experiment, rows: Sequence[Fields]) -> Batch:
         packed = native.pack_images(pixels, cfg.vision, cfg.patches_per_row)
         return batch.replace(**packed._asdict())
     views = tiling.batch_views(images, cfg.vision)
-    return batching.as_tiled_batch(cfg, batch.replace(images=views))
+    tiles = {(row, 0): tiling.describe_tiles(image, cfg.vision) for row, image in enumerate(images)}
+    memory = batching.map_memory(cfg, tiles, (len(rows), 1))
+    return batching.as_tiled_batch(cfg, batch.replace(images=views, map_memory=memory))
 
 
 def conversation_source(data: Data, split: str) -> Conversations | TfdsVqa | Selection:

@@ -2,8 +2,10 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -277,6 +279,7 @@ def prompt_batch(
       pad_to_multiple_of: without `length`, S is rounded up to a multiple of it.
     """
     tiles = [_tiles_of_row(cfg, row) for row in images]  # for each row of images
+    tiles_by_slot = _by_slot(tiles)
     max_images = max(map(len, tiles))
     if image_rows is not None:
         tiles = [tiles[row] for row in image_rows]  # for each prompt
@@ -316,7 +319,9 @@ def prompt_batch(
         packed = native.pack_images(images, cfg.vision, length)
         return batch.replace(**packed._asdict())
     pixels = [_zero_pad(tiling.stack_views(row, cfg.vision), 0, views) for row in images]
-    return batching.as_tiled_batch(cfg, batch.replace(images=np.stack(pixels)))
+    memory = batching.map_memory(cfg, tiles_by_slot, (len(images), max_images))
+    batch = batch.replace(images=np.stack(pixels), map_memory=memory)
+    return batching.as_tiled_batch(cfg, batch)
 
 
 def _tiles_of_row(cfg: Experiment, images: Sequence[np.ndarray]) -> list[tiling.Tiles]:
@@ -326,16 +331,21 @@ def _tiles_of_row(cfg: Experiment, images: Sequence[np.ndarray]) -> list[tiling.
 def _most_tiles(cfg: Experiment) -> tiling.Tiles:
     """Returns the tiles of an image with the most tokens."""
     vision = cfg.vision
-    return longest_image(vision, cfg.projector) if vision.tile_grids else vision.cut_tiles
+    if not vision.tile_grids:
+        return vision.cut_tiles
+    if cfg.has_maps_in_sequence:
+        return longest_image(vision, cfg.projector)
+    rows, columns = max(vision.tile_grids, key=math.prod)
+    return rows * vision.image_size_px, columns * vision.image_size_px
 
 
-def _by_slot(images: Sequence[Sequence[np.ndarray]]) -> dict[tuple[int, int], np.ndarray]:
-    """Returns (row, slot) -> image."""
-    pixels = {}
+def _by_slot(images: Sequence[Sequence[Any]]) -> dict[tuple[int, int], Any]:
+    """Returns (row, slot) -> what `images` has of an image."""
+    by_slot = {}
     for row, row_images in enumerate(images):
         for slot, image in enumerate(row_images):
-            pixels[row, slot] = image
-    return pixels
+            by_slot[row, slot] = image
+    return by_slot
 
 
 def _stack_tiles(

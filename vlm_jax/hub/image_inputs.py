@@ -12,9 +12,9 @@ from vlm_jax.config import (
     ConfigError,
     Experiment,
 )
-from vlm_jax.config.tile_maps import Shape, choose_grid, image_length
+from vlm_jax.config.tile_maps import TAPS, Shape, choose_grid, image_length
 from vlm_jax.data import native
-from vlm_jax.data.fields import TAPS, map_tokens
+from vlm_jax.data.fields import map_tokens
 from vlm_jax.structs import NO_IMAGE, Batch
 
 Arrays = Mapping[str, np.ndarray]

@@ -1,5 +1,6 @@
 """Common beginning of two batches of one row: tokens with equal keys and values in a KV cache."""
 
+import jax
 import numpy as np
 
 from vlm_jax.config import Model
@@ -15,9 +16,12 @@ def count_images(old: Batch, new: Batch) -> int:
     """
     if old.images is None or new.images is None or old.images.shape[2:] != new.images.shape[2:]:
         return 0
+    if not _has_same_maps(old, new):
+        return 0
     count = min(old.images.shape[1], new.images.shape[1])
+    names = [name for name in IMAGE_ARRAYS if name != "map_memory"]
     for number in range(count):
-        if not all(_has_same(old, new, name, number) for name in IMAGE_ARRAYS):
+        if not all(_has_same(old, new, name, number) for name in names):
             count = number
             break
     if new.patch_images is None:
@@ -28,6 +32,22 @@ def count_images(old: Batch, new: Batch) -> int:
         if count < len(ids):
             count = int(np.argmax(np.append(ids[:count] == ids[count], True)))
     return count
+
+
+def count_packed(batch: Batch, patches: int) -> int:
+    """Returns the number of images in the first patches of a batch at native resolution."""
+    return int(np.max(batch.patch_images[0, :patches], initial=0))
+
+
+def _has_same_maps(old: Batch, new: Batch) -> bool:
+    """Returns whether the maps of tiles of two batches begin with the same keys."""
+    if old.map_memory is None or new.map_memory is None:
+        return old.map_memory is new.map_memory
+    length = min(old.map_memory.index.shape[1], new.map_memory.index.shape[1])
+    return all(
+        np.array_equal(old_values[:, :length], new_values[:, :length])
+        for old_values, new_values in zip(*map(jax.tree.leaves, (old.map_memory, new.map_memory)))
+    )
 
 
 def _has_same(old: Batch, new: Batch, name: str, number: int) -> bool:
@@ -60,7 +80,7 @@ def count_tokens(cfg: Model, old: Batch, new: Batch, images: int, image_tokens: 
         if new.patch_images is None:
             masks = images * (new.image_mask.shape[-1] // new.images.shape[1])
         else:
-            masks = int(np.max(new.patch_images[0, :images], initial=0))
+            masks = count_packed(new, images)
         is_same &= ~_attended_images(cfg, new, width)[:length, masks:].any(-1)
     count = int(np.argmin(np.append(is_same, False)))
     for batch in (old, new):

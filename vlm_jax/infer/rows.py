@@ -34,6 +34,7 @@ from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import (
     ANY_LAYOUT,
     IMAGE_FIELDS,
+    MEMORY_FIELDS,
     NO_IMAGE,
     Batch,
     Cache,
@@ -151,7 +152,7 @@ def pad(text: Batch, before: int = 0, after: int = 0) -> Batch:
     """Adds slots without tokens to a batch without images."""
     padded = {}
     for name, values in vars(text).items():
-        if values is not None and name not in ("patch_images", "layout"):
+        if values is not None and name not in (*MEMORY_FIELDS, "layout"):
             widths = [(0, 0), (before, after), *[(0, 0)] * (values.ndim - 2)]
             padded[name] = np.pad(values, widths, constant_values=FILL.get(name, 0))
     return text.replace(**padded, layout=ANY_LAYOUT)

@@ -25,7 +25,7 @@ from vlm_jax.infer.generate import NonFiniteLogits, check_finite
 from vlm_jax.infer.processor import Processor
 from vlm_jax.nn import longrope
 from vlm_jax.runtime.workdir import write_atomic
-from vlm_jax.structs import NO_IMAGE, Batch, image_arrays, map_token_fields, without_images
+from vlm_jax.structs import NO_IMAGE, PADDING, Batch, image_arrays, map_token_fields, without_images
 
 LEAST_CHUNK = 16  # tokens that are read together, rounded up to a power of two
 LEAST_SLOTS = 256  # of a cache, which grows by `rows.room`
@@ -235,7 +235,7 @@ class Session:
         if cached is None or longrope.may_recompute(cfg.decoder.rope):
             return 0
         images = prefix.count_images(cached.prompt, prompt)
-        limit = _count_image_tokens(cached, images) if images else 0
+        limit = self._count_image_tokens(cached, images) if images else 0
         return prefix.count_tokens(cfg, cached.tokens, prompt, images, limit)
 
     def _image_tokens(self, cached: _Cached | None, prompt: Batch) -> jax.Array | None:
@@ -249,19 +249,26 @@ class Session:
             return cached.image_tokens
         parts = []
         if shared:
-            parts.append(cached.image_tokens[:, : _count_image_tokens(cached, shared)])
+            parts.append(cached.image_tokens[:, : self._count_image_tokens(cached, shared)])
         if shared < count:
-            new = jax.tree.map(lambda x: x[:, shared:], image_arrays(prompt))
+            arrays = image_arrays(prompt) | {"map_memory": None}
+            new = jax.tree.map(lambda x: x[:, shared:], arrays)
             self.encoded_images = count - shared
             if prompt.patch_images is not None:
+                # The new images count from 1.
+                before = prefix.count_packed(prompt, shared)
+                new["patch_images"] = np.maximum(np.asarray(new["patch_images"]) - before, PADDING)
+                new["image_mask"] = prompt.image_mask[..., before:]
                 self.encoded_images = len(np.unique(new["patch_images"][new["patch_images"] > 0]))
             parts.append(rows.encode_images(self.model.cfg, self.params, prompt.replace(**new)))
         return jnp.concatenate(parts, axis=1)
 
-
-def _count_image_tokens(cached: _Cached, images: int) -> int:
-    """Returns the number of tokens of the first images (at native resolution patches)."""
-    return images * cached.image_tokens.shape[1] // cached.prompt.images.shape[1]
+    def _count_image_tokens(self, cached: _Cached, images: int) -> int:
+        """Returns the number of tokens of the first images (at native resolution patches)."""
+        cfg = self.model.cfg
+        if cfg.vision.is_native and not cfg.has_tokens_by_size:
+            return prefix.count_packed(cached.prompt, images) * cfg.image_tokens
+        return images * cached.image_tokens.shape[1] // cached.prompt.images.shape[1]
 
 
 def with_placeholders(question: str, count: int) -> str:

@@ -4,6 +4,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.linen import meta
 
@@ -67,10 +68,14 @@ class BlockFlags(NamedTuple):
     Attributes:
       is_sliding: self-attention has the local mask and the local RoPE.
       has_no_rope: self-attention does not rotate queries and keys; None: all blocks rotate them.
+      self_number: number of blocks with self-attention before it; None: DeepStack is not used.
+      cross_number: number of blocks with cross-attention before it; None: as `self_number`.
     """
 
     is_sliding: Any = False
     has_no_rope: Any = None
+    self_number: Any = None
+    cross_number: Any = None
 
     def at(self, i: int) -> "BlockFlags":
         """Returns the flags of block i, from the stacked flags of several blocks."""
@@ -109,7 +114,10 @@ class Block(nn.Module):
             elif sublayer.kind == "latent_attention":
                 y = self._latent_attention(name, y, context)
             elif sublayer.kind == "cross_attention":
-                y, new_cache[name] = self._cross_attention(name, y, context, cache.get(name))
+                memory = _choose_memory(context, flags)
+                y, new_cache[name] = self._cross_attention(
+                    name, y, memory, context.memory_mask, cache.get(name)
+                )
             else:
                 y, new_cache[name] = self._self_attention(name, y, context, flags, cache.get(name))
             if position in ("sandwich", "output"):
@@ -140,17 +148,17 @@ class Block(nn.Module):
         attention = Attention(self.cfg, self.cfg.qk_norm, name=name)
         return attention(x, x, mask, rope, cache, context.index, pattern)
 
-    def _cross_attention(self, name, x, context: BlockInputs, cache):
+    def _cross_attention(self, name, x, memory, mask, cache):
         # While decoding, keys and values of the memory are in the cache.
-        cache = cache if context.memory is None else None
+        cache = cache if memory is None else None
         attention = Attention(self.cfg, self._qk_norm, name=name)
-        return attention(x, context.memory, context.memory_mask, cache=cache)
+        return attention(x, memory, mask, cache=cache)
 
     def _latent_attention(self, name, x, context: BlockInputs):
         """Attention to the normalized memory and to `x` (Jaegle et al. 2022, Perceiver IO)."""
         memory = self._norm(f"{name}_memory_norm", context.memory)
         attention = Attention(self.cfg, self._qk_norm, name=name)
-        return attention(x, jnp.concatenate([memory, x], axis=1))[0]
+        return attention(x, jnp.concatenate([memory, x], axis=1), context.memory_mask)[0]
 
     @property
     def _qk_norm(self) -> str:
@@ -216,8 +224,9 @@ class ScanBlock(nn.Module):
             x, block_cache = block(x, context, flags.at(i), cache[i])
             new_cache.append(block_cache)
             self.sow("intermediates", f"block_{i}_out", x)
-            if context.deepstack is not None:
-                x = _add_deepstack(x, context.deepstack, scan_step * len(self.blocks) + i)
+            if context.deepstack is not None and "self" in sublayers:
+                added = _take_level(context.deepstack, flags.self_number[i], 0)
+                x = x + added.astype(x.dtype)
             layer = scan_step * len(self.blocks) + i + 1
             hidden_states = [
                 jnp.where(layer == number, x, old)
@@ -236,11 +245,18 @@ class ScanBlock(nn.Module):
         return nn.remat(Block, policy=SAVED[self.cfg.remat], prevent_cse=self.cfg.unroll > 1)
 
 
-def _add_deepstack(x, deepstack, number):
-    """Adds (L, B, S, D) after the blocks of the numbers 0 to L - 1."""
-    last = len(deepstack) - 1
-    added = jax.lax.dynamic_index_in_dim(deepstack, jnp.minimum(number, last), keepdims=False)
-    return x + jnp.where(number <= last, added, 0).astype(x.dtype)
+def _choose_memory(context: BlockInputs, flags: BlockFlags):
+    """Returns the image tokens that a cross-attention reads, (B, T, D); None: they are cached."""
+    if context.deepstack_memory is None:
+        return context.memory
+    return _take_level(context.deepstack_memory, flags.cross_number, context.memory)
+
+
+def _take_level(levels, number, beyond):
+    """Returns levels[number] of (L, ...), or `beyond` from number L on."""
+    last = len(levels) - 1
+    level = jax.lax.dynamic_index_in_dim(levels, jnp.minimum(number, last), keepdims=False)
+    return jnp.where(number <= last, level, beyond)
 
 
 class Stack(nn.Module):
@@ -280,15 +296,25 @@ class Stack(nn.Module):
             (x, [x] * len(return_layers)),
             context,
             jnp.arange(steps),
-            self._flags(steps, len(period)),
+            self._flags(steps, len(period), context),
             cache or [{} for _ in period],
         )
         return x, hidden_states, cache
 
-    def _flags(self, steps: int, period: int) -> BlockFlags:
+    def _flags(self, steps: int, period: int, context: BlockInputs) -> BlockFlags:
         """Flags of all blocks, each an array (L, length of the pattern)."""
 
         def names(blocks):
             return jnp.array([i in blocks for i in range(steps * period)]).reshape(steps, period)
 
-        return BlockFlags(names(self.sliding), names(self.no_rope) if self.no_rope else None)
+        def numbers(sublayer):
+            has_sublayer = np.array([sublayer in sublayers for sublayers in self.blocks])
+            before = np.cumsum(has_sublayer) - has_sublayer
+            return jnp.array(before.reshape(steps, period))
+
+        flags = BlockFlags(names(self.sliding), names(self.no_rope) if self.no_rope else None)
+        if context.deepstack is not None:
+            flags = flags._replace(self_number=numbers("self"))
+        if context.deepstack_memory is not None:
+            flags = flags._replace(cross_number=numbers("cross"))
+        return flags

@@ -119,6 +119,7 @@ class Decoder(nn.Module):
             rope=self._rope(inputs),
             deepstack=inputs.deepstack,
             memory=inputs.memory,
+            deepstack_memory=inputs.deepstack_memory,
             memory_mask=inputs.memory_mask,
             has_image=inputs.has_image,
             attends=inputs.attends,

@@ -9,7 +9,14 @@ text_only          x: [t t t]                          memory: none
 If an image has several tiles, hybrid puts its thumbnail into x and its tiles into memory (NVLM-H;
 Dai et al. 2024, section 4). The other styles keep all of them together. An image of one tile is in
 both places of hybrid.
+
+DeepStack (`vision.deepstack_layers`; Qwen3-VL, after Meng et al. 2024) projects L more hidden
+states of the encoder, the levels. In x, level i is added to the image tokens after decoder block
+i < L. Memory has no hidden states to add it to: level i is the memory of cross-attention i < L, and
+the later ones read the encoder's output. Hybrid does both. While decoding, all are in the KV cache.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +33,7 @@ from vlm_jax.structs import (
     Batch,
     Cache,
     DecoderInputs,
+    MapMemory,
     SegmentPattern,
 )
 
@@ -58,12 +66,13 @@ def fuse(
         local_mask = self_attention_mask(
             batch, cache, window, limits_blocks=cfg.fusion.has_image_blocks
         )
-    x, deepstack = text, None
-    if in_sequence and cfg.vision.deepstack_layers:
-        image, *features = jnp.split(image, 1 + len(cfg.vision.deepstack_layers), axis=-1)
+    x, deepstack, levels = text, None, []
+    if image is not None and cfg.vision.deepstack_layers:
+        image, *levels = jnp.split(image, 1 + len(cfg.vision.deepstack_layers), axis=-1)
+    if in_sequence and levels:
         zeros = jnp.zeros_like(text)
         index = batch.image_token_index
-        deepstack = jnp.stack([insert_image_tokens(zeros, part, index) for part in features])
+        deepstack = jnp.stack([insert_image_tokens(zeros, level, index) for level in levels])
     if in_sequence:
         x = insert_image_tokens(
             *(text, image, batch.image_token_index, newline, batch.image_taps, batch.tap_weights)
@@ -81,21 +90,28 @@ def fuse(
         return inputs
 
     # The thumbnails are in the sequence, so cross-attention has the tiles alone.
+    has_maps = batch.map_memory is not None
     if cfg.fusion.splits_views and not cfg.vision.is_native:
-        if image is not None:
+        if image is not None and not has_maps:
             image = without_thumbnails(cfg, image, axis=1, tokens=cfg.image_tokens)
         batch = batch.replace(image_mask=without_thumbnails(cfg, batch.image_mask, axis=2))
-    inputs = inputs.replace(memory=image, has_image=batch.image_mask.any(-1))
+    if image is not None and has_maps:
+        image = map_tiles(image, _of_token_rows(batch, batch.map_memory), newline)
+    inputs = inputs.replace(
+        memory=image,
+        deepstack_memory=jnp.stack(levels) if levels else None,
+        has_image=batch.image_mask.any(-1),
+    )
 
     if cfg.fusion.tokens_without_image == "attend_all":
         batch = batch.replace(image_mask=mask_tokens_without_image(batch))
         inputs = inputs.replace(attends=batch.image_mask.any(-1))
-    if batch.image_mask.shape[-1] == 1 and not cfg.vision.is_native:
+    has_equal_numbers = not cfg.has_tokens_by_size and not has_maps
+    if batch.image_mask.shape[-1] == 1 and has_equal_numbers:
         # A token attends to all of the image, or the sublayer adds nothing to it.
         return inputs
-    return inputs.replace(
-        memory_mask=cross_attention_mask(batch, cfg.image_tokens, cfg.vision.patch_square**2)
-    )
+    patches = cfg.vision.patch_square**2 if cfg.has_tokens_by_size else None
+    return inputs.replace(memory_mask=cross_attention_mask(batch, cfg.image_tokens, patches))
 
 
 def mask_tokens_without_image(batch: Batch) -> Bool[Array, "B S I"]:
@@ -152,6 +168,25 @@ def interpolate_image_tokens(
         weight = weights[..., tap, None].astype(image.dtype)
         total = total + weight * take_image_tokens(image, taps[..., tap])
     return total
+
+
+def map_tiles(
+    image: Float[Array, "B length D"], memory: MapMemory, newline: Float[Array, "D"]
+) -> Float[Array, "B T D"]:
+    """Puts the image tokens of tiles together to the maps that cross-attention reads.
+
+    Keys of padding are 0. Cross-attention is blind to the order of its keys: a vector that ends a
+    row of a map is one more key.
+    """
+    zeros = jnp.zeros((*memory.index.shape, image.shape[-1]), image.dtype)
+    return insert_image_tokens(zeros, image, memory.index, newline, memory.taps, memory.weights)
+
+
+def _of_token_rows(batch: Batch, by_image_row: Any) -> Any:
+    """Returns arrays with a row for each row of images as arrays with one for each of tokens."""
+    if batch.image_rows is None:
+        return by_image_row
+    return jax.tree.map(lambda x: x[batch.image_rows], by_image_row)
 
 
 def self_attention_mask(
@@ -220,19 +255,22 @@ def text_mask(is_token: Bool[Array, "B S"], causal: bool) -> Bool[Array, "B 1 #S
 
 
 def cross_attention_mask(
-    batch: Batch, tokens_per_image: int, patches_per_token: int = 1
+    batch: Batch, tokens_per_image: int, patches_per_token: int | None = None
 ) -> Bool[Array, "B 1 S T"]:
     """Attention mask over image tokens: all tokens of each image in a token's `image_mask`.
 
     Args:
-      tokens_per_image: M; at native resolution `patch_images` says how many there are.
-      patches_per_token: at native resolution.
+      tokens_per_image: M, unless images have unequal numbers of tokens: in maps of tiles, and with
+        `patches_per_token`.
+      patches_per_token: at native resolution, if the number of patches decides that of tokens.
     """
-    if batch.patch_images is None:
+    if batch.map_memory is not None:
+        images = batch.map_memory.views  # (B, T)
+    elif patches_per_token is not None:
+        images = batch.patch_images[:, ::patches_per_token]  # (B, T)
+    else:
         return jnp.repeat(batch.image_mask, tokens_per_image, axis=-1)[:, None]
-    images = batch.patch_images[:, ::patches_per_token]  # (B, T)
-    if batch.image_rows is not None:
-        images = images[batch.image_rows]
+    images = _of_token_rows(batch, images)
     # Image 0 is padding, which no token reads.
     mask = jnp.pad(batch.image_mask, ((0, 0), (0, 0), (1, 0)))
     return jnp.take_along_axis(mask, images[:, None], axis=-1)[:, None]

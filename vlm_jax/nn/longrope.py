@@ -79,7 +79,7 @@ def _record(inputs: DecoderInputs, cache: Cache) -> Cache:
         return jax.lax.dynamic_update_slice_in_dim(buffer, x, cache.index, _slot_axis(x))
 
     # The keys and values of the image tokens have no positions and stay valid.
-    inputs = inputs.replace(memory=None)
+    inputs = inputs.replace(memory=None, deepstack_memory=None)
     buffers = jax.tree.map(empty, inputs) if cache.inputs is None else cache.inputs
     return cache.replace(inputs=jax.tree.map(write, inputs, buffers))
 

@@ -2,15 +2,17 @@
 
 A new projector is one class here and one row of `PROJECTORS` in config/model/projector.py, which
 names the class and states how many tokens it emits (`config.Projector.num_tokens`). It maps
-(B, P, E) to (B, M, D).
+(B, P, E) to (B, M, D). With learned queries it also takes `patch_images` (B, P) and the number of
+images of a row, at native resolution.
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import einops
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import axes
 from vlm_jax.config import Fusion, Model, Transformer
@@ -25,6 +27,7 @@ from vlm_jax.structs import BlockInputs
 
 Tokens = Float[Array, "B P E"]
 Projected = Float[Array, "B M D"]
+PatchImages = Int[Array, "B P"] | None  # of `Batch`, at native resolution
 
 
 class Linear(nn.Module):
@@ -157,15 +160,40 @@ def _block_settings(cfg: Model) -> tuple[Transformer, Fusion]:
     return settings, Fusion("text_only", qk_norm=projector.qk_norm)
 
 
-def _queries(module: nn.Module, settings: Transformer, images: int) -> Projected:
-    """Learned queries of a module, one copy for each image."""
+def _queries(module: nn.Module, settings: Transformer, rows: int, images: int = 1) -> Projected:
+    """Learned queries of a module, a copy for each of the images of each row, (B, I * Q, D)."""
     shape = (module.cfg.projector.queries, settings.width)
     queries = module.param("queries", axes.with_axes(embedding_init, "Q D"), shape)
-    return jnp.broadcast_to(queries, (images, *shape))
+    return jnp.broadcast_to(jnp.tile(queries, (images, 1)), (rows, images * shape[0], shape[1]))
+
+
+class _QueryMasks(NamedTuple):
+    """Masks with which the queries of an image read it alone; None: a row is one image."""
+
+    patches: Bool[Array, "B 1 Q P"] | None = None
+    queries: Bool[Array, "B 1 Q Q"] | None = None
+
+    @property
+    def both(self) -> Bool[Array, "B 1 Q T"] | None:
+        """Mask over the patches, then the queries."""
+        return None if self.patches is None else jnp.concatenate(self, axis=-1)
+
+
+def _query_masks(queries: int, patch_images: PatchImages, images: int) -> _QueryMasks:
+    """Masks for packed patches: a query of image i attends to patches and queries of image i."""
+    if patch_images is None:
+        return _QueryMasks()
+    owners = jnp.repeat(jnp.arange(1, images + 1), queries)  # (I * Q,)
+    patches = owners[:, None] == patch_images[:, None]  # (B, I * Q, P)
+    own_queries = owners[:, None] == owners
+    rows = (len(patch_images), *own_queries.shape)
+    return _QueryMasks(patches[:, None], jnp.broadcast_to(own_queries, rows)[:, None])
 
 
 class Resampler(nn.Module):
-    """Learned queries attend to the tokens: (B, P, E) -> (B, Q, D).
+    """Learned queries attend to the tokens: (B, P, E) -> (B, Q, D), or packed to (B, I * Q, D).
+
+    At native resolution P are the packed patches of I images, each with queries of its own.
 
     The Perceiver resampler of Flamingo (Alayrac et al. 2022, appendix A.1.1). Keys and values come
     from tokens and queries together. With `projector.block_norms`, the form of Idefics
@@ -175,7 +203,7 @@ class Resampler(nn.Module):
     cfg: Model
 
     @nn.compact
-    def __call__(self, x: Tokens) -> Projected:
+    def __call__(self, x: Tokens, patch_images: PatchImages = None, images: int = 1) -> Projected:
         cfg = self.cfg.projector
         if cfg.projection != "none":
             x = _project(self.cfg, x)
@@ -183,11 +211,12 @@ class Resampler(nn.Module):
         if not cfg.block_norms:
             x = Norm(settings.norm, settings.norm_eps, name="norm")(x)
         sublayers = ("latent" if cfg.block_norms else "cross", "mlp")
-        q = _queries(self, settings, len(x))
+        q = _queries(self, settings, len(x), images)
+        mask = _query_masks(cfg.queries, patch_images, images).both
         for i in range(cfg.depth):
             memory = x if cfg.block_norms else jnp.concatenate([x, q], axis=1)
             block = Block(settings, sublayers, fusion, name=f"block_{i}")
-            q, _ = block(q, BlockInputs(memory=memory), BlockFlags(), {})
+            q, _ = block(q, BlockInputs(memory=memory, memory_mask=mask), BlockFlags(), {})
         return Norm(settings.norm, settings.norm_eps, name="final_norm")(q)
 
 
@@ -195,16 +224,20 @@ class QFormer(nn.Module):
     """Learned queries attend to each other and to the tokens, as in BERT: (B, P, E) -> (B, Q, D).
 
     The Q-Former of BLIP-2 (Li et al. 2023, section 3.1) without its text, and a linear projection.
+    Packed patches as in `Resampler`.
     """
 
     cfg: Model
 
     @nn.compact
-    def __call__(self, x: Tokens) -> Projected:
-        cfg, context = self.cfg.projector, BlockInputs(memory=x)
+    def __call__(self, x: Tokens, patch_images: PatchImages = None, images: int = 1) -> Projected:
+        cfg = self.cfg.projector
+        masks = _query_masks(cfg.queries, patch_images, images)
+        context = BlockInputs(mask=masks.queries, memory=x, memory_mask=masks.patches)
         settings, fusion = _block_settings(self.cfg)
         settings = replace(settings, norm_position="post")
-        q = Norm(settings.norm, settings.norm_eps, name="norm")(_queries(self, settings, len(x)))
+        q = _queries(self, settings, len(x), images)
+        q = Norm(settings.norm, settings.norm_eps, name="norm")(q)
         for i in range(cfg.depth):
             sublayers = ("self", "cross", "mlp") if i % cfg.cross_every == 0 else ("self", "mlp")
             block = Block(settings, sublayers, fusion, name=f"block_{i}")
@@ -224,8 +257,10 @@ class WithNewline(nn.Module):
     def setup(self):
         self.tokens = _build(self.cfg)
         nn.share_scope(self, self.tokens)
-        init = axes.with_axes(embedding_init, "D")
-        self.newline = self.param("newline", init, (self.cfg.decoder.width,))
+        cfg, init = self.cfg, axes.with_axes(embedding_init, "D")
+        keeps_width = cfg.projector.keeps_width
+        width = cfg.vision.output_width if keeps_width else cfg.decoder.width
+        self.newline = self.param("newline", init, (width,))
 
     def __call__(self, x: Tokens) -> Projected:
         return self.tokens(x)

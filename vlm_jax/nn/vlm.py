@@ -7,11 +7,12 @@ from jaxtyping import Array, Float
 
 from vlm_jax import axes
 from vlm_jax.config import CHANNELS, Model, Vision
+from vlm_jax.config.tile_maps import TAPS, has_maps_in_memory, map_memory_length
 from vlm_jax.nn.decoder import Decoder, check_length, empty_layers
 from vlm_jax.nn.fusion import fuse
 from vlm_jax.nn.projector import build_projector
 from vlm_jax.nn.vit import ViT
-from vlm_jax.structs import Batch, Cache, DecoderInputs, Output
+from vlm_jax.structs import Batch, Cache, DecoderInputs, MapMemory, Output
 
 
 class VLM(nn.Module):
@@ -65,7 +66,8 @@ class VLM(nn.Module):
         if self.cfg.fusion.has_images and batch.images is not None:
             image_tokens = self.image_tokens(batch)
         text_tokens = self.decoder.embed(batch.tokens)
-        newline = self.projector.newline if self.cfg.vision.tile_grids else None
+        has_maps = self.cfg.vision.tile_grids and self.cfg.fusion.has_images
+        newline = self.projector.newline if has_maps else None
         return fuse(self.cfg, text_tokens, image_tokens, batch, cache, newline)
 
     def image_tokens(self, batch: Batch) -> Float[Array, "B T E"]:
@@ -91,7 +93,9 @@ class VLM(nn.Module):
         x = self.vision(
             batch.images, patch_images=batch.patch_images, patch_places=batch.patch_places
         )
-        return self.projector(x)
+        if self.cfg.has_tokens_by_size:
+            return self.projector(x)
+        return self.projector(x, batch.patch_images, batch.image_mask.shape[-1])
 
     def head(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         return self.decoder.head(hidden)
@@ -145,7 +149,16 @@ def example_batch(
     )
     if not cfg.fusion.has_images:
         return text
-    return text.replace(**example_images(cfg.vision, rows, images, patches))
+    batch = text.replace(**example_images(cfg.vision, rows, images, patches))
+    if not has_maps_in_memory(cfg.vision, cfg.fusion):
+        return batch
+    keys = images * map_memory_length(cfg.vision, cfg.projector, cfg.fusion)
+    index = jnp.zeros((rows, keys), jnp.int32)
+    memory = MapMemory(index, views=index)
+    if cfg.vision.max_map_tiles is not None:
+        taps = jnp.zeros((rows, keys, TAPS), jnp.int32)
+        memory = memory.replace(taps=taps, weights=taps.astype(jnp.float32))
+    return batch.replace(map_memory=memory)
 
 
 def example_images(

@@ -7,7 +7,7 @@ from vlm_jax.config import (
     ConfigError,
     Experiment,
 )
-from vlm_jax.config.checks.common import check_layers, is_changed, list_styles
+from vlm_jax.config.checks.common import check_layers, is_changed
 from vlm_jax.config.hints import either
 
 
@@ -48,7 +48,7 @@ def _tiled_encoder(cfg: Experiment) -> None:
 
 
 def _tile_map(cfg: Experiment) -> None:
-    vision, fusion, projector = cfg.vision, cfg.fusion, cfg.projector
+    vision, projector = cfg.vision, cfg.projector
     if not vision.tile_grids:
         if vision.max_map_tiles is not None:
             raise ConfigError(
@@ -56,14 +56,6 @@ def _tile_map(cfg: Experiment) -> None:
                 "vision.tile_grids: leave it out."
             )
         return
-    if not fusion.image_in_sequence or fusion.image_in_memory:
-        in_sequence = list_styles(
-            lambda style: style.image_in_sequence and not style.image_in_memory
-        )
-        raise ConfigError(
-            "vision.tile_grids makes a map of tokens for the sequence, which fusion.kind "
-            f"{fusion.kind} does not read whole: leave it out, or choose fusion.kind {in_sequence}."
-        )
     for name, needed in (("tile_layouts", ()), ("newline_token", False)):
         if getattr(vision, name) != needed:
             raise ConfigError(
@@ -124,11 +116,17 @@ def _deepstack(cfg: Experiment) -> None:
         "vision.max_patches": vision.is_native,
         "vision.feature_layers ()": not vision.feature_layers,
         "projector.kind pixel_shuffle": cfg.projector.kind == "pixel_shuffle",
-        "fusion.kind unified": cfg.fusion.image_in_sequence and not cfg.fusion.image_in_memory,
     }
     missing = [setting for setting, is_met in needed.items() if not is_met]
     if missing:
         raise ConfigError(f"vision.deepstack_layers {layers} needs {missing[0]}: or leave it out.")
+    blocks = cfg.fusion.sublayers(cfg.decoder.depth)
+    crossing = sum("cross" in sublayers for sublayers in blocks)
+    if cfg.fusion.image_in_memory and len(layers) >= crossing:
+        raise ConfigError(
+            f"vision.deepstack_layers {layers} needs a block of cross-attention each, and one more "
+            f"that reads the encoder's output: fusion.kind {cfg.fusion.kind} has {crossing}."
+        )
     if len(layers) > cfg.decoder.depth:
         raise ConfigError(
             f"vision.deepstack_layers {layers} needs a block of the decoder each: decoder.depth "
@@ -170,11 +168,6 @@ def _native(cfg: Experiment) -> None:
                 f"vision.{name} {getattr(vision, name)} is not possible at native resolution: "
                 "leave out vision.max_patches, or choose another value."
             )
-    if projector.spec.tokens == "queries":
-        raise ConfigError(
-            f"projector.kind {projector.kind} needs images of one size: leave out "
-            f"vision.max_patches, or choose {_projectors('all', 'squares')}."
-        )
     if vision.patch_square != projector.merged_side:
         raise ConfigError(
             f"vision.patch_square {vision.patch_square} must be the side of the squares of patches "
@@ -275,16 +268,13 @@ def _projector(cfg: Experiment) -> None:
 
 def _tiles(cfg: Experiment) -> None:
     vision, fusion, tags = cfg.vision, cfg.fusion, cfg.data.tag_ids
-    if fusion.splits_views and vision.cut_tiles > 1 and not vision.thumbnail:
+    is_cut = vision.cut_tiles > 1 or bool(vision.tile_grids)
+    if fusion.splits_views and is_cut and not vision.thumbnail:
         raise ConfigError(
             f"vision.thumbnail False leaves fusion.kind {fusion.kind} without image tokens in the "
             "sequence for images of several tiles: set it to True, or vision.tiles to 1."
         )
-    if (
-        fusion.tokens_without_image == "attend_all"
-        and fusion.image_in_memory
-        and vision.cut_tiles > 1
-    ):
+    if fusion.tokens_without_image == "attend_all" and fusion.image_in_memory and is_cut:
         raise ConfigError(
             "fusion.tokens_without_image attend_all attends to tiles of padding: set it to "
             f"mask_out for vision.tiles {vision.tiles}."

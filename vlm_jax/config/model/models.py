@@ -28,6 +28,11 @@ class Model:
         """M: number of tokens of one view of an image after the projector."""
         return self.projector.num_tokens(self.vision)
 
+    @property
+    def has_tokens_by_size(self) -> bool:
+        """True if an image has a token for each of its squares of patches, M at most."""
+        return self.vision.is_native and self.projector.spec.tokens != "queries"
+
 
 @dataclass(frozen=True)
 class Contrastive:

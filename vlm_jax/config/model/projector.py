@@ -109,11 +109,11 @@ class Projector:
         Tokens that are not on a grid, such as learned queries, are one row. At native resolution it
         is one row of the maximum number of tokens.
         """
+        if self.spec.tokens == "queries":
+            return 1, self.queries
         if vision.is_native:
             return 1, vision.max_squares
         rows, columns = vision.grid
-        if self.spec.tokens == "queries":
-            return 1, self.queries
         if self.spec.tokens == "squares":
             return rows // self.factor, columns // self.factor
         return (1, rows * columns + vision.extra_tokens) if vision.extra_tokens else (rows, columns)

@@ -81,8 +81,9 @@ class Vision(Transformer):
     final_norm: Literal["tokens", "pooled", "none"] = "tokens"
     #: hidden states for the projector; 0: embeddings, -1: last block; (): the encoder's output
     feature_layers: tuple[int, ...] = ()
-    #: unified, pixel_shuffle: hidden states (from 1, as feature_layers) that are projected apart,
-    #: and added to the image tokens after the first decoder blocks, one each (DeepStack; Qwen3-VL)
+    #: pixel_shuffle: hidden states (from 1, as feature_layers) that are projected apart. After each
+    #: of the first decoder blocks one is added to the image tokens in the sequence, and each of
+    #: the first blocks of cross-attention reads one instead of the output (DeepStack; Qwen3-VL)
     deepstack_layers: tuple[int, ...] = ()
     #: pooled image vector: class token, tanh(linear(class token)), or attention pooling
     pool: Literal["none", "class", "tanh", "attention"] = "none"
@@ -100,9 +101,8 @@ class Vision(Transformer):
     tile_layouts: tuple[tuple[int, int], ...] = ()
     #: gated blocks after the other blocks; features are then the output and feature_layers
     num_global_layers: int = 0
-    #: unified: rows and columns of tiles that an image may have. Its tokens are then the thumbnail
-    #: and one map of the tiles without padding, in which a learned vector ends each row
-    #: (LLaVA-NeXT)
+    #: rows and columns of tiles that an image may have. Its tokens are then the thumbnail and one
+    #: map of the tiles without padding, in which a learned vector ends each row (LLaVA-NeXT)
     tile_grids: tuple[tuple[int, int], ...] = ()
     #: tile_grids: larger maps are resized to about the tokens of this number of tiles
     #: (LLaVA-OneVision)
@@ -170,7 +170,7 @@ class Vision(Transformer):
 
     @property
     def has_tags(self) -> bool:
-        return self.tile_tags != "none" and self.views > 1 and not self.tile_grids
+        return self.tile_tags != "none" and self.views > 1
 
     @property
     def patch_dim(self) -> int:

@@ -67,7 +67,9 @@ def _measure(
     pixels, *_ = question.images()
     grid = grid_shape(pixels, cfg.vision)
     joined = place_views(cfg.vision, pixels, grid).join(weights)
-    return Attention(maps.layers, _without_padding(joined, pixels.shape[:2], grid, cfg), box)
+    if not cfg.vision.is_native:
+        joined = _without_padding(joined, pixels.shape[:2], grid, cfg)
+    return Attention(maps.layers, joined, box)
 
 
 def _without_padding(

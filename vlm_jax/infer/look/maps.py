@@ -7,6 +7,7 @@ A patch stands for its token of the encoder, which has mixed the patches before:
 a decoder reads, and not what an encoder put there.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from vlm_jax.infer.look import METHODS
 from vlm_jax.infer.look.observe import ATTENTIONS, Observed, gradient_relevance, observe
 from vlm_jax.nn.positions import continued_rope_positions
 from vlm_jax.nn.vlm import VLM
-from vlm_jax.structs import NO_IMAGE, Batch
+from vlm_jax.structs import NO_IMAGE, PADDING, Batch
 
 SLOTS = 4  # the number of tokens that are looked at together is a multiple of it
 
@@ -31,7 +32,8 @@ class AttentionMaps:
 
     A view is an image, one of its tiles, or its thumbnail. `weights` are those of the query that
     predicts the token; their sum over views and patches is the share of the attention that is on
-    image tokens: 1 in cross-attention, at most 1 in self-attention.
+    image tokens: 1 in cross-attention, at most 1 in self-attention. At native resolution an image
+    fills the upper left of the rows and columns of the largest.
     """
 
     tokens: np.ndarray  # (A,) int32
@@ -113,7 +115,7 @@ def _check(model: nn.Module, batch: Batch) -> Model:
     check_maps(model.cfg)
     if batch.images is None:
         raise ConfigError("the batch has no image: there is nothing to look at.")
-    if batch.images.ndim < 5:
+    if batch.images.ndim < 5 and not model.cfg.vision.is_native:
         raise ConfigError("images that are already cut into patches (Fuyu) have no attention maps.")
     if batch.loss_weights is None:
         raise ConfigError(
@@ -123,14 +125,9 @@ def _check(model: nn.Module, batch: Batch) -> Model:
 
 
 def check_maps(cfg: Model) -> None:
-    """Raises ConfigError if the model reads no images, or images of any shape."""
+    """Raises ConfigError if the model reads no images."""
     if not cfg.fusion.has_images:
         raise ConfigError(f"fusion.kind {cfg.fusion.kind} reads no image, so it has no maps.")
-    if cfg.vision.is_native:
-        raise ConfigError(
-            f"images at native resolution (vision.max_patches {cfg.vision.max_patches}) have no "
-            "attention maps: only images of one size have."
-        )
 
 
 def image_sublayers(cfg: Model) -> tuple[str, ...]:
@@ -180,23 +177,29 @@ class _RowPatches:
         return np.asarray(self.batch.image_token_index)[self.row]  # (S,)
 
     def _place(self, name: str, weights: np.ndarray) -> np.ndarray:
-        """Weights of keys -> weights of image tokens, (..., I, M)."""
+        """Weights of keys -> weights of image tokens, (..., I, M).
+
+        At native resolution (..., T), the tokens of all images of the row.
+        """
         cfg, lead = self.cfg, weights.shape[:-1]
         views, size = self.batch.image_mask.shape[-1], cfg.image_tokens
-        if name == "self":
-            index = self._index
-            placed = np.zeros((*lead, views * size), weights.dtype)
+        shape, maps = (views, size), self.batch.map_memory
+        if cfg.has_tokens_by_size:
+            shape = (self.batch.images.shape[1] // cfg.vision.patch_square**2,)
+        if name == "self" or maps is not None:
+            index = self._index if name == "self" else np.asarray(maps.index)[self._image_row]
+            placed = np.zeros((*lead, math.prod(shape)), weights.dtype)
             is_placed = index >= 0
             # Tokens of a resized map may have a nearest image token in common.
             np.add.at(placed, (..., index[is_placed]), weights[..., is_placed])
-        elif cfg.fusion.splits_views:
+        elif cfg.fusion.splits_views and not cfg.vision.is_native:
             vision = cfg.vision
             placed = np.zeros((*lead, views // vision.views, vision.views, size), weights.dtype)
             tiles = weights.reshape(*lead, -1, vision.cut_tiles, size)
             placed[..., : vision.cut_tiles, :] = tiles
         else:
             placed = weights
-        return placed.reshape(*lead, views, size)
+        return placed.reshape(*lead, *shape)
 
     def _to_patches(self, weights: np.ndarray) -> np.ndarray:
         """Weights of image tokens (..., I, M) -> weights of patches (..., I, rows, columns).
@@ -205,6 +208,8 @@ class _RowPatches:
         reads them. A class token belongs to no patch.
         """
         cfg = self.cfg
+        if cfg.vision.is_native:
+            return self._unpack(self._to_packed_patches(weights))
         rows, columns = cfg.vision.grid
         match cfg.projector.spec.tokens:
             case "queries":
@@ -218,12 +223,32 @@ class _RowPatches:
                 weights = weights[..., cfg.vision.extra_tokens :]
         return weights.reshape(*weights.shape[:-1], rows, columns)
 
+    def _to_packed_patches(self, weights: np.ndarray) -> np.ndarray:
+        """Weights of image tokens -> weights of the packed patches of all images, (..., P)."""
+        if self.cfg.has_tokens_by_size:
+            square = self.cfg.vision.patch_square**2
+            return np.repeat(weights / square, square, axis=-1)
+        return weights.reshape(*weights.shape[:-2], -1) @ self.resampler[self._image_row]
+
+    def _unpack(self, weights: np.ndarray) -> np.ndarray:
+        """Weights of packed patches (..., P) -> (..., I, rows, columns) of the largest image."""
+        images = np.asarray(self.batch.patch_images)[self._image_row]  # (P,)
+        places = np.asarray(self.batch.patch_places)[self._image_row]  # (P, 2)
+        is_patch = images != PADDING
+        shape = self.batch.image_mask.shape[-1], *places.max(axis=0) + 1
+        maps = np.zeros((*weights.shape[:-1], *shape), weights.dtype)
+        maps[(..., images[is_patch] - 1, *places[is_patch].T)] = weights[..., is_patch]
+        return maps
+
+    @property
+    def _image_row(self) -> int:
+        rows = self.batch.image_rows
+        return self.row if rows is None else int(rows[self.row])
+
     @property
     def _resampler_of_row(self) -> np.ndarray:
-        rows = self.batch.image_rows
-        row = self.row if rows is None else int(rows[self.row])
         by_row = self.resampler.reshape(len(self.batch.images), -1, *self.resampler.shape[1:])
-        return by_row[row]
+        return by_row[self._image_row]
 
 
 def append_answer(batch: Batch, ids: Sequence[int]) -> Batch:

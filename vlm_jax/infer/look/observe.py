@@ -18,6 +18,7 @@ from vlm_jax.nn.fusion import mask_tokens_without_image, without_thumbnails
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import Batch
 
+LEAST_SHARE = 1e-30
 ATTENTIONS = ("self", "cross")  # names of the sublayers with attention
 
 
@@ -28,7 +29,8 @@ class Observed(NamedTuple):
     cross: jax.Array | None  # (L, B, N, A, T)
     #: (B, A, S + T): tokens of the sequence, then image tokens in cross-attention
     rollout: jax.Array | None
-    #: (I, Q, P): image by image, the patches that a learned query attends to, sum 1
+    #: (I, Q, P): image by image, the patches that a learned query attends to, sum 1; at native
+    #: resolution (B, I * Q, P), row by row
     resampler: jax.Array | None
 
 
@@ -192,7 +194,8 @@ def _resampler_weights(cfg: Model, variables: dict[str, Any]) -> jax.Array | Non
             attended = patches if queries is None else patches + queries @ shares
             shares = _mix(shares, attended)
     shares = shares[..., cfg.vision.extra_tokens :]
-    return shares / shares.sum(-1, keepdims=True)
+    # The queries of an image slot without an image have no share.
+    return shares / jnp.maximum(shares.sum(-1, keepdims=True), LEAST_SHARE)
 
 
 def _in_order(tree) -> list:

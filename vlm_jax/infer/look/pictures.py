@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.config import ConfigError, Vision
-from vlm_jax.data import tiling
+from vlm_jax.data import native, tiling
 from vlm_jax.hub.images.steps import ImageInput, PixelScale, read
 from vlm_jax.infer.processor import Processor
 from vlm_jax.structs import Batch
@@ -26,6 +26,8 @@ class Picture:
     layout: Layout
     first_view: int  # index of its first tile among the views of the row
     thumbnail: int | None  # index of its thumbnail; None: it has none
+    #: at native resolution: its rows and columns of patches, in the upper left of the maps
+    patches: tuple[int, int] | None = None
 
     def join(self, maps: np.ndarray) -> np.ndarray:
         """Joins maps of all views, (..., I, rows, columns), to maps of this image.
@@ -34,9 +36,13 @@ class Picture:
         share its weight.
 
         Returns:
-          (..., layout[0] * rows, layout[1] * columns), with the sum of the views' maps.
+          (..., layout[0] * rows, layout[1] * columns), with the sum of the views' maps; at native
+          resolution its own rows and columns.
         """
         r, c = self.layout
+        if self.patches is not None:
+            rows, columns = self.patches
+            return maps[..., self.first_view, :rows, :columns]
         tiles = maps[..., self.first_view : self.first_view + r * c, :, :]
         joined = einops.rearrange(tiles, "... (r c) h w -> ... (r h) (c w)", r=r, c=c)
         if self.thumbnail is not None:
@@ -82,6 +88,8 @@ def join_views(
       ConfigError: the batch has another number of images.
     """
     image_row = row if batch.image_rows is None else int(batch.image_rows[row])
+    if vision.is_native:
+        return _native_pictures(vision, scale, batch, image_row)
     pixels = scale.to_rgb(batch.images[image_row])
     per_image = vision.views
     if vision.tile_layouts:
@@ -112,8 +120,27 @@ def join_views(
     return pictures
 
 
+def _native_pictures(
+    vision: Vision, scale: PixelScale, batch: Batch, image_row: int
+) -> list[Picture]:
+    """Returns the images of a row of images at native resolution."""
+    fields = (batch.images, batch.patch_images, batch.patch_places)
+    patches, images, places = [np.asarray(field)[image_row] for field in fields]
+    pictures = []
+    for number, image in enumerate(native.unpack(patches, images, places, vision.patch_size_px)):
+        pictures.append(_native_picture(vision, scale.to_rgb(image), number))
+    return pictures
+
+
+def _native_picture(vision: Vision, pixels: np.ndarray, number: int) -> Picture:
+    rows, columns = np.array(pixels.shape[:2]) // vision.patch_size_px
+    return Picture(pixels, (1, 1), number, None, (int(rows), int(columns)))
+
+
 def place_views(vision: Vision, pixels: np.ndarray, layout: Layout) -> Picture:
     """Returns the first image of a row of a run with the places of its views."""
+    if vision.is_native:
+        return _native_picture(vision, pixels, 0)
     thumbnail = vision.cut_tiles if _has_thumbnail(vision, layout) else None
     return Picture(pixels, layout, 0, thumbnail)
 

@@ -7,13 +7,15 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.hub import tiny_checkpoints as tiny
-from vlm_jax.config import UserError
+from vlm_jax import axes
+from vlm_jax.config import Mesh, UserError
 from vlm_jax.config.validate import check_values
 from vlm_jax.hub.families.decoders import gpt2, trocr
 from vlm_jax.hub.families.encoders import mllama_vision
@@ -21,6 +23,11 @@ from vlm_jax.hub.families.family import positive_int, positive_number
 from vlm_jax.hub.families.registry import find_family
 from vlm_jax.hub.load import inspect, load_params
 from vlm_jax.hub.tensors.folder import open_tensors
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_one_device():
+    """Loads on all devices, unlike the other tests of this folder."""
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +198,18 @@ def test_keys_have_the_aliases_of_transformers_which_override_them(kind):
     assert READERS[kind](sizes) == expected
     assert READERS[kind](dict.fromkeys(named, 8) | sizes) == expected
     assert READERS[kind](named | dict.fromkeys(sizes)) == expected
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2)], ids=["no mesh", "mesh"])
+def test_parameters_are_the_same_on_all_devices_as_on_one(llava, sizes):
+    one = axes.make_mesh(Mesh(), jax.devices()[:1])
+    mesh = None if sizes is None else axes.make_mesh(Mesh(*sizes))
+    params = load_params(llava, mesh=mesh)[1]
+    jax.tree.map(np.testing.assert_array_equal, params, load_params(llava, mesh=one)[1])
+    shardings = [x.sharding for x in jax.tree.leaves(params)]
+    assert all(sharding.device_set == set(jax.devices()) for sharding in shardings)
+    # Without a mesh, every device holds everything.
+    assert all(sharding.is_fully_replicated for sharding in shardings) == (sizes is None)
 
 
 def test_a_training_step_compiles_once_on_one_device(llava, monkeypatch):

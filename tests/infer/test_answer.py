@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import vlm_jax
 from tests.hub import tiny_checkpoints, tiny_tokenizers
 from tests.hub.parity import saved
+from tests.nn.models import raw_patches
 from vlm_jax.cli.main import main
 from vlm_jax.config import UserError
 from vlm_jax.config.files import to_json
@@ -26,6 +27,8 @@ from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.testing import random_params, tiny
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.step import state_shapes
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 NEW = 6
 PROMPTS = ["what is it?", "is there a cat, and where does it sit?", ""]
@@ -47,7 +50,7 @@ def pictures(tmp_path_factory):
 
 def experiment(kind="unified", template="plain", **data):
     """A run of conversations with a free head: a tied one repeats the last token."""
-    cfg = tiny(kind)
+    cfg = raw_patches(tiny(kind))
     data = replace(
         cfg.data,
         source="conversations",

@@ -1,5 +1,6 @@
 """`python run.py plan`: its table, its JSON and its error messages."""
 
+import functools
 import importlib.util
 import json
 from dataclasses import replace
@@ -15,7 +16,7 @@ from vlm_jax.config import Mesh, files
 from vlm_jax.config.validate import validate
 from vlm_jax.cost import chips, flops
 from vlm_jax.nn.parts import trained_parts
-from vlm_jax.plan import compiled, table
+from vlm_jax.plan import compiled, memory, table
 
 ROOT = Path(__file__).parents[2]
 CONFIGS, PLANS = ROOT / "configs", ROOT / "experiments/plans"
@@ -29,6 +30,14 @@ from vlm_jax import testing
 def get_config():
     return testing.tiny({kind!r})
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def predict_once():
+    """Predicts the memory of each experiment once: tracing its step is most of a plan's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "predict_memory", functools.cache(memory.predict_memory))
+        yield
 
 
 @pytest.fixture

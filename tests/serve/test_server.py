@@ -71,7 +71,8 @@ def running(**limits):
 
 @pytest.fixture(scope="module")
 def server():
-    with running(max_image_px=10_000, max_queue=100) as running_server:
+    # Every number of rows in a batch is a program: 1, 2 and 4.
+    with running(max_image_px=10_000, max_queue=100, max_batch=4) as running_server:
         yield running_server
 
 
@@ -152,7 +153,8 @@ def test_fifty_requests_at_once_are_answered_as_each_alone(server, client):
     for number in range(50):
         pictures = PICTURES[: number % 2]
         history = ("is it red?", "no") if number % 3 == 0 else ()
-        options = sampled if number % 5 == 0 else {}
+        # About pictures: `alone` compiles a program for every kind of prompt and option.
+        options = sampled if number % 10 == 5 else {}
         cases.append((QUESTIONS[number % 4], pictures, history, options))
     expected = {}
     for question, pictures, history, options in cases:

@@ -98,6 +98,10 @@ def per_device_config(cfg: Experiment, mesh) -> Experiment:
     """
     tensor = mesh.shape["tensor"]
     rows = cfg.train.batch_size // axes.row_shards(mesh)
+    cfg = replace(cfg, train=replace(cfg.train, batch_size=rows))
+    if tensor == 1:
+        # The same model, whose parameters are traced already.
+        return cfg
 
     def share(size: int) -> int:
         return size // tensor if size % tensor == 0 else size
@@ -112,12 +116,8 @@ def per_device_config(cfg: Experiment, mesh) -> Experiment:
         )
 
     decoder = replace(narrow(cfg.decoder), vocab_size=share(cfg.decoder.vocab_size))
-    return replace(
-        cfg,
-        decoder=decoder,
-        vision=narrow(cfg.vision) if cfg.vision.has_encoder else cfg.vision,
-        train=replace(cfg.train, batch_size=rows),
-    )
+    vision = narrow(cfg.vision) if cfg.vision.has_encoder else cfg.vision
+    return replace(cfg, decoder=decoder, vision=vision)
 
 
 def batch_shapes(cfg: Experiment) -> Batch:

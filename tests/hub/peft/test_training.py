@@ -46,7 +46,7 @@ def torch_losses(model, cfg) -> list[float]:
 
 
 def own_losses(cfg) -> list[float]:
-    mesh = axes.make_mesh(Mesh(), jax.devices()[:1])
+    mesh = axes.make_mesh(Mesh())
     params = load_parts(cfg, abstract_state(cfg, mesh), mesh)
     params = traverse_util.unflatten_dict(params, sep="/")
     trained, _ = optim.split(params, cfg.optim)

@@ -19,6 +19,7 @@ SCRIPTS = {
     "questions": ["--turns", "1", "--seconds", "0"],
     "step": ["--turns", "1", "--seconds", "0"],
     "packing": ["--seconds", "0.5"],
+    "native": ["--seconds", "0"],
     "packing_window": ["--conversations", "500"],
     "input_pipeline": ["--seconds", "0"],
     "loading": [],

@@ -37,6 +37,7 @@ BENCHMARKS = {
     "loading": [],
     "input_pipeline": [],
     "packing": [],
+    "native": [],
     "step": ["--turns", "3"],
     "metrics": [],
 }

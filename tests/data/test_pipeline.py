@@ -80,6 +80,7 @@ def test_shapes_and_types(cfg, tokenizer):
         "patch_images",
         "patch_places",
         "rope_positions",
+        "map_memory",
     }
     assert batch.images.dtype == np.float32
     assert batch.images.min() >= -1

@@ -3,7 +3,7 @@
     python experiments/benchmarks/native.py [--fusion unified cross_attention]
 
 64 crops of scikit-learn's two photographs, of 64 to 640 px and any shape, each with a caption. An
-encoder and a decoder of 4 blocks of width 256, patches of 16 px, 2 x 2 of them a token. At native
+encoder and a decoder of 2 blocks of width 512, patches of 16 px, 2 x 2 of them a token. At native
 resolution an image has at most 256 patches, and a row 512; in the other runs every image is a
 square of the mean number of patches, and a row has as many as fit 512. Both train on packed rows
 and take turns in one process. Tokens are of images and of text, without padding.
@@ -29,7 +29,7 @@ from vlm_jax.runtime.process import prepare_process
 
 IMAGES, TURNS = 64, 5
 PATCH_PX, SQUARE, MAX_PATCHES, PATCHES_PER_ROW = 16, 2, 256, 512
-SIZE = {"width": 256, "mlp_width": 1024, "depth": 4, "heads": 4, "unroll": 1}
+SIZE = {"width": 512, "mlp_width": 2048, "depth": 2, "heads": 8, "unroll": 1}
 
 
 def main() -> None:

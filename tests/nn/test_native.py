@@ -8,12 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from vlm_jax.config import ConfigError, PatchRope, Projector, Rope
+from vlm_jax import axes
+from vlm_jax.config import ConfigError, Mesh, PatchRope, Projector, Rope
 from vlm_jax.data import native, pipeline, questions
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.infer.generate import SamplingParams, generate
+from vlm_jax.nn.models import abstract_params
 from vlm_jax.nn.projector import build_projector
 from vlm_jax.nn.vlm import VLM
+from vlm_jax.sharding import parameter_shardings, place_rows
 from vlm_jax.structs import NO_IMAGE, PADDING, Batch
 from vlm_jax.testing import KINDS, tiny, write_conversations
 
@@ -88,6 +91,18 @@ def test_a_batch_of_images_of_any_size_is_one_by_one(kind, forward, random_param
         alone = prompts(cfg, [IMAGES[0], images, images, images], [PROMPTS[row]] * 4)
         is_token = alone.segment_ids[1] != PADDING
         close(logits[row][is_token], forward(cfg, params, alone).logits[1][is_token])
+
+
+@every_kind
+def test_eight_devices_give_the_logits_of_one(kind, forward, random_params):
+    """Rows on four devices, each parameter in two parts."""
+    cfg = experiment(kind)
+    params, batch = random_params(cfg), prompts(cfg)
+    mesh = axes.make_mesh(Mesh(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, parameter_shardings(abstract_params(cfg), mesh))
+        actual = forward(cfg, placed, place_rows(batch, mesh)).logits
+    close(actual, forward(cfg, params, batch).logits)
 
 
 @every_kind

@@ -137,10 +137,15 @@ def without_images(batch: Batch) -> Batch:
 
     It keeps `MEMORY_FIELDS`.
     """
-    kept = memory_fields(batch)
-    if batch.image_rows is not None:
-        kept = jax.tree.map(lambda x: x[batch.image_rows], kept)
+    kept = of_token_rows(batch, memory_fields(batch))
     return batch.replace(**dict.fromkeys(IMAGE_FIELDS), **kept)
+
+
+def of_token_rows(batch: Batch, by_image_row: Any) -> Any:
+    """Returns arrays with a row for each row of images as arrays with one for each of tokens."""
+    if batch.image_rows is None:
+        return by_image_row
+    return jax.tree.map(lambda x: x[batch.image_rows], by_image_row)
 
 
 def memory_fields(batch: Batch) -> dict[str, Any]:

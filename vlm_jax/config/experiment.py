@@ -89,8 +89,8 @@ class Data:
     #: conversations longer than a row: truncated, left out, or an error
     too_long: Literal["truncate", "drop", "error"] = "truncate"
     images_per_row: int = 1  # I: conversations: maximum number of images in a row
-    #: conversations with images at native resolution: maximum number of patches in a row, those of
-    #: all its images; None: room for images_per_row images of vision.max_patches
+    #: conversations with images at native resolution: maximum number of patches in a row, all its
+    #: images together; None: room for images_per_row images of vision.max_patches
     patches_per_row: int | None = None
     #: prompt format of a conversation (data/templates.py); checkpoint: the chat template or prompt
     #: format of init_from

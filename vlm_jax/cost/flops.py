@@ -76,7 +76,7 @@ def token_flow(cfg: Experiment) -> Tokens:
         return Tokens(
             images=images,
             tiles=1,
-            patches=vision.max_squares * vision.patch_square**2,
+            patches=vision.most_patches,
             encoder=cfg.patches_per_row,
             features=cfg.patches_per_row,
             projected=cfg.image_tokens_per_row,

@@ -1,7 +1,6 @@
 """Stacks rows and their images into a `Batch`."""
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -15,7 +14,7 @@ from vlm_jax.config.tile_maps import (
 )
 from vlm_jax.data import images as image_files
 from vlm_jax.data import native, tiling
-from vlm_jax.data.fields import Fields, map_tokens, native_token_grid, offset_ids, restrict_tags
+from vlm_jax.data.fields import Fields, count_native_tokens, map_tokens, offset_ids, restrict_tags
 from vlm_jax.structs import (
     ANY_LAYOUT,
     NO_IMAGE,
@@ -24,6 +23,7 @@ from vlm_jax.structs import (
     PADDING,
     Batch,
     MapMemory,
+    of_token_rows,
 )
 
 NO_CONVERSATION = 0  # owner of an empty image slot
@@ -142,7 +142,7 @@ def _first_tokens(
     counts = np.zeros(shape, np.int32)
     for row, images in enumerate(rows):
         for slot, image in enumerate(images):
-            counts[row, slot] = math.prod(native_token_grid(cfg, image.shape[:2]))
+            counts[row, slot] = count_native_tokens(cfg, image.shape[:2])
     return np.cumsum(counts, axis=1, dtype=np.int32) - counts
 
 
@@ -248,7 +248,7 @@ def stack_tiles(
         is_tile[slot][: len(tiles)] = True
         layouts[slot] = vision.tile_layouts.index(tiling.grid_shape(image, vision)) + 1
     # Questions may share rows of images.
-    of_tokens = is_tile if batch.image_rows is None else is_tile[batch.image_rows]
+    of_tokens = of_token_rows(batch, is_tile)
     of_tokens = of_tokens.reshape(len(of_tokens), 1, -1)  # (B, 1, I * J)
     no_image_mask = None
     if cfg.fusion.tokens_without_image == "attend_all":

@@ -44,7 +44,7 @@ def fields_of_images(cfg: Experiment, tiles: Sequence[Tiles]) -> Iterator[Fields
         fields = image_fields(cfg, image)
         index = offset_ids(fields["image_token_index"], first_token)
         yield fields | {"image_token_index": index}
-        first_token += math.prod(native_token_grid(cfg, image))
+        first_token += count_native_tokens(cfg, image)
 
 
 @functools.lru_cache
@@ -95,13 +95,18 @@ def _native_fields(cfg: Experiment, tiles: Tiles) -> Fields:
     placeholder = text_fields([image] if cfg.fusion.placeholder else [])
     if not cfg.fusion.image_in_sequence:
         return placeholder
-    count = math.prod(native_token_grid(cfg, tiles))
+    count = count_native_tokens(cfg, tiles)
     index = np.arange(count, dtype=np.int32)
     tokens = text_fields([image] * count) | {"image_token_index": index}
     return concat_fields([placeholder, tokens])
 
 
-def native_token_grid(cfg: Experiment, tiles: Tiles) -> Shape:
+def count_native_tokens(cfg: Experiment, tiles: Tiles) -> int:
+    """Returns the number of tokens of an image at native resolution."""
+    return math.prod(_native_grid(cfg, tiles))
+
+
+def _native_grid(cfg: Experiment, tiles: Tiles) -> Shape:
     """Returns the rows and columns of the tokens of an image at native resolution."""
     if not cfg.model.has_tokens_by_size:
         return cfg.projector.output_grid(cfg.vision)
@@ -113,7 +118,7 @@ def rope_fields(cfg: Experiment, image_token_index: np.ndarray, tiles: Sequence[
     if not (cfg.decoder.rope.sections and cfg.fusion.image_in_sequence):
         return {}
     if cfg.vision.is_native:
-        grids = [native_token_grid(cfg, image) for image in tiles]
+        grids = [_native_grid(cfg, image) for image in tiles]
     else:
         grids = [cfg.projector.output_grid(cfg.vision)] * (len(tiles) * cfg.vision.views)
     counts = np.array([math.prod(grid) for grid in grids], np.int32)

@@ -315,8 +315,7 @@ def prompt_batch(
     if cfg.vision.keeps_aspect_in_tiles:
         return _stack_tiles(cfg, batch, images, tiles, max_images)
     if cfg.vision.is_native:
-        length = max_images * cfg.vision.max_squares * cfg.vision.patch_square**2
-        packed = native.pack_images(images, cfg.vision, length)
+        packed = native.pack_images(images, cfg.vision, max_images * cfg.vision.most_patches)
         return batch.replace(**packed._asdict())
     pixels = [_zero_pad(tiling.stack_views(row, cfg.vision), 0, views) for row in images]
     memory = batching.map_memory(cfg, tiles_by_slot, (len(images), max_images))

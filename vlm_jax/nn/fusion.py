@@ -16,8 +16,6 @@ i < L. Memory has no hidden states to add it to: level i is the memory of cross-
 the later ones read the encoder's output. Hybrid does both. While decoding, all are in the KV cache.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -35,6 +33,7 @@ from vlm_jax.structs import (
     DecoderInputs,
     MapMemory,
     SegmentPattern,
+    of_token_rows,
 )
 
 Ids = Int[Array, "B S"]
@@ -96,7 +95,7 @@ def fuse(
             image = without_thumbnails(cfg, image, axis=1, tokens=cfg.image_tokens)
         batch = batch.replace(image_mask=without_thumbnails(cfg, batch.image_mask, axis=2))
     if image is not None and has_maps:
-        image = map_tiles(image, _of_token_rows(batch, batch.map_memory), newline)
+        image = map_tiles(image, of_token_rows(batch, batch.map_memory), newline)
     inputs = inputs.replace(
         memory=image,
         deepstack_memory=jnp.stack(levels) if levels else None,
@@ -182,13 +181,6 @@ def map_tiles(
     return insert_image_tokens(zeros, image, memory.index, newline, memory.taps, memory.weights)
 
 
-def _of_token_rows(batch: Batch, by_image_row: Any) -> Any:
-    """Returns arrays with a row for each row of images as arrays with one for each of tokens."""
-    if batch.image_rows is None:
-        return by_image_row
-    return jax.tree.map(lambda x: x[batch.image_rows], by_image_row)
-
-
 def self_attention_mask(
     batch: Batch,
     cache: Cache | None = None,
@@ -262,7 +254,8 @@ def cross_attention_mask(
     Args:
       tokens_per_image: M, unless images have unequal numbers of tokens: in maps of tiles, and with
         `patches_per_token`.
-      patches_per_token: at native resolution, if the number of patches decides that of tokens.
+      patches_per_token: number of patches of a token at native resolution; None: an image has M
+        tokens.
     """
     if batch.map_memory is not None:
         images = batch.map_memory.views  # (B, T)
@@ -270,7 +263,7 @@ def cross_attention_mask(
         images = batch.patch_images[:, ::patches_per_token]  # (B, T)
     else:
         return jnp.repeat(batch.image_mask, tokens_per_image, axis=-1)[:, None]
-    images = _of_token_rows(batch, images)
+    images = of_token_rows(batch, images)
     # Image 0 is padding, which no token reads.
     mask = jnp.pad(batch.image_mask, ((0, 0), (0, 0), (1, 0)))
     return jnp.take_along_axis(mask, images[:, None], axis=-1)[:, None]

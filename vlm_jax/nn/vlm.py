@@ -167,7 +167,7 @@ def example_images(
     """The image fields of `example_batch`, all zeros."""
     side = cfg.image_size_px
     if cfg.is_native:
-        count = images * cfg.max_squares * cfg.patch_square**2 if patches is None else patches
+        count = images * cfg.most_patches if patches is None else patches
         ids = jnp.ones((rows, count), jnp.int32)
         return {
             "images": jnp.zeros((rows, count, cfg.patch_dim)),

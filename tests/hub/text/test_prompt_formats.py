@@ -4,14 +4,10 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, normalizers
 from transformers import (
     AutoTokenizer,
     CLIPImageProcessorPil,
-    FuyuImageProcessorPil,
-    FuyuProcessor,
     Gemma3ImageProcessorPil,
     Gemma3Processor,
     IdeficsImageProcessorPil,
@@ -21,10 +17,10 @@ from transformers import (
     MllamaProcessor,
     PaliGemmaProcessor,
     SiglipImageProcessorPil,
-    TokenizersBackend,
 )
 
 from tests.hub import tiny_tokenizers as tiny
+from tests.hub.tiny_checkpoints.shapes import fuyu_processor
 from vlm_jax.config import UserError
 from vlm_jax.hub.image_inputs import IMAGE_MASKS
 from vlm_jax.hub.text.prompt_formats import load_prompt_format
@@ -262,34 +258,9 @@ def test_gemma3_refuses_what_does_not_match(gemma3, tmp_path):
 # ---- Fuyu: rows of patches, <s>, the prompt, and what begins an answer
 
 
-class FuyuImages(FuyuImageProcessorPil):
-    def patchify_image(self, image, patch_size=None):
-        """The processor hands tensors over, which the Pillow backend does not take."""
-        return torch.from_numpy(super().patchify_image(image.numpy(), patch_size))
-
-
 @pytest.fixture
-def fuyu(tmp_path):
-    """Patch tokens are pieces of the vocabulary, and every text starts with a space."""
-    pieces = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-        "|SPEAKER|",
-        "|NEWLINE|",
-    ]
-    words = ["▁", *"abcdefghijklmnopqrst", "is", "at", "▁cat", "▁what"]
-    scored = [(piece, 0.0) for piece in pieces] + [(word, -5.0) for word in words]
-    backend = Tokenizer(models.Unigram(scored, unk_id=0, byte_fallback=True))
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    images = FuyuImages(size={"height": 36, "width": 48}, patch_size={"height": 6, "width": 6})
-    tokenizer = TokenizersBackend(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
-    return FuyuProcessor(images, tokenizer)
+def fuyu():
+    return fuyu_processor()
 
 
 @pytest.mark.parametrize("size", [(36, 48), (20, 30), (7, 60), (90, 10), (1, 1), (36, 42)])

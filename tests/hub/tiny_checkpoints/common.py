@@ -30,6 +30,14 @@ TOWER = {
 }
 
 
+class WithoutVideos:
+    """A processor without its processor of videos, which needs torchvision."""
+
+    @classmethod
+    def get_attributes(cls):
+        return ["image_processor", "tokenizer"]
+
+
 class Folder(NamedTuple):
     """A saved checkpoint; `reader` is transformers' processor, or its tokenizer without images."""
 

@@ -16,15 +16,12 @@ from transformers import (
 )
 
 from tests.hub import tiny_tokenizers
-from tests.hub.tiny_checkpoints.common import TEXT, Folder, finish, load_tokenizer
+from tests.hub.tiny_checkpoints.common import TEXT, Folder, WithoutVideos, finish, load_tokenizer
 from tests.hub.tiny_checkpoints.templates import QWEN2_VL_CHAT
 
 
-class Qwen2_5_VLProcessor(transformers.Qwen2_5_VLProcessor):
-    @classmethod
-    def get_attributes(cls):
-        """Without the processor of videos, which needs torchvision."""
-        return ["image_processor", "tokenizer"]
+class Qwen2_5_VLProcessor(WithoutVideos, transformers.Qwen2_5_VLProcessor):
+    pass
 
 
 def qwen2_5_vl(path: Path) -> Folder:
@@ -63,7 +60,8 @@ class FuyuImageProcessorPil(transformers.FuyuImageProcessorPil):
         return torch.from_numpy(super().patchify_image(image.numpy(), patch_size))
 
 
-def fuyu(path: Path) -> Folder:
+def fuyu_processor() -> FuyuProcessor:
+    """Patch tokens are pieces of the vocabulary, and every text starts with a space."""
     pieces = [
         "<unk>",
         "<s>",
@@ -84,7 +82,12 @@ def fuyu(path: Path) -> Folder:
     images = FuyuImageProcessorPil(
         size={"height": 36, "width": 48}, patch_size={"height": 6, "width": 6}
     )
+    return FuyuProcessor(images, tokenizer)
+
+
+def fuyu(path: Path) -> Folder:
+    processor = fuyu_processor()
     text = {**TEXT, "num_key_value_heads": 4, "vocab_size": 300}
-    image = tokenizer.convert_tokens_to_ids("|SPEAKER|")
+    image = processor.tokenizer.convert_tokens_to_ids("|SPEAKER|")
     config = FuyuConfig(text_config=text, patch_size=6, image_size=48, image_token_id=image)
-    return finish(FuyuForCausalLM(config), FuyuProcessor(images, tokenizer), path)
+    return finish(FuyuForCausalLM(config), processor, path)

@@ -26,7 +26,14 @@ from transformers import (
 )
 
 from tests.hub import tiny_tokenizers
-from tests.hub.tiny_checkpoints.common import TEXT, TOWER, Folder, finish, load_tokenizer
+from tests.hub.tiny_checkpoints.common import (
+    TEXT,
+    TOWER,
+    Folder,
+    WithoutVideos,
+    finish,
+    load_tokenizer,
+)
 from tests.hub.tiny_checkpoints.templates import (
     IDEFICS3_CHAT,
     INTERNVL_CHAT,
@@ -62,11 +69,8 @@ def llava_next(path: Path) -> Folder:
     )
 
 
-class LlavaOnevisionProcessor(transformers.LlavaOnevisionProcessor):
-    @classmethod
-    def get_attributes(cls):
-        """Without the processor of videos, which needs torchvision."""
-        return ["image_processor", "tokenizer"]
+class LlavaOnevisionProcessor(WithoutVideos, transformers.LlavaOnevisionProcessor):
+    pass
 
 
 def llava_onevision(path: Path) -> Folder:
@@ -116,11 +120,8 @@ def idefics3_whole(path: Path) -> Folder:
     return idefics3(path, do_image_splitting=False)
 
 
-class InternVLProcessor(transformers.InternVLProcessor):
-    @classmethod
-    def get_attributes(cls):
-        """Without the processor of videos, which needs torchvision."""
-        return ["image_processor", "tokenizer"]
+class InternVLProcessor(WithoutVideos, transformers.InternVLProcessor):
+    pass
 
 
 def internvl(path: Path) -> Folder:

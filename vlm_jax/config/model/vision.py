@@ -129,6 +129,11 @@ class Vision(Transformer):
         return (self.max_patches or 0) // self.patch_square**2
 
     @property
+    def most_patches(self) -> int:
+        """Number of patches of `max_squares`."""
+        return self.max_squares * self.patch_square**2
+
+    @property
     def shortest_edge_px(self) -> int:
         """Length of the shorter side of an image before the crop."""
         return self.image_size_px if self.resize_px is None else self.resize_px

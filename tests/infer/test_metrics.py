@@ -120,7 +120,7 @@ def test_the_counts_of_bleu_are_sacrebleus_for_any_text():
     for _ in range(1000):
         prediction, references = text(), [text() for _ in range(3)]
         score = scorer.sentence_score(prediction, references)
-        expected = [*score.counts, *score.totals, score.sys_len, score.ref_len]
+        expected = [*score.counts, score.sys_len, score.ref_len]
         assert captions.bleu(prediction, references) == expected
 
 

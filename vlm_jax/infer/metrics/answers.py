@@ -8,7 +8,6 @@ from rapidfuzz.distance import Levenshtein
 from vlm_jax.config import DataError
 from vlm_jax.infer.metrics.memory import remember
 
-ANLS_THRESHOLD = 0.5
 LARGEST_RELATIVE_ERROR = 0.05
 IOU_THRESHOLD = 0.5
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)"
@@ -46,26 +45,19 @@ def anls(prediction: str, references: Sequence[str]) -> float:
     """
     if prediction in references:
         return 1.0
-    folded, length = _fold(prediction), _length(prediction)
+    folded = " ".join(prediction.lower().split())
+    # In upper case, one character outside of ASCII may become several.
+    length = len(prediction.upper())
     best = 0.0
     for reference in references:
-        longest = max(length, _length(reference))
-        if longest:
-            # A larger distance counts as one more than the largest, whose similarity is below 0.5.
-            largest = int(longest * (1 - ANLS_THRESHOLD))
-            distance = Levenshtein.distance(folded, _fold(reference), score_cutoff=largest)
+        folded_reference = " ".join(reference.lower().split())
+        longest = max(length, len(reference.upper()))
+        # The similarity at a larger distance is below 0.5.
+        largest = longest // 2
+        distance = Levenshtein.distance(folded, folded_reference, score_cutoff=largest)
+        if distance <= largest:
             best = max(best, 1 - distance / longest)
-    return best if best >= ANLS_THRESHOLD else 0.0
-
-
-def _fold(text: str) -> str:
-    """Returns a text without case and repeated spaces."""
-    return " ".join(text.lower().split())
-
-
-def _length(text: str) -> int:
-    """Returns the length in upper case: a character outside of ASCII may have one of several."""
-    return len(text) if text.isascii() else len(text.upper())
+    return best
 
 
 def relaxed_accuracy(prediction: str, references: Sequence[str]) -> bool:
@@ -74,16 +66,18 @@ def relaxed_accuracy(prediction: str, references: Sequence[str]) -> bool:
     Source: ChartQA (Masry et al. 2022), section 5.1; `tasks/chartqa/utils.py` of lmms-eval.
     """
     number, lowered = _to_number(prediction), prediction.lower()
-    return any(_is_close(number, lowered, reference) for reference in references)
-
-
-def _is_close(number: float | None, lowered: str, reference: str) -> bool:
-    """Compares a prediction, as a number if it is one and in lower case, with a reference."""
-    target = None if number is None else _to_number(reference)
-    # Nothing is within 5 % of 0.
-    if not target:
-        return lowered == reference.lower()
-    return abs(number - target) / abs(target) <= LARGEST_RELATIVE_ERROR
+    if number is None:
+        return lowered in map(str.lower, references)
+    for reference in references:
+        target = _to_number(reference)
+        if target:
+            is_right = abs(number - target) / abs(target) <= LARGEST_RELATIVE_ERROR
+        else:
+            # Nothing is within 5 % of 0.
+            is_right = lowered == reference.lower()
+        if is_right:
+            return True
+    return False
 
 
 def _to_number(text: str) -> float | None:
@@ -104,7 +98,7 @@ def box_iou(prediction: str, references: Sequence[str]) -> bool:
     Raises:
       DataError: a reference has no box.
     """
-    targets = [_parse_box(reference) for reference in references]
+    targets = list(map(_parse_box, references))
     if None in targets:
         text = references[targets.index(None)]
         raise DataError(f"the reference {text!r} has no box [left, top, right, bottom]")
@@ -120,10 +114,14 @@ def _parse_box(text: str) -> Box | None:
 
 def _iou(a: Box, b: Box) -> float:
     """Returns the intersection over union of the areas of two boxes."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
+    a_left, a_top, a_right, a_bottom = a
+    b_left, b_top, b_right, b_bottom = b
+    # Calls of min and max would take half the time of the metric.
+    width = (a_right if a_right < b_right else b_right) - (a_left if a_left > b_left else b_left)
+    height = (a_bottom if a_bottom < b_bottom else b_bottom) - (a_top if a_top > b_top else b_top)
     if width <= 0 or height <= 0:
         return 0.0
     intersection = width * height
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection
-    return intersection / union
+    a_area = (a_right - a_left) * (a_bottom - a_top)
+    b_area = (b_right - b_left) * (b_bottom - b_top)
+    return intersection / (a_area + b_area - intersection)

@@ -139,12 +139,12 @@ def _bleu():
 
 
 def bleu(prediction: str, references: Sequence[str]) -> list[int]:
-    """Returns the counts that BLEU sums over the answers (Papineni et al. 2002).
+    """Returns the counts from which BLEU is computed (Papineni et al. 2002).
 
-    They are the matching n-grams and the n-grams of each order, and the lengths of the prediction
-    and of the reference nearest in length, as in `metrics/bleu.py` of sacrebleu. Its
-    `sentence_score` counts the n-grams of all references, which takes longer than to search them
-    for the n-grams of the prediction.
+    They are the matching n-grams of each order, and the lengths of the prediction and of the
+    reference nearest in length, as in `metrics/bleu.py` of sacrebleu. Its `sentence_score` counts
+    the n-grams of all references, which takes longer than to search them for the n-grams of the
+    prediction.
     """
     text, *texts = _bleu_texts([prediction, *references])
     words, lengths = text.split(), [reference.count(" ") - 1 for reference in texts]
@@ -152,12 +152,11 @@ def bleu(prediction: str, references: Sequence[str]) -> list[int]:
     if length not in lengths:
         # Of two that are equally near, the shorter.
         reference_length = min(lengths, key=lambda other: (abs(other - length), other))
-    totals = [max(0, length - order) for order in range(ORDERS)]
     if len(set(words)) < length:
         matches = _clipped_matches(words, texts)
     else:
         matches = _matches(words, "".join(texts))
-    return [*matches, *totals, length, reference_length]
+    return [*matches, length, reference_length]
 
 
 def _matches(words: Sequence[str], references: str) -> list[int]:
@@ -199,7 +198,10 @@ def _bleu_word(word: str) -> str:
 
 def corpus_bleu(counts: Sequence[Sequence[int]]) -> dict[str, Estimate]:
     """Returns sacrebleu's BLEU of many answers, from 0 to 100, with a bootstrap interval."""
-    return {"": estimate_of_sums(np.array(counts), _bleu_of_sums)}
+    matches, lengths = np.split(np.array(counts), [ORDERS], axis=1)
+    # A prediction of n words has n - 1 bigrams.
+    ngrams = np.maximum(lengths[:, :1] - np.arange(ORDERS), 0)
+    return {"": estimate_of_sums(np.hstack([matches, ngrams, lengths]), _bleu_of_sums)}
 
 
 def _bleu_of_sums(sums: np.ndarray) -> float:

@@ -86,12 +86,15 @@ def score_predictions(
       DataError: the references of a question do not fit a metric.
     """
     numbers: dict[str, Any] = {"examples": len(predictions.texts)}
-    examples = [{} for _ in predictions.texts]
-    for metric, values in scores.evaluate_metrics(metrics, *predictions).items():
-        numbers |= scores.describe_numbers(metric, values, predictions.references)
-        for example, score in zip(examples, scores.answer_scores(metric, values) or ()):
-            example[metric] = score
+    values = scores.evaluate_metrics(metrics, *predictions)
+    for metric in metrics:
+        numbers |= scores.describe_numbers(metric, values[metric], predictions.references)
     numbers["metrics"] = scores.describe_rules(metrics)
     if has_examples:
+        examples = [{} for _ in predictions.texts]
+        for metric in metrics:
+            answer_scores = scores.answer_scores(metric, values[metric])
+            for example, score in zip(examples, answer_scores or ()):
+                example[metric] = score
         numbers["per_example"] = examples
     return numbers

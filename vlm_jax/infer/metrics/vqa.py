@@ -94,7 +94,7 @@ def normalize(joined: str) -> list[str]:
     texts with a mark in a word follow all rules.
     """
     words = replace_words(joined.translate(MARKS_TO_SPACES))
-    texts = [text.strip() for text in words.split(SEPARATOR)]
+    texts = list(map(str.strip, words.split(SEPARATOR)))
     for match in MARK_IN_WORD.finditer(joined):
         i = joined.count(SEPARATOR, 0, match.start())
         texts[i] = replace_words(remove_punctuation(joined.split(SEPARATOR)[i]))
@@ -108,8 +108,8 @@ def replace_words(text: str) -> str:
     """
     if "." in text:
         text = PERIOD.sub("", text)
-    words = [REPLACEMENTS.get(word, word) for word in text.lower().split()]
-    return " ".join(filter(None, words))
+    words = text.lower().split()
+    return " ".join(filter(None, map(REPLACEMENTS.get, words, words)))
 
 
 def remove_punctuation(text: str) -> str:

@@ -1,5 +1,6 @@
 """Settings that must precede the import of JAX: eight CPU devices, checked shape annotations."""
 
+import contextlib
 import functools
 import gc
 import os
@@ -46,9 +47,11 @@ def pytest_configure(config):
     if is_worker or not COMPILATION_CACHE.is_dir():
         return
     files = list(COMPILATION_CACHE.iterdir())
-    if sum(file.stat().st_size for file in files) > MAX_CACHE_BYTES:
-        for file in files:
-            file.unlink(missing_ok=True)
+    # Another session may empty it at the same time.
+    with contextlib.suppress(FileNotFoundError):
+        if sum(file.stat().st_size for file in files) > MAX_CACHE_BYTES:
+            for file in files:
+                file.unlink(missing_ok=True)
 
 
 def pytest_collection_modifyitems(items):

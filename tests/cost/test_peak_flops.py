@@ -48,8 +48,9 @@ def timed_flops_per_second(side=1024):
 
 
 def test_of_a_cpu_it_is_near_that_of_a_product_timed_here():
+    """Other work may slow down one of both; a product that is only launched takes a thousandth."""
     peak_flops._measure_flops_per_second.cache_clear()
-    assert 1 / 3 < peak_flops_per_second("float32") / timed_flops_per_second() < 3
+    assert 1 / 30 < peak_flops_per_second("float32") / timed_flops_per_second() < 30
 
 
 def test_each_process_is_a_machine_of_its_own(monkeypatch):

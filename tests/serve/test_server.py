@@ -19,6 +19,7 @@ import uvicorn
 from PIL import Image
 
 import vlm_jax
+from tests.limits import LIMIT_SECONDS
 from vlm_jax.config import Data
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.hub.text.prompts import ChatPrompt
@@ -129,8 +130,8 @@ def test_long_answers_are_computed_ahead(monkeypatch):
 
         emitted_before.clear()
         monkeypatch.setattr(rows, "advance", advance)
-        engine.submit(Job(batch, 24, options, False, emit, time.monotonic() + 100))
-        assert is_ended.wait(100)
+        engine.submit(Job(batch, 24, options, False, emit, time.monotonic() + LIMIT_SECONDS))
+        assert is_ended.wait(LIMIT_SECONDS)
         return events
 
     ahead = answer()
@@ -298,30 +299,30 @@ def test_a_gif_is_an_image(client):
 
 
 def test_a_full_queue_and_a_time_limit_and_a_client_that_leaves():
-    with running(max_queue=1, time_limit_seconds=1.0, max_batch=1) as (url, engine):
+    with running(max_queue=1, time_limit_seconds=0.1, max_batch=1) as (url, engine):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
-        answer_batch, release = engine._answer, threading.Event()
+        answer_batch, release, jobs = engine._answer, threading.Event(), []
 
-        def slow(jobs):
+        def slow(batch):
+            jobs.extend(batch)
             release.wait()
-            answer_batch(jobs)
+            answer_batch(batch)
 
         engine._answer = slow
         with concurrent.futures.ThreadPoolExecutor(3) as pool:
             first = pool.submit(ask, client, "what?")
-            wait_until(lambda: engine.waiting == 0 and not first.done(), 0.3)
+            wait_until(lambda: jobs)
             second = pool.submit(ask, client, "what?")
             wait_until(lambda: engine.waiting == 1)
             with pytest.raises(openai.RateLimitError, match="too many requests"):
                 ask(client, "what?")
-            time.sleep(1)
+            time.sleep(0.1)
             release.set()
             for late in (first, second):
-                with pytest.raises(openai.InternalServerError, match="time limit of 1 s"):
+                with pytest.raises(openai.InternalServerError, match="time limit of 0.1 s"):
                     late.result()
         release.clear()
-        jobs = []
-        engine._answer = lambda batch: (jobs.extend(batch), slow(batch))
+        jobs.clear()
         with pytest.raises(openai.APITimeoutError):
             ask(client.with_options(timeout=0.3), "what?")
         wait_until(lambda: jobs and jobs[0].is_cancelled)
@@ -330,9 +331,8 @@ def test_a_full_queue_and_a_time_limit_and_a_client_that_leaves():
         assert jobs[0].generated == 0
 
 
-def wait_until(condition, at_least: float = 0.0) -> None:
-    time.sleep(at_least)
-    deadline = time.monotonic() + 20
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + LIMIT_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

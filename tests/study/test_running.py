@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from tests.limits import LIMIT_SECONDS
 from tests.study import studies
 from vlm_jax.config import files
 from vlm_jax.runtime.workdir import Workdir
@@ -40,7 +41,6 @@ def get_study():
     base = override(study.base, {{"train.compilation_cache_dir": {cache!r}}})
     return replace(study, base=base)
 """
-TIMEOUT_SECONDS = 300
 
 
 @pytest.fixture
@@ -72,10 +72,8 @@ def test_a_stopped_study_continues_where_it_was(file, tmp_path, capsys):
     )
     runs = tmp_path / "runs/studies/mine/examples"
     first = runs / "linear/seed_0/eval.json"
-    start = time.monotonic()
-    while (
-        not first.exists() and time.monotonic() < start + TIMEOUT_SECONDS and process.poll() is None
-    ):
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not first.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 75

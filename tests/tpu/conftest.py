@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import LIMIT_SECONDS
+
 HERE = Path(__file__).parent
 TPU = HERE.parents[1] / "experiments" / "tpu"
 TOOLS = ("curl", "sudo", "mountpoint", "gcsfuse", "fusermount", "lsb_release", "kubectl")
@@ -77,7 +79,7 @@ class Cloud:
 
     def run(self, script: str, *options: str) -> subprocess.CompletedProcess:
         process = self.start(script, *options)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=LIMIT_SECONDS)
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
     def do(self, *scripts: str) -> str:
@@ -100,11 +102,10 @@ class Cloud:
         return file.read_text().splitlines() if file.exists() else []
 
     def until(self, condition) -> None:
-        for _ in range(400):
-            if condition():
-                return
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while not condition():
+            assert time.monotonic() < deadline, "the condition did not become true"
             time.sleep(0.05)
-        raise AssertionError("the condition did not become true")
 
     def end_trainings(self) -> None:
         for group in self.folder.glob("machines/*/job/group"):

@@ -32,7 +32,7 @@ def main() -> int:
     if outcome == "gone":
         (CLOUD / "request").write_text("SUSPENDED")
     print("step 1", flush=True)
-    time.sleep(60)
+    time.sleep(600)
     return 1
 
 

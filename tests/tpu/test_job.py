@@ -5,6 +5,8 @@ import subprocess
 
 import pytest
 
+from tests.limits import LIMIT_SECONDS
+
 
 def on_machines(cloud, word: str) -> set[str]:
     output = set()
@@ -115,7 +117,7 @@ def test_watching_again_takes_up_a_job_that_runs(still_running):
     process = still_running.start("resume")
     still_running.until(lambda: len(still_running.calls("ssh")) > before + 2)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    process.communicate(timeout=LIMIT_SECONDS)
 
 
 def refuses(cloud, script: str, machines: int, message: str) -> None:
@@ -159,7 +161,7 @@ def test_following_ends_with_the_training(cloud):
     )
     for group in (cloud.folder / "machines").glob("*/job/group"):
         subprocess.run(["kill", "-TERM", "--", f"-{group.read_text().strip()}"], check=True)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=LIMIT_SECONDS)
     # Each line follows the name of its machine.
     assert process.returncode == 0 and output.count(": step 1") == 2
 
@@ -185,7 +187,7 @@ def test_a_job_is_brought_to_its_end_through_a_preemption_and_a_restart(cloud):
     cloud.until(lambda: status(cloud) == {"training: running"})
     group = (cloud.folder / "machines" / "1" / "job" / "group").read_text().strip()
     subprocess.run(["kill", "-KILL", "--", f"-{group}"], check=True)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0, output + errors
     assert len(cloud.calls("create")) == 2 and len(cloud.calls("delete")) == 2
     # All starts have the same work folder.
@@ -267,7 +269,7 @@ def test_watching_survives_outages(cloud):
         cloud.until(lambda: len(cloud.calls()) > before + 6)  # noqa: B023
     group = (cloud.folder / "machines" / "1" / "job" / "group").read_text().strip()
     subprocess.run(["kill", "-TERM", "--", f"-{group}"], check=True)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0, output + errors
     assert output.count("asking Google Cloud failed, time 2 of 3") == 2 and len(cloud.starts()) == 4
 
@@ -279,7 +281,7 @@ def test_an_outage_of_three_looks_stops_the_watching(cloud, calls):
     process = cloud.start("resume", "--then-delete")
     cloud.until(lambda: len(cloud.starts()) == 2)
     cloud.write("outage", str(calls))
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 1, output + errors
     assert (
         "asking Google Cloud failed, time 3 of 3" in output
@@ -298,7 +300,7 @@ def test_a_tpu_that_the_user_deletes_is_not_created_again(cloud):
     process = cloud.start("resume")
     cloud.until(lambda: len(cloud.starts()) == 2)
     cloud.do("delete")
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 1 and "was deleted; its run" in errors
     assert len(cloud.calls("create")) == 1
 
@@ -322,7 +324,7 @@ def test_a_request_that_the_user_deletes_is_not_made_again(cloud):
         process = cloud.start(script)
         cloud.until(lambda: len(cloud.calls()) > before + 2)  # noqa: B023
         cloud.do("delete")
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=LIMIT_SECONDS)
         assert process.returncode and "first was deleted" in errors
     assert not cloud.calls("create")
 

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from orbax.checkpoint._src.path import atomicity
 
+from tests.limits import LIMIT_SECONDS
 from vlm_jax import axes, sharding
 from vlm_jax.config import ConfigError, Mesh, Train, UserError
 from vlm_jax.runtime import distributed
@@ -259,7 +260,7 @@ def test_the_next_step_need_not_wait_until_the_files_are_written(tmp_path, state
     go_on, finalize = threading.Event(), atomicity.AtomicRenameTemporaryPath.finalize
 
     async def finalize_late(*arguments, **named):
-        go_on.wait(10)
+        go_on.wait(LIMIT_SECONDS)
         await finalize(*arguments, **named)
 
     monkeypatch.setattr(atomicity.AtomicRenameTemporaryPath, "finalize", finalize_late)

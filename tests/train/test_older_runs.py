@@ -31,10 +31,11 @@ def test_a_run_of_29d0ce2_is_continued_to_the_same_end(tmp_path, datasets_dir, c
     workdir = Workdir(str(shutil.copytree(OLDER, tmp_path / "run")))
     cfg = workdir.read_config()
     state = loop.train(replace(cfg, data=replace(cfg.data, dir=datasets_dir)))
-    assert "continuing from step 4" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "continuing from step 4" in output
     assert int(state.step) == 6
     expected = metrics(OLDER / "metrics_of_the_whole_run.jsonl")
-    np.testing.assert_allclose(metrics(workdir.metrics), expected, rtol=1e-4)
+    np.testing.assert_allclose(metrics(workdir.metrics), expected, rtol=1e-4, err_msg=output)
 
 
 def test_the_config_of_an_older_run_has_the_names_and_values_of_today():

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.limits import LIMIT_SECONDS
 from vlm_jax import axes
 from vlm_jax.cli import train
 from vlm_jax.cli.main import main
@@ -228,7 +229,7 @@ sys.exit(main(sys.argv[1:]))
 
 def test_sigterm_while_jax_is_imported_says_resume_me(experiment):
     process = start(experiment(), "-c", SIGNALED_IN_IMPORT)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 75, output
     assert output == "stopped by SIGTERM: the same command continues the run.\n"
 
@@ -308,9 +309,8 @@ def test_a_folder_that_goes_away_ends_the_process_and_leaves_the_last_checkpoint
     cfg = experiment()
     process = start(cfg, "-c", WITHOUT_FOLDER)
     try:
-        output, _ = process.communicate(
-            timeout=120
-        )  # the threads of what cannot be saved wait for ten minutes
+        # The threads of what cannot be saved wait for ten minutes.
+        output, _ = process.communicate(timeout=LIMIT_SECONDS)
     finally:
         process.kill()
     assert process.returncode == 1, output

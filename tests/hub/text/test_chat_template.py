@@ -255,10 +255,10 @@ MISBEHAVING = {
 @pytest.mark.parametrize("name", MISBEHAVING)
 def test_a_template_that_misbehaves_is_refused_in_one_sentence(name, tmp_path, monkeypatch):
     monkeypatch.setattr(jinja_sandbox, "MAX_STEPS", 10_000)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(UserError) as error:
         template(MISBEHAVING[name], tmp_path).render(TEXTS, {})
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert str(tmp_path / "chat_template.jinja") in str(error.value)
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
 

@@ -13,6 +13,7 @@ FLOW = [
     ["__version__", "config.errors", "runtime.process"],
     ["config.datasets", "config.hints", "config.model"],
     ["config.tile_maps"],
+    ["config.data", "config.devices", "config.evaluation", "config.training"],
     ["config.experiment"],
     ["config"],
     [

@@ -1,5 +1,7 @@
 """The experiment's configuration: its dataclasses, their checks, and files that hold them."""
 
+from vlm_jax.config.data import Data, Source
+from vlm_jax.config.devices import Distributed, Mesh, factorizations
 from vlm_jax.config.errors import (
     CheckpointError,
     ConfigError,
@@ -9,18 +11,8 @@ from vlm_jax.config.errors import (
     UserError,
     naming_source,
 )
-from vlm_jax.config.experiment import (
-    Data,
-    Distributed,
-    Eval,
-    Experiment,
-    LrMult,
-    Mesh,
-    Optim,
-    Source,
-    Train,
-    factorizations,
-)
+from vlm_jax.config.evaluation import Eval
+from vlm_jax.config.experiment import Experiment
 from vlm_jax.config.model import (
     CHANNELS,
     FUSION_STYLES,
@@ -38,6 +30,7 @@ from vlm_jax.config.model import (
     Transformer,
     Vision,
 )
+from vlm_jax.config.training import LrMult, Optim, Train
 
 __all__ = [
     "CHANNELS",

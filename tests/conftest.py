@@ -25,7 +25,7 @@ import pytest  # noqa: E402
 COMPILATION_CACHE = Path("~/.cache/vlm_jax/tests").expanduser()
 MAX_CACHE_BYTES = 2 * 2**30
 LONGEST = (
-    "tests/runtime/test_distributed.py",
+    "tests/runtime/test_distributed",
     "tests/train/test_loop.py",
     "tests/train/test_memory.py",
     "tests/train/test_survival.py",

@@ -1,46 +1,25 @@
 """The command line: a mistake gives one sentence that names it and exit code 2, and no files."""
 
-import dataclasses
-import inspect
 import os
-import re
 import subprocess
 import sys
-import typing
 from pathlib import Path
 
 import pytest
 
 import vlm_jax
+from tests.cli.program import CONFIG, run
 from vlm_jax import config
 from vlm_jax.cli import generate
-from vlm_jax.cli.data import DATA_OPTIONS
-from vlm_jax.cli.main import COMMANDS, main
+from vlm_jax.cli.main import COMMANDS
 from vlm_jax.cli.options import parse_options
-from vlm_jax.cli.plan import PLAN_OPTIONS
 from vlm_jax.config import files, hints, validate
 from vlm_jax.runtime.workdir import Workdir
 from vlm_jax.testing import tiny
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "easy_vqa" / "unified.py")
+pytestmark = pytest.mark.usefixtures("folder")
+
 OTHER = CONFIG.replace("unified", "cross_attention")
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """An empty folder to stand in, where `runs/` would appear."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def run(arguments, capsys):
-    """Returns (exit code, stdout, stderr); tyro's help ends the program on its own."""
-    try:
-        code = main(arguments)
-    except SystemExit as end:
-        code = end.code
-    printed = capsys.readouterr()
-    return code, printed.out, printed.err
 
 
 MISTAKES = {
@@ -278,14 +257,6 @@ def test_an_option_is_spelled_with_hyphens_or_underscores():
         assert args.max_new_tokens == 3
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_fits_into_100_columns(command, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
-    for arguments in ([command, "--help"], ["--help"]):
-        _, out, _ = run(arguments, capsys)
-        assert max(map(len, out.splitlines())) <= 100
-
-
 GENERATE_MISTAKES = {
     "two models": (
         ["--workdir", "run", "--checkpoint", "c", "--prompt", "hi"],
@@ -345,95 +316,6 @@ def test_generate_names_an_option_that_does_not_apply(arguments, message, folder
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("verb", ["generate", "verify", "export"])
-def test_the_help_of_a_verb_about_checkpoints_has_examples(verb, capsys):
-    code, out, _ = run([verb, "--help"], capsys)
-    assert code == 0
-    assert f"python run.py {verb} --" in out
-
-
-def comments(kind) -> dict[str, str]:
-    """Field -> all that the source says about it: beside it, below it with `#   `, or above it."""
-    texts, above, name = {}, [], None
-    for line in inspect.getsource(kind).splitlines():
-        code, _, comment = line.partition("  # ")
-        if match := re.match(r"    (\w+): ", line):
-            name = match[1]
-            texts[name], above = [*above, comment.strip()], []
-        elif line.strip().startswith("#:"):
-            above.append(line.strip()[2:].strip())
-        elif line.startswith("    # ") and name:
-            texts[name].append(line.strip()[1:].strip())
-        else:
-            above = []
-    return {name: " ".join(filter(None, parts)) for name, parts in texts.items()}
-
-
-def test_the_help_has_the_whole_comment_of_every_field(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
-    mixture = str(Path(CONFIG).parents[1] / "your_data" / "mixture.py")
-    _, out, _ = run(["train", "--config", mixture, "--help"], capsys)
-    text = " ".join(out.replace("│", " ").split())
-    sections = {config.Experiment} | set(typing.get_type_hints(config.Experiment).values())
-    sections = {kind for kind in sections if dataclasses.is_dataclass(kind)}
-    for kind in {*sections, config.Transformer, config.Rope, config.LrMult, config.Source}:
-        found, hints_of = comments(kind), typing.get_type_hints(kind)
-        for field in kind.__annotations__:
-            if not dataclasses.is_dataclass(validate.element_type(hints_of[field])):
-                assert found[field], f"{kind.__name__}.{field} has no comment"
-                assert " ".join(found[field].split()) in text, f"{kind.__name__}.{field}"
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--seed", "1", "-h"]])
-def test_help_names_every_verb(arguments, capsys):
-    code, out, _ = run(arguments, capsys)
-    assert code == 0
-    for verb in ("train", "eval", "generate", "diff"):
-        assert f"\n  {verb}" in out
-    assert "\nexamples:\n  python run.py --config configs/easy_vqa/unified.py\n" in out
-
-
-OWN_OPTIONS = {
-    "train": ["--config FILE", "--workdir DIR", "--checkpoint DIR", "--section.field VALUE"],
-    "eval": ["--workdir DIR", "--checkpoint DIR", "--section.field VALUE"],
-    "plan": ["--config FILE", *(f"--{name}" for name in PLAN_OPTIONS), "--section.field VALUE"],
-    "data": ["--config FILE", *(f"--{name}" for name in DATA_OPTIONS), "--section.field VALUE"],
-    "diff": ["python run.py diff A.py B.py"],
-}
-
-
-@pytest.mark.parametrize("command, options", OWN_OPTIONS.items())
-@pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_help_without_an_experiment_lists_the_options_of_a_command(flag, command, options, capsys):
-    code, out, err = run([command, flag], capsys)
-    assert (code, err) == (0, "")
-    for option in options:
-        assert option in out
-    if command != "diff":
-        assert re.search(rf"python run.py {command} --\w+ \w+ --help\n", out)
-    assert len(out.splitlines()) <= 30
-
-
-@pytest.mark.parametrize("command", ["train", "eval", "data", "plan"])
-@pytest.mark.parametrize("option", ["--checkpoint", "--init_from", "--init-from"])
-def test_help_with_a_checkpoint_lists_the_fields(option, command, capsys):
-    for arguments in ([option, "gpt2"], [f"{option}=gpt2"]):
-        code, out, _ = run([command, *arguments, "--help"], capsys)
-        assert code == 0
-        assert "--data.image_dir STR" in out
-        assert "(default: runs/gpt2)" in out
-
-
-def test_help_spells_fields_with_underscores_and_both_spellings_are_accepted(capsys):
-    _, out, _ = run(["train", "--config", CONFIG, "--help"], capsys)
-    fields = re.findall(r"--[a-z]+\.[\w.-]+", out)
-    assert len(fields) > 100
-    assert not [name for name in fields if "-" in name[2:]]
-    for option in ("--data.image_px", "--data.image-px"):
-        cfg = files.override(config.Experiment(), [option, "32"], "program")
-        assert cfg.data.image_px == 32
-
-
 @pytest.mark.parametrize(
     "arguments", [["diff", CONFIG, OTHER], ["train", "--config", CONFIG, "-h"]]
 )
@@ -479,14 +361,6 @@ def test_what_is_no_mistake_is_a_line_too(raised, code, said, capsys, monkeypatc
 
     monkeypatch.setitem(COMMANDS, "diff", diff)
     assert run(["diff", "a", "b"], capsys) == (code, "", said)
-
-
-def test_help_of_a_verb_lists_fields_with_the_values_of_the_config(capsys):
-    code, out, _ = run(["train", "--config", CONFIG, "--help"], capsys)
-    assert code == 0
-    assert "--fusion.kind" in out
-    steps = files.load(CONFIG).train.steps
-    assert f"(default: {steps})" in out  # of this config, not of the class
 
 
 def test_diff_prints_the_fields_that_differ(capsys):

@@ -1,126 +1,19 @@
-"""Two processes compute what one computes; a failed connection is one sentence and exit code 2."""
+"""Two processes compute what one computes, and either continues what the other began."""
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
-from vlm_jax.config import (
-    Data,
-    Eval,
-    Source,
-    Train,
-    files,
-)
+from tests.runtime.processes import begin, ended, experiment, fields, free_address, pair
+from vlm_jax.config import Eval, Source, Train, files
 from vlm_jax.runtime.workdir import Workdir
-from vlm_jax.testing import hybrid_in_tiles, on_easy_vqa, write_conversations
+from vlm_jax.testing import write_conversations
 from vlm_jax.train import loop
-
-ROOT = Path(__file__).parents[2]
-CONFIG = """
-from tests.runtime.test_distributed import experiment
-
-def get_config():
-    return experiment()
-"""
-# A run that fails early: the model does not matter.
-SMALL = ["--fusion.kind", "unified", "--vision.tiles", "1", "--vision.image_size_px", "64"]
-SMALL += ["--train.steps", "2", "--eval.max_examples", "8"]
-LIMIT_SECONDS = 300
-
-
-def experiment():
-    """Six steps of a hybrid on 40 images of easy-VQA, saved after steps 2, 4 and 6."""
-    cfg = on_easy_vqa(hybrid_in_tiles())
-    return replace(
-        cfg,
-        data=replace(cfg.data, augment=Data().augment),
-        train=Train(steps=6, batch_size=8, log_every_steps=1, checkpoint_every_steps=2),
-        eval=Eval(max_examples=12, batch_size=8, max_new_tokens=2),
-    )
-
-
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
-
-
-def begin(arguments, devices=4, **environment):
-    """Starts a process with this number of CPU devices."""
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
-    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def ended(process) -> tuple[int, str, str]:
-    """Returns (exit code, stdout, stderr), without gloo's lines about connections."""
-    try:
-        out, err = process.communicate(timeout=LIMIT_SECONDS)
-    finally:
-        process.kill()
-    gloo = (
-        "[Gloo]",
-        "connected peer ranks",
-    )  # two of its threads may write into each other's lines
-    out, err = (
-        "".join(x for x in text.splitlines(True) if not any(message in x for message in gloo))
-        for text in (out, err)
-    )
-    return process.returncode, out, err
-
-
-def fields(address, index, seconds=LIMIT_SECONDS):
-    given = {
-        "coordinator_address": address,
-        "num_processes": 2,
-        "process_id": index,
-        "timeout_seconds": seconds,
-    }
-    return [part for name, value in given.items() for part in (f"--distributed.{name}", value)]
-
-
-def pair(arguments, *of_each):
-    """Runs two processes of `run.py`; `of_each`: arguments of each alone."""
-    address = free_address()
-    extras = of_each or ([], [])
-    running = [begin(["run.py", *arguments, *fields(address, i), *extras[i]]) for i in range(2)]
-    return [ended(process) for process in running]
-
-
-@pytest.fixture(scope="module")
-def arguments(tmp_path_factory, datasets_dir):
-    """`arguments(workdir)` of a run of the experiment."""
-    config = tmp_path_factory.mktemp("config") / "small.py"
-    config.write_text(CONFIG)
-    cache = jax.config.jax_compilation_cache_dir  # kept between runs of the tests
-    common = [
-        "--config",
-        config,
-        "--data.dir",
-        datasets_dir,
-        "--train.compilation_cache_dir",
-        cache,
-    ]
-    return lambda workdir: [*common, "--workdir", workdir]
 
 
 @pytest.fixture(scope="module")
@@ -362,8 +255,10 @@ def test_a_mixture_that_was_killed_goes_on_in_one_process_with_the_same_metrics(
 def test_where_one_process_is_killed_the_other_ends_and_both_go_on(killed, talks, tmp_path):
     """Soon after `distributed.heartbeat_seconds`, by an error of gloo or of JAX."""
     workdir, address = tmp_path / "run", free_address()
-    beat = ["--distributed.heartbeat_seconds", "10"]
-    running = [begin(["run.py", *talks(workdir), *fields(address, i), *beat]) for i in range(2)]
+    running = [
+        begin(["run.py", *talks(workdir), *fields(address, i, heartbeat_seconds=10)])
+        for i in range(2)
+    ]
     for line in running[0].stdout:
         if line.startswith("step 3/"):
             break
@@ -424,110 +319,3 @@ def test_each_process_knows_its_share_of_the_rows_and_what_the_other_refuses():
     assert err.splitlines() == ["0 2", "0 2", "0 2", "0 1", *["process 1: no disk here."] * 2]
     assert second_err.splitlines() == ["1 2", "1 2", "1 2", "0 1", *["no disk here."] * 2]
     assert (out, second_out) == ("printed\n", "")
-
-
-FAILING = """
-import sys
-from vlm_jax.cli.main import main
-from vlm_jax.config import ConfigError
-from vlm_jax.infer import evaluate
-from vlm_jax.train import loop
-
-where, mine, failing = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-module, name = {
-    "step": (loop, "log_step"),
-    "answer": (evaluate, "answer"),
-    "end": (evaluate, "prediction_lines"),
-}[where]
-function = getattr(module, name)
-
-def fail(*arguments):
-    if mine == failing and (where != "step" or arguments[1].step == 1):
-        raise ERROR
-    return function(*arguments)
-
-setattr(module, name, fail)
-raise SystemExit(main(sys.argv[4:]))
-"""
-BROKEN, NO_DISK = (
-    "ConfigError('image 7.jpg is broken.')",
-    "OSError(28, 'No space left on device', '7.jpg')",
-)
-ALONE = [
-    pytest.param("step", 0, "TypeError('7.jpg is None')", 1, id="TypeError in a step"),
-    pytest.param("answer", 1, BROKEN, 2, id="ConfigError in the evaluation"),
-    pytest.param(
-        "step", 0, BROKEN, 2, id="ConfigError in a step, process 0", marks=pytest.mark.slow
-    ),
-    pytest.param(
-        "step", 1, BROKEN, 2, id="ConfigError in a step, process 1", marks=pytest.mark.slow
-    ),
-    pytest.param("step", 1, NO_DISK, 1, id="OSError in a step", marks=pytest.mark.slow),
-    pytest.param(
-        "step", 1, "KeyboardInterrupt()", 130, id="Ctrl-C in a step", marks=pytest.mark.slow
-    ),
-    pytest.param("end", 0, NO_DISK, 1, id="OSError after the evaluation", marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize("where, failing, error, expected", ALONE)
-def test_where_one_process_fails_alone_all_end_with_a_sentence(
-    where, failing, error, expected, arguments, tmp_path
-):
-    """Soon, with the same exit code, and none of them is aborted."""
-    address, code = free_address(), FAILING.replace("ERROR", error)
-    fixed = [*arguments(tmp_path / "run"), *SMALL, "--distributed.heartbeat_seconds", 30]
-    running = [
-        begin(["-c", code, where, i, failing, *fixed, *fields(address, i)]) for i in range(2)
-    ]
-    results = [ended(process) for process in running]
-    assert [code for code, _, _ in results] == [expected, expected], results
-    own, other = results[failing][2], results[1 - failing][2]
-    message = own.splitlines()[-1]
-    assert ("7.jpg" in message) == (expected != 130)
-    assert other == f"error: process {failing} ended: {message.removeprefix('error: ')}\n"
-    assert ("Traceback" in own) == ("TypeError" in error)
-
-
-def assert_refused(result, *message):
-    code, out, err = result
-    assert code == 2, err
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1, "a sentence, not a page"
-    for words in message:
-        assert words in err
-
-
-def test_processes_with_different_configs_are_refused_on_both_sides_and_nothing_is_written(
-    arguments, tmp_path
-):
-    results = pair(arguments(tmp_path / "run"), [], ["--seed", "3", "--mesh.fsdp", "2"])
-    for result in results:
-        assert_refused(
-            result, "process 1 was started with another config", "seed: 0 -> 3", "mesh.fsdp: 1 -> 2"
-        )
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    "index, message",
-    [(0, "not all of the 2 processes"), (1, "could not be reached within 1 seconds")],
-)
-def test_who_waits_in_vain_gives_up_with_a_sentence(index, message, arguments, tmp_path):
-    address = free_address()
-    process = begin(["run.py", *arguments(tmp_path / "run"), *fields(address, index, seconds=1)])
-    assert_refused(ended(process), message, address)
-    assert not (tmp_path / "run").exists()
-
-
-def test_where_the_port_is_taken_process_0_says_so(arguments, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        result = ended(begin(["run.py", *arguments(tmp_path / "run"), *fields(address, 0)]))
-    assert_refused(
-        result,
-        f"distributed.coordinator_address {address}",
-        "Address already in use",
-        "another port",
-    )
-    assert not (tmp_path / "run").exists()

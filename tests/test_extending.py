@@ -112,7 +112,7 @@ def test_a_run_uses_every_recipe(extended, datasets_dir):
 def test_the_new_form_of_conversations_is_recognized(extended):
     (extended / "a.captions").write_text("a.png\ta cat\n")
     code = (
-        "from vlm_jax.data.conversation_files import read_files; "
+        "from vlm_jax.data.forms.files import read_files; "
         "(record,) = read_files(('a.captions',)); "
         "assert (record.images, record.turns) == (('a.png',), ('<image>', 'a cat')), record"
     )

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from vlm_jax.config import UserError
-from vlm_jax.data.conversation_files import read_files
+from vlm_jax.data.forms.files import read_files
 from vlm_jax.data.forms.record import DEFAULT_TYPE
 
 MARK_BYTES = b"\xef\xbb\xbf"

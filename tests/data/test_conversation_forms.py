@@ -17,7 +17,7 @@ from vlm_jax.config import ConfigError, Data, Train, UserError
 from vlm_jax.config.datasets import CONVERSATION_FORMATS
 from vlm_jax.config.validate import validate
 from vlm_jax.data import conversations, pipeline, questions, templates
-from vlm_jax.data.conversation_files import read_files
+from vlm_jax.data.forms.files import read_files
 from vlm_jax.testing import tiny
 
 COUNT = 50

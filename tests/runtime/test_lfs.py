@@ -5,7 +5,8 @@ import torch
 
 from tests.hub import tiny_checkpoints, tiny_tokenizers
 from vlm_jax.config import UserError
-from vlm_jax.data import conversation_files, images
+from vlm_jax.data import images
+from vlm_jax.data.forms.files import read_files
 from vlm_jax.hub.load import inspect
 from vlm_jax.hub.processor import HubProcessor
 from vlm_jax.hub.tensors.folder import open_tensors
@@ -49,5 +50,5 @@ def test_every_file_of_a_tokenizer_without_tokenizer_json(tmp_path, kind):
 
 def test_conversations_and_images(tmp_path):
     data = write_conversations(tmp_path, count=3)
-    refused(tmp_path / "talks.json", lambda: list(conversation_files.read_files(data.files)))
+    refused(tmp_path / "talks.json", lambda: list(read_files(data.files)))
     refused(tmp_path / "1_0.jpg", lambda: images.read_image(tmp_path / "1_0.jpg"))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from vlm_jax.config import ConfigError, Data, DataError, UserError
 from vlm_jax.data.builders.base import LocalBuilder
-from vlm_jax.data.conversation_files import read_files
+from vlm_jax.data.forms.files import read_files
 from vlm_jax.data.forms.record import ConversationRecord
 from vlm_jax.data.images import check, read_bytes
 

@@ -1,4 +1,4 @@
-"""Reads and checks the records of files of conversations, each in its own form (data/forms/)."""
+"""Reads and checks the records of files of conversations, each in its own form."""
 
 import importlib
 from collections.abc import Iterator

@@ -38,9 +38,7 @@ def take_steps(workdir, start, stop, steps=10, every=4):
 def clock(monkeypatch) -> list[float]:
     """The seconds that the clock of the log shows, its only element."""
     seconds = [0.0]
-    fake = SimpleNamespace(
-        perf_counter=lambda: seconds[0], strftime=time.strftime, gmtime=time.gmtime
-    )
+    fake = SimpleNamespace(**vars(time) | {"perf_counter": lambda: seconds[0]})
     monkeypatch.setattr("vlm_jax.train.log.time", fake)
     return seconds
 

@@ -309,8 +309,8 @@ def test_a_folder_that_goes_away_ends_the_process_and_leaves_the_last_checkpoint
     cfg = experiment()
     process = start(cfg, "-c", WITHOUT_FOLDER)
     try:
-        # The threads of what cannot be saved wait for ten minutes.
-        output, _ = process.communicate(timeout=LIMIT_SECONDS)
+        # The threads of what cannot be saved wait for 600 s.
+        output, _ = process.communicate(timeout=500)
     finally:
         process.kill()
     assert process.returncode == 1, output

@@ -81,6 +81,14 @@ def test_a_template_without_a_system_turn_names_the_record_that_has_it(template)
     templates.check_system_turns(experiment(template="vicuna"), source)
 
 
+@pytest.mark.parametrize("template", ["plain", "caption"])
+def test_a_system_turn_of_a_prompt_is_refused_by_a_template_without_one(tokenizer, template):
+    """The text of the turn was followed by the word None."""
+    cfg = experiment(template=template)
+    with pytest.raises(UserError, match=f"{template} has no system turn, but a prompt has.*vicuna"):
+        templates.prompt_row(cfg, tokenizer, "what is it?", (), system="be short")
+
+
 def a_space_before_a_text() -> Tokenizer:
     """As SentencePiece has it."""
     bpe = tokenizers.Tokenizer(models.Unigram())
@@ -232,6 +240,8 @@ def test_a_prompt_is_the_start_of_its_conversation(tokenizer):
 def test_a_prompt_that_does_not_fit_is_refused(tokenizer):
     with pytest.raises(UserError, match="1 <image> placeholders for 2 images"):
         templates.prompt_row(experiment(), tokenizer, "<image> a", (1, 1))
+    with pytest.raises(UserError, match="its answer has 2 <image> placeholders for 1 images"):
+        templates.prompt_row(experiment(), tokenizer, "a", (1,), answer="a tag, <image>")
     with pytest.raises(UserError, match="more than the 3 of its batch"):
         templates.prompt_row(experiment(), tokenizer, "<image> a", (1,), 3)
 

@@ -53,11 +53,17 @@ def check_system_turns(cfg: Experiment, source: Conversations) -> None:
 
     A chat template of a checkpoint is checked when it is used.
     """
+    if source.first_system:
+        _check_system_turn(cfg, source.first_system)
+
+
+def _check_system_turn(cfg: Experiment, place: str) -> None:
+    """Raises ConfigError if `data.template` has no form for the system turn at a place."""
     name = cfg.data.template
-    if source.first_system and name in TEMPLATES and TEMPLATES[name].after_system is None:
+    if name in TEMPLATES and TEMPLATES[name].after_system is None:
         others = [key for key, template in TEMPLATES.items() if template.after_system is not None]
         raise ConfigError(
-            f"data.template {name} has no system turn, but {source.first_system} has: choose "
+            f"data.template {name} has no system turn, but {place} has: choose "
             f"{', '.join(others)} or checkpoint, or remove the system turns."
         )
 
@@ -90,7 +96,12 @@ def encode(
 
     Source: Alayrac et al. 2022 (Flamingo), section 2.3; transformers,
     `get_cross_attention_token_mask` of models/mllama.
+
+    Raises:
+      ConfigError: `data.template` has no system turn.
     """
+    if system is not None:
+        _check_system_turn(cfg, "a prompt")
     images = fields_of_images(cfg, tiles)
     if cfg.data.template == "checkpoint":
         parts = checkpoint_parts(tokenizer, turns, images, system)
@@ -228,12 +239,17 @@ def prompt_row(
     if not placeholders:
         turns[0] = "\n".join([IMAGE_PLACEHOLDER] * images + turns[:1])
         placeholders = images
+    owner = "a prompt"
+    if answer is not None:
+        turns.append(answer)
+        placeholders += answer.count(IMAGE_PLACEHOLDER)
+        owner = "a prompt with its answer"
     if placeholders != images:
         raise ConfigError(
-            f"a prompt has {placeholders} {IMAGE_PLACEHOLDER} placeholders for {images} images: "
+            f"{owner} has {placeholders} {IMAGE_PLACEHOLDER} placeholders for {images} images: "
             f"{prompt!r}."
         )
-    row = encode(cfg, tokenizer, turns if answer is None else [*turns, answer], tiles, system)
+    row = encode(cfg, tokenizer, turns, tiles, system)
     seen, tags = row.pop("images_seen"), row.pop("image_tags")  # (N,)
     is_read = np.arange(images) < seen[:, None]  # (N, images)
     if cfg.fusion.placeholder:

@@ -236,6 +236,43 @@ def test_every_mode_becomes_rgb(image, expected):
     assert read.getpixel((0, 0)) == expected
 
 
+GRAYS = {
+    "PGM": b"P5\n2 1\n65535\n" + np.array([0x4D00, 0x8000], ">u2").tobytes(),
+    "PGM of 12 bits": b"P5\n2 1\n4095\n" + np.array([0x4D1, 0x800], ">u2").tobytes(),
+}
+
+
+def gray_tiff(dtype, *values) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.array([values], dtype)).save(buffer, "TIFF")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        *GRAYS.values(),
+        gray_tiff(np.int32, 0x4D00, 0x8000),
+        gray_tiff(np.int32, 77, 128),
+        gray_tiff(np.float32, 77, 128),
+    ],
+    ids=[*GRAYS, "int32", "int32 of 8 bits", "float32 of 8 bits"],
+)
+def test_gray_values_of_more_than_8_bits_are_scaled(encoded):
+    """Pillow clips them at 255: the image was white."""
+    assert np.asarray(images.decode(encoded))[0, :, 1].tolist() == [77, 128]
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [gray_tiff(np.float32, 0, 0.5), gray_tiff(np.int32, -5, 9), gray_tiff(np.int32, 0, 70_000)],
+    ids=["shares", "negative", "more than 16 bits"],
+)
+def test_gray_values_without_a_known_scale_are_refused(encoded):
+    with pytest.raises(UserError, match="a.tif is not .* scale of which is unknown: save it with"):
+        images.decode(encoded, "a.tif")
+
+
 def test_bad_files_are_named(tmp_path):
     noise = Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8))
     noise.save(tmp_path / "whole.png")

@@ -159,7 +159,11 @@ def decode(
 
 
 def to_rgb(image: Image.Image, rgb_conversion: str = "composite") -> Image.Image:
-    """Converts an open image to RGB by one of the values of `Vision.rgb_conversion`."""
+    """Converts an open image to RGB by one of the values of `Vision.rgb_conversion`.
+
+    Raises:
+      DataError: the values of a gray image have no known scale.
+    """
     if rgb_conversion.startswith("convert"):
         rgb = image.convert("RGB")
         # Pillow keeps the transparent color of a palette or of a gray image in `info`.
@@ -167,10 +171,30 @@ def to_rgb(image: Image.Image, rgb_conversion: str = "composite") -> Image.Image
         if rgb_conversion == "convert_composite" and has_transparent_color:
             return composite_on_white(rgb)
         return rgb
-    if image.mode.startswith("I;16"):
-        # Pillow would clip at 255.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode[0] in "IF":
+        image = _to_8_bits(image)
     return composite_on_white(image) if image.has_transparency_data else image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Converts a gray image with values of 16 or 32 bits to 8 bits.
+
+    Pillow would clip the values at 255, so that most of the image would be white.
+
+    Raises:
+      DataError: values of 32 bits have no known scale.
+    """
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    has_16_bits = image.mode.startswith("I;16")
+    if has_16_bits or (image.mode == "I" and low >= 0 and 255 < high <= 65535):
+        return Image.fromarray((values.astype(np.int32) >> 8).astype(np.uint8))
+    if low < 0 or high > 255 or (image.mode == "F" and not high > 1):
+        raise DataError(
+            f"a gray image has values of {low:g} to {high:g}, the scale of which is unknown: save "
+            "it with 8 bits."
+        )
+    return image.convert("L")
 
 
 def composite_on_white(image: Image.Image) -> Image.Image:

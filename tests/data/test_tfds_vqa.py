@@ -7,7 +7,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from vlm_jax.config import ConfigError, Data, Train, UserError
-from vlm_jax.data import pipeline, questions
+from vlm_jax.data import pipeline, questions, tfds_vqa
 from vlm_jax.testing import tiny
 
 
@@ -76,6 +76,14 @@ def test_the_most_frequent_of_several_answers_is_trained_on_and_all_are_right(da
     cfg = tiny(data=several)
     asked = questions.load(cfg, "train", 2)
     assert [one.references for one in asked] == [("dim", "dark", "dark"), ("dim", "dark")]
+
+
+def test_a_text_has_no_place_for_an_image():
+    """A placeholder in an answer raised StopIteration."""
+    data = Data(source="tfds:x", image_field="photo", question_field="q", answer_field="a")
+    row = {"q": b"which <image>?", "a": b"an <image> tag"}
+    (talk,) = tfds_vqa.TfdsVqa([row], data, None)
+    assert talk.turns == ("<image>\nwhich ?", "an  tag")
 
 
 class PartlyLabeled(tfds.core.GeneratorBasedBuilder):

@@ -250,6 +250,8 @@ def test_files_open_images_and_arrays_are_one(tokenizer, pictures):
         ("a", ["nowhere.png"], "cannot read the image nowhere.png"),
         ("a", [np.zeros((4, 4, 3))], "float64 .* is not an image: it must be uint8"),
         (7, (), "prompts is 7: it must be text, or a list of texts"),
+        (ChatPrompt(("a", "b")), (), "has 2 turns: .* the last turn must be a question"),
+        (ChatPrompt(()), (), "has 0 turns: .* the last turn must be a question"),
         (["a", b"b"], (), r"prompts is \['a', b'b'\]: it must be text"),
         ("word " * 100, (), "is too long: decoder.max_positions 128"),
     ],

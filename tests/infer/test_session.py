@@ -91,6 +91,16 @@ def test_another_conversation_takes_the_cache_and_an_earlier_turn_is_encoded_aga
     assert len(session.answer_ids) == 1
 
 
+def test_a_placeholder_in_an_answer_is_not_the_place_of_an_image(monkeypatch):
+    """A model may write about HTML: the next question was refused."""
+    session = Session(*model_of("unified"), AnswerOptions(max_new_tokens=20))
+    tokens = TOKENIZER.encode("the <image> tag")
+    monkeypatch.setattr(Session, "_generate", lambda self, prompt, new_tokens: iter(tokens))
+    for question, images in zip(QUESTIONS, [IMAGES[:1], []]):
+        assert "".join(session.ask(question, images)) == "the <image> tag"
+    assert session.turns[1::2] == ["the  tag"] * 2
+
+
 def replace_turns(session: Session) -> Session:
     """The conversation before its last turn."""
     before = replace(session, turns=session.turns[:], images=session.images[:])

@@ -51,8 +51,7 @@ class TfdsVqa:
         if data.image_field:
             lines.append(IMAGE_PLACEHOLDER)
         if data.question_field:
-            question = self._text(index, row, "question_field")
-            lines.append(question.replace(IMAGE_PLACEHOLDER, ""))
+            lines.append(self._text(index, row, "question_field"))
         answers = self._answers(index, row)
         # The most frequent one, and of equally frequent ones the first.
         ((answer, _),) = Counter(answers).most_common(1)
@@ -86,13 +85,14 @@ class TfdsVqa:
         return answers
 
     def _text(self, index: int, row: Mapping, field: str) -> str:
-        """Returns the text of the feature that a field of `Data` names."""
+        """Returns the text of the feature that a field of `Data` names, without placeholders."""
         return self._decode(index, row[getattr(self._data, field)], field)
 
     def _decode(self, index: int, text: bytes, field: str) -> str:
         feature = getattr(self._data, field)
         try:
-            return text.decode()
+            # The image of a row precedes its question, so that no text has a place for it.
+            return text.decode().replace(IMAGE_PLACEHOLDER, "")
         except UnicodeDecodeError:
             raise ConfigError(
                 f"{self.location(index)}: the feature {feature!r} (data.{field}) is not text in "

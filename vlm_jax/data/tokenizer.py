@@ -16,8 +16,8 @@ from vlm_jax.runtime.workdir import write_atomic
 SPECIALS = ("<pad>", "<image>", "<newline>", "<eos>")
 PAD, IMAGE, NEWLINE, EOS = SPECIAL_IDS = tuple(range(4))  # of a tokenizer that is trained here
 SPACE_MARKS = ("\u2581", "\u0120")  # begin a token after a space: SentencePiece, byte-level BPE
-# Replaces the characters of a placeholder: a private character of Unicode, which no text uses.
-STAND_IN = "\ue000"
+# Replaces the characters of a placeholder: a noncharacter of Unicode, which no text has.
+STAND_IN = "\ufdd0"
 
 
 class Tokenizer:

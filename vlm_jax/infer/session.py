@@ -114,7 +114,8 @@ class Session:
             raise
         finally:
             if not is_failed:
-                self.turns += [question, answer]
+                # In a turn it would be the place of an image.
+                self.turns += [question, answer.replace(IMAGE_PLACEHOLDER, "")]
                 self.images += images
                 self.answer_ids.append(ids)
 

@@ -61,7 +61,8 @@ def as_prompt_list(prompts: Prompts) -> Sequence[str | ChatPrompt]:
     """Returns a list of prompts, of which a single one is the only item.
 
     Raises:
-      ConfigError: it is empty, or an item is not a text.
+      ConfigError: it is empty, an item is not a text, or a conversation does not end with a
+        question.
     """
     prompts = [prompts] if isinstance(prompts, str | ChatPrompt) else prompts
     is_list = isinstance(prompts, list | tuple) and len(prompts) > 0
@@ -69,6 +70,12 @@ def as_prompt_list(prompts: Prompts) -> Sequence[str | ChatPrompt]:
         raise ConfigError(
             f"prompts is {reprlib.repr(prompts)}: it must be text, or a list of texts."
         )
+    for prompt in prompts:
+        if isinstance(prompt, ChatPrompt) and len(prompt.turns) % 2 == 0:
+            raise ConfigError(
+                f"a conversation has {len(prompt.turns)} turns: questions and answers alternate, "
+                "and the last turn must be a question."
+            )
     return prompts
 
 

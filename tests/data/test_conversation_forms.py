@@ -213,6 +213,26 @@ FAULTS = {
         messages_of(user("a"), BOT, images=["a.png"]),
         "has 1 images but 0 <image> placeholders",
     ),
+    "an answer that is not to be trained on": (
+        "a.json",
+        messages_of(user("a"), BOT | {"weight": 0}),
+        "has 'weight' in turn 2, the number 0: every answer is trained on alike",
+    ),
+    "an answer without a loss": (
+        "a.json",
+        messages_of(user("a"), BOT | {"loss": False}),
+        "has 'loss' in turn 2, the truth value false: every answer is trained on alike",
+    ),
+    "thoughts before an answer": (
+        "a.json",
+        messages_of(user("a"), BOT | {"reasoning_content": "hm"}),
+        "has 'reasoning_content' in turn 2, which is not supported",
+    ),
+    "an object that is not an image": (
+        "a.json",
+        messages_of(user("<image>"), BOT, image={"url": "a.png"}),
+        "has an object without 'bytes' and 'path' as 'image'",
+    ),
     "a part that is a text": ("a.json", messages_of(user(["a"]), BOT), "has a text as part 1 of"),
     "image and images": (
         "a.json",
@@ -223,6 +243,16 @@ FAULTS = {
         "a.jsonl",
         b'{"answer": "b"}',
         "line 1 has neither a question nor an image",
+    ),
+    "earlier turns beside a question": (
+        "a.jsonl",
+        b'{"query": "a", "response": "b", "history": [["c", "d"]]}',
+        "line 1 has 'history', which is not read: write .* all turns into 'messages'",
+    ),
+    "an instruction beside an image": (
+        "a.jsonl",
+        b'{"instruction": "a", "response": "b", "image": "a.png"}',
+        "line 1 has 'instruction', which is not read: write the whole question into 'question'",
     ),
     "an empty list of answers": (
         "a.jsonl",
@@ -242,7 +272,7 @@ FAULTS = {
     "no column of answers": (
         "a.csv",
         b"image;question;answer\n",
-        " has the columns 'image;question;answer': it needs an answer, in a column answer",
+        " has the columns 'image;question;answer', separated by commas: it needs an answer, in a",
     ),
     "two columns": ("a.csv", b"answer,answer\na,b\n", "has two columns 'answer': rename"),
     "a quote without an end": ("a.csv", b'question,answer\n"a,b\n', "line 2 is not valid CSV"),
@@ -305,6 +335,36 @@ def test_a_folder_that_is_not_a_saved_split_is_named(tmp_path):
             (folder / name).write_text(text)
         with pytest.raises(UserError, match=f"{folder}.*{message}"):
             list(read_files((str(folder),)))
+
+
+def test_weights_of_one_and_of_questions_change_nothing(tmp_path):
+    asked = user("a") | {"weight": 0, "train": False}
+    (tmp_path / "a.json").write_bytes(messages_of(asked, BOT | {"weight": 1, "train": True}))
+    (record,) = read_files((str(tmp_path / "a.json"),))
+    assert record.turns == ("a", BOT["content"])
+
+
+def test_an_empty_image_is_an_image_and_a_struct_of_nulls_is_none(tmp_path):
+    """An empty image is named as unreadable later; its record was trained on as text."""
+    nulls = {"bytes": None, "path": None}
+    columns = {"question": ["a", "b"], "answer": ["c", "d"]}
+    (tmp_path / "a.parquet").write_bytes(parquet_of(image=[b"1", b""], **columns))
+    assert [record.images for record in as_records(tmp_path / "a.parquet")] == [(b"1",), (b"",)]
+    structs = [nulls | {"bytes": b"1"}, nulls]
+    (tmp_path / "b.parquet").write_bytes(parquet_of(image=structs, **columns))
+    assert [record.images for record in as_records(tmp_path / "b.parquet")] == [(b"1",), ()]
+
+
+def as_records(file: Path) -> list:
+    return list(read_files((str(file),)))
+
+
+@pytest.mark.parametrize("key", ["image", "images", "image_path", "file_name"])
+def test_the_images_of_a_shard_replace_the_paths_of_its_records(key, tmp_path):
+    record = json.dumps({"question": "a", "answer": "b", key: "elsewhere/a.jpg"})
+    (tmp_path / "a.tar").write_bytes(tar_of(jpg=b"1", json=record.encode()))
+    (read,) = as_records(tmp_path / "a.tar")
+    assert (read.images, read.turns) == ((b"1",), ("<image>\na", "b"))
 
 
 def test_a_text_file_of_a_shard_is_a_caption_of_its_image(tmp_path):

@@ -15,7 +15,14 @@ DATA_URL = re.compile(r"data:image/[A-Za-z0-9.+-]+;base64,", re.IGNORECASE)
 def read_images(value: object, name: str) -> list[str | bytes]:
     """Returns the images of a value that is an image, a list of images, or None."""
     values = value if isinstance(value, list) else [value]
-    return [read_image(item, name) for item in values if item not in (None, "")]
+    return [read_image(item, name) for item in values if not _is_null(item)]
+
+
+def _is_null(value: object) -> bool:
+    """Returns whether a value is no image; in some Parquet files a struct of nulls is none."""
+    if isinstance(value, dict):
+        return bool(value) and all(item is None for item in value.values())
+    return value in (None, "")
 
 
 def read_image(value: object, name: str) -> str | bytes:
@@ -26,6 +33,8 @@ def read_image(value: object, name: str) -> str | bytes:
     if isinstance(value, dict):
         content = value.get("bytes")
         value = value.get("path") if content is None else content
+        if value is None:
+            raise BadRecord(f"has an object without 'bytes' and 'path' as {name}")
     if isinstance(value, bytes):
         return value
     text = check_text(value, name)

@@ -31,7 +31,11 @@ FILE_KEYS = ("image_path", "file_name")  # of an image, beside a question
 REFERENCE_KEYS = ("references", "answers")  # of each question, in evaluation
 # A record with a value for one of them needs more than text and images.
 UNSUPPORTED_KEYS = ("video", "videos", "audio", "audios", "tools")
-UNSUPPORTED_TURN_KEYS = ("tool_calls", "function_call", "audio")
+UNSUPPORTED_TURN_KEYS = ("tool_calls", "function_call", "audio", "reasoning_content", "thinking")
+# Parts of a question in other programs (Alpaca, ms-swift).
+UNSUPPORTED_QUESTION_KEYS = ("history", "instruction", "input")
+# Share of an answer in the loss in other programs (OpenAI, ms-swift, axolotl).
+LOSS_KEYS = ("weight", "loss", "train")
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ KEYS = (
     *FILE_KEYS,
     *REFERENCE_KEYS,
     *UNSUPPORTED_KEYS,
+    *UNSUPPORTED_QUESTION_KEYS,
     *("id", "type", "system", "choices"),
 )
 
@@ -213,11 +218,23 @@ def _turn(layout: TurnList, number: int, turn: object, images: "_ImageList") -> 
             f"has a turn from {speaker!r} (turn {number}): only {', '.join(layout.speakers)} are "
             "supported"
         )
+    if layout.speakers[speaker] == "assistant":
+        _check_loss(turn, number)
     name = f"the {text_key} of turn {number}"
     if layout.has_parts and isinstance(text, list):
         return speaker, _join_parts(text, name, images)
     images.skip(check_text(text, name).count(IMAGE_PLACEHOLDER))
     return speaker, text
+
+
+def _check_loss(turn: dict, number: int) -> None:
+    """Raises BadRecord if an answer is not to be trained on, or less than others."""
+    for key in LOSS_KEYS:
+        if turn.get(key) not in (None, 1):  # True is 1
+            raise BadRecord(
+                f"has {key!r} in turn {number}, {describe(turn[key])}: every answer is trained on "
+                "alike, so leave out the record or the turns from there on"
+            )
 
 
 def _join_parts(parts: list, name: str, images: "_ImageList") -> str:
@@ -267,7 +284,7 @@ class _ImageList:
 
 
 def _record_images(record: dict, keys: tuple[str, ...]) -> list[str | bytes]:
-    present = [key for key in keys if record.get(key)]
+    present = [key for key in keys if record.get(key) not in (None, "", [])]
     if len(present) > 1:
         raise BadRecord(f"has both {present[0]!r} and {present[1]!r}: keep one of them")
     return read_images(record[present[0]], repr(present[0])) if present else []
@@ -279,6 +296,12 @@ def _parse_question(record: dict) -> dict:
     answer_key = _first_key(record, ANSWER_KEYS)
     if answer_key is None:
         raise BadRecord(f"has the keys {list_keys(record)}, and no answer")
+    for key in UNSUPPORTED_QUESTION_KEYS:
+        if record.get(key):
+            raise BadRecord(
+                f"has {key!r}, which is not read: write the whole question into 'question', or "
+                "all turns into 'messages'"
+            )
     images = _record_images(record, IMAGE_KEYS + FILE_KEYS)
     if question_key is None and not images:
         raise BadRecord("has neither a question nor an image")

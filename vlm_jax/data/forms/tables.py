@@ -12,6 +12,7 @@ from vlm_jax.data.forms.text_files import read_text
 
 BYTE_ORDER_MARK = "\ufeff"
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
+DELIMITER_NAMES = {",": "commas", "\t": "tabs"}
 
 # The default, 131,072 characters, is too short for a page or an image as a data URL.
 csv.field_size_limit(2**31 - 1)
@@ -40,7 +41,7 @@ def read(path: Path) -> Iterator[tuple[str, dict | BadRecord]]:
             if not cells:
                 continue
             if not columns:
-                columns = _check_columns(path, [cell.strip() for cell in cells])
+                columns = _check_columns(path, delimiter, [cell.strip() for cell in cells])
                 continue
             count += 1
             record = _record(columns, cells)
@@ -51,13 +52,14 @@ def read(path: Path) -> Iterator[tuple[str, dict | BadRecord]]:
         raise DataError(f"{path} has column names but no rows: it has no conversations.")
 
 
-def _check_columns(path: Path, columns: list[str]) -> list[str]:
+def _check_columns(path: Path, delimiter: str, columns: list[str]) -> list[str]:
     repeated = [name for name in columns if columns.count(name) > 1]
     if repeated:
         raise DataError(f"{path} has two columns {repeated[0]!r}: rename one of them.")
     if not set(columns) & set(ANSWER_KEYS):
         raise DataError(
-            f"{path} has the columns {list_keys(columns)}: it needs an answer, in a column "
+            f"{path} has the columns {list_keys(columns)}, separated by "
+            f"{DELIMITER_NAMES[delimiter]}: it needs an answer, in a column "
             f"{', '.join(ANSWER_KEYS)}."
         )
     return columns

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vlm_jax.config import DataError
+from vlm_jax.data.forms.layouts import FILE_KEYS, IMAGE_KEYS
 from vlm_jax.data.forms.record import BadRecord, describe
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
+PATH_KEYS = (*IMAGE_KEYS, *FILE_KEYS)
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 
@@ -79,8 +81,8 @@ def _record(key: str, members: Iterator[tuple[str, str, bytes]]) -> dict | BadRe
     record = {"id": key} | caption | record
     # The images of the shard replace the paths that the record had as files.
     if images:
-        record.pop("image", None)
-        record["images"] = images
+        others = {key: value for key, value in record.items() if key not in PATH_KEYS}
+        record = others | {"images": images}
     return record
 
 

@@ -95,7 +95,9 @@ def test_differences_are_lines_with_both_values_and_leave_out_the_work_folder():
     "text, message",
     [
         ("", "Expecting value"),
-        ("[]", "missing or unknown"),
+        ("[]", "not a JSON object"),
+        ("null", "not a JSON object"),
+        ("[" * 100_000, "recursion"),
         ("{}", "missing or unknown"),
         ('{"typo": 1}', "typo"),
         ("3", "not the config of a run"),

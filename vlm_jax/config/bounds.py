@@ -101,6 +101,7 @@ ABOVE = {
     "lora.alpha": 0,
     "optim.clip_norm": 0,
     "decoder.logit_softcap": 0,
+    "vision.image_std": 0,
     "vision.rope.theta": 0,
     "decoder.rope.theta": 0,
     "decoder.rope.local_theta": 0,
@@ -182,12 +183,18 @@ LIMITS = {
 
 
 def check_number(path: str, value: object, may_be_none: bool = False) -> None:
-    """Checks the value of a field `section.field`; other values than numbers pass.
+    """Checks the value of a field `section.field`, or each of its values.
+
+    Other values than numbers pass.
 
     Raises:
       ConfigError: the number is outside its bounds or not finite.
     """
     if value is None:
+        return
+    if isinstance(value, tuple):
+        for element in value:
+            check_number(path, element)
         return
     otherwise = ", or None" if may_be_none else ""
     for relation, (limits, holds) in LIMITS.items():

@@ -313,21 +313,21 @@ def from_json(text: str | bytes, name: str) -> Experiment:
     """
     try:
         values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("it is not a JSON object")
         if "model_type" in values:
             raise ConfigError(
                 f"{name} belongs to a public checkpoint, not to a run: name its folder with "
                 "--checkpoint."
             )
-        if isinstance(values, dict):
-            values = _as_trained(values)
-        return _reset_unused(_rebuild(Experiment, values))
+        return _reset_unused(_rebuild(Experiment, _as_trained(values)))
     except ConfigError:
         raise
     except UnicodeDecodeError:
         raise ConfigError(
             f"{name} is not the config of a run: it is not a text file in UTF-8."
         ) from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{name} is not the config of a run of this version: {error}.") from None
 
 

@@ -105,6 +105,29 @@ def test_a_mistake_is_one_sentence_and_changes_nothing(line, message):
     assert session.turns == []
 
 
+def test_the_images_of_a_refused_question_are_those_of_the_next(picture):
+    """They were forgotten, and the next question was answered without them."""
+    chat = Chat(make_session())
+    respond(chat, f"/image '{picture}'")
+    with pytest.raises(UserError, match="2 <image> placeholders for 1 images"):
+        respond(chat, "<image> or <image>?")
+    assert respond(chat, "/undo") == "(removed the images of the next question)"
+
+
+def test_an_answer_that_ctrl_c_stops_stays_in_the_conversation(picture, monkeypatch):
+    """Ctrl-C nearly always comes while the next token is computed."""
+
+    def generate(session, prompt, new_tokens):
+        yield from TOKENIZER.encode("it is")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "_generate", generate)
+    session = make_session()
+    with pytest.raises(KeyboardInterrupt):
+        "".join(session.ask("what is it?", [picture]))
+    assert (session.turns, session.images) == (["<image>\nwhat is it?", "it is"], [picture])
+
+
 def test_a_stopped_answer_stays_in_the_conversation():
     session = make_session()
     expected = "".join(make_session().ask("what is it?"))

@@ -82,7 +82,13 @@ class Chat:
             yield self._command(name)(argument.strip())
         elif line:
             images, self._images = self._images, []
-            yield from self._session.ask(line, images)
+            turns = len(self._session.turns)
+            try:
+                yield from self._session.ask(line, images)
+            finally:
+                # A question that was refused can be asked again about the same images.
+                if len(self._session.turns) == turns:
+                    self._images = images
 
     def _command(self, name: str) -> Callable[[str], str]:
         if name not in COMMANDS:

@@ -79,8 +79,8 @@ class Session:
     def ask(self, question: str, images: Sequence[ImageInput] = ()) -> Iterator[str]:
         """Yields the answer to a question in pieces, each as soon as it is generated.
 
-        The turn is added when the answer is complete. If the iterator is closed before, it is
-        added with the answer so far.
+        The turn is added when the answer is complete. If the iterator is closed before, or Ctrl-C
+        stops it, the turn is added with the answer so far.
 
         Args:
           question: text; images without an <image> in it precede it.
@@ -109,7 +109,7 @@ class Session:
             yield rest
         except NonFiniteLogits as error:
             raise error.about(question) from None
-        except GeneratorExit:
+        except (GeneratorExit, KeyboardInterrupt):
             is_failed = False
             raise
         finally:

@@ -29,7 +29,9 @@ from vlm_jax.infer.run import RunProcessor
 from vlm_jax.nn.vlm import VLM
 from vlm_jax.serve.app import Settings, build_app
 from vlm_jax.serve.engine import End, Engine, Job
+from vlm_jax.serve.images import image_reader
 from vlm_jax.serve.limits import Limits
+from vlm_jax.serve.protocol import parse_request
 from vlm_jax.testing import random_params, tiny
 
 NEW = 6
@@ -231,6 +233,13 @@ MALFORMED = {
     with_fields(messages=[{"role": "user"}]): "content must be text or a list",
     with_fields(messages=[{"role": "tool", "content": "a"}]): 'has the role "tool", not user',
     with_fields(messages=[{"role": "user", "content": "<image>"}]): "has <image> in its text",
+    with_fields(
+        messages=[
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b", "tool_calls": [{"id": "1"}]},
+            {"role": "user", "content": "c"},
+        ]
+    ): r"messages\[1\] has tool_calls, which is not supported",
     with_fields(messages=[{"role": "user", "content": "\ud800"}]): "not text in UTF-8",
     with_fields(messages=[{"role": "user", "content": "a" * 10_000_000}]): "1000000 characters",
     with_fields(messages=[{"role": "user", "content": "a b " * 1000}]): "is too long",
@@ -240,7 +249,7 @@ MALFORMED = {
     with_fields(top_p=0): "top_p 0: it must be above 0",
     with_fields(top_k=10**30): "top_k is 10+: it must be a whole number",
     with_fields(seed=-3): "seed -3",
-    with_fields(max_tokens=0): "max_new_tokens 0: it must be at least 1",
+    with_fields(max_tokens=0): "max_tokens is 0: it must be a whole number from 1",
     with_fields(stop=[""]): "empty text",
     with_fields(stop=3): "stop must be text or a list",
     with_fields(n=2): "n 2 is not supported",
@@ -263,6 +272,15 @@ def test_a_malformed_request_is_an_error_of_the_client(server, body):
     assert status == 400
     assert set(answer["error"]) == {"message", "type", "param", "code"}
     assert re.search(MALFORMED[body], answer["error"]["message"]), answer
+
+
+def test_an_answer_with_the_placeholder_of_an_image_is_taken_back():
+    """A client sends the answers of the server again, with its next question."""
+    turns = ["what?", "the <image> tag", "why?"]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": x} for i, x in enumerate(turns)]
+    fields = {"model": "tiny", "messages": messages}
+    parsed = parse_request(fields, AnswerOptions(), Limits(), image_reader(Limits()))
+    assert parsed.prompt.turns == ("what?", "the  tag", "why?")
 
 
 def test_other_errors_have_the_types_of_the_client(server, client):

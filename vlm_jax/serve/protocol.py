@@ -112,10 +112,10 @@ def _parse_options(fields: Mapping, defaults: AnswerOptions) -> AnswerOptions:
     stop = (stop,) if isinstance(stop, str) else tuple(_as_list(stop, "stop"))
     if len(stop) > MAX_STOP:
         raise ApiError(f"stop has {len(stop)} texts: at most {MAX_STOP}.", param="stop")
-    default_length = _whole(fields, "max_tokens", defaults.max_new_tokens, LARGEST)
+    default_length = _whole(fields, "max_tokens", defaults.max_new_tokens, LARGEST, 1)
     options = replace(
         defaults,
-        max_new_tokens=_whole(fields, "max_completion_tokens", default_length, LARGEST),
+        max_new_tokens=_whole(fields, "max_completion_tokens", default_length, LARGEST, 1),
         temperature=fields.get("temperature", defaults.temperature),
         top_k=_whole(fields, "top_k", defaults.top_k, LARGEST),
         top_p=fields.get("top_p", defaults.top_p),
@@ -136,7 +136,11 @@ def _parse_messages(
         if not isinstance(message, dict):
             raise ApiError(f"{name} must be an object.", param=name)
         role = _field(message, "role", str, None, f"{name}.")
-        text, message_images = _parse_content(message.get("content"), name, limits, read_image)
+        content = message.get("content")
+        if role == "assistant" and isinstance(content, str):
+            # A model may write it. In a turn it would be the place of an image.
+            content = content.replace(IMAGE_PLACEHOLDER, "")
+        text, message_images = _parse_content(content, name, limits, read_image)
         characters += len(text)
         images += message_images
         if characters > limits.max_text_characters:
@@ -161,6 +165,9 @@ def _parse_messages(
             )
         if role == "assistant" and message_images:
             raise ApiError(f"{name} has an image in an answer.", param=name)
+        for key in ("tool_calls", "function_call"):
+            if message.get(key):
+                raise ApiError(f"{name} has {key}, which is not supported.", param=f"{name}.{key}")
         turns.append(text)
     if len(turns) % 2 == 0:
         raise ApiError("the last message must have the role user.", param="messages")
@@ -223,11 +230,12 @@ def _field(fields: Mapping, name: str, kind: type, default, path: str = ""):
 KINDS = {str: "text", bool: "Boolean", list: "list", dict: "JSON object"}
 
 
-def _whole(fields: Mapping, name: str, default: int, most: int) -> int:
+def _whole(fields: Mapping, name: str, default: int, most: int, least: int = 0) -> int:
     value = fields.get(name, default)
-    if type(value) is not int or not 0 <= value <= most:
+    if type(value) is not int or not least <= value <= most:
         raise ApiError(
-            f"{name} is {_shown(value)}: it must be a whole number from 0 to {most}.", param=name
+            f"{name} is {_shown(value)}: it must be a whole number from {least} to {most}.",
+            param=name,
         )
     return value
 

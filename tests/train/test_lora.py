@@ -61,6 +61,10 @@ def test_muon_takes_an_adapter_as_two_matrices():
     "cfg, message",
     [
         (replace(CFG, lora=Lora(alpha=8)), "lora.alpha has no effect without lora.rank"),
+        (
+            replace(CFG, lora=Lora(rank=4, targets=("decoder:2", "decoder:8"))),
+            "lora.targets gives decoder two ranks or alphas: leave one out",
+        ),
         (replace(CFG, lora=Lora(rank=4, targets=())), "lora.rank needs lora.targets"),
         (replace(CFG, lora=Lora(rank=0)), "lora.rank is 0: it must be at least 1, or None"),
         (replace(CFG, lora=Lora(rank=2, dropout=1.0)), "lora.dropout is 1.0: it must be below 1"),

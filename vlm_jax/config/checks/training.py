@@ -50,7 +50,12 @@ def _lora(cfg: Experiment) -> None:
                 )
     elif not lora.targets:
         raise ConfigError("lora.rank needs lora.targets, such as decoder: it is empty.")
+    distinct = {target.name: target for target in lora.parsed_targets}
     for target in lora.parsed_targets:
+        if target != distinct[target.name]:
+            raise ConfigError(
+                f"lora.targets gives {target.name} two ranks or alphas: leave one out."
+            )
         part = target.name.split(".")[0]
         if getattr(cfg.optim.lr_mult, part, None) == 0:
             raise ConfigError(

@@ -106,6 +106,24 @@ def test_quantized_weights_are_named(llava, tmp_path, dtype):
         inspect(tmp_path, stored)
 
 
+def test_8_bit_floats_are_quantized_if_the_config_names_a_method(llava, tmp_path):
+    """Their scales were listed, hundreds of them, as unknown tensors."""
+    tensors = load_file(llava / "model.safetensors")
+    matrices = [name for name, x in tensors.items() if x.ndim == 2]
+    for name in matrices:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    scales = {f"{name}_scale_inv": torch.ones(1) for name in matrices}
+    config = json.loads((llava / "config.json").read_text())
+    save_file(tensors | scales, tmp_path / "model.safetensors")
+    config |= {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with open_tensors(tmp_path) as stored, pytest.raises(UserError) as raised:
+        inspect(tmp_path, stored)
+    count = len(matrices) - 3
+    message = f"quantized weights are not supported: .* is float8_e4m3fn and {count} more. Use the"
+    assert re.search(message, str(raised.value))
+
+
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 TEXT, VISION = (
     (*SIZES, "vocab_size", "max_position_embeddings"),

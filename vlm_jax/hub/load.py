@@ -41,6 +41,7 @@ from vlm_jax.hub.text.tokenizer import (
 from vlm_jax.nn.models import abstract_params, build_model
 from vlm_jax.runtime.workdir import is_run
 
+MAX_LISTED = 3  # quantized tensors in a message
 THREADS = 2  # parameters assembled at a time; each holds memory
 # Output heads and the embeddings that they may be tied to.
 HEADS = {
@@ -189,7 +190,7 @@ def inspect(
         cfg = family.config_from_hf(config, names)
         check_values(cfg)
         rows = family.table_for(cfg, names)
-    _reject_quantized(tensors, names, folder)
+    _reject_quantized(config, tensors, names, folder)
     check(
         rows,
         {name: tensors[stored].shape for name, stored in names.items()},
@@ -202,13 +203,28 @@ def inspect(
     return checkpoint.with_adapter(read_adapter(adapter), tensors)
 
 
-def _reject_quantized(tensors: Tensors, names: Mapping[str, str], folder: Path) -> None:
-    """Raises CheckpointError for integer weights, which need their scales."""
-    dtypes = {name: str(tensors[name].dtype) for name in sorted(names.values())}
-    quantized = [f"{name} is {dtype}" for name, dtype in dtypes.items() if "float" not in dtype]
+def _reject_quantized(
+    config: Json, tensors: Tensors, names: Mapping[str, str], folder: Path
+) -> None:
+    """Raises CheckpointError for weights that need their scales.
+
+    They are integers, or 8-bit floats if config.json names a method. A merged model may still name
+    the method of its base.
+    """
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    names_method = any(part.get("quantization_config") for part in parts)
+    needs_scales = ("int", "bool", "float8") if names_method else ("int", "bool")
+    quantized = []
+    for name in sorted(names.values()):
+        dtype = str(tensors[name].dtype)
+        if any(kind in dtype for kind in needs_scales):
+            quantized.append(f"{name} is {dtype}")
     if quantized:
+        more = len(quantized) - MAX_LISTED
+        others = f" and {more} more" if more > 0 else ""
         raise CheckpointError(
-            f"{folder}: quantized weights are not supported: {'; '.join(quantized)}."
+            f"{folder}: quantized weights are not supported: {'; '.join(quantized[:MAX_LISTED])}"
+            f"{others}. Use the model in float32, bfloat16 or float16."
         )
 
 

@@ -42,6 +42,10 @@ def test_a_folder_without_weights_says_what_was_looked_for(tmp_path):
     (tmp_path / "file").touch()
     assert "is a file: name the folder that holds the checkpoint" in refusal(tmp_path / "file")
     assert all(name in refusal(tmp_path) for name in (str(tmp_path), *files.READABLE, files.INDEX))
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "a/base"}')
+    assert "is an adapter of PEFT, not a whole model: name its base model, a/base" in refusal(
+        tmp_path
+    )
 
 
 @pytest.fixture(scope="module")

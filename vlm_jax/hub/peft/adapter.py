@@ -15,10 +15,10 @@ import numpy as np
 
 from vlm_jax.config import CheckpointError
 from vlm_jax.hub.families.family import Json, get_or
+from vlm_jax.hub.tensors.folder import ADAPTER_CONFIG as CONFIG
 from vlm_jax.hub.tensors.folder import existing_folder, open_tensors, read_json
 from vlm_jax.hub.tensors.mapped import StoredTensor
 
-CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")

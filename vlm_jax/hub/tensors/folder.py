@@ -37,6 +37,7 @@ HUB_NAME = re.compile(
     r"(\w[\w.-]*(?:/\w[\w.-]*)?)"
     r"/?(?:tree/.*)?"
 )
+ADAPTER_CONFIG = "adapter_config.json"
 PARTIAL = ".partial"  # folder of incomplete files
 INDEX = ".index.json"  # suffix of the index of a file split into shards
 
@@ -97,6 +98,13 @@ def open_tensors(folder: str | os.PathLike, names: Sequence[str] = READABLE) -> 
     folder = existing_folder(folder)
     path = _find_weights(folder, names)
     if path is None:
+        if (folder / ADAPTER_CONFIG).is_file():
+            base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+            raise CheckpointError(
+                f"{folder} is an adapter of PEFT, not a whole model: name its base model, "
+                f"{base or 'which it does not state'}, as the checkpoint, and {folder} with "
+                "--adapter."
+            )
         raise CheckpointError(
             f"{folder} has no weights: expected one of {', '.join(names)}, or its {INDEX}."
         )

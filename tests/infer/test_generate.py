@@ -13,6 +13,7 @@ from vlm_jax import axes, sharding
 from vlm_jax.config import ConfigError, Mesh, NonFiniteError
 from vlm_jax.data import questions, text, tiling
 from vlm_jax.data.tokenizer import SPECIALS, Tokenizer
+from vlm_jax.infer.answer import AnswerOptions
 from vlm_jax.infer.generate import (
     NonFiniteLogits,
     SamplingParams,
@@ -218,6 +219,12 @@ def test_a_stream_stops_when_every_row_has_ended():
 
 
 LOGITS = jax.numpy.log(jax.numpy.array([[0.5, 0.3, 0.15, 0.05]]))
+
+
+def test_a_temperature_near_0_takes_the_most_likely_token():
+    """Logits overflowed, and the first token with one above 0 was taken."""
+    how = AnswerOptions(temperature=1e-50).sampling(())
+    assert choose(jax.numpy.array([[1.0, 2.0, 3.0]]), jax.random.key(0), how).tolist() == [2]
 
 
 def chosen(how, draws=2000):

@@ -19,6 +19,8 @@ from vlm_jax.nn.vlm import VLM
 from vlm_jax.structs import Batch, image_arrays
 
 SHOWN_CHARACTERS = 40  # of a prompt, in a message
+# Logits that are divided by a lower one overflow float32.
+LEAST_TEMPERATURE = 1e-6
 # Prompts are padded to a multiple of it, so that prompts of like lengths share a compiled program.
 LENGTH_MULTIPLE = 64
 
@@ -44,7 +46,8 @@ class AnswerOptions:
 
     def sampling(self, eos: tuple[int, ...]) -> SamplingParams:
         """Returns the options of the token loop; `eos` are the ids that end an answer."""
-        return SamplingParams(eos, self.temperature, self.top_k, self.top_p)
+        temperature = max(self.temperature, LEAST_TEMPERATURE) if self.temperature else 0.0
+        return SamplingParams(eos, temperature, self.top_k, self.top_p)
 
     def answer_text(self, processor: Processor) -> AnswerText:
         """Returns the empty text of an answer, which takes its tokens."""

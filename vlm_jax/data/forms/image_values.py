@@ -19,7 +19,7 @@ def read_images(value: object, name: str) -> list[str | bytes]:
 
 
 def _is_null(value: object) -> bool:
-    """Returns whether a value is no image; in some Parquet files a struct of nulls is none."""
+    """Returns whether an image is missing; some Parquet files have a struct of nulls then."""
     if isinstance(value, dict):
         return bool(value) and all(item is None for item in value.values())
     return value in (None, "")

@@ -298,6 +298,10 @@ GENERATE_MISTAKES = {
         ["--workdir", "run", "--temperature", "-1", "--image", "a", "--prompt", "hi"],
         "--temperature -1.0: it must be at least 0",
     ),
+    "an option of sampling without a temperature": (
+        ["--workdir", "run", "--top-p", "0.5", "--image", "a", "--prompt", "hi"],
+        "--top-p 0.5 has no effect with --temperature 0",
+    ),
     "images of a model without any": (
         ["--workdir", "blind", "--image", "a", "--prompt", "hi"],
         "--workdir blind is a text-only model: leave out --image",

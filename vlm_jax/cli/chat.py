@@ -10,6 +10,7 @@ from vlm_jax.cli.model import (
     ANSWER_OPTIONS,
     MODEL_OPTIONS,
     answer_options,
+    check_effect,
     open_model,
     parse_model,
 )
@@ -35,6 +36,7 @@ def chat(arguments: list[str]) -> int:
     """Answers the lines of stdin."""
     args, cfg = parse_model("chat", arguments, OPTIONS, CHAT)
     options = answer_options(args, cfg)
+    check_effect(options)
     from vlm_jax.infer.session import Session
     from vlm_jax.nn.models import build_model
 

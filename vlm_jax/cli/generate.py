@@ -7,6 +7,7 @@ from vlm_jax.cli.model import (
     ANSWER_OPTIONS,
     MODEL_OPTIONS,
     answer_options,
+    check_effect,
     open_model,
     parse_model,
 )
@@ -62,6 +63,7 @@ def generate(arguments: list[str]) -> int:
     pairs = _pair(args)
     _check_pairs(args, model.cfg, pairs)
     options = answer_options(args, cfg)
+    check_effect(options)
     request = answer.encode(
         build_model(model.cfg),
         model.load_processor(),

@@ -108,6 +108,23 @@ def answer_options(args: argparse.Namespace, cfg: Experiment | None):
     return options
 
 
+def check_effect(options) -> None:
+    """Raises ConfigError for an option of sampling beside a temperature of 0.
+
+    Args:
+      options: `infer.answer.AnswerOptions` that stay as they are for all answers.
+    """
+    if options.temperature:
+        return
+    for name in ("top_k", "top_p"):
+        value = getattr(options, name)
+        if value != ANSWER_OPTIONS[name]["default"]:
+            raise ConfigError(
+                f"{spell(name)} {value} has no effect with --temperature 0, which takes the most "
+                f"likely token: set --temperature, such as 0.7, or leave {spell(name)} out."
+            )
+
+
 def spell(name: str) -> str:
     """Returns an option as it is written on the command line."""
     return f"--{name.replace('_', '-')}"

@@ -2,14 +2,13 @@
 
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 
-from vlm_jax.config import Rope
+from vlm_jax.config import Projector, Rope
 from vlm_jax.data import questions
 from vlm_jax.nn.vlm import empty_cache
-from vlm_jax.structs import PADDING, Batch
+from vlm_jax.structs import PADDING, Batch, image_arrays, map_token_fields, without_images
 from vlm_jax.testing import tiny
 
 # Tokens that follow the prompt one at a time; the third is the first beyond the original length.
@@ -25,8 +24,14 @@ class Letters:
 
 
 def longrope(kind):
-    """An experiment with an original length of `BEYOND` tokens less than its prompts."""
+    """An experiment with an original length of `BEYOND` tokens less than its prompts.
+
+    `hybrid` has DeepStack, in the sequence and in the memory.
+    """
     cfg = tiny(kind)
+    if kind == "hybrid":
+        vision = replace(cfg.vision, max_patches=4, patch_square=2, deepstack_layers=(1,))
+        cfg = replace(cfg, vision=vision, projector=Projector("pixel_shuffle", factor=2))
     rope = Rope(
         scaling="longrope",
         factor=4.0,
@@ -40,6 +45,7 @@ def longrope(kind):
 def prompts(cfg) -> Batch:
     """Two left-padded questions about an image each."""
     side = cfg.vision.image_size_px
+    # Every image has four patches.
     images = np.random.default_rng(0).uniform(-1, 1, (2, 1, side, side, 3)).astype(np.float32)
     return questions.prompt_batch(cfg, Letters(), list(images), ["is it red?", "what shape is it?"])
 
@@ -59,13 +65,12 @@ def test_cached_is_uncached_on_both_sides_of_the_original_length(kind, forward, 
     cfg = longrope(kind)
     params, whole = random_params(cfg), prompts(cfg)
     length = whole.tokens.shape[1]
-    text = whole.replace(images=None)
-    prompt = jax.tree.map(lambda x: x[:, : length - NEW], text).replace(images=whole.images)
+    text = without_images(whole)
+    prompt = map_token_fields(lambda x: x[:, : length - NEW], text).replace(**image_arrays(whole))
     out = forward(cfg, params, prompt, empty_cache(cfg.model, prompt, NEW))
     for at in range(length - NEW, length):
-        out = forward(
-            cfg, params, jax.tree.map(lambda x, at=at: x[:, at : at + 1], text), out.cache
-        )
+        token = map_token_fields(lambda x, at=at: x[:, at : at + 1], text)
+        out = forward(cfg, params, token, out.cache)
         uncached = forward(cfg, params, cut(whole, at + 1)).logits[:, at]
         np.testing.assert_allclose(out.logits[:, 0], uncached, atol=2e-4, err_msg=f"token {at}")
 

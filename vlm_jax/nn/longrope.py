@@ -81,9 +81,13 @@ def _record(inputs: DecoderInputs, cache: Cache) -> Cache:
     # The keys and values of the image tokens have no positions and stay valid.
     inputs = inputs.replace(memory=None, deepstack_memory=None)
     buffers = jax.tree.map(empty, inputs) if cache.inputs is None else cache.inputs
+    if buffers.deepstack is not None and inputs.deepstack is None:
+        # No token of an answer is an image token.
+        levels = jnp.zeros((len(buffers.deepstack), *inputs.x.shape), inputs.x.dtype)
+        inputs = inputs.replace(deepstack=levels)
     return cache.replace(inputs=jax.tree.map(write, inputs, buffers))
 
 
 def _slot_axis(x) -> int:
-    """Axis of S: 1 in (B, S, ...), 2 in masks (B, 1, S, T)."""
+    """Axis of S: 1 in (B, S, ...), 2 in masks (B, 1, S, T) and DeepStack (L, B, S, D)."""
     return 1 if x.ndim < 4 else 2

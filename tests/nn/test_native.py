@@ -310,3 +310,22 @@ def test_the_tokens_of_an_image_are_as_many_as_its_squares():
     batch = prompts(experiment("unified"))
     counts = [(np.asarray(index) != NO_IMAGE).sum() for index in batch.image_token_index]
     assert counts == [6 + 2, 6, 1, 0]
+
+
+def test_a_batch_of_small_images_is_short():
+    """Evaluation compiles one program for each halving, a prompt has the patches that it needs."""
+    cfg = experiment("unified")
+
+    def shape(*images, text="?", **options):
+        batch = questions.prompt_batch(cfg, Letters(), [[*images]], [text], **options)
+        return batch.tokens.shape[1], batch.images.shape[1]
+
+    small, large = picture(1, 1), picture(2, 3)
+    cfg = replace(cfg, data=replace(cfg.data, images_per_row=1))
+    assert shape(small) == (1 + 2, 16 * 4)
+    most = {"length": 50, "is_longest": True}
+    assert shape(large, **most) == (13, MOST)
+    assert shape(small, **most) == (4, 4)
+    assert shape(large, text="which of the two?" * 2, **most) == (50, MOST)
+    assert shape(small, text="which of the two?", **most) == (25, 4)
+    assert shape(small, small, large, small, **most) == (13, 4 * MOST // 2)

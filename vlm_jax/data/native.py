@@ -12,6 +12,8 @@ from vlm_jax.config.tile_maps import Shape
 from vlm_jax.structs import PADDING
 
 MAX_ASPECT = 200  # of an image: a longer one has no sensible size in patches
+# The squares of a row of prompts are padded to a multiple of it: fewer shapes are compiled.
+SQUARES_MULTIPLE = 16
 
 
 class PackedPatches(NamedTuple):
@@ -83,6 +85,18 @@ def patch_places(grid: tuple[int, int], square: int) -> np.ndarray:
 def count_squares(image: Shape, vision: Vision) -> int:
     """Returns the number of tokens of an image of (height, width) px."""
     return math.prod(token_grid(image, vision))
+
+
+def padded_length(patches: int, square: int) -> int:
+    """Returns P of a batch of prompts with at most this many patches in a row."""
+    return patches + -patches % (SQUARES_MULTIPLE * square**2)
+
+
+def halve(most: int, needed: int) -> int:
+    """Returns `most`, halved as often as `needed` allows: batches then have few lengths."""
+    while needed <= -(-most // 2) < most:
+        most = -(-most // 2)
+    return most
 
 
 def pack(

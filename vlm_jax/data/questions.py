@@ -258,6 +258,7 @@ def prompt_batch(
     systems: Sequence[str | None] | None = None,
     sources: Sequence[str] | None = None,
     pad_to_multiple_of: int = 1,
+    is_longest: bool = False,
 ) -> Batch:
     """Makes a batch to continue, padded on the left, of prompts and the images of each.
 
@@ -277,6 +278,8 @@ def prompt_batch(
       sources: for each prompt, the name of the source of the mixture that it has the form of; None:
         all have the form of `data`.
       pad_to_multiple_of: without `length`, S is rounded up to a multiple of it.
+      is_longest: `length` has room for images of the most patches. S and P are halved as often as
+        the rows of this batch allow.
     """
     tiles = [_tiles_of_row(cfg, row) for row in images]  # for each row of images
     tiles_by_slot = _by_slot(tiles)
@@ -294,14 +297,19 @@ def prompt_batch(
     parts = _parts_of_prompts(cfg)
     forms = [parts[source] for source in sources]
     entries = list(zip(forms, prompts, tiles, answers, histories, systems, strict=True))
-    if length is None:
+    most_images = None
+    if length is not None and cfg.fusion.has_images:
+        most_images = max_images = max(max_images, cfg.data.images_per_row)
+    if length is None or is_longest:
         lengths = []
         for form, prompt, counts, answer, history, system in entries:
             row = prompt_row(form, tokenizer, prompt, counts, None, answer, history, system)
             lengths.append(len(row["tokens"]))
-        length = max(lengths) + -max(lengths) % pad_to_multiple_of
-    elif cfg.fusion.has_images:
-        max_images = max(max_images, cfg.data.images_per_row)
+        longest = max(lengths)
+        if length is None:
+            length = longest + -longest % pad_to_multiple_of
+        else:
+            length = native.halve(length, longest)
     views = max_images * cfg.vision.views
     rows = []
     for form, prompt, counts, answer, history, system in entries:
@@ -315,12 +323,31 @@ def prompt_batch(
     if cfg.vision.keeps_aspect_in_tiles:
         return _stack_tiles(cfg, batch, images, tiles, max_images)
     if cfg.vision.is_native:
-        packed = native.pack_images(images, cfg.vision, max_images * cfg.vision.most_patches)
+        patches = _count_patches(cfg, images, most_images)
+        packed = native.pack_images(images, cfg.vision, patches)
         return batch.replace(**packed._asdict())
     pixels = [_zero_pad(tiling.stack_views(row, cfg.vision), 0, views) for row in images]
     memory = batching.map_memory(cfg, tiles_by_slot, (len(images), max_images))
     batch = batch.replace(images=np.stack(pixels), map_memory=memory)
     return batching.as_tiled_batch(cfg, batch)
+
+
+def _count_patches(
+    cfg: Experiment, images: Sequence[Sequence[np.ndarray]], most_images: int | None
+) -> int:
+    """Returns P of a batch of prompts at native resolution.
+
+    With `most_images` it is the most patches of this number of images, halved as often as the
+    images allow, so that few shapes are compiled.
+    """
+    vision = cfg.vision
+    square = vision.patch_square**2
+    squares = []
+    for row in images:
+        squares.append(sum(native.count_squares(image.shape[:2], vision) for image in row))
+    if most_images is None:
+        return native.padded_length(max(squares) * square, vision.patch_square)
+    return native.halve(most_images * vision.max_squares, max(squares)) * square
 
 
 def _tiles_of_row(cfg: Experiment, images: Sequence[np.ndarray]) -> list[tiling.Tiles]:
@@ -374,8 +401,8 @@ def question_batch(
     """Makes the `prompt_batch` of questions, each about the images of its `image_sources` entry.
 
     Images that several questions share are in the batch once. `image_rows` is the smallest number
-    of rows of images: set it, like `length`, to get batches of one shape. `answers` as in
-    `prompt_batch`.
+    of rows of images: set it, like `length`, to get batches of one shape, or at native resolution
+    of few. `answers` as in `prompt_batch`.
     """
     readers = list(dict.fromkeys(source.images for source in image_sources))
     images = [_read_normalized(cfg, reader) for reader in readers]
@@ -396,6 +423,7 @@ def question_batch(
         histories=histories,
         systems=systems,
         sources=sources,
+        is_longest=length is not None and cfg.vision.is_native,
     )
 
 

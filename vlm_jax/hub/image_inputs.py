@@ -20,8 +20,6 @@ from vlm_jax.structs import NO_IMAGE, Batch
 Arrays = Mapping[str, np.ndarray]
 # The images that each token attends to; in the first, their tiles.
 IMAGE_MASKS = ("cross_attention_mask", "image_attention_mask")
-# The patches of a row are padded to a multiple of this many squares: fewer shapes are compiled.
-PATCHES = 16
 
 
 def image_batch(cfg: Experiment, arrays: Arrays) -> Batch:
@@ -149,7 +147,7 @@ def native_fields(
             numbers[is_token[row]], [token_grids[image] for image in images]
         )
     longest = max(sum(map(len, row)) for row in rows_patches)
-    length = longest + -longest % (PATCHES * side**2)
+    length = native.padded_length(longest, side)
     packed = native.pack(rows_patches, rows_grids, side, length)
     return packed._asdict() | {
         "tokens": np.where(is_image, 0, ids),

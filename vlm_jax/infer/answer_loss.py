@@ -29,8 +29,8 @@ def answer_losses(
     """Returns the loss of the right answer to each question, about the images of its
     `image_sources` entry.
 
-    Batches have one shape, so that one program is compiled. Of several right answers, the one that
-    the training data has counts (`Question.answer`).
+    Batches have one shape, or at native resolution few, so that few programs are compiled. Of
+    several right answers, the one that the training data has counts (`Question.answer`).
 
     Raises:
       NonFiniteLogits: the model computes NaN for a question.

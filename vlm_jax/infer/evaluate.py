@@ -235,9 +235,11 @@ def shuffle_images(examples: list[Question]) -> list[Question]:
 class Answerer:
     """Generates answers to questions in batches of one shape, which is compiled once.
 
+    At native resolution the images of a batch decide which of a few shapes it has.
+
     Attributes:
       batch_size: number of questions in a batch.
-      row_length: S of a batch.
+      row_length: S of a batch with the largest images.
       image_rows: number of rows of images of a batch.
     """
 

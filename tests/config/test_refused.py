@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from vlm_jax.config import (
+    PROJECTORS,
     ConfigError,
     Experiment,
     Fusion,
@@ -21,6 +22,7 @@ from vlm_jax.config.bounds import (
     BELOW,
     PATHS,
 )
+from vlm_jax.config.model.projector import ProjectorSpec
 from vlm_jax.config.validate import (
     element_type,
     flat,
@@ -461,6 +463,19 @@ def test_an_encoder_that_reads_tiles_together_is_not_refused():
 def test_tokens_that_are_read_alone_may_lie_behind_the_vocabulary():
     """As the image token of Llama 3.2 Vision does."""
     validate(changed(tiny(), decoder_extra_tokens=8, data_special_ids=(0, 307, 2, 299)))
+
+
+def test_a_projector_that_cannot_take_packed_patches_is_refused(monkeypatch):
+    """Such as the one of docs/extending.md."""
+    cfg = changed(tiny(), vision_max_patches=8, vision_patch_square=2, projector_kind="mine")
+    for tokens in ("squares", "queries"):
+        monkeypatch.setitem(PROJECTORS, "mine", ProjectorSpec("Mine", tokens, fields=("factor",)))
+        message = "kind mine does not take images at native resolution: .* choose linear, mlp, pix"
+        with pytest.raises(ConfigError, match=message):
+            validate(cfg)
+    able = ProjectorSpec("Mine", "squares", fields=("factor",), native=True)
+    monkeypatch.setitem(PROJECTORS, "mine", able)
+    validate(cfg)
 
 
 def test_room_for_exactly_the_row_is_enough():

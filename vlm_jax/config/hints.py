@@ -113,6 +113,10 @@ SYNONYMS = {
     ),
     **dict.fromkeys(("image_size", "img_size", "resolution"), "vision.image_size_px"),
     **dict.fromkeys(("patch", "patch_size"), "vision.patch_size_px"),
+    **dict.fromkeys(
+        ("native_resolution", "dynamic_resolution", "max_pixels", "max_num_patches"),
+        "vision.max_patches",
+    ),
     **dict.fromkeys(("decoder", "llm", "language_model", "text_model"), "decoder.checkpoint"),
     **dict.fromkeys(
         ("model", "model_name_or_path", "model_path", "pretrained", "finetune_from"), "init_from"

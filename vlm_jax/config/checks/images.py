@@ -168,6 +168,12 @@ def _native(cfg: Experiment) -> None:
                 f"vision.{name} {getattr(vision, name)} is not possible at native resolution: "
                 "leave out vision.max_patches, or choose another value."
             )
+    if not projector.spec.takes_native:
+        kinds = either([kind for kind, spec in PROJECTORS.items() if spec.takes_native])
+        raise ConfigError(
+            f"projector.kind {projector.kind} does not take images at native resolution: leave out "
+            f"vision.max_patches, choose {kinds}, or add native=True to its row of PROJECTORS."
+        )
     if vision.patch_square != projector.merged_side:
         raise ConfigError(
             f"vision.patch_square {vision.patch_square} must be the side of the squares of patches "

@@ -17,6 +17,13 @@ class ProjectorSpec:
     #: square of the grid; queries: `queries`, whatever goes in
     tokens: Literal["all", "squares", "queries"] = "all"
     fields: tuple[str, ...] = ()  # settings of `Projector` that the class uses
+    #: squares, queries: the class also takes the packed patches of images at native resolution
+    native: bool = False
+
+    @property
+    def takes_native(self) -> bool:
+        """True if it projects images at native resolution: by the row, or each token alone."""
+        return self.native or self.tokens == "all"
 
 
 # Settings of projectors that merge squares of tokens.
@@ -33,11 +40,11 @@ RESAMPLING = (*QUERYING, "block_norms", "projection", "mlp_width", "activation")
 PROJECTORS = {
     "linear": ProjectorSpec("Linear", fields=("bias",)),
     "mlp": ProjectorSpec("Mlp", fields=("bias", "activation", "mlp_width")),
-    "pixel_shuffle": ProjectorSpec("PixelShuffle", tokens="squares", fields=MERGING),
-    "average_pool": ProjectorSpec("AveragePool", tokens="squares", fields=MERGING),
-    "resampler": ProjectorSpec("Resampler", tokens="queries", fields=RESAMPLING),
+    "pixel_shuffle": ProjectorSpec("PixelShuffle", tokens="squares", fields=MERGING, native=True),
+    "average_pool": ProjectorSpec("AveragePool", tokens="squares", fields=MERGING, native=True),
+    "resampler": ProjectorSpec("Resampler", tokens="queries", fields=RESAMPLING, native=True),
     "qformer": ProjectorSpec(
-        "QFormer", tokens="queries", fields=(*QUERYING, "width", "cross_every")
+        "QFormer", tokens="queries", fields=(*QUERYING, "width", "cross_every"), native=True
     ),
     "none": ProjectorSpec("Identity"),
 }

@@ -1,6 +1,7 @@
 """Training conversations have the tokens of the inference prompt, and only answers are scored."""
 
 import functools
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,8 +224,17 @@ def test_a_template_that_rewrites_questions_is_refused(folder_of, tmp_path):
 def test_a_template_that_changes_a_question_is_refused(tmp_path):
     """LLaVA-OneVision's writes a space behind `assistant` once there is an answer."""
     folder = ABOUT_IMAGES["llava_onevision"](tmp_path).path
-    with pytest.raises(UserError, match="changes a question once it is answered"):
-        dialogue_of("llava_onevision", folder).encode([QUESTION, ANSWER])
+    dialogue = dialogue_of("llava_onevision", folder)
+    difference = re.escape(r"'t|>assistant\n' to 't|>assistant \na red car<'")
+    with pytest.raises(UserError, match=f"changes a question once it is answered, .*{difference}"):
+        dialogue.encode([QUESTION, ANSWER])
+    source = dialogue.template.source
+    corrected = source.replace("m['role'] + ' '", "m['role'] + ' ' * (m['role'] == 'user')")
+    corrected = replace(dialogue, template=ChatTemplate(corrected, tmp_path))
+    turns = [QUESTION, ANSWER, "and the sky?", "blue"]
+    text, spans = corrected.script(turns)
+    assert [text[start:end] for start, end in spans] == ["a red car<|im_end|>", "blue<|im_end|>"]
+    assert text.startswith(dialogue.prompt_text(turns[:1]))
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -132,7 +132,7 @@ def test_a_template_without_a_system_turn_names_the_record(checkpoints):
         ),
         (
             "{{ messages | length }}{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}",
-            "changes a question once it is answered",
+            "changes a question once it is answered, '1what is it?' to '6what is it?'",
         ),
         (
             "{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}"

@@ -32,6 +32,7 @@ NO_SYSTEM_TURN = (
     "data.template to vicuna, or remove the system turns."
 )
 CANNOT_MARK = "so its answers cannot be marked: set data.template to plain or vicuna."
+SHOWN_CHARACTERS = 12  # of a text, before and after its first difference from another
 NO_TOKEN = -1  # id of an image without a token in the text
 
 
@@ -136,8 +137,10 @@ class Dialogue:
         for number in range(len(chat) - len(messages) + 1, len(chat), 2):
             prompt = self._render(chat[:number])
             if not whole.startswith(prompt):
+                asked, answered = _show_difference(prompt, whole)
                 raise CheckpointError(
-                    f"the chat template changes a question once it is answered, {CANNOT_MARK}"
+                    f"the chat template changes a question once it is answered, {asked!r} to "
+                    f"{answered!r}, {CANNOT_MARK[:-1]}, or correct the template."
                 )
             end = len(whole)
             if number + 1 < len(chat):
@@ -324,6 +327,13 @@ class Dialogue:
                 if text.endswith(self.tokenizer.id_to_token(i)):
                     return i
         return self.eos_ids[0]
+
+
+def _show_difference(first: str, second: str) -> tuple[str, str]:
+    """Returns the characters of two texts around their first difference."""
+    start = len(os.path.commonprefix([first, second]))
+    shown = slice(max(0, start - SHOWN_CHARACTERS), start + SHOWN_CHARACTERS)
+    return first[shown], second[shown]
 
 
 def _is_answered(messages: Sequence[str]) -> bool:

@@ -136,6 +136,9 @@ class PixtralFormat(TextFormat):
         tokens = [processor.get(name) or token for name, token in zip(names, defaults)]
         return cls(tokenizer, patch * side, *tokens)
 
+    def expand(self, text):
+        return text.replace(self.image_token, self.image_token + self.end_token)
+
     def prompt(self, text, images=(), add_special_tokens=True):
         check_placeholders(text, self.image_token, len(images))
         texts = []

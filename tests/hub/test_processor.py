@@ -22,6 +22,7 @@ from vlm_jax.config import UserError
 from vlm_jax.hub.load import inspect
 from vlm_jax.hub.processor import HubProcessor
 from vlm_jax.hub.tensors.folder import open_tensors
+from vlm_jax.hub.text.tokenizer import HubTokenizer
 from vlm_jax.structs import NO_IMAGE
 
 QUESTION = "what is it?"
@@ -163,7 +164,7 @@ def test_a_caption_is_asked_for_as_transformers_asks(folder_of, pictures, name):
     "name",
     [
         *("llava", "llava_next", "llava_onevision", "paligemma", "gemma3", "idefics3", "internvl"),
-        *("qwen2.5 vl", "fuyu", "mllama", "idefics", "blip-2"),
+        *("qwen2.5 vl", "qwen3 vl", "mistral 3", "fuyu", "mllama", "idefics", "blip-2"),
     ],
 )
 def test_the_answer_about_images_is_that_of_transformers(folder_of, pictures, name, capsys):
@@ -243,6 +244,13 @@ def test_the_answer_ends_where_generation_config_says_and_its_end_is_not_printed
     ]
     path = changed(folder, tmp_path, generation_config={"eos_token_id": [10_000, int(made[3])]})
     assert said(capsys, path, "--prompt", QUESTION) == folder.tokenizer.decode(made[:3]) + "\n"
+
+
+def test_every_family_ends_where_generation_config_says(folder_of, tmp_path):
+    for name in ABOUT_IMAGES | CAPTIONS | OF_TEXT:
+        ends = {"eos_token_id": [5, 9]}
+        path = changed(folder_of(name), tmp_path / name, generation_config=ends)
+        assert HubTokenizer.load(path).eos_ids == (5, 9), name
 
 
 def test_an_end_that_only_the_tokenizer_states_ends_the_answer(folder_of, tmp_path, capsys):

@@ -269,6 +269,16 @@ def llama3(folder: Path, model_type: str = "llama") -> None:
     )
 
 
+def mistral3(folder: Path) -> None:
+    names = ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
+    byte_level("<s>", "</s>", "<pad>", "[IMG]", "[IMG_BREAK]", "[IMG_END]", *names).save(
+        str(folder / "tokenizer.json")
+    )
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    write(folder, config={"model_type": "mistral3"}, tokenizer_config=settings)
+
+
 def llama3_called_llama(folder: Path) -> None:
     llama3(folder)
     write(

@@ -119,8 +119,11 @@ def assert_blocks_are_equal(pair: Pair, atol: float, **inputs) -> None:
     """Compares the input of the blocks and the output of each; the error names the first."""
     tensors = {name: torch.tensor(x) for name, x in inputs.items()}
     with torch.no_grad():
+        outputs = pair.hf(**tensors, output_hidden_states=True)
+        # BLIP-2's are of its language model.
+        outputs = getattr(outputs, "language_model_outputs", outputs)
         # The last hidden state of transformers is after the final norm.
-        *expected, _ = pair.hf(**tensors, output_hidden_states=True).hidden_states
+        *expected, _ = outputs.hidden_states
     decoder = pair.intermediates(**inputs)["decoder"]
     states = [decoder["embeddings"][0], *decoder["blocks"]["layers"]["block_0_out"][0]]
     is_token = inputs["attention_mask"] == 1

@@ -28,8 +28,7 @@ class TestBlip2(UnifiedLaws):
             ),
         )
     }
-    # OPT's are compared in test_opt.py, and decoding with the KV cache in test_processor.py.
-    test_blocks_are_those_of_transformers_in_order = None
+    # Decoding with the KV cache is compared in test_processor.py.
     test_cached_greedy_tokens_are_those_of_transformers = None
 
     def config_keys(self, pair):

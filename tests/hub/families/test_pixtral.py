@@ -1,31 +1,21 @@
 """Pixtral and Mistral 3: outputs equal to transformers', exact export."""
 
-import functools
-import json
-
-import jax
 import numpy as np
 import pytest
 import torch
 from transformers import (
-    AutoTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
-    PixtralImageProcessorPil,
     PixtralVisionConfig,
 )
-from transformers.image_utils import load_image
 
-from tests.hub import tiny_tokenizers
-from tests.hub.parity import SMALL, saved
-from tests.hub.tiny_checkpoints import pictures
-from tests.hub.unified import IMAGE_COUNTS, MIXED, NEW, TEXT_LENGTHS, Pair, UnifiedLaws, padded
+from tests.hub.parity import SMALL
+from tests.hub.unified import IMAGE_COUNTS, MIXED, NEW, TEXT_LENGTHS, UnifiedLaws, padded
 from vlm_jax.config import UserError
 from vlm_jax.hub.families.multimodal import mistral3
-from vlm_jax.hub.processor import HubProcessor
 
 IMAGE, BREAK = 62, 61
 # Rows and columns of the patches of images.
@@ -66,7 +56,8 @@ class TestPixtral(UnifiedLaws):
             ),
         ),
     }
-    CACHED = ("mistral 3",)
+    # Decoding with the KV cache is compared in test_processor.py.
+    test_cached_greedy_tokens_are_those_of_transformers = None
 
     def config_keys(self, pair):
         return {"image_token_index": IMAGE}
@@ -111,37 +102,3 @@ class TestPixtral(UnifiedLaws):
 def test_what_is_not_supported_is_refused_by_its_name(config, found):
     with pytest.raises(UserError, match=found):
         mistral3.config_from_hf(config, ())
-
-
-def test_prompts_and_pixels_are_those_of_the_processor(tmp_path):
-    """PixtralProcessor needs torchvision, so its text is written here: a token for each square.
-
-    Its image processor gets the side of the squares as the side of a patch.
-    """
-    tiny_tokenizers.llama3(tmp_path, "mistral3")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    tokenizer.add_tokens(["[IMG]", "[IMG_BREAK]", "[IMG_END]"], special_tokens=True)
-    images = PixtralImageProcessorPil(size={"longest_edge": 24}, patch_size=4)
-    config = Mistral3Config(
-        vision_config=TOWER,
-        text_config=TEXT.to_dict() | {"vocab_size": len(tokenizer)},
-        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
-        tie_word_embeddings=False,
-    )
-    hf = saved(Mistral3ForConditionalGeneration(config), tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    images.save_pretrained(tmp_path)
-    processor = {"processor_class": "PixtralProcessor", "patch_size": 4, "spatial_merge_size": 2}
-    (tmp_path / "processor_config.json").write_text(json.dumps(processor))
-
-    files = [path for path in pictures(tmp_path).values() if path.name != "b.png"][:2]
-    inputs = images(images=[load_image(str(x)) for x in files], patch_size=8, return_tensors="np")
-    texts = []
-    for height, width in inputs["image_sizes"] // 8:
-        rows = ["[IMG]" * width] * height
-        texts.append("[IMG_BREAK]".join(rows) + "[IMG_END]")
-    ids = tokenizer(f"{texts[0]} and {texts[1]}: what is it?", return_tensors="np")
-    pair = Pair.load(hf, tmp_path)
-    batch = HubProcessor.load(pair.checkpoint)(["[IMG] and [IMG]: what is it?"], [files])
-    expected = pair.batch(generating=True, **ids, **inputs)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), batch, expected)

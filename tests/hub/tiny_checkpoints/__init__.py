@@ -3,7 +3,7 @@
 from tests.hub.tiny_checkpoints.common import TEXT, TOWER, Folder
 from tests.hub.tiny_checkpoints.image_files import pictures
 from tests.hub.tiny_checkpoints.in_memory import idefics, mllama, trocr, vit_gpt2
-from tests.hub.tiny_checkpoints.shapes import fuyu, qwen2_5_vl
+from tests.hub.tiny_checkpoints.shapes import fuyu, mistral3, pixtral, qwen2_5_vl, qwen3_vl
 from tests.hub.tiny_checkpoints.squares import (
     blip_2,
     gemma3,
@@ -20,6 +20,7 @@ from tests.hub.tiny_checkpoints.tiles import (
     internvl,
     llava_next,
     llava_onevision,
+    smolvlm,
 )
 
 __all__ = [
@@ -43,13 +44,17 @@ __all__ = [
     "llava_next",
     "llava_onevision",
     "llava_without_a_template",
+    "mistral3",
     "mistral_chat",
     "mllama",
     "paligemma",
     "paligemma2",
     "pictures",
+    "pixtral",
     "qwen2_5_vl",
     "qwen3",
+    "qwen3_vl",
+    "smolvlm",
     "trocr",
     "vit_gpt2",
     "zephyr_chat",
@@ -64,8 +69,12 @@ ABOUT_IMAGES = {
     "paligemma 2": paligemma2,
     "gemma3": gemma3,
     "idefics3": idefics3,
+    "smolvlm": smolvlm,
     "internvl": internvl,
     "qwen2.5 vl": qwen2_5_vl,
+    "qwen3 vl": qwen3_vl,
+    "pixtral": pixtral,
+    "mistral 3": mistral3,
     "fuyu": fuyu,
     "mllama": mllama,
     "idefics": idefics,

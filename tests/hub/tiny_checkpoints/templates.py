@@ -12,6 +12,16 @@ MISTRAL_CHAT = (
     "{{ raise_exception('roles must alternate') }}{% endif %}"
     "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endfor %}"
 )
+MISTRAL3_CHAT = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{{ '[SYSTEM_PROMPT]' + (m['content'] if m['content'] is string else m['content'][0]['text'])"
+    " + '[/SYSTEM_PROMPT]' }}{% elif m['role'] == 'user' %}{{ '[INST]' }}"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '[IMG]' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '[/INST]' }}{% else %}"
+    "{{ m['content'] if m['content'] is string else m['content'][0]['text'] }}{{ eos_token }}"
+    "{% endif %}{% endfor %}"
+)
 # The last answer has an empty block of reasoning, which earlier answers lose.
 QWEN3_CHAT = (
     "{% set last = namespace(question=-1) %}{% for m in messages if m['role'] == 'user' %}"

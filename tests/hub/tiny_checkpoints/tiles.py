@@ -23,7 +23,11 @@ from transformers import (
     MistralConfig,
     Qwen2Config,
     SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMImageProcessorPil,
 )
+from transformers.models.smolvlm import processing_smolvlm
 
 from tests.hub import tiny_tokenizers
 from tests.hub.tiny_checkpoints.common import (
@@ -96,28 +100,47 @@ def llava_onevision(path: Path) -> Folder:
     )
 
 
-def idefics3(path: Path, do_image_splitting: bool = True) -> Folder:
+def _idefics3(path: Path, config, model, images, processor, splits: bool = True) -> Folder:
     tokenizer = load_tokenizer(path, tiny_tokenizers.idefics3)
-    images = Idefics3ImageProcessorPil(
-        size={"longest_edge": 84},
-        max_image_size={"longest_edge": 28},
-        do_image_splitting=do_image_splitting,
+    pixels = images(
+        size={"longest_edge": 84}, max_image_size={"longest_edge": 28}, do_image_splitting=splits
     )
-    config = Idefics3Config(
+    settings = config(
         vision_config=TOWER,
         text_config=LlamaConfig(**TEXT, vocab_size=len(tokenizer)),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
     )
-    return finish(
-        Idefics3ForConditionalGeneration(config),
-        Idefics3Processor(images, tokenizer, image_seq_len=4),
-        path,
-        IDEFICS3_CHAT,
-    )
+    reader = processor(pixels, tokenizer, image_seq_len=4)
+    return finish(model(settings), reader, path, IDEFICS3_CHAT)
+
+
+IDEFICS3 = (
+    *(Idefics3Config, Idefics3ForConditionalGeneration),
+    *(Idefics3ImageProcessorPil, Idefics3Processor),
+)
+
+
+def idefics3(path: Path) -> Folder:
+    return _idefics3(path, *IDEFICS3)
 
 
 def idefics3_whole(path: Path) -> Folder:
-    return idefics3(path, do_image_splitting=False)
+    return _idefics3(path, *IDEFICS3, splits=False)
+
+
+class SmolVLMProcessor(WithoutVideos, processing_smolvlm.SmolVLMProcessor):
+    # Its own reads the settings of videos.
+    apply_chat_template = transformers.ProcessorMixin.apply_chat_template
+
+    def __init__(self, image_processor, tokenizer, image_seq_len=169, chat_template=None):
+        # A package that writes the numbers of frames of videos as words.
+        processing_smolvlm.num2words = str
+        super().__init__(image_processor, tokenizer, None, image_seq_len, chat_template)
+
+
+def smolvlm(path: Path) -> Folder:
+    models = SmolVLMConfig, SmolVLMForConditionalGeneration
+    return _idefics3(path, *models, SmolVLMImageProcessorPil, SmolVLMProcessor)
 
 
 class InternVLProcessor(WithoutVideos, transformers.InternVLProcessor):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from vlm_jax.config import Train, UserError
+from vlm_jax.config import Projector, Train, UserError
 from vlm_jax.config.validate import validate
 from vlm_jax.data import (
     conversations,
@@ -32,6 +32,7 @@ from vlm_jax.testing import (
 from vlm_jax.train.loss import cross_entropy
 
 BIDIRECTIONAL, TILES = "unified, bidirectional prefix", "hybrid in tiles"
+NATIVE = "hybrid at native resolution"
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,9 @@ def experiments(data):
     found[TILES] = replace(
         hybrid_in_tiles(), vision=replace(hybrid_in_tiles().vision, tiles=6)
     )  # all images have six
+    native = tiny("hybrid", projector=Projector("pixel_shuffle", factor=2))
+    sizes = {"max_patches": 12, "patch_square": 2, "deepstack_layers": (1,)}
+    found[NATIVE] = replace(native, vision=replace(native.vision, **sizes))
     longer = {name: replace(cfg.decoder, max_positions=128) for name, cfg in found.items()}
     return {name: replace(cfg, data=data, decoder=longer[name]) for name, cfg in found.items()}
 
@@ -136,7 +140,7 @@ def random_rows(cfg, elements, rng):
     return rows
 
 
-@pytest.mark.parametrize("name", [*variants(), BIDIRECTIONAL, TILES])
+@pytest.mark.parametrize("name", [*variants(), BIDIRECTIONAL, TILES, NATIVE])
 def test_packed_loss_is_unpacked_loss_in_any_order(name, experiments, tokenizer, source):
     cfg = experiments[name]
     elements = elements_of(cfg, tokenizer, source)[:12]

@@ -28,7 +28,7 @@ SCRIPTS = {
     "metrics": ["--answers", "100"],
 }
 # Modules of the others, the script that runs them all, and the one for accelerators.
-PARTS = {"probe", "turns", "report", "all", "device"}
+PARTS = {"probe", "turns", "report", "big_vision_step", "all", "device"}
 
 
 def test_all_benchmarks_are_here():
@@ -63,6 +63,13 @@ def test_a_figure_that_one_processor_lacks_is_not_measured(monkeypatch):
         "| step, s | 2.00 (1.00 to 3.00) | not measured | `train_step.py` |",
         "| memory, s | not measured | 2.00 (1.00 to 3.00) | `train_step.py` |",
     ]
+
+
+def test_big_vision_is_a_checkout(monkeypatch, tmp_path):
+    script = load_script(monkeypatch, "train_step")
+    monkeypatch.setattr(sys, "argv", ["train_step.py", "--big_vision", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"not a checkout of \S+/big_vision: it has no \S+\.py\.$"):
+        script.main()
 
 
 def test_the_script_for_accelerators_runs_on_a_cpu(tmp_path):

@@ -5,7 +5,7 @@
 Takes 20 to 30 minutes on two cores; leave the machine alone meanwhile. The results go to
 `experiments/benchmarks/results/cpu/PROCESSOR.json`, with the machine and its load before and after.
 The table of the document has one column for each of these files. `--table` writes it anew without
-measuring.
+measuring. `--big_vision DIR` is handed to `train_step.py`.
 """
 
 import argparse
@@ -49,7 +49,10 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS))
     parser.add_argument("--table", action="store_true", help="only write the document's table")
+    parser.add_argument("--big_vision", metavar="DIR", help="for train_step.py")
     options = parser.parse_args()
+    if options.big_vision is not None:
+        BENCHMARKS["train_step"] += ["--big_vision", options.big_vision]
     if not options.table:
         failed = measure(options.only)
         if failed:

@@ -32,6 +32,8 @@ VISION = {
     "image_size": IMAGE_SIZE_PX,
     "patch_size": PATCH_SIZE_PX,
 }
+# Of the LLaVA-like model.
+TEXT_LAYERS, VISION_LAYERS, VISION_HEADS = 8, 6, 6
 KINDS = ("llava", "mllama")
 
 
@@ -47,12 +49,12 @@ def torch_model(kind: str):
     torch.manual_seed(0)
     if kind == "llava":
         config = LlavaConfig(
-            text_config={"model_type": "llama", "num_hidden_layers": 8, **TEXT},
+            text_config={"model_type": "llama", "num_hidden_layers": TEXT_LAYERS, **TEXT},
             vision_config={
                 **{
                     "model_type": "clip_vision_model",
-                    "num_hidden_layers": 6,
-                    "num_attention_heads": 6,
+                    "num_hidden_layers": VISION_LAYERS,
+                    "num_attention_heads": VISION_HEADS,
                 },
                 **VISION,
             },

@@ -1,6 +1,6 @@
 """Training step of the 39 M models, ours against transformers: seconds, share of peak, memory.
 
-    python experiments/benchmarks/train_step.py [--model llava mllama] [--turns 7]
+    python experiments/benchmarks/train_step.py [--model llava mllama] [--big_vision DIR]
 
 Float32, batch 8, one image of 196 tokens and 64 text tokens a row, AdamW with clipping by the
 global norm, the same weights, inputs and rates; transformers with scaled-dot-product attention
@@ -11,12 +11,21 @@ line has our share by `vlm_jax/cost/flops.py`: without the head for unscored tok
 attention, which torch's counter omits on a CPU. Our backward pass recomputes all but attention and
 matmuls with weights (`remat` "attention", layers not unrolled), which is faster than storing them.
 Both have the settings of malloc that `run.py` has.
+
+With `--big_vision DIR`, a checkout of https://github.com/google-research/big_vision, its PaliGemma
+takes turns, too: the LLaVA-like sizes with its own model, loss, clipping and AdamW (`scale_by_adam`
+with decoupled weight decay), jitted with donated state (`big_vision_step.py`). Its layers are
+unrolled or scanned, whichever takes the fastest of the first steps. The weights are random, so that
+its loss must fall but equals no other. `pip install einops ml_collections tensorflow-cpu` is needed
+in this environment; its memory includes TensorFlow, which it imports.
 """
 
 import argparse
 import math
 from dataclasses import replace
+from pathlib import Path
 
+import big_vision_step
 import probe
 import report
 import turns
@@ -47,13 +56,17 @@ def load(folder: str):
     return probe.Ours.load(folder, unroll=1, remat="attention", optim=optim, train=train)
 
 
-def ours(kind: str, folder: str):
-    """Returns a function that takes a step and returns its loss, and one that counts its FLOPs."""
+def ours(options: argparse.Namespace):
+    """Returns a function that takes a step and returns its loss, and one that describes it."""
+    import jax
+
     from vlm_jax.cost.flops import train_flops
 
-    model = load(folder)
+    model = load(options.folder)
     cfg = replace(model.cfg, data=replace(model.cfg.data, text_length=probe.TEXT_TOKENS))
-    return own_step(model, kind), lambda: train_flops(cfg)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    take = own_step(model, options.model[0])
+    return take, lambda: {"flops": train_flops(cfg), "parameters": parameters}
 
 
 def own_step(model: probe.Ours, kind: str):
@@ -84,9 +97,27 @@ def own_step(model: probe.Ours, kind: str):
     return take
 
 
-def theirs(kind: str, folder: str):
-    take = torch_step(torch_model(folder), kind)
-    return take, lambda: counted(take)
+def theirs(options: argparse.Namespace):
+    model = torch_model(options.folder)
+    take = torch_step(model, options.model[0])
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return take, lambda: {"flops": counted(take), "parameters": parameters}
+
+
+def big_vision(options: argparse.Namespace):
+    optim = {
+        "optax_name": "scale_by_adam",
+        "optax": {"b1": BETAS[0], "b2": BETAS[1]},
+        "lr": RATE,
+        # Not scaled by the rate, but by its schedule.
+        "wd": RATE * DECAY,
+        "wd_mults": [(".*(kernel|/w|einsum|linear|embedding)$", 1.0)],
+        "grad_clip_norm": CLIP,
+        "schedule": {"decay_type": "cosine", "warmup_steps": 1},
+        "total_steps": STEPS,
+    }
+    take = big_vision_step.Step(options.big_vision, options.layers, optim)
+    return take, lambda: turns.times(take, 0, at_least=3) | {"parameters": take.parameters}
 
 
 def torch_model(folder: str):
@@ -144,13 +175,17 @@ def torch_product():
     return lambda: x @ x
 
 
-SIDES = {"vlm_jax": (ours, jax_product), "transformers": (theirs, torch_product)}
+SIDES = {
+    "vlm_jax": (ours, jax_product),
+    "transformers": (theirs, torch_product),
+    "big_vision": (big_vision, jax_product),
+}
 
 
-def serve(side: str, kind: str, folder: str) -> None:
-    make_step, make_product = SIDES[side]
-    (step, count), product = make_step(kind, folder), make_product()
-    first = {"losses": [step() for _ in range(COMPARED)], "flops": count()}
+def serve(options: argparse.Namespace) -> None:
+    make_step, make_product = SIDES[options.serve]
+    (step, describe), product = make_step(options), make_product()
+    first = {"losses": [step() for _ in range(COMPARED)]} | describe()
 
     def answer(seconds: float) -> dict:
         costs = turns.times(step, seconds) | {"peak_bytes": turns.peak_bytes(step)}
@@ -168,30 +203,58 @@ def counted(step) -> int:
 
 
 def compare(kind: str, options: argparse.Namespace) -> list[Result]:
-    first, answers = turns.with_one_model(probe.torch_model(kind), options, "--model", kind)
-    losses = {side: answer["losses"] for side, answer in zip(answers, first)}
-    own, flops = [answer["flops"] for answer in first]
-    mine, other = answers.values()
-    for side, side_losses in losses.items():
-        numbers = [f"{loss:.5f}" for loss in side_losses]
+    peers = {}
+    if options.big_vision is not None and kind == "llava":
+        peers["big_vision"] = big_vision_step.fastest_server(options.big_vision)
+    first, answers = turns.with_one_model(
+        probe.torch_model(kind), options, "--model", kind, peers=peers
+    )
+    first = dict(zip(turns.SIDES, first, strict=True))
+    first |= {side: server.first for side, server in peers.items()}
+    for side, answer in first.items():
+        numbers = [f"{loss:.5f}" for loss in answer["losses"]]
         print(f"{kind}: losses of the first steps, {side:<13}", *numbers)
-    check_losses(*losses.values())
+    check_losses(*(first[side]["losses"] for side in turns.SIDES))
+    for side in peers:
+        check_peer(first["vlm_jax"], side, first[side])
+    own, flops = first["vlm_jax"]["flops"], first["transformers"]["flops"]
+    mine, other = answers["vlm_jax"], answers["transformers"]
     peak = max(answer["peak_flops"] for answer in mine + other)
     print(f"{kind}: {flops / 1e9:.0f} GFLOP a step; peak of a matmul {peak / 1e9:.0f} GFLOP/s")
-    print(f"{kind:<16}{'seconds':>9}{'fastest':>9}{'of peak':>9}{'fastest':>9}{'peak GB':>9}")
+    print(
+        f"{kind:<16}{'seconds':>9}{'fastest':>9}{'of peak':>9}{'fastest':>9}{'peak GB':>9}"
+        f"{'parameters':>13}"
+    )
     for side, side_answers in answers.items():
         middle, best = turns.middle(side_answers, "seconds"), turns.best(side_answers)
         peak_gb = turns.middle(side_answers, "peak_bytes") / 1e9
         shares = f"{flops / middle / peak:>9.2f}{flops / best / peak:>9.2f}"
-        print(f"{side:<16}{middle:>9.2f}{best:>9.2f}{shares}{peak_gb:>9.2f}")
+        if side in peers:
+            # Another model, which torch did not count.
+            shares = f"{'-':>9}{'-':>9}"
+        parameters = first[side]["parameters"]
+        print(f"{side:<16}{middle:>9.2f}{best:>9.2f}{shares}{peak_gb:>9.2f}{parameters:>13,}")
     name = f"training step, {NAMES[kind]}"
     memory = [a["peak_bytes"] / b["peak_bytes"] for a, b in zip(mine, other, strict=True)]
     shares = [own / answer["seconds"] / peak for answer in mine]
-    return [
+    results = [
         turns.speed(name, mine, other),
         Result.of(f"{name}: peak memory", "times transformers'", memory),
         Result.of(f"{name}: own FLOPs", "of the peak", shares, own / turns.best(mine) / peak),
     ]
+    for side in peers:
+        results.append(turns.speed(name, mine, answers[side], f"times {side}'s speed"))
+    return results
+
+
+def check_peer(mine: dict, side: str, peer: dict) -> None:
+    """Ends the program unless a peer with other weights learns, and is as large as our model."""
+    if not peer["losses"][-1] < peer["losses"][0]:
+        raise SystemExit(f"the loss of {side} does not fall")
+    if not math.isclose(mine["parameters"], peer["parameters"], rel_tol=0.02):
+        raise SystemExit(
+            f"{side} has {peer['parameters']:,} parameters, and ours {mine['parameters']:,}"
+        )
 
 
 def check_losses(mine: list[float], others: list[float]) -> None:
@@ -200,12 +263,18 @@ def check_losses(mine: list[float], others: list[float]) -> None:
 
 
 def main() -> None:
-    parser = turns.parser(__doc__, seconds=4.0)
+    parser = turns.parser(__doc__, seconds=4.0, sides=SIDES)
     parser.add_argument("--model", nargs="+", choices=probe.KINDS, default=probe.KINDS)
+    parser.add_argument(
+        "--big_vision", type=Path, metavar="DIR", help="a checkout of big_vision, another side"
+    )
+    parser.add_argument("--layers", choices=big_vision_step.LAYERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(options.serve, options.model[0], options.folder)
+        serve(options)
         return
+    if options.big_vision is not None:
+        big_vision_step.check(options.big_vision)
     results = [result for kind in options.model for result in compare(kind, options)]
     report.write(results, options.json)
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 
 import report
 from report import Result
@@ -24,7 +25,7 @@ SIDES = ("vlm_jax", "transformers")
 class Server:
     """This script in another process with `--serve side ...`; `first` is its first answer."""
 
-    def __init__(self, *arguments: str, env: Mapping[str, str] | None = None):
+    def __init__(self, *arguments: str | Path, env: Mapping[str, str] | None = None):
         command = [sys.executable, sys.argv[0], *arguments]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         # Default to the CPU: two processes cannot both hold a TPU.
@@ -77,17 +78,21 @@ def parser(
 
 
 def with_one_model(
-    model, options: argparse.Namespace, *arguments: str
+    model,
+    options: argparse.Namespace,
+    *arguments: str,
+    peers: Mapping[str, Server] | None = None,
 ) -> tuple[list[dict], dict[str, list[dict]]]:
-    """Returns first answers of vlm_jax and transformers, and their answers turn by turn.
+    """Returns first answers of vlm_jax and transformers, and the answers of all turn by turn.
 
-    Both load the checkpoint that `model` is saved as.
+    Both load the checkpoint that `model` is saved as. `peers` have started already, and take turns
+    with them.
     """
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         servers = {side: Server("--serve", side, "--folder", folder, *arguments) for side in SIDES}
         first = [server.first for server in servers.values()]
-        return first, take_turns(servers, options.turns, options.seconds)
+        return first, take_turns(servers | (peers or {}), options.turns, options.seconds)
 
 
 def take_turns(servers: Mapping[str, Server], turns: int, question) -> dict[str, list[dict]]:

@@ -72,6 +72,38 @@ def test_big_vision_is_a_checkout(monkeypatch, tmp_path):
         script.main()
 
 
+def test_the_fastest_form_of_big_vision_takes_turns(monkeypatch):
+    script = load_script(monkeypatch, "train_step")
+    seconds = {"unrolled": 3.0, "scanned": 2.0, "scanned_dots": 4.0}
+    closed = []
+
+    class Server:
+        def __init__(self, *arguments):
+            self.layers = arguments[-1]
+            self.first = {"best_seconds": seconds[self.layers]}
+
+        def close(self):
+            closed.append(self.layers)
+
+    monkeypatch.setattr(script.turns, "Server", Server)
+    assert script.big_vision_step.fastest_server("checkout").layers == "scanned"
+    assert closed == ["unrolled", "scanned_dots"]
+
+
+@pytest.mark.parametrize(
+    ("peer", "message"),
+    [
+        ({"losses": [9.0, 9.0], "parameters": 100}, "does not fall"),
+        ({"losses": [9.0, 8.0], "parameters": 97}, "97 parameters"),
+    ],
+)
+def test_a_peer_learns_and_is_as_large(monkeypatch, peer, message):
+    script = load_script(monkeypatch, "train_step")
+    script.check_peer({"parameters": 100}, "peer", {"losses": [9.0, 8.0], "parameters": 99})
+    with pytest.raises(SystemExit, match=message):
+        script.check_peer({"parameters": 100}, "peer", peer)
+
+
 def test_the_script_for_accelerators_runs_on_a_cpu(tmp_path):
     command = ["experiments/benchmarks/device.sh", "--tiny", "--out", tmp_path]
     settings = {

@@ -109,9 +109,17 @@ class Experiment:
         if self.has_maps_in_sequence:
             longest = longest_image(self.vision, self.projector)
             return image_length(self.vision, self.projector, longest)
-        newlines = self.projector.output_grid(self.vision)[0] if self.vision.newline_token else 0
         beside = sum(map(len, self.tile_tags)) + self.fusion.placeholder
-        return self.views_in_sequence * (self.image_tokens + newlines) + beside
+        return self.views_in_sequence * (self.image_tokens + self.newlines_per_view) + beside
+
+    @property
+    def newlines_per_view(self) -> int:
+        """Maximum number of newlines in the tokens of a view."""
+        if not self.vision.newline_token:
+            return 0
+        if self.vision.is_native:
+            return self.vision.max_squares - 1
+        return self.projector.output_grid(self.vision)[0]
 
     @property
     def row_length(self) -> int:

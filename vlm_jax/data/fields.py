@@ -57,8 +57,9 @@ def image_fields(cfg: Experiment, tiles: Tiles = 1, number: int = 0) -> Fields:
 
     - tokens: with `fusion.placeholder` first one <image>. Then, for each view, its tag and its
       grid of <image> tokens row by row; without the grid if the fusion style puts no image into the
-      sequence. With `vision.newline_token` a <newline> ends every row of a grid. With a map in
-      the sequence (`vision.tile_grids`) there is one <image> for each token of thumbnail and map.
+      sequence. With `vision.newline_token` a <newline> ends every row of a grid, at native
+      resolution every row but the last. With a map in the sequence (`vision.tile_grids`) there is
+      one <image> for each token of thumbnail and map.
     - image_token_index: index of the I * M image tokens that the slot holds, or NO_IMAGE.
     - image_tags: index of the I views that the token is a tag of, or NO_IMAGE.
     """
@@ -66,26 +67,19 @@ def image_fields(cfg: Experiment, tiles: Tiles = 1, number: int = 0) -> Fields:
         return _map_fields(cfg, tiles, number)
     if cfg.vision.is_native:
         return _native_fields(cfg, tiles)
-    rows, columns = cfg.projector.output_grid(cfg.vision)
-    _, image, newline, _ = cfg.data.special_ids
-    grid = np.full((rows, columns + cfg.vision.newline_token), image)
-    grid[:, columns:] = newline
-    grid_index = np.full_like(grid, NO_IMAGE)
-    grid_index[:, :columns] = np.arange(rows * columns).reshape(rows, columns)
-
+    tokens, token_index = _grid_with_newlines(cfg, cfg.projector.output_grid(cfg.vision))
     views = np.flatnonzero(view_mask([tiles], cfg.vision)).tolist()
     count_in_sequence = min(cfg.views_in_sequence, len(views))
     # The thumbnail is the last view, so hybrid's one view in the sequence is the last.
     views_in_sequence = views[len(views) - count_in_sequence :]
-    parts = [text_fields([image] if cfg.fusion.placeholder else [])]
+    parts = [text_fields([cfg.data.special_ids[1]] if cfg.fusion.placeholder else [])]
     for view in views:
         index = number * cfg.vision.views + view  # among the I views of the row
         tag = text_fields(cfg.tile_tags[view] if cfg.tile_tags else [])
         parts.append(tag | {"image_tags": np.full_like(tag["tokens"], index)})
         if view in views_in_sequence:
-            tokens = text_fields(grid.reshape(-1))
-            image_token_index = offset_ids(grid_index.reshape(-1), index * cfg.image_tokens)
-            parts.append(tokens | {"image_token_index": image_token_index})
+            image_token_index = offset_ids(token_index, index * cfg.image_tokens)
+            parts.append(text_fields(tokens) | {"image_token_index": image_token_index})
     return concat_fields(parts)
 
 
@@ -95,10 +89,25 @@ def _native_fields(cfg: Experiment, tiles: Tiles) -> Fields:
     placeholder = text_fields([image] if cfg.fusion.placeholder else [])
     if not cfg.fusion.image_in_sequence:
         return placeholder
-    count = count_native_tokens(cfg, tiles)
-    index = np.arange(count, dtype=np.int32)
-    tokens = text_fields([image] * count) | {"image_token_index": index}
-    return concat_fields([placeholder, tokens])
+    tokens, index = _grid_with_newlines(cfg, _native_grid(cfg, tiles))
+    # The last row has no newline.
+    end = len(tokens) - cfg.vision.newline_token
+    grid = text_fields(tokens[:end]) | {"image_token_index": index[:end]}
+    return concat_fields([placeholder, grid])
+
+
+def _grid_with_newlines(cfg: Experiment, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of a grid row by row, and the index of each, (N,) int32.
+
+    With `vision.newline_token` a <newline> ends every row; its index is NO_IMAGE.
+    """
+    rows, columns = shape
+    _, image, newline, _ = cfg.data.special_ids
+    tokens = np.full((rows, columns + cfg.vision.newline_token), image, np.int32)
+    tokens[:, columns:] = newline
+    index = np.full_like(tokens, NO_IMAGE)
+    index[:, :columns] = np.arange(rows * columns).reshape(rows, columns)
+    return tokens.reshape(-1), index.reshape(-1)
 
 
 def count_native_tokens(cfg: Experiment, tiles: Tiles) -> int:

@@ -59,8 +59,8 @@ def token_grid(image: Shape, vision: Vision) -> Shape:
 
 
 def longest_image(vision: Vision) -> Shape:
-    """Returns a (height, width) in px of images with the most tokens."""
-    return vision.square_px, vision.max_squares * vision.square_px
+    """Returns the (height, width) in px of an image with the most tokens, and newlines between."""
+    return vision.max_squares * vision.square_px, vision.square_px
 
 
 def to_patches(image: np.ndarray, patch_size_px: int, square: int) -> np.ndarray:

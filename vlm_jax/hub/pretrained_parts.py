@@ -89,7 +89,10 @@ def resolve_checkpoints(
     if cfg.init_from:
         cfg = _with_init_from(cfg, requested, config_of)
     if cfg.vision.checkpoint:
-        cfg = replace(cfg, vision=_resolve_vision(cfg.vision, is_whole_model, config_of))
+        vision = _resolve_vision(cfg.vision, is_whole_model, config_of)
+        if not cfg.fusion.image_in_sequence:
+            vision = replace(vision, newline_token=cfg.vision.newline_token)
+        cfg = replace(cfg, vision=vision)
     if cfg.decoder.checkpoint:
         decoder = _part(config_of(cfg.decoder.checkpoint), cfg.decoder, "decoder")
         cfg = replace(cfg, decoder=_keep_own(decoder, cfg.decoder, EXPERIMENT_FIELDS["decoder"]))

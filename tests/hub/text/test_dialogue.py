@@ -12,13 +12,16 @@ from PIL import Image
 
 from tests.hub.test_processor import processor_of
 from tests.hub.tiny_checkpoints import ABOUT_IMAGES, CAPTIONS, OF_TEXT, Folder, idefics3_whole
-from vlm_jax.config import UserError
+from vlm_jax.config import Data, Experiment, UserError
+from vlm_jax.data import templates, tiling
 from vlm_jax.data.forms.record import IMAGE_PLACEHOLDER
 from vlm_jax.hub import load
+from vlm_jax.hub.pretrained_parts import resolve_checkpoints
 from vlm_jax.hub.text.chat_template import ChatTemplate
 from vlm_jax.hub.text.dialogue import NO_TOKEN, Dialogue, content_parts
 from vlm_jax.hub.text.prompts import ChatPrompt
 from vlm_jax.structs import NO_IMAGE
+from vlm_jax.train.initial import load_tokenizer
 
 QUESTION, ANSWER = "what is it?", "a red car"
 # In training an image is one square.
@@ -27,8 +30,7 @@ EVERY = ABOUT_IMAGES | {"idefics3": idefics3_whole} | CAPTIONS | OF_TEXT
 del EVERY["llava_onevision"]
 # Their forms are those of Idefics3, Qwen2.5-VL and Mistral 3.
 del EVERY["smolvlm"], EVERY["qwen3 vl"], EVERY["pixtral"]
-# Tokens between the rows of an image. Fuyu's are added with the image tokens; in training an image
-# of Mistral 3 has none.
+# Tokens between the rows of an image, which training adds with the image tokens.
 ROW_ENDS = {"fuyu": "|NEWLINE|", "mistral 3": "[IMG_BREAK]"}
 
 
@@ -95,6 +97,20 @@ def test_training_tokens_are_those_of_the_inference_prompt(folder_of, name):
     as_chat = processor(prompt, [] if name in OF_TEXT else [picture], chat=True)
     np.testing.assert_array_equal(as_chat.tokens, batch.tokens)
     np.testing.assert_array_equal(as_chat.image_token_index, batch.image_token_index)
+
+
+@pytest.mark.parametrize("name", ["mistral 3", "qwen2.5 vl"])
+def test_the_rows_of_an_image_are_those_of_the_inference_prompt(folder_of, name):
+    folder = folder_of(name).path
+    data = Data(source="conversations", files=("talks.json",))
+    cfg = resolve_checkpoints(Experiment(data=data, init_from=str(folder)))
+    tiles = tiling.predict_tiles(40, 32, cfg.vision)
+    turns = [f"{IMAGE_PLACEHOLDER}\n{QUESTION}"]
+    row = templates.encode(cfg, load_tokenizer(cfg), turns, [tiles])
+    batch = processor_of(folder)(QUESTION, [Image.new("RGB", (40, 32))], chat=True)
+    slots = np.asarray(batch.image_token_index[0])
+    np.testing.assert_array_equal(row["image_token_index"], slots)
+    assert without_images(row["tokens"], slots) == without_images(batch.tokens[0], slots)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral's chat"])

@@ -156,7 +156,6 @@ def _native(cfg: Experiment) -> None:
         "class_token": not vision.class_token,
         "registers": not vision.registers,
         "pool": vision.pool == "none",
-        "newline_token": not vision.newline_token,
         "tiles": vision.tiles == 1,
         "tile_layouts": not vision.tile_layouts,
         "tile_grids": not vision.tile_grids,
@@ -173,6 +172,12 @@ def _native(cfg: Experiment) -> None:
         raise ConfigError(
             f"projector.kind {projector.kind} does not take images at native resolution: leave out "
             f"vision.max_patches, choose {kinds}, or add native=True to its row of PROJECTORS."
+        )
+    if vision.newline_token and projector.spec.tokens == "queries":
+        raise ConfigError(
+            "vision.newline_token True separates rows of image tokens, which projector.kind "
+            f"{projector.kind} does not emit: set it to False, or choose "
+            f"{_projectors('all', 'squares')}."
         )
     if vision.patch_square != projector.merged_side:
         raise ConfigError(

@@ -15,6 +15,11 @@ def _fusion(cfg: Experiment) -> None:
             f"{fusion.kind} does not have: set it to False, or choose fusion.kind "
             f"{list_styles(lambda style: style.image_in_sequence)}."
         )
+    if cfg.vision.newline_token and cfg.decoder.rope.sections:
+        raise ConfigError(
+            "vision.newline_token True has no row and column for decoder.rope.sections: leave one "
+            "of them out."
+        )
     if fusion.image_in_memory and not cfg.vision.has_encoder and cfg.vision.positions == "none":
         raise ConfigError(
             "vision.kind none with vision.positions none gives patches no positions in the "

@@ -89,7 +89,9 @@ class Vision(Transformer):
     pool: Literal["none", "class", "tanh", "attention"] = "none"
     #: classes of a classifier on the class token, kept for export; None: no classifier
     classes: int | None = None
-    newline_token: bool = False  # unified: a text token after every row of image tokens (Fuyu)
+    #: unified: a text token after every row of image tokens (Fuyu). At native resolution only
+    #: between two rows (Pixtral), where it takes the place of a token of text in a training row
+    newline_token: bool = False
     #: maximum number of tiles per image, each of image_size_px; 1: resize to one square
     tiles: int = 1
     #: append a thumbnail of the whole image if it has more than one tile

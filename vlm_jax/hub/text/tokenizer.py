@@ -25,6 +25,7 @@ SPACED_PUNCTUATION = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've
 # Image tokens of published families; a run that needs one adds the first.
 IMAGE_TOKENS = ("<image>", "<|image|>")
 NEWLINE_TOKEN = "|NEWLINE|"  # Fuyu
+BREAK_TOKEN = "[IMG_BREAK]"  # Pixtral
 
 
 class HubTokenizer:
@@ -98,9 +99,12 @@ class HubTokenizer:
 
     @property
     def newline_id(self) -> int | None:
-        """Id of the token that ends a row of image tokens: |NEWLINE|, else a line end."""
-        newline = self._backend.token_to_id(NEWLINE_TOKEN)
-        return newline if newline is not None else next(iter(self.encode("\n", False)[-1:]), None)
+        """Id of the token after a row of image tokens, a line end if the tokenizer has none."""
+        for name in (NEWLINE_TOKEN, BREAK_TOKEN):
+            newline = self._backend.token_to_id(name)
+            if newline is not None:
+                return newline
+        return next(iter(self.encode("\n", False)[-1:]), None)
 
     @property
     def next_id(self) -> int:

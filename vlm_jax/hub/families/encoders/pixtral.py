@@ -55,6 +55,7 @@ def vision_from_hf(config: Json) -> Vision:
         ),
         pre_norm=True,
         final_norm="none",
+        newline_token=True,
     )
     head_dim = config.get("head_dim", vision.head_width)
     if head_dim != vision.head_width:

@@ -10,6 +10,7 @@ from vlm_jax.hub.text.formats.common import (
     fill_placeholders,
     named_tokens,
 )
+from vlm_jax.hub.text.tokenizer import BREAK_TOKEN
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class PixtralFormat(TextFormat):
 
     unit_px: int  # side of the square that is a token
     image_token: str = "[IMG]"
-    break_token: str = "[IMG_BREAK]"
+    break_token: str = BREAK_TOKEN
     end_token: str = "[IMG_END]"
 
     @classmethod
@@ -137,6 +138,7 @@ class PixtralFormat(TextFormat):
         return cls(tokenizer, patch * side, *tokens)
 
     def expand(self, text):
+        # Training adds the tokens between rows with those of the image.
         return text.replace(self.image_token, self.image_token + self.end_token)
 
     def prompt(self, text, images=(), add_special_tokens=True):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from flax import traverse_util
 from flax.linen import meta
 from safetensors.torch import load_file, save_file
@@ -89,6 +90,23 @@ def test_logits_are_those_of_transformers(pair, counts, side):
 
 def test_greedy_tokens_are_those_of_transformers(pair):
     assert_greedy_tokens_are_equal(pair, **inputs("left", room=0))
+
+
+def test_states_of_the_blocks_are_those_of_transformers(pair):
+    """transformers records the input of each self-attention, after the cross-attention before it.
+
+    So the output of block i is the input of block i + 1 where that has no cross-attention.
+    """
+    arrays = inputs("left")
+    with torch.no_grad():
+        tensors = {name: torch.tensor(x) for name, x in arrays.items()}
+        expected = pair.hf(**tensors, output_hidden_states=True).hidden_states
+    layers = pair.intermediates(**arrays)["decoder"]["blocks"]["layers"]
+    is_token = arrays["attention_mask"] == 1
+    # Blocks 0 and 2 have cross-attention and are the first of the two in a period.
+    for period, state in enumerate(layers["block_0_out"][0]):
+        theirs = expected[2 * period + 1].numpy()
+        np.testing.assert_allclose(state[is_token], theirs[is_token], atol=ATOL)
 
 
 def test_image_features_are_those_of_transformers(pair):

@@ -22,9 +22,7 @@ from vlm_jax.train.step import train_step
 QUESTION = [10, 11, 12]  # one for all: it tells nothing about the answer
 ANSWERS = [[20, 21], [30, 31], [40, 41], [50, 51]] * 2  # of the eight images
 STEPS = 150
-
-
-SHAPES_PX = [(16, 16), (16, 32), (32, 16)]
+SHAPES_PX = [(16, 16), (16, 32), (32, 16)]  # of images at native resolution
 
 
 def at_native_resolution(kind):

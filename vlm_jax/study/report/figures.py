@@ -2,7 +2,8 @@
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from vlm_jax.study.report import statistics
 from vlm_jax.study.report.curves import Series, column, seconds, smooth
 from vlm_jax.study.report.page import Picture
 from vlm_jax.study.report.results import Result, Results
+from vlm_jax.study.report.versions import seed_groups
 from vlm_jax.study.tuning import Sweep
 
 WIDTH_INCHES = 4.6
@@ -37,8 +39,11 @@ STYLE = {
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8a7a00", "#444444")
 DASHES = ("-", "--", ":")
 RATE = "optim.learning_rate"
+MARKERS = ("o", "D", "s", "^")  # of the groups of seeds
 # Distance of the dots of seeds from the interval, as a share of the distance between two arms.
 SEED_OFFSET = 0.24
+
+SeedGroups = Mapping[str, Sequence[float]]  # label -> values of its seeds
 
 
 @contextlib.contextmanager
@@ -64,8 +69,8 @@ def _line_styles(arms: Sequence[str]) -> dict[str, dict[str, str]]:
 def score_picture(results: Results, axis: str) -> Picture:
     """Returns a chart with a line for each arm: mean, interval, and a dot for each seed."""
     study = results.plan.study
-    scores = {arm: list(results.scores(axis, arm).values()) for arm in study.arms}
-    png = draw_scores(scores, study.metric_bounds, study.metric.replace("_", " "))
+    scores = {arm: seed_groups(results.plan, results.scores(axis, arm)) for arm in study.arms}
+    png = _draw_scores(scores, study.metric_bounds, study.metric.replace("_", " "))
     label = axis_label(axis)
     caption = f"Mean over seeds with its 95 % interval, and every seed; at matched {label}"
     return Picture(f"score_{axis}.png", caption, png)
@@ -77,26 +82,27 @@ class Row:
 
     label: str
     estimate: Estimate
-    seeds: Sequence[float]  # the difference of each seed
+    seeds: SeedGroups  # differences
     margin: float | None = None  # of an equality
 
 
 def contrast_picture(rows: Sequence[Row], label: str) -> Picture:
     """Returns a chart with a line for each contrast: mean, interval, and a dot for each seed."""
-    with _figure(height_inches=0.9 + 0.42 * len(rows)) as (axes, file):
+    labels = _seed_labels([row.seeds for row in rows])
+    height = 0.9 + 0.42 * len(rows) + LEGEND_ROW_INCHES * len(labels)
+    with _figure(height) as (axes, file):
         for y, row in enumerate(rows):
             color = COLORS[y % len(COLORS)]
             if row.margin is not None:
                 axes.plot([-row.margin, row.margin], [y, y], color=color, alpha=0.2, linewidth=9)
-            axes.scatter(
-                row.seeds, [y + SEED_OFFSET] * len(row.seeds), s=14, color=color, alpha=0.6
-            )
+            _draw_seeds(axes, y, row.seeds, color)
             _draw_estimate(axes, y, row.estimate, color)
         axes.axvline(0, color="#444444", linewidth=0.8)
         axes.set_yticks(range(len(rows)), [row.label for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(label)
+        _add_seed_legend(axes, labels)
     caption = (
         "Contrasts with their published signs: mean over seeds with its 95 % interval, every seed, "
         "and as a band the margin of an equality"
@@ -134,28 +140,43 @@ def sweep_picture(sweep: Sweep) -> Picture | None:
     return Picture("learning_rates.png", caption, file.getvalue())
 
 
-def draw_scores(
-    scores: Mapping[str, Sequence[float]], bounds: statistics.Bounds, label: str
-) -> bytes:
+def _draw_scores(scores: Mapping[str, SeedGroups], bounds: statistics.Bounds, label: str) -> bytes:
     """Returns the PNG of a chart of arm -> scores of its seeds."""
     styles = _line_styles(list(scores))
-    with _figure(height_inches=0.8 + 0.36 * len(scores)) as (axes, file):
-        for row, (arm, seed_scores) in enumerate(scores.items()):
-            if seed_scores:
-                _draw_arm(axes, row, seed_scores, bounds, styles[arm]["color"])
+    labels = _seed_labels(scores.values())
+    height = 0.8 + 0.36 * len(scores) + LEGEND_ROW_INCHES * len(labels)
+    with _figure(height) as (axes, file):
+        for row, (arm, groups) in enumerate(scores.items()):
+            color, values = styles[arm]["color"], list(itertools.chain(*groups.values()))
+            if values:
+                _draw_seeds(axes, row, groups, color)
+                _draw_estimate(axes, row, statistics.estimate(values, bounds), color)
         axes.set_yticks(range(len(scores)), list(scores))
         axes.set_ylim(len(scores) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(label)
+        _add_seed_legend(axes, labels)
     return file.getvalue()
 
 
-def _draw_arm(
-    axes, row: int, scores: Sequence[float], bounds: statistics.Bounds, color: str
-) -> None:
-    offsets = [row + SEED_OFFSET] * len(scores)
-    axes.scatter(scores, offsets, s=14, color=color, alpha=0.6, linewidths=0)
-    _draw_estimate(axes, row, statistics.estimate(scores, bounds), color)
+def _draw_seeds(axes, row: int, groups: SeedGroups, color: str) -> None:
+    for marker, values in zip(itertools.cycle(MARKERS), groups.values()):
+        offsets = [row + SEED_OFFSET] * len(values)
+        axes.scatter(values, offsets, s=16, color=color, marker=marker, alpha=0.6, linewidths=0)
+
+
+def _seed_labels(rows: Iterable[SeedGroups]) -> list[str]:
+    """Returns the labels of the groups, none if all seeds are alike."""
+    labels = list(dict.fromkeys(itertools.chain(*rows)))
+    return labels if len(labels) > 1 else []
+
+
+def _add_seed_legend(axes, labels: Sequence[str]) -> None:
+    handles = []
+    for marker, label in zip(itertools.cycle(MARKERS), labels):
+        handles.append(axes.scatter([], [], s=16, color="#666666", marker=marker, label=label))
+    if handles:
+        axes.figure.legend(handles=handles, loc="outside lower center")
 
 
 def _draw_estimate(axes, row: int, estimate: Estimate, color: str) -> None:

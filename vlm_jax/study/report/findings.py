@@ -14,7 +14,8 @@ from vlm_jax.study.report.page import Cell, Section, Table, number_cell
 from vlm_jax.study.report.results import Results
 from vlm_jax.study.report.scores import format_estimate, format_p
 from vlm_jax.study.report.statistics import SIGNIFICANCE, Mean
-from vlm_jax.study.run.folder import Folder, as_json, as_stored, diff
+from vlm_jax.study.report.versions import by_version, seed_groups, version_names
+from vlm_jax.study.run.folder import Folder, as_stored
 
 REPRODUCED, REVERSED, NOT_RESOLVED = "reproduced", "reversed", "not resolved"
 TEXT = (
@@ -204,20 +205,15 @@ def _version_tables(results: Results, findings: list[Finding]) -> list[Table]:
     A difference that has another sign with another version is about the prerequisite.
     """
     tables = []
-    for name, versions in results.plan.prerequisites.items():
-        count, fields = len(versions), [as_json(version) for version in versions]
-        if count == 1:
-            continue
+    for name, changes in version_names(results.plan).items():
         rows = []
         for finding in findings:
             cells = [Cell(finding.name)]
-            for i in range(count):
-                values = [x for seed, x in finding.by_seed.items() if seed % count == i]
+            for values in by_version(len(changes), finding.by_seed):
                 cells.append(number_cell(f"{fmean(values):+.3f}" if values else "-"))
             rows.append(cells)
-        changes = ["; ".join(diff(fields[0], other)) for other in fields[1:]]
         caption = f"By version of the prerequisite {name}: means over its seeds"
-        tables.append(Table(["contrast", "first version", *changes], rows, caption))
+        tables.append(Table(["contrast", *changes], rows, caption))
     return tables
 
 
@@ -226,7 +222,7 @@ def _picture(results: Results, findings: list[Finding]):
         figures.Row(
             f"{finding.name} ({finding.contrast.published})",
             finding.estimate,
-            list(finding.by_seed.values()),
+            seed_groups(results.plan, finding.by_seed),
             finding.contrast.margin,
         )
         for finding in findings

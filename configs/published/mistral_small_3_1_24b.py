@@ -27,6 +27,7 @@ def get_config() -> Experiment:
             positions="none",
             rope=PatchRope("alternate"),
             pre_norm=True,
+            newline_token=True,
         ),
         projector=Projector("pixel_shuffle", merge_linear=True, projection="mlp", bias=False),
         fusion=Fusion("unified"),

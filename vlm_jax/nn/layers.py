@@ -24,6 +24,7 @@ ACTIVATIONS = {
 embedding_init = nn.initializers.normal(0.02)
 # Names of an adapter's parameters, beside the kernel (nn/lora.py).
 LORA_A, LORA_B, LORA_DROPOUT = "lora_a", "lora_b", "lora_dropout"
+NARROW = 8  # ratio of widths from which on the gradient of a narrow kernel is computed transposed
 
 
 def softcap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
@@ -58,10 +59,26 @@ def _weight_gradient(x, dy):
     # transposed matrix is the narrower one.
     if axes.platform() == "cpu" and x.shape[1] <= dy.shape[1]:
         return jax.lax.optimization_barrier(x.T) @ dy
+    if axes.platform() == "cpu" and NARROW * dy.shape[1] <= x.shape[1]:
+        return (jax.lax.optimization_barrier(dy.T) @ x).T
     return jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.custom_vjp
+def unsaved_matmul(x: Float[Array, "... A"], w: Float[Array, "A F"]) -> Float[Array, "... F"]:
+    """`matmul` whose product remat recomputes: it saves products without a batch axis only."""
+    dimensions = (((x.ndim,), (1,)), ((0,), (0,)))
+    return jax.lax.dot_general(x[None], w[None], dimensions)[0]
+
+
+def _unsaved_forward(x, w):
+    return unsaved_matmul(x, w), (x, w)
+
+
+unsaved_matmul.defvjp(_unsaved_forward, _matmul_backward)
 
 
 class Dense(nn.Module):
@@ -119,9 +136,8 @@ class Dense(nn.Module):
             is_kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, x.shape)
             x = jnp.where(is_kept, x / (1 - rate), 0).astype(x.dtype)
         hidden = matmul(x, lora_a.reshape(-1, rank))
-        # With a batch axis, so that remat does not save this product beside that of the kernel.
-        dimensions = (((hidden.ndim,), (1,)), ((0,), (0,)))
-        return jax.lax.dot_general(hidden[None], lora_b.reshape(1, rank, -1), dimensions)[0]
+        # Remat does not save this product beside that of the kernel.
+        return unsaved_matmul(hidden, lora_b.reshape(rank, -1))
 
 
 class Norm(nn.Module):

@@ -1,4 +1,4 @@
-"""Where processes cannot train together, each of them ends with one sentence."""
+"""Processes that cannot train together: each ends with one sentence."""
 
 import socket
 

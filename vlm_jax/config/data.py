@@ -107,7 +107,7 @@ class Data:
         """Row of `DATASETS` that `source` names.
 
         Raises:
-          ConfigError: there is no such row.
+          ConfigError: the row does not exist.
         """
         key, _, name = self.source.partition(":")
         row = DATASETS.get(key)

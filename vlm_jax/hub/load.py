@@ -28,7 +28,7 @@ from vlm_jax.hub.families.registry import config_path, find_family
 from vlm_jax.hub.families.table import Row, Target
 from vlm_jax.hub.peft.adapter import Adapter, read_adapter
 from vlm_jax.hub.peft.merge import check_base, merge
-from vlm_jax.hub.tensors.folder import Tensors, open_tensors, read_json
+from vlm_jax.hub.tensors.folder import Tensors, list_tensors, open_tensors, read_json
 from vlm_jax.hub.tensors.mapped import StoredTensor, tensors_equal
 from vlm_jax.hub.tensors.transpose import copy_into, empty_aligned
 from vlm_jax.hub.text.tokenizer import (
@@ -41,7 +41,6 @@ from vlm_jax.hub.text.tokenizer import (
 from vlm_jax.nn.models import abstract_params, build_model
 from vlm_jax.runtime.workdir import is_run
 
-MAX_LISTED = 3  # quantized tensors in a message
 THREADS = 2  # parameters assembled at a time; each holds memory
 # Output heads and the embeddings that they may be tied to.
 HEADS = {
@@ -220,11 +219,9 @@ def _reject_quantized(
         if any(kind in dtype for kind in needs_scales):
             quantized.append(f"{name} is {dtype}")
     if quantized:
-        more = len(quantized) - MAX_LISTED
-        others = f" and {more} more" if more > 0 else ""
         raise CheckpointError(
-            f"{folder}: quantized weights are not supported: {'; '.join(quantized[:MAX_LISTED])}"
-            f"{others}. Use the model in float32, bfloat16 or float16."
+            f"{folder}: quantized weights are not supported: {list_tensors(quantized)}. Use the "
+            "model in float32, bfloat16 or float16."
         )
 
 

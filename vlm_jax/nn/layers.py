@@ -136,7 +136,7 @@ class Dense(nn.Module):
             is_kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, x.shape)
             x = jnp.where(is_kept, x / (1 - rate), 0).astype(x.dtype)
         hidden = matmul(x, lora_a.reshape(-1, rank))
-        # Remat does not save this product beside that of the kernel.
+        # The product of the kernel is saved by remat; this one is cheap to recompute.
         return unsaved_matmul(hidden, lora_b.reshape(rank, -1))
 
 

@@ -28,7 +28,7 @@ QUESTION, ANSWER = "what is it?", "a red car"
 EVERY = ABOUT_IMAGES | {"idefics3": idefics3_whole} | CAPTIONS | OF_TEXT
 # Its template is refused (`test_a_template_that_changes_a_question_is_refused`).
 del EVERY["llava_onevision"]
-# Their forms are those of Idefics3, Qwen2.5-VL and Mistral 3.
+# They have the prompt forms of Idefics3, Qwen2.5-VL and Mistral 3.
 del EVERY["smolvlm"], EVERY["qwen3 vl"], EVERY["pixtral"]
 # Tokens between the rows of an image, which training adds with the image tokens.
 ROW_ENDS = {"fuyu": "|NEWLINE|", "mistral 3": "[IMG_BREAK]"}

@@ -14,9 +14,8 @@ from vlm_jax.config import CheckpointError
 from vlm_jax.hub.families.family import Family
 from vlm_jax.hub.families.table import Row
 from vlm_jax.hub.peft.adapter import Adapter, LoraLayer
+from vlm_jax.hub.tensors.folder import list_tensors
 from vlm_jax.hub.tensors.mapped import StoredTensor, tensors_equal
-
-MAX_LISTED = 3  # tensors that do not fit, in one line
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,10 +97,8 @@ def check_base(
         if name not in stored or shape != stored[name].shape:
             problems.append(_problem(name_in_file, shape, stored.get(name)))
     if problems:
-        more = f" and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
         raise CheckpointError(
-            f"adapter {adapter.folder} belongs to another model: "
-            f"{'; '.join(problems[:MAX_LISTED])}{more}."
+            f"adapter {adapter.folder} belongs to another model: {list_tensors(problems)}."
         )
     return replace(adapter, saved=saved)
 

@@ -39,6 +39,7 @@ HUB_NAME = re.compile(
 )
 ADAPTER_CONFIG = "adapter_config.json"
 PARTIAL = ".partial"  # folder of incomplete files
+MAX_LISTED = 3  # tensors in a message
 INDEX = ".index.json"  # suffix of the index of a file split into shards
 
 
@@ -86,6 +87,12 @@ class Tensors(Mapping[str, StoredTensor]):
         for data in {stored.data for stored in self.values()}:
             with contextlib.suppress(BufferError):
                 data.close()
+
+
+def list_tensors(described: Sequence[str]) -> str:
+    """Returns the first `MAX_LISTED` descriptions of tensors and the number of the others."""
+    more = f" and {len(described) - MAX_LISTED} more" if len(described) > MAX_LISTED else ""
+    return "; ".join(described[:MAX_LISTED]) + more
 
 
 def open_tensors(folder: str | os.PathLike, names: Sequence[str] = READABLE) -> Tensors:

@@ -138,7 +138,7 @@ class PixtralFormat(TextFormat):
         return cls(tokenizer, patch * side, *tokens)
 
     def expand(self, text):
-        # Training adds the tokens between rows with those of the image.
+        # Training adds the tokens between rows together with the image tokens.
         return text.replace(self.image_token, self.image_token + self.end_token)
 
     def prompt(self, text, images=(), add_special_tokens=True):

@@ -99,6 +99,18 @@ def test_a_collective_that_passes_through_a_loop_is_one():
     assert len(hlo.analyze(text, 2).collectives) == 1
 
 
+def test_collectives_of_shard_map_count_one_by_one_though_they_share_a_channel():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+
+    def exchange(x):
+        columns = jax.lax.all_to_all(x, "x", split_axis=0, concat_axis=1, tiled=True)
+        return jax.lax.all_gather(jnp.tanh(columns), "x", tiled=True)
+
+    function = jax.shard_map(exchange, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+    collectives = hlo.analyze(compiled(function, (64, 8)), 8).collectives
+    assert {c.kind: c.bytes for c in collectives} == {"all-to-all": 256, "all-gather": 2048}
+
+
 @pytest.mark.parametrize(
     "parts, flops", [(SCORES, 2 * 32 * 1024 * 1024 * 128), (QUERIES, 2 * 1024 * 4096 * 32 * 128)]
 )

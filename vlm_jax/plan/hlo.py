@@ -69,7 +69,7 @@ def analyze(text: str, chips: int, unknown_trip_count: int = 1) -> Program:
     """
     computations, entry = parse(text)
     fused = _fused_computations(computations)
-    program, by_channel = Program(), defaultdict(list)
+    program, occurrences = Program(), defaultdict(list)
     for name, times in execution_counts(computations, entry, unknown_trip_count).items():
         computation = computations[name]
         for instruction in computation.values():
@@ -82,10 +82,10 @@ def analyze(text: str, chips: int, unknown_trip_count: int = 1) -> Program:
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 collective = _collective(kind, instruction, chips, times)
-                by_channel[_channel(instruction)].append(collective)
+                occurrences[_identity(instruction, collective)].append(collective)
     # A collective that overlaps with matmuls appears in every fusion it passes, even in those of a
     # loop that runs meanwhile. It runs as often as the least frequent of these.
-    program.collectives = [min(same, key=_times) for same in by_channel.values()]
+    program.collectives = [min(same, key=_times) for same in occurrences.values()]
     return program
 
 
@@ -158,10 +158,15 @@ def _constant_value(constant: Instruction) -> int:
     return int(constant.operands[0])
 
 
-def _channel(instruction: Instruction) -> str:
-    """Identifies a collective: its channel, which all its occurrences share, else its name."""
+def _identity(instruction: Instruction, collective: Collective) -> tuple[str, ...]:
+    """Identifies a collective by its channel, kind and source, else by its name.
+
+    All its occurrences share them. Collectives of `shard_map` all have the same channel.
+    """
     channel = CHANNEL.search(instruction.attributes)
-    return channel["id"] if channel else instruction.name
+    if channel is None:
+        return (instruction.name,)
+    return channel["id"], collective.kind, collective.source
 
 
 def _times(collective: Collective) -> int:

@@ -213,6 +213,10 @@ REFUSED = [
     ),
     ({"data_source": "conversations"}, "data.source conversations needs data.files"),
     (
+        {"data_source": "conversations", "data_files": ("a.json", "b.json", "a.json")},
+        "data.files has a.json twice",
+    ),
+    (
         {"data_files": ("a.json",)},
         "data.files applies only to data.source conversations, not to easy_vqa",
     ),

@@ -267,6 +267,14 @@ def test_the_block_names_the_frozen_parts_and_their_share():
     assert summary.describe_parameters(cfg, params) == expected
 
 
+def test_the_block_says_that_a_short_run_has_a_shorter_warm_up():
+    cfg = tiny(optim=Optim(warmup_steps=100), train=Train(steps=30, batch_size=8))
+    expected = "30 of 8 rows, warm-up of 29 instead of optim.warmup_steps 100"
+    assert summary.describe_steps(cfg, start=0) == expected
+    whole = replace(cfg, train=replace(cfg.train, steps=101))
+    assert summary.describe_steps(whole, start=7) == "101 of 8 rows, continuing after step 7"
+
+
 @pytest.mark.parametrize("kind", ["text_only", "hybrid"])
 def test_the_block_describes_models_without_images_and_with_tiles(kind):
     cfg = variants_and_tiles()["hybrid"] if kind == "hybrid" else tiny(kind)

@@ -271,7 +271,7 @@ def check(rows: list[Row], stored: Mapping[str, tuple[int, ...]], shapes, folder
     """Compares the table with the stored shapes.
 
     Raises:
-      CheckpointError: with every tensor that is missing, unknown or of a wrong shape.
+      CheckpointError: tensors are missing, unknown or of a wrong shape.
     """
     expected = {row.tensor: row.stored_shape(shapes) for row in rows}
     problems = [f"{name} is missing" for name in sorted(expected.keys() - stored.keys())]
@@ -282,7 +282,9 @@ def check(rows: list[Row], stored: Mapping[str, tuple[int, ...]], shapes, folder
                 f"{name} has the shape {stored[name]}, but config.json implies {expected[name]}"
             )
     if problems:
-        raise CheckpointError(f"{folder}: weights do not match config.json: {'; '.join(problems)}.")
+        raise CheckpointError(
+            f"{folder}: weights do not match config.json: {list_tensors(problems)}."
+        )
     missing = shapes.keys() - {target.param for row in rows for target in row.targets}
     if missing:
         raise AssertionError(f"no row of the table has the parameters {sorted(missing)}")

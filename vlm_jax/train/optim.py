@@ -36,9 +36,14 @@ def join(trained: dict, frozen: dict):
     return traverse_util.unflatten_dict({**trained, **frozen})
 
 
+def warmup_steps(cfg: Optim, steps: int) -> int:
+    """Returns `optim.warmup_steps`, or what a shorter run has room for before its last step."""
+    return min(cfg.warmup_steps, max(steps - 1, 1))
+
+
 def schedule(cfg: Optim, steps: int) -> optax.Schedule:
     """Linear warm-up from 0, then a cosine decay to `final_lr_fraction` of the peak."""
-    warmup = min(cfg.warmup_steps, max(steps - 1, 1))
+    warmup = warmup_steps(cfg, steps)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=cfg.learning_rate,

@@ -140,8 +140,11 @@ def describe_mixture(cfg: Experiment, tokenizer: Tokenizer) -> str:
 
 
 def describe_steps(cfg: Experiment, start: int) -> str:
-    first = f", continuing after step {start:,}" if start else ""
-    return f"{cfg.train.steps:,} of {cfg.train.batch_size:,} rows{first}"
+    text = f"{cfg.train.steps:,} of {cfg.train.batch_size:,} rows"
+    warmup, asked = optim.warmup_steps(cfg.optim, cfg.train.steps), cfg.optim.warmup_steps
+    if warmup < asked:
+        text += f", warm-up of {warmup:,} instead of optim.warmup_steps {asked:,}"
+    return f"{text}, continuing after step {start:,}" if start else text
 
 
 def describe_beginning(cfg: Experiment) -> str:

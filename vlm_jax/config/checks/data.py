@@ -115,6 +115,13 @@ def _data(cfg: Experiment) -> None:
             f"data.source {data.source} needs data.files: conversations in one of the forms "
             f"{', '.join(CONVERSATION_FORMATS)}."
         )
+    for name, files in (("data.files", data.files), ("eval.files", cfg.eval.files)):
+        repeated = [file for i, file in enumerate(files) if file in files[:i]]
+        if repeated:
+            raise ConfigError(
+                f"{name} has {repeated[0]} twice: to read it more often than other files, give it "
+                "a weight in data.mixture."
+            )
     if data.format not in (AUTO, *CONVERSATION_FORMATS):
         raise ConfigError(
             f"data.format {data.format!r} is unknown{nearest(data.format, CONVERSATION_FORMATS)}: "

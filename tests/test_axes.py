@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm_jax import axes, config, sharding
 from vlm_jax.config import UserError
@@ -176,7 +176,10 @@ def test_the_meshes_that_would_fit_are_named_the_nearest_first(devices, sizes, m
     assert str(error.value).endswith(", or another.") == (devices == 64)
 
 
-@pytest.mark.parametrize("vocab", [12, 13], ids=["a split vocabulary", "one that does not divide"])
+VOCABS = {"a split vocabulary": 12, "one that does not divide": 13, "fewer rows than ids": 4}
+
+
+@pytest.mark.parametrize("vocab", VOCABS.values(), ids=VOCABS)
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2), (4, 2, 1)])
 def test_a_lookup_over_the_mesh_is_take_and_so_is_its_gradient(sizes, vocab):
     rng, shape = np.random.default_rng(0), mesh(*sizes)
@@ -199,6 +202,35 @@ def test_a_lookup_over_the_mesh_is_take_and_so_is_its_gradient(sizes, vocab):
         actual,
         compiled(lambda t, i: t[i]),
     )
+
+
+def test_a_lookup_never_gathers_the_table_nor_its_gradient():
+    shape = mesh(1, 8, 1)
+    table = jax.ShapeDtypeStruct(
+        (512, 64), jnp.float32, sharding=NamedSharding(shape, PartitionSpec("tensor", "fsdp"))
+    )
+    ids = jax.ShapeDtypeStruct((8, 5), jnp.int32, sharding=sharding.row_sharding(shape))
+
+    def total(table, ids):
+        return jnp.sum(jnp.square(axes.embedding_lookup(table, ids, "V D")))
+
+    with jax.set_mesh(shape):
+        program = jax.jit(jax.grad(total), out_shardings=table.sharding).lower(table, ids).compile()
+    assert "all-to-all" in program.as_text()
+    assert "f32[512,64]" not in program.as_text()
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (8, 1, 1)])
+def test_sums_over_rows_are_split_like_the_parameter(sizes):
+    shape = mesh(*sizes)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 13, 16)), jnp.float32)
+    with jax.set_mesh(shape):
+        spec = axes.parameter_spec("V D", x.shape[1:], shape)
+        total = jax.jit(lambda x: axes.sum_rows(x, "V D"))(
+            jax.device_put(x, sharding.row_sharding(shape))
+        )
+    assert total.sharding.is_equivalent_to(NamedSharding(shape, spec), 2)
+    np.testing.assert_allclose(total, np.sum(x, axis=0), rtol=1e-5, atol=1e-6)
 
 
 def test_a_single_row_is_looked_up_on_a_mesh_that_does_not_divide_it():

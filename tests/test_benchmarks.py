@@ -27,8 +27,9 @@ SCRIPTS = {
     "start": ["--pairs", "1"],
     "metrics": ["--answers", "100"],
 }
-# Modules of the others, the script that runs them all, and the one for accelerators.
-PARTS = {"probe", "turns", "report", "big_vision_step", "all", "device"}
+# Modules of the others, the script that runs them all, the one for accelerators, and the one that
+# needs a checkout and an environment of MaxText.
+PARTS = {"probe", "turns", "report", "big_vision_step", "all", "device", "maxtext"}
 
 
 def test_all_benchmarks_are_here():

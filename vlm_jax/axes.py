@@ -60,6 +60,8 @@ ALPHABET = {
     "1": Axis("a dimension of one"),
 }
 STACKED = "L"
+# Parts in which a gradient is summed over devices (`sum_rows`).
+SUMMED_PARTS = 4
 
 
 def parameter_spec(letters: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -134,26 +136,61 @@ def shard_mapped(function: Callable, letters: Sequence[str], out: str) -> Callab
 def embedding_lookup(table: jax.Array, ids: jax.Array, letters: str) -> jax.Array:
     """Returns table[ids]: (V, D) and (B, S) -> (B, S, D).
 
-    Every device looks ids up in its own shard of V. XLA would partition the gradient of `take` by
-    the table's D and all-gather the rows of the batch for it.
+    Every device looks up the ids of all rows in its own shard of the table, and the devices
+    exchange what they found: neither the table nor its gradient is ever whole. With more ids than
+    the table has rows, the table itself is the smaller thing to send, and is whole in D.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return jnp.take(table, ids, axis=0)
-    table_spec = activation_spec(letters, table.shape, mesh)
-    vocab_axis = table_spec[0]
+    ids_spec = activation_spec("B S", ids.shape, mesh)
+    vocab_axis, width_axis = parameter_spec(letters, table.shape, mesh)
+    if ids_spec[0] is None or ids.size // row_shards(mesh) > len(table):
+        width_axis = None
 
     def lookup_in_shard(table, ids):
-        if vocab_axis is None:
-            return jnp.take(table, ids, axis=0)
-        ids = ids - jax.lax.axis_index(vocab_axis) * len(table)
-        is_mine = (ids >= 0) & (ids < len(table))
-        rows = jnp.take(table, jnp.where(is_mine, ids, 0), axis=0)
-        return jax.lax.psum(jnp.where(is_mine[..., None], rows, 0), vocab_axis)
+        if width_axis is not None:
+            ids = jax.lax.all_gather(ids, width_axis, tiled=True)
+        x = _lookup_in_shard_of_rows(table, ids, vocab_axis)
+        if width_axis is None:
+            return x
+        return jax.lax.all_to_all(x, width_axis, split_axis=0, concat_axis=2, tiled=True)
 
-    in_specs = (table_spec, activation_spec("B S", ids.shape, mesh))
+    in_specs = (PartitionSpec(vocab_axis, width_axis), ids_spec)
     out_specs = activation_spec("B S D", (*ids.shape, table.shape[1]), mesh)
     return jax.shard_map(lookup_in_shard, in_specs=in_specs, out_specs=out_specs)(table, ids)
+
+
+def _lookup_in_shard_of_rows(table, ids, vocab_axis):
+    """Looks ids up in a table whose rows are split over `vocab_axis`, or whole if it is None."""
+    if vocab_axis is None:
+        return jnp.take(table, ids, axis=0)
+    ids = ids - jax.lax.axis_index(vocab_axis) * len(table)
+    is_mine = (ids >= 0) & (ids < len(table))
+    x = jnp.take(table, jnp.where(is_mine, ids, 0), axis=0)
+    return jax.lax.psum(jnp.where(is_mine[..., None], x, 0), vocab_axis)
+
+
+def sum_rows(x: jax.Array, letters: str) -> jax.Array:
+    """Sums (B, ...) over B; every device keeps its shard of a parameter with axes `letters`.
+
+    In parts along an axis that every device has whole: XLA for TPUs holds the whole sum of each
+    part before a device keeps its shard of it (an all-reduce and a slice, libtpu 0.0.42).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return jnp.sum(x, axis=0)
+    spec = parameter_spec(letters, x.shape[1:], mesh)
+    shards = [1 if name is None else mesh.shape[name] for name in spec]
+
+    def sum_into_shards(part):
+        return jax.lax.with_sharding_constraint(jnp.sum(part, axis=0), spec)
+
+    if max(shards) == 1 or 1 not in shards:
+        return sum_into_shards(x)
+    whole_axis = shards.index(1)
+    parts = jnp.array_split(x, SUMMED_PARTS, axis=1 + whole_axis)
+    return jnp.concatenate([sum_into_shards(part) for part in parts], axis=whole_axis)
 
 
 class Partitioned(struct.PyTreeNode, meta.AxisMetadata):

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
 
@@ -89,14 +90,27 @@ def test_the_cache_of_a_row_is_what_decoding_keeps(cfg):
     assert memory.cache_bytes(cfg) == sum(x.size * x.dtype.itemsize for x in cache)
 
 
-def test_what_each_device_sums_over_its_rows_is_whole_before_it_is_shared():
+def test_each_part_of_a_sum_over_devices_is_whole_before_it_is_shared():
     program = jax.make_jaxpr(lambda x: jax.lax.reduce_sum(x, (0,)))(
-        jax.ShapeDtypeStruct((3, 64, 64), "float32")
+        jax.ShapeDtypeStruct((1, 64, 64), "float32")
     ).jaxpr
     whole, share = 64 * 64 * 4, 64 * 64
-    peak = liveness.peak_bytes(program, lambda shape: 4 if shape == (64, 64) else 1)
-    # The device's own sum and the sum over all devices, of which each keeps its share.
-    assert peak == share + 2 * (whole - share)
+    target = liveness.Target(lambda shape: 4 if shape == (64, 64) else 1, summed_parts=2)
+    peak = liveness.peak_bytes(program, target)
+    assert peak == share + (whole - share) / 2
+
+
+def test_a_tpu_adds_a_matmul_to_the_array_of_a_loop_in_its_place():
+    def loop(x, end):
+        return jax.lax.fori_loop(0, end, lambda i, total: total + x @ x, jnp.zeros((64, 64)))
+
+    program = jax.make_jaxpr(loop)(jax.ShapeDtypeStruct((64, 64), "float32"), 3).jaxpr
+    size = 64 * 64 * 4
+    peaks = [
+        liveness.peak_bytes(program, liveness.Target(lambda shape: 1, is_tpu=is_tpu))
+        for is_tpu in (False, True)
+    ]
+    assert [round(peak / size, 2) for peak in peaks] == [2, 1]
 
 
 def test_fewer_rows_on_a_device_need_less():

@@ -9,7 +9,7 @@ iteration, what its body holds, with the slices that operations other than fused
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jax.extend import core
 
@@ -39,9 +39,23 @@ LOOPS = {"scan", "while", "cond"}
 # Operations that overwrite their first input, and those whose n-th result is their n-th input.
 IN_PLACE = {"dynamic_update_slice", "scatter", "scatter-add"}
 ALIASING = IN_PLACE | {"optimization_barrier"}
+# Operations that only change an array's layout.
+LAYOUT = {"transpose", "reshape", "broadcast_in_dim", "squeeze", "expand_dims"}
 # Operations between a batch's rows and parameters, which are gathered from their shards first.
-ROW_OPERATIONS = {"dot_general", "gather", "scatter-add", "reduce_sum"}
+# Not a lookup in an embedding table, for which devices exchange the rows found.
+ROW_OPERATIONS = {"dot_general", "reduce_sum"}
 Split = Callable[[tuple[int, ...]], int]  # shape -> number of devices that share an array of it
+
+
+@dataclass(frozen=True)
+class Target:
+    """The devices that a program is compiled for."""
+
+    split: Split
+    #: The compiler gathers the float32 operands of a matmul in bfloat16, in which it multiplies
+    #: them, and adds a matmul to the carried array of a loop in its place.
+    is_tpu: bool = False
+    summed_parts: int = 1  # in which gradients are summed over devices (`axes.sum_rows`)
 
 
 @dataclass(eq=False)
@@ -72,11 +86,10 @@ class Operation:
 Readers = dict[Value, list[Operation]]
 
 
-def peak_bytes(program: core.Jaxpr, split: Split, slices: int = 0) -> float:
+def peak_bytes(program: core.Jaxpr, target: Target, slices: int = 0) -> float:
     """Peak memory of the values that `program` creates; its inputs are owned by the caller.
 
     Args:
-      split: number of devices that share an array of a given shape.
       slices: number of inputs, the last ones, that are slices of an array, cut for the program.
     """
     inputs = [_value(var) for var in program.invars]
@@ -88,58 +101,65 @@ def peak_bytes(program: core.Jaxpr, split: Split, slices: int = 0) -> float:
     for value in inputs[len(inputs) - slices :]:
         if not _reader_names(value, readers) <= FUSED:
             created_at[value] = 0
-    last_read = _lifetimes(operations, outputs, created_at, _materialized(operations, readers))
-    return _sweep(operations, created_at, last_read, split)
+    added = _added_in_place(operations, inputs, outputs, readers) if target.is_tpu else set()
+    materialized = _materialized(operations, readers)
+    last_read = _lifetimes(operations, outputs, created_at, materialized, added)
+    return _sweep(operations, created_at, last_read, target)
 
 
 def _sweep(
     operations: list[Operation],
     created_at: dict[Value, int],
     last_read: dict[Value, int],
-    split: Split,
+    target: Target,
 ) -> float:
     """Highest sum of live bytes over all operations, with the memory used inside of each."""
     change = [0.0] * (len(operations) + 1)
     for value, start in created_at.items():
         if value in last_read:
-            size = value.bytes / split(value.shape)
+            size = value.bytes / target.split(value.shape)
             change[start] += size
             change[last_read[value] + 1] -= size
     live = peak = 0.0
     for operation, difference in zip(operations, change):
         live += difference
-        inside = _loop_body_peak(operation, split) + _gathered_bytes(operation, split)
+        inside = _loop_body_peak(operation, target) + _gathered_bytes(operation, target)
         peak = max(peak, live + inside)
     return peak
 
 
-def _gathered_bytes(operation: Operation, split: Split) -> float:
+def _gathered_bytes(operation: Operation, target: Target) -> float:
     """Memory for the other devices' shards while an operation on rows runs.
 
-    Inputs are gathered first. A result is a whole array of this device's rows, which is then summed
-    over the devices before each keeps its shard: two more.
+    Inputs are gathered first. A matmul's result is a whole array of this device's rows, which is
+    then summed over the devices before each keeps its shard: two more. A sum's is one more.
     """
     if operation.name not in ROW_OPERATIONS:
         return 0.0
-    inputs = sum(value.gathered_bytes(split) for value in operation.inputs)
-    return inputs + 2 * sum(value.gathered_bytes(split) for value in operation.outputs)
+    inputs = sum(value.gathered_bytes(target.split) for value in operation.inputs)
+    outputs = sum(value.gathered_bytes(target.split) for value in operation.outputs)
+    return inputs + outputs * (2 if operation.name == "dot_general" else 1 / target.summed_parts)
 
 
-def _loop_body_peak(operation: Operation, split: Split) -> float:
+def _loop_body_peak(operation: Operation, target: Target) -> float:
     """Peak memory within one iteration of a loop."""
     if operation.name not in LOOPS:
         return 0.0
     gathered = 0.0
-    # The constants of a chunked loss's loop are gathered before it, and stay.
+    # The constants of a chunked loss's loop are gathered before it, and stay; all that its body
+    # creates is of this device's rows, and whole.
     if operation.name == "while":
         constants = (value for value in operation.inputs if value not in operation.carried)
-        gathered = sum(value.gathered_bytes(split) for value in constants)
+        gathered = sum(value.gathered_bytes(target.split) for value in constants)
+        if target.is_tpu:
+            gathered /= 2
+        target = replace(target, split=lambda shape: 1)
     peaks = []
     for program in core.jaxprs_in_params(operation.params):
         slices = 0
         if operation.name == "scan":
             slices = len(program.invars) - carried_inputs(operation.params).stop
-        peaks.append(peak_bytes(program, split, slices))
+        peaks.append(peak_bytes(program, target, slices))
     return gathered + max(peaks)
 
 
@@ -188,11 +208,28 @@ def _materialized(operations: list[Operation], readers: Readers) -> set[Value]:
     return values
 
 
+def _added_in_place(
+    operations: list[Operation], inputs: list[Value], outputs: list[Value], readers: Readers
+) -> set[Value]:
+    """Results of matmuls that a loop's body only adds to one of its inputs and returns."""
+    added = set()
+    for operation in operations:
+        value = operation.outputs[0] if operation.name == "dot_general" else None
+        while value is not None and len(readers[value]) == 1:
+            (reader,) = readers[value]
+            is_returned = reader.name == "add" and reader.outputs[0] in outputs
+            if is_returned and any(other in inputs for other in reader.inputs):
+                added.add(operation.outputs[0])
+            value = reader.outputs[0] if reader.name in LAYOUT else None
+    return added
+
+
 def _lifetimes(
     operations: list[Operation],
     outputs: list[Value],
     created_at: dict[Value, int],
     materialized: set[Value],
+    added_in_place: set[Value],
 ) -> dict[Value, int]:
     """Returns value -> index of the operation that reads it last, directly or through fused ones.
 
@@ -214,7 +251,7 @@ def _lifetimes(
             if operation.name in ALIASING:
                 inputs = inputs[position : position + 1]
             roots = tuple(stored(inputs))
-            is_in_place = operation.name in IN_PLACE and roots
+            is_in_place = (operation.name in IN_PLACE and roots) or value in added_in_place
             if is_in_place or (operation.name in FUSED and value not in materialized):
                 sources[value] = roots
             else:

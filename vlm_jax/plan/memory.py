@@ -54,8 +54,11 @@ def predict_memory(cfg: Experiment, mesh: jax.sharding.AbstractMesh) -> Memory:
     # XLA eliminates dead code as well.
     program, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
     split = _splits(device_cfg, mesh)
-    peak = liveness.peak_bytes(program, lambda shape: split.get(shape, 1))
-    if mesh.abstract_device and mesh.abstract_device.platform == "tpu":
+    is_tpu = bool(mesh.abstract_device) and mesh.abstract_device.platform == "tpu"
+    summed_parts = axes.SUMMED_PARTS if mesh.shape["tensor"] == 1 else 1
+    target = liveness.Target(lambda shape: split.get(shape, 1), is_tpu, summed_parts)
+    peak = liveness.peak_bytes(program, target)
+    if is_tpu:
         peak *= 1 + FRAGMENTATION
     shardings, shapes = state_shardings(cfg, mesh), state_shapes(cfg)
     trained = optim.split(shapes.params, cfg.optim)[0]

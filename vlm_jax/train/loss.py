@@ -122,12 +122,11 @@ def head_cross_entropy(
     scored_in_fullest = jnp.max(jnp.sum(~is_unscored, axis=1))
     chunks = (scored_in_fullest + chunk - 1) // chunk
 
-    trained = _constrain_parameters(head, trained)
-    frozen = _constrain_parameters(head, frozen)
     return _chunked(head, chunk, num_sources, trained, frozen, *packed, chunks)
 
 
-def _constrain_parameters(head: Head, params: Params) -> Params:
+def _gather(head: Head, params: Params) -> Params:
+    """Gathers the head's parameters, once for all chunks."""
     return {path: axes.constrain(x, head.letters[path]) for path, x in params.items()}
 
 
@@ -179,6 +178,7 @@ def _piece(arrays, i, chunk):
 def _chunked(
     head, chunk, num_sources, trained, frozen, x, targets, weights, source_ids, chunks
 ) -> Nats:
+    trained, frozen = _gather(head, trained), _gather(head, frozen)
     shard_nats = functools.partial(_shard_nats, head, num_sources)
     shard_nats = jax.vmap(shard_nats, in_axes=(None, None, 0, 0, 0, 0))
 
@@ -197,6 +197,7 @@ def _chunked_forward(
 
     Every shard sums its own gradient of the head; they are reduced once, after the loop.
     """
+    trained, frozen = _gather(head, trained), _gather(head, frozen)
     shard_nats = functools.partial(_shard_nats, head, num_sources)
     gradient = jax.value_and_grad(shard_nats, argnums=(0, 2), has_aux=True)
     gradient = jax.vmap(gradient, in_axes=(None, None, 0, 0, 0, 0))
@@ -215,7 +216,8 @@ def _chunked_forward(
 
     start = (_zero_nats(len(x), num_sources, source_ids), zeros, jnp.zeros_like(x))
     nats, d_trained, dx = jax.lax.fori_loop(0, chunks, body, start)
-    return _sum_shards(nats), (jax.tree.map(lambda d: jnp.sum(d, axis=0), d_trained), dx)
+    d_trained = {path: axes.sum_rows(d, head.letters[path]) for path, d in d_trained.items()}
+    return _sum_shards(nats), (d_trained, dx)
 
 
 def _chunked_backward(head, chunk, num_sources, saved, d_nats):

@@ -269,7 +269,8 @@ def start(cfg, *program):
     )
     environment = {
         **os.environ,
-        # As in this module: eight devices round differently. The last flag of a name counts.
+        # The last flag of a name counts. A client of eight devices has more threads than one of one
+        # device, and rounds differently.
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     }
@@ -336,26 +337,31 @@ def kill_after(process, cfg, step, seconds):
     assert process.returncode == -signal.SIGKILL, "it had ended before"
 
 
+def finish(cfg):
+    """Runs `cfg` to its end in a process, and returns what it printed."""
+    process = start(cfg)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", variants_and_tiles())
 def test_killed_at_random_moments_a_run_ends_as_one_that_was_not(experiment, kind):
     steps = {"steps": 30, "checkpoint_every_steps": 1}  # it is saving nearly always
     whole, cfg = experiment("whole", kind, **steps), experiment("killed", kind, **steps)
-    loop.train(whole)
+    finish(whole)
     chance = random.Random(0)
     for step in (3, 10, 17):
         kill_after(start(cfg), cfg, step, chance.uniform(0, 0.5))
-    process = start(cfg)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    assert "continuing from step" in output
+    assert "continuing from step" in finish(cfg)
     assert_same_run(cfg, whole)
 
 
 @pytest.mark.slow
 def test_a_process_that_has_two_sigterms_saves_and_exits_with_75(experiment):
     whole, cfg = experiment("whole", steps=200), experiment("stopped", steps=200)
-    loop.train(whole)
+    finish(whole)
     process = start(cfg)
     for line in process.stdout:
         if line.startswith("step 5/"):
@@ -366,7 +372,5 @@ def test_a_process_that_has_two_sigterms_saves_and_exits_with_75(experiment):
     output, _ = process.communicate()
     assert process.returncode == 75, output
     assert output.splitlines()[-1].endswith("which is saved: the same command continues it.")
-    process = start(cfg)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
+    finish(cfg)
     assert_same_run(cfg, whole)

@@ -28,7 +28,7 @@ SETTINGS = {
     "llava": (("decoder",), 16, 0.02),
     "mllama": (("decoder", "cross_attention"), 16, 0.02),
     "paligemma": (("decoder",), 16, 0.02),
-    "vit_gpt2": (("decoder", "cross_attention"), 16, 0.02),
+    "vit_gpt2": (("decoder", "cross_attention"), 16, 0.03),
 }
 
 

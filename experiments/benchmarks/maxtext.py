@@ -18,30 +18,22 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from configs.published.llama_3_2_1b import DECODER as LLAMA_3_2_1B
 from vlm_jax import axes
-from vlm_jax.config import Data, Decoder, Experiment, Fusion, Mesh, Optim, Rope, Train
+from vlm_jax.config import Data, Experiment, Fusion, Mesh, Optim, Rope, Train
 from vlm_jax.cost.chips import parse_slice
 from vlm_jax.plan import compiled, hlo
 
 CODE_BYTES = re.compile(r"generated_code_size_in_bytes=(?P<bytes>\d+)")
-DECODER = Decoder(
-    width=2048,
-    depth=16,
+DECODER = replace(
+    LLAMA_3_2_1B,
     heads=16,
     kv_heads=4,
-    mlp_width=8192,
-    norm="rmsnorm",
-    norm_eps=1e-5,
-    activation="silu",
-    gated_mlp=True,
-    qkv_bias=False,
-    out_bias=False,
-    mlp_bias=False,
-    vocab_size=128_256,
     max_positions=2048,
     rope=Rope(theta=500_000.0),
     remat="full",

@@ -90,6 +90,17 @@ def test_the_cache_of_a_row_is_what_decoding_keeps(cfg):
     assert memory.cache_bytes(cfg) == sum(x.size * x.dtype.itemsize for x in cache)
 
 
+def test_what_each_device_sums_over_its_rows_is_whole_before_it_is_shared():
+    program = jax.make_jaxpr(lambda x: jax.lax.reduce_sum(x, (0,)))(
+        jax.ShapeDtypeStruct((3, 64, 64), "float32")
+    ).jaxpr
+    whole, share = 64 * 64 * 4, 64 * 64
+    target = liveness.Target(lambda shape: 4 if shape == (64, 64) else 1)
+    peak = liveness.peak_bytes(program, target)
+    # The device's own sum and the sum over all devices, of which each keeps its share.
+    assert peak == share + 2 * (whole - share)
+
+
 def test_each_part_of_a_sum_over_devices_is_whole_before_it_is_shared():
     program = jax.make_jaxpr(lambda x: jax.lax.reduce_sum(x, (0,)))(
         jax.ShapeDtypeStruct((1, 64, 64), "float32")

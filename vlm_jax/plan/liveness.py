@@ -131,14 +131,19 @@ def _sweep(
 def _gathered_bytes(operation: Operation, target: Target) -> float:
     """Memory for the other devices' shards while an operation on rows runs.
 
-    Inputs are gathered first. A matmul's result is a whole array of this device's rows, which is
-    then summed over the devices before each keeps its shard: two more. A sum's is one more.
+    Inputs are gathered first. A result is a whole array of this device's rows, which is then summed
+    over the devices before each keeps its shard: two more. A sum over an axis of one is its input,
+    and the sum over devices is in parts.
     """
     if operation.name not in ROW_OPERATIONS:
         return 0.0
     inputs = sum(value.gathered_bytes(target.split) for value in operation.inputs)
     outputs = sum(value.gathered_bytes(target.split) for value in operation.outputs)
-    return inputs + outputs * (2 if operation.name == "dot_general" else 1 / target.summed_parts)
+    if operation.name == "dot_general":
+        return inputs + 2 * outputs
+    is_input = math.prod(operation.inputs[0].shape) == math.prod(operation.outputs[0].shape)
+    own = 0 if is_input else outputs
+    return inputs + own + outputs / target.summed_parts
 
 
 def _loop_body_peak(operation: Operation, target: Target) -> float:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 from dataclasses import replace
 
 import jax
@@ -17,8 +18,10 @@ from vlm_jax.infer.answer import AnswerOptions
 from vlm_jax.infer.generate import (
     NonFiniteLogits,
     SamplingParams,
+    _generate,
     choose,
     generate,
+    prefill,
     stream,
 )
 from vlm_jax.nn.vlm import VLM
@@ -128,6 +131,32 @@ def test_every_row_of_mixed_lengths_gets_its_most_likely_token_step_by_step(name
     answers = generated(name)
     assert answers.tolist() == [read_again(name, row, row) for row in range(len(LENGTHS))]
     assert len(np.unique(answers)) > 5, "the answers are all alike: the test would show little"
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_token_copies_no_cached_keys_and_values(rows):
+    cfg = CONFIGS["unified"]
+    ids, images = prompts(cfg)
+    batch = question_batch(cfg, ids[:rows], images[:rows])
+    settings = {"new_tokens": NEW, "sampling": NEVER, "key": jax.random.key(0)}
+    layers = jax.eval_shape(
+        lambda *args: prefill(cfg.model, *args, **settings).cache.layers,
+        *(random_params(cfg, 0.3), batch),
+    )
+    shapes = {x.shape for x in jax.tree.leaves(layers)}
+    lowered = _generate.lower(cfg.model, random_params(cfg, 0.3), batch, **settings)
+    loop = while_body(lowered.compile().as_text())
+    for shape in shapes:
+        dimensions = ",".join(map(str, shape))
+        assert f"f32[{dimensions}]" in loop
+        assert not re.findall(rf"= f32\[(?:1,)?{dimensions}\]\S* copy\(", loop)
+
+
+def while_body(hlo: str) -> str:
+    """Returns the text of the body of the last loop of a compiled program."""
+    name = re.findall(r"body=(%[\w.-]+)", hlo)[-1]
+    start = hlo.index(f"\n{name} (")
+    return hlo[start : hlo.index("\n}", start)]
 
 
 def test_a_batch_of_mixed_numbers_of_images_is_one_by_one():

@@ -119,7 +119,7 @@ def prefill(
     cache = empty_cache(cfg, prompt, new_tokens, params_dtype(params))
     logits, cache = VLM(cfg).apply({"params": params}, prompt, cache, method=VLM.next_logits)
     if unstacks_layers(cfg):
-        cache = cache.replace(layers=unstack(cache.layers))
+        cache = cache.replace(layers=unstack_cache(cache.layers))
     none = jnp.zeros(len(prompt.tokens), jnp.int32)
     return choose_next(
         logits, DecodeState(jnp.int32(0), none, none > 0, none, cache, key), sampling
@@ -218,10 +218,10 @@ def forward(
     is_unstacked = unstacks_layers(cfg)
     if is_unstacked:
         cfg = replace(cfg, decoder=replace(cfg.decoder, unroll=cfg.decoder.depth + len(blocks)))
-        blocks, cache = stack(blocks), cache.replace(layers=stack(cache.layers))
+        blocks, cache = stack(blocks), cache.replace(layers=stack_cache(cache.layers))
     params = {**params, "decoder": {**params["decoder"], "blocks": blocks}}
     logits, cache = VLM(cfg).apply({"params": params}, batch, cache, method=VLM.next_logits)
-    return logits, cache.replace(layers=unstack(cache.layers)) if is_unstacked else cache
+    return logits, cache.replace(layers=unstack_cache(cache.layers)) if is_unstacked else cache
 
 
 def unstack(stacked) -> list:
@@ -232,6 +232,19 @@ def unstack(stacked) -> list:
 
 def stack(layers: list):
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
+
+
+def unstack_cache(stacked) -> list:
+    """Splits keys and values (L, B, K, T, H) by layer; those of one row lose their batch axis.
+
+    With it, XLA:CPU copies the keys and values of one row four times for every token.
+    """
+    return jax.tree.map(lambda x: x[0] if len(x) == 1 else x, unstack(stacked))
+
+
+def stack_cache(layers: list):
+    """Inverse of `unstack_cache`."""
+    return stack(jax.tree.map(lambda x: x if x.ndim == 4 else x[None], layers))
 
 
 def is_end(token: Int[Array, "B"], sampling: Sampling) -> Bool[Array, "B"]:

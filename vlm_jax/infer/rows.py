@@ -22,9 +22,9 @@ from vlm_jax.infer.generate import (
     choose_next,
     decode_logits,
     params_dtype,
-    stack,
+    stack_cache,
     truncate,
-    unstack,
+    unstack_cache,
     unstacked_blocks,
     unstacks_layers,
 )
@@ -196,7 +196,7 @@ def new_layers(cfg: Model, params, rows: int, slots: int):
 @functools.partial(jax.jit, static_argnames=("cfg", "rows", "slots", "dtype"))
 def _new_layers(cfg: Model, rows: int, slots: int, dtype: np.dtype):
     layers = empty_layers(cfg.decoder, cfg.fusion, rows, slots, dtype)
-    return unstack(layers) if unstacks_layers(cfg) else layers
+    return unstack_cache(layers) if unstacks_layers(cfg) else layers
 
 
 def grow(layers, slots: int):
@@ -246,7 +246,7 @@ def read(
     """
     start = cache.index
     if unstacks_layers(cfg):
-        cache = cache.replace(layers=stack(cache.layers))
+        cache = cache.replace(layers=stack_cache(cache.layers))
     model = VLM(cfg)
     hidden, cache = model.apply({"params": params}, tokens, cache, image_tokens, method=VLM.hidden)
     hidden = jax.lax.dynamic_slice_in_dim(hidden, last_slot, 1, axis=1)
@@ -254,7 +254,7 @@ def read(
     # Padding in the cache is overwritten by the tokens that follow.
     cache = cache.replace(index=start + last_slot + 1)
     if unstacks_layers(cfg):
-        cache = cache.replace(layers=unstack(cache.layers))
+        cache = cache.replace(layers=unstack_cache(cache.layers))
     none = jnp.zeros(len(logits), jnp.int32)
     state = DecodeState(jnp.int32(0), none, none > 0, none, cache, keys)
     state = choose_next(logits, state, sampling)

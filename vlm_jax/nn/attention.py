@@ -157,6 +157,15 @@ def _attention_backward(residuals, dy):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
+def _write(cached, new, index):
+    """Writes new keys or values from slot `index` on."""
+    if len(cached) == 1:
+        # As in `generate.unstack_cache`, so that XLA:CPU updates the cache of one row in place.
+        row = jax.lax.dynamic_update_slice_in_dim(cached[0], new[0], index, axis=1)
+        return row[None]
+    return jax.lax.dynamic_update_slice_in_dim(cached, new, index, axis=2)
+
+
 class Attention(nn.Module):
     """Attention with queries from `x` and keys and values from `kv_input` (self-attention: `x`).
 
@@ -191,8 +200,7 @@ class Attention(nn.Module):
         else:
             k, v = self._keys_and_values(kv_input, rope)
             if cache is not None:
-                k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, index, axis=2)
-                v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, index, axis=2)
+                k, v = (_write(*pair, index) for pair in zip(cache, (k, v), strict=True))
         is_observed = self.is_mutable_collection(WEIGHTS) and not self.is_initializing()
         observe = self._observe if is_observed else None
         y = dot_product_attention(

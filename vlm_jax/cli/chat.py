@@ -111,7 +111,7 @@ class Chat:
         if not files:
             raise ConfigError("/image needs a FILE.")
         previews = [preview(read(file)) for file in files]
-        self._images += [str(Path(file).expanduser().absolute()) for file in files]
+        self._images += [str(Path(os.path.expanduser(file)).absolute()) for file in files]
         return "".join(previews) + f"({len(self._images)} for the next question)"
 
     def undo(self, argument: str) -> str:
@@ -142,7 +142,7 @@ class Chat:
             raise ConfigError("/save needs a FILE.")
         if Path(argument).suffix != ".json":
             raise ConfigError(f"/save {argument}: the name must end in .json.")
-        save_conversation(self._session, Path(argument).expanduser())
+        save_conversation(self._session, Path(os.path.expanduser(argument)))
         return f"(saved: train --data.files {argument})"
 
     def help(self, argument: str) -> str:

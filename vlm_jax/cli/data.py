@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def data(arguments: list[str]) -> int:
         from vlm_jax.infer.data_page import counts, examples, page
         from vlm_jax.train.initial import load_tokenizer
 
-        path = Path("data.html" if args.out is None else args.out).expanduser()
+        path = Path(os.path.expanduser("data.html" if args.out is None else args.out))
         if not args.json:
             page.check_path(path)
         tokenizer = load_tokenizer(cfg)

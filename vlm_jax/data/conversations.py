@@ -12,6 +12,7 @@ conversation.
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +196,7 @@ def fingerprint(data: Data) -> dict[str, str]:
 
 def _texts_name(data: Data) -> str:
     """Returns a name for the contents of the files together with the folder of their images."""
-    digest = hashlib.sha256(str(Path(data.image_dir).expanduser().resolve()).encode())
+    digest = hashlib.sha256(str(Path(os.path.expanduser(data.image_dir)).resolve()).encode())
     if data.format != AUTO:
         digest.update(data.format.encode())
     for file in data.files:
@@ -208,7 +209,7 @@ def _file_digest(file: str) -> bytes:
 
     A process reads a file that does not change once.
     """
-    path = Path(file).expanduser()
+    path = Path(os.path.expanduser(file))
     try:
         if path.is_dir():
             digests = [_file_digest(str(part)) for part in arrow.files(path)]

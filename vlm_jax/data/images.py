@@ -54,7 +54,7 @@ def from_array(pixels: np.ndarray) -> Image.Image:
 def read_bytes(path: str | os.PathLike) -> bytes:
     """Returns the content of an image file. DataError names a file that cannot be read."""
     try:
-        encoded = Path(path).expanduser().read_bytes()
+        encoded = Path(os.path.expanduser(path)).read_bytes()
     except OSError as error:
         raise DataError(f"cannot read the image {path}: {error.strerror}.") from None
     # A NUL character in the path.

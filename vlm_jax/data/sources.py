@@ -149,7 +149,7 @@ def prepared(
       ConfigError: the folder cannot be used, or the files that the dataset is made from cannot be
         read.
     """
-    directory = Path(data.dir).expanduser()
+    directory = Path(os.path.expanduser(data.dir))
     try:
         return _prepared(make_builder, directory, download_config)
     except UserError:

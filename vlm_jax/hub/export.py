@@ -99,7 +99,7 @@ def write_checkpoint(
 
 def refuse_used(output: str | os.PathLike) -> None:
     """Raises CheckpointError if the folder holds a config.json."""
-    if (Path(output).expanduser() / "config.json").exists():
+    if (Path(os.path.expanduser(output)) / "config.json").exists():
         raise CheckpointError(
             f"--output {output} holds a config.json already: choose another folder, or delete it."
         )

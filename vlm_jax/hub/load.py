@@ -106,7 +106,7 @@ def read_start_id(folder: Path, config: Json) -> int | None:
 
 def read_image_token(folder: str | os.PathLike) -> int | None:
     """Returns the id of the image placeholder token of a folder; None: the model has none."""
-    path = config_path(Path(folder).expanduser())
+    path = config_path(Path(os.path.expanduser(folder)))
     config = read_json(path)
     return _image_token(config, find_family(config, str(path)), path.parent)
 
@@ -179,7 +179,7 @@ def inspect(
     Raises:
       CheckpointError: see `load_checkpoint`.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     path = config_path(folder)
     config = read_json(path)
     with _error_in(path):

@@ -7,6 +7,7 @@ model, including its fusion and its prompt format.
 """
 
 import functools
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -465,6 +466,6 @@ def processor_source(cfg: Experiment) -> Path | None:
     if not folder:
         return None
     if not is_run(folder):
-        return Path(folder).expanduser()
+        return Path(os.path.expanduser(folder))
     processor = Workdir(folder).processor
     return processor if processor.is_dir() else None

@@ -169,7 +169,7 @@ def load_model(
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[VLM, dict, RunProcessor]:
     """Implements `vlm_jax.from_run`."""
-    cfg = validate(Workdir(str(Path(workdir).expanduser())).read_config())
+    cfg = validate(Workdir(str(Path(os.path.expanduser(workdir)))).read_config())
     mesh = axes.make_mesh(MeshSizes()) if mesh is None else mesh
     state, tokenizer = _load_state(cfg, step, mesh, cfg.train.compute_dtype)
     params = cast_to_compute_dtype(cfg, state.params)

@@ -132,7 +132,7 @@ def verify(
 def read_cases(path: str | os.PathLike) -> list[Case]:
     """Reads a reference. Raises ConfigError if it is not an .npz file of such arrays."""
     try:
-        with np.load(Path(path).expanduser()) as arrays:
+        with np.load(Path(os.path.expanduser(path))) as arrays:
             stored = {name: arrays[name] for name in arrays.files}
     except OSError as error:
         raise ConfigError(

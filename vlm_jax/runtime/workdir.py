@@ -341,7 +341,7 @@ def evaluation_name(cfg: Eval) -> str:
 def is_run(folder: str | os.PathLike) -> bool:
     """Returns True for a run of this program: config.json has its sections and no model_type."""
     try:
-        config = json.loads((Path(folder).expanduser() / "config.json").read_bytes())
+        config = json.loads((Path(os.path.expanduser(folder)) / "config.json").read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and "fusion" in config and "model_type" not in config

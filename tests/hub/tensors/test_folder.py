@@ -39,6 +39,7 @@ def test_all_names_of_weights_are_found_and_the_best_is_taken(tmp_path, name):
 
 def test_a_folder_without_weights_says_what_was_looked_for(tmp_path):
     assert f"{tmp_path / 'none'} is not a folder: it does not exist" in refusal(tmp_path / "none")
+    assert "~nobody_here/x is not a folder" in refusal("~nobody_here/x")
     (tmp_path / "file").touch()
     assert "is a file: name the folder that holds the checkpoint" in refusal(tmp_path / "file")
     assert all(name in refusal(tmp_path) for name in (str(tmp_path), *files.READABLE, files.INDEX))

@@ -119,7 +119,7 @@ class ConversationImages(LocalBuilder, skip_registration=True):
     ):
         """`records` has the key of each image with the id of the first record that has it."""
         self._records = dict(records)
-        self._image_dir = Path(image_dir).expanduser()
+        self._image_dir = Path(os.path.expanduser(image_dir))
         self._stored = stored
         self._skips_unreadable = skips_unreadable
         super().__init__(**settings)
@@ -249,7 +249,7 @@ def images_builder(
 
 
 def _paths(data: Data) -> tuple[str, ...]:
-    return tuple(str(Path(file).expanduser()) for file in data.files)
+    return tuple(str(Path(os.path.expanduser(file))) for file in data.files)
 
 
 def _read_image(image_dir: Path, item: ImageItem) -> dict:
@@ -288,7 +288,7 @@ def _images_name(texts_name: str, data: Data, records: Mapping[str, str]) -> str
     Raises:
       DataError: image files are missing, and no dataset of them was prepared before.
     """
-    image_dir = Path(data.image_dir).expanduser()
+    image_dir = Path(os.path.expanduser(data.image_dir))
     paths = [key for key in records if not is_stored(key)]
     states = _file_states(image_dir, paths)
     missing = [path for path, state in zip(paths, states) if state is None]
@@ -298,7 +298,7 @@ def _images_name(texts_name: str, data: Data, records: Mapping[str, str]) -> str
         return f"{texts_name}_{hashlib.sha256(repr(states).encode()).hexdigest()[:16]}{suffix}"
     names = list_first([f"{path} (record {records[path]!r})" for path in missing])
     problem = f"data.image_dir {image_dir} lacks {len(missing)} of {len(records)} images: {names}"
-    datasets = Path(data.dir).expanduser() / ConversationImages.name
+    datasets = Path(os.path.expanduser(data.dir)) / ConversationImages.name
     digest = "?" * 16
     pattern = f"{texts_name}_{digest}{suffix}/{ConversationImages.VERSION}/dataset_info.json"
     prepared = list(datasets.glob(pattern))

@@ -39,7 +39,7 @@ def read_settings(folder: str | os.PathLike) -> ImageSettings:
       CheckpointError: none of the files exists, the file is not JSON, its processor is not one of
         `DEFAULTS`, or a value is invalid.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     # transformers 5 writes a whole processor to this file; 4 never wrote the image part.
     if os.path.isfile(folder / PROCESSOR):
         values = read_json(folder / PROCESSOR).get("image_processor")

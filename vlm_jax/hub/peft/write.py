@@ -63,7 +63,7 @@ def write_adapter(
       CheckpointError: no family has this architecture, PEFT cannot save modules of a trained part
         or an adapter, or the output cannot be written.
     """
-    if (Path(output).expanduser() / CONFIG).exists():
+    if (Path(os.path.expanduser(output)) / CONFIG).exists():
         raise CheckpointError(f"--output {output} holds an adapter already: choose another folder.")
     family = matching_family(cfg, base=base)
     boxes = traverse_util.flatten_dict(abstract_params(cfg), sep="/")

@@ -49,7 +49,7 @@ def existing_folder(folder: str | os.PathLike) -> Path:
     Raises:
       CheckpointError: it does not exist; for a name on the hub, with the command that downloads it.
     """
-    path, text = Path(folder).expanduser(), str(folder)
+    path, text = Path(os.path.expanduser(folder)), str(folder)
     if os.path.isdir(path):
         return path
     if path.exists():
@@ -147,7 +147,7 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
 def read_bytes(path: str | os.PathLike) -> bytes:
     """Content of a file. Raises UserError if it cannot be read or is a Git LFS pointer."""
     try:
-        data = Path(path).expanduser().read_bytes()
+        data = Path(os.path.expanduser(path)).read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
     refuse_pointer(path, data)
@@ -181,7 +181,7 @@ def write_tensors(
         support a dtype.
       ValueError: `read` returned a tensor of another shape or dtype than its spec.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     unknown = [
         f"{name} is {spec.dtype}"
         for name, spec in specs.items()
@@ -219,7 +219,7 @@ def all_or_none(folder: str | os.PathLike) -> Iterator[Path]:
     Raises:
       CheckpointError: the folder cannot be written or has weights already.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     path = _find_weights(folder)
     if path is not None:
         raise CheckpointError(f"{path} already exists: choose another folder, or delete it.")

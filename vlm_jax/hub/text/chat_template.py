@@ -62,7 +62,7 @@ class ChatTemplate:
           CheckpointError: a file is damaged, its template is not valid, or it has several templates
             and none is called "default".
         """
-        folder = Path(folder).expanduser()
+        folder = Path(os.path.expanduser(folder))
         for path in (folder / name for name in FILES if os.path.isfile(folder / name)):
             if path.suffix == ".jinja":
                 source = _read_text(path)

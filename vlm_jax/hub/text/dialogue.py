@@ -358,7 +358,7 @@ def decoder_start_ids(folder: str | os.PathLike, tokenizer: HubTokenizer) -> tup
     Raises:
       CheckpointError: decoder_start_token_id is not an id.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     start = read_start_id(folder, read_json(folder / CONFIG))
     start = tokenizer.bos_id if start is None else start
     if not are_ids(start):

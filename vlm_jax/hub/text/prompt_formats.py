@@ -78,7 +78,7 @@ FORMATS = {
 
 def has_own_format(folder: str | os.PathLike) -> bool:
     """True if the family in a folder has its own prompt format, without a chat template."""
-    config = read_json(Path(folder).expanduser() / CONFIG)
+    config = read_json(Path(os.path.expanduser(folder)) / CONFIG)
     return FORMATS.get(config.get("model_type"), TextFormat).has_own_format
 
 
@@ -94,7 +94,7 @@ def load_prompt_format(
       CheckpointError: config.json is missing, a file is damaged, or no file states the number of
         tokens of an image.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     config, processor = read_json(folder / CONFIG), read_json_if_exists(folder / PROCESSOR)
     images = processor.get("image_processor") or read_json_if_exists(folder / PREPROCESSOR)
     default = PlaceholderFormat if has_images else TextFormat

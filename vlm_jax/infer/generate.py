@@ -235,9 +235,9 @@ def stack(layers: list):
 
 
 def unstack_cache(stacked) -> list:
-    """Splits keys and values (L, B, K, T, H) by layer; those of one row lose their batch axis.
+    """Splits keys and values (L, B, K, T, H) into L layers, without the batch axis if B is 1.
 
-    With it, XLA:CPU copies the keys and values of one row four times for every token.
+    With a batch axis of size 1, XLA:CPU copies all keys and values four times for every token.
     """
     return jax.tree.map(lambda x: x[0] if len(x) == 1 else x, unstack(stacked))
 

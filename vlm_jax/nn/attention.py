@@ -20,7 +20,7 @@ from vlm_jax.structs import SegmentPattern
 KeyValue = tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]
 # Score of a masked key. It is finite, so that a query whose keys are all masked gives no NaN.
 MASK_VALUE = -1e30
-FEW_QUERIES = 8  # of a key head, whose scores XLA:CPU computes faster with the keys first
+FEW_QUERIES = 8  # per key head; up to this number `_scores` has the keys first on a CPU
 # Collections of Flax variables, which only exist if `apply` is asked for them: the attention
 # weights (mutable), and arrays that are added to them (given), which have their gradient.
 WEIGHTS = "attention_weights"
@@ -120,8 +120,8 @@ def _probabilities(q, k, mask, cap):
 def _scores(q, k):
     """Products of queries and keys: (B, K, R, H), (B, K, T, H) -> (B, K, R, T)."""
     if axes.platform() == "cpu" and 1 < q.shape[2] <= FEW_QUERIES:
-        # XLA:CPU reads keys about twice as fast as the first operand. The barrier keeps XLA from
-        # exchanging the operands.
+        # XLA:CPU reads the keys about twice as fast if they are the first operand. Without the
+        # barrier, XLA swaps the operands back.
         scores = jax.lax.optimization_barrier(jnp.einsum("bkth,bkrh->bktr", k, q))
         return scores.swapaxes(2, 3)
     return jnp.einsum("bkrh,bkth->bkrt", q, k)
@@ -157,12 +157,11 @@ def _attention_backward(residuals, dy):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _write(cached, new, index):
-    """Writes new keys or values from slot `index` on."""
+def _update(cached, new, index):
+    """Returns cached keys or values (B, K, T, H) with new ones from slot `index` on."""
     if len(cached) == 1:
-        # As in `generate.unstack_cache`, so that XLA:CPU updates the cache of one row in place.
-        row = jax.lax.dynamic_update_slice_in_dim(cached[0], new[0], index, axis=1)
-        return row[None]
+        # Without a batch axis, as in `generate.unstack_cache`: XLA:CPU then updates in place.
+        return jax.lax.dynamic_update_slice_in_dim(cached[0], new[0], index, axis=1)[None]
     return jax.lax.dynamic_update_slice_in_dim(cached, new, index, axis=2)
 
 
@@ -200,7 +199,7 @@ class Attention(nn.Module):
         else:
             k, v = self._keys_and_values(kv_input, rope)
             if cache is not None:
-                k, v = (_write(*pair, index) for pair in zip(cache, (k, v), strict=True))
+                k, v = (_update(*pair, index) for pair in zip(cache, (k, v), strict=True))
         is_observed = self.is_mutable_collection(WEIGHTS) and not self.is_initializing()
         observe = self._observe if is_observed else None
         y = dot_product_attention(
